@@ -1,0 +1,73 @@
+"""upge: post-training of language models as one gradient made of four interchangeable parts.
+
+    grad = Σ_trajectories Σ_tokens  w · 1_stable · (1/π_ref) · Â · ∇π_θ
+
+Importing it loads torch and nothing heavier; engines, trainers and verifiers are imported where they are used.
+"""
+
+import importlib
+from typing import Any
+
+from upge import components as _components
+from upge.algorithm import Algorithm, Needs, Term
+from upge.components import *  # noqa: F403
+from upge.errors import ConfigError, DataError, ModelError, UserError
+from upge.estimate import Estimate, TermFactors
+from upge.estimator import Factors, UnifiedGradient
+from upge.gates import (
+    Always,
+    EntropyWeight,
+    Gate,
+    PassRateAbove,
+    PassRateAtMost,
+    PassRateTable,
+    ProductOf,
+    Schedule,
+)
+from upge.reduction import FixedLength, QuestionMean, Reduction, SequenceMean, TokenMean
+from upge.regularizers import EntropyBonus, KLPenalty, Regularizer
+from upge.trajectories import PackedTokens, Trajectories
+
+__version__ = "0.1.0"
+__all__ = [
+    *_components.__all__,
+    "Algorithm",
+    "Always",
+    "ConfigError",
+    "DataError",
+    "EntropyBonus",
+    "EntropyWeight",
+    "Estimate",
+    "Factors",
+    "FixedLength",
+    "Gate",
+    "KLPenalty",
+    "ModelError",
+    "Needs",
+    "PackedTokens",
+    "PassRateAbove",
+    "PassRateAtMost",
+    "PassRateTable",
+    "ProductOf",
+    "QuestionMean",
+    "Reduction",
+    "Regularizer",
+    "Schedule",
+    "SequenceMean",
+    "Term",
+    "TermFactors",
+    "TokenMean",
+    "Trajectories",
+    "UnifiedGradient",
+    "UserError",
+    "__version__",
+]
+
+_PACKAGES = ("data", "instantiate", "logprobs", "rollout", "testing", "train", "verify")
+
+
+def __getattr__(name: str) -> Any:
+    """Submodules such as `upge.verify` are there without an import of their own, and are loaded only when used."""
+    if name in _PACKAGES:
+        return importlib.import_module(f"upge.{name}")
+    raise AttributeError(f"module 'upge' has no attribute '{name}'")

@@ -1,0 +1,257 @@
+"""An algorithm: a named sum of terms, and how it is evaluated.
+
+    ∇J = Σ_terms Σ_trajectories Σ_tokens coefficient·gate · w · 1_stable · (1/π_ref) · Â · f′∇π_θ  - regularizers
+
+`Algorithm.plan` computes on the whole batch all that is known before the forward pass. `Plan.estimate` then evaluates any
+piece of the batch, so the sum over pieces is the estimate of the whole whatever the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from upge.checks import check_fields
+from upge.components.base import REACHES, Component, Precomputed
+from upge.errors import ConfigError
+from upge.estimate import Estimate, TermFactors
+from upge.estimator import UnifiedGradient
+from upge.formula import render
+from upge.gates import Gate
+from upge.reduction import Reduction
+from upge.regularizers import Regularizer, Source
+from upge.trajectories import Trajectories
+
+
+def source_rows(batch: Trajectories, source: Source) -> Bool[Tensor, "B"]:
+    """[B] which trajectories a source names."""
+    if source == "all":
+        return torch.ones_like(batch.is_demonstration)
+    if source == "preference_pairs":
+        if batch.preference is None:
+            raise ConfigError("source: preference_pairs needs the column `preference`, which the batch does not have")
+        return batch.preference != 0
+    return batch.is_demonstration if source == "demonstrations" else ~batch.is_demonstration
+
+
+@dataclass(frozen=True)
+class Term:
+    """Source × gate × estimator × reduction; `coefficient` is a plain number in front of all of it."""
+
+    source: Source
+    gate: Gate
+    estimator: UnifiedGradient
+    reduction: Reduction
+    coefficient: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def parts(self) -> dict[str, Component]:
+        """Every part by its path within the term."""
+        estimator = {f"estimator.{slot}": part for slot, part in self.estimator.parts.items()}
+        return {"gate": self.gate, **estimator, "reduction": self.reduction}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an algorithm asks of the data and the trainer."""
+
+    columns: frozenset[str]
+    rollouts: bool
+    demonstrations: bool
+    preference_pairs: bool
+    group_size: int
+    group_size_because: str
+
+    @property
+    def critic(self) -> bool:
+        """True if a value per token is read."""
+        return "values" in self.columns
+
+    @property
+    def reference(self) -> bool:
+        """True if log-probs of a frozen policy are read."""
+        return "reference_logprobs" in self.columns
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A named sum of terms plus additive regularizers.
+
+    Attributes:
+        name: as in its file.
+        terms: name → term; the order is that of the file.
+        regularizers: name → regularizer.
+        description: a line or two for people.
+    """
+
+    name: str
+    terms: Mapping[str, Term]
+    regularizers: Mapping[str, Regularizer] = field(default_factory=dict)
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.terms:
+            raise ConfigError(f"{self.name}: terms is empty; an algorithm is a sum of at least one term")
+
+    @property
+    def parts(self) -> dict[str, Component]:
+        """Every part of every term and regularizer by its path in the file."""
+        found = {f"terms.{n}.{path}": p for n, term in self.terms.items() for path, p in term.parts.items()}
+        for name, regularizer in self.regularizers.items():
+            found[f"regularizers.{name}"] = regularizer
+        return found
+
+    @property
+    def reach(self) -> str:
+        """How much of a batch must stay together in a micro-batch: 'token', 'trajectory' or 'group'."""
+        return max((part.live_reach for part in self.parts.values()), key=REACHES.index)
+
+    @property
+    def needs(self) -> Needs:
+        """What the algorithm asks of the data and the trainer, read off its parts."""
+        parts = self.parts
+        columns = frozenset().union(*(part.columns for part in parts.values()))
+        sources = {t.source for t in self.terms.values()} | {r.source for r in self.regularizers.values()}
+        largest = max(parts, key=lambda path: parts[path].group_size_needed)
+        return Needs(
+            columns=columns,
+            rollouts="rollouts" in sources or any(p.group_size_needed > 1 for p in parts.values()),
+            demonstrations="demonstrations" in sources,
+            preference_pairs="preference_pairs" in sources,
+            group_size=parts[largest].group_size_needed,
+            group_size_because=largest,
+        )
+
+    def check(self, *, group_size: int, demonstrations: int | None = None, provided: Iterable[str] = ()) -> None:
+        """Refuses a pair of algorithm and run that cannot work.
+
+        Args:
+            group_size: rollouts per prompt.
+            demonstrations: how many prompts have one; None = not known yet.
+            provided: the columns beyond rewards and masks that the caller can fill.
+
+        Raises:
+            ConfigError: naming the key, the value and the fix.
+        """
+        needs = self.needs
+        if needs.rollouts and group_size < needs.group_size:
+            part = type(self.parts[needs.group_size_because]).__name__
+            raise ConfigError(
+                f"group_size: {group_size} is too small for algo.{needs.group_size_because} ({part}), which compares the "
+                f"rollouts of one prompt; set group_size to {needs.group_size} or more"
+            )
+        if needs.demonstrations and demonstrations == 0:
+            name = next(n for n, t in self.terms.items() if t.source == "demonstrations")
+            raise ConfigError(
+                f"algo.terms.{name}.source: demonstrations, but the data set has none; choose data with worked solutions "
+                "or an algorithm that learns from rollouts alone"
+            )
+        optional = {"behavior_logprobs", "sampler_logprobs", "reference_logprobs", "values", "entropies", "preference"}
+        for path, part in self.parts.items():
+            missing = (part.columns & optional) - set(provided)
+            if missing:
+                raise ConfigError(
+                    f"algo.{path}: {type(part).__name__} reads {sorted(missing)}, which is not provided here"
+                    + (
+                        "; it needs a critic"
+                        if "values" in missing
+                        else "; it needs a data set or engine that fills it"
+                    )
+                )
+
+    def plan(self, batch: Trajectories) -> Plan:
+        """All that is known before the forward pass, on the whole `batch` (its `logprobs` may be None)."""
+        own, gates = {}, {}
+        for name, term in self.terms.items():
+            own[name] = source_rows(batch, term.source)
+            gates[name] = term.gate.hoisted(batch)
+            if isinstance(gates[name], Precomputed):
+                own[name] = own[name] & (gates[name].values * term.coefficient != 0)
+        anywhere = torch.stack(list(own.values())).any(dim=0)
+        planned, keep = {}, torch.zeros_like(anywhere)
+        for name, term in self.terms.items():
+            weights = _weights(term.reduction, batch, own[name], anywhere)
+            estimator = term.estimator.hoist(batch)
+            planned[name] = PlannedTerm(gates[name], estimator, weights, own[name], term.coefficient)
+            advantage = estimator.advantage
+            signal = weights * advantage.values if isinstance(advantage, Precomputed) else weights
+            keep |= (signal != 0).any(dim=1)
+        penalties = {}
+        for name, regularizer in self.regularizers.items():
+            rows = source_rows(batch, regularizer.source) & anywhere
+            weights = _weights(regularizer.reduction, batch, rows, anywhere)
+            penalties[name] = (regularizer, weights * regularizer.coefficient)
+            keep |= (weights != 0).any(dim=1)
+        return Plan(planned, penalties, keep, anywhere)
+
+    def estimate(self, batch: Trajectories) -> Estimate:
+        """The loss, the weights and every factor on a whole batch; `estimate.loss.backward()` gives minus the gradient."""
+        return self.plan(batch).estimate(batch)
+
+    def formula(self, style: str = "text") -> str:
+        """The sum of products in print; `style` is 'text' or 'latex'."""
+        return render(self, style)
+
+
+def _weights(reduction: Reduction, batch: Trajectories, own: Tensor, anywhere: Tensor) -> Tensor:
+    counted = own if reduction.over == "term" else anywhere
+    return reduction(reduction.view(batch), counted) * own[:, None]
+
+
+@dataclass(frozen=True)
+class PlannedTerm:
+    """A term with everything static computed: `weights` [B, T] is w, zero outside the rows of `own` [B]."""
+
+    gate: Gate
+    estimator: UnifiedGradient
+    weights: Tensor
+    own: Tensor
+    coefficient: float
+
+    def factors(self, batch: Trajectories) -> TermFactors:
+        """The factors on a piece of the batch, each [b, t]."""
+        shape = batch.response_mask.shape
+        factors = self.estimator.factors(batch)
+        gate = self.gate(self.gate.view(batch)).double() * self.coefficient * self.own[batch.row]
+        w = self.weights[batch.row][:, : shape[1]]
+        product = self.estimator.weight(batch, factors)
+        scale = gate[:, None] * w
+        weight = torch.where(scale == 0, torch.zeros_like(scale), scale * product)
+        expanded = {name: value.expand(shape) for name, value in factors._asdict().items()}
+        return TermFactors(**expanded, gate=gate[:, None].expand(shape), reduction=w, weights=weight)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An algorithm bound to a batch.
+
+    Attributes:
+        keep: [B] trajectories that can contribute to the gradient; no other needs a forward pass.
+        counted: [B] trajectories with a coefficient other than zero in some term, those without a signal included.
+    """
+
+    terms: Mapping[str, PlannedTerm]
+    penalties: Mapping[str, tuple[Regularizer, Tensor]]
+    keep: Bool[Tensor, "B"]
+    counted: Bool[Tensor, "B"]
+
+    def estimate(self, batch: Trajectories) -> Estimate:
+        """The estimate on a piece of the planned batch (`batch.row` says which); pieces add up."""
+        terms = {name: term.factors(batch) for name, term in self.terms.items()}
+        logprobs = batch.logprobs
+        weights = torch.stack([t.weights for t in terms.values()]).sum(dim=0).to(logprobs.dtype)
+        loss = -(weights * logprobs).sum()
+        penalties = {}
+        for name, (regularizer, scale) in self.penalties.items():
+            values = regularizer(regularizer.view(batch)) * scale[batch.row][:, : logprobs.shape[1]].to(logprobs.dtype)
+            penalties[name] = values.sum()
+            loss = loss + penalties[name]
+        return Estimate(loss, weights, terms, {n: float(p.detach()) for n, p in penalties.items()}, batch.response_mask)

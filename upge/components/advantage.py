@@ -1,0 +1,195 @@
+"""Â: how good a token was. What depends on rewards and groups alone is computed once, on the whole batch, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+
+from upge.components.base import AdvantageEstimator, Formula, like
+from upge.errors import ConfigError
+from upge.trajectories import SUCCESS_REWARD, Trajectories, group_sum
+
+GROUP_COLUMNS = frozenset({"rewards", "group", "is_demonstration"})
+
+
+def _per_token(values: torch.Tensor, batch: Trajectories) -> torch.Tensor:
+    """[B] → [B, T], without copying."""
+    return values[:, None].expand(batch.response_mask.shape)
+
+
+@dataclass(frozen=True)
+class ConstantAdvantage(AdvantageEstimator):
+    """Â = value on every token: 1 for maximum likelihood on demonstrations."""
+
+    value: float = 1.0
+    reads: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, batch: Trajectories) -> Float[torch.Tensor, "*shape"]:
+        return like(batch, self.value)
+
+    def formula(self) -> Formula:
+        return Formula(f"{self.value:g}", f"{self.value:g}")
+
+
+@dataclass(frozen=True)
+class SignedReward(AdvantageEstimator):
+    """Â = `success` where the reward exceeds 0.5, else `failure`: ±1 as in arXiv 2509.04419, table 1."""
+
+    success: float = 1.0
+    failure: float = -1.0
+    reads: ClassVar[frozenset[str]] = frozenset({"rewards"})
+
+    def __call__(self, batch: Trajectories) -> Float[torch.Tensor, "B T"]:
+        succeeded = (batch.rewards > SUCCESS_REWARD).double()
+        return _per_token(succeeded * self.success + (1 - succeeded) * self.failure, batch)
+
+    def formula(self) -> Formula:
+        return Formula(
+            f"({self.success:+g} if R=1 else {self.failure:+g})",
+            rf"\left({self.success:+g}\ \text{{if}}\ R{{=}}1,\ \text{{else}}\ {self.failure:+g}\right)",
+        )
+
+
+@dataclass(frozen=True)
+class GroupRelative(AdvantageEstimator):
+    """Â = R - mean R over the group, divided by (std R + epsilon) if `normalize_std` (with the division:
+    arXiv 2402.03300; without: arXiv 2503.20783).
+
+    `baseline` says whose rewards make mean and std: the group's 'rollouts', or 'group' = its demonstrations too (the
+    union of arXiv 2504.14945). `unbiased` divides the variance by n - 1. A group of equal rewards gets zeros; so does a group of
+    one, which therefore is refused at load time.
+    """
+
+    normalize_std: bool = True
+    epsilon: float = 1e-6
+    unbiased: bool = True
+    baseline: Literal["rollouts", "group"] = "rollouts"
+    reads: ClassVar[frozenset[str]] = GROUP_COLUMNS
+    min_group_size: ClassVar[int] = 2
+
+    def __call__(self, batch: Trajectories) -> Float[torch.Tensor, "B T"]:
+        index, rewards = batch.group_index, batch.rewards.double()
+        counted = (~batch.is_demonstration).double() if self.baseline == "rollouts" else torch.ones_like(rewards)
+        number = group_sum(counted, index)
+        mean = group_sum(rewards * counted, index) / number.clamp(min=1)
+        centred = rewards - mean[index]
+        if self.normalize_std:
+            squares = group_sum(centred.square() * counted, index)
+            variance = squares / (number - int(self.unbiased)).clamp(min=1)
+            centred = centred / (variance.sqrt()[index] + self.epsilon)
+        return _per_token(centred, batch)
+
+    def formula(self) -> Formula:
+        over = "" if self.baseline == "rollouts" else "_{on ∪ off}"
+        latex_over = "" if self.baseline == "rollouts" else r"_{on\,\cup\,off}"
+        text, latex = f"R − mean{over} R", rf"R-\mathrm{{mean}}{latex_over}R"
+        if not self.normalize_std:
+            return Formula(f"({text})", rf"\left({latex}\right)")
+        return Formula(
+            f"({text})/(std{over} R + {self.epsilon:g})",
+            rf"\frac{{{latex}}}{{\mathrm{{std}}{latex_over}R+{self.epsilon:g}}}",
+        )
+
+
+@dataclass(frozen=True)
+class LeaveOneOut(AdvantageEstimator):
+    """Â = R_i - mean of the group's other rollouts (arXiv 2402.14740): the baseline is independent of the sample,
+    so the estimator is unbiased. Equal to n/(n-1)·(R - mean). For a demonstration the others are all rollouts.
+    """
+
+    reads: ClassVar[frozenset[str]] = GROUP_COLUMNS
+    min_group_size: ClassVar[int] = 2
+
+    def __call__(self, batch: Trajectories) -> Float[torch.Tensor, "B T"]:
+        index, rewards = batch.group_index, batch.rewards.double()
+        own = (~batch.is_demonstration).double()
+        others = group_sum(own, index)[index] - own
+        baseline = (group_sum(rewards * own, index)[index] - rewards * own) / others.clamp(min=1)
+        return _per_token((rewards - baseline) * (others > 0), batch)
+
+    def formula(self) -> Formula:
+        return Formula("(R_i − mean_{j≠i} R_j)", r"\left(R_i-\mathrm{mean}_{j\ne i}R_j\right)")
+
+
+@dataclass(frozen=True)
+class GAE(AdvantageEstimator):
+    """Generalised advantage estimation (arXiv 1506.02438): Â_t = Σ_k (discount·lam)^k δ_{t+k} with
+    δ_t = r_t + discount·V_{t+1} - V_t; the reward arrives at the last token that counts, where V_{t+1} = 0.
+    """
+
+    discount: float = 1.0
+    lam: float = 0.95
+    reads: ClassVar[frozenset[str]] = frozenset({"rewards", "values"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 <= self.discount <= 1 and 0 <= self.lam <= 1):
+            raise ConfigError(f"GAE: discount={self.discount}, lam={self.lam}; both must lie in [0, 1]")
+
+    def __call__(self, batch: Trajectories) -> Float[torch.Tensor, "B T"]:
+        mask, values = batch.response_mask, batch.values.double()
+        advantages = torch.zeros_like(values)
+        following = torch.zeros_like(values[:, 0])
+        next_value, reward = torch.zeros_like(following), batch.rewards.double()
+        for t in reversed(range(mask.shape[1])):
+            counts = mask[:, t]
+            delta = reward + self.discount * next_value - values[:, t]
+            advantages[:, t] = torch.where(counts, delta + self.discount * self.lam * following, 0.0)
+            following = torch.where(counts, advantages[:, t], following)
+            next_value = torch.where(counts, values[:, t], next_value)
+            reward = torch.where(counts, 0.0, reward)
+        return advantages
+
+    def formula(self) -> Formula:
+        return Formula(f"GAE(γ={self.discount:g}, λ={self.lam:g})", rf"\hat A^{{GAE({self.discount:g},{self.lam:g})}}")
+
+
+@dataclass(frozen=True)
+class PairwisePreference(AdvantageEstimator):
+    """Â = ±beta·σ(-h), h = beta·[log π_θ/π_frozen(chosen) - log π_θ/π_frozen(rejected)]: the gradient of the
+    pairwise objective of arXiv 2305.18290, whose denominator is the current policy. Summed over tokens, not averaged.
+
+    Raises:
+        ValueError: a group whose trajectories have a preference is not one chosen and one rejected.
+    """
+
+    beta: float = 0.1
+    reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "reference_logprobs", "preference", "group"})
+    reach: ClassVar[str] = "group"
+
+    def __call__(self, batch: Trajectories) -> Float[torch.Tensor, "B T"]:
+        index, sign = batch.group_index, batch.preference.to(batch.logprobs.dtype)
+        chosen, rejected = (group_sum((batch.preference == s).double(), index) for s in (1, -1))
+        if not torch.equal(chosen, rejected) or bool((chosen > 1).any()):
+            bad = int(batch.group[index == int(((chosen != rejected) | (chosen > 1)).nonzero()[0])][0])
+            raise ValueError(
+                f"preference: group {bad} must hold exactly one chosen (+1) and one rejected (-1) response"
+            )
+        log_ratio = (batch.logprobs.detach() - batch.reference_logprobs).sum(dim=1)
+        margin = self.beta * group_sum(sign * log_ratio, index)
+        return _per_token(sign * self.beta * torch.sigmoid(-margin)[index], batch)
+
+    def formula(self) -> Formula:
+        return Formula(f"±{self.beta:g}·σ(−h)", rf"\pm{self.beta:g}\,\sigma(-h)")
+
+
+@dataclass(frozen=True)
+class KLShaped(AdvantageEstimator):
+    """Â - coefficient·log(π_θ/π_frozen) per token: a KL penalty as part of the reward (arXiv 2509.04419, app. B.2)."""
+
+    advantage: AdvantageEstimator
+    coefficient: float = 0.001
+    reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "reference_logprobs"})
+
+    def __call__(self, batch: Trajectories) -> Float[torch.Tensor, "*shape"]:
+        return self.advantage(batch) - self.coefficient * (batch.logprobs.detach() - batch.reference_logprobs)
+
+    def formula(self) -> Formula:
+        inner = self.advantage.formula()
+        return Formula(
+            f"[{inner.text} − {self.coefficient:g}·log(π_θ/π_frozen)]",
+            rf"\left[{inner.latex}-{self.coefficient:g}\log\frac{{\pi_\theta}}{{\pi_{{frozen}}}}\right]",
+        )

@@ -1,0 +1,197 @@
+"""What all parts of an algorithm have in common, and the four slots of the unified gradient.
+
+A part is a frozen dataclass: its fields are its settings, or other parts that it wraps. It declares `reads`, the columns
+of the batch that it looks at, and, where it looks beyond its own token, how far: its `reach`. From these two the rest of
+the code knows what can be computed before the forward pass, which columns the trainer must provide and which trajectories
+must stay together in a micro-batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upge.checks import check_fields
+from upge.trajectories import COLUMNS, LIVE_COLUMNS, Trajectories
+
+#: How much of the batch a part's value at one token may depend on, through current log-probs or entropies.
+REACHES = ("token", "trajectory", "group")
+
+
+class Formula(NamedTuple):
+    """One factor as a person would write it: `text` in Unicode, `latex` for a paper."""
+
+    text: str
+    latex: str
+
+
+class Component(ABC):
+    """A part of an algorithm: a pure function of the batch.
+
+    Class attributes that every concrete part states:
+        reads: names of the columns of `Trajectories` that it reads (`response_mask` is always allowed).
+        reach: 'token' if its value at a token needs only that token's columns (then it must work for any leading
+            shape), 'trajectory' if it needs the whole response, 'group' if it needs the whole group. It matters only
+            to parts that read current log-probs or entropies: all others are evaluated once, on the whole batch.
+        min_group_size: the smallest number of rollouts per prompt with which it makes sense.
+    """
+
+    reads: ClassVar[frozenset[str]]
+    reach: ClassVar[str] = "token"
+    min_group_size: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        reads = getattr(self, "reads", None)
+        if reads is None:
+            raise TypeError(
+                f"{type(self).__name__} does not say which columns it reads; add `reads = frozenset({{...}})` to the "
+                f"class (known columns: {', '.join(sorted(COLUMNS))})"
+            )
+        unknown = set(reads) - COLUMNS
+        if unknown:
+            raise TypeError(f"{type(self).__name__}.reads names unknown columns {sorted(unknown)}")
+        if self.reach not in REACHES:
+            raise TypeError(f"{type(self).__name__}.reach is {self.reach!r}; it must be one of {REACHES}")
+
+    @property
+    def parts(self) -> dict[str, Component]:
+        """The parts that this one wraps, by field; a tuple's members are named `field.0`, `field.1`, ..."""
+        found: dict[str, Component] = {}
+        for field in _fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Component):
+                found[field.name] = value
+            elif isinstance(value, tuple):
+                found |= {f"{field.name}.{i}": v for i, v in enumerate(value) if isinstance(v, Component)}
+        return found
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """All columns that this part and those it wraps read."""
+        return frozenset(self.reads).union(*(part.columns for part in self.parts.values()))
+
+    @property
+    def is_live(self) -> bool:
+        """True if the value depends on the current policy, so that it is known only after the forward pass."""
+        return bool(self.columns & LIVE_COLUMNS)
+
+    @property
+    def live_reach(self) -> str:
+        """How far the live parts look; what is not live is computed beforehand and so reaches no further than a token."""
+        if not self.is_live:
+            return "token"
+        return max((self.reach, *(p.live_reach for p in self.parts.values())), key=REACHES.index)
+
+    @property
+    def group_size_needed(self) -> int:
+        """The largest `min_group_size` among this part and those it wraps."""
+        return max((self.min_group_size, *(part.group_size_needed for part in self.parts.values())))
+
+    def view(self, batch: Trajectories) -> Any:
+        """`batch` restricted to the columns that this part declares."""
+        return batch.restricted(self.columns, type(self).__name__)
+
+    def hoist(self, batch: Trajectories) -> Component:
+        """This part with every wrapped part that does not depend on the current policy replaced by its values on
+        `batch`, the whole batch before it is cut; so the result may be evaluated on any piece of it."""
+        changes: dict[str, Any] = {}
+        for field in _fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Component):
+                changes[field.name] = value.hoisted(batch)
+            elif isinstance(value, tuple) and any(isinstance(v, Component) for v in value):
+                changes[field.name] = tuple(v.hoisted(batch) if isinstance(v, Component) else v for v in value)
+        return dataclasses.replace(self, **changes) if changes else self
+
+    def hoisted(self, batch: Trajectories) -> Component:
+        """Its values on the whole `batch` if they are known before the forward pass, else `hoist(batch)`."""
+        return self.hoist(batch) if self.is_live else Precomputed(self(self.view(batch)))
+
+    @abstractmethod
+    def __call__(self, batch: Trajectories, *args: Any) -> Tensor: ...
+
+    def formula(self) -> Formula:
+        """The factor in print; a part without its own is printed as its class name with its settings."""
+        settings = ", ".join(f"{f.name}={getattr(self, f.name)}" for f in _fields(self))
+        name = type(self).__name__
+        return Formula(f"{name}({settings})", rf"\mathrm{{{name}}}")
+
+
+@dataclass(frozen=True, eq=False)
+class Precomputed(Component):
+    """Values of a part on the whole batch, looked up by `row` on any piece of it."""
+
+    values: Tensor
+    reads: ClassVar[frozenset[str]] = frozenset({"row"})
+
+    def __post_init__(self) -> None:
+        """Nothing to check: made by `Component.hoisted` alone."""
+
+    def __call__(self, batch: Trajectories, *args: Any) -> Tensor:
+        values = self.values[batch.row]
+        return values if values.ndim == 1 else values[:, : batch.response_mask.shape[1]]
+
+
+class StabilizationMask(Component):
+    """1_stable: which tokens may move now."""
+
+    @abstractmethod
+    def __call__(self, batch: Trajectories, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """A number in [0, 1] per token, from the batch and the advantages."""
+
+    def hoisted(self, batch: Trajectories) -> Component:
+        """A mask sees the advantages, which may be live: it stays itself, with what it wraps computed beforehand."""
+        return self.hoist(batch)
+
+    @property
+    def live_reach(self) -> str:
+        return max((self.reach, *(p.live_reach for p in self.parts.values())), key=REACHES.index)
+
+
+class ReferenceDenominator(Component):
+    """1/π_ref: by which policy's probability a token's gradient is divided."""
+
+    @abstractmethod
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "*shape"]:
+        """log π_ref per token, detached."""
+
+
+class AdvantageEstimator(Component):
+    """Â: how good a token was."""
+
+    @abstractmethod
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "*shape"]:
+        """Â per token, detached."""
+
+
+class LikelihoodGradient(Component):
+    """How ∇π_θ enters: plain, or as ∇f(π_θ) = f′(π_θ)∇π_θ."""
+
+    @abstractmethod
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "*shape"]:
+        """log f′ per token, detached; 0 for the plain gradient."""
+
+
+for _slot in (StabilizationMask, ReferenceDenominator, AdvantageEstimator, LikelihoodGradient):
+    _slot.register(Precomputed)
+
+
+def like(batch: Trajectories, value: float) -> Tensor:
+    """`value` in the shape of the batch's tokens, in float64, taking no memory.
+
+    What is known before the forward pass is kept in float64 throughout: it is small, and sums then do not depend on
+    the order of the trajectories beyond float64's rounding.
+    """
+    mask = batch.response_mask
+    return torch.full((), value, dtype=torch.float64, device=mask.device).expand(mask.shape)
+
+
+def _fields(part: Component) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(part) if dataclasses.is_dataclass(part) else ()

@@ -1,0 +1,151 @@
+"""1_stable: which tokens may move now. Every mask returns 0 or 1 per token (a user's may return anything between)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upge.components.base import Formula, StabilizationMask, like
+from upge.errors import ConfigError
+from upge.trajectories import Trajectories, masked_mean
+
+RATIO_COLUMNS = frozenset({"logprobs", "behavior_logprobs"})
+
+
+def outward(log_ratio: Tensor, advantages: Tensor, log_low: float, log_high: float) -> Tensor:
+    """True where the step would push a ratio further out of the interval that it has already left."""
+    return ((advantages > 0) & (log_ratio > log_high)) | ((advantages < 0) & (log_ratio < log_low))
+
+
+def _check_interval(part: StabilizationMask, low: float, high: float) -> None:
+    if not 0 <= low <= 1 or high < 0:
+        raise ConfigError(
+            f"{type(part).__name__}: low={low}, high={high}; the interval is [1 - low, 1 + high], so low must lie in "
+            "[0, 1] and high must not be negative"
+        )
+
+
+@dataclass(frozen=True)
+class NoMask(StabilizationMask):
+    """1 everywhere: every token may move."""
+
+    reads: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, batch: Trajectories, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return like(batch, 1.0)
+
+    def formula(self) -> Formula:
+        return Formula("1", "1")
+
+
+@dataclass(frozen=True)
+class PPOClip(StabilizationMask):
+    """1_clip (arXiv 1707.06347): the gradient of min(r·Â, clip(r, 1-low, 1+high)·Â), r = π_θ/π_behavior.
+
+    It is 0 where Â > 0 and r > 1+high, and where Â < 0 and r < 1-low. With `dual` = c (arXiv 1912.09729), also where
+    Â < 0 and r > c: the objective max(min(...), c·Â) is flat there.
+    """
+
+    low: float = 0.2
+    high: float = 0.2
+    dual: float | None = None
+    reads: ClassVar[frozenset[str]] = RATIO_COLUMNS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_interval(self, self.low, self.high)
+        if self.dual is not None and self.dual <= 1 + self.high:
+            raise ConfigError(f"PPOClip.dual: {self.dual} must exceed 1 + high = {1 + self.high}; 3.0 is customary")
+
+    def __call__(self, batch: Trajectories, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        log_ratio = batch.log_importance_ratio
+        log_low = math.log1p(-self.low) if self.low < 1 else -math.inf
+        stopped = outward(log_ratio, advantages, log_low, math.log1p(self.high))
+        if self.dual is not None:
+            stopped |= (advantages < 0) & (log_ratio > math.log(self.dual))
+        return (~stopped).to(log_ratio.dtype)
+
+    def formula(self) -> Formula:
+        text = f"1[r ≤ {1 + self.high:g} if A>0; r ≥ {1 - self.low:g} if A<0"
+        latex = rf"\mathbb{{1}}[r\le {1 + self.high:g}\ (\hat A>0),\ r\ge {1 - self.low:g}\ (\hat A<0)"
+        if self.dual is not None:
+            text, latex = f"{text}; r ≤ {self.dual:g} if A<0", rf"{latex},\ r\le {self.dual:g}\ (\hat A<0)"
+        return Formula(text + "]", latex + "]")
+
+
+@dataclass(frozen=True)
+class SequenceClip(StabilizationMask):
+    """1_seq-clip (arXiv 2507.18071): PPOClip's rule on s = exp(mean_t log r_t), one decision per response."""
+
+    low: float = 3e-4
+    high: float = 4e-4
+    reads: ClassVar[frozenset[str]] = RATIO_COLUMNS
+    reach: ClassVar[str] = "trajectory"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_interval(self, self.low, self.high)
+
+    def __call__(self, batch: Trajectories, advantages: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        log_ratio = masked_mean(batch.log_importance_ratio, batch.response_mask).expand(batch.response_mask.shape)
+        log_low = math.log1p(-self.low) if self.low < 1 else -math.inf
+        return (~outward(log_ratio, advantages, log_low, math.log1p(self.high))).to(log_ratio.dtype)
+
+    def formula(self) -> Formula:
+        return Formula(
+            f"1[s ≤ {1 + self.high:g} if A>0; s ≥ {1 - self.low:g} if A<0]",
+            rf"\mathbb{{1}}[s\le {1 + self.high:g}\ (\hat A>0),\ s\ge {1 - self.low:g}\ (\hat A<0)]",
+        )
+
+
+@dataclass(frozen=True)
+class ImportanceBand(StabilizationMask):
+    """1[low ≤ ratio ≤ high], whatever the advantage's sign.
+
+    `of` = 'importance': π_θ/π_behavior. `of` = 'sampler': π_behavior/π_sampler, the mismatch between trainer and
+    inference engine; tokens outside are dropped instead of truncated.
+    """
+
+    low: float = 0.5
+    high: float = 5.0
+    of: Literal["importance", "sampler"] = "importance"
+    reads: ClassVar[frozenset[str]] = RATIO_COLUMNS | {"sampler_logprobs"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.low <= self.high:
+            raise ConfigError(f"ImportanceBand: low={self.low}, high={self.high}; need 0 <= low <= high")
+
+    def __call__(self, batch: Trajectories, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        log_ratio = batch.log_importance_ratio if self.of == "importance" else batch.log_sampler_ratio
+        log_low = math.log(self.low) if self.low > 0 else -math.inf
+        return ((log_ratio >= log_low) & (log_ratio <= math.log(self.high))).to(log_ratio.dtype)
+
+    def formula(self) -> Formula:
+        ratio = ("r", "r") if self.of == "importance" else ("π_old/π_sampler", r"\pi_{old}/\pi_{sampler}")
+        return Formula(
+            f"1[{self.low:g} ≤ {ratio[0]} ≤ {self.high:g}]",
+            rf"\mathbb{{1}}[{self.low:g}\le {ratio[1]}\le {self.high:g}]",
+        )
+
+
+@dataclass(frozen=True)
+class AllOf(StabilizationMask):
+    """The product of masks: a token moves only if all of them let it."""
+
+    masks: tuple[StabilizationMask, ...]
+    reads: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, batch: Trajectories, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        values = [mask(batch, advantages) for mask in self.masks]
+        return torch.stack(torch.broadcast_tensors(*values)).prod(dim=0) if values else like(batch, 1.0)
+
+    def formula(self) -> Formula:
+        return Formula(
+            " · ".join(m.formula().text for m in self.masks), r"\,".join(m.formula().latex for m in self.masks)
+        )

@@ -1,0 +1,82 @@
+"""The unified gradient: the product of one part of each kind (UPGE, arXiv 2509.04419, Eq. 6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upge.checks import check_fields
+from upge.components.base import (
+    AdvantageEstimator,
+    Component,
+    Formula,
+    LikelihoodGradient,
+    ReferenceDenominator,
+    StabilizationMask,
+)
+from upge.components.likelihood import PolicyLikelihood
+from upge.trajectories import Trajectories
+
+
+class Factors(NamedTuple):
+    """The four factors per token, detached: `shape` is f′(π_θ) itself, 1 for the plain likelihood gradient."""
+
+    mask: Tensor
+    log_denominator: Tensor
+    advantages: Tensor
+    shape: Tensor
+
+
+@dataclass(frozen=True)
+class UnifiedGradient:
+    """1_stable · (1/π_ref) · Â · f′(π_θ)∇π_θ, as one detached number per token in front of ∇log π_θ:
+
+        weight = mask · Â · f′ · exp(log π_θ - log π_ref).
+
+    It is evaluated in the leading shape of the batch: [B, T], or [N] packed tokens if every part has reach 'token'.
+    """
+
+    mask: StabilizationMask
+    denominator: ReferenceDenominator
+    advantage: AdvantageEstimator
+    likelihood: LikelihoodGradient = PolicyLikelihood()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def parts(self) -> dict[str, Component]:
+        """The four parts by slot."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def factors(self, batch: Trajectories) -> Factors:
+        """The four factors on `batch`; each part sees only the columns that it declares."""
+        advantages = self.advantage(self.advantage.view(batch)).detach()
+        mask = self.mask(self.mask.view(batch), advantages).detach()
+        log_denominator = self.denominator(self.denominator.view(batch)).detach()
+        shape = self.likelihood(self.likelihood.view(batch)).detach().exp()
+        return Factors(mask, log_denominator, advantages, shape)
+
+    def weight(self, batch: Trajectories, factors: Factors | None = None) -> Float[Tensor, "*shape"]:
+        """The number in front of each token's ∇log π_θ. A token whose mask or advantage is 0 gets exactly 0, however
+        far its ratio has run away."""
+        mask, log_denominator, advantages, shape = factors or self.factors(batch)
+        signed = mask * advantages
+        ratio = torch.exp(batch.logprobs.detach() - log_denominator) * shape
+        return torch.where(signed == 0, torch.zeros_like(ratio), signed * ratio)
+
+    def hoist(self, batch: Trajectories) -> UnifiedGradient:
+        """Itself with all that is known before the forward pass replaced by its values on the whole `batch`."""
+        return UnifiedGradient(**{slot: part.hoisted(batch) for slot, part in self.parts.items()})
+
+    def formula(self) -> Formula:
+        """The product in print, factors of 1 left out where nothing is lost."""
+        printed = [part.formula() for part in self.parts.values()]
+        return Formula(
+            " · ".join(p.text for p in printed if p.text != "1"),
+            r"\cdot ".join(p.latex for p in printed if p.latex != "1"),
+        )

@@ -1,0 +1,208 @@
+"""Per question or per trajectory: the coefficient of a term. A gate is called with the batch and returns [B].
+
+A gate that reads no current log-probs or entropies is known before the forward pass: trajectories whose coefficient it
+sets to zero, in every term, never reach the model.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upge.components.advantage import GROUP_COLUMNS
+from upge.components.base import Component, Formula, Precomputed
+from upge.errors import ConfigError
+from upge.trajectories import Trajectories, masked_mean
+
+#: Pass rates are multiples of 1/n; thresholds such as 1/3 must not miss them by rounding.
+_TOLERANCE = 1e-9
+
+
+class Gate(Component):
+    """The coefficient of a term."""
+
+    @abstractmethod
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
+        """[B] coefficient per trajectory, detached."""
+
+
+Gate.register(Precomputed)
+
+
+@dataclass(frozen=True)
+class Always(Gate):
+    """The same coefficient for every trajectory."""
+
+    coefficient: float = 1.0
+    reads: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
+        return torch.full((len(batch),), self.coefficient, dtype=torch.float64, device=batch.response_mask.device)
+
+    def formula(self) -> Formula:
+        return Formula(f"{self.coefficient:g}", f"{self.coefficient:g}")
+
+
+class _PassRateGate(Gate):
+    """A gate that follows the pass rate of the trajectory's group."""
+
+    reads: ClassVar[frozenset[str]] = GROUP_COLUMNS
+    min_group_size: ClassVar[int] = 2
+
+    def _pass_rate(self, batch: Trajectories) -> Tensor:
+        rate = batch.pass_rate
+        if bool(rate.isnan().any()):
+            group = int(batch.group[rate.isnan()][0])
+            raise ValueError(f"{type(self).__name__}: group {group} has no rollouts, so it has no pass rate")
+        return rate
+
+
+@dataclass(frozen=True)
+class _PassRateThreshold(_PassRateGate):
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError(
+                f"{type(self).__name__}.threshold: {self.threshold} is not a pass rate; give a share between 0 and 1 "
+                "(2 of 8 rollouts is 0.25)"
+            )
+
+
+@dataclass(frozen=True)
+class PassRateAbove(_PassRateThreshold):
+    """1 where the group's pass rate P exceeds the threshold, else 0: when to learn from rollouts (Eq. 10)."""
+
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
+        return (self._pass_rate(batch) > self.threshold + _TOLERANCE).double()
+
+    def formula(self) -> Formula:
+        return Formula(f"1[P > {self.threshold:g}]", rf"\mathbb{{1}}[P>{self.threshold:g}]")
+
+
+@dataclass(frozen=True)
+class PassRateAtMost(_PassRateThreshold):
+    """1 where the group's pass rate P is at most the threshold (inclusive), else 0: when to learn from a demonstration
+    (Eq. 10)."""
+
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
+        return (self._pass_rate(batch) <= self.threshold + _TOLERANCE).double()
+
+    def formula(self) -> Formula:
+        return Formula(f"1[P ≤ {self.threshold:g}]", rf"\mathbb{{1}}[P\le {self.threshold:g}]")
+
+
+@dataclass(frozen=True)
+class PassRateTable(_PassRateGate):
+    """A coefficient that follows the pass rate: piecewise linear through (rates, coefficients), constant beyond.
+
+    `step` = True takes the coefficient of the largest listed rate that does not exceed P instead of interpolating.
+    """
+
+    rates: tuple[float, ...] = (0.0, 1.0)
+    coefficients: tuple[float, ...] = (0.0, 1.0)
+    step: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rising = all(a < b for a, b in zip(self.rates, self.rates[1:], strict=False))
+        if len(self.rates) != len(self.coefficients) or not self.rates or not rising:
+            raise ConfigError(
+                f"PassRateTable: rates={list(self.rates)}, coefficients={list(self.coefficients)}; give as many "
+                "coefficients as rates, and the rates in rising order"
+            )
+
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
+        rate = self._pass_rate(batch)
+        rates, values = (
+            torch.tensor(v, dtype=torch.float64, device=rate.device) for v in (self.rates, self.coefficients)
+        )
+        last = len(rates) - 1
+        below = (torch.searchsorted(rates, rate + _TOLERANCE, right=True) - 1).clamp(0, last)
+        if self.step or last == 0:
+            return values[below]
+        left = below.clamp(max=last - 1)
+        share = ((rate - rates[left]) / (rates[left + 1] - rates[left])).clamp(0, 1)
+        return values[left] + share * (values[left + 1] - values[left])
+
+    def formula(self) -> Formula:
+        points = ", ".join(f"{r:g}→{c:g}" for r, c in zip(self.rates, self.coefficients, strict=True))
+        return Formula(f"c(P; {points})", r"c(P)")
+
+
+@dataclass(frozen=True)
+class EntropyWeight(Gate):
+    """scale·exp(sign·H), H = the mean token entropy of the response, detached: the weights of arXiv 2506.19767.
+
+    Where the original lets a gradient flow through H the method is not a product of the four factors; here it does not.
+    """
+
+    scale: float = 0.5
+    sign: Literal[-1, 1] = -1
+    reads: ClassVar[frozenset[str]] = frozenset({"entropies"})
+    reach: ClassVar[str] = "trajectory"
+
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
+        entropy = masked_mean(batch.entropies.detach(), batch.response_mask)[:, 0]
+        return self.scale * torch.exp(self.sign * entropy)
+
+    def formula(self) -> Formula:
+        sign = "−" if self.sign < 0 else ""
+        return Formula(f"{self.scale:g}·exp({sign}H)", rf"{self.scale:g}\,e^{{{'-' if self.sign < 0 else ''}H}}")
+
+
+@dataclass(frozen=True)
+class Schedule(Gate):
+    """A coefficient that follows the training step: `warmup` steps linear from `start` to `peak`, then `decay` steps
+    along a cosine to `end`, then constant (the μ of arXiv 2508.11408). `complement` gives 1 minus it.
+    """
+
+    start: float = 0.0
+    peak: float = 1.0
+    end: float = 0.0
+    warmup: int = 0
+    decay: int = 100
+    complement: bool = False
+    reads: ClassVar[frozenset[str]] = frozenset()
+
+    def coefficient_at(self, step: int) -> float:
+        """The coefficient after `step` training steps."""
+        if step < self.warmup:
+            value = self.start + (self.peak - self.start) * step / self.warmup
+        else:
+            share = min(1.0, (step - self.warmup) / self.decay) if self.decay > 0 else 1.0
+            value = self.end + (self.peak - self.end) * 0.5 * (1 + math.cos(math.pi * share))
+        return 1 - value if self.complement else value
+
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
+        value = self.coefficient_at(batch.step)
+        return torch.full((len(batch),), value, dtype=torch.float64, device=batch.response_mask.device)
+
+    def formula(self) -> Formula:
+        return Formula("1 − μ(step)", r"1-\mu_k") if self.complement else Formula("μ(step)", r"\mu_k")
+
+
+@dataclass(frozen=True)
+class ProductOf(Gate):
+    """The product of gates, for example a pass-rate gate times a schedule."""
+
+    gates: tuple[Gate, ...]
+    reads: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
+        value = Always()(batch)
+        for gate in self.gates:
+            value = value * gate(batch)
+        return value
+
+    def formula(self) -> Formula:
+        return Formula(
+            " · ".join(g.formula().text for g in self.gates), r"\,".join(g.formula().latex for g in self.gates)
+        )

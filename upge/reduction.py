@@ -1,0 +1,143 @@
+"""w: how tokens, trajectories and questions average.
+
+A reduction is called with the batch and the trajectories that count, and returns the weight of every token, [B, T]. Its
+divisors are counts over the whole batch, taken before it is cut into micro-batches or ranks, so the gradient cannot depend
+on the cut. `over` says which trajectories count: 'term' = the term's own with a coefficient other than zero, 'batch' = those
+with one in any term, so that several terms share one divisor.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from upge.components.base import Component, Formula
+from upge.errors import ConfigError
+from upge.trajectories import Trajectories, group_sum
+
+Over = Literal["term", "batch"]
+PerToken = Literal["mean", "sum", "fixed"]
+
+
+class Reduction(Component):
+    """The weights w of a term's tokens. Every concrete reduction has the field `over`."""
+
+    over: Over
+
+    @abstractmethod
+    def __call__(self, batch: Trajectories, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
+        """[B, T] weight per token in float64; `selected` [B] marks the trajectories that count; 0 on all others."""
+
+
+def _spread(per_trajectory: Tensor, batch: Trajectories, selected: Tensor) -> Tensor:
+    """[B] → [B, T]: the weight on every counting token of the selected trajectories."""
+    return per_trajectory[:, None] * (batch.response_mask & selected[:, None])
+
+
+def _token_rule(tokens: PerToken, length: int | None, batch: Trajectories) -> Tensor:
+    """[B] weight of a token within its response: 1/|y|, 1, or 1/length."""
+    if tokens == "mean":
+        return 1.0 / batch.lengths.clamp(min=1).double()
+    return torch.full((len(batch),), 1.0 if tokens == "sum" else 1.0 / length, dtype=torch.float64).to(
+        batch.response_mask.device
+    )
+
+
+def _check_length(part: Component, tokens: PerToken, length: int | None) -> None:
+    if (tokens == "fixed") != (length is not None):
+        raise ConfigError(
+            f"{type(part).__name__}: tokens={tokens!r}, length={length}; `length` goes with tokens: fixed, which needs it"
+        )
+    if length is not None and length < 1:
+        raise ConfigError(f"{type(part).__name__}.length: {length} must be at least 1")
+
+
+def _rule_formula(tokens: PerToken, length: int | None) -> tuple[str, str]:
+    return {"mean": ("·|τ|", r"|\tau|"), "sum": ("", ""), "fixed": (f"·{length}", str(length))}[tokens]
+
+
+@dataclass(frozen=True)
+class TokenMean(Reduction):
+    """w = 1/Σ|τ|: every token counts the same, so long responses count more."""
+
+    over: Over = "term"
+    reads: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, batch: Trajectories, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
+        total = (batch.lengths * selected).sum().clamp(min=1).double()
+        return _spread((1.0 / total).expand(len(batch)), batch, selected)
+
+    def formula(self) -> Formula:
+        return Formula("1/Σ|τ|", r"\frac{1}{\sum|\tau|}")
+
+
+@dataclass(frozen=True)
+class SequenceMean(Reduction):
+    """w = 1/(N·|τ|), N trajectories: every response counts the same. `tokens` = 'sum': w = 1/N."""
+
+    over: Over = "term"
+    tokens: Literal["mean", "sum"] = "mean"
+    reads: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, batch: Trajectories, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
+        number = selected.sum().clamp(min=1).double()
+        return _spread(_token_rule(self.tokens, None, batch) / number, batch, selected)
+
+    def formula(self) -> Formula:
+        text, latex = _rule_formula(self.tokens, None)
+        return Formula(f"1/(N{text})" if text else "1/N", rf"\frac{{1}}{{N{latex}}}")
+
+
+@dataclass(frozen=True)
+class FixedLength(Reduction):
+    """w = 1/(N·length), N trajectories: a constant divisor, so a token's weight does not depend on its response's length
+    (arXiv 2503.20783)."""
+
+    length: int
+    over: Over = "term"
+    reads: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_length(self, "fixed", self.length)
+
+    def __call__(self, batch: Trajectories, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
+        number = selected.sum().clamp(min=1).double()
+        return _spread(_token_rule("fixed", self.length, batch) / number, batch, selected)
+
+    def formula(self) -> Formula:
+        return Formula(f"1/(N·{self.length})", rf"\frac{{1}}{{N\cdot {self.length}}}")
+
+
+@dataclass(frozen=True)
+class QuestionMean(Reduction):
+    """w = 1/(Q·n_q) × token rule: questions count the same, and within one its n_q trajectories. Q questions count that
+    have a trajectory that counts.
+
+    `tokens`: 'mean' 1/|τ|, 'sum' 1, 'fixed' 1/length.
+    """
+
+    tokens: PerToken = "mean"
+    length: int | None = None
+    over: Over = "batch"
+    reads: ClassVar[frozenset[str]] = frozenset({"group"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_length(self, self.tokens, self.length)
+
+    def __call__(self, batch: Trajectories, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
+        index = batch.group_index
+        number = group_sum(selected.double(), index)
+        questions = (number > 0).sum().clamp(min=1).double()
+        per_trajectory = _token_rule(self.tokens, self.length, batch) / (questions * number.clamp(min=1))[index]
+        return _spread(per_trajectory, batch, selected)
+
+    def formula(self) -> Formula:
+        text, latex = _rule_formula(self.tokens, self.length)
+        return Formula(f"1/(Q·n{text})", rf"\frac{{1}}{{Q\,n\,{latex}}}" if latex else r"\frac{1}{Q\,n}")

@@ -1,0 +1,226 @@
+"""The conformance suite: does a part, or an algorithm, obey the rules that the rest of the code relies on?
+
+For users' own parts: `upge.testing.check_component(MyAdvantage())` in a test raises `ConformanceError` with one sentence
+that says which rule is broken and how to mend it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from upge.algorithm import Algorithm
+from upge.components.base import Component, StabilizationMask
+from upge.gates import Gate
+from upge.reduction import Reduction
+from upge.regularizers import Regularizer
+from upge.trajectories import TOKEN_COLUMNS, TRAJECTORY_COLUMNS, Trajectories
+
+_TOLERANCE = 1e-10
+
+
+class ConformanceError(AssertionError):
+    """A part or an algorithm breaks a rule; the message says which and how to mend it."""
+
+
+def random_batch(
+    seed: int = 0, groups: int = 4, group_size: int = 4, length: int = 7, pairs: bool = True
+) -> Trajectories:
+    """Rollouts and one demonstration per group, every column filled, off-policy, in float64: a hard case for any part.
+
+    The first group fails altogether and the second succeeds altogether; one response is empty. Within each group one
+    rollout is chosen and one rejected (`pairs`).
+    """
+    g = torch.Generator().manual_seed(seed)
+    size = group_size + 1
+    b = groups * size
+    lengths = torch.randint(1, length + 1, (b,), generator=g)
+    lengths[torch.randint(0, b, (1,), generator=g)] = length
+    lengths[3] = 0
+    noise = lambda scale=1.0: torch.randn(b, length, dtype=torch.float64, generator=g) * scale  # noqa: E731
+    logprobs = -noise().abs() - 0.05
+    rewards = torch.randint(0, 2, (b,), generator=g).double()
+    rewards[:size], rewards[size : 2 * size] = 0.0, 1.0
+    is_demonstration = torch.arange(b) % size == group_size
+    rewards[is_demonstration] = 1.0
+    preference = torch.zeros(b, dtype=torch.long)
+    if pairs:
+        preference[torch.arange(b) % size == 0], preference[torch.arange(b) % size == 1] = 1, -1
+    return Trajectories(
+        logprobs=logprobs.requires_grad_(),
+        response_mask=torch.arange(length) < lengths[:, None],
+        rewards=rewards,
+        group=torch.arange(b) // size * 7 + 3,
+        is_demonstration=is_demonstration,
+        behavior_logprobs=(logprobs.detach() + noise(0.3)).clamp(max=-1e-3),
+        sampler_logprobs=(logprobs.detach() + noise(0.3)).clamp(max=-1e-3),
+        reference_logprobs=(logprobs.detach() + noise(0.5)).clamp(max=-1e-3),
+        values=noise(0.5),
+        entropies=noise().abs().requires_grad_(),
+        preference=preference,
+        step=3,
+    )
+
+
+def check_component(component: Component) -> None:
+    """Shape, detachment, range, purity, padding, order, and that the declared `reads` and `reach` are the true ones.
+
+    Raises:
+        ConformanceError: the first rule broken.
+        upge.trajectories.UndeclaredColumn: a column is read that `reads` does not list.
+    """
+    name = type(component).__name__
+    for seed in range(3):
+        batch = random_batch(seed)
+        value = _evaluate(component, batch)
+        shape = (len(batch),) if isinstance(component, Gate) else tuple(batch.response_mask.shape)
+        _require(tuple(value.shape) == shape, f"{name} returns shape {list(value.shape)}, expected {list(shape)}")
+        valid = value if value.ndim == 1 else value[batch.response_mask]
+        _require(bool(valid.isfinite().all()), f"{name} returns NaN or infinity on a well-formed batch")
+        if not isinstance(component, Regularizer):
+            _require(not value.requires_grad, f"{name} lets a gradient through; return `.detach()` of what it reads")
+        if isinstance(component, StabilizationMask):
+            inside = bool(((valid >= 0) & (valid <= 1)).all())
+            _require(inside, f"{name} returns values outside [0, 1]; a mask says how far a token may move")
+        _same(name, "gives another value when called again", value, _evaluate(component, batch), batch)
+        padded = _pad(batch)
+        _same(name, "depends on the padding", value, _evaluate(component, padded), batch)
+        order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
+        shuffled = _take(batch, order)
+        _same(name, "depends on the order of the trajectories", value[order], _evaluate(component, shuffled), shuffled)
+        _check_reach(component, batch, value)
+
+
+def check_algorithm(algorithm: Algorithm) -> None:
+    """Every part conforms; the factors multiply to the weights; the gradient is the same for any split into
+    micro-batches, any padding and any order; trajectories that the plan drops have no gradient.
+
+    Raises:
+        ConformanceError: the first rule broken.
+    """
+    for part in algorithm.parts.values():
+        check_component(part)
+    name = f"algorithm '{algorithm.name}'"
+    for seed in range(3):
+        batch = random_batch(seed, pairs=algorithm.needs.preference_pairs)
+        estimate = algorithm.estimate(batch)
+        product = torch.zeros_like(estimate.weights)
+        for t in estimate.terms.values():
+            ratio = torch.exp(batch.logprobs.detach() - t.log_denominator)
+            product = product + t.gate * t.reduction * t.mask * t.advantages * t.shape * ratio
+        _require(
+            torch.allclose(product, estimate.weights, rtol=1e-9, atol=1e-12),
+            f"{name}: factors do not multiply to weights",
+        )
+        gradient = _gradient(algorithm, batch, [torch.arange(len(batch))])
+        for pieces in _splits(batch, algorithm.reach, seed):
+            _close(name, "the gradient depends on the micro-batch split", gradient, _gradient(algorithm, batch, pieces))
+        padded = _gradient(algorithm, _pad(batch), [torch.arange(len(batch))])[..., : gradient.shape[2]]
+        _close(name, "the gradient depends on the padding", gradient, padded)
+        order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
+        shuffled = _gradient(algorithm, _take(batch, order), [torch.arange(len(batch))])
+        _close(name, "the gradient depends on the order of the trajectories", gradient[:, order], shuffled)
+        dropped = gradient[:, ~algorithm.plan(batch).keep]
+        _require(bool((dropped == 0).all()), f"{name}: the plan drops trajectories that have a gradient")
+
+
+def _evaluate(component: Component, batch: Trajectories) -> Tensor:
+    view = component.view(batch)
+    if isinstance(component, StabilizationMask):
+        signs = torch.where(batch.group % 2 == 0, -1.0, 1.0).double()[:, None]
+        return component(view, signs.expand(batch.response_mask.shape))
+    if isinstance(component, Reduction):
+        return component(view, torch.ones_like(batch.is_demonstration))
+    return component(view)
+
+
+def _check_reach(component: Component, batch: Trajectories, value: Tensor) -> None:
+    """Evaluates what is live on pieces of the declared reach; what is not is computed on the whole batch anyway."""
+    live = component.is_live or isinstance(component, StabilizationMask)
+    if not live or isinstance(component, (Reduction, Regularizer)):
+        return
+    hoisted = component.hoist(batch)
+    for pieces in _splits(batch, component.live_reach, 0):
+        for rows in pieces:
+            piece = batch.select(rows, batch.logprobs[rows, : max(1, int(batch.lengths[rows].max()))])
+            found, width = _evaluate(hoisted, piece), piece.response_mask.shape[1]
+            expected = value[rows] if value.ndim == 1 else value[rows][:, :width]
+            problem = f"declares reach '{component.live_reach}' but depends on more; declare a wider `reach`"
+            _same(type(component).__name__, problem, expected, found, piece)
+    if component.live_reach == "token" and not component.parts and value.ndim == 2:
+        packed = batch.pack()
+        arguments = ()
+        if isinstance(component, StabilizationMask):
+            arguments = (
+                torch.where(batch.group % 2 == 0, -1.0, 1.0).double()[:, None].expand_as(value)[batch.response_mask],
+            )
+        found = component(component.view(packed), *arguments)
+        problem = "has reach 'token' but gives another value on packed tokens [N]; declare reach 'trajectory'"
+        _require(
+            torch.equal(found.double(), value[batch.response_mask].double()), f"{type(component).__name__} {problem}"
+        )
+
+
+def _splits(batch: Trajectories, reach: str, seed: int) -> Iterator[list[Tensor]]:
+    """Ways to cut a batch that keep together what `reach` demands."""
+    b = len(batch)
+    if reach == "group":
+        groups = [(batch.group == g).nonzero()[:, 0] for g in batch.group.unique()]
+        yield groups
+        yield [torch.cat(groups[1:]), groups[0]]
+    else:
+        yield [torch.tensor([i]) for i in range(b)]
+        order = torch.randperm(b, generator=torch.Generator().manual_seed(seed + 100))
+        yield [order[:5], order[5:6], order[6:]]
+
+
+def _gradient(algorithm: Algorithm, batch: Trajectories, pieces: list[Tensor]) -> Tensor:
+    """d loss / d logprobs (and entropies) summed over pieces, each evaluated on its own; [2, B, T]."""
+    leaves = [c.detach().clone().requires_grad_() for c in (batch.logprobs, batch.entropies)]
+    plan = algorithm.plan(batch)
+    for rows in pieces:
+        width = max(1, int(batch.lengths[rows].max()))
+        piece = batch.select(rows, leaves[0][rows, :width], entropies=leaves[1][rows, :width])
+        plan.estimate(piece).loss.backward()
+    return torch.stack([torch.zeros_like(x) if x.grad is None else x.grad for x in leaves])
+
+
+def _pad(batch: Trajectories) -> Trajectories:
+    """The batch with three more columns and NaN in every padded place."""
+    columns = {}
+    for name in TOKEN_COLUMNS:
+        value = getattr(batch, name).detach()
+        fill = False if name == "response_mask" else float("nan")
+        if name != "response_mask":
+            value = value.masked_fill(~batch.response_mask, fill)
+        columns[name] = torch.nn.functional.pad(value, (0, 3), value=fill)
+    rest = {name: getattr(batch, name) for name in (*TRAJECTORY_COLUMNS, "step")}
+    return Trajectories(**columns, **rest)
+
+
+def _take(batch: Trajectories, order: Tensor) -> Trajectories:
+    columns = {name: getattr(batch, name).detach()[order] for name in (*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS)}
+    return Trajectories(**{**columns, "row": None}, step=batch.step)
+
+
+def _same(name: str, problem: str, expected: Tensor, found: Tensor, batch: Trajectories) -> None:
+    if expected.ndim == 2:
+        width = batch.response_mask.shape[1]
+        expected, found = (x[:, :width][batch.response_mask] for x in (expected, found))
+    _close(name, problem, expected, found)
+
+
+def _close(name: str, problem: str, expected: Tensor, found: Tensor) -> None:
+    difference = float((expected.double() - found.double()).detach().abs().max()) if expected.numel() else 0.0
+    scale = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
+    _require(difference <= _TOLERANCE * scale, f"{name} {problem} (largest difference {difference:.3g})")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConformanceError(message)
+
+
+__all__: list[str] = ["ConformanceError", "check_algorithm", "check_component", "random_batch"]

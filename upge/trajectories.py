@@ -1,0 +1,224 @@
+"""The batch that every part of an algorithm reads.
+
+Legend of shapes, used in all docstrings: B trajectories, T response tokens (the longest response of the batch),
+G trajectories of one group, N packed tokens, D hidden size, V vocabulary, Q questions (groups).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+#: Columns with one number per response token, [B, T].
+TOKEN_COLUMNS = (
+    "logprobs",
+    "response_mask",
+    "behavior_logprobs",
+    "sampler_logprobs",
+    "reference_logprobs",
+    "values",
+    "entropies",
+)
+#: Columns with one number per trajectory, [B].
+TRAJECTORY_COLUMNS = ("rewards", "group", "is_demonstration", "preference", "row")
+COLUMNS = frozenset(TOKEN_COLUMNS + TRAJECTORY_COLUMNS)
+#: Columns that exist only after the forward pass of the current policy. Whatever reads none of them is known before it.
+LIVE_COLUMNS = frozenset({"logprobs", "entropies"})
+#: A rollout counts as a success above this reward; rewards are 0 or 1 (or -1 and 1).
+SUCCESS_REWARD = 0.5
+
+
+class UndeclaredColumn(TypeError):
+    """A part reads a column that it does not list in `reads`, so its value could depend on the micro-batch split."""
+
+
+class TokenView:
+    """What parts of reach `token` may use: per-token columns of any leading shape, and what follows from them."""
+
+    logprobs: Tensor | None
+    behavior_logprobs: Tensor | None
+    sampler_logprobs: Tensor | None
+
+    @property
+    def log_importance_ratio(self) -> Float[Tensor, "*shape"]:
+        """log π_θ/π_behavior per token, detached; zero when the data are strictly on-policy (no behaviour column)."""
+        current = self.logprobs.detach()
+        behavior = self.behavior_logprobs
+        return torch.zeros_like(current) if behavior is None else current - behavior
+
+    @property
+    def log_behavior(self) -> Float[Tensor, "*shape"]:
+        """log π_behavior per token, detached: the behaviour column, or the current policy's when strictly on-policy."""
+        behavior = self.behavior_logprobs
+        return self.logprobs.detach() if behavior is None else behavior
+
+    @property
+    def log_sampler_ratio(self) -> Float[Tensor, "*shape"]:
+        """log π_behavior/π_sampler per token, detached: how far the inference engine was from the trainer."""
+        return self.log_behavior - self.sampler_logprobs
+
+    def restricted(self, columns: frozenset[str], owner: str) -> Any:
+        """This batch as `owner` may see it: reading a column outside `columns` raises `UndeclaredColumn`."""
+        return Restricted(self, columns, owner)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTokens(TokenView):
+    """The per-token columns of some trajectories without padding, one entry for each token that counts: [N]."""
+
+    logprobs: Float[Tensor, "N"]
+    response_mask: Bool[Tensor, "N"]
+    behavior_logprobs: Float[Tensor, "N"] | None = None
+    sampler_logprobs: Float[Tensor, "N"] | None = None
+    reference_logprobs: Float[Tensor, "N"] | None = None
+    values: Float[Tensor, "N"] | None = None
+    entropies: Float[Tensor, "N"] | None = None
+    step: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectories(TokenView):
+    """A batch of responses, rollouts and demonstrations alike.
+
+    Padding may hold anything, NaN included: entries outside `response_mask` are set to zero here, so no part sees them.
+
+    Attributes:
+        logprobs: [B, T] log π_θ of each response token, with gradient; None before the forward pass.
+        response_mask: [B, T] True on the tokens that count.
+        rewards: [B] the verifier's reward; a demonstration's is its own reward (1 for a correct one).
+        group: [B] same prompt, same number; any integers.
+        is_demonstration: [B] True for expert responses, False for the model's own rollouts.
+        behavior_logprobs: [B, T] log π_θold, the policy that generated the data; None = strictly on-policy.
+        sampler_logprobs: [B, T] as the inference engine reported them.
+        reference_logprobs: [B, T] of a frozen policy, for KL and preference pairs.
+        values: [B, T] the critic's value before each token.
+        entropies: [B, T] entropy of the current policy at each token over the full vocabulary (nats).
+        preference: [B] +1 chosen, -1 rejected, 0 neither.
+        step: how many training steps are behind the batch, for schedules.
+        row: [B] index of each trajectory in the batch that it was selected from.
+
+    Raises:
+        ValueError: a column has the wrong shape; the message names it, its shape and the one expected.
+    """
+
+    logprobs: Float[Tensor, "B T"] | None
+    response_mask: Bool[Tensor, "B T"]
+    rewards: Float[Tensor, "B"]
+    group: Int[Tensor, "B"]
+    is_demonstration: Bool[Tensor, "B"]
+    behavior_logprobs: Float[Tensor, "B T"] | None = None
+    sampler_logprobs: Float[Tensor, "B T"] | None = None
+    reference_logprobs: Float[Tensor, "B T"] | None = None
+    values: Float[Tensor, "B T"] | None = None
+    entropies: Float[Tensor, "B T"] | None = None
+    preference: Int[Tensor, "B"] | None = None
+    step: int = 0
+    row: Int[Tensor, "B"] | None = None
+
+    def __post_init__(self) -> None:
+        mask = self.response_mask
+        if mask.ndim != 2 or mask.dtype != torch.bool:
+            raise ValueError(
+                f"response_mask: expected a bool tensor [B, T], found {mask.dtype} {list(mask.shape)}; "
+                "make it with `lengths[:, None] > torch.arange(T)`"
+            )
+        for name in TOKEN_COLUMNS + TRAJECTORY_COLUMNS:
+            column = getattr(self, name)
+            if column is None:
+                continue
+            expected = mask.shape if name in TOKEN_COLUMNS else mask.shape[:1]
+            if column.shape != expected:
+                raise ValueError(f"{name}: expected shape {list(expected)}, found {list(column.shape)}")
+            if name in TOKEN_COLUMNS and name != "response_mask":
+                object.__setattr__(self, name, torch.where(mask, column, torch.zeros_like(column)))
+        for name in ("is_demonstration", "rewards", "group"):
+            column, is_bool = getattr(self, name), getattr(self, name).dtype == torch.bool
+            wrong = is_bool != (name == "is_demonstration") or column.is_floating_point() != (name == "rewards")
+            if wrong:
+                kinds = {"is_demonstration": "bool", "rewards": "float", "group": "integer"}
+                raise ValueError(f"{name}: expected a tensor of {kinds[name]}s, found {column.dtype}")
+        if self.row is None:
+            object.__setattr__(self, "row", torch.arange(len(mask), device=mask.device))
+
+    def __len__(self) -> int:
+        return len(self.response_mask)
+
+    @property
+    def lengths(self) -> Int[Tensor, "B"]:
+        """[B] tokens that count in each response."""
+        return self.response_mask.sum(dim=1)
+
+    @property
+    def group_index(self) -> Int[Tensor, "B"]:
+        """[B] `group` renumbered 0 .. Q-1."""
+        return torch.unique(self.group, return_inverse=True)[1]
+
+    @property
+    def pass_rate(self) -> Float[Tensor, "B"]:
+        """[B] share of successes (reward above 0.5) among the rollouts of each trajectory's group; demonstrations do
+        not count. NaN for a group without rollouts."""
+        index, is_rollout = self.group_index, (~self.is_demonstration).double()
+        success = (self.rewards > SUCCESS_REWARD).double() * is_rollout
+        return (group_sum(success, index) / group_sum(is_rollout, index))[index]
+
+    def select(self, rows: Int[Tensor, "b"], logprobs: Tensor | None = None, **columns: Tensor | None) -> Trajectories:
+        """The trajectories `rows`, cut to their longest response; `columns` replaces columns of the result.
+
+        `row` of the result points into the batch that this one was itself selected from.
+        """
+        width = max(1, int(self.lengths[rows].max())) if len(rows) else 1
+        picked = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and field.name in TOKEN_COLUMNS:
+                value = value[rows, :width]
+            elif value is not None and field.name in TRAJECTORY_COLUMNS:
+                value = value[rows]
+            picked[field.name] = value
+        return Trajectories(**{**picked, "logprobs": logprobs, **columns})
+
+    def pack(self) -> PackedTokens:
+        """The tokens that count, trajectory after trajectory, as one row [N] without padding."""
+        mask = self.response_mask
+        packed = {name: getattr(self, name) for name in TOKEN_COLUMNS}
+        return PackedTokens(**{name: c if c is None else c[mask] for name, c in packed.items()}, step=self.step)
+
+
+class Restricted:
+    """A batch of which only declared columns can be read; derived properties are checked by what they read."""
+
+    def __init__(self, batch: TokenView, columns: frozenset[str], owner: str) -> None:
+        self._batch, self._columns, self._owner = batch, columns | {"response_mask"}, owner
+
+    def __len__(self) -> int:
+        return len(self._batch)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in COLUMNS and name not in self._columns:
+            raise UndeclaredColumn(
+                f"{self._owner} reads the column '{name}' without declaring it; add \"{name}\" to its `reads`"
+            )
+        attribute = inspect.getattr_static(type(self._batch), name, None)
+        if isinstance(attribute, property):
+            return attribute.fget(self)
+        if isinstance(attribute, types.FunctionType):
+            return types.MethodType(attribute, self)
+        return getattr(self._batch, name)
+
+
+def group_sum(values: Tensor, index: Int[Tensor, "B"]) -> Tensor:
+    """[Q] sum of `values` [B] over the trajectories of each group; `index` [B] numbers the groups 0 .. Q-1."""
+    size = int(index.max()) + 1 if len(index) else 0
+    return torch.zeros(size, dtype=values.dtype, device=values.device).index_add(0, index, values)
+
+
+def masked_mean(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B 1"]:
+    """[B, 1] mean of `values` over the tokens of `mask` in each row; 0 for a row without tokens."""
+    return (values * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
