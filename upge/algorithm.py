@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from upge.checks import check_fields
-from upge.components.base import REACHES, Component, Precomputed
+from upge.components.base import REACHES, Component, Precomputed, moved
 from upge.errors import ConfigError
 from upge.estimate import Estimate, TermFactors
 from upge.estimator import UnifiedGradient
@@ -242,6 +242,15 @@ class Plan:
     penalties: Mapping[str, tuple[Regularizer, Tensor]]
     keep: Bool[Tensor, "B"]
     counted: Bool[Tensor, "B"]
+
+    def to(self, device: torch.device | str) -> Plan:
+        """The same plan with its values on `device`, where the pieces of the batch are."""
+        if self.keep.device == torch.device(device):
+            return self
+        move = lambda value: moved(value, device)  # noqa: E731
+        terms = {n: PlannedTerm(*(move(getattr(t, f)) for f in t.__dataclass_fields__)) for n, t in self.terms.items()}
+        penalties = {n: (regularizer, move(scale)) for n, (regularizer, scale) in self.penalties.items()}
+        return Plan(terms, penalties, move(self.keep), move(self.counted))
 
     def estimate(self, batch: Trajectories) -> Estimate:
         """The estimate on a piece of the planned batch (`batch.row` says which); pieces add up."""

@@ -193,5 +193,18 @@ def like(batch: Trajectories, value: float) -> Tensor:
     return torch.full((), value, dtype=torch.float64, device=mask.device).expand(mask.shape)
 
 
+def moved(value: Any, device: torch.device | str) -> Any:
+    """`value`, a tensor or an object made of parts, with every tensor in it on `device`; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(moved(item, device) for item in value)
+    if not dataclasses.is_dataclass(value):
+        return value
+    old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    new = {name: moved(item, device) for name, item in old.items()}
+    return dataclasses.replace(value, **new) if any(new[n] is not old[n] for n in old) else value
+
+
 def _fields(part: Component) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(part) if dataclasses.is_dataclass(part) else ()

@@ -1,0 +1,146 @@
+"""A run's configuration: defaults, presets by name, and the command line's key=value list, in that order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import algorithms
+from upge.algorithm import Algorithm
+from upge.errors import ConfigError, nearest
+from upge.train.config import RunConfig, defaults, from_tree
+
+CONFIGS = Path(__file__).parent / "configs"
+MODELS = Path(__file__).parent / "models"
+#: Keys whose value is a name that selects a file; with their defaults.
+GROUPS = {"recipe": None, "algo": "hpt", "model": "tiny", "data": "arithmetic"}
+
+
+# ${upge.models:NAME} in a preset is the folder of a model that ships with the repository.
+OmegaConf.register_resolver("upge.models", lambda name: str(MODELS / name), replace=True)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A checked configuration.
+
+    Attributes:
+        names: which algorithm, model, data set and recipe were selected.
+        tree: everything resolved, as written to config.yaml.
+        config: the same as objects, without the algorithm's and the data set's own keys.
+        algorithm: built from `tree["algo"]`.
+    """
+
+    names: Mapping[str, str | None]
+    tree: dict[str, Any]
+    config: RunConfig
+    algorithm: Algorithm
+
+
+def presets(group: str) -> list[str]:
+    """Names that a group key accepts."""
+    return algorithms.names() if group == "algo" else sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
+
+
+def compose(arguments: Sequence[str]) -> Composed:
+    """The configuration of a command line.
+
+    Raises:
+        ConfigError: an unknown key, name or value, by its key.
+    """
+    items = [_split(argument) for argument in arguments]
+    chosen = {key: value for key, value in items if key in GROUPS}
+    recipe = _preset("recipe", chosen["recipe"]) if chosen.get("recipe") else {}
+    names = {group: chosen.get(group) or recipe.get(group, default) for group, default in GROUPS.items()}
+    tree = OmegaConf.create(defaults())
+    tree.algo = algorithms.read(names["algo"])
+    for group in ("model", "data"):
+        tree = _merge(tree, _named(group, names[group]), f"{group}={names[group]}")
+    tree = _merge(tree, {k: v for k, v in recipe.items() if k not in GROUPS}, f"recipe={names['recipe']}")
+    for key, value in items:
+        if key not in GROUPS:
+            tree = _set(tree, key, value)
+    return _checked(names, tree)
+
+
+def _checked(names: Mapping[str, str | None], tree: DictConfig) -> Composed:
+    try:
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"configuration: {str(error).splitlines()[0]}") from error
+    config = from_tree(RunConfig, plain)
+    algorithm = algorithms.compose(plain["algo"], Path(str(names["algo"])).stem)
+    return Composed(names, plain, config, algorithm)
+
+
+def _split(argument: str) -> tuple[str, str]:
+    key, equals, value = argument.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"'{argument}' is not of the form key=value; see --help for the keys")
+    return key, value
+
+
+def _preset(group: str, name: str) -> dict[str, Any]:
+    path = CONFIGS / group / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{group}: no {group} '{name}'; {nearest(name, presets(group))}")
+    return OmegaConf.to_container(OmegaConf.load(path))
+
+
+def _named(group: str, name: str) -> dict[str, Any]:
+    """A preset's part of the tree; a model may also be a folder or a hub name."""
+    if group == "model" and name not in presets("model") and ("/" in name or Path(name).is_dir()):
+        return {"model": {"path": name}}
+    return _preset(group, name)
+
+
+def _merge(tree: DictConfig, part: Mapping[str, Any], origin: str) -> DictConfig:
+    part = dict(part)
+    overrides = part.pop("algo", None)
+    try:
+        tree = OmegaConf.merge(tree, OmegaConf.create(part))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{origin}: {str(error).splitlines()[0]}") from error
+    if overrides:
+        raise ConfigError(f"{origin}: a preset cannot change `algo`; give algo.KEY=VALUE on the command line")
+    return tree
+
+
+def _set(tree: DictConfig, key: str, value: str) -> DictConfig:
+    """One key=value of the command line; the part before the first dot says who checks the rest."""
+    head, _, rest = key.partition(".")
+    if head in ("algo", "data", "model") and not rest or head == "recipe":
+        raise ConfigError(f"{key}: give a name, or a key below it such as {head}.KEY=VALUE")
+    if head == "algo":
+        tree.algo = algorithms.override(tree.algo, [f"{rest}={value}"])
+        return tree
+    free = head == "data" or key.startswith("model.overrides.")
+    try:
+        if not free and OmegaConf.select(tree, key, default=_ABSENT) is _ABSENT:
+            raise ConfigError(f"{key}: unknown key; {nearest(key, known_keys())}")
+        parsed = OmegaConf.select(OmegaConf.from_dotlist([f"{key}={value}"]), key)
+        OmegaConf.update(tree, key, parsed, merge=False, force_add=free)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+    return tree
+
+
+_ABSENT = object()
+
+
+def known_keys() -> list[str]:
+    """All dotted keys of a run except those inside `algo` and `data`."""
+
+    def walk(tree: Mapping[str, Any], prefix: str) -> list[str]:
+        found = []
+        for name, value in tree.items():
+            inner = walk(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else []
+            found += inner or [f"{prefix}{name}"]
+        return found
+
+    return [*walk(defaults(), ""), "recipe"]

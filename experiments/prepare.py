@@ -1,0 +1,142 @@
+"""Everything that is checked before any training: data, tokenizer, limits, answers, algorithm against data, the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.config import Composed
+from upge import data, verify
+from upge.errors import DataError, ModelError
+from upge.instantiate import build
+from upge.train.folder import RunFolder
+
+#: Columns that this trainer fills beyond rewards, masks and groups.
+PROVIDED = ("behavior_logprobs", "sampler_logprobs", "entropies")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run starts from; `notes` are sentences for the user."""
+
+    tokenizer: Any
+    train: Sequence[data.Example]
+    evaluation: Sequence[data.Example]
+    folder: RunFolder
+    continues: bool
+    notes: tuple[str, ...]
+
+
+def prepare(composed: Composed) -> Prepared:
+    """Loads and checks.
+
+    Raises:
+        UserError: the first thing that is wrong, naming key or file, what was found and the fix.
+    """
+    config, algorithm = composed.config, composed.algorithm
+    algorithm.check(group_size=config.group_size, provided=PROVIDED)
+    folder = RunFolder(output_folder(composed))
+    continues = folder.open(composed.tree, config.resume)
+    verifier = verify.load(config.verify.verifier)
+    splits = build(composed.tree["data"], "data").load()
+    _check_answers([*splits.train, *splits.evaluation], verifier)
+    tokenizer = load_tokenizer(config.model.path)
+    _check_length(config)
+    notes: list[str] = []
+    train = _encode("training", splits.train, tokenizer, composed, notes)
+    evaluation = _encode("evaluation", splits.evaluation, tokenizer, composed, notes)
+    demonstrations = sum(example.demonstration_ids is not None for example in train)
+    algorithm.check(group_size=config.group_size, demonstrations=demonstrations, provided=PROVIDED)
+    if algorithm.needs.demonstrations and demonstrations < len(train):
+        if not algorithm.needs.rollouts:
+            train = [example for example in train if example.demonstration_ids is not None]
+        notes.append(f"{demonstrations} training problems have a demonstration within the limit")
+    return Prepared(tokenizer, train, evaluation, folder, continues, tuple(notes))
+
+
+def output_folder(composed: Composed) -> Path:
+    """`output`, or the next free runs/ALGO-MODEL-DATA."""
+    if composed.config.output:
+        return Path(composed.config.output)
+    names = composed.names
+    stem = "-".join(Path(str(names[group])).stem for group in ("algo", "model", "data"))
+    number, path = 1, Path("runs") / stem
+    while path.exists():
+        number += 1
+        path = Path("runs") / f"{stem}-{number}"
+    return path
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer beside the model.
+
+    Raises:
+        ModelError: no such model, or one without an end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    if not path:
+        raise ModelError("model.path: empty; give the folder of a Hugging Face causal LM, a hub name, or model=NAME")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"model.path: no tokenizer could be loaded for '{path}' ({str(error).splitlines()[0]}). Give the folder of a "
+            "Hugging Face causal LM, or a hub name that is in the local cache or can be downloaded"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model.path: the tokenizer of '{path}' has no end-of-sequence token, so no response could end")
+    return tokenizer
+
+
+def _check_length(config: Any) -> None:
+    from transformers import AutoConfig
+
+    try:
+        limits = AutoConfig.from_pretrained(config.model.path, **config.model.overrides)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model.path: '{config.model.path}' is not a model folder or hub name: {str(error).splitlines()[0]}"
+        ) from error
+    longest = getattr(limits, "max_position_embeddings", None)
+    wanted = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest is not None and wanted > longest:
+        raise ModelError(
+            f"rollout.max_prompt_tokens + rollout.max_response_tokens = {wanted} exceeds the {longest} positions of "
+            f"'{config.model.path}'; lower one of them, or raise model.overrides.max_position_embeddings"
+        )
+
+
+def _check_answers(problems: Sequence[data.Problem], verifier: Any) -> None:
+    check = getattr(verifier, "check_answer", None)
+    if check is None:
+        return
+    for problem in problems:
+        try:
+            check(problem.answer)
+        except ValueError as error:
+            raise DataError(f"{problem.where or problem.id}: the answer cannot be verified: {error}") from error
+
+
+def _encode(which: str, problems: Sequence[data.Problem], tokenizer: Any, composed: Composed, notes: list[str]) -> list:
+    config = composed.config
+    encoded = data.encode(
+        problems,
+        tokenizer,
+        template=config.model.template,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        max_response_tokens=config.rollout.max_response_tokens,
+        overlong_prompts=config.data_policy.overlong_prompts,
+        overlong_demonstrations=config.data_policy.overlong_demonstrations,
+    )
+    if encoded.dropped_prompts:
+        notes.append(f"{which}: {encoded.dropped_prompts} problems dropped, their prompt exceeds rollout.max_prompt_tokens")
+    for count, what in (
+        (encoded.dropped_demonstrations, "dropped"),
+        (encoded.truncated_demonstrations, "cut"),
+    ):
+        if count and which == "training":
+            notes.append(f"{which}: {count} demonstrations {what}, they exceed rollout.max_response_tokens")
+    return list(encoded.examples)

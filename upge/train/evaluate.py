@@ -1,0 +1,69 @@
+"""Accuracy on the evaluation problems: greedy, pass@k and mean@k, per difficulty level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from upge.data import Example
+from upge.rollout import Sampler, Sampling
+from upge.train.collect import stream_seed
+from upge.train.config import RunConfig
+from upge.train.distributed import World
+from upge.trajectories import SUCCESS_REWARD
+from upge.verify import VerifierPool
+
+
+def evaluate(
+    config: RunConfig, examples: Sequence[Example], sampler: Sampler, pool: VerifierPool, tokenizer: Any, world: World
+) -> dict[str, Any]:
+    """{"samples", "temperature", "levels": {level: figures}, "all": figures}, the same on every rank.
+
+    figures: `problems`; `greedy`, the share solved by the one greedy response; `pass@k`, the share with at least one of
+    k sampled responses right; `mean@k`, the mean share of right ones. The seeds do not depend on the training step, so
+    two evaluations of the same weights agree.
+    """
+    mine = list(range(world.rank, len(examples), world.size))
+    k = config.evaluation.samples
+    greedy = _solved(config, examples, mine, 1, 0.0, 1.0, sampler, pool, tokenizer)
+    sampled = _solved(
+        config, examples, mine, k, config.evaluation.temperature, config.evaluation.top_p, sampler, pool, tokenizer
+    )
+    rows = [(i, g[0], s) for i, g, s in zip(mine, greedy, sampled, strict=True)]
+    everywhere = sorted(row for part in world.gather(rows) for row in part)
+    levels: dict[str, list] = {}
+    for index, first, others in everywhere:
+        levels.setdefault(examples[index].problem.level or "all", []).append((first, others))
+    return {
+        "samples": k,
+        "temperature": config.evaluation.temperature,
+        "levels": {level: _figures(rows, k) for level, rows in levels.items()},
+        "all": _figures([row[1:] for row in everywhere], k),
+    }
+
+
+def _solved(config, examples, mine, n, temperature, top_p, sampler, pool, tokenizer) -> list[list[bool]]:
+    """Per problem of this rank, which of its n responses are right."""
+    sampling = Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=config.rollout.max_response_tokens,
+        stop_token_ids=(tokenizer.eos_token_id,),
+    )
+    seeds = [stream_seed(config.seed, "evaluation", i) for i in mine]
+    groups = sampler.sample([examples[i].prompt_ids for i in mine], n, sampling, seeds)
+    texts = tokenizer.batch_decode([r.token_ids for group in groups for r in group], skip_special_tokens=True)
+    problems = [examples[i].problem for i in mine for _ in range(n)]
+    verdicts = pool.score([(text, p.answer, p.prompt) for text, p in zip(texts, problems, strict=True)])
+    right = [v.reward > SUCCESS_REWARD for v in verdicts]
+    return [right[i * n : (i + 1) * n] for i in range(len(mine))]
+
+
+def _figures(rows: list[tuple[bool, list[bool]]], k: int) -> dict[str, float]:
+    number = max(len(rows), 1)
+    return {
+        "problems": len(rows),
+        "greedy": sum(first for first, _ in rows) / number,
+        f"pass@{k}": sum(any(others) for _, others in rows) / number,
+        f"mean@{k}": sum(sum(others) / k for _, others in rows) / number,
+    }

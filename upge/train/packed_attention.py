@@ -1,0 +1,275 @@
+"""Runs a packed row through a Hugging Face causal LM so that no sequence sees another.
+
+The lengths travel as keyword arguments from the trunk's forward to the attention function, under the names that
+transformers gives them for its own variable-length kernels, plus `sequence_lengths`, the same as plain numbers.
+On CPU, and on CUDA for float32, attention is a loop of causal SDPA over runs of equal length. On CUDA in half precision
+it is torch.nn.attention.varlen; that branch was written from torch's documentation and has never been run.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from upge.errors import ModelError
+from upge.logprobs import token_logprobs
+from upge.train.packing import PackedBatch
+
+#: The name under which transformers knows this attention.
+IMPLEMENTATION = "upge_packed"
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+#: Settings with which a model's logits are not W h + b, and the value (besides None) at which they still are.
+_LOGIT_SETTINGS = {
+    "final_logit_softcapping": None,
+    "output_logits_soft_cap": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "lm_head_multiplier": 1.0,
+    "output_multiplier": 1.0,
+    "dim_model_base": None,
+}
+#: Arguments of an attention function that change its scores in ways not supported here.
+_SCORE_ARGUMENTS = ("softcap", "s_aux", "position_bias")
+#: The largest size of a head that the variable-length kernel takes.
+_VARLEN_HEAD_LIMIT = 256
+
+
+class LogprobHead(nn.Module):
+    """Hidden states → log-probs with another module's output embedding, which is not made a submodule of this one.
+
+    Under ZeRO-3 this module is what the output embedding is gathered for: reading the parameter in its forward makes
+    it an external parameter of this module, gathered again before the head's backward and released right after it.
+    """
+
+    def __init__(self, output: nn.Module, chunk_size: int | None = None) -> None:
+        super().__init__()
+        self._output = (output,)
+        self.chunk_size = chunk_size
+
+    def forward(
+        self, hidden: Float[Tensor, "n D"], targets: Tensor, temperature: float = 1.0, entropy: bool = False
+    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"] | None]:
+        """(logprobs [n], entropies [n] or None) as `upge.logprobs.token_logprobs` gives them."""
+        output = self._output[0]
+        return token_logprobs(
+            hidden,
+            output.weight,
+            targets,
+            bias=getattr(output, "bias", None),
+            temperature=temperature,
+            entropy=entropy,
+            chunk_size=self.chunk_size,
+        )
+
+
+class PackedPolicy(nn.Module):
+    """A Hugging Face causal LM that maps a packed batch to the log-probs of its response tokens.
+
+    The model is kept as `self.model`, so its parameters are named "model." + their Hugging Face names. Its attention
+    implementation is replaced, in place: from then on the model runs packed rows only, and refuses anything else.
+
+    Args:
+        model: the causal LM, on any device, before or after DeepSpeed has partitioned it.
+        chunk_size: tokens whose logits exist at the same time; default by device and vocabulary.
+
+    Raises:
+        ModelError: an architecture whose attention or logits cannot be reproduced here.
+    """
+
+    def __init__(self, model: nn.Module, chunk_size: int | None = None) -> None:
+        super().__init__()
+        check_supported(model)
+        register()
+        model.set_attn_implementation(IMPLEMENTATION)
+        self.model = model
+        self.head = LogprobHead(model.get_output_embeddings(), chunk_size)
+
+    def forward(
+        self, batch: PackedBatch, temperature: float = 1.0, entropy: bool = False
+    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"] | None]:
+        """Log-probs [n] of the response tokens in packed order (`batch.pad` makes [B, T]) and entropies [n] or None.
+
+        A batch without response tokens gives empty results that are still connected to every parameter.
+        """
+        longest = max(batch.lengths)
+        trunk = self.model.base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens,
+            cu_seq_lens_k=batch.cu_seqlens,
+            max_length_q=longest,
+            max_length_k=longest,
+            sequence_lengths=batch.lengths,
+        )
+        hidden = trunk.last_hidden_state[0].index_select(0, batch.predictors)
+        return self.head(hidden, batch.targets, temperature, entropy)
+
+
+def register() -> None:
+    """Make this attention known to transformers. Its mask is None: the lengths say which token may see which."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(IMPLEMENTATION, packed_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
+
+
+def check_supported(model: nn.Module) -> None:
+    """Raise ModelError unless the model is a decoder whose attention can be replaced and whose logits are W h + b."""
+    config = model.config
+    kind = f"model type '{config.model_type}'"
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{kind} is an encoder-decoder; choose a decoder-only causal LM such as Qwen2 or Llama")
+    if not model._supports_attention_backend:
+        raise ModelError(
+            f"{kind}: its code in transformers does not take attention from AttentionInterface, so packed sequences "
+            "would see each other; choose a model such as Qwen2, Qwen3, Llama or Mistral"
+        )
+    if model.get_output_embeddings() is None or model.base_model is model:
+        raise ModelError(f"{kind} has no output embedding over a trunk; load it with AutoModelForCausalLM")
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
+    if strange:
+        raise ModelError(f"{kind} has layers of type {strange}; choose a model with only {sorted(_LAYER_TYPES)}")
+    for name, neutral in _LOGIT_SETTINGS.items():
+        value = getattr(config, name, None)
+        if value is not None and value != neutral:
+            raise ModelError(
+                f"{kind} changes its logits after the output embedding ({name} = {value}), which the chunked head does "
+                "not do; choose a model without it"
+            )
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ModelError(f"{kind} caps its attention scores (attn_logit_softcapping); choose a model without it")
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Float[Tensor, "1 heads N size"],
+    key: Float[Tensor, "1 kv_heads N size"],
+    value: Float[Tensor, "1 kv_heads N size"],
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    sequence_lengths: tuple[int, ...] | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **others: Any,
+) -> tuple[Float[Tensor, "1 N heads size"], None]:
+    """Causal attention inside each of the row's sequences, with transformers' signature for attention functions.
+
+    Raises:
+        ModelError: no lengths came with the call, or the layer asks for something that is not supported.
+    """
+    _check_call(module, query, attention_mask, dropout, sliding_window, sequence_lengths, others)
+    if max_length_q is not None and sliding_window is not None and max_length_q <= sliding_window:
+        sliding_window = None
+    if _varlen_takes(query, value):
+        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    runs = [(length, len(list(same))) for length, same in groupby(sequence_lengths)]
+    sizes = [length * count for length, count in runs]
+    # One split and one cat: with a slice per run autograd would build a gradient of the whole row for each run.
+    parts = zip(runs, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
+    outputs = [_run_of_equal_length(*run, *part, scaling, sliding_window) for run, *part in parts]
+    return torch.cat(outputs, dim=1), None
+
+
+def _run_of_equal_length(
+    length: int,
+    count: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """Causal SDPA of `count` neighbours as a batch: [1, heads, count·length, ·] → [1, count·length, heads, ·]."""
+    query, key, value = (x.unflatten(2, (count, length))[0].transpose(0, 1) for x in (query, key, value))
+    window = None
+    if sliding_window is not None and length > sliding_window:
+        places = torch.arange(length, device=query.device)
+        behind = places[:, None] - places
+        window = (behind >= 0) & (behind < sliding_window)
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=window,
+        is_causal=window is None,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2).reshape(1, count * length, query.shape[1], value.shape[-1])
+
+
+def _varlen_takes(query: Tensor, value: Tensor) -> bool:
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and query.shape[-1] == value.shape[-1] <= _VARLEN_HEAD_LIMIT
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    longest: int,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """The CUDA kernel for sequences of many lengths. Never run by the tests, which have no GPU."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    behind = -1 if sliding_window is None else sliding_window - 1
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    output = varlen_attn(
+        query,
+        key,
+        value,
+        starts,
+        starts,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(behind, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[None]
+
+
+def _check_call(
+    module: nn.Module,
+    query: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    sliding_window: int | None,
+    sequence_lengths: tuple[int, ...] | None,
+    others: dict[str, Any],
+) -> None:
+    name = type(module).__name__
+    if sequence_lengths is None:
+        raise ModelError(
+            f"{name} got no sequence lengths. Either the model was called directly (call it through PackedPolicy, or "
+            "set its attention implementation back first), or its code does not hand keyword arguments on to its "
+            "attention; then choose a model such as Qwen2, Qwen3, Llama or Mistral"
+        )
+    if query.shape[0] != 1 or query.shape[2] != sum(sequence_lengths) or attention_mask is not None:
+        raise ModelError(f"{name} did not get the packed row as it was given; choose a model such as Qwen2 or Llama")
+    if dropout:
+        raise ModelError(f"{name} uses dropout {dropout}, so log-probs would be random; set attention_dropout to 0")
+    asked = [key for key in _SCORE_ARGUMENTS if others.get(key) is not None]
+    if asked:
+        raise ModelError(f"{name} changes its attention scores ({', '.join(asked)}); choose a model without that")
+    layer_types = getattr(module.config, "layer_types", None)
+    if layer_types and layer_types[module.layer_idx] == "sliding_attention" and sliding_window is None:
+        raise ModelError(f"{name} has a sliding window that does not reach its attention; choose a model without it")
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
