@@ -1,0 +1,185 @@
+"""A run's folder as one HTML page: what ran, what it achieved, what the gradient did and what the policy says now.
+
+    python -m experiments.report runs/my-run [runs/other ...]
+
+writes runs/my-run/report.html. The page needs nothing besides itself: no script, no font, no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from experiments.reporting.draw import color_name, draw, smoothing_window
+from experiments.reporting.folder import RunFolder, read_run
+from experiments.reporting.plots import Plot, Series, evaluation_plots, select
+from experiments.table import accuracy_rows, measures, number
+from upge.errors import UserError
+
+LONGEST_TEXT = 4000                                   # characters of a prompt or response on the page
+LONGEST_CONFIG = 100_000
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `report.html` into the folder of a run, finished or interrupted, and return its path.
+
+    Raises UserError when the folder is missing or is not the folder of a run.
+    """
+    run = read_run(run_dir)
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
+                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.get_template("report.html.j2").render(page_content(run))
+    target = run.path / "report.html"
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+def page_content(run: RunFolder) -> dict:
+    """What the page's template shows, in the order of the page."""
+    figures, unplotted = select(run.metrics)
+    window = max((smoothing_window(one) for plot, found in figures if plot.kind == "line" for one in found),
+                 default=1)
+    return {
+        "title": " · ".join(_what_ran(run)),
+        "facts": _facts(run),
+        "notes": run.notes,
+        "result": _result(run.evaluations),
+        "formula": str(run.run.get("formula_text") or ""),
+        "window": window,
+        "figures": [_figure(plot, found) for plot, found in (*evaluation_plots(run.evaluations), *figures)],
+        "rollouts": _rollouts(run.rollouts),
+        "rollouts_step": run.rollouts_step,
+        "others": [_summary(one) for one in unplotted.values()],
+        "config": _cut(run.config_text, LONGEST_CONFIG),
+        "details": [(key, _plain(value)) for key, value in run.run.items() if key not in ("formula_text", "command")],
+        "command": _command(run.run),
+    }
+
+
+def _what_ran(run: RunFolder) -> list[str]:
+    """Algorithm, model and data set, as the command line names them."""
+    command = dict(word.split("=", 1) for word in shlex.split(_command(run.run)) if "=" in word)
+    found = []
+    for key in ("algo", "model", "data"):
+        value = run.config.get(key) or run.run.get(key) or command.get(key)
+        if isinstance(value, Mapping):
+            named = command.get(key) or value.get("name") or value.get("path") or value.get("_target_", "")
+            value = str(named).rstrip("/").rsplit("/", 1)[-1].removeprefix("upge.data.")
+        if value:
+            found.append(str(value))
+    return found or [run.path.resolve().name]
+
+
+def _facts(run: RunFolder) -> list[str]:
+    facts = [run.path.resolve().name]
+    if run.metrics:
+        facts.append(f"{run.metrics[-1]['step']} steps")
+    seconds = sum(number(line.get("time/total")) or 0 for line in run.metrics)
+    if seconds:
+        facts.append(f"{_duration(seconds)} of training")
+    seed = run.run.get("seed", run.config.get("seed"))
+    facts += [f"seed {seed}"] if seed is not None else []
+    facts += [f"{run.run['engine']} rollouts"] if isinstance(run.run.get("engine"), str) else []
+    world_size = number(run.run.get("world_size"))
+    return facts + ([f"{world_size:.0f} processes"] if world_size and world_size > 1 else [])
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _result(evaluations: Sequence[dict]) -> dict | None:
+    """The first evaluation against the last one; None when the run has none."""
+    if not evaluations:
+        return None
+    before, after = evaluations[0], evaluations[-1] if len(evaluations) > 1 else {}
+    rows = accuracy_rows(before, after)
+    problems = [row.problems for row in rows if isinstance(row.problems, int) and row.problems > 0]
+    sampling = [f"{before['samples']} samples for each problem" if "samples" in before else "",
+                f"temperature {before['temperature']}" if "temperature" in before else ""]
+    return {"measures": measures(before, after), "rows": rows, "before": before["step"], "after": after.get("step"),
+            "sampling": " at ".join(filter(None, sampling)), "fewest": min(problems, default=None),
+            "error": f"{50 / math.sqrt(min(problems)):.1f}" if problems else None}
+
+
+def _figure(plot: Plot, found: list[Series]) -> dict:
+    signs = "●■◆▲▼✚✖" if plot.kind == "evaluation" else "■"
+    legend = [{"label": one.label, "color": color_name(plot, one.label, index), "sign": signs[index % len(signs)]}
+              for index, one in enumerate(found)]
+    return {"plot": plot, "svg": Markup(draw(plot, found)), "legend": legend if len(found) > 1 else []}
+
+
+def _rollouts(records: Iterable[dict]) -> list[dict]:
+    """The first, best and worst sampled response and the first demonstration; each record once."""
+    records = list(records)
+    sampled = [record for record in records if not record.get("is_demonstration")]
+    rewarded = [record for record in sampled if number(record.get("reward")) is not None]
+    picks = [("first", sampled[:1])]
+    if rewarded:                                      # the latest of equals, so that the first one is not shown again
+        picks.append(("best", [max(reversed(rewarded), key=lambda record: record["reward"])]))
+        picks.append(("worst", [min(reversed(rewarded), key=lambda record: record["reward"])]))
+    picks.append(("demonstration", [record for record in records if record.get("is_demonstration")][:1]))
+    shown: dict[int, dict] = {}
+    for kind, chosen in picks:
+        for record in chosen:
+            shown.setdefault(id(record), {"kinds": [], "record": record})["kinds"].append(kind)
+    return [_rollout(entry["kinds"], entry["record"]) for entry in shown.values()]
+
+
+def _rollout(kinds: list[str], record: dict) -> dict:
+    reward = number(record.get("reward"))
+    status = record.get("status")
+    facts = [f"reward {reward:g}" if reward is not None else "", str(record.get("level") or ""),
+             f"verifier: {status}" if status and status != "ok" else ""]
+    texts = {key: _cut(str(record.get(key) or ""), LONGEST_TEXT) for key in ("prompt", "response", "answer")}
+    return {"kind": " and ".join(kinds).capitalize(), "facts": [fact for fact in facts if fact], **texts}
+
+
+def _summary(one: Series) -> tuple[str, ...]:
+    values = one.finite()
+    return one.label, *(f"{value:.4g}" for value in (values[0], values[-1], min(values), max(values)))
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]} … [{len(text) - longest} more characters]"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "\n".join(f"{key} {_plain(inner)}" for key, inner in value.items())
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _command(run: Mapping) -> str:
+    command = run.get("command") or ""
+    return shlex.join(map(str, command)) if isinstance(command, list) else str(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: a report for each folder; returns the exit code, 2 when one of them is not a run's."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.report",
+                                     description="Write report.html into the folders of runs.")
+    parser.add_argument("folders", nargs="+", metavar="RUN", help="the folder of a run, finished or not")
+    code = 0
+    for folder in parser.parse_args(arguments).folders:
+        try:
+            print(write_report(folder))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Reading a run's folder, finished or interrupted, into one value."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from experiments.table import number
+from upge.errors import DataError, UserError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """All that a report shows: `notes` says what was left out or is unusual, a sentence each."""
+
+    path: Path
+    config: dict
+    config_text: str
+    run: dict
+    metrics: tuple[dict, ...]
+    evaluations: tuple[dict, ...]
+    rollouts: tuple[dict, ...]
+    rollouts_step: int | None
+    notes: tuple[str, ...]
+
+
+def read_run(run_dir: str | Path) -> RunFolder:
+    """Read the folder of a run. Raises UserError when it is missing or lacks config.yaml or metrics.jsonl.
+
+    Lines that cannot be read (an interrupted run may leave half a line) are left out with a note. Of several lines with
+    the same step, as a resumed run may leave, the last one counts.
+    """
+    path = Path(run_dir)
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such folder; give the folder of a run, the one that holds metrics.jsonl")
+    missing = [name for name in ("config.yaml", "metrics.jsonl") if not (path / name).is_file()]
+    if missing:
+        raise UserError(f"{path} is not the folder of a run: {' and '.join(missing)} not found in it; "
+                        "give the folder that was named as output= of the run")
+    notes: list[str] = []
+    config, config_text = _read_config(path / "config.yaml")
+    metrics = _by_step(_read_lines(path / "metrics.jsonl", notes))
+    evaluations = _by_step(_read_lines(path / "evaluations.jsonl", notes))
+    rollouts_step, rollouts = _last_rollouts(path / "rollouts", notes)
+    notes += _state_of_run(config, metrics, evaluations)
+    return RunFolder(path, config, config_text, _read_run_json(path / "run.json", notes), metrics, evaluations,
+                     rollouts, rollouts_step, tuple(notes))
+
+
+def _read_config(path: Path) -> tuple[dict, str]:
+    text = path.read_text(encoding="utf-8")
+    try:
+        config = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (YAMLError, OmegaConfBaseException) as error:
+        first_line = str(error).splitlines()[0]
+        raise DataError(f"{path}: not readable as YAML ({first_line}); restore the file that the run wrote") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: found {type(config).__name__}, expected keys and values as a run writes them")
+    return config, text
+
+
+def _read_run_json(path: Path, notes: list[str]) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        notes.append("run.json is missing: versions and command line are unknown.")
+        return {}
+    except ValueError:
+        content = None
+    if isinstance(content, dict):
+        return content
+    notes.append("run.json could not be read: versions and command line are unknown.")
+    return {}
+
+
+def _read_lines(path: Path, notes: list[str]) -> list[dict]:
+    """The objects of a JSON-lines file; a missing file has none."""
+    if not path.is_file():
+        return []
+    records, lines = [], path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    for position, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            why = "is half-written: the run was interrupted there" if position == len(lines) else "is not readable"
+            notes.append(f"Line {position} of {path.name} {why}; it is left out.")
+    return records
+
+
+def _by_step(records: list[dict]) -> tuple[dict, ...]:
+    steps = {record["step"]: record for record in records if number(record.get("step")) is not None}
+    return tuple(steps[step] for step in sorted(steps))
+
+
+def _last_rollouts(folder: Path, notes: list[str]) -> tuple[int | None, tuple[dict, ...]]:
+    """The step and the lines of the newest rollouts file that holds any."""
+    for path in sorted(folder.glob("step_*.jsonl"), reverse=True):
+        if records := _read_lines(path, notes):
+            digits = path.stem.removeprefix("step_")
+            return int(digits) if digits.isdigit() else None, tuple(records)
+    return None, ()
+
+
+def _state_of_run(config: dict, metrics: tuple[dict, ...], evaluations: tuple[dict, ...]) -> list[str]:
+    notes, planned = [], number(config.get("steps"))
+    last = metrics[-1]["step"] if metrics else 0
+    if not metrics:
+        notes.append("No training step was recorded, so there are no plots of training.")
+    elif planned is not None and last < planned:
+        notes.append(f"The run ended at step {last} of {planned:.0f} planned.")
+    if metrics and evaluations and evaluations[-1]["step"] < last:
+        notes.append(f"The last evaluation is of step {evaluations[-1]['step']}, before the last step, {last}.")
+    skipped = max((number(line.get("skipped_updates")) or 0 for line in metrics), default=0)
+    if skipped:
+        notes.append(f"Updates were skipped because of non-finite values: {skipped:.0f} is the highest count logged.")
+    return notes

@@ -1,0 +1,182 @@
+"""Which plots a report has: the keys of metrics.jsonl that each one shows, its unit and what to look for in it.
+
+To add a plot, add a `Plot` to `PLOTS`. Keys are shell patterns (`time/*`, or `*/tokens` for the figure of every term).
+A plot without any key in the run's metrics is left out, and a key belongs to the first plot that names it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from experiments.table import measures, number
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure: `identifier` is its id on the page, `keys` patterns of metric keys, `caption` one sentence."""
+
+    identifier: str
+    title: str
+    unit: str
+    caption: str
+    keys: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    kind: str = "line"                                # or "stack" (areas) or "evaluation" (few, marked points)
+    limits: tuple[float | None, float | None] = (None, None)
+    log_scale: bool = False
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a plot: `values[i]` at `steps[i]`, NaN where what was recorded is no finite number."""
+
+    label: str
+    steps: tuple[float, ...]
+    values: tuple[float, ...]
+
+    def finite(self) -> list[float]:
+        """The values without the gaps."""
+        return [value for value in self.values if not math.isnan(value)]
+
+
+PLOTS = (
+    Plot("plot-reward", "Reward", "mean reward per rollout",
+         "Should rise; a rise here without one in evaluation accuracy means the reward is being gamed.",
+         ("reward/mean", "reward/*mean*")),
+    Plot("plot-pass-rate", "Pass rate", "share of rollouts that are correct",
+         "Near 0 or near 1 most groups agree and a group-relative advantage has nothing to say.",
+         ("pass_rate", "pass_rate/*"), limits=(0, None)),
+    Plot("plot-demonstrations", "Share of demonstrations", "share of prompts answered by a demonstration",
+         "How often the gate chose imitation; should fall as the policy learns to solve the prompts itself.",
+         ("gate/demonstration_share", "gate/*share*"), limits=(0, None)),
+    Plot("plot-entropy", "Entropy", "nats per token",
+         "A quick fall towards 0 means that sampling no longer explores; a steady rise means the policy comes apart.",
+         ("entropy", "entropy/*"), limits=(0, None)),
+    Plot("plot-length", "Response length", "tokens per response",
+         "A jump to the token limit, or a collapse, is usually seen here before the reward shows it.",
+         ("response_length", "response_length/*"), limits=(0, None)),
+    Plot("plot-gradient", "Gradient norm", "norm before clipping",
+         "Spikes mark steps that clipping held back; a slow climb calls for a lower learning rate.",
+         ("grad_norm", "grad_norm/*", "*/grad_norm"), limits=(0, None)),
+    Plot("plot-weights", "Weights of each term", "|weight| of a token; 1 = plain maximum likelihood",
+         "A 99th percentile (p99) far above the mean says that a few tokens steer the update.",
+         ("*/weight_abs_*",), without=("*/weight_abs_p50",), limits=(0, None)),
+    Plot("plot-advantage", "Advantage of each term", "mean Â per token",
+         "Near 0 where groups are centred; a drift means long and short responses fare differently.",
+         ("*/advantage_mean",)),
+    Plot("plot-masked", "Masked share", "share of tokens with an advantage",
+         "Tokens that the stabilization mask stopped; a growing share means the updates outrun the trust region.",
+         ("*/masked_share",), limits=(0, None)),
+    Plot("plot-tokens", "Tokens behind the gradient", "tokens; effective = (Σ|w|)² / Σw²",
+         "The further the effective count is below the tokens of a term, the fewer of them decide.",
+         ("*/effective_tokens", "*/tokens"), limits=(0, None)),
+    Plot("plot-sampler", "Sampler against trainer", "|Δ log-prob| of a token, logarithmic",
+         "Should stay flat at rounding level; growth means the sampler holds other weights than the trainer.",
+         ("sampler/logprob_diff*",), log_scale=True),
+    Plot("plot-loss", "Surrogate loss", "no unit",
+         "Only its gradient has a meaning: a flat or growing loss says nothing about progress.",
+         ("loss", "loss/*", "*/loss")),
+    Plot("plot-learning-rate", "Learning rate", "as applied",
+         "Should be the schedule that was meant, warm-up included.", ("learning_rate",), limits=(0, None)),
+    Plot("plot-time", "Time per step", "seconds",
+         "The thickest band is where a faster run is to be had.",
+         ("time/*",), without=("time/total",), kind="stack", limits=(0, None)),
+)
+
+
+def select(metrics: Sequence[dict]) -> tuple[list[tuple[Plot, list[Series]]], dict[str, Series]]:
+    """The plots that lines of metrics.jsonl can fill, with their series, and the series that no plot shows."""
+    remaining = _series_by_key(metrics)
+    remaining.pop("step", None)
+    chosen = []
+    for plot in PLOTS:
+        keys = [key for pattern in plot.keys for key in remaining
+                if fnmatchcase(key, pattern) and not any(fnmatchcase(key, other) for other in plot.without)]
+        found = [remaining.pop(key) for key in dict.fromkeys(keys) if remaining[key].finite()]
+        if plot.kind == "stack":
+            found = _with_rest(found, remaining.pop("time/total", None))
+        if found:
+            chosen.append((plot, _shorten(found)))
+    return chosen, remaining
+
+
+def evaluation_plots(evaluations: Sequence[dict]) -> list[tuple[Plot, list[Series]]]:
+    """A plot for each accuracy of evaluations.jsonl, with a series for each difficulty level."""
+    levels = list(dict.fromkeys(name for line in evaluations for name in line.get("levels", {})))
+    levels += ["all"] if any("all" in line for line in evaluations) else []
+    plots = []
+    for measure in measures(*evaluations):
+        series = [series for level in levels if (series := _evaluation_series(evaluations, level, measure)).finite()]
+        if series:
+            plots.append((_evaluation_plot(measure), series))
+    return plots
+
+
+def _evaluation_plot(measure: str) -> Plot:
+    kind, _, samples = measure.partition("@")
+    title, caption = {
+        "greedy": ("Evaluation, greedy",
+                   "The most likely answer to each problem: what training should raise at every level."),
+        "mean": (f"Evaluation, sampled (mean@{samples})",
+                 "The average answer; it nears the greedy curve as the policy grows sure."),
+        "pass": (f"Evaluation, pass@{samples}",
+                 f"One of {samples} samples correct; if it falls while greedy rises, training only sharpens."),
+    }[kind]
+    return Plot(f"plot-evaluation-{kind}", title, "% of problems correct", caption,
+                kind="evaluation", limits=(-2, 102))
+
+
+def _evaluation_series(evaluations: Sequence[dict], level: str, measure: str) -> Series:
+    points = [(line["step"], (line.get("levels", {}) | {"all": line.get("all", {})}).get(level, {}))
+              for line in evaluations]
+    points = [(step, scores[measure]) for step, scores in points if measure in scores]
+    return Series(level, tuple(step for step, _ in points), tuple(100 * _gap(value) for _, value in points))
+
+
+def _series_by_key(metrics: Sequence[dict]) -> dict[str, Series]:
+    """Every key that is a number somewhere; a step whose line lacks the key is no gap, only a point fewer."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for line in metrics:
+        for key, value in line.items():
+            points.setdefault(key, []).append((line["step"], _gap(value)))
+    series = {key: Series(key, *zip(*pairs, strict=True)) for key, pairs in points.items()}
+    return {key: one for key, one in series.items() if one.finite()}
+
+
+def _gap(value: object) -> float:
+    finite = number(value)
+    return math.nan if finite is None else finite
+
+
+def _with_rest(parts: list[Series], total: Series | None) -> list[Series]:
+    """The parts of the time, and what the total has beyond them, on the steps of the total."""
+    if total is None:
+        return parts
+    if not parts:
+        return [total]
+    columns = [dict(zip(part.steps, part.values, strict=True)) for part in parts]
+    rest = tuple(max(0.0, whole - sum(_zero_if_gap(column.get(step, 0.0)) for column in columns))
+                 for step, whole in zip(total.steps, total.values, strict=True))
+    known = sum(_zero_if_gap(value) for value in total.values)
+    rest_share = sum(map(_zero_if_gap, rest)) / known if known else 0.0
+    return parts + ([Series("time/other", total.steps, rest)] if rest_share > 0.01 else [])
+
+
+def _zero_if_gap(value: float) -> float:
+    return 0.0 if math.isnan(value) else value
+
+
+def _shorten(found: list[Series]) -> list[Series]:
+    """Labels without the words, divided by / or _, that all of them begin or end with."""
+    if len(found) < 2:
+        return found
+    words = [re.split(r"([/_])", one.label) for one in found]
+    start = len(os.path.commonprefix(words)) // 2 * 2
+    end = len(os.path.commonprefix([label[start:][::-1] for label in words])) // 2 * 2
+    labels = ["".join(label[start:len(label) - end]) for label in words]
+    return [Series(label or one.label, one.steps, one.values) for label, one in zip(labels, found, strict=True)]

@@ -1,0 +1,40 @@
+"""Small random models and made-up trajectories for tests of the trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from experiments.pretrain import build_model, build_tokenizer
+from upge.train.collect import Trajectory
+
+
+def save_random_model(folder: Path, seed: int = 0) -> Path:
+    """A random Qwen2 with two layers and tied embeddings, with its tokenizer."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, hidden=64, layers=2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def trajectories(groups: int = 5, group_size: int = 4, vocabulary: int = 90, seed: int = 0) -> list[Trajectory]:
+    """Rollouts and a demonstration for each group; group 0 fails altogether, group 1 succeeds altogether."""
+    g = torch.Generator().manual_seed(seed)
+
+    def tokens(low: int, high: int) -> tuple[int, ...]:
+        length = int(torch.randint(low, high, (1,), generator=g))
+        return tuple(torch.randint(3, vocabulary, (length,), generator=g).tolist())
+
+    found = []
+    for group in range(groups):
+        prompt = tokens(3, 12)
+        for member in range(group_size):
+            response = tokens(1, 20)
+            reward = float(group == 1 or (group > 1 and member % 2 == group % 2))
+            sampled = (-torch.rand(len(response), generator=g) * 3 - 2).tolist()
+            found.append(Trajectory(group, group, prompt, response, reward, False, tuple(sampled), True, "ok"))
+        found.append(Trajectory(group, group, prompt, tokens(5, 25), 1.0, True))
+    return found
