@@ -1,0 +1,50 @@
+"""Runs of the command line in processes of their own, for tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+#: A run of seconds: few prompts, two levels, a small evaluation.
+SMALL = (
+    "prompts_per_step=4",
+    "group_size=4",
+    "data.levels=[3 numbers,4 numbers,4 numbers with differences]",
+    "data.train_size=48",
+    "data.evaluation_size=6",
+    "evaluation.samples=2",
+)
+
+
+def command(*arguments: str, ranks: int = 1) -> list[str]:
+    """The command line, under torchrun for several ranks."""
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return [sys.executable, *launcher, "-m", "experiments.run", *arguments]
+
+
+def run(*arguments: str, ranks: int = 1, code: int = 0, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Runs it to its end and checks the exit code."""
+    done = subprocess.run(
+        command(*arguments, ranks=ranks), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done
+
+
+def environment() -> dict[str, str]:
+    """Without the hub: a test never waits for the network."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "TQDM_MININTERVAL": "60"}
+
+
+def lines(path: Path) -> list[dict]:
+    """The lines of a jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    """The lines without what the clock wrote."""
+    return [{k: v for k, v in row.items() if not k.startswith("time")} for row in rows]

@@ -1,0 +1,135 @@
+"""Each piece of bad input ends before any training: exit code 2 and one message with key, finding and fix."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from experiments.run import main
+from tests.running import SMALL, lines, run
+
+GOOD = {"question": "1+1?", "answer": "1+1=2\n#### 2"}
+
+
+def gsm8k(folder, *rows) -> str:
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    (folder / "train.jsonl").write_text(text)
+    (folder / "test.jsonl").write_text(json.dumps({"question": "2+2?", "answer": "#### 4"}) + "\n")
+    return f"data.path={folder}"
+
+
+CASES = {
+    "unknown algorithm": (["algo=grop"], ["algo", "grop", "did you mean 'grpo'"]),
+    "unknown model": (["model=tinny"], ["model", "tinny", "did you mean 'tiny'"]),
+    "unknown data": (["data=arithmetics"], ["data", "did you mean 'arithmetic'"]),
+    "unknown recipe": (["recipe=paper"], ["recipe", "hpt-paper"]),
+    "unknown key": (["stps=3"], ["stps", "did you mean 'steps'"]),
+    "unknown nested key": (["optimizer.learning_rate=1"], ["optimizer.learning_rate", "optimizer."]),
+    "unknown key of the algorithm": (["algo.terms.rl.gate.treshold=1"], ["algo.terms.rl.gate.treshold", "threshold"]),
+    "unknown key of the data": (["data.sise=1"], ["data.sise", "did you mean"]),
+    "not key=value": (["steps"], ["steps", "key=value"]),
+    "wrong type": (["steps=many"], ["steps", "many", "int"]),
+    "wrong value": (["rollout.engine=sglang"], ["rollout.engine", "sglang", "vllm"]),
+    "wrong range": (["group_size=0"], ["group_size", "greater than 0"]),
+    "mini-batches that do not divide": (["optimizer.mini_batches=5"], ["optimizer.mini_batches", "divide"]),
+    "one rollout per prompt": (["group_size=1"], ["group_size", "1", "algo.terms.rl.gate"]),
+    "no such folder for the model": (["model=no/such/model"], ["model.path", "no/such/model"]),
+    "no such class": (["algo.terms.rl.gate._target_=upge.PassRateAbov"], ["_target_", "PassRateAbove"]),
+    "no such file": (["data=gsm8k", "data.path=nowhere"], ["data.path", "nowhere"]),
+    "path missing": (["data=gsm8k"], ["data.path"]),
+    "unknown verifier": (["verify.verifier=maths"], ["verify.verifier", "math"]),
+    "beyond the model's positions": (["rollout.max_response_tokens=9999"], ["max_response_tokens", "2048"]),
+    "critic": (["algo=grpo", "algo.terms.rl.estimator.advantage={_target_: upge.GAE}"], ["GAE", "values", "critic"]),
+    "prompt too long": (["rollout.max_prompt_tokens=5"], ["rollout.max_prompt_tokens", "5", "overlong_prompts"]),
+}
+
+
+def refused(capsys, *arguments: str) -> str:
+    """Runs in this process, which a run that got as far as training would end; returns the message."""
+    code = main(list(arguments))
+    captured = capsys.readouterr()
+    assert code == 2, captured.out
+    assert captured.err.count("error:") == 1 and "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_before_training(case, capsys, tmp_path, monkeypatch):
+    arguments, fragments = CASES[case]
+    message = refused(capsys, *arguments, f"output={tmp_path / 'run'}")
+    for fragment in fragments:
+        assert fragment in message, message
+    assert not (tmp_path / "run").exists()
+
+
+ROWS = {
+    "empty file": ([], ["train.jsonl", "empty"]),
+    "lacking column": ([GOOD, {"question": "1+1?"}], ["train.jsonl:2", "answer"]),
+    "not JSON": ([GOOD, "{not json"], ["train.jsonl:2"]),
+    "no final answer": ([GOOD, {"question": "1+1?", "answer": "two"}], ["train.jsonl:2", "####"]),
+    "answer that does not parse": ([{"question": "1+1?", "answer": "#### \\frac{1}{"}], ["train.jsonl:1", "\\frac{1}{"]),
+    "prompt beyond the limit": ([{"question": "1+" * 400, "answer": "#### 2"}], ["train.jsonl:1", "max_prompt_tokens"]),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_bad_rows_name_file_and_line(case, capsys, tmp_path):
+    rows, fragments = ROWS[case]
+    message = refused(capsys, "data=gsm8k", gsm8k(tmp_path, *rows), f"output={tmp_path / 'run'}")
+    for fragment in fragments:
+        assert fragment in message, message
+
+
+def test_dropped_rows_are_counted(capsys, tmp_path):
+    path = gsm8k(tmp_path, GOOD, {"question": "1+" * 400, "answer": "1\n#### 2"}, {"question": "a", "answer": "1" * 999 + "#### 2"})
+    arguments = ["data=gsm8k", path, "data_policy.overlong_prompts=drop", "rollout.max_response_tokens=100"]
+    assert main([*arguments, f"output={tmp_path / 'run'}", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "1 problems dropped" in text and "1 demonstrations dropped" in text
+
+
+def test_demonstrations_missing_from_the_data(capsys, tmp_path):
+    """Every demonstration is beyond the limit: nothing is left for a term that learns from them."""
+    message = refused(capsys, "algo=sft", "rollout.max_response_tokens=3", f"output={tmp_path / 'run'}")
+    assert "demonstrations" in message and "algo.terms.sft.source" in message
+
+
+def test_existing_folder(capsys, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    assert "not a run's folder" in refused(capsys, f"output={tmp_path}")
+
+
+def test_folder_of_another_run(capsys, tmp_path):
+    """Finished, with other settings, or with resume=never: three different messages."""
+    out = tmp_path / "run"
+    settings = [*SMALL, "algo=sft", "steps=1", "rollout.engine=transformers", f"output={out}"]
+    run(*settings)
+    assert "finished" in refused(capsys, *settings)
+    assert "optimizer.lr" in refused(capsys, *settings, "optimizer.lr=0.5")
+    assert "resume=auto" in refused(capsys, *settings, "resume=never")
+
+
+def test_nonfinite_updates_are_skipped_and_counted(tmp_path):
+    """One spoilt step is skipped and training goes on."""
+    out = tmp_path / "run"
+    bad = "algo.terms.rl.estimator.advantage={_target_: tests.nonfinite.Exploding, first: 1, last: 1}"
+    run(*SMALL, "algo=reinforce", bad, "steps=3", "rollout.engine=transformers", f"output={out}")
+    metrics = lines(out / "metrics.jsonl")
+    assert [row["skipped_updates"] for row in metrics] == [0, 1, 1]
+    assert metrics[1]["grad_norm"] is None and metrics[2]["grad_norm"] > 0
+
+
+def test_too_many_nonfinite_updates_stop_with_the_state_saved(tmp_path):
+    out = tmp_path / "run"
+    bad = "algo.terms.rl.estimator.advantage={_target_: tests.nonfinite.Exploding, first: 1}"
+    arguments = ["algo=reinforce", bad, "steps=9", "stop.nonfinite_updates=2", "rollout.engine=transformers"]
+    done = run(*SMALL, *arguments, f"output={out}", code=3)
+    assert "stop.nonfinite_updates" in done.stdout
+    assert (out / "checkpoints" / "step_000003").is_dir() and not (out / "final").exists()
+    assert lines(out / "metrics.jsonl")[-1]["skipped_updates"] == 2

@@ -1,0 +1,184 @@
+"""The processes behind a `VerifierPool`: one server that imports the verifier, and the workers forked from it.
+
+Run as a script, with nothing but the standard library until the verifier is loaded. The server stays single-threaded
+and never runs a verifier itself, so that a worker starts in milliseconds with everything imported, and a killed one is
+replaced as fast. Neither imports the main program of the parent, torch, or (for a built-in verifier) `upge` itself.
+
+Wire: the parent sends the server FORK with a socket (fork a worker on it), KILL and a process id (answered by its wait
+status) or QUIT. A worker says ("ready", pid) or ("failed", why), then for each item ("started",) and
+("done", reward, status, detail, seconds).
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import math
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+import types
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
+
+FORK, KILL, QUIT = b"F", b"K", b"Q"
+PID = struct.Struct("i")
+WARM_UP = (r"\boxed{\frac{1}{2}}", r"\sqrt{\frac{1}{4}}")
+"""A first item for a built-in verifier: its parser fills its caches in the server, before any fork."""
+
+
+def main(setup: dict[str, Any]) -> NoReturn:
+    """Serves one pool until its process ends or hangs up; `setup` holds fd, parent, path, name, light, memory."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    sys.path[:] = setup["path"]
+    control = socket.socket(fileno=setup["fd"])
+    loading = _import_loading(setup["light"])
+    try:
+        # The import only: a worker makes its own instance, as what that opens must not be shared between processes.
+        loading.find(setup["name"])
+        if setup["light"]:
+            loading.load(setup["name"])(*WARM_UP)
+    except BaseException:  # every worker meets the same error and reports it
+        pass
+    gc.freeze()
+    children: set[int] = set()
+    try:
+        while _serve_one(control, setup, loading.load, children):
+            pass
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for pid in children:
+            _kill(pid)
+        os._exit(0)
+
+
+def _serve_one(control: socket.socket, setup: dict[str, Any], load: Callable, children: set[int]) -> bool:
+    """Waits for one request and does it; False when the parent has gone."""
+    while not select.select([control], [], [], 1.0)[0]:
+        # A process that the parent forked may hold the other end open after the parent itself has ended.
+        if os.getppid() != setup["parent"]:
+            return False
+    command, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+    if command == FORK:
+        server = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            _work(Connection(descriptors[0]), server, setup, load)
+        os.close(descriptors[0])
+        children.add(pid)
+        return True
+    if command == KILL:
+        pid = PID.unpack(control.recv(PID.size, socket.MSG_WAITALL))[0]
+        # A pid from before this server's time: the worker was killed with its own server, and the id may be another's.
+        status = _kill(pid) if pid in children else int(signal.SIGKILL)
+        children.discard(pid)
+        control.sendall(PID.pack(status))
+        return True
+    return False
+
+
+def _kill(pid: int) -> int:
+    """Ends a worker and what it started; its wait status. The id cannot be another's: only this function reaps."""
+    for end in (os.killpg, os.kill):
+        try:
+            end(pid, signal.SIGKILL)
+        except OSError:  # its group is not made yet, or all of it has ended
+            pass
+    return os.waitpid(pid, 0)[1]
+
+
+def _work(connection: Connection, server: int, setup: dict[str, Any], load: Callable) -> NoReturn:
+    """A worker's life: scores items until the parent hangs up, and leaves without the server's clean-up."""
+    try:
+        os.setpgid(0, 0)
+        _die_with_parent(server)
+        _limit_memory(setup["memory"])
+        try:
+            verifier = load(setup["name"])
+        except BaseException as error:
+            connection.send(("failed", str(error) or repr(error)))
+            os._exit(1)
+        connection.send(("ready", os.getpid()))
+        while True:
+            item = connection.recv()
+            connection.send(("started",))
+            begin = time.monotonic()
+            outcome = _score(verifier, item)
+            connection.send(("done", *outcome, time.monotonic() - begin))
+    except (EOFError, OSError):
+        pass
+    finally:
+        os._exit(1)
+
+
+def _score(verifier: Callable, item: tuple[str, str, str | None]) -> tuple[float, str, str]:
+    """(reward, status, detail) of one item."""
+    try:
+        result = verifier(*item)
+    except Exception as error:
+        return 0.0, "error", f"{type(error).__name__}: {error}"[:1000]
+    try:
+        reward = math.nan if isinstance(result, (str, bytes)) else float(result)
+    except Exception:
+        reward = math.nan
+    if not 0.0 <= reward <= 1.0:
+        shown = repr(result)[:200]
+        return 0.0, "error", f"the verifier returned {shown}; it must return a finite number in [0, 1]"
+    return reward, "ok", ""
+
+
+def _die_with_parent(server: int) -> None:
+    """Has the kernel kill this worker when the server ends, however busy it is (Linux)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != server:
+        os._exit(1)
+
+
+def _limit_memory(gibibytes: float | None) -> None:
+    """Bounds the address space at what is in use now and `gibibytes` more: a bomb is to fail here, not elsewhere."""
+    try:
+        import resource
+
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):
+        return
+    if gibibytes is not None:
+        limit = used + int(gibibytes * 2**30)
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        if hard == resource.RLIM_INFINITY or limit < hard:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def _import_loading(light: bool) -> types.ModuleType:
+    """`upge.verify.loading`, imported without running upge's own __init__, which loads torch.
+
+    With `light` the bare package stays, as a built-in verifier needs no more; otherwise it is taken away again, so that
+    a user's module that imports `upge` gets the real one.
+    """
+    package = types.ModuleType("upge")
+    package.__path__ = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    sys.modules["upge"] = package
+    loading = importlib.import_module("upge.verify.loading")
+    if not light:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "upge"]:
+            del sys.modules[name]
+    return loading
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
