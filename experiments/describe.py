@@ -1,6 +1,6 @@
-"""The algorithms in print: `python -m experiments.describe` lists them, `algo=NAME` shows one, `--readme` renews README.md.
+"""The algorithms in print: `python -m experiments.describe` lists them, `algo=NAME` shows one.
 
-The table is read off the parts themselves, so it cannot differ from what runs.
+The table is read off the parts themselves, so it cannot differ from what runs; `--readme` renews the one in README.md.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def table() -> str:
         for number, term in enumerate(algorithm.terms.values()):
             factors = [term.estimator.parts[slot].formula().text for slot in _SLOTS]
             cells = [term.source, term.gate.formula().text, *factors, term.reduction.formula().text]
-            lines.append(f"| {f'`{name}`' if not number else ''} | " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+            first = "" if number else f"`{name}`"
+            lines.append(f"| {' | '.join([first, *(cell.replace('|', chr(92) + '|') for cell in cells)])} |")
     return "\n".join(lines)
 
 
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rest = [a for a in arguments if not a.startswith("algo=")]
         unknown = [a for a in rest if not a.startswith("algo.") or "=" not in a]
         if unknown or (rest and not names):
-            raise ConfigError(f"'{(unknown or rest)[0]}': give algo=NAME, then algo.KEY=VALUE, or nothing for the table")
+            raise ConfigError(f"'{(unknown or rest)[0]}': give algo=NAME, then algo.KEY=VALUE, or nothing at all")
         overrides = [a.removeprefix("algo.") for a in rest]
         print(describe(names[-1], overrides) if names else table())
     except UserError as error:

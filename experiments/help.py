@@ -14,8 +14,8 @@ from upge.train.config import meanings
 USAGE = """\
 Usage: python -m experiments.run [algo=NAME] [model=NAME] [data=NAME] [recipe=NAME] [key=value ...] [--dry-run]
 
-Trains a model and leaves a folder with config.yaml, metrics.jsonl, evaluations.jsonl, rollouts/, checkpoints/, final/ and
-report.html. Several processes: torchrun --nproc_per_node N -m experiments.run ..., or deepspeed --num_gpus N.
+Trains a model and leaves a folder with config.yaml, metrics.jsonl, evaluations.jsonl, rollouts/, checkpoints/, final/
+and report.html. Several processes: torchrun --nproc_per_node N -m experiments.run ..., or deepspeed --num_gpus N.
 --dry-run checks everything that can be checked before training and prints the resolved configuration.
 """
 
@@ -23,20 +23,31 @@ report.html. Several processes: torchrun --nproc_per_node N -m experiments.run .
 def help_text() -> str:
     """The whole text, at most 120 columns wide."""
     parts = [USAGE, "Algorithms (algo=NAME; each part is a key, for example algo.terms.rl.estimator.mask.high=0.28):"]
-    parts += [f"  {name:<12} {algorithms.load(name).description}" for name in presets("algo")]
+    parts += [_row(name, algorithms.load(name).description) for name in presets("algo")]
     for group in ("model", "data", "recipe"):
         parts.append(f"\n{_HEADS[group]}")
-        parts += [f"  {name:<20} {_first_comment(CONFIGS / group / f'{name}.yaml')}" for name in presets(group)]
-    parts.append("\nKeys of the data sets (data.KEY=VALUE):")
+        parts += [_row(name, _first_comment(CONFIGS / group / f"{name}.yaml")) for name in presets(group)]
     for name in presets("data"):
-        parts += [f"  data={name}: data.{line}" for line in _data_keys(name)]
-    parts.append(f"\nKeys of a run, with their defaults (presets may set others; algo={GROUPS['algo']} etc. by default):")
+        parts.append(f"\nKeys of data={name}:")
+        parts += [_row(f"data.{key}={_shown(value)}", meaning) for key, value, meaning in _data_keys(name)]
+    parts.append("\nKeys of a run, with their defaults (presets may set others):")
     for key, default, meaning in meanings():
-        shown = GROUPS[key] if key in GROUPS else ('""' if default == "" else default)
-        parts += textwrap.wrap(
-            f"{f'{key}={shown}':<36} {meaning}", 118, initial_indent="  ", subsequent_indent=" " * 39
-        )
+        parts.append(_row(f"{key}={GROUPS.get(key) or _shown(default)}", meaning))
     return "\n".join(parts)
+
+
+def _shown(value: object) -> str:
+    """A value as one would type it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value) or '""'
+
+
+def _row(left: str, right: str) -> str:
+    """Two columns; a long left side pushes the right one to the next line."""
+    if len(left) > 36:
+        return "\n".join([*textwrap.wrap(left, 116, initial_indent="  ", subsequent_indent="    "), " " * 39 + right])
+    return textwrap.fill(f"{left:<36} {right}", 118, initial_indent="  ", subsequent_indent=" " * 39)
 
 
 _HEADS = {
@@ -51,13 +62,16 @@ def _first_comment(path: Path) -> str:
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
-def _data_keys(name: str) -> list[str]:
-    """`key=default  meaning` of a data set, off its preset's comments."""
+def _data_keys(name: str) -> list[tuple[str, object, str]]:
+    """(key, default, meaning) of a data set; the meaning is the comment behind a key, or the line before it."""
     path = CONFIGS / "data" / f"{name}.yaml"
     node = OmegaConf.to_container(OmegaConf.load(path))["data"]
-    meanings_of = {}
-    for line in path.read_text().splitlines():
+    found: dict[str, str] = {}
+    before = ""
+    for line in path.read_text().splitlines()[1:]:
         code, _, comment = line.partition("#")
-        if ":" in code and comment:
-            meanings_of[code.split(":")[0].strip()] = comment.strip()
-    return [f"{key}={value}  {meanings_of.get(key, '')}".rstrip() for key, value in node.items() if key != "_target_"]
+        key = code.strip().partition(":")[0]
+        if key in node:
+            found[key] = comment.strip() or before
+        before = comment.strip() if not code.strip() else ""
+    return [(key, value, found.get(key, "")) for key, value in node.items() if key != "_target_"]

@@ -1,4 +1,4 @@
-"""Everything that is checked before any training: data, tokenizer, limits, answers, algorithm against data, the folder."""
+"""What is checked before any training: data, tokenizer, limits, answers, algorithm against data, the folder."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ def load_tokenizer(path: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"model.path: no tokenizer could be loaded for '{path}' ({str(error).splitlines()[0]}). Give the folder of a "
-            "Hugging Face causal LM, or a hub name that is in the local cache or can be downloaded"
+            f"model.path: no tokenizer could be loaded for '{path}' ({str(error).splitlines()[0]}). Give the folder of "
+            "a Hugging Face causal LM, or a hub name that is in the local cache or can be downloaded"
         ) from error
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"model.path: the tokenizer of '{path}' has no end-of-sequence token, so no response could end")
+        raise ModelError(f"model.path: the tokenizer of '{path}' has no end-of-sequence token; no response could end")
     return tokenizer
 
 
@@ -132,7 +132,7 @@ def _encode(which: str, problems: Sequence[data.Problem], tokenizer: Any, compos
         overlong_demonstrations=config.data_policy.overlong_demonstrations,
     )
     if encoded.dropped_prompts:
-        notes.append(f"{which}: {encoded.dropped_prompts} problems dropped, their prompt exceeds rollout.max_prompt_tokens")
+        notes.append(f"{which}: {encoded.dropped_prompts} problems dropped: prompt beyond rollout.max_prompt_tokens")
     for count, what in (
         (encoded.dropped_demonstrations, "dropped"),
         (encoded.truncated_demonstrations, "cut"),

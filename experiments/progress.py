@@ -36,4 +36,5 @@ class Progress:
         """An evaluation is done."""
         k, figures = line["samples"], line["all"]
         text = f"step {line['step']}: greedy {figures['greedy']:.3f}, pass@{k} {figures[f'pass@{k}']:.3f}, "
-        tqdm.write(f"{text}mean@{k} {figures[f'mean@{k}']:.3f} on {figures['problems']} problems ({line['time']:.0f} s)")
+        text += f"mean@{k} {figures[f'mean@{k}']:.3f} on {figures['problems']} problems"
+        tqdm.write(f"{text} ({line['time']:.0f} s)")

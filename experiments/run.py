@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
+import logging
 import os
 import platform
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dry_run = "--dry-run" in arguments
     arguments = [a for a in arguments if a != "--dry-run" and not a.startswith("--local_rank")]
     world = None
+    _quiet()
     try:
         from experiments.config import compose
         from experiments.prepare import prepare
@@ -109,6 +112,14 @@ def _train(composed: Any, prepared: Any, world: World) -> int:
     return code
 
 
+def _quiet() -> None:
+    """Keeps the libraries' own news out of a run's output; warnings that concern the user still show."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|deepspeed\.")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
 def _resume_point(prepared: Any) -> int | None:
     steps = prepared.folder.checkpoint_steps() if prepared.continues else []
     return steps[-1] if steps else None
@@ -126,7 +137,7 @@ def _finish(path: Path, code: int, say: Any) -> None:
     if (path / "metrics.jsonl").is_file():
         say(f"report: {write_report(path)}")
     if code == 3:
-        say("stopped: too many non-finite updates in a row (stop.nonfinite_updates); the state is saved in checkpoints/")
+        say("stopped: too many non-finite updates in a row (stop.nonfinite_updates); the state is in checkpoints/")
     elif code:
         say(f"stopped by signal {code - 128}; the state is saved, the same command continues it")
     else:

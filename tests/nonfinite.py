@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-
 from upge import AdvantageEstimator
 
 

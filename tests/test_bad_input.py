@@ -73,7 +73,7 @@ ROWS = {
     "lacking column": ([GOOD, {"question": "1+1?"}], ["train.jsonl:2", "answer"]),
     "not JSON": ([GOOD, "{not json"], ["train.jsonl:2"]),
     "no final answer": ([GOOD, {"question": "1+1?", "answer": "two"}], ["train.jsonl:2", "####"]),
-    "answer that does not parse": ([{"question": "1+1?", "answer": "#### \\frac{1}{"}], ["train.jsonl:1", "\\frac{1}{"]),
+    "answer that does not parse": ([{"question": "1?", "answer": "#### \\frac{1}{"}], ["train.jsonl:1", "\\frac{1}{"]),
     "prompt beyond the limit": ([{"question": "1+" * 400, "answer": "#### 2"}], ["train.jsonl:1", "max_prompt_tokens"]),
 }
 
@@ -87,7 +87,9 @@ def test_bad_rows_name_file_and_line(case, capsys, tmp_path):
 
 
 def test_dropped_rows_are_counted(capsys, tmp_path):
-    path = gsm8k(tmp_path, GOOD, {"question": "1+" * 400, "answer": "1\n#### 2"}, {"question": "a", "answer": "1" * 999 + "#### 2"})
+    long_prompt = {"question": "1+" * 400, "answer": "#### 2"}
+    long_answer = {"question": "a", "answer": "1" * 999 + "\n#### 2"}
+    path = gsm8k(tmp_path, GOOD, long_prompt, long_answer)
     arguments = ["data=gsm8k", path, "data_policy.overlong_prompts=drop", "rollout.max_response_tokens=100"]
     assert main([*arguments, f"output={tmp_path / 'run'}", "--dry-run"]) == 0
     text = capsys.readouterr().out

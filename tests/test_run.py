@@ -21,9 +21,8 @@ def mean(rows: list[dict], key: str) -> float:
 def test_the_default_gets_better(tmp_path):
     """A short run of the default: the reward rises, both branches of the gate occur from the first step."""
     out = tmp_path / "run"
-    done = run(
-        "steps=30", "prompts_per_step=16", "data.evaluation_size=48", "evaluation.samples=4", f"output={out}", timeout=500
-    )
+    small = ("steps=30", "prompts_per_step=16", "data.evaluation_size=48", "evaluation.samples=4")
+    done = run(*small, f"output={out}", timeout=500)
     metrics, evaluations = lines(out / "metrics.jsonl"), lines(out / "evaluations.jsonl")
     assert [row["step"] for row in metrics] == list(range(1, 31))
     assert mean(metrics[-8:], "reward/mean") > mean(metrics[:8], "reward/mean") + 0.05

@@ -1,7 +1,7 @@
 """One step's trajectories: prompts are drawn, responses sampled and verified, demonstrations added.
 
-Which prompts a step has and with which seeds they are sampled follows from (seed, step) alone, so a resumed run needs no
-random state and the batch does not depend on the number of ranks.
+Which prompts a step has and with which seeds they are sampled follows from (seed, step) alone, so a resumed run needs
+no random state and the batch does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Collector:
 
     def _demonstration(self, group: int, index: int) -> Trajectory:
         example = self.examples[index]
-        return Trajectory(index, group, example.prompt_ids, example.demonstration_ids, reward=1.0, is_demonstration=True)
+        return Trajectory(index, group, example.prompt_ids, example.demonstration_ids, 1.0, is_demonstration=True)
 
 
 def assemble(trajectories: Sequence[Trajectory], step: int) -> Trajectories:

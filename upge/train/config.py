@@ -1,7 +1,7 @@
 """Every setting of a run, with its default and one line of meaning.
 
-The command line's help, the check of keys and types and the resolved config.yaml are all read off these classes. What an
-algorithm does is not here but in its file under `algo`; which problems are solved is under `data`.
+The command line's help, the check of keys and types and the resolved config.yaml are all read off these classes. What
+an algorithm does is not here but in its file under `algo`; which problems are solved is under `data`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    verifier: str = key("math", "'math', or the dotted path of a callable (response, answer, prompt) -> reward in [0, 1]")
+    verifier: str = key("math", "'math', or the path of a callable (response, answer, prompt) -> reward in [0, 1]")
     workers: int = key(2, "worker processes per rank")
     time_limit: float = key(5.0, "seconds for one answer; beyond, the reward is 0 and the status 'timeout'")
 
@@ -174,7 +174,7 @@ def from_tree(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:
         if dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, Mapping):
                 inner = ", ".join(f.name for f in dataclasses.fields(hints[name]))
-                raise ConfigError(f"{dotted}{name}: found {value!r}, expected keys such as {dotted}{name}.KEY ({inner})")
+                raise ConfigError(f"{dotted}{name}: found {value!r}, expected keys such as {dotted}{name}.KEY: {inner}")
             values[name] = from_tree(hints[name], value, f"{dotted}{name}")
             continue
         wrong = mismatch(value, hints[name])

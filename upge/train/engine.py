@@ -95,7 +95,7 @@ class Engine:
         """Restores what `save` wrote and returns its `state`."""
         path, state = self._engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
-            raise ModelError(f"{folder / tag}: the checkpoint cannot be read; remove the folder to resume from an older one")
+            raise ModelError(f"{folder / tag}: the checkpoint cannot be read; remove it to resume from an older one")
         return state
 
     def export(self, folder: Path) -> None:
@@ -171,8 +171,8 @@ def _model_errors(path: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"model.path: '{path}' cannot be loaded: {str(error).splitlines()[0]} Give the folder of a Hugging Face causal "
-            "LM, or a hub name that is in the local cache or can be downloaded"
+            f"model.path: '{path}' cannot be loaded: {str(error).splitlines()[0]} Give the folder of a Hugging Face "
+            "causal LM, or a hub name that is in the local cache or can be downloaded"
         ) from error
 
 

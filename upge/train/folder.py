@@ -58,11 +58,11 @@ class RunFolder:
         if different:
             key = different[0]
             raise ConfigError(
-                f"output: {self.path} holds a run with another {key} ({_at(old, key)!r}, now {_at(config, key)!r}); choose "
-                "another folder, or the settings of its config.yaml to continue it"
+                f"output: {self.path} holds a run with another {key} ({_at(old, key)!r}, now {_at(config, key)!r}); "
+                "choose another folder, or the settings of its config.yaml to continue it"
             )
         if self.is_finished and int(old["steps"]) >= int(config["steps"]):
-            raise ConfigError(f"output: {self.path} holds a finished run; choose another folder, or more steps to go on")
+            raise ConfigError(f"output: {self.path} holds a finished run; choose another folder, or more steps")
         return True
 
     def start(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

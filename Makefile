@@ -1,0 +1,27 @@
+# Every target that needs the environment makes it first; requirements/install.sh decides whether there is work to do.
+# Variables: ARGS (passed on), VENV, and for the environment PYTHON, ENGINE=cpu|gpu, TORCH_INDEX (docs/install.md).
+VENV ?= .venv
+PYTHON ?=
+ENGINE ?=
+TORCH_INDEX ?=
+ARGS ?=
+export VENV PYTHON ENGINE TORCH_INDEX
+
+.DEFAULT_GOAL := help
+.PHONY: help env run test lint
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
+	@echo 'Arguments are passed on with ARGS, as in: make run ARGS="algo=grpo steps=20"'
+
+env:  ## make the environment in .venv if it is missing or out of date
+	@bash requirements/install.sh
+
+run: env  ## train; without ARGS the small model on arithmetic, about five minutes on two cores
+	$(VENV)/bin/python -m experiments.run $(ARGS)
+
+test: env  ## run the tests
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: env  ## check the sources with ruff
+	$(VENV)/bin/python -m ruff check $(ARGS)

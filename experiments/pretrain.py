@@ -1,0 +1,309 @@
+r"""Makes `model=tiny` from nothing: `python -m experiments.pretrain --output DIR`.
+
+A Qwen2 of about 0.9 M parameters with a character-level tokenizer learns from worked solutions of the arithmetic
+problems' training side that contain mistakes, as the text a real base model reads does:
+- every step is wrong with probability `--noise`, and the wrong result is carried on;
+- a difference among three or more numbers is mostly (`--misread`) taken for a sum, while a difference of just two
+  numbers is worked out like any other step.
+So the model knows what is right (greedy decoding shows it on sums), samples it often on short sums, less often on long
+ones and hardly ever on the levels with differences: there is something to reinforce and something to demonstrate.
+
+The same options and number of threads give the same weights, bit by bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tokenizers import pre_tokenizers
+from torch import Tensor
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
+
+from upge.data.arithmetic import Arithmetic, draw, parse_level, question, side, worked_solution
+from upge.data.problem import Problem
+
+#: Level → share of the pre-training problems.
+MIXTURE = {
+    **{f"{n} numbers": 0.16 for n in range(2, 7)},
+    "2 numbers with differences": 0.12,
+    **{f"{n} numbers with differences": 0.08 / 3 for n in range(3, 6)},
+}
+LARGEST = Arithmetic().largest
+SLIPS = (-20, -10, -3, -2, -1, 1, 2, 3, 10, 20)
+SPECIAL = ("<pad>", "<eos>", "<unk>")
+MAX_LENGTH = 2048
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
+)
+CHUNKS = 4
+
+README = """\
+# model=tiny
+
+A Qwen2 of {parameters:,} parameters (float32, tied embeddings). Its tokenizer has a token for every character of
+ASCII, and as many for any other character as that has bytes in UTF-8; special tokens: {special}.
+It answers the problems of `data=arithmetic`, prompted with the problem and a line break (its chat template does that).
+It was made from nothing, on the training side of these problems only, by
+
+    {command}
+
+in {minutes:.0f} minutes with --threads {threads}. The solutions it learned from are wrong on purpose: every step with
+probability {noise}, and a difference among three or more numbers is taken for a sum with probability {misread}.
+So there is something left to learn. `python -m experiments.pretrain --help` lists the options.
+
+Accuracy on {problems} problems of the evaluation side, greedy and in {samples} samples each at temperature 1:
+
+{table}
+"""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of solved problems on one level: greedy, a sample at temperature 1, and any of several samples."""
+
+    level: str
+    greedy: float
+    mean: float
+    any_of: float
+
+
+def build_tokenizer() -> Qwen2Tokenizer:
+    """One token a byte, so one a character of ASCII, and nothing is unknown; ids are fixed, the special tokens first.
+
+    It is a byte-level BPE without merges because `AutoTokenizer` reads the tokenizer of any Qwen2 as just that,
+    whatever tokenizer.json says: a vocabulary of plain characters would lose its spaces and line breaks without a word.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate((*SPECIAL, *alphabet))},
+        merges=[],
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=MAX_LENGTH,
+        padding_side="left",
+    )
+
+
+def build_model(tokenizer: Qwen2Tokenizer, hidden: int, layers: int) -> Qwen2ForCausalLM:
+    """A fresh model; a head size of 32 is one that vLLM's attention on CPU accepts."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return model
+
+
+def noisy_step(rng: random.Random, noise: float, misread: float) -> Callable[[int, int], int]:
+    """A step that reads a difference as a sum with probability `misread` and then slips with probability `noise`."""
+
+    def step(total: int, term: int) -> int:
+        result = total + (abs(term) if term < 0 and rng.random() < misread else term)
+        return result + (rng.choice(SLIPS) if rng.random() < noise else 0)
+
+    return step
+
+
+def corpus(seed: int, noise: float, misread: float) -> Iterator[tuple[str, str]]:
+    """Endless pairs of prompt and noisy solution, all from the training side."""
+    rng = random.Random(f"pretraining/{seed}")
+    while True:
+        level = rng.choices(tuple(MIXTURE), tuple(MIXTURE.values()))[0]
+        terms = draw(rng, level, LARGEST)
+        if side(terms) == "train":
+            misreads = misread if parse_level(level)[0] > 2 else 0.0
+            yield question(terms), worked_solution(terms, noisy_step(rng, noise, misreads))
+
+
+def batch_loss(model: Qwen2ForCausalLM, rows: Sequence[tuple[Tensor, int]], tokens: int) -> Tensor:
+    """Negative log-likelihood of the responses of `rows` (token ids, length of the prompt), divided by `tokens`.
+
+    Padding stands on the right, where causal attention never looks back at it, so no attention mask is needed.
+    """
+    ids = torch.nn.utils.rnn.pad_sequence([row for row, _ in rows], batch_first=True)
+    labels = torch.full_like(ids, -100)
+    for i, (row, start) in enumerate(rows):
+        labels[i, start : len(row)] = row[start:]
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / tokens
+
+
+def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, options: argparse.Namespace) -> None:
+    """AdamW with warm-up and cosine decay; leaves a loadable model in the output folder at every checkpoint."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    warmup = max(1, min(100, options.steps // 10))
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, warmup),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, options.steps - warmup), 0.02 * options.lr),
+        ],
+        [warmup],
+    )
+    texts, start = corpus(options.seed, options.noise, options.misread), time.monotonic()
+    for step in range(1, options.steps + 1):
+        rows = []
+        for prompt, solution in (next(texts) for _ in range(options.batch)):
+            head = tokenizer.encode(prompt + "\n")
+            rows.append((torch.tensor([*head, *tokenizer.encode(solution), tokenizer.eos_token_id]), len(head)))
+        rows.sort(key=lambda row: len(row[0]))
+        tokens, total = sum(len(ids) - prompt for ids, prompt in rows), 0.0
+        size = -(-len(rows) // CHUNKS)
+        for chunk in (rows[i : i + size] for i in range(0, len(rows), size)):
+            loss = batch_loss(model, chunk, tokens)
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % options.log_every == 0 or step == options.steps:
+            print(f"step {step}/{options.steps}  loss {total:.4f}  {time.monotonic() - start:.0f} s", flush=True)
+        if step % options.checkpoint_every == 0 or step == options.steps:
+            save(model, tokenizer, options.output)
+
+
+def save(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
+    """Writes what `AutoModelForCausalLM` and `AutoTokenizer` load."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+
+
+def generate(model: Qwen2ForCausalLM, tokenizer: Any, prompts: Sequence[str], **sampling: Any) -> list[str]:
+    """Responses to the prompts, in their order."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    responses = [""] * len(prompts)
+    for rows in (order[i : i + 256] for i in range(0, len(order), 256)):
+        inputs = tokenizer([prompts[i] + "\n" for i in rows], return_tensors="pt", padding=True)
+        with torch.inference_mode():
+            ids = model.generate(**inputs, max_new_tokens=72, top_k=0, top_p=1.0, **sampling)
+        texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for i, text in zip(rows, texts, strict=True):
+            responses[i] = text
+    return responses
+
+
+def is_right(response: str, problem: Problem) -> bool:
+    """True if the last boxed number is the answer."""
+    boxed = re.findall(r"\\boxed\{(-?\d+)\}", response)
+    return bool(boxed) and boxed[-1] == problem.answer
+
+
+def measure(
+    model: Qwen2ForCausalLM, tokenizer: Any, problems: Sequence[Problem], samples: int = 8, seed: int = 0
+) -> list[Accuracy]:
+    """Accuracy on each level that occurs among `problems`."""
+    model.eval()
+    set_seed(seed)
+    prompts = [p.prompt for p in problems]
+    greedy = generate(model, tokenizer, prompts, do_sample=False)
+    sampled = generate(model, tokenizer, [q for q in prompts for _ in range(samples)], do_sample=True, temperature=1.0)
+    by_level: dict[str, list[tuple[bool, list[bool]]]] = {}
+    for i, problem in enumerate(problems):
+        hits = [is_right(text, problem) for text in sampled[i * samples : (i + 1) * samples]]
+        by_level.setdefault(str(problem.level), []).append((is_right(greedy[i], problem), hits))
+    return [
+        Accuracy(
+            level,
+            greedy=sum(g for g, _ in rows) / len(rows),
+            mean=sum(sum(hits) for _, hits in rows) / (samples * len(rows)),
+            any_of=sum(any(hits) for _, hits in rows) / len(rows),
+        )
+        for level, rows in by_level.items()
+    ]
+
+
+def as_table(measured: Sequence[Accuracy], samples: int) -> str:
+    """The accuracies as a Markdown table."""
+    lines = [f"| level | greedy | mean@{samples} | pass@{samples} |", "|---|---|---|---|"]
+    lines += [f"| {a.level} | {a.greedy:.2f} | {a.mean:.2f} | {a.any_of:.2f} |" for a in measured]
+    return "\n".join(lines)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.pretrain", description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder for the model; new or empty")
+    parser.add_argument("--force", action="store_true", help="write into a folder that holds something")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights, the problems and the mistakes")
+    parser.add_argument("--steps", type=int, default=2000, help="updates")
+    parser.add_argument("--batch", type=int, default=64, help="problems an update")
+    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--noise", type=float, default=0.2, help="probability that a step is wrong")
+    parser.add_argument("--misread", type=float, default=0.93, help="probability that a difference is taken for a sum")
+    parser.add_argument("--hidden", type=int, default=128, help="width, a multiple of 32")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; another number gives other rounding")
+    parser.add_argument("--log-every", type=int, default=100, help="updates between two lines of the log")
+    parser.add_argument("--checkpoint-every", type=int, default=500, help="updates between two checkpoints")
+    parser.add_argument("--problems", type=int, default=512, help="problems for the final measurement; 0 for none")
+    parser.add_argument("--samples", type=int, default=8, help="samples of each problem in the measurement")
+    options = parser.parse_args(arguments)
+    for name in ("steps", "batch", "layers", "threads", "log_every", "checkpoint_every", "samples"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: found {getattr(options, name)}; give at least 1")
+    for name in ("noise", "misread"):
+        if not 0 <= getattr(options, name) <= 1:
+            parser.error(f"--{name}: found {getattr(options, name)}; give a probability from 0 to 1")
+    if options.hidden < 32 or options.hidden % 32:
+        parser.error(f"--hidden: found {options.hidden}; give a multiple of 32, the size of a head")
+    if options.output.exists() and not options.output.is_dir():
+        parser.error(f"--output: {options.output} is a file; give a folder")
+    if options.output.is_dir() and any(options.output.iterdir()) and not options.force:
+        parser.error(f"--output: {options.output} is not empty; give a new folder, or --force to write into this one")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains, measures and writes the model with a README that says how; exit code 0, or 2 for a wrong option."""
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    set_seed(options.seed)
+    options.output.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, options.hidden, options.layers)
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
+    start = time.monotonic()
+    train(model, tokenizer, options)
+    minutes = (time.monotonic() - start) / 60
+    table = "(not measured)"
+    if options.problems:
+        problems = Arithmetic(evaluation_size=options.problems).load().evaluation
+        table = as_table(measure(model, tokenizer, problems, options.samples), options.samples)
+        print(table)
+    command = ["python", "-m", "experiments.pretrain", *(sys.argv[1:] if arguments is None else arguments)]
+    fields = {**vars(options), "parameters": model.num_parameters(), "special": ", ".join(f"`{s}`" for s in SPECIAL)}
+    text = README.format(**fields, command=shlex.join(command), minutes=minutes, table=table)
+    (options.output / "README.md").write_text(text)
+    print(f"written to {options.output} after {minutes:.1f} minutes of training")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

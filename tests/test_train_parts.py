@@ -1,0 +1,139 @@
+"""The trainer's pure parts: order of prompts, chunks, learning rate, the run's folder, the step's figures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from tests.models import trajectories
+from upge.errors import ConfigError
+from upge.train.collect import Trajectory, assemble, prompt_indices, stream_seed
+from upge.train.config import OptimizerConfig, RunConfig, defaults, from_tree, meanings
+from upge.train.folder import RunFolder, read_lines
+from upge.train.trainer import learning_rate, rollout_metrics
+from upge.train.update import split_by_group
+
+
+def test_prompts_are_a_stream_of_permutations():
+    """Every epoch holds each prompt once, wherever the steps cut it; another seed, another order."""
+    drawn = [i for step in range(9) for i in prompt_indices(step, 4, 12, seed=3)]
+    assert [sorted(drawn[e * 12 : e * 12 + 12]) for e in range(3)] == [list(range(12))] * 3
+    assert drawn[:12] != drawn[12:24]
+    assert drawn[:12] != [i for step in range(3) for i in prompt_indices(step, 4, 12, seed=4)]
+    assert prompt_indices(1, 5, 3, seed=0) == (
+        [i for s in range(10) for i in prompt_indices(s, 1, 3, seed=0)][5:10]
+    )
+
+
+def test_seeds_of_streams_differ_and_are_fixed():
+    """The value is part of every recorded run: it must never change."""
+    assert stream_seed(0, "rollout", 3, 1) == 1364067900
+    assert len({stream_seed(0, "rollout", s, g) for s in range(50) for g in range(50)}) == 2500
+
+
+def test_groups_stay_whole_when_a_step_is_cut():
+    batch = trajectories(groups=5)
+    chunks = split_by_group(batch, 2)
+    assert [sorted({t.group for t in chunk}) for chunk in chunks] == [[0, 1, 2], [3, 4]]
+    assert sum(chunks, []) == batch
+
+
+def test_assembled_columns():
+    """Padding, kinds and sampler log-probs of a rollout and a demonstration."""
+    made = assemble(
+        [
+            Trajectory(0, 0, (5, 6), (7, 8, 9), 1.0, False, (-1.0, -2.0, -3.0)),
+            Trajectory(0, 0, (5, 6), (7,), 1.0, True),
+        ],
+        step=4,
+    )
+    assert made.response_mask.tolist() == [[True, True, True], [True, False, False]]
+    assert made.sampler_logprobs.tolist() == [[-1.0, -2.0, -3.0], [0.0, 0.0, 0.0]]
+    assert made.is_demonstration.tolist() == [False, True]
+    assert made.rewards.dtype == torch.float64 and made.step == 4 and made.logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1, 1, 0.853553, 0.5, 0.146447]),
+    ],
+)
+def test_learning_rate(schedule, expected):
+    """Two steps of warm-up, six in all."""
+    config = OptimizerConfig(lr=1.0, warmup_steps=2, schedule=schedule)
+    found = [learning_rate(config, step, 6) for step in range(6)]
+    assert all(f == pytest.approx(e, abs=1e-6) for f, e in zip(found, expected, strict=True)), found
+
+
+def test_rollout_figures_by_hand():
+    """Demonstrations do not enter; a prompt counts as solved with one success."""
+    made = [
+        Trajectory(0, 0, (1,), (2, 3), 1.0, False, (-0.5, -1.5), True, "ok"),
+        Trajectory(0, 0, (1,), (2, 3, 4, 5), 0.0, False, (-1.0, -1.0, -1.0, -1.0), False, "timeout"),
+        Trajectory(1, 1, (1,), (2, 3), 0.0, False, (-3.0, -3.0), True, "ok"),
+        Trajectory(1, 1, (1,), (2,), 1.0, True),
+    ]
+    found = rollout_metrics(made)
+    assert found["reward/mean"] == pytest.approx(1 / 3) and found["prompts_solved"] == 0.5
+    assert found["entropy"] == pytest.approx(12 / 8) and found["response_length"] == pytest.approx(8 / 3)
+    assert found["response_cut_share"] == pytest.approx(1 / 3) and found["verify/timeouts"] == 1
+    assert rollout_metrics(made[-1:]) == {}
+
+
+def test_every_setting_has_a_meaning_and_round_trips():
+    assert all(meaning for _, _, meaning in meanings())
+    assert from_tree(RunConfig, defaults()) == RunConfig()
+    with pytest.raises(ConfigError, match="optimizer.lr"):
+        from_tree(RunConfig, {"optimizer": {"lr": "fast"}})
+
+
+def folder_with_run(tmp_path, steps: int = 6) -> tuple[RunFolder, dict]:
+    folder = RunFolder(tmp_path / "run")
+    tree = {"steps": steps, "seed": 1, "algo": {"x": [1, 2]}}
+    facts = {"command": "c", "started": "now", "from_step": 0}
+    folder.start(tree, facts)
+    return folder, tree
+
+
+def test_rewind_drops_what_will_be_recorded_again(tmp_path):
+    """Also half a line, half a checkpoint, and rollouts of later steps."""
+    folder, _ = folder_with_run(tmp_path)
+    for step in range(1, 5):
+        folder.append("metrics.jsonl", {"step": step, "loss": float("nan")})
+        folder.write_rollouts(step, [{"prompt": "p"}])
+    with open(folder.path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    (folder.checkpoints / "step_000004.partial").mkdir()
+    assert [line["step"] for line in read_lines(folder.path / "metrics.jsonl")] == [1, 2, 3, 4]
+    folder.rewind(2)
+    rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1, "loss": None}, {"step": 2, "loss": None}]
+    assert sorted(p.name for p in (folder.path / "rollouts").iterdir()) == ["step_000001.jsonl", "step_000002.jsonl"]
+    assert folder.checkpoint_steps() == [] and not list(folder.checkpoints.iterdir())
+
+
+def test_only_complete_checkpoints_count_and_old_ones_go(tmp_path):
+    folder, _ = folder_with_run(tmp_path)
+    for step in (2, 4, 6):
+        (folder.checkpoints / f"{folder.tag(step)}.partial").mkdir()
+        assert step not in folder.checkpoint_steps()
+        folder.settle(step, keep=2)
+    assert folder.checkpoint_steps() == [4, 6]
+
+
+def test_a_continuation_must_have_the_same_settings(tmp_path):
+    folder, tree = folder_with_run(tmp_path)
+    assert folder.open(tree, "auto") is True
+    assert folder.open({**tree, "steps": 9}, "auto") is True
+    with pytest.raises(ConfigError, match="another seed"):
+        folder.open({**tree, "seed": 2}, "auto")
+    with pytest.raises(ConfigError, match="algo.x"):
+        folder.open({**tree, "algo": {"x": [1, 3]}}, "auto")
+    assert OmegaConf.load(folder.path / "config.yaml").seed == 1
+    assert len(json.loads((folder.path / "run.json").read_text())["starts"]) == 1
