@@ -18,6 +18,8 @@ from upge.regularizers import Regularizer
 FOLDER = Path(__file__).parent
 _TERM_KEYS = {"source", "gate", "estimator", "reduction", "coefficient"}
 _KEYS = {"description", "terms", "regularizers"}
+#: Keys below which an override may add something although the file does not have them.
+_OPEN = {"regularizers"}
 
 
 def names() -> list[str]:
@@ -32,6 +34,8 @@ def read(name: str) -> DictConfig:
         ConfigError: no such algorithm or file, or not YAML.
     """
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not path.is_file() and path.parent != FOLDER:
+        raise ConfigError(f"algo: there is no file {path}; give the path of a YAML file or one of {', '.join(names())}")
     if not path.is_file():
         raise ConfigError(
             f"algo: no algorithm '{name}'; {nearest(str(name), names())} (or give the path of a YAML file)"
@@ -53,13 +57,13 @@ def override(node: DictConfig, overrides: Sequence[str], path: str = "algo") -> 
     """
     result = OmegaConf.create(OmegaConf.to_container(node, resolve=False))
     for item in overrides:
-        key, equals, _ = item.partition("=")
+        key, equals, text = item.partition("=")
         if not equals or not key:
             raise ConfigError(f"{path}: override {item!r} is not of the form key=value")
+        value = _value(text, f"{path}.{key}")
         try:
-            value = OmegaConf.select(OmegaConf.from_dotlist([item]), key)
             parent = key.rpartition(".")[0]
-            if parent and OmegaConf.select(result, parent) is None:
+            if parent and parent not in _OPEN and OmegaConf.select(result, parent) is None:
                 known = _paths(OmegaConf.to_container(result))
                 raise ConfigError(f"{path}.{key}: there is no '{parent}'; {nearest(key, known)}")
             OmegaConf.update(result, key, value, merge=False, force_add=True)
@@ -68,22 +72,37 @@ def override(node: DictConfig, overrides: Sequence[str], path: str = "algo") -> 
     return result
 
 
+def _value(text: str, path: str) -> Any:
+    """What stands right of an override's =. An interpolation stays one: it must follow the run that the algorithm
+    becomes a part of."""
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
+    except Exception as error:  # OmegaConf's errors and those of the YAML parser behind it
+        raise ConfigError(f"{path}: found {text!r}, which is not YAML: {str(error).splitlines()[0]}") from error
+
+
 def compose(node: DictConfig | Mapping[str, Any], name: str, path: str = "algo") -> Algorithm:
     """The `Algorithm` that a configuration describes.
 
     Raises:
         ConfigError: an unknown key, a wrong type or an impossible value, by its key.
     """
-    tree = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    try:
+        tree = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        where = key if f"{key}.".startswith(f"{path}.") else f"{path}.{key}".rstrip(".")
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
     _only(tree, _KEYS, path)
     if not isinstance(tree.get("terms"), Mapping) or not tree["terms"]:
         raise ConfigError(
             f"{path}.terms: found {tree.get('terms')!r}; an algorithm is a sum of at least one named term"
         )
     terms = {n: _term(item, f"{path}.terms.{n}") for n, item in tree["terms"].items()}
-    extra = {
-        n: build(item, f"{path}.regularizers.{n}", Regularizer) for n, item in (tree.get("regularizers") or {}).items()
-    }
+    named = tree.get("regularizers") or {}
+    if not isinstance(named, Mapping):
+        raise ConfigError(f"{path}.regularizers: found {named!r}, expected a mapping from names to regularizers")
+    extra = {n: build(item, f"{path}.regularizers.{n}", Regularizer) for n, item in named.items()}
     return Algorithm(name=name, terms=terms, regularizers=extra, description=str(tree.get("description") or ""))
 
 
@@ -102,7 +121,9 @@ def _term(tree: Any, path: str) -> Term:
     _only(tree, _TERM_KEYS, path)
     missing = _TERM_KEYS - {"coefficient"} - set(tree)
     if missing:
-        raise ConfigError(f"{path}.{sorted(missing)[0]}: missing; a term needs {', '.join(sorted(_TERM_KEYS))}")
+        raise ConfigError(
+            f"{path}.{sorted(missing)[0]}: missing; a term needs {', '.join(sorted(_TERM_KEYS - {'coefficient'}))}"
+        )
     estimator = tree["estimator"]
     if isinstance(estimator, Mapping):
         estimator = {TARGET: "upge.UnifiedGradient", **estimator}

@@ -11,6 +11,7 @@ from experiments.config import Composed
 from upge import data, verify
 from upge.errors import DataError, ModelError
 from upge.instantiate import build
+from upge.rollout.model import read_config
 from upge.train.folder import RunFolder
 
 #: Columns that this trainer fills beyond rewards, masks and groups.
@@ -42,8 +43,8 @@ def prepare(composed: Composed) -> Prepared:
     verifier = verify.load(config.verify.verifier)
     splits = build(composed.tree["data"], "data").load()
     _check_answers([*splits.train, *splits.evaluation], verifier)
-    tokenizer = load_tokenizer(config.model.path)
     _check_length(config)
+    tokenizer = load_tokenizer(config.model.path)
     notes: list[str] = []
     train = _encode("training", splits.train, tokenizer, composed, notes)
     evaluation = _encode("evaluation", splits.evaluation, tokenizer, composed, notes)
@@ -77,8 +78,6 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not path:
-        raise ModelError("model.path: empty; give the folder of a Hugging Face causal LM, a hub name, or model=NAME")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -92,14 +91,9 @@ def load_tokenizer(path: str) -> Any:
 
 
 def _check_length(config: Any) -> None:
-    from transformers import AutoConfig
-
-    try:
-        limits = AutoConfig.from_pretrained(config.model.path, **config.model.overrides)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"model.path: '{config.model.path}' is not a model folder or hub name: {str(error).splitlines()[0]}"
-        ) from error
+    if not config.model.path:
+        raise ModelError("model.path: empty; give the folder of a Hugging Face causal LM, a hub name, or model=NAME")
+    limits = read_config(config.model.path, config.model.overrides)
     longest = getattr(limits, "max_position_embeddings", None)
     wanted = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     if longest is not None and wanted > longest:

@@ -81,6 +81,7 @@ def _train(composed: Any, prepared: Any, world: World) -> int:
             max_length=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
             memory_fraction=config.rollout.memory_fraction,
             seed=config.seed,
+            overrides=config.model.overrides,
         )
         say(f"rollouts: {sampler.reason}")
         resume_from = _resume_point(prepared)

@@ -22,9 +22,11 @@ def term(
     coefficient=1.0,
 ) -> dict:
     """A term from class names, or (class name, settings) pairs."""
-    node = lambda part: (
-        {"_target_": f"upge.{part}"} if isinstance(part, str) else {"_target_": f"upge.{part[0]}", **part[1]}
-    )  # noqa: E731
+
+    def node(described: str | tuple[str, dict]) -> dict:
+        name, settings = (described, {}) if isinstance(described, str) else described
+        return {"_target_": f"upge.{name}", **settings}
+
     estimator = {"mask": mask, "denominator": denominator, "advantage": advantage, "likelihood": likelihood}
     return {
         "source": source,

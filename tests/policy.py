@@ -57,7 +57,7 @@ def log_softmax(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 def sample(
     seed: int = 0, groups: int = 5, rollouts: int = 4, length: int = 6, vocabulary: int = 11, pairs: bool = False
 ):
-    """Groups of different success, one demonstration each, off-policy by a realistic amount; group 0 fails altogether."""
+    """Groups of different success with a demonstration each, off-policy by a realistic amount; group 0 fails."""
     g = torch.Generator().manual_seed(seed)
     size = rollouts + 1
     b = groups * size

@@ -79,7 +79,7 @@ def test_strictly_on_policy_needs_no_behaviour_column():
 
 
 def test_dropped_trajectories_do_not_change_the_gradient():
-    """hpt never sends to the model: rollouts of failing questions, demonstrations of the others, groups without signal."""
+    """hpt spares the model rollouts of failing questions, demonstrations of the others and groups without signal."""
     s = sample(3)
     plan = load("hpt").plan(s.batch)
     rows = plan.keep.nonzero()[:, 0]

@@ -1,6 +1,7 @@
 """The objectives as their papers print them, written out in plain loops; to be minimised.
 
-Nothing here uses upge. Each takes a `Sample` (see policy.py) and returns a scalar whose autograd gradient is the reference.
+Nothing here uses upge. Each takes a `Sample` (see policy.py) and returns a scalar whose autograd gradient is the
+reference.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def luffy(s):
 
 
 def srft(s):
-    """Four parts, entropies detached: demonstration likelihood and offline reinforcement, signed likelihood on rollouts."""
+    """Four parts, entropies detached: demonstration likelihood, offline reinforcement, signed rollout likelihood."""
     demo = [r for r in s.rows if r["demo"]]
     own = [r for r in s.rows if not r["demo"]]
     loss = -sum((0.5 * torch.exp(-r["entropy"].detach().mean()) * r["logp"]).mean() for r in demo) / len(demo)

@@ -2,8 +2,8 @@
 
     ∇J = Σ_terms Σ_trajectories Σ_tokens coefficient·gate · w · 1_stable · (1/π_ref) · Â · f′∇π_θ  - regularizers
 
-`Algorithm.plan` computes on the whole batch all that is known before the forward pass. `Plan.estimate` then evaluates any
-piece of the batch, so the sum over pieces is the estimate of the whole whatever the cut.
+`Algorithm.plan` computes on the whole batch all that is known before the forward pass. `Plan.estimate` then evaluates
+any piece of the batch, so the sum over pieces is the estimate of the whole whatever the cut.
 """
 
 from __future__ import annotations
@@ -145,14 +145,16 @@ class Algorithm:
         if needs.rollouts and group_size < needs.group_size:
             part = type(self.parts[needs.group_size_because]).__name__
             raise ConfigError(
-                f"group_size: {group_size} is too small for algo.{needs.group_size_because} ({part}), which compares the "
-                f"rollouts of one prompt; set group_size to {needs.group_size} or more"
+                f"group_size: {group_size} is too small for algo.{needs.group_size_because} ({part}), which compares "
+                f"the rollouts of one prompt; set group_size to {needs.group_size} or more"
             )
         if needs.demonstrations and demonstrations == 0:
-            name = next(n for n, t in self.terms.items() if t.source == "demonstrations")
+            sources = {f"terms.{n}": t.source for n, t in self.terms.items()}
+            sources |= {f"regularizers.{n}": r.source for n, r in self.regularizers.items()}
+            owner = next(path for path, source in sources.items() if source == "demonstrations")
             raise ConfigError(
-                f"algo.terms.{name}.source: demonstrations, but the data set has none; choose data with worked solutions "
-                "or an algorithm that learns from rollouts alone"
+                f"algo.{owner}.source: demonstrations, but the data set has none; choose data with worked "
+                "solutions or an algorithm that learns from rollouts alone"
             )
         optional = {"behavior_logprobs", "sampler_logprobs", "reference_logprobs", "values", "entropies", "preference"}
         for path, part in self.parts.items():
@@ -193,7 +195,7 @@ class Algorithm:
         return Plan(planned, penalties, keep, anywhere)
 
     def estimate(self, batch: Trajectories) -> Estimate:
-        """The loss, the weights and every factor on a whole batch; `estimate.loss.backward()` gives minus the gradient."""
+        """The loss, the weights and every factor on a whole batch; `loss.backward()` gives minus the gradient."""
         return self.plan(batch).estimate(batch)
 
     def formula(self, style: str = "text") -> str:

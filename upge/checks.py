@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,8 @@ def mismatch(value: Any, annotation: Any) -> str | None:
         wrong = [mismatch(value, a) for a in arguments]
         return None if None in wrong else f"found {_show(value)}, expected {_name(annotation)}"
     expected = origin or annotation
+    if expected is float and isinstance(value, float) and math.isnan(value):
+        return "found nan, expected a number"
     if expected is float:
         right = isinstance(value, (int, float)) and not isinstance(value, bool)
     elif expected is int:

@@ -19,7 +19,7 @@ from upge.components.base import (
     StabilizationMask,
 )
 from upge.components.likelihood import PolicyLikelihood
-from upge.trajectories import Trajectories
+from upge.trajectories import TokenView, Trajectories
 
 
 class Factors(NamedTuple):
@@ -53,7 +53,7 @@ class UnifiedGradient:
         """The four parts by slot."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def factors(self, batch: Trajectories) -> Factors:
+    def factors(self, batch: TokenView) -> Factors:
         """The four factors on `batch`; each part sees only the columns that it declares."""
         advantages = self.advantage(self.advantage.view(batch)).detach()
         mask = self.mask(self.mask.view(batch), advantages).detach()
@@ -61,7 +61,7 @@ class UnifiedGradient:
         shape = self.likelihood(self.likelihood.view(batch)).detach().exp()
         return Factors(mask, log_denominator, advantages, shape)
 
-    def weight(self, batch: Trajectories, factors: Factors | None = None) -> Float[Tensor, "*shape"]:
+    def weight(self, batch: TokenView, factors: Factors | None = None) -> Float[Tensor, "*shape"]:
         """The number in front of each token's ∇log π_θ. A token whose mask or advantage is 0 gets exactly 0, however
         far its ratio has run away."""
         mask, log_denominator, advantages, shape = factors or self.factors(batch)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upge.components.advantage import GROUP_COLUMNS
-from upge.components.base import Component, Formula, Precomputed
+from upge.components.base import REACHES, Component, Formula, Precomputed
 from upge.errors import ConfigError
 from upge.trajectories import Trajectories, masked_mean
 
@@ -26,6 +26,11 @@ _TOLERANCE = 1e-9
 
 class Gate(Component):
     """The coefficient of a term."""
+
+    @property
+    def live_reach(self) -> str:
+        """One number for a whole response: where the current policy has a say in it, it is no matter of one token."""
+        return max((super().live_reach, "trajectory" if self.is_live else "token"), key=REACHES.index)
 
     @abstractmethod
     def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
@@ -172,6 +177,11 @@ class Schedule(Gate):
     complement: bool = False
     reads: ClassVar[frozenset[str]] = frozenset()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup < 0 or self.decay < 0:
+            raise ConfigError(f"Schedule: warmup={self.warmup}, decay={self.decay}; steps must not be negative")
+
     def coefficient_at(self, step: int) -> float:
         """The coefficient after `step` training steps."""
         if step < self.warmup:
@@ -203,6 +213,5 @@ class ProductOf(Gate):
         return value
 
     def formula(self) -> Formula:
-        return Formula(
-            " · ".join(g.formula().text for g in self.gates), r"\,".join(g.formula().latex for g in self.gates)
-        )
+        printed = [gate.formula() for gate in self.gates]
+        return Formula(" · ".join(f.text for f in printed) or "1", r"\,".join(f.latex for f in printed) or "1")

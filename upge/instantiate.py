@@ -54,22 +54,34 @@ def locate(name: Any, path: str) -> Any:
     Raises:
         ConfigError: the module or the name in it does not exist, with the nearest name that does.
     """
-    if not isinstance(name, str) or "." not in name:
+    if not isinstance(name, str) or not all(name.split(".")) or "." not in name:
         raise ConfigError(f"{path}: found {name!r}, expected a dotted path such as upge.NoMask or my_file.MyMask")
     module_name, _, attribute = name.rpartition(".")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        if error.name and not module_name.startswith(error.name):
-            raise ConfigError(f"{path}: importing {module_name} failed: {error}") from error
+    except Exception as error:  # a user's file may fail in any way
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            raise ConfigError(
+                f"{path}: no module '{module_name}' to import '{name}' from; a file of your own must lie in the folder "
+                "that you start from, or on PYTHONPATH"
+            ) from error
         raise ConfigError(
-            f"{path}: no module '{module_name}' to import '{name}' from; a file of your own must lie in the folder "
-            "that you start from, or on PYTHONPATH"
+            f"{path}: importing {module_name} failed: {type(error).__name__}: {error}{_line(error)}; mend that file"
         ) from error
     if not hasattr(module, attribute):
         public = [n for n in dir(module) if not n.startswith("_")]
         raise ConfigError(f"{path}: '{module_name}' has no '{attribute}'; {nearest(attribute, public)}")
     return getattr(module, attribute)
+
+
+def _line(error: Exception) -> str:
+    """Where an import failed, for errors that do not say it themselves."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None or isinstance(error, SyntaxError):
+        return ""
+    return f" ({place.tb_frame.f_code.co_filename}, line {place.tb_lineno})"
 
 
 def _call(node: Mapping[str, Any], path: str) -> Any:

@@ -1,9 +1,9 @@
 """w: how tokens, trajectories and questions average.
 
-A reduction is called with the batch and the trajectories that count, and returns the weight of every token, [B, T]. Its
-divisors are counts over the whole batch, taken before it is cut into micro-batches or ranks, so the gradient cannot depend
-on the cut. `over` says which trajectories count: 'term' = the term's own with a coefficient other than zero, 'batch' = those
-with one in any term, so that several terms share one divisor.
+A reduction is called with the batch and the trajectories that count, and returns the weight of every token, [B, T].
+Its divisors are counts over the whole batch, taken before it is cut into micro-batches or ranks, so the gradient cannot
+depend on the cut. `over` says which trajectories count: 'term' = the term's own with a coefficient other than zero,
+'batch' = those with one in any term, so that several terms share one divisor.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def _token_rule(tokens: PerToken, length: int | None, batch: Trajectories) -> Te
 def _check_length(part: Component, tokens: PerToken, length: int | None) -> None:
     if (tokens == "fixed") != (length is not None):
         raise ConfigError(
-            f"{type(part).__name__}: tokens={tokens!r}, length={length}; `length` goes with tokens: fixed, which needs it"
+            f"{type(part).__name__}: tokens={tokens!r}, length={length}; `length` goes with tokens: fixed, "
+            "which needs it"
         )
     if length is not None and length < 1:
         raise ConfigError(f"{type(part).__name__}.length: {length} must be at least 1")
@@ -95,8 +96,8 @@ class SequenceMean(Reduction):
 
 @dataclass(frozen=True)
 class FixedLength(Reduction):
-    """w = 1/(N·length), N trajectories: a constant divisor, so a token's weight does not depend on its response's length
-    (arXiv 2503.20783)."""
+    """w = 1/(N·length), N trajectories: a constant divisor, so a token's weight does not depend on its response's
+    length (arXiv 2503.20783)."""
 
     length: int
     over: Over = "term"

@@ -54,7 +54,8 @@ class KLPenalty(Regularizer):
 
     'k3': e^d - d - 1. Its gradient on on-policy samples is in expectation that of KL(π_frozen‖π_θ) (forward).
     'k2': d²/2. Its gradient is in expectation that of KL(π_θ‖π_frozen): the right one for the reverse KL.
-    'k1': -d. As a loss its gradient is a constant times ∇log π_θ, in expectation zero on-policy: it regularises nothing.
+    'k1': -d. As a loss its gradient is a constant times ∇log π_θ, in expectation zero on-policy: it regularises
+    nothing.
     """
 
     coefficient: float

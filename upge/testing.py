@@ -1,22 +1,23 @@
 """The conformance suite: does a part, or an algorithm, obey the rules that the rest of the code relies on?
 
-For users' own parts: `upge.testing.check_component(MyAdvantage())` in a test raises `ConformanceError` with one sentence
-that says which rule is broken and how to mend it.
+For users' own parts: `upge.testing.check_component(MyAdvantage())` in a test raises `ConformanceError` with one
+sentence that says which rule is broken and how to mend it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from upge.algorithm import Algorithm
-from upge.components.base import Component, StabilizationMask
+from upge.components.base import Component, Precomputed, StabilizationMask
 from upge.gates import Gate
 from upge.reduction import Reduction
 from upge.regularizers import Regularizer
-from upge.trajectories import TOKEN_COLUMNS, TRAJECTORY_COLUMNS, Trajectories
+from upge.trajectories import TOKEN_COLUMNS, TRAJECTORY_COLUMNS, Trajectories, UndeclaredColumn
 
 _TOLERANCE = 1e-10
 
@@ -74,7 +75,9 @@ def check_component(component: Component) -> None:
     name = type(component).__name__
     for seed in range(3):
         batch = random_batch(seed)
+        before = {n: getattr(batch, n).detach().clone() for n in (*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS)}
         value = _evaluate(component, batch)
+        _require(isinstance(value, Tensor), f"{name} returns a {type(value).__name__}; it must return a tensor")
         shape = (len(batch),) if isinstance(component, Gate) else tuple(batch.response_mask.shape)
         _require(tuple(value.shape) == shape, f"{name} returns shape {list(value.shape)}, expected {list(shape)}")
         valid = value if value.ndim == 1 else value[batch.response_mask]
@@ -85,6 +88,8 @@ def check_component(component: Component) -> None:
             inside = bool(((valid >= 0) & (valid <= 1)).all())
             _require(inside, f"{name} returns values outside [0, 1]; a mask says how far a token may move")
         _same(name, "gives another value when called again", value, _evaluate(component, batch), batch)
+        changed = [n for n in (*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS) if not torch.equal(getattr(batch, n), before[n])]
+        _require(not changed, f"{name} changes the batch in place ({', '.join(changed)}); a part is a pure function")
         padded = _pad(batch)
         _same(name, "depends on the padding", value, _evaluate(component, padded), batch)
         order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
@@ -129,11 +134,15 @@ def check_algorithm(algorithm: Algorithm) -> None:
 def _evaluate(component: Component, batch: Trajectories) -> Tensor:
     view = component.view(batch)
     if isinstance(component, StabilizationMask):
-        signs = torch.where(batch.group % 2 == 0, -1.0, 1.0).double()[:, None]
-        return component(view, signs.expand(batch.response_mask.shape))
+        return component(view, _signs(batch))
     if isinstance(component, Reduction):
         return component(view, torch.ones_like(batch.is_demonstration))
     return component(view)
+
+
+def _signs(batch: Trajectories) -> Tensor:
+    """[B, T] advantages of both signs, for masks."""
+    return torch.where(batch.group % 2 == 0, -1.0, 1.0).double()[:, None].expand(batch.response_mask.shape)
 
 
 def _check_reach(component: Component, batch: Trajectories, value: Tensor) -> None:
@@ -141,26 +150,39 @@ def _check_reach(component: Component, batch: Trajectories, value: Tensor) -> No
     live = component.is_live or isinstance(component, StabilizationMask)
     if not live or isinstance(component, (Reduction, Regularizer)):
         return
-    hoisted = component.hoist(batch)
-    for pieces in _splits(batch, component.live_reach, 0):
-        for rows in pieces:
-            piece = batch.select(rows, batch.logprobs[rows, : max(1, int(batch.lengths[rows].max()))])
-            found, width = _evaluate(hoisted, piece), piece.response_mask.shape[1]
-            expected = value[rows] if value.ndim == 1 else value[rows][:, :width]
-            problem = f"declares reach '{component.live_reach}' but depends on more; declare a wider `reach`"
-            _same(type(component).__name__, problem, expected, found, piece)
-    if component.live_reach == "token" and not component.parts and value.ndim == 2:
-        packed = batch.pack()
-        arguments = ()
-        if isinstance(component, StabilizationMask):
-            arguments = (
-                torch.where(batch.group % 2 == 0, -1.0, 1.0).double()[:, None].expand_as(value)[batch.response_mask],
-            )
-        found = component(component.view(packed), *arguments)
-        problem = "has reach 'token' but gives another value on packed tokens [N]; declare reach 'trajectory'"
-        _require(
-            torch.equal(found.double(), value[batch.response_mask].double()), f"{type(component).__name__} {problem}"
-        )
+    hoisted, reach = component.hoist(batch), component.live_reach
+    name, problem = type(component).__name__, f"declares reach '{reach}' but depends on more; declare a wider `reach`"
+    for rows in (rows for pieces in _splits(batch, reach, 0) for rows in pieces):
+        piece = batch.select(rows, batch.logprobs[rows, : max(1, int(batch.lengths[rows].max()))])
+        expected = value[rows] if value.ndim == 1 else value[rows][:, : piece.response_mask.shape[1]]
+        _same(name, problem, expected, _evaluate(hoisted, piece), piece)
+    if reach == "token":
+        every_other = torch.arange(batch.response_mask.shape[1]) % 2 == 1
+        cut = dataclasses.replace(batch, response_mask=batch.response_mask & every_other)
+        _same(name, problem, value, _evaluate(hoisted, cut), cut)
+        if not _holds_values(hoisted):
+            _check_packed(component, batch, value)
+
+
+def _holds_values(component: Component) -> bool:
+    """True if a part of it was computed beforehand, on [B, T]; packed tokens cannot look such values up."""
+    return isinstance(component, Precomputed) or any(map(_holds_values, component.parts.values()))
+
+
+def _check_packed(component: Component, batch: Trajectories, value: Tensor) -> None:
+    """Parts of reach 'token' must work on [N] packed tokens as on [B, T]."""
+    problem = f"{type(component).__name__} has reach 'token' but %s on packed tokens [N]; declare reach 'trajectory'"
+    valid, arguments = batch.response_mask, ()
+    if isinstance(component, StabilizationMask):
+        arguments = (_signs(batch)[valid],)
+    try:
+        found = component(component.view(batch.pack()), *arguments)
+    except UndeclaredColumn:
+        raise
+    except Exception as error:
+        raise ConformanceError(f"{problem % 'fails'} ({type(error).__name__}: {error})") from error
+    same = found.shape == value[valid].shape and torch.equal(found.double(), value[valid].double())
+    _require(same, problem % "gives another value")
 
 
 def _splits(batch: Trajectories, reach: str, seed: int) -> Iterator[list[Tensor]]:

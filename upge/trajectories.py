@@ -31,6 +31,8 @@ TRAJECTORY_COLUMNS = ("rewards", "group", "is_demonstration", "preference", "row
 COLUMNS = frozenset(TOKEN_COLUMNS + TRAJECTORY_COLUMNS)
 #: Columns that exist only after the forward pass of the current policy. Whatever reads none of them is known before it.
 LIVE_COLUMNS = frozenset({"logprobs", "entropies"})
+#: None says something by itself: without the behaviour policy's log-probs the data are strictly on-policy.
+MAY_BE_ABSENT = frozenset({"behavior_logprobs"})
 #: A rollout counts as a success above this reward; rewards are 0 or 1 (or -1 and 1).
 SUCCESS_REWARD = 0.5
 
@@ -43,8 +45,13 @@ class TokenView:
     """What parts of reach `token` may use: per-token columns of any leading shape, and what follows from them."""
 
     logprobs: Tensor | None
+    response_mask: Tensor
     behavior_logprobs: Tensor | None
     sampler_logprobs: Tensor | None
+    reference_logprobs: Tensor | None
+    values: Tensor | None
+    entropies: Tensor | None
+    step: int
 
     @property
     def log_importance_ratio(self) -> Float[Tensor, "*shape"]:
@@ -200,6 +207,11 @@ class Restricted:
     def __len__(self) -> int:
         return len(self._batch)
 
+    @property
+    def __class__(self) -> type:
+        """That of the batch itself, for `isinstance`: a part is written for a batch and need not know of this one."""
+        return type(self._batch)
+
     def __getattr__(self, name: str) -> Any:
         if name in COLUMNS and name not in self._columns:
             raise UndeclaredColumn(
@@ -210,7 +222,10 @@ class Restricted:
             return attribute.fget(self)
         if isinstance(attribute, types.FunctionType):
             return types.MethodType(attribute, self)
-        return getattr(self._batch, name)
+        value = getattr(self._batch, name)
+        if value is None and name in COLUMNS - MAY_BE_ABSENT:
+            raise ValueError(f"{name}: {self._owner} reads it, but this batch does not have it; pass `{name}=...`")
+        return value
 
 
 def group_sum(values: Tensor, index: Int[Tensor, "B"]) -> Tensor:

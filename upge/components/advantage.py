@@ -1,4 +1,4 @@
-"""Â: how good a token was. What depends on rewards and groups alone is computed once, on the whole batch, in float64."""
+"""Â: how good a token was. What depends on rewards and groups alone is computed once, on the whole batch, float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from upge.components.base import AdvantageEstimator, Formula, like
 from upge.errors import ConfigError
-from upge.trajectories import SUCCESS_REWARD, Trajectories, group_sum
+from upge.trajectories import SUCCESS_REWARD, TokenView, Trajectories, group_sum
 
 GROUP_COLUMNS = frozenset({"rewards", "group", "is_demonstration"})
 
@@ -27,7 +27,7 @@ class ConstantAdvantage(AdvantageEstimator):
     value: float = 1.0
     reads: ClassVar[frozenset[str]] = frozenset()
 
-    def __call__(self, batch: Trajectories) -> Float[torch.Tensor, "*shape"]:
+    def __call__(self, batch: TokenView) -> Float[torch.Tensor, "*shape"]:
         return like(batch, self.value)
 
     def formula(self) -> Formula:
@@ -59,8 +59,8 @@ class GroupRelative(AdvantageEstimator):
     arXiv 2402.03300; without: arXiv 2503.20783).
 
     `baseline` says whose rewards make mean and std: the group's 'rollouts', or 'group' = its demonstrations too (the
-    union of arXiv 2504.14945). `unbiased` divides the variance by n - 1. A group of equal rewards gets zeros; so does a group of
-    one, which therefore is refused at load time.
+    union of arXiv 2504.14945). `unbiased` divides the variance by n - 1. A group of equal rewards gets zeros; so does a
+    group of one, which therefore is refused at load time.
     """
 
     normalize_std: bool = True
@@ -69,6 +69,11 @@ class GroupRelative(AdvantageEstimator):
     baseline: Literal["rollouts", "group"] = "rollouts"
     reads: ClassVar[frozenset[str]] = GROUP_COLUMNS
     min_group_size: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epsilon < 0:
+            raise ConfigError(f"GroupRelative.epsilon: {self.epsilon} must not be negative; 1e-6 is customary")
 
     def __call__(self, batch: Trajectories) -> Float[torch.Tensor, "B T"]:
         index, rewards = batch.group_index, batch.rewards.double()
@@ -160,6 +165,11 @@ class PairwisePreference(AdvantageEstimator):
     reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "reference_logprobs", "preference", "group"})
     reach: ClassVar[str] = "group"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta <= 0:
+            raise ConfigError(f"PairwisePreference.beta: {self.beta} must be positive; 0.1 is customary")
+
     def __call__(self, batch: Trajectories) -> Float[torch.Tensor, "B T"]:
         index, sign = batch.group_index, batch.preference.to(batch.logprobs.dtype)
         chosen, rejected = (group_sum((batch.preference == s).double(), index) for s in (1, -1))
@@ -184,7 +194,7 @@ class KLShaped(AdvantageEstimator):
     coefficient: float = 0.001
     reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "reference_logprobs"})
 
-    def __call__(self, batch: Trajectories) -> Float[torch.Tensor, "*shape"]:
+    def __call__(self, batch: TokenView) -> Float[torch.Tensor, "*shape"]:
         return self.advantage(batch) - self.coefficient * (batch.logprobs.detach() - batch.reference_logprobs)
 
     def formula(self) -> Formula:

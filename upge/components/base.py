@@ -1,9 +1,9 @@
 """What all parts of an algorithm have in common, and the four slots of the unified gradient.
 
-A part is a frozen dataclass: its fields are its settings, or other parts that it wraps. It declares `reads`, the columns
-of the batch that it looks at, and, where it looks beyond its own token, how far: its `reach`. From these two the rest of
-the code knows what can be computed before the forward pass, which columns the trainer must provide and which trajectories
-must stay together in a micro-batch.
+A part is a frozen dataclass: its fields are its settings, or other parts that it wraps. It declares `reads`, the
+columns of the batch that it looks at, and, where it looks beyond its own token, how far: its `reach`. From these two
+the rest of the code knows what can be computed before the forward pass, which columns the trainer must provide and
+which trajectories must stay together in a micro-batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upge.checks import check_fields
-from upge.trajectories import COLUMNS, LIVE_COLUMNS, Trajectories
+from upge.trajectories import COLUMNS, LIVE_COLUMNS, TokenView, Trajectories
 
 #: How much of the batch a part's value at one token may depend on, through current log-probs or entropies.
 REACHES = ("token", "trajectory", "group")
@@ -45,6 +45,10 @@ class Component(ABC):
     reads: ClassVar[frozenset[str]]
     reach: ClassVar[str] = "token"
     min_group_size: ClassVar[int] = 1
+
+    def __init__(self) -> None:
+        """Replaced by the dataclass's own; a part without settings may do without the decorator and is checked too."""
+        self.__post_init__()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -84,7 +88,8 @@ class Component(ABC):
 
     @property
     def live_reach(self) -> str:
-        """How far the live parts look; what is not live is computed beforehand and so reaches no further than a token."""
+        """How far the live parts look; what is not live is computed beforehand and so reaches no further than a
+        token."""
         if not self.is_live:
             return "token"
         return max((self.reach, *(p.live_reach for p in self.parts.values())), key=REACHES.index)
@@ -94,7 +99,7 @@ class Component(ABC):
         """The largest `min_group_size` among this part and those it wraps."""
         return max((self.min_group_size, *(part.group_size_needed for part in self.parts.values())))
 
-    def view(self, batch: Trajectories) -> Any:
+    def view(self, batch: TokenView) -> Any:
         """`batch` restricted to the columns that this part declares."""
         return batch.restricted(self.columns, type(self).__name__)
 
@@ -183,7 +188,7 @@ for _slot in (StabilizationMask, ReferenceDenominator, AdvantageEstimator, Likel
     _slot.register(Precomputed)
 
 
-def like(batch: Trajectories, value: float) -> Tensor:
+def like(batch: TokenView, value: float) -> Float[Tensor, "*shape"]:
     """`value` in the shape of the batch's tokens, in float64, taking no memory.
 
     What is known before the forward pass is kept in float64 throughout: it is small, and sums then do not depend on

@@ -1,7 +1,7 @@
 """1/π_ref: by which policy's probability a token's gradient is divided. Every part returns log π_ref, detached.
 
-With the plain likelihood gradient the factor in front of ∇log π_θ is π_θ/π_ref: 1 for the current policy, the importance
-ratio for the behaviour policy, π_θ itself for the unit denominator.
+With the plain likelihood gradient the factor in front of ∇log π_θ is π_θ/π_ref: 1 for the current policy, the
+importance ratio for the behaviour policy, π_θ itself for the unit denominator.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from upge.components.base import Formula, ReferenceDenominator, like
 from upge.components.mask import RATIO_COLUMNS
 from upge.errors import ConfigError
-from upge.trajectories import Trajectories, masked_mean
+from upge.trajectories import TokenView, Trajectories, masked_mean
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class CurrentPolicy(ReferenceDenominator):
 
     reads: ClassVar[frozenset[str]] = frozenset({"logprobs"})
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "*shape"]:
+    def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
         return batch.logprobs.detach()
 
     def formula(self) -> Formula:
@@ -41,7 +41,7 @@ class BehaviorPolicy(ReferenceDenominator):
 
     reads: ClassVar[frozenset[str]] = RATIO_COLUMNS
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "*shape"]:
+    def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
         return batch.log_behavior
 
     def formula(self) -> Formula:
@@ -54,7 +54,7 @@ class UnitDenominator(ReferenceDenominator):
 
     reads: ClassVar[frozenset[str]] = frozenset()
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "*shape"]:
+    def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
         return like(batch, 0.0)
 
     def formula(self) -> Formula:
@@ -93,7 +93,7 @@ class ClippedBehaviorPolicy(ReferenceDenominator):
                 f"ClippedBehaviorPolicy: low={self.low}, high={self.high} bound the ratio itself; need 0 < low <= high"
             )
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "*shape"]:
+    def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
         log_low = None if self.low is None else math.log(self.low)
         log_high = None if self.high is None else math.log(self.high)
         log_ratio = batch.log_importance_ratio
@@ -122,7 +122,7 @@ class SamplerCorrected(ReferenceDenominator):
         if self.cap is not None and self.cap <= 0:
             raise ConfigError(f"SamplerCorrected.cap: {self.cap} must be positive, or null for no truncation")
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "*shape"]:
+    def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
         log_weight = batch.log_sampler_ratio
         if self.cap is not None:
             log_weight = log_weight.clamp(max=math.log(self.cap))

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from upge.components.base import Formula, LikelihoodGradient, like
 from upge.errors import ConfigError
-from upge.trajectories import Trajectories
+from upge.trajectories import TokenView
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class PolicyLikelihood(LikelihoodGradient):
 
     reads: ClassVar[frozenset[str]] = frozenset()
 
-    def __call__(self, batch: Trajectories) -> Float[torch.Tensor, "*shape"]:
+    def __call__(self, batch: TokenView) -> Float[torch.Tensor, "*shape"]:
         return like(batch, 0.0)
 
     def formula(self) -> Formula:
@@ -41,7 +41,7 @@ class ShapedLikelihood(LikelihoodGradient):
         if self.gamma <= 0:
             raise ConfigError(f"ShapedLikelihood.gamma: {self.gamma} must be positive; 0.1 is customary")
 
-    def __call__(self, batch: Trajectories) -> Float[torch.Tensor, "*shape"]:
+    def __call__(self, batch: TokenView) -> Float[torch.Tensor, "*shape"]:
         return math.log(self.gamma) - 2 * torch.log(batch.logprobs.detach().exp() + self.gamma)
 
     def formula(self) -> Formula:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from upge.components.base import Formula, StabilizationMask, like
 from upge.errors import ConfigError
-from upge.trajectories import Trajectories, masked_mean
+from upge.trajectories import TokenView, Trajectories, masked_mean
 
 RATIO_COLUMNS = frozenset({"logprobs", "behavior_logprobs"})
 
@@ -36,7 +36,7 @@ class NoMask(StabilizationMask):
 
     reads: ClassVar[frozenset[str]] = frozenset()
 
-    def __call__(self, batch: Trajectories, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    def __call__(self, batch: TokenView, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return like(batch, 1.0)
 
     def formula(self) -> Formula:
@@ -62,7 +62,7 @@ class PPOClip(StabilizationMask):
         if self.dual is not None and self.dual <= 1 + self.high:
             raise ConfigError(f"PPOClip.dual: {self.dual} must exceed 1 + high = {1 + self.high}; 3.0 is customary")
 
-    def __call__(self, batch: Trajectories, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    def __call__(self, batch: TokenView, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         log_ratio = batch.log_importance_ratio
         log_low = math.log1p(-self.low) if self.low < 1 else -math.inf
         stopped = outward(log_ratio, advantages, log_low, math.log1p(self.high))
@@ -118,10 +118,15 @@ class ImportanceBand(StabilizationMask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.low <= self.high:
-            raise ConfigError(f"ImportanceBand: low={self.low}, high={self.high}; need 0 <= low <= high")
+        if not 0 <= self.low <= self.high or self.high == 0:
+            raise ConfigError(f"ImportanceBand: low={self.low}, high={self.high}; need 0 <= low <= high and high > 0")
 
-    def __call__(self, batch: Trajectories, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    @property
+    def columns(self) -> frozenset[str]:
+        """The sampler's log-probs are asked for only where they are compared."""
+        return super().columns - ({"sampler_logprobs"} if self.of == "importance" else frozenset())
+
+    def __call__(self, batch: TokenView, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         log_ratio = batch.log_importance_ratio if self.of == "importance" else batch.log_sampler_ratio
         log_low = math.log(self.low) if self.low > 0 else -math.inf
         return ((log_ratio >= log_low) & (log_ratio <= math.log(self.high))).to(log_ratio.dtype)
@@ -141,11 +146,10 @@ class AllOf(StabilizationMask):
     masks: tuple[StabilizationMask, ...]
     reads: ClassVar[frozenset[str]] = frozenset()
 
-    def __call__(self, batch: Trajectories, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    def __call__(self, batch: TokenView, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         values = [mask(batch, advantages) for mask in self.masks]
         return torch.stack(torch.broadcast_tensors(*values)).prod(dim=0) if values else like(batch, 1.0)
 
     def formula(self) -> Formula:
-        return Formula(
-            " · ".join(m.formula().text for m in self.masks), r"\,".join(m.formula().latex for m in self.masks)
-        )
+        printed = [mask.formula() for mask in self.masks]
+        return Formula(" · ".join(f.text for f in printed) or "1", r"\,".join(f.latex for f in printed) or "1")

@@ -30,6 +30,8 @@ def section(cls: type) -> Any:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """Which model, and how it is loaded and prompted."""
+
     path: str = key("", "folder or hub name of a Hugging Face causal LM")
     dtype: Literal["float32", "bfloat16"] = key("float32", "precision of the forward pass and of the sampler's weights")
     template: str = key("chat", "'chat' = the tokenizer's chat template, else a text with {prompt} (and {system})")
@@ -39,6 +41,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
+    """How responses are sampled in training."""
+
     engine: Literal["auto", "vllm", "transformers"] = key("auto", "inference engine; auto takes vllm where installed")
     temperature: float = key(1.0, "sampling temperature in training; the trainer's log-probs use it too")
     top_p: float = key(1.0, "nucleus of the sampling distribution in training")
@@ -49,6 +53,8 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    """AdamW, its learning rate, and how a step's batch is cut into updates."""
+
     lr: float = key(1e-6, "AdamW's learning rate")
     schedule: Literal["constant", "linear", "cosine"] = key("constant", "course of the rate after warm-up, down to 0")
     warmup_steps: int = key(0, "steps with a linearly rising rate")
@@ -63,6 +69,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class VerifyConfig:
+    """How responses are rewarded."""
+
     verifier: str = key("math", "'math', or the path of a callable (response, answer, prompt) -> reward in [0, 1]")
     workers: int = key(2, "worker processes per rank")
     time_limit: float = key(5.0, "seconds for one answer; beyond, the reward is 0 and the status 'timeout'")
@@ -70,6 +78,8 @@ class VerifyConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
+    """When and how accuracy on the evaluation problems is measured."""
+
     every: int = key(0, "evaluate each so many steps; 0 = only before and after training")
     samples: int = key(8, "responses per problem for pass@k and mean@k")
     temperature: float = key(1.0, "sampling temperature of these responses")
@@ -78,12 +88,16 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """When the training state is saved."""
+
     every: int = key(50, "save the training state each so many steps; 0 = only when stopped")
     keep: int = key(1, "newest checkpoints to keep; 0 = all")
 
 
 @dataclass(frozen=True)
 class DataPolicy:
+    """What happens to prompts and demonstrations beyond the limits."""
+
     overlong_prompts: Literal["error", "drop"] = key("error", "what to do with a prompt beyond the limit")
     overlong_demonstrations: Literal["drop", "truncate", "error"] = key(
         "drop", "what to do with a demonstration beyond the response limit"
@@ -92,11 +106,15 @@ class DataPolicy:
 
 @dataclass(frozen=True)
 class StopConfig:
+    """When a run gives up."""
+
     nonfinite_updates: int = key(5, "stop with exit code 3 after so many non-finite updates in a row")
 
 
 @dataclass(frozen=True)
 class RunConfig:
+    """A whole run. `algo` and `data` hold trees that are checked where they are built."""
+
     algo: dict = key({}, "the algorithm: a name from algorithms/, or a YAML file; algo.terms... overrides its parts")
     data: dict = key({}, "the data set: a name from experiments/configs/data, with its own keys as data.KEY")
     steps: int = key(100, "training steps")

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upge.errors import ModelError
+from upge.errors import ModelError, UserError
+from upge.rollout.model import read_config
 from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.distributed import World
 from upge.train.packing import PackedBatch, pack
@@ -151,12 +152,12 @@ def _settings(model: ModelConfig, optimizer: OptimizerConfig, world: World) -> d
 
 def _load(model: ModelConfig, settings: dict[str, Any]) -> torch.nn.Module:
     """The causal LM, partitioned while it loads, so that no rank ever holds the whole."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
     dtype = getattr(torch, model.dtype)
     with _model_errors(model.path):
-        config = AutoConfig.from_pretrained(model.path, **model.overrides)
+        config = read_config(model.path, model.overrides)
         partitioning = HfDeepSpeedConfig(settings)
         network = AutoModelForCausalLM.from_pretrained(model.path, config=config, dtype=dtype)
     # transformers looks at this object for as long as it lives; other models of this process must load whole.
@@ -169,6 +170,8 @@ def _load(model: ModelConfig, settings: dict[str, Any]) -> torch.nn.Module:
 def _model_errors(path: str) -> Iterator[None]:
     try:
         yield
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"model.path: '{path}' cannot be loaded: {str(error).splitlines()[0]} Give the folder of a Hugging Face "

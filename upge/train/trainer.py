@@ -74,6 +74,7 @@ class Trainer:
         self.updater = Updater(p.engine, p.algorithm, p.config.optimizer)
         self.state = State()
         self.sampler_is_stale = True
+        self.sampler_sleeps = False
         self._signal = 0
 
     def run(self, resume_from: int | None) -> int:
@@ -119,6 +120,7 @@ class Trainer:
         torch.manual_seed(stream_seed(config.seed, "step", state.step, world.rank))
         sync = self._refresh_sampler() if self.collector.needs.rollouts else 0.0
         trajectories, times = self.collector.collect(state.step)
+        self._sleep_sampler()
         lr = learning_rate(config.optimizer, state.step, config.steps)
         start = time.perf_counter()
         report = self.updater.update(trajectories, state.step, lr)
@@ -145,9 +147,18 @@ class Trainer:
         if not self.sampler_is_stale:
             return 0.0
         began = time.perf_counter()
+        if self.sampler_sleeps:
+            self.parts.sampler.wake()
+            self.sampler_sleeps = False
         self.parts.sampler.load_weights(self.parts.engine.named_weights())
         self.sampler_is_stale = False
         return time.perf_counter() - began
+
+    def _sleep_sampler(self) -> None:
+        """Lets the sampler free its GPU memory for the update, which makes its weights stale anyway."""
+        if not self.sampler_sleeps:
+            self.parts.sampler.sleep()
+            self.sampler_sleeps = True
 
     def _evaluate(self) -> None:
         p = self.parts

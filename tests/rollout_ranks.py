@@ -1,0 +1,169 @@
+"""What the tests of the samplers look at, gathered in processes of their own because vLLM may abort one at its exit.
+
+python -m tests.rollout_ranks observe ENGINE FOLDER OUTPUT     one process, both models
+python -m tests.rollout_ranks repeat ENGINE FOLDER OUTPUT      the same first call in a fresh process
+torchrun -m tests.rollout_ranks ranks FOLDER OUTPUT            vLLM on each of several ranks
+
+FOLDER holds models `tied`, `untied` and, with other weights, `tied_new`, `untied_new`. OUTPUT is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import torch
+
+from upge.errors import ModelError
+from upge.rollout import Rollout, Sampler, Sampling, load
+
+KINDS = ("tied", "untied")
+VOCABULARY = 64
+PROMPTS = ((5, 6, 7), (9, 8, 7, 6, 5, 4, 9, 8, 7, 6, 5, 4), (20, 30, 40, 50, 60))
+SEEDS = (0, 1, 2)
+STOP = (1, 2, 3, 4)
+SAMPLINGS = {
+    "plain": Sampling(temperature=1.0, max_tokens=24, stop_token_ids=STOP),
+    "cool": Sampling(temperature=0.7, max_tokens=24, stop_token_ids=STOP),
+    "nucleus": Sampling(temperature=1.3, top_p=0.8, max_tokens=24, stop_token_ids=STOP),
+    "greedy": Sampling(temperature=0.0, max_tokens=24, stop_token_ids=STOP),
+    "endless": Sampling(temperature=1.0, max_tokens=24),
+}
+COPIES = 4
+# 64 prompts with neighbouring seeds, 32 responses to each: responses must be as good as independent.
+CROWD = (64, 32, Sampling(max_tokens=8))
+# Together more tokens than vLLM prefills at once on a CPU, so that some prompt would have to be split.
+LONG_PROMPTS = tuple(tuple(5 + (i + j) % 50 for j in range(230)) for i in range(24))
+RANK_PROMPTS = (((), PROMPTS), (PROMPTS[:1], PROMPTS[1:]), (PROMPTS, ()))
+
+
+def make_model(path: Path, tied: bool, seed: int) -> None:
+    """A random Qwen2 with two heads of size 32, and generation defaults that no sampler may take over."""
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = Qwen2ForCausalLM(Qwen2Config(
+            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=tied, eos_token_id=1,
+            initializer_range=0.15))
+    network.generation_config = GenerationConfig(do_sample=True, top_k=3, temperature=0.3, repetition_penalty=2.0,
+                                                 eos_token_id=9, max_new_tokens=2)
+    network.save_pretrained(path)
+
+
+def plain(groups: list[list[Rollout]]) -> list:
+    """Rollouts as JSON holds them: [token_ids, logprobs, finished]."""
+    return [[[list(r.token_ids), list(r.logprobs), r.finished] for r in group] for group in groups]
+
+
+def weights(folder: Path, with_head: bool) -> list[tuple[str, torch.Tensor]]:
+    """The weights of a saved model by name; a tied head is listed under its own name only if `with_head`."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return [(n, p.detach()) for n, p in model.named_parameters(remove_duplicate=not with_head)]
+
+
+def one_by_one(pairs: list[tuple[str, torch.Tensor]]):
+    """Pass weights on in one buffer each, destroyed as soon as the next is asked for, as a gathering trainer may."""
+    for name, tensor in pairs:
+        buffer = tensor.clone()
+        yield name, buffer
+        buffer.fill_(float("nan"))
+
+
+def samples(sampler: Sampler) -> dict:
+    return {name: plain(sampler.sample(PROMPTS, COPIES, sampling, SEEDS)) for name, sampling in SAMPLINGS.items()}
+
+
+def random_state() -> tuple:
+    return random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), \
+        torch.get_num_threads()
+
+
+def refusal(sampler: Sampler, incomplete: list[tuple[str, torch.Tensor]]) -> list[str]:
+    """The errors of an incomplete set of weights and of sampling after it."""
+    messages = []
+    for attempt in (lambda: sampler.load_weights(incomplete),
+                    lambda: sampler.sample(PROMPTS, 1, SAMPLINGS["plain"], SEEDS)):
+        try:
+            attempt()
+        except (ModelError, RuntimeError) as error:
+            messages.append(f"{type(error).__name__}: {error}")
+    return messages
+
+
+def observe(engine: str, folder: Path, kind: str) -> dict:
+    """All that one engine does with one model."""
+    before = random_state()
+    sampler = load(engine, folder / kind, max_length=256)
+    found = {"name": sampler.name, "reason": sampler.reason, "before": samples(sampler)}
+    found["again"] = samples(sampler)
+    found["apart"] = [plain(sampler.sample([prompt], COPIES, SAMPLINGS["plain"], [seed]))[0]
+                      for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]
+    prompts, copies, sampling = CROWD
+    start = time.perf_counter()
+    found["crowd"] = plain(sampler.sample([PROMPTS[0]] * prompts, copies, sampling, range(prompts)))
+    found["tokens_per_second"] = prompts * copies * sampling.max_tokens / (time.perf_counter() - start)
+    found["long"] = plain(sampler.sample(LONG_PROMPTS, 1, Sampling(max_tokens=4), range(len(LONG_PROMPTS))))
+    found["nothing"] = plain(sampler.sample([], COPIES, SAMPLINGS["plain"], []))
+    found["state_kept"] = random_state() == before
+    new = weights(folder / f"{kind}_new", with_head=False)
+    sampler.load_weights(one_by_one(new))
+    found["after"] = samples(sampler)
+    sampler.load_weights(one_by_one(weights(folder / kind, with_head=True)))
+    found["back"] = samples(sampler)
+    found["refusal"] = refusal(sampler, new[:-1])
+    sampler.load_weights(new)
+    found["recovered"] = samples(sampler)
+    sampler.close()
+    found["group_left"] = torch.distributed.is_initialized()
+    return found
+
+
+def repeat(engine: str, folder: Path, kind: str) -> dict:
+    sampler = load(engine, folder / kind, max_length=256)
+    return samples(sampler)
+
+
+def ranks(folder: Path) -> list[dict]:
+    """vLLM on every rank with prompts of its own, before and after a refresh; what each rank saw, on every rank."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    sampler = load("vllm", folder / "tied", max_length=256)
+    found = {"reason": sampler.reason, "before": [], "after": []}
+    for stage in ("before", "after"):
+        for split in RANK_PROMPTS:
+            seeds = SEEDS[:len(split[0])] if rank == 0 else SEEDS[len(split[0]):]
+            found[stage].append(plain(sampler.sample(split[rank], COPIES, SAMPLINGS["plain"], seeds)))
+        sampler.load_weights(one_by_one(weights(folder / "tied_new", with_head=False)))
+    gathered: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, found)
+    return gathered
+
+
+def main(job: str, *arguments: str) -> None:
+    output = Path(arguments[-1])
+    if job == "ranks":
+        found = ranks(Path(arguments[0]))
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() != 0:
+            os._exit(0)
+    else:
+        engine, folder = arguments[0], Path(arguments[1])
+        look, kinds = (observe, KINDS) if job == "observe" else (repeat, KINDS[:1])
+        found = {kind: look(engine, folder, kind) for kind in kinds}
+    output.write_text(json.dumps(found), encoding="utf-8")
+    sys.stdout.flush()
+    # Not by returning: vLLM's own clean-up at exit now and then aborts a process that has done all its work.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,285 @@
+"""The conformance suite: every shipped part passes, and each rule catches a part or an algorithm made to break it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import upge
+from upge.testing import ConformanceError, check_component, random_batch
+from upge.trajectories import UndeclaredColumn, masked_mean
+
+RATIO = frozenset({"logprobs", "behavior_logprobs"})
+SHIPPED = [
+    upge.NoMask(),
+    upge.PPOClip(),
+    upge.PPOClip(low=1.0, high=0.28, dual=2.0),
+    upge.SequenceClip(0.1, 0.1),
+    upge.ImportanceBand(0.9, 1.1),
+    upge.ImportanceBand(0.0, 1.1, of="sampler"),
+    upge.AllOf((upge.PPOClip(), upge.SequenceClip(), upge.ImportanceBand(of="sampler"))),
+    upge.CurrentPolicy(),
+    upge.BehaviorPolicy(),
+    upge.UnitDenominator(),
+    upge.SequenceBehaviorPolicy(),
+    upge.ClippedBehaviorPolicy(),
+    upge.ClippedBehaviorPolicy(high=None, low=0.9),
+    upge.SamplerCorrected(upge.SequenceBehaviorPolicy()),
+    upge.SamplerCorrected(upge.BehaviorPolicy(), cap=None),
+    upge.ConstantAdvantage(),
+    upge.SignedReward(),
+    upge.GroupRelative(),
+    upge.GroupRelative(normalize_std=False, baseline="group"),
+    upge.LeaveOneOut(),
+    upge.GAE(),
+    upge.GAE(discount=0.9, lam=0.0),
+    upge.PairwisePreference(),
+    upge.KLShaped(upge.GroupRelative()),
+    upge.KLShaped(upge.PairwisePreference()),
+    upge.PolicyLikelihood(),
+    upge.ShapedLikelihood(),
+    upge.Always(0.5),
+    upge.PassRateAbove(0.5),
+    upge.PassRateAtMost(0.5),
+    upge.PassRateTable((0.0, 0.5, 1.0), (1.0, 0.5, 0.0)),
+    upge.PassRateTable((0.0, 0.5), (1.0, 0.5), step=True),
+    upge.EntropyWeight(),
+    upge.Schedule(warmup=2),
+    upge.ProductOf((upge.PassRateAbove(), upge.EntropyWeight(), upge.Schedule())),
+    upge.TokenMean(),
+    upge.SequenceMean(),
+    upge.SequenceMean(tokens="sum"),
+    upge.FixedLength(16),
+    upge.QuestionMean(),
+    upge.QuestionMean(tokens="fixed", length=16),
+    upge.EntropyBonus(0.1, upge.TokenMean()),
+    *(upge.KLPenalty(0.1, upge.TokenMean(), kind=kind) for kind in ("k1", "k2", "k3")),
+]
+
+
+@pytest.mark.parametrize("part", SHIPPED, ids=lambda part: type(part).__name__)
+def test_shipped_part_conforms(part):
+    assert check_component(part) is None
+
+
+def test_the_table_holds_every_shipped_part():
+    public = [getattr(upge, name) for name in upge.__all__ if inspect.isclass(getattr(upge, name))]
+    concrete = {c for c in public if issubclass(c, upge.Component) and not inspect.isabstract(c)}
+    assert {type(part) for part in SHIPPED} == concrete
+
+
+def test_the_batch_is_a_hard_case():
+    """Else a part could conform by luck."""
+    batch = random_batch()
+    assert set(batch.lengths.tolist()) >= {0, 7} and batch.logprobs.requires_grad and batch.entropies.requires_grad
+    assert {0.0, 1.0} <= set(batch.pass_rate.tolist()) and len(set(batch.pass_rate.tolist())) > 2
+    assert float(batch.log_importance_ratio.abs().max()) > 0.2
+
+
+# Parts made to break one rule each. The bodies are lambdas (batch, advantages) → value.
+
+
+def mask_of(body, reads=RATIO, reach="token") -> upge.StabilizationMask:
+    """A mask with the given body and declarations."""
+
+    class Broken(upge.StabilizationMask):
+        def __call__(self, batch, advantages):
+            return body(batch, advantages)
+
+    Broken.reads, Broken.reach = frozenset(reads), reach
+    return Broken()
+
+
+def advantage_of(body, reads=RATIO, reach="token") -> upge.AdvantageEstimator:
+    """An advantage with the given body and declarations."""
+
+    class Broken(upge.AdvantageEstimator):
+        def __call__(self, batch):
+            return body(batch)
+
+    Broken.reads, Broken.reach = frozenset(reads), reach
+    return Broken()
+
+
+def gate_of(body, reads=RATIO, reach="token") -> upge.Gate:
+    """A gate with the given body and declarations."""
+
+    class Broken(upge.Gate):
+        def __call__(self, batch):
+            return body(batch)
+
+    Broken.reads, Broken.reach = frozenset(reads), reach
+    return Broken()
+
+
+def group_mean(batch) -> torch.Tensor:
+    """[B, 1] sum of the current log-probs over a group."""
+    same = (batch.group[:, None] == batch.group).double()
+    return same @ batch.logprobs.detach().sum(dim=1, keepdim=True)
+
+
+def drifting():
+    """A body that counts its calls."""
+    calls = []
+
+    def body(batch):
+        calls.append(1)
+        return batch.logprobs.detach() * len(calls)
+
+    return body
+
+
+def scribbling(batch):
+    batch.logprobs.data.clamp_(min=-0.5)
+    return batch.logprobs.detach()
+
+
+BROKEN = {
+    "lets a gradient through": advantage_of(lambda b: b.logprobs * 2),
+    "depends on the padding": advantage_of(
+        lambda b: b.logprobs.detach() / b.response_mask.shape[1], reach="trajectory"
+    ),
+    "depends on the order of the trajectories": gate_of(
+        lambda b: torch.arange(len(b.response_mask)).double(), reads={"rewards"}
+    ),
+    "values outside [0, 1]": mask_of(lambda b, a: b.log_importance_ratio.exp()),
+    "changes the batch in place (logprobs)": advantage_of(scribbling),
+    "gives another value when called again": advantage_of(drifting()),
+    "returns shape [20], expected [20, 7]": advantage_of(lambda b: b.rewards, reads={"rewards"}),
+    "returns shape [20, 7], expected [20]": gate_of(lambda b: b.logprobs.detach()),
+    "returns a float; it must return a tensor": advantage_of(lambda b: 1.0),
+    "NaN or infinity": advantage_of(lambda b: torch.log(b.log_importance_ratio)),
+}
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_rule_catches_the_part_that_breaks_it(rule):
+    with pytest.raises(ConformanceError) as caught:
+        check_component(BROKEN[rule])
+    assert rule in str(caught.value) and str(caught.value).startswith("Broken")
+
+
+@pytest.mark.parametrize(
+    ("part", "column"),
+    [
+        (advantage_of(lambda b: b.values.detach()), "values"),
+        (advantage_of(lambda b: b.log_sampler_ratio), "sampler_logprobs"),
+        (gate_of(lambda b: b.pass_rate, reads={"rewards", "group"}), "is_demonstration"),
+        (mask_of(lambda b, a: (b.log_importance_ratio < 0).double(), reads={"logprobs"}), "behavior_logprobs"),
+    ],
+)
+def test_an_undeclared_column_is_named(part, column):
+    with pytest.raises(UndeclaredColumn, match=f"Broken reads the column '{column}' without declaring it; add"):
+        check_component(part)
+
+
+NEEDS_TRAJECTORY = {
+    "mean over the response": lambda b: masked_mean(b.logprobs.detach(), b.response_mask).expand(b.logprobs.shape),
+    "sum up to the token": lambda b: b.logprobs.detach().cumsum(dim=-1),
+    "the next token": lambda b: torch.nn.functional.pad(b.logprobs.detach()[..., 1:], (0, 1)),
+    "the first token": lambda b: b.logprobs.detach() * b.logprobs.detach()[..., :1],
+    "the response's length": lambda b: b.logprobs.detach() / b.response_mask.sum(dim=-1, keepdim=True).clamp(min=1),
+}
+
+
+@pytest.mark.parametrize("name", NEEDS_TRAJECTORY)
+def test_a_part_that_looks_along_the_response_must_say_so(name):
+    body = NEEDS_TRAJECTORY[name]
+    with pytest.raises(ConformanceError, match="declares reach 'token' but depends on more; declare a wider `reach`"):
+        check_component(advantage_of(body))
+    assert check_component(advantage_of(body, reach="trajectory")) is None
+
+
+def test_a_part_that_looks_across_the_group_must_say_so():
+    def body(batch, advantages=None):
+        return (group_mean(batch) / 100).sigmoid().expand(batch.logprobs.shape)
+
+    reads = {"logprobs", "group"}
+    for make in (mask_of, advantage_of):
+        for reach in ("token", "trajectory"):
+            with pytest.raises(ConformanceError, match=f"declares reach '{reach}' but depends on more"):
+                check_component(make(body, reads, reach))
+        assert check_component(make(body, reads, "group")) is None
+
+
+def test_a_mask_reaches_as_far_as_it_looks_even_without_log_probs():
+    """A mask stays live because the advantages may be: what it reads of the group must be there in a micro-batch."""
+
+    def body(batch, advantages):
+        best = (batch.group[:, None] == batch.group).double() @ batch.rewards
+        return (best > 1).double()[:, None].expand(advantages.shape)
+
+    reads = {"group", "rewards"}
+    with pytest.raises(ConformanceError, match="declares reach 'trajectory' but depends on more"):
+        check_component(mask_of(body, reads, "trajectory"))
+    assert check_component(mask_of(body, reads, "group")) is None
+
+
+def test_a_gate_on_current_log_probs_across_the_group_must_say_so():
+    reads = {"logprobs", "group"}
+    with pytest.raises(ConformanceError, match="declares reach 'trajectory' but depends on more"):
+        check_component(gate_of(lambda b: group_mean(b)[:, 0], reads))
+    assert check_component(gate_of(lambda b: group_mean(b)[:, 0], reads, "group")) is None
+
+
+def test_a_wrapper_that_looks_along_the_response_must_say_so():
+    @dataclass(frozen=True)
+    class Smoothed(upge.AdvantageEstimator):
+        advantage: upge.AdvantageEstimator
+        reads = frozenset({"logprobs"})
+
+        def __call__(self, batch):
+            return self.advantage(batch) * masked_mean(batch.logprobs.detach(), batch.response_mask)
+
+    with pytest.raises(ConformanceError, match="Smoothed declares reach 'token' but depends on more"):
+        check_component(Smoothed(upge.GroupRelative()))
+
+
+def test_a_token_part_must_work_on_packed_tokens():
+    """One that is token by token in value, but written for [B, T] alone."""
+    rows = advantage_of(lambda b: b.logprobs.detach()[:, :])
+    with pytest.raises(ConformanceError, match="has reach 'token' but fails on packed tokens .* declare reach"):
+        check_component(rows)
+    rewarded = advantage_of(lambda b: b.rewards[:, None] * b.logprobs.detach(), reads={"logprobs", "rewards"})
+    with pytest.raises(ConformanceError, match="fails on packed tokens"):
+        check_component(rewarded)
+    other = advantage_of(lambda b: b.logprobs.detach() * b.logprobs.ndim)
+    with pytest.raises(ConformanceError, match="gives another value on packed tokens"):
+        check_component(other)
+
+
+def test_what_is_known_before_the_forward_pass_may_look_anywhere():
+    """It is computed once on the whole batch, so its reach does not matter."""
+    assert check_component(advantage_of(lambda b: b.values.detach().cumsum(dim=1), reads={"values"})) is None
+
+
+# Declarations are checked when a part is made.
+
+
+def test_a_part_without_reads_is_told_how_to_declare_them():
+    class Plain(upge.StabilizationMask):
+        def __call__(self, batch, advantages):
+            return torch.ones_like(advantages)
+
+    @dataclass(frozen=True)
+    class Settled(Plain):
+        level: float = 1.0
+
+    for part in (Plain, Settled):
+        with pytest.raises(TypeError, match=r"does not say which columns it reads; add `reads = frozenset\({...}\)`"):
+            part()
+
+
+@pytest.mark.parametrize(
+    ("declared", "fragment"),
+    [
+        ({"reads": {"logprob"}}, r"reads names unknown columns \['logprob'\]"),
+        ({"reach": "batch"}, r"reach is 'batch'; it must be one of \('token', 'trajectory', 'group'\)"),
+    ],
+)
+def test_wrong_declarations_are_refused(declared, fragment):
+    with pytest.raises(TypeError, match=fragment):
+        advantage_of(lambda b: b.logprobs.detach(), **declared)

@@ -1,0 +1,149 @@
+"""Sums and differences at several levels of difficulty, each with a worked solution; made from a seed."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from typing import Literal
+
+from upge.checks import check_fields
+from upge.data.problem import Problem, Splits
+from upge.errors import ConfigError, nearest
+
+#: The default levels, from easy to hard.
+LEVELS = tuple(f"{n} numbers" for n in range(2, 7)) + tuple(f"{n} numbers with differences" for n in range(3, 6))
+
+Side = Literal["train", "evaluation"]
+
+#: One problem in this many belongs to the evaluation side.
+EVALUATION_EVERY = 5
+
+_LEVEL = re.compile(r"([2-9]) numbers( with differences)?")
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    r"""Problems such as `37+25-18=?`, with the demonstration `37+25=62`, `62-18=44`, `\boxed{44}` on three lines.
+
+    Which side a problem is on is decided by a hash of its terms in sorted order (see `side`), not by chance: no
+    problem, nor one with the same terms in another order, can be on both sides, whatever the seeds and sizes of two
+    data sets.
+
+    Fields:
+        levels: the difficulty levels, each "N numbers" (sums) or "N numbers with differences" (at least two
+            differences, or one if N is 2), with N from 2 to 9. No running total is below zero.
+        train_size, evaluation_size: how many problems on each side, spread evenly over the levels (the first levels
+            get one more where it does not divide); the order interleaves the levels. A larger size keeps the problems
+            of a smaller one.
+        largest: the numbers are from 1 to this.
+        seed: another seed draws other problems.
+
+    Raises:
+        ConfigError: a level that does not exist, a size or `largest` out of range, or more problems of a level asked
+            for than numbers up to `largest` allow; the message names the key.
+    """
+
+    levels: Sequence[str] = LEVELS
+    train_size: int = 512
+    evaluation_size: int = 256
+    largest: int = 49
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.levels, str):
+            object.__setattr__(self, "levels", (self.levels,))
+        object.__setattr__(self, "levels", tuple(self.levels))
+        check_fields(self)
+        if not self.levels or len(set(self.levels)) != len(self.levels):
+            raise ConfigError(f"data.levels: expected one or more distinct levels, found {list(self.levels)}")
+        for level in self.levels:
+            parse_level(level)
+        for key, smallest in (("train_size", 1), ("evaluation_size", 1), ("largest", 2)):
+            if getattr(self, key) < smallest:
+                raise ConfigError(f"data.{key}: found {getattr(self, key)}; give a number of at least {smallest}")
+
+    def load(self) -> Splits:
+        """Draws the problems of both sides; the same fields give the same problems in the same order."""
+        return Splits(self._side("train", self.train_size), self._side("evaluation", self.evaluation_size))
+
+    def _side(self, which: Side, size: int) -> tuple[Problem, ...]:
+        share, rest = divmod(size, len(self.levels))
+        columns = [self._level(which, level, share + (i < rest)) for i, level in enumerate(self.levels)]
+        return tuple(p for p in chain.from_iterable(zip_longest(*columns)) if p is not None)
+
+    def _level(self, which: Side, level: str, size: int) -> list[Problem]:
+        rng = random.Random(f"{self.seed}/{which}/{level}")
+        found: dict[tuple[int, ...], None] = {}
+        for _ in range(100 * size + 1000):
+            if len(found) == size:
+                return [as_problem(terms, level) for terms in found]
+            terms = draw(rng, level, self.largest)
+            if side(terms) == which:
+                found.setdefault(terms)
+        raise ConfigError(
+            f"data.largest: with numbers up to {self.largest} only {len(found)} of {size} different {which} problems "
+            f"were found for '{level}'; raise data.largest or lower data.{which}_size"
+        )
+
+
+def parse_level(level: str) -> tuple[int, bool]:
+    """How many numbers a level has, and whether it has differences."""
+    match = _LEVEL.fullmatch(level)
+    if not match:
+        raise ConfigError(
+            f"data.levels: '{level}' is no level; expected 'N numbers' or 'N numbers with differences' with N from 2 "
+            f"to 9; {nearest(level, LEVELS)}"
+        )
+    return int(match[1]), bool(match[2])
+
+
+def draw(rng: random.Random, level: str, largest: int) -> tuple[int, ...]:
+    """The terms of one problem, differences as negative numbers; on either side."""
+    count, differences = parse_level(level)
+    while True:
+        terms = [rng.randint(1, largest) for _ in range(count)]
+        if differences:
+            fewest = min(2, count - 1)
+            for i in rng.sample(range(1, count), rng.randint(fewest, count - 1)):
+                terms[i] = -terms[i]
+        if all(sum(terms[:n]) >= 0 for n in range(2, count + 1)):
+            return tuple(terms)
+
+
+def side(terms: Sequence[int]) -> Side:
+    """The one side on which a problem with these terms, in any order, may occur."""
+    digest = hashlib.sha256(" ".join(map(str, sorted(terms))).encode()).digest()
+    return "evaluation" if int.from_bytes(digest[:8], "big") % EVALUATION_EVERY == 0 else "train"
+
+
+def as_problem(terms: Sequence[int], level: str) -> Problem:
+    """The problem with these terms, its exact worked solution as the demonstration."""
+    prompt = question(terms)
+    return Problem(
+        id=f"{level}/{prompt}",
+        prompt=prompt,
+        answer=str(sum(terms)),
+        demonstration=worked_solution(terms),
+        level=level,
+        where=f"arithmetic, {level}, {prompt}",
+    )
+
+
+def question(terms: Sequence[int]) -> str:
+    """The prompt: `37+25-18=?`."""
+    return "".join([str(terms[0]), *(f"{t:+d}" for t in terms[1:])]) + "=?"
+
+
+def worked_solution(terms: Sequence[int], step: Callable[[int, int], int] = int.__add__) -> str:
+    """One line a step, then the last result in a box; `step(total, term)` gives the result that is written down and
+    carried on, so that a solution with mistakes can be made from a step that makes them."""
+    lines, total = [], terms[0]
+    for term in terms[1:]:
+        result = step(total, term)
+        lines.append(f"{total}{term:+d}={result}")
+        total = result
+    return "\n".join([*lines, f"\\boxed{{{total}}}"])

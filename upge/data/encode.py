@@ -1,0 +1,182 @@
+"""From problems to token ids, with limits on the lengths whose effect is counted, never silent."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from upge.checks import mismatch
+from upge.data.problem import Problem
+from upge.errors import ConfigError, DataError, ModelError, nearest
+
+OverlongPrompts = Literal["error", "drop"]
+OverlongDemonstrations = Literal["drop", "truncate", "error"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A problem in tokens.
+
+    Fields:
+        problem: where it comes from.
+        prompt_ids: the prompt in its template.
+        demonstration_ids: the expert response; it ends with the end-of-sequence token unless it was truncated. None
+            where there is none, or where it was dropped for its length.
+    """
+
+    problem: Problem
+    prompt_ids: tuple[int, ...]
+    demonstration_ids: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The examples, and how many problems the limits have touched.
+
+    Fields:
+        examples: in the order of the problems.
+        dropped_prompts: problems that were left out for the length of their prompt.
+        dropped_demonstrations: examples that lost their demonstration for its length.
+        truncated_demonstrations: examples whose demonstration was cut to the limit, and so has no final answer.
+    """
+
+    examples: tuple[Example, ...]
+    dropped_prompts: int = 0
+    dropped_demonstrations: int = 0
+    truncated_demonstrations: int = 0
+
+
+def encode(
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    *,
+    template: str,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    overlong_prompts: OverlongPrompts = "error",
+    overlong_demonstrations: OverlongDemonstrations = "drop",
+) -> Encoded:
+    """Encodes prompts and demonstrations.
+
+    Args:
+        problems: what to encode.
+        tokenizer: a Hugging Face tokenizer with an end-of-sequence token.
+        template: "chat" for the tokenizer's chat template with the generation prompt, else a format string with
+            {prompt} and optionally {system} (empty where a problem has no system message).
+        max_prompt_tokens, max_response_tokens: the limits; a demonstration's includes its end-of-sequence token.
+        overlong_prompts: what becomes of a problem whose prompt is longer than the limit.
+        overlong_demonstrations: what becomes of a demonstration that is longer; the problem itself stays.
+
+    Raises:
+        ConfigError: the template or a policy cannot be used.
+        DataError: a length over its limit under the policy 'error', or no problem left.
+        ModelError: the tokenizer has no end-of-sequence token.
+    """
+    _check_policy("overlong_prompts", overlong_prompts, OverlongPrompts)
+    _check_policy("overlong_demonstrations", overlong_demonstrations, OverlongDemonstrations)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no end-of-sequence token")
+    prompts = _prompt_ids(problems, tokenizer, template)
+    long = [i for i, ids in enumerate(prompts) if len(ids) > max_prompt_tokens]
+    if long and overlong_prompts == "error":
+        raise _prompt_error(problems, prompts, long, max_prompt_tokens)
+    dropped = set(long)
+    kept = [i for i in range(len(problems)) if i not in dropped]
+    if not kept:
+        raise DataError(
+            f"no problem is left: all {len(problems)} prompts are longer than rollout.max_prompt_tokens="
+            f"{max_prompt_tokens}; raise it"
+            if problems
+            else "there are no problems to encode; check data.path and the sizes under data"
+        )
+    texts = [problems[i].demonstration for i in kept]
+    demonstrations = _demonstration_ids(texts, tokenizer)
+    long = [k for k, ids in enumerate(demonstrations) if ids is not None and len(ids) > max_response_tokens]
+    if long and overlong_demonstrations == "error":
+        raise _demonstration_error([problems[i] for i in kept], demonstrations, long, max_response_tokens)
+    for k in long:
+        cut = overlong_demonstrations == "truncate"
+        demonstrations[k] = demonstrations[k][:max_response_tokens] if cut else None
+    return Encoded(
+        tuple(Example(problems[i], prompts[i], ids) for i, ids in zip(kept, demonstrations, strict=True)),
+        dropped_prompts=len(dropped),
+        dropped_demonstrations=len(long) * (overlong_demonstrations == "drop"),
+        truncated_demonstrations=len(long) * (overlong_demonstrations == "truncate"),
+    )
+
+
+def _check_policy(name: str, value: str, allowed: Any) -> None:
+    wrong = mismatch(value, allowed)
+    if wrong:
+        raise ConfigError(f"data_policy.{name}: {wrong}")
+
+
+def _prompt_ids(problems: Sequence[Problem], tokenizer: Any, template: str) -> list[tuple[int, ...]]:
+    if template == "chat":
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError(
+                "template: 'chat' needs a chat template, and the tokenizer of "
+                f"{tokenizer.name_or_path or 'the model'} has none; give a format string such as '{{prompt}}\\n'"
+            )
+        texts = [
+            tokenizer.apply_chat_template(_messages(p), add_generation_prompt=True, tokenize=False) for p in problems
+        ]
+    else:
+        _check_template(template)
+        texts = [template.format(prompt=p.prompt, system=p.system or "") for p in problems]
+    # A chat template writes the special tokens itself; in a format string the tokenizer's own (a BOS, say) are wanted.
+    return _tokenize(texts, tokenizer, add_special_tokens=template != "chat")
+
+
+def _messages(problem: Problem) -> list[dict[str, str]]:
+    system = [{"role": "system", "content": problem.system}] if problem.system else []
+    return [*system, {"role": "user", "content": problem.prompt}]
+
+
+def _check_template(template: str) -> None:
+    try:
+        fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise ConfigError(f"template: {template!r} is no format string ({error}); double a plain brace") from error
+    for name in fields - {"prompt", "system"}:
+        hint = nearest(name, ("prompt", "system")) if name else "name it {prompt}"
+        raise ConfigError(f"template: {template!r} has the unknown field '{{{name}}}'; {hint}")
+    if "prompt" not in fields:
+        raise ConfigError(f"template: {template!r} has no {{prompt}}; give 'chat' or a format string with {{prompt}}")
+
+
+def _demonstration_ids(texts: Sequence[str | None], tokenizer: Any) -> list[tuple[int, ...] | None]:
+    present = [text for text in texts if text is not None]
+    ids = iter(_tokenize(present, tokenizer, add_special_tokens=False))
+    return [None if text is None else (*next(ids), tokenizer.eos_token_id) for text in texts]
+
+
+def _tokenize(texts: Sequence[str], tokenizer: Any, *, add_special_tokens: bool) -> list[tuple[int, ...]]:
+    if not texts:
+        return []
+    return [tuple(ids) for ids in tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]]
+
+
+def _prompt_error(
+    problems: Sequence[Problem], prompts: Sequence[Sequence[int]], long: Sequence[int], limit: int
+) -> DataError:
+    worst = max(long, key=lambda i: len(prompts[i]))
+    return DataError(
+        f"{problems[worst].where or problems[worst].id}: the prompt has {len(prompts[worst])} tokens, the limit is "
+        f"rollout.max_prompt_tokens={limit} ({len(long)} of {len(problems)} prompts are longer; this is the longest); "
+        "raise it, or drop such problems with data_policy.overlong_prompts=drop"
+    )
+
+
+def _demonstration_error(
+    problems: Sequence[Problem], demonstrations: Sequence[Sequence[int] | None], long: Sequence[int], limit: int
+) -> DataError:
+    worst = max(long, key=lambda i: len(demonstrations[i] or ()))
+    return DataError(
+        f"{problems[worst].where or problems[worst].id}: the demonstration has "
+        f"{len(demonstrations[worst] or ())} tokens with its end-of-sequence token, the limit is "
+        f"rollout.max_response_tokens={limit} ({len(long)} of {len(problems)} are longer; this is the longest); raise "
+        "it, or set data_policy.overlong_demonstrations to drop or truncate"
+    )

