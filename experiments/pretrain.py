@@ -36,8 +36,8 @@ from upge.data.problem import Problem
 #: Level → share of the pre-training problems.
 MIXTURE = {
     **{f"{n} numbers": 0.16 for n in range(2, 7)},
-    "2 numbers with differences": 0.12,
-    **{f"{n} numbers with differences": 0.08 / 3 for n in range(3, 6)},
+    "2 mixed": 0.12,
+    **{f"{n} mixed": 0.08 / 3 for n in range(3, 6)},
 }
 LARGEST = Arithmetic().largest
 SLIPS = (-20, -10, -3, -2, -1, 1, 2, 3, 10, 20)

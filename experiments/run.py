@@ -107,6 +107,7 @@ def _train(composed: Any, prepared: Any, world: World) -> int:
         )
         with progress:
             code = Trainer(parts, progress.step, progress.evaluation).run(resume_from)
+        world.barrier()
         sampler.close()
     if world.is_main:
         _finish(folder.path, code, say)

@@ -15,14 +15,14 @@ from upge.data.problem import Problem, Splits
 from upge.errors import ConfigError, nearest
 
 #: The default levels, from easy to hard.
-LEVELS = tuple(f"{n} numbers" for n in range(2, 7)) + tuple(f"{n} numbers with differences" for n in range(3, 6))
+LEVELS = tuple(f"{n} numbers" for n in range(2, 7)) + tuple(f"{n} mixed" for n in range(3, 6))
 
 Side = Literal["train", "evaluation"]
 
 #: One problem in this many belongs to the evaluation side.
 EVALUATION_EVERY = 5
 
-_LEVEL = re.compile(r"([2-9]) numbers( with differences)?")
+_LEVEL = re.compile(r"([2-9]) (numbers|mixed)")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Arithmetic:
     data sets.
 
     Fields:
-        levels: the difficulty levels, each "N numbers" (sums) or "N numbers with differences" (at least two
+        levels: the difficulty levels, each "N numbers" (sums) or "N mixed" (sums with at least two
             differences, or one if N is 2), with N from 2 to 9. No running total is below zero.
         train_size, evaluation_size: how many problems on each side, spread evenly over the levels (the first levels
             get one more where it does not divide); the order interleaves the levels. A larger size keeps the problems
@@ -95,10 +95,10 @@ def parse_level(level: str) -> tuple[int, bool]:
     match = _LEVEL.fullmatch(level)
     if not match:
         raise ConfigError(
-            f"data.levels: '{level}' is no level; expected 'N numbers' or 'N numbers with differences' with N from 2 "
+            f"data.levels: '{level}' is no level; expected 'N numbers' or 'N mixed' with N from 2 "
             f"to 9; {nearest(level, LEVELS)}"
         )
-    return int(match[1]), bool(match[2])
+    return int(match[1]), match[2] == "mixed"
 
 
 def draw(rng: random.Random, level: str, largest: int) -> tuple[int, ...]:

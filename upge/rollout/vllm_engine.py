@@ -126,6 +126,7 @@ class VLLMSampler(Sampler):
             self._llm.wake_up()
 
     def close(self) -> None:
+        """Ends the engine. vLLM then takes down torch's process group, the trainer's too: close it last."""
         self._usable = False
         if self._llm is not None:
             with quiet():

@@ -90,7 +90,7 @@ def leave(world: World | None, code: int) -> None:
 
     Not by returning: the libraries' own clean-up at exit sometimes aborts a run that has done all its work.
     """
-    if world is not None and code == 0:
+    if world is not None and code == 0 and dist.is_initialized():
         world.barrier()
     sys.stdout.flush()
     sys.stderr.flush()

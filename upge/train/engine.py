@@ -20,6 +20,8 @@ from upge.train.packing import PackedBatch, pack
 
 #: Parameters are gathered for the sampler in buckets of about this size.
 _BUCKET_BYTES = 512 * 2**20
+#: The key of our own state among DeepSpeed's in a checkpoint.
+_STATE = "upge"
 
 
 class StepResult(NamedTuple):
@@ -90,14 +92,14 @@ class Engine:
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
         """Writes weights, optimizer and `state` to folder/tag; all ranks call it."""
-        self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state={_STATE: state}, save_latest=False)
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
         """Restores what `save` wrote and returns its `state`."""
         path, state = self._engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
             raise ModelError(f"{folder / tag}: the checkpoint cannot be read; remove it to resume from an older one")
-        return state
+        return state[_STATE]
 
     def export(self, folder: Path) -> None:
         """Writes the model in Hugging Face format (safetensors), from rank 0; all ranks call it."""

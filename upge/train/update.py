@@ -85,18 +85,21 @@ class Updater:
         With several updates the policy moves away from the one that sampled, so its log-probs are computed before the
         first; with a single one they are the current ones and nothing is computed twice.
         """
-        batches = [assemble(chunk, step) for chunk in split_by_group(trajectories, self.config.mini_batches)]
         chunks = split_by_group(trajectories, self.config.mini_batches)
+        batches = [assemble(chunk, step) for chunk in chunks]
         plans = [self.algorithm.plan(batch) for batch in batches]
         if self.off_policy and "behavior_logprobs" in self.columns:
             batches = [self._with_behavior(*triple) for triple in zip(batches, plans, chunks, strict=True)]
             plans = [self.algorithm.plan(batch) for batch in batches]
         tally, norms, skipped = Tally(), [], 0
-        for epoch in range(self.config.epochs):
-            for number, (batch, plan, chunk) in enumerate(zip(batches, plans, chunks, strict=True)):
+        first = next(((b, p) for b, p in zip(batches, plans, strict=True) if bool(p.keep.any())), None)
+        if first is None or not bool((first[1].keep & ~first[0].is_demonstration).any()):
+            self._probe(trajectories, step, tally)
+        for _ in range(self.config.epochs):
+            for batch, plan, chunk in zip(batches, plans, chunks, strict=True):
                 if not bool(plan.keep.any()):
                     continue
-                self._accumulate(batch, plan, chunk, tally, on_policy=epoch == 0 and number == 0)
+                self._accumulate(batch, plan, chunk, tally, on_policy=not norms)
                 result = self.engine.step(lr)
                 norms.append(result.grad_norm if result.applied else float("inf"))
                 skipped += not result.applied
@@ -131,6 +134,19 @@ class Updater:
             if not bool(torch.isfinite(loss.detach())):
                 loss = loss * float("nan")  # so that the gradient norm, which all ranks share, tells of it too
             self.engine.backward(loss, last=number == len(pieces) - 1)
+
+    @torch.no_grad()
+    def _probe(self, trajectories: Sequence[Trajectory], step: int, tally: Tally) -> None:
+        """Compares sampler and trainer on a rollout a rank, for steps whose first update has none: a sampler with
+        stale weights must show in every step."""
+        rollouts = [t for t in trajectories if not t.is_demonstration]
+        if not rollouts:
+            return
+        world = self.engine.world
+        mine = rollouts[world.rank : world.rank + 1]
+        forward = self.engine.forward([(t.prompt_ids, t.response_ids) for t in mine])
+        if mine:
+            _compare(tally, assemble(mine, step), forward.logprobs.float().cpu())
 
     @torch.no_grad()
     def _with_behavior(self, batch: Trajectories, plan: Plan, chunk: Sequence[Trajectory]) -> Trajectories:
@@ -188,8 +204,14 @@ def _count(tally: Tally, piece: Trajectories, estimate, logprobs: Tensor, entrop
     tally.entropy_sum += float(entropies[mask].double().sum())
     tally.tokens += int(mask.sum())
     tally.trajectories += len(piece)
-    sampled = mask & ~piece.is_demonstration[:, None]
-    if on_policy and piece.sampler_logprobs is not None and bool(sampled.any()):
+    if on_policy:
+        _compare(tally, piece, logprobs)
+
+
+def _compare(tally: Tally, piece: Trajectories, logprobs: Tensor) -> None:
+    """Counts how far the sampler's log-probs of a piece's rollouts are from the trainer's."""
+    sampled = piece.response_mask & ~piece.is_demonstration[:, None]
+    if piece.sampler_logprobs is not None and bool(sampled.any()):
         gap = (logprobs.float() - piece.sampler_logprobs.float()).abs()[sampled]
         tally.gap_sum += float(gap.double().sum())
         tally.gap_max = max(tally.gap_max, float(gap.max()))
