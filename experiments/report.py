@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -60,21 +59,14 @@ def page_content(run: RunFolder) -> dict:
         "others": [_summary(one) for one in unplotted.values()],
         "config": _cut(run.config_text, LONGEST_CONFIG),
         "details": [(key, _plain(value)) for key, value in run.run.items() if key not in ("formula_text", "command")],
-        "command": _command(run.run),
+        "command": str(run.run.get("command", "")),
     }
 
 
 def _what_ran(run: RunFolder) -> list[str]:
-    """Algorithm, model and data set, as the command line names them."""
-    command = dict(word.split("=", 1) for word in shlex.split(_command(run.run)) if "=" in word)
-    found = []
-    for key in ("algo", "model", "data"):
-        value = run.config.get(key) or run.run.get(key) or command.get(key)
-        if isinstance(value, Mapping):
-            named = command.get(key) or value.get("name") or value.get("path") or value.get("_target_", "")
-            value = str(named).rstrip("/").rsplit("/", 1)[-1].removeprefix("upge.data.")
-        if value:
-            found.append(str(value))
+    """Algorithm, model and data set by name, as run.json holds them; else the name of the folder."""
+    names = run.run.get("names") or {}
+    found = [str(names[key]).rstrip("/").rsplit("/", 1)[-1] for key in ("algo", "model", "data") if names.get(key)]
     return found or [run.path.resolve().name]
 
 
@@ -159,11 +151,6 @@ def _plain(value: object) -> str:
     if isinstance(value, Mapping):
         return "\n".join(f"{key} {_plain(inner)}" for key, inner in value.items())
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _command(run: Mapping) -> str:
-    command = run.get("command") or ""
-    return shlex.join(map(str, command)) if isinstance(command, list) else str(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -75,7 +75,8 @@ def write_run(folder: Path, steps: int = 40, seed: int = 0) -> Path:
     (folder / "config.yaml").write_text(f"algo: hpt\nmodel: tiny\ndata: arithmetic\nsteps: {steps}\nseed: {seed}\n"
                                         "rollout:\n  engine: auto\n  temperature: 1.0\n")
     (folder / "run.json").write_text(json.dumps({
-        "command": ["python", "-m", "experiments.run", "algo=hpt", "model=tiny", "data=arithmetic"], "seed": seed,
+        "command": "python -m experiments.run seed=0", "seed": seed,
+        "names": {"recipe": None, "algo": "hpt", "model": "some/folder/tiny", "data": "arithmetic"},
         "versions": {"python": "3.11.9", "torch": "2.13.0", "deepspeed": "0.19.8"}, "git_commit": "0123abc",
         "world_size": 1, "engine": "vllm", "formula_text": FORMULA}))
     write_lines(folder / "metrics.jsonl", [metrics_line(step, steps, random_state) for step in range(1, steps + 1)])
@@ -89,6 +90,11 @@ def write_run(folder: Path, steps: int = 40, seed: int = 0) -> Path:
         rollout | {"response": "best of all \\boxed{50}", "reward": 1.0},
         rollout | {"response": "as the expert says \\boxed{50}", "reward": 1.0, "is_demonstration": True}])
     return folder
+
+
+def test_the_title_says_what_ran(tmp_path):
+    html = write_report(write_run(tmp_path / "run")).read_text()
+    assert "<title>hpt · tiny · arithmetic" in html
 
 
 def write_lines(path: Path, records: list[dict]) -> None:

@@ -51,7 +51,7 @@ PLOTS = (
     Plot("plot-pass-rate", "Pass rate", "share of rollouts that are correct",
          "Near 0 or near 1 most groups agree and a group-relative advantage has nothing to say.",
          ("pass_rate", "pass_rate/*"), limits=(0, None)),
-    Plot("plot-demonstrations", "Share of demonstrations", "share of prompts answered by a demonstration",
+    Plot("plot-demonstrations", "Share of demonstrations", "demonstrations among the trajectories that count",
          "How often the gate chose imitation; should fall as the policy learns to solve the prompts itself.",
          ("gate/demonstration_share", "gate/*share*"), limits=(0, None)),
     Plot("plot-entropy", "Entropy", "nats per token",
