@@ -81,7 +81,7 @@ class Collector:
         self.needs = algorithm.needs
         self.sampling = Sampling(
             temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
+            # No nucleus in training: the trainer's log-probs are of the full distribution at this temperature.
             max_tokens=config.rollout.max_response_tokens,
             stop_token_ids=(tokenizer.eos_token_id,),
         )

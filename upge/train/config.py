@@ -45,7 +45,6 @@ class RolloutConfig:
 
     engine: Literal["auto", "vllm", "transformers"] = key("auto", "inference engine; auto takes vllm where installed")
     temperature: float = key(1.0, "sampling temperature in training; the trainer's log-probs use it too")
-    top_p: float = key(1.0, "nucleus of the sampling distribution in training")
     max_prompt_tokens: int = key(1024, "longest prompt")
     max_response_tokens: int = key(1024, "longest response; algorithms with a fixed divisor use it as `length`")
     memory_fraction: float = key(0.4, "share of a GPU's memory for the vLLM engine")
@@ -172,9 +171,8 @@ class RunConfig:
                 f"optimizer.mini_batches: {self.optimizer.mini_batches} does not divide prompts_per_step="
                 f"{self.prompts_per_step}; choose a divisor, so that every update averages over as many prompts"
             )
-        for name, value in (("rollout", self.rollout.top_p), ("evaluation", self.evaluation.top_p)):
-            if not 0 < value <= 1:
-                raise ConfigError(f"{name}.top_p: found {value}; it must lie in (0, 1]")
+        if not 0 < self.evaluation.top_p <= 1:
+            raise ConfigError(f"evaluation.top_p: found {self.evaluation.top_p}; it must lie in (0, 1]")
 
 
 def from_tree(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:
