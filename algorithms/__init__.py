@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from upge.algorithm import Algorithm, Term
 from upge.errors import ConfigError, nearest
-from upge.estimator import UnifiedGradient
 from upge.instantiate import TARGET, build
 from upge.regularizers import Regularizer
 
@@ -66,10 +65,25 @@ def override(node: DictConfig, overrides: Sequence[str], path: str = "algo") -> 
             if parent and parent not in _OPEN and OmegaConf.select(result, parent) is None:
                 known = _paths(OmegaConf.to_container(result))
                 raise ConfigError(f"{path}.{key}: there is no '{parent}'; {nearest(key, known)}")
+            _check_target(result, key, value, path)
             OmegaConf.update(result, key, value, merge=False, force_add=True)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{path}.{key}: {str(error).splitlines()[0]}") from error
     return result
+
+
+def _check_target(tree: DictConfig, key: str, value: Any, path: str) -> None:
+    """Refuses another `_target_` for a part that has settings: they would silently become those of the new one."""
+    parent, _, last = key.rpartition(".")
+    node = OmegaConf.select(tree, parent) if parent and last == TARGET else None
+    if not isinstance(node, DictConfig) or node.get(TARGET) in (None, value):
+        return
+    settings = sorted(str(k) for k in node if k != TARGET)
+    if settings:
+        raise ConfigError(
+            f"{path}.{key}: {value} instead of {node[TARGET]} would keep its settings ({', '.join(settings)}); "
+            f"replace the whole part: {path}.{parent}={{{TARGET}: {value}, ...}}"
+        )
 
 
 def _value(text: str, path: str) -> Any:
@@ -92,7 +106,8 @@ def compose(node: DictConfig | Mapping[str, Any], name: str, path: str = "algo")
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         where = key if f"{key}.".startswith(f"{path}.") else f"{path}.{key}".rstrip(".")
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+        fix = "; give it a value of its own" if isinstance(error, InterpolationResolutionError) else ""
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}{fix}") from error
     _only(tree, _KEYS, path)
     if not isinstance(tree.get("terms"), Mapping) or not tree["terms"]:
         raise ConfigError(
@@ -146,4 +161,4 @@ def _paths(tree: Any, prefix: str = "") -> list[str]:
     return found
 
 
-__all__ = ["UnifiedGradient", "compose", "load", "names", "override", "read"]
+__all__ = ["compose", "load", "names", "override", "read"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import algorithms
 from upge.algorithm import Algorithm
@@ -123,10 +124,12 @@ def _set(tree: DictConfig, key: str, value: str) -> DictConfig:
     try:
         if not free and OmegaConf.select(tree, key, default=_ABSENT) is _ABSENT:
             raise ConfigError(f"{key}: unknown key; {nearest(key, known_keys())}")
-        parsed = OmegaConf.select(OmegaConf.from_dotlist([f"{key}={value}"]), key)
+        # Where a text is expected it is taken as it stands: a template's braces are not YAML's.
+        is_text = not free and isinstance(OmegaConf.select(tree, key), str)
+        parsed = value if is_text else OmegaConf.select(OmegaConf.from_dotlist([f"{key}={value}"]), key)
         OmegaConf.update(tree, key, parsed, merge=False, force_add=free)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{key}: {value!r} cannot be read: {str(error).splitlines()[0]}") from error
     return tree
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 from experiments.config import Composed
 from upge import data, verify
-from upge.errors import DataError, ModelError
+from upge.errors import ConfigError, DataError, ModelError
 from upge.instantiate import build
 from upge.rollout.model import read_config
+from upge.train.distributed import world_size
 from upge.train.folder import RunFolder
 
 #: Columns that this trainer fills beyond rewards, masks and groups.
@@ -23,6 +25,7 @@ class Prepared:
     """What a run starts from; `notes` are sentences for the user."""
 
     tokenizer: Any
+    stop_token_ids: tuple[int, ...]
     train: Sequence[data.Example]
     evaluation: Sequence[data.Example]
     folder: RunFolder
@@ -39,7 +42,8 @@ def prepare(composed: Composed) -> Prepared:
     config, algorithm = composed.config, composed.algorithm
     algorithm.check(group_size=config.group_size, provided=PROVIDED)
     folder = RunFolder(output_folder(composed))
-    continues = folder.open(composed.tree, config.resume)
+    continues = folder.open(composed.tree, config.resume, world_size())
+    _check_installed()
     verifier = verify.load(config.verify.verifier)
     splits = build(composed.tree["data"], "data").load()
     _check_answers([*splits.train, *splits.evaluation], verifier)
@@ -54,13 +58,14 @@ def prepare(composed: Composed) -> Prepared:
         if not algorithm.needs.rollouts:
             train = [example for example in train if example.demonstration_ids is not None]
         notes.append(f"{demonstrations} training problems have a demonstration within the limit")
-    return Prepared(tokenizer, train, evaluation, folder, continues, tuple(notes))
+    stops = stop_token_ids(tokenizer, config.model.path)
+    return Prepared(tokenizer, stops, train, evaluation, folder, continues, tuple(notes))
 
 
 def output_folder(composed: Composed) -> Path:
     """`output`, or the next free runs/ALGO-MODEL-DATA."""
     if composed.config.output:
-        return Path(composed.config.output)
+        return Path(composed.config.output).expanduser()
     names = composed.names
     stem = "-".join(Path(str(names[group])).stem for group in ("algo", "model", "data"))
     number, path = 1, Path("runs") / stem
@@ -88,6 +93,25 @@ def load_tokenizer(path: str) -> Any:
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model.path: the tokenizer of '{path}' has no end-of-sequence token; no response could end")
     return tokenizer
+
+
+def stop_token_ids(tokenizer: Any, path: str) -> tuple[int, ...]:
+    """The tokenizer's end of sequence and those that generation_config.json adds, the end of a turn for example."""
+    from transformers import GenerationConfig
+
+    try:
+        more = GenerationConfig.from_pretrained(path).eos_token_id
+    except (OSError, ValueError):
+        more = None
+    more = [] if more is None else [more] if isinstance(more, int) else list(more)
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *more]))
+
+
+def _check_installed() -> None:
+    """What is needed only after training must not be found missing then."""
+    for package in ("jinja2", "matplotlib", "rich", "tqdm"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"the package {package} is not installed, the report needs it: pip install 'upge[all]'")
 
 
 def _check_length(config: Any) -> None:

@@ -51,7 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         world = connect()
         code = _train(composed, prepared, world)
     except UserError as error:
-        if launched_rank() == 0:
+        # Before the ranks are connected all of them find the same; afterwards each speaks for itself.
+        if world is not None and world.size > 1:
+            print(f"error on rank {world.rank}: {error}", file=sys.stderr)
+        elif launched_rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         code = BAD_INPUT
     if world is not None:
@@ -84,14 +87,7 @@ def _train(composed: Any, prepared: Any, world: World) -> int:
             overrides=config.model.overrides,
         )
         say(f"rollouts: {sampler.reason}")
-        resume_from = _resume_point(prepared)
-        resume_from = world.share(resume_from)
-        if world.is_main:
-            if prepared.continues:
-                folder.rewind(resume_from if resume_from is not None else -1)
-            folder.start(composed.tree, _facts(composed, world, sampler, engine, resume_from or 0))
-        if prepared.continues:
-            say(f"continuing {folder.path} from step {resume_from or 0}")
+        resume_from = world.share(_resume_point(prepared))
         progress = Progress(config.steps, resume_from or 0, enabled=world.is_main)
         parts = Parts(
             config,
@@ -99,14 +95,27 @@ def _train(composed: Any, prepared: Any, world: World) -> int:
             prepared.train,
             prepared.evaluation,
             prepared.tokenizer,
+            prepared.stop_token_ids,
             engine,
             sampler,
             pool,
             folder,
             world,
         )
+        trainer = Trainer(parts, progress.step, progress.evaluation)
+        if resume_from is not None:
+            trainer.restore(resume_from)
+        # Only now, when nothing can refuse the checkpoint any more, is anything recorded dropped.
+        if world.is_main:
+            if prepared.continues:
+                folder.rewind(resume_from if resume_from is not None else -1)
+            facts = _facts(composed, world, sampler, engine, resume_from or 0)
+            folder.start(composed.tree, facts, prepared.continues)
+        world.barrier()
+        if prepared.continues:
+            say(f"continuing {folder.path} from step {resume_from or 0}")
         with progress:
-            code = Trainer(parts, progress.step, progress.evaluation).run(resume_from)
+            code = trainer.run()
         world.barrier()
         sampler.close()
     if world.is_main:
@@ -141,7 +150,7 @@ def _finish(path: Path, code: int, say: Any) -> None:
     if code == 3:
         say("stopped: too many non-finite updates in a row (stop.nonfinite_updates); the state is in checkpoints/")
     elif code:
-        say(f"stopped by signal {code - 128}; the state is saved, the same command continues it")
+        say(f"stopped by signal {code - 128}; the state is saved, the same command with output={path} continues it")
     else:
         say(f"model:  {path / 'final'}")
 

@@ -60,6 +60,11 @@ def test_overrides_apply_in_order_and_may_add_a_setting():
     assert loaded.terms["rl"].estimator.mask == upge.PPOClip(dual=4)
 
 
+def test_the_target_alone_can_change_where_there_are_no_settings():
+    loaded = algorithms.load("grpo", ["terms.rl.estimator.denominator._target_=upge.CurrentPolicy"])
+    assert loaded.terms["rl"].estimator.denominator == upge.CurrentPolicy()
+
+
 def test_a_regularizer_and_a_term_can_be_added():
     penalty = "{_target_: upge.KLPenalty, coefficient: 0.001, reduction: {_target_: upge.SequenceMean}}"
     loaded = algorithms.load("grpo", [f"regularizers.kl={penalty}"])
@@ -134,6 +139,7 @@ OVERRIDES = {
     f"{MASK}={{_target_: upge.UnitDenominator}}": ["estimator.mask", "UnitDenominator", "a StabilizationMask"],
     f"{MASK}={{_target_: upge.AllOf, masks: [1]}}": ["algo.terms.rl.estimator.mask.masks", "(1,)"],
     f"{MASK}={{_target_: ": ["algo.terms.rl.estimator.mask", "'{_target_: '"],
+    f"{MASK}._target_=upge.ImportanceBand": ["mask._target_", "upge.PPOClip", "(high, low)", "mask={_target_: "],
     "terms.rll.source=all": ["algo.terms.rll.source", "no 'terms.rll'", "did you mean 'terms.rl.source'?"],
     "terms.rl.source=rollout": ["algo.terms.rl.source", "'rollout'", "did you mean 'rollouts'?"],
     "terms.rl.source.deep=1": ["algo.terms.rl.source", "{'deep': 1}", "rollouts"],
@@ -146,7 +152,7 @@ OVERRIDES = {
     "terms.rl.estimator.maks={_target_: upge.NoMask}": ["algo.terms.rl.estimator.maks", "did you mean 'mask'?"],
     "terms.rl.reduction={_target_: upge.FixedLength}": ["algo.terms.rl.reduction.length", "missing", "FixedLength"],
     "terms.rl.reduction.length=0": ["algo.terms.rl.reduction", "length: 0", "at least 1"],
-    "terms.rl.reduction.length=${nowhere}": ["algo.terms.rl.reduction.length", "nowhere"],
+    "terms.rl.reduction.length=${nowhere}": ["algo.terms.rl.reduction.length", "nowhere", "a value of its own"],
     "terms.rl=null": ["algo.terms.rl", "None", "estimator, gate, reduction, source"],
     "terms.rl={source: rollouts}": ["algo.terms.rl.estimator", "missing", "estimator, gate, reduction, source"],
     "terms=null": ["algo.terms", "None", "at least one named term"],

@@ -41,12 +41,18 @@ CASES = {
     "unknown verifier": (["verify.verifier=maths"], ["verify.verifier", "math"]),
     "beyond the model's positions": (["rollout.max_response_tokens=9999"], ["max_response_tokens", "2048"]),
     "critic": (["algo=grpo", "algo.terms.rl.estimator.advantage={_target_: upge.GAE}"], ["GAE", "values", "critic"]),
+    "temperature too low": (["evaluation.temperature=0.001"], ["evaluation.temperature", "0.01"]),
+    "beta": (["optimizer.beta1=1.5"], ["optimizer.beta1", "1.5"]),
+    "not YAML": (["steps=[1"], ["steps", "[1"]),
+    "unknown override": (["model.overrides.rope_tetha=1"], ["model.overrides.rope_tetha", "did you mean 'rope_theta'"]),
+    "override of another type": (["model.overrides.hidden_size=wide"], ["model.overrides.hidden_size", "wide"]),
+    "template without prompt": (["model.template={question}"], ["model.template", "{question}"]),
     "prompt too long": (["rollout.max_prompt_tokens=5"], ["rollout.max_prompt_tokens", "5", "overlong_prompts"]),
 }
 
 
 def refused(capsys, *arguments: str) -> str:
-    """Runs in this process, which a run that got as far as training would end; returns the message."""
+    """Runs in this process up to the start of training; returns the message."""
     code = main(list(arguments))
     captured = capsys.readouterr()
     assert code == 2, captured.out
@@ -55,8 +61,14 @@ def refused(capsys, *arguments: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch):
+def before_training(monkeypatch):
+    """Without the hub, and without ever training in this process."""
+
+    def trained():
+        raise AssertionError("the input was not refused")
+
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("experiments.run.connect", trained)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -74,7 +86,7 @@ ROWS = {
     "not JSON": ([GOOD, "{not json"], ["train.jsonl:2"]),
     "no final answer": ([GOOD, {"question": "1+1?", "answer": "two"}], ["train.jsonl:2", "####"]),
     "answer that does not parse": ([{"question": "1?", "answer": "#### \\frac{1}{"}], ["train.jsonl:1", "\\frac{1}{"]),
-    "prompt beyond the limit": ([{"question": "1+" * 400, "answer": "#### 2"}], ["train.jsonl:1", "max_prompt_tokens"]),
+    "prompt beyond the limit": ([{"question": "1+" * 600, "answer": "#### 2"}], ["train.jsonl:1", "max_prompt_tokens"]),
 }
 
 
@@ -87,7 +99,7 @@ def test_bad_rows_name_file_and_line(case, capsys, tmp_path):
 
 
 def test_dropped_rows_are_counted(capsys, tmp_path):
-    long_prompt = {"question": "1+" * 400, "answer": "#### 2"}
+    long_prompt = {"question": "1+" * 600, "answer": "#### 2"}
     long_answer = {"question": "a", "answer": "1" * 999 + "\n#### 2"}
     path = gsm8k(tmp_path, GOOD, long_prompt, long_answer)
     arguments = ["data=gsm8k", path, "data_policy.overlong_prompts=drop", "rollout.max_response_tokens=100"]
@@ -100,6 +112,13 @@ def test_demonstrations_missing_from_the_data(capsys, tmp_path):
     """Every demonstration is beyond the limit: nothing is left for a term that learns from them."""
     message = refused(capsys, "algo=sft", "rollout.max_response_tokens=3", f"output={tmp_path / 'run'}")
     assert "demonstrations" in message and "algo.terms.sft.source" in message
+
+
+def test_checkpoint_that_does_not_fill_the_model(capsys, tmp_path):
+    """Another shape would give random weights, or an error deep inside."""
+    arguments = ["model.overrides.num_hidden_layers=5", "rollout.engine=transformers", f"output={tmp_path / 'run'}"]
+    done = run(*SMALL, *arguments, code=2)
+    assert "model.path" in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
 def test_existing_folder(capsys, tmp_path):

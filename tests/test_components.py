@@ -184,6 +184,15 @@ def test_group_relative_without_a_difference_is_zero(reward, normalize):
     assert upge.GroupRelative(normalize_std=normalize)(batch).tolist() == [[0.0, 0.0]] * 9
 
 
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_group_relative_without_epsilon_is_zero_where_nothing_differs(unbiased):
+    """Also where the mean of equal rewards is none of them in floating point, and for a demonstration beside them."""
+    rewards, group = [0.1] * 3 + [1.0] * 4, [0] * 3 + [1] * 3 + [0]
+    batch = trajectories(lengths=[1] * 7, rewards=rewards, group=group, demonstrations=[6])
+    found = upge.GroupRelative(epsilon=0.0, unbiased=unbiased)(batch)
+    assert found[:, 0].tolist() == [0.0] * 7
+
+
 def test_group_relative_keeps_groups_apart_and_takes_any_numbers():
     batch = trajectories(lengths=[1] * 5, rewards=[1.0, 1.0, 0.0, 0.0, 1.0], group=[9, -4, 9, -4, -4])
     third = 0.3333333333
@@ -285,6 +294,11 @@ def test_kl_penalty(kind, expected):
 def test_entropy_bonus_is_minus_the_entropy():
     bonus = upge.EntropyBonus(coefficient=1.0, reduction=upge.TokenMean())
     assert bonus(trajectories(entropies=[[0.5, 2.0]])).tolist() == [[-0.5, -2.0]]
+
+
+def test_constants_keep_their_precision():
+    batch = trajectories([[0.5]])
+    assert upge.ConstantAdvantage(0.1)(batch).item() == 0.1 and upge.UnitDenominator()(batch).dtype == torch.float64
 
 
 def test_the_product_is_one_number_per_token():

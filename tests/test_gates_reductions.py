@@ -243,3 +243,40 @@ def test_a_coefficient_of_zero_takes_a_term_out_of_the_count():
     closed = upge.Term(**{**vars(algorithm.terms["own"]), "coefficient": 0.0})
     plan = upge.Algorithm("x", {**algorithm.terms, "own": closed}).plan(batch)
     assert not plan.counted.any() and not plan.keep.any()
+
+
+def test_a_closed_gate_in_a_product_with_a_live_one_does_not_count():
+    """Question 0 fails: its rollouts are out of divisor and forward pass although the entropies are not known yet."""
+    batch = trajectories(entropies=[[1.0]] * 4, rewards=[0.0, 0.0, 1.0, 0.0], group=[0, 0, 1, 1])
+    terms = mixture("term").terms
+    product = upge.ProductOf((upge.PassRateAbove(0.0), upge.EntropyWeight(scale=1.0)))
+    plan = upge.Algorithm("x", {"own": upge.Term(**{**vars(terms["own"]), "gate": product})}).plan(batch)
+    assert plan.counted.tolist() == plan.keep.tolist() == [False, False, True, True]
+    weights = plan.estimate(batch).weights[:, 0].tolist()
+    assert weights == pytest.approx([0.0, 0.0, 0.18393972, 0.18393972], abs=1e-8), "1/2 · e^-1"
+    assert product.closed(batch).tolist() == [True, True, False, False]
+    assert not upge.EntropyWeight(scale=0.0).closed(batch).any(), "a live gate is known only later"
+
+
+def test_a_regularizer_leaves_out_what_counts_in_no_term():
+    """One of two questions has a success: -H of its two rollouts alone, each with weight 1/2."""
+    batch = trajectories(entropies=[[1.0]] * 4, rewards=[0.0, 0.0, 1.0, 0.0], group=[0, 0, 1, 1])
+    entropies = batch.entropies.clone().requires_grad_()
+    batch = batch.select(torch.arange(4), batch.logprobs, entropies=entropies)
+    own = {"own": mixture("term").terms["own"]}
+    bonus = {"bonus": upge.EntropyBonus(1.0, upge.TokenMean())}
+    upge.Algorithm("x", own, bonus).estimate(batch).loss.backward()
+    assert entropies.grad[:, 0].tolist() == [0.0, 0.0, -0.5, -0.5]
+
+
+def test_an_unknown_divisor_is_refused():
+    class Odd(upge.Reduction):
+        over = "trem"
+        reads = frozenset()
+
+        def __call__(self, batch, selected):
+            return batch.response_mask.double()
+
+    terms = {"own": upge.Term(**{**vars(mixture("term").terms["own"]), "reduction": Odd()})}
+    with pytest.raises(upge.ConfigError, match="Odd.over: found 'trem'.*'term' or 'batch'"):
+        upge.Algorithm("x", terms).plan(groups((1, 2)))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ import torch
 import upge
 from tests import textbook
 from tests.compositions import ALL, load
+from tests.literal import trajectories
 from tests.policy import sample
 
 OBJECTIVES = {name: getattr(textbook, name) for name in ALL if hasattr(textbook, name)}
@@ -104,3 +108,101 @@ def test_a_runaway_ratio_under_the_mask_is_zero_not_nan():
     positive = s.batch.rewards[:, None].expand_as(weights) > 0.5
     assert torch.isfinite(weights[positive]).all()
     assert (weights[:, 0][positive[:, 0] & ~s.batch.is_demonstration] == 0).all()
+
+
+# What stays together, and what must not spoil the rest.
+
+
+@dataclass(frozen=True)
+class BesideTheExpert(upge.AdvantageEstimator):
+    """How much likelier the group's demonstrations are: reads rows that no term learns from."""
+
+    reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "group", "is_demonstration"})
+    reach: ClassVar[str] = "group"
+
+    def __call__(self, batch):
+        total = (batch.logprobs.detach().sum(dim=1) * batch.is_demonstration)[None]
+        same = batch.group[:, None] == batch.group
+        return torch.where(same, total, 0.0).sum(dim=1, keepdim=True).expand(batch.response_mask.shape)
+
+
+def kept(algorithm: upge.Algorithm, batch: upge.Trajectories) -> tuple[torch.Tensor, upge.Trajectories]:
+    rows = algorithm.plan(batch).keep.nonzero()[:, 0]
+    return rows, batch.select(rows, batch.logprobs[rows, : max(1, int(batch.lengths[rows].max()))])
+
+
+def test_a_part_that_reads_its_group_gets_all_of_it():
+    batch = trajectories([[0.5], [0.5], [0.125], [0.5], [0.5]], group=[0, 0, 0, 1, 1], rewards=[1, 0, 1, 0, 0],
+                         demonstrations=[2])  # fmt: skip
+    estimator = upge.UnifiedGradient(upge.NoMask(), upge.CurrentPolicy(), BesideTheExpert())
+    gate = upge.PassRateAbove(0.0)
+    algorithm = upge.Algorithm("x", {"rl": upge.Term("rollouts", gate, estimator, upge.SequenceMean())})
+    rows, piece = kept(algorithm, batch)
+    assert rows.tolist() == [0, 1, 2]
+    found = algorithm.plan(batch).estimate(piece).weights
+    assert found[:, 0].tolist() == pytest.approx([-1.03972077, -1.03972077, 0.0], abs=1e-8), "ln(1/8) / 2"
+
+
+def test_a_pair_with_an_empty_response_stays_a_pair():
+    batch = trajectories([[], [0.5]], p_frozen=[[], [0.25]], group=[0, 0], preference=[1, -1])
+    rows, piece = kept(load("dpo"), batch)
+    assert rows.tolist() == [0, 1]
+    weights = load("dpo").plan(batch).estimate(piece).weights
+    assert torch.equal(weights, load("dpo").estimate(batch).weights) and weights[1, 0] < 0
+
+
+def test_a_penalty_that_overflows_outside_its_source_is_not_nan():
+    """In float32, e^119 is infinite; the demonstration is no matter of a penalty on rollouts."""
+    batch = trajectories([[0.5], [0.25], [math.exp(-120)]], p_frozen=[[0.5], [0.5], [0.5]], rewards=[1, 0, 1],
+                         group=[0, 0, 0], demonstrations=[2])  # fmt: skip
+    logprobs = batch.logprobs.float().requires_grad_()
+    batch = dataclasses.replace(batch, logprobs=logprobs, reference_logprobs=batch.reference_logprobs.float())
+    estimate = upge.Algorithm("x", load("grpo").terms, {"kl": upge.KLPenalty(1.0, upge.TokenMean())}).estimate(batch)
+    estimate.loss.backward()
+    # k3 has the gradient 1 - e^d: 0 and -1, each over two tokens.
+    expected = -estimate.weights[:, 0] + torch.tensor([0.0, -0.5, 0.0])
+    assert estimate.loss.isfinite() and torch.allclose(logprobs.grad[:, 0], expected)
+    assert estimate.penalties["kl"] == pytest.approx((2 - 1 - math.log(2)) / 2)
+
+
+def test_an_impossible_token_that_does_not_count_is_not_nan():
+    """log 0 in a demonstration of which no term learns, and a runaway ratio and gate there."""
+    batch = trajectories([[0.5], [0.25], [0.0]], rewards=[1, 0, 1], group=[0, 0, 0], demonstrations=[2])
+    assert load("grpo").estimate(batch).loss.isfinite()
+    behind = trajectories([[0.5]] * 3, p_old=[[0.5], [0.5], [1e-320]], rewards=[1, 0, 1], group=[0, 0, 0],
+                          demonstrations=[2], entropies=[[0.0], [0.0], [1e4]])  # fmt: skip
+    term = load("dr_grpo").terms["rl"]
+    for gate in (upge.Always(), upge.EntropyWeight(scale=1.0, sign=1)):
+        estimate = upge.Algorithm("x", {"rl": dataclasses.replace(term, gate=gate)}).estimate(behind)
+        assert estimate.weights[:, 0].tolist() == pytest.approx([1 / 4096, -1 / 4096, 0.0]) and estimate.loss.isfinite()
+
+
+def test_weights_have_at_least_single_precision():
+    batch = trajectories([[0.5], [0.5], [0.5]], demonstrations=[0, 1, 2])
+    logprobs = batch.logprobs.bfloat16().requires_grad_()
+    estimate = load("sft").estimate(dataclasses.replace(batch, logprobs=logprobs))
+    estimate.loss.backward()
+    assert estimate.weights.dtype == estimate.loss.dtype == torch.float32
+    assert estimate.weights[0, 0].item() == torch.tensor(1 / 3).item() and logprobs.grad.dtype == torch.bfloat16
+
+
+def test_figures_of_a_term():
+    """Ratios 1.1, 1.6 (stopped) and 1 with advantages ½, ½, -½; two tokens without a signal. Scales 1/8, 1/8, 1/4, …"""
+    batch = trajectories([[0.55, 0.8], [0.5], [0.5], [0.5]], p_old=[[0.5, 0.5], [0.5], [0.5], [0.5]],
+                         rewards=[1, 0, 1, 1], group=[0, 0, 1, 1])  # fmt: skip
+    estimator = upge.UnifiedGradient(upge.PPOClip(), upge.BehaviorPolicy(), upge.GroupRelative(normalize_std=False))
+    term = upge.Term("rollouts", upge.Always(), estimator, upge.SequenceMean())
+    found = upge.Algorithm("x", {"rl": term}).estimate(batch).metrics
+    expected = {"tokens": 5, "weight_abs_mean": 0.21, "weight_abs_p50": 0.0, "weight_abs_p99": 0.55,
+                "effective_tokens": 1.8445297, "advantage_mean": 0.1, "masked_share": 1 / 3}  # fmt: skip
+    assert found == pytest.approx({f"rl/{name}": value for name, value in expected.items()}, abs=1e-6)
+
+
+def test_a_plan_moves_with_all_that_it_holds():
+    """The device 'meta' stands for an accelerator: it is there on every machine."""
+    algorithm = upge.Algorithm("x", load("hpt").terms, {"kl": upge.KLPenalty(1.0, upge.TokenMean())})
+    plan = algorithm.plan(sample(0).batch).to("meta")
+    term = plan.terms["rl"]
+    held = [plan.keep, plan.counted, term.weights, term.own, term.gate.values, term.estimator.advantage.values]
+    assert {tensor.device.type for tensor in [*held, plan.penalties["kl"][1]]} == {"meta"}
+    assert set(plan.terms) == {"rl", "sft"} and term.coefficient == 1.0

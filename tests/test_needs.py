@@ -144,3 +144,32 @@ def test_an_estimate_without_a_needed_column_names_it():
 
 def test_an_algorithm_has_at_least_one_term():
     assert "terms is empty" in message(lambda: upge.Algorithm("nothing", {}))
+
+
+def test_everything_as_a_source_needs_rollouts_and_demonstrations():
+    loaded = algorithms.load("reinforce", ["terms.rl.source=all"])
+    assert loaded.needs.rollouts and loaded.needs.demonstrations
+    found = message(lambda: loaded.check(group_size=2, demonstrations=0, provided=CONFIGURED))
+    assert "algo.terms.rl.source: all" in found and "has none" in found
+    assert loaded.check(group_size=2, demonstrations=4, provided=CONFIGURED) is None
+
+
+def test_preference_pairs_as_a_source_need_their_column():
+    """Even where no part reads it: the source itself does."""
+    loaded = algorithms.load("sft", ["terms.sft.source=preference_pairs"])
+    assert "preference" in loaded.needs.columns and not loaded.needs.demonstrations
+    found = message(lambda: loaded.check(group_size=1, provided=CONFIGURED))
+    assert "algo.terms.sft.source: preference_pairs" in found and "`preference`" in found
+    assert loaded.check(group_size=1, provided=(*CONFIGURED, "preference")) is None
+
+
+def test_the_behaviour_column_may_be_absent():
+    assert algorithms.load("grpo").check(group_size=8) is None
+
+
+def test_the_sign_of_a_negative_coefficient_is_printed_once():
+    for penalty, text, latex in (
+        (upge.EntropyBonus(-0.1, upge.TokenMean()), "− 0.1·∇H", r"-0.1\,\nabla H"),
+        (upge.KLPenalty(-0.1, upge.TokenMean()), "+ 0.1·∇k3", r"+0.1\,\nabla"),
+    ):
+        assert penalty.formula().text.startswith(text) and penalty.formula().latex.startswith(latex)

@@ -160,3 +160,11 @@ def test_gsm8k_files(tmp_path):
     assert all(row["sft/tokens"] > 20 for row in metrics)
     shown = [row for row in lines(out / "rollouts" / "step_000001.jsonl") if row["is_demonstration"]]
     assert all("\\boxed{" in row["response"] and "<<" not in row["response"] for row in shown)
+
+
+def test_a_rank_without_work(tmp_path):
+    """One prompt and one evaluation problem for two ranks: the second samples, verifies and learns nothing."""
+    few = ["prompts_per_step=1", "data.evaluation_size=1", "steps=2", "rollout.engine=transformers", "verify.workers=1"]
+    run(*SMALL, *few, f"output={tmp_path / 'run'}", ranks=2)
+    assert [row["step"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
+import torch
 
+import algorithms
 import upge
 from tests.literal import trajectories
 from upge import ConfigError
@@ -31,6 +34,9 @@ from upge import ConfigError
         (lambda: upge.ClippedBehaviorPolicy(low=-1.0), ["ClippedBehaviorPolicy", "low=-1.0"]),
         (lambda: upge.ClippedBehaviorPolicy(high=1.0, low=1.5), ["ClippedBehaviorPolicy", "low=1.5", "high=1.0"]),
         (lambda: upge.SamplerCorrected(upge.BehaviorPolicy(), cap=0.0), ["SamplerCorrected.cap", "0.0"]),
+        (lambda: upge.ClippedBehaviorPolicy(high=0.28), ["ClippedBehaviorPolicy", "high=0.28", "ratio itself", "1.28"]),
+        (lambda: upge.ClippedBehaviorPolicy(high=None, low=1.1), ["ClippedBehaviorPolicy", "low=1.1", "low <= 1"]),
+        (lambda: upge.SamplerCorrected(upge.BehaviorPolicy(), cap=0.1), ["SamplerCorrected.cap", "0.1", "1 or more"]),
         (lambda: upge.SamplerCorrected(upge.NoMask()), ["SamplerCorrected.denominator", "ReferenceDenominator"]),
         (lambda: upge.ShapedLikelihood(gamma=0.0), ["ShapedLikelihood.gamma", "0.0", "positive"]),
         (lambda: upge.GroupRelative(epsilon=-1e-6), ["GroupRelative.epsilon", "-1e-06"]),
@@ -81,3 +87,32 @@ def test_a_column_that_the_batch_lacks_is_named(part, column):
     batch = trajectories([[0.5]])
     with pytest.raises(ValueError, match=f"{column}: {type(part).__name__} reads it.*pass `{column}="):
         part(part.view(batch))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("preference", torch.tensor([2]), r"preference: found 2; use \+1 for chosen, -1 for rejected, 0 for neither"),
+        ("preference", torch.tensor([1.0]), "preference: expected a tensor of integers, found torch.float32"),
+        ("logprobs", torch.tensor([[1]]), "logprobs: expected a tensor of floats, found torch.int64"),
+        ("rewards", [1.0], r"rewards: expected a tensor, found a list; use torch.tensor\(...\)"),
+        ("response_mask", [[True]], "response_mask: expected a tensor, found a list"),
+        ("group", None, "group: expected a tensor, found a NoneType"),
+    ],
+)
+def test_a_column_of_the_wrong_kind_is_named(column, value, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(trajectories([[0.5]]), **{column: value})
+
+
+def test_entropies_go_with_the_log_probs():
+    batch = trajectories([[0.5]], entropies=[[1.0]])
+    rows = torch.tensor([0])
+    assert batch.select(rows).entropies is None
+    assert batch.select(rows, batch.logprobs).entropies.tolist() == [[1.0]]
+
+
+def test_an_estimate_without_log_probs_says_so():
+    batch = dataclasses.replace(trajectories([[0.5]]), logprobs=None)
+    with pytest.raises(ValueError, match="logprobs: an estimate needs them.*pass `logprobs="):
+        algorithms.load("reinforce").estimate(batch)

@@ -97,7 +97,7 @@ def folder_with_run(tmp_path, steps: int = 6) -> tuple[RunFolder, dict]:
     folder = RunFolder(tmp_path / "run")
     tree = {"steps": steps, "seed": 1, "algo": {"x": [1, 2]}}
     facts = {"command": "c", "started": "now", "from_step": 0}
-    folder.start(tree, facts)
+    folder.start(tree, facts, continues=False)
     return folder, tree
 
 
@@ -125,6 +125,41 @@ def test_only_complete_checkpoints_count_and_old_ones_go(tmp_path):
         assert step not in folder.checkpoint_steps()
         folder.settle(step, keep=2)
     assert folder.checkpoint_steps() == [4, 6]
+
+
+def test_finished_means_that_the_model_is_complete(tmp_path):
+    """Half an export does not count; a continuation with more steps is unfinished again until its own end."""
+    folder, tree = folder_with_run(tmp_path)
+    folder.final_partial.mkdir()
+    (folder.final_partial / "config.json").write_text("{}")
+    assert not folder.is_finished and folder.open(tree, "auto")
+    folder.rewind(6)
+    assert not folder.final_partial.exists()
+    folder.final_partial.mkdir()
+    folder.finish(6)
+    assert folder.is_finished and folder.final.is_dir()
+    with pytest.raises(ConfigError, match="finished"):
+        folder.open(tree, "auto")
+    more = {**tree, "steps": 9}
+    assert folder.open(more, "auto")
+    folder.start(more, {"command": "c", "started": "later", "from_step": 6}, continues=True)
+    assert not folder.is_finished and folder.open(more, "auto")
+    assert [start["started"] for start in folder.facts["starts"]] == ["now", "later"]
+
+
+def test_refused_folders(tmp_path):
+    """Another number of ranks, a folder that cannot be made, one that another run has just taken."""
+    folder, tree = folder_with_run(tmp_path)
+    folder.start(tree, {"command": "c", "started": "x", "from_step": 0, "world_size": 2}, continues=True)
+    assert folder.open(tree, "auto", ranks=1)
+    (folder.checkpoints / folder.tag(2)).mkdir()
+    with pytest.raises(ConfigError, match="saved by 2 ranks"):
+        folder.open(tree, "auto", ranks=1)
+    with pytest.raises(ConfigError, match="just begun"):
+        folder.start(tree, folder.facts, continues=False)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        RunFolder(tmp_path / "file" / "run").open(tree, "auto")
 
 
 def test_a_continuation_must_have_the_same_settings(tmp_path):

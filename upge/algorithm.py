@@ -9,7 +9,8 @@ any piece of the batch, so the sum over pieces is the estimate of the whole what
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import torch
 from jaxtyping import Bool
@@ -22,9 +23,12 @@ from upge.estimate import Estimate, TermFactors
 from upge.estimator import UnifiedGradient
 from upge.formula import render
 from upge.gates import Gate
-from upge.reduction import Reduction
+from upge.reduction import Over, Reduction
 from upge.regularizers import Regularizer, Source
 from upge.trajectories import Trajectories
+
+#: Columns that a part can ask of the caller. Not the behaviour column: without it the data are strictly on-policy.
+_OPTIONAL = frozenset({"sampler_logprobs", "reference_logprobs", "values", "entropies", "preference"})
 
 
 def source_rows(batch: Trajectories, source: Source) -> Bool[Tensor, "B"]:
@@ -119,16 +123,22 @@ class Algorithm:
         """What the algorithm asks of the data and the trainer, read off its parts."""
         parts = self.parts
         columns = frozenset().union(*(part.columns for part in parts.values()))
-        sources = {t.source for t in self.terms.values()} | {r.source for r in self.regularizers.values()}
+        sources = set(self._sources.values())
         largest = max(parts, key=lambda path: parts[path].group_size_needed)
         return Needs(
-            columns=columns,
-            rollouts="rollouts" in sources or any(p.group_size_needed > 1 for p in parts.values()),
-            demonstrations="demonstrations" in sources,
+            columns=columns | ({"preference"} if "preference_pairs" in sources else set()),
+            rollouts=bool(sources & {"rollouts", "all"}) or any(p.group_size_needed > 1 for p in parts.values()),
+            demonstrations=bool(sources & {"demonstrations", "all"}),
             preference_pairs="preference_pairs" in sources,
             group_size=parts[largest].group_size_needed,
             group_size_because=largest,
         )
+
+    @property
+    def _sources(self) -> dict[str, Source]:
+        """The source of every term and regularizer by its path in the file."""
+        found = {f"terms.{n}": t.source for n, t in self.terms.items()}
+        return found | {f"regularizers.{n}": r.source for n, r in self.regularizers.items()}
 
     def check(self, *, group_size: int, demonstrations: int | None = None, provided: Iterable[str] = ()) -> None:
         """Refuses a pair of algorithm and run that cannot work.
@@ -149,16 +159,18 @@ class Algorithm:
                 f"the rollouts of one prompt; set group_size to {needs.group_size} or more"
             )
         if needs.demonstrations and demonstrations == 0:
-            sources = {f"terms.{n}": t.source for n, t in self.terms.items()}
-            sources |= {f"regularizers.{n}": r.source for n, r in self.regularizers.items()}
-            owner = next(path for path, source in sources.items() if source == "demonstrations")
+            owner, source = next((p, s) for p, s in self._sources.items() if s in ("demonstrations", "all"))
+            what = source if source == "demonstrations" else f"{source}, which takes in demonstrations"
             raise ConfigError(
-                f"algo.{owner}.source: demonstrations, but the data set has none; choose data with worked "
+                f"algo.{owner}.source: {what}, but the data set has none; choose data with worked "
                 "solutions or an algorithm that learns from rollouts alone"
             )
-        optional = {"behavior_logprobs", "sampler_logprobs", "reference_logprobs", "values", "entropies", "preference"}
+        self._check_columns(frozenset(provided))
+
+    def _check_columns(self, provided: frozenset[str]) -> None:
+        """Refuses parts and sources that read what nobody fills."""
         for path, part in self.parts.items():
-            missing = (part.columns & optional) - set(provided)
+            missing = (part.columns & _OPTIONAL) - provided
             if missing:
                 raise ConfigError(
                     f"algo.{path}: {type(part).__name__} reads {sorted(missing)}, which is not provided here"
@@ -168,6 +180,12 @@ class Algorithm:
                         else "; it needs a data set or engine that fills it"
                     )
                 )
+        for path, source in self._sources.items():
+            if source == "preference_pairs" and "preference" not in provided:
+                raise ConfigError(
+                    f"algo.{path}.source: preference_pairs, but nobody provides the column `preference` here; give "
+                    "data with chosen and rejected responses, or another source"
+                )
 
     def plan(self, batch: Trajectories) -> Plan:
         """All that is known before the forward pass, on the whole `batch` (its `logprobs` may be None)."""
@@ -175,8 +193,7 @@ class Algorithm:
         for name, term in self.terms.items():
             own[name] = source_rows(batch, term.source)
             gates[name] = term.gate.hoisted(batch)
-            if isinstance(gates[name], Precomputed):
-                own[name] = own[name] & (gates[name].values * term.coefficient != 0)
+            own[name] = own[name] & ~term.gate.closed(batch) & (term.coefficient != 0)
         anywhere = torch.stack(list(own.values())).any(dim=0)
         planned, keep = {}, torch.zeros_like(anywhere)
         for name, term in self.terms.items():
@@ -192,6 +209,8 @@ class Algorithm:
             weights = _weights(regularizer.reduction, batch, rows, anywhere)
             penalties[name] = (regularizer, weights * regularizer.coefficient)
             keep |= (weights != 0).any(dim=1)
+        if self.reach == "group":  # what has no signal of its own may still be read by the others of its group
+            keep = torch.isin(batch.group, batch.group[keep])
         return Plan(planned, penalties, keep, anywhere)
 
     def estimate(self, batch: Trajectories) -> Estimate:
@@ -204,8 +223,26 @@ class Algorithm:
 
 
 def _weights(reduction: Reduction, batch: Trajectories, own: Tensor, anywhere: Tensor) -> Tensor:
+    if getattr(reduction, "over", None) not in get_args(Over):
+        raise ConfigError(
+            f"{type(reduction).__name__}.over: found {getattr(reduction, 'over', None)!r}; a reduction has the field "
+            "`over`, 'term' or 'batch', which says whose trajectories its divisor counts"
+        )
     counted = own if reduction.over == "term" else anywhere
     return reduction(reduction.view(batch), counted) * own[:, None]
+
+
+def _penalty(regularizer: Regularizer, scale: Tensor, batch: Trajectories) -> Tensor:
+    """The value of a regularizer on a piece; `scale` [b, t] is coefficient·w.
+
+    Trajectories outside its source are hidden from it as padding is: their penalty may overflow, and 0 times infinity
+    is NaN in value and gradient. A penalty of reach 'group' may want to read them, so it sees all.
+    """
+    if regularizer.live_reach != "group":
+        counted = (scale != 0).any(dim=1, keepdim=True)
+        batch = replace(batch, response_mask=batch.response_mask & counted)
+    values = regularizer(regularizer.view(batch))
+    return torch.where(scale == 0, torch.zeros_like(values), values * scale).sum()
 
 
 @dataclass(frozen=True)
@@ -222,7 +259,8 @@ class PlannedTerm:
         """The factors on a piece of the batch, each [b, t]."""
         shape = batch.response_mask.shape
         factors = self.estimator.factors(batch)
-        gate = self.gate(self.gate.view(batch)).double() * self.coefficient * self.own[batch.row]
+        gate = self.gate(self.gate.view(batch)).double() * self.coefficient
+        gate = torch.where(self.own[batch.row], gate, torch.zeros_like(gate))
         w = self.weights[batch.row][:, : shape[1]]
         product = self.estimator.weight(batch, factors)
         scale = gate[:, None] * w
@@ -255,14 +293,22 @@ class Plan:
         return Plan(terms, penalties, move(self.keep), move(self.counted))
 
     def estimate(self, batch: Trajectories) -> Estimate:
-        """The estimate on a piece of the planned batch (`batch.row` says which); pieces add up."""
+        """The estimate on a piece of the planned batch (`batch.row` says which); pieces add up.
+
+        Raises:
+            ValueError: the batch has no log-probs of the current policy.
+        """
+        if batch.logprobs is None:
+            raise ValueError("logprobs: an estimate needs them, but this batch has none; pass `logprobs=...` [B, T]")
         terms = {name: term.factors(batch) for name, term in self.terms.items()}
         logprobs = batch.logprobs
-        weights = torch.stack([t.weights for t in terms.values()]).sum(dim=0).to(logprobs.dtype)
-        loss = -(weights * logprobs).sum()
+        # Weights in half precision would lose what their divisors need.
+        dtype = torch.promote_types(logprobs.dtype, torch.float32)
+        weights = torch.stack([t.weights for t in terms.values()]).sum(dim=0).to(dtype)
+        # Where nothing is to be learned the log-prob may be -inf, and 0 times that is NaN.
+        loss = -(weights * torch.where(weights == 0, torch.zeros_like(logprobs), logprobs)).sum()
         penalties = {}
         for name, (regularizer, scale) in self.penalties.items():
-            values = regularizer(regularizer.view(batch)) * scale[batch.row][:, : logprobs.shape[1]].to(logprobs.dtype)
-            penalties[name] = values.sum()
+            penalties[name] = _penalty(regularizer, scale[batch.row][:, : logprobs.shape[1]].to(dtype), batch)
             loss = loss + penalties[name]
         return Estimate(loss, weights, terms, {n: float(p.detach()) for n, p in penalties.items()}, batch.response_mask)

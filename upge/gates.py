@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from upge.components.advantage import GROUP_COLUMNS
@@ -35,6 +35,15 @@ class Gate(Component):
     @abstractmethod
     def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
         """[B] coefficient per trajectory, detached."""
+
+    def closed(self, batch: Trajectories) -> Bool[Tensor, "B"]:
+        """[B] True where the coefficient is known to be 0 before the forward pass; such a trajectory does not count.
+
+        A gate that waits for the current policy knows of none. One that multiplies others may: see `ProductOf`.
+        """
+        if self.is_live:
+            return torch.zeros_like(batch.is_demonstration)
+        return self(self.view(batch)) == 0
 
 
 Gate.register(Precomputed)
@@ -211,6 +220,13 @@ class ProductOf(Gate):
         for gate in self.gates:
             value = value * gate(batch)
         return value
+
+    def closed(self, batch: Trajectories) -> Bool[Tensor, "B"]:
+        """[B] True where one of the gates is closed, whatever the others will say."""
+        shut = torch.zeros_like(batch.is_demonstration)
+        for gate in self.gates:
+            shut = shut | gate.closed(batch)
+        return shut
 
     def formula(self) -> Formula:
         printed = [gate.formula() for gate in self.gates]

@@ -32,6 +32,11 @@ class Regularizer(Component):
         """[B, T] penalty per token, with gradient."""
 
 
+def _sign(number: float) -> tuple[str, str]:
+    """As text and as LaTeX; the minus of the text is the typographic one."""
+    return ("−", "-") if number < 0 else ("+", "+")
+
+
 @dataclass(frozen=True)
 class EntropyBonus(Regularizer):
     """-H(π_θ(·|t)), the full-vocabulary entropy: its gradient is no multiple of ∇π_θ(y_t), hence additive."""
@@ -45,7 +50,8 @@ class EntropyBonus(Regularizer):
         return -batch.entropies
 
     def formula(self) -> Formula:
-        return Formula(f"+ {self.coefficient:g}·∇H", rf"+{self.coefficient:g}\,\nabla H")
+        (text, latex), size = _sign(self.coefficient), f"{abs(self.coefficient):g}"
+        return Formula(f"{text} {size}·∇H", rf"{latex}{size}\,\nabla H")
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,8 @@ class KLPenalty(Regularizer):
         return log_ratio.square() / 2 if self.kind == "k2" else torch.expm1(log_ratio) - log_ratio
 
     def formula(self) -> Formula:
+        (text, latex), size = _sign(-self.coefficient), f"{abs(self.coefficient):g}"
         return Formula(
-            f"− {self.coefficient:g}·∇{self.kind}(π_θ, π_frozen)",
-            rf"-{self.coefficient:g}\,\nabla\mathrm{{{self.kind}}}(\pi_\theta,\pi_{{frozen}})",
+            f"{text} {size}·∇{self.kind}(π_θ, π_frozen)",
+            rf"{latex}{size}\,\nabla\mathrm{{{self.kind}}}(\pi_\theta,\pi_{{frozen}})",
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -15,9 +16,9 @@ from torch import Tensor
 from upge.algorithm import Algorithm
 from upge.components.base import Component, Precomputed, StabilizationMask
 from upge.gates import Gate
-from upge.reduction import Reduction
-from upge.regularizers import Regularizer
-from upge.trajectories import TOKEN_COLUMNS, TRAJECTORY_COLUMNS, Trajectories, UndeclaredColumn
+from upge.reduction import Over, Reduction
+from upge.regularizers import Regularizer, Source
+from upge.trajectories import LIVE_COLUMNS, TOKEN_COLUMNS, TRAJECTORY_COLUMNS, Trajectories, UndeclaredColumn
 
 _TOLERANCE = 1e-10
 
@@ -68,11 +69,16 @@ def random_batch(
 def check_component(component: Component) -> None:
     """Shape, detachment, range, purity, padding, order, and that the declared `reads` and `reach` are the true ones.
 
+    A part that reads the behaviour column must do without it, a reduction must divide by what counts alone.
+
     Raises:
         ConformanceError: the first rule broken.
+        TypeError: `component` is no part, for example a class instead of an instance.
         upge.trajectories.UndeclaredColumn: a column is read that `reads` does not list.
     """
+    _require_instance(component, Component, "a part such as upge.PPOClip()")
     name = type(component).__name__
+    _check_declarations(component)
     for seed in range(3):
         batch = random_batch(seed)
         before = {n: getattr(batch, n).detach().clone() for n in (*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS)}
@@ -96,15 +102,21 @@ def check_component(component: Component) -> None:
         shuffled = _take(batch, order)
         _same(name, "depends on the order of the trajectories", value[order], _evaluate(component, shuffled), shuffled)
         _check_reach(component, batch, value)
+        _check_on_policy(component, batch)
+        if isinstance(component, Reduction):
+            _check_counts(component, batch, seed)
 
 
 def check_algorithm(algorithm: Algorithm) -> None:
-    """Every part conforms; the factors multiply to the weights; the gradient is the same for any split into
-    micro-batches, any padding and any order; trajectories that the plan drops have no gradient.
+    """Every part conforms; the factors multiply to the weights, and these are minus the gradient where nothing is
+    regularized; the gradient is the same for any split into micro-batches, any padding and any order; trajectories
+    that the plan drops have no gradient, and those it keeps the same weights without them.
 
     Raises:
         ConformanceError: the first rule broken.
+        TypeError: `algorithm` is no `upge.Algorithm`, for example its name.
     """
+    _require_instance(algorithm, Algorithm, "an algorithm such as algorithms.load(NAME)")
     for part in algorithm.parts.values():
         check_component(part)
     name = f"algorithm '{algorithm.name}'"
@@ -120,6 +132,8 @@ def check_algorithm(algorithm: Algorithm) -> None:
             f"{name}: factors do not multiply to weights",
         )
         gradient = _gradient(algorithm, batch, [torch.arange(len(batch))])
+        if not algorithm.regularizers:
+            _close(name, "the gradient is not minus the weights", -estimate.weights, gradient[0])
         for pieces in _splits(batch, algorithm.reach, seed):
             _close(name, "the gradient depends on the micro-batch split", gradient, _gradient(algorithm, batch, pieces))
         padded = _gradient(algorithm, _pad(batch), [torch.arange(len(batch))])[..., : gradient.shape[2]]
@@ -127,8 +141,70 @@ def check_algorithm(algorithm: Algorithm) -> None:
         order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
         shuffled = _gradient(algorithm, _take(batch, order), [torch.arange(len(batch))])
         _close(name, "the gradient depends on the order of the trajectories", gradient[:, order], shuffled)
-        dropped = gradient[:, ~algorithm.plan(batch).keep]
+        plan = algorithm.plan(batch)
+        dropped = gradient[:, ~plan.keep]
         _require(bool((dropped == 0).all()), f"{name}: the plan drops trajectories that have a gradient")
+        kept = _piece(batch, plan.keep.nonzero()[:, 0])
+        expected = estimate.weights[plan.keep][:, : kept.response_mask.shape[1]]
+        _close(name, "has other weights without the trajectories that it drops", expected, plan.estimate(kept).weights)
+
+
+def _require_instance(value: object, kind: type, example: str) -> None:
+    if not isinstance(value, kind):
+        found = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+        raise TypeError(f"expected {example}, found {found}; pass an instance")
+
+
+def _check_declarations(component: Component) -> None:
+    """What the rest of the code reads off reductions and regularizers beside calling them."""
+    name = type(component).__name__
+    if isinstance(component, Reduction):
+        over = getattr(component, "over", None)
+        _require(over in get_args(Over), f"{name} has over={over!r}; give it the field `over`, 'term' or 'batch'")
+        live = sorted(component.columns & LIVE_COLUMNS)
+        _require(not live, f"{name} reads {live}; a divisor must be known before the forward pass, on the whole batch")
+    if isinstance(component, Regularizer):
+        fields = ("coefficient", "reduction", "source")
+        missing = [field for field in fields if not hasattr(component, field)]
+        _require(not missing, f"{name} lacks {missing}; a regularizer has the fields {', '.join(fields)}")
+        source = component.source
+        _require(source in get_args(Source), f"{name} has source={source!r}; use one of {get_args(Source)}")
+        check_component(component.reduction)
+
+
+def _check_on_policy(component: Component, batch: Trajectories) -> None:
+    """Without the behaviour column the data are strictly on-policy, as in a run of one update a step."""
+    if "behavior_logprobs" not in component.columns:
+        return
+    problem = f"{type(component).__name__} %s where behavior_logprobs is None, which means strictly on-policy; read "
+    problem += "`batch.log_behavior` or `batch.log_importance_ratio` instead of the column"
+    try:
+        value = _evaluate(component, dataclasses.replace(batch, behavior_logprobs=None))
+    except UndeclaredColumn:
+        raise
+    except Exception as error:
+        raise ConformanceError(f"{problem % 'fails'} ({type(error).__name__}: {error})") from error
+    valid = value if value.ndim == 1 else value[batch.response_mask]
+    _require(bool(valid.isfinite().all()), problem % "returns NaN or infinity")
+
+
+def _check_counts(reduction: Reduction, batch: Trajectories, seed: int) -> None:
+    """Trajectories that do not count have no weight, and no say in the weights of the others."""
+    name, index = type(reduction).__name__, batch.group_index
+    selected = (torch.rand(len(batch), generator=torch.Generator().manual_seed(seed)) < 0.6) & (index != 2)
+    value = reduction(reduction.view(batch), selected)
+    outside = value[~selected]
+    _require(bool((outside == 0).all()), f"{name} gives weight to trajectories outside `selected`")
+    cut = batch.select(selected.nonzero()[:, 0])
+    found = reduction(reduction.view(cut), torch.ones_like(cut.is_demonstration))
+    problem = "lets trajectories outside `selected` change the weights of the others; divide by counts over `selected`"
+    _same(name, problem, value[selected], found, cut)
+
+
+def _piece(batch: Trajectories, rows: Tensor) -> Trajectories:
+    """Some rows of the batch with their log-probs."""
+    width = max(1, int(batch.lengths[rows].max())) if len(rows) else 1
+    return batch.select(rows, batch.logprobs[rows, :width])
 
 
 def _evaluate(component: Component, batch: Trajectories) -> Tensor:
@@ -153,7 +229,7 @@ def _check_reach(component: Component, batch: Trajectories, value: Tensor) -> No
     hoisted, reach = component.hoist(batch), component.live_reach
     name, problem = type(component).__name__, f"declares reach '{reach}' but depends on more; declare a wider `reach`"
     for rows in (rows for pieces in _splits(batch, reach, 0) for rows in pieces):
-        piece = batch.select(rows, batch.logprobs[rows, : max(1, int(batch.lengths[rows].max()))])
+        piece = _piece(batch, rows)
         expected = value[rows] if value.ndim == 1 else value[rows][:, : piece.response_mask.shape[1]]
         _same(name, problem, expected, _evaluate(hoisted, piece), piece)
     if reach == "token":

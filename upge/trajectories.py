@@ -28,6 +28,11 @@ TOKEN_COLUMNS = (
 )
 #: Columns with one number per trajectory, [B].
 TRAJECTORY_COLUMNS = ("rewards", "group", "is_demonstration", "preference", "row")
+#: Columns that no batch is without.
+_REQUIRED = ("response_mask", "rewards", "group", "is_demonstration")
+#: What a column holds where that is not floating-point numbers.
+_KINDS = {"response_mask": "bool", "is_demonstration": "bool"}
+_KINDS |= dict.fromkeys(("group", "preference", "row"), "integer")
 COLUMNS = frozenset(TOKEN_COLUMNS + TRAJECTORY_COLUMNS)
 #: Columns that exist only after the forward pass of the current policy. Whatever reads none of them is known before it.
 LIVE_COLUMNS = frozenset({"logprobs", "entropies"})
@@ -112,7 +117,8 @@ class Trajectories(TokenView):
         row: [B] index of each trajectory in the batch that it was selected from.
 
     Raises:
-        ValueError: a column has the wrong shape; the message names it, its shape and the one expected.
+        ValueError: a column is no tensor, or has the wrong shape, type or values; the message names it, what was found
+            and what is expected.
     """
 
     logprobs: Float[Tensor, "B T"] | None
@@ -130,6 +136,10 @@ class Trajectories(TokenView):
     row: Int[Tensor, "B"] | None = None
 
     def __post_init__(self) -> None:
+        for name in TOKEN_COLUMNS + TRAJECTORY_COLUMNS:
+            column = getattr(self, name)
+            if not isinstance(column, Tensor) and not (column is None and name not in _REQUIRED):
+                raise ValueError(f"{name}: expected a tensor, found a {type(column).__name__}; use torch.tensor(...)")
         mask = self.response_mask
         if mask.ndim != 2 or mask.dtype != torch.bool:
             raise ValueError(
@@ -145,12 +155,12 @@ class Trajectories(TokenView):
                 raise ValueError(f"{name}: expected shape {list(expected)}, found {list(column.shape)}")
             if name in TOKEN_COLUMNS and name != "response_mask":
                 object.__setattr__(self, name, torch.where(mask, column, torch.zeros_like(column)))
-        for name in ("is_demonstration", "rewards", "group"):
-            column, is_bool = getattr(self, name), getattr(self, name).dtype == torch.bool
-            wrong = is_bool != (name == "is_demonstration") or column.is_floating_point() != (name == "rewards")
-            if wrong:
-                kinds = {"is_demonstration": "bool", "rewards": "float", "group": "integer"}
-                raise ValueError(f"{name}: expected a tensor of {kinds[name]}s, found {column.dtype}")
+            kind = _KINDS.get(name, "float")
+            if kind != ("float" if column.is_floating_point() else "bool" if column.dtype == torch.bool else "integer"):
+                raise ValueError(f"{name}: expected a tensor of {kind}s, found {column.dtype}")
+        if self.preference is not None and bool((self.preference.abs() > 1).any()):
+            odd = int(self.preference[self.preference.abs() > 1][0])
+            raise ValueError(f"preference: found {odd}; use +1 for chosen, -1 for rejected, 0 for neither")
         if self.row is None:
             object.__setattr__(self, "row", torch.arange(len(mask), device=mask.device))
 
@@ -178,6 +188,7 @@ class Trajectories(TokenView):
     def select(self, rows: Int[Tensor, "b"], logprobs: Tensor | None = None, **columns: Tensor | None) -> Trajectories:
         """The trajectories `rows`, cut to their longest response; `columns` replaces columns of the result.
 
+        What comes of the forward pass belongs together: without `logprobs` the entropies are left out, too.
         `row` of the result points into the batch that this one was itself selected from.
         """
         width = max(1, int(self.lengths[rows].max())) if len(rows) else 1
@@ -189,6 +200,8 @@ class Trajectories(TokenView):
             elif value is not None and field.name in TRAJECTORY_COLUMNS:
                 value = value[rows]
             picked[field.name] = value
+        if logprobs is None:
+            picked["entropies"] = None
         return Trajectories(**{**picked, "logprobs": logprobs, **columns})
 
     def pack(self) -> PackedTokens:

@@ -59,8 +59,8 @@ class GroupRelative(AdvantageEstimator):
     arXiv 2402.03300; without: arXiv 2503.20783).
 
     `baseline` says whose rewards make mean and std: the group's 'rollouts', or 'group' = its demonstrations too (the
-    union of arXiv 2504.14945). `unbiased` divides the variance by n - 1. A group of equal rewards gets zeros; so does a
-    group of one, which therefore is refused at load time.
+    union of arXiv 2504.14945). `unbiased` divides the variance by n - 1. A group of equal rewards gets zeros, with
+    epsilon = 0 too; so does a group of one, which therefore is refused at load time.
     """
 
     normalize_std: bool = True
@@ -80,11 +80,17 @@ class GroupRelative(AdvantageEstimator):
         counted = (~batch.is_demonstration).double() if self.baseline == "rollouts" else torch.ones_like(rewards)
         number = group_sum(counted, index)
         mean = group_sum(rewards * counted, index) / number.clamp(min=1)
-        centred = rewards - mean[index]
+        # The mean of equal rewards is one of them: a rounded one would leave a difference to divide.
+        own = counted > 0
+        example = mean.clone()
+        example[index[own]] = rewards[own]
+        differs = group_sum(((rewards != example[index]) & own).double(), index) > 0
+        centred = rewards - torch.where(differs, mean, example)[index]
         if self.normalize_std:
             squares = group_sum(centred.square() * counted, index)
             variance = squares / (number - int(self.unbiased)).clamp(min=1)
-            centred = centred / (variance.sqrt()[index] + self.epsilon)
+            divisor = variance.sqrt()[index] + self.epsilon
+            centred = torch.where(divisor > 0, centred / divisor, torch.zeros_like(centred))
         return _per_token(centred, batch)
 
     def formula(self) -> Formula:

@@ -88,9 +88,10 @@ class ClippedBehaviorPolicy(ReferenceDenominator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.low is not None and self.low <= 0) or (self.high is not None and self.high < (self.low or 1e-12)):
+        if (self.low is not None and not 0 < self.low <= 1) or (self.high is not None and self.high < 1):
             raise ConfigError(
-                f"ClippedBehaviorPolicy: low={self.low}, high={self.high} bound the ratio itself; need 0 < low <= high"
+                f"ClippedBehaviorPolicy: low={self.low}, high={self.high} bound the ratio itself (1 on-policy); "
+                "need 0 < low <= 1 <= high: the interval [1 - 0.2, 1 + 0.28] is low: 0.8, high: 1.28"
             )
 
     def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
@@ -119,8 +120,11 @@ class SamplerCorrected(ReferenceDenominator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.cap is not None and self.cap <= 0:
-            raise ConfigError(f"SamplerCorrected.cap: {self.cap} must be positive, or null for no truncation")
+        if self.cap is not None and self.cap < 1:
+            raise ConfigError(
+                f"SamplerCorrected.cap: {self.cap} bounds the ratio itself, which is 1 where trainer and engine agree; "
+                "give 1 or more (2.0 is customary), or null for no truncation"
+            )
 
     def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
         log_weight = batch.log_sampler_ratio

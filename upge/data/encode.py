@@ -117,7 +117,7 @@ def _prompt_ids(problems: Sequence[Problem], tokenizer: Any, template: str) -> l
     if template == "chat":
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError(
-                "template: 'chat' needs a chat template, and the tokenizer of "
+                "model.template: 'chat' needs a chat template, and the tokenizer of "
                 f"{tokenizer.name_or_path or 'the model'} has none; give a format string such as '{{prompt}}\\n'"
             )
         texts = [
@@ -126,8 +126,17 @@ def _prompt_ids(problems: Sequence[Problem], tokenizer: Any, template: str) -> l
     else:
         _check_template(template)
         texts = [template.format(prompt=p.prompt, system=p.system or "") for p in problems]
-    # A chat template writes the special tokens itself; in a format string the tokenizer's own (a BOS, say) are wanted.
-    return _tokenize(texts, tokenizer, add_special_tokens=template != "chat")
+    # A chat template writes the special tokens itself; in a format string the tokenizer's own BOS is wanted.
+    found = _tokenize(texts, tokenizer, add_special_tokens=template != "chat")
+    return found if template == "chat" else [_opened_once(ids, tokenizer) for ids in found]
+
+
+def _opened_once(ids: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
+    """Without a second BOS, where the template has one of its own, and without an EOS, which some tokenizers add."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == (bos, bos):
+        ids = ids[1:]
+    return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
 
 
 def _messages(problem: Problem) -> list[dict[str, str]]:
@@ -139,12 +148,16 @@ def _check_template(template: str) -> None:
     try:
         fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
     except ValueError as error:
-        raise ConfigError(f"template: {template!r} is no format string ({error}); double a plain brace") from error
+        raise ConfigError(
+            f"model.template: {template!r} is no format string ({error}); double a plain brace"
+        ) from error
     for name in fields - {"prompt", "system"}:
         hint = nearest(name, ("prompt", "system")) if name else "name it {prompt}"
-        raise ConfigError(f"template: {template!r} has the unknown field '{{{name}}}'; {hint}")
+        raise ConfigError(f"model.template: {template!r} has the unknown field '{{{name}}}'; {hint}")
     if "prompt" not in fields:
-        raise ConfigError(f"template: {template!r} has no {{prompt}}; give 'chat' or a format string with {{prompt}}")
+        raise ConfigError(
+            f"model.template: {template!r} has no {{prompt}}; give 'chat' or a format string with {{prompt}}"
+        )
 
 
 def _demonstration_ids(texts: Sequence[str | None], tokenizer: Any) -> list[tuple[int, ...] | None]:

@@ -54,6 +54,8 @@ def _parse(text: str, line: int, path: Path, columns: Sequence[str]) -> Row:
             raise DataError(f"{where}: no column '{column}'; columns found: {found}; {nearest(column, row)}")
         if not isinstance(row[column], str) or not row[column].strip():
             raise DataError(f"{where}: column '{column}' holds {row[column]!r}; expected text")
+        if any("\ud800" <= letter <= "\udfff" for letter in row[column]):
+            raise DataError(f"{where}: column '{column}' holds half a surrogate pair, which is no character")
     return Row({column: row[column] for column in columns}, line, where)
 
 

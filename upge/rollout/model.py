@@ -51,7 +51,14 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
     `rope_theta`, which lives inside `rope_parameters` now, without a word."""
     for key, value in overrides.items():
         rope = getattr(config, "rope_parameters", None)
-        if isinstance(rope, dict) and key in rope:
+        in_rope = isinstance(rope, dict) and key in rope
+        old = rope[key] if in_rope else getattr(config, key, None)
+        numbers = isinstance(old, (int, float)) and isinstance(value, (int, float))
+        if old is not None and isinstance(old, bool) != isinstance(value, bool) or not (
+            old is None or numbers or isinstance(value, type(old))
+        ):
+            raise ConfigError(f"model.overrides.{key}: found {value!r}, expected a {type(old).__name__} as in {old!r}")
+        if in_rope:
             config.rope_parameters = {**rope, key: value}
         elif hasattr(config, key):
             setattr(config, key, value)
@@ -59,6 +66,25 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
             known = [*config.to_dict(), *(rope or {})]
             raise ConfigError(f"model.overrides.{key}: {type(config).__name__} has none such; {nearest(key, known)}")
     return config
+
+
+def check_loaded(path: str, found: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint that does not fill the model: transformers would go on with random weights.
+
+    Args:
+        found: what `from_pretrained(..., output_loading_info=True)` says.
+
+    Raises:
+        ModelError: tensors are missing, superfluous or of another shape.
+    """
+    kinds = {"lacks": "missing_keys", "has superfluous": "unexpected_keys", "misfits": "mismatched_keys"}
+    for kind, keys in kinds.items():
+        names = sorted(str(key) for key in found.get(keys) or ())
+        if names:
+            raise ModelError(
+                f"model.path: '{path}' {kind} {len(names)} tensors of its config.json, the first is {names[0]}; give a "
+                "complete checkpoint, and check model.overrides"
+            )
 
 
 def _hub_answers() -> bool:

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 
 from upge.rollout.base import Rollout, Sampler, Sampling, rollout_of
-from upge.rollout.model import WeightTable, choose_dtype, choose_max_length, choose_threads, read_config
+from upge.rollout.model import (
+    WeightTable,
+    check_loaded,
+    choose_dtype,
+    choose_max_length,
+    choose_threads,
+    read_config,
+)
 from upge.rollout.randomness import random_state_kept, response_seed
 
 # Tokens (prompt and response, padding included) in a batch: the size of its cache. 2,048 rows of 64 on a GPU.
@@ -157,10 +164,13 @@ def _load_model(path: str, config: Any, dtype: torch.dtype) -> torch.nn.Module:
     logging.disable_progress_bar()
     try:
         with random_state_kept():
-            model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=dtype, output_loading_info=True
+            )
     finally:
         if bars:
             logging.enable_progress_bar()
+    check_loaded(path, found)
     # `generate` fills what is not asked for from here: a model's own top_k or repetition_penalty would leak in.
     model.generation_config = GenerationConfig()
     return model.eval().requires_grad_(False)

@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,11 @@ def stream_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
+def decode(tokenizer: Any, responses: Sequence[Sequence[int]]) -> list[str]:
+    """The responses as text, without special tokens; no responses, no texts (where the tokenizer would make one)."""
+    return tokenizer.batch_decode(list(responses), skip_special_tokens=True) if responses else []
+
+
 class Collector:
     """Makes a step's trajectories; the same list on every rank, ordered by prompt, rollouts before demonstrations."""
 
@@ -73,7 +79,8 @@ class Collector:
         examples: Sequence[Example],
         sampler: Sampler | None,
         pool: VerifierPool | None,
-        tokenizer,
+        tokenizer: Any,
+        stop_token_ids: tuple[int, ...],
         world: World,
     ) -> None:
         self.config, self.examples, self.world = config, examples, world
@@ -83,7 +90,7 @@ class Collector:
             temperature=config.rollout.temperature,
             # No nucleus in training: the trainer's log-probs are of the full distribution at this temperature.
             max_tokens=config.rollout.max_response_tokens,
-            stop_token_ids=(tokenizer.eos_token_id,),
+            stop_token_ids=stop_token_ids,
         )
 
     def collect(self, step: int) -> tuple[list[Trajectory], dict[str, float]]:
@@ -110,7 +117,7 @@ class Collector:
 
     def _verified(self, mine: list[int], indices: list[int], groups: list) -> list[Trajectory]:
         flat = [(g, rollout) for g, group in zip(mine, groups, strict=True) for rollout in group]
-        texts = self.tokenizer.batch_decode([r.token_ids for _, r in flat], skip_special_tokens=True)
+        texts = decode(self.tokenizer, [r.token_ids for _, r in flat])
         problems = [self.examples[indices[g]].problem for g, _ in flat]
         items = [(text, p.answer, p.prompt) for text, p in zip(texts, problems, strict=True)]
         verdicts = self.pool.score(items)

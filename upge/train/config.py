@@ -89,7 +89,7 @@ class EvaluationConfig:
 class CheckpointConfig:
     """When the training state is saved."""
 
-    every: int = key(50, "save the training state each so many steps; 0 = only when stopped")
+    every: int = key(50, "save each so many steps and at the last; 0 = only when stopped")
     keep: int = key(1, "newest checkpoints to keep; 0 = all")
 
 
@@ -141,16 +141,19 @@ class RunConfig:
             "optimizer.mini_batches": self.optimizer.mini_batches,
             "optimizer.epochs": self.optimizer.epochs,
             "optimizer.micro_batch_tokens": self.optimizer.micro_batch_tokens,
-            "rollout.temperature": self.rollout.temperature,
             "evaluation.samples": self.evaluation.samples,
-            "evaluation.temperature": self.evaluation.temperature,
             "stop.nonfinite_updates": self.stop.nonfinite_updates,
+            "rollout.memory_fraction": self.rollout.memory_fraction,
             "verify.workers": self.verify.workers,
             "verify.time_limit": self.verify.time_limit,
         }
         for name, value in positive.items():
             if not value > 0:
                 raise ConfigError(f"{name}: found {value}; it must be greater than 0")
+        self._check_not_negative()
+        self._check_ranges()
+
+    def _check_not_negative(self) -> None:
         natural = {
             "steps": self.steps,
             "seed": self.seed,
@@ -166,13 +169,26 @@ class RunConfig:
         for name, value in natural.items():
             if not value >= 0:
                 raise ConfigError(f"{name}: found {value}; it must not be negative")
+
+    def _check_ranges(self) -> None:
         if self.prompts_per_step % self.optimizer.mini_batches:
             raise ConfigError(
                 f"optimizer.mini_batches: {self.optimizer.mini_batches} does not divide prompts_per_step="
                 f"{self.prompts_per_step}; choose a divisor, so that every update averages over as many prompts"
             )
-        if not 0 < self.evaluation.top_p <= 1:
-            raise ConfigError(f"evaluation.top_p: found {self.evaluation.top_p}; it must lie in (0, 1]")
+        shares = {
+            "evaluation.top_p": self.evaluation.top_p,
+            "rollout.memory_fraction": self.rollout.memory_fraction,
+        }
+        for name, value in shares.items():
+            if not 0 < value <= 1:
+                raise ConfigError(f"{name}: found {value}; it must lie in (0, 1]")
+        for name, value in (("beta1", self.optimizer.beta1), ("beta2", self.optimizer.beta2)):
+            if not 0 <= value < 1:
+                raise ConfigError(f"optimizer.{name}: found {value}; it must lie in [0, 1)")
+        for name, value in (("rollout", self.rollout.temperature), ("evaluation", self.evaluation.temperature)):
+            if value < 0.01:
+                raise ConfigError(f"{name}.temperature: found {value}; it must be at least 0.01")
 
 
 def from_tree(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:

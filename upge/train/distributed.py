@@ -41,6 +41,14 @@ class World:
         dist.all_gather_object(found, value, group=self.group)
         return found
 
+    def gather_to_main(self, value: Any) -> list[Any]:
+        """`value` of every rank, in order of rank, on the main rank; elsewhere an empty list."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, found, dst=0, group=self.group)
+        return found or []
+
     def share(self, value: Any) -> Any:
         """Rank 0's `value` on every rank."""
         return self.gather(value)[0]

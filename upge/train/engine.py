@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upge.errors import ModelError, UserError
-from upge.rollout.model import read_config
+from upge.rollout.model import check_loaded, read_config
 from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.distributed import World
 from upge.train.packing import PackedBatch, pack
@@ -161,7 +161,10 @@ def _load(model: ModelConfig, settings: dict[str, Any]) -> torch.nn.Module:
     with _model_errors(model.path):
         config = read_config(model.path, model.overrides)
         partitioning = HfDeepSpeedConfig(settings)
-        network = AutoModelForCausalLM.from_pretrained(model.path, config=config, dtype=dtype)
+        network, found = AutoModelForCausalLM.from_pretrained(
+            model.path, config=config, dtype=dtype, output_loading_info=True
+        )
+    check_loaded(model.path, found)
     # transformers looks at this object for as long as it lives; other models of this process must load whole.
     del partitioning
     gc.collect()
@@ -174,9 +177,10 @@ def _model_errors(path: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"model.path: '{path}' cannot be loaded: {str(error).splitlines()[0]} Give the folder of a Hugging Face "
+            f"model.path: '{path}' cannot be loaded: {reason} Give the folder of a Hugging Face "
             "causal LM, or a hub name that is in the local cache or can be downloaded"
         ) from error
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from upge.data import Example
 from upge.rollout import Sampler, Sampling
-from upge.train.collect import stream_seed
+from upge.train.collect import decode, stream_seed
 from upge.train.config import RunConfig
 from upge.train.distributed import World
 from upge.trajectories import SUCCESS_REWARD
@@ -15,7 +15,13 @@ from upge.verify import VerifierPool
 
 
 def evaluate(
-    config: RunConfig, examples: Sequence[Example], sampler: Sampler, pool: VerifierPool, tokenizer: Any, world: World
+    config: RunConfig,
+    examples: Sequence[Example],
+    sampler: Sampler,
+    pool: VerifierPool,
+    tokenizer: Any,
+    stop_token_ids: tuple[int, ...],
+    world: World,
 ) -> dict[str, Any]:
     """{"samples", "temperature", "levels": {level: figures}, "all": figures}, the same on every rank.
 
@@ -25,10 +31,12 @@ def evaluate(
     """
     mine = list(range(world.rank, len(examples), world.size))
     k = config.evaluation.samples
-    greedy = _solved(config, examples, mine, 1, 0.0, 1.0, sampler, pool, tokenizer)
-    sampled = _solved(
-        config, examples, mine, k, config.evaluation.temperature, config.evaluation.top_p, sampler, pool, tokenizer
-    )
+    limits = {"max_tokens": config.rollout.max_response_tokens, "stop_token_ids": stop_token_ids}
+    settings = Sampling(temperature=config.evaluation.temperature, top_p=config.evaluation.top_p, **limits)
+    seeds = [stream_seed(config.seed, "evaluation", i) for i in mine]
+    own = [examples[i] for i in mine]
+    greedy = _solved(own, 1, Sampling(temperature=0.0, **limits), seeds, sampler, pool, tokenizer)
+    sampled = _solved(own, k, settings, seeds, sampler, pool, tokenizer)
     rows = [(i, g[0], s) for i, g, s in zip(mine, greedy, sampled, strict=True)]
     everywhere = sorted(row for part in world.gather(rows) for row in part)
     levels: dict[str, list] = {}
@@ -42,21 +50,22 @@ def evaluate(
     }
 
 
-def _solved(config, examples, mine, n, temperature, top_p, sampler, pool, tokenizer) -> list[list[bool]]:
-    """Per problem of this rank, which of its n responses are right."""
-    sampling = Sampling(
-        temperature=temperature,
-        top_p=top_p,
-        max_tokens=config.rollout.max_response_tokens,
-        stop_token_ids=(tokenizer.eos_token_id,),
-    )
-    seeds = [stream_seed(config.seed, "evaluation", i) for i in mine]
-    groups = sampler.sample([examples[i].prompt_ids for i in mine], n, sampling, seeds)
-    texts = tokenizer.batch_decode([r.token_ids for group in groups for r in group], skip_special_tokens=True)
-    problems = [examples[i].problem for i in mine for _ in range(n)]
+def _solved(
+    examples: Sequence[Example],
+    n: int,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    sampler: Sampler,
+    pool: VerifierPool,
+    tokenizer: Any,
+) -> list[list[bool]]:
+    """Per problem, which of its n responses are right."""
+    groups = sampler.sample([example.prompt_ids for example in examples], n, sampling, seeds)
+    texts = decode(tokenizer, [r.token_ids for group in groups for r in group])
+    problems = [example.problem for example in examples for _ in range(n)]
     verdicts = pool.score([(text, p.answer, p.prompt) for text, p in zip(texts, problems, strict=True)])
     right = [v.reward > SUCCESS_REWARD for v in verdicts]
-    return [right[i * n : (i + 1) * n] for i in range(len(mine))]
+    return [right[i * n : (i + 1) * n] for i in range(len(examples))]
 
 
 def _figures(rows: list[tuple[bool, list[bool]]], k: int) -> dict[str, float]:

@@ -24,11 +24,18 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
+        self.final_partial = path / "final.partial"
 
     @property
     def is_finished(self) -> bool:
-        """True once the final model is written."""
-        return (self.final / "config.json").is_file()
+        """True once the last step's model is written; a continuation with more steps makes it False again."""
+        return self.facts.get("finished_step") is not None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """run.json; empty where there is none yet."""
+        path = self.path / "run.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the complete checkpoints, rising."""
@@ -40,12 +47,14 @@ class RunFolder:
         """The name of a step's checkpoint."""
         return f"step_{step:06d}"
 
-    def open(self, config: Mapping[str, Any], resume: str) -> bool:
+    def open(self, config: Mapping[str, Any], resume: str, ranks: int = 1) -> bool:
         """Checks that this run may write here; True if it continues another. Nothing is written.
 
         Raises:
-            ConfigError: the folder holds something else, a finished run, or a run with other settings.
+            ConfigError: the folder cannot be made, or holds something else, a finished run, or a run with other
+                settings or another number of ranks.
         """
+        self._check_parent()
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return False
         saved = self.path / "config.yaml"
@@ -63,17 +72,42 @@ class RunFolder:
             )
         if self.is_finished and int(old["steps"]) >= int(config["steps"]):
             raise ConfigError(f"output: {self.path} holds a finished run; choose another folder, or more steps")
+        before = self.facts.get("world_size", ranks)
+        if self.checkpoint_steps() and before != ranks:
+            raise ConfigError(
+                f"output: {self.path} was saved by {before} ranks and this run has {ranks}; start it with {before}, or "
+                "choose another folder"
+            )
         return True
 
-    def start(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Writes the resolved configuration and the facts about this start; earlier starts stay listed."""
-        (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
-        self.checkpoints.mkdir(exist_ok=True)
+    def _check_parent(self) -> None:
+        existing = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ConfigError(f"output: {self.path} cannot be made, because {existing} is no folder or not writable")
+
+    def start(self, config: Mapping[str, Any], facts: Mapping[str, Any], continues: bool) -> None:
+        """Writes the resolved configuration and the facts about this start; earlier starts stay listed.
+
+        Raises:
+            ConfigError: another run has taken the folder in the meantime.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not continues and any(self.path.iterdir()):
+            raise ConfigError(f"output: another run has just begun in {self.path}; choose another folder")
         write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
-        known = self.path / "run.json"
-        earlier = json.loads(known.read_text()).get("starts", []) if known.is_file() else []
+        (self.path / "rollouts").mkdir(exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
         start = {k: facts[k] for k in ("command", "started", "from_step")}
-        write_atomically(known, json.dumps({**facts, "starts": [*earlier, start]}, indent=2) + "\n")
+        self._write_facts({**facts, "starts": [*self.facts.get("starts", []), start]})
+
+    def finish(self, step: int) -> None:
+        """Makes the exported model count, by renaming it, and the run finished."""
+        shutil.rmtree(self.final, ignore_errors=True)
+        self.final_partial.rename(self.final)
+        self._write_facts({**self.facts, "finished_step": step})
+
+    def _write_facts(self, facts: Mapping[str, Any]) -> None:
+        write_atomically(self.path / "run.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drops what was recorded after `step`, because it will be recorded again."""
@@ -85,8 +119,13 @@ class RunFolder:
         for path in (self.path / "rollouts").glob("step_*.jsonl"):
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
-        for path in self.checkpoints.glob("*.partial"):
-            shutil.rmtree(path)
+        for path in (*self.checkpoints.glob("*.partial"), self.final_partial):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def is_evaluated(self, step: int) -> bool:
+        """True if evaluations.jsonl has a line of this step."""
+        path = self.path / "evaluations.jsonl"
+        return path.is_file() and any(line["step"] == step for line in read_lines(path))
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Adds a line to a jsonl file and pushes it to the disk."""

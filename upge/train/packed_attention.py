@@ -87,6 +87,7 @@ class PackedPolicy(nn.Module):
         check_supported(model)
         register()
         model.set_attn_implementation(IMPLEMENTATION)
+        _without_dropout(model)
         self.model = model
         self.head = LogprobHead(model.get_output_embeddings(), chunk_size)
 
@@ -110,6 +111,16 @@ class PackedPolicy(nn.Module):
         )
         hidden = trunk.last_hidden_state[0].index_select(0, batch.predictors)
         return self.head(hidden, batch.targets, temperature, entropy)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Log-probs must not depend on chance, nor on the cut into micro-batches."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def register() -> None:

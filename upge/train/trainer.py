@@ -14,7 +14,7 @@ import torch
 from upge.algorithm import Algorithm
 from upge.data import Example
 from upge.rollout import Sampler
-from upge.train.collect import Collector, Trajectory, stream_seed
+from upge.train.collect import Collector, Trajectory, decode, stream_seed
 from upge.train.config import OptimizerConfig, RunConfig
 from upge.train.distributed import World
 from upge.train.engine import Engine
@@ -46,6 +46,7 @@ class Parts:
     train: Sequence[Example]
     evaluation: Sequence[Example]
     tokenizer: Any
+    stop_token_ids: tuple[int, ...]
     engine: Engine
     sampler: Sampler
     pool: VerifierPool
@@ -70,51 +71,76 @@ class Trainer:
     ) -> None:
         self.parts, self.report_step, self.report_evaluation = parts, report_step, report_evaluation
         p = parts
-        self.collector = Collector(p.config, p.algorithm, p.train, p.sampler, p.pool, p.tokenizer, p.world)
+        self.collector = Collector(
+            p.config, p.algorithm, p.train, p.sampler, p.pool, p.tokenizer, p.stop_token_ids, p.world
+        )
         self.updater = Updater(p.engine, p.algorithm, p.config.optimizer)
         self.state = State()
         self.sampler_is_stale = True
         self.sampler_sleeps = False
+        self.saved_step: int | None = None
         self._signal = 0
 
-    def run(self, resume_from: int | None) -> int:
+    def restore(self, step: int) -> None:
+        """Continues from the checkpoint of `step`. A run that was stopped for non-finite updates gets a new chance."""
+        folder = self.parts.folder
+        self.state = State(**self.parts.engine.load(folder.checkpoints, folder.tag(step)))
+        self.saved_step = step
+        if self.state.skipped_in_a_row >= self.parts.config.stop.nonfinite_updates:
+            self.state.skipped_in_a_row = 0
+
+    def run(self) -> int:
         """Trains to the last step; returns the exit code: 0, 3, or 128 + the signal that stopped it."""
-        config, folder = self.parts.config, self.parts.folder
+        config = self.parts.config
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note_signal)
-        if resume_from is None:
+        if self.state.step == 0:
             self._evaluate()
-        else:
-            self.state = State(**self.parts.engine.load(folder.checkpoints, folder.tag(resume_from)))
-        while self.state.step < config.steps:
-            self._step()
+        stopped = self._stop_signal()
+        while self.state.step < config.steps and not stopped:
+            too_many = self._step()
             step, last = self.state.step, self.state.step == config.steps
             if _due(step, config.evaluation.every) and not last:
                 self._evaluate()
-            stopped = max(self.parts.world.gather(self._signal))
-            too_many = self.state.skipped_in_a_row >= config.stop.nonfinite_updates
-            if stopped or too_many or (_due(step, config.checkpoint.every) and not last):
+            stopped = self._stop_signal()
+            if too_many or (config.checkpoint.every and (last or _due(step, config.checkpoint.every))):
                 self.save()
             if too_many:
                 return NOT_FINITE
-            if stopped:
-                return 128 + stopped
-        self._evaluate()
-        self.parts.engine.export(folder.final)
-        if self.parts.world.is_main:
-            self.parts.tokenizer.save_pretrained(folder.final)
+        if not stopped:
+            self._evaluate()
+            stopped = self._stop_signal()
+        if stopped:
+            self.save()
+            return 128 + stopped
+        self._export()
         return DONE
+
+    def _stop_signal(self) -> int:
+        """The signal that some rank has received, or 0; the same on every rank."""
+        return max(self.parts.world.gather(self._signal))
+
+    def _export(self) -> None:
+        folder, world = self.parts.folder, self.parts.world
+        self.parts.engine.export(folder.final_partial)
+        if world.is_main:
+            self.parts.tokenizer.save_pretrained(folder.final_partial)
+            folder.finish(self.state.step)
 
     def save(self) -> None:
         """A checkpoint of the present state; a half-written one never counts."""
         folder, step = self.parts.folder, self.state.step
+        if step == self.saved_step:
+            return
+        self.saved_step = step
         self.parts.engine.save(folder.checkpoints, f"{folder.tag(step)}.partial", vars(self.state))
         self.parts.world.barrier()
         if self.parts.world.is_main:
             folder.settle(step, self.parts.config.checkpoint.keep)
         self.parts.world.barrier()
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """One step; True if too many updates in a row were not finite."""
         config, world, state = self.parts.config, self.parts.world, self.state
         began = time.perf_counter()
         torch.manual_seed(stream_seed(config.seed, "step", state.step, world.rank))
@@ -128,12 +154,12 @@ class Trainer:
         self.sampler_is_stale = True
         state.step += 1
         state.skipped += report.skipped
-        applied_last = bool(report.grad_norms) and math.isfinite(report.grad_norms[-1])
-        in_a_row = 0 if applied_last else state.skipped_in_a_row + report.skipped
-        state.skipped_in_a_row = in_a_row if report.grad_norms else state.skipped_in_a_row
-        tallies = world.gather(report.tally)
+        for norm in report.grad_norms:
+            state.skipped_in_a_row = 0 if math.isfinite(norm) else state.skipped_in_a_row + 1
+        too_many = report.skipped > 0 and state.skipped_in_a_row >= config.stop.nonfinite_updates
+        tallies = world.gather_to_main(report.tally)
         if not world.is_main:
-            return
+            return too_many
         metrics = {"step": state.step, **rollout_metrics(trajectories), **step_metrics(report, tallies)}
         metrics |= {"learning_rate": lr, "skipped_updates": state.skipped, **times, "time/sync": sync}
         metrics["time/total"] = time.perf_counter() - began
@@ -141,6 +167,7 @@ class Trainer:
         if config.log_rollouts and (state.step % config.log_rollouts == 0 or state.step in (1, config.steps)):
             self.parts.folder.write_rollouts(state.step, self._rows(trajectories))
         self.report_step(metrics)
+        return too_many
 
     def _refresh_sampler(self) -> float:
         """Gives the sampler the trainer's weights if they have changed; returns the seconds it took."""
@@ -163,15 +190,17 @@ class Trainer:
     def _evaluate(self) -> None:
         p = self.parts
         began = time.perf_counter()
+        if p.world.share(p.world.is_main and p.folder.is_evaluated(self.state.step)):
+            return  # by the run that this one continues, after the same update
         self._refresh_sampler()
-        figures = evaluate(p.config, p.evaluation, p.sampler, p.pool, p.tokenizer, p.world)
+        figures = evaluate(p.config, p.evaluation, p.sampler, p.pool, p.tokenizer, p.stop_token_ids, p.world)
         if p.world.is_main:
             line = {"step": self.state.step, **figures, "time": time.perf_counter() - began}
             p.folder.append("evaluations.jsonl", line)
             self.report_evaluation(line)
 
     def _rows(self, trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
-        texts = self.parts.tokenizer.batch_decode([t.response_ids for t in trajectories], skip_special_tokens=True)
+        texts = decode(self.parts.tokenizer, [t.response_ids for t in trajectories])
         found = []
         for trajectory, text in zip(trajectories, texts, strict=True):
             problem = self.parts.train[trajectory.example].problem

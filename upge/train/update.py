@@ -62,12 +62,14 @@ class UpdateReport:
         grad_norms: of each update, before clipping; infinite for one that was skipped.
         skipped: updates dropped because their gradient was not finite.
         counted: (demonstrations, trajectories) with a coefficient other than zero.
+        silent_prompts: share of the prompts none of whose trajectories can contribute to the gradient.
         tally: this rank's sums.
     """
 
     grad_norms: list[float]
     skipped: int
     counted: tuple[int, int]
+    silent_prompts: float
     tally: Tally
 
 
@@ -105,7 +107,10 @@ class Updater:
                 skipped += not result.applied
         counted = torch.cat([plan.counted for plan in plans])
         demonstrations = torch.cat([batch.is_demonstration for batch in batches])
-        return UpdateReport(norms, skipped, (int((counted & demonstrations).sum()), int(counted.sum())), tally)
+        keep = [bool(kept) for plan in plans for kept in plan.keep]
+        heard = {t.group for t, kept in zip(sum(chunks, []), keep, strict=True) if kept}
+        silent = 1 - len(heard) / max(1, len({t.group for t in trajectories}))
+        return UpdateReport(norms, skipped, (int((counted & demonstrations).sum()), int(counted.sum())), silent, tally)
 
     def _pieces(self, plan: Plan, chunk: Sequence[Trajectory]) -> list[list[int]]:
         """This rank's micro-batches, as rows of the batch; as many on every rank."""
@@ -167,7 +172,7 @@ class Updater:
 def split_by_group(trajectories: Sequence[Trajectory], parts: int) -> list[list[Trajectory]]:
     """Consecutive chunks with as many prompts each; a group stays whole."""
     groups = sorted({t.group for t in trajectories})
-    size = -(-len(groups) // parts)
+    size = max(1, -(-len(groups) // parts))
     chunks = [set(groups[i : i + size]) for i in range(0, len(groups), size)]
     return [[t for t in trajectories if t.group in chunk] for chunk in chunks]
 
@@ -180,6 +185,7 @@ def step_metrics(report: UpdateReport, tallies: Sequence[Tally]) -> dict[str, fl
     demonstrations, counted = report.counted
     found = total.metrics()
     found["gate/demonstration_share"] = demonstrations / counted if counted else 0.0
+    found["gate/silent_prompts"] = report.silent_prompts
     finite = [n for n in report.grad_norms if n != float("inf")]
     found["grad_norm"] = sum(finite) / len(finite) if finite else (float("nan") if report.grad_norms else 0.0)
     found["updates"] = len(report.grad_norms) - report.skipped

@@ -36,7 +36,9 @@ WARM_UP = (r"\boxed{\frac{1}{2}}", r"\sqrt{\frac{1}{4}}")
 
 def main(setup: dict[str, Any]) -> NoReturn:
     """Serves one pool until its process ends or hangs up; `setup` holds fd, parent, path, name, light, memory."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    # The parent handles both and finishes its step first; launchers send them to the whole process group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     sys.path[:] = setup["path"]
     control = socket.socket(fileno=setup["fd"])
