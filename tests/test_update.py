@@ -15,6 +15,7 @@ from tests.compositions import load
 from tests.models import save_random_model, trajectories
 from upge import Trajectories
 from upge.train.collect import assemble
+from upge.train.update import split_by_group
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("sft", "reinforce", "grpo", "dr_grpo", "hpt", "gspo", "luffy", "srft", "corrected_ppo")
@@ -37,16 +38,21 @@ def padded_logprobs(model: torch.nn.Module, batch: list) -> tuple[torch.Tensor, 
 def reference(tmp_path_factory) -> tuple[Path, dict]:
     """A random model and every algorithm's gradient on it, by plain torch in float64."""
     path = save_random_model(tmp_path_factory.mktemp("model"))
-    found = {}
-    for name in NAMES:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
-        batch = trajectories()
-        logprobs, entropies = padded_logprobs(model, batch)
-        columns = {n: getattr(assemble(batch, 7), n) for n in Trajectories.__dataclass_fields__}
-        columns |= {"logprobs": logprobs, "entropies": entropies}
-        load(name).estimate(Trajectories(**columns)).loss.backward()
-        found[name] = {n: p.grad for n, p in model.named_parameters()}
-    return path, found
+    return path, {name: plain_gradient(path, name, trajectories()) for name in NAMES}
+
+
+def plain_gradient(path: Path, name: str, batch: list) -> dict[str, torch.Tensor]:
+    """An algorithm's gradient on a batch, by parameter."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    logprobs, entropies = padded_logprobs(model, batch)
+    columns = {n: getattr(assemble(batch, 7), n) for n in Trajectories.__dataclass_fields__}
+    columns |= {"logprobs": logprobs, "entropies": entropies}
+    load(name).estimate(Trajectories(**columns)).loss.backward()
+    return {n: p.grad for n, p in model.named_parameters()}
+
+
+def norm_of(gradients: dict[str, torch.Tensor]) -> float:
+    return float(sum(g.square().sum() for g in gradients.values()).sqrt())
 
 
 def launch(script: str, ranks: int, *arguments: object, timeout: float = 240) -> None:
@@ -73,9 +79,12 @@ def test_gradients_under_zero3(reference, tmp_path, ranks, budget):
     for name in NAMES:
         scale = max(float(g.abs().max()) for g in expected[name].values())
         assert scale > 1e-6, name
-        norm = sum(g.square().sum() for g in expected[name].values()).sqrt()
-        assert float(found[name].pop("norm")) == pytest.approx(float(norm), rel=1e-4), name
+        assert float(found[name].pop("norm")) == pytest.approx(norm_of(expected[name]), rel=1e-4), name
         assert set(found[name]) == set(expected[name])
         for parameter, gradient in expected[name].items():
             difference = float((found[name][parameter] - gradient).abs().max())
             assert difference <= 2e-5 * scale, (name, parameter, difference / scale)
+    chunks = split_by_group(trajectories(), 2)
+    norms = [norm_of(plain_gradient(path, "grpo", chunk)) for chunk in chunks]
+    assert norms[0] != pytest.approx(norms[1], rel=1e-2)
+    assert found["two updates"].tolist() == pytest.approx(norms, rel=1e-4)

@@ -5,6 +5,7 @@ usage: update_ranks.py MODEL OUTPUT TOKEN_BUDGET NAME...
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import torch
@@ -32,6 +33,9 @@ def main(model: str, output: str, budget: str, *names: str) -> None:
         gradients = {n: safe_get_full_grad(p) for n, p in engine.network.named_parameters()}
         found[name] = {n: g.clone() for n, g in gradients.items()}
         found[name]["norm"] = torch.tensor(engine.step(lr=0.0).grad_norm)
+    # At a learning rate of 0 the policy stays where it sampled, so both updates must have the on-policy gradient.
+    twice = Updater(engine, load("grpo"), dataclasses.replace(config, mini_batches=2))
+    found["two updates"] = torch.tensor(twice.update(batch, step=7, lr=0.0).grad_norms)
     if world.is_main:
         torch.save(found, output)
     leave(world, 0)
