@@ -314,3 +314,17 @@ def test_workers_load_neither_torch_nor_the_main_program(tmp_path: Path) -> None
     code += r"assert loading.load('math')(r'\boxed{2/4}', '1/2') == 1.0; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+def test_sigterm_to_the_whole_process_group_changes_no_verdict():
+    """Launchers send it to every process; the parent finishes its step first and still needs right verdicts."""
+    before = set(children(os.getpid()))
+    with VerifierPool("math", workers=1) as pool:
+        assert pool.score([("\\boxed{\\frac{2}{4}}", "1/2", None)])[0].reward == 1.0
+        own = set(children(os.getpid())) - before
+        assert own
+        for process in own:
+            os.kill(process, signal.SIGTERM)
+        time.sleep(0.3)
+        assert own <= set(children(os.getpid()))
+        assert [v.reward for v in pool.score([("\\boxed{\\frac{3}{6}}", "1/2", None)])] == [1.0]
