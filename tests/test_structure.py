@@ -81,13 +81,18 @@ LAYERS = [
     {"upge.checks", "upge.trajectories"},
     {"upge.components"},
     {"upge.estimator", "upge.gates", "upge.reduction"},
-    {"upge.regularizers", "upge.estimate", "upge.formula"},
+    {"upge.regularizers", "upge.estimate", "upge.formula", "upge.stateful", "upge.value", "upge.selection"},
+    {"upge.needs"},
     {"upge.algorithm"},
+    {"upge.pipeline"},
     {"upge.instantiate", "upge.testing"},
 ]
 #: Rooms beside the layers: each knows only errors and checks, and what it holds itself.
 ROOMS = {"upge.logprobs", "upge.data", "upge.verify", "upge.rollout"}
-TRAIN = {"upge.algorithm", "upge.estimate", "upge.trajectories", "upge.errors", "upge.checks", *ROOMS}
+TRAIN = {
+    *("upge.algorithm", "upge.pipeline", "upge.value", "upge.stateful", "upge.estimate", "upge.trajectories"),
+    *("upge.errors", "upge.checks", *ROOMS),
+}
 
 
 def room(module: str) -> str:

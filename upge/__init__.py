@@ -9,57 +9,73 @@ import importlib
 from typing import Any
 
 from upge import components as _components
-from upge.algorithm import Algorithm, Needs, Term
+from upge.algorithm import Algorithm, Term
 from upge.components import *  # noqa: F403
 from upge.errors import ConfigError, DataError, ModelError, UserError
 from upge.estimate import Estimate, TermFactors
 from upge.estimator import Factors, UnifiedGradient
 from upge.gates import (
     Always,
+    Complement,
     EntropyWeight,
     Gate,
     PassRateAbove,
     PassRateAtMost,
+    PassRateBetween,
     PassRateTable,
     ProductOf,
     Schedule,
 )
+from upge.needs import Needs
+from upge.pipeline import Pipeline, Stage
 from upge.reduction import FixedLength, QuestionMean, Reduction, SequenceMean, TokenMean
 from upge.regularizers import EntropyBonus, KLPenalty, Regularizer
+from upge.selection import DynamicSampling, Interlude
+from upge.stateful import MetaGradient, StatefulGate
 from upge.trajectories import PackedTokens, Trajectories
+from upge.value import ValueLoss
 
 __version__ = "0.1.0"
 __all__ = [
     *_components.__all__,
     "Algorithm",
     "Always",
+    "Complement",
     "ConfigError",
     "DataError",
+    "DynamicSampling",
     "EntropyBonus",
     "EntropyWeight",
     "Estimate",
     "Factors",
     "FixedLength",
     "Gate",
+    "Interlude",
     "KLPenalty",
+    "MetaGradient",
     "ModelError",
     "Needs",
     "PackedTokens",
     "PassRateAbove",
     "PassRateAtMost",
+    "PassRateBetween",
     "PassRateTable",
+    "Pipeline",
     "ProductOf",
     "QuestionMean",
     "Reduction",
     "Regularizer",
     "Schedule",
     "SequenceMean",
+    "Stage",
+    "StatefulGate",
     "Term",
     "TermFactors",
     "TokenMean",
     "Trajectories",
     "UnifiedGradient",
     "UserError",
+    "ValueLoss",
     "__version__",
 ]
 

@@ -23,12 +23,13 @@ from upge.estimate import Estimate, TermFactors
 from upge.estimator import UnifiedGradient
 from upge.formula import render
 from upge.gates import Gate
+from upge.needs import Needs, check_columns, needs_of
 from upge.reduction import Over, Reduction
 from upge.regularizers import Regularizer, Source
+from upge.selection import DynamicSampling, Interlude
+from upge.stateful import UTILITY_SLOPE, StatefulGate, stateful_gates
 from upge.trajectories import Trajectories
-
-#: Columns that a part can ask of the caller. Not the behaviour column: without it the data are strictly on-policy.
-_OPTIONAL = frozenset({"sampler_logprobs", "reference_logprobs", "values", "entropies", "preference"})
+from upge.value import ValueLoss
 
 
 def source_rows(batch: Trajectories, source: Source) -> Bool[Tensor, "B"]:
@@ -39,7 +40,10 @@ def source_rows(batch: Trajectories, source: Source) -> Bool[Tensor, "B"]:
         if batch.preference is None:
             raise ConfigError("source: preference_pairs needs the column `preference`, which the batch does not have")
         return batch.preference != 0
-    return batch.is_demonstration if source == "demonstrations" else ~batch.is_demonstration
+    if source == "rollouts":
+        return ~batch.is_demonstration
+    # The rejected side of a pair is an expert's, or at least not the model's, but nothing to imitate.
+    return batch.is_demonstration if batch.preference is None else batch.is_demonstration & (batch.preference >= 0)
 
 
 @dataclass(frozen=True)
@@ -63,28 +67,6 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What an algorithm asks of the data and the trainer."""
-
-    columns: frozenset[str]
-    rollouts: bool
-    demonstrations: bool
-    preference_pairs: bool
-    group_size: int
-    group_size_because: str
-
-    @property
-    def critic(self) -> bool:
-        """True if a value per token is read."""
-        return "values" in self.columns
-
-    @property
-    def reference(self) -> bool:
-        """True if log-probs of a frozen policy are read."""
-        return "reference_logprobs" in self.columns
-
-
-@dataclass(frozen=True)
 class Algorithm:
     """A named sum of terms plus additive regularizers.
 
@@ -93,25 +75,55 @@ class Algorithm:
         terms: name → term; the order is that of the file.
         regularizers: name → regularizer.
         description: a line or two for people.
+        critic: the objective of the value network; needed where a part reads values.
+        sampling: which prompts are drawn anew.
+        interlude: updates of another kind, made when enough prompts have gathered.
+        validation: the objective on held-out prompts that a gate with memory may ask about.
     """
 
     name: str
     terms: Mapping[str, Term]
     regularizers: Mapping[str, Regularizer] = field(default_factory=dict)
     description: str = ""
+    critic: ValueLoss | None = None
+    sampling: DynamicSampling | None = None
+    interlude: Interlude | None = None
+    validation: Algorithm | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
         if not self.terms:
             raise ConfigError(f"{self.name}: terms is empty; an algorithm is a sum of at least one term")
+        asking = [g for g in self.stateful.values() if UTILITY_SLOPE in g.wants]
+        if asking and self.validation is None:
+            raise ConfigError(
+                f"{self.name}: {type(asking[0]).__name__} follows a held-out objective, but there is no `validation`; "
+                "give the name of an algorithm as validation=NAME"
+            )
+        if self.validation is not None and (self.validation.needs.critic or self.validation.stateful):
+            raise ConfigError(f"validation: '{self.validation.name}' has a critic or a state of its own; give another")
 
     @property
     def parts(self) -> dict[str, Component]:
-        """Every part of every term and regularizer by its path in the file."""
+        """Every part by its path in the file."""
         found = {f"terms.{n}.{path}": p for n, term in self.terms.items() for path, p in term.parts.items()}
         for name, regularizer in self.regularizers.items():
             found[f"regularizers.{name}"] = regularizer
+        if self.critic is not None:
+            found["critic"] = self.critic
+        for name in ("sampling", "interlude"):
+            if getattr(self, name) is not None:
+                found[f"{name}.gate"] = getattr(self, name).gate
         return found
+
+    @property
+    def stateful(self) -> dict[str, StatefulGate]:
+        """Variable → gate, of the gates with a memory."""
+        return stateful_gates(self.parts)
+
+    def initial_state(self) -> dict[str, float]:
+        """The value of each variable before the first step."""
+        return {name: gate.initial() for name, gate in self.stateful.items()}
 
     @property
     def reach(self) -> str:
@@ -119,26 +131,18 @@ class Algorithm:
         return max((part.live_reach for part in self.parts.values()), key=REACHES.index)
 
     @property
-    def needs(self) -> Needs:
-        """What the algorithm asks of the data and the trainer, read off its parts."""
-        parts = self.parts
-        columns = frozenset().union(*(part.columns for part in parts.values()))
-        sources = set(self._sources.values())
-        largest = max(parts, key=lambda path: parts[path].group_size_needed)
-        return Needs(
-            columns=columns | ({"preference"} if "preference_pairs" in sources else set()),
-            rollouts=bool(sources & {"rollouts", "all"}) or any(p.group_size_needed > 1 for p in parts.values()),
-            demonstrations=bool(sources & {"demonstrations", "all"}),
-            preference_pairs="preference_pairs" in sources,
-            group_size=parts[largest].group_size_needed,
-            group_size_because=largest,
-        )
-
-    @property
-    def _sources(self) -> dict[str, Source]:
+    def sources(self) -> dict[str, Source]:
         """The source of every term and regularizer by its path in the file."""
         found = {f"terms.{n}": t.source for n, t in self.terms.items()}
         return found | {f"regularizers.{n}": r.source for n, r in self.regularizers.items()}
+
+    @property
+    def needs(self) -> Needs:
+        """What the algorithm asks of the data and the trainer, read off its parts."""
+        own = needs_of(self.parts, self.sources)
+        if self.interlude is not None:
+            own = own.joined(self.interlude.algorithm.needs)
+        return own if self.validation is None else own.joined(self.validation.needs)
 
     def check(self, *, group_size: int, demonstrations: int | None = None, provided: Iterable[str] = ()) -> None:
         """Refuses a pair of algorithm and run that cannot work.
@@ -146,7 +150,7 @@ class Algorithm:
         Args:
             group_size: rollouts per prompt.
             demonstrations: how many prompts have one; None = not known yet.
-            provided: the columns beyond rewards and masks that the caller can fill.
+            provided: the columns beyond rewards and masks that the caller can fill; values follow from `critic`.
 
         Raises:
             ConfigError: naming the key, the value and the fix.
@@ -158,34 +162,20 @@ class Algorithm:
                 f"group_size: {group_size} is too small for algo.{needs.group_size_because} ({part}), which compares "
                 f"the rollouts of one prompt; set group_size to {needs.group_size} or more"
             )
-        if needs.demonstrations and demonstrations == 0:
-            owner, source = next((p, s) for p, s in self._sources.items() if s in ("demonstrations", "all"))
+        learning = {p: s for p, s in self.sources.items() if s in ("demonstrations", "all")}
+        if learning and demonstrations == 0:
+            owner, source = next(iter(learning.items()))
             what = source if source == "demonstrations" else f"{source}, which takes in demonstrations"
             raise ConfigError(
                 f"algo.{owner}.source: {what}, but the data set has none; choose data with worked "
                 "solutions or an algorithm that learns from rollouts alone"
             )
-        self._check_columns(frozenset(provided))
-
-    def _check_columns(self, provided: frozenset[str]) -> None:
-        """Refuses parts and sources that read what nobody fills."""
-        for path, part in self.parts.items():
-            missing = (part.columns & _OPTIONAL) - provided
-            if missing:
-                raise ConfigError(
-                    f"algo.{path}: {type(part).__name__} reads {sorted(missing)}, which is not provided here"
-                    + (
-                        "; it needs a critic"
-                        if "values" in missing
-                        else "; it needs a data set or engine that fills it"
-                    )
-                )
-        for path, source in self._sources.items():
-            if source == "preference_pairs" and "preference" not in provided:
-                raise ConfigError(
-                    f"algo.{path}.source: preference_pairs, but nobody provides the column `preference` here; give "
-                    "data with chosen and rejected responses, or another source"
-                )
+        check_columns(self.parts, self.sources, frozenset(provided) | ({"values"} if self.critic else set()))
+        for name in ("interlude", "validation"):
+            inner = getattr(self, name)
+            inner = inner.algorithm if name == "interlude" and inner is not None else inner
+            if inner is not None:
+                inner.check(group_size=group_size, demonstrations=demonstrations, provided=provided)
 
     def plan(self, batch: Trajectories) -> Plan:
         """All that is known before the forward pass, on the whole `batch` (its `logprobs` may be None)."""

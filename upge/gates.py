@@ -114,6 +114,26 @@ class PassRateAtMost(_PassRateThreshold):
 
 
 @dataclass(frozen=True)
+class PassRateBetween(_PassRateGate):
+    """1 where low < P < high, else 0: the questions whose rollouts differ (arXiv 2503.14476), all others closed."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.low < self.high <= 1:
+            raise ConfigError(f"PassRateBetween: low={self.low}, high={self.high}; need 0 <= low < high <= 1")
+
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
+        rate = self._pass_rate(batch)
+        return ((rate > self.low + _TOLERANCE) & (rate < self.high - _TOLERANCE)).double()
+
+    def formula(self) -> Formula:
+        return Formula(f"1[{self.low:g} < P < {self.high:g}]", rf"\mathbb{{1}}[{self.low:g}<P<{self.high:g}]")
+
+
+@dataclass(frozen=True)
 class PassRateTable(_PassRateGate):
     """A coefficient that follows the pass rate: piecewise linear through (rates, coefficients), constant beyond.
 
@@ -206,6 +226,21 @@ class Schedule(Gate):
 
     def formula(self) -> Formula:
         return Formula("1 − μ(step)", r"1-\mu_k") if self.complement else Formula("μ(step)", r"\mu_k")
+
+
+@dataclass(frozen=True)
+class Complement(Gate):
+    """1 - gate: the other share of a balance."""
+
+    gate: Gate
+    reads: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
+        return 1 - self.gate(batch)
+
+    def formula(self) -> Formula:
+        inner = self.gate.formula()
+        return Formula(f"(1 − {inner.text})", rf"(1-{inner.latex})")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,7 @@ class TokenView:
     values: Tensor | None
     entropies: Tensor | None
     step: int
+    state: Mapping[str, float]
 
     @property
     def log_importance_ratio(self) -> Float[Tensor, "*shape"]:
@@ -93,6 +95,7 @@ class PackedTokens(TokenView):
     values: Float[Tensor, "N"] | None = None
     entropies: Float[Tensor, "N"] | None = None
     step: int = 0
+    state: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +117,7 @@ class Trajectories(TokenView):
         entropies: [B, T] entropy of the current policy at each token over the full vocabulary (nats).
         preference: [B] +1 chosen, -1 rejected, 0 neither.
         step: how many training steps are behind the batch, for schedules.
+        state: the present value of each stateful gate, by its variable's name.
         row: [B] index of each trajectory in the batch that it was selected from.
 
     Raises:
@@ -134,6 +138,7 @@ class Trajectories(TokenView):
     preference: Int[Tensor, "B"] | None = None
     step: int = 0
     row: Int[Tensor, "B"] | None = None
+    state: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in TOKEN_COLUMNS + TRAJECTORY_COLUMNS:
@@ -204,11 +209,16 @@ class Trajectories(TokenView):
             picked["entropies"] = None
         return Trajectories(**{**picked, "logprobs": logprobs, **columns})
 
+    def with_rewards(self, rewards: Float[Tensor, "B"]) -> Trajectories:
+        """The same trajectories with other rewards, for a part that shapes them for one that it wraps."""
+        return dataclasses.replace(self, rewards=rewards)
+
     def pack(self) -> PackedTokens:
         """The tokens that count, trajectory after trajectory, as one row [N] without padding."""
         mask = self.response_mask
         packed = {name: getattr(self, name) for name in TOKEN_COLUMNS}
-        return PackedTokens(**{name: c if c is None else c[mask] for name, c in packed.items()}, step=self.step)
+        columns = {name: c if c is None else c[mask] for name, c in packed.items()}
+        return PackedTokens(**columns, step=self.step, state=self.state)
 
 
 class Restricted:
@@ -219,6 +229,10 @@ class Restricted:
 
     def __len__(self) -> int:
         return len(self._batch)
+
+    def with_rewards(self, rewards: Tensor) -> Restricted:
+        """The same view of the same trajectories with other rewards."""
+        return Restricted(self._batch.with_rewards(rewards), self._columns, self._owner)
 
     @property
     def __class__(self) -> type:
@@ -236,7 +250,9 @@ class Restricted:
         if isinstance(attribute, types.FunctionType):
             return types.MethodType(attribute, self)
         value = getattr(self._batch, name)
-        if value is None and name in COLUMNS - MAY_BE_ABSENT:
+        # Who reads the current policy knows what to do without the behaviour column; who does not needs it.
+        may_be_absent = MAY_BE_ABSENT if "logprobs" in self._columns else frozenset()
+        if value is None and name in COLUMNS - may_be_absent:
             raise ValueError(f"{name}: {self._owner} reads it, but this batch does not have it; pass `{name}=...`")
         return value
 

@@ -1,10 +1,8 @@
 """The four slots of the unified gradient and what fills them; a file per slot."""
 
 from upge.components.advantage import (
-    GAE,
     ConstantAdvantage,
     GroupRelative,
-    KLShaped,
     LeaveOneOut,
     PairwisePreference,
     SignedReward,
@@ -16,17 +14,32 @@ from upge.components.base import (
     LikelihoodGradient,
     ReferenceDenominator,
     StabilizationMask,
+    TokenReward,
 )
 from upge.components.denominator import (
     BehaviorPolicy,
     ClippedBehaviorPolicy,
+    ClippedFrozenPolicy,
     CurrentPolicy,
+    GeometricMeanBehaviorPolicy,
     SamplerCorrected,
     SequenceBehaviorPolicy,
+    SequenceFrozenPolicy,
     UnitDenominator,
 )
 from upge.components.likelihood import PolicyLikelihood, ShapedLikelihood
-from upge.components.mask import AllOf, ImportanceBand, NoMask, PPOClip, SequenceClip
+from upge.components.mask import (
+    AllOf,
+    ImportanceBand,
+    LogRatioClip,
+    NoMask,
+    PPOClip,
+    SequenceClip,
+    SigmoidGate,
+)
+from upge.components.returns import GAE, ReturnToGo
+from upge.components.reward import KLPenalizedReward, OutcomeReward
+from upge.components.shaping import KLShaped, Shifted, Tempered, Whitened
 
 __all__ = [
     "GAE",
@@ -34,25 +47,37 @@ __all__ = [
     "AllOf",
     "BehaviorPolicy",
     "ClippedBehaviorPolicy",
+    "ClippedFrozenPolicy",
     "Component",
     "ConstantAdvantage",
     "CurrentPolicy",
     "Formula",
+    "GeometricMeanBehaviorPolicy",
     "GroupRelative",
     "ImportanceBand",
+    "KLPenalizedReward",
     "KLShaped",
     "LeaveOneOut",
     "LikelihoodGradient",
+    "LogRatioClip",
     "NoMask",
+    "OutcomeReward",
     "PPOClip",
     "PairwisePreference",
     "PolicyLikelihood",
     "ReferenceDenominator",
+    "ReturnToGo",
     "SamplerCorrected",
     "SequenceBehaviorPolicy",
     "SequenceClip",
+    "SequenceFrozenPolicy",
     "ShapedLikelihood",
+    "Shifted",
+    "SigmoidGate",
     "SignedReward",
     "StabilizationMask",
+    "Tempered",
+    "TokenReward",
     "UnitDenominator",
+    "Whitened",
 ]

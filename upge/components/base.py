@@ -87,6 +87,11 @@ class Component(ABC):
         return bool(self.columns & LIVE_COLUMNS)
 
     @property
+    def is_evaluated_before(self) -> bool:
+        """True if its values are computed before the forward pass, on the whole batch."""
+        return not self.is_live
+
+    @property
     def live_reach(self) -> str:
         """How far the live parts look; what is not live is computed beforehand and so reaches no further than a
         token."""
@@ -151,6 +156,11 @@ class StabilizationMask(Component):
     def __call__(self, batch: Trajectories, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """A number in [0, 1] per token, from the batch and the advantages."""
 
+    @property
+    def is_evaluated_before(self) -> bool:
+        """False: a mask sees the advantages, which may be live."""
+        return False
+
     def hoisted(self, batch: Trajectories) -> Component:
         """A mask sees the advantages, which may be live: it stays itself, with what it wraps computed beforehand."""
         return self.hoist(batch)
@@ -184,7 +194,15 @@ class LikelihoodGradient(Component):
         """log f′ per token, detached; 0 for the plain gradient."""
 
 
-for _slot in (StabilizationMask, ReferenceDenominator, AdvantageEstimator, LikelihoodGradient):
+class TokenReward(Component):
+    """r: what each token earned, for advantages that add up rewards over time."""
+
+    @abstractmethod
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+        """[B, T] reward per token, detached, 0 outside the response mask."""
+
+
+for _slot in (StabilizationMask, ReferenceDenominator, AdvantageEstimator, LikelihoodGradient, TokenReward):
     _slot.register(Precomputed)
 
 

@@ -1,0 +1,113 @@
+"""What an algorithm asks of the data and the trainer, read off what its parts declare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from upge.components.base import Component
+from upge.errors import ConfigError
+from upge.regularizers import Source
+
+#: Columns that a part can ask of the caller. Not the behaviour column: without it the data are strictly on-policy.
+_OPTIONAL = frozenset({"sampler_logprobs", "reference_logprobs", "values", "entropies", "preference"})
+#: Columns that take a forward pass of some model.
+COMPUTED = frozenset({"behavior_logprobs", "reference_logprobs", "values"})
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an algorithm asks of the data and the trainer.
+
+    Attributes:
+        columns: every column that some part reads.
+        before: those of them that must be filled before the policy's forward pass, because a part that is evaluated
+            on the whole batch reads them: 'behavior_logprobs', 'reference_logprobs', 'values'.
+        rollouts, demonstrations, preference_pairs: which trajectories it learns from or compares with.
+        group_size: the smallest number of rollouts per prompt, asked for by the part at `group_size_because`.
+    """
+
+    columns: frozenset[str]
+    rollouts: bool
+    demonstrations: bool
+    preference_pairs: bool
+    group_size: int
+    group_size_because: str
+    before: frozenset[str] = frozenset()
+
+    @property
+    def critic(self) -> bool:
+        """True if a value per token is read."""
+        return "values" in self.columns
+
+    @property
+    def reference(self) -> bool:
+        """True if log-probs of a frozen policy are read."""
+        return "reference_logprobs" in self.columns
+
+    def joined(self, other: Needs) -> Needs:
+        """What both need together; the group size is the first one's unless the second's is larger."""
+        larger = self if self.group_size >= other.group_size else other
+        return Needs(
+            columns=self.columns | other.columns,
+            rollouts=self.rollouts or other.rollouts,
+            demonstrations=self.demonstrations or other.demonstrations,
+            preference_pairs=self.preference_pairs or other.preference_pairs,
+            group_size=larger.group_size,
+            group_size_because=larger.group_size_because,
+            before=self.before | other.before,
+        )
+
+
+def needs_of(parts: Mapping[str, Component], sources: Mapping[str, Source]) -> Needs:
+    """The needs of an algorithm with these parts and sources, each by its path."""
+    columns = frozenset().union(*(part.columns for part in parts.values()))
+    wanted = set(sources.values())
+    largest = max(parts, key=lambda path: parts[path].group_size_needed)
+    return Needs(
+        columns=columns | ({"preference"} if "preference_pairs" in wanted else set()),
+        rollouts=bool(wanted & {"rollouts", "all"}) or any(p.group_size_needed > 1 for p in parts.values()),
+        demonstrations=bool(wanted & {"demonstrations", "all"}),
+        preference_pairs="preference_pairs" in wanted,
+        group_size=parts[largest].group_size_needed,
+        group_size_because=largest,
+        before=frozenset().union(*(part.columns for p in parts.values() for part in _static(p))) & COMPUTED,
+    )
+
+
+def _static(part: Component) -> Iterator[Component]:
+    """The outermost parts in `part` that are evaluated before the forward pass."""
+    if part.is_evaluated_before:
+        yield part
+    else:
+        for inner in part.parts.values():
+            yield from _static(inner)
+
+
+def check_columns(parts: Mapping[str, Component], sources: Mapping[str, Source], provided: frozenset[str]) -> None:
+    """Refuses parts and sources that read what nobody fills.
+
+    Raises:
+        ConfigError: naming the part by its path, the columns and the fix.
+    """
+    for path, part in parts.items():
+        missing = (part.columns & _OPTIONAL) - provided
+        if missing:
+            fix = "it needs a critic: give the algorithm one, for example algo.critic={_target_: upge.ValueLoss, "
+            fix += "returns: {_target_: upge.GAE}}"
+            raise ConfigError(
+                f"algo.{path}: {type(part).__name__} reads {sorted(missing)}, which is not provided here; "
+                + (fix if "values" in missing else "it needs a data set or engine that fills it")
+            )
+        owner = next((s for s in sources if path.startswith(f"{s}.")), None)
+        if owner and sources[owner] != "rollouts" and "sampler_logprobs" in part.columns:
+            raise ConfigError(
+                f"algo.{path}: {type(part).__name__} compares trainer and sampler, but {owner}.source is "
+                f"{sources[owner]} and no sampler made those responses; use it where the source is rollouts"
+            )
+    for path, source in sources.items():
+        if source == "preference_pairs" and "preference" not in provided:
+            raise ConfigError(
+                f"algo.{path}.source: preference_pairs, but nobody provides the column `preference` here; give "
+                "data with chosen and rejected responses, or another source"
+            )

@@ -1,0 +1,70 @@
+"""What a step's batch is made of beyond the prompts in their order: prompts drawn anew, and updates held back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from upge.checks import check_fields
+from upge.errors import ConfigError
+from upge.gates import Gate
+
+if TYPE_CHECKING:
+    from upge.algorithm import Algorithm
+
+
+@dataclass(frozen=True)
+class DynamicSampling:
+    """Prompts on whose rollouts `gate` is closed are replaced by others until the batch is full (arXiv 2503.14476).
+
+    Attributes:
+        gate: reads rewards and groups alone.
+        rounds: how often at most a step samples; what is missing then stays missing.
+    """
+
+    gate: Gate
+    rounds: int = 10
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.rounds < 1:
+            raise ConfigError(f"sampling.rounds: {self.rounds} must be at least 1")
+        if self.gate.is_live:
+            raise ConfigError(
+                f"sampling.gate: {type(self.gate).__name__} reads the current policy, but prompts are chosen before "
+                "any forward pass; give a gate on pass rates, such as upge.PassRateBetween"
+            )
+
+
+@dataclass(frozen=True)
+class Interlude:
+    """An update of another kind, made whenever enough prompts have gathered for it (arXiv 2506.07527).
+
+    Each step, the prompts with a demonstration on whose rollouts `gate` is open are remembered. Once there are `size`
+    of them, one update of `algorithm` on their demonstrations follows the step's own, and they are forgotten.
+
+    Attributes:
+        gate: reads rewards and groups alone.
+        size: prompts of one such update.
+        algorithm: learns from demonstrations alone.
+        own_optimizer: whether it keeps Adam moments of its own.
+        lr_factor: its learning rate as a multiple of the step's.
+    """
+
+    gate: Gate
+    size: int
+    algorithm: Algorithm
+    own_optimizer: bool = True
+    lr_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not self.lr_factor > 0:
+            raise ConfigError(f"interlude: size={self.size}, lr_factor={self.lr_factor}; both must be positive")
+        needs = self.algorithm.needs
+        if needs.rollouts or needs.preference_pairs or needs.critic:
+            raise ConfigError(
+                f"interlude.algorithm: '{self.algorithm.name}' needs more than demonstrations; give one that learns "
+                "from demonstrations alone"
+            )
+        if self.gate.is_live:
+            raise ConfigError(f"interlude.gate: {type(self.gate).__name__} reads the current policy; give another")

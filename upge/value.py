@@ -1,0 +1,71 @@
+"""The critic's objective. It is no product of the four factors and has its own parameters, so it is stated apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upge.components.base import AdvantageEstimator, Component, Formula
+from upge.errors import ConfigError
+from upge.reduction import Reduction, TokenMean
+from upge.trajectories import Trajectories
+
+
+@dataclass(frozen=True)
+class ValueLoss(Component):
+    """½·Σ w·max((V - R)², (clip(V, V_old ± clip) - R)²) over rollouts, with R = Â + V_old (arXiv 1707.06347's
+    implementation): V_old is the critic before the step's updates, R the return that `returns` implies.
+
+    Attributes:
+        returns: the advantage that V_old belongs to, without whitening.
+        clip: how far V may leave V_old before a further move no longer lowers the loss; None = plain squared error.
+        reduction: w, over the rollouts that count.
+        coefficient: in front of all of it; the critic has its own optimizer, so it only scales its gradient clipping.
+    """
+
+    returns: AdvantageEstimator
+    clip: float | None = 0.2
+    reduction: Reduction = TokenMean()
+    coefficient: float = 1.0
+    reads: ClassVar[frozenset[str]] = frozenset({"values", "is_demonstration"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.clip is not None and self.clip <= 0:
+            raise ConfigError(f"ValueLoss.clip: {self.clip} must be positive; 0.2 is customary, null for no clipping")
+        if self.returns.is_live:
+            raise ConfigError(
+                f"ValueLoss.returns: {type(self.returns).__name__} reads the current policy, but a return must be "
+                "known before the forward pass; give the plain advantage, such as upge.GAE"
+            )
+
+    def targets(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+        """[B, T] returns Â + V_old, on the whole batch, before the forward pass."""
+        return self.returns(self.returns.view(batch)).detach() + batch.values.double()
+
+    def weights(self, batch: Trajectories, counted: Tensor) -> Float[Tensor, "B T"]:
+        """[B, T] coefficient·w: the rollouts among the trajectories that count, [B]."""
+        rows = counted & ~batch.is_demonstration
+        return self.coefficient * self.reduction(self.reduction.view(batch), rows)
+
+    def __call__(
+        self, values: Float[Tensor, "B T"], old: Float[Tensor, "B T"], targets: Float[Tensor, "B T"]
+    ) -> Float[Tensor, "B T"]:
+        """[B, T] loss per token, with gradient through `values`; to be weighted by `weights`."""
+        error = (values - targets).square()
+        if self.clip is not None:
+            near = torch.minimum(torch.maximum(values, old - self.clip), old + self.clip)
+            error = torch.maximum(error, (near - targets).square())
+        return error / 2
+
+    def formula(self) -> Formula:
+        if self.clip is None:
+            return Formula("½(V − R)²", r"\tfrac12(V-R)^2")
+        return Formula(
+            f"½max((V − R)², (clip(V, V_old ± {self.clip:g}) − R)²)",
+            rf"\tfrac12\max((V-R)^2,(\mathrm{{clip}}(V,V_{{old}}\pm {self.clip:g})-R)^2)",
+        )
