@@ -1,6 +1,7 @@
-"""Algorithms beyond those in algorithms/, composed of the core's parts: proof that it carries them unchanged.
+"""Algorithms beyond those in algorithms/, composed of the core's parts: combinations that no file has.
 
-Name → YAML. Each has its textbook objective in textbook.py; test_gradients.py compares the two.
+Name → YAML. Each has its textbook objective in textbook.py; test_gradients.py compares the two. The files of
+algorithms/ are compared in test_parity.py.
 """
 
 from __future__ import annotations
@@ -38,9 +39,7 @@ def term(
 
 
 PLAIN = ("GroupRelative", {"normalize_std": False})
-UNION = ("GroupRelative", {"baseline": "group"})
 QUESTION = ("QuestionMean", {"over": "term"})
-SHARED = ("FixedLength", {"length": 1024, "over": "batch"})
 
 
 def part(name: str, **settings) -> dict:
@@ -60,67 +59,6 @@ def _regularised(kind: str) -> dict:
 
 CONFIGS: dict[str, dict] = {
     "gae_ppo": {"terms": {"rl": term(mask="PPOClip", advantage=("GAE", {"discount": 0.9, "lam": 0.8}))}},
-    "rloo": {
-        "terms": {
-            "rl": term(
-                denominator="CurrentPolicy", advantage="LeaveOneOut", reduction=("SequenceMean", {"tokens": "sum"})
-            )
-        }
-    },
-    "gspo": {
-        "terms": {
-            "rl": term(
-                mask=("SequenceClip", {"low": 0.05, "high": 0.05}),
-                denominator="SequenceBehaviorPolicy",
-                reduction=QUESTION,
-            )
-        }
-    },
-    "cispo": {"terms": {"rl": term(denominator=("ClippedBehaviorPolicy", {"high": 1.2}))}},
-    "luffy": {
-        "terms": {
-            "on": term(advantage=UNION, reduction=SHARED),
-            "off": term(
-                "demonstrations",
-                denominator="UnitDenominator",
-                advantage=UNION,
-                likelihood="ShapedLikelihood",
-                reduction=SHARED,
-            ),
-        }
-    },
-    "srft": {
-        "terms": {
-            "sft": term(
-                "demonstrations",
-                ("EntropyWeight", {"scale": 0.5, "sign": -1}),
-                denominator="CurrentPolicy",
-                advantage="ConstantAdvantage",
-                reduction="SequenceMean",
-            ),
-            "offline": term("demonstrations", denominator="UnitDenominator", advantage=UNION, reduction="SequenceMean"),
-            "positive": term(
-                "rollouts",
-                ("EntropyWeight", {"scale": 0.1, "sign": 1}),
-                denominator="CurrentPolicy",
-                advantage=("SignedReward", {"failure": 0.0}),
-                reduction="SequenceMean",
-            ),
-            "negative": term(
-                denominator="CurrentPolicy", advantage=("SignedReward", {"success": 0.0}), reduction="SequenceMean"
-            ),
-        }
-    },
-    "dpo": {
-        "terms": {
-            "pairs": term(
-                "preference_pairs",
-                denominator="CurrentPolicy",
-                advantage="PairwisePreference",
-                reduction=("SequenceMean", {"tokens": "sum"}),
-            )
-        }
-    },
     "corrected_ppo": {
         "terms": {
             "rl": term(
@@ -175,4 +113,5 @@ def load(name: str) -> Algorithm:
     return algorithms.load(name)
 
 
-ALL = [*algorithms.names(), *CONFIGS]
+#: Everything with terms of its own: not what runs several algorithms in stages.
+ALL = [*(name for name in algorithms.names() if "stages" not in algorithms.read(name)), *CONFIGS]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from upge import Trajectories
+from upge.trajectories import TOKEN_COLUMNS, TRAJECTORY_COLUMNS
 
 
 @dataclass
@@ -37,7 +39,8 @@ class Sample:
                 "preference": int(self.batch.preference[i]),
             }
             for name in ("behavior", "sampler", "reference"):
-                row[name] = getattr(self.batch, f"{name}_logprobs")[i, :n]
+                column = getattr(self.batch, f"{name}_logprobs")
+                row[name] = (logprobs.detach() if column is None else column)[i, :n]
             row["values"] = self.batch.values[i, :n]
             found.append(row)
         return found
@@ -55,19 +58,32 @@ def log_softmax(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample(
-    seed: int = 0, groups: int = 5, rollouts: int = 4, length: int = 6, vocabulary: int = 11, pairs: bool = False
+    seed: int = 0,
+    groups: int = 5,
+    rollouts: int = 4,
+    length: int = 6,
+    vocabulary: int = 11,
+    pairs: bool = False,
+    demonstrations: int = 1,
+    spread: float = 1.0,
+    spike: float = 0.0,
 ):
-    """Groups of different success with a demonstration each, off-policy by a realistic amount; group 0 fails."""
+    """Groups of different success with a demonstration each, off-policy by a realistic amount; group 0 fails.
+
+    `spread` scales the logits; `spike` is added to one that is not the token's own, at every other position.
+    """
     g = torch.Generator().manual_seed(seed)
-    size = rollouts + 1
+    size = rollouts + demonstrations
     b = groups * size
-    logits = torch.randn(b, length, vocabulary, dtype=torch.float64, generator=g).requires_grad_()
+    logits = torch.randn(b, length, vocabulary, dtype=torch.float64, generator=g) * spread
     tokens = torch.randint(0, vocabulary, (b, length), generator=g)
+    other = torch.nn.functional.one_hot((tokens + 1) % vocabulary, vocabulary)
+    logits = (logits + spike * other * (torch.arange(length) % 2 == 0)[:, None]).requires_grad_()
     lengths = torch.randint(1, length + 1, (b,), generator=g)
     logprobs, entropies = log_softmax(logits, tokens)
     noise = lambda scale: torch.randn(b, length, dtype=torch.float64, generator=g) * scale  # noqa: E731
     number = torch.arange(b)
-    is_demonstration = number % size == rollouts
+    is_demonstration = number % size >= rollouts
     rewards = torch.randint(0, 2, (b,), generator=g).double()
     rewards[:size], rewards[size : 2 * size] = 0.0, 1.0
     rewards[is_demonstration] = 1.0
@@ -89,3 +105,84 @@ def sample(
         step=7,
     )
     return Sample(logits, tokens, batch)
+
+
+def take(s: Sample, rows: Tensor) -> Sample:
+    """Some trajectories of a sample, with logits of their own."""
+    logits = s.logits.detach()[rows].requires_grad_()
+    columns = {f.name: getattr(s.batch, f.name) for f in fields(s.batch)}
+    picked = {n: c[rows] for n, c in columns.items() if n in (*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS) and c is not None}
+    logprobs, entropies = log_softmax(logits, s.tokens[rows])
+    picked |= {"logprobs": logprobs, "entropies": entropies, "row": None}
+    return Sample(logits, s.tokens[rows], Trajectories(**{**columns, **picked}))
+
+
+def changed(s: Sample, **columns: Tensor) -> Sample:
+    return Sample(s.logits, s.tokens, replace(s.batch, **columns))
+
+
+# Batches in which an objective may go wrong. Each is called with a seed and with whether preference pairs are wanted.
+
+
+def far(seed: int, pairs: bool) -> Sample:
+    """Every policy but the current one is far away: ratios far outside any clip range, on both sides."""
+    s = sample(seed, pairs=pairs, spread=2.5)
+    g = torch.Generator().manual_seed(seed + 50)
+    current = s.batch.logprobs.detach()
+    away = {
+        f"{name}_logprobs": (current + 3 * torch.randn(current.shape, dtype=torch.float64, generator=g)).clamp(max=0)
+        for name in ("behavior", "sampler", "reference")
+    }
+    return changed(s, **away)
+
+
+def alike(seed: int, pairs: bool) -> Sample:
+    """Groups that succeed altogether and groups that fail altogether."""
+    s = sample(seed, pairs=pairs)
+    return changed(s, rewards=torch.where(s.batch.is_demonstration, 1.0, (s.batch.group % 2).double()).double())
+
+
+def empty(seed: int, pairs: bool) -> Sample:
+    """Responses without a token: a rollout in each of three groups, and two demonstrations."""
+    s = sample(seed, pairs=pairs, groups=6)
+    mask = s.batch.response_mask.clone()
+    mask[[0, 6, 11, 14, 24]] = False
+    return changed(s, response_mask=mask)
+
+
+def without_demonstrations(seed: int, pairs: bool) -> Sample:
+    s = sample(seed, pairs=pairs)
+    return take(s, (~s.batch.is_demonstration).nonzero()[:, 0])
+
+
+def some_demonstrations(seed: int, pairs: bool) -> Sample:
+    """Two for each question of an even number, none for the others."""
+    s = sample(seed, pairs=pairs, demonstrations=2)
+    return take(s, (~s.batch.is_demonstration | (s.batch.group % 2 == 0)).nonzero()[:, 0])
+
+
+def on_policy(seed: int, pairs: bool) -> Sample:
+    s = sample(seed, pairs=pairs)
+    return changed(s, behavior_logprobs=s.batch.logprobs.detach())
+
+
+def near(seed: int, pairs: bool) -> Sample:
+    """Off-policy by so little that bounds on the ratio of a whole response are met."""
+    s = sample(seed, pairs=pairs, groups=12)
+    current = s.batch.logprobs.detach()
+    noise = torch.randn(current.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 60))
+    return changed(s, behavior_logprobs=current + 6e-4 * noise)
+
+
+CASES: dict[str, Callable[[int, bool], Sample]] = {
+    "ragged": lambda seed, pairs: sample(seed, pairs=pairs),
+    "far": far,
+    "near": near,
+    "alike": alike,
+    "alone": lambda seed, pairs: sample(seed, pairs=pairs, rollouts=1, groups=7),
+    "improbable": lambda seed, pairs: sample(seed, pairs=pairs, spike=40.0),
+    "empty": empty,
+    "without_demonstrations": without_demonstrations,
+    "some_demonstrations": some_demonstrations,
+    "on_policy": on_policy,
+}

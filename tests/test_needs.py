@@ -43,6 +43,8 @@ def test_formula_holds_every_factor_once_and_its_braces_balance(name):
     text, latex = algorithm.formula("text"), algorithm.formula("latex")
     assert text.startswith("∇J = ") and latex.startswith(r"\nabla J = ")
     for path, part in algorithm.parts.items():
+        if path.split(".")[0] in ("critic", "sampling", "interlude"):
+            continue  # no factors of the policy's gradient
         printed = part.formula()
         assert printed.text == "1" or printed.text in text, path
         assert printed.latex == "1" or printed.latex in latex.replace("+ -", "-") or "regularizers" in path, path
@@ -51,7 +53,7 @@ def test_formula_holds_every_factor_once_and_its_braces_balance(name):
     for brace in re.findall(r"(?<!\\)[{}]", latex):
         depth += 1 if brace == "{" else -1
         assert depth >= 0
-    assert depth == 0 and latex.count(r"\left") == latex.count(r"\right")
+    assert depth == 0 and len(re.findall(r"\\left\b", latex)) == len(re.findall(r"\\right\b", latex))
     assert not re.search(r"\+ [+-]|· ·|\\cdot \\cdot", latex + text)
 
 

@@ -11,8 +11,6 @@ import statistics
 
 import torch
 
-G = 0.1  # the shaping constant of LUFFY
-
 
 def rollouts(question):
     return [r for r in question if not r["demo"]]
@@ -22,9 +20,24 @@ def demos(question):
     return [r for r in question if r["demo"]]
 
 
+def average(values):
+    """Mean over the tokens of a response; 0 for one without a token."""
+    return values.sum() / max(1, len(values))
+
+
+def over(total, number):
+    """total / number; where nothing counts there is nothing to divide."""
+    return total / max(1, number)
+
+
 def centred(question, std=False, union=False):
-    """Advantage of each rollout of a question (and of its demonstration with `union`), in order."""
+    """Advantage of each rollout of a question (and of its demonstration with `union`), in order.
+
+    One response alone has nothing to be compared with: 0.
+    """
     members = question if union else rollouts(question)
+    if len(members) < 2:
+        return [(r, 0.0) for r in members]
     rewards = [r["reward"] for r in members]
     mean = statistics.fmean(rewards)
     scale = statistics.stdev(rewards) + 1e-6 if std else 1.0
@@ -38,7 +51,7 @@ def clipped(row, advantage, low=0.2, high=0.2):
 
 def sft(s):
     rows = [r for r in s.rows if r["demo"]]
-    return -sum(r["logp"].sum() for r in rows) / sum(len(r["logp"]) for r in rows)
+    return -over(sum(r["logp"].sum() for r in rows), sum(len(r["logp"]) for r in rows))
 
 
 def reinforce(s):
@@ -50,7 +63,7 @@ def grpo(s):
     total = 0.0
     for question in s.questions:
         group = centred(question, std=True)
-        total += sum(clipped(r, a).mean() for r, a in group) / len(group)
+        total += sum(average(clipped(r, a)) for r, a in group) / len(group)
     return -total / len(s.questions)
 
 
@@ -60,17 +73,17 @@ def dr_grpo(s):
 
 
 def hpt(s, threshold=0.0):
-    total = 0.0
+    """A failing question without a demonstration has nothing to be learned from: it is none of the questions."""
+    total, learned = 0.0, 0
     for question in s.questions:
-        group = rollouts(question)
+        group, experts = rollouts(question), demos(question)
         pass_rate = sum(r["reward"] for r in group) / len(group)
         if pass_rate > threshold:
             ratios = [(torch.exp(r["logp"] - r["behavior"]) * a).sum() for r, a in centred(question)]
-            total -= sum(ratios) / len(ratios) / 1024
-        else:
-            experts = demos(question)
-            total -= sum(r["logp"].mean() for r in experts) / len(experts)
-    return total / len(s.questions)
+            total, learned = total - sum(ratios) / len(ratios) / 1024, learned + 1
+        elif experts:
+            total, learned = total - sum(average(r["logp"]) for r in experts) / len(experts), learned + 1
+    return over(total, learned)
 
 
 def gae_ppo(s, discount=0.9, lam=0.8):
@@ -86,69 +99,6 @@ def gae_ppo(s, discount=0.9, lam=0.8):
             total += torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
         count += n
     return -total / count
-
-
-def rloo(s):
-    terms = []
-    for question in s.questions:
-        group = rollouts(question)
-        for i, r in enumerate(group):
-            others = [o["reward"] for j, o in enumerate(group) if j != i]
-            terms.append((r["reward"] - statistics.fmean(others)) * r["logp"].sum())
-    return -sum(terms) / len(terms)
-
-
-def gspo(s, low=0.05, high=0.05):
-    total = 0.0
-    for question in s.questions:
-        group = centred(question, std=True)
-        for r, a in group:
-            ratio = torch.exp((r["logp"] - r["behavior"]).mean())
-            total += torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a) / len(group)
-    return -total / len(s.questions)
-
-
-def cispo(s, high=1.2):
-    total, count = 0.0, 0
-    for question in s.questions:
-        for r, a in centred(question, std=True):
-            weight = torch.exp(r["logp"] - r["behavior"]).detach().clamp(max=high)
-            total, count = total + (weight * a * r["logp"]).sum(), count + len(r["logp"])
-    return -total / count
-
-
-def luffy(s):
-    """Union advantage; importance sampling on rollouts, shaped likelihood over 1 on demonstrations; one divisor."""
-    terms = []
-    for question in s.questions:
-        for r, a in centred(question, std=True, union=True):
-            p = r["logp"].exp()
-            objective = p / (p + G) if r["demo"] else torch.exp(r["logp"] - r["behavior"])
-            terms.append(a * objective.sum() / 1024)
-    return -sum(terms) / len(terms)
-
-
-def srft(s):
-    """Four parts, entropies detached: demonstration likelihood, offline reinforcement, signed rollout likelihood."""
-    demo = [r for r in s.rows if r["demo"]]
-    own = [r for r in s.rows if not r["demo"]]
-    loss = -sum((0.5 * torch.exp(-r["entropy"].detach().mean()) * r["logp"]).mean() for r in demo) / len(demo)
-    pairs = [(r, a) for q in s.questions for r, a in centred(q, std=True, union=True) if r["demo"]]
-    loss = loss - sum((a * r["logp"].exp()).mean() for r, a in pairs) / len(pairs)
-    for r in own:
-        weight = 0.1 * torch.exp(r["entropy"].detach().mean()) if r["reward"] == 1 else -1.0
-        loss = loss - (weight * r["logp"]).mean() / len(own)
-    return loss
-
-
-def dpo(s, beta=0.1):
-    total = 0.0
-    for question in s.questions:
-        (win,) = [r for r in question if r["preference"] == 1]
-        (lose,) = [r for r in question if r["preference"] == -1]
-        margin = (win["logp"] - win["reference"]).sum() - (lose["logp"] - lose["reference"]).sum()
-        total -= torch.nn.functional.logsigmoid(beta * margin)
-    return total / (2 * len(s.questions))
 
 
 def corrected_ppo(s, cap=1.1):

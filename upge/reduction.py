@@ -120,13 +120,15 @@ class QuestionMean(Reduction):
     """w = 1/(Q·n_q) × token rule: questions count the same, and within one its n_q trajectories. Q questions count that
     have a trajectory that counts.
 
-    `tokens`: 'mean' 1/|τ|, 'sum' 1, 'fixed' 1/length.
+    `tokens`: 'mean' 1/|τ|, 'sum' 1, 'fixed' 1/length. `within`: n_q counts the 'question's trajectories that count,
+    or, of a question that gives both, those of the same 'kind' alone: its rollouts, or its demonstrations.
     """
 
     tokens: PerToken = "mean"
     length: int | None = None
     over: Over = "batch"
-    reads: ClassVar[frozenset[str]] = frozenset({"group"})
+    within: Literal["question", "kind"] = "question"
+    reads: ClassVar[frozenset[str]] = frozenset({"group", "is_demonstration"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,8 +136,10 @@ class QuestionMean(Reduction):
 
     def __call__(self, batch: Trajectories, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
         index = batch.group_index
+        questions = (group_sum(selected.double(), index) > 0).sum().clamp(min=1).double()
+        if self.within == "kind":
+            index = 2 * index + batch.is_demonstration
         number = group_sum(selected.double(), index)
-        questions = (number > 0).sum().clamp(min=1).double()
         per_trajectory = _token_rule(self.tokens, self.length, batch) / (questions * number.clamp(min=1))[index]
         return _spread(per_trajectory, batch, selected)
 

@@ -16,18 +16,18 @@ from upge.components.base import (
     StabilizationMask,
     TokenReward,
 )
+from upge.components.correction import OverlongShaped, SamplerCorrected, SequenceSamplerBand
 from upge.components.denominator import (
     BehaviorPolicy,
     ClippedBehaviorPolicy,
     ClippedFrozenPolicy,
     CurrentPolicy,
     GeometricMeanBehaviorPolicy,
-    SamplerCorrected,
     SequenceBehaviorPolicy,
     SequenceFrozenPolicy,
     UnitDenominator,
 )
-from upge.components.likelihood import PolicyLikelihood, ShapedLikelihood
+from upge.components.likelihood import PolicyLikelihood, PowerLikelihood, ShapedLikelihood
 from upge.components.mask import (
     AllOf,
     ImportanceBand,
@@ -37,6 +37,7 @@ from upge.components.mask import (
     SequenceClip,
     SigmoidGate,
 )
+from upge.components.mixture import MixedBehaviorPolicy
 from upge.components.returns import GAE, ReturnToGo
 from upge.components.reward import KLPenalizedReward, OutcomeReward
 from upge.components.shaping import KLShaped, Shifted, Tempered, Whitened
@@ -60,17 +61,21 @@ __all__ = [
     "LeaveOneOut",
     "LikelihoodGradient",
     "LogRatioClip",
+    "MixedBehaviorPolicy",
     "NoMask",
     "OutcomeReward",
+    "OverlongShaped",
     "PPOClip",
     "PairwisePreference",
     "PolicyLikelihood",
+    "PowerLikelihood",
     "ReferenceDenominator",
     "ReturnToGo",
     "SamplerCorrected",
     "SequenceBehaviorPolicy",
     "SequenceClip",
     "SequenceFrozenPolicy",
+    "SequenceSamplerBand",
     "ShapedLikelihood",
     "Shifted",
     "SigmoidGate",

@@ -126,39 +126,6 @@ class LeaveOneOut(AdvantageEstimator):
 
 
 @dataclass(frozen=True)
-class GAE(AdvantageEstimator):
-    """Generalised advantage estimation (arXiv 1506.02438): Â_t = Σ_k (discount·lam)^k δ_{t+k} with
-    δ_t = r_t + discount·V_{t+1} - V_t; the reward arrives at the last token that counts, where V_{t+1} = 0.
-    """
-
-    discount: float = 1.0
-    lam: float = 0.95
-    reads: ClassVar[frozenset[str]] = frozenset({"rewards", "values"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (0 <= self.discount <= 1 and 0 <= self.lam <= 1):
-            raise ConfigError(f"GAE: discount={self.discount}, lam={self.lam}; both must lie in [0, 1]")
-
-    def __call__(self, batch: Trajectories) -> Float[torch.Tensor, "B T"]:
-        mask, values = batch.response_mask, batch.values.double()
-        advantages = torch.zeros_like(values)
-        following = torch.zeros_like(values[:, 0])
-        next_value, reward = torch.zeros_like(following), batch.rewards.double()
-        for t in reversed(range(mask.shape[1])):
-            counts = mask[:, t]
-            delta = reward + self.discount * next_value - values[:, t]
-            advantages[:, t] = torch.where(counts, delta + self.discount * self.lam * following, 0.0)
-            following = torch.where(counts, advantages[:, t], following)
-            next_value = torch.where(counts, values[:, t], next_value)
-            reward = torch.where(counts, 0.0, reward)
-        return advantages
-
-    def formula(self) -> Formula:
-        return Formula(f"GAE(γ={self.discount:g}, λ={self.lam:g})", rf"\hat A^{{GAE({self.discount:g},{self.lam:g})}}")
-
-
-@dataclass(frozen=True)
 class PairwisePreference(AdvantageEstimator):
     """Â = ±beta·σ(-h), h = beta·[log π_θ/π_frozen(chosen) - log π_θ/π_frozen(rejected)]: the gradient of the
     pairwise objective of arXiv 2305.18290, whose denominator is the current policy. Summed over tokens, not averaged.
@@ -190,22 +157,3 @@ class PairwisePreference(AdvantageEstimator):
 
     def formula(self) -> Formula:
         return Formula(f"±{self.beta:g}·σ(−h)", rf"\pm{self.beta:g}\,\sigma(-h)")
-
-
-@dataclass(frozen=True)
-class KLShaped(AdvantageEstimator):
-    """Â - coefficient·log(π_θ/π_frozen) per token: a KL penalty as part of the reward (arXiv 2509.04419, app. B.2)."""
-
-    advantage: AdvantageEstimator
-    coefficient: float = 0.001
-    reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "reference_logprobs"})
-
-    def __call__(self, batch: TokenView) -> Float[torch.Tensor, "*shape"]:
-        return self.advantage(batch) - self.coefficient * (batch.logprobs.detach() - batch.reference_logprobs)
-
-    def formula(self) -> Formula:
-        inner = self.advantage.formula()
-        return Formula(
-            f"[{inner.text} − {self.coefficient:g}·log(π_θ/π_frozen)]",
-            rf"\left[{inner.latex}-{self.coefficient:g}\log\frac{{\pi_\theta}}{{\pi_{{frozen}}}}\right]",
-        )

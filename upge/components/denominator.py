@@ -10,13 +10,24 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upge.components.base import Formula, ReferenceDenominator, like
-from upge.components.mask import RATIO_COLUMNS
+from upge.components.base import AdvantageEstimator, Formula, ReferenceDenominator, like
+from upge.components.mask import RATIO_COLUMNS, check_log_interval
 from upge.errors import ConfigError
 from upge.trajectories import TokenView, Trajectories, masked_mean
+
+FROZEN_COLUMNS = frozenset({"logprobs", "reference_logprobs"})
+
+
+def _check_bounds(part: ReferenceDenominator, low: float, high: float) -> None:
+    if not 0 <= low <= 1 <= high:
+        raise ConfigError(
+            f"{type(part).__name__}: low={low}, high={high} bound the weight itself, which is 1 where the policies "
+            "agree; need 0 <= low <= 1 <= high"
+        )
 
 
 @dataclass(frozen=True)
@@ -109,32 +120,88 @@ class ClippedBehaviorPolicy(ReferenceDenominator):
 
 
 @dataclass(frozen=True)
-class SamplerCorrected(ReferenceDenominator):
-    """π_ref = inner / min(π_old/π_sampler, cap): truncated importance sampling for the mismatch between the policy as
-    the trainer computes it and as the inference engine sampled from it, token by token.
+class GeometricMeanBehaviorPolicy(ReferenceDenominator):
+    """π_ref = π_θ/ρ with ρ = exp(mean_t of log r_t, clamped on one side): the geometric mean of a response's ratios
+    (arXiv 2507.20673), less open to single runaway ratios than their arithmetic mean.
+
+    Where Â > 0, log r_t counts as at most `high`, where Â < 0 as at least -`low`; so `advantage` must be that of the
+    estimator. A token that the mask `LogRatioClip` stops still enters ρ, with its bound.
     """
 
-    denominator: ReferenceDenominator
-    cap: float | None = 2.0
-    reads: ClassVar[frozenset[str]] = RATIO_COLUMNS | {"sampler_logprobs"}
+    advantage: AdvantageEstimator
+    low: float = 0.4
+    high: float = 0.4
+    reads: ClassVar[frozenset[str]] = RATIO_COLUMNS
+    reach: ClassVar[str] = "trajectory"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.cap is not None and self.cap < 1:
-            raise ConfigError(
-                f"SamplerCorrected.cap: {self.cap} bounds the ratio itself, which is 1 where trainer and engine agree; "
-                "give 1 or more (2.0 is customary), or null for no truncation"
-            )
+        check_log_interval(self, self.low, self.high)
 
-    def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
-        log_weight = batch.log_sampler_ratio
-        if self.cap is not None:
-            log_weight = log_weight.clamp(max=math.log(self.cap))
-        return self.denominator(batch) - log_weight
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+        log_ratio, advantages = batch.log_importance_ratio, self.advantage(batch)
+        clamped = torch.where(advantages > 0, log_ratio.clamp(max=self.high), log_ratio)
+        clamped = torch.where(advantages < 0, log_ratio.clamp(min=-self.low), clamped)
+        return batch.logprobs.detach() - masked_mean(clamped, batch.response_mask)
 
     def formula(self) -> Formula:
-        inner = self.denominator.formula()
-        text, latex = "π_old/π_sampler", r"\frac{\pi_{old}}{\pi_{sampler}}"
-        if self.cap is not None:
-            text, latex = f"min({text}, {self.cap:g})", rf"\min({latex}, {self.cap:g})"
-        return Formula(f"{inner.text} · {text}", rf"{inner.latex}\,{latex}")
+        return Formula(
+            f"ρ/π_θ, ρ = exp(mean log r; log r ≤ {self.high:g} if A>0, ≥ {-self.low:g} if A<0)",
+            r"\frac{\rho}{\pi_\theta}",
+        )
+
+
+@dataclass(frozen=True)
+class ClippedFrozenPolicy(ReferenceDenominator):
+    """π_ref = π_θ / clip(π_θ/π_frozen, low, high), bounds on the ratio itself: the importance weight of
+    arXiv 2507.12856 token by token, relative to a frozen policy."""
+
+    low: float = 0.2
+    high: float = 1.8
+    reads: ClassVar[frozenset[str]] = FROZEN_COLUMNS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_bounds(self, self.low, self.high)
+
+    def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
+        current = batch.logprobs.detach()
+        low = math.log(self.low) if self.low > 0 else -math.inf
+        return current - (current - batch.reference_logprobs).clamp(min=low, max=math.log(self.high))
+
+    def formula(self) -> Formula:
+        bounds = f"{self.low:g}, {self.high:g}"
+        return Formula(
+            f"clip(π_θ/π_frozen, {bounds})/π_θ",
+            rf"\frac{{\mathrm{{clip}}(\pi_\theta/\pi_{{frozen}}, {bounds})}}{{\pi_\theta}}",
+        )
+
+
+@dataclass(frozen=True)
+class SequenceFrozenPolicy(ReferenceDenominator):
+    """π_ref = π_θ/W with W = clip(exp(power·mean_t log(π_θ/π_frozen)), low, high): the importance weight of
+    arXiv 2507.12856 for a whole response."""
+
+    power: float = 2.0
+    low: float = 0.0
+    high: float = 16.0
+    reads: ClassVar[frozenset[str]] = FROZEN_COLUMNS
+    reach: ClassVar[str] = "trajectory"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_bounds(self, self.low, self.high)
+
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+        current = batch.logprobs.detach()
+        log_weight = self.power * masked_mean(current - batch.reference_logprobs, batch.response_mask)
+        low = math.log(self.low) if self.low > 0 else -math.inf
+        return current - log_weight.clamp(min=low, max=math.log(self.high))
+
+    def formula(self) -> Formula:
+        bounds, power = f"{self.low:g}, {self.high:g}", f"{self.power:g}"
+        return Formula(
+            f"W/π_θ, W = clip((π_θ(τ)/π_frozen(τ))^({power}/|τ|), {bounds})",
+            rf"\frac{{W}}{{\pi_\theta}},\ W=\mathrm{{clip}}\left("
+            rf"(\pi_\theta(\tau)/\pi_{{frozen}}(\tau))^{{{power}/|\tau|}}, {bounds}\right)",
+        )

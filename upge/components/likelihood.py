@@ -47,3 +47,43 @@ class ShapedLikelihood(LikelihoodGradient):
     def formula(self) -> Formula:
         g = f"{self.gamma:g}"
         return Formula(f"{g}/(π_θ+{g})² · ∇π_θ", rf"\frac{{{g}}}{{(\pi_\theta+{g})^2}}\nabla\pi_\theta")
+
+
+@dataclass(frozen=True)
+class PowerLikelihood(LikelihoodGradient):
+    """f′ = π_θ^likely · (1 - π_θ)^unlikely, detached: how much the likely and the unlikely tokens have to say.
+
+    likely = unlikely = 1 is the φ of arXiv 2508.11408, largest at π_θ = ½; likely = 0, unlikely = ½ lifts what the
+    policy would hardly explore, as in arXiv 2508.00222; 0 and 0 are the plain gradient. The exponents count on top of
+    ∇π_θ/π_ref, so with π_ref = π_θ they are those in front of ∇log π_θ.
+    """
+
+    likely: float
+    unlikely: float
+    reads: ClassVar[frozenset[str]] = frozenset({"logprobs"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.likely < 0 or self.unlikely < 0:
+            raise ConfigError(
+                f"PowerLikelihood: likely={self.likely}, unlikely={self.unlikely}; neither exponent may be negative: "
+                "to divide by a power of a probability, choose another denominator"
+            )
+
+    def __call__(self, batch: TokenView) -> Float[torch.Tensor, "*shape"]:
+        logprobs = batch.logprobs.detach()
+        shape = torch.zeros_like(logprobs)
+        if self.likely:
+            shape = shape + self.likely * logprobs
+        if self.unlikely:
+            # A rounded log-prob may be 0 or more: its token is certain, and 1 - π the smallest number there is.
+            rest = (-torch.expm1(logprobs)).clamp(min=torch.finfo(logprobs.dtype).tiny)
+            shape = shape + self.unlikely * torch.log(rest)
+        return shape
+
+    def formula(self) -> Formula:
+        bases = ((self.likely, "π_θ", r"\pi_\theta"), (self.unlikely, "(1−π_θ)", r"(1-\pi_\theta)"))
+        factors = [(p, text, latex) for p, text, latex in bases if p]
+        text = [t if p == 1 else f"{t}^{p:g}" for p, t, _ in factors]
+        latex = [t if p == 1 else f"{t}^{{{p:g}}}" for p, _, t in factors]
+        return Formula(" · ".join([*text, "∇π_θ"]), r"\,".join([*latex, r"\nabla\pi_\theta"]))

@@ -1,4 +1,4 @@
-"""1_stable: which tokens may move now. Every mask returns 0 or 1 per token (a user's may return anything between)."""
+"""1_stable: which tokens may move now. A mask returns 0 or 1 per token, a soft one anything between."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upge.components.base import Formula, StabilizationMask, like
+from upge.components.base import Component, Formula, StabilizationMask, like
 from upge.errors import ConfigError
 from upge.trajectories import TokenView, Trajectories, masked_mean
 
@@ -27,6 +27,15 @@ def _check_interval(part: StabilizationMask, low: float, high: float) -> None:
         raise ConfigError(
             f"{type(part).__name__}: low={low}, high={high}; the interval is [1 - low, 1 + high], so low must lie in "
             "[0, 1] and high must not be negative"
+        )
+
+
+def check_log_interval(part: Component, low: float, high: float) -> None:
+    """Refuses bounds on log r that do not hold 0, the logarithm of an unchanged ratio."""
+    if low < 0 or high < 0:
+        raise ConfigError(
+            f"{type(part).__name__}: low={low}, high={high}; the interval of log r is [-low, high], so neither may be "
+            "negative"
         )
 
 
@@ -137,6 +146,61 @@ class ImportanceBand(StabilizationMask):
             f"1[{self.low:g} ≤ {ratio[0]} ≤ {self.high:g}]",
             rf"\mathbb{{1}}[{self.low:g}\le {ratio[1]}\le {self.high:g}]",
         )
+
+
+@dataclass(frozen=True)
+class LogRatioClip(StabilizationMask):
+    """1[log r ≤ high if Â > 0; log r ≥ -low if Â < 0] (arXiv 2507.20673): PPOClip's rule with bounds on log r, so the
+    interval is [e^-low, e^high]. A token that comes back from outside may move."""
+
+    low: float = 0.4
+    high: float = 0.4
+    reads: ClassVar[frozenset[str]] = RATIO_COLUMNS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_log_interval(self, self.low, self.high)
+
+    def __call__(self, batch: TokenView, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        log_ratio = batch.log_importance_ratio
+        return (~outward(log_ratio, advantages, -self.low, self.high)).to(log_ratio.dtype)
+
+    def formula(self) -> Formula:
+        return Formula(
+            f"1[log r ≤ {self.high:g} if A>0; log r ≥ {-self.low:g} if A<0]",
+            rf"\mathbb{{1}}[\log r\le {self.high:g}\ (\hat A>0),\ \log r\ge {-self.low:g}\ (\hat A<0)]",
+        )
+
+
+@dataclass(frozen=True)
+class SigmoidGate(StabilizationMask):
+    """4σ(u)(1 - σ(u)) with u = τ(r - 1), τ = `positive` where Â > 0, else `negative` (arXiv 2511.20347).
+
+    A soft mask: 1 where the policies agree, falling to 0 on both sides. It is the derivative of the objective
+    4/τ·σ(τ(r - 1)) by r.
+    """
+
+    positive: float = 1.0
+    negative: float = 1.05
+    reads: ClassVar[frozenset[str]] = RATIO_COLUMNS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.positive <= 0 or self.negative <= 0:
+            raise ConfigError(
+                f"SigmoidGate: positive={self.positive}, negative={self.negative}; both must be positive, 1.0 and 1.05 "
+                "are customary"
+            )
+
+    def __call__(self, batch: TokenView, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        away = torch.expm1(batch.log_importance_ratio)
+        u = torch.where(advantages > 0, self.positive * away, self.negative * away)
+        return 4 * torch.sigmoid(u) * torch.sigmoid(-u)
+
+    def formula(self) -> Formula:
+        tau = f"{self.positive:g} if A>0 else {self.negative:g}"
+        latex = rf"\tau={self.positive:g}\ (\hat A>0),\ {self.negative:g}\ (\hat A\le 0)"
+        return Formula(f"4σ(u)(1−σ(u)), u = τ(r−1), τ = {tau}", rf"4\sigma(u)(1-\sigma(u)),\ u=\tau(r-1),\ {latex}")
 
 
 @dataclass(frozen=True)

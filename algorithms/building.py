@@ -1,0 +1,128 @@
+"""A tree becomes an `Algorithm`, or a `Pipeline` of several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+
+from upge.algorithm import Algorithm, Term
+from upge.errors import ConfigError, nearest
+from upge.gates import Gate
+from upge.instantiate import TARGET, build
+from upge.pipeline import Pipeline, Stage
+from upge.regularizers import Regularizer
+from upge.selection import DynamicSampling, Interlude
+from upge.value import ValueLoss
+
+#: `name` is there in an algorithm inside another one, `corrected` where corrections were applied: both by the reading.
+_COMMON = {"name", "corrected", "description"}
+_KEYS = _COMMON | {"terms", "regularizers", "critic", "sampling", "interlude", "validation"}
+_PIPELINE_KEYS = _COMMON | {"stages"}
+_TERM_KEYS = {"source", "gate", "estimator", "reduction", "coefficient"}
+_STAGE_KEYS = {"algorithm", "share", "lr_factor"}
+_INTERLUDE_KEYS = {"gate", "size", "algorithm", "own_optimizer", "lr_factor"}
+
+
+def compose(node: DictConfig | Mapping[str, Any], name: str, path: str = "algo") -> Algorithm | Pipeline:
+    """The `Algorithm` that a configuration describes, or the `Pipeline` if it has `stages`.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or an impossible value, by its key.
+    """
+    try:
+        tree = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        where = key if f"{key}.".startswith(f"{path}.") else f"{path}.{key}".rstrip(".")
+        fix = "; give it a value of its own" if isinstance(error, InterpolationResolutionError) else ""
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}{fix}") from error
+    if tree.get("stages") is None:
+        return _algorithm(tree, name, path)
+    if "terms" in tree:
+        raise ConfigError(f"{path}: has both `terms` and `stages`; a pipeline's terms are those of its stages")
+    _only(tree, _PIPELINE_KEYS, path)
+    stages = {n: _stage(item, n, f"{path}.stages.{n}") for n, item in _mapping(tree, "stages", path).items()}
+    return Pipeline(name=name, stages=stages, description=str(tree.get("description") or ""))
+
+
+def _algorithm(tree: Any, name: str, path: str) -> Algorithm:
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{path}: found {tree!r}, expected an algorithm's name, or its tree with the key `terms`")
+    if "stages" in tree and tree["stages"] is not None:
+        raise ConfigError(f"{path}: '{tree.get('name', name)}' has stages of its own; name an algorithm with `terms`")
+    _only(tree, _KEYS | {"stages"}, path)
+    if not isinstance(tree.get("terms"), Mapping) or not tree["terms"]:
+        raise ConfigError(
+            f"{path}.terms: found {tree.get('terms')!r}; an algorithm is a sum of at least one named term"
+        )
+    terms = {n: _term(item, f"{path}.terms.{n}") for n, item in tree["terms"].items()}
+    named = _mapping(tree, "regularizers", path)
+    extra = {n: build(item, f"{path}.regularizers.{n}", Regularizer) for n, item in named.items()}
+    optional: dict[str, Any] = {}
+    for key, kind in (("critic", ValueLoss), ("sampling", DynamicSampling)):
+        if tree.get(key) is not None:
+            optional[key] = build(tree[key], f"{path}.{key}", kind)
+    if tree.get("interlude") is not None:
+        optional["interlude"] = _interlude(tree["interlude"], f"{path}.interlude")
+    if tree.get("validation") is not None:
+        optional["validation"] = _nested(tree["validation"], "validation", f"{path}.validation")
+    try:
+        return Algorithm(name, terms, extra, str(tree.get("description") or ""), **optional)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _nested(tree: Any, fallback: str, path: str) -> Algorithm:
+    """An algorithm inside another; it is called as where it was read, else as its place."""
+    name = tree.get("name") if isinstance(tree, Mapping) else None
+    return _algorithm(tree, str(name or fallback), path)
+
+
+def _stage(tree: Any, name: str, path: str) -> Stage:
+    _fields(tree, _STAGE_KEYS, {"algorithm"}, path, "a stage")
+    settings = {TARGET: "upge.Stage", **tree, "algorithm": _nested(tree["algorithm"], name, f"{path}.algorithm")}
+    return build(settings, path, Stage)
+
+
+def _interlude(tree: Any, path: str) -> Interlude:
+    _fields(tree, _INTERLUDE_KEYS, {"gate", "size", "algorithm"}, path, "an interlude")
+    gate = build(tree["gate"], f"{path}.gate", Gate)
+    inner = _nested(tree["algorithm"], "interlude", f"{path}.algorithm")
+    return build({TARGET: "upge.Interlude", **tree, "gate": gate, "algorithm": inner}, path, Interlude)
+
+
+def _term(tree: Any, path: str) -> Term:
+    _fields(tree, _TERM_KEYS, _TERM_KEYS - {"coefficient"}, path, "a term")
+    estimator = tree["estimator"]
+    if isinstance(estimator, Mapping):
+        estimator = {TARGET: "upge.UnifiedGradient", **estimator}
+    return build({TARGET: "upge.Term", **tree, "estimator": estimator}, path, Term)
+
+
+def _fields(tree: Any, known: set[str], needed: set[str], path: str, what: str) -> None:
+    """Checks that `tree` is a mapping with keys out of `known`, and has all that are `needed`."""
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{path}: found {tree!r}, expected a mapping with the keys {', '.join(sorted(known))}")
+    _only(tree, known, path)
+    missing = sorted(needed - set(tree))
+    if missing:
+        raise ConfigError(f"{path}.{missing[0]}: missing; {what} needs {', '.join(sorted(needed))}")
+
+
+def _mapping(tree: Mapping[str, Any], key: str, path: str) -> Mapping[str, Any]:
+    found = tree.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{path}.{key}: found {found!r}, expected a mapping from names to {key}")
+    return found
+
+
+def _only(tree: Mapping[str, Any], known: set[str], path: str) -> None:
+    for key in tree:
+        if key not in known:
+            raise ConfigError(f"{path}.{key}: unknown key; {nearest(str(key), known - {'name', 'corrected'})}")
+
+
+__all__ = ["compose"]

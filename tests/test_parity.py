@@ -1,0 +1,235 @@
+"""Every algorithm of algorithms/ against the original objective: autograd through the objective as its paper writes it
+equals the gradient here, in float64, on batches made to be difficult.
+
+The difference may be 1e-10, or 1e-10 of the largest entry where a batch has ratios of e^3 and more and entries are
+large. An algorithm that runs others (stages, interlude, validation) is compared by each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+import torch
+
+import algorithms
+import upge
+from tests import textbook, textbook_mixed, textbook_onpolicy
+from tests.policy import CASES, Sample, changed, sample
+from upge.errors import ConfigError
+
+SEEDS = (0, 2)
+#: Beyond the files: another form that a file's comment names, and settings under which a part bites at short lengths.
+VARIANTS = {
+    "iw_sft_sequence": (
+        "iw_sft",
+        ["terms.sft.estimator.denominator={_target_: upge.SequenceFrozenPolicy, power: 2.0, low: 0.0, high: 16.0}"],
+        textbook_onpolicy.iw_sft_sequence,
+    ),
+    "dapo_overlong": (
+        "dapo",
+        ["terms.rl.estimator.advantage.limit=6", "terms.rl.estimator.advantage.buffer=0.6"],
+        lambda s: textbook_onpolicy.dapo(s, limit=6, buffer=0.6),
+    ),
+}
+
+
+def objective(name: str):
+    """The function that is called as the algorithm, from the one module that has it."""
+    found = [getattr(m, name) for m in (textbook, textbook_onpolicy, textbook_mixed) if hasattr(m, name)]
+    assert len(found) == 1, f"{name} must have exactly one objective in tests/textbook*.py, found {len(found)}"
+    return found[0]
+
+
+def inside(algorithm: upge.Algorithm | upge.Pipeline) -> Iterator[upge.Algorithm]:
+    """Every algorithm that one of a file is made of."""
+    if isinstance(algorithm, upge.Pipeline):
+        for stage in algorithm.stages.values():
+            yield from inside(stage.algorithm)
+        return
+    yield algorithm
+    if algorithm.interlude is not None:
+        yield from inside(algorithm.interlude.algorithm)
+    if algorithm.validation is not None:
+        yield from inside(algorithm.validation)
+
+
+@cache
+def load(name: str) -> list[tuple[upge.Algorithm, object]]:
+    """(algorithm, objective) of a file or a variant, and of all that it is made of."""
+    if name in VARIANTS:
+        file, overrides, written = VARIANTS[name]
+        return [(algorithms.load(file, overrides), written)]
+    return [(algorithm, objective(algorithm.name)) for algorithm in inside(algorithms.load(name))]
+
+
+def batch_of(algorithm: upge.Algorithm, case: str, seed: int) -> Sample:
+    s = CASES[case](seed, algorithm.needs.preference_pairs)
+    if case == "on_policy" and "behavior_logprobs" not in algorithm.needs.before:
+        return changed(s, behavior_logprobs=None)  # nobody has to fill it; what reads it before the pass needs it
+    return s
+
+
+def gradients(algorithm: upge.Algorithm, written, s: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+    """By the logits: of the estimate, and of the objective as it is written."""
+    (found,) = torch.autograd.grad(algorithm.estimate(s.batch).loss, s.logits, retain_graph=True)
+    (expected,) = torch.autograd.grad(torch.as_tensor(written(s)) + 0.0 * s.logits.sum(), s.logits)
+    return found, expected
+
+
+NAMES = [*algorithms.names(), *VARIANTS]
+
+
+def test_every_file_has_an_objective():
+    assert all(load(name) for name in algorithms.names()) and len(algorithms.names()) >= 19
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_equals_that_of_the_objective(name, case):
+    for algorithm, written in load(name):
+        for seed in SEEDS:
+            found, expected = gradients(algorithm, written, batch_of(algorithm, case, seed))
+            largest = float(expected.abs().max())
+            assert found.isfinite().all() and expected.isfinite().all()
+            assert float((found - expected).abs().max()) <= 1e-10 * max(1.0, largest), (algorithm.name, seed)
+            if largest == 0:
+                assert float(found.abs().max()) == 0, "nothing to learn must be exactly nothing"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_comparison_says_something(name):
+    """Each objective has a gradient to be compared, and no batch makes it the same as another's."""
+    for algorithm, written in load(name):
+        largest = [gradients(algorithm, written, batch_of(algorithm, case, 0))[1].abs().max() for case in CASES]
+        assert max(largest) > 1e-6 and largest[0] > 0, algorithm.name
+
+
+def test_every_pair_of_algorithms_differs_somewhere():
+    """Else an objective could be another's by mistake."""
+    prints: dict[str, torch.Tensor] = {}
+    for name in algorithms.names():
+        algorithm, written = load(name)[0]
+        batches = [batch_of(algorithm, case, 0) for case in ("ragged", "far", "alike", "some_demonstrations")]
+        prints[name] = torch.cat([gradients(algorithm, written, s)[1].flatten() for s in batches])
+    same = [(a, b) for a in prints for b in prints if a < b and torch.allclose(prints[a], prints[b], 1e-9, 1e-12)]
+    assert same == [("sft", "sft_then_grpo")], "the pipeline's first stage, and nothing else"
+
+
+# The batches are what they are called.
+
+
+def test_ratios_leave_every_clip_range():
+    for seed in SEEDS:
+        batch = CASES["far"](seed, False).batch
+        log_ratio = batch.log_importance_ratio[batch.response_mask]
+        assert log_ratio.min() < -3 and log_ratio.max() > 3
+
+
+def test_improbable_tokens_are_there():
+    batch = CASES["improbable"](0, False).batch
+    assert batch.logprobs.min() < -40 and batch.logprobs[batch.response_mask].max() > -3
+
+
+def test_groups_and_lengths_are_degenerate_where_they_say_so():
+    made = {case: build(0, False).batch for case, build in CASES.items()}
+    assert set(made["alike"].pass_rate.tolist()) == {0.0, 1.0}
+    alone = made["alone"]
+    assert all(int((~alone.is_demonstration)[alone.group == g].sum()) == 1 for g in alone.group.unique())
+    assert len(set(made["ragged"].lengths.tolist())) > 3 and 0 not in made["ragged"].lengths
+    for demonstrations in (True, False):
+        assert 0 in made["empty"].lengths[made["empty"].is_demonstration == demonstrations]
+    assert not made["without_demonstrations"].is_demonstration.any()
+    some = made["some_demonstrations"]
+    assert {int(some.is_demonstration[some.group == g].sum()) for g in some.group.unique()} == {0, 2}
+    assert float(made["on_policy"].log_importance_ratio.abs().max()) == 0
+
+
+@pytest.mark.parametrize("name", algorithms.names())
+def test_masks_bite(name):
+    """Some tokens are stopped and some are not: else the comparison would pass without the mask."""
+    for algorithm, _ in load(name):
+        for path, term in algorithm.terms.items():
+            if isinstance(term.estimator.mask, upge.NoMask):
+                continue
+            shares = []
+            for case in CASES:
+                factors = algorithm.estimate(batch_of(algorithm, case, 0).batch).terms[path]
+                signal = (factors.gate * factors.reduction * factors.advantages) != 0
+                shares.append(float((factors.mask[signal] < 0.5).double().mean()) if signal.any() else 0.0)
+            assert any(0.02 < share < 0.98 for share in shares), (algorithm.name, path, shares)
+
+
+@pytest.mark.parametrize(
+    ("name", "term", "plain"),
+    [
+        ("cispo", "rl", upge.BehaviorPolicy()),
+        ("iw_sft", "sft", upge.ClippedFrozenPolicy(low=0.0, high=1e12)),
+        ("iw_sft_sequence", "sft", upge.SequenceFrozenPolicy(high=1e12)),
+        ("gmpo", "rl", upge.SequenceBehaviorPolicy()),
+    ],
+)
+def test_clipped_denominators_bite(name, term, plain):
+    algorithm, bitten = load(name)[0][0], []
+    for seed in SEEDS:
+        batch = batch_of(algorithm, "far", seed).batch
+        clipped = algorithm.estimate(batch).terms[term]
+        open_ended = plain(plain.view(batch))
+        signal = (clipped.reduction * clipped.advantages) != 0
+        bitten.append(((clipped.log_denominator - open_ended).abs() > 1e-9)[signal])
+    share = float(torch.cat(bitten).double().mean())
+    assert 0.02 < share < 0.98 or (name == "gmpo" and share > 0.5), "GMPO's clip moves whole responses"
+
+
+def test_the_length_penalty_bites():
+    algorithm = load("dapo_overlong")[0][0]
+    s = sample(0)
+    plain = algorithms.load("dapo").estimate(s.batch).terms["rl"]
+    shaped = algorithm.estimate(s.batch).terms["rl"]
+    open_gate = plain.gate * plain.reduction != 0
+    assert 0 < float((plain.advantages != shaped.advantages)[open_gate].double().mean())
+
+
+# Beside the gradient by the policy.
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_value_loss_equals_that_of_the_objective(case):
+    """The critic has moved since its values were taken: within the clip range for some tokens, beyond it for others."""
+    algorithm = load("ppo")[0][0]
+    critic = algorithm.critic
+    for seed in SEEDS:
+        s = batch_of(algorithm, case, seed)
+        g = torch.Generator().manual_seed(seed)
+        moved = s.batch.values + 0.3 * torch.randn(s.batch.values.shape, dtype=torch.float64, generator=g)
+        moved = moved.detach().requires_grad_()
+        weights = critic.weights(s.batch, algorithm.plan(s.batch).counted)
+        (found,) = torch.autograd.grad((weights * critic(moved, s.batch.values, critic.targets(s.batch))).sum(), moved)
+        (expected,) = torch.autograd.grad(textbook_onpolicy.ppo_values(s, moved), moved)
+        assert expected.abs().max() > 1e-3 and float((found - expected).abs().max()) <= 1e-10
+        held = float((expected[s.batch.response_mask & ~s.batch.is_demonstration[:, None]] == 0).double().mean())
+        assert 0 < held < 1, "some tokens must be held by the clip"
+
+
+GROUPED = [name for name in algorithms.names() if any(a.needs.group_size > 1 for a, _ in load(name))]
+
+
+def test_groups_of_one_are_refused_where_they_are_compared():
+    """The estimates above on such groups are by definition; a run is refused."""
+    assert {"grpo", "rloo", "dapo", "gspo", "asymre", "hpt"} <= set(GROUPED)
+    assert not {"sft", "reinforce", "ppo", "reinforce_plus_plus", "dft", "iw_sft", "dpo"} & set(GROUPED)
+    columns = ("behavior_logprobs", "reference_logprobs", "sampler_logprobs", "entropies", "values", "preference")
+    for name in GROUPED:
+        with pytest.raises(ConfigError, match=r"group_size: 1 is too small"):
+            algorithms.load(name).check(group_size=1, provided=columns)
+
+
+def test_a_group_that_agrees_is_learned_from_where_the_baseline_is_shifted():
+    """Â = 0.1 for every token of every rollout, right or wrong."""
+    algorithm = load("asymre")[0][0]
+    batch = CASES["alike"](0, False).batch
+    estimate = algorithm.estimate(batch)
+    own = batch.response_mask & ~batch.is_demonstration[:, None]
+    assert torch.allclose(estimate.terms["rl"].advantages[own], torch.tensor(0.1, dtype=torch.float64))
+    assert algorithm.plan(batch).keep.tolist() == (~batch.is_demonstration).tolist()

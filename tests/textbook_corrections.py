@@ -1,0 +1,108 @@
+"""grpo's objective under each correction, written out in plain loops; to be minimised. Nothing here uses upge."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tests.textbook import average, centred, clipped, over, rollouts
+
+
+def question_mean(questions, value):
+    """Mean over questions, then responses, then tokens, of value(row, advantage) per token."""
+    total = 0.0
+    for question in questions:
+        group = centred(question, std=True)
+        total += sum(average(value(r, a)) for r, a in group) / len(group)
+    return over(total, len(questions))
+
+
+def token_mean(s, value):
+    """Mean of value(row) over all tokens of all rollouts."""
+    rows = [r for r in s.rows if not r["demo"]]
+    return over(sum(value(r).sum() for r in rows), sum(len(r["logp"]) for r in rows))
+
+
+def grpo(s):
+    return -question_mean(s.questions, clipped)
+
+
+def weighted(s, weight):
+    """The clipped objective with a weight, from the list of log π_old/π_sampler of the response, before each token."""
+
+    def value(row, advantage):
+        ratios = (row["behavior"] - row["sampler"]).tolist()
+        factors = torch.tensor([weight(ratios, t) for t in range(len(ratios))], dtype=torch.float64)
+        return torch.where(factors == 0, 0.0, factors * clipped(row, advantage))
+
+    return -question_mean(s.questions, value)
+
+
+def tis(s):
+    return weighted(s, lambda ratios, t: min(math.exp(ratios[t]), 2.0))
+
+
+def icepop(s):
+    return weighted(s, lambda ratios, t: math.exp(ratios[t]) if 0.5 <= math.exp(ratios[t]) <= 5 else 0.0)
+
+
+def mis(s):
+    return weighted(s, lambda ratios, t: math.exp(sum(ratios)) if math.exp(sum(ratios)) <= 2 else 0.0)
+
+
+def kl_k1(s):
+    return grpo(s) + 0.001 * token_mean(s, lambda r: r["logp"] - r["reference"])
+
+
+def kl_k2(s):
+    return grpo(s) + 0.001 * token_mean(s, lambda r: 0.5 * (r["logp"] - r["reference"]) ** 2)
+
+
+def kl_k3(s):
+    def k3(row):
+        x = torch.exp(row["reference"] - row["logp"])
+        return x - torch.log(x) - 1
+
+    return grpo(s) + 0.001 * token_mean(s, k3)
+
+
+def kl_reward(s):
+    def value(row, advantage):
+        paid = [float(k) for k in (row["logp"] - row["reference"]).detach()]
+        tokens = [advantage - 0.001 * sum(paid[t:]) for t in range(len(paid))]
+        return clipped(row, torch.tensor(tokens, dtype=torch.float64))
+
+    return -question_mean(s.questions, value)
+
+
+def entropy(s):
+    return grpo(s) - 0.001 * token_mean(s, lambda r: r["entropy"])
+
+
+def dual_clip(s):
+    def value(row, advantage):
+        ordinary = clipped(row, advantage)
+        return torch.maximum(ordinary, torch.full_like(ordinary, 3.0 * advantage)) if advantage < 0 else ordinary
+
+    return -question_mean(s.questions, value)
+
+
+def dynamic_sampling(s):
+    solved = [[r["reward"] for r in rollouts(question)] for question in s.questions]
+    kept = [q for q, rewards in zip(s.questions, solved, strict=True) if 0 < sum(rewards) < len(rewards)]
+    return -question_mean(kept, clipped)
+
+
+def overlong(s, limit=6, buffer=0.5, penalty=0.75):
+    """Eq. 13 of arXiv 2503.14476, with the limit within the lengths of the tests."""
+    cache = buffer * limit
+
+    def punished(row):
+        length = len(row["logp"])
+        if row["demo"] or length <= limit - cache:
+            return row
+        fine = (limit - cache - length) / cache if length <= limit else -1.0
+        return {**row, "reward": row["reward"] + penalty * fine}
+
+    return -question_mean([[punished(r) for r in question] for question in s.questions], clipped)

@@ -1,0 +1,216 @@
+"""The objectives that learn from rollouts alone, from demonstrations alone or from pairs, as their papers print them.
+
+Plain loops over questions, responses and tokens; nothing here uses upge. Each takes a `Sample` (see policy.py) and
+returns a scalar to be minimised, whose autograd gradient is the reference; what a paper holds fixed is `.detach()`ed.
+A lone response is no better than its group, and the mean of nothing is 0.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import torch
+
+from tests.textbook import average, centred, clipped, over, rollouts
+
+# Demonstrations alone.
+
+
+def dft(s):
+    total, count = 0.0, 0
+    for r in s.rows:
+        if r["demo"]:
+            total, count = total + (r["logp"].exp().detach() * r["logp"]).sum(), count + len(r["logp"])
+    return -over(total, count)
+
+
+def iw_sft(s, low=0.2, high=1.8):
+    total, count = 0.0, 0
+    for r in s.rows:
+        if r["demo"]:
+            weight = (r["logp"] - r["reference"]).exp().detach().clamp(low, high)
+            total, count = total + (weight * r["logp"]).sum(), count + len(r["logp"])
+    return -over(total, count)
+
+
+def iw_sft_sequence(s, power=2.0, high=16.0):
+    total, count = 0.0, 0
+    for r in s.rows:
+        if r["demo"]:
+            weight = torch.exp(power * average(r["logp"] - r["reference"])).detach().clamp(0, high)
+            total, count = total + weight * r["logp"].sum(), count + len(r["logp"])
+    return -over(total, count)
+
+
+def offline_rl(s):
+    total, learned = 0.0, 0
+    for question in s.questions:
+        experts = [(r, a) for r, a in centred(question, std=True, union=True) if r["demo"]]
+        if experts:
+            total += sum(average(r["logp"].exp() * a) for r, a in experts) / len(experts)
+            learned += 1
+    return -over(total, learned)
+
+
+# Rewards that add up over time.
+
+
+def token_rewards(r, kl=0.001):
+    """The reward at the last token, and at every token -kl·log(π_old/π_frozen)."""
+    rewards = [-kl * float(b - f) for b, f in zip(r["behavior"], r["reference"], strict=True)]
+    if rewards:
+        rewards[-1] += r["reward"]
+    return rewards
+
+
+def whitened(rows):
+    """Numbers per token with their mean taken off, over their deviation, all rows together."""
+    flat = [x for row in rows for x in row]
+    centre, scale = statistics.fmean(flat), math.sqrt(statistics.variance(flat) + 1e-8)
+    return [torch.tensor([(x - centre) / scale for x in row], dtype=torch.float64) for row in rows]
+
+
+def clipped_token_mean(rows, advantages):
+    count = sum(len(r["logp"]) for r in rows)
+    return -sum(clipped(r, a).sum() for r, a in zip(rows, advantages, strict=True)) / count
+
+
+def reinforce_plus_plus(s):
+    rows = [r for r in s.rows if not r["demo"]]
+    rewards = [token_rewards(r) for r in rows]
+    returns = [[sum(row[t:]) for t in range(len(row))] for row in rewards]
+    return clipped_token_mean(rows, whitened(returns))
+
+
+def critics_advantages(r, lam=0.95):
+    """Σ_k λ^k δ_{t+k} with discount 1, each sum written out."""
+    rewards, values = token_rewards(r), [*r["values"].tolist(), 0.0]
+    deltas = [rewards[t] + values[t + 1] - values[t] for t in range(len(rewards))]
+    return [sum(lam ** (k - t) * deltas[k] for k in range(t, len(deltas))) for t in range(len(deltas))]
+
+
+def ppo(s):
+    rows = [r for r in s.rows if not r["demo"]]
+    return clipped_token_mean(rows, whitened([critics_advantages(r) for r in rows]))
+
+
+def ppo_values(s, values, clip=0.2):
+    """The critic's loss at `values` [B, T], the values before the update being those of the sample."""
+    total, count = 0.0, 0
+    for i, r in enumerate(s.rows):
+        if r["demo"]:
+            continue
+        for t, (a, old) in enumerate(zip(critics_advantages(r), r["values"], strict=True)):
+            target, new = a + old, values[i, t]
+            near = old + (new - old).clamp(-clip, clip)
+            total, count = total + 0.5 * torch.maximum((new - target) ** 2, (near - target) ** 2), count + 1
+    return total / count
+
+
+# Groups.
+
+
+def rloo(s):
+    terms = []
+    for question in s.questions:
+        group = rollouts(question)
+        for i, r in enumerate(group):
+            others = [o["reward"] for j, o in enumerate(group) if j != i]
+            advantage = r["reward"] - statistics.fmean(others) if others else 0.0
+            terms.append(advantage * r["logp"].sum())
+    return -sum(terms) / len(terms)
+
+
+def dapo(s, limit=1024, buffer=0.2):
+    """Only questions that are neither solved nor failed altogether; the last `buffer` of the limit costs reward."""
+    total, count = 0.0, 0
+    for question in s.questions:
+        group = rollouts(question)
+        if not 0 < sum(r["reward"] == 1 for r in group) < len(group):
+            continue
+        shaped = []
+        for r in group:
+            beyond = len(r["logp"]) - (1 - buffer) * limit
+            shaped.append(r["reward"] - min(1.0, max(0.0, beyond / (buffer * limit))))
+        mean, scale = statistics.fmean(shaped), statistics.stdev(shaped) + 1e-6
+        for r, reward in zip(group, shaped, strict=True):
+            total, count = total + clipped(r, (reward - mean) / scale, 0.2, 0.28).sum(), count + len(r["logp"])
+    return -over(total, count)
+
+
+def cispo(s, high=5.0):
+    total, count = 0.0, 0
+    for question in s.questions:
+        for r, a in centred(question, std=True):
+            weight = torch.exp(r["logp"] - r["behavior"]).detach().clamp(max=high)
+            total, count = total + (weight * a * r["logp"]).sum(), count + len(r["logp"])
+    return -total / count
+
+
+def per_question(s, objective):
+    """Minus the mean over questions of the mean over their responses, each with its standardised advantage."""
+    total = 0.0
+    for question in s.questions:
+        group = centred(question, std=True)
+        total += sum(objective(r, a) for r, a in group) / len(group)
+    return -total / len(s.questions)
+
+
+def gspo(s, low=3e-4, high=4e-4):
+    def objective(r, a):
+        ratio = torch.exp(average(r["logp"] - r["behavior"]))
+        return torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
+
+    return per_question(s, objective)
+
+
+def sapo(s, positive=1.0, negative=1.05):
+    def objective(r, a):
+        ratio, tau = torch.exp(r["logp"] - r["behavior"]), positive if a > 0 else negative
+        return average(4 / tau * torch.sigmoid(tau * (ratio - 1)) * a)
+
+    return per_question(s, objective)
+
+
+def gmpo(s, bound=0.4):
+    """sign(Â)·|Â|·(Π_t min(r^sign, clip(r, e^-bound, e^bound)^sign)^sign)^(1/|τ|), in logarithms as in its code."""
+
+    def objective(r, a):
+        sign = 1.0 if a > 0 else -1.0
+        log_ratio = sign * (r["logp"] - r["behavior"])
+        return a * torch.exp(average(sign * torch.minimum(log_ratio, log_ratio.clamp(-bound, bound))))
+
+    return per_question(s, objective)
+
+
+def opmd(s, temperature=1.0):
+    total, count = 0.0, 0
+    for question in s.questions:
+        for r, a in centred(question):
+            total, count = total + a * r["logp"].sum(), count + len(r["logp"])
+    return -total / count / (1 + temperature)
+
+
+def asymre(s, shift=-0.1):
+    total, count = 0.0, 0
+    for question in s.questions:
+        group = rollouts(question)
+        baseline = statistics.fmean(r["reward"] for r in group) + shift
+        for r in group:
+            total, count = total + (r["reward"] - baseline) * r["logp"].sum(), count + len(r["logp"])
+    return -total / count
+
+
+# Pairs.
+
+
+def dpo(s, beta=0.1):
+    losses = []
+    for question in s.questions:
+        chosen, rejected = ([r for r in question if r["preference"] == sign] for sign in (1, -1))
+        if chosen:
+            (win,), (lose,) = chosen, rejected
+            margin = (win["logp"] - win["reference"]).sum() - (lose["logp"] - lose["reference"]).sum()
+            losses.append(-torch.nn.functional.logsigmoid(beta * margin))
+    return sum(losses) / len(losses)

@@ -1,0 +1,89 @@
+"""Â that adds up rewards over time: a token is judged by what comes after it. Known before the forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upge.components.base import AdvantageEstimator, Formula, TokenReward
+from upge.components.reward import OutcomeReward
+from upge.errors import ConfigError
+from upge.trajectories import Trajectories
+
+
+def _reward_formula(reward: TokenReward) -> tuple[str, str]:
+    """What is added to a formula where the reward is not simply the outcome's."""
+    inner = reward.formula()
+    return ("", "") if isinstance(reward, OutcomeReward) else (f"; r = {inner.text}", rf";\,r={inner.latex}")
+
+
+@dataclass(frozen=True)
+class GAE(AdvantageEstimator):
+    """Generalised advantage estimation (arXiv 1506.02438): Â_t = Σ_k (discount·lam)^k δ_{t+k} with
+    δ_t = r_t + discount·V_{t+1} - V_t; behind the last token that counts V is 0. Tokens that do not count are skipped.
+    """
+
+    discount: float = 1.0
+    lam: float = 0.95
+    reward: TokenReward = OutcomeReward()
+    reads: ClassVar[frozenset[str]] = frozenset({"values"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 <= self.discount <= 1 and 0 <= self.lam <= 1):
+            raise ConfigError(f"GAE: discount={self.discount}, lam={self.lam}; both must lie in [0, 1]")
+
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+        mask, values, rewards = batch.response_mask, batch.values.double(), self.reward(batch)
+        advantages = torch.zeros_like(values)
+        following, next_value = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+        for t in reversed(range(mask.shape[1])):
+            counts = mask[:, t]
+            delta = rewards[:, t] + self.discount * next_value - values[:, t]
+            advantages[:, t] = torch.where(counts, delta + self.discount * self.lam * following, 0.0)
+            following = torch.where(counts, advantages[:, t], following)
+            next_value = torch.where(counts, values[:, t], next_value)
+        return advantages
+
+    def formula(self) -> Formula:
+        text, latex = _reward_formula(self.reward)
+        return Formula(
+            f"GAE(γ={self.discount:g}, λ={self.lam:g}{text})",
+            rf"\hat A^{{GAE({self.discount:g},{self.lam:g}{latex})}}",
+        )
+
+
+@dataclass(frozen=True)
+class ReturnToGo(AdvantageEstimator):
+    """Â_t = Σ_{k≥t} discount^(k-t)·r_k: all that is still earned, without a baseline (arXiv 2501.03262).
+
+    Tokens that do not count are skipped: k counts those that do.
+    """
+
+    discount: float = 1.0
+    reward: TokenReward = OutcomeReward()
+    reads: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.discount <= 1:
+            raise ConfigError(f"ReturnToGo.discount: {self.discount} must lie in [0, 1]; 1.0 is customary")
+
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+        mask, rewards = batch.response_mask, self.reward(batch)
+        returns, following = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+        for t in reversed(range(mask.shape[1])):
+            following = torch.where(mask[:, t], rewards[:, t] + self.discount * following, following)
+            returns[:, t] = torch.where(mask[:, t], following, 0.0)
+        return returns
+
+    def formula(self) -> Formula:
+        inner, discount = self.reward.formula(), f"{self.discount:g}"
+        power = ("", "") if self.discount == 1 else (f"{discount}^(k−t)·", rf"{discount}^{{k-t}}")
+        return Formula(
+            f"Σ_{{k≥t}} {power[0]}[{inner.text}]_k", rf"\sum_{{k\ge t}}{power[1]}\left[{inner.latex}\right]_k"
+        )

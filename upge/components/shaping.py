@@ -1,0 +1,132 @@
+"""Advantages around advantages: each takes another's values and changes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upge.components.base import AdvantageEstimator, Formula
+from upge.components.reward import KLKind, kl_value
+from upge.errors import ConfigError
+from upge.trajectories import TokenView, Trajectories
+
+
+@dataclass(frozen=True)
+class KLShaped(AdvantageEstimator):
+    """Â_t - coefficient·k_t: a KL penalty towards a frozen policy as part of the reward (arXiv 2509.04419, app. B.2).
+
+    k is a value without gradient, of the current policy: with d = log π_frozen - log π_θ, `kind` k1 = -d, k2 = d²/2,
+    k3 = e^d - d - 1. By default a token pays for itself alone. `future` makes it pay for all tokens from its own on,
+    Â_t - coefficient·Σ_{k≥t} k_k: on-policy with k1 and the current policy as denominator this is the unbiased
+    gradient of the whole response's KL, while a token's own k alone leaves out what it makes of the later ones.
+    """
+
+    advantage: AdvantageEstimator
+    coefficient: float = 0.001
+    kind: KLKind = "k1"
+    future: bool = False
+    reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "reference_logprobs"})
+
+    @property
+    def reach(self) -> str:
+        """Later tokens are looked at only with `future`."""
+        return "trajectory" if self.future else "token"
+
+    def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
+        penalty = kl_value(batch.reference_logprobs - batch.logprobs.detach(), self.kind)
+        if self.future:
+            penalty = (penalty * batch.response_mask).flip(1).cumsum(dim=1).flip(1)
+        return self.advantage(batch) - self.coefficient * penalty
+
+    def formula(self) -> Formula:
+        inner = self.advantage.formula()
+        text = "log(π_θ/π_frozen)" if self.kind == "k1" else f"{self.kind}(π_θ, π_frozen)"
+        latex = r"\log\frac{\pi_\theta}{\pi_{frozen}}"
+        latex = latex if self.kind == "k1" else rf"\mathrm{{{self.kind}}}(\pi_\theta,\pi_{{frozen}})"
+        sums = ("Σ_{k≥t} ", r"\sum_{k\ge t}") if self.future else ("", "")
+        return Formula(
+            f"[{inner.text} − {self.coefficient:g}·{sums[0]}{text}]",
+            rf"\left[{inner.latex}-{self.coefficient:g}{sums[1]}{latex}\right]",
+        )
+
+
+@dataclass(frozen=True)
+class Whitened(AdvantageEstimator):
+    """(Â - mean Â)/√(var Â + epsilon), mean and variance over all rollout tokens of the batch (arXiv 2501.03262).
+
+    The variance is unbiased, epsilon stands under the root. Demonstrations are measured by the rollouts' figures.
+    A batch with fewer than two rollout tokens has nothing to compare: zeros.
+    """
+
+    advantage: AdvantageEstimator
+    epsilon: float = 1e-8
+    reads: ClassVar[frozenset[str]] = frozenset({"is_demonstration"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epsilon <= 0:
+            raise ConfigError(f"Whitened.epsilon: {self.epsilon} must be positive; 1e-8 is customary")
+        if self.advantage.is_live:
+            raise ConfigError(
+                f"Whitened.advantage: {type(self.advantage).__name__} depends on the current policy, but mean and "
+                "variance are taken over the whole batch before any forward pass; wrap the other way round, or give "
+                "an advantage that reads neither logprobs nor entropies"
+            )
+
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+        values, mask = self.advantage(batch).double(), batch.response_mask
+        own = mask & ~batch.is_demonstration[:, None]
+        number = int(own.sum())
+        if number < 2:
+            return torch.zeros_like(values)
+        centred = values - torch.where(own, values, 0.0).sum() / number
+        variance = torch.where(own, centred.square(), 0.0).sum() / (number - 1)
+        return torch.where(mask, centred / (variance + self.epsilon).sqrt(), 0.0)
+
+    def formula(self) -> Formula:
+        inner = self.advantage.formula()
+        return Formula(f"white({inner.text})", rf"\mathrm{{white}}\left({inner.latex}\right)")
+
+
+@dataclass(frozen=True)
+class Tempered(AdvantageEstimator):
+    """Â/(1 + temperature): the advantage under a KL penalty of that strength towards the policy before the update
+    (arXiv 2501.12599)."""
+
+    advantage: AdvantageEstimator
+    temperature: float = 1.0
+    reads: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature < 0:
+            raise ConfigError(f"Tempered.temperature: {self.temperature} must not be negative; 1.0 is customary")
+
+    def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
+        return self.advantage(batch) / (1 + self.temperature)
+
+    def formula(self) -> Formula:
+        inner, divisor = self.advantage.formula(), f"{1 + self.temperature:g}"
+        return Formula(f"{inner.text}/{divisor}", rf"\frac{{{inner.latex}}}{{{divisor}}}")
+
+
+@dataclass(frozen=True)
+class Shifted(AdvantageEstimator):
+    """Â - delta: a baseline moved by delta (arXiv 2506.20520). A negative delta lowers the baseline, so that good
+    responses are imitated more than bad ones are driven away, which off-policy learning needs to be stable."""
+
+    advantage: AdvantageEstimator
+    delta: float = -0.1
+    reads: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
+        return self.advantage(batch) - self.delta
+
+    def formula(self) -> Formula:
+        inner, sign = self.advantage.formula(), ("−", "-") if self.delta >= 0 else ("+", "+")
+        size = f"{abs(self.delta):g}"
+        return Formula(f"[{inner.text} {sign[0]} {size}]", rf"\left[{inner.latex}{sign[1]}{size}\right]")
