@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.config import Composed
 from upge import data, verify
+from upge.algorithm import Algorithm
 from upge.errors import ConfigError, DataError, ModelError
 from upge.instantiate import build
+from upge.pipeline import Pipeline
 from upge.rollout.model import read_config
+from upge.train.collect import has_pair, usable
 from upge.train.distributed import world_size
 from upge.train.folder import RunFolder
 
 #: Columns that this trainer fills beyond rewards, masks and groups.
-PROVIDED = ("behavior_logprobs", "sampler_logprobs", "entropies")
+PROVIDED = ("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "preference")
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,13 @@ def prepare(composed: Composed) -> Prepared:
     evaluation = _encode("evaluation", splits.evaluation, tokenizer, composed, notes)
     demonstrations = sum(example.demonstration_ids is not None for example in train)
     algorithm.check(group_size=config.group_size, demonstrations=demonstrations, provided=PROVIDED)
+    pairs = sum(has_pair(example) for example in train)
+    _check_pairs(algorithm, pairs)
     if algorithm.needs.demonstrations and demonstrations < len(train):
-        if not algorithm.needs.rollouts:
-            train = [example for example in train if example.demonstration_ids is not None]
         notes.append(f"{demonstrations} training problems have a demonstration within the limit")
+    if algorithm.needs.preference_pairs and pairs < len(train):
+        notes.append(f"{pairs} training problems have a preference pair within the limit")
+    train = [train[i] for i in usable(train, algorithm.needs)]
     stops = stop_token_ids(tokenizer, config.model.path)
     return Prepared(tokenizer, stops, train, evaluation, folder, continues, tuple(notes))
 
@@ -138,6 +144,27 @@ def _check_answers(problems: Sequence[data.Problem], verifier: Any) -> None:
             raise DataError(f"{problem.where or problem.id}: the answer cannot be verified: {error}") from error
 
 
+def _check_pairs(algorithm: Algorithm | Pipeline, pairs: int) -> None:
+    for path, one in _algorithms(algorithm):
+        owner = next((owner for owner, source in one.sources.items() if source == "preference_pairs"), None)
+        if owner and not pairs:
+            raise ConfigError(
+                f"{path}{owner}.source: preference_pairs, but the data set has no rejected responses; choose data that "
+                "has them within rollout.max_response_tokens, or an algorithm that learns from other responses"
+            )
+
+
+def _algorithms(algorithm: Algorithm | Pipeline, path: str = "algo.") -> Iterator[tuple[str, Algorithm]]:
+    """Every algorithm of a run by its place in the file."""
+    if isinstance(algorithm, Pipeline):
+        for name, stage in algorithm.stages.items():
+            yield from _algorithms(stage.algorithm, f"{path}stages.{name}.algorithm.")
+        return
+    yield path, algorithm
+    if algorithm.validation is not None:
+        yield from _algorithms(algorithm.validation, f"{path}validation.")
+
+
 def _encode(which: str, problems: Sequence[data.Problem], tokenizer: Any, composed: Composed, notes: list[str]) -> list:
     config = composed.config
     encoded = data.encode(
@@ -148,13 +175,16 @@ def _encode(which: str, problems: Sequence[data.Problem], tokenizer: Any, compos
         max_response_tokens=config.rollout.max_response_tokens,
         overlong_prompts=config.data_policy.overlong_prompts,
         overlong_demonstrations=config.data_policy.overlong_demonstrations,
+        pairs=which == "training" and composed.algorithm.needs.preference_pairs,
     )
     if encoded.dropped_prompts:
         notes.append(f"{which}: {encoded.dropped_prompts} problems dropped: prompt beyond rollout.max_prompt_tokens")
     for count, what in (
-        (encoded.dropped_demonstrations, "dropped"),
-        (encoded.truncated_demonstrations, "cut"),
+        (encoded.dropped_demonstrations, "demonstrations dropped, they exceed"),
+        (encoded.truncated_demonstrations, "demonstrations cut, they exceed"),
+        (encoded.dropped_pairs, "preference pairs dropped, one side exceeds"),
+        (encoded.truncated_pairs, "preference pairs cut, one side exceeds"),
     ):
         if count and which == "training":
-            notes.append(f"{which}: {count} demonstrations {what}, they exceed rollout.max_response_tokens")
+            notes.append(f"{which}: {count} {what} rollout.max_response_tokens")
     return list(encoded.examples)

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from experiments.reporting.draw import color_name, draw, smoothing_window
 from experiments.reporting.folder import RunFolder, read_run
-from experiments.reporting.plots import Plot, Series, evaluation_plots, select
+from experiments.reporting.plots import Plot, Series, evaluation_plots, select, stages
 from experiments.table import accuracy_rows, measures, number
 from upge.errors import UserError
 
@@ -46,6 +46,8 @@ def page_content(run: RunFolder) -> dict:
     figures, unplotted = select(run.metrics)
     window = max((smoothing_window(one) for plot, found in figures if plot.kind == "line" for one in found),
                  default=1)
+    spans = _stages(run)
+    marks = [first - 0.5 for _, first, _ in spans[1:]]
     return {
         "title": " · ".join(_what_ran(run)),
         "facts": _facts(run),
@@ -53,7 +55,7 @@ def page_content(run: RunFolder) -> dict:
         "result": _result(run.evaluations),
         "formula": str(run.run.get("formula_text") or ""),
         "window": window,
-        "figures": [_figure(plot, found) for plot, found in (*evaluation_plots(run.evaluations), *figures)],
+        "figures": [_figure(plot, found, marks) for plot, found in (*evaluation_plots(run.evaluations), *figures)],
         "rollouts": _rollouts(run.rollouts),
         "rollouts_step": run.rollouts_step,
         "others": [_summary(one) for one in unplotted.values()],
@@ -74,6 +76,7 @@ def _facts(run: RunFolder) -> list[str]:
     facts = [run.path.resolve().name]
     if run.metrics:
         facts.append(f"{run.metrics[-1]['step']} steps")
+    facts += [f"{name}: steps {first} to {last}" for name, first, last in _stages(run)]
     seconds = sum(number(line.get("time/total")) or 0 for line in run.metrics)
     if seconds:
         facts.append(f"{_duration(seconds)} of training")
@@ -82,6 +85,11 @@ def _facts(run: RunFolder) -> list[str]:
     facts += [f"{run.run['engine']} rollouts"] if isinstance(run.run.get("engine"), str) else []
     world_size = number(run.run.get("world_size"))
     return facts + ([f"{world_size:.0f} processes"] if world_size and world_size > 1 else [])
+
+
+def _stages(run: RunFolder) -> list[tuple[str, int, int]]:
+    algo = run.config.get("algo")
+    return stages(run.metrics, list((algo.get("stages") or {}) if isinstance(algo, Mapping) else {}))
 
 
 def _duration(seconds: float) -> str:
@@ -105,11 +113,11 @@ def _result(evaluations: Sequence[dict]) -> dict | None:
             "error": f"{50 / math.sqrt(min(problems)):.1f}" if problems else None}
 
 
-def _figure(plot: Plot, found: list[Series]) -> dict:
+def _figure(plot: Plot, found: list[Series], marks: Sequence[float] = ()) -> dict:
     signs = "●■◆▲▼✚✖" if plot.kind == "evaluation" else "■"
     legend = [{"label": one.label, "color": color_name(plot, one.label, index), "sign": signs[index % len(signs)]}
               for index, one in enumerate(found)]
-    return {"plot": plot, "svg": Markup(draw(plot, found)), "legend": legend if len(found) > 1 else []}
+    return {"plot": plot, "svg": Markup(draw(plot, found, marks)), "legend": legend if len(found) > 1 else []}
 
 
 def _rollouts(records: Iterable[dict]) -> list[dict]:

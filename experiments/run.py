@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(composed: Any, prepared: Any, world: World) -> int:
     from experiments.progress import Progress
     from upge import rollout
-    from upge.train.engine import Engine
     from upge.train.trainer import Parts, Trainer
     from upge.verify import VerifierPool
 
@@ -76,7 +76,7 @@ def _train(composed: Any, prepared: Any, world: World) -> int:
     for note in prepared.notes:
         say(f"note: {note}")
     with VerifierPool(config.verify.verifier, config.verify.workers, config.verify.time_limit) as pool:
-        engine = Engine(config.model, config.optimizer, world, config.rollout.temperature)
+        models = _models(composed, world)
         sampler = rollout.load(
             config.rollout.engine,
             config.model.path,
@@ -96,7 +96,7 @@ def _train(composed: Any, prepared: Any, world: World) -> int:
             prepared.evaluation,
             prepared.tokenizer,
             prepared.stop_token_ids,
-            engine,
+            models,
             sampler,
             pool,
             folder,
@@ -109,7 +109,7 @@ def _train(composed: Any, prepared: Any, world: World) -> int:
         if world.is_main:
             if prepared.continues:
                 folder.rewind(resume_from if resume_from is not None else -1)
-            facts = _facts(composed, world, sampler, engine, resume_from or 0)
+            facts = _facts(composed, world, sampler, models.policy, resume_from or 0)
             folder.start(composed.tree, facts, prepared.continues)
         world.barrier()
         if prepared.continues:
@@ -121,6 +121,27 @@ def _train(composed: Any, prepared: Any, world: World) -> int:
     if world.is_main:
         _finish(folder.path, code, say)
     return code
+
+
+def _models(composed: Any, world: World) -> Any:
+    """The policy, and a critic and a frozen policy where the algorithm asks for them."""
+    from upge.pipeline import Pipeline
+    from upge.train.critic import CriticEngine
+    from upge.train.engine import Engine
+    from upge.train.frozen import FrozenPolicy
+    from upge.train.learner import Models
+
+    config, stages = composed.config, Pipeline.of(composed.algorithm).stages.values()
+    policy = Engine(config.model, config.optimizer, world, config.rollout.temperature)
+    critic = frozen = None
+    if any(stage.algorithm.critic is not None for stage in stages):
+        critic = CriticEngine(config.model, config.critic, config.optimizer, world)
+    if composed.algorithm.needs.reference:
+        model = config.model
+        if config.reference.path:
+            model = replace(model, path=config.reference.path, overrides={})
+        frozen = FrozenPolicy(model, world, config.rollout.temperature)
+    return Models(policy, critic, frozen)
 
 
 def _quiet() -> None:

@@ -13,8 +13,9 @@ from upge.errors import ConfigError
 from upge.train.collect import Trajectory, assemble, prompt_indices, stream_seed
 from upge.train.config import OptimizerConfig, RunConfig, defaults, from_tree, meanings
 from upge.train.folder import RunFolder, read_lines
-from upge.train.trainer import learning_rate, rollout_metrics
-from upge.train.update import split_by_group
+from upge.train.tally import rollout_metrics
+from upge.train.trainer import learning_rate
+from upge.train.update import Batch, split
 
 
 def test_prompts_are_a_stream_of_permutations():
@@ -36,7 +37,7 @@ def test_seeds_of_streams_differ_and_are_fixed():
 
 def test_groups_stay_whole_when_a_step_is_cut():
     batch = trajectories(groups=5)
-    chunks = split_by_group(batch, 2)
+    chunks = [piece.members for piece in split(Batch(assemble(batch, 0), batch), 2)]
     assert [sorted({t.group for t in chunk}) for chunk in chunks] == [[0, 1, 2], [3, 4]]
     assert sum(chunks, []) == batch
 
@@ -47,12 +48,13 @@ def test_assembled_columns():
         [
             Trajectory(0, 0, (5, 6), (7, 8, 9), 1.0, False, (-1.0, -2.0, -3.0)),
             Trajectory(0, 0, (5, 6), (7,), 1.0, True),
+            Trajectory(0, 0, (5, 6), (), 0.0, True, preference=-1),
         ],
         step=4,
     )
-    assert made.response_mask.tolist() == [[True, True, True], [True, False, False]]
-    assert made.sampler_logprobs.tolist() == [[-1.0, -2.0, -3.0], [0.0, 0.0, 0.0]]
-    assert made.is_demonstration.tolist() == [False, True]
+    assert made.response_mask.tolist() == [[True, True, True], [True, False, False], [False] * 3]
+    assert made.sampler_logprobs.tolist() == [[-1.0, -2.0, -3.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    assert made.is_demonstration.tolist() == [False, True, True] and made.preference.tolist() == [0, 0, -1]
     assert made.rewards.dtype == torch.float64 and made.step == 4 and made.logprobs is None
 
 

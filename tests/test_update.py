@@ -15,7 +15,7 @@ from tests.compositions import load
 from tests.models import save_random_model, trajectories
 from upge import Trajectories
 from upge.train.collect import assemble
-from upge.train.update import split_by_group
+from upge.train.update import Batch, split
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("sft", "reinforce", "grpo", "dr_grpo", "hpt", "gspo", "luffy", "srft", "corrected_ppo")
@@ -84,7 +84,7 @@ def test_gradients_under_zero3(reference, tmp_path, ranks, budget):
         for parameter, gradient in expected[name].items():
             difference = float((found[name][parameter] - gradient).abs().max())
             assert difference <= 2e-5 * scale, (name, parameter, difference / scale)
-    chunks = split_by_group(trajectories(), 2)
+    chunks = [piece.members for piece in split(Batch(assemble(trajectories(), 7), trajectories()), 2)]
     norms = [norm_of(plain_gradient(path, "grpo", chunk)) for chunk in chunks]
     assert norms[0] != pytest.approx(norms[1], rel=1e-2)
     assert found["two updates"].tolist() == pytest.approx(norms, rel=1e-4)

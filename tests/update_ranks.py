@@ -16,7 +16,8 @@ from upge.train.collect import assemble
 from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.distributed import connect, leave
 from upge.train.engine import Engine
-from upge.train.update import Tally, Updater
+from upge.train.tally import Tally
+from upge.train.update import Batch, Rates, Updater
 
 
 def main(model: str, output: str, budget: str, *names: str) -> None:
@@ -29,13 +30,13 @@ def main(model: str, output: str, budget: str, *names: str) -> None:
     for name in names:
         updater = Updater(engine, load(name), config)
         columns = assemble(batch, step=7)
-        updater._accumulate(columns, updater.algorithm.plan(columns), batch, Tally(), on_policy=True)
+        updater.accumulate(Batch(columns, batch), updater.algorithm.plan(columns), Tally(), on_policy=True)
         gradients = {n: safe_get_full_grad(p) for n, p in engine.network.named_parameters()}
         found[name] = {n: g.clone() for n, g in gradients.items()}
         found[name]["norm"] = torch.tensor(engine.step(lr=0.0).grad_norm)
     # At a learning rate of 0 the policy stays where it sampled, so both updates must have the on-policy gradient.
     twice = Updater(engine, load("grpo"), dataclasses.replace(config, mini_batches=2))
-    found["two updates"] = torch.tensor(twice.update(batch, step=7, lr=0.0).grad_norms)
+    found["two updates"] = torch.tensor(twice.update(batch, 7, Rates(0.0)).grad_norms)
     if world.is_main:
         torch.save(found, output)
     leave(world, 0)

@@ -137,9 +137,14 @@ class Algorithm:
         return found | {f"regularizers.{n}": r.source for n, r in self.regularizers.items()}
 
     @property
+    def step_needs(self) -> Needs:
+        """What the batch of a step must hold, read off the parts."""
+        return needs_of(self.parts, self.sources)
+
+    @property
     def needs(self) -> Needs:
-        """What the algorithm asks of the data and the trainer, read off its parts."""
-        own = needs_of(self.parts, self.sources)
+        """What the algorithm asks of the data and the trainer in all, with its interlude and its validation."""
+        own = self.step_needs
         if self.interlude is not None:
             own = own.joined(self.interlude.algorithm.needs)
         return own if self.validation is None else own.joined(self.validation.needs)
@@ -179,17 +184,17 @@ class Algorithm:
 
     def plan(self, batch: Trajectories) -> Plan:
         """All that is known before the forward pass, on the whole `batch` (its `logprobs` may be None)."""
+        sources = {name: source_rows(batch, term.source) for name, term in self.terms.items()}
         own, gates = {}, {}
         for name, term in self.terms.items():
-            own[name] = source_rows(batch, term.source)
             gates[name] = term.gate.hoisted(batch)
-            own[name] = own[name] & ~term.gate.closed(batch) & (term.coefficient != 0)
+            own[name] = sources[name] & ~term.gate.closed(batch) & (term.coefficient != 0)
         anywhere = torch.stack(list(own.values())).any(dim=0)
         planned, keep = {}, torch.zeros_like(anywhere)
         for name, term in self.terms.items():
             weights = _weights(term.reduction, batch, own[name], anywhere)
             estimator = term.estimator.hoist(batch)
-            planned[name] = PlannedTerm(gates[name], estimator, weights, own[name], term.coefficient)
+            planned[name] = PlannedTerm(gates[name], estimator, weights, own[name], term.coefficient, sources[name])
             advantage = estimator.advantage
             signal = weights * advantage.values if isinstance(advantage, Precomputed) else weights
             keep |= (signal != 0).any(dim=1)
@@ -237,13 +242,15 @@ def _penalty(regularizer: Regularizer, scale: Tensor, batch: Trajectories) -> Te
 
 @dataclass(frozen=True)
 class PlannedTerm:
-    """A term with everything static computed: `weights` [B, T] is w, zero outside the rows of `own` [B]."""
+    """A term with everything static computed: `weights` [B, T] is w, zero outside the rows of `own` [B]; `source` [B]
+    are the trajectories of its source, whether they count or not."""
 
     gate: Gate
     estimator: UnifiedGradient
     weights: Tensor
     own: Tensor
     coefficient: float
+    source: Tensor
 
     def factors(self, batch: Trajectories) -> TermFactors:
         """The factors on a piece of the batch, each [b, t]."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from upge.checks import check_fields
 from upge.errors import ConfigError
 from upge.gates import Gate
+from upge.stateful import stateful_gates
 
 if TYPE_CHECKING:
     from upge.algorithm import Algorithm
@@ -34,6 +35,8 @@ class DynamicSampling:
                 f"sampling.gate: {type(self.gate).__name__} reads the current policy, but prompts are chosen before "
                 "any forward pass; give a gate on pass rates, such as upge.PassRateBetween"
             )
+        if stateful_gates({"sampling.gate": self.gate}):
+            raise ConfigError("sampling.gate: a gate with memory cannot choose prompts; give a gate on pass rates")
 
 
 @dataclass(frozen=True)

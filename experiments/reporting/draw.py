@@ -44,13 +44,18 @@ def color_name(plot: Plot, label: str, index: int) -> str:
     return "ink" if plot.kind == "evaluation" and label == "all" else f"c{index % COLORS}"
 
 
-def draw(plot: Plot, series: Sequence[Series]) -> str:
-    """The SVG element of `plot`, without XML header, sized by the page; text is described by `describe`."""
+def draw(plot: Plot, series: Sequence[Series], marks: Sequence[float] = ()) -> str:
+    """The SVG element of `plot`, without XML header, sized by the page; text is described by `describe`.
+
+    `marks` are steps with a vertical line: where a stage of the run ends and another begins.
+    """
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": plot.identifier}):
         figure = Figure(figsize=(5, 2.7), layout="constrained")
         axes = figure.add_subplot()
         colors = [_STAND_INS[color_name(plot, one.label, index)] for index, one in enumerate(series)]
         {"line": _draw_lines, "stack": _draw_stack, "evaluation": _draw_evaluation}[plot.kind](axes, series, colors)
+        for mark in marks:
+            axes.axvline(mark, color=_SOFT, linewidth=1.0, linestyle=":")
         _dress(axes, plot, series)
         canvas, buffer = FigureCanvasSVG(figure), io.StringIO()
         canvas.print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))

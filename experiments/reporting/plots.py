@@ -69,6 +69,18 @@ PLOTS = (
     Plot("plot-advantage", "Advantage of each term", "mean Â per token",
          "Near 0 where groups are centred; a drift means long and short responses fare differently.",
          ("*/advantage_mean",)),
+    Plot("plot-coefficient", "Coefficient of each term", "mean over the trajectories of its source",
+         "What gates and schedules gave each term before the forward pass; a gate with memory shows its course here.",
+         ("*/coefficient",), limits=(0, None)),
+    Plot("plot-state", "Held-out slope", "utility per unit of a gate's variable",
+         "Above 0 the held-out objective asks for more of the variable; noise around 0 means it has no opinion.",
+         ("state/*_utility_slope",)),
+    Plot("plot-critic", "Critic", "share of the returns' variance that its values explain",
+         "Near 0 the values are no better than none; below 0 they do harm; it should rise before the policy moves far.",
+         ("critic/explained_variance",), limits=(None, 1)),
+    Plot("plot-values", "Values against returns", "mean over the rollouts' tokens",
+         "The two should meet; a lasting distance is a bias in every advantage.",
+         ("critic/value_mean", "critic/return_mean")),
     Plot("plot-masked", "Masked share", "share of tokens with an advantage",
          "Tokens that the stabilization mask stopped; a growing share means the updates outrun the trust region.",
          ("*/masked_share",), limits=(0, None)),
@@ -92,7 +104,8 @@ PLOTS = (
 def select(metrics: Sequence[dict]) -> tuple[list[tuple[Plot, list[Series]]], dict[str, Series]]:
     """The plots that lines of metrics.jsonl can fill, with their series, and the series that no plot shows."""
     remaining = _series_by_key(metrics)
-    remaining.pop("step", None)
+    for key in ("step", "stage"):
+        remaining.pop(key, None)
     chosen = []
     for plot in PLOTS:
         keys = [key for pattern in plot.keys for key in remaining
@@ -103,6 +116,16 @@ def select(metrics: Sequence[dict]) -> tuple[list[tuple[Plot, list[Series]]], di
         if found:
             chosen.append((plot, _shorten(found)))
     return chosen, remaining
+
+
+def stages(metrics: Sequence[dict], names: Sequence[str] = ()) -> list[tuple[str, int, int]]:
+    """(name, first step, last step) of each stage of a run, as the lines' `stage` says; empty without stages."""
+    found: dict[int, list[int]] = {}
+    for line in metrics:
+        if "stage" in line:
+            found.setdefault(int(line["stage"]), []).append(int(line["step"]))
+    labels = {number: names[number - 1] if number <= len(names) else f"stage {number}" for number in found}
+    return [(labels[number], min(steps), max(steps)) for number, steps in sorted(found.items())]
 
 
 def evaluation_plots(evaluations: Sequence[dict]) -> list[tuple[Plot, list[Series]]]:

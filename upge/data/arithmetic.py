@@ -22,12 +22,16 @@ Side = Literal["train", "evaluation"]
 #: One problem in this many belongs to the evaluation side.
 EVALUATION_EVERY = 5
 
+#: How far off a wrong step can be: by a little, or in the tens.
+SLIPS = (-20, -10, -3, -2, -1, 1, 2, 3, 10, 20)
+
 _LEVEL = re.compile(r"([2-9]) (numbers|mixed)")
 
 
 @dataclass(frozen=True)
 class Arithmetic:
     r"""Problems such as `37+25-18=?`, with the demonstration `37+25=62`, `62-18=44`, `\boxed{44}` on three lines.
+    The rejected response of a preference pair is such a solution with a mistake, see `flawed_solution`.
 
     Which side a problem is on is decided by a hash of its terms in sorted order (see `side`), not by chance: no
     problem, nor one with the same terms in another order, can be on both sides, whatever the seeds and sizes of two
@@ -121,7 +125,7 @@ def side(terms: Sequence[int]) -> Side:
 
 
 def as_problem(terms: Sequence[int], level: str) -> Problem:
-    """The problem with these terms, its exact worked solution as the demonstration."""
+    """The problem with these terms; its demonstration is a worked solution, its rejected response a flawed one."""
     prompt = question(terms)
     return Problem(
         id=f"{level}/{prompt}",
@@ -130,6 +134,7 @@ def as_problem(terms: Sequence[int], level: str) -> Problem:
         demonstration=worked_solution(terms),
         level=level,
         where=f"arithmetic, {level}, {prompt}",
+        rejected=flawed_solution(terms),
     )
 
 
@@ -147,3 +152,22 @@ def worked_solution(terms: Sequence[int], step: Callable[[int, int], int] = int.
         lines.append(f"{total}{term:+d}={result}")
         total = result
     return "\n".join([*lines, f"\\boxed{{{total}}}"])
+
+
+def flawed_solution(terms: Sequence[int]) -> str:
+    """A worked solution whose result is wrong; it follows from the terms alone.
+
+    Where there are differences, half of the problems have them all taken for sums. Otherwise one step is off by one of
+    `SLIPS`, and what was written down is carried on. Either way the errors of the steps cannot cancel, so the result is
+    wrong, and no running total is below zero.
+    """
+    rng = random.Random(f"flawed/{question(terms)}")
+    if min(terms[1:]) < 0 and rng.random() < 0.5:
+        errors = [2 * max(0, -term) for term in terms[1:]]
+    else:
+        place = rng.randrange(len(terms) - 1)
+        lowest = min(sum(terms[:n]) for n in range(place + 2, len(terms) + 1))
+        slip = rng.choice([slip for slip in SLIPS if lowest + slip >= 0])
+        errors = [slip * (i == place) for i in range(len(terms) - 1)]
+    following = iter(errors)
+    return worked_solution(terms, lambda total, term: total + term + next(following))

@@ -24,11 +24,14 @@ class Example:
         prompt_ids: the prompt in its template.
         demonstration_ids: the expert response; it ends with the end-of-sequence token unless it was truncated. None
             where there is none, or where it was dropped for its length.
+        rejected_ids: the other side of a preference pair, likewise. None where there is none, or no demonstration to
+            prefer to it.
     """
 
     problem: Problem
     prompt_ids: tuple[int, ...]
     demonstration_ids: tuple[int, ...] | None
+    rejected_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,16 @@ class Encoded:
         dropped_prompts: problems that were left out for the length of their prompt.
         dropped_demonstrations: examples that lost their demonstration for its length.
         truncated_demonstrations: examples whose demonstration was cut to the limit, and so has no final answer.
+        dropped_pairs: examples that lost their preference pair because one of its sides was too long.
+        truncated_pairs: examples with a pair of which a side was cut to the limit.
     """
 
     examples: tuple[Example, ...]
     dropped_prompts: int = 0
     dropped_demonstrations: int = 0
     truncated_demonstrations: int = 0
+    dropped_pairs: int = 0
+    truncated_pairs: int = 0
 
 
 def encode(
@@ -57,8 +64,9 @@ def encode(
     max_response_tokens: int,
     overlong_prompts: OverlongPrompts = "error",
     overlong_demonstrations: OverlongDemonstrations = "drop",
+    pairs: bool = True,
 ) -> Encoded:
-    """Encodes prompts and demonstrations.
+    """Encodes prompts, demonstrations and rejected responses.
 
     Args:
         problems: what to encode.
@@ -67,7 +75,9 @@ def encode(
             {prompt} and optionally {system} (empty where a problem has no system message).
         max_prompt_tokens, max_response_tokens: the limits; a demonstration's includes its end-of-sequence token.
         overlong_prompts: what becomes of a problem whose prompt is longer than the limit.
-        overlong_demonstrations: what becomes of a demonstration that is longer; the problem itself stays.
+        overlong_demonstrations: what becomes of a demonstration or rejected response that is longer; the problem itself
+            stays, and so does a demonstration that has only lost its counterpart.
+        pairs: False leaves the rejected responses out.
 
     Raises:
         ConfigError: the template or a policy cannot be used.
@@ -91,20 +101,35 @@ def encode(
             if problems
             else "there are no problems to encode; check data.path and the sizes under data"
         )
-    texts = [problems[i].demonstration for i in kept]
-    demonstrations = _demonstration_ids(texts, tokenizer)
-    long = [k for k, ids in enumerate(demonstrations) if ids is not None and len(ids) > max_response_tokens]
-    if long and overlong_demonstrations == "error":
-        raise _demonstration_error([problems[i] for i in kept], demonstrations, long, max_response_tokens)
-    for k in long:
-        cut = overlong_demonstrations == "truncate"
-        demonstrations[k] = demonstrations[k][:max_response_tokens] if cut else None
+    own = [problems[i] for i in kept]
+    limit, policy = max_response_tokens, overlong_demonstrations
+    chosen, long = _limited("demonstration", own, [p.demonstration for p in own], tokenizer, limit, policy)
+    other = [p.rejected if pairs and p.demonstration is not None else None for p in own]
+    rejected, long_rejected = _limited("rejected response", own, other, tokenizer, limit, policy)
+    touched = len({k for k in long if other[k] is not None} | long_rejected)
+    rejected = [None if ids is None else other_ids for ids, other_ids in zip(chosen, rejected, strict=True)]
+    rows = zip(own, (prompts[i] for i in kept), chosen, rejected, strict=True)
     return Encoded(
-        tuple(Example(problems[i], prompts[i], ids) for i, ids in zip(kept, demonstrations, strict=True)),
+        tuple(Example(*row) for row in rows),
         dropped_prompts=len(dropped),
-        dropped_demonstrations=len(long) * (overlong_demonstrations == "drop"),
-        truncated_demonstrations=len(long) * (overlong_demonstrations == "truncate"),
+        dropped_demonstrations=len(long) * (policy == "drop"),
+        truncated_demonstrations=len(long) * (policy == "truncate"),
+        dropped_pairs=touched * (policy == "drop"),
+        truncated_pairs=touched * (policy == "truncate"),
     )
+
+
+def _limited(
+    what: str, problems: Sequence[Problem], texts: Sequence[str | None], tokenizer: Any, limit: int, policy: str
+) -> tuple[list[tuple[int, ...] | None], set[int]]:
+    """The texts in tokens as the policy leaves them, and which of them were longer than the limit."""
+    found = _response_ids(texts, tokenizer)
+    long = {k for k, ids in enumerate(found) if ids is not None and len(ids) > limit}
+    if long and policy == "error":
+        raise _response_error(what, problems, found, long, limit)
+    for k in long:
+        found[k] = found[k][:limit] if policy == "truncate" else None
+    return found, long
 
 
 def _check_policy(name: str, value: str, allowed: Any) -> None:
@@ -160,7 +185,7 @@ def _check_template(template: str) -> None:
         )
 
 
-def _demonstration_ids(texts: Sequence[str | None], tokenizer: Any) -> list[tuple[int, ...] | None]:
+def _response_ids(texts: Sequence[str | None], tokenizer: Any) -> list[tuple[int, ...] | None]:
     present = [text for text in texts if text is not None]
     ids = iter(_tokenize(present, tokenizer, add_special_tokens=False))
     return [None if text is None else (*next(ids), tokenizer.eos_token_id) for text in texts]
@@ -183,13 +208,13 @@ def _prompt_error(
     )
 
 
-def _demonstration_error(
-    problems: Sequence[Problem], demonstrations: Sequence[Sequence[int] | None], long: Sequence[int], limit: int
+def _response_error(
+    what: str, problems: Sequence[Problem], responses: Sequence[Sequence[int] | None], long: set[int], limit: int
 ) -> DataError:
-    worst = max(long, key=lambda i: len(demonstrations[i] or ()))
+    worst = max(sorted(long), key=lambda i: len(responses[i] or ()))
     return DataError(
-        f"{problems[worst].where or problems[worst].id}: the demonstration has "
-        f"{len(demonstrations[worst] or ())} tokens with its end-of-sequence token, the limit is "
+        f"{problems[worst].where or problems[worst].id}: the {what} has "
+        f"{len(responses[worst] or ())} tokens with its end-of-sequence token, the limit is "
         f"rollout.max_response_tokens={limit} ({len(long)} of {len(problems)} are longer; this is the longest); raise "
         "it, or set data_policy.overlong_demonstrations to drop or truncate"
     )

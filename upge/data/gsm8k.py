@@ -29,6 +29,9 @@ class GSM8K:
     The demonstration is the worked solution without its calculator annotations (`<<48/2=24>>`), then the final number,
     without thousands commas, in a box on a line of its own.
 
+    GSM8K itself has no preference pairs. A file of its form may have them: where a row has a column `rejected`, that
+    text, written just as `answer` is, becomes the rejected response.
+
     Fields:
         path: a folder with train.jsonl and test.jsonl (training and evaluation), or one file. Of one file, a question
             is for evaluation if the SHA-256 of its text, its white space made single, is divisible by 10: where a
@@ -69,26 +72,35 @@ class GSM8K:
 
 
 def _read(path: Path) -> list[Problem]:
-    return [_as_problem(row, path) for row in read_rows(path, ("question", "answer"))]
+    return [_as_problem(row, path) for row in read_rows(path, ("question", "answer"), optional=("rejected",))]
 
 
 def _as_problem(row: Row, path: Path) -> Problem:
-    solution, mark, last = row.columns["answer"].rpartition("####")
-    answer = _THOUSANDS.sub("", last.strip())
-    if not mark or not answer:
-        found = "nothing after" if mark else "no"
-        raise DataError(
-            f"{row.where}: {found} '####' in the column 'answer'; expected a worked solution, '####' and the number"
-        )
-    worked = _ANNOTATION.sub("", solution).strip()
+    answer, demonstration = _solution(row, "answer")
+    rejected = _solution(row, "rejected")[1] if "rejected" in row.columns else None
+    if rejected == demonstration:
+        raise DataError(f"{row.where}: the columns 'answer' and 'rejected' say the same; a pair needs two responses")
     return Problem(
         id=f"{path.name}:{row.line}",
         prompt=row.columns["question"].strip(),
         answer=answer,
-        demonstration=f"{worked}\n\\boxed{{{answer}}}".lstrip(),
+        demonstration=demonstration,
         level=None,
         where=row.where,
+        rejected=rejected,
     )
+
+
+def _solution(row: Row, column: str) -> tuple[str, str]:
+    """The final number of a column, and the response that it makes."""
+    worked, mark, last = row.columns[column].rpartition("####")
+    number = _THOUSANDS.sub("", last.strip())
+    if not mark or not number:
+        found = "nothing after" if mark else "no"
+        raise DataError(
+            f"{row.where}: {found} '####' in the column '{column}'; expected a worked solution, '####' and the number"
+        )
+    return number, f"{_ANNOTATION.sub('', worked).strip()}\n\\boxed{{{number}}}".lstrip()
 
 
 def _is_for_evaluation(question: str) -> bool:

@@ -17,6 +17,8 @@ class Problem:
         level: the difficulty level under which accuracy is reported; None where the data has none.
         system: the system message, if the data brings one.
         where: the place it came from (`file:line` for files), for messages.
+        rejected: a flawed response to the same prompt: with the demonstration as the chosen one it makes a preference
+            pair; None where the data has none.
     """
 
     id: str
@@ -26,6 +28,7 @@ class Problem:
     level: str | None
     system: str | None = None
     where: str = ""
+    rejected: str | None = None
 
 
 @dataclass(frozen=True)

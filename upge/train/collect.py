@@ -1,15 +1,15 @@
-"""One step's trajectories: prompts are drawn, responses sampled and verified, demonstrations added.
+"""One step's trajectories: prompts are drawn, responses sampled and verified, demonstrations and pairs added.
 
-Which prompts a step has and with which seeds they are sampled follows from (seed, step) alone, so a resumed run needs
-no random state and the batch does not depend on the number of ranks.
+Which prompts a step has and with which seeds they are sampled follows from (seed, step) alone, and, where prompts are
+drawn anew, from the rollouts before. So a resumed run needs no random state and the batch does not depend on the number
+of ranks.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,23 +17,30 @@ from torch import Tensor
 
 from upge.algorithm import Algorithm
 from upge.data import Example
+from upge.errors import DataError
 from upge.rollout import Sampler, Sampling
 from upge.train.config import RunConfig
 from upge.train.distributed import World
+from upge.train.order import least_used, prompt_indices, stream_seed
 from upge.trajectories import Trajectories
 from upge.verify import VerifierPool
+
+#: The stream of prompts that the steps train on.
+TRAIN = "train"
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One response of the step, a rollout or a demonstration.
+    """One response of the step: a rollout, a demonstration or the rejected side of a pair.
 
     Attributes:
         example: index of its prompt in the training set.
         group: index of its prompt within the step.
+        is_demonstration: True for all that comes from the data set.
         sampler_logprobs: as the inference engine reported them; None for a demonstration.
         finished: False if the response was cut at the length limit.
         status: of the verification: 'ok', 'timeout' or 'error'; 'demonstration' where nothing was verified.
+        preference: +1 for the chosen side of a pair, -1 for the rejected one, 0 for neither.
     """
 
     example: int
@@ -45,23 +52,24 @@ class Trajectory:
     sampler_logprobs: tuple[float, ...] | None = None
     finished: bool = True
     status: str = "demonstration"
+    preference: int = 0
 
 
-def prompt_indices(step: int, prompts_per_step: int, size: int, seed: int) -> list[int]:
-    """The prompts of a step (counted from 0): a stream of seeded permutations of the data set, cut into steps."""
-    found: list[int] = []
-    position = step * prompts_per_step
-    while len(found) < prompts_per_step:
-        epoch, start = divmod(position + len(found), size)
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(stream_seed(seed, "order", epoch)))
-        found += order[start : start + prompts_per_step - len(found)].tolist()
-    return found
+def has_pair(example: Example) -> bool:
+    """True if the example has both sides of a preference pair."""
+    return example.demonstration_ids is not None and example.rejected_ids is not None
 
 
-def stream_seed(*parts: int | str) -> int:
-    """A 31-bit seed from any numbers and words; different parts give unrelated seeds, on every machine alike."""
-    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
+def usable(examples: Sequence[Example], needs: Any) -> list[int]:
+    """Indices of the examples from which something can be learned: all where the algorithm has rollouts, else those
+    with a demonstration or a pair, whichever it `needs`."""
+    return [
+        i
+        for i, example in enumerate(examples)
+        if needs.rollouts
+        or (needs.demonstrations and example.demonstration_ids is not None)
+        or (needs.preference_pairs and has_pair(example))
+    ]
 
 
 def decode(tokenizer: Any, responses: Sequence[Sequence[int]]) -> list[str]:
@@ -70,7 +78,12 @@ def decode(tokenizer: Any, responses: Sequence[Sequence[int]]) -> list[str]:
 
 
 class Collector:
-    """Makes a step's trajectories; the same list on every rank, ordered by prompt, rollouts before demonstrations."""
+    """Makes a step's trajectories; the same list on every rank, ordered by prompt, rollouts before demonstrations, the
+    chosen side of a pair before the rejected one.
+
+    Raises:
+        DataError: no example has what the algorithm needs.
+    """
 
     def __init__(
         self,
@@ -85,35 +98,111 @@ class Collector:
     ) -> None:
         self.config, self.examples, self.world = config, examples, world
         self.sampler, self.pool, self.tokenizer = sampler, pool, tokenizer
-        self.needs = algorithm.needs
         self.sampling = Sampling(
             temperature=config.rollout.temperature,
             # No nucleus in training: the trainer's log-probs are of the full distribution at this temperature.
             max_tokens=config.rollout.max_response_tokens,
             stop_token_ids=stop_token_ids,
         )
+        self.needs, self.redraws = algorithm.step_needs, algorithm.sampling
+        self.usable = usable(examples, self.needs)
+        if not self.usable:
+            raise DataError(
+                f"'{algorithm.name}' finds none of {len(examples)} training examples with the demonstrations or "
+                "preference pairs that it needs; choose data that has them"
+            )
 
-    def collect(self, step: int) -> tuple[list[Trajectory], dict[str, float]]:
-        """The trajectories of a step (counted from 0), and how many seconds sampling and verifying took here."""
-        config, world = self.config, self.world
-        indices = prompt_indices(step, config.prompts_per_step, len(self.examples), config.seed)
-        mine = list(range(world.rank, len(indices), world.size))
-        times = {"time/rollout": 0.0, "time/verify": 0.0}
+    def collect(
+        self, step: int, stream: str = TRAIN, avoid: Iterable[int] | None = None
+    ) -> tuple[list[Trajectory], dict[str, float]]:
+        """The trajectories of a step (counted from 0), and figures of how they came about.
+
+        Args:
+            step: follows its place in the order of prompts.
+            stream: any other than 'train' has an order of its own, drawn anew each step, and other rollouts; its
+                prompts are those of the data set that are not in `avoid`, as long as there are enough.
+            avoid: examples to leave to the step; None = those that this collector's own train stream begins with.
+
+        Returns:
+            Trajectories, and the seconds that sampling and verifying took here ('time/rollout', 'time/verify'). Where
+            prompts are drawn anew also how often the step has sampled ('sampling/rounds') and for how many prompts
+            ('sampling/prompts').
+        """
+        count = self.config.prompts_per_step
+        indices = [self.usable[i] for i in prompt_indices(step, count, len(self.usable), self.config.seed)]
+        seeds: tuple[int | str, ...] = ("rollout", step)
+        if stream != TRAIN:
+            indices = self._others(count, set(indices if avoid is None else avoid), "order", stream, step)
+            seeds = ("rollout", stream, step)
+        figures: dict[str, float] = {"time/rollout": 0.0, "time/verify": 0.0}
         found: list[Trajectory] = []
         if self.needs.rollouts:
-            began = time.perf_counter()
-            prompts = [self.examples[indices[g]].prompt_ids for g in mine]
-            seeds = [stream_seed(config.seed, "rollout", step, g) for g in mine]
-            groups = self.sampler.sample(prompts, config.group_size, self.sampling, seeds)
-            times["time/rollout"] = time.perf_counter() - began
-            began = time.perf_counter()
-            found = self._verified(mine, indices, groups)
-            times["time/verify"] = time.perf_counter() - began
-        if self.needs.demonstrations:
-            found += [self._demonstration(g, indices[g]) for g in mine if self._has_demonstration(indices[g])]
+            found = self._rollouts(indices, seeds, figures)
+            if self.redraws is not None and stream == TRAIN:
+                indices, found = self._redrawn(indices, found, step, figures)
+        found += [t for group, index in enumerate(indices) for t in self._given(group, index)]
+        # The sort is stable and a prompt's rollouts are in order of sampling.
+        return sorted(found, key=lambda t: (t.group, t.is_demonstration)), figures
+
+    def demonstrations(self, indices: Iterable[int]) -> list[Trajectory]:
+        """The demonstrations of these examples, each a group of its own; examples without one are passed over."""
+        having = [i for i in indices if self.examples[i].demonstration_ids is not None]
+        return [self._demonstration(group, index) for group, index in enumerate(having)]
+
+    def _others(self, count: int, used: Iterable[int], *seed: int | str) -> list[int]:
+        """`count` examples, as long as possible not of `used`, in an order of the seed's parts."""
+        places = {index: place for place, index in enumerate(self.usable)}
+        known = [places[index] for index in used if index in places]
+        order = least_used(count, len(self.usable), known, stream_seed(self.config.seed, *seed))
+        return [self.usable[place] for place in order]
+
+    def _redrawn(
+        self, indices: list[int], rollouts: list[Trajectory], step: int, figures: dict[str, float]
+    ) -> tuple[list[int], list[Trajectory]]:
+        """The prompts on which the gate is open, with their rollouts: of the first round, and of those made to replace
+        what it closed. If it is open on none, the first round as it is."""
+        wanted, first, tried, rounds = self.config.prompts_per_step, (indices, rollouts), list(indices), 1
+        kept: list[int] = []
+        found: list[Trajectory] = []
+        while True:
+            for group, members in self._open(rollouts, step):
+                found += [replace(t, group=len(kept)) for t in members]
+                kept.append(indices[group])
+            if len(kept) == wanted or rounds == self.redraws.rounds:
+                break
+            # Kept ones count twice, so that in a small data set they come last.
+            indices = self._others(wanted - len(kept), tried + kept, "redraw", step, rounds)
+            rollouts = self._rollouts(indices, ("rollout", step, rounds), figures)
+            tried += indices
+            rounds += 1
+        figures |= {"sampling/rounds": rounds, "sampling/prompts": len(tried)}
+        return (kept, found) if kept else first
+
+    def _open(self, rollouts: list[Trajectory], step: int) -> list[tuple[int, list[Trajectory]]]:
+        """The groups, in order, on one of whose rollouts the gate is not 0."""
+        closed = self.redraws.gate.closed(assemble(rollouts, step)).tolist()
+        groups: dict[int, list[Trajectory]] = {}
+        for trajectory in rollouts:
+            groups.setdefault(trajectory.group, []).append(trajectory)
+        is_open = {t.group for t, shut in zip(rollouts, closed, strict=True) if not shut}
+        return [(group, members) for group, members in groups.items() if group in is_open]
+
+    def _rollouts(
+        self, indices: list[int], seeds: tuple[int | str, ...], figures: dict[str, float]
+    ) -> list[Trajectory]:
+        """All ranks' verified rollouts of these prompts, numbered from 0; each rank samples its share of them."""
+        config, world = self.config, self.world
+        mine = list(range(world.rank, len(indices), world.size))
+        began = time.perf_counter()
+        prompts = [self.examples[indices[g]].prompt_ids for g in mine]
+        own = [stream_seed(config.seed, *seeds, g) for g in mine]
+        groups = self.sampler.sample(prompts, config.group_size, self.sampling, own)
+        sampled = time.perf_counter()
+        figures["time/rollout"] += sampled - began
+        found = self._verified(mine, indices, groups)
+        figures["time/verify"] += time.perf_counter() - sampled
         everywhere = [trajectory for part in world.gather(found) for trajectory in part]
-        # The sort is stable and each rank lists a prompt's rollouts in order of sampling.
-        return sorted(everywhere, key=lambda t: (t.group, t.is_demonstration)), times
+        return sorted(everywhere, key=lambda t: t.group)
 
     def _verified(self, mine: list[int], indices: list[int], groups: list) -> list[Trajectory]:
         flat = [(g, rollout) for g, group in zip(mine, groups, strict=True) for rollout in group]
@@ -136,8 +225,16 @@ class Collector:
             for (g, rollout), verdict in zip(flat, verdicts, strict=True)
         ]
 
-    def _has_demonstration(self, index: int) -> bool:
-        return self.examples[index].demonstration_ids is not None
+    def _given(self, group: int, index: int) -> list[Trajectory]:
+        """What the data set has to say to a prompt: the demonstration, which in a pair is the chosen side, and the
+        rejected one."""
+        if self.needs.preference_pairs and has_pair(self.examples[index]):
+            chosen = self._demonstration(group, index)
+            rejected = replace(chosen, response_ids=self.examples[index].rejected_ids, reward=0.0, preference=-1)
+            return [replace(chosen, preference=1), rejected]
+        if self.needs.demonstrations and self.examples[index].demonstration_ids is not None:
+            return [self._demonstration(group, index)]
+        return []
 
     def _demonstration(self, group: int, index: int) -> Trajectory:
         example = self.examples[index]
@@ -146,16 +243,17 @@ class Collector:
 
 def assemble(trajectories: Sequence[Trajectory], step: int) -> Trajectories:
     """The batch without log-probs: what can be known before the forward pass. Float64, for exact counts."""
-    lengths = torch.tensor([len(t.response_ids) for t in trajectories])
+    lengths = torch.tensor([len(t.response_ids) for t in trajectories], dtype=torch.int64)
     width = int(lengths.max()) if len(trajectories) else 1
     mask = torch.arange(width) < lengths[:, None]
     return Trajectories(
         logprobs=None,
         response_mask=mask,
         rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float64),
-        group=torch.tensor([t.group for t in trajectories]),
+        group=torch.tensor([t.group for t in trajectories], dtype=torch.int64),
         is_demonstration=torch.tensor([t.is_demonstration for t in trajectories], dtype=torch.bool),
         sampler_logprobs=_sampler_column(trajectories, mask),
+        preference=torch.tensor([t.preference for t in trajectories], dtype=torch.int64),
         step=step,
     )
 

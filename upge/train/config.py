@@ -67,6 +67,22 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class CriticConfig:
+    """The value network of algorithms that read values; everything else is as for the policy."""
+
+    path: str = key("", "model that its backbone starts from; empty = model.path")
+    lr: float = key(1e-5, "its learning rate; schedule and warm-up are the policy's")
+    warmup_steps: int = key(0, "first steps in which it learns alone and the policy stays")
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """The frozen policy of algorithms that measure a distance to one."""
+
+    path: str = key("", "model of the frozen policy; empty = model.path, where the policy starts")
+
+
+@dataclass(frozen=True)
 class VerifyConfig:
     """How responses are rewarded."""
 
@@ -126,6 +142,8 @@ class RunConfig:
     model: ModelConfig = section(ModelConfig)
     rollout: RolloutConfig = section(RolloutConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
+    critic: CriticConfig = section(CriticConfig)
+    reference: ReferenceConfig = section(ReferenceConfig)
     verify: VerifyConfig = section(VerifyConfig)
     evaluation: EvaluationConfig = section(EvaluationConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
@@ -165,6 +183,8 @@ class RunConfig:
             "optimizer.warmup_steps": self.optimizer.warmup_steps,
             "optimizer.max_grad_norm": self.optimizer.max_grad_norm,
             "optimizer.weight_decay": self.optimizer.weight_decay,
+            "critic.lr": self.critic.lr,
+            "critic.warmup_steps": self.critic.warmup_steps,
         }
         for name, value in natural.items():
             if not value >= 0:

@@ -63,7 +63,9 @@ class RunFolder:
         if resume == "never":
             raise ConfigError(f"output: {self.path} exists; choose another, remove it, or continue it with resume=auto")
         old = OmegaConf.to_container(OmegaConf.load(saved))
-        different = [k for k in _leaves(config, old) if k.split(".")[0] not in FREE_KEYS]
+        # Where a run has stages, its number of steps says where each of them ends.
+        free = [k for k in FREE_KEYS if k != "steps" or "stages" not in config.get("algo", {})]
+        different = [k for k in _leaves(config, old) if k.split(".")[0] not in free]
         if different:
             key = different[0]
             raise ConfigError(

@@ -84,10 +84,7 @@ class PackedPolicy(nn.Module):
 
     def __init__(self, model: nn.Module, chunk_size: int | None = None) -> None:
         super().__init__()
-        check_supported(model)
-        register()
-        model.set_attn_implementation(IMPLEMENTATION)
-        _without_dropout(model)
+        prepare(model)
         self.model = model
         self.head = LogprobHead(model.get_output_embeddings(), chunk_size)
 
@@ -98,19 +95,35 @@ class PackedPolicy(nn.Module):
 
         A batch without response tokens gives empty results that are still connected to every parameter.
         """
-        longest = max(batch.lengths)
-        trunk = self.model.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens,
-            cu_seq_lens_k=batch.cu_seqlens,
-            max_length_q=longest,
-            max_length_k=longest,
-            sequence_lengths=batch.lengths,
-        )
-        hidden = trunk.last_hidden_state[0].index_select(0, batch.predictors)
-        return self.head(hidden, batch.targets, temperature, entropy)
+        return self.head(predicting_states(self.model.base_model, batch), batch.targets, temperature, entropy)
+
+
+def prepare(model: nn.Module) -> None:
+    """Makes a causal LM run packed rows, in place, and without chance; its trunk alone does too from then on.
+
+    Raises:
+        ModelError: an architecture whose attention or logits cannot be reproduced here.
+    """
+    check_supported(model)
+    register()
+    model.set_attn_implementation(IMPLEMENTATION)
+    _without_dropout(model)
+
+
+def predicting_states(trunk: nn.Module, batch: PackedBatch) -> Float[Tensor, "n D"]:
+    """The trunk's last hidden state in front of each response token [n, D]: the one that predicts it."""
+    longest = max(batch.lengths)
+    output = trunk(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        cu_seq_lens_q=batch.cu_seqlens,
+        cu_seq_lens_k=batch.cu_seqlens,
+        max_length_q=longest,
+        max_length_k=longest,
+        sequence_lengths=batch.lengths,
+    )
+    return output.last_hidden_state[0].index_select(0, batch.predictors)
 
 
 def _without_dropout(model: nn.Module) -> None:

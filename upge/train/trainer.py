@@ -6,22 +6,23 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from upge.algorithm import Algorithm
 from upge.data import Example
+from upge.pipeline import Pipeline, Span
 from upge.rollout import Sampler
 from upge.train.collect import Collector, Trajectory, decode, stream_seed
 from upge.train.config import OptimizerConfig, RunConfig
 from upge.train.distributed import World
-from upge.train.engine import Engine
 from upge.train.evaluate import evaluate
 from upge.train.folder import RunFolder
-from upge.train.update import Updater, step_metrics
-from upge.trajectories import SUCCESS_REWARD
+from upge.train.learner import Learner, Memory, Models
+from upge.train.tally import UpdateReport, rollout_metrics, step_metrics
+from upge.train.update import Rates
 from upge.verify import VerifierPool
 
 #: Exit codes of a run.
@@ -35,6 +36,7 @@ class State:
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,12 @@ class Parts:
     """What a run is made of; each is usable alone."""
 
     config: RunConfig
-    algorithm: Algorithm
+    algorithm: Algorithm | Pipeline
     train: Sequence[Example]
     evaluation: Sequence[Example]
     tokenizer: Any
     stop_token_ids: tuple[int, ...]
-    engine: Engine
+    models: Models
     sampler: Sampler
     pool: VerifierPool
     folder: RunFolder
@@ -70,11 +72,8 @@ class Trainer:
         report_evaluation: Callable[[dict], None] = lambda line: None,
     ) -> None:
         self.parts, self.report_step, self.report_evaluation = parts, report_step, report_evaluation
-        p = parts
-        self.collector = Collector(
-            p.config, p.algorithm, p.train, p.sampler, p.pool, p.tokenizer, p.stop_token_ids, p.world
-        )
-        self.updater = Updater(p.engine, p.algorithm, p.config.optimizer)
+        self.spans = [s for s in Pipeline.of(parts.algorithm).spans(parts.config.steps) if s.end > s.first]
+        self.learners = [self._learner(span) for span in self.spans]
         self.state = State()
         self.sampler_is_stale = True
         self.sampler_sleeps = False
@@ -83,8 +82,12 @@ class Trainer:
 
     def restore(self, step: int) -> None:
         """Continues from the checkpoint of `step`. A run that was stopped for non-finite updates gets a new chance."""
-        folder = self.parts.folder
-        self.state = State(**self.parts.engine.load(folder.checkpoints, folder.tag(step)))
+        folder, models = self.parts.folder, self.parts.models
+        saved = dict(models.policy.load(folder.checkpoints, folder.tag(step)))
+        memory = saved.pop("memory")
+        self.state = State(**saved, memory=None if memory is None else Memory(**memory))
+        if models.critic is not None:
+            models.critic.load(folder.checkpoints, folder.tag(step))
         self.saved_step = step
         if self.state.skipped_in_a_row >= self.parts.config.stop.nonfinite_updates:
             self.state.skipped_in_a_row = 0
@@ -100,7 +103,8 @@ class Trainer:
         while self.state.step < config.steps and not stopped:
             too_many = self._step()
             step, last = self.state.step, self.state.step == config.steps
-            if _due(step, config.evaluation.every) and not last:
+            stage_ends = any(step == span.end for span in self.spans)
+            if (_due(step, config.evaluation.every) or stage_ends) and not last:
                 self._evaluate()
             stopped = self._stop_signal()
             if too_many or (config.checkpoint.every and (last or _due(step, config.checkpoint.every))):
@@ -122,7 +126,7 @@ class Trainer:
 
     def _export(self) -> None:
         folder, world = self.parts.folder, self.parts.world
-        self.parts.engine.export(folder.final_partial)
+        self.parts.models.policy.export(folder.final_partial)
         if world.is_main:
             self.parts.tokenizer.save_pretrained(folder.final_partial)
             folder.finish(self.state.step)
@@ -133,41 +137,86 @@ class Trainer:
         if step == self.saved_step:
             return
         self.saved_step = step
-        self.parts.engine.save(folder.checkpoints, f"{folder.tag(step)}.partial", vars(self.state))
+        models, partial = self.parts.models, f"{folder.tag(step)}.partial"
+        models.policy.save(folder.checkpoints, partial, asdict(self.state))
+        if models.critic is not None:
+            models.critic.save(folder.checkpoints, partial)
         self.parts.world.barrier()
         if self.parts.world.is_main:
             folder.settle(step, self.parts.config.checkpoint.keep)
         self.parts.world.barrier()
 
+    def _learner(self, span: Span) -> Learner:
+        p = self.parts
+
+        def collector_for(algorithm: Algorithm) -> Collector:
+            return Collector(p.config, algorithm, p.train, p.sampler, p.pool, p.tokenizer, p.stop_token_ids, p.world)
+
+        return Learner(span.stage.algorithm, p.models, p.config.optimizer, p.train, collector_for)
+
+    def _enter_stage(self, span: Span, learner: Learner) -> None:
+        """At the first step of a stage: nothing is remembered of the one before but the weights."""
+        self.state.memory = learner.memory()
+        if span.first > 0:
+            self.parts.models.policy.reset_optimizer()
+            if self.parts.models.critic is not None:
+                self.parts.models.critic.reset_optimizer()
+
+    def _rates(self, span: Span) -> Rates:
+        """The learning rates of the present step, by its place in its stage."""
+        config, place = self.parts.config, self.state.step - span.first
+        course = learning_rate(config.optimizer, place, span.end - span.first)
+        critic = learning_rate(replace(config.optimizer, lr=config.critic.lr), place, span.end - span.first)
+        alone = span.stage.algorithm.critic is not None and place < config.critic.warmup_steps
+        return Rates(None if alone else course * span.stage.lr_factor, critic)
+
     def _step(self) -> bool:
         """One step; True if too many updates in a row were not finite."""
         config, world, state = self.parts.config, self.parts.world, self.state
+        number = next(i for i, span in enumerate(self.spans) if state.step < span.end)
+        span, learner = self.spans[number], self.learners[number]
         began = time.perf_counter()
         torch.manual_seed(stream_seed(config.seed, "step", state.step, world.rank))
-        sync = self._refresh_sampler() if self.collector.needs.rollouts else 0.0
-        trajectories, times = self.collector.collect(state.step)
+        if state.memory is None or state.step == span.first:
+            self._enter_stage(span, learner)
+        sync = self._refresh_sampler() if learner.samples else 0.0
+        collected = learner.collect(state.step)
         self._sleep_sampler()
-        lr = learning_rate(config.optimizer, state.step, config.steps)
+        rates = self._rates(span)
         start = time.perf_counter()
-        report = self.updater.update(trajectories, state.step, lr)
-        times["time/train"] = time.perf_counter() - start
+        report, figures = learner.update(collected, state.step, rates, state.memory)
+        figures |= collected.figures | {"time/train": time.perf_counter() - start, "time/sync": sync}
+        figures |= {"learning_rate": rates.policy or 0.0}
+        if len(self.spans) > 1:
+            figures["stage"] = number + 1
         self.sampler_is_stale = True
         state.step += 1
         state.skipped += report.skipped
-        for norm in report.grad_norms:
+        for norm in (*report.grad_norms, *report.critic_norms):
             state.skipped_in_a_row = 0 if math.isfinite(norm) else state.skipped_in_a_row + 1
         too_many = report.skipped > 0 and state.skipped_in_a_row >= config.stop.nonfinite_updates
-        tallies = world.gather_to_main(report.tally)
-        if not world.is_main:
-            return too_many
-        metrics = {"step": state.step, **rollout_metrics(trajectories), **step_metrics(report, tallies)}
-        metrics |= {"learning_rate": lr, "skipped_updates": state.skipped, **times, "time/sync": sync}
-        metrics["time/total"] = time.perf_counter() - began
-        self.parts.folder.append("metrics.jsonl", metrics)
-        if config.log_rollouts and (state.step % config.log_rollouts == 0 or state.step in (1, config.steps)):
-            self.parts.folder.write_rollouts(state.step, self._rows(trajectories))
-        self.report_step(metrics)
+        metrics = self._metrics(collected.trajectories, report, figures)
+        if learner.algorithm.stateful:
+            learner.remember(world.share(metrics), state.step - 1, state.memory)
+        if world.is_main:
+            metrics["time/total"] = time.perf_counter() - began
+            self._record(metrics, collected.trajectories)
         return too_many
+
+    def _metrics(self, trajectories: Sequence[Trajectory], report: UpdateReport, figures: dict) -> dict[str, float]:
+        """A step's line, on the main rank; empty elsewhere."""
+        tallies = self.parts.world.gather_to_main(report.tally)
+        if not self.parts.world.is_main:
+            return {}
+        found = {"step": self.state.step, **rollout_metrics(trajectories), **step_metrics(report, tallies)}
+        return found | {"skipped_updates": self.state.skipped, **figures}
+
+    def _record(self, metrics: dict[str, float], trajectories: Sequence[Trajectory]) -> None:
+        config, step = self.parts.config, self.state.step
+        self.parts.folder.append("metrics.jsonl", metrics)
+        if config.log_rollouts and (step % config.log_rollouts == 0 or step in (1, config.steps)):
+            self.parts.folder.write_rollouts(step, self._rows(trajectories))
+        self.report_step(metrics)
 
     def _refresh_sampler(self) -> float:
         """Gives the sampler the trainer's weights if they have changed; returns the seconds it took."""
@@ -177,7 +226,7 @@ class Trainer:
         if self.sampler_sleeps:
             self.parts.sampler.wake()
             self.sampler_sleeps = False
-        self.parts.sampler.load_weights(self.parts.engine.named_weights())
+        self.parts.sampler.load_weights(self.parts.models.policy.named_weights())
         self.sampler_is_stale = False
         return time.perf_counter() - began
 
@@ -238,29 +287,3 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
         return config.lr
     share = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     return config.lr * ((1 - share) if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share)))
-
-
-def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Figures of a step's rollouts, all of them, whether they reached the model or not; empty without rollouts.
-
-    `entropy` is the mean of -log π over sampled tokens as the sampler reports them: at temperature 1 an unbiased
-    estimate of the policy's token entropy (nats) on its own responses.
-    """
-    rollouts = [t for t in trajectories if not t.is_demonstration]
-    if not rollouts:
-        return {}
-    n = len(rollouts)
-    solved: dict[int, bool] = {}
-    for t in rollouts:
-        solved[t.group] = solved.get(t.group, False) or t.reward > SUCCESS_REWARD
-    tokens = sum(len(t.response_ids) for t in rollouts)
-    return {
-        "reward/mean": sum(t.reward for t in rollouts) / n,
-        "pass_rate": sum(t.reward > SUCCESS_REWARD for t in rollouts) / n,
-        "prompts_solved": sum(solved.values()) / len(solved),
-        "entropy": -sum(sum(t.sampler_logprobs) for t in rollouts) / max(tokens, 1),
-        "response_length": tokens / n,
-        "response_cut_share": sum(not t.finished for t in rollouts) / n,
-        "verify/timeouts": sum(t.status == "timeout" for t in rollouts),
-        "verify/errors": sum(t.status == "error" for t in rollouts),
-    }

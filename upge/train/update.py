@@ -1,144 +1,161 @@
-"""From a step's trajectories to optimizer updates: plan on the whole batch, cut, forward, backward, step."""
+"""From a step's trajectories to updates: fill columns, plan on the whole batch, cut, forward, backward, step."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from upge.algorithm import Algorithm, Plan
-from upge.estimate import TokenRecord, summarise
+from upge.components.base import Precomputed
+from upge.needs import COMPUTED
 from upge.train.collect import Trajectory, assemble
 from upge.train.config import OptimizerConfig
+from upge.train.critic import CriticEngine
 from upge.train.engine import Engine
+from upge.train.frozen import FrozenPolicy
 from upge.train.packing import distribute, packed_length
+from upge.train.tally import Tally, UpdateReport, fit_of
 from upge.trajectories import Trajectories
 
 
-@dataclass
-class Tally:
-    """Sums over the pieces of a step on one rank; `merge` adds those of other ranks."""
+class Batch(NamedTuple):
+    """The trajectories of one update, as columns and as they were collected, in the same order."""
 
-    records: dict[str, list[TokenRecord]] = field(default_factory=dict)
-    loss: float = 0.0
-    penalties: dict[str, float] = field(default_factory=dict)
-    entropy_sum: float = 0.0
-    tokens: int = 0
-    trajectories: int = 0
-    gap_sum: float = 0.0
-    gap_max: float = 0.0
-    gap_tokens: int = 0
-
-    def merge(self, other: Tally) -> None:
-        """Adds another rank's sums."""
-        for name, pieces in other.records.items():
-            self.records.setdefault(name, []).extend(pieces)
-        for name, value in other.penalties.items():
-            self.penalties[name] = self.penalties.get(name, 0.0) + value
-        for name in ("loss", "entropy_sum", "tokens", "trajectories", "gap_sum", "gap_tokens"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.gap_max = max(self.gap_max, other.gap_max)
-
-    def metrics(self) -> dict[str, float]:
-        """Figures of the step, see docs/metrics.md."""
-        found = summarise(self.records) | {f"{n}/value": v for n, v in self.penalties.items()}
-        found |= {"loss": self.loss, "trained/trajectories": self.trajectories, "trained/tokens": self.tokens}
-        if self.tokens:
-            found["trained/entropy"] = self.entropy_sum / self.tokens
-        if self.gap_tokens:
-            found["sampler/logprob_diff_mean"] = self.gap_sum / self.gap_tokens
-            found["sampler/logprob_diff_max"] = self.gap_max
-        return found
+    columns: Trajectories
+    members: list[Trajectory]
 
 
-@dataclass(frozen=True)
-class UpdateReport:
-    """What the updates of a step did.
+class Rates(NamedTuple):
+    """The learning rates of a step; a policy's rate of None leaves it as it is."""
 
-    Attributes:
-        grad_norms: of each update, before clipping; infinite for one that was skipped.
-        skipped: updates dropped because their gradient was not finite.
-        counted: (demonstrations, trajectories) with a coefficient other than zero.
-        silent_prompts: share of the prompts none of whose trajectories can contribute to the gradient.
-        tally: this rank's sums.
-    """
-
-    grad_norms: list[float]
-    skipped: int
-    counted: tuple[int, int]
-    silent_prompts: float
-    tally: Tally
+    policy: float | None
+    critic: float = 0.0
 
 
 class Updater:
     """Runs the updates of a step. It sees an algorithm's plan and its estimates, never which algorithm it is."""
 
-    def __init__(self, engine: Engine, algorithm: Algorithm, config: OptimizerConfig) -> None:
-        self.engine, self.algorithm, self.config = engine, algorithm, config
-        self.columns = algorithm.needs.columns
+    def __init__(
+        self,
+        engine: Engine,
+        algorithm: Algorithm,
+        config: OptimizerConfig,
+        critic: CriticEngine | None = None,
+        frozen: FrozenPolicy | None = None,
+    ) -> None:
+        self.engine, self.algorithm, self.config, self.critic, self.frozen = engine, algorithm, config, critic, frozen
+        self.needs = algorithm.needs
         self.off_policy = config.mini_batches * config.epochs > 1
 
-    def update(self, trajectories: Sequence[Trajectory], step: int, lr: float) -> UpdateReport:
+    def update(
+        self, trajectories: Sequence[Trajectory], step: int, rates: Rates, state: Mapping[str, float] | None = None
+    ) -> UpdateReport:
         """All updates of a step; every rank passes the same trajectories.
 
         With several updates the policy moves away from the one that sampled, so its log-probs are computed before the
         first; with a single one they are the current ones and nothing is computed twice.
         """
-        chunks = split_by_group(trajectories, self.config.mini_batches)
-        batches = [assemble(chunk, step) for chunk in chunks]
-        plans = [self.algorithm.plan(batch) for batch in batches]
-        if self.off_policy and "behavior_logprobs" in self.columns:
-            batches = [self._with_behavior(*triple) for triple in zip(batches, plans, chunks, strict=True)]
-            plans = [self.algorithm.plan(batch) for batch in batches]
-        tally, norms, skipped = Tally(), [], 0
+        whole = self.fill(trajectories, step, state)
+        batches = split(whole, self.config.mini_batches)
+        plans = [self.algorithm.plan(batch.columns) for batch in batches]
+        batches = [self._completed(batch, plan) for batch, plan in zip(batches, plans, strict=True)]
+        tally, norms, critic_norms = Tally(), [], []
         first = next(((b, p) for b, p in zip(batches, plans, strict=True) if bool(p.keep.any())), None)
-        if first is None or not bool((first[1].keep & ~first[0].is_demonstration).any()):
+        if rates.policy is None or first is None or not _has_rollouts(*first):
             self._probe(trajectories, step, tally)
+        goals = [self._goals(batch, plan) for batch, plan in zip(batches, plans, strict=True)]
         for _ in range(self.config.epochs):
-            for batch, plan, chunk in zip(batches, plans, chunks, strict=True):
-                if not bool(plan.keep.any()):
-                    continue
-                self._accumulate(batch, plan, chunk, tally, on_policy=not norms)
-                result = self.engine.step(lr)
-                norms.append(result.grad_norm if result.applied else float("inf"))
-                skipped += not result.applied
-        counted = torch.cat([plan.counted for plan in plans])
-        demonstrations = torch.cat([batch.is_demonstration for batch in batches])
-        keep = [bool(kept) for plan in plans for kept in plan.keep]
-        heard = {t.group for t, kept in zip(sum(chunks, []), keep, strict=True) if kept}
-        silent = 1 - len(heard) / max(1, len({t.group for t in trajectories}))
-        return UpdateReport(norms, skipped, (int((counted & demonstrations).sum()), int(counted.sum())), silent, tally)
+            for batch, plan, goal in zip(batches, plans, goals, strict=True):
+                if rates.policy is not None and bool(plan.keep.any()):
+                    self.accumulate(batch, plan, tally, on_policy=not norms)
+                    norms.append(_norm(self.engine.step(rates.policy)))
+                if goal is not None and bool((goal[1] != 0).any()):
+                    self._accumulate_values(batch, *goal, tally)
+                    critic_norms.append(_norm(self.critic.step(rates.critic)))
+        skipped = [*norms, *critic_norms].count(float("inf"))
+        figures = _coefficients(plans) | self._fit(batches, goals)
+        return UpdateReport(norms, skipped, *_shares(batches, plans), tally, figures, critic_norms)
 
-    def _pieces(self, plan: Plan, chunk: Sequence[Trajectory]) -> list[list[int]]:
+    def fill(self, trajectories: Sequence[Trajectory], step: int, state: Mapping[str, float] | None = None) -> Batch:
+        """The whole step's batch with the columns that parts read before the forward pass, on all trajectories."""
+        columns = dataclasses.replace(assemble(trajectories, step), state=dict(state or {}))
+        batch = Batch(columns, list(trajectories))
+        everything = list(range(len(batch.members)))
+        return self._with_columns(batch, everything, self.needs.before) if everything else batch
+
+    def gradient(self, batch: Batch, plans: Sequence[tuple[float, Plan]]) -> list[Tensor]:
+        """This rank's partitions of ∇ Σ factor·L over `plans` of one algorithm and batch; the policy stays as it is."""
+        keep = torch.stack([plan.keep for _, plan in plans]).any(dim=0)
+        batch = self._with_columns(batch, keep.nonzero()[:, 0].tolist(), self._late_columns())
+        self._accumulate(batch, keep, lambda piece: sum(f * _on(p, piece).estimate(piece).loss for f, p in plans))
+        return self.engine.take_gradient()
+
+    def accumulate(self, batch: Batch, plan: Plan, tally: Tally, on_policy: bool) -> None:
+        """Adds the gradient of the planned batch, piece by piece."""
+
+        def loss(piece: Trajectories) -> Tensor:
+            estimate = _on(plan, piece).estimate(piece)
+            tally.count(piece, estimate, on_policy)
+            return estimate.loss
+
+        self._accumulate(batch, plan.keep, loss)
+
+    def _accumulate(self, batch: Batch, keep: Tensor, loss_of: Callable[[Trajectories], Tensor]) -> None:
+        pieces = self._pieces(batch, keep.nonzero()[:, 0].tolist(), self.algorithm.reach)
+        for number, rows in enumerate(pieces):
+            forward = self.engine.forward(_pairs(batch, rows), entropy=True)
+            if rows:
+                loss = loss_of(_piece(batch, rows, logprobs=forward.logprobs, entropies=forward.entropies))
+            else:
+                # ZeRO-3's collectives need this rank's forward and backward although it has nothing to learn.
+                loss = forward.logprobs_packed.sum() * 0.0
+            self.engine.backward(_told(loss), last=number == len(pieces) - 1)
+
+    def _pieces(self, batch: Batch, rows: list[int], reach: str = "token") -> list[list[int]]:
         """This rank's micro-batches, as rows of the batch; as many on every rank."""
-        rows = plan.keep.nonzero()[:, 0].tolist()
-        lengths = [packed_length(chunk[r].prompt_ids, chunk[r].response_ids) for r in rows]
-        blocks = [chunk[r].group for r in rows] if self.algorithm.reach == "group" else None
+        lengths = [packed_length(*pair) for pair in _pairs(batch, rows)]
+        blocks = [batch.members[r].group for r in rows] if reach == "group" else None
         world = self.engine.world
         cut = distribute(lengths, world.size, self.config.micro_batch_tokens, blocks)[world.rank]
         return [[rows[i] for i in members] for members in cut]
 
-    def _accumulate(
-        self, batch: Trajectories, plan: Plan, chunk: Sequence[Trajectory], tally: Tally, on_policy: bool
-    ) -> None:
-        pieces = self._pieces(plan, chunk)
-        for number, rows in enumerate(pieces):
-            forward = self.engine.forward([(chunk[r].prompt_ids, chunk[r].response_ids) for r in rows], entropy=True)
-            if rows:
-                logprobs, entropies = forward.logprobs, forward.entropies
-                piece = _to(batch, torch.tensor(rows), logprobs.device, logprobs, entropies)
-                estimate = plan.to(logprobs.device).estimate(piece)
-                loss = estimate.loss
-                _count(tally, piece, estimate, logprobs.detach(), entropies.detach(), on_policy)
-            else:
-                # ZeRO-3's collectives need this rank's forward and backward although it has nothing to learn.
-                loss = forward.logprobs_packed.sum() * 0.0
-            if not bool(torch.isfinite(loss.detach())):
-                loss = loss * float("nan")  # so that the gradient norm, which all ranks share, tells of it too
-            self.engine.backward(loss, last=number == len(pieces) - 1)
+    # Columns that take a forward pass.
+
+    def _late_columns(self) -> frozenset[str]:
+        """Columns that only live parts read: asked for once it is known which trajectories are kept."""
+        late = (self.needs.columns & COMPUTED) - self.needs.before
+        return late if self.off_policy else late - {"behavior_logprobs"}
+
+    def _completed(self, batch: Batch, plan: Plan) -> Batch:
+        return self._with_columns(batch, plan.keep.nonzero()[:, 0].tolist(), self._late_columns())
+
+    @torch.no_grad()
+    def _with_columns(self, batch: Batch, rows: list[int], names: frozenset[str]) -> Batch:
+        """`batch` with columns computed for `rows`; zero elsewhere, where nobody looks."""
+        sources = {
+            "behavior_logprobs": lambda pairs: self.engine.forward(pairs).logprobs,
+            "reference_logprobs": lambda pairs: self.frozen.forward(pairs).logprobs,
+            "values": lambda pairs: self.critic.forward(pairs).values,
+        }
+        # The value loss compares with the values before the step even where no advantage reads them.
+        found = {name: self._column(batch, rows, sources[name]) for name in sorted(names)}
+        return batch._replace(columns=dataclasses.replace(batch.columns, **found)) if found else batch
+
+    def _column(self, batch: Batch, rows: list[int], forward: Callable[[list], Tensor]) -> Tensor:
+        column = torch.zeros(batch.columns.response_mask.shape)
+        mine = []
+        for piece in self._pieces(batch, rows) if rows else ():
+            values = forward(_pairs(batch, piece))
+            if piece:
+                mine.append((piece, values.float().cpu()))
+        for part in self.engine.world.gather(mine):
+            for piece, values in part:
+                column[torch.tensor(piece), : values.shape[1]] = values
+        return column
 
     @torch.no_grad()
     def _probe(self, trajectories: Sequence[Trajectory], step: int, tally: Tally) -> None:
@@ -151,74 +168,110 @@ class Updater:
         mine = rollouts[world.rank : world.rank + 1]
         forward = self.engine.forward([(t.prompt_ids, t.response_ids) for t in mine])
         if mine:
-            _compare(tally, assemble(mine, step), forward.logprobs.float().cpu())
+            tally.compare(assemble(mine, step), forward.logprobs.float().cpu())
 
-    @torch.no_grad()
-    def _with_behavior(self, batch: Trajectories, plan: Plan, chunk: Sequence[Trajectory]) -> Trajectories:
-        """`batch` with the current policy's log-probs as the behaviour column, wherever they can be needed."""
-        column = torch.zeros(batch.response_mask.shape)
-        mine: list[tuple[list[int], Tensor]] = []
-        if bool(plan.keep.any()):
-            for rows in self._pieces(plan, chunk):
-                forward = self.engine.forward([(chunk[r].prompt_ids, chunk[r].response_ids) for r in rows])
-                if rows:
-                    mine.append((rows, forward.logprobs.float().cpu()))
-        for part in self.engine.world.gather(mine):
-            for rows, values in part:
-                column[torch.tensor(rows), : values.shape[1]] = values
-        return dataclasses.replace(batch, behavior_logprobs=column)
+    # The critic.
+
+    def _goals(self, batch: Batch, plan: Plan) -> tuple[Tensor, Tensor] | None:
+        """(returns, weights), each [B, T], of the critic's loss on a batch; None without a critic."""
+        if self.algorithm.critic is None:
+            return None
+        loss = self.algorithm.critic
+        return loss.targets(batch.columns), loss.weights(batch.columns, plan.counted)
+
+    def _accumulate_values(self, batch: Batch, targets: Tensor, weights: Tensor, tally: Tally) -> None:
+        pieces = self._pieces(batch, (weights != 0).any(dim=1).nonzero()[:, 0].tolist())
+        for number, rows in enumerate(pieces):
+            values = self.critic.forward(_pairs(batch, rows)).values
+            if rows:
+                width = values.shape[1]
+                old, target, weight = (
+                    column[rows][:, :width].to(values.device) for column in (batch.columns.values, targets, weights)
+                )
+                loss = (self.algorithm.critic(values.double(), old.double(), target) * weight).sum()
+                tally.value_loss += float(loss.detach())
+            else:
+                loss = values.sum() * 0.0
+            self.critic.backward(_told(loss), last=number == len(pieces) - 1)
+
+    def _fit(self, batches: Sequence[Batch], goals: Sequence[tuple[Tensor, Tensor] | None]) -> dict[str, float]:
+        if self.algorithm.critic is None:
+            return {}
+        values, targets, masks = (
+            torch.cat([column.flatten() for column in columns])
+            for columns in (
+                [b.columns.values for b in batches],
+                [goal[0] for goal in goals],
+                [(goal[1] != 0) & b.columns.response_mask for b, goal in zip(batches, goals, strict=True)],
+            )
+        )
+        return fit_of(values, targets, masks)
 
 
-def split_by_group(trajectories: Sequence[Trajectory], parts: int) -> list[list[Trajectory]]:
-    """Consecutive chunks with as many prompts each; a group stays whole."""
-    groups = sorted({t.group for t in trajectories})
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """Consecutive pieces with as many prompts each, every one planned by itself; a group stays whole."""
+    members = batch.members
+    groups = sorted({t.group for t in members})
     size = max(1, -(-len(groups) // parts))
     chunks = [set(groups[i : i + size]) for i in range(0, len(groups), size)]
-    return [[t for t in trajectories if t.group in chunk] for chunk in chunks]
-
-
-def step_metrics(report: UpdateReport, tallies: Sequence[Tally]) -> dict[str, float]:
-    """Figures of a step's updates from all ranks' sums."""
-    total = Tally()
-    for tally in tallies:
-        total.merge(tally)
-    demonstrations, counted = report.counted
-    found = total.metrics()
-    found["gate/demonstration_share"] = demonstrations / counted if counted else 0.0
-    found["gate/silent_prompts"] = report.silent_prompts
-    finite = [n for n in report.grad_norms if n != float("inf")]
-    found["grad_norm"] = sum(finite) / len(finite) if finite else (float("nan") if report.grad_norms else 0.0)
-    found["updates"] = len(report.grad_norms) - report.skipped
+    if len(chunks) <= 1:
+        return [batch]
+    found = []
+    for chunk in chunks:
+        rows = [i for i, t in enumerate(members) if t.group in chunk]
+        columns = batch.columns.select(torch.tensor(rows), row=torch.arange(len(rows)))
+        found.append(Batch(columns, [members[i] for i in rows]))
     return found
 
 
-def _to(batch: Trajectories, rows: Tensor, device: torch.device, logprobs: Tensor, entropies: Tensor) -> Trajectories:
+def _pairs(batch: Batch, rows: Sequence[int]) -> list[tuple[Sequence[int], Sequence[int]]]:
+    return [(batch.members[r].prompt_ids, batch.members[r].response_ids) for r in rows]
+
+
+def _piece(batch: Batch, rows: Sequence[int], **live: Tensor) -> Trajectories:
     """A piece of the batch on the model's device, with the columns of the forward pass."""
-    piece = batch.select(rows)
+    piece = batch.columns.select(torch.tensor(rows))
     columns = {f.name: getattr(piece, f.name) for f in dataclasses.fields(piece)}
+    device = live["logprobs"].device
     moved = {n: c.to(device) if isinstance(c, Tensor) else c for n, c in columns.items()}
-    return Trajectories(**{**moved, "logprobs": logprobs, "entropies": entropies})
+    return Trajectories(**{**moved, **live})
 
 
-def _count(tally: Tally, piece: Trajectories, estimate, logprobs: Tensor, entropies: Tensor, on_policy: bool) -> None:
-    for name, record in estimate.records.items():
-        tally.records.setdefault(name, []).append(record)
-    for name, value in estimate.penalties.items():
-        tally.penalties[name] = tally.penalties.get(name, 0.0) + value
-    mask = piece.response_mask
-    tally.loss += float(estimate.loss.detach())
-    tally.entropy_sum += float(entropies[mask].double().sum())
-    tally.tokens += int(mask.sum())
-    tally.trajectories += len(piece)
-    if on_policy:
-        _compare(tally, piece, logprobs)
+def _on(plan: Plan, piece: Trajectories) -> Plan:
+    return plan.to(piece.response_mask.device)
 
 
-def _compare(tally: Tally, piece: Trajectories, logprobs: Tensor) -> None:
-    """Counts how far the sampler's log-probs of a piece's rollouts are from the trainer's."""
-    sampled = piece.response_mask & ~piece.is_demonstration[:, None]
-    if piece.sampler_logprobs is not None and bool(sampled.any()):
-        gap = (logprobs.float() - piece.sampler_logprobs.float()).abs()[sampled]
-        tally.gap_sum += float(gap.double().sum())
-        tally.gap_max = max(tally.gap_max, float(gap.max()))
-        tally.gap_tokens += gap.numel()
+def _told(loss: Tensor) -> Tensor:
+    """A loss that is not finite becomes NaN, so that the gradient norm, which all ranks share, tells of it too."""
+    return loss if bool(torch.isfinite(loss.detach())) else loss * float("nan")
+
+
+def _norm(result: NamedTuple) -> float:
+    return result.grad_norm if result.applied else float("inf")
+
+
+def _has_rollouts(batch: Batch, plan: Plan) -> bool:
+    return bool((plan.keep & ~batch.columns.is_demonstration).any())
+
+
+def _shares(batches: Sequence[Batch], plans: Sequence[Plan]) -> tuple[tuple[int, int], float]:
+    """(demonstrations, all) that count, and the share of prompts without any gradient."""
+    counted = torch.cat([plan.counted for plan in plans])
+    demonstrations = torch.cat([batch.columns.is_demonstration for batch in batches])
+    members = [t for batch in batches for t in batch.members]
+    keep = torch.cat([plan.keep for plan in plans]).tolist()
+    heard = {t.group for t, kept in zip(members, keep, strict=True) if kept}
+    silent = 1 - len(heard) / max(1, len({t.group for t in members}))
+    return (int((counted & demonstrations).sum()), int(counted.sum())), silent
+
+
+def _coefficients(plans: Sequence[Plan]) -> dict[str, float]:
+    """Per term, the mean coefficient of its source's trajectories, where it is known before the forward pass."""
+    found: dict[str, float] = {}
+    for name, term in plans[0].terms.items():
+        if isinstance(term.gate, Precomputed):
+            values = torch.cat([plan.terms[name].gate.values for plan in plans])
+            rows = torch.cat([plan.terms[name].source for plan in plans])
+            if bool(rows.any()):
+                found[f"{name}/coefficient"] = term.coefficient * float(values[rows].mean())
+    return found

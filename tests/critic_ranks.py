@@ -1,0 +1,159 @@
+"""Run by torchrun from test_critic.py: policy, critic and frozen policy in one process; saved by rank 0.
+
+usage: critic_ranks.py MODEL OTHER OUTPUT SCRATCH
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.models import trajectories
+from upge.errors import ModelError
+from upge.train.config import CriticConfig, ModelConfig, OptimizerConfig
+from upge.train.critic import CriticEngine
+from upge.train.distributed import connect, leave
+from upge.train.engine import Engine
+from upge.train.frozen import FrozenPolicy
+from upge.train.packing import distribute, packed_length
+
+#: The first gives several micro-batches, the second one a rank.
+BUDGETS = (60, 10_000)
+TEMPERATURE = 0.7
+
+
+def batch() -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(prompt_ids, response_ids), one of them without a response."""
+    found = [(t.prompt_ids, t.response_ids) for t in trajectories()]
+    return [*found[:7], (found[7][0], ()), *found[8:]]
+
+
+def targets() -> list[Tensor]:
+    g = torch.Generator().manual_seed(3)
+    return [torch.randn(len(response), generator=g) for _, response in batch()]
+
+
+def share(engine: CriticEngine | Engine | FrozenPolicy, budget: int, some: int | None = None) -> list[list[int]]:
+    """This rank's micro-batches of the first `some` trajectories."""
+    lengths = [packed_length(*pair) for pair in batch()[:some]]
+    return distribute(lengths, engine.world.size, budget)[engine.world.rank]
+
+
+def squared_loss(values: Tensor, rows: list[int]) -> Tensor:
+    """This micro-batch's part of Σ (V − y)² / trajectories."""
+    loss = values.sum() * 0
+    for place, row in enumerate(rows):
+        wanted = targets()[row]
+        loss = loss + (values[place, : len(wanted)] - wanted).square().sum()
+    return loss / len(batch())
+
+
+def accumulate(critic: CriticEngine, budget: int, some: int | None = None) -> None:
+    mine = share(critic, budget, some)
+    for number, rows in enumerate(mine):
+        values = critic.forward([batch()[r] for r in rows]).values
+        critic.backward(squared_loss(values, rows), last=number == len(mine) - 1)
+
+
+def padded(engine: CriticEngine | Engine | FrozenPolicy, column: str, budget: int = 60) -> Tensor:
+    """A column of every rank's forward passes without gradient, [B, T]."""
+    pairs, parts = batch(), []
+    for rows in share(engine, budget):
+        with torch.no_grad():
+            forward = engine.forward([pairs[r] for r in rows])
+        parts += [(r, getattr(forward, column)[place, : len(pairs[r][1])]) for place, r in enumerate(rows)]
+    found = torch.zeros(len(pairs), max(len(response) for _, response in pairs))
+    for part in engine.world.gather(parts):
+        for row, values in part:
+            found[row, : len(values)] = values
+    return found
+
+
+def whole(module: nn.Module) -> dict[str, Tensor]:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=None):
+        return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def gradients(critic: CriticEngine) -> dict[str, Tensor]:
+    from deepspeed.utils import safe_get_full_grad
+
+    return {name: safe_get_full_grad(p).clone() for name, p in critic.module.named_parameters()}
+
+
+def move(policy: Engine) -> None:
+    """An update of the policy that every token takes part in."""
+    mine = share(policy, BUDGETS[0])
+    for number, rows in enumerate(mine):
+        forward = policy.forward([batch()[r] for r in rows], entropy=True)
+        policy.backward(-forward.logprobs.sum() / 100, last=number == len(mine) - 1)
+    assert policy.step(1e-2).applied
+
+
+def learn(critic: CriticEngine, found: dict) -> None:
+    """First values, two updates, then values and gradients where head and trunk have moved."""
+    found["first values"] = padded(critic, "values")
+    for _ in range(2):
+        accumulate(critic, BUDGETS[0])
+        assert critic.step(1e-2).applied
+    found["critic"] = whole(critic.module)
+    for budget in BUDGETS:
+        found["values", budget] = padded(critic, "values", budget)
+        accumulate(critic, budget)
+        found["gradient", budget] = gradients(critic)
+        found["norm", budget] = critic.step(0.0).grad_norm
+    # A single trajectory leaves a second rank without work.
+    accumulate(critic, BUDGETS[1], some=1)
+    found["gradient of one"] = gradients(critic)
+    critic.step(0.0)
+
+
+def resume(critic: CriticEngine, fresh: CriticEngine, scratch: Path, found: dict) -> None:
+    critic.save(scratch, "step_3.partial")
+    critic.world.barrier()
+    if critic.world.is_main:
+        (scratch / "step_3.partial").rename(scratch / "step_3")
+    critic.world.barrier()
+    fresh.load(scratch, "step_3")
+    for key, each in (("went on", critic), ("resumed", fresh)):
+        accumulate(each, BUDGETS[0])
+        each.step(1e-3)
+        found[key] = whole(each.module)
+    with pytest.raises(ModelError, match="cannot be read"):
+        fresh.load(scratch, "step_4")
+
+
+def main(model: str, other: str, output: str, scratch: str) -> None:
+    world = connect()
+    found: dict = {}
+    settings = ModelConfig(path=model)
+    optimizer = OptimizerConfig(max_grad_norm=0.0, micro_batch_tokens=BUDGETS[0])
+    policy = Engine(settings, optimizer, world, TEMPERATURE)
+    frozen = FrozenPolicy(settings, world, TEMPERATURE)
+    critic = CriticEngine(settings, CriticConfig(), optimizer, world)
+    held = sum(p.ds_tensor.numel() for p in frozen._engine.module.parameters())
+    found["share held"] = held / policy.parameters
+    found["frozen", 0], found["policy", 0] = padded(frozen, "logprobs"), padded(policy, "logprobs")
+    move(policy)
+    learn(critic, found)
+    move(policy)
+    found["frozen", 1], found["policy", 1] = padded(frozen, "logprobs"), padded(policy, "logprobs")
+    found["weights"] = {name: weight.clone() for name, weight in policy.named_weights()}
+    checkpointed = ModelConfig(path=model, gradient_checkpointing=True)
+    resume(critic, CriticEngine(checkpointed, CriticConfig(), optimizer, world), Path(scratch), found)
+    apart = CriticEngine(settings, CriticConfig(path=other), optimizer, world)
+    found["apart"] = whole(apart.module)
+    with pytest.raises(ModelError, match="critic.path: this model knows 120 tokens"):
+        apart.forward([((1, 2), (3, 10**6))])
+    if world.is_main:
+        torch.save(found, output)
+    leave(world, 0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

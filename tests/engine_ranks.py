@@ -1,0 +1,143 @@
+"""Run by torchrun from test_engine.py: gradients taken, sets of moments and their continuation; saved by rank 0.
+
+usage: engine_ranks.py MODEL OUTPUT SCRATCH
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.models import trajectories
+from upge.errors import ModelError
+from upge.train.config import ModelConfig, OptimizerConfig
+from upge.train.distributed import World, connect, leave
+from upge.train.engine import Engine, StepResult
+from upge.train.packing import distribute, packed_length
+
+#: Tokens of a micro-batch, small enough for several.
+BUDGET = 60
+
+
+def token_weights(variant: int) -> list[Tensor]:
+    """A coefficient for every token: the loss is Σ w log π."""
+    g = torch.Generator().manual_seed(100 + variant)
+    return [torch.randn(len(t.response_ids), generator=g) / 50 for t in trajectories()]
+
+
+def accumulate(engine: Engine, variant: int, factor: float = 1.0) -> None:
+    """The gradient of one of several losses over all ranks' trajectories, in micro-batches."""
+    batch, weights = trajectories(), token_weights(variant)
+    lengths = [packed_length(t.prompt_ids, t.response_ids) for t in batch]
+    mine = distribute(lengths, engine.world.size, BUDGET)[engine.world.rank]
+    assert len(mine) > 2
+    for number, rows in enumerate(mine):
+        logprobs = engine.forward([(batch[r].prompt_ids, batch[r].response_ids) for r in rows]).logprobs
+        loss = logprobs.sum() * 0
+        for place, row in enumerate(rows):
+            loss = loss + (weights[row] * logprobs[place, : len(weights[row])]).sum()
+        engine.backward(loss * factor, last=number == len(mine) - 1)
+
+
+def whole(engine: Engine, gradient: list[Tensor]) -> dict[str, Tensor]:
+    """All ranks' parts of a gradient put together, by parameter."""
+    parts = zip(*engine.world.gather(gradient), strict=True)
+    named = list(engine.network.named_parameters())
+    return {n: torch.cat(p).view(parameter.ds_shape) for (n, parameter), p in zip(named, parts, strict=True)}
+
+
+def weights_of(engine: Engine) -> dict[str, Tensor]:
+    return {name: weight.clone() for name, weight in engine.named_weights()}
+
+
+def update(engine: Engine, variant: int, lr: float = 1e-2) -> StepResult:
+    accumulate(engine, variant)
+    return engine.step(lr)
+
+
+def take(engine: Engine, found: dict) -> None:
+    """Two gradients, their product, and what follows them."""
+    taken = []
+    for variant in (0, 1):
+        accumulate(engine, variant)
+        taken.append(engine.take_gradient())
+    found["gradients"] = [whole(engine, gradient) for gradient in taken]
+    found["dot"] = [engine.dot(taken[i], taken[j]) for i, j in ((0, 1), (0, 0))]
+    accumulate(engine, 2, factor=float("nan"))
+    assert not all(bool(part.isfinite().all()) for part in engine.take_gradient())
+    after = [update(engine, 0), update(engine, 1)]
+    found["with"] = {"results": after, "weights": weights_of(engine)}
+
+
+def interleave(engine: Engine, found: dict) -> None:
+    """Updates by turns with several sets of moments; before each, the gradient that AdamW gets."""
+    from deepspeed.utils import safe_get_full_grad
+
+    engine.reset_optimizer()
+    found["start"] = weights_of(engine)
+    found["turns"] = []
+    for turn, name in enumerate(("main", "other", "main", "main", "other", "reset other", "other", "main")):
+        if name == "reset other":
+            engine.use_optimizer("other")
+            engine.reset_optimizer()
+            found["turns"].append((name, None, None))
+            continue
+        engine.use_optimizer(name)
+        accumulate(engine, turn)
+        gradient = {n: safe_get_full_grad(p).clone() for n, p in engine.network.named_parameters()}
+        engine.step(1e-2)
+        found["turns"].append((name, gradient, weights_of(engine)))
+
+
+def resume(engine: Engine, fresh: Engine, scratch: Path, found: dict) -> None:
+    """Saves, goes on, and does the same again from the checkpoint in another engine."""
+    world = engine.world
+    engine.use_optimizer("other")
+    engine.save(scratch, "step_7.partial", {"step": 7})
+    world.barrier()
+    if world.is_main:
+        (scratch / "step_7.partial").rename(scratch / "step_7")
+    world.barrier()
+    # The engine that continues has a history of its own, none of which may survive.
+    for name in ("third", "other"):
+        fresh.use_optimizer(name)
+        update(fresh, 3)
+    found["state"] = fresh.load(scratch, "step_7")
+    for key, each in (("went on", engine), ("resumed", fresh)):
+        update(each, 4)
+        for variant, name in enumerate(("main", "third", "other", "main")):
+            each.use_optimizer(name)
+            update(each, variant)
+        found[key] = weights_of(each)
+    world.barrier()
+    (scratch / "step_7" / f"moments_rank_{world.rank}.pt").unlink()
+    with pytest.raises(ModelError, match="moments_rank_.*cannot be read"):
+        fresh.load(scratch, "step_7")
+    with pytest.raises(ModelError, match="step_8.*cannot be read"):
+        fresh.load(scratch, "step_8")
+
+
+def engine_of(model: str, world: World, max_grad_norm: float) -> Engine:
+    return Engine(ModelConfig(path=model), OptimizerConfig(max_grad_norm=max_grad_norm, weight_decay=0.1), world)
+
+
+def main(model: str, output: str, scratch: str) -> None:
+    world = connect()
+    found: dict = {}
+    clipped, plain = engine_of(model, world, 0.5), engine_of(model, world, 0.5)
+    take(clipped, found)
+    found["without"] = {"results": [update(plain, 0), update(plain, 1)], "weights": weights_of(plain)}
+    engine = engine_of(model, world, 0.0)
+    interleave(engine, found)
+    resume(engine, engine_of(model, world, 0.0), Path(scratch), found)
+    if world.is_main:
+        torch.save(found, output)
+    leave(world, 0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

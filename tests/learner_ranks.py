@@ -1,0 +1,97 @@
+"""Run by torchrun from test_learner.py: held-out slopes, interludes and a critic's goals; saved by rank 0.
+
+usage: learner_ranks.py MODEL OUTPUT TOKEN_BUDGET
+"""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import torch
+
+import algorithms
+import upge
+from tests.models import trajectories
+from upge.train.config import CriticConfig, ModelConfig, OptimizerConfig
+from upge.train.critic import CriticEngine
+from upge.train.distributed import connect, leave
+from upge.train.engine import Engine
+from upge.train.frozen import FrozenPolicy
+from upge.train.learner import Learner, Models
+from upge.train.tally import step_metrics
+from upge.train.update import Rates
+
+LR, SIZE = 0.3, 3
+MU = {"_target_": "upge.MetaGradient", "start": 0.6, "rate": 2.0, "entropy_rate": 0.25, "every": 1, "low": 0.01}
+
+
+def mixed() -> upge.Algorithm:
+    """Dr. GRPO and maximum likelihood in shares 1 - μ and μ."""
+    node = algorithms.read("dr_grpo")
+    node.terms.sft = algorithms.read("sft").terms.sft
+    node.terms.sft.gate = MU
+    node.terms.rl.gate = {"_target_": "upge.Complement", "gate": MU}
+    node.validation = algorithms.read("sft")
+    return algorithms.compose(node, "mixed")
+
+
+class Given:
+    """A collector of trajectories that are there already: held-out ones have another seed."""
+
+    def collect(self, step: int, stream: str = "train", avoid: object = None):
+        return trajectories(seed=step if stream == "train" else 50 + step), {"time/rollout": 0.0}
+
+    def demonstrations(self, indices):
+        made = {t.example: t for t in trajectories() if t.is_demonstration}
+        return [made[i] for i in indices]
+
+
+def main(model: str, output: str, budget: str) -> None:
+    world = connect()
+    config = OptimizerConfig(lr=LR, max_grad_norm=0.0, micro_batch_tokens=int(budget))
+    settings = ModelConfig(path=model)
+    models = Models(
+        Engine(settings, config, world),
+        CriticEngine(settings, CriticConfig(lr=1e-3), config, world),
+        FrozenPolicy(settings, world),
+    )
+    examples = [SimpleNamespace(demonstration_ids=None if i == 2 else (1,)) for i in range(5)]
+
+    def learner(algorithm: upge.Algorithm) -> Learner:
+        return Learner(algorithm, models, config, examples, lambda _: Given())
+
+    found = {}
+    meta = learner(mixed())
+    memory = meta.memory()
+    collected = meta.collect(0)
+    # The slope is that of the rate at hand; the update then leaves the policy where it is for what follows.
+    found["slope"] = meta._slope(meta._asking(0)[0], collected, 0, Rates(LR), memory)
+    report, figures = meta.update(collected, 0, Rates(0.0), memory)
+    found["norm"], found["state"] = report.grad_norms[0], figures["state/mu"]
+    meta.remember({"state/mu_utility_slope": 0.05, "entropy": 0.3}, 0, memory)
+    found["mu"] = memory.variables["mu"]
+
+    critic = learner(algorithms.load("ppo", ["critic.clip=null"]))
+    report, _ = critic.update(critic.collect(0), 0, Rates(0.0, 1e-3), critic.memory())
+    tallies = world.gather(report.tally)
+    found["critic"] = [step_metrics(report, tallies)]
+    report, _ = critic.update(critic.collect(0), 0, Rates(None, 1e-3), critic.memory())
+    tallies = world.gather(report.tally)
+    found["critic"].append(step_metrics(report, tallies))
+    found["policy updates"] = len(report.grad_norms)
+
+    aside = learner(algorithms.load("relift", [f"interlude.size={SIZE}"]))
+    memory = aside.memory()
+    found["interludes"] = []
+    for step in range(4):
+        _, figures = aside.update(aside.collect(0), step, Rates(1e-3), memory)
+        found["interludes"].append((figures["interlude/updates"], list(memory.remembered)))
+    found["optimizer"] = models.policy._moments.in_use
+    if world.is_main:
+        torch.save(found, output)
+    leave(world, 0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

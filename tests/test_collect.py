@@ -1,0 +1,281 @@
+"""A step's trajectories from fakes: prompts drawn anew, streams of prompts, preference pairs, any number of ranks."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import upge
+from upge.data import Example, Problem
+from upge.errors import DataError
+from upge.rollout import Rollout
+from upge.selection import DynamicSampling
+from upge.train.collect import Collector, assemble, usable
+from upge.train.config import from_tree
+from upge.train.order import least_used, prompt_indices, stream_seed
+
+#: What the fake model does with prompt i, by i % 3: always right, always wrong, right in every other rollout.
+RIGHT, WRONG, MIXED = 0, 1, 2
+
+
+def examples(number: int, demonstrations: bool = True, rejected: bool = True) -> list[Example]:
+    """Prompt i is the token i, its demonstration (100, i), its rejected response (200, i)."""
+    problem = Problem("p", "1+1=?", "2", "2", None)
+    return [
+        Example(problem, (i,), (100, i) if demonstrations else None, (200, i) if rejected else None)
+        for i in range(number)
+    ]
+
+
+@dataclass
+class FakeModel:
+    """Sampler, tokenizer and verifier in one; a response is (prompt, seed, 1 if right) and remembers all of them."""
+
+    lucky: frozenset[int] = frozenset()
+    rounds: list[list[int]] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+
+    def sample(self, prompts, n, sampling, seeds) -> list[list[Rollout]]:
+        self.rounds.append([prompt[0] for prompt in prompts])
+        self.seeds += seeds
+        return [[self.rollout(p[0], s, m) for m in range(n)] for p, s in zip(prompts, seeds, strict=True)]
+
+    def rollout(self, prompt: int, seed: int, member: int) -> Rollout:
+        right = prompt % 3 == RIGHT or (prompt % 3 == MIXED and member % 2 == 0) or (seed in self.lucky and member == 0)
+        return Rollout((prompt, seed, int(right)), (-1.0, -2.0, -3.0), True)
+
+    def batch_decode(self, responses, skip_special_tokens) -> list[str]:
+        return [str(response[-1]) for response in responses]
+
+    def score(self, items) -> list[SimpleNamespace]:
+        return [SimpleNamespace(reward=float(text), status="ok") for text, _, _ in items]
+
+
+ALONE = SimpleNamespace(rank=0, size=1, gather=lambda value: [value])
+
+
+class Ranks:
+    """As many threads as ranks, each with a world of its own; what they gather is exchanged at a barrier."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.slots, self.barrier = size, [None] * size, threading.Barrier(size, timeout=30)
+
+    def world(self, rank: int) -> SimpleNamespace:
+        def gather(value):
+            self.slots[rank] = value
+            self.barrier.wait()
+            found = list(self.slots)
+            self.barrier.wait()
+            return found
+
+        return SimpleNamespace(rank=rank, size=self.size, gather=gather)
+
+    def run(self, work) -> list:
+        found: list = [None] * self.size
+        threads = [
+            threading.Thread(target=lambda r=r: found.__setitem__(r, work(self.world(r)))) for r in range(self.size)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
+
+
+def term(source: str) -> upge.Term:
+    relative = upge.GroupRelative() if source == "rollouts" else upge.ConstantAdvantage()
+    estimator = upge.UnifiedGradient(upge.NoMask(), upge.CurrentPolicy(), relative, upge.PolicyLikelihood())
+    return upge.Term(source, upge.Always(), estimator, upge.TokenMean())
+
+
+def algorithm(*sources: str, rounds: int = 0) -> upge.Algorithm:
+    """A term per source; with `rounds`, prompts whose rollouts all got the same reward are drawn anew."""
+    sampling = DynamicSampling(upge.PassRateBetween(), rounds) if rounds else None
+    return upge.Algorithm("test", {source: term(source) for source in sources}, sampling=sampling)
+
+
+def collector(algo: upge.Algorithm, data: list[Example], model: FakeModel, world=ALONE, prompts: int = 4) -> Collector:
+    config = from_tree(upge.train.config.RunConfig, {"prompts_per_step": prompts, "group_size": 2, "seed": 5})
+    return Collector(config, algo, data, model, model, model, (9,), world)
+
+
+def prompts_of(trajectories) -> list[int]:
+    """The prompt of each group, in order of the groups, which are numbered 0, 1, ..."""
+    prompts = {t.group: t.example for t in trajectories}
+    assert list(prompts) == list(range(len(prompts)))
+    return list(prompts.values())
+
+
+# Prompts drawn anew.
+
+
+def test_without_redraws_a_step_is_what_it_was():
+    """Prompts and seeds are part of every recorded run."""
+    model = FakeModel()
+    found, figures = collector(algorithm("rollouts", "demonstrations"), examples(12), model).collect(3)
+    prompts = [1, 10, 2, 4]
+    assert prompt_indices(3, 4, 12, 5) == prompts and model.rounds == [prompts]
+    assert model.seeds == [stream_seed(5, "rollout", 3, g) for g in range(4)] and model.seeds[0] == 429836502
+    assert [(t.example, t.group, t.is_demonstration) for t in found] == [
+        (prompt, g, demonstration) for g, prompt in enumerate(prompts) for demonstration in (False, False, True)
+    ]
+    assert [t.reward for t in found] == [0, 0, 1, 0, 0, 1, 1, 0, 1, 0, 0, 1]
+    assert found[0].response_ids == (1, model.seeds[0], 0) and found[2].response_ids == (100, 1)
+    assert set(figures) == {"time/rollout", "time/verify"} and {t.preference for t in found} == {0}
+
+
+def test_closed_prompts_are_replaced_in_order_of_acceptance():
+    """Only prompts 2, 5, 8, 11, ... have rollouts that differ."""
+    model = FakeModel()
+    algo = algorithm("rollouts", "demonstrations", rounds=10)
+    found, figures = collector(algo, examples(30), model).collect(0)
+    asked = [i for prompts in model.rounds for i in prompts]
+    kept = [i for i in asked if i % 3 == MIXED]
+    assert model.rounds[0] == prompt_indices(0, 4, 30, 5) and len(set(asked)) == len(asked)
+    assert prompts_of(found) == kept and len(kept) == 4
+    missing = 4
+    for prompts in model.rounds:
+        assert len(prompts) == missing > 0
+        missing -= sum(i % 3 == MIXED for i in prompts)
+    assert [t.is_demonstration for t in found] == [False, False, True] * 4
+    assert (figures["sampling/rounds"], figures["sampling/prompts"]) == (len(model.rounds), len(asked))
+    assert model.rounds == [[18, 22, 7, 24], [1, 14, 12, 27], [19, 11, 29], [2]]
+
+
+def test_rounds_are_limited_and_what_is_missing_stays_missing():
+    model = FakeModel()
+    found, figures = collector(algorithm("rollouts", rounds=2), examples(30), model).collect(0)
+    assert model.rounds == [[18, 22, 7, 24], [1, 14, 12, 27]] and prompts_of(found) == [14]
+    assert (figures["sampling/rounds"], figures["sampling/prompts"]) == (2, 8)
+
+
+def test_a_step_is_never_empty():
+    """Nothing that is learned from: the first round stands."""
+    model = FakeModel()
+    only_right = [e for e in examples(60) if e.prompt_ids[0] % 3 == RIGHT]
+    found, figures = collector(algorithm("rollouts", rounds=3), only_right, model).collect(1)
+    assert prompts_of(found) == prompt_indices(1, 4, 20, 5)
+    assert [t.response_ids[1] for t in found[::2]] == [stream_seed(5, "rollout", 1, g) for g in range(4)]
+    assert (figures["sampling/rounds"], figures["sampling/prompts"]) == (3, 12)
+
+
+def test_a_small_data_set_is_tried_again_only_when_all_has_been_tried():
+    """Seven prompts, one of them mixed; prompt 1 succeeds in a later round by luck and then replaces another."""
+    data = [e for e in examples(21) if e.prompt_ids[0] % 3 == WRONG][:6] + [examples(21)[2]]
+    lucky = frozenset({stream_seed(5, "rollout", 0, 3, 0)})
+    model = FakeModel(lucky)
+    found, figures = collector(algorithm("rollouts", rounds=4), data, model, prompts=3).collect(0)
+    asked = [i for prompts in model.rounds for i in prompts]
+    assert sorted(asked[:7]) == [1, 2, 4, 7, 10, 13, 16] and len(model.rounds) == 4
+    assert max(Counter(asked).values()) == 2 and Counter(asked)[2] == 1
+    assert [data[i].prompt_ids[0] for i in prompts_of(found)] == [2, model.rounds[3][0]]
+    assert figures["sampling/prompts"] == len(asked)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_ranks_agree_with_one_process(size):
+    """Also where a round has fewer prompts than there are ranks."""
+
+    def work(world):
+        made = collector(algorithm("rollouts", "demonstrations", rounds=10), examples(30), FakeModel(), world)
+        return [made.collect(step) for step in (0, 1)]
+
+    alone = work(ALONE)
+    assert [found for found, _ in alone] == [found for found, _ in work(ALONE)]
+    counts = [(f["sampling/rounds"], f["sampling/prompts"]) for _, f in alone]
+    for steps in Ranks(size).run(work):
+        assert [found for found, _ in steps] == [found for found, _ in alone]
+        assert [(f["sampling/rounds"], f["sampling/prompts"]) for _, f in steps] == counts
+
+
+def test_least_used_by_hand():
+    """Of five prompts two have been used, one of them twice."""
+    found = least_used(8, 5, [3, 1, 3], seed=0)
+    assert sorted(found[:3]) == [0, 2, 4] and sorted(found[3:7]) == [0, 1, 2, 4] and len(found) == 8
+    assert found == least_used(8, 5, [1, 3, 3], seed=0) != least_used(8, 5, [1, 3, 3], seed=1)
+
+
+# Other streams.
+
+
+def test_a_held_out_stream_avoids_the_steps_prompts_and_draws_no_prompt_anew():
+    model = FakeModel()
+    made = collector(algorithm("rollouts", rounds=10), examples(12), model)
+    for step in range(9):
+        model.rounds.clear()
+        model.seeds.clear()
+        found, figures = made.collect(step, stream="validation")
+        assert len(set(prompts_of(found))) == 4 and not set(prompts_of(found)) & set(prompt_indices(step, 4, 12, 5))
+        assert model.rounds == [prompts_of(found)] and "sampling/rounds" not in figures
+        assert not set(model.seeds) & {stream_seed(5, "rollout", step, g) for g in range(4)}
+    assert prompts_of(made.collect(2, stream="validation")[0]) == [9, 11, 3, 7]
+    other = prompts_of(made.collect(2, stream="other")[0])
+    assert other != [9, 11, 3, 7] and not set(other) & set(prompt_indices(2, 4, 12, 5))
+    assert sorted(prompts_of(made.collect(2, stream="other", avoid=range(8))[0])) == [8, 9, 10, 11]
+
+
+def test_a_held_out_stream_of_a_small_data_set_takes_what_is_left_first():
+    made = collector(algorithm("rollouts"), examples(6), FakeModel())
+    found = prompts_of(made.collect(0, stream="validation")[0])
+    assert set(found[:2]) == set(range(6)) - set(prompt_indices(0, 4, 6, 5)) and len(set(found)) == 4
+
+
+def test_only_examples_that_serve_are_drawn():
+    """A stage of demonstrations alone in a data set where only some prompts have one."""
+    data = [e if i % 2 else Example(e.problem, e.prompt_ids, None) for i, e in enumerate(examples(12))]
+    made = collector(algorithm("demonstrations"), data, FakeModel())
+    for stream in ("train", "validation"):
+        assert all(len(made.collect(s, stream)[0]) == 4 for s in range(3))
+    assert sorted(t.example for step in range(3) for t in made.collect(step)[0])[::2] == [1, 3, 5, 7, 9, 11]
+    assert len(collector(algorithm("rollouts", "demonstrations"), data, FakeModel()).usable) == 12
+    assert usable(data[:2] + examples(1, rejected=False), algorithm("preference_pairs").needs) == [1]
+    with pytest.raises(DataError, match="'test' finds none of 3 training examples"):
+        collector(algorithm("demonstrations"), examples(3, demonstrations=False), FakeModel())
+
+
+def test_demonstrations_of_given_examples():
+    data = [*examples(5), *examples(1, demonstrations=False)]
+    found = collector(algorithm("rollouts"), data, FakeModel()).demonstrations([3, 5, 0])
+    assert [(t.example, t.group, t.response_ids, t.reward, t.preference) for t in found] == [
+        (3, 0, (100, 3), 1.0, 0),
+        (0, 1, (100, 0), 1.0, 0),
+    ]
+    assert all(t.is_demonstration and t.status == "demonstration" for t in found)
+
+
+# Preference pairs.
+
+
+@pytest.mark.parametrize("sources", [("preference_pairs",), ("preference_pairs", "demonstrations")])
+def test_pairs_by_hand(sources):
+    """The chosen side is the demonstration, once; nothing is sampled."""
+    made = collector(algorithm(*sources), examples(3), FakeModel(), prompts=2)
+    found, _ = made.collect(0)
+    first, second = prompt_indices(0, 2, 3, 5)
+    assert [(t.example, t.group, t.response_ids, t.reward, t.preference) for t in found] == [
+        (first, 0, (100, first), 1.0, 1),
+        (first, 0, (200, first), 0.0, -1),
+        (second, 1, (100, second), 1.0, 1),
+        (second, 1, (200, second), 0.0, -1),
+    ]
+    batch = assemble(found, 0)
+    assert batch.preference.tolist() == [1, -1, 1, -1] and batch.preference.dtype == torch.int64
+    assert batch.is_demonstration.all() and made.sampler.rounds == []
+
+
+def test_pairs_beside_rollouts_and_without_a_rejected_side():
+    data = [examples(1, rejected=False)[0], examples(2)[1]]
+    both = collector(algorithm("rollouts", "preference_pairs"), data, FakeModel(), prompts=2)
+    members = {t.example: [] for t in both.collect(0)[0]}
+    for t in both.collect(0)[0]:
+        members[t.example].append((t.is_demonstration, t.preference))
+    assert members[0] == [(False, 0), (False, 0)]
+    assert members[1] == [(False, 0), (False, 0), (True, 1), (True, -1)]
+    three = collector(algorithm("rollouts", "preference_pairs", "demonstrations"), data, FakeModel(), prompts=2)
+    assert sorted(t.preference for t in three.collect(0)[0] if t.is_demonstration) == [-1, 0, 1]
+    assert collector(algorithm("preference_pairs"), data, FakeModel()).usable == [1]

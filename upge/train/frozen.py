@@ -1,0 +1,48 @@
+"""A policy that is never trained, such as the one that training started from, for its log-probs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from upge.train.config import ModelConfig
+from upge.train.distributed import World
+from upge.train.engine import Forward
+from upge.train.packed_attention import PackedPolicy
+from upge.train.packing import pack
+from upge.train.zero import check_tokens, load_causal_lm, settings
+
+
+class FrozenPolicy:
+    """The model at `model.path` without gradients or optimizer, its weights partitioned over the ranks by ZeRO-3.
+
+    Args:
+        key: the setting that gave model.path, for messages.
+
+    Raises:
+        ModelError: the model cannot be loaded, is not complete, or cannot run packed rows.
+    """
+
+    def __init__(self, model: ModelConfig, world: World, temperature: float = 1.0, key: str = "model.path") -> None:
+        import deepspeed
+
+        self.world, self.temperature, self._key = world, temperature, key
+        network = load_causal_lm(model, world, key)
+        self._vocabulary = network.get_input_embeddings().num_embeddings
+        policy = PackedPolicy(network).eval().requires_grad_(False)
+        self._engine, *_ = deepspeed.initialize(model=policy, config=settings(model.dtype, world))
+
+    @torch.no_grad()
+    def forward(self, trajectories: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Forward:
+        """Log-probs [B, T] of the responses of (prompt_ids, response_ids) pairs, without gradient.
+
+        Every rank must call it equally often; a rank without work passes no trajectories.
+
+        Raises:
+            ModelError: a token that the model does not know.
+        """
+        check_tokens(trajectories, self._vocabulary, self._key)
+        packed = pack(trajectories, self.world.device)
+        logprobs, _ = self._engine(packed, temperature=self.temperature, entropy=False)
+        return Forward(packed, logprobs, None)

@@ -1,0 +1,175 @@
+"""One algorithm at work: its trajectories, its updates, and what it carries from step to step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from upge.algorithm import Algorithm, Plan
+from upge.data import Example
+from upge.errors import ConfigError
+from upge.stateful import UTILITY_SLOPE, StatefulGate
+from upge.train.collect import Collector, Trajectory, assemble
+from upge.train.config import OptimizerConfig
+from upge.train.critic import CriticEngine
+from upge.train.engine import Engine
+from upge.train.frozen import FrozenPolicy
+from upge.train.tally import UpdateReport
+from upge.train.update import Rates, Updater
+
+#: The name of the optimizer moments that belong to interludes.
+_INTERLUDE = "interlude"
+
+
+@dataclass
+class Memory:
+    """What an algorithm carries from step to step.
+
+    Attributes:
+        variables: the present value of each stateful gate.
+        remembered: indices of the training examples that wait for an interlude.
+    """
+
+    variables: dict[str, float] = field(default_factory=dict)
+    remembered: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The policy and what stands beside it, where the algorithm asks for it."""
+
+    policy: Engine
+    critic: CriticEngine | None = None
+    frozen: FrozenPolicy | None = None
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A step's trajectories, those of held-out prompts if a gate asks for them, and the figures of both."""
+
+    trajectories: list[Trajectory]
+    held_out: list[Trajectory] | None
+    figures: dict[str, float]
+
+
+class Learner:
+    """Collects and learns with one algorithm; the trainer decides when.
+
+    Args:
+        algorithm: what to learn with.
+        models: policy, critic and frozen policy.
+        config: the optimizer's.
+        examples: the training set.
+        collectors: makes a collector for an algorithm.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        models: Models,
+        config: OptimizerConfig,
+        examples: Sequence[Example],
+        collector_for: Callable[[Algorithm], Collector],
+    ) -> None:
+        self.algorithm, self.models, self.examples = algorithm, models, examples
+        self.collector: Collector = collector_for(algorithm)
+        self.updater = Updater(models.policy, algorithm, config, models.critic, models.frozen)
+        once = dataclasses.replace(config, mini_batches=1, epochs=1)
+        self.held_out = self.aside = None
+        if algorithm.validation is not None:
+            validation = algorithm.validation
+            self.held_out = collector_for(validation), Updater(models.policy, validation, once, frozen=models.frozen)
+        if algorithm.interlude is not None:
+            self.aside = Updater(models.policy, algorithm.interlude.algorithm, once, frozen=models.frozen)
+
+    @property
+    def samples(self) -> bool:
+        """True if a step needs the sampler."""
+        return self.algorithm.needs.rollouts
+
+    def memory(self) -> Memory:
+        """What it carries before its first step."""
+        return Memory(self.algorithm.initial_state())
+
+    def collect(self, step: int) -> Collected:
+        """The trajectories of a step (counted from 0), the same on every rank."""
+        trajectories, figures = self.collector.collect(step)
+        held_out = None
+        if self._asking(step):
+            held_out, more = self.held_out[0].collect(
+                step, stream="validation", avoid={t.example for t in trajectories}
+            )
+            figures |= {name: figures.get(name, 0.0) + more[name] for name in more if name.startswith("time/")}
+        return Collected(trajectories, held_out, figures)
+
+    def update(self, collected: Collected, step: int, rates: Rates, memory: Memory) -> tuple[UpdateReport, dict]:
+        """The step's updates; the report and the figures of everything else that was done."""
+        figures = {f"state/{name}": value for name, value in memory.variables.items()}
+        for gate in self._asking(step):
+            slope = self._slope(gate, collected, step, rates, memory)
+            figures[f"state/{gate.variable}_{UTILITY_SLOPE}"] = slope
+        report = self.updater.update(collected.trajectories, step, rates, memory.variables)
+        if self.algorithm.interlude is not None:
+            figures |= self._interlude(collected.trajectories, step, rates, memory)
+        return report, figures
+
+    def remember(self, figures: dict[str, float], step: int, memory: Memory) -> None:
+        """Moves the variables on, from the figures of the step that has just ended."""
+        for name, gate in self.algorithm.stateful.items():
+            if not gate.due(step):
+                continue
+            names = {want: f"state/{name}_{want}" if want == UTILITY_SLOPE else want for want in gate.wants}
+            for want, figure in names.items():
+                if figure not in figures:
+                    raise ConfigError(
+                        f"{type(gate).__name__}.wants: '{want}' is no figure of step {step + 1}; the names are those "
+                        "of metrics.jsonl, see docs/metrics.md"
+                    )
+            signals = {want: figures[figure] for want, figure in names.items()}
+            memory.variables[name] = gate.updated(memory.variables[name], signals)
+
+    # Gates that follow a held-out objective.
+
+    def _asking(self, step: int) -> list[StatefulGate]:
+        return [g for g in self.algorithm.stateful.values() if UTILITY_SLOPE in g.wants and g.due(step)]
+
+    def _slope(self, gate: StatefulGate, collected: Collected, step: int, rates: Rates, memory: Memory) -> float:
+        """lr·⟨∇L_val, ∂∇L/∂variable⟩: what the utility -L_val gains by the variable through one plain gradient step.
+
+        The loss is affine in the variable, so its derivative is the difference of the losses at 1 and at 0.
+        """
+        if rates.policy is None:
+            return 0.0
+        updater = self.held_out[1]
+        batch, held_out = self.updater.fill(collected.trajectories, step), updater.fill(collected.held_out, step)
+        at = [{**memory.variables, gate.variable: value} for value in (1.0, 0.0)]
+        plans = [self.algorithm.plan(dataclasses.replace(batch.columns, state=state)) for state in at]
+        plan: Plan = updater.algorithm.plan(held_out.columns)
+        if not bool(plan.keep.any()) or not any(bool(p.keep.any()) for p in plans):
+            return 0.0
+        own = self.updater.gradient(batch, [(1.0, plans[0]), (-1.0, plans[1])])
+        return rates.policy * self.models.policy.dot(updater.gradient(held_out, [(1.0, plan)]), own)
+
+    # Interludes.
+
+    def _interlude(
+        self, trajectories: Sequence[Trajectory], step: int, rates: Rates, memory: Memory
+    ) -> dict[str, float]:
+        interlude = self.algorithm.interlude
+        batch = assemble(trajectories, step)
+        open_rows = (interlude.gate(interlude.gate.view(batch)) != 0).tolist()
+        prompts = {t.group: t.example for t, is_open in zip(trajectories, open_rows, strict=True) if is_open}
+        memory.remembered += [e for e in prompts.values() if self.examples[e].demonstration_ids is not None]
+        figures = {"interlude/updates": 0.0}
+        while rates.policy is not None and len(memory.remembered) >= interlude.size:
+            chosen, memory.remembered = memory.remembered[: interlude.size], memory.remembered[interlude.size :]
+            if interlude.own_optimizer:
+                self.models.policy.use_optimizer(_INTERLUDE)
+            demonstrations = self.collector.demonstrations(chosen)
+            report = self.aside.update(demonstrations, step, Rates(rates.policy * interlude.lr_factor))
+            if interlude.own_optimizer:
+                self.models.policy.use_optimizer("main")
+            figures["interlude/updates"] += len(report.grad_norms) - report.skipped
+            figures["interlude/grad_norm"] = report.grad_norms[-1] if report.grad_norms else 0.0
+        return figures | {"interlude/remembered": float(len(memory.remembered))}
