@@ -14,12 +14,13 @@ from yaml import YAMLError
 import algorithms
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError, nearest
+from upge.pipeline import Pipeline
 from upge.train.config import RunConfig, defaults, from_tree
 
 CONFIGS = Path(__file__).parent / "configs"
 MODELS = Path(__file__).parent / "models"
-#: Keys whose value is a name that selects a file; with their defaults.
-GROUPS = {"recipe": None, "algo": "hpt", "model": "tiny", "data": "arithmetic"}
+#: Keys whose value is a name that selects a file; with their defaults. `correction` takes a list of names, too.
+GROUPS = {"recipe": None, "algo": "hpt", "correction": None, "model": "tiny", "data": "arithmetic"}
 
 
 # ${upge.models:NAME} in a preset is the folder of a model that ships with the repository.
@@ -31,7 +32,7 @@ class Composed:
     """A checked configuration.
 
     Attributes:
-        names: which algorithm, model, data set and recipe were selected.
+        names: which algorithm, corrections (separated by commas), model, data set and recipe were selected.
         tree: everything resolved, as written to config.yaml.
         config: the same as objects, without the algorithm's and the data set's own keys.
         algorithm: built from `tree["algo"]`.
@@ -40,12 +41,16 @@ class Composed:
     names: Mapping[str, str | None]
     tree: dict[str, Any]
     config: RunConfig
-    algorithm: Algorithm
+    algorithm: Algorithm | Pipeline
 
 
 def presets(group: str) -> list[str]:
     """Names that a group key accepts."""
-    return algorithms.names() if group == "algo" else sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
+    if group == "algo":
+        return algorithms.names()
+    return (
+        algorithms.corrections() if group == "correction" else sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
+    )
 
 
 def compose(arguments: Sequence[str]) -> Composed:
@@ -58,8 +63,11 @@ def compose(arguments: Sequence[str]) -> Composed:
     chosen = {key: value for key, value in items if key in GROUPS}
     recipe = _preset("recipe", chosen["recipe"]) if chosen.get("recipe") else {}
     names = {group: chosen.get(group) or recipe.get(group, default) for group, default in GROUPS.items()}
+    # Said to be none on the command line, there is none, whatever the recipe says.
+    corrections = correction_names(chosen.get("correction", names["correction"]))
+    names["correction"] = ",".join(corrections) or None
     tree = OmegaConf.create(defaults())
-    tree.algo = algorithms.read(names["algo"])
+    tree.algo = algorithms.read(names["algo"], corrections)
     for group in ("model", "data"):
         tree = _merge(tree, _named(group, names[group]), f"{group}={names[group]}")
     tree = _merge(tree, {k: v for k, v in recipe.items() if k not in GROUPS}, f"recipe={names['recipe']}")
@@ -69,13 +77,31 @@ def compose(arguments: Sequence[str]) -> Composed:
     return _checked(names, tree)
 
 
+def correction_names(value: Any) -> list[str]:
+    """The corrections of `correction=tis`, `correction=tis,kl_k3`, `correction=[tis,kl_k3]`, or of a recipe's list.
+
+    Raises:
+        ConfigError: neither a name nor a list of names.
+    """
+    if isinstance(value, str):
+        text = value if value.startswith("[") else f"[{value}]"
+        try:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+        except (OmegaConfBaseException, YAMLError):
+            value = text
+    found = [name for name in value or () if name is not None] if isinstance(value, (list, type(None))) else [value]
+    if not all(isinstance(name, str) for name in found) or isinstance(value, str):
+        raise ConfigError(f"correction: found {value!r}; give a name or a list such as correction=[tis,kl_k3]")
+    return found
+
+
 def _checked(names: Mapping[str, str | None], tree: DictConfig) -> Composed:
     try:
         plain = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"configuration: {str(error).splitlines()[0]}") from error
     config = from_tree(RunConfig, plain)
-    algorithm = algorithms.compose(plain["algo"], Path(str(names["algo"])).stem)
+    algorithm = algorithms.compose(plain["algo"], algorithms.stem(names["algo"]))
     return Composed(names, plain, config, algorithm)
 
 
@@ -115,6 +141,8 @@ def _merge(tree: DictConfig, part: Mapping[str, Any], origin: str) -> DictConfig
 def _set(tree: DictConfig, key: str, value: str) -> DictConfig:
     """One key=value of the command line; the part before the first dot says who checks the rest."""
     head, _, rest = key.partition(".")
+    if head == "correction":
+        raise ConfigError(f"{key}: a correction's settings are those of the algorithm; give algo.KEY=VALUE")
     if head in ("algo", "data", "model") and not rest or head == "recipe":
         raise ConfigError(f"{key}: give a name, or a key below it such as {head}.KEY=VALUE")
     if head == "algo":
@@ -137,7 +165,7 @@ _ABSENT = object()
 
 
 def known_keys() -> list[str]:
-    """All dotted keys of a run except those inside `algo` and `data`."""
+    """All dotted keys of a run except those inside `algo` and `data`, and those that name files."""
 
     def walk(tree: Mapping[str, Any], prefix: str) -> list[str]:
         found = []
@@ -146,4 +174,4 @@ def known_keys() -> list[str]:
             found += inner or [f"{prefix}{name}"]
         return found
 
-    return [*walk(defaults(), ""), "recipe"]
+    return [*walk(defaults(), ""), "recipe", "correction"]

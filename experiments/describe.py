@@ -1,62 +1,100 @@
-"""The algorithms in print: `python -m experiments.describe` lists them, `algo=NAME` shows one.
+"""The algorithms in print: `python -m experiments.describe` lists them and the corrections, `algo=NAME` shows one, with
+`correction=NAME` and algo.KEY=VALUE as it then is.
 
-The table is read off the parts themselves, so it cannot differ from what runs; `--readme` renews the one in README.md.
+All of it is read off the files and the parts themselves, so it cannot differ from what runs. `--readme` renews the
+table in README.md, `--docs` renews docs/algorithms.md.
 """
 
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 import algorithms
+from experiments import catalogue
+from experiments.config import correction_names
 from upge import Algorithm
 from upge.errors import ConfigError, UserError
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- algorithms: begin (python -m experiments.describe --readme) -->", "<!-- algorithms: end -->"
-_SLOTS = ("mask", "denominator", "advantage", "likelihood")
+HEAD = ["algorithm", "learns from", "gate", "1_stable", "1/π_ref", "Â", "likelihood", "w"]
 
 
-def table() -> str:
+def table(link: bool = False) -> str:
     """A Markdown table: a row for each term of each algorithm with its gate, its four factors and its average."""
-    lines = [
-        "| algorithm | learns from | gate | 1_stable | 1/π_ref | Â | likelihood | w |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
     for name in algorithms.names():
-        algorithm = algorithms.load(name)
-        for number, term in enumerate(algorithm.terms.values()):
-            factors = [term.estimator.parts[slot].formula().text for slot in _SLOTS]
-            cells = [term.source, term.gate.formula().text, *factors, term.reduction.formula().text]
-            first = "" if number else f"`{name}`"
-            lines.append(f"| {' | '.join([first, *(cell.replace('|', chr(92) + '|') for cell in cells)])} |")
+        shown = f"[`{name}`](#{name})" if link else f"`{name}`"
+        for number, cells in enumerate(catalogue.rows(name)):
+            cells = [cell.replace("|", chr(92) + "|") for cell in cells]
+            lines.append(f"| {' | '.join(['' if number else shown, *cells])} |")
     return "\n".join(lines)
 
 
-def describe(name: str, overrides: Sequence[str] = ()) -> str:
-    """One algorithm: its formula, the parts of each term with their settings, and what it needs."""
-    algorithm = algorithms.load(name, overrides)
-    parts = [f"{algorithm.name}: {algorithm.description}", "", algorithm.formula(), ""]
-    for path, part in algorithm.parts.items():
-        parts.append(f"  {path:<34} {part!r}")
-    parts += ["", *_needs(algorithm), "", "LaTeX:", algorithm.formula("latex")]
+def corrections_table(link: bool = False) -> str:
+    """A Markdown table of the corrections."""
+    lines = ["| correction | what it does |", "|---|---|"]
+    for name in algorithms.corrections():
+        shown = f"[`{name}`](#correction-{name})" if link else f"`{name}`"
+        lines.append(f"| {shown} | {correction_description(name)} |")
+    return "\n".join(lines)
+
+
+def correction_description(name: str) -> str:
+    """The one line that a correction's file says of itself."""
+    return str(OmegaConf.load(algorithms.find(name, algorithms.CORRECTIONS)).description)
+
+
+def describe(name: str, overrides: Sequence[str] = (), corrections: Sequence[str] = ()) -> str:
+    """One algorithm: its formula, the factors of each term, its paper and choices, and what it needs."""
+    algorithm = algorithms.load(name, overrides, corrections)
+    parts = [f"{algorithm.name}: {algorithm.description}", "", algorithm.formula()]
+    for path, one in catalogue.members(algorithm):
+        parts += ["", *_terms(path, one)]
+    parts += ["", *_papers(name, corrections), "", "Needs:"]
+    for need, how in catalogue.needs(algorithm).items():
+        parts.append(_row(need, how))
+    parts += ["", "LaTeX:", algorithm.formula("latex")]
     return "\n".join(parts)
 
 
-def _needs(algorithm: Algorithm) -> list[str]:
-    needs = algorithm.needs
-    what = {
-        "rollouts": needs.rollouts,
-        "demonstrations": needs.demonstrations,
-        "preference pairs": needs.preference_pairs,
-        "a critic": needs.critic,
-        "a frozen reference": needs.reference,
-    }
-    lines = ["needs: " + ", ".join(name for name, needed in what.items() if needed)]
-    if needs.group_size > 1:
-        lines.append(f"       group_size of at least {needs.group_size} (for {needs.group_size_because})")
-    lines.append(f"keeps together in a micro-batch: the {algorithm.reach}")
+def _row(left: str, right: str) -> str:
+    return textwrap.fill(
+        f"{left:<24} {right}", 118, initial_indent="  ", subsequent_indent=" " * 27, break_on_hyphens=False
+    )
+
+
+def _terms(path: str, one: Algorithm) -> list[str]:
+    """Each term with its factors: as printed, and the part with its settings."""
+    lines = []
+    for name, term in one.terms.items():
+        times = "" if term.coefficient == 1 else f", times {term.coefficient:g}"
+        lines.append(f"{path}terms.{name}, from {term.source.replace('_', ' ')}{times}")
+        for place, part in term.parts.items():
+            lines.append(_row(place.removeprefix("estimator."), f"{part.formula().text}   {part!r}"))
+    for name, regularizer in one.regularizers.items():
+        lines.append(f"{path}regularizers.{name}, from {regularizer.source}")
+        lines.append(_row("", f"{regularizer.formula().text}   {regularizer!r}"))
+    if one.critic is not None:
+        lines += [f"{path}critic, minimised beside it", _row("", f"{one.critic.formula().text}   {one.critic!r}")]
+    return lines
+
+
+def _papers(name: str, corrections: Sequence[str]) -> list[str]:
+    """The header of the algorithm's file and of each correction's, with their papers."""
+    lines = []
+    for file, folder in [(name, algorithms.FOLDER), *((c, algorithms.CORRECTIONS) for c in corrections)]:
+        said = catalogue.words(file, folder)
+        numbers = ", ".join(f"arXiv {paper}" for paper in said.papers) or "none on arXiv"
+        lines += [f"Paper of {algorithms.stem(file)}: {numbers}"]
+        lines += [
+            f"  {line}" for text in (said.what, said.textbook, said.choices) if text for line in text.splitlines()
+        ]
     return lines
 
 
@@ -73,20 +111,38 @@ def renewed(text: str) -> str:
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
 
 
+def _asked(arguments: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
+    """(algorithm, overrides, corrections) of a command line."""
+    name, overrides, corrections = None, [], []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key == "algo" and equals:
+            name = value
+        elif key == "correction" and equals:
+            corrections = correction_names(value)
+        elif key.startswith("algo.") and equals:
+            overrides.append(argument.removeprefix("algo."))
+        else:
+            raise ConfigError(f"'{argument}': give algo=NAME, correction=NAME and algo.KEY=VALUE, or nothing at all")
+    if name is None and arguments:
+        raise ConfigError(f"'{arguments[0]}': give algo=NAME, too")
+    return name, overrides, corrections
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints; exit code 2 on bad input."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if arguments == ["--readme"]:
-            README.write_text(renewed(README.read_text()))
-            return 0
-        names = [a.removeprefix("algo=") for a in arguments if a.startswith("algo=")]
-        rest = [a for a in arguments if not a.startswith("algo=")]
-        unknown = [a for a in rest if not a.startswith("algo.") or "=" not in a]
-        if unknown or (rest and not names):
-            raise ConfigError(f"'{(unknown or rest)[0]}': give algo=NAME, then algo.KEY=VALUE, or nothing at all")
-        overrides = [a.removeprefix("algo.") for a in rest]
-        print(describe(names[-1], overrides) if names else table())
+            README.write_text(renewed(README.read_text("utf-8")), "utf-8")
+        elif arguments == ["--docs"]:
+            from experiments import algorithm_docs
+
+            algorithm_docs.write()
+        else:
+            name, overrides, corrections = _asked(arguments)
+            shown = f"{table()}\n\n{corrections_table()}" if name is None else describe(name, overrides, corrections)
+            print(shown)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,10 +9,12 @@ from omegaconf import OmegaConf
 
 import algorithms
 from experiments.config import CONFIGS, GROUPS, presets
+from experiments.describe import correction_description
 from upge.train.config import meanings
 
 USAGE = """\
-Usage: python -m experiments.run [algo=NAME] [model=NAME] [data=NAME] [recipe=NAME] [key=value ...] [--dry-run]
+Usage: python -m experiments.run [algo=NAME] [correction=NAME] [model=NAME] [data=NAME] [recipe=NAME] [key=value ...]
+       [--dry-run]
 
 Trains a model and leaves a folder with config.yaml, metrics.jsonl, evaluations.jsonl, rollouts/, checkpoints/, final/
 and report.html. Several processes: torchrun --nproc_per_node N -m experiments.run ..., or deepspeed --num_gpus N.
@@ -24,6 +26,8 @@ def help_text() -> str:
     """The whole text, at most 120 columns wide."""
     parts = [USAGE, "Algorithms (algo=NAME; each part is a key, for example algo.terms.rl.estimator.mask.high=0.28):"]
     parts += [_row(name, algorithms.load(name).description) for name in presets("algo")]
+    parts.append("\nCorrections (correction=NAME or [NAME,NAME]; their settings become keys of the algorithm):")
+    parts += [_row(name, correction_description(name)) for name in presets("correction")]
     for group in ("model", "data", "recipe"):
         parts.append(f"\n{_HEADS[group]}")
         parts += [_row(name, _first_comment(CONFIGS / group / f"{name}.yaml")) for name in presets(group)]

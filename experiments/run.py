@@ -137,10 +137,10 @@ def _models(composed: Any, world: World) -> Any:
     if any(stage.algorithm.critic is not None for stage in stages):
         critic = CriticEngine(config.model, config.critic, config.optimizer, world)
     if composed.algorithm.needs.reference:
-        model = config.model
+        model, key = config.model, "model.path"
         if config.reference.path:
-            model = replace(model, path=config.reference.path, overrides={})
-        frozen = FrozenPolicy(model, world, config.rollout.temperature)
+            model, key = replace(model, path=config.reference.path, overrides={}), "reference.path"
+        frozen = FrozenPolicy(model, world, config.rollout.temperature, key=key)
     return Models(policy, critic, frozen)
 
 

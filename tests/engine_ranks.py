@@ -6,6 +6,7 @@ usage: engine_ranks.py MODEL OUTPUT SCRATCH
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,8 @@ def token_weights(variant: int) -> list[Tensor]:
     return [torch.randn(len(t.response_ids), generator=g) / 50 for t in trajectories()]
 
 
-def accumulate(engine: Engine, variant: int, factor: float = 1.0) -> None:
-    """The gradient of one of several losses over all ranks' trajectories, in micro-batches."""
+def accumulate(engine: Engine, variant: int, factor: float = 1.0, after: Callable[[], None] = lambda: None) -> None:
+    """The gradient of one of several losses over all ranks' trajectories, in micro-batches, with `after` each."""
     batch, weights = trajectories(), token_weights(variant)
     lengths = [packed_length(t.prompt_ids, t.response_ids) for t in batch]
     mine = distribute(lengths, engine.world.size, BUDGET)[engine.world.rank]
@@ -41,6 +42,7 @@ def accumulate(engine: Engine, variant: int, factor: float = 1.0) -> None:
         for place, row in enumerate(rows):
             loss = loss + (weights[row] * logprobs[place, : len(weights[row])]).sum()
         engine.backward(loss * factor, last=number == len(mine) - 1)
+        after()
 
 
 def whole(engine: Engine, gradient: list[Tensor]) -> dict[str, Tensor]:
@@ -103,11 +105,12 @@ def resume(engine: Engine, fresh: Engine, scratch: Path, found: dict) -> None:
         (scratch / "step_7.partial").rename(scratch / "step_7")
     world.barrier()
     # The engine that continues has a history of its own, none of which may survive.
-    for name in ("third", "other"):
+    for name in ("other", "third"):
         fresh.use_optimizer(name)
         update(fresh, 3)
     found["state"] = fresh.load(scratch, "step_7")
     for key, each in (("went on", engine), ("resumed", fresh)):
+        # The set in use goes on being so, without being named.
         update(each, 4)
         for variant, name in enumerate(("main", "third", "other", "main")):
             each.use_optimizer(name)
@@ -121,8 +124,18 @@ def resume(engine: Engine, fresh: Engine, scratch: Path, found: dict) -> None:
         fresh.load(scratch, "step_8")
 
 
-def engine_of(model: str, world: World, max_grad_norm: float) -> Engine:
-    return Engine(ModelConfig(path=model), OptimizerConfig(max_grad_norm=max_grad_norm, weight_decay=0.1), world)
+def halve(engine: Engine, found: dict) -> None:
+    """In bfloat16, the gradients of the micro-batches added up here, and as the engine adds them up."""
+    taken: list[list[Tensor]] = []
+    accumulate(engine, 0, after=lambda: taken.append(engine.take_gradient()))
+    found["added here"] = whole(engine, [torch.stack(parts).sum(dim=0) for parts in zip(*taken, strict=True)])
+    accumulate(engine, 0)
+    found["added there"] = whole(engine, engine.take_gradient())
+
+
+def engine_of(model: str, world: World, max_grad_norm: float, dtype: str = "float32") -> Engine:
+    optimizer = OptimizerConfig(max_grad_norm=max_grad_norm, weight_decay=0.1)
+    return Engine(ModelConfig(path=model, dtype=dtype), optimizer, world)
 
 
 def main(model: str, output: str, scratch: str) -> None:
@@ -134,6 +147,7 @@ def main(model: str, output: str, scratch: str) -> None:
     engine = engine_of(model, world, 0.0)
     interleave(engine, found)
     resume(engine, engine_of(model, world, 0.0), Path(scratch), found)
+    halve(engine_of(model, world, 0.0, "bfloat16"), found)
     if world.is_main:
         torch.save(found, output)
     leave(world, 0)

@@ -9,11 +9,11 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from upge.components.base import Component, Formula
+from upge.components.reward import KLKind, kl_value
 from upge.reduction import Reduction
 from upge.trajectories import Trajectories
 
@@ -56,25 +56,25 @@ class EntropyBonus(Regularizer):
 
 @dataclass(frozen=True)
 class KLPenalty(Regularizer):
-    """KL(π_θ‖π_frozen) by one of the sample estimators, with d = log π_frozen - log π_θ:
+    """A penalty on the distance to a frozen policy, token by token, from d = log π_frozen - log π_θ. Its gradient, on
+    on-policy samples and in expectation over a token given what stands before it:
 
-    'k3': e^d - d - 1. Its gradient on on-policy samples is in expectation that of KL(π_frozen‖π_θ) (forward).
-    'k2': d²/2. Its gradient is in expectation that of KL(π_θ‖π_frozen): the right one for the reverse KL.
-    'k1': -d. As a loss its gradient is a constant times ∇log π_θ, in expectation zero on-policy: it regularises
-    nothing.
+    'k3', e^d - d - 1: that of KL(π_frozen‖π_θ), the forward one.
+    'k2', d²/2: that of KL(π_θ‖π_frozen), the reverse one.
+    'k1', -d: zero, a constant times ∇log π_θ. As a loss it regularises nothing.
+
+    Neither counts what a token does to the distances after it, so for a response of several tokens none is the gradient
+    of the KL of whole responses; `upge.KLShaped` with `future` is. docs/theory.md has the figures.
     """
 
     coefficient: float
     reduction: Reduction
-    kind: Literal["k1", "k2", "k3"] = "k3"
+    kind: KLKind = "k3"
     source: Source = "rollouts"
     reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "reference_logprobs"})
 
     def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
-        log_ratio = batch.reference_logprobs - batch.logprobs
-        if self.kind == "k1":
-            return -log_ratio
-        return log_ratio.square() / 2 if self.kind == "k2" else torch.expm1(log_ratio) - log_ratio
+        return kl_value(batch.reference_logprobs - batch.logprobs, self.kind)
 
     def formula(self) -> Formula:
         (text, latex), size = _sign(-self.coefficient), f"{abs(self.coefficient):g}"

@@ -60,8 +60,10 @@ class Moments:
         self._zero.state = self._idle.pop(name, defaultdict(dict))
         self.in_use = name
 
-    def reset(self) -> None:
-        """Makes the set in use fresh: no moments, no steps."""
+    def reset(self, everything: bool = False) -> None:
+        """Makes the set in use fresh: no moments, no steps. With `everything` all idle sets are dropped, too."""
+        if everything:
+            self._idle = {}
         self._zero.state = defaultdict(dict)
 
     def save(self, path: Path) -> None:

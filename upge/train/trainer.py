@@ -158,9 +158,9 @@ class Trainer:
         """At the first step of a stage: nothing is remembered of the one before but the weights."""
         self.state.memory = learner.memory()
         if span.first > 0:
-            self.parts.models.policy.reset_optimizer()
+            self.parts.models.policy.reset_optimizer(everything=True)
             if self.parts.models.critic is not None:
-                self.parts.models.critic.reset_optimizer()
+                self.parts.models.critic.reset_optimizer(everything=True)
 
     def _rates(self, span: Span) -> Rates:
         """The learning rates of the present step, by its place in its stage."""

@@ -79,9 +79,9 @@ class TrainedModule:
         """Updates from now on use the moments and step count `name`; a new name starts with none."""
         self._moments.use(name)
 
-    def reset_optimizer(self) -> None:
-        """Forgets the moments and the step count in use."""
-        self._moments.reset()
+    def reset_optimizer(self, everything: bool = False) -> None:
+        """Forgets the moments and the step count in use; with `everything` those of every name."""
+        self._moments.reset(everything)
 
     def _save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
         """Writes folder/tag: DeepSpeed's files and one of this rank's own beside them."""
@@ -120,7 +120,7 @@ def settings(dtype: str, world: World, max_grad_norm: float = 0.0) -> dict[str, 
         "train_batch_size": world.size,
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": dtype == "bfloat16"},
-        # Else micro-batches' gradients would be added up in bfloat16, and the more there are, the less each would count.
+        # Else a bfloat16 model's gradients would be added up in bfloat16, where later parts count less and less.
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False},
         "zero_force_ds_cpu_optimizer": False,

@@ -1,0 +1,186 @@
+"""What can be said of an algorithm, read off its file and its parts: paper, choices, needs, keys.
+
+`experiments.describe` prints it, docs/algorithms.md is made of it; neither knows anything that is not here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+
+import algorithms
+from upge import Algorithm, Pipeline, StatefulGate
+
+SLOTS = ("mask", "denominator", "advantage", "likelihood")
+_PAPER = re.compile(r"\d{4}\.\d{5}")
+#: Where a paragraph of a file's header begins that is more than what the algorithm is.
+_BEGINS = re.compile(r"^(?=(?:Textbook|Choices)\b)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Words:
+    """The comment at the top of a file.
+
+    Attributes:
+        what: what it is.
+        textbook: the objective as its paper writes it; '' where that is given elsewhere.
+        choices: what changes the gradient, and where paper and code differ.
+        papers: arXiv numbers in the order in which they are named.
+    """
+
+    what: str
+    textbook: str
+    choices: str
+    papers: tuple[str, ...]
+
+
+def words(name: str, folder: Any = algorithms.FOLDER) -> Words:
+    """The header of an algorithm's file, or with `folder` = algorithms.CORRECTIONS of a correction's."""
+    text = algorithms.header(algorithms.find(name, folder))
+    parts = {"Textbook": "", "Choices": ""}
+    what, *rest = _BEGINS.split(text)
+    for part in rest:
+        head = part.partition(" ")[0].rstrip(":,")
+        parts[head] = f"{parts[head]}\n{part.strip()}".strip()
+    papers = tuple(dict.fromkeys(_PAPER.findall(text)))
+    return Words(what.strip(), parts["Textbook"], parts["Choices"], papers)
+
+
+def members(algorithm: Algorithm | Pipeline, path: str = "") -> Iterator[tuple[str, Algorithm]]:
+    """(path, algorithm) of a file's algorithm, or of a pipeline's stages, and of those inside them."""
+    if isinstance(algorithm, Pipeline):
+        for name, stage in algorithm.stages.items():
+            yield from members(stage.algorithm, f"stages.{name}.algorithm.")
+        return
+    yield path, algorithm
+    if algorithm.interlude is not None:
+        yield from members(algorithm.interlude.algorithm, f"{path}interlude.algorithm.")
+    if algorithm.validation is not None:
+        yield from members(algorithm.validation, f"{path}validation.")
+
+
+def needs(algorithm: Algorithm | Pipeline) -> dict[str, str]:
+    """What the trainer must provide: need → in which form. Nothing that is not needed is listed."""
+    found: dict[str, str] = {}
+    total = algorithm.needs
+    if total.rollouts:
+        found["rollouts"] = "one or more per prompt"
+    if total.group_size > 1:
+        found["rollouts"] = (
+            f"at least {total.group_size} per prompt (group_size), compared by {total.group_size_because}"
+        )
+    if total.demonstrations:
+        found["demonstrations"] = "worked solutions in the data"
+    if total.preference_pairs:
+        found["preference pairs"] = "a chosen and a rejected response to a prompt in the data"
+    if total.critic:
+        found["critic"] = "a value per token, from a model of its own"
+    if total.reference:
+        found["frozen reference"] = "log-probs of the policy as it was before training"
+    if "sampler_logprobs" in total.columns:
+        found["sampler's log-probs"] = "as the inference engine reported them"
+    if "entropies" in total.columns:
+        found["entropies"] = "of the full vocabulary at each token"
+    if total.before:
+        found["before the forward pass"] = f"{', '.join(sorted(total.before))} of all trajectories"
+    reaches = {path or "all": _REACH[one.reach] for path, one in members(algorithm)}
+    texts = set(reaches.values())
+    listed = "; ".join(f"{path.rstrip('.')}: {text}" for path, text in reaches.items())
+    found["micro-batch"] = texts.pop() if len(texts) == 1 else listed
+    for path, one in members(algorithm):
+        found |= _beside(path, one)
+    return found
+
+
+_REACH = {
+    "token": "any cut: each token's factors are its own",
+    "trajectory": "a response stays whole",
+    "group": "the responses to one prompt stay together",
+}
+
+
+def _beside(path: str, one: Algorithm) -> dict[str, str]:
+    """What an algorithm wants between and around its updates."""
+    found = {}
+    for variable, gate in one.stateful.items():
+        found[f"{path}state: {variable}"] = _state(variable, gate)
+    if one.sampling is not None:
+        gate, rounds = one.sampling.gate.formula().text, one.sampling.rounds
+        found[f"{path}sampling"] = (
+            f"prompts are drawn until the batch is full of those with {gate}, at most {rounds} times"
+        )
+    if one.interlude is not None:
+        inner, gate = one.interlude, one.interlude.gate.formula().text
+        moments = "optimizer moments of its own" if inner.own_optimizer else "the same optimizer moments"
+        when = f"whenever {inner.size} prompts with {gate} have gathered"
+        found[f"{path}interlude"] = f"an update by '{inner.algorithm.name}' {when}, with {moments}"
+    if one.validation is not None:
+        found[f"{path}validation"] = f"held-out prompts, on which the loss of '{one.validation.name}' is followed"
+    return found
+
+
+def _state(variable: str, gate: StatefulGate) -> str:
+    signals = f", from {', '.join(sorted(gate.wants))}" if gate.wants else ""
+    return f"begins at {gate.initial():g}, moved by {type(gate).__name__}{signals}; logged and kept in checkpoints"
+
+
+def rows(name: str, corrections: Sequence[str] = ()) -> list[list[str]]:
+    """The rows of the table: for each term what it learns from, gate, four factors and average; then what is added."""
+    found = []
+    for path, one in members(algorithms.load(name, corrections=corrections)):
+        where = ": ".join([*(p for p in path.split(".") if p not in ("", "stages", "algorithm")), ""])
+        for term in one.terms.values():
+            factors = [term.estimator.parts[slot].formula().text for slot in SLOTS]
+            gate = term.gate.formula().text
+            if term.coefficient != 1:
+                gate = f"{term.coefficient:g}" + (f" · {gate}" if gate != "1" else "")
+            found.append([where + term.source.replace("_", " "), gate, *factors, term.reduction.formula().text])
+        for regularizer in one.regularizers.values():
+            added = ["", *[""] * len(SLOTS), regularizer.reduction.formula().text]
+            found.append([f"{where}{regularizer.source}, {regularizer.formula().text}", *added])
+    return found
+
+
+def keys(name: str, corrections: Sequence[str] = ()) -> list[tuple[str, str, str]]:
+    """(key, value, what it follows or '') of every setting in an algorithm's file, as the command line takes them."""
+    tree = OmegaConf.to_container(algorithms.read(name, corrections), resolve=False)
+    found = []
+    for where, value in _leaves(tree):
+        key, last = ".".join(("algo", *map(str, where))), where[-1]
+        if where[0] in ("description", "corrected") or last in ("description", "corrected", "_target_", "source"):
+            continue
+        if last == "name" and where[-2] in ("algorithm", "validation"):
+            found.append((key.removesuffix(".name"), str(value), ""))
+        else:
+            found.append((key, *_shown(where, value)))
+    return found
+
+
+def _shown(where: tuple[Any, ...], value: Any) -> tuple[str, str]:
+    """A value as one would type it, and what it follows if it is a reference."""
+    if isinstance(value, str) and value.startswith("${oc.select:"):
+        run_key, _, default = value.removeprefix("${oc.select:").removesuffix("}").partition(",")
+        return default, run_key
+    if isinstance(value, str) and value.startswith("${."):
+        rest = value[2:-1].lstrip(".")
+        above = where[: len(where) - (len(value) - 3 - len(rest))]
+        return value, ".".join(("algo", *map(str, above), rest))
+    text = "null" if value is None else str(value)
+    return (text.lower() if isinstance(value, bool) else text), ""
+
+
+def _leaves(tree: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """(path, value) of everything that is no mapping and no list of parts."""
+    if isinstance(tree, dict):
+        items = list(tree.items())
+    elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
+        items = list(enumerate(tree))
+    else:
+        yield where, tree
+        return
+    for key, value in items:
+        yield from _leaves(value, (*where, key))

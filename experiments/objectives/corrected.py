@@ -1,0 +1,87 @@
+"""Objectives with the corrections that any algorithm can take, on top of the clipped one with a constant length."""
+
+from __future__ import annotations
+
+from sympy import Expr, Rational, log
+
+from experiments.objectives.rollouts import dr_grpo
+from experiments.objectives.written import LENGTH, all_centred, surrogate
+from upge.theory.symbolic import Row, World, mean, product, total
+
+COEFFICIENT = Rational("0.001")
+
+
+def _weighted(w: World, weight) -> Expr:
+    """Σ_t weight(row, t)·min(r·Â, clip(r)·Â)/L; the weight holds no π_θ."""
+    return mean(
+        total(weight(row, t) * surrogate(w, row, t, a) for t in range(len(row))) / LENGTH for row, a in all_centred(w)
+    )
+
+
+def tis(w: World) -> Expr:
+    """Weight min(π_old/π_sampler, 2)."""
+    return _weighted(w, lambda row, t: w.clip(row.q[t] / row.s[t], high=2))
+
+
+def icepop(w: World) -> Expr:
+    """Weight π_old/π_sampler within [0.5, 5], else 0."""
+
+    def weight(row: Row, t: int) -> Expr:
+        ratio = row.q[t] / row.s[t]
+        return 0 if w.less(ratio, Rational("0.5")) or w.less(5, ratio) else ratio
+
+    return _weighted(w, weight)
+
+
+def mis(w: World) -> Expr:
+    """Weight Π_t π_old/π_sampler up to 2, else 0."""
+
+    def weight(row: Row, t: int) -> Expr:
+        ratio = product(q / s for q, s in zip(row.q, row.s, strict=True))
+        return 0 if w.less(2, ratio) else ratio
+
+    return _weighted(w, weight)
+
+
+def dual_clip(w: World) -> Expr:
+    """max(min(r·Â, clip(r)·Â), 3·Â) where Â < 0."""
+
+    def one(row: Row, t: int, a: Expr) -> Expr:
+        inner = surrogate(w, row, t, a)
+        return w.maximum(inner, 3 * a) if w.less(a, 0) else inner
+
+    return mean(total(one(row, t, a) for t in range(len(row))) / LENGTH for row, a in all_centred(w))
+
+
+def _minus(w: World, penalty) -> Expr:
+    tokens = [penalty(row, t) for row in w.rollouts for t in range(len(row))]
+    return dr_grpo(w) - COEFFICIENT * mean(tokens)
+
+
+def kl_k1(w: World) -> Expr:
+    """Minus c·log(π_θ/π_frozen)."""
+    return _minus(w, lambda row, t: log(row.p[t] / row.f[t]))
+
+
+def kl_k2(w: World) -> Expr:
+    """Minus c·½·log²(π_θ/π_frozen)."""
+    return _minus(w, lambda row, t: log(row.p[t] / row.f[t]) ** 2 / 2)
+
+
+def kl_k3(w: World) -> Expr:
+    """Minus c·(x - log x - 1), x = π_frozen/π_θ."""
+    return _minus(w, lambda row, t: row.f[t] / row.p[t] - log(row.f[t] / row.p[t]) - 1)
+
+
+def entropy(w: World) -> Expr:
+    """Plus c·H; not a factor in front of ∇π_θ, so it shows in the derivative by H."""
+    return _minus(w, lambda row, t: -row.h[t])
+
+
+def kl_reward(w: World) -> Expr:
+    """Â minus c·Σ_{k≥t} sg[log(π_θ/π_frozen)], the current policy's; clipped like any other Â."""
+
+    def one(row: Row, t: int, a: Expr) -> Expr:
+        return surrogate(w, row, t, a - COEFFICIENT * total(w.sg(log(row.p[k] / row.f[k])) for k in range(t, len(row))))
+
+    return mean(total(one(row, t, a) for t in range(len(row))) / LENGTH for row, a in all_centred(w))

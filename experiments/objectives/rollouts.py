@@ -1,0 +1,144 @@
+"""Objectives on rollouts: on-policy, off-policy, and preference pairs. Each is J, to be maximised."""
+
+from __future__ import annotations
+
+from sympy import Expr, Rational, exp, log
+
+from experiments.objectives.written import (
+    LENGTH,
+    all_centred,
+    centred,
+    clipped_white,
+    gae,
+    likelihood,
+    own,
+    paid,
+    pass_rate,
+    succeeded,
+    surrogate,
+    surrogate_mean,
+    token_mean,
+)
+from upge.theory.symbolic import Row, World, mean, product, total
+
+
+def reinforce(w: World) -> Expr:
+    """(1/N) Σ (1/L) Σ_t ±log π_θ."""
+    sign = {row.index: w.advantage(row, Rational(1 if succeeded(w, row) else -1)) for row in w.rollouts}
+    return mean(sign[row.index] * likelihood(row) / LENGTH for row in w.rollouts)
+
+
+def reinforce_plus_plus(w: World) -> Expr:
+    """Clipped, with what is still earned after a token, whitened."""
+    return clipped_white(w, {row.index: [total(paid(row)[t:]) for t in range(len(row))] for row in w.rollouts})
+
+
+def rloo(w: World) -> Expr:
+    """(1/N) Σ (R - mean of the others)·log π_θ(τ)."""
+    terms = []
+    for question in w.questions:
+        for row in own(question):
+            others = mean(other.reward for other in own(question) if other is not row)
+            terms.append(w.advantage(row, row.reward - others) * likelihood(row))
+    return mean(terms)
+
+
+def ppo(w: World) -> Expr:
+    """Clipped, with whitened GAE of rewards that pay for the KL."""
+    return clipped_white(w, {row.index: gae(row, paid(row)) for row in w.rollouts})
+
+
+def grpo(w: World) -> Expr:
+    """Clipped; mean over tokens, then responses, then questions."""
+    return mean(surrogate_mean(w, centred(w, question, std=True)) for question in w.questions)
+
+
+def dr_grpo(w: World) -> Expr:
+    """Clipped, Â without the standard deviation, a constant length."""
+    return mean(total(surrogate(w, row, t, a) for t in range(len(row))) / LENGTH for row, a in all_centred(w))
+
+
+#: The response limit and the tokens before its end from which on a response is punished, in the proof for `dapo`.
+LIMIT, BUFFER = 4, 2
+
+
+def dapo(w: World) -> Expr:
+    """Clipped at 1.28, token mean, on questions whose responses differ, with rewards that fall near the limit."""
+    pairs = []
+    for question in w.questions:
+        if 0 < pass_rate(w, question) < 1:
+            punished = [r.reward + max(-1, min(0, Rational(LIMIT - BUFFER - len(r), BUFFER))) for r in own(question)]
+            average = mean(punished)
+            variance = total((r - average) ** 2 for r in punished) / (len(punished) - 1)
+            scale = variance ** Rational(1, 2) + Rational(1, 10**6)
+            pairs += [
+                (row, w.advantage(row, (r - average) / scale)) for row, r in zip(own(question), punished, strict=True)
+            ]
+    return token_mean(pairs, lambda row, t, a: surrogate(w, row, t, a, high="0.28")) if pairs else Rational(0)
+
+
+def cispo(w: World) -> Expr:
+    """Token mean of sg[min(r, 5)]·Â·log π_θ."""
+    return token_mean(
+        all_centred(w, std=True), lambda row, t, a: w.clip(w.sg(row.p[t] / row.q[t]), high=5) * a * log(row.p[t])
+    )
+
+
+def gspo(w: World) -> Expr:
+    """min(s·Â, clip(s)·Â) with s the geometric mean of a response's ratios."""
+
+    def one(row: Row, a: Expr) -> Expr:
+        s = product(row.ratios) ** Rational(1, len(row))
+        return w.minimum(s * a, w.clip(s, 1 - Rational("3e-4"), 1 + Rational("4e-4")) * a)
+
+    return mean(mean(one(row, a) for row, a in centred(w, question, std=True)) for question in w.questions)
+
+
+def sapo(w: World) -> Expr:
+    """(4/τ)·σ(τ(r - 1))·Â."""
+
+    def one(row: Row, t: int, a: Expr) -> Expr:
+        tau = Rational(1) if w.less(0, a) else Rational("1.05")
+        return 4 / tau / (1 + exp(-tau * (row.p[t] / row.q[t] - 1))) * a
+
+    return mean(
+        mean(mean(one(row, t, a) for t in range(len(row))) for row, a in centred(w, question, std=True))
+        for question in w.questions
+    )
+
+
+def gmpo(w: World) -> Expr:
+    """Â·exp(mean_t of log r, bounded on one side)."""
+    bound = Rational("0.4")
+
+    def one(row: Row, a: Expr) -> Expr:
+        up = w.less(0, a)
+        logs = [w.minimum(log(r), bound) if up else w.maximum(log(r), -bound) for r in row.ratios]
+        return a * exp(mean(logs))
+
+    return mean(mean(one(row, a) for row, a in centred(w, question, std=True)) for question in w.questions)
+
+
+def opmd(w: World) -> Expr:
+    """½ of the token mean of (R - mean R)·log π_θ."""
+    return token_mean(all_centred(w), lambda row, t, a: a * log(row.p[t])) / 2
+
+
+def asymre(w: World) -> Expr:
+    """Token mean of (R - (mean R - 0.1))·log π_θ."""
+    return token_mean(all_centred(w), lambda row, t, a: (a + Rational("0.1")) * log(row.p[t]))
+
+
+def relift(w: World) -> Expr:
+    """Of an ordinary step: Â·r over a constant length, no clip."""
+    return mean(a * total(row.ratios) / LENGTH for row, a in all_centred(w))
+
+
+def dpo(w: World) -> Expr:
+    """Mean over pairs of log σ(0.1·[log(π_θ/π_frozen)(chosen) - log(π_θ/π_frozen)(rejected)])."""
+    gains = []
+    for question in w.questions:
+        (win,), (lose,) = ([row for row in question if row.preference == sign] for sign in (1, -1))
+        margin = [total(log(p) - log(f) for p, f in zip(row.p, row.f, strict=True)) for row in (win, lose)]
+        gains.append(log(1 / (1 + exp(-Rational("0.1") * (margin[0] - margin[1])))))
+    return mean(gains)

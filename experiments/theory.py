@@ -1,0 +1,218 @@
+"""What every algorithm's gradient is on average, exactly: `python -m experiments.theory` prints the tables.
+
+`--docs` renews those in docs/theory.md. Nothing is sampled, so they are the same everywhere; it takes some ten seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+import algorithms
+import upge
+from upge.errors import ConfigError, UserError
+from upge.theory.enumerate import (
+    Setting,
+    SoftmaxPolicy,
+    bias_table,
+    exact_values,
+    expectation,
+    forward_kl_gradient,
+    reverse_kl_gradient,
+)
+
+DOCS = Path(__file__).parent.parent / "docs" / "theory.md"
+BEGIN, END = "<!-- expectation: begin (python -m experiments.theory --docs) -->", "<!-- expectation: end -->"
+STEPS, ROLLOUTS = 2, 3
+_PASS_RATES = (0.05, 0.25, 0.5, 0.75, 0.95)
+#: Everything below this is rounding.
+_ROUNDING = 1e-10
+
+
+def load(name: str, corrections: Sequence[str] = (), length: int = STEPS) -> upge.Algorithm | upge.Pipeline:
+    """The algorithm as in a run whose responses have at most `length` tokens."""
+    tree = OmegaConf.create({"algo": algorithms.read(name, corrections), "rollout": {"max_response_tokens": length}})
+    return algorithms.compose(tree.algo, name)
+
+
+def shipped(length: int = STEPS) -> list[upge.Algorithm]:
+    """Every algorithm that has a file. A pipeline's stages are algorithms of their own files, so it is left out."""
+    found = [load(name, length=length) for name in algorithms.names()]
+    return [algorithm for algorithm in found if isinstance(algorithm, upge.Algorithm)]
+
+
+def reward(tokens: tuple[int, ...]) -> float:
+    """1 where the tokens add up to a multiple of three: one short response and two long ones."""
+    return float(sum(tokens) % 3 == 0)
+
+
+def setting(off_policy: bool = False) -> Setting:
+    """Seven responses of one or two tokens, an expert who is always right, a frozen policy, a critic that is not."""
+    policy = SoftmaxPolicy.random(3, STEPS, seed=7, scale=0.7)
+    values = exact_values(policy, reward)
+    return Setting(
+        policy,
+        reward,
+        behavior=policy.moved(0.5, seed=3) if off_policy else None,
+        expert=SoftmaxPolicy.random(3, STEPS, seed=9).conditioned(Setting(policy, reward).reward),
+        frozen=policy.moved(0.5, seed=2),
+        values=values + torch.tensor([0.2, -0.2, 0.1], dtype=torch.float64),
+    )
+
+
+def number(value: float) -> str:
+    """Three significant digits; what is rounding is 0."""
+    return "0" if abs(value) < _ROUNDING else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def summed(algorithm: upge.Algorithm) -> upge.Algorithm:
+    """The algorithm without any division by lengths: tokens are summed, trajectories averaged."""
+    terms = {
+        name: dataclasses.replace(term, reduction=upge.SequenceMean(tokens="sum", over=term.reduction.over))
+        for name, term in algorithm.terms.items()
+    }
+    return dataclasses.replace(algorithm, terms=terms)
+
+
+def biases(off_policy: bool) -> str:
+    """A Markdown table of all algorithms, or of those that learn from rollouts alone where these are another
+    policy's."""
+    chosen = [a for a in shipped() if not off_policy or (a.needs.rollouts and not a.needs.demonstrations)]
+    made = setting(off_policy)
+    without = bias_table(map(summed, chosen), made, group_size=ROLLOUTS)
+    rows = []
+    for row, plain in zip(bias_table(chosen, made, group_size=ROLLOUTS), without, strict=True):
+        found = [number(row.coefficients[n]) if n in row.coefficients else "" for n in ("reward", "imitation")]
+        kept = "" if row.accepted > 1 - _ROUNDING else number(row.accepted)
+        figures = map(number, (row.remainder, plain.remainder, row.cosine, row.snr))
+        rows.append([f"`{row.name}`", *found, *figures, kept])
+    header = ["algorithm", "∇E[R]", "−∇KL(π_β‖π)", "neither", "tokens summed", "cosine", "snr", "kept"]
+    return _table(header, rows)
+
+
+def question_weights(group_size: int = 8) -> str:
+    """A Markdown table: the coefficient of ∇P for a question of pass rate P, relative to that of one with P = 1/2."""
+    rows = []
+    for algorithm in (a for a in shipped(length=1) if not a.needs.demonstrations):
+        found = []
+        for rate in _PASS_RATES:
+            policy = SoftmaxPolicy(torch.tensor([[1 - rate, rate]], dtype=torch.float64).log(), 1, end=None)
+            right = torch.tensor([0.0, 1.0], dtype=torch.float64)
+            values = torch.full((1,), 0.5, dtype=torch.float64)
+            made = Setting(policy, right, frozen=policy, values=values)
+            (row,) = bias_table([algorithm], made, group_size=group_size)
+            found.append(row.coefficients["reward"])
+        rows.append([f"`{algorithm.name}`", *(f"{c / found[2]:.2f}" for c in found)])
+    return _table(["algorithm", *(f"P = {rate:g}" for rate in _PASS_RATES)], rows)
+
+
+def penalty(kind: str, place: str) -> upge.Algorithm:
+    """A KL penalty with coefficient 1 and nothing else: in the loss, or in the reward of a token or of all from it."""
+    advantage: upge.AdvantageEstimator = upge.ConstantAdvantage(value=0.0)
+    if place != "loss":
+        advantage = upge.KLShaped(advantage, coefficient=1.0, kind=kind, future=place == "reward, and all later ones")
+    summed = upge.SequenceMean(tokens="sum")
+    estimator = upge.UnifiedGradient(upge.NoMask(), upge.CurrentPolicy(), advantage)
+    term = upge.Term(source="rollouts", gate=upge.Always(), estimator=estimator, reduction=summed)
+    extra = {"kl": upge.KLPenalty(coefficient=1.0, reduction=summed, kind=kind)} if place == "loss" else {}
+    return upge.Algorithm(name=f"{kind} in the {place}", terms={"kl": term}, regularizers=extra)
+
+
+def penalties() -> str:
+    """A Markdown table: the distance of each KL penalty's expected gradient from those of the two divergences."""
+    cases = []
+    for steps, off_policy in ((1, False), (STEPS, False), (1, True), (STEPS, True)):
+        policy = SoftmaxPolicy.random(3 if steps > 1 else 7, steps, seed=7, scale=0.7)
+        behavior = policy.moved(0.5, seed=3) if off_policy else None
+        cases.append(Setting(policy, lambda tokens: 0.0, behavior=behavior, frozen=policy.moved(0.5, seed=2)))
+    rows = []
+    for kind in ("k1", "k2", "k3"):
+        for place in ("loss", "reward of its token", "reward, and all later ones"):
+            cells = []
+            for case in cases:
+                for gradient in (reverse_kl_gradient, forward_kl_gradient):
+                    target = -gradient(case.policy, case.frozen)
+                    report = expectation(penalty(kind, place), case, group_size=1, target=target)
+                    cells.append(number(report.relative_bias))
+            rows.append([kind, place, *(f"{a} / {b}" for a, b in zip(cells[::2], cells[1::2], strict=True))])
+    return _table(["", "in the", "1 step", f"{STEPS} steps", "1 step, off-policy", f"{STEPS} steps, off-policy"], rows)
+
+
+def mismatches(base: str = "rloo", samplers: int = 4) -> str:
+    """A Markdown table: the bias of an unbiased algorithm whose rollouts come of another policy than they seem to, and
+    what is left of it with each correction that compares the two; a mean over some `samplers`."""
+    spaces = {1: (7, 1, 0), 2: (3, 2, 0), 3: (2, 3, None)}
+    cases = []
+    for scale in (0.05, 0.5):
+        for vocabulary, steps, end in spaces.values():
+            policy = SoftmaxPolicy.random(vocabulary, steps, seed=7, end=end, scale=0.7)
+            cases.append([Setting(policy, reward, sampler=policy.moved(scale, seed=s)) for s in range(samplers)])
+    compared = {"none": load(base)}
+    for name in algorithms.corrections():
+        try:
+            algorithm = load(base, [name])
+        except ConfigError:  # not for an algorithm of this kind: it clips nothing, for example
+            continue
+        if "sampler_logprobs" in algorithm.needs.columns:
+            compared[f"`{name}`"] = algorithm
+    rows = []
+    for name, algorithm in compared.items():
+        biases = [[expectation(algorithm, one, group_size=2).relative_bias for one in case] for case in cases]
+        rows.append([name, *(number(sum(found) / samplers) for found in biases)])
+    header = [f"{far}, {steps} step{'s' * (steps > 1)}" for far in ("near", "far") for steps in spaces]
+    return _table(["correction", *header], rows)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "On-policy": lambda: biases(off_policy=False),
+    "Rollouts of another policy": lambda: biases(off_policy=True),
+    "What a question counts, by its pass rate": question_weights,
+    "KL to a frozen policy": penalties,
+    "Rollouts of another engine": mismatches,
+}
+
+
+def renewed(text: str) -> str:
+    """The text of docs/theory.md with every table between the markers made anew, each below its heading and prose.
+
+    Raises:
+        ConfigError: a heading or a marker is missing.
+    """
+    for title, make in SECTIONS.items():
+        start = text.find(f"\n### {title}\n")
+        begin = text.find(BEGIN, start)
+        end = text.find(END, begin)
+        if min(start, begin, end) < 0:
+            raise ConfigError(f"{DOCS.name}: below '### {title}' the lines '{BEGIN}' and '{END}' are missing; add them")
+        text = f"{text[:begin]}{BEGIN}\n\n{make()}\n\n{text[end:]}"
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints, or renews the docs; exit code 2 on bad input."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if arguments == ["--docs"]:
+            DOCS.write_text(renewed(DOCS.read_text()))
+        elif arguments:
+            raise ConfigError(f"'{arguments[0]}': give --docs to renew docs/theory.md, or nothing to print")
+        else:
+            print("\n".join(f"## {title}\n\n{make()}\n" for title, make in SECTIONS.items()))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
