@@ -36,6 +36,20 @@ def table(link: bool = False) -> str:
     return "\n".join(lines)
 
 
+def short_table() -> str:
+    """A Markdown table for README.md: a row an algorithm, what it is, its first paper, and whether the trainer adds a
+    model for it."""
+    lines = ["| algorithm | what it is | learns from | paper | beside the policy |", "|---|---|---|---|---|"]
+    for name in algorithms.names():
+        one, papers = algorithms.load(name), catalogue.words(name).papers
+        paper = f"[{papers[0]}](https://arxiv.org/abs/{papers[0]})" if papers else ""
+        sources = dict.fromkeys(row[0].rpartition(": ")[2] for row in catalogue.rows(name))
+        beside = [n for n, needed in (("critic", one.needs.critic), ("frozen policy", one.needs.reference)) if needed]
+        link = f"[`{name}`](docs/algorithms.md#{name})"
+        lines.append(f"| {link} | {one.description} | {', '.join(sources)} | {paper} | {', '.join(beside)} |")
+    return "\n".join(lines)
+
+
 def corrections_table(link: bool = False) -> str:
     """A Markdown table of the corrections."""
     lines = ["| correction | what it does |", "|---|---|"]
@@ -108,7 +122,7 @@ def renewed(text: str) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ConfigError(f"{README.name}: the lines '{BEGIN}' and '{END}' are missing; put them where the table goes")
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{short_table()}\n{END}{after}"
 
 
 def _asked(arguments: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
@@ -142,7 +156,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             name, overrides, corrections = _asked(arguments)
             shown = f"{table()}\n\n{corrections_table()}" if name is None else describe(name, overrides, corrections)
-            print(shown)
+            print(shown, flush=True)
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        sys.stdout = None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

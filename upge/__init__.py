@@ -79,7 +79,7 @@ __all__ = [
     "__version__",
 ]
 
-_PACKAGES = ("data", "instantiate", "logprobs", "rollout", "testing", "train", "verify")
+_PACKAGES = ("data", "instantiate", "logprobs", "rollout", "testing", "theory", "train", "verify")
 
 
 def __getattr__(name: str) -> Any:

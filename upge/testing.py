@@ -16,9 +16,11 @@ from torch import Tensor
 from upge.algorithm import Algorithm
 from upge.components.base import Component, Precomputed, StabilizationMask
 from upge.gates import Gate
+from upge.needs import needs_of
 from upge.reduction import Over, Reduction
 from upge.regularizers import Regularizer, Source
 from upge.trajectories import LIVE_COLUMNS, TOKEN_COLUMNS, TRAJECTORY_COLUMNS, Trajectories, UndeclaredColumn
+from upge.value import ValueLoss
 
 _TOLERANCE = 1e-10
 
@@ -77,6 +79,10 @@ def check_component(component: Component) -> None:
         upge.trajectories.UndeclaredColumn: a column is read that `reads` does not list.
     """
     _require_instance(component, Component, "a part such as upge.PPOClip()")
+    if isinstance(component, ValueLoss):  # it is called with values, not with a batch: the rules are for what it wraps
+        for part in component.parts.values():
+            check_component(part)
+        return
     name = type(component).__name__
     _check_declarations(component)
     for seed in range(3):
@@ -173,8 +179,12 @@ def _check_declarations(component: Component) -> None:
 
 
 def _check_on_policy(component: Component, batch: Trajectories) -> None:
-    """Without the behaviour column the data are strictly on-policy, as in a run of one update a step."""
-    if "behavior_logprobs" not in component.columns:
+    """Without the behaviour column the data are strictly on-policy, as in a run of one update a step.
+
+    What does not read the current policy cannot put it in its place: it asks for the column before the forward pass.
+    """
+    asked = needs_of({"part": component}, {}).before
+    if not {"behavior_logprobs", "logprobs"} <= component.columns or "behavior_logprobs" in asked:
         return
     problem = f"{type(component).__name__} %s where behavior_logprobs is None, which means strictly on-policy; read "
     problem += "`batch.log_behavior` or `batch.log_importance_ratio` instead of the column"

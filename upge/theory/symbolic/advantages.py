@@ -1,0 +1,151 @@
+"""Symbolic forms of rewards per token and of advantages. See `rules`."""
+
+from __future__ import annotations
+
+import sympy as sp
+from sympy import Expr
+
+import upge
+from upge.components.correction import OverlongShaped
+from upge.components.returns import ReturnToGo
+from upge.components.reward import KLPenalizedReward, OutcomeReward
+from upge.components.shaping import Shifted, Tempered, Whitened
+from upge.theory.symbolic.algebra import mean, number, product, total
+from upge.theory.symbolic.rules import Tokens, evaluate, per_row, per_token, rule
+from upge.theory.symbolic.weights import kl, succeeded
+from upge.theory.symbolic.world import Row, World
+
+
+@rule(upge.ConstantAdvantage)
+def _(part, world):
+    return per_token(world, lambda row, t: number(part.value))
+
+
+@rule(upge.SignedReward)
+def _(part, world):
+    return per_row(world, lambda row: number(part.success if succeeded(world, row) else part.failure))
+
+
+def _group(world: World, row: Row, union: bool) -> list[Row]:
+    return [r for r in world.rows if r.group == row.group and (union or not r.is_demonstration)]
+
+
+@rule(upge.GroupRelative)
+def _(part, world):
+    def value(row):
+        rewards = [other.reward for other in _group(world, row, part.baseline == "group")]
+        centred = row.reward - mean(rewards)
+        if not part.normalize_std:
+            return centred
+        squares = total((reward - mean(rewards)) ** 2 for reward in rewards)
+        return centred / (sp.sqrt(squares / (len(rewards) - int(part.unbiased))) + number(part.epsilon))
+
+    return per_row(world, value)
+
+
+@rule(upge.LeaveOneOut)
+def _(part, world):
+    return per_row(
+        world, lambda row: row.reward - mean(r.reward for r in _group(world, row, False) if r.index != row.index)
+    )
+
+
+@rule(OutcomeReward)
+def _(part, world):
+    return per_token(world, lambda row, t: row.reward if t == len(row) - 1 else 0)
+
+
+@rule(KLPenalizedReward)
+def _(part, world):
+    inner = evaluate(part.reward, world)
+
+    def value(row, t):
+        return inner[row.index][t] - number(part.coefficient) * kl(part.kind, sp.log(row.f[t]) - sp.log(row.q[t]))
+
+    return per_token(world, value)
+
+
+def _accumulated(world: World, deltas: Tokens, decay: Expr) -> Tokens:
+    """Σ_{k≥t} decay^{k-t}·δ_k."""
+    return per_token(
+        world, lambda row, t: total(decay ** (k - t) * deltas[row.index][k] for k in range(t, len(row)))
+    )
+
+
+@rule(upge.GAE)
+def _(part, world):
+    rewards, discount = evaluate(part.reward, world), number(part.discount)
+
+    def delta(row, t):
+        following = row.v[t + 1] if t + 1 < len(row) else 0
+        return rewards[row.index][t] + discount * following - row.v[t]
+
+    return _accumulated(world, per_token(world, delta), discount * number(part.lam))
+
+
+@rule(ReturnToGo)
+def _(part, world):
+    return _accumulated(world, evaluate(part.reward, world), number(part.discount))
+
+
+@rule(Whitened)
+def _(part, world):
+    inner = evaluate(part.advantage, world)
+    own = [x for row in world.rollouts for x in inner[row.index]]
+    centre = mean(own)
+    variance = total((x - centre) ** 2 for x in own) / (len(own) - 1)
+    return per_token(
+        world, lambda row, t: (inner[row.index][t] - centre) / sp.sqrt(variance + number(part.epsilon))
+    )
+
+
+@rule(Tempered)
+def _(part, world):
+    inner = evaluate(part.advantage, world)
+    return per_token(world, lambda row, t: inner[row.index][t] / (1 + number(part.temperature)))
+
+
+@rule(Shifted)
+def _(part, world):
+    inner = evaluate(part.advantage, world)
+    return per_token(world, lambda row, t: inner[row.index][t] - number(part.delta))
+
+
+@rule(upge.KLShaped)
+def _(part, world):
+    inner = evaluate(part.advantage, world)
+    penalties = per_token(world, lambda row, t: kl(part.kind, sp.log(row.f[t]) - sp.log(row.p[t])))
+    if part.future:
+        penalties = _accumulated(world, penalties, sp.Integer(1))
+    return per_token(
+        world, lambda row, t: inner[row.index][t] - number(part.coefficient) * penalties[row.index][t]
+    )
+
+
+@rule(OverlongShaped)
+def _(part, world):
+    limit = number(part.limit)
+    start = limit * (1 - number(part.buffer))
+
+    def shaped(row):
+        share = 0 if row.is_demonstration else min(max((len(row) - start) / (limit - start), 0), 1)
+        return row.reward - number(part.penalty) * share
+
+    return evaluate(part.advantage, world.with_rewards([shaped(row) for row in world.rows]))
+
+
+@rule(upge.PairwisePreference)
+def _(part, world):
+    beta = number(part.beta)
+
+    def value(row):
+        if row.preference == 0:
+            return 0
+        odds = product(
+            product(p / f for p, f in zip(r.p, r.f, strict=True)) ** (r.preference * beta)
+            for r in world.rows
+            if r.group == row.group and r.preference != 0
+        )
+        return row.preference * beta / (1 + odds)
+
+    return per_row(world, value)

@@ -1,0 +1,211 @@
+"""From a written objective to the product of the parts: the factor in front of ∇π_θ, derived and compared.
+
+Three things are compared for every token, in every cell that the points visit:
+1. ∂J/∂π_θ of the objective J, by sympy, stop-gradients held fixed;
+2. Σ_terms gate · w · 1_stable · (1/π_ref) · Â · f′ from the rules of the algorithm's parts: equal to 1 as expressions;
+3. the same factors from the parts' own code, in float64 at the cell's point, and their gradient by autograd: equal to 2
+   up to rounding.
+So the objective's gradient is the one that the shipped parts compute, on all of the cell and not only at its point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import sympy as sp
+import torch
+from sympy import Expr, Symbol
+
+from upge.algorithm import Algorithm
+from upge.theory.symbolic import advantages, denominators, masks, weights  # noqa: F401  (they register rules)
+from upge.theory.symbolic.algebra import gradient, is_zero
+from upge.theory.symbolic.rules import Tokens, evaluate
+from upge.theory.symbolic.world import BoundaryPoint, Row, World, worlds
+
+#: J(world): the objective as printed, to be maximised, written with the world's symbols.
+Objective = Callable[[World], Expr]
+
+
+_AT_LEAST = 8
+
+
+class Factors(NamedTuple):
+    """The factors of a term, one expression per row and token; `gate` includes the term's coefficient."""
+
+    mask: Tokens
+    denominator: Tokens
+    advantage: Tokens
+    shape: Tokens
+    gate: Tokens
+    reduction: Tokens
+
+    def product(self, i: int, t: int) -> Expr:
+        """gate · w · mask · (1/π_ref) · Â · f′ of token t in row i: what stands in front of ∇π_θ."""
+        numerator = self.gate[i][t] * self.reduction[i][t] * self.mask[i][t] * self.advantage[i][t] * self.shape[i][t]
+        return numerator / self.denominator[i][t]
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """What was derived for a variable, p<row>_<token> or h<row>_<token>, and the product of the parts that differs."""
+
+    variable: Symbol
+    derived: Expr
+    product: Expr
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What `prove` found.
+
+    Attributes:
+        algorithm: its name.
+        compared: pairs of expressions, derived and product, over all variables and cells.
+        cells: in how many cells, each the same answers to all questions, the whole batch was looked at.
+        one_sided: questions that were answered the same way at every point, so that one side of them was not visited.
+        mismatches: where derived and product differ, as expressions.
+        rounding: the largest difference, relative to its size, between a factor's rule and the part's own float64.
+    """
+
+    algorithm: str
+    compared: int
+    cells: int
+    one_sided: tuple[Expr, ...]
+    mismatches: tuple[Mismatch, ...]
+    rounding: float
+
+    @property
+    def holds(self) -> bool:
+        """True if every pair is equal, both sides of every question were visited, and the rules say what the parts
+        compute."""
+        return self.compared > 0 and not self.mismatches and not self.one_sided and self.rounding < 1e-12
+
+
+def derive(objective: Objective, world: World) -> dict[Symbol, Expr]:
+    """∂J/∂x for each live symbol x, in the world's cell: for a π_θ the factor in front of its ∇π_θ."""
+    return {x: world.thaw(slope) for x, slope in gradient(objective(world), world.live).items()}
+
+
+def factors(algorithm: Algorithm, world: World) -> dict[str, Factors]:
+    """The factors of every term by the rules of its parts, in the world's cell.
+
+    Raises:
+        ConfigError: a part has no symbolic form.
+    """
+    gates, counted = {}, {}
+    for name, term in algorithm.terms.items():
+        gates[name] = [number * sp.Rational(str(term.coefficient)) for number in evaluate(term.gate, world)]
+        counted[name] = [row for row in _source(world, term.source) if gates[name][row.index] != 0]
+    anywhere = [row for row in world.rows if any(row in rows for rows in counted.values())]
+    found = {}
+    for name, term in algorithm.terms.items():
+        estimator, own = term.estimator, counted[name]
+        advantage = evaluate(estimator.advantage, world)
+        reduction = evaluate(term.reduction, world, own if term.reduction.over == "term" else anywhere)
+        found[name] = Factors(
+            mask=evaluate(estimator.mask, world, advantage),
+            denominator=evaluate(estimator.denominator, world),
+            advantage=advantage,
+            shape=evaluate(estimator.likelihood, world),
+            gate=[[gates[name][row.index] if row in own else sp.Integer(0)] * len(row) for row in world.rows],
+            reduction=[[x if row in own else sp.Integer(0) for x in reduction[row.index]] for row in world.rows],
+        )
+    return found
+
+
+def product(algorithm: Algorithm, world: World, terms: dict[str, Factors] | None = None) -> dict[Symbol, Expr]:
+    """For each live symbol what stands in front of its gradient, by the rules: the products of all `terms` (worked out
+    here if not given), and what the regularizers add."""
+    terms = factors(algorithm, world) if terms is None else terms
+    found: dict[Symbol, Expr] = {x: sp.Integer(0) for x in world.live}
+    for row in world.rows:
+        for t, p in enumerate(row.p):
+            found[p] = sp.Add(*(term.product(row.index, t) for term in terms.values()))
+    anywhere = [row for row in world.rows if any(t.gate[row.index][0] != 0 for t in terms.values())]
+    for regularizer in algorithm.regularizers.values():
+        own = [row for row in _source(world, regularizer.source) if row in anywhere]
+        penalties = evaluate(regularizer, world)
+        reduction = evaluate(regularizer.reduction, world, own if regularizer.reduction.over == "term" else anywhere)
+        scale = sp.Rational(str(regularizer.coefficient))
+        for row in own:
+            for t, penalty in enumerate(penalties[row.index]):
+                for x in (row.p[t], row.h[t]):
+                    found[x] -= scale * reduction[row.index][t] * sp.diff(penalty, x)
+    return found
+
+
+def compare(algorithm: Algorithm, world: World, terms: dict[str, Factors] | None = None) -> float:
+    """The largest difference, relative to max(1, size), between the rules at the world's point and the parts' own code:
+    each factor of each term that counts, and the gradient of the whole by autograd."""
+    batch = world.batch(algorithm.initial_state())
+    estimate = algorithm.estimate(batch)
+    live = (batch.logprobs, batch.entropies)
+    by_logprob, by_entropy = torch.autograd.grad(estimate.loss, live, allow_unused=True, materialize_grads=True)
+    worst = 0.0
+
+    def note(expression: Expr, found: float) -> None:
+        nonlocal worst
+        expected = world.value(expression)
+        worst = max(worst, abs(expected - float(found)) / max(1.0, abs(expected)))
+
+    terms = factors(algorithm, world) if terms is None else terms
+    for name, term in terms.items():
+        theirs = estimate.terms[name]
+        for row in world.rows:
+            for t in range(len(row)):
+                i, at = row.index, (row.index, t)
+                note(term.gate[i][t] * term.reduction[i][t], theirs.gate[at] * theirs.reduction[at])
+                if term.gate[i][t] * term.reduction[i][t] != 0:
+                    note(term.mask[i][t], theirs.mask[at])
+                    note(term.denominator[i][t], theirs.log_denominator[at].exp())
+                    note(term.advantage[i][t], theirs.advantages[at])
+                    note(term.shape[i][t], theirs.shape[at])
+    products = product(algorithm, world, terms)
+    for row in world.rows:
+        for t in range(len(row)):
+            note(row.p[t] * products[row.p[t]], -by_logprob[row.index, t])
+            note(products[row.h[t]], -by_entropy[row.index, t])
+    return worst
+
+
+def prove(algorithm: Algorithm, objective: Objective, points: Iterable[World] | None = None) -> Proof:
+    """Derives the factor of every token from `objective` and compares it with the product of `algorithm`'s parts, in
+    the cells of `points` (default: up to 100 points of a ragged batch, enough that every question that anything depends
+    on has been answered both ways; at least 8). A point on a kink is passed over.
+
+    Raises:
+        ConfigError: a part has no symbolic form.
+    """
+    answers: dict[Expr, set[bool]] = {}
+    seen: set[tuple[Symbol, Expr, Expr]] = set()
+    cells, mismatches, rounding = set(), [], 0.0
+    for number, world in enumerate(worlds() if points is None else points):
+        if number >= _AT_LEAST and all(len(given) == 2 for given in answers.values()):
+            break
+        try:
+            derived, terms = derive(objective, world), factors(algorithm, world)
+        except BoundaryPoint:
+            continue
+        products = product(algorithm, world, terms)
+        for x in world.live:
+            pair = (x, derived[x], products[x])
+            if pair not in seen and not is_zero(derived[x] - products[x]):
+                mismatches.append(Mismatch(*pair))
+            seen.add(pair)
+        rounding = max(rounding, compare(algorithm, world, terms))
+        cells.add(frozenset(world.asked.items()))
+        for question, answer in world.asked.items():
+            answers.setdefault(question, set()).add(answer)
+    one_sided = tuple(question for question, given in answers.items() if len(given) == 1)
+    return Proof(algorithm.name, len(seen), len(cells), one_sided, tuple(mismatches), rounding)
+
+
+def _source(world: World, source: str) -> list[Row]:
+    if source == "all":
+        return list(world.rows)
+    if source == "preference_pairs":
+        return [row for row in world.rows if row.preference != 0]
+    return world.rollouts if source == "rollouts" else [r for r in world.demonstrations if r.preference >= 0]
+

@@ -1,0 +1,152 @@
+"""Symbolic forms of what stands around the product: gates, reductions and regularizers. See `rules`.
+
+A gate's rule gives one expression per row; a reduction's is called with the rows that count; a regularizer's gives the
+penalty itself, to be differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import sympy as sp
+from sympy import Expr
+
+import upge
+from upge.gates import Complement, PassRateBetween
+from upge.stateful import MetaGradient
+from upge.theory.symbolic.algebra import mean, number, product
+from upge.theory.symbolic.rules import Tokens, evaluate, per_row, per_token, rule
+from upge.theory.symbolic.world import Row, World
+
+# Gates: one expression per row.
+
+
+def succeeded(world: World, row: Row) -> bool:
+    """Whether the row's reward counts as a success."""
+    return world.less(sp.Rational(1, 2), row.reward)
+
+
+def pass_rate(world: World, row: Row) -> sp.Rational:
+    """Share of successes among the rollouts of the row's question."""
+    own = [r for r in world.rows if r.group == row.group and not r.is_demonstration]
+    return sp.Rational(sum(succeeded(world, r) for r in own), len(own))
+
+
+@rule(upge.Always)
+def _(part, world):
+    return [number(part.coefficient)] * len(world.rows)
+
+
+@rule(upge.PassRateAbove)
+def _(part, world):
+    return [sp.Integer(int(bool(pass_rate(world, row) > number(part.threshold)))) for row in world.rows]
+
+
+@rule(upge.PassRateAtMost)
+def _(part, world):
+    return [sp.Integer(int(bool(pass_rate(world, row) <= number(part.threshold)))) for row in world.rows]
+
+
+@rule(PassRateBetween)
+def _(part, world):
+    low, high = number(part.low), number(part.high)
+    return [sp.Integer(int(bool(low < pass_rate(world, row) < high))) for row in world.rows]
+
+
+@rule(upge.PassRateTable)
+def _(part, world):
+    points = [(number(r), number(c)) for r, c in zip(part.rates, part.coefficients, strict=True)]
+
+    def value(rate):
+        below = max((k for k, (r, _) in enumerate(points) if r <= rate), default=-1)
+        if below < 0 or below == len(points) - 1:
+            return points[max(below, 0)][1]
+        (r0, c0), (r1, c1) = points[below], points[below + 1]
+        return c0 if part.step else c0 + (rate - r0) / (r1 - r0) * (c1 - c0)
+
+    return [value(pass_rate(world, row)) for row in world.rows]
+
+
+@rule(upge.EntropyWeight)
+def _(part, world):
+    return [number(part.scale) * sp.exp(part.sign * mean(row.h)) for row in world.rows]
+
+
+@rule(upge.Schedule)
+def _(part, world):
+    # A symbol for the schedule's present value, the same for both members of a balance.
+    value = part.coefficient_at(world.step)
+    symbol = world.variable("mu", 1 - value if part.complement else value)
+    return [1 - symbol if part.complement else symbol] * len(world.rows)
+
+
+@rule(MetaGradient)
+def _(part, world):
+    return [world.variable(part.variable, part.initial())] * len(world.rows)
+
+
+@rule(Complement)
+def _(part, world):
+    return [1 - value for value in evaluate(part.gate, world)]
+
+
+@rule(upge.ProductOf)
+def _(part, world):
+    return [product(values) for values in zip(*(evaluate(gate, world) for gate in part.gates), strict=True)]
+
+
+# Reductions: `counted` are the rows that count.
+
+
+def _token_rule(tokens: str, length: int | None, row: Row) -> Expr:
+    return {"mean": sp.Rational(1, len(row)), "sum": sp.Integer(1), "fixed": sp.Rational(1, length or 1)}[tokens]
+
+
+def _spread(world: World, counted: list[Row], value: Callable[[Row], Any]) -> Tokens:
+    return per_row(world, lambda row: value(row) if row in counted else 0)
+
+
+@rule(upge.TokenMean)
+def _(part, world, counted):
+    return _spread(world, counted, lambda row: sp.Rational(1, max(1, sum(map(len, counted)))))
+
+
+@rule(upge.SequenceMean)
+def _(part, world, counted):
+    return _spread(world, counted, lambda row: _token_rule(part.tokens, None, row) / len(counted))
+
+
+@rule(upge.FixedLength)
+def _(part, world, counted):
+    return _spread(world, counted, lambda row: _token_rule("fixed", part.length, row) / len(counted))
+
+
+@rule(upge.QuestionMean)
+def _(part, world, counted):
+    questions = len({row.group for row in counted})
+
+    def value(row):
+        same = [other for other in counted if other.group == row.group]
+        own = sum(part.within == "question" or other.is_demonstration == row.is_demonstration for other in same)
+        return _token_rule(part.tokens, part.length, row) / (questions * own)
+
+    return _spread(world, counted, value)
+
+
+# Regularizers: the penalty itself, to be differentiated.
+
+
+@rule(upge.EntropyBonus)
+def _(part, world):
+    return per_token(world, lambda row, t: -row.h[t])
+
+
+def kl(kind: str, log_ratio: Expr) -> Expr:
+    """k1, k2 or k3 of d = log π_frozen - log π."""
+    return {"k1": -log_ratio, "k2": log_ratio**2 / 2, "k3": sp.exp(log_ratio) - log_ratio - 1}[kind]
+
+
+@rule(upge.KLPenalty)
+def _(part, world):
+    return per_token(world, lambda row, t: kl(part.kind, sp.log(row.f[t]) - sp.log(row.p[t])))

@@ -1,0 +1,259 @@
+"""A batch made of symbols: a few short responses whose every probability, reward and value has a name.
+
+An objective with clips and minima is smooth only piece by piece. A `World` therefore carries, beside its symbols, one
+rational point. Whoever asks `less(a, b)` gets the answer at that point, and the question is written down: what is built
+of the answers is a smooth expression, valid on the whole cell of points that answer all questions alike. Many points
+visit many cells. The equality itself is always shown between expressions, never between numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import sympy as sp
+import torch
+from sympy import Expr, Symbol
+
+from upge.theory.symbolic.algebra import value_at
+from upge.trajectories import Trajectories
+
+#: Rollout lengths and demonstration lengths of each question: ragged, and no two questions alike, so that no two
+#: reductions agree.
+SHAPE = (((2, 3), (2,)), ((1, 2, 2), (1,)))
+#: π_θ over another policy at a point: on both sides of every bound in use, far outside included.
+LEVELS = tuple(Fraction(x) for x in ("1/30 3/10 3/5 7/10 9/10 11/10 5/4 7/5 8/5 5/2 4 30").split())
+#: Levels shared by all tokens of a response, for bounds on its mean ratio as narrow as 3e-4.
+NARROW = tuple(Fraction(x) for x in ("1/2 9/10 9999/10000 10001/10000 11/10 2").split())
+
+
+class BoundaryPoint(Exception):
+    """A question whose two sides are equal at the point but not as expressions: the objective has a kink there."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One response: symbols per token, and what is known of it.
+
+    Attributes:
+        index: its place in `World.rows`.
+        p: π_θ of each token, the variables of the derivation.
+        q: π_old, the behaviour policy.
+        f: the frozen policy.
+        s: the policy as the sampler reported it.
+        v: the critic's values.
+        h: the entropies; they move with θ too, so an objective that does not detach them has a gradient in them.
+        reward: of the response.
+    """
+
+    index: int
+    p: tuple[Symbol, ...]
+    q: tuple[Symbol, ...]
+    f: tuple[Symbol, ...]
+    s: tuple[Symbol, ...]
+    v: tuple[Symbol, ...]
+    h: tuple[Symbol, ...]
+    reward: Expr
+    group: int
+    is_demonstration: bool
+    preference: int
+
+    def __len__(self) -> int:
+        return len(self.p)
+
+    @property
+    def ratios(self) -> list[Expr]:
+        """r_t = π_θ/π_old per token."""
+        return [p / q for p, q in zip(self.p, self.q, strict=True)]
+
+
+class World:
+    """Symbols, a point, and the questions asked so far.
+
+    Args:
+        seed: chooses the point; the symbols are the same for every seed.
+        shape: rollout and demonstration lengths per question.
+        pairs: the first two rollouts of each question are chosen and rejected.
+        opaque: `advantage` gives a name to what it is told, so that a derived factor can be read.
+    """
+
+    def __init__(self, seed: int = 0, shape: Sequence = SHAPE, pairs: bool = False, opaque: bool = False) -> None:
+        self.step, self.opaque = 7, opaque
+        self.point: dict[Symbol, Expr] = {}
+        self.asked: dict[Expr, bool] = {}
+        self.advantages: dict[Symbol, Expr] = {}
+        self._random, self._twins, self._variables, self._values = random.Random(seed), {}, {}, {}
+        rows = []
+        for group, (rollouts, demonstrations) in enumerate(shape):
+            fate = self._random.choice(("fail", "succeed", "mixed", "mixed"))
+            lengths = [(n, False) for n in rollouts] + [(n, True) for n in demonstrations]
+            for place, (length, is_demonstration) in enumerate(lengths):
+                preference = {0: 1, 1: -1}.get(place, 0) if pairs else 0
+                rows.append(self._row(len(rows), length, group, is_demonstration, preference, fate))
+        self.rows: tuple[Row, ...] = tuple(rows)
+
+    def _row(self, index: int, length: int, group: int, expert: bool, preference: int, fate: str) -> Row:
+        choose, draw = self._random.choice, self._random.randint
+        shared = choose(("no", "wide", "narrow"))
+        level = choose(NARROW if shared == "narrow" else LEVELS)
+        columns: dict[str, list[Symbol]] = {name: [] for name in "pqfsvh"}
+        for t in range(length):
+            p = Fraction(draw(1, 997), 1000)
+            q = p / (choose(LEVELS) if shared == "no" else level)
+            values = {"p": p, "q": q, "f": p / choose(LEVELS), "s": q / choose(LEVELS)}
+            values |= {"v": Fraction(draw(-99, 99), 101), "h": Fraction(draw(1, 99), 50)}
+            for name, value in values.items():
+                kind = {"real": True} if name == "v" else {"positive": True}
+                symbol = Symbol(f"{name}{index}_{t}", **kind)
+                self.point[symbol] = sp.Rational(value.numerator, value.denominator)
+                columns[name].append(symbol)
+        succeeds = fate == "succeed" or (fate == "mixed" and self._random.random() < 0.5)
+        reward = Symbol(f"R{index}", real=True)
+        # Far from 0 and 1, and hardly ever two alike: equal rewards are a kink of the standard deviation.
+        self.point[reward] = sp.Rational(draw(600, 2400) if succeeds else draw(-1400, 400), 997)
+        tokens = {name: tuple(symbols) for name, symbols in columns.items()}
+        return Row(index, **tokens, reward=reward, group=group, is_demonstration=expert, preference=preference)
+
+    @property
+    def live(self) -> tuple[Symbol, ...]:
+        """What moves with θ: every π_θ and every entropy."""
+        return tuple(x for row in self.rows for x in (*row.p, *row.h))
+
+    @property
+    def questions(self) -> list[list[Row]]:
+        """The rows of each question."""
+        groups = sorted({row.group for row in self.rows})
+        return [[row for row in self.rows if row.group == g] for g in groups]
+
+    @property
+    def rollouts(self) -> list[Row]:
+        """All rows that are no demonstration."""
+        return [row for row in self.rows if not row.is_demonstration]
+
+    @property
+    def demonstrations(self) -> list[Row]:
+        """All demonstrations."""
+        return [row for row in self.rows if row.is_demonstration]
+
+    def with_rewards(self, rewards: Sequence[Expr]) -> World:
+        """The same world, questions asked included, with other rewards; for parts that shape them."""
+        other = copy.copy(self)
+        other.rows = tuple(replace(row, reward=reward) for row, reward in zip(self.rows, rewards, strict=True))
+        return other
+
+    def sg(self, expression: Expr) -> Expr:
+        """Stop-gradient: every live symbol replaced by a twin that no differentiation sees; `thaw` undoes it."""
+        for symbol in sp.sympify(expression).free_symbols & set(self.live):
+            if symbol not in self._twins:
+                twin = Symbol(f"{symbol.name}bar", positive=True)
+                self._twins[symbol], self.point[twin] = twin, self.point[symbol]
+        return sp.sympify(expression).xreplace(self._twins)
+
+    def thaw(self, expression: Expr) -> Expr:
+        """The expression with every twin replaced by its live symbol again."""
+        return expression.xreplace({twin: symbol for symbol, twin in self._twins.items()})
+
+    def advantage(self, row: Row, value: Expr, t: int | None = None) -> Expr:
+        """`value`, the advantage of a row or of its token t; in an opaque world a symbol Â that stands for it."""
+        if not self.opaque:
+            return value
+        symbol = Symbol(f"A{row.index}" if t is None else f"A{row.index}_{t}", real=True)
+        self.advantages[symbol] = sp.sympify(value)
+        self.point[symbol] = sp.Rational(self.value(self.advantages[symbol]))
+        return symbol
+
+    def variable(self, name: str, value: float | None = None) -> Symbol:
+        """A coefficient that depends on neither tokens nor rewards, such as a schedule's present value; the first to
+        ask says its value at the point.
+
+        Raises:
+            ValueError: two parts give the same name different values.
+        """
+        symbol = Symbol(name, positive=True)
+        if value is None:
+            self.point.setdefault(symbol, sp.Rational(2, 7))
+        elif self._variables.setdefault(name, value) != value:
+            raise ValueError(f"{name}: {value} and {self._variables[name]}; give each schedule its own name")
+        else:
+            self.point[symbol] = sp.Rational(value)
+        return symbol
+
+    def value(self, expression: Expr) -> float:
+        """The expression at the point, in float64."""
+        return value_at(expression, self.point, self._values)
+
+    def less(self, left: Expr, right: Expr) -> bool:
+        """Whether left < right at the point. Of questions that differ by a number in front only one is written down.
+
+        Raises:
+            BoundaryPoint: they are equal there without being the same expression.
+        """
+        difference = sp.sympify(left - right)
+        question = difference.primitive()[1]
+        if question.is_Number:
+            return bool(difference < 0)
+        if -question in self.asked:
+            return not self.asked[-question]
+        if question not in self.asked:
+            self.asked[question] = self._negative(question)
+        return self.asked[question]
+
+    def _negative(self, expression: Expr) -> bool:
+        value = self.value(expression)
+        if abs(value) < 1e-9:  # perhaps zero: ask again, with as many digits as it takes
+            value = sp.N(expression.xreplace(self.point), 60)
+            if abs(value) < sp.Float("1e-50"):
+                raise BoundaryPoint(str(expression))
+        return bool(value < 0)
+
+    def minimum(self, left: Expr, right: Expr) -> Expr:
+        """min(left, right) on the cell."""
+        return left if self.less(left, right) else right
+
+    def maximum(self, left: Expr, right: Expr) -> Expr:
+        """max(left, right) on the cell."""
+        return right if self.less(left, right) else left
+
+    def clip(self, value: Expr, low: Expr | None = None, high: Expr | None = None) -> Expr:
+        """clip(value, low, high) on the cell; None leaves a side open."""
+        if low is not None and self.less(value, low):
+            return sp.sympify(low)
+        return sp.sympify(high) if high is not None and self.less(high, value) else value
+
+    def batch(self, state: dict[str, float] | None = None) -> Trajectories:
+        """The point as numbers, for the parts themselves; log-probs and entropies require a gradient."""
+        width = max(map(len, self.rows))
+
+        def column(name: str, log: bool) -> torch.Tensor:
+            filled = torch.zeros(len(self.rows), width, dtype=torch.float64)
+            for i, row in enumerate(self.rows):
+                for t, symbol in enumerate(getattr(row, name)):
+                    exact = self.point[symbol]
+                    filled[i, t] = math.log(exact) if log else float(exact)
+            return filled
+
+        return Trajectories(
+            logprobs=column("p", True).requires_grad_(),
+            response_mask=torch.arange(width) < torch.tensor([len(row) for row in self.rows])[:, None],
+            rewards=torch.tensor([float(self.point[row.reward]) for row in self.rows], dtype=torch.float64),
+            group=torch.tensor([row.group for row in self.rows]),
+            is_demonstration=torch.tensor([row.is_demonstration for row in self.rows]),
+            behavior_logprobs=column("q", True),
+            sampler_logprobs=column("s", True),
+            reference_logprobs=column("f", True),
+            values=column("v", False),
+            entropies=column("h", False).requires_grad_(),
+            preference=torch.tensor([row.preference for row in self.rows]),
+            step=self.step,
+            state=state or {},
+        )
+
+
+def worlds(points: int = 100, **settings) -> Iterator[World]:
+    """The same symbols at as many points."""
+    for seed in range(points):
+        yield World(seed, **settings)
