@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from algorithms.building import compose
 from algorithms.correcting import apply
-from algorithms.files import CORRECTIONS, FOLDER, content, corrections, find, header, inline, names, stem
+from algorithms.files import CORRECTIONS, FOLDER, check_names, content, corrections, find, header, inline, names, stem
 from algorithms.overriding import override
 from upge.algorithm import Algorithm
 from upge.pipeline import Pipeline
@@ -27,7 +27,8 @@ def read(name: str, corrections: Sequence[str] = ()) -> DictConfig:
     """
     file = find(name)
     tree = content(file)
-    inline(tree, "algo", (str(file),))
+    inline(tree, "algo", (file.resolve(),), file.parent)
+    check_names(tree, "algo")
     return OmegaConf.create(apply(tree, corrections, stem(name)))
 
 

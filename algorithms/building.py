@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from algorithms.files import check_names
 from upge.algorithm import Algorithm, Term
+from upge.checks import mismatch
 from upge.errors import ConfigError, nearest
 from upge.gates import Gate
 from upge.instantiate import TARGET, build
@@ -23,7 +26,12 @@ _KEYS = _COMMON | {"terms", "regularizers", "critic", "sampling", "interlude", "
 _PIPELINE_KEYS = _COMMON | {"stages"}
 _TERM_KEYS = {"source", "gate", "estimator", "reduction", "coefficient"}
 _STAGE_KEYS = {"algorithm", "share", "lr_factor"}
-_INTERLUDE_KEYS = {"gate", "size", "algorithm", "own_optimizer", "lr_factor"}
+_INTERLUDE_TYPES = {
+    "size": (int, "give the number of prompts of one such update, such as 128"),
+    "own_optimizer": (bool, "give true or false"),
+    "lr_factor": (float, "give a finite number, such as 1.0"),
+}
+_INTERLUDE_KEYS = {"gate", "algorithm", *_INTERLUDE_TYPES}
 
 
 def compose(node: DictConfig | Mapping[str, Any], name: str, path: str = "algo") -> Algorithm | Pipeline:
@@ -32,6 +40,7 @@ def compose(node: DictConfig | Mapping[str, Any], name: str, path: str = "algo")
     Raises:
         ConfigError: an unknown key, a wrong type or an impossible value, by its key.
     """
+    check_names(OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig) else dict(node), path)
     try:
         tree = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
     except OmegaConfBaseException as error:
@@ -44,7 +53,7 @@ def compose(node: DictConfig | Mapping[str, Any], name: str, path: str = "algo")
     if "terms" in tree:
         raise ConfigError(f"{path}: has both `terms` and `stages`; a pipeline's terms are those of its stages")
     _only(tree, _PIPELINE_KEYS, path)
-    stages = {n: _stage(item, n, f"{path}.stages.{n}") for n, item in _mapping(tree, "stages", path).items()}
+    stages = {str(n): _stage(item, str(n), f"{path}.stages.{n}") for n, item in _mapping(tree, "stages", path).items()}
     return Pipeline(name=name, stages=stages, description=str(tree.get("description") or ""))
 
 
@@ -58,9 +67,9 @@ def _algorithm(tree: Any, name: str, path: str) -> Algorithm:
         raise ConfigError(
             f"{path}.terms: found {tree.get('terms')!r}; an algorithm is a sum of at least one named term"
         )
-    terms = {n: _term(item, f"{path}.terms.{n}") for n, item in tree["terms"].items()}
+    terms = {str(n): _term(item, f"{path}.terms.{n}") for n, item in tree["terms"].items()}
     named = _mapping(tree, "regularizers", path)
-    extra = {n: build(item, f"{path}.regularizers.{n}", Regularizer) for n, item in named.items()}
+    extra = {str(n): build(item, f"{path}.regularizers.{n}", Regularizer) for n, item in named.items()}
     optional: dict[str, Any] = {}
     for key, kind in (("critic", ValueLoss), ("sampling", DynamicSampling)):
         if tree.get(key) is not None:
@@ -89,6 +98,10 @@ def _stage(tree: Any, name: str, path: str) -> Stage:
 
 def _interlude(tree: Any, path: str) -> Interlude:
     _fields(tree, _INTERLUDE_KEYS, {"gate", "size", "algorithm"}, path, "an interlude")
+    for key, (kind, fix) in _INTERLUDE_TYPES.items():
+        wrong = mismatch(tree[key], kind) if key in tree else None
+        if wrong or key == "lr_factor" and not math.isfinite(tree.get(key, 1.0)):
+            raise ConfigError(f"{path}.{key}: {wrong or f'found {tree[key]}'}; {fix}")
     gate = build(tree["gate"], f"{path}.gate", Gate)
     inner = _nested(tree["algorithm"], "interlude", f"{path}.algorithm")
     return build({TARGET: "upge.Interlude", **tree, "gate": gate, "algorithm": inner}, path, Interlude)

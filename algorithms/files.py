@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from upge.errors import ConfigError, nearest
 FOLDER = Path(__file__).parent
 CORRECTIONS = FOLDER / "corrections"
 _SUFFIXES = (".yaml", ".yml")
+#: What users name in a file: these names are parts of keys and of references.
+_NAMED = ("terms", "regularizers", "stages")
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def names() -> list[str]:
@@ -25,8 +29,9 @@ def corrections() -> list[str]:
     return sorted(path.stem for path in CORRECTIONS.glob("*.yaml"))
 
 
-def find(name: str, folder: Path = FOLDER, path: str = "algo") -> Path:
-    """The file of an algorithm (or, with another `folder`, of a correction), by name or by its own path.
+def find(name: str, folder: Path = FOLDER, path: str = "algo", near: Path | None = None) -> Path:
+    """The file of an algorithm (or, with another `folder`, of a correction), by name or by its own path; a relative
+    path is looked for in the folder `near` first, then in the one that the user starts from.
 
     Raises:
         ConfigError: there is none, with the nearest name.
@@ -34,11 +39,14 @@ def find(name: str, folder: Path = FOLDER, path: str = "algo") -> Path:
     known = sorted(found.stem for found in folder.glob("*.yaml"))
     what = "algorithm" if folder == FOLDER else "correction"
     if str(name).endswith(_SUFFIXES):
-        if not Path(name).is_file():
-            raise ConfigError(
-                f"{path}: there is no file {name}; give the path of a YAML file or one of {', '.join(known)}"
-            )
-        return Path(name)
+        tried = [Path(name)] if near is None else [near / name, Path(name)]
+        for file in tried:
+            if file.is_file():
+                return file
+        where = "" if near is None or Path(name).is_absolute() else f" in {near} or where you start from"
+        raise ConfigError(
+            f"{path}: there is no file {name}{where}; give the path of a YAML file or one of {', '.join(known)}"
+        )
     if name not in known:
         raise ConfigError(f"{path}: no {what} '{name}'; {nearest(str(name), known)} (or give the path of a YAML file)")
     return folder / f"{name}.yaml"
@@ -86,23 +94,50 @@ def algorithm_slots(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str,
             yield stage, "algorithm", f"stages.{name}.algorithm"
 
 
-def inline(tree: dict[str, Any], path: str, above: tuple[str, ...] = ()) -> list[str]:
+def inline(tree: dict[str, Any], path: str, above: tuple[Path, ...] = (), near: Path | None = None) -> None:
     """Puts, in place, the trees of the algorithms that `tree` names where it names them, so that overrides reach
-    inside; each says in `name` what it was called. Returns the paths, within `tree`, of what it put there.
+    inside; each says in `name` what it was called. `above` are the files that it stands in, `near` is the folder that
+    relative paths in `tree` start from.
 
     Raises:
         ConfigError: no such algorithm, or one that contains itself.
     """
-    put = []
     for owner, key, slot in algorithm_slots(tree):
         value, where = owner[key], f"{path}.{slot}"
         if isinstance(value, str) and not value.startswith("${"):
-            file = find(value, path=where)
-            if str(file) in above:
+            file = find(value, path=where, near=near)
+            if file.resolve() in above:
                 raise ConfigError(f"{where}: '{value}' contains itself; name an algorithm that does not")
             owner[key] = {"name": stem(value), **content(file, where)}
-            inline(owner[key], where, (*above, str(file)))
-            put.append(slot)
+            inline(owner[key], where, (*above, file.resolve()), file.parent)
         elif isinstance(value, dict):
-            put += [f"{slot}.{inner}" for inner in inline(value, where, above)]
-    return put
+            inline(value, where, above, near)
+
+
+def check_names(tree: dict[str, Any], path: str) -> None:
+    """Checks the names that users give to terms, regularizers and stages, and that each term is there.
+
+    Raises:
+        ConfigError: a name that no key can have, by its place; or a term that is nothing.
+    """
+    for section in _NAMED:
+        named = tree.get(section)
+        for name, value in named.items() if isinstance(named, dict) else ():
+            if isinstance(name, bool):
+                raise ConfigError(
+                    f"{path}.{section}: found the name {name}, which is how YAML reads on, off, yes, no, true and "
+                    "false; give another name, or write it in quotes"
+                )
+            if not _NAME.fullmatch(str(name)):
+                raise ConfigError(
+                    f"{path}.{section}: found the name '{name}', which cannot be part of a key; use letters, digits, _ "
+                    "and -"
+                )
+            if section == "terms" and value is None:
+                raise ConfigError(
+                    f"{path}.terms.{name}: found None, expected a mapping with the keys coefficient, estimator, gate, "
+                    f"reduction, source; a term is left out by its factor: {path}.terms.{name}.coefficient=0"
+                )
+    for owner, key, slot in algorithm_slots(tree):
+        if isinstance(owner[key], dict):
+            check_names(owner[key], f"{path}.{slot}")

@@ -8,8 +8,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from algorithms.correcting import apply_to_new
-from algorithms.files import inline
+from algorithms.correcting import apply_missing
+from algorithms.files import check_names, inline
+from algorithms.keeping import check_kept, check_record
 from upge.errors import ConfigError, nearest
 from upge.instantiate import TARGET
 
@@ -19,14 +20,19 @@ def override(node: DictConfig, overrides: Sequence[str], path: str = "algo") -> 
 
     A mapping that has `_target_` replaces the whole node, settings included. A key may be new only where a user names
     things: a term, a regularizer, a setting of a part (which the part then checks). Where an algorithm stands inside
-    another one, a name replaces it.
+    another one, a name replaces it; with the corrections of the pipeline, as far as it can take them.
+
+    Raises:
+        ConfigError: by its key; also where a correction would be undone although `corrected` names it, see
+            `algorithms.keeping`.
     """
     result = OmegaConf.create(OmegaConf.to_container(node, resolve=False))
+    nowhere: dict[str, str] = {}
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not key:
             raise ConfigError(f"{path}: override {item!r} is not of the form key=value")
-        value = _value(text, f"{path}.{key}")
+        value, before = _value(text, f"{path}.{key}"), OmegaConf.to_container(result, resolve=False)
         try:
             parent = key.rpartition(".")[0]
             _check_references(result, key, path)
@@ -38,9 +44,18 @@ def override(node: DictConfig, overrides: Sequence[str], path: str = "algo") -> 
             OmegaConf.update(result, key, value, merge=False, force_add=True)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{path}.{key}: {str(error).splitlines()[0]}") from error
-        plain = OmegaConf.to_container(result, resolve=False)
-        put = inline(plain, path)
-        result = OmegaConf.create(apply_to_new(plain, put)) if put else result
+        after = OmegaConf.to_container(result, resolve=False)
+        check_record(before, after, key, path)
+        inline(after, path)
+        check_names(after, path)
+        after, nowhere = apply_missing(after)
+        check_kept(before, after, key, path)
+        result = OmegaConf.create(after)
+    for name, why in nowhere.items():
+        raise ConfigError(
+            f"{path}.stages: no stage has the correction '{name}' any more ({why}); name an algorithm that can take it "
+            "in one of them, or leave the correction out"
+        )
     return result
 
 

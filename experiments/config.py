@@ -71,9 +71,14 @@ def compose(arguments: Sequence[str]) -> Composed:
     for group in ("model", "data"):
         tree = _merge(tree, _named(group, names[group]), f"{group}={names[group]}")
     tree = _merge(tree, {k: v for k, v in recipe.items() if k not in GROUPS}, f"recipe={names['recipe']}")
+    overrides = []
     for key, value in items:
-        if key not in GROUPS:
+        if key.startswith("algo.") and key != "algo.":
+            overrides.append(f"{key.removeprefix('algo.')}={value}")
+        elif key not in GROUPS:
             tree = _set(tree, key, value)
+    # All at once: it is the last of them that must leave a pipeline with its corrections.
+    tree.algo = algorithms.override(tree.algo, overrides)
     return _checked(names, tree)
 
 
@@ -145,9 +150,6 @@ def _set(tree: DictConfig, key: str, value: str) -> DictConfig:
         raise ConfigError(f"{key}: a correction's settings are those of the algorithm; give algo.KEY=VALUE")
     if head in ("algo", "data", "model") and not rest or head == "recipe":
         raise ConfigError(f"{key}: give a name, or a key below it such as {head}.KEY=VALUE")
-    if head == "algo":
-        tree.algo = algorithms.override(tree.algo, [f"{rest}={value}"])
-        return tree
     free = head == "data" or key.startswith("model.overrides.")
     try:
         if not free and OmegaConf.select(tree, key, default=_ABSENT) is _ABSENT:

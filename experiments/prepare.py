@@ -69,11 +69,12 @@ def prepare(composed: Composed) -> Prepared:
 
 
 def output_folder(composed: Composed) -> Path:
-    """`output`, or the next free runs/ALGO-MODEL-DATA."""
+    """`output`, or the next free runs/ALGO-MODEL-DATA, with the corrections as in ALGO+tis."""
     if composed.config.output:
         return Path(composed.config.output).expanduser()
     names = composed.names
-    stem = "-".join(Path(str(names[group])).stem for group in ("algo", "model", "data"))
+    algo, model, data = (Path(str(names[group])).stem for group in ("algo", "model", "data"))
+    stem = f"{'+'.join([algo, *filter(None, str(names['correction'] or '').split(','))])}-{model}-{data}"
     number, path = 1, Path("runs") / stem
     while path.exists():
         number += 1

@@ -69,6 +69,8 @@ def _what_ran(run: RunFolder) -> list[str]:
     """Algorithm, model and data set by name, as run.json holds them; else the name of the folder."""
     names = run.run.get("names") or {}
     found = [str(names[key]).rstrip("/").rsplit("/", 1)[-1] for key in ("algo", "model", "data") if names.get(key)]
+    if found and names.get("correction"):
+        found[0] += f" with {str(names['correction']).replace(',', ', ')}"
     return found or [run.path.resolve().name]
 
 

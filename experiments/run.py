@@ -71,7 +71,9 @@ def _train(composed: Any, prepared: Any, world: World) -> int:
 
     config, folder = composed.config, prepared.folder
     say = _printer(world)
-    say(f"{composed.names['algo']} on {composed.names['model']}, {composed.names['data']} → {folder.path}")
+    names = composed.names
+    corrections = f" with {names['correction']}" if names["correction"] else ""
+    say(f"{names['algo']}{corrections} on {names['model']}, {names['data']} → {folder.path}")
     say(composed.algorithm.formula())
     for note in prepared.notes:
         say(f"note: {note}")

@@ -11,44 +11,19 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sympy as sp
-from sympy import Expr, Symbol
+from sympy import Expr
 
 from experiments.objectives import STATEMENTS, Statement, statement
-from upge import Term
+from experiments.objectives.reading import ADVANTAGE, OLD, RATIO, THETA, Method, readings
 from upge.errors import ConfigError, UserError
-from upge.theory.symbolic import Proof, Row, World, derive, factors, is_zero
+from upge.theory.symbolic import Proof
 
 DOCS = Path(__file__).parent.parent / "docs" / "table1.md"
 BEGIN, END = "<!-- {}: begin (python -m experiments.table1 --docs) -->", "<!-- {}: end -->"
-#: One question, so that the batch has few symbols: two rollouts and a demonstration of two tokens each.
-_SHAPE = (((2, 2), (2,)),)
-_POINTS = 60
-#: In a gradient as it is read: of the token, of its response, of the rest.
-THETA, OLD, ADVANTAGE, RATIO = (Symbol(name, positive=True) for name in ("π_θ", "π_old", "Â", "s"))
 _LATEX = {THETA: r"\pi_\theta", OLD: r"\pi_{old}", ADVANTAGE: r"\hat A", RATIO: "s"}
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the table.
-
-    Attributes:
-        name: as in the paper.
-        proof: the name of the statement that it is derived from.
-        term: which of the algorithm's terms the row is about.
-        note: where the shipped file says more than the paper's row.
-    """
-
-    name: str
-    proof: str
-    term: str
-    note: str
-
-
 METHODS = (
     Method("SFT", "sft", "sft", "exact everywhere"),
     Method("PPO", "ppo", "rl", "the file whitens the GAE over the batch and pays a KL penalty within it"),
@@ -58,108 +33,29 @@ METHODS = (
         "CISPO",
         "cispo",
         "rl",
-        "the paper's π_ref = π_old holds below the bound alone. Above it no mask stops the token: it keeps the gradient "
-        "with the weight at its bound, so π_ref = π_θ/5",
+        "the paper's π_ref = π_old holds below the bound alone; above it no mask stops the token, which keeps its "
+        "gradient with the weight at the bound",
     ),
-    Method("GSPO", "gspo", "rl", "π_ref = π_θ/s is the paper's π_θ·(π_old(τ)/π_θ(τ))^(1/|τ|); mask and ratio are the response's"),
-    Method("SRFT (offline)", "srft offline", "offline", "the offline part alone; the other three have π_ref = π_θ"),
+    Method(
+        "GSPO",
+        "gspo",
+        "rl",
+        "π_ref = π_θ/s is the paper's π_θ·(π_old(τ)/π_θ(τ))^(1/|τ|); ratio and mask are the response's",
+    ),
+    Method("SRFT (offline)", "srft offline", "offline", "the offline part; the method's other three have π_ref = π_θ"),
     Method(
         "LUFFY (offline)",
         "luffy",
-        "off",
-        "the offline part; the paper's Â is divided by the standard deviation, the file's, as in the method's own "
-        "script, is not",
+        "offline",
+        "the offline part; the paper's Â is divided by the standard deviation, the file's is not, as in the method's "
+        "own script",
     ),
 )
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What was derived for a token in one region.
-
-    Attributes:
-        gradient: the factor in front of ∇π_θ, by the weight of the average, in π_θ, π_old, Â and s.
-        reference: π_ref; None where the token is stopped.
-        where: the condition on r = π_θ/π_old, empty if there is but one region.
-    """
-
-    gradient: Expr
-    reference: Expr | None
-    where: str = ""
-
-
-@functools.cache
-def readings(method: Method) -> tuple[Reading, ...]:
-    """The regions of a method that differ, those that let the token move first.
-
-    Raises:
-        ConfigError: the objective's Â is not that of the algorithm's part, so there is nothing to read.
-    """
-    found: dict[Expr, list[Reading]] = {}
-    proof = statement(method.proof)
-    algorithm = proof.load()
-    for world in proof.worlds(points=_POINTS, shape=_SHAPE, opaque=True):
-        row = next(r for r in world.rows if r.is_demonstration == (algorithm.terms[method.term].source != "rollouts"))
-        slope = derive(proof.objective, world)[row.p[0]]
-        term = factors(algorithm, world)[method.term]
-        advantage = term.advantage[row.index][0]
-        for symbol in slope.free_symbols & set(world.advantages):
-            if not is_zero(world.advantages[symbol] - advantage):
-                raise ConfigError(f"{method.name}: Â is {advantage} by the parts, {world.advantages[symbol]} as written")
-        gradient = _readable(slope / (term.gate[row.index][0] * term.reduction[row.index][0]), world, row)
-        symbol = ADVANTAGE if ADVANTAGE in gradient.free_symbols or gradient == 0 else advantage
-        shape = _readable(term.shape[row.index][0], world, row)
-        reference = None if gradient == 0 else sp.simplify(symbol * shape / gradient)
-        found.setdefault(gradient, []).append(Reading(gradient, reference, _where(world, row)))
-    moving = [cells for cells in found.values() if cells[0].reference is not None]
-    stopped = [cells for cells in found.values() if cells[0].reference is None]
-    one = [_merged(cells, len(moving) > 1) for cells in moving]
-    return (*sorted(one, key=lambda r: r.where), *(replace(cells[0], where="") for cells in stopped))
-
-
-def _merged(cells: Sequence[Reading], several: bool) -> Reading:
-    shared = set.intersection(*(set(cell.where.split(" and ")) for cell in cells))
-    return replace(cells[0], where=" and ".join(sorted(shared)) if several else "")
-
-
-def _readable(expression: Expr, world: World, row: Row) -> Expr:
-    """The expression in π_θ and π_old of the row's first token, Â, and s in place of the other tokens."""
-    others = {q for q in row.q[1:]} & expression.free_symbols
-    if others:
-        n = len(row)
-        last = sp.Mul(*row.ratios[:-1]) * row.p[-1] / RATIO**n
-        expression = sp.powdenest(sp.simplify(expression.subs(row.q[-1], last)), force=True)
-    names = {row.p[0]: THETA, row.q[0]: OLD}
-    names |= {symbol: ADVANTAGE for symbol in (Symbol(f"A{row.index}", real=True), Symbol(f"A{row.index}_0", real=True))}
-    result = sp.simplify(expression.xreplace(names))
-    strange = result.free_symbols - {THETA, OLD, ADVANTAGE, RATIO}
-    if strange:
-        raise ConfigError(f"{sorted(map(str, strange))} stand in the gradient beside π_θ, π_old, Â and s: {result}")
-    return result
-
-
-def _where(world: World, row: Row) -> str:
-    """The bounds on the token's own ratio that the world answered."""
-    ratio, found = Symbol("r", positive=True), []
-    for question, negative in world.asked.items():
-        inner = sp.simplify(world.thaw(question).subs(row.p[0], ratio * row.q[0]))
-        if inner.free_symbols == {ratio}:
-            (bound,) = sp.solve(inner, ratio)
-            below = (sp.diff(inner, ratio) > 0) == negative
-            found.append(f"r < {bound}" if below else f"r > {bound}")
-    return " and ".join(found)
-
-
-def term_of(method: Method) -> Term:
-    """The term of the algorithm that a row is about."""
-    return statement(method.proof).load().terms[method.term]
-
-
 def _decimal(expression: Expr) -> Expr:
     """With 0.1 in place of 1/10."""
-    return expression.replace(
-        lambda e: e.is_Rational and not e.is_Integer, lambda e: Symbol(f"{float(e):g}", positive=True)
-    )
+    return expression.replace(lambda e: e.is_Rational and not e.is_Integer, lambda e: sp.Float(float(e), 4))
 
 
 def text(expression: Expr) -> str:
@@ -174,7 +70,7 @@ def latex(expression: Expr) -> str:
 
 def _stop(method: Method, style: str) -> str:
     """Mask and shape, the factors that the paper's table keeps in a column of their own."""
-    estimator = term_of(method).estimator
+    estimator = method.part.estimator
     gradient = {"text": " · ∇π_θ", "latex": r"\nabla\pi_\theta"}[style]
     factors = [getattr(part.formula(), style) for part in (estimator.mask, estimator.likelihood)]
     factors = [f.replace(gradient, "") for f in factors if f not in ("1", "∇π_θ", r"\nabla\pi_\theta")]
@@ -192,7 +88,7 @@ def table() -> str:
         gradients = "; ".join(
             f"{'1_stable · ' if masked else ''}{text(r.gradient)} · ∇π_θ{w}" for r, w in zip(moving, where, strict=True)
         )
-        advantage = term_of(method).estimator.advantage.formula().text
+        advantage = method.part.estimator.advantage.formula().text
         cells = [method.name, references, advantage, _stop(method, "text") or "none", gradients]
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines)
@@ -210,7 +106,7 @@ def table1_latex() -> str:
             first = [
                 method.name,
                 f"${latex(reading.reference)}{where}$",
-                f"${term_of(method).estimator.advantage.formula().latex}$" if not number else "",
+                f"${method.part.estimator.advantage.formula().latex}$" if not number else "",
                 (f"${_stop(method, 'latex')}$" if _stop(method, "latex") else "none") if not number else "",
                 rf"${stable}{latex(reading.gradient)}\,\nabla\pi_\theta$",
             ]
@@ -239,7 +135,7 @@ def notes() -> str:
     for method in METHODS:
         kept = [reading for reading in readings(method) if reading.reference is None]
         stopped = "; where the mask is 0, so is the derivative" if kept else ""
-        weight = term_of(method).reduction.formula().text
+        weight = method.part.reduction.formula().text
         name = statement(method.proof).algorithm
         found.append(f"- **{method.name}** (`{name}`, term `{method.term}`, w = {weight}): {method.note}{stopped}.")
     return "\n".join(found)
@@ -256,10 +152,9 @@ def proofs() -> str:
     lines = ["| file, with | ∂J/∂x compared | regions | holds |", "|---|---|---|---|"]
     for claim in STATEMENTS:
         proof = proven(claim)
-        extra = [f"correction {name}" for name in claim.corrections] + [f"term {name}" for name in claim.terms]
-        extra += [key.partition("=")[0] + "=" + key.partition("=")[2].split(",")[0].lstrip("{") for key in claim.overrides]
-        what = "".join(f", {item}" for item in extra)
-        lines.append(f"| `{claim.algorithm}`{what} | {proof.compared} | {proof.cells} | {'yes' if proof.holds else 'NO'} |")
+        extra = [f"correction={name}" for name in claim.corrections] + [f"term {name}" for name in claim.terms]
+        what = ", ".join([f"`{claim.algorithm}`", *extra, *(f"`{item}`" for item in claim.overrides)])
+        lines.append(f"| {what} | {proof.compared} | {proof.cells} | {'yes' if proof.holds else 'NO'} |")
     return "\n".join(lines)
 
 

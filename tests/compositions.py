@@ -88,7 +88,7 @@ CONFIGS: dict[str, dict] = {
     "chord": {
         "terms": {
             "rl": term(
-                gate=("Schedule", {"warmup": 4, "decay": 20, "peak": 0.9, "end": 0.05, "complement": True}),
+                gate=("Complement", {"gate": part("Schedule", warmup=4, decay=20, peak=0.9, end=0.05)}),
                 mask="PPOClip",
                 reduction=QUESTION,
             ),

@@ -22,24 +22,26 @@ from upge.train.learner import Learner, Models
 from upge.train.tally import step_metrics
 from upge.train.update import Rates
 
-LR, SIZE = 0.3, 3
+LR, SIZE, BONUS = 0.3, 3, 0.5
+TOKENS = {"_target_": "upge.TokenMean"}
 MU = {"_target_": "upge.MetaGradient", "start": 0.6, "rate": 2.0, "entropy_rate": 0.25, "every": 1, "low": 0.01}
 
 
 def mixed() -> upge.Algorithm:
-    """Dr. GRPO and maximum likelihood in shares 1 - μ and μ."""
+    """Dr. GRPO and maximum likelihood in shares 1 - μ and μ, and an entropy bonus that has no part in μ."""
     node = algorithms.read("dr_grpo")
     node.terms.sft = algorithms.read("sft").terms.sft
     node.terms.sft.gate = MU
     node.terms.rl.gate = {"_target_": "upge.Complement", "gate": MU}
     node.validation = algorithms.read("sft")
+    node.regularizers = {"entropy": {"_target_": "upge.EntropyBonus", "coefficient": BONUS, "reduction": TOKENS}}
     return algorithms.compose(node, "mixed")
 
 
 class Given:
     """A collector of trajectories that are there already: held-out ones have another seed."""
 
-    def collect(self, step: int, stream: str = "train", avoid: object = None):
+    def collect(self, step: int, stream: str = "train"):
         return trajectories(seed=step if stream == "train" else 50 + step), {"time/rollout": 0.0}
 
     def demonstrations(self, indices):
@@ -59,7 +61,7 @@ def main(model: str, output: str, budget: str) -> None:
     examples = [SimpleNamespace(demonstration_ids=None if i == 2 else (1,)) for i in range(5)]
 
     def learner(algorithm: upge.Algorithm) -> Learner:
-        return Learner(algorithm, models, config, examples, lambda _: Given())
+        return Learner(algorithm, models, config, examples, lambda algorithm, reserve: Given())
 
     found = {}
     meta = learner(mixed())

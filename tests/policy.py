@@ -24,9 +24,13 @@ class Sample:
     tokens: Tensor
     batch: Trajectories
 
+    def policy(self) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of the tokens, each [B, T], as functions of the parameters."""
+        return log_softmax(self.logits, self.tokens)
+
     @property
     def rows(self) -> list[dict]:
-        logprobs, entropies = log_softmax(self.logits, self.tokens)
+        logprobs, entropies = self.policy()
         found = []
         for i in range(len(self.tokens)):
             n = int(self.batch.lengths[i])
@@ -49,6 +53,18 @@ class Sample:
     def questions(self) -> list[list[dict]]:
         rows = self.rows
         return [[r for r in rows if r["group"] == g] for g in sorted({r["group"] for r in rows})]
+
+
+class Leaves(Sample):
+    """A sample with the log-probs of its tokens as the only parameters, `logits` [B, T]: what the gradient of an
+    objective is before it passes through a softmax, so that it can be compared relative to itself, however small."""
+
+    def policy(self) -> tuple[Tensor, Tensor]:
+        return self.logits, self.batch.entropies.detach()
+
+
+def leaves(s: Sample) -> Leaves:
+    return Leaves(s.batch.logprobs.detach().clone().requires_grad_(), s.tokens, s.batch)
 
 
 def log_softmax(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -116,82 +116,6 @@ def test_both_gates_of_hpt_share_one_threshold():
     assert terms["rl"].gate == upge.PassRateAbove(0.25) and terms["sft"].gate == upge.PassRateAtMost(0.25)
 
 
-# Algorithms inside others.
-
-
-def test_a_named_algorithm_is_put_in_its_place_and_overrides_reach_inside():
-    stages = algorithms.load("sft_then_grpo", ["stages.reinforce.algorithm.terms.rl.estimator.mask.high=0.28"]).stages
-    assert stages["demonstrate"].algorithm == algorithms.load("sft")
-    assert stages["reinforce"].algorithm == algorithms.load("grpo", [f"{MASK}.high=0.28"])
-    relift = algorithms.load("relift", ["interlude.algorithm.terms.sft.coefficient=0.5", "interlude.size=3"])
-    assert relift.interlude.algorithm == algorithms.load("sft", ["terms.sft.coefficient=0.5"])
-    assert relift.interlude.size == 3
-    amft = algorithms.load("amft", ["validation.terms.sft.coefficient=2"])
-    assert amft.validation == algorithms.load("sft", ["terms.sft.coefficient=2"])
-
-
-def test_interpolations_inside_a_nested_tree_hold_and_follow_the_run():
-    overrides = ["stages.reinforce.algorithm=hpt", "stages.reinforce.algorithm.terms.sft.gate.threshold=0.5"]
-    root = OmegaConf.create({"rollout": {"max_response_tokens": 77}})
-    root.algo = algorithms.override(algorithms.read("sft_then_grpo"), overrides)
-    terms = algorithms.compose(root.algo, "x").stages["reinforce"].algorithm.terms
-    assert terms["rl"].gate.threshold == 0.5 and terms["rl"].reduction.length == 77
-
-
-def test_a_stage_and_its_regularizer_can_be_added():
-    bonus = "{_target_: upge.EntropyBonus, coefficient: 0.1, reduction: {_target_: upge.TokenMean}}"
-    stages = algorithms.load(
-        "sft_then_grpo",
-        ["stages.polish={algorithm: rloo, lr_factor: 0.1}", f"stages.polish.algorithm.regularizers.bonus={bonus}"],
-    ).stages
-    assert list(stages) == ["demonstrate", "reinforce", "polish"] and stages["polish"].lr_factor == 0.1
-    assert stages["polish"].algorithm.regularizers["bonus"].coefficient == 0.1
-
-
-def test_critic_and_sampling_can_be_overridden_and_follow_the_terms():
-    advantage = "terms.rl.estimator.advantage.advantage"
-    loaded = algorithms.load("ppo", [f"{advantage}.lam=0.5", "critic.clip=null"])
-    assert loaded.critic.returns.lam == 0.5 and loaded.critic.clip is None
-    assert algorithms.load("dapo", ["terms.rl.gate.high=0.9"]).sampling.gate == upge.PassRateBetween(0.0, 0.9)
-    assert algorithms.load("dapo", ["sampling=null"]).sampling is None
-
-
-NESTED = {
-    ("sft_then_grpo", "stages.reinforce.algorithm=grop"): ["algo.stages.reinforce.algorithm", "did you mean 'grpo'?"],
-    ("sft_then_grpo", "stages.reinforce.algorithm=sft_then_grpo"): ["reinforce.algorithm", "stages of its own"],
-    ("sft_then_grpo", "stages.reinforce.algorithm=3"): ["algo.stages.reinforce.algorithm", "found 3", "name"],
-    ("sft_then_grpo", "stages.reinforce.share=0"): ["algo.stages.reinforce", "share=0", "positive"],
-    ("sft_then_grpo", "stages.reinforce.shore=1"): ["algo.stages.reinforce.shore", "did you mean 'share'?"],
-    ("sft_then_grpo", "stages.third={share: 1}"): ["algo.stages.third.algorithm", "missing"],
-    ("sft_then_grpo", "stages=3"): ["algo.stages", "found 3", "mapping"],
-    ("sft_then_grpo", "terms={}"): ["both `terms` and `stages`"],
-    ("sft_then_grpo", "critic={}"): ["algo.critic", "unknown key"],
-    ("sft_then_grpo", f"stages.reinforce.algorithm.{MASK}.high=-1"): ["stages.reinforce.algorithm.terms.rl", "high=-1"],
-    ("relift", "interlude.size=0"): ["algo.interlude", "size=0"],
-    ("relift", "interlude.gate={_target_: upge.NoMask}"): ["algo.interlude.gate", "a Gate"],
-    ("relift", "interlude.algorithm=grpo"): ["algo.interlude", "'grpo'", "demonstrations"],
-    ("relift", "interlude={size: 3}"): ["algo.interlude.algorithm", "missing"],
-    ("grpo", "interlude.size=3"): ["algo.interlude.size", "no 'interlude'"],
-    ("amft", "validation=null"): ["algo", "validation"],
-    ("grpo", "validation=[sft]"): ["algo.validation", "['sft']", "name"],
-    ("ppo", "critic.returns.lam=1"): ["critic.returns", "follows", "critic.returns={_target_: ...}"],
-    ("ppo", "critic={_target_: upge.GAE}"): ["algo.critic", "a ValueLoss"],
-    ("grpo", "sampling={_target_: upge.DynamicSampling}"): ["algo.sampling.gate", "missing"],
-}
-
-
-@pytest.mark.parametrize(("name", "override"), NESTED)
-def test_a_bad_key_inside_is_named_in_full(name, override):
-    found = message(lambda: algorithms.load(name, [override]))
-    assert all(fragment in found for fragment in NESTED[name, override]) and "\n" not in found, found
-
-
-def test_an_algorithm_that_contains_itself_is_refused(tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text(f"stages: {{a: {{algorithm: {path}}}}}\n")
-    assert "contains itself" in message(lambda: algorithms.load(str(path)))
-
-
 # Errors: each names the key, what was found and what to do.
 
 OVERRIDES = {
@@ -215,7 +139,7 @@ OVERRIDES = {
     f"{MASK}={{_target_: upge.UnitDenominator}}": ["estimator.mask", "UnitDenominator", "a StabilizationMask"],
     f"{MASK}={{_target_: upge.AllOf, masks: [1]}}": ["algo.terms.rl.estimator.mask.masks", "(1,)"],
     f"{MASK}={{_target_: ": ["algo.terms.rl.estimator.mask", "'{_target_: '"],
-    f"{MASK}._target_=upge.ImportanceBand": ["mask._target_", "upge.PPOClip", "(high, low)", "mask={_target_: "],
+    f"{MASK}._target_=upge.ImportanceBand": ["mask._target_", "upge.PPOClip", "(dual, high, low)", "mask={_target_: "],
     "terms.rll.source=all": ["algo.terms.rll.source", "no 'terms.rll'", "did you mean 'terms.rl.source'?"],
     "terms.rl.source=rollout": ["algo.terms.rl.source", "'rollout'", "did you mean 'rollouts'?"],
     "terms.rl.source.deep=1": ["algo.terms.rl.source", "{'deep': 1}", "rollouts"],

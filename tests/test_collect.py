@@ -15,7 +15,7 @@ from upge.data import Example, Problem
 from upge.errors import DataError
 from upge.rollout import Rollout
 from upge.selection import DynamicSampling
-from upge.train.collect import Collector, assemble, usable
+from upge.train.collect import HELD_OUT, Collector, assemble, usable
 from upge.train.config import from_tree
 from upge.train.order import least_used, prompt_indices, stream_seed
 
@@ -99,9 +99,9 @@ def algorithm(*sources: str, rounds: int = 0) -> upge.Algorithm:
     return upge.Algorithm("test", {source: term(source) for source in sources}, sampling=sampling)
 
 
-def collector(algo: upge.Algorithm, data: list[Example], model: FakeModel, world=ALONE, prompts: int = 4) -> Collector:
+def collector(algo, data: list[Example], model: FakeModel, world=ALONE, prompts: int = 4, **more) -> Collector:
     config = from_tree(upge.train.config.RunConfig, {"prompts_per_step": prompts, "group_size": 2, "seed": 5})
-    return Collector(config, algo, data, model, model, model, (9,), world)
+    return Collector(config, algo, data, model, model, model, (9,), world, **more)
 
 
 def prompts_of(trajectories) -> list[int]:
@@ -203,36 +203,39 @@ def test_least_used_by_hand():
 # Other streams.
 
 
-def test_a_held_out_stream_avoids_the_steps_prompts_and_draws_no_prompt_anew():
+def test_prompts_kept_apart_are_never_trained_on():
+    """Every tenth of 40; none is drawn anew, and rollouts have other seeds than the step's."""
     model = FakeModel()
-    made = collector(algorithm("rollouts", rounds=10), examples(12), model)
-    for step in range(9):
+    made = collector(algorithm("rollouts", rounds=10), examples(40), model, prompts=3, reserve=True)
+    apart = {9, 19, 29, 39}
+    drawn = []
+    for step in range(12):
+        assert not set(prompts_of(made.collect(step)[0])) & apart
         model.rounds.clear()
         model.seeds.clear()
-        found, figures = made.collect(step, stream="validation")
-        assert len(set(prompts_of(found))) == 4 and not set(prompts_of(found)) & set(prompt_indices(step, 4, 12, 5))
-        assert model.rounds == [prompts_of(found)] and "sampling/rounds" not in figures
-        assert not set(model.seeds) & {stream_seed(5, "rollout", step, g) for g in range(4)}
-    assert prompts_of(made.collect(2, stream="validation")[0]) == [9, 11, 3, 7]
-    other = prompts_of(made.collect(2, stream="other")[0])
-    assert other != [9, 11, 3, 7] and not set(other) & set(prompt_indices(2, 4, 12, 5))
-    assert sorted(prompts_of(made.collect(2, stream="other", avoid=range(8))[0])) == [8, 9, 10, 11]
+        found, figures = made.collect(step, HELD_OUT)
+        drawn.append(prompts_of(found))
+        assert len(set(drawn[-1])) == 3 and set(drawn[-1]) <= apart
+        assert model.rounds == [drawn[-1]] and "sampling/rounds" not in figures
+        assert not set(model.seeds) & {stream_seed(5, "rollout", step, g) for g in range(3)}
+    assert {i for step in drawn for i in step} == apart and drawn[0] != drawn[1]
+    assert drawn[0] == prompts_of(made.collect(0, HELD_OUT)[0])
 
 
-def test_a_held_out_stream_of_a_small_data_set_takes_what_is_left_first():
-    made = collector(algorithm("rollouts"), examples(6), FakeModel())
-    found = prompts_of(made.collect(0, stream="validation")[0])
-    assert set(found[:2]) == set(range(6)) - set(prompt_indices(0, 4, 6, 5)) and len(set(found)) == 4
+def test_a_small_data_set_keeps_few_prompts_apart():
+    made = collector(algorithm("rollouts"), examples(12), FakeModel(), reserve=True)
+    assert prompts_of(made.collect(0, HELD_OUT)[0]) == [9]
+    with pytest.raises(DataError, match="none of 9 training examples .* among those kept apart"):
+        collector(algorithm("rollouts"), examples(9), FakeModel(), reserve=True)
 
 
 def test_only_examples_that_serve_are_drawn():
     """A stage of demonstrations alone in a data set where only some prompts have one."""
     data = [e if i % 2 else Example(e.problem, e.prompt_ids, None) for i, e in enumerate(examples(12))]
     made = collector(algorithm("demonstrations"), data, FakeModel())
-    for stream in ("train", "validation"):
-        assert all(len(made.collect(s, stream)[0]) == 4 for s in range(3))
+    assert all(len(made.collect(s)[0]) == 4 for s in range(3))
     assert sorted(t.example for step in range(3) for t in made.collect(step)[0])[::2] == [1, 3, 5, 7, 9, 11]
-    assert len(collector(algorithm("rollouts", "demonstrations"), data, FakeModel()).usable) == 12
+    assert len(collector(algorithm("rollouts", "demonstrations"), data, FakeModel()).streams["train"]) == 12
     assert usable(data[:2] + examples(1, rejected=False), algorithm("preference_pairs").needs) == [1]
     with pytest.raises(DataError, match="'test' finds none of 3 training examples"):
         collector(algorithm("demonstrations"), examples(3, demonstrations=False), FakeModel())
@@ -278,4 +281,4 @@ def test_pairs_beside_rollouts_and_without_a_rejected_side():
     assert members[1] == [(False, 0), (False, 0), (True, 1), (True, -1)]
     three = collector(algorithm("rollouts", "preference_pairs", "demonstrations"), data, FakeModel(), prompts=2)
     assert sorted(t.preference for t in three.collect(0)[0] if t.is_demonstration) == [-1, 0, 1]
-    assert collector(algorithm("preference_pairs"), data, FakeModel()).usable == [1]
+    assert collector(algorithm("preference_pairs"), data, FakeModel()).streams["train"] == [1]

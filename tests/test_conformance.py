@@ -101,9 +101,16 @@ def test_shipped_part_conforms(part):
 
 
 def test_the_table_holds_every_shipped_part():
+    """Every part that is exported; and all that the package has are exported, but for what it makes itself."""
     public = [getattr(upge, name) for name in upge.__all__ if inspect.isclass(getattr(upge, name))]
     concrete = {c for c in public if issubclass(c, upge.Component) and not inspect.isabstract(c)}
     assert {type(part) for part in SHIPPED} == concrete
+    parts = {c for c in descendants(upge.Component) if c.__module__.startswith("upge.") and not inspect.isabstract(c)}
+    assert {c.__name__ for c in parts - concrete} == {"Precomputed"}
+
+
+def descendants(cls: type) -> set[type]:
+    return set(cls.__subclasses__()).union(*map(descendants, cls.__subclasses__()))
 
 
 def test_the_batch_is_a_hard_case():
@@ -153,7 +160,7 @@ def gate_of(body, reads=RATIO, reach="token") -> upge.Gate:
 def group_mean(batch) -> torch.Tensor:
     """[B, 1] sum of the current log-probs over a group."""
     same = (batch.group[:, None] == batch.group).double()
-    return same @ batch.logprobs.detach().sum(dim=1, keepdim=True)
+    return same @ batch.logprobs.detach().double().sum(dim=1, keepdim=True)
 
 
 def drifting():
@@ -214,8 +221,7 @@ def test_an_undeclared_column_is_named(part, column):
 NEEDS_TRAJECTORY = {
     "mean over the response": lambda b: masked_mean(b.logprobs.detach(), b.response_mask).expand(b.logprobs.shape),
     "sum up to the token": lambda b: b.logprobs.detach().cumsum(dim=-1),
-    "the next token": lambda b: torch.nn.functional.pad(b.logprobs.detach()[..., 1:], (0, 1)),
-    "the first token": lambda b: b.logprobs.detach() * b.logprobs.detach()[..., :1],
+    "the first token": lambda b: (b.response_mask.cumsum(dim=-1) == 1) * b.logprobs.detach(),
     "the response's length": lambda b: b.logprobs.detach() / b.response_mask.sum(dim=-1, keepdim=True).clamp(min=1),
 }
 
@@ -226,6 +232,22 @@ def test_a_part_that_looks_along_the_response_must_say_so(name):
     with pytest.raises(ConformanceError, match="declares reach 'token' but depends on more; declare a wider `reach`"):
         check_component(advantage_of(body))
     assert check_component(advantage_of(body, reach="trajectory")) is None
+
+
+NEIGHBOURS = {
+    "the next place": lambda b: torch.nn.functional.pad(b.logprobs.detach()[..., 1:], (0, 1)),
+    "the first place": lambda b: b.logprobs.detach() * b.logprobs.detach()[..., :1],
+    "the place itself": lambda b: b.logprobs.detach() * torch.arange(b.logprobs.shape[-1]),
+    "places before it": lambda b: b.logprobs.detach() * (~b.response_mask).cumsum(dim=-1),
+}
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_a_part_that_counts_places_instead_of_tokens_is_caught(name):
+    """In a response with places that do not count, what a tool answered for example, the neighbour is not the token
+    before."""
+    with pytest.raises(ConformanceError, match="Broken depends on places outside the response mask; skip them"):
+        check_component(advantage_of(NEIGHBOURS[name], reach="trajectory"))
 
 
 def test_a_part_that_looks_across_the_group_must_say_so():

@@ -51,6 +51,15 @@ def test_meddling_with_nothing_conforms():
             "the plan drops trajectories that have a gradient",
             lambda p, b: dataclasses.replace(p, keep=torch.zeros_like(p.keep)),
         ),
+        (
+            "the gradient depends on places outside the response mask",
+            lambda p, b: scaled(p, 1 / torch.arange(1, b.response_mask.shape[1] + 1)),
+        ),
+        ("fails on no trajectories", lambda p, b: scaled(p, (b.rewards[0] < 2).double())),
+        (
+            "the loss or its gradient is NaN or infinite on empty responses",
+            lambda p, b: scaled(p, b.lengths.sum() / b.lengths.sum()),
+        ),
     ],
 )
 def test_rule_catches_the_algorithm_that_breaks_it(rule, meddle):
@@ -98,3 +107,101 @@ def test_a_broken_part_is_found_inside_an_algorithm():
     estimator = dataclasses.replace(terms["rl"].estimator, mask=Loud())
     with pytest.raises(ConformanceError, match="Loud returns values outside"):
         check_algorithm(upge.Algorithm("x", {"rl": dataclasses.replace(terms["rl"], estimator=estimator)}))
+
+
+# Gradients and precision. Each changes what a planned batch says about a piece.
+
+
+def telling(change) -> Meddling:
+    """An algorithm whose estimates are changed by change(estimate, batch)."""
+
+    class Changed(Plan):
+        def estimate(self, batch):
+            return change(super().estimate(batch), batch)
+
+    return meddling(lambda plan, batch: Changed(plan.terms, plan.penalties, plan.keep, plan.counted))
+
+
+def leaking(column: str):
+    """A loss to which a column adds without a say in the weights."""
+    return lambda e, b: dataclasses.replace(e, loss=e.loss + getattr(b, column).sum() * 1e-3)
+
+
+def rounded(estimate, batch):
+    """Weights of float32 columns in the precision of bfloat16."""
+    weights = estimate.weights
+    return dataclasses.replace(estimate, weights=weights.bfloat16().to(weights.dtype)) if narrow(batch) else estimate
+
+
+def narrow(batch) -> bool:
+    return batch.logprobs.dtype != torch.float64
+
+
+def infinite(estimate, batch):
+    """A loss that only half precision makes infinite."""
+    return dataclasses.replace(estimate, loss=estimate.loss * (float("inf") if halved(batch) else 1.0))
+
+
+def halved(batch) -> bool:
+    return batch.logprobs.dtype == torch.bfloat16
+
+
+CHANGES = {
+    **{f"a gradient flows into {c}, which only log-probs may have": leaking(c) for c in ("values", "entropies")},
+    "a gradient flows into behavior_logprobs": leaking("behavior_logprobs"),
+    "a gradient flows into rewards": leaking("rewards"),
+    "loses precision on float32 columns": rounded,
+    "weights of float64 columns are torch.float32": lambda e, b: dataclasses.replace(e, weights=e.weights.float()),
+    "weights of bfloat16 columns are torch.bfloat16": lambda e, b: (
+        dataclasses.replace(e, weights=e.weights.bfloat16()) if halved(b) else e
+    ),
+    r"weights or loss are NaN or infinite at extremes \(.*bfloat16\)": infinite,
+}
+
+
+@pytest.mark.parametrize("rule", CHANGES)
+def test_an_estimate_that_says_something_else_is_caught(rule):
+    with pytest.raises(ConformanceError, match=f"algorithm 'meddling'.*{rule}"):
+        check_algorithm(telling(CHANGES[rule]))
+
+
+def test_an_unbounded_ratio_of_whole_responses_is_caught():
+    """Nothing wrong with a part: their product leaves float32."""
+    corrected = upge.SamplerCorrected(upge.BehaviorPolicy(), cap=None, level="sequence")
+    term = algorithms.load("reinforce").terms["rl"]
+    term = dataclasses.replace(term, estimator=dataclasses.replace(term.estimator, denominator=corrected))
+    assert check_component(corrected) is None
+    with pytest.raises(ConformanceError, match="weights or loss are NaN or infinite at extremes .*float32"):
+        check_algorithm(upge.Algorithm("unbounded", {"rl": term}))
+
+
+@dataclass(frozen=True)
+class Naive(upge.UnifiedGradient):
+    """The product as it is written."""
+
+    def weight(self, batch, factors=None):
+        mask, log_denominator, advantages, shape = factors or self.factors(batch)
+        return mask * advantages * torch.exp(batch.logprobs.detach() - log_denominator) * shape
+
+    def hoist(self, batch):
+        return Naive(**{slot: part.hoisted(batch) for slot, part in self.parts.items()})
+
+
+def test_a_mask_wins_over_a_ratio_that_overflows():
+    term = algorithms.load("grpo").terms["rl"]
+    naive = dataclasses.replace(term, estimator=Naive(**term.estimator.parts))
+    with pytest.raises(ConformanceError, match="'naive': term 'rl' has a weight .* where the ratio overflows"):
+        check_algorithm(upge.Algorithm("naive", {"rl": naive}))
+
+
+def test_a_gate_may_return_a_column_as_it_is():
+    """Gates are detached like the factors."""
+
+    class Rewarded(upge.Gate):
+        reads = frozenset({"rewards"})
+
+        def __call__(self, batch):
+            return batch.rewards
+
+    term = algorithms.load("reinforce").terms["rl"]
+    assert check_algorithm(upge.Algorithm("rewarded", {"rl": dataclasses.replace(term, gate=Rewarded())})) is None

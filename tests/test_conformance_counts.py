@@ -126,7 +126,7 @@ class Crowd(upge.AdvantageEstimator):
 
     def __call__(self, batch):
         same = (batch.group[:, None] == batch.group).double()
-        return (same @ batch.logprobs.detach().sum(dim=1, keepdim=True)).expand(batch.response_mask.shape)
+        return (same @ batch.logprobs.detach().double().sum(dim=1, keepdim=True)).expand(batch.response_mask.shape)
 
 
 def only_with_a_signal(plan, batch):

@@ -69,7 +69,7 @@ def test_overlong_rewards_fall_over_the_buffer():
 def test_overlong_advantages_are_those_of_the_shaped_rewards():
     """Rewards 1, 1 become 1, 0 beyond the limit: where both succeeded, there is something to learn now."""
     batch = lengths(2, 10, rewards=[1.0, 1.0], group=[0, 0])
-    part = upge.OverlongShaped(upge.GroupRelative(normalize_std=False), limit=10)
+    part = upge.OverlongShaped(upge.GroupRelative(normalize_std=False), limit=10, penalty=1.0)
     assert part(batch)[:, 0].tolist() == [0.5, -0.5]
     assert upge.GroupRelative(normalize_std=False)(batch).abs().max() == 0
 
@@ -77,7 +77,7 @@ def test_overlong_advantages_are_those_of_the_shaped_rewards():
 def test_what_overlong_wraps_is_computed_beforehand_on_the_shaped_rewards():
     """Also where the whole is live and only the inner part is known before the forward pass."""
     batch = lengths(2, 10, rewards=[1.0, 1.0], group=[0, 0], p_frozen=[[0.25] * 10] * 2)
-    part = upge.OverlongShaped(upge.KLShaped(upge.GroupRelative(normalize_std=False), 1.0), limit=10)
+    part = upge.OverlongShaped(upge.KLShaped(upge.GroupRelative(normalize_std=False), 1.0), 10, penalty=1.0)
     assert part.is_live
     piece = batch.select(torch.tensor([1]), batch.logprobs[1:])
     hoisted = part.hoisted(batch)
@@ -85,9 +85,36 @@ def test_what_overlong_wraps_is_computed_beforehand_on_the_shaped_rewards():
     assert torch.allclose(found, torch.full((1, 10), -0.5 - torch.log(torch.tensor(2.0)).item(), dtype=torch.float64))
 
 
+def test_a_right_answer_at_the_limit_lies_halfway_between_right_and_wrong():
+    """As with the rewards ±1 and the penalty 1 of arXiv 2503.14476, up to the scale."""
+    batch = lengths(10, 2, 2, rewards=[1.0, 0.0, 1.0], group=[0, 0, 0])
+    found = upge.OverlongShaped(upge.GroupRelative(normalize_std=False), limit=10)(batch)[:, 0]
+    theirs = torch.tensor([1.0 - 1.0, -1.0, 1.0], dtype=torch.float64)
+    assert torch.allclose(found, (theirs - theirs.mean()) / 2, atol=1e-12)
+
+
+@pytest.mark.parametrize("inner", [upge.SignedReward(), upge.Tempered(upge.SignedReward())])
+def test_overlong_refuses_what_only_asks_for_success(inner):
+    with pytest.raises(upge.ConfigError, match=r"OverlongShaped\.advantage.*SignedReward.*GroupRelative"):
+        upge.OverlongShaped(inner, limit=10)
+    assert not upge.SignedReward.graded and upge.GroupRelative.graded
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: upge.SamplerCorrected(upge.BehaviorPolicy(), cap=float("inf")),
+        lambda: upge.OverlongShaped(upge.GAE(), 9, penalty=float("inf")),
+    ],
+)
+def test_infinity_is_no_setting(make):
+    with pytest.raises(upge.ConfigError, match="inf.*finite"):
+        make()
+
+
 def test_gates_see_the_verifiers_reward():
     batch = lengths(10, 10, rewards=[1.0, 0.0], group=[0, 0])
-    shaped = upge.OverlongShaped(upge.GroupRelative(), limit=10).shaped(batch)
+    shaped = upge.OverlongShaped(upge.GroupRelative(), limit=10, penalty=1.0).shaped(batch)
     assert shaped.pass_rate.tolist() == [0.0, 0.0] and batch.pass_rate.tolist() == [0.5, 0.5]
     assert upge.PassRateAbove(0.25)(batch).tolist() == [1.0, 1.0]
 

@@ -22,10 +22,9 @@ SETTINGS = {
         "terms.rl.estimator.advantage.limit=6",
         "terms.rl.estimator.advantage.buffer=0.5",
         "terms.rl.estimator.advantage.penalty=0.75",
-    ]
+    ],
+    "mis_geometric": ["terms.rl.estimator.mask.masks.1.low=0.9", "terms.rl.estimator.mask.masks.1.high=1.1"],
 }
-#: Algorithms of every shape: clips and none, live and static advantages, several terms, a critic, sequences, stages.
-CONFORMING = ["grpo", "ppo", "gspo", "gmpo", "luffy", "srft", "hpt", "sft_then_grpo", "reinforce_plus_plus"]
 UNFIT = "cannot be applied"
 
 
@@ -49,7 +48,7 @@ def message(call) -> str:
 
 
 def test_every_correction_of_the_list_ships_with_an_objective_and_a_description():
-    expected = "tis icepop mis kl_k1 kl_k2 kl_k3 kl_reward entropy dual_clip dynamic_sampling overlong"
+    expected = "tis icepop mis mis_geometric kl_k1 kl_k2 kl_k3 kl_reward entropy dual_clip dynamic_sampling overlong"
     assert sorted(expected.split()) == ALL
     for name in ALL:
         assert hasattr(textbook_corrections, name)
@@ -70,28 +69,10 @@ def test_gradient_equals_the_written_objectives(name, case):
 @pytest.mark.parametrize("name", ALL)
 def test_the_comparison_can_fail(name):
     """Each changes the gradient of these batches, so its objective is told apart from the plain one."""
-    case = "far" if name == "dual_clip" else "ragged"
+    case = "far" if name == "dual_clip" else "ragged"  # where ratios exceed 3
     s = CASES[case](0, False)
     plain = gradient(textbook_corrections.grpo(s), s)
     assert (gradient(corrected(name).estimate(s.batch).loss, s) - plain).abs().max() > 1e-6
-
-
-@pytest.mark.parametrize("algorithm", CONFORMING)
-@pytest.mark.parametrize("name", ALL)
-def test_a_corrected_algorithm_conforms(name, algorithm):
-    """Or is refused with the reason."""
-    try:
-        found = algorithms.load(algorithm, corrections=[name])
-    except ConfigError as error:
-        assert UNFIT in str(error) and name in ("dual_clip", "dynamic_sampling"), error
-        return
-    stages = upge.Pipeline.of(found).stages.values()
-    for one in [stage.algorithm for stage in stages]:
-        upge.testing.check_algorithm(one)
-    plain = algorithms.load(algorithm)
-    assert found != plain
-    # How often prompts are drawn is no matter of one step's gradient; all else is printed.
-    assert found.formula() != plain.formula() and found.formula("latex") != plain.formula("latex")
 
 
 @pytest.mark.parametrize("algorithm", algorithms.names())
@@ -100,11 +81,12 @@ def test_every_algorithm_takes_a_correction_or_says_why_not(algorithm):
         try:
             found = algorithms.load(algorithm, corrections=[name])
         except ConfigError as error:
-            reasons = ("no term that learns from rollouts", "no PPOClip", "already")
+            reasons = ["no term that learns from rollouts", "no PPOClip", "already"]
+            reasons += {"dynamic_sampling": ["sampling would replace"], "overlong": ["success"]}.get(name, [])
             assert UNFIT in str(error) and any(reason in str(error) for reason in reasons), error
             continue
         assert found.needs.rollouts
-        if name in ("tis", "icepop", "mis"):
+        if name in ("tis", "icepop", "mis", "mis_geometric"):
             assert "sampler_logprobs" in found.needs.columns
         if name.startswith("kl_"):
             assert found.needs.reference
@@ -169,20 +151,21 @@ def test_references_keep_their_meaning():
 
 
 def test_the_critic_learns_the_returns_of_the_shaped_reward():
-    loaded = algorithms.load("ppo", ["terms.rl.estimator.advantage.advantage.buffer=0.3"], ["overlong", "kl_reward"])
+    loaded = algorithms.load("amft", ["terms.rl.estimator.advantage.advantage.buffer=0.3"], ["overlong", "kl_reward"])
     shaped = loaded.terms["rl"].estimator.advantage.advantage
     assert loaded.critic.returns == upge.OverlongShaped(shaped.advantage.advantage, 1024, 0.3)
-    plain, kl = algorithms.load("ppo"), algorithms.load("ppo", corrections=["kl_reward"])
+    plain, kl = algorithms.load("amft"), algorithms.load("amft", corrections=["kl_reward"])
     assert kl.critic == plain.critic and kl.terms != plain.terms
 
 
 def test_terms_share_the_settings_and_a_compared_demonstration_the_rewards():
-    overrides = ["terms.positive.estimator.denominator.cap=3", "terms.positive.estimator.advantage.penalty=0.5"]
-    terms = algorithms.load("srft", overrides, ["tis", "overlong"]).terms
+    terms = algorithms.load("srft", ["terms.positive.estimator.denominator.cap=3"], ["tis"]).terms
     assert terms["positive"].estimator.denominator == terms["negative"].estimator.denominator
     assert terms["negative"].estimator.denominator.cap == 3
     assert isinstance(terms["offline"].estimator.denominator, upge.UnitDenominator)
-    assert terms["offline"].estimator.advantage.penalty == 0.5
+    terms = algorithms.load("luffy", ["terms.rl.estimator.advantage.penalty=0.25"], ["overlong"]).terms
+    assert terms["offline"].estimator.advantage.penalty == 0.25
+    terms = algorithms.load("hpt", corrections=["overlong"]).terms
     assert isinstance(terms["sft"].estimator.advantage, upge.ConstantAdvantage)
 
 
@@ -213,6 +196,7 @@ BAD_FILES = {
     "wrap: {estimator.mask: {_target_: upge.NoMask}}\n": ["wrap.estimator.mask", "INNER once"],
     "wrap: {estimator.mask: {a: INNER, b: INNER}}\n": ["INNER once"],
     "wrap: [a]\n": ["wrap is ['a']", "mapping"],
+    "refuse: [a]\n": ["refuse is ['a']", "mapping"],
     "wraps: {}\n": ["the key 'wraps'", "did you mean 'wrap'?"],
     "wrap: {estimator.msk: {_target_: upge.AllOf, masks: [INNER]}}\n": ["terms.rl.estimator.msk is missing"],
     "- a\n": ["no mapping"],

@@ -122,7 +122,7 @@ def test_schedule_at_its_corners(step, expected):
     settings = dict(start=0.2, peak=0.9, end=0.1, warmup=4, decay=10)
     batch = trajectories(lengths=[1, 1], step=step)
     assert upge.Schedule(**settings)(batch).tolist() == pytest.approx([expected] * 2, abs=1e-12)
-    rest = upge.Schedule(**settings, complement=True)
+    rest = upge.Complement(upge.Schedule(**settings))
     assert rest(batch).tolist() == pytest.approx([1 - expected] * 2, abs=1e-12)
 
 

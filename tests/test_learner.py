@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.learner_ranks import LR, SIZE
+from tests.learner_ranks import BONUS, LR, SIZE
 from tests.models import save_random_model, trajectories
 from tests.test_update import launch, padded_logprobs
 
@@ -49,6 +49,14 @@ def reinforce(model, batch) -> torch.Tensor:
     return total / len(rollouts)
 
 
+def bonus(model, batch) -> torch.Tensor:
+    """Minus the mean entropy at the rollouts' tokens."""
+    rollouts = [t for t in batch if not t.is_demonstration]
+    _, entropies = padded_logprobs(model, rollouts)
+    total = sum(row[: len(t.response_ids)].sum() for row, t in zip(entropies, rollouts, strict=True))
+    return -total / sum(len(t.response_ids) for t in rollouts)
+
+
 @pytest.fixture(scope="module")
 def plain(model_path) -> tuple[float, float, float]:
     """lr·⟨∇L_val, ∇L_imitate - ∇L_reinforce⟩; dU/dμ by central differences; the norm of the gradient at μ = 0.6."""
@@ -59,15 +67,16 @@ def plain(model_path) -> tuple[float, float, float]:
         return torch.autograd.grad(loss, parameters)
 
     step, held_out = trajectories(seed=0), trajectories(seed=50)
-    rl, sft, val = (gradient(loss) for loss in (reinforce(model, step), imitate(model, step), imitate(model, held_out)))
+    losses = (reinforce(model, step), imitate(model, step), bonus(model, step), imitate(model, held_out))
+    rl, sft, extra, val = (gradient(loss) for loss in losses)
     slope = LR * sum(float((v * (s - r)).sum()) for v, s, r in zip(val, sft, rl, strict=True))
-    mixture = [0.4 * r + 0.6 * s for r, s in zip(rl, sft, strict=True)]
+    mixture = [0.4 * r + 0.6 * s + BONUS * e for r, s, e in zip(rl, sft, extra, strict=True)]
     start = [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
     def utility(mu: float, lr: float) -> float:
         for p, s, gr, gs in zip(parameters, start, rl, sft, strict=True):
-            p.copy_(s - lr * ((1 - mu) * gr + mu * gs))
+            p.copy_(s - lr * ((1 - mu) * gr + mu * gs))  # the bonus is the same at any μ
         return -float(imitate(model, held_out))
 
     # The slope is that of an infinitely small step, times the rate: steps both ways cancel what is of second order.
@@ -85,7 +94,7 @@ def test_slope_is_the_derivative_of_the_utility(found, plain):
 
 
 def test_asking_for_the_slope_leaves_no_trace(found, plain):
-    """The update after it has the gradient of (1-μ)·L_1 + μ·L_2 alone."""
+    """The update after it has the gradient of (1-μ)·L_1 + μ·L_2 and the bonus, and of nothing else."""
     assert found["norm"] == pytest.approx(plain[2], rel=1e-4)
     assert found["state"] == 0.6
 

@@ -19,7 +19,7 @@ FACTORS = {
     "reinforce": (["Σ_{τ~π_old}", "1/(N·1024)", "1/π_θ", "(+1 if R=1 else -1)"], [r"\frac{1}{N\cdot 1024}"]),
     "grpo": (
         ["1/(Q·n·|τ|)", "1[r ≤ 1.2 if A>0; r ≥ 0.8 if A<0]", "1/π_old", "(R − mean R)/(std R + 1e-06)"],
-        [r"\mathbb{1}[r\le 1.2", r"\frac{1}{\pi_{old}}", r"\frac{R-\mathrm{mean}R}{\mathrm{std}R+1e-06}"],
+        [r"\mathbb{1}[r\le 1.2", r"\frac{1}{\pi_{old}}", r"\frac{R-\mathrm{mean}R}{\mathrm{std}R+10^{-6}}"],
     ),
     "dr_grpo": (["1/(N·1024)", "1[r ≤ 1.2", "1/π_old", "(R − mean R) · ∇π_θ"], [r"\left(R-\mathrm{mean}R\right)"]),
     "hpt": (

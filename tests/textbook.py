@@ -30,6 +30,11 @@ def over(total, number):
     return total / max(1, number)
 
 
+def success(row):
+    """Where papers, whose rewards are 0 and 1, say R = 1: above the middle."""
+    return row["reward"] > 0.5
+
+
 def centred(question, std=False, union=False):
     """Advantage of each rollout of a question (and of its demonstration with `union`), in order.
 
@@ -56,7 +61,7 @@ def sft(s):
 
 def reinforce(s):
     rows = [r for r in s.rows if not r["demo"]]
-    return -sum((1.0 if r["reward"] == 1 else -1.0) * r["logp"].sum() / 1024 for r in rows) / len(rows)
+    return -sum((1.0 if success(r) else -1.0) * r["logp"].sum() / 1024 for r in rows) / len(rows)
 
 
 def grpo(s):
@@ -77,7 +82,7 @@ def hpt(s, threshold=0.0):
     total, learned = 0.0, 0
     for question in s.questions:
         group, experts = rollouts(question), demos(question)
-        pass_rate = sum(r["reward"] for r in group) / len(group)
+        pass_rate = sum(success(r) for r in group) / len(group)
         if pass_rate > threshold:
             ratios = [(torch.exp(r["logp"] - r["behavior"]) * a).sum() for r, a in centred(question)]
             total, learned = total - sum(ratios) / len(ratios) / 1024, learned + 1

@@ -1,4 +1,5 @@
-"""grpo's objective under each correction, written out in plain loops; to be minimised. Nothing here uses upge."""
+"""grpo's objective under each correction, and some others' where the two meet, written out in plain loops; to be
+minimised. Nothing here uses upge."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import math
 
 import torch
 
+from tests import textbook_mixed, textbook_onpolicy
+from tests.policy import Sample, changed
 from tests.textbook import average, centred, clipped, over, rollouts
 
 
@@ -51,6 +54,15 @@ def mis(s):
     return weighted(s, lambda ratios, t: math.exp(sum(ratios)) if math.exp(sum(ratios)) <= 2 else 0.0)
 
 
+def mis_geometric(s, low=0.9, high=1.1):
+    """The band widened to the mismatch of the tests' samplers."""
+
+    def weight(ratios, t):
+        return 1.0 if low <= math.exp(sum(ratios) / len(ratios)) <= high else 0.0
+
+    return weighted(s, weight)
+
+
 def kl_k1(s):
     return grpo(s) + 0.001 * token_mean(s, lambda r: r["logp"] - r["reference"])
 
@@ -94,15 +106,70 @@ def dynamic_sampling(s):
     return -question_mean(kept, clipped)
 
 
-def overlong(s, limit=6, buffer=0.5, penalty=0.75):
+def punished(row, limit=6, buffer=0.5, penalty=0.75):
     """Eq. 13 of arXiv 2503.14476, with the limit within the lengths of the tests."""
-    cache = buffer * limit
+    cache, length = buffer * limit, len(row["logp"])
+    if row["demo"] or length <= limit - cache:
+        return row
+    fine = (limit - cache - length) / cache if length <= limit else -1.0
+    return {**row, "reward": row["reward"] + penalty * fine}
 
-    def punished(row):
-        length = len(row["logp"])
-        if row["demo"] or length <= limit - cache:
-            return row
-        fine = (limit - cache - length) / cache if length <= limit else -1.0
-        return {**row, "reward": row["reward"] + penalty * fine}
 
+def overlong(s):
     return -question_mean([[punished(r) for r in question] for question in s.questions], clipped)
+
+
+# Where a correction meets what only another algorithm has.
+
+
+def shortened(s: Sample) -> Sample:
+    """The sample with the punished rewards."""
+    return changed(s, rewards=torch.tensor([punished(row)["reward"] for row in s.rows], dtype=torch.float64))
+
+
+def ppo_overlong(s):
+    return textbook_onpolicy.ppo(shortened(s))
+
+
+def ppo_overlong_returns(s):
+    """[τ][t] what a critic is to say: its advantages of the punished rewards, plus its old values."""
+    rows = shortened(s).rows
+    advantages = map(textbook_onpolicy.critics_advantages, rows)
+    return [
+        [a + float(v) for a, v in zip(own, r["values"], strict=True)] for own, r in zip(advantages, rows, strict=True)
+    ]
+
+
+def luffy_overlong(s):
+    """The mean that a demonstration is compared with, too, is that of the punished rewards."""
+    return textbook_mixed.luffy(shortened(s))
+
+
+def truncated(row, cap):
+    """min(π_old/π_sampler, cap) per token."""
+    return torch.exp(row["behavior"] - row["sampler"]).clamp(max=cap)
+
+
+def srft_tis(s, cap=1.1):
+    """Both terms of the rollouts are weighted, by one cap; those of the demonstrations are not."""
+    imitated, offline, positive, negative = [], [], [], []
+    for question in s.questions:
+        for r, a in textbook_mixed.relative(question, std=True):
+            entropy = average(r["entropy"].detach())
+            if r["demo"]:
+                imitated.append(-0.5 * torch.exp(-entropy) * average(r["logp"]))
+                offline.append(-a * average(r["logp"].exp()))
+            else:
+                won, weighted_mean = float(r["reward"] == 1), average(truncated(r, cap) * r["logp"])
+                positive.append(-won * 0.1 * torch.exp(entropy) * weighted_mean)
+                negative.append((1 - won) * weighted_mean)
+    return sum(textbook_mixed.average(part, s) for part in (imitated, offline, positive, negative))
+
+
+def chord_mu_tis(s, cap=1.1, decay=200, peak=0.9, end=0.05):
+    mu = end + (peak - end) * (1 + math.cos(math.pi * min(s.batch.step, decay) / decay)) / 2
+    objectives = []
+    for question in s.questions:
+        for r, a in textbook_mixed.relative(rollouts(question), std=True):
+            objectives.append(truncated(r, cap) * clipped(r, a))
+    return (1 - mu) * textbook_mixed.token_mean(objectives, s) + mu * textbook_mixed.supervised(s)

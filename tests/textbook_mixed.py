@@ -12,6 +12,8 @@ import statistics
 
 import torch
 
+from tests.textbook import success
+
 LENGTH = 1024  # the divisor in place of a response's own length, outside a run
 GAMMA = 0.1  # of the shaping p / (p + gamma)
 
@@ -42,7 +44,7 @@ def relative(members, std):
 
 def pass_rate(question):
     own = split(question)[0]
-    return sum(r["reward"] == 1 for r in own) / len(own)
+    return sum(success(r) for r in own) / len(own)
 
 
 def ratio(r):
@@ -106,7 +108,7 @@ def srft(s):
                 imitated.append(-0.5 * torch.exp(-entropy) * mean(r["logp"]))
                 offline.append(-a * mean(r["logp"].exp()))
             else:
-                won = float(r["reward"] == 1)
+                won = float(success(r))
                 positive.append(-won * 0.1 * torch.exp(entropy) * mean(r["logp"]))
                 negative.append((1 - won) * mean(r["logp"]))
     return sum(average(part, s) for part in (imitated, offline, positive, negative))
@@ -203,6 +205,18 @@ def amft(s, mu=0.8):
         white = torch.tensor([(a - centre) / scale for a in row], dtype=r["logp"].dtype)
         objectives.append(clipped(r, white))
     return (1 - mu) * token_mean(objectives, s) + mu * supervised(s)
+
+
+def amft_values(s, values, clip=0.2):
+    """The critic's loss at `values` [B, T], the values before the update being those of the sample."""
+    losses = []
+    for i, r in enumerate(s.rows):
+        if not r["demo"]:
+            for t, (a, old) in enumerate(zip(advantages_of_critic(r), r["values"].tolist(), strict=True)):
+                value, target = values[i, t], a + old
+                held = torch.clamp(value, old - clip, old + clip)
+                losses.append(torch.maximum((value - target) ** 2, (held - target) ** 2) / 2)
+    return sum(losses) / len(losses)
 
 
 def relift(s):

@@ -12,7 +12,7 @@ import statistics
 
 import torch
 
-from tests.textbook import average, centred, clipped, over, rollouts
+from tests.textbook import average, centred, clipped, over, rollouts, success
 
 # Demonstrations alone.
 
@@ -122,17 +122,20 @@ def rloo(s):
     return -sum(terms) / len(terms)
 
 
-def dapo(s, limit=1024, buffer=0.2):
-    """Only questions that are neither solved nor failed altogether; the last `buffer` of the limit costs reward."""
+def dapo(s, limit=1024, buffer=0.2, penalty=0.5):
+    """Only questions that are neither solved nor failed altogether; the last `buffer` of the limit costs reward, as in
+    Eq. 13, whose -1 goes with rewards of 1 and -1: half of it where they are 1 and 0."""
+    cache = buffer * limit
     total, count = 0.0, 0
     for question in s.questions:
         group = rollouts(question)
-        if not 0 < sum(r["reward"] == 1 for r in group) < len(group):
+        if not 0 < sum(success(r) for r in group) < len(group):
             continue
         shaped = []
         for r in group:
-            beyond = len(r["logp"]) - (1 - buffer) * limit
-            shaped.append(r["reward"] - min(1.0, max(0.0, beyond / (buffer * limit))))
+            length = len(r["logp"])
+            fine = 0.0 if length <= limit - cache else (limit - cache - length) / cache if length <= limit else -1.0
+            shaped.append(r["reward"] + penalty * fine)
         mean, scale = statistics.fmean(shaped), statistics.stdev(shaped) + 1e-6
         for r, reward in zip(group, shaped, strict=True):
             total, count = total + clipped(r, (reward - mean) / scale, 0.2, 0.28).sum(), count + len(r["logp"])
@@ -168,7 +171,8 @@ def gspo(s, low=3e-4, high=4e-4):
 def sapo(s, positive=1.0, negative=1.05):
     def objective(r, a):
         ratio, tau = torch.exp(r["logp"] - r["behavior"]), positive if a > 0 else negative
-        return average(4 / tau * torch.sigmoid(tau * (ratio - 1)) * a)
+        # Saturated, the sigmoid itself differentiates to 0 by rounding; its logarithm does not.
+        return average(4 / tau * torch.nn.functional.logsigmoid(tau * (ratio - 1)).exp() * a)
 
     return per_question(s, objective)
 

@@ -8,6 +8,7 @@ any piece of the batch, so the sum over pieces is the estimate of the whole what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import get_args
@@ -26,7 +27,7 @@ from upge.gates import Gate
 from upge.needs import Needs, check_columns, needs_of
 from upge.reduction import Over, Reduction
 from upge.regularizers import Regularizer, Source
-from upge.selection import DynamicSampling, Interlude
+from upge.selection import DynamicSampling, Interlude, check_plain
 from upge.stateful import UTILITY_SLOPE, StatefulGate, stateful_gates
 from upge.trajectories import Trajectories
 from upge.value import ValueLoss
@@ -58,6 +59,8 @@ class Term:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not math.isfinite(self.coefficient):
+            raise ConfigError(f"coefficient: found {self.coefficient}; give a finite number")
 
     @property
     def parts(self) -> dict[str, Component]:
@@ -100,8 +103,10 @@ class Algorithm:
                 f"{self.name}: {type(asking[0]).__name__} follows a held-out objective, but there is no `validation`; "
                 "give the name of an algorithm as validation=NAME"
             )
-        if self.validation is not None and (self.validation.needs.critic or self.validation.stateful):
-            raise ConfigError(f"validation: '{self.validation.name}' has a critic or a state of its own; give another")
+        if self.validation is not None:
+            check_plain(self.validation, "validation")
+        if self.sampling is not None and "rollouts" not in {term.source for term in self.terms.values()}:
+            raise ConfigError(f"{self.name}: sampling chooses prompts by rollouts, but no term's source is rollouts")
 
     @property
     def parts(self) -> dict[str, Component]:
@@ -224,7 +229,7 @@ def _weights(reduction: Reduction, batch: Trajectories, own: Tensor, anywhere: T
             "`over`, 'term' or 'batch', which says whose trajectories its divisor counts"
         )
     counted = own if reduction.over == "term" else anywhere
-    return reduction(reduction.view(batch), counted) * own[:, None]
+    return reduction(reduction.view(batch), counted).detach() * own[:, None]
 
 
 def _penalty(regularizer: Regularizer, scale: Tensor, batch: Trajectories) -> Tensor:
@@ -256,7 +261,7 @@ class PlannedTerm:
         """The factors on a piece of the batch, each [b, t]."""
         shape = batch.response_mask.shape
         factors = self.estimator.factors(batch)
-        gate = self.gate(self.gate.view(batch)).double() * self.coefficient
+        gate = self.gate(self.gate.view(batch)).detach().double() * self.coefficient
         gate = torch.where(self.own[batch.row], gate, torch.zeros_like(gate))
         w = self.weights[batch.row][:, : shape[1]]
         product = self.estimator.weight(batch, factors)

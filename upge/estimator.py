@@ -66,7 +66,8 @@ class UnifiedGradient:
         far its ratio has run away."""
         mask, log_denominator, advantages, shape = factors or self.factors(batch)
         signed = mask * advantages
-        ratio = torch.exp(batch.logprobs.detach() - log_denominator) * shape
+        # One exponential: a shape of 0 must win over a ratio that has run away.
+        ratio = torch.exp(batch.logprobs.detach() - log_denominator + shape.log())
         return torch.where(signed == 0, torch.zeros_like(ratio), signed * ratio)
 
     def hoist(self, batch: Trajectories) -> UnifiedGradient:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from upge.components.advantage import GROUP_COLUMNS
-from upge.components.base import REACHES, Component, Formula, Precomputed
+from upge.components.base import REACHES, Component, Formula, Precomputed, times
 from upge.errors import ConfigError
 from upge.trajectories import Trajectories, masked_mean
 
@@ -195,7 +195,7 @@ class EntropyWeight(Gate):
 @dataclass(frozen=True)
 class Schedule(Gate):
     """A coefficient that follows the training step: `warmup` steps linear from `start` to `peak`, then `decay` steps
-    along a cosine to `end`, then constant (the μ of arXiv 2508.11408). `complement` gives 1 minus it.
+    along a cosine to `end`, then constant (the μ of arXiv 2508.11408).
     """
 
     start: float = 0.0
@@ -203,7 +203,6 @@ class Schedule(Gate):
     end: float = 0.0
     warmup: int = 0
     decay: int = 100
-    complement: bool = False
     reads: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
@@ -214,18 +213,16 @@ class Schedule(Gate):
     def coefficient_at(self, step: int) -> float:
         """The coefficient after `step` training steps."""
         if step < self.warmup:
-            value = self.start + (self.peak - self.start) * step / self.warmup
-        else:
-            share = min(1.0, (step - self.warmup) / self.decay) if self.decay > 0 else 1.0
-            value = self.end + (self.peak - self.end) * 0.5 * (1 + math.cos(math.pi * share))
-        return 1 - value if self.complement else value
+            return self.start + (self.peak - self.start) * step / self.warmup
+        share = min(1.0, (step - self.warmup) / self.decay) if self.decay > 0 else 1.0
+        return self.end + (self.peak - self.end) * 0.5 * (1 + math.cos(math.pi * share))
 
     def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
         value = self.coefficient_at(batch.step)
         return torch.full((len(batch),), value, dtype=torch.float64, device=batch.response_mask.device)
 
     def formula(self) -> Formula:
-        return Formula("1 − μ(step)", r"1-\mu_k") if self.complement else Formula("μ(step)", r"\mu_k")
+        return Formula("μ(step)", r"\mu_k")
 
 
 @dataclass(frozen=True)
@@ -264,5 +261,4 @@ class ProductOf(Gate):
         return shut
 
     def formula(self) -> Formula:
-        printed = [gate.formula() for gate in self.gates]
-        return Formula(" · ".join(f.text for f in printed) or "1", r"\,".join(f.latex for f in printed) or "1")
+        return times([gate.formula() for gate in self.gates])

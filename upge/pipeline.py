@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 from upge.algorithm import Algorithm
@@ -29,8 +30,10 @@ class Stage:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.share > 0 or not self.lr_factor > 0:
-            raise ConfigError(f"stage: share={self.share}, lr_factor={self.lr_factor}; both must be positive")
+        if not 0 < self.share < math.inf or not 0 < self.lr_factor < math.inf:
+            raise ConfigError(
+                f"stage: share={self.share}, lr_factor={self.lr_factor}; both must be positive and finite"
+            )
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,11 @@ class Pipeline:
     @property
     def needs(self) -> Needs:
         """What all stages need together."""
-        return reduce(lambda a, b: a.joined(b), (stage.algorithm.needs for stage in self.stages.values()))
+        found = []
+        for name, stage in self.stages.items():
+            own = stage.algorithm.needs
+            found.append(replace(own, group_size_because=f"stages.{name}.algorithm.{own.group_size_because}"))
+        return reduce(lambda a, b: a.joined(b), found)
 
     def check(self, *, group_size: int, demonstrations: int | None = None, provided: Iterable[str] = ()) -> None:
         """`Algorithm.check` of every stage.

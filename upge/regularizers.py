@@ -74,7 +74,7 @@ class KLPenalty(Regularizer):
     reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "reference_logprobs"})
 
     def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
-        return kl_value(batch.reference_logprobs - batch.logprobs, self.kind)
+        return kl_value(batch.reference_logprobs.detach() - batch.logprobs, self.kind)
 
     def formula(self) -> Formula:
         (text, latex), size = _sign(-self.coefficient), f"{abs(self.coefficient):g}"

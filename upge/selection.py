@@ -64,10 +64,24 @@ class Interlude:
         if self.size < 1 or not self.lr_factor > 0:
             raise ConfigError(f"interlude: size={self.size}, lr_factor={self.lr_factor}; both must be positive")
         needs = self.algorithm.needs
-        if needs.rollouts or needs.preference_pairs or needs.critic:
+        if needs.rollouts or needs.preference_pairs:
             raise ConfigError(
                 f"interlude.algorithm: '{self.algorithm.name}' needs more than demonstrations; give one that learns "
                 "from demonstrations alone"
             )
+        check_plain(self.algorithm, "interlude.algorithm")
         if self.gate.is_live:
             raise ConfigError(f"interlude.gate: {type(self.gate).__name__} reads the current policy; give another")
+
+
+def check_plain(algorithm: Algorithm, path: str) -> None:
+    """Refuses, for an algorithm inside another, what only a whole run provides.
+
+    Raises:
+        ConfigError: it has a critic, gates with memory, sampling, or an interlude or a validation of its own.
+    """
+    beside = {name: getattr(algorithm, name) for name in ("critic", "sampling", "interlude", "validation", "stateful")}
+    for name, value in beside.items():
+        if value:
+            what = f"gates with memory ({', '.join(value)})" if name == "stateful" else f"a `{name}` of its own"
+            raise ConfigError(f"{path}: '{algorithm.name}' has {what}, which nobody provides here; give one without")

@@ -191,12 +191,13 @@ class Trajectories(TokenView):
         return (group_sum(success, index) / group_sum(is_rollout, index))[index]
 
     def select(self, rows: Int[Tensor, "b"], logprobs: Tensor | None = None, **columns: Tensor | None) -> Trajectories:
-        """The trajectories `rows`, cut to their longest response; `columns` replaces columns of the result.
+        """The trajectories `rows`, cut behind the last token that counts; `columns` replaces columns of the result.
 
         What comes of the forward pass belongs together: without `logprobs` the entropies are left out, too.
         `row` of the result points into the batch that this one was itself selected from.
         """
-        width = max(1, int(self.lengths[rows].max())) if len(rows) else 1
+        ends = self.response_mask[rows].any(dim=0).nonzero()
+        width = int(ends[-1]) + 1 if len(ends) else 1
         picked = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from sympy import Expr
 
 import algorithms
-from experiments.objectives import corrected, demonstrations, rollouts
+from experiments.objectives import corrected, demonstrations, rollouts, written
 from upge import Algorithm
 from upge.theory.symbolic import Proof, World, prove, worlds
 
@@ -63,17 +63,16 @@ _ROLLOUTS = "reinforce reinforce_plus_plus rloo ppo grpo dr_grpo cispo gspo sapo
 _DEMONSTRATIONS = (
     "sft dft iw_sft offline_rl luffy rl_plus srft hpt hpt_offpolicy hpt_soft superrl chord_mu chord_phi amft"
 )
-_CORRECTIONS = "tis icepop mis dual_clip kl_k1 kl_k2 kl_k3 entropy kl_reward"
-_PENALTY = "terms.rl.estimator.advantage"
+_CORRECTIONS = "tis icepop mis mis_geometric dual_clip kl_k1 kl_k2 kl_k3 entropy kl_reward dynamic_sampling"
+# A limit that the short responses of a proof come near; the buffer is a share of it.
+_NEAR = (
+    f"terms.rl.estimator.advantage.limit={written.LIMIT}",
+    f"terms.rl.estimator.advantage.buffer={written.BUFFER / written.LIMIT}",
+)
 STATEMENTS = (
     *(Statement(name, getattr(rollouts, name)) for name in _ROLLOUTS.split()),
     *(Statement(name, getattr(demonstrations, name)) for name in _DEMONSTRATIONS.split()),
-    # A limit that the short responses of a proof come near; the buffer is a share of it.
-    Statement(
-        "dapo",
-        rollouts.dapo,
-        (f"{_PENALTY}.limit={rollouts.LIMIT}", f"{_PENALTY}.buffer={rollouts.BUFFER / rollouts.LIMIT}"),
-    ),
+    Statement("dapo", rollouts.dapo, _NEAR),
     Statement(
         "iw_sft",
         demonstrations.iw_sft_sequence,
@@ -81,6 +80,7 @@ STATEMENTS = (
     ),
     Statement("srft", demonstrations.srft_offline, terms=("offline",)),
     *(Statement("dr_grpo", getattr(corrected, name), corrections=(name,)) for name in _CORRECTIONS.split()),
+    Statement("dr_grpo", corrected.overlong, _NEAR, ("overlong",)),
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sympy import Expr, Rational, log
 
 from experiments.objectives.rollouts import dr_grpo
-from experiments.objectives.written import LENGTH, all_centred, surrogate
+from experiments.objectives.written import LENGTH, all_centred, all_different, centred, punished, surrogate
 from upge.theory.symbolic import Row, World, mean, product, total
 
 COEFFICIENT = Rational("0.001")
@@ -39,6 +39,16 @@ def mis(w: World) -> Expr:
     def weight(row: Row, t: int) -> Expr:
         ratio = product(q / s for q, s in zip(row.q, row.s, strict=True))
         return 0 if w.less(2, ratio) else ratio
+
+    return _weighted(w, weight)
+
+
+def mis_geometric(w: World) -> Expr:
+    """Weight 1 where (Π_t π_old/π_sampler)^(1/|τ|) lies within [0.999, 1.001], else 0."""
+
+    def weight(row: Row, t: int) -> Expr:
+        ratio = product(q / s for q, s in zip(row.q, row.s, strict=True)) ** Rational(1, len(row))
+        return Rational(0 if w.less(ratio, Rational("0.999")) or w.less(Rational("1.001"), ratio) else 1)
 
     return _weighted(w, weight)
 
@@ -85,3 +95,17 @@ def kl_reward(w: World) -> Expr:
         return surrogate(w, row, t, a - COEFFICIENT * total(w.sg(log(row.p[k] / row.f[k])) for k in range(t, len(row))))
 
     return mean(total(one(row, t, a) for t in range(len(row))) / LENGTH for row, a in all_centred(w))
+
+
+def overlong(w: World) -> Expr:
+    """Rewards that fall near the response limit."""
+    reward = lambda row: punished(row, "0.5")  # noqa: E731
+    pairs = [pair for question in w.questions for pair in centred(w, question, reward=reward)]
+    return mean(total(surrogate(w, row, t, a) for t in range(len(row))) / LENGTH for row, a in pairs)
+
+
+def dynamic_sampling(w: World) -> Expr:
+    """Only questions whose responses differ, in sum and divisor."""
+    pairs = [pair for question in all_different(w) for pair in centred(w, question)]
+    values = [total(surrogate(w, row, t, a) for t in range(len(row))) / LENGTH for row, a in pairs]
+    return mean(values) if values else Rational(0)

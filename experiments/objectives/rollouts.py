@@ -7,13 +7,14 @@ from sympy import Expr, Rational, exp, log
 from experiments.objectives.written import (
     LENGTH,
     all_centred,
+    all_different,
     centred,
     clipped_white,
     gae,
     likelihood,
     own,
     paid,
-    pass_rate,
+    punished,
     succeeded,
     surrogate,
     surrogate_mean,
@@ -58,22 +59,10 @@ def dr_grpo(w: World) -> Expr:
     return mean(total(surrogate(w, row, t, a) for t in range(len(row))) / LENGTH for row, a in all_centred(w))
 
 
-#: The response limit and the tokens before its end from which on a response is punished, in the proof for `dapo`.
-LIMIT, BUFFER = 4, 2
-
-
 def dapo(w: World) -> Expr:
-    """Clipped at 1.28, token mean, on questions whose responses differ, with rewards that fall near the limit."""
-    pairs = []
-    for question in w.questions:
-        if 0 < pass_rate(w, question) < 1:
-            punished = [r.reward + max(-1, min(0, Rational(LIMIT - BUFFER - len(r), BUFFER))) for r in own(question)]
-            average = mean(punished)
-            variance = total((r - average) ** 2 for r in punished) / (len(punished) - 1)
-            scale = variance ** Rational(1, 2) + Rational(1, 10**6)
-            pairs += [
-                (row, w.advantage(row, (r - average) / scale)) for row, r in zip(own(question), punished, strict=True)
-            ]
+    """Clipped at 1.28, token mean, questions whose responses differ, rewards that fall near the limit, by 0.5."""
+    reward = lambda row: punished(row, "0.5")  # noqa: E731
+    pairs = [pair for question in all_different(w) for pair in centred(w, question, std=True, reward=reward)]
     return token_mean(pairs, lambda row, t, a: surrogate(w, row, t, a, high="0.28")) if pairs else Rational(0)
 
 

@@ -36,12 +36,23 @@ def pass_rate(w: World, question: Sequence[Row]) -> Rational:
     return Rational(sum(succeeded(w, row) for row in own(question)), len(own(question)))
 
 
-def centred(w: World, question: Sequence[Row], std: bool = False, union: bool = False) -> Pairs:
+def centred(
+    w: World,
+    question: Sequence[Row],
+    std: bool = False,
+    union: bool = False,
+    reward: Callable[[Row], Expr] = lambda row: row.reward,
+) -> Pairs:
     """Rows with R - mean R, over std R + 1e-6 with `std`; with `union` demonstrations are members, too."""
     members = list(question) if union else own(question)
-    average = mean(row.reward for row in members)
-    scale = sqrt(total((row.reward - average) ** 2 for row in members) / (len(members) - 1)) + EPSILON if std else 1
-    return [(row, w.advantage(row, (row.reward - average) / scale)) for row in members]
+    average = mean(map(reward, members))
+    scale = sqrt(total((reward(row) - average) ** 2 for row in members) / (len(members) - 1)) + EPSILON if std else 1
+    return [(row, w.advantage(row, (reward(row) - average) / scale)) for row in members]
+
+
+def all_different(w: World) -> list[list[Row]]:
+    """The questions some of whose rollouts succeed and some fail."""
+    return [question for question in w.questions if 0 < pass_rate(w, question) < 1]
 
 
 def all_centred(w: World, std: bool = False, union: bool = False) -> Pairs:
@@ -73,6 +84,15 @@ def expert_mean(w: World, value: Callable[[Row, int], Expr]) -> Expr:
 def likelihood(row: Row) -> Expr:
     """log π_θ of a response."""
     return total(map(log, row.p))
+
+
+#: The response limit, and the tokens before it from which on a response is punished, where a proof is about that.
+LIMIT, BUFFER = 4, 2
+
+
+def punished(row: Row, penalty: str = "1") -> Expr:
+    """R - penalty·clip((|τ| - (limit - buffer))/buffer, 0, 1)."""
+    return row.reward - Rational(penalty) * max(0, min(1, Rational(len(row) - (LIMIT - BUFFER), BUFFER)))
 
 
 def paid(row: Row, coefficient: str = "0.001") -> list[Expr]:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from jaxtyping import Float
 
-from upge.components.base import AdvantageEstimator, Formula, like
+from upge.components.base import AdvantageEstimator, Formula, like, tex
 from upge.errors import ConfigError
 from upge.trajectories import SUCCESS_REWARD, TokenView, Trajectories, group_sum
 
@@ -41,6 +41,7 @@ class SignedReward(AdvantageEstimator):
     success: float = 1.0
     failure: float = -1.0
     reads: ClassVar[frozenset[str]] = frozenset({"rewards"})
+    graded: ClassVar[bool] = False
 
     def __call__(self, batch: Trajectories) -> Float[torch.Tensor, "B T"]:
         succeeded = (batch.rewards > SUCCESS_REWARD).double()
@@ -59,8 +60,9 @@ class GroupRelative(AdvantageEstimator):
     arXiv 2402.03300; without: arXiv 2503.20783).
 
     `baseline` says whose rewards make mean and std: the group's 'rollouts', or 'group' = its demonstrations too (the
-    union of arXiv 2504.14945). `unbiased` divides the variance by n - 1. A group of equal rewards gets zeros, with
-    epsilon = 0 too; so does a group of one, which therefore is refused at load time.
+    union of arXiv 2504.14945). `unbiased` divides the variance by n - 1. Where these rewards are all equal the
+    advantage is 0, with epsilon = 0 too, and with `normalize_std` also that of a demonstration outside the baseline,
+    for which there is no scale; a group of one is refused at load time.
     """
 
     normalize_std: bool = True
@@ -89,8 +91,8 @@ class GroupRelative(AdvantageEstimator):
         if self.normalize_std:
             squares = group_sum(centred.square() * counted, index)
             variance = squares / (number - int(self.unbiased)).clamp(min=1)
-            divisor = variance.sqrt()[index] + self.epsilon
-            centred = torch.where(divisor > 0, centred / divisor, torch.zeros_like(centred))
+            divisor = torch.where(differs, variance.sqrt() + self.epsilon, torch.ones_like(variance))[index]
+            centred = torch.where(differs[index], centred / divisor, torch.zeros_like(centred))
         return _per_token(centred, batch)
 
     def formula(self) -> Formula:
@@ -101,7 +103,7 @@ class GroupRelative(AdvantageEstimator):
             return Formula(f"({text})", rf"\left({latex}\right)")
         return Formula(
             f"({text})/(std{over} R + {self.epsilon:g})",
-            rf"\frac{{{latex}}}{{\mathrm{{std}}{latex_over}R+{self.epsilon:g}}}",
+            rf"\frac{{{latex}}}{{\mathrm{{std}}{latex_over}R+{tex(self.epsilon)}}}",
         )
 
 

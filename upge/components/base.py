@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,6 +30,20 @@ class Formula(NamedTuple):
 
     text: str
     latex: str
+
+
+def tex(number: float) -> str:
+    """A number as LaTeX writes it: 10^{-6} where :g gives 1e-06."""
+    digits, _, power = f"{number:g}".partition("e")
+    if not power:
+        return digits
+    return (rf"{digits}\cdot " if digits not in ("1", "-1") else digits.rstrip("1")) + f"10^{{{int(power)}}}"
+
+
+def times(factors: Sequence[Formula]) -> Formula:
+    """A product in print, factors of 1 left out where others remain."""
+    shown = [f for f in factors if f.text != "1"]
+    return Formula(" · ".join(f.text for f in shown) or "1", r"\,".join(f.latex for f in shown) or "1")
 
 
 class Component(ABC):
@@ -179,7 +194,14 @@ class ReferenceDenominator(Component):
 
 
 class AdvantageEstimator(Component):
-    """Â: how good a token was."""
+    """Â: how good a token was.
+
+    Class attributes:
+        graded: False if it only asks whether a reward is a success, so that a reward that is changed a little changes
+            nothing, or turns a success into a failure.
+    """
+
+    graded: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(self, batch: Trajectories) -> Float[Tensor, "*shape"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -39,10 +40,10 @@ class SamplerCorrected(ReferenceDenominator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.cap is not None and self.cap < 1:
+        if self.cap is not None and not 1 <= self.cap < math.inf:
             raise ConfigError(
                 f"SamplerCorrected.cap: {self.cap} bounds the ratio itself, which is 1 where trainer and engine agree; "
-                "give 1 or more (2.0 is customary), or null for no truncation"
+                "give a finite number of 1 or more (2.0 is customary), or null for no truncation"
             )
 
     @property
@@ -119,23 +120,30 @@ class OverlongShaped(AdvantageEstimator):
         advantage: evaluated on the shaped rewards. Demonstrations keep theirs.
         limit: tokens from which on the punishment is whole; the run's response limit.
         buffer: the share of the limit over which the punishment rises.
-        penalty: what the longest responses lose.
+        penalty: what the longest responses lose; 0.5 of rewards in [0, 1] is what 1 is of the ±1 of that paper.
     """
 
     advantage: AdvantageEstimator
     limit: int
     buffer: float = 0.2
-    penalty: float = 1.0
+    penalty: float = 0.5
     reads: ClassVar[frozenset[str]] = frozenset({"rewards", "is_demonstration"})
     reach: ClassVar[str] = "trajectory"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.limit < 1 or not 0 < self.buffer <= 1 or self.penalty < 0:
+        if self.limit < 1 or not 0 < self.buffer <= 1 or not 0 <= self.penalty < math.inf:
             raise ConfigError(
                 f"OverlongShaped: limit={self.limit}, buffer={self.buffer}, penalty={self.penalty}; the limit is a "
-                "number of tokens, the buffer a share of it in (0, 1], the penalty not negative"
+                "number of tokens, the buffer a share of it in (0, 1], the penalty finite and not negative"
             )
+        for path, part in _inside({"advantage": self.advantage}):
+            if not getattr(part, "graded", True):
+                raise ConfigError(
+                    f"OverlongShaped.{path}: {type(part).__name__} only asks whether a reward is a success, so a "
+                    "punished reward would change nothing or turn a success into a failure; give an advantage of the "
+                    "reward itself, such as upge.GroupRelative"
+                )
 
     @property
     def _start(self) -> float:
@@ -161,6 +169,13 @@ class OverlongShaped(AdvantageEstimator):
             rf"\left[{inner.latex}\right]_{{R\leftarrow R-{self.penalty:g}\,"
             rf"\mathrm{{clip}}\left((|\tau|-{start:g})/{width:g},0,1\right)}}",
         )
+
+
+def _inside(parts: Mapping[str, Component], above: str = "") -> Iterator[tuple[str, Component]]:
+    """(path, part) of some parts and of all that they wrap."""
+    for name, part in parts.items():
+        yield above + name, part
+        yield from _inside(part.parts, f"{above}{name}.")
 
 
 __all__ = ["OverlongShaped", "SamplerCorrected", "SequenceSamplerBand"]

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upge.components.base import Component, Formula, StabilizationMask, like
+from upge.components.base import Component, Formula, StabilizationMask, like, times
 from upge.errors import ConfigError
 from upge.trajectories import TokenView, Trajectories, masked_mean
 
@@ -195,7 +195,8 @@ class SigmoidGate(StabilizationMask):
     def __call__(self, batch: TokenView, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         away = torch.expm1(batch.log_importance_ratio)
         u = torch.where(advantages > 0, self.positive * away, self.negative * away)
-        return 4 * torch.sigmoid(u) * torch.sigmoid(-u)
+        # At most 1 but for rounding.
+        return (4 * torch.sigmoid(u) * torch.sigmoid(-u)).clamp(max=1.0)
 
     def formula(self) -> Formula:
         tau = f"{self.positive:g} if A>0 else {self.negative:g}"
@@ -215,5 +216,4 @@ class AllOf(StabilizationMask):
         return torch.stack(torch.broadcast_tensors(*values)).prod(dim=0) if values else like(batch, 1.0)
 
     def formula(self) -> Formula:
-        printed = [mask.formula() for mask in self.masks]
-        return Formula(" · ".join(f.text for f in printed) or "1", r"\,".join(f.latex for f in printed) or "1")
+        return times([mask.formula() for mask in self.masks])

@@ -21,12 +21,14 @@ from upge.errors import DataError
 from upge.rollout import Sampler, Sampling
 from upge.train.config import RunConfig
 from upge.train.distributed import World
-from upge.train.order import least_used, prompt_indices, stream_seed
+from upge.train.order import least_used, permutation, prompt_indices, stream_seed
 from upge.trajectories import Trajectories
 from upge.verify import VerifierPool
 
-#: The stream of prompts that the steps train on.
-TRAIN = "train"
+#: The stream of prompts that the steps train on, and that of prompts kept apart from it.
+TRAIN, HELD_OUT = "train", "held out"
+#: Where prompts are kept apart, one in so many of the training set is.
+HELD_OUT_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,11 @@ class Collector:
     """Makes a step's trajectories; the same list on every rank, ordered by prompt, rollouts before demonstrations, the
     chosen side of a pair before the rejected one.
 
+    With `reserve` every tenth example of the training set is kept apart: no step trains on it, and `HELD_OUT` is the
+    stream of these.
+
     Raises:
-        DataError: no example has what the algorithm needs.
+        DataError: no example has what the algorithm needs, or none of those kept apart has.
     """
 
     def __init__(
@@ -95,6 +100,7 @@ class Collector:
         tokenizer: Any,
         stop_token_ids: tuple[int, ...],
         world: World,
+        reserve: bool = False,
     ) -> None:
         self.config, self.examples, self.world = config, examples, world
         self.sampler, self.pool, self.tokenizer = sampler, pool, tokenizer
@@ -105,35 +111,37 @@ class Collector:
             stop_token_ids=stop_token_ids,
         )
         self.needs, self.redraws = algorithm.step_needs, algorithm.sampling
-        self.usable = usable(examples, self.needs)
-        if not self.usable:
-            raise DataError(
-                f"'{algorithm.name}' finds none of {len(examples)} training examples with the demonstrations or "
-                "preference pairs that it needs; choose data that has them"
-            )
+        serving = usable(examples, self.needs)
+        apart = {i for i in serving if reserve and i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1}
+        self.streams = {TRAIN: [i for i in serving if i not in apart], HELD_OUT: sorted(apart)}
+        for stream, found in self.streams.items():
+            if not found and (stream == TRAIN or reserve):
+                which = "" if stream == TRAIN else f" among those kept apart (each {HELD_OUT_EVERY}th)"
+                raise DataError(
+                    f"'{algorithm.name}' finds none of {len(examples)} training examples with the demonstrations or "
+                    f"preference pairs that it needs{which}; choose data that has them"
+                )
 
-    def collect(
-        self, step: int, stream: str = TRAIN, avoid: Iterable[int] | None = None
-    ) -> tuple[list[Trajectory], dict[str, float]]:
+    def collect(self, step: int, stream: str = TRAIN) -> tuple[list[Trajectory], dict[str, float]]:
         """The trajectories of a step (counted from 0), and figures of how they came about.
 
         Args:
             step: follows its place in the order of prompts.
-            stream: any other than 'train' has an order of its own, drawn anew each step, and other rollouts; its
-                prompts are those of the data set that are not in `avoid`, as long as there are enough.
-            avoid: examples to leave to the step; None = those that this collector's own train stream begins with.
+            stream: TRAIN, or HELD_OUT, whose prompts are drawn anew each step, as many as a step has or as there are.
 
         Returns:
             Trajectories, and the seconds that sampling and verifying took here ('time/rollout', 'time/verify'). Where
             prompts are drawn anew also how often the step has sampled ('sampling/rounds') and for how many prompts
             ('sampling/prompts').
         """
-        count = self.config.prompts_per_step
-        indices = [self.usable[i] for i in prompt_indices(step, count, len(self.usable), self.config.seed)]
+        count, there, seed = self.config.prompts_per_step, self.streams[stream], self.config.seed
         seeds: tuple[int | str, ...] = ("rollout", step)
-        if stream != TRAIN:
-            indices = self._others(count, set(indices if avoid is None else avoid), "order", stream, step)
+        if stream == TRAIN:
+            places = prompt_indices(step, count, len(there), seed)
+        else:
+            places = permutation(len(there), stream_seed(seed, "order", stream, step))[:count]
             seeds = ("rollout", stream, step)
+        indices = [there[place] for place in places]
         figures: dict[str, float] = {"time/rollout": 0.0, "time/verify": 0.0}
         found: list[Trajectory] = []
         if self.needs.rollouts:
@@ -151,10 +159,11 @@ class Collector:
 
     def _others(self, count: int, used: Iterable[int], *seed: int | str) -> list[int]:
         """`count` examples, as long as possible not of `used`, in an order of the seed's parts."""
-        places = {index: place for place, index in enumerate(self.usable)}
+        there = self.streams[TRAIN]
+        places = {index: place for place, index in enumerate(there)}
         known = [places[index] for index in used if index in places]
-        order = least_used(count, len(self.usable), known, stream_seed(self.config.seed, *seed))
-        return [self.usable[place] for place in order]
+        order = least_used(count, len(there), known, stream_seed(self.config.seed, *seed))
+        return [there[place] for place in order]
 
     def _redrawn(
         self, indices: list[int], rollouts: list[Trajectory], step: int, figures: dict[str, float]

@@ -10,7 +10,7 @@ from upge.algorithm import Algorithm, Plan
 from upge.data import Example
 from upge.errors import ConfigError
 from upge.stateful import UTILITY_SLOPE, StatefulGate
-from upge.train.collect import Collector, Trajectory, assemble
+from upge.train.collect import HELD_OUT, Collector, Trajectory, assemble
 from upge.train.config import OptimizerConfig
 from upge.train.critic import CriticEngine
 from upge.train.engine import Engine
@@ -20,6 +20,8 @@ from upge.train.update import Rates, Updater
 
 #: The name of the optimizer moments that belong to interludes.
 _INTERLUDE = "interlude"
+#: Half the distance of the two values between which the loss's derivative by a gate's variable is taken.
+_SHIFT = 0.04
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Learner:
         models: policy, critic and frozen policy.
         config: the optimizer's.
         examples: the training set.
-        collectors: makes a collector for an algorithm.
+        collector_for: makes a collector for an algorithm; with True some examples are kept apart for its validation.
     """
 
     def __init__(
@@ -70,16 +72,17 @@ class Learner:
         models: Models,
         config: OptimizerConfig,
         examples: Sequence[Example],
-        collector_for: Callable[[Algorithm], Collector],
+        collector_for: Callable[[Algorithm, bool], Collector],
     ) -> None:
         self.algorithm, self.models, self.examples = algorithm, models, examples
-        self.collector: Collector = collector_for(algorithm)
+        self.collector: Collector = collector_for(algorithm, algorithm.validation is not None)
         self.updater = Updater(models.policy, algorithm, config, models.critic, models.frozen)
         once = dataclasses.replace(config, mini_batches=1, epochs=1)
         self.held_out = self.aside = None
         if algorithm.validation is not None:
             validation = algorithm.validation
-            self.held_out = collector_for(validation), Updater(models.policy, validation, once, frozen=models.frozen)
+            updater = Updater(models.policy, validation, once, frozen=models.frozen)
+            self.held_out = collector_for(validation, True), updater
         if algorithm.interlude is not None:
             self.aside = Updater(models.policy, algorithm.interlude.algorithm, once, frozen=models.frozen)
 
@@ -97,9 +100,7 @@ class Learner:
         trajectories, figures = self.collector.collect(step)
         held_out = None
         if self._asking(step):
-            held_out, more = self.held_out[0].collect(
-                step, stream="validation", avoid={t.example for t in trajectories}
-            )
+            held_out, more = self.held_out[0].collect(step, HELD_OUT)
             figures |= {name: figures.get(name, 0.0) + more[name] for name in more if name.startswith("time/")}
         return Collected(trajectories, held_out, figures)
 
@@ -137,18 +138,20 @@ class Learner:
     def _slope(self, gate: StatefulGate, collected: Collected, step: int, rates: Rates, memory: Memory) -> float:
         """lr·⟨∇L_val, ∂∇L/∂variable⟩: what the utility -L_val gains by the variable through one plain gradient step.
 
-        The loss is affine in the variable, so its derivative is the difference of the losses at 1 and at 0.
+        The derivative of the loss by the variable is a central difference around its value, exact where the loss is
+        affine or quadratic in it. Not between 0 and 1: there a gate may close, and who counts would change.
         """
         if rates.policy is None:
             return 0.0
         updater = self.held_out[1]
         batch, held_out = self.updater.fill(collected.trajectories, step), updater.fill(collected.held_out, step)
-        at = [{**memory.variables, gate.variable: value} for value in (1.0, 0.0)]
+        value = memory.variables[gate.variable]
+        at = [{**memory.variables, gate.variable: value + shift} for shift in (_SHIFT, -_SHIFT)]
         plans = [self.algorithm.plan(dataclasses.replace(batch.columns, state=state)) for state in at]
         plan: Plan = updater.algorithm.plan(held_out.columns)
         if not bool(plan.keep.any()) or not any(bool(p.keep.any()) for p in plans):
             return 0.0
-        own = self.updater.gradient(batch, [(1.0, plans[0]), (-1.0, plans[1])])
+        own = self.updater.gradient(batch, [(0.5 / _SHIFT, plans[0]), (-0.5 / _SHIFT, plans[1])])
         return rates.policy * self.models.policy.dot(updater.gradient(held_out, [(1.0, plan)]), own)
 
     # Interludes.

@@ -149,8 +149,9 @@ class Trainer:
     def _learner(self, span: Span) -> Learner:
         p = self.parts
 
-        def collector_for(algorithm: Algorithm) -> Collector:
-            return Collector(p.config, algorithm, p.train, p.sampler, p.pool, p.tokenizer, p.stop_token_ids, p.world)
+        def collector_for(algorithm: Algorithm, reserve: bool) -> Collector:
+            given = (p.config, algorithm, p.train, p.sampler, p.pool, p.tokenizer, p.stop_token_ids, p.world)
+            return Collector(*given, reserve)
 
         return Learner(span.stage.algorithm, p.models, p.config.optimizer, p.train, collector_for)
 

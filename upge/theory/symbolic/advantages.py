@@ -5,7 +5,15 @@ from __future__ import annotations
 import sympy as sp
 from sympy import Expr
 
-import upge
+from upge.components import (
+    GAE,
+    ConstantAdvantage,
+    GroupRelative,
+    KLShaped,
+    LeaveOneOut,
+    PairwisePreference,
+    SignedReward,
+)
 from upge.components.correction import OverlongShaped
 from upge.components.returns import ReturnToGo
 from upge.components.reward import KLPenalizedReward, OutcomeReward
@@ -16,12 +24,12 @@ from upge.theory.symbolic.weights import kl, succeeded
 from upge.theory.symbolic.world import Row, World
 
 
-@rule(upge.ConstantAdvantage)
+@rule(ConstantAdvantage)
 def _(part, world):
     return per_token(world, lambda row, t: number(part.value))
 
 
-@rule(upge.SignedReward)
+@rule(SignedReward)
 def _(part, world):
     return per_row(world, lambda row: number(part.success if succeeded(world, row) else part.failure))
 
@@ -30,7 +38,7 @@ def _group(world: World, row: Row, union: bool) -> list[Row]:
     return [r for r in world.rows if r.group == row.group and (union or not r.is_demonstration)]
 
 
-@rule(upge.GroupRelative)
+@rule(GroupRelative)
 def _(part, world):
     def value(row):
         rewards = [other.reward for other in _group(world, row, part.baseline == "group")]
@@ -43,7 +51,7 @@ def _(part, world):
     return per_row(world, value)
 
 
-@rule(upge.LeaveOneOut)
+@rule(LeaveOneOut)
 def _(part, world):
     return per_row(
         world, lambda row: row.reward - mean(r.reward for r in _group(world, row, False) if r.index != row.index)
@@ -72,7 +80,7 @@ def _accumulated(world: World, deltas: Tokens, decay: Expr) -> Tokens:
     )
 
 
-@rule(upge.GAE)
+@rule(GAE)
 def _(part, world):
     rewards, discount = evaluate(part.reward, world), number(part.discount)
 
@@ -111,7 +119,7 @@ def _(part, world):
     return per_token(world, lambda row, t: inner[row.index][t] - number(part.delta))
 
 
-@rule(upge.KLShaped)
+@rule(KLShaped)
 def _(part, world):
     inner = evaluate(part.advantage, world)
     penalties = per_token(world, lambda row, t: kl(part.kind, sp.log(row.f[t]) - sp.log(row.p[t])))
@@ -134,7 +142,7 @@ def _(part, world):
     return evaluate(part.advantage, world.with_rewards([shaped(row) for row in world.rows]))
 
 
-@rule(upge.PairwisePreference)
+@rule(PairwisePreference)
 def _(part, world):
     beta = number(part.beta)
 

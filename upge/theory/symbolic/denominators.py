@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import sympy as sp
 
-import upge
+from upge.components import (
+    BehaviorPolicy,
+    ClippedBehaviorPolicy,
+    CurrentPolicy,
+    PolicyLikelihood,
+    SamplerCorrected,
+    SequenceBehaviorPolicy,
+    ShapedLikelihood,
+    UnitDenominator,
+)
 from upge.components.denominator import ClippedFrozenPolicy, GeometricMeanBehaviorPolicy, SequenceFrozenPolicy
 from upge.components.likelihood import PowerLikelihood
 from upge.components.mixture import MixedBehaviorPolicy
@@ -12,33 +21,33 @@ from upge.theory.symbolic.algebra import number, product
 from upge.theory.symbolic.rules import evaluate, per_token, rule, sampler_ratios, sequence_ratio
 
 
-@rule(upge.CurrentPolicy)
+@rule(CurrentPolicy)
 def _(part, world):
     return per_token(world, lambda row, t: row.p[t])
 
 
-@rule(upge.BehaviorPolicy)
+@rule(BehaviorPolicy)
 def _(part, world):
     return per_token(world, lambda row, t: row.q[t])
 
 
-@rule(upge.UnitDenominator)
+@rule(UnitDenominator)
 def _(part, world):
     return per_token(world, lambda row, t: 1)
 
 
-@rule(upge.SequenceBehaviorPolicy)
+@rule(SequenceBehaviorPolicy)
 def _(part, world):
     return per_token(world, lambda row, t: row.p[t] / sequence_ratio(row))
 
 
-@rule(upge.ClippedBehaviorPolicy)
+@rule(ClippedBehaviorPolicy)
 def _(part, world):
     low, high = (None if bound is None else number(bound) for bound in (part.low, part.high))
     return per_token(world, lambda row, t: row.p[t] / world.clip(row.p[t] / row.q[t], low, high))
 
 
-@rule(upge.SamplerCorrected)
+@rule(SamplerCorrected)
 def _(part, world):
     inner = evaluate(part.denominator, world)
     cap = None if part.cap is None else number(part.cap)
@@ -92,12 +101,12 @@ def _(part, world):
 # Likelihood gradients: f′ itself.
 
 
-@rule(upge.PolicyLikelihood)
+@rule(PolicyLikelihood)
 def _(part, world):
     return per_token(world, lambda row, t: 1)
 
 
-@rule(upge.ShapedLikelihood)
+@rule(ShapedLikelihood)
 def _(part, world):
     gamma = number(part.gamma)
     return per_token(world, lambda row, t: gamma / (row.p[t] + gamma) ** 2)

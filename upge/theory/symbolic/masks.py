@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sympy as sp
 
-import upge
+from upge.components import AllOf, ImportanceBand, NoMask, PPOClip, SequenceClip
 from upge.components.correction import SequenceSamplerBand
 from upge.components.mask import LogRatioClip, SigmoidGate
 from upge.theory.symbolic.algebra import number, product
@@ -20,12 +20,12 @@ from upge.theory.symbolic.rules import (
 )
 
 
-@rule(upge.NoMask)
+@rule(NoMask)
 def _(part, world, advantages):
     return per_token(world, lambda row, t: 1)
 
 
-@rule(upge.PPOClip)
+@rule(PPOClip)
 def _(part, world, advantages):
     low, high = 1 - number(part.low), 1 + number(part.high)
 
@@ -39,7 +39,7 @@ def _(part, world, advantages):
     return per_token(world, value)
 
 
-@rule(upge.SequenceClip)
+@rule(SequenceClip)
 def _(part, world, advantages):
     low, high = 1 - number(part.low), 1 + number(part.high)
 
@@ -49,7 +49,7 @@ def _(part, world, advantages):
     return per_token(world, value)
 
 
-@rule(upge.ImportanceBand)
+@rule(ImportanceBand)
 def _(part, world, advantages):
     def value(row, t):
         ratio = row.p[t] / row.q[t] if part.of == "importance" else row.q[t] / row.s[t]
@@ -68,7 +68,7 @@ def _(part, world, advantages):
     return per_row(world, value)
 
 
-@rule(upge.AllOf)
+@rule(AllOf)
 def _(part, world, advantages):
     values = [evaluate(mask, world, advantages) for mask in part.masks]
     return [[product(v[i][t] for v in values) for t in range(len(row))] for i, row in enumerate(world.rows)]

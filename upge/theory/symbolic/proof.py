@@ -28,7 +28,8 @@ from upge.theory.symbolic.world import BoundaryPoint, Row, World, worlds
 Objective = Callable[[World], Expr]
 
 
-_AT_LEAST = 8
+#: How many points in a row must show no new pair of derived factor and product before a proof is done.
+_QUIET = 12
 
 
 class Factors(NamedTuple):
@@ -172,28 +173,26 @@ def compare(algorithm: Algorithm, world: World, terms: dict[str, Factors] | None
 
 def prove(algorithm: Algorithm, objective: Objective, points: Iterable[World] | None = None) -> Proof:
     """Derives the factor of every token from `objective` and compares it with the product of `algorithm`'s parts, in
-    the cells of `points` (default: up to 100 points of a ragged batch, enough that every question that anything depends
-    on has been answered both ways; at least 8). A point on a kink is passed over.
+    the cells of `points` (default: up to 100 points of a ragged batch): until every question that anything depends on
+    has been answered both ways and the last points have shown nothing new. A point on a kink is passed over.
 
     Raises:
         ConfigError: a part has no symbolic form.
     """
     answers: dict[Expr, set[bool]] = {}
     seen: set[tuple[Symbol, Expr, Expr]] = set()
-    cells, mismatches, rounding = set(), [], 0.0
-    for number, world in enumerate(worlds() if points is None else points):
-        if number >= _AT_LEAST and all(len(given) == 2 for given in answers.values()):
+    cells, mismatches, rounding, quiet = set(), [], 0.0, 0
+    for world in worlds() if points is None else points:
+        if quiet >= _QUIET and all(len(given) == 2 for given in answers.values()):
             break
         try:
             derived, terms = derive(objective, world), factors(algorithm, world)
         except BoundaryPoint:
             continue
         products = product(algorithm, world, terms)
-        for x in world.live:
-            pair = (x, derived[x], products[x])
-            if pair not in seen and not is_zero(derived[x] - products[x]):
-                mismatches.append(Mismatch(*pair))
-            seen.add(pair)
+        pairs = {(x, derived[x], products[x]) for x in world.live} - seen
+        mismatches += [Mismatch(*pair) for pair in sorted(pairs, key=str) if not is_zero(pair[1] - pair[2])]
+        seen, quiet = seen | pairs, 0 if pairs else quiet + 1
         rounding = max(rounding, compare(algorithm, world, terms))
         cells.add(frozenset(world.asked.items()))
         for question, answer in world.asked.items():

@@ -12,8 +12,19 @@ from typing import Any
 import sympy as sp
 from sympy import Expr
 
-import upge
-from upge.gates import Complement, PassRateBetween
+from upge.gates import (
+    Always,
+    Complement,
+    EntropyWeight,
+    PassRateAbove,
+    PassRateAtMost,
+    PassRateBetween,
+    PassRateTable,
+    ProductOf,
+    Schedule,
+)
+from upge.reduction import FixedLength, QuestionMean, SequenceMean, TokenMean
+from upge.regularizers import EntropyBonus, KLPenalty
 from upge.stateful import MetaGradient
 from upge.theory.symbolic.algebra import mean, number, product
 from upge.theory.symbolic.rules import Tokens, evaluate, per_row, per_token, rule
@@ -33,17 +44,17 @@ def pass_rate(world: World, row: Row) -> sp.Rational:
     return sp.Rational(sum(succeeded(world, r) for r in own), len(own))
 
 
-@rule(upge.Always)
+@rule(Always)
 def _(part, world):
     return [number(part.coefficient)] * len(world.rows)
 
 
-@rule(upge.PassRateAbove)
+@rule(PassRateAbove)
 def _(part, world):
     return [sp.Integer(int(bool(pass_rate(world, row) > number(part.threshold)))) for row in world.rows]
 
 
-@rule(upge.PassRateAtMost)
+@rule(PassRateAtMost)
 def _(part, world):
     return [sp.Integer(int(bool(pass_rate(world, row) <= number(part.threshold)))) for row in world.rows]
 
@@ -54,7 +65,7 @@ def _(part, world):
     return [sp.Integer(int(bool(low < pass_rate(world, row) < high))) for row in world.rows]
 
 
-@rule(upge.PassRateTable)
+@rule(PassRateTable)
 def _(part, world):
     points = [(number(r), number(c)) for r, c in zip(part.rates, part.coefficients, strict=True)]
 
@@ -68,17 +79,15 @@ def _(part, world):
     return [value(pass_rate(world, row)) for row in world.rows]
 
 
-@rule(upge.EntropyWeight)
+@rule(EntropyWeight)
 def _(part, world):
     return [number(part.scale) * sp.exp(part.sign * mean(row.h)) for row in world.rows]
 
 
-@rule(upge.Schedule)
+@rule(Schedule)
 def _(part, world):
-    # A symbol for the schedule's present value, the same for both members of a balance.
-    value = part.coefficient_at(world.step)
-    symbol = world.variable("mu", 1 - value if part.complement else value)
-    return [1 - symbol if part.complement else symbol] * len(world.rows)
+    # A symbol for the schedule's present value: how it moves between steps is no matter of a step's gradient.
+    return [world.variable("mu", part.coefficient_at(world.step))] * len(world.rows)
 
 
 @rule(MetaGradient)
@@ -91,7 +100,7 @@ def _(part, world):
     return [1 - value for value in evaluate(part.gate, world)]
 
 
-@rule(upge.ProductOf)
+@rule(ProductOf)
 def _(part, world):
     return [product(values) for values in zip(*(evaluate(gate, world) for gate in part.gates), strict=True)]
 
@@ -107,22 +116,22 @@ def _spread(world: World, counted: list[Row], value: Callable[[Row], Any]) -> To
     return per_row(world, lambda row: value(row) if row in counted else 0)
 
 
-@rule(upge.TokenMean)
+@rule(TokenMean)
 def _(part, world, counted):
     return _spread(world, counted, lambda row: sp.Rational(1, max(1, sum(map(len, counted)))))
 
 
-@rule(upge.SequenceMean)
+@rule(SequenceMean)
 def _(part, world, counted):
     return _spread(world, counted, lambda row: _token_rule(part.tokens, None, row) / len(counted))
 
 
-@rule(upge.FixedLength)
+@rule(FixedLength)
 def _(part, world, counted):
     return _spread(world, counted, lambda row: _token_rule("fixed", part.length, row) / len(counted))
 
 
-@rule(upge.QuestionMean)
+@rule(QuestionMean)
 def _(part, world, counted):
     questions = len({row.group for row in counted})
 
@@ -137,7 +146,7 @@ def _(part, world, counted):
 # Regularizers: the penalty itself, to be differentiated.
 
 
-@rule(upge.EntropyBonus)
+@rule(EntropyBonus)
 def _(part, world):
     return per_token(world, lambda row, t: -row.h[t])
 
@@ -147,6 +156,6 @@ def kl(kind: str, log_ratio: Expr) -> Expr:
     return {"k1": -log_ratio, "k2": log_ratio**2 / 2, "k3": sp.exp(log_ratio) - log_ratio - 1}[kind]
 
 
-@rule(upge.KLPenalty)
+@rule(KLPenalty)
 def _(part, world):
     return per_token(world, lambda row, t: kl(part.kind, sp.log(row.f[t]) - sp.log(row.p[t])))

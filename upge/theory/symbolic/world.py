@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -25,10 +25,10 @@ from upge.trajectories import Trajectories
 #: Rollout lengths and demonstration lengths of each question: ragged, and no two questions alike, so that no two
 #: reductions agree.
 SHAPE = (((2, 3), (2,)), ((1, 2, 2), (1,)))
-#: π_θ over another policy at a point: on both sides of every bound in use, far outside included.
-LEVELS = tuple(Fraction(x) for x in ("1/30 3/10 3/5 7/10 9/10 11/10 5/4 7/5 8/5 5/2 4 30").split())
+#: π_θ over another policy at a point: on both sides of every bound in use, on none of them, far outside included.
+LEVELS = tuple(Fraction(x) for x in "1/30 2/7 4/7 5/7 8/9 10/9 16/13 10/7 11/7 17/7 29/7 30".split())
 #: Levels shared by all tokens of a response, for bounds on its mean ratio as narrow as 3e-4.
-NARROW = tuple(Fraction(x) for x in ("1/2 9/10 9999/10000 10001/10000 11/10 2").split())
+NARROW = tuple(Fraction(x) for x in "4/9 8/9 9999/10000 10001/10000 10/9 19/9".split())
 
 
 class BoundaryPoint(Exception):
@@ -97,14 +97,12 @@ class World:
         self.rows: tuple[Row, ...] = tuple(rows)
 
     def _row(self, index: int, length: int, group: int, expert: bool, preference: int, fate: str) -> Row:
-        choose, draw = self._random.choice, self._random.randint
-        shared = choose(("no", "wide", "narrow"))
-        level = choose(NARROW if shared == "narrow" else LEVELS)
+        draw, importance, mismatch, frozen = self._random.randint, self._levels(), self._levels(), self._levels()
         columns: dict[str, list[Symbol]] = {name: [] for name in "pqfsvh"}
         for t in range(length):
             p = Fraction(draw(1, 997), 1000)
-            q = p / (choose(LEVELS) if shared == "no" else level)
-            values = {"p": p, "q": q, "f": p / choose(LEVELS), "s": q / choose(LEVELS)}
+            q = p / importance()
+            values = {"p": p, "q": q, "f": p / frozen(), "s": q / mismatch()}
             values |= {"v": Fraction(draw(-99, 99), 101), "h": Fraction(draw(1, 99), 50)}
             for name, value in values.items():
                 kind = {"real": True} if name == "v" else {"positive": True}
@@ -117,6 +115,12 @@ class World:
         self.point[reward] = sp.Rational(draw(600, 2400) if succeeds else draw(-1400, 400), 997)
         tokens = {name: tuple(symbols) for name, symbols in columns.items()}
         return Row(index, **tokens, reward=reward, group=group, is_demonstration=expert, preference=preference)
+
+    def _levels(self) -> Callable[[], Fraction]:
+        """A source of ratios for the tokens of a row: each its own, or all the same."""
+        choose = self._random.choice
+        shared = choose((None, choose(LEVELS), choose(NARROW)))
+        return lambda: choose(LEVELS) if shared is None else shared
 
     @property
     def live(self) -> tuple[Symbol, ...]:

@@ -1,0 +1,120 @@
+"""Batches that lie on the edges of the settings: ratios a hair inside and outside of every bound, rewards other than 0
+and 1, demonstrations that are wrong, pass rates of every size. Each is called as the cases of policy.py are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tests.policy import Sample, changed, log_softmax, sample
+
+#: How far from a bound a ratio lies, as a share of it: a bound that is changed by 1 % passes over some of them.
+HAIR = 0.005
+
+
+def around(bound: float) -> tuple[float, float]:
+    return bound * (1 - HAIR), bound * (1 + HAIR)
+
+
+#: log r of single tokens: clips relative to 1, clips of log r, caps on r itself.
+TOKEN_RATIOS = (
+    *(math.log1p(-x) for x in around(0.2)),
+    *(math.log1p(x) for bound in (0.2, 0.28) for x in around(bound)),
+    *(side * x for bound in (0.4,) for x in around(bound) for side in (-1, 1)),
+    *(math.log(x) for bound in (0.2, 1.8, 5.0) for x in around(bound)),
+)
+#: s - 1 of whole responses.
+SEQUENCE_RATIOS = (
+    *(-x for x in (*around(3e-4), 2.5e-4, 3.5e-4)),
+    *(x for x in (*around(3e-4), *around(4e-4), 3.5e-4, 4.5e-4)),
+)
+
+
+def placed(values: tuple[float, ...], shape: tuple[int, int]) -> Tensor:
+    """[B, T] the values in turn, each row beginning with another one."""
+    number = torch.arange(shape[0])[:, None] + torch.arange(shape[1])
+    return torch.tensor(values, dtype=torch.float64)[number % len(values)]
+
+
+def alternating(s: Sample) -> Tensor:
+    """[B] every other rollout of a question succeeds; demonstrations do."""
+    number = torch.arange(len(s.tokens)) - torch.searchsorted(s.batch.group, s.batch.group)
+    return torch.where(s.batch.is_demonstration, 1.0, (number % 2).double()).double()
+
+
+def token_bounds(seed: int, pairs: bool) -> Sample:
+    """Every ratio of `TOKEN_RATIOS`, with advantages of both signs; the critic knows next to nothing."""
+    length = len(TOKEN_RATIOS)
+    s = sample(seed, pairs=pairs, groups=4, length=length)
+    mask = torch.ones_like(s.batch.response_mask)
+    mask[2::7, length // 2 :] = False
+    logprobs, entropies = log_softmax(s.logits, s.tokens)  # of the tokens that `sample` has as padding, too
+    noise = torch.randn(mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 70))
+    away = logprobs.detach() - placed(TOKEN_RATIOS, mask.shape)
+    columns = {f"{name}_logprobs": away for name in ("behavior", "reference", "sampler")}
+    columns |= {"logprobs": logprobs, "entropies": entropies, "values": 0.02 * noise}
+    return changed(s, response_mask=mask, rewards=alternating(s), **columns)
+
+
+def sequence_bounds(seed: int, pairs: bool) -> Sample:
+    """Every ratio of `SEQUENCE_RATIOS` as the geometric mean of four responses, two right and two wrong; the frozen
+    policy is far off, on either side in turn."""
+    s = sample(seed, pairs=pairs, groups=len(SEQUENCE_RATIOS))
+    mask = s.batch.response_mask
+    noise = torch.randn(mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 80)) * mask
+    noise = 0.1 * (noise - noise.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True))
+    wanted = torch.tensor(SEQUENCE_RATIOS, dtype=torch.float64).log1p()[s.batch.group][:, None]
+    far = torch.where(s.batch.group % 2 == 0, 2.5, -2.5)[:, None]
+    away = {
+        f"{name}_logprobs": s.batch.logprobs.detach() - (noise + mean) * mask
+        for name, mean in zip(("behavior", "reference"), (wanted, far), strict=True)
+    }
+    return changed(s, rewards=alternating(s), **away)
+
+
+def fractional(seed: int, pairs: bool) -> Sample:
+    """Rewards between 0 and 1, half among them, of demonstrations too; two questions have but one reward."""
+    s = sample(seed, pairs=pairs, groups=8)
+    rewards = torch.randint(0, 5, s.batch.rewards.shape, generator=torch.Generator().manual_seed(seed + 90)) / 4
+    rewards[s.batch.group == 0], rewards[s.batch.group == 1] = 0.25, 0.75
+    return changed(s, rewards=rewards.double())
+
+
+def signed(seed: int, pairs: bool) -> Sample:
+    """Rewards of 1 and -1."""
+    s = sample(seed, pairs=pairs)
+    return changed(s, rewards=2 * s.batch.rewards - 1)
+
+
+def wrong_demonstrations(seed: int, pairs: bool) -> Sample:
+    """Two demonstrations a question; of three questions the first is wrong, one of these fails and one succeeds."""
+    s = sample(seed, pairs=pairs, demonstrations=2)
+    first = s.batch.is_demonstration & ~s.batch.is_demonstration.roll(1)
+    return changed(s, rewards=torch.where(first & (s.batch.group < 3), 0.0, s.batch.rewards))
+
+
+def rates(seed: int, pairs: bool) -> Sample:
+    """Questions with 0, 1, ..., 11 successes among 11 rollouts."""
+    s = sample(seed, pairs=pairs, groups=12, rollouts=11, length=3)
+    number = torch.arange(len(s.tokens)) % 12
+    return changed(s, rewards=torch.where(s.batch.is_demonstration, 1.0, (number < s.batch.group).double()).double())
+
+
+def quiet(seed: int, pairs: bool) -> Sample:
+    """No rollout earns anything, the critic hardly expects anything: what is left to whiten is tiny."""
+    s = sample(seed, pairs=pairs)
+    return changed(s, rewards=s.batch.is_demonstration.double(), values=1e-3 * s.batch.values)
+
+
+EDGES: dict[str, Callable[[int, bool], Sample]] = {
+    "token_bounds": token_bounds,
+    "sequence_bounds": sequence_bounds,
+    "fractional": fractional,
+    "signed": signed,
+    "wrong_demonstrations": wrong_demonstrations,
+    "rates": rates,
+    "quiet": quiet,
+}

@@ -1,0 +1,75 @@
+"""The conformance suite on whole algorithms: every file, stage by stage, every correction, every composition."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+import algorithms
+import upge
+from tests import compositions
+from upge import ConfigError, Pipeline
+from upge.testing import check_algorithm, random_batch
+
+#: Of every shape: a clip and none, static and live advantages, one term and several, a critic, sequences, two stages.
+TAKERS = ("grpo", "ppo", "gspo", "luffy", "sft_then_grpo", "reinforce_plus_plus")
+
+
+def stages(found: upge.Algorithm | Pipeline) -> dict[str, upge.Algorithm]:
+    """Name → algorithm, of each stage; an interlude's and a validation's own algorithm, too."""
+    named = {name: stage.algorithm for name, stage in Pipeline.of(found).stages.items()}
+    for name, one in list(named.items()):
+        inner = {"interlude": one.interlude and one.interlude.algorithm, "validation": one.validation}
+        named |= {f"{name}, {role}": other for role, other in inner.items() if other}
+    return named
+
+
+FILES = {f"{name}: {stage}": one for name in algorithms.names() for stage, one in stages(algorithms.load(name)).items()}
+COMPOSED = {name: compositions.load(name) for name in compositions.CONFIGS}
+CORRECTED = [(correction, name) for correction in algorithms.corrections() for name in TAKERS]
+
+
+@pytest.mark.parametrize("name", [*FILES, *COMPOSED])
+def test_a_shipped_algorithm_conforms(name):
+    one = (FILES | COMPOSED)[name]
+    assert check_algorithm(one) is None
+    assert says_something(one)
+
+
+@pytest.mark.parametrize(("correction", "name"), CORRECTED)
+def test_a_corrected_algorithm_conforms(correction, name):
+    """Or says why it cannot take the correction."""
+    try:
+        found = algorithms.load(name, corrections=[correction])
+    except ConfigError as error:
+        assert "cannot be applied" in str(error)
+        return
+    for one in stages(found).values():
+        assert check_algorithm(one) is None
+        assert says_something(one)
+
+
+def says_something(algorithm: upge.Algorithm) -> bool:
+    """True if it has weights other than zero where it is checked; all rules hold where there is nothing."""
+    batches = [random_batch(seed, pairs=algorithm.needs.preference_pairs) for seed in range(2)]
+    return any(bool(algorithm.estimate(batch).weights.any()) for batch in batches)
+
+
+def test_the_table_holds_everything_that_ships():
+    assert {name.partition(":")[0] for name in FILES} == set(algorithms.names())
+    assert len(FILES) >= len(algorithms.names()) + 3, "two stages, an interlude and a validation beside the files"
+    taken = dict.fromkeys(algorithms.corrections(), 0)
+    for correction, name in CORRECTED:
+        try:
+            taken[correction] += bool(algorithms.load(name, corrections=[correction]))
+        except ConfigError:
+            continue
+    assert len(taken) >= 11 and min(taken.values()) >= 3, taken
+
+
+def test_the_suite_is_quick():
+    """Users run it in their own tests."""
+    began = time.process_time()
+    check_algorithm(algorithms.load("luffy"))
+    assert time.process_time() - began < 3

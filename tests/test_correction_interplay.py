@@ -1,0 +1,122 @@
+"""Corrections on algorithms of every shape: they conform, each changes something, and where a correction meets what only
+another algorithm has (a critic, a group with its demonstration, several terms), the gradient is the written one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import algorithms
+import upge
+from tests import textbook_corrections
+from tests.policy import CASES, sample
+from tests.test_corrections import ALL, UNFIT, gradient
+from upge import ConfigError
+
+#: Clips and none, live and static advantages, several terms, a critic, sequences, stages.
+SHAPES = ["grpo", "ppo", "gspo", "gmpo", "luffy", "srft", "hpt", "amft", "sft_then_grpo", "reinforce_plus_plus"]
+#: Settings under which a correction bites at the lengths, ratios and mismatches of these tests, by the class of its part.
+BITING = {
+    "overlong": ("upge.OverlongShaped", {"limit": 6, "buffer": 0.5, "penalty": 0.75}),
+    "dual_clip": ("upge.PPOClip", {"dual": 1.25}),
+    "mis_geometric": ("upge.SequenceSamplerBand", {"low": 0.9, "high": 1.1}),
+}
+REFUSED = {
+    "dual_clip": {"gspo", "gmpo", "luffy", "srft", "hpt"},
+    "dynamic_sampling": {"luffy", "srft", "hpt", "amft"},
+    "overlong": {"srft"},
+    "kl_reward": {"ppo", "reinforce_plus_plus"},
+}
+
+
+def biting(correction: str, algorithm: str) -> list[str]:
+    """Overrides that reach the settings of the correction's part in the first place that it stands in."""
+    cls, settings = BITING.get(correction, ("", {}))
+    tree = OmegaConf.to_container(algorithms.read(algorithm, [correction]), resolve=False)
+    found = []
+    for where, node in algorithms.trees.nodes(tree):
+        own = [k for k in settings if node.get("_target_") == cls and not str(node.get(k)).startswith("${.")]
+        found += [f"{algorithms.trees.dotted(where)}.{k}={settings[k]}" for k in own]
+    return found
+
+
+def inside(algorithm: upge.Algorithm | upge.Pipeline) -> list[upge.Algorithm]:
+    return [stage.algorithm for stage in upge.Pipeline.of(algorithm).stages.values()]
+
+
+@pytest.mark.parametrize("algorithm", SHAPES)
+@pytest.mark.parametrize("name", ALL)
+def test_a_corrected_algorithm_conforms_and_differs(name, algorithm):
+    """Or is refused with the reason."""
+    if algorithm in REFUSED.get(name, ()):
+        with pytest.raises(ConfigError, match=f"'{name}' {UNFIT} to {algorithm}"):
+            algorithms.load(algorithm, corrections=[name])
+        return
+    overrides = biting(name, algorithm)
+    assert bool(overrides) == (name in BITING)
+    found, plain = algorithms.load(algorithm, overrides, [name]), algorithms.load(algorithm)
+    assert found.formula() != plain.formula() and found.formula("latex") != plain.formula("latex")
+    differing = 0
+    for one, other in zip(inside(found), inside(plain), strict=True):
+        upge.testing.check_algorithm(one)
+        if one == other:
+            continue
+        s = sample(0)
+        before, after = (gradient(a.estimate(s.batch).loss, s) for a in (other, one))
+        assert (after - before).abs().max() > 1e-5 * before.abs().max() > 0
+        differing += 1
+    assert differing == 1
+
+
+def test_ratios_beyond_the_dual_clip_are_met():
+    """With the file's own 3, on a batch whose ratios exceed it."""
+    s = CASES["far"](0, False)
+    for name in ("grpo", "ppo", "amft"):
+        before, after = (gradient(algorithms.load(name, [], c).estimate(s.batch).loss, s) for c in ([], ["dual_clip"]))
+        assert (after - before).abs().max() > 1e-3 * before.abs().max()
+
+
+OVERLONG = [f"{key}={value}" for key, value in BITING["overlong"][1].items()]
+INTERPLAY = {
+    "ppo_overlong": ("ppo", [f"terms.rl.estimator.advantage.advantage.{o}" for o in OVERLONG], "overlong"),
+    "luffy_overlong": ("luffy", [f"terms.rl.estimator.advantage.{o}" for o in OVERLONG], "overlong"),
+    "srft_tis": ("srft", ["terms.positive.estimator.denominator.cap=1.1"], "tis"),
+    "chord_mu_tis": ("chord_mu", ["terms.rl.estimator.denominator.cap=1.1"], "tis"),
+}
+
+
+def corrected(name: str) -> upge.Algorithm:
+    algorithm, overrides, correction = INTERPLAY[name]
+    if name == "ppo_overlong":  # the whole advantage is wrapped, whitening too; the critic's returns have no whitening
+        overrides = [o.replace("advantage.advantage.", "advantage.") for o in overrides]
+    return algorithms.load(algorithm, overrides, [correction])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", INTERPLAY)
+def test_gradient_equals_the_written_one_where_two_meet(name, case):
+    for seed in (0, 1):
+        s = CASES[case](seed, False)
+        found = gradient(corrected(name).estimate(s.batch).loss, s)
+        expected = gradient(getattr(textbook_corrections, name)(s), s)
+        assert (found - expected).abs().max() <= 1e-10 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", INTERPLAY)
+def test_the_interplay_can_fail(name):
+    s = sample(0)
+    plain = gradient(algorithms.load(INTERPLAY[name][0]).estimate(s.batch).loss, s)
+    assert (gradient(corrected(name).estimate(s.batch).loss, s) - plain).abs().max() > 1e-3 * plain.abs().max()
+
+
+def test_the_critic_is_to_say_the_returns_of_the_punished_rewards():
+    for seed in (0, 1):
+        s = sample(seed)
+        targets, plain = (a.critic.targets(s.batch) for a in (corrected("ppo_overlong"), algorithms.load("ppo")))
+        for i, row in enumerate(textbook_corrections.ppo_overlong_returns(s)):
+            expected = torch.tensor(row, dtype=torch.float64)
+            assert torch.allclose(targets[i, : len(row)], expected, rtol=0, atol=1e-12)
+        assert (targets - plain).abs().max() > 0.1
+        demonstrations = s.batch.is_demonstration
+        assert torch.equal(targets[demonstrations], plain[demonstrations]), "nobody punishes a demonstration"

@@ -1,0 +1,342 @@
+"""Every file's gradient follows from its objective; a false objective, or a false symbolic form, proves nothing."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import sympy as sp
+import torch
+from sympy import Rational, exp, log, sqrt
+
+import algorithms
+import upge
+from experiments import table1
+from experiments.objectives import STATEMENTS, corrected, demonstrations, rollouts, statement
+from experiments.objectives.written import all_centred, centred, expert_mean, surrogate, token_mean
+from upge.components.base import Component, Precomputed, StabilizationMask
+from upge.reduction import Reduction
+from upge.theory import symbolic
+from upge.theory.symbolic import BoundaryPoint, World, is_zero, mean, prove, total, worlds
+from upge.theory.symbolic.rules import has_rule
+from upge.value import ValueLoss
+
+ROOT = Path(__file__).parent.parent
+
+# Every file.
+
+
+@pytest.mark.parametrize("claim", STATEMENTS, ids=lambda claim: claim.name)
+def test_the_factor_derived_from_the_objective_is_the_product_of_the_parts(claim):
+    proof = table1.proven(claim)
+    assert not proof.mismatches, proof.mismatches[0]
+    assert not proof.one_sided, proof.one_sided[0]
+    assert proof.rounding < 1e-12 and proof.compared >= 26 and proof.holds
+
+
+def test_every_file_has_a_statement():
+    stated = {claim.algorithm for claim in STATEMENTS if not claim.terms and not claim.corrections}
+    for name in set(algorithms.names()) - stated:
+        stages = algorithms.load(name).stages.values()
+        assert all(stage.algorithm == algorithms.load(stage.algorithm.name) for stage in stages), name
+        assert {stage.algorithm.name for stage in stages} <= stated
+    assert {name for claim in STATEMENTS for name in claim.corrections} == set(algorithms.corrections())
+    inner = (algorithms.load("relift").interlude.algorithm, algorithms.load("amft").validation)
+    assert all(algorithm.terms == algorithms.load("sft").terms for algorithm in inner), "updates of their own"
+
+
+def test_every_region_of_a_clip_is_compared():
+    """Three intervals of the ratio and two signs of Â; in four of six the token moves, always by one expression."""
+    ratio_and_sign = set()
+    for world in worlds(40):
+        symbolic.product_of_parts(statement("grpo").load(), world)
+        row = world.rows[0]
+        ratio, up = world.value(row.ratios[1]), world.value(centred(world, world.questions[0])[0][1]) > 0
+        ratio_and_sign.add((-1 if ratio < 0.8 else 1 if ratio > 1.2 else 0, up))
+    assert len(ratio_and_sign) == 6
+    assert table1.proven(statement("grpo")).compared == 36  # 10 rollout tokens × {moves, stopped}, 3 + 13 that never do
+
+
+# False objectives.
+
+
+def unclipped(w):
+    return mean(mean(a * mean(row.ratios) for row, a in centred(w, q, std=True)) for q in w.questions)
+
+
+def one_clip_wider(w):
+    pairs = [centred(w, q, std=True) for q in w.questions]
+    one = lambda row, a: mean(surrogate(w, row, t, a, high="0.28") for t in range(len(row)))  # noqa: E731
+    return mean(mean(one(row, a) for row, a in group) for group in pairs)
+
+
+def biased_std(w):
+    """The variance divided by n: a constant apart for a group of two, not for one of three as well."""
+    return mean(
+        mean(mean(surrogate(w, row, t, a * Rational(2, 3)) for t in range(len(row))) for row, a in centred(w, q, True))
+        for q in w.questions
+    )
+
+
+def weight_not_detached(w):
+    clipped = lambda row, t: w.clip(row.p[t] / row.q[t], high=5)  # noqa: E731
+    return token_mean(all_centred(w, std=True), lambda row, t, a: clipped(row, t) * a * log(row.p[t]))
+
+
+def entropy_not_detached(w):
+    return rollouts_of_srft(w, lambda x: x)
+
+
+def rollouts_of_srft(w, detached):
+    own = [row for row in w.rollouts]
+    weight = lambda row: detached(exp(mean(row.h))) / 10 if w.less(Rational(1, 2), row.reward) else -1  # noqa: E731
+    imitated = mean(detached(exp(-mean(row.h))) / 2 * mean(map(log, row.p)) for row in w.demonstrations)
+    return imitated + demonstrations.srft_offline(w) + mean(weight(row) * mean(map(log, row.p)) for row in own)
+
+
+def root_not_detached(w):
+    def one(row, t):
+        return row.p[t] / (row.q[t] * 3 / 4 + Rational(1, 4)) * sqrt(1 - row.p[t])
+
+    terms = lambda row: [one(row, t) for t in range(len(row))] if row.is_demonstration else row.ratios  # noqa: E731
+    return mean(a * total(terms(row)) / 1024 for row, a in all_centred(w, union=True))
+
+
+def unshaped(w):
+    terms = lambda row: row.p if row.is_demonstration else row.ratios  # noqa: E731
+    return mean(a * total(terms(row)) / 1024 for row, a in all_centred(w, union=True))
+
+
+def token_ratios(w):
+    """A clip per token in place of one per response."""
+    low, high = "3e-4", "4e-4"
+    return mean(
+        mean(mean(surrogate(w, row, t, a, low, high) for t in range(len(row))) for row, a in centred(w, q, std=True))
+        for q in w.questions
+    )
+
+
+def gate_turned(w):
+    return mean(
+        mean(mean(map(log, row.p)) for row in q if row.is_demonstration)
+        if any(w.less(Rational(1, 2), row.reward) for row in q if not row.is_demonstration)
+        else mean(a * total(row.ratios) / 1024 for row, a in centred(w, q))
+        for q in w.questions
+    )
+
+
+FALSE = {
+    "grpo": [unclipped, one_clip_wider, biased_std, rollouts.dr_grpo],
+    "dr_grpo": [lambda w: rollouts.dr_grpo(w) / 2, lambda w: -rollouts.dr_grpo(w), rollouts.relift],
+    "cispo": [weight_not_detached, lambda w: token_mean(all_centred(w, std=True), lambda r, t, a: a * log(r.p[t]))],
+    "gspo": [token_ratios],
+    "srft": [entropy_not_detached, demonstrations.srft_offline],
+    "rl_plus": [root_not_detached],
+    "luffy": [unshaped],
+    "dft": [demonstrations.sft, lambda w: expert_mean(w, lambda row, t: row.p[t] * log(row.p[t]))],
+    "hpt": [gate_turned, demonstrations.hpt_soft],
+    "sft": [lambda w: mean(mean(map(log, row.p)) for row in w.demonstrations)],
+    "dr_grpo kl_k3": [corrected.kl_k2, corrected.kl_k1, rollouts.dr_grpo],
+    "dr_grpo dual_clip": [rollouts.dr_grpo],
+    "dr_grpo tis": [corrected.icepop, rollouts.dr_grpo],
+    "dr_grpo entropy": [rollouts.dr_grpo],
+    "chord_mu": [demonstrations.chord_phi],
+}
+
+
+@pytest.mark.parametrize(("name", "objective"), [(n, f) for n, found in FALSE.items() for f in found])
+def test_a_false_objective_is_found_out(name, objective):
+    proof = prove(statement(name).load(), objective, worlds(12))
+    assert proof.mismatches and not proof.holds
+    assert proof.rounding < 1e-12, "the parts are as they were: only the objective is false"
+    assert all(not is_zero(m.derived - m.product) for m in proof.mismatches[:2])
+
+
+def test_what_is_false_is_named():
+    proof = prove(statement("srft").load(), entropy_not_detached, worlds(4))
+    assert {m.variable.name[0] for m in proof.mismatches} == {"h"}, "only the entropies have a gradient too many"
+    assert rollouts_of_srft(World(0), World(0).sg) != 0 and prove(statement("srft").load(), demonstrations.srft).holds
+
+
+def test_one_point_proves_nothing():
+    proof = prove(statement("grpo").load(), rollouts.grpo, [World(0)])
+    assert not proof.mismatches and proof.one_sided and not proof.holds
+    assert not prove(statement("sft").load(), demonstrations.sft, []).holds
+
+
+# The symbolic forms are what the parts compute.
+
+
+def subclasses(kind: type) -> set[type]:
+    return {kind}.union(*(subclasses(inner) for inner in kind.__subclasses__()))
+
+
+def test_every_shipped_part_has_a_symbolic_form():
+    shipped = {kind for kind in subclasses(Component) if kind.__module__.startswith("upge.")}
+    concrete = {kind for kind in shipped if not inspect.isabstract(kind) and not kind.__name__.startswith("_")}
+    bare = concrete - set(symbolic.rules._RULES) - {Precomputed, ValueLoss}
+    assert len(concrete) > 35 and not bare, bare
+
+
+PLAIN = upge.GroupRelative(normalize_std=False)
+PAID = upge.KLPenalizedReward(upge.OutcomeReward(), 0.3, "k3")
+PARTS = [
+    upge.PPOClip(0.1, 0.3, dual=1.4),
+    upge.PPOClip(1.0, 0.0),
+    upge.SequenceClip(0.2, 0.3),
+    upge.ImportanceBand(0.5, 1.5),
+    upge.ImportanceBand(0.0, 1.5, of="sampler"),
+    upge.AllOf((upge.PPOClip(), upge.ImportanceBand(of="sampler"))),
+    upge.AllOf(()),
+    upge.LogRatioClip(0.2, 0.7),
+    upge.SigmoidGate(0.5, 2.0),
+    upge.SequenceSamplerBand(0.4, 1.6, "geometric"),
+    upge.SequenceSamplerBand(0.1, 4.0, "product"),
+    upge.ClippedBehaviorPolicy(1.1, 0.8),
+    upge.ClippedBehaviorPolicy(None, None),
+    upge.SamplerCorrected(upge.SequenceBehaviorPolicy(), 1.2, "sequence"),
+    upge.SamplerCorrected(upge.UnitDenominator(), None),
+    upge.GeometricMeanBehaviorPolicy(PLAIN, 0.1, 0.2),
+    upge.ClippedFrozenPolicy(0.0, 1.5),
+    upge.SequenceFrozenPolicy(1.0, 0.4, 3.0),
+    upge.MixedBehaviorPolicy(1.0),
+    upge.MixedBehaviorPolicy(0.3),
+    upge.PowerLikelihood(0.5, 2.0),
+    upge.PowerLikelihood(0.0, 0.0),
+    upge.ShapedLikelihood(0.3),
+    upge.GroupRelative(unbiased=False, baseline="group", epsilon=0.1),
+    upge.LeaveOneOut(),
+    upge.GAE(0.9, 0.8, PAID),
+    upge.ReturnToGo(0.7, replace(PAID, kind="k2")),
+    upge.Whitened(upge.ReturnToGo(), 0.1),
+    upge.Tempered(PLAIN, 3.0),
+    upge.Shifted(PLAIN, 0.2),
+    upge.KLShaped(PLAIN, 0.3, "k3", True),
+    upge.KLShaped(PLAIN, 0.3, "k2"),
+    upge.OverlongShaped(PLAIN, 4, 0.75, 2.0),
+    upge.PairwisePreference(0.7),
+    upge.PassRateBetween(0.3, 0.9),
+    upge.PassRateTable((0.1, 0.5, 0.8), (1.0, 0.2, 0.4)),
+    upge.PassRateTable((0.1, 0.5, 0.8), (1.0, 0.2, 0.4), step=True),
+    upge.ProductOf((upge.PassRateAbove(0.4), upge.EntropyWeight(0.3, 1))),
+    upge.Complement(upge.Schedule(0.1, 0.9, 0.2, 3, 20)),
+    upge.MetaGradient(),
+    upge.SequenceMean(tokens="sum"),
+    upge.QuestionMean(tokens="sum", within="kind"),
+    upge.KLPenalty(0.1, upge.TokenMean(), "k2"),
+]
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: f"{type(part).__name__}")
+def test_a_symbolic_form_says_what_the_part_computes(part):
+    """With settings that no file has, at points on both sides of its bounds."""
+    values = set()
+    for seed in range(10):
+        world = World(seed, pairs=True)
+        batch = world.batch({"mu": 0.8})
+        view, ours, theirs = part.view(batch), [], None
+        with torch.no_grad():
+            if isinstance(part, StabilizationMask):
+                signs = [[Rational((-1) ** (row.index + seed))] * len(row) for row in world.rows]
+                ours = symbolic.evaluate(part, world, signs)
+                column = torch.tensor([[float(row[0])] for row in signs], dtype=torch.float64)
+                theirs = part(view, column.expand(batch.response_mask.shape))
+            elif isinstance(part, Reduction):
+                counted = [row for row in world.rows if row.index % 3]
+                ours = symbolic.evaluate(part, world, counted)
+                theirs = part(view, torch.tensor([row in counted for row in world.rows]))
+            else:
+                ours, theirs = symbolic.evaluate(part, world), part(view)
+        if isinstance(part, (upge.components.ReferenceDenominator, upge.components.LikelihoodGradient)):
+            theirs = theirs.exp()
+        for row in world.rows:
+            for t in range(len(row)):
+                one = ours[row.index] if theirs.ndim == 1 else ours[row.index][t]
+                other = float(theirs[row.index] if theirs.ndim == 1 else theirs[row.index, t])
+                values.add(round(other, 9))
+                assert world.value(one) == pytest.approx(other, rel=1e-12, abs=1e-12)
+    constant = isinstance(part, upge.MetaGradient | upge.Complement) or part in (upge.AllOf(()), PARTS[21])
+    assert constant or len(values) > 1, "the points must tell the part's cases apart"
+    assert has_rule(part)
+
+
+@dataclass(frozen=True)
+class Halved(StabilizationMask):
+    """A part of a user's own: ½ everywhere."""
+
+    reads = frozenset()
+
+    def __call__(self, batch, advantages):
+        return torch.full_like(advantages, 0.5)
+
+
+def test_a_part_of_ones_own_needs_a_rule_and_a_true_one(monkeypatch):
+    algorithm = statement("sft").load()
+    term = algorithm.terms["sft"]
+    halved = replace(algorithm, terms={"sft": replace(term, estimator=replace(term.estimator, mask=Halved()))})
+    with pytest.raises(upge.ConfigError, match=r"Halved: no symbolic form .*rule\(Halved\)"):
+        prove(halved, demonstrations.sft)
+    monkeypatch.setattr(symbolic.rules, "_RULES", dict(symbolic.rules._RULES))
+    symbolic.rule(Halved)(lambda part, world, advantages: symbolic.per_token(world, lambda row, t: Rational(1, 2)))
+    assert prove(halved, lambda w: demonstrations.sft(w) / 2).holds
+    assert prove(halved, demonstrations.sft).mismatches
+    symbolic.rule(Halved)(lambda part, world, advantages: symbolic.per_token(world, lambda row, t: 1))
+    proof = prove(halved, demonstrations.sft)
+    assert not proof.mismatches and proof.rounding > 0.1 and not proof.holds, "the rule is not the part"
+
+
+# The tools.
+
+
+def test_zero_is_told_from_what_is_not():
+    x, y, z = sp.symbols("x y z", positive=True)
+    r, s = sp.symbols("r s", real=True)
+    third = Rational(1, 3)
+    for expression in (
+        (x * y * z) ** third / x - exp((log(x) + log(y) + log(z)) / 3) / x,
+        exp(-x / y) * exp(x / y) - 1,
+        1 / (1 + exp(-x)) * (1 - 1 / (1 + exp(-x))) - exp(x) / (1 + exp(x)) ** 2,
+        sqrt(((r - s) / 2) ** 2 + ((s - r) / 2) ** 2) - sqrt((r**2 - 2 * r * s + s**2) / 2),
+        log(x / y) - log(x) + log(y),
+        (x**2 - y**2) / (x - y) - x - y,
+        exp(Rational(2, 5)) ** third - exp(Rational(2, 15)),
+    ):
+        assert is_zero(expression), expression
+    for expression in (
+        (x * y * z) ** third - exp((log(x) + log(y) + log(z)) / 2),
+        1 / (1 + exp(-x)) - 1 / (1 + exp(x)),
+        sqrt((r - s) ** 2 + 1) - (r - s),
+        sqrt(2 * r**2 + 2 * s**2) - sqrt(r**2 + s**2),
+        log(x / y) - log(y / x),
+        x - y,
+    ):
+        assert not is_zero(expression), expression
+
+
+def test_stop_gradients_kinks_and_names():
+    world = World(0)
+    p, q = world.rows[0].p[0], world.rows[0].q[0]
+    assert symbolic.derive(lambda w: w.sg(p**2) * log(p), world)[p] == p
+    assert symbolic.derive(lambda w: w.sg(p) + q, world)[p] == 0
+    assert world.less(p, p * 2) and not world.less(p * 2, p) and len(world.asked) <= 1
+    with pytest.raises(BoundaryPoint):
+        world.less(p, world.point[p])
+    assert world.clip(p, high=p) == p, "equal as expressions: either will do"
+    world.variable("mu", 0.5)
+    with pytest.raises(ValueError, match="own name"):
+        world.variable("mu", 0.6)
+    assert World(3).rows == World(4).rows and World(3).point != World(4).point
+
+
+def test_sympy_is_loaded_by_the_symbolic_part_alone():
+    """Torch may load sympy by itself, so it is the package's own imports that are looked at."""
+    sources = (ROOT / "upge").rglob("*.py")
+    importing = [path for path in sources if re.search(r"^(import|from) sympy", path.read_text(), re.MULTILINE)]
+    assert importing and {path.parent.name for path in importing} == {"symbolic"}
+    code = "import sys, upge, upge.theory; assert 'upge.theory.symbolic' not in sys.modules; upge.theory.symbolic.prove"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,90 @@
+"""Every algorithm file, and corrections on top, trains the shipped model for a few steps through the command line."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import algorithms
+from experiments.config import MODELS
+from tests.running import ROOT, environment, lines
+from upge import Pipeline
+
+#: Settings with which what happens now and then happens within three steps.
+MORE = {
+    "amft": ["algo.terms.sft.gate.every=1"],
+    "relift": ["algo.interlude.size=2"],
+    "ppo": ["optimizer.mini_batches=2"],
+}
+CORRECTED = {
+    "grpo with tis and KL": ["algo=grpo", "correction=[tis,kl_k3,entropy]"],
+    "grpo with masks": ["algo=grpo", "correction=[icepop,dual_clip,overlong]", "optimizer.epochs=2"],
+    "rloo with KL in the reward": ["algo=rloo", "correction=[mis,kl_reward,dynamic_sampling]"],
+}
+RUNS = {name: [f"algo={name}", *MORE.get(name, [])] for name in algorithms.names()} | CORRECTED
+STEPS = 3
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """All runs, made by one process that imports everything once."""
+    path = tmp_path_factory.mktemp("trained")
+    words = [word for name, arguments in RUNS.items() for word in ("--", name, *arguments)][1:]
+    command = [sys.executable, str(ROOT / "tests" / "train_all.py"), str(path), *words]
+    threads = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment() | threads, capture_output=True, text=True, timeout=1500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return path
+
+
+@pytest.mark.timeout(1600)
+@pytest.mark.parametrize("name", RUNS)
+def test_it_trains(folder, name):
+    log = (folder / f"{name}.log").read_text()
+    assert log.splitlines()[-1] == "0", log[-3000:]
+    metrics = lines(folder / name / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2, 3] and STEPS == 3
+    norms = [line["grad_norm"] for line in metrics if line["updates"]]
+    assert norms and all(norm is not None and math.isfinite(norm) and norm > 0 for norm in norms)
+    assert metrics[-1]["skipped_updates"] == 0
+    before, after = (load_file(path / "model.safetensors") for path in (MODELS / "tiny", folder / name / "final"))
+    assert set(before) == set(after) and all(bool(weight.isfinite().all()) for weight in after.values())
+    assert any(not bool((before[key] == after[key]).all()) for key in before)
+
+
+@pytest.mark.timeout(1600)
+@pytest.mark.parametrize("name", algorithms.names())
+def test_it_gets_what_it_asks_for_and_no_more(folder, name):
+    """Critic, memory, drawing prompts anew, interludes and stages show in the figures exactly where they are asked
+    for."""
+    metrics = lines(folder / name / "metrics.jsonl")
+    figures = {key for line in metrics for key in line}
+    algorithm = algorithms.load(name)
+    ones = [algorithm] if not isinstance(algorithm, Pipeline) else [s.algorithm for s in algorithm.stages.values()]
+    assert ("critic/loss" in figures) == any(one.critic is not None for one in ones)
+    assert {k for k in figures if k.startswith("state/") and "slope" not in k} == {
+        f"state/{variable}" for one in ones for variable in one.stateful
+    }
+    assert ("sampling/rounds" in figures) == any(one.sampling is not None for one in ones)
+    assert ("interlude/remembered" in figures) == any(one.interlude is not None for one in ones)
+    assert ("stage" in figures) == isinstance(algorithm, Pipeline)
+    assert ("reward/mean" in figures) == algorithm.needs.rollouts
+    terms = {key.removesuffix("/tokens") for key in figures if key.endswith("/tokens")} - {"trained"}
+    assert terms == {term for one in ones for term in one.terms}
+
+
+@pytest.mark.timeout(1600)
+def test_a_gate_with_memory_moves_and_an_interlude_happens(folder):
+    mu = [line["state/mu"] for line in lines(folder / "amft" / "metrics.jsonl")]
+    assert mu[0] == 0.8 and len(set(mu)) == STEPS
+    assert sum(line["interlude/updates"] for line in lines(folder / "relift" / "metrics.jsonl")) >= 1
+    assert [line["stage"] for line in lines(folder / "sft_then_grpo" / "metrics.jsonl")] == [1, 1, 2]

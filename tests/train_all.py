@@ -1,0 +1,102 @@
+"""Run by test_trains.py: short runs of the command line, each forked from a process that has imported everything.
+
+usage: train_all.py FOLDER RUN ARGUMENT... [-- RUN ARGUMENT...]...
+
+Each run leaves FOLDER/RUN; its output is in FOLDER/RUN.log, whose last line is the exit code. Importing takes longer
+than training this little, so it is done once.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: a pool of threads would not survive the fork.
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_MININTERVAL": "60", "DS_ACCELERATOR": "cpu"}
+
+import gc
+import importlib
+import itertools
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+#: Few prompts of few levels, of which the small model solves some: all gates open, all groups differ now and then.
+SETTINGS = (
+    "model=tiny",
+    "steps=3",
+    "prompts_per_step=5",
+    "group_size=4",
+    "data.train_size=48",
+    "data.evaluation_size=4",
+    "data.levels=[3 numbers,4 numbers,4 mixed]",
+    "evaluation.samples=1",
+    "rollout.engine=transformers",
+    "rollout.max_response_tokens=96",
+    "optimizer.micro_batch_tokens=512",
+    "verify.workers=1",
+    "log_rollouts=0",
+)
+#: What a run imports on its way.
+MODULES = (
+    *("experiments.run", "experiments.config", "experiments.prepare", "experiments.progress", "experiments.report"),
+    *("experiments.table", "upge.train.trainer", "upge.train.engine", "upge.train.critic", "upge.train.frozen"),
+    *("upge.rollout.transformers_engine", "upge.verify", "deepspeed", "transformers", "safetensors.torch"),
+    *("transformers.models.qwen2.modeling_qwen2", "deepspeed.runtime.zero.muon.muon_optimizer", "rich.table", "tqdm"),
+)
+AT_ONCE = 2
+#: Seconds for one run; several times what it takes where every core has other work.
+LIMIT = 300
+
+
+def child(folder: Path, name: str, arguments: list[str]) -> None:
+    """Trains and ends this process."""
+    log = os.open(folder / f"{name}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        from experiments import run
+
+        code = run.main([*SETTINGS, *arguments, f"output={folder / name}"])
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def train(folder: Path, runs: dict[str, list[str]]) -> None:
+    """Makes the runs, some at once; one that exceeds the limit is killed."""
+    waiting, running = dict(runs), {}
+    while waiting or running:
+        while waiting and len(running) < AT_ONCE:
+            name = next(iter(waiting))
+            arguments, pid = waiting.pop(name), os.fork()
+            if pid == 0:
+                child(folder, name, arguments)
+            running[pid] = (name, time.monotonic())
+        for pid, (name, began) in list(running.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                with (folder / f"{name}.log").open("a") as log:
+                    print(f"\n{time.monotonic() - began:.1f} s\n{os.waitstatus_to_exitcode(status)}", file=log)
+                del running[pid]
+            elif time.monotonic() - began > LIMIT:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def main(folder: Path, words: list[str]) -> None:
+    for module in MODULES:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # what is imported stays: no child needs to look through it
+    described = [list(group) for is_end, group in itertools.groupby(words, lambda word: word == "--") if not is_end]
+    train(folder, {name: arguments for name, *arguments in described})
+    gc.unfreeze()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,185 @@
+"""Batches that are hard for parts and algorithms: off-policy, ragged, extreme, with holes, without contrast, empty."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from upge.trajectories import TOKEN_COLUMNS, TRAJECTORY_COLUMNS, Trajectories
+
+#: Columns with one floating-point number per token.
+NUMBERS = tuple(name for name in TOKEN_COLUMNS if name != "response_mask")
+
+
+def random_batch(
+    seed: int = 0, groups: int = 4, group_size: int = 4, length: int = 7, pairs: bool = True
+) -> Trajectories:
+    """Rollouts and one demonstration per group, every column filled, off-policy, in float64: a hard case for any part.
+
+    The first group fails altogether and the second succeeds altogether; one response is empty. In every third
+    trajectory trainer and sampler agree. Within each group one rollout is chosen and one rejected (`pairs`).
+    """
+    g = torch.Generator().manual_seed(seed)
+    size = group_size + 1
+    b = groups * size
+    lengths = torch.randint(1, length + 1, (b,), generator=g)
+    lengths[torch.randint(0, b, (1,), generator=g)] = length
+    lengths[3] = 0
+    noise = lambda scale=1.0: torch.randn(b, length, dtype=torch.float64, generator=g) * scale  # noqa: E731
+    logprobs = -noise().abs() - 0.05
+    rewards = torch.randint(0, 2, (b,), generator=g).double()
+    rewards[:size], rewards[size : 2 * size] = 0.0, 1.0
+    is_demonstration = torch.arange(b) % size == group_size
+    rewards[is_demonstration] = 1.0
+    preference = torch.zeros(b, dtype=torch.long)
+    if pairs:
+        preference[torch.arange(b) % size == 0], preference[torch.arange(b) % size == 1] = 1, -1
+    behavior, sampler = ((logprobs + noise(0.3)).clamp(max=-1e-3) for _ in range(2))
+    sampler[::3] = behavior[::3]
+    return Trajectories(
+        logprobs=logprobs.requires_grad_(),
+        response_mask=torch.arange(length) < lengths[:, None],
+        rewards=rewards,
+        group=torch.arange(b) // size * 7 + 3,
+        is_demonstration=is_demonstration,
+        behavior_logprobs=behavior,
+        sampler_logprobs=sampler,
+        reference_logprobs=(logprobs.detach() + noise(0.5)).clamp(max=-1e-3),
+        values=noise(0.5),
+        entropies=noise().abs().requires_grad_(),
+        preference=preference,
+        step=3,
+    )
+
+
+def extreme_batch(pairs: bool = True, ratio: float = 30.0) -> Trajectories:
+    """What training can run into at worst: log-probs of -40, -1e-12 and 0, ratios of e^±`ratio` to the behaviour and
+    the frozen policy and of e^±20 to the sampler, entropies of 0, rewards of -1, 0 and 1, equal ones in some groups."""
+    batch = random_batch(5, groups=6, pairs=pairs)
+    g = torch.Generator().manual_seed(5)
+
+    def choice(*numbers: float) -> Tensor:
+        places = torch.randint(0, len(numbers), batch.response_mask.shape, generator=g)
+        return torch.tensor(numbers, dtype=torch.float64)[places]
+
+    logprobs = choice(-40.0, -1e-12, 0.0, -0.7)
+    behavior = (logprobs - choice(-ratio, 0.0, ratio)).clamp(max=0)
+    rewards = batch.rewards.clone()
+    third, fourth, fifth = (batch.group_index == q for q in (2, 3, 4))
+    rewards[third], rewards[fourth] = -1.0, rewards[fourth] * 2 - 1
+    rewards[fifth & ~batch.is_demonstration] = 0.0
+    return dataclasses.replace(
+        batch,
+        logprobs=logprobs.requires_grad_(),
+        behavior_logprobs=behavior,
+        sampler_logprobs=(behavior - choice(-20.0, 0.0, 20.0)).clamp(max=0),
+        reference_logprobs=(logprobs.detach() - choice(-ratio, 0.0, ratio)).clamp(max=0),
+        values=choice(-5.0, 0.0, 5.0),
+        entropies=choice(0.0, 12.0).requires_grad_(),
+        rewards=rewards,
+    )
+
+
+class Degenerate(NamedTuple):
+    """A batch that offers nothing to compare. Without rollouts there is no pass rate: what asks for several rollouts a
+    prompt by its `min_group_size` never meets such a batch."""
+
+    description: str
+    batch: Trajectories
+    has_rollouts: bool = True
+
+
+def degenerate_batches() -> list[Degenerate]:
+    """Groups of one, one kind of trajectory alone, no contrast of rewards, no tokens, one trajectory, none."""
+    batch = random_batch(7, pairs=False)
+    rollouts, demonstrations = (rows.nonzero()[:, 0] for rows in (~batch.is_demonstration, batch.is_demonstration))
+    nothing = torch.zeros_like(batch.response_mask)
+    right = torch.ones_like(batch.rewards)
+    wrong = torch.where(batch.is_demonstration, right, 0.0)
+    alone = _alone(batch, rollouts)
+    return [
+        Degenerate("groups of one rollout", dataclasses.replace(alone, group=torch.arange(len(alone)))),
+        Degenerate("rollouts alone", alone),
+        Degenerate("demonstrations alone", _alone(batch, demonstrations), has_rollouts=False),
+        Degenerate("rollouts that all succeed", batch.with_rewards(right)),
+        Degenerate("rollouts that all fail", batch.with_rewards(wrong)),
+        Degenerate("empty responses", dataclasses.replace(batch, response_mask=nothing)),
+        Degenerate("a single rollout", _alone(batch, rollouts[-1:])),
+        Degenerate("a single demonstration", _alone(batch, demonstrations[-1:]), has_rollouts=False),
+        Degenerate("no trajectories", _alone(batch, rollouts[:0])),
+    ]
+
+
+def _alone(batch: Trajectories, rows: Tensor) -> Trajectories:
+    """Some rows as a batch of their own."""
+    return dataclasses.replace(piece(batch, rows), row=None)
+
+
+# The same batch in another form.
+
+
+def piece(batch: Trajectories, rows: Tensor) -> Trajectories:
+    """Some rows of the batch with their log-probs and entropies, cut to what counts."""
+    width = batch.select(rows).response_mask.shape[1]
+    return batch.select(rows, batch.logprobs[rows, :width], entropies=batch.entropies[rows, :width])
+
+
+def padded(batch: Trajectories) -> Trajectories:
+    """The batch with three more columns and NaN in every padded place."""
+    return _rebuilt(batch, lambda column, fill: torch.nn.functional.pad(column, (0, 3), value=fill))
+
+
+def punched(batch: Trajectories) -> Trajectories:
+    """The batch with three more columns, places that do not count in the middle of responses and before their first
+    tokens, and garbage there: NaN and large numbers. The tokens that count are the same, in the same order."""
+    rows, width = batch.response_mask.shape
+    g = torch.Generator().manual_seed(rows)
+    places = torch.rand(rows, width + 3, generator=g).argsort(dim=1)[:, :width].sort(dim=1).values
+
+    def spread(column: Tensor, fill: float | bool) -> Tensor:
+        wide = torch.full((rows, width + 3), fill, dtype=column.dtype)
+        if column.dtype != torch.bool:
+            wide[:, ::2] = 1e30
+        return wide.scatter(1, places, column)
+
+    return _rebuilt(batch, spread)
+
+
+def _rebuilt(batch: Trajectories, spread: Callable[[Tensor, float | bool], Tensor]) -> Trajectories:
+    """`spread(column, fill)` widens each column; a place that does not count holds `fill`."""
+    mask, columns = batch.response_mask, {"response_mask": spread(batch.response_mask, False)}
+    for name in NUMBERS:
+        column = getattr(batch, name)
+        columns[name] = spread(column.detach().masked_fill(~mask, float("nan")), float("nan"))
+    rest = {name: getattr(batch, name) for name in (*TRAJECTORY_COLUMNS, "step", "state")}
+    return Trajectories(**columns, **rest)
+
+
+def reordered(batch: Trajectories, order: Tensor) -> Trajectories:
+    """The trajectories in another order, as a batch of its own."""
+    columns = {name: getattr(batch, name).detach()[order] for name in (*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS)}
+    return Trajectories(**{**columns, "row": None}, step=batch.step, state=batch.state)
+
+
+def in_precision(batch: Trajectories, dtype: torch.dtype) -> Trajectories:
+    """The batch with its per-token columns in another precision, as an engine would provide them."""
+    columns = {name: getattr(batch, name).detach().to(dtype) for name in NUMBERS}
+    live = {name: columns[name].requires_grad_() for name in ("logprobs", "entropies")}
+    return dataclasses.replace(batch, **{**columns, **live})
+
+
+def splits(batch: Trajectories, reach: str, seed: int) -> Iterator[list[Tensor]]:
+    """Cuts of the batch into pieces that hold together what `reach` demands, as lists of rows."""
+    g = torch.Generator().manual_seed(seed + 100)
+    if reach == "group":
+        groups = [(batch.group == q).nonzero()[:, 0] for q in batch.group.unique()]
+        yield groups
+        yield [torch.cat(groups[1:]), groups[0]]
+    else:
+        order = torch.randperm(len(batch), generator=g)
+        yield list(order.split([1, 1, 1, 2, 3, 5, len(batch) - 13]))
+        yield list(torch.arange(len(batch)).split(4))

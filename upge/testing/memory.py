@@ -1,0 +1,73 @@
+"""Does a gate with memory move as it must?"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from upge.components.base import Component
+from upge.stateful import UTILITY_SLOPE, StatefulGate
+from upge.testing.batches import random_batch
+from upge.testing.rules import close, require
+
+#: Values and signals of every size that a gate may meet.
+_SIZES = (0.0, 1.0, -1.0, 1e6, -1e6)
+
+
+def check_memory(component: Component) -> None:
+    """Every gate with memory in a part: a finite start within the range of `updated`, a pure and finite `updated`, and
+    a coefficient that follows the state.
+
+    Raises:
+        ConformanceError: the first rule broken.
+    """
+    if isinstance(component, StatefulGate):
+        _check_updates(component)
+        _check_coefficient(component)
+    for part in component.parts.values():
+        check_memory(part)
+
+
+def _check_updates(gate: StatefulGate) -> None:
+    name, start = type(gate).__name__, gate.initial()
+    require(_is_number(start), f"{name}.initial() is {start!r}; it must be a finite number")
+    require(isinstance(gate.due(0), bool), f"{name}.due(0) is {gate.due(0)!r}; it must be True or False")
+    found = []
+    for value in (start, *(start + size for size in _SIZES)):
+        for signals in _signals(gate):
+            given = dict(signals)
+            moved = gate.updated(value, given)
+            require(_is_number(moved), f"{name}.updated({value:g}, {signals}) is {moved!r}; it must be a finite number")
+            again = gate.updated(value, dict(signals))
+            require(again == moved, f"{name}.updated gives another value when called again; it is a pure function")
+            require(given == signals, f"{name}.updated changes the signals in place; it is a pure function")
+            found.append(moved)
+    low, high = min(found), max(found)
+    inside = low <= start <= high
+    require(inside, f"{name}.initial() is {start:g}, where updated() never leads: it returns {low:g} to {high:g}")
+
+
+def _signals(gate: StatefulGate) -> list[dict[str, float]]:
+    """All signals alike, and one different from the others."""
+    names = sorted(gate.wants)
+    alike = [dict.fromkeys(names, size) for size in _SIZES]
+    return alike + [dict.fromkeys(names, 0.0) | {name: size} for name in names for size in _SIZES]
+
+
+def _check_coefficient(gate: StatefulGate) -> None:
+    """It is what the state says, and affine in it where the slope of a held-out objective is asked for."""
+    name, batch = type(gate).__name__, random_batch(0)
+    none, half, whole = (
+        gate(gate.view(dataclasses.replace(batch, state={gate.variable: value}))) for value in (0.0, 0.5, 1.0)
+    )
+    follows = not torch.equal(none, whole)
+    require(follows, f"{name} takes no notice of batch.state['{gate.variable}']; its coefficient must follow it")
+    if UTILITY_SLOPE in gate.wants:
+        problem = f"wants '{UTILITY_SLOPE}' but is not affine in '{gate.variable}', so there is no one slope"
+        close(name, problem, (none + whole) / 2, half)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
