@@ -44,6 +44,7 @@ def prepare(composed: Composed) -> Prepared:
     """
     config, algorithm = composed.config, composed.algorithm
     algorithm.check(group_size=config.group_size, provided=PROVIDED)
+    _check_stages(algorithm, config.steps)
     folder = RunFolder(output_folder(composed))
     continues = folder.open(composed.tree, config.resume, world_size())
     _check_installed()
@@ -56,9 +57,13 @@ def prepare(composed: Composed) -> Prepared:
     train = _encode("training", splits.train, tokenizer, composed, notes)
     evaluation = _encode("evaluation", splits.evaluation, tokenizer, composed, notes)
     demonstrations = sum(example.demonstration_ids is not None for example in train)
-    algorithm.check(group_size=config.group_size, demonstrations=demonstrations, provided=PROVIDED)
     pairs = sum(has_pair(example) for example in train)
-    _check_pairs(algorithm, pairs)
+    try:
+        algorithm.check(group_size=config.group_size, demonstrations=demonstrations, provided=PROVIDED)
+        _check_pairs(algorithm, pairs)
+    except ConfigError as error:
+        # What was dropped for its length may be all that there was.
+        raise ConfigError("; ".join([str(error), *notes])) from error
     if algorithm.needs.demonstrations and demonstrations < len(train):
         notes.append(f"{demonstrations} training problems have a demonstration within the limit")
     if algorithm.needs.preference_pairs and pairs < len(train):
@@ -66,6 +71,16 @@ def prepare(composed: Composed) -> Prepared:
     train = [train[i] for i in usable(train, algorithm.needs)]
     stops = stop_token_ids(tokenizer, config.model.path)
     return Prepared(tokenizer, stops, train, evaluation, folder, continues, tuple(notes))
+
+
+def _check_stages(algorithm: Algorithm | Pipeline, steps: int) -> None:
+    """Refuses a run in which a stage would not happen."""
+    for span in Pipeline.of(algorithm).spans(steps) if steps else ():
+        if span.first == span.end:
+            raise ConfigError(
+                f"steps: {steps} leaves none for algo.stages.{span.name} (share {span.stage.share:g}); give more "
+                "steps, or stages of more equal shares"
+            )
 
 
 def output_folder(composed: Composed) -> Path:

@@ -164,13 +164,14 @@ def _finish(path: Path, code: int, say: Any) -> None:
     from experiments.report import write_report
     from experiments.table import print_table
     from upge.train.folder import read_lines
+    from upge.train.trainer import NOT_FINITE
 
     evaluations = read_lines(path / "evaluations.jsonl") if (path / "evaluations.jsonl").is_file() else []
     if len(evaluations) > 1:
         print_table(evaluations[0], evaluations[-1])
     if (path / "metrics.jsonl").is_file():
         say(f"report: {write_report(path)}")
-    if code == 3:
+    if code == NOT_FINITE:
         say("stopped: too many non-finite updates in a row (stop.nonfinite_updates); the state is in checkpoints/")
     elif code:
         say(f"stopped by signal {code - 128}; the state is saved, the same command with output={path} continues it")

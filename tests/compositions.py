@@ -9,7 +9,7 @@ from __future__ import annotations
 from omegaconf import OmegaConf
 
 import algorithms
-from upge import Algorithm
+from upge import Algorithm, Pipeline
 
 
 def term(
@@ -111,6 +111,17 @@ def load(name: str) -> Algorithm:
     if name in CONFIGS:
         return algorithms.compose(OmegaConf.create(CONFIGS[name]), name)
     return algorithms.load(name)
+
+
+def stages(found: Algorithm | Pipeline) -> dict[str, Algorithm]:
+    """Stage → algorithm; a single algorithm is the one stage of its name."""
+    return {name: stage.algorithm for name, stage in Pipeline.of(found).stages.items()}
+
+
+def by_stage() -> dict[str, Algorithm]:
+    """Every file of algorithms/, pipelines stage by stage: 'name: stage' → algorithm."""
+    found = {name: stages(algorithms.load(name)) for name in algorithms.names()}
+    return {f"{name}: {stage}" if len(own) > 1 else name: own[stage] for name, own in found.items() for stage in own}
 
 
 #: Everything with terms of its own: not what runs several algorithms in stages.

@@ -20,8 +20,11 @@ def save_random_model(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def trajectories(groups: int = 5, group_size: int = 4, vocabulary: int = 90, seed: int = 0) -> list[Trajectory]:
-    """Rollouts and a demonstration for each group; group 0 fails altogether, group 1 succeeds altogether."""
+def trajectories(
+    groups: int = 5, group_size: int = 4, vocabulary: int = 90, seed: int = 0, pairs: bool = False
+) -> list[Trajectory]:
+    """Rollouts and a demonstration for each group; group 0 fails altogether, group 1 succeeds altogether. With `pairs`
+    the demonstration is the chosen side of a pair, and a rejected one follows it."""
     g = torch.Generator().manual_seed(seed)
 
     def tokens(low: int, high: int) -> tuple[int, ...]:
@@ -36,5 +39,7 @@ def trajectories(groups: int = 5, group_size: int = 4, vocabulary: int = 90, see
             reward = float(group == 1 or (group > 1 and member % 2 == group % 2))
             sampled = (-torch.rand(len(response), generator=g) * 3 - 2).tolist()
             found.append(Trajectory(group, group, prompt, response, reward, False, tuple(sampled), True, "ok"))
-        found.append(Trajectory(group, group, prompt, tokens(5, 25), 1.0, True))
+        found.append(Trajectory(group, group, prompt, tokens(5, 25), 1.0, True, preference=int(pairs)))
+        if pairs:
+            found.append(Trajectory(group, group, prompt, tokens(3, 15), 0.0, True, preference=-1))
     return found

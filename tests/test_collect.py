@@ -17,7 +17,7 @@ from upge.rollout import Rollout
 from upge.selection import DynamicSampling
 from upge.train.collect import HELD_OUT, Collector, assemble, usable
 from upge.train.config import from_tree
-from upge.train.order import least_used, prompt_indices, stream_seed
+from upge.train.order import held_out, least_used, prompt_indices, stream_seed
 
 #: What the fake model does with prompt i, by i % 3: always right, always wrong, right in every other rollout.
 RIGHT, WRONG, MIXED = 0, 1, 2
@@ -204,10 +204,11 @@ def test_least_used_by_hand():
 
 
 def test_prompts_kept_apart_are_never_trained_on():
-    """Every tenth of 40; none is drawn anew, and rollouts have other seeds than the step's."""
+    """Four of 40; none is drawn anew, and rollouts have other seeds than the step's."""
     model = FakeModel()
     made = collector(algorithm("rollouts", rounds=10), examples(40), model, prompts=3, reserve=True)
-    apart = {9, 19, 29, 39}
+    apart = set(held_out(40, 5))
+    assert len(apart) == 4 and apart != set(held_out(40, 6))
     drawn = []
     for step in range(12):
         assert not set(prompts_of(made.collect(step)[0])) & apart
@@ -222,11 +223,14 @@ def test_prompts_kept_apart_are_never_trained_on():
     assert drawn[0] == prompts_of(made.collect(0, HELD_OUT)[0])
 
 
-def test_a_small_data_set_keeps_few_prompts_apart():
-    made = collector(algorithm("rollouts"), examples(12), FakeModel(), reserve=True)
-    assert prompts_of(made.collect(0, HELD_OUT)[0]) == [9]
-    with pytest.raises(DataError, match="none of 9 training examples .* among those kept apart"):
-        collector(algorithm("rollouts"), examples(9), FakeModel(), reserve=True)
+def test_a_small_data_set_keeps_one_prompt_apart():
+    made = collector(algorithm("rollouts"), examples(4), FakeModel(), reserve=True)
+    assert prompts_of(made.collect(0, HELD_OUT)[0]) == held_out(4, 5) and len(made.streams["train"]) == 3
+    with pytest.raises(DataError, match="none of 1 training examples"):
+        collector(algorithm("rollouts"), examples(1), FakeModel(), reserve=True)
+    bare = [Example(e.problem, e.prompt_ids, None) if i in held_out(12, 5) else e for i, e in enumerate(examples(12))]
+    with pytest.raises(DataError, match="none of 12 training examples .* among the 1 kept apart for its validation"):
+        collector(algorithm("demonstrations"), bare, FakeModel(), reserve=True)
 
 
 def test_only_examples_that_serve_are_drawn():

@@ -9,23 +9,21 @@ import pytest
 import algorithms
 import upge
 from tests import compositions
-from upge import ConfigError, Pipeline
+from upge import ConfigError
 from upge.testing import check_algorithm, random_batch
 
 #: Of every shape: a clip and none, static and live advantages, one term and several, a critic, sequences, two stages.
 TAKERS = ("grpo", "ppo", "gspo", "luffy", "sft_then_grpo", "reinforce_plus_plus")
 
 
-def stages(found: upge.Algorithm | Pipeline) -> dict[str, upge.Algorithm]:
-    """Name → algorithm, of each stage; an interlude's and a validation's own algorithm, too."""
-    named = {name: stage.algorithm for name, stage in Pipeline.of(found).stages.items()}
-    for name, one in list(named.items()):
-        inner = {"interlude": one.interlude and one.interlude.algorithm, "validation": one.validation}
-        named |= {f"{name}, {role}": other for role, other in inner.items() if other}
-    return named
+def inner(one: upge.Algorithm) -> dict[str, upge.Algorithm]:
+    """An interlude's and a validation's own algorithm."""
+    found = {"interlude": one.interlude and one.interlude.algorithm, "validation": one.validation}
+    return {role: other for role, other in found.items() if other}
 
 
-FILES = {f"{name}: {stage}": one for name in algorithms.names() for stage, one in stages(algorithms.load(name)).items()}
+FILES = compositions.by_stage()
+FILES |= {f"{name}: {role}": other for name, one in FILES.items() for role, other in inner(one).items()}
 COMPOSED = {name: compositions.load(name) for name in compositions.CONFIGS}
 CORRECTED = [(correction, name) for correction in algorithms.corrections() for name in TAKERS]
 
@@ -45,7 +43,7 @@ def test_a_corrected_algorithm_conforms(correction, name):
     except ConfigError as error:
         assert "cannot be applied" in str(error)
         return
-    for one in stages(found).values():
+    for one in compositions.stages(found).values():
         assert check_algorithm(one) is None
         assert says_something(one)
 

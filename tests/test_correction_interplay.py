@@ -1,5 +1,6 @@
-"""Corrections on algorithms of every shape: they conform, each changes something, and where a correction meets what only
-another algorithm has (a critic, a group with its demonstration, several terms), the gradient is the written one."""
+"""Corrections on algorithms of every shape: they conform, each changes something, and where a correction meets what
+only another algorithm has (a critic, a group with its demonstration, several terms), the gradient is the written one.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +17,11 @@ from upge import ConfigError
 
 #: Clips and none, live and static advantages, several terms, a critic, sequences, stages.
 SHAPES = ["grpo", "ppo", "gspo", "gmpo", "luffy", "srft", "hpt", "amft", "sft_then_grpo", "reinforce_plus_plus"]
-#: Settings under which a correction bites at the lengths, ratios and mismatches of these tests, by the class of its part.
+#: Settings under which a correction bites at the lengths, ratios and mismatches of these tests: class, settings.
 BITING = {
     "overlong": ("upge.OverlongShaped", {"limit": 6, "buffer": 0.5, "penalty": 0.75}),
     "dual_clip": ("upge.PPOClip", {"dual": 1.25}),
+    "kl_reward": ("upge.KLShaped", {"coefficient": 0.1}),
     "mis_geometric": ("upge.SequenceSamplerBand", {"low": 0.9, "high": 1.1}),
 }
 REFUSED = {
@@ -79,7 +81,8 @@ def test_ratios_beyond_the_dual_clip_are_met():
 
 OVERLONG = [f"{key}={value}" for key, value in BITING["overlong"][1].items()]
 INTERPLAY = {
-    "ppo_overlong": ("ppo", [f"terms.rl.estimator.advantage.advantage.{o}" for o in OVERLONG], "overlong"),
+    # The whole advantage is wrapped, its whitening too; the critic's returns are not whitened.
+    "ppo_overlong": ("ppo", [f"terms.rl.estimator.advantage.{o}" for o in OVERLONG], "overlong"),
     "luffy_overlong": ("luffy", [f"terms.rl.estimator.advantage.{o}" for o in OVERLONG], "overlong"),
     "srft_tis": ("srft", ["terms.positive.estimator.denominator.cap=1.1"], "tis"),
     "chord_mu_tis": ("chord_mu", ["terms.rl.estimator.denominator.cap=1.1"], "tis"),
@@ -88,8 +91,6 @@ INTERPLAY = {
 
 def corrected(name: str) -> upge.Algorithm:
     algorithm, overrides, correction = INTERPLAY[name]
-    if name == "ppo_overlong":  # the whole advantage is wrapped, whitening too; the critic's returns have no whitening
-        overrides = [o.replace("advantage.advantage.", "advantage.") for o in overrides]
     return algorithms.load(algorithm, overrides, [correction])
 
 

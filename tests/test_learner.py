@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.learner_ranks import BONUS, LR, SIZE
+from tests.learner_ranks import BONUS, LR, SIZE, mixed
 from tests.models import save_random_model, trajectories
 from tests.test_update import launch, padded_logprobs
+from upge.train.learner import Learner, Memory
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +131,20 @@ def test_interludes_wait_for_enough_prompts(found):
     assert SIZE == 3
     assert found["interludes"] == [(0.0, [0]), (0.0, [0, 0]), (1.0, []), (0.0, [0])]
     assert found["optimizer"] == "main"
+
+
+@pytest.mark.parametrize(
+    "broken", [{"entropy": float("nan")}, {"entropy": None}, {"state/mu_utility_slope": float("inf")}]
+)
+def test_a_signal_without_a_value_leaves_the_variable(broken):
+    """A missing or overflowing figure must not throw μ to a bound; the run says so."""
+    learner = object.__new__(Learner)
+    learner.algorithm = mixed()
+    learner.models = SimpleNamespace(policy=SimpleNamespace(world=SimpleNamespace(is_main=True)))
+    figures = {"state/mu_utility_slope": 0.05, "entropy": 0.3} | broken
+    memory = Memory({"mu": 0.6})
+    with pytest.warns(UserWarning, match="'mu' stays 0.6, because the figure '(entropy|state/mu_utility_slope)'"):
+        learner.remember({k: v for k, v in figures.items() if v is not None}, 0, memory)
+    assert memory.variables == {"mu": 0.6}
+    learner.remember({"state/mu_utility_slope": 0.05, "entropy": 0.3}, 0, memory)
+    assert memory.variables["mu"] == pytest.approx(0.75)

@@ -82,7 +82,7 @@ LAYERS = [
     {"upge.components"},
     {"upge.estimator", "upge.gates", "upge.reduction"},
     {"upge.regularizers", "upge.estimate", "upge.formula", "upge.stateful", "upge.value", "upge.selection"},
-    {"upge.needs"},
+    {"upge.needs", "upge.plan"},
     {"upge.algorithm"},
     {"upge.pipeline"},
     {"upge.instantiate", "upge.testing"},
@@ -91,7 +91,7 @@ LAYERS = [
 #: Rooms beside the layers: each knows only errors and checks, and what it holds itself.
 ROOMS = {"upge.logprobs", "upge.data", "upge.verify", "upge.rollout"}
 TRAIN = {
-    *("upge.algorithm", "upge.pipeline", "upge.needs", "upge.value", "upge.stateful", "upge.estimate"),
+    *("upge.algorithm", "upge.plan", "upge.pipeline", "upge.needs", "upge.value", "upge.stateful", "upge.estimate"),
     *("upge.components", "upge.trajectories", "upge.errors", "upge.checks", *ROOMS),
 }
 

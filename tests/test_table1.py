@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import sympy as sp
@@ -14,6 +16,8 @@ import upge
 from experiments import table1
 from experiments.objectives import STATEMENTS
 from experiments.objectives.reading import ADVANTAGE, OLD, RATIO, THETA, readings
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_table_1_is_the_papers():
@@ -81,3 +85,12 @@ def test_the_command(capsys):
     assert table1.main(["--latex"]) == 0 and r"\toprule" in capsys.readouterr().out
     assert table1.main([]) == 0 and "| GSPO | π_θ/s |" in capsys.readouterr().out
     assert table1.main(["--nothing"]) == 2 and "give --docs" in capsys.readouterr().err
+
+
+def test_sympy_is_loaded_by_the_symbolic_part_alone():
+    """Torch may load sympy by itself, so it is the package's own imports that are looked at."""
+    sources = (ROOT / "upge").rglob("*.py")
+    importing = [path for path in sources if re.search(r"^(import|from) sympy", path.read_text(), re.MULTILINE)]
+    assert importing and {path.parent.name for path in importing} == {"symbolic"}
+    code = "import sys, upge, upge.theory; assert 'upge.theory.symbolic' not in sys.modules; upge.theory.symbolic.prove"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

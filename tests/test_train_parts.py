@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+import algorithms
 from tests.models import trajectories
 from upge.errors import ConfigError
 from upge.train.collect import Trajectory, assemble, prompt_indices, stream_seed
@@ -37,9 +39,31 @@ def test_seeds_of_streams_differ_and_are_fixed():
 
 def test_groups_stay_whole_when_a_step_is_cut():
     batch = trajectories(groups=5)
-    chunks = [piece.members for piece in split(Batch(assemble(batch, 0), batch), 2)]
+    chunks = [[batch[i] for i in rows] for rows in split(batch, 2)]
     assert [sorted({t.group for t in chunk}) for chunk in chunks] == [[0, 1, 2], [3, 4]]
     assert sum(chunks, []) == batch
+
+
+def test_advantages_do_not_depend_on_the_number_of_updates():
+    """A critic that says ½ everywhere, four prompts, the second altogether right, the first altogether wrong: whitened
+    over the step, whatever the updates; the divisor is each update's own number of tokens."""
+    members = [t for t in trajectories(groups=4) if not t.is_demonstration]
+    batch = Batch(assemble(members, 0), members)
+    halves = torch.full(batch.columns.response_mask.shape, 0.5)
+    batch = batch._replace(columns=dataclasses.replace(batch.columns, values=halves))
+    node = algorithms.read("amft")
+    algorithm = algorithms.compose(node, "amft")
+    whole = algorithm.plan(batch.columns).terms["rl"].estimator.advantage.values
+    assert whole[batch.columns.response_mask].mean().abs() < 1e-12
+    for updates in (1, 2, 4):
+        cuts = split(members, updates)
+        plans = algorithm.plans(batch.columns, cuts)
+        assert len(plans) == updates
+        for rows, plan in zip(cuts, plans, strict=True):
+            assert torch.equal(plan.terms["rl"].estimator.advantage.values, whole[rows])
+            tokens = batch.columns.response_mask[rows].sum()
+            assert float(plan.terms["rl"].weights.sum()) == pytest.approx(1.0)
+            assert plan.terms["rl"].weights.max() == pytest.approx(1 / float(tokens))
 
 
 def test_assembled_columns():
@@ -143,6 +167,9 @@ def test_finished_means_that_the_model_is_complete(tmp_path):
     with pytest.raises(ConfigError, match="finished"):
         folder.open(tree, "auto")
     more = {**tree, "steps": 9}
+    with pytest.raises(ConfigError, match="without a checkpoint"):
+        folder.open(more, "auto")
+    (folder.checkpoints / folder.tag(6)).mkdir(parents=True)
     assert folder.open(more, "auto")
     folder.start(more, {"command": "c", "started": "later", "from_step": 6}, continues=True)
     assert not folder.is_finished and folder.open(more, "auto")

@@ -26,7 +26,7 @@ from pathlib import Path
 SETTINGS = (
     "model=tiny",
     "steps=3",
-    "prompts_per_step=5",
+    "prompts_per_step=6",
     "group_size=4",
     "data.train_size=48",
     "data.evaluation_size=4",

@@ -1,17 +1,19 @@
-"""Run by torchrun from test_update.py: the gradients of some algorithms under ZeRO-3, saved by rank 0.
+"""Run by torchrun from test_update.py: the gradients of all algorithms under ZeRO-3, saved by rank 0.
 
-usage: update_ranks.py MODEL OUTPUT TOKEN_BUDGET NAME...
+usage: update_ranks.py MODEL COLUMNS OUTPUT TOKEN_BUDGET
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 
 import torch
 
-from tests.compositions import load
+from tests.compositions import by_stage, load
 from tests.models import trajectories
+from upge import Algorithm
 from upge.train.collect import assemble
 from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.distributed import connect, leave
@@ -19,24 +21,48 @@ from upge.train.engine import Engine
 from upge.train.tally import Tally
 from upge.train.update import Batch, Rates, Updater
 
+#: The step and the state that schedules and gates with memory see.
+STEP = 7
 
-def main(model: str, output: str, budget: str, *names: str) -> None:
+
+def cases() -> dict[str, tuple[Algorithm, bool]]:
+    """Name → (algorithm, whether the behaviour policy is another): every file, strictly on-policy and not."""
+    found = by_stage() | {"corrected_ppo": load("corrected_ppo")}
+    return {f"{n}, {'off' if off else 'on'}-policy": (one, off) for n, one in found.items() for off in (False, True)}
+
+
+def batch_for(one: Algorithm, off_policy: bool, filled: Mapping[str, Mapping[str, torch.Tensor]]) -> Batch:
+    """The batch as the trainer completes it: with the columns that the algorithm reads.
+
+    Args:
+        filled: 'pairs' and 'plain' → column → values [B, T].
+    """
+    pairs = one.needs.preference_pairs
+    members = trajectories(pairs=pairs)
+    wanted = one.needs.columns & {"reference_logprobs", "values"} | one.needs.before
+    wanted |= {"behavior_logprobs"} if off_policy else set()
+    columns = {name: filled["pairs" if pairs else "plain"][name] for name in wanted}
+    state = {name: gate.initial() for name, gate in one.stateful.items()}
+    return Batch(dataclasses.replace(assemble(members, STEP), **columns, state=state), members)
+
+
+def main(model: str, columns: str, output: str, budget: str) -> None:
     world = connect()
     config = OptimizerConfig(lr=0.0, max_grad_norm=0.0, micro_batch_tokens=int(budget))
     engine = Engine(ModelConfig(path=model), config, world)
     from deepspeed.utils import safe_get_full_grad
 
-    found, batch = {}, trajectories()
-    for name in names:
-        updater = Updater(engine, load(name), config)
-        columns = assemble(batch, step=7)
-        updater.accumulate(Batch(columns, batch), updater.algorithm.plan(columns), Tally(), on_policy=True)
+    found, filled = {}, torch.load(columns)
+    for name, (one, off_policy) in cases().items():
+        updater = Updater(engine, one, config)
+        batch = batch_for(one, off_policy, filled)
+        updater.accumulate(batch, one.plan(batch.columns), Tally(), on_policy=True)
         gradients = {n: safe_get_full_grad(p) for n, p in engine.network.named_parameters()}
         found[name] = {n: g.clone() for n, g in gradients.items()}
         found[name]["norm"] = torch.tensor(engine.step(lr=0.0).grad_norm)
     # At a learning rate of 0 the policy stays where it sampled, so both updates must have the on-policy gradient.
     twice = Updater(engine, load("grpo"), dataclasses.replace(config, mini_batches=2))
-    found["two updates"] = torch.tensor(twice.update(batch, 7, Rates(0.0)).grad_norms)
+    found["two updates"] = torch.tensor(twice.update(trajectories(), STEP, Rates(0.0)).grad_norms)
     if world.is_main:
         torch.save(found, output)
     leave(world, 0)

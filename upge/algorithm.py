@@ -9,22 +9,23 @@ any piece of the batch, so the sum over pieces is the estimate of the whole what
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from upge.checks import check_fields
-from upge.components.base import REACHES, Component, Precomputed, moved
+from upge.components.base import REACHES, Component, Precomputed
 from upge.errors import ConfigError
-from upge.estimate import Estimate, TermFactors
+from upge.estimate import Estimate
 from upge.estimator import UnifiedGradient
 from upge.formula import render
 from upge.gates import Gate
 from upge.needs import Needs, check_columns, needs_of
+from upge.plan import Plan, PlannedTerm
 from upge.reduction import Over, Reduction
 from upge.regularizers import Regularizer, Source
 from upge.selection import DynamicSampling, Interlude, check_plain
@@ -181,32 +182,52 @@ class Algorithm:
                 "solutions or an algorithm that learns from rollouts alone"
             )
         check_columns(self.parts, self.sources, frozenset(provided) | ({"values"} if self.critic else set()))
-        for name in ("interlude", "validation"):
-            inner = getattr(self, name)
-            inner = inner.algorithm if name == "interlude" and inner is not None else inner
-            if inner is not None:
-                inner.check(group_size=group_size, demonstrations=demonstrations, provided=provided)
+        inner = {} if self.interlude is None else {"interlude.algorithm": self.interlude.algorithm}
+        inner |= {} if self.validation is None else {"validation": self.validation}
+        for path, algorithm in inner.items():
+            try:
+                algorithm.check(group_size=group_size, demonstrations=demonstrations, provided=provided)
+            except ConfigError as error:
+                raise ConfigError(str(error).replace("algo.", f"algo.{path}.")) from error
 
     def plan(self, batch: Trajectories) -> Plan:
         """All that is known before the forward pass, on the whole `batch` (its `logprobs` may be None)."""
+        return self.plans(batch, [None])[0]
+
+    def plans(self, batch: Trajectories, updates: Sequence[Int[Tensor, "b"] | None]) -> list[Plan]:
+        """A plan for each of several updates, which learn from the rows of `batch` that each names (None: from all).
+
+        Advantages and gates are computed on the whole batch: statistics such as a whitened advantage's do not depend on
+        how it is cut into updates. Divisors are counts over an update's own rows.
+        """
         sources = {name: source_rows(batch, term.source) for name, term in self.terms.items()}
-        own, gates = {}, {}
+        whole = {}
         for name, term in self.terms.items():
-            gates[name] = term.gate.hoisted(batch)
-            own[name] = sources[name] & ~term.gate.closed(batch) & (term.coefficient != 0)
-        anywhere = torch.stack(list(own.values())).any(dim=0)
+            own = sources[name] & ~term.gate.closed(batch) & (term.coefficient != 0)
+            # The weights wait for the update's divisor.
+            whole[name] = PlannedTerm(
+                term.gate.hoisted(batch), term.estimator.hoist(batch), own, own, term.coefficient, sources[name]
+            )
+        return [self._bound(whole, batch, rows) for rows in updates]
+
+    def _bound(self, whole: Mapping[str, PlannedTerm], batch: Trajectories, rows: Tensor | None) -> Plan:
+        """The plan of one update on `rows` of the batch that the terms have been planned on."""
+        if rows is not None:
+            batch = batch.select(rows, row=torch.arange(len(rows), device=rows.device))
+            whole = {name: term.taken(rows) for name, term in whole.items()}
+        anywhere = torch.stack([term.own for term in whole.values()]).any(dim=0)
         planned, keep = {}, torch.zeros_like(anywhere)
-        for name, term in self.terms.items():
-            weights = _weights(term.reduction, batch, own[name], anywhere)
-            estimator = term.estimator.hoist(batch)
-            planned[name] = PlannedTerm(gates[name], estimator, weights, own[name], term.coefficient, sources[name])
-            advantage = estimator.advantage
-            signal = weights * advantage.values if isinstance(advantage, Precomputed) else weights
+        for name, term in whole.items():
+            weights = _weights(self.terms[name].reduction, batch, term.own, anywhere)
+            planned[name] = replace(term, weights=weights)
+            advantage = term.estimator.advantage
+            known = isinstance(advantage, Precomputed)
+            signal = weights * advantage.values[:, : weights.shape[1]] if known else weights
             keep |= (signal != 0).any(dim=1)
         penalties = {}
         for name, regularizer in self.regularizers.items():
-            rows = source_rows(batch, regularizer.source) & anywhere
-            weights = _weights(regularizer.reduction, batch, rows, anywhere)
+            own = source_rows(batch, regularizer.source) & anywhere
+            weights = _weights(regularizer.reduction, batch, own, anywhere)
             penalties[name] = (regularizer, weights * regularizer.coefficient)
             keep |= (weights != 0).any(dim=1)
         if self.reach == "group":  # what has no signal of its own may still be read by the others of its group
@@ -230,87 +251,3 @@ def _weights(reduction: Reduction, batch: Trajectories, own: Tensor, anywhere: T
         )
     counted = own if reduction.over == "term" else anywhere
     return reduction(reduction.view(batch), counted).detach() * own[:, None]
-
-
-def _penalty(regularizer: Regularizer, scale: Tensor, batch: Trajectories) -> Tensor:
-    """The value of a regularizer on a piece; `scale` [b, t] is coefficient·w.
-
-    Trajectories outside its source are hidden from it as padding is: their penalty may overflow, and 0 times infinity
-    is NaN in value and gradient. A penalty of reach 'group' may want to read them, so it sees all.
-    """
-    if regularizer.live_reach != "group":
-        counted = (scale != 0).any(dim=1, keepdim=True)
-        batch = replace(batch, response_mask=batch.response_mask & counted)
-    values = regularizer(regularizer.view(batch))
-    return torch.where(scale == 0, torch.zeros_like(values), values * scale).sum()
-
-
-@dataclass(frozen=True)
-class PlannedTerm:
-    """A term with everything static computed: `weights` [B, T] is w, zero outside the rows of `own` [B]; `source` [B]
-    are the trajectories of its source, whether they count or not."""
-
-    gate: Gate
-    estimator: UnifiedGradient
-    weights: Tensor
-    own: Tensor
-    coefficient: float
-    source: Tensor
-
-    def factors(self, batch: Trajectories) -> TermFactors:
-        """The factors on a piece of the batch, each [b, t]."""
-        shape = batch.response_mask.shape
-        factors = self.estimator.factors(batch)
-        gate = self.gate(self.gate.view(batch)).detach().double() * self.coefficient
-        gate = torch.where(self.own[batch.row], gate, torch.zeros_like(gate))
-        w = self.weights[batch.row][:, : shape[1]]
-        product = self.estimator.weight(batch, factors)
-        scale = gate[:, None] * w
-        weight = torch.where(scale == 0, torch.zeros_like(scale), scale * product)
-        expanded = {name: value.expand(shape) for name, value in factors._asdict().items()}
-        return TermFactors(**expanded, gate=gate[:, None].expand(shape), reduction=w, weights=weight)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """An algorithm bound to a batch.
-
-    Attributes:
-        keep: [B] trajectories that can contribute to the gradient; no other needs a forward pass.
-        counted: [B] trajectories with a coefficient other than zero in some term, those without a signal included.
-    """
-
-    terms: Mapping[str, PlannedTerm]
-    penalties: Mapping[str, tuple[Regularizer, Tensor]]
-    keep: Bool[Tensor, "B"]
-    counted: Bool[Tensor, "B"]
-
-    def to(self, device: torch.device | str) -> Plan:
-        """The same plan with its values on `device`, where the pieces of the batch are."""
-        if self.keep.device == torch.device(device):
-            return self
-        move = lambda value: moved(value, device)  # noqa: E731
-        terms = {n: PlannedTerm(*(move(getattr(t, f)) for f in t.__dataclass_fields__)) for n, t in self.terms.items()}
-        penalties = {n: (regularizer, move(scale)) for n, (regularizer, scale) in self.penalties.items()}
-        return Plan(terms, penalties, move(self.keep), move(self.counted))
-
-    def estimate(self, batch: Trajectories) -> Estimate:
-        """The estimate on a piece of the planned batch (`batch.row` says which); pieces add up.
-
-        Raises:
-            ValueError: the batch has no log-probs of the current policy.
-        """
-        if batch.logprobs is None:
-            raise ValueError("logprobs: an estimate needs them, but this batch has none; pass `logprobs=...` [B, T]")
-        terms = {name: term.factors(batch) for name, term in self.terms.items()}
-        logprobs = batch.logprobs
-        # Weights in half precision would lose what their divisors need.
-        dtype = torch.promote_types(logprobs.dtype, torch.float32)
-        weights = torch.stack([t.weights for t in terms.values()]).sum(dim=0).to(dtype)
-        # Where nothing is to be learned the log-prob may be -inf, and 0 times that is NaN.
-        loss = -(weights * torch.where(weights == 0, torch.zeros_like(logprobs), logprobs)).sum()
-        penalties = {}
-        for name, (regularizer, scale) in self.penalties.items():
-            penalties[name] = _penalty(regularizer, scale[batch.row][:, : logprobs.shape[1]].to(dtype), batch)
-            loss = loss + penalties[name]
-        return Estimate(loss, weights, terms, {n: float(p.detach()) for n, p in penalties.items()}, batch.response_mask)

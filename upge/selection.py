@@ -9,6 +9,7 @@ from upge.checks import check_fields
 from upge.errors import ConfigError
 from upge.gates import Gate
 from upge.stateful import stateful_gates
+from upge.trajectories import TRAJECTORY_COLUMNS
 
 if TYPE_CHECKING:
     from upge.algorithm import Algorithm
@@ -30,11 +31,7 @@ class DynamicSampling:
         check_fields(self)
         if self.rounds < 1:
             raise ConfigError(f"sampling.rounds: {self.rounds} must be at least 1")
-        if self.gate.is_live:
-            raise ConfigError(
-                f"sampling.gate: {type(self.gate).__name__} reads the current policy, but prompts are chosen before "
-                "any forward pass; give a gate on pass rates, such as upge.PassRateBetween"
-            )
+        _check_gate(self.gate, "sampling.gate")
         if stateful_gates({"sampling.gate": self.gate}):
             raise ConfigError("sampling.gate: a gate with memory cannot choose prompts; give a gate on pass rates")
 
@@ -70,8 +67,16 @@ class Interlude:
                 "from demonstrations alone"
             )
         check_plain(self.algorithm, "interlude.algorithm")
-        if self.gate.is_live:
-            raise ConfigError(f"interlude.gate: {type(self.gate).__name__} reads the current policy; give another")
+        _check_gate(self.gate, "interlude.gate")
+
+
+def _check_gate(gate: Gate, path: str) -> None:
+    beyond = sorted(gate.columns - set(TRAJECTORY_COLUMNS))
+    if beyond:
+        raise ConfigError(
+            f"{path}: {type(gate).__name__} reads {', '.join(beyond)}, but prompts are chosen by rewards, before any "
+            "forward pass; give a gate on pass rates, such as upge.PassRateBetween"
+        )
 
 
 def check_plain(algorithm: Algorithm, path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,6 +38,8 @@ class ValueLoss(Component):
         super().__post_init__()
         if self.clip is not None and self.clip <= 0:
             raise ConfigError(f"ValueLoss.clip: {self.clip} must be positive; 0.2 is customary, null for no clipping")
+        if not 0 < self.coefficient < math.inf:
+            raise ConfigError(f"ValueLoss.coefficient: {self.coefficient} must be positive and finite")
         if self.returns.is_live:
             raise ConfigError(
                 f"ValueLoss.returns: {type(self.returns).__name__} reads the current policy, but a return must be "

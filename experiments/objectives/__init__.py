@@ -9,7 +9,7 @@ clip or an average is written out as in the paper.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sympy import Expr
@@ -17,7 +17,7 @@ from sympy import Expr
 import algorithms
 from experiments.objectives import corrected, demonstrations, rollouts, written
 from upge import Algorithm
-from upge.theory.symbolic import Proof, World, prove, worlds
+from upge.theory.symbolic import Proof, World, prove
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,14 @@ class Statement:
             return algorithm
         return dataclasses.replace(algorithm, terms={name: algorithm.terms[name] for name in self.terms})
 
-    def worlds(self, **settings) -> Iterator[World]:
-        """The points of its proof: batches of the kind that it learns from."""
-        return worlds(pairs=self.load().needs.preference_pairs, **settings)
+    @property
+    def pairs(self) -> bool:
+        """Whether it learns from preference pairs, so that the batch of its proof must have some."""
+        return self.load().needs.preference_pairs
 
     def prove(self) -> Proof:
         """See `upge.theory.symbolic.prove`."""
-        return prove(self.load(), self.objective, self.worlds())
+        return prove(self.load(), self.objective, pairs=self.pairs)
 
 
 _ROLLOUTS = "reinforce reinforce_plus_plus rloo ppo grpo dr_grpo cispo gspo sapo gmpo opmd asymre relift dpo"

@@ -12,7 +12,7 @@ from sympy import Expr, Symbol
 from experiments.objectives import statement
 from upge import Term
 from upge.errors import ConfigError
-from upge.theory.symbolic import Row, World, derive, factors, is_zero
+from upge.theory.symbolic import Row, World, derive, factors, is_zero, worlds
 
 #: One question, so that the batch has few symbols: two rollouts and a demonstration of two tokens each.
 _SHAPE = (((2, 2), (2,)),)
@@ -68,7 +68,7 @@ def readings(method: Method) -> tuple[Reading, ...]:
     cells: dict[Expr, list[Reading]] = {}
     proof = statement(method.proof)
     algorithm = proof.load()
-    for world in proof.worlds(points=_POINTS, shape=_SHAPE, opaque=True):
+    for world in worlds(_POINTS, shape=_SHAPE, opaque=True, pairs=proof.pairs):
         row = next(r for r in world.rows if r.is_demonstration == (algorithm.terms[method.term].source != "rollouts"))
         slope = derive(proof.objective, world)[row.p[0]]
         term = factors(algorithm, world)[method.term]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -238,16 +238,17 @@ def like(batch: TokenView, value: float) -> Float[Tensor, "*shape"]:
     return torch.full((), value, dtype=torch.float64, device=mask.device).expand(mask.shape)
 
 
-def moved(value: Any, device: torch.device | str) -> Any:
-    """`value`, a tensor or an object made of parts, with every tensor in it on `device`; anything else as it is."""
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value`, a tensor or an object made of parts, with `change` applied to every tensor in it; anything else as it
+    is. The tensors in parts are values computed beforehand."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value)
     if isinstance(value, tuple):
-        return tuple(moved(item, device) for item in value)
+        return tuple(mapped(item, change) for item in value)
     if not dataclasses.is_dataclass(value):
         return value
     old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    new = {name: moved(item, device) for name, item in old.items()}
+    new = {name: mapped(item, change) for name, item in old.items()}
     return dataclasses.replace(value, **new) if any(new[n] is not old[n] for n in old) else value
 
 

@@ -20,7 +20,7 @@ def random_batch(
 ) -> Trajectories:
     """Rollouts and one demonstration per group, every column filled, off-policy, in float64: a hard case for any part.
 
-    The first group fails altogether and the second succeeds altogether; one response is empty. In every third
+    The first group fails altogether and the second succeeds altogether; one response is empty. In every second
     trajectory trainer and sampler agree. Within each group one rollout is chosen and one rejected (`pairs`).
     """
     g = torch.Generator().manual_seed(seed)
@@ -39,7 +39,7 @@ def random_batch(
     if pairs:
         preference[torch.arange(b) % size == 0], preference[torch.arange(b) % size == 1] = 1, -1
     behavior, sampler = ((logprobs + noise(0.3)).clamp(max=-1e-3) for _ in range(2))
-    sampler[::3] = behavior[::3]
+    sampler[::2] = behavior[::2]
     return Trajectories(
         logprobs=logprobs.requires_grad_(),
         response_mask=torch.arange(length) < lengths[:, None],

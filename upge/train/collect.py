@@ -21,14 +21,12 @@ from upge.errors import DataError
 from upge.rollout import Sampler, Sampling
 from upge.train.config import RunConfig
 from upge.train.distributed import World
-from upge.train.order import least_used, permutation, prompt_indices, stream_seed
+from upge.train.order import held_out, least_used, permutation, prompt_indices, stream_seed
 from upge.trajectories import Trajectories
 from upge.verify import VerifierPool
 
 #: The stream of prompts that the steps train on, and that of prompts kept apart from it.
 TRAIN, HELD_OUT = "train", "held out"
-#: Where prompts are kept apart, one in so many of the training set is.
-HELD_OUT_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,8 @@ class Collector:
     """Makes a step's trajectories; the same list on every rank, ordered by prompt, rollouts before demonstrations, the
     chosen side of a pair before the rejected one.
 
-    With `reserve` every tenth example of the training set is kept apart: no step trains on it, and `HELD_OUT` is the
-    stream of these.
+    With `reserve` a tenth of the training set is kept apart: no step trains on it, and `HELD_OUT` is the stream of
+    these.
 
     Raises:
         DataError: no example has what the algorithm needs, or none of those kept apart has.
@@ -112,11 +110,11 @@ class Collector:
         )
         self.needs, self.redraws = algorithm.step_needs, algorithm.sampling
         serving = usable(examples, self.needs)
-        apart = {i for i in serving if reserve and i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1}
-        self.streams = {TRAIN: [i for i in serving if i not in apart], HELD_OUT: sorted(apart)}
+        apart = set(held_out(len(examples), config.seed)) if reserve else set()
+        self.streams = {TRAIN: [i for i in serving if i not in apart], HELD_OUT: [i for i in serving if i in apart]}
         for stream, found in self.streams.items():
             if not found and (stream == TRAIN or reserve):
-                which = "" if stream == TRAIN else f" among those kept apart (each {HELD_OUT_EVERY}th)"
+                which = "" if stream == TRAIN else f" among the {len(apart)} kept apart for its validation"
                 raise DataError(
                     f"'{algorithm.name}' finds none of {len(examples)} training examples with the demonstrations or "
                     f"preference pairs that it needs{which}; choose data that has them"

@@ -7,6 +7,7 @@ an algorithm does is not here but in its file under `algo`; which problems are s
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
@@ -232,6 +233,8 @@ def from_tree(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:
         wrong = mismatch(value, hints[name])
         if wrong:
             raise ConfigError(f"{dotted}{name}: {wrong}")
+        if isinstance(value, float) and math.isinf(value):
+            raise ConfigError(f"{dotted}{name}: found {value}; give a finite number")
         values[name] = float(value) if hints[name] is float else value
     return cls(**values)
 

@@ -74,6 +74,11 @@ class RunFolder:
             )
         if self.is_finished and int(old["steps"]) >= int(config["steps"]):
             raise ConfigError(f"output: {self.path} holds a finished run; choose another folder, or more steps")
+        if self.is_finished and not self.checkpoint_steps():
+            raise ConfigError(
+                f"output: {self.path} holds a finished run without a checkpoint (checkpoint.every=0) to continue from; "
+                f"choose another folder, and model={self.final} to start from its model"
+            )
         before = self.facts.get("world_size", ranks)
         if self.checkpoint_steps() and before != ranks:
             raise ConfigError(
@@ -93,7 +98,10 @@ class RunFolder:
         Raises:
             ConfigError: another run has taken the folder in the meantime.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output: {self.path} cannot be made: {error.strerror}; choose another folder") from error
         if not continues and any(self.path.iterdir()):
             raise ConfigError(f"output: another run has just begun in {self.path}; choose another folder")
         write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from upge.algorithm import Algorithm, Plan
 from upge.data import Example
-from upge.errors import ConfigError
 from upge.stateful import UTILITY_SLOPE, StatefulGate
 from upge.train.collect import HELD_OUT, Collector, Trajectory, assemble
 from upge.train.config import OptimizerConfig
@@ -112,23 +113,31 @@ class Learner:
             figures[f"state/{gate.variable}_{UTILITY_SLOPE}"] = slope
         report = self.updater.update(collected.trajectories, step, rates, memory.variables)
         if self.algorithm.interlude is not None:
-            figures |= self._interlude(collected.trajectories, step, rates, memory)
+            norms = self._interlude(collected.trajectories, step, rates, memory)
+            figures |= {"interlude/updates": float(len(norms) - norms.count(float("inf")))}
+            figures |= {"interlude/remembered": float(len(memory.remembered))}
+            figures |= {"interlude/grad_norm": norms[-1]} if norms else {}
+            skipped = report.skipped + norms.count(float("inf"))
+            report = dataclasses.replace(report, interlude_norms=norms, skipped=skipped)
         return report, figures
 
-    def remember(self, figures: dict[str, float], step: int, memory: Memory) -> None:
-        """Moves the variables on, from the figures of the step that has just ended."""
+    def remember(self, figures: Mapping[str, float], step: int, memory: Memory) -> None:
+        """Moves the variables on, from the figures of the step that has just ended. A variable one of whose signals is
+        missing or not finite stays as it is: a single overflow must not throw it to its bound."""
         for name, gate in self.algorithm.stateful.items():
             if not gate.due(step):
                 continue
             names = {want: f"state/{name}_{want}" if want == UTILITY_SLOPE else want for want in gate.wants}
-            for want, figure in names.items():
-                if figure not in figures:
-                    raise ConfigError(
-                        f"{type(gate).__name__}.wants: '{want}' is no figure of step {step + 1}; the names are those "
-                        "of metrics.jsonl, see docs/metrics.md"
-                    )
-            signals = {want: figures[figure] for want, figure in names.items()}
-            memory.variables[name] = gate.updated(memory.variables[name], signals)
+            signals = {want: figures.get(figure, math.nan) for want, figure in names.items()}
+            lacking = [names[want] for want, value in signals.items() if not math.isfinite(value)]
+            if not lacking:
+                memory.variables[name] = gate.updated(memory.variables[name], signals)
+            elif self.models.policy.world.is_main:
+                warnings.warn(
+                    f"step {step + 1}: the gate's variable '{name}' stays {memory.variables[name]:g}, because the "
+                    f"figure '{lacking[0]}' has no finite value in this step (names are those of docs/metrics.md)",
+                    stacklevel=2,
+                )
 
     # Gates that follow a held-out objective.
 
@@ -156,15 +165,13 @@ class Learner:
 
     # Interludes.
 
-    def _interlude(
-        self, trajectories: Sequence[Trajectory], step: int, rates: Rates, memory: Memory
-    ) -> dict[str, float]:
-        interlude = self.algorithm.interlude
-        batch = assemble(trajectories, step)
+    def _interlude(self, trajectories: Sequence[Trajectory], step: int, rates: Rates, memory: Memory) -> list[float]:
+        """Remembers prompts, and makes the updates that are due; the norm of each, infinite for a skipped one."""
+        interlude, norms = self.algorithm.interlude, []
+        batch = dataclasses.replace(assemble(trajectories, step), state=memory.variables)
         open_rows = (interlude.gate(interlude.gate.view(batch)) != 0).tolist()
         prompts = {t.group: t.example for t, is_open in zip(trajectories, open_rows, strict=True) if is_open}
         memory.remembered += [e for e in prompts.values() if self.examples[e].demonstration_ids is not None]
-        figures = {"interlude/updates": 0.0}
         while rates.policy is not None and len(memory.remembered) >= interlude.size:
             chosen, memory.remembered = memory.remembered[: interlude.size], memory.remembered[interlude.size :]
             if interlude.own_optimizer:
@@ -173,6 +180,5 @@ class Learner:
             report = self.aside.update(demonstrations, step, Rates(rates.policy * interlude.lr_factor))
             if interlude.own_optimizer:
                 self.models.policy.use_optimizer("main")
-            figures["interlude/updates"] += len(report.grad_norms) - report.skipped
-            figures["interlude/grad_norm"] = report.grad_norms[-1] if report.grad_norms else 0.0
-        return figures | {"interlude/remembered": float(len(memory.remembered))}
+            norms += report.grad_norms
+        return norms

@@ -31,6 +31,11 @@ def prompt_indices(step: int, prompts_per_step: int, size: int, seed: int) -> li
     return found
 
 
+def held_out(size: int, seed: int) -> list[int]:
+    """A tenth of a data set of `size`, at least one prompt, by chance: in whatever order its kinds come."""
+    return sorted(permutation(size, stream_seed(seed, "held out"))[: max(1, size // 10)])
+
+
 def least_used(count: int, size: int, used: Iterable[int], seed: int) -> list[int]:
     """`count` prompts of a data set of `size`, those least often in `used` first, otherwise in an order of the seed.
 

@@ -79,12 +79,12 @@ class UpdateReport:
 
     Attributes:
         grad_norms: of each of the policy's updates, before clipping; infinite for one that was skipped.
-        skipped: updates dropped because their gradient was not finite, the critic's included.
+        skipped: updates dropped because their gradient was not finite, the critic's and the interludes' included.
         counted: (demonstrations, trajectories) with a coefficient other than zero.
         silent_prompts: share of the prompts none of whose trajectories can contribute to the gradient.
         tally: this rank's sums.
         figures: what is known on every rank alike: coefficients of the terms, the critic's fit.
-        critic_norms: as `grad_norms`, of the critic.
+        critic_norms, interlude_norms: as `grad_norms`, of the critic and of interludes.
     """
 
     grad_norms: list[float]
@@ -94,6 +94,7 @@ class UpdateReport:
     tally: Tally
     figures: dict[str, float] = field(default_factory=dict)
     critic_norms: list[float] = field(default_factory=list)
+    interlude_norms: list[float] = field(default_factory=list)
 
 
 def step_metrics(report: UpdateReport, tallies: Sequence[Tally]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ from upge.train.tally import UpdateReport, rollout_metrics, step_metrics
 from upge.train.update import Rates
 from upge.verify import VerifierPool
 
-#: Exit codes of a run.
-DONE, BAD_INPUT, NOT_FINITE = 0, 2, 3
+#: Exit codes of a run that has begun.
+DONE, NOT_FINITE = 0, 3
 
 
 @dataclass
@@ -35,7 +35,7 @@ class State:
 
     step: int = 0
     skipped: int = 0
-    skipped_in_a_row: int = 0
+    skipped_in_a_row: dict[str, int] = field(default_factory=dict)
     memory: Memory | None = None
 
 
@@ -89,8 +89,8 @@ class Trainer:
         if models.critic is not None:
             models.critic.load(folder.checkpoints, folder.tag(step))
         self.saved_step = step
-        if self.state.skipped_in_a_row >= self.parts.config.stop.nonfinite_updates:
-            self.state.skipped_in_a_row = 0
+        if self._too_many_skipped():
+            self.state.skipped_in_a_row = {}
 
     def run(self) -> int:
         """Trains to the last step; returns the exit code: 0, 3, or 128 + the signal that stopped it."""
@@ -193,9 +193,12 @@ class Trainer:
         self.sampler_is_stale = True
         state.step += 1
         state.skipped += report.skipped
-        for norm in (*report.grad_norms, *report.critic_norms):
-            state.skipped_in_a_row = 0 if math.isfinite(norm) else state.skipped_in_a_row + 1
-        too_many = report.skipped > 0 and state.skipped_in_a_row >= config.stop.nonfinite_updates
+        kinds = {"policy": report.grad_norms, "critic": report.critic_norms, "interlude": report.interlude_norms}
+        for kind, norms in kinds.items():
+            for norm in norms:
+                row = state.skipped_in_a_row.get(kind, 0)
+                state.skipped_in_a_row[kind] = 0 if math.isfinite(norm) else row + 1
+        too_many = report.skipped > 0 and self._too_many_skipped()
         metrics = self._metrics(collected.trajectories, report, figures)
         if learner.algorithm.stateful:
             learner.remember(world.share(metrics), state.step - 1, state.memory)
@@ -203,6 +206,10 @@ class Trainer:
             metrics["time/total"] = time.perf_counter() - began
             self._record(metrics, collected.trajectories)
         return too_many
+
+    def _too_many_skipped(self) -> bool:
+        """True if one kind of update, the policy's, the critic's or the interludes', has failed too often in a row."""
+        return max(self.state.skipped_in_a_row.values(), default=0) >= self.parts.config.stop.nonfinite_updates
 
     def _metrics(self, trajectories: Sequence[Trajectory], report: UpdateReport, figures: dict) -> dict[str, float]:
         """A step's line, on the main rank; empty elsewhere."""

@@ -28,6 +28,11 @@ class Batch(NamedTuple):
     columns: Trajectories
     members: list[Trajectory]
 
+    def taken(self, rows: Tensor) -> Batch:
+        """The trajectories of one of several updates."""
+        columns = self.columns.select(rows, row=torch.arange(len(rows)))
+        return Batch(columns, [self.members[i] for i in rows.tolist()])
+
 
 class Rates(NamedTuple):
     """The learning rates of a step; a policy's rate of None leaves it as it is."""
@@ -48,7 +53,7 @@ class Updater:
         frozen: FrozenPolicy | None = None,
     ) -> None:
         self.engine, self.algorithm, self.config, self.critic, self.frozen = engine, algorithm, config, critic, frozen
-        self.needs = algorithm.needs
+        self.needs = algorithm.step_needs
         self.off_policy = config.mini_batches * config.epochs > 1
 
     def update(
@@ -60,8 +65,9 @@ class Updater:
         first; with a single one they are the current ones and nothing is computed twice.
         """
         whole = self.fill(trajectories, step, state)
-        batches = split(whole, self.config.mini_batches)
-        plans = [self.algorithm.plan(batch.columns) for batch in batches]
+        cuts = split(whole.members, self.config.mini_batches)
+        plans = self.algorithm.plans(whole.columns, cuts)
+        batches = [whole.taken(rows) for rows in cuts]
         batches = [self._completed(batch, plan) for batch, plan in zip(batches, plans, strict=True)]
         tally, norms, critic_norms = Tally(), [], []
         first = next(((b, p) for b, p in zip(batches, plans, strict=True) if bool(p.keep.any())), None)
@@ -141,7 +147,6 @@ class Updater:
             "reference_logprobs": lambda pairs: self.frozen.forward(pairs).logprobs,
             "values": lambda pairs: self.critic.forward(pairs).values,
         }
-        # The value loss compares with the values before the step even where no advantage reads them.
         found = {name: self._column(batch, rows, sources[name]) for name in sorted(names)}
         return batch._replace(columns=dataclasses.replace(batch.columns, **found)) if found else batch
 
@@ -208,20 +213,12 @@ class Updater:
         return fit_of(values, targets, masks)
 
 
-def split(batch: Batch, parts: int) -> list[Batch]:
-    """Consecutive pieces with as many prompts each, every one planned by itself; a group stays whole."""
-    members = batch.members
+def split(members: Sequence[Trajectory], updates: int) -> list[Tensor]:
+    """The rows of each update: consecutive prompts, as many for each (the last may have fewer); a group stays whole."""
     groups = sorted({t.group for t in members})
-    size = max(1, -(-len(groups) // parts))
-    chunks = [set(groups[i : i + size]) for i in range(0, len(groups), size)]
-    if len(chunks) <= 1:
-        return [batch]
-    found = []
-    for chunk in chunks:
-        rows = [i for i, t in enumerate(members) if t.group in chunk]
-        columns = batch.columns.select(torch.tensor(rows), row=torch.arange(len(rows)))
-        found.append(Batch(columns, [members[i] for i in rows]))
-    return found
+    size = max(1, -(-len(groups) // updates))
+    chunks = [set(groups[i : i + size]) for i in range(0, len(groups), size)] or [set()]
+    return [torch.tensor([i for i, t in enumerate(members) if t.group in chunk], dtype=torch.long) for chunk in chunks]
 
 
 def _pairs(batch: Batch, rows: Sequence[int]) -> list[tuple[Sequence[int], Sequence[int]]]:

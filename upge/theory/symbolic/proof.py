@@ -10,9 +10,10 @@ So the objective's gradient is the one that the shipped parts compute, on all of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import sympy as sp
 import torch
@@ -21,15 +22,18 @@ from sympy import Expr, Symbol
 from upge.algorithm import Algorithm
 from upge.theory.symbolic import advantages, denominators, masks, weights  # noqa: F401  (they register rules)
 from upge.theory.symbolic.algebra import gradient, is_zero
+from upge.theory.symbolic.gaps import bound_of, levels_between
 from upge.theory.symbolic.rules import Tokens, evaluate
-from upge.theory.symbolic.world import BoundaryPoint, Row, World, worlds
+from upge.theory.symbolic.world import BoundaryPoint, Row, World
 
 #: J(world): the objective as printed, to be maximised, written with the world's symbols.
 Objective = Callable[[World], Expr]
 
 
 #: How many points in a row must show no new pair of derived factor and product before a proof is done.
-_QUIET = 12
+_QUIET = 8
+#: Points in each gap between two bounds.
+_PER_GAP = 2
 
 
 class Factors(NamedTuple):
@@ -171,34 +175,71 @@ def compare(algorithm: Algorithm, world: World, terms: dict[str, Factors] | None
     return worst
 
 
-def prove(algorithm: Algorithm, objective: Objective, points: Iterable[World] | None = None) -> Proof:
+def prove(algorithm: Algorithm, objective: Objective, points: int = 100, **settings: Any) -> Proof:
     """Derives the factor of every token from `objective` and compares it with the product of `algorithm`'s parts, in
-    the cells of `points` (default: up to 100 points of a ragged batch): until every question that anything depends on
-    has been answered both ways and the last points have shown nothing new. A point on a kink is passed over.
+    the cells of points of a ragged batch.
+
+    First at random points, at most `points`: until every question that anything depends on has been answered both ways
+    and the last points have shown nothing new. Then in each gap between two bounds that were asked about, whichever of
+    the two sides asked. A point on a kink is passed over. `settings` are those of `World`.
 
     Raises:
         ConfigError: a part has no symbolic form.
     """
-    answers: dict[Expr, set[bool]] = {}
-    seen: set[tuple[Symbol, Expr, Expr]] = set()
-    cells, mismatches, rounding, quiet = set(), [], 0.0, 0
-    for world in worlds() if points is None else points:
-        if quiet >= _QUIET and all(len(given) == 2 for given in answers.values()):
+    search = _Search(algorithm, objective)
+    for seed in range(points):
+        if search.quiet >= _QUIET and search.both_sides:
             break
+        search.visit(World(seed, **settings))
+    visited: set[Fraction] = set()
+    while points and (fresh := [level for level in levels_between(search.bounds.values()) if level not in visited]):
+        visited |= set(fresh)
+        for level in fresh:
+            for seed in range(_PER_GAP):
+                search.visit(World(seed, level=level, **settings))
+    return search.proof()
+
+
+class _Search:
+    """What was seen so far."""
+
+    def __init__(self, algorithm: Algorithm, objective: Objective) -> None:
+        self.algorithm, self.objective = algorithm, objective
+        self.answers: dict[Expr, set[bool]] = {}
+        self.bounds: dict[Expr, float] = {}
+        self.seen: set[tuple[Symbol, Expr, Expr]] = set()
+        self.cells: set[frozenset] = set()
+        self.mismatches: list[Mismatch] = []
+        self.rounding, self.quiet = 0.0, 0
+
+    @property
+    def both_sides(self) -> bool:
+        """True if every question was answered both ways."""
+        return all(len(given) == 2 for given in self.answers.values())
+
+    def visit(self, world: World) -> None:
+        """Derives and compares in the cell of the world's point."""
         try:
-            derived, terms = derive(objective, world), factors(algorithm, world)
+            derived, terms = derive(self.objective, world), factors(self.algorithm, world)
         except BoundaryPoint:
-            continue
-        products = product(algorithm, world, terms)
-        pairs = {(x, derived[x], products[x]) for x in world.live} - seen
-        mismatches += [Mismatch(*pair) for pair in sorted(pairs, key=str) if not is_zero(pair[1] - pair[2])]
-        seen, quiet = seen | pairs, 0 if pairs else quiet + 1
-        rounding = max(rounding, compare(algorithm, world, terms))
-        cells.add(frozenset(world.asked.items()))
+            return
+        products = product(self.algorithm, world, terms)
+        pairs = [pair for x in world.live if (pair := (x, derived[x], products[x])) not in self.seen]
+        self.mismatches += [Mismatch(*pair) for pair in pairs if not is_zero(pair[1] - pair[2])]
+        self.seen, self.quiet = self.seen.union(pairs), 0 if pairs else self.quiet + 1
+        self.rounding = max(self.rounding, compare(self.algorithm, world, terms))
+        self.cells.add(frozenset(world.asked.items()))
         for question, answer in world.asked.items():
-            answers.setdefault(question, set()).add(answer)
-    one_sided = tuple(question for question, given in answers.items() if len(given) == 1)
-    return Proof(algorithm.name, len(seen), len(cells), one_sided, tuple(mismatches), rounding)
+            if question not in self.answers:
+                bound = bound_of(question, world)
+                self.bounds |= {} if bound is None else {question: bound}
+            self.answers.setdefault(question, set()).add(answer)
+
+    def proof(self) -> Proof:
+        """The result."""
+        one_sided = tuple(question for question, given in self.answers.items() if len(given) == 1)
+        found = (one_sided, tuple(self.mismatches), self.rounding)
+        return Proof(self.algorithm.name, len(self.seen), len(self.cells), *found)
 
 
 def _source(world: World, source: str) -> list[Row]:

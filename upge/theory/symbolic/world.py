@@ -79,10 +79,18 @@ class World:
         shape: rollout and demonstration lengths per question.
         pairs: the first two rollouts of each question are chosen and rejected.
         opaque: `advantage` gives a name to what it is told, so that a derived factor can be read.
+        level: the ratio of all tokens at the point, in place of ratios of their own.
     """
 
-    def __init__(self, seed: int = 0, shape: Sequence = SHAPE, pairs: bool = False, opaque: bool = False) -> None:
-        self.step, self.opaque = 7, opaque
+    def __init__(
+        self,
+        seed: int = 0,
+        shape: Sequence = SHAPE,
+        pairs: bool = False,
+        opaque: bool = False,
+        level: Fraction | None = None,
+    ) -> None:
+        self.step, self.opaque, self.level = 7, opaque, level
         self.point: dict[Symbol, Expr] = {}
         self.asked: dict[Expr, bool] = {}
         self.advantages: dict[Symbol, Expr] = {}
@@ -119,7 +127,7 @@ class World:
     def _levels(self) -> Callable[[], Fraction]:
         """A source of ratios for the tokens of a row: each its own, or all the same."""
         choose = self._random.choice
-        shared = choose((None, choose(LEVELS), choose(NARROW)))
+        shared = choose((None, choose(LEVELS), choose(NARROW))) if self.level is None else self.level
         return lambda: choose(LEVELS) if shared is None else shared
 
     @property

@@ -1,0 +1,108 @@
+"""An algorithm bound to a batch: everything static is computed, and any piece of the batch can be evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from upge.components.base import mapped
+from upge.estimate import Estimate, TermFactors
+from upge.estimator import UnifiedGradient
+from upge.gates import Gate
+from upge.regularizers import Regularizer
+from upge.trajectories import Trajectories
+
+
+def _penalty(regularizer: Regularizer, scale: Tensor, batch: Trajectories) -> Tensor:
+    """The value of a regularizer on a piece; `scale` [b, t] is coefficient·w.
+
+    Trajectories outside its source are hidden from it as padding is: their penalty may overflow, and 0 times infinity
+    is NaN in value and gradient. A penalty of reach 'group' may want to read them, so it sees all.
+    """
+    if regularizer.live_reach != "group":
+        counted = (scale != 0).any(dim=1, keepdim=True)
+        batch = replace(batch, response_mask=batch.response_mask & counted)
+    values = regularizer(regularizer.view(batch))
+    return torch.where(scale == 0, torch.zeros_like(values), values * scale).sum()
+
+
+@dataclass(frozen=True)
+class PlannedTerm:
+    """A term with everything static computed: `weights` [B, T] is w, zero outside the rows of `own` [B]; `source` [B]
+    are the trajectories of its source, whether they count or not."""
+
+    gate: Gate
+    estimator: UnifiedGradient
+    weights: Tensor
+    own: Tensor
+    coefficient: float
+    source: Tensor
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> PlannedTerm:
+        """The same with `change` applied to every tensor in it, those of its hoisted parts included."""
+        return PlannedTerm(*(mapped(getattr(self, field.name), change) for field in fields(self)))
+
+    def taken(self, rows: Int[Tensor, "b"]) -> PlannedTerm:
+        """The same for some rows of the batch."""
+        return self.changed(lambda values: values[rows])
+
+    def factors(self, batch: Trajectories) -> TermFactors:
+        """The factors on a piece of the batch, each [b, t]."""
+        shape = batch.response_mask.shape
+        factors = self.estimator.factors(batch)
+        gate = self.gate(self.gate.view(batch)).detach().double() * self.coefficient
+        gate = torch.where(self.own[batch.row], gate, torch.zeros_like(gate))
+        w = self.weights[batch.row][:, : shape[1]]
+        product = self.estimator.weight(batch, factors)
+        scale = gate[:, None] * w
+        weight = torch.where(scale == 0, torch.zeros_like(scale), scale * product)
+        expanded = {name: value.expand(shape) for name, value in factors._asdict().items()}
+        return TermFactors(**expanded, gate=gate[:, None].expand(shape), reduction=w, weights=weight)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An algorithm bound to a batch.
+
+    Attributes:
+        keep: [B] trajectories that can contribute to the gradient; no other needs a forward pass.
+        counted: [B] trajectories with a coefficient other than zero in some term, those without a signal included.
+    """
+
+    terms: Mapping[str, PlannedTerm]
+    penalties: Mapping[str, tuple[Regularizer, Tensor]]
+    keep: Bool[Tensor, "B"]
+    counted: Bool[Tensor, "B"]
+
+    def to(self, device: torch.device | str) -> Plan:
+        """The same plan with its values on `device`, where the pieces of the batch are."""
+        if self.keep.device == torch.device(device):
+            return self
+        terms = {name: term.changed(lambda values: values.to(device)) for name, term in self.terms.items()}
+        penalties = {n: (regularizer, scale.to(device)) for n, (regularizer, scale) in self.penalties.items()}
+        return Plan(terms, penalties, self.keep.to(device), self.counted.to(device))
+
+    def estimate(self, batch: Trajectories) -> Estimate:
+        """The estimate on a piece of the planned batch (`batch.row` says which); pieces add up.
+
+        Raises:
+            ValueError: the batch has no log-probs of the current policy.
+        """
+        if batch.logprobs is None:
+            raise ValueError("logprobs: an estimate needs them, but this batch has none; pass `logprobs=...` [B, T]")
+        terms = {name: term.factors(batch) for name, term in self.terms.items()}
+        logprobs = batch.logprobs
+        # Weights in half precision would lose what their divisors need.
+        dtype = torch.promote_types(logprobs.dtype, torch.float32)
+        weights = torch.stack([t.weights for t in terms.values()]).sum(dim=0).to(dtype)
+        # Where nothing is to be learned the log-prob may be -inf, and 0 times that is NaN.
+        loss = -(weights * torch.where(weights == 0, torch.zeros_like(logprobs), logprobs)).sum()
+        penalties = {}
+        for name, (regularizer, scale) in self.penalties.items():
+            penalties[name] = _penalty(regularizer, scale[batch.row][:, : logprobs.shape[1]].to(dtype), batch)
+            loss = loss + penalties[name]
+        return Estimate(loss, weights, terms, {n: float(p.detach()) for n, p in penalties.items()}, batch.response_mask)
