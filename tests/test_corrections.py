@@ -158,6 +158,16 @@ def test_the_critic_learns_the_returns_of_the_shaped_reward():
     assert kl.critic == plain.critic and kl.terms != plain.terms
 
 
+def test_a_critic_that_follows_a_whole_advantage_follows_it_into_the_wrap(tmp_path):
+    """What its values stand for does not change: with a KL penalty beside them they would be live."""
+    text = (algorithms.FOLDER / "ppo.yaml").read_text().replace("estimator.advantage.advantage}", "estimator.advantage}")
+    gae = "advantage: {_target_: upge.GAE, discount: 1.0, lam: 0.95, reward: {_target_: upge.OutcomeReward}}\n      like"
+    begin, end = text.index("advantage:\n        _target_: upge.Whitened"), text.index("likelihood:") + len("like")
+    (tmp_path / "mine.yaml").write_text(text[:begin] + gae + text[end:])
+    loaded = algorithms.load(str(tmp_path / "mine.yaml"), corrections=["kl_reward"])
+    assert loaded.critic.returns == upge.GAE() == loaded.terms["rl"].estimator.advantage.advantage
+
+
 def test_terms_share_the_settings_and_a_compared_demonstration_the_rewards():
     terms = algorithms.load("srft", ["terms.positive.estimator.denominator.cap=3"], ["tis"]).terms
     assert terms["positive"].estimator.denominator == terms["negative"].estimator.denominator
