@@ -74,7 +74,7 @@ def _train(composed: Any, prepared: Any, world: World) -> int:
     names = composed.names
     corrections = f" with {names['correction']}" if names["correction"] else ""
     say(f"{names['algo']}{corrections} on {names['model']}, {names['data']} → {folder.path}")
-    say(composed.algorithm.formula())
+    say(_in_print(composed.algorithm))
     for note in prepared.notes:
         say(f"note: {note}")
     with VerifierPool(config.verify.verifier, config.verify.workers, config.verify.time_limit) as pool:
@@ -123,6 +123,19 @@ def _train(composed: Any, prepared: Any, world: World) -> int:
     if world.is_main:
         _finish(folder.path, code, say)
     return code
+
+
+def _in_print(algorithm: Any) -> str:
+    """The formula, and what is learned beside it: a critic, interludes, a validation objective."""
+    from experiments.catalogue import members
+
+    lines = [algorithm.formula()]
+    for path, one in members(algorithm):
+        if path and not path.startswith("stages."):
+            lines.append(f"{path.split('.')[0]}: {one.formula()}")
+        if one.critic is not None:
+            lines.append(f"critic: minimises {one.critic.formula().text}")
+    return "\n".join(lines)
 
 
 def _models(composed: Any, world: World) -> Any:
@@ -226,7 +239,7 @@ def _print_plan(composed: Any, prepared: Any) -> None:
     if launched_rank() != 0:
         return
     print(OmegaConf.to_yaml(OmegaConf.create(composed.tree)))
-    print(composed.algorithm.formula())
+    print(_in_print(composed.algorithm))
     demonstrations = sum(example.demonstration_ids is not None for example in prepared.train)
     print(f"\n{len(prepared.train)} training problems, {demonstrations} with a demonstration")
     print(f"{len(prepared.evaluation)} evaluation problems; output: {prepared.folder.path}; ranks: {world_size()}")

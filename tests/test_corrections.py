@@ -160,10 +160,9 @@ def test_the_critic_learns_the_returns_of_the_shaped_reward():
 
 def test_a_critic_that_follows_a_whole_advantage_follows_it_into_the_wrap(tmp_path):
     """What its values stand for does not change: with a KL penalty beside them they would be live."""
-    text = (algorithms.FOLDER / "ppo.yaml").read_text().replace("estimator.advantage.advantage}", "estimator.advantage}")
-    gae = "advantage: {_target_: upge.GAE, discount: 1.0, lam: 0.95, reward: {_target_: upge.OutcomeReward}}\n      like"
-    begin, end = text.index("advantage:\n        _target_: upge.Whitened"), text.index("likelihood:") + len("like")
-    (tmp_path / "mine.yaml").write_text(text[:begin] + gae + text[end:])
+    text = (algorithms.FOLDER / "ppo.yaml").read_text().replace("advantage.advantage}", "advantage}")
+    begin, end = text.index("advantage:\n        _target_: upge.Whitened"), text.index("likelihood:")
+    (tmp_path / "mine.yaml").write_text(f"{text[:begin]}advantage: {{_target_: upge.GAE}}\n      {text[end:]}")
     loaded = algorithms.load(str(tmp_path / "mine.yaml"), corrections=["kl_reward"])
     assert loaded.critic.returns == upge.GAE() == loaded.terms["rl"].estimator.advantage.advantage
 
