@@ -99,6 +99,20 @@ def test_the_command_uses_it_with_its_own_setting(module, own):
         config.compose([*arguments, f"algo.{path}.{setting[:-1]}=1"])
 
 
+def test_the_gate_with_memory(tmp_path, monkeypatch):
+    """From the page to a composed algorithm: it begins at 1 and goes a fifth of the way to the failures."""
+    shown = re.search(r"```python\n(# memory_gate.*?)```\n\n```\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    source, command = shown.groups()
+    (tmp_path / "memory_gate.py").write_text(source, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    algorithm = config.compose(shlex.split(command)[3:]).algorithm
+    upge.testing.check_algorithm(algorithm)
+    (gate,) = algorithm.stateful.values()
+    assert algorithm.initial_state() == {"share": 1.0} and "shareₖ" in algorithm.formula()
+    assert gate.updated(0.5, {"reward/mean": 0.75}) == pytest.approx(0.45)
+    sys.modules.pop("memory_gate")
+
+
 def test_what_it_reads_decides_what_the_run_needs(own):
     needs = {m: config.compose(EXAMPLES[m].arguments).algorithm.needs for m in EXAMPLES}
     assert [module for module in EXAMPLES if needs[module].critic] == ["my_advantage"]
