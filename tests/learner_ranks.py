@@ -66,7 +66,7 @@ def main(model: str, output: str, budget: str) -> None:
     found = {}
     meta = learner(mixed())
     memory = meta.memory()
-    collected = meta.collect(0)
+    collected = meta.collect(0, 0)
     # The slope is that of the rate at hand; the update then leaves the policy where it is for what follows.
     found["slope"] = meta._slope(meta._asking(0)[0], collected, 0, Rates(LR), memory)
     report, figures = meta.update(collected, 0, Rates(0.0), memory)
@@ -75,10 +75,10 @@ def main(model: str, output: str, budget: str) -> None:
     found["mu"] = memory.variables["mu"]
 
     critic = learner(algorithms.load("ppo", ["critic.clip=null"]))
-    report, _ = critic.update(critic.collect(0), 0, Rates(0.0, 1e-3), critic.memory())
+    report, _ = critic.update(critic.collect(0, 0), 0, Rates(0.0, 1e-3), critic.memory())
     tallies = world.gather(report.tally)
     found["critic"] = [step_metrics(report, tallies)]
-    report, _ = critic.update(critic.collect(0), 0, Rates(None, 1e-3), critic.memory())
+    report, _ = critic.update(critic.collect(0, 0), 0, Rates(None, 1e-3), critic.memory())
     tallies = world.gather(report.tally)
     found["critic"].append(step_metrics(report, tallies))
     found["policy updates"] = len(report.grad_norms)
@@ -87,7 +87,7 @@ def main(model: str, output: str, budget: str) -> None:
     memory = aside.memory()
     found["interludes"] = []
     for step in range(4):
-        _, figures = aside.update(aside.collect(0), step, Rates(1e-3), memory)
+        _, figures = aside.update(aside.collect(0, 0), step, Rates(1e-3), memory)
         found["interludes"].append((figures["interlude/updates"], list(memory.remembered)))
     found["optimizer"] = models.policy._moments.in_use
     if world.is_main:

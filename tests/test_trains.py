@@ -21,12 +21,18 @@ MORE = {
     "relift": ["algo.interlude.size=2"],
     "ppo": ["optimizer.mini_batches=2"],
 }
-CORRECTED = {
+FURTHER = {
+    "stages with a schedule": [
+        "algo=sft_then_grpo",
+        "algo.stages.reinforce.algorithm=chord_mu",
+        "algo.stages.reinforce.algorithm.terms.sft.gate.decay=2",
+        "algo.stages.reinforce.share=1.0",
+    ],
     "grpo with tis and KL": ["algo=grpo", "correction=[tis,kl_k3,entropy]"],
     "grpo with masks": ["algo=grpo", "correction=[icepop,dual_clip,overlong]", "optimizer.epochs=2"],
     "rloo with KL in the reward": ["algo=rloo", "correction=[mis,kl_reward,dynamic_sampling]"],
 }
-RUNS = {name: [f"algo={name}", *MORE.get(name, [])] for name in algorithms.names()} | CORRECTED
+RUNS = {name: [f"algo={name}", *MORE.get(name, [])] for name in algorithms.names()} | FURTHER
 STEPS = 3
 
 pytestmark = pytest.mark.slow
@@ -88,3 +94,11 @@ def test_a_gate_with_memory_moves_and_an_interlude_happens(folder):
     assert mu[0] == 0.8 and len(set(mu)) == STEPS
     assert sum(line["interlude/updates"] for line in lines(folder / "relift" / "metrics.jsonl")) >= 1
     assert [line["stage"] for line in lines(folder / "sft_then_grpo" / "metrics.jsonl")] == [1, 1, 2]
+
+
+@pytest.mark.timeout(1600)
+def test_a_stage_has_a_schedule_of_its_own(folder):
+    """One step of imitation, then two whose μ falls from 0.9 along half a cosine of two steps to 0.05."""
+    metrics = lines(folder / "stages with a schedule" / "metrics.jsonl")
+    assert [line["stage"] for line in metrics] == [1, 2, 2]
+    assert [line["sft/coefficient"] for line in metrics] == pytest.approx([1.0, 0.9, 0.475])

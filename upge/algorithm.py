@@ -166,7 +166,7 @@ class Algorithm:
         Raises:
             ConfigError: naming the key, the value and the fix.
         """
-        needs = self.needs
+        needs = self.step_needs
         if needs.rollouts and group_size < needs.group_size:
             part = type(self.parts[needs.group_size_because]).__name__
             raise ConfigError(
@@ -188,7 +188,7 @@ class Algorithm:
             try:
                 algorithm.check(group_size=group_size, demonstrations=demonstrations, provided=provided)
             except ConfigError as error:
-                raise ConfigError(str(error).replace("algo.", f"algo.{path}.")) from error
+                raise ConfigError(str(error).replace("algo.", f"algo.{path}.", 1)) from error
 
     def plan(self, batch: Trajectories) -> Plan:
         """All that is known before the forward pass, on the whole `batch` (its `logprobs` may be None)."""

@@ -99,7 +99,7 @@ def check_columns(parts: Mapping[str, Component], sources: Mapping[str, Source],
                 f"algo.{path}: {type(part).__name__} reads {sorted(missing)}, which is not provided here; "
                 + (fix if "values" in missing else "it needs a data set or engine that fills it")
             )
-        owner = next((s for s in sources if path.startswith(f"{s}.")), None)
+        owner = next((s for s in sources if path == s or path.startswith(f"{s}.")), None)
         if owner and sources[owner] != "rollouts" and "sampler_logprobs" in part.columns:
             raise ConfigError(
                 f"algo.{path}: {type(part).__name__} compares trainer and sampler, but {owner}.source is "

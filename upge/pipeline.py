@@ -111,7 +111,7 @@ class Pipeline:
             try:
                 stage.algorithm.check(group_size=group_size, demonstrations=demonstrations, provided=provided)
             except ConfigError as error:
-                raise ConfigError(str(error).replace("algo.", f"algo.stages.{name}.algorithm.", 1)) from error
+                raise ConfigError(str(error).replace("algo.", f"algo.stages.{name}.algorithm.")) from error
 
     def formula(self, style: str = "text") -> str:
         """The stages' formulas, each under its name."""

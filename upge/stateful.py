@@ -31,7 +31,8 @@ class StatefulGate(Gate):
     Class attributes:
         wants: the signals that `updated` needs. 'utility_slope' is the derivative, by the variable, of what the
             algorithm's `validation` objective gains from one plain gradient step of the present learning rate; it
-            costs two more passes, made only in the steps that are `due`. Every other name is a figure of metrics.jsonl.
+            costs two more passes, made only in the steps that are `due`. Every other name is a figure of
+            metrics.jsonl, except time/total, which comes last.
     """
 
     variable: str

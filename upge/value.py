@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upge.components.base import AdvantageEstimator, Component, Formula
+from upge.components.shaping import Whitened
 from upge.errors import ConfigError
 from upge.reduction import Reduction, TokenMean
 from upge.trajectories import Trajectories
@@ -40,6 +41,8 @@ class ValueLoss(Component):
             raise ConfigError(f"ValueLoss.clip: {self.clip} must be positive; 0.2 is customary, null for no clipping")
         if not 0 < self.coefficient < math.inf:
             raise ConfigError(f"ValueLoss.coefficient: {self.coefficient} must be positive and finite")
+        if isinstance(self.returns, Whitened):
+            raise ConfigError("ValueLoss.returns: Whitened has not the scale of the values; give what it wraps")
         if self.returns.is_live:
             raise ConfigError(
                 f"ValueLoss.returns: {type(self.returns).__name__} reads the current policy, but a return must be "

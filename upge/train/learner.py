@@ -96,11 +96,12 @@ class Learner:
         """What it carries before its first step."""
         return Memory(self.algorithm.initial_state())
 
-    def collect(self, step: int) -> Collected:
-        """The trajectories of a step (counted from 0), the same on every rank."""
+    def collect(self, step: int, place: int) -> Collected:
+        """The trajectories of a step of the run, the same on every rank; `place` is the step's within its stage. Both
+        are counted from 0: prompts and seeds follow the run, gates and schedules the stage."""
         trajectories, figures = self.collector.collect(step)
         held_out = None
-        if self._asking(step):
+        if self._asking(place):
             held_out, more = self.held_out[0].collect(step, HELD_OUT)
             figures |= {name: figures.get(name, 0.0) + more[name] for name in more if name.startswith("time/")}
         return Collected(trajectories, held_out, figures)
@@ -145,13 +146,14 @@ class Learner:
         return [g for g in self.algorithm.stateful.values() if UTILITY_SLOPE in g.wants and g.due(step)]
 
     def _slope(self, gate: StatefulGate, collected: Collected, step: int, rates: Rates, memory: Memory) -> float:
-        """lr·⟨∇L_val, ∂∇L/∂variable⟩: what the utility -L_val gains by the variable through one plain gradient step.
+        """lr·⟨∇L_val, ∂∇L/∂variable⟩: what the utility -L_val gains by the variable through one plain gradient step;
+        NaN where nothing is learned.
 
         The derivative of the loss by the variable is a central difference around its value, exact where the loss is
         affine or quadratic in it. Not between 0 and 1: there a gate may close, and who counts would change.
         """
         if rates.policy is None:
-            return 0.0
+            return math.nan
         updater = self.held_out[1]
         batch, held_out = self.updater.fill(collected.trajectories, step), updater.fill(collected.held_out, step)
         value = memory.variables[gate.variable]
@@ -159,7 +161,7 @@ class Learner:
         plans = [self.algorithm.plan(dataclasses.replace(batch.columns, state=state)) for state in at]
         plan: Plan = updater.algorithm.plan(held_out.columns)
         if not bool(plan.keep.any()) or not any(bool(p.keep.any()) for p in plans):
-            return 0.0
+            return math.nan
         own = self.updater.gradient(batch, [(0.5 / _SHIFT, plans[0]), (-0.5 / _SHIFT, plans[1])])
         return rates.policy * self.models.policy.dot(updater.gradient(held_out, [(1.0, plan)]), own)
 

@@ -166,10 +166,10 @@ class Trainer:
     def _rates(self, span: Span) -> Rates:
         """The learning rates of the present step, by its place in its stage."""
         config, place = self.parts.config, self.state.step - span.first
-        course = learning_rate(config.optimizer, place, span.end - span.first)
+        waiting = config.critic.warmup_steps if span.stage.algorithm.critic is not None else 0
+        course = learning_rate(config.optimizer, max(0, place - waiting), max(1, span.end - span.first - waiting))
         critic = learning_rate(replace(config.optimizer, lr=config.critic.lr), place, span.end - span.first)
-        alone = span.stage.algorithm.critic is not None and place < config.critic.warmup_steps
-        return Rates(None if alone else course * span.stage.lr_factor, critic)
+        return Rates(None if place < waiting else course * span.stage.lr_factor, critic)
 
     def _step(self) -> bool:
         """One step; True if too many updates in a row were not finite."""
@@ -181,11 +181,12 @@ class Trainer:
         if state.memory is None or state.step == span.first:
             self._enter_stage(span, learner)
         sync = self._refresh_sampler() if learner.samples else 0.0
-        collected = learner.collect(state.step)
+        place = state.step - span.first
+        collected = learner.collect(state.step, place)
         self._sleep_sampler()
         rates = self._rates(span)
         start = time.perf_counter()
-        report, figures = learner.update(collected, state.step, rates, state.memory)
+        report, figures = learner.update(collected, place, rates, state.memory)
         figures |= collected.figures | {"time/train": time.perf_counter() - start, "time/sync": sync}
         figures |= {"learning_rate": rates.policy or 0.0}
         if len(self.spans) > 1:
@@ -201,7 +202,7 @@ class Trainer:
         too_many = report.skipped > 0 and self._too_many_skipped()
         metrics = self._metrics(collected.trajectories, report, figures)
         if learner.algorithm.stateful:
-            learner.remember(world.share(metrics), state.step - 1, state.memory)
+            learner.remember(world.share(metrics), place, state.memory)
         if world.is_main:
             metrics["time/total"] = time.perf_counter() - began
             self._record(metrics, collected.trajectories)
@@ -288,7 +289,8 @@ def _due(step: int, every: int) -> bool:
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of a step (counted from 0): linear warm-up, then constant or falling to 0 at the last step."""
+    """The rate of a step (counted from 0): linear warm-up, then constant, or falling towards 0, which the
+    step after the last would have."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":

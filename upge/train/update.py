@@ -73,7 +73,7 @@ class Updater:
         first = next(((b, p) for b, p in zip(batches, plans, strict=True) if bool(p.keep.any())), None)
         if rates.policy is None or first is None or not _has_rollouts(*first):
             self._probe(trajectories, step, tally)
-        goals = [self._goals(batch, plan) for batch, plan in zip(batches, plans, strict=True)]
+        goals = self._goals(whole, cuts, batches, plans)
         for _ in range(self.config.epochs):
             for batch, plan, goal in zip(batches, plans, goals, strict=True):
                 if rates.policy is not None and bool(plan.keep.any()):
@@ -177,12 +177,19 @@ class Updater:
 
     # The critic.
 
-    def _goals(self, batch: Batch, plan: Plan) -> tuple[Tensor, Tensor] | None:
-        """(returns, weights), each [B, T], of the critic's loss on a batch; None without a critic."""
-        if self.algorithm.critic is None:
-            return None
+    def _goals(
+        self, whole: Batch, cuts: Sequence[Tensor], batches: Sequence[Batch], plans: Sequence[Plan]
+    ) -> list[tuple[Tensor, Tensor] | None]:
+        """(returns, weights), each [B, T], of the critic's loss in each update; None without a critic. The returns are
+        those of the whole step, as the advantages are."""
         loss = self.algorithm.critic
-        return loss.targets(batch.columns), loss.weights(batch.columns, plan.counted)
+        if loss is None:
+            return [None] * len(batches)
+        targets, found = loss.targets(whole.columns), []
+        for rows, batch, plan in zip(cuts, batches, plans, strict=True):
+            width = batch.columns.response_mask.shape[1]
+            found.append((targets[rows][:, :width], loss.weights(batch.columns, plan.counted)))
+        return found
 
     def _accumulate_values(self, batch: Batch, targets: Tensor, weights: Tensor, tally: Tally) -> None:
         pieces = self._pieces(batch, (weights != 0).any(dim=1).nonzero()[:, 0].tolist())
