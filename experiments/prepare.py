@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from experiments.config import Composed
 from upge import data, verify
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError, DataError, ModelError
+from upge.evaluation.suite import load as benchmarks
 from upge.instantiate import build
+from upge.models import local_path
 from upge.pipeline import Pipeline
 from upge.rollout.model import read_config
-from upge.train.collect import has_pair, usable
+from upge.train.config import ModelConfig, RunConfig
 from upge.train.distributed import world_size
 from upge.train.folder import RunFolder
+from upge.train.trajectory import has_pair, usable
 
 #: Columns that this trainer fills beyond rewards, masks and groups.
 PROVIDED = ("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "preference")
@@ -25,12 +27,14 @@ PROVIDED = ("behavior_logprobs", "sampler_logprobs", "entropies", "reference_log
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run starts from; `notes` are sentences for the user."""
+    """What a run starts from; `weights` are the shares of a mixture's sources, the first of the `verifiers` serves
+    problems that name none, `notes` are sentences for the user."""
 
-    tokenizer: Any
-    stop_token_ids: tuple[int, ...]
+    prompting: data.Prompting
     train: Sequence[data.Example]
     evaluation: Sequence[data.Example]
+    weights: Mapping[str, float]
+    verifiers: tuple[str, ...]
     folder: RunFolder
     continues: bool
     notes: tuple[str, ...]
@@ -48,15 +52,15 @@ def prepare(composed: Composed) -> Prepared:
     folder = RunFolder(output_folder(composed))
     continues = folder.open(composed.tree, config.resume, world_size())
     _check_installed()
-    verifier = verify.load(config.verify.verifier)
     splits = build(composed.tree["data"], "data").load()
-    _check_answers([*splits.train, *splits.evaluation], verifier)
-    _check_length(config)
-    tokenizer = load_tokenizer(config.model.path)
-    notes: list[str] = []
-    train = _encode("training", splits.train, tokenizer, composed, notes)
-    evaluation = _encode("evaluation", splits.evaluation, tokenizer, composed, notes)
-    demonstrations = sum(example.demonstration_ids is not None for example in train)
+    measured = _measured(config, splits)
+    verifiers = check_answers([*splits.train, *measured], config.verify.verifier)
+    check_length(config.model, config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
+    prompting = load_prompting(config.model)
+    notes = _overlap(splits.train, measured)
+    train = _encode("training", splits.train, prompting, composed, notes)
+    evaluation = _encode("evaluation", measured, prompting, composed, notes)
+    demonstrations = sum(bool(example.demonstrations) for example in train)
     pairs = sum(has_pair(example) for example in train)
     try:
         algorithm.check(group_size=config.group_size, demonstrations=demonstrations, provided=PROVIDED)
@@ -69,8 +73,7 @@ def prepare(composed: Composed) -> Prepared:
     if algorithm.needs.preference_pairs and pairs < len(train):
         notes.append(f"{pairs} training problems have a preference pair within the limit")
     train = [train[i] for i in usable(train, algorithm.needs)]
-    stops = stop_token_ids(tokenizer, config.model.path)
-    return Prepared(tokenizer, stops, train, evaluation, folder, continues, tuple(notes))
+    return Prepared(prompting, train, evaluation, splits.weights, verifiers, folder, continues, tuple(notes))
 
 
 def _check_stages(algorithm: Algorithm | Pipeline, steps: int) -> None:
@@ -97,38 +100,6 @@ def output_folder(composed: Composed) -> Path:
     return path
 
 
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer beside the model.
-
-    Raises:
-        ModelError: no such model, or one without an end-of-sequence token.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"model.path: no tokenizer could be loaded for '{path}' ({str(error).splitlines()[0]}). Give the folder of "
-            "a Hugging Face causal LM, or a hub name that is in the local cache or can be downloaded"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"model.path: the tokenizer of '{path}' has no end-of-sequence token; no response could end")
-    return tokenizer
-
-
-def stop_token_ids(tokenizer: Any, path: str) -> tuple[int, ...]:
-    """The tokenizer's end of sequence and those that generation_config.json adds, the end of a turn for example."""
-    from transformers import GenerationConfig
-
-    try:
-        more = GenerationConfig.from_pretrained(path).eos_token_id
-    except (OSError, ValueError):
-        more = None
-    more = [] if more is None else [more] if isinstance(more, int) else list(more)
-    return tuple(dict.fromkeys([tokenizer.eos_token_id, *more]))
-
-
 def _check_installed() -> None:
     """What is needed only after training must not be found missing then."""
     for package in ("jinja2", "matplotlib", "rich", "tqdm"):
@@ -136,28 +107,56 @@ def _check_installed() -> None:
             raise ConfigError(f"the package {package} is not installed, the report needs it: pip install 'upge[all]'")
 
 
-def _check_length(config: Any) -> None:
-    if not config.model.path:
+def with_local_models(composed: Composed) -> Composed:
+    """Its models as folders where they come from GGUF files; the tree, which is recorded, keeps the names as given."""
+    config = composed.config
+    model = replace(config.model, path=local_path(config.model.path))
+    critic = replace(config.critic, path=local_path(config.critic.path))
+    reference = replace(config.reference, path=local_path(config.reference.path))
+    return replace(composed, config=replace(config, model=model, critic=critic, reference=reference))
+
+
+def load_prompting(model: ModelConfig) -> data.Prompting:
+    """How the model of these settings is spoken to; errors as in `Prompting.load`."""
+    return data.Prompting.load(
+        model.path,
+        template=model.template,
+        system=model.system,
+        instruction=model.instruction,
+        opening=model.opening,
+    )
+
+
+def check_length(model: ModelConfig, max_prompt_tokens: int, max_response_tokens: int) -> None:
+    """Raises ModelError if there is no model, or a prompt and its response could be longer than its positions."""
+    if not model.path:
         raise ModelError("model.path: empty; give the folder of a Hugging Face causal LM, a hub name, or model=NAME")
-    limits = read_config(config.model.path, config.model.overrides)
-    longest = getattr(limits, "max_position_embeddings", None)
-    wanted = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    longest = getattr(read_config(model.path, model.overrides), "max_position_embeddings", None)
+    wanted = max_prompt_tokens + max_response_tokens
     if longest is not None and wanted > longest:
         raise ModelError(
             f"rollout.max_prompt_tokens + rollout.max_response_tokens = {wanted} exceeds the {longest} positions of "
-            f"'{config.model.path}'; lower one of them, or raise model.overrides.max_position_embeddings"
+            f"'{model.path}'; lower one of them, or raise model.overrides.max_position_embeddings"
         )
 
 
-def _check_answers(problems: Sequence[data.Problem], verifier: Any) -> None:
-    check = getattr(verifier, "check_answer", None)
-    if check is None:
-        return
+def check_answers(problems: Sequence[data.Problem], default: str) -> tuple[str, ...]:
+    """The verifiers of these problems by name, the run's own first.
+
+    Raises:
+        ConfigError: a verifier that does not exist.
+        DataError: an answer that its verifier could never find right.
+    """
+    names = tuple(dict.fromkeys([default, *(p.verifier for p in problems if p.verifier)]))
+    verifiers = {name: verify.load(name) for name in names}
     for problem in problems:
+        check = getattr(verifiers[problem.verifier or default], "check_answer", None)
         try:
-            check(problem.answer)
+            if check is not None:
+                check(problem.answer)
         except ValueError as error:
             raise DataError(f"{problem.where or problem.id}: the answer cannot be verified: {error}") from error
+    return names
 
 
 def _check_pairs(algorithm: Algorithm | Pipeline, pairs: int) -> None:
@@ -181,12 +180,56 @@ def _algorithms(algorithm: Algorithm | Pipeline, path: str = "algo.") -> Iterato
         yield from _algorithms(algorithm.validation, f"{path}validation.")
 
 
-def _encode(which: str, problems: Sequence[data.Problem], tokenizer: Any, composed: Composed, notes: list[str]) -> list:
+def _measured(config: RunConfig, splits: data.Splits) -> Sequence[data.Problem]:
+    """The problems on which accuracy is measured during training."""
+    if config.eval.suite:
+        return suite_problems(config.eval.suite, config.eval.folder, config.eval.limit, config.verify.verifier)
+    if not splits.evaluation:
+        raise DataError(
+            "data: there is no evaluation side to measure accuracy on; give data.evaluation_share=0.02 (of the rows, "
+            "by a hash of their prompts), data.evaluation_path, or benchmarks with eval.suite=NAME"
+        )
+    return splits.evaluation
+
+
+def _overlap(train: Sequence[data.Problem], measured: Sequence[data.Problem]) -> list[str]:
+    """A note where problems are both trained and measured on; within a data set this cannot be."""
+    seen = {" ".join(p.prompt.split()) for p in train}
+    both = sum(" ".join(p.prompt.split()) in seen for p in measured)
+    return [f"{both} of the {len(measured)} problems that accuracy is measured on are trained on, too"] if both else []
+
+
+def suite_problems(suite: str, folder: str, limit: int, verifier: str) -> tuple[data.Problem, ...]:
+    """A suite's problems for an evaluation during training, each with its benchmark's name as its level; how often and
+    how the suite samples does not matter here.
+
+    Args:
+        suite: a preset, or a YAML file.
+        folder: where its files lie; empty for what the suite says.
+        limit: at most so many problems of each benchmark, 0 for all.
+        verifier: for benchmarks that name none.
+
+    Raises:
+        UserError: there is no such suite, or its problems cannot be loaded.
+    """
+    from experiments.evaluating.settings import suite_config
+
+    chosen = suite_config(suite)
+    chosen = replace(chosen, folder=folder or chosen.folder)
+    return tuple(
+        replace(problem, id=f"{one.name}/{problem.id}", level=one.name)
+        for one in benchmarks(chosen, verifier, limit)
+        for problem in one.problems
+    )
+
+
+def _encode(
+    which: str, problems: Sequence[data.Problem], prompting: data.Prompting, composed: Composed, notes: list[str]
+) -> list:
     config = composed.config
     encoded = data.encode(
         problems,
-        tokenizer,
-        template=config.model.template,
+        prompting,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         max_response_tokens=config.rollout.max_response_tokens,
         overlong_prompts=config.data_policy.overlong_prompts,

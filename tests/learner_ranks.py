@@ -19,8 +19,8 @@ from upge.train.distributed import connect, leave
 from upge.train.engine import Engine
 from upge.train.frozen import FrozenPolicy
 from upge.train.learner import Learner, Models
+from upge.train.rates import Rates
 from upge.train.tally import step_metrics
-from upge.train.update import Rates
 
 LR, SIZE, BONUS = 0.3, 3, 0.5
 TOKENS = {"_target_": "upge.TokenMean"}
@@ -44,7 +44,7 @@ class Given:
     def collect(self, step: int, stream: str = "train"):
         return trajectories(seed=step if stream == "train" else 50 + step), {"time/rollout": 0.0}
 
-    def demonstrations(self, indices):
+    def demonstrations(self, indices, step):
         made = {t.example: t for t in trajectories() if t.is_demonstration}
         return [made[i] for i in indices]
 
@@ -58,7 +58,7 @@ def main(model: str, output: str, budget: str) -> None:
         CriticEngine(settings, CriticConfig(lr=1e-3), config, world),
         FrozenPolicy(settings, world),
     )
-    examples = [SimpleNamespace(demonstration_ids=None if i == 2 else (1,)) for i in range(5)]
+    examples = [SimpleNamespace(demonstrations=() if i == 2 else ((1,),)) for i in range(5)]
 
     def learner(algorithm: upge.Algorithm) -> Learner:
         return Learner(algorithm, models, config, examples, lambda algorithm, reserve: Given())

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from experiments.pretrain import build_model, build_tokenizer
-from upge.train.collect import Trajectory
+from upge.train.trajectory import Trajectory
 
 
 def save_random_model(folder: Path, seed: int = 0) -> Path:

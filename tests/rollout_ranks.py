@@ -2,6 +2,7 @@
 
 python -m tests.rollout_ranks observe ENGINE FOLDER OUTPUT     one process, both models
 python -m tests.rollout_ranks repeat ENGINE FOLDER OUTPUT      the same first call in a fresh process
+python -m tests.rollout_ranks greedy ENGINE MODEL PROMPTS OUTPUT   16 greedy tokens after each of some prompts
 torchrun -m tests.rollout_ranks ranks FOLDER OUTPUT            vLLM on each of several ranks
 
 FOLDER holds models `tied`, `untied` and, with other weights, `tied_new`, `untied_new`. OUTPUT is JSON.
@@ -12,7 +13,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -37,6 +40,8 @@ SAMPLINGS = {
 COPIES = 4
 # 64 prompts with neighbouring seeds, 32 responses to each: responses must be as good as independent.
 CROWD = (64, 32, Sampling(max_tokens=8))
+# Room enough for one response to end long before another.
+LONG = Sampling(max_tokens=200, stop_token_ids=STOP)
 # Together more tokens than vLLM prefills at once on a CPU, so that some prompt would have to be split.
 LONG_PROMPTS = tuple(tuple(5 + (i + j) % 50 for j in range(230)) for i in range(24))
 RANK_PROMPTS = (((), PROMPTS), (PROMPTS[:1], PROMPTS[1:]), (PROMPTS, ()))
@@ -99,6 +104,48 @@ def refusal(sampler: Sampler, incomplete: list[tuple[str, torch.Tensor]]) -> lis
     return messages
 
 
+def arrivals(sampler: Sampler) -> dict:
+    """Every rollout of a call with the moment of its arrival, as a share of the call's time, and what it returned."""
+    rows: list = []
+    start = time.perf_counter()
+
+    def arrived(index: int, copy: int, rollout: Rollout) -> None:
+        random.random(), torch.rand(3)
+        rows.append([index, copy, plain([[rollout]])[0][0], time.perf_counter() - start])
+
+    returned = plain(sampler.sample(PROMPTS, COPIES, LONG, SEEDS, arrived))
+    seconds = time.perf_counter() - start
+    return {"rows": [[*row[:3], row[3] / seconds] for row in rows], "returned": returned,
+            "silent": plain(sampler.sample(PROMPTS, COPIES, LONG, SEEDS))}
+
+
+def stopped(sampler: Sampler) -> list[str]:
+    """The errors of three calls that end early: twice at the first arrival, once by a signal at any moment."""
+    prompts, copies, sampling = CROWD
+    kinds: list[type[BaseException]] = [KeyError, KeyboardInterrupt]
+
+    def arrived(index: int, copy: int, rollout: Rollout) -> None:
+        calls.append(index)
+        raise kind("enough")
+
+    messages = []
+    for kind in kinds:
+        calls: list[int] = []
+        try:
+            sampler.sample([PROMPTS[0]] * prompts, copies, sampling, range(prompts), arrived)
+        except kind as error:
+            messages.append(f"{type(error).__name__} {len(calls)}")
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        # Some seconds of work, all of it in the engine.
+        sampler.sample(PROMPTS, 64, Sampling(max_tokens=200), SEEDS)
+    except KeyboardInterrupt:
+        messages.append("signal")
+    timer.cancel()
+    return messages
+
+
 def observe(engine: str, folder: Path, kind: str) -> dict:
     """All that one engine does with one model."""
     before = random_state()
@@ -112,6 +159,9 @@ def observe(engine: str, folder: Path, kind: str) -> dict:
     found["crowd"] = plain(sampler.sample([PROMPTS[0]] * prompts, copies, sampling, range(prompts)))
     found["tokens_per_second"] = prompts * copies * sampling.max_tokens / (time.perf_counter() - start)
     found["long"] = plain(sampler.sample(LONG_PROMPTS, 1, Sampling(max_tokens=4), range(len(LONG_PROMPTS))))
+    found["arrivals"] = arrivals(sampler)
+    found["stopped"] = stopped(sampler)
+    found["after_stop"] = samples(sampler)
     found["nothing"] = plain(sampler.sample([], COPIES, SAMPLINGS["plain"], []))
     found["state_kept"] = random_state() == before
     new = weights(folder / f"{kind}_new", with_head=False)
@@ -155,6 +205,11 @@ def main(job: str, *arguments: str) -> None:
         torch.distributed.barrier()
         if torch.distributed.get_rank() != 0:
             os._exit(0)
+    elif job == "greedy":
+        prompts = json.loads(Path(arguments[2]).read_text(encoding="utf-8"))
+        sampler = load(arguments[0], arguments[1], max_length=128)
+        groups = sampler.sample(prompts, 1, Sampling(temperature=0, max_tokens=16), range(len(prompts)))
+        found = [list(group[0].token_ids) for group in groups]
     else:
         engine, folder = arguments[0], Path(arguments[1])
         look, kinds = (observe, KINDS) if job == "observe" else (repeat, KINDS[:1])

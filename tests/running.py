@@ -16,7 +16,7 @@ SMALL = (
     "data.levels=[3 numbers,4 numbers,4 mixed]",
     "data.train_size=48",
     "data.evaluation_size=6",
-    "evaluation.samples=2",
+    "eval.samples=2",
 )
 
 

@@ -41,7 +41,7 @@ CASES = {
     "unknown verifier": (["verify.verifier=maths"], ["verify.verifier", "math"]),
     "beyond the model's positions": (["rollout.max_response_tokens=9999"], ["max_response_tokens", "2048"]),
     "critic": (["algo=grpo", "algo.terms.rl.estimator.advantage={_target_: upge.GAE}"], ["GAE", "values", "critic"]),
-    "temperature too low": (["evaluation.temperature=0.001"], ["evaluation.temperature", "0.01"]),
+    "temperature too low": (["eval.temperature=0.001"], ["eval.temperature", "0.01"]),
     "beta": (["optimizer.beta1=1.5"], ["optimizer.beta1", "1.5"]),
     "not YAML": (["steps=[1"], ["steps", "[1"]),
     "unknown override": (["model.overrides.rope_tetha=1"], ["model.overrides.rope_tetha", "did you mean 'rope_theta'"]),

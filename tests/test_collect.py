@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +17,12 @@ from upge.data import Example, Problem
 from upge.errors import DataError
 from upge.rollout import Rollout
 from upge.selection import DynamicSampling
-from upge.train.collect import HELD_OUT, Collector, assemble, usable
+from upge.train.collect import HELD_OUT, Collector
 from upge.train.config import from_tree
 from upge.train.order import held_out, least_used, prompt_indices, stream_seed
+from upge.train.trajectory import assemble, usable
+from upge.train.verified import Responder
+from upge.verify import Item, Verdict
 
 #: What the fake model does with prompt i, by i % 3: always right, always wrong, right in every other rollout.
 RIGHT, WRONG, MIXED = 0, 1, 2
@@ -25,35 +30,40 @@ RIGHT, WRONG, MIXED = 0, 1, 2
 
 def examples(number: int, demonstrations: bool = True, rejected: bool = True) -> list[Example]:
     """Prompt i is the token i, its demonstration (100, i), its rejected response (200, i)."""
-    problem = Problem("p", "1+1=?", "2", "2", None)
+    problem = Problem("p", "1+1=?", "2", ("2",))
     return [
-        Example(problem, (i,), (100, i) if demonstrations else None, (200, i) if rejected else None)
+        Example(problem, (i,), ((100, i),) if demonstrations else (), (200, i) if rejected else None)
         for i in range(number)
     ]
 
 
 @dataclass
 class FakeModel:
-    """Sampler, tokenizer and verifier in one; a response is (prompt, seed, 1 if right) and remembers all of them."""
+    """Sampler, prompting and verifier in one; a response is (prompt, seed, 1 if right) and remembers all of them."""
 
     lucky: frozenset[int] = frozenset()
     rounds: list[list[int]] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
 
-    def sample(self, prompts, n, sampling, seeds) -> list[list[Rollout]]:
+    def sample(self, prompts, n, sampling, seeds, arrived) -> list[list[Rollout]]:
         self.rounds.append([prompt[0] for prompt in prompts])
         self.seeds += seeds
-        return [[self.rollout(p[0], s, m) for m in range(n)] for p, s in zip(prompts, seeds, strict=True)]
+        found = [[self.rollout(p[0], s, m) for m in range(n)] for p, s in zip(prompts, seeds, strict=True)]
+        for index, copy in sorted(product(range(len(prompts)), range(n)), key=lambda place: place[::-1], reverse=True):
+            arrived(index, copy, found[index][copy])
+        return found
 
     def rollout(self, prompt: int, seed: int, member: int) -> Rollout:
         right = prompt % 3 == RIGHT or (prompt % 3 == MIXED and member % 2 == 0) or (seed in self.lucky and member == 0)
         return Rollout((prompt, seed, int(right)), (-1.0, -2.0, -3.0), True)
 
-    def batch_decode(self, responses, skip_special_tokens) -> list[str]:
+    def decode(self, responses) -> list[str]:
         return [str(response[-1]) for response in responses]
 
-    def score(self, items) -> list[SimpleNamespace]:
-        return [SimpleNamespace(reward=float(text), status="ok") for text, _, _ in items]
+    def submit(self, item: Item) -> Future[Verdict]:
+        future: Future[Verdict] = Future()
+        threading.Timer(0.001, future.set_result, [Verdict(float(item.response))]).start()
+        return future
 
 
 ALONE = SimpleNamespace(rank=0, size=1, gather=lambda value: [value])
@@ -99,9 +109,12 @@ def algorithm(*sources: str, rounds: int = 0) -> upge.Algorithm:
     return upge.Algorithm("test", {source: term(source) for source in sources}, sampling=sampling)
 
 
-def collector(algo, data: list[Example], model: FakeModel, world=ALONE, prompts: int = 4, **more) -> Collector:
-    config = from_tree(upge.train.config.RunConfig, {"prompts_per_step": prompts, "group_size": 2, "seed": 5})
-    return Collector(config, algo, data, model, model, model, (9,), world, **more)
+def collector(
+    algo, data: list[Example], model: FakeModel, world=ALONE, prompts: int = 4, data_policy: dict | None = None, **more
+) -> Collector:
+    settings = {"prompts_per_step": prompts, "group_size": 2, "seed": 5, "data_policy": data_policy or {}}
+    config = from_tree(upge.train.config.RunConfig, settings)
+    return Collector(config, algo, data, Responder(model, model, model), (9,), world, **more)
 
 
 def prompts_of(trajectories) -> list[int]:
@@ -228,14 +241,14 @@ def test_a_small_data_set_keeps_one_prompt_apart():
     assert prompts_of(made.collect(0, HELD_OUT)[0]) == held_out(4, 5) and len(made.streams["train"]) == 3
     with pytest.raises(DataError, match="none of 1 training examples"):
         collector(algorithm("rollouts"), examples(1), FakeModel(), reserve=True)
-    bare = [Example(e.problem, e.prompt_ids, None) if i in held_out(12, 5) else e for i, e in enumerate(examples(12))]
+    bare = [Example(e.problem, e.prompt_ids) if i in held_out(12, 5) else e for i, e in enumerate(examples(12))]
     with pytest.raises(DataError, match="none of 12 training examples .* among the 1 kept apart for its validation"):
         collector(algorithm("demonstrations"), bare, FakeModel(), reserve=True)
 
 
 def test_only_examples_that_serve_are_drawn():
     """A stage of demonstrations alone in a data set where only some prompts have one."""
-    data = [e if i % 2 else Example(e.problem, e.prompt_ids, None) for i, e in enumerate(examples(12))]
+    data = [e if i % 2 else Example(e.problem, e.prompt_ids) for i, e in enumerate(examples(12))]
     made = collector(algorithm("demonstrations"), data, FakeModel())
     assert all(len(made.collect(s)[0]) == 4 for s in range(3))
     assert sorted(t.example for step in range(3) for t in made.collect(step)[0])[::2] == [1, 3, 5, 7, 9, 11]
@@ -247,12 +260,57 @@ def test_only_examples_that_serve_are_drawn():
 
 def test_demonstrations_of_given_examples():
     data = [*examples(5), *examples(1, demonstrations=False)]
-    found = collector(algorithm("rollouts"), data, FakeModel()).demonstrations([3, 5, 0])
+    found = collector(algorithm("rollouts"), data, FakeModel()).demonstrations([3, 5, 0], 7)
     assert [(t.example, t.group, t.response_ids, t.reward, t.preference) for t in found] == [
         (3, 0, (100, 3), 1.0, 0),
         (0, 1, (100, 0), 1.0, 0),
     ]
     assert all(t.is_demonstration and t.status == "demonstration" for t in found)
+
+
+# Several demonstrations, several sources.
+
+
+def test_demonstrations_take_turns():
+    """One a step by default, each as often as the others; with 0 all come at once, as one group."""
+    problem = Problem("p", "1+1=?", "2", ("a", "b", "c"))
+    data = [Example(problem, (i,), ((100, i), (101, i), (102, i))) for i in range(2)]
+    made = collector(algorithm("demonstrations"), data, FakeModel(), prompts=2)
+    for stride in (1, 3, 8):
+        turns = Counter((t.example, t.response_ids[0]) for n in range(90) for t in made.collect(n * stride)[0])
+        assert sum(turns.values()) == 180 and all(26 <= turns[i, 100 + c] <= 34 for i in range(2) for c in range(3))
+    for wanted, kept in ((0, 3), (2, 2), (5, 3)):
+        policy = {"demonstrations": wanted}
+        found = collector(algorithm("demonstrations"), data, FakeModel(), prompts=1, data_policy=policy).collect(0)[0]
+        assert len({t.response_ids for t in found}) == len(found) == kept and {t.group for t in found} == {0}
+        assert assemble(found, 0).group.tolist() == [0] * kept
+
+
+def mixed(numbers: dict[str, int]) -> list[Example]:
+    """So many examples of each source, one source after the other."""
+    sources = [name for name, number in numbers.items() for _ in range(number)]
+    pairs = zip(examples(len(sources)), sources, strict=True)
+    return [replace(example, problem=replace(example.problem, source=source)) for example, source in pairs]
+
+
+def test_sources_come_by_their_weights():
+    data, weights = mixed({"small": 3, "large": 30, "unused": 3}), {"small": 3.0, "large": 1.0, "unused": 0.0}
+    made = collector(algorithm("rollouts"), data, FakeModel(), prompts=4, weights=weights)
+    counts = Counter(data[i].problem.source for step in range(40) for i in prompts_of(made.collect(step)[0]))
+    assert abs(counts["small"] - 120) <= 1 and abs(counts["large"] - 40) <= 1 and counts["unused"] == 0
+    with pytest.raises(DataError, match=r"data.weights.none: 'test' finds no training example"):
+        collector(algorithm("rollouts"), data, FakeModel(), weights={**weights, "none": 1.0})
+
+
+def test_prompts_drawn_anew_keep_the_weights():
+    """What is closed is replaced by prompts of the same source."""
+    data, weights = mixed({"a": 30, "b": 30}), {"a": 1.0, "b": 1.0}
+    model = FakeModel()
+    made = collector(algorithm("rollouts", rounds=10), data, model, prompts=6, weights=weights)
+    for step in range(5):
+        found, figures = made.collect(step)
+        assert Counter(data[i].problem.source for i in prompts_of(found)) == {"a": 3, "b": 3}
+        assert figures["sampling/rounds"] > 1
 
 
 # Preference pairs.
@@ -272,7 +330,7 @@ def test_pairs_by_hand(sources):
     ]
     batch = assemble(found, 0)
     assert batch.preference.tolist() == [1, -1, 1, -1] and batch.preference.dtype == torch.int64
-    assert batch.is_demonstration.all() and made.sampler.rounds == []
+    assert batch.is_demonstration.all() and made.responder.sampler.rounds == []
 
 
 def test_pairs_beside_rollouts_and_without_a_rejected_side():

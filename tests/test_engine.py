@@ -77,6 +77,16 @@ def test_taking_leaves_no_trace(found):
         assert torch.equal(found["with"]["weights"][name], weight), name
 
 
+def test_an_update_above_the_limit_is_left_out(found):
+    """The norm is the one before clipping, the same on all ranks, and no trace is left of the gradient."""
+    norm, result, before, after = found["above"]
+    assert not result.applied and result.grad_norm == pytest.approx(norm, rel=1e-5)
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    norm, result, before, after = found["below"]
+    assert result.applied and result.grad_norm == pytest.approx(norm, rel=1e-5) and norm > 0.5
+    assert not any(torch.equal(after[name], weight) for name, weight in before.items())
+
+
 def test_sets_of_moments_are_so_many_optimizers(found):
     """By turns, on the engine's own gradients: the weights are those of plain AdamWs that share their parameters."""
     parameters = {name: torch.nn.Parameter(weight.clone()) for name, weight in found["start"].items()}

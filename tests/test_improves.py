@@ -21,7 +21,7 @@ def test_a_critic_and_clipped_ratios_improve_the_shipped_model(tmp_path):
         "data.train_size=240",
         "data.evaluation_size=48",
         "rollout.engine=transformers",
-        "evaluation.every=0",
+        "eval.every=0",
         "log_rollouts=0",
         f"output={folder}",
     )

@@ -13,23 +13,24 @@ from experiments.config import compose
 from experiments.prepare import prepare
 from experiments.pretrain import build_tokenizer
 from tests.test_data import ROWS, write_rows
-from upge.data import GSM8K, Arithmetic, Problem, encode
+from upge.data import GSM8K, Arithmetic, Problem, Prompting, encode
 from upge.data.arithmetic import flawed_solution
 from upge.errors import ConfigError, DataError
 
-PROBLEM = Problem("a", "1+2=?", "3", "333", None, where="file:2", rejected="44444")
+PROBLEM = Problem("a", "1+2=?", "3", ("333",), where="file:2", rejected="44444")
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer()
+def prompting():
+    return Prompting(build_tokenizer(), "{prompt}")
 
 
 def test_everything_but_the_rejected_response_is_as_ever():
     """Prompts, ids and demonstrations of the default data set are part of every recorded run."""
     splits = Arithmetic().load()
-    fields = ("id", "prompt", "answer", "demonstration", "level", "system", "where")
-    text = "\n".join(repr(tuple(getattr(p, f) for f in fields)) for p in splits.train + splits.evaluation)
+    everything = splits.train + splits.evaluation
+    rows = [(p.id, p.prompt, p.answer, *p.demonstrations, p.level, p.system, p.where) for p in everything]
+    text = "\n".join(map(repr, rows))
     expected = "bb0501890ad1e7ea0cb836a7611d502eafd8690546471915c7ef450a90a32faf"
     assert hashlib.sha256(text.encode()).hexdigest() == expected
 
@@ -62,7 +63,7 @@ def test_flawed_solutions_have_wrong_steps_and_a_wrong_result():
         assert problem.rejected == flawed_solution(_terms(problem.prompt))
     assert one > 1000 and all_differences > 150
     for problem in problems[::8]:
-        assert verifier(problem.rejected, problem.answer) == 0 < verifier(problem.demonstration, problem.answer)
+        assert verifier(problem.rejected, problem.answer) == 0 < verifier(problem.demonstrations[0], problem.answer)
 
 
 def _terms(prompt: str) -> tuple[int, ...]:
@@ -89,14 +90,14 @@ def test_rejected_column_of_a_file(tmp_path):
             load(rejected=content)
 
 
-def test_encoded_pairs_by_hand(tokenizer):
+def test_encoded_pairs_by_hand(prompting):
     """Limits include the end-of-sequence token: the demonstration has 4 tokens, the rejected response 6."""
-    limits = {"template": "{prompt}", "max_prompt_tokens": 9}
-    (example,) = encode([PROBLEM], tokenizer, max_response_tokens=6, **limits).examples
-    assert tokenizer.decode(example.rejected_ids) == "44444<eos>" and len(example.rejected_ids) == 6
-    (bare,) = encode([PROBLEM], tokenizer, max_response_tokens=6, pairs=False, **limits).examples
+    limits = {"max_prompt_tokens": 9}
+    (example,) = encode([PROBLEM], prompting, max_response_tokens=6, **limits).examples
+    assert prompting.tokenizer.decode(example.rejected_ids) == "44444<eos>" and len(example.rejected_ids) == 6
+    (bare,) = encode([PROBLEM], prompting, max_response_tokens=6, pairs=False, **limits).examples
     assert bare == replace(example, rejected_ids=None)
-    (alone,) = encode([replace(PROBLEM, demonstration=None)], tokenizer, max_response_tokens=6, **limits).examples
+    (alone,) = encode([replace(PROBLEM, demonstrations=())], prompting, max_response_tokens=6, **limits).examples
     assert alone.rejected_ids is None
 
 
@@ -109,19 +110,18 @@ def test_encoded_pairs_by_hand(tokenizer):
         (3, "truncate", ("333", "444"), (0, 1, 0, 1)),
     ],
 )
-def test_overlong_sides_of_a_pair_are_counted(tokenizer, limit, policy, texts, counts):
+def test_overlong_sides_of_a_pair_are_counted(prompting, limit, policy, texts, counts):
     """A pair with an overlong side counts once; a demonstration that fits stays without its counterpart."""
     made = encode(
         [PROBLEM],
-        tokenizer,
-        template="{prompt}",
+        prompting,
         max_prompt_tokens=9,
         max_response_tokens=limit,
         overlong_demonstrations=policy,
     )
     (example,) = made.examples
-    sides = (example.demonstration_ids, example.rejected_ids)
-    assert tuple(None if ids is None else tokenizer.decode(ids) for ids in sides) == texts
+    sides = (next(iter(example.demonstrations), None), example.rejected_ids)
+    assert tuple(None if ids is None else prompting.tokenizer.decode(ids) for ids in sides) == texts
     assert counts == (
         made.dropped_demonstrations,
         made.truncated_demonstrations,
@@ -130,11 +130,11 @@ def test_overlong_sides_of_a_pair_are_counted(tokenizer, limit, policy, texts, c
     )
 
 
-def test_an_overlong_rejected_response_can_be_an_error(tokenizer):
-    limits = {"template": "{prompt}", "max_prompt_tokens": 9, "overlong_demonstrations": "error"}
+def test_an_overlong_rejected_response_can_be_an_error(prompting):
+    limits = {"max_prompt_tokens": 9, "overlong_demonstrations": "error"}
     with pytest.raises(DataError, match=r"file:2: the rejected response has 6 tokens .*max_response_tokens=5"):
-        encode([PROBLEM], tokenizer, max_response_tokens=5, **limits)
-    assert encode([PROBLEM], tokenizer, max_response_tokens=5, pairs=False, **limits).dropped_pairs == 0
+        encode([PROBLEM], prompting, max_response_tokens=5, **limits)
+    assert encode([PROBLEM], prompting, max_response_tokens=5, pairs=False, **limits).dropped_pairs == 0
 
 
 def pairs_data(folder, *rejected: str | None) -> list[str]:

@@ -149,6 +149,30 @@ def test_random_state_threads_and_groups_are_left_alone(engine: str, kind: str, 
 
 @engines
 @kinds
+def test_every_rollout_arrives_once_and_before_longer_ones(engine: str, kind: str, observed: dict):
+    found = observed[engine][kind]["arrivals"]
+    assert found["returned"] == found["silent"], "rollouts must not depend on who watches"
+    rows = found["rows"]
+    everyone = [(index, copy) for index in range(len(probe.PROMPTS)) for copy in range(probe.COPIES)]
+    assert sorted((index, copy) for index, copy, _, _ in rows) == everyone
+    assert all(rollout == found["returned"][index][copy] for index, copy, rollout, _ in rows)
+    lengths = [len(tokens) for _, _, (tokens, _, _), _ in rows]
+    # All start in one batch, so they end in the order of their lengths; the prompts' order would be another.
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1] / 2
+    moments = [moment for *_, moment in rows]
+    assert moments == sorted(moments) and moments[0] < 0.7
+
+
+@engines
+@kinds
+def test_a_call_that_was_stopped_leaves_nothing_behind(engine: str, kind: str, observed: dict):
+    found = observed[engine][kind]
+    assert found["stopped"] == ["KeyError 1", "KeyboardInterrupt 1", "signal"]
+    assert found["after_stop"] == found["before"]
+
+
+@engines
+@kinds
 def test_a_response_ends_with_its_first_stop_token(engine: str, kind: str, observed: dict):
     ends = {True: 0, False: 0}
     for name, sampling in probe.SAMPLINGS.items():

@@ -94,6 +94,7 @@ def test_unusable_installations_of_vllm_are_explained(monkeypatch: pytest.Monkey
     ("vlm", "tied", {}, ConfigError, "rollout.engine=vlm: did you mean 'vllm'"),
     ("transformers", "nowhere", {}, ModelError, "model.path=.*nowhere: there is no such folder"),
     ("transformers", "", {}, ModelError, "model.path=.*: no config.json in this folder"),
+    ("transformers", "x.gguf", {}, ModelError, "model.path=.*x.gguf: .* upge.models.local_path makes of it"),
     ("transformers", "tied", {"dtype": "float23"}, ConfigError, "rollout.dtype=float23"),
     ("transformers", "tied", {"threads": 0}, ConfigError, "rollout.threads=0"),
     ("auto", "tied", {"max_length": 257}, ConfigError, "rollout.max_prompt_tokens or rollout.max_response_tokens"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ def mean(rows: list[dict], key: str) -> float:
 def test_the_default_gets_better(tmp_path):
     """A short run of the default: the reward rises, both branches of the gate occur from the first step."""
     out = tmp_path / "run"
-    small = ["steps=40", "prompts_per_step=16", "data.evaluation_size=48", "evaluation.samples=4"]
+    small = ["steps=40", "prompts_per_step=16", "data.evaluation_size=48", "eval.samples=4"]
     # Fewer demonstrations at a time let the rollouts' signal show within so few steps.
     done = run(*small, "algo.terms.sft.coefficient=0.3", f"output={out}", timeout=500)
     metrics, evaluations = lines(out / "metrics.jsonl"), lines(out / "evaluations.jsonl")
@@ -81,7 +82,8 @@ def test_two_ranks_with_vllm(tmp_path):
 @pytest.mark.parametrize("engine", ["vllm", "transformers"])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, engine):
     """SIGKILL in mid-training; the same command goes on, and all lines equal those of a run that was left alone."""
-    settings = [*SMALL, "steps=7", "checkpoint.every=2", "evaluation.every=3", f"rollout.engine={engine}"]
+    keys = ["checkpoint.every=2", "eval.every=3", "eval.keep_best=true"]
+    settings = [*SMALL, "steps=7", *keys, f"rollout.engine={engine}"]
     run(*settings, f"output={tmp_path / 'whole'}")
     killed = tmp_path / "killed"
     process = subprocess.Popen(
@@ -107,6 +109,22 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, engine):
         AutoModelForCausalLM.from_pretrained(tmp_path / name / "final").state_dict() for name in ("killed", "whole")
     ]
     assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[1])
+    for out in (tmp_path / "whole", killed):
+        _check_best(out)
+
+
+def _check_best(out) -> None:
+    """best/ is complete, of the first evaluation with the highest mean@k, and those are the weights of its step."""
+    evaluations = lines(out / "evaluations.jsonl")
+    facts = json.loads((out / "best" / "evaluation.json").read_text())
+    best = max(evaluations, key=lambda line: (line["all"]["mean@2"], -line["step"]))
+    assert facts == {"step": best["step"], "mean": best["all"]["mean@2"], "samples": 2}
+    kept = AutoModelForCausalLM.from_pretrained(out / "best").state_dict()
+    assert AutoTokenizer.from_pretrained(out / "best").eos_token_id is not None
+    begin = AutoModelForCausalLM.from_pretrained(ROOT / "experiments" / "models" / "tiny").state_dict()
+    last = AutoModelForCausalLM.from_pretrained(out / "final").state_dict()
+    assert all(torch.equal(kept[n], begin[n]) for n in kept) == (best["step"] == 0)
+    assert all(torch.equal(kept[n], last[n]) for n in kept) == (best["step"] == evaluations[-1]["step"])
 
 
 def test_sigterm_saves_and_the_run_goes_on(tmp_path):
@@ -138,8 +156,6 @@ GSM8K = [
 
 def test_gsm8k_files(tmp_path):
     """GSM8K's layout: worked solutions are the demonstrations of a model that solves nothing."""
-    import json
-
     for split, rows in (("train", GSM8K[:2]), ("test", GSM8K[2:])):
         text = "".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows)
         (tmp_path / f"{split}.jsonl").write_text(text)
@@ -152,7 +168,7 @@ def test_gsm8k_files(tmp_path):
         "steps=2",
         "rollout.max_response_tokens=64",
         "rollout.engine=transformers",
-        "evaluation.samples=2",
+        "eval.samples=2",
         f"output={out}",
     )
     metrics = lines(out / "metrics.jsonl")

@@ -89,7 +89,7 @@ LAYERS = [
     {"upge.theory"},
 ]
 #: Rooms beside the layers: each knows only errors and checks, and what it holds itself.
-ROOMS = {"upge.logprobs", "upge.data", "upge.verify", "upge.rollout"}
+ROOMS = {"upge.logprobs", "upge.data", "upge.verify", "upge.rollout", "upge.models"}
 TRAIN = {
     *("upge.algorithm", "upge.plan", "upge.pipeline", "upge.needs", "upge.value", "upge.stateful", "upge.estimate"),
     *("upge.components", "upge.trajectories", "upge.errors", "upge.checks", *ROOMS),
@@ -107,6 +107,8 @@ def allowed(owner: str) -> set[str] | None:
         return None
     if owner == "upge.train":
         return TRAIN | {owner}
+    if owner == "upge.evaluation":
+        return TRAIN | {owner, "upge.train", "upge.instantiate"}
     if owner in ROOMS:
         return {"upge.errors", "upge.checks", owner}
     for number, layer in enumerate(LAYERS):

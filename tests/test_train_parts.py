@@ -12,11 +12,12 @@ from omegaconf import OmegaConf
 import algorithms
 from tests.models import trajectories
 from upge.errors import ConfigError
-from upge.train.collect import Trajectory, assemble, prompt_indices, stream_seed
 from upge.train.config import OptimizerConfig, RunConfig, defaults, from_tree, meanings
 from upge.train.folder import RunFolder, read_lines
+from upge.train.order import prompt_indices, stream_seed
+from upge.train.rates import learning_rate
 from upge.train.tally import rollout_metrics
-from upge.train.trainer import learning_rate
+from upge.train.trajectory import Trajectory, assemble
 from upge.train.update import Batch, split
 
 
@@ -174,6 +175,32 @@ def test_finished_means_that_the_model_is_complete(tmp_path):
     folder.start(more, {"command": "c", "started": "later", "from_step": 6}, continues=True)
     assert not folder.is_finished and folder.open(more, "auto")
     assert [start["started"] for start in folder.facts["starts"]] == ["now", "later"]
+
+
+def test_the_best_model_survives_interruptions(tmp_path):
+    """Only a better evaluation replaces it; a kill between the renamings leaves the new one, half an export none."""
+    folder, _ = folder_with_run(tmp_path)
+
+    def line(step: int, mean: float) -> dict:
+        return {"step": step, "samples": 4, "all": {"mean@4": mean, "greedy": 1 - mean}}
+
+    def export(name: str) -> None:
+        folder.best_partial.mkdir()
+        (folder.best_partial / "weights").write_text(name)
+
+    assert folder.best_facts == {} and folder.is_best(line(0, 0.0))
+    export("first")
+    folder.settle_best(line(0, 0.25))
+    assert folder.best_facts == {"step": 0, "mean": 0.25, "samples": 4}
+    assert not folder.is_best(line(5, 0.25)) and folder.is_best(line(5, 0.26))
+    export("half")
+    folder.rewind(5)
+    assert not folder.best_partial.exists() and (folder.best / "weights").read_text() == "first"
+    export("second")
+    folder.settle_best(line(5, 0.5))
+    folder.best.rename(folder.best_partial)
+    folder.rewind(5)
+    assert (folder.best / "weights").read_text() == "second" and folder.best_facts["step"] == 5
 
 
 def test_refused_folders(tmp_path):

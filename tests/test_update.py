@@ -17,7 +17,7 @@ from tests.compositions import load
 from tests.models import save_random_model, trajectories
 from tests.update_ranks import STEP, batch_for, cases
 from upge import Algorithm, Trajectories
-from upge.train.collect import assemble
+from upge.train.trajectory import assemble
 from upge.train.update import Batch, split
 
 ROOT = Path(__file__).parent.parent

@@ -10,16 +10,14 @@ from pathlib import Path
 import pytest
 
 from upge.errors import ConfigError
-from upge.verify import Verdict, VerifierPool, last_boxed, load
-from upge.verify.math import _SIMPLE, MathVerifier, _equal, _is_plain, normalise
+from tests.verify_pools import boxed
+from upge.verify import VerifierPool, last_boxed, load
+from upge.verify.math import _SIMPLE, MathVerifier, _equal, _is_plain
+from upge.verify.normal import normalise
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 OWN = "tests.verify_examples"
-
-
-def boxed(text: str) -> str:
-    return rf"Hence the answer is \boxed{{{text}}}."
 
 
 # --- boxes ---------------------------------------------------------------------------------------------------------

@@ -14,12 +14,13 @@ import torch
 from tests.compositions import by_stage, load
 from tests.models import trajectories
 from upge import Algorithm
-from upge.train.collect import assemble
 from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.distributed import connect, leave
 from upge.train.engine import Engine
+from upge.train.rates import Rates
 from upge.train.tally import Tally
-from upge.train.update import Batch, Rates, Updater
+from upge.train.trajectory import assemble
+from upge.train.update import Batch, Updater
 
 #: The step and the state that schedules and gates with memory see.
 STEP = 7

@@ -72,3 +72,20 @@ def reads_upge(response, answer, prompt=None):
     import upge
 
     return float(upge.Trajectories.__name__ == response and upge.verify.last_boxed(answer) == "1")
+
+
+def bomb(response, answer, prompt=None):
+    if response == "hang":
+        while True:
+            pass
+    if response == "memory":
+        return float(len(bytearray(2**34)) > 0)
+    return 1.0
+
+
+class Telling:
+    def extract(self, response):
+        return {"none": None, "long": "x" * 5000, "half": "a\ud800b"}.get(response, response.upper())
+
+    def __call__(self, response, answer, prompt=None):
+        return float(response == answer)

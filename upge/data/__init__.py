@@ -5,6 +5,22 @@ from __future__ import annotations
 from upge.data.arithmetic import Arithmetic
 from upge.data.encode import Encoded, Example, encode
 from upge.data.gsm8k import GSM8K
+from upge.data.mixture import Mixture
 from upge.data.problem import Problem, Splits
+from upge.data.prompting import Prompting
+from upge.data.reasoning_gym import ReasoningGym
+from upge.data.table import Table
 
-__all__ = ["GSM8K", "Arithmetic", "Encoded", "Example", "Problem", "Splits", "encode"]
+__all__ = [
+    "GSM8K",
+    "Arithmetic",
+    "Encoded",
+    "Example",
+    "Mixture",
+    "Problem",
+    "Prompting",
+    "ReasoningGym",
+    "Splits",
+    "Table",
+    "encode",
+]

@@ -131,7 +131,7 @@ def as_problem(terms: Sequence[int], level: str) -> Problem:
         id=f"{level}/{prompt}",
         prompt=prompt,
         answer=str(sum(terms)),
-        demonstration=worked_solution(terms),
+        demonstrations=(worked_solution(terms),),
         level=level,
         where=f"arithmetic, {level}, {prompt}",
         rejected=flawed_solution(terms),

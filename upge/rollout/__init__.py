@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from upge.errors import ConfigError, nearest
-from upge.rollout.base import Rollout, Sampler, Sampling
+from upge.rollout.base import Arrived, Rollout, Sampler, Sampling
 
-__all__ = ["Rollout", "Sampler", "Sampling", "load"]
+__all__ = ["Arrived", "Rollout", "Sampler", "Sampling", "load"]
 
 ENGINES = ("auto", "vllm", "transformers")
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from upge.errors import ConfigError, UserError
+from upge.rollout.randomness import random_state_kept, response_seed
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,20 @@ class Rollout:
     finished: bool
 
 
+@dataclass(frozen=True)
+class Request:
+    """One response to be drawn: copy `copy` for prompt `index`, from a seed of its own."""
+
+    index: int
+    copy: int
+    prompt: tuple[int, ...]
+    seed: int
+
+
+#: Called with the prompt's index, the copy's index and the rollout.
+Arrived = Callable[[int, int, Rollout], None]
+
+
 class Sampler(ABC):
     """An inference engine with a copy of the policy's weights of its own.
 
@@ -76,16 +91,20 @@ class Sampler(ABC):
         self.threads = threads
         self._usable = True
 
-    def sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling,
-               seeds: Sequence[int]) -> list[list[Rollout]]:
+    def sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seeds: Sequence[int],
+               arrived: Arrived | None = None) -> list[list[Rollout]]:
         """Draw `n` responses to each prompt.
 
         prompts: token ids, one sequence a prompt; may be empty (a rank without work), then nothing happens.
         seeds:   one integer a prompt. A prompt's rollouts depend on its own seed, not on its place in the list:
                  another split of the prompts over calls or ranks gives the same ones, up to rounding where two tokens
                  nearly tie.
+        arrived: called once a rollout as `arrived(prompt_index, copy_index, rollout)`, in this thread and as soon as
+                 that response is complete, while others are still generated; generation waits for it, so let it only
+                 hand the rollout on. What it raises ends the call, and the sampler can be used again.
         Returns a list of `n` rollouts for each prompt, in order. The same weights and the same call give the same
-        rollouts, in this process and in a fresh one. The process's own random state is left as it was.
+        rollouts, in this process and in a fresh one. The process's own random state is left as it was, whatever
+        `arrived` draws from it.
         Raises UserError where a prompt is empty, holds an id outside the vocabulary, or leaves no room for
         `max_tokens` below `max_length`; ValueError where the numbers of prompts and seeds differ.
         """
@@ -99,8 +118,21 @@ class Sampler(ABC):
         self._check_prompts(prompts, sampling)
         if not prompts:
             return []
-        with _threads_set(self.threads):
-            return self._sample(prompts, n, sampling, seeds)
+        results: list[list[Rollout | None]] = [[None] * n for _ in prompts]
+
+        def complete(index: int, copy: int, rollout: Rollout) -> None:
+            assert results[index][copy] is None, (index, copy)
+            results[index][copy] = rollout
+            if arrived is not None:
+                arrived(index, copy, rollout)
+
+        # The longest prompts first: what does not fit into memory shows at the start, and batches are alike in length.
+        requests = [Request(index, copy, tuple(prompts[index]), response_seed(seeds[index], copy))
+                    for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+                    for copy in range(n)]
+        with _threads_set(self.threads), random_state_kept():
+            self._sample(requests, sampling, complete)
+        return results
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace all weights by `weights`: pairs of a Hugging Face name and a tensor of any dtype and device.
@@ -124,9 +156,11 @@ class Sampler(ABC):
         """Free the engine; the sampler cannot be used afterwards."""
 
     @abstractmethod
-    def _sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling,
-                seeds: Sequence[int]) -> list[list[Rollout]]:
-        """`sample` on checked input with at least one prompt."""
+    def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived) -> None:
+        """Call `complete` once for each request, as soon as its response is complete.
+
+        requests: checked, at least one, the longest prompts first; their order must not matter for the results.
+        """
 
     @abstractmethod
     def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

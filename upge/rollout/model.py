@@ -28,6 +28,9 @@ def read_config(model_path: str | Path, overrides: Mapping[str, Any] | None = No
     Raises ModelError naming `model.path`, ConfigError naming a key of `model.overrides` that the model does not have.
     """
     path = str(model_path)
+    if path.lower().endswith(".gguf"):
+        raise ModelError(f"model.path={path}: the engines load no GGUF files; give them the folder that "
+                         "upge.models.local_path makes of it")
     looks_local = path.startswith((".", "~", os.sep)) or path.count("/") != 1
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from upge.rollout.base import Rollout, Sampler, Sampling, rollout_of
+from upge.rollout.base import Arrived, Request, Sampler, Sampling, rollout_of
 from upge.rollout.model import (
     WeightTable,
     check_loaded,
@@ -17,7 +17,7 @@ from upge.rollout.model import (
     choose_threads,
     read_config,
 )
-from upge.rollout.randomness import random_state_kept, response_seed
+from upge.rollout.randomness import random_state_kept
 
 # Tokens (prompt and response, padding included) in a batch: the size of its cache. 2,048 rows of 64 on a GPU.
 TOKEN_BUDGET = {"cpu": 32768, "cuda": 131072}
@@ -50,36 +50,30 @@ class TransformersSampler(Sampler):
         super().__init__(max_length=choose_max_length(max_length, config),
                          vocabulary=config.get_text_config().vocab_size, reason=reason, threads=threads)
 
-    def _sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling,
-                seeds: Sequence[int]) -> list[list[Rollout]]:
-        rows = [(index, copy) for index in range(len(prompts)) for copy in range(n)]
-        rows.sort(key=lambda row: len(prompts[row[0]]))
-        results: list[list[Rollout]] = [[None] * n for _ in prompts]
-        with random_state_kept():
-            for batch in _batches(rows, [len(prompts[index]) for index, _ in rows], sampling.max_tokens, self._budget):
-                rollouts = self._generate([prompts[index] for index, _ in batch], sampling,
-                                          [response_seed(seeds[index], copy) for index, copy in batch])
-                for (index, copy), rollout in zip(batch, rollouts, strict=True):
-                    results[index][copy] = rollout
-        return results
+    def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived) -> None:
+        for batch in _batches(requests, sampling.max_tokens, self._budget):
+            self._generate(batch, sampling, complete)
 
     @torch.inference_mode()
-    def _generate(self, prompts: list[Sequence[int]], sampling: Sampling, seeds: list[int]) -> list[Rollout]:
+    def _generate(self, batch: list[Request], sampling: Sampling, complete: Arrived) -> None:
         from transformers import GenerationConfig, LogitsProcessorList
-        width = max(len(prompt) for prompt in prompts)
+        width = max(len(request.prompt) for request in batch)
         pad = sampling.stop_token_ids[0] if sampling.stop_token_ids else 0
-        padded = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        draw = _Draw(sampling, seeds, self._device)
-        sequences = self._model.generate(
+        padded = [[pad] * (width - len(request.prompt)) + list(request.prompt) for request in batch]
+        mask = [[0] * (width - len(request.prompt)) + [1] * len(request.prompt) for request in batch]
+
+        def ended(row: int, tokens: list[int], logprobs: list[float]) -> None:
+            # What `arrived` makes of it shall not be an inference tensor, which no gradient may touch.
+            with torch.inference_mode(False):
+                complete(batch[row].index, batch[row].copy, rollout_of(tokens, logprobs, sampling))
+
+        draw = _Draw(sampling, [request.seed for request in batch], self._device, ended)
+        self._model.generate(
             torch.tensor(padded, device=self._device), attention_mask=torch.tensor(mask, device=self._device),
             logits_processor=LogitsProcessorList([draw]),
             generation_config=GenerationConfig(
                 do_sample=False, num_beams=1, use_cache=True, max_new_tokens=sampling.max_tokens, pad_token_id=pad,
                 eos_token_id=list(sampling.stop_token_ids) or None, disable_compile=True))
-        tokens = sequences[:, width:].tolist()
-        logprobs = torch.stack(draw.logprobs, dim=1).tolist()
-        return [_cut(row, values, sampling) for row, values in zip(tokens, logprobs, strict=True)]
 
     @torch.no_grad()
     def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -98,12 +92,18 @@ class _Draw:
     """A logits processor that draws the token itself, keeps its log-probability and leaves `generate` no choice.
 
     Called with token ids [B, t] and logits [B, V]; returns scores [B, V] that are -inf except at the drawn token.
+    ended: called as `ended(row, tokens, logprobs)` at the step in which a row draws a stop token or its last token.
     """
 
-    def __init__(self, sampling: Sampling, seeds: Sequence[int], device: torch.device) -> None:
+    def __init__(self, sampling: Sampling, seeds: Sequence[int], device: torch.device,
+                 ended: Callable[[int, list[int], list[float]], None]) -> None:
         self._sampling = sampling
+        self._ended = ended
         self._step = 0
-        self.logprobs: list[torch.Tensor] = []
+        self._tokens = torch.zeros(len(seeds), sampling.max_tokens, dtype=torch.long, device=device)
+        self._logprobs = torch.zeros(len(seeds), sampling.max_tokens, device=device)
+        self._stops = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=device)
+        self._open = torch.ones(len(seeds), dtype=torch.bool, device=device)
         self._uniform = None
         if sampling.temperature > 0:
             # On the CPU, whatever the device: the same numbers everywhere, one short call a response.
@@ -120,9 +120,19 @@ class _Draw:
             # Scaled by just under the total, so that rounding cannot step over the last token of non-zero probability.
             target = self._uniform[:, self._step, None] * cumulative[:, -1:] * (1 - 1e-12)
             token = torch.searchsorted(cumulative, target, right=True)
+        self._tokens[:, self._step] = token[:, 0]
+        self._logprobs[:, self._step] = logprobs.gather(-1, token)[:, 0]
         self._step += 1
-        self.logprobs.append(logprobs.gather(-1, token)[:, 0])
+        self._tell(token[:, 0])
         return torch.full_like(scores, float("-inf")).scatter_(-1, token, 0.0)
+
+    def _tell(self, token: torch.Tensor) -> None:
+        """Hand on the rows whose response ends with this token [B]."""
+        last = self._step == self._sampling.max_tokens
+        ending = self._open if last else self._open & torch.isin(token, self._stops)
+        self._open = self._open & ~ending
+        for row in ending.nonzero()[:, 0].tolist():
+            self._ended(row, self._tokens[row, :self._step].tolist(), self._logprobs[row, :self._step].tolist())
 
 
 def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -139,22 +149,16 @@ def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return logits.log_softmax(dim=-1)
 
 
-def _batches(rows: list, lengths: list[int], max_tokens: int, budget: int) -> Iterator[list]:
-    """Cut rows, sorted by prompt length, into batches of at most `budget` tokens, padding included."""
-    batch: list = []
-    for row, length in zip(rows, lengths, strict=True):
-        if batch and (len(batch) + 1) * (length + max_tokens) > budget:
+def _batches(requests: Sequence[Request], max_tokens: int, budget: int) -> Iterator[list[Request]]:
+    """Cut requests, the longest prompts first, into batches of at most `budget` tokens, padding included."""
+    batch: list[Request] = []
+    for request in requests:
+        if batch and (len(batch) + 1) * (len(batch[0].prompt) + max_tokens) > budget:
             yield batch
             batch = []
-        batch.append(row)
+        batch.append(request)
     if batch:
         yield batch
-
-
-def _cut(tokens: list[int], logprobs: list[float], sampling: Sampling) -> Rollout:
-    """Drop what `generate` appended behind the first stop token."""
-    end = next((i + 1 for i, token in enumerate(tokens) if token in sampling.stop_token_ids), len(tokens))
-    return rollout_of(tokens[:end], logprobs[:end], sampling)
 
 
 def _load_model(path: str, config: Any, dtype: torch.dtype) -> torch.nn.Module:

@@ -7,85 +7,44 @@ of ranks.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from upge.algorithm import Algorithm
 from upge.data import Example
 from upge.errors import DataError
-from upge.rollout import Sampler, Sampling
+from upge.rollout import Rollout, Sampling
 from upge.train.config import RunConfig
 from upge.train.distributed import World
-from upge.train.order import held_out, least_used, permutation, prompt_indices, stream_seed
-from upge.trajectories import Trajectories
-from upge.verify import VerifierPool
+from upge.train.order import (
+    demonstration_choice,
+    held_out,
+    least_used,
+    mixed_indices,
+    permutation,
+    stream_seed,
+)
+from upge.train.trajectory import Trajectory, assemble, has_pair, usable
+from upge.train.verified import Responder
+from upge.verify import Verdict
 
 #: The stream of prompts that the steps train on, and that of prompts kept apart from it.
 TRAIN, HELD_OUT = "train", "held out"
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """One response of the step: a rollout, a demonstration or the rejected side of a pair.
-
-    Attributes:
-        example: index of its prompt in the training set.
-        group: index of its prompt within the step.
-        is_demonstration: True for all that comes from the data set.
-        sampler_logprobs: as the inference engine reported them; None for a demonstration.
-        finished: False if the response was cut at the length limit.
-        status: of the verification: 'ok', 'timeout' or 'error'; 'demonstration' where nothing was verified.
-        preference: +1 for the chosen side of a pair, -1 for the rejected one, 0 for neither.
-    """
-
-    example: int
-    group: int
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-    reward: float
-    is_demonstration: bool
-    sampler_logprobs: tuple[float, ...] | None = None
-    finished: bool = True
-    status: str = "demonstration"
-    preference: int = 0
-
-
-def has_pair(example: Example) -> bool:
-    """True if the example has both sides of a preference pair."""
-    return example.demonstration_ids is not None and example.rejected_ids is not None
-
-
-def usable(examples: Sequence[Example], needs: Any) -> list[int]:
-    """Indices of the examples from which something can be learned: all where the algorithm has rollouts, else those
-    with a demonstration or a pair, whichever it `needs`."""
-    return [
-        i
-        for i, example in enumerate(examples)
-        if needs.rollouts
-        or (needs.demonstrations and example.demonstration_ids is not None)
-        or (needs.preference_pairs and has_pair(example))
-    ]
-
-
-def decode(tokenizer: Any, responses: Sequence[Sequence[int]]) -> list[str]:
-    """The responses as text, without special tokens; no responses, no texts (where the tokenizer would make one)."""
-    return tokenizer.batch_decode(list(responses), skip_special_tokens=True) if responses else []
 
 
 class Collector:
     """Makes a step's trajectories; the same list on every rank, ordered by prompt, rollouts before demonstrations, the
     chosen side of a pair before the rejected one.
 
-    With `reserve` a tenth of the training set is kept apart: no step trains on it, and `HELD_OUT` is the stream of
-    these.
+    Args:
+        config, algorithm, examples, world: of the run; examples are the training set.
+        responder: samples and verifies; None if the algorithm has no rollouts.
+        stop_token_ids: end a response.
+        weights: the share of the prompts that each source of a mixture gets; empty: all examples come alike.
+        reserve: keeps a tenth of the training set apart: no step trains on it, and `HELD_OUT` is the stream of these.
 
     Raises:
-        DataError: no example has what the algorithm needs, or none of those kept apart has.
+        DataError: no example, none of a source, or none of those kept apart has what the algorithm needs.
     """
 
     def __init__(
@@ -93,15 +52,13 @@ class Collector:
         config: RunConfig,
         algorithm: Algorithm,
         examples: Sequence[Example],
-        sampler: Sampler | None,
-        pool: VerifierPool | None,
-        tokenizer: Any,
+        responder: Responder | None,
         stop_token_ids: tuple[int, ...],
         world: World,
+        weights: Mapping[str, float] | None = None,
         reserve: bool = False,
     ) -> None:
-        self.config, self.examples, self.world = config, examples, world
-        self.sampler, self.pool, self.tokenizer = sampler, pool, tokenizer
+        self.config, self.examples, self.world, self.responder = config, examples, world, responder
         self.sampling = Sampling(
             temperature=config.rollout.temperature,
             # No nucleus in training: the trainer's log-probs are of the full distribution at this temperature.
@@ -119,6 +76,15 @@ class Collector:
                     f"'{algorithm.name}' finds none of {len(examples)} training examples with the demonstrations or "
                     f"preference pairs that it needs{which}; choose data that has them"
                 )
+        self.weights = dict(weights or {"": 1.0})
+        source = (lambda i: examples[i].problem.source) if weights else (lambda i: "")
+        self.strata = {name: [i for i in self.streams[TRAIN] if source(i) == name] for name in self.weights}
+        for name, members in self.strata.items():
+            if not members and self.weights[name] > 0:
+                raise DataError(
+                    f"data.weights.{name}: '{algorithm.name}' finds no training example in this data set with what it "
+                    "needs; set its weight to 0, or leave the data set out"
+                )
 
     def collect(self, step: int, stream: str = TRAIN) -> tuple[list[Trajectory], dict[str, float]]:
         """The trajectories of a step (counted from 0), and figures of how they came about.
@@ -135,33 +101,44 @@ class Collector:
         count, there, seed = self.config.prompts_per_step, self.streams[stream], self.config.seed
         seeds: tuple[int | str, ...] = ("rollout", step)
         if stream == TRAIN:
-            places = prompt_indices(step, count, len(there), seed)
+            indices = mixed_indices(step, count, self.strata, self.weights, seed)
         else:
             places = permutation(len(there), stream_seed(seed, "order", stream, step))[:count]
+            indices = [there[place] for place in places]
             seeds = ("rollout", stream, step)
-        indices = [there[place] for place in places]
         figures: dict[str, float] = {"time/rollout": 0.0, "time/verify": 0.0}
         found: list[Trajectory] = []
         if self.needs.rollouts:
             found = self._rollouts(indices, seeds, figures)
             if self.redraws is not None and stream == TRAIN:
                 indices, found = self._redrawn(indices, found, step, figures)
-        found += [t for group, index in enumerate(indices) for t in self._given(group, index)]
+        found += [t for group, index in enumerate(indices) for t in self._given(group, index, step)]
         # The sort is stable and a prompt's rollouts are in order of sampling.
         return sorted(found, key=lambda t: (t.group, t.is_demonstration)), figures
 
-    def demonstrations(self, indices: Iterable[int]) -> list[Trajectory]:
-        """The demonstrations of these examples, each a group of its own; examples without one are passed over."""
-        having = [i for i in indices if self.examples[i].demonstration_ids is not None]
-        return [self._demonstration(group, index) for group, index in enumerate(having)]
+    def demonstrations(self, indices: Iterable[int], step: int) -> list[Trajectory]:
+        """The demonstrations of these examples, those of one example a group; examples without one are passed over."""
+        having = [i for i in indices if self.examples[i].demonstrations]
+        return [t for group, index in enumerate(having) for t in self._demonstrations(group, index, step)]
 
-    def _others(self, count: int, used: Iterable[int], *seed: int | str) -> list[int]:
-        """`count` examples, as long as possible not of `used`, in an order of the seed's parts."""
-        there = self.streams[TRAIN]
-        places = {index: place for place, index in enumerate(there)}
-        known = [places[index] for index in used if index in places]
-        order = least_used(count, len(there), known, stream_seed(self.config.seed, *seed))
-        return [there[place] for place in order]
+    def _others(self, missing: Mapping[str, int], used: Sequence[int], *seed: int | str) -> list[int]:
+        """So many examples of each source, as long as possible not of `used`, in an order of the seed's parts."""
+        found: list[int] = []
+        for name, count in missing.items():
+            there = self.strata[name]
+            places = {index: place for place, index in enumerate(there)}
+            known = [places[index] for index in used if index in places]
+            order = least_used(count, len(there), known, stream_seed(self.config.seed, *seed, *filter(None, [name])))
+            found += [there[place] for place in order]
+        return found
+
+    def _missing(self, wanted: Sequence[int], kept: Sequence[int]) -> dict[str, int]:
+        """Of each source, how many of the `wanted` examples are not yet replaced by one that was kept."""
+        counts = {n: sum(i in s for i in wanted) - sum(i in s for i in kept) for n, s in self._sets().items()}
+        return {name: count for name, count in counts.items() if count > 0}
+
+    def _sets(self) -> dict[str, set[int]]:
+        return {name: set(members) for name, members in self.strata.items()}
 
     def _redrawn(
         self, indices: list[int], rollouts: list[Trajectory], step: int, figures: dict[str, float]
@@ -178,7 +155,7 @@ class Collector:
             if len(kept) == wanted or rounds == self.redraws.rounds:
                 break
             # Kept ones count twice, so that in a small data set they come last.
-            indices = self._others(wanted - len(kept), tried + kept, "redraw", step, rounds)
+            indices = self._others(self._missing(first[0], kept), tried + kept, "redraw", step, rounds)
             rollouts = self._rollouts(indices, ("rollout", step, rounds), figures)
             tried += indices
             rounds += 1
@@ -200,77 +177,52 @@ class Collector:
         """All ranks' verified rollouts of these prompts, numbered from 0; each rank samples its share of them."""
         config, world = self.config, self.world
         mine = list(range(world.rank, len(indices), world.size))
-        began = time.perf_counter()
-        prompts = [self.examples[indices[g]].prompt_ids for g in mine]
         own = [stream_seed(config.seed, *seeds, g) for g in mine]
-        groups = self.sampler.sample(prompts, config.group_size, self.sampling, own)
-        sampled = time.perf_counter()
-        figures["time/rollout"] += sampled - began
-        found = self._verified(mine, indices, groups)
-        figures["time/verify"] += time.perf_counter() - sampled
+        examples = [self.examples[indices[g]] for g in mine]
+        responses = self.responder.respond(examples, config.group_size, self.sampling, own)
+        figures["time/rollout"] += responses.sampling
+        figures["time/verify"] += responses.verifying
+        found = [
+            _rollout(indices[g], g, example, *response)
+            for g, example, group in zip(mine, examples, responses.groups, strict=True)
+            for response in group
+        ]
         everywhere = [trajectory for part in world.gather(found) for trajectory in part]
         return sorted(everywhere, key=lambda t: t.group)
 
-    def _verified(self, mine: list[int], indices: list[int], groups: list) -> list[Trajectory]:
-        flat = [(g, rollout) for g, group in zip(mine, groups, strict=True) for rollout in group]
-        texts = decode(self.tokenizer, [r.token_ids for _, r in flat])
-        problems = [self.examples[indices[g]].problem for g, _ in flat]
-        items = [(text, p.answer, p.prompt) for text, p in zip(texts, problems, strict=True)]
-        verdicts = self.pool.score(items)
-        return [
-            Trajectory(
-                example=indices[g],
-                group=g,
-                prompt_ids=self.examples[indices[g]].prompt_ids,
-                response_ids=rollout.token_ids,
-                reward=verdict.reward,
-                is_demonstration=False,
-                sampler_logprobs=rollout.logprobs,
-                finished=rollout.finished,
-                status=verdict.status,
-            )
-            for (g, rollout), verdict in zip(flat, verdicts, strict=True)
-        ]
-
-    def _given(self, group: int, index: int) -> list[Trajectory]:
-        """What the data set has to say to a prompt: the demonstration, which in a pair is the chosen side, and the
-        rejected one."""
-        if self.needs.preference_pairs and has_pair(self.examples[index]):
-            chosen = self._demonstration(group, index)
-            rejected = replace(chosen, response_ids=self.examples[index].rejected_ids, reward=0.0, preference=-1)
-            return [replace(chosen, preference=1), rejected]
-        if self.needs.demonstrations and self.examples[index].demonstration_ids is not None:
-            return [self._demonstration(group, index)]
-        return []
-
-    def _demonstration(self, group: int, index: int) -> Trajectory:
+    def _given(self, group: int, index: int, step: int) -> list[Trajectory]:
+        """What the data set has to say to a prompt: demonstrations, or a pair, whose chosen side is the first of
+        them, and the rejected side."""
         example = self.examples[index]
-        return Trajectory(index, group, example.prompt_ids, example.demonstration_ids, 1.0, is_demonstration=True)
+        if self.needs.preference_pairs and has_pair(example):
+            chosen = _demonstration(index, group, example, 0)
+            rejected = replace(chosen, response_ids=example.rejected_ids, reward=0.0, preference=-1)
+            return [replace(chosen, preference=1), rejected]
+        return self._demonstrations(group, index, step) if self.needs.demonstrations else []
+
+    def _demonstrations(self, group: int, index: int, step: int) -> list[Trajectory]:
+        """Those of a prompt that have their turn in this step."""
+        example, wanted = self.examples[index], self.config.data_policy.demonstrations
+        count = len(example.demonstrations)
+        if wanted == 0 or wanted >= count:
+            return [_demonstration(index, group, example, choice) for choice in range(count)]
+        first = demonstration_choice(step, index, count, self.config.seed)
+        return [_demonstration(index, group, example, (first + i) % count) for i in range(wanted)]
 
 
-def assemble(trajectories: Sequence[Trajectory], step: int) -> Trajectories:
-    """The batch without log-probs: what can be known before the forward pass. Float64, for exact counts."""
-    lengths = torch.tensor([len(t.response_ids) for t in trajectories], dtype=torch.int64)
-    width = int(lengths.max()) if len(trajectories) else 1
-    mask = torch.arange(width) < lengths[:, None]
-    return Trajectories(
-        logprobs=None,
-        response_mask=mask,
-        rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float64),
-        group=torch.tensor([t.group for t in trajectories], dtype=torch.int64),
-        is_demonstration=torch.tensor([t.is_demonstration for t in trajectories], dtype=torch.bool),
-        sampler_logprobs=_sampler_column(trajectories, mask),
-        preference=torch.tensor([t.preference for t in trajectories], dtype=torch.int64),
-        step=step,
+def _rollout(index: int, group: int, example: Example, rollout: Rollout, verdict: Verdict) -> Trajectory:
+    return Trajectory(
+        example=index,
+        group=group,
+        prompt_ids=example.prompt_ids,
+        response_ids=rollout.token_ids,
+        reward=verdict.reward,
+        is_demonstration=False,
+        sampler_logprobs=rollout.logprobs,
+        finished=rollout.finished,
+        status=verdict.status,
     )
 
 
-def _sampler_column(trajectories: Sequence[Trajectory], mask: Tensor) -> Tensor | None:
-    """[B, T]; zero for demonstrations, which no engine sampled; None without rollouts."""
-    if all(t.sampler_logprobs is None for t in trajectories):
-        return None
-    column = torch.zeros(mask.shape)
-    for row, trajectory in enumerate(trajectories):
-        if trajectory.sampler_logprobs is not None:
-            column[row, : len(trajectory.sampler_logprobs)] = torch.tensor(trajectory.sampler_logprobs)
-    return column
+def _demonstration(index: int, group: int, example: Example, choice: int) -> Trajectory:
+    return Trajectory(index, group, example.prompt_ids, example.demonstrations[choice], 1.0, is_demonstration=True)

@@ -33,9 +33,12 @@ def section(cls: type) -> Any:
 class ModelConfig:
     """Which model, and how it is loaded and prompted."""
 
-    path: str = key("", "folder or hub name of a Hugging Face causal LM")
+    path: str = key("", "folder or hub name of a Hugging Face causal LM, or a GGUF file, alone or as PACKAGE:FILE")
     dtype: Literal["float32", "bfloat16"] = key("float32", "precision of the forward pass and of the sampler's weights")
     template: str = key("chat", "'chat' = the tokenizer's chat template, else a text with {prompt} (and {system})")
+    system: str = key("", "system message of problems that bring none")
+    instruction: str = key("", "added to every prompt as it stands, a request to box the answer for example")
+    opening: str = key("", "what every response begins with; it is written into the prompt")
     overrides: dict = key({}, "changes to the model's config.json, such as {rope_theta: 40000}")
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
 
@@ -62,6 +65,7 @@ class OptimizerConfig:
     beta1: float = key(0.9, "AdamW's decay of the mean")
     beta2: float = key(0.999, "AdamW's decay of the square")
     max_grad_norm: float = key(1.0, "gradient clipping by global norm; 0 = none")
+    skip_grad_norm: float = key(0.0, "leave out an update whose gradient norm before clipping exceeds this; 0 = never")
     mini_batches: int = key(1, "optimizer updates per pass over a step's prompts")
     epochs: int = key(1, "passes over a step's batch")
     micro_batch_tokens: int = key(16384, "most tokens of one forward pass on one rank; never changes the gradient")
@@ -90,16 +94,21 @@ class VerifyConfig:
     verifier: str = key("math", "'math', or the path of a callable (response, answer, prompt) -> reward in [0, 1]")
     workers: int = key(2, "worker processes per rank")
     time_limit: float = key(5.0, "seconds for one answer; beyond, the reward is 0 and the status 'timeout'")
+    memory_limit: float = key(4.0, "GiB that a worker may take for one answer; beyond, reward 0 and status 'error'")
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """When and how accuracy on the evaluation problems is measured."""
+class EvalConfig:
+    """When and how accuracy is measured during training."""
 
+    suite: str = key("", "benchmarks of experiments/configs/suite to measure on; empty = the data's evaluation side")
+    folder: str = key("", "folder with the suite's files; empty = what the suite says, the hub for example")
+    limit: int = key(0, "at most so many problems of each benchmark of the suite; 0 = all")
     every: int = key(0, "evaluate each so many steps; 0 = only before and after training")
     samples: int = key(8, "responses per problem for pass@k and mean@k")
     temperature: float = key(1.0, "sampling temperature of these responses")
     top_p: float = key(1.0, "nucleus of these responses")
+    keep_best: bool = key(False, "keep the weights of the best evaluation (highest mean@k) in best/")
 
 
 @dataclass(frozen=True)
@@ -112,12 +121,13 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class DataPolicy:
-    """What happens to prompts and demonstrations beyond the limits."""
+    """What of the data set is used, and what happens to prompts and demonstrations beyond the limits."""
 
     overlong_prompts: Literal["error", "drop"] = key("error", "what to do with a prompt beyond the limit")
     overlong_demonstrations: Literal["drop", "truncate", "error"] = key(
         "drop", "what to do with a demonstration beyond the response limit"
     )
+    demonstrations: int = key(1, "of a prompt's demonstrations, use so many in a step, by turns; 0 = all at once")
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,14 @@ class StopConfig:
     """When a run gives up."""
 
     nonfinite_updates: int = key(5, "stop with exit code 3 after so many non-finite updates in a row")
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """The machine that a run is meant for; what is left at 0 is found out on this one."""
+
+    gpus: int = key(0, "GPUs of the run, one a rank; 0 = the ranks of this start")
+    memory: float = key(0.0, "GiB of memory of one GPU (without GPUs: of the machine); 0 = what there is")
 
 
 @dataclass(frozen=True)
@@ -146,10 +164,11 @@ class RunConfig:
     critic: CriticConfig = section(CriticConfig)
     reference: ReferenceConfig = section(ReferenceConfig)
     verify: VerifyConfig = section(VerifyConfig)
-    evaluation: EvaluationConfig = section(EvaluationConfig)
+    eval: EvalConfig = section(EvalConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     data_policy: DataPolicy = section(DataPolicy)
     stop: StopConfig = section(StopConfig)
+    hardware: HardwareConfig = section(HardwareConfig)
 
     def __post_init__(self) -> None:
         positive = {
@@ -160,11 +179,12 @@ class RunConfig:
             "optimizer.mini_batches": self.optimizer.mini_batches,
             "optimizer.epochs": self.optimizer.epochs,
             "optimizer.micro_batch_tokens": self.optimizer.micro_batch_tokens,
-            "evaluation.samples": self.evaluation.samples,
+            "eval.samples": self.eval.samples,
             "stop.nonfinite_updates": self.stop.nonfinite_updates,
             "rollout.memory_fraction": self.rollout.memory_fraction,
             "verify.workers": self.verify.workers,
             "verify.time_limit": self.verify.time_limit,
+            "verify.memory_limit": self.verify.memory_limit,
         }
         for name, value in positive.items():
             if not value > 0:
@@ -177,12 +197,17 @@ class RunConfig:
             "steps": self.steps,
             "seed": self.seed,
             "log_rollouts": self.log_rollouts,
-            "evaluation.every": self.evaluation.every,
+            "eval.every": self.eval.every,
             "checkpoint.every": self.checkpoint.every,
             "checkpoint.keep": self.checkpoint.keep,
             "optimizer.lr": self.optimizer.lr,
             "optimizer.warmup_steps": self.optimizer.warmup_steps,
             "optimizer.max_grad_norm": self.optimizer.max_grad_norm,
+            "optimizer.skip_grad_norm": self.optimizer.skip_grad_norm,
+            "eval.limit": self.eval.limit,
+            "data_policy.demonstrations": self.data_policy.demonstrations,
+            "hardware.gpus": self.hardware.gpus,
+            "hardware.memory": self.hardware.memory,
             "optimizer.weight_decay": self.optimizer.weight_decay,
             "critic.lr": self.critic.lr,
             "critic.warmup_steps": self.critic.warmup_steps,
@@ -198,7 +223,7 @@ class RunConfig:
                 f"{self.prompts_per_step}; choose a divisor, so that every update averages over as many prompts"
             )
         shares = {
-            "evaluation.top_p": self.evaluation.top_p,
+            "eval.top_p": self.eval.top_p,
             "rollout.memory_fraction": self.rollout.memory_fraction,
         }
         for name, value in shares.items():
@@ -207,7 +232,7 @@ class RunConfig:
         for name, value in (("beta1", self.optimizer.beta1), ("beta2", self.optimizer.beta2)):
             if not 0 <= value < 1:
                 raise ConfigError(f"optimizer.{name}: found {value}; it must lie in [0, 1)")
-        for name, value in (("rollout", self.rollout.temperature), ("evaluation", self.evaluation.temperature)):
+        for name, value in (("rollout", self.rollout.temperature), ("eval", self.eval.temperature)):
             if value < 0.01:
                 raise ConfigError(f"{name}.temperature: found {value}; it must be at least 0.01")
 

@@ -6,20 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from upge.data import Example
-from upge.rollout import Sampler, Sampling
-from upge.train.collect import decode, stream_seed
+from upge.rollout import Sampling
 from upge.train.config import RunConfig
 from upge.train.distributed import World
+from upge.train.order import stream_seed
+from upge.train.verified import Responder
 from upge.trajectories import SUCCESS_REWARD
-from upge.verify import VerifierPool
 
 
 def evaluate(
     config: RunConfig,
     examples: Sequence[Example],
-    sampler: Sampler,
-    pool: VerifierPool,
-    tokenizer: Any,
+    responder: Responder,
     stop_token_ids: tuple[int, ...],
     world: World,
 ) -> dict[str, Any]:
@@ -30,13 +28,13 @@ def evaluate(
     two evaluations of the same weights agree.
     """
     mine = list(range(world.rank, len(examples), world.size))
-    k = config.evaluation.samples
+    k = config.eval.samples
     limits = {"max_tokens": config.rollout.max_response_tokens, "stop_token_ids": stop_token_ids}
-    settings = Sampling(temperature=config.evaluation.temperature, top_p=config.evaluation.top_p, **limits)
+    settings = Sampling(temperature=config.eval.temperature, top_p=config.eval.top_p, **limits)
     seeds = [stream_seed(config.seed, "evaluation", i) for i in mine]
     own = [examples[i] for i in mine]
-    greedy = _solved(own, 1, Sampling(temperature=0.0, **limits), seeds, sampler, pool, tokenizer)
-    sampled = _solved(own, k, settings, seeds, sampler, pool, tokenizer)
+    greedy = _solved(responder, own, 1, Sampling(temperature=0.0, **limits), seeds)
+    sampled = _solved(responder, own, k, settings, seeds)
     rows = [(i, g[0], s) for i, g, s in zip(mine, greedy, sampled, strict=True)]
     everywhere = sorted(row for part in world.gather(rows) for row in part)
     levels: dict[str, list] = {}
@@ -44,28 +42,18 @@ def evaluate(
         levels.setdefault(examples[index].problem.level or "all", []).append((first, others))
     return {
         "samples": k,
-        "temperature": config.evaluation.temperature,
+        "temperature": config.eval.temperature,
         "levels": {level: _figures(rows, k) for level, rows in levels.items()},
         "all": _figures([row[1:] for row in everywhere], k),
     }
 
 
 def _solved(
-    examples: Sequence[Example],
-    n: int,
-    sampling: Sampling,
-    seeds: Sequence[int],
-    sampler: Sampler,
-    pool: VerifierPool,
-    tokenizer: Any,
+    responder: Responder, examples: Sequence[Example], n: int, sampling: Sampling, seeds: Sequence[int]
 ) -> list[list[bool]]:
     """Per problem, which of its n responses are right."""
-    groups = sampler.sample([example.prompt_ids for example in examples], n, sampling, seeds)
-    texts = decode(tokenizer, [r.token_ids for group in groups for r in group])
-    problems = [example.problem for example in examples for _ in range(n)]
-    verdicts = pool.score([(text, p.answer, p.prompt) for text, p in zip(texts, problems, strict=True)])
-    right = [v.reward > SUCCESS_REWARD for v in verdicts]
-    return [right[i * n : (i + 1) * n] for i in range(len(examples))]
+    responses = responder.respond(examples, n, sampling, seeds)
+    return [[verdict.reward > SUCCESS_REWARD for _, verdict in group] for group in responses.groups]
 
 
 def _figures(rows: list[tuple[bool, list[bool]]], k: int) -> dict[str, float]:

@@ -17,14 +17,20 @@ from upge.errors import ConfigError
 FREE_KEYS = ("steps", "resume", "output", "checkpoint", "log_rollouts")
 
 
+#: In best/, which evaluation it was.
+BEST_FACTS = "evaluation.json"
+
+
 class RunFolder:
-    """config.yaml, run.json, metrics.jsonl, evaluations.jsonl, rollouts/, checkpoints/, final/ under `path`."""
+    """config.yaml, run.json, metrics.jsonl, evaluations.jsonl, rollouts/, checkpoints/, best/, final/ under `path`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
         self.final_partial = path / "final.partial"
+        self.best = path / "best"
+        self.best_partial = path / "best.partial"
 
     @property
     def is_finished(self) -> bool:
@@ -35,6 +41,12 @@ class RunFolder:
     def facts(self) -> dict[str, Any]:
         """run.json; empty where there is none yet."""
         path = self.path / "run.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    @property
+    def best_facts(self) -> dict[str, Any]:
+        """Which evaluation best/ comes from: `step`, `mean`, `samples`; empty where nothing was kept."""
+        path = self.best / BEST_FACTS
         return json.loads(path.read_text()) if path.is_file() else {}
 
     def checkpoint_steps(self) -> list[int]:
@@ -116,6 +128,18 @@ class RunFolder:
         self.final_partial.rename(self.final)
         self._write_facts({**self.facts, "finished_step": step})
 
+    def is_best(self, line: Mapping[str, Any]) -> bool:
+        """True if this evaluation's mean@k is above that of every earlier one, or nothing was kept of those."""
+        best = self.best_facts
+        return not best or _mean(line) > best["mean"]
+
+    def settle_best(self, line: Mapping[str, Any]) -> None:
+        """Makes the model exported to `best_partial` the best one."""
+        facts = {"step": line["step"], "mean": _mean(line), "samples": line["samples"]}
+        write_atomically(self.best_partial / BEST_FACTS, json.dumps(facts, indent=2) + "\n")
+        shutil.rmtree(self.best, ignore_errors=True)
+        self.best_partial.rename(self.best)
+
     def _write_facts(self, facts: Mapping[str, Any]) -> None:
         write_atomically(self.path / "run.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
@@ -129,7 +153,9 @@ class RunFolder:
         for path in (self.path / "rollouts").glob("step_*.jsonl"):
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
-        for path in (*self.checkpoints.glob("*.partial"), self.final_partial):
+        if not self.best.exists() and (self.best_partial / BEST_FACTS).is_file():
+            self.best_partial.rename(self.best)  # complete, and the one before is gone
+        for path in (*self.checkpoints.glob("*.partial"), self.final_partial, self.best_partial):
             shutil.rmtree(path, ignore_errors=True)
 
     def is_evaluated(self, step: int) -> bool:
@@ -157,6 +183,11 @@ class RunFolder:
         if keep:
             for old in self.checkpoint_steps()[:-keep]:
                 shutil.rmtree(self.checkpoints / self.tag(old))
+
+
+def _mean(line: Mapping[str, Any]) -> float:
+    """The mean@k over all problems of a line of evaluations.jsonl."""
+    return float(line["all"][f"mean@{line['samples']}"])
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

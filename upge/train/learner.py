@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from upge.algorithm import Algorithm, Plan
 from upge.data import Example
 from upge.stateful import UTILITY_SLOPE, StatefulGate
-from upge.train.collect import HELD_OUT, Collector, Trajectory, assemble
+from upge.train.collect import HELD_OUT, Collector
 from upge.train.config import OptimizerConfig
 from upge.train.critic import CriticEngine
 from upge.train.engine import Engine
 from upge.train.frozen import FrozenPolicy
+from upge.train.rates import Rates
 from upge.train.tally import UpdateReport
-from upge.train.update import Rates, Updater
+from upge.train.trajectory import Trajectory, assemble
+from upge.train.update import Updater
 
 #: The name of the optimizer moments that belong to interludes.
 _INTERLUDE = "interlude"
@@ -173,12 +175,12 @@ class Learner:
         batch = dataclasses.replace(assemble(trajectories, step), state=memory.variables)
         open_rows = (interlude.gate(interlude.gate.view(batch)) != 0).tolist()
         prompts = {t.group: t.example for t, is_open in zip(trajectories, open_rows, strict=True) if is_open}
-        memory.remembered += [e for e in prompts.values() if self.examples[e].demonstration_ids is not None]
+        memory.remembered += [e for e in prompts.values() if self.examples[e].demonstrations]
         while rates.policy is not None and len(memory.remembered) >= interlude.size:
             chosen, memory.remembered = memory.remembered[: interlude.size], memory.remembered[interlude.size :]
             if interlude.own_optimizer:
                 self.models.policy.use_optimizer(_INTERLUDE)
-            demonstrations = self.collector.demonstrations(chosen)
+            demonstrations = self.collector.demonstrations(chosen, step)
             report = self.aside.update(demonstrations, step, Rates(rates.policy * interlude.lr_factor))
             if interlude.own_optimizer:
                 self.models.policy.use_optimizer("main")

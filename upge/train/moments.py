@@ -34,10 +34,21 @@ def take_gradient(zero: Any, rank: int) -> list[Tensor]:
             size = parameter.partition_numel()
             held = min(max(parameter.ds_numel - rank * size, 0), size)
             taken.append(partitions[group][place].reshape(-1)[:held].clone())
+    drop_gradient(zero)
+    return taken
+
+
+def drop_gradient(zero: Any) -> None:
+    """Forgets the gradient so far: the next backward pass starts from zero."""
     zero.zero_grad()
     zero.averaged_gradients = {}
     zero.grad_partitions_flat_buffer.zero_()
-    return taken
+
+
+def gradient_norm(zero: Any) -> float:
+    """The global norm of the gradient so far, before clipping; after the last backward pass, on all ranks."""
+    groups = [zero.get_grad_norm_direct(zero.averaged_gradients[i], g) for i, g in enumerate(zero.fp16_groups)]
+    return float(torch.stack([norm.double() for norm in groups]).norm()) if min(groups) >= 0 else float("nan")
 
 
 class Moments:

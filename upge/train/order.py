@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+
+#: The golden ratio's fraction.
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 def stream_seed(*parts: int | str) -> int:
@@ -22,13 +25,84 @@ def permutation(size: int, seed: int) -> list[int]:
 
 def prompt_indices(step: int, prompts_per_step: int, size: int, seed: int) -> list[int]:
     """The prompts of a step (counted from 0): a stream of seeded permutations of the data set, cut into steps."""
+    return _stream(step * prompts_per_step, prompts_per_step, size, seed, "order")
+
+
+def mixed_indices(
+    step: int, prompts_per_step: int, strata: Mapping[str, Sequence[int]], weights: Mapping[str, float], seed: int
+) -> list[int]:
+    """The prompts of a step (counted from 0) where several sources share it.
+
+    Of the n prompts of every step a source with the share w has ⌊wn⌋ or ⌈wn⌉. Which of the two follows from a sequence
+    of low discrepancy, so that its number over many steps is that of its share but for a few prompts. Its own prompts
+    come as those of `prompt_indices` do: none again before all have come. A single source called "" has exactly that
+    order.
+
+    Args:
+        step, prompts_per_step, seed: as for `prompt_indices`.
+        strata: source → its prompts.
+        weights: source → its share of the prompts, of any sum; one with 0 never comes and may have no prompts.
+
+    Returns:
+        Prompts of `strata`, those of the sources in a seeded order.
+    """
+    names = sorted(weights)
+    before, now = _counts(step, prompts_per_step, [weights[name] for name in names], seed)
     found: list[int] = []
-    position = step * prompts_per_step
-    while len(found) < prompts_per_step:
+    for name, position, count in zip(names, before, now, strict=True):
+        parts = (seed, "order", *filter(None, [name]))
+        found += [strata[name][place] for place in _stream(position, count, len(strata[name]), *parts)]
+    if len(names) == 1:
+        return found
+    # Mixed, so that the step can be cut into updates.
+    return [found[place] for place in permutation(len(found), stream_seed(seed, "mixed", step))]
+
+
+def demonstration_choice(turn: int, example: int, count: int, seed: int) -> int:
+    """Which of the `count` demonstrations of an example has its turn: in every `count` turns in a row, each has one.
+
+    `turn` is the number of times that the example has come before, where the caller knows it; another number that grows
+    with them, such as the step, makes it a choice by chance, all demonstrations alike.
+    """
+    round_, place = divmod(turn, count)
+    return permutation(count, stream_seed(seed, "demonstration", example, round_))[place]
+
+
+def _stream(position: int, count: int, size: int, *parts: int | str) -> list[int]:
+    """`count` numbers below `size` from a position of the stream of permutations that these parts of a seed make."""
+    found: list[int] = []
+    while len(found) < count:
         epoch, start = divmod(position + len(found), size)
-        order = permutation(size, stream_seed(seed, "order", epoch))
-        found += order[start : start + prompts_per_step - len(found)]
+        order = permutation(size, stream_seed(*parts, epoch))
+        found += order[start : start + count - len(found)]
     return found
+
+
+#: Fractions of a prompt are counted in units of 1 / UNIT.
+_UNIT = 1 << 32
+#: Multiples of the golden section, modulo _UNIT, are as evenly spread as any sequence's: the step's offsets.
+_GOLDEN = 0x9E3779B9
+
+
+def _counts(step: int, count: int, weights: Sequence[float], seed: int) -> tuple[list[int], list[int]]:
+    """How many of the prompts before a step, and of the `count` of the step, each source has.
+
+    The sources lie side by side on a line as long as the step has prompts; those of the step are the points offset, 1 +
+    offset, 2 + offset, ... on it. So a source gets one of the two whole numbers beside its length, in a share of the
+    steps that is the fraction of the length; all in integers, so that no rounding adds up.
+    """
+    total, length = math.fsum(weights), 0.0
+    bounds = [0]
+    for weight in weights:
+        length += weight
+        bounds.append(round(length / total * count * _UNIT))
+    start = stream_seed(seed, "mixture")
+    offsets = (start + torch.arange(step + 1, dtype=torch.int64) * _GOLDEN) % _UNIT
+    # Points below a bound: one for every whole unit below it, and one more in steps whose offset is below the rest.
+    below = [(bound // _UNIT, offsets < bound % _UNIT) for bound in bounds]
+    before = [whole * step + int(more[:step].sum()) for whole, more in below]
+    now = [whole + int(more[step]) for whole, more in below]
+    return [b - a for a, b in pairwise(before)], [b - a for a, b in pairwise(now)]
 
 
 def held_out(size: int, seed: int) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from upge.estimate import Estimate, TokenRecord, summarise
-from upge.train.collect import Trajectory
+from upge.train.trajectory import Trajectory
 from upge.trajectories import SUCCESS_REWARD, Trajectories
 
 
@@ -78,8 +78,9 @@ class UpdateReport:
     """What the updates of a step did.
 
     Attributes:
-        grad_norms: of each of the policy's updates, before clipping; infinite for one that was skipped.
+        grad_norms: of each of the policy's updates, before clipping; infinite for one whose gradient was not finite.
         skipped: updates dropped because their gradient was not finite, the critic's and the interludes' included.
+        above_limit: the policy's updates left out because the gradient's norm exceeded `optimizer.skip_grad_norm`.
         counted: (demonstrations, trajectories) with a coefficient other than zero.
         silent_prompts: share of the prompts none of whose trajectories can contribute to the gradient.
         tally: this rank's sums.
@@ -89,6 +90,7 @@ class UpdateReport:
 
     grad_norms: list[float]
     skipped: int
+    above_limit: int
     counted: tuple[int, int]
     silent_prompts: float
     tally: Tally
@@ -107,7 +109,8 @@ def step_metrics(report: UpdateReport, tallies: Sequence[Tally]) -> dict[str, fl
     found["gate/demonstration_share"] = demonstrations / counted if counted else 0.0
     found["gate/silent_prompts"] = report.silent_prompts
     found["grad_norm"] = _mean_finite(report.grad_norms)
-    found["updates"] = sum(n != float("inf") for n in report.grad_norms)
+    found["updates"] = sum(n != float("inf") for n in report.grad_norms) - report.above_limit
+    found["updates_above_limit"] = report.above_limit
     if report.critic_norms:
         found["critic/loss"] = total.value_loss / len(report.critic_norms)
         found["critic/grad_norm"] = _mean_finite(report.critic_norms)

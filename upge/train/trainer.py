@@ -5,24 +5,27 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from upge.algorithm import Algorithm
-from upge.data import Example
+from upge.data import Example, Prompting
 from upge.pipeline import Pipeline, Span
 from upge.rollout import Sampler
-from upge.train.collect import Collector, Trajectory, decode, stream_seed
-from upge.train.config import OptimizerConfig, RunConfig
+from upge.train.collect import Collector
+from upge.train.config import RunConfig
 from upge.train.distributed import World
 from upge.train.evaluate import evaluate
 from upge.train.folder import RunFolder
 from upge.train.learner import Learner, Memory, Models
+from upge.train.order import stream_seed
+from upge.train.rates import rates_of
 from upge.train.tally import UpdateReport, rollout_metrics, step_metrics
-from upge.train.update import Rates
+from upge.train.trajectory import Trajectory
+from upge.train.verified import Responder
 from upge.verify import VerifierPool
 
 #: Exit codes of a run that has begun.
@@ -47,8 +50,8 @@ class Parts:
     algorithm: Algorithm | Pipeline
     train: Sequence[Example]
     evaluation: Sequence[Example]
-    tokenizer: Any
-    stop_token_ids: tuple[int, ...]
+    weights: Mapping[str, float]
+    prompting: Prompting
     models: Models
     sampler: Sampler
     pool: VerifierPool
@@ -73,6 +76,7 @@ class Trainer:
     ) -> None:
         self.parts, self.report_step, self.report_evaluation = parts, report_step, report_evaluation
         self.spans = [s for s in Pipeline.of(parts.algorithm).spans(parts.config.steps) if s.end > s.first]
+        self.responder = Responder(parts.sampler, parts.pool, parts.prompting)
         self.learners = [self._learner(span) for span in self.spans]
         self.state = State()
         self.sampler_is_stale = True
@@ -104,7 +108,7 @@ class Trainer:
             too_many = self._step()
             step, last = self.state.step, self.state.step == config.steps
             stage_ends = any(step == span.end for span in self.spans)
-            if (_due(step, config.evaluation.every) or stage_ends) and not last:
+            if (_due(step, config.eval.every) or stage_ends) and not last:
                 self._evaluate()
             stopped = self._stop_signal()
             if too_many or (config.checkpoint.every and (last or _due(step, config.checkpoint.every))):
@@ -128,8 +132,19 @@ class Trainer:
         folder, world = self.parts.folder, self.parts.world
         self.parts.models.policy.export(folder.final_partial)
         if world.is_main:
-            self.parts.tokenizer.save_pretrained(folder.final_partial)
+            self.parts.prompting.tokenizer.save_pretrained(folder.final_partial)
             folder.finish(self.state.step)
+
+    def _keep_if_best(self, line: dict[str, Any]) -> None:
+        """Writes the weights to best/ where the evaluation that has just been recorded is the best so far."""
+        folder, world = self.parts.folder, self.parts.world
+        if not world.share(world.is_main and folder.is_best(line)):
+            return
+        self.parts.models.policy.export(folder.best_partial)
+        if world.is_main:
+            self.parts.prompting.tokenizer.save_pretrained(folder.best_partial)
+            folder.settle_best(line)
+        world.barrier()
 
     def save(self) -> None:
         """A checkpoint of the present state; a half-written one never counts."""
@@ -150,8 +165,8 @@ class Trainer:
         p = self.parts
 
         def collector_for(algorithm: Algorithm, reserve: bool) -> Collector:
-            given = (p.config, algorithm, p.train, p.sampler, p.pool, p.tokenizer, p.stop_token_ids, p.world)
-            return Collector(*given, reserve)
+            given = (p.config, algorithm, p.train, self.responder, p.prompting.stop_token_ids, p.world)
+            return Collector(*given, p.weights, reserve)
 
         return Learner(span.stage.algorithm, p.models, p.config.optimizer, p.train, collector_for)
 
@@ -162,14 +177,6 @@ class Trainer:
             self.parts.models.policy.reset_optimizer(everything=True)
             if self.parts.models.critic is not None:
                 self.parts.models.critic.reset_optimizer(everything=True)
-
-    def _rates(self, span: Span) -> Rates:
-        """The learning rates of the present step, by its place in its stage."""
-        config, place = self.parts.config, self.state.step - span.first
-        waiting = config.critic.warmup_steps if span.stage.algorithm.critic is not None else 0
-        course = learning_rate(config.optimizer, max(0, place - waiting), max(1, span.end - span.first - waiting))
-        critic = learning_rate(replace(config.optimizer, lr=config.critic.lr), place, span.end - span.first)
-        return Rates(None if place < waiting else course * span.stage.lr_factor, critic)
 
     def _step(self) -> bool:
         """One step; True if too many updates in a row were not finite."""
@@ -184,7 +191,7 @@ class Trainer:
         place = state.step - span.first
         collected = learner.collect(state.step, place)
         self._sleep_sampler()
-        rates = self._rates(span)
+        rates = rates_of(config, span, state.step)
         start = time.perf_counter()
         report, figures = learner.update(collected, place, rates, state.memory)
         figures |= collected.figures | {"time/train": time.perf_counter() - start, "time/sync": sync}
@@ -251,14 +258,17 @@ class Trainer:
         if p.world.share(p.world.is_main and p.folder.is_evaluated(self.state.step)):
             return  # by the run that this one continues, after the same update
         self._refresh_sampler()
-        figures = evaluate(p.config, p.evaluation, p.sampler, p.pool, p.tokenizer, p.stop_token_ids, p.world)
+        figures = evaluate(p.config, p.evaluation, self.responder, p.prompting.stop_token_ids, p.world)
+        line = {"step": self.state.step, **figures, "time": time.perf_counter() - began}
+        if p.config.eval.keep_best:
+            # Before the line is there: an interruption in between leads to another evaluation, not to a missing model.
+            self._keep_if_best(line)
         if p.world.is_main:
-            line = {"step": self.state.step, **figures, "time": time.perf_counter() - began}
             p.folder.append("evaluations.jsonl", line)
             self.report_evaluation(line)
 
     def _rows(self, trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
-        texts = decode(self.parts.tokenizer, [t.response_ids for t in trajectories])
+        texts = self.parts.prompting.decode([t.response_ids for t in trajectories])
         found = []
         for trajectory, text in zip(trajectories, texts, strict=True):
             problem = self.parts.train[trajectory.example].problem
@@ -286,14 +296,3 @@ class Trainer:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of a step (counted from 0): linear warm-up, then constant, or falling towards 0, which the
-    step after the last would have."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    share = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    return config.lr * ((1 - share) if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,13 +13,14 @@ from torch import Tensor
 from upge.algorithm import Algorithm, Plan
 from upge.components.base import Precomputed
 from upge.needs import COMPUTED
-from upge.train.collect import Trajectory, assemble
 from upge.train.config import OptimizerConfig
 from upge.train.critic import CriticEngine
 from upge.train.engine import Engine
 from upge.train.frozen import FrozenPolicy
 from upge.train.packing import distribute, packed_length
+from upge.train.rates import Rates
 from upge.train.tally import Tally, UpdateReport, fit_of
+from upge.train.trajectory import Trajectory, assemble
 from upge.trajectories import Trajectories
 
 
@@ -32,13 +34,6 @@ class Batch(NamedTuple):
         """The trajectories of one of several updates."""
         columns = self.columns.select(rows, row=torch.arange(len(rows)))
         return Batch(columns, [self.members[i] for i in rows.tolist()])
-
-
-class Rates(NamedTuple):
-    """The learning rates of a step; a policy's rate of None leaves it as it is."""
-
-    policy: float | None
-    critic: float = 0.0
 
 
 class Updater:
@@ -69,7 +64,7 @@ class Updater:
         plans = self.algorithm.plans(whole.columns, cuts)
         batches = [whole.taken(rows) for rows in cuts]
         batches = [self._completed(batch, plan) for batch, plan in zip(batches, plans, strict=True)]
-        tally, norms, critic_norms = Tally(), [], []
+        tally, norms, critic_norms, above_limit = Tally(), [], [], 0
         first = next(((b, p) for b, p in zip(batches, plans, strict=True) if bool(p.keep.any())), None)
         if rates.policy is None or first is None or not _has_rollouts(*first):
             self._probe(trajectories, step, tally)
@@ -78,13 +73,15 @@ class Updater:
             for batch, plan, goal in zip(batches, plans, goals, strict=True):
                 if rates.policy is not None and bool(plan.keep.any()):
                     self.accumulate(batch, plan, tally, on_policy=not norms)
-                    norms.append(_norm(self.engine.step(rates.policy)))
+                    result = self.engine.step(rates.policy, self.config.skip_grad_norm)
+                    norms.append(_norm(result))
+                    above_limit += not result.applied and norms[-1] != float("inf")
                 if goal is not None and bool((goal[1] != 0).any()):
                     self._accumulate_values(batch, *goal, tally)
                     critic_norms.append(_norm(self.critic.step(rates.critic)))
         skipped = [*norms, *critic_norms].count(float("inf"))
         figures = _coefficients(plans) | self._fit(batches, goals)
-        return UpdateReport(norms, skipped, *_shares(batches, plans), tally, figures, critic_norms)
+        return UpdateReport(norms, skipped, above_limit, *_shares(batches, plans), tally, figures, critic_norms)
 
     def fill(self, trajectories: Sequence[Trajectory], step: int, state: Mapping[str, float] | None = None) -> Batch:
         """The whole step's batch with the columns that parts read before the forward pass, on all trajectories."""
@@ -251,7 +248,8 @@ def _told(loss: Tensor) -> Tensor:
 
 
 def _norm(result: NamedTuple) -> float:
-    return result.grad_norm if result.applied else float("inf")
+    """The gradient's norm, infinite where the gradient was not finite."""
+    return result.grad_norm if result.applied or math.isfinite(result.grad_norm) else float("inf")
 
 
 def _has_rollouts(batch: Batch, plan: Plan) -> bool:

@@ -17,14 +17,15 @@ from upge.errors import ModelError, UserError
 from upge.rollout.model import check_loaded, read_config
 from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.distributed import World
-from upge.train.moments import Moments, take_gradient
+from upge.train.moments import Moments, drop_gradient, gradient_norm, take_gradient
 
 #: The key of our own state among DeepSpeed's in a checkpoint.
 _STATE = "upge"
 
 
 class StepResult(NamedTuple):
-    """What an optimizer update did: `applied` is False if the gradient was not finite and the update was skipped."""
+    """What an optimizer update did: `applied` is False if the update was skipped, because the gradient was not finite
+    or its norm, which is that before clipping, above the limit."""
 
     applied: bool
     grad_norm: float
@@ -55,8 +56,12 @@ class TrainedModule:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.world.size)
 
-    def step(self, lr: float) -> StepResult:
-        """Clips and applies the gradient with learning rate `lr`; a gradient that is not finite is dropped."""
+    def step(self, lr: float, limit: float = 0.0) -> StepResult:
+        """Clips and applies the gradient with learning rate `lr`; a gradient that is not finite is dropped, and, where
+        there is a `limit`, one whose norm exceeds it."""
+        if limit and (norm := gradient_norm(self._engine.optimizer)) > limit:
+            drop_gradient(self._engine.optimizer)
+            return StepResult(False, norm)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()

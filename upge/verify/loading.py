@@ -9,7 +9,14 @@ from typing import Any
 
 from upge.errors import ConfigError, nearest
 
-BUILT_IN = {"math": "upge.verify.math.MathVerifier"}
+BUILT_IN = {
+    "math": "upge.verify.math.MathVerifier",
+    "math_last": "upge.verify.math.LAST_ANSWER",
+    "number": "upge.verify.number.NumberVerifier",
+    "choice": "upge.verify.choice.ChoiceVerifier",
+    "regex": "upge.verify.regex.RegexVerifier",
+    "reasoning_gym": "upge.verify.gym.ReasoningGymVerifier",
+}
 
 Verifier = Callable[[str, str, str | None], float]
 """(response, ground truth, prompt) → reward in [0, 1]."""

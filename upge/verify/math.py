@@ -1,4 +1,4 @@
-r"""Does the boxed answer of a response equal the ground truth, as mathematics?
+r"""Does the final answer of a response equal the ground truth, as mathematics?
 
 Exact match of the normalised texts comes first (0.01 ms), then math-verify (about 5 ms; `verify(gold, answer)`, gold
 first). math-verify's own time-outs are SIGALRM and work in a main thread only, hence they are switched off: an answer
@@ -10,73 +10,60 @@ from __future__ import annotations
 import functools
 import logging
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from upge.verify.answers import final_answer
+from upge.verify.base import LONGEST_ANSWER, AnswerVerifier, shown
 from upge.verify.boxed import last_boxed
+from upge.verify.normal import NUMBER, is_invisible, loose, normalise, spell
+from upge.verify.undone import is_copied, is_fraction, leaves_undone
 
-LONGEST_ANSWER = 1000
-"""Characters of a box that are still parsed; a longer one can only match exactly."""
-
-_INTEGER = re.compile(r"[+-]?\d+")
-_NUMBER = re.compile(r"([+-]?)(?=\.?\d)(\d*)(?:\.(\d*))?")
-_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?:\.\d+)?")
-_FRACTION = re.compile(r"[+-]?(?:\d+/\d+|\\frac\{[+-]?\d+\}\{\d+\})")
-_SURD = r"[+-]?(?=[\d\\])\d*(?:\\pi|\\sqrt\{\d+\})?"
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+_SURD = r"[+-]?(?=[0-9\\])[0-9]*(?:\\pi|\\sqrt\{[0-9]+\})?"
 _SIMPLE = re.compile(rf"{_SURD}|[+-]?\\frac\{{{_SURD}\}}\{{{_SURD}\}}")
 """Multiples of a root or of π, and fractions of them: a ground truth that is known to parse."""
-_WRAPPERS = (
-    re.compile(r"\\f?box(?:ed)?\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}"),
-    re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}$]*)\}"),
-    re.compile(r"(?<!\\)\$\$?([^$]*[^$\\])\$\$?"),
-    re.compile(r"\\\((.*)\\\)", re.DOTALL),
-    re.compile(r"\\\[(.*)\\\]", re.DOTALL),
-)
-_REPLACEMENTS = (
-    (re.compile(r"\\[dt]frac(?![a-zA-Z])"), r"\\frac"),
-    (re.compile(r"\\(?:left|right)(?![a-zA-Z])\s*\.?"), ""),
-    (re.compile(r"\\displaystyle(?![a-zA-Z])|(?<!\\)\\[!,;:]"), ""),
-    (re.compile(r"(?<!\\)\\ |~"), " "),
-    (re.compile("\\{,\\}(?=\\d)"), ","),
-    (re.compile("[\u2212\u2013]"), "-"),
-    (re.compile(r"(?<=\d)\.(?![\d.a-zA-Z\\])"), ""),
-    (re.compile(r"\s+"), " "),
-    (re.compile(r"(?<![a-zA-Z0-9]) | (?![a-zA-Z0-9])"), ""),
-)
-_SCIENTIFIC = re.compile(r"\*10\^(?:\{[+-]?\d+\}|\d)")
-_ARITHMETIC = re.compile(r"[\d.,+\-*/(){}^ ]+")
-_TO_DO = re.compile(r"[\d.)}] ?(?:[+\-*] ?[\d.({+\-]|\()")
+_PERCENT = re.compile(r"\\?%")
+_BASED = re.compile(r"([0-9A-Z]+)_\{?([0-9]+)\}?")
+_MAGNITUDE = re.compile(r"(?:hundred|thousand|million|billion|trillion|dozen)(?=s?(?![a-z]))", re.IGNORECASE)
+# math-verify takes words for a unit and leaves them out, and all that follows: "5 apples and 6 pears" would be 5.
+_SENTENCE = re.compile(r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}]*(?:\b(?:and|or|not)\b|[0-9])[^{}]*\}")
 
 
-class MathVerifier:
-    r"""Reward 1 if the last \boxed{...} of a response equals the ground truth, else 0.
+@dataclass(frozen=True)
+class MathVerifier(AnswerVerifier):
+    r"""Reward 1 if the final answer of a response equals the ground truth, else 0.
 
-    Choices: a response without a complete box earns 0, even where its text is right. Where the ground truth is a plain
-    number or fraction, a sum or product that was left undone (`\boxed{3+5}` for 8) earns 0: the policy could box the
-    question. Numbers are compared to 6 decimals, those below 0.001 to 6 significant digits; a percent sign, a unit, a
-    leading `x =` do not matter; letters and words do not depend on case.
+    Choices: a response without a complete box earns 0, even where its text is right (`math`; `math_last` looks further
+    where there is no box at all). What was left to be worked out earns 0, as the policy could box the question: a sum
+    or product of numbers where the ground truth is a number or fraction (`\boxed{3+5}` for 8), a function such as sin,
+    log, Σ, ∫ or ⌊⌋ that the ground truth does without, and any expression in another form than the ground truth's that
+    stands in the prompt as it is. Numbers are compared to 6 decimals, those below 0.001 to 6 significant digits; a
+    percent sign, a unit, a leading `x =` do not matter, "million" and its like do; letters and words do not depend on
+    case.
+
+    Fields:
+        reader: finds the answer, `last_boxed` or `final_answer`.
     """
 
-    def __call__(self, response: str, answer: str, prompt: str | None = None) -> float:
-        """The reward, 0.0 or 1.0; never raises, whatever the response is. The prompt is not read."""
-        reward = self.quick(response, answer)
-        if reward is None:
-            try:
-                reward = float(_equal(normalise(answer), normalise(last_boxed(response) or "")))
-            except Exception:  # whatever the parser trips over is not a right answer
-                reward = 0.0
-        return reward
+    reader: Callable[[str], str | None] = last_boxed
 
-    def quick(self, response: str, answer: str) -> float | None:
-        """The reward where it is known without parsing mathematics, else None."""
-        box = last_boxed(response)
-        if not box:
+    def extract(self, response: str) -> str | None:
+        return self.reader(response)
+
+    def glance(self, given: str, answer: str, prompt: str | None = None) -> float | None:
+        read, (gold, gold_loose) = normalise(given), _read_gold(answer)
+        if not read:
             return 0.0
-        given, gold = normalise(box), normalise(answer)
-        if given == gold:
+        if read == gold or loose(spell(given)) == gold_loose:
             return 1.0
-        if len(given) > LONGEST_ANSWER or _INTEGER.fullmatch(given) and _INTEGER.fullmatch(gold):
+        if len(read) > LONGEST_ANSWER or is_invisible(read) or _INTEGER.fullmatch(read) and _INTEGER.fullmatch(gold):
             return 0.0
         return None
+
+    def judge(self, given: str, answer: str, prompt: str | None = None) -> float:
+        return float(_equal(_read_gold(answer)[0], normalise(given), prompt))
 
     def check_answer(self, answer: str) -> None:
         """Refuses a ground truth that nothing could be compared with; plain numbers, roots and fractions cost nothing.
@@ -88,50 +75,47 @@ class MathVerifier:
         if _is_plain(gold) or _SIMPLE.fullmatch(gold):
             return
         if not gold or len(gold) > LONGEST_ANSWER or not _parse(gold):
-            shown = answer if len(answer) <= 200 else answer[:200] + "..."
             raise ValueError(
-                f"the ground truth {shown!r} does not parse as mathematics; give one final answer (a number, a LaTeX "
-                f"expression, set or interval of at most {LONGEST_ANSWER} characters), or remove the row"
+                f"the ground truth {shown(answer)} does not parse as mathematics; give one final answer (a number, a "
+                f"LaTeX expression, set or interval of at most {LONGEST_ANSWER} characters), or remove the row"
             )
 
-
-def normalise(text: str) -> str:
-    r"""One spelling for answers that differ in typography only.
-
-    Takes off surrounding $, \(, \boxed, \text and a final full stop; drops \left, \right, thin spaces and white space
-    without meaning; \dfrac is \frac; 1,000 is 1000; 142.0, +142 and 0142 are 142.
-    """
-    previous = None
-    text = text.strip()
-    while text != previous:
-        previous = text
-        for wrapper in _WRAPPERS:
-            whole = wrapper.fullmatch(text)
-            text = whole[1].strip() if whole else text
-    for pattern, replacement in _REPLACEMENTS:
-        text = pattern.sub(replacement, text)
-    text = text.strip(" ").rstrip(".")
-    if _THOUSANDS.fullmatch(text):
-        text = text.replace(",", "").replace(" ", "")
-    number = _NUMBER.fullmatch(text)
-    if number:
-        sign, whole, decimals = number[1], number[2].lstrip("0") or "0", (number[3] or "").rstrip("0")
-        size = f"{whole}.{decimals}" if decimals else whole
-        text = f"-{size}" if sign == "-" and size != "0" else size
-    return text
+    def warm_up(self) -> None:
+        self.judge(r"\frac{1}{2}", r"\sqrt{\frac{1}{4}}")
 
 
-def _equal(gold: str, given: str) -> bool:
+LAST_ANSWER = MathVerifier(final_answer)
+"""The verifier `math_last`: in a response without any box it takes the last answer."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_gold(answer: str) -> tuple[str, str]:
+    """A ground truth, which a whole group of responses has in common, normalised and as `loose` has it."""
+    return normalise(answer), loose(spell(answer))
+
+
+def _equal(gold: str, given: str, prompt: str | None = None) -> bool:
     """math-verify's verdict on two normalised answers, less what it takes for equal and is not."""
-    from math_verify import verify
-
-    if _is_plain(gold) and _left_undone(given):
+    if _is_plain(gold) and _means_another(given) or leaves_undone(gold, given) or _differs_in_size(gold, given):
         return False
     gold_parsed, given_parsed = _parse(gold), _parse(given)
     if not gold_parsed or not given_parsed:
         return False
-    same = verify(gold_parsed, given_parsed, timeout_seconds=None, allow_set_relation_comp=True)
-    return same and not _differ_below_rounding(gold_parsed[0], given_parsed[0])
+    if not _same(gold_parsed, given_parsed):
+        # A percent sign may be meant as 1/100 or as a unit.
+        without = _PERCENT.sub("", gold), _PERCENT.sub("", given)
+        if without == (gold, given) or not _same(*map(_parse, without)):
+            return False
+    return not is_copied(gold, given, prompt) or not is_fraction(given) and _shape(gold_parsed[0]) == _shape(
+        given_parsed[0]
+    )
+
+
+def _same(gold: list[Any], given: list[Any]) -> bool:
+    from math_verify import verify
+
+    same = verify(gold, given, timeout_seconds=None, allow_set_relation_comp=True)
+    return same and not _differ_below_rounding(gold[0], given[0])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -145,17 +129,26 @@ def _parse(text: str) -> list[Any]:
     return parse(rf"\boxed{{{text}}}", config, fallback_mode="no_fallback", parsing_timeout=None)
 
 
+def _shape(expression: Any) -> str:
+    """What an expression looks like, nothing worked out, whatever the order of terms and factors."""
+    parts = sorted(_shape(part) for part in getattr(expression, "args", ()))
+    return f"{type(expression).__name__}({','.join(parts)})" if parts else str(expression)
+
+
 def _is_plain(text: str) -> bool:
-    return bool(_NUMBER.fullmatch(text) or _FRACTION.fullmatch(text))
+    return bool(NUMBER.fullmatch(text) or is_fraction(text))
 
 
-def _left_undone(text: str) -> bool:
-    """Is `text` a sum, difference or product of plain numbers that has not been worked out?"""
-    text = text.rpartition("=")[2].strip()
-    text = re.sub(r" ?(?:\\(?:times|cdot|ast)(?![a-zA-Z])|[\u00d7\u00b7]) ?", "*", text)
-    text = re.sub(r"\\(?:frac|sqrt)(?![a-zA-Z])|\\[{}]", "", text)
-    text = _SCIENTIFIC.sub("", text)
-    return bool(_ARITHMETIC.fullmatch(text) and _TO_DO.search(text))
+def _means_another(given: str) -> bool:
+    """Is it a text about several numbers, or with one that math-verify would leave out?"""
+    return bool(_SENTENCE.search(given))
+
+
+def _differs_in_size(gold: str, given: str) -> bool:
+    """Do words such as "million" stand in one of them only, or bases of the numerals in both and differ?"""
+    words = [{word.lower() for word in _MAGNITUDE.findall(text)} for text in (gold, given)]
+    bases = [_BASED.fullmatch(text) for text in (gold, given)]
+    return words[0] != words[1] or all(bases) and bases[0][2] != bases[1][2]
 
 
 def _differ_below_rounding(gold: Any, given: Any) -> bool:

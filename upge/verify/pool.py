@@ -1,87 +1,95 @@
-"""Scores many responses at once in worker processes, each item under a hard time limit."""
+"""Scores responses in worker processes, each under a hard time limit, while the caller goes on."""
 
 from __future__ import annotations
 
-import os
-import threading
-import time
 import weakref
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
-from multiprocessing.connection import wait
+from collections.abc import Iterable, Sequence
+from concurrent.futures import CancelledError, Future
 
 from upge.errors import ConfigError
-from upge.verify.boxed import last_boxed
-from upge.verify.loading import load
-from upge.verify.math import MathVerifier
-from upge.verify.processes import START_LIMIT, Item, Team, Worker
-
-START_ATTEMPTS = 3
-"""Times in a row that each worker may die without having started on an item."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What came of one item: the reward in [0, 1]; status "ok", "timeout" or "error" (reward 0); the reason, if any."""
-
-    reward: float
-    status: str = "ok"
-    detail: str = ""
+from upge.verify.base import AnswerVerifier
+from upge.verify.dispatch import Dispatcher
+from upge.verify.items import Item, Verdict, checked, shortened
+from upge.verify.loading import BUILT_IN, load
+from upge.verify.processes import Task
 
 
 class VerifierPool:
-    """A verifier in `workers` persistent processes; use it as a context manager, or call `close`.
+    """One or several verifiers in `workers` persistent processes; use it as a context manager, or call `close`.
 
-    The processes start when the pool is made, beside whatever the caller does next; the first `score` waits for them.
-    An item's `time_limit` [s] starts when a worker takes it up: waiting in the queue does not count. A worker that
-    exceeds it is killed and replaced, one that dies is replaced, and only its own item is lost. A worker may use
-    `memory_limit` GiB beyond what it starts with (None: no limit). `score` may be called from any thread.
+    An item names its verifier, or takes the first. The processes start when the pool is made, beside whatever the
+    caller does next. An item's `time_limit` [s] starts when a worker takes it up: waiting in the queue does not count.
+    A worker that exceeds it is killed and replaced, one that dies is replaced, and only its own item is lost. A worker
+    may use `memory_limit` GiB beyond what it starts with (None: no limit). `submit` and `score` may be called from any
+    thread of the process that made the pool. Nothing keeps a program from ending: the processes end with it.
 
     Raises:
-        ConfigError: the verifier cannot be loaded, or a limit or the number of workers is not positive.
+        ConfigError: a verifier cannot be loaded, or a limit or the number of workers is not positive.
     """
 
     def __init__(
-        self, verifier_name: str, workers: int = 2, time_limit: float = 5.0, memory_limit: float | None = 4.0
+        self,
+        verifiers: str | Sequence[str] = "math",
+        workers: int = 2,
+        time_limit: float = 5.0,
+        memory_limit: float | None = 4.0,
     ) -> None:
         _require_positive("workers", workers, whole=True)
         _require_positive("time_limit", time_limit)
         if memory_limit is not None:
             _require_positive("memory_limit", memory_limit)
-        self._verifier = load(verifier_name)
-        self._name, self._time_limit = verifier_name, float(time_limit)
-        self._lock = threading.Lock()
-        self._failed_starts = 0
-        self._team = Team(verifier_name, workers, memory_limit)
-        self._end = weakref.finalize(self, self._team.stop, os.getpid())
+        names = tuple(dict.fromkeys([verifiers] if isinstance(verifiers, str) else verifiers))
+        if not names:
+            raise ConfigError("verify.verifier: found an empty list; name at least one verifier, such as math")
+        self._verifiers = {name: load(name) for name in names}
+        self._first = names[0]
+        self._dispatcher = Dispatcher(names, workers, float(time_limit), memory_limit)
+        self._end = weakref.finalize(self, self._dispatcher.close)
 
-    def score(self, items: Iterable[Item]) -> list[Verdict]:
-        """One verdict for each (response, answer, prompt), in order; identical items are verified once.
+    @property
+    def verifiers(self) -> tuple[str, ...]:
+        """The names that an item may give; the first is the default."""
+        return tuple(self._verifiers)
+
+    def submit(self, item: Item) -> Future[Verdict]:
+        """Has an item verified beside whatever the caller does next; the future's result is its verdict.
+
+        What is known without any work is there at once. An item that equals one that is still being verified shares its
+        work. `Future.cancel` works until the verdict is there, and frees the worker. The future raises RuntimeError
+        where the pool's own processes cannot be started, CancelledError where the pool was closed first. Its callbacks
+        run in the pool's thread: they may submit more, but must not wait for it.
 
         Raises:
-            RuntimeError: the pool is closed, or its workers cannot be started at all.
-            TypeError: an item is not (text, text, text or None).
+            RuntimeError: the pool is closed, belongs to another process, or its workers cannot be started at all.
+            TypeError: an item is not (text, text, text or None, text or None).
+            ValueError: it names a verifier that is not one of the pool's.
         """
-        with self._lock:
-            if not self._end.alive:
-                raise RuntimeError("this VerifierPool is closed; make a new one")
-            asked = [self._decisive(_checked(item)) for item in items]
-            verdicts = {item: Verdict(item) if isinstance(item, float) else None for item in asked}
-            queue = deque(item for item, verdict in verdicts.items() if verdict is None)
-            try:
-                self._run(queue, verdicts)
-            except BaseException:
-                for worker in list(self._team.workers):  # an answer to this call's item must not meet the next call
-                    if worker.item is not None:
-                        self._team.replace(worker)
-                raise
-            return [verdicts[item] for item in asked]
+        return self._begin(self._prepared(item))
+
+    def score(self, items: Iterable[Item]) -> list[Verdict]:
+        """One verdict for each item, in order; identical items are verified once.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: as in `submit`.
+        """
+        asked = [self._prepared(item) for item in items]
+        self._dispatcher.require_open()
+        futures: dict[Task | Verdict, Future[Verdict]] = {}
+        try:
+            for task in asked:
+                if task not in futures:
+                    futures[task] = self._begin(task)
+            return [futures[task].result() for task in asked]
+        except CancelledError as error:
+            raise RuntimeError("this VerifierPool was closed before all verdicts were there") from error
+        except BaseException:
+            for future in futures.values():  # what nobody waits for any longer must not keep a worker
+                future.cancel()
+            raise
 
     def close(self) -> None:
-        """Ends all processes of the pool; further calls do nothing."""
-        with self._lock:
-            self._end()
+        """Ends all processes of the pool and cancels what is pending; further calls do nothing."""
+        self._end()
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -89,75 +97,34 @@ class VerifierPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _decisive(self, item: Item) -> Item | float:
-        """The reward, where the math verifier knows it without parsing; else the part of the item that decides it."""
-        if not isinstance(self._verifier, MathVerifier):
-            return item
-        reward = self._verifier.quick(item[0], item[1])
-        return (rf"\boxed{{{last_boxed(item[0])}}}", item[1], None) if reward is None else reward
+    def _begin(self, task: Task | Verdict) -> Future[Verdict]:
+        if isinstance(task, Task):
+            return self._dispatcher.submit(task)
+        self._dispatcher.require_open()
+        known: Future[Verdict] = Future()
+        known.set_result(task)
+        return known
 
-    def _run(self, queue: deque[Item], verdicts: dict) -> None:
-        """Works the queue off into `verdicts`."""
-        while queue or any(worker.item is not None for worker in self._team.workers):
-            for worker in list(self._team.workers):
-                if queue and worker.idle:
-                    if worker.take_up(queue[0]):
-                        queue.popleft()
-                    else:
-                        self._team.replace(worker)
-            workers = list(self._team.workers)
-            first = min(worker.deadline for worker in workers)
-            patience = None if first == float("inf") else max(0.0, first - time.monotonic())
-            spoke = wait([worker.connection for worker in workers], patience)
-            for worker in workers:
-                if worker.connection in spoke:
-                    self._receive(worker, queue, verdicts)
-                elif time.monotonic() >= worker.deadline:
-                    self._expire(worker, verdicts)
-
-    def _receive(self, worker: Worker, queue: deque[Item], verdicts: dict) -> None:
-        """Takes one message of a worker, or notes that it has died."""
-        try:
-            kind, *content = worker.connection.recv()
-        except (EOFError, OSError):
-            self._bury(worker, queue, verdicts)
-            return
-        if kind == "ready":
-            worker.pid, worker.deadline = content[0], float("inf")
-        elif kind == "started":
-            worker.started, worker.deadline = True, time.monotonic() + self._time_limit
-            self._failed_starts = 0
-        elif kind == "done":
-            reward, status, detail, seconds = content
-            # This thread may have come late to the message; whether the item was late is for the worker to say.
-            late = seconds > self._time_limit
-            verdicts[worker.item] = self._timeout() if late else Verdict(reward, status, detail)
-            worker.item, worker.deadline = None, float("inf")
-        else:
-            self._team.replace(worker)
-            raise RuntimeError(f"a verification process could not load '{self._name}': {content[0]}")
-
-    def _bury(self, worker: Worker, queue: deque[Item], verdicts: dict) -> None:
-        """Replaces a worker that has died; an item that it had started is an error, one not yet started waits again."""
-        ending = self._team.replace(worker)
-        if worker.item is not None and worker.started:
-            verdicts[worker.item] = Verdict(0.0, "error", f"the worker process {ending}")
-            return
-        if worker.item is not None:
-            queue.appendleft(worker.item)
-        self._failed_starts += 1
-        if self._failed_starts >= START_ATTEMPTS * len(self._team.workers):
-            raise RuntimeError(f"verification processes for '{self._name}' end before they start: see stderr")
-
-    def _expire(self, worker: Worker, verdicts: dict) -> None:
-        """Replaces a worker whose time is over."""
-        self._team.replace(worker)
-        if worker.item is None:
-            raise RuntimeError(f"a verification process for '{self._name}' was not ready after {START_LIMIT:g} s")
-        verdicts[worker.item] = self._timeout()
-
-    def _timeout(self) -> Verdict:
-        return Verdict(0.0, "timeout", f"not done after {self._time_limit:g} s")
+    def _prepared(self, item: Item) -> Task | Verdict:
+        """The verdict, where it is known without work; else what a worker has to do for it."""
+        response, answer, prompt, name = checked(item)
+        name = name or self._first
+        verifier = self._verifiers.get(name)
+        if verifier is None:
+            known = ", ".join(self._verifiers)
+            raise ValueError(
+                f"an item names the verifier {name!r}, but this pool has only {known}; name it when the pool is made"
+            )
+        # Only what this package wrote runs in the caller's process: it takes no time, whatever the response is.
+        if name not in BUILT_IN or not isinstance(verifier, AnswerVerifier):
+            return Task(name, response, answer, prompt)
+        given = verifier.extract(response)
+        if not given:
+            return Verdict(0.0, extracted=given)
+        reward = verifier.glance(given, answer, prompt)
+        if reward is None:
+            return Task(name, given, answer, prompt, is_extracted=True)
+        return Verdict(reward, extracted=shortened(given))
 
 
 def _require_positive(key: str, value: float, *, whole: bool = False) -> None:
@@ -165,12 +132,3 @@ def _require_positive(key: str, value: float, *, whole: bool = False) -> None:
     right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not right or not 0 < value < float("inf"):
         raise ConfigError(f"verify.{key}: found {value!r}; give a positive {'integer' if whole else 'number'}")
-
-
-def _checked(item: Item) -> Item:
-    """`item` as a tuple, if its parts are texts."""
-    parts = tuple(item)
-    if len(parts) == 3 and isinstance(parts[0], str) and isinstance(parts[1], str):
-        if parts[2] is None or isinstance(parts[2], str):
-            return parts
-    raise TypeError(f"an item must be (response, answer, prompt or None), all text; found {repr(parts)[:200]}")

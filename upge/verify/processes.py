@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from upge.verify.loading import BUILT_IN
 from upge.verify.worker import FORK, KILL, PID, QUIT
@@ -17,50 +19,58 @@ from upge.verify.worker import FORK, KILL, PID, QUIT
 START_LIMIT = 300.0
 """Seconds for a worker to say that it is ready, or that it has taken up an item."""
 
-Item = tuple[str, str, str | None]
+
+class Task(NamedTuple):
+    """What a worker does: have the verifier of that name look at a response, or at the answer extracted from it."""
+
+    verifier: str
+    text: str
+    answer: str
+    prompt: str | None = None
+    is_extracted: bool = False
 
 
 class Worker:
-    """One worker as the parent sees it: no pid until it is ready; an item, and whether it has started on it."""
+    """One worker as the parent sees it: no pid until it is ready; a job, and whether it has started on it."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.pid: int | None = None
-        self.item: Item | None = None
-        self.started = False
+        self.job: Any = None
+        self.has_started = False
         self.deadline = time.monotonic() + START_LIMIT
 
     @property
-    def idle(self) -> bool:
-        """Is it ready, and without an item?"""
-        return self.pid is not None and self.item is None
+    def is_idle(self) -> bool:
+        """Is it ready, and without a job?"""
+        return self.pid is not None and self.job is None
 
-    def take_up(self, item: Item) -> bool:
-        """Hands over an item; False if the worker has died since its last one."""
+    def take_up(self, job: Any, task: Task) -> bool:
+        """Hands over the task of a job; False if the worker has died since its last one."""
         try:
-            self.connection.send(item)
+            self.connection.send(tuple(task))
         except OSError:
             return False
-        self.item, self.started, self.deadline = item, False, time.monotonic() + START_LIMIT
+        self.job, self.has_started, self.deadline = job, False, time.monotonic() + START_LIMIT
         return True
 
 
 class Server:
-    """The process that imports the verifier and forks workers (`upge.verify.worker`).
+    """The process that imports the verifiers and forks workers (`upge.verify.worker`).
 
     Not multiprocessing's fork server: that one runs the main program again in every child, and its settings belong to
     the whole process, vLLM's use of it included.
     """
 
-    def __init__(self, name: str, memory_limit: float | None) -> None:
+    def __init__(self, names: Sequence[str], memory_limit: float | None) -> None:
         self._control, theirs = socket.socketpair()
         self._control.settimeout(START_LIMIT)
         setup = {
             "fd": theirs.fileno(),
             "parent": os.getpid(),
             "path": [str(entry) or os.getcwd() for entry in sys.path],
-            "name": name,
-            "light": name in BUILT_IN,
+            "names": list(names),
+            "built_in": [name for name in names if name in BUILT_IN],
             "memory": memory_limit,
         }
         script = Path(__file__).with_name("worker.py")
@@ -89,16 +99,16 @@ class Server:
             raise ConnectionError("the verification server has gone")
         return PID.unpack(status)[0]
 
-    def stop(self) -> None:
-        """Ends the server, which ends its workers first."""
+    def stop(self, patience: float = 5.0) -> None:
+        """Ends the server, which ends its workers first; after `patience` seconds the kernel ends all of them."""
         try:
             self._control.sendall(QUIT)
         except OSError:  # it has gone already
             pass
         self._control.close()
         try:
-            self._process.wait(5.0)
-        except subprocess.TimeoutExpired:  # still importing; the kernel ends its workers, if any, with it
+            self._process.wait(patience)
+        except subprocess.TimeoutExpired:  # still importing
             self._process.kill()
             self._process.wait()
 
@@ -106,10 +116,15 @@ class Server:
 class Team:
     """A server and its workers."""
 
-    def __init__(self, name: str, size: int, memory_limit: float | None) -> None:
-        self._name, self._memory_limit = name, memory_limit
-        self._server = Server(name, memory_limit)
+    def __init__(self, names: Sequence[str], size: int, memory_limit: float | None) -> None:
+        self._names, self._memory_limit = names, memory_limit
+        self._server = Server(names, memory_limit)
         self.workers = [Worker(self._server.fork()) for _ in range(size)]
+
+    @property
+    def title(self) -> str:
+        """The verifiers' names, for messages."""
+        return ", ".join(f"'{name}'" for name in self._names)
 
     def replace(self, worker: Worker) -> str:
         """Kills `worker`, whatever its state, and puts a new one in its place; says how the old one ended."""
@@ -120,18 +135,18 @@ class Team:
             connection = self._server.fork()
         except OSError:  # the server itself was killed, and its workers with it
             self._server.stop()
-            self._server = Server(self._name, self._memory_limit)
+            self._server = Server(self._names, self._memory_limit)
             connection = self._server.fork()
         worker.connection.close()
         self.workers[self.workers.index(worker)] = Worker(connection)
         return ending
 
-    def stop(self, owner: int) -> None:
-        """Ends all processes; does nothing in a fork of the process `owner`, which made them."""
-        if os.getpid() == owner:
-            for worker in self.workers:
-                worker.connection.close()
-            self._server.stop()
+    def stop(self) -> None:
+        """Ends all processes."""
+        for worker in self.workers:
+            worker.connection.close()
+        # Before it has made its first worker, it is importing, and has nothing to clean up.
+        self._server.stop(5.0 if any(worker.pid for worker in self.workers) else 0.1)
 
 
 def _how(status: int) -> str:

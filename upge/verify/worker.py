@@ -1,12 +1,12 @@
-"""The processes behind a `VerifierPool`: one server that imports the verifier, and the workers forked from it.
+"""The processes behind a `VerifierPool`: one server that imports the verifiers, and the workers forked from it.
 
-Run as a script, with nothing but the standard library until the verifier is loaded. The server stays single-threaded
+Run as a script, with nothing but the standard library until the verifiers are loaded. The server stays single-threaded
 and never runs a verifier itself, so that a worker starts in milliseconds with everything imported, and a killed one is
-replaced as fast. Neither imports the main program of the parent, torch, or (for a built-in verifier) `upge` itself.
+replaced as fast. Neither imports the main program of the parent, torch, or (if all verifiers are built-in ones) `upge`.
 
 Wire: the parent sends the server FORK with a socket (fork a worker on it), KILL and a process id (answered by its wait
-status) or QUIT. A worker says ("ready", pid) or ("failed", why), then for each item ("started",) and
-("done", reward, status, detail, seconds).
+status) or QUIT. A worker says ("ready", pid) or ("failed", verifier, why), then for each task ("started",) and
+("done", reward, status, detail, extracted, seconds).
 """
 
 from __future__ import annotations
@@ -30,26 +30,25 @@ from typing import Any, NoReturn
 
 FORK, KILL, QUIT = b"F", b"K", b"Q"
 PID = struct.Struct("i")
-WARM_UP = (r"\boxed{\frac{1}{2}}", r"\sqrt{\frac{1}{4}}")
-"""A first item for a built-in verifier: its parser fills its caches in the server, before any fork."""
 
 
 def main(setup: dict[str, Any]) -> NoReturn:
-    """Serves one pool until its process ends or hangs up; `setup` holds fd, parent, path, name, light, memory."""
+    """Serves one pool until its process ends or hangs up; `setup` holds fd, parent, path, names, built_in, memory."""
     # The parent handles both and finishes its step first; launchers send them to the whole process group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     sys.path[:] = setup["path"]
     control = socket.socket(fileno=setup["fd"])
-    loading = _import_loading(setup["light"])
-    try:
-        # The import only: a worker makes its own instance, as what that opens must not be shared between processes.
-        loading.find(setup["name"])
-        if setup["light"]:
-            loading.load(setup["name"])(*WARM_UP)
-    except BaseException:  # every worker meets the same error and reports it
-        pass
+    loading = _import_loading(light=setup["names"] == setup["built_in"])
+    for name in setup["names"]:
+        try:
+            # The import only: a worker makes its own instance, as what that opens must not be shared between processes.
+            loading.find(name)
+            if name in setup["built_in"]:
+                loading.load(name).warm_up()
+        except BaseException:  # every worker meets the same error and reports it
+            pass
     gc.freeze()
     children: set[int] = set()
     try:
@@ -105,17 +104,19 @@ def _work(connection: Connection, server: int, setup: dict[str, Any], load: Call
         os.setpgid(0, 0)
         _die_with_parent(server)
         _limit_memory(setup["memory"])
-        try:
-            verifier = load(setup["name"])
-        except BaseException as error:
-            connection.send(("failed", str(error) or repr(error)))
-            os._exit(1)
+        verifiers = {}
+        for name in setup["names"]:
+            try:
+                verifiers[name] = load(name)
+            except BaseException as error:
+                connection.send(("failed", name, str(error) or repr(error)))
+                os._exit(1)
         connection.send(("ready", os.getpid()))
         while True:
-            item = connection.recv()
+            name, *task = connection.recv()
             connection.send(("started",))
             begin = time.monotonic()
-            outcome = _score(verifier, item)
+            outcome = _score(verifiers[name], *task)
             connection.send(("done", *outcome, time.monotonic() - begin))
     except (EOFError, OSError):
         pass
@@ -123,20 +124,40 @@ def _work(connection: Connection, server: int, setup: dict[str, Any], load: Call
         os._exit(1)
 
 
-def _score(verifier: Callable, item: tuple[str, str, str | None]) -> tuple[float, str, str]:
-    """(reward, status, detail) of one item."""
+def _score(
+    verifier: Callable, text: str, answer: str, prompt: str | None, is_extracted: bool
+) -> tuple[float, str, str, str | None]:
+    """(reward, status, detail, extracted) of one response, or of what was extracted from it before."""
+    extracted = None
     try:
-        result = verifier(*item)
+        if is_extracted:
+            result = verifier.judge(text, answer, prompt)
+        else:
+            extracted = _extracted(verifier, text)
+            result = verifier(text, answer, prompt)
     except Exception as error:
-        return 0.0, "error", f"{type(error).__name__}: {error}"[:1000]
+        # What a built-in verifier trips over is the answer's fault, and no right answer; another one may have a defect.
+        blameless = is_extracted and not isinstance(error, (ImportError, MemoryError))
+        return (0.0, "ok", "", None) if blameless else (0.0, "error", _told(error), extracted)
     try:
         reward = math.nan if isinstance(result, (str, bytes)) else float(result)
     except Exception:
         reward = math.nan
     if not 0.0 <= reward <= 1.0:
         shown = repr(result)[:200]
-        return 0.0, "error", f"the verifier returned {shown}; it must return a finite number in [0, 1]"
-    return reward, "ok", ""
+        return 0.0, "error", f"the verifier returned {shown}; it must return a finite number in [0, 1]", extracted
+    return reward, "ok", "", extracted
+
+
+def _extracted(verifier: Callable, response: str) -> str | None:
+    """What a verifier that tells has read as the answer."""
+    extract = getattr(verifier, "extract", None)
+    found = extract(response) if callable(extract) else None
+    return None if found is None else str(found)[:10_000]
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:1000]
 
 
 def _die_with_parent(server: int) -> None:

@@ -1,0 +1,226 @@
+"""Reading the folders of evaluations, and what keeps two of them from being compared just so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from upge.errors import DataError, UserError
+from upge.evaluation.samples import SampleFile
+from upge.evaluation.scores import Outcomes
+
+#: A larger share of responses cut off at the length limit is worth a note.
+MANY_CUT = 0.1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation.
+
+    Fields:
+        name: as it is shown.
+        path: its folder.
+        outcomes: benchmark → its samples, in the order of scores.json.
+        groups: benchmark → the group whose average it enters.
+        settings: benchmark → how its samples were drawn.
+    """
+
+    name: str
+    path: Path
+    outcomes: Mapping[str, Outcomes]
+    groups: Mapping[str, str]
+    settings: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """The problems of one benchmark that two runs share.
+
+    Fields:
+        first, second: positions of the shared problems in either run's `Outcomes`, side by side.
+        only_first, only_second: ids that one run has alone.
+        conflicting: ids that both have with different answers: not the same problems, so not compared.
+    """
+
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
+    conflicting: tuple[str, ...]
+
+
+def load(paths: Sequence[str], names: Sequence[str] = ()) -> list[Run]:
+    """The evaluations in the folders `paths`, called `names` or by their folders.
+
+    Raises:
+        UserError: no folders, the same one twice, as many names as there are not folders, or a name twice.
+        DataError: a folder without a finished evaluation, or a file in it that cannot be used.
+    """
+    if not paths:
+        raise UserError("give the folders of at least one evaluation, such as evals/first evals/second")
+    folders = [Path(path) for path in paths]
+    resolved = [folder.resolve() for folder in folders]
+    for index, folder in enumerate(resolved):
+        if folder in resolved[:index]:
+            raise UserError(f"{paths[index]}: this folder is given twice; give different evaluations")
+    if names and len(names) != len(folders):
+        raise UserError(f"names: found {len(names)} for {len(folders)} runs; give one per run, separated by commas")
+    chosen = [name.strip() for name in names] or _folder_names(resolved)
+    if len(set(chosen)) < len(chosen) or not all(chosen):
+        raise UserError(f"names: found {', '.join(map(repr, chosen))}; give every run a name of its own")
+    return [_read(folder, name) for folder, name in zip(folders, chosen, strict=True)]
+
+
+def pairing(first: Outcomes, second: Outcomes) -> Pairing:
+    """Which problems of `first` and `second` are the same: those of the same id and answer."""
+    ours, theirs = ({id: place for place, id in enumerate(one.ids)} for one in (first, second))
+    both = [id for id in ours if id in theirs]
+    same = [id for id in both if first.answers[ours[id]] == second.answers[theirs[id]]]
+    return Pairing(
+        tuple(ours[id] for id in same),
+        tuple(theirs[id] for id in same),
+        tuple(id for id in ours if id not in theirs),
+        tuple(id for id in theirs if id not in ours),
+        tuple(sorted(set(both) - set(same))),
+    )
+
+
+def benchmarks(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Group → its benchmarks, everything that any run has, in the order in which they come."""
+    groups: dict[str, list[str]] = {}
+    for run in runs:
+        for name in run.outcomes:
+            members = groups.setdefault(run.groups[name], [])
+            if name not in members:
+                members.append(name)
+    return groups
+
+
+def notes(runs: Sequence[Run]) -> list[str]:
+    """What differs between the evaluations besides the policies, a sentence each: settings, benchmarks, problems."""
+    return [*_settings_notes(runs), *_benchmark_notes(runs), *_problem_notes(runs), *_length_notes(runs)]
+
+
+def _read(folder: Path, name: str) -> Run:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder; give the folder that was output= of an evaluation")
+    scores = folder / "scores.json"
+    if not scores.is_file():
+        raise DataError(f"{folder}: there is no scores.json in it; {_why(folder)}")
+    try:
+        content = json.loads(scores.read_text("utf-8"))
+        entries = {
+            str(key): (str(entry["group"]), int(entry["samples"]), dict(entry["settings"]))
+            for key, entry in content["benchmarks"].items()
+        }
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        fix = "run the same evaluation again: it takes the samples that are there and writes the file anew"
+        raise DataError(f"{scores}: not the scores of an evaluation ({error!r}); {fix}") from error
+    if not entries:
+        raise DataError(f"{scores}: there is no benchmark in it; evaluate again with at least one")
+    outcomes = {key: _outcomes(folder, key, n) for key, (_, n, _) in entries.items()}
+    groups = {key: group for key, (group, _, _) in entries.items()}
+    return Run(name, folder, outcomes, groups, {key: settings for key, (_, _, settings) in entries.items()})
+
+
+def _outcomes(folder: Path, benchmark: str, n: int) -> Outcomes:
+    path = folder / "samples" / f"{benchmark}.jsonl"
+    if not path.is_file():
+        raise DataError(f"{path} is missing, but scores.json has figures of {benchmark}; restore it or evaluate again")
+    try:
+        return Outcomes.of(benchmark, SampleFile(path).read(), n)
+    except DataError as error:
+        raise DataError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+
+
+def _why(folder: Path) -> str:
+    if (folder / "samples").is_dir():
+        return "its evaluation is not finished: the same command with the same output continues it"
+    if (folder / "metrics.jsonl").is_file():
+        return (
+            "this is the folder of a training run; evaluate its policy first: "
+            f"python -m experiments.evaluate model={folder}/final output=FOLDER"
+        )
+    return "give the folder that was output= of an evaluation"
+
+
+def _folder_names(folders: Sequence[Path]) -> list[str]:
+    """The shortest endings of the paths, in whole folder names, that tell them apart."""
+    for length in range(1, max(len(folder.parts) for folder in folders) + 1):
+        found = ["/".join(folder.parts[-length:]) for folder in folders]
+        if len(set(found)) == len(found):
+            break
+    return found
+
+
+def _settings_notes(runs: Sequence[Run]) -> list[str]:
+    """Benchmarks about which the same is to be said share a sentence."""
+    said: dict[str, list[str]] = {}
+    for name in [name for members in benchmarks(runs).values() for name in members]:
+        having = [run for run in runs if name in run.outcomes]
+        table = {run.name: {"samples": run.outcomes[name].samples, **run.settings[name]} for run in having}
+        for key in dict.fromkeys(key for row in table.values() for key in row):
+            values = {run: row.get(key) for run, row in table.items()}
+            if any(value != values[having[0].name] for value in values.values()):
+                found = ", ".join(f"{_value(value)} in {run}" for run, value in values.items())
+                said.setdefault(f"{key} is {found}", []).append(name)
+    return [f"Not measured alike: {what} ({', '.join(names)})." for what, names in said.items()]
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "not said"
+    return shorten(repr(value), 60, placeholder="…") if isinstance(value, str) else str(value)
+
+
+def _benchmark_notes(runs: Sequence[Run]) -> list[str]:
+    found = []
+    for group, members in benchmarks(runs).items():
+        for name in members:
+            without = ", ".join(run.name for run in runs if name not in run.outcomes)
+            average = f", which has no average {group} for that" if len(members) > 1 else ""
+            found += [f"{name} was not evaluated in {without}{average}."] if without else []
+    for name in [name for members in benchmarks(runs).values() for name in members]:
+        groups = {run.groups[name] for run in runs if name in run.outcomes}
+        if len(groups) > 1:
+            found.append(f"{name} counts to {' and '.join(sorted(groups))}, depending on the run.")
+    return found
+
+
+def _problem_notes(runs: Sequence[Run]) -> list[str]:
+    found = []
+    for name in [name for members in benchmarks(runs).values() for name in members]:
+        first, *others = [run for run in runs if name in run.outcomes]
+        for other in others:
+            pairs = pairing(first.outcomes[name], other.outcomes[name])
+            parts = [
+                f"{len(ids)} only in {run.name}"
+                for ids, run in ((pairs.only_first, first), (pairs.only_second, other))
+                if ids
+            ]
+            if pairs.conflicting:
+                parts.append(f"{len(pairs.conflicting)} with another answer (such as '{pairs.conflicting[0]}')")
+            if parts:
+                found.append(
+                    f"{name}: {first.name} and {other.name} have {len(pairs.first)} problems in common, "
+                    f"{', '.join(parts)}; differences and exclusive solves are over the common ones."
+                )
+    return found
+
+
+def _length_notes(runs: Sequence[Run]) -> list[str]:
+    """A response cut off at the limit cannot be right: many of them measure the limit, not the policy."""
+    found = []
+    for run in runs:
+        for name, outcomes in run.outcomes.items():
+            cut = 1 - outcomes.finished.double().mean().item()
+            if cut > MANY_CUT:
+                found.append(f"{run.name}, {name}: {100 * cut:.1f} % of the responses were cut at the length limit.")
+            failed = outcomes.timeouts + outcomes.errors
+            if failed:
+                found.append(f"{run.name}, {name}: {failed} answers without a verdict count as wrong.")
+    return found

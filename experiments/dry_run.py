@@ -1,0 +1,123 @@
+"""`--dry-run`: all but the weights is built, what the run would be is printed, and what cannot fit is refused."""
+
+from __future__ import annotations
+
+import textwrap
+
+from omegaconf import OmegaConf
+
+from experiments.catalogue import members
+from experiments.config import Composed
+from experiments.planning import absent
+from experiments.planning.balance import balances
+from experiments.planning.fits import Outlook, outlook
+from experiments.planning.machine import planned
+from experiments.prepare import PROVIDED, Prepared, _check_stages, check_length, load_prompting, prepare
+from upge import verify
+from upge.algorithm import Algorithm
+from upge.data import Problem
+from upge.errors import DataError
+from upge.instantiate import build
+from upge.pipeline import Pipeline
+from upge.train.config import RunConfig
+
+#: Stands in for a prompt of the data set where that cannot be read.
+EXAMPLE = Problem("example", "What is 2 + 3?", "5")
+
+
+def plan(composed: Composed) -> str:
+    """The text of a dry run.
+
+    Raises:
+        UserError: the first thing that is wrong or cannot fit, naming the keys, what was found and the fix.
+    """
+    names, tree = composed.names, composed.tree
+    composed, notes = absent.with_known_models(composed)
+    config = composed.config
+    machine = planned(config.hardware)
+    check_length(config.model, config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
+    lacking = absent.lacks_tokenizer(config.model.path)
+    prepared = _prepared(composed, lacking is None, notes)
+    expected = outlook(composed, machine)
+    notes += [*filter(None, [lacking]), *(prepared.notes if prepared else ()), *expected.notes]
+    selected = ", ".join(f"{group}={name}" for group, name in names.items() if name)
+    tokens = max(config.rollout.max_response_tokens // 2, 1)
+    parts = {
+        "configuration": OmegaConf.to_yaml(OmegaConf.create(tree)).rstrip(),
+        "run": "\n".join([selected, f"meant for {machine}", *_data(prepared)]),
+        "formula": in_print(composed.algorithm),
+        "gradient": _gradient(composed.algorithm, config.group_size, tokens),
+        "prompt": _prompt(config, prepared, lacking is None),
+        "each step": _steps(expected, config),
+        "memory of a rank, GiB": str(expected.memory),
+        "notes": "\n".join(f"note: {note}" for note in notes),
+    }
+    return "\n\n".join(f"{head}:\n{textwrap.indent(text, '  ')}" for head, text in parts.items() if text)
+
+
+def _prepared(composed: Composed, has_tokenizer: bool, notes: list[str]) -> Prepared | None:
+    """What a run would start from; None, and a note, where the hub has some of it and cannot be reached, and None where
+    there is no tokenizer, after as many checks as need none."""
+    config = composed.config
+    try:
+        if has_tokenizer:
+            return prepare(composed)
+        composed.algorithm.check(group_size=config.group_size, provided=PROVIDED)
+        _check_stages(composed.algorithm, config.steps)
+        verify.load(config.verify.verifier)
+        build(composed.tree["data"], "data").load()
+    except DataError as error:
+        if not absent.is_unreachable(error):
+            raise
+        notes.append(f"{error}; of the data nothing is known here")
+    return None
+
+
+def in_print(algorithm: Algorithm | Pipeline) -> str:
+    """The formula, and what is learned beside it: a critic, interludes, a validation objective."""
+    lines = [algorithm.formula()]
+    for path, one in members(algorithm):
+        if path and not path.startswith("stages."):
+            lines.append(f"{path.split('.')[0]}: {one.formula()}")
+        if one.critic is not None:
+            lines.append(f"critic: minimises {one.critic.formula().text}")
+    return "\n".join(lines)
+
+
+def _data(prepared: Prepared | None) -> list[str]:
+    if prepared is None:
+        return []
+    demonstrations = sum(bool(example.demonstrations) for example in prepared.train)
+    return [
+        f"{len(prepared.train)} training problems, {demonstrations} with a demonstration; "
+        f"{len(prepared.evaluation)} evaluation problems",
+        f"output: {prepared.folder.path}",
+    ]
+
+
+def _gradient(algorithm: Algorithm | Pipeline, group_size: int, tokens: int) -> str:
+    found = balances(algorithm, group_size, tokens)
+    if not isinstance(algorithm, Pipeline):
+        return "\n".join(map(str, found.values()))
+    return "\n".join(f"stage {name}: {balance}" for name, balance in found.items())
+
+
+def _prompt(config: RunConfig, prepared: Prepared | None, has_tokenizer: bool) -> str:
+    """The first training prompt as the model sees it; what is known of it where there is no tokenizer."""
+    if prepared is not None:
+        return prepared.prompting.describe(prepared.train[0].problem)
+    if has_tokenizer:
+        return load_prompting(config.model).describe(EXAMPLE)
+    model = config.model
+    lines = ["model.template: " + ("chat, the tokenizer's own" if model.template == "chat" else repr(model.template))]
+    for key in ("system", "instruction", "opening"):
+        if getattr(model, key):
+            lines.append(f"model.{key}: {getattr(model, key)!r}")
+    return "\n".join(lines)
+
+
+def _steps(expected: Outlook, config: RunConfig) -> str:
+    """What a step moves, of each stage if there are several."""
+    if len(expected.traffic) == 1:
+        return f"{config.steps} steps of {config.prompts_per_step} prompts\n" + str(*expected.traffic.values())
+    return "\n".join(f"stage {name}:\n{textwrap.indent(str(t), '  ')}" for name, t in expected.traffic.items())

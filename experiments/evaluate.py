@@ -1,0 +1,178 @@
+"""Evaluate: `python -m experiments.evaluate model=runs/my-run/final suite=paper`; `--help` lists every key."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from experiments.surroundings import command, git_commit, now, quiet, versions
+from upge.errors import UserError
+from upge.train.distributed import launched_rank, leave
+
+BAD_INPUT = 2
+
+
+class Stopped(BaseException):
+    """A signal asks for the end; what is complete is verified and written on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code (0 done, 2 bad input, 128 + signal)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # The user's own verifiers and data sets are found in the folder of the start.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    quiet()
+    if "-h" in arguments or "--help" in arguments:
+        from experiments.evaluating.show import help_text
+
+        print(help_text())
+        return 0
+    try:
+        with _signals():
+            return _evaluate([a for a in arguments if a != "--dry-run"], dry_run="--dry-run" in arguments)
+    except Stopped as stopped:
+        print(f"stopped by signal {stopped.number}", file=sys.stderr)
+        return 128 + stopped.number
+    except UserError as error:
+        if launched_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _evaluate(arguments: Sequence[str], dry_run: bool) -> int:
+    from experiments.evaluating.prepare import prepare
+    from experiments.evaluating.settings import choose
+    from experiments.evaluating.show import plan, table
+    from upge.evaluation.scores import suite_scores
+
+    chosen = choose(arguments)
+    prepared = prepare(chosen)
+    folder, benchmarks = prepared.folder, [one.benchmark for one in prepared.questions]
+    print(f"{chosen.names['model']} on {chosen.names['suite']} → {folder.path}")
+    for note in chosen.notes:
+        print(f"note: {note}")
+    print(plan(prepared.questions, chosen.config.suite.max_response_tokens))
+    print(prepared.prompting.describe(benchmarks[0].problems[0]), flush=True)
+    if dry_run:
+        return 0
+    missing = {one.benchmark.name: len(one.missing(folder.samples(one.benchmark.name))) for one in prepared.questions}
+    total = sum(one.responses for one in benchmarks)
+    if prepared.continues:
+        print(f"continuing {folder.path}: {total - sum(missing.values())} of {total} responses are there", flush=True)
+    try:
+        if any(missing.values()):
+            _sample(chosen, prepared, total, sum(missing.values()), arguments)
+    except Stopped:
+        print(f"what was complete is written; the same command with output={folder.path} continues it", flush=True)
+        raise
+    groups = {one.name: one.group for one in benchmarks}
+    outcomes = [_outcomes(one, folder) for one in benchmarks]
+    scores = suite_scores(outcomes, groups, _how(chosen))
+    folder.finish(scores)
+    print(table(scores))
+    print(f"scores: {folder.path / 'scores.json'}", flush=True)
+    return 0
+
+
+def _sample(chosen: Any, prepared: Any, total: int, missing: int, arguments: Sequence[str]) -> None:
+    """Draws the responses that the folder lacks."""
+    from experiments.evaluating.show import Progress
+    from upge import rollout
+    from upge.evaluation.runner import Runner
+    from upge.verify import VerifierPool
+
+    config, folder = chosen.config, prepared.folder
+    limits = (config.verify.workers, config.verify.time_limit, config.verify.memory_limit)
+    with VerifierPool(prepared.verifiers, *limits) as pool:
+        sampler = rollout.load(
+            config.rollout.engine,
+            prepared.model.path,
+            dtype=prepared.model.dtype,
+            max_length=config.suite.max_prompt_tokens + config.suite.max_response_tokens,
+            memory_fraction=config.rollout.memory_fraction,
+            seed=config.seed,
+            overrides=prepared.model.overrides,
+        )
+        print(f"rollouts: {sampler.reason}", flush=True)
+        folder.start(chosen.tree, _facts(chosen, prepared, sampler, arguments))
+        with Progress(total, total - missing) as progress:
+            runner = Runner(sampler, prepared.prompting, prepared.sampling, pool, config.seed, progress.wrote)
+            for questions in prepared.questions:
+                name = questions.benchmark.name
+                progress.begin(name)
+                runner.run(questions, folder.samples(name))
+                average = _outcomes(questions.benchmark, folder).average().mean().item()
+                progress.say(f"{name}: avg@{questions.benchmark.samples} {100 * average:.1f} %")
+        sampler.close()
+
+
+def _outcomes(benchmark: Any, folder: Any) -> Any:
+    from upge.evaluation.scores import Outcomes
+
+    ids = [problem.id for problem in benchmark.problems]
+    return Outcomes.of(benchmark.name, folder.samples(benchmark.name).read(), benchmark.samples, ids)
+
+
+def _how(chosen: Any) -> dict[str, Mapping[str, Any]]:
+    """Benchmark → what makes its scores comparable with another model's."""
+    suite = chosen.config.suite
+    drawn = {
+        "temperature": suite.temperature,
+        "top_p": suite.top_p if suite.temperature else 1.0,
+        "max_response_tokens": suite.max_response_tokens,
+    }
+    found = {}
+    for name, one in suite.chosen().items():
+        verifier = one.verifier or chosen.config.verify.verifier
+        found[name] = {**drawn, "verifier": verifier, "instruction": one.instruction}
+    return found
+
+
+def _facts(chosen: Any, prepared: Any, sampler: Any, arguments: Sequence[str]) -> dict[str, Any]:
+    """run.json: how this evaluation was made."""
+    import torch
+
+    return {
+        "command": command("experiments.evaluate", arguments),
+        "started": now(),
+        "names": dict(chosen.names),
+        "seed": chosen.config.seed,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "engine": sampler.name,
+        "engine_reason": sampler.reason,
+        "stop_token_ids": list(prepared.prompting.stop_token_ids),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGINT and SIGTERM end what is inside by `Stopped`; a second one ends the process at once."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for one in numbers:
+            signal.signal(one, signal.SIG_DFL)
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    leave(None, main())

@@ -1,0 +1,113 @@
+"""The folder of an evaluation: what it leaves, and what an interrupted one is continued from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from upge.errors import ConfigError
+from upge.evaluation import SampleFile
+from upge.train.folder import write_atomically
+
+#: Keys that may differ between an evaluation and its continuation: no sample or verdict depends on them.
+FREE_KEYS = ("output", "resume", "rollout.memory_fraction", "verify.workers", "suite.skip")
+
+
+class EvaluationFolder:
+    """config.yaml, run.json, scores.json and samples/BENCHMARK.jsonl under `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def open(self, config: Mapping[str, Any], resume: str) -> bool:
+        """Checks that this evaluation may write here; True if it continues another. Nothing is written.
+
+        Raises:
+            ConfigError: the folder cannot be made, holds something else, or an evaluation with other settings.
+        """
+        existing = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ConfigError(f"output: {self.path} cannot be made, because {existing} is no folder or not writable")
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return False
+        saved = self.path / "config.yaml"
+        old = OmegaConf.to_container(OmegaConf.load(saved)) if saved.is_file() else {}
+        if "suite" not in old:
+            raise ConfigError(f"output: {self.path} exists and is not an evaluation's folder; choose another")
+        if resume == "never":
+            raise ConfigError(f"output: {self.path} exists; choose another, remove it, or continue it with resume=auto")
+        new, old = _leaves(config), _leaves(old)
+        different = [k for k in {**new, **old} if new.get(k) != old.get(k) and not _is_free(k)]
+        if different:
+            name = different[0]
+            more = f" (and {len(different) - 1} more: {', '.join(different[1:])})" if different[1:] else ""
+            raise ConfigError(
+                f"{name}: {new.get(name)!r} here, but {old.get(name)!r} in the evaluation in {self.path}{more}; give "
+                "the same settings to continue it, or another output"
+            )
+        return True
+
+    def start(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Writes the settings and the facts about this start; earlier starts stay listed.
+
+        Raises:
+            ConfigError: the folder cannot be made.
+        """
+        try:
+            (self.path / "samples").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output: {self.path} cannot be made: {error.strerror}; choose another folder") from error
+        write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+        start = {key: facts[key] for key in ("command", "started")}
+        self._write("run.json", {**facts, "starts": [*self._facts().get("starts", []), start]})
+
+    def samples(self, benchmark: str) -> SampleFile:
+        """The file with a benchmark's samples; it need not exist yet."""
+        return SampleFile(self.path / "samples" / f"{benchmark}.jsonl")
+
+    def finish(self, scores: Mapping[str, Any]) -> None:
+        """Writes scores.json."""
+        self._write("scores.json", scores)
+
+    def _facts(self) -> dict[str, Any]:
+        path = self.path / "run.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        write_atomically(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def output_folder(output: str, model: str, suite: str) -> Path:
+    """`output`, or the next free evals/MODEL-SUITE; a run's model is called after the run, too."""
+    if output:
+        return Path(output).expanduser()
+    place, name = Path(model).expanduser().absolute(), Path(model).name.removesuffix(".gguf")
+    if (place.parent / "run.json").is_file():
+        name = f"{place.parent.name}-{place.name}"
+    stem = f"{name or place.name}-{Path(suite).stem}"
+    number, path = 1, Path("evals") / stem
+    while path.exists():
+        number += 1
+        path = Path("evals") / f"{stem}-{number}"
+    return path
+
+
+def _is_free(name: str) -> bool:
+    return any(name == free or name.startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def _leaves(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Dotted key → value of everything that is no mapping, empty mappings included."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        dotted = f"{path}{name}"
+        if isinstance(value, Mapping) and value:
+            found |= _leaves(value, f"{dotted}.")
+        else:
+            found[dotted] = list(value) if isinstance(value, tuple) else value
+    return found

@@ -1,0 +1,109 @@
+"""What is checked before any sampling: problems, answers, the model's prompts and limits, the folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from experiments.evaluating.folder import EvaluationFolder, output_folder
+from experiments.evaluating.settings import Chosen, suite_config
+from experiments.prepare import check_answers, load_prompting
+from upge.data import Problem, Prompting
+from upge.errors import ConfigError, ModelError
+from upge.evaluation.runner import Questions
+from upge.evaluation.suite import load
+from upge.models import local_path
+from upge.rollout import Sampling
+from upge.rollout.model import read_config
+from upge.train.config import ModelConfig
+from upge.train.distributed import world_size
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an evaluation starts from.
+
+    Fields:
+        model: the model's settings, its path a folder where it comes from a GGUF file.
+        prompting: how the model is spoken to.
+        questions: the benchmarks, in the suite's order.
+        sampling: how responses are drawn.
+        verifiers: by name; every problem names its own.
+        folder, continues: where the samples go, and whether there are some.
+    """
+
+    model: ModelConfig
+    prompting: Prompting
+    questions: tuple[Questions, ...]
+    sampling: Sampling
+    verifiers: tuple[str, ...]
+    folder: EvaluationFolder
+    continues: bool
+
+
+def prepare(chosen: Chosen) -> Prepared:
+    """Loads and checks.
+
+    Raises:
+        UserError: the first thing that is wrong, naming key or file, what was found and the fix.
+    """
+    config = chosen.config
+    if world_size() > 1:
+        raise ConfigError(
+            f"started as {world_size()} processes, but an evaluation is one process; start it without torchrun (with "
+            "several GPUs give each a part of the suite by suite.skip, CUDA_VISIBLE_DEVICES and an output of its own)"
+        )
+    folder = EvaluationFolder(output_folder(config.output, chosen.names["model"], chosen.names["suite"]))
+    continues = folder.open(chosen.tree, config.resume)
+    benchmarks = load(config.suite, config.verify.verifier, config.limit)
+    verifiers = check_answers([p for one in benchmarks for p in one.problems], config.verify.verifier)
+    _check_model(config.model)
+    model = replace(config.model, path=local_path(config.model.path))
+    _check_length(model, config.suite.max_prompt_tokens, config.suite.max_response_tokens)
+    prompting = load_prompting(model)
+    questions = tuple(Questions.of(one, prompting, config.suite.max_prompt_tokens) for one in benchmarks)
+    sampling = Sampling(
+        temperature=config.suite.temperature,
+        top_p=config.suite.top_p,
+        max_tokens=config.suite.max_response_tokens,
+        stop_token_ids=prompting.stop_token_ids,
+    )
+    return Prepared(model, prompting, questions, sampling, verifiers, folder, continues)
+
+
+def suite_problems(suite: str, limit: int = 0, verifier: str = "math") -> tuple[Problem, ...]:
+    """The problems of a suite for an evaluation during training: each has its benchmark's name as its level.
+
+    Args:
+        suite: a preset, or a YAML file; how often and how it samples does not matter here.
+        limit: at most so many problems of each benchmark, 0 for all.
+        verifier: for benchmarks that name none.
+
+    Raises:
+        UserError: there is no such suite, or its problems cannot be loaded.
+    """
+    return tuple(
+        replace(problem, id=f"{one.name}/{problem.id}", level=one.name)
+        for one in load(suite_config(suite), verifier, limit)
+        for problem in one.problems
+    )
+
+
+def _check_model(model: ModelConfig) -> None:
+    """Refuses a run's folder, where the model is one below."""
+    path = Path(model.path).expanduser()
+    inner = [name for name in ("final", "best") if (path / name / "config.json").is_file()]
+    if inner and not (path / "config.json").is_file():
+        found = " or ".join(f"model={model.path.rstrip('/')}/{name}" for name in inner)
+        raise ModelError(f"model: {model.path} is the folder of a run; give {found}")
+
+
+def _check_length(model: ModelConfig, max_prompt_tokens: int, max_response_tokens: int) -> None:
+    """Refuses limits that the model's positions do not allow."""
+    longest = getattr(read_config(model.path, model.overrides), "max_position_embeddings", None)
+    wanted = max_prompt_tokens + max_response_tokens
+    if longest is not None and wanted > longest:
+        raise ConfigError(
+            f"suite.max_prompt_tokens + suite.max_response_tokens = {wanted} exceeds the {longest} positions of "
+            f"'{model.path}'; lower one of them, or raise model.overrides.max_position_embeddings"
+        )

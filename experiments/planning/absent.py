@@ -1,0 +1,71 @@
+"""What a dry run can do without: a model of which only the sizes are known here, a tokenizer, a data set of the hub."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from experiments.config import MODELS, Composed
+from upge.errors import ModelError
+from upge.rollout.model import read_config
+
+#: Hub name → folder in experiments/models with the model's config.json and nothing else.
+KNOWN = {
+    "Qwen/Qwen2.5-Math-7B": "qwen2.5-math-7b",
+    "Qwen/Qwen2.5-Math-1.5B": "qwen2.5-math-1.5b",
+    "meta-llama/Llama-3.1-8B": "llama-3.1-8b",
+}
+#: One of these files is there where a folder has a tokenizer.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def with_known_models(composed: Composed) -> tuple[Composed, list[str]]:
+    """With the folders of `KNOWN` in place of models that cannot be found, and a sentence about each.
+
+    Raises:
+        ModelError: a model that is neither found nor known.
+    """
+    config, notes = composed.config, []
+    for key in ("model", "critic", "reference"):
+        section = getattr(config, key)
+        folder = _folder(section.path, f"{key}.path", notes)
+        config = replace(config, **{key: replace(section, path=folder)})
+    return replace(composed, config=config), notes
+
+
+def _folder(path: str, key: str, notes: list[str]) -> str:
+    if path not in KNOWN:
+        return path
+    try:
+        read_config(path)
+    except ModelError:
+        folder = MODELS / KNOWN[path]
+        notes.append(
+            f"{key}: '{path}' is neither in the local cache nor can the hub be reached; its sizes are those of "
+            f"{folder.relative_to(MODELS.parent.parent)}/config.json, which comes with neither weights nor tokenizer"
+        )
+        return str(folder)
+    return path
+
+
+def lacks_tokenizer(path: str) -> str | None:
+    """A sentence if the model, whose configuration is there, has no tokenizer here."""
+    if Path(path).is_dir():
+        found = any((Path(path) / name).is_file() for name in TOKENIZERS)
+    else:
+        from upge.data.prompting import load_tokenizer
+
+        try:
+            found = load_tokenizer(path) is not None
+        except ModelError:
+            found = False
+    return None if found else f"model.path: '{path}' has no tokenizer here: no prompt can be shown, no length counted"
+
+
+def is_unreachable(error: BaseException | None) -> bool:
+    """Whether an error came about because the hub could not be reached."""
+    while error is not None:
+        if isinstance(error, ConnectionError):
+            return True
+        error = error.__cause__
+    return False

@@ -1,0 +1,179 @@
+"""Memory of one rank: DeepSpeed's estimate of the models' states, and what this trainer adds to it, item by item."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from experiments.planning.machine import GIB, Machine
+from experiments.planning.shape import ModelShape
+from upge.algorithm import Algorithm
+from upge.logprobs import default_chunk_size
+from upge.pipeline import Pipeline
+from upge.rollout.transformers_engine import TOKEN_BUDGET
+from upge.rollout.vllm_engine import CPU_SEQUENCES
+from upge.train.config import RunConfig
+
+When = Literal["always", "sampling", "training"]
+#: A GPU's context, the collectives' buffers, and gaps between tensors.
+RESERVE = int(1.5 * GIB)
+#: Bytes that the head holds for an entry of a chunk's logits: as the product comes out, in float32, and probabilities.
+LOGITS = 10
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that takes memory.
+
+    Attributes:
+        what: what it is, with the numbers that it follows from.
+        bytes: on one rank.
+        when: in which part of a step it is there.
+        is_certain: it takes at least so much, whatever the libraries do.
+    """
+
+    what: str
+    bytes: int
+    when: When = "always"
+    is_certain: bool = True
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The models of a run; None where the algorithm does not ask for one."""
+
+    policy: ModelShape
+    critic: ModelShape | None = None
+    reference: ModelShape | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one rank of the machine holds: the models' states, the inference engine, and an update's own."""
+
+    machine: Machine
+    states: tuple[Item, ...]
+    engine: tuple[Item, ...]
+    update: tuple[Item, ...]
+
+    def total(self, when: When, certain: bool = False) -> int:
+        """Bytes that are there at the same time while sampling or training; with `certain` what is so at least."""
+        items = [*self.states, *self.engine, *self.update]
+        return sum(i.bytes for i in items if i.when in ("always", when) and (i.is_certain or not certain))
+
+    def __str__(self) -> str:
+        items = [*self.states, *self.engine, *self.update]
+        rows = [f"{item.bytes / GIB:8.2f}  {item.when:<8}  {item.what}" for item in items]
+        for when in ("sampling", "training"):
+            there = self.machine.memory / GIB
+            rows.append(f"{self.total(when) / GIB:8.2f}  {'in all':<8}  while {when}, of {there:.2f} GiB")
+        return "\n".join(rows)
+
+
+def estimate(
+    config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, machine: Machine, micro_batch: int
+) -> Memory:
+    """What a rank holds in a run whose largest micro-batch has so many tokens on a rank."""
+    states = [*_trained("policy", shapes.policy, machine)]
+    if shapes.critic is not None:
+        states += _trained("critic", shapes.critic, machine)
+    if shapes.reference is not None:
+        states.append(Item("frozen policy: weights", shapes.reference.weights // machine.ranks))
+    stages = Pipeline.of(algorithm).stages.values()
+    if any(s.algorithm.interlude is not None and s.algorithm.interlude.own_optimizer for s in stages):
+        moments = 8 * shapes.policy.parameters // machine.ranks
+        states.append(Item("policy: the interlude's own moments, 8 bytes a parameter", moments))
+    if machine.has_gpus:
+        states.append(Item("reserve: context, collectives, gaps", RESERVE, is_certain=False))
+    engine = tuple(_engine(config, shapes.policy, machine)) if algorithm.needs.rollouts else ()
+    return Memory(machine, tuple(states), engine, tuple(_update(config, shapes.policy, machine, micro_batch)))
+
+
+def zero3_states(shape: ModelShape, ranks: int) -> int:
+    """DeepSpeed's estimate for ZeRO-3 without offloading: 18 bytes a parameter over the ranks, and 4 a parameter of the
+    largest layer."""
+    _quiet_deepspeed()
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+
+    _, found, _ = estimate_zero3_model_states_mem_needs(
+        shape.parameters, shape.largest_layer, num_gpus_per_node=ranks, cpu_offload=False, cpu_offload_params=False
+    )
+    return found
+
+
+def longest(config: RunConfig) -> int:
+    """Tokens of a prompt and a response that are as long as they may be."""
+    return config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+
+
+def engine_room(config: RunConfig, shape: ModelShape, machine: Machine) -> tuple[int, int]:
+    """(bytes that vLLM may take, bytes of one sequence's cache and whatever else must be in there)."""
+    least = longest(config) * shape.cache_per_token
+    # On a GPU the share is for weights and cache, elsewhere for the cache alone.
+    return int(config.rollout.memory_fraction * machine.memory), least + (shape.weights if machine.has_gpus else 0)
+
+
+def _quiet_deepspeed() -> None:
+    """Without a GPU DeepSpeed would warn that it finds none."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _trained(name: str, shape: ModelShape, machine: Machine) -> Iterator[Item]:
+    _quiet_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    count, ranks, zero = shape.parameters, machine.ranks, DeepSpeedZeroConfig()
+    what = f"weights, gradient, AdamW of {shape.size} parameters over {ranks} ranks, DeepSpeed's estimate"
+    yield Item(f"{name}: {what}", zero3_states(shape, ranks))
+    if shape.itemsize > 2:
+        more = (shape.itemsize - 2) * count // ranks
+        yield Item(f"{name}: {shape.itemsize} bytes a weight where that estimate has 2", more)
+    # Of a GPU it is taken whole, of ordinary memory only what is written to.
+    bucket = int(zero.reduce_bucket_size) if machine.has_gpus else min(int(zero.reduce_bucket_size), count)
+    yield Item(f"{name}: ZeRO-3's bucket of gradients", bucket * shape.itemsize)
+    gathered = min(count, int(zero.max_live_parameters)) * shape.itemsize
+    yield Item(f"{name}: weights that ZeRO-3 keeps gathered, at most", gathered, "training", is_certain=False)
+
+
+def _engine(config: RunConfig, shape: ModelShape, machine: Machine) -> Iterator[Item]:
+    """vLLM leaves its GPU to the updates; nothing else does."""
+    one = longest(config) * shape.cache_per_token
+    if config.rollout.engine == "transformers":
+        yield Item("rollouts: a copy of the weights", shape.weights)
+        tokens = max(TOKEN_BUDGET["cuda" if machine.has_gpus else "cpu"], longest(config))
+        yield Item(f"rollouts: cache of {tokens:,} tokens", tokens * shape.cache_per_token, "sampling", False)
+        return
+    room, _ = engine_room(config, shape, machine)
+    if machine.has_gpus:
+        count = max(room - shape.weights, 0) // one
+        share = f"rollout.memory_fraction={config.rollout.memory_fraction:g} of the GPU"
+        what = f"{share}, weights and a cache of {count} sequences of {longest(config):,} tokens"
+        yield Item(f"rollouts: {what}", room, "sampling")
+        return
+    yield Item("rollouts: a copy of the weights", shape.weights)
+    yield Item("rollouts: cache, at most", min(room, CPU_SEQUENCES * one), is_certain=False)
+
+
+def _update(config: RunConfig, shape: ModelShape, machine: Machine, tokens: int) -> Iterator[Item]:
+    """What the forward and backward pass of a micro-batch hold."""
+    layers = shape.layers
+    if config.model.gradient_checkpointing:
+        kept = layers * shape.hidden * shape.itemsize * tokens
+        yield Item(f"update: the inputs of {layers} layers for {tokens:,} tokens", kept, "training")
+        again = shape.kept_per_token * tokens
+        yield Item("update: activations of one layer, computed again", again, "training", is_certain=False)
+    else:
+        kept = layers * shape.kept_per_token * tokens
+        yield Item(f"update: activations of {layers} layers for {tokens:,} tokens", kept, "training")
+    passing = shape.gradients_per_token * tokens
+    yield Item("update: gradients on the way through a layer", passing, "training", is_certain=False)
+    chunk = min(default_chunk_size(shape.vocabulary, "cuda" if machine.has_gpus else "cpu"), tokens)
+    logits = chunk * shape.vocabulary * LOGITS
+    yield Item(f"update: logits of {chunk:,} tokens, {LOGITS} bytes an entry", logits, "training", is_certain=False)
+    head = 4 * shape.vocabulary * shape.hidden
+    yield Item("update: gradient of the output embedding in float32", head, "training", is_certain=False)

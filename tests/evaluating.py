@@ -1,0 +1,52 @@
+"""Evaluations of the command line for tests: small ones, in this process or in one of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from experiments import evaluate
+from tests.running import ROOT, environment
+
+DATA = ROOT.parent / "shared" / "data"
+#: Seconds: 16 problems in two benchmarks.
+SMALL = (
+    "model=tiny",
+    "suite=smoke",
+    "rollout.engine=transformers",
+    "verify.workers=1",
+    "suite.benchmarks.sums.data.evaluation_size=10",
+    "suite.benchmarks.long_sums.data.evaluation_size=6",
+    "suite.max_response_tokens=48",
+)
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line of an evaluation."""
+    return [sys.executable, "-m", "experiments.evaluate", *arguments]
+
+
+def start(*arguments: str, **options) -> subprocess.Popen:
+    """Starts it in a process of its own, and of a group of its own."""
+    return subprocess.Popen(
+        command(*arguments), cwd=ROOT, env=environment(), text=True, start_new_session=True, **options
+    )
+
+
+def run(*arguments: str, code: int = 0) -> None:
+    """Runs it here and checks the exit code."""
+    assert evaluate.main(list(arguments)) == code
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one message with which it is refused."""
+    run(*arguments, code=2)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+def sample_lines(folder: Path) -> dict[str, list[str]]:
+    """Benchmark → the lines of its samples, sorted: the order is that of arrival."""
+    return {path.stem: sorted(path.read_text().splitlines()) for path in sorted((folder / "samples").glob("*.jsonl"))}

@@ -1,0 +1,175 @@
+"""Whole evaluations: what they leave, that they survive a kill, and that a continued one equals one left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments.evaluating.prepare import suite_problems
+from experiments.evaluating.settings import keys
+from tests.evaluating import SMALL, run, sample_lines, start
+from tests.running import ROOT, lines
+
+TINY = ROOT / "experiments" / "models" / "tiny"
+
+
+def test_a_whole_evaluation(tmp_path, capsys):
+    """Every response of every problem is there once, and the scores are those of the lines."""
+    out = tmp_path / "eval"
+    run(*SMALL, "suite.benchmarks.sums.samples=3", "suite.benchmarks.long_sums.samples=2", f"output={out}")
+    printed = capsys.readouterr().out
+    scores = json.loads((out / "scores.json").read_text())
+    assert list(scores["benchmarks"]) == ["sums", "long_sums"]
+    for name, problems, n in (("sums", 10, 3), ("long_sums", 6, 2)):
+        rows = lines(out / "samples" / f"{name}.jsonl")
+        assert len({(row["id"], row["sample"]) for row in rows}) == len(rows) == problems * n
+        assert {row["sample"] for row in rows} == set(range(n))
+        assert {row["benchmark"] for row in rows} == {name}
+        for row in rows:
+            right = row["response"].endswith(f"\\boxed{{{row['answer']}}}")
+            assert row["correct"] == right == (row["reward"] == 1.0) and row["status"] == "ok"
+            assert row["prompt"] == row["id"].partition("/")[2] + "\n" and row["id"].startswith(row["level"])
+            # A token of this model is a character; the one that ends a response is not shown.
+            assert row["tokens"] == len(row["response"]) + row["finished"]
+        mean = sum(row["correct"] for row in rows) / len(rows)
+        figures = scores["benchmarks"][name]
+        assert figures["avg"]["value"] == pytest.approx(mean, abs=1e-12)
+        assert figures["unfinished"] == pytest.approx(sum(not row["finished"] for row in rows) / len(rows), abs=1e-12)
+        assert figures["problems"] == problems and figures["samples"] == n
+        assert sum(part["problems"] for part in figures["levels"].values()) == problems
+        assert f"{name}: avg@{n} {100 * mean:.1f} %" in printed
+    assert scores["benchmarks"]["sums"]["avg"]["value"] > 0.7
+    assert scores["benchmarks"]["long_sums"]["unfinished"] > 0
+    assert scores["averages"]["ood"]["avg"]["value"] == scores["benchmarks"]["long_sums"]["avg"]["value"]
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["engine"] == "transformers" and facts["names"] == {"model": "tiny", "suite": "smoke"}
+    assert "experiments.evaluate model=tiny" in facts["command"] and len(facts["starts"]) == 1
+    assert "an example, " in printed and "math, average" in printed
+
+
+def test_nothing_is_sampled_twice(tmp_path, capsys):
+    """A finished evaluation says its scores again; another seed draws other responses, another copy, too."""
+    out, other = tmp_path / "eval", tmp_path / "other"
+    few = [*SMALL, "suite.skip=[long_sums]", "suite.benchmarks.sums.samples=4", "suite.temperature=1.5"]
+    run(*few, f"output={out}")
+    before, scores = (out / "samples" / "sums.jsonl").read_bytes(), (out / "scores.json").read_bytes()
+    capsys.readouterr()
+    run(*few, f"output={out}")
+    printed = capsys.readouterr().out
+    assert "40 of 40 responses are there" in printed and "rollouts:" not in printed
+    assert (out / "samples" / "sums.jsonl").read_bytes() == before and (out / "scores.json").read_bytes() == scores
+    run(*few, f"output={other}", "seed=1")
+    rows = [lines(folder / "samples" / "sums.jsonl") for folder in (out, other)]
+    responses = [{(row["id"], row["sample"]): row["response"] for row in part} for part in rows]
+    differing = sum(responses[0][key] != responses[1][key] for key in responses[0])
+    assert differing > 10
+    ids = {id for id, _ in responses[0]}
+    assert any(len({responses[0][id, copy] for copy in range(4)}) > 1 for id in ids)
+
+
+def test_a_skipped_benchmark_is_made_up_for(tmp_path):
+    """suite.skip may change; the rest of the folder stays as it was."""
+    out = tmp_path / "eval"
+    run(*SMALL, f"output={out}", "suite.skip=[sums]")
+    first = sample_lines(out)
+    assert list(first) == ["long_sums"]
+    run(*SMALL, f"output={out}")
+    assert sample_lines(out)["long_sums"] == first["long_sums"]
+    assert set(json.loads((out / "scores.json").read_text())["benchmarks"]) == {"sums", "long_sums"}
+    assert len(json.loads((out / "run.json").read_text())["starts"]) == 2
+
+
+#: Long enough to be met in the middle.
+LONGER = (*SMALL, "limit=24", *(f"suite.benchmarks.{name}.data.evaluation_size=24" for name in ("sums", "long_sums")))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An evaluation that nobody disturbed."""
+    out = tmp_path_factory.mktemp("evaluations") / "whole"
+    run(*LONGER, f"output={out}")
+    return out
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_interrupted_and_continued_equals_uninterrupted(tmp_path, whole, number, code):
+    """Whatever ends it, the same command goes on: no sample is lost, drawn twice, or becomes another."""
+    out = tmp_path / "eval"
+    process = start(*LONGER, f"output={out}", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline, first = time.monotonic() + 120, out / "samples" / "sums.jsonl"
+    while not first.is_file() or first.read_bytes().count(b"\n") < 5:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == code, printed
+    assert code < 0 or f"output={out}" in printed
+    there, wanted = sample_lines(out), sample_lines(whole)
+    drawn, total = sum(map(len, there.values())), sum(map(len, wanted.values()))
+    assert 5 <= drawn < total and not (out / "scores.json").exists()
+    run(*LONGER, f"output={out}")
+    assert sample_lines(out) == wanted
+    assert (out / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
+
+
+def test_greedy_is_alike_for_all_seeds(tmp_path):
+    few = [*SMALL, "suite.temperature=0", *(f"suite.benchmarks.{name}.samples=1" for name in ("sums", "long_sums"))]
+    for seed in (0, 1):
+        run(*few, f"seed={seed}", f"output={tmp_path / str(seed)}")
+    assert sample_lines(tmp_path / "0") == sample_lines(tmp_path / "1")
+
+
+def test_a_runs_model_is_spoken_to_as_in_the_run(tmp_path, capsys):
+    """Template and instruction are the run's, unless they are given."""
+    run_folder = tmp_path / "my-run"
+    shutil.copytree(TINY, run_folder / "final")
+    model = {"path": "x", "template": "Q: {prompt} A:\n", "instruction": " (a sum)", "opening": "", "dtype": "float32"}
+    (run_folder / "config.yaml").write_text(yaml.safe_dump({"algo": {}, "model": model}))
+    (run_folder / "run.json").write_text("{}")
+    small = [f"model={run_folder / 'final'}", *SMALL[1:], "--dry-run"]
+    run(*small)
+    printed = capsys.readouterr().out
+    assert " (a sum) A:" in printed and "→ evals/my-run-final-smoke" in printed
+    taken = "note: model.dtype, model.template, model.instruction, model.opening as in"
+    assert f"{taken} {run_folder / 'config.yaml'}" in printed
+    run(*small, "model.template={prompt}>")
+    printed = capsys.readouterr().out
+    assert " (a sum)>" in printed and "Q:" not in printed
+    assert "note: model.dtype, model.instruction, model.opening as in" in printed
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(*SMALL, "limit=4", "--dry-run")
+    printed = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    words = [line.split() for line in printed.splitlines()]
+    assert ["sums", "math", "4", "of", "10", "8", "32", "14", "math"] in words, printed
+    assert "64 responses, at most 3072 tokens" in printed and "→ evals/tiny-smoke" in printed
+    Path("evals/tiny-smoke").mkdir(parents=True)
+    run(*SMALL, "--dry-run")
+    assert "→ evals/tiny-smoke-2" in capsys.readouterr().out
+
+
+def test_help_names_every_key(capsys):
+    run("--help")
+    printed = capsys.readouterr().out
+    words = " ".join(printed.split())
+    assert all(f"{key}=" in printed and " ".join(meaning.split()) in words for key, _, meaning in keys())
+    assert "gradient_checkpointing" not in printed and max(map(len, printed.splitlines())) <= 120
+    assert "seed=0 " in printed and 'output="" ' in printed
+
+
+def test_a_suite_during_training():
+    """Its problems, each with its benchmark's name as the level."""
+    problems = suite_problems("smoke", limit=3)
+    assert [p.level for p in problems] == ["sums"] * 3 + ["long_sums"] * 3
+    assert len({p.id for p in problems}) == 6 and all(p.verifier == "math" for p in problems)

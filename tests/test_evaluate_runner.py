@@ -1,0 +1,204 @@
+"""The runner beside a sampler that can be watched: when samples are written, from which seeds, in which pieces."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+
+import pytest
+
+from upge.data import Problem
+from upge.errors import DataError
+from upge.evaluation import SampleFile
+from upge.evaluation.runner import Questions, Runner
+from upge.evaluation.suite import Benchmark
+from upge.rollout import Rollout, Sampling
+from upge.verify import Verdict
+
+PROBLEMS = tuple(
+    Problem(id=f"p{i}", prompt="x" * length, answer=str(i), level=None, verifier="math")
+    for i, length in enumerate((2, 5, 1, 4))
+)
+
+
+class Watched:
+    """Responds to a prompt with the seed, and notes what it was asked; `between` is called before each response."""
+
+    def __init__(self, between=lambda number: None):
+        self.calls, self.between = [], between
+
+    def sample(self, prompts, n, sampling, seeds, arrived):
+        assert n == 1
+        self.calls.append((list(prompts), list(seeds)))
+        for i in reversed(range(len(prompts))):
+            self.between(len(prompts) - 1 - i)
+            arrived(i, 0, Rollout((seeds[i],), (0.0,), True))
+
+
+class Words:
+    """Speaks in numbers: a prompt is its characters, a response its one token's number."""
+
+    stop_token_ids = (0,)
+
+    def text(self, problem):
+        return f"<{problem.prompt}>"
+
+    def prompt_ids(self, problems):
+        return [tuple(map(ord, problem.prompt)) for problem in problems]
+
+    def decode(self, responses):
+        return [str(ids[0]) for ids in responses]
+
+
+class Pool:
+    """Verdicts that are there at once, or whenever `later` is called."""
+
+    def __init__(self, wait=False):
+        self.wait, self.pending, self.items = wait, [], []
+
+    def submit(self, item):
+        self.items.append(item)
+        future = Future()
+        self.pending.append((future, Verdict(1.0 if int(item.response) % 2 else 0.5, "ok", "", item.response)))
+        if not self.wait:
+            self.later()
+        return future
+
+    def later(self):
+        while self.pending:
+            future, verdict = self.pending.pop(0)
+            future.set_result(verdict)
+
+
+def questions(samples=3, problems=PROBLEMS):
+    return Questions.of(Benchmark("bench", "math", samples, problems, len(problems)), Words(), 10)
+
+
+def runner(sampler, pool=None, seed=0, wrote=lambda sample: None):
+    return Runner(sampler, Words(), Sampling(max_tokens=4), pool or Pool(), seed, wrote)
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_samples_say_what_happened(tmp_path):
+    file, pool, heard = SampleFile(tmp_path / "bench.jsonl"), Pool(), []
+    runner(Watched(), pool, wrote=heard.append).run(questions(), file)
+    found = {(sample.id, sample.sample): sample for sample in file.read()}
+    assert set(found) == {(f"p{i}", copy) for i in range(4) for copy in range(3)} and len(heard) == 12
+    for (id, _), sample in found.items():
+        problem = PROBLEMS[int(id[1:])]
+        assert (sample.prompt, sample.answer, sample.benchmark) == (f"<{problem.prompt}>", problem.answer, "bench")
+        assert sample.correct == (int(sample.response) % 2 == 1) and sample.reward == (1.0 if sample.correct else 0.5)
+        assert (sample.tokens, sample.finished, sample.extracted) == (1, True, sample.response)
+    # A verifier reads the problem's own words, not the template's.
+    assert {item.prompt for item in pool.items} == {problem.prompt for problem in PROBLEMS}
+
+
+def test_long_prompts_first_and_no_call_larger_than_a_chunk(tmp_path):
+    sampler = Watched()
+    runner(sampler).run(questions(), SampleFile(tmp_path / "bench.jsonl"), chunk=5)
+    lengths = [[len(prompt) for prompt in prompts] for prompts, _ in sampler.calls]
+    assert lengths == [[5, 5, 5, 4, 4], [4, 2, 2, 2, 1], [1, 1]]
+
+
+def test_seeds_are_of_the_response_alone(tmp_path):
+    """Not of the chunk, nor of the other problems; they differ by response, benchmark and the evaluation's seed."""
+
+    def seeds(name, seed=0, chunk=100, problems=PROBLEMS, benchmark="bench"):
+        sampler, file = Watched(), SampleFile(tmp_path / f"{name}.jsonl")
+        asked = Questions.of(Benchmark(benchmark, "math", 3, problems, len(problems)), Words(), 10)
+        runner(sampler, seed=seed).run(asked, file, chunk)
+        return {(sample.id, sample.sample): int(sample.response) for sample in file.read()}
+
+    plain = seeds("plain")
+    assert len(set(plain.values())) == 12
+    assert seeds("chunks", chunk=2) == plain
+    few = seeds("few", problems=PROBLEMS[2:])
+    assert few == {key: plain[key] for key in few} and len(few) == 6
+    for other in (seeds("seed", seed=1), seeds("name", benchmark="other")):
+        assert not set(other.values()) & set(plain.values())
+
+
+def test_written_while_others_are_generated(tmp_path):
+    """The verdict is there: the line is there, before the next response is."""
+    file = SampleFile(tmp_path / "bench.jsonl")
+
+    def between(number):
+        wait_until(lambda: len(list(file.read())) == number)
+
+    runner(Watched(between)).run(questions(), file)
+
+
+def test_generation_does_not_wait_for_verdicts(tmp_path):
+    """All responses arrive before the first verdict; the lines come with the verdicts."""
+    file, pool = SampleFile(tmp_path / "bench.jsonl"), Pool(wait=True)
+
+    def between(number):
+        assert len(pool.pending) == number and not list(file.read())
+        if number == 11:
+            pool.wait = False
+
+    runner(Watched(between), pool).run(questions(), file)
+    assert len(list(file.read())) == 12
+
+
+def in_order(file):
+    return sorted(file.read(), key=lambda sample: (sample.id, sample.sample))
+
+
+class Stop(BaseException):
+    pass
+
+
+def test_what_was_complete_is_written_and_the_rest_is_drawn_next_time(tmp_path):
+    file, pool = SampleFile(tmp_path / "bench.jsonl"), Pool()
+
+    def between(number):
+        if number == 7:
+            raise Stop
+
+    with pytest.raises(Stop):
+        runner(Watched(between), pool).run(questions(), file)
+    first = list(file.read())
+    assert len(first) == 7
+    sampler = Watched()
+    runner(sampler).run(questions(), file)
+    assert sum(len(prompts) for prompts, _ in sampler.calls) == 5
+    whole = SampleFile(tmp_path / "whole.jsonl")
+    runner(Watched()).run(questions(), whole)
+    assert in_order(file) == in_order(whole)
+    sampler = Watched()
+    runner(sampler).run(questions(), file)
+    assert sampler.calls == []
+
+
+def test_a_file_that_cannot_be_written_ends_it(tmp_path):
+    file = SampleFile(tmp_path / "bench.jsonl")
+    runner(Watched()).run(questions(samples=1), file)
+    reached = []
+    with file:
+        file.append([])  # holds the lock, as another process would
+        other = SampleFile(file.path)
+        slow = Watched(lambda number: (time.sleep(0.05), reached.append(number)))
+        with pytest.raises(DataError, match="another process is writing"):
+            runner(slow).run(questions(samples=200), other)
+    assert len(reached) < 20
+
+
+def test_another_problem_under_the_same_id_is_refused(tmp_path):
+    file = SampleFile(tmp_path / "bench.jsonl")
+    runner(Watched()).run(questions(), file)
+    changed = (*PROBLEMS[:3], Problem(id="p3", prompt="xxxx", answer="4", verifier="math"))
+    with pytest.raises(DataError, match="answer of problem 'p3'"):
+        runner(Watched()).run(questions(problems=changed), file)
+
+
+def test_a_prompt_over_the_limit_is_refused():
+    long = Problem(id="p", prompt="x" * 11, answer="1", where="file:3", verifier="math")
+    with pytest.raises(DataError, match="file:3: the prompt has 11 tokens.*suite.max_prompt_tokens=10 .1 of 5"):
+        questions(problems=(*PROBLEMS, long))

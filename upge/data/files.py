@@ -1,0 +1,121 @@
+"""Reads tables from JSON-lines, JSON and parquet files; whatever is wrong is said with file and line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upge.errors import ConfigError, DataError, nearest
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a table.
+
+    Fields:
+        values: column → value, nested as the file has it.
+        number: its line in a JSON-lines file, else its row; from 1.
+        where: its place for messages, `file:line` or `file: row N`.
+    """
+
+    values: Mapping[str, Any]
+    number: int
+    where: str
+
+
+def read_file(path: Path) -> list[Record]:
+    """The rows of a file, which its suffix says how to read: one of `READERS`.
+
+    Raises:
+        ConfigError: another suffix, or pyarrow is missing where it is needed.
+        DataError: the file is missing, unreadable or without rows, or a row is no object.
+    """
+    if path.is_dir():
+        raise DataError(f"data.path: {path} is a folder; give one file, {_KINDS}")
+    if path.suffix not in READERS and path.exists():
+        raise ConfigError(
+            f"data.path: found the suffix '{path.suffix}' of {path}; give {_KINDS}; {nearest(path.suffix, READERS)}"
+        )
+    if not path.is_file():
+        raise DataError(f"data file {path} does not exist; check data.path")
+    records = READERS[path.suffix](path)
+    if not records:
+        raise DataError(f"data file {path} is empty; expected at least one row, an object of named columns")
+    return records
+
+
+def _lines(path: Path) -> list[Record]:
+    """JSON lines; blank ones are passed over."""
+    # Not str.splitlines: JSON strings may hold U+2028 and its kind, which end no line of a file.
+    numbered = enumerate(_text(path).split("\n"), start=1)
+    return [_line(text, number, f"{path}:{number}") for number, text in numbered if text.strip()]
+
+
+def _line(text: str, number: int, where: str) -> Record:
+    try:
+        values = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
+        raise DataError(f"{where}: not JSON ({reason}); expected one object a line") from error
+    return _record(values, number, where)
+
+
+def _json(path: Path) -> list[Record]:
+    """A JSON list of objects."""
+    try:
+        rows = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        hint = "; a file of one object a line is called .jsonl" if error.msg == "Extra data" else ""
+        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}); expected a list of objects{hint}") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: not JSON (nested too deep); expected a list of objects") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: found a JSON {type(rows).__name__}, expected a list of objects")
+    return numbered_records(rows, str(path))
+
+
+def _parquet(path: Path) -> list[Record]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(
+            f"data.path: reading {path} needs the package pyarrow: pip install 'upge[data]' ({error})"
+        ) from error
+    try:
+        # Not through a path: pyarrow would take folders named like a=b above the file for columns.
+        with path.open("rb") as file:
+            rows = pyarrow.parquet.read_table(file).to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise DataError(f"data file {path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+    return numbered_records(rows, str(path))
+
+
+def numbered_records(rows: list[Any], name: str) -> list[Record]:
+    """Rows as records whose place is `name: row N`.
+
+    Raises:
+        DataError: a row is no object.
+    """
+    return [_record(values, number, f"{name}: row {number}") for number, values in enumerate(rows, start=1)]
+
+
+def _record(values: Any, number: int, where: str) -> Record:
+    if not isinstance(values, Mapping):
+        raise DataError(f"{where}: found a {type(values).__name__}, expected an object of named columns")
+    return Record(values, number, where)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data file {path} cannot be read as UTF-8 text: {error}") from error
+
+
+#: How a file is read, by its suffix.
+READERS: dict[str, Callable[[Path], list[Record]]] = {".jsonl": _lines, ".json": _json, ".parquet": _parquet}
+_KINDS = ".jsonl (an object a line), .json (a list of objects) or .parquet"

@@ -1,0 +1,170 @@
+"""How a model is spoken to: chat template, stop tokens, padding, all decided here and nowhere else."""
+
+from __future__ import annotations
+
+import functools
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from upge.data.problem import Problem
+from upge.errors import ConfigError, ModelError, nearest
+
+FIELDS = ("prompt", "system")
+
+
+@dataclass(frozen=True)
+class Prompting:
+    r"""Turns problems into the token ids that a model is given, and responses into those it should give.
+
+    Fields:
+        tokenizer: a Hugging Face tokenizer with an end-of-sequence token.
+        template: "chat" for the tokenizer's chat template with the generation prompt, else a format string with
+            {prompt} and optionally {system} (empty where there is no system message); plain braces are doubled.
+        system: the system message of problems that bring none; empty for none.
+        instruction: added to every prompt as it stands, such as "\nPut the final answer in \boxed{}."
+        opening: what every response begins with, written into the prompt, such as a tag for thoughts. A demonstration
+            that begins with it loses it, since it is there already.
+        stop_token_ids: tokens that end a response; the first is the tokenizer's end of sequence, with which
+            demonstrations end. Empty: that alone.
+
+    Raises:
+        ConfigError: the template is no format string with {prompt}, or the tokenizer has no chat template.
+        ModelError: the tokenizer has no end-of-sequence token.
+    """
+
+    tokenizer: Any
+    template: str = "chat"
+    system: str = ""
+    instruction: str = ""
+    opening: str = ""
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        name = getattr(self.tokenizer, "name_or_path", "") or "the model"
+        if self.tokenizer.eos_token_id is None:
+            raise ModelError(f"the tokenizer of {name} has no end-of-sequence token; no response could end")
+        if self.template != "chat":
+            _check_template(self.template)
+        elif not getattr(self.tokenizer, "chat_template", None):
+            raise ConfigError(
+                f"model.template: 'chat' needs a chat template, and the tokenizer of {name} has none; give a format "
+                "string such as '{prompt}\\n'"
+            )
+        object.__setattr__(
+            self, "stop_token_ids", tuple(dict.fromkeys([self.tokenizer.eos_token_id, *self.stop_token_ids]))
+        )
+
+    @classmethod
+    def load(cls, path: str, **settings: Any) -> Prompting:
+        """That of the model at `path`, a folder or hub name; generation_config.json may add stop tokens.
+
+        Raises:
+            ModelError: no tokenizer, or one without an end-of-sequence token.
+            ConfigError: as for the class.
+        """
+        return cls(load_tokenizer(path), stop_token_ids=_generation_stops(path), **settings)
+
+    @property
+    def pad_token_id(self) -> int:
+        """Fills batches of unequal length, where an engine makes such; it is masked, so any id would do."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    def text(self, problem: Problem) -> str:
+        """The prompt as the model sees it, before it becomes tokens."""
+        prompt, system = problem.prompt + self.instruction, problem.system or self.system
+        if self.template != "chat":
+            return self.template.format(prompt=prompt, system=system) + self.opening
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": prompt})
+        found = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return found + self.opening
+
+    def prompt_ids(self, problems: Sequence[Problem]) -> list[tuple[int, ...]]:
+        """The token ids of the prompts."""
+        # A chat template writes the special tokens itself; in a format string the tokenizer's own BOS is wanted.
+        chat = self.template == "chat"
+        found = self._tokens([self.text(p) for p in problems], add_special_tokens=not chat)
+        return found if chat else [self._opened_once(ids) for ids in found]
+
+    def response_ids(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """The token ids of these responses, each with the end of sequence behind it."""
+        bare = [text.removeprefix(self.opening) for text in texts]
+        return [(*ids, self.tokenizer.eos_token_id) for ids in self._tokens(bare, add_special_tokens=False)]
+
+    def decode(self, responses: Sequence[Sequence[int]]) -> list[str]:
+        """Responses as text, without special tokens; no responses, no texts (where the tokenizer would make one)."""
+        return self.tokenizer.batch_decode(list(responses), skip_special_tokens=True) if responses else []
+
+    def describe(self, problem: Problem) -> str:
+        """For the user: what was decided, and one prompt as the model sees it."""
+        tokens = self.tokenizer
+        stops = ", ".join(f"{tokens.convert_ids_to_tokens(i)!r} ({i})" for i in self.stop_token_ids)
+        pad = f"{tokens.convert_ids_to_tokens(self.pad_token_id)!r} ({self.pad_token_id})"
+        kind = "the tokenizer's chat template" if self.template == "chat" else "a format string (model.template)"
+        ids = self.prompt_ids([problem])[0]
+        begins = f"{tokens.convert_ids_to_tokens(ids[0])!r}" if ids else "nothing"
+        return (
+            f"prompts: {kind}; responses end with {stops}; padding {pad}\n"
+            f"an example, {len(ids)} tokens, the first of them {begins}:\n"
+            + "\n".join(f"  | {line}" for line in self.text(problem).split("\n"))
+        )
+
+    def _opened_once(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Without a second BOS, where the template has one of its own, and without an EOS that some tokenizers add."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is not None and ids[:2] == (bos, bos):
+            ids = ids[1:]
+        return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
+
+    def _tokens(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[tuple[int, ...]]:
+        if not texts:
+            return []
+        return [tuple(ids) for ids in self.tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]]
+
+
+@functools.lru_cache(maxsize=4)
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer beside the model.
+
+    Raises:
+        ModelError: no such model.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"model.path: no tokenizer could be loaded for '{path}' ({str(error).splitlines()[0]}). Give the folder of "
+            "a Hugging Face causal LM, or a hub name that is in the local cache or can be downloaded"
+        ) from error
+
+
+def _generation_stops(path: str) -> tuple[int, ...]:
+    """What generation_config.json says ends a response, the end of a turn for example."""
+    from transformers import GenerationConfig
+
+    try:
+        more = GenerationConfig.from_pretrained(path).eos_token_id
+    except (OSError, ValueError):
+        return ()
+    return () if more is None else (more,) if isinstance(more, int) else tuple(more)
+
+
+def _check_template(template: str) -> None:
+    try:
+        fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise ConfigError(
+            f"model.template: {template!r} is no format string ({error}); double a plain brace"
+        ) from error
+    for name in fields - set(FIELDS):
+        hint = nearest(name, FIELDS) if name else "name it {prompt}"
+        raise ConfigError(f"model.template: {template!r} has the unknown field '{{{name}}}'; {hint}")
+    if "prompt" not in fields:
+        raise ConfigError(
+            f"model.template: {template!r} has no {{prompt}}; give 'chat' or a format string with {{prompt}}"
+        )

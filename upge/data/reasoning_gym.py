@@ -1,0 +1,187 @@
+"""Tasks of the package reasoning-gym, whose problems are made by a procedure and scored by verifiers of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+from upge.checks import check_fields
+from upge.data.division import check_sizes, for_evaluation
+from upge.data.problem import Problem, Splits
+from upge.errors import ConfigError, nearest
+
+#: So much of a task's problems is on the evaluation side, by a hash of the prompt.
+EVALUATION_SHARE = 0.2
+
+#: A task is made in parts of so many entries, for some tasks make theirs by the number that they are told.
+PART = 500
+
+_PROGRAM = Path(__file__).with_name("reasoning_gym_server.py")
+
+
+@dataclass(frozen=True)
+class ReasoningGym:
+    """Problems of one or more tasks, spread evenly over them; the order interleaves the tasks.
+
+    Which side a problem is on is decided by a hash of its prompt (`upge.data.division`), so that whatever the seeds and
+    sizes of two data sets, none that one trains on is among those that the other evaluates on. The level is the task.
+
+    `answer` is the whole entry of reasoning-gym as JSON, {"question", "answer", "metadata"}, as the verifier
+    "reasoning_gym" reads it; metadata.source_dataset names the task. There are no demonstrations, since an entry has an
+    answer but no solution that leads to it; algorithms that need some need them from elsewhere (`Mixture`).
+
+    The tasks do not say where the answer is expected: give model.instruction, such as "\\nPut the final answer in
+    \\\\boxed{}.".
+
+    Fields:
+        tasks: names of tasks, or name → the settings of its configuration in reasoning-gym, without seed and size.
+        train_size, evaluation_size: how many problems on each side, over all tasks (the first ones get one more where
+            it does not divide). A larger size keeps the problems of a smaller one.
+        seed: another seed draws other problems.
+
+    Raises:
+        ConfigError: the package is missing, an unknown task or setting, a size below 1 or (by `load`) beyond what a
+            task has, or a task that fails; the message names task and key.
+    """
+
+    tasks: Sequence[str] | Mapping[str, Any] = ("chain_sum", "simple_equations", "leg_counting")
+    train_size: int = 512
+    evaluation_size: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tasks, str):
+            object.__setattr__(self, "tasks", (self.tasks,))
+        if not isinstance(self.tasks, Mapping):
+            object.__setattr__(self, "tasks", tuple(self.tasks))
+        check_fields(self)
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            raise ConfigError(f"data.tasks: expected one or more distinct tasks, found {list(self.tasks)}")
+        for name, settings in self._settings().items():
+            if not isinstance(settings, Mapping):
+                raise ConfigError(f"data.tasks.{name}: found {settings!r}, expected its settings, or {{}} for none")
+        check_sizes(self.train_size, self.evaluation_size)
+
+    def load(self) -> Splits:
+        """Makes the problems; the same fields give the same problems in the same order, in every process.
+
+        A child process makes them, in which Python's hashes and random numbers have a fixed seed: some tasks depend on
+        these, and all ranks of a run, and the run that continues it, must see the same problems.
+        """
+        sizes = {"train": self.train_size, "evaluation": self.evaluation_size}
+        shares = {side: _shares(size, len(self.tasks)) for side, size in sizes.items()}
+        sides: dict[str, list[list[Problem]]] = {side: [] for side in sizes}
+        with _Child() as child:
+            known = child.ask("tasks", True)
+            for number, (name, settings) in enumerate(self._settings().items()):
+                if name not in known:
+                    raise ConfigError(f"data.tasks: reasoning-gym has no task '{name}'; {nearest(name, known)}")
+                wanted = {side: share[number] for side, share in shares.items()}
+                for side, problems in self._task(child, name, settings, wanted).items():
+                    sides[side].append(problems)
+        return Splits(*(tuple(_interleaved(sides[side])) for side in ("train", "evaluation")))
+
+    def _settings(self) -> dict[str, Any]:
+        if isinstance(self.tasks, Mapping):
+            return {name: {} if settings is None else settings for name, settings in self.tasks.items()}
+        return {name: {} for name in self.tasks}
+
+    def _task(
+        self, child: _Child, name: str, settings: Mapping[str, Any], wanted: Mapping[str, int]
+    ) -> dict[str, list[Problem]]:
+        """As many problems of a task as are wanted on each side."""
+        known = child.ask("settings", name)
+        for key in settings:
+            if key not in known:
+                raise ConfigError(f"data.tasks.{name}.{key}: the task has no setting '{key}'; {nearest(key, known)}")
+        found: dict[str, list[Problem]] = {side: [] for side in wanted}
+        seen: set[str] = set()
+        tries = 20 * sum(wanted.values()) + 200
+        for number in range(tries):
+            if all(len(found[side]) == size for side, size in wanted.items()):
+                return found
+            part, index = divmod(number, PART)
+            if index == 0:
+                # The tasks add an entry's index to their seed: seeds beside each other would share entries.
+                digest = hashlib.sha256(f"{self.seed}/{name}/{part}".encode()).digest()
+                seed = int.from_bytes(digest[:4], "big") >> 1
+                task = {"name": name, "settings": dict(settings), "seed": seed, "size": PART}
+                child.ask("open", task, f"data.tasks.{name}: reasoning-gym refuses the settings {dict(settings)}")
+            entry = child.ask("entry", index, f"data.tasks.{name}: entry {number} failed; leave this task out")
+            side = "evaluation" if for_evaluation(entry["prompt"], EVALUATION_SHARE) else "train"
+            if entry["prompt"] not in seen and len(found[side]) < wanted[side]:
+                found[side].append(self._problem(name, number, entry))
+            seen.add(entry["prompt"])
+        counts = ", ".join(f"{len(found[side])} of {size} for {side}" for side, size in wanted.items())
+        raise ConfigError(
+            f"data.tasks.{name}: {tries} entries hold only {len(seen)} different prompts ({counts}); lower "
+            "data.train_size and data.evaluation_size, or give the task settings with more variety"
+        )
+
+    def _problem(self, name: str, index: int, entry: Mapping[str, str]) -> Problem:
+        return Problem(
+            id=f"{name}/{self.seed}/{index}",
+            prompt=entry["prompt"],
+            answer=entry["json"],
+            level=name,
+            where=f"reasoning-gym, {name}, seed {self.seed}, entry {index}",
+            verifier="reasoning_gym",
+        )
+
+
+class _Child:
+    """The program beside this file, in a process of its own as long as the context lasts."""
+
+    def __enter__(self) -> _Child:
+        if importlib.util.find_spec("reasoning_gym") is None:
+            raise ConfigError("data: the package reasoning-gym is not installed: pip install 'upge[data]'")
+        environment = os.environ | {"PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        # -P: the program's own folder must not hide the packages that its neighbours are named like.
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(_PROGRAM)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            encoding="utf-8",
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def ask(self, request: str, argument: Any, refusal: str = "data") -> Any:
+        """The program's reply.
+
+        Raises:
+            ConfigError: it replied with an error, which follows the words `refusal`, or it has ended.
+        """
+        try:
+            print(json.dumps({request: argument}), file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise ConfigError(f"{refusal}: the process that makes the problems ended with code {self.process.wait()}")
+        reply = json.loads(line)
+        if isinstance(reply, dict) and "error" in reply:
+            raise ConfigError(f"{refusal}: {reply['error']}")
+        return reply
+
+
+def _shares(size: int, parts: int) -> list[int]:
+    share, rest = divmod(size, parts)
+    return [share + (part < rest) for part in range(parts)]
+
+
+def _interleaved(columns: Sequence[Sequence[Problem]]) -> list[Problem]:
+    return [problem for problem in chain.from_iterable(zip_longest(*columns)) if problem is not None]

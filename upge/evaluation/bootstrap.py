@@ -1,0 +1,186 @@
+"""How sure a mean over problems is: percentile bootstrap intervals, and the paired bootstrap of a difference.
+
+The problems are resampled with replacement (Efron 1979); a problem's samples stay together, because they are not
+independent of each other. A mean over several benchmarks is resampled within each. What comes out depends on the values
+and the seed, not on the order of problems or benchmarks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+#: Random indices made at once: 8 MB of them, whatever the number of problems and resamples.
+_AT_ONCE = 1_000_000
+#: Differences of shares that are equal on paper differ by about this much in floats, at most.
+_ZERO = 1e-12
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and the ends of its bootstrap interval, in the unit of the values."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference with its interval, and the two-sided p-value of "there is none"."""
+
+    interval: Interval
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two runs compared on the problems that both have.
+
+    Fields:
+        columns: a `Difference` (first minus second) per column of the values.
+        problems: how many problems both have.
+        only_first, only_second: (benchmark, id) of the problems that one run has alone; they are not in `columns`.
+    """
+
+    columns: tuple[Difference, ...]
+    problems: int
+    only_first: tuple[tuple[str, str], ...]
+    only_second: tuple[tuple[str, str], ...]
+
+
+def replicates(
+    values: Mapping[str, Float[Tensor, "P K"]], resamples: int = RESAMPLES, seed: int = 0
+) -> Float[Tensor, "R K"]:
+    """The mean over benchmarks of the means over their problems, in each of R resamples, for K columns at once.
+
+    Args:
+        values: benchmark → a row per problem; all columns are resampled alike, so a row stays a row.
+
+    Raises:
+        ValueError: no benchmark, one without problems, different numbers of columns, a value that is not finite, or
+            fewer than one resample.
+    """
+    _check(values, resamples)
+    parts = [_resampled(rows, resamples, _generator(seed, name)) for name, rows in sorted(values.items())]
+    return torch.stack(parts).mean(dim=0)
+
+
+def intervals(
+    values: Mapping[str, Float[Tensor, "P K"]],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    confidence: float = CONFIDENCE,
+) -> tuple[Interval, ...]:
+    """An interval per column: the percentiles (1 ± confidence)/2 of `replicates`, with whose errors it raises."""
+    drawn = replicates(values, resamples, seed)
+    return _percentiles(_mean(values), drawn, confidence)
+
+
+def paired(
+    first: Mapping[str, Mapping[str, Float[Tensor, " K"]]],
+    second: Mapping[str, Mapping[str, Float[Tensor, " K"]]],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    confidence: float = CONFIDENCE,
+) -> Paired:
+    """The paired bootstrap of the difference first − second of two runs.
+
+    A problem's difference is resampled as one value, so that what makes a problem easy for both cancels.
+
+        p = min(1, 2·(1 + min(#{d* ≤ 0}, #{d* ≥ 0}))/(1 + R))
+
+    over the R resampled differences d*: the interval inverted, so that it leaves out 0 where p is below 1 − confidence,
+    up to one resample. The smallest p is 2/(1 + R).
+
+    Args:
+        first, second: benchmark → problem's id → values, a column each.
+
+    Raises:
+        ValueError: no problem is in both, or as in `replicates`.
+    """
+    ours, theirs = ({(name, id) for name, rows in run.items() for id in rows} for run in (first, second))
+    shared = sorted(ours & theirs)
+    if not shared:
+        raise ValueError("the two runs have no problem in common; a paired comparison needs the same problems")
+    differences: dict[str, list[Tensor]] = {}
+    for name, id in shared:
+        differences.setdefault(name, []).append((first[name][id] - second[name][id]).to(torch.float64))
+    values = {name: torch.stack(rows) for name, rows in differences.items()}
+    drawn = replicates(values, resamples, seed)
+    found = _percentiles(_mean(values), drawn, confidence)
+    columns = tuple(Difference(interval, _p_value(drawn[:, k])) for k, interval in enumerate(found))
+    return Paired(columns, len(shared), tuple(sorted(ours - theirs)), tuple(sorted(theirs - ours)))
+
+
+def holm(p_values: Sequence[float]) -> tuple[float, ...]:
+    """Holm's step-down adjustment (1979): at most a share α of whole families has any adjusted p below α by chance."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return tuple(adjusted)
+
+
+def _mean(values: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([rows.to(torch.float64).mean(dim=0) for _, rows in sorted(values.items())]).mean(dim=0)
+
+
+def _resampled(rows: Tensor, resamples: int, generator: torch.Generator) -> Tensor:
+    """[R, K]: the mean of each resample, as counts of how often each problem was drawn times the values."""
+    # Sorted, because problems are exchangeable: the same values in another order give the same draws.
+    distinct, times = torch.unique(rows.to(torch.float64), dim=0, return_counts=True)
+    rows = distinct.repeat_interleave(times, dim=0)
+    problems = len(rows)
+    means = torch.empty(resamples, rows.shape[1], dtype=torch.float64)
+    step = max(1, _AT_ONCE // problems)
+    for start in range(0, resamples, step):
+        size = min(step, resamples - start)
+        drawn = torch.randint(problems, (size, problems), generator=generator)
+        counts = torch.zeros(size, problems, dtype=torch.float64)
+        counts.scatter_add_(1, drawn, torch.ones(1, 1, dtype=torch.float64).expand(size, problems))
+        means[start : start + size] = counts @ rows / problems
+    return means
+
+
+def _percentiles(mean: Tensor, drawn: Tensor, confidence: float) -> tuple[Interval, ...]:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}; give a number between 0 and 1, such as 0.95")
+    tail = (1 - confidence) / 2
+    ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    # A column at a time: torch.quantile refuses more than 16 million values.
+    low, high = torch.stack([torch.quantile(column, ends) for column in drawn.unbind(dim=1)], dim=1)
+    return tuple(Interval(*ends) for ends in zip(mean.tolist(), low.tolist(), high.tolist(), strict=True))
+
+
+def _p_value(drawn: Tensor) -> float:
+    below, above = int((drawn <= _ZERO).sum()), int((drawn >= -_ZERO).sum())
+    return min(1.0, 2 * (1 + min(below, above)) / (1 + len(drawn)))
+
+
+def _generator(seed: int, benchmark: str) -> torch.Generator:
+    """A stream per benchmark: with one for all, benchmarks of equal size would be resampled in step."""
+    digest = hashlib.sha256(f"{seed} {benchmark}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _check(values: Mapping[str, Tensor], resamples: int) -> None:
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}; give at least 1, better {RESAMPLES}")
+    if not values:
+        raise ValueError("there is no benchmark to take a mean over")
+    for name, rows in values.items():
+        if rows.ndim != 2 or len(rows) == 0:
+            raise ValueError(f"{name}: found values of shape {list(rows.shape)}, expected a row per problem")
+        if not rows.isfinite().all():
+            raise ValueError(f"{name}: some values are not finite; a mean over them means nothing")
+    if len({rows.shape[1] for rows in values.values()}) > 1:
+        raise ValueError(f"the benchmarks {', '.join(values)} have different numbers of columns")

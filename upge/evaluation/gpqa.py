@@ -1,0 +1,66 @@
+"""GPQA: graduate-level science questions with four options, which its authors ask to be loaded from the hub only."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from upge.checks import check_fields
+from upge.data import Problem
+from upge.data import columns as cells
+from upge.data.files import Record
+from upge.data.hub import read_hub
+from upge.errors import DataError
+
+HUB = "Idavidrein/gpqa"
+QUESTION, RIGHT = "Question", "Correct Answer"
+WRONG = tuple(f"Incorrect Answer {number}" for number in (1, 2, 3))
+ID, LEVEL = "Record ID", "High-level domain"
+LETTERS = "ABCD"
+
+
+@dataclass(frozen=True)
+class GPQA:
+    """Rows with `Question`, `Correct Answer` and `Incorrect Answer 1` to `3`; the answer of a problem is a letter.
+
+    The options are written under the question as lines `A) ...` to `D) ...`, white space in each made single. Their
+    order follows from the seed and the question, not from the other rows. `Record ID` is the id and `High-level domain`
+    the level, where a row has them. Never run with the hub.
+
+    Fields:
+        subset: gpqa_diamond, gpqa_main or gpqa_extended.
+        seed: another seed gives other orders of the options.
+
+    Raises:
+        DataError: (by `rows`) the hub cannot be reached or access was not granted, or a row is not as said above.
+    """
+
+    subset: str = "gpqa_diamond"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def rows(self) -> tuple[Problem, ...]:
+        """All problems, in the hub's order."""
+        try:
+            records = read_hub(HUB, self.subset, "train")
+        except DataError as error:
+            raise DataError(
+                f"{error}. It is gated: accept its terms on https://huggingface.co/datasets/{HUB}, then log in with "
+                "`hf auth login` or set HF_TOKEN"
+            ) from error
+        return tuple(self._problem(record) for record in records)
+
+    def _problem(self, record: Record) -> Problem:
+        question = cells.text(record, QUESTION).strip()
+        options = [" ".join(cells.text(record, column).split()) for column in (RIGHT, *WRONG)]
+        order = random.Random(f"{self.seed}/{question}").sample(range(len(options)), len(options))
+        lines = [f"{letter}) {options[i]}" for letter, i in zip(LETTERS, order, strict=True)]
+        return Problem(
+            id=cells.label(record, ID) if cells.has(record, ID) else f"{self.subset}:{record.number}",
+            prompt="\n".join([question, "", *lines]),
+            answer=LETTERS[order.index(0)],
+            level=cells.text(record, LEVEL) if cells.has(record, LEVEL) else None,
+            where=record.where,
+        )

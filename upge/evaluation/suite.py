@@ -1,0 +1,181 @@
+"""A suite: which benchmarks, where their problems come from, how often each is sampled, and how."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from upge.data import Problem
+from upge.errors import ConfigError, DataError, nearest
+from upge.instantiate import build
+from upge.train.config import from_tree, key
+from upge.train.order import stream_seed
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """One benchmark of a suite."""
+
+    data: dict = key({}, "its problems: any data set (_target_ and settings); what has no rows() gives its evaluation")
+    file: dict = key({}, "the same from a file; its path is below suite.folder, and it is taken when that is given")
+    group: str = key("math", "the average that it belongs to; the paper's are math and ood")
+    samples: int = key(1, "responses per problem: avg@n, and pass@k for every k up to n")
+    limit: int = key(0, "at most so many problems, chosen by a hash of their prompts; 0 = all")
+    verifier: str = key("", "reads the answers of problems that name no verifier; empty = verify.verifier")
+    instruction: str = key("", "added to every prompt as it stands, before model.instruction")
+
+
+@dataclass(frozen=True)
+class SuiteConfig:
+    """Benchmarks that are sampled alike.
+
+    Raises:
+        ConfigError: a value out of range, or a benchmark that is skipped and does not exist.
+    """
+
+    folder: str = key("", "folder with the benchmarks' files; empty = what `data` of each says, the hub for example")
+    temperature: float = key(0.6, "sampling temperature; 0 = greedy")
+    top_p: float = key(0.95, "nucleus; greedy sampling has none")
+    max_prompt_tokens: int = key(2048, "longest prompt; a longer one is an error")
+    max_response_tokens: int = key(8192, "longest response; what is cut off there is verified as it is")
+    skip: list = key([], "names of benchmarks to leave out, such as [gpqa_diamond]")
+    benchmarks: dict = key({}, "name -> benchmark; each has the keys below, as suite.benchmarks.NAME.KEY")
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_tokens", "max_response_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"suite.{name}: found {getattr(self, name)}; it must be at least 1")
+        if self.temperature != 0 and self.temperature < 0.01:
+            raise ConfigError(f"suite.temperature: found {self.temperature}; give 0 for greedy, or at least 0.01")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"suite.top_p: found {self.top_p}; it must lie in (0, 1]")
+        for name in self.skip:
+            if name not in self.benchmarks:
+                raise ConfigError(f"suite.skip: no benchmark '{name}'; {nearest(str(name), self.benchmarks)}")
+
+    def chosen(self) -> dict[str, BenchmarkConfig]:
+        """The benchmarks that are not skipped, checked, in the suite's order.
+
+        Raises:
+            ConfigError: an unknown or wrong key of a benchmark, or there is none.
+        """
+        found = {n: self._benchmark(str(n), tree) for n, tree in self.benchmarks.items() if n not in self.skip}
+        if not found:
+            raise ConfigError("suite.benchmarks: there is none to evaluate; give some, or skip fewer (suite.skip)")
+        return found
+
+    def _benchmark(self, name: str, tree: Any) -> BenchmarkConfig:
+        path = f"suite.benchmarks.{name}"
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"{path}: the name becomes a file's; use letters, digits and . _ - only")
+        if not isinstance(tree, Mapping):
+            raise ConfigError(f"{path}: found {tree!r}, expected keys such as {path}.data and {path}.samples")
+        found = from_tree(BenchmarkConfig, tree, path)
+        if found.samples < 1 or found.limit < 0:
+            which, value, fix = ("samples", found.samples, "at least 1") if found.samples < 1 else (
+                "limit", found.limit, "a number of problems, or 0 for all")
+            raise ConfigError(f"{path}.{which}: found {value}; give {fix}")
+        if self.temperature == 0 and found.samples > 1:
+            raise ConfigError(
+                f"{path}.samples: {found.samples} with suite.temperature=0, where all responses to a problem are the "
+                "same; give 1, or a temperature"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark with its problems, ready to be put to a model.
+
+    Fields:
+        name, group, samples: as in the suite.
+        problems: those to solve; their prompts have the benchmark's instruction, each names its verifier.
+        available: how many there were before a limit.
+    """
+
+    name: str
+    group: str
+    samples: int
+    problems: tuple[Problem, ...]
+    available: int
+
+    @property
+    def responses(self) -> int:
+        """How many will be drawn."""
+        return len(self.problems) * self.samples
+
+
+def load(suite: SuiteConfig, verifier: str = "math", limit: int = 0) -> tuple[Benchmark, ...]:
+    """The benchmarks that are not skipped, with their problems.
+
+    Args:
+        suite: what to load.
+        verifier: for benchmarks that name none.
+        limit: at most so many problems of each, 0 for all. Which these are follows from their prompts alone, so every
+            model meets the same ones, and a larger limit keeps those of a smaller one.
+
+    Raises:
+        ConfigError: a key of a benchmark, or its data set's settings.
+        DataError: problems that cannot be loaded, or two of them with the same id.
+    """
+    if suite.folder and not Path(suite.folder).expanduser().is_dir():
+        raise ConfigError(f"suite.folder: {suite.folder} is not a folder")
+    return tuple(_load(name, one, suite, verifier, limit) for name, one in suite.chosen().items())
+
+
+def _load(name: str, config: BenchmarkConfig, suite: SuiteConfig, verifier: str, limit: int) -> Benchmark:
+    path = f"suite.benchmarks.{name}"
+    try:
+        everything = _problems(config, suite.folder, path)
+    except DataError as error:
+        skip = ",".join([*map(str, suite.skip), name])
+        files = "take it from a file with suite.folder=FOLDER, " if config.file and not suite.folder else ""
+        raise DataError(f"{path}: {error}; {files}or leave it out with suite.skip=[{skip}]") from error
+    seen: set[str] = set()
+    for problem in everything:
+        if problem.id in seen:
+            raise DataError(f"{path}: {problem.where or name}: the id '{problem.id}' comes twice; ids must be unique")
+        seen.add(problem.id)
+    limits = [size for size in (limit, config.limit) if size]
+    problems = tuple(
+        replace(p, prompt=p.prompt + config.instruction, verifier=p.verifier or config.verifier or verifier)
+        for p in _limited(everything, min(limits, default=0))
+    )
+    return Benchmark(name, config.group, config.samples, problems, len(everything))
+
+
+def _problems(config: BenchmarkConfig, folder: str, path: str) -> Sequence[Problem]:
+    """All problems of a benchmark, from its file where a folder is given and it has one."""
+    if folder and config.file:
+        below = config.file.get("path")
+        if not isinstance(below, str):
+            raise ConfigError(f"{path}.file.path: found {below!r}; give the file's path below suite.folder")
+        found = build({**config.file, "path": str(Path(folder).expanduser() / below)}, f"{path}.file")
+    elif config.data:
+        found = build(config.data, f"{path}.data")
+    else:
+        place = f", or suite.folder=FOLDER, the folder of its file {config.file.get('path')}" if config.file else ""
+        raise ConfigError(f"{path}.data: missing; give a data set{place}")
+    if hasattr(found, "rows"):
+        return found.rows()
+    if hasattr(found, "load"):
+        return found.load().evaluation
+    raise ConfigError(f"{path}: found a {type(found).__name__}, expected a data set with load() or rows()")
+
+
+def _limited(problems: Sequence[Problem], limit: int) -> list[Problem]:
+    """The `limit` problems whose prompts have the smallest hashes, in their order; all where it is 0."""
+    if not limit or limit >= len(problems):
+        return list(problems)
+    ranked = sorted(range(len(problems)), key=lambda i: (stream_seed("limit", problems[i].prompt), problems[i].id))
+    return [problems[i] for i in sorted(ranked[:limit])]
+
+
+def benchmark_defaults() -> dict[str, Any]:
+    """The tree of a benchmark's default values."""
+    return asdict(BenchmarkConfig())

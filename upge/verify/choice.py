@@ -1,0 +1,95 @@
+"""Is the final answer of a response the right option of a multiple-choice question?"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+from upge.verify.answers import final_text
+from upge.verify.base import LONGEST_ANSWER, AnswerVerifier, shown
+from upge.verify.normal import is_invisible
+
+_LABEL = re.compile(r"[A-Z]|[0-9]")
+_NOUN = r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer|[Ll]etter)\s*:?\s*)?"
+_ALONE = re.compile(rf"{_NOUN}[(\[]?([A-Za-z]|[0-9])[)\].:]*")
+_LEADING = re.compile(rf"{_NOUN}(?:[(\[]([A-Z]|[0-9])[)\]]|([A-Z]|[0-9])[).:])(?=\W|$)[\s:.]*|{_NOUN}[(\[]([A-Z])[)\]]")
+_SPOKEN = re.compile(rf"{_NOUN}([A-Z])(?=[,.;:]| (?:because|since|as|for|due|which|that)\b)")
+_OTHER = re.compile(
+    r"[(\[]([A-Z]|[0-9])[)\]]|(?<![\w.])([A-Z]|[0-9])\)|(?:\b(?:or|and)|[,/&])\s*([A-Z])(?![\w'])|^\W*([B-HJ-Z])(?!\w)"
+)
+_OPTION = re.compile(r"^[ \t]*(?:[(\[]([A-Z]|[0-9])[)\]]|([A-Z]|[0-9])[).:])[ \t]+(\S.*)$", re.MULTILINE)
+_TYPOGRAPHY = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox)\s*(?=\{)|[{}$*`\"]|\\[()\[\]]|\\(?=[ ,;!])")
+
+
+class ChoiceVerifier(AnswerVerifier):
+    r"""Reward 1 if the final answer (`final_text`) names the option of the ground truth, one letter or digit, else 0.
+
+    Read are the label alone (C, (C), C), \text{C}, option C), the label before the option's text, and, where the prompt
+    lists its options on lines of their own (`A) ...`, `(A) ...`, `A. ...`), the text of exactly one of them. An answer
+    that names several options, a label that the prompt does not have, or a label beside another option's text, names
+    none. A letter somewhere in a sentence is not an answer.
+    """
+
+    def extract(self, response: str) -> str | None:
+        return final_text(response)
+
+    def glance(self, given: str, answer: str, prompt: str | None = None) -> float:
+        label = named(given, prompt)
+        return float(label != "" and label == _label(answer))
+
+    def check_answer(self, answer: str) -> None:
+        """Refuses a ground truth that is not the label of an option.
+
+        Raises:
+            ValueError: `answer` is not one letter or digit.
+        """
+        if not _label(answer):
+            raise ValueError(
+                f"the ground truth {shown(answer)} is not the label of an option; give one letter or digit such as C, "
+                "use another verifier, or remove the row"
+            )
+
+
+def named(given: str, prompt: str | None = None) -> str:
+    """The label of the one option that an answer names; empty where it names none or several."""
+    if len(given) > LONGEST_ANSWER or is_invisible(given):
+        return ""
+    options, text = _options(prompt or ""), _plain(given)
+    alone = _ALONE.fullmatch(text)
+    if alone and (not options or alone[1].upper() in options):
+        return alone[1].upper()
+    same = _labels_of(text, options)
+    if same:
+        return same[0] if len(same) == 1 else ""
+    found = _LEADING.match(text) or _SPOKEN.match(text)
+    label = next(filter(None, found.groups()), "") if found else ""
+    if not label or options and label not in options:
+        return ""
+    rest = text[found.end() :]
+    named = _labels_of(rest, options)
+    others = {next(filter(None, other.groups())) for other in _OTHER.finditer(rest)}
+    return label if label in named or not named and others <= {label} else ""
+
+
+def _labels_of(text: str, options: dict[str, str]) -> list[str]:
+    return [label for label, words in options.items() if words == _words(text)]
+
+
+def _label(answer: str) -> str:
+    text = _plain(answer).removeprefix("\\boxed").strip("()[].: ").upper()
+    return text if _LABEL.fullmatch(text) else ""
+
+
+@functools.lru_cache(maxsize=256)
+def _options(prompt: str) -> dict[str, str]:
+    """Label → text of the options that a prompt lists, if there are at least two; of a repeated label the last one."""
+    options = {found[1] or found[2]: _words(found[3]) for found in _OPTION.finditer(prompt)}
+    return options if len(options) > 1 else {}
+
+
+def _plain(text: str) -> str:
+    return " ".join(_TYPOGRAPHY.sub("", text).split())
+
+
+def _words(text: str) -> str:
+    return _plain(text).casefold().rstrip(".;, ")

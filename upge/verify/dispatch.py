@@ -1,0 +1,233 @@
+"""The thread between the callers of a `VerifierPool` and its worker processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+
+from upge.verify.items import Verdict, shortened
+from upge.verify.processes import START_LIMIT, Task, Team, Worker
+
+START_ATTEMPTS = 3
+"""Times in a row that each worker may die without having started on an item."""
+CLOSING = 15.0
+"""Seconds that `close` waits for the thread to end its processes."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A task and those who wait for its verdict."""
+
+    task: Task
+    futures: list[Future[Verdict]] = field(default_factory=list)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Does anybody still wait?"""
+        return not all(future.cancelled() for future in self.futures)
+
+
+class Dispatcher:
+    """Hands tasks to the workers and their verdicts to futures, in one thread of its own.
+
+    That thread alone touches the processes and the jobs. Callers leave tasks in an inbox and wake it, for which they
+    take no lock: a caller that is interrupted anywhere, or a garbage collector that ends a pool in the middle of
+    something, cannot leave one locked. It is a daemon thread, ended by `close`, which `VerifierPool` calls when it is
+    collected or the interpreter exits. In a fork of the process the thread is missing, and nothing here does anything.
+
+    Raises:
+        OSError: processes cannot be started.
+    """
+
+    def __init__(self, names: tuple[str, ...], workers: int, time_limit: float, memory_limit: float | None) -> None:
+        self._time_limit, self._owner = time_limit, os.getpid()
+        self._team = Team(names, workers, memory_limit)
+        self._inbox: deque[tuple[Task, Future[Verdict]]] = deque()
+        self._jobs: dict[Task, Job] = {}
+        self._queue: deque[Job] = deque()
+        self._failed_starts = 0
+        self._is_closing, self._is_over = False, False
+        self._failure: RuntimeError | None = None
+        self._bell, self._ear = socket.socketpair()
+        self._bell.setblocking(False)
+        self._ear.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name="verifier-pool", daemon=True)
+        self._thread.start()
+
+    # --- in the callers' threads ---
+
+    def submit(self, task: Task) -> Future[Verdict]:
+        """A future for the verdict on a task.
+
+        Raises:
+            RuntimeError: as in `require_open`.
+        """
+        self.require_open()
+        future: Future[Verdict] = Future()
+        future.add_done_callback(self._notice)
+        self._inbox.append((task, future))
+        self.wake()
+        if self._is_over:  # it may have ended before it saw the task
+            self.require_open()
+        return future
+
+    def require_open(self) -> None:
+        """Raises RuntimeError if no more tasks can be taken: closed, failed, or made in another process."""
+        if os.getpid() != self._owner:
+            raise RuntimeError("this VerifierPool belongs to the process that made it; make a new one in this process")
+        if self._failure is not None:
+            raise RuntimeError(str(self._failure)) from self._failure
+        if self._is_closing or self._is_over:
+            raise RuntimeError("this VerifierPool is closed; make a new one")
+
+    def wake(self) -> None:
+        """Has the thread look at its inbox, for futures that were cancelled, and whether it is to end."""
+        try:
+            self._bell.send(b"!")
+        except OSError:  # so many wakings are waiting that one more does not count, or the thread has ended
+            pass
+
+    def _notice(self, future: Future[Verdict]) -> None:
+        """Called when a future is done: one that was cancelled may have left a worker at work for nobody."""
+        if future.cancelled():
+            self.wake()
+
+    def close(self) -> None:
+        """Ends the processes and cancels what is pending; does nothing in a fork of the process."""
+        if os.getpid() != self._owner:
+            return
+        self._is_closing = True
+        self.wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(CLOSING)
+
+    # --- in the dispatcher's own thread ---
+
+    def _run(self) -> None:
+        try:
+            while not self._is_closing:
+                self._take_in()
+                self._give_up_unwanted()
+                self._hand_out()
+                self._listen()
+        except BaseException as error:  # it must not be lost in a thread: it reaches whoever waits or comes
+            self._failure = RuntimeError(str(error) or repr(error))
+            self._failure.__cause__ = error
+        finally:
+            self._is_over = True
+            self._take_in()
+            for job in list(self._jobs.values()):
+                self._end(job, self._failure)
+            self._team.stop()
+            self._bell.close()
+            self._ear.close()
+
+    def _take_in(self) -> None:
+        """Makes jobs of the inbox; a task that is there already gets one more who waits."""
+        while self._inbox:
+            task, future = self._inbox.popleft()
+            job = self._jobs.get(task)
+            if job is None:
+                job = self._jobs[task] = Job(task)
+                self._queue.append(job)
+            job.futures.append(future)
+
+    def _give_up_unwanted(self) -> None:
+        """Frees workers whose verdict nobody waits for any longer."""
+        for worker in list(self._team.workers):
+            if worker.job is not None and not worker.job.is_wanted:
+                self._end(worker.job)
+                self._team.replace(worker)
+
+    def _hand_out(self) -> None:
+        for worker in list(self._team.workers):
+            while worker.is_idle and self._queue:
+                job = self._queue.popleft()
+                if not job.is_wanted:
+                    self._end(job)
+                elif not worker.take_up(job, job.task):
+                    self._queue.appendleft(job)
+                    self._bury(worker)
+                    break
+
+    def _listen(self) -> None:
+        """Waits for a worker, a caller or a deadline."""
+        workers = list(self._team.workers)
+        first = min(worker.deadline for worker in workers)
+        patience = None if first == float("inf") else max(0.0, first - time.monotonic())
+        spoke = wait([self._ear, *(worker.connection for worker in workers)], patience)
+        if self._ear in spoke:
+            self._ear.recv(4096)  # however often it rang
+        for worker in workers:
+            if worker.connection in spoke:
+                self._receive(worker)
+            elif time.monotonic() >= worker.deadline:
+                self._expire(worker)
+
+    def _receive(self, worker: Worker) -> None:
+        """Takes one message of a worker, or notes that it has died."""
+        try:
+            kind, *content = worker.connection.recv()
+        except (EOFError, OSError):
+            self._bury(worker)
+            return
+        if kind == "ready":
+            worker.pid, worker.deadline = content[0], float("inf")
+        elif kind == "started":
+            worker.has_started, worker.deadline = True, time.monotonic() + self._time_limit
+            self._failed_starts = 0
+        elif kind == "done":
+            reward, status, detail, extracted, seconds = content
+            job, worker.job, worker.deadline = worker.job, None, float("inf")
+            # This thread may have come late to the message; whether the item was late is for the worker to say.
+            late = seconds > self._time_limit
+            self._answer(job, self._timeout() if late else Verdict(reward, status, detail, extracted))
+        else:
+            raise RuntimeError(f"a verification process could not load '{content[0]}': {content[1]}")
+
+    def _bury(self, worker: Worker) -> None:
+        """Replaces a worker that has died; an item that it had started is an error, one not yet started waits again."""
+        ending = self._team.replace(worker)
+        if worker.job is not None and worker.has_started:
+            self._answer(worker.job, Verdict(0.0, "error", f"the worker process {ending}"))
+            return
+        if worker.job is not None:
+            self._queue.appendleft(worker.job)
+        self._failed_starts += 1
+        if self._failed_starts >= START_ATTEMPTS * len(self._team.workers):
+            raise RuntimeError(f"verification processes for {self._team.title} end before they start: see stderr")
+
+    def _expire(self, worker: Worker) -> None:
+        """Replaces a worker whose time is over."""
+        self._team.replace(worker)
+        if worker.job is None or not worker.has_started:
+            raise RuntimeError(f"a verification process for {self._team.title} was not ready after {START_LIMIT:g} s")
+        self._answer(worker.job, self._timeout())
+
+    def _timeout(self) -> Verdict:
+        return Verdict(0.0, "timeout", f"not done after {self._time_limit:g} s")
+
+    def _answer(self, job: Job, verdict: Verdict) -> None:
+        extracted = job.task.text if job.task.is_extracted else verdict.extracted
+        verdict = Verdict(verdict.reward, verdict.status, verdict.detail, shortened(extracted))
+        self._end(job, verdict)
+
+    def _end(self, job: Job, outcome: Verdict | RuntimeError | None = None) -> None:
+        """Tells those who wait what came of it; by default, that it was cancelled."""
+        del self._jobs[job.task]
+        for future in job.futures:
+            if outcome is None:
+                future.cancel()
+            # False, and all that wait are told so, if it was cancelled; from here on it no longer can be.
+            if future.set_running_or_notify_cancel():
+                if isinstance(outcome, Verdict):
+                    future.set_result(outcome)
+                else:
+                    future.set_exception(outcome)
+

@@ -1,0 +1,99 @@
+"""Is the final answer of a response exactly the number that the ground truth is?"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from upge.verify.answers import final_answer
+from upge.verify.base import AnswerVerifier, shown
+from upge.verify.normal import is_invisible, normalise
+
+LONGEST_NUMBER = 1000
+"""Characters of a number that are read, and the largest exponent."""
+
+_SIGN = r"(?P<sign>[-+]?)"
+_DIGITS = r"(?:[0-9]{1,3}(?:[, ][0-9]{3})++(?![0-9])|[0-9]++)"
+_DECIMAL = rf"(?P<decimal>{_DIGITS}(?:\.[0-9]*+)?|\.[0-9]++)"
+_TEN = r"10\^(?:\{(?P<{0}braced>[-+]?[0-9]+)\}|(?P<{0}power>[0-9])(?![0-9]))"
+_POWER = rf"(?:[eE](?P<e>[-+]?[0-9]+)| ?(?:\\times|\\cdot|\*|\u00d7) ?{_TEN.replace('{0}', '')})"
+_RATIO = (
+    r"(?P<whole>[0-9]+(?:[ +]|(?=\\frac)))?(?:(?P<above>[0-9]+)/(?P<below>[0-9]+)|"
+    r"\\frac(?:\{(?P<top>[-+]?[0-9]+)\}|(?P<top1>[0-9]))(?:\{(?P<bottom>[0-9]+)\}|(?P<bottom1>[0-9])))"
+)
+_CURRENCY = r"(?:\\?[$\u00a3\u20ac\u00a5])?"
+_NUMBER = re.compile(rf"{_CURRENCY}{_SIGN}{_CURRENCY}(?:{_RATIO}|{_TEN.replace('{0}', 'bare')}|{_DECIMAL}{_POWER}?)")
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALE = re.compile(rf"(?:\\text\{{)?({'|'.join(_SCALES)})(?![A-Za-z])\}}?")
+_WORD = r"(?:\\(?:text|mathrm|mbox|textrm|operatorname)\{[^{}0-9]*+\}|[A-Za-z\u20ac$]++[.;]?)"
+_UNIT = re.compile(rf"(?: ?\\?%| ?\u00b0)?(?:[-/ ]*+{_WORD}(?:\^(?:[23]|\{{[23]\}})|[\u00b2\u00b3])?)*+[.;]?")
+_CHANGES_IT = re.compile(
+    r"\b(?:or|and|to|not|than|plus|minus|times|over|half|halves|thirds?|quarters?|hundreds?|dozens?|squared|pi|i|e|x|y|n|"
+    r"sqrt|point|mod|base|k|thousands?|millions?|billions?|trillions?|hundredths?|tenths?|percent points|"
+    r"zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
+    r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b"
+    r"|\\(?!text|mathrm|mbox|operatorname|[ %$,;:!])",
+    re.IGNORECASE,
+)
+
+
+class NumberVerifier(AnswerVerifier):
+    r"""Reward 1 if the final answer (`final_answer`) is a number that equals the ground truth exactly, else 0.
+
+    Read are whole numbers, decimals, fractions, mixed numbers and powers of ten, with thousands separators, a currency
+    sign, a leading `x =`, a percent sign or a unit without digits, none of which counts: 5 %, $5 and 5 cm are 5. Words
+    such as "million" count. 0.3333 is not 1/3: there is no tolerance. An answer with two numbers is none.
+    """
+
+    def extract(self, response: str) -> str | None:
+        return final_answer(response)
+
+    def glance(self, given: str, answer: str, prompt: str | None = None) -> float:
+        number = read_number(given)
+        return float(number is not None and number == read_number(answer))
+
+    def check_answer(self, answer: str) -> None:
+        """Refuses a ground truth that is not one number.
+
+        Raises:
+            ValueError: `answer` cannot be read as a number.
+        """
+        if read_number(answer) is None:
+            raise ValueError(
+                f"the ground truth {shown(answer)} is not a number; give one such as 1250, -0.5, 3/4 or 6.02e23, use "
+                "another verifier, or remove the row"
+            )
+
+
+def read_number(text: str) -> Fraction | None:
+    """The exact value of a number in text or LaTeX; None where it is none, or more than one."""
+    if len(text) > LONGEST_NUMBER or is_invisible(text):
+        return None
+    text = normalise(text).rpartition("=")[2].strip()
+    found = _NUMBER.match(text)
+    if not found:
+        return None
+    rest = text[found.end() :].strip()
+    scale = _SCALE.match(rest)
+    if scale:
+        rest = rest[scale.end() :].strip()
+    if not _UNIT.fullmatch(rest) or _CHANGES_IT.search(rest):
+        return None
+    value = _value(found)
+    return value * 10 ** _SCALES[scale[1]] if value is not None and scale else value
+
+
+def _value(found: re.Match[str]) -> Fraction | None:
+    sign = -1 if found["sign"] == "-" else 1
+    if found["decimal"] is None and found["barebraced"] is None and found["barepower"] is None:
+        top, bottom = (
+            int(found["above"] or found["top"] or found["top1"]),
+            int(found["below"] or found["bottom"] or found["bottom1"]),
+        )
+        whole = int((found["whole"] or "0").strip(" +"))
+        return sign * (whole + Fraction(top, bottom)) if bottom else None
+    exponent = int(found["e"] or found["braced"] or found["power"] or found["barebraced"] or found["barepower"] or 0)
+    if abs(exponent) > LONGEST_NUMBER:
+        return None
+    size = Fraction(re.sub(r"[, ]", "", found["decimal"] or "1").rstrip(".") or "0")
+    return sign * size * Fraction(10) ** exponent

@@ -1,0 +1,100 @@
+r"""Is an answer the question once more? What a policy may write down without having worked anything out.
+
+math-verify evaluates what it reads, so that `\boxed{\int_0^1 x\,dx}` equals 1/2 and `\boxed{x^2+2x+1}` equals (x+1)^2,
+whichever of the two was asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+
+from upge.verify.normal import NUMBER, respell
+
+_FRACTION = re.compile(r"[+-]?(?:([0-9]+)/([0-9]+)|\\frac\{?[+-]?([0-9]+)\}?\{?([0-9]+)\}?)")
+_SCIENTIFIC = re.compile(r"\*10\^(?:\{[+-]?[0-9]+\}|[0-9])")
+_ARITHMETIC = re.compile(r"[0-9.,+\-*/(){}^ ]+")
+_TO_DO = re.compile(r"[0-9.)}] ?(?:[+\-*] ?[0-9.({+\-]|\()")
+_OPERATION = re.compile(r"[0-9A-Za-z)}\]!] ?[-+*/^!|]|[|!]|\\(?:d?frac|sqrt|binom|cdot|times|div|pm|over)(?![a-z])")
+_AROUND_OPERATOR = re.compile(r" ?([-+*/^_=]) ?")
+# Not a part of a larger expression: no digit, letter, operator or parenthesis beside it.
+_BEFORE, _BEHIND = r"(?<![0-9A-Za-z.+\-*/^_{])(?<!(?<!\\)\()", r"(?![0-9A-Za-z+\-*/^_!({]|\.[0-9])"
+_FAMILIES = tuple(
+    re.compile(names)
+    for names in (
+        r"(?<![a-zA-Z])\\?(?:a(?:rc)?)?(?:sin|cos|tan|cot|sec|csc)h?(?![a-zA-Z])",
+        r"\\(?:log|ln|lg)(?![a-zA-Z])",
+        r"\\sum(?![a-z])|\u2211",
+        r"\\prod(?![a-z])|\u220f",
+        r"\\i*int(?![a-z])|\u222b",
+        r"\\lim(?:sup|inf)?(?![a-z])",
+        r"\\(?:max|min|sup|inf)(?![a-z])|\\operatorname\{(?:max|min)\}",
+        r"\\(?:gcd|lcm)(?![a-z])|\\operatorname\{(?:gcd|lcm)\}",
+        r"\\det(?![a-z])|\\operatorname\{det\}",
+        r"\\lfloor|\\lceil|\\operatorname\{(?:floor|ceil)\}|\u230a|\u2308",
+        r"\\[bp]?mod(?![a-z])|\\operatorname\{mod\}",
+        r"\\frac\{d\}\{d[a-z]\}|\\partial",
+    )
+)
+
+
+def leaves_undone(gold: str, given: str) -> bool:
+    """Does a normalised answer hold an operation that the ground truth shows was to be carried out?
+
+    A sum, difference or product of plain numbers where the ground truth is a number or a fraction; a function of a
+    kind (trigonometric, logarithm, sum, integral, limit, maximum, divisor, determinant, rounding, remainder,
+    derivative) of which the ground truth has none.
+    """
+    given = _result(given)
+    if (NUMBER.fullmatch(gold) or is_fraction(gold)) and _is_arithmetic(given):
+        return True
+    return any(family.search(given) and not family.search(gold) for family in _FAMILIES)
+
+
+def is_copied(gold: str, given: str, prompt: str | None) -> bool:
+    """Does a normalised answer stand in the prompt as it is, as something that can be worked out?
+
+    Numbers, fractions in lowest terms and what has no operation in it are results, whether the prompt has them or not.
+    """
+    if not prompt:
+        return False
+    if "=" not in gold:
+        given = _result(given)
+    if NUMBER.fullmatch(given) or _is_reduced(given) or not _OPERATION.search(given):
+        return False
+    found = " ?".join(re.escape(character) for character in given if character != " ")
+    return bool(re.search(rf"{_BEFORE}{found}{_BEHIND}", _spelled(prompt)))
+
+
+def is_fraction(text: str) -> bool:
+    """Is it a fraction of two whole numbers?"""
+    return bool(_FRACTION.fullmatch(text))
+
+
+def _is_reduced(text: str) -> bool:
+    fraction = _FRACTION.fullmatch(text)
+    return bool(fraction) and math.gcd(*(int(part) for part in fraction.groups() if part)) == 1
+
+
+def _is_arithmetic(text: str) -> bool:
+    text = re.sub(r" ?(?:\\(?:times|cdot|ast)(?![a-zA-Z])|[\u00d7\u00b7]) ?", "*", text)
+    text = re.sub(r"\\(?:frac|sqrt)(?![a-zA-Z])|\\[{}]", "", text)
+    text = _SCIENTIFIC.sub("", text)
+    return bool(_ARITHMETIC.fullmatch(text) and _TO_DO.search(text))
+
+
+def _result(text: str) -> str:
+    """What stands behind the last equals sign that is not within braces, as that of a sum's index."""
+    depth, begin = 0, 0
+    for position, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if character == "=" and depth == 0:
+            begin = position + 1
+    return text[begin:].strip()
+
+
+@functools.lru_cache(maxsize=256)
+def _spelled(prompt: str) -> str:
+    """A prompt in the spelling of normalised answers, but with a space where a word ends."""
+    return _AROUND_OPERATOR.sub(r"\1", respell(prompt))
