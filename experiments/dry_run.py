@@ -11,8 +11,16 @@ from experiments.config import Composed
 from experiments.planning import absent
 from experiments.planning.balance import balances
 from experiments.planning.fits import Outlook, outlook
-from experiments.planning.machine import planned
-from experiments.prepare import PROVIDED, Prepared, _check_stages, check_length, load_prompting, prepare
+from experiments.planning.machine import counted, planned
+from experiments.prepare import (
+    PROVIDED,
+    Prepared,
+    check_length,
+    check_stages,
+    load_prompting,
+    output_folder,
+    prepare,
+)
 from upge import verify
 from upge.algorithm import Algorithm
 from upge.data import Problem
@@ -36,41 +44,51 @@ def plan(composed: Composed) -> str:
     config = composed.config
     machine = planned(config.hardware)
     check_length(config.model, config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
-    lacking = absent.lacks_tokenizer(config.model.path)
-    prepared = _prepared(composed, lacking is None, notes)
+    has_tokenizer = absent.has_tokenizer(config.model.path)
+    if not has_tokenizer:
+        notes.append(f"model.path: '{tree['model']['path']}' has no tokenizer here, so no prompt is shown or measured")
+    prepared, problems = _prepared(composed, has_tokenizer, notes)
     expected = outlook(composed, machine)
-    notes += [*filter(None, [lacking]), *(prepared.notes if prepared else ()), *expected.notes]
+    notes += [*(prepared.notes if prepared else ()), *expected.notes]
     selected = ", ".join(f"{group}={name}" for group, name in names.items() if name)
     tokens = max(config.rollout.max_response_tokens // 2, 1)
     parts = {
         "configuration": OmegaConf.to_yaml(OmegaConf.create(tree)).rstrip(),
-        "run": "\n".join([selected, f"meant for {machine}", *_data(prepared)]),
+        "run": "\n".join([selected, f"on {machine}", f"output: {output_folder(composed)}", *problems]),
         "formula": in_print(composed.algorithm),
         "gradient": _gradient(composed.algorithm, config.group_size, tokens),
-        "prompt": _prompt(config, prepared, lacking is None),
-        "each step": _steps(expected, config),
+        "prompt": _prompt(config, prepared, has_tokenizer),
+        "each step": _steps(composed.algorithm, expected, config),
         "memory of a rank, GiB": str(expected.memory),
         "notes": "\n".join(f"note: {note}" for note in notes),
     }
     return "\n\n".join(f"{head}:\n{textwrap.indent(text, '  ')}" for head, text in parts.items() if text)
 
 
-def _prepared(composed: Composed, has_tokenizer: bool, notes: list[str]) -> Prepared | None:
-    """What a run would start from; None, and a note, where the hub has some of it and cannot be reached, and None where
-    there is no tokenizer, after as many checks as need none."""
+def _prepared(composed: Composed, has_tokenizer: bool, notes: list[str]) -> tuple[Prepared | None, list[str]]:
+    """What a run would start from, and the data in a line. None where the hub has some of it and cannot be reached,
+    with a note, and where there is no tokenizer, after as many checks as need none."""
     config = composed.config
     try:
         if has_tokenizer:
-            return prepare(composed)
+            prepared = prepare(composed)
+            having = sum(bool(example.demonstrations) for example in prepared.train)
+            return prepared, [_sizes(len(prepared.train), having, len(prepared.evaluation))]
         composed.algorithm.check(group_size=config.group_size, provided=PROVIDED)
-        _check_stages(composed.algorithm, config.steps)
+        check_stages(composed.algorithm, config.steps)
         verify.load(config.verify.verifier)
-        build(composed.tree["data"], "data").load()
+        splits = build(composed.tree["data"], "data").load()
+        having = sum(bool(problem.demonstrations) for problem in splits.train)
+        return None, [_sizes(len(splits.train), having, len(splits.evaluation)) + ", whatever their length"]
     except DataError as error:
         if not absent.is_unreachable(error):
             raise
         notes.append(f"{error}; of the data nothing is known here")
-    return None
+    return None, []
+
+
+def _sizes(train: int, having: int, evaluation: int) -> str:
+    return f"{train} training problems, {having} with a demonstration; {evaluation} evaluation problems"
 
 
 def in_print(algorithm: Algorithm | Pipeline) -> str:
@@ -82,17 +100,6 @@ def in_print(algorithm: Algorithm | Pipeline) -> str:
         if one.critic is not None:
             lines.append(f"critic: minimises {one.critic.formula().text}")
     return "\n".join(lines)
-
-
-def _data(prepared: Prepared | None) -> list[str]:
-    if prepared is None:
-        return []
-    demonstrations = sum(bool(example.demonstrations) for example in prepared.train)
-    return [
-        f"{len(prepared.train)} training problems, {demonstrations} with a demonstration; "
-        f"{len(prepared.evaluation)} evaluation problems",
-        f"output: {prepared.folder.path}",
-    ]
 
 
 def _gradient(algorithm: Algorithm | Pipeline, group_size: int, tokens: int) -> str:
@@ -116,8 +123,13 @@ def _prompt(config: RunConfig, prepared: Prepared | None, has_tokenizer: bool) -
     return "\n".join(lines)
 
 
-def _steps(expected: Outlook, config: RunConfig) -> str:
+def _steps(algorithm: Algorithm | Pipeline, expected: Outlook, config: RunConfig) -> str:
     """What a step moves, of each stage if there are several."""
+    prompts = counted(config.prompts_per_step, "prompt")
     if len(expected.traffic) == 1:
-        return f"{config.steps} steps of {config.prompts_per_step} prompts\n" + str(*expected.traffic.values())
-    return "\n".join(f"stage {name}:\n{textwrap.indent(str(t), '  ')}" for name, t in expected.traffic.items())
+        return f"{counted(config.steps, 'step')} of {prompts}\n{next(iter(expected.traffic.values()))}"
+    found = []
+    for span in Pipeline.of(algorithm).spans(config.steps):
+        head = f"stage {span.name}: {counted(span.end - span.first, 'step')} of {prompts}"
+        found += [head, textwrap.indent(str(expected.traffic[span.name]), "  ")]
+    return "\n".join(found)

@@ -18,7 +18,8 @@ Usage: python -m experiments.run [algo=NAME] [correction=NAME] [model=NAME] [dat
 
 Trains a model and leaves a folder with config.yaml, metrics.jsonl, evaluations.jsonl, rollouts/, checkpoints/, final/
 and report.html. Several processes: torchrun --nproc_per_node N -m experiments.run ..., or deepspeed --num_gpus N.
---dry-run checks everything that can be checked before training and prints the resolved configuration.
+--dry-run builds everything but the weights; it prints configuration, formula, prompt, the work of a step and the memory
+of a rank, and refuses what cannot fit.
 """
 
 

@@ -48,7 +48,7 @@ def prepare(composed: Composed) -> Prepared:
     """
     config, algorithm = composed.config, composed.algorithm
     algorithm.check(group_size=config.group_size, provided=PROVIDED)
-    _check_stages(algorithm, config.steps)
+    check_stages(algorithm, config.steps)
     folder = RunFolder(output_folder(composed))
     continues = folder.open(composed.tree, config.resume, world_size())
     _check_installed()
@@ -76,7 +76,7 @@ def prepare(composed: Composed) -> Prepared:
     return Prepared(prompting, train, evaluation, splits.weights, verifiers, folder, continues, tuple(notes))
 
 
-def _check_stages(algorithm: Algorithm | Pipeline, steps: int) -> None:
+def check_stages(algorithm: Algorithm | Pipeline, steps: int) -> None:
     """Refuses a run in which a stage would not happen."""
     for span in Pipeline.of(algorithm).spans(steps) if steps else ():
         if span.first == span.end:
@@ -91,7 +91,7 @@ def output_folder(composed: Composed) -> Path:
     if composed.config.output:
         return Path(composed.config.output).expanduser()
     names = composed.names
-    algo, model, data = (Path(str(names[group])).stem for group in ("algo", "model", "data"))
+    algo, model, data = (Path(str(names[group])).name.removesuffix(".yaml") for group in ("algo", "model", "data"))
     stem = f"{'+'.join([algo, *filter(None, str(names['correction'] or '').split(','))])}-{model}-{data}"
     number, path = 1, Path("runs") / stem
     while path.exists():

@@ -9,11 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from experiments import surroundings
 from upge.errors import UserError
-from upge.train.distributed import World, connect, launched_rank, leave, world_size
+from upge.train.distributed import World, connect, launched_rank, leave
 
 BAD_INPUT = 2
 
@@ -35,15 +33,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     surroundings.quiet()
     try:
         from experiments.config import compose
+        from experiments.dry_run import plan
+        from experiments.planning.fits import check_fits
         from experiments.prepare import prepare, with_local_models
 
         composed = with_local_models(compose(arguments))
-        prepared = prepare(composed)
         if dry_run:
-            _print_plan(composed, prepared)
+            text = plan(composed)
+            if launched_rank() == 0:
+                print(text)
             return 0
+        prepared = prepare(composed)
+        notes = check_fits(composed)
         world = connect()
-        code = _train(composed, prepared, world)
+        code = _train(composed, replace(prepared, notes=(*prepared.notes, *notes)), world)
     except UserError as error:
         # Before the ranks are connected all of them find the same; afterwards each speaks for itself.
         if world is not None and world.size > 1:
@@ -57,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(composed: Any, prepared: Any, world: World) -> int:
+    from experiments.dry_run import in_print
     from experiments.progress import Progress
     from upge import rollout
     from upge.train.trainer import Parts, Trainer
@@ -67,7 +71,7 @@ def _train(composed: Any, prepared: Any, world: World) -> int:
     names = composed.names
     corrections = f" with {names['correction']}" if names["correction"] else ""
     say(f"{names['algo']}{corrections} on {names['model']}, {names['data']} → {folder.path}")
-    say(_in_print(composed.algorithm))
+    say(in_print(composed.algorithm))
     for note in prepared.notes:
         say(f"note: {note}")
     say(prepared.prompting.describe(prepared.train[0].problem))
@@ -118,19 +122,6 @@ def _train(composed: Any, prepared: Any, world: World) -> int:
     if world.is_main:
         _finish(folder.path, code, say)
     return code
-
-
-def _in_print(algorithm: Any) -> str:
-    """The formula, and what is learned beside it: a critic, interludes, a validation objective."""
-    from experiments.catalogue import members
-
-    lines = [algorithm.formula()]
-    for path, one in members(algorithm):
-        if path and not path.startswith("stages."):
-            lines.append(f"{path.split('.')[0]}: {one.formula()}")
-        if one.critic is not None:
-            lines.append(f"critic: minimises {one.critic.formula().text}")
-    return "\n".join(lines)
 
 
 def _models(composed: Any, world: World) -> Any:
@@ -204,18 +195,6 @@ def _facts(composed: Any, world: World, sampler: Any, engine: Any, from_step: in
 
 def _printer(world: World) -> Any:
     return (lambda text: print(text, flush=True)) if world.is_main else (lambda text: None)
-
-
-def _print_plan(composed: Any, prepared: Any) -> None:
-    if launched_rank() != 0:
-        return
-    print(OmegaConf.to_yaml(OmegaConf.create(composed.tree)))
-    print(_in_print(composed.algorithm))
-    demonstrations = sum(bool(example.demonstrations) for example in prepared.train)
-    print(f"\n{len(prepared.train)} training problems, {demonstrations} with a demonstration")
-    print(f"{len(prepared.evaluation)} evaluation problems; output: {prepared.folder.path}; ranks: {world_size()}")
-    for note in prepared.notes:
-        print(f"note: {note}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.evaluating.prepare import suite_problems
 from experiments.evaluating.settings import keys
+from experiments.prepare import suite_problems
 from tests.evaluating import SMALL, run, sample_lines, start
 from tests.running import ROOT, lines
 
@@ -88,7 +88,8 @@ def test_a_skipped_benchmark_is_made_up_for(tmp_path):
 
 
 #: Long enough to be met in the middle.
-LONGER = (*SMALL, "limit=24", *(f"suite.benchmarks.{name}.data.evaluation_size=24" for name in ("sums", "long_sums")))
+SIZES = [f"suite.benchmarks.{name}.data.evaluation_size=24" for name in ("sums", "long_sums")]
+LONGER = (*SMALL, *SIZES, "suite.temperature=1.2")
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +171,6 @@ def test_help_names_every_key(capsys):
 
 def test_a_suite_during_training():
     """Its problems, each with its benchmark's name as the level."""
-    problems = suite_problems("smoke", limit=3)
+    problems = suite_problems("smoke", "", 3, "number")
     assert [p.level for p in problems] == ["sums"] * 3 + ["long_sums"] * 3
-    assert len({p.id for p in problems}) == 6 and all(p.verifier == "math" for p in problems)
+    assert len({p.id for p in problems}) == 6 and all(p.verifier == "number" for p in problems)

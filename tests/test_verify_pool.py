@@ -245,7 +245,8 @@ def test_bad_settings_are_refused(settings: dict, key: str) -> None:
 
 
 def test_bad_items_are_refused(pool: VerifierPool) -> None:
-    for item in [("a",), ("a", 5, None), (None, "b", None), ("a", "b", 1), ("a", "b", None, 1), ("a", "b", None, "", "")]:
+    bad = [("a",), ("a", 5, None), (None, "b", None), ("a", "b", 1), ("a", "b", None, 1), ("a", "b", None, "", "")]
+    for item in bad:
         with pytest.raises(TypeError, match="an item must be"):
             pool.score([item])
         with pytest.raises(TypeError, match="an item must be"):

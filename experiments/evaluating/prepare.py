@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.evaluating.folder import EvaluationFolder, output_folder
-from experiments.evaluating.settings import Chosen, suite_config
+from experiments.evaluating.settings import Chosen
 from experiments.prepare import check_answers, load_prompting
-from upge.data import Problem, Prompting
+from upge.data import Prompting
 from upge.errors import ConfigError, ModelError
 from upge.evaluation.runner import Questions
 from upge.evaluation.suite import load
@@ -69,24 +69,6 @@ def prepare(chosen: Chosen) -> Prepared:
         stop_token_ids=prompting.stop_token_ids,
     )
     return Prepared(model, prompting, questions, sampling, verifiers, folder, continues)
-
-
-def suite_problems(suite: str, limit: int = 0, verifier: str = "math") -> tuple[Problem, ...]:
-    """The problems of a suite for an evaluation during training: each has its benchmark's name as its level.
-
-    Args:
-        suite: a preset, or a YAML file; how often and how it samples does not matter here.
-        limit: at most so many problems of each benchmark, 0 for all.
-        verifier: for benchmarks that name none.
-
-    Raises:
-        UserError: there is no such suite, or its problems cannot be loaded.
-    """
-    return tuple(
-        replace(problem, id=f"{one.name}/{problem.id}", level=one.name)
-        for one in load(suite_config(suite), verifier, limit)
-        for problem in one.problems
-    )
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -110,8 +110,7 @@ def suite_config(name: str) -> SuiteConfig:
     Raises:
         ConfigError: there is none, or a key or value of it is wrong.
     """
-    tree = OmegaConf.create({"suite": _suite_tree(name)})
-    return from_tree(SuiteConfig, _plain(tree)["suite"], "suite")
+    return from_tree(SuiteConfig, _plain(OmegaConf.create(_suite_tree(name))), "suite")
 
 
 def keys() -> list[tuple[str, Any, str]]:
@@ -121,7 +120,11 @@ def keys() -> list[tuple[str, Any, str]]:
 
 
 def _suite_tree(name: str) -> dict[str, Any]:
-    """A suite's file over the defaults."""
+    """A suite's file over the defaults.
+
+    Raises:
+        ConfigError: there is none, or it is not a suite's file.
+    """
     path = CONFIGS / "suite" / f"{name}.yaml" if name in presets("suite") else Path(name).expanduser()
     if not path.is_file():
         raise ConfigError(f"suite: no suite '{name}'; {nearest(name, presets('suite'))}, or give a YAML file")
@@ -132,10 +135,9 @@ def _suite_tree(name: str) -> dict[str, Any]:
     if not isinstance(tree, Mapping) or list(tree) != ["suite"] or not isinstance(tree["suite"], Mapping):
         raise ConfigError(f"suite: {path} must be a mapping with the one key `suite`, and a suite's keys below it")
     found = {**defaults(SuiteConfig), **tree["suite"]}
-    benchmarks = found["benchmarks"]
+    benchmarks, alike = found["benchmarks"], defaults(BenchmarkConfig)
     if isinstance(benchmarks, Mapping):
-        plain = defaults(BenchmarkConfig)
-        found["benchmarks"] = {n: {**plain, **b} if isinstance(b, Mapping) else b for n, b in benchmarks.items()}
+        found["benchmarks"] = {n: {**alike, **b} if isinstance(b, Mapping) else b for n, b in benchmarks.items()}
     return found
 
 
@@ -187,6 +189,11 @@ def _value(name: str, text: str) -> Any:
 
 
 def _plain(tree: Any) -> dict[str, Any]:
+    """A resolved OmegaConf tree as nested dictionaries.
+
+    Raises:
+        ConfigError: a reference in it leads nowhere.
+    """
     try:
         return OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.config import MODELS, Composed
+from upge.data.prompting import TOKENIZER_FILES
 from upge.errors import ModelError
 from upge.rollout.model import read_config
 
@@ -15,8 +16,6 @@ KNOWN = {
     "Qwen/Qwen2.5-Math-1.5B": "qwen2.5-math-1.5b",
     "meta-llama/Llama-3.1-8B": "llama-3.1-8b",
 }
-#: One of these files is there where a folder has a tokenizer.
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 def with_known_models(composed: Composed) -> tuple[Composed, list[str]]:
@@ -48,18 +47,17 @@ def _folder(path: str, key: str, notes: list[str]) -> str:
     return path
 
 
-def lacks_tokenizer(path: str) -> str | None:
-    """A sentence if the model, whose configuration is there, has no tokenizer here."""
+def has_tokenizer(path: str) -> bool:
+    """Whether the model, whose configuration is there, has a tokenizer, too. Of a folder the files are asked:
+    transformers makes an empty tokenizer of a configuration alone."""
     if Path(path).is_dir():
-        found = any((Path(path) / name).is_file() for name in TOKENIZERS)
-    else:
-        from upge.data.prompting import load_tokenizer
+        return any((Path(path) / name).is_file() for name in TOKENIZER_FILES)
+    from upge.data.prompting import load_tokenizer
 
-        try:
-            found = load_tokenizer(path) is not None
-        except ModelError:
-            found = False
-    return None if found else f"model.path: '{path}' has no tokenizer here: no prompt can be shown, no length counted"
+    try:
+        return load_tokenizer(path) is not None
+    except ModelError:
+        return False
 
 
 def is_unreachable(error: BaseException | None) -> bool:

@@ -12,6 +12,11 @@ from upge.train.distributed import world_size
 GIB = 2**30
 
 
+def counted(number: int, noun: str) -> str:
+    """As in "1 rank", "8 ranks"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class Machine:
     """Ranks and what each of them has.
@@ -29,9 +34,8 @@ class Machine:
     origin: str
 
     def __str__(self) -> str:
-        unit = "GPU" if self.has_gpus else "rank without a GPU"
-        plural = "s" if self.ranks > 1 else ""
-        return f"{self.ranks} {unit}{plural} of {self.memory / GIB:.1f} GiB ({self.origin})"
+        ranks = counted(self.ranks, "GPU" if self.has_gpus else "rank") + ("" if self.has_gpus else " without a GPU")
+        return f"{ranks} of {self.memory / GIB:.1f} GiB ({self.origin})"
 
 
 def present() -> Machine:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from experiments.planning.machine import GIB, Machine
+from experiments.planning.machine import GIB, Machine, counted
 from experiments.planning.shape import ModelShape
 from upge.algorithm import Algorithm
 from upge.logprobs import default_chunk_size
@@ -53,12 +53,14 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Memory:
-    """What one rank of the machine holds: the models' states, the inference engine, and an update's own."""
+    """What one rank of the machine holds: the models' states, the inference engine, and an update's own; `asleep` is
+    what the engines of all ranks keep outside their GPUs while these are at an update."""
 
     machine: Machine
     states: tuple[Item, ...]
     engine: tuple[Item, ...]
     update: tuple[Item, ...]
+    asleep: int = 0
 
     def total(self, when: When, certain: bool = False) -> int:
         """Bytes that are there at the same time while sampling or training; with `certain` what is so at least."""
@@ -71,6 +73,8 @@ class Memory:
         for when in ("sampling", "training"):
             there = self.machine.memory / GIB
             rows.append(f"{self.total(when) / GIB:8.2f}  {'in all':<8}  while {when}, of {there:.2f} GiB")
+        if self.asleep:
+            rows.append(f"and {self.asleep / GIB:.1f} GiB of the machine's memory for the engines' weights in updates")
         return "\n".join(rows)
 
 
@@ -90,7 +94,9 @@ def estimate(
     if machine.has_gpus:
         states.append(Item("reserve: context, collectives, gaps", RESERVE, is_certain=False))
     engine = tuple(_engine(config, shapes.policy, machine)) if algorithm.needs.rollouts else ()
-    return Memory(machine, tuple(states), engine, tuple(_update(config, shapes.policy, machine, micro_batch)))
+    sleeps = engine and machine.has_gpus and config.rollout.engine != "transformers"
+    update = tuple(_update(config, shapes.policy, machine, micro_batch))
+    return Memory(machine, tuple(states), engine, update, shapes.policy.weights * machine.ranks if sleeps else 0)
 
 
 def zero3_states(shape: ModelShape, ranks: int) -> int:
@@ -128,7 +134,7 @@ def _trained(name: str, shape: ModelShape, machine: Machine) -> Iterator[Item]:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     count, ranks, zero = shape.parameters, machine.ranks, DeepSpeedZeroConfig()
-    what = f"weights, gradient, AdamW of {shape.size} parameters over {ranks} ranks, DeepSpeed's estimate"
+    what = f"weights, gradient, AdamW of {shape.size} parameters over {counted(ranks, 'rank')}, DeepSpeed's estimate"
     yield Item(f"{name}: {what}", zero3_states(shape, ranks))
     if shape.itemsize > 2:
         more = (shape.itemsize - 2) * count // ranks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from experiments.planning.machine import counted
 from upge.algorithm import Algorithm
 from upge.train.config import RunConfig
 
@@ -82,7 +83,7 @@ class Traffic:
         parts = [
             f"at most {self.trajectories:,} trajectories: {self.rollouts:,} rollouts, {self.given:,} given responses",
             f"at most {self.tokens:,} tokens, {self.longest:,} each; {math.ceil(self.tokens / self.ranks):,} a rank",
-            f"a rank samples {sampled:,} responses",
-            f"{self.updates} updates, each of at most {self.micro_batches} micro-batches a rank",
+            f"sampled by a rank: {counted(sampled, 'response')}",
+            f"{counted(self.updates, 'update')}; micro-batches of each on a rank: at most {self.micro_batches}",
         ]
         return "\n".join(parts)

@@ -221,7 +221,9 @@ def _number(found: Any) -> str | None:
 
 def _as_text(found: Any, record: Record, column: str, expected: str) -> str:
     if not isinstance(found, str) or not found.strip():
-        raise DataError(f"{record.where}: column '{column}' holds {_short(found)}; expected {expected}")
+        inner = next(iter(found), None) if isinstance(found, Mapping) else None
+        hint = "" if inner is None else f"; a part of it is named as in '{column}.{inner}'"
+        raise DataError(f"{record.where}: column '{column}' holds {_short(found)}; expected {expected}{hint}")
     if any("\ud800" <= letter <= "\udfff" for letter in found):
         raise DataError(f"{record.where}: column '{column}' holds half a surrogate pair, which is no character")
     return found

@@ -6,12 +6,15 @@ import functools
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from upge.data.problem import Problem
 from upge.errors import ConfigError, ModelError, nearest
 
 FIELDS = ("prompt", "system")
+#: One of these is there where a folder has a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,13 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        # transformers would make an empty one of what config.json says.
+        raise ModelError(
+            f"model.path: '{path}' has no tokenizer; the folder needs one of {', '.join(TOKENIZER_FILES)}, as "
+            "tokenizer.save_pretrained(folder) writes them"
+        )
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +174,3 @@ def _limited(problems: Sequence[Problem], limit: int) -> list[Problem]:
         return list(problems)
     ranked = sorted(range(len(problems)), key=lambda i: (stream_seed("limit", problems[i].prompt), problems[i].id))
     return [problems[i] for i in sorted(ranked[:limit])]
-
-
-def benchmark_defaults() -> dict[str, Any]:
-    """The tree of a benchmark's default values."""
-    return asdict(BenchmarkConfig())

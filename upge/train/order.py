@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from itertools import accumulate, pairwise
 
 import torch
 
-#: The golden ratio's fraction.
-_GOLDEN = (5**0.5 - 1) / 2
+#: Fractions of a prompt are counted in units of 1 / _UNIT.
+_UNIT = 1 << 32
+#: Multiples of the golden section, modulo _UNIT, are as evenly spread as any sequence's: the offsets of the steps.
+_GOLDEN = 0x9E3779B9
 
 
 def stream_seed(*parts: int | str) -> int:
@@ -58,14 +62,14 @@ def mixed_indices(
     return [found[place] for place in permutation(len(found), stream_seed(seed, "mixed", step))]
 
 
-def demonstration_choice(turn: int, example: int, count: int, seed: int) -> int:
-    """Which of the `count` demonstrations of an example has its turn: in every `count` turns in a row, each has one.
+def demonstration_choice(step: int, example: int, count: int, seed: int) -> int:
+    """Which of the `count` demonstrations of an example has its turn in a step.
 
-    `turn` is the number of times that the example has come before, where the caller knows it; another number that grows
-    with them, such as the step, makes it a choice by chance, all demonstrations alike.
+    It follows from the step alone, by a sequence of low discrepancy: at whatever distances the example comes, the
+    numbers of its demonstrations differ by a few, by far less than by chance. Examples begin at different ones.
     """
-    round_, place = divmod(turn, count)
-    return permutation(count, stream_seed(seed, "demonstration", example, round_))[place]
+    place = (stream_seed(seed, "demonstration", example) * 2 + step * _GOLDEN) % _UNIT
+    return place * count // _UNIT
 
 
 def _stream(position: int, count: int, size: int, *parts: int | str) -> list[int]:
@@ -78,12 +82,6 @@ def _stream(position: int, count: int, size: int, *parts: int | str) -> list[int
     return found
 
 
-#: Fractions of a prompt are counted in units of 1 / UNIT.
-_UNIT = 1 << 32
-#: Multiples of the golden section, modulo _UNIT, are as evenly spread as any sequence's: the step's offsets.
-_GOLDEN = 0x9E3779B9
-
-
 def _counts(step: int, count: int, weights: Sequence[float], seed: int) -> tuple[list[int], list[int]]:
     """How many of the prompts before a step, and of the `count` of the step, each source has.
 
@@ -91,11 +89,8 @@ def _counts(step: int, count: int, weights: Sequence[float], seed: int) -> tuple
     offset, 2 + offset, ... on it. So a source gets one of the two whole numbers beside its length, in a share of the
     steps that is the fraction of the length; all in integers, so that no rounding adds up.
     """
-    total, length = math.fsum(weights), 0.0
-    bounds = [0]
-    for weight in weights:
-        length += weight
-        bounds.append(round(length / total * count * _UNIT))
+    lengths = list(accumulate(map(Fraction, weights), initial=Fraction(0)))
+    bounds = [round(length / lengths[-1] * count * _UNIT) for length in lengths]
     start = stream_seed(seed, "mixture")
     offsets = (start + torch.arange(step + 1, dtype=torch.int64) * _GOLDEN) % _UNIT
     # Points below a bound: one for every whole unit below it, and one more in steps whose offset is below the rest.

@@ -16,8 +16,8 @@ _PHRASE = re.compile(r"\banswers?\b[^.:=\n]{0,60}?(?:\b(?:is|are)\b|:|=)[\s*_:]*
 _LEAD = re.compile(r"(?:therefore|thus|simply|then|just|equal to|approximately|about)\b[\s,:]*", re.IGNORECASE)
 _SENTENCE = re.compile(r"\.(?=\s|\Z)|\n")
 _SPANS = (
-    # A dollar that opens stands before something, one that closes behind something that can end a formula and not before
-    # a digit, and a formula has no words, unlike what is between those of "$5 and $6" or "costs $5 each, 2*5=$10".
+    # A dollar that opens stands before something, one that closes behind something that can end a formula and before no
+    # digit, and a formula has no words, unlike what is between those of "$5 and $6" or "costs $5 each, 2*5=$10".
     re.compile(r"(?<![\\$])(\$)(?=[^\s$])(?![^$\n]* [a-z]{3})([^$\n]{0,500}[^\s$\\=+*<-])\$(?![0-9$])"),
     re.compile(r"(?<!\\)(\$\$)([^$]{1,500})\$\$"),
     re.compile(r"\\(\()(.{1,500}?)\\\)", re.DOTALL),

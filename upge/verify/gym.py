@@ -31,6 +31,9 @@ class ReasoningGymVerifier(AnswerVerifier):
 
     def judge(self, given: str, answer: str, prompt: str | None = None) -> float:
         entry, score = _entry(answer)
+        # Python reads the digits of every script as numbers; who is not asked for them shall not write them.
+        if _has_foreign_digits(given) and not _has_foreign_digits(str(entry.get("answer"))):
+            return 0.0
         return min(1.0, max(0.0, float(score(given, entry))))
 
     def check_answer(self, answer: str) -> None:
@@ -76,6 +79,10 @@ def _scorer(name: str) -> Callable[[str, dict[str, Any]], float]:
     import reasoning_gym
 
     return reasoning_gym.get_score_answer_fn(name)
+
+
+def _has_foreign_digits(text: str) -> bool:
+    return not text.isascii() and any(letter.isdecimal() and not letter.isascii() for letter in text)
 
 
 def _tuples(value: Any) -> Any:

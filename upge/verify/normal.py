@@ -16,6 +16,8 @@ _WRAPPERS = (
     re.compile(r"\\\[(.*)\\\]", re.DOTALL),
 )
 _REPLACEMENTS = (
+    # An answer is mathematics as a whole; a formula within words would be read without them.
+    (re.compile(r"(?<!\\)(?:\$|\\[()\[\]])"), ""),
     (re.compile(r"\\[dt]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\(?:left|right)(?![a-zA-Z])\s*\.?"), ""),
     (re.compile(r"\\displaystyle(?![a-zA-Z])|(?<!\\)\\[!,;:]"), ""),

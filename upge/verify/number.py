@@ -24,15 +24,18 @@ _RATIO = (
 _CURRENCY = r"(?:\\?[$\u00a3\u20ac\u00a5])?"
 _NUMBER = re.compile(rf"{_CURRENCY}{_SIGN}{_CURRENCY}(?:{_RATIO}|{_TEN.replace('{0}', 'bare')}|{_DECIMAL}{_POWER}?)")
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_SCALE = re.compile(rf"(?:\\text\{{)?({'|'.join(_SCALES)})(?![A-Za-z])\}}?")
-_WORD = r"(?:\\(?:text|mathrm|mbox|textrm|operatorname)\{[^{}0-9]*+\}|[A-Za-z\u20ac$]++[.;]?)"
-_UNIT = re.compile(rf"(?: ?\\?%| ?\u00b0)?(?:[-/ ]*+{_WORD}(?:\^(?:[23]|\{{[23]\}})|[\u00b2\u00b3])?)*+[.;]?")
+_SCALE = re.compile(rf"({'|'.join(_SCALES)})(?![A-Za-z])")
+_TEXT = re.compile(r"\\(?:text(?:rm|bf|it)?|mathrm|mbox|operatorname)\s*\{([^{}]*)\}")
+_SEVERAL = re.compile(r"[,;]|\b(?:or|and)\b")
+_UNIT = re.compile(
+    r"(?: ?\\?%| ?\u00b0)?(?:[-/ ]*+[A-Za-z\u20ac$]++[.;]?(?: ?\^(?:[23]|\{[23]\})|[\u00b2\u00b3])?)*+[.;]?"
+)
 _CHANGES_IT = re.compile(
     r"\b(?:or|and|to|not|than|plus|minus|times|over|half|halves|thirds?|quarters?|hundreds?|dozens?|squared|pi|i|e|x|y|n|"
     r"sqrt|point|mod|base|k|thousands?|millions?|billions?|trillions?|hundredths?|tenths?|percent points|"
     r"zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
     r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b"
-    r"|\\(?!text|mathrm|mbox|operatorname|[ %$,;:!])",
+    r"|\\(?![ %$,;:!])",
     re.IGNORECASE,
 )
 
@@ -69,11 +72,12 @@ def read_number(text: str) -> Fraction | None:
     """The exact value of a number in text or LaTeX; None where it is none, or more than one."""
     if len(text) > LONGEST_NUMBER or is_invisible(text):
         return None
-    text = normalise(text).rpartition("=")[2].strip()
-    found = _NUMBER.match(text)
-    if not found:
+    before, _, text = normalise(text).rpartition("=")
+    found = _NUMBER.match(text.strip())
+    if not found or _SEVERAL.search(before):
         return None
-    rest = text[found.end() :].strip()
+    text = text.strip()
+    rest = _TEXT.sub(lambda words: f" {words[1].strip()}", text[found.end() :]).strip()
     scale = _SCALE.match(rest)
     if scale:
         rest = rest[scale.end() :].strip()

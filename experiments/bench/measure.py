@@ -1,0 +1,83 @@
+"""Measures things against each other: interleaved in one process, several rounds, ratios with their range.
+
+Two runs one after the other compare the state of the machine as much as the things. Here all take turns within each
+round, in an order that changes from round to round, and the ratio is taken within the round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from upge.errors import ConfigError
+
+FEWEST_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of a figure over the rounds, and the least and the greatest."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{_short(self.median)} ({_short(self.low)} to {_short(self.high)})"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was measured.
+
+    Fields:
+        seconds: for each thing the seconds of each round.
+        results: for each thing what it returned in each round.
+    """
+
+    seconds: Mapping[str, tuple[float, ...]]
+    results: Mapping[str, tuple[Any, ...]]
+
+    def rate(self, name: str, count: int) -> Spread:
+        """Units per second, where every round does `count` of them."""
+        return _spread([count / seconds for seconds in self.seconds[name]])
+
+    def speedup(self, name: str, base: str) -> Spread:
+        """How many times as fast as `base` a thing is: the ratio of seconds, round by round."""
+        pairs = zip(self.seconds[base], self.seconds[name], strict=True)
+        return _spread([slow / fast for slow, fast in pairs])
+
+
+def interleaved(
+    things: Mapping[str, Callable[[int], Any]],
+    rounds: int = FEWEST_ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Timing:
+    """Calls every thing once a round with the round's number, from 0; the one that begins changes each round.
+
+    Raises:
+        ConfigError: fewer than five rounds, whose median would say little.
+    """
+    if rounds < FEWEST_ROUNDS:
+        raise ConfigError(f"rounds: found {rounds}; give at least {FEWEST_ROUNDS}")
+    names = list(things)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    results: dict[str, list[Any]] = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            begin = clock()
+            results[name].append(things[name](number))
+            seconds[name].append(clock() - begin)
+    return Timing({n: tuple(s) for n, s in seconds.items()}, {n: tuple(r) for n, r in results.items()})
+
+
+def _spread(values: list[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,229 @@
+"""Do the verifiers take right answers for right? `python -m experiments.check_answers FILE ... | folder=DIR [--docs]`.
+
+Every ground truth of a data file is verified against itself, in a box, and every worked solution against its ground
+truth. What fails is printed with the reason. The files are JSON, JSON Lines or Parquet; the columns tell what they hold
+(`LAYOUTS`). `folder=` takes all such files below a folder; --docs puts the result into docs/verification.md. It takes
+about a minute for twenty thousand answers, and nothing of it depends on chance.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upge.errors import ConfigError, DataError, UserError
+from upge.verify import Item, Verdict, VerifierPool, last_boxed, load
+
+DOCS = Path(__file__).parent.parent / "docs" / "verification.md"
+BEGIN = "<!-- checked: begin (python -m experiments.check_answers folder=DIR --docs) -->"
+END = "<!-- checked: end -->"
+SUFFIXES = (".json", ".jsonl", ".parquet")
+TIME_LIMIT = 30.0
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something that must verify.
+
+    Fields:
+        row: its number in the file, from 1.
+        what: a ground truth in a box, or a worked solution.
+        item: for the verifier pool.
+    """
+
+    row: int
+    what: str
+    item: Item
+
+
+@dataclass(frozen=True)
+class Result:
+    """A file and what came of its cases, in order."""
+
+    name: str
+    cases: tuple[Case, ...]
+    verdicts: tuple[Verdict, ...]
+
+    def failures(self) -> Iterator[tuple[Case, Verdict]]:
+        """What did not earn the whole reward."""
+        pairs = zip(self.cases, self.verdicts, strict=True)
+        return ((case, verdict) for case, verdict in pairs if verdict.reward != 1.0)
+
+
+def _gsm8k(row: Row) -> list[tuple[str, Item]]:
+    worked, _, number = (part.strip() for part in row["answer"].rpartition("####"))
+    boxed = rf"{worked} \boxed{{{number}}}"
+    found = [("solution with ####", row["answer"], name) for name in ("math_last", "number")]
+    found += [("solution with a box", boxed, name) for name in ("math", "math_last", "number")]
+    return [(what, Item(text, number, row["question"], name)) for what, text, name in found]
+
+
+def _math(row: Row) -> list[tuple[str, Item]]:
+    prompt, answer = row["problem"], row["answer"]
+    return _own(prompt, answer, "math") + [("solution", Item(row["solution"], answer, prompt))]
+
+
+def _openr1(row: Row) -> list[tuple[str, Item]]:
+    prompt, answer = row["prompt"][-1]["content"], row["reward_model"]["ground_truth"]
+    return _own(prompt, answer, "math") + [("solution", Item(row["target"][0]["content"], answer, prompt))]
+
+
+def _plain(row: Row) -> list[tuple[str, Item]]:
+    prompt, answer = row["prompt"], str(row["answer"])
+    is_choice = len(answer) == 1 and f"\n{answer})" in prompt
+    return _own(prompt, answer, "choice" if is_choice else "math")
+
+
+def _own(prompt: str, answer: str, verifier: str) -> list[tuple[str, Item]]:
+    return [("ground truth", Item(rf"\boxed{{{answer}}}", answer, prompt, verifier))]
+
+
+LAYOUTS: dict[tuple[str, ...], Callable[[Row], list[tuple[str, Item]]]] = {
+    ("question", "answer"): _gsm8k,
+    ("problem", "solution", "answer"): _math,
+    ("prompt", "target", "reward_model"): _openr1,
+    ("prompt", "answer"): _plain,
+}
+
+
+def read(path: Path) -> tuple[Case, ...]:
+    """What a file holds that must verify.
+
+    Raises:
+        DataError: the file cannot be read, or its columns are not those of one of `LAYOUTS`.
+    """
+    try:
+        rows = _rows(path)
+        made = next((make for columns, make in LAYOUTS.items() if rows and all(c in rows[0] for c in columns)), None)
+        if made is None:
+            known = "; ".join(", ".join(columns) for columns in LAYOUTS)
+            found = ", ".join(rows[0]) if rows else "of no row"
+            raise DataError(f"{path}: found the columns {found}; known are: {known}")
+        return tuple(Case(number, what, item) for number, row in enumerate(rows, 1) for what, item in made(row))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _rows(path: Path) -> list[Row]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    text = path.read_text("utf-8")
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    return json.loads(text)
+
+
+def check(files: Mapping[str, Path], workers: int = 2) -> list[Result]:
+    """Verifies what is in the files, which are given by the names that the result shall have."""
+    cases = {name: read(path) for name, path in files.items()}
+    with VerifierPool(("math", "math_last", "number", "choice"), workers, TIME_LIMIT) as pool:
+        return [Result(name, own, tuple(pool.score(case.item for case in own))) for name, own in cases.items()]
+
+
+def reason(case: Case, verdict: Verdict) -> str:
+    """Why a case has failed, as far as texts can tell."""
+    answer = case.item.answer
+    try:
+        load(case.item.verifier or "math").check_answer(answer)
+    except ValueError:
+        if not answer.strip():
+            return "the ground truth is empty"
+        if last_boxed(rf"\boxed{{{answer}}}") is None:
+            return "the braces of the ground truth do not match"
+        return "the ground truth is no mathematics that can be read"
+    if verdict.status != "ok":
+        return verdict.detail
+    if verdict.extracted is None:
+        return "no answer was found"
+    if "matrix" in answer and _letters(answer) == _letters(verdict.extracted):
+        return "the ground truth has lost a separator of rows"
+    return "ground truth and answer differ"
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split()).replace("\\\\", "\\").replace("}\\\\", "}").replace("\\", "")
+
+
+def report(results: Sequence[Result]) -> str:
+    """Two Markdown tables: how many of each kind verify, and each that does not with its reason."""
+    lines = ["| file | what | verifier | right | of |", "|---|---|---|---|---|"]
+    for result in results:
+        counts: dict[tuple[str, str], list[bool]] = {}
+        for case, verdict in zip(result.cases, result.verdicts, strict=True):
+            counts.setdefault((case.what, case.item.verifier or "math"), []).append(verdict.reward == 1.0)
+        for (what, verifier), right in counts.items():
+            lines.append(f"| {result.name} | {what} | `{verifier}` | {sum(right)} | {len(right)} |")
+    lines += ["", "| file, row | what | ground truth | answer read | reason |", "|---|---|---|---|---|"]
+    for result in results:
+        for case, verdict in result.failures():
+            cells = (_code(case.item.answer), _code(verdict.extracted or ""), reason(case, verdict))
+            lines.append(f"| {result.name}, {case.row} | {case.what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _code(text: str) -> str:
+    return f"`{text.replace('|', '¦')}`" if text else ""
+
+
+def renewed(page: str, results: Sequence[Result]) -> str:
+    """The page's text with what stands between its markers made anew.
+
+    Raises:
+        ConfigError: a marker is missing.
+    """
+    before, found, rest = page.partition(BEGIN)
+    _, closing, after = rest.partition(END)
+    if not found or not closing:
+        raise ConfigError(f"{DOCS.name}: the lines '{BEGIN}' and '{END}' are missing; put them where the tables go")
+    return f"{before}{BEGIN}\n\n{report(results)}\n\n{END}{after}"
+
+
+def find(arguments: Sequence[str]) -> dict[str, Path]:
+    """The files that the arguments name, by the names they are reported under.
+
+    Raises:
+        ConfigError: there is no such file or folder, or nothing is named.
+    """
+    files: dict[str, Path] = {}
+    for argument in arguments:
+        folder = Path(argument.removeprefix("folder=")).expanduser()
+        if not argument.startswith("folder="):
+            files[Path(argument).name] = Path(argument).expanduser()
+            continue
+        if not folder.is_dir():
+            raise ConfigError(f"folder: there is no folder '{folder}'")
+        below = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES)
+        files |= {path.relative_to(folder).as_posix(): path for path in below}
+    missing = [str(path) for path in files.values() if not path.is_file()]
+    if missing or not files:
+        found = f"there is no file '{missing[0]}'" if missing else "no data file is named"
+        raise ConfigError(f"{found}; give FILE ... or folder=DIR with {', '.join(SUFFIXES)} files")
+    return files
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the tables, or renews the page; exit code 2 on bad input."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        results = check(find([argument for argument in arguments if argument != "--docs"]))
+        if "--docs" in arguments:
+            DOCS.write_text(renewed(DOCS.read_text("utf-8"), results), "utf-8")
+        else:
+            print(report(results))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""What a run will take, against numbers worked out by hand and against what autograd keeps."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+
+import pytest
+import torch
+
+import algorithms
+from experiments.config import MODELS, compose
+from experiments.planning import absent
+from experiments.planning.balance import balances
+from experiments.planning.fits import outlook
+from experiments.planning.machine import GIB, planned
+from experiments.planning.shape import ModelShape
+from upge.errors import ModelError
+from upge.rollout.model import read_config
+
+#: width, layers, heads, key heads, MLP, vocabulary, tied, biases of query, key and value.
+SIZES = {
+    "qwen2.5-math-7b": (3584, 28, 28, 4, 18944, 152064, False, True),
+    "qwen2.5-math-1.5b": (1536, 28, 12, 2, 8960, 151936, True, True),
+    "llama-3.1-8b": (4096, 32, 32, 8, 14336, 128256, False, False),
+}
+EIGHT = ("hardware.gpus=8", "hardware.memory=79")
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+    """Whatever models this machine has."""
+
+    def local(path, overrides=None):
+        if path in absent.KNOWN:
+            raise ModelError(f"model.path={path}: neither a folder nor a model that can be found here")
+        return read_config(path, overrides)
+
+    monkeypatch.setattr(absent, "read_config", local)
+
+
+def shape(name: str, dtype: str = "bfloat16") -> ModelShape:
+    return ModelShape.of(read_config(MODELS / name), dtype)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_parameters_are_counted(name):
+    hidden, layers, heads, keys, inner, vocabulary, tied, biased = SIZES[name]
+    narrow = hidden // heads * keys
+    attention = 2 * hidden * hidden + 2 * hidden * narrow + (hidden + 2 * narrow if biased else 0)
+    layer = attention + 3 * hidden * inner + 2 * hidden
+    expected = layers * layer + hidden + vocabulary * hidden * (1 if tied else 2)
+    found = shape(name)
+    assert found.parameters == expected and found.largest_layer == vocabulary * hidden
+    assert found.output == (0 if tied else vocabulary * hidden)
+    assert found.size == {"qwen2.5-math-7b": "7.62 B", "qwen2.5-math-1.5b": "1.54 B", "llama-3.1-8b": "8.03 B"}[name]
+    assert found.cache_per_token == 2 * layers * narrow * 2
+
+
+def test_the_shipped_configurations_are_small_and_have_the_published_positions():
+    for name, positions in {"qwen2.5-math-7b": 4096, "qwen2.5-math-1.5b": 4096, "llama-3.1-8b": 131072}.items():
+        files = list((MODELS / name).iterdir())
+        assert [file.name for file in files] == ["config.json"] and files[0].stat().st_size < 2000
+        config = json.loads(files[0].read_text())
+        assert config["max_position_embeddings"] == positions
+        rope = config["rope_parameters"]
+        assert rope["rope_theta"] == (500000.0 if "llama" in name else 10000.0)
+        if "llama" in name:
+            scaling = [rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor")]
+            assert scaling == [8.0, 1.0, 4.0] and rope["original_max_position_embeddings"] == 8192
+    assert set(absent.KNOWN.values()) == set(SIZES)
+    known = {compose([f"model={name}"]).config.model.path for name in SIZES}
+    assert known == set(absent.KNOWN)
+
+
+# Memory.
+
+
+def expected_memory(*arguments: str):
+    composed, _ = absent.with_known_models(compose(list(arguments)))
+    return outlook(composed, planned(composed.config.hardware))
+
+
+def test_memory_by_hand():
+    """The 7B model on 8 GPUs of 79 GiB: every line."""
+    found = expected_memory("recipe=hpt-qwen2.5-math-7b").memory
+    parameters, embedding, tokens, layers, hidden = 7_615_616_512, 152064 * 3584, 32768, 28, 3584
+    states = 18 * parameters // 8 + 4 * embedding
+    bucket, gathered, reserve = 2 * 500_000_000, 2 * 1_000_000_000, int(1.5 * GIB)
+    assert [item.bytes for item in found.states] == [states, bucket, gathered, reserve]
+    (share,) = found.engine
+    assert share.bytes == int(0.6 * 79 * GIB)
+    cache = 2 * 28 * 4 * 128 * 2 * (1024 + 8192)
+    assert f"a cache of {(share.bytes - 2 * parameters) // cache} sequences of 9,216 tokens" in share.what
+    one_layer = (9 * hidden + 2 * hidden + 2 * 512 + 4 * 18944) * 2 * tokens
+    update = [layers * hidden * 2 * tokens, one_layer, 3 * 18944 * 2 * tokens, 4096 * 152064 * 10, 4 * embedding]
+    assert [item.bytes for item in found.update] == update
+    assert found.total("sampling") == states + bucket + reserve + share.bytes
+    assert found.total("training") == states + bucket + gathered + reserve + sum(update)
+    assert found.asleep == 8 * 2 * parameters
+    page = (MODELS.parent.parent / "docs" / "recipes.md").read_text("utf-8")
+    shown = page.split("memory of a rank, GiB:\n")[1].split("```")[0]
+    assert textwrap.dedent(shown).strip().splitlines() == textwrap.dedent(str(found)).strip().splitlines()
+
+
+def test_states_are_deepspeeds_own_estimate():
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+
+    one = shape("llama-3.1-8b")
+    _, theirs, _ = estimate_zero3_model_states_mem_needs(
+        one.parameters, one.largest_layer, num_gpus_per_node=8, num_nodes=1, cpu_offload=False, cpu_offload_params=False
+    )
+    assert expected_memory("recipe=hpt-llama-3.1-8b").memory.states[0].bytes == theirs
+
+
+def test_critic_frozen_policy_and_a_second_set_of_moments_are_counted():
+    ppo = expected_memory("algo=ppo", "model=qwen2.5-math-1.5b", *EIGHT).memory
+    names = [item.what.split(":")[0] for item in ppo.states]
+    assert names.count("policy") == 3 and names.count("critic") == 3 and names.count("frozen policy") == 1
+    critic = next(item for item in ppo.states if item.what.startswith("critic: weights, gradient"))
+    assert critic.bytes == ppo.states[0].bytes  # tied: the trunk is the whole model
+    frozen = next(item for item in ppo.states if item.what.startswith("frozen"))
+    assert frozen.bytes == 2 * 1_543_714_304 // 8
+    untied = expected_memory("algo=ppo", "model=qwen2.5-math-7b", *EIGHT).memory
+    critic = next(item for item in untied.states if item.what.startswith("critic: weights, gradient"))
+    assert untied.states[0].bytes - critic.bytes == 18 * 7_615_616_512 // 8 - 18 * (7_615_616_512 - 152064 * 3584) // 8
+    relift = expected_memory("algo=relift", "model=qwen2.5-math-1.5b", *EIGHT).memory
+    assert any("interlude" in item.what and item.bytes == 1_543_714_304 for item in relift.states)
+
+
+def test_engines_that_do_not_sleep_are_there_all_the_time():
+    copy, cache = expected_memory("model=qwen2.5-math-1.5b", "rollout.engine=transformers", *EIGHT).memory.engine
+    assert (copy.bytes, copy.when) == (2 * 1_543_714_304, "always")
+    assert cache.bytes == 131072 * 2 * 28 * 256 * 2 and cache.when == "sampling"
+    here = expected_memory("model=qwen2.5-math-1.5b", "model.dtype=float32", "hardware.memory=64").memory
+    copy, cache = here.engine
+    assert (copy.bytes, copy.when, cache.when) == (4 * 1_543_714_304, "always", "always") and here.asleep == 0
+    states = 18 * 1_543_714_304 + 4 * 151936 * 1536
+    assert [item.bytes for item in here.states[:3]] == [states, 2 * 1_543_714_304, 4 * 500_000_000]
+    assert not expected_memory("algo=sft", "model=qwen2.5-math-1.5b", *EIGHT).memory.engine
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_layer_keeps_is_what_autograd_keeps(kind, dtype):
+    """Bytes of the tensors saved for the backward pass, of two layers more, against the formula."""
+    from transformers import AutoConfig
+
+    def config(layers: int):
+        return AutoConfig.for_model(
+            kind, hidden_size=128, num_attention_heads=4, num_key_value_heads=2, intermediate_size=320, vocab_size=64,
+            num_hidden_layers=layers, max_position_embeddings=512, tie_word_embeddings=False,
+        )  # fmt: skip
+
+    tokens = 128
+    for checkpointing in (False, True):
+        found = (_saved(config(4), dtype, tokens, checkpointing) - _saved(config(2), dtype, tokens, checkpointing)) / 2
+        one = ModelShape.of(config(2), dtype)
+        expected = one.hidden * one.itemsize if checkpointing else one.kept_per_token
+        assert found / tokens == pytest.approx(expected, rel=0.02), (checkpointing, found / tokens, expected)
+
+
+def _saved(config, dtype: str, tokens: int, checkpointing: bool) -> int:
+    from transformers import AutoModelForCausalLM
+
+    from upge.train.packed_attention import PackedPolicy
+    from upge.train.packing import pack
+    from upge.train.zero import checkpoint_activations
+
+    model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
+    if checkpointing:
+        checkpoint_activations(model)
+    policy = PackedPolicy(model).train()
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    batch = pack([([1] * 8, [2] * (tokens - 7))])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        policy(batch, temperature=1.0, entropy=True)
+    return sum(size for size, _ in kept.values())
+
+
+# A step.
+
+
+def test_a_steps_traffic_by_hand():
+    (found,) = expected_memory("recipe=hpt-qwen2.5-math-7b").traffic.values()
+    assert (found.rollouts, found.given, found.trajectories) == (1024, 128, 1152)
+    assert found.longest == 9216 and found.tokens == 1152 * 9216 and found.updates == 2
+    assert found.tokens_per_update == 1152 * 9216 // 2 // 8 and found.micro_batch == 32768
+    assert found.micro_batches == 24  # 72 rows a rank and update, of which 3 fit
+    assert "sampled by a rank: 128 responses" in str(found)
+
+
+def test_a_group_that_stays_together_and_a_small_batch_have_their_own_micro_batch():
+    (found,) = expected_memory("algo=dpo", "model=qwen2.5-math-1.5b", *EIGHT).traffic.values()
+    assert (found.rollouts, found.given, found.block) == (0, 64, 2) and found.micro_batch == 64 * 192 // 8
+    (found,) = expected_memory("algo=dpo", "optimizer.micro_batch_tokens=10").traffic.values()
+    assert found.micro_batch == 2 * 192 and found.micro_batches == 32
+    (found,) = expected_memory("prompts_per_step=2", "group_size=2").traffic.values()
+    assert found.micro_batch == found.tokens_per_update == 6 * 192 < 16384
+    (found,) = expected_memory("optimizer.micro_batch_tokens=10").traffic.values()
+    assert found.micro_batch == 192 and found.micro_batches == 32 * 9
+
+
+# The balance.
+
+
+@pytest.mark.parametrize("name", algorithms.names())
+def test_every_algorithm_has_a_balance(name):
+    """Of each stage; none where it learns from preference pairs alone."""
+    algorithm = algorithms.load(name)
+    found = balances(algorithm, 4, 16)
+    assert len(found) == (0 if algorithm.needs.preference_pairs else len(getattr(algorithm, "stages", "1")))
+    for one in found.values():
+        assert one.rollouts or one.demonstration
+        assert (one.ratio is None) == ("alone" in str(one))
