@@ -52,12 +52,12 @@ def prepare(composed: Composed) -> Prepared:
     folder = RunFolder(output_folder(composed))
     continues = folder.open(composed.tree, config.resume, world_size())
     _check_installed()
-    splits = build(composed.tree["data"], "data").load()
+    splits, notes = _verifiable(build(composed.tree["data"], "data").load(), config)
     measured = _measured(config, splits)
     verifiers = check_answers([*splits.train, *measured], config.verify.verifier)
     check_length(config.model, config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
     prompting = load_prompting(config.model)
-    notes = _overlap(splits.train, measured)
+    notes += _overlap(splits.train, measured)
     train = _encode("training", splits.train, prompting, composed, notes)
     evaluation = _encode("evaluation", measured, prompting, composed, notes)
     demonstrations = sum(bool(example.demonstrations) for example in train)
@@ -147,16 +147,42 @@ def check_answers(problems: Sequence[data.Problem], default: str) -> tuple[str, 
         ConfigError: a verifier that does not exist.
         DataError: an answer that its verifier could never find right.
     """
-    names = tuple(dict.fromkeys([default, *(p.verifier for p in problems if p.verifier)]))
-    verifiers = {name: verify.load(name) for name in names}
+    for problem, reason in _unverifiable(problems, default):
+        raise DataError(
+            f"{problem.where or problem.id}: the answer cannot be verified: {reason}; for training "
+            "data_policy.unverifiable_answers=drop leaves such problems out"
+        )
+    return _verifier_names(problems, default)
+
+
+def _verifier_names(problems: Sequence[data.Problem], default: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys([default, *(p.verifier for p in problems if p.verifier)]))
+
+
+def _unverifiable(problems: Sequence[data.Problem], default: str) -> Iterator[tuple[data.Problem, ValueError]]:
+    """The problems whose answers their verifiers refuse, with the reason."""
+    verifiers = {name: verify.load(name) for name in _verifier_names(problems, default)}
     for problem in problems:
         check = getattr(verifiers[problem.verifier or default], "check_answer", None)
         try:
             if check is not None:
                 check(problem.answer)
         except ValueError as error:
-            raise DataError(f"{problem.where or problem.id}: the answer cannot be verified: {error}") from error
-    return names
+            yield problem, error
+
+
+def _verifiable(splits: data.Splits, config: RunConfig) -> tuple[data.Splits, list[str]]:
+    """Without the problems that the policy leaves out, and a note of how many these are."""
+    if config.data_policy.unverifiable_answers == "error":
+        return splits, []
+    found = list(_unverifiable([*splits.train, *splits.evaluation], config.verify.verifier))
+    if not found:
+        return splits, []
+    out = {problem.id for problem, _ in found}
+    train, evaluation = (tuple(p for p in side if p.id not in out) for side in (splits.train, splits.evaluation))
+    first, reason = found[0]
+    note = f"{len(found)} problems dropped, their answers cannot be verified; the first: {first.where}: {reason}"
+    return replace(splits, train=train, evaluation=evaluation), [note]
 
 
 def _check_pairs(algorithm: Algorithm | Pipeline, pairs: int) -> None:

@@ -37,7 +37,7 @@ CASES = {
     "no such folder for the model": (["model=no/such/model"], ["model.path", "no/such/model"]),
     "no such class": (["algo.terms.rl.gate._target_=upge.PassRateAbov"], ["_target_", "PassRateAbove"]),
     "no such file": (["data=gsm8k", "data.path=nowhere"], ["data.path", "nowhere"]),
-    "path missing": (["data=gsm8k"], ["data.path"]),
+    "path missing": (["data=table"], ["data.path"]),
     "unknown verifier": (["verify.verifier=maths"], ["verify.verifier", "math"]),
     "beyond the model's positions": (["rollout.max_response_tokens=9999"], ["max_response_tokens", "2048"]),
     "critic": (["algo=grpo", "algo.terms.rl.estimator.advantage={_target_: upge.GAE}"], ["GAE", "values", "critic"]),

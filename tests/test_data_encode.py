@@ -42,7 +42,7 @@ def test_any_text_with_the_tiny_tokenizer(chat):
     problem = Problem("a", "Tom’s café sold 5 cups at £2.", "10", ("It earned £10.\n\\boxed{10}",))
     (example,) = encode([problem], chat, max_prompt_tokens=99, max_response_tokens=99).examples
     assert chat.tokenizer.decode(example.prompt_ids) == problem.prompt + "\n"
-    assert max(example.prompt_ids + example.demonstrations[0]) < len(chat.tokenizer)
+    assert max([*example.prompt_ids, *example.demonstrations[0]]) < len(chat.tokenizer)
 
 
 def test_counts_what_the_limits_touch(plain):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -56,6 +57,9 @@ def test_bad_files_are_named(tmp_path, name, content, said):
 def test_files_that_are_none(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.parquet does not exist; check data\.path"):
         Table(path=str(tmp_path / "nowhere.parquet")).rows()
+    with pytest.raises(DataError, match=r"nowhere\.json does not exist; check data\.evaluation_path"):
+        path = write(tmp_path / "a.jsonl", ROWS[:2])
+        Table(path=path, evaluation_path=str(tmp_path / "nowhere.json")).load()
     with pytest.raises(DataError, match=r"is a folder; give one file"):
         Table(path=str(tmp_path)).rows()
     (tmp_path / "a.json1").write_text("{}")
@@ -68,6 +72,21 @@ def test_files_that_are_none(tmp_path):
 def test_a_mark_of_the_byte_order_is_passed_over(tmp_path):
     (tmp_path / "a.jsonl").write_text('\ufeff{"prompt": "?", "answer": 142.0}\n', encoding="utf-8")
     assert Table(path=str(tmp_path / "a.jsonl")).rows()[0].answer == "142.0"
+
+
+def test_the_example_of_the_docs_is_one(tmp_path):
+    text = (ROOT / "docs" / "data.md").read_text("utf-8")
+    (row,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "problems.jsonl").write_text(row, encoding="utf-8")
+    columns = dict(re.findall(r"data\.columns\.(\w+)=(\w+)", text))
+    (problem,) = preset("table", path=str(tmp_path / "problems.jsonl"), columns=columns).rows()
+    assert (problem.answer, problem.level, len(problem.demonstrations)) == ("8", "numbers", 1)
+    (tmp_path / "problems.jsonl").write_text("\n" * 6 + row.replace("truth", "thruth"), encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        preset("table", path=str(tmp_path / "problems.jsonl"), columns=columns).rows()
+    (said,) = re.findall(r"```\nerror: (problems.*?)\n```", text)
+    found = str(caught.value).removeprefix(f"{tmp_path}/").replace(", 'topic'", "")
+    assert found == said
 
 
 # Sides

@@ -121,11 +121,26 @@ def test_interrupted_and_continued_equals_uninterrupted(tmp_path, whole, number,
     assert (out / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
 
 
+GREEDY = (*SMALL, "suite.temperature=0", *(f"suite.benchmarks.{name}.samples=1" for name in ("sums", "long_sums")))
+
+
 def test_greedy_is_alike_for_all_seeds(tmp_path):
-    few = [*SMALL, "suite.temperature=0", *(f"suite.benchmarks.{name}.samples=1" for name in ("sums", "long_sums"))]
     for seed in (0, 1):
-        run(*few, f"seed={seed}", f"output={tmp_path / str(seed)}")
+        run(*GREEDY, f"seed={seed}", f"output={tmp_path / str(seed)}")
     assert sample_lines(tmp_path / "0") == sample_lines(tmp_path / "1")
+
+
+def test_with_vllm(tmp_path):
+    """Greedy, both engines give the same responses."""
+    pytest.importorskip("vllm")
+    process = start(*GREEDY, "rollout.engine=vllm", f"output={tmp_path / 'vllm'}", stdout=subprocess.PIPE)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "rollouts: vllm" in printed
+    run(*GREEDY, f"output={tmp_path / 'transformers'}")
+    vllm, transformers = (sample_lines(tmp_path / name) for name in ("vllm", "transformers"))
+    # Rounding may turn a tie.
+    same = sum(line in transformers[name] for name, found in vllm.items() for line in found)
+    assert same >= 15 and sum(map(len, vllm.values())) == 16
 
 
 def test_a_runs_model_is_spoken_to_as_in_the_run(tmp_path, capsys):

@@ -55,16 +55,16 @@ def settings(bench: Any, arguments: Sequence[str]) -> Any:
     Raises:
         ConfigError: an unknown key, or a value of the wrong type.
     """
-    known = [field.name for field in dataclasses.fields(bench.Settings)]
+    known, made = [field.name for field in dataclasses.fields(bench.Settings)], OmegaConf.structured(bench.Settings)
     for argument in arguments:
-        key, sign, _ = argument.partition("=")
+        key, sign, value = argument.partition("=")
         if not sign or key not in known:
             raise ConfigError(f"'{argument}': give key=value with one of the bench's keys; {nearest(key, known)}")
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(bench.Settings), OmegaConf.from_dotlist(list(arguments)))
-        return OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+        try:
+            made = OmegaConf.merge(made, OmegaConf.from_dotlist([argument]))
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{key}: found '{value}'; {str(error).splitlines()[0]}") from error
+    return OmegaConf.to_object(made)
 
 
 def renewed(page: str, name: str, made: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from upge.errors import ModelError
 from upge.rollout.model import WeightTable
 from upge.rollout.randomness import random_state_kept
 
@@ -42,14 +43,20 @@ class ModelShape:
         """The shape of the causal LM that a Hugging Face configuration describes, in `dtype`.
 
         Raises:
-            ModelError: an architecture that the trainer cannot run.
+            ModelError: an architecture that the trainer cannot run, or sizes that make no model.
         """
         from transformers import AutoModelForCausalLM
 
         from upge.train.packed_attention import check_supported
 
-        with random_state_kept(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        try:
+            with random_state_kept(), torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+        except Exception as error:  # sizes that contradict each other fail anywhere in a model's code
+            raise ModelError(
+                f"model.path: no model can be made of its config.json ({type(error).__name__}: {error}); check its "
+                "sizes, and those of model.overrides"
+            ) from error
         model.tie_weights()
         check_supported(model)
         table, text = WeightTable.of_model(model), config.get_text_config()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +11,9 @@ from upge.checks import mismatch
 from upge.data.problem import Problem
 from upge.data.prompting import Prompting
 from upge.errors import ConfigError, DataError
+
+#: Responses that are made tokens at once; what a tokenizer returns is many times as large as what is kept of it.
+CHUNK = 256
 
 OverlongPrompts = Literal["error", "drop"]
 OverlongDemonstrations = Literal["drop", "truncate", "error"]
@@ -22,16 +26,16 @@ class Example:
     Fields:
         problem: where it comes from.
         prompt_ids: the prompt in its template.
-        demonstrations: the expert responses; each ends with the end-of-sequence token unless it was truncated. Those
-            that were dropped for their length are missing.
+        demonstrations: the token ids of the expert responses; each ends with the end-of-sequence token unless it was
+            truncated. Those that were dropped for their length are missing.
         rejected_ids: the other side of a preference pair, whose chosen side is the first demonstration. None where
             there is none, or where the first demonstration was dropped.
     """
 
     problem: Problem
     prompt_ids: tuple[int, ...]
-    demonstrations: tuple[tuple[int, ...], ...] = ()
-    rejected_ids: tuple[int, ...] | None = None
+    demonstrations: tuple[Sequence[int], ...] = ()
+    rejected_ids: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class _Responses:
         first = {k: i for i, (k, _) in reversed(list(enumerate(flat)))}
         self._pairs = {paired[i][0] for i in long_others} | {k for k, _ in paired if first[k] in self._long}
 
-    def of(self, k: int) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...] | None]:
+    def of(self, k: int) -> tuple[tuple[Sequence[int], ...], Sequence[int] | None]:
         """The demonstrations and the rejected response of a problem."""
         experts = self._experts[k]
         chosen = bool(experts) and experts[0] is not None
@@ -133,9 +137,13 @@ class _Responses:
 def _limited(
     what: str, problems: Sequence[Problem], texts: Sequence[tuple[int, str]], prompting: Prompting, limit: int,
     policy: str,
-) -> tuple[list[tuple[int, ...] | None], set[int]]:
+) -> tuple[list[Sequence[int] | None], set[int]]:
     """The texts, each of the problem at its index, in tokens as the policy leaves them, and which were too long."""
-    found: list[tuple[int, ...] | None] = list(prompting.response_ids([text for _, text in texts]))
+    found: list[Sequence[int] | None] = []
+    for start in range(0, len(texts), CHUNK):
+        chunk = [text for _, text in texts[start : start + CHUNK]]
+        # Four bytes a token: long demonstrations by the ten thousand would take gigabytes as tuples.
+        found += [array("i", ids) for ids in prompting.response_ids(chunk)]
     long = {i for i, ids in enumerate(found) if len(ids) > limit}
     if long and policy == "error":
         worst = max(sorted(long), key=lambda i: len(found[i]))

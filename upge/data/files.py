@@ -26,21 +26,21 @@ class Record:
     where: str
 
 
-def read_file(path: Path) -> list[Record]:
-    """The rows of a file, which its suffix says how to read: one of `READERS`.
+def read_file(path: Path, key: str = "data.path") -> list[Record]:
+    """The rows of a file, which its suffix says how to read: one of `READERS`; `key` is the setting that names it.
 
     Raises:
         ConfigError: another suffix, or pyarrow is missing where it is needed.
         DataError: the file is missing, unreadable or without rows, or a row is no object.
     """
     if path.is_dir():
-        raise DataError(f"data.path: {path} is a folder; give one file, {_KINDS}")
+        raise DataError(f"{key}: {path} is a folder; give one file, {_KINDS}")
     if path.suffix not in READERS and path.exists():
         raise ConfigError(
-            f"data.path: found the suffix '{path.suffix}' of {path}; give {_KINDS}; {nearest(path.suffix, READERS)}"
+            f"{key}: found the suffix '{path.suffix}' of {path}; give {_KINDS}; {nearest(path.suffix, READERS)}"
         )
     if not path.is_file():
-        raise DataError(f"data file {path} does not exist; check data.path")
+        raise DataError(f"data file {path} does not exist; check {key}")
     records = READERS[path.suffix](path)
     if not records:
         raise DataError(f"data file {path} is empty; expected at least one row, an object of named columns")
@@ -83,7 +83,7 @@ def _parquet(path: Path) -> list[Record]:
         import pyarrow.parquet
     except ImportError as error:
         raise ConfigError(
-            f"data.path: reading {path} needs the package pyarrow: pip install 'upge[data]' ({error})"
+            f"reading {path} needs the package pyarrow: pip install 'upge[data]' ({error})"
         ) from error
     try:
         # Not through a path: pyarrow would take folders named like a=b above the file for columns.

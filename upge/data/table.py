@@ -94,15 +94,15 @@ class Table:
 
     def rows(self) -> tuple[Problem, ...]:
         """All problems of `path`, or of `hub` and `split`, undivided."""
-        name, records = self._table(self.path, self.split)
+        name, records = self._table("path", self.split)
         return tuple(self._problems(name, records))
 
     def load(self) -> Splits:
         """The two sides; rows keep their order."""
-        name, records = self._table(self.path, self.split)
+        name, records = self._table("path", self.split)
         train, evaluation = self._problems(name, records), []
         if self.evaluation_path is not None or (self.path is None and self.evaluation_split is not None):
-            other, records = self._table(self.evaluation_path, self.evaluation_split)
+            other, records = self._table("evaluation_path", self.evaluation_split)
             evaluation = self._problems(other if other != name else f"evaluation/{other}", records)
             fix = "remove one of the two, or let data.evaluation_share divide one of the tables"
             check_disjoint(train, evaluation, fix)
@@ -112,11 +112,12 @@ class Table:
             train, evaluation = divide(train, self.evaluation_share, name, fix)
         return Splits(tuple(train[: self.train_size]), tuple(evaluation[: self.evaluation_size]))
 
-    def _table(self, path: str | None, split: str | None) -> tuple[str, list[Record]]:
-        """A file's or a split's name and rows."""
+    def _table(self, key: str, split: str | None) -> tuple[str, list[Record]]:
+        """The name and the rows of the file that a setting names, without one of a split of the hub."""
+        path = getattr(self, key)
         if path is not None:
             file = Path(path).expanduser()
-            return file.name, read_file(file)
+            return file.name, read_file(file, f"data.{key}")
         if self.hub is None:
             raise ConfigError(
                 "data.path is not set; give a .jsonl, .json or .parquet file, or the name of a hub data set as data.hub"

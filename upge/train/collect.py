@@ -196,7 +196,7 @@ class Collector:
         example = self.examples[index]
         if self.needs.preference_pairs and has_pair(example):
             chosen = _demonstration(index, group, example, 0)
-            rejected = replace(chosen, response_ids=example.rejected_ids, reward=0.0, preference=-1)
+            rejected = replace(chosen, response_ids=tuple(example.rejected_ids), reward=0.0, preference=-1)
             return [replace(chosen, preference=1), rejected]
         return self._demonstrations(group, index, step) if self.needs.demonstrations else []
 
@@ -225,4 +225,5 @@ def _rollout(index: int, group: int, example: Example, rollout: Rollout, verdict
 
 
 def _demonstration(index: int, group: int, example: Example, choice: int) -> Trajectory:
-    return Trajectory(index, group, example.prompt_ids, example.demonstrations[choice], 1.0, is_demonstration=True)
+    response = tuple(example.demonstrations[choice])
+    return Trajectory(index, group, example.prompt_ids, response, 1.0, is_demonstration=True)

@@ -127,6 +127,9 @@ class DataPolicy:
     overlong_demonstrations: Literal["drop", "truncate", "error"] = key(
         "drop", "what to do with a demonstration beyond the response limit"
     )
+    unverifiable_answers: Literal["error", "drop"] = key(
+        "error", "what to do with a problem whose answer its verifier cannot read"
+    )
     demonstrations: int = key(1, "of a prompt's demonstrations, use so many in a step, by turns; 0 = all at once")
 
 

@@ -1,0 +1,103 @@
+"""The benches: how they measure, how they are called, and that pool and plain loop agree on the verdicts."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+import pytest
+
+from experiments.bench import BENCHES, __main__, verifier
+from experiments.bench.measure import Spread, interleaved
+from tests.verify_pools import ROOT
+from upge.errors import ConfigError
+from upge.verify import Item, VerifierPool
+
+DATA = ROOT.parent / "shared" / "data"
+
+
+def test_things_take_turns_and_are_compared_within_a_round() -> None:
+    now, order = [0.0], []
+
+    def thing(name: str, cost: float):
+        def run(number: int) -> str:
+            order.append(name)
+            now[0] += cost * (number + 1)  # the machine gets slower: a ratio within the round does not see it
+            return f"{name}{number}"
+
+        return run
+
+    things = {"slow": thing("slow", 6.0), "fast": thing("fast", 2.0), "same": thing("same", 6.0)}
+    timing = interleaved(things, rounds=5, clock=lambda: now[0])
+    assert order[:9] == ["slow", "fast", "same", "fast", "same", "slow", "same", "slow", "fast"]
+    assert timing.seconds["fast"] == (2.0, 4.0, 6.0, 8.0, 10.0)
+    assert timing.results["slow"] == ("slow0", "slow1", "slow2", "slow3", "slow4")
+    assert timing.speedup("fast", "slow") == Spread(3.0, 3.0, 3.0)
+    assert timing.rate("fast", 120) == Spread(20.0, 12.0, 60.0)
+    assert str(timing.rate("fast", 1200)) == "200 (120 to 600)"
+    with pytest.raises(ConfigError, match="rounds: found 4; give at least 5"):
+        interleaved(things, rounds=4)
+
+
+def test_the_program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    assert __main__.main([]) == 0
+    listed = capsys.readouterr().out
+    for name, module in BENCHES.items():
+        bench = importlib.import_module(module)
+        assert name in listed and bench.SUMMARY in listed and dataclasses.is_dataclass(bench.Settings)
+    for arguments, message in {
+        ("verifer",): "did you mean 'verifier'?",
+        ("verifier", "answer=3"): "did you mean 'answers'?",
+        ("verifier", "answers=many"): "answers: found 'many'",
+        ("verifier", "rounds"): "give key=value",
+        ("verifier", "answers=99999"): "more than there are",
+        ("verifier", "folder=/nowhere"): "there is no file",
+        ("verifier", "rounds=3", "answers=2", "parsed=2"): "rounds: found 3",
+    }.items():
+        assert __main__.main(arguments) == 2
+        assert message in capsys.readouterr().err
+    page = tmp_path / "performance.md"
+    page.write_text("a\n<!-- bench verifier: begin (python -m experiments.bench verifier --docs) -->\nold\n"
+                    "<!-- bench verifier: end -->\nb")  # fmt: skip
+    monkeypatch.setattr(__main__, "DOCS", page)
+    monkeypatch.setattr(verifier, "run", lambda settings: f"{settings.answers} answers")
+    assert __main__.main(["verifier", "answers=7", "--docs"]) == 0
+    assert "\n\n7 answers\n\n" in page.read_text() and "old" not in page.read_text()
+    page.write_text("nothing")
+    assert __main__.main(["verifier", "--docs"]) == 2 and "are missing" in capsys.readouterr().err
+
+
+def test_a_small_run_on_made_up_answers_finds_no_difference() -> None:
+    made = verifier.run(verifier.Settings(answers=12, parsed=4, bombs=0))
+    rows = [line for line in made.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + 3 * 3 and "differently." in made
+    assert "| answers that have to be parsed | pool, 2 workers | " in made and "with 0 bombs a round" in made
+
+
+def test_half_of_the_answers_are_wrong_and_bombs_are_spread() -> None:
+    settings = verifier.Settings()
+    items = verifier._answers(settings)
+    with VerifierPool("math", time_limit=20.0) as pool:
+        rewards = [verdict.reward for verdict in pool.score(items[:100])]
+    assert 0.4 < sum(rewards) / len(rewards) < 0.6
+    cases = verifier._cases(settings)
+    everything = [item for rounds in list(cases.values())[1:] for items in rounds for item in items]
+    assert len(set(everything)) == len(everything) - settings.bombs * settings.rounds + len(verifier.BOMBS)
+    first = list(cases.values())[2][0]
+    bombs = [k for k, item in enumerate(first) if any(bomb in item.response for bomb in verifier.BOMBS)]
+    assert len(bombs) == 2 and 0 < bombs[0] < settings.parsed // 2 < bombs[1] < settings.parsed
+
+
+@pytest.mark.skipif(not (DATA / "math").exists(), reason="the data sets are not here")
+def test_pool_and_plain_loop_agree_on_real_answers() -> None:
+    items = verifier._answers(verifier.Settings(folder=str(DATA)))[:150]
+    of_loop = verifier.plain_loop(items, 5)
+    with VerifierPool("math", time_limit=20.0) as pool:
+        of_pool = [verdict.reward for verdict in pool.score(items)]
+    differ = [(item.answer, a, b) for item, a, b in zip(items, of_loop, of_pool, strict=True) if a != b]
+    assert len(differ) <= 2, differ
+
+
+def test_the_plain_loop_survives_a_bomb() -> None:
+    items = [Item(rf"\boxed{{{verifier.BOMBS[0]}}}", "3.5"), Item(r"\boxed{\frac{2}{4}}", "0.5")]
+    assert verifier.plain_loop(items, 1) == [0.0, 1.0]
