@@ -192,7 +192,8 @@ def _preset(group: str, name: str) -> dict[str, Any]:
 
 def _named(group: str, name: str) -> dict[str, Any]:
     """A preset's part of the tree; a model may also be a folder or a hub name."""
-    if group == "model" and name not in presets("model") and ("/" in name or Path(name).is_dir()):
+    is_place = "/" in name or name.lower().endswith(".gguf") or Path(name).is_dir()
+    if group == "model" and name not in presets("model") and is_place:
         return {"model": {"path": name}}
     return _preset(group, name)
 

@@ -59,7 +59,7 @@ def _evaluate(arguments: Sequence[str], dry_run: bool) -> int:
     prepared = prepare(chosen)
     folder, benchmarks = prepared.folder, [one.benchmark for one in prepared.questions]
     print(f"{chosen.names['model']} on {chosen.names['suite']} → {folder.path}")
-    for note in chosen.notes:
+    for note in prepared.notes:
         print(f"note: {note}")
     print(plan(prepared.questions, chosen.config.suite.max_response_tokens))
     print(prepared.prompting.describe(benchmarks[0].problems[0]), flush=True)

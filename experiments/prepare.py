@@ -10,13 +10,13 @@ from pathlib import Path
 from experiments.config import Composed
 from upge import data, verify
 from upge.algorithm import Algorithm
-from upge.errors import ConfigError, DataError, ModelError
+from upge.errors import ConfigError, DataError, ModelError, UserError
 from upge.evaluation.suite import load as benchmarks
 from upge.instantiate import build
 from upge.models import local_path
 from upge.pipeline import Pipeline
 from upge.rollout.model import read_config
-from upge.train.config import ModelConfig, RunConfig
+from upge.train.config import EvalConfig, ModelConfig, RunConfig
 from upge.train.distributed import world_size
 from upge.train.folder import RunFolder
 from upge.train.trajectory import has_pair, usable
@@ -209,7 +209,7 @@ def _algorithms(algorithm: Algorithm | Pipeline, path: str = "algo.") -> Iterato
 def _measured(config: RunConfig, splits: data.Splits) -> Sequence[data.Problem]:
     """The problems on which accuracy is measured during training."""
     if config.eval.suite:
-        return suite_problems(config.eval.suite, config.eval.folder, config.eval.limit, config.verify.verifier)
+        return suite_problems(config.eval, config.verify.verifier)
     if not splits.evaluation:
         raise DataError(
             "data: there is no evaluation side to measure accuracy on; give data.evaluation_share=0.02 (of the rows, "
@@ -225,28 +225,24 @@ def _overlap(train: Sequence[data.Problem], measured: Sequence[data.Problem]) ->
     return [f"{both} of the {len(measured)} problems that accuracy is measured on are trained on, too"] if both else []
 
 
-def suite_problems(suite: str, folder: str, limit: int, verifier: str) -> tuple[data.Problem, ...]:
-    """A suite's problems for an evaluation during training, each with its benchmark's name as its level; how often and
-    how the suite samples does not matter here.
-
-    Args:
-        suite: a preset, or a YAML file.
-        folder: where its files lie; empty for what the suite says.
-        limit: at most so many problems of each benchmark, 0 for all.
-        verifier: for benchmarks that name none.
+def suite_problems(config: EvalConfig, verifier: str) -> tuple[data.Problem, ...]:
+    """The problems of `eval.suite` for an evaluation during training, each with its benchmark's name as its level; how
+    often and how the suite samples does not matter here. `verifier` is for benchmarks that name none.
 
     Raises:
         UserError: there is no such suite, or its problems cannot be loaded.
     """
     from experiments.evaluating.settings import suite_config
 
-    chosen = suite_config(suite)
-    chosen = replace(chosen, folder=folder or chosen.folder)
-    return tuple(
-        replace(problem, id=f"{one.name}/{problem.id}", level=one.name)
-        for one in benchmarks(chosen, verifier, limit)
-        for problem in one.problems
-    )
+    try:
+        chosen = suite_config(config.suite)
+        chosen = replace(chosen, folder=config.folder or chosen.folder, skip=[*chosen.skip, *config.skip])
+        found = benchmarks(chosen, verifier, config.limit)
+    except UserError as error:
+        # The suite's own keys are an evaluation's; a run has them under another name.
+        text = str(error).replace("suite.folder", "eval.folder").replace("suite.skip", "eval.skip")
+        raise type(error)(text) from error
+    return tuple(replace(p, id=f"{one.name}/{p.id}", level=one.name) for one in found for p in one.problems)
 
 
 def _encode(

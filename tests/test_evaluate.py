@@ -17,6 +17,8 @@ from experiments.evaluating.settings import keys
 from experiments.prepare import suite_problems
 from tests.evaluating import SMALL, run, sample_lines, start
 from tests.running import ROOT, lines
+from upge.errors import ConfigError
+from upge.train.config import EvalConfig
 
 TINY = ROOT / "experiments" / "models" / "tiny"
 
@@ -186,6 +188,12 @@ def test_help_names_every_key(capsys):
 
 def test_a_suite_during_training():
     """Its problems, each with its benchmark's name as the level."""
-    problems = suite_problems("smoke", "", 3, "number")
+    problems = suite_problems(EvalConfig(suite="smoke", limit=3), "number")
     assert [p.level for p in problems] == ["sums"] * 3 + ["long_sums"] * 3
     assert len({p.id for p in problems}) == 6 and all(p.verifier == "number" for p in problems)
+    left = suite_problems(EvalConfig(suite="smoke", skip=["sums"]), "number")
+    assert {p.level for p in left} == {"long_sums"}
+    with pytest.raises(ConfigError, match=r"eval\.skip: no benchmark 'sum'; did you mean 'sums'"):
+        suite_problems(EvalConfig(suite="smoke", skip=["sum"]), "math")
+    with pytest.raises(ConfigError, match=r"eval\.folder: /no/such is not a folder"):
+        suite_problems(EvalConfig(suite="smoke", folder="/no/such"), "math")

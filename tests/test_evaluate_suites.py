@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.evaluating.settings import suite_config
-from tests.evaluating import DATA, SMALL, refused
+from tests.evaluating import DATA, SMALL, refused, run
 from upge.data import Problem, Splits
 from upge.errors import DataError
 from upge.evaluation.gpqa import GPQA
@@ -223,4 +223,9 @@ suite:
     (tmp_path / "deep" / "p.jsonl").write_text('{"q": "1+1", "a": "2"}\n{"q": "1+1", "b": "2"}\n')
     assert "p.jsonl:2: no column 'a'" in refused(capsys, *arguments, f"suite.folder={tmp_path}")
     (tmp_path / "deep" / "p.jsonl").write_text('{"q": "1+1", "a": "two\\\\"}\n')
-    assert "p.jsonl:1: the answer cannot be verified" in refused(capsys, *arguments, f"suite.folder={tmp_path}")
+    error = refused(capsys, *arguments, f"suite.folder={tmp_path}")
+    assert "suite.benchmarks.mine: 1 of 1 answers cannot be verified; the first is" in error and "p.jsonl:1: " in error
+    rows = '{"q": "1+1", "a": "2"}\n{"q": "1+2", "a": "3"}\n{"q": "1+3", "a": "two\\\\"}\n'
+    (tmp_path / "deep" / "p.jsonl").write_text(rows)
+    run(*arguments, f"suite.folder={tmp_path}")
+    assert "note: mine: the verifier cannot compare 1 of 3 answers" in capsys.readouterr().out

