@@ -28,6 +28,9 @@ MODELS = Path(__file__).parent / "models"
 #: Keys whose value is a name that selects a file; with their defaults. `correction` takes a list of names, too.
 GROUPS = {"recipe": None, "algo": "hpt", "correction": None, "model": "tiny", "data": "arithmetic"}
 
+#: Keys of data sets below which the user chooses the names: a recipe's take the place of the preset's examples, as
+#: those of the command line do.
+NAMED = {"sets", "weights", "tasks"}
 
 # ${upge.models:NAME} in a preset is the folder of a model that ships with the repository.
 OmegaConf.register_resolver("upge.models", lambda name: str(MODELS / name), replace=True)
@@ -92,6 +95,8 @@ def compose(arguments: Sequence[str]) -> Composed:
     for group in ("model", "data"):
         tree = _merge(tree, _named(group, names[group]), f"{group}={names[group]}")
     tree = _merge(tree, recipe.tree, f"recipe={names['recipe']}")
+    for key in NAMED & set(recipe.tree.get("data", {})):
+        OmegaConf.update(tree, f"data.{key}", recipe.tree["data"][key], merge=False, force_add=True)
     overrides = []
     for key, value in items:
         if key.startswith("algo.") and key != "algo.":

@@ -72,7 +72,9 @@ def _prepared(composed: Composed, has_tokenizer: bool, notes: list[str]) -> tupl
     try:
         if has_tokenizer:
             prepared = prepare(composed)
-            having = sum(bool(example.demonstrations) for example in prepared.train)
+            having = sum(bool(example.problem.demonstrations) for example in prepared.train)
+            if composed.algorithm.needs.demonstrations:
+                having = sum(bool(example.demonstrations) for example in prepared.train)
             return prepared, [_sizes(len(prepared.train), having, len(prepared.evaluation))]
         composed.algorithm.check(group_size=config.group_size, provided=PROVIDED)
         check_stages(composed.algorithm, config.steps)

@@ -181,6 +181,8 @@ def _verifiable(splits: data.Splits, config: RunConfig) -> tuple[data.Splits, li
     out = {problem.id for problem, _ in found}
     train, evaluation = (tuple(p for p in side if p.id not in out) for side in (splits.train, splits.evaluation))
     first, reason = found[0]
+    if not train or (splits.evaluation and not evaluation):
+        raise DataError(f"{first.where or first.id}: no answer of a whole side can be verified; here: {reason}")
     note = f"{len(found)} problems dropped, their answers cannot be verified; the first: {first.where}: {reason}"
     return replace(splits, train=train, evaluation=evaluation), [note]
 
@@ -210,6 +212,12 @@ def _measured(config: RunConfig, splits: data.Splits) -> Sequence[data.Problem]:
     """The problems on which accuracy is measured during training."""
     if config.eval.suite:
         return suite_problems(config.eval, config.verify.verifier)
+    for name in ("folder", "skip", "limit"):
+        if getattr(config.eval, name):
+            raise ConfigError(
+                f"eval.{name}: only with eval.suite; how many problems the data's own evaluation side has is for "
+                "data.evaluation_size to say"
+            )
     if not splits.evaluation:
         raise DataError(
             "data: there is no evaluation side to measure accuracy on; give data.evaluation_share=0.02 (of the rows, "
@@ -248,7 +256,13 @@ def suite_problems(config: EvalConfig, verifier: str) -> tuple[data.Problem, ...
 def _encode(
     which: str, problems: Sequence[data.Problem], prompting: data.Prompting, composed: Composed, notes: list[str]
 ) -> list:
-    config = composed.config
+    config, needs = composed.config, composed.algorithm.needs
+    without = next((p for p in problems if p.system), None) if not prompting.has_system else None
+    if without is not None:
+        raise ConfigError(
+            f"model.template: {config.model.template!r} has no place for system messages, and {without.where} has one; "
+            "put {system} into it, or leave them out (data.system=drop for tables)"
+        )
     encoded = data.encode(
         problems,
         prompting,
@@ -256,7 +270,8 @@ def _encode(
         max_response_tokens=config.rollout.max_response_tokens,
         overlong_prompts=config.data_policy.overlong_prompts,
         overlong_demonstrations=config.data_policy.overlong_demonstrations,
-        pairs=which == "training" and composed.algorithm.needs.preference_pairs,
+        demonstrations=which == "training" and (needs.demonstrations or needs.preference_pairs),
+        pairs=which == "training" and needs.preference_pairs,
     )
     if encoded.dropped_prompts:
         notes.append(f"{which}: {encoded.dropped_prompts} problems dropped: prompt beyond rollout.max_prompt_tokens")

@@ -5,6 +5,7 @@ usage: learner_ranks.py MODEL OUTPUT TOKEN_BUDGET
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from types import SimpleNamespace
 
@@ -90,6 +91,14 @@ def main(model: str, output: str, budget: str) -> None:
         _, figures = aside.update(aside.collect(0, 0), step, Rates(1e-3), memory)
         found["interludes"].append((figures["interlude/updates"], list(memory.remembered)))
     found["optimizer"] = models.policy._moments.in_use
+    config = dataclasses.replace(aside.updater.config, skip_grad_norm=1e-9)
+    aside.updater.config, aside.aside.config = config, dataclasses.replace(aside.aside.config, skip_grad_norm=1e-9)
+    before = {name: weight.clone() for name, weight in models.policy.named_weights()}
+    memory.remembered = [0, 1, 3]
+    report, figures = aside.update(aside.collect(0, 0), 4, Rates(1e-3), memory)
+    found["above limit"] = (report.above_limit, figures["interlude/updates"], figures["interlude/updates_above_limit"])
+    after = {name: weight.clone() for name, weight in models.policy.named_weights()}
+    found["unmoved"] = all(torch.equal(after[name], weight) for name, weight in before.items())
     if world.is_main:
         torch.save(found, output)
     leave(world, 0)

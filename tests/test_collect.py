@@ -302,6 +302,36 @@ def test_sources_come_by_their_weights():
         collector(algorithm("rollouts"), data, FakeModel(), weights={**weights, "none": 1.0})
 
 
+def test_prompts_kept_apart_come_by_the_weights():
+    data, weights = mixed({"small": 20, "large": 180}), {"small": 1.0, "large": 1.0}
+    made = collector(algorithm("rollouts"), data, FakeModel(), prompts=4, weights=weights, reserve=True)
+    apart = [data[i].problem.source for i in made.streams["held out"]]
+    assert Counter(apart)["large"] > 3 * Counter(apart)["small"] > 0
+    drawn = Counter(data[i].problem.source for step in range(30) for i in prompts_of(made.collect(step, HELD_OUT)[0]))
+    assert abs(drawn["small"] - drawn["large"]) <= 30
+
+
+def test_a_failed_step_leaves_no_work_behind():
+    """What was submitted for responses of a call that failed is given up."""
+    model, futures = FakeModel(), []
+
+    class Failing(FakeModel):
+        def sample(self, prompts, n, sampling, seeds, arrived):
+            arrived(0, 0, self.rollout(0, seeds[0], 0))
+            raise RuntimeError("out of memory")
+
+    def submit(item):
+        futures.append(Future())
+        return futures[-1]
+
+    pool = SimpleNamespace(submit=submit)
+    made = collector(algorithm("rollouts"), examples(4), model)
+    made.responder = Responder(Failing(), pool, model)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        made.collect(0)
+    assert len(futures) == 1 and futures[0].cancelled()
+
+
 def test_prompts_drawn_anew_keep_the_weights():
     """What is closed is replaced by prompts of the same source."""
     data, weights = mixed({"a": 30, "b": 30}), {"a": 1.0, "b": 1.0}

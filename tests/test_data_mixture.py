@@ -47,7 +47,9 @@ def test_problems_keep_what_they_are_and_say_whose_they_are():
 
 def test_weights_are_handed_on():
     mixture = Mixture({"a": SMALL, "b": OTHER}, {"a": 3, "b": 0})
-    assert mixture.load().weights == {"a": 3, "b": 0} and len(mixture.load().evaluation) == 3
+    # A set without a share is evaluated on, and of its training side nothing is left to count or to be checked.
+    assert mixture.load().weights == {"a": 3} and len(mixture.load().evaluation) == 3
+    assert {problem.source for problem in mixture.load().train} == {"a"}
 
 
 def test_a_prompt_on_the_sides_of_two_sets_is_refused():

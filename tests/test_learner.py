@@ -126,6 +126,11 @@ def test_the_critic_can_learn_alone(found):
     assert found["policy updates"] == 0 and found["critic"][1]["updates"] == 0
 
 
+def test_updates_above_the_limit_are_told_apart(found):
+    """The policy's and the interludes' are counted each, and none of them has moved a weight."""
+    assert found["above limit"] == (1, 0.0, 1.0) and found["unmoved"]
+
+
 def test_interludes_wait_for_enough_prompts(found):
     """Only group 0 fails and has a demonstration: it is remembered in each step, and after three an update follows."""
     assert SIZE == 3

@@ -180,6 +180,19 @@ def test_a_demonstration_that_ends_already_ends_once():
     assert spelled(Prompting(build()), Prompting(build()).response_ids(["5</s>"])[0]) == "5</s>"
 
 
+def test_a_system_message_must_have_a_place():
+    with pytest.raises(ConfigError, match="model.system: 'Be brief' has no place in model.template"):
+        Prompting(build(), template="{prompt}\n", system="Be brief")
+    assert not Prompting(build(), template="{prompt}").has_system
+    assert Prompting(build(), template="{system}{prompt}").has_system and Prompting(build()).has_system
+
+
+@pytest.mark.parametrize("adds", ["", "</s>", "<s></s>"])
+def test_a_template_may_end_with_the_end_of_sequence(adds: str):
+    prompting = Prompting(build(adds), template="{prompt}</s>")
+    assert spelled(prompting, prompting.prompt_ids([PROBLEM])[0]).removeprefix("<s>") == PROBLEM.prompt + "</s>"
+
+
 def test_a_template_that_refuses_a_role_is_named():
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHAT
     prompting = Prompting(build(chat=refusing), system="Be brief.")

@@ -99,3 +99,12 @@ def test_the_pages_own_recipe_composes(folder):
     composed = compose(["recipe=mine"])
     assert composed.config.optimizer.lr == 2e-6 and composed.config.seed == 1
     assert composed.algorithm.terms["rl"].gate.threshold == 0.125 and composed.algorithm.terms["sft"].coefficient == 0.3
+
+
+def test_names_of_ones_own_take_the_place_of_the_presets_examples(folder):
+    """As on the command line; other keys of the data set are merged."""
+    sets = "{mine: {_target_: upge.data.Arithmetic, train_size: 8}}"
+    folder("mine", f"data: mixture\ndata.sets: {sets}\ndata.weights: {{mine: 1}}\n")
+    found = compose(["recipe=mine"]).tree["data"]
+    assert found["weights"] == {"mine": 1} and list(found["sets"]) == ["mine"]
+    assert found == compose(["data=mixture", f"data.sets={sets}", "data.weights={mine: 1}"]).tree["data"]

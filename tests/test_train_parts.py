@@ -193,6 +193,8 @@ def test_the_best_model_survives_interruptions(tmp_path):
     folder.settle_best(line(0, 0.25))
     assert folder.best_facts == {"step": 0, "mean": 0.25, "samples": 4}
     assert not folder.is_best(line(5, 0.25)) and folder.is_best(line(5, 0.26))
+    # The evaluation of a later step that a continuation has dropped counts no longer.
+    assert folder.is_best({**line(0, 0.0), "step": -1})
     export("half")
     folder.rewind(5)
     assert not folder.best_partial.exists() and (folder.best / "weights").read_text() == "first"
@@ -216,6 +218,22 @@ def test_refused_folders(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="cannot be made"):
         RunFolder(tmp_path / "file" / "run").open(tree, "auto")
+
+
+def test_steps_may_change_only_where_nothing_depends_on_them(tmp_path):
+    folder, tree = folder_with_run(tmp_path)
+    for schedule, free in (("constant", True), ("cosine", False), ("linear", False)):
+        before = {**tree, "optimizer": {"schedule": schedule}}
+        folder.start(before, {"command": "c", "started": "x", "from_step": 0}, continues=True)
+        if free:
+            assert folder.open({**before, "steps": 9}, "auto") is True
+        else:
+            with pytest.raises(ConfigError, match="another steps"):
+                folder.open({**before, "steps": 9}, "auto")
+    folder.start(tree, {"command": "c", "started": "x", "from_step": 0}, continues=True)
+    (folder.checkpoints / folder.tag(4)).mkdir()
+    with pytest.raises(ConfigError, match="a checkpoint of step 4, beyond steps=3"):
+        folder.open({**tree, "steps": 3}, "auto")
 
 
 def test_a_continuation_must_have_the_same_settings(tmp_path):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import subprocess
+import sys
 
 import pytest
 
 from experiments.bench import BENCHES, __main__, verifier
-from experiments.bench.measure import Spread, interleaved
-from tests.verify_pools import ROOT
+from experiments.bench.measure import Spread, cpu_seconds, interleaved
+from tests.verify_pools import OWN, ROOT
 from upge.errors import ConfigError
 from upge.verify import Item, VerifierPool
 
@@ -28,15 +30,29 @@ def test_things_take_turns_and_are_compared_within_a_round() -> None:
         return run
 
     things = {"slow": thing("slow", 6.0), "fast": thing("fast", 2.0), "same": thing("same", 6.0)}
-    timing = interleaved(things, rounds=5, clock=lambda: now[0])
+    timing = interleaved(things, rounds=5, clock=lambda: now[0], cpu_clock=lambda: now[0] / 4)
     assert order[:9] == ["slow", "fast", "same", "fast", "same", "slow", "same", "slow", "fast"]
     assert timing.seconds["fast"] == (2.0, 4.0, 6.0, 8.0, 10.0)
     assert timing.results["slow"] == ("slow0", "slow1", "slow2", "slow3", "slow4")
     assert timing.speedup("fast", "slow") == Spread(3.0, 3.0, 3.0)
     assert timing.rate("fast", 120) == Spread(20.0, 12.0, 60.0)
+    assert timing.cost("fast", 100) == Spread(15.0, 5.0, 25.0)
     assert str(timing.rate("fast", 1200)) == "200 (120 to 600)"
     with pytest.raises(ConfigError, match="rounds: found 4; give at least 5"):
         interleaved(things, rounds=4)
+
+
+def test_the_seconds_of_the_cpu_count_children_too() -> None:
+    work = "s = 0\nwhile __import__('time').process_time() < 0.3: s += 1"
+    begin = cpu_seconds()
+    with subprocess.Popen([sys.executable, "-c", work]) as child:
+        child.wait()
+    assert 0.25 < cpu_seconds() - begin < 2.0
+    with VerifierPool(f"{OWN}.bomb", workers=1, time_limit=0.5) as pool:
+        pool.score([("fine", "")])
+        begin = cpu_seconds()
+        assert pool.score([("hang", "")])[0].status == "timeout"
+        assert cpu_seconds() - begin > 0.1, "that of a worker which was killed meanwhile"
 
 
 def test_the_program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

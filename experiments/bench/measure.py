@@ -1,15 +1,18 @@
 """Measures things against each other: interleaved in one process, several rounds, ratios with their range.
 
 Two runs one after the other compare the state of the machine as much as the things. Here all take turns within each
-round, in an order that changes from round to round, and the ratio is taken within the round.
+round, in an order that changes from round to round, and the ratio is taken within the round. Beside the seconds on the
+clock it counts those of the CPU, of this process and of all that it started: these depend less on who else is at work.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from upge.errors import ConfigError
@@ -35,15 +38,21 @@ class Timing:
 
     Fields:
         seconds: for each thing the seconds of each round.
+        cpu: the seconds of CPU, in all processes.
         results: for each thing what it returned in each round.
     """
 
     seconds: Mapping[str, tuple[float, ...]]
+    cpu: Mapping[str, tuple[float, ...]]
     results: Mapping[str, tuple[Any, ...]]
 
     def rate(self, name: str, count: int) -> Spread:
         """Units per second, where every round does `count` of them."""
         return _spread([count / seconds for seconds in self.seconds[name]])
+
+    def cost(self, name: str, count: int) -> Spread:
+        """Milliseconds of CPU per unit."""
+        return _spread([1000.0 * seconds / count for seconds in self.cpu[name]])
 
     def speedup(self, name: str, base: str) -> Spread:
         """How many times as fast as `base` a thing is: the ratio of seconds, round by round."""
@@ -55,6 +64,7 @@ def interleaved(
     things: Mapping[str, Callable[[int], Any]],
     rounds: int = FEWEST_ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
+    cpu_clock: Callable[[], float] | None = None,
 ) -> Timing:
     """Calls every thing once a round with the round's number, from 0; the one that begins changes each round.
 
@@ -65,14 +75,35 @@ def interleaved(
         raise ConfigError(f"rounds: found {rounds}; give at least {FEWEST_ROUNDS}")
     names = list(things)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
     results: dict[str, list[Any]] = {name: [] for name in names}
+    cpu_clock = cpu_clock or cpu_seconds
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            begin = clock()
+            cpu_begin, begin = cpu_clock(), clock()
             results[name].append(things[name](number))
             seconds[name].append(clock() - begin)
-    return Timing({n: tuple(s) for n, s in seconds.items()}, {n: tuple(r) for n, r in results.items()})
+            cpu[name].append(cpu_clock() - cpu_begin)
+    return Timing(*({name: tuple(values) for name, values in kind.items()} for kind in (seconds, cpu, results)))
+
+
+def cpu_seconds() -> float:
+    """Seconds of CPU that this process, those that live below it and those that these have waited for took (Linux)."""
+    found: dict[int, list[tuple[int, float]]] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        found.setdefault(int(fields[1]), []).append((int(entry.name), sum(map(int, fields[11:15]))))
+    own = os.times()
+    total, waiting = own.children_user + own.children_system, [os.getpid()]
+    while waiting:
+        for pid, ticks in found.get(waiting.pop(), []):
+            total += ticks / os.sysconf("SC_CLK_TCK")
+            waiting.append(pid)
+    return time.process_time() + total
 
 
 def _spread(values: list[float]) -> Spread:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from upge.checks import mismatch
@@ -67,6 +67,7 @@ def encode(
     max_response_tokens: int,
     overlong_prompts: OverlongPrompts = "error",
     overlong_demonstrations: OverlongDemonstrations = "drop",
+    demonstrations: bool = True,
     pairs: bool = True,
 ) -> Encoded:
     """Encodes prompts, demonstrations and rejected responses.
@@ -78,6 +79,7 @@ def encode(
         overlong_prompts: what becomes of a problem whose prompt is longer than the limit.
         overlong_demonstrations: what becomes of a demonstration or rejected response that is longer; the problem itself
             stays, and so does a demonstration that has only lost its counterpart.
+        demonstrations: False leaves demonstrations, and so pairs, out.
         pairs: False leaves the rejected responses out.
 
     Raises:
@@ -99,9 +101,9 @@ def encode(
             if problems
             else "there are no problems to encode; check data.path and the sizes under data"
         )
-    own = [problems[i] for i in kept]
+    own = [problems[i] if demonstrations else replace(problems[i], demonstrations=()) for i in kept]
     answers = _Responses(own, prompting, max_response_tokens, overlong_demonstrations, pairs)
-    examples = (Example(p, prompts[i], *answers.of(k)) for k, (i, p) in enumerate(zip(kept, own, strict=True)))
+    examples = (Example(problems[i], prompts[i], *answers.of(k)) for k, i in enumerate(kept))
     return Encoded(tuple(examples), dropped_prompts=len(dropped), **answers.counts())
 
 

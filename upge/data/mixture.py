@@ -59,11 +59,14 @@ class Mixture:
                 splits = one.load()
             except UserError as error:
                 raise type(error)(f"data.sets.{name}: {error}") from error
-            train += _named(splits.train, name)
+            # A set without a share is not trained on, so what is on its training side must not count anywhere.
+            if self.weights is None or self.weights[name] > 0:
+                train += _named(splits.train, name)
             evaluation += [_levelled(problem) for problem in _named(splits.evaluation, name)]
         fix = "remove one of the two, or give both sets the same division (data.sets.NAME.evaluation_share)"
         check_disjoint(train, evaluation, fix, lambda problem: f"data.sets.{problem.source}: ")
-        return Splits(tuple(train), tuple(evaluation), dict(self.weights or {}))
+        shares = {name: weight for name, weight in (self.weights or {}).items() if weight > 0}
+        return Splits(tuple(train), tuple(evaluation), shares)
 
 
 def _named(problems: Sequence[Problem], name: str) -> list[Problem]:

@@ -51,6 +51,11 @@ class Prompting:
             raise ModelError(f"the tokenizer of {name} has no end-of-sequence token; no response could end")
         if self.template != "chat":
             _check_template(self.template)
+            if self.system and not self.has_system:
+                raise ConfigError(
+                    f"model.system: {self.system!r} has no place in model.template={self.template!r}; put {{system}} "
+                    "into the template, or leave it empty"
+                )
         elif not getattr(self.tokenizer, "chat_template", None):
             raise ConfigError(
                 f"model.template: 'chat' needs a chat template, and the tokenizer of {name} has none; give a format "
@@ -70,6 +75,11 @@ class Prompting:
         return cls(load_tokenizer(path), stop_token_ids=_generation_stops(path), **settings)
 
     @property
+    def has_system(self) -> bool:
+        """Is there a place for system messages?"""
+        return self.template == "chat" or "system" in _fields(self.template)
+
+    @property
     def pad_token_id(self) -> int:
         """Fills batches of unequal length, where an engine makes such; it is masked, so any id would do."""
         pad = self.tokenizer.pad_token_id
@@ -87,8 +97,12 @@ class Prompting:
         """The token ids of the prompts."""
         # A chat template writes the special tokens itself; in a format string the tokenizer's own BOS is wanted.
         chat = self.template == "chat"
-        found = self._tokens([self.text(p) for p in problems], add_special_tokens=not chat)
-        return found if chat else [self._opened_once(ids) for ids in found]
+        texts = [self.text(p) for p in problems]
+        found = self._tokens(texts, add_special_tokens=not chat)
+        own_end = self.tokenizer.eos_token
+        return found if chat else [
+            self._opened_once(ids, keep_end=text.endswith(own_end)) for ids, text in zip(found, texts, strict=True)
+        ]
 
     def response_ids(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """The token ids of these responses, each with the end of sequence behind it."""
@@ -143,12 +157,12 @@ class Prompting:
         ids = self._tokens([turn.rpartition(said)[2]], add_special_tokens=False)[0]
         return ids[:1] if ids and ids[0] in self.tokenizer.all_special_ids else ()
 
-    def _opened_once(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+    def _opened_once(self, ids: tuple[int, ...], keep_end: bool) -> tuple[int, ...]:
         """Without a second BOS, where the template has one of its own, and without an EOS that some tokenizers add."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if bos is not None and ids[:2] == (bos, bos):
             ids = ids[1:]
-        return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
+        return ids[:-1] if len(ids) > 1 and ids[-1] == eos and (not keep_end or ids[-2] == eos) else ids
 
     def _tokens(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[tuple[int, ...]]:
         if not texts:
@@ -192,9 +206,13 @@ def _generation_stops(path: str) -> tuple[int, ...]:
     return () if more is None else (more,) if isinstance(more, int) else tuple(more)
 
 
+def _fields(template: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+
+
 def _check_template(template: str) -> None:
     try:
-        fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        fields = _fields(template)
     except ValueError as error:
         raise ConfigError(
             f"model.template: {template!r} is no format string ({error}); double a plain brace"

@@ -103,8 +103,7 @@ class Collector:
         if stream == TRAIN:
             indices = mixed_indices(step, count, self.strata, self.weights, seed)
         else:
-            places = permutation(len(there), stream_seed(seed, "order", stream, step))[:count]
-            indices = [there[place] for place in places]
+            indices = self._apart(step, min(count, len(there)))
             seeds = ("rollout", stream, step)
         figures: dict[str, float] = {"time/rollout": 0.0, "time/verify": 0.0}
         found: list[Trajectory] = []
@@ -115,6 +114,14 @@ class Collector:
         found += [t for group, index in enumerate(indices) for t in self._given(group, index, step)]
         # The sort is stable and a prompt's rollouts are in order of sampling.
         return sorted(found, key=lambda t: (t.group, t.is_demonstration)), figures
+
+    def _apart(self, step: int, count: int) -> list[int]:
+        """Examples of those kept apart, drawn anew each step; of a mixture's sources by their weights."""
+        there, seed = self.streams[HELD_OUT], stream_seed(self.config.seed, "order", HELD_OUT, step)
+        if len(self.weights) == 1:
+            return [there[place] for place in permutation(len(there), seed)[:count]]
+        strata = {name: [i for i in there if self.examples[i].problem.source == name] for name in self.weights}
+        return mixed_indices(0, count, strata, {n: self.weights[n] if strata[n] else 0.0 for n in strata}, seed)
 
     def demonstrations(self, indices: Iterable[int], step: int) -> list[Trajectory]:
         """The demonstrations of these examples, those of one example a group; examples without one are passed over."""

@@ -91,7 +91,7 @@ class ReferenceConfig:
 class VerifyConfig:
     """How responses are rewarded."""
 
-    verifier: str = key("math", "'math', or the path of a callable (response, answer, prompt) -> reward in [0, 1]")
+    verifier: str = key("math", "of problems that name none: a name, or the path of a callable; see docs/verification.md")
     workers: int = key(2, "worker processes per rank")
     time_limit: float = key(5.0, "seconds for one answer; beyond, the reward is 0 and the status 'timeout'")
     memory_limit: float = key(4.0, "GiB that a worker may take for one answer; beyond, reward 0 and status 'error'")
@@ -131,7 +131,7 @@ class DataPolicy:
     unverifiable_answers: Literal["error", "drop"] = key(
         "error", "what to do with a problem whose answer its verifier cannot read"
     )
-    demonstrations: int = key(1, "of a prompt's demonstrations, use so many in a step, by turns; 0 = all at once")
+    demonstrations: int = key(1, "of a prompt's demonstrations, use so many in a step, by chance; 0 = all at once")
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,7 @@ class RunFolder:
         if resume == "never":
             raise ConfigError(f"output: {self.path} exists; choose another, remove it, or continue it with resume=auto")
         old = OmegaConf.to_container(OmegaConf.load(saved))
-        # Where a run has stages, its number of steps says where each of them ends.
-        free = [k for k in FREE_KEYS if k != "steps" or "stages" not in config.get("algo", {})]
+        free = [k for k in FREE_KEYS if k != "steps" or _may_be_longer(config)]
         different = [k for k in _leaves(config, old) if k.split(".")[0] not in free]
         if different:
             key = different[0]
@@ -90,6 +89,11 @@ class RunFolder:
             raise ConfigError(
                 f"output: {self.path} holds a finished run without a checkpoint (checkpoint.every=0) to continue from; "
                 f"choose another folder, and model={self.final} to start from its model"
+            )
+        if self.checkpoint_steps() and self.checkpoint_steps()[-1] > int(config["steps"]):
+            raise ConfigError(
+                f"output: {self.path} has a checkpoint of step {self.checkpoint_steps()[-1]}, beyond steps="
+                f"{config['steps']}; give more steps, or choose another folder"
             )
         before = self.facts.get("world_size", ranks)
         if self.checkpoint_steps() and before != ranks:
@@ -131,7 +135,8 @@ class RunFolder:
     def is_best(self, line: Mapping[str, Any]) -> bool:
         """True if this evaluation's mean@k is above that of every earlier one, or nothing was kept of those."""
         best = self.best_facts
-        return not best or _mean(line) > best["mean"]
+        # One of this step or a later one comes from before a continuation, which has dropped its evaluation.
+        return not best or best["step"] > line["step"] or _mean(line) > best["mean"]
 
     def settle_best(self, line: Mapping[str, Any]) -> None:
         """Makes the model exported to `best_partial` the best one."""
@@ -183,6 +188,12 @@ class RunFolder:
         if keep:
             for old in self.checkpoint_steps()[:-keep]:
                 shutil.rmtree(self.checkpoints / self.tag(old))
+
+
+def _may_be_longer(config: Mapping[str, Any]) -> bool:
+    """True if the steps so far would have been the same in a longer run: no stage and no learning rate depends on where
+    the run ends."""
+    return "stages" not in config.get("algo", {}) and config.get("optimizer", {}).get("schedule") in (None, "constant")
 
 
 def _mean(line: Mapping[str, Any]) -> float:

@@ -116,8 +116,9 @@ class Learner:
             figures[f"state/{gate.variable}_{UTILITY_SLOPE}"] = slope
         report = self.updater.update(collected.trajectories, step, rates, memory.variables)
         if self.algorithm.interlude is not None:
-            norms = self._interlude(collected.trajectories, step, rates, memory)
-            figures |= {"interlude/updates": float(len(norms) - norms.count(float("inf")))}
+            norms, above_limit = self._interlude(collected.trajectories, step, rates, memory)
+            figures |= {"interlude/updates": float(len(norms) - norms.count(float("inf")) - above_limit)}
+            figures |= {"interlude/updates_above_limit": float(above_limit)}
             figures |= {"interlude/remembered": float(len(memory.remembered))}
             figures |= {"interlude/grad_norm": norms[-1]} if norms else {}
             skipped = report.skipped + norms.count(float("inf"))
@@ -169,9 +170,12 @@ class Learner:
 
     # Interludes.
 
-    def _interlude(self, trajectories: Sequence[Trajectory], step: int, rates: Rates, memory: Memory) -> list[float]:
-        """Remembers prompts, and makes the updates that are due; the norm of each, infinite for a skipped one."""
-        interlude, norms = self.algorithm.interlude, []
+    def _interlude(
+        self, trajectories: Sequence[Trajectory], step: int, rates: Rates, memory: Memory
+    ) -> tuple[list[float], int]:
+        """Remembers prompts, and makes the updates that are due; the norm of each, infinite for one that was not
+        finite, and how many were left out for their norm, whose prompts are forgotten all the same."""
+        interlude, norms, above_limit = self.algorithm.interlude, [], 0
         batch = dataclasses.replace(assemble(trajectories, step), state=memory.variables)
         open_rows = (interlude.gate(interlude.gate.view(batch)) != 0).tolist()
         prompts = {t.group: t.example for t, is_open in zip(trajectories, open_rows, strict=True) if is_open}
@@ -185,4 +189,5 @@ class Learner:
             if interlude.own_optimizer:
                 self.models.policy.use_optimizer("main")
             norms += report.grad_norms
-        return norms
+            above_limit += report.above_limit
+        return norms, above_limit

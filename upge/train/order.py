@@ -65,8 +65,8 @@ def mixed_indices(
 def demonstration_choice(step: int, example: int, count: int, seed: int) -> int:
     """Which of the `count` demonstrations of an example has its turn in a step.
 
-    It follows from the step alone, by a sequence of low discrepancy: at whatever distances the example comes, the
-    numbers of its demonstrations differ by a few, by far less than by chance. Examples begin at different ones.
+    It follows from the step alone: an example that came every so many steps would have all of them about equally often
+    (a sequence of low discrepancy), one that comes at irregular steps has them as by chance.
     """
     place = (stream_seed(seed, "demonstration", example) * 2 + step * _GOLDEN) % _UNIT
     return place * count // _UNIT

@@ -39,12 +39,17 @@ class Responder:
             pending[index, copy] = self.pool.submit(item)
 
         began = time.perf_counter()
-        groups = self.sampler.sample([e.prompt_ids for e in examples], n, sampling, seeds, arrived)
-        sampled = time.perf_counter()
-        answered = [
-            [(rollout, pending[index, copy].result()) for copy, rollout in enumerate(group)]
-            for index, group in enumerate(groups)
-        ]
+        try:
+            groups = self.sampler.sample([e.prompt_ids for e in examples], n, sampling, seeds, arrived)
+            sampled = time.perf_counter()
+            answered = [
+                [(rollout, pending[index, copy].result()) for copy, rollout in enumerate(group)]
+                for index, group in enumerate(groups)
+            ]
+        except BaseException:
+            for future in pending.values():  # what nobody waits for any longer must not keep a worker
+                future.cancel()
+            raise
         return Responses(answered, sampled - began, time.perf_counter() - sampled)
 
 
