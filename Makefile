@@ -8,7 +8,7 @@ ARGS ?=
 export VENV PYTHON ENGINE TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test lint docs
+.PHONY: help env run test lint bench docs
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
@@ -25,6 +25,9 @@ test: env  ## run the tests
 
 lint: env  ## check the sources with ruff
 	$(VENV)/bin/python -m ruff check $(ARGS)
+
+bench: env  ## list the benchmarks; ARGS=NAME runs one
+	$(VENV)/bin/python -m experiments.bench $(ARGS)
 
 docs: env  ## make anew what is generated in README.md and docs/, about two minutes
 	$(VENV)/bin/python -m experiments.describe --readme

@@ -13,6 +13,7 @@ _SPACE = re.compile(r"\s")
 _MARKED = re.compile(r"^[ \t]*####(?!#)[ \t]*(.*)$", re.MULTILINE)
 _HEADING = re.compile(r"[0-9]+[.):]\s*\**[A-Za-z]|[^0-9$\\+\-.]")
 _PHRASE = re.compile(r"\banswers?\b[^.:=\n]{0,60}?(?:\b(?:is|are)\b|:|=)[\s*_:]*", re.IGNORECASE)
+_CHOSEN = re.compile(r"\bthe (?:correct |right |best )?(?:option|choice) is\b[\s*_:]*", re.IGNORECASE)
 _LEAD = re.compile(r"(?:therefore|thus|simply|then|just|equal to|approximately|about)\b[\s,:]*", re.IGNORECASE)
 _SENTENCE = re.compile(r"\.(?=\s|\Z)|\n")
 _SPANS = (
@@ -32,6 +33,9 @@ _COUNTED = re.compile(rf"([-\u2212]?(?:[$€£¥]|\\\$)?\s?(?:{_SIZE})%?)((?: +[
 _NOT_COUNTED = {
     *("or", "and", "to", "pi", "sqrt", "sin", "cos", "tan", "log", "ln", "i", "x", "y", "n", "plus", "minus", "times"),
     *("hundred", "thousand", "million", "billion", "trillion", "dozen", "over", "not", "point", "mod"),
+    *("is", "if", "else", "otherwise", "unless", "except", "than", "half", "squared", "cubed", "base", "percent"),
+    *("wrong", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("fifteen", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"),
 }
 _OPEN, _CLOSE = "<answer>", "</answer>"
 
@@ -77,7 +81,7 @@ def final_text(text: str) -> str | None:
     marked = _MARKED.fullmatch(line)
     if marked:
         return _bare(marked[1]) or None
-    phrases = list(_PHRASE.finditer(line))
+    phrases = list(_PHRASE.finditer(line)) or list(_CHOSEN.finditer(line))
     return _bare(line[phrases[-1].end() :] if phrases else line) or None
 
 
@@ -111,12 +115,18 @@ def _stated(text: str) -> str:
 def _tidy(text: str) -> str | None:
     """An answer out of prose: without Markdown and currency, and of "42 red apples" the number; None if it is empty."""
     text = _bare(text)
-    counted = _COUNTED.fullmatch(text)
-    if counted and not {word.lower() for word in counted[2].split()} & _NOT_COUNTED:
-        text = counted[1]
+    text = without_unit(text)
     if text.count("$") == 1:
         text = text.replace("\\$", "").replace("$", "")
     return text.strip("$ ").strip() or None
+
+
+def without_unit(text: str) -> str:
+    """Of "42 red apples" the 42; the text as it is where a word in it says something about the number."""
+    counted = _COUNTED.fullmatch(text)
+    if counted and not {word.lower() for word in counted[2].split()} & _NOT_COUNTED:
+        return counted[1]
+    return text
 
 
 def _bare(text: str) -> str:

@@ -17,6 +17,9 @@ _SPOKEN = re.compile(rf"{_NOUN}([A-Z])(?=[,.;:]| (?:because|since|as|for|due|whi
 _OTHER = re.compile(
     r"[(\[]([A-Z]|[0-9])[)\]]|(?<![\w.])([A-Z]|[0-9])\)|(?:\b(?:or|and)|[,/&])\s*([A-Z])(?![\w'])|^\W*([B-HJ-Z])(?!\w)"
 )
+_WORD = re.compile(r"(?<![\w'])([A-Za-z0-9])(?![\w'])(?! (?:is|was)(?:n't| (?:not|wrong|incorrect|false))\b)")
+_BESIDE = re.compile(rf"{_NOUN}[(\[]?([A-Za-z]|[0-9])(?![\w'])[)\].:]*\s*[-\u2013\u2014:(]*\s*(.*)")
+_BEHIND = re.compile(r"(.*\S)\s*[-\u2013\u2014:]?\s*[(\[]([A-Za-z]|[0-9])[)\]][.:]*")
 _OPTION = re.compile(r"^[ \t]*(?:[(\[]([A-Z]|[0-9])[)\]]|([A-Z]|[0-9])[).:])[ \t]+(\S.*)$", re.MULTILINE)
 _TYPOGRAPHY = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox)\s*(?=\{)|[{}$*`\"]|\\[()\[\]]|\\(?=[ ,;!])")
 
@@ -61,14 +64,37 @@ def named(given: str, prompt: str | None = None) -> str:
     same = _labels_of(text, options)
     if same:
         return same[0] if len(same) == 1 else ""
+    beside, behind = _BESIDE.fullmatch(text), _BEHIND.fullmatch(text)
+    for label, words in (beside.groups() if beside else ("", ""), behind.groups()[::-1] if behind else ("", "")):
+        if label and _words(words).lstrip("( ") == options.get(label.upper()):
+            return label.upper()
     found = _LEADING.match(text) or _SPOKEN.match(text)
     label = next(filter(None, found.groups()), "") if found else ""
     if not label or options and label not in options:
         return ""
-    rest = text[found.end() :]
-    named = _labels_of(rest, options)
-    others = {next(filter(None, other.groups())) for other in _OTHER.finditer(rest)}
-    return label if label in named or not named and others <= {label} else ""
+    return "" if _names_another(label, text[found.end() :], options) else label
+
+
+def _names_another(label: str, rest: str, options: dict[str, str]) -> bool:
+    """Does the rest of an answer, less the label's own option, have another option's label or text in it?"""
+    if options.get(label):
+        rest = re.sub(rf"^[\s:(\u2013\u2014-]*{re.escape(options[label])}(?!\w)", "", rest, flags=re.IGNORECASE)
+    if any(next(filter(None, other.groups())) != label for other in _OTHER.finditer(rest)):
+        return True
+    if any(words and _has(rest, words) for other, words in options.items() if other != label):
+        return True
+    return any(_is_label(word, label, options) for word in _WORD.findall(rest) if word != label)
+
+
+def _is_label(word: str, label: str, options: dict[str, str]) -> bool:
+    """Is a word of one character the label of an option? Without a list any capital or digit like `label` is."""
+    if options:
+        return word in options or word not in "ai" and word.upper() in options
+    return word.isdigit() if label.isdigit() else word.isupper() and word not in "AI"
+
+
+def _has(text: str, words: str) -> bool:
+    return bool(re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE))
 
 
 def _labels_of(text: str, options: dict[str, str]) -> list[str]:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from upge.verify.answers import final_answer
+from upge.verify.answers import final_answer, without_unit
 from upge.verify.base import LONGEST_ANSWER, AnswerVerifier, shown
 from upge.verify.boxed import last_boxed
 from upge.verify.normal import NUMBER, is_invisible, loose, normalise, spell
-from upge.verify.undone import is_copied, is_fraction, leaves_undone
+from upge.verify.undone import is_copied, is_fraction, leaves_undone, result_of
 
 _RATIO = re.compile(r"([+-]?)(?:([0-9]+)/([0-9]+)|\\frac\{([+-]?[0-9]+)\}\{([0-9]+)\})")
 _TOLERANCE = Fraction(2, 10**6)
@@ -31,7 +31,13 @@ _PERCENT = re.compile(r"\\?%")
 _BASED = re.compile(r"([0-9A-Z]+)_\{?([0-9]+)\}?")
 _MAGNITUDE = re.compile(r"(?:hundred|thousand|million|billion|trillion|dozen)(?=s?(?![a-z]))", re.IGNORECASE)
 # math-verify takes words for a unit and leaves them out, and all that follows: "5 apples and 6 pears" would be 5.
-_SENTENCE = re.compile(r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}]*(?:\b(?:and|or|not)\b|[0-9])[^{}]*\}")
+_WORDS = r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}]*"
+_SENTENCE = re.compile(rf"{_WORDS}(?:\b(?:and|or|not)\b|[0-9,;])[^{{}}]*\}}")
+_QUALIFIED = re.compile(rf"[0-9][^=]*{_WORDS}\b(?:is|are|if|otherwise|unless|except|wrong)\b")
+_SECOND = re.compile(rf"[0-9][^=\\]*{_WORDS}\}}[^=]*?[0-9,;]|[0-9].*(?:\\approx(?![a-z])|\u2248)", re.DOTALL)
+_UNIT_POWER = re.compile(r"\^(?:[0-9]|\{ ?[-+]?[0-9] ?\})")
+_POWER_OF_TEN = re.compile(rf"{NUMBER.pattern}\\times 10\^\{{-?[0-9]{{1,4}}\}}")
+_WITH_BASE = re.compile(r"[0-9)] ?_")
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ class MathVerifier(AnswerVerifier):
         return self.reader(response)
 
     def glance(self, given: str, answer: str, prompt: str | None = None) -> float | None:
-        read, (gold, gold_loose, gold_value) = normalise(given), _read_gold(answer)
+        gold, gold_loose, gold_value = _read_gold(answer)
+        read = _read(given, gold)
         if not read:
             return 0.0
         if read == gold or loose(spell(given)) == gold_loose:
@@ -68,7 +75,8 @@ class MathVerifier(AnswerVerifier):
         return 0.0 if are_numbers and abs(value - gold_value) > _TOLERANCE else None
 
     def judge(self, given: str, answer: str, prompt: str | None = None) -> float:
-        return float(_equal(_read_gold(answer)[0], normalise(given), prompt))
+        gold = _read_gold(answer)[0]
+        return float(_equal(gold, _read(given, gold), prompt))
 
     def check_answer(self, answer: str) -> None:
         """Refuses a ground truth that nothing could be compared with; plain numbers, roots and fractions cost nothing.
@@ -100,6 +108,16 @@ def _read_gold(answer: str) -> tuple[str, str, Fraction | None]:
     return gold, loose(spell(answer)), _value(gold)
 
 
+def _read(given: str, gold: str) -> str:
+    """An answer normalised; where one number is asked for, without the words that say what is counted."""
+    read = normalise(given)
+    if not _is_plain(gold) or len(read) > LONGEST_ANSWER:
+        return read
+    number = without_unit(read)
+    # Single letters are names as often as units.
+    return read if re.search(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])", read[len(number) :]) else normalise(number)
+
+
 def _value(text: str) -> Fraction | None:
     """The number that a normalised text is, or the fraction of two whole ones; else None."""
     if len(text) > LONGEST_ANSWER:
@@ -125,9 +143,9 @@ def _equal(gold: str, given: str, prompt: str | None = None) -> bool:
         without = _PERCENT.sub("", gold), _PERCENT.sub("", given)
         if without == (gold, given) or not _same(*map(_parse, without)):
             return False
-    return not is_copied(gold, given, prompt) or not is_fraction(given) and _shape(gold_parsed[0]) == _shape(
-        given_parsed[0]
-    )
+    if not is_copied(gold, given, prompt):
+        return True
+    return not is_fraction(given) and _shape(gold_parsed[0]) == _shape(given_parsed[0])
 
 
 def _same(gold: list[Any], given: list[Any]) -> bool:
@@ -155,12 +173,14 @@ def _shape(expression: Any) -> str:
 
 
 def _is_plain(text: str) -> bool:
-    return bool(NUMBER.fullmatch(text) or is_fraction(text))
+    return bool(NUMBER.fullmatch(text) or is_fraction(text) or _POWER_OF_TEN.fullmatch(text))
 
 
 def _means_another(given: str) -> bool:
-    """Is it a text about several numbers, or with one that math-verify would leave out?"""
-    return bool(_SENTENCE.search(given))
+    """Is it a text about several numbers, or with one that math-verify would leave out, or a numeral of some base?"""
+    if _WITH_BASE.search(result_of(given)) or _SENTENCE.search(given) or _QUALIFIED.search(given):
+        return True
+    return bool(_SECOND.search(_UNIT_POWER.sub("", given)))
 
 
 def _differs_in_size(gold: str, given: str) -> bool:

@@ -43,6 +43,7 @@ _NEEDLESS_SPACE = re.compile(r"(?<![a-zA-Z0-9]) (?!(?<=[0-9], )[0-9]{3}(?![0-9])
 _MATRIX = re.compile(r"\\begin\s*\{[pbvBV]?matrix\}")
 _LONE_BACKSLASH = re.compile(r"(?<!\\)\\(?=[-0-9])")
 _CONJUNCTION = re.compile(rf"(?:,|\{{,\}})?\s*(?:{_TEXT})?\s*\{{[\s,]*(?:and|or)\s*\}}|,?\s(?:and|or)\s(?=[-+.\\0-9(])")
+_SCIENTIFIC = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))[eE]\+?(-?[0-9]{1,4})(?=\Z|\\(?:text|mathrm|mbox)| [A-Za-z])")
 _NAKED_TEXT = re.compile(_TEXT + r"\s*(?=\{)")
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
@@ -50,9 +51,9 @@ _INVISIBLE = re.compile(
 
 
 def normalise(text: str) -> str:
-    """The same answer as a grader would write it: as `spell`, and 1,000 is 1000; 142.0, +142 and 0142 are 142.
+    r"""The same answer as a grader would write it: as `spell`, and 1,000 is 1000; 142.0, +142 and 0142 are 142.
 
-    "60, 120" with its space stays a list; "60,120" is a number.
+    "60, 120" with its space stays a list; "60,120" is a number. 4.5e33 is 4.5\times 10^{33}, without Euler's e.
     """
     text = spell(text)
     if _THOUSANDS.fullmatch(text):
@@ -62,7 +63,8 @@ def normalise(text: str) -> str:
         sign, whole, decimals = number[1], number[2].lstrip("0") or "0", (number[3] or "").rstrip("0")
         size = f"{whole}.{decimals}" if decimals else whole
         text = f"-{size}" if sign == "-" and size != "0" else size
-    return text
+    power = _SCIENTIFIC.match(text)
+    return rf"{power[1]}\times 10^{{{power[2]}}}{text[power.end() :]}" if power else text
 
 
 def spell(text: str) -> str:
@@ -72,7 +74,8 @@ def spell(text: str) -> str:
     degree signs and white space without meaning; \dfrac is \frac; "a and b" is "a, b". In a matrix a single backslash
     before a number or minus separates rows: data sets have lost the other.
     """
-    text = _unwrapped(text.strip())
+    # First of all: in a long run of white space the patterns below would look for their beginnings everywhere.
+    text = _unwrapped(re.sub(r"\s+", " ", text).strip())
     if _MATRIX.search(text):
         text = _LONE_BACKSLASH.sub(r"\\\\", text)
     text = _NEEDLESS_SPACE.sub("", respell(_CONJUNCTION.sub(", ", text)))

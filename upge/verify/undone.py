@@ -14,6 +14,14 @@ from upge.verify.normal import NUMBER, respell
 
 _FRACTION = re.compile(r"[+-]?(?:([0-9]+)/([0-9]+)|\\frac\{?[+-]?([0-9]+)\}?\{?([0-9]+)\}?)")
 _SCIENTIFIC = re.compile(r"\*10\^(?:\{[+-]?[0-9]+\}|[0-9])")
+_UNIT_TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}]*\}|\\?%")
+# Letters in a word or two behind a number: 5 cm, 5 m/s^2.
+_UNIT_WORDS = re.compile(r"(?<=[0-9)}!]) ?[A-Za-z]+(?:[ /*][A-Za-z]+|\^\{?-?[23]\}?)*\Z")
+_GREEK = r"alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega"
+_UNKNOWN = re.compile(
+    rf"\\(?:var)?(?:{_GREEK})(?![a-z])|(?<![\\a-zA-Z])(?!(?:pi|[ei])(?![a-zA-Z]))[a-zA-Z]+", re.IGNORECASE
+)
+_EULER = re.compile(r"(?<![a-zA-Z\\])e(?![a-zA-Z])|\\(?:sin|cos|tan)h")
 _ARITHMETIC = re.compile(r"[0-9.,+\-*/(){}^ ]+")
 _TO_DO = re.compile(r"[0-9.)}] ?(?:[+\-*] ?[0-9.({+\-]|\()")
 _OPERATION = re.compile(r"[0-9A-Za-z)}\]!] ?[-+*/^!|]|[|!]|\\(?:d?frac|sqrt|binom|cdot|times|div|pm|over)(?![a-z])")
@@ -31,7 +39,8 @@ _FAMILIES = tuple(
         r"\\lim(?:sup|inf)?(?![a-z])",
         r"\\(?:max|min|sup|inf)(?![a-z])|\\operatorname\{(?:max|min)\}",
         r"\\(?:gcd|lcm)(?![a-z])|\\operatorname\{(?:gcd|lcm)\}",
-        r"\\det(?![a-z])|\\operatorname\{det\}",
+        r"\\det(?![a-z])|\\operatorname\{det\}|\\begin\{[vV]matrix\}",
+        r"\\exp(?![a-z])",
         r"\\lfloor|\\lceil|\\operatorname\{(?:floor|ceil)\}|\u230a|\u2308",
         r"\\[bp]?mod(?![a-z])|\\operatorname\{mod\}",
         r"\\frac\{d\}\{d[a-z]\}|\\partial",
@@ -42,14 +51,17 @@ _FAMILIES = tuple(
 def leaves_undone(gold: str, given: str) -> bool:
     """Does a normalised answer hold an operation that the ground truth shows was to be carried out?
 
-    A sum, difference or product of plain numbers where the ground truth is a number or a fraction; a function of a
-    kind (trigonometric, logarithm, sum, integral, limit, maximum, divisor, determinant, rounding, remainder,
-    derivative) of which the ground truth has none.
+    A sum, difference or product of plain numbers where the ground truth is a number or a fraction, or anything with
+    letters that are not a unit; a function of a kind (trigonometric, logarithm, exponential, sum, integral, limit,
+    maximum, divisor, determinant, rounding, remainder, derivative) of which the ground truth has none.
     """
-    given = _result(given)
-    if (NUMBER.fullmatch(gold) or is_fraction(gold)) and _is_arithmetic(given):
-        return True
-    return any(family.search(given) and not family.search(gold) for family in _FAMILIES)
+    result = result_of(given)
+    if NUMBER.fullmatch(gold) or is_fraction(gold):
+        bare = _UNIT_WORDS.sub("", _without_units(result))
+        if _is_arithmetic(bare) or _UNKNOWN.search(bare):
+            return True
+    gold = _EULER.sub(r"\\exp", gold)
+    return any(family.search(result) and not family.search(gold) for family in _FAMILIES)
 
 
 def is_copied(gold: str, given: str, prompt: str | None) -> bool:
@@ -59,12 +71,11 @@ def is_copied(gold: str, given: str, prompt: str | None) -> bool:
     """
     if not prompt:
         return False
-    if "=" not in gold:
-        given = _result(given)
+    given = _without_units(given if "=" in gold else result_of(given))
     if NUMBER.fullmatch(given) or _is_reduced(given) or not _OPERATION.search(given):
         return False
-    found = " ?".join(re.escape(character) for character in given if character != " ")
-    return bool(re.search(rf"{_BEFORE}{found}{_BEHIND}", _spelled(prompt)))
+    given = _canonical(given)
+    return any(_stands_in(text, _spelled(prompt)) for text in {given, _peeled(given)})
 
 
 def is_fraction(text: str) -> bool:
@@ -84,7 +95,38 @@ def _is_arithmetic(text: str) -> bool:
     return bool(_ARITHMETIC.fullmatch(text) and _TO_DO.search(text))
 
 
-def _result(text: str) -> str:
+def _stands_in(text: str, prompt: str) -> bool:
+    found = " ?".join(re.escape(character) for character in text if character != " ")
+    return bool(found and re.search(rf"{_BEFORE}{found}{_BEHIND}", prompt))
+
+
+def _canonical(text: str) -> str:
+    r"""One spelling for powers and fractions of single terms: x^{2} is x^2, \frac{6}{8} is 6/8."""
+    text = re.sub(r"\^\{(\w+)\}", r"^\1", text)
+    return re.sub(r"\\[dt]?frac ?(?:\{ ?(\w+) ?\}|([0-9])) ?(?:\{ ?(\w+) ?\}|([0-9]))", r"\1\2/\3\4", text)
+
+
+def _peeled(text: str) -> str:
+    """Without the brackets around all of it."""
+    while len(text) > 2 and text[0] + text[-1] in ("()", "[]", "{}") and _is_one_group(text):
+        text = text[1:-1].strip()
+    return text
+
+
+def _is_one_group(text: str) -> bool:
+    depth = 0
+    for position, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if depth == 0:
+            return position == len(text) - 1
+    return False
+
+
+def _without_units(text: str) -> str:
+    return _UNIT_TEXT.sub("", text).strip()
+
+
+def result_of(text: str) -> str:
     """What stands behind the last equals sign that is not within braces, as that of a sum's index."""
     depth, begin = 0, 0
     for position, character in enumerate(text):
@@ -97,4 +139,4 @@ def _result(text: str) -> str:
 @functools.lru_cache(maxsize=256)
 def _spelled(prompt: str) -> str:
     """A prompt in the spelling of normalised answers, but with a space where a word ends."""
-    return _AROUND_OPERATOR.sub(r"\1", respell(prompt))
+    return _canonical(_AROUND_OPERATOR.sub(r"\1", respell(prompt)))
