@@ -66,7 +66,7 @@ def named(given: str, prompt: str | None = None) -> str:
         return same[0] if len(same) == 1 else ""
     beside, behind = _BESIDE.fullmatch(text), _BEHIND.fullmatch(text)
     for label, words in (beside.groups() if beside else ("", ""), behind.groups()[::-1] if behind else ("", "")):
-        if label and _words(words).lstrip("( ") == options.get(label.upper()):
+        if label.upper() in options and _words(words).strip("() ") == options[label.upper()].strip("() "):
             return label.upper()
     found = _LEADING.match(text) or _SPOKEN.match(text)
     label = next(filter(None, found.groups()), "") if found else ""

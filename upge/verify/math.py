@@ -19,7 +19,7 @@ from upge.verify.answers import final_answer, without_unit
 from upge.verify.base import LONGEST_ANSWER, AnswerVerifier, shown
 from upge.verify.boxed import last_boxed
 from upge.verify.normal import NUMBER, is_invisible, loose, normalise, spell
-from upge.verify.undone import is_copied, is_fraction, leaves_undone, result_of
+from upge.verify.undone import bare, is_copied, is_fraction, leaves_undone, result_of
 
 _RATIO = re.compile(r"([+-]?)(?:([0-9]+)/([0-9]+)|\\frac\{([+-]?[0-9]+)\}\{([0-9]+)\})")
 _TOLERANCE = Fraction(2, 10**6)
@@ -145,7 +145,7 @@ def _equal(gold: str, given: str, prompt: str | None = None) -> bool:
             return False
     if not is_copied(gold, given, prompt):
         return True
-    return not is_fraction(given) and _shape(gold_parsed[0]) == _shape(given_parsed[0])
+    return not is_fraction(bare(given)) and _shape(gold_parsed[0]) == _shape(given_parsed[0])
 
 
 def _same(gold: list[Any], given: list[Any]) -> bool:

@@ -43,7 +43,9 @@ _NEEDLESS_SPACE = re.compile(r"(?<![a-zA-Z0-9]) (?!(?<=[0-9], )[0-9]{3}(?![0-9])
 _MATRIX = re.compile(r"\\begin\s*\{[pbvBV]?matrix\}")
 _LONE_BACKSLASH = re.compile(r"(?<!\\)\\(?=[-0-9])")
 _CONJUNCTION = re.compile(rf"(?:,|\{{,\}})?\s*(?:{_TEXT})?\s*\{{[\s,]*(?:and|or)\s*\}}|,?\s(?:and|or)\s(?=[-+.\\0-9(])")
-_SCIENTIFIC = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))[eE]\+?(-?[0-9]{1,4})(?=\Z|\\(?:text|mathrm|mbox)| [A-Za-z])")
+_SCIENTIFIC = re.compile(
+    r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))[eE]\+?(-?[0-9]{1,4})(?=\Z|\\(?:text|mathrm|mbox)| [A-Za-z])"
+)
 _NAKED_TEXT = re.compile(_TEXT + r"\s*(?=\{)")
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"

@@ -75,12 +75,18 @@ def is_copied(gold: str, given: str, prompt: str | None) -> bool:
     if NUMBER.fullmatch(given) or _is_reduced(given) or not _OPERATION.search(given):
         return False
     given = _canonical(given)
-    return any(_stands_in(text, _spelled(prompt)) for text in {given, _peeled(given)})
+    peeled = _peeled(given)
+    return any(_stands_in(text, _spelled(prompt)) for text in (given, peeled, f"({peeled})"))
 
 
 def is_fraction(text: str) -> bool:
     """Is it a fraction of two whole numbers?"""
     return bool(_FRACTION.fullmatch(text))
+
+
+def bare(text: str) -> str:
+    """What an answer comes to: behind its last equals sign, without units and the brackets around all of it."""
+    return _peeled(_without_units(result_of(text)))
 
 
 def _is_reduced(text: str) -> bool:
