@@ -91,7 +91,7 @@ class ReferenceConfig:
 class VerifyConfig:
     """How responses are rewarded."""
 
-    verifier: str = key("math", "of problems that name none: a name, or the path of a callable; see docs/verification.md")
+    verifier: str = key("math", "for problems that name none: a name, or a callable's path; see docs/verification.md")
     workers: int = key(2, "worker processes per rank")
     time_limit: float = key(5.0, "seconds for one answer; beyond, the reward is 0 and the status 'timeout'")
     memory_limit: float = key(4.0, "GiB that a worker may take for one answer; beyond, reward 0 and status 'error'")
