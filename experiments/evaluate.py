@@ -65,13 +65,16 @@ def _evaluate(arguments: Sequence[str], dry_run: bool) -> int:
     print(prepared.prompting.describe(benchmarks[0].problems[0]), flush=True)
     if dry_run:
         return 0
-    missing = {one.benchmark.name: len(one.missing(folder.samples(one.benchmark.name))) for one in prepared.questions}
+    left = sum(len(one.missing(folder.samples(one.benchmark.name))) for one in prepared.questions)
     total = sum(one.responses for one in benchmarks)
     if prepared.continues:
-        print(f"continuing {folder.path}: {total - sum(missing.values())} of {total} responses are there", flush=True)
+        print(f"continuing {folder.path}: {total - left} of {total} responses are there", flush=True)
     try:
-        if any(missing.values()):
-            _sample(chosen, prepared, total, sum(missing.values()), arguments)
+        if left:
+            _sample(chosen, prepared, total, left, arguments)
+        else:
+            # scores.json may get more benchmarks than it had, and config.yaml is to be true of it.
+            folder.start(chosen.tree, _facts(chosen, prepared, arguments))
     except Stopped:
         print(f"what was complete is written; the same command with output={folder.path} continues it", flush=True)
         raise
@@ -86,6 +89,7 @@ def _evaluate(arguments: Sequence[str], dry_run: bool) -> int:
 
 def _sample(chosen: Any, prepared: Any, total: int, missing: int, arguments: Sequence[str]) -> None:
     """Draws the responses that the folder lacks."""
+    from experiments.evaluating.prepare import check_unchanged
     from experiments.evaluating.show import Progress
     from upge import rollout
     from upge.evaluation.runner import Runner
@@ -104,7 +108,10 @@ def _sample(chosen: Any, prepared: Any, total: int, missing: int, arguments: Seq
             overrides=prepared.model.overrides,
         )
         print(f"rollouts: {sampler.reason}", flush=True)
-        folder.start(chosen.tree, _facts(chosen, prepared, sampler, arguments))
+        check_unchanged(prepared)
+        others = folder.start(chosen.tree, _facts(chosen, prepared, arguments, sampler))
+        if others and missing < total:
+            print(f"note: earlier responses in {folder.path} were drawn with {', '.join(others)}", flush=True)
         with Progress(total, total - missing) as progress:
             runner = Runner(sampler, prepared.prompting, prepared.sampling, pool, config.seed, progress.wrote)
             for questions in prepared.questions:
@@ -138,8 +145,8 @@ def _how(chosen: Any) -> dict[str, Mapping[str, Any]]:
     return found
 
 
-def _facts(chosen: Any, prepared: Any, sampler: Any, arguments: Sequence[str]) -> dict[str, Any]:
-    """run.json: how this evaluation was made."""
+def _facts(chosen: Any, prepared: Any, arguments: Sequence[str], sampler: Any = None) -> dict[str, Any]:
+    """run.json: how this evaluation was made; without a sampler nothing is drawn."""
     import torch
 
     return {
@@ -148,8 +155,9 @@ def _facts(chosen: Any, prepared: Any, sampler: Any, arguments: Sequence[str]) -
         "names": dict(chosen.names),
         "seed": chosen.config.seed,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "engine": sampler.name,
-        "engine_reason": sampler.reason,
+        "engine": sampler and sampler.name,
+        "engine_reason": sampler and sampler.reason,
+        "weights": prepared.weights,
         "stop_token_ids": list(prepared.prompting.stop_token_ids),
         "versions": versions(),
         "git_commit": git_commit(),

@@ -97,6 +97,17 @@ def test_the_papers_table_4_comes_out(tmp_path):
     assert "| math500 | 5 | 134 | 27 (20.1) | 8 (6.0) |" in page and "**58 (11.6)** | **15 (3.0)**" in page
 
 
+def test_levels_are_those_of_the_run_that_has_them(tmp_path):
+    """Whichever of the two was evaluated on a file without levels, the lines are the same."""
+    for name, levels in (("with", ("1", "2")), ("without", (None, None))):
+        rows = [sample("math", str(i), 0, i == (name == "with"), levels[i % 2]) for i in range(6)]
+        write_run(tmp_path / name, {"math": rows})
+    leveled, plain = load([str(tmp_path / "with"), str(tmp_path / "without")])
+    counts = {"1": (3, 0, 1), "2": (3, 1, 0), ALL: (6, 1, 1)}
+    assert {e.level: (e.problems, e.only_first, e.only_second) for e in exclusive(leveled, plain, "most")} == counts
+    assert {e.level: (e.problems, e.only_second, e.only_first) for e in exclusive(plain, leveled, "most")} == counts
+
+
 def test_solved_is_what_was_asked_for(tmp_path):
     ours = {"a": [True, False, False], "b": [False, True, True], "c": [True, True, False], "d": [True, False]}
     ours["d"] = [True, False, False]

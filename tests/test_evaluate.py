@@ -15,7 +15,7 @@ import yaml
 
 from experiments.evaluating.settings import keys
 from experiments.prepare import suite_problems
-from tests.evaluating import SMALL, run, sample_lines, start
+from tests.evaluating import SMALL, refused, run, sample_lines, start
 from tests.running import ROOT, lines
 from upge.errors import ConfigError
 from upge.train.config import EvalConfig
@@ -86,7 +86,30 @@ def test_a_skipped_benchmark_is_made_up_for(tmp_path):
     run(*SMALL, f"output={out}")
     assert sample_lines(out)["long_sums"] == first["long_sums"]
     assert set(json.loads((out / "scores.json").read_text())["benchmarks"]) == {"sums", "long_sums"}
-    assert len(json.loads((out / "run.json").read_text())["starts"]) == 2
+    facts = json.loads((out / "run.json").read_text())
+    assert [one["engine"] for one in facts["starts"]] == ["transformers"] * 2
+
+
+def test_a_start_that_draws_nothing_keeps_the_folder_true(tmp_path, capsys):
+    """config.yaml follows suite.skip even then; a benchmark that has samples is not dropped from the scores."""
+    out = tmp_path / "eval"
+    few = [*SMALL, "limit=2", f"output={out}"]
+    run(*few, "suite.skip=[sums]")
+    run(*few)
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    error = refused(capsys, *few, "suite.skip=[sums]")
+    assert f"suite.skip: sums has samples in {out}" in error and "another output" in error
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    # As if it had been stopped after the last response, with the settings that it began with.
+    skipped = yaml.safe_load((out / "config.yaml").read_text())
+    skipped["suite"]["skip"] = ["sums"]
+    (out / "config.yaml").write_text(yaml.safe_dump(skipped))
+    run(*few)
+    assert yaml.safe_load((out / "config.yaml").read_text())["suite"]["skip"] == []
+    facts = json.loads((out / "run.json").read_text())
+    assert [one["engine"] for one in facts["starts"]] == ["transformers", "transformers", None]
+    assert facts["engine"] == "transformers" and facts["started"] == facts["starts"][1]["started"]
 
 
 #: Long enough to be met in the middle.
@@ -162,6 +185,11 @@ def test_a_runs_model_is_spoken_to_as_in_the_run(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert " (a sum)>" in printed and "Q:" not in printed
     assert "note: model.dtype, model.instruction, model.opening as in" in printed
+    # A preset's name with the run's model as its path is no other policy.
+    run("model=tiny", f"model.path={run_folder / 'final'}", *SMALL[1:], "model.opening=Well", "--dry-run")
+    printed = capsys.readouterr().out
+    assert " (a sum) A:" in printed
+    assert f"note: model.dtype, model.template, model.instruction as in {run_folder / 'config.yaml'}" in printed
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):

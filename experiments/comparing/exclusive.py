@@ -74,8 +74,14 @@ def _of_benchmark(first: Outcomes, second: Outcomes, rule: Callable) -> list[Exc
     if not pairs.first:
         return []
     ours, theirs = rule(first.correct)[list(pairs.first)], rule(second.correct)[list(pairs.second)]
-    groups = {**by_level([first.levels[place] for place in pairs.first]), ALL: list(range(len(ours)))}
+    # One of the two may have been evaluated on a file without levels.
+    levels = [_either(first.levels[a], second.levels[b]) for a, b in zip(pairs.first, pairs.second, strict=True)]
+    groups = {**by_level(levels), ALL: list(range(len(ours)))}
     return [_count(first.benchmark, level, ours[rows], theirs[rows]) for level, rows in groups.items()]
+
+
+def _either(first: str | None, second: str | None) -> str | None:
+    return second if first is None else first
 
 
 def _count(benchmark: str, level: str, ours: Tensor, theirs: Tensor) -> Exclusive:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from experiments.evaluating.weights import difference
 from upge.errors import ConfigError
 from upge.evaluation import SampleFile
 from upge.train.folder import write_atomically
@@ -28,7 +29,8 @@ class EvaluationFolder:
         """Checks that this evaluation may write here; True if it continues another. Nothing is written.
 
         Raises:
-            ConfigError: the folder cannot be made, holds something else, or an evaluation with other settings.
+            ConfigError: the folder cannot be made, holds something else, or an evaluation with other settings, or has
+                samples of a benchmark that is now skipped.
         """
         existing = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -50,10 +52,30 @@ class EvaluationFolder:
                 f"{name}: {new.get(name)!r} here, but {old.get(name)!r} in the evaluation in {self.path}{more}; give "
                 "the same settings to continue it, or another output"
             )
+        self._check_skipped(config["suite"]["skip"])
         return True
 
-    def start(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    def check_weights(self, weights: dict[str, str], model: str) -> None:
+        """Refuses to go on with other weights (`weights.fingerprint`) than those that drew the samples in the folder.
+
+        Raises:
+            ConfigError: the first file, or the hub's commit, that differs.
+        """
+        found = difference(weights, self._facts().get("weights", {}))
+        # Without a sample there is nothing that could be mixed.
+        if found and any(path.stat().st_size for path in (self.path / "samples").glob("*.jsonl")):
+            raise ConfigError(
+                f"model: {model} no longer holds the weights that drew the samples in {self.path}: {found}; give "
+                "another output, or the weights that it was begun with"
+            )
+
+    def start(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
         """Writes the settings and the facts about this start; earlier starts stay listed.
+
+        A start that draws no response has no `engine`. It is listed only: the other facts are about the samples.
+
+        Returns:
+            Other engines than this one that earlier starts drew with.
 
         Raises:
             ConfigError: the folder cannot be made.
@@ -63,8 +85,12 @@ class EvaluationFolder:
         except OSError as error:
             raise ConfigError(f"output: {self.path} cannot be made: {error.strerror}; choose another folder") from error
         write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
-        start = {key: facts[key] for key in ("command", "started")}
-        self._write("run.json", {**facts, "starts": [*self._facts().get("starts", []), start]})
+        old = self._facts()
+        earlier = old.get("starts", [])
+        start = {key: facts[key] for key in ("command", "started", "engine")}
+        self._write("run.json", {**old, **(facts if facts["engine"] else {}), "starts": [*earlier, start]})
+        engines = {old.get("engine"), *(one.get("engine") for one in earlier)}
+        return sorted(engines - {None, facts["engine"]})
 
     def samples(self, benchmark: str) -> SampleFile:
         """The file with a benchmark's samples; it need not exist yet."""
@@ -73,6 +99,15 @@ class EvaluationFolder:
     def finish(self, scores: Mapping[str, Any]) -> None:
         """Writes scores.json."""
         self._write("scores.json", scores)
+
+    def _check_skipped(self, skip: Sequence[str]) -> None:
+        for name in skip:
+            path = self.samples(name).path
+            if path.is_file() and path.stat().st_size:
+                raise ConfigError(
+                    f"suite.skip: {name} has samples in {self.path} and would be missing from its scores; leave it out "
+                    "of suite.skip (experiments.compare takes what runs have in common), or give another output"
+                )
 
     def _facts(self) -> dict[str, Any]:
         path = self.path / "run.json"

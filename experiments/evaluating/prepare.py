@@ -8,6 +8,7 @@ from pathlib import Path
 
 from experiments.evaluating.folder import EvaluationFolder, output_folder
 from experiments.evaluating.settings import Chosen
+from experiments.evaluating.weights import difference, fingerprint
 from experiments.prepare import load_prompting
 from upge import verify
 from upge.data import Prompting
@@ -32,6 +33,7 @@ class Prepared:
         sampling: how responses are drawn.
         verifiers: by name; every problem names its own.
         folder, continues: where the samples go, and whether there are some.
+        weights: the fingerprint of the model's weights.
         notes: sentences for the user.
     """
 
@@ -42,6 +44,7 @@ class Prepared:
     verifiers: tuple[str, ...]
     folder: EvaluationFolder
     continues: bool
+    weights: dict[str, str]
     notes: tuple[str, ...]
 
 
@@ -64,6 +67,8 @@ def prepare(chosen: Chosen) -> Prepared:
     _check_model(config.model)
     model = replace(config.model, path=local_path(config.model.path))
     _check_length(model, config.suite.max_prompt_tokens, config.suite.max_response_tokens)
+    weights = fingerprint(model.path)
+    folder.check_weights(weights, config.model.path)
     prompting = load_prompting(model)
     questions = tuple(Questions.of(one, prompting, config.suite.max_prompt_tokens) for one in benchmarks)
     sampling = Sampling(
@@ -72,7 +77,22 @@ def prepare(chosen: Chosen) -> Prepared:
         max_tokens=config.suite.max_response_tokens,
         stop_token_ids=prompting.stop_token_ids,
     )
-    return Prepared(model, prompting, questions, sampling, verifiers, folder, continues, (*chosen.notes, *notes))
+    notes = [*chosen.notes, *notes]
+    return Prepared(model, prompting, questions, sampling, verifiers, folder, continues, weights, tuple(notes))
+
+
+def check_unchanged(prepared: Prepared) -> None:
+    """Once the model is loaded: its weights are those that were checked.
+
+    Raises:
+        ModelError: they were overwritten meanwhile, so it is not known which of them were loaded.
+    """
+    found = difference(fingerprint(prepared.model.path), prepared.weights)
+    if found:
+        raise ModelError(
+            f"model: the weights in {prepared.model.path} were overwritten while they were loaded: {found}; copy the "
+            "folder when it is complete, and evaluate the copy"
+        )
 
 
 def _verifiers(benchmarks: Sequence[Benchmark]) -> tuple[tuple[str, ...], list[str]]:

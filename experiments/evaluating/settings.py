@@ -78,8 +78,9 @@ def choose(arguments: Sequence[str]) -> Chosen:
         if not names[name]:
             raise ConfigError(f"{name}: missing; give {name}=NAME, {what}; presets: {', '.join(presets(name))}")
     suite = OmegaConf.create({"suite": _suite_tree(names["suite"])})
-    shared, own = [f"model={names['model']}", *_of_run(names["model"], items)], {}
-    notes = _note_of_run(names["model"], shared[1:])
+    place = dict(items).get("model.path", names["model"])
+    shared, own = [f"model={names['model']}", *_of_run(place, items)], {}
+    notes = _note_of_run(place, shared[1:])
     for name, value in items:
         if name in names:
             continue
@@ -158,7 +159,7 @@ def _check_key(name: str, suite: Any) -> None:
 
 
 def _of_run(model: str, items: Sequence[tuple[str, str]]) -> list[str]:
-    """model.KEY=VALUE as in the run whose final/, best/ or other model this is; none where it is no run's."""
+    """model.KEY=VALUE as in the run whose final/, best/ or other model `model` is; none where it is no run's."""
     path = Path(model).expanduser()
     config, given = path.parent / "config.yaml", {name for name, _ in items}
     if not (path / "config.json").is_file() or not config.is_file() or not (path.parent / "run.json").is_file():
