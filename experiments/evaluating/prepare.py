@@ -91,7 +91,7 @@ def check_unchanged(prepared: Prepared) -> None:
     if found:
         raise ModelError(
             f"model: the weights in {prepared.model.path} were overwritten while they were loaded: {found}; copy the "
-            "folder when it is complete, and evaluate the copy"
+            "folder, with a run's config.yaml and run.json beside it, and evaluate the copy"
         )
 
 
