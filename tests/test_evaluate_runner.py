@@ -128,10 +128,14 @@ def test_written_while_others_are_generated(tmp_path):
     """The verdict is there: the line is there, before the next response is."""
     file = SampleFile(tmp_path / "bench.jsonl")
 
+    written = []
+
     def between(number):
         wait_until(lambda: len(list(file.read())) == number)
+        written.append(number)
 
     runner(Watched(between)).run(questions(), file)
+    assert written == list(range(12))
 
 
 def test_generation_does_not_wait_for_verdicts(tmp_path):

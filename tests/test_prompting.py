@@ -201,9 +201,10 @@ def test_a_template_that_refuses_a_role_is_named():
     assert "What is" in Prompting(build(chat=refusing)).text(PROBLEM)
 
 
-def test_padding_is_the_tokenizers_or_the_end_of_sequence():
-    assert Prompting(build()).pad_token_id == PAD
-    assert Prompting(build(pad_token=None)).pad_token_id == EOS
+def test_padding_is_said_as_it_is_done():
+    """With the first stop token, whatever the tokenizer would pad with: that is what the transformers engine takes."""
+    for tokenizer in (build(), build(pad_token=None)):
+        assert "padding, where there is any, '</s>'\n" in Prompting(tokenizer).describe(PROBLEM)
 
 
 def test_a_tokenizer_must_end_responses_and_have_the_template_asked_for():
@@ -225,7 +226,7 @@ def test_a_model_without_a_tokenizer_is_named(tmp_path: Path):
 def test_the_description_shows_what_was_decided():
     prompting = Prompting(build("<s>", chat=None), "{prompt}\n", stop_token_ids=(END,), opening="So: ")
     assert prompting.describe(Problem("1", "Hi", "")).split("\n") == [
-        "prompts: a format string (model.template); responses end with '</s>' (2), '<|end|>' (4); padding '<pad>' (0)",
+        "prompts: a format string (model.template); responses end with '</s>' (2), '<|end|>' (4); padding, where there is any, '</s>'",
         "an example, 8 tokens, the first of them '<s>':",
         "  | Hi",
         "  | So: ",
@@ -239,7 +240,7 @@ def test_the_description_shows_what_was_decided():
 def test_the_tiny_model_is_prompted_with_the_problem_and_a_line_break():
     prompting = Prompting.load(str(TINY))
     assert prompting.text(Problem("1", "3+4=?", "7")) == "3+4=?\n"
-    assert prompting.stop_token_ids == (1,) and prompting.pad_token_id == 0
+    assert prompting.stop_token_ids == (1,)
     (ids,), (answer,) = prompting.prompt_ids([Problem("1", "3+4=?", "7")]), prompting.response_ids(["\\boxed{7}"])
     assert len(ids) == 6 and answer[-1] == 1 and answer.count(1) == 1
     assert prompting.decode([answer]) == ["\\boxed{7}"]

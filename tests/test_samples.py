@@ -154,6 +154,7 @@ def test_figures_by_hand():
     assert found.avg == Interval(pytest.approx(1 / 6), 0.0, pytest.approx(0.25))
     assert vars(found.pass_at[1]) == pytest.approx(vars(found.avg))
     assert {k: one.value for k, one in found.pass_at.items()} == pytest.approx({1: 1 / 6, 2: 1 / 3, 4: 2 / 3})
+    assert list(found.pass_at_every) == pytest.approx([1 / 6, 1 / 3, 1 / 2, 2 / 3])
     assert list(found.levels) == ["1", "2", "10"]
     assert found.levels["10"].avg == Interval(0, 0, 0) and found.levels["2"].pass_at[4].value == 1
 

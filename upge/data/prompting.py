@@ -79,12 +79,6 @@ class Prompting:
         """Is there a place for system messages?"""
         return self.template == "chat" or "system" in _fields(self.template)
 
-    @property
-    def pad_token_id(self) -> int:
-        """Fills batches of unequal length, where an engine makes such; it is masked, so any id would do."""
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
-
     def text(self, problem: Problem) -> str:
         """The prompt as the model sees it, before it becomes tokens."""
         prompt, system = problem.prompt + self.instruction, problem.system or self.system
@@ -118,12 +112,13 @@ class Prompting:
         """For the user: what was decided, and one prompt as the model sees it."""
         tokens = self.tokenizer
         stops = ", ".join(f"{tokens.convert_ids_to_tokens(i)!r} ({i})" for i in self.stop_token_ids)
-        pad = f"{tokens.convert_ids_to_tokens(self.pad_token_id)!r} ({self.pad_token_id})"
+        # Training packs sequences; the one engine that pads does so on the left, under a mask, with the first of these.
+        pad = f"{tokens.convert_ids_to_tokens(self.stop_token_ids[0])!r}"
         kind = "the tokenizer's chat template" if self.template == "chat" else "a format string (model.template)"
         ids = self.prompt_ids([problem])[0]
         begins = f"{tokens.convert_ids_to_tokens(ids[0])!r}" if ids else "nothing"
         return (
-            f"prompts: {kind}; responses end with {stops}; padding {pad}\n"
+            f"prompts: {kind}; responses end with {stops}; padding, where there is any, {pad}\n"
             f"an example, {len(ids)} tokens, the first of them {begins}:\n"
             + "\n".join(f"  | {line}" for line in self.text(problem).split("\n"))
         )

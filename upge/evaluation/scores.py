@@ -108,12 +108,14 @@ class Figures(Accuracy):
     """Of one benchmark.
 
     Fields:
-        levels: the same by difficulty level, in their order; empty if no problem has one.
+        pass_at_every: pass@k for every k = 1, 2, 3, …, n, without intervals.
+        levels: as in `Accuracy` by difficulty level, in their order; empty if no problem has one.
         unfinished: share of the responses that were cut off at the length limit.
         timeouts, errors: how many answers the verifier gave up on or failed at.
         tokens: mean length of a response.
     """
 
+    pass_at_every: Sequence[float]
     levels: Mapping[str, Accuracy]
     unfinished: float
     timeouts: int
@@ -126,6 +128,7 @@ def figures(outcomes: Outcomes, resamples: int = RESAMPLES, seed: int = 0) -> Fi
     everyone = _accuracy(outcomes, list(range(len(outcomes.ids))), resamples, seed)
     return Figures(
         **vars(everyone),
+        pass_at_every=outcomes.pass_at(range(1, outcomes.samples + 1)).mean(dim=0).tolist(),
         levels={level: _accuracy(outcomes, rows, resamples, seed) for level, rows in by_level(outcomes.levels).items()},
         unfinished=1 - outcomes.finished.double().mean().item(),
         timeouts=outcomes.timeouts,
