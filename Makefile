@@ -8,7 +8,7 @@ ARGS ?=
 export VENV PYTHON ENGINE TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test lint bench docs
+.PHONY: help env run test lint bench peers docs
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
@@ -28,6 +28,9 @@ lint: env  ## check the sources with ruff
 
 bench: env  ## list the benchmarks; ARGS=NAME runs one
 	$(VENV)/bin/python -m experiments.bench $(ARGS)
+
+peers: env  ## install what the benchmarks compare with (TRL, verl, Liger, cut-cross-entropy) into .venv-peers
+	@bash requirements/peers.sh
 
 docs: env  ## make anew what is generated in README.md and docs/, about two minutes
 	$(VENV)/bin/python -m experiments.describe --readme
