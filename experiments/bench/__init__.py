@@ -2,7 +2,12 @@
 
 A bench is a module here with a `SUMMARY` line, a frozen dataclass `Settings` of its keys, and `run(settings) -> str`,
 which measures with `experiments.bench.measure` and returns Markdown. --docs puts that into docs/performance.md.
+One with `WITH_PEERS = True` goes on in .venv-peers, where there is one (`make peers`).
 """
 
-BENCHES = {"verifier": "experiments.bench.verifier"}
+BENCHES = {
+    "verifier": "experiments.bench.verifier",
+    "head": "experiments.bench.head",
+    "loss": "experiments.bench.loss",
+}
 """Name → module."""

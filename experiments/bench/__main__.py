@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.bench import BENCHES
+from experiments.bench import BENCHES, peers
 from upge.errors import ConfigError, UserError, nearest
 
 DOCS = Path(__file__).parents[2] / "docs" / "performance.md"
@@ -21,13 +21,16 @@ BEGIN, END = "<!-- bench {}: begin (python -m experiments.bench {} --docs) -->",
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a bench's Markdown, or renews it in the docs; exit code 2 on bad input."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    is_program = arguments is None
+    arguments = list(sys.argv[1:] if is_program else arguments)
     try:
         if not arguments:
             print(listing())
             return 0
         name, *rest = arguments
         bench = _bench(name)
+        if is_program and getattr(bench, "WITH_PEERS", False):
+            peers.enter()
         made = bench.run(settings(bench, [argument for argument in rest if argument != "--docs"]))
         if "--docs" in rest:
             DOCS.write_text(renewed(DOCS.read_text("utf-8"), name, made), "utf-8")

