@@ -9,5 +9,7 @@ BENCHES = {
     "verifier": "experiments.bench.verifier",
     "head": "experiments.bench.head",
     "loss": "experiments.bench.loss",
+    "step": "experiments.bench.step",
+    "accuracy": "experiments.bench.accuracy",
 }
 """Name → module."""

@@ -1,0 +1,218 @@
+"""A whole training step, from sampling to refreshed weights: `experiments.run`'s trainer against TRL's GRPOTrainer.
+
+Both train GRPO in processes of their own, with the same prompts in the same order, group size, sampling, verdicts and
+AdamW, and take turns step by step. Before that both make one step on the very same responses and rewards, sampled by
+ours: they must find the same gradient. What counts is trained tokens per second: the tokens of all responses of a step,
+whether their group has a signal or not, over the seconds of the whole step.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.bench.measure import Timing, interleaved
+from experiments.bench.trainers.crew import ENGINES, EPSILON, OURS, PLAIN, TRL, Start, check, cores, row, spread
+from experiments.bench.trainers.link import Child, ChildError
+from upge.errors import ConfigError
+
+SUMMARY = "whole training steps: trained tokens per second against TRL's GRPOTrainer, same gradient asserted"
+WITH_PEERS = True
+GOAL = 3.0
+#: The most by which gradients of the same responses may differ, as a share of the gradient's norm.
+TOLERANCE = 1e-3
+US = "this project"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Keys of this bench.
+
+    Fields:
+        folder: with gsm8k/train.jsonl, for SmolLM2-135M on GSM8K; empty: only the tiny model on arithmetic.
+        tiny: whether the tiny model takes part.
+        pairs: timed steps of each trainer, at least five.
+        warmup: steps of each before these, besides the one whose gradients are compared.
+        prompts, batch: of the tiny model: prompts of a step, and rows of TRL's micro-batches.
+        real_prompts, real_batch, real_tokens: the same of SmolLM2-135M, and the longest response.
+        group: responses to a prompt.
+        trl: ways of TRL to sample: generate, continuous, vllm, vllm-mended.
+        threads: OpenMP threads of each trainer; 0: one for the tiny model, every core for SmolLM2-135M.
+    """
+
+    folder: str = ""
+    tiny: bool = True
+    pairs: int = 5
+    warmup: int = 1
+    prompts: int = 32
+    batch: int = 32
+    real_prompts: int = 4
+    real_batch: int = 8
+    real_tokens: int = 256
+    group: int = 8
+    trl: str = "generate,vllm,vllm-mended"
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a data set, as keys of a run, and how both trainers run them."""
+
+    name: str
+    arguments: tuple[str, ...]
+    prompts: int
+    batch: int
+    threads: int
+
+
+@dataclass
+class Outcome:
+    """What came of a case.
+
+    Fields:
+        timing: of the trainers that ran, ours first; the results are the figures of their steps.
+        failed: those that did not, with the error.
+        gaps: of each peer, the difference of its gradient from ours as a share of its norm.
+    """
+
+    timing: Timing
+    failed: dict[str, str] = field(default_factory=dict)
+    gaps: dict[str, float] = field(default_factory=dict)
+
+
+def run(settings: Settings, start: Start = Child) -> str:
+    """A Markdown table of all cases, and what was checked."""
+    if settings.warmup < 1:
+        raise ConfigError(f"warmup: found {settings.warmup}; give at least 1: the first steps load and compile")
+    cases = _cases(settings)
+    engines = [engine.strip() for engine in settings.trl.split(",") if engine.strip()]
+    for case in cases:
+        key = "batch" if case is cases[0] and settings.tiny else "real_batch"
+        check(engines, case.prompts * settings.group, case.batch, key)
+    header = [
+        *("case", "trainer", "trained tokens per second", f"{US} is faster by", "seconds a step"),
+        *("of these sampling", "verdicts", "refresh", "update and the rest", "CPU seconds a step", "peak GiB"),
+    ]
+    lines, told = [row(*header), "|---" * len(header) + "|"], []
+    for case in cases:
+        outcome = measure(case, engines, settings, start)
+        lines += [_line(case, name, outcome) for name in outcome.timing.seconds]
+        told += _told(case, outcome, settings)
+    return "\n".join([*lines, "", *told])
+
+
+def _cases(settings: Settings) -> list[Case]:
+    sizes = (f"group_size={settings.group}", "algo=grpo", EPSILON, *PLAIN)
+    cases = []
+    if settings.tiny:
+        arguments = ("model=tiny", "data=arithmetic", f"prompts_per_step={settings.prompts}", *sizes)
+        cases.append(Case("tiny, arithmetic", arguments, settings.prompts, settings.batch, settings.threads or 1))
+    if settings.folder:
+        data = Path(settings.folder).expanduser().resolve() / "gsm8k"
+        if not (data / "train.jsonl").is_file():
+            raise ConfigError(f"folder: there is no file '{data / 'train.jsonl'}'; give the folder that holds it")
+        arguments = (
+            *("model=smollm2-135m", "data=gsm8k", f"data.path={data}", "data.evaluation_size=1"),
+            *(f"prompts_per_step={settings.real_prompts}", f"rollout.max_response_tokens={settings.real_tokens}"),
+        )
+        threads = settings.threads or cores()
+        name = "SmolLM2-135M, GSM8K"
+        cases.append(Case(name, (*arguments, *sizes), settings.real_prompts, settings.real_batch, threads))
+    if not cases:
+        raise ConfigError("tiny=false without a folder leaves nothing to measure; give folder=DIR with gsm8k/ in it")
+    return cases
+
+
+def measure(case: Case, engines: list[str], settings: Settings, start: Start = Child) -> Outcome:
+    """Starts the trainers of a case one after the other, compares their gradients, and has them take turns."""
+    steps = f"steps={1 + settings.warmup + settings.pairs}"
+    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
+        folder = Path(place)
+        job: dict[str, Any] = {"arguments": [*case.arguments, steps, f"output={folder / 'ours'}"]}
+        ours = stack.enter_context(start("ours", OURS, job, folder, case.threads))
+        ours.answer()
+        gradient = str(folder / "gradient.pt")
+        sampled = ours.ask("compare", gradient=gradient)
+        crew, failed, gaps = {US: ours}, {}, {}
+        for engine in engines:
+            name = ENGINES[engine]
+            job = {"arguments": [*case.arguments, steps, f"output={folder / engine}"]}
+            peer = start(engine, TRL, {**job, "engine": engine, "batch": case.batch, "lr": 0.0}, folder, case.threads)
+            stack.enter_context(peer)
+            try:
+                peer.answer()
+                same = {key: sampled[key] for key in ("prompts", "responses")}
+                gaps[name] = _checked(sampled, peer.ask("compare", gradient=gradient, **same), name)
+                peer.ask("steps", count=settings.warmup)
+                crew[name] = peer
+            except ChildError as error:
+                failed[name] = str(error)
+                gaps.pop(name, None)
+                peer.close()
+        if len(crew) == 1:
+            raise ChildError(f"{case.name}: TRL does not run in any of the ways {', '.join(engines)}: {failed}")
+        ours.ask("steps", count=settings.warmup)
+        steps_of = {name: lambda number, child=child: child.ask("steps", count=1) for name, child in crew.items()}
+        return Outcome(interleaved(steps_of, settings.pairs), failed, gaps)
+
+
+def _checked(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> float:
+    """The difference of the two gradients, which must be small and of something."""
+    if abs(ours["reward"] - theirs["reward"]) > 1e-6:
+        raise AssertionError(f"{name} was given other rewards: mean {theirs['reward']} instead of {ours['reward']}")
+    if not (ours["norm"] > 0 and theirs["difference"] <= TOLERANCE):
+        raise AssertionError(
+            f"{name} finds another gradient on the same responses: off by {theirs['difference']:.1e} of its norm "
+            f"{theirs['norm']:.3g}, ours has norm {ours['norm']:.3g}"
+        )
+    return theirs["difference"]
+
+
+def _rates(timing: Timing, name: str) -> list[float]:
+    pairs = zip(timing.results[name], timing.seconds[name], strict=True)
+    return [figures["tokens"] / seconds for figures, seconds in pairs]
+
+
+def _times(timing: Timing, name: str) -> list[float]:
+    """Our tokens per second over those of a peer, round by round."""
+    return [ours / theirs for ours, theirs in zip(_rates(timing, US), _rates(timing, name), strict=True)]
+
+
+def _line(case: Case, name: str, outcome: Outcome) -> str:
+    timing = outcome.timing
+    figures, seconds = timing.results[name], timing.seconds[name]
+    parts = {part: [one[part] for one in figures] for part in ("rollout", "verify", "refresh")}
+    rest = [whole - sum(some) for whole, *some in zip(seconds, *parts.values(), strict=True)]
+    medians = [f"{spread(values).median:.3f}" for values in (*parts.values(), rest)]
+    return row(
+        case.name,
+        name,
+        spread(_rates(timing, name)),
+        "1" if name == US else spread(_times(timing, name)),
+        spread(seconds),
+        *medians,
+        spread(timing.cpu[name]),
+        f"{max(one['rss'] for one in figures):.1f}",
+    )
+
+
+def _told(case: Case, outcome: Outcome, settings: Settings) -> list[str]:
+    timing = outcome.timing
+    silent = spread(one["silent"] for one in timing.results[US]).median
+    gaps = ", ".join(f"{gap:.1e} ({name})" for name, gap in outcome.gaps.items())
+    lines = [
+        f"{case.name}: median and range of {settings.pairs} steps of each, of {case.prompts} prompts with "
+        f"{settings.group} responses, {case.threads} OpenMP threads; TRL's micro-batches have {case.batch} rows. Of "
+        f"our groups {silent:.0%} had no signal (median). Gradients of the same responses and rewards differ by {gaps} "
+        "of their norm.",
+    ]
+    for name in list(timing.seconds)[1:]:
+        times = spread(_times(timing, name)).median
+        verdict = "reached" if times >= GOAL else "not reached"
+        lines += ["", f"Goal for {case.name} against {name}: at least {GOAL:g} times; {verdict}, {times:.3g} times."]
+    for name, error in outcome.failed.items():
+        lines += ["", f"{name} does not run here on {case.name}: `{error}`"]
+    return [*lines, ""]

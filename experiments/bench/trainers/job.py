@@ -1,0 +1,103 @@
+"""What every child shares, whoever trains: configuration and prompts, rewards, and how weights are evaluated."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.config import Composed, compose
+from experiments.prepare import Prepared, prepare, with_local_models
+from upge import rollout
+from upge.train.distributed import World
+from upge.train.evaluate import evaluate
+from upge.train.verified import Responder
+from upge.verify import Item, Verdict, VerifierPool
+
+
+class Judge:
+    """Rewards by the run's verifiers, the same for all; in a comparison by a checksum of the text instead.
+
+    A weak model's responses may all be wrong, and then there is no gradient to compare. Half of the texts have an odd
+    checksum, so that nearly every prompt has a signal.
+    """
+
+    def __init__(self, pool: VerifierPool) -> None:
+        self._pool, self._by_checksum = pool, False
+
+    def submit(self, item: Item) -> Future[Verdict]:
+        """As `VerifierPool.submit`."""
+        if not self._by_checksum:
+            return self._pool.submit(item)
+        verdict: Future[Verdict] = Future()
+        verdict.set_result(Verdict(float(zlib.crc32(item.response.encode()) & 1)))
+        return verdict
+
+    @contextmanager
+    def by_checksum(self) -> Iterator[None]:
+        """Within it no verifier is asked."""
+        self._by_checksum = True
+        try:
+            yield
+        finally:
+            self._by_checksum = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run as its arguments describe it, on one process."""
+
+    composed: Composed
+    prepared: Prepared
+
+    @classmethod
+    def load(cls, arguments: Iterable[str]) -> Job:
+        """Reads and checks as `python -m experiments.run ARGUMENTS` would."""
+        composed = with_local_models(compose(list(arguments)))
+        return cls(composed, prepare(composed))
+
+    def pool(self) -> VerifierPool:
+        """The verifiers, their processes ready to work."""
+        limits = self.composed.config.verify
+        pool = VerifierPool(self.prepared.verifiers, limits.workers, limits.time_limit, limits.memory_limit)
+        pool.score([Item(r"\boxed{\frac{2}{4}}", "1/2")] * limits.workers)
+        return pool
+
+    def sampler(self, engine: str) -> rollout.Sampler:
+        """The engine as `experiments.run` starts it."""
+        config = self.composed.config
+        return rollout.load(
+            engine,
+            config.model.path,
+            dtype=config.model.dtype,
+            max_length=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
+            memory_fraction=config.rollout.memory_fraction,
+            seed=config.seed,
+            overrides=config.model.overrides,
+        )
+
+
+class Examiner:
+    """Evaluates anybody's weights on the run's evaluation problems, with a transformers sampler of its own."""
+
+    def __init__(self, job: Job, pool: VerifierPool) -> None:
+        self._job, self._pool, self._responder = job, pool, None
+
+    def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
+        """`greedy`, `pass` (at least one of k samples right) and `mean` (of k samples), as shares of the problems; the
+        seeds are always the same, so equal weights have equal figures."""
+        prompting = self._job.prepared.prompting
+        if self._responder is None:
+            self._responder = Responder(self._job.sampler("transformers"), self._pool, prompting)
+        self._responder.sampler.load_weights(weights)
+        config, world = self._job.composed.config, World(0, 1, torch.device("cpu"))
+        problems = self._job.prepared.evaluation
+        found: dict[str, Any] = evaluate(config, problems, self._responder, prompting.stop_token_ids, world)["all"]
+        k = config.eval.samples
+        return {"greedy": found["greedy"], "pass": found[f"pass@{k}"], "mean": found[f"mean@{k}"]}

@@ -1,0 +1,109 @@
+"""A pipe between a bench and a trainer in a process of its own: a word there, an answer back, as lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from upge.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+#: Seconds that a child has for its own ending before it is killed.
+PATIENCE = 20.0
+
+
+class ChildError(RuntimeError):
+    """A child told of an error, or ended without a word."""
+
+
+class Line:
+    """One end of the conversation, over two open file descriptors."""
+
+    def __init__(self, read: int, write: int) -> None:
+        self._read, self._write = os.fdopen(read, "r", encoding="utf-8"), os.fdopen(write, "w", encoding="utf-8")
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """Sends it; the other end may be gone."""
+        self._write.write(json.dumps(message) + "\n")
+        self._write.flush()
+
+    def hear(self) -> dict[str, Any] | None:
+        """What the other end says next; None where it has closed the line."""
+        text = self._read.readline()
+        return json.loads(text) if text else None
+
+    def close(self) -> None:
+        """Closes this end, so that the other one hears it."""
+        for end in (self._write, self._read):
+            try:
+                end.close()
+            except BrokenPipeError:
+                pass
+
+
+class Child:
+    """A trainer in a process of its own; a context manager, at whose end the process ends, too.
+
+    Args:
+        name: for messages.
+        module: run as a program with this `job`, see `experiments.bench.trainers.turns.serve`.
+        folder: gets NAME.log, with all that the child prints.
+        threads: OpenMP threads of the child.
+    """
+
+    def __init__(self, name: str, module: str, job: Mapping[str, Any], folder: Path, threads: int) -> None:
+        self.name, self.log = name, folder / f"{name.replace(' ', '-')}.log"
+        (there, to_child), (from_child, back) = os.pipe(), os.pipe()
+        surroundings = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, "-m", module, str(there), str(back), json.dumps(job)]
+        with self.log.open("w", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, env=surroundings, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                pass_fds=(there, back),
+            )  # fmt: skip
+        os.close(there)
+        os.close(back)
+        self._line = Line(from_child, to_child)
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def answer(self) -> dict[str, Any]:
+        """What the child says next, its first word being that it is ready.
+
+        Raises:
+            ConfigError: an error of the user's instead.
+            ChildError: another error, or nothing any more.
+        """
+        message = self._line.hear()
+        if message is None:
+            tail = self.log.read_text("utf-8", errors="replace")[-2000:]
+            raise ChildError(f"{self.name} ended without a word; the end of what it printed:\n{tail}")
+        if "error" in message:
+            raise ConfigError(message["error"]) if message.get("users") else ChildError(message["error"])
+        return message
+
+    def ask(self, do: str, **more: Any) -> dict[str, Any]:
+        """Says a word and waits for the answer; errors as for `answer`."""
+        try:
+            self._line.tell({"do": do, **more})
+        except BrokenPipeError:
+            pass  # what there is to say about it, `answer` finds
+        return self.answer()
+
+    def close(self) -> None:
+        """Ends the process: it sees the closed line as its end."""
+        self._line.close()
+        try:
+            self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()

@@ -1,0 +1,237 @@
+"""TRL's GRPOTrainer as a child: the same prompts in the same order, the same rewards, AdamW and group size.
+
+Of what it may choose by itself: loss `grpo`, no KL, no gradient checkpointing, float32, no logging and no saving. With
+vLLM it takes no importance correction, which would cost it another forward pass.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from experiments import surroundings
+from experiments.bench.trainers.job import Examiner, Job, Judge
+from experiments.bench.trainers.link import Line
+from experiments.bench.trainers.turns import Turns, serve
+from upge.rollout.vllm_process import prepare_environment
+from upge.train.order import prompt_indices
+from upge.verify import Item
+
+
+def train(job: dict[str, Any], line: Line) -> None:
+    """Trains until told to stop.
+
+    job: `arguments` are the keys of a run of ours with algo=grpo; `engine` is one of those of `_engine`, `batch` the
+    rows of a micro-batch, `lr` another learning rate (0: the run's).
+    """
+    surroundings.quiet()
+    prepare_environment()
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; else it takes 30 % of the machine's memory
+    loaded = Job.load(job["arguments"])
+    with loaded.pool() as pool, tempfile.TemporaryDirectory() as folder:
+        judge, examiner = Judge(pool), Examiner(loaded, pool)
+        trainer = Watched(
+            judge,
+            model=_model(loaded),
+            args=_settings(loaded, job, folder),
+            reward_funcs=_reward(loaded, judge),
+            train_dataset=_prompts(loaded),
+            processing_class=loaded.prepared.prompting.tokenizer,
+        )
+        if job["engine"] == "vllm-mended":
+            _mend(trainer)
+        assert set(trainer.eos_token_ids) == set(loaded.prepared.prompting.stop_token_ids)
+        turns = Turns(line, lambda: examiner(trainer.model.named_parameters()), trainer.compared)
+        trainer.add_callback(_Waits(turns, trainer))
+        trainer.train()
+
+
+class Watched(GRPOTrainer):
+    """Takes the time of its parts, and can replay given responses and keep the gradient of a step from AdamW."""
+
+    def __init__(self, judge: Judge, **arguments: Any) -> None:
+        self.judge, self.word, self.figures = judge, None, {}
+        self.found: dict[str, Any] = {}
+        super().__init__(**arguments)
+        if self.use_vllm:
+            self.vllm_generation.sync_weights = self._timed("refresh", self.vllm_generation.sync_weights)
+
+    def _generate_single_turn(self, prompt_ids: list, *rest: Any, **named: Any) -> tuple:
+        if self.word is not None:
+            assert [list(ids) for ids in prompt_ids] == _repeated(self.word), "not the same prompts"
+            completions = [list(ids) for group in self.word["responses"] for ids in group]
+            self.figures["tokens"] = sum(map(len, completions))
+            return completions, None
+        found = self._timed("rollout", super()._generate_single_turn)(prompt_ids, *rest, **named)
+        self.figures["rollout"] -= self.figures.setdefault("refresh", 0.0)
+        self.figures["tokens"] = sum(map(len, found[0]))
+        return found
+
+    def _calculate_rewards(self, *arguments: Any) -> Tensor:
+        rewards = self._timed("verify", super()._calculate_rewards)(*arguments)
+        self.figures["reward"] = float(rewards.mean())
+        groups = rewards.reshape(-1, self.num_generations)
+        self.figures["silent"] = float((groups == groups[:, :1]).all(dim=1).float().mean())
+        return rewards
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self.word is None:
+            return super()._clip_grad_norm(model)
+        expected = torch.load(self.word["gradient"], mmap=True)
+        self.found |= _difference(self.model, expected)
+        # AdamW passes over parameters without a gradient: nothing moves, no step is counted.
+        model.zero_grad(set_to_none=True)
+        return torch.tensor(self.found["norm"])
+
+    @contextmanager
+    def compared(self, word: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Within it a step takes the responses of `word` and compares its gradient with that of the file there."""
+        self.word, self.found = word, {}
+        with self.judge.by_checksum():
+            yield self.found
+        self.word = None
+
+    def _timed(self, name: str, function: Callable) -> Callable:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*arguments, **named)
+            self.figures[name] = self.figures.get(name, 0.0) + time.perf_counter() - began
+            return result
+
+        return timed
+
+
+class _Waits(TrainerCallback):
+    """Says when a step is done, and waits there."""
+
+    def __init__(self, turns: Turns, trainer: Watched) -> None:
+        self.turns, self.trainer = turns, trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.turns.begin()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        figures, self.trainer.figures = self.trainer.figures, {}
+        self.turns.stepped(figures)
+
+
+def _settings(job: Job, chosen: Mapping[str, Any], folder: str) -> GRPOConfig:
+    config = job.composed.config
+    optimizer, rows = config.optimizer, config.prompts_per_step * config.group_size
+    return GRPOConfig(
+        output_dir=folder,
+        max_steps=config.steps,
+        per_device_train_batch_size=chosen["batch"],
+        gradient_accumulation_steps=rows // chosen["batch"],
+        num_generations=config.group_size,
+        max_completion_length=config.rollout.max_response_tokens,
+        temperature=config.rollout.temperature,
+        learning_rate=chosen["lr"] or optimizer.lr,
+        lr_scheduler_type="constant",
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        max_grad_norm=optimizer.max_grad_norm,
+        loss_type="grpo",
+        beta=0.0,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        shuffle_dataset=False,
+        seed=config.seed,
+        report_to=[],
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+        **_engine(chosen["engine"], job),
+    )
+
+
+def _engine(name: str, job: Job) -> dict[str, Any]:
+    """Settings of how it samples: transformers' generate, its continuous batching, or vLLM in the same process, as it
+    comes or with the refresh mended."""
+    config = job.composed.config.rollout
+    vllm = {
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_max_model_length": config.max_prompt_tokens + config.max_response_tokens,
+        "vllm_importance_sampling_correction": False,
+        "generation_kwargs": {"stop_token_ids": list(job.prepared.prompting.stop_token_ids)},
+    }
+    engines = {"generate": {}, "continuous": {"use_transformers_continuous_batching": True}}
+    return {**engines, "vllm": vllm, "vllm-mended": vllm}[name]
+
+
+def _model(job: Job) -> nn.Module:
+    config = job.composed.config.model
+    model = AutoModelForCausalLM.from_pretrained(config.path, dtype=getattr(torch, config.dtype))
+    # Nothing but the stop tokens, so that no default of the model's shapes the sampling.
+    model.generation_config = GenerationConfig(eos_token_id=list(job.prepared.prompting.stop_token_ids))
+    return model
+
+
+def _prompts(job: Job) -> Dataset:
+    """The prompts of all steps as texts, in the order in which our trainer takes them."""
+    config, train, prompting = job.composed.config, job.prepared.train, job.prepared.prompting
+    steps = (prompt_indices(s, config.prompts_per_step, len(train), config.seed) for s in range(config.steps))
+    order = [index for step in steps for index in step]
+    texts = [prompting.text(train[index].problem) for index in order]
+    for index, ids in zip(order, prompting.tokenizer(texts)["input_ids"], strict=True):
+        assert tuple(ids) == tuple(train[index].prompt_ids), "TRL's way to tokens is ours"
+    return Dataset.from_dict({"prompt": texts, "example": order})
+
+
+def _reward(job: Job, judge: Judge) -> Callable[..., list[float]]:
+    train, prompting = job.prepared.train, job.prepared.prompting
+
+    def reward(completion_ids: list[list[int]], example: list[int], **_: Any) -> list[float]:
+        problems = [train[index].problem for index in example]
+        texts = prompting.decode(completion_ids)
+        asked = [judge.submit(Item(t, p.answer, p.prompt, p.verifier)) for t, p in zip(texts, problems, strict=True)]
+        return [future.result().reward for future in asked]
+
+    return reward
+
+
+def _mend(trainer: Watched) -> None:
+    """Lets vLLM-CPU take the weights, in our sampler's way: TRL's own load_weights fails there."""
+    from upge.rollout.vllm_engine import _pack_heads_again
+
+    generation = trainer.vllm_generation
+
+    def sync() -> None:
+        weights = ((name, tensor.clone()) for name, tensor in generation._iter_named_params())
+        generation.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        generation.llm.apply_model(_pack_heads_again)
+        generation.llm.reset_prefix_cache()
+
+    generation.sync_weights = trainer._timed("refresh", sync)
+
+
+def _repeated(word: Mapping[str, Any]) -> list[list[int]]:
+    """Each prompt once a response."""
+    return [ids for ids, group in zip(word["prompts"], word["responses"], strict=True) for _ in group]
+
+
+def _difference(model: nn.Module, expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """The norm of the model's gradient, and that of its difference from the expected one relative to it."""
+    off, norm = 0.0, 0.0
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad.double().reshape(-1)
+        norm += float(gradient.square().sum())
+        off += float((gradient - expected[name].double()).square().sum())
+    return {"norm": norm**0.5, "difference": (off / norm) ** 0.5 if norm else float("inf")}
+
+
+if __name__ == "__main__":
+    serve(train)
