@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from experiments.bench import BENCHES, __main__, verifier
+from experiments.bench import BENCHES, __main__, answers, verifier
 from experiments.bench.measure import Spread, cpu_seconds, interleaved
 from tests.verify_pools import OWN, ROOT
 from upge.errors import ConfigError
-from upge.verify import Item, VerifierPool
+from upge.verify import Item, VerifierPool, last_boxed
 
 DATA = ROOT.parent / "shared" / "data"
 
@@ -37,6 +37,7 @@ def test_things_take_turns_and_are_compared_within_a_round() -> None:
     assert timing.speedup("fast", "slow") == Spread(3.0, 3.0, 3.0)
     assert timing.rate("fast", 120) == Spread(20.0, 12.0, 60.0)
     assert timing.cost("fast", 100) == Spread(15.0, 5.0, 25.0)
+    assert timing.thrift("fast", "same") == Spread(3.0, 3.0, 3.0)
     assert str(timing.rate("fast", 1200)) == "200 (120 to 600)"
     with pytest.raises(ConfigError, match="rounds: found 4; give at least 5"):
         interleaved(things, rounds=4)
@@ -68,7 +69,7 @@ def test_the_program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         ("verifier", "rounds"): "give key=value",
         ("verifier", "answers=99999"): "more than there are",
         ("verifier", "folder=/nowhere"): "there is no file",
-        ("verifier", "rounds=3", "answers=2", "parsed=2"): "rounds: found 3",
+        ("verifier", "rounds=3", "answers=2"): "rounds: found 3",
     }.items():
         assert __main__.main(arguments) == 2
         assert message in capsys.readouterr().err
@@ -84,29 +85,45 @@ def test_the_program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
 
 def test_a_small_run_on_made_up_answers_finds_no_difference() -> None:
-    made = verifier.run(verifier.Settings(answers=12, parsed=4, bombs=0))
-    rows = [line for line in made.splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + 3 * 3 and "differently." in made
-    assert "| answers that have to be parsed | pool, 2 workers | " in made and "with 0 bombs a round" in made
+    found = verifier.run(verifier.Settings(answers=12, grouped=16, parsed=4, bombs=0))
+    rows = [line for line in found.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + 4 * 3 and "differently." in found
+    assert "| 4 that have to be parsed | pool, 2 workers | " in found and "| 12 and 0 bombs | plain loop | " in found
 
 
 def test_half_of_the_answers_are_wrong_and_bombs_are_spread() -> None:
-    settings = verifier.Settings()
-    items = verifier._answers(settings)
+    items = answers.single("")
     with VerifierPool("math", time_limit=20.0) as pool:
         rewards = [verdict.reward for verdict in pool.score(items[:100])]
     assert 0.4 < sum(rewards) / len(rewards) < 0.6
-    cases = verifier._cases(settings)
-    everything = [item for rounds in list(cases.values())[1:] for items in rounds for item in items]
-    assert len(set(everything)) == len(everything) - settings.bombs * settings.rounds + len(verifier.BOMBS)
-    first = list(cases.values())[2][0]
-    bombs = [k for k, item in enumerate(first) if any(bomb in item.response for bomb in verifier.BOMBS)]
-    assert len(bombs) == 2 and 0 < bombs[0] < settings.parsed // 2 < bombs[1] < settings.parsed
+    cases = dict(verifier.cases(verifier.Settings(answers=200)))
+    for rounds in cases.values():
+        everything = [item for items in rounds for item in items if item.answer != "3.5"]
+        assert len(rounds) == 5 and len(set(everything)) == len(everything)
+    bombed = cases["200 and 4 bombs"]
+    places = [[k for k, item in enumerate(items) if item.answer == "3.5"] for items in bombed]
+    assert places == [[25, 75, 125, 175]] * 5
+    asked = {last_boxed(item.response) for items in bombed for item in items if item.answer == "3.5"}
+    assert asked == set(answers.BOMBS)
+
+
+def test_groups_are_those_of_a_policy() -> None:
+    items = answers.grouped("", 8)
+    groups = [items[begin : begin + 8] for begin in range(0, 4000, 8)]
+    assert all(len({(item.prompt, item.answer) for item in group}) == 1 for group in groups)
+    assert all(len({item.response for item in group}) == 8 for group in groups)
+    boxes = [[last_boxed(item.response) for item in group] for group in groups]
+    different = [len(set(group)) for group in boxes]
+    assert 1 in different and max(different) == 1 + answers.MOST_WRONG and 2.0 < sum(different) / len(different) < 3.0
+    with VerifierPool("math", time_limit=20.0) as pool:
+        rewards = [verdict.reward for verdict in pool.score(items[:800])]
+    rates = [sum(rewards[begin : begin + 8]) / 8 for begin in range(0, 800, 8)]
+    assert set(rates) == {number / 8 for number in range(9)} and 0.4 < sum(rates) / len(rates) < 0.6
 
 
 @pytest.mark.skipif(not (DATA / "math").exists(), reason="the data sets are not here")
 def test_pool_and_plain_loop_agree_on_real_answers() -> None:
-    items = verifier._answers(verifier.Settings(folder=str(DATA)))[:150]
+    items = answers.single(str(DATA))[:150]
     of_loop = verifier.plain_loop(items, 5)
     with VerifierPool("math", time_limit=20.0) as pool:
         of_pool = [verdict.reward for verdict in pool.score(items)]
@@ -115,5 +132,5 @@ def test_pool_and_plain_loop_agree_on_real_answers() -> None:
 
 
 def test_the_plain_loop_survives_a_bomb() -> None:
-    items = [Item(rf"\boxed{{{verifier.BOMBS[0]}}}", "3.5"), Item(r"\boxed{\frac{2}{4}}", "0.5")]
+    items = [Item(rf"\boxed{{{answers.BOMBS[0]}}}", "3.5"), Item(r"\boxed{\frac{2}{4}}", "0.5")]
     assert verifier.plain_loop(items, 1) == [0.0, 1.0]

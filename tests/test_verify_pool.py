@@ -34,7 +34,7 @@ def test_pool_agrees_with_the_verifier_in_order(pool: VerifierPool) -> None:
 
 def test_bombs_time_out_and_harm_nobody() -> None:
     good = [half(k) for k in range(1, 101)]
-    bombs = [(BOMB, "3"), (boxed("9^{9^{9^{9}}}+1"), "x"), (boxed(r"10^{10^{10^{10}}}"), "3.5")]
+    bombs = [(BOMB, "3"), (boxed("9^{9^{9^{9}}}+1"), "x"), (boxed(r"(-1)^{9^{9^9}}"), "3.5")]
     with VerifierPool("math", workers=2, time_limit=1.5) as pool:
         assert rewards(pool.score(good[:1])) == [1.0]
         begin = time.perf_counter()
@@ -44,7 +44,7 @@ def test_bombs_time_out_and_harm_nobody() -> None:
     assert rewards(verdicts[1:51] + verdicts[52:102]) == [1.0] * 100
     for late in (verdicts[0], verdicts[51], verdicts[102], verdicts[103]):
         assert (late.reward, late.status, late.detail) == (0.0, "timeout", "not done after 1.5 s")
-    assert verdicts[0].extracted == "9^{9^{9^9}}", "the answer is told even where it was too much"
+    assert verdicts[0].extracted == "i^{9^{9^9}}", "the answer is told even where it was too much"
 
 
 def test_what_is_known_without_parsing_needs_no_worker(pool: VerifierPool) -> None:

@@ -29,8 +29,10 @@ MAIN = """
         file.write(f"{[v.reward for v in verdicts]} {'math_verify' in sys.modules}")
     if "die" in sys.argv:
         team = pool._dispatcher._team
-        workers = [w.pid for w in team.workers] + [team._server._process.pid]
-        pool.submit((r"\\\\boxed{9^{9^{9^9}}}", "3"))
+        while not all(worker.pid for worker in team.workers):
+            time.sleep(0.01)
+        workers = [worker.pid for worker in team.workers] + [team._server._process.pid]
+        pool.submit((r"\\\\boxed{i^{9^{9^9}}}", "3"))
         time.sleep(0.2)
         print(*workers, flush=True)
         os.kill(os.getpid(), 9)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,11 @@ class Timing:
 
     def speedup(self, name: str, base: str) -> Spread:
         """How many times as fast as `base` a thing is: the ratio of seconds, round by round."""
-        pairs = zip(self.seconds[base], self.seconds[name], strict=True)
-        return _spread([slow / fast for slow, fast in pairs])
+        return _ratios(self.seconds[base], self.seconds[name])
+
+    def thrift(self, name: str, base: str) -> Spread:
+        """How many times as much CPU `base` takes, round by round; on a busy machine it says more than `speedup`."""
+        return _ratios(self.cpu[base], self.cpu[name])
 
 
 def interleaved(
@@ -104,6 +107,10 @@ def cpu_seconds() -> float:
             total += ticks / os.sysconf("SC_CLK_TCK")
             waiting.append(pid)
     return time.process_time() + total
+
+
+def _ratios(above: Sequence[float], below: Sequence[float]) -> Spread:
+    return _spread([a / b for a, b in zip(above, below, strict=True)])
 
 
 def _spread(values: list[float]) -> Spread:

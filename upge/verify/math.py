@@ -7,6 +7,7 @@ such as 9^{9^{9^9}} runs for hours here. Texts that a model wrote belong into a 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import re
@@ -16,10 +17,13 @@ from fractions import Fraction
 from typing import Any
 
 from upge.verify.answers import final_answer, without_unit
+from upge.verify.apart import are_apart
 from upge.verify.base import LONGEST_ANSWER, AnswerVerifier, shown
 from upge.verify.boxed import last_boxed
+from upge.verify.hasty import hasten
 from upge.verify.normal import NUMBER, is_invisible, loose, normalise, spell
 from upge.verify.undone import bare, is_copied, is_fraction, leaves_undone, result_of
+from upge.verify.warm import ANSWERS
 
 _RATIO = re.compile(r"([+-]?)(?:([0-9]+)/([0-9]+)|\\frac\{([+-]?[0-9]+)\}\{([0-9]+)\})")
 _TOLERANCE = Fraction(2, 10**6)
@@ -94,7 +98,10 @@ class MathVerifier(AnswerVerifier):
             )
 
     def warm_up(self) -> None:
-        self.judge(r"\frac{1}{2}", r"\sqrt{\frac{1}{4}}")
+        hasten()
+        for gold, given in ANSWERS:
+            with contextlib.suppress(Exception):
+                self.judge(given, gold)
 
 
 LAST_ANSWER = MathVerifier(final_answer)
@@ -131,6 +138,7 @@ def _value(text: str) -> Fraction | None:
     return -value if ratio[1] == "-" else value
 
 
+@functools.lru_cache(maxsize=1024)
 def _equal(gold: str, given: str, prompt: str | None = None) -> bool:
     """math-verify's verdict on two normalised answers, less what it takes for equal and is not."""
     if _is_plain(gold) and _means_another(given) or leaves_undone(gold, given) or _differs_in_size(gold, given):
@@ -151,6 +159,8 @@ def _equal(gold: str, given: str, prompt: str | None = None) -> bool:
 def _same(gold: list[Any], given: list[Any]) -> bool:
     from math_verify import verify
 
+    if not gold or not given or are_apart(gold[0], given[0]):
+        return False
     same = verify(gold, given, timeout_seconds=None, allow_set_relation_comp=True)
     return same and not _differ_below_rounding(gold[0], given[0])
 

@@ -11,6 +11,7 @@ status) or QUIT. A worker says ("ready", pid) or ("failed", verifier, why), then
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -45,10 +46,11 @@ def main(setup: dict[str, Any]) -> NoReturn:
         try:
             # The import only: a worker makes its own instance, as what that opens must not be shared between processes.
             loading.find(name)
-            if name in setup["built_in"]:
-                loading.load(name).warm_up()
         except BaseException:  # every worker meets the same error and reports it
             pass
+    for name in setup["built_in"]:
+        with contextlib.suppress(BaseException):
+            loading.load(name).warm_up()
     gc.freeze()
     children: set[int] = set()
     try:
