@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy
 import torch
+import torch._dynamo
 
 from upge.errors import ModelError
 from upge.rollout import Rollout, Sampler, Sampling, load
@@ -119,6 +120,25 @@ def arrivals(sampler: Sampler) -> dict:
             "silent": plain(sampler.sample(PROMPTS, COPIES, LONG, SEEDS))}
 
 
+def shared(sampler: Sampler) -> dict:
+    """Several copies of long prompts, and with vLLM for each copy the tokens that it found in the cache."""
+    prompts, cached = LONG_PROMPTS[:2], []
+    if sampler.name == "vllm":
+        engine = sampler._llm.llm_engine
+        step = engine.step
+
+        def counted() -> list:
+            outputs = step()
+            cached.extend(output.num_cached_tokens for output in outputs)
+            return outputs
+
+        engine.step = counted
+    found = plain(sampler.sample(prompts, COPIES, Sampling(max_tokens=4), SEEDS[:2]))
+    if sampler.name == "vllm":
+        engine.step = step
+    return {"rollouts": found, "cached": sorted(cached)}
+
+
 def stopped(sampler: Sampler) -> list[str]:
     """The errors of three calls that end early: twice at the first arrival, once by a signal at any moment."""
     prompts, copies, sampling = CROWD
@@ -159,6 +179,8 @@ def observe(engine: str, folder: Path, kind: str) -> dict:
     found["crowd"] = plain(sampler.sample([PROMPTS[0]] * prompts, copies, sampling, range(prompts)))
     found["tokens_per_second"] = prompts * copies * sampling.max_tokens / (time.perf_counter() - start)
     found["long"] = plain(sampler.sample(LONG_PROMPTS, 1, Sampling(max_tokens=4), range(len(LONG_PROMPTS))))
+    found["shared"] = shared(sampler)
+    found["compiled"] = torch._dynamo.utils.counters["frames"]["total"]
     found["arrivals"] = arrivals(sampler)
     found["stopped"] = stopped(sampler)
     found["after_stop"] = samples(sampler)

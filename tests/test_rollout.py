@@ -117,6 +117,22 @@ def test_long_prompts_fill_more_than_one_prefill(engine: str, folder: Path, obse
 
 
 @engines
+def test_copies_of_a_prompt_share_its_prefill(engine: str, folder: Path, observed: dict):
+    found = observed[engine]["tied"]["shared"]
+    prompts = probe.LONG_PROMPTS[:2]
+    assert largest_difference(folder / "tied", found["rollouts"], Sampling(max_tokens=4), prompts) < TOLERANCE
+    if engine == "vllm":
+        # All but the first of each group find the whole blocks of the prompt, in the step in which that one is run.
+        whole = len(prompts[0]) // 32 * 32
+        assert found["cached"] == [0, 0] + [whole] * 2 * (probe.COPIES - 1)
+
+
+@engines
+def test_nothing_is_compiled(engine: str, observed: dict):
+    assert observed[engine]["tied"]["compiled"] == 0
+
+
+@engines
 @kinds
 def test_the_same_call_gives_the_same_rollouts(engine: str, kind: str, observed: dict):
     found = observed[engine][kind]

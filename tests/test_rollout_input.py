@@ -124,3 +124,13 @@ def test_cores_are_divided_among_the_local_ranks(monkeypatch: pytest.MonkeyPatch
     assert vllm_process.cpu_binding() == "2,3|2,3"
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     assert vllm_process.cpu_binding() == "2,3"
+
+
+def test_the_cache_is_what_the_sequences_fill_within_what_is_free(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vllm_process, "free_memory", lambda: 1000 * 64)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    # Two sequences of 33 tokens take two blocks of 32 each, and one more each to begin with.
+    assert vllm_process.cache_bytes(2, 33, 10, 1.0, 32) == 2 * 3 * 32 * 10
+    assert vllm_process.cache_bytes(2, 33, 1000, 0.5, 32) == 500 * 64
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert vllm_process.cache_bytes(2, 33, 1000, 0.5, 32) == 250 * 64

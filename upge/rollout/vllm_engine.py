@@ -20,12 +20,16 @@ from upge.rollout.vllm_process import (
     import_vllm,
     interrupts_held,
     quiet,
+    ranks_uncompiled,
     several_ranks,
     thread_setter_kept,
 )
 
 # Sequences decoded at once on a CPU: vLLM's own default there.
 CPU_SEQUENCES = 256
+# Tokens in a block of the cache on a CPU, the fewest that its attention takes. A group's copies share whole blocks of
+# their prompt, in the very step in which the first of them is prefilled; most prompts fill none or one of vLLM's 128.
+CPU_BLOCK = 32
 
 
 class VLLMSampler(Sampler):
@@ -58,6 +62,8 @@ class VLLMSampler(Sampler):
         self._cpu = device == "cpu"
         self._dtype = choose_dtype(dtype, device)
         self._vllm = import_vllm()
+        if self._cpu:
+            ranks_uncompiled()
         options = self._options(config, memory_fraction)
         if overrides:
             options["hf_overrides"] = functools.partial(override, overrides=overrides)
@@ -81,10 +87,11 @@ class VLLMSampler(Sampler):
             return options | dict(gpu_memory_utilization=memory_fraction, enable_sleep_mode=True)
         # A prompt that is prefilled in pieces makes vLLM rewind its seeded generator, which a CPU generator cannot do
         # (RuntimeError): no piecewise prefill. Compiling costs more than a run of a model for a CPU gives back.
-        options |= dict(enable_chunked_prefill=False, enforce_eager=True, max_num_seqs=CPU_SEQUENCES)
+        options |= dict(enable_chunked_prefill=False, enforce_eager=True, max_num_seqs=CPU_SEQUENCES,
+                        block_size=CPU_BLOCK)
         if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
             options["kv_cache_memory_bytes"] = cache_bytes(
-                CPU_SEQUENCES, self.max_length, cache_bytes_per_token(config, self._dtype), memory_fraction)
+                CPU_SEQUENCES, self.max_length, cache_bytes_per_token(config, self._dtype), memory_fraction, CPU_BLOCK)
         return options
 
     def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived) -> None:

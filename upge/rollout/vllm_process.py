@@ -69,11 +69,36 @@ def why_not_vllm(device: str) -> str | None:
     return None
 
 
-def cache_bytes(sequences: int, max_length: int, bytes_per_token: int, memory_fraction: float, block: int = 128) -> int:
-    """Memory for `sequences` full sequences, at most `memory_fraction` of this rank's share of what is free now."""
+def cache_bytes(sequences: int, max_length: int, bytes_per_token: int, memory_fraction: float, block: int) -> int:
+    """Memory for `sequences` full sequences in blocks of `block` tokens, at most `memory_fraction` of this rank's share
+    of what is free now."""
     blocks = sequences * (-(-max_length // block) + 1)
-    share = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return int(min(blocks * block * bytes_per_token, memory_fraction * share))
+
+
+def free_memory() -> int:
+    """Bytes that are free: the machine's, or less where vLLM, which keeps to one NUMA node and its container, sees
+    less; it refuses to start with a cache beyond that."""
+    free = psutil.virtual_memory().available
+    try:
+        resources = importlib.import_module("vllm.utils.cpu_resource_utils")
+        node = resources.get_allowed_cpu_list()[0].numa_node
+        return min(free, resources.get_memory_node_info(node).available_memory)
+    except (ImportError, AttributeError, LookupError, OSError):  # another version; it will say what it finds too large
+        return free
+
+
+def ranks_uncompiled() -> None:
+    """Have vLLM count the ranks of sampled tokens, which nothing here asks for, without compiling a kernel for it.
+
+    Eager mode does not reach this function: it alone would start the C++ compiler in the first call of every process.
+    """
+    sampler = importlib.import_module("vllm.v1.sample.sampler")
+    compiled = getattr(sampler, "batched_count_greater_than", None)
+    plain = getattr(compiled, "_torchdynamo_orig_callable", None)
+    if plain is not None:
+        sampler.batched_count_greater_than = plain
 
 
 @contextmanager
