@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from experiments import verifiable
 from experiments.config import Composed
-from upge import data, verify
+from upge import data
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError, DataError, ModelError, UserError
 from upge.evaluation.suite import load as benchmarks
@@ -147,35 +148,19 @@ def check_answers(problems: Sequence[data.Problem], default: str) -> tuple[str, 
         ConfigError: a verifier that does not exist.
         DataError: an answer that its verifier could never find right.
     """
-    for problem, reason in _unverifiable(problems, default):
+    for problem, reason in verifiable.refused(problems, default):
         raise DataError(
             f"{problem.where or problem.id}: the answer cannot be verified: {reason}; for training "
             "data_policy.unverifiable_answers=drop leaves such problems out"
         )
-    return _verifier_names(problems, default)
-
-
-def _verifier_names(problems: Sequence[data.Problem], default: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys([default, *(p.verifier for p in problems if p.verifier)]))
-
-
-def _unverifiable(problems: Sequence[data.Problem], default: str) -> Iterator[tuple[data.Problem, ValueError]]:
-    """The problems whose answers their verifiers refuse, with the reason."""
-    verifiers = {name: verify.load(name) for name in _verifier_names(problems, default)}
-    for problem in problems:
-        check = getattr(verifiers[problem.verifier or default], "check_answer", None)
-        try:
-            if check is not None:
-                check(problem.answer)
-        except ValueError as error:
-            yield problem, error
+    return verifiable.names(problems, default)
 
 
 def _verifiable(splits: data.Splits, config: RunConfig) -> tuple[data.Splits, list[str]]:
     """Without the problems that the policy leaves out, and a note of how many these are."""
     if config.data_policy.unverifiable_answers == "error":
         return splits, []
-    found = list(_unverifiable([*splits.train, *splits.evaluation], config.verify.verifier))
+    found = list(verifiable.refused([*splits.train, *splits.evaluation], config.verify.verifier))
     if not found:
         return splits, []
     out = {problem.id for problem, _ in found}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import re
 import shutil
 import sys
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from upge.cache import home
 from upge.errors import ModelError, nearest
 
 #: Part of the name of a converted model: raise it when the conversion changes, so that old copies are not found.
@@ -61,9 +61,7 @@ def local_path(path: str) -> str:
 
 def cache() -> Path:
     """The folder of converted models."""
-    chosen, user = os.environ.get("UPGE_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    home = Path(chosen).expanduser() if chosen else Path(user or "~/.cache").expanduser() / "upge"
-    return home.absolute() / "models"
+    return home() / "models"
 
 
 def _source(path: str) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -11,9 +10,6 @@ from upge.checks import mismatch
 from upge.data.problem import Problem
 from upge.data.prompting import Prompting
 from upge.errors import ConfigError, DataError
-
-#: Responses that are made tokens at once; what a tokenizer returns is many times as large as what is kept of it.
-CHUNK = 256
 
 OverlongPrompts = Literal["error", "drop"]
 OverlongDemonstrations = Literal["drop", "truncate", "error"]
@@ -141,11 +137,7 @@ def _limited(
     policy: str,
 ) -> tuple[list[Sequence[int] | None], set[int]]:
     """The texts, each of the problem at its index, in tokens as the policy leaves them, and which were too long."""
-    found: list[Sequence[int] | None] = []
-    for start in range(0, len(texts), CHUNK):
-        chunk = [text for _, text in texts[start : start + CHUNK]]
-        # Four bytes a token: long demonstrations by the ten thousand would take gigabytes as tuples.
-        found += [array("i", ids) for ids in prompting.response_ids(chunk)]
+    found: list[Sequence[int] | None] = list(prompting.response_arrays([text for _, text in texts]))
     long = {i for i, ids in enumerate(found) if len(ids) > limit}
     if long and policy == "error":
         worst = max(sorted(long), key=lambda i: len(found[i]))

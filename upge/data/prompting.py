@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import string
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from upge.data.problem import Problem
+from upge.data.tokens import tokens_of
 from upge.errors import ConfigError, ModelError, nearest
 
 FIELDS = ("prompt", "system")
@@ -88,10 +90,14 @@ class Prompting:
         return self._chat([*messages, {"role": "user", "content": prompt}], add_generation_prompt=True) + self.opening
 
     def prompt_ids(self, problems: Sequence[Problem]) -> list[tuple[int, ...]]:
-        """The token ids of the prompts."""
+        """The token ids of the prompts; of many problems they are remembered, see `upge.data.tokens`."""
+        settings = ("prompts", self.template == "chat", *self._ends())
+        found = tokens_of([self.text(p) for p in problems], self._prompt_ids, self.tokenizer, settings)
+        return [tuple(ids) for ids in found]
+
+    def _prompt_ids(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         # A chat template writes the special tokens itself; in a format string the tokenizer's own BOS is wanted.
         chat = self.template == "chat"
-        texts = [self.text(p) for p in problems]
         found = self._tokens(texts, add_special_tokens=not chat)
         own_end = self.tokenizer.eos_token
         return found if chat else [
@@ -100,9 +106,20 @@ class Prompting:
 
     def response_ids(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """The token ids of these responses, each with the end of sequence behind it."""
+        return [tuple(ids) for ids in self.response_arrays(texts)]
+
+    def response_arrays(self, texts: Sequence[str]) -> list[array]:
+        """The same in four bytes a token, for many and long ones; remembered as those of prompts."""
         bare = [text.removeprefix(self.opening) for text in texts]
+        return tokens_of(bare, self._ended_ids, self.tokenizer, ("responses", *self._ends()))
+
+    def _ended_ids(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         end = self.tokenizer.eos_token_id
-        return [ids if ids[-1:] == (end,) else (*ids, end) for ids in self._tokens(bare, add_special_tokens=False)]
+        return [ids if ids[-1:] == (end,) else (*ids, end) for ids in self._tokens(texts, add_special_tokens=False)]
+
+    def _ends(self) -> tuple[Any, ...]:
+        """What the tokenizer says of the ends of a text, beside what its backend does."""
+        return self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.eos_token
 
     def decode(self, responses: Sequence[Sequence[int]]) -> list[str]:
         """Responses as text, without special tokens; no responses, no texts (where the tokenizer would make one)."""
