@@ -32,20 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     world = None
     surroundings.quiet()
     try:
-        from experiments.config import compose
-        from experiments.dry_run import plan
-        from experiments.planning.fits import check_fits
-        from experiments.prepare import prepare, with_local_models
+        with surroundings.collector_paused():
+            from experiments.config import compose
+            from experiments.dry_run import plan
+            from experiments.planning.fits import check_fits
+            from experiments.prepare import prepare, with_local_models
 
-        composed = with_local_models(compose(arguments))
-        if dry_run:
-            text = plan(composed)
-            if launched_rank() == 0:
-                print(text)
-            return 0
-        prepared = prepare(composed)
-        notes = check_fits(composed)
-        world = connect()
+            composed = with_local_models(compose(arguments))
+            if dry_run:
+                text = plan(composed)
+                if launched_rank() == 0:
+                    print(text)
+                return 0
+            prepared = prepare(composed)
+            notes = check_fits(composed)
+            world = connect()
         code = _train(composed, replace(prepared, notes=(*prepared.notes, *notes)), world)
     except UserError as error:
         # Before the ranks are connected all of them find the same; afterwards each speaks for itself.
@@ -62,7 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(composed: Any, prepared: Any, world: World) -> int:
     from experiments.dry_run import in_print
     from experiments.progress import Progress
-    from upge import rollout
     from upge.train.trainer import Parts, Trainer
     from upge.verify import VerifierPool
 
@@ -77,16 +77,10 @@ def _train(composed: Any, prepared: Any, world: World) -> int:
     say(prepared.prompting.describe(prepared.train[0].problem))
     limits = (config.verify.workers, config.verify.time_limit, config.verify.memory_limit)
     with VerifierPool(prepared.verifiers, *limits) as pool:
-        models = _models(composed, world)
-        sampler = rollout.load(
-            config.rollout.engine,
-            config.model.path,
-            dtype=config.model.dtype,
-            max_length=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
-            memory_fraction=config.rollout.memory_fraction,
-            seed=config.seed,
-            overrides=config.model.overrides,
-        )
+        with surroundings.collector_paused():
+            models = _models(composed, world)
+        with surroundings.collector_paused():
+            sampler = _sampler(config)
         say(f"rollouts: {sampler.reason}")
         resume_from = world.share(_resume_point(prepared))
         progress = Progress(config.steps, resume_from or 0, enabled=world.is_main)
@@ -143,6 +137,20 @@ def _models(composed: Any, world: World) -> Any:
             model, key = replace(model, path=config.reference.path, overrides={}), "reference.path"
         frozen = FrozenPolicy(model, world, config.rollout.temperature, key=key)
     return Models(policy, critic, frozen)
+
+
+def _sampler(config: Any) -> Any:
+    from upge import rollout
+
+    return rollout.load(
+        config.rollout.engine,
+        config.model.path,
+        dtype=config.model.dtype,
+        max_length=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
+        memory_fraction=config.rollout.memory_fraction,
+        seed=config.seed,
+        overrides=config.model.overrides,
+    )
 
 
 def _resume_point(prepared: Any) -> int | None:

