@@ -77,8 +77,8 @@ def test_no_algorithm_is_named_in_the_package(path):
 # Imports. A layer may import those before it and itself; `upge` below is the package's own __init__.
 
 LAYERS = [
-    {"upge.errors"},
-    {"upge.checks", "upge.trajectories"},
+    {"upge.errors", "upge.cache"},
+    {"upge.checks", "upge.views", "upge.trajectories"},
     {"upge.components"},
     {"upge.estimator", "upge.gates", "upge.reduction"},
     {"upge.regularizers", "upge.estimate", "upge.formula", "upge.stateful", "upge.value", "upge.selection"},
@@ -88,11 +88,11 @@ LAYERS = [
     {"upge.instantiate", "upge.testing"},
     {"upge.theory"},
 ]
-#: Rooms beside the layers: each knows only errors and checks, and what it holds itself.
+#: Rooms beside the layers: each knows only errors, checks and the cache, and what it holds itself.
 ROOMS = {"upge.logprobs", "upge.data", "upge.verify", "upge.rollout", "upge.models"}
 TRAIN = {
     *("upge.algorithm", "upge.plan", "upge.pipeline", "upge.needs", "upge.value", "upge.stateful", "upge.estimate"),
-    *("upge.components", "upge.trajectories", "upge.errors", "upge.checks", *ROOMS),
+    *("upge.components", "upge.views", "upge.trajectories", "upge.errors", "upge.checks", *ROOMS),
 }
 
 
@@ -110,7 +110,7 @@ def allowed(owner: str) -> set[str] | None:
     if owner == "upge.evaluation":
         return TRAIN | {owner, "upge.train", "upge.instantiate"}
     if owner in ROOMS:
-        return {"upge.errors", "upge.checks", owner}
+        return {"upge.errors", "upge.cache", "upge.checks", owner}
     for number, layer in enumerate(LAYERS):
         if owner in layer:
             return set().union(*LAYERS[: number + 1])
