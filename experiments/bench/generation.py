@@ -1,0 +1,146 @@
+"""Sampled tokens per second: vLLM with a group's prompt computed once, in blocks of 32 and of 128, and with nothing
+shared, and transformers' `generate`; the same prompts and seeds for all, other ones in each round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.bench.measure import Timing, interleaved
+from upge.errors import ConfigError
+from upge.rollout import Rollout, Sampler, Sampling
+
+SUMMARY = "sampled tokens per second: what a group shares of its prompt, and vLLM against transformers"
+OURS, THEIRS, NOTHING, OTHER = "vLLM, blocks of 32", "vLLM, blocks of 128", "vLLM, nothing shared", "transformers"
+OPTIONS = {OURS: {}, THEIRS: {"block_size": 128}, NOTHING: {"enable_prefix_caching": False}}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Keys of this bench.
+
+    Fields:
+        folder: GSM8K's, on which SmolLM2-135M is measured; empty measures the tiny model on arithmetic.
+        prompts, group_size, tokens: of a round; `tokens` is the most that a response may have.
+        rounds: at least five.
+        transformers: measure that engine, too; it takes much longer where the model is not tiny.
+    """
+
+    folder: str = ""
+    prompts: int = 32
+    group_size: int = 8
+    tokens: int = 64
+    rounds: int = 5
+    transformers: bool = True
+
+
+def run(settings: Settings) -> str:
+    """A Markdown table. The vLLM engines are in one process, each with a cache for what a round takes.
+
+    Raises:
+        ConfigError: vLLM is not installed.
+    """
+    path, prompts, stops = _model(settings)
+    longest = max(map(len, prompts)) + settings.tokens
+    samplers = _samplers(path, longest, settings)
+    sampling = Sampling(max_tokens=settings.tokens, stop_token_ids=stops)
+
+    def sample(sampler: Sampler) -> Callable[[int], list[list[Rollout]]]:
+        def of_round(number: int) -> list[list[Rollout]]:
+            chosen = prompts[number * settings.prompts : (number + 1) * settings.prompts]
+            return sampler.sample(chosen, settings.group_size, sampling, range(number, number + len(chosen)))
+
+        return of_round
+
+    things = {name: sample(sampler) for name, sampler in samplers.items()}
+    for sampler in samplers.values():  # what happens once has happened
+        sampler.sample(prompts[:1], 2, Sampling(max_tokens=2), [0])
+    timing = interleaved(things, settings.rounds)
+    for sampler in reversed(samplers.values()):
+        sampler.close()
+    return table(timing, sum(map(len, prompts)) / len(prompts), settings)
+
+
+def table(timing: Timing, length: float, settings: Settings) -> str:
+    """Tokens per second, ratios to vLLM as it would be, and how many responses of vLLM are the same in all cases."""
+    lines = ["| with | tokens per second | times blocks of 128 | the same in CPU seconds |", "|---|---|---|---|"]
+    for name, seconds in timing.seconds.items():
+        # Rounds differ in length: of all of them together, so that the ratios alone have a range.
+        rate = sum(map(tokens, timing.results[name])) / sum(seconds)
+        ratios = ["1", "1"]
+        if name != THEIRS:
+            ratios = [_range(kind[name], kind[THEIRS]) for kind in (timing.seconds, timing.cpu)]
+        lines.append(f"| {name} | {rate:.0f} | {' | '.join(ratios)} |")
+    same, of = agreement(timing.results[OURS], timing.results[NOTHING])
+    model = "SmolLM2-135M on GSM8K" if settings.folder else "the tiny model on arithmetic"
+    return "\n".join([
+        *lines,
+        "",
+        f"{model[0].upper()}{model[1:]}: {settings.prompts} prompts of {length:.0f} tokens, {settings.group_size} "
+        f"responses of at most {settings.tokens} to each; {settings.rounds} rounds, ratios in the round, median and "
+        f"range. {same} of {of} responses have the same tokens with blocks of 32 and with nothing shared.",
+    ])  # fmt: skip
+
+
+def tokens(groups: Sequence[Sequence[Rollout]]) -> int:
+    """How many were sampled."""
+    return sum(len(rollout.token_ids) for group in groups for rollout in group)
+
+
+def agreement(some: Sequence[Any], others: Sequence[Any]) -> tuple[int, int]:
+    """How many responses have the same tokens, of how many."""
+    first, second = ([r.token_ids for groups in rounds for g in groups for r in g] for rounds in (some, others))
+    return sum(a == b for a, b in zip(first, second, strict=True)), len(first)
+
+
+def _range(fast: Sequence[float], slow: Sequence[float]) -> str:
+    ratios = sorted(b / a for a, b in zip(fast, slow, strict=True))
+    return f"{ratios[len(ratios) // 2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+
+
+def _model(settings: Settings) -> tuple[str, list[tuple[int, ...]], tuple[int, ...]]:
+    """The model's folder, prompts for all rounds, and the tokens that end a response."""
+    from experiments.config import compose
+    from experiments.prepare import load_prompting, with_local_models
+    from upge.instantiate import build
+
+    data = ["model=tiny", "data=arithmetic"]
+    if settings.folder:
+        data = ["model=smollm2-135m", "data=gsm8k", f"data.path={Path(settings.folder).expanduser().absolute()}"]
+    composed = with_local_models(compose(data))
+    prompting = load_prompting(composed.config.model)
+    problems = build(composed.tree["data"], "data").load().train
+    if len(problems) < settings.rounds * settings.prompts:
+        raise ConfigError(f"prompts: {settings.prompts} in each of {settings.rounds} rounds are more than there are")
+    found = prompting.prompt_ids(problems[: settings.rounds * settings.prompts])
+    return composed.config.model.path, found, prompting.stop_token_ids
+
+
+def _samplers(path: str, longest: int, settings: Settings) -> dict[str, Sampler]:
+    from upge.rollout.transformers_engine import TransformersSampler
+    from upge.rollout.vllm_engine import VLLMSampler, cache_bytes_per_token
+    from upge.rollout.vllm_process import cache_bytes, why_not_vllm
+
+    obstacle = why_not_vllm("cpu")
+    if obstacle:
+        raise ConfigError(f"this bench needs vLLM on a CPU: {obstacle}")
+
+    class Changed(VLLMSampler):
+        """The same with other options."""
+
+        changes: dict[str, Any] = {}  # noqa: RUF012
+
+        def _options(self, config: Any, memory_fraction: float) -> dict[str, Any]:
+            sequences = settings.prompts * settings.group_size
+            memory = cache_bytes(sequences, longest, cache_bytes_per_token(config, self._dtype), memory_fraction, 128)
+            return super()._options(config, memory_fraction) | {"kv_cache_memory_bytes": memory} | self.changes
+
+    found: dict[str, Sampler] = {}
+    for name, changes in OPTIONS.items():
+        kind = type("Changed", (Changed,), {"changes": changes})
+        found[name] = kind(path, dtype="float32", max_length=longest, memory_fraction=0.1)
+    if settings.transformers:
+        found[OTHER] = TransformersSampler(path, dtype="float32", max_length=longest)
+    return found

@@ -1,0 +1,118 @@
+"""Seconds from the command to the first rollout and to the first finished step, and what they are spent on.
+
+Runs take turns, each a process of its own with a step of its own: with the cache of tokens and judged answers filled,
+with an empty one, and, where `before` is the folder of another checkout (`git worktree add FOLDER COMMIT`), with that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.bench.measure import Timing, interleaved
+from upge.errors import ConfigError
+
+SUMMARY = "seconds from the command to the first rollout and the first step, with and without what is remembered"
+MARKS = ("prepared", "trainer", "engine", "first rollout", "first step")
+WARM, COLD, BEFORE = "warm", "no cache", "before"
+PROBE = Path(__file__).with_name("startup_probe.py")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Keys of this bench.
+
+    Fields:
+        run: what is started, as on the command line of experiments.run; `steps` and `output` are given here.
+        before: the folder of another checkout to compare with; empty for none.
+        rounds: at least five.
+    """
+
+    run: str = "data.evaluation_size=16 eval.samples=1 prompts_per_step=8"
+    before: str = ""
+    rounds: int = 5
+
+
+def run(settings: Settings) -> str:
+    """A Markdown table: the marks of each kind of start, and how many times as fast it is.
+
+    Raises:
+        ConfigError: the run refuses its settings, or `before` is no checkout.
+    """
+    here = Path(__file__).parents[2]
+    before = Path(settings.before).expanduser().absolute()
+    if settings.before and not (before / "experiments" / "run.py").is_file():
+        raise ConfigError(f"before: {before} holds no experiments/run.py; give the folder of a checkout")
+    arguments = _local(settings.run.split())
+    with tempfile.TemporaryDirectory() as folder:
+
+        def started(root: Path, cache: str) -> Callable[[int], dict[str, float]]:
+            return lambda number: _started(root, arguments, Path(folder), cache and cache.format(number))
+
+        things = {WARM: started(here, "warm"), COLD: started(here, "cold-{}")}
+        if settings.before:
+            things[BEFORE] = started(before, "before")
+        things[WARM](0)
+        return table(interleaved(things, settings.rounds))
+
+
+def table(timing: Timing) -> str:
+    """Medians of the marks in seconds, and ratios of the last two with their range."""
+    base = BEFORE if BEFORE in timing.results else COLD
+    lines = [f"| start | {' | '.join(MARKS)} | first rollout, times {base} | first step, times {base} |"]
+    lines.append("|---" * (len(MARKS) + 3) + "|")
+    for name, results in timing.results.items():
+        cells = [f"{statistics.median(marks[mark] for marks in results):.1f}" for mark in MARKS]
+        for mark in MARKS[-2:]:
+            pairs = zip(timing.results[base], results, strict=True)
+            ratios = [slow[mark] / fast[mark] for slow, fast in pairs]
+            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            cells.append("1" if name == base else spread)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    costs = ", ".join(f"{name} {statistics.median(seconds):.1f}" for name, seconds in timing.cpu.items())
+    rounds = len(timing.seconds[WARM])
+    told = f"Seconds since the command, medians of {rounds} rounds; ratios within the round, with their range. "
+    return "\n".join([*lines, "", f"{told}Seconds of CPU for the whole run of one step: {costs}."])
+
+
+def _started(root: Path, arguments: Sequence[str], folder: Path, cache: str) -> dict[str, float]:
+    """The marks of one run."""
+    number = len(list(folder.iterdir()))
+    marks, output = folder / f"marks-{number}.jsonl", folder / f"run-{number}"
+    environment = {**os.environ, "UPGE_CACHE": str(folder / cache)}
+    command = [sys.executable, str(PROBE), str(marks), repr(time.time())]
+    done = subprocess.run(
+        [*command, *arguments, "steps=1", f"output={output}"],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        last = (done.stderr.strip() or "nothing was said").splitlines()[-1]
+        raise ConfigError(f"run: the run ended with exit code {done.returncode}: {last}")
+    found: dict[str, float] = {}
+    for line in marks.read_text().splitlines():
+        name, seconds = json.loads(line)
+        found.setdefault(name, seconds)
+    return found
+
+
+def _local(arguments: Sequence[str]) -> list[str]:
+    """The arguments with a model that is already converted: converting is not what is measured here."""
+    from experiments.config import compose
+    from experiments.prepare import with_local_models
+
+    composed: Any = compose([*arguments, "steps=1"])
+    path = with_local_models(composed).config.model.path
+    return [*arguments, f"model.path={Path(path).absolute() if Path(path).is_dir() else path}"]

@@ -1,0 +1,68 @@
+"""Runs `experiments.run` of the folder it is started in, and notes when each part of the start was done.
+
+python startup_probe.py MARKS BEGUN ARGUMENTS...     MARKS: the file for the notes; BEGUN: when the command was given
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+AFTER = (
+    ("experiments.prepare", "prepare", "prepared"),
+    ("experiments.run", "_models", "trainer"),
+    ("upge.rollout", "load", "engine"),
+    ("experiments.progress", "Progress.step", "first step"),
+)
+"""Module, function, and what is done when it returns."""
+
+
+def main(file: str, begun: float, arguments: list[str]) -> int:
+    """The exit code of the run."""
+
+    def mark(name: str) -> None:
+        with open(file, "a", encoding="utf-8") as marks:
+            print(json.dumps([name, time.time() - begun]), file=marks)
+
+    run = importlib.import_module("experiments.run")
+    for module, path, name in AFTER:
+        *owners, function = path.split(".")
+        owner = functools.reduce(getattr, owners, importlib.import_module(module))
+        setattr(owner, function, _marked(getattr(owner, function), functools.partial(mark, name)))
+    sampler: Any = importlib.import_module("upge.rollout.base").Sampler
+    sample = sampler.sample
+
+    def watched(self: Any, prompts: Any, n: int, sampling: Any, seeds: Any, arrived: Any = None) -> Any:
+        def first(index: int, copy: int, rollout: Any) -> None:
+            if not told:
+                told.append(True)
+                mark("first rollout")
+            if arrived is not None:
+                arrived(index, copy, rollout)
+
+        return sample(self, prompts, n, sampling, seeds, first)
+
+    told: list[bool] = []
+    sampler.sample = watched
+    return run.main(arguments)
+
+
+def _marked(function: Callable, mark: Callable[[], None]) -> Callable:
+    @functools.wraps(function)
+    def marked(*arguments: Any, **named: Any) -> Any:
+        found = function(*arguments, **named)
+        mark()
+        return found
+
+    return marked
+
+
+if __name__ == "__main__":
+    sys.path[0] = os.getcwd()
+    sys.exit(main(sys.argv[1], float(sys.argv[2]), sys.argv[3:]))
