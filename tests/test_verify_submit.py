@@ -148,7 +148,7 @@ def test_a_pool_that_nobody_holds_ends_itself() -> None:
     before = children()
     pool = VerifierPool("math", workers=1)
     future = pool.submit(Item(BOMB, "3"))
-    assert until(lambda: len(children() - before) == 2)
+    assert until(lambda: len(children() - before) == 2, 60.0)
     del pool
     gc.collect()
     assert until(lambda: children() <= before)
