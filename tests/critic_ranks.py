@@ -19,7 +19,8 @@ from upge.train.critic import CriticEngine
 from upge.train.distributed import connect, leave
 from upge.train.engine import Engine
 from upge.train.frozen import FrozenPolicy
-from upge.train.packing import distribute, packed_length
+from upge.train.micro_batches import Work, distribute
+from upge.train.packing import packed_length
 
 #: The first gives several micro-batches, the second one a rank.
 BUDGETS = (60, 10_000)
@@ -40,7 +41,7 @@ def targets() -> list[Tensor]:
 def share(engine: CriticEngine | Engine | FrozenPolicy, budget: int, some: int | None = None) -> list[list[int]]:
     """This rank's micro-batches of the first `some` trajectories."""
     lengths = [packed_length(*pair) for pair in batch()[:some]]
-    return distribute(lengths, engine.world.size, budget)[engine.world.rank]
+    return distribute([Work(tokens) for tokens in lengths], engine.world.size, budget)[engine.world.rank]
 
 
 def squared_loss(values: Tensor, rows: list[int]) -> Tensor:

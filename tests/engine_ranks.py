@@ -18,7 +18,8 @@ from upge.errors import ModelError
 from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.distributed import World, connect, leave
 from upge.train.engine import Engine, StepResult
-from upge.train.packing import distribute, packed_length
+from upge.train.micro_batches import Work, distribute
+from upge.train.packing import packed_length
 
 #: Tokens of a micro-batch, small enough for several.
 BUDGET = 60
@@ -34,7 +35,7 @@ def accumulate(engine: Engine, variant: int, factor: float = 1.0, after: Callabl
     """The gradient of one of several losses over all ranks' trajectories, in micro-batches, with `after` each."""
     batch, weights = trajectories(), token_weights(variant)
     lengths = [packed_length(t.prompt_ids, t.response_ids) for t in batch]
-    mine = distribute(lengths, engine.world.size, BUDGET)[engine.world.rank]
+    mine = distribute([Work(tokens) for tokens in lengths], engine.world.size, BUDGET)[engine.world.rank]
     assert len(mine) > 2
     for number, rows in enumerate(mine):
         logprobs = engine.forward([(batch[r].prompt_ids, batch[r].response_ids) for r in rows]).logprobs

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from upge.train.micro_batches import Work, distribute
 from upge.train.packed_attention import PackedPolicy
-from upge.train.packing import distribute, pack, packed_length
+from upge.train.packing import pack, packed_length
 
 VOCABULARY, UPDATES, MICRO_BATCHES = 67, 3, 2
 ENTROPY_WEIGHT, TEMPERATURE = 0.3, 0.8
@@ -101,7 +102,8 @@ def run_case(tied: bool, checkpointing: bool) -> dict[str, float]:
         coefficients = [torch.linspace(-1.0, 2.0, len(response)) for _, response in trajectories]
         lengths = [packed_length(*trajectory) for trajectory in trajectories]
         # Every rank must run MICRO_BATCHES of them; this worker fills up with empty ones where the plan has fewer.
-        plan = distribute(lengths, ranks, max(sum(lengths) // (ranks * MICRO_BATCHES) + max(lengths), 1))[rank]
+        budget = max(sum(lengths) // (ranks * MICRO_BATCHES) + max(lengths), 1)
+        plan = distribute([Work(tokens) for tokens in lengths], ranks, budget)[rank]
         assert len(plan) <= MICRO_BATCHES
         for members in plan + [[]] * (MICRO_BATCHES - len(plan)):
             batch = pack([trajectories[i] for i in members])

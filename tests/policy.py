@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from upge import Trajectories
-from upge.trajectories import TOKEN_COLUMNS, TRAJECTORY_COLUMNS
+from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS
 
 
 @dataclass

@@ -10,7 +10,8 @@ import torch
 
 import upge
 from upge.testing import ConformanceError, check_component, random_batch
-from upge.trajectories import UndeclaredColumn, masked_mean
+from upge.trajectories import masked_mean
+from upge.views import UndeclaredColumn
 
 RATIO = frozenset({"logprobs", "behavior_logprobs"})
 SHIPPED = [

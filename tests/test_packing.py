@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 
 import pytest
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from upge.errors import ModelError
 from upge.train.packed_attention import PackedPolicy, packed_attention
-from upge.train.packing import distribute, pack, packed_length, plan_micro_batches
+from upge.train.packing import pack, packed_length
 
 VOCABULARY, TEMPERATURE = 37, 0.8
 SMALL = {
@@ -240,51 +239,6 @@ def test_layout_of_random_rows(seed):
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="trajectory 1 has an empty prompt"):
         pack([([1], [2]), ([], [3])])
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_plan_of_micro_batches(seed):
-    rng = random.Random(seed)
-    lengths = [rng.randint(1, 50) for _ in range(rng.randint(0, 60))]
-    ranks, budget = rng.randint(1, 5), rng.randint(30, 200)
-    blocks = [rng.randint(0, 12) for _ in lengths] if seed % 2 else None
-    plan = distribute(lengths, ranks, budget, blocks)
-    assert plan == distribute(lengths, ranks, budget, blocks)
-    assert len(plan) == ranks and len({len(of_rank) for of_rank in plan}) == 1
-    micro_batches = [members for of_rank in plan for members in of_rank]
-    assert sorted(i for members in micro_batches for i in members) == list(range(len(lengths)))
-    names = list(range(len(lengths))) if blocks is None else blocks
-    for members in micro_batches:
-        assert members == sorted(members)
-        held = {names[i] for i in members}
-        assert sum(lengths[i] for i in members) <= budget or len(held) == 1
-        assert all(i in members for i, name in enumerate(names) if name in held)
-    if blocks is None and lengths:
-        needed = math.ceil(sum(lengths) / budget)
-        assert len(micro_batches) <= math.ceil((1.5 * needed + 1) / ranks) * ranks
-
-
-def test_plan_is_balanced_over_ranks():
-    rng = random.Random(0)
-    lengths = [rng.randint(20, 90) for _ in range(256)]
-    plan = distribute(lengths, 4, token_budget=2048)
-    loads = [[sum(lengths[i] for i in members) for members in of_rank] for of_rank in plan]
-    assert max(map(sum, loads)) < 1.01 * sum(lengths) / 4
-    assert all(max(turn) < 1.05 * min(turn) for turn in zip(*loads, strict=True))
-    assert [len(of_rank) for of_rank in distribute([5], 3, 100)] == [1, 1, 1]
-    assert distribute([5], 3, 100) == [[[0]], [[]], [[]]]
-    assert distribute([], 2, 100) == [[], []]
-
-
-def test_a_block_above_the_budget_has_its_own_micro_batch():
-    plan = plan_micro_batches([30, 30, 5, 5, 5, 80], token_budget=50, blocks=[1, 1, 2, 2, 3, 4])
-    assert sorted(plan) == [[0, 1], [2, 3, 4], [5]]
-
-
-@pytest.mark.parametrize("arguments", [([1], 1, 0), ([1], 0, 5), ([1, 2], 1, 5, [0])])
-def test_a_plan_that_cannot_be_made_is_refused(arguments):
-    with pytest.raises(ValueError, match="at least 1|one block for each"):
-        distribute(*arguments)
 
 
 @pytest.mark.gpu

@@ -32,8 +32,9 @@ from upge.reduction import FixedLength, QuestionMean, Reduction, SequenceMean, T
 from upge.regularizers import EntropyBonus, KLPenalty, Regularizer
 from upge.selection import DynamicSampling, Interlude
 from upge.stateful import MetaGradient, StatefulGate
-from upge.trajectories import PackedTokens, Trajectories
+from upge.trajectories import Trajectories
 from upge.value import ValueLoss
+from upge.views import PackedTokens
 
 __version__ = "0.1.0"
 __all__ = [

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from upge.checks import check_fields
-from upge.components.base import REACHES, Component, Precomputed
+from upge.components.base import REACHES, Component, Precomputed, live_reads
 from upge.errors import ConfigError
 from upge.estimate import Estimate
 from upge.estimator import UnifiedGradient
@@ -32,6 +32,7 @@ from upge.selection import DynamicSampling, Interlude, check_plain
 from upge.stateful import UTILITY_SLOPE, StatefulGate, stateful_gates
 from upge.trajectories import Trajectories
 from upge.value import ValueLoss
+from upge.views import TOKEN_COLUMNS
 
 
 def source_rows(batch: Trajectories, source: Source) -> Bool[Tensor, "B"]:
@@ -135,6 +136,18 @@ class Algorithm:
     def reach(self) -> str:
         """How much of a batch must stay together in a micro-batch: 'token', 'trajectory' or 'group'."""
         return max((part.live_reach for part in self.parts.values()), key=REACHES.index)
+
+    @property
+    def takes_chunks(self) -> bool:
+        """True if any of a batch's tokens can be evaluated alone: what waits for the forward pass has reach 'token' and
+        reads per-token columns only."""
+        reads = frozenset().union(*(live_reads(part) for part in self.parts.values()))
+        return self.reach == "token" and reads <= set(TOKEN_COLUMNS)
+
+    @property
+    def has_entropy_gradient(self) -> bool:
+        """True if a gradient flows through the entropies: only regularizers let one through."""
+        return any("entropies" in regularizer.columns for regularizer in self.regularizers.values())
 
     @property
     def sources(self) -> dict[str, Source]:

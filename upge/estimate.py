@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class TermFactors(NamedTuple):
-    """The factors of one term, each [B, T] and detached. Their product
+    """The factors of one term, each [B, T] (of packed tokens [N]) and detached. Their product
 
         gate · reduction · mask · advantages · shape · exp(log π_θ - log_denominator) = weights
 
@@ -30,7 +30,7 @@ class TermFactors(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """The unified gradient on a batch.
+    """The unified gradient on a batch; on packed tokens everything is [N] in place of [B, T].
 
     Attributes:
         loss: scalar; `backward()` gives minus the unified gradient. Its value is a surrogate and says little.
@@ -41,10 +41,10 @@ class Estimate:
     """
 
     loss: Float[Tensor, ""]
-    weights: Float[Tensor, "B T"]
+    weights: Float[Tensor, "*shape"]
     terms: Mapping[str, TermFactors]
     penalties: Mapping[str, float]
-    response_mask: Bool[Tensor, "B T"]
+    response_mask: Bool[Tensor, "*shape"]
 
     @property
     def records(self) -> dict[str, TokenRecord]:

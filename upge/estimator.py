@@ -19,7 +19,8 @@ from upge.components.base import (
     StabilizationMask,
 )
 from upge.components.likelihood import PolicyLikelihood
-from upge.trajectories import TokenView, Trajectories
+from upge.trajectories import Trajectories
+from upge.views import TokenView
 
 
 class Factors(NamedTuple):

@@ -14,17 +14,19 @@ from upge.estimate import Estimate, TermFactors
 from upge.estimator import UnifiedGradient
 from upge.gates import Gate
 from upge.regularizers import Regularizer
-from upge.trajectories import Trajectories
+from upge.views import TokenView
 
 
-def _penalty(regularizer: Regularizer, scale: Tensor, batch: Trajectories) -> Tensor:
-    """The value of a regularizer on a piece; `scale` [b, t] is coefficient·w.
+def _penalty(regularizer: Regularizer, scale: Tensor, batch: TokenView) -> Tensor:
+    """The value of a regularizer on a piece; `scale`, one number per token, is coefficient·w.
 
     Trajectories outside its source are hidden from it as padding is: their penalty may overflow, and 0 times infinity
     is NaN in value and gradient. A penalty of reach 'group' may want to read them, so it sees all.
     """
     if regularizer.live_reach != "group":
-        counted = (scale != 0).any(dim=1, keepdim=True)
+        counted = scale != 0
+        if counted.ndim == 2:
+            counted = counted.any(dim=1, keepdim=True)
         batch = replace(batch, response_mask=batch.response_mask & counted)
     values = regularizer(regularizer.view(batch))
     return torch.where(scale == 0, torch.zeros_like(values), values * scale).sum()
@@ -50,18 +52,18 @@ class PlannedTerm:
         """The same for some rows of the batch."""
         return self.changed(lambda values: values[rows])
 
-    def factors(self, batch: Trajectories) -> TermFactors:
-        """The factors on a piece of the batch, each [b, t]."""
+    def factors(self, batch: TokenView) -> TermFactors:
+        """The factors on a piece of the batch, each with one number per token."""
         shape = batch.response_mask.shape
         factors = self.estimator.factors(batch)
         gate = self.gate(self.gate.view(batch)).detach().double() * self.coefficient
-        gate = torch.where(self.own[batch.row], gate, torch.zeros_like(gate))
-        w = self.weights[batch.row][:, : shape[1]]
+        gate = batch.per_token(torch.where(batch.look_up(self.own), gate, torch.zeros_like(gate)))
+        w = batch.look_up(self.weights)
         product = self.estimator.weight(batch, factors)
-        scale = gate[:, None] * w
+        scale = gate * w
         weight = torch.where(scale == 0, torch.zeros_like(scale), scale * product)
         expanded = {name: value.expand(shape) for name, value in factors._asdict().items()}
-        return TermFactors(**expanded, gate=gate[:, None].expand(shape), reduction=w, weights=weight)
+        return TermFactors(**expanded, gate=gate.expand(shape), reduction=w, weights=weight)
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,10 @@ class Plan:
         penalties = {n: (regularizer, scale.to(device)) for n, (regularizer, scale) in self.penalties.items()}
         return Plan(terms, penalties, self.keep.to(device), self.counted.to(device))
 
-    def estimate(self, batch: Trajectories) -> Estimate:
+    def estimate(self, batch: TokenView) -> Estimate:
         """The estimate on a piece of the planned batch (`batch.row` says which); pieces add up.
+
+        A piece is some of the trajectories, or, where the algorithm `takes_chunks`, any of their tokens packed.
 
         Raises:
             ValueError: the batch has no log-probs of the current policy.
@@ -103,6 +107,6 @@ class Plan:
         loss = -(weights * torch.where(weights == 0, torch.zeros_like(logprobs), logprobs)).sum()
         penalties = {}
         for name, (regularizer, scale) in self.penalties.items():
-            penalties[name] = _penalty(regularizer, scale[batch.row][:, : logprobs.shape[1]].to(dtype), batch)
+            penalties[name] = _penalty(regularizer, batch.look_up(scale).to(dtype), batch)
             loss = loss + penalties[name]
         return Estimate(loss, weights, terms, {n: float(p.detach()) for n, p in penalties.items()}, batch.response_mask)

@@ -9,7 +9,7 @@ from upge.checks import check_fields
 from upge.errors import ConfigError
 from upge.gates import Gate
 from upge.stateful import stateful_gates
-from upge.trajectories import TRAJECTORY_COLUMNS
+from upge.views import TRAJECTORY_COLUMNS
 
 if TYPE_CHECKING:
     from upge.algorithm import Algorithm

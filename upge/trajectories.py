@@ -7,95 +7,22 @@ G trajectories of one group, N packed tokens, D hidden size, V vocabulary, Q que
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-#: Columns with one number per response token, [B, T].
-TOKEN_COLUMNS = (
-    "logprobs",
-    "response_mask",
-    "behavior_logprobs",
-    "sampler_logprobs",
-    "reference_logprobs",
-    "values",
-    "entropies",
-)
-#: Columns with one number per trajectory, [B].
-TRAJECTORY_COLUMNS = ("rewards", "group", "is_demonstration", "preference", "row")
+from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS, PackedTokens, TokenView, hide
+
 #: Columns that no batch is without.
 _REQUIRED = ("response_mask", "rewards", "group", "is_demonstration")
 #: What a column holds where that is not floating-point numbers.
 _KINDS = {"response_mask": "bool", "is_demonstration": "bool"}
 _KINDS |= dict.fromkeys(("group", "preference", "row"), "integer")
-COLUMNS = frozenset(TOKEN_COLUMNS + TRAJECTORY_COLUMNS)
-#: Columns that exist only after the forward pass of the current policy. Whatever reads none of them is known before it.
-LIVE_COLUMNS = frozenset({"logprobs", "entropies"})
-#: None says something by itself: without the behaviour policy's log-probs the data are strictly on-policy.
-MAY_BE_ABSENT = frozenset({"behavior_logprobs"})
 #: A rollout counts as a success above this reward; rewards are 0 or 1 (or -1 and 1).
 SUCCESS_REWARD = 0.5
-
-
-class UndeclaredColumn(TypeError):
-    """A part reads a column that it does not list in `reads`, so its value could depend on the micro-batch split."""
-
-
-class TokenView:
-    """What parts of reach `token` may use: per-token columns of any leading shape, and what follows from them."""
-
-    logprobs: Tensor | None
-    response_mask: Tensor
-    behavior_logprobs: Tensor | None
-    sampler_logprobs: Tensor | None
-    reference_logprobs: Tensor | None
-    values: Tensor | None
-    entropies: Tensor | None
-    step: int
-    state: Mapping[str, float]
-
-    @property
-    def log_importance_ratio(self) -> Float[Tensor, "*shape"]:
-        """log π_θ/π_behavior per token, detached; zero when the data are strictly on-policy (no behaviour column)."""
-        current = self.logprobs.detach()
-        behavior = self.behavior_logprobs
-        return torch.zeros_like(current) if behavior is None else current - behavior
-
-    @property
-    def log_behavior(self) -> Float[Tensor, "*shape"]:
-        """log π_behavior per token, detached: the behaviour column, or the current policy's when strictly on-policy."""
-        behavior = self.behavior_logprobs
-        return self.logprobs.detach() if behavior is None else behavior
-
-    @property
-    def log_sampler_ratio(self) -> Float[Tensor, "*shape"]:
-        """log π_behavior/π_sampler per token, detached: how far the inference engine was from the trainer."""
-        return self.log_behavior - self.sampler_logprobs
-
-    def restricted(self, columns: frozenset[str], owner: str) -> Any:
-        """This batch as `owner` may see it: reading a column outside `columns` raises `UndeclaredColumn`."""
-        return Restricted(self, columns, owner)
-
-
-@dataclass(frozen=True, eq=False)
-class PackedTokens(TokenView):
-    """The per-token columns of some trajectories without padding, one entry for each token that counts: [N]."""
-
-    logprobs: Float[Tensor, "N"]
-    response_mask: Bool[Tensor, "N"]
-    behavior_logprobs: Float[Tensor, "N"] | None = None
-    sampler_logprobs: Float[Tensor, "N"] | None = None
-    reference_logprobs: Float[Tensor, "N"] | None = None
-    values: Float[Tensor, "N"] | None = None
-    entropies: Float[Tensor, "N"] | None = None
-    step: int = 0
-    state: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,11 +85,10 @@ class Trajectories(TokenView):
             expected = mask.shape if name in TOKEN_COLUMNS else mask.shape[:1]
             if column.shape != expected:
                 raise ValueError(f"{name}: expected shape {list(expected)}, found {list(column.shape)}")
-            if name in TOKEN_COLUMNS and name != "response_mask":
-                object.__setattr__(self, name, torch.where(mask, column, torch.zeros_like(column)))
             kind = _KINDS.get(name, "float")
             if kind != ("float" if column.is_floating_point() else "bool" if column.dtype == torch.bool else "integer"):
                 raise ValueError(f"{name}: expected a tensor of {kind}s, found {column.dtype}")
+        hide(self, mask)
         if self.preference is not None and bool((self.preference.abs() > 1).any()):
             odd = int(self.preference[self.preference.abs() > 1][0])
             raise ValueError(f"preference: found {odd}; use +1 for chosen, -1 for rejected, 0 for neither")
@@ -171,6 +97,15 @@ class Trajectories(TokenView):
 
     def __len__(self) -> int:
         return len(self.response_mask)
+
+    def look_up(self, values: Tensor) -> Tensor:
+        """[B] or [B, T] the entries of such values of the batch that this one was selected from."""
+        found = values[self.row]
+        return found if values.ndim == 1 else found[:, : self.response_mask.shape[1]]
+
+    def per_token(self, values: Float[Tensor, "B"]) -> Float[Tensor, "B 1"]:
+        """`values` as a column beside the tokens."""
+        return values[:, None]
 
     @property
     def lengths(self) -> Int[Tensor, "B"]:
@@ -216,46 +151,13 @@ class Trajectories(TokenView):
 
     def pack(self) -> PackedTokens:
         """The tokens that count, trajectory after trajectory, as one row [N] without padding."""
-        mask = self.response_mask
+        return self.at(*self.response_mask.nonzero(as_tuple=True))
+
+    def at(self, rows: Int[Tensor, "N"], columns: Int[Tensor, "N"]) -> PackedTokens:
+        """The tokens at these places, each given by its trajectory and its place in the response, in this order."""
         packed = {name: getattr(self, name) for name in TOKEN_COLUMNS}
-        columns = {name: c if c is None else c[mask] for name, c in packed.items()}
-        return PackedTokens(**columns, step=self.step, state=self.state)
-
-
-class Restricted:
-    """A batch of which only declared columns can be read; derived properties are checked by what they read."""
-
-    def __init__(self, batch: TokenView, columns: frozenset[str], owner: str) -> None:
-        self._batch, self._columns, self._owner = batch, columns | {"response_mask"}, owner
-
-    def __len__(self) -> int:
-        return len(self._batch)
-
-    def with_rewards(self, rewards: Tensor) -> Restricted:
-        """The same view of the same trajectories with other rewards."""
-        return Restricted(self._batch.with_rewards(rewards), self._columns, self._owner)
-
-    @property
-    def __class__(self) -> type:
-        """That of the batch itself, for `isinstance`: a part is written for a batch and need not know of this one."""
-        return type(self._batch)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in COLUMNS and name not in self._columns:
-            raise UndeclaredColumn(
-                f"{self._owner} reads the column '{name}' without declaring it; add \"{name}\" to its `reads`"
-            )
-        attribute = inspect.getattr_static(type(self._batch), name, None)
-        if isinstance(attribute, property):
-            return attribute.fget(self)
-        if isinstance(attribute, types.FunctionType):
-            return types.MethodType(attribute, self)
-        value = getattr(self._batch, name)
-        # Who reads the current policy knows what to do without the behaviour column; who does not needs it.
-        may_be_absent = MAY_BE_ABSENT if "logprobs" in self._columns else frozenset()
-        if value is None and name in COLUMNS - may_be_absent:
-            raise ValueError(f"{name}: {self._owner} reads it, but this batch does not have it; pass `{name}=...`")
-        return value
+        picked = {name: c if c is None else c[rows, columns] for name, c in packed.items()}
+        return PackedTokens(**picked, step=self.step, state=self.state, row=self.row[rows], column=columns)
 
 
 def group_sum(values: Tensor, index: Int[Tensor, "B"]) -> Tensor:

@@ -10,7 +10,8 @@ from jaxtyping import Float
 
 from upge.components.base import AdvantageEstimator, Formula, like, tex
 from upge.errors import ConfigError
-from upge.trajectories import SUCCESS_REWARD, TokenView, Trajectories, group_sum
+from upge.trajectories import SUCCESS_REWARD, Trajectories, group_sum
+from upge.views import TokenView
 
 GROUP_COLUMNS = frozenset({"rewards", "group", "is_demonstration"})
 

@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upge.checks import check_fields
-from upge.trajectories import COLUMNS, LIVE_COLUMNS, TokenView, Trajectories
+from upge.trajectories import Trajectories
+from upge.views import COLUMNS, LIVE_COLUMNS, TokenView
 
 #: How much of the batch a part's value at one token may depend on, through current log-probs or entropies.
 REACHES = ("token", "trajectory", "group")
@@ -151,7 +152,7 @@ class Component(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Precomputed(Component):
-    """Values of a part on the whole batch, looked up by `row` on any piece of it."""
+    """Values of a part on the whole batch, looked up on any piece of it, padded or packed."""
 
     values: Tensor
     reads: ClassVar[frozenset[str]] = frozenset({"row"})
@@ -159,9 +160,8 @@ class Precomputed(Component):
     def __post_init__(self) -> None:
         """Nothing to check: made by `Component.hoisted` alone."""
 
-    def __call__(self, batch: Trajectories, *args: Any) -> Tensor:
-        values = self.values[batch.row]
-        return values if values.ndim == 1 else values[:, : batch.response_mask.shape[1]]
+    def __call__(self, batch: TokenView, *args: Any) -> Tensor:
+        return batch.look_up(self.values)
 
 
 class StabilizationMask(Component):
@@ -236,6 +236,13 @@ def like(batch: TokenView, value: float) -> Float[Tensor, "*shape"]:
     """
     mask = batch.response_mask
     return torch.full((), value, dtype=torch.float64, device=mask.device).expand(mask.shape)
+
+
+def live_reads(part: Component) -> frozenset[str]:
+    """The columns that are read where `part` is evaluated after the forward pass, by it or by what it wraps."""
+    if part.is_evaluated_before:
+        return frozenset()
+    return frozenset(part.reads).union(*(live_reads(inner) for inner in part.parts.values()))
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

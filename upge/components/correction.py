@@ -19,7 +19,8 @@ from torch import Tensor
 from upge.components.base import AdvantageEstimator, Component, Formula, ReferenceDenominator, StabilizationMask
 from upge.components.mask import RATIO_COLUMNS
 from upge.errors import ConfigError
-from upge.trajectories import TokenView, Trajectories, masked_mean
+from upge.trajectories import Trajectories, masked_mean
+from upge.views import TokenView
 
 SAMPLER_COLUMNS = RATIO_COLUMNS | {"sampler_logprobs"}
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from upge.components.base import AdvantageEstimator, Formula, ReferenceDenominator, like
 from upge.components.mask import RATIO_COLUMNS, check_log_interval
 from upge.errors import ConfigError
-from upge.trajectories import TokenView, Trajectories, masked_mean
+from upge.trajectories import Trajectories, masked_mean
+from upge.views import TokenView
 
 FROZEN_COLUMNS = frozenset({"logprobs", "reference_logprobs"})
 

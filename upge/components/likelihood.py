@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from upge.components.base import Formula, LikelihoodGradient, like
 from upge.errors import ConfigError
-from upge.trajectories import TokenView
+from upge.views import TokenView
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from upge.components.base import Component, Formula, StabilizationMask, like, times
 from upge.errors import ConfigError
-from upge.trajectories import TokenView, Trajectories, masked_mean
+from upge.trajectories import Trajectories, masked_mean
+from upge.views import TokenView
 
 RATIO_COLUMNS = frozenset({"logprobs", "behavior_logprobs"})
 

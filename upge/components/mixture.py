@@ -13,7 +13,7 @@ from torch import Tensor
 from upge.components.base import Formula, ReferenceDenominator
 from upge.components.mask import RATIO_COLUMNS
 from upge.errors import ConfigError
-from upge.trajectories import TokenView
+from upge.views import TokenView
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor
 from upge.components.base import AdvantageEstimator, Formula
 from upge.components.reward import KLKind, kl_value
 from upge.errors import ConfigError
-from upge.trajectories import TokenView, Trajectories
+from upge.trajectories import Trajectories
+from upge.views import TokenView
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from upge.trajectories import TOKEN_COLUMNS, TRAJECTORY_COLUMNS, Trajectories
+from upge.trajectories import Trajectories
+from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS
 
 #: Columns with one floating-point number per token.
 NUMBERS = tuple(name for name in TOKEN_COLUMNS if name != "response_mask")

@@ -27,8 +27,9 @@ from upge.testing.batches import (
 )
 from upge.testing.memory import check_memory
 from upge.testing.rules import attempt, close, require, require_instance, same, valid
-from upge.trajectories import LIVE_COLUMNS, TOKEN_COLUMNS, TRAJECTORY_COLUMNS, Trajectories
+from upge.trajectories import Trajectories
 from upge.value import ValueLoss
+from upge.views import LIVE_COLUMNS, TOKEN_COLUMNS, TRAJECTORY_COLUMNS
 
 #: Float32 rounds at 6e-8; what a part makes of a log-prob may be far more sensitive, but not this much.
 _SINGLE = 1e-3

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from upge.trajectories import Trajectories, UndeclaredColumn
+from upge.trajectories import Trajectories
+from upge.views import UndeclaredColumn
 
 #: Largest difference of two values that must be equal, relative to the largest of them (at least 1).
 TOLERANCE = 1e-10

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.distributed import World
+from upge.train.micro_batches import Costs
 from upge.train.packing import PackedBatch, pack
 from upge.train.zero import StepResult, TrainedModule, checkpoint_activations, load_causal_lm
+
+if TYPE_CHECKING:
+    from upge.train.packed_attention import Objective
 
 __all__ = ["Engine", "Forward", "StepResult"]
 
@@ -29,17 +33,35 @@ class Engine(TrainedModule):
         network = load_causal_lm(model, world)
         if model.gradient_checkpointing:
             checkpoint_activations(network)
+        costs = Costs.of(network)
         super().__init__(PackedPolicy(network).train(), model.dtype, optimizer, optimizer.lr, world)
-        self.network, self.temperature = network, temperature
+        self.network, self.temperature, self.costs = network, temperature, costs
 
     def forward(self, trajectories: Sequence[tuple[Sequence[int], Sequence[int]]], entropy: bool = False) -> Forward:
         """Log-probs [B, T] of the responses of (prompt_ids, response_ids) pairs, with entropies [B, T] if asked.
 
         Every rank must call it equally often; a rank without work passes no trajectories.
         """
-        packed = pack(trajectories, self.world.device)
-        logprobs, entropies = self._engine(packed, temperature=self.temperature, entropy=entropy)
-        return Forward(packed, logprobs, entropies)
+        packed = self.pack(trajectories)
+        return Forward(packed, *self.logprobs(packed, entropy))
+
+    def pack(self, trajectories: Sequence[tuple[Sequence[int], Sequence[int]]]) -> PackedBatch:
+        """(prompt_ids, response_ids) pairs as one row on the model's device."""
+        return pack(trajectories, self.world.device)
+
+    def logprobs(self, packed: PackedBatch, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Log-probs [n] of the responses in packed order and entropies [n] or None, with gradient.
+
+        Every rank must call it equally often; a rank without work packs no trajectories.
+        """
+        return self._engine(packed, temperature=self.temperature, entropy=entropy)
+
+    def loss(self, packed: PackedBatch, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, logprobs [n], entropies [n]): a gradient flows through the loss alone, and part of it is made here.
+
+        Every rank must call it equally often; a rank without work packs no trajectories, and its loss is 0.
+        """
+        return self._engine(packed, temperature=self.temperature, objective=objective)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) of every parameter, on every rank; gathered in buckets.

@@ -1,7 +1,8 @@
 """Runs a packed row through a Hugging Face causal LM so that no sequence sees another.
 
 The lengths travel as keyword arguments from the trunk's forward to the attention function, under the names that
-transformers gives them for its own variable-length kernels, plus `sequence_lengths`, the same as plain numbers.
+transformers gives them for its own variable-length kernels, plus `sequence_lengths`, the same as plain numbers, and
+`sharing`, where prompts stand in the row once.
 On CPU, and on CUDA for float32, attention is a loop of causal SDPA over runs of equal length. On CUDA in half precision
 it is torch.nn.attention.varlen; that branch was written from torch's documentation and has never been run.
 """
@@ -9,7 +10,7 @@ it is torch.nn.attention.varlen; that branch was written from torch's documentat
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from upge.errors import ModelError
-from upge.logprobs import token_logprobs
-from upge.train.packing import PackedBatch
+from upge.logprobs import CoefficientFunction, token_logprobs, token_loss
+from upge.train.packing import PackedBatch, Sharing
 
 #: The name under which transformers knows this attention.
 IMPLEMENTATION = "upge_packed"
@@ -40,6 +41,14 @@ _SCORE_ARGUMENTS = ("softcap", "s_aux", "position_bias")
 _VARLEN_HEAD_LIMIT = 256
 
 
+class Objective(NamedTuple):
+    """A loss for the head, so that it makes its gradient on the way; fields as for `upge.logprobs.token_loss`."""
+
+    coefficients: CoefficientFunction
+    entropy_gradient: bool = False
+    whole: bool = False
+
+
 class LogprobHead(nn.Module):
     """Hidden states → log-probs with another module's output embedding, which is not made a submodule of this one.
 
@@ -53,19 +62,24 @@ class LogprobHead(nn.Module):
         self.chunk_size = chunk_size
 
     def forward(
-        self, hidden: Float[Tensor, "n D"], targets: Tensor, temperature: float = 1.0, entropy: bool = False
-    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"] | None]:
-        """(logprobs [n], entropies [n] or None) as `upge.logprobs.token_logprobs` gives them."""
+        self,
+        hidden: Float[Tensor, "n D"],
+        targets: Tensor,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        objective: Objective | None = None,
+    ) -> tuple[Tensor, ...]:
+        """(logprobs [n], entropies [n] or None) as `upge.logprobs.token_logprobs` gives them; with an objective
+        (loss, logprobs [n], entropies [n]) of `token_loss`."""
         output = self._output[0]
-        return token_logprobs(
-            hidden,
-            output.weight,
-            targets,
-            bias=getattr(output, "bias", None),
-            temperature=temperature,
-            entropy=entropy,
-            chunk_size=self.chunk_size,
-        )
+        common = {
+            "bias": getattr(output, "bias", None),
+            "temperature": temperature,
+            "chunk_size": self.chunk_size,
+        }
+        if objective is None:
+            return token_logprobs(hidden, output.weight, targets, entropy=entropy, **common)
+        return token_loss(hidden, output.weight, targets, **objective._asdict(), **common)
 
 
 class PackedPolicy(nn.Module):
@@ -89,13 +103,15 @@ class PackedPolicy(nn.Module):
         self.head = LogprobHead(model.get_output_embeddings(), chunk_size)
 
     def forward(
-        self, batch: PackedBatch, temperature: float = 1.0, entropy: bool = False
-    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"] | None]:
-        """Log-probs [n] of the response tokens in packed order (`batch.pad` makes [B, T]) and entropies [n] or None.
+        self, batch: PackedBatch, temperature: float = 1.0, entropy: bool = False, objective: Objective | None = None
+    ) -> tuple[Tensor, ...]:
+        """Log-probs [n] of the response tokens in packed order (`batch.pad` makes [B, T]) and entropies [n] or None;
+        with an objective (loss, logprobs, entropies), of which the loss alone carries a gradient.
 
-        A batch without response tokens gives empty results that are still connected to every parameter.
+        A batch without response tokens gives results that are still connected to every parameter.
         """
-        return self.head(predicting_states(self.model.base_model, batch), batch.targets, temperature, entropy)
+        hidden = predicting_states(self.model.base_model, batch)
+        return self.head(hidden, batch.targets, temperature, entropy, objective)
 
 
 def prepare(model: nn.Module) -> None:
@@ -122,6 +138,7 @@ def predicting_states(trunk: nn.Module, batch: PackedBatch) -> Float[Tensor, "n 
         max_length_q=longest,
         max_length_k=longest,
         sequence_lengths=batch.lengths,
+        sharing=batch.sharing,
     )
     return output.last_hidden_state[0].index_select(0, batch.predictors)
 
@@ -183,6 +200,7 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     sequence_lengths: tuple[int, ...] | None = None,
+    sharing: Sharing | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     **others: Any,
@@ -192,17 +210,32 @@ def packed_attention(
     Raises:
         ModelError: no lengths came with the call, or the layer asks for something that is not supported.
     """
+    if sharing is not None:
+        query, key, value = (sharing.spread(x) for x in (query, key, value))
     _check_call(module, query, attention_mask, dropout, sliding_window, sequence_lengths, others)
     if max_length_q is not None and sliding_window is not None and max_length_q <= sliding_window:
         sliding_window = None
     if _varlen_takes(query, value):
-        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    runs = [(length, len(list(same))) for length, same in groupby(sequence_lengths)]
+        output = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+    else:
+        output = _loop(query, key, value, sequence_lengths, scaling, sliding_window)
+    return output if sharing is None else sharing.gathered(output), None
+
+
+def _loop(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    runs = [(length, len(list(same))) for length, same in groupby(lengths)]
     sizes = [length * count for length, count in runs]
     # One split and one cat: with a slice per run autograd would build a gradient of the whole row for each run.
     parts = zip(runs, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     outputs = [_run_of_equal_length(*run, *part, scaling, sliding_window) for run, *part in parts]
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1)
 
 
 def _run_of_equal_length(

@@ -1,36 +1,67 @@
-"""Trajectories of many lengths in one row without padding, and their split into micro-batches.
+"""Trajectories of many lengths in one row without padding, with prompts in common computed once.
 
 A packed row holds the sequences (prompt + response) one after another. The last response token is left out of it: the
-hidden state there predicts nothing that is asked for. Legend: B trajectories, S sequences of the row, N packed tokens,
+hidden state there predicts nothing that is asked for. A prompt that several responses follow stands in the row once:
+what the model makes of it does not depend on what comes after. Legend: B trajectories, S sequences, N packed tokens,
 n response tokens of all trajectories, T the longest response.
 """
 
 from __future__ import annotations
 
-import heapq
-import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+#: Prompts in common are computed once where that saves at least this share of the tokens: attention copies keys and
+#: values of a prompt for each response, which costs about as much as a few tokens' work in a very small model.
+_WORTH = 1 / 16
+
+
+class Sharing(NamedTuple):
+    """How the sequences are made of the segments of a row in which prompts stand once.
+
+    Attributes:
+        segments: tokens of each segment of the row, in order: a prompt in common, a response to one, or a sequence.
+        order: the segments that the sequences consist of, sequence after sequence; a prompt in common occurs in each
+            of its sequences, every other segment once, and in the row the segments stand by their first occurrence.
+    """
+
+    segments: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def spread(self, row: Float[Tensor, "1 heads N size"]) -> Float[Tensor, "1 heads M size"]:
+        """The sequences one after another, each with a copy of its prompt."""
+        parts = row.split(self.segments, dim=2)
+        return torch.cat([parts[i] for i in self.order], dim=2)
+
+    def gathered(self, sequences: Float[Tensor, "1 M heads size"]) -> Float[Tensor, "1 N heads size"]:
+        """The row again: of each prompt's copies, which are all alike, the first."""
+        parts = sequences.split([self.segments[i] for i in self.order], dim=1)
+        first = dict(reversed(list(zip(self.order, parts, strict=True))))
+        return torch.cat([first[i] for i in range(len(self.segments))], dim=1)
+
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """B trajectories as one row. Sequences stand in it by falling length, so that equal lengths are neighbours.
+    """B trajectories as one row. Sequences stand by falling length, so that equal lengths are neighbours.
 
     Attributes:
         input_ids: [1, N] tokens.
         position_ids: [1, N] place of each token in its own sequence, from 0.
-        cu_seqlens: [S + 1] int32, where each sequence starts; the last entry is N.
+        cu_seqlens: [S + 1] int32, where each sequence starts if they stand one after another; the last entry ends all.
         lengths: the S lengths as plain numbers, known without a read from the device.
         predictors: [n] index in the row of the hidden state that predicts each response token.
         targets: [n] the response tokens.
         rows: [n] the trajectory that each response token belongs to, as numbered in the call of `pack`.
         columns: [n] its place in the response, from 0.
         shape: (B, T) of the padded form.
+        sharing: how sequences share prompts; None where each stands in the row whole.
     """
 
     input_ids: Int[Tensor, "1 N"]
@@ -42,6 +73,7 @@ class PackedBatch:
     rows: Int[Tensor, "n"]
     columns: Int[Tensor, "n"]
     shape: tuple[int, int]
+    sharing: Sharing | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on `device`."""
@@ -68,12 +100,17 @@ def packed_length(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> int
 
 
 def pack(
-    trajectories: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device | str = "cpu"
+    trajectories: Sequence[tuple[Sequence[int], Sequence[int]]],
+    device: torch.device | str = "cpu",
+    share: bool = True,
 ) -> PackedBatch:
     """Pack (prompt_ids, response_ids) pairs into one row.
 
     No trajectories at all give a row of one token that predicts nothing (B = T = n = 0): a rank without work for a
     micro-batch runs it forward and backward with a loss of zero, because ZeRO-3's collectives need every rank.
+
+    Args:
+        share: let prompts in common stand once, where that saves enough.
 
     Raises:
         ValueError: a prompt without tokens, whose first response token nothing could predict.
@@ -81,133 +118,77 @@ def pack(
     for index, (prompt_ids, _) in enumerate(trajectories):
         if not len(prompt_ids):
             raise ValueError(f"trajectory {index} has an empty prompt; a prompt needs at least one token (such as bos)")
+    row = _Row()
     if not trajectories:
-        return _assemble([[0]], [], [], [], [], (0, 0), device)
-    order = sorted(range(len(trajectories)), key=lambda i: -packed_length(*trajectories[i]))
-    sequences, predictors, targets, rows, columns = [], [], [], [], []
-    start = 0
+        row.add((0,), 0)
+        return row.batch((0, 0), [1], device)
+    lengths = [packed_length(*pair) for pair in trajectories]
+    prompts = [tuple(prompt_ids) for prompt_ids, _ in trajectories]
+    times = Counter(prompts)
+    saved = sum((count - 1) * len(prompt) for prompt, count in times.items())
+    common = {p for p, count in times.items() if count > 1} if share and saved >= _WORTH * sum(lengths) else set()
+    order = sorted(range(len(trajectories)), key=lambda i: -lengths[i])
     for index in order:
-        prompt_ids, response_ids = trajectories[index]
-        sequences.append([*prompt_ids, *response_ids[:-1]])
-        first = start + len(prompt_ids) - 1
-        predictors.extend(range(first, first + len(response_ids)))
-        targets.extend(response_ids)
-        rows.extend([index] * len(response_ids))
-        columns.extend(range(len(response_ids)))
-        start += len(sequences[-1])
+        row.sequence(index, prompts[index], trajectories[index][1], prompts[index] in common)
     shape = (len(trajectories), max(len(response_ids) for _, response_ids in trajectories))
-    return _assemble(sequences, predictors, targets, rows, columns, shape, device)
+    return row.batch(shape, [lengths[i] for i in order], device)
 
 
-def _assemble(
-    sequences: list[list[int]],
-    predictors: list[int],
-    targets: list[int],
-    rows: list[int],
-    columns: list[int],
-    shape: tuple[int, int],
-    device: torch.device | str,
-) -> PackedBatch:
-    lengths = tuple(len(sequence) for sequence in sequences)
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
+class _Row:
+    """A packed row in the making."""
 
-    def whole(numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=device)
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.places: list[int] = []
+        self.predictors: list[int] = []
+        self.targets: list[int] = []
+        self.rows: list[int] = []
+        self.columns: list[int] = []
+        self.segments: list[int] = []
+        self.order: list[int] = []
+        self.start: dict[tuple[int, ...], tuple[int, int]] = {}
 
-    return PackedBatch(
-        input_ids=whole([token for sequence in sequences for token in sequence])[None],
-        position_ids=whole([place for length in lengths for place in range(length)])[None],
-        cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
-        lengths=lengths,
-        predictors=whole(predictors),
-        targets=whole(targets),
-        rows=whole(rows),
-        columns=whole(columns),
-        shape=shape,
-    )
+    def add(self, tokens: Sequence[int], place: int) -> int:
+        """A new segment whose first token has the given place in its sequence; returns where it starts in the row."""
+        start = len(self.tokens)
+        self.tokens.extend(tokens)
+        self.places.extend(range(place, place + len(tokens)))
+        self.order.append(len(self.segments))
+        self.segments.append(len(tokens))
+        return start
 
-
-def plan_micro_batches(
-    lengths: Sequence[int], token_budget: int, blocks: Sequence[int] | None = None
-) -> list[list[int]]:
-    """Split trajectories into micro-batches of at most `token_budget` tokens: `distribute` for one rank."""
-    return distribute(lengths, 1, token_budget, blocks)[0]
-
-
-def distribute(
-    lengths: Sequence[int], ranks: int, token_budget: int, blocks: Sequence[int] | None = None
-) -> list[list[list[int]]]:
-    """Which trajectories each rank runs in each of its micro-batches; the same on every rank that asks.
-
-    Each trajectory occurs once. Trajectories of one block stay in one micro-batch. A block longer than the budget has
-    a micro-batch of its own. All ranks get the same number of micro-batches (some may be empty), because ZeRO-3's
-    collectives must match; those that run at the same time hold about as many tokens as each other.
-
-    Args:
-        lengths: tokens of each trajectory (`packed_length`).
-        ranks: number of processes.
-        token_budget: most tokens of a micro-batch.
-        blocks: for each trajectory the block it belongs to (its group, where a part's reach demands the whole group);
-            None = every trajectory alone.
-
-    Returns:
-        For each rank a list of micro-batches, each a rising list of indices into `lengths`.
-
-    Raises:
-        ValueError: a budget or a number of ranks below 1, or `blocks` of another size than `lengths`.
-    """
-    if token_budget < 1 or ranks < 1:
-        raise ValueError(f"token_budget and ranks must be at least 1, got {token_budget} and {ranks}")
-    if blocks is not None and len(blocks) != len(lengths):
-        raise ValueError(f"blocks names {len(blocks)} trajectories and lengths {len(lengths)}; give one block for each")
-    units = _units(lengths, blocks)
-    fitted = _first_fit(units, token_budget)
-    slots = math.ceil(len(fitted) / ranks) * ranks
-    bins = _even(units, slots, token_budget) or fitted + [(0, [])] * (slots - len(fitted))
-    bins = sorted(bins, key=lambda unit: (-unit[0], unit[1]))
-    plan: list[list[list[int]]] = [[] for _ in range(ranks)]
-    for turn, first in enumerate(range(0, slots, ranks)):
-        together = bins[first : first + ranks]
-        # Turning the order round each time keeps the rank with the longest micro-batch from being always the same.
-        for rank, (_, members) in enumerate(together if turn % 2 == 0 else together[::-1]):
-            plan[rank].append(sorted(members))
-    return plan
-
-
-#: Tokens of a block or a micro-batch, and the trajectories in it.
-_Unit = tuple[int, list[int]]
-
-
-def _units(lengths: Sequence[int], blocks: Sequence[int] | None) -> list[_Unit]:
-    """The blocks, longest first; ties in order of first appearance."""
-    members: dict[int, list[int]] = {}
-    for index, block in enumerate(range(len(lengths)) if blocks is None else blocks):
-        members.setdefault(int(block), []).append(index)
-    units = [(sum(lengths[i] for i in indices), indices) for indices in members.values()]
-    return sorted(units, key=lambda unit: -unit[0])
-
-
-def _first_fit(units: list[_Unit], token_budget: int) -> list[_Unit]:
-    """Few micro-batches: each block goes into the first one with room for it."""
-    bins: list[_Unit] = []
-    for load, members in units:
-        for place, (taken, held) in enumerate(bins):
-            if taken + load <= token_budget:
-                bins[place] = (taken + load, held + members)
-                break
+    def sequence(self, index: int, prompt: tuple[int, ...], response: Sequence[int], common: bool) -> None:
+        """A trajectory; of a prompt in common that is there already its response alone."""
+        if not common:
+            last = self.add([*prompt, *response[:-1]], 0) + len(prompt) - 1
+            following = last + 1
         else:
-            bins.append((load, members))
-    return bins
+            if prompt in self.start:
+                self.order.append(self.start[prompt][1])
+            else:
+                self.start[prompt] = self.add(prompt, 0), len(self.segments) - 1
+            last = self.start[prompt][0] + len(prompt) - 1
+            following = self.add(response[:-1], len(prompt)) if len(response) > 1 else 0
+        self.predictors.extend([last, *range(following, following + len(response) - 1)] if len(response) else [])
+        self.targets.extend(response)
+        self.rows.extend([index] * len(response))
+        self.columns.extend(range(len(response)))
 
+    def batch(self, shape: tuple[int, int], lengths: list[int], device: torch.device | str) -> PackedBatch:
+        """All of it as tensors on the device; `lengths` are those of the sequences, in order."""
 
-def _even(units: list[_Unit], slots: int, token_budget: int) -> list[_Unit] | None:
-    """Even micro-batches: each block goes into the emptiest of `slots`; None where that breaks the budget."""
-    heap: list[tuple[int, int, list[int]]] = [(0, slot, []) for slot in range(slots)]
-    for load, members in units:
-        taken, slot, held = heap[0]
-        if held and taken + load > token_budget:
-            return None
-        heapq.heapreplace(heap, (taken + load, slot, held + members))
-    return [(taken, held) for taken, _, held in heap]
+        def whole(numbers: list[int]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+        return PackedBatch(
+            input_ids=whole(self.tokens)[None],
+            position_ids=whole(self.places)[None],
+            cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
+            lengths=tuple(lengths),
+            predictors=whole(self.predictors),
+            targets=whole(self.targets),
+            rows=whole(self.rows),
+            columns=whole(self.columns),
+            shape=shape,
+            sharing=Sharing(tuple(self.segments), tuple(self.order)) if self.start else None,
+        )

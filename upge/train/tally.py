@@ -10,7 +10,8 @@ from torch import Tensor
 
 from upge.estimate import Estimate, TokenRecord, summarise
 from upge.train.trajectory import Trajectory
-from upge.trajectories import SUCCESS_REWARD, Trajectories
+from upge.trajectories import SUCCESS_REWARD
+from upge.views import PackedTokens
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Tally:
     entropy_sum: float = 0.0
     tokens: int = 0
     trajectories: int = 0
+    computed: int = 0
     gap_sum: float = 0.0
     gap_max: float = 0.0
     gap_tokens: int = 0
@@ -34,29 +36,31 @@ class Tally:
             self.records.setdefault(name, []).extend(pieces)
         for name, value in other.penalties.items():
             self.penalties[name] = self.penalties.get(name, 0.0) + value
-        for name in ("loss", "entropy_sum", "tokens", "trajectories", "gap_sum", "gap_tokens", "value_loss"):
+        sums = ("loss", "entropy_sum", "tokens", "trajectories", "computed", "gap_sum", "gap_tokens", "value_loss")
+        for name in sums:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.gap_max = max(self.gap_max, other.gap_max)
 
-    def count(self, piece: Trajectories, estimate: Estimate, on_policy: bool) -> None:
-        """Adds a piece and what the algorithm said about it; `on_policy` = the sampler had the same weights."""
+    def count(self, estimate: Estimate) -> None:
+        """Adds what the algorithm said about some tokens."""
         for name, record in estimate.records.items():
             self.records.setdefault(name, []).append(record)
         for name, value in estimate.penalties.items():
             self.penalties[name] = self.penalties.get(name, 0.0) + value
-        mask = piece.response_mask
         self.loss += float(estimate.loss.detach())
-        self.entropy_sum += float(piece.entropies.detach()[mask].double().sum())
-        self.tokens += int(mask.sum())
-        self.trajectories += len(piece)
-        if on_policy:
-            self.compare(piece, piece.logprobs.detach())
 
-    def compare(self, piece: Trajectories, logprobs: Tensor) -> None:
-        """Counts how far the sampler's log-probs of a piece's rollouts are from the trainer's."""
-        sampled = piece.response_mask & ~piece.is_demonstration[:, None]
-        if piece.sampler_logprobs is not None and bool(sampled.any()):
-            gap = (logprobs.float() - piece.sampler_logprobs.float()).abs()[sampled]
+    def see(self, tokens: PackedTokens, trajectories: int, computed: int) -> None:
+        """Adds the tokens of a piece as the forward pass found them: how many trajectories they are of, and how many
+        tokens the model computed for them, prompts included."""
+        self.entropy_sum += float(tokens.entropies.double().sum())
+        self.tokens += len(tokens)
+        self.trajectories += trajectories
+        self.computed += computed
+
+    def compare(self, tokens: PackedTokens, sampled: Tensor) -> None:
+        """Counts how far the sampler's log-probs are from the trainer's, on the tokens of rollouts, [n] `sampled`."""
+        if tokens.sampler_logprobs is not None and bool(sampled.any()):
+            gap = (tokens.logprobs.float() - tokens.sampler_logprobs.float()).abs()[sampled]
             self.gap_sum += float(gap.double().sum())
             self.gap_max = max(self.gap_max, float(gap.max()))
             self.gap_tokens += gap.numel()
@@ -65,6 +69,7 @@ class Tally:
         """Figures of the step, see docs/metrics.md."""
         found = summarise(self.records) | {f"{n}/value": v for n, v in self.penalties.items()}
         found |= {"loss": self.loss, "trained/trajectories": self.trajectories, "trained/tokens": self.tokens}
+        found["trained/computed_tokens"] = self.computed
         if self.tokens:
             found["trained/entropy"] = self.entropy_sum / self.tokens
         if self.gap_tokens:
@@ -83,6 +88,8 @@ class UpdateReport:
         above_limit: the policy's updates left out because the gradient's norm exceeded `optimizer.skip_grad_norm`.
         counted: (demonstrations, trajectories) with a coefficient other than zero.
         silent_prompts: share of the prompts none of whose trajectories can contribute to the gradient.
+        skipped_tokens: share of the step's tokens, prompts included, whose trajectories have no weight in any update
+            and so never reached the model.
         tally: this rank's sums.
         figures: what is known on every rank alike: coefficients of the terms, the critic's fit.
         critic_norms, interlude_norms: as `grad_norms`, of the critic and of interludes.
@@ -93,6 +100,7 @@ class UpdateReport:
     above_limit: int
     counted: tuple[int, int]
     silent_prompts: float
+    skipped_tokens: float
     tally: Tally
     figures: dict[str, float] = field(default_factory=dict)
     critic_norms: list[float] = field(default_factory=list)
@@ -108,6 +116,7 @@ def step_metrics(report: UpdateReport, tallies: Sequence[Tally]) -> dict[str, fl
     found = total.metrics() | report.figures
     found["gate/demonstration_share"] = demonstrations / counted if counted else 0.0
     found["gate/silent_prompts"] = report.silent_prompts
+    found["trained/skipped_share"] = report.skipped_tokens
     found["grad_norm"] = _mean_finite(report.grad_norms)
     found["updates"] = sum(n != float("inf") for n in report.grad_norms) - report.above_limit
     found["updates_above_limit"] = report.above_limit

@@ -17,11 +17,14 @@ from upge.train.config import OptimizerConfig
 from upge.train.critic import CriticEngine
 from upge.train.engine import Engine
 from upge.train.frozen import FrozenPolicy
-from upge.train.packing import distribute, packed_length
+from upge.train.micro_batches import distribute
+from upge.train.packing import packed_length
+from upge.train.piece import Piece, told
 from upge.train.rates import Rates
 from upge.train.tally import Tally, UpdateReport, fit_of
 from upge.train.trajectory import Trajectory, assemble
 from upge.trajectories import Trajectories
+from upge.views import PackedTokens, TokenView
 
 
 class Batch(NamedTuple):
@@ -34,6 +37,10 @@ class Batch(NamedTuple):
         """The trajectories of one of several updates."""
         columns = self.columns.select(rows, row=torch.arange(len(rows)))
         return Batch(columns, [self.members[i] for i in rows.tolist()])
+
+
+#: Some rows of a batch with a number for each of their tokens, [b, t].
+Found = tuple[list[int], Tensor]
 
 
 class Updater:
@@ -56,28 +63,33 @@ class Updater:
     ) -> UpdateReport:
         """All updates of a step; every rank passes the same trajectories.
 
-        With several updates the policy moves away from the one that sampled, so its log-probs are computed before the
-        first; with a single one they are the current ones and nothing is computed twice.
+        With several updates the policy moves away from the one that sampled, so its log-probs on what the later ones
+        learn from are computed before the first. In the first itself they are the current ones, and what its forward
+        pass finds serves the epochs after it: nothing is computed twice.
         """
         whole = self.fill(trajectories, step, state)
         cuts = split(whole.members, self.config.mini_batches)
         plans = self.algorithm.plans(whole.columns, cuts)
-        batches = [whole.taken(rows) for rows in cuts]
-        batches = [self._completed(batch, plan) for batch, plan in zip(batches, plans, strict=True)]
+        first = next((i for i, plan in enumerate(plans) if bool(plan.keep.any())), None)
+        batches = [
+            self._completed(whole.taken(rows), plan, moved=number != first)
+            for number, (rows, plan) in enumerate(zip(cuts, plans, strict=True))
+        ]
         tally, norms, critic_norms, above_limit = Tally(), [], [], 0
-        first = next(((b, p) for b, p in zip(batches, plans, strict=True) if bool(p.keep.any())), None)
-        if rates.policy is None or first is None or not _has_rollouts(*first):
+        if rates.policy is None or first is None or not _has_rollouts(batches[first], plans[first]):
             self._probe(trajectories, step, tally)
         goals = self._goals(whole, cuts, batches, plans)
         for _ in range(self.config.epochs):
-            for batch, plan, goal in zip(batches, plans, goals, strict=True):
+            for number, (plan, goal) in enumerate(zip(plans, goals, strict=True)):
                 if rates.policy is not None and bool(plan.keep.any()):
-                    self.accumulate(batch, plan, tally, on_policy=not norms)
+                    mine = self.accumulate(batches[number], plan, tally, on_policy=not norms)
+                    if not norms and self.config.epochs > 1 and "behavior_logprobs" in self._late_columns():
+                        batches[number] = self._joined(batches[number], {"behavior_logprobs": mine})
                     result = self.engine.step(rates.policy, self.config.skip_grad_norm)
                     norms.append(_norm(result))
                     above_limit += not result.applied and norms[-1] != float("inf")
                 if goal is not None and bool((goal[1] != 0).any()):
-                    self._accumulate_values(batch, *goal, tally)
+                    self._accumulate_values(batches[number], *goal, tally)
                     critic_norms.append(_norm(self.critic.step(rates.critic)))
         skipped = [*norms, *critic_norms].count(float("inf"))
         figures = _coefficients(plans) | self._fit(batches, goals)
@@ -93,37 +105,53 @@ class Updater:
     def gradient(self, batch: Batch, plans: Sequence[tuple[float, Plan]]) -> list[Tensor]:
         """This rank's partitions of ∇ Σ factor·L over `plans` of one algorithm and batch; the policy stays as it is."""
         keep = torch.stack([plan.keep for _, plan in plans]).any(dim=0)
-        batch = self._with_columns(batch, keep.nonzero()[:, 0].tolist(), self._late_columns())
-        self._accumulate(batch, keep, lambda piece: sum(f * _on(p, piece).estimate(piece).loss for f, p in plans))
+        rows = keep.nonzero()[:, 0].tolist()
+        batch = self._with_columns(batch, rows, self._late_columns() - {"behavior_logprobs"})
+        there = [(factor, plan.to(self.engine.world.device)) for factor, plan in plans]
+        self._accumulate(batch, keep, lambda view: sum(factor * plan.estimate(view).loss for factor, plan in there))
         return self.engine.take_gradient()
 
-    def accumulate(self, batch: Batch, plan: Plan, tally: Tally, on_policy: bool) -> None:
-        """Adds the gradient of the planned batch, piece by piece."""
+    def accumulate(self, batch: Batch, plan: Plan, tally: Tally, on_policy: bool) -> list[Found]:
+        """Adds the gradient of the planned batch, piece by piece; `on_policy` = the sampler had the same weights.
 
-        def loss(piece: Trajectories) -> Tensor:
-            estimate = _on(plan, piece).estimate(piece)
-            tally.count(piece, estimate, on_policy)
+        Returns:
+            The trajectories of this rank's pieces with their log-probs [b, t].
+        """
+        plan = plan.to(self.engine.world.device)
+
+        def loss(view: TokenView) -> Tensor:
+            estimate = plan.estimate(view)
+            tally.count(estimate)
             return estimate.loss
 
-        self._accumulate(batch, plan.keep, loss)
+        found: list[Found] = []
+        for rows, piece, tokens in self._accumulate(batch, plan.keep, loss):
+            tally.see(tokens, len(rows), piece.packed.input_ids.numel())
+            if on_policy:
+                tally.compare(tokens, piece.sampled)
+            found.append((rows, piece.packed.pad(tokens.logprobs).float().cpu()))
+        return found
 
-    def _accumulate(self, batch: Batch, keep: Tensor, loss_of: Callable[[Trajectories], Tensor]) -> None:
-        pieces = self._pieces(batch, keep.nonzero()[:, 0].tolist(), self.algorithm.reach)
+    def _accumulate(
+        self, batch: Batch, keep: Tensor, loss_of: Callable[[TokenView], Tensor]
+    ) -> list[tuple[list[int], Piece, PackedTokens]]:
+        """The gradient of a loss of the rows to be kept; this rank's pieces with what the forward pass found."""
+        pieces, found = self._pieces(batch, keep.nonzero()[:, 0].tolist(), self.algorithm.reach == "group"), []
         for number, rows in enumerate(pieces):
-            forward = self.engine.forward(_pairs(batch, rows), entropy=True)
+            piece = Piece(batch.columns, rows, self.engine.pack(_pairs(batch, rows)))
+            # A rank that has nothing to learn goes along, because ZeRO-3's collectives need all; its loss is 0.
+            loss, logprobs, entropies = self.engine.loss(piece.packed, piece.objective(self.algorithm, loss_of))
+            self.engine.backward(loss, last=number == len(pieces) - 1)
             if rows:
-                loss = loss_of(_piece(batch, rows, logprobs=forward.logprobs, entropies=forward.entropies))
-            else:
-                # ZeRO-3's collectives need this rank's forward and backward although it has nothing to learn.
-                loss = forward.logprobs_packed.sum() * 0.0
-            self.engine.backward(_told(loss), last=number == len(pieces) - 1)
+                found.append((rows, piece, piece.seen(logprobs, entropies)))
+        return found
 
-    def _pieces(self, batch: Batch, rows: list[int], reach: str = "token") -> list[list[int]]:
+    def _pieces(self, batch: Batch, rows: list[int], whole_groups: bool = False) -> list[list[int]]:
         """This rank's micro-batches, as rows of the batch; as many on every rank."""
-        lengths = [packed_length(*pair) for pair in _pairs(batch, rows)]
-        blocks = [batch.members[r].group for r in rows] if reach == "group" else None
+        works = [self.engine.costs.work(*pair) for pair in _pairs(batch, rows)]
+        blocks = [batch.members[r].group for r in rows] if whole_groups else None
         world = self.engine.world
-        cut = distribute(lengths, world.size, self.config.micro_batch_tokens, blocks)[world.rank]
+        cut = distribute(works, world.size, self.config.micro_batch_tokens, blocks)[world.rank]
         return [[rows[i] for i in members] for members in cut]
 
     # Columns that take a forward pass.
@@ -133,8 +161,10 @@ class Updater:
         late = (self.needs.columns & COMPUTED) - self.needs.before
         return late if self.off_policy else late - {"behavior_logprobs"}
 
-    def _completed(self, batch: Batch, plan: Plan) -> Batch:
-        return self._with_columns(batch, plan.keep.nonzero()[:, 0].tolist(), self._late_columns())
+    def _completed(self, batch: Batch, plan: Plan, moved: bool) -> Batch:
+        """With all columns but, unless the policy will have `moved` by then, its log-probs when it sampled."""
+        names = self._late_columns() - (set() if moved else {"behavior_logprobs"})
+        return self._with_columns(batch, plan.keep.nonzero()[:, 0].tolist(), names)
 
     @torch.no_grad()
     def _with_columns(self, batch: Batch, rows: list[int], names: frozenset[str]) -> Batch:
@@ -144,20 +174,25 @@ class Updater:
             "reference_logprobs": lambda pairs: self.frozen.forward(pairs).logprobs,
             "values": lambda pairs: self.critic.forward(pairs).values,
         }
-        found = {name: self._column(batch, rows, sources[name]) for name in sorted(names)}
-        return batch._replace(columns=dataclasses.replace(batch.columns, **found)) if found else batch
+        return self._joined(batch, {name: self._computed(batch, rows, sources[name]) for name in sorted(names)})
 
-    def _column(self, batch: Batch, rows: list[int], forward: Callable[[list], Tensor]) -> Tensor:
-        column = torch.zeros(batch.columns.response_mask.shape)
-        mine = []
+    def _computed(self, batch: Batch, rows: list[int], forward: Callable[[list], Tensor]) -> list[Found]:
+        found = []
         for piece in self._pieces(batch, rows) if rows else ():
             values = forward(_pairs(batch, piece))
             if piece:
-                mine.append((piece, values.float().cpu()))
-        for part in self.engine.world.gather(mine):
-            for piece, values in part:
-                column[torch.tensor(piece), : values.shape[1]] = values
-        return column
+                found.append((piece, values.float().cpu()))
+        return found
+
+    def _joined(self, batch: Batch, found: Mapping[str, list[Found]]) -> Batch:
+        """`batch` with columns put together from what each rank has found."""
+        columns = {}
+        for name, mine in found.items():
+            columns[name] = torch.zeros(batch.columns.response_mask.shape)
+            for part in self.engine.world.gather(mine):
+                for piece, values in part:
+                    columns[name][torch.tensor(piece), : values.shape[1]] = values
+        return batch._replace(columns=dataclasses.replace(batch.columns, **columns)) if columns else batch
 
     @torch.no_grad()
     def _probe(self, trajectories: Sequence[Trajectory], step: int, tally: Tally) -> None:
@@ -168,9 +203,11 @@ class Updater:
             return
         world = self.engine.world
         mine = rollouts[world.rank : world.rank + 1]
-        forward = self.engine.forward([(t.prompt_ids, t.response_ids) for t in mine])
+        packed = self.engine.pack([(t.prompt_ids, t.response_ids) for t in mine])
+        logprobs, entropies = self.engine.logprobs(packed, entropy=True)
         if mine:
-            tally.compare(assemble(mine, step), forward.logprobs.float().cpu())
+            piece = Piece(assemble(mine, step), list(range(len(mine))), packed)
+            tally.compare(piece.seen(logprobs, entropies), piece.sampled)
 
     # The critic.
 
@@ -201,7 +238,7 @@ class Updater:
                 tally.value_loss += float(loss.detach())
             else:
                 loss = values.sum() * 0.0
-            self.critic.backward(_told(loss), last=number == len(pieces) - 1)
+            self.critic.backward(told(loss), last=number == len(pieces) - 1)
 
     def _fit(self, batches: Sequence[Batch], goals: Sequence[tuple[Tensor, Tensor] | None]) -> dict[str, float]:
         if self.algorithm.critic is None:
@@ -229,24 +266,6 @@ def _pairs(batch: Batch, rows: Sequence[int]) -> list[tuple[Sequence[int], Seque
     return [(batch.members[r].prompt_ids, batch.members[r].response_ids) for r in rows]
 
 
-def _piece(batch: Batch, rows: Sequence[int], **live: Tensor) -> Trajectories:
-    """A piece of the batch on the model's device, with the columns of the forward pass."""
-    piece = batch.columns.select(torch.tensor(rows))
-    columns = {f.name: getattr(piece, f.name) for f in dataclasses.fields(piece)}
-    device = live["logprobs"].device
-    moved = {n: c.to(device) if isinstance(c, Tensor) else c for n, c in columns.items()}
-    return Trajectories(**{**moved, **live})
-
-
-def _on(plan: Plan, piece: Trajectories) -> Plan:
-    return plan.to(piece.response_mask.device)
-
-
-def _told(loss: Tensor) -> Tensor:
-    """A loss that is not finite becomes NaN, so that the gradient norm, which all ranks share, tells of it too."""
-    return loss if bool(torch.isfinite(loss.detach())) else loss * float("nan")
-
-
 def _norm(result: NamedTuple) -> float:
     """The gradient's norm, infinite where the gradient was not finite."""
     return result.grad_norm if result.applied or math.isfinite(result.grad_norm) else float("inf")
@@ -256,15 +275,17 @@ def _has_rollouts(batch: Batch, plan: Plan) -> bool:
     return bool((plan.keep & ~batch.columns.is_demonstration).any())
 
 
-def _shares(batches: Sequence[Batch], plans: Sequence[Plan]) -> tuple[tuple[int, int], float]:
-    """(demonstrations, all) that count, and the share of prompts without any gradient."""
+def _shares(batches: Sequence[Batch], plans: Sequence[Plan]) -> tuple[tuple[int, int], float, float]:
+    """(demonstrations, all) that count, the share of prompts without any gradient, and that of tokens without."""
     counted = torch.cat([plan.counted for plan in plans])
     demonstrations = torch.cat([batch.columns.is_demonstration for batch in batches])
     members = [t for batch in batches for t in batch.members]
-    keep = torch.cat([plan.keep for plan in plans]).tolist()
-    heard = {t.group for t, kept in zip(members, keep, strict=True) if kept}
+    keep = torch.cat([plan.keep for plan in plans])
+    heard = {t.group for t, kept in zip(members, keep.tolist(), strict=True) if kept}
     silent = 1 - len(heard) / max(1, len({t.group for t in members}))
-    return (int((counted & demonstrations).sum()), int(counted.sum())), silent
+    tokens = torch.tensor([packed_length(t.prompt_ids, t.response_ids) for t in members], dtype=torch.float64)
+    skipped = float(tokens[~keep].sum() / tokens.sum().clamp(min=1))
+    return (int((counted & demonstrations).sum()), int(counted.sum())), silent, skipped
 
 
 def _coefficients(plans: Sequence[Plan]) -> dict[str, float]:
