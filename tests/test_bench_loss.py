@@ -66,7 +66,7 @@ ours = loss.Ours(loss.MODELS["tiny"].path, 64)
 rollouts = made(SMALL, ours.vocabulary)
 for _ in range(2):
     ours(rollouts)
-print(len(rollouts), ours.tokens(rollouts), loss.compared(ours.gradient(), plain_gradient(rollouts)), flush=True)
+print(len(rollouts), ours.tokens, loss.compared(ours.gradient(), plain_gradient(rollouts)), flush=True)
 import os
 os._exit(0)
 """
@@ -76,7 +76,7 @@ def plain_gradient(rollouts: list) -> list[torch.Tensor]:
     """GRPO's textbook loss, a forward per trajectory."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(loss.MODELS["tiny"].path)
+    model = AutoModelForCausalLM.from_pretrained(loss.MODELS["tiny"].path, dtype=torch.float64)
     for trajectory, advantage in zip(rollouts, advantages([t.reward for t in rollouts], SMALL.size), strict=True):
         ids = torch.tensor([[*trajectory.prompt_ids, *trajectory.response_ids]])
         logs = model(input_ids=ids).logits[0, len(trajectory.prompt_ids) - 1 : -1].log_softmax(-1)
@@ -90,7 +90,7 @@ def test_ours_is_the_textbook_gradient_and_starts_from_zero_each_time() -> None:
     assert done.returncode == 0, done.stderr
     count, tokens, gap = done.stdout.split()[-3:]
     # Of the silent group nothing is run.
-    assert (int(count), float(gap) < 1e-5) == (8, True) and 0 < int(tokens) < 8 * (6 + 21) / 2
+    assert (int(count), float(gap) < 2e-5) == (8, True) and 0 < int(tokens) < 8 * (6 + 21) / 2
 
 
 @pytest.mark.skipif(not PEERS.exists(), reason="make peers has not been called")
@@ -109,6 +109,8 @@ def test_a_table_and_its_goals(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
 
     class Fake:
+        tokens = 1234
+
         def __init__(self, seconds: float) -> None:
             self.seconds = seconds
 
@@ -117,9 +119,6 @@ def test_a_table_and_its_goals(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def gradient(self) -> list[torch.Tensor]:
             return [torch.ones(2)]
-
-        def tokens(self, rollouts: object) -> int:
-            return 1234
 
         def inputs(self, rollouts: object) -> list[dict]:
             return [{"prompt_mask": torch.ones(2, 3), "completion_mask": torch.ones(2, 4)}]
@@ -133,6 +132,7 @@ def test_a_table_and_its_goals(monkeypatch: pytest.MonkeyPatch) -> None:
         rows, note = loss._case("tiny", Fake(2.0), Fake(7.0), [], shape, loss.Settings())
         assert len({row.count("|") for row in rows}) == 1 and told_goal in note
         assert f"| tiny | 2 ({shape.silent_groups}) | TRL | 14 | 7 (7 to 7) | 3.5 (3.5 to 3.5) | 1 | 1 |" == rows[1]
+        assert "| ours | 1,234 |" in rows[0]
     rows, note = loss._case("tiny", Fake(2.0), None, [], shape, loss.Settings())
     assert len(rows) == 1 and "goal" not in note
     monkeypatch.setattr(loss, "in_fresh_process", lambda *_: None)

