@@ -1,7 +1,8 @@
 """Seconds from the command to the first rollout and to the first finished step, and what they are spent on.
 
-Runs take turns, each a process of its own with a step of its own: with the cache of tokens and judged answers filled,
-with an empty one, and, where `before` is the folder of another checkout (`git worktree add FOLDER COMMIT`), with that.
+Runs take turns, each a process of its own that ends with its first step: with the cache of tokens and judged answers
+filled, with an empty one where anything is remembered of this run, and, where `before` is the folder of another
+checkout (`git worktree add FOLDER COMMIT`), with that.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from upge.errors import ConfigError
 
 SUMMARY = "seconds from the command to the first rollout and the first step, with and without what is remembered"
 MARKS = ("prepared", "trainer", "engine", "first rollout", "first step")
-WARM, COLD, BEFORE = "warm", "no cache", "before"
+NOW, COLD, BEFORE = "now", "now, nothing remembered", "before"
+Marks = dict[str, tuple[float, float]]
+"""Mark → seconds since the command, and seconds of CPU."""
 PROBE = Path(__file__).with_name("startup_probe.py")
 
 
@@ -55,36 +58,35 @@ def run(settings: Settings) -> str:
     arguments = _local(settings.run.split())
     with tempfile.TemporaryDirectory() as folder:
 
-        def started(root: Path, cache: str) -> Callable[[int], dict[str, float]]:
-            return lambda number: _started(root, arguments, Path(folder), cache and cache.format(number))
+        def started(root: Path, cache: str) -> Callable[[int], Marks]:
+            return lambda number: _started(root, arguments, Path(folder), cache.format(number))
 
-        things = {WARM: started(here, "warm"), COLD: started(here, "cold-{}")}
-        if settings.before:
-            things[BEFORE] = started(before, "before")
-        things[WARM](0)
+        things = {NOW: started(here, "warm"), COLD: started(here, "cold-{}"), BEFORE: started(before, "before")}
+        things[NOW](0)
+        if not (Path(folder) / "warm").exists():
+            del things[COLD]
+        if not settings.before:
+            del things[BEFORE]
         return table(interleaved(things, settings.rounds))
 
 
 def table(timing: Timing) -> str:
-    """Medians of the marks in seconds, and ratios of the last two with their range."""
-    base = BEFORE if BEFORE in timing.results else COLD
-    lines = [f"| start | {' | '.join(MARKS)} | first rollout, times {base} | first step, times {base} |"]
-    lines.append("|---" * (len(MARKS) + 3) + "|")
+    """Medians of the marks in seconds and in seconds of CPU, and ratios of the first step with their range."""
+    base = next(name for name in (BEFORE, COLD, NOW) if name in timing.results)
+    lines = [f"| start | | {' | '.join(MARKS)} | first step, times {base} |", "|---" * (len(MARKS) + 3) + "|"]
     for name, results in timing.results.items():
-        cells = [f"{statistics.median(marks[mark] for marks in results):.1f}" for mark in MARKS]
-        for mark in MARKS[-2:]:
+        for kind, what in enumerate(("seconds", "CPU")):
+            cells = [f"{statistics.median(marks[mark][kind] for marks in results):.1f}" for mark in MARKS]
             pairs = zip(timing.results[base], results, strict=True)
-            ratios = [slow[mark] / fast[mark] for slow, fast in pairs]
+            ratios = [slow[MARKS[-1]][kind] / fast[MARKS[-1]][kind] for slow, fast in pairs]
             spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
             cells.append("1" if name == base else spread)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    costs = ", ".join(f"{name} {statistics.median(seconds):.1f}" for name, seconds in timing.cpu.items())
-    rounds = len(timing.seconds[WARM])
-    told = f"Seconds since the command, medians of {rounds} rounds; ratios within the round, with their range. "
-    return "\n".join([*lines, "", f"{told}Seconds of CPU for the whole run of one step: {costs}."])
+            lines.append(f"| {name} | {what} | {' | '.join(cells)} |")
+    told = f"Since the command, medians of {len(timing.results[NOW])} rounds; CPU is that of the run's own process; ratios "
+    return "\n".join([*lines, "", f"{told}within the round, with their range."])
 
 
-def _started(root: Path, arguments: Sequence[str], folder: Path, cache: str) -> dict[str, float]:
+def _started(root: Path, arguments: Sequence[str], folder: Path, cache: str) -> Marks:
     """The marks of one run."""
     number = len(list(folder.iterdir()))
     marks, output = folder / f"marks-{number}.jsonl", folder / f"run-{number}"
@@ -101,10 +103,10 @@ def _started(root: Path, arguments: Sequence[str], folder: Path, cache: str) -> 
     if done.returncode:
         last = (done.stderr.strip() or "nothing was said").splitlines()[-1]
         raise ConfigError(f"run: the run ended with exit code {done.returncode}: {last}")
-    found: dict[str, float] = {}
+    found: Marks = {}
     for line in marks.read_text().splitlines():
-        name, seconds = json.loads(line)
-        found.setdefault(name, seconds)
+        name, *spent = json.loads(line)
+        found.setdefault(name, tuple(spent))
     return found
 
 

@@ -1,4 +1,6 @@
-"""Runs `experiments.run` of the folder it is started in, and notes when each part of the start was done.
+"""Runs `experiments.run` of the folder it is started in up to its first step, and notes when each part was done.
+
+Noted are the seconds since the command and this process's seconds of CPU.
 
 python startup_probe.py MARKS BEGUN ARGUMENTS...     MARKS: the file for the notes; BEGUN: when the command was given
 """
@@ -21,6 +23,8 @@ AFTER = (
     ("experiments.progress", "Progress.step", "first step"),
 )
 """Module, function, and what is done when it returns."""
+LAST = "first step"
+"""The run ends with it."""
 
 
 def main(file: str, begun: float, arguments: list[str]) -> int:
@@ -28,7 +32,9 @@ def main(file: str, begun: float, arguments: list[str]) -> int:
 
     def mark(name: str) -> None:
         with open(file, "a", encoding="utf-8") as marks:
-            print(json.dumps([name, time.time() - begun]), file=marks)
+            print(json.dumps([name, time.time() - begun, time.process_time()]), file=marks)
+        if name == LAST:
+            os._exit(0)
 
     run = importlib.import_module("experiments.run")
     for module, path, name in AFTER:
