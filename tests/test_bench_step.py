@@ -74,6 +74,10 @@ def test_rewards_by_checksum_are_mixed_and_always_the_same() -> None:
         first = [judge.submit(item).result().reward for item in items]
         assert first == [judge.submit(item).result().reward for item in items] and 16 < sum(first) < 48
     assert judge.submit(items[0]) == "the pool's"
+    always = Judge(Pool(), True)
+    with always.by_checksum():
+        pass
+    assert always.submit(items[0]).result().reward == first[0]
 
 
 # The bench.
@@ -89,6 +93,7 @@ def test_tokens_per_second_are_compared_pair_by_pair() -> None:
     ours, generate = stage.children[0][1], stage.children[1][1]
     assert ours.words == generate.words == ["compare", "steps", *["steps"] * 5] and ours.closed and generate.closed
     assert stage.jobs["generate"]["batch"] == 8 and stage.jobs["generate"]["threads"] == 1
+    assert not stage.jobs["ours"]["checksum"] and not stage.jobs["generate"]["checksum"]
     same = [a for a in stage.jobs["ours"]["arguments"] if not a.startswith("output")]
     assert same == [a for a in stage.jobs["generate"]["arguments"] if not a.startswith("output")]
 

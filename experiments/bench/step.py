@@ -40,6 +40,7 @@ class Settings:
         real_prompts, real_batch, real_tokens: the same of SmolLM2-135M, and the longest response.
         group: responses to a prompt.
         trl: ways of TRL to sample: generate, continuous, vllm, vllm-mended.
+        checksum: rewards by a checksum of the text in all steps, so that hardly any group is without a signal.
         threads: OpenMP threads of each trainer; 0: one for the tiny model, every core for SmolLM2-135M.
     """
 
@@ -49,11 +50,12 @@ class Settings:
     warmup: int = 1
     prompts: int = 32
     batch: int = 32
-    real_prompts: int = 4
+    real_prompts: int = 2
     real_batch: int = 8
     real_tokens: int = 256
     group: int = 8
     trl: str = "generate,vllm,vllm-mended"
+    checksum: bool = False
     threads: int = 0
 
 
@@ -132,6 +134,7 @@ def measure(case: Case, engines: list[str], settings: Settings, start: Start = C
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         folder = Path(place)
         job: dict[str, Any] = {"arguments": [*case.arguments, steps, f"output={folder / 'ours'}"]}
+        job["checksum"] = settings.checksum
         ours = stack.enter_context(start("ours", OURS, job, folder, case.threads))
         ours.answer()
         gradient = str(folder / "gradient.pt")
@@ -139,7 +142,7 @@ def measure(case: Case, engines: list[str], settings: Settings, start: Start = C
         crew, failed, gaps = {US: ours}, {}, {}
         for engine in engines:
             name = ENGINES[engine]
-            job = {"arguments": [*case.arguments, steps, f"output={folder / engine}"]}
+            job |= {"arguments": [*case.arguments, steps, f"output={folder / engine}"]}
             peer = start(engine, TRL, {**job, "engine": engine, "batch": case.batch, "lr": 0.0}, folder, case.threads)
             stack.enter_context(peer)
             try:
@@ -202,12 +205,13 @@ def _line(case: Case, name: str, outcome: Outcome) -> str:
 def _told(case: Case, outcome: Outcome, settings: Settings) -> list[str]:
     timing = outcome.timing
     silent = spread(one["silent"] for one in timing.results[US]).median
+    rewards = "; rewards by checksum" if settings.checksum else ""
     gaps = ", ".join(f"{gap:.1e} ({name})" for name, gap in outcome.gaps.items())
     lines = [
         f"{case.name}: median and range of {settings.pairs} steps of each, of {case.prompts} prompts with "
-        f"{settings.group} responses, {case.threads} OpenMP threads; TRL's micro-batches have {case.batch} rows. Of "
-        f"our groups {silent:.0%} had no signal (median). Gradients of the same responses and rewards differ by {gaps} "
-        "of their norm.",
+        f"{settings.group} responses, {case.threads} OpenMP threads{rewards}; TRL's micro-batches have {case.batch} "
+        f"rows. Of our groups {silent:.0%} had no signal (median). Gradients of the same responses and rewards differ by "
+        f"{gaps} of their norm.",
     ]
     for name in list(timing.seconds)[1:]:
         times = spread(_times(timing, name)).median

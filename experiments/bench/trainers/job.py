@@ -22,14 +22,14 @@ from upge.verify import Item, Verdict, VerifierPool
 
 
 class Judge:
-    """Rewards by the run's verifiers, the same for all; in a comparison by a checksum of the text instead.
+    """Rewards by the run's verifiers, the same for all; in a comparison, or always, by a checksum of the text instead.
 
     A weak model's responses may all be wrong, and then there is no gradient to compare. Half of the texts have an odd
     checksum, so that nearly every prompt has a signal.
     """
 
-    def __init__(self, pool: VerifierPool) -> None:
-        self._pool, self._by_checksum = pool, False
+    def __init__(self, pool: VerifierPool, always_by_checksum: bool = False) -> None:
+        self._pool, self._by_checksum = pool, always_by_checksum
 
     def submit(self, item: Item) -> Future[Verdict]:
         """As `VerifierPool.submit`."""
@@ -42,11 +42,11 @@ class Judge:
     @contextmanager
     def by_checksum(self) -> Iterator[None]:
         """Within it no verifier is asked."""
-        self._by_checksum = True
+        before, self._by_checksum = self._by_checksum, True
         try:
             yield
         finally:
-            self._by_checksum = False
+            self._by_checksum = before
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,18 @@ from upge.train.trainer import Parts, Trainer
 
 
 def train(job: dict[str, Any], line: Line) -> None:
-    """Trains `job["arguments"]`, keys of a run, until told to stop."""
+    """Trains until told to stop.
+
+    job: `arguments` are the keys of a run, `checksum` says whether rewards are by the texts' checksums.
+    """
     surroundings.quiet()
     loaded = Job.load(job["arguments"])
     config, prepared = loaded.composed.config, loaded.prepared
     world = connect()
     with loaded.pool() as pool:
         policy = Engine(config.model, config.optimizer, world, config.rollout.temperature)
-        sampler, judge, examiner = loaded.sampler(config.rollout.engine), Judge(pool), Examiner(loaded, pool)
+        sampler, examiner = loaded.sampler(config.rollout.engine), Examiner(loaded, pool)
+        judge = Judge(pool, job["checksum"])
         turns = Turns(
             line,
             lambda: examiner(policy.named_weights()),

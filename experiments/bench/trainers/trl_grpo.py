@@ -31,15 +31,15 @@ from upge.verify import Item
 def train(job: dict[str, Any], line: Line) -> None:
     """Trains until told to stop.
 
-    job: `arguments` are the keys of a run of ours with algo=grpo; `engine` is one of those of `_engine`, `batch` the
-    rows of a micro-batch, `lr` another learning rate (0: the run's).
+    job: `arguments` are the keys of a run of ours with algo=grpo, `checksum` as for `ours`; `engine` is one of those of
+    `_engine`, `batch` the rows of a micro-batch, `lr` another learning rate (0: the run's).
     """
     surroundings.quiet()
     prepare_environment()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; else it takes 30 % of the machine's memory
     loaded = Job.load(job["arguments"])
     with loaded.pool() as pool, tempfile.TemporaryDirectory() as folder:
-        judge, examiner = Judge(pool), Examiner(loaded, pool)
+        judge, examiner = Judge(pool, job["checksum"]), Examiner(loaded, pool)
         trainer = Watched(
             judge,
             model=_model(loaded),
