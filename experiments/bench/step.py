@@ -210,8 +210,8 @@ def _told(case: Case, outcome: Outcome, settings: Settings) -> list[str]:
     lines = [
         f"{case.name}: median and range of {settings.pairs} steps of each, of {case.prompts} prompts with "
         f"{settings.group} responses, {case.threads} OpenMP threads{rewards}; TRL's micro-batches have {case.batch} "
-        f"rows. Of our groups {silent:.0%} had no signal (median). Gradients of the same responses and rewards differ by "
-        f"{gaps} of their norm.",
+        f"rows. Of our groups {silent:.0%} had no signal (median). Gradients of the same responses and rewards differ "
+        f"by {gaps} of their norm.",
     ]
     for name in list(timing.seconds)[1:]:
         times = spread(_times(timing, name)).median
