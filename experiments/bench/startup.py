@@ -82,8 +82,9 @@ def table(timing: Timing) -> str:
             spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
             cells.append("1" if name == base else spread)
             lines.append(f"| {name} | {what} | {' | '.join(cells)} |")
-    told = f"Since the command, medians of {len(timing.results[NOW])} rounds; CPU is that of the run's own process; ratios "
-    return "\n".join([*lines, "", f"{told}within the round, with their range."])
+    rounds = len(timing.results[NOW])
+    told = f"Since the command, medians of {rounds} rounds; CPU is that of the run's own process; ratios within the round."
+    return "\n".join([*lines, "", told])
 
 
 def _started(root: Path, arguments: Sequence[str], folder: Path, cache: str) -> Marks:
