@@ -83,7 +83,7 @@ def table(timing: Timing) -> str:
             cells.append("1" if name == base else spread)
             lines.append(f"| {name} | {what} | {' | '.join(cells)} |")
     rounds = len(timing.results[NOW])
-    told = f"Since the command, medians of {rounds} rounds; CPU is that of the run's own process; ratios within the round."
+    told = f"Since the command, medians of {rounds} rounds; CPU is that of its own process; ratios within the round."
     return "\n".join([*lines, "", told])
 
 
