@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import types
+import weakref
 from pathlib import Path
 
 import pytest
 
 from experiments.bench import generation, startup, startup_probe
 from experiments.bench.measure import Timing
+from experiments.surroundings import collector_paused
 from upge.errors import ConfigError
 from upge.rollout import Rollout
 
@@ -84,3 +87,24 @@ def test_rates_are_of_all_rounds_and_ratios_of_each() -> None:
     assert rows[2] == "| vLLM, blocks of 32 | 4 | 3.00 (2.00 to 3.00) | 3.00 (2.00 to 3.00) |"
     assert rows[3] == "| vLLM, blocks of 128 | 2 | 1 | 1 |"
     assert "32 prompts of 12 tokens" in made and "2 of 4 responses have the same tokens" in made
+
+
+def test_the_garbage_collector_is_as_before_and_what_is_left_behind_is_collected() -> None:
+    class Ring:
+        def __init__(self) -> None:
+            self.self = self
+
+    assert gc.isenabled()
+    with pytest.raises(KeyError), collector_paused():
+        left = weakref.ref(Ring())
+        assert not gc.isenabled() and left() is not None
+        raise KeyError
+    assert gc.isenabled() and left() is None
+    gc.disable()
+    try:
+        with collector_paused():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+        gc.unfreeze()
