@@ -40,7 +40,7 @@ class Settings:
         real_prompts, real_batch, real_tokens: the same of SmolLM2-135M, and the longest response.
         group: responses to a prompt.
         trl: ways of TRL to sample: generate, continuous, vllm, vllm-mended.
-        checksum: rewards by a checksum of the text in all steps, so that hardly any group is without a signal.
+        checksum: rewards by a checksum of the text in all steps: a signal in nearly every group whose responses differ.
         threads: OpenMP threads of each trainer; 0: one for the tiny model, every core for SmolLM2-135M.
     """
 

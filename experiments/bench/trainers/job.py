@@ -25,7 +25,7 @@ class Judge:
     """Rewards by the run's verifiers, the same for all; in a comparison, or always, by a checksum of the text instead.
 
     A weak model's responses may all be wrong, and then there is no gradient to compare. Half of the texts have an odd
-    checksum, so that nearly every prompt has a signal.
+    checksum, so that nearly every prompt has a signal whose responses are not all the same.
     """
 
     def __init__(self, pool: VerifierPool, always_by_checksum: bool = False) -> None:
