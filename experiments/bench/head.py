@@ -102,7 +102,7 @@ def _timed(settings: Settings, vocabulary: int, dtype: str, device: str) -> tupl
     rows = []
     for name in things:
         times = "1" if name == FLOOR else str(timing.speedup(FLOOR, name))
-        cpu = "1" if name == FLOOR else f"{_cpu(timing, name) / _cpu(timing, FLOOR):.2f}"
+        cpu = "1" if name == FLOOR else str(timing.thrift(FLOOR, name))
         ahead = "" if name in (FLOOR, ONE_PASS) else f"{timing.speedup(ONE_PASS, name)} × as fast"
         error = f"{errors[name]:.0e}" if name in errors else ""
         rows.append(_row(f"{vocabulary:,}", dtype, name, _seconds(timing, name), times, cpu, ahead, error))
@@ -202,10 +202,6 @@ def _explained(settings: Settings, device: str) -> str:
         "and cut-cross-entropy give no entropies and do that much less. Off by: the largest difference of an entry of "
         f"a gradient from that of a float64 solution, relative to the largest entry. {peers.told()}"
     )
-
-
-def _cpu(timing: Timing, name: str) -> float:
-    return statistics.median(timing.cpu[name])
 
 
 def _seconds(timing: Timing, name: str) -> Spread:

@@ -145,8 +145,8 @@ def _case(
     for thing in things:
         cells = [_spread(timing.seconds[thing]), _spread(timing.cpu[thing]), "", ""]
         if theirs is not None:
-            by_cpu = Timing(timing.cpu, timing.cpu, timing.results)
-            cells[2:] = [1, 1] if thing == THEIRS else [t.speedup(OURS, THEIRS) for t in (timing, by_cpu)]
+            ahead = [timing.speedup(OURS, THEIRS), timing.thrift(OURS, THEIRS)]
+            cells[2:] = [1, 1] if thing == THEIRS else ahead
         rows.append(_row(name, count, thing, f"{tokens[thing]:,}", *cells))
     return rows, f"- {name}, {count} groups{told}{_goal(timing, bool(shape.silent_groups))}."
 
