@@ -15,6 +15,8 @@ from upge.errors import ConfigError
 ROOT = Path(__file__).parents[3]
 #: Seconds that a child has for its own ending before it is killed.
 PATIENCE = 20.0
+#: GiB of vLLM's cache on a CPU: whoever uses it would take a share of the memory that others here need, too.
+CACHE = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 class ChildError(RuntimeError):
@@ -59,7 +61,7 @@ class Child:
     def __init__(self, name: str, module: str, job: Mapping[str, Any], folder: Path, threads: int) -> None:
         self.name, self.log = name, folder / f"{name.replace(' ', '-')}.log"
         (there, to_child), (from_child, back) = os.pipe(), os.pipe()
-        surroundings = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        surroundings = {**CACHE, **os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, "-m", module, str(there), str(back), json.dumps(job)]
         with self.log.open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(

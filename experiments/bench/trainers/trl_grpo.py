@@ -6,7 +6,6 @@ vLLM it takes no importance correction, which would cost it another forward pass
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +35,6 @@ def train(job: dict[str, Any], line: Line) -> None:
     """
     surroundings.quiet()
     prepare_environment()
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; else it takes 30 % of the machine's memory
     loaded = Job.load(job["arguments"])
     with loaded.pool() as pool, tempfile.TemporaryDirectory() as folder:
         judge, examiner = Judge(pool, job["checksum"]), Examiner(loaded, pool)
