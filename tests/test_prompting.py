@@ -226,7 +226,8 @@ def test_a_model_without_a_tokenizer_is_named(tmp_path: Path):
 def test_the_description_shows_what_was_decided():
     prompting = Prompting(build("<s>", chat=None), "{prompt}\n", stop_token_ids=(END,), opening="So: ")
     assert prompting.describe(Problem("1", "Hi", "")).split("\n") == [
-        "prompts: a format string (model.template); responses end with '</s>' (2), '<|end|>' (4); padding, where there is any, '</s>'",
+        "prompts: a format string (model.template); responses end with '</s>' (2), '<|end|>' (4); "
+        "padding, where there is any, '</s>'",
         "an example, 8 tokens, the first of them '<s>':",
         "  | Hi",
         "  | So: ",

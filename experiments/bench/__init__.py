@@ -11,5 +11,8 @@ BENCHES = {
     "loss": "experiments.bench.loss",
     "step": "experiments.bench.step",
     "accuracy": "experiments.bench.accuracy",
+    "growth": "experiments.bench.growth",
+    "generation": "experiments.bench.generation",
+    "startup": "experiments.bench.startup",
 }
 """Name → module."""

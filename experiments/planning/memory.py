@@ -12,7 +12,7 @@ import torch
 from experiments.planning.machine import GIB, Machine, counted
 from experiments.planning.shape import ModelShape
 from upge.algorithm import Algorithm
-from upge.logprobs import default_chunk_size
+from upge.logprobs import buffer_bytes, default_chunk_size
 from upge.pipeline import Pipeline
 from upge.rollout.transformers_engine import TOKEN_BUDGET
 from upge.rollout.vllm_engine import CPU_SEQUENCES
@@ -21,9 +21,6 @@ from upge.train.config import RunConfig
 When = Literal["always", "sampling", "training"]
 #: A GPU's context, the collectives' buffers, and gaps between tensors.
 RESERVE = int(1.5 * GIB)
-#: Bytes that the head holds for an entry of a chunk's logits: as the product comes out, in float32, and probabilities.
-LOGITS = 10
-
 
 @dataclass(frozen=True)
 class Item:
@@ -178,8 +175,11 @@ def _update(config: RunConfig, shape: ModelShape, machine: Machine, tokens: int)
         yield Item(f"update: activations of {layers} layers for {tokens:,} tokens", kept, "training")
     passing = shape.gradients_per_token * tokens
     yield Item("update: gradients on the way through a layer", passing, "training", is_certain=False)
-    chunk = min(default_chunk_size(shape.vocabulary, "cuda" if machine.has_gpus else "cpu"), tokens)
-    logits = chunk * shape.vocabulary * LOGITS
-    yield Item(f"update: logits of {chunk:,} tokens, {LOGITS} bytes an entry", logits, "training", is_certain=False)
-    head = 4 * shape.vocabulary * shape.hidden
-    yield Item("update: gradient of the output embedding in float32", head, "training", is_certain=False)
+    device, dtype = "cuda" if machine.has_gpus else "cpu", getattr(torch, config.model.dtype)
+    chunk = min(default_chunk_size(shape.vocabulary, device, dtype), tokens)
+    logits = buffer_bytes(shape.vocabulary, device, dtype, tokens)
+    yield Item(f"update: logits of {chunk:,} tokens, and blocks of them in float32", logits, "training", False)
+    # In half precision a chunk's product stands beside the sum.
+    wide = 4 if dtype == torch.float32 else 6
+    head = wide * shape.vocabulary * shape.hidden
+    yield Item("update: gradient of the output embedding", head, "training", is_certain=False)

@@ -14,11 +14,11 @@ from __future__ import annotations
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upge.logprobs.chunks import default_chunk_size
+from upge.logprobs.chunks import buffer_bytes, default_chunk_size
 from upge.logprobs.functions import TokenLogprobs, TokenLoss
 from upge.logprobs.head import Asking, CoefficientFunction, Coefficients
 
-__all__ = ["CoefficientFunction", "Coefficients", "default_chunk_size", "token_logprobs", "token_loss"]
+__all__ = ["CoefficientFunction", "Coefficients", "buffer_bytes", "default_chunk_size", "token_logprobs", "token_loss"]
 
 
 def token_logprobs(

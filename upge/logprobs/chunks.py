@@ -7,7 +7,7 @@ With z = (W h + b)/τ the distribution of one token is p = softmax(z), and for t
 
 For a loss with ∂L/∂log p_y = c, and none through H, ∂L/∂z = −c q with q = p − 1_y. So q is all that is kept of the
 logits, in their place, and c scales the rows of h and of q W, which are D wide, not V: no pass over the matrix waits
-for c. Elementwise work runs over blocks of a few rows that stay in a core's cache; on a GPU over whole chunks, in one
+for c. Elementwise work runs over blocks of rows: on a CPU of so few that they stay in a core's cache, on a GPU in one
 compiled function.
 """
 
@@ -29,12 +29,28 @@ _CHUNK_FLOOR_GPU = 4096
 _CHUNK_ENTRIES = 2**22
 #: Entries of a block per thread: 512 KB in float32, so that what is read several times is read from the cache.
 _BLOCK_ENTRIES = 2**17
+#: Rows of a block on a GPU, which reads a block from its memory anyway: enough to keep it busy.
+_BLOCK_ROWS_GPU = 512
 
 
 def default_chunk_size(vocabulary: int, device_type: str, dtype: torch.dtype = torch.float32) -> int:
     """Tokens per chunk: at least 512 on CPU (1024 in half precision), 4096 elsewhere, more for small vocabularies."""
     wide = dtype in (torch.float32, torch.float64)
     return max(_CHUNK_FLOOR.get((device_type, wide), _CHUNK_FLOOR_GPU), _CHUNK_ENTRIES // vocabulary)
+
+
+def _block_rows(vocabulary: int, device_type: str) -> int:
+    if device_type != "cpu":
+        return _BLOCK_ROWS_GPU
+    return torch.get_num_threads() * max(1, _BLOCK_ENTRIES // vocabulary)
+
+
+def buffer_bytes(vocabulary: int, device_type: str, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes that the head of a model with this vocabulary holds while it runs `tokens` tokens, gradients aside."""
+    size = min(tokens, default_chunk_size(vocabulary, device_type, dtype))
+    wide = statistics_dtype(dtype)
+    blocks = wide.itemsize * (1 if dtype == wide else 2)
+    return vocabulary * (size * dtype.itemsize + min(size, _block_rows(vocabulary, device_type)) * blocks)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -63,10 +79,7 @@ class Chunks:
         self.weight, self.bias, self.temperature = weight, bias, temperature
         self._logits = weight.new_empty(size, weight.shape[0])
         self.wide = statistics_dtype(weight.dtype)
-        self.rows = size
-        if weight.device.type == "cpu":
-            threads = torch.get_num_threads()
-            self.rows = min(size, threads * max(1, _BLOCK_ENTRIES // weight.shape[0]))
+        self.rows = min(size, _block_rows(weight.shape[0], weight.device.type))
         self._block = weight.new_empty(self.rows, weight.shape[0], dtype=self.wide)
         self._copy = None if weight.dtype == self.wide else torch.empty_like(self._block)
 
@@ -128,7 +141,7 @@ def softmax_statistics(z: Tensor, target: Tensor, q: Tensor) -> tuple[Tensor, Te
 
 @cache
 def _softmax_of(device_type: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """On a GPU each pass over a chunk is memory traffic, so they are fused by torch.compile; never run without one."""
+    """On a GPU each pass over a block is memory traffic, so torch.compile fuses them; this was never run on one."""
     if device_type == "cpu":
         return softmax_statistics
     return torch.compile(softmax_statistics, dynamic=True)

@@ -1,8 +1,9 @@
-"""Sampling with transformers' own `generate`: for machines without vLLM, and a second opinion where vLLM is there."""
+"""Sampling with a transformers model: for small models, machines without vLLM, and as a second opinion beside vLLM."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,18 @@ from upge.rollout.randomness import random_state_kept
 
 # Tokens (prompt and response, padding included) in a batch: the size of its cache. 2,048 rows of 64 on a GPU.
 TOKEN_BUDGET = {"cpu": 32768, "cuda": 131072}
+# Share of a batch's rows that must have ended for them to be dropped, which copies the cache of the others.
+_WORTH_DROPPING = 1 / 8
 
 
 class TransformersSampler(Sampler):
-    """A copy of the model in evaluation mode, driven by left-padded `generate` in batches of similar prompt length.
+    """A copy of the model in evaluation mode, which decodes left-padded batches of similar prompt length.
 
-    The rule between `generate` and transformers' continuous batching (`generate_batch`): always `generate`. On a CPU
-    `generate_batch` was measured at a quarter of its speed (0.7k against 2.6k to 3.0k tokens/s), and it draws from the
-    process's random state, not from a seed for each response. On a GPU neither was measured; vLLM is meant for it.
+    Responses that have ended leave their batch, so that it does not cost as much as its longest, and a group's prompt
+    is computed once. transformers' own `generate` does neither, and leaves no room for a draw of our own but a logits
+    processor; its continuous batching (`generate_batch`) was measured at a quarter of the speed of `generate` on a CPU
+    (0.7k against 2.6k to 3.0k tokens/s), and draws from the process's random state, not from a seed for each response.
+    On a GPU none was measured; vLLM is meant for it.
 
     Tokens are drawn by inverting the cumulative distribution at one uniform number a token, from a generator of the
     response's own: a response depends neither on its neighbours in the batch nor on the process's random state.
@@ -46,6 +51,9 @@ class TransformersSampler(Sampler):
         self._budget = token_budget or TOKEN_BUDGET[self._device.type]
         self._model = _load_model(str(model_path), config, choose_dtype(dtype, self._device.type)).to(self._device)
         self._table = WeightTable.of_model(self._model)
+        # Only the last position's logits: those of a whole batch of prompts would be the largest tensor by far.
+        keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if keeps else {}
         threads = choose_threads(threads, self._table, self._device.type)
         super().__init__(max_length=choose_max_length(max_length, config),
                          vocabulary=config.get_text_config().vocab_size, reason=reason, threads=threads)
@@ -56,24 +64,41 @@ class TransformersSampler(Sampler):
 
     @torch.inference_mode()
     def _generate(self, batch: list[Request], sampling: Sampling, complete: Arrived) -> None:
-        from transformers import GenerationConfig, LogitsProcessorList
-        width = max(len(request.prompt) for request in batch)
-        pad = sampling.stop_token_ids[0] if sampling.stop_token_ids else 0
-        padded = [[pad] * (width - len(request.prompt)) + list(request.prompt) for request in batch]
-        mask = [[0] * (width - len(request.prompt)) + [1] * len(request.prompt) for request in batch]
+        from transformers import DynamicCache
+        cache = DynamicCache(config=self._model.config)
+        draw = _Draw(batch, sampling, self._device, complete)
+        logits, mask = self._prefilled([request.prompt for request in batch], cache)
+        token = draw(logits)
+        while not draw.is_done:
+            kept = draw.leaving()
+            if kept is not None:
+                cache.batch_select_indices(kept)
+                token, mask = token[kept], mask[kept]
+            mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+            token = draw(self._forward(token, mask, cache))
 
-        def ended(row: int, tokens: list[int], logprobs: list[float]) -> None:
-            # What `arrived` makes of it shall not be an inference tensor, which no gradient may touch.
-            with torch.inference_mode(False):
-                complete(batch[row].index, batch[row].copy, rollout_of(tokens, logprobs, sampling))
+    def _prefilled(self, prompts: list[tuple[int, ...]], cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fill the cache; the logits [B, V] behind each prompt, and the mask [B, T] of what is no padding. A prompt
+        that occurs several times is computed once."""
+        distinct = list(dict.fromkeys(prompts))
+        width = max(map(len, distinct))
+        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in distinct], device=self._device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in distinct],
+                            device=self._device)
+        logits = self._forward(ids, mask, cache)
+        if len(distinct) < len(prompts):
+            places = {prompt: place for place, prompt in enumerate(distinct)}
+            copies = torch.tensor([places[prompt] for prompt in prompts], device=self._device)
+            cache.batch_select_indices(copies)
+            logits, mask = logits[copies], mask[copies]
+        return logits, mask
 
-        draw = _Draw(sampling, [request.seed for request in batch], self._device, ended)
-        self._model.generate(
-            torch.tensor(padded, device=self._device), attention_mask=torch.tensor(mask, device=self._device),
-            logits_processor=LogitsProcessorList([draw]),
-            generation_config=GenerationConfig(
-                do_sample=False, num_beams=1, use_cache=True, max_new_tokens=sampling.max_tokens, pad_token_id=pad,
-                eos_token_id=list(sampling.stop_token_ids) or None, disable_compile=True))
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
+        """The logits [b, V] behind the last of the tokens [b, t], which follow on what the cache holds."""
+        places = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        output = self._model(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache,
+                             use_cache=True, **self._last_only)
+        return output.logits[:, -1]
 
     @torch.no_grad()
     def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -89,50 +114,67 @@ class TransformersSampler(Sampler):
 
 
 class _Draw:
-    """A logits processor that draws the token itself, keeps its log-probability and leaves `generate` no choice.
+    """Draws the tokens of a batch step by step, and hands on each response as it ends.
 
-    Called with token ids [B, t] and logits [B, V]; returns scores [B, V] that are -inf except at the drawn token.
-    ended: called as `ended(row, tokens, logprobs)` at the step in which a row draws a stop token or its last token.
+    complete: called as `complete(index, copy, rollout)` at the step in which a response draws a stop token or its last.
     """
 
-    def __init__(self, sampling: Sampling, seeds: Sequence[int], device: torch.device,
-                 ended: Callable[[int, list[int], list[float]], None]) -> None:
-        self._sampling = sampling
-        self._ended = ended
+    def __init__(self, batch: Sequence[Request], sampling: Sampling, device: torch.device, complete: Arrived) -> None:
+        self._batch, self._sampling, self._complete = batch, sampling, complete
         self._step = 0
-        self._tokens = torch.zeros(len(seeds), sampling.max_tokens, dtype=torch.long, device=device)
-        self._logprobs = torch.zeros(len(seeds), sampling.max_tokens, device=device)
+        self._tokens = torch.zeros(len(batch), sampling.max_tokens, dtype=torch.long, device=device)
+        self._logprobs = torch.zeros(len(batch), sampling.max_tokens, device=device)
         self._stops = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=device)
-        self._open = torch.ones(len(seeds), dtype=torch.bool, device=device)
+        # The rows of the batch that the model still runs, and which of them have not ended.
+        self._rows = torch.arange(len(batch), device=device)
+        self._open = torch.ones(len(batch), dtype=torch.bool, device=device)
         self._uniform = None
         if sampling.temperature > 0:
             # On the CPU, whatever the device: the same numbers everywhere, one short call a response.
-            rows = [torch.rand(sampling.max_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-                    for seed in seeds]
+            generators = (torch.Generator().manual_seed(request.seed) for request in batch)
+            rows = [torch.rand(sampling.max_tokens, dtype=torch.float64, generator=own) for own in generators]
             self._uniform = torch.stack(rows).to(device)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        logprobs = distribution(scores, self._sampling)
+    @property
+    def is_done(self) -> bool:
+        """Whether all responses have ended."""
+        return not bool(self._open.any())
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """The next token [b, 1] of each row that the model runs, from logits [b, V]."""
+        logprobs = distribution(logits, self._sampling)
         if self._uniform is None:
             token = logprobs.argmax(dim=-1, keepdim=True)
         else:
             cumulative = logprobs.double().exp().cumsum(dim=-1)
             # Scaled by just under the total, so that rounding cannot step over the last token of non-zero probability.
-            target = self._uniform[:, self._step, None] * cumulative[:, -1:] * (1 - 1e-12)
+            target = self._uniform[self._rows, self._step, None] * cumulative[:, -1:] * (1 - 1e-12)
             token = torch.searchsorted(cumulative, target, right=True)
-        self._tokens[:, self._step] = token[:, 0]
-        self._logprobs[:, self._step] = logprobs.gather(-1, token)[:, 0]
+        self._tokens[self._rows, self._step] = token[:, 0]
+        self._logprobs[self._rows, self._step] = logprobs.gather(-1, token)[:, 0]
         self._step += 1
         self._tell(token[:, 0])
-        return torch.full_like(scores, float("-inf")).scatter_(-1, token, 0.0)
+        return token
+
+    def leaving(self) -> torch.Tensor | None:
+        """The places [b'] of the rows to go on with, where so many have ended that it is worth dropping them."""
+        if int((~self._open).sum()) < _WORTH_DROPPING * len(self._rows):
+            return None
+        kept = self._open.nonzero()[:, 0]
+        self._rows, self._open = self._rows[kept], self._open[kept]
+        return kept
 
     def _tell(self, token: torch.Tensor) -> None:
-        """Hand on the rows whose response ends with this token [B]."""
+        """Hand on the rows whose response ends with this token [b]."""
         last = self._step == self._sampling.max_tokens
         ending = self._open if last else self._open & torch.isin(token, self._stops)
         self._open = self._open & ~ending
-        for row in ending.nonzero()[:, 0].tolist():
-            self._ended(row, self._tokens[row, :self._step].tolist(), self._logprobs[row, :self._step].tolist())
+        for row in self._rows[ending].tolist():
+            tokens, logprobs = self._tokens[row, :self._step].tolist(), self._logprobs[row, :self._step].tolist()
+            request = self._batch[row]
+            # What `arrived` makes of it shall not be an inference tensor, which no gradient may touch.
+            with torch.inference_mode(False):
+                self._complete(request.index, request.copy, rollout_of(tokens, logprobs, self._sampling))
 
 
 def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -162,7 +204,7 @@ def _batches(requests: Sequence[Request], max_tokens: int, budget: int) -> Itera
 
 
 def _load_model(path: str, config: Any, dtype: torch.dtype) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -175,6 +217,4 @@ def _load_model(path: str, config: Any, dtype: torch.dtype) -> torch.nn.Module:
         if bars:
             logging.enable_progress_bar()
     check_loaded(path, found)
-    # `generate` fills what is not asked for from here: a model's own top_k or repetition_penalty would leak in.
-    model.generation_config = GenerationConfig()
     return model.eval().requires_grad_(False)

@@ -1,0 +1,163 @@
+"""How an update's time and memory grow with tokens, vocabulary, group size and ranks: this project against itself.
+
+Each point runs in a fresh process; the points of a series take turns, round by round. A figure is relative to the
+series' first point in the same round.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.bench.growth_probe import Point
+from experiments.bench.measure import FEWEST_ROUNDS, Spread
+from upge.errors import ConfigError
+
+SUMMARY = "how an update's time and memory grow with tokens, vocabulary, group size and ranks"
+RANKS_GOAL, LINEAR = 1.6, 1.15
+_MIB = 2**20
+
+Found = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Keys of this bench.
+
+    Fields:
+        rounds: at least five.
+        groups, size: prompts, and responses to each, of the first point of a series.
+        scale: what the lengths (prompt 96, response 235 in the mean) are multiplied by.
+        vocabulary: V where it is not what grows.
+        series: several of tokens, vocabulary, group and ranks, separated by commas.
+    """
+
+    rounds: int = FEWEST_ROUNDS
+    groups: int = 4
+    size: int = 8
+    scale: float = 0.5
+    vocabulary: int = 8192
+    series: str = "tokens,vocabulary,group,ranks"
+
+
+def series_of(settings: Settings) -> dict[str, list[Point]]:
+    """Name → its points, the first of which is the measure of the others."""
+    start = Point(settings.groups, settings.size, settings.vocabulary, scale=settings.scale)
+    change = dataclasses.replace
+    known = {
+        "tokens": [change(start, groups=times * settings.groups) for times in (1, 2, 4)],
+        "vocabulary": [change(start, vocabulary=times * settings.vocabulary) for times in (1, 4, 16)],
+        "group": [change(start, groups=4 * settings.groups // t, size=t * settings.size // 4) for t in (1, 2, 4)],
+        "ranks": [change(start, groups=4 * settings.groups, ranks=ranks) for ranks in (1, 2)],
+    }
+    wanted = [name.strip() for name in settings.series.split(",")]
+    if not set(wanted) <= set(known):
+        raise ConfigError(f"series: found '{settings.series}'; give some of {', '.join(known)} with commas")
+    if settings.rounds < FEWEST_ROUNDS:
+        raise ConfigError(f"rounds: found {settings.rounds}; give at least {FEWEST_ROUNDS}")
+    if settings.groups < 1 or settings.size < 8 or settings.size % 4:
+        found = f"groups, size: found {settings.groups}, {settings.size}"
+        raise ConfigError(f"{found}; give 1 or more prompts, and a multiple of 4 from 8 on")
+    return {name: known[name] for name in wanted}
+
+
+def run(settings: Settings, probe: Callable[[Point], Found] | None = None) -> str:
+    """Markdown tables, and what they say about the goals."""
+    probe, series = probe or launched, series_of(settings)
+    header = ["series", "point", "response tokens", "tokens computed", "seconds", "× time", "× tokens computed"]
+    header += ["MiB at most", "× memory"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    goals = []
+    for name, points in series.items():
+        found = [[probe(point) for point in _turned(points, number)] for number in range(settings.rounds)]
+        found = [_turned_back(one, number) for number, one in enumerate(found)]
+        lines += [_row(name, point, [one[i] for one in found], [one[0] for one in found])
+                  for i, point in enumerate(points)]  # fmt: skip
+        goals += _goal(name, points, found)
+    about = (f"Median and range of {settings.rounds} rounds; a Qwen2 of {points[0].layers} layers and width "
+             f"{points[0].width}, GRPO, one thread a process. Memory: the most that an update's process takes beyond "
+             "what it has with weights and engine loaded, gradients and AdamW's moments included.")  # fmt: skip
+    return "\n".join([*lines, "", about, "", *goals])
+
+
+def _turned(points: Sequence, number: int) -> list:
+    first = number % len(points)
+    return [*points[first:], *points[:first]]
+
+
+def _turned_back(points: Sequence, number: int) -> list:
+    first = -number % len(points)
+    return [*points[first:], *points[:first]]
+
+
+def launched(point: Point) -> Found:
+    """What the probe finds in a process of its own, or in several that torchrun starts.
+
+    Raises:
+        ConfigError: it failed; with the end of what it wrote.
+    """
+    probe = ["experiments.bench.growth_probe", json.dumps(dataclasses.asdict(point))]
+    command = [sys.executable, "-m", *probe]
+    if point.ranks > 1:
+        ranks = ["--standalone", "--nproc_per_node", str(point.ranks)]
+        command = [sys.executable, "-m", "torch.distributed.run", *ranks, "-m", *probe]
+    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=surroundings, cwd=root, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        raise ConfigError(f"growth: the probe for {point} failed: {(done.stdout + done.stderr)[-2000:]}")
+    return json.loads(lines[-1])
+
+
+def _row(name: str, point: Point, found: Sequence[Found], first: Sequence[Found]) -> str:
+    labels = {
+        "tokens": f"{point.groups} prompts",
+        "vocabulary": f"V = {point.vocabulary:,}",
+        "group": f"{point.groups} × {point.size}",
+        "ranks": f"{point.ranks} rank{'s' * (point.ranks > 1)}",
+    }
+    ratio = {key: _ratio(found, first, key) for key in ("seconds", "computed", "memory")}
+    cells = [name, labels[name], f"{found[0]['tokens']:,.0f}", f"{found[0]['computed']:,.0f}"]
+    cells += [_spread([one["seconds"] for one in found]), ratio["seconds"], f"{ratio['computed'].median:.2f}"]
+    cells += [f"{statistics.median(one['memory'] for one in found) / _MIB:,.0f}", f"{ratio['memory'].median:.2f}"]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _goal(name: str, points: Sequence[Point], found: Sequence[Sequence[Found]]) -> list[str]:
+    """Of each series that has one, whether its goal was reached."""
+    last, first = [one[-1] for one in found], [one[0] for one in found]
+    times = _ratio(last, first, "seconds").median
+    if name == "tokens":
+        per_token = times / _ratio(last, first, "computed").median
+        told = "reached" if per_token <= LINEAR else "**missed**"
+        return [f"- tokens: time per token {per_token:.2f} times the first point's at the last; goal 1 ({told}, "
+                f"{LINEAR:g} counts as linear)."]  # fmt: skip
+    if name == "ranks":
+        told = "reached" if 1 / times >= RANKS_GOAL else "**missed**"
+        return [f"- {points[-1].ranks} ranks: {1 / times:.2f} times as fast as one; goal {RANKS_GOAL:g}, {told}."]
+    if name == "vocabulary":
+        extra = _head_memory(last) - _head_memory(first)
+        return [f"- vocabulary: beyond gradients and moments, {extra / _MIB:,.0f} MiB more at V = "
+                f"{points[-1].vocabulary:,} than at {points[0].vocabulary:,}."]  # fmt: skip
+    return []
+
+
+def _head_memory(found: Sequence[Mapping[str, float]]) -> float:
+    """Bytes less those that grow with the weights whatever is done: the gradient in its two forms and two moments."""
+    return statistics.median(one["memory"] - 16 * one["parameters"] for one in found)
+
+
+def _ratio(found: Sequence[Found], first: Sequence[Found], key: str) -> Spread:
+    return _spread([one[key] / base[key] for one, base in zip(found, first, strict=True)])
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values))

@@ -1,0 +1,113 @@
+"""Log-probs of the policy that sampled: none is computed that the first update's forward pass gives, none is missed."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import algorithms
+from tests.models import save_random_model, trajectories
+from upge.train.config import OptimizerConfig
+from upge.train.engine import Forward
+from upge.train.micro_batches import Costs
+from upge.train.packed_attention import PackedPolicy
+from upge.train.packing import pack
+from upge.train.rates import Rates
+from upge.train.tally import Tally
+from upge.train.update import Updater, split
+from upge.train.zero import StepResult
+
+LR = 0.05
+
+
+class PlainEngine:
+    """One process, float64, plain gradient steps; remembers the gradient of each and what was run without one."""
+
+    def __init__(self, folder) -> None:
+        from transformers import AutoModelForCausalLM
+
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        self.policy, self.costs = PackedPolicy(network), Costs.of(network)
+        self.world = SimpleNamespace(size=1, rank=0, is_main=True, device=torch.device("cpu"), gather=lambda own: [own])
+        self.gradients, self.without_gradient = [], 0
+
+    def pack(self, pairs):
+        return pack(pairs)
+
+    def forward(self, pairs, entropy=False):
+        self.without_gradient += len(pairs)
+        packed = pack(pairs)
+        return Forward(packed, *self.policy(packed, entropy=entropy))
+
+    def logprobs(self, packed, entropy=False):
+        return self.policy(packed, entropy=entropy)
+
+    def loss(self, packed, objective):
+        return self.policy(packed, objective=objective)
+
+    def backward(self, loss, last):
+        loss.backward()
+
+    def step(self, lr, limit=0.0):
+        found = [p.grad for p in self.policy.parameters()]
+        self.gradients.append(torch.cat([g.flatten() for g in found]).clone())
+        with torch.no_grad():
+            for parameter, gradient in zip(self.policy.parameters(), found, strict=True):
+                parameter -= lr * gradient
+        self.policy.zero_grad()
+        return StepResult(True, float(self.gradients[-1].norm()))
+
+
+def expected_updates(engine: PlainEngine, algorithm, config: OptimizerConfig) -> list[torch.Tensor]:
+    """The plain way: log-probs of all trajectories before the first update, then one update after the other."""
+    updater = Updater(engine, algorithm, config)
+    whole = updater.fill(trajectories(), 0)
+    pairs = [(t.prompt_ids, t.response_ids) for t in whole.members]
+    behavior = engine.forward(pairs).logprobs.detach().float()
+    whole = whole._replace(columns=dataclasses.replace(whole.columns, behavior_logprobs=behavior))
+    cuts = split(whole.members, config.mini_batches)
+    plans = algorithm.plans(whole.columns, cuts)
+    for _ in range(config.epochs):
+        for rows, plan in zip(cuts, plans, strict=True):
+            if bool(plan.keep.any()):
+                updater.accumulate(whole.taken(rows), plan, Tally(), on_policy=False)
+                engine.step(LR)
+    return engine.gradients
+
+
+@pytest.mark.parametrize(("mini_batches", "epochs"), [(1, 1), (2, 1), (5, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize("name", ["grpo", "gspo", "hpt"])
+def test_updates_are_those_with_all_columns(tmp_path, name, mini_batches, epochs):
+    folder, algorithm = save_random_model(tmp_path), algorithms.load(name)
+    config = OptimizerConfig(lr=LR, mini_batches=mini_batches, epochs=epochs, micro_batch_tokens=120)
+    ours = PlainEngine(folder)
+    report = Updater(ours, algorithm, config).update(trajectories(), 0, Rates(LR))
+    cuts = split(trajectories(), mini_batches)
+    plans = algorithm.plans(Updater(ours, algorithm, config).fill(trajectories(), 0).columns, cuts)
+    kept = [int(plan.keep.sum()) for plan in plans]
+    first = next(i for i, count in enumerate(kept) if count)
+    reads = "behavior_logprobs" in algorithm.step_needs.columns
+    assert ours.without_gradient == (sum(kept) - kept[first] if reads else 0)
+    expected = expected_updates(PlainEngine(folder), algorithm, config)
+    assert len(ours.gradients) == len(expected) == len(report.grad_norms) == epochs * sum(map(bool, kept))
+    for update, (a, b) in enumerate(zip(ours.gradients, expected, strict=True)):
+        # The column is kept in float32, so ratios and with them gradients are right to its rounding.
+        assert float((a - b).norm()) <= 1e-5 * float(b.norm()), update
+    assert bool(expected[0].any())
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    """Group 0 fails and group 1 succeeds altogether: GRPO learns nothing from them, nor from demonstrations."""
+    report = Updater(PlainEngine(save_random_model(tmp_path)), algorithms.load("grpo"), OptimizerConfig()).update(
+        trajectories(), 0, Rates(LR)
+    )
+    tokens = {t: len(t.prompt_ids) + len(t.response_ids) - 1 for t in trajectories()}
+    total = sum(tokens.values())
+    kept = sum(n for t, n in tokens.items() if t.group > 1 and not t.is_demonstration)
+    assert report.skipped_tokens == pytest.approx(1 - kept / total)
+    prompts = {t.group: len(t.prompt_ids) for t in trajectories() if t.group > 1}
+    assert report.tally.computed == kept - 3 * sum(prompts.values())
+    assert report.tally.trajectories == 12
