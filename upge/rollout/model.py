@@ -14,11 +14,12 @@ from urllib.parse import urlsplit
 import torch
 
 from upge.errors import ConfigError, ModelError, nearest
+from upge.rollout.randomness import random_state_kept
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-# Parameters below which one CPU thread samples faster than several.
+# Parameters below which, on a CPU, one thread samples faster than several, and transformers faster than vLLM.
 SMALL_MODEL = 5_000_000
 
 
@@ -136,6 +137,19 @@ def choose_threads(threads: int | None, table: WeightTable, device: str) -> int 
     if device != "cpu" or threads is not None:
         return threads if device == "cpu" else None
     return 1 if table.count() < SMALL_MODEL else None
+
+
+def too_small_for_vllm(config: Any) -> str | None:
+    """Why a model had better be sampled without vLLM on a CPU, as half a sentence; None if it had not.
+
+    With 1M parameters vLLM's step is mostly bookkeeping: transformers made 1.4 times as many tokens a second (256
+    responses of 8 prompts each, one thread, nothing else running), and starts in a fraction of a second.
+    """
+    with random_state_kept():
+        count = WeightTable.of_config(config).count()
+    if count >= SMALL_MODEL:
+        return None
+    return f"it samples {count / 1e6:.1f}M parameters faster on a CPU than vLLM does"
 
 
 @dataclass(frozen=True)
