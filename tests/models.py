@@ -43,3 +43,15 @@ def trajectories(
         if pairs:
             found.append(Trajectory(group, group, prompt, tokens(3, 15), 0.0, True, preference=-1))
     return found
+
+
+def unrounded(model: torch.nn.Module) -> None:
+    """Norms in the model's own precision, where those of transformers take theirs in float32 whatever the model's."""
+
+    def forward(norm: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        variance = hidden.square().mean(-1, keepdim=True)
+        return norm.weight * hidden * torch.rsqrt(variance + norm.variance_epsilon)
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = forward.__get__(module)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.compositions import CONFIGS, by_stage, load
-from tests.models import save_random_model, trajectories
+from tests.models import save_random_model, trajectories, unrounded
 from tests.test_update import made_up, padded_logprobs
 from tests.update_ranks import STEP
 from upge import Algorithm, Trajectories
@@ -30,18 +30,6 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     return save_random_model(tmp_path_factory.mktemp("model"))
-
-
-def unrounded(model: torch.nn.Module) -> None:
-    """Norms in the model's own precision, where Qwen2's take theirs in float32 whatever the model's."""
-
-    def forward(norm: torch.nn.Module, hidden: Tensor) -> Tensor:
-        variance = hidden.square().mean(-1, keepdim=True)
-        return norm.weight * hidden * torch.rsqrt(variance + norm.variance_epsilon)
-
-    for module in model.modules():
-        if type(module).__name__ == "Qwen2RMSNorm":
-            module.forward = forward.__get__(module)
 
 
 @pytest.fixture(scope="module", params=TOLERANCES, ids=str)
