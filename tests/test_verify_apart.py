@@ -83,6 +83,11 @@ NOT_KNOWN = [
     ("x>3", "x>4"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}3\\2\end{pmatrix}"), ("f(x)", "f(y)"),
     (r"\sum_{k=1}^{5} k", "3"),
+    # A part that is 0, which no number of digits shows, and a side of a branch cut that none of them decides.
+    ("x+1", r"x+((x+1)^2-x^2-2x-1)^{\frac{1}{90}}+1"), (r"2+\sqrt3", r"2+\sqrt3+(\sin^2 3+\cos^2 3-1)^{1/90}"),
+    ("1+2i", r"\sqrt{4e^{-i\pi}}+1"), ("x+1", r"10^{200}+x+1-10^{200}"),
+    # Not to be evaluated, but equal.
+    (r"1+e^{e^{e^{e^{e^x}}}}", r"e^{e^{e^{e^{e^x}}}}+1"), (r"1+\sin(x^{x^{x^{x}}})", r"\sin(x^{x^{x^{x}}})+1"),
     # Not to be evaluated.
     ("3.5", r"i^{9^{9^9}}"), ("3.5", r"\sin(10^{10^{10}})"), ("3.5", "9^{9^{9^9}}x"), ("x^2", "9^{9^{9^9}}x"),
 ]  # fmt: skip

@@ -9,6 +9,7 @@ they refuse, math-verify refuses after simplifying it, or never gets done with.
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from typing import Any
 
@@ -20,12 +21,13 @@ DIFFERENCE = 1e-3
 """What values differ by, relative to the larger, to prove something."""
 _LEAST = -4.6
 """ln of `SMALLEST`."""
-_TAME = 700.0
-"""Largest ln|x| of a part that is evaluated here."""
-_NUMBERS = {"Integer", "Rational", "Half", "One", "Zero", "NegativeOne", "Float", "Pi", "Exp1", "ImaginaryUnit"}
-_FUNCTIONS = {"Add", "Mul", "Pow", "exp", "log", "sin", "cos", "tan", "factorial", "binomial", "Abs"}
 _POINTS = (1.0, 37.0)
 """Letters stand for numbers between once and twice that; a branch of a root or logarithm may differ at one of them."""
+_DIGITS = 150
+_LARGEST, _TINIEST = 1e50, 1e-30
+"""Of a part that is evaluated: with `_DIGITS` a value is certain, and nothing takes long."""
+_CANCELLED = 1e-20
+"""What may be left of a sum, and how near the negative axis a number may be: less may be a 0 that was not met."""
 
 
 def are_apart(gold: Any, given: Any) -> bool:
@@ -69,30 +71,84 @@ def _differ(a: complex, b: complex) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _values(expression: Any) -> tuple[complex, ...] | None:
-    """Its values at `_POINTS`, to 15 digits; None where they may be hard to find, or are not finite numbers."""
-    if not _is_tame(expression):
-        return None
+    """Its values at `_POINTS`; None where they are not certain, hard to find, or not finite numbers."""
     try:
-        values = [complex(expression.evalf(15, subs=_numbers(expression, point))) for point in _POINTS]
-    except (TypeError, ValueError, ArithmeticError):
+        return tuple(complex(_value(expression, point)) for point in _POINTS)
+    except Exception:  # whatever mpmath cannot do; it proves nothing
         return None
-    return tuple(values) if all(abs(value) < 1e100 for value in values) else None
 
 
-def _numbers(expression: Any, point: float) -> dict[Any, float]:
-    """For each letter a number that depends on its name only, not on whether it was taken for real."""
-    names = {letter: letter.name.lower() for letter in expression.free_symbols}
-    return {letter: point * (1.0 + zlib.crc32(name.encode()) / 2**32) for letter, name in names.items()}
+class _Unknown(Exception):
+    """A value that is not certain."""
 
 
-def _is_tame(expression: Any) -> bool:
-    """Has it nothing but arithmetic and elementary functions in it, and no huge number?"""
-    name = type(expression).__name__
-    if name in _NUMBERS or name == "Symbol":
-        return True
-    if name not in _FUNCTIONS or not all(_is_tame(part) for part in expression.args):
-        return False
-    if expression.free_symbols:
-        return True
-    size = size_of(expression)
-    return size is None or -_TAME < size.low and size.high < _TAME
+def _value(expression: Any, point: float) -> Any:
+    """Worked out from the innermost parts outwards, so that a part that is too large stops it before it takes long."""
+    find = _rules().get(type(expression).__name__)
+    if find is None:
+        raise _Unknown
+    if not expression.args:
+        value = find(expression, point)
+    else:
+        value = find(*[_value(part, point) for part in expression.args])
+    if value and not _TINIEST < abs(value) < _LARGEST:
+        raise _Unknown
+    return value
+
+
+def _number(letter: Any, point: float) -> float:
+    """A number that depends on the letter's name only, not on whether it was taken for real."""
+    return point * (1.0 + zlib.crc32(letter.name.lower().encode()) / 2**32)
+
+
+@functools.cache
+def _rules() -> dict[str, Any]:
+    """How to find the value of each kind of expression: of its parts' values, or of itself where it has no parts."""
+    import mpmath
+
+    exact = mpmath.MPContext()  # one of its own: sympy changes the precision of the common one
+    exact.dps = _DIGITS
+
+    def total(*terms: Any) -> Any:
+        value = sum(terms)
+        if abs(value) <= _CANCELLED * max(map(abs, terms)) and any(terms):
+            raise _Unknown
+        return value
+
+    def off_the_cut(value: Any) -> Any:
+        """The value, unless it cannot be said on which side of the branch cut of roots and logarithms it is."""
+        if value.real < 0 and 0 < abs(value.imag) <= _CANCELLED * abs(value):
+            raise _Unknown
+        return value
+
+    def logarithm(number: Any, *base: Any) -> Any:
+        value = exact.ln(off_the_cut(number))
+        return value / exact.ln(off_the_cut(*base)) if base else value
+
+    def choices(above: Any, below: Any) -> Any:
+        if min(above.real, below.real) < 0:  # mpmath's convention may not be sympy's
+            raise _Unknown
+        return exact.binomial(above, below)
+
+    def rational(number: Any, _: float) -> Any:
+        return exact.mpf(number.p) / number.q
+
+    return {
+        **dict.fromkeys(("Integer", "Rational", "Half", "One", "Zero", "NegativeOne"), rational),
+        "Float": lambda number, _: exact.make_mpf(number._mpf_),
+        "Pi": lambda *_: +exact.pi,
+        "Exp1": lambda *_: +exact.e,
+        "ImaginaryUnit": lambda *_: exact.mpc(0, 1),
+        "Symbol": lambda letter, point: exact.mpf(_number(letter, point)),
+        "Add": total,
+        "Mul": lambda *factors: math.prod(factors),
+        "Pow": lambda base, exponent: off_the_cut(base) ** exponent,
+        "exp": exact.exp,
+        "log": logarithm,
+        "sin": exact.sin,
+        "cos": exact.cos,
+        "tan": exact.tan,
+        "factorial": exact.factorial,
+        "binomial": choices,
+        "Abs": abs,
+    }
