@@ -16,7 +16,7 @@ from upge.verify.loading import BUILT_IN
 #: Different answers from which on the result is remembered: parsing one as mathematics takes a millisecond or more.
 LEAST = 500
 #: What the verifiers' judgement rests on, beside their own code.
-PACKAGES = ("math-verify", "latex2sympy2_extended", "sympy", "reasoning_gym")
+PACKAGES = ("math-verify", "latex2sympy2_extended", "antlr4-python3-runtime", "sympy", "mpmath", "reasoning_gym")
 
 _known: dict[tuple[str, str], str | None] = {}
 """(verifier, answer) → why it is refused, or None: of this process."""

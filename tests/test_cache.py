@@ -55,14 +55,17 @@ def test_whatever_decides_on_the_tokens_gives_another_entry(folder: Path, prompt
     texts, tokenizer = ["1+1", "2"], prompting.tokenizer
     other = build_tokenizer()
     other.add_tokens(["1+"])
+    split = build_tokenizer()
+    split.split_special_tokens = True
     keys = {
+        tokens._key(texts, split, "a"),
         tokens._key(texts, tokenizer, "a"),
         tokens._key(texts, tokenizer, "b"),
         tokens._key(["1+12", ""], tokenizer, "a"),
         tokens._key(["1+1", "2", ""], tokenizer, "a"),
         tokens._key(texts, other, "a"),
     }
-    assert len(keys) == 5 and tokens._key(texts, build_tokenizer(), "a") in keys
+    assert len(keys) == 6 and tokens._key(texts, build_tokenizer(), "a") in keys
     assert tokens._key(texts, object(), "a") is None
     before = prompting.prompt_ids(PROBLEMS)
     for changed in ({"template": "{prompt}"}, {"opening": "4"}, {"system": "9"}, {"instruction": "="}):
@@ -93,9 +96,19 @@ def test_a_home_that_cannot_be_used_is_done_without(folder: Path, prompting: Pro
     monkeypatch.setattr(cache.Path, "rename", lambda self, target: (_ for _ in ()).throw(OSError("no space left")))
     assert prompting.prompt_ids(PROBLEMS) == made and kept(folder / "full") == []
 
+    def nowhere(self: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(cache.Path, "expanduser", nowhere)
+    assert prompting.prompt_ids(PROBLEMS) == made
+
 
 def test_the_oldest_entries_make_room(folder: Path, monkeypatch):
     monkeypatch.setattr(cache, "MOST", 2)
+    (folder / "things").mkdir()
+    for name, age in (("killed.part", 100_000), ("growing.part", 10)):
+        (folder / "things" / name).write_text("")
+        cache.os.utime(folder / "things" / name, (cache.time.time() - age,) * 2)
     for number, key in enumerate("abc"):
         with cache.entry("things", key) as one:
             assert one.read() is None
@@ -105,7 +118,7 @@ def test_the_oldest_entries_make_room(folder: Path, monkeypatch):
         if key == "b":
             with cache.entry("things", "a") as one:
                 assert bytes(one.read()) == b"123"  # asked for, and so the youngest
-    assert [path.name for path in kept(folder)] == ["a", "c"]
+    assert [path.name for path in kept(folder)] == ["a", "c", "growing.part"]
 
 
 def test_of_several_processes_one_makes_it(folder: Path):

@@ -12,6 +12,7 @@ import contextlib
 import mmap
 import os
 import struct
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -42,9 +43,10 @@ class Entry:
         try:
             with self._path.open("rb") as file:
                 view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            os.utime(self._path)
         except (OSError, ValueError):  # an empty file cannot be mapped
             return None
+        with contextlib.suppress(OSError):  # another user's file, which can be read all the same
+            os.utime(self._path)
         if len(view) < _TRAILER.size:
             return None
         contents, trailer = view[: -_TRAILER.size], view[-_TRAILER.size :]
@@ -78,14 +80,14 @@ def entry(kind: str, key: str) -> Iterator[Entry]:
     kind: the folder in `home` where such things are.
     key: a hash of everything that the contents follow from, fit for a file's name.
     """
-    path = home() / kind / key
     try:
         from filelock import FileLock
 
+        path = home() / kind / key
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_name(f"{key}.lock"))
         lock.acquire()
-    except (ImportError, OSError, NotImplementedError):  # a home that cannot be written to, a disk without locks
+    except (ImportError, OSError, RuntimeError):  # no home, one that cannot be written to, a disk without locks
         yield Entry(None)
         return
     try:
@@ -95,7 +97,13 @@ def entry(kind: str, key: str) -> Iterator[Entry]:
 
 
 def _make_room(folder: Path) -> None:
-    """Removes the oldest entries beyond `MOST`; who still reads one keeps what is mapped."""
+    """Removes the oldest entries beyond `MOST`; who still reads one keeps what is mapped.
+
+    And what killed processes left unfinished, the day after.
+    """
+    for path in folder.glob("*.part"):
+        if time.time() - path.stat().st_mtime > 86_400:
+            path.unlink(missing_ok=True)
     entries = [path for path in folder.iterdir() if path.suffix not in (".lock", ".part")]
     for path in sorted(entries, key=lambda path: path.stat().st_mtime, reverse=True)[MOST:]:
         path.unlink(missing_ok=True)

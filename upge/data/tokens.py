@@ -8,12 +8,13 @@ import sys
 from array import array
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 from upge.cache import entry
 
-#: Part of every key: raise it when the files are written otherwise, so that old ones are not found.
-FORMAT = 1
+#: Part of every key, beside the versions: the code that makes the tokens and writes the files.
+CODE = tuple(Path(__file__).with_name(name) for name in ("tokens.py", "prompting.py"))
 #: Characters of text from which on it is remembered: about half a second's work.
 LEAST = 1_000_000
 #: Texts that are made tokens at once; what a tokenizer returns is many times as large as what is kept of it.
@@ -66,14 +67,18 @@ def _unpacked(contents: memoryview, count: int) -> list[array]:
 def _key(texts: Sequence[str], tokenizer: Any, settings: Any) -> str | None:
     """A hash of everything that decides on the result; None for a tokenizer that does not show all that it is made of.
 
-    Not the tokenizer's files but what was made of them is hashed: vocabulary, merges, and all the rules.
+    Not the tokenizer's files but what was made of them is hashed: vocabulary, merges, and all the rules. Whether the
+    text of a special token is that token is no part of these.
     """
     backend, kind = getattr(tokenizer, "backend_tokenizer", None), type(tokenizer)
     if backend is None or not kind.__module__.startswith("transformers."):
         return None
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers")]
-    about = (FORMAT, sys.byteorder, array("i").itemsize, versions, kind.__qualname__, settings)
+    split = getattr(tokenizer, "split_special_tokens", False)
+    about = (sys.byteorder, array("i").itemsize, versions, kind.__qualname__, split, settings)
     digest = hashlib.blake2b(repr(about).encode(), digest_size=20)
+    for file in CODE:
+        digest.update(hashlib.blake2b(file.read_bytes()).digest())
     digest.update(hashlib.blake2b(backend.to_str().encode()).digest())
     for text in texts:
         encoded = text.encode("utf-8", "surrogatepass")
