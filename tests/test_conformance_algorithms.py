@@ -90,9 +90,21 @@ def test_a_gradient_that_depends_on_the_split_is_caught():
         def __call__(self, batch):
             return batch.entropies / batch.entropies.detach().sum()
 
-    check_component(OwnMean())
     broken = upge.Algorithm("broken", algorithms.load("grpo").terms, {"own": OwnMean()})
-    with pytest.raises(ConformanceError, match="algorithm 'broken' the gradient depends on the micro-batch split"):
+    with pytest.raises(ConformanceError, match="OwnMean declares reach 'token' but depends on more"):
+        check_algorithm(broken)
+
+
+def test_an_estimate_that_depends_on_the_split_is_caught():
+    """Each piece averages over itself; nothing wrong with a part, and the whole batch is as it should be."""
+
+    class OverItself(Plan):
+        def estimate(self, batch):
+            rest = Plan(self.terms, self.penalties, self.keep, self.counted, self.reach)
+            return Plan.estimate(scaled(rest, len(self.keep) / len(batch)), batch)
+
+    broken = meddling(lambda plan, batch: OverItself(plan.terms, plan.penalties, plan.keep, plan.counted, plan.reach))
+    with pytest.raises(ConformanceError, match="algorithm 'meddling' the gradient depends on the micro-batch split"):
         check_algorithm(broken)
 
 

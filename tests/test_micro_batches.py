@@ -9,6 +9,7 @@ import pytest
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from upge.train.micro_batches import Costs, Work, distribute
+from upge.train.packing import pack
 
 
 def alone(lengths: list[int]) -> list[Work]:
@@ -16,9 +17,12 @@ def alone(lengths: list[int]) -> list[Work]:
 
 
 def tokens_of(works: list[Work], members: list[int]) -> int:
-    """Of a micro-batch in which each prompt is computed once."""
-    own = sum(works[i].tokens - works[i].prompt_tokens for i in members)
-    return own + sum(dict((works[i].prompt, works[i].prompt_tokens) for i in members).values())
+    """Of a micro-batch as `pack` makes it: sequences of so many tokens, their prompts told apart by a first token."""
+    pairs = []
+    for i in members:
+        prompt = [hash(works[i].prompt) % 10**6, *[0] * (works[i].prompt_tokens - 1)]
+        pairs.append((prompt, [0] * (works[i].tokens - works[i].prompt_tokens + 1)))
+    return pack(pairs).input_ids.numel()
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -84,6 +88,12 @@ def test_prompts_in_common_count_once(seed, ranks):
         assert len(cuts) <= math.ceil(1.5 * needed) + 1
         times = [sum(any(works[i].prompt == name for i in members) for members in cuts) for name, _ in prompts]
         assert sum(times) <= len(prompts) + len(cuts)
+
+
+def test_the_budget_holds_where_prompts_in_common_are_too_short_to_be_shared():
+    works = [Work(41, f"p{i // 8}", 2) for i in range(64)]
+    cuts = distribute(works, 1, 1000)[0]
+    assert max(tokens_of(works, members) for members in cuts) <= 1000
 
 
 def test_a_group_beyond_the_budget_is_cut_and_one_within_is_not():

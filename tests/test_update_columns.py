@@ -89,8 +89,9 @@ def test_updates_are_those_with_all_columns(tmp_path, name, mini_batches, epochs
     plans = algorithm.plans(Updater(ours, algorithm, config).fill(trajectories(), 0).columns, cuts)
     kept = [int(plan.keep.sum()) for plan in plans]
     first = next(i for i, count in enumerate(kept) if count)
-    reads = "behavior_logprobs" in algorithm.step_needs.columns
-    assert ours.without_gradient == (sum(kept) - kept[first] if reads else 0)
+    read = [int(plan.reading("behavior_logprobs").sum()) for plan in plans]
+    assert ours.without_gradient == sum(read) - read[first]
+    assert (sum(read) == sum(kept)) == (name != "hpt"), "no part of hpt's demonstrations reads it"
     expected = expected_updates(PlainEngine(folder), algorithm, config)
     assert len(ours.gradients) == len(expected) == len(report.grad_norms) == epochs * sum(map(bool, kept))
     for update, (a, b) in enumerate(zip(ours.gradients, expected, strict=True)):

@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from upge.checks import check_fields
-from upge.components.base import REACHES, Component, Precomputed, live_reads
+from upge.components.base import REACHES, Component, Precomputed, live_reads, mapped
 from upge.errors import ConfigError
 from upge.estimate import Estimate
 from upge.estimator import UnifiedGradient
@@ -123,6 +123,18 @@ class Algorithm:
                 found[f"{name}.gate"] = getattr(self, name).gate
         return found
 
+    @staticmethod
+    def _at_work(named: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of terms or regularizers whose coefficient is not 0: the others have no part in the gradient."""
+        return {name: one for name, one in named.items() if one.coefficient != 0}
+
+    @property
+    def _working_parts(self) -> dict[str, Component]:
+        """The parts by path, without those of terms and regularizers whose coefficient is 0."""
+        idle = [f"terms.{n}." for n in self.terms.keys() - (self._at_work(self.terms) or self.terms).keys()]
+        idle += [f"regularizers.{n}." for n in self.regularizers.keys() - self._at_work(self.regularizers).keys()]
+        return {p: part for p, part in self.parts.items() if not f"{p}.".startswith(tuple(idle))}
+
     @property
     def stateful(self) -> dict[str, StatefulGate]:
         """Variable → gate, of the gates with a memory."""
@@ -135,30 +147,30 @@ class Algorithm:
     @property
     def reach(self) -> str:
         """How much of a batch must stay together in a micro-batch: 'token', 'trajectory' or 'group'."""
-        return max((part.live_reach for part in self.parts.values()), key=REACHES.index)
+        return max((part.live_reach for part in self._working_parts.values()), key=REACHES.index)
 
     @property
     def takes_chunks(self) -> bool:
         """True if any of a batch's tokens can be evaluated alone: what waits for the forward pass has reach 'token' and
         reads per-token columns only."""
-        reads = frozenset().union(*(live_reads(part) for part in self.parts.values()))
+        reads = frozenset().union(*(live_reads(part) for part in self._working_parts.values()))
         return self.reach == "token" and reads <= set(TOKEN_COLUMNS)
 
     @property
     def has_entropy_gradient(self) -> bool:
         """True if a gradient flows through the entropies: only regularizers let one through."""
-        return any("entropies" in regularizer.columns for regularizer in self.regularizers.values())
+        return any("entropies" in one.columns for one in self._at_work(self.regularizers).values())
 
     @property
     def sources(self) -> dict[str, Source]:
-        """The source of every term and regularizer by its path in the file."""
-        found = {f"terms.{n}": t.source for n, t in self.terms.items()}
-        return found | {f"regularizers.{n}": r.source for n, r in self.regularizers.items()}
+        """The source of every term and regularizer with a coefficient other than 0 by its path in the file."""
+        found = {f"terms.{n}": t.source for n, t in (self._at_work(self.terms) or self.terms).items()}
+        return found | {f"regularizers.{n}": r.source for n, r in self._at_work(self.regularizers).items()}
 
     @property
     def step_needs(self) -> Needs:
         """What the batch of a step must hold, read off the parts."""
-        return needs_of(self.parts, self.sources)
+        return needs_of(self._working_parts, self.sources)
 
     @property
     def needs(self) -> Needs:
@@ -194,7 +206,7 @@ class Algorithm:
                 f"algo.{owner}.source: {what}, but the data set has none; choose data with worked "
                 "solutions or an algorithm that learns from rollouts alone"
             )
-        check_columns(self.parts, self.sources, frozenset(provided) | ({"values"} if self.critic else set()))
+        check_columns(self._working_parts, self.sources, frozenset(provided) | ({"values"} if self.critic else set()))
         inner = {} if self.interlude is None else {"interlude.algorithm": self.interlude.algorithm}
         inner |= {} if self.validation is None else {"validation": self.validation}
         for path, algorithm in inner.items():
@@ -213,21 +225,30 @@ class Algorithm:
         Advantages and gates are computed on the whole batch: statistics such as a whitened advantage's do not depend on
         how it is cut into updates. Divisors are counts over an update's own rows.
         """
-        sources = {name: source_rows(batch, term.source) for name, term in self.terms.items()}
+        terms = self._at_work(self.terms) or self.terms
+        sources = {name: source_rows(batch, term.source) for name, term in terms.items()}
         whole = {}
-        for name, term in self.terms.items():
+        for name, term in terms.items():
             own = sources[name] & ~term.gate.closed(batch) & (term.coefficient != 0)
             # The weights wait for the update's divisor.
             whole[name] = PlannedTerm(
                 term.gate.hoisted(batch), term.estimator.hoist(batch), own, own, term.coefficient, sources[name]
             )
-        return [self._bound(whole, batch, rows) for rows in updates]
+        penalties = {name: one.hoist(batch) for name, one in self._at_work(self.regularizers).items()}
+        return [self._bound(whole, penalties, batch, rows) for rows in updates]
 
-    def _bound(self, whole: Mapping[str, PlannedTerm], batch: Trajectories, rows: Tensor | None) -> Plan:
-        """The plan of one update on `rows` of the batch that the terms have been planned on."""
+    def _bound(
+        self,
+        whole: Mapping[str, PlannedTerm],
+        hoisted: Mapping[str, Regularizer],
+        batch: Trajectories,
+        rows: Tensor | None,
+    ) -> Plan:
+        """The plan of one update on `rows` of the batch that terms and regularizers have been planned on."""
         if rows is not None:
             batch = batch.select(rows, row=torch.arange(len(rows), device=rows.device))
             whole = {name: term.taken(rows) for name, term in whole.items()}
+            hoisted = {name: mapped(one, lambda values: values[rows]) for name, one in hoisted.items()}
         anywhere = torch.stack([term.own for term in whole.values()]).any(dim=0)
         planned, keep = {}, torch.zeros_like(anywhere)
         for name, term in whole.items():
@@ -238,14 +259,14 @@ class Algorithm:
             signal = weights * advantage.values[:, : weights.shape[1]] if known else weights
             keep |= (signal != 0).any(dim=1)
         penalties = {}
-        for name, regularizer in self.regularizers.items():
+        for name, regularizer in hoisted.items():
             own = source_rows(batch, regularizer.source) & anywhere
             weights = _weights(regularizer.reduction, batch, own, anywhere)
             penalties[name] = (regularizer, weights * regularizer.coefficient)
             keep |= (weights != 0).any(dim=1)
         if self.reach == "group":  # what has no signal of its own may still be read by the others of its group
             keep = torch.isin(batch.group, batch.group[keep])
-        return Plan(planned, penalties, keep, anywhere)
+        return Plan(planned, penalties, keep, anywhere, self.reach)
 
     def estimate(self, batch: Trajectories) -> Estimate:
         """The loss, the weights and every factor on a whole batch; `loss.backward()` gives minus the gradient."""

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from upge.components.base import mapped
+from upge.components.base import live_reads, mapped
 from upge.estimate import Estimate, TermFactors
 from upge.estimator import UnifiedGradient
 from upge.gates import Gate
@@ -45,8 +45,9 @@ class PlannedTerm:
     source: Tensor
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> PlannedTerm:
-        """The same with `change` applied to every tensor in it, those of its hoisted parts included."""
-        return PlannedTerm(*(mapped(getattr(self, field.name), change) for field in fields(self)))
+        """The same with `change` applied to all that was computed beforehand, in its parts, too."""
+        own = [getattr(self, field.name) for field in fields(self)]
+        return PlannedTerm(*(change(v) if isinstance(v, Tensor) else mapped(v, change) for v in own))
 
     def taken(self, rows: Int[Tensor, "b"]) -> PlannedTerm:
         """The same for some rows of the batch."""
@@ -73,20 +74,38 @@ class Plan:
     Attributes:
         keep: [B] trajectories that can contribute to the gradient; no other needs a forward pass.
         counted: [B] trajectories with a coefficient other than zero in some term, those without a signal included.
+        reach: of the algorithm; with 'group', the widest, a part may read what has no weight of its own.
     """
 
     terms: Mapping[str, PlannedTerm]
     penalties: Mapping[str, tuple[Regularizer, Tensor]]
     keep: Bool[Tensor, "B"]
     counted: Bool[Tensor, "B"]
+    reach: str = "group"
 
     def to(self, device: torch.device | str) -> Plan:
         """The same plan with its values on `device`, where the pieces of the batch are."""
         if self.keep.device == torch.device(device):
             return self
         terms = {name: term.changed(lambda values: values.to(device)) for name, term in self.terms.items()}
-        penalties = {n: (regularizer, scale.to(device)) for n, (regularizer, scale) in self.penalties.items()}
-        return Plan(terms, penalties, self.keep.to(device), self.counted.to(device))
+        penalties = {
+            name: (mapped(regularizer, lambda values: values.to(device)), scale.to(device))
+            for name, (regularizer, scale) in self.penalties.items()
+        }
+        return Plan(terms, penalties, self.keep.to(device), self.counted.to(device), self.reach)
+
+    def reading(self, column: str) -> Bool[Tensor, "B"]:
+        """[B] kept trajectories on which some part reads a column after the forward pass; nobody looks elsewhere."""
+        if self.reach == "group":
+            return self.keep
+        found = torch.zeros_like(self.keep)
+        for term in self.terms.values():
+            if column in live_reads(term.gate).union(*map(live_reads, term.estimator.parts.values())):
+                found |= (term.weights != 0).any(dim=1)
+        for regularizer, scale in self.penalties.values():
+            if column in live_reads(regularizer):
+                found |= (scale != 0).any(dim=1)
+        return found & self.keep
 
     def estimate(self, batch: TokenView) -> Estimate:
         """The estimate on a piece of the planned batch (`batch.row` says which); pieces add up.

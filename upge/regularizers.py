@@ -15,7 +15,7 @@ from torch import Tensor
 from upge.components.base import Component, Formula
 from upge.components.reward import KLKind, kl_value
 from upge.reduction import Reduction
-from upge.trajectories import Trajectories
+from upge.views import TokenView
 
 Source = Literal["rollouts", "demonstrations", "preference_pairs", "all"]
 
@@ -23,13 +23,15 @@ Source = Literal["rollouts", "demonstrations", "preference_pairs", "all"]
 class Regularizer(Component):
     """A penalty per token. Every concrete regularizer has the fields `coefficient`, `reduction` and `source`."""
 
+    evaluated_apart: ClassVar[frozenset[str]] = frozenset({"reduction"})
+
     coefficient: float
     reduction: Reduction
     source: Source
 
     @abstractmethod
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
-        """[B, T] penalty per token, with gradient."""
+    def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
+        """Penalty per token, with gradient."""
 
 
 def _sign(number: float) -> tuple[str, str]:
@@ -46,7 +48,7 @@ class EntropyBonus(Regularizer):
     source: Source = "rollouts"
     reads: ClassVar[frozenset[str]] = frozenset({"entropies"})
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
         return -batch.entropies
 
     def formula(self) -> Formula:
@@ -73,7 +75,7 @@ class KLPenalty(Regularizer):
     source: Source = "rollouts"
     reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "reference_logprobs"})
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
         return kl_value(batch.reference_logprobs.detach() - batch.logprobs, self.kind)
 
     def formula(self) -> Formula:

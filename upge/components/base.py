@@ -61,6 +61,8 @@ class Component(ABC):
     reads: ClassVar[frozenset[str]]
     reach: ClassVar[str] = "token"
     min_group_size: ClassVar[int] = 1
+    #: Fields whose parts are not asked when this one is called.
+    evaluated_apart: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self) -> None:
         """Replaced by the dataclass's own; a part without settings may do without the decorator and is checked too."""
@@ -130,6 +132,8 @@ class Component(ABC):
         changes: dict[str, Any] = {}
         for field in _fields(self):
             value = getattr(self, field.name)
+            if field.name in self.evaluated_apart:
+                continue
             if isinstance(value, Component):
                 changes[field.name] = value.hoisted(batch)
             elif isinstance(value, tuple) and any(isinstance(v, Component) for v in value):
@@ -242,14 +246,16 @@ def live_reads(part: Component) -> frozenset[str]:
     """The columns that are read where `part` is evaluated after the forward pass, by it or by what it wraps."""
     if part.is_evaluated_before:
         return frozenset()
-    return frozenset(part.reads).union(*(live_reads(inner) for inner in part.parts.values()))
+    inner = [inner for name, inner in part.parts.items() if name not in part.evaluated_apart]
+    own = part.columns.difference(*(one.columns for one in part.parts.values())) | part.reads
+    return frozenset(own).union(*map(live_reads, inner))
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value`, a tensor or an object made of parts, with `change` applied to every tensor in it; anything else as it
-    is. The tensors in parts are values computed beforehand."""
-    if isinstance(value, Tensor):
-        return change(value)
+    """`value`, a part or an object made of parts, with `change` applied to all that was computed beforehand in it; a
+    tensor that a part has as a setting stays as it is."""
+    if isinstance(value, Precomputed):
+        return Precomputed(change(value.values))
     if isinstance(value, tuple):
         return tuple(mapped(item, change) for item in value)
     if not dataclasses.is_dataclass(value):

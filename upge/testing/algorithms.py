@@ -66,6 +66,9 @@ def _check_on(algorithm: Algorithm, batch: Trajectories, seed: int) -> None:
     close(name, "the gradient is not minus the weights", -estimate.weights, plain[0])
     for pieces in splits(batch, algorithm.reach, seed):
         close(name, "the gradient depends on the micro-batch split", gradient, _gradient(algorithm, batch, pieces))
+    for size in (1, 7) if algorithm.takes_chunks else ():
+        found = _gradient_by_chunks(algorithm, batch, size)
+        close(name, "the gradient depends on how the tokens are cut into chunks", gradient, found)
     wide = _gradient(algorithm, padded(batch), everything)[..., : gradient.shape[2]]
     close(name, "the gradient depends on the padding", gradient, wide)
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
@@ -159,6 +162,16 @@ def _gradient(algorithm: Algorithm, batch: Trajectories, pieces: list[Tensor]) -
         width = batch.select(rows).response_mask.shape[1]
         part = batch.select(rows, leaves[0][rows, :width], entropies=leaves[1][rows, :width])
         plan.estimate(part).loss.backward()
+    return torch.stack([torch.zeros_like(x) if x.grad is None else x.grad for x in leaves])
+
+
+def _gradient_by_chunks(algorithm: Algorithm, batch: Trajectories, size: int) -> Tensor:
+    """The same as the head asks for it: runs of `size` tokens, packed."""
+    leaves = [c.detach().clone().requires_grad_() for c in (batch.logprobs, batch.entropies)]
+    plan, tokens, mask = algorithm.plan(batch), batch.pack(), batch.response_mask
+    for start in range(0, len(tokens), size):
+        chunk = slice(start, start + size)
+        plan.estimate(tokens.chunk(chunk, *(leaf[mask][chunk] for leaf in leaves))).loss.backward()
     return torch.stack([torch.zeros_like(x) if x.grad is None else x.grad for x in leaves])
 
 

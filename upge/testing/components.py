@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from upge.components.base import Component, LikelihoodGradient, Precomputed, StabilizationMask, TokenReward
+from upge.components.base import Component, LikelihoodGradient, StabilizationMask, TokenReward, live_reads
 from upge.gates import Gate
 from upge.needs import needs_of
 from upge.reduction import Over, Reduction
@@ -251,7 +251,7 @@ def _signs(batch: Trajectories) -> Tensor:
 def _check_reach(component: Component, batch: Trajectories, value: Tensor) -> None:
     """Evaluates what is live on pieces of the declared reach; what is not is computed on the whole batch anyway."""
     live = component.is_live or isinstance(component, StabilizationMask)
-    if not live or isinstance(component, (Reduction, Regularizer)):
+    if not live or isinstance(component, Reduction):
         return
     hoisted, reach = component.hoist(batch), component.live_reach
     name, problem = type(component).__name__, f"declares reach '{reach}' but depends on more; declare a wider `reach`"
@@ -263,20 +263,19 @@ def _check_reach(component: Component, batch: Trajectories, value: Tensor) -> No
         every_other = torch.arange(batch.response_mask.shape[1]) % 2 == 1
         cut = dataclasses.replace(batch, response_mask=batch.response_mask & every_other)
         same(name, problem, value, _evaluate(hoisted, cut), cut)
-        if not _holds_values(hoisted):
-            _check_packed(component, batch, value)
+        if live_reads(component) <= set(TOKEN_COLUMNS):
+            _check_packed(component, hoisted, batch, value)
 
 
-def _holds_values(component: Component) -> bool:
-    """True if a part of it was computed beforehand, on [B, T]; packed tokens cannot look such values up."""
-    return isinstance(component, Precomputed) or any(map(_holds_values, component.parts.values()))
-
-
-def _check_packed(component: Component, batch: Trajectories, value: Tensor) -> None:
-    """Parts of reach 'token' must work on [N] packed tokens as on [B, T]."""
-    problem = f"{type(component).__name__} has reach 'token' but %s on packed tokens [N]; declare reach 'trajectory'"
+def _check_packed(component: Component, hoisted: Component, batch: Trajectories, value: Tensor) -> None:
+    """Parts of reach 'token' that read per-token columns only must work on [N] packed tokens as on [B, T]: the trainer
+    calls them so, with what they wrap computed beforehand where that can be."""
+    problem = (
+        f"{type(component).__name__} has reach 'token' but %s on packed tokens [N]; write it for any leading shape "
+        "(batch.per_token makes one number per token of one per trajectory), or declare reach 'trajectory'"
+    )
     arguments = (_signs(batch)[batch.response_mask],) if isinstance(component, StabilizationMask) else ()
-    found = attempt(problem % "fails", component, component.view(batch.pack()), *arguments)
+    found = attempt(problem % "fails", hoisted, hoisted.view(batch.pack()), *arguments)
     expected = valid(value, batch)
     equal = found.shape == expected.shape and torch.equal(found.double(), expected.double())
     require(equal, problem % "gives another value")

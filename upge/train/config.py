@@ -47,7 +47,7 @@ class ModelConfig:
 class RolloutConfig:
     """How responses are sampled in training."""
 
-    engine: Literal["auto", "vllm", "transformers"] = key("auto", "inference engine; auto takes vllm where installed, but for tiny models on a CPU")
+    engine: Literal["auto", "vllm", "transformers"] = key("auto", "inference engine; auto: see docs/running.md")
     temperature: float = key(1.0, "sampling temperature in training; the trainer's log-probs use it too")
     max_prompt_tokens: int = key(1024, "longest prompt")
     max_response_tokens: int = key(1024, "longest response; algorithms with a fixed divisor use it as `length`")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from upge.train.packing import packed_length
+from upge.train.packing import WORTH_SHARING, packed_length
 
 #: With several ranks the responses to a prompt are cut into parts of at most this share of a rank's work, so that what
 #: stays together does not decide who waits.
@@ -64,12 +64,19 @@ class Costs:
 
 @dataclass
 class _Bin:
-    """Trajectories that stay together, and what they take."""
+    """Trajectories that stay together, and what they take: `apart` is the tokens of all sequences, `saved` those of
+    prompts in common that need not be computed again."""
 
-    tokens: int = 0
+    apart: int = 0
+    saved: int = 0
     extra: float = 0.0
     prompts: set[Hashable] = field(default_factory=set)
     members: list[int] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """As many as `pack` makes of them, which shares prompts only where that is worth it."""
+        return self.apart - self.saved if self.saved >= WORTH_SHARING * self.apart else self.apart
 
     @property
     def cost(self) -> float:
@@ -77,9 +84,9 @@ class _Bin:
 
     def with_others(self, other: _Bin, prompt_tokens: Callable[[Hashable], int]) -> _Bin:
         """Both together."""
-        tokens = self.tokens + other.tokens - sum(prompt_tokens(p) for p in self.prompts & other.prompts)
-        members = self.members + other.members
-        return _Bin(tokens, self.extra + other.extra, self.prompts | other.prompts, members)
+        saved = self.saved + other.saved + sum(prompt_tokens(p) for p in self.prompts & other.prompts)
+        prompts, members = self.prompts | other.prompts, self.members + other.members
+        return _Bin(self.apart + other.apart, saved, self.extra + other.extra, prompts, members)
 
 
 def distribute(
@@ -136,7 +143,7 @@ class _Cut:
         families: dict[Hashable, list[_Bin]] = {}
         for index, work in enumerate(self.works):
             name = (index, "alone") if work.prompt is None else work.prompt
-            one = _Bin(work.tokens, work.extra, set() if work.prompt is None else {work.prompt}, [index])
+            one = _Bin(work.tokens, 0, work.extra, set() if work.prompt is None else {work.prompt}, [index])
             families.setdefault(name if blocks is None else int(blocks[index]), []).append(one)
         return [part for family in families.values() for part in self._parts(family, blocks is not None)]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 #: Prompts in common are computed once where that saves at least this share of the tokens: attention copies keys and
 #: values of a prompt for each response, which costs about as much as a few tokens' work in a very small model.
-_WORTH = 1 / 16
+WORTH_SHARING = 1 / 16
 
 
 class Sharing(NamedTuple):
@@ -126,7 +126,8 @@ def pack(
     prompts = [tuple(prompt_ids) for prompt_ids, _ in trajectories]
     times = Counter(prompts)
     saved = sum((count - 1) * len(prompt) for prompt, count in times.items())
-    common = {p for p, count in times.items() if count > 1} if share and saved >= _WORTH * sum(lengths) else set()
+    worth = share and saved >= WORTH_SHARING * sum(lengths)
+    common = {prompt for prompt, count in times.items() if count > 1} if worth else set()
     order = sorted(range(len(trajectories)), key=lambda i: -lengths[i])
     for index in order:
         row.sequence(index, prompts[index], trajectories[index][1], prompts[index] in common)

@@ -35,18 +35,22 @@ class Piece:
 
         An algorithm that takes chunks is asked about each chunk of tokens; any other about the whole piece at once.
         """
+        in_chunks, through_entropies = algorithm.takes_chunks, algorithm.has_entropy_gradient
 
         def coefficients(logprobs: Tensor, entropies: Tensor, chunk: slice) -> Coefficients:
             leaves = [logprobs.detach().requires_grad_(), entropies.detach().requires_grad_()]
             with torch.enable_grad():
-                view = self.tokens.chunk(chunk, *leaves) if algorithm.takes_chunks else self._padded(*leaves)
-                loss = loss_of(view)
+                view = self.tokens.chunk(chunk, *leaves) if in_chunks else self._padded(*leaves)
+                loss = told(loss_of(view))
             found = torch.autograd.grad(loss, leaves, allow_unused=True)
-            by_logprobs = torch.zeros_like(logprobs) if found[0] is None else found[0]
-            by_entropies = found[1] if algorithm.has_entropy_gradient else None
-            return Coefficients(told(loss.detach()), by_logprobs, by_entropies)
+            # A loss need not depend on both.
+            by_logprobs, by_entropies = (
+                torch.zeros_like(leaf) if gradient is None else gradient
+                for leaf, gradient in zip(leaves, found, strict=True)
+            )
+            return Coefficients(loss.detach(), by_logprobs, by_entropies if through_entropies else None)
 
-        return Objective(coefficients, algorithm.has_entropy_gradient, not algorithm.takes_chunks)
+        return Objective(coefficients, through_entropies, not in_chunks)
 
     def seen(self, logprobs: Tensor, entropies: Tensor) -> PackedTokens:
         """All tokens with what the forward pass gave for them."""
@@ -71,4 +75,4 @@ def _on(columns: Trajectories, device: torch.device) -> Trajectories:
 
 def told(loss: Tensor) -> Tensor:
     """A loss that is not finite becomes NaN, so that the gradient norm, which all ranks share, tells of it too."""
-    return loss if bool(torch.isfinite(loss)) else loss * float("nan")
+    return loss if bool(torch.isfinite(loss.detach())) else loss * float("nan")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -72,7 +72,7 @@ class Updater:
         plans = self.algorithm.plans(whole.columns, cuts)
         first = next((i for i, plan in enumerate(plans) if bool(plan.keep.any())), None)
         batches = [
-            self._completed(whole.taken(rows), plan, moved=number != first)
+            self._completed(whole.taken(rows), plan, number != first) if rates.policy is not None else whole.taken(rows)
             for number, (rows, plan) in enumerate(zip(cuts, plans, strict=True))
         ]
         tally, norms, critic_norms, above_limit = Tally(), [], [], 0
@@ -105,8 +105,9 @@ class Updater:
     def gradient(self, batch: Batch, plans: Sequence[tuple[float, Plan]]) -> list[Tensor]:
         """This rank's partitions of ∇ Σ factor·L over `plans` of one algorithm and batch; the policy stays as it is."""
         keep = torch.stack([plan.keep for _, plan in plans]).any(dim=0)
-        rows = keep.nonzero()[:, 0].tolist()
-        batch = self._with_columns(batch, rows, self._late_columns() - {"behavior_logprobs"})
+        for name in sorted(self._late_columns() - {"behavior_logprobs"}):
+            read = torch.stack([plan.reading(name) for _, plan in plans]).any(dim=0)
+            batch = self._with_columns(batch, read.nonzero()[:, 0].tolist(), {name})
         there = [(factor, plan.to(self.engine.world.device)) for factor, plan in plans]
         self._accumulate(batch, keep, lambda view: sum(factor * plan.estimate(view).loss for factor, plan in there))
         return self.engine.take_gradient()
@@ -163,11 +164,12 @@ class Updater:
 
     def _completed(self, batch: Batch, plan: Plan, moved: bool) -> Batch:
         """With all columns but, unless the policy will have `moved` by then, its log-probs when it sampled."""
-        names = self._late_columns() - (set() if moved else {"behavior_logprobs"})
-        return self._with_columns(batch, plan.keep.nonzero()[:, 0].tolist(), names)
+        for name in sorted(self._late_columns() - (set() if moved else {"behavior_logprobs"})):
+            batch = self._with_columns(batch, plan.reading(name).nonzero()[:, 0].tolist(), {name})
+        return batch
 
     @torch.no_grad()
-    def _with_columns(self, batch: Batch, rows: list[int], names: frozenset[str]) -> Batch:
+    def _with_columns(self, batch: Batch, rows: list[int], names: Set[str]) -> Batch:
         """`batch` with columns computed for `rows`; zero elsewhere, where nobody looks."""
         sources = {
             "behavior_logprobs": lambda pairs: self.engine.forward(pairs).logprobs,
