@@ -17,7 +17,7 @@ import torch.distributed as dist
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from upge.train.micro_batches import Work, distribute
-from upge.train.packed_attention import PackedPolicy
+from upge.train.packed_policy import PackedPolicy
 from upge.train.packing import pack, packed_length
 
 VOCABULARY, UPDATES, MICRO_BATCHES = 67, 3, 2

@@ -18,7 +18,7 @@ from tests.models import save_random_model, trajectories, unrounded
 from tests.test_update import made_up, padded_logprobs
 from tests.update_ranks import STEP
 from upge import Algorithm, Trajectories
-from upge.train.packed_attention import PackedPolicy
+from upge.train.packed_policy import PackedPolicy
 from upge.train.packing import pack
 from upge.train.piece import Piece
 from upge.train.trajectory import assemble

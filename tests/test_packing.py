@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from upge.errors import ModelError
-from upge.train.packed_attention import PackedPolicy, packed_attention
+from upge.train.packed_attention import packed_attention
+from upge.train.packed_policy import PackedPolicy
 from upge.train.packing import pack, packed_length
 
 VOCABULARY, TEMPERATURE = 37, 0.8

@@ -164,7 +164,7 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(kind, dtype):
 def _saved(config, dtype: str, tokens: int, checkpointing: bool) -> int:
     from transformers import AutoModelForCausalLM
 
-    from upge.train.packed_attention import PackedPolicy
+    from upge.train.packed_policy import PackedPolicy
     from upge.train.packing import pack
     from upge.train.zero import checkpoint_activations
 

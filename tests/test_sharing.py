@@ -10,7 +10,7 @@ import torch
 from tests.models import unrounded
 from tests.test_packing import MODELS, TEMPERATURE, VOCABULARY, exact_softmax, make_model, padded_forward
 from upge.errors import ModelError
-from upge.train.packed_attention import PackedPolicy
+from upge.train.packed_policy import PackedPolicy
 from upge.train.packing import Sharing, pack, packed_length
 
 __all__ = ["exact_softmax"]

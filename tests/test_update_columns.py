@@ -13,7 +13,7 @@ from tests.models import save_random_model, trajectories
 from upge.train.config import OptimizerConfig
 from upge.train.engine import Forward
 from upge.train.micro_batches import Costs
-from upge.train.packed_attention import PackedPolicy
+from upge.train.packed_policy import PackedPolicy
 from upge.train.packing import pack
 from upge.train.rates import Rates
 from upge.train.tally import Tally

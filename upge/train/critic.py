@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from upge.train.config import CriticConfig, ModelConfig, OptimizerConfig
 from upge.train.distributed import World
-from upge.train.packed_attention import predicting_states, prepare
+from upge.train.packed_attention import prepare
+from upge.train.packed_policy import predicting_states
 from upge.train.packing import PackedBatch, pack
 from upge.train.zero import TrainedModule, check_tokens, checkpoint_activations, load_causal_lm
 

@@ -16,7 +16,7 @@ from upge.train.packing import PackedBatch, pack
 from upge.train.zero import StepResult, TrainedModule, checkpoint_activations, load_causal_lm
 
 if TYPE_CHECKING:
-    from upge.train.packed_attention import Objective
+    from upge.train.packed_policy import Objective
 
 __all__ = ["Engine", "Forward", "StepResult"]
 
@@ -28,7 +28,7 @@ class Engine(TrainedModule):
     """The policy's weights, gradients and optimizer, partitioned over the ranks."""
 
     def __init__(self, model: ModelConfig, optimizer: OptimizerConfig, world: World, temperature: float = 1.0) -> None:
-        from upge.train.packed_attention import PackedPolicy
+        from upge.train.packed_policy import PackedPolicy
 
         network = load_causal_lm(model, world)
         if model.gradient_checkpointing:

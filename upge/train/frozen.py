@@ -9,7 +9,7 @@ import torch
 from upge.train.config import ModelConfig
 from upge.train.distributed import World
 from upge.train.engine import Forward
-from upge.train.packed_attention import PackedPolicy
+from upge.train.packed_policy import PackedPolicy
 from upge.train.packing import pack
 from upge.train.zero import check_tokens, load_causal_lm, settings
 

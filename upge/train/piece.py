@@ -10,7 +10,7 @@ from torch import Tensor
 
 from upge.algorithm import Algorithm
 from upge.logprobs import Coefficients
-from upge.train.packed_attention import Objective
+from upge.train.packed_policy import Objective
 from upge.train.packing import PackedBatch
 from upge.trajectories import Trajectories
 from upge.views import PackedTokens, TokenView
