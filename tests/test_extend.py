@@ -141,4 +141,4 @@ def test_describe_prints_it(own, capsys):
 def test_the_columns_of_the_page_exist():
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", PAGE.read_text("utf-8"), re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)} - {"reads"}
-    assert named == upge.trajectories.COLUMNS - {"logprobs", "response_mask", "row"}
+    assert named == upge.views.COLUMNS - {"logprobs", "response_mask", "row"}

@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from upge.components.base import Component, LikelihoodGradient, StabilizationMask, TokenReward, live_reads
+from upge.components.base import Component, LikelihoodGradient, StabilizationMask, TokenReward
 from upge.gates import Gate
 from upge.needs import needs_of
 from upge.reduction import Over, Reduction
@@ -263,16 +263,15 @@ def _check_reach(component: Component, batch: Trajectories, value: Tensor) -> No
         every_other = torch.arange(batch.response_mask.shape[1]) % 2 == 1
         cut = dataclasses.replace(batch, response_mask=batch.response_mask & every_other)
         same(name, problem, value, _evaluate(hoisted, cut), cut)
-        if live_reads(component) <= set(TOKEN_COLUMNS):
-            _check_packed(component, hoisted, batch, value)
+        _check_packed(component, hoisted, batch, value)
 
 
 def _check_packed(component: Component, hoisted: Component, batch: Trajectories, value: Tensor) -> None:
-    """Parts of reach 'token' that read per-token columns only must work on [N] packed tokens as on [B, T]: the trainer
-    calls them so, with what they wrap computed beforehand where that can be."""
+    """Parts of reach 'token' must work on [N] packed tokens as on [B, T]: the head calls them so, with what they wrap
+    computed beforehand where that can be."""
     problem = (
         f"{type(component).__name__} has reach 'token' but %s on packed tokens [N]; write it for any leading shape "
-        "(batch.per_token makes one number per token of one per trajectory), or declare reach 'trajectory'"
+        "(batch.per_token makes one number per token of a wrapped gate's), or declare reach 'trajectory'"
     )
     arguments = (_signs(batch)[batch.response_mask],) if isinstance(component, StabilizationMask) else ()
     found = attempt(problem % "fails", hoisted, hoisted.view(batch.pack()), *arguments)
