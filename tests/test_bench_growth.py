@@ -52,8 +52,10 @@ def test_bad_settings_are_named(changes, key):
         growth.series_of(growth.Settings(**changes))
 
 
-def test_a_real_point():
-    """A smaller one: more responses than one, weights and tokens counted, memory of at least the gradient."""
-    found = growth.launched(Point(groups=2, size=2, vocabulary=64, width=32, layers=1, scale=0.1, updates=1))
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_real_point(ranks):
+    """A smaller one: weights and tokens counted, over all ranks, memory of at least the gradient."""
+    small = Point(groups=2, size=2, vocabulary=64, width=32, layers=1, scale=0.1, updates=1, ranks=ranks)
+    found = growth.launched(small)
     assert found["seconds"] > 0 and found["computed"] > found["tokens"] > 4
     assert found["memory"] > 4 * found["parameters"] > 0

@@ -59,10 +59,14 @@ def measured(point: Point) -> dict[str, float]:
         vocab_size=point.vocabulary, hidden_size=point.width, intermediate_size=4 * point.width,
         num_hidden_layers=point.layers, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as own:
+        # transformers writes on the main rank alone.
+        folder = world.share(own)
         torch.manual_seed(0)
         Qwen2ForCausalLM(model).save_pretrained(folder)
+        world.barrier()
         engine = Engine(ModelConfig(path=folder), config, world)
+        world.barrier()
     updater = Updater(engine, algorithms.load("grpo"), config)
     rollouts = made(Shape(point.groups, point.size).scaled(point.scale), point.vocabulary)
     computed = 0
