@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from upge.data.arithmetic import Arithmetic
+from upge.data.demonstrated import limit_demonstrated
 from upge.data.encode import Encoded, Example, encode
 from upge.data.gsm8k import GSM8K
 from upge.data.mixture import Mixture
@@ -23,4 +24,5 @@ __all__ = [
     "Splits",
     "Table",
     "encode",
+    "limit_demonstrated",
 ]
