@@ -20,10 +20,10 @@ from upge.evaluation.passk import powers_of_two
 
 # The report's colours, on white: a figure in a paper has no dark page.
 COLORS = ("#0072b2", "#c95000", "#00805a", "#a6478b", "#8a6a00", "#2a8fc7", "#5a5f66")
-_INK, _SOFT, _RULE = "#1d2126", "#565d66", "#dcdeda"
+_INK, SOFT, RULE = "#1d2126", "#565d66", "#dcdeda"
 _MARKERS = "osD^vPX"
-_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "passk", "font.size": 9.5, "axes.linewidth": 0.8, "text.color": _INK,
-          "axes.labelcolor": _SOFT, "axes.edgecolor": _RULE, "xtick.color": _SOFT, "ytick.color": _SOFT,
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "passk", "font.size": 9.5, "axes.linewidth": 0.8, "text.color": _INK,
+          "axes.labelcolor": SOFT, "axes.edgecolor": RULE, "xtick.color": SOFT, "ytick.color": SOFT,
           "xtick.major.size": 0, "ytick.major.size": 0, "axes.titlesize": 10.5, "axes.titleweight": "bold",
           "axes.titlelocation": "left"}  # fmt: skip
 _WIDTH, _HEIGHT = 3.1, 2.5  # of a panel, in inches
@@ -58,7 +58,7 @@ def draw(found: Sequence[Panel], names: Sequence[str], folder: Path) -> list[Pat
     """Writes passk.png and passk.svg into `folder`; `names` are all runs, which keep their colours in every panel."""
     columns = 2 if len(found) == 4 else min(_MOST_COLUMNS, len(found))
     rows = math.ceil(len(found) / columns)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure((_WIDTH * columns + 0.4, _HEIGHT * rows + 0.5), dpi=200, layout="constrained")
         figure.get_layout_engine().set(h_pad=0.08)
         grid = figure.subplots(rows, columns, squeeze=False)
@@ -115,7 +115,7 @@ def _dress(axes, panel: Panel) -> None:
     axes.set_ylim(0, min(101.0, axes.get_ylim()[1]))
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_axisbelow(True)
-    axes.yaxis.grid(True, color=_RULE, linewidth=0.7)
+    axes.yaxis.grid(True, color=RULE, linewidth=0.7)
     axes.margins(x=0.04)
 
 
