@@ -187,8 +187,11 @@ def test_figures_of_a_term():
     estimator = upge.UnifiedGradient(upge.PPOClip(), upge.BehaviorPolicy(), upge.GroupRelative(normalize_std=False))
     term = upge.Term("rollouts", upge.Always(), estimator, upge.SequenceMean())
     found = upge.Algorithm("x", {"rl": term}).estimate(batch).metrics
-    expected = {"tokens": 5, "weight_abs_mean": 0.21, "weight_abs_p50": 0.0, "weight_abs_p99": 0.55,
-                "effective_tokens": 1.8445297, "advantage_mean": 0.1, "masked_share": 1 / 3}  # fmt: skip
+    expected = {"tokens": 5, "trajectories": 4, "advantage_mean": 0.1,
+                "weight_abs_mean": 0.21, "weight_abs_p50": 0.0, "weight_abs_p99": 0.55,
+                "weight_p1": -0.5, "weight_p10": -0.5, "weight_p50": 0.0, "weight_p90": 0.55, "weight_p99": 0.55,
+                "effective_tokens": 1.8445297, "effective_share": 1.8445297 / 5, "effective_trajectories": 1.8445297,
+                "masked_share": 1 / 3, "masked_above": 1 / 3, "masked_below": 0.0}  # fmt: skip
     assert found == pytest.approx({f"rl/{name}": value for name, value in expected.items()}, abs=1e-6)
 
 

@@ -133,7 +133,9 @@ def test_rewind_drops_what_will_be_recorded_again(tmp_path):
     folder, _ = folder_with_run(tmp_path)
     for step in range(1, 5):
         folder.append("metrics.jsonl", {"step": step, "loss": float("nan")})
-        folder.write_rollouts(step, [{"prompt": "p"}])
+        folder.append("prompts.jsonl", *({"step": step, "prompt": prompt} for prompt in (7, 3)))
+        for kind in ("rollouts", "tokens"):
+            folder.write_rows(kind, step, [{"prompt": "p"}])
     with open(folder.path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
     (folder.checkpoints / "step_000004.partial").mkdir()
@@ -141,7 +143,10 @@ def test_rewind_drops_what_will_be_recorded_again(tmp_path):
     folder.rewind(2)
     rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{"step": 1, "loss": None}, {"step": 2, "loss": None}]
-    assert sorted(p.name for p in (folder.path / "rollouts").iterdir()) == ["step_000001.jsonl", "step_000002.jsonl"]
+    prompts = [(line["step"], line["prompt"]) for line in read_lines(folder.path / "prompts.jsonl")]
+    assert prompts == [(1, 7), (1, 3), (2, 7), (2, 3)]
+    for kind in ("rollouts", "tokens"):
+        assert sorted(p.name for p in (folder.path / kind).iterdir()) == ["step_000001.jsonl", "step_000002.jsonl"]
     assert folder.checkpoint_steps() == [] and not list(folder.checkpoints.iterdir())
 
 

@@ -108,7 +108,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     tokens = {t: len(t.prompt_ids) + len(t.response_ids) - 1 for t in trajectories()}
     total = sum(tokens.values())
     kept = sum(n for t, n in tokens.items() if t.group > 1 and not t.is_demonstration)
-    assert report.skipped_tokens == pytest.approx(1 - kept / total)
+    assert report.heard.skipped_tokens == pytest.approx(1 - kept / total)
     prompts = {t.group: len(t.prompt_ids) for t in trajectories() if t.group > 1}
     assert report.tally.computed == kept - 3 * sum(prompts.values())
     assert report.tally.trajectories == 12

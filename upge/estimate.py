@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from upge.views import TokenView
 
 
 class TermFactors(NamedTuple):
@@ -37,19 +39,26 @@ class Estimate:
         weights: [B, T] the detached number in front of ∇log π_θ, all terms added up.
         terms: the factors of each term.
         penalties: the value of each regularizer.
-        response_mask: [B, T] the tokens that count.
+        batch: what it was made for.
+        compared: the terms whose mask compares the policy with the one that generated the data.
     """
 
     loss: Float[Tensor, ""]
     weights: Float[Tensor, "*shape"]
     terms: Mapping[str, TermFactors]
     penalties: Mapping[str, float]
-    response_mask: Bool[Tensor, "*shape"]
+    batch: TokenView
+    compared: frozenset[str] = frozenset()
 
     @property
-    def records(self) -> dict[str, TokenRecord]:
-        """Per term, the figures of the tokens that have a part in it, without padding."""
-        return {name: token_record(factors) for name, factors in self.terms.items()}
+    def response_mask(self) -> Bool[Tensor, "*shape"]:
+        """[B, T] the tokens that count."""
+        return self.batch.response_mask
+
+    @property
+    def records(self) -> dict[str, TermRecord]:
+        """Per term, what is kept of the tokens that have a part in it."""
+        return {name: term_record(factors, self.batch, name in self.compared) for name, factors in self.terms.items()}
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -59,49 +68,114 @@ class Estimate:
         }
 
 
-class TokenRecord(NamedTuple):
-    """Packed figures [N] of the tokens with a coefficient other than zero in a term."""
+class TermRecord(NamedTuple):
+    """What is kept of the n tokens of a piece that have a coefficient other than zero in a term.
+
+    Attributes:
+        weight: [n] the number in front of ∇log π_θ.
+        relative: [n] the same relative to the absolute of its scale gate·reduction: ±1 is a plain likelihood's token.
+        advantage: sum of the advantages.
+        signals: how many have an advantage other than zero; the counts below are of these.
+        masked: how many the stabilization mask stops.
+        above, below: of the stopped, those that the policy has become more, and less, likely to choose than the one
+            that generated the data; None where the mask does not compare the two.
+        trajectories: Σ|weight| of each trajectory, by its row in the batch, or whatever else tells it from others.
+    """
 
     weight: Tensor
-    mask: Tensor
-    advantage: Tensor
-    scale: Tensor
+    relative: Tensor
+    advantage: float
+    signals: int
+    masked: int
+    above: int | None
+    below: int | None
+    trajectories: Mapping[Hashable, float]
 
 
-def token_record(factors: TermFactors) -> TokenRecord:
-    """The tokens of a term, packed: weight, mask, advantage, and gate·reduction as `scale`."""
+def term_record(factors: TermFactors, batch: TokenView, compared: bool) -> TermRecord:
+    """What is kept of a term's tokens in a piece of a batch; `compared` as in `TermRecord.above`."""
     scale = factors.gate * factors.reduction
     active = scale != 0
     columns = (factors.weights, factors.mask, factors.advantages, scale)
-    return TokenRecord(*(column[active].detach().float().cpu() for column in columns))
+    weight, mask, advantage, scale = (column[active].detach().float().cpu() for column in columns)
+    signal = advantage != 0
+    stopped = signal & (mask == 0)
+    above = below = None
+    if compared and batch.behavior_logprobs is not None:
+        moved = batch.log_importance_ratio[active].float().cpu()[stopped]
+        above, below = int((moved > 0).sum()), int((moved < 0).sum())
+    rows, place = batch.places[0][active].cpu().unique(return_inverse=True)
+    masses = torch.zeros(len(rows), dtype=torch.float64).index_add(0, place, weight.double().abs())
+    return TermRecord(
+        weight,
+        weight / scale.abs(),
+        float(advantage.double().sum()),
+        int(signal.sum()),
+        int(stopped.sum()),
+        above,
+        below,
+        dict(zip(rows.tolist(), masses.tolist(), strict=True)),
+    )
 
 
-def summarise(records: Mapping[str, Sequence[TokenRecord]]) -> dict[str, float]:
-    """Figures per term over all its pieces:
+#: Of the signed weights, which percentiles are recorded.
+PERCENTILES = (1, 10, 50, 90, 99)
 
-    `tokens` that have a coefficient; `masked_share` of those with an advantage, stopped by the mask; `weight_abs_mean`,
-    `weight_abs_p50` and `weight_abs_p99` of |weight| relative to its average scale gate·reduction, so 1 means a plain
-    maximum-likelihood token; `effective_tokens` = (Σ|weight|)²/Σ weight²; `advantage_mean`.
+
+def summarise(records: Mapping[str, Sequence[TermRecord]]) -> dict[str, float]:
+    """Figures per term over all its pieces. A weight is relative to its scale |gate·reduction|: ±1 is a plain
+    likelihood's token.
+
+    `tokens`, `trajectories` that have a coefficient; `advantage_mean`; `weight_abs_mean`, `weight_abs_p50`,
+    `weight_abs_p99` of |weight|; `weight_p1` to `weight_p99`, percentiles of the signed weight; `effective_tokens` =
+    (Σ|w|)²/Σw² of the numbers w in front of ∇log π_θ, `effective_share` of the tokens, `effective_trajectories` the
+    same of each trajectory's Σ|w|; `masked_share` of the tokens with an advantage, stopped by the mask, and of them
+    `masked_above` and `masked_below`, with a ratio to the behaviour policy above and below 1.
     """
     metrics: dict[str, float] = {}
     for name, pieces in records.items():
-        weight, mask, advantage, scale = (torch.cat(column) for column in zip(*pieces, strict=True))
-        metrics[f"{name}/tokens"] = float(len(weight))
-        if not len(weight):
-            continue
-        relative = (weight / scale).abs()
-        signal = advantage != 0
-        metrics[f"{name}/weight_abs_mean"] = float(relative.mean())
-        metrics[f"{name}/weight_abs_p50"] = _quantile(relative, 0.50)
-        metrics[f"{name}/weight_abs_p99"] = _quantile(relative, 0.99)
-        squares = weight.double().square().sum()
-        metrics[f"{name}/effective_tokens"] = float(weight.double().abs().sum() ** 2 / squares) if squares > 0 else 0.0
-        metrics[f"{name}/advantage_mean"] = float(advantage.mean())
-        if bool(signal.any()):
-            metrics[f"{name}/masked_share"] = float((mask[signal] == 0).float().mean())
+        found = {"tokens": float(sum(len(piece.weight) for piece in pieces))}
+        if found["tokens"]:
+            found |= _weights(pieces) | _masked(pieces)
+            found["advantage_mean"] = sum(piece.advantage for piece in pieces) / found["tokens"]
+        metrics |= {f"{name}/{key}": value for key, value in found.items()}
     return metrics
 
 
-def _quantile(values: Tensor, share: float) -> float:
-    """By sorting: `torch.quantile` refuses more than 16 million values."""
-    return float(values.sort().values[min(len(values) - 1, int(share * len(values)))])
+def _weights(pieces: Sequence[TermRecord]) -> dict[str, float]:
+    weight, relative = (torch.cat([piece[column] for piece in pieces]) for column in (0, 1))
+    signed, absolute = relative.sort().values, relative.abs().sort().values
+    found = {"weight_abs_mean": float(absolute.mean())}
+    found |= {f"weight_abs_p{percent}": _percentile(absolute, percent) for percent in (50, 99)}
+    found |= {f"weight_p{percent}": _percentile(signed, percent) for percent in PERCENTILES}
+    found["effective_tokens"] = _effective(weight.double())
+    found["effective_share"] = found["effective_tokens"] / len(weight)
+    masses: dict[Hashable, float] = {}
+    for piece in pieces:
+        for row, mass in piece.trajectories.items():
+            masses[row] = masses.get(row, 0.0) + mass
+    found["trajectories"] = float(len(masses))
+    found["effective_trajectories"] = _effective(torch.tensor(list(masses.values()), dtype=torch.float64))
+    return found
+
+
+def _masked(pieces: Sequence[TermRecord]) -> dict[str, float]:
+    """Shares of the tokens with an advantage; the sides only where some piece tells them apart."""
+    signals = sum(piece.signals for piece in pieces)
+    if not signals:
+        return {}
+    found = {"masked_share": sum(piece.masked for piece in pieces) / signals}
+    if any(piece.above is not None for piece in pieces):
+        found |= {f"masked_{side}": sum(getattr(p, side) or 0 for p in pieces) / signals for side in ("above", "below")}
+    return found
+
+
+def _effective(weight: Tensor) -> float:
+    """(Σ|w|)²/Σw²: how many equal ones would weigh as unequally as these."""
+    squares = weight.square().sum()
+    return float(weight.abs().sum() ** 2 / squares) if squares > 0 else 0.0
+
+
+def _percentile(rising: Tensor, percent: int) -> float:
+    """Of sorted values: `torch.quantile` refuses more than 16 million of them."""
+    return float(rising[min(len(rising) - 1, percent * len(rising) // 100)])

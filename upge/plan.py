@@ -94,6 +94,15 @@ class Plan:
         }
         return Plan(terms, penalties, self.keep.to(device), self.counted.to(device), self.reach)
 
+    def alone(self, name: str) -> Plan:
+        """The part of one term or regularizer: these parts' losses and gradients add up to the whole plan's."""
+        terms = {n: term for n, term in self.terms.items() if n == name}
+        penalties = {n: penalty for n, penalty in self.penalties.items() if n == name}
+        scales = [term.weights for term in terms.values()] + [scale for _, scale in penalties.values()]
+        heard = torch.stack([(scale != 0).any(dim=1) for scale in scales]).any(dim=0)
+        keep = self.keep if self.reach == "group" else self.keep & heard
+        return Plan(terms, penalties, keep, self.counted, self.reach)
+
     def reading(self, column: str) -> Bool[Tensor, "B"]:
         """[B] kept trajectories on which some part reads a column after the forward pass; nobody looks elsewhere."""
         if self.reach == "group":
@@ -121,11 +130,19 @@ class Plan:
         logprobs = batch.logprobs
         # Weights in half precision would lose what their divisors need.
         dtype = torch.promote_types(logprobs.dtype, torch.float32)
-        weights = torch.stack([t.weights for t in terms.values()]).sum(dim=0).to(dtype)
+        found = [t.weights for t in terms.values()] or [torch.zeros_like(logprobs.detach())]
+        weights = torch.stack(found).sum(dim=0).to(dtype)
         # Where nothing is to be learned the log-prob may be -inf, and 0 times that is NaN.
         loss = -(weights * torch.where(weights == 0, torch.zeros_like(logprobs), logprobs)).sum()
         penalties = {}
         for name, (regularizer, scale) in self.penalties.items():
             penalties[name] = _penalty(regularizer, batch.look_up(scale).to(dtype), batch)
             loss = loss + penalties[name]
-        return Estimate(loss, weights, terms, {n: float(p.detach()) for n, p in penalties.items()}, batch.response_mask)
+        values = {name: float(value.detach()) for name, value in penalties.items()}
+        return Estimate(loss, weights, terms, values, batch, self._compared)
+
+    @property
+    def _compared(self) -> frozenset[str]:
+        """The terms whose mask reads the behaviour policy's log-probs, so that a ratio decides what it stops."""
+        masks = {name: term.estimator.parts["mask"] for name, term in self.terms.items()}
+        return frozenset(name for name, mask in masks.items() if "behavior_logprobs" in live_reads(mask))

@@ -108,6 +108,12 @@ class Trajectories(TokenView):
         return values[:, None]
 
     @property
+    def places(self) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+        """Row and place in the response of each entry, padding included."""
+        shape = self.response_mask.shape
+        return self.row[:, None].expand(shape), torch.arange(shape[1], device=self.row.device).expand(shape)
+
+    @property
     def lengths(self) -> Int[Tensor, "B"]:
         """[B] tokens that count in each response."""
         return self.response_mask.sum(dim=1)

@@ -79,6 +79,12 @@ class TokenView:
         """One number for each entry of `look_up` of a [B] tensor, in a shape that multiplies per-token columns."""
         raise NotImplementedError
 
+    @property
+    def places(self) -> tuple[Int[Tensor, "*shape"], Int[Tensor, "*shape"]]:
+        """The trajectory of each entry, as a row of the batch that this one was selected from, and its place in the
+        response."""
+        raise NotImplementedError
+
     def restricted(self, columns: frozenset[str], owner: str) -> Any:
         """This batch as `owner` may see it: reading a column outside `columns` raises `UndeclaredColumn`."""
         return Restricted(self, columns, owner)
@@ -121,6 +127,11 @@ class PackedTokens(TokenView):
     def per_token(self, values: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
         """`values` as they are: there is one for each token already."""
         return values
+
+    @property
+    def places(self) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
+        """Row and place in the response of each token."""
+        return self.row, self.column
 
     def chunk(self, tokens: slice, logprobs: Tensor, entropies: Tensor | None) -> PackedTokens:
         """Some neighbouring tokens, with what the forward pass of the current policy gave for them."""

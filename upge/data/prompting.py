@@ -125,6 +125,10 @@ class Prompting:
         """Responses as text, without special tokens; no responses, no texts (where the tokenizer would make one)."""
         return self.tokenizer.batch_decode(list(responses), skip_special_tokens=True) if responses else []
 
+    def read(self, token_ids: Sequence[int]) -> str:
+        """Token ids as the text that they are, special tokens included."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
     def describe(self, problem: Problem) -> str:
         """For the user: what was decided, and one prompt as the model sees it."""
         tokens = self.tokenizer

@@ -143,6 +143,13 @@ class StopConfig:
 
 
 @dataclass(frozen=True)
+class DiagnoseConfig:
+    """What is measured beside training, and changes nothing in it."""
+
+    gradients_every: int = key(0, "norms and cosines of the terms' gradients each so many steps; 0 = never")
+
+
+@dataclass(frozen=True)
 class HardwareConfig:
     """The machine that a run is meant for; what is left at 0 is found out on this one."""
 
@@ -162,7 +169,7 @@ class RunConfig:
     group_size: int = key(8, "rollouts per prompt")
     output: str = key("", "folder of the run; empty = the next free runs/ALGO-MODEL-DATA")
     resume: Literal["auto", "never"] = key("auto", "auto = continue an interrupted run found in `output`")
-    log_rollouts: int = key(10, "write sampled rollouts each so many steps; 0 = never")
+    log_rollouts: int = key(10, "write rollouts and the heaviest tokens each so many steps; 0 = never")
     model: ModelConfig = section(ModelConfig)
     rollout: RolloutConfig = section(RolloutConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
@@ -173,6 +180,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     data_policy: DataPolicy = section(DataPolicy)
     stop: StopConfig = section(StopConfig)
+    diagnose: DiagnoseConfig = section(DiagnoseConfig)
     hardware: HardwareConfig = section(HardwareConfig)
 
     def __post_init__(self) -> None:
@@ -202,6 +210,7 @@ class RunConfig:
             "steps": self.steps,
             "seed": self.seed,
             "log_rollouts": self.log_rollouts,
+            "diagnose.gradients_every": self.diagnose.gradients_every,
             "eval.every": self.eval.every,
             "checkpoint.every": self.checkpoint.every,
             "checkpoint.keep": self.checkpoint.keep,

@@ -14,7 +14,9 @@ from omegaconf import OmegaConf
 from upge.errors import ConfigError
 
 #: Keys that may differ between a run and its continuation.
-FREE_KEYS = ("steps", "resume", "output", "checkpoint", "log_rollouts")
+FREE_KEYS = ("steps", "resume", "output", "checkpoint", "log_rollouts", "diagnose")
+#: Files with lines of single steps, and folders with a file for each of some steps.
+LINES, FOLDERS = ("metrics.jsonl", "evaluations.jsonl", "prompts.jsonl"), ("rollouts", "tokens")
 
 
 #: In best/, which evaluation it was.
@@ -22,7 +24,7 @@ BEST_FACTS = "evaluation.json"
 
 
 class RunFolder:
-    """config.yaml, run.json, metrics.jsonl, evaluations.jsonl, rollouts/, checkpoints/, best/, final/ under `path`."""
+    """config.yaml, run.json, LINES, FOLDERS, checkpoints/, best/, final/ under `path`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -121,7 +123,8 @@ class RunFolder:
         if not continues and any(self.path.iterdir()):
             raise ConfigError(f"output: another run has just begun in {self.path}; choose another folder")
         write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
-        (self.path / "rollouts").mkdir(exist_ok=True)
+        for name in FOLDERS:
+            (self.path / name).mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         start = {k: facts[k] for k in ("command", "started", "from_step")}
         self._write_facts({**facts, "starts": [*self.facts.get("starts", []), start]})
@@ -150,12 +153,12 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Drops what was recorded after `step`, because it will be recorded again."""
-        for name in ("metrics.jsonl", "evaluations.jsonl"):
+        for name in LINES:
             path = self.path / name
             if path.is_file():
                 kept = [line for line in read_lines(path) if line["step"] <= step]
                 write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        for path in (self.path / "rollouts").glob("step_*.jsonl"):
+        for path in (path for name in FOLDERS for path in (self.path / name).glob("step_*.jsonl")):
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
         if not self.best.exists() and (self.best_partial / BEST_FACTS).is_file():
@@ -168,17 +171,17 @@ class RunFolder:
         path = self.path / "evaluations.jsonl"
         return path.is_file() and any(line["step"] == step for line in read_lines(path))
 
-    def append(self, name: str, line: Mapping[str, Any]) -> None:
-        """Adds a line to a jsonl file and pushes it to the disk."""
+    def append(self, name: str, *lines: Mapping[str, Any]) -> None:
+        """Adds lines to a jsonl file and pushes them to the disk."""
         with open(self.path / name, "a") as file:
-            file.write(json.dumps(_plain(line)) + "\n")
+            file.write("".join(json.dumps(_plain(line)) + "\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
 
-    def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes a step's responses, a line each."""
+    def write_rows(self, folder: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes the file of a step in one of FOLDERS, a line for each row."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(self.path / "rollouts" / f"step_{step:06d}.jsonl", text)
+        write_atomically(self.path / folder / f"step_{step:06d}.jsonl", text)
 
     def settle(self, step: int, keep: int) -> None:
         """Makes the checkpoint of `step` count, by renaming it, and removes the oldest beyond `keep`."""

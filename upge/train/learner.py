@@ -20,6 +20,7 @@ from upge.train.rates import Rates
 from upge.train.tally import UpdateReport
 from upge.train.trajectory import Trajectory, assemble
 from upge.train.update import Updater
+from upge.train.witness import NOTHING, Watch
 
 #: The name of the optimizer moments that belong to interludes.
 _INTERLUDE = "interlude"
@@ -108,13 +109,15 @@ class Learner:
             figures |= {name: figures.get(name, 0.0) + more[name] for name in more if name.startswith("time/")}
         return Collected(trajectories, held_out, figures)
 
-    def update(self, collected: Collected, step: int, rates: Rates, memory: Memory) -> tuple[UpdateReport, dict]:
+    def update(
+        self, collected: Collected, step: int, rates: Rates, memory: Memory, watch: Watch = NOTHING
+    ) -> tuple[UpdateReport, dict]:
         """The step's updates; the report and the figures of everything else that was done."""
         figures = {f"state/{name}": value for name, value in memory.variables.items()}
         for gate in self._asking(step):
             slope = self._slope(gate, collected, step, rates, memory)
             figures[f"state/{gate.variable}_{UTILITY_SLOPE}"] = slope
-        report = self.updater.update(collected.trajectories, step, rates, memory.variables)
+        report = self.updater.update(collected.trajectories, step, rates, memory.variables, watch)
         if self.algorithm.interlude is not None:
             norms, above_limit = self._interlude(collected.trajectories, step, rates, memory)
             figures |= {"interlude/updates": float(len(norms) - norms.count(float("inf")) - above_limit)}

@@ -8,17 +8,24 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from upge.estimate import Estimate, TokenRecord, summarise
+from upge.estimate import Estimate, TermRecord, summarise
+from upge.train.heard import Heard
 from upge.train.trajectory import Trajectory
+from upge.train.witness import Heavy
 from upge.trajectories import SUCCESS_REWARD
 from upge.views import PackedTokens
 
 
 @dataclass
 class Tally:
-    """Sums over the pieces of a step on one rank; `merge` adds those of other ranks."""
+    """Sums over the pieces of a step on one rank; `merge` adds those of other ranks.
 
-    records: dict[str, list[TokenRecord]] = field(default_factory=dict)
+    `update` is the number of the update that is counted at present, from 1; `heaviest` is what was witnessed.
+    """
+
+    records: dict[str, list[TermRecord]] = field(default_factory=dict)
+    update: int = 0
+    heaviest: list[Heavy] = field(default_factory=list)
     loss: float = 0.0
     penalties: dict[str, float] = field(default_factory=dict)
     entropy_sum: float = 0.0
@@ -40,11 +47,14 @@ class Tally:
         for name in sums:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.gap_max = max(self.gap_max, other.gap_max)
+        self.heaviest.extend(other.heaviest)
 
     def count(self, estimate: Estimate) -> None:
         """Adds what the algorithm said about some tokens."""
         for name, record in estimate.records.items():
-            self.records.setdefault(name, []).append(record)
+            # Each update numbers its own trajectories.
+            trajectories = {(self.update, row): mass for row, mass in record.trajectories.items()}
+            self.records.setdefault(name, []).append(record._replace(trajectories=trajectories))
         for name, value in estimate.penalties.items():
             self.penalties[name] = self.penalties.get(name, 0.0) + value
         self.loss += float(estimate.loss.detach())
@@ -86,21 +96,16 @@ class UpdateReport:
         grad_norms: of each of the policy's updates, before clipping; infinite for one whose gradient was not finite.
         skipped: updates dropped because their gradient was not finite, the critic's and the interludes' included.
         above_limit: the policy's updates left out because the gradient's norm exceeded `optimizer.skip_grad_norm`.
-        counted: (demonstrations, trajectories) with a coefficient other than zero.
-        silent_prompts: share of the prompts none of whose trajectories can contribute to the gradient.
-        skipped_tokens: share of the step's tokens, prompts included, whose trajectories have no weight in any update
-            and so never reached the model.
+        heard: which trajectories the updates learned from.
         tally: this rank's sums.
-        figures: what is known on every rank alike: coefficients of the terms, the critic's fit.
+        figures: what is known on every rank alike: coefficients of the terms, the critic's fit, the terms' pulls.
         critic_norms, interlude_norms: as `grad_norms`, of the critic and of interludes.
     """
 
     grad_norms: list[float]
     skipped: int
     above_limit: int
-    counted: tuple[int, int]
-    silent_prompts: float
-    skipped_tokens: float
+    heard: Heard
     tally: Tally
     figures: dict[str, float] = field(default_factory=dict)
     critic_norms: list[float] = field(default_factory=list)
@@ -112,11 +117,10 @@ def step_metrics(report: UpdateReport, tallies: Sequence[Tally]) -> dict[str, fl
     total = Tally()
     for tally in tallies:
         total.merge(tally)
-    demonstrations, counted = report.counted
     found = total.metrics() | report.figures
-    found["gate/demonstration_share"] = demonstrations / counted if counted else 0.0
-    found["gate/silent_prompts"] = report.silent_prompts
-    found["trained/skipped_share"] = report.skipped_tokens
+    found["gate/demonstration_share"] = report.heard.demonstration_share
+    found["gate/silent_prompts"] = report.heard.silent_prompts
+    found["trained/skipped_share"] = report.heard.skipped_tokens
     found["grad_norm"] = _mean_finite(report.grad_norms)
     found["updates"] = sum(n != float("inf") for n in report.grad_norms) - report.above_limit
     found["updates_above_limit"] = report.above_limit

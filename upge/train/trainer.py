@@ -20,11 +20,11 @@ from upge.train.config import RunConfig
 from upge.train.distributed import World
 from upge.train.evaluate import evaluate
 from upge.train.folder import RunFolder
+from upge.train.journal import Journal
 from upge.train.learner import Learner, Memory, Models
 from upge.train.order import stream_seed
 from upge.train.rates import rates_of
-from upge.train.tally import UpdateReport, rollout_metrics, step_metrics
-from upge.train.trajectory import Trajectory
+from upge.train.tally import Tally, UpdateReport, rollout_metrics, step_metrics
 from upge.train.verified import Responder
 from upge.verify import VerifierPool
 
@@ -77,6 +77,7 @@ class Trainer:
         self.parts, self.report_step, self.report_evaluation = parts, report_step, report_evaluation
         self.spans = [s for s in Pipeline.of(parts.algorithm).spans(parts.config.steps) if s.end > s.first]
         self.responder = Responder(parts.sampler, parts.pool, parts.prompting)
+        self.journal = Journal(parts.config, parts.train, parts.prompting, parts.folder)
         self.learners = [self._learner(span) for span in self.spans]
         self.state = State()
         self.sampler_is_stale = True
@@ -193,7 +194,7 @@ class Trainer:
         self._sleep_sampler()
         rates = rates_of(config, span, state.step)
         start = time.perf_counter()
-        report, figures = learner.update(collected, place, rates, state.memory)
+        report, figures = learner.update(collected, place, rates, state.memory, self.journal.watch(state.step + 1))
         figures |= collected.figures | {"time/train": time.perf_counter() - start, "time/sync": sync}
         figures |= {"learning_rate": rates.policy or 0.0}
         if len(self.spans) > 1:
@@ -207,32 +208,24 @@ class Trainer:
                 row = state.skipped_in_a_row.get(kind, 0)
                 state.skipped_in_a_row[kind] = 0 if math.isfinite(norm) else row + 1
         too_many = report.skipped > 0 and self._too_many_skipped()
-        metrics = self._metrics(collected.trajectories, report, figures)
+        tallies = world.gather_to_main(report.tally)
+        metrics = self._metrics(report, tallies, figures) if world.is_main else {}
         if learner.algorithm.stateful:
             learner.remember(world.share(metrics), place, state.memory)
         if world.is_main:
             metrics["time/total"] = time.perf_counter() - began
-            self._record(metrics, collected.trajectories)
+            self.journal.record(metrics, report.heard, tallies)
+            self.report_step(metrics)
         return too_many
 
     def _too_many_skipped(self) -> bool:
         """True if one kind of update, the policy's, the critic's or the interludes', has failed too often in a row."""
         return max(self.state.skipped_in_a_row.values(), default=0) >= self.parts.config.stop.nonfinite_updates
 
-    def _metrics(self, trajectories: Sequence[Trajectory], report: UpdateReport, figures: dict) -> dict[str, float]:
-        """A step's line, on the main rank; empty elsewhere."""
-        tallies = self.parts.world.gather_to_main(report.tally)
-        if not self.parts.world.is_main:
-            return {}
-        found = {"step": self.state.step, **rollout_metrics(trajectories), **step_metrics(report, tallies)}
+    def _metrics(self, report: UpdateReport, tallies: Sequence[Tally], figures: dict) -> dict[str, float]:
+        """A step's line, from what all ranks have added up."""
+        found = {"step": self.state.step, **rollout_metrics(report.heard.trajectories), **step_metrics(report, tallies)}
         return found | {"skipped_updates": self.state.skipped, **figures}
-
-    def _record(self, metrics: dict[str, float], trajectories: Sequence[Trajectory]) -> None:
-        config, step = self.parts.config, self.state.step
-        self.parts.folder.append("metrics.jsonl", metrics)
-        if config.log_rollouts and (step % config.log_rollouts == 0 or step in (1, config.steps)):
-            self.parts.folder.write_rollouts(step, self._rows(trajectories))
-        self.report_step(metrics)
 
     def _refresh_sampler(self) -> float:
         """Gives the sampler the trainer's weights if they have changed; returns the seconds it took."""
@@ -266,27 +259,6 @@ class Trainer:
         if p.world.is_main:
             p.folder.append("evaluations.jsonl", line)
             self.report_evaluation(line)
-
-    def _rows(self, trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
-        texts = self.parts.prompting.decode([t.response_ids for t in trajectories])
-        found = []
-        for trajectory, text in zip(trajectories, texts, strict=True):
-            problem = self.parts.train[trajectory.example].problem
-            found.append(
-                {
-                    "prompt": problem.prompt,
-                    "response": text,
-                    "answer": problem.answer,
-                    "reward": trajectory.reward,
-                    "level": problem.level,
-                    "status": trajectory.status,
-                    "is_demonstration": trajectory.is_demonstration,
-                    "group": trajectory.group,
-                    "tokens": len(trajectory.response_ids),
-                    "finished": trajectory.finished,
-                }
-            )
-        return found
 
     def _note_signal(self, number: int, frame: Any) -> None:
         """The step in progress is finished and saved first; a second signal of the same kind ends the run at once."""

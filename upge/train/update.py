@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,12 +18,14 @@ from upge.train.config import OptimizerConfig
 from upge.train.critic import CriticEngine
 from upge.train.engine import Engine
 from upge.train.frozen import FrozenPolicy
+from upge.train.heard import Heard
 from upge.train.micro_batches import distribute
-from upge.train.packing import packed_length
 from upge.train.piece import Piece, told
+from upge.train.pulls import pull_figures
 from upge.train.rates import Rates
 from upge.train.tally import Tally, UpdateReport, fit_of
 from upge.train.trajectory import Trajectory, assemble
+from upge.train.witness import NOTHING, Watch, Witness
 from upge.trajectories import Trajectories
 from upge.views import PackedTokens, TokenView
 
@@ -59,7 +62,12 @@ class Updater:
         self.off_policy = config.mini_batches * config.epochs > 1
 
     def update(
-        self, trajectories: Sequence[Trajectory], step: int, rates: Rates, state: Mapping[str, float] | None = None
+        self,
+        trajectories: Sequence[Trajectory],
+        step: int,
+        rates: Rates,
+        state: Mapping[str, float] | None = None,
+        watch: Watch = NOTHING,
     ) -> UpdateReport:
         """All updates of a step; every rank passes the same trajectories.
 
@@ -75,14 +83,17 @@ class Updater:
             self._completed(whole.taken(rows), plan, number != first) if rates.policy is not None else whole.taken(rows)
             for number, (rows, plan) in enumerate(zip(cuts, plans, strict=True))
         ]
-        tally, norms, critic_norms, above_limit = Tally(), [], [], 0
+        tally, norms, critic_norms, above_limit, pulls = Tally(), [], [], 0, {}
         if rates.policy is None or first is None or not _has_rollouts(batches[first], plans[first]):
             self._probe(trajectories, step, tally)
         goals = self._goals(whole, cuts, batches, plans)
         for _ in range(self.config.epochs):
             for number, (plan, goal) in enumerate(zip(plans, goals, strict=True)):
                 if rates.policy is not None and bool(plan.keep.any()):
-                    mine = self.accumulate(batches[number], plan, tally, on_policy=not norms)
+                    if watch.pulls and not norms:
+                        pulls = pull_figures(plan, partial(self._gradient, batches[number]), self.engine)
+                    witness = Witness() if watch.tokens and not norms else None
+                    mine = self.accumulate(batches[number], plan, tally, not norms, witness)
                     if not norms and self.config.epochs > 1 and "behavior_logprobs" in self._late_columns():
                         batches[number] = self._joined(batches[number], {"behavior_logprobs": mine})
                     result = self.engine.step(rates.policy, self.config.skip_grad_norm)
@@ -92,8 +103,9 @@ class Updater:
                     self._accumulate_values(batches[number], *goal, tally)
                     critic_norms.append(_norm(self.critic.step(rates.critic)))
         skipped = [*norms, *critic_norms].count(float("inf"))
-        figures = _coefficients(plans) | self._fit(batches, goals)
-        return UpdateReport(norms, skipped, above_limit, *_shares(batches, plans), tally, figures, critic_norms)
+        figures = _coefficients(plans) | self._fit(batches, goals) | pulls
+        heard = Heard.of(whole.members, cuts, plans)
+        return UpdateReport(norms, skipped, above_limit, heard, tally, figures, critic_norms)
 
     def fill(self, trajectories: Sequence[Trajectory], step: int, state: Mapping[str, float] | None = None) -> Batch:
         """The whole step's batch with the columns that parts read before the forward pass, on all trajectories."""
@@ -104,25 +116,38 @@ class Updater:
 
     def gradient(self, batch: Batch, plans: Sequence[tuple[float, Plan]]) -> list[Tensor]:
         """This rank's partitions of ∇ Σ factor·L over `plans` of one algorithm and batch; the policy stays as it is."""
-        keep = torch.stack([plan.keep for _, plan in plans]).any(dim=0)
         for name in sorted(self._late_columns() - {"behavior_logprobs"}):
             read = torch.stack([plan.reading(name) for _, plan in plans]).any(dim=0)
             batch = self._with_columns(batch, read.nonzero()[:, 0].tolist(), {name})
+        return self._gradient(batch, *plans)
+
+    def _gradient(self, batch: Batch, *plans: tuple[float, Plan]) -> list[Tensor]:
+        """`gradient` on a batch that has all columns."""
+        keep = torch.stack([plan.keep for _, plan in plans]).any(dim=0)
         there = [(factor, plan.to(self.engine.world.device)) for factor, plan in plans]
         self._accumulate(batch, keep, lambda view: sum(factor * plan.estimate(view).loss for factor, plan in there))
         return self.engine.take_gradient()
 
-    def accumulate(self, batch: Batch, plan: Plan, tally: Tally, on_policy: bool) -> list[Found]:
-        """Adds the gradient of the planned batch, piece by piece; `on_policy` = the sampler had the same weights.
+    def accumulate(
+        self, batch: Batch, plan: Plan, tally: Tally, on_policy: bool, witness: Witness | None = None
+    ) -> list[Found]:
+        """Adds the gradient of the planned batch, piece by piece.
+
+        Args:
+            on_policy: the sampler had the same weights.
+            witness: sees the estimates; what it finds is the tally's.
 
         Returns:
             The trajectories of this rank's pieces with their log-probs [b, t].
         """
         plan = plan.to(self.engine.world.device)
+        tally.update += 1
 
         def loss(view: TokenView) -> Tensor:
             estimate = plan.estimate(view)
             tally.count(estimate)
+            if witness is not None:
+                witness.see(estimate)
             return estimate.loss
 
         found: list[Found] = []
@@ -131,6 +156,8 @@ class Updater:
             if on_policy:
                 tally.compare(tokens, piece.sampled)
             found.append((rows, piece.packed.pad(tokens.logprobs).float().cpu()))
+        if witness is not None:
+            tally.heaviest += witness.heaviest(batch.members)
         return found
 
     def _accumulate(
@@ -275,19 +302,6 @@ def _norm(result: NamedTuple) -> float:
 
 def _has_rollouts(batch: Batch, plan: Plan) -> bool:
     return bool((plan.keep & ~batch.columns.is_demonstration).any())
-
-
-def _shares(batches: Sequence[Batch], plans: Sequence[Plan]) -> tuple[tuple[int, int], float, float]:
-    """(demonstrations, all) that count, the share of prompts without any gradient, and that of tokens without."""
-    counted = torch.cat([plan.counted for plan in plans])
-    demonstrations = torch.cat([batch.columns.is_demonstration for batch in batches])
-    members = [t for batch in batches for t in batch.members]
-    keep = torch.cat([plan.keep for plan in plans])
-    heard = {t.group for t, kept in zip(members, keep.tolist(), strict=True) if kept}
-    silent = 1 - len(heard) / max(1, len({t.group for t in members}))
-    tokens = torch.tensor([packed_length(t.prompt_ids, t.response_ids) for t in members], dtype=torch.float64)
-    skipped = float(tokens[~keep].sum() / tokens.sum().clamp(min=1))
-    return (int((counted & demonstrations).sum()), int(counted.sum())), silent, skipped
 
 
 def _coefficients(plans: Sequence[Plan]) -> dict[str, float]:
