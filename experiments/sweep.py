@@ -1,0 +1,220 @@
+"""Many runs as one experiment: `python -m experiments.sweep sweep=gate seeds=0..4`; `--help` lists sweeps and keys."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import surroundings
+from upge.errors import ConfigError, UserError
+
+BAD_INPUT, SOME_FAILED = 2, 4
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+
+USAGE = """\
+Usage: python -m experiments.sweep [sweep=NAME|FILE] [seeds=0..4] [grid.KEY=[A,B]] [key=value ...]
+       [--dry-run] [--report] [--docs]
+
+Runs experiments.run for every variant, combination of the grid and seed, several at once, evaluates every model, and
+writes report.html, report.md, runs.csv and the figures into the sweep's folder. The same command continues a sweep that
+was interrupted; a run that failed is started again. A key that is not one of the sweep's below is one of every run.
+--dry-run lists the runs and what is done; --report only writes the report anew; --docs puts it into docs/results.md.
+Exit code 4: some runs failed, the report has the others.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code (0 done, 2 bad input, 4 some runs failed, 128 + signal)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    surroundings.quiet()
+    if "-h" in arguments or "--help" in arguments:
+        print(help_text())
+        return 0
+    flags = {flag: flag in arguments for flag in ("--dry-run", "--report", "--docs")}
+    try:
+        return _sweep([a for a in arguments if a not in flags], flags)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _sweep(arguments: Sequence[str], flags: dict[str, bool]) -> int:
+    from experiments.sweeping.folder import SweepFolder
+    from experiments.sweeping.settings import load
+
+    sweep = load(arguments)
+    if sweep.config.choose:
+        sweep, code = _chosen(sweep, flags)
+        if code:
+            return code
+    folder = SweepFolder(sweep)
+    _check(sweep)
+    folder.check()
+    print(f"{sweep.config.title or sweep.name}: {len(sweep.runs)} runs → {folder.path}", flush=True)
+    if flags["--dry-run"]:
+        for planned in sweep.runs:
+            state = "done" if folder.is_done(planned) else "trained" if folder.is_trained(planned) else "to do"
+            print(f"  {state:8} {planned.slug:40} {' '.join(planned.arguments(folder.run(planned)))}")
+        return 0
+    code = 0 if flags["--report"] else _run(folder)
+    return _report(folder, arguments, flags) or code
+
+
+def _chosen(sweep, flags: dict[str, bool]):
+    """The sweep with the values that another one, which is run first where it is not done, has chosen."""
+    from experiments.sweeping.choose import best_values, with_choices
+    from experiments.sweeping.collect import rows
+    from experiments.sweeping.folder import SweepFolder
+    from experiments.sweeping.settings import load
+
+    name = sweep.config.choose["sweep"]
+    own = ("seeds", "jobs", "gpus_per_run")
+    passed = [f"{key}={getattr(sweep.config, key)}" for key in own[1:] if getattr(sweep.config, key)]
+    first = load([f"sweep={name}", f"output={sweep.folder.parent / Path(name).stem}", *passed])
+    if first.config.select.get("key") != sweep.config.choose["key"]:
+        raise ConfigError(f"choose.key: sweep={name} does not select {sweep.config.choose['key']}; see its select.key")
+    folder = SweepFolder(first)
+    undone = [planned for planned in first.runs if not folder.is_done(planned)]
+    if undone and (flags["--dry-run"] or flags["--report"]):
+        raise ConfigError(f"choose: sweep={name} in {folder.path} has {len(undone)} runs to do; run it first")
+    if undone:
+        code = _sweep([f"sweep={name}", f"output={folder.path}", *passed], dict.fromkeys(flags, False))
+        if code:
+            return sweep, code
+    values = best_values(first, rows(folder))
+    print(f"{sweep.config.choose['key']} as chosen in {folder.path}: "
+          + ", ".join(f"{group} {value}" for group, value in values.items()), flush=True)  # fmt: skip
+    return with_choices(sweep, values), 0
+
+
+def _check(sweep) -> None:
+    """Composes every run's and evaluation's configuration, so that a wrong key is found before hours of training."""
+    from experiments.config import compose
+    from experiments.evaluating.settings import choose
+    from experiments.sweeping.settings import text
+
+    seen = set()
+    for planned in sweep.runs:
+        keys = {name: value for name, value in planned.keys.items() if name not in sweep.config.seed_keys}
+        if str(keys) in seen:
+            continue
+        seen.add(str(keys))
+        try:
+            compose(planned.arguments(Path("x")))
+        except ConfigError as error:
+            raise ConfigError(f"{planned.label}: {error}") from error
+    for name, keys in sweep.config.evaluate.items():
+        try:
+            choose(["model=tiny", *(f"{k}={text(v)}" for k, v in keys.items())])
+        except ConfigError as error:
+            raise ConfigError(f"evaluate.{name}: {error}") from error
+
+
+def _run(folder) -> int:
+    """Trains and evaluates what is left; returns the exit code."""
+    import torch
+
+    from experiments.sweeping.jobs import Crew, Job, Slots, last_words
+
+    config = folder.sweep.config
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    slots = Slots.of(config.jobs, config.gpus_per_run, gpus, os.cpu_count() or 1)
+    left = [planned for planned in folder.sweep.runs if not folder.is_done(planned)]
+    jobs = []
+    for planned in left:
+        folder.begin(planned)
+        ranks = config.gpus_per_run if gpus else 1
+        jobs.append(Job(planned.slug, tuple(_modules(folder, planned)), folder.log(planned), ranks))
+    done, total = len(folder.sweep.runs) - len(left), len(folder.sweep.runs)
+    print(f"{len(left)} to do, {len(slots.gpus)} at once, {slots.threads} CPU threads each", flush=True)
+
+    def ended(job: Job, code: int, seconds: float) -> None:
+        nonlocal done
+        done += not code
+        said = "done" if not code else f"failed with exit code {code} ({last_words(job.log)}; all of it: {job.log})"
+        print(f"[{done}/{total}] {job.name}: {said}, {seconds:.0f} s", flush=True)
+
+    crew = Crew(slots, ended)
+    codes = crew.run(jobs)
+    if crew.stopped:
+        print(f"stopped by signal {crew.stopped}; the same command continues", file=sys.stderr)
+        return 128 + crew.stopped
+    return SOME_FAILED if any(codes.values()) else 0
+
+
+def _modules(folder, planned):
+    """The commands that are left to do for a run."""
+    from experiments.sweeping.settings import text
+
+    if not folder.is_trained(planned):
+        yield "experiments.run", tuple(planned.arguments(folder.run(planned)))
+    for name in folder.missing(planned):
+        keys = {"seed": planned.seed, **folder.sweep.config.evaluate[name]}
+        arguments = [f"model={folder.run(planned) / 'final'}", *(f"{k}={text(v)}" for k, v in keys.items())]
+        yield "experiments.evaluate", (*arguments, f"output={folder.evaluation(planned, name)}")
+
+
+def _report(folder, arguments: Sequence[str], flags: dict[str, bool]) -> int:
+    from rich.console import Console
+
+    from experiments.comparing.render import print_grid
+    from experiments.sweeping import write
+
+    shown = surroundings.command("experiments.sweep", [a for a in arguments if not a.startswith(("output=", "jobs="))])
+    found = write.report(folder, shown, facts(folder))
+    if found is None:
+        print("no run is done yet, so there is nothing to report")
+        return 0
+    for grid in found.grids:
+        print_grid(grid, Console())
+        print()
+    print(f"report: {folder.path / 'report.html'}")
+    if flags["--docs"]:
+        write.put_into(PAGE, found, shown, facts(folder))
+        print(f"written into {PAGE}")
+    return 0
+
+
+def facts(folder) -> list[str]:
+    """Sentences on how the runs were made: seeds, machine, time, versions."""
+    import json
+
+    runs = [folder.run(p) for p in folder.sweep.runs if folder.is_trained(p)]
+    notes = [json.loads((path / "run.json").read_text()) for path in runs]
+    seeds = sorted({p.seed for p in folder.sweep.runs})
+    versions = notes[0]["versions"]
+    commits = sorted({(note.get("git_commit") or "unknown")[:9] for note in notes})
+    ranks = sorted({note["world_size"] for note in notes})
+    return [
+        f"{len(runs)} runs, seeds {', '.join(map(str, seeds))}; {notes[0]['device']}, {platform.machine()}, "
+        f"{os.cpu_count()} cores, {'/'.join(map(str, ranks))} process a run; torch {versions.get('torch')}, commit "
+        f"{', '.join(commits)}; begun {min(note['started'] for note in notes)[:10]}."
+    ]
+
+
+def help_text() -> str:
+    """What --help prints."""
+    from experiments.sweeping.settings import SweepConfig, load, names
+    from upge.train.config import meanings
+
+    lines = [USAGE, "Sweeps (sweep=NAME):"]
+    for name in names():
+        one = load([f"sweep={name}"])
+        lines.append(_row(name, f"{one.config.title} ({len(one.runs)} runs)"))
+    lines.append("\nKeys of a sweep, in its file or on the command line:")
+    lines += [_row(name, meaning) for name, _, meaning in meanings(SweepConfig)]
+    return "\n".join(lines)
+
+
+def _row(left: str, right: str) -> str:
+    return textwrap.fill(f"{left:<24} {right}", 118, initial_indent="  ", subsequent_indent=" " * 27)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

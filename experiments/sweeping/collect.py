@@ -1,0 +1,141 @@
+"""What the runs of a sweep found: a row of figures each, and the courses of their metrics."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from experiments.sweeping.folder import SweepFolder
+from experiments.sweeping.settings import Planned, text
+from upge.train.folder import read_lines
+
+#: Metrics whose course is drawn, with their titles and units.
+COURSES = {
+    "reward/mean": ("Reward", "mean per rollout"),
+    "gate/demonstration_share": ("Demonstrations", "share of what is learned from"),
+    "entropy": ("Entropy", "nats per token"),
+    "response_length": ("Response length", "tokens"),
+    "grad_norm": ("Gradient norm", "before clipping"),
+    "gate/silent_prompts": ("Silent prompts", "share"),
+}
+
+
+def rows(folder: SweepFolder) -> list[dict[str, Any]]:
+    """A row for every trained run, see docs/sweep.md for the columns."""
+    return [row_of(folder, planned) for planned in folder.sweep.runs if folder.is_trained(planned)]
+
+
+def row_of(folder: SweepFolder, planned: Planned) -> dict[str, Any]:
+    """The figures of one run; those of evaluations that are not finished are absent."""
+    path = folder.run(planned)
+    point = {name: text(value) for name, value in planned.point.items()}
+    row: dict[str, Any] = {"run": planned.slug, "label": planned.label, "seed": planned.seed, **point}
+    row |= _totals(path)
+    row |= _last_evaluation(path)
+    for name in folder.sweep.config.evaluate:
+        scores = folder.evaluation(planned, name) / "scores.json"
+        if scores.is_file():
+            row |= _scores(name, json.loads(scores.read_text()))
+    return row
+
+
+def course(path: Path, metric: str) -> dict[int, float]:
+    """Step → a finite value of a metric in a run's folder."""
+    file = path / "metrics.jsonl"
+    lines = read_lines(file) if file.is_file() else []
+    return {line["step"]: line[metric] for line in lines if _finite(line.get(metric))}
+
+
+def evaluation_course(path: Path, measure: str) -> dict[int, float]:
+    """Step → a measure of the evaluations during training, over all problems."""
+    file = path / "evaluations.jsonl"
+    lines = read_lines(file) if file.is_file() else []
+    return {line["step"]: overall[measure] for line in lines if measure in (overall := _overall(line["levels"]))}
+
+
+def measures(found: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> list[str]:
+    """The columns for tables: those asked for, or the averages of the evaluations' benchmarks, or of the run's own.
+
+    Columns of `wanted` that no row has are left out.
+    """
+    columns = dict.fromkeys(column for row in found for column in row)
+    if wanted:
+        return [column for column in wanted if column in columns]
+    chosen = [column for column in columns if column.endswith("/avg") and column.count("/") == 2]
+    return chosen or [c for c in columns if c == "greedy" or c.startswith(("mean@", "pass@"))]
+
+
+def write_csv(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
+    """A line per run, a column per figure."""
+    columns = list(dict.fromkeys(column for row in found for column in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+
+
+def by_seed(found: Iterable[Mapping[str, Any]], label: str, measure: str) -> dict[int, float]:
+    """Seed → the value of a measure, of the runs with a label that have it."""
+    return {row["seed"]: float(row[measure]) for row in found if row["label"] == label and _finite(row.get(measure))}
+
+
+def _totals(path: Path) -> dict[str, Any]:
+    """What a run has spent."""
+    file = path / "metrics.jsonl"
+    lines = read_lines(file) if file.is_file() else []
+    config = OmegaConf.load(path / "config.yaml")
+    rollouts = int(config.prompts_per_step) * int(config.group_size)
+    generated = trained = seconds = updates = 0.0
+    for line in lines:
+        drawn = line.get("sampling/prompts", config.prompts_per_step) / int(config.prompts_per_step) * rollouts
+        generated += (line.get("response_length") or 0.0) * drawn
+        trained += line.get("trained/tokens") or 0
+        seconds += line.get("time/total") or 0.0
+        updates += line.get("updates") or 0
+    found = {"steps": len(lines), "updates": int(updates), "generated_tokens": round(generated)}
+    return found | {"trained_tokens": round(trained), "training_seconds": round(seconds, 1)}
+
+
+def _last_evaluation(path: Path) -> dict[str, float]:
+    file = path / "evaluations.jsonl"
+    lines = read_lines(file) if file.is_file() else []
+    if not lines:
+        return {}
+    levels = lines[-1]["levels"]
+    own = {f"{level}/{name}": v for level, one in levels.items() for name, v in one.items() if name != "problems"}
+    return _overall(levels) | own
+
+
+def _overall(levels: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Means over all problems."""
+    total = sum(one["problems"] for one in levels.values())
+    names = [name for one in levels.values() for name in one if name != "problems"]
+    return {
+        name: sum(one["problems"] * one[name] for one in levels.values() if name in one) / total
+        for name in dict.fromkeys(names)
+    }
+
+
+def _scores(name: str, scores: Mapping[str, Any]) -> dict[str, float]:
+    """NAME/BENCHMARK/avg, NAME/BENCHMARK/pass@k, the same by LEVEL, and NAME/average GROUP/avg."""
+    found: dict[str, float] = {}
+    for benchmark, one in scores["benchmarks"].items():
+        parts = {benchmark: one, **{f"{benchmark}/{level}": part for level, part in one["levels"].items()}}
+        for place, part in parts.items():
+            found[f"{name}/{place}/avg"] = part["avg"]["value"]
+            if part["samples"] > 1:
+                found |= {f"{name}/{place}/pass@{k}": one["value"] for k, one in part["pass_at"].items()}
+    for group, one in scores["averages"].items():
+        if len(one["benchmarks"]) > 1:
+            found[f"{name}/average {group}/avg"] = one["avg"]["value"]
+    return found
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -1,0 +1,127 @@
+"""The figures of a sweep: courses of the training, and pass@k, each as a mean over seeds with a 95 % band."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from experiments.comparing.curves import COLORS, RULE, STYLE, Panel
+from experiments.comparing.curves import draw as draw_pass
+from experiments.sweeping.collect import COURSES, by_seed, course, evaluation_course
+from experiments.sweeping.folder import SweepFolder
+from upge.evaluation.bootstrap import Interval
+from upge.evaluation.passk import powers_of_two
+from upge.evaluation.seeds import t_interval
+
+#: A course is averaged over blocks of steps, so many over the whole run: single steps are noise.
+BLOCKS = 20
+
+
+def pass_curves(folder: SweepFolder, rows: Sequence[Mapping], target: Path) -> list[Path]:
+    """passk.png and .svg: a panel for every benchmark that has several samples; nothing where there is none."""
+    labels, panels = folder.sweep.labels, []
+    columns = dict.fromkeys(column for row in rows for column in row)
+    for place in [c.removesuffix("/pass@1") for c in columns if c.endswith("/pass@1") and c.count("/") == 2]:
+        largest = max(int(c.rsplit("@", 1)[1]) for c in columns if c.startswith(f"{place}/pass@"))
+        curves = {}
+        for label in labels:
+            found = {k: list(by_seed(rows, label, f"{place}/pass@{k}").values()) for k in powers_of_two(largest)}
+            curves[label] = {k: _visible(t_interval(values)) for k, values in found.items() if values}
+        panels.append(Panel(place.rsplit("/", 1)[-1], {label: curve for label, curve in curves.items() if curve}))
+    return draw_pass(panels, labels, target) if panels else []
+
+
+def courses(folder: SweepFolder, target: Path) -> list[Path]:
+    """dynamics.png and .svg: a panel for every metric of `COURSES`, and for the evaluations where there are several."""
+    panels = [(title, unit, _of(folder, lambda path, m=metric: blocks(course(path, m)))) for metric, (title, unit) in
+              COURSES.items()]  # fmt: skip
+    for measure in ("greedy", *_sampled_measures(folder)):
+        found = _of(folder, lambda path, m=measure: evaluation_course(path, m))
+        if any(len(line) > 2 for line in found.values()):
+            panels.append((f"Evaluation, {measure}", "share", found))
+    panels = [panel for panel in panels if any(panel[2].values())]
+    if not panels:
+        return []
+    with matplotlib.rc_context(STYLE):
+        drawn = _draw(panels, folder.sweep.labels)
+        FigureCanvasAgg(drawn).print_png(target / "dynamics.png", metadata={"Software": None})
+        FigureCanvasSVG(drawn).print_svg(target / "dynamics.svg", metadata={"Date": None})
+    return [target / "dynamics.png", target / "dynamics.svg"]
+
+
+def blocks(values: Mapping[int, float], count: int = BLOCKS) -> dict[int, float]:
+    """Means over `count` blocks of steps as long as each other, under the middle step of each."""
+    if len(values) <= count:
+        return dict(values)
+    last = max(values)
+    length = math.ceil(last / count)
+    found: dict[int, list[float]] = {}
+    for step, value in values.items():
+        found.setdefault((step - 1) // length, []).append(value)
+    return {b * length + (length + 1) // 2: sum(all) / len(all) for b, all in sorted(found.items())}
+
+
+def _of(folder: SweepFolder, read) -> dict[str, dict[int, Interval]]:
+    """Label → step → interval over its seeds, at the steps that all of them have."""
+    found: dict[str, dict[int, Interval]] = {}
+    for label in folder.sweep.labels:
+        lines = [read(folder.run(p)) for p in folder.sweep.runs if p.label == label and folder.is_trained(p)]
+        steps = set.intersection(*map(set, lines)) if lines else set()
+        found[label] = {step: _visible(t_interval([line[step] for line in lines])) for step in sorted(steps)}
+    return found
+
+
+def _sampled_measures(folder: SweepFolder) -> list[str]:
+    """mean@k and pass@k as the runs' evaluations call them."""
+    for planned in folder.sweep.runs:
+        file = folder.run(planned) / "config.yaml"
+        if file.is_file():
+            from omegaconf import OmegaConf
+
+            samples = OmegaConf.load(file).eval.samples
+            return [f"mean@{samples}", f"pass@{samples}"]
+    return []
+
+
+def _draw(panels, labels: Sequence[str]) -> Figure:
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure((3.1 * columns + 0.4, 2.3 * rows + 0.5), dpi=200, layout="constrained")
+    grid, lines = figure.subplots(rows, columns, squeeze=False), {}
+    for place, axes in enumerate(grid.flat):
+        if place >= len(panels):
+            axes.set_visible(False)
+            continue
+        title, unit, curves = panels[place]
+        for label, curve in curves.items():
+            if curve:
+                lines[label] = _line(axes, curve, labels.index(label))
+        axes.set_title(title)
+        axes.set_ylabel(unit)
+        axes.set_xlabel("step" if place + columns >= len(panels) else "")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.yaxis.grid(True, color=RULE, linewidth=0.7)
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    shown = [label for label in labels if label in lines]
+    figure.legend([lines[label] for label in shown], shown, loc="outside upper left", ncols=min(4, len(shown)),
+                  frameon=False)  # fmt: skip
+    return figure
+
+
+def _line(axes, curve: Mapping[int, Interval], index: int):
+    color, dash = COLORS[index % len(COLORS)], "-" if index < len(COLORS) else "--"
+    low, high = ([getattr(one, end) for one in curve.values()] for end in ("low", "high"))
+    axes.fill_between(list(curve), low, high, color=color, alpha=0.14, linewidth=0)
+    (line,) = axes.plot(list(curve), [one.value for one in curve.values()], color=color, linestyle=dash, linewidth=1.7)
+    return line
+
+
+def _visible(interval: Interval) -> Interval:
+    """One run has no interval; its band is the line itself."""
+    return Interval(interval.value, interval.value, interval.value) if math.isnan(interval.low) else interval
