@@ -123,6 +123,10 @@ def _run(folder) -> int:
     from experiments.sweeping.jobs import Crew, Job, Slots, last_words
 
     config = folder.sweep.config
+    for planned in folder.sweep.runs:
+        found = folder.adopt(planned)
+        if found:
+            print(f"{planned.slug}: taken over from {found}, which has the same settings", flush=True)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     slots = Slots.of(config.jobs, config.gpus_per_run, gpus, os.cpu_count() or 1)
     left = [planned for planned in folder.sweep.runs if not folder.is_done(planned)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from experiments.sweeping.settings import Planned, Sweep, text
@@ -64,6 +65,33 @@ class SweepFolder:
         path = self._record(planned)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(self._content(planned), indent=1) + "\n")
+
+    def adopt(self, planned: Planned) -> Path | None:
+        """Takes over what another sweep beside this one has made with the very same settings, which says all that a
+        run depends on; None if there is no such run.
+
+        Evaluations come along where they were asked for by the same name and arguments.
+        """
+        if self.run(planned).exists() or not self.path.parent.is_dir():
+            return None
+        own = self._content(planned)
+        for other in sorted(path for path in self.path.parent.iterdir() if path.resolve() != self.path.resolve()):
+            for record in sorted((other / "settings").glob("*/seed-*.json")):
+                slug, content = record.relative_to(other / "settings").with_suffix(""), json.loads(record.read_text())
+                if content["run"] == own["run"] and RunFolder(other / "runs" / slug).is_finished:
+                    self._copy(planned, other, slug, content["evaluate"])
+                    return other / "runs" / slug
+        return None
+
+    def _copy(self, planned: Planned, other: Path, slug: Path, evaluated: dict[str, str]) -> None:
+        asked = self._content(planned)["evaluate"]
+        for name, arguments in asked.items():
+            done = other / "evals" / name / slug
+            if evaluated.get(name) == arguments and (done / "scores.json").is_file():
+                shutil.copytree(done, self.evaluation(planned, name))
+        # Last, because it is by the run that one sees whether there is anything to take over.
+        shutil.copytree(other / "runs" / slug, self.run(planned))
+        self.begin(planned)
 
     def _record(self, planned: Planned) -> Path:
         return self.path / "settings" / f"{planned.slug}.json"

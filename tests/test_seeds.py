@@ -1,0 +1,62 @@
+"""Means over seeds: Student's t against tables, against enumeration, and what has no interval."""
+
+import math
+import random
+
+import pytest
+
+from upge.evaluation.seeds import paired_t, quantile, t_interval, two_sided
+
+#: (degrees of freedom, the value that two-sided 5 % lie beyond), from any printed table.
+TABLE = [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042), (1000, 1.962)]
+
+
+@pytest.mark.parametrize(("degrees", "value"), TABLE)
+def test_quantiles_are_those_of_the_tables(degrees, value):
+    assert quantile(0.975, degrees) == pytest.approx(value, abs=6e-4)
+    assert two_sided(quantile(0.975, degrees), degrees) == pytest.approx(0.05, abs=1e-9)
+
+
+def test_one_and_two_degrees_have_closed_forms():
+    for t in (0.3, 1.0, 4.0):
+        assert two_sided(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), abs=1e-12)
+        assert two_sided(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-12)
+
+
+def test_an_interval_worked_out_by_hand():
+    found = t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    half = 2.7764451 * math.sqrt(2.5 / 5)
+    assert (found.value, found.low, found.high) == pytest.approx((3.0, 3 - half, 3 + half))
+
+
+def test_it_covers_the_mean_of_normal_values_as_often_as_it_says():
+    rng, hits, rounds = random.Random(0), 0, 2000
+    for _ in range(rounds):
+        found = t_interval([rng.gauss(1.0, 2.0) for _ in range(5)])
+        hits += found.low <= 1.0 <= found.high
+    # Four standard errors of a share of 0.95.
+    assert abs(hits / rounds - 0.95) < 4 * math.sqrt(0.95 * 0.05 / rounds)
+
+
+def test_pairing_removes_what_a_seed_does_to_both():
+    base = {0: 0.1, 1: 0.5, 2: 0.9, 3: 0.3}
+    better = {seed: value + 0.05 + 0.001 * seed for seed, value in base.items()} | {9: 1.0}
+    found = paired_t(better, base)
+    assert found.p_value < 0.001 and found.interval.value == pytest.approx(0.0515)
+    assert found.interval.low > 0.048
+
+
+def test_one_seed_in_common_tells_nothing():
+    assert paired_t({0: 1.0, 1: 2.0}, {1: 2.0, 2: 3.0}) is None
+    assert math.isnan(t_interval([0.5]).low)
+
+
+def test_no_spread():
+    assert paired_t({0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}).p_value == 1.0
+    assert paired_t({0: 1.5, 1: 1.5}, {0: 1.0, 1: 1.0}).p_value == 0.0
+
+
+def test_values_that_are_no_numbers_are_refused():
+    for values in ([], [math.nan], [1.0, math.inf]):
+        with pytest.raises(ValueError, match="one finite value"):
+            t_interval(values)
