@@ -54,7 +54,9 @@ def prepare(composed: Composed) -> Prepared:
     continues = folder.open(composed.tree, config.resume, world_size())
     _check_installed()
     splits, notes = _verifiable(build(composed.tree["data"], "data").load(), config)
-    splits = replace(splits, train=data.limit_demonstrated(splits.train, config.data_policy.demonstrated))
+    limits = config.data_policy
+    kept = data.limit_demonstrated(data.limit_levels(splits.train, limits.per_level), limits.demonstrated)
+    splits = replace(splits, train=kept)
     measured = _measured(config, splits)
     verifiers = check_answers([*splits.train, *measured], config.verify.verifier)
     check_length(config.model, config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)

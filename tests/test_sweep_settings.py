@@ -105,3 +105,13 @@ def test_a_choice_goes_to_the_run_it_belongs_to():
         with_choices(load([tree, "choose={sweep: rates, key: steps}"]), {"B": 3})
     grouped = load([tree, "choose={sweep: rates, key: steps, group: B}"])
     assert {run.keys["steps"] for run in with_choices(grouped, {"B": 3}).runs} == {3}
+
+
+@pytest.mark.parametrize("name", names())
+def test_their_runs_and_evaluations_compose(name):
+    from experiments.sweep import _check
+
+    sweep = load([f"sweep={name}"])
+    if sweep.config.choose:
+        sweep = with_choices(sweep, {run.variant: 1e-4 for run in sweep.runs} | {"HPT": 1e-4})
+    _check(sweep)

@@ -106,8 +106,7 @@ def level_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> Grid | None:
     found = []
     for place, column in enumerate(levels):
         line = [figure(rows, label, column) for label in sweep.labels]
-        name = column.removesuffix("/avg")
-        rule = bool(place) and name.rsplit("/", 1)[0] != levels[place - 1].removesuffix("/avg").rsplit("/", 1)[0]
+        rule = bool(place) and column.count("/") == 3 and column.split("/")[1] != levels[place - 1].split("/")[1]
         cells = (measure_text(column), *map(_cell, line))
         found.append(Row(cells, frozenset(i + 1 for i in _best(line)), rule))
     title = "By level, means over seeds in %"

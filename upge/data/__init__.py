@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from upge.data.arithmetic import Arithmetic
-from upge.data.demonstrated import limit_demonstrated
 from upge.data.encode import Encoded, Example, encode
 from upge.data.gsm8k import GSM8K
+from upge.data.limits import limit_demonstrated, limit_levels
 from upge.data.mixture import Mixture
 from upge.data.problem import Problem, Splits
 from upge.data.prompting import Prompting
@@ -25,4 +25,5 @@ __all__ = [
     "Table",
     "encode",
     "limit_demonstrated",
+    "limit_levels",
 ]

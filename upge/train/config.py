@@ -131,6 +131,7 @@ class DataPolicy:
     unverifiable_answers: Literal["error", "drop"] = key(
         "error", "what to do with a problem whose answer its verifier cannot read"
     )
+    per_level: dict = key({}, "level -> only so many training problems of it, no other levels; {} = all problems")
     demonstrated: int = key(0, "only so many training problems keep their demonstrations, of all levels alike; 0 = all")
     demonstrations: int = key(1, "of a prompt's demonstrations, use so many in a step, by chance; 0 = all at once")
 

@@ -1,12 +1,40 @@
-"""Which problems keep their demonstrations where an experiment is to have few of them."""
+"""Less than a data set has: problems of some levels only, and demonstrations for some problems only."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from upge.data.problem import Problem
+from upge.errors import ConfigError
+
+
+def limit_levels(problems: Sequence[Problem], per_level: Mapping[str, int]) -> tuple[Problem, ...]:
+    """Of each level in `per_level` the first so many problems, in their order; all problems if it is empty.
+
+    Raises:
+        ConfigError: a level has fewer problems, or a number is none.
+    """
+    if not per_level:
+        return tuple(problems)
+    kept: list[Problem] = []
+    left = dict(per_level)
+    for level, count in per_level.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ConfigError(f"data_policy.per_level: found {count!r} for '{level}'; give a number of at least 1")
+    for problem in problems:
+        if left.get(problem.level, 0):
+            left[problem.level] -= 1
+            kept.append(problem)
+    for level, missing in left.items():
+        if missing:
+            have = sorted({str(problem.level) for problem in problems})
+            raise ConfigError(
+                f"data_policy.per_level: {per_level[level]} problems of '{level}' are asked for, and there are "
+                f"{per_level[level] - missing}; the levels of the data are {', '.join(have)}"
+            )
+    return tuple(kept)
 
 
 def limit_demonstrated(problems: Sequence[Problem], count: int) -> tuple[Problem, ...]:

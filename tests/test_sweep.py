@@ -1,0 +1,231 @@
+"""A sweep from end to end: jobs, what is continued and refused, the report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.sweep import BAD_INPUT, SOME_FAILED, main
+from experiments.sweeping.collect import write_csv
+from experiments.sweeping.figures import blocks
+from experiments.sweeping.folder import SweepFolder
+from experiments.sweeping.jobs import NOT_STARTED, Crew, Job, Slots, last_words, launcher
+from experiments.sweeping.settings import load
+from experiments.sweeping.tables import difference_grid, figure, mean_grid
+from upge.errors import ConfigError
+
+TINY = [
+    *("grid.algo=[sft,grpo]", "seeds=0..1", "steps=1", "prompts_per_step=2", "group_size=2", "data.train_size=8"),
+    *("data.evaluation_size=8", "eval.samples=2", "checkpoint.every=0", "verify.workers=1"),
+]  # fmt: skip
+
+
+def _rows(folder: Path) -> list[dict[str, str]]:
+    return [*csv.DictReader((folder / "runs.csv").read_text().splitlines())]
+
+
+def test_slots_share_gpus_and_cores():
+    assert Slots.of(0, 1, 0, 8) == Slots(((),) * 8, 1)
+    assert Slots.of(2, 1, 0, 8) == Slots(((), ()), 4)
+    assert Slots.of(0, 2, 5, 64).gpus == ((0, 1), (2, 3))
+    assert Slots.of(1, 2, 5, 64) == Slots(((0, 1),), 64)
+    assert Slots.of(0, 1, 2, 4).environments[1] == {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "1"}
+
+
+def test_several_ranks_are_started_by_torchrun():
+    assert launcher(1) == [sys.executable] and launcher(4)[-1] == "4" and "torch.distributed.run" in launcher(4)
+
+
+@pytest.fixture
+def say(tmp_path, monkeypatch):
+    """Modules that print, fail, or wait for a signal."""
+    (tmp_path / "good.py").write_text("import os, sys; print('hello', os.environ['OMP_NUM_THREADS'], *sys.argv[1:])")
+    (tmp_path / "bad.py").write_text("import sys; print('error: no such thing'); print('bye'); sys.exit(2)")
+    (tmp_path / "slow.py").write_text(
+        "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "print('waiting', flush=True)\ntime.sleep(60)"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return lambda name, *modules: Job(name, tuple((m, (name,)) for m in modules), tmp_path / f"{name}.log")
+
+
+def test_a_job_that_fails_ends_there_and_hinders_no_other(say):
+    ended = []
+    crew = Crew(Slots(((), ()), 3), lambda job, code, seconds: ended.append((job.name, code)))
+    jobs = [say("a", "good", "good"), say("b", "bad", "good"), say("c", "good")]
+    assert crew.run(jobs) == {"a": 0, "b": 2, "c": 0} == dict(ended)
+    assert jobs[0].log.read_text().split("\n")[:2] == ["hello 3 a", "hello 3 a"]
+    assert last_words(jobs[1].log) == "error: no such thing" and "hello" not in jobs[1].log.read_text()
+
+
+def test_a_signal_reaches_what_runs_and_nothing_else_begins(say):
+    crew = Crew(Slots(((),), 1), lambda *_: None)
+    first, second = say("first", "slow"), say("second", "good")
+
+    def stop():
+        while not (first.log.is_file() and "waiting" in first.log.read_text()):
+            time.sleep(0.05)
+        crew.stop(signal.SIGTERM)
+
+    import threading
+
+    threading.Thread(target=stop, daemon=True).start()
+    assert crew.run([first, second]) == {"first": 143, "second": NOT_STARTED}
+    assert crew.stopped == signal.SIGTERM and not second.log.exists()
+
+
+def test_a_course_is_averaged_over_blocks():
+    assert blocks({step: float(step) for step in range(1, 9)}, 4) == {1: 1.5, 3: 3.5, 5: 5.5, 7: 7.5}
+    assert blocks({1: 1.0, 2: 3.0}, 4) == {1: 1.0, 2: 3.0}
+
+
+def test_tables_of_numbers_worked_out_by_hand():
+    sweep = load(["grid.algo=[a,b]", "seeds=0..2", "measures=[x]"])
+    values = {"a": (0.1, 0.2, 0.3), "b": (0.2, 0.3, 0.5)}
+    rows = [{"label": label, "seed": s, "x": v[s]} for label, v in values.items() for s in range(3)]
+    assert figure(rows, "a", "x").runs == 3 and figure(rows, "a", "y") is None
+    means = mean_grid(sweep, rows, ["x"])
+    # s/√3 = 0.0577, t = 4.3027: half the interval is 0.2484.
+    assert means.rows[0].cells == ("a", "3", "20.0 ± 24.8") and means.rows[1].bold == {2}
+    # Differences 0.1, 0.1, 0.2: t = 0.1333/0.0333 = 4, p of two degrees = 1 - 4/√18.
+    (row,) = difference_grid(sweep, rows, ["x"]).rows
+    assert row.cells[:4] == ("x", "b", "3", "+13.3") and row.cells[5:] == ("0.057", "0.057")
+
+
+def test_columns_that_only_some_runs_have_are_empty_for_others(tmp_path):
+    write_csv(tmp_path / "runs.csv", [{"run": "a", "x": 1}, {"run": "b", "y": 2}])
+    assert _rows(tmp_path)[1] == {"run": "b", "x": "", "y": "2"}
+
+
+def test_a_wrong_key_of_a_run_is_found_before_any_is_started(tmp_path, capsys):
+    assert main([*TINY, "optimizer.rate=3", f"output={tmp_path / 's'}"]) == BAD_INPUT
+    assert "sft: optimizer.rate: unknown key" in capsys.readouterr().err and not (tmp_path / "s").exists()
+
+
+def test_help_lists_what_ships(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "  gate " in text and "seed_keys" in text and max(map(len, text.splitlines())) <= 120
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweeps") / "first"
+    assert main([*TINY, f"output={folder}", "jobs=2"]) == 0
+    return folder
+
+
+def test_it_leaves_a_report_in_one_file(done):
+    rows = _rows(done)
+    assert [row["run"] for row in rows] == ["sft/seed-0", "sft/seed-1", "grpo/seed-0", "grpo/seed-1"]
+    assert all(0 <= float(row["mean@2"]) <= 1 for row in rows)
+    assert [row["generated_tokens"] != "0" for row in rows] == [False, False, True, True]
+    page = (done / "report.html").read_text()
+    assert "paired by seed" in page and "<svg" in page and not re.search(r"<script|(src|href)=.http", page)
+    assert "| grpo |" in (done / "report.md").read_text()
+
+
+def test_what_is_done_is_not_done_again_and_more_seeds_are_added(done, capsys):
+    before = (done / "runs/sft/seed-0/metrics.jsonl").stat().st_mtime_ns
+    assert main([*TINY, f"output={done}", "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("  done") == 4
+    assert main([*TINY, f"output={done}", "seeds=0..2", "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("  to do") == 2
+    assert main([*TINY, f"output={done}", "--report"]) == 0
+    assert (done / "runs/sft/seed-0/metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_other_settings_under_the_same_name_are_refused(done, capsys):
+    assert main([*TINY, f"output={done}", "steps=2"]) == BAD_INPUT
+    assert "steps: '2' here, but '1' when sft/seed-0" in capsys.readouterr().err
+
+
+def test_a_run_with_the_very_same_settings_is_taken_over(done):
+    other = SweepFolder(load([*TINY[1:], "variants={mine: {algo: sft}}", f"output={done.parent / 'second'}"]))
+    found = other.adopt(other.sweep.runs[0])
+    # The keys are the same, whatever the label.
+    assert found == done / "runs/sft/seed-0" and other.is_trained(other.sweep.runs[0])
+    changed = load([*TINY[1:], "variants={mine: {algo: sft}}", "steps=2", f"output={done.parent / 'third'}"])
+    assert SweepFolder(changed).adopt(changed.runs[0]) is None
+
+
+def test_a_run_that_fails_is_told_of_and_the_others_are_reported(done, capsys):
+    folder = done.parent / "failing"
+    (folder / "runs/sft/seed-0").mkdir(parents=True)
+    (folder / "runs/sft/seed-0/notes.txt").write_text("mine")
+    assert main([*TINY, "grid.algo=[sft]", f"output={folder}"]) == SOME_FAILED
+    out = capsys.readouterr().out
+    assert "failed with exit code 2 (error: output:" in out and "1 of 2 runs are not done" in (
+        folder / "report.md"
+    ).read_text()
+
+
+def test_models_are_evaluated_and_a_killed_sweep_goes_on(tmp_path):
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        "suite: {max_prompt_tokens: 64, max_response_tokens: 32, benchmarks: {s: {samples: 2, data: {_target_: "
+        "upge.data.Arithmetic, levels: [2 numbers, 3 numbers], evaluation_size: 4}}}}"
+    )
+    arguments = [*TINY, "seeds=[0]", f"evaluate={{own: {{suite: {suite}}}}}", f"output={tmp_path / 'swept'}", "jobs=1"]
+    command = [sys.executable, "-m", "experiments.sweep", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started = tmp_path / "swept/logs/sft/seed-0.log"
+    while not started.is_file():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert main(arguments) == 0
+    row = _rows(tmp_path / "swept")[0]
+    assert 0 <= float(row["own/s/pass@2"]) <= 1 and "own/s/2 numbers/avg" in row
+    scores = json.loads((tmp_path / "swept/evals/own/sft/seed-0/scores.json").read_text())
+    assert float(row["own/s/avg"]) == scores["benchmarks"]["s"]["avg"]["value"]
+
+
+def test_a_sweep_that_chooses_runs_the_other_first(tmp_path, capsys):
+    first = tmp_path / "rates.yaml"
+    common = "{" + ", ".join(f"{k}: {v}" for k, v in (a.split("=") for a in TINY[2:])) + "}"
+    first.write_text(
+        f"common: {common}\nvariants: {{A: {{algo: sft}}}}\ngrid: {{optimizer.lr: [0.0, 1.0e-3]}}\nseeds: [7]\n"
+        "select: {key: optimizer.lr, measure: mean@2}\n"
+    )
+    arguments = [*TINY[2:], "variants={A: {algo: sft}}", f"choose={{sweep: {first}, key: optimizer.lr}}"]
+    output = f"output={tmp_path / 'sweeps' / 'main'}"
+    assert main([*arguments, output, "--dry-run"]) == BAD_INPUT
+    assert "run it first" in capsys.readouterr().err
+    assert main([*arguments, output]) == 0
+    chosen = json.loads((tmp_path / "sweeps/main/settings/A/seed-0.json").read_text())["run"]["optimizer.lr"]
+    rows = {row["optimizer.lr"]: float(row["mean@2"]) for row in _rows(tmp_path / "sweeps/rates")}
+    assert rows[chosen] == max(rows.values()) and "as chosen in" in capsys.readouterr().out
+
+
+def test_docs_need_their_marks(done, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "results.md"
+    monkeypatch.setattr("experiments.sweep.PAGE", page)
+    page.write_text("no marks")
+    assert main([*TINY, f"output={done}", "--report", "--docs"]) == BAD_INPUT
+    page.write_text("before\n<!-- sweep sweep: begin -->\nold\n<!-- sweep sweep: end -->\nafter\n")
+    assert main([*TINY, f"output={done}", "--report", "--docs"]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "| grpo |" in text
+    pictures = [line.split("](")[1][:-1] for line in text.splitlines() if line.startswith("![")]
+    assert pictures and all((tmp_path / name).is_file() for name in pictures)
+    assert str(Path(done)) not in text
+
+
+def test_a_folder_without_a_done_run_has_no_report(tmp_path, capsys):
+    assert main([*TINY, f"output={tmp_path / 'none'}", "--report"]) == 0
+    assert "no run is done yet" in capsys.readouterr().out
+
+
+def test_seed_keys_are_recorded(done):
+    with pytest.raises(ConfigError, match="seed"):
+        SweepFolder(load([*TINY, "seed_keys=[seed,data.seed]", f"output={done}"])).check()
