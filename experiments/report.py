@@ -19,7 +19,10 @@ from markupsafe import Markup
 
 from experiments.reporting.draw import color_name, draw, smoothing_window
 from experiments.reporting.folder import RunFolder, read_run
+from experiments.reporting.gate import gate_plots
+from experiments.reporting.heat import heat_map
 from experiments.reporting.plots import Plot, Series, evaluation_plots, select, stages
+from experiments.reporting.tokens import SHADES, token_texts
 from experiments.table import accuracy_rows, measures, number
 from upge.errors import UserError
 
@@ -48,6 +51,7 @@ def page_content(run: RunFolder) -> dict:
                  default=1)
     spans = _stages(run)
     marks = [first - 0.5 for _, first, _ in spans[1:]]
+    shown = (*evaluation_plots(run.evaluations), *figures, *gate_plots(run.prompts))
     return {
         "title": " · ".join(_what_ran(run)),
         "facts": _facts(run),
@@ -55,7 +59,12 @@ def page_content(run: RunFolder) -> dict:
         "result": _result(run.evaluations),
         "formula": str(run.run.get("formula_text") or ""),
         "window": window,
-        "figures": [_figure(plot, found, marks) for plot, found in (*evaluation_plots(run.evaluations), *figures)],
+        "figures": [_figure(plot, found, marks) for plot, found in shown if plot.section == "training"],
+        "gradient": [_figure(plot, found, marks) for plot, found in shown if plot.section == "gradient"],
+        "heat": heat_map(run.prompts),
+        "tokens": token_texts(run.tokens),
+        "tokens_step": run.tokens_step,
+        "shades": range(1, SHADES + 1),
         "rollouts": _rollouts(run.rollouts),
         "rollouts_step": run.rollouts_step,
         "others": [_summary(one) for one in unplotted.values()],

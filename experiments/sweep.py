@@ -171,7 +171,7 @@ def _report(folder, arguments: Sequence[str], flags: dict[str, bool]) -> int:
     from experiments.sweeping import write
 
     shown = surroundings.command("experiments.sweep", [a for a in arguments if not a.startswith(("output=", "jobs="))])
-    found = write.report(folder, shown, facts(folder))
+    found = write.report(folder, shown, lambda: facts(folder))
     if found is None:
         print("no run is done yet, so there is nothing to report")
         return 0
@@ -180,7 +180,7 @@ def _report(folder, arguments: Sequence[str], flags: dict[str, bool]) -> int:
         print()
     print(f"report: {folder.path / 'report.html'}")
     if flags["--docs"]:
-        write.put_into(PAGE, found, shown, facts(folder))
+        write.put_into(PAGE, found, shown)
         print(f"written into {PAGE}")
     return 0
 

@@ -22,8 +22,8 @@ from experiments.reporting.plots import Plot, Series
 COLORS = 7                                            # --c0 to --c6 in the style sheet
 MARKERS = "osD^vPX"
 MOST_POINTS = 240                                     # per line: more cannot be seen at the width of a figure
-_NAMES = (*(f"c{index}" for index in range(COLORS)), "ink", "soft", "rule", "card")
-_STAND_INS = {name: f"#a1b2c{index:x}" for index, name in enumerate(_NAMES)}
+_NAMES = (*(f"c{index}" for index in range(COLORS)), "ink", "soft", "rule", "card", "s1", "s2", "s3", "s4")
+_STAND_INS = {name: f"#a1b2{index:02x}" for index, name in enumerate(_NAMES)}
 _SOFT, _RULE, _CARD = (_STAND_INS[name] for name in ("soft", "rule", "card"))
 _STYLE = {"svg.fonttype": "none", "font.size": 11, "axes.linewidth": 0.8, "text.color": _SOFT, "axes.labelcolor": _SOFT,
           "axes.edgecolor": _RULE, "xtick.color": _SOFT, "ytick.color": _SOFT, "xtick.major.size": 0,
@@ -41,6 +41,8 @@ def smoothing_window(one: Series) -> int:
 
 def color_name(plot: Plot, label: str, index: int) -> str:
     """The CSS variable that colours a series: the average of all levels is drawn in the colour of the text."""
+    if plot.palette:
+        return plot.palette[index % len(plot.palette)]
     return "ink" if plot.kind == "evaluation" and label == "all" else f"c{index % COLORS}"
 
 
@@ -53,7 +55,8 @@ def draw(plot: Plot, series: Sequence[Series], marks: Sequence[float] = ()) -> s
         figure = Figure(figsize=(5, 2.7), layout="constrained")
         axes = figure.add_subplot()
         colors = [_STAND_INS[color_name(plot, one.label, index)] for index, one in enumerate(series)]
-        {"line": _draw_lines, "stack": _draw_stack, "evaluation": _draw_evaluation}[plot.kind](axes, series, colors)
+        {"line": _draw_lines, "band": _draw_bands, "stack": _draw_stack, "evaluation": _draw_evaluation}[plot.kind](
+            axes, series, colors)
         for mark in marks:
             axes.axvline(mark, color=_SOFT, linewidth=1.0, linestyle=":")
         _dress(axes, plot, series)
@@ -85,6 +88,17 @@ def _draw_lines(axes, series: Sequence[Series], colors: Sequence[str]) -> None:
         alone = _isolated(values)
         if alone.any():
             axes.plot(steps[alone], values[alone], linestyle="none", marker="o", markersize=5, color=color)
+
+
+def _draw_bands(axes, series: Sequence[Series], colors: Sequence[str]) -> None:
+    """Areas around the line, in bins of a long run: their edges are averages, as the line is."""
+    for index, one in enumerate(series):
+        size = math.ceil(len(one.steps) / MOST_POINTS)
+        steps = _bin_means(np.asarray(one.steps, float), size)
+        for low, high in one.ranges:
+            edges = [_bin_means(np.asarray(edge, float), size) for edge in (low, high)]
+            axes.fill_between(steps, *edges, color=colors[index], alpha=0.2, linewidth=0)
+    _draw_lines(axes, series, colors)
 
 
 def _draw_evaluation(axes, series: Sequence[Series], colors: Sequence[str]) -> None:

@@ -26,6 +26,9 @@ class RunFolder:
     evaluations: tuple[dict, ...]
     rollouts: tuple[dict, ...]
     rollouts_step: int | None
+    prompts: tuple[dict, ...]
+    tokens: tuple[dict, ...]
+    tokens_step: int | None
     notes: tuple[str, ...]
 
 
@@ -46,10 +49,12 @@ def read_run(run_dir: str | Path) -> RunFolder:
     config, config_text = _read_config(path / "config.yaml")
     metrics = _by_step(_read_lines(path / "metrics.jsonl", notes))
     evaluations = _by_step(_read_lines(path / "evaluations.jsonl", notes))
-    rollouts_step, rollouts = _last_rollouts(path / "rollouts", notes)
+    rollouts_step, rollouts = _newest(path / "rollouts", notes)
+    tokens_step, tokens = _newest(path / "tokens", notes)
+    prompts = _prompts(_read_lines(path / "prompts.jsonl", notes))
     notes += _state_of_run(config, metrics, evaluations)
     return RunFolder(path, config, config_text, _read_run_json(path / "run.json", notes), metrics, evaluations,
-                     rollouts, rollouts_step, tuple(notes))
+                     rollouts, rollouts_step, prompts, tokens, tokens_step, tuple(notes))
 
 
 def _read_config(path: Path) -> tuple[dict, str]:
@@ -103,8 +108,15 @@ def _by_step(records: list[dict]) -> tuple[dict, ...]:
     return tuple(steps[step] for step in sorted(steps))
 
 
-def _last_rollouts(folder: Path, notes: list[str]) -> tuple[int | None, tuple[dict, ...]]:
-    """The step and the lines of the newest rollouts file that holds any."""
+def _prompts(records: list[dict]) -> tuple[dict, ...]:
+    """The lines of prompts.jsonl that are whole, by step; runs of earlier versions have none."""
+    numbers = ("step", "prompt", "rollouts", "successes")
+    whole = [one for one in records if all(isinstance(one.get(key), int) for key in numbers) and "learned" in one]
+    return tuple(sorted(whole, key=lambda one: one["step"]))
+
+
+def _newest(folder: Path, notes: list[str]) -> tuple[int | None, tuple[dict, ...]]:
+    """The step and the lines of the newest step's file in a folder that holds any."""
     for path in sorted(folder.glob("step_*.jsonl"), reverse=True):
         if records := _read_lines(path, notes):
             digits = path.stem.removeprefix("step_")

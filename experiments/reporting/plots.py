@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from experiments.table import measures, number
@@ -26,9 +26,11 @@ class Plot:
     caption: str
     keys: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
-    kind: str = "line"                                # or "stack" (areas) or "evaluation" (few, marked points)
+    kind: str = "line"                                # or "stack" (areas), "band" or "evaluation" (few, marked points)
     limits: tuple[float | None, float | None] = (None, None)
     log_scale: bool = False
+    section: str = "training"                         # or "gradient": in which part of the page it is
+    palette: tuple[str, ...] = ()                     # colours of the style sheet, where the usual ones will not do
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,13 @@ class Series:
     def finite(self) -> list[float]:
         """The values without the gaps."""
         return [value for value in self.values if not math.isnan(value)]
+
+
+@dataclass(frozen=True)
+class Band(Series):
+    """A line with what lies around it: `ranges` are (lowest, highest) values at the same steps, the widest first."""
+
+    ranges: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] = ()
 
 
 PLOTS = (
@@ -62,16 +71,40 @@ PLOTS = (
          ("response_length", "response_length/*"), limits=(0, None)),
     Plot("plot-gradient", "Gradient norm", "norm before clipping",
          "Spikes mark steps that clipping held back; a slow climb calls for a lower learning rate.",
-         ("grad_norm", "grad_norm/*", "*/grad_norm"), limits=(0, None)),
-    Plot("plot-weights", "Weights of each term", "|weight| of a token; 1 = plain maximum likelihood",
-         "A 99th percentile (p99) far above the mean says that a few tokens steer the update.",
-         ("*/weight_abs_*",), without=("*/weight_abs_p50",), limits=(0, None)),
-    Plot("plot-advantage", "Advantage of each term", "mean Â per token",
-         "Near 0 where groups are centred; a drift means long and short responses fare differently.",
-         ("*/advantage_mean",)),
+         ("grad_norm", "grad_norm/*", "critic/grad_norm", "interlude/grad_norm"), limits=(0, None), section="gradient"),
+    Plot("plot-pulls", "Gradient norm of each term", "norm of its gradient alone",
+         "Of terms with very different norms the update is the longest one's, and clipping shrinks the others with it.",
+         ("*/grad_norm",), limits=(0, None), section="gradient"),
+    Plot("plot-cosine", "Angle between terms", "cosine of their gradients",
+         "Near 0 they work on different things; lasting values below 0 mean that one undoes what the other does.",
+         ("cosine/*",), limits=(None, None), section="gradient"),
     Plot("plot-coefficient", "Coefficient of each term", "mean over the trajectories of its source",
          "What gates and schedules gave each term before the forward pass; a gate with memory shows its course here.",
-         ("*/coefficient",), limits=(0, None)),
+         ("*/coefficient",), limits=(0, None), section="gradient"),
+    Plot("plot-weights", "Weights of each term", "|weight| of a token; 1 = plain maximum likelihood",
+         "A 99th percentile (p99) far above the mean says that a few tokens steer the update.",
+         ("*/weight_abs_*",), without=("*/weight_abs_p50",), limits=(0, None), section="gradient"),
+    Plot("plot-signed", "Signed weights of each term", "weight: median, percentiles 10 to 90 and 1 to 99",
+         "Below 0 tokens are made less likely; a lower edge that sinks away from the upper one makes training brittle.",
+         ("*/weight_p[0-9]*",), kind="band", section="gradient"),
+    Plot("plot-advantage", "Advantage of each term", "mean Â per token",
+         "Near 0 where groups are centred; a drift means long and short responses fare differently.",
+         ("*/advantage_mean",), section="gradient"),
+    Plot("plot-masked", "Masked share", "share of tokens with an advantage",
+         "Tokens that the stabilization mask stopped; a growing share means the updates outrun the trust region.",
+         ("*/masked_share",), limits=(0, None), section="gradient"),
+    Plot("plot-sides", "Masked by side", "share of tokens with an advantage; above, below: ratio over, under 1",
+         "Above: pushes up that were stopped, below: pushes down; one side alone says which bound to move.",
+         ("*/masked_above", "*/masked_below"), limits=(0, None), section="gradient"),
+    Plot("plot-tokens", "Tokens behind the gradient", "tokens; effective = (Σ|w|)² / Σw²",
+         "The further the effective count is below the tokens of a term, the fewer of them decide.",
+         ("*/effective_tokens", "*/tokens"), limits=(0, None), section="gradient"),
+    Plot("plot-trajectories", "Trajectories behind the gradient", "trajectories; effective = (Σ|w|)² / Σw²",
+         "Few effective ones among many: the update follows single responses, and its noise grows.",
+         ("*/effective_trajectories", "*/trajectories"), without=("trained/*",), limits=(0, None), section="gradient"),
+    Plot("plot-effective", "Effective share of tokens", "effective tokens / tokens of the term",
+         "1: all weigh the same; a fall says that the weights of a term become unequal.",
+         ("*/effective_share",), limits=(0, 1.02), section="gradient"),
     Plot("plot-state", "Held-out slope", "utility per unit of a gate's variable",
          "Above 0 the held-out objective asks for more of the variable; noise around 0 means it has no opinion.",
          ("state/*_utility_slope",)),
@@ -81,12 +114,6 @@ PLOTS = (
     Plot("plot-values", "Values against returns", "mean over the rollouts' tokens",
          "The two should meet; a lasting distance is a bias in every advantage.",
          ("critic/value_mean", "critic/return_mean")),
-    Plot("plot-masked", "Masked share", "share of tokens with an advantage",
-         "Tokens that the stabilization mask stopped; a growing share means the updates outrun the trust region.",
-         ("*/masked_share",), limits=(0, None)),
-    Plot("plot-tokens", "Tokens behind the gradient", "tokens; effective = (Σ|w|)² / Σw²",
-         "The further the effective count is below the tokens of a term, the fewer of them decide.",
-         ("*/effective_tokens", "*/tokens"), limits=(0, None)),
     Plot("plot-sampler", "Sampler against trainer", "|Δ log-prob| of a token, logarithmic",
          "Should stay flat at rounding level; growth means the sampler holds other weights than the trainer.",
          ("sampler/logprob_diff*",), log_scale=True),
@@ -113,6 +140,8 @@ def select(metrics: Sequence[dict]) -> tuple[list[tuple[Plot, list[Series]]], di
         found = [remaining.pop(key) for key in dict.fromkeys(keys) if remaining[key].finite()]
         if plot.kind == "stack":
             found = _with_rest(found, remaining.pop("time/total", None))
+        if plot.kind == "band":
+            found = _bands(found)
         if found:
             chosen.append((plot, _shorten(found)))
     return chosen, remaining
@@ -190,6 +219,23 @@ def _with_rest(parts: list[Series], total: Series | None) -> list[Series]:
     return parts + ([Series("time/other", total.steps, rest)] if rest_share > 0.01 else [])
 
 
+def _bands(found: list[Series]) -> list[Series]:
+    """One for each term, of its percentiles TERM/..._p1, p10, p50 and so on that have the steps of the median."""
+    terms: dict[str, dict[int, Series]] = {}
+    for one in found:
+        name, _, percent = one.label.rpartition("_p")
+        terms.setdefault(name, {})[int(percent)] = one
+    bands = []
+    for name, percents in terms.items():
+        if 50 in percents:
+            middle = percents[50]
+            pairs = [(percents[low], percents[100 - low]) for low in sorted(percents)
+                     if low < 50 and 100 - low in percents]
+            ranges = tuple((low.values, high.values) for low, high in pairs if low.steps == high.steps == middle.steps)
+            bands.append(Band(name, middle.steps, middle.values, ranges))
+    return bands
+
+
 def _zero_if_gap(value: float) -> float:
     return 0.0 if math.isnan(value) else value
 
@@ -202,4 +248,4 @@ def _shorten(found: list[Series]) -> list[Series]:
     start = len(os.path.commonprefix(words)) // 2 * 2
     end = len(os.path.commonprefix([label[start:][::-1] for label in words])) // 2 * 2
     labels = ["".join(label[start:len(label) - end]) for label in words]
-    return [Series(label or one.label, one.steps, one.values) for label, one in zip(labels, found, strict=True)]
+    return [replace(one, label=label or one.label) for label, one in zip(labels, found, strict=True)]

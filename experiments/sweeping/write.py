@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,12 @@ class Report:
         return [(said[path.name], path) for path in self.drawn if path.name in said]
 
 
-def report(folder: SweepFolder, command: str, facts: Sequence[str] = ()) -> Report | None:
+def report(folder: SweepFolder, command: str, facts: Callable[[], Sequence[str]]) -> Report | None:
     """Reads the runs and writes everything into the sweep's folder; None if no run is trained yet.
 
     Args:
         command: what makes all of it again.
-        facts: sentences on the machine and the code.
+        facts: says how the runs were made, in sentences.
     """
     sweep, rows = folder.sweep, collect.rows(folder)
     if not rows:
@@ -60,7 +60,7 @@ def report(folder: SweepFolder, command: str, facts: Sequence[str] = ()) -> Repo
     collect.write_csv(folder.path / "runs.csv", rows)
     drawn = (*figures.courses(folder, folder.path), *figures.pass_curves(folder, rows, folder.path))
     missing = [p.slug for p in sweep.runs if not folder.is_done(p)]
-    notes = [f"Made with `{command}`.", *facts]
+    notes = [f"Made with `{command}`.", *facts()]
     if missing:
         notes.append(f"{len(missing)} of {len(sweep.runs)} runs are not done: {', '.join(missing)}.")
     found = Report(sweep, tuple(rows), tuple(_grids(folder, rows)), drawn, tuple(notes))
@@ -127,7 +127,7 @@ def _svg(path: Path, number: int) -> str:
     return text
 
 
-def put_into(page_path: Path, found: Report, command: str, facts: Sequence[str]) -> None:
+def put_into(page_path: Path, found: Report, command: str) -> None:
     """Writes the tables between the marks of this sweep in a page, and the figures into a folder beside it.
 
     Raises:
@@ -141,6 +141,6 @@ def put_into(page_path: Path, found: Report, command: str, facts: Sequence[str])
     target.mkdir(exist_ok=True)
     for _, path in found.pictures:
         (target / f"{name}-{path.name}").write_bytes(path.read_bytes())
-    parts = [f"```\n{command}\n```", " ".join(facts), *sections(found, f"{page_path.stem}/{name}-")]
+    parts = [f"```\n{command}\n```", " ".join(found.notes[1:]), *sections(found, f"{page_path.stem}/{name}-")]
     before, after = text.split(begin)[0], text.split(end)[1]
     page_path.write_text(before + begin + "\n" + "\n\n".join(filter(None, parts)) + "\n" + end + after, "utf-8")
