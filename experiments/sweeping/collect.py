@@ -18,7 +18,7 @@ from upge.train.folder import read_lines
 #: Metrics whose course is drawn, with their titles and units.
 COURSES = {
     "reward/mean": ("Reward", "mean per rollout"),
-    "gate/demonstration_share": ("Demonstrations", "share of what is learned from"),
+    "gate/demonstration_share": ("Demonstrations", "share of trajectories"),
     "entropy": ("Entropy", "nats per token"),
     "response_length": ("Response length", "tokens"),
     "grad_norm": ("Gradient norm", "before clipping"),

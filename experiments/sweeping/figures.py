@@ -32,7 +32,7 @@ def pass_curves(folder: SweepFolder, rows: Sequence[Mapping], target: Path) -> l
         curves = {}
         for label in labels:
             found = {k: list(by_seed(rows, label, f"{place}/pass@{k}").values()) for k in powers_of_two(largest)}
-            curves[label] = {k: _visible(t_interval(values)) for k, values in found.items() if values}
+            curves[label] = {k: _visible(t_interval(values), values) for k, values in found.items() if values}
         panels.append(Panel(place.rsplit("/", 1)[-1], {label: curve for label, curve in curves.items() if curve}))
     return draw_pass(panels, labels, target) if panels else []
 
@@ -73,7 +73,7 @@ def _of(folder: SweepFolder, read) -> dict[str, dict[int, Interval]]:
     for label in folder.sweep.labels:
         lines = [read(folder.run(p)) for p in folder.sweep.runs if p.label == label and folder.is_trained(p)]
         steps = set.intersection(*map(set, lines)) if lines else set()
-        found[label] = {step: _visible(t_interval([line[step] for line in lines])) for step in sorted(steps)}
+        found[label] = {step: _visible(t_interval([line[step] for line in lines]), lines) for step in sorted(steps)}
     return found
 
 
@@ -107,7 +107,9 @@ def _draw(panels, labels: Sequence[str]) -> Figure:
         axes.set_xlabel("step" if place + columns >= len(panels) else "")
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.yaxis.grid(True, color=RULE, linewidth=0.7)
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        drawn = [one.value for curve in curves.values() for one in curve.values()]
+        # By the lines: a band of three seeds can be many times as high as all that they show.
+        axes.set_ylim(min(0, 1.1 * min(drawn)), 1.12 * max(drawn) or 1)
     shown = [label for label in labels if label in lines]
     figure.legend([lines[label] for label in shown], shown, loc="outside upper left", ncols=min(4, len(shown)),
                   frameon=False)  # fmt: skip
@@ -122,6 +124,7 @@ def _line(axes, curve: Mapping[int, Interval], index: int):
     return line
 
 
-def _visible(interval: Interval) -> Interval:
-    """One run has no interval; its band is the line itself."""
-    return Interval(interval.value, interval.value, interval.value) if math.isnan(interval.low) else interval
+def _visible(interval: Interval, runs: Sequence) -> Interval:
+    """With the interval as its band; of one run there is none, and that of two covers the page."""
+    value = interval.value
+    return Interval(value, value, value) if len(runs) < 3 else interval
