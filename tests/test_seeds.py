@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from upge.evaluation.seeds import paired_t, quantile, t_interval, two_sided
+from upge.evaluation.seeds import paired_t, t_interval
+from upge.student import quantile, two_sided
 
 #: (degrees of freedom, the value that two-sided 5 % lie beyond), from any printed table.
 TABLE = [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042), (1000, 1.962)]

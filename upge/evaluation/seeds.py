@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import mpmath
-
 from upge.evaluation.bootstrap import CONFIDENCE, Difference, Interval
+from upge.student import quantile, two_sided
 
 
 def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
@@ -50,22 +49,6 @@ def paired_t(
     if error == 0:
         return Difference(interval, 1.0 if interval.value == 0 else 0.0)
     return Difference(interval, two_sided(interval.value / error, len(values) - 1))
-
-
-def two_sided(t: float, degrees: int) -> float:
-    """P(|T| ≥ |t|) of Student's t: the regularised incomplete beta I_x(ν/2, 1/2) at x = ν/(ν + t²)."""
-    return float(mpmath.betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), regularized=True))
-
-
-def quantile(share: float, degrees: int) -> float:
-    """The t below which a `share` of more than one half of Student's distribution lies."""
-    low, high = 0.0, 1.0
-    while two_sided(high, degrees) > 2 * (1 - share):
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if two_sided(middle, degrees) > 2 * (1 - share) else (low, middle)
-    return (low + high) / 2
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
