@@ -107,6 +107,8 @@ def allowed(owner: str) -> set[str] | None:
         return None
     if owner == "upge.train":
         return TRAIN | {owner}
+    if owner == "upge.measure":
+        return TRAIN | {owner, "upge.train", "upge.theory"}
     if owner == "upge.evaluation":
         return TRAIN | {owner, "upge.train", "upge.instantiate"}
     if owner in ROOMS:

@@ -1,0 +1,152 @@
+"""Bias and variance: what each algorithm's gradient is on average, and how noisy, on a real policy.
+
+    python -m experiments.diagnose [model=NAME] [data=NAME] [algos=[NAME,...]|all] [KEY=VALUE ...]
+
+For a policy and a data set: mean, bias against ∇E[R], noise, signal to noise and cosines of any algorithms' gradients,
+in all, by pass rate of the prompt and, with policies=[PATH,...] or run=FOLDER, as training proceeds. Leaves a folder
+with diagnosis.html, table.md, diagnosis.json and the figures; docs/diagnose.md says what they mean.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.surroundings import command, git_commit, now, quiet, versions
+from upge.errors import ConfigError, UserError
+
+BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code (0 done, 2 bad input)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # The user's own parts, verifiers and data sets are found in the folder of the start.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    quiet()
+    if "-h" in arguments or "--help" in arguments:
+        print(help_text())
+        return 0
+    try:
+        return _diagnose(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def help_text() -> str:
+    """What --help prints."""
+    from experiments.diagnosing.settings import keys
+
+    rows = []
+    for name, default, meaning in keys():
+        left = f"{name}={default if default not in ('', None) else ''}"
+        if len(left) > 36:
+            rows += [f"  {left}", " " * 39 + meaning]
+        else:
+            rows.append(textwrap.fill(f"{left:<36} {meaning}", 118, initial_indent="  ", subsequent_indent=" " * 39))
+    head = "Keys (model=, data= and recipe= are those of experiments.run, with their own keys):"
+    return "\n".join([__doc__, head, *rows])
+
+
+def output_folder(output: str, names: dict[str, str]) -> Path:
+    """`output`, or the next free diagnoses/MODEL-DATA.
+
+    Raises:
+        ConfigError: there is something in it already.
+    """
+    if output:
+        path = Path(output).expanduser()
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise ConfigError(f"output: {path} exists; choose another, or remove it")
+        return path
+    stem = "-".join(Path(name).name.removesuffix(".yaml") for name in names.values())
+    number, path = 1, Path("diagnoses") / stem
+    while path.exists():
+        number += 1
+        path = Path("diagnoses") / f"{stem}-{number}"
+    return path
+
+
+def _diagnose(arguments: Sequence[str]) -> int:
+    from rich.console import Console
+
+    from experiments.comparing.render import print_grid
+    from experiments.diagnosing import write
+    from experiments.diagnosing.settings import choose
+    from experiments.diagnosing.tables import grids
+
+    chosen = choose(arguments)
+    names = {"exact": "exact"} if chosen.config.exact else dict(chosen.names)
+    folder = output_folder(chosen.config.output, names)
+    console = Console(highlight=False)
+    notes = [f"{name} is left out: it {reason}" for name, reason in chosen.left_out.items()] + chosen.remarks
+    results, more = _exactly(chosen) if chosen.config.exact else _sampled(chosen, console)
+    notes += more
+    for result in results:
+        console.print(f"\n{result.label}: {write.summary(result)}", markup=False)
+        for grid in grids(result):
+            print_grid(grid, console)
+            console.print()
+    for note in notes:
+        console.print(f"note: {note}", markup=False)
+    facts = {
+        "command": command("experiments.diagnose", arguments),
+        "made": now(),
+        "names": names,
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "settings": write.plain(chosen.config),
+    }
+    for path in write.files(results, facts, notes, folder):
+        console.print(f"wrote {path}", soft_wrap=True, markup=False)
+    return 0
+
+
+def _exactly(chosen: Any) -> tuple[list, list[str]]:
+    from experiments.diagnosing.exactly import exactly
+
+    note = "the frozen policy of this setting is another than the policy, and the response limit is 2 tokens"
+    return [exactly(chosen.algorithms, chosen.config.group_size)], [note]
+
+
+def _sampled(chosen: Any, console: Any) -> tuple[list, list[str]]:
+    from experiments.diagnosing.measuring import measure, needs_frozen
+    from experiments.diagnosing.policies import model_of, ordered, policies
+    from experiments.diagnosing.sampling import problems
+    from experiments.diagnosing.settings import without_pairs
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    config, run = chosen.config, chosen.run
+    with policies(chosen) as found:
+        found = ordered(found)
+        asked = problems(chosen, found[0].model)
+        notes = list(asked.notes)
+        if not asked.has_pairs:
+            chosen, lacking = without_pairs(chosen)
+            notes += [f"{name} is left out: it learns from pairs, and these data have none" for name in lacking]
+        frozen = None
+        if needs_frozen(chosen.algorithms.values()):
+            if run.reference.path:
+                frozen = model_of(run.reference.path, run.model)
+            elif len(found) > 1:
+                frozen = found[0].model
+            which = run.reference.path or (f"the first policy, {found[0].label}" if frozen else "the policy itself")
+            notes.append(f"the frozen policy is {which}")
+        behavior = model_of(config.behavior, run.model) if config.behavior else None
+        results = []
+        for policy in found:
+            say(f"policy {policy.label}: {policy.model.path}")
+            results.append(measure(chosen, asked, policy, frozen, behavior, say))
+    return results, notes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""The figures that are lines: signal by pass rate, the conflict of the two sources, and the course of training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from experiments.diagnosing.measuring import Result
+from experiments.diagnosing.plane import distinct, label
+from experiments.diagnosing.style import COLORS, LINES, SOFT, dress, kind, save, text
+from experiments.diagnosing.tables import different
+from upge.measure import Estimated, Measured
+
+_MOST = 5
+_FLOOR = 1e-3
+
+
+def signal(result: Result, folder: Path) -> list[Path]:
+    """signal_by_pass_rate: signal to noise of single prompts, what a gate sees, and what each threshold is worth."""
+    shown = chosen(result)
+    if not result.bins or not shown:
+        return []
+    panels = 3 if result.thresholds else 2
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+        _by_rate(axes[0], result, shown)
+        _by_count(axes[1], result, shown)
+        if result.thresholds:
+            _by_threshold(axes[2], result)
+        handles = axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower left", ncols=min(5, len(shown)), frameon=False)
+
+    return save(folder, "signal_by_pass_rate", (3.9 * panels, 4.4), draw)
+
+
+def chosen(result: Result) -> list[Measured]:
+    """Estimators with one source, of each source those with the highest alignment in all, none twice."""
+    found = []
+    for source in ("rollouts", "demonstrations"):
+        mine = [one for one in different(result) if one.source == source]
+        mine.sort(key=lambda one: -_or(one.overall.alignment.value, -math.inf))
+        found += mine[:_MOST]
+    return found
+
+
+def conflict(result: Result, folder: Path) -> list[Path]:
+    """conflict: the cosine between the mean gradients of rollouts and demonstrations, by pass rate."""
+    if not result.conflicts:
+        return []
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        places = [one.label for one in result.bins]
+        for index, one in enumerate(result.conflicts):
+            color, marker = _palette(index), LINES[index % len(LINES)]
+            dash = "-" if index < len(LINES) else "--"
+            shift = (index - len(result.conflicts) / 2) * 0.03
+            line = [(i, one.by_rate[name]) for i, name in enumerate(places) if name in one.by_rate]
+            line = [(i, found) for i, found in line if not math.isnan(found.value)]
+            at, values = [i + shift for i, _ in line], [found for _, found in line]
+            _bars(axes, at, values, color)
+            axes.plot(at, [v.value for v in values], color=color, marker=marker, linestyle=dash, markersize=5,
+                      markeredgecolor="white", linewidth=1.6, label=text(one.algorithm))  # fmt: skip
+            if not math.isnan(one.overall.value):
+                end = len(places) + 0.1 + shift
+                _bars(axes, [end], [one.overall], color)
+                axes.plot(end, one.overall.value, color=color, marker=marker, markersize=6, markeredgecolor="white")
+        axes.axhline(0, color=SOFT, linewidth=0.9)
+        axes.set_xticks(range(len(places) + 1), [*places, "all"])
+        axes.set_ylim(-1.02, 1.02)
+        axes.set_xlabel("pass rate of the prompt")
+        axes.set_ylabel("cosine of the two mean gradients")
+        axes.set_title("Do rollouts and demonstrations pull the same way?")
+        dress(axes)
+        figure.legend(loc="outside lower left", ncols=5, frameon=False)
+
+    return save(folder, "conflict", (6.8, 4.6), draw)
+
+
+def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
+    """over_training: cosine, signal to noise, alignment and conflict of every policy, in their order."""
+    if len(results) < 2:
+        return []
+    names = [one.name for one in distinct(results[0])]
+    # With many the lines could not be told apart: those that differ most in what they learn from come first.
+    ranked = sorted(distinct(results[0]), key=lambda one: -_or(one.overall.alignment.value, -1.0))
+    kinds: dict[str, list[str]] = {}
+    for one in ranked:
+        kinds.setdefault(kind(one.source), []).append(one.name)
+    kept = {name for own in kinds.values() for name in own[:3]}
+    names = [name for name in names if name in kept]
+
+    def draw(figure: Figure) -> None:
+        grid = list(figure.subplots(2, 2).flat)
+        panels = (("cosine", "cosine with ∇E[R]"), ("snr", "signal to noise of a batch"), ("alignment", "alignment"))
+        for axes, (field, title) in zip(grid, panels, strict=False):
+            for index, name in enumerate(names):
+                found = [next((m for m in r.measured if m.name == name), None) for r in results]
+                _course(axes, results, [m and getattr(m.overall, field) for m in found], index, label(results[0], name))
+            axes.set_title(title)
+        last = figure.axes[3]
+        both = dict.fromkeys(c.algorithm for r in results for c in r.conflicts)
+        for index, name in enumerate(names):
+            if name in both:
+                found = [next((c.overall for c in r.conflicts if c.algorithm == name), None) for r in results]
+                _course(last, results, found, index, "")
+        last.set_title("cosine of rollouts' and demonstrations' parts")
+        figure.axes[1].set_yscale("log")
+        for axes in figure.axes:
+            _steps(axes, results)
+            dress(axes)
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False)
+
+    return save(folder, "over_training", (8.6, 6.4), draw)
+
+
+def _course(axes, results: Sequence[Result], values: Sequence[Estimated | None], index: int, name: str) -> None:
+    at = [(i, v) for i, v in enumerate(values) if v is not None and not math.isnan(v.value)]
+    places = _places(results)
+    color = _palette(index)
+    xs, known = [places[i] for i, _ in at], [v for _, v in at]
+    _bars(axes, xs, known, color)
+    axes.plot(xs, [v.value for v in known], color=color, marker=LINES[index % len(LINES)], markersize=5,
+              markeredgecolor="white", linewidth=1.6, label=name or None)  # fmt: skip
+
+
+def _places(results: Sequence[Result]) -> list[float]:
+    steps = [one.step for one in results]
+    return [float(i) for i in range(len(results))] if None in steps else [float(step) for step in steps]
+
+
+def _steps(axes, results: Sequence[Result]) -> None:
+    if any(one.step is None for one in results):
+        axes.set_xticks(range(len(results)), [text(one.label) for one in results])
+    else:
+        axes.set_xlabel("step")
+
+
+def _by_rate(axes, result: Result, shown: Sequence[Measured]) -> None:
+    places = {one.label: i for i, one in enumerate(result.bins)}
+    for color, marker, shift, one in _styled(shown):
+        at = [(places[found.bin] + shift, found.pooled.snr) for found in one.by_rate]
+        known = [(x, v) for x, v in at if math.isfinite(v.value)]
+        _bars(axes, [x for x, _ in known], [v for _, v in known], color, floor=_FLOOR)
+        axes.plot([x for x, _ in known], [max(v.value, _FLOOR) for _, v in known], color=color, marker=marker,
+                  markersize=5, markeredgecolor="white", linewidth=1.5, label=text(one.name))  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=_FLOOR * 0.8)
+    axes.set_xticks(range(len(places)), [f"{one.label}\n({len(one.prompts)})" for one in result.bins])
+    axes.set_xlabel("pass rate of the prompt (prompts)")
+    axes.set_title("Signal to noise of one prompt")
+    dress(axes)
+
+
+def _by_count(axes, result: Result, shown: Sequence[Measured]) -> None:
+    size = int(result.facts["group_size"])
+    for color, marker, shift, one in _styled(shown):
+        known = [(at.successes + shift, at.pooled.alignment) for at in one.by_count]
+        known = [(x, v) for x, v in known if not math.isnan(v.value)]
+        _bars(axes, [x for x, _ in known], [v for _, v in known], color)
+        axes.plot([x for x, _ in known], [v.value for _, v in known], color=color, marker=marker, markersize=5,
+                  markeredgecolor="white", linewidth=1.5)  # fmt: skip
+    axes.axhline(0, color=SOFT, linewidth=0.9)
+    axes.set_xticks(range(0, size + 1, 1 if size <= 8 else 2))
+    axes.set_xlabel(f"successes among the {size} rollouts of its group")
+    axes.set_title("Alignment of one prompt with ∇E[R]")
+    dress(axes)
+
+
+def _by_threshold(axes, result: Result) -> None:
+    for index, (name, found) in enumerate(result.thresholds.items()):
+        color = _palette(index)
+        at, values = [one.threshold for one in found], [one.overall.alignment for one in found]
+        axes.plot(at, [v.value for v in values], color=color, marker=LINES[index % len(LINES)], markersize=5,
+                  markeredgecolor="white", linewidth=1.6, label=f"_{name}")  # fmt: skip
+        _bars(axes, at, values, color)
+        best = max(range(len(values)), key=lambda i: _or(values[i].value, -math.inf))
+        axes.plot(at[best], values[best].value, marker="o", markersize=12, markerfacecolor="none", color=color)
+    axes.legend(axes.get_lines()[::2], [text(name) for name in result.thresholds], frameon=False, fontsize=8.5)
+    axes.axhline(0, color=SOFT, linewidth=0.9)
+    axes.set_xlabel("threshold of the gates")
+    axes.set_title("Alignment of a batch, best one ringed")
+    dress(axes)
+
+
+def _styled(shown: Sequence[Measured]):
+    """(colour, marker, shift, estimator): a colour family for each source."""
+    counts: dict[str, int] = {}
+    for place, one in enumerate(shown):
+        number = counts.setdefault(one.source, 0)
+        counts[one.source] += 1
+        colors = COLORS[kind(one.source)]
+        marker = "osv^D"[number % 5]
+        yield colors[number % len(colors)], marker, (place - len(shown) / 2) * 0.03, one
+
+
+def _palette(index: int) -> str:
+    colors = ("#0072b2", "#c95000", "#00805a", "#a6478b", "#8a6a00", "#2a8fc7", "#5a5f66", "#b3261e", "#6b4fa1")
+    return colors[index % len(colors)]
+
+
+def _bars(axes, at: Sequence[float], values: Sequence[Estimated], color: str, floor: float = -math.inf) -> None:
+    for x, found in zip(at, values, strict=True):
+        if not math.isnan(found.low) and found.high > floor:
+            axes.plot([x, x], [max(found.low, floor), found.high], color=color, alpha=0.3, linewidth=1.3)
+
+
+def _or(value: float, other: float) -> float:
+    return other if math.isnan(value) else value

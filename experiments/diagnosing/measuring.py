@@ -1,0 +1,203 @@
+"""One policy measured: its pool is sampled, its gradients are taken, and everything is worked out."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+from tqdm import tqdm
+
+from experiments.diagnosing.policies import Policy, load_model
+from experiments.diagnosing.sampling import Problems, sample
+from experiments.diagnosing.settings import Chosen
+from upge.algorithm import Algorithm
+from upge.errors import ConfigError
+from upge.measure import (
+    Directions,
+    Estimated,
+    Estimator,
+    Figures,
+    Measured,
+    ModelScores,
+    Pool,
+    Targets,
+    batch_estimates,
+    batch_sample,
+    bins_of,
+    conflict,
+    cosine_of,
+    estimator,
+    figures,
+    gradients,
+    imitation,
+    measured,
+    same,
+    true_gradient,
+)
+from upge.measure.diagnosis import Bin, Conflict, thresholds
+from upge.measure.scores import Pair
+from upge.train.config import ModelConfig
+
+#: Share of the free memory that gradients kept at the same time may take.
+_MEMORY = 0.6
+
+
+@dataclass(frozen=True)
+class AtThreshold:
+    """An algorithm whose gates' thresholds are set to one pass rate."""
+
+    threshold: float
+    overall: Figures
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found about one policy.
+
+    Fields:
+        label, step: the policy's.
+        facts: sizes, errors, seconds and memory, by name.
+        bins: the prompts by pass rate.
+        measured: algorithms and their parts.
+        conflicts: of the algorithms with two sources.
+        thresholds: algorithm → its figures at every threshold, where it has one.
+        cosines: first and second algorithm → cosine of their means.
+        same: the names of `measured` in groups that are the same estimator on this pool but for their scale.
+    """
+
+    label: str
+    step: int | None
+    facts: Mapping[str, float]
+    bins: tuple[Bin, ...]
+    measured: tuple[Measured, ...]
+    conflicts: tuple[Conflict, ...]
+    thresholds: Mapping[str, tuple[AtThreshold, ...]]
+    cosines: Mapping[tuple[str, str], Estimated]
+    same: tuple[tuple[str, ...], ...]
+
+
+def measure(
+    chosen: Chosen,
+    asked: Problems,
+    policy: Policy,
+    frozen: ModelConfig | None,
+    behavior: ModelConfig | None,
+    say: Callable[[str], None],
+) -> Result:
+    """Samples and measures one policy; `frozen` fills the reference log-probs, None = the policy itself."""
+    began = time.perf_counter()
+    sampled = sample(chosen, asked, policy.model, behavior, say)
+    pool, config, temperature = sampled.pool, chosen.config, chosen.run.rollout.temperature
+    sampling_took = time.perf_counter() - began
+    pairs = pool.pairs()
+    others = {"reference_logprobs": frozen, "behavior_logprobs": behavior}
+    known = {name: _logprobs(model, pairs, temperature) for name, model in others.items() if model is not None}
+    scores = ModelScores(load_model(policy.model), config.sketch, temperature, seed=chosen.run.seed)
+    own = scores.columns(pairs)
+    columns = {}
+    for number, (pair, (logprobs, entropies)) in enumerate(zip(pairs, own, strict=True)):
+        columns[pair] = {"logprobs": logprobs, "entropies": entropies, "reference_logprobs": logprobs}
+        columns[pair] |= {name: found[number] for name, found in known.items()}
+    directions = Directions()
+    found = [estimator(one, pool, columns, directions, config.step) for one in chosen.algorithms.values()]
+    varied = {
+        name: {share: estimator(at, pool, columns, directions, config.step) for share, at in variants.items()}
+        for name, one in chosen.algorithms.items()
+        if (variants := thresholds(one, config.group_size))
+    }
+    shown = imitation(pool, directions)
+    _check_memory(config.sketch, len(directions.requests), pool, scores)
+    with _bar(len(directions.requests), "gradients") as bar:
+        rows = gradients(scores, directions.requests, bar.update)
+    with _bar(None, "true gradient") as bar:
+        true = true_gradient(scores, pool.reference, bar.update)
+        held_out = true_gradient(scores, sampled.held_out, bar.update).mean(dim=0) if sampled.held_out else None
+    demonstrated = shown.dense((pool.prompts, pool.rounds), rows).sum(dim=(0, 1))[None] if shown.cells else None
+    to = Targets(true, demonstrated, held_out)
+    result = worked_out(pool, found, varied, rows, to)
+    facts = {
+        "prompts": pool.prompts,
+        "rounds": pool.rounds,
+        "batches": sum(map(len, pool.batches)),
+        "prompts_per_batch": pool.prompts_per_batch,
+        "group_size": pool.group_size,
+        "pass_rate": float(pool.pass_rates.mean()),
+        "gradients": len(directions.requests),
+        "parameters": sum(p.numel() for p in scores.parameters),
+        "sketch": 0 if scores.sketch.is_whole else scores.width,
+        "sketch_error": scores.sketch.relative_error,
+        "seconds": time.perf_counter() - began,
+        "seconds_sampling": sampling_took,
+        "memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+    return replace(result, label=policy.label, step=policy.step, facts=facts)
+
+
+def worked_out(
+    pool: Pool,
+    found: Sequence[Estimator],
+    varied: Mapping[str, Mapping[float, Estimator]],
+    rows: Tensor,
+    to: Targets,
+) -> Result:
+    """All figures, from the gradients [g, k] that the estimators consist of."""
+    bins = bins_of(pool.pass_rates)
+    lines: list[Measured] = []
+    samples, estimates = {}, {}
+    for one in found:
+        parts = [part for part, entries in one.parts.items() if entries.cells] if len(one.parts) > 1 else []
+        for part in ("", *parts):
+            mine = one.contributions(pool, rows, [part] if part else None)
+            lines.append(measured(pool, one, part, mine, bins, to))
+            estimates[lines[-1].name] = batch_estimates(pool, mine)[0]
+            if not part:
+                samples[one.name] = batch_sample(pool, mine)
+    conflicts = [conflict(pool, one, rows, bins) for one in found]
+    at = {
+        name: tuple(
+            AtThreshold(share, figures(batch_sample(pool, one.contributions(pool, rows)), to.pooled))
+            for share, one in variants.items()
+        )
+        for name, variants in varied.items()
+    }
+    names = list(samples)
+    cosines = {(a, b): cosine_of(samples[a], samples[b]) for i, a in enumerate(names) for b in names[i + 1 :]}
+    groups = tuple(map(tuple, same(estimates)))
+    return Result(
+        "", None, {}, tuple(bins), tuple(lines), tuple(c for c in conflicts if c is not None), at, cosines, groups
+    )
+
+
+def _logprobs(model: ModelConfig, pairs: Sequence[Pair], temperature: float) -> list[Tensor]:
+    """The log-probs of another model on the pool's responses."""
+    return [logprobs for logprobs, _ in ModelScores(load_model(model), 1, temperature).columns(pairs)]
+
+
+def needs_frozen(algorithms: Iterable[Algorithm]) -> bool:
+    """True if one of them reads the log-probs of a frozen policy."""
+    return any(one.needs.reference for one in algorithms)
+
+
+def _check_memory(sketch: int, count: int, pool: Pool, scores: ModelScores) -> None:
+    """Refuses to keep more gradients than there is memory for.
+
+    Raises:
+        ConfigError: what it would take, and what to change.
+    """
+    import psutil
+
+    parts = len(pool.reference[0])
+    numbers = (count + pool.prompts * (pool.rounds * 3 + parts)) * scores.width
+    free = psutil.virtual_memory().available
+    if 4 * numbers > _MEMORY * free:
+        raise ConfigError(
+            f"sketch: {sketch} keeps {4 * numbers / 2**30:.1f} GiB of gradients, more than {_MEMORY:.0%} of the "
+            f"{free / 2**30:.1f} GiB of free memory; give sketch=8192 or less, or fewer prompts or batches"
+        )
+
+
+def _bar(total: int | None, what: str) -> tqdm:
+    return tqdm(total=total, desc=what, unit="", mininterval=1.0, leave=False, dynamic_ncols=True)
