@@ -12,7 +12,7 @@ from pathlib import Path
 from experiments import surroundings
 from upge.errors import ConfigError, UserError
 
-BAD_INPUT, SOME_FAILED = 2, 4
+BAD_INPUT = 2
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 
 USAGE = """\
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sweep(arguments: Sequence[str], flags: dict[str, bool]) -> int:
+    from experiments.sweeping.execute import check, execute
     from experiments.sweeping.folder import SweepFolder
     from experiments.sweeping.settings import load
 
@@ -54,7 +55,7 @@ def _sweep(arguments: Sequence[str], flags: dict[str, bool]) -> int:
         if code:
             return code
     folder = SweepFolder(sweep)
-    _check(sweep)
+    check(sweep)
     folder.check()
     print(f"{sweep.config.title or sweep.name}: {len(sweep.runs)} runs → {folder.path}", flush=True)
     if flags["--dry-run"]:
@@ -62,7 +63,7 @@ def _sweep(arguments: Sequence[str], flags: dict[str, bool]) -> int:
             state = "done" if folder.is_done(planned) else "trained" if folder.is_trained(planned) else "to do"
             print(f"  {state:8} {planned.slug:40} {' '.join(planned.arguments(folder.run(planned)))}")
         return 0
-    code = 0 if flags["--report"] else _run(folder)
+    code = 0 if flags["--report"] else execute(folder)
     return _report(folder, arguments, flags) or code
 
 
@@ -74,8 +75,7 @@ def _chosen(sweep, flags: dict[str, bool]):
     from experiments.sweeping.settings import load
 
     name = sweep.config.choose["sweep"]
-    own = ("seeds", "jobs", "gpus_per_run")
-    passed = [f"{key}={getattr(sweep.config, key)}" for key in own[1:] if getattr(sweep.config, key)]
+    passed = [f"{key}={getattr(sweep.config, key)}" for key in ("jobs", "gpus_per_run")]
     first = load([f"sweep={name}", f"output={sweep.folder.parent / Path(name).stem}", *passed])
     if first.config.select.get("key") != sweep.config.choose["key"]:
         raise ConfigError(f"choose.key: sweep={name} does not select {sweep.config.choose['key']}; see its select.key")
@@ -91,77 +91,6 @@ def _chosen(sweep, flags: dict[str, bool]):
     print(f"{sweep.config.choose['key']} as chosen in {folder.path}: "
           + ", ".join(f"{group} {value}" for group, value in values.items()), flush=True)  # fmt: skip
     return with_choices(sweep, values), 0
-
-
-def _check(sweep) -> None:
-    """Composes every run's and evaluation's configuration, so that a wrong key is found before hours of training."""
-    from experiments.config import compose
-    from experiments.evaluating.settings import choose
-    from experiments.sweeping.settings import text
-
-    seen = set()
-    for planned in sweep.runs:
-        keys = {name: value for name, value in planned.keys.items() if name not in sweep.config.seed_keys}
-        if str(keys) in seen:
-            continue
-        seen.add(str(keys))
-        try:
-            compose(planned.arguments(Path("x")))
-        except ConfigError as error:
-            raise ConfigError(f"{planned.label}: {error}") from error
-    for name, keys in sweep.config.evaluate.items():
-        try:
-            choose(["model=tiny", *(f"{k}={text(v)}" for k, v in keys.items())])
-        except ConfigError as error:
-            raise ConfigError(f"evaluate.{name}: {error}") from error
-
-
-def _run(folder) -> int:
-    """Trains and evaluates what is left; returns the exit code."""
-    import torch
-
-    from experiments.sweeping.jobs import Crew, Job, Slots, last_words
-
-    config = folder.sweep.config
-    for planned in folder.sweep.runs:
-        found = folder.adopt(planned)
-        if found:
-            print(f"{planned.slug}: taken over from {found}, which has the same settings", flush=True)
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    slots = Slots.of(config.jobs, config.gpus_per_run, gpus, os.cpu_count() or 1)
-    left = [planned for planned in folder.sweep.runs if not folder.is_done(planned)]
-    jobs = []
-    for planned in left:
-        folder.begin(planned)
-        ranks = config.gpus_per_run if gpus else 1
-        jobs.append(Job(planned.slug, tuple(_modules(folder, planned)), folder.log(planned), ranks))
-    done, total = len(folder.sweep.runs) - len(left), len(folder.sweep.runs)
-    print(f"{len(left)} to do, {len(slots.gpus)} at once, {slots.threads} CPU threads each", flush=True)
-
-    def ended(job: Job, code: int, seconds: float) -> None:
-        nonlocal done
-        done += not code
-        said = "done" if not code else f"failed with exit code {code} ({last_words(job.log)}; all of it: {job.log})"
-        print(f"[{done}/{total}] {job.name}: {said}, {seconds:.0f} s", flush=True)
-
-    crew = Crew(slots, ended)
-    codes = crew.run(jobs)
-    if crew.stopped:
-        print(f"stopped by signal {crew.stopped}; the same command continues", file=sys.stderr)
-        return 128 + crew.stopped
-    return SOME_FAILED if any(codes.values()) else 0
-
-
-def _modules(folder, planned):
-    """The commands that are left to do for a run."""
-    from experiments.sweeping.settings import text
-
-    if not folder.is_trained(planned):
-        yield "experiments.run", tuple(planned.arguments(folder.run(planned)))
-    for name in folder.missing(planned):
-        keys = {"seed": planned.seed, **folder.sweep.config.evaluate[name]}
-        arguments = [f"model={folder.run(planned) / 'final'}", *(f"{k}={text(v)}" for k, v in keys.items())]
-        yield "experiments.evaluate", (*arguments, f"output={folder.evaluation(planned, name)}")
 
 
 def _report(folder, arguments: Sequence[str], flags: dict[str, bool]) -> int:

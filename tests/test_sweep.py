@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.sweep import BAD_INPUT, SOME_FAILED, main
+from experiments.sweep import BAD_INPUT, main
 from experiments.sweeping.collect import write_csv
+from experiments.sweeping.execute import SOME_FAILED
 from experiments.sweeping.figures import blocks
 from experiments.sweeping.folder import SweepFolder
 from experiments.sweeping.jobs import NOT_STARTED, Crew, Job, Slots, last_words, launcher

@@ -109,9 +109,9 @@ def test_a_choice_goes_to_the_run_it_belongs_to():
 
 @pytest.mark.parametrize("name", names())
 def test_their_runs_and_evaluations_compose(name):
-    from experiments.sweep import _check
+    from experiments.sweeping.execute import check
 
     sweep = load([f"sweep={name}"])
     if sweep.config.choose:
         sweep = with_choices(sweep, {run.variant: 1e-4 for run in sweep.runs} | {"HPT": 1e-4})
-    _check(sweep)
+    check(sweep)
