@@ -103,7 +103,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, engine):
     assert not (killed / "final").exists()
     done = run(*settings, f"output={killed}")
     assert "continuing" in done.stdout
-    for name in ("metrics.jsonl", "evaluations.jsonl"):
+    for name in ("metrics.jsonl", "evaluations.jsonl", "prompts.jsonl"):
         assert without_times(lines(killed / name)) == without_times(lines(tmp_path / "whole" / name)), name
     weights = [
         AutoModelForCausalLM.from_pretrained(tmp_path / name / "final").state_dict() for name in ("killed", "whole")
