@@ -8,7 +8,7 @@ ARGS ?=
 export VENV PYTHON ENGINE TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test lint bench peers docs
+.PHONY: help env run test lint bench peers docs results
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
@@ -37,3 +37,9 @@ docs: env  ## make anew what is generated in README.md and docs/, about two minu
 	$(VENV)/bin/python -m experiments.describe --docs
 	$(VENV)/bin/python -m experiments.theory --docs
 	$(VENV)/bin/python -m experiments.table1 --docs
+
+results: env  ## make docs/results.md anew: all sweeps of the small model and the atlas, about four hours on two cores
+	$(VENV)/bin/python -m experiments.sweep sweep=main --docs
+	$(VENV)/bin/python -m experiments.sweep sweep=rates --report --docs
+	$(VENV)/bin/python -m experiments.sweep sweep=gate --docs
+	$(VENV)/bin/python -m experiments.sweep sweep=failing --docs
