@@ -94,7 +94,7 @@ PLOTS = (
          "Tokens that the stabilization mask stopped; a growing share means the updates outrun the trust region.",
          ("*/masked_share",), limits=(0, None), section="gradient"),
     Plot("plot-sides", "Masked by side", "share of tokens with an advantage; above, below: ratio over, under 1",
-         "With a clip, above are pushes up that were stopped, below pushes down; one side alone says which bound to move.",
+         "Of a clip: above, pushes up that were stopped, below, pushes down; one side alone says which bound to move.",
          ("*/masked_above", "*/masked_below"), limits=(0, None), section="gradient"),
     Plot("plot-tokens", "Tokens behind the gradient", "tokens; effective = (Σ|w|)² / Σw²",
          "The further the effective count is below the tokens of a term, the fewer of them decide.",
