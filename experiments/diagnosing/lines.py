@@ -14,8 +14,10 @@ from experiments.diagnosing.style import COLORS, LINES, SOFT, dress, kind, save,
 from experiments.diagnosing.tables import different
 from upge.measure import Estimated, Measured
 
-_MOST = 5
-_FLOOR = 1e-3
+#: Lines of a source, prompts of a bin without which it is not drawn, and the lowest signal to noise that is.
+_MOST, _FEWEST, _FLOOR = 5, 3, 1e-3
+#: A cosine whose interval is wider says nothing.
+_WIDEST = 1.0
 
 
 def signal(result: Result, folder: Path) -> list[Path]:
@@ -31,18 +33,17 @@ def signal(result: Result, folder: Path) -> list[Path]:
         _by_count(axes[1], result, shown)
         if result.thresholds:
             _by_threshold(axes[2], result)
-        handles = axes[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower left", ncols=min(5, len(shown)), frameon=False)
+        _legend(figure, axes[0], min(5, len(shown)))
 
     return save(folder, "signal_by_pass_rate", (3.9 * panels, 4.4), draw)
 
 
 def chosen(result: Result) -> list[Measured]:
-    """Estimators with one source, of each source those with the highest alignment in all, none twice."""
+    """Estimators with one source: of each source whole algorithms before parts, then by alignment; none twice."""
     found = []
     for source in ("rollouts", "demonstrations"):
         mine = [one for one in different(result) if one.source == source]
-        mine.sort(key=lambda one: -_or(one.overall.alignment.value, -math.inf))
+        mine.sort(key=lambda one: (bool(one.part), -_or(one.overall.alignment.value, -math.inf)))
         found += mine[:_MOST]
     return found
 
@@ -60,7 +61,7 @@ def conflict(result: Result, folder: Path) -> list[Path]:
             dash = "-" if index < len(LINES) else "--"
             shift = (index - len(result.conflicts) / 2) * 0.03
             line = [(i, one.by_rate[name]) for i, name in enumerate(places) if name in one.by_rate]
-            line = [(i, found) for i, found in line if not math.isnan(found.value)]
+            line = [(i, found) for i, found in line if found.high - found.low < _WIDEST]
             at, values = [i + shift for i, _ in line], [found for _, found in line]
             _bars(axes, at, values, color)
             axes.plot(at, [v.value for v in values], color=color, marker=marker, linestyle=dash, markersize=5,
@@ -71,12 +72,13 @@ def conflict(result: Result, folder: Path) -> list[Path]:
                 axes.plot(end, one.overall.value, color=color, marker=marker, markersize=6, markeredgecolor="white")
         axes.axhline(0, color=SOFT, linewidth=0.9)
         axes.set_xticks(range(len(places) + 1), [*places, "all"])
-        axes.set_ylim(-1.02, 1.02)
+        axes.set_xlim(-0.4, len(places) + 0.5)
+        axes.set_ylim(min(-0.4, *(one.overall.value - 0.15 for one in result.conflicts)), 1.04)
         axes.set_xlabel("pass rate of the prompt")
         axes.set_ylabel("cosine of the two mean gradients")
         axes.set_title("Do rollouts and demonstrations pull the same way?")
         dress(axes)
-        figure.legend(loc="outside lower left", ncols=5, frameon=False)
+        _legend(figure, axes, 5)
 
     return save(folder, "conflict", (6.8, 4.6), draw)
 
@@ -113,7 +115,7 @@ def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
         for axes in figure.axes:
             _steps(axes, results)
             dress(axes)
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False)
+        _legend(figure, figure.axes[0], 3)
 
     return save(folder, "over_training", (8.6, 6.4), draw)
 
@@ -141,16 +143,17 @@ def _steps(axes, results: Sequence[Result]) -> None:
 
 
 def _by_rate(axes, result: Result, shown: Sequence[Measured]) -> None:
-    places = {one.label: i for i, one in enumerate(result.bins)}
+    bins = [one for one in result.bins if len(one.prompts) >= _FEWEST]
+    places = {one.label: i for i, one in enumerate(bins)}
     for color, marker, shift, one in _styled(shown):
-        at = [(places[found.bin] + shift, found.pooled.snr) for found in one.by_rate]
+        at = [(places[found.bin] + shift, found.pooled.snr) for found in one.by_rate if found.bin in places]
         known = [(x, v) for x, v in at if math.isfinite(v.value)]
         _bars(axes, [x for x, _ in known], [v for _, v in known], color, floor=_FLOOR)
         axes.plot([x for x, _ in known], [max(v.value, _FLOOR) for _, v in known], color=color, marker=marker,
-                  markersize=5, markeredgecolor="white", linewidth=1.5, label=text(one.name))  # fmt: skip
+                  markersize=5, markeredgecolor="white", linewidth=1.5, label=label(result, one.name))  # fmt: skip
     axes.set_yscale("log")
     axes.set_ylim(bottom=_FLOOR * 0.8)
-    axes.set_xticks(range(len(places)), [f"{one.label}\n({len(one.prompts)})" for one in result.bins])
+    axes.set_xticks(range(len(places)), [f"{one.label}\n({len(one.prompts)})" for one in bins])
     axes.set_xlabel("pass rate of the prompt (prompts)")
     axes.set_title("Signal to noise of one prompt")
     dress(axes)
@@ -175,16 +178,26 @@ def _by_threshold(axes, result: Result) -> None:
     for index, (name, found) in enumerate(result.thresholds.items()):
         color = _palette(index)
         at, values = [one.threshold for one in found], [one.overall.alignment for one in found]
+        if all(math.isnan(value.value) for value in values):
+            continue
         axes.plot(at, [v.value for v in values], color=color, marker=LINES[index % len(LINES)], markersize=5,
-                  markeredgecolor="white", linewidth=1.6, label=f"_{name}")  # fmt: skip
+                  markeredgecolor="white", linewidth=1.6, label=text(name))  # fmt: skip
         _bars(axes, at, values, color)
         best = max(range(len(values)), key=lambda i: _or(values[i].value, -math.inf))
         axes.plot(at[best], values[best].value, marker="o", markersize=12, markerfacecolor="none", color=color)
-    axes.legend(axes.get_lines()[::2], [text(name) for name in result.thresholds], frameon=False, fontsize=8.5)
+    if axes.get_lines():
+        axes.legend(frameon=False, fontsize=8.5)
     axes.axhline(0, color=SOFT, linewidth=0.9)
     axes.set_xlabel("threshold of the gates")
     axes.set_title("Alignment of a batch, best one ringed")
     dress(axes)
+
+
+def _legend(figure: Figure, axes, columns: int) -> None:
+    """Below the figure, of the lines of one panel; nothing where there is none."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False)
 
 
 def _styled(shown: Sequence[Measured]):

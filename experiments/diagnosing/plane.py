@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.transforms import Bbox
 
 from experiments.diagnosing.measuring import Result
 from experiments.diagnosing.style import COLORS, INK, MARKERS, RULE, SOFT, dress, kind, save, text
@@ -18,6 +20,7 @@ from upge.measure import Measured
 #: Alignments whose lines are drawn.
 _CONTOURS = (0.8, 0.6, 0.4, 0.3, 0.2, 0.1, 0.05)
 _MOST_NAMES = 3
+_SMALL = 8.3
 
 
 def plane(result: Result, folder: Path) -> list[Path]:
@@ -40,7 +43,7 @@ def distinct(result: Result) -> list[Measured]:
 def label(result: Result, name: str) -> str:
     """A name, with those of the algorithms that are the same."""
     wholes = [one.name for one in result.measured if not one.part]
-    names = [other for other in same_as(result, name) if other in wholes]
+    names = [other for other in same_as(result, name) if other in wholes] or [name]
     rest = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return text(", ".join(names[:_MOST_NAMES]) + rest)
 
@@ -71,7 +74,6 @@ def _draw(figure: Figure, result: Result, shown: Sequence[Measured]) -> None:
             axes.plot([value] * 2, ends, color=color, alpha=0.25, linewidth=1.4, solid_capstyle="round")
         axes.plot(value, noise.value, marker=MARKERS[kind(one.source)], color=color, markersize=6.5,
                   markeredgecolor="white", markeredgewidth=0.8, linestyle="none", zorder=5)  # fmt: skip
-    _names(axes, result, shown, right)
     axes.set_xlabel("bias: angle between the mean gradient and ∇E[R], in degrees")
     axes.set_ylabel("noise of one batch: √E‖g − m‖² / ‖m‖")
     axes.set_title("Bias and variance")
@@ -84,6 +86,7 @@ def _draw(figure: Figure, result: Result, shown: Sequence[Measured]) -> None:
     handles = [Line2D([], [], marker=MARKERS[k], color=COLORS[k][0], linestyle="none", markersize=6) for k in present]
     names = {"both": "rollouts and demonstrations", "pairs": "preference pairs"}
     figure.legend(handles, [names.get(k, k) for k in present], loc="outside lower left", ncols=4, frameon=False)
+    _names(figure, axes, result, shown)
 
 
 def _contours(axes, right: float, low: float, high: float) -> None:
@@ -97,40 +100,56 @@ def _contours(axes, right: float, low: float, high: float) -> None:
             continue
         axes.plot(angles[inside], noise[inside], color=SOFT, linewidth=0.7, linestyle=(0, (4, 3)), alpha=0.6, zorder=1)
         # At its upper left end, where no estimator is.
-        first = np.flatnonzero(inside)[0]
+        first = np.flatnonzero(inside & (noise < high * 0.94))[:1]
+        if not len(first):
+            continue
+        first = first[0]
         axes.text(angles[first] + 0.4, noise[first], f"alignment {level:g}", color=SOFT, fontsize=7.5, va="bottom",
                   ha="left", rotation=0, zorder=1)  # fmt: skip
 
 
-def _names(axes, result: Result, shown: Sequence[Measured], right: float) -> None:
-    """Names in a column beside the plane, each joined to its point by a thin line: in it they would overlap."""
-    from matplotlib.transforms import blended_transform_factory
-
-    bottom, top = (math.log(v) for v in axes.get_ylim())
-    order = sorted(shown, key=lambda one: one.overall.noise.value)
-    places = [(math.log(one.overall.noise.value) - bottom) / (top - bottom) for one in order]
-    spread = spaced(places, min(0.043, 1 / max(1, len(order))))
-    beside = blended_transform_factory(axes.transAxes, axes.transAxes)
-    for one, place in zip(order, spread, strict=True):
-        color = COLORS[kind(one.source)][0]
+def _names(figure: Figure, axes, result: Result, shown: Sequence[Measured]) -> None:
+    """Names beside their points, where neither a point nor another name is; those that must go far get a thin line."""
+    figure.draw_without_rendering()  # only now it is known where on the figure the points are
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    points = [axes.transData.transform((_angle(one)[0], one.overall.noise.value)) for one in shown]
+    taken = [Bbox.from_extents(x - 9, y - 9, x + 9, y + 9) for x, y in points]
+    taken += [written.get_window_extent(renderer) for written in axes.texts]
+    # Where it is most crowded there is least choice.
+    order = sorted(range(len(shown)), key=lambda i: sum(np.hypot(*(points[i] - p)) < 90 for p in points), reverse=True)
+    inside, unit = axes.get_window_extent(renderer), 72 / figure.dpi
+    for i in order:
+        color, words = COLORS[kind(shown[i].source)][0], label(result, shown[i].name)
+        trial = figure.text(0, 0, words, fontsize=_SMALL)
+        size = trial.get_window_extent(renderer).size
+        trial.remove()
+        x, y = free_place(tuple(points[i]), tuple(size), taken, inside)
+        taken.append(Bbox.from_bounds(*(points[i] + (x, y) - size / 2 - (3, 1)), *(size + (6, 2))))
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 0, "shrinkB": 4}
+        far = abs(y) > 26 or abs(x) > size[0] / 2 + 26
+        # In points from the data: pixels are others in SVG.
         axes.annotate(
-            label(result, one.name), xy=(_angle(one)[0], one.overall.noise.value), xycoords="data",
-            xytext=(1.03, place), textcoords=beside, va="center", ha="left", fontsize=8.5, color=color,
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.45, "shrinkA": 1, "shrinkB": 4},
-        )  # fmt: skip
+            words, xy=(_angle(shown[i])[0], shown[i].overall.noise.value), xytext=(x * unit, y * unit),
+            textcoords="offset points", fontsize=_SMALL, color=color, va="center", ha="center", zorder=6,
+            arrowprops=line if far else None,
+        ).set_in_layout(False)  # fmt: skip
 
 
-def spaced(places: Sequence[float], gap: float) -> list[float]:
-    """Rising places in [0, 1], moved apart to `gap` at least, as little as a sweep up and one down achieve."""
-    found = list(places)
-    for i in range(1, len(found)):
-        found[i] = max(found[i], found[i - 1] + gap)
-    excess = max(0.0, found[-1] - 1.0) if found else 0.0
-    found[-1:] = [found[-1] - excess] if found else []
-    for i in range(len(found) - 2, -1, -1):
-        found[i] = min(found[i], found[i + 1] - gap)
-    return found
+def free_place(
+    point: tuple[float, float], size: tuple[float, float], taken: Sequence[Bbox], inside: Bbox
+) -> tuple[float, float]:
+    """Where the middle of a name of this size goes, relative to its point: the nearest place, among rings of them,
+    that covers nothing that is taken and stays inside; right beside the point if there is none. All in pixels."""
+    width, height = size
+    for ring in range(14):
+        for turn in (0, 180, 45, -45, 135, -135, 90, -90, 20, -20, 160, -160, 65, -65, 115, -115):
+            x = np.cos(np.radians(turn)) * (width / 2 + 12 + 14 * ring)
+            y = np.sin(np.radians(turn)) * (height / 2 + 10 + 14 * ring)
+            box = Bbox.from_bounds(point[0] + x - width / 2, point[1] + y - height / 2, width, height)
+            fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+            if fits and not any(box.overlaps(other) for other in taken):
+                return float(x), float(y)
+    return width / 2 + 12, 0.0
 
 
 def cosines(result: Result, folder: Path) -> list[Path]:

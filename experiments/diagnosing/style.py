@@ -19,7 +19,7 @@ COLORS = {
     "pairs": ("#6b4fa1",),
 }
 MARKERS = {"rollouts": "o", "demonstrations": "s", "both": "D", "pairs": "^"}
-LINES = "osD^vPX"
+LINES = "osD^vph<>"
 _STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "diagnose", "font.size": 9.5, "axes.linewidth": 0.8, "text.color": INK,
     "axes.labelcolor": SOFT, "axes.edgecolor": RULE, "xtick.color": SOFT, "ytick.color": SOFT, "xtick.major.size": 0,

@@ -124,6 +124,8 @@ def different(result: Result) -> list[Measured]:
     """Algorithms of one part and the parts of others, of those that are the same only the first."""
     several = {one.algorithm for one in result.measured if one.part}
     candidates = [one for one in result.measured if one.part or one.name not in several]
+    # A whole algorithm stands for those parts of others that are the same.
+    candidates.sort(key=lambda one: bool(one.part))
     seen: set[str] = set()
     found = []
     for one in candidates:
@@ -134,13 +136,13 @@ def different(result: Result) -> list[Measured]:
 
 
 def ranged(figure: Estimated | None, digits: int = 2) -> str:
-    """As in "0.42 (0.31–0.53)"; without an interval where it has no width."""
+    """As in "0.42 (0.31..0.53)"; without an interval where it has no width."""
     if figure is None or math.isnan(figure.value):
         return MISSING
     value = _number(figure.value, digits)
     if math.isnan(figure.low) or figure.low == figure.high:
         return value
-    return f"{value} ({_number(figure.low, digits)} to {_number(figure.high, digits)})"
+    return f"{value} ({_number(figure.low, digits)}..{_number(figure.high, digits)})"
 
 
 def _number(value: float, digits: int) -> str:

@@ -115,8 +115,7 @@ def _figure(path: Path) -> str:
     drawing = drawing[drawing.index("<svg") :]
     # Several drawings on one page: what they refer to by name must not be the same.
     unique = re.sub(r"[^\w]", "_", str(path.parent.name + path.stem))
-    drawing = re.sub(r'id="([^"]+)"', rf'id="{unique}-\1"', drawing)
-    drawing = re.sub(r'(href="#|url\(#)', rf"\1{unique}-", drawing)
+    drawing = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{unique}-", drawing)
     return f"<figure>{drawing}<figcaption>{html.escape(FIGURES[path.stem])}</figcaption></figure>"
 
 

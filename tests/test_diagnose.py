@@ -1,0 +1,180 @@
+"""The command line of the diagnosis: its folder, its numbers, its figures, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from experiments import diagnose
+from experiments.diagnosing import settings, write
+from experiments.diagnosing.policies import Policy, policies
+from experiments.diagnosing.tables import ranged
+from tests.running import SMALL, run
+from upge.errors import ConfigError
+from upge.measure import Estimated
+
+#: A pool of seconds.
+TINY = (
+    "data.levels=[2 numbers,3 numbers,4 mixed]", "data.train_size=24", "prompts=6", "prompts_per_step=3", "group_size=3",
+    "batches=6", "reference=8", "pass_samples=4", "sketch=256", "rollout.max_response_tokens=48",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("diagnosis") / "found"
+    arguments = ["algos=[sft,grpo,gspo,hpt,ppo,dpo,grpo+kl_k3]", "held_out=4", *TINY, f"output={path}"]
+    assert diagnose.main(arguments) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(folder) -> dict:
+    return json.loads((folder / "diagnosis.json").read_text())
+
+
+def test_every_number_is_recorded(found):
+    (policy,) = found["policies"]
+    names = [line["name"] for line in policy["measured"]]
+    assert names == ["sft", "grpo", "gspo", "hpt", "hpt.rl", "hpt.sft", "dpo", "grpo+kl_k3", "grpo+kl_k3.rl"]
+    assert policy["facts"]["rounds"] == 3 and policy["facts"]["batches"] == 6 and policy["facts"]["sketch"] == 256
+    for line in policy["measured"]:
+        overall = line["overall"]
+        assert overall["power"]["value"] > 0 and -1 <= overall["alignment"]["value"] <= 1
+        assert line["held_out"] is not None and line["imitation"] is not None
+    assert ["grpo", "gspo", "grpo+kl_k3"] == next(group for group in policy["same"] if "grpo" in group)[:3]
+    assert set(policy["thresholds"]) == {"hpt"} and len(policy["thresholds"]["hpt"]) == 4
+    assert policy["cosines"]["grpo, gspo"]["value"] in (None, pytest.approx(1.0))
+    assert sum(len(one["prompts"]) for one in policy["bins"]) == 6
+    assert found["settings"]["prompts"] == 6 and found["command"].startswith("python")
+    assert any("ppo is left out" in note for note in found["notes"])
+    assert any("the frozen policy is the policy itself" in note for note in found["notes"])
+
+
+def test_tables_figures_and_page_are_written(folder):
+    assert {path.suffix for path in folder.glob("bias_variance.*")} == {".png", ".svg"}
+    assert (folder / "cosines.png").stat().st_size > 10_000 and (folder / "signal_by_pass_rate.svg").is_file()
+    text = (folder / "table.md").read_text()
+    assert "| algorithm | cosine |" in text and "| hpt.sft | demonstrations |" in text
+    page = (folder / "diagnosis.html").read_text()
+    assert page.count("<svg") >= 3 and "http-equiv" not in page and "src=" not in page
+
+
+def test_the_same_seed_gives_the_same_numbers(found, tmp_path):
+    arguments = ["algos=[sft,grpo,gspo,hpt,ppo,dpo,grpo+kl_k3]", "held_out=4", *TINY, f"output={tmp_path / 'again'}"]
+    assert diagnose.main(arguments) == 0
+    again = json.loads((tmp_path / "again" / "diagnosis.json").read_text())
+    for a, b in zip(found["policies"][0]["measured"], again["policies"][0]["measured"], strict=True):
+        assert a["name"] == b["name"]
+        for figure in ("power", "scale"):
+            values = [one["overall"][figure]["value"] for one in (a, b)]
+            assert values[0] == pytest.approx(values[1], rel=1e-4, abs=1e-6)
+
+
+def test_the_exact_diagnosis(tmp_path, capsys):
+    assert (
+        diagnose.main(["exact=true", "algos=[rloo,sft,hpt,ppo]", "group_size=2", f"output={tmp_path / 'exact'}"]) == 0
+    )
+    shown = capsys.readouterr().out
+    assert "every batch added up" in " ".join(shown.split()) and (tmp_path / "exact" / "bias_variance.png").is_file()
+    whole = json.loads((tmp_path / "exact" / "diagnosis.json").read_text())["policies"][0]
+    rloo = next(line for line in whole["measured"] if line["name"] == "rloo")["overall"]
+    assert rloo["raw_bias"]["value"] == pytest.approx(0, abs=1e-7) and rloo["snr"]["low"] == rloo["snr"]["value"]
+    assert "ppo" in {line["name"] for line in whole["measured"]}, "this setting has a critic"
+
+
+def test_a_run_s_checkpoints_are_policies(tmp_path):
+    """Where it began, and each checkpoint: unpacked, they are what the run has exported."""
+    output = tmp_path / "run"
+    run(*SMALL, "algo=sft", "steps=2", "checkpoint.every=1", "checkpoint.keep=0", f"output={output}")
+    chosen = settings.choose([f"run={output}", "algos=[sft,grpo]", *(t for t in TINY if "rollout" not in t)])
+    assert chosen.run.rollout.max_response_tokens == 64, "as the run had it"
+    with policies(chosen) as found:
+        assert [one.label for one in found] == ["0", "1", "2"] and all(isinstance(one, Policy) for one in found)
+        from safetensors.torch import load_file
+
+        last, final = (load_file(f"{path}/model.safetensors") for path in (found[-1].model.path, output / "final"))
+        first = load_file(f"{found[1].model.path}/model.safetensors")
+    assert all(bool((last[name] == final[name]).all()) for name in final)
+    assert any(bool((first[name] != final[name]).any()) for name in final)
+    arguments = [
+        f"policies=[start:tiny,end:{output / 'final'}]",
+        "algos=[sft,hpt]",
+        *TINY,
+        f"output={tmp_path / 'two'}",
+    ]
+    assert diagnose.main(arguments) == 0
+    assert (tmp_path / "two" / "over_training.png").is_file() and (tmp_path / "two" / "end" / "cosines.svg").is_file()
+    whole = json.loads((tmp_path / "two" / "diagnosis.json").read_text())
+    assert [one["label"] for one in whole["policies"]] == ["start", "end"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["algos=[nothing]"], "no algorithm 'nothing'"),
+        (["algos=[ppo]"], "nothing is left to measure: ppo: reads a critic's values"),
+        (["algos=[sft_then_grpo]"], "has the stages demonstrate, reinforce"),
+        (["algos=[]"], "give lists of names"),
+        (["prompts=10", "prompts_per_step=4"], "4 does not divide prompts=10"),
+        (["group_size=1"], "group_size: found 1; give at least 2"),
+        (["sketch=-1"], "sketch: found -1"),
+        (["prompts=many"], "prompts: "),
+        (["promts=3"], "did you mean 'prompts'"),
+        (["steps=3"], "steps: unknown key"),
+        (["optimizer.lr=1"], "optimizer.lr: unknown key"),
+        (["algos"], "not of the form key=value"),
+        (["run=nowhere"], "no config.yaml"),
+        (["policies=[nowhere/at/all]"], "neither a model's folder"),
+        (["prompts=600", "prompts_per_step=6"], "prompts: 600, but the data set has"),
+        (["held_out=9999", "prompts=16"], "held_out: 9999"),
+        (["exact=true", "algos=[grpo]", "group_size=9"], "group_size: 9 with exact=true"),
+        (["model=nowhere"], "model"),
+    ],
+)
+def test_bad_input_is_refused(arguments, error, capsys, tmp_path):
+    """With exit code 2, a message, and no folder."""
+    assert diagnose.main([*arguments, f"output={tmp_path / 'out'}"]) == 2
+    assert error in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_refused(folder, capsys):
+    assert diagnose.main(["exact=true", "algos=[grpo]", f"output={folder}"]) == 2
+    assert "exists; choose another" in capsys.readouterr().err
+
+
+def test_gradients_beyond_the_memory_are_refused(monkeypatch, capsys, tmp_path):
+    from collections import namedtuple
+
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(10_000_000))
+    assert diagnose.main([*TINY, "algos=[grpo]", "sketch=0", f"output={tmp_path / 'out'}"]) == 2
+    assert "GiB of gradients" in capsys.readouterr().err
+
+
+def test_help_names_every_key(capsys):
+    assert diagnose.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"{name}=" in text and meaning in " ".join(text.split()) for name, _, meaning in settings.keys())
+
+
+def test_output_takes_the_next_free_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"model": "some/where", "data": "arithmetic"}
+    assert str(diagnose.output_folder("", names)) == "diagnoses/where-arithmetic"
+    (tmp_path / "diagnoses" / "where-arithmetic").mkdir(parents=True)
+    assert str(diagnose.output_folder("", names)) == "diagnoses/where-arithmetic-2"
+
+
+def test_numbers_in_print():
+    assert ranged(Estimated(0.421, 0.31, 0.53)) == "0.42 (0.31..0.53)" and ranged(None) == "–"
+    assert ranged(Estimated.exactly(0.5)) == "0.50" and ranged(Estimated(math.nan, 0, 0)) == "–"
+    assert ranged(Estimated.exactly(math.inf)) == "∞" and ranged(Estimated(1.0, math.nan, math.nan)) == "1.00"
+    assert write.plain({"a": math.nan, ("b", "c"): Estimated.exactly(1.0)}) == {
+        "a": None, "b, c": {"value": 1.0, "low": 1.0, "high": 1.0}
+    }  # fmt: skip
+    with pytest.raises(ConfigError):
+        settings.DiagnoseConfig(algos=[])

@@ -1,0 +1,181 @@
+"""Sketches keep inner products as stated; statistics are unbiased, by adding up every sample; intervals cover."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from upge.errors import ConfigError
+from upge.measure import Estimated, Sample, Sketch, cosine_of, cosine_with, exact_figures, figures
+from upge.measure.statistics import between, gram, jackknife, student_quantile, within
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+# Sketches.
+
+SIZES = (300, 7, 1000, 1)
+
+
+def cut(vectors: torch.Tensor) -> list[torch.Tensor]:
+    """[n, D] as tensors of different shapes."""
+    parts = vectors.split(SIZES, dim=1)
+    return [parts[0].reshape(-1, 30, 10), parts[1], parts[2].reshape(-1, 10, 10, 10), parts[3]]
+
+
+def test_a_sketch_is_linear_and_the_same_every_time():
+    x, y = noise(2, sum(SIZES), seed=1), noise(2, sum(SIZES), seed=2)
+    first, again, other = (Sketch(SIZES, 64, seed) for seed in (3, 3, 4))
+    assert torch.allclose(first(cut(2 * x - y)), 2 * first(cut(x)) - first(cut(y)), atol=1e-12)
+    assert torch.equal(first(cut(x)), again(cut(x))) and not torch.allclose(first(cut(x)), other(cut(x)))
+    # Several at once as each alone.
+    assert torch.allclose(first(cut(x))[1:], first(cut(x[1:])), atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [16, 128, 5000])
+def test_a_sketch_keeps_inner_products_within_its_stated_error(width):
+    """Over 400 sketches: no bias beyond four standard errors, and the variance that is stated, for vectors of equal
+    and of very unequal entries."""
+    dense = noise(2, sum(SIZES), seed=5)
+    spiky = dense * torch.rand(sum(SIZES), generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 20
+    for x, y in (dense, spiky):
+        y = y + 0.5 * x
+        found = []
+        for seed in range(400):
+            sketch = Sketch(SIZES, width, seed)
+            a, b = sketch(cut(torch.stack([x, y])))
+            found.append([float(a @ b), float(a @ a)])
+        found = torch.tensor(found, dtype=torch.float64)
+        exact = torch.stack([x @ y, x @ x])
+        bound = torch.stack([(x @ x) * (y @ y) + (x @ y) ** 2, 2 * (x @ x) ** 2]) / width
+        assert bool(((found.mean(dim=0) - exact).abs() <= 4 * (bound / 400).sqrt() + 1e-9).all())
+        assert bool((found.var(dim=0) <= 1.3 * bound).all())
+        assert float(found[:, 1].std() / exact[1]) <= 1.15 * sketch.relative_error
+
+
+def test_a_sketch_of_width_0_is_the_gradient():
+    x = noise(3, sum(SIZES))
+    whole = Sketch(SIZES, 0)
+    assert torch.equal(whole(cut(x)), x) and whole.relative_error == 0 and whole.width == sum(SIZES)
+    with pytest.raises(ConfigError, match="width -1"):
+        Sketch(SIZES, -1)
+    with pytest.raises(ValueError, match="made for"):
+        whole([x])
+
+
+# Unbiased products.
+
+
+def test_products_of_rounds_are_unbiased_exactly():
+    """The expectation over every sample of three rounds, each one of four vectors with a probability."""
+    outcomes, p = noise(4, 3), torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    mean, total, naive = p @ outcomes, 0.0, 0.0
+    ones = torch.ones(3, dtype=torch.float64)
+    for chosen in itertools.product(range(4), repeat=3):
+        means, probability = outcomes[list(chosen)], float(p[list(chosen)].prod())
+        total += probability * float(within(gram(means, means), ones))
+        naive += probability * float(means.mean(dim=0).square().sum())
+    assert total == pytest.approx(float(mean @ mean), abs=1e-14)
+    assert naive > 1.2 * float(mean @ mean), "the square of the average has the noise in it"
+
+
+def test_weights_and_single_rounds():
+    a, b = noise(4, 6), noise(5, 6, seed=1)
+    left, right = torch.tensor([1.0, 0, 2, 1], dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    expected = (left @ a / 4) @ b.mean(dim=0)
+    assert float(between(gram(a, b), left, right)) == pytest.approx(float(expected))
+    alone = torch.tensor([0.0, 1, 0, 0], dtype=torch.float64)
+    assert math.isnan(within(gram(a, a), alone))
+
+
+def test_the_jackknife_is_that_of_the_mean():
+    """σ² of a mean is s²/n, and of a difference of two means the sum of both."""
+    x, y = noise(12), noise(9, seed=1)
+
+    def difference(weights):
+        return ((weights[0] @ x) / weights[0].sum() - (weights[1] @ y) / weights[1].sum())[None]
+
+    (found,) = jackknife(difference, [torch.ones(12).double(), torch.ones(9).double()])
+    a, b = float(x.var()) / 12, float(y.var()) / 9
+    freedom = (a + b) ** 2 / (a**2 / 11 + b**2 / 8)
+    assert found.value == pytest.approx(float(x.mean() - y.mean()))
+    assert found.high - found.value == pytest.approx(student_quantile(freedom) * math.sqrt(a + b))
+    (constant,) = jackknife(lambda w: torch.ones(1).double(), [torch.ones(4).double()])
+    assert constant == Estimated.exactly(1.0)
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (1e9, 1.960)])
+def test_students_quantile(freedom, quantile):
+    assert student_quantile(freedom) == pytest.approx(quantile, rel=0.011)
+
+
+def test_figures_cover_the_truth():
+    """Estimates with a known mean and noise: of 120 samples the intervals of each figure hold the exact one in at least
+    85 % (95 % is meant; three standard errors of 120 are 6 %, and 8 rounds are few)."""
+    k, rounds, batches, parts = 40, 8, 6, 8
+    true = noise(k, seed=3)
+    mean = 0.3 * true + 0.15 * noise(k, seed=4)
+    spread, doubt = 0.4, 0.8
+    exact = exact_figures(mean, float(mean @ mean) + k * spread**2, true)
+    held = {name: 0 for name in ("cosine", "bias", "scale", "raw_bias", "noise", "snr", "alignment", "power", "signal")}
+    for trial in range(120):
+        estimates = mean + spread * noise(rounds * batches, k, seed=100 + trial)
+        target = true + doubt * noise(parts, k, seed=1000 + trial)
+        sample = Sample.of(estimates, torch.arange(rounds).repeat_interleave(batches), rounds)
+        found = figures(sample, target)
+        for name in held:
+            one = getattr(found, name)
+            held[name] += one.low <= getattr(exact, name).value <= one.high
+    assert all(count >= 0.85 * 120 for count in held.values()), held
+
+
+def test_exact_figures_are_the_textbooks():
+    mean, true = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])
+    found = exact_figures(mean, 125.0, true)
+    values = {name: getattr(found, name).value for name in ("cosine", "bias", "scale", "raw_bias", "noise", "snr")}
+    assert values == pytest.approx(
+        {"cosine": 0.6, "bias": 0.8, "scale": 3.0, "raw_bias": math.sqrt(20), "noise": 2.0, "snr": 0.25}
+    )
+    assert found.alignment.value == pytest.approx(3 / math.sqrt(125))
+    assert found.alignment.value == pytest.approx(0.6 / math.sqrt(1 + 1 / 0.25))
+    opposite = exact_figures(-mean, 125.0, true)
+    assert opposite.bias.value == 1 and opposite.cosine.value == pytest.approx(-0.6)
+
+
+def test_a_scale_changes_no_figure_that_is_free_of_it():
+    estimates, target = noise(24, 10) + 1, noise(4, 10, seed=1) + 1
+    rounds = torch.arange(4).repeat_interleave(6)
+    a, b = (figures(Sample.of(estimates * c, rounds, 4), target) for c in (1.0, 7.0))
+    for name in ("cosine", "bias", "noise", "snr", "alignment"):
+        assert getattr(a, name) == pytest.approx(getattr(b, name))
+    assert b.scale.value == pytest.approx(7 * a.scale.value)
+
+
+def test_cosines_have_the_noise_taken_out():
+    """Two estimators with the same noise in the same round: the cosine of their averages is near 1, that of their means
+    is that of the means."""
+    k, a, b = 60, noise(60, seed=1), noise(60, seed=2)
+    shared = 5 * noise(40, k, seed=3)
+    rounds = torch.arange(40)
+    first, second = (Sample.of(mean + shared, rounds, 40) for mean in (a, b))
+    exact = float(a @ b / (a.norm() * b.norm()))
+    found = cosine_of(first, second)
+    assert found.low <= exact <= found.high and found.high - found.low < 1
+    plain = torch.nn.functional.cosine_similarity(first.means.mean(dim=0), second.means.mean(dim=0), dim=0)
+    assert float(plain) > exact + 0.1
+    known = cosine_with(first, b[None])
+    assert known.low <= exact <= known.high
+
+
+def test_rounds_without_estimates_do_not_count():
+    estimates, target = noise(6, 5) + 1, noise(3, 5, seed=1) + 1
+    packed = figures(Sample.of(estimates, torch.tensor([0, 0, 1, 1, 2, 2]), 3), target)
+    spread = figures(Sample.of(estimates, torch.tensor([1, 1, 3, 3, 4, 4]), 6), target)
+    assert packed == spread
+    alone = figures(Sample.of(estimates, torch.zeros(6, dtype=torch.long), 4), target)
+    assert math.isnan(alone.cosine.value) and math.isfinite(alone.alignment.value)
