@@ -17,8 +17,8 @@ from upge.measure import Estimated
 
 #: A pool of seconds.
 TINY = (
-    "data.levels=[2 numbers,3 numbers,4 mixed]", "data.train_size=24", "prompts=6", "prompts_per_step=3", "group_size=3",
-    "batches=6", "reference=8", "pass_samples=4", "sketch=256", "rollout.max_response_tokens=48",
+    "data.levels=[2 numbers,3 numbers,4 mixed]", "data.train_size=24", "prompts=6", "prompts_per_step=3",
+    "group_size=3", "batches=6", "reference=8", "pass_samples=4", "sketch=256", "rollout.max_response_tokens=48",
 )  # fmt: skip
 
 

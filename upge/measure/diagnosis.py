@@ -12,7 +12,7 @@ from torch import Tensor
 
 from upge.algorithm import Algorithm
 from upge.measure.contributions import Entries, Estimator
-from upge.measure.figures import Figures, Sample, cosine_of, cosine_with, figures
+from upge.measure.figures import Figures, Sample, cosine_of, cosine_with, figures, without_rounding
 from upge.measure.pool import Pool
 from upge.measure.statistics import Estimated, gram, jackknife, within
 
@@ -181,7 +181,7 @@ def _prompt_snr(mine: Float[Tensor, "q R k"]) -> Estimated:
 
     def snr(weights: list[Tensor]) -> Tensor:
         signal, power = within(products, weights[0]), (weights[0] * products.diagonal()).sum() / weights[0].sum()
-        return (signal / (power - signal))[None]
+        return (signal / without_rounding(power - signal, power))[None]
 
     return jackknife(snr, [torch.ones(len(products), dtype=torch.float64)])[0]
 

@@ -23,6 +23,9 @@ from torch import Tensor
 
 from upge.measure.statistics import Estimated, between, gram, jackknife, within
 
+#: A share of E‖g‖² below which a variance is a rounding error of gradients in float32.
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -86,8 +89,8 @@ def exact_figures(mean: Float[Tensor, "k"], power: float, target: Float[Tensor, 
 
 
 def _derived(mm: Tensor, mt: Tensor, tt: Tensor, power: Tensor) -> Tensor:
-    """[8] the figures, of bias, raw_bias and noise the squares: those have an error that is even on both sides."""
-    variance = power - mm
+    """[9] the figures, of bias, raw_bias and noise the squares: those have an error that is even on both sides."""
+    variance = without_rounding(power - mm, power)
     cosine = mt / (mm * tt).sqrt()
     return torch.stack(
         [
@@ -102,6 +105,11 @@ def _derived(mm: Tensor, mt: Tensor, tt: Tensor, power: Tensor) -> Tensor:
             mm,
         ]
     )
+
+
+def without_rounding(variance: Tensor, power: Tensor) -> Tensor:
+    """The variance, 0 where it is only what float32 leaves of the difference of two equal numbers."""
+    return torch.where(variance.abs() < _ROUNDING * power, torch.zeros_like(variance), variance)
 
 
 def _named(found: list[Estimated]) -> Figures:

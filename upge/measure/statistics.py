@@ -88,8 +88,12 @@ def jackknife(figures: Callable[[list[Tensor]], Tensor], weights: Sequence[Float
         freedom += part.square() / (len(there) - 1)
     found = []
     for v, s2, f in zip(value.tolist(), variance.tolist(), freedom.tolist(), strict=True):
-        # Two equal samples of nothing but zeros have no error, and so no degrees of freedom.
-        half = student_quantile(s2 * s2 / f) * math.sqrt(s2) if f > 0 else 0.0 * s2
+        if math.isinf(v) or not math.isfinite(s2):
+            # What cannot be computed without one of the members is not known with it either; a noise of 0 is.
+            found.append(Estimated.exactly(v if math.isinf(v) else math.nan))
+            continue
+        # What is the same without each member has no error, and so no degrees of freedom.
+        half = student_quantile(s2 * s2 / f) * math.sqrt(s2) if f > 0 else 0.0
         found.append(Estimated(v, v - half, v + half))
     return found
 
