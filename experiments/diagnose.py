@@ -85,7 +85,7 @@ def _diagnose(arguments: Sequence[str]) -> int:
     names = {"exact": "exact"} if chosen.config.exact else dict(chosen.names)
     folder = output_folder(chosen.config.output, names)
     console = Console(highlight=False)
-    notes = [f"{name} is left out: it {reason}" for name, reason in chosen.left_out.items()] + chosen.remarks
+    notes = [f"{name} is left out: {reason}" for name, reason in chosen.left_out.items()] + chosen.remarks
     results, more = _exactly(chosen) if chosen.config.exact else _sampled(chosen, console)
     notes += more
     for result in results:

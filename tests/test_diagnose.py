@@ -115,7 +115,7 @@ def test_a_run_s_checkpoints_are_policies(tmp_path):
     ("arguments", "error"),
     [
         (["algos=[nothing]"], "no algorithm 'nothing'"),
-        (["algos=[ppo]"], "nothing is left to measure: ppo: reads a critic's values"),
+        (["algos=[ppo]"], "nothing is left to measure: ppo: it reads a critic's values"),
         (["algos=[sft_then_grpo]"], "has the stages demonstrate, reinforce"),
         (["algos=[]"], "give lists of names"),
         (["prompts=10", "prompts_per_step=4"], "4 does not divide prompts=10"),

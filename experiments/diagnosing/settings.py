@@ -151,9 +151,9 @@ def choose(arguments: Sequence[str]) -> Chosen:
 def unmeasurable(algorithm: Algorithm | Pipeline, group_size: int, critic: bool = False) -> str:
     """Why an algorithm cannot be measured here, in words; empty if it can. `critic`: whether there is one."""
     if isinstance(algorithm, Pipeline):
-        return f"has the stages {', '.join(algorithm.stages)}, each an algorithm of its own: give those"
+        return f"it has the stages {', '.join(algorithm.stages)}, each an algorithm of its own: give those"
     if algorithm.needs.critic and not critic:
-        return "reads a critic's values, and a policy's folder has no critic"
+        return "it reads a critic's values, and a policy's folder has no critic"
     try:
         provided = ("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "preference")
         algorithm.check(group_size=group_size, provided=provided)
