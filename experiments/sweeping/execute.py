@@ -44,7 +44,16 @@ def check(sweep: Sweep) -> None:
 
 
 def execute(folder: SweepFolder) -> int:
-    """Trains and evaluates what is left; returns the exit code."""
+    """Trains and evaluates what is left; returns the exit code.
+
+    Raises:
+        ConfigError: another sweep is at work in the folder.
+    """
+    with folder.locked() as lock:
+        return _execute(folder, lock)
+
+
+def _execute(folder: SweepFolder, lock: int) -> int:
     config = folder.sweep.config
     for planned in folder.sweep.runs:
         found = folder.adopt(planned)
@@ -56,7 +65,8 @@ def execute(folder: SweepFolder) -> int:
     jobs = []
     for planned in left:
         folder.begin(planned)
-        ranks = config.gpus_per_run if gpus else 1
+        # Only training is of several ranks; where it is done the first command is an evaluation.
+        ranks = config.gpus_per_run if gpus and not folder.is_trained(planned) else 1
         jobs.append(Job(planned.slug, tuple(_modules(folder, planned)), folder.log(planned), ranks))
     done, total = len(folder.sweep.runs) - len(left), len(folder.sweep.runs)
     print(f"{len(left)} to do, {len(slots.gpus)} at once, {slots.threads} CPU threads each", flush=True)
@@ -64,10 +74,13 @@ def execute(folder: SweepFolder) -> int:
     def ended(job: Job, code: int, seconds: float) -> None:
         nonlocal done
         done += not code
-        said = "done" if not code else f"failed with exit code {code} ({last_words(job.log)}; all of it: {job.log})"
+        if code and crew.stopped:
+            said = f"stopped with exit code {code}"
+        else:
+            said = "done" if not code else f"failed with exit code {code} ({last_words(job.log)}; all of it: {job.log})"
         print(f"[{done}/{total}] {job.name}: {said}, {seconds:.0f} s", flush=True)
 
-    crew = Crew(slots, ended)
+    crew = Crew(slots, ended, (lock,))
     codes = crew.run(jobs)
     if crew.stopped:
         print(f"stopped by signal {crew.stopped}; the same command continues", file=sys.stderr)

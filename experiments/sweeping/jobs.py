@@ -14,8 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from experiments import surroundings
+from upge.errors import ConfigError
+
 #: Exit code of a job that was not started, because a signal asked for the end.
 NOT_STARTED = -1
+#: What stands before each command in a log.
+BEGINS = "$ "
 
 
 @dataclass(frozen=True)
@@ -37,18 +42,33 @@ class Job:
 
 @dataclass(frozen=True)
 class Slots:
-    """How many jobs run at once, and what each may use: `gpus` of every slot (none on a CPU), `threads`."""
+    """How many jobs run at once, and what each may use.
+
+    Attributes:
+        gpus: of every slot, counted as this process sees them; none on a CPU.
+        threads: of each of a job's processes.
+        names: of the GPUs, where CUDA_VISIBLE_DEVICES shows this process only some of the machine's.
+    """
 
     gpus: tuple[tuple[int, ...], ...]
     threads: int
+    names: tuple[str, ...] = ()
 
     @staticmethod
     def of(jobs: int, gpus_per_run: int, gpus: int, cores: int) -> Slots:
-        """Those of a machine: every GPU in at most one slot; without GPUs the cores are shared out evenly."""
-        if gpus >= gpus_per_run:
+        """Those of a machine: every GPU in at most one slot; without GPUs the cores are shared out evenly.
+
+        Raises:
+            ConfigError: there are GPUs, but fewer than a run is to have.
+        """
+        if 0 < gpus < gpus_per_run:
+            raise ConfigError(f"gpus_per_run: {gpus_per_run} are asked for, and there are {gpus}; give at most that")
+        if gpus:
             count = min(jobs or gpus, gpus // gpus_per_run)
             share = tuple(tuple(range(i * gpus_per_run, (i + 1) * gpus_per_run)) for i in range(count))
-            return Slots(share, max(1, cores // count))
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+            names = tuple(name.strip() for name in visible.split(",") if name.strip())
+            return Slots(share, max(1, cores // (count * gpus_per_run)), names)
         count = jobs or cores
         return Slots(((),) * count, max(1, cores // count))
 
@@ -58,18 +78,25 @@ class Slots:
         found = []
         for gpus in self.gpus:
             own = {"OMP_NUM_THREADS": str(self.threads)}
-            found.append(own | ({"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}))
+            named = [self.names[gpu] if self.names else str(gpu) for gpu in gpus]
+            found.append(own | ({"CUDA_VISIBLE_DEVICES": ",".join(named)} if gpus else {}))
         return found
 
 
 class Crew:
-    """Works through jobs; a signal is passed on to the running ones, which save and end, and no other is started."""
+    """Works through jobs; a signal is passed on to the running ones, which save and end, and no other is started.
 
-    def __init__(self, slots: Slots, ended: Callable[[Job, int, float], None]) -> None:
-        self.slots, self.ended = slots, ended
+    Args:
+        ended: called with each job that ended, its exit code and its seconds.
+        held: file descriptors that the jobs keep open, such as that of a lock.
+    """
+
+    def __init__(self, slots: Slots, ended: Callable[[Job, int, float], None], held: Sequence[int] = ()) -> None:
+        self.slots, self.ended, self.held = slots, ended, held
         self.stopped = 0
         self._running: set[subprocess.Popen] = set()
-        self._lock = threading.Lock()
+        # Of a kind that one thread may take twice: a second signal may arrive while the first is being passed on.
+        self._lock = threading.RLock()
 
     def run(self, jobs: Sequence[Job]) -> dict[str, int]:
         """Name → exit code of the command that ended it, 0 if all succeeded; calls `ended(job, code, seconds)`."""
@@ -98,16 +125,17 @@ class Crew:
 
     def _do(self, job: Job, environment: dict[str, str]) -> int:
         job.log.parent.mkdir(parents=True, exist_ok=True)
-        with job.log.open("a") as log:
+        with job.log.open("a", encoding="utf-8") as log:
             for place, (module, arguments) in enumerate(job.modules):
                 command = [*launcher(job.ranks if place == 0 else 1), "-m", module, *arguments]
+                print(f"{BEGINS}{surroundings.command(module, arguments)}", file=log, flush=True)
                 with self._lock:
                     if self.stopped:
                         return 128 + self.stopped
                     # A session of its own: a Ctrl-C at the terminal reaches it once, through us.
                     process = subprocess.Popen(
                         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                        env=os.environ | environment, start_new_session=True,
+                        env=os.environ | environment, start_new_session=True, pass_fds=self.held,
                     )  # fmt: skip
                     self._running.add(process)
                 code = process.wait()
@@ -119,10 +147,13 @@ class Crew:
 
     def stop(self, number: int) -> None:
         """Passes a signal on and starts nothing more."""
-        self.stopped = number
-        for process in list(self._running):
-            if process.poll() is None:
-                process.send_signal(number)
+        # Locked, lest a process that is just being started be missed.
+        with self._lock:
+            self.stopped = number
+            for process in self._running:
+                if process.poll() is None:
+                    # Nobody but a sweep knows what to do when its terminal is closed.
+                    process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -132,7 +163,10 @@ class Crew:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        # Started by nohup, a sweep is to outlive its terminal.
+        numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+        before = {number: signal.signal(number, pass_on) for number in numbers}
         try:
             yield
         finally:
@@ -148,8 +182,10 @@ def launcher(ranks: int) -> list[str]:
 
 
 def last_words(log: Path) -> str:
-    """The last line of a log that says something, for a message about what failed."""
-    lines = log.read_text("utf-8", errors="replace").replace("\r", "\n").splitlines() if log.is_file() else []
+    """The last line of the last command in a log that says something, for a message about what failed."""
+    text = log.read_text("utf-8", errors="replace") if log.is_file() else ""
+    _, begins, last = f"\n{text}".rpartition(f"\n{BEGINS}")
+    lines = last.replace("\r", "\n").splitlines()[1 if begins else 0 :]
     said = [line.strip() for line in lines if line.strip()]
     errors = [line for line in said if line.startswith("error:")]
     return (errors or said or ["nothing was said"])[-1]
