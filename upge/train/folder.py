@@ -105,6 +105,10 @@ class RunFolder:
             )
         return True
 
+    def different(self, config: Mapping[str, Any]) -> list[str]:
+        """Dotted keys at which the resolved configuration of this run is another than `config`."""
+        return _leaves(config, OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml")))
+
     def _check_parent(self) -> None:
         existing = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
