@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -42,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:
+        # While runs are going on a signal is theirs, see `jobs`; this is before and after.
+        print("stopped; the same command continues", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _sweep(arguments: Sequence[str], flags: dict[str, bool]) -> int:
@@ -61,7 +67,7 @@ def _sweep(arguments: Sequence[str], flags: dict[str, bool]) -> int:
     if flags["--dry-run"]:
         for planned in sweep.runs:
             state = "done" if folder.is_done(planned) else "trained" if folder.is_trained(planned) else "to do"
-            print(f"  {state:8} {planned.slug:40} {' '.join(planned.arguments(folder.run(planned)))}")
+            print(f"  {state:8} {planned.slug:40} {shlex.join(planned.arguments(folder.run(planned)))}")
         return 0
     code = 0 if flags["--report"] else execute(folder)
     return _report(folder, arguments, flags) or code
@@ -80,6 +86,10 @@ def _chosen(sweep, flags: dict[str, bool]):
     if first.config.select.get("key") != sweep.config.choose["key"]:
         raise ConfigError(f"choose.key: sweep={name} does not select {sweep.config.choose['key']}; see its select.key")
     folder = SweepFolder(first)
+    if folder.path.resolve() == sweep.folder.resolve():
+        raise ConfigError(f"output: {sweep.folder} is also that of sweep={name}, which is run first; give another")
+    # What is there must be what that sweep would make today.
+    folder.check()
     undone = [planned for planned in first.runs if not folder.is_done(planned)]
     if undone and (flags["--dry-run"] or flags["--report"]):
         raise ConfigError(f"choose: sweep={name} in {folder.path} has {len(undone)} runs to do; run it first")
@@ -118,9 +128,9 @@ def facts(folder) -> list[str]:
     """Sentences on how the runs were made: seeds, machine, time, versions."""
     import json
 
-    runs = [folder.run(p) for p in folder.sweep.runs if folder.is_trained(p)]
-    notes = [json.loads((path / "run.json").read_text()) for path in runs]
-    seeds = sorted({p.seed for p in folder.sweep.runs})
+    runs = [p for p in folder.sweep.runs if folder.is_trained(p)]
+    notes = [json.loads((folder.run(p) / "run.json").read_text()) for p in runs]
+    seeds = sorted({p.seed for p in runs})
     versions = notes[0]["versions"]
     commits = sorted({(note.get("git_commit") or "unknown")[:9] for note in notes})
     ranks = sorted({note["world_size"] for note in notes})
@@ -133,7 +143,8 @@ def facts(folder) -> list[str]:
 
 def help_text() -> str:
     """What --help prints."""
-    from experiments.sweeping.settings import SweepConfig, load, names
+    from experiments.sweeping.config import SweepConfig
+    from experiments.sweeping.settings import load, names
     from upge.train.config import meanings
 
     lines = [USAGE, "Sweeps (sweep=NAME):"]

@@ -69,6 +69,19 @@ def test_seeds():
         (["grid.steps=[1,1]"], "two runs would be called"),
         (["jobs=-1"], "jobs=-1"),
         (["jobs=many"], "jobs"),
+        (["variants={'..': {algo: sft}}"], r"'\.\.' has no letter or digit"),
+        (["variants={'→': {algo: sft}}"], "'→' has no letter or digit"),
+        (["variants={a b: {algo: sft}, a→b: {algo: sft}}"], "two runs would be called a-b/seed-0"),
+        (["grid.seed=[1,2]"], "grid: seed is one of seed_keys"),
+        (["sweep=gate", "data.seed=3"], r"common: data\.seed is one of seed_keys"),
+        (["seed_keys=[]", "seeds=0..2"], r"seed_keys: found \[\]"),
+        (["seeds=[true]"], "seeds: found"),
+        (["sweep=gate", "algo=grpo"], "algo: every variant has values of its own"),
+        (["grid.steps=[1,2]", "steps=3"], "steps: the grid has values of its own"),
+        (["variants={a: {output: there}}"], r"variants\.a: output is each run's own"),
+        (["evaluate={a: {suite: smoke, model: tiny}}"], r"evaluate\.a\.model: is each run's own"),
+        (["evaluate={../a: {suite: smoke}}"], r"evaluate\.\.\./a: give it a name of letters"),
+        (["grid=3", "grid.steps=[1]"], "grid is 3"),
     ],
 )
 def test_what_is_wrong_is_named(arguments, message):
@@ -78,6 +91,26 @@ def test_what_is_wrong_is_named(arguments, message):
 
 def test_values_are_written_as_one_types_them():
     assert [text(v) for v in (None, True, 0.0003, "a b", [1, "x"])] == ["null", "true", "0.0003", "a b", '[1, "x"]']
+
+
+def test_a_text_that_looks_like_a_number_stays_one():
+    """Where a run reads values as YAML; elsewhere it takes a text as it stands, quotes included."""
+    keys = "{data.subset: '1', data.levels: ['1', é], model.system: '2', data.path: 'a: b'}"
+    (run,) = load([f"variants={{a: {keys}}}"]).runs
+    assert run.arguments("x")[:4] == ['data.subset="1"', 'data.levels=["1", "é"]', "model.system=2", 'data.path="a: b"']
+
+
+def test_keys_that_end_alike_are_told_apart():
+    assert load(["grid.optimizer.lr=[1]", "grid.critic.lr=[2]"]).labels == ["optimizer.lr=1, critic.lr=2"]
+
+
+def test_a_file_with_nothing_behind_a_key(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("common:\ngrid:\nvariants: {A: {algo: sft}}\n")
+    assert load([f"sweep={path}", "steps=3", "grid.group_size=[2]"]).runs[0].keys["steps"] == 3
+    path.write_text("[1, 2]")
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        load([f"sweep={path}"])
 
 
 def test_all_that_ship_can_be_read():
@@ -92,8 +125,9 @@ def test_the_best_value_is_that_of_the_highest_mean_and_the_first_of_equals(file
     rows = [{"run": f"{name}/seed-{s}", "score": v[s]} for name, v in scores.items() for s in (0, 1)]
     assert best_values(sweep, rows) == {"A": 1e-4, "B": 1e-4}
     assert group_of(sweep.runs[0], "optimizer.lr") == "A"
-    with pytest.raises(ConfigError, match="B-lr-0.0003/seed-1 has no 'score'"):
-        best_values(sweep, rows[:-1])
+    for odd in ({}, {"score": float("nan")}, {"score": "B"}):
+        with pytest.raises(ConfigError, match="B-lr-0.0003/seed-1 has no 'score'"):
+            best_values(sweep, [*rows[:-1], {"run": rows[-1]["run"], **odd}])
 
 
 def test_a_choice_goes_to_the_run_it_belongs_to():
@@ -103,6 +137,8 @@ def test_a_choice_goes_to_the_run_it_belongs_to():
     assert [run.keys["optimizer.lr"] for run in found.runs] == [1e-4, 0.5]
     with pytest.raises(ConfigError, match="none of which is the variant"):
         with_choices(load([tree, "choose={sweep: rates, key: steps}"]), {"B": 3})
+    with pytest.raises(ConfigError, match="none of which"):
+        with_choices(load([tree, "choose={sweep: rates, key: steps, group: C}"]), {"A": 3})
     grouped = load([tree, "choose={sweep: rates, key: steps, group: B}"])
     assert {run.keys["steps"] for run in with_choices(grouped, {"B": 3}).runs} == {3}
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from experiments.sweeping.collect import finite
 from experiments.sweeping.settings import Planned, Sweep
 from upge.errors import ConfigError
 
@@ -20,18 +22,19 @@ def best_values(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> dict[str, An
         rows: of runs.csv, see `collect.rows`.
 
     Raises:
-        ConfigError: the measure is no column, or a run has none.
+        ConfigError: the measure is no column of numbers, or a run has none.
     """
     name, measure = sweep.config.select["key"], sweep.config.select["measure"]
     found: dict[str, dict[Any, list[float]]] = {}
     by_slug = {row["run"]: row for row in rows}
     for run in sweep.runs:
         value = by_slug.get(run.slug, {}).get(measure)
-        if value is None:
-            columns = sorted({column for row in rows for column in row})
+        if not finite(value):
+            columns = sorted({column for row in rows for column, value in row.items() if finite(value)})
             raise ConfigError(f"select.measure: {run.slug} has no '{measure}'; there are {', '.join(columns)}")
         found.setdefault(group_of(run, name), {}).setdefault(run.point[name], []).append(float(value))
-    means = {group: {v: sum(all) / len(all) for v, all in values.items()} for group, values in found.items()}
+    # Summed exactly: equal means must be equal for the first of them to win.
+    means = {group: {v: math.fsum(all) / len(all) for v, all in values.items()} for group, values in found.items()}
     return {group: max(values, key=values.__getitem__) for group, values in means.items()}
 
 
@@ -51,7 +54,8 @@ def with_choices(sweep: Sweep, values: Mapping[str, Any]) -> Sweep:
     name = sweep.config.choose["key"]
     runs = []
     for run in sweep.runs:
-        candidates = (sweep.config.choose.get("group", run.variant), str(run.keys.get("algo", "")))
+        group = sweep.config.choose.get("group")
+        candidates = [str(group)] if group else [run.variant, str(run.keys.get("algo", ""))]
         own = next((candidate for candidate in candidates if candidate in values), None)
         if name in run.keys:
             runs.append(run)

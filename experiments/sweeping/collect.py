@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def course(path: Path, metric: str) -> dict[int, float]:
     """Step → a finite value of a metric in a run's folder."""
     file = path / "metrics.jsonl"
     lines = read_lines(file) if file.is_file() else []
-    return {line["step"]: line[metric] for line in lines if _finite(line.get(metric))}
+    return {line["step"]: line[metric] for line in lines if finite(line.get(metric))}
 
 
 def evaluation_course(path: Path, measure: str) -> dict[int, float]:
@@ -71,6 +72,14 @@ def measures(found: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> list[
     return chosen or [c for c in columns if c == "greedy" or c.startswith(("mean@", "pass@"))]
 
 
+def measure_names(columns: Sequence[str]) -> dict[str, str]:
+    """What a reader calls the columns: EVALUATION/BENCHMARK/LEVEL/avg without the evaluation where no other one has the
+    same figure, and without 'avg'."""
+    short = {c: " ".join(p for p in c.split("/")[c.count("/") > 1 :] if p != "avg") for c in columns}
+    often = Counter(short.values())
+    return {c: name if often[name] == 1 else f"{c.split('/')[0]}: {name}" for c, name in short.items()}
+
+
 def write_csv(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
     """A line per run, a column per figure."""
     columns = list(dict.fromkeys(column for row in found for column in row))
@@ -82,7 +91,7 @@ def write_csv(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
 
 def by_seed(found: Iterable[Mapping[str, Any]], label: str, measure: str) -> dict[int, float]:
     """Seed → the value of a measure, of the runs with a label that have it."""
-    return {row["seed"]: float(row[measure]) for row in found if row["label"] == label and _finite(row.get(measure))}
+    return {row["seed"]: float(row[measure]) for row in found if row["label"] == label and finite(row.get(measure))}
 
 
 def _totals(path: Path) -> dict[str, Any]:
@@ -137,5 +146,6 @@ def _scores(name: str, scores: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _finite(value: Any) -> bool:
+def finite(value: Any) -> bool:
+    """True for a number, unless it is infinite or none."""
     return isinstance(value, (int, float)) and math.isfinite(value)
