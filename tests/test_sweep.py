@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import signal
 import subprocess
@@ -14,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from experiments.sweep import BAD_INPUT, main
-from experiments.sweeping.collect import write_csv
+from experiments.sweeping.collect import measure_names, write_csv
 from experiments.sweeping.execute import SOME_FAILED
-from experiments.sweeping.figures import blocks
+from experiments.sweeping.figures import blocks, courses
 from experiments.sweeping.folder import SweepFolder
 from experiments.sweeping.jobs import NOT_STARTED, Crew, Job, Slots, last_words, launcher
 from experiments.sweeping.settings import load
@@ -37,8 +38,15 @@ def test_slots_share_gpus_and_cores():
     assert Slots.of(0, 1, 0, 8) == Slots(((),) * 8, 1)
     assert Slots.of(2, 1, 0, 8) == Slots(((), ()), 4)
     assert Slots.of(0, 2, 5, 64).gpus == ((0, 1), (2, 3))
-    assert Slots.of(1, 2, 5, 64) == Slots(((0, 1),), 64)
+    assert Slots.of(1, 2, 5, 64) == Slots(((0, 1),), 32)
     assert Slots.of(0, 1, 2, 4).environments[1] == {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "1"}
+    with pytest.raises(ConfigError, match="gpus_per_run: 8 are asked for, and there are 2"):
+        Slots.of(0, 8, 2, 64)
+
+
+def test_only_the_gpus_that_are_shown_are_given_out(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5, 7")
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in Slots.of(0, 1, 3, 6).environments] == ["4", "5", "7"]
 
 
 def test_several_ranks_are_started_by_torchrun():
@@ -63,7 +71,7 @@ def test_a_job_that_fails_ends_there_and_hinders_no_other(say):
     crew = Crew(Slots(((), ()), 3), lambda job, code, seconds: ended.append((job.name, code)))
     jobs = [say("a", "good", "good"), say("b", "bad", "good"), say("c", "good")]
     assert crew.run(jobs) == {"a": 0, "b": 2, "c": 0} == dict(ended)
-    assert jobs[0].log.read_text().split("\n")[:2] == ["hello 3 a", "hello 3 a"]
+    assert [line for line in jobs[0].log.read_text().split("\n") if "$" not in line] == ["hello 3 a", "hello 3 a", ""]
     assert last_words(jobs[1].log) == "error: no such thing" and "hello" not in jobs[1].log.read_text()
 
 
@@ -83,6 +91,44 @@ def test_a_signal_reaches_what_runs_and_nothing_else_begins(say):
     assert crew.stopped == signal.SIGTERM and not second.log.exists()
 
 
+def test_a_signal_while_a_job_is_being_started_reaches_it(say, monkeypatch):
+    """The handler runs in another thread than the one that starts jobs, at any moment."""
+    import threading
+
+    crew, popen = Crew(Slots(((),), 1), lambda *_: None), subprocess.Popen
+
+    def slowly(*arguments, **more):
+        threading.Thread(target=crew.stop, args=(signal.SIGTERM,), daemon=True).start()
+        time.sleep(0.5)
+        return popen(*arguments, **more)
+
+    monkeypatch.setattr(subprocess, "Popen", slowly)
+    start = time.monotonic()
+    assert crew.run([say("first", "slow")])["first"] == 143 and time.monotonic() - start < 30
+
+
+def test_the_last_words_are_those_of_the_last_command(tmp_path):
+    log = tmp_path / "run.log"
+    log.write_text("$ python -m a\nerror: before\n$ python -m b\nTraceback\nOSError: now\n")
+    assert last_words(log) == "OSError: now"
+    log.write_text("$ python -m a\n")
+    assert last_words(log) == "nothing was said" == last_words(tmp_path / "none.log")
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path):
+    one, other = (SweepFolder(load([*TINY, f"output={tmp_path / 's'}"])) for _ in range(2))
+    with one.locked() as lock:
+        left = subprocess.Popen(["sleep", "2"], pass_fds=(lock,))
+        with pytest.raises(ConfigError, match="is at work in"), other.locked():
+            pass
+    # What a killed sweep had started has the lock for as long as it is there.
+    with pytest.raises(ConfigError, match="is at work in"), other.locked():
+        pass
+    left.wait()
+    with other.locked():
+        pass
+
+
 def test_a_course_is_averaged_over_blocks():
     assert blocks({step: float(step) for step in range(1, 9)}, 4) == {1: 1.5, 3: 3.5, 5: 5.5, 7: 7.5}
     assert blocks({1: 1.0, 2: 3.0}, 4) == {1: 1.0, 2: 3.0}
@@ -99,6 +145,31 @@ def test_tables_of_numbers_worked_out_by_hand():
     # Differences 0.1, 0.1, 0.2: t = 0.1333/0.0333 = 4, p of two degrees = 1 - 4/√18.
     (row,) = difference_grid(sweep, rows, ["x"]).rows
     assert row.cells[:4] == ("x", "b", "3", "+13.3") and row.cells[5:] == ("0.057", "0.057")
+
+
+def test_evaluations_with_the_same_benchmark_are_told_apart():
+    columns = ["paper/aime24/avg", "passk/aime24/avg", "paper/math500/avg", "paper/math500/Level 1/avg", "mean@4"]
+    assert list(measure_names(columns).values()) == [
+        *("paper: aime24", "passk: aime24", "math500", "math500 Level 1", "mean@4"),
+    ]
+
+
+def test_a_table_says_where_seeds_are_missing():
+    sweep = load(["grid.algo=[a]", "seeds=0..2"])
+    rows = [{"label": "a", "seed": s, "x": 0.5, "y": 0.5 if s else math.nan} for s in range(3)]
+    assert mean_grid(sweep, rows, ["x", "y"]).rows[0].cells[1] == "2–3"
+
+
+def test_figures_take_any_label_and_rewards_below_zero(done, tmp_path):
+    variants = "variants={'$a_{b$': {algo: sft}, _c: {algo: grpo}}"
+    sweep = load([*TINY[1:], variants, "seeds=[0]", f"output={done.parent / 'odd'}"])
+    folder = SweepFolder(sweep)
+    for planned in sweep.runs:
+        folder.adopt(planned)
+    file = folder.run(sweep.runs[0]) / "metrics.jsonl"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"reward/mean": -1.0}) + "\n")
+    assert [path.name for path in courses(folder, tmp_path)] == ["dynamics.png", "dynamics.svg"]
+    assert "$a_{b$" in (tmp_path / "dynamics.svg").read_text()
 
 
 def test_columns_that_only_some_runs_have_are_empty_for_others(tmp_path):
@@ -154,8 +225,53 @@ def test_a_run_with_the_very_same_settings_is_taken_over(done):
     found = other.adopt(other.sweep.runs[0])
     # The keys are the same, whatever the label.
     assert found == done / "runs/sft/seed-0" and other.is_trained(other.sweep.runs[0])
+    assert not list((done.parent / "second").rglob("*.partial"))
     changed = load([*TINY[1:], "variants={mine: {algo: sft}}", "steps=2", f"output={done.parent / 'third'}"])
     assert SweepFolder(changed).adopt(changed.runs[0]) is None
+
+
+def test_what_only_looks_the_same_is_not_taken_over(done, tmp_path, monkeypatch):
+    """The same words, but a preset that has changed since, or a relative path, which was somebody else's."""
+    third = SweepFolder(load([*TINY, f"output={done.parent / 'third'}"]))
+    config = done / "runs/grpo/seed-1/config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("largest: 49", "largest: 48"))
+    assert text != config.read_text() and third.adopt(third.sweep.runs[3]) is None
+    config.write_text(text)
+    (tmp_path / "grpo").mkdir()
+    with monkeypatch.context() as context:
+        context.chdir(tmp_path)
+        assert third.adopt(third.sweep.runs[3]) is None
+    assert third.adopt(third.sweep.runs[3])
+
+
+def test_an_evaluation_may_be_added_but_not_outlive_its_run(done):
+    arguments = [*TINY, f"output={done}"]
+    SweepFolder(load([*arguments, "evaluate={new: {suite: smoke}}"])).check()
+    lone = SweepFolder(load([*arguments, "seeds=[8]", "evaluate={new: {suite: smoke}}"]))
+    lone.check()
+    lone.evaluation(lone.sweep.runs[0], "new").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="is of a run that is no longer there"):
+        lone.check()
+
+
+def test_settings_of_a_run_that_was_never_started_hold_nobody_up(done):
+    lone = SweepFolder(load([*TINY, "seeds=[9]", f"output={done}"]))
+    lone.begin(lone.sweep.runs[0])
+    SweepFolder(load([*TINY, "seeds=[9]", "steps=2", f"output={done}"])).check()
+
+
+def test_an_evaluation_alone_is_of_one_rank(done, monkeypatch):
+    from experiments.sweeping import execute
+
+    begun = []
+    monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(execute.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(execute.Crew, "run", lambda self, jobs: begun.extend(jobs) or {})
+    more = ["seeds=0..2", "gpus_per_run=2", "evaluate={new: {suite: smoke}}", f"output={done}"]
+    execute.execute(SweepFolder(load([*TINY, *more])))
+    assert {job.name: (job.ranks, len(job.modules)) for job in begun if job.name.startswith("sft")} == {
+        "sft/seed-0": (1, 1), "sft/seed-1": (1, 1), "sft/seed-2": (2, 2)}  # fmt: skip
 
 
 def test_a_run_that_fails_is_told_of_and_the_others_are_reported(done, capsys):

@@ -71,7 +71,7 @@ def draw(found: Sequence[Panel], names: Sequence[str], folder: Path) -> list[Pat
             else:
                 axes.set_visible(False)
         shown = [name for name in names if name in lines]
-        figure.legend([lines[name] for name in shown], [_text(name) for name in shown], loc="outside upper left",
+        figure.legend([lines[name] for name in shown], [in_figure(name) for name in shown], loc="outside upper left",
                       ncols=min(4, len(shown)), frameon=False, borderaxespad=0.2)  # fmt: skip
         FigureCanvasAgg(figure).print_png(folder / "passk.png", metadata={"Software": None})
         FigureCanvasSVG(figure).print_svg(folder / "passk.svg", metadata={"Date": None})
@@ -106,7 +106,7 @@ def _dress(axes, panel: Panel) -> None:
     largest = max(k for curve in panel.curves.values() for k in curve)
     powers = [2**i for i in range(largest.bit_length())]
     ticks = powers[:: math.ceil(len(powers) / 7)]
-    axes.set_title(_text(panel.title))
+    axes.set_title(in_figure(panel.title))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(FixedFormatter([str(k) for k in ticks]))
@@ -119,6 +119,6 @@ def _dress(axes, panel: Panel) -> None:
     axes.margins(x=0.04)
 
 
-def _text(name: str) -> str:
+def in_figure(name: str) -> str:
     """`name` as it stands: dollars would begin a formula, and a leading underscore would keep it out of the legend."""
     return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")

@@ -10,10 +10,11 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 
-from experiments.comparing.curves import COLORS, RULE, STYLE, Panel
+from experiments.comparing.curves import COLORS, RULE, STYLE, Panel, in_figure
 from experiments.comparing.curves import draw as draw_pass
-from experiments.sweeping.collect import COURSES, by_seed, course, evaluation_course
+from experiments.sweeping.collect import COURSES, by_seed, course, evaluation_course, measure_names
 from experiments.sweeping.folder import SweepFolder
 from upge.evaluation.bootstrap import Interval
 from upge.evaluation.passk import powers_of_two
@@ -27,13 +28,14 @@ def pass_curves(folder: SweepFolder, rows: Sequence[Mapping], target: Path) -> l
     """passk.png and .svg: a panel for every benchmark that has several samples; nothing where there is none."""
     labels, panels = folder.sweep.labels, []
     columns = dict.fromkeys(column for row in rows for column in row)
+    names = measure_names(list(columns))
     for place in [c.removesuffix("/pass@1") for c in columns if c.endswith("/pass@1") and c.count("/") == 2]:
         largest = max(int(c.rsplit("@", 1)[1]) for c in columns if c.startswith(f"{place}/pass@"))
         curves = {}
         for label in labels:
             found = {k: list(by_seed(rows, label, f"{place}/pass@{k}").values()) for k in powers_of_two(largest)}
             curves[label] = {k: _visible(t_interval(values), values) for k, values in found.items() if values}
-        panels.append(Panel(place.rsplit("/", 1)[-1], {label: curve for label, curve in curves.items() if curve}))
+        panels.append(Panel(names[f"{place}/avg"], {label: curve for label, curve in curves.items() if curve}))
     return draw_pass(panels, labels, target) if panels else []
 
 
@@ -82,8 +84,6 @@ def _sampled_measures(folder: SweepFolder) -> list[str]:
     for planned in folder.sweep.runs:
         file = folder.run(planned) / "config.yaml"
         if file.is_file():
-            from omegaconf import OmegaConf
-
             samples = OmegaConf.load(file).eval.samples
             return [f"mean@{samples}", f"pass@{samples}"]
     return []
@@ -109,10 +109,11 @@ def _draw(panels, labels: Sequence[str]) -> Figure:
         axes.yaxis.grid(True, color=RULE, linewidth=0.7)
         drawn = [one.value for curve in curves.values() for one in curve.values()]
         # By the lines: a band of three seeds can be many times as high as all that they show.
-        axes.set_ylim(min(0, 1.1 * min(drawn)), 1.12 * max(drawn) or 1)
+        bottom, top = min(0, 1.1 * min(drawn)), max(0, 1.12 * max(drawn))
+        axes.set_ylim(bottom, top if top > bottom else 1)
     shown = [label for label in labels if label in lines]
-    figure.legend([lines[label] for label in shown], shown, loc="outside upper left", ncols=min(4, len(shown)),
-                  frameon=False)  # fmt: skip
+    figure.legend([lines[label] for label in shown], [in_figure(label) for label in shown], loc="outside upper left",
+                  ncols=min(4, len(shown)), frameon=False)  # fmt: skip
     return figure
 
 

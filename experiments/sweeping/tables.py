@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.comparing.differences import p_text
-from experiments.comparing.exclusive import exclusive
+from experiments.comparing.exclusive import Exclusive, exclusive
 from experiments.comparing.load import Run
 from experiments.comparing.render import Grid, Row
 from experiments.comparing.tables import MISSING
 from experiments.sweeping.choose import best_values, group_of
-from experiments.sweeping.collect import by_seed
+from experiments.sweeping.collect import by_seed, measure_names
 from experiments.sweeping.settings import Sweep
 from upge.evaluation.bootstrap import Interval, holm
 from upge.evaluation.seeds import paired_t, t_interval
@@ -46,11 +46,12 @@ def mean_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]], measures: Sequenc
     best = [_best([line[i] for line in table]) for i in range(len(measures))]
     found = []
     for place, (label, line) in enumerate(zip(sweep.labels, table, strict=True)):
-        seeds = max((one.runs for one in line if one), default=0)
+        counts = [one.runs for one in line if one] or [0]
+        seeds = f"{max(counts)}" if len({*counts}) == 1 else f"{min(counts)}–{max(counts)}"
         bold = frozenset(i + 2 for i in range(len(measures)) if place in best[i])
-        found.append(Row((label, str(seeds), *map(_cell, line)), bold))
-    return Grid("means", "Means over seeds in %, ± half a 95 % interval (t)", ("", "seeds", *shown(measures)),
-                tuple(found))  # fmt: skip
+        found.append(Row((label, seeds, *map(_cell, line)), bold))
+    title, names = "Means over seeds in %, ± half a 95 % interval (t)", measure_names(measures)
+    return Grid("means", title, ("", "seeds", *(names[measure] for measure in measures)), tuple(found))
 
 
 def difference_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> Grid | None:
@@ -58,7 +59,7 @@ def difference_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]], measures: S
 
     Holm's p is adjusted for the labels that are tested on one measure.
     """
-    found = []
+    found, names = [], measure_names(measures)
     for measure in measures:
         base = by_seed(rows, sweep.baseline, measure)
         others = [label for label in sweep.labels if label != sweep.baseline]
@@ -68,7 +69,7 @@ def difference_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]], measures: S
         for place, ((label, test), p) in enumerate(zip(tests.items(), adjusted, strict=True)):
             low, high = (f"{100 * end:+.1f}" for end in (test.interval.low, test.interval.high))
             seeds = len({*by_seed(rows, label, measure)} & {*base})
-            cells = (measure_text(measure), label, str(seeds), f"{100 * test.interval.value:+.1f}", f"{low} to {high}",
+            cells = (names[measure], label, str(seeds), f"{100 * test.interval.value:+.1f}", f"{low} to {high}",
                      p_text(test.p_value), p_text(p))  # fmt: skip
             found.append(Row(cells, rule=bool(found) and place == 0))
     header = ("measure", "", "seeds", "difference", "95 % interval", "p", "p (Holm)")
@@ -85,7 +86,7 @@ def choice_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> Grid:
     for group, best in chosen.items():
         line = [figure(rows, labels[group, str(value)], measure) for value in values]
         found.append(Row((group, *map(_cell, line)), frozenset({values.index(best) + 1})))
-    title = f"{measure_text(measure)} in % by {name}; in bold the value that is chosen"
+    title = f"{measure_names([measure])[measure]} in % by {name}; in bold the value that is chosen"
     return Grid("choice", title, ("", *map(str, values)), tuple(found))
 
 
@@ -103,44 +104,37 @@ def level_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> Grid | None:
     columns = list(dict.fromkeys(column for row in rows for column in row))
     levels = [c for c in columns if c.endswith("/avg") and c.count("/") == 3]
     levels = levels or [c for c in columns if c.count("/") == 1 and "/mean@" in c]
-    found = []
+    found, names = [], measure_names(levels)
     for place, column in enumerate(levels):
         line = [figure(rows, label, column) for label in sweep.labels]
-        rule = bool(place) and column.count("/") == 3 and column.split("/")[1] != levels[place - 1].split("/")[1]
-        cells = (measure_text(column), *map(_cell, line))
+        rule = bool(place) and column.count("/") == 3 and column.split("/")[:2] != levels[place - 1].split("/")[:2]
+        cells = (names[column], *map(_cell, line))
         found.append(Row(cells, frozenset(i + 1 for i in _best(line)), rule))
     title = "By level, means over seeds in %"
     return Grid("levels", title, ("", *sweep.labels), tuple(found)) if found else None
 
 
-def exclusive_grid(sweep: Sweep, runs: Mapping[tuple[str, int], Run], solved: str = "most") -> Grid | None:
-    """Problems that the baseline or another label solves alone, counted seed by seed and averaged over seeds."""
+def exclusive_grid(sweep: Sweep, name: str, runs: Mapping[tuple[str, int], Run], solved: str = "most") -> Grid | None:
+    """Problems that the baseline or another label solves alone in the evaluation `name`, counted seed by seed and
+    averaged over seeds."""
     found, fields = [], ("only_first", "only_second", "both")
     for label in sweep.labels:
-        seeds = [s for (name, s) in runs if name == label and (sweep.baseline, s) in runs]
+        seeds = [s for (own, s) in runs if own == label and (sweep.baseline, s) in runs]
         if label == sweep.baseline or not seeds:
             continue
-        lines = [exclusive(runs[sweep.baseline, seed], runs[label, seed], solved) for seed in seeds]
-        for place, same in enumerate(zip(*lines, strict=True)):
-            counts = [sum(getattr(line, name) for line in same) / len(seeds) for name in fields]
-            cells = (label, same[0].benchmark, same[0].level, str(same[0].problems), *(f"{c:.1f}" for c in counts))
+        lines: dict[tuple[str, str], list[Exclusive]] = {}
+        for seed in seeds:
+            for line in exclusive(runs[sweep.baseline, seed], runs[label, seed], solved):
+                lines.setdefault((line.benchmark, line.level), []).append(line)
+        for place, ((benchmark, level), same) in enumerate(lines.items()):
+            counts = [sum(getattr(line, one) for line in same) / len(same) for one in fields]
+            cells = (label, benchmark, level, str(same[0].problems), *(f"{c:.1f}" for c in counts))
             found.append(Row(cells, rule=bool(found) and place == 0))
-    title = f"Problems that {sweep.baseline} or another alone solves in more than half of the samples; means over seeds"
+    which = f" of {name}" if len(sweep.config.evaluate) > 1 else ""
+    title = (f"Problems{which} that {sweep.baseline} or another alone solves in more than half of the samples; means "
+             "over seeds")  # fmt: skip
     header = ("other", "benchmark", "level", "N", f"only {sweep.baseline}", "only the other", "both")
     return Grid("exclusive", title, header, tuple(found), 3) if found else None
-
-
-def shown(measures: Sequence[str]) -> list[str]:
-    """The measures' names as columns."""
-    return [measure_text(measure) for measure in measures]
-
-
-def measure_text(measure: str) -> str:
-    """EVALUATION/BENCHMARK/LEVEL/avg as a reader wants it."""
-    parts = measure.split("/")
-    if len(parts) > 2:
-        parts = parts[1:]
-    return " ".join(part for part in parts if part != "avg")
 
 
 def _best(values: Sequence[Figure | None]) -> set[int]:

@@ -61,6 +61,10 @@ def report(folder: SweepFolder, command: str, facts: Callable[[], Sequence[str]]
     drawn = (*figures.courses(folder, folder.path), *figures.pass_curves(folder, rows, folder.path))
     missing = [p.slug for p in sweep.runs if not folder.is_done(p)]
     notes = [f"Made with `{command}`.", *facts()]
+    columns = {column for row in rows for column in row}
+    unknown = [name for name in sweep.config.measures if name not in columns]
+    if unknown:
+        notes.append(f"measures: no run has {', '.join(unknown)}; runs.csv has the columns that there are.")
     if missing:
         notes.append(f"{len(missing)} of {len(sweep.runs)} runs are not done: {', '.join(missing)}.")
     found = Report(sweep, tuple(rows), tuple(_grids(folder, rows)), drawn, tuple(notes))
@@ -95,7 +99,7 @@ def _grids(folder: SweepFolder, rows: Sequence[Mapping[str, Any]]) -> list[Grid]
     grids += [tables.difference_grid(sweep, rows, measures)] if not sweep.config.select else []
     grids += [tables.level_grid(sweep, rows)] if len(sweep.labels) <= 12 else []
     for name in sweep.config.evaluate if not sweep.config.select else ():
-        grids.append(tables.exclusive_grid(sweep, _evaluations(folder, name)))
+        grids.append(tables.exclusive_grid(sweep, name, _evaluations(folder, name)))
     grids.append(tables.cost_grid(sweep, rows))
     return [grid for grid in grids if grid is not None]
 
