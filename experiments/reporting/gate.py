@@ -69,7 +69,7 @@ def _labels(sizes: set[int]) -> dict[int, str]:
 
 def _by_level(prompts: Sequence[dict]) -> tuple[Plot, list[Series]] | None:
     """Of each level's prompts the share that learned from a demonstration, in bins of steps."""
-    if len({line["learned"] == "demonstrations" for line in prompts}) < 2:
+    if len({_imitates(line) for line in prompts}) < 2:
         return None                                   # all or none: there is no gate to be seen
     first, last = prompts[0]["step"], prompts[-1]["step"]
     width = math.ceil((last - first + 1) / LEVEL_BINS)
@@ -78,7 +78,7 @@ def _by_level(prompts: Sequence[dict]) -> tuple[Plot, list[Series]] | None:
     for line in prompts:
         place, level = (line["step"] - first) // width, level_of(line)
         drawn[level][place] += 1
-        imitated[level][place] += line["learned"] in ("demonstrations", "both")
+        imitated[level][place] += _imitates(line)
     most = sorted(drawn, key=lambda level: (-drawn[level].total(), level))[:MOST_LEVELS]
     series = []
     for level in [level for level in by_ease(prompts) if level in most]:
@@ -86,6 +86,10 @@ def _by_level(prompts: Sequence[dict]) -> tuple[Plot, list[Series]] | None:
         steps = tuple(min(first + width * one + (width - 1) / 2, float(last)) for one in bins)
         series.append(Series(level, steps, tuple(imitated[level][one] / drawn[level][one] for one in bins)))
     return _LEVELS, series
+
+
+def _imitates(line: dict) -> bool:
+    return line["learned"] in ("demonstrations", "both")
 
 
 def level_of(line: dict) -> str:
