@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from experiments.diagnosing.measuring import Result
 from experiments.diagnosing.plane import distinct, label
@@ -16,6 +17,7 @@ from upge.measure import Estimated, Measured
 
 #: Lines of a source, prompts of a bin without which it is not drawn, and the lowest signal to noise that is.
 _MOST, _FEWEST, _FLOOR = 5, 3, 1e-3
+_COLORS = ("#0072b2", "#c95000", "#00805a", "#a6478b", "#8a6a00", "#2a8fc7", "#5a5f66", "#b3261e", "#6b4fa1")
 #: A cosine whose interval is wider says nothing.
 _WIDEST = 1.0
 
@@ -88,13 +90,14 @@ def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
     if len(results) < 2:
         return []
     names = [one.name for one in distinct(results[0])]
-    # With many the lines could not be told apart: those that differ most in what they learn from come first.
-    ranked = sorted(distinct(results[0]), key=lambda one: -_or(one.overall.alignment.value, -1.0))
-    kinds: dict[str, list[str]] = {}
-    for one in ranked:
-        kinds.setdefault(kind(one.source), []).append(one.name)
-    kept = {name for own in kinds.values() for name in own[:3]}
-    names = [name for name in names if name in kept]
+    if len(names) > len(_COLORS):
+        # More lines could not be told apart: of each kind those with the highest alignment at first.
+        ranked = sorted(distinct(results[0]), key=lambda one: -_or(one.overall.alignment.value, -1.0))
+        kinds: dict[str, list[str]] = {}
+        for one in ranked:
+            kinds.setdefault(kind(one.source), []).append(one.name)
+        kept = {name for own in kinds.values() for name in own[:2]}
+        names = [name for name in names if name in kept]
 
     def draw(figure: Figure) -> None:
         grid = list(figure.subplots(2, 2).flat)
@@ -111,7 +114,7 @@ def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
                 found = [next((c.overall for c in r.conflicts if c.algorithm == name), None) for r in results]
                 _course(last, results, found, index, "")
         last.set_title("cosine of rollouts' and demonstrations' parts")
-        figure.axes[1].set_yscale("log")
+        _logarithmic(figure.axes[1])
         for axes in figure.axes:
             _steps(axes, results)
             dress(axes)
@@ -151,7 +154,7 @@ def _by_rate(axes, result: Result, shown: Sequence[Measured]) -> None:
         _bars(axes, [x for x, _ in known], [v for _, v in known], color, floor=_FLOOR)
         axes.plot([x for x, _ in known], [max(v.value, _FLOOR) for _, v in known], color=color, marker=marker,
                   markersize=5, markeredgecolor="white", linewidth=1.5, label=label(result, one.name))  # fmt: skip
-    axes.set_yscale("log")
+    _logarithmic(axes)
     axes.set_ylim(bottom=_FLOOR * 0.8)
     axes.set_xticks(range(len(places)), [f"{one.label}\n({len(one.prompts)})" for one in bins])
     axes.set_xlabel("pass rate of the prompt (prompts)")
@@ -193,6 +196,14 @@ def _by_threshold(axes, result: Result) -> None:
     dress(axes)
 
 
+def _logarithmic(axes) -> None:
+    """A logarithmic axis with plain numbers, as in 0.05."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
 def _legend(figure: Figure, axes, columns: int) -> None:
     """Below the figure, of the lines of one panel; nothing where there is none."""
     handles, labels = axes.get_legend_handles_labels()
@@ -212,8 +223,7 @@ def _styled(shown: Sequence[Measured]):
 
 
 def _palette(index: int) -> str:
-    colors = ("#0072b2", "#c95000", "#00805a", "#a6478b", "#8a6a00", "#2a8fc7", "#5a5f66", "#b3261e", "#6b4fa1")
-    return colors[index % len(colors)]
+    return _COLORS[index % len(_COLORS)]
 
 
 def _bars(axes, at: Sequence[float], values: Sequence[Estimated], color: str, floor: float = -math.inf) -> None:
