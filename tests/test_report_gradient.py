@@ -104,6 +104,13 @@ def test_histogram_by_hand():
     assert gate_plots([]) == [] == gate_plots([prompt_line(1, 0, 0, "demonstrations", rollouts=0)])
 
 
+def test_a_prompt_that_learns_from_both_is_imitating():
+    lines = [prompt_line(1, 0, 2, "both"), prompt_line(1, 1, 2, "rollouts")]
+    _, (plot, series) = gate_plots(lines)
+    assert plot.identifier == "plot-imitation" and [one.values for one in series] == [(0.5,)]
+    assert len(gate_plots([prompt_line(1, 0, 2, "both"), prompt_line(1, 1, 2, "demonstrations")])) == 1
+
+
 def test_long_runs_are_binned():
     (_, series), (_, shares) = gate_plots(history(500, 64))
     assert {len(one.steps) for one in series} == {56} and sum(one.values[0] for one in series) == 8
