@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from experiments.sweeping.folder import SweepFolder
 from experiments.sweeping.jobs import NOT_STARTED, Crew, Job, Slots, last_words, launcher
 from experiments.sweeping.settings import load
 from experiments.sweeping.tables import difference_grid, figure, mean_grid
+from experiments.sweeping.write import report
 from upge.errors import ConfigError
 
 TINY = [
@@ -152,6 +154,17 @@ def test_evaluations_with_the_same_benchmark_are_told_apart():
     assert list(measure_names(columns).values()) == [
         *("paper: aime24", "passk: aime24", "math500", "math500 Level 1", "mean@4"),
     ]
+
+
+def test_a_report_without_what_is_asked_for_says_so(done):
+    more = ["measures=[mean@2,typo]", "grid.optimizer.lr=[1e-6]", "select={key: optimizer.lr, measure: none}"]
+    folder = SweepFolder(load([*TINY, *more, f"output={done.parent / 'asked'}"]))
+    for planned in folder.sweep.runs:
+        slug = planned.slug.replace("-lr-1e-06", "")
+        shutil.copytree(done / "runs" / slug, folder.run(planned))
+    found = report(folder, "", list)
+    assert any("No run has typo, none" in note for note in found.notes)
+    assert "choice" not in [grid.label for grid in found.grids]
 
 
 def test_a_table_says_where_seeds_are_missing():

@@ -62,9 +62,10 @@ def report(folder: SweepFolder, command: str, facts: Callable[[], Sequence[str]]
     missing = [p.slug for p in sweep.runs if not folder.is_done(p)]
     notes = [f"Made with `{command}`.", *facts()]
     columns = {column for row in rows for column in row}
-    unknown = [name for name in sweep.config.measures if name not in columns]
+    wanted = [*sweep.config.measures, *filter(None, [sweep.config.select.get("measure")])]
+    unknown = [name for name in wanted if name not in columns]
     if unknown:
-        notes.append(f"measures: no run has {', '.join(unknown)}; runs.csv has the columns that there are.")
+        notes.append(f"No run has {', '.join(unknown)}, which is asked for; runs.csv has the columns that there are.")
     if missing:
         notes.append(f"{len(missing)} of {len(sweep.runs)} runs are not done: {', '.join(missing)}.")
     found = Report(sweep, tuple(rows), tuple(_grids(folder, rows)), drawn, tuple(notes))
@@ -93,7 +94,7 @@ def _grids(folder: SweepFolder, rows: Sequence[Mapping[str, Any]]) -> list[Grid]
     measures = collect.measures(rows, sweep.config.measures)
     grids: list[Grid | None] = []
     if sweep.config.select:
-        done = {row["run"] for row in rows}
+        done = {row["run"] for row in rows if collect.finite(row.get(sweep.config.select["measure"]))}
         grids += [tables.choice_grid(sweep, rows)] if all(p.slug in done for p in sweep.runs) else []
     grids += [tables.mean_grid(sweep, rows, measures)] if measures else []
     grids += [tables.difference_grid(sweep, rows, measures)] if not sweep.config.select else []
