@@ -43,3 +43,4 @@ results: env  ## make docs/results.md anew: all sweeps of the small model and th
 	$(VENV)/bin/python -m experiments.sweep sweep=rates --report --docs
 	$(VENV)/bin/python -m experiments.sweep sweep=gate --docs
 	$(VENV)/bin/python -m experiments.sweep sweep=failing --docs
+	$(VENV)/bin/python -m experiments.sweep sweep=demonstrated --docs
