@@ -10,7 +10,8 @@ import torch
 
 from upge.errors import ConfigError
 from upge.measure import Estimated, Sample, Sketch, cosine_of, cosine_with, exact_figures, figures
-from upge.measure.statistics import between, gram, jackknife, student_quantile, within
+from upge.measure.statistics import between, gram, jackknife, within
+from upge.student import quantile
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -104,14 +105,9 @@ def test_the_jackknife_is_that_of_the_mean():
     a, b = float(x.var()) / 12, float(y.var()) / 9
     freedom = (a + b) ** 2 / (a**2 / 11 + b**2 / 8)
     assert found.value == pytest.approx(float(x.mean() - y.mean()))
-    assert found.high - found.value == pytest.approx(student_quantile(freedom) * math.sqrt(a + b))
+    assert found.high - found.value == pytest.approx(quantile(0.975, freedom) * math.sqrt(a + b))
     (constant,) = jackknife(lambda w: torch.ones(1).double(), [torch.ones(4).double()])
     assert constant == Estimated.exactly(1.0)
-
-
-@pytest.mark.parametrize(("freedom", "quantile"), [(3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (1e9, 1.960)])
-def test_students_quantile(freedom, quantile):
-    assert student_quantile(freedom) == pytest.approx(quantile, rel=0.011)
 
 
 def test_figures_cover_the_truth():

@@ -20,7 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_NORMAL_QUANTILE = 1.959963984540054
+from upge.student import quantile
+
+#: Of the distribution, below the upper end of a 95 % interval.
+_BELOW = 0.975
 
 
 class Estimated(NamedTuple):
@@ -93,20 +96,6 @@ def jackknife(figures: Callable[[list[Tensor]], Tensor], weights: Sequence[Float
             found.append(Estimated.exactly(v if math.isinf(v) else math.nan))
             continue
         # What is the same without each member has no error, and so no degrees of freedom.
-        half = student_quantile(s2 * s2 / f) * math.sqrt(s2) if f > 0 else 0.0
+        half = quantile(_BELOW, s2 * s2 / f) * math.sqrt(s2) if f > 0 else 0.0
         found.append(Estimated(v, v - half, v + half))
     return found
-
-
-def student_quantile(freedom: float) -> float:
-    """The 97.5 % quantile of Student's t, by the expansion in 1/freedom (Abramowitz and Stegun 26.7.5); within 1 % from
-    3 degrees of freedom on."""
-    z = _NORMAL_QUANTILE
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return sum(term / freedom**power for power, term in enumerate(terms))
