@@ -130,6 +130,16 @@ def test_figures_cover_the_truth():
     assert all(count >= 0.85 * 120 for count in held.values()), held
 
 
+def test_a_mean_lost_in_noise_has_no_noise_figure_and_no_upper_end():
+    """Not one of 0, which is what the root of a negative square would be."""
+    lost, doubtful, known = Estimated(-0.1, -0.3, 0.25), Estimated(0.25, -0.1, 1.0), Estimated(0.25, 0.04, 1.0)
+    assert math.isnan(lost.inverse_root().value) and lost.inverse_root()[1:] == pytest.approx((2.0, math.inf))
+    assert doubtful.inverse_root() == pytest.approx((2.0, 1.0, math.inf))
+    assert known.inverse_root() == pytest.approx((2.0, 1.0, 5.0))
+    assert Estimated.exactly(math.inf).inverse_root() == Estimated.exactly(0.0)
+    assert str(Estimated(-0.5, -1.0, 4.0).root().value) == "0.0" and Estimated(-0.5, -1.0, 4.0).root().high == 2
+
+
 def test_exact_figures_are_the_textbooks():
     mean, true = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])
     found = exact_figures(mean, 125.0, true)

@@ -89,7 +89,8 @@ def exact_figures(mean: Float[Tensor, "k"], power: float, target: Float[Tensor, 
 
 
 def _derived(mm: Tensor, mt: Tensor, tt: Tensor, power: Tensor) -> Tensor:
-    """[9] the figures, of bias, raw_bias and noise the squares: those have an error that is even on both sides."""
+    """[8] the figures but for the noise; of bias and raw_bias the squares: those have an error that is even on both
+    sides."""
     variance = without_rounding(power - mm, power)
     cosine = mt / (mm * tt).sqrt()
     return torch.stack(
@@ -98,7 +99,6 @@ def _derived(mm: Tensor, mt: Tensor, tt: Tensor, power: Tensor) -> Tensor:
             1 - cosine.clamp(min=0).square(),
             mt / tt,
             (mm - 2 * mt + tt) / tt,
-            variance / mm,
             mm / variance,
             mt / (power * tt).sqrt(),
             power,
@@ -113,9 +113,10 @@ def without_rounding(variance: Tensor, power: Tensor) -> Tensor:
 
 
 def _named(found: list[Estimated]) -> Figures:
-    cosine, bias, scale, raw_bias, noise, snr, alignment, power, signal = found
+    cosine, bias, scale, raw_bias, snr, alignment, power, signal = found
+    # The noise is nothing but the snr, whose error is even where ‖m‖² is nearly lost in it: there the noise has no end.
     return Figures(
-        cosine.within(-1, 1), bias.within(0, 1).root(), scale, raw_bias.root(), noise.root(), snr,
+        cosine.within(-1, 1), bias.within(0, 1).root(), scale, raw_bias.root(), snr.inverse_root(), snr,
         alignment.within(-1, 1), power, signal,
     )  # fmt: skip
 

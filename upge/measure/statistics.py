@@ -44,7 +44,14 @@ class Estimated(NamedTuple):
 
     def root(self) -> Estimated:
         """The square roots; what noise has pushed below 0 is 0."""
-        return Estimated(*(math.sqrt(value) if value > 0 else value * 0.0 for value in self))
+        return Estimated(*(value if math.isnan(value) else math.sqrt(max(value, 0.0)) for value in self))
+
+    def inverse_root(self) -> Estimated:
+        """1/√ of it, with the ends of the interval changed over. Of 0 and below, ends are infinite: nothing bounds
+        them; the value is NaN, as nothing is known of it."""
+        value = math.nan if not self.value > 0 else self.value**-0.5
+        ends = (end if math.isnan(end) else math.inf if end <= 0 else end**-0.5 for end in (self.high, self.low))
+        return Estimated(value, *ends)
 
 
 def gram(a: Float[Tensor, "R k"], b: Float[Tensor, "H k"]) -> Float[Tensor, "R H"]:
