@@ -59,6 +59,14 @@ def test_a_sketch_keeps_inner_products_within_its_stated_error(width):
         assert float(found[:, 1].std() / exact[1]) <= 1.15 * sketch.relative_error
 
 
+def test_a_sketch_of_short_numbers_is_added_up_in_longer_ones():
+    """4,000 pieces of bfloat16, all alike in sign: as the same numbers in float64."""
+    x = noise(1, 4000 * 8).abs().bfloat16()
+    sketch = Sketch((4000 * 8,), 8)
+    found, exact = sketch([x]), sketch([x.double()])
+    assert found.dtype == torch.float32 and torch.allclose(found.double(), exact, rtol=1e-4, atol=1e-3)
+
+
 def test_a_sketch_of_width_0_is_the_gradient():
     x = noise(3, sum(SIZES))
     whole = Sketch(SIZES, 0)
