@@ -53,10 +53,7 @@ def prepare(composed: Composed) -> Prepared:
     folder = RunFolder(output_folder(composed))
     continues = folder.open(composed.tree, config.resume, world_size())
     _check_installed()
-    splits, notes = _verifiable(build(composed.tree["data"], "data").load(), config)
-    limits = config.data_policy
-    kept = data.limit_demonstrated(data.limit_levels(splits.train, limits.per_level), limits.demonstrated)
-    splits = replace(splits, train=kept)
+    splits, notes = load_problems(composed.tree["data"], config)
     measured = _measured(config, splits)
     verifiers = check_answers([*splits.train, *measured], config.verify.verifier)
     check_length(config.model, config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
@@ -78,6 +75,18 @@ def prepare(composed: Composed) -> Prepared:
         notes.append(f"{pairs} training problems have a preference pair within the limit")
     train = [train[i] for i in usable(train, algorithm.needs)]
     return Prepared(prompting, train, evaluation, splits.weights, verifiers, folder, continues, tuple(notes))
+
+
+def load_problems(node: Mapping, config: RunConfig) -> tuple[data.Splits, list[str]]:
+    """What `data_policy` keeps of the problems of a data set, and notes of what it leaves out.
+
+    Args:
+        node: `data` of the resolved settings.
+    """
+    splits, notes = _verifiable(build(node, "data").load(), config)
+    limits = config.data_policy
+    kept = data.limit_demonstrated(data.limit_levels(splits.train, limits.per_level), limits.demonstrated)
+    return replace(splits, train=kept), notes
 
 
 def check_stages(algorithm: Algorithm | Pipeline, steps: int) -> None:

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from experiments import diagnose
-from experiments.diagnosing import settings, write
+from experiments.diagnosing import sampling, settings, write
 from experiments.diagnosing.policies import Policy, policies
 from experiments.diagnosing.tables import ranged
 from tests.running import SMALL, run
@@ -130,7 +130,10 @@ def test_a_run_s_checkpoints_are_policies(tmp_path):
         (["policies=[nowhere/at/all]"], "neither a model's folder"),
         (["prompts=600", "prompts_per_step=6"], "prompts: 600, but the data set has"),
         (["held_out=9999", "prompts=16"], "held_out: 9999"),
+        (["held_out=2", "data_policy.per_level={nothing: 2}"], "data_policy.per_level: 2 problems of 'nothing'"),
         (["exact=true", "algos=[grpo]", "group_size=9"], "group_size: 9 with exact=true"),
+        (["exact=true", "batches=8", "rollout.temperature=2"], "batches: has no effect with exact=true"),
+        (["policies=[a:tiny,b:tiny,A:tiny]"], "several would be called 'a'"),
         (["model=nowhere"], "model"),
     ],
 )
@@ -153,6 +156,30 @@ def test_gradients_beyond_the_memory_are_refused(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(10_000_000))
     assert diagnose.main([*TINY, "algos=[grpo]", "sketch=0", f"output={tmp_path / 'out'}"]) == 2
     assert "GiB of gradients" in capsys.readouterr().err
+
+
+def test_every_part_of_the_reference_has_a_baseline():
+    """Whatever number is asked for: as many in each part, two at least, and 8 parts where they suffice."""
+    for asked in range(4, 70):
+        size, count = sampling._part_size(asked), sampling._parted(asked)
+        (parts,) = sampling._parts([list(range(count))], size)
+        assert {len(part) for part in parts} == {size} and asked <= count < asked + size and size >= 2
+        assert 2 <= len(parts) <= sampling.PARTS and (asked % 8 or asked < 16 or len(parts) == 8)
+
+
+def test_there_are_rounds_enough_for_errors():
+    """The example of docs/diagnose.md for a large model asks for no more batches than a round or two has."""
+    few = settings.DiagnoseConfig(algos=["sft"], prompts=8, prompts_per_step=4, batches=2)
+    assert few.rounds == 3 and settings.DiagnoseConfig(algos=["sft"]).rounds == 8
+
+
+def test_data_policy_is_that_of_a_run():
+    """What it leaves out of training is not measured on either."""
+    arguments = ["algos=[sft]", *TINY, "data_policy.per_level={3 numbers: 7}"]
+    found = sampling.problems(chosen := settings.choose(arguments), chosen.run.model)
+    assert {example.problem.level for example in found.examples} == {"3 numbers"}
+    with pytest.raises(ConfigError, match="prompts: 6, but the data set has 5"):
+        sampling.problems(settings.choose([*arguments, "data_policy.demonstrated=5"]), chosen.run.model)
 
 
 def test_help_names_every_key(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,9 +38,25 @@ class Policy:
 
 @contextlib.contextmanager
 def policies(chosen: Chosen) -> Iterator[list[Policy]]:
-    """The policies of a command line; what is unpacked for them is there as long as the context."""
+    """The policies of a command line; what is unpacked for them is there as long as the context.
+
+    Raises:
+        ConfigError: two of one name.
+        ModelError: one that cannot be read.
+    """
     with TemporaryDirectory(prefix="diagnose") as folder:
-        yield list(_policies(chosen, Path(folder)))
+        found = list(_policies(chosen, Path(folder)))
+        # Compared as names of folders, for each has one of its own.
+        names = [folder_name(one.label).lower() for one in found]
+        twice = next((one.label for one, name in zip(found, names, strict=True) if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"policies: several would be called '{twice}'; name them, as in policies=[LABEL:PATH,...]")
+        yield found
+
+
+def folder_name(label: str) -> str:
+    """What a policy's folder within a diagnosis is called."""
+    return re.sub(r"[^\w.-]+", "_", label)
 
 
 def model_of(name: str, base: ModelConfig) -> ModelConfig:

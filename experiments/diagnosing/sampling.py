@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from experiments.diagnosing.settings import Chosen
-from experiments.prepare import check_answers, check_length, load_prompting
+from experiments.prepare import check_answers, check_length, load_problems, load_prompting
 from upge import data, rollout
 from upge.data import Example, Prompting
 from upge.errors import ConfigError, DataError
-from upge.instantiate import build
 from upge.measure.contributions import pass_rate
 from upge.measure.pool import Group, Pool, deal
 from upge.rollout import Sampler, Sampling
@@ -62,7 +61,7 @@ def problems(chosen: Chosen, model: ModelConfig) -> Problems:
     config, run = chosen.config, chosen.run
     limits = {name: getattr(run.rollout, name) for name in ("max_prompt_tokens", "max_response_tokens")}
     check_length(model, *limits.values())
-    splits = build(chosen.tree["data"], "data").load()
+    splits, notes = load_problems(chosen.tree["data"], run)
     prompting = load_prompting(model)
     needs = [algorithm.needs for algorithm in chosen.algorithms.values()]
     policy = run.data_policy
@@ -76,7 +75,6 @@ def problems(chosen: Chosen, model: ModelConfig) -> Problems:
         if (example.demonstrations or not any(n.demonstrations for n in needs))
         and (has_pair(example) or not any(n.preference_pairs for n in needs) or not any(map(has_pair, encoded)))
     ]
-    notes = []
     if len(wanted) < len(encoded):
         notes.append(f"{len(encoded) - len(wanted)} of {len(encoded)} prompts lack a demonstration or pair that an "
                      "algorithm needs, and are left out for all")  # fmt: skip
@@ -89,6 +87,11 @@ def problems(chosen: Chosen, model: ModelConfig) -> Problems:
             raise DataError(f"held_out: {config.held_out}, but there are {len(splits.evaluation)} evaluation problems")
         found = data.encode(splits.evaluation, prompting, **limits, overlong_prompts="drop").examples
         held_out = found[: config.held_out]
+        if len(held_out) < config.held_out:
+            raise DataError(
+                f"held_out: {config.held_out}, but the prompts of only {len(held_out)} evaluation problems are within "
+                "rollout.max_prompt_tokens; give fewer, or raise the limit"
+            )
     asked = [example.problem for example in (*chosen_ones, *held_out)]
     return Problems(chosen_ones, held_out, prompting, check_answers(asked, run.verify.verifier), tuple(notes))
 
@@ -131,7 +134,8 @@ def sample(
     ]
     dealt = deal(config.prompts, config.prompts_per_step, config.rounds, run.seed)
     rates = torch.tensor([pass_rate(rollouts) for rollouts in passed], dtype=torch.float64)
-    return Sampled(Pool(groups, dealt, _parts(reference), rates), _parts(others))
+    size = _part_size(config.reference)
+    return Sampled(Pool(groups, dealt, _parts(reference, size), rates), _parts(others, size))
 
 
 def _sampler(chosen: Chosen, model: ModelConfig) -> Sampler:
@@ -147,19 +151,21 @@ def _sampler(chosen: Chosen, model: ModelConfig) -> Sampler:
     )
 
 
+def _part_size(rollouts: int) -> int:
+    """Rollouts of each part of the reference, so that there are `PARTS` where they suffice: at least two, for a
+    baseline."""
+    return max(2, -(-rollouts // PARTS))
+
+
 def _parted(rollouts: int) -> int:
-    """So many that each part has as many: at least two, for a baseline."""
-    parts = min(PARTS, rollouts // 2)
-    return -(-rollouts // parts) * parts
+    """So many, or a few more, that each part has as many."""
+    size = _part_size(rollouts)
+    return -(-rollouts // size) * size
 
 
-def _parts(groups: list[list[Trajectory]]) -> list[list[list[Trajectory]]]:
+def _parts(groups: list[list[Trajectory]], size: int) -> list[list[list[Trajectory]]]:
     """[prompts][parts] of [prompts] rollouts."""
-    found = []
-    for own in groups:
-        size = len(own) // min(PARTS, len(own) // 2)
-        found.append([own[i : i + size] for i in range(0, len(own), size)])
-    return found
+    return [[own[i : i + size] for i in range(0, len(own), size)] for own in groups]
 
 
 def _rollout(q: int, example: Example, response: rollout.Rollout, verdict) -> Trajectory:

@@ -38,7 +38,7 @@ class DiagnoseConfig:
     prompts_per_step: int = key(16, "prompts of a batch; divides prompts")
     group_size: int = key(8, "rollouts of a prompt in a batch")
     batches: int = key(32, "batches to estimate means and variances from; each has rollouts of its own")
-    reference: int = key(64, "rollouts of each prompt, in 8 parts, for the true gradient")
+    reference: int = key(64, "rollouts of each prompt for the true gradient, in 8 parts of two at least")
     pass_samples: int = key(32, "rollouts of each prompt for its pass rate")
     held_out: int = key(0, "prompts of the evaluation side for the true gradient of what is not trained on; 0 = none")
     sketch: int = key(8192, "numbers of a gradient's random projection; 0 = gradients whole, for small models")
@@ -65,8 +65,9 @@ class DiagnoseConfig:
 
     @property
     def rounds(self) -> int:
-        """How often all prompts come: enough for `batches`, and twice at least."""
-        return max(2, -(-self.batches * self.prompts_per_step // self.prompts))
+        """How often all prompts come: enough for `batches`, and three times at least: products need two rounds, and the
+        errors are from what is found without one."""
+        return max(3, -(-self.batches * self.prompts_per_step // self.prompts))
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ def choose(arguments: Sequence[str]) -> Chosen:
             raise ConfigError(f"{name}: unknown key; {nearest(name, known)}")
     own = _lists(own)
     config = from_tree(DiagnoseConfig, own)
+    if config.exact:
+        _check_exact([*own, *(argument.partition("=")[0] for argument in shared)])
     sizes = [f"{name}={getattr(config, name)}" for name in _OF_A_BATCH]
     tree, names = _of_run(Path(config.run), shared) if config.run else _composed([*shared, *sizes])
     tree |= {name: getattr(config, name) for name in _OF_A_BATCH}
@@ -146,6 +149,16 @@ def choose(arguments: Sequence[str]) -> Chosen:
     if not found:
         raise ConfigError("algos: nothing is left to measure: " + "; ".join(f"{n}: {r}" for n, r in left_out.items()))
     return Chosen(config, from_tree(RunConfig, tree), tree, found, left_out, names)
+
+
+def _check_exact(given: Sequence[str]) -> None:
+    """Refuses settings of a model and a sample where there is neither."""
+    idle = [name for name in given if name not in ("exact", "algos", "group_size", "output")]
+    if idle:
+        raise ConfigError(
+            f"{idle[0]}: has no effect with exact=true, which has no model, no data and nothing sampled; leave out "
+            f"{', '.join(idle)}"
+        )
 
 
 def unmeasurable(algorithm: Algorithm | Pipeline, group_size: int, critic: bool = False) -> str:

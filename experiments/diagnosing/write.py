@@ -14,6 +14,7 @@ from typing import Any
 from experiments.comparing.render import Grid, markdown, markdown_text
 from experiments.diagnosing import lines, plane
 from experiments.diagnosing.measuring import Result
+from experiments.diagnosing.policies import folder_name
 from experiments.diagnosing.tables import grids
 from upge.errors import DataError
 
@@ -37,7 +38,7 @@ def files(results: Sequence[Result], facts: Mapping[str, Any], notes: Sequence[s
         folder.mkdir(parents=True, exist_ok=True)
         drawn: list[Path] = []
         for result in results:
-            own = folder if len(results) == 1 else folder / re.sub(r"[^\w.-]+", "_", result.label)
+            own = folder if len(results) == 1 else folder / folder_name(result.label)
             own.mkdir(exist_ok=True)
             for draw in (plane.plane, lines.signal, lines.conflict, plane.cosines):
                 drawn += draw(result, own)
@@ -103,7 +104,7 @@ def report(
     top = [path for path in drawn if path.parent == folder and path.suffix == ".svg"]
     parts += [_figure(path) for path in top if path.stem == "over_training"]
     for result in results:
-        own = folder if len(results) == 1 else folder / re.sub(r"[^\w.-]+", "_", result.label)
+        own = folder if len(results) == 1 else folder / folder_name(result.label)
         parts.append(f"<h2>{html.escape(result.label)}</h2><p>{html.escape(summary(result))}</p>")
         parts += [_figure(p) for p in drawn if p.parent == own and p.suffix == ".svg" and p.stem != "over_training"]
         parts += [_table(grid) for grid in grids(result)]
