@@ -10,6 +10,7 @@ import torch
 
 from upge.errors import ConfigError
 from upge.measure import Estimated, Sample, Sketch, cosine_of, cosine_with, exact_figures, figures
+from upge.measure.by_rate import _snr
 from upge.measure.statistics import between, gram, jackknife, within
 from upge.student import quantile
 
@@ -146,6 +147,26 @@ def test_a_mean_lost_in_noise_has_no_noise_figure_and_no_upper_end():
     assert known.inverse_root() == pytest.approx((2.0, 1.0, 5.0))
     assert Estimated.exactly(math.inf).inverse_root() == Estimated.exactly(0.0)
     assert str(Estimated(-0.5, -1.0, 4.0).root().value) == "0.0" and Estimated(-0.5, -1.0, 4.0).root().high == 2
+
+
+@pytest.mark.parametrize("prompts", [3, 12])
+def test_signal_by_pass_rate_does_not_depend_on_how_many_prompts_there_are(prompts):
+    """Prompts whose means scatter around a common one, over 300 bins: the law's share of signal in the power, which
+    that of a bin's own mean exceeds by a third of the scatter where it has three prompts. Intervals cover."""
+    k, rounds, spread, doubt = 30, 4, 0.6, 0.5
+    common = 0.5 * noise(k, seed=1)
+    exact = float(common @ common) / (k * (spread**2 + doubt**2))
+    found, held = [], 0
+    for trial in range(300):
+        means = common + spread * noise(prompts, 1, k, seed=10 + trial)
+        one = _snr(means + doubt * noise(prompts, rounds, k, seed=1000 + trial))
+        # As a share of the power, whose expectation is nearer to the ratio of the expectations.
+        found.append(one.value / (1 + one.value))
+        held += one.low <= exact <= one.high
+    assert sum(found) / len(found) == pytest.approx(exact / (1 + exact), abs=0.03)
+    assert held >= 0.88 * 300
+    alone = _snr(noise(1, rounds, k))
+    assert math.isnan(alone.value)
 
 
 def test_exact_figures_are_the_textbooks():

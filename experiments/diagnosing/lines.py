@@ -63,19 +63,20 @@ def conflict(result: Result, folder: Path) -> list[Path]:
             dash = "-" if index < len(LINES) else "--"
             shift = (index - len(result.conflicts) / 2) * 0.03
             line = [(i, one.by_rate[name]) for i, name in enumerate(places) if name in one.by_rate]
-            line = [(i, found) for i, found in line if found.high - found.low < _WIDEST]
+            line = [(i, found) for i, found in line if _told(found)]
             at, values = [i + shift for i, _ in line], [found for _, found in line]
             _bars(axes, at, values, color)
             axes.plot(at, [v.value for v in values], color=color, marker=marker, linestyle=dash, markersize=5,
                       markeredgecolor="white", linewidth=1.6, label=text(one.algorithm))  # fmt: skip
-            if not math.isnan(one.overall.value):
+            if _told(one.overall):
                 end = len(places) + 0.1 + shift
                 _bars(axes, [end], [one.overall], color)
                 axes.plot(end, one.overall.value, color=color, marker=marker, markersize=6, markeredgecolor="white")
         axes.axhline(0, color=SOFT, linewidth=0.9)
         axes.set_xticks(range(len(places) + 1), [*places, "all"])
         axes.set_xlim(-0.4, len(places) + 0.5)
-        axes.set_ylim(min(-0.4, *(one.overall.value - 0.15 for one in result.conflicts)), 1.04)
+        drawn = [found for one in result.conflicts for found in (one.overall, *one.by_rate.values()) if _told(found)]
+        axes.set_ylim(max(-1.04, min([-0.4, *(found.low - 0.05 for found in drawn)])), 1.04)
         axes.set_xlabel("pass rate of the prompt")
         axes.set_ylabel("cosine of the two mean gradients")
         axes.set_title("Do rollouts and demonstrations pull the same way?")
@@ -105,7 +106,9 @@ def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
         for axes, (field, title) in zip(grid, panels, strict=False):
             for index, name in enumerate(names):
                 found = [next((m for m in r.measured if m.name == name), None) for r in results]
-                _course(axes, results, [m and getattr(m.overall, field) for m in found], index, label(results[0], name))
+                values = [m and getattr(m.overall, field) for m in found]
+                floor = _FLOOR if field == "snr" else -math.inf
+                _course(axes, results, values, index, label(results[0], name), floor)
             axes.set_title(title)
         last = figure.axes[3]
         both = dict.fromkeys(c.algorithm for r in results for c in r.conflicts)
@@ -123,13 +126,20 @@ def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
     return save(folder, "over_training", (8.6, 6.4), draw)
 
 
-def _course(axes, results: Sequence[Result], values: Sequence[Estimated | None], index: int, name: str) -> None:
-    at = [(i, v) for i, v in enumerate(values) if v is not None and not math.isnan(v.value)]
+def _course(
+    axes,
+    results: Sequence[Result],
+    values: Sequence[Estimated | None],
+    index: int,
+    name: str,
+    floor: float = -math.inf,
+) -> None:
+    at = [(i, v) for i, v in enumerate(values) if v is not None and math.isfinite(v.value)]
     places = _places(results)
     color = _palette(index)
     xs, known = [places[i] for i, _ in at], [v for _, v in at]
-    _bars(axes, xs, known, color)
-    axes.plot(xs, [v.value for v in known], color=color, marker=LINES[index % len(LINES)], markersize=5,
+    _bars(axes, xs, known, color, floor)
+    axes.plot(xs, [max(v.value, floor) for v in known], color=color, marker=LINES[index % len(LINES)], markersize=5,
               markeredgecolor="white", linewidth=1.6, label=name or None)  # fmt: skip
 
 
@@ -149,7 +159,7 @@ def _by_rate(axes, result: Result, shown: Sequence[Measured]) -> None:
     bins = [one for one in result.bins if len(one.prompts) >= _FEWEST]
     places = {one.label: i for i, one in enumerate(bins)}
     for color, marker, shift, one in _styled(shown):
-        at = [(places[found.bin] + shift, found.pooled.snr) for found in one.by_rate if found.bin in places]
+        at = [(places[found.bin] + shift, found.snr) for found in one.by_rate if found.bin in places]
         known = [(x, v) for x, v in at if math.isfinite(v.value)]
         _bars(axes, [x for x, _ in known], [v for _, v in known], color, floor=_FLOOR)
         axes.plot([x for x, _ in known], [max(v.value, _FLOOR) for _, v in known], color=color, marker=marker,
@@ -157,6 +167,7 @@ def _by_rate(axes, result: Result, shown: Sequence[Measured]) -> None:
     _logarithmic(axes)
     axes.set_ylim(bottom=_FLOOR * 0.8)
     axes.set_xticks(range(len(places)), [f"{one.label}\n({len(one.prompts)})" for one in bins])
+    axes.set_xlim(-0.4, len(places) - 0.6)
     axes.set_xlabel("pass rate of the prompt (prompts)")
     axes.set_title("Signal to noise of one prompt")
     dress(axes)
@@ -230,6 +241,11 @@ def _bars(axes, at: Sequence[float], values: Sequence[Estimated], color: str, fl
     for x, found in zip(at, values, strict=True):
         if not math.isnan(found.low) and found.high > floor:
             axes.plot([x, x], [max(found.low, floor), found.high], color=color, alpha=0.3, linewidth=1.3)
+
+
+def _told(found: Estimated) -> bool:
+    """False where an interval is so wide, or missing, that the cosine is not drawn."""
+    return found.high - found.low < _WIDEST
 
 
 def _or(value: float, other: float) -> float:

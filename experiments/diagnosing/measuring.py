@@ -23,6 +23,7 @@ from upge.measure import (
     Measured,
     ModelScores,
     Pool,
+    Sketch,
     Targets,
     batch_estimates,
     batch_sample,
@@ -37,12 +38,15 @@ from upge.measure import (
     same,
     true_gradient,
 )
-from upge.measure.diagnosis import Bin, Conflict, thresholds
+from upge.measure.by_rate import Bin
+from upge.measure.diagnosis import Conflict, thresholds
 from upge.measure.scores import Pair
 from upge.train.config import ModelConfig
 
 #: Share of the free memory that gradients kept at the same time may take.
 _MEMORY = 0.6
+#: Numbers by which it is found out which estimators are the same.
+_TO_COMPARE = 512
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,8 @@ def worked_out(
 ) -> Result:
     """All figures, from the gradients [g, k] that the estimators consist of."""
     bins = bins_of(pool.pass_rates)
+    # A few numbers tell whether estimates are alike; everyone's whole estimates would take more than the gradients.
+    short = Sketch((rows.shape[1],), min(rows.shape[1], _TO_COMPARE))
     lines: list[Measured] = []
     samples, estimates = {}, {}
     for one in found:
@@ -152,7 +158,7 @@ def worked_out(
         for part in ("", *parts):
             mine = one.contributions(pool, rows, [part] if part else None)
             lines.append(measured(pool, one, part, mine, bins, to))
-            estimates[lines[-1].name] = batch_estimates(pool, mine)[0]
+            estimates[lines[-1].name] = short([batch_estimates(pool, mine)[0]])
             if not part:
                 samples[one.name] = batch_sample(pool, mine)
     conflicts = [conflict(pool, one, rows, bins) for one in found]

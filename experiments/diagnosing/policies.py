@@ -50,7 +50,9 @@ def policies(chosen: Chosen) -> Iterator[list[Policy]]:
         names = [folder_name(one.label).lower() for one in found]
         twice = next((one.label for one, name in zip(found, names, strict=True) if names.count(name) > 1), None)
         if twice is not None:
-            raise ConfigError(f"policies: several would be called '{twice}'; name them, as in policies=[LABEL:PATH,...]")
+            raise ConfigError(
+                f"policies: several would be called '{twice}'; name them, as in policies=[LABEL:PATH,...]"
+            )
         yield found
 
 

@@ -154,7 +154,7 @@ def _number(value: float, digits: int) -> str:
 def _of(at, figure: str) -> str:
     if at is None:
         return MISSING
-    return ranged(at.own if figure == "own" else getattr(at.pooled, figure))
+    return ranged(getattr(at, figure))
 
 
 def _sortable(value: float) -> float:

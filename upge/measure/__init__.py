@@ -9,13 +9,13 @@
 `python -m experiments.diagnose` does all of it; docs/diagnose.md says what the figures mean.
 """
 
+from upge.measure.by_rate import bins_of
 from upge.measure.contributions import Directions, Entries, Estimator, estimator, gradients, true_gradient
 from upge.measure.diagnosis import (
     Measured,
     Targets,
     batch_estimates,
     batch_sample,
-    bins_of,
     conflict,
     imitation,
     measured,

@@ -1,9 +1,9 @@
-"""What is asked of the algorithms on one pool: overall, by pass rate, part by part, and against each other."""
+"""What is asked of the algorithms on one pool: overall, part by part, and against each other."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,52 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upge.algorithm import Algorithm
-from upge.measure.contributions import Entries, Estimator
-from upge.measure.figures import Figures, Sample, cosine_of, cosine_with, figures, without_rounding
+from upge.measure.by_rate import AtCount, AtRate, Bin, at_counts, at_rates
+from upge.measure.contributions import Directions, Entries, Estimator
+from upge.measure.figures import Figures, Sample, cosine_of, cosine_with, figures
 from upge.measure.pool import Pool
-from upge.measure.statistics import Estimated, gram, jackknife, within
+from upge.measure.statistics import Estimated
 
-#: The ends of the intervals of the pass rate by which prompts are told apart; 0 and 1 have one of their own.
-_ENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 #: Two estimators whose batches have this cosine are the same but for their scale.
 _SAME = 1 - 1e-6
-
-
-@dataclass(frozen=True)
-class Bin:
-    """Prompts of similar pass rate."""
-
-    label: str
-    pass_rate: float
-    prompts: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class AtRate:
-    """One estimator on the prompts of a bin; an estimate is now what a single prompt contributes.
-
-    Attributes:
-        bin: which.
-        pooled: against the true gradient of the whole pool, which is what is climbed.
-        own: cosine with the true gradient of these prompts alone.
-        prompt_snr: ‖m_q‖²/E‖g_q - m_q‖² of one prompt's group, averaged over the prompts above and below: only its
-            rollouts are drawn anew. The `snr` of `pooled` draws the prompt, too.
-    """
-
-    bin: str
-    pooled: Figures
-    own: Estimated
-    prompt_snr: Estimated
-
-
-@dataclass(frozen=True)
-class AtCount:
-    """One estimator on the groups that show so many successes, which is what a gate can see: a single prompt's
-    contribution against the true gradient of the whole pool."""
-
-    successes: int
-    groups: int
-    pooled: Figures
 
 
 @dataclass(frozen=True)
@@ -114,21 +76,6 @@ class Targets:
         return self.true.mean(dim=0)
 
 
-def bins_of(pass_rates: Float[Tensor, "M"]) -> list[Bin]:
-    """The bins that have prompts, by rising pass rate."""
-    chosen = [("0", pass_rates <= 0)]
-    for low, high in zip(_ENDS, _ENDS[1:], strict=False):
-        inside = (pass_rates > low) & (pass_rates <= high if high < 1 else pass_rates < high)
-        chosen.append((f"{low:g}–{high:g}", inside))
-    chosen.append(("1", pass_rates >= 1))
-    found = []
-    for label, inside in chosen:
-        if bool(inside.any()):
-            members = tuple(inside.nonzero()[:, 0].tolist())
-            found.append(Bin(label, float(pass_rates[inside].mean()), members))
-    return found
-
-
 def batch_sample(pool: Pool, contributions: Float[Tensor, "M R k"]) -> Sample:
     """The sample of whole batches."""
     return Sample.of(*batch_estimates(pool, contributions), pool.rounds)
@@ -158,41 +105,9 @@ def measured(
         figures(overall, to.pooled),
         None if to.imitation is None else cosine_with(overall, to.imitation),
         None if to.held_out is None else cosine_with(overall, to.held_out),
-        tuple(_at_rates(single, bins, to)),
-        tuple(_at_counts(pool, single, to)),
+        tuple(at_rates(single, bins, to.true)),
+        tuple(at_counts(pool, single, to.pooled)),
     )
-
-
-def _at_rates(single: Tensor, bins: Sequence[Bin], to: Targets) -> Iterable[AtRate]:
-    rounds = single.shape[1]
-    for one in bins:
-        members = list(one.prompts)
-        mine = single[members]
-        if not bool(mine.any()):
-            continue
-        sample = Sample.of(mine.flatten(0, 1), torch.arange(rounds).repeat(len(members)), rounds)
-        own = cosine_with(sample, to.true[members].mean(dim=0))
-        yield AtRate(one.label, figures(sample, to.pooled), own, _prompt_snr(mine))
-
-
-def _prompt_snr(mine: Float[Tensor, "q R k"]) -> Estimated:
-    """Of single prompts, from products of different rounds of the same prompt."""
-    products = torch.stack([gram(one, one) for one in mine]).mean(dim=0)
-
-    def snr(weights: list[Tensor]) -> Tensor:
-        signal, power = within(products, weights[0]), (weights[0] * products.diagonal()).sum() / weights[0].sum()
-        return (signal / without_rounding(power - signal, power))[None]
-
-    return jackknife(snr, [torch.ones(len(products), dtype=torch.float64)])[0]
-
-
-def _at_counts(pool: Pool, single: Tensor, to: Targets) -> Iterable[AtCount]:
-    successes = pool.successes
-    for count in range(pool.group_size + 1):
-        prompts, rounds = (successes == count).nonzero(as_tuple=True)
-        mine = single[prompts, rounds]
-        if len(mine) and bool(mine.any()):
-            yield AtCount(count, len(mine), figures(Sample.of(mine, rounds, pool.rounds), to.pooled))
 
 
 def conflict(pool: Pool, found: Estimator, gradients: Tensor, bins: Sequence[Bin]) -> Conflict | None:
@@ -225,7 +140,7 @@ def same(estimates: Mapping[str, Float[Tensor, "b k"]]) -> list[list[str]]:
     return groups
 
 
-def imitation(pool: Pool, directions) -> Entries:
+def imitation(pool: Pool, directions: Directions) -> Entries:
     """Entries of the mean log-likelihood of the demonstrations, over prompts and rounds that have one."""
     having = [
         (q, r, group.demonstrations)

@@ -58,8 +58,10 @@ class Sketch:
         return 0.0 if self.is_whole else math.sqrt(2.0 / self.width)
 
     def __call__(self, tensors: Sequence[Tensor]) -> Float[Tensor, "n k"]:
-        """The sketches of n gradients at once; each tensor is [n, ...] with its size behind the first axis. In float32 at
-        least: thousands of pieces are added up, of which bfloat16 would lose most."""
+        """The sketches of n gradients at once; each tensor is [n, ...] with its size behind the first axis.
+
+        In float32 at least: thousands of pieces are added up, of which bfloat16 would lose most.
+        """
         kept = torch.promote_types(tensors[0].dtype, torch.float32)
         flat = [tensor.reshape(len(tensor), -1).to(kept) for tensor in tensors]
         found = tuple(tensor.shape[1] for tensor in flat)
