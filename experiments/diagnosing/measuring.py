@@ -119,7 +119,7 @@ def measure(
     with _bar(None, "true gradient") as bar:
         true = true_gradient(scores, pool.reference, bar.update)
         held_out = true_gradient(scores, sampled.held_out, bar.update).mean(dim=0) if sampled.held_out else None
-    demonstrated = shown.dense((pool.prompts, pool.rounds), rows).sum(dim=(0, 1))[None] if shown.cells else None
+    demonstrated = shown.dense((pool.prompts, pool.rounds), rows).sum(dim=0) if shown.cells else None
     to = Targets(true, demonstrated, held_out)
     result = worked_out(pool, found, varied, rows, to)
     facts = {

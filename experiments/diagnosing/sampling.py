@@ -16,7 +16,7 @@ from upge.measure.contributions import pass_rate
 from upge.measure.pool import Group, Pool, deal
 from upge.rollout import Sampler, Sampling
 from upge.train.config import ModelConfig
-from upge.train.order import demonstration_choice, prompt_indices, stream_seed
+from upge.train.order import prompt_indices, stream_seed
 from upge.train.trajectory import Trajectory, has_pair
 from upge.train.verified import Responder
 from upge.verify import VerifierPool
@@ -176,11 +176,14 @@ def _rollout(q: int, example: Example, response: rollout.Rollout, verdict) -> Tr
 
 
 def _given(q: int, example: Example, number: int, run) -> tuple[tuple[Trajectory, ...], tuple[Trajectory, ...]]:
-    """The demonstrations of a prompt that have their turn in a round, and its pair, as in training."""
+    """The demonstrations of a prompt that have their turn in a round, by chance, and its pair.
+
+    A run has them in turns; rounds that did would not be independent of each other.
+    """
     count, wanted = len(example.demonstrations), run.data_policy.demonstrations
     chosen = list(range(count))
     if count and 0 < wanted < count:
-        first = demonstration_choice(number, q, count, run.seed)
+        first = stream_seed(run.seed, "diagnose", "demonstration", q, number) % count
         chosen = [(first + i) % count for i in range(wanted)]
     shown = tuple(
         Trajectory(q, q, tuple(example.prompt_ids), tuple(example.demonstrations[i]), 1.0, True) for i in chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -62,12 +63,12 @@ class Targets:
 
     Attributes:
         true: [M, H, k] independent estimates of each prompt's ∇E[R].
-        imitation: [1, k] gradient of the mean log-likelihood of the demonstrations; None without any.
+        imitation: [R, k] gradient of the mean log-likelihood of the demonstrations of each round; None without any.
         held_out: [H, k] independent estimates of ∇E[R] on other prompts; None without any.
     """
 
     true: Float[Tensor, "M H k"]
-    imitation: Float[Tensor, "1 k"] | None = None
+    imitation: Float[Tensor, "R k"] | None = None
     held_out: Float[Tensor, "H k"] | None = None
 
     @property
@@ -103,11 +104,15 @@ def measured(
         part if several else "",
         found.sources[part] if part else ", ".join(sources),
         figures(overall, to.pooled),
-        None if to.imitation is None else cosine_with(overall, to.imitation),
+        None if to.imitation is None else cosine_of(overall, _one_a_round(to.imitation)),
         None if to.held_out is None else cosine_with(overall, to.held_out),
         tuple(at_rates(single, bins, to.true)),
         tuple(at_counts(pool, single, to.pooled)),
     )
+
+
+def _one_a_round(estimates: Float[Tensor, "R k"]) -> Sample:
+    return Sample.of(estimates, torch.arange(len(estimates)), len(estimates))
 
 
 def conflict(pool: Pool, found: Estimator, gradients: Tensor, bins: Sequence[Bin]) -> Conflict | None:
@@ -141,21 +146,21 @@ def same(estimates: Mapping[str, Float[Tensor, "b k"]]) -> list[list[str]]:
 
 
 def imitation(pool: Pool, directions: Directions) -> Entries:
-    """Entries of the mean log-likelihood of the demonstrations, over prompts and rounds that have one."""
+    """Entries of the mean log-likelihood of a round's demonstrations, over the prompts that have one."""
     having = [
         (q, r, group.demonstrations)
         for q, groups in enumerate(pool.groups)
         for r, group in enumerate(groups)
         if group.demonstrations
     ]
-    entries = Entries()
+    entries, prompts = Entries(), Counter(r for _, r, _ in having)
     for q, r, demonstrations in having:
         for one in demonstrations:
             pair = (tuple(one.prompt_ids), tuple(one.response_ids))
             number, factor = directions.find(pair, torch.ones(len(pair[1]), dtype=torch.float64), None)
             entries.cells.append(q * pool.rounds + r)
             entries.gradients.append(number)
-            entries.factors.append(factor / (len(demonstrations) * len(having)))
+            entries.factors.append(factor / (len(demonstrations) * prompts[r]))
     return entries
 
 
