@@ -139,6 +139,13 @@ def test_figures_cover_the_truth():
     assert all(count >= 0.85 * 120 for count in held.values()), held
 
 
+def test_an_interval_beyond_the_range_does_not_become_a_point():
+    assert Estimated(0.9, 0.7, 1.1).within(-1, 1) == Estimated(0.9, 0.7, 1)
+    assert Estimated(1.5, 1.2, 1.8).within(-1, 1) == pytest.approx((1, 0.7, 1))
+    assert Estimated(-0.25, -0.75, 0.25).within(0, 1) == Estimated(0, 0, 0.5)
+    assert all(map(math.isnan, Estimated.exactly(math.nan).within(-1, 1)))
+
+
 def test_a_mean_lost_in_noise_has_no_noise_figure_and_no_upper_end():
     """Not one of 0, which is what the root of a negative square would be."""
     lost, doubtful, known = Estimated(-0.1, -0.3, 0.25), Estimated(0.25, -0.1, 1.0), Estimated(0.25, 0.04, 1.0)
@@ -216,3 +223,14 @@ def test_rounds_without_estimates_do_not_count():
     assert math.isfinite(packed.alignment.low)
     alone = figures(Sample.of(estimates, torch.zeros(6, dtype=torch.long), 4), target)
     assert math.isnan(alone.cosine.value) and math.isfinite(alone.alignment.value)
+
+
+def test_without_a_true_gradient_nothing_is_held_against_it():
+    """One lucky part out of several makes no direction: products of different parts are 0."""
+    sample = Sample.of(noise(8, 5) + 1, torch.arange(4).repeat_interleave(2), 4)
+    target = torch.zeros(4, 5, dtype=torch.float64)
+    for lucky in (0.0, 1.0):
+        target[0] = lucky
+        found = figures(sample, target)
+        assert all(math.isnan(getattr(found, name).value) for name in ("cosine", "bias", "scale", "alignment"))
+        assert math.isfinite(found.power.value) and math.isnan(cosine_with(sample, target).value)

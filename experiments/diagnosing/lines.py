@@ -1,4 +1,4 @@
-"""The figures that are lines: signal by pass rate, the conflict of the two sources, and the course of training."""
+"""The figures by pass rate: signal to noise, and the conflict of the two sources."""
 
 from __future__ import annotations
 
@@ -7,17 +7,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from experiments.diagnosing.measuring import Result
-from experiments.diagnosing.plane import distinct, label
-from experiments.diagnosing.style import COLORS, LINES, SOFT, dress, kind, save, text
+from experiments.diagnosing.plane import label
+from experiments.diagnosing.style import (
+    COLORS,
+    FLOOR,
+    LINES,
+    SOFT,
+    bars,
+    dress,
+    kind,
+    known_or,
+    legend,
+    logarithmic,
+    palette,
+    save,
+    text,
+)
 from experiments.diagnosing.tables import different
 from upge.measure import Estimated, Measured
 
-#: Lines of a source, prompts of a bin without which it is not drawn, and the lowest signal to noise that is.
-_MOST, _FEWEST, _FLOOR = 5, 3, 1e-3
-_COLORS = ("#0072b2", "#c95000", "#00805a", "#a6478b", "#8a6a00", "#2a8fc7", "#5a5f66", "#b3261e", "#6b4fa1")
+#: Lines of a source, and prompts of a bin without which it is not drawn.
+_MOST, _FEWEST = 5, 3
 #: A cosine whose interval is wider says nothing.
 _WIDEST = 1.0
 
@@ -35,7 +47,7 @@ def signal(result: Result, folder: Path) -> list[Path]:
         _by_count(axes[1], result, shown)
         if result.thresholds:
             _by_threshold(axes[2], result)
-        _legend(figure, axes[0], min(5, len(shown)))
+        legend(figure, axes[0], min(5, len(shown)))
 
     return save(folder, "signal_by_pass_rate", (3.9 * panels, 4.4), draw)
 
@@ -45,7 +57,7 @@ def chosen(result: Result) -> list[Measured]:
     found = []
     for source in ("rollouts", "demonstrations"):
         mine = [one for one in different(result) if one.source == source]
-        mine.sort(key=lambda one: (bool(one.part), -_or(one.overall.alignment.value, -math.inf)))
+        mine.sort(key=lambda one: (bool(one.part), -known_or(one.overall.alignment.value, -math.inf)))
         found += mine[:_MOST]
     return found
 
@@ -59,18 +71,18 @@ def conflict(result: Result, folder: Path) -> list[Path]:
         axes = figure.add_subplot()
         places = [one.label for one in result.bins]
         for index, one in enumerate(result.conflicts):
-            color, marker = _palette(index), LINES[index % len(LINES)]
+            color, marker = palette(index), LINES[index % len(LINES)]
             dash = "-" if index < len(LINES) else "--"
             shift = (index - len(result.conflicts) / 2) * 0.03
             line = [(i, one.by_rate[name]) for i, name in enumerate(places) if name in one.by_rate]
             line = [(i, found) for i, found in line if _told(found)]
             at, values = [i + shift for i, _ in line], [found for _, found in line]
-            _bars(axes, at, values, color)
+            bars(axes, at, values, color)
             axes.plot(at, [v.value for v in values], color=color, marker=marker, linestyle=dash, markersize=5,
                       markeredgecolor="white", linewidth=1.6, label=text(one.algorithm))  # fmt: skip
             if _told(one.overall):
                 end = len(places) + 0.1 + shift
-                _bars(axes, [end], [one.overall], color)
+                bars(axes, [end], [one.overall], color)
                 axes.plot(end, one.overall.value, color=color, marker=marker, markersize=6, markeredgecolor="white")
         axes.axhline(0, color=SOFT, linewidth=0.9)
         axes.set_xticks(range(len(places) + 1), [*places, "all"])
@@ -81,78 +93,9 @@ def conflict(result: Result, folder: Path) -> list[Path]:
         axes.set_ylabel("cosine of the two mean gradients")
         axes.set_title("Do rollouts and demonstrations pull the same way?")
         dress(axes)
-        _legend(figure, axes, 5)
+        legend(figure, axes, 5)
 
     return save(folder, "conflict", (6.8, 4.6), draw)
-
-
-def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
-    """over_training: cosine, signal to noise, alignment and conflict of every policy, in their order."""
-    if len(results) < 2:
-        return []
-    names = [one.name for one in distinct(results[0])]
-    if len(names) > len(_COLORS):
-        # More lines could not be told apart: of each kind those with the highest alignment at first.
-        ranked = sorted(distinct(results[0]), key=lambda one: -_or(one.overall.alignment.value, -1.0))
-        kinds: dict[str, list[str]] = {}
-        for one in ranked:
-            kinds.setdefault(kind(one.source), []).append(one.name)
-        kept = {name for own in kinds.values() for name in own[:2]}
-        names = [name for name in names if name in kept]
-
-    def draw(figure: Figure) -> None:
-        grid = list(figure.subplots(2, 2).flat)
-        panels = (("cosine", "cosine with ∇E[R]"), ("snr", "signal to noise of a batch"), ("alignment", "alignment"))
-        for axes, (field, title) in zip(grid, panels, strict=False):
-            for index, name in enumerate(names):
-                found = [next((m for m in r.measured if m.name == name), None) for r in results]
-                values = [m and getattr(m.overall, field) for m in found]
-                floor = _FLOOR if field == "snr" else -math.inf
-                _course(axes, results, values, index, label(results[0], name), floor)
-            axes.set_title(title)
-        last = figure.axes[3]
-        both = dict.fromkeys(c.algorithm for r in results for c in r.conflicts)
-        for index, name in enumerate(names):
-            if name in both:
-                found = [next((c.overall for c in r.conflicts if c.algorithm == name), None) for r in results]
-                _course(last, results, found, index, "")
-        last.set_title("cosine of rollouts' and demonstrations' parts")
-        _logarithmic(figure.axes[1])
-        for axes in figure.axes:
-            _steps(axes, results)
-            dress(axes)
-        _legend(figure, figure.axes[0], 3)
-
-    return save(folder, "over_training", (8.6, 6.4), draw)
-
-
-def _course(
-    axes,
-    results: Sequence[Result],
-    values: Sequence[Estimated | None],
-    index: int,
-    name: str,
-    floor: float = -math.inf,
-) -> None:
-    at = [(i, v) for i, v in enumerate(values) if v is not None and math.isfinite(v.value)]
-    places = _places(results)
-    color = _palette(index)
-    xs, known = [places[i] for i, _ in at], [v for _, v in at]
-    _bars(axes, xs, known, color, floor)
-    axes.plot(xs, [max(v.value, floor) for v in known], color=color, marker=LINES[index % len(LINES)], markersize=5,
-              markeredgecolor="white", linewidth=1.6, label=name or None)  # fmt: skip
-
-
-def _places(results: Sequence[Result]) -> list[float]:
-    steps = [one.step for one in results]
-    return [float(i) for i in range(len(results))] if None in steps else [float(step) for step in steps]
-
-
-def _steps(axes, results: Sequence[Result]) -> None:
-    if any(one.step is None for one in results):
-        axes.set_xticks(range(len(results)), [text(one.label) for one in results])
-    else:
-        axes.set_xlabel("step")
 
 
 def _by_rate(axes, result: Result, shown: Sequence[Measured]) -> None:
@@ -161,11 +104,11 @@ def _by_rate(axes, result: Result, shown: Sequence[Measured]) -> None:
     for color, marker, shift, one in _styled(shown):
         at = [(places[found.bin] + shift, found.snr) for found in one.by_rate if found.bin in places]
         known = [(x, v) for x, v in at if math.isfinite(v.value)]
-        _bars(axes, [x for x, _ in known], [v for _, v in known], color, floor=_FLOOR)
-        axes.plot([x for x, _ in known], [max(v.value, _FLOOR) for _, v in known], color=color, marker=marker,
+        bars(axes, [x for x, _ in known], [v for _, v in known], color, floor=FLOOR)
+        axes.plot([x for x, _ in known], [max(v.value, FLOOR) for _, v in known], color=color, marker=marker,
                   markersize=5, markeredgecolor="white", linewidth=1.5, label=label(result, one.name))  # fmt: skip
-    _logarithmic(axes)
-    axes.set_ylim(bottom=_FLOOR * 0.8)
+    logarithmic(axes)
+    axes.set_ylim(bottom=FLOOR * 0.8)
     axes.set_xticks(range(len(places)), [f"{one.label}\n({len(one.prompts)})" for one in bins])
     axes.set_xlim(-0.4, len(places) - 0.6)
     axes.set_xlabel("pass rate of the prompt (prompts)")
@@ -178,7 +121,7 @@ def _by_count(axes, result: Result, shown: Sequence[Measured]) -> None:
     for color, marker, shift, one in _styled(shown):
         known = [(at.successes + shift, at.pooled.alignment) for at in one.by_count]
         known = [(x, v) for x, v in known if not math.isnan(v.value)]
-        _bars(axes, [x for x, _ in known], [v for _, v in known], color)
+        bars(axes, [x for x, _ in known], [v for _, v in known], color)
         axes.plot([x for x, _ in known], [v.value for _, v in known], color=color, marker=marker, markersize=5,
                   markeredgecolor="white", linewidth=1.5)  # fmt: skip
     axes.axhline(0, color=SOFT, linewidth=0.9)
@@ -190,14 +133,14 @@ def _by_count(axes, result: Result, shown: Sequence[Measured]) -> None:
 
 def _by_threshold(axes, result: Result) -> None:
     for index, (name, found) in enumerate(result.thresholds.items()):
-        color = _palette(index)
+        color = palette(index)
         at, values = [one.threshold for one in found], [one.overall.alignment for one in found]
         if all(math.isnan(value.value) for value in values):
             continue
         axes.plot(at, [v.value for v in values], color=color, marker=LINES[index % len(LINES)], markersize=5,
                   markeredgecolor="white", linewidth=1.6, label=text(name))  # fmt: skip
-        _bars(axes, at, values, color)
-        best = max(range(len(values)), key=lambda i: _or(values[i].value, -math.inf))
+        bars(axes, at, values, color)
+        best = max(range(len(values)), key=lambda i: known_or(values[i].value, -math.inf))
         axes.plot(at[best], values[best].value, marker="o", markersize=12, markerfacecolor="none", color=color)
     if axes.get_lines():
         axes.legend(frameon=False, fontsize=8.5)
@@ -205,21 +148,6 @@ def _by_threshold(axes, result: Result) -> None:
     axes.set_xlabel("threshold of the gates")
     axes.set_title("Alignment of a batch, best one ringed")
     dress(axes)
-
-
-def _logarithmic(axes) -> None:
-    """A logarithmic axis with plain numbers, as in 0.05."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-
-
-def _legend(figure: Figure, axes, columns: int) -> None:
-    """Below the figure, of the lines of one panel; nothing where there is none."""
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False)
 
 
 def _styled(shown: Sequence[Measured]):
@@ -233,20 +161,6 @@ def _styled(shown: Sequence[Measured]):
         yield colors[number % len(colors)], marker, (place - len(shown) / 2) * 0.03, one
 
 
-def _palette(index: int) -> str:
-    return _COLORS[index % len(_COLORS)]
-
-
-def _bars(axes, at: Sequence[float], values: Sequence[Estimated], color: str, floor: float = -math.inf) -> None:
-    for x, found in zip(at, values, strict=True):
-        if not math.isnan(found.low) and found.high > floor:
-            axes.plot([x, x], [max(found.low, floor), found.high], color=color, alpha=0.3, linewidth=1.3)
-
-
 def _told(found: Estimated) -> bool:
     """False where an interval is so wide, or missing, that the cosine is not drawn."""
     return found.high - found.low < _WIDEST
-
-
-def _or(value: float, other: float) -> float:
-    return other if math.isnan(value) else value

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.comparing.render import Grid, markdown, markdown_text
-from experiments.diagnosing import lines, plane
+from experiments.diagnosing import course, lines, plane
 from experiments.diagnosing.measuring import Result
 from experiments.diagnosing.policies import folder_name
 from experiments.diagnosing.tables import grids
@@ -42,7 +42,7 @@ def files(results: Sequence[Result], facts: Mapping[str, Any], notes: Sequence[s
             own.mkdir(exist_ok=True)
             for draw in (plane.plane, lines.signal, lines.conflict, plane.cosines):
                 drawn += draw(result, own)
-        drawn += lines.over_training(results, folder)
+        drawn += course.over_training(results, folder)
         whole = {**facts, "notes": list(notes), "policies": [plain(result) for result in results]}
         (folder / "diagnosis.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", "utf-8")
         (folder / "table.md").write_text(page(results, notes), "utf-8")

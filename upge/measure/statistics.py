@@ -39,8 +39,13 @@ class Estimated(NamedTuple):
         return cls(value, value, value)
 
     def within(self, low: float, high: float) -> Estimated:
-        """The same cut to where the figure can lie; NaN stays."""
-        return Estimated(*(value if math.isnan(value) else min(max(value, low), high) for value in self))
+        """The same cut to where the figure can lie; NaN stays.
+
+        A value beyond takes its interval along to the edge: cut alone, one that lies wholly beyond would be a point, as
+        if the figure were known exactly.
+        """
+        moved = min(max(self.value, low), high) - self.value
+        return Estimated(*(end if math.isnan(end) else min(max(end + moved, low), high) for end in self))
 
     def root(self) -> Estimated:
         """The square roots; what noise has pushed below 0 is 0."""
