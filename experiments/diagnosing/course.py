@@ -14,6 +14,7 @@ from experiments.diagnosing.style import (
     FLOOR,
     LINES,
     PALETTE,
+    SOFT,
     bars,
     dress,
     kind,
@@ -60,6 +61,9 @@ def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
         last.set_title("cosine of rollouts' and demonstrations' parts")
         logarithmic(figure.axes[1])
         for axes in figure.axes:
+            if not any(len(line.get_xdata()) for line in axes.get_lines()):
+                axes.set_yticks([])
+                axes.text(0.5, 0.5, "no figure from these samples", transform=axes.transAxes, ha="center", color=SOFT)
             _steps(axes, results)
             dress(axes)
         legend(figure, figure.axes[0], 3)
