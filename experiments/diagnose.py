@@ -9,6 +9,7 @@ with diagnosis.html, table.md, diagnosis.json and the figures; docs/diagnose.md 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import textwrap
@@ -88,6 +89,12 @@ def _diagnose(arguments: Sequence[str]) -> int:
     notes = [f"{name} is left out: {reason}" for name, reason in chosen.left_out.items()] + chosen.remarks
     results, more = _exactly(chosen) if chosen.config.exact else _sampled(chosen, console)
     notes += more
+    for result in results:
+        if all(math.isnan(one.overall.alignment.value) for one in result.measured):
+            notes.append(
+                f"{result.label}: ∇E[R] cannot be told from 0 with this sample, so nothing can be held against it; give "
+                "more reference rollouts, or prompts that are sometimes solved"
+            )
     for result in results:
         console.print(f"\n{result.label}: {write.summary(result)}", markup=False)
         for grid in grids(result):

@@ -15,6 +15,7 @@ standard deviation) is no error, so most figures do not depend on it:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -92,19 +93,24 @@ def _derived(mm: Tensor, mt: Tensor, tt: Tensor, power: Tensor) -> Tensor:
     """[8] the figures but for the noise; of bias and raw_bias the squares: those have an error that is even on both
     sides."""
     variance = without_rounding(power - mm, power)
-    cosine = mt / (mm * tt).sqrt()
+    cosine = mt / (length(mm) * length(tt))
     return torch.stack(
         [
             cosine,
             1 - cosine.clamp(min=0).square(),
-            mt / tt,
-            (mm - 2 * mt + tt) / tt,
+            mt / length(tt).square(),
+            (mm - 2 * mt + tt) / length(tt).square(),
             mm / variance,
-            mt / (power * tt).sqrt(),
+            mt / (power.sqrt() * length(tt)),
             power,
             mm,
         ]
     )
+
+
+def length(square: Tensor) -> Tensor:
+    """Its root; NaN where noise, or no signal at all, leaves a squared length that is not positive."""
+    return torch.where(square > 0, square, math.nan).sqrt()
 
 
 def without_rounding(variance: Tensor, power: Tensor) -> Tensor:
@@ -128,7 +134,7 @@ def cosine_of(a: Sample, b: Sample) -> Estimated:
 
     def cosine(weights: list[Tensor]) -> Tensor:
         ab, aa, bb = (within((one + one.T) / 2, weights[0]) for one in products)
-        return (ab / (aa * bb).sqrt())[None]
+        return (ab / (length(aa) * length(bb)))[None]
 
     return jackknife(cosine, [there])[0].within(-1, 1)
 
@@ -139,8 +145,8 @@ def cosine_with(sample: Sample, direction: Float[Tensor, "H k"]) -> Estimated:
 
     def cosine(weights: list[Tensor]) -> Tensor:
         rounds, parts = weights
-        length = within(other, parts) if len(direction) > 1 else other[0, 0]
-        return (between(cross, rounds, parts) / (within(own, rounds) * length).sqrt())[None]
+        square = within(other, parts) if len(direction) > 1 else other[0, 0]
+        return (between(cross, rounds, parts) / (length(within(own, rounds)) * length(square)))[None]
 
     parts = torch.ones(len(direction), dtype=torch.float64)
     return jackknife(cosine, [sample.counts, parts])[0].within(-1, 1)
