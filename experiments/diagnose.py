@@ -92,8 +92,8 @@ def _diagnose(arguments: Sequence[str]) -> int:
     for result in results:
         if all(math.isnan(one.overall.alignment.value) for one in result.measured):
             notes.append(
-                f"{result.label}: ∇E[R] cannot be told from 0 with this sample, so nothing can be held against it; give "
-                "more reference rollouts, or prompts that are sometimes solved"
+                f"{result.label}: ∇E[R] cannot be told from 0 with this sample, so nothing can be held against it; "
+                "give more reference rollouts, or prompts that are sometimes solved"
             )
     for result in results:
         console.print(f"\n{result.label}: {write.summary(result)}", markup=False)
