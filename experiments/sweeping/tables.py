@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.comparing.differences import p_text
-from experiments.comparing.exclusive import Exclusive, exclusive
+from experiments.comparing.exclusive import ALL, Exclusive, exclusive
 from experiments.comparing.load import Run
 from experiments.comparing.render import Grid, Row
 from experiments.comparing.tables import MISSING
@@ -126,15 +126,24 @@ def exclusive_grid(sweep: Sweep, name: str, runs: Mapping[tuple[str, int], Run],
         for seed in seeds:
             for line in exclusive(runs[sweep.baseline, seed], runs[label, seed], solved):
                 lines.setdefault((line.benchmark, line.level), []).append(line)
-        for place, ((benchmark, level), same) in enumerate(lines.items()):
-            counts = [sum(getattr(line, one) for line in same) / len(same) for one in fields]
-            cells = (label, benchmark, level, str(same[0].problems), *(f"{c:.1f}" for c in counts))
+        counts = {key: [sum(getattr(line, one) for line in same) / len(same) for one in fields]
+                  for key, same in lines.items()}  # fmt: skip
+        # A benchmark that neither solves has nothing to tell, nor has the sum of a single level.
+        single = {benchmark for benchmark, _ in lines if _levels(lines, benchmark) == 2}
+        told = [key for key in lines if any(counts[key[0], ALL]) and not (key[1] == ALL and key[0] in single)]
+        for place, key in enumerate(told):
+            cells = (label, *key, str(lines[key][0].problems), *(f"{count:.1f}" for count in counts[key]))
             found.append(Row(cells, rule=bool(found) and place == 0))
     which = f" of {name}" if len(sweep.config.evaluate) > 1 else ""
     title = (f"Problems{which} that {sweep.baseline} or another alone solves in more than half of the samples; means "
              "over seeds")  # fmt: skip
     header = ("other", "benchmark", "level", "N", f"only {sweep.baseline}", "only the other", "both")
     return Grid("exclusive", title, header, tuple(found), 3) if found else None
+
+
+def _levels(lines: Mapping[tuple[str, str], Any], benchmark: str) -> int:
+    """How many lines a benchmark has, that of all levels included."""
+    return sum(own == benchmark for own, _ in lines)
 
 
 def _best(values: Sequence[Figure | None]) -> set[int]:
