@@ -44,3 +44,7 @@ results: env  ## make docs/results.md anew: all sweeps of the small model and th
 	$(VENV)/bin/python -m experiments.sweep sweep=gate --docs
 	$(VENV)/bin/python -m experiments.sweep sweep=failing --docs
 	$(VENV)/bin/python -m experiments.sweep sweep=demonstrated --docs
+	$(VENV)/bin/python -m experiments.diagnose algos=all output=diagnoses/atlas
+	$(VENV)/bin/python -m experiments.diagnose output=diagnoses/main algos=[sft,dr_grpo,grpo,luffy,srft,hpt] data.train_size=510 \
+		"policies=[before:experiments/models/tiny,after:sweeps/main/runs/HPT/seed-0/final]" \
+		"data.levels=[3 numbers,4 numbers,5 numbers,3 mixed,4 mixed,5 mixed]"
