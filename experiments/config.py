@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import algorithms
+from experiments.arguments import split
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError, nearest
 from upge.pipeline import Pipeline
@@ -83,7 +84,7 @@ def compose(arguments: Sequence[str]) -> Composed:
     Raises:
         ConfigError: an unknown key, name or value, by its key.
     """
-    items = [_split(argument) for argument in arguments]
+    items = [split(argument) for argument in arguments]
     chosen = {key: value for key, value in items if key in GROUPS}
     recipe = read_recipe(chosen["recipe"]) if chosen.get("recipe") else Recipe()
     names = {group: chosen.get(group) or recipe.names.get(group, default) for group, default in GROUPS.items()}
@@ -179,13 +180,6 @@ def _checked(names: Mapping[str, str | None], tree: DictConfig) -> Composed:
     config = from_tree(RunConfig, plain)
     algorithm = algorithms.compose(plain["algo"], algorithms.stem(names["algo"]))
     return Composed(names, plain, config, algorithm)
-
-
-def _split(argument: str) -> tuple[str, str]:
-    key, equals, value = argument.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"'{argument}' is not of the form key=value; see --help for the keys")
-    return key, value
 
 
 def _preset(group: str, name: str) -> dict[str, Any]:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 import algorithms
+from experiments.arguments import parse, split
 from experiments.config import compose
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError, nearest
@@ -122,9 +121,9 @@ def choose(arguments: Sequence[str]) -> Chosen:
     """
     own: dict[str, Any] = {}
     shared: list[str] = []
-    for name, text in map(_split, arguments):
+    for name, text in map(split, arguments):
         if name in _fields():
-            own[name] = _value(name, text)
+            own[name] = parse(name, text)
         elif name in SHARED or name.startswith(tuple(k for k in SHARED if k.endswith("."))):
             shared.append(f"{name}={text}")
         else:
@@ -214,10 +213,10 @@ def _of_run(folder: Path, shared: Sequence[str]) -> tuple[dict[str, Any], dict[s
         raise ConfigError(f"run: {folder} has no config.yaml; give the folder of a run")
     tree = OmegaConf.load(path)
     for argument in shared:
-        name, text = _split(argument)
+        name, text = split(argument)
         if name in ("model", "data", "recipe"):
             raise ConfigError(f"{name}: the run has chosen it; leave it out, or give policies=[PATH,...] without run=")
-        OmegaConf.update(tree, name, _value(name, text), merge=False, force_add=name.startswith("data."))
+        OmegaConf.update(tree, name, parse(name, text), merge=False, force_add=name.startswith("data."))
     plain = OmegaConf.to_container(tree, resolve=True)
     return plain, {"model": folder.name, "data": str(plain["data"].get("_target_", "")).rpartition(".")[2].lower()}
 
@@ -227,18 +226,3 @@ def _algorithm(name: str, tree: Mapping[str, Any]) -> Algorithm | Pipeline:
     plain, *corrections = name.split("+")
     whole = OmegaConf.create({**tree, "algo": OmegaConf.to_container(algorithms.read(plain, corrections))})
     return algorithms.compose(whole.algo, algorithms.stem(plain))
-
-
-def _split(argument: str) -> tuple[str, str]:
-    name, equals, value = argument.partition("=")
-    if not equals or not name:
-        raise ConfigError(f"'{argument}' is not of the form key=value; see --help for the keys")
-    return name, value
-
-
-def _value(name: str, text: str) -> Any:
-    """A value of the command line, read as YAML."""
-    try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{name}: {text!r} cannot be read: {str(error).splitlines()[0]}") from error

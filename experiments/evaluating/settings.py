@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from experiments.arguments import parse, split
 from experiments.config import CONFIGS, compose, presets
 from upge.errors import ConfigError, nearest
 from upge.evaluation.suite import BenchmarkConfig, SuiteConfig
@@ -72,7 +73,7 @@ def choose(arguments: Sequence[str]) -> Chosen:
     Raises:
         ConfigError: an unknown key, name or value, by its key.
     """
-    items = [_split(argument) for argument in arguments]
+    items = [split(argument) for argument in arguments]
     names = {"model": "", "suite": ""} | {k: value for k, value in items if k in ("model", "suite")}
     for name, what in (("model", "a preset, a hub name or a folder"), ("suite", "a preset or a YAML file")):
         if not names[name]:
@@ -86,10 +87,10 @@ def choose(arguments: Sequence[str]) -> Chosen:
             continue
         _check_key(name, suite)
         if name == "limit":
-            own["limit"] = _value(name, value)
+            own["limit"] = parse(name, value)
         elif name.startswith("suite."):
             is_text = isinstance(OmegaConf.select(suite, name), str)
-            OmegaConf.update(suite, name, value if is_text else _value(name, value), merge=False, force_add=True)
+            OmegaConf.update(suite, name, value if is_text else parse(name, value), merge=False, force_add=True)
         else:
             shared.append(f"{name}={value}")
     # The keys that a run has, too, are read by what reads a run's.
@@ -172,21 +173,6 @@ def _of_run(model: str, items: Sequence[tuple[str, str]]) -> list[str]:
 def _note_of_run(model: str, taken: Sequence[str]) -> tuple[str, ...]:
     names = ", ".join(one.partition("=")[0] for one in taken)
     return (f"{names} as in {Path(model).expanduser().parent / 'config.yaml'}",) if taken else ()
-
-
-def _split(argument: str) -> tuple[str, str]:
-    name, equals, value = argument.partition("=")
-    if not equals or not name:
-        raise ConfigError(f"'{argument}' is not of the form key=value; see --help for the keys")
-    return name, value
-
-
-def _value(name: str, text: str) -> Any:
-    """A value of the command line, read as YAML."""
-    try:
-        return OmegaConf.select(OmegaConf.from_dotlist([f"value={text}"]), "value")
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{name}: {text!r} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _plain(tree: Any) -> dict[str, Any]:

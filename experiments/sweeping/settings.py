@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from experiments.arguments import parse, split
 from experiments.config import CONFIGS
 from experiments.sweeping.config import FOLDER_NAME, SweepConfig
 from upge.errors import ConfigError, nearest
@@ -93,9 +94,7 @@ def load(arguments: Sequence[str]) -> Sweep:
     """
     name, tree, given = "", {}, []
     for argument in arguments:
-        head, equals, value = argument.partition("=")
-        if not equals or not head:
-            raise ConfigError(f"'{argument}' is not of the form key=value; see --help for the keys")
+        head, value = split(argument)
         if head == "sweep":
             name = value
         else:
@@ -103,8 +102,7 @@ def load(arguments: Sequence[str]) -> Sweep:
     if name:
         tree = _file(name)
     for argument in given:
-        head, _, value = argument.partition("=")
-        _set(tree, head, value)
+        _set(tree, *split(argument))
     config = from_tree(SweepConfig, tree)
     stem = Path(name).stem if name else "sweep"
     folder = Path(config.output).expanduser() if config.output else Path("sweeps") / stem
@@ -136,7 +134,7 @@ def _typed(name: str, value: Any) -> str:
     if not isinstance(value, str) or not name.startswith(_PARSED):
         return written
     try:
-        same = _value(name, written) == value
+        same = parse(name, written) == value
     except ConfigError:
         same = False
     return written if same else json.dumps(value, ensure_ascii=False)
@@ -179,18 +177,11 @@ def _set(tree: dict[str, Any], name: str, value: str) -> None:
             where = where[one]
         if not isinstance(where, dict):
             raise ConfigError(f"{name}: {head} is {where!r}, which has no keys below it")
-        where[rest] = _value(name, value)
+        where[rest] = parse(name, value)
     elif name in SweepConfig.__dataclass_fields__:
-        tree[name] = value if name in ("output", "title", "baseline") else _value(name, value)
+        tree[name] = value if name in ("output", "title", "baseline") else parse(name, value)
     else:
-        tree.setdefault("common", {})[name] = _value(name, value)
-
-
-def _value(name: str, value: str) -> Any:
-    try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{name}: {value!r} cannot be read: {str(error).splitlines()[0]}") from error
+        tree.setdefault("common", {})[name] = parse(name, value)
 
 
 def _check_used(config: SweepConfig, given: Sequence[str]) -> None:
