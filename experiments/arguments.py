@@ -1,7 +1,8 @@
-"""Arguments of the form key=value, and how they are read."""
+"""Arguments of the form key=value: how they are read, and how a help text lists them."""
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -25,3 +26,11 @@ def parse(name: str, text: str) -> Any:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{name}: {text!r} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def help_row(left: str, right: str, width: int = 36) -> str:
+    """Two columns, at most 118 wide; a left side longer than `width` pushes the right one to the next line."""
+    indent = " " * (width + 3)
+    if len(left) > width:
+        return "\n".join([*textwrap.wrap(left, 116, initial_indent="  ", subsequent_indent="    "), indent + right])
+    return textwrap.fill(f"{left:<{width}} {right}", 118, initial_indent="  ", subsequent_indent=indent)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,17 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def help_text() -> str:
     """What --help prints."""
+    from experiments.arguments import help_row
     from experiments.diagnosing.settings import keys
 
-    rows = []
-    for name, default, meaning in keys():
-        left = f"{name}={default if default not in ('', None) else ''}"
-        if len(left) > 36:
-            rows += [f"  {left}", " " * 39 + meaning]
-        else:
-            rows.append(textwrap.fill(f"{left:<36} {meaning}", 118, initial_indent="  ", subsequent_indent=" " * 39))
+    shown = [(f"{name}={'' if default is None else default}", meaning) for name, default, meaning in keys()]
     head = "Keys (model=, data= and recipe= are those of experiments.run, with their own keys):"
-    return "\n".join([__doc__, head, *rows])
+    return "\n".join([__doc__, head, *(help_row(left, meaning) for left, meaning in shown)])
 
 
 def output_folder(output: str, names: dict[str, str]) -> Path:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 import algorithms
+from experiments.arguments import help_row
 from experiments.config import CONFIGS, GROUPS, presets
 from experiments.describe import correction_description
 from upge.train.config import meanings
@@ -26,18 +26,18 @@ of a rank, and refuses what cannot fit.
 def help_text() -> str:
     """The whole text, at most 120 columns wide."""
     parts = [USAGE, "Algorithms (algo=NAME; each part is a key, for example algo.terms.rl.estimator.mask.high=0.28):"]
-    parts += [_row(name, algorithms.load(name).description) for name in presets("algo")]
+    parts += [help_row(name, algorithms.load(name).description) for name in presets("algo")]
     parts.append("\nCorrections (correction=NAME or [NAME,NAME]; their settings become keys of the algorithm):")
-    parts += [_row(name, correction_description(name)) for name in presets("correction")]
+    parts += [help_row(name, correction_description(name)) for name in presets("correction")]
     for group in ("model", "data", "recipe"):
         parts.append(f"\n{_HEADS[group]}")
-        parts += [_row(name, _first_comment(CONFIGS / group / f"{name}.yaml")) for name in presets(group)]
+        parts += [help_row(name, _first_comment(CONFIGS / group / f"{name}.yaml")) for name in presets(group)]
     for name in presets("data"):
         parts.append(f"\nKeys of data={name}:")
-        parts += [_row(f"data.{key}={_shown(value)}", meaning) for key, value, meaning in _data_keys(name)]
+        parts += [help_row(f"data.{key}={_shown(value)}", meaning) for key, value, meaning in _data_keys(name)]
     parts.append("\nKeys of a run, with their defaults (presets may set others):")
     for key, default, meaning in meanings():
-        parts.append(_row(f"{key}={GROUPS.get(key) or _shown(default)}", meaning))
+        parts.append(help_row(f"{key}={GROUPS.get(key) or _shown(default)}", meaning))
     return "\n".join(parts)
 
 
@@ -46,13 +46,6 @@ def _shown(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value) or '""'
-
-
-def _row(left: str, right: str) -> str:
-    """Two columns; a long left side pushes the right one to the next line."""
-    if len(left) > 36:
-        return "\n".join([*textwrap.wrap(left, 116, initial_indent="  ", subsequent_indent="    "), " " * 39 + right])
-    return textwrap.fill(f"{left:<36} {right}", 118, initial_indent="  ", subsequent_indent=" " * 39)
 
 
 _HEADS = {

@@ -7,7 +7,6 @@ import platform
 import shlex
 import signal
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -143,6 +142,7 @@ def facts(folder) -> list[str]:
 
 def help_text() -> str:
     """What --help prints."""
+    from experiments.arguments import help_row
     from experiments.sweeping.config import SweepConfig
     from experiments.sweeping.settings import load, names
     from upge.train.config import meanings
@@ -150,14 +150,10 @@ def help_text() -> str:
     lines = [USAGE, "Sweeps (sweep=NAME):"]
     for name in names():
         one = load([f"sweep={name}"])
-        lines.append(_row(name, f"{one.config.title} ({len(one.runs)} runs)"))
+        lines.append(help_row(name, f"{one.config.title} ({len(one.runs)} runs)", 24))
     lines.append("\nKeys of a sweep, in its file or on the command line:")
-    lines += [_row(name, meaning) for name, _, meaning in meanings(SweepConfig)]
+    lines += [help_row(name, meaning, 24) for name, _, meaning in meanings(SweepConfig)]
     return "\n".join(lines)
-
-
-def _row(left: str, right: str) -> str:
-    return textwrap.fill(f"{left:<24} {right}", 118, initial_indent="  ", subsequent_indent=" " * 27)
 
 
 if __name__ == "__main__":

@@ -7,25 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
 from experiments.comparing.tables import Scores
+from experiments.drawing import dress, in_figure, save
 from upge.evaluation.bootstrap import Interval, intervals
 from upge.evaluation.passk import powers_of_two
 
-# The report's colours, on white: a figure in a paper has no dark page.
 COLORS = ("#0072b2", "#c95000", "#00805a", "#a6478b", "#8a6a00", "#2a8fc7", "#5a5f66")
-_INK, SOFT, RULE = "#1d2126", "#565d66", "#dcdeda"
 _MARKERS = "osD^vPX"
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "passk", "font.size": 9.5, "axes.linewidth": 0.8, "text.color": _INK,
-          "axes.labelcolor": SOFT, "axes.edgecolor": RULE, "xtick.color": SOFT, "ytick.color": SOFT,
-          "xtick.major.size": 0, "ytick.major.size": 0, "axes.titlesize": 10.5, "axes.titleweight": "bold",
-          "axes.titlelocation": "left"}  # fmt: skip
 _WIDTH, _HEIGHT = 3.1, 2.5  # of a panel, in inches
 _MOST_COLUMNS = 3
 
@@ -58,8 +50,8 @@ def draw(found: Sequence[Panel], names: Sequence[str], folder: Path) -> list[Pat
     """Writes passk.png and passk.svg into `folder`; `names` are all runs, which keep their colours in every panel."""
     columns = 2 if len(found) == 4 else min(_MOST_COLUMNS, len(found))
     rows = math.ceil(len(found) / columns)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure((_WIDTH * columns + 0.4, _HEIGHT * rows + 0.5), dpi=200, layout="constrained")
+
+    def into(figure: Figure) -> None:
         figure.get_layout_engine().set(h_pad=0.08)
         grid = figure.subplots(rows, columns, squeeze=False)
         lines: dict[str, Line2D] = {}
@@ -73,9 +65,8 @@ def draw(found: Sequence[Panel], names: Sequence[str], folder: Path) -> list[Pat
         shown = [name for name in names if name in lines]
         figure.legend([lines[name] for name in shown], [in_figure(name) for name in shown], loc="outside upper left",
                       ncols=min(4, len(shown)), frameon=False, borderaxespad=0.2)  # fmt: skip
-        FigureCanvasAgg(figure).print_png(folder / "passk.png", metadata={"Software": None})
-        FigureCanvasSVG(figure).print_svg(folder / "passk.svg", metadata={"Date": None})
-    return [folder / "passk.png", folder / "passk.svg"]
+
+    return save(folder, "passk", (_WIDTH * columns + 0.4, _HEIGHT * rows + 0.5), into)
 
 
 def _average(scores: Scores, names: Sequence[str], resamples: int, seed: int) -> dict[str, dict[int, Interval]]:
@@ -113,12 +104,5 @@ def _dress(axes, panel: Panel) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
     axes.set_ylim(0, min(101.0, axes.get_ylim()[1]))
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.yaxis.grid(True, color=RULE, linewidth=0.7)
+    dress(axes)
     axes.margins(x=0.04)
-
-
-def in_figure(name: str) -> str:
-    """`name` as it stands: dollars would begin a formula, and a leading underscore would keep it out of the legend."""
-    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")

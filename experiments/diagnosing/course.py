@@ -10,21 +10,8 @@ from matplotlib.figure import Figure
 
 from experiments.diagnosing.measuring import Result
 from experiments.diagnosing.plane import distinct, label
-from experiments.diagnosing.style import (
-    FLOOR,
-    LINES,
-    PALETTE,
-    SOFT,
-    bars,
-    dress,
-    kind,
-    known_or,
-    legend,
-    logarithmic,
-    palette,
-    save,
-    text,
-)
+from experiments.diagnosing.style import FLOOR, LINES, PALETTE, bars, kind, known_or, legend, logarithmic, palette
+from experiments.drawing import SOFT, dress, in_figure, save
 from upge.measure import Estimated
 
 
@@ -95,6 +82,6 @@ def _places(results: Sequence[Result]) -> list[float]:
 
 def _steps(axes, results: Sequence[Result]) -> None:
     if any(one.step is None for one in results):
-        axes.set_xticks(range(len(results)), [text(one.label) for one in results])
+        axes.set_xticks(range(len(results)), [in_figure(one.label) for one in results])
     else:
         axes.set_xlabel("step")

@@ -10,22 +10,9 @@ from matplotlib.figure import Figure
 
 from experiments.diagnosing.measuring import Result
 from experiments.diagnosing.plane import label
-from experiments.diagnosing.style import (
-    COLORS,
-    FLOOR,
-    LINES,
-    SOFT,
-    bars,
-    dress,
-    kind,
-    known_or,
-    legend,
-    logarithmic,
-    palette,
-    save,
-    text,
-)
+from experiments.diagnosing.style import COLORS, FLOOR, LINES, bars, kind, known_or, legend, logarithmic, palette
 from experiments.diagnosing.tables import different
+from experiments.drawing import SOFT, dress, in_figure, save
 from upge.measure import Estimated, Measured
 
 #: Lines of a source, and prompts of a bin without which it is not drawn.
@@ -79,7 +66,7 @@ def conflict(result: Result, folder: Path) -> list[Path]:
             at, values = [i + shift for i, _ in line], [found for _, found in line]
             bars(axes, at, values, color)
             axes.plot(at, [v.value for v in values], color=color, marker=marker, linestyle=dash, markersize=5,
-                      markeredgecolor="white", linewidth=1.6, label=text(one.algorithm))  # fmt: skip
+                      markeredgecolor="white", linewidth=1.6, label=in_figure(one.algorithm))  # fmt: skip
             if _told(one.overall):
                 end = len(places) + 0.1 + shift
                 bars(axes, [end], [one.overall], color)
@@ -138,7 +125,7 @@ def _by_threshold(axes, result: Result) -> None:
         if all(math.isnan(value.value) for value in values):
             continue
         axes.plot(at, [v.value for v in values], color=color, marker=LINES[index % len(LINES)], markersize=5,
-                  markeredgecolor="white", linewidth=1.6, label=text(name))  # fmt: skip
+                  markeredgecolor="white", linewidth=1.6, label=in_figure(name))  # fmt: skip
         bars(axes, at, values, color)
         best = max(range(len(values)), key=lambda i: known_or(values[i].value, -math.inf))
         axes.plot(at[best], values[best].value, marker="o", markersize=12, markerfacecolor="none", color=color)

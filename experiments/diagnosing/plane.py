@@ -13,8 +13,9 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
 from experiments.diagnosing.measuring import Result
-from experiments.diagnosing.style import COLORS, INK, MARKERS, RULE, SOFT, dress, kind, save, text
+from experiments.diagnosing.style import COLORS, MARKERS, kind
 from experiments.diagnosing.tables import same_as
+from experiments.drawing import INK, RULE, SOFT, dress, in_figure, save
 from upge.measure import Measured
 
 #: Alignments whose lines are drawn.
@@ -45,7 +46,7 @@ def label(result: Result, name: str) -> str:
     wholes = [one.name for one in result.measured if not one.part]
     names = [other for other in same_as(result, name) if other in wholes] or [name]
     rest = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return text(", ".join(names[:_MOST_NAMES]) + rest)
+    return in_figure(", ".join(names[:_MOST_NAMES]) + rest)
 
 
 def _angle(one: Measured) -> tuple[float, float, float] | None:

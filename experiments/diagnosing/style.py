@@ -1,20 +1,15 @@
-"""How the figures of a diagnosis look, and how they are written."""
+"""What the figures of a diagnosis have in common: colours by source, intervals, logarithmic axes, legends."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from upge.measure import Estimated
 
-INK, SOFT, RULE = "#1d2126", "#565d66", "#dcdeda"
 #: What an estimator learns from → its colours, the first for a single one.
 COLORS = {
     "rollouts": ("#0072b2", "#2a8fc7", "#5a5f66", "#00805a", "#6b4fa1", "#1d2126"),
@@ -28,12 +23,6 @@ PALETTE = ("#0072b2", "#c95000", "#00805a", "#a6478b", "#8a6a00", "#2a8fc7", "#5
 #: The lowest signal to noise that is drawn.
 FLOOR = 1e-3
 LINES = "osD^vph<>"
-_STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "diagnose", "font.size": 9.5, "axes.linewidth": 0.8, "text.color": INK,
-    "axes.labelcolor": SOFT, "axes.edgecolor": RULE, "xtick.color": SOFT, "ytick.color": SOFT, "xtick.major.size": 0,
-    "ytick.major.size": 0, "ytick.minor.size": 0, "xtick.minor.size": 0, "axes.titlesize": 10.5,
-    "axes.titleweight": "bold", "axes.titlelocation": "left",
-}  # fmt: skip
 
 
 def kind(source: str) -> str:
@@ -41,28 +30,6 @@ def kind(source: str) -> str:
     if source == "preference_pairs":
         return "pairs"
     return source if source in ("rollouts", "demonstrations") else "both"
-
-
-def save(folder: Path, name: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> list[Path]:
-    """Writes NAME.png and NAME.svg of what `draw` puts into a figure of this size in inches."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(size, dpi=170, layout="constrained")
-        draw(figure)
-        FigureCanvasAgg(figure).print_png(folder / f"{name}.png", metadata={"Software": None})
-        FigureCanvasSVG(figure).print_svg(folder / f"{name}.svg", metadata={"Date": None})
-    return [folder / f"{name}.png", folder / f"{name}.svg"]
-
-
-def dress(axes, grid: str = "y") -> None:
-    """No more frame than is needed, and a grid behind everything."""
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.grid(True, axis=grid, color=RULE, linewidth=0.7)
-
-
-def text(name: str) -> str:
-    """A name as it stands: dollars would begin a formula."""
-    return name.replace("$", r"\$")
 
 
 def logarithmic(axes) -> None:

@@ -16,6 +16,7 @@ from experiments.diagnosing import course, lines, plane
 from experiments.diagnosing.measuring import Result
 from experiments.diagnosing.policies import folder_name
 from experiments.diagnosing.tables import grids
+from experiments.drawing import inline
 from upge.errors import DataError
 
 FIGURES = {
@@ -112,11 +113,8 @@ def report(
 
 
 def _figure(path: Path) -> str:
-    drawing = path.read_text("utf-8")
-    drawing = drawing[drawing.index("<svg") :]
-    # Several drawings on one page: what they refer to by name must not be the same.
-    unique = re.sub(r"[^\w]", "_", str(path.parent.name + path.stem))
-    drawing = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{unique}-", drawing)
+    unique = re.sub(r"\W", "_", path.parent.name + path.stem)
+    drawing = inline(path, unique)
     return f"<figure>{drawing}<figcaption>{html.escape(FIGURES[path.stem])}</figcaption></figure>"
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
+from experiments.arguments import help_row
 from experiments.config import presets
 from experiments.evaluating.settings import keys, suite_config
 from upge.evaluation import Sample
@@ -33,11 +33,11 @@ def help_text() -> str:
     for name in presets("suite"):
         suite = suite_config(name)
         drawn = f"temperature {suite.temperature:g}" if suite.temperature else "greedy"
-        lines.append(_row(name, f"{', '.join(suite.benchmarks)}; {drawn}, {suite.max_response_tokens} tokens"))
+        lines.append(help_row(name, f"{', '.join(suite.benchmarks)}; {drawn}, {suite.max_response_tokens} tokens"))
     lines.append("\nKeys, with their defaults (a suite's file and a model's preset set others):")
     for key, default, meaning in keys():
         shown = default if isinstance(default, str) and default else json.dumps(default)
-        lines.append(_row(f"{key}={shown}", meaning))
+        lines.append(help_row(f"{key}={shown}", meaning))
     return "\n".join(lines)
 
 
@@ -122,9 +122,3 @@ def _accuracy(one: Mapping[str, Any]) -> tuple[int, int, str, str]:
 
 def _interval(one: Mapping[str, float]) -> str:
     return f"{100 * one['value']:.1f} [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
-
-
-def _row(left: str, right: str) -> str:
-    if len(left) > 36:
-        return f"  {left}\n{' ' * 39}{right}"
-    return textwrap.fill(f"{left:<36} {right}", 118, initial_indent="  ", subsequent_indent=" " * 39)

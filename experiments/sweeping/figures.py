@@ -6,14 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from experiments.comparing.curves import COLORS, RULE, STYLE, Panel, in_figure
+from experiments.comparing.curves import COLORS, Panel
 from experiments.comparing.curves import draw as draw_pass
+from experiments.drawing import dress, in_figure, save
 from experiments.sweeping.collect import COURSES, by_seed, course, evaluation_course, measure_names
 from experiments.sweeping.folder import SweepFolder
 from upge.evaluation.bootstrap import Interval
@@ -50,11 +48,9 @@ def courses(folder: SweepFolder, target: Path) -> list[Path]:
     panels = [panel for panel in panels if any(panel[2].values())]
     if not panels:
         return []
-    with matplotlib.rc_context(STYLE):
-        drawn = _draw(panels, folder.sweep.labels)
-        FigureCanvasAgg(drawn).print_png(target / "dynamics.png", metadata={"Software": None})
-        FigureCanvasSVG(drawn).print_svg(target / "dynamics.svg", metadata={"Date": None})
-    return [target / "dynamics.png", target / "dynamics.svg"]
+    columns = min(3, len(panels))
+    size = (3.1 * columns + 0.4, 2.3 * math.ceil(len(panels) / columns) + 0.5)
+    return save(target, "dynamics", size, lambda figure: _draw(figure, columns, panels, folder.sweep.labels))
 
 
 def blocks(values: Mapping[int, float], count: int = BLOCKS) -> dict[int, float]:
@@ -89,11 +85,8 @@ def _sampled_measures(folder: SweepFolder) -> list[str]:
     return []
 
 
-def _draw(panels, labels: Sequence[str]) -> Figure:
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure((3.1 * columns + 0.4, 2.3 * rows + 0.5), dpi=200, layout="constrained")
-    grid, lines = figure.subplots(rows, columns, squeeze=False), {}
+def _draw(figure: Figure, columns: int, panels: Sequence, labels: Sequence[str]) -> None:
+    grid, lines = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False), {}
     for place, axes in enumerate(grid.flat):
         if place >= len(panels):
             axes.set_visible(False)
@@ -105,8 +98,7 @@ def _draw(panels, labels: Sequence[str]) -> Figure:
         axes.set_title(title)
         axes.set_ylabel(unit)
         axes.set_xlabel("step" if place + columns >= len(panels) else "")
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.yaxis.grid(True, color=RULE, linewidth=0.7)
+        dress(axes)
         drawn = [one.value for curve in curves.values() for one in curve.values()]
         # By the lines: a band of three seeds can be many times as high as all that they show.
         bottom, top = min(0, 1.1 * min(drawn)), max(0, 1.12 * max(drawn))
@@ -114,7 +106,6 @@ def _draw(panels, labels: Sequence[str]) -> Figure:
     shown = [label for label in labels if label in lines]
     figure.legend([lines[label] for label in shown], [in_figure(label) for label in shown], loc="outside upper left",
                   ncols=min(4, len(shown)), frameon=False)  # fmt: skip
-    return figure
 
 
 def _line(axes, curve: Mapping[int, Interval], index: int):

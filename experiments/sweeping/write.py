@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from markupsafe import Markup
 
 from experiments.comparing.load import load as load_evaluations
 from experiments.comparing.render import Grid, markdown, markdown_text
+from experiments.drawing import inline
 from experiments.sweeping import collect, figures, tables
 from experiments.sweeping.folder import SweepFolder
 from experiments.sweeping.settings import Sweep
@@ -117,19 +117,10 @@ def _evaluations(folder: SweepFolder, name: str) -> dict[tuple[str, int], Any]:
 def _html(found: Report) -> str:
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    pictures = [(said, Markup(_svg(path.with_suffix(".svg"), n))) for n, (said, path) in enumerate(found.pictures)]
+    pictures = [(said, Markup(inline(path.with_suffix(".svg"), path.stem))) for said, path in found.pictures]
     return environment.get_template("sweep.html.j2").render(
         title=found.sweep.config.title or found.sweep.name, notes=[note.replace("`", "") for note in found.notes],
         grids=found.grids, pictures=pictures)  # fmt: skip
-
-
-def _svg(path: Path, number: int) -> str:
-    """An SVG to be put into a page beside others: without its prologue, its ids of its own."""
-    text = path.read_text("utf-8")
-    text = text[text.index("<svg") :]
-    for name in set(re.findall(r'\bid="([^"]+)"', text)):
-        text = re.sub(rf'(id="|#){re.escape(name)}(?=["\)])', rf"\g<1>f{number}-{name}", text)
-    return text
 
 
 def put_into(page_path: Path, found: Report, command: str) -> None:
