@@ -38,7 +38,7 @@ docs: env  ## make anew what is generated in README.md and docs/, about two minu
 	$(VENV)/bin/python -m experiments.theory --docs
 	$(VENV)/bin/python -m experiments.table1 --docs
 
-results: env  ## make docs/results.md anew: all sweeps of the small model and the atlas, about four hours on two cores
+results: env  ## make docs/results.md anew: all sweeps of the small model and the atlas, some hours on two cores
 	$(VENV)/bin/python -m experiments.sweep sweep=main --docs
 	$(VENV)/bin/python -m experiments.sweep sweep=rates --report --docs
 	$(VENV)/bin/python -m experiments.sweep sweep=gate --docs

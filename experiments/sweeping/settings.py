@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,6 @@ class Sweep:
     config: SweepConfig
     runs: tuple[Planned, ...]
     folder: Path
-    given: tuple[str, ...] = field(default=())
 
     @property
     def labels(self) -> list[str]:
@@ -115,7 +114,7 @@ def load(arguments: Sequence[str]) -> Sweep:
     twice = next((slug for slug in slugs if slugs.count(slug) > 1), None)
     if twice:
         raise ConfigError(f"variants, grid: two runs would be called {twice}; give them labels that differ")
-    sweep = Sweep(stem, config, runs, folder, tuple(given))
+    sweep = Sweep(stem, config, runs, folder)
     if config.baseline and config.baseline not in sweep.labels:
         raise ConfigError(f"baseline: no runs '{config.baseline}'; {nearest(config.baseline, sweep.labels)}")
     return sweep
