@@ -132,7 +132,7 @@ def test_critic_frozen_policy_and_a_second_set_of_moments_are_counted():
 def test_engines_that_do_not_sleep_are_there_all_the_time():
     copy, cache = expected_memory("model=qwen2.5-math-1.5b", "rollout.engine=transformers", *EIGHT).memory.engine
     assert (copy.bytes, copy.when) == (2 * 1_543_714_304, "always")
-    assert cache.bytes == 131072 * 2 * 28 * 256 * 2 and cache.when == "sampling"
+    assert cache.bytes == 262144 * 2 * 28 * 256 * 2 and cache.when == "sampling"
     here = expected_memory("model=qwen2.5-math-1.5b", "model.dtype=float32", "hardware.memory=64").memory
     copy, cache = here.engine
     assert (copy.bytes, copy.when, cache.when) == (4 * 1_543_714_304, "always", "always") and here.asleep == 0

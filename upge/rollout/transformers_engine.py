@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from upge.rollout import decoding
 from upge.rollout.base import Arrived, Request, Sampler, Sampling, rollout_of
 from upge.rollout.model import (
     WeightTable,
@@ -21,8 +22,8 @@ from upge.rollout.model import (
 )
 from upge.rollout.randomness import random_state_kept
 
-# Tokens (prompt and response, padding included) in a batch: the size of its cache. 2,048 rows of 64 on a GPU.
-TOKEN_BUDGET = {"cpu": 32768, "cuda": 131072}
+# Tokens (prompt and response, padding included) in a batch: the size of its cache. 512 rows of 512 on a GPU.
+TOKEN_BUDGET = {"cpu": 32768, "cuda": 262144}
 # Share of a batch's rows that must have ended for them to be dropped, which copies the cache of the others.
 _WORTH_DROPPING = 1 / 8
 
@@ -51,6 +52,7 @@ class TransformersSampler(Sampler):
         self._device = torch.device(device)
         self._budget = token_budget or TOKEN_BUDGET[self._device.type]
         self._model = _load_model(str(model_path), config, choose_dtype(dtype, self._device.type)).to(self._device)
+        decoding.prepare(self._model)
         self._table = WeightTable.of_model(self._model)
         # Only the last position's logits: those of a whole batch of prompts would be the largest tensor by far.
         keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
@@ -65,9 +67,8 @@ class TransformersSampler(Sampler):
 
     @torch.inference_mode()
     def _generate(self, batch: list[Request], sampling: Sampling, complete: Arrived) -> None:
-        from transformers import DynamicCache
         with _plain_linear():
-            self._decode(batch, sampling, complete, DynamicCache(config=self._model.config))
+            self._decode(batch, sampling, complete, decoding.growing_cache(self._model.config))
 
     def _decode(self, batch: list[Request], sampling: Sampling, complete: Arrived, cache: Any) -> None:
         draw = _Draw(batch, sampling, self._device, complete)
