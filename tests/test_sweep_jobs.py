@@ -19,6 +19,8 @@ def test_slots_share_gpus_and_cores():
     assert Slots.of(2, 1, 0, 8) == Slots(((), ()), 4)
     assert Slots.of(0, 2, 5, 64).gpus == ((0, 1), (2, 3))
     assert Slots.of(1, 2, 5, 64) == Slots(((0, 1),), 32)
+    assert Slots.of(3, 2, 5, 64).gpus == ((0, 1), (2, 3))
+    assert Slots.of(5, 1, 2, 16) == Slots(((0,), (1,), (0,), (1,), (0,)), 3)
     assert Slots.of(0, 1, 2, 4).environments[1] == {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "1"}
     with pytest.raises(ConfigError, match="gpus_per_run: 8 are asked for, and there are 2"):
         Slots.of(0, 8, 2, 64)

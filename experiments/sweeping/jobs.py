@@ -56,7 +56,8 @@ class Slots:
 
     @staticmethod
     def of(jobs: int, gpus_per_run: int, gpus: int, cores: int) -> Slots:
-        """Those of a machine: every GPU in at most one slot; without GPUs the cores are shared out evenly.
+        """Those of a machine. Every GPU is in one slot, unless more runs of one GPU are asked for than there are GPUs:
+        small models leave most of one idle. Without GPUs the cores are shared out evenly.
 
         Raises:
             ConfigError: there are GPUs, but fewer than a run is to have.
@@ -64,8 +65,10 @@ class Slots:
         if 0 < gpus < gpus_per_run:
             raise ConfigError(f"gpus_per_run: {gpus_per_run} are asked for, and there are {gpus}; give at most that")
         if gpus:
-            count = min(jobs or gpus, gpus // gpus_per_run)
-            share = tuple(tuple(range(i * gpus_per_run, (i + 1) * gpus_per_run)) for i in range(count))
+            whole = gpus // gpus_per_run
+            count = min(jobs or whole, whole) if gpus_per_run > 1 else jobs or gpus
+            firsts = [i % whole * gpus_per_run for i in range(count)]
+            share = tuple(tuple(range(first, first + gpus_per_run)) for first in firsts)
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
             names = tuple(name.strip() for name in visible.split(",") if name.strip())
             return Slots(share, max(1, cores // (count * gpus_per_run)), names)
