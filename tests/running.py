@@ -37,7 +37,8 @@ def run(*arguments: str, ranks: int = 1, code: int = 0, timeout: float = 300) ->
 
 def environment() -> dict[str, str]:
     """Without the hub: a test never waits for the network."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "TQDM_MININTERVAL": "60"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "TQDM_MININTERVAL": "60"}
 
 
 def lines(path: Path) -> list[dict]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from upge.rollout.randomness import random_state_kept
 
 # Tokens (prompt and response, padding included) in a batch: the size of its cache. 512 rows of 512 on a GPU.
 TOKEN_BUDGET = {"cpu": 32768, "cuda": 262144}
-# Share of a batch's rows that must have ended for them to be dropped, which copies the cache of the others.
-_WORTH_DROPPING = 1 / 8
+# Share of a batch's rows that must have ended for them to be dropped, which copies the cache of the others and, on a
+# GPU, records the step anew.
+_WORTH_DROPPING = {"cpu": 1 / 8, "cuda": 1 / 2}
 
 
 class TransformersSampler(Sampler):
@@ -74,13 +76,13 @@ class TransformersSampler(Sampler):
         draw = _Draw(batch, sampling, self._device, complete)
         logits, mask = self._prefilled([request.prompt for request in batch], cache)
         token = draw(logits)
+        steps = decoding.steps_of(self._model, cache, mask, sampling.max_tokens, partial(self._forward, cache))
         while not draw.is_done:
             kept = draw.leaving()
             if kept is not None:
-                cache.batch_select_indices(kept)
-                token, mask = token[kept], mask[kept]
-            mask = torch.cat([mask, torch.ones_like(token)], dim=1)
-            token = draw(self._forward(token, mask, cache))
+                steps.keep(kept)
+                token = token[kept]
+            token = draw(steps(token))
 
     def _prefilled(self, prompts: list[tuple[int, ...]], cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Fill the cache; the logits [B, V] behind each prompt, and the mask [B, T] of what is no padding. A prompt
@@ -90,7 +92,7 @@ class TransformersSampler(Sampler):
         ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in distinct], device=self._device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in distinct],
                             device=self._device)
-        logits = self._forward(ids, mask, cache)
+        logits = self._forward(cache, ids, mask, (mask.cumsum(dim=-1) - 1).clamp(min=0))
         if len(distinct) < len(prompts):
             places = {prompt: place for place, prompt in enumerate(distinct)}
             copies = torch.tensor([places[prompt] for prompt in prompts], device=self._device)
@@ -98,9 +100,8 @@ class TransformersSampler(Sampler):
             logits, mask = logits[copies], mask[copies]
         return logits, mask
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
+    def _forward(self, cache: Any, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """The logits [b, V] behind the last of the tokens [b, t], which follow on what the cache holds."""
-        places = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
         output = self._model(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache,
                              use_cache=True, **self._last_only)
         return output.logits[:, -1]
@@ -175,7 +176,7 @@ class _Draw:
 
     def leaving(self) -> torch.Tensor | None:
         """The places [b'] of the rows to go on with, where so many have ended that it is worth dropping them."""
-        if int((~self._open).sum()) < _WORTH_DROPPING * len(self._rows):
+        if int((~self._open).sum()) < _WORTH_DROPPING[self._rows.device.type] * len(self._rows):
             return None
         kept = self._open.nonzero()[:, 0]
         self._rows, self._open = self._rows[kept], self._open[kept]

@@ -105,7 +105,7 @@ class EvalConfig:
     folder: str = key("", "folder with the suite's files; empty = what the suite says, the hub for example")
     skip: list = key([], "benchmarks of the suite to leave out, such as [gpqa_diamond]")
     limit: int = key(0, "at most so many problems of each benchmark of the suite; 0 = all")
-    every: int = key(0, "evaluate each so many steps; 0 = only before and after training")
+    every: int = key(0, "evaluate each so many steps; 0 = only before and after training; -1 = never")
     samples: int = key(8, "responses per problem for pass@k and mean@k")
     temperature: float = key(1.0, "sampling temperature of these responses")
     top_p: float = key(1.0, "nucleus of these responses")
@@ -212,7 +212,6 @@ class RunConfig:
             "seed": self.seed,
             "log_rollouts": self.log_rollouts,
             "diagnose.gradients_every": self.diagnose.gradients_every,
-            "eval.every": self.eval.every,
             "checkpoint.every": self.checkpoint.every,
             "checkpoint.keep": self.checkpoint.keep,
             "optimizer.lr": self.optimizer.lr,
@@ -233,6 +232,11 @@ class RunConfig:
                 raise ConfigError(f"{name}: found {value}; it must not be negative")
 
     def _check_ranges(self) -> None:
+        if self.eval.every < -1 or self.eval.every < 0 and self.eval.keep_best:
+            raise ConfigError(
+                f"eval.every: found {self.eval.every} with eval.keep_best={str(self.eval.keep_best).lower()}; give a "
+                "number of steps, 0, or, where there is no best evaluation to keep, -1 for none"
+            )
         if self.prompts_per_step % self.optimizer.mini_batches:
             raise ConfigError(
                 f"optimizer.mini_batches: {self.optimizer.mini_batches} does not divide prompts_per_step="

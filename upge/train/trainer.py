@@ -248,6 +248,8 @@ class Trainer:
     def _evaluate(self) -> None:
         p = self.parts
         began = time.perf_counter()
+        if p.config.eval.every < 0:
+            return
         if p.world.share(p.world.is_main and p.folder.is_evaluated(self.state.step)):
             return  # by the run that this one continues, after the same update
         self._refresh_sampler()
