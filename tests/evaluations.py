@@ -17,8 +17,8 @@ def sample(benchmark: str, id: str, number: int, correct: bool, level: str | Non
     """One line of a samples file; `fields` replace others."""
     known = {
         **{"benchmark": benchmark, "id": id, "level": level, "sample": number, "prompt": f"Q{id}", "answer": f"A{id}"},
-        **{"response": "…", "extracted": "x", "reward": float(correct), "correct": correct, "status": "ok"},
-        **{"detail": "", "tokens": 100 + number, "finished": True},
+        **{"response": "…", "extracted": f"{id}:{number}", "reward": float(correct), "correct": correct},
+        **{"status": "ok", "detail": "", "tokens": 100 + number, "finished": True},
     }
     return Sample(**{**known, **fields})
 

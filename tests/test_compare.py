@@ -15,6 +15,7 @@ from experiments.comparing.differences import gaps
 from experiments.comparing.exclusive import ALL, exclusive
 from experiments.comparing.load import load, notes, pairing
 from experiments.comparing.tables import Scores, paper_grid, score_grid
+from experiments.evaluating import show
 from tests.evaluations import drawn, run_with, sample, write_run
 
 FAST = "resamples=200"
@@ -215,6 +216,19 @@ def test_a_missing_benchmark_leaves_no_average(folders, tmp_path):
     assert "amc was not evaluated in partial, which has no average math for that." in said
     average = [gap for gap in gaps(*runs, 100, 0) if gap.holm is None]
     assert [(gap.benchmark, gap.measure) for gap in average] == [("average math", "avg of 2")]
+
+
+def test_one_answer_to_everything_is_noted(tmp_path):
+    """A policy that answers 7 to 6 of 10 problems, and none to 2 of them; half is not yet worth a note."""
+    answers = ["7"] * 6 + ["1", "2", None, None]
+    rows = [sample("b", str(i), 0, i < 2, extracted=answer) for i, answer in enumerate(answers)]
+    few = [sample("c", str(i), 0, True, extracted=answer) for i, answer in enumerate(answers[1:])]
+    (run,) = load([str(write_run(tmp_path / "x", {"b": rows, "c": [*few, sample("c", "9", 0, False, extracted="3")]}))])
+    assert run.outcomes["b"].commonest == ("7", 0.6) and run.outcomes["c"].commonest == ("7", 0.5)
+    assert notes([run]) == ["x, b: 60.0 % of the responses give the same answer, 7."]
+    assert "note: b: 60.0 % of the responses give the same answer, 7." in show.table(
+        json.loads((tmp_path / "x" / "scores.json").read_text())
+    )
 
 
 def test_cut_responses_and_missing_verdicts_are_noted(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 from upge.errors import DataError, UserError
 from upge.evaluation.samples import SampleFile
-from upge.evaluation.scores import Outcomes
+from upge.evaluation.scores import Outcomes, same_answer
 
 #: A larger share of responses cut off at the length limit is worth a note.
 MANY_CUT = 0.1
@@ -102,7 +102,8 @@ def benchmarks(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 def notes(runs: Sequence[Run]) -> list[str]:
     """What differs between the evaluations besides the policies, a sentence each: settings, benchmarks, problems."""
-    return [*_settings_notes(runs), *_benchmark_notes(runs), *_problem_notes(runs), *_length_notes(runs)]
+    before = (*_settings_notes(runs), *_benchmark_notes(runs), *_problem_notes(runs), *_length_notes(runs))
+    return [*before, *answer_notes(runs)]
 
 
 def _read(folder: Path, name: str) -> Run:
@@ -210,6 +211,12 @@ def _problem_notes(runs: Sequence[Run]) -> list[str]:
                     f"{', '.join(parts)}; differences and exclusive solves are over the common ones."
                 )
     return found
+
+
+def answer_notes(runs: Sequence[Run]) -> list[str]:
+    """An accuracy may be that of one answer to everything."""
+    said = ((run, name, same_answer(outcomes.commonest)) for run in runs for name, outcomes in run.outcomes.items())
+    return [f"{run.name}, {name}: {sentence}" for run, name, sentence in said if sentence]
 
 
 def _length_notes(runs: Sequence[Run]) -> list[str]:

@@ -15,6 +15,7 @@ from experiments.config import presets
 from experiments.evaluating.settings import keys, suite_config
 from upge.evaluation import Sample
 from upge.evaluation.runner import Questions
+from upge.evaluation.scores import same_answer
 
 USAGE = """\
 Usage: python -m experiments.evaluate model=NAME|PATH suite=NAME|FILE [key=value ...] [--dry-run]
@@ -66,7 +67,8 @@ def table(scores: Mapping[str, Any]) -> str:
             rows.append((name, *_accuracy(one), cut, one["timeouts"] + one["errors"]))
             rows += [(f"  {level}", *_accuracy(part), "", "") for level, part in one["levels"].items()]
         rows.append((f"{group}, average", "", "", _interval(average["avg"]), "", "", ""))
-    return _columns(rows)
+    said = ((name, same_answer(one["commonest"])) for name, one in scores["benchmarks"].items())
+    return "\n".join([_columns(rows), *(f"note: {name}: {sentence}" for name, sentence in said if sentence)])
 
 
 class Progress:

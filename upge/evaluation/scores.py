@@ -18,6 +18,11 @@ from upge.evaluation.passk import pass_at_k, powers_of_two
 from upge.evaluation.samples import Sample
 
 NO_LEVEL = "no level"
+NONE = ("", 0.0)
+#: Characters by which answers are told apart where they are counted.
+LONG_ANSWER = 40
+#: A larger share of responses with the same answer is worth a note.
+MANY_ALIKE = 0.5
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Outcomes:
         correct, finished: of each sample, as in `Sample`.
         tokens: length of each response.
         timeouts, errors: how many verifications ended so; their samples count as wrong.
+        commonest: the answer that was read in more responses than any other, and their share of all.
     """
 
     benchmark: str
@@ -41,6 +47,7 @@ class Outcomes:
     tokens: Int[Tensor, "P n"]
     timeouts: int
     errors: int
+    commonest: tuple[str, float] = NONE
 
     @classmethod
     def of(
@@ -67,6 +74,7 @@ class Outcomes:
         rows = [[problems[id][number] for number in range(n)] for id in sorted(problems)]
         every = [sample for row in rows for sample in row]
         status = Counter(sample.status for sample in every)
+        given = Counter(sample.extracted for sample in every if sample.extracted)
         return cls(
             benchmark,
             ids=tuple(row[0].id for row in rows),
@@ -77,6 +85,7 @@ class Outcomes:
             tokens=torch.tensor([[sample.tokens for sample in row] for row in rows]),
             timeouts=status["timeout"],
             errors=status["error"],
+            commonest=next(((answer, count / len(every)) for answer, count in given.most_common(1)), NONE),
         )
 
     @property
@@ -113,6 +122,7 @@ class Figures(Accuracy):
         unfinished: share of the responses that were cut off at the length limit.
         timeouts, errors: how many answers the verifier gave up on or failed at.
         tokens: mean length of a response.
+        commonest: the answer of more responses than any other, and their share of all.
     """
 
     pass_at_every: Sequence[float]
@@ -121,6 +131,7 @@ class Figures(Accuracy):
     timeouts: int
     errors: int
     tokens: float
+    commonest: tuple[str, float]
 
 
 def figures(outcomes: Outcomes, resamples: int = RESAMPLES, seed: int = 0) -> Figures:
@@ -134,6 +145,7 @@ def figures(outcomes: Outcomes, resamples: int = RESAMPLES, seed: int = 0) -> Fi
         timeouts=outcomes.timeouts,
         errors=outcomes.errors,
         tokens=outcomes.tokens.double().mean().item(),
+        commonest=outcomes.commonest,
     )
 
 
@@ -172,6 +184,14 @@ def suite_scores(
     return {"benchmarks": benchmarks, "averages": averages}
 
 
+def same_answer(commonest: Sequence[Any]) -> str | None:
+    """A sentence on a policy that hardly looks at its problems; None where most answers differ."""
+    answer, share = commonest
+    if share <= MANY_ALIKE:
+        return None
+    return f"{100 * share:.1f} % of the responses give the same answer, {answer}."
+
+
 def by_level(levels: Sequence[str | None]) -> dict[str, list[int]]:
     """Level → the positions that have it, levels in natural order (2 before 10), problems without one last.
 
@@ -200,7 +220,8 @@ def _accuracy(outcomes: Outcomes, rows: Sequence[int], resamples: int, seed: int
 
 def _without_texts(sample: Sample) -> Sample:
     """Samples of an evaluation of thousands per problem would not fit in memory with their texts."""
-    return Sample(**{**vars(sample), "prompt": "", "response": "", "extracted": None, "detail": ""})
+    answer = sample.extracted and sample.extracted[:LONG_ANSWER]
+    return Sample(**{**vars(sample), "prompt": "", "response": "", "extracted": answer, "detail": ""})
 
 
 def _belongs(sample: Sample, benchmark: str, problems: Mapping, ids: Collection[str] | None) -> None:
