@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from experiments.surroundings import command, git_commit, now, quiet, versions
+from experiments.surroundings import command, git_commit, machine, now, quiet, versions
 from upge.errors import UserError
 from upge.train.distributed import launched_rank, leave
 
@@ -155,6 +155,7 @@ def _facts(chosen: Any, prepared: Any, arguments: Sequence[str], sampler: Any = 
         "names": dict(chosen.names),
         "seed": chosen.config.seed,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "machine": machine(),
         "engine": sampler and sampler.name,
         "engine_reason": sampler and sampler.reason,
         "weights": prepared.weights,

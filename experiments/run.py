@@ -191,6 +191,7 @@ def _facts(composed: Any, world: World, sampler: Any, engine: Any, from_step: in
         "seed": composed.config.seed,
         "world_size": world.size,
         "device": str(world.device.type),
+        "machine": surroundings.machine(),
         "engine": sampler.name,
         "engine_reason": sampler.reason,
         "parameters": engine.parameters,

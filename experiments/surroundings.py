@@ -65,6 +65,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def machine() -> str:
+    """Device, processor and number of cores, such as 'NVIDIA H200, x86_64, 16 cores'."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return f"{device}, {platform.machine()}, {os.cpu_count()} cores"
+
+
 def git_commit() -> str | None:
     """The commit of the code that runs, with '+' if it was changed since; None outside a checkout."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shlex
 import signal
 import sys
@@ -130,13 +129,13 @@ def facts(folder) -> list[str]:
     runs = [p for p in folder.sweep.runs if folder.is_trained(p)]
     notes = [json.loads((folder.run(p) / "run.json").read_text()) for p in runs]
     seeds = sorted({p.seed for p in runs})
-    versions = notes[0]["versions"]
+    versions, machines = notes[0]["versions"], sorted({note.get("machine") or note["device"] for note in notes})
     commits = sorted({(note.get("git_commit") or "unknown")[:9] for note in notes})
     ranks = sorted({note["world_size"] for note in notes})
     return [
-        f"{len(runs)} runs, seeds {', '.join(map(str, seeds))}; {notes[0]['device']}, {platform.machine()}, "
-        f"{os.cpu_count()} cores, {'/'.join(map(str, ranks))} process a run; torch {versions.get('torch')}, commit "
-        f"{', '.join(commits)}; begun {min(note['started'] for note in notes)[:10]}."
+        f"{len(runs)} runs, seeds {', '.join(map(str, seeds))}; {' / '.join(machines)}, "
+        f"{'/'.join(map(str, ranks))} process a run; torch {versions.get('torch')}, commit {', '.join(commits)}; begun "
+        f"{min(note['started'] for note in notes)[:10]}."
     ]
 
 
