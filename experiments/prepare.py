@@ -60,7 +60,7 @@ def prepare(composed: Composed) -> Prepared:
     prompting = load_prompting(config.model)
     notes += _overlap(splits.train, measured)
     train = _encode("training", splits.train, prompting, composed, notes)
-    evaluation = _encode("evaluation", measured, prompting, composed, notes)
+    evaluation = _encode("evaluation", measured, prompting, composed, notes) if measured else []
     demonstrations = sum(bool(example.demonstrations) for example in train)
     pairs = sum(has_pair(example) for example in train)
     try:
@@ -206,7 +206,7 @@ def _algorithms(algorithm: Algorithm | Pipeline, path: str = "algo.") -> Iterato
 
 
 def _measured(config: RunConfig, splits: data.Splits) -> Sequence[data.Problem]:
-    """The problems on which accuracy is measured during training."""
+    """The problems on which accuracy is measured during training; none where it is not."""
     if config.eval.suite:
         return suite_problems(config.eval, config.verify.verifier)
     for name in ("folder", "skip", "limit"):
@@ -215,10 +215,13 @@ def _measured(config: RunConfig, splits: data.Splits) -> Sequence[data.Problem]:
                 f"eval.{name}: only with eval.suite; how many problems the data's own evaluation side has is for "
                 "data.evaluation_size to say"
             )
+    if config.eval.every < 0:
+        return ()
     if not splits.evaluation:
         raise DataError(
             "data: there is no evaluation side to measure accuracy on; give data.evaluation_share=0.02 (of the rows, "
-            "by a hash of their prompts), data.evaluation_path, or benchmarks with eval.suite=NAME"
+            "by a hash of their prompts), data.evaluation_path, benchmarks with eval.suite=NAME, or eval.every=-1 to "
+            "measure nothing"
         )
     return splits.evaluation
 

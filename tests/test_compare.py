@@ -219,16 +219,21 @@ def test_a_missing_benchmark_leaves_no_average(folders, tmp_path):
 
 
 def test_one_answer_to_everything_is_noted(tmp_path):
-    """A policy that answers 7 to 6 of 10 problems, and none to 2 of them; half is not yet worth a note."""
-    answers = ["7"] * 6 + ["1", "2", None, None]
-    rows = [sample("b", str(i), 0, i < 2, extracted=answer) for i, answer in enumerate(answers)]
-    few = [sample("c", str(i), 0, True, extracted=answer) for i, answer in enumerate(answers[1:])]
-    (run,) = load([str(write_run(tmp_path / "x", {"b": rows, "c": [*few, sample("c", "9", 0, False, extracted="3")]}))])
-    assert run.outcomes["b"].commonest == ("7", 0.6) and run.outcomes["c"].commonest == ("7", 0.5)
-    assert notes([run]) == ["x, b: 60.0 % of the responses give the same answer, 7."]
-    assert "note: b: 60.0 % of the responses give the same answer, 7." in show.table(
-        json.loads((tmp_path / "x" / "scores.json").read_text())
-    )
+    """Wrong ones alone count: 7 is wrong for 6 of 10 problems. Five are not yet worth a note, nor are few problems."""
+    answers = ["7", "1", "7", "7", "7", "7", "7\n", None, None, "2"]
+    rows = [sample("b", str(i), 0, i == 1, extracted=answer) for i, answer in enumerate(answers)]
+    half = [sample("c", str(i), 0, i < 2, extracted=answer) for i, answer in enumerate(answers)]
+    few = [sample("d", str(i), j, False, extracted="7") for i in range(9) for j in range(4)]
+    long = [sample("e", str(i), 0, False, extracted="9" * 50 + "0" * i) for i in range(10)]
+    (run,) = load([str(write_run(tmp_path / "x", {"b": rows, "c": half, "d": few, "e": long}))])
+    assert {name: found.commonest for name, found in run.outcomes.items()} == {
+        "b": ("7", 0.6), "c": ("7", 0.5), "d": ("7", 1.0), "e": ("9" * 40 + "… (50 characters)", 0.1)
+    }  # fmt: skip
+    assert notes([run]) == ["x, b: 60.0 % of the responses give the same wrong answer, 7."]
+    scores = json.loads((tmp_path / "x" / "scores.json").read_text())
+    assert "\nnote: b: 60.0 % of the responses give the same wrong answer, 7." in show.table(scores)
+    del scores["benchmarks"]["b"]["commonest"]  # as written before there was this figure
+    assert "note" not in show.table(scores)
 
 
 def test_cut_responses_and_missing_verdicts_are_noted(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from upge.rollout import decoding
+from upge.rollout.growing import growing_cache
 
 PROMPTS = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10], [0, 11, 12, 13]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
@@ -61,7 +62,7 @@ def test_the_same_logits_as_transformers(model, kind, monkeypatch):
             "run": lambda cache, forward: decoding.steps_of(model, cache, MASK, TOKENS, forward),
             "replayed": lambda cache, forward: decoding.ReplayedSteps(cache, MASK, TOKENS, forward),
         }[kind]
-        ours = logits_of_all_steps(model, decoding.growing_cache(model.config), make)
+        ours = logits_of_all_steps(model, growing_cache(model.config, 4 + TOKENS), make)
     finally:
         model.set_attn_implementation("sdpa")
     assert len(plain) == len(ours) == TOKENS + 1
@@ -72,5 +73,51 @@ def test_the_same_logits_as_transformers(model, kind, monkeypatch):
 
 def test_layers_with_a_window_stay_transformers_own():
     config = Qwen2Config(num_hidden_layers=2, use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    first, second = decoding.growing_cache(config).layers
+    first, second = growing_cache(config, 8).layers
     assert type(first).__name__ == "GrowingLayer" and type(second).__name__ == "DynamicSlidingWindowLayer"
+
+
+def test_what_cannot_be_recorded_is_run():
+    """As here, where there is no GPU to record for."""
+    calls = []
+
+    def function(value):
+        calls.append(value)
+        return value + 1
+
+    with pytest.warns(UserWarning, match="cannot be recorded"):
+        again = decoding.record(function, torch.tensor([1]))
+    assert again is function and len(calls) >= 1
+
+
+@pytest.mark.parametrize("masks", [None, 1, 6])
+def test_grouped_attention_is_sdpa(masks):
+    """Without a mask, with one for all heads, and with one for each, where heads of the same keys see other tokens."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 6, 1, 8, generator=generator)
+    key, value = (torch.randn(3, 2, 5, 8, generator=generator) for _ in range(2))
+    mask = None if masks is None else torch.rand(3, masks, 1, 5, generator=generator) > 0.4
+    if mask is not None:
+        mask[..., 0] = True
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 3, True
+    found, _ = decoding.attention(module, query, key, value, mask, scaling=0.3)
+    keys, values = (x.repeat_interleave(3, dim=1) for x in (key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+def test_rows_of_a_cache_that_change_places():
+    cache = growing_cache(Qwen2Config(num_hidden_layers=1), 8)
+    first, new = torch.arange(2.0).reshape(2, 1, 1, 1), torch.full((2, 1, 1, 1), 9.0)
+    cache.update(first, first, 0)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    keys, _ = cache.update(new, new, 0)
+    assert keys[:, 0, :, 0].tolist() == [[1, 9], [0, 9]]
+
+
+@pytest.mark.parametrize("kind", ["plain", "under the kinds of layers"])
+def test_a_rotary_embedding_that_looks_at_positions_is_not_recorded(kind):
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    rope = dynamic if kind == "plain" else {"sliding_attention": {"rope_type": "default"}, "full_attention": dynamic}
+    assert decoding._looks_at_positions(rope) and not decoding._looks_at_positions({"rope_type": "yarn"})

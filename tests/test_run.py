@@ -154,6 +154,17 @@ GSM8K = [
 ]
 
 
+def test_a_run_without_evaluation(tmp_path):
+    """`eval.every=-1` needs no problems to measure on, and leaves a model and a report."""
+    rows = [{"prompt": f"{n}+1=?", "answer": str(n + 1), "solution": f"\\boxed{{{n + 1}}}"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["data=table", f"data.path={tmp_path / 'rows.jsonl'}", "data.evaluation_share=0", "eval.every=-1"]
+    out = tmp_path / "run"
+    done = run(*arguments, "algo=reinforce", "steps=2", "prompts_per_step=4", "group_size=2", f"output={out}")
+    assert not (out / "evaluations.jsonl").exists() and "greedy" not in done.stdout
+    assert len(lines(out / "metrics.jsonl")) == 2 and (out / "report.html").is_file() and (out / "final").is_dir()
+
+
 def test_gsm8k_files(tmp_path):
     """GSM8K's layout: worked solutions are the demonstrations of a model that solves nothing."""
     for split, rows in (("train", GSM8K[:2]), ("test", GSM8K[2:])):

@@ -103,7 +103,7 @@ def benchmarks(runs: Sequence[Run]) -> dict[str, list[str]]:
 def notes(runs: Sequence[Run]) -> list[str]:
     """What differs between the evaluations besides the policies, a sentence each: settings, benchmarks, problems."""
     before = (*_settings_notes(runs), *_benchmark_notes(runs), *_problem_notes(runs), *_length_notes(runs))
-    return [*before, *answer_notes(runs)]
+    return [*before, *_answer_notes(runs)]
 
 
 def _read(folder: Path, name: str) -> Run:
@@ -213,10 +213,11 @@ def _problem_notes(runs: Sequence[Run]) -> list[str]:
     return found
 
 
-def answer_notes(runs: Sequence[Run]) -> list[str]:
+def _answer_notes(runs: Sequence[Run]) -> list[str]:
     """An accuracy may be that of one answer to everything."""
-    said = ((run, name, same_answer(outcomes.commonest)) for run in runs for name, outcomes in run.outcomes.items())
-    return [f"{run.name}, {name}: {sentence}" for run, name, sentence in said if sentence]
+    found = ((run.name, name, outcomes) for run in runs for name, outcomes in run.outcomes.items())
+    said = ((run, name, same_answer(outcomes.commonest, len(outcomes.ids))) for run, name, outcomes in found)
+    return [f"{run}, {name}: {sentence}" for run, name, sentence in said if sentence]
 
 
 def _length_notes(runs: Sequence[Run]) -> list[str]:

@@ -15,7 +15,7 @@ from experiments.config import presets
 from experiments.evaluating.settings import keys, suite_config
 from upge.evaluation import Sample
 from upge.evaluation.runner import Questions
-from upge.evaluation.scores import same_answer
+from upge.evaluation.scores import NONE, same_answer
 
 USAGE = """\
 Usage: python -m experiments.evaluate model=NAME|PATH suite=NAME|FILE [key=value ...] [--dry-run]
@@ -67,8 +67,14 @@ def table(scores: Mapping[str, Any]) -> str:
             rows.append((name, *_accuracy(one), cut, one["timeouts"] + one["errors"]))
             rows += [(f"  {level}", *_accuracy(part), "", "") for level, part in one["levels"].items()]
         rows.append((f"{group}, average", "", "", _interval(average["avg"]), "", "", ""))
-    said = ((name, same_answer(one["commonest"])) for name, one in scores["benchmarks"].items())
-    return "\n".join([_columns(rows), *(f"note: {name}: {sentence}" for name, sentence in said if sentence)])
+    return "\n".join([_columns(rows), *(f"note: {note}" for note in answer_notes(scores))])
+
+
+def answer_notes(scores: Mapping[str, Any]) -> list[str]:
+    """Where a benchmark of a scores.json has mostly one and the same answer; older ones do not say."""
+    found = scores["benchmarks"].items()
+    said = ((name, same_answer(one.get("commonest", NONE), one["problems"])) for name, one in found)
+    return [f"{name}: {sentence}" for name, sentence in said if sentence]
 
 
 class Progress:

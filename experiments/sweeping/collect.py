@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from experiments.evaluating import show
 from experiments.sweeping.folder import SweepFolder
 from experiments.sweeping.settings import Planned, text
 from upge.train.folder import read_lines
@@ -44,6 +45,16 @@ def row_of(folder: SweepFolder, planned: Planned) -> dict[str, Any]:
         if scores.is_file():
             row |= _scores(name, json.loads(scores.read_text()))
     return row
+
+
+def answer_notes(folder: SweepFolder) -> list[str]:
+    """Evaluations in which most responses give the same wrong answer, in sentences."""
+    found = []
+    for planned in folder.sweep.runs:
+        for name in {*folder.sweep.config.evaluate} - {*folder.missing(planned)}:
+            scores = json.loads((folder.evaluation(planned, name) / "scores.json").read_text())
+            found += [f"{planned.slug}, {note}" for note in show.answer_notes(scores)]
+    return sorted(found)
 
 
 def course(path: Path, metric: str) -> dict[int, float]:

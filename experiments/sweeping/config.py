@@ -29,7 +29,7 @@ class SweepConfig:
     select: dict = key({}, "key: of the grid, whose best value is asked for; measure: by which, a column of runs.csv")
     baseline: str = key("", "label that the others are tested against; empty = the first")
     measures: list = key([], "columns of runs.csv for the table and the tests; empty = those of the evaluations")
-    jobs: int = key(0, "runs at once; 0 = as many as there are GPUs, without any one for every core")
+    jobs: int = key(0, "runs at once, several on a GPU if need be; 0 = as many as there are GPUs, or else cores")
     gpus_per_run: int = key(1, "GPUs of one run, where there are any; more than 1 starts torchrun")
     output: str = key("", "folder of the sweep; empty = sweeps/NAME")
 

@@ -10,7 +10,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from experiments.comparing.load import answer_notes
 from experiments.comparing.load import load as load_evaluations
 from experiments.comparing.render import Grid, markdown, markdown_text
 from experiments.drawing import inline
@@ -69,8 +68,7 @@ def report(folder: SweepFolder, command: str, facts: Callable[[], Sequence[str]]
         notes.append(f"No run has {', '.join(unknown)}, which is asked for; runs.csv has the columns that there are.")
     if missing:
         notes.append(f"{len(missing)} of {len(sweep.runs)} runs are not done: {', '.join(missing)}.")
-    for name in sweep.config.evaluate:
-        notes += answer_notes(list(_evaluations(folder, name).values()))
+    notes += [markdown_text(note) for note in collect.answer_notes(folder)]
     found = Report(sweep, tuple(rows), tuple(_grids(folder, rows)), drawn, tuple(notes))
     (folder.path / "report.md").write_text(page(found), "utf-8")
     (folder.path / "report.html").write_text(_html(found), "utf-8")

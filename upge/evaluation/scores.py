@@ -19,10 +19,10 @@ from upge.evaluation.samples import Sample
 
 NO_LEVEL = "no level"
 NONE = ("", 0.0)
-#: Characters by which answers are told apart where they are counted.
+#: Characters that are kept of an answer, with its length.
 LONG_ANSWER = 40
-#: A larger share of responses with the same answer is worth a note.
-MANY_ALIKE = 0.5
+#: A larger share of responses with the same wrong answer is worth a note, from so many problems on.
+MANY_ALIKE, ENOUGH_PROBLEMS = 0.5, 10
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Outcomes:
         correct, finished: of each sample, as in `Sample`.
         tokens: length of each response.
         timeouts, errors: how many verifications ended so; their samples count as wrong.
-        commonest: the answer that was read in more responses than any other, and their share of all.
+        commonest: the wrong answer that was read in more responses than any other, and their share of all.
     """
 
     benchmark: str
@@ -74,7 +74,7 @@ class Outcomes:
         rows = [[problems[id][number] for number in range(n)] for id in sorted(problems)]
         every = [sample for row in rows for sample in row]
         status = Counter(sample.status for sample in every)
-        given = Counter(sample.extracted for sample in every if sample.extracted)
+        given = Counter(sample.extracted for sample in every if sample.extracted and not sample.correct)
         return cls(
             benchmark,
             ids=tuple(row[0].id for row in rows),
@@ -122,7 +122,7 @@ class Figures(Accuracy):
         unfinished: share of the responses that were cut off at the length limit.
         timeouts, errors: how many answers the verifier gave up on or failed at.
         tokens: mean length of a response.
-        commonest: the answer of more responses than any other, and their share of all.
+        commonest: the wrong answer of more responses than any other, and their share of all.
     """
 
     pass_at_every: Sequence[float]
@@ -184,12 +184,12 @@ def suite_scores(
     return {"benchmarks": benchmarks, "averages": averages}
 
 
-def same_answer(commonest: Sequence[Any]) -> str | None:
-    """A sentence on a policy that hardly looks at its problems; None where most answers differ."""
+def same_answer(commonest: Sequence[Any], problems: int) -> str | None:
+    """A sentence on a policy that hardly looks at its problems; None where answers differ or problems are few."""
     answer, share = commonest
-    if share <= MANY_ALIKE:
+    if share <= MANY_ALIKE or problems < ENOUGH_PROBLEMS:
         return None
-    return f"{100 * share:.1f} % of the responses give the same answer, {answer}."
+    return f"{100 * share:.1f} % of the responses give the same wrong answer, {answer}."
 
 
 def by_level(levels: Sequence[str | None]) -> dict[str, list[int]]:
@@ -220,7 +220,9 @@ def _accuracy(outcomes: Outcomes, rows: Sequence[int], resamples: int, seed: int
 
 def _without_texts(sample: Sample) -> Sample:
     """Samples of an evaluation of thousands per problem would not fit in memory with their texts."""
-    answer = sample.extracted and sample.extracted[:LONG_ANSWER]
+    answer = sample.extracted and " ".join(sample.extracted.split())
+    if answer and len(answer) > LONG_ANSWER:
+        answer = f"{answer[:LONG_ANSWER]}… ({len(answer)} characters)"
     return Sample(**{**vars(sample), "prompt": "", "response": "", "extracted": answer, "detail": ""})
 
 

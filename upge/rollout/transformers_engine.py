@@ -69,8 +69,10 @@ class TransformersSampler(Sampler):
 
     @torch.inference_mode()
     def _generate(self, batch: list[Request], sampling: Sampling, complete: Arrived) -> None:
+        from upge.rollout.growing import growing_cache
         with _plain_linear():
-            self._decode(batch, sampling, complete, decoding.growing_cache(self._model.config))
+            most = max(len(request.prompt) for request in batch) + sampling.max_tokens
+            self._decode(batch, sampling, complete, growing_cache(self._model.config, most))
 
     def _decode(self, batch: list[Request], sampling: Sampling, complete: Arrived, cache: Any) -> None:
         draw = _Draw(batch, sampling, self._device, complete)

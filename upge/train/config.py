@@ -232,10 +232,10 @@ class RunConfig:
                 raise ConfigError(f"{name}: found {value}; it must not be negative")
 
     def _check_ranges(self) -> None:
-        if self.eval.every < -1 or self.eval.every < 0 and self.eval.keep_best:
+        if self.eval.every < -1 or self.eval.every < 0 and (self.eval.keep_best or self.eval.suite):
             raise ConfigError(
-                f"eval.every: found {self.eval.every} with eval.keep_best={str(self.eval.keep_best).lower()}; give a "
-                "number of steps, 0, or, where there is no best evaluation to keep, -1 for none"
+                f"eval.every: found {self.eval.every}; give a number of steps, 0 for before and after training, or -1 "
+                "for never, which goes with neither eval.keep_best nor eval.suite"
             )
         if self.prompts_per_step % self.optimizer.mini_batches:
             raise ConfigError(
