@@ -62,19 +62,19 @@ def attention(
     return output.flatten(1, 2)[:, None], None
 
 
-def steps_of(model: nn.Module, kept: Any, mask: torch.Tensor, most: int, forward: Forward) -> Steps:
-    """The steps of a batch whose prompts are in the cache `kept`: replayed where a graph can be recorded, else run.
+def steps_of(model: nn.Module, cache: Any, mask: torch.Tensor, max_tokens: int, forward: Forward) -> Steps:
+    """The steps of a batch whose prompts are in the cache: replayed where a graph can be recorded, else run.
 
     mask: [B, T], 1 where the prompts have a token.
-    most: tokens that a response may have.
+    max_tokens: that a response may have.
     """
     recordable = (
         mask.is_cuda
         and model.config._attn_implementation == IMPLEMENTATION
-        and all(hasattr(layer, "fix") for layer in kept.layers)
+        and all(hasattr(layer, "fix") for layer in cache.layers)
         and not _looks_at_positions(getattr(model.config.get_text_config(), "rope_parameters", None))
     )
-    return ReplayedSteps(kept, mask, most, forward) if recordable else Steps(kept, mask, forward)
+    return ReplayedSteps(cache, mask, max_tokens, forward) if recordable else Steps(cache, mask, forward)
 
 
 def _looks_at_positions(rope: Any) -> bool:
@@ -87,8 +87,8 @@ def _looks_at_positions(rope: Any) -> bool:
 class Steps:
     """One token after the other for every row of a batch."""
 
-    def __init__(self, kept: Any, mask: torch.Tensor, forward: Forward) -> None:
-        self._cache, self._mask, self._forward = kept, mask, forward
+    def __init__(self, cache: Any, mask: torch.Tensor, forward: Forward) -> None:
+        self._cache, self._mask, self._forward = cache, mask, forward
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows alone."""
@@ -105,17 +105,17 @@ class ReplayedSteps(Steps):
     """The same from a graph: every tensor keeps its place and its shape, the cache's with room for all tokens, and the
     mask hides what is not written yet. Which rows there are is part of the graph, so it is recorded anew for fewer."""
 
-    def __init__(self, kept: Any, mask: torch.Tensor, most: int, forward: Forward) -> None:
+    def __init__(self, cache: Any, mask: torch.Tensor, max_tokens: int, forward: Forward) -> None:
         width = mask.shape[1]
         # A multiple of 8, or attention would copy the mask to align it.
-        size = -(-(width + most) // 8) * 8
+        size = -(-(width + max_tokens) // 8) * 8
         whole = torch.zeros(len(mask), 1, 1, size, dtype=torch.bool, device=mask.device)
         whole[:, 0, 0, :width] = mask.bool()
-        super().__init__(kept, whole, forward)
+        super().__init__(cache, whole, forward)
         self._place = torch.tensor([width - 1], device=mask.device)
         self._positions = mask.sum(dim=1, keepdim=True) - 1
         self._replay: Callable[[torch.Tensor], torch.Tensor] | None = None
-        for layer in kept.layers:
+        for layer in cache.layers:
             layer.fix(size, self._place)
 
     def keep(self, rows: torch.Tensor) -> None:

@@ -12,13 +12,13 @@ from transformers.cache_utils import DynamicLayer
 _GROWTH_TOKENS, _GROWTH_SHARE = 64, 1 / 4
 
 
-def growing_cache(config: Any, most: int) -> DynamicCache:
+def growing_cache(config: Any, max_length: int) -> DynamicCache:
     """An empty cache for a model of this configuration.
 
-    most: tokens that a prompt and its response may have together.
+    max_length: tokens that a prompt and its response may have together.
     """
     grown = DynamicCache(config=config)
-    grown.layers = [GrowingLayer(most) if type(old) is DynamicLayer else old for old in grown.layers]
+    grown.layers = [GrowingLayer(max_length) if type(old) is DynamicLayer else old for old in grown.layers]
     return grown
 
 
@@ -26,12 +26,12 @@ class GrowingLayer(DynamicLayer):
     """`keys` and `values` are the used part of tensors with room for more tokens, or, once `fix` was called, all of
     them, and what is new is written at a place.
 
-    most: tokens beyond which it makes no room in advance.
+    max_length: tokens beyond which it makes no room in advance.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, max_length: int) -> None:
         super().__init__()
-        self._most = most
+        self._max_length = max_length
         self._place: torch.Tensor | None = None
         self._room: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -49,7 +49,7 @@ class GrowingLayer(DynamicLayer):
             self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
         if not self._has_room(end):
             more = max(_GROWTH_TOKENS, int(end * _GROWTH_SHARE))
-            self._make_room(max(end, min(end + more, self._most)))
+            self._make_room(max(end, min(end + more, self._max_length)))
         for room, new in zip(self._room, (key_states, value_states), strict=True):
             room[..., start:end, :] = new
         self.keys, self.values = (room[..., :end, :] for room in self._room)

@@ -71,8 +71,8 @@ class TransformersSampler(Sampler):
     def _generate(self, batch: list[Request], sampling: Sampling, complete: Arrived) -> None:
         from upge.rollout.growing import growing_cache
         with _plain_linear():
-            most = max(len(request.prompt) for request in batch) + sampling.max_tokens
-            self._decode(batch, sampling, complete, growing_cache(self._model.config, most))
+            longest = max(len(request.prompt) for request in batch) + sampling.max_tokens
+            self._decode(batch, sampling, complete, growing_cache(self._model.config, longest))
 
     def _decode(self, batch: list[Request], sampling: Sampling, complete: Arrived, cache: Any) -> None:
         draw = _Draw(batch, sampling, self._device, complete)
