@@ -1,6 +1,6 @@
 """What the tests of the samplers look at, gathered in processes of their own because vLLM may abort one at its exit.
 
-python -m tests.rollout_ranks observe ENGINE FOLDER OUTPUT     one process, both models
+python -m tests.rollout_ranks observe ENGINE FOLDER OUTPUT     one process, both models, and TINY with OVERRIDES
 python -m tests.rollout_ranks repeat ENGINE FOLDER OUTPUT      the same first call in a fresh process
 python -m tests.rollout_ranks greedy ENGINE MODEL PROMPTS OUTPUT   16 greedy tokens after each of some prompts
 torchrun -m tests.rollout_ranks ranks FOLDER OUTPUT            vLLM on each of several ranks
@@ -45,6 +45,10 @@ CROWD = (64, 32, Sampling(max_tokens=8))
 LONG = Sampling(max_tokens=200, stop_token_ids=STOP)
 # Together more tokens than vLLM prefills at once on a CPU, so that some prompt would have to be split.
 LONG_PROMPTS = tuple(tuple(5 + (i + j) % 50 for j in range(230)) for i in range(24))
+TINY = Path(__file__).parents[1] / "experiments" / "models" / "tiny"
+# More positions than TINY's 2,048 are asked for as well, so that an engine that ignored the overrides would not start.
+OVERRIDES = {"rope_theta": 40.0, "max_position_embeddings": 4096}
+OVERRIDDEN_LENGTH = 2100
 RANK_PROMPTS = (((), PROMPTS), (PROMPTS[:1], PROMPTS[1:]), (PROMPTS, ()))
 
 
@@ -199,6 +203,18 @@ def observe(engine: str, folder: Path, kind: str) -> dict:
     return found
 
 
+def overridden(engine: str) -> dict:
+    """TINY with OVERRIDES: rollouts, and with vLLM the configuration that its engine has."""
+    sampler = load(engine, TINY, max_length=OVERRIDDEN_LENGTH, memory_fraction=0.05, overrides=OVERRIDES)
+    found: dict = {"rollouts": plain(sampler.sample(PROMPTS, COPIES, SAMPLINGS["endless"], SEEDS))}
+    if sampler.name == "vllm":
+        engine_config = sampler._llm.llm_engine.model_config
+        found["config"] = engine_config.hf_config.to_dict()
+        found["max_model_len"] = engine_config.max_model_len
+    sampler.close()
+    return found
+
+
 def repeat(engine: str, folder: Path, kind: str) -> dict:
     sampler = load(engine, folder / kind, max_length=256)
     return samples(sampler)
@@ -236,6 +252,8 @@ def main(job: str, *arguments: str) -> None:
         engine, folder = arguments[0], Path(arguments[1])
         look, kinds = (observe, KINDS) if job == "observe" else (repeat, KINDS[:1])
         found = {kind: look(engine, folder, kind) for kind in kinds}
+        if job == "observe":
+            found["overridden"] = overridden(engine)
     output.write_text(json.dumps(found), encoding="utf-8")
     sys.stdout.flush()
     # Not by returning: vLLM's own clean-up at exit now and then aborts a process that has done all its work.

@@ -111,6 +111,30 @@ def test_logprobs_are_the_models_before_and_after_a_refresh(engine: str, kind: s
 
 
 @engines
+def test_overrides_of_the_models_configuration_take_effect(engine: str, observed: dict):
+    """In the engine's own configuration, and in the log-probs: 24 tokens with another rotary base are told apart."""
+    found = observed[engine]["overridden"]
+    if engine == "vllm":
+        rope_theta = found["config"]["rope_parameters"]["rope_theta"]
+        assert {**found["config"], "rope_theta": rope_theta}.items() >= probe.OVERRIDES.items()
+        assert found["max_model_len"] == probe.OVERRIDDEN_LENGTH
+    sampling = probe.SAMPLINGS["endless"]
+    _models["overridden"] = overridden_model()
+    assert largest_difference("overridden", found["rollouts"], sampling) < TOLERANCE
+    assert largest_difference(probe.TINY, found["rollouts"], sampling) > 0.1
+
+
+def overridden_model() -> torch.nn.Module:
+    """TINY with OVERRIDES as transformers alone makes it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(probe.TINY)
+    config.rope_parameters["rope_theta"] = probe.OVERRIDES["rope_theta"]
+    config.max_position_embeddings = probe.OVERRIDES["max_position_embeddings"]
+    return AutoModelForCausalLM.from_pretrained(probe.TINY, config=config, dtype=torch.float32).eval()
+
+
+@engines
 def test_long_prompts_fill_more_than_one_prefill(engine: str, folder: Path, observed: dict):
     found = observed[engine]["tied"]["long"]
     assert largest_difference(folder / "tied", found, Sampling(max_tokens=4), probe.LONG_PROMPTS) < TOLERANCE

@@ -66,7 +66,7 @@ class VLLMSampler(Sampler):
             ranks_uncompiled()
         options = self._options(config, memory_fraction)
         if overrides:
-            options["hf_overrides"] = functools.partial(override, overrides=overrides)
+            options["hf_overrides"] = functools.partial(_override_for_vllm, overrides=overrides)
         self._own_group = not torch.distributed.is_initialized()
         try:
             with random_state_kept(), thread_setter_kept(), quiet():
@@ -155,6 +155,15 @@ class VLLMSampler(Sampler):
                     state.destroy_model_parallel()
                     state.destroy_distributed_environment()
         self._llm = None
+
+
+def _override_for_vllm(config: Any, overrides: Mapping[str, Any]) -> Any:
+    """`override` as vLLM's `hf_overrides`, which a worker process must be able to unpickle.
+
+    vLLM calls it first with a placeholder that has no setting of the model (`architectures == [""]`), only to see
+    whether it changes `model_type`, and then with the model's own configuration. The placeholder is returned unchanged.
+    """
+    return config if config.architectures == [""] else override(config, overrides)
 
 
 def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
