@@ -1,10 +1,11 @@
 # Every target that needs the environment makes it first; requirements/install.sh decides whether there is work to do.
-# Variables: ARGS (passed on), VENV, and for the environment PYTHON, ENGINE=cpu|gpu, TORCH_INDEX (docs/install.md).
+# Variables: ARGS (passed on), JOBS (processes that run tests at once), VENV, and for the environment PYTHON, ENGINE=cpu|gpu, TORCH_INDEX (docs/install.md).
 VENV ?= .venv
 PYTHON ?=
 ENGINE ?=
 TORCH_INDEX ?=
 ARGS ?=
+JOBS ?= 2
 export VENV PYTHON ENGINE TORCH_INDEX
 
 .DEFAULT_GOAL := help
@@ -21,7 +22,7 @@ run: env  ## train; without ARGS the small model on arithmetic, about five minut
 	$(VENV)/bin/python -m experiments.run $(ARGS)
 
 test: env  ## run the tests
-	$(VENV)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: env  ## check the sources with ruff
 	$(VENV)/bin/python -m ruff check $(ARGS)

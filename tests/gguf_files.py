@@ -29,7 +29,12 @@ def smollm2_is_there() -> bool:
 
 @functools.cache
 def smollm2(root: Path) -> str:
-    """The folder of the real model, converted once a session below `root`."""
+    """The folder of the real model, converted once a session below `root`, pytest's temporary folder.
+
+    A process of pytest-xdist has a folder of its own inside the session's, which all of them share.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
     before = os.environ.get("UPGE_CACHE")
     os.environ["UPGE_CACHE"] = str(root / "upge-cache")
     try:
