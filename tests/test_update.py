@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import algorithms
+from tests import forked
 from tests.compositions import load
 from tests.models import save_random_model, trajectories
 from tests.update_ranks import STEP, batch_for, cases
@@ -87,17 +88,16 @@ def norm_of(gradients: dict[str, torch.Tensor]) -> float:
 
 
 def launch(script: str, ranks: int, *arguments: object, timeout: float = 500) -> None:
-    """torchrun with gloo; the script's output is shown if it fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    """A script of tests/ on several ranks with gloo; its output is shown if it fails."""
+    path, words = str(ROOT / "tests" / script), [str(argument) for argument in arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / script), *map(str, arguments)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    if forked.is_possible():
+        done = forked.run(path, *words, environment=environment, ranks=ranks, timeout=timeout)
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        done = subprocess.run(
+            [*command, path, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+        )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 

@@ -1,0 +1,125 @@
+"""Processes of tests, forked from one that has imported the libraries.
+
+Importing torch, transformers and DeepSpeed takes longer than what most tests do with them. Python's fork server imports
+them once for each process of pytest.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).parent.parent
+#: Libraries alone, so that no process begins with an old state of the package. What is not installed is left out.
+PRELOADED = [
+    *("torch", "transformers", "transformers.models.qwen2.modeling_qwen2", "safetensors.torch", "deepspeed"),
+    *("deepspeed.runtime.zero.muon.muon_optimizer", "rich.table", "tqdm"),
+]
+
+
+def is_possible() -> bool:
+    """False with a CUDA device, whose driver does not survive a fork, and on systems without a fork server."""
+    import torch
+
+    return not torch.cuda.is_available() and "forkserver" in multiprocessing.get_all_start_methods()
+
+
+def run(
+    target: str, *arguments: str, environment: Mapping[str, str], ranks: int = 1, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m target arguments`, or a script, in one process or on several ranks.
+
+    Args:
+        target: the name of a module, or the path of a script that ends in `.py`.
+        environment: all variables but OMP_NUM_THREADS, which is 1, and those that torchrun sets for several ranks.
+        timeout: seconds, after which all ranks are killed.
+
+    Returns:
+        The output of all ranks, and the exit code of the first that failed, or 0. The other ranks are killed then.
+
+    Raises:
+        subprocess.TimeoutExpired: a rank did not end in time.
+    """
+    shared = {**environment, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    context, port = _fork_server(), _free_port()
+    with TemporaryDirectory() as folder:
+        files = [(f"{folder}/{rank}.out", f"{folder}/{rank}.err") for rank in range(ranks)]
+        started = []
+        for rank in range(ranks):
+            variables = shared if ranks == 1 else shared | _torchrun_variables(rank, ranks, port)
+            started.append(context.Process(target=_child, args=(target, arguments, variables, *files[rank])))
+            started[-1].start()
+        code = _wait(started, timeout)
+        out, err = ("".join(Path(f).read_text(errors="replace") for f in kind) for kind in zip(*files, strict=True))
+    if code is None:
+        raise subprocess.TimeoutExpired([target, *arguments], timeout, out, err)
+    return subprocess.CompletedProcess([target, *arguments], code, out, err)
+
+
+def _fork_server() -> multiprocessing.context.BaseContext:
+    """The fork server, not yet started or running. Its libraries are imported with one thread and for the CPU."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TQDM_MININTERVAL": "60"}
+    before = dict(os.environ)
+    os.environ.update(settings)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _torchrun_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in places.items()}
+
+
+def _child(target: str, arguments: tuple[str, ...], variables: dict[str, str], out: str, err: str) -> None:
+    """What a forked process does: become `python -m target arguments`."""
+    os.setsid()
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(ROOT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = [target, *arguments]
+    if target.endswith(".py"):
+        runpy.run_path(target, run_name="__main__")
+    else:
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+
+
+def _wait(started: list[BaseProcess], timeout: float) -> int | None:
+    """The exit code of the first process that fails, 0 if none does, None after `timeout`; all have ended then."""
+    end, codes = time.monotonic() + timeout, [None] * len(started)
+    while None in codes and not any(codes) and time.monotonic() < end:
+        multiprocessing.connection.wait([p.sentinel for p, code in zip(started, codes, strict=True) if code is None], 1)
+        codes = [process.exitcode for process in started]
+    for process in started:
+        if process.exitcode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        process.close()
+    failed = [code for code in codes if code]
+    return failed[0] if failed else None if None in codes else 0
