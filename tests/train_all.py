@@ -3,7 +3,7 @@
 usage: train_all.py FOLDER RUN ARGUMENT... [-- RUN ARGUMENT...]...
 
 Each run leaves FOLDER/RUN; its output is in FOLDER/RUN.log, whose last line is the exit code. Importing takes longer
-than training this little, so it is done once.
+than training this little, so it is done once. An argument ranks=N starts a run on N ranks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import gc
 import importlib
 import itertools
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -47,12 +48,12 @@ MODULES = (
 )
 AT_ONCE = 2
 #: Seconds for one run; several times what it takes where every core has other work.
-LIMIT = 300
+LIMIT = 600
 
 
 def child(folder: Path, name: str, arguments: list[str]) -> None:
     """Trains and ends this process."""
-    log = os.open(folder / f"{name}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    log = os.open(folder / f"{name}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     code = 1
@@ -67,24 +68,44 @@ def child(folder: Path, name: str, arguments: list[str]) -> None:
     os._exit(code)
 
 
+def start(folder: Path, name: str, arguments: list[str]) -> list[int]:
+    """Forks a process for each rank of a run; returns their ids."""
+    ranks = next((int(a.removeprefix("ranks=")) for a in arguments if a.startswith("ranks=")), 1)
+    arguments = [a for a in arguments if not a.startswith("ranks=")]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+    found = []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            os.environ |= address | place if ranks > 1 else {}
+            child(folder, name, arguments)
+        found.append(pid)
+    return found
+
+
 def train(folder: Path, runs: dict[str, list[str]]) -> None:
-    """Makes the runs, some at once; one that exceeds the limit is killed."""
+    """Makes the runs, some at once; one that exceeds the limit, or one of whose ranks fails, is killed."""
     waiting, running = dict(runs), {}
     while waiting or running:
         while waiting and len(running) < AT_ONCE:
             name = next(iter(waiting))
-            arguments, pid = waiting.pop(name), os.fork()
-            if pid == 0:
-                child(folder, name, arguments)
-            running[pid] = (name, time.monotonic())
-        for pid, (name, began) in list(running.items()):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
+            running[name] = (start(folder, name, waiting.pop(name)), time.monotonic(), [])
+        for name, (pids, began, codes) in list(running.items()):
+            for pid in list(pids):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    pids.remove(pid)
+                    codes.append(os.waitstatus_to_exitcode(status))
+            if not pids:
                 with (folder / f"{name}.log").open("a") as log:
-                    print(f"\n{time.monotonic() - began:.1f} s\n{os.waitstatus_to_exitcode(status)}", file=log)
-                del running[pid]
-            elif time.monotonic() - began > LIMIT:
-                os.kill(pid, signal.SIGKILL)
+                    print(f"\n{time.monotonic() - began:.1f} s\n{next(filter(None, codes), 0)}", file=log)
+                del running[name]
+            elif any(codes) or time.monotonic() - began > LIMIT:
+                for pid in pids:
+                    os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
 
 
