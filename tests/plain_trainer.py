@@ -57,7 +57,7 @@ class Settings:
     lr: float = 1e-3
     warmup_steps: int = 2
     weight_decay: float = 0.1
-    max_grad_norm: float = 0.02
+    max_grad_norm: float = 0.001
     mini_batches: int = 2
     epochs: int = 2
     critic_lr: float = 1e-3

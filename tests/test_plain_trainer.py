@@ -1,8 +1,12 @@
 """The weights that a run of the command line leaves are those of a plain trainer that repeats it from its rollouts.
 
-All runs have a temperature of 0.7, two mini-batches, two epochs, clipping that is active in most updates, weight
-decay, warm-up and a linear schedule. Algorithms, ranks and micro-batches form a covering design: every algorithm once, and
-each of one and two ranks with small and with large micro-batches.
+All runs have a temperature of 0.7, two mini-batches, two epochs, active gradient clipping, weight decay, warm-up and a
+linear schedule. Algorithms, ranks and micro-batches form a covering design: every algorithm once, and each of one and
+two ranks with small and with large micro-batches.
+
+Adam divides a gradient by its size, so it turns the rounding of the smallest gradients into full updates. The clipping
+norm is so small that such gradients are below Adam's epsilon. With a norm of 0.02, the plain trainer in float32 and in
+float64 differ by more than the bound.
 """
 
 from __future__ import annotations
@@ -124,7 +128,7 @@ def test_the_weights_are_those_of_the_plain_trainer(folder, name):
     run, start = (load_file(path / "model.safetensors") for path in (folder / name / "final", START))
     assert len(trainer.norms) >= settings.steps, "too few updates to compare"
     clipped = sum(norm > settings.max_grad_norm for norm in trainer.norms)
-    assert clipped > len(trainer.norms) / 2, "clipping is active in too few updates"
+    assert clipped > len(trainer.norms) / 2, "too few updates in which clipping is active"
     apart = distance(run, plain, start)
     print(f"{name}: {len(trainer.norms)} updates, {clipped} clipped, distance {apart:.2e}")
     assert apart < (CLOSE_WITH_STAGES if len(settings.stages) > 1 else CLOSE)
