@@ -23,6 +23,8 @@ from upge.train.packing import packed_length
 
 #: Tokens of a micro-batch, small enough for several.
 BUDGET = 60
+#: Factor of the losses whose gradients are clipped.
+CLIPPED = 500.0
 
 
 def token_weights(variant: int) -> list[Tensor]:
@@ -57,8 +59,8 @@ def weights_of(engine: Engine) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in engine.named_weights()}
 
 
-def update(engine: Engine, variant: int, lr: float = 1e-2) -> StepResult:
-    accumulate(engine, variant)
+def update(engine: Engine, variant: int, lr: float = 1e-2, factor: float = 1.0) -> StepResult:
+    accumulate(engine, variant, factor)
     return engine.step(lr)
 
 
@@ -85,6 +87,13 @@ def limit(engine: Engine, found: dict) -> None:
     found["above"] = (norm, engine.step(1e-2, limit=0.999 * norm), before, weights_of(engine))
     accumulate(engine, 0)
     found["below"] = (norm, engine.step(1e-2, limit=1.001 * norm), before, weights_of(engine))
+
+
+def clip(engine: Engine, found: dict) -> None:
+    """Two updates whose gradients differ in size, both above the norm at which they are clipped."""
+    start = weights_of(engine)
+    results = [update(engine, 0, factor=CLIPPED), update(engine, 1, factor=CLIPPED / 100)]
+    found["clipped"] = (start, weights_of(engine), [result.grad_norm for result in results])
 
 
 def interleave(engine: Engine, found: dict) -> None:
@@ -158,6 +167,7 @@ def main(model: str, output: str, scratch: str) -> None:
     found["without"] = {"results": [update(plain, 0), update(plain, 1)], "weights": weights_of(plain)}
     engine = engine_of(model, world, 0.0)
     interleave(engine, found)
+    clip(plain, found)
     limit(engine_of(model, world, 0.5), found)
     resume(engine, engine_of(model, world, 0.0), Path(scratch), found)
     halve(engine_of(model, world, 0.0, "bfloat16"), found)

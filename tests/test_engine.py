@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from tests.engine_ranks import token_weights
+from tests.engine_ranks import CLIPPED, token_weights
 from tests.models import trajectories
 from tests.test_update import launch
 
@@ -38,13 +38,20 @@ def found(model, request, tmp_path_factory) -> dict:
     return torch.load(folder / "found.pt", weights_only=False)
 
 
-def plain_gradient(path, variant: int) -> dict[str, torch.Tensor]:
-    """The gradient of Σ w log π by a plain float64 model, one trajectory at a time."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+def token_loss(model: torch.nn.Module, variant: int) -> torch.Tensor:
+    """Σ w log π, one trajectory at a time."""
+    losses = []
     for t, weights in zip(trajectories(), token_weights(variant), strict=True):
         ids = torch.tensor([[*t.prompt_ids, *t.response_ids]])
         full = model(input_ids=ids).logits[0, len(t.prompt_ids) - 1 : -1].log_softmax(-1)
-        (full.gather(-1, torch.tensor(t.response_ids)[:, None])[:, 0] * weights).sum().backward()
+        losses.append((full.gather(-1, torch.tensor(t.response_ids)[:, None])[:, 0] * weights).sum())
+    return torch.stack(losses).sum()
+
+
+def plain_gradient(path, variant: int) -> dict[str, torch.Tensor]:
+    """The gradient of Σ w log π by a plain float64 model."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    token_loss(model, variant).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -75,6 +82,34 @@ def test_taking_leaves_no_trace(found):
     assert all(result.applied and result.grad_norm > 0.5 for result in found["with"]["results"])
     for name, weight in found["without"]["weights"].items():
         assert torch.equal(found["with"]["weights"][name], weight), name
+
+
+def test_gradients_are_clipped_before_adamw(model, found):
+    """AdamW forgets a constant factor, so the second gradient is a hundredth of the first: unclipped, it hardly counts.
+
+    Weights equal those of a plain float64 model whose gradients are scaled to a norm of 0.5 where they exceed it.
+    """
+    start, weights, norms = found["clipped"]
+
+    def plain(limit: float) -> dict[str, torch.Tensor]:
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+        network.load_state_dict(start, strict=False)
+        adamw = torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=0.1)
+        for variant, factor in ((0, CLIPPED), (1, CLIPPED / 100)):
+            adamw.zero_grad()
+            token_loss(network, variant).mul(factor).backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), limit)
+            adamw.step()
+        return {name: parameter.detach() for name, parameter in network.named_parameters()}
+
+    def difference(a: dict, b: dict) -> float:
+        return sum(float((a[name].double() - b[name]).square().sum()) for name in start) ** 0.5
+
+    assert min(norms) > 0.5, "both are clipped"
+    expected = plain(0.5)
+    size = difference(start, expected)
+    assert difference(weights, expected) <= 1e-3 * size
+    assert difference(plain(1e9), expected) > 0.1 * size
 
 
 def test_an_update_above_the_limit_is_left_out(found):
