@@ -91,6 +91,7 @@ def limit(engine: Engine, found: dict) -> None:
 
 def clip(engine: Engine, found: dict) -> None:
     """Two updates whose gradients differ in size, both above the norm at which they are clipped."""
+    engine.reset_optimizer()
     start = weights_of(engine)
     results = [update(engine, 0, factor=CLIPPED), update(engine, 1, factor=CLIPPED / 100)]
     found["clipped"] = (start, weights_of(engine), [result.grad_norm for result in results])

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import algorithms
+import upge
 from tests.models import save_random_model, trajectories
+from tests.test_update import padded_logprobs
 from upge.train.config import OptimizerConfig
 from upge.train.engine import Forward
 from upge.train.micro_batches import Costs
@@ -27,8 +32,6 @@ class PlainEngine:
     """One process, float64, plain gradient steps; remembers the gradient of each and what was run without one."""
 
     def __init__(self, folder) -> None:
-        from transformers import AutoModelForCausalLM
-
         network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
         self.policy, self.costs = PackedPolicy(network), Costs.of(network)
         self.world = SimpleNamespace(size=1, rank=0, is_main=True, device=torch.device("cpu"), gather=lambda own: [own])
@@ -98,6 +101,45 @@ def test_updates_are_those_with_all_columns(tmp_path, name, mini_batches, epochs
         # The column is kept in float32, so ratios and with them gradients are right to its rounding.
         assert float((a - b).norm()) <= 1e-5 * float(b.norm()), update
     assert bool(expected[0].any())
+
+
+@dataclass(frozen=True)
+class MeanReward(upge.Gate):
+    """The mean reward of all trajectories that it sees."""
+
+    reads: ClassVar[frozenset[str]] = frozenset({"rewards"})
+
+    def __call__(self, batch: upge.Trajectories) -> torch.Tensor:
+        return batch.rewards.mean().expand(len(batch))
+
+
+def test_whitening_and_gates_see_the_whole_step(tmp_path):
+    """Two updates at a learning rate of 0, with two prompts each, against the written objective.
+
+    A = (R - mean R)/√(var R + 1e-8) over the tokens of the step, gate = mean R of the step, divisor = the update's own
+    tokens. The rewards of the first prompts differ from those of the last, and so would statistics of one update.
+    """
+    folder, members = save_random_model(tmp_path), [t for t in trajectories(groups=4) if not t.is_demonstration]
+    members = [dataclasses.replace(t, reward=1.0) if t.group == 2 else t for t in members]
+    estimator = upge.UnifiedGradient(upge.NoMask(), upge.CurrentPolicy(), upge.Whitened(upge.ReturnToGo()))
+    term = upge.Term("rollouts", MeanReward(), estimator, upge.TokenMean())
+    engine = PlainEngine(folder)
+    config = OptimizerConfig(mini_batches=2, micro_batch_tokens=120)
+    Updater(engine, upge.Algorithm("test", {"rl": term}), config).update(members, 0, Rates(0.0))
+    rewards = torch.tensor([t.reward for t in members for _ in t.response_ids], dtype=torch.float64)
+    gate = sum(t.reward for t in members) / len(members)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    assert len(engine.gradients) == 2
+    for gradient, groups in zip(engine.gradients, ({0, 1}, {2, 3}), strict=True):
+        own = [t for t in members if t.group in groups]
+        assert sum(t.reward for t in own) / len(own) != gate
+        logprobs, _ = padded_logprobs(model, own)
+        advantages = [(t.reward - rewards.mean()) / (rewards.var() + 1e-8).sqrt() for t in own]
+        sums = [row[: len(t.response_ids)].sum() for row, t in zip(logprobs, own, strict=True)]
+        objective = gate * sum(a * s for a, s in zip(advantages, sums, strict=True))
+        loss = -objective / sum(len(t.response_ids) for t in own)
+        expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+        assert float((gradient - expected).norm()) <= 1e-5 * float(expected.norm())
 
 
 def test_what_is_left_out_is_counted(tmp_path):
