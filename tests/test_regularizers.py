@@ -28,8 +28,13 @@ def algorithm(regularizer: upge.Regularizer, demonstrations: bool = True) -> upg
 
 def gradient(one: upge.Algorithm, column: str) -> torch.Tensor:
     """[B, T] the derivative of the loss by the entropies or the log-probs."""
-    batch = trajectories([[0.5, 0.25], [0.5], [0.125]], p_frozen=[[0.5] * 2, [0.5], [0.5]], demonstrations=[1],
-                         group=[0, 0, 0], entropies=[[0.3, 0.4], [0.5], [0.6]])
+    batch = trajectories(
+        [[0.5, 0.25], [0.5], [0.125]],
+        p_frozen=[[0.5] * 2, [0.5], [0.5]],
+        demonstrations=[1],
+        group=[0, 0, 0],
+        entropies=[[0.3, 0.4], [0.5], [0.6]],
+    )
     leaf = getattr(batch, column).clone().requires_grad_()
     one.estimate(dataclasses.replace(batch, **{column: leaf})).loss.backward()
     return leaf.grad

@@ -1,0 +1,335 @@
+"""The bugs that `python -m tests.mutants` plants: one changed place each, and the tests that must notice it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """A bug to plant.
+
+    Attributes:
+        name: what goes wrong.
+        file: path of the file to change, from the root of the tree.
+        old: the text to replace, which occurs once in the file.
+        new: what takes its place.
+        tests: the tests that must notice, as pytest takes them, without the folder tests/.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: Sequence[str]
+
+
+REACH = "test_settings_reach.py::"
+STAGES = "test_stages.py::"
+EVALUATE = "test_train_evaluate.py::"
+UPDATES = "test_update_columns.py::"
+PARTS = "test_components.py::"
+REDUCTIONS = "test_gates_reductions.py::"
+
+MUTANTS = (
+    # Settings that do not reach the place where they act.
+    Mutant(
+        "temperature-not-in-loss",
+        "upge/train/engine.py",
+        "packed, temperature=self.temperature, objective=",
+        "packed, objective=",
+        [REACH + "test_the_loss_is_that_of_the_policy_at_its_temperature"],
+    ),
+    Mutant(
+        "temperature-not-in-logprobs",
+        "upge/train/engine.py",
+        "packed, temperature=self.temperature, entropy=",
+        "packed, entropy=",
+        [REACH + "test_logprobs_are_those_of_the_policy_at_its_temperature"],
+    ),
+    Mutant(
+        "temperature-not-handed-to-policy",
+        "experiments/run.py",
+        "config.optimizer, world, config.rollout.temperature)",
+        "config.optimizer, world)",
+        [REACH + "test_the_policy_and_the_frozen_policy_get_the_temperature_of_rollouts"],
+    ),
+    Mutant(
+        "temperature-not-handed-to-frozen-policy",
+        "experiments/run.py",
+        "(model, world, config.rollout.temperature, key=",
+        "(model, world, key=",
+        [REACH + "test_the_policy_and_the_frozen_policy_get_the_temperature_of_rollouts"],
+    ),
+    Mutant(
+        "temperature-not-handed-to-sampler",
+        "upge/train/collect.py",
+        "temperature=config.rollout.temperature,",
+        "",
+        [REACH + "test_rollouts_are_sampled_as_the_run_says"],
+    ),
+    Mutant(
+        "clipping-dropped",
+        "upge/train/zero.py",
+        "settings(dtype, world, optimizer.max_grad_norm)",
+        "settings(dtype, world)",
+        [REACH + "test_adamw_and_clipping_get_their_settings"],
+    ),
+    Mutant(
+        "weight-decay-dropped",
+        "upge/train/zero.py",
+        "weight_decay=optimizer.weight_decay",
+        "weight_decay=0.0",
+        [REACH + "test_adamw_and_clipping_get_their_settings"],
+    ),
+    # The whole step, its updates and their micro-batches.
+    Mutant(
+        "statistics-per-mini-batch",
+        "upge/algorithm.py",
+        "[self._bound(whole, penalties, batch, rows) for rows in updates]",
+        "[self.plan(batch.select(u, row=torch.arange(len(u)))) if len(updates) > 1 else "
+        "self._bound(whole, penalties, batch, u) for u in updates]",
+        [UPDATES + "test_whitening_and_gates_see_the_whole_step"],
+    ),
+    Mutant(
+        "statistics-per-mini-batch-in-updater",
+        "upge/train/update.py",
+        "self.algorithm.plans(whole.columns, cuts)",
+        "[self.algorithm.plan(whole.taken(rows).columns) for rows in cuts]",
+        [UPDATES + "test_whitening_and_gates_see_the_whole_step"],
+    ),
+    Mutant(
+        "behavior-logprobs-from-current-policy",
+        "upge/train/update.py",
+        "plan, number != first)",
+        "plan, False)",
+        [UPDATES + "test_updates_are_those_with_all_columns[grpo-2-1]"],
+    ),
+    Mutant(
+        "one-epoch-only",
+        "upge/train/update.py",
+        "range(self.config.epochs)",
+        "range(1)",
+        [UPDATES + "test_updates_are_those_with_all_columns[grpo-1-3]"],
+    ),
+    Mutant(
+        "token-budget-exceeded",
+        "upge/train/micro_batches.py",
+        "if joined.tokens <= self.budget:",
+        "if True:",
+        ["test_micro_batches.py::test_plan_of_micro_batches"],
+    ),
+    Mutant(
+        "packed-predictor-off-by-one",
+        "upge/train/packing.py",
+        "[last, *range(following, following",
+        "[last - 1, *range(following, following",
+        ["test_packing.py::test_layout_of_a_small_row"],
+    ),
+    # Learning rates, stages, checkpoints.
+    Mutant(
+        "schedule-not-anew",
+        "upge/train/rates.py",
+        "place = step - span.first",
+        "place = step",
+        [STAGES + "test_the_schedule_begins_anew_with_each_stage"],
+    ),
+    Mutant(
+        "schedule-too-long-in-later-stage",
+        "upge/train/rates.py",
+        "max(1, span.end - span.first - waiting)",
+        "max(1, span.end - waiting)",
+        [STAGES + "test_the_schedule_begins_anew_with_each_stage"],
+    ),
+    Mutant(
+        "critic-warm-up-off-by-one",
+        "upge/train/rates.py",
+        "None if place < waiting",
+        "None if place <= waiting",
+        [STAGES + "test_the_critic_learns_alone_for_exactly_its_warm_up"],
+    ),
+    Mutant(
+        "critic-warm-up-in-schedule",
+        "upge/train/rates.py",
+        "max(0, place - waiting)",
+        "place",
+        [STAGES + "test_the_critic_learns_alone_for_exactly_its_warm_up"],
+    ),
+    Mutant(
+        "warm-up-starts-at-zero",
+        "upge/train/rates.py",
+        "config.lr * (step + 1) / config",
+        "config.lr * step / config",
+        ["test_train_parts.py::test_learning_rate"],
+    ),
+    Mutant(
+        "moments-kept-across-stages",
+        "upge/train/trainer.py",
+        "self.parts.models.policy.reset_optimizer(everything=True)",
+        "pass",
+        [STAGES + "test_a_later_stage_starts_with_fresh_moments"],
+    ),
+    Mutant(
+        "moments-of-critic-kept-across-stages",
+        "upge/train/trainer.py",
+        "self.parts.models.critic.reset_optimizer(everything=True)",
+        "pass",
+        [STAGES + "test_a_later_stage_starts_with_fresh_moments"],
+    ),
+    Mutant(
+        "idle-moments-kept-across-stages",
+        "upge/train/moments.py",
+        "if everything:",
+        "if False:",
+        [STAGES + "test_a_later_stage_starts_with_fresh_moments"],
+    ),
+    Mutant(
+        "resume-forgets-moments-in-use",
+        "upge/train/moments.py",
+        'self.in_use = saved["in_use"]',
+        "self.in_use = FIRST",
+        ["test_moments.py"],
+    ),
+    Mutant(
+        "resume-forgets-idle-moments",
+        "upge/train/moments.py",
+        "for k, v in state.items()",
+        "for k, v in state.items() if k == 'step'",
+        ["test_moments.py"],
+    ),
+    Mutant(
+        "resume-keeps-a-dropped-step",
+        "upge/train/folder.py",
+        'if line["step"] <= step]',
+        'if line["step"] <= step + 1]',
+        ["test_train_parts.py::test_rewind_drops_what_will_be_recorded_again"],
+    ),
+    # Sampling, verification, evaluation.
+    Mutant(
+        "rollout-seeds-follow-the-rank",
+        "upge/train/collect.py",
+        "stream_seed(config.seed, *seeds, g) for g in mine",
+        "stream_seed(config.seed, *seeds, g) for g in range(len(mine))",
+        ["test_collect.py::test_ranks_agree_with_one_process"],
+    ),
+    Mutant(
+        "verdict-of-another-response",
+        "upge/train/verified.py",
+        "pending[index, copy].result()",
+        "pending[index, 0].result()",
+        ["test_collect.py::test_without_redraws_a_step_is_what_it_was"],
+    ),
+    Mutant(
+        "evaluation-seeds-follow-the-rank",
+        "upge/train/evaluate.py",
+        '"evaluation", i) for i in mine',
+        '"evaluation", i, world.rank) for i in mine',
+        [EVALUATE + "test_seeds_and_figures_do_not_depend_on_the_ranks"],
+    ),
+    Mutant(
+        "mean-at-k-leaves-out-a-sample",
+        "upge/train/evaluate.py",
+        "sum(others) / k",
+        "sum(others[1:]) / k",
+        [EVALUATE + "test_figures_by_hand"],
+    ),
+    Mutant(
+        "mean-at-k-divides-by-one-more",
+        "upge/train/evaluate.py",
+        "sum(others) / k",
+        "sum(others) / (k + 1)",
+        [EVALUATE + "test_figures_by_hand"],
+    ),
+    Mutant(
+        "pass-at-k-with-replacement",
+        "upge/evaluation/passk.py",
+        "c / (n - drawn)",
+        "c / n",
+        ["test_passk.py::test_every_subset_is_counted"],
+    ),
+    # The mathematics.
+    Mutant(
+        "entropy-bonus-on-demonstrations",
+        "upge/algorithm.py",
+        "source_rows(batch, regularizer.source) & anywhere",
+        "anywhere",
+        ["test_regularizers.py"],
+    ),
+    Mutant(
+        "kl-reversed",
+        "upge/regularizers.py",
+        "batch.reference_logprobs.detach() - batch.logprobs",
+        "batch.logprobs - batch.reference_logprobs.detach()",
+        [PARTS + "test_kl_penalty"],
+    ),
+    Mutant(
+        "mask-not-in-product",
+        "upge/estimator.py",
+        "signed = mask * advantages",
+        "signed = advantages",
+        [PARTS + "test_the_product_is_one_number_per_token"],
+    ),
+    Mutant(
+        "clip-on-the-wrong-side",
+        "upge/components/mask.py",
+        "(advantages < 0) & (log_ratio < log_low)",
+        "(advantages < 0) & (log_ratio > log_low)",
+        [PARTS + "test_ppo_clip_at_its_borders"],
+    ),
+    Mutant(
+        "truncation-without-lower-bound",
+        "upge/components/denominator.py",
+        "log_ratio.clamp(min=log_low, max=log_high)",
+        "log_ratio.clamp(max=log_high)",
+        [PARTS + "test_denominator", "test_components_more.py::test_denominator"],
+    ),
+    Mutant(
+        "deviation-biased",
+        "upge/components/advantage.py",
+        "(number - int(self.unbiased))",
+        "number",
+        [PARTS + "test_group_relative_baseline_and_deviation"],
+    ),
+    Mutant(
+        "baseline-with-own-reward",
+        "upge/components/advantage.py",
+        "[index] - rewards * own)",
+        "[index])",
+        [PARTS + "test_leave_one_out"],
+    ),
+    Mutant(
+        "gae-without-lambda",
+        "upge/components/returns.py",
+        "self.discount * self.lam * following",
+        "self.discount * following",
+        [PARTS + "test_gae_skips_the_hole_and_the_padding"],
+    ),
+    Mutant(
+        "token-mean-over-all",
+        "upge/reduction.py",
+        "(batch.lengths * selected).sum()",
+        "batch.lengths.sum()",
+        [REDUCTIONS + "test_reduction"],
+    ),
+    Mutant(
+        "question-mean-without-questions",
+        "upge/reduction.py",
+        "(questions * number.clamp(min=1))",
+        "number.clamp(min=1)",
+        [REDUCTIONS + "test_reduction"],
+    ),
+    Mutant(
+        "divisor-always-of-the-term",
+        "upge/algorithm.py",
+        'own if reduction.over == "term" else anywhere',
+        "own",
+        [REDUCTIONS + "test_over_says_whose_count_divides"],
+    ),
+    Mutant(
+        "threshold-inclusive-above",
+        "upge/gates.py",
+        "self._pass_rate(batch) > self.threshold + _TOLERANCE",
+        "self._pass_rate(batch) >= self.threshold",
+        [REDUCTIONS + "test_thresholds_are_exclusive_above_and_inclusive_below"],
+    ),
+)
