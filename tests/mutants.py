@@ -9,25 +9,34 @@ The result of each is one of
     stale       the text to change is not in its file exactly once; adapt the mutant to the code
     broken      pytest could not run the tests: a test was renamed, or the changed code cannot be imported
 
-The exit code is 0 if all are killed, 2 for an unknown name, and else 1. The tests must pass without a mutant, which is checked first.
+The exit code is 0 if all are killed, 2 for an unknown name, and else 1. The tests must pass without a mutant, which is
+checked first.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import deepspeed  # noqa: F401
+import pytest
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM  # noqa: F401
+
 from tests.mutant_table import MUTANTS, Mutant
 
 ROOT = Path(__file__).parent.parent
 #: Folders that no test of the table reads.
 LEFT_OUT = ("runs", "evals", "sweeps", "diagnoses", "build", "__pycache__", "*.egg-info")
+#: What pytest printed last, in the copy.
+LOG = "pytest.log"
+#: The packages of this tree.
+OWN = ("upge", "algorithms", "experiments", "tests")
 
 
 def copy_tree(target: Path) -> None:
@@ -37,13 +46,33 @@ def copy_tree(target: Path) -> None:
 
 def run_tests(tree: Path, tests: Sequence[str]) -> int:
     """Runs tests in a copy of the tree until the first fails; returns pytest's exit code."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/{t}" for t in tests)]
+    # A fork has the libraries imported already; importing them takes longer than most tests.
+    child = multiprocessing.get_context("fork").Process(target=_pytest, args=(tree, tests))
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+def _pytest(tree: Path, tests: Sequence[str]) -> None:
+    """In a process of its own: forgets this tree, runs pytest in the copy and ends the process."""
+    for name in [name for name in sys.modules if name.split(".")[0] in OWN]:
+        del sys.modules[name]
+    sys.path[:] = [str(tree), *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
     # Bytecode is found by time and size of its source, which a mutant may have in common with the original.
-    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
-    if done.returncode > 1:
-        print(done.stdout[-2000:], done.stderr[-2000:], file=sys.stderr)
-    return done.returncode
+    sys.dont_write_bytecode = True
+    os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    os.chdir(tree)
+    with open(tree / LOG, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # Libraries that are plugins of pytest were imported before it could rewrite their assertions.
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    code: int = pytest.ExitCode.INTERNAL_ERROR
+    try:
+        code = pytest.main([*options, *(f"tests/{test}" for test in tests)])
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def result_of(mutant: Mutant, tree: Path) -> str:
@@ -54,7 +83,10 @@ def result_of(mutant: Mutant, tree: Path) -> str:
         return "stale"
     path.write_text(original.replace(mutant.old, mutant.new))
     try:
-        return {0: "survived", 1: "killed"}.get(run_tests(tree, mutant.tests), "broken")
+        result = {0: "survived", 1: "killed"}.get(run_tests(tree, mutant.tests), "broken")
+        if result == "broken":
+            print((tree / LOG).read_text()[-4000:], file=sys.stderr)
+        return result
     finally:
         path.write_text(original)
 
@@ -71,6 +103,7 @@ def main(names: Sequence[str]) -> int:
         tree = Path(scratch) / ROOT.name
         copy_tree(tree)
         if run_tests(tree, sorted({test for mutant in chosen for test in mutant.tests})):
+            print((tree / LOG).read_text()[-4000:], file=sys.stderr)
             print("a test fails, or cannot be run, without any mutant; fix it first", file=sys.stderr)
             return 1
         results = []
