@@ -31,6 +31,9 @@ START = MODELS / "tiny"
 SMALL, LARGE = 150, 16384
 #: How far the weights may be apart, relative to the size of the update.
 CLOSE, CLOSE_WITH_STAGES = 1e-4, 1e-2
+#: With an entropy bonus on rollouts whose tokens are almost certain. log Σ exp z - Σ p·z loses the digits of an entropy
+#: near 0 in float32, and Adam turns the rounding of its gradient into updates.
+CLOSE_WITH_ENTROPY = 1e-2
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,21 @@ def one(algorithm: str, **settings: float) -> Settings:
     return Settings((Stage(algorithm, 4),), **settings)
 
 
+def bound(settings: Settings) -> float:
+    """How far the weights of a run with these settings may be apart."""
+    if len(settings.stages) > 1:
+        return CLOSE_WITH_STAGES
+    return CLOSE_WITH_ENTROPY if settings.entropy else CLOSE
+
+
 ENTROPY_OF_DEMONSTRATIONS = (
     "{_target_: upge.EntropyBonus, coefficient: 0.05, source: demonstrations, reduction: {_target_: upge.TokenMean}}"
 )
 RUNS = {
     "grpo": Run(one("grpo"), 1, SMALL),
     "hpt": Run(one("hpt"), 2, LARGE),
-    "luffy": Run(
+    "luffy": Run(one("luffy"), 1, LARGE),
+    "luffy with entropy": Run(
         one("luffy", entropy=0.05), 1, LARGE, ("correction=entropy", "algo.regularizers.entropy.coefficient=0.05")
     ),
     "srft": Run(one("srft"), 2, SMALL),
@@ -109,7 +120,7 @@ pytestmark = pytest.mark.slow
 def folder(tmp_path_factory) -> Path:
     """All runs, made by one process that imports everything once."""
     path = tmp_path_factory.mktemp("runs")
-    words = [word for name, run in RUNS.items() for word in ("--", name, *run.command(name))][1:]
+    words = [word for name, run in RUNS.items() for word in ("--", name, *run.command(name.split()[0]))][1:]
     command = [sys.executable, str(ROOT / "tests" / "train_all.py"), str(path), *words]
     threads = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment() | threads, capture_output=True, text=True, timeout=2000)
@@ -131,7 +142,7 @@ def test_the_weights_are_those_of_the_plain_trainer(folder, name):
     assert clipped > len(trainer.norms) / 2, "too few updates in which clipping is active"
     apart = distance(run, plain, start)
     print(f"{name}: {len(trainer.norms)} updates, {clipped} clipped, distance {apart:.2e}")
-    assert apart < (CLOSE_WITH_STAGES if len(settings.stages) > 1 else CLOSE)
+    assert apart < bound(settings)
 
 
 @pytest.mark.timeout(2100)
