@@ -96,7 +96,7 @@ RUNS = {
         one("luffy", entropy=0.05), 1, LARGE, ("correction=entropy", "algo.regularizers.entropy.coefficient=0.05")
     ),
     "srft": Run(one("srft"), 2, SMALL),
-    "ppo": Run(one("ppo"), 2, LARGE),
+    "ppo": Run(one("ppo", warmup_steps=1), 2, LARGE),
     "dpo": Run(one("dpo"), 1, SMALL),
     "dapo": Run(one("dapo"), 1, LARGE),
     "relift": Run(
@@ -106,7 +106,7 @@ RUNS = {
         ("algo.interlude.size=2", f"algo.interlude.algorithm.regularizers.entropy={ENTROPY_OF_DEMONSTRATIONS}"),
     ),
     "sft_then_grpo": Run(
-        Settings((Stage("sft", 3), Stage("grpo", 3, lr_factor=0.5))),
+        Settings((Stage("sft", 3), Stage("grpo", 3, lr_factor=0.5)), warmup_steps=1),
         1,
         LARGE,
         ("algo.stages.reinforce.lr_factor=0.5",),
