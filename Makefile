@@ -21,7 +21,7 @@ env:  ## make the environment in .venv if it is missing or out of date
 run: env  ## train; without ARGS the small model on arithmetic, about five minutes on two cores
 	$(VENV)/bin/python -m experiments.run $(ARGS)
 
-test: env  ## run the tests
+test: env  ## run the tests, JOBS files at a time (2)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: env  ## check the sources with ruff

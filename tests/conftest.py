@@ -11,8 +11,18 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what is marked `gpu` where there is no CUDA device."""
+#: Files that take longest, without `test_` and `.py`. Several processes take them first, so that all end together.
+LONGEST = (
+    *("run", "trains", "rollout", "improves", "update", "sweep", "evaluate", "theory_symbolic", "models", "critic"),
+    *("learner", "engine", "pulls", "diagnose", "logprobs", "optimised", "bad_input"),
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips what is marked `gpu` where there is no CUDA device; in a process of pytest-xdist, orders the files."""
+    if hasattr(config, "workerinput"):
+        places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

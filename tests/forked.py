@@ -1,7 +1,7 @@
 """Processes of tests, forked from one that has imported the libraries.
 
 Importing torch, transformers and DeepSpeed takes longer than what most tests do with them. Python's fork server imports
-them once for each process of pytest.
+them once for each process of pytest. With a CUDA device every process starts anew: CUDA does not survive a fork.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 ROOT = Path(__file__).parent.parent
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 #: Libraries alone, so that no process begins with an old state of the package. What is not installed is left out.
 PRELOADED = [
     *("torch", "transformers", "transformers.models.qwen2.modeling_qwen2", "safetensors.torch", "deepspeed"),
@@ -29,21 +32,15 @@ PRELOADED = [
 ]
 
 
-def is_possible() -> bool:
-    """False with a CUDA device, whose driver does not survive a fork, and on systems without a fork server."""
-    import torch
-
-    return not torch.cuda.is_available() and "forkserver" in multiprocessing.get_all_start_methods()
-
-
 def run(
     target: str, *arguments: str, environment: Mapping[str, str], ranks: int = 1, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m target arguments`, or a script, in one process or on several ranks.
+    """Runs `python -m target arguments`, or a script under torchrun, in one process or on several ranks.
 
     Args:
         target: the name of a module, or the path of a script that ends in `.py`.
-        environment: all variables but OMP_NUM_THREADS, which is 1, and those that torchrun sets for several ranks.
+        environment: all variables but OMP_NUM_THREADS, which is 1, and those of torchrun.
+        ranks: the number of processes. Several run under torchrun, also with a module.
         timeout: seconds, after which all ranks are killed.
 
     Returns:
@@ -52,13 +49,21 @@ def run(
     Raises:
         subprocess.TimeoutExpired: a rank did not end in time.
     """
-    shared = {**environment, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    is_script = target.endswith(".py")
+    is_launched = is_script or ranks > 1
+    if torch.cuda.is_available():
+        command = [sys.executable, *([*TORCHRUN, str(ranks)] if is_launched else [])]
+        command += [target] if is_script else ["-m", target]
+        return subprocess.run(
+            [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+        )
+    shared = {**environment, "OMP_NUM_THREADS": "1"}
     context, port = _fork_server(), _free_port()
     with TemporaryDirectory() as folder:
         files = [(f"{folder}/{rank}.out", f"{folder}/{rank}.err") for rank in range(ranks)]
         started = []
         for rank in range(ranks):
-            variables = shared if ranks == 1 else shared | _torchrun_variables(rank, ranks, port)
+            variables = shared | (_torchrun_variables(rank, ranks, port) if is_launched else {})
             started.append(context.Process(target=_child, args=(target, arguments, variables, *files[rank])))
             started[-1].start()
         code = _wait(started, timeout)
@@ -102,6 +107,7 @@ def _child(target: str, arguments: tuple[str, ...], variables: dict[str, str], o
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(ROOT)
+    sys.path[:0] = [folder for folder in variables.get("PYTHONPATH", "").split(os.pathsep) if folder not in sys.path]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [target, *arguments]
     if target.endswith(".py"):
@@ -112,14 +118,16 @@ def _child(target: str, arguments: tuple[str, ...], variables: dict[str, str], o
 
 def _wait(started: list[BaseProcess], timeout: float) -> int | None:
     """The exit code of the first process that fails, 0 if none does, None after `timeout`; all have ended then."""
-    end, codes = time.monotonic() + timeout, [None] * len(started)
-    while None in codes and not any(codes) and time.monotonic() < end:
-        multiprocessing.connection.wait([p.sentinel for p, code in zip(started, codes, strict=True) if code is None], 1)
-        codes = [process.exitcode for process in started]
-    for process in started:
-        if process.exitcode is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.join()
-        process.close()
-    failed = [code for code in codes if code]
-    return failed[0] if failed else None if None in codes else 0
+    end, codes = time.monotonic() + timeout, [process.exitcode for process in started]
+    try:
+        while None in codes and not any(codes) and time.monotonic() < end:
+            running = [process.sentinel for process, code in zip(started, codes, strict=True) if code is None]
+            multiprocessing.connection.wait(running, timeout=1)
+            codes = [process.exitcode for process in started]
+    finally:
+        for process in started:
+            if process.exitcode is None:
+                process.kill()
+            process.join()
+            process.close()
+    return next((code for code in codes if code), None if None in codes else 0)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import forked
+
 ROOT = Path(__file__).parent.parent
 #: A run of seconds: few prompts, two levels, a small evaluation.
 SMALL = (
@@ -27,10 +29,12 @@ def command(*arguments: str, ranks: int = 1) -> list[str]:
 
 
 def run(*arguments: str, ranks: int = 1, code: int = 0, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Runs it to its end and checks the exit code."""
-    done = subprocess.run(
-        command(*arguments, ranks=ranks), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout
-    )
+    """Runs it to its end and checks the exit code. Processes with vLLM start anew, the others are forked."""
+    if "rollout.engine=vllm" in arguments:
+        line = command(*arguments, ranks=ranks)
+        done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
+    else:
+        done = forked.run("experiments.run", *arguments, environment=environment(), ranks=ranks, timeout=timeout)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done
 

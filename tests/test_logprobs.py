@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests import forked
 from upge.logprobs import default_chunk_size, token_logprobs
 
 N, D, V = 13, 8, 11
@@ -202,14 +201,8 @@ def test_zero3_gradients_equal_the_plain_model(ranks, tmp_path):
     """Tied and untied heads whose weight is released between forward and backward; entropies are in the loss."""
     root = Path(__file__).parents[1]
     figures = tmp_path / "figures.json"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    done = subprocess.run(
-        [*launch, str(root / "tests" / "head_ranks.py"), str(figures)],
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(root)}
+    done = forked.run(str(root / "tests" / "head_ranks.py"), str(figures), environment=environment, ranks=ranks)
     assert figures.exists(), done.stderr[-3000:]
     for of_rank in json.loads(figures.read_text()):
         assert sorted(of_rank) == ["tied", "tied checkpointed", "untied", "untied checkpointed"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,15 +87,9 @@ def norm_of(gradients: dict[str, torch.Tensor]) -> float:
 
 def launch(script: str, ranks: int, *arguments: object, timeout: float = 500) -> None:
     """A script of tests/ on several ranks with gloo; its output is shown if it fails."""
-    path, words = str(ROOT / "tests" / script), [str(argument) for argument in arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    if forked.is_possible():
-        done = forked.run(path, *words, environment=environment, ranks=ranks, timeout=timeout)
-    else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        done = subprocess.run(
-            [*command, path, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-        )
+    path, words = str(ROOT / "tests" / script), map(str, arguments)
+    done = forked.run(path, *words, environment=environment, ranks=ranks, timeout=timeout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
