@@ -17,12 +17,12 @@ from upge.gates import Gate
 from upge.instantiate import TARGET, build
 from upge.pipeline import Pipeline, Stage
 from upge.regularizers import Regularizer
-from upge.selection import DynamicSampling, Interlude
+from upge.selection import DynamicSampling, InterleavedUpdate
 from upge.value import ValueLoss
 
 #: `name` is there in an algorithm inside another one, `corrected` where corrections were applied: both by the reading.
 _COMMON = {"name", "corrected", "description"}
-_KEYS = _COMMON | {"terms", "regularizers", "critic", "sampling", "interlude", "validation"}
+_KEYS = _COMMON | {"terms", "regularizers", "critic", "sampling", "interleaved_update", "validation"}
 _PIPELINE_KEYS = _COMMON | {"stages"}
 _TERM_KEYS = {"source", "gate", "estimator", "reduction", "coefficient"}
 _STAGE_KEYS = {"algorithm", "share", "lr_factor"}
@@ -74,8 +74,8 @@ def _algorithm(tree: Any, name: str, path: str) -> Algorithm:
     for key, kind in (("critic", ValueLoss), ("sampling", DynamicSampling)):
         if tree.get(key) is not None:
             optional[key] = build(tree[key], f"{path}.{key}", kind)
-    if tree.get("interlude") is not None:
-        optional["interlude"] = _interlude(tree["interlude"], f"{path}.interlude")
+    if tree.get("interleaved_update") is not None:
+        optional["interleaved_update"] = _interleaved_update(tree["interleaved_update"], f"{path}.interleaved_update")
     if tree.get("validation") is not None:
         optional["validation"] = _nested(tree["validation"], "validation", f"{path}.validation")
     try:
@@ -96,15 +96,15 @@ def _stage(tree: Any, name: str, path: str) -> Stage:
     return build(settings, path, Stage)
 
 
-def _interlude(tree: Any, path: str) -> Interlude:
-    _fields(tree, _INTERLUDE_KEYS, {"gate", "size", "algorithm"}, path, "an interlude")
+def _interleaved_update(tree: Any, path: str) -> InterleavedUpdate:
+    _fields(tree, _INTERLUDE_KEYS, {"gate", "size", "algorithm"}, path, "an interleaved update")
     for key, (kind, fix) in _INTERLUDE_TYPES.items():
         wrong = mismatch(tree[key], kind) if key in tree else None
         if wrong or key == "lr_factor" and not math.isfinite(tree.get(key, 1.0)):
             raise ConfigError(f"{path}.{key}: {wrong or f'found {tree[key]}'}; {fix}")
     gate = build(tree["gate"], f"{path}.gate", Gate)
-    inner = _nested(tree["algorithm"], "interlude", f"{path}.algorithm")
-    return build({TARGET: "upge.Interlude", **tree, "gate": gate, "algorithm": inner}, path, Interlude)
+    inner = _nested(tree["algorithm"], "interleaved_update", f"{path}.algorithm")
+    return build({TARGET: "upge.InterleavedUpdate", **tree, "gate": gate, "algorithm": inner}, path, InterleavedUpdate)
 
 
 def _term(tree: Any, path: str) -> Term:

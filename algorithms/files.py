@@ -86,9 +86,9 @@ def algorithm_slots(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str,
     """(mapping, key, path) of every place in an algorithm's tree where another algorithm stands or is named."""
     if tree.get("validation") is not None:
         yield tree, "validation", "validation"
-    interlude, stages = tree.get("interlude"), tree.get("stages")
-    if isinstance(interlude, dict) and interlude.get("algorithm") is not None:
-        yield interlude, "algorithm", "interlude.algorithm"
+    interleaved_update, stages = tree.get("interleaved_update"), tree.get("stages")
+    if isinstance(interleaved_update, dict) and interleaved_update.get("algorithm") is not None:
+        yield interleaved_update, "algorithm", "interleaved_update.algorithm"
     for name, stage in stages.items() if isinstance(stages, dict) else ():
         if isinstance(stage, dict) and stage.get("algorithm") is not None:
             yield stage, "algorithm", f"stages.{name}.algorithm"

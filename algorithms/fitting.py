@@ -62,8 +62,8 @@ def _samples_away(algorithm: dict[str, Any], sampling: Any) -> str | None:
                 f"its term '{name}' learns from {source}, and sampling would replace, with their {source}, the "
                 f"questions that all rollouts fail or solve; {_OF_ITS_OWN}"
             )
-    if algorithm.get("interlude") is not None:
-        return f"its `interlude` gathers questions by their pass rate, and sampling would replace these; {_OF_ITS_OWN}"
+    if algorithm.get("interleaved_update") is not None:
+        return f"its `interleaved_update` gathers questions by their pass rate, and sampling would replace these; {_OF_ITS_OWN}"
     for name in learning(algorithm):
         rate = _open_elsewhere(algorithm, name, sampling)
         if rate is not None:

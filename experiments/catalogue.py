@@ -57,8 +57,8 @@ def members(algorithm: Algorithm | Pipeline, path: str = "") -> Iterator[tuple[s
             yield from members(stage.algorithm, f"stages.{name}.algorithm.")
         return
     yield path, algorithm
-    if algorithm.interlude is not None:
-        yield from members(algorithm.interlude.algorithm, f"{path}interlude.algorithm.")
+    if algorithm.interleaved_update is not None:
+        yield from members(algorithm.interleaved_update.algorithm, f"{path}interleaved_update.algorithm.")
     if algorithm.validation is not None:
         yield from members(algorithm.validation, f"{path}validation.")
 
@@ -113,11 +113,11 @@ def _beside(path: str, one: Algorithm) -> dict[str, str]:
         found[f"{path}sampling"] = (
             f"prompts are drawn until the batch is full of those with {gate}, at most {rounds} times"
         )
-    if one.interlude is not None:
-        inner, gate = one.interlude, one.interlude.gate.formula().text
+    if one.interleaved_update is not None:
+        inner, gate = one.interleaved_update, one.interleaved_update.gate.formula().text
         moments = "optimizer moments of its own" if inner.own_optimizer else "the same optimizer moments"
         when = f"whenever {inner.size} prompts with {gate} have gathered"
-        found[f"{path}interlude"] = f"an update by '{inner.algorithm.name}' {when}, with {moments}"
+        found[f"{path}interleaved_update"] = f"an update by '{inner.algorithm.name}' {when}, with {moments}"
     if one.validation is not None:
         found[f"{path}validation"] = f"held-out prompts, on which the loss of '{one.validation.name}' is followed"
     return found

@@ -94,7 +94,7 @@ def _sizes(train: int, having: int, evaluation: int) -> str:
 
 
 def in_print(algorithm: Algorithm | Pipeline) -> str:
-    """The formula, and what is learned beside it: a critic, interludes, a validation objective."""
+    """The formula, and what is learned beside it: a critic, interleaved updates, a validation objective."""
     lines = [algorithm.formula()]
     for path, one in members(algorithm):
         if path and not path.startswith("stages."):

@@ -85,7 +85,7 @@ def load_problems(node: Mapping, config: RunConfig) -> tuple[data.Splits, list[s
     """
     splits, notes = _verifiable(build(node, "data").load(), config)
     limits = config.data_policy
-    kept = data.limit_demonstrated(data.limit_levels(splits.train, limits.per_level), limits.demonstrated)
+    kept = data.limit_demonstrated(data.limit_levels(splits.train, limits.per_level), limits.demonstrated_prompts)
     return replace(splits, train=kept), notes
 
 

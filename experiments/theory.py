@@ -123,7 +123,7 @@ def penalty(kind: str, place: str) -> upge.Algorithm:
         advantage = upge.KLShaped(advantage, coefficient=1.0, kind=kind, future=place == "reward, and all later ones")
     summed = upge.SequenceMean(tokens="sum")
     estimator = upge.UnifiedGradient(upge.NoMask(), upge.CurrentPolicy(), advantage)
-    term = upge.Term(source="rollouts", gate=upge.Always(), estimator=estimator, reduction=summed)
+    term = upge.Term(source="rollouts", gate=upge.ConstantGate(), estimator=estimator, reduction=summed)
     extra = {"kl": upge.KLPenalty(coefficient=1.0, reduction=summed, kind=kind)} if place == "loss" else {}
     return upge.Algorithm(name=f"{kind} in the {place}", terms={"kl": term}, regularizers=extra)
 

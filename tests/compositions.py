@@ -14,7 +14,7 @@ from upge import Algorithm, Pipeline
 
 def term(
     source="rollouts",
-    gate="Always",
+    gate="ConstantGate",
     mask="NoMask",
     denominator="BehaviorPolicy",
     advantage="GroupRelative",

@@ -1,4 +1,4 @@
-"""Run by torchrun from test_learner.py: held-out slopes, interludes and a critic's goals; saved by rank 0.
+"""Run by torchrun from test_learner.py: held-out slopes, interleaved updates and a critic's goals; saved by rank 0.
 
 usage: learner_ranks.py MODEL OUTPUT TOKEN_BUDGET
 """
@@ -84,19 +84,19 @@ def main(model: str, output: str, budget: str) -> None:
     found["critic"].append(step_metrics(report, tallies))
     found["policy updates"] = len(report.grad_norms)
 
-    aside = learner(algorithms.load("relift", [f"interlude.size={SIZE}"]))
+    aside = learner(algorithms.load("relift", [f"interleaved_update.size={SIZE}"]))
     memory = aside.memory()
-    found["interludes"] = []
+    found["interleaved_updates"] = []
     for step in range(4):
         _, figures = aside.update(aside.collect(0, 0), step, Rates(1e-3), memory)
-        found["interludes"].append((figures["interlude/updates"], list(memory.remembered)))
+        found["interleaved_updates"].append((figures["interleaved_update/updates"], list(memory.remembered)))
     found["optimizer"] = models.policy._moments.in_use
     config = dataclasses.replace(aside.updater.config, skip_grad_norm=1e-9)
     aside.updater.config, aside.aside.config = config, dataclasses.replace(aside.aside.config, skip_grad_norm=1e-9)
     before = {name: weight.clone() for name, weight in models.policy.named_weights()}
     memory.remembered = [0, 1, 3]
     report, figures = aside.update(aside.collect(0, 0), 4, Rates(1e-3), memory)
-    found["above limit"] = (report.above_limit, figures["interlude/updates"], figures["interlude/updates_above_limit"])
+    found["above limit"] = (report.above_limit, figures["interleaved_update/updates"], figures["interleaved_update/updates_above_limit"])
     after = {name: weight.clone() for name, weight in models.policy.named_weights()}
     found["unmoved"] = all(torch.equal(after[name], weight) for name, weight in before.items())
     if world.is_main:

@@ -14,9 +14,9 @@ def test_a_named_algorithm_is_put_in_its_place_and_overrides_reach_inside():
     stages = algorithms.load("sft_then_grpo", ["stages.reinforce.algorithm.terms.rl.estimator.mask.high=0.28"]).stages
     assert stages["demonstrate"].algorithm == algorithms.load("sft")
     assert stages["reinforce"].algorithm == algorithms.load("grpo", [f"{MASK}.high=0.28"])
-    relift = algorithms.load("relift", ["interlude.algorithm.terms.sft.coefficient=0.5", "interlude.size=3"])
-    assert relift.interlude.algorithm == algorithms.load("sft", ["terms.sft.coefficient=0.5"])
-    assert relift.interlude.size == 3
+    relift = algorithms.load("relift", ["interleaved_update.algorithm.terms.sft.coefficient=0.5", "interleaved_update.size=3"])
+    assert relift.interleaved_update.algorithm == algorithms.load("sft", ["terms.sft.coefficient=0.5"])
+    assert relift.interleaved_update.size == 3
     amft = algorithms.load("amft", ["validation.terms.sft.coefficient=2"])
     assert amft.validation == algorithms.load("sft", ["terms.sft.coefficient=2"])
 
@@ -62,19 +62,19 @@ NESTED = {
     ("sft_then_grpo", "terms={}"): ["both `terms` and `stages`"],
     ("sft_then_grpo", "critic={}"): ["algo.critic", "unknown key"],
     ("sft_then_grpo", f"stages.reinforce.algorithm.{MASK}.high=-1"): ["stages.reinforce.algorithm.terms.rl", "high=-1"],
-    ("relift", "interlude.size=0"): ["algo.interlude", "size=0"],
-    ("relift", "interlude.size=null"): ["algo.interlude.size", "found None", "number of prompts"],
-    ("relift", "interlude.size=1.5"): ["algo.interlude.size", "found 1.5", "int"],
-    ("relift", "interlude.own_optimizer=1"): ["algo.interlude.own_optimizer", "found 1", "true or false"],
-    ("relift", "interlude.lr_factor=.inf"): ["algo.interlude.lr_factor", "found inf", "finite"],
+    ("relift", "interleaved_update.size=0"): ["algo.interleaved_update", "size=0"],
+    ("relift", "interleaved_update.size=null"): ["algo.interleaved_update.size", "found None", "number of prompts"],
+    ("relift", "interleaved_update.size=1.5"): ["algo.interleaved_update.size", "found 1.5", "int"],
+    ("relift", "interleaved_update.own_optimizer=1"): ["algo.interleaved_update.own_optimizer", "found 1", "true or false"],
+    ("relift", "interleaved_update.lr_factor=.inf"): ["algo.interleaved_update.lr_factor", "found inf", "finite"],
     ("hpt", "terms.sft=null"): ["algo.terms.sft: found None", "terms.sft.coefficient=0"],
     ("grpo", "terms={off: {}}"): ["algo.terms", "False", "off", "in quotes"],
     ("grpo", "regularizers={a.b: {}}"): ["algo.regularizers", "'a.b'", "letters"],
-    ("sft", "sampling={_target_: upge.DynamicSampling, gate: {_target_: upge.Always}}"): ["sampling", "rollouts"],
-    ("relift", "interlude.gate={_target_: upge.NoMask}"): ["algo.interlude.gate", "a Gate"],
-    ("relift", "interlude.algorithm=grpo"): ["algo.interlude", "'grpo'", "demonstrations"],
-    ("relift", "interlude={size: 3}"): ["algo.interlude.algorithm", "missing"],
-    ("grpo", "interlude.size=3"): ["algo.interlude.size", "no 'interlude'"],
+    ("sft", "sampling={_target_: upge.DynamicSampling, gate: {_target_: upge.ConstantGate}}"): ["sampling", "rollouts"],
+    ("relift", "interleaved_update.gate={_target_: upge.NoMask}"): ["algo.interleaved_update.gate", "a Gate"],
+    ("relift", "interleaved_update.algorithm=grpo"): ["algo.interleaved_update", "'grpo'", "demonstrations"],
+    ("relift", "interleaved_update={size: 3}"): ["algo.interleaved_update.algorithm", "missing"],
+    ("grpo", "interleaved_update.size=3"): ["algo.interleaved_update.size", "no 'interleaved_update'"],
     ("amft", "validation=null"): ["algo", "validation"],
     ("grpo", "validation=[sft]"): ["algo.validation", "['sft']", "name"],
     ("ppo", "critic.returns.lam=1"): ["critic.returns", "follows", "critic.returns={_target_: ...}"],

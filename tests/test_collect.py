@@ -100,7 +100,7 @@ class Ranks:
 def term(source: str) -> upge.Term:
     relative = upge.GroupRelative() if source == "rollouts" else upge.ConstantAdvantage()
     estimator = upge.UnifiedGradient(upge.NoMask(), upge.CurrentPolicy(), relative, upge.PolicyLikelihood())
-    return upge.Term(source, upge.Always(), estimator, upge.TokenMean())
+    return upge.Term(source, upge.ConstantGate(), estimator, upge.TokenMean())
 
 
 def algorithm(*sources: str, rounds: int = 0) -> upge.Algorithm:

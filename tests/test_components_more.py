@@ -48,7 +48,7 @@ def test_kl_penalized_reward_says_what_it_lacks():
     batch = trajectories(lengths=[2], p_frozen=[[0.5, 0.5]])
     reward = upge.ReturnToGo(reward=upge.KLPenalizedReward(upge.OutcomeReward()))
     with pytest.raises(ValueError, match="behavior_logprobs: ReturnToGo reads it, but this batch does not have it"):
-        reward.hoisted(batch)
+        reward.precomputed(batch)
 
 
 # Returns.

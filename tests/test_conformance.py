@@ -71,7 +71,7 @@ SHIPPED = [
     upge.ShapedLikelihood(),
     upge.PowerLikelihood(1.0, 1.0),
     upge.PowerLikelihood(0.0, 0.5),
-    upge.Always(0.5),
+    upge.ConstantGate(0.5),
     upge.PassRateAbove(0.5),
     upge.PassRateAtMost(0.5),
     upge.PassRateBetween(0.0, 1.0),

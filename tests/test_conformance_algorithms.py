@@ -49,7 +49,7 @@ def test_meddling_with_nothing_conforms():
         ),
         (
             "the plan drops trajectories that have a gradient",
-            lambda p, b: dataclasses.replace(p, keep=torch.zeros_like(p.keep)),
+            lambda p, b: dataclasses.replace(p, contributing=torch.zeros_like(p.contributing)),
         ),
         (
             "the gradient depends on places outside the response mask",
@@ -100,10 +100,10 @@ def test_an_estimate_that_depends_on_the_split_is_caught():
 
     class OverItself(Plan):
         def estimate(self, batch):
-            rest = Plan(self.terms, self.penalties, self.keep, self.counted, self.reach)
-            return Plan.estimate(scaled(rest, len(self.keep) / len(batch)), batch)
+            rest = Plan(self.terms, self.penalties, self.contributing, self.counted, self.reach)
+            return Plan.estimate(scaled(rest, len(self.contributing) / len(batch)), batch)
 
-    broken = meddling(lambda plan, batch: OverItself(plan.terms, plan.penalties, plan.keep, plan.counted, plan.reach))
+    broken = meddling(lambda plan, batch: OverItself(plan.terms, plan.penalties, plan.contributing, plan.active, plan.reach))
     with pytest.raises(ConformanceError, match="algorithm 'meddling' the gradient depends on the micro-batch split"):
         check_algorithm(broken)
 
@@ -131,7 +131,7 @@ def telling(change) -> Meddling:
         def estimate(self, batch):
             return change(super().estimate(batch), batch)
 
-    return meddling(lambda plan, batch: Changed(plan.terms, plan.penalties, plan.keep, plan.counted))
+    return meddling(lambda plan, batch: Changed(plan.terms, plan.penalties, plan.contributing, plan.active))
 
 
 def leaking(column: str):
@@ -195,8 +195,8 @@ class Naive(upge.UnifiedGradient):
         mask, log_denominator, advantages, shape = factors or self.factors(batch)
         return mask * advantages * torch.exp(batch.logprobs.detach() - log_denominator) * shape
 
-    def hoist(self, batch):
-        return Naive(**{slot: part.hoisted(batch) for slot, part in self.parts.items()})
+    def precompute_parts(self, batch):
+        return Naive(**{slot: part.precomputed(batch) for slot, part in self.parts.items()})
 
 
 def test_a_mask_wins_over_a_ratio_that_overflows():

@@ -130,7 +130,7 @@ class Crowd(upge.AdvantageEstimator):
 
 
 def only_with_a_signal(plan, batch):
-    return dataclasses.replace(plan, keep=plan.keep & (plan.terms["rl"].weights != 0).any(dim=1))
+    return dataclasses.replace(plan, contributing=plan.contributing & (plan.terms["rl"].weights != 0).any(dim=1))
 
 
 def test_a_gradient_that_is_not_minus_the_weights_is_caught():
@@ -141,7 +141,7 @@ def test_a_gradient_that_is_not_minus_the_weights_is_caught():
             return dataclasses.replace(found, loss=2 * found.loss)
 
     terms = algorithms.load("grpo").terms
-    loud = Meddling("loud", terms, meddle=lambda p, b: Loud(p.terms, p.penalties, p.keep, p.counted))
+    loud = Meddling("loud", terms, meddle=lambda p, b: Loud(p.terms, p.penalties, p.contributing, p.active))
     with pytest.raises(ConformanceError, match="'loud' the gradient is not minus the weights"):
         check_algorithm(loud)
 

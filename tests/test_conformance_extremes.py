@@ -193,7 +193,7 @@ def test_a_part_that_needs_a_contrast_is_caught(rule):
     assert rule in caught(DEGENERATE[rule])
 
 
-# Gates with memory.
+# Stateful gates.
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def test_a_sound_gate_with_memory_conforms():
 @pytest.mark.parametrize("gate", MEMORY)
 def test_a_gate_with_memory_that_breaks_a_rule_is_caught(gate):
     assert MEMORY[gate] in caught(gate())
-    assert MEMORY[gate] in caught(upge.ProductOf((upge.Always(), upge.Complement(gate()))))
+    assert MEMORY[gate] in caught(upge.ProductOf((upge.ConstantGate(), upge.Complement(gate()))))
 
 
 # The critic's loss.

@@ -80,8 +80,8 @@ def test_what_overlong_wraps_is_computed_beforehand_on_the_shaped_rewards():
     part = upge.OverlongShaped(upge.KLShaped(upge.GroupRelative(normalize_std=False), 1.0), 10, penalty=1.0)
     assert part.is_live
     piece = batch.select(torch.tensor([1]), batch.logprobs[1:])
-    hoisted = part.hoisted(batch)
-    found = hoisted(hoisted.view(piece))
+    precomputed = part.precomputed(batch)
+    found = precomputed(precomputed.view(piece))
     assert torch.allclose(found, torch.full((1, 10), -0.5 - torch.log(torch.tensor(2.0)).item(), dtype=torch.float64))
 
 

@@ -23,7 +23,7 @@ ESTIMATOR = "terms.rl.estimator"
     [
         *((n, "its term 'sft' learns from demonstrations") for n in "hpt hpt_soft superrl chord_mu amft srft".split()),
         *((n, "its term 'offline' learns from demonstrations") for n in "luffy rl_plus hpt_offpolicy".split()),
-        ("relift", "its `interlude` gathers questions"),
+        ("relift", "its `interleaved_update` gathers questions"),
     ],
 )
 def test_sampling_does_not_take_away_what_demonstrations_are_for(algorithm, reason):
@@ -34,7 +34,7 @@ def test_sampling_does_not_take_away_what_demonstrations_are_for(algorithm, reas
 def gated(folder, gate: str) -> str:
     """grpo with another gate, as a file of a user's own."""
     text = (algorithms.FOLDER / "grpo.yaml").read_text()
-    (folder / "mine.yaml").write_text(text.replace("gate: {_target_: upge.Always, coefficient: 1.0}", f"gate: {gate}"))
+    (folder / "mine.yaml").write_text(text.replace("gate: {_target_: upge.ConstantGate, coefficient: 1.0}", f"gate: {gate}"))
     return str(folder / "mine.yaml")
 
 
@@ -54,7 +54,7 @@ def test_a_gate_for_questions_that_sampling_would_replace(gate, rate, tmp_path):
     path = gated(tmp_path, gate)
     if rate is None:
         loaded = algorithms.load(path, corrections=["dynamic_sampling"])
-        assert loaded.sampling is not None and loaded.terms["rl"].gate.gates[0] != upge.Always()
+        assert loaded.sampling is not None and loaded.terms["rl"].gate.gates[0] != upge.ConstantGate()
         return
     said = message(lambda: algorithms.load(path, corrections=["dynamic_sampling"]))
     assert f"the gate of its term 'rl' chooses questions by their pass rate and is open at {rate}," in said, said
@@ -131,8 +131,8 @@ UNDONE = {
     ("grpo", "kl_k3", "regularizers=null"): ["leave regularizers.kl without upge.KLPenalty"],
     ("grpo", "kl_k3", "regularizers.kl={_target_: upge.EntropyBonus}"): ["without upge.KLPenalty"],
     ("grpo", "dynamic_sampling", "sampling=null"): ["leave sampling without upge.DynamicSampling"],
-    ("grpo", "dynamic_sampling", "terms.rl.gate={_target_: upge.Always}"): ["ProductOf", f"{GATES}.0="],
-    ("grpo", "dynamic_sampling", f"{GATES}.1={{_target_: upge.Always}}"): ["ProductOf", f"{GATES}.0="],
+    ("grpo", "dynamic_sampling", "terms.rl.gate={_target_: upge.ConstantGate}"): ["ProductOf", f"{GATES}.0="],
+    ("grpo", "dynamic_sampling", f"{GATES}.1={{_target_: upge.ConstantGate}}"): ["ProductOf", f"{GATES}.0="],
     ("grpo", "dynamic_sampling", "terms.rl.source=demonstrations"): ["nothing for the correction", "no term"],
     ("sft_then_grpo", "tis", f"stages.reinforce.algorithm.{ESTIMATOR}.denominator={{_target_: upge.BehaviorPolicy}}"): [
         f"algo.stages.reinforce.algorithm.{ESTIMATOR}.denominator.denominator="

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from upge.rollout import decoding
-from upge.rollout.growing import growing_cache
+from upge.rollout.kv_cache import growing_kv_cache
 
 PROMPTS = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10], [0, 11, 12, 13]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
@@ -62,7 +62,7 @@ def test_the_same_logits_as_transformers(model, kind, monkeypatch):
             "run": lambda cache, forward: decoding.steps_of(model, cache, MASK, TOKENS, forward),
             "replayed": lambda cache, forward: decoding.ReplayedSteps(cache, MASK, TOKENS, forward),
         }[kind]
-        ours = logits_of_all_steps(model, growing_cache(model.config, 4 + TOKENS), make)
+        ours = logits_of_all_steps(model, growing_kv_cache(model.config, 4 + TOKENS), make)
     finally:
         model.set_attn_implementation("sdpa")
     assert len(plain) == len(ours) == TOKENS + 1
@@ -73,7 +73,7 @@ def test_the_same_logits_as_transformers(model, kind, monkeypatch):
 
 def test_layers_with_a_window_stay_transformers_own():
     config = Qwen2Config(num_hidden_layers=2, use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    first, second = growing_cache(config, 8).layers
+    first, second = growing_kv_cache(config, 8).layers
     assert type(first).__name__ == "GrowingLayer" and type(second).__name__ == "DynamicSlidingWindowLayer"
 
 
@@ -107,7 +107,7 @@ def test_grouped_attention_is_sdpa(masks):
 
 
 def test_rows_of_a_cache_that_change_places():
-    cache = growing_cache(Qwen2Config(num_hidden_layers=1), 8)
+    cache = growing_kv_cache(Qwen2Config(num_hidden_layers=1), 8)
     first, new = torch.arange(2.0).reshape(2, 1, 1, 1), torch.full((2, 1, 1, 1), 9.0)
     cache.update(first, first, 0)
     cache.reorder_cache(torch.tensor([1, 0]))

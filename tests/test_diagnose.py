@@ -179,7 +179,7 @@ def test_data_policy_is_that_of_a_run():
     found = sampling.problems(chosen := settings.choose(arguments), chosen.run.model)
     assert {example.problem.level for example in found.examples} == {"3 numbers"}
     with pytest.raises(ConfigError, match="prompts: 6, but the data set has 5"):
-        sampling.problems(settings.choose([*arguments, "data_policy.demonstrated=5"]), chosen.run.model)
+        sampling.problems(settings.choose([*arguments, "data_policy.demonstrated_prompts=5"]), chosen.run.model)
 
 
 def test_help_names_every_key(capsys):

@@ -142,11 +142,11 @@ def test_schedule_without_warm_up_or_decay(settings, expected):
 
 def test_product_of_gates_and_always():
     batch = groups((0, 2), (1, 2))
-    gate = upge.ProductOf((upge.PassRateAbove(0.0), upge.Always(0.5), upge.Schedule(warmup=4, peak=0.8, decay=8)))
+    gate = upge.ProductOf((upge.PassRateAbove(0.0), upge.ConstantGate(0.5), upge.Schedule(warmup=4, peak=0.8, decay=8)))
     assert per_group(gate, batch) == [0.0, 0.0], "the schedule starts at 0"
-    later = upge.ProductOf((upge.PassRateAbove(0.0), upge.Always(0.5)))
+    later = upge.ProductOf((upge.PassRateAbove(0.0), upge.ConstantGate(0.5)))
     assert per_group(later, batch) == [0.0, 0.5]
-    assert per_group(upge.ProductOf(()), batch) == per_group(upge.Always(), batch) == [1.0, 1.0]
+    assert per_group(upge.ProductOf(()), batch) == per_group(upge.ConstantGate(), batch) == [1.0, 1.0]
 
 
 def test_a_gate_that_reads_the_current_policy_needs_whole_responses():
@@ -229,8 +229,8 @@ def test_zero_advantage_counts_and_a_closed_gate_does_not():
     """hpt: three questions, so Q = 3 in both terms; the solved one counts in the divisor but needs no forward pass."""
     batch = groups((0, 2), (1, 2), (2, 2))
     plan = algorithms.load("hpt", ["terms.rl.reduction.length=10"]).plan(batch)
-    assert plan.counted.tolist() == [False, False, True, True, True, False, True, True, False]
-    assert plan.keep.tolist() == [False, False, True, True, True, False, False, False, False]
+    assert plan.active.tolist() == [False, False, True, True, True, False, True, True, False]
+    assert plan.contributing.tolist() == [False, False, True, True, True, False, False, False, False]
     estimate = plan.estimate(batch)
     assert estimate.terms["rl"].reduction[3:5, 0].tolist() == pytest.approx([1 / 60] * 2)
     assert estimate.terms["sft"].reduction[2].tolist() == pytest.approx([1 / 3])
@@ -242,7 +242,7 @@ def test_a_coefficient_of_zero_takes_a_term_out_of_the_count():
     algorithm = mixture("batch")
     closed = upge.Term(**{**vars(algorithm.terms["own"]), "coefficient": 0.0})
     plan = upge.Algorithm("x", {**algorithm.terms, "own": closed}).plan(batch)
-    assert not plan.counted.any() and not plan.keep.any()
+    assert not plan.active.any() and not plan.contributing.any()
 
 
 def test_a_closed_gate_in_a_product_with_a_live_one_does_not_count():
@@ -251,7 +251,7 @@ def test_a_closed_gate_in_a_product_with_a_live_one_does_not_count():
     terms = mixture("term").terms
     product = upge.ProductOf((upge.PassRateAbove(0.0), upge.EntropyWeight(scale=1.0)))
     plan = upge.Algorithm("x", {"own": upge.Term(**{**vars(terms["own"]), "gate": product})}).plan(batch)
-    assert plan.counted.tolist() == plan.keep.tolist() == [False, False, True, True]
+    assert plan.active.tolist() == plan.contributing.tolist() == [False, False, True, True]
     weights = plan.estimate(batch).weights[:, 0].tolist()
     assert weights == pytest.approx([0.0, 0.0, 0.18393972, 0.18393972], abs=1e-8), "1/2 · e^-1"
     assert product.closed(batch).tolist() == [True, True, False, False]

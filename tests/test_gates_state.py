@@ -44,7 +44,7 @@ def test_complement_is_what_is_left_to_one():
 def test_complement_closes_where_the_other_gate_is_fully_open():
     batch = groups((0, 2), (1, 2))
     assert upge.Complement(upge.PassRateAbove(0.0)).closed(batch).tolist() == [False, False, True, True]
-    assert upge.Complement(upge.Always(0.0)).closed(batch).tolist() == [False] * 4
+    assert upge.Complement(upge.ConstantGate(0.0)).closed(batch).tolist() == [False] * 4
     live = upge.Complement(upge.EntropyWeight())
     assert live.live_reach == "trajectory" and not live.closed(batch).any()
 
@@ -87,7 +87,7 @@ def test_pass_rate_between_needs_rollouts():
         upge.PassRateBetween()(batch)
 
 
-# A gate with a memory.
+# A stateful gate.
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def test_meta_gradient_refuses_settings_that_make_no_sense(settings, fragment):
 def test_stateful_gates_are_found_inside_others():
     parts = {
         "a": upge.Complement(upge.MetaGradient()),
-        "b": upge.ProductOf((upge.Always(), Halving())),
+        "b": upge.ProductOf((upge.ConstantGate(), Halving())),
         "c": upge.MetaGradient(),
         "d": upge.NoMask(),
     }

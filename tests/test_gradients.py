@@ -80,12 +80,12 @@ def test_dropped_trajectories_do_not_change_the_gradient():
     """hpt spares the model rollouts of failing questions, demonstrations of the others and groups without signal."""
     s = sample(3)
     plan = load("hpt").plan(s.batch)
-    rows = plan.keep.nonzero()[:, 0]
+    rows = plan.contributing.nonzero()[:, 0]
     assert 0 < len(rows) < len(s.batch)
     rate = s.batch.pass_rate
     rl = ~s.batch.is_demonstration & (rate > 0) & (rate < 1)
     sft = s.batch.is_demonstration & (rate == 0)
-    assert torch.equal(plan.keep, rl | sft)
+    assert torch.equal(plan.contributing, rl | sft)
     width = int(s.batch.lengths[rows].max())
     piece = s.batch.select(rows, s.batch.logprobs[rows, :width])
     (found,) = torch.autograd.grad(plan.estimate(piece).loss, s.logits, retain_graph=True)
@@ -121,7 +121,7 @@ class BesideTheExpert(upge.AdvantageEstimator):
 
 
 def kept(algorithm: upge.Algorithm, batch: upge.Trajectories) -> tuple[torch.Tensor, upge.Trajectories]:
-    rows = algorithm.plan(batch).keep.nonzero()[:, 0]
+    rows = algorithm.plan(batch).contributing.nonzero()[:, 0]
     return rows, batch.select(rows, batch.logprobs[rows, : max(1, int(batch.lengths[rows].max()))])
 
 
@@ -166,7 +166,7 @@ def test_an_impossible_token_that_does_not_count_is_not_nan():
     behind = trajectories([[0.5]] * 3, p_old=[[0.5], [0.5], [1e-320]], rewards=[1, 0, 1], group=[0, 0, 0],
                           demonstrations=[2], entropies=[[0.0], [0.0], [1e4]])  # fmt: skip
     term = load("dr_grpo").terms["rl"]
-    for gate in (upge.Always(), upge.EntropyWeight(scale=1.0, sign=1)):
+    for gate in (upge.ConstantGate(), upge.EntropyWeight(scale=1.0, sign=1)):
         estimate = upge.Algorithm("x", {"rl": dataclasses.replace(term, gate=gate)}).estimate(behind)
         assert estimate.weights[:, 0].tolist() == pytest.approx([1 / 4096, -1 / 4096, 0.0]) and estimate.loss.isfinite()
 
@@ -185,7 +185,7 @@ def test_figures_of_a_term():
     batch = trajectories([[0.55, 0.8], [0.5], [0.5], [0.5]], p_old=[[0.5, 0.5], [0.5], [0.5], [0.5]],
                          rewards=[1, 0, 1, 1], group=[0, 0, 1, 1])  # fmt: skip
     estimator = upge.UnifiedGradient(upge.PPOClip(), upge.BehaviorPolicy(), upge.GroupRelative(normalize_std=False))
-    term = upge.Term("rollouts", upge.Always(), estimator, upge.SequenceMean())
+    term = upge.Term("rollouts", upge.ConstantGate(), estimator, upge.SequenceMean())
     found = upge.Algorithm("x", {"rl": term}).estimate(batch).metrics
     expected = {"tokens": 5, "trajectories": 4, "advantage_mean": 0.1,
                 "weight_abs_mean": 0.21, "weight_abs_p50": 0.0, "weight_abs_p99": 0.55,
@@ -200,6 +200,6 @@ def test_a_plan_moves_with_all_that_it_holds():
     algorithm = upge.Algorithm("x", load("hpt").terms, {"kl": upge.KLPenalty(1.0, upge.TokenMean())})
     plan = algorithm.plan(sample(0).batch).to("meta")
     term = plan.terms["rl"]
-    held = [plan.keep, plan.counted, term.weights, term.own, term.gate.values, term.estimator.advantage.values]
+    held = [plan.contributing, plan.active, term.weights, term.active, term.gate.values, term.estimator.advantage.values]
     assert {tensor.device.type for tensor in [*held, plan.penalties["kl"][1]]} == {"meta"}
     assert set(plan.terms) == {"rl", "sft"} and term.coefficient == 1.0

@@ -1,4 +1,4 @@
-"""What a learner does beside plain updates: gates that follow a held-out objective, interludes, a critic."""
+"""What a learner does beside plain updates: gates that follow a held-out objective, interleaved updates, a critic."""
 
 from __future__ import annotations
 
@@ -127,14 +127,14 @@ def test_the_critic_can_learn_alone(found):
 
 
 def test_updates_above_the_limit_are_told_apart(found):
-    """The policy's and the interludes' are counted each, and none of them has moved a weight."""
+    """The policy's and the interleaved_updates' are counted each, and none of them has moved a weight."""
     assert found["above limit"] == (1, 0.0, 1.0) and found["unmoved"]
 
 
 def test_interludes_wait_for_enough_prompts(found):
     """Only group 0 fails and has a demonstration: it is remembered in each step, and after three an update follows."""
     assert SIZE == 3
-    assert found["interludes"] == [(0.0, [0]), (0.0, [0, 0]), (1.0, []), (0.0, [0])]
+    assert found["interleaved_updates"] == [(0.0, [0]), (0.0, [0, 0]), (1.0, []), (0.0, [0])]
     assert found["optimizer"] == "main"
 
 

@@ -157,7 +157,7 @@ def test_trajectories_without_a_signal_count_in_the_shared_divisor(name, last):
     batch = union(0.1 if name == "luffy" else 0.36, solved=True)
     check(name, batch, [[1.25 / 180], [-2 / 180], [last / 180], [0.0], [0.0], [0.0]], *SHORT)
     plan = algorithms.load(name).plan(batch)
-    assert plan.counted.all() and plan.keep.tolist() == [True] * 3 + [False] * 3
+    assert plan.active.all() and plan.contributing.tolist() == [True] * 3 + [False] * 3
 
 
 def test_srft():
@@ -245,7 +245,7 @@ def test_chord_phi():
     ("name", "override", "share"),
     [
         ("chord_mu", "terms.sft.gate.peak=0.5", 0.5),
-        ("chord_mu", "terms.sft.gate={_target_: upge.Always, coefficient: 0.3}", 0.3),
+        ("chord_mu", "terms.sft.gate={_target_: upge.ConstantGate, coefficient: 0.3}", 0.3),
         ("chord_phi", "terms.sft.gate.coefficient=0.2", 0.2),
         ("amft", "terms.sft.gate.start=0.6", 0.6),
     ],
@@ -268,17 +268,17 @@ def test_amft_follows_its_state():
 
 
 def test_relift():
-    """The failing question's rollouts count among the four, and its demonstration waits for the interlude."""
+    """The failing question's rollouts count among the four, and its demonstration waits for the interleaved_update."""
     expected = [[0.0], [0.0], [0.0, 0.0], [0.5 / 40], [-0.5 / 40], [0.0, 0.0]]
     check("relift", failing_and_half(), expected, "terms.rl.reduction.length=10")
-    interlude = algorithms.load("relift").interlude
-    assert interlude.gate(failing_and_half()).tolist() == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
-    assert (interlude.size, interlude.own_optimizer, interlude.lr_factor) == (128, True, 1.0)
-    assert interlude.algorithm.terms == algorithms.load("sft").terms
+    interleaved_update = algorithms.load("relift").interleaved_update
+    assert interleaved_update.gate(failing_and_half()).tolist() == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert (interleaved_update.size, interleaved_update.own_optimizer, interleaved_update.lr_factor) == (128, True, 1.0)
+    assert interleaved_update.algorithm.terms == algorithms.load("sft").terms
     bonus = "_target_: upge.EntropyBonus, coefficient: 0.001, source: demonstrations"
-    entropy = f"interlude.algorithm.regularizers.entropy={{{bonus}, reduction: {{_target_: upge.TokenMean}}}}"
+    entropy = f"interleaved_update.algorithm.regularizers.entropy={{{bonus}, reduction: {{_target_: upge.TokenMean}}}}"
     loaded = algorithms.load("relift", [entropy])
-    assert loaded.interlude.algorithm.regularizers["entropy"].source == "demonstrations" and not loaded.regularizers
+    assert loaded.interleaved_update.algorithm.regularizers["entropy"].source == "demonstrations" and not loaded.regularizers
 
 
 def test_sft_then_grpo():

@@ -43,7 +43,7 @@ def test_formula_holds_every_factor_once_and_its_braces_balance(name):
     text, latex = algorithm.formula("text"), algorithm.formula("latex")
     assert text.startswith("∇J = ") and latex.startswith(r"\nabla J = ")
     for path, part in algorithm.parts.items():
-        if path.split(".")[0] in ("critic", "sampling", "interlude"):
+        if path.split(".")[0] in ("critic", "sampling", "interleaved_update"):
             continue  # no factors of the policy's gradient
         printed = part.formula()
         assert printed.text == "1" or printed.text in text, path

@@ -58,7 +58,7 @@ def optimised_gradient(one: Algorithm, batch: Trajectories, ours: PackedPolicy, 
     """The sum over the pieces that `cut` makes of the rows to keep."""
     plan, members = one.plan(batch), trajectories(pairs=one.needs.preference_pairs)
     ours.zero_grad()
-    for rows in cut(plan.keep.nonzero()[:, 0].tolist(), batch.group):
+    for rows in cut(plan.contributing.nonzero()[:, 0].tolist(), batch.group):
         packed = pack([(members[r].prompt_ids, members[r].response_ids) for r in rows])
         piece = Piece(batch, rows, packed)
         loss, *_ = ours(packed, objective=piece.objective(one, lambda view: plan.estimate(view).loss))

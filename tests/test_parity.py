@@ -3,7 +3,7 @@ equals the gradient here, in float64, on batches made to be difficult.
 
 The difference may be 1e-10, or 1e-10 of the largest entry where a batch has ratios of e^3 and more and entries are
 large. The number in front of each token's ∇log π may differ by 1e-9 of itself, however small it is. An algorithm that
-runs others (stages, interlude, validation) is compared by each of them. That no setting of a file escapes the
+runs others (stages, interleaved_update, validation) is compared by each of them. That no setting of a file escapes the
 comparison is tested in test_parity_settings.py.
 """
 
@@ -59,8 +59,8 @@ def inside(algorithm: upge.Algorithm | upge.Pipeline) -> Iterator[upge.Algorithm
             yield from inside(stage.algorithm)
         return
     yield algorithm
-    if algorithm.interlude is not None:
-        yield from inside(algorithm.interlude.algorithm)
+    if algorithm.interleaved_update is not None:
+        yield from inside(algorithm.interleaved_update.algorithm)
     if algorithm.validation is not None:
         yield from inside(algorithm.validation)
 
@@ -232,7 +232,7 @@ def test_the_length_penalty_bites():
     assert unlimited.terms["rl"].estimator.advantage == dataclasses.replace(shaping, limit=1024)
     for seed in SEEDS:
         batch = policy.sample(seed).batch
-        punished = (batch.rewards - shaping.shaped(batch).rewards)[algorithm.plan(batch).counted]
+        punished = (batch.rewards - shaping.shaped(batch).rewards)[algorithm.plan(batch).active]
         assert punished.round(decimals=9).unique().tolist() == [0, round(0.5 * 0.2 / 1.2, 9), 0.5]
         plain, shaped = (a.estimate(batch).terms["rl"].advantages for a in (unlimited, algorithm))
         assert (plain != shaped).any()
@@ -249,7 +249,7 @@ def critic_gradients(algorithm: upge.Algorithm, written, s: Sample) -> tuple[tor
     critic, old = algorithm.critic, s.batch.values
     sizes = (*edges.around(0.2), 0.05, 0.5)
     moved = (old + edges.placed((*sizes, *(-x for x in sizes)), old.shape)).detach().requires_grad_()
-    weights = critic.weights(s.batch, algorithm.plan(s.batch).counted)
+    weights = critic.weights(s.batch, algorithm.plan(s.batch).active)
     (found,) = torch.autograd.grad((weights * critic(moved, old, critic.targets(s.batch))).sum(), moved)
     return found, torch.autograd.grad(written(s, moved), moved)[0]
 
@@ -290,4 +290,4 @@ def test_a_group_that_agrees_is_learned_from_where_the_baseline_is_shifted():
     estimate = algorithm.estimate(batch)
     own = batch.response_mask & ~batch.is_demonstration[:, None]
     assert torch.allclose(estimate.terms["rl"].advantages[own], torch.tensor(0.1, dtype=torch.float64))
-    assert algorithm.plan(batch).keep.tolist() == (~batch.is_demonstration).tolist()
+    assert algorithm.plan(batch).contributing.tolist() == (~batch.is_demonstration).tolist()

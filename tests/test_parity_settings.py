@@ -39,7 +39,7 @@ MOVES = "how μ moves between steps: see test_gates_state.py"
 INERT = {
     (SINGLE, "terms.*.reduction.over"): "the trajectories of the only term are those of the batch",
     ("amft", "validation.terms.*.reduction.over"): "as for one term: the held-out objective has no other",
-    ("relift", "interlude.algorithm.terms.*.reduction.over"): "as for one term: the interlude has no other",
+    ("relift", "interleaved_update.algorithm.terms.*.reduction.over"): "as for one term: the interleaved_update has no other",
     ("sft_then_grpo", "stages.*.reduction.over"): "as for one term: neither stage has another",
     ("amft|ppo", "critic.reduction.over"): "a value loss says itself which trajectories count",
     ("asymre|opmd", "*.epsilon"): "added to a deviation that nothing is divided by",
@@ -52,10 +52,10 @@ INERT = {
     ("amft", "terms.sft.gate.high"): MOVES,
     ("amft", "terms.sft.gate.every"): MOVES,
     ("dapo", "sampling.rounds"): "how often prompts are drawn, before there is a batch",
-    ("relift", "interlude.gate.threshold"): "which prompts gather, between batches",
-    ("relift", "interlude.size"): "how many prompts gather, between batches",
-    ("relift", "interlude.own_optimizer"): "what the optimizer makes of a gradient",
-    ("relift", "interlude.lr_factor"): "what the optimizer makes of a gradient",
+    ("relift", "interleaved_update.gate.threshold"): "which prompts gather, between batches",
+    ("relift", "interleaved_update.size"): "how many prompts gather, between batches",
+    ("relift", "interleaved_update.own_optimizer"): "what the optimizer makes of a gradient",
+    ("relift", "interleaved_update.lr_factor"): "what the optimizer makes of a gradient",
     ("sft_then_grpo", "stages.*.lr_factor"): "what the optimizer makes of a gradient",
     ("sft_then_grpo", "stages.*.share"): "how many steps a stage has",
 }

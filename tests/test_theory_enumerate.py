@@ -40,7 +40,7 @@ def algorithm(
     **regularizers: upge.Regularizer,
 ) -> upge.Algorithm:
     estimator = upge.UnifiedGradient(mask or upge.NoMask(), denominator or upge.CurrentPolicy(), advantage)
-    term = upge.Term(source=source, gate=upge.Always(), estimator=estimator, reduction=reduction)
+    term = upge.Term(source=source, gate=upge.ConstantGate(), estimator=estimator, reduction=reduction)
     return upge.Algorithm(name="made here", terms={"rl": term}, regularizers=regularizers)
 
 

@@ -43,7 +43,7 @@ def test_every_file_has_a_statement():
         assert all(stage.algorithm == algorithms.load(stage.algorithm.name) for stage in stages), name
         assert {stage.algorithm.name for stage in stages} <= stated
     assert {name for claim in STATEMENTS for name in claim.corrections} == set(algorithms.corrections())
-    inner = (algorithms.load("relift").interlude.algorithm, algorithms.load("amft").validation)
+    inner = (algorithms.load("relift").interleaved_update.algorithm, algorithms.load("amft").validation)
     assert all(algorithm.terms == algorithms.load("sft").terms for algorithm in inner), "updates of their own"
 
 

@@ -18,7 +18,7 @@ from upge import Pipeline
 #: Settings with which what happens now and then happens within three steps.
 MORE = {
     "amft": ["algo.terms.sft.gate.every=1"],
-    "relift": ["algo.interlude.size=2"],
+    "relift": ["algo.interleaved_update.size=2"],
     "ppo": ["optimizer.mini_batches=2"],
 }
 FURTHER = {
@@ -70,7 +70,7 @@ def test_it_trains(folder, name):
 @pytest.mark.timeout(1600)
 @pytest.mark.parametrize("name", algorithms.names())
 def test_it_gets_what_it_asks_for_and_no_more(folder, name):
-    """Critic, memory, drawing prompts anew, interludes and stages show in the figures exactly where they are asked
+    """Critic, memory, drawing prompts anew, interleaved updates and stages show in the figures exactly where they are asked
     for."""
     metrics = lines(folder / name / "metrics.jsonl")
     figures = {key for line in metrics for key in line}
@@ -81,7 +81,7 @@ def test_it_gets_what_it_asks_for_and_no_more(folder, name):
         f"state/{variable}" for one in ones for variable in one.stateful
     }
     assert ("sampling/rounds" in figures) == any(one.sampling is not None for one in ones)
-    assert ("interlude/remembered" in figures) == any(one.interlude is not None for one in ones)
+    assert ("interleaved_update/remembered" in figures) == any(one.interleaved_update is not None for one in ones)
     assert ("stage" in figures) == isinstance(algorithm, Pipeline)
     assert ("reward/mean" in figures) == algorithm.needs.rollouts
     terms = {key.removesuffix("/tokens") for key in figures if key.endswith("/tokens")} - {"trained"}
@@ -89,10 +89,10 @@ def test_it_gets_what_it_asks_for_and_no_more(folder, name):
 
 
 @pytest.mark.timeout(1600)
-def test_a_gate_with_memory_moves_and_an_interlude_happens(folder):
+def test_a_stateful_gate_moves_and_an_interleaved_update_happens(folder):
     mu = [line["state/mu"] for line in lines(folder / "amft" / "metrics.jsonl")]
     assert mu[0] == 0.8 and len(set(mu)) == STEPS
-    assert sum(line["interlude/updates"] for line in lines(folder / "relift" / "metrics.jsonl")) >= 1
+    assert sum(line["interleaved_update/updates"] for line in lines(folder / "relift" / "metrics.jsonl")) >= 1
     assert [line["stage"] for line in lines(folder / "sft_then_grpo" / "metrics.jsonl")] == [1, 1, 2]
 
 

@@ -112,7 +112,7 @@ def test_gradients_under_zero3(reference, tmp_path, ranks, budget):
 
 
 def test_every_algorithm_is_among_the_cases():
-    """With what only some read: a critic's values, a frozen policy, pairs, a gate with memory."""
+    """With what only some read: a critic's values, a frozen policy, pairs, a stateful gate."""
     found = cases()
     names = {name.split(",")[0].split(":")[0] for name in found}
     assert names == {*algorithms.names(), "corrected_ppo"} and len(found) >= 2 * (len(names) + 1)

@@ -75,7 +75,7 @@ def expected_updates(engine: PlainEngine, algorithm, config: OptimizerConfig) ->
     plans = algorithm.plans(whole.columns, cuts)
     for _ in range(config.epochs):
         for rows, plan in zip(cuts, plans, strict=True):
-            if bool(plan.keep.any()):
+            if bool(plan.contributing.any()):
                 updater.accumulate(whole.taken(rows), plan, Tally(), on_policy=False)
                 engine.step(LR)
     return engine.gradients
@@ -90,7 +90,7 @@ def test_updates_are_those_with_all_columns(tmp_path, name, mini_batches, epochs
     report = Updater(ours, algorithm, config).update(trajectories(), 0, Rates(LR))
     cuts = split(trajectories(), mini_batches)
     plans = algorithm.plans(Updater(ours, algorithm, config).fill(trajectories(), 0).columns, cuts)
-    kept = [int(plan.keep.sum()) for plan in plans]
+    kept = [int(plan.contributing.sum()) for plan in plans]
     first = next(i for i, count in enumerate(kept) if count)
     read = [int(plan.reading("behavior_logprobs").sum()) for plan in plans]
     assert ours.without_gradient == sum(read) - read[first]

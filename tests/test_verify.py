@@ -13,7 +13,7 @@ from tests.verify_pools import OWN, ROOT, boxed
 from upge.errors import ConfigError
 from upge.verify import VerifierPool, load
 from upge.verify.math import _SIMPLE, MathVerifier, _equal, _is_plain
-from upge.verify.normal import loose, normalise, spell
+from upge.verify.normalize import loose, normalize, spell
 
 DATA = ROOT.parent / "shared" / "data"
 
@@ -75,7 +75,7 @@ def test_a_glance_at_two_numbers_sees_what_math_verify_sees() -> None:
         given = rng.choice(near)
         seen = MathVerifier().glance(given, gold)
         known += seen is not None
-        assert seen in (None, float(_equal(normalise(gold), normalise(given)))), (gold, given)
+        assert seen in (None, float(_equal(normalize(gold), normalize(given)))), (gold, given)
     assert known > 50
 
 
@@ -171,7 +171,7 @@ def test_what_is_taken_to_parse_without_a_look_does() -> None:
 
 def test_normalise_is_idempotent() -> None:
     for text in [text for case in RIGHT + WRONG for text in case]:
-        assert normalise(normalise(text)) == normalise(text)
+        assert normalize(normalize(text)) == normalize(text)
         assert spell(spell(text)) == spell(text) and loose(loose(text)) == loose(text)
 
 
@@ -225,7 +225,7 @@ def test_math500_answers_parse_and_verify_against_themselves() -> None:
     assert [answer for answer in answers if verifier.check_answer(answer) is not None] == []
     assert [answer for answer in answers if verifier(boxed(answer), answer) != 1.0] == []
     # An exact match hides what the parser makes of an answer: here it is asked.
-    assert [answer for answer in answers if not _equal(normalise(answer), normalise(answer))] == []
+    assert [answer for answer in answers if not _equal(normalize(answer), normalize(answer))] == []
 
 
 @pytest.mark.skipif(not (DATA / "eval" / "math500.json").exists(), reason="MATH-500 is not here")
@@ -236,4 +236,4 @@ def test_answers_of_other_problems_are_wrong() -> None:
         verdicts = pool.score([(boxed(given), answer) for given, answer in pairs])
     by_chance = [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.reward]
     assert {verdict.status for verdict in verdicts} == {"ok"}
-    assert [(g, a) for g, a in by_chance if normalise(g) != normalise(a.rpartition("=")[2])] == []
+    assert [(g, a) for g, a in by_chance if normalize(g) != normalize(a.rpartition("=")[2])] == []

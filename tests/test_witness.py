@@ -56,7 +56,7 @@ def test_what_each_prompt_gave(name, gate, learned, updates):
 
 def test_shares_of_what_was_heard():
     found = heard("hpt")
-    assert found.demonstration_share == 1 / 17 and found.silent_prompts == pytest.approx(1 / 5)
+    assert found.demonstration_share == 1 / 17 and found.no_signal_prompts == pytest.approx(1 / 5)
     empty = Heard([], torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.bool))
     assert empty.demonstration_share == 0 and empty.skipped_tokens == 0 and not list(empty.prompts([]))
 
@@ -65,11 +65,11 @@ def test_sides_are_those_of_the_ratio():
     """Ratios 2 and ½; a clip stops the first where it would push up, the second where it would push down."""
     batch = literal([[0.8, 0.2], [0.8, 0.2]], p_old=[[0.4, 0.4], [0.4, 0.4]], rewards=[1, 0], group=[0, 0])
     estimator = upge.UnifiedGradient(upge.PPOClip(), upge.BehaviorPolicy(), upge.GroupRelative())
-    clipped = upge.Algorithm("x", {"rl": upge.Term("rollouts", upge.Always(), estimator, upge.TokenMean())})
+    clipped = upge.Algorithm("x", {"rl": upge.Term("rollouts", upge.ConstantGate(), estimator, upge.TokenMean())})
     found = clipped.estimate(batch).metrics
     assert (found["rl/masked_share"], found["rl/masked_above"], found["rl/masked_below"]) == (0.5, 0.25, 0.25)
     free = upge.UnifiedGradient(upge.NoMask(), upge.BehaviorPolicy(), upge.GroupRelative())
-    found = upge.Algorithm("x", {"rl": upge.Term("rollouts", upge.Always(), free, upge.TokenMean())}).estimate(batch)
+    found = upge.Algorithm("x", {"rl": upge.Term("rollouts", upge.ConstantGate(), free, upge.TokenMean())}).estimate(batch)
     assert found.metrics["rl/masked_share"] == 0 and "rl/masked_above" not in found.metrics
 
 

@@ -22,7 +22,7 @@ from upge.train.tally import Tally
 from upge.train.trajectory import assemble
 from upge.train.update import Batch, Updater
 
-#: The step and the state that schedules and gates with memory see.
+#: The step and the state that schedules and stateful gates see.
 STEP = 7
 
 

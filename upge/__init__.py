@@ -15,7 +15,7 @@ from upge.errors import ConfigError, DataError, ModelError, UserError
 from upge.estimate import Estimate, TermFactors
 from upge.estimator import Factors, UnifiedGradient
 from upge.gates import (
-    Always,
+    ConstantGate,
     Complement,
     EntropyWeight,
     Gate,
@@ -30,7 +30,7 @@ from upge.needs import Needs
 from upge.pipeline import Pipeline, Stage
 from upge.reduction import FixedLength, QuestionMean, Reduction, SequenceMean, TokenMean
 from upge.regularizers import EntropyBonus, KLPenalty, Regularizer
-from upge.selection import DynamicSampling, Interlude
+from upge.selection import DynamicSampling, InterleavedUpdate
 from upge.stateful import MetaGradient, StatefulGate
 from upge.trajectories import Trajectories
 from upge.value import ValueLoss
@@ -40,7 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     *_components.__all__,
     "Algorithm",
-    "Always",
+    "ConstantGate",
     "Complement",
     "ConfigError",
     "DataError",
@@ -51,7 +51,7 @@ __all__ = [
     "Factors",
     "FixedLength",
     "Gate",
-    "Interlude",
+    "InterleavedUpdate",
     "KLPenalty",
     "MetaGradient",
     "ModelError",

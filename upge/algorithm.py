@@ -28,7 +28,7 @@ from upge.needs import Needs, check_columns, needs_of
 from upge.plan import Plan, PlannedTerm
 from upge.reduction import Over, Reduction
 from upge.regularizers import Regularizer, Source
-from upge.selection import DynamicSampling, Interlude, check_plain
+from upge.selection import DynamicSampling, InterleavedUpdate, check_plain
 from upge.stateful import UTILITY_SLOPE, StatefulGate, stateful_gates
 from upge.trajectories import Trajectories
 from upge.value import ValueLoss
@@ -82,8 +82,8 @@ class Algorithm:
         description: a line or two for people.
         critic: the objective of the value network; needed where a part reads values.
         sampling: which prompts are drawn anew.
-        interlude: updates of another kind, made when enough prompts have gathered.
-        validation: the objective on held-out prompts that a gate with memory may ask about.
+        interleaved_update: updates of another kind, made when enough prompts have gathered.
+        validation: the objective on held-out prompts that a stateful gate may ask about.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Algorithm:
     description: str = ""
     critic: ValueLoss | None = None
     sampling: DynamicSampling | None = None
-    interlude: Interlude | None = None
+    interleaved_update: InterleavedUpdate | None = None
     validation: Algorithm | None = None
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ class Algorithm:
             found[f"regularizers.{name}"] = regularizer
         if self.critic is not None:
             found["critic"] = self.critic
-        for name in ("sampling", "interlude"):
+        for name in ("sampling", "interleaved_update"):
             if getattr(self, name) is not None:
                 found[f"{name}.gate"] = getattr(self, name).gate
         return found
@@ -137,7 +137,7 @@ class Algorithm:
 
     @property
     def stateful(self) -> dict[str, StatefulGate]:
-        """Variable → gate, of the gates with a memory."""
+        """Variable → gate, of the stateful gates."""
         return stateful_gates(self.parts)
 
     def initial_state(self) -> dict[str, float]:
@@ -174,10 +174,10 @@ class Algorithm:
 
     @property
     def needs(self) -> Needs:
-        """What the algorithm asks of the data and the trainer in all, with its interlude and its validation."""
+        """What the algorithm asks of the data and the trainer in all, with its interleaved_update and its validation."""
         own = self.step_needs
-        if self.interlude is not None:
-            own = own.joined(self.interlude.algorithm.needs)
+        if self.interleaved_update is not None:
+            own = own.joined(self.interleaved_update.algorithm.needs)
         return own if self.validation is None else own.joined(self.validation.needs)
 
     def check(self, *, group_size: int, demonstrations: int | None = None, provided: Iterable[str] = ()) -> None:
@@ -207,7 +207,7 @@ class Algorithm:
                 "solutions or an algorithm that learns from rollouts alone"
             )
         check_columns(self._working_parts, self.sources, frozenset(provided) | ({"values"} if self.critic else set()))
-        inner = {} if self.interlude is None else {"interlude.algorithm": self.interlude.algorithm}
+        inner = {} if self.interleaved_update is None else {"interleaved_update.algorithm": self.interleaved_update.algorithm}
         inner |= {} if self.validation is None else {"validation": self.validation}
         for path, algorithm in inner.items():
             try:
@@ -232,15 +232,15 @@ class Algorithm:
             own = sources[name] & ~term.gate.closed(batch) & (term.coefficient != 0)
             # The weights wait for the update's divisor.
             whole[name] = PlannedTerm(
-                term.gate.hoisted(batch), term.estimator.hoist(batch), own, own, term.coefficient, sources[name]
+                term.gate.precomputed(batch), term.estimator.precompute_parts(batch), own, own, term.coefficient, sources[name]
             )
-        penalties = {name: one.hoist(batch) for name, one in self._at_work(self.regularizers).items()}
+        penalties = {name: one.precompute_parts(batch) for name, one in self._at_work(self.regularizers).items()}
         return [self._bound(whole, penalties, batch, rows) for rows in updates]
 
     def _bound(
         self,
         whole: Mapping[str, PlannedTerm],
-        hoisted: Mapping[str, Regularizer],
+        precomputed: Mapping[str, Regularizer],
         batch: Trajectories,
         rows: Tensor | None,
     ) -> Plan:
@@ -248,18 +248,18 @@ class Algorithm:
         if rows is not None:
             batch = batch.select(rows, row=torch.arange(len(rows), device=rows.device))
             whole = {name: term.taken(rows) for name, term in whole.items()}
-            hoisted = {name: mapped(one, lambda values: values[rows]) for name, one in hoisted.items()}
-        anywhere = torch.stack([term.own for term in whole.values()]).any(dim=0)
+            precomputed = {name: mapped(one, lambda values: values[rows]) for name, one in precomputed.items()}
+        anywhere = torch.stack([term.active for term in whole.values()]).any(dim=0)
         planned, keep = {}, torch.zeros_like(anywhere)
         for name, term in whole.items():
-            weights = _weights(self.terms[name].reduction, batch, term.own, anywhere)
+            weights = _weights(self.terms[name].reduction, batch, term.active, anywhere)
             planned[name] = replace(term, weights=weights)
             advantage = term.estimator.advantage
             known = isinstance(advantage, Precomputed)
             signal = weights * advantage.values[:, : weights.shape[1]] if known else weights
             keep |= (signal != 0).any(dim=1)
         penalties = {}
-        for name, regularizer in hoisted.items():
+        for name, regularizer in precomputed.items():
             own = source_rows(batch, regularizer.source) & anywhere
             weights = _weights(regularizer.reduction, batch, own, anywhere)
             penalties[name] = (regularizer, weights * regularizer.coefficient)

@@ -71,9 +71,9 @@ class UnifiedGradient:
         ratio = torch.exp(batch.logprobs.detach() - log_denominator + shape.log())
         return torch.where(signed == 0, torch.zeros_like(ratio), signed * ratio)
 
-    def hoist(self, batch: Trajectories) -> UnifiedGradient:
+    def precompute_parts(self, batch: Trajectories) -> UnifiedGradient:
         """Itself with all that is known before the forward pass replaced by its values on the whole `batch`."""
-        return UnifiedGradient(**{slot: part.hoisted(batch) for slot, part in self.parts.items()})
+        return UnifiedGradient(**{slot: part.precomputed(batch) for slot, part in self.parts.items()})
 
     def formula(self) -> Formula:
         """The product in print, factors of 1 left out where nothing is lost."""

@@ -50,7 +50,7 @@ Gate.register(Precomputed)
 
 
 @dataclass(frozen=True)
-class Always(Gate):
+class ConstantGate(Gate):
     """The same coefficient for every trajectory."""
 
     coefficient: float = 1.0
@@ -248,7 +248,7 @@ class ProductOf(Gate):
     reads: ClassVar[frozenset[str]] = frozenset()
 
     def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
-        value = Always()(batch)
+        value = ConstantGate()(batch)
         for gate in self.gates:
             value = value * gate(batch)
         return value

@@ -77,7 +77,7 @@ def needs_of(parts: Mapping[str, Component], sources: Mapping[str, Source]) -> N
 
 def _static(part: Component) -> Iterator[Component]:
     """The outermost parts in `part` that are evaluated before the forward pass."""
-    if part.is_evaluated_before:
+    if part.is_precomputed:
         yield part
     else:
         for inner in part.parts.values():

@@ -85,14 +85,14 @@ class Plan:
 
     def to(self, device: torch.device | str) -> Plan:
         """The same plan with its values on `device`, where the pieces of the batch are."""
-        if self.keep.device == torch.device(device):
+        if self.contributing.device == torch.device(device):
             return self
         terms = {name: term.changed(lambda values: values.to(device)) for name, term in self.terms.items()}
         penalties = {
             name: (mapped(regularizer, lambda values: values.to(device)), scale.to(device))
             for name, (regularizer, scale) in self.penalties.items()
         }
-        return Plan(terms, penalties, self.keep.to(device), self.counted.to(device), self.reach)
+        return Plan(terms, penalties, self.contributing.to(device), self.counted.to(device), self.reach)
 
     def alone(self, name: str) -> Plan:
         """The part of one term or regularizer: these parts' losses and gradients add up to the whole plan's."""
@@ -100,21 +100,21 @@ class Plan:
         penalties = {n: penalty for n, penalty in self.penalties.items() if n == name}
         scales = [term.weights for term in terms.values()] + [scale for _, scale in penalties.values()]
         heard = torch.stack([(scale != 0).any(dim=1) for scale in scales]).any(dim=0)
-        keep = self.keep if self.reach == "group" else self.keep & heard
+        keep = self.contributing if self.reach == "group" else self.contributing & heard
         return Plan(terms, penalties, keep, self.counted, self.reach)
 
     def reading(self, column: str) -> Bool[Tensor, "B"]:
         """[B] kept trajectories on which some part reads a column after the forward pass; nobody looks elsewhere."""
         if self.reach == "group":
-            return self.keep
-        found = torch.zeros_like(self.keep)
+            return self.contributing
+        found = torch.zeros_like(self.contributing)
         for term in self.terms.values():
             if column in live_reads(term.gate).union(*map(live_reads, term.estimator.parts.values())):
                 found |= (term.weights != 0).any(dim=1)
         for regularizer, scale in self.penalties.values():
             if column in live_reads(regularizer):
                 found |= (scale != 0).any(dim=1)
-        return found & self.keep
+        return found & self.contributing
 
     def estimate(self, batch: TokenView) -> Estimate:
         """The estimate on a piece of the planned batch (`batch.row` says which); pieces add up.

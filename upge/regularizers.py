@@ -23,7 +23,7 @@ Source = Literal["rollouts", "demonstrations", "preference_pairs", "all"]
 class Regularizer(Component):
     """A penalty per token. Every concrete regularizer has the fields `coefficient`, `reduction` and `source`."""
 
-    evaluated_apart: ClassVar[frozenset[str]] = frozenset({"reduction"})
+    evaluated_separately: ClassVar[frozenset[str]] = frozenset({"reduction"})
 
     coefficient: float
     reduction: Reduction

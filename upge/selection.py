@@ -33,11 +33,11 @@ class DynamicSampling:
             raise ConfigError(f"sampling.rounds: {self.rounds} must be at least 1")
         _check_gate(self.gate, "sampling.gate")
         if stateful_gates({"sampling.gate": self.gate}):
-            raise ConfigError("sampling.gate: a gate with memory cannot choose prompts; give a gate on pass rates")
+            raise ConfigError("sampling.gate: a stateful gate cannot choose prompts; give a gate on pass rates")
 
 
 @dataclass(frozen=True)
-class Interlude:
+class InterleavedUpdate:
     """An update of another kind, made whenever enough prompts have gathered for it (arXiv 2506.07527).
 
     Each step, the prompts with a demonstration on whose rollouts `gate` is open are remembered. Once there are `size`
@@ -59,15 +59,15 @@ class Interlude:
 
     def __post_init__(self) -> None:
         if self.size < 1 or not self.lr_factor > 0:
-            raise ConfigError(f"interlude: size={self.size}, lr_factor={self.lr_factor}; both must be positive")
+            raise ConfigError(f"interleaved_update: size={self.size}, lr_factor={self.lr_factor}; both must be positive")
         needs = self.algorithm.needs
         if needs.rollouts or needs.preference_pairs:
             raise ConfigError(
-                f"interlude.algorithm: '{self.algorithm.name}' needs more than demonstrations; give one that learns "
+                f"interleaved_update.algorithm: '{self.algorithm.name}' needs more than demonstrations; give one that learns "
                 "from demonstrations alone"
             )
-        check_plain(self.algorithm, "interlude.algorithm")
-        _check_gate(self.gate, "interlude.gate")
+        check_plain(self.algorithm, "interleaved_update.algorithm")
+        _check_gate(self.gate, "interleaved_update.gate")
 
 
 def _check_gate(gate: Gate, path: str) -> None:
@@ -83,10 +83,10 @@ def check_plain(algorithm: Algorithm, path: str) -> None:
     """Refuses, for an algorithm inside another, what only a whole run provides.
 
     Raises:
-        ConfigError: it has a critic, gates with memory, sampling, or an interlude or a validation of its own.
+        ConfigError: it has a critic, stateful gates, sampling, or an interleaved update or a validation of its own.
     """
-    beside = {name: getattr(algorithm, name) for name in ("critic", "sampling", "interlude", "validation", "stateful")}
+    beside = {name: getattr(algorithm, name) for name in ("critic", "sampling", "interleaved_update", "validation", "stateful")}
     for name, value in beside.items():
         if value:
-            what = f"gates with memory ({', '.join(value)})" if name == "stateful" else f"a `{name}` of its own"
+            what = f"stateful gates ({', '.join(value)})" if name == "stateful" else f"a `{name}` of its own"
             raise ConfigError(f"{path}: '{algorithm.name}' has {what}, which nobody provides here; give one without")

@@ -1,4 +1,4 @@
-"""Gates with a memory: a number that is carried from step to step, logged, and kept in checkpoints.
+"""Stateful gates: a number that is carried from step to step, logged, and kept in checkpoints.
 
 The gate itself stays a pure function. The number lives in `Trajectories.state` under the gate's `variable`; after each
 step the trainer asks the gate for the next one. Two gates with one variable share its number and must be equal.

@@ -96,7 +96,7 @@ class Chosen:
         for name, one in self.algorithms.items():
             if one.sampling is not None:
                 found.append(f"{name}: prompts are measured as they come, none is drawn anew")
-            if one.interlude is not None:
+            if one.interleaved_update is not None:
                 found.append(f"{name}: the updates that it makes now and then are not measured, its step's own is")
         return found
 

@@ -86,9 +86,9 @@ def estimate(
     if shapes.reference is not None:
         states.append(Item("frozen policy: weights", shapes.reference.weights // machine.ranks))
     stages = Pipeline.of(algorithm).stages.values()
-    if any(s.algorithm.interlude is not None and s.algorithm.interlude.own_optimizer for s in stages):
+    if any(s.algorithm.interleaved_update is not None and s.algorithm.interleaved_update.own_optimizer for s in stages):
         moments = 8 * shapes.policy.parameters // machine.ranks
-        states.append(Item("policy: the interlude's own moments, 8 bytes a parameter", moments))
+        states.append(Item("policy: the interleaved_update's own moments, 8 bytes a parameter", moments))
     if machine.has_gpus:
         states.append(Item("reserve: context, collectives, gaps", RESERVE, is_certain=False))
     engine = tuple(_engine(config, shapes.policy, machine)) if algorithm.needs.rollouts else ()

@@ -24,7 +24,7 @@ COURSES = {
     "entropy": ("Entropy", "nats per token"),
     "response_length": ("Response length", "tokens"),
     "grad_norm": ("Gradient norm", "before clipping"),
-    "gate/silent_prompts": ("Silent prompts", "share"),
+    "gate/no_signal_prompts": ("Silent prompts", "share"),
 }
 
 

@@ -62,7 +62,7 @@ class Component(ABC):
     reach: ClassVar[str] = "token"
     min_group_size: ClassVar[int] = 1
     #: Fields whose parts are not asked when this one is called.
-    evaluated_apart: ClassVar[frozenset[str]] = frozenset()
+    evaluated_separately: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self) -> None:
         """Replaced by the dataclass's own; a part without settings may do without the decorator and is checked too."""
@@ -105,7 +105,7 @@ class Component(ABC):
         return bool(self.columns & LIVE_COLUMNS)
 
     @property
-    def is_evaluated_before(self) -> bool:
+    def is_precomputed(self) -> bool:
         """True if its values are computed before the forward pass, on the whole batch."""
         return not self.is_live
 
@@ -126,23 +126,23 @@ class Component(ABC):
         """`batch` restricted to the columns that this part declares."""
         return batch.restricted(self.columns, type(self).__name__)
 
-    def hoist(self, batch: Trajectories) -> Component:
+    def precompute_parts(self, batch: Trajectories) -> Component:
         """This part with every wrapped part that does not depend on the current policy replaced by its values on
         `batch`, the whole batch before it is cut; so the result may be evaluated on any piece of it."""
         changes: dict[str, Any] = {}
         for field in _fields(self):
             value = getattr(self, field.name)
-            if field.name in self.evaluated_apart:
+            if field.name in self.evaluated_separately:
                 continue
             if isinstance(value, Component):
-                changes[field.name] = value.hoisted(batch)
+                changes[field.name] = value.precomputed(batch)
             elif isinstance(value, tuple) and any(isinstance(v, Component) for v in value):
-                changes[field.name] = tuple(v.hoisted(batch) if isinstance(v, Component) else v for v in value)
+                changes[field.name] = tuple(v.precomputed(batch) if isinstance(v, Component) else v for v in value)
         return dataclasses.replace(self, **changes) if changes else self
 
-    def hoisted(self, batch: Trajectories) -> Component:
-        """Its values on the whole `batch` if they are known before the forward pass, else `hoist(batch)`."""
-        return self.hoist(batch) if self.is_live else Precomputed(self(self.view(batch)))
+    def precomputed(self, batch: Trajectories) -> Component:
+        """Its values on the whole `batch` if they are known before the forward pass, else `precompute_parts(batch)`."""
+        return self.precompute_parts(batch) if self.is_live else Precomputed(self(self.view(batch)))
 
     @abstractmethod
     def __call__(self, batch: Trajectories, *args: Any) -> Tensor: ...
@@ -162,7 +162,7 @@ class Precomputed(Component):
     reads: ClassVar[frozenset[str]] = frozenset({"row"})
 
     def __post_init__(self) -> None:
-        """Nothing to check: made by `Component.hoisted` alone."""
+        """Nothing to check: made by `Component.precomputed` alone."""
 
     def __call__(self, batch: TokenView, *args: Any) -> Tensor:
         return batch.look_up(self.values)
@@ -176,13 +176,13 @@ class StabilizationMask(Component):
         """A number in [0, 1] per token, from the batch and the advantages."""
 
     @property
-    def is_evaluated_before(self) -> bool:
+    def is_precomputed(self) -> bool:
         """False: a mask sees the advantages, which may be live."""
         return False
 
-    def hoisted(self, batch: Trajectories) -> Component:
+    def precomputed(self, batch: Trajectories) -> Component:
         """A mask sees the advantages, which may be live: it stays itself, with what it wraps computed beforehand."""
-        return self.hoist(batch)
+        return self.precompute_parts(batch)
 
     @property
     def live_reach(self) -> str:
@@ -244,9 +244,9 @@ def like(batch: TokenView, value: float) -> Float[Tensor, "*shape"]:
 
 def live_reads(part: Component) -> frozenset[str]:
     """The columns that are read where `part` is evaluated after the forward pass, by it or by what it wraps."""
-    if part.is_evaluated_before:
+    if part.is_precomputed:
         return frozenset()
-    inner = [inner for name, inner in part.parts.items() if name not in part.evaluated_apart]
+    inner = [inner for name, inner in part.parts.items() if name not in part.evaluated_separately]
     own = part.columns.difference(*(one.columns for one in part.parts.values())) | part.reads
     return frozenset(own).union(*map(live_reads, inner))
 

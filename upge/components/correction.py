@@ -156,9 +156,9 @@ class OverlongShaped(AdvantageEstimator):
         punished = beyond * (~batch.is_demonstration).double()
         return batch.with_rewards(batch.rewards.double() - self.penalty * punished)
 
-    def hoist(self, batch: Trajectories) -> Component:
+    def precompute_parts(self, batch: Trajectories) -> Component:
         """What the wrapped part knows before the forward pass, it must know of the shaped rewards."""
-        return dataclasses.replace(self, advantage=self.advantage.hoisted(self.shaped(batch)))
+        return dataclasses.replace(self, advantage=self.advantage.precomputed(self.shaped(batch)))
 
     def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
         return self.advantage(self.shaped(batch))

@@ -128,7 +128,7 @@ def batches(
 
     Args:
         columns: pair → 'logprobs', 'entropies' and whichever of 'reference_logprobs' and 'behavior_logprobs' there is.
-        step: training steps behind the batch, for schedules; gates with memory stand at their beginning.
+        step: training steps behind the batch, for schedules; stateful gates stand at their beginning.
     """
     for number, dealt in enumerate(pool.batches):
         for prompts in dealt:

@@ -93,10 +93,10 @@ def _check_product(name: str, estimate: Estimate, batch: Trajectories) -> None:
 def _check_plan(algorithm: Algorithm, batch: Trajectories, gradient: Tensor, estimate: Estimate) -> None:
     """What the plan drops has no part in anything."""
     name, plan = _name(algorithm), algorithm.plan(batch)
-    dropped = gradient[:, ~plan.keep]
+    dropped = gradient[:, ~plan.contributing]
     require(bool((dropped == 0).all()), f"{name}: the plan drops trajectories that have a gradient")
-    kept = piece(batch, plan.keep.nonzero()[:, 0])
-    expected = estimate.weights[plan.keep][:, : kept.response_mask.shape[1]]
+    kept = piece(batch, plan.contributing.nonzero()[:, 0])
+    expected = estimate.weights[plan.contributing][:, : kept.response_mask.shape[1]]
     close(name, "has other weights without the trajectories that it drops", expected, plan.estimate(kept).weights)
 
 

@@ -253,20 +253,20 @@ def _check_reach(component: Component, batch: Trajectories, value: Tensor) -> No
     live = component.is_live or isinstance(component, StabilizationMask)
     if not live or isinstance(component, Reduction):
         return
-    hoisted, reach = component.hoist(batch), component.live_reach
+    precomputed, reach = component.precompute_parts(batch), component.live_reach
     name, problem = type(component).__name__, f"declares reach '{reach}' but depends on more; declare a wider `reach`"
     for rows in (rows for pieces in splits(batch, reach, 0) for rows in pieces):
         part = piece(batch, rows)
         expected = value[rows] if value.ndim == 1 else value[rows][:, : part.response_mask.shape[1]]
-        same(name, problem, expected, _evaluate(hoisted, part), part)
+        same(name, problem, expected, _evaluate(precomputed, part), part)
     if reach == "token":
         every_other = torch.arange(batch.response_mask.shape[1]) % 2 == 1
         cut = dataclasses.replace(batch, response_mask=batch.response_mask & every_other)
-        same(name, problem, value, _evaluate(hoisted, cut), cut)
-        _check_packed(component, hoisted, batch, value)
+        same(name, problem, value, _evaluate(precomputed, cut), cut)
+        _check_packed(component, precomputed, batch, value)
 
 
-def _check_packed(component: Component, hoisted: Component, batch: Trajectories, value: Tensor) -> None:
+def _check_packed(component: Component, precomputed: Component, batch: Trajectories, value: Tensor) -> None:
     """Parts of reach 'token' must work on [N] packed tokens as on [B, T]: the head calls them so, with what they wrap
     computed beforehand where that can be."""
     problem = (
@@ -274,7 +274,7 @@ def _check_packed(component: Component, hoisted: Component, batch: Trajectories,
         "(batch.per_token makes one number per token of a wrapped gate's), or declare reach 'trajectory'"
     )
     arguments = (_signs(batch)[batch.response_mask],) if isinstance(component, StabilizationMask) else ()
-    found = attempt(problem % "fails", hoisted, hoisted.view(batch.pack()), *arguments)
+    found = attempt(problem % "fails", precomputed, precomputed.view(batch.pack()), *arguments)
     expected = valid(value, batch)
     equal = found.shape == expected.shape and torch.equal(found.double(), expected.double())
     require(equal, problem % "gives another value")

@@ -1,4 +1,4 @@
-"""Does a gate with memory move as it must?"""
+"""Does a stateful gate move as it must?"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SIZES = (0.0, 1.0, -1.0, 1e6, -1e6)
 
 
 def check_memory(component: Component) -> None:
-    """Every gate with memory in a part: a finite start within the range of `updated`, a pure and finite `updated`, and
+    """Every stateful gate in a part: a finite start within the range of `updated`, a pure and finite `updated`, and
     a coefficient that follows the state.
 
     Raises:

@@ -66,7 +66,7 @@ class Expectation:
     Attributes:
         mean: [P, V] its expectation, in the direction of ascent.
         exact: [P, V] the gradient that it should be.
-        scale: the known positive number that its own normalisation puts in front, such as 1/length: unbiased means
+        scale: the known positive number that its own normalization puts in front, such as 1/length: unbiased means
             mean = scale · exact.
         variance: trace of the covariance of one batch's gradient.
         batches: how many different batches were added up.
@@ -120,11 +120,11 @@ def expectation(
         questions: groups per batch. All are of one prompt, whose policy `setting.policy` is, and drawn independently.
         target: what it is held against; by default ∇E[R], or -∇KL(π_β‖π_θ) for one that learns from demonstrations
             alone.
-        scale: the known positive factor that its normalisation puts in front of the target.
+        scale: the known positive factor that its normalization puts in front of the target.
 
     An algorithm with preference pairs gets one a question, two responses of unequal reward out of two drawn like
     rollouts. One with dynamic sampling gets its groups conditioned on the gate, as after unlimited rounds.
-    Its critic's loss, an interlude and a validation objective are no part of this gradient.
+    Its critic's loss, an interleaved update and a validation objective are no part of this gradient.
 
     Raises:
         ConfigError: the setting lacks what the algorithm reads or learns from, or there are too many batches.

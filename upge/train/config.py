@@ -132,7 +132,7 @@ class DataPolicy:
         "error", "what to do with a problem whose answer its verifier cannot read"
     )
     per_level: dict = key({}, "level -> only so many training problems of it, no other levels; {} = all problems")
-    demonstrated: int = key(0, "only so many training problems keep their demonstrations, of all levels alike; 0 = all")
+    demonstrated_prompts: int = key(0, "only so many training problems keep their demonstrations, of all levels alike; 0 = all")
     demonstrations: int = key(1, "of a prompt's demonstrations, use so many in a step, by chance; 0 = all at once")
 
 
@@ -219,7 +219,7 @@ class RunConfig:
             "optimizer.max_grad_norm": self.optimizer.max_grad_norm,
             "optimizer.skip_grad_norm": self.optimizer.skip_grad_norm,
             "eval.limit": self.eval.limit,
-            "data_policy.demonstrated": self.data_policy.demonstrated,
+            "data_policy.demonstrated_prompts": self.data_policy.demonstrated_prompts,
             "data_policy.demonstrations": self.data_policy.demonstrations,
             "hardware.gpus": self.hardware.gpus,
             "hardware.memory": self.hardware.memory,

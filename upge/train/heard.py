@@ -19,7 +19,7 @@ from upge.trajectories import SUCCESS_REWARD
 
 @dataclass(frozen=True)
 class Heard:
-    """The part that each of a step's trajectories has in its updates; interludes are not counted.
+    """The part that each of a step's trajectories has in its updates; interleaved updates are not counted.
 
     Attributes:
         trajectories: of the step, B.
@@ -36,7 +36,7 @@ class Heard:
         """From the plans of a step's updates; `cuts` are the rows that each update learns from."""
         counted, kept = (torch.zeros(len(trajectories), dtype=torch.bool) for _ in range(2))
         for rows, plan in zip(cuts, plans, strict=True):
-            counted[rows], kept[rows] = plan.counted, plan.keep
+            counted[rows], kept[rows] = plan.active, plan.contributing
         return Heard(trajectories, counted, kept)
 
     @property
@@ -46,7 +46,7 @@ class Heard:
         return sum(chosen) / max(1, len(chosen))
 
     @property
-    def silent_prompts(self) -> float:
+    def no_signal_prompts(self) -> float:
         """Share of the prompts none of whose trajectories can contribute to the gradient."""
         heard = {self.trajectories[row].group for row in self.kept.nonzero()[:, 0].tolist()}
         return 1 - len(heard) / max(1, len({t.group for t in self.trajectories}))

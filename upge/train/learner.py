@@ -22,8 +22,8 @@ from upge.train.trajectory import Trajectory, assemble
 from upge.train.update import Updater
 from upge.train.witness import NOTHING, Watch
 
-#: The name of the optimizer moments that belong to interludes.
-_INTERLUDE = "interlude"
+#: The name of the optimizer moments that belong to interleaved updates.
+_INTERLUDE = "interleaved_update"
 #: Half the distance of the two values between which the loss's derivative by a gate's variable is taken.
 _SHIFT = 0.04
 
@@ -34,7 +34,7 @@ class Memory:
 
     Attributes:
         variables: the present value of each stateful gate.
-        remembered: indices of the training examples that wait for an interlude.
+        remembered: indices of the training examples that wait for an interleaved update.
     """
 
     variables: dict[str, float] = field(default_factory=dict)
@@ -87,8 +87,8 @@ class Learner:
             validation = algorithm.validation
             updater = Updater(models.policy, validation, once, frozen=models.frozen)
             self.held_out = collector_for(validation, True), updater
-        if algorithm.interlude is not None:
-            self.aside = Updater(models.policy, algorithm.interlude.algorithm, once, frozen=models.frozen)
+        if algorithm.interleaved_update is not None:
+            self.aside = Updater(models.policy, algorithm.interleaved_update.algorithm, once, frozen=models.frozen)
 
     @property
     def samples(self) -> bool:
@@ -118,14 +118,14 @@ class Learner:
             slope = self._slope(gate, collected, step, rates, memory)
             figures[f"state/{gate.variable}_{UTILITY_SLOPE}"] = slope
         report = self.updater.update(collected.trajectories, step, rates, memory.variables, watch)
-        if self.algorithm.interlude is not None:
-            norms, above_limit = self._interlude(collected.trajectories, step, rates, memory)
-            figures |= {"interlude/updates": float(len(norms) - norms.count(float("inf")) - above_limit)}
-            figures |= {"interlude/updates_above_limit": float(above_limit)}
-            figures |= {"interlude/remembered": float(len(memory.remembered))}
-            figures |= {"interlude/grad_norm": norms[-1]} if norms else {}
+        if self.algorithm.interleaved_update is not None:
+            norms, above_limit = self._interleaved_update(collected.trajectories, step, rates, memory)
+            figures |= {"interleaved_update/updates": float(len(norms) - norms.count(float("inf")) - above_limit)}
+            figures |= {"interleaved_update/updates_above_limit": float(above_limit)}
+            figures |= {"interleaved_update/remembered": float(len(memory.remembered))}
+            figures |= {"interleaved_update/grad_norm": norms[-1]} if norms else {}
             skipped = report.skipped + norms.count(float("inf"))
-            report = dataclasses.replace(report, interlude_norms=norms, skipped=skipped)
+            report = dataclasses.replace(report, interleaved_norms=norms, skipped=skipped)
         return report, figures
 
     def remember(self, figures: Mapping[str, float], step: int, memory: Memory) -> None:
@@ -166,30 +166,30 @@ class Learner:
         at = [{**memory.variables, gate.variable: value + shift} for shift in (_SHIFT, -_SHIFT)]
         plans = [self.algorithm.plan(dataclasses.replace(batch.columns, state=state)) for state in at]
         plan: Plan = updater.algorithm.plan(held_out.columns)
-        if not bool(plan.keep.any()) or not any(bool(p.keep.any()) for p in plans):
+        if not bool(plan.contributing.any()) or not any(bool(p.contributing.any()) for p in plans):
             return math.nan
         own = self.updater.gradient(batch, [(0.5 / _SHIFT, plans[0]), (-0.5 / _SHIFT, plans[1])])
         return rates.policy * self.models.policy.dot(updater.gradient(held_out, [(1.0, plan)]), own)
 
-    # Interludes.
+    # Interleaved updates.
 
-    def _interlude(
+    def _interleaved_update(
         self, trajectories: Sequence[Trajectory], step: int, rates: Rates, memory: Memory
     ) -> tuple[list[float], int]:
         """Remembers prompts, and makes the updates that are due; the norm of each, infinite for one that was not
         finite, and how many were left out for their norm, whose prompts are forgotten all the same."""
-        interlude, norms, above_limit = self.algorithm.interlude, [], 0
+        interleaved_update, norms, above_limit = self.algorithm.interleaved_update, [], 0
         batch = dataclasses.replace(assemble(trajectories, step), state=memory.variables)
-        open_rows = (interlude.gate(interlude.gate.view(batch)) != 0).tolist()
+        open_rows = (interleaved_update.gate(interleaved_update.gate.view(batch)) != 0).tolist()
         prompts = {t.group: t.example for t, is_open in zip(trajectories, open_rows, strict=True) if is_open}
         memory.remembered += [e for e in prompts.values() if self.examples[e].demonstrations]
-        while rates.policy is not None and len(memory.remembered) >= interlude.size:
-            chosen, memory.remembered = memory.remembered[: interlude.size], memory.remembered[interlude.size :]
-            if interlude.own_optimizer:
+        while rates.policy is not None and len(memory.remembered) >= interleaved_update.size:
+            chosen, memory.remembered = memory.remembered[: interleaved_update.size], memory.remembered[interleaved_update.size :]
+            if interleaved_update.own_optimizer:
                 self.models.policy.use_optimizer(_INTERLUDE)
             demonstrations = self.collector.demonstrations(chosen, step)
-            report = self.aside.update(demonstrations, step, Rates(rates.policy * interlude.lr_factor))
-            if interlude.own_optimizer:
+            report = self.aside.update(demonstrations, step, Rates(rates.policy * interleaved_update.lr_factor))
+            if interleaved_update.own_optimizer:
                 self.models.policy.use_optimizer("main")
             norms += report.grad_norms
             above_limit += report.above_limit

@@ -27,7 +27,7 @@ def pulls(plan: Plan, gradient: Gradient, device: torch.device) -> dict[str, lis
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for name in dict.fromkeys([*plan.terms, *plan.penalties]):
             alone = plan.alone(name)
-            found[name] = gradient((1.0, alone)) if bool(alone.keep.any()) else None
+            found[name] = gradient((1.0, alone)) if bool(alone.contributing.any()) else None
     return found
 
 

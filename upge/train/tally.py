@@ -94,12 +94,12 @@ class UpdateReport:
 
     Attributes:
         grad_norms: of each of the policy's updates, before clipping; infinite for one whose gradient was not finite.
-        skipped: updates dropped because their gradient was not finite, the critic's and the interludes' included.
+        skipped: updates dropped because their gradient was not finite, the critic's and the interleaved_updates' included.
         above_limit: the policy's updates left out because the gradient's norm exceeded `optimizer.skip_grad_norm`.
         heard: which trajectories the updates learned from.
         tally: this rank's sums.
         figures: what is known on every rank alike: coefficients of the terms, the critic's fit, the terms' pulls.
-        critic_norms, interlude_norms: as `grad_norms`, of the critic and of interludes.
+        critic_norms, interleaved_norms: as `grad_norms`, of the critic and of interleaved updates.
     """
 
     grad_norms: list[float]
@@ -109,7 +109,7 @@ class UpdateReport:
     tally: Tally
     figures: dict[str, float] = field(default_factory=dict)
     critic_norms: list[float] = field(default_factory=list)
-    interlude_norms: list[float] = field(default_factory=list)
+    interleaved_norms: list[float] = field(default_factory=list)
 
 
 def step_metrics(report: UpdateReport, tallies: Sequence[Tally]) -> dict[str, float]:
@@ -119,7 +119,7 @@ def step_metrics(report: UpdateReport, tallies: Sequence[Tally]) -> dict[str, fl
         total.merge(tally)
     found = total.metrics() | report.figures
     found["gate/demonstration_share"] = report.heard.demonstration_share
-    found["gate/silent_prompts"] = report.heard.silent_prompts
+    found["gate/no_signal_prompts"] = report.heard.no_signal_prompts
     found["trained/skipped_share"] = report.heard.skipped_tokens
     found["grad_norm"] = _mean_finite(report.grad_norms)
     found["updates"] = sum(n != float("inf") for n in report.grad_norms) - report.above_limit

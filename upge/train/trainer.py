@@ -202,7 +202,7 @@ class Trainer:
         self.sampler_is_stale = True
         state.step += 1
         state.skipped += report.skipped
-        kinds = {"policy": report.grad_norms, "critic": report.critic_norms, "interlude": report.interlude_norms}
+        kinds = {"policy": report.grad_norms, "critic": report.critic_norms, "interleaved_update": report.interleaved_norms}
         for kind, norms in kinds.items():
             for norm in norms:
                 row = state.skipped_in_a_row.get(kind, 0)
@@ -219,7 +219,7 @@ class Trainer:
         return too_many
 
     def _too_many_skipped(self) -> bool:
-        """True if one kind of update, the policy's, the critic's or the interludes', has failed too often in a row."""
+        """True if one kind of update, the policy's, the critic's or the interleaved_updates', has failed too often in a row."""
         return max(self.state.skipped_in_a_row.values(), default=0) >= self.parts.config.stop.nonfinite_updates
 
     def _metrics(self, report: UpdateReport, tallies: Sequence[Tally], figures: dict) -> dict[str, float]:

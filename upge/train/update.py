@@ -78,7 +78,7 @@ class Updater:
         whole = self.fill(trajectories, step, state)
         cuts = split(whole.members, self.config.mini_batches)
         plans = self.algorithm.plans(whole.columns, cuts)
-        first = next((i for i, plan in enumerate(plans) if bool(plan.keep.any())), None)
+        first = next((i for i, plan in enumerate(plans) if bool(plan.contributing.any())), None)
         batches = [
             self._completed(whole.taken(rows), plan, number != first) if rates.policy is not None else whole.taken(rows)
             for number, (rows, plan) in enumerate(zip(cuts, plans, strict=True))
@@ -89,7 +89,7 @@ class Updater:
         goals = self._goals(whole, cuts, batches, plans)
         for _ in range(self.config.epochs):
             for number, (plan, goal) in enumerate(zip(plans, goals, strict=True)):
-                if rates.policy is not None and bool(plan.keep.any()):
+                if rates.policy is not None and bool(plan.contributing.any()):
                     if watch.pulls and not norms:
                         pulls = pull_figures(plan, partial(self._gradient, batches[number]), self.engine)
                     witness = Witness() if watch.tokens and not norms else None
@@ -123,7 +123,7 @@ class Updater:
 
     def _gradient(self, batch: Batch, *plans: tuple[float, Plan]) -> list[Tensor]:
         """`gradient` on a batch that has all columns."""
-        keep = torch.stack([plan.keep for _, plan in plans]).any(dim=0)
+        keep = torch.stack([plan.contributing for _, plan in plans]).any(dim=0)
         there = [(factor, plan.to(self.engine.world.device)) for factor, plan in plans]
         self._accumulate(batch, keep, lambda view: sum(factor * plan.estimate(view).loss for factor, plan in there))
         return self.engine.take_gradient()
@@ -151,7 +151,7 @@ class Updater:
             return estimate.loss
 
         found: list[Found] = []
-        for rows, piece, tokens in self._accumulate(batch, plan.keep, loss):
+        for rows, piece, tokens in self._accumulate(batch, plan.contributing, loss):
             tally.see(tokens, len(rows), piece.packed.input_ids.numel())
             if on_policy:
                 tally.compare(tokens, piece.sampled)
@@ -251,7 +251,7 @@ class Updater:
         targets, found = loss.targets(whole.columns), []
         for rows, batch, plan in zip(cuts, batches, plans, strict=True):
             width = batch.columns.response_mask.shape[1]
-            found.append((targets[rows][:, :width], loss.weights(batch.columns, plan.counted)))
+            found.append((targets[rows][:, :width], loss.weights(batch.columns, plan.active)))
         return found
 
     def _accumulate_values(self, batch: Batch, targets: Tensor, weights: Tensor, tally: Tally) -> None:
@@ -301,7 +301,7 @@ def _norm(result: NamedTuple) -> float:
 
 
 def _has_rollouts(batch: Batch, plan: Plan) -> bool:
-    return bool((plan.keep & ~batch.columns.is_demonstration).any())
+    return bool((plan.contributing & ~batch.columns.is_demonstration).any())
 
 
 def _coefficients(plans: Sequence[Plan]) -> dict[str, float]:

@@ -7,7 +7,7 @@ import re
 
 from upge.verify.answers import final_text
 from upge.verify.base import LONGEST_ANSWER, AnswerVerifier, shown
-from upge.verify.normal import is_invisible
+from upge.verify.normalize import is_invisible
 
 _LABEL = re.compile(r"[A-Z]|[0-9]")
 _NOUN = r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer|[Ll]etter)\s*:?\s*)?"

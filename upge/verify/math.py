@@ -1,6 +1,6 @@
 r"""Does the final answer of a response equal the ground truth, as mathematics?
 
-Exact match of the normalised texts comes first (0.01 ms), then math-verify (about 5 ms; `verify(gold, answer)`, gold
+Exact match of the normalized texts comes first (0.01 ms), then math-verify (about 5 ms; `verify(gold, answer)`, gold
 first). math-verify's own time-outs are SIGALRM and work in a main thread only, hence they are switched off: an answer
 such as 9^{9^{9^9}} runs for hours here. Texts that a model wrote belong into a `VerifierPool`, which has a hard limit.
 """
@@ -17,13 +17,13 @@ from fractions import Fraction
 from typing import Any
 
 from upge.verify.answers import final_answer, without_unit
-from upge.verify.apart import are_apart
+from upge.verify.inequality import are_unequal
 from upge.verify.base import LONGEST_ANSWER, AnswerVerifier, shown
 from upge.verify.boxed import last_boxed
-from upge.verify.hasty import hasten
-from upge.verify.normal import NUMBER, is_invisible, loose, normalise, spell
-from upge.verify.undone import bare, is_copied, is_fraction, leaves_undone, result_of
-from upge.verify.warm import ANSWERS
+from upge.verify.sll_parser import use_sll_prediction
+from upge.verify.normalize import NUMBER, is_invisible, loose, normalize, spell
+from upge.verify.unevaluated import bare, is_copied, is_fraction, leaves_undone, result_of
+from upge.verify.warmup import ANSWERS
 
 _RATIO = re.compile(r"([+-]?)(?:([0-9]+)/([0-9]+)|\\frac\{([+-]?[0-9]+)\}\{([0-9]+)\})")
 _TOLERANCE = Fraction(2, 10**6)
@@ -88,7 +88,7 @@ class MathVerifier(AnswerVerifier):
         Raises:
             ValueError: `answer` is empty or is not mathematics that math-verify can read.
         """
-        gold = normalise(answer)
+        gold = normalize(answer)
         if _is_plain(gold) or _SIMPLE.fullmatch(gold):
             return
         if not gold or len(gold) > LONGEST_ANSWER or not _parse(gold):
@@ -98,7 +98,7 @@ class MathVerifier(AnswerVerifier):
             )
 
     def warm_up(self) -> None:
-        hasten()
+        use_sll_prediction()
         for gold, given in ANSWERS:
             with contextlib.suppress(Exception):
                 self.judge(given, gold)
@@ -110,23 +110,23 @@ LAST_ANSWER = MathVerifier(final_answer)
 
 @functools.lru_cache(maxsize=1024)
 def _read_gold(answer: str) -> tuple[str, str, Fraction | None]:
-    """A ground truth, which a group of responses has in common: normalised, as `loose` has it, and as a number."""
-    gold = normalise(answer)
+    """A ground truth, which a group of responses has in common: normalized, as `loose` has it, and as a number."""
+    gold = normalize(answer)
     return gold, loose(spell(answer)), _value(gold)
 
 
 def _read(given: str, gold: str) -> str:
-    """An answer normalised; where one number is asked for, without the words that say what is counted."""
-    read = normalise(given)
+    """An answer normalized; where one number is asked for, without the words that say what is counted."""
+    read = normalize(given)
     if not _is_plain(gold) or len(read) > LONGEST_ANSWER:
         return read
     number = without_unit(read)
     # Single letters are names as often as units.
-    return read if re.search(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])", read[len(number) :]) else normalise(number)
+    return read if re.search(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])", read[len(number) :]) else normalize(number)
 
 
 def _value(text: str) -> Fraction | None:
-    """The number that a normalised text is, or the fraction of two whole ones; else None."""
+    """The number that a normalized text is, or the fraction of two whole ones; else None."""
     if len(text) > LONGEST_ANSWER:
         return None
     if NUMBER.fullmatch(text):
@@ -140,7 +140,7 @@ def _value(text: str) -> Fraction | None:
 
 @functools.lru_cache(maxsize=1024)
 def _equal(gold: str, given: str, prompt: str | None = None) -> bool:
-    """math-verify's verdict on two normalised answers, less what it takes for equal and is not."""
+    """math-verify's verdict on two normalized answers, less what it takes for equal and is not."""
     if _is_plain(gold) and _means_another(given) or leaves_undone(gold, given) or _differs_in_size(gold, given):
         return False
     gold_parsed, given_parsed = _parse(gold), _parse(given)
@@ -159,7 +159,7 @@ def _equal(gold: str, given: str, prompt: str | None = None) -> bool:
 def _same(gold: list[Any], given: list[Any]) -> bool:
     from math_verify import verify
 
-    if not gold or not given or are_apart(gold[0], given[0]):
+    if not gold or not given or are_unequal(gold[0], given[0]):
         return False
     same = verify(gold, given, timeout_seconds=None, allow_set_relation_comp=True)
     return same and not _differ_below_rounding(gold[0], given[0])
@@ -167,7 +167,7 @@ def _same(gold: list[Any], given: list[Any]) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _parse(text: str) -> list[Any]:
-    """sympy expressions read from one normalised answer; empty where it is not mathematics."""
+    """sympy expressions read from one normalized answer; empty where it is not mathematics."""
     from math_verify import LatexExtractionConfig, parse
 
     # It warns once a process that time-outs are off; the pool's limit is the one that counts.

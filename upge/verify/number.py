@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from upge.verify.answers import final_answer
 from upge.verify.base import AnswerVerifier, shown
-from upge.verify.normal import is_invisible, normalise
+from upge.verify.normalize import is_invisible, normalize
 
 LONGEST_NUMBER = 1000
 """Characters of a number that are read, and the largest exponent."""
@@ -72,7 +72,7 @@ def read_number(text: str) -> Fraction | None:
     """The exact value of a number in text or LaTeX; None where it is none, or more than one."""
     if len(text) > LONGEST_NUMBER or is_invisible(text):
         return None
-    before, _, text = normalise(text).rpartition("=")
+    before, _, text = normalize(text).rpartition("=")
     found = _NUMBER.match(text.strip())
     if not found or _SEVERAL.search(before):
         return None

@@ -59,7 +59,7 @@ def _figures(metrics: Mapping[str, float], rows: int) -> dict[str, float]:
         "verify": metrics["time/verify"],
         "refresh": metrics["time/sync"],
         "reward": metrics.get("reward/mean", 0.0),
-        "silent": metrics["gate/silent_prompts"],
+        "silent": metrics["gate/no_signal_prompts"],
     }
 
 

@@ -13,7 +13,7 @@ import sympy as sp
 from sympy import Expr
 
 from upge.gates import (
-    Always,
+    ConstantGate,
     Complement,
     EntropyWeight,
     PassRateAbove,
@@ -44,7 +44,7 @@ def pass_rate(world: World, row: Row) -> sp.Rational:
     return sp.Rational(sum(succeeded(world, r) for r in own), len(own))
 
 
-@rule(Always)
+@rule(ConstantGate)
 def _(part, world):
     return [number(part.coefficient)] * len(world.rows)
 

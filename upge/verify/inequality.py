@@ -1,6 +1,6 @@
 r"""Are two expressions certainly different? What can be said at once, before math-verify evaluates and simplifies them.
 
-Two tests, each of which proves that they differ or says nothing. By size (`upge.verify.size`): `9^{9^{9^9}}`, which
+Two tests, each of which proves that they differ or says nothing. By size (`upge.verify.magnitude`): `9^{9^{9^9}}`, which
 nobody can evaluate, is known not to be 3.5. By value: equal expressions have equal values wherever the same numbers are
 put for the same letters. Neither is ever the reason for a reward, so that a reward is math-verify's as before; what
 they refuse, math-verify refuses after simplifying it, or never gets done with.
@@ -13,7 +13,7 @@ import math
 import zlib
 from typing import Any
 
-from upge.verify.size import MARGIN, size_of
+from upge.verify.magnitude import MARGIN, magnitude_of
 
 SMALLEST = 1e-2
 """Values below, of both, prove nothing: math-verify rounds to 6 decimals."""
@@ -30,7 +30,7 @@ _CANCELLED = 1e-20
 """What may be left of a sum, and how near the negative axis a number may be: less may be a 0 that was not met."""
 
 
-def are_apart(gold: Any, given: Any) -> bool:
+def are_unequal(gold: Any, given: Any) -> bool:
     """Is it proved that a parsed answer is not the ground truth?
 
     Only expressions are compared: no sets, matrices, relations (but the last side of an answer's equation where the
@@ -43,7 +43,7 @@ def are_apart(gold: Any, given: Any) -> bool:
         given = take_last_relation(given).rhs
     if gold == given or not _is_expression(gold) or not _is_expression(given):
         return False
-    sizes = size_of(gold), size_of(given)
+    sizes = magnitude_of(gold), magnitude_of(given)
     if None not in sizes:
         smaller, larger = sorted(sizes)
         if larger.low > max(smaller.high + MARGIN, _LEAST):

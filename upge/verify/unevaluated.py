@@ -10,7 +10,7 @@ import functools
 import math
 import re
 
-from upge.verify.normal import NUMBER, respell
+from upge.verify.normalize import NUMBER, respell
 
 _FRACTION = re.compile(r"[+-]?(?:([0-9]+)/([0-9]+)|\\frac\{?[+-]?([0-9]+)\}?\{?([0-9]+)\}?)")
 _SCIENTIFIC = re.compile(r"\*10\^(?:\{[+-]?[0-9]+\}|[0-9])")
@@ -49,7 +49,7 @@ _FAMILIES = tuple(
 
 
 def leaves_undone(gold: str, given: str) -> bool:
-    """Does a normalised answer hold an operation that the ground truth shows was to be carried out?
+    """Does a normalized answer hold an operation that the ground truth shows was to be carried out?
 
     A sum, difference or product of plain numbers where the ground truth is a number or a fraction, or anything with
     letters that are not a unit; a function of a kind (trigonometric, logarithm, exponential, sum, integral, limit,
@@ -65,7 +65,7 @@ def leaves_undone(gold: str, given: str) -> bool:
 
 
 def is_copied(gold: str, given: str, prompt: str | None) -> bool:
-    """Does a normalised answer stand in the prompt as it is, as something that can be worked out?
+    """Does a normalized answer stand in the prompt as it is, as something that can be worked out?
 
     Numbers, fractions in lowest terms and what has no operation in it are results, whether the prompt has them or not.
     """
@@ -144,5 +144,5 @@ def result_of(text: str) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _spelled(prompt: str) -> str:
-    """A prompt in the spelling of normalised answers, but with a space where a word ends."""
+    """A prompt in the spelling of normalized answers, but with a space where a word ends."""
     return _canonical(_AROUND_OPERATOR.sub(r"\1", respell(prompt)))

@@ -26,7 +26,7 @@ class Size(NamedTuple):
     is_whole: bool = False
 
 
-def size_of(expression: Any) -> Size | None:
+def magnitude_of(expression: Any) -> Size | None:
     """The size of a number; None for 0, for anything with letters, and what is not known here."""
     name = type(expression).__name__
     if name in _CONSTANTS:
@@ -38,7 +38,7 @@ def size_of(expression: Any) -> Size | None:
     rule = _RULES.get(name)
     if rule is None:
         return None
-    parts = [size_of(part) for part in expression.args]
+    parts = [magnitude_of(part) for part in expression.args]
     return None if None in parts else rule(*parts)
 
 

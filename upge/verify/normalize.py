@@ -52,7 +52,7 @@ _INVISIBLE = re.compile(
 )
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     r"""The same answer as a grader would write it: as `spell`, and 1,000 is 1000; 142.0, +142 and 0142 are 142.
 
     "60, 120" with its space stays a list; "60,120" is a number. 4.5e33 is 4.5\times 10^{33}, without Euler's e.

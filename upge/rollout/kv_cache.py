@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 _GROWTH_TOKENS, _GROWTH_SHARE = 64, 1 / 4
 
 
-def growing_cache(config: Any, max_length: int) -> DynamicCache:
+def growing_kv_cache(config: Any, max_length: int) -> DynamicCache:
     """An empty cache for a model of this configuration.
 
     max_length: tokens that a prompt and its response may have together.

@@ -9,7 +9,7 @@ then, the text is parsed once more as math-verify does it. So what is read is th
 from __future__ import annotations
 
 
-def hasten() -> None:
+def use_sll_prediction() -> None:
     """Has math-verify parse this way in the whole process: for processes that do nothing else. Once is enough."""
     from antlr4.atn.PredictionMode import PredictionMode
     from latex2sympy2_extended import latex2sympy2 as module

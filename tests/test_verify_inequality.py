@@ -15,11 +15,11 @@ from experiments.bench.answers import EVIDENT_BOMBS, HIDDEN_BOMBS
 from tests.test_verify import DATA, RIGHT, WRONG
 from tests.verify_pools import ROOT, boxed
 from upge.verify import Item, VerifierPool, load
-from upge.verify.apart import are_apart
+from upge.verify.inequality import are_unequal
 from upge.verify.math import _parse
-from upge.verify.normal import normalise
-from upge.verify.size import size_of
-from upge.verify.warm import ANSWERS
+from upge.verify.normalize import normalize
+from upge.verify.magnitude import magnitude_of
+from upge.verify.warmup import ANSWERS
 
 FINITE = [
     "7", "-12", r"\frac{2}{3}", "-0.004", "1.5", r"2\pi", "e^{-3}", "2^{10}", r"(-3)^{5}", r"2^{-\frac{1}{2}}",
@@ -32,13 +32,13 @@ FINITE = [
 
 
 def parsed(text: str) -> sympy.Expr:
-    return _parse(normalise(text))[0]
+    return _parse(normalize(text))[0]
 
 
 @pytest.mark.parametrize("text", FINITE)
 def test_bounds_hold(text: str) -> None:
     expression = parsed(text)
-    size, value = size_of(expression), complex(expression.evalf(30))
+    size, value = magnitude_of(expression), complex(expression.evalf(30))
     assert size is not None
     assert size.low <= math.log(abs(value)) <= size.high
     assert size.sign in (0, (value.real > 0) - (value.real < 0))
@@ -50,14 +50,14 @@ NO_SIZE = ["0", "x", "x^2+1", r"\sin 3", "i", r"\sum_{k=1}^{5} k", "2^{i}", "(1-
 
 @pytest.mark.parametrize("text", NO_SIZE)
 def test_of_what_has_no_size_here_nothing_is_said(text: str) -> None:
-    assert size_of(parsed(text)) is None
+    assert magnitude_of(parsed(text)) is None
 
 
 def test_huge_sizes() -> None:
-    tower, inverse = size_of(parsed("9^{9^{9^9}}")), size_of(parsed("3^{-9^{9^9}}"))
+    tower, inverse = magnitude_of(parsed("9^{9^{9^9}}")), magnitude_of(parsed("3^{-9^{9^9}}"))
     assert tower is not None and tower[1:] == (math.inf, 1, True) and 1e280 < tower.low < math.inf
     assert inverse is not None and inverse.low == -math.inf and -math.inf < inverse.high < -1e280
-    near = size_of(parsed("9^{9^{9^9}}-9^{9^{9^9}}+3.5"))
+    near = magnitude_of(parsed("9^{9^{9^9}}-9^{9^{9^9}}+3.5"))
     assert near is not None and near.low == -math.inf and near.high == math.inf
 
 
@@ -95,16 +95,16 @@ NOT_KNOWN = [
 
 def test_what_differs_is_known_at_once_and_nothing_else() -> None:
     begin = time.process_time()
-    assert [(g, a) for g, a in APART if not are_apart(parsed(g), parsed(a))] == []
-    assert [(g, a) for g, a in NOT_KNOWN if are_apart(parsed(g), parsed(a))] == []
+    assert [(g, a) for g, a in APART if not are_unequal(parsed(g), parsed(a))] == []
+    assert [(g, a) for g, a in NOT_KNOWN if are_unequal(parsed(g), parsed(a))] == []
     assert time.process_time() - begin < 10.0
 
 
 def test_no_answer_that_is_right_is_refused() -> None:
-    pairs = [(normalise(answer), normalise(given)) for given, answer in RIGHT] + list(ANSWERS)
+    pairs = [(normalize(answer), normalize(given)) for given, answer in RIGHT] + list(ANSWERS)
     for gold, given in pairs:
         found = _parse(gold), _parse(given)
-        if all(found) and are_apart(found[0][0], found[1][0]):
+        if all(found) and are_unequal(found[0][0], found[1][0]):
             assert (given, gold) not in RIGHT and load("math")(boxed(given), gold) == 0.0, (gold, given)
 
 
@@ -120,13 +120,13 @@ def test_evident_bombs_cost_no_time_and_hidden_ones_the_limit() -> None:
 READ = r"""
 import json, sys
 from sympy import srepr
-from upge.verify.hasty import hasten
+from upge.verify.sll_parser import use_sll_prediction
 from upge.verify.math import _parse
 texts = json.loads(sys.stdin.read())
 exact = [[srepr(part) for part in _parse(text)] for text in texts]
 from math_verify.parser import parse_latex_cached
 parse_latex_cached.cache_clear(), _parse.cache_clear()
-hasten(), hasten()
+use_sll_prediction(), use_sll_prediction()
 hasty = [[srepr(part) for part in _parse(text)] for text in texts]
 print(json.dumps([text for text, a, b in zip(texts, exact, hasty) if a != b]), sum(map(bool, exact)))
 """
@@ -138,7 +138,7 @@ def test_the_hasty_parser_reads_the_same() -> None:
     if (DATA / "eval" / "math500.json").exists():
         rows = json.loads((DATA / "eval" / "math500.json").read_text())
         texts += [str(row["answer"]) for row in rows][::3]
-    texts = [normalise(text) for text in texts if "\ud800" not in text]
+    texts = [normalize(text) for text in texts if "\ud800" not in text]
     command = [sys.executable, "-c", READ]
     done = subprocess.run(command, input=json.dumps(texts), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
