@@ -10,14 +10,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from algorithms.files import check_names
-from upge.algorithm import Algorithm, Term
+from upge.algorithm import Algorithm, DynamicSampling, InterleavedUpdate
 from upge.checks import mismatch
 from upge.errors import ConfigError, nearest
 from upge.gates import Gate
 from upge.instantiate import TARGET, build
 from upge.pipeline import Pipeline, Stage
 from upge.regularizers import Regularizer
-from upge.selection import DynamicSampling, InterleavedUpdate
+from upge.term import Term
 from upge.value import ValueLoss
 
 #: `name` is there in an algorithm inside another one, `corrected` where corrections were applied: both by the reading.

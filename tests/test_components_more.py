@@ -184,13 +184,13 @@ def test_sigmoid_gate():
         (upge.GeometricMeanBehaviorPolicy(upge.ConstantAdvantage(0.0)), [0.35355339, 0.14142136, 0.4]),
         (upge.GeometricMeanBehaviorPolicy(upge.ConstantAdvantage(1.0), high=0.0), [0.5, 0.2, 0.4]),
         # π_θ/π_frozen = 1, 2 and ½
-        (upge.ClippedFrozenPolicy(0.2, 1.8), [0.5, 0.11111111, 0.2]),
-        (upge.ClippedFrozenPolicy(0.8, 4.0), [0.5, 0.1, 0.125]),
-        (upge.ClippedFrozenPolicy(0.0, 1.0), [0.5, 0.2, 0.2]),
+        (upge.ClippedReferencePolicy(0.2, 1.8), [0.5, 0.11111111, 0.2]),
+        (upge.ClippedReferencePolicy(0.8, 4.0), [0.5, 0.1, 0.125]),
+        (upge.ClippedReferencePolicy(0.0, 1.0), [0.5, 0.2, 0.2]),
         # its geometric means are √2 and ½, squared 2 and ¼
-        (upge.SequenceFrozenPolicy(), [0.25, 0.1, 0.4]),
-        (upge.SequenceFrozenPolicy(power=1.0), [0.35355339, 0.14142136, 0.2]),
-        (upge.SequenceFrozenPolicy(low=0.5, high=1.6), [0.3125, 0.125, 0.2]),
+        (upge.SequenceReferencePolicy(), [0.25, 0.1, 0.4]),
+        (upge.SequenceReferencePolicy(power=1.0), [0.35355339, 0.14142136, 0.2]),
+        (upge.SequenceReferencePolicy(low=0.5, high=1.6), [0.3125, 0.125, 0.2]),
     ],
     ids=str,
 )
@@ -214,8 +214,8 @@ def test_denominator(denominator, expected):
         (lambda: upge.LogRatioClip(-0.1), "LogRatioClip: low=-0.1"),
         (lambda: upge.SigmoidGate(negative=0.0), "SigmoidGate: positive=1.0, negative=0.0"),
         (lambda: upge.GeometricMeanBehaviorPolicy(upge.GAE(), high=-1.0), "GeometricMeanBehaviorPolicy: low=0.4"),
-        (lambda: upge.ClippedFrozenPolicy(1.2, 1.8), "ClippedFrozenPolicy: low=1.2"),
-        (lambda: upge.SequenceFrozenPolicy(high=0.5), "SequenceFrozenPolicy: low=0.0, high=0.5"),
+        (lambda: upge.ClippedReferencePolicy(1.2, 1.8), "ClippedReferencePolicy: low=1.2"),
+        (lambda: upge.SequenceReferencePolicy(high=0.5), "SequenceReferencePolicy: low=0.0, high=0.5"),
         (lambda: upge.KLShaped(upge.GAE(), kind="k0"), "KLShaped.kind: 'k0'"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 
 import algorithms
 import upge
-from upge.algorithm import Plan
+from upge.plan import Plan
 from upge.testing import ConformanceError, check_algorithm, check_component
 
 
@@ -100,7 +100,7 @@ def test_an_estimate_that_depends_on_the_split_is_caught():
 
     class OverItself(Plan):
         def estimate(self, batch):
-            rest = Plan(self.terms, self.penalties, self.contributing, self.counted, self.reach)
+            rest = Plan(self.terms, self.penalties, self.contributing, self.active, self.reach)
             return Plan.estimate(scaled(rest, len(self.contributing) / len(batch)), batch)
 
     broken = meddling(lambda plan, batch: OverItself(plan.terms, plan.penalties, plan.contributing, plan.active, plan.reach))

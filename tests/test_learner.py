@@ -127,7 +127,7 @@ def test_the_critic_can_learn_alone(found):
 
 
 def test_updates_above_the_limit_are_told_apart(found):
-    """The policy's and the interleaved_updates' are counted each, and none of them has moved a weight."""
+    """The policy's and the interleaved updates' are counted each, and none of them has moved a weight."""
     assert found["above limit"] == (1, 0.0, 1.0) and found["unmoved"]
 
 

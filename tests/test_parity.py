@@ -29,7 +29,7 @@ SEEDS = (0, 2)
 VARIANTS = {
     "iw_sft_sequence": (
         "iw_sft",
-        ["terms.sft.estimator.denominator={_target_: upge.SequenceFrozenPolicy, power: 2.0, low: 0.0, high: 16.0}"],
+        ["terms.sft.estimator.denominator={_target_: upge.SequenceReferencePolicy, power: 2.0, low: 0.0, high: 16.0}"],
         textbook_onpolicy.iw_sft_sequence,
     ),
     "dapo": (
@@ -208,8 +208,8 @@ def test_masks_bite(name):
     ("name", "term", "plain"),
     [
         ("cispo", "rl", upge.BehaviorPolicy()),
-        ("iw_sft", "sft", upge.ClippedFrozenPolicy(low=0.0, high=1e12)),
-        ("iw_sft_sequence", "sft", upge.SequenceFrozenPolicy(high=1e12)),
+        ("iw_sft", "sft", upge.ClippedReferencePolicy(low=0.0, high=1e12)),
+        ("iw_sft_sequence", "sft", upge.SequenceReferencePolicy(high=1e12)),
         ("gmpo", "rl", upge.SequenceBehaviorPolicy()),
     ],
 )

@@ -13,10 +13,11 @@ from torch import Tensor
 import algorithms
 import upge
 from tests.policy import sample
-from upge.regularizers import Regularizer, Source
+from upge.regularizers import Regularizer
 from upge.testing import ConformanceError, check_algorithm, check_component
 from upge.train.packing import pack
 from upge.train.piece import Piece
+from upge.trajectories import Source
 from upge.views import TokenView
 
 

@@ -16,9 +16,9 @@ from tests.test_verify import DATA, RIGHT, WRONG
 from tests.verify_pools import ROOT, boxed
 from upge.verify import Item, VerifierPool, load
 from upge.verify.inequality import are_unequal
+from upge.verify.magnitude import magnitude_of
 from upge.verify.math import _parse
 from upge.verify.normalize import normalize
-from upge.verify.magnitude import magnitude_of
 from upge.verify.warmup import ANSWERS
 
 FINITE = [

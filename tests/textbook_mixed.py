@@ -220,6 +220,6 @@ def amft_values(s, values, clip=0.2):
 
 
 def relift(s):
-    """The step's own update; the interleaved_update's is maximum likelihood."""
+    """The step's own update; the interleaved update's is maximum likelihood."""
     losses = [-(ratio(r) * a).sum() / LENGTH for q in s.questions for r, a in relative(split(q)[0], std=False)]
     return average(losses, s)

@@ -9,14 +9,14 @@ import importlib
 from typing import Any
 
 from upge import components as _components
-from upge.algorithm import Algorithm, Term
+from upge.algorithm import Algorithm, DynamicSampling, InterleavedUpdate
 from upge.components import *  # noqa: F403
 from upge.errors import ConfigError, DataError, ModelError, UserError
 from upge.estimate import Estimate, TermFactors
 from upge.estimator import Factors, UnifiedGradient
 from upge.gates import (
-    ConstantGate,
     Complement,
+    ConstantGate,
     EntropyWeight,
     Gate,
     PassRateAbove,
@@ -30,8 +30,8 @@ from upge.needs import Needs
 from upge.pipeline import Pipeline, Stage
 from upge.reduction import FixedLength, QuestionMean, Reduction, SequenceMean, TokenMean
 from upge.regularizers import EntropyBonus, KLPenalty, Regularizer
-from upge.selection import DynamicSampling, InterleavedUpdate
 from upge.stateful import MetaGradient, StatefulGate
+from upge.term import Term
 from upge.trajectories import Trajectories
 from upge.value import ValueLoss
 from upge.views import PackedTokens

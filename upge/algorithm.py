@@ -1,74 +1,94 @@
-"""An algorithm: a named sum of terms, and how it is evaluated.
+"""An algorithm: a named sum of terms and regularizers, and what it asks of the data and the trainer.
 
     ∇J = Σ_terms Σ_trajectories Σ_tokens coefficient·gate · w · 1_stable · (1/π_ref) · Â · f′∇π_θ  - regularizers
 
 `Algorithm.plan` computes on the whole batch all that is known before the forward pass. `Plan.estimate` then evaluates
-any piece of the batch, so the sum over pieces is the estimate of the whole whatever the cut.
+any micro-batch, and the estimates of micro-batches add up to that of the batch, however it is cut.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from dataclasses import dataclass, field
+from typing import TypeVar
 
-import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from upge.checks import check_fields
-from upge.components.base import REACHES, Component, Precomputed, live_reads, mapped
+from upge.components.base import REACHES, Component, live_reads
 from upge.errors import ConfigError
 from upge.estimate import Estimate
-from upge.estimator import UnifiedGradient
 from upge.formula import render
 from upge.gates import Gate
 from upge.needs import Needs, check_columns, needs_of
-from upge.plan import Plan, PlannedTerm
-from upge.reduction import Over, Reduction
-from upge.regularizers import Regularizer, Source
-from upge.selection import DynamicSampling, InterleavedUpdate, check_plain
+from upge.plan import Plan, plan_updates
+from upge.regularizers import Regularizer
 from upge.stateful import UTILITY_SLOPE, StatefulGate, stateful_gates
-from upge.trajectories import Trajectories
+from upge.term import Term
+from upge.trajectories import Source, Trajectories
 from upge.value import ValueLoss
-from upge.views import TOKEN_COLUMNS
+from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS
 
-
-def source_rows(batch: Trajectories, source: Source) -> Bool[Tensor, "B"]:
-    """[B] which trajectories a source names."""
-    if source == "all":
-        return torch.ones_like(batch.is_demonstration)
-    if source == "preference_pairs":
-        if batch.preference is None:
-            raise ConfigError("source: preference_pairs needs the column `preference`, which the batch does not have")
-        return batch.preference != 0
-    if source == "rollouts":
-        return ~batch.is_demonstration
-    # The rejected side of a pair is an expert's, or at least not the model's, but nothing to imitate.
-    return batch.is_demonstration if batch.preference is None else batch.is_demonstration & (batch.preference >= 0)
+_Weighted = TypeVar("_Weighted", Term, Regularizer)
 
 
 @dataclass(frozen=True)
-class Term:
-    """Source × gate × estimator × reduction; `coefficient` is a plain number in front of all of it."""
+class DynamicSampling:
+    """Prompts on whose rollouts `gate` is closed are replaced by others until the batch is full (arXiv 2503.14476).
 
-    source: Source
+    Attributes:
+        gate: reads rewards and groups only.
+        rounds: the most rounds of sampling in a step. After the last round the step trains on fewer prompts.
+    """
+
     gate: Gate
-    estimator: UnifiedGradient
-    reduction: Reduction
-    coefficient: float = 1.0
+    rounds: int = 10
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not math.isfinite(self.coefficient):
-            raise ConfigError(f"coefficient: found {self.coefficient}; give a finite number")
+        if self.rounds < 1:
+            raise ConfigError(f"sampling.rounds: {self.rounds} must be at least 1")
+        _check_reads_outcomes(self.gate, "sampling.gate")
+        if stateful_gates({"sampling.gate": self.gate}):
+            raise ConfigError("sampling.gate: a stateful gate cannot choose prompts; give a gate on pass rates")
 
-    @property
-    def parts(self) -> dict[str, Component]:
-        """Every part by its path within the term."""
-        estimator = {f"estimator.{slot}": part for slot, part in self.estimator.parts.items()}
-        return {"gate": self.gate, **estimator, "reduction": self.reduction}
+
+@dataclass(frozen=True)
+class InterleavedUpdate:
+    """An update of another kind, made whenever enough prompts have gathered for it (arXiv 2506.07527).
+
+    Each step, the prompts with a demonstration on whose rollouts `gate` is open are remembered. Once there are `size`
+    of them, one update of `algorithm` on their demonstrations follows the step's own, and they are forgotten.
+
+    Attributes:
+        gate: reads rewards and groups only.
+        size: prompts of one such update.
+        algorithm: learns from demonstrations only.
+        own_optimizer: whether it keeps Adam moments of its own.
+        lr_factor: its learning rate as a multiple of the step's.
+    """
+
+    gate: Gate
+    size: int
+    algorithm: Algorithm
+    own_optimizer: bool = True
+    lr_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.size < 1 or not self.lr_factor > 0:
+            raise ConfigError(
+                f"interleaved_update: size={self.size}, lr_factor={self.lr_factor}; both must be positive"
+            )
+        needs = self.algorithm.needs
+        if needs.rollouts or needs.preference_pairs:
+            raise ConfigError(
+                f"interleaved_update.algorithm: '{self.algorithm.name}' needs more than demonstrations; give one that "
+                "learns from demonstrations alone"
+            )
+        _check_plain(self.algorithm, "interleaved_update.algorithm")
+        _check_reads_outcomes(self.gate, "interleaved_update.gate")
 
 
 @dataclass(frozen=True)
@@ -106,7 +126,7 @@ class Algorithm:
                 "give the name of an algorithm as validation=NAME"
             )
         if self.validation is not None:
-            check_plain(self.validation, "validation")
+            _check_plain(self.validation, "validation")
         if self.sampling is not None and "rollouts" not in {term.source for term in self.terms.values()}:
             raise ConfigError(f"{self.name}: sampling chooses prompts by rollouts, but no term's source is rollouts")
 
@@ -123,16 +143,16 @@ class Algorithm:
                 found[f"{name}.gate"] = getattr(self, name).gate
         return found
 
-    @staticmethod
-    def _at_work(named: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of terms or regularizers whose coefficient is not 0: the others have no part in the gradient."""
-        return {name: one for name, one in named.items() if one.coefficient != 0}
+    @property
+    def _weighted_terms(self) -> Mapping[str, Term]:
+        """The terms with a coefficient other than 0, which alone enter the gradient; all of them if there is none."""
+        return _weighted(self.terms) or self.terms
 
     @property
     def _working_parts(self) -> dict[str, Component]:
         """The parts by path, without those of terms and regularizers whose coefficient is 0."""
-        idle = [f"terms.{n}." for n in self.terms.keys() - (self._at_work(self.terms) or self.terms).keys()]
-        idle += [f"regularizers.{n}." for n in self.regularizers.keys() - self._at_work(self.regularizers).keys()]
+        idle = [f"terms.{n}." for n in self.terms.keys() - self._weighted_terms.keys()]
+        idle += [f"regularizers.{n}." for n in self.regularizers.keys() - _weighted(self.regularizers).keys()]
         return {p: part for p, part in self.parts.items() if not f"{p}.".startswith(tuple(idle))}
 
     @property
@@ -159,13 +179,13 @@ class Algorithm:
     @property
     def has_entropy_gradient(self) -> bool:
         """True if a gradient flows through the entropies: only regularizers let one through."""
-        return any("entropies" in one.columns for one in self._at_work(self.regularizers).values())
+        return any("entropies" in one.columns for one in _weighted(self.regularizers).values())
 
     @property
     def sources(self) -> dict[str, Source]:
         """The source of every term and regularizer with a coefficient other than 0 by its path in the file."""
-        found = {f"terms.{n}": t.source for n, t in (self._at_work(self.terms) or self.terms).items()}
-        return found | {f"regularizers.{n}": r.source for n, r in self._at_work(self.regularizers).items()}
+        found = {f"terms.{n}": t.source for n, t in self._weighted_terms.items()}
+        return found | {f"regularizers.{n}": r.source for n, r in _weighted(self.regularizers).items()}
 
     @property
     def step_needs(self) -> Needs:
@@ -174,7 +194,7 @@ class Algorithm:
 
     @property
     def needs(self) -> Needs:
-        """What the algorithm asks of the data and the trainer in all, with its interleaved_update and its validation."""
+        """What the algorithm asks of the data and the trainer in all, with its interleaved update and its validation."""
         own = self.step_needs
         if self.interleaved_update is not None:
             own = own.joined(self.interleaved_update.algorithm.needs)
@@ -225,48 +245,8 @@ class Algorithm:
         Advantages and gates are computed on the whole batch: statistics such as a whitened advantage's do not depend on
         how it is cut into updates. Divisors are counts over an update's own rows.
         """
-        terms = self._at_work(self.terms) or self.terms
-        sources = {name: source_rows(batch, term.source) for name, term in terms.items()}
-        whole = {}
-        for name, term in terms.items():
-            own = sources[name] & ~term.gate.closed(batch) & (term.coefficient != 0)
-            # The weights wait for the update's divisor.
-            whole[name] = PlannedTerm(
-                term.gate.precomputed(batch), term.estimator.precompute_parts(batch), own, own, term.coefficient, sources[name]
-            )
-        penalties = {name: one.precompute_parts(batch) for name, one in self._at_work(self.regularizers).items()}
-        return [self._bound(whole, penalties, batch, rows) for rows in updates]
-
-    def _bound(
-        self,
-        whole: Mapping[str, PlannedTerm],
-        precomputed: Mapping[str, Regularizer],
-        batch: Trajectories,
-        rows: Tensor | None,
-    ) -> Plan:
-        """The plan of one update on `rows` of the batch that terms and regularizers have been planned on."""
-        if rows is not None:
-            batch = batch.select(rows, row=torch.arange(len(rows), device=rows.device))
-            whole = {name: term.taken(rows) for name, term in whole.items()}
-            precomputed = {name: mapped(one, lambda values: values[rows]) for name, one in precomputed.items()}
-        anywhere = torch.stack([term.active for term in whole.values()]).any(dim=0)
-        planned, keep = {}, torch.zeros_like(anywhere)
-        for name, term in whole.items():
-            weights = _weights(self.terms[name].reduction, batch, term.active, anywhere)
-            planned[name] = replace(term, weights=weights)
-            advantage = term.estimator.advantage
-            known = isinstance(advantage, Precomputed)
-            signal = weights * advantage.values[:, : weights.shape[1]] if known else weights
-            keep |= (signal != 0).any(dim=1)
-        penalties = {}
-        for name, regularizer in precomputed.items():
-            own = source_rows(batch, regularizer.source) & anywhere
-            weights = _weights(regularizer.reduction, batch, own, anywhere)
-            penalties[name] = (regularizer, weights * regularizer.coefficient)
-            keep |= (weights != 0).any(dim=1)
-        if self.reach == "group":  # what has no signal of its own may still be read by the others of its group
-            keep = torch.isin(batch.group, batch.group[keep])
-        return Plan(planned, penalties, keep, anywhere, self.reach)
+        penalties = _weighted(self.regularizers)
+        return plan_updates(self._weighted_terms, penalties, self.reach, batch, updates)
 
     def estimate(self, batch: Trajectories) -> Estimate:
         """The loss, the weights and every factor on a whole batch; `loss.backward()` gives minus the gradient."""
@@ -274,14 +254,29 @@ class Algorithm:
 
     def formula(self, style: str = "text") -> str:
         """The sum of products in print; `style` is 'text' or 'latex'."""
-        return render(self, style)
+        terms = {name: term.formula() for name, term in self.terms.items()}
+        return render(terms, {name: one.formula() for name, one in self.regularizers.items()}, style)
 
 
-def _weights(reduction: Reduction, batch: Trajectories, own: Tensor, anywhere: Tensor) -> Tensor:
-    if getattr(reduction, "over", None) not in get_args(Over):
+def _weighted(named: Mapping[str, _Weighted]) -> dict[str, _Weighted]:
+    """Those of terms or regularizers whose coefficient is not 0; the others have no part in the gradient."""
+    return {name: one for name, one in named.items() if one.coefficient != 0}
+
+
+def _check_reads_outcomes(gate: Gate, path: str) -> None:
+    """Refuses a gate that chooses prompts by what is not known when they are chosen."""
+    beyond = sorted(gate.columns - set(TRAJECTORY_COLUMNS))
+    if beyond:
         raise ConfigError(
-            f"{type(reduction).__name__}.over: found {getattr(reduction, 'over', None)!r}; a reduction has the field "
-            "`over`, 'term' or 'batch', which says whose trajectories its divisor counts"
+            f"{path}: {type(gate).__name__} reads {', '.join(beyond)}, but prompts are chosen by rewards, before any "
+            "forward pass; give a gate on pass rates, such as upge.PassRateBetween"
         )
-    counted = own if reduction.over == "term" else anywhere
-    return reduction(reduction.view(batch), counted).detach() * own[:, None]
+
+
+def _check_plain(algorithm: Algorithm, path: str) -> None:
+    """Refuses, for an algorithm inside another, what only a whole run provides."""
+    for name in ("critic", "sampling", "interleaved_update", "validation", "stateful"):
+        value = getattr(algorithm, name)
+        if value:
+            what = f"stateful gates ({', '.join(value)})" if name == "stateful" else f"a `{name}` of its own"
+            raise ConfigError(f"{path}: '{algorithm.name}' has {what}, which only a whole run provides; remove it")

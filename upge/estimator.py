@@ -13,12 +13,12 @@ from upge.checks import check_fields
 from upge.components.base import (
     AdvantageEstimator,
     Component,
-    Formula,
     LikelihoodGradient,
     ReferenceDenominator,
     StabilizationMask,
 )
 from upge.components.likelihood import PolicyLikelihood
+from upge.formula import Formula
 from upge.trajectories import Trajectories
 from upge.views import TokenView
 

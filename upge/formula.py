@@ -1,44 +1,46 @@
-"""An algorithm in print: the sum of its terms' products, as text and as LaTeX."""
+"""Formulas in print, as text and as LaTeX: a factor, a product of factors, and a gradient as a sum of products."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from upge.errors import ConfigError
 
-if TYPE_CHECKING:
-    from upge.algorithm import Algorithm, Term
 
-_SUMS = {
-    "rollouts": ("Σ_{τ~π_old}", r"\sum_{\tau\sim\pi_{old}}"),
-    "demonstrations": ("Σ_{τ* demo}", r"\sum_{\tau^*}"),
-    "preference_pairs": ("Σ_{τ⁺,τ⁻}", r"\sum_{\tau^+,\tau^-}"),
-    "all": ("Σ_τ", r"\sum_{\tau}"),
-}
+class Formula(NamedTuple):
+    """One factor as a person would write it: `text` in Unicode, `latex` for a paper."""
+
+    text: str
+    latex: str
 
 
-def render(algorithm: Algorithm, style: str) -> str:
-    """The gradient that `algorithm` ascends, a line a term; `style` is 'text' or 'latex'.
+def tex(number: float) -> str:
+    """A number as LaTeX writes it: 10^{-6} where :g gives 1e-06."""
+    digits, _, power = f"{number:g}".partition("e")
+    if not power:
+        return digits
+    return (rf"{digits}\cdot " if digits not in ("1", "-1") else digits.rstrip("1")) + f"10^{{{int(power)}}}"
+
+
+def times(factors: Sequence[Formula]) -> Formula:
+    """A product in print. Factors of 1 are left out unless nothing else remains."""
+    shown = [f for f in factors if f.text != "1"]
+    return Formula(" · ".join(f.text for f in shown) or "1", r"\,".join(f.latex for f in shown) or "1")
+
+
+def render(terms: Mapping[str, Formula], regularizers: Mapping[str, Formula], style: str) -> str:
+    """∇J in print, one line per term and regularizer; `style` is 'text' or 'latex'.
 
     Raises:
-        ConfigError: another style.
+        ConfigError: `style` is neither.
     """
     if style not in ("text", "latex"):
         raise ConfigError(f"formula style: found {style!r}; use 'text' or 'latex'")
-    lines = [_term(term, style) for term in algorithm.terms.values()]
-    lines += [getattr(regularizer.formula(), style) for regularizer in algorithm.regularizers.values()]
+    lines = [getattr(formula, style) for formula in (*terms.values(), *regularizers.values())]
     if style == "latex":
         return r"\nabla J = " + " + ".join(lines).replace("+ +", "+").replace("+ -", "-")
-    labels = [*algorithm.terms, *algorithm.regularizers]
-    lead = ["∇J ="] + ["   +"] * (len(algorithm.terms) - 1) + ["    "] * len(algorithm.regularizers)
-    return "\n".join(f"{a} {b}   [{name}]" for a, b, name in zip(lead, lines, labels, strict=True))
-
-
-def _term(term: Term, style: str) -> str:
-    gate, w = (getattr(part.formula(), style) for part in (term.gate, term.reduction))
-    product = getattr(term.estimator.formula(), style)
-    front = [f"{term.coefficient:g}"] if term.coefficient != 1 else []
-    front += [gate] if gate != "1" else []
-    text = style == "text"
-    joint, tokens = (" · ", "Σ_t") if text else (r"\,", r"\sum_t")
-    return joint.join([f"{_SUMS[term.source][0 if text else 1]} {joint.join([*front, w])}", f"{tokens} {product}"])
+    # A regularizer's own formula begins with its sign.
+    signs = ["∇J ="] + ["   +"] * (len(terms) - 1) + ["    "] * len(regularizers)
+    labels = (*terms, *regularizers)
+    return "\n".join(f"{a} {b}   [{label}]" for a, b, label in zip(signs, lines, labels, strict=True))

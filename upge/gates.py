@@ -16,8 +16,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from upge.components.advantage import GROUP_COLUMNS
-from upge.components.base import REACHES, Component, Formula, Precomputed, times
+from upge.components.base import REACHES, Component, Precomputed
 from upge.errors import ConfigError
+from upge.formula import Formula, times
 from upge.trajectories import Trajectories, masked_mean
 
 #: Pass rates are multiples of 1/n; thresholds such as 1/3 must not miss them by rounding.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from upge.components.base import Component
 from upge.errors import ConfigError
-from upge.regularizers import Source
+from upge.trajectories import Source
 
 #: Columns that a part can ask of the caller. Not the behaviour column: without it the data are strictly on-policy.
 _OPTIONAL = frozenset({"sampler_logprobs", "reference_logprobs", "values", "entropies", "preference"})

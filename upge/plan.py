@@ -1,64 +1,65 @@
-"""An algorithm bound to a batch: everything static is computed, and any piece of the batch can be evaluated."""
+"""An algorithm bound to a batch: what is known before the forward pass is computed, and any part can be evaluated.
+
+    plan = algorithm.plan(batch)                           # on the whole batch
+    plan.estimate(micro_batch)                             # on some of its trajectories; the results add up
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import get_args
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from upge.components.base import live_reads, mapped
+from upge.components.base import Precomputed, live_reads, mapped
+from upge.errors import ConfigError
 from upge.estimate import Estimate, TermFactors
 from upge.estimator import UnifiedGradient
 from upge.gates import Gate
+from upge.reduction import Over, Reduction
 from upge.regularizers import Regularizer
+from upge.term import Term
+from upge.trajectories import Trajectories
 from upge.views import TokenView
-
-
-def _penalty(regularizer: Regularizer, scale: Tensor, batch: TokenView) -> Tensor:
-    """The value of a regularizer on a piece; `scale`, one number per token, is coefficient·w.
-
-    Trajectories outside its source are hidden from it as padding is: their penalty may overflow, and 0 times infinity
-    is NaN in value and gradient. A penalty of reach 'group' may want to read them, so it sees all.
-    """
-    if regularizer.live_reach != "group":
-        counted = scale != 0
-        if counted.ndim == 2:
-            counted = counted.any(dim=1, keepdim=True)
-        batch = replace(batch, response_mask=batch.response_mask & counted)
-    values = regularizer(regularizer.view(batch))
-    return torch.where(scale == 0, torch.zeros_like(values), values * scale).sum()
 
 
 @dataclass(frozen=True)
 class PlannedTerm:
-    """A term with everything static computed: `weights` [B, T] is w, zero outside the rows of `own` [B]; `source` [B]
-    are the trajectories of its source, whether they count or not."""
+    """A term on a batch, with everything that is known before the forward pass computed.
+
+    Attributes:
+        gate, estimator: the term's, with precomputed parts.
+        coefficient: the term's.
+        source: [B] the trajectories of the term's source.
+        active: [B] those of them whose coefficient is not known to be 0.
+        weights: [B, T] the reduction's w, zero outside the active rows.
+    """
 
     gate: Gate
     estimator: UnifiedGradient
-    weights: Tensor
-    own: Tensor
     coefficient: float
-    source: Tensor
+    source: Bool[Tensor, "B"]
+    active: Bool[Tensor, "B"]
+    weights: Float[Tensor, "B T"]
 
-    def changed(self, change: Callable[[Tensor], Tensor]) -> PlannedTerm:
-        """The same with `change` applied to all that was computed beforehand, in its parts, too."""
-        own = [getattr(self, field.name) for field in fields(self)]
-        return PlannedTerm(*(change(v) if isinstance(v, Tensor) else mapped(v, change) for v in own))
+    def to(self, device: torch.device | str) -> PlannedTerm:
+        """The same term with its values on `device`."""
 
-    def taken(self, rows: Int[Tensor, "b"]) -> PlannedTerm:
-        """The same for some rows of the batch."""
-        return self.changed(lambda values: values[rows])
+        def move(values: Tensor) -> Tensor:
+            return values.to(device)
+
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return PlannedTerm(**{n: move(v) if isinstance(v, Tensor) else mapped(v, move) for n, v in moved.items()})
 
     def factors(self, batch: TokenView) -> TermFactors:
-        """The factors on a piece of the batch, each with one number per token."""
+        """The factors on a micro-batch, each with one number per token."""
         shape = batch.response_mask.shape
         factors = self.estimator.factors(batch)
         gate = self.gate(self.gate.view(batch)).detach().double() * self.coefficient
-        gate = batch.per_token(torch.where(batch.look_up(self.own), gate, torch.zeros_like(gate)))
+        gate = batch.per_token(torch.where(batch.look_up(self.active), gate, torch.zeros_like(gate)))
         w = batch.look_up(self.weights)
         product = self.estimator.weight(batch, factors)
         scale = gate * w
@@ -66,60 +67,70 @@ class PlannedTerm:
         expanded = {name: value.expand(shape) for name, value in factors._asdict().items()}
         return TermFactors(**expanded, gate=gate.expand(shape), reduction=w, weights=weight)
 
+    @property
+    def signal(self) -> Bool[Tensor, "B"]:
+        """[B] False where every token's weight or precomputed advantage is 0, so that no gradient can come of it."""
+        advantage = self.estimator.advantage
+        known = isinstance(advantage, Precomputed)
+        signal = self.weights * advantage.values[:, : self.weights.shape[1]] if known else self.weights
+        return (signal != 0).any(dim=1)
+
 
 @dataclass(frozen=True)
 class Plan:
     """An algorithm bound to a batch.
 
     Attributes:
-        keep: [B] trajectories that can contribute to the gradient; no other needs a forward pass.
-        counted: [B] trajectories with a coefficient other than zero in some term, those without a signal included.
+        terms: by name, the terms with a coefficient other than 0.
+        penalties: by name, each regularizer with its scale [B, T], coefficient·w.
+        contributing: [B] trajectories that can contribute to the gradient; no other needs a forward pass.
+        active: [B] trajectories with a coefficient other than 0 in some term, those without a signal included.
         reach: of the algorithm; with 'group', the widest, a part may read what has no weight of its own.
     """
 
     terms: Mapping[str, PlannedTerm]
     penalties: Mapping[str, tuple[Regularizer, Tensor]]
-    keep: Bool[Tensor, "B"]
-    counted: Bool[Tensor, "B"]
+    contributing: Bool[Tensor, "B"]
+    active: Bool[Tensor, "B"]
     reach: str = "group"
 
     def to(self, device: torch.device | str) -> Plan:
-        """The same plan with its values on `device`, where the pieces of the batch are."""
+        """The same plan with its values on `device`, where the micro-batches are."""
         if self.contributing.device == torch.device(device):
             return self
-        terms = {name: term.changed(lambda values: values.to(device)) for name, term in self.terms.items()}
         penalties = {
             name: (mapped(regularizer, lambda values: values.to(device)), scale.to(device))
             for name, (regularizer, scale) in self.penalties.items()
         }
-        return Plan(terms, penalties, self.contributing.to(device), self.counted.to(device), self.reach)
+        terms = {name: term.to(device) for name, term in self.terms.items()}
+        return Plan(terms, penalties, self.contributing.to(device), self.active.to(device), self.reach)
 
     def alone(self, name: str) -> Plan:
-        """The part of one term or regularizer: these parts' losses and gradients add up to the whole plan's."""
+        """The plan of one term or regularizer. The losses and gradients of these plans add up to the whole plan's."""
         terms = {n: term for n, term in self.terms.items() if n == name}
         penalties = {n: penalty for n, penalty in self.penalties.items() if n == name}
         scales = [term.weights for term in terms.values()] + [scale for _, scale in penalties.values()]
-        heard = torch.stack([(scale != 0).any(dim=1) for scale in scales]).any(dim=0)
-        keep = self.contributing if self.reach == "group" else self.contributing & heard
-        return Plan(terms, penalties, keep, self.counted, self.reach)
+        weighted = torch.stack([(scale != 0).any(dim=1) for scale in scales]).any(dim=0)
+        contributing = self.contributing if self.reach == "group" else self.contributing & weighted
+        return Plan(terms, penalties, contributing, self.active, self.reach)
 
     def reading(self, column: str) -> Bool[Tensor, "B"]:
-        """[B] kept trajectories on which some part reads a column after the forward pass; nobody looks elsewhere."""
+        """[B] contributing trajectories on which some part reads `column` after the forward pass."""
         if self.reach == "group":
             return self.contributing
-        found = torch.zeros_like(self.contributing)
+        rows = torch.zeros_like(self.contributing)
         for term in self.terms.values():
             if column in live_reads(term.gate).union(*map(live_reads, term.estimator.parts.values())):
-                found |= (term.weights != 0).any(dim=1)
+                rows |= (term.weights != 0).any(dim=1)
         for regularizer, scale in self.penalties.values():
             if column in live_reads(regularizer):
-                found |= (scale != 0).any(dim=1)
-        return found & self.contributing
+                rows |= (scale != 0).any(dim=1)
+        return rows & self.contributing
 
     def estimate(self, batch: TokenView) -> Estimate:
-        """The estimate on a piece of the planned batch (`batch.row` says which); pieces add up.
+        """The estimate on a micro-batch of the planned batch (`batch.row` says which rows); estimates add up.
 
-        A piece is some of the trajectories, or, where the algorithm `takes_chunks`, any of their tokens packed.
+        A micro-batch is some of the trajectories, or, where the algorithm `takes_chunks`, any of their tokens packed.
 
         Raises:
             ValueError: the batch has no log-probs of the current policy.
@@ -130,9 +141,9 @@ class Plan:
         logprobs = batch.logprobs
         # Weights in half precision would lose what their divisors need.
         dtype = torch.promote_types(logprobs.dtype, torch.float32)
-        found = [t.weights for t in terms.values()] or [torch.zeros_like(logprobs.detach())]
-        weights = torch.stack(found).sum(dim=0).to(dtype)
-        # Where nothing is to be learned the log-prob may be -inf, and 0 times that is NaN.
+        per_term = [t.weights for t in terms.values()] or [torch.zeros_like(logprobs.detach())]
+        weights = torch.stack(per_term).sum(dim=0).to(dtype)
+        # Where the weight is 0 the log-prob may be -inf, and 0 times that is NaN.
         loss = -(weights * torch.where(weights == 0, torch.zeros_like(logprobs), logprobs)).sum()
         penalties = {}
         for name, (regularizer, scale) in self.penalties.items():
@@ -146,3 +157,93 @@ class Plan:
         """The terms whose mask reads the behaviour policy's log-probs, so that a ratio decides what it stops."""
         masks = {name: term.estimator.parts["mask"] for name, term in self.terms.items()}
         return frozenset(name for name, mask in masks.items() if "behavior_logprobs" in live_reads(mask))
+
+
+def plan_updates(
+    terms: Mapping[str, Term],
+    regularizers: Mapping[str, Regularizer],
+    reach: str,
+    batch: Trajectories,
+    updates: Sequence[Int[Tensor, "b"] | None],
+) -> list[Plan]:
+    """A plan for each of several updates, which learn from the rows of `batch` that each names (None: from all).
+
+    Advantages and gates are computed on the whole batch: statistics such as a whitened advantage's do not depend on
+    how it is cut into updates. Divisors are counts over an update's own rows.
+    """
+    active = {name: term.active(batch) for name, term in terms.items()}
+    terms = {name: term.precompute(batch) for name, term in terms.items()}
+    regularizers = {name: one.precompute_parts(batch) for name, one in regularizers.items()}
+    plans = []
+    for rows in updates:
+        if rows is None:
+            plans.append(_plan(terms, regularizers, reach, batch, active))
+            continue
+
+        def take(values: Tensor, rows: Tensor = rows) -> Tensor:
+            return values[rows]
+
+        plans.append(
+            _plan(
+                {name: mapped(term, take) for name, term in terms.items()},
+                {name: mapped(one, take) for name, one in regularizers.items()},
+                reach,
+                batch.select(rows, row=torch.arange(len(rows), device=rows.device)),
+                {name: take(values) for name, values in active.items()},
+            )
+        )
+    return plans
+
+
+def _plan(
+    terms: Mapping[str, Term],
+    regularizers: Mapping[str, Regularizer],
+    reach: str,
+    batch: Trajectories,
+    active: Mapping[str, Tensor],
+) -> Plan:
+    """The plan of one update on all of `batch`; the parts of terms and regularizers are precomputed."""
+    in_any = torch.stack(list(active.values())).any(dim=0)
+    planned, contributing = {}, torch.zeros_like(in_any)
+    for name, term in terms.items():
+        source, own = batch.source_rows(term.source), active[name]
+        weights = _weights(term.reduction, batch, own, in_any)
+        planned[name] = PlannedTerm(term.gate, term.estimator, term.coefficient, source, own, weights)
+        contributing |= planned[name].signal
+    penalties = {}
+    for name, regularizer in regularizers.items():
+        own = batch.source_rows(regularizer.source) & in_any
+        weights = _weights(regularizer.reduction, batch, own, in_any)
+        penalties[name] = (regularizer, weights * regularizer.coefficient)
+        contributing |= (weights != 0).any(dim=1)
+    if reach == "group":  # what has no signal of its own may still be read by the others of its group
+        contributing = torch.isin(batch.group, batch.group[contributing])
+    return Plan(planned, penalties, contributing, in_any, reach)
+
+
+def _weights(
+    reduction: Reduction, batch: Trajectories, active: Bool[Tensor, "B"], active_in_any: Bool[Tensor, "B"]
+) -> Float[Tensor, "B T"]:
+    """w on the active rows, with a divisor that counts what the reduction's `over` says."""
+    if getattr(reduction, "over", None) not in get_args(Over):
+        raise ConfigError(
+            f"{type(reduction).__name__}.over: found {getattr(reduction, 'over', None)!r}; a reduction has the field "
+            "`over`, 'term' or 'batch', which says whose trajectories its divisor counts"
+        )
+    counted = active if reduction.over == "term" else active_in_any
+    return reduction(reduction.view(batch), counted).detach() * active[:, None]
+
+
+def _penalty(regularizer: Regularizer, scale: Tensor, batch: TokenView) -> Tensor:
+    """The value of a regularizer on a micro-batch; `scale`, one number per token, is coefficient·w.
+
+    Trajectories outside its source are hidden from it as padding is: their penalty may overflow, and 0 times infinity
+    is NaN in value and gradient. A penalty of reach 'group' may want to read them, so it sees all.
+    """
+    if regularizer.live_reach != "group":
+        weighted = scale != 0
+        if weighted.ndim == 2:
+            weighted = weighted.any(dim=1, keepdim=True)
+        batch = replace(batch, response_mask=batch.response_mask & weighted)
+    values = regularizer(regularizer.view(batch))
+    return torch.where(scale == 0, torch.zeros_like(values), values * scale).sum()

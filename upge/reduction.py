@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from upge.components.base import Component, Formula
+from upge.components.base import Component
 from upge.errors import ConfigError
+from upge.formula import Formula
 from upge.trajectories import Trajectories, group_sum
 
 Over = Literal["term", "batch"]

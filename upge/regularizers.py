@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
-from upge.components.base import Component, Formula
-from upge.components.reward import KLKind, kl_value
+from upge.components.base import Component
+from upge.components.returns import KLKind, kl_value
+from upge.formula import Formula
 from upge.reduction import Reduction
+from upge.trajectories import Source
 from upge.views import TokenView
-
-Source = Literal["rollouts", "demonstrations", "preference_pairs", "all"]
 
 
 class Regularizer(Component):

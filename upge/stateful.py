@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upge.components.base import Component, Formula
+from upge.components.base import Component
 from upge.errors import ConfigError
+from upge.formula import Formula
 from upge.gates import Gate
 from upge.trajectories import Trajectories
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from upge.errors import ConfigError
 from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS, PackedTokens, TokenView, hide
 
+#: Which trajectories of a batch a term or a regularizer learns from; see `Trajectories.source_rows`.
+Source = Literal["rollouts", "demonstrations", "preference_pairs", "all"]
 #: Columns that no batch is without.
 _REQUIRED = ("response_mask", "rewards", "group", "is_demonstration")
 #: What a column holds where that is not floating-point numbers.
@@ -130,6 +134,22 @@ class Trajectories(TokenView):
         index, is_rollout = self.group_index, (~self.is_demonstration).double()
         success = (self.rewards > SUCCESS_REWARD).double() * is_rollout
         return (group_sum(success, index) / group_sum(is_rollout, index))[index]
+
+    def source_rows(self, source: Source) -> Bool[Tensor, "B"]:
+        """[B] the trajectories that a source names. The rejected side of a pair is not a demonstration to imitate.
+
+        Raises:
+            ConfigError: the source is `preference_pairs` and the batch has no column `preference`.
+        """
+        if source == "all":
+            return torch.ones_like(self.is_demonstration)
+        if source == "preference_pairs":
+            if self.preference is None:
+                raise ConfigError("source: preference_pairs needs the column `preference`, which the batch does not have")
+            return self.preference != 0
+        if source == "rollouts":
+            return ~self.is_demonstration
+        return self.is_demonstration if self.preference is None else self.is_demonstration & (self.preference >= 0)
 
     def select(self, rows: Int[Tensor, "b"], logprobs: Tensor | None = None, **columns: Tensor | None) -> Trajectories:
         """The trajectories `rows`, cut behind the last token that counts; `columns` replaces columns of the result.

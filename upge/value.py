@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upge.components.base import AdvantageEstimator, Component, Formula
+from upge.components.base import AdvantageEstimator, Component
 from upge.components.shaping import Whitened
 from upge.errors import ConfigError
+from upge.formula import Formula
 from upge.reduction import Reduction, TokenMean
 from upge.trajectories import Trajectories
 

@@ -77,7 +77,7 @@ STATEMENTS = (
     Statement(
         "iw_sft",
         demonstrations.iw_sft_sequence,
-        ("terms.sft.estimator.denominator={_target_: upge.SequenceFrozenPolicy, power: 2.0, low: 0.0, high: 16.0}",),
+        ("terms.sft.estimator.denominator={_target_: upge.SequenceReferencePolicy, power: 2.0, low: 0.0, high: 16.0}",),
     ),
     Statement("srft", demonstrations.srft_offline, terms=("offline",)),
     *(Statement("dr_grpo", getattr(corrected, name), corrections=(name,)) for name in _CORRECTIONS.split()),

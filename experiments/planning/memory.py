@@ -88,7 +88,7 @@ def estimate(
     stages = Pipeline.of(algorithm).stages.values()
     if any(s.algorithm.interleaved_update is not None and s.algorithm.interleaved_update.own_optimizer for s in stages):
         moments = 8 * shapes.policy.parameters // machine.ranks
-        states.append(Item("policy: the interleaved_update's own moments, 8 bytes a parameter", moments))
+        states.append(Item("policy: the interleaved update's own moments, 8 bytes a parameter", moments))
     if machine.has_gpus:
         states.append(Item("reserve: context, collectives, gaps", RESERVE, is_certain=False))
     engine = tuple(_engine(config, shapes.policy, machine)) if algorithm.needs.rollouts else ()

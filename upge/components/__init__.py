@@ -10,21 +10,21 @@ from upge.components.advantage import (
 from upge.components.base import (
     AdvantageEstimator,
     Component,
-    Formula,
     LikelihoodGradient,
     ReferenceDenominator,
     StabilizationMask,
     TokenReward,
 )
-from upge.components.correction import OverlongShaped, SamplerCorrected, SequenceSamplerBand
 from upge.components.denominator import (
     BehaviorPolicy,
     ClippedBehaviorPolicy,
-    ClippedFrozenPolicy,
+    ClippedReferencePolicy,
     CurrentPolicy,
     GeometricMeanBehaviorPolicy,
+    MixedBehaviorPolicy,
+    SamplerCorrected,
     SequenceBehaviorPolicy,
-    SequenceFrozenPolicy,
+    SequenceReferencePolicy,
     UnitDenominator,
 )
 from upge.components.likelihood import PolicyLikelihood, PowerLikelihood, ShapedLikelihood
@@ -35,12 +35,12 @@ from upge.components.mask import (
     NoMask,
     PPOClip,
     SequenceClip,
+    SequenceSamplerBand,
     SigmoidGate,
 )
-from upge.components.mixture import MixedBehaviorPolicy
-from upge.components.returns import GAE, ReturnToGo
-from upge.components.reward import KLPenalizedReward, OutcomeReward
-from upge.components.shaping import KLShaped, Shifted, Tempered, Whitened
+from upge.components.returns import GAE, KLPenalizedReward, OutcomeReward, ReturnToGo
+from upge.components.shaping import KLShaped, OverlongShaped, Shifted, Tempered, Whitened
+from upge.formula import Formula
 
 __all__ = [
     "GAE",
@@ -48,7 +48,7 @@ __all__ = [
     "AllOf",
     "BehaviorPolicy",
     "ClippedBehaviorPolicy",
-    "ClippedFrozenPolicy",
+    "ClippedReferencePolicy",
     "Component",
     "ConstantAdvantage",
     "CurrentPolicy",
@@ -74,7 +74,7 @@ __all__ = [
     "SamplerCorrected",
     "SequenceBehaviorPolicy",
     "SequenceClip",
-    "SequenceFrozenPolicy",
+    "SequenceReferencePolicy",
     "SequenceSamplerBand",
     "ShapedLikelihood",
     "Shifted",

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from jaxtyping import Float
 
-from upge.components.base import AdvantageEstimator, Formula, like, tex
+from upge.components.base import AdvantageEstimator, like
 from upge.errors import ConfigError
+from upge.formula import Formula, tex
 from upge.trajectories import SUCCESS_REWARD, Trajectories, group_sum
 from upge.views import TokenView
 

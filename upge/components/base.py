@@ -10,41 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from upge.checks import check_fields
+from upge.formula import Formula
 from upge.trajectories import Trajectories
 from upge.views import COLUMNS, LIVE_COLUMNS, TokenView
 
 #: How much of the batch a part's value at one token may depend on, through current log-probs or entropies.
 REACHES = ("token", "trajectory", "group")
-
-
-class Formula(NamedTuple):
-    """One factor as a person would write it: `text` in Unicode, `latex` for a paper."""
-
-    text: str
-    latex: str
-
-
-def tex(number: float) -> str:
-    """A number as LaTeX writes it: 10^{-6} where :g gives 1e-06."""
-    digits, _, power = f"{number:g}".partition("e")
-    if not power:
-        return digits
-    return (rf"{digits}\cdot " if digits not in ("1", "-1") else digits.rstrip("1")) + f"10^{{{int(power)}}}"
-
-
-def times(factors: Sequence[Formula]) -> Formula:
-    """A product in print, factors of 1 left out where others remain."""
-    shown = [f for f in factors if f.text != "1"]
-    return Formula(" · ".join(f.text for f in shown) or "1", r"\,".join(f.latex for f in shown) or "1")
 
 
 class Component(ABC):

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upge.components.base import AdvantageEstimator, Formula, ReferenceDenominator, like
-from upge.components.mask import RATIO_COLUMNS, check_log_interval
+from upge.components.base import AdvantageEstimator, ReferenceDenominator, like
+from upge.components.mask import RATIO_COLUMNS, SAMPLER_COLUMNS, check_log_interval
 from upge.errors import ConfigError
+from upge.formula import Formula
 from upge.trajectories import Trajectories, masked_mean
 from upge.views import TokenView
 
@@ -153,7 +154,7 @@ class GeometricMeanBehaviorPolicy(ReferenceDenominator):
 
 
 @dataclass(frozen=True)
-class ClippedFrozenPolicy(ReferenceDenominator):
+class ClippedReferencePolicy(ReferenceDenominator):
     """π_ref = π_θ / clip(π_θ/π_frozen, low, high), bounds on the ratio itself: the importance weight of
     arXiv 2507.12856 token by token, relative to a frozen policy."""
 
@@ -179,7 +180,7 @@ class ClippedFrozenPolicy(ReferenceDenominator):
 
 
 @dataclass(frozen=True)
-class SequenceFrozenPolicy(ReferenceDenominator):
+class SequenceReferencePolicy(ReferenceDenominator):
     """π_ref = π_θ/W with W = clip(exp(power·mean_t log(π_θ/π_frozen)), low, high): the importance weight of
     arXiv 2507.12856 for a whole response."""
 
@@ -206,3 +207,80 @@ class SequenceFrozenPolicy(ReferenceDenominator):
             rf"\frac{{W}}{{\pi_\theta}},\ W=\mathrm{{clip}}\left("
             rf"(\pi_\theta(\tau)/\pi_{{frozen}}(\tau))^{{{power}/|\tau|}}, {bounds}\right)",
         )
+
+
+@dataclass(frozen=True)
+class MixedBehaviorPolicy(ReferenceDenominator):
+    """π_ref = share·π_old + (1 - share): a mixture of the policy before the update and one that is certain of every
+    token, for demonstrations whose own policy is unknown (multiple importance sampling, arXiv 2508.00222).
+
+    The ratio π_θ/π_ref stays below 1/(1 - share), however unlikely π_old found the token. share = 1 is
+    `BehaviorPolicy`, share = 0 `UnitDenominator`. It reads π_old on demonstrations, too; without a behaviour column
+    π_old is π_θ.
+    """
+
+    share: float = 0.75
+    reads: ClassVar[frozenset[str]] = RATIO_COLUMNS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.share <= 1:
+            raise ConfigError(
+                f"MixedBehaviorPolicy.share: {self.share} is not a share; give a number between 0 (π_ref = 1) and 1 "
+                "(π_ref = π_old)"
+            )
+
+    def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
+        log_old = math.log(self.share) if self.share > 0 else -math.inf
+        log_sure = math.log1p(-self.share) if self.share < 1 else -math.inf
+        old = batch.log_behavior + log_old
+        return torch.logaddexp(old, torch.full_like(old, log_sure))
+
+    def formula(self) -> Formula:
+        mixture = f"{self.share:g}·π_old + {1 - self.share:g}"
+        return Formula(f"1/({mixture})", rf"\frac{{1}}{{{self.share:g}\pi_{{old}}+{1 - self.share:g}}}")
+
+
+@dataclass(frozen=True)
+class SamplerCorrected(ReferenceDenominator):
+    """π_ref = inner / min(ρ, cap), truncated importance sampling for the mismatch between the policy as the trainer
+    computes it and as the inference engine sampled from it.
+
+    `level` = 'token': ρ_t = π_old/π_sampler of the token. 'sequence': ρ = Π_t ρ_t, one number for the response, the
+    unbiased weight of a whole sample, whose variance grows with the length. cap = None: no truncation.
+    """
+
+    denominator: ReferenceDenominator
+    cap: float | None = 2.0
+    level: Literal["token", "sequence"] = "token"
+    reads: ClassVar[frozenset[str]] = SAMPLER_COLUMNS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cap is not None and not 1 <= self.cap < math.inf:
+            raise ConfigError(
+                f"SamplerCorrected.cap: {self.cap} bounds the ratio itself, which is 1 where trainer and engine agree; "
+                "give a finite number of 1 or more (2.0 is customary), or null for no truncation"
+            )
+
+    @property
+    def reach(self) -> str:
+        """As far as `level` looks."""
+        return "token" if self.level == "token" else "trajectory"
+
+    def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
+        log_weight = batch.log_sampler_ratio
+        if self.level == "sequence":
+            log_weight = log_weight.sum(dim=1, keepdim=True)
+        if self.cap is not None:
+            log_weight = log_weight.clamp(max=math.log(self.cap))
+        return self.denominator(batch) - log_weight
+
+    def formula(self) -> Formula:
+        inner = self.denominator.formula()
+        text, latex = "π_old/π_sampler", r"\frac{\pi_{old}}{\pi_{sampler}}"
+        if self.level == "sequence":
+            text, latex = "π_old(τ)/π_sampler(τ)", r"\frac{\pi_{old}(\tau)}{\pi_{sampler}(\tau)}"
+        if self.cap is not None:
+            text, latex = f"min({text}, {self.cap:g})", rf"\min({latex}, {self.cap:g})"
+        return Formula(f"{inner.text} · {text}", rf"{inner.latex}\,{latex}")

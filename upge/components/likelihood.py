@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float
 
-from upge.components.base import Formula, LikelihoodGradient, like
+from upge.components.base import LikelihoodGradient, like
 from upge.errors import ConfigError
+from upge.formula import Formula
 from upge.views import TokenView
 
 

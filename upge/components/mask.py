@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upge.components.base import Component, Formula, StabilizationMask, like, times
+from upge.components.base import Component, StabilizationMask, like
 from upge.errors import ConfigError
+from upge.formula import Formula, times
 from upge.trajectories import Trajectories, masked_mean
 from upge.views import TokenView
 
@@ -218,3 +219,48 @@ class AllOf(StabilizationMask):
 
     def formula(self) -> Formula:
         return times([mask.formula() for mask in self.masks])
+
+
+SAMPLER_COLUMNS = RATIO_COLUMNS | {"sampler_logprobs"}
+
+
+@dataclass(frozen=True)
+class SequenceSamplerBand(StabilizationMask):
+    """1[low ≤ ρ ≤ high], one decision per response, whatever the advantage's sign: masked importance sampling for the
+    mismatch of trainer and inference engine.
+
+    `mean` = 'product': ρ = Π_t π_old/π_sampler, the ratio of the whole response. 'geometric': its |τ|-th root, which
+    does not shrink or grow with the length; its bounds must lie close to 1.
+    """
+
+    low: float = 0.0
+    high: float = 2.0
+    mean: Literal["geometric", "product"] = "product"
+    reads: ClassVar[frozenset[str]] = SAMPLER_COLUMNS
+    reach: ClassVar[str] = "trajectory"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.low <= 1 <= self.high:
+            raise ConfigError(
+                f"SequenceSamplerBand: low={self.low}, high={self.high} bound the ratio itself, which is 1 where "
+                "trainer and engine agree; need 0 <= low <= 1 <= high"
+            )
+
+    def __call__(self, batch: Trajectories, advantages: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        log_ratio = batch.log_sampler_ratio
+        if self.mean == "product":
+            log_ratio = log_ratio.sum(dim=1, keepdim=True)
+        else:
+            log_ratio = masked_mean(log_ratio, batch.response_mask)
+        log_low = math.log(self.low) if self.low > 0 else -math.inf
+        inside = (log_ratio >= log_low) & (log_ratio <= math.log(self.high))
+        return inside.to(log_ratio.dtype).expand(batch.response_mask.shape)
+
+    def formula(self) -> Formula:
+        text, latex = "π_old(τ)/π_sampler(τ)", r"\frac{\pi_{old}(\tau)}{\pi_{sampler}(\tau)}"
+        if self.mean == "geometric":
+            text, latex = f"({text})^(1/|τ|)", rf"\left({latex}\right)^{{1/|\tau|}}"
+        low = f"{self.low:g} ≤ " if self.low > 0 else ""
+        latex_low = rf"{self.low:g}\le " if self.low > 0 else ""
+        return Formula(f"1[{low}{text} ≤ {self.high:g}]", rf"\mathbb{{1}}[{latex_low}{latex}\le {self.high:g}]")

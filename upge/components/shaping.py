@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upge.components.base import AdvantageEstimator, Formula
-from upge.components.reward import KLKind, kl_value
+from upge.components.base import AdvantageEstimator, Component
+from upge.components.returns import KLKind, kl_value
 from upge.errors import ConfigError
+from upge.formula import Formula
 from upge.trajectories import Trajectories
 from upge.views import TokenView
 
@@ -131,3 +135,70 @@ class Shifted(AdvantageEstimator):
         inner, sign = self.advantage.formula(), ("−", "-") if self.delta >= 0 else ("+", "+")
         size = f"{abs(self.delta):g}"
         return Formula(f"[{inner.text} {sign[0]} {size}]", rf"\left[{inner.latex}{sign[1]}{size}\right]")
+
+
+@dataclass(frozen=True)
+class OverlongShaped(AdvantageEstimator):
+    """The inner Â on R - penalty·clip((|τ| - s)/(limit - s), 0, 1), s = limit·(1 - buffer): the soft punishment of
+    overlong rollouts of arXiv 2503.14476, Eq. 13. Gates and pass rates see the verifier's reward as it was.
+
+    Attributes:
+        advantage: evaluated on the shaped rewards. Demonstrations keep theirs.
+        limit: tokens from which on the punishment is whole; the run's response limit.
+        buffer: the share of the limit over which the punishment rises.
+        penalty: what the longest responses lose; 0.5 of rewards in [0, 1] is what 1 is of the ±1 of that paper.
+    """
+
+    advantage: AdvantageEstimator
+    limit: int
+    buffer: float = 0.2
+    penalty: float = 0.5
+    reads: ClassVar[frozenset[str]] = frozenset({"rewards", "is_demonstration"})
+    reach: ClassVar[str] = "trajectory"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.limit < 1 or not 0 < self.buffer <= 1 or not 0 <= self.penalty < math.inf:
+            raise ConfigError(
+                f"OverlongShaped: limit={self.limit}, buffer={self.buffer}, penalty={self.penalty}; the limit is a "
+                "number of tokens, the buffer a share of it in (0, 1], the penalty finite and not negative"
+            )
+        for path, part in _inside({"advantage": self.advantage}):
+            if not getattr(part, "graded", True):
+                raise ConfigError(
+                    f"OverlongShaped.{path}: {type(part).__name__} only asks whether a reward is a success, so a "
+                    "punished reward would change nothing or turn a success into a failure; give an advantage of the "
+                    "reward itself, such as upge.GroupRelative"
+                )
+
+    @property
+    def _start(self) -> float:
+        return self.limit * (1 - self.buffer)
+
+    def shaped(self, batch: Trajectories) -> Trajectories:
+        """The batch, or a view of it, with the punished rewards."""
+        beyond = ((batch.lengths.double() - self._start) / (self.limit - self._start)).clamp(0, 1)
+        punished = beyond * (~batch.is_demonstration).double()
+        return batch.with_rewards(batch.rewards.double() - self.penalty * punished)
+
+    def precompute_parts(self, batch: Trajectories) -> Component:
+        """What the wrapped part knows before the forward pass, it must know of the shaped rewards."""
+        return dataclasses.replace(self, advantage=self.advantage.precomputed(self.shaped(batch)))
+
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+        return self.advantage(self.shaped(batch))
+
+    def formula(self) -> Formula:
+        inner, start, width = self.advantage.formula(), self._start, self.limit - self._start
+        return Formula(
+            f"[{inner.text}, R ← R − {self.penalty:g}·clip((|τ| − {start:g})/{width:g}, 0, 1)]",
+            rf"\left[{inner.latex}\right]_{{R\leftarrow R-{self.penalty:g}\,"
+            rf"\mathrm{{clip}}\left((|\tau|-{start:g})/{width:g},0,1\right)}}",
+        )
+
+
+def _inside(parts: Mapping[str, Component], above: str = "") -> Iterator[tuple[str, Component]]:
+    """(path, part) of some parts and of all that they wrap."""
+    for name, part in parts.items():
+        yield above + name, part
+        yield from _inside(part.parts, f"{above}{name}.")

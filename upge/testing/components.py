@@ -12,7 +12,7 @@ from upge.components.base import Component, LikelihoodGradient, StabilizationMas
 from upge.gates import Gate
 from upge.needs import needs_of
 from upge.reduction import Over, Reduction
-from upge.regularizers import Regularizer, Source
+from upge.regularizers import Regularizer
 from upge.testing.batches import (
     NUMBERS,
     degenerate_batches,
@@ -27,7 +27,7 @@ from upge.testing.batches import (
 )
 from upge.testing.memory import check_memory
 from upge.testing.rules import attempt, close, require, require_instance, same, valid
-from upge.trajectories import Trajectories
+from upge.trajectories import Source, Trajectories
 from upge.value import ValueLoss
 from upge.views import LIVE_COLUMNS, TOKEN_COLUMNS, TRAJECTORY_COLUMNS
 

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from upge.algorithm import Plan
 from upge.data import Example
+from upge.plan import Plan
 from upge.train.packing import packed_length
 from upge.train.trajectory import Trajectory
 from upge.trajectories import SUCCESS_REWARD

@@ -8,8 +8,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from upge.algorithm import Algorithm, Plan
+from upge.algorithm import Algorithm
 from upge.data import Example
+from upge.plan import Plan
 from upge.stateful import UTILITY_SLOPE, StatefulGate
 from upge.train.collect import HELD_OUT, Collector
 from upge.train.config import OptimizerConfig

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from upge.algorithm import Plan
+from upge.plan import Plan
 from upge.train.engine import Engine
 
 #: This rank's partitions of ∇ factor·L of a plan, without a trace in what is trained; all ranks call it.

@@ -94,7 +94,7 @@ class UpdateReport:
 
     Attributes:
         grad_norms: of each of the policy's updates, before clipping; infinite for one whose gradient was not finite.
-        skipped: updates dropped because their gradient was not finite, the critic's and the interleaved_updates' included.
+        skipped: updates dropped because their gradient was not finite, the critic's and the interleaved updates' included.
         above_limit: the policy's updates left out because the gradient's norm exceeded `optimizer.skip_grad_norm`.
         heard: which trajectories the updates learned from.
         tally: this rank's sums.

@@ -219,7 +219,7 @@ class Trainer:
         return too_many
 
     def _too_many_skipped(self) -> bool:
-        """True if one kind of update, the policy's, the critic's or the interleaved_updates', has failed too often in a row."""
+        """True if one kind of update, the policy's, the critic's or the interleaved updates', has failed too often in a row."""
         return max(self.state.skipped_in_a_row.values(), default=0) >= self.parts.config.stop.nonfinite_updates
 
     def _metrics(self, report: UpdateReport, tallies: Sequence[Tally], figures: dict) -> dict[str, float]:

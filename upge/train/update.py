@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from upge.algorithm import Algorithm, Plan
+from upge.algorithm import Algorithm
 from upge.components.base import Precomputed
 from upge.needs import COMPUTED
+from upge.plan import Plan
 from upge.train.config import OptimizerConfig
 from upge.train.critic import CriticEngine
 from upge.train.engine import Engine

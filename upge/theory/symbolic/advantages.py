@@ -14,10 +14,8 @@ from upge.components import (
     PairwisePreference,
     SignedReward,
 )
-from upge.components.correction import OverlongShaped
-from upge.components.returns import ReturnToGo
-from upge.components.reward import KLPenalizedReward, OutcomeReward
-from upge.components.shaping import Shifted, Tempered, Whitened
+from upge.components.returns import KLPenalizedReward, OutcomeReward, ReturnToGo
+from upge.components.shaping import OverlongShaped, Shifted, Tempered, Whitened
 from upge.theory.symbolic.algebra import mean, number, product, total
 from upge.theory.symbolic.rules import Tokens, evaluate, per_row, per_token, rule
 from upge.theory.symbolic.weights import kl, succeeded

@@ -14,9 +14,13 @@ from upge.components import (
     ShapedLikelihood,
     UnitDenominator,
 )
-from upge.components.denominator import ClippedFrozenPolicy, GeometricMeanBehaviorPolicy, SequenceFrozenPolicy
+from upge.components.denominator import (
+    ClippedReferencePolicy,
+    GeometricMeanBehaviorPolicy,
+    MixedBehaviorPolicy,
+    SequenceReferencePolicy,
+)
 from upge.components.likelihood import PowerLikelihood
-from upge.components.mixture import MixedBehaviorPolicy
 from upge.theory.symbolic.algebra import number, product
 from upge.theory.symbolic.rules import evaluate, per_token, rule, sampler_ratios, sequence_ratio
 
@@ -76,13 +80,13 @@ def _(part, world):
     return per_token(world, value)
 
 
-@rule(ClippedFrozenPolicy)
+@rule(ClippedReferencePolicy)
 def _(part, world):
     low, high = number(part.low), number(part.high)
     return per_token(world, lambda row, t: row.p[t] / world.clip(row.p[t] / row.f[t], low, high))
 
 
-@rule(SequenceFrozenPolicy)
+@rule(SequenceReferencePolicy)
 def _(part, world):
     def value(row, t):
         ratio = product(p / f for p, f in zip(row.p, row.f, strict=True))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sympy as sp
 
 from upge.components import AllOf, ImportanceBand, NoMask, PPOClip, SequenceClip
-from upge.components.correction import SequenceSamplerBand
-from upge.components.mask import LogRatioClip, SigmoidGate
+from upge.components.mask import LogRatioClip, SequenceSamplerBand, SigmoidGate
 from upge.theory.symbolic.algebra import number, product
 from upge.theory.symbolic.rules import (
     evaluate,

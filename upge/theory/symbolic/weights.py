@@ -13,8 +13,8 @@ import sympy as sp
 from sympy import Expr
 
 from upge.gates import (
-    ConstantGate,
     Complement,
+    ConstantGate,
     EntropyWeight,
     PassRateAbove,
     PassRateAtMost,

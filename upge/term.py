@@ -1,0 +1,76 @@
+"""A term of an algorithm: a source of trajectories × a gate × an estimator × a reduction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from upge.checks import check_fields
+from upge.components.base import Component
+from upge.errors import ConfigError
+from upge.estimator import UnifiedGradient
+from upge.formula import Formula
+from upge.gates import Gate
+from upge.reduction import Reduction
+from upge.trajectories import Source, Trajectories
+
+#: The sum over the trajectories of each source.
+_SUMS = {
+    "rollouts": Formula("Σ_{τ~π_old}", r"\sum_{\tau\sim\pi_{old}}"),
+    "demonstrations": Formula("Σ_{τ* demo}", r"\sum_{\tau^*}"),
+    "preference_pairs": Formula("Σ_{τ⁺,τ⁻}", r"\sum_{\tau^+,\tau^-}"),
+    "all": Formula("Σ_τ", r"\sum_{\tau}"),
+}
+
+
+@dataclass(frozen=True)
+class Term:
+    """coefficient · Σ_τ gate · w · Σ_t 1_stable · (1/π_ref) · Â · f′∇π_θ over the trajectories of a source.
+
+    Attributes:
+        source: which trajectories the term learns from.
+        gate: [B] coefficient per trajectory.
+        estimator: the product of the four factors.
+        reduction: [B, T] the weights w.
+        coefficient: a plain number in front of all of it.
+    """
+
+    source: Source
+    gate: Gate
+    estimator: UnifiedGradient
+    reduction: Reduction
+    coefficient: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not math.isfinite(self.coefficient):
+            raise ConfigError(f"coefficient: found {self.coefficient}; give a finite number")
+
+    @property
+    def parts(self) -> dict[str, Component]:
+        """Every part by its path within the term."""
+        estimator = {f"estimator.{slot}": part for slot, part in self.estimator.parts.items()}
+        return {"gate": self.gate, **estimator, "reduction": self.reduction}
+
+    def active(self, batch: Trajectories) -> Bool[Tensor, "B"]:
+        """[B] trajectories of the source whose coefficient is not known to be 0 before the forward pass."""
+        return batch.source_rows(self.source) & ~self.gate.closed(batch) & (self.coefficient != 0)
+
+    def precompute(self, batch: Trajectories) -> Term:
+        """This term with everything that is known before the forward pass replaced by its values on the whole batch."""
+        return replace(
+            self, gate=self.gate.precomputed(batch), estimator=self.estimator.precompute_parts(batch)
+        )
+
+    def formula(self) -> Formula:
+        """The term's sum in print."""
+        gate, w, product = self.gate.formula(), self.reduction.formula(), self.estimator.formula()
+        coefficient = Formula(f"{self.coefficient:g}", f"{self.coefficient:g}")
+        weights = [factor for factor in (coefficient, gate) if factor.text != "1"] + [w]
+        total = _SUMS[self.source]
+        text = " · ".join(factor.text for factor in weights)
+        latex = r"\,".join(factor.latex for factor in weights)
+        return Formula(f"{total.text} {text} · Σ_t {product.text}", rf"{total.latex} {latex}\,\sum_t {product.latex}")
