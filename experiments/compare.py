@@ -24,7 +24,7 @@ from experiments.comparing.render import print_grid
 from experiments.comparing.tables import Scores, pass_grid, score_grid
 from experiments.comparing.write import Comparison, Pair
 from upge.errors import ConfigError, UserError, nearest
-from upge.evaluation.bootstrap import RESAMPLES
+from upge.evaluation.intervals import RESAMPLES
 
 KEYS = {
     "output": "folder for the files; none are written without it",

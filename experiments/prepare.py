@@ -15,8 +15,8 @@ from upge.errors import ConfigError, DataError, ModelError, UserError
 from upge.evaluation.suite import load as benchmarks
 from upge.instantiate import build
 from upge.models import local_path
+from upge.models.loading import read_config
 from upge.pipeline import Pipeline
-from upge.rollout.model import read_config
 from upge.train.config import EvalConfig, ModelConfig, RunConfig
 from upge.train.distributed import world_size
 from upge.train.folder import RunFolder

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from upge.evaluation.bootstrap import Interval, holm, intervals, paired, replicates
+from upge.evaluation.intervals import Interval, holm, intervals, paired, replicates
 from upge.evaluation.passk import pass_at_k
 
 
@@ -125,7 +125,7 @@ def test_a_large_comparison_fits_in_memory():
     """1500 problems × 10,000 resamples × 12 columns would be 1.4 GB for the indices' values of one column alone."""
     program = """
 import resource, torch
-from upge.evaluation.bootstrap import intervals
+from upge.evaluation.intervals import intervals
 intervals({"b": torch.rand(4, 1)}, 10)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert len(intervals({"b": torch.rand(1500, 12)})) == 12

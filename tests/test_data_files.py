@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from tests.test_data_table import write
 from upge.data import GSM8K, Table
-from upge.data.division import for_evaluation
+from upge.data.splits import for_evaluation
 from upge.errors import ConfigError, DataError
 from upge.instantiate import build
 

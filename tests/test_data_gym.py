@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from tests.test_data_files import CONFIGS
 from upge import verify
 from upge.data import ReasoningGym
-from upge.data.division import for_evaluation
+from upge.data.splits import for_evaluation
 from upge.errors import ConfigError
 from upge.instantiate import build
 

@@ -13,7 +13,7 @@ from experiments.planning.balance import balances
 from experiments.planning.fits import check_fits
 from experiments.planning.machine import GIB, planned
 from upge.errors import ConfigError, DataError, ModelError, UserError
-from upge.rollout.model import read_config
+from upge.models.loading import read_config
 from upge.train.config import HardwareConfig
 
 EIGHT = ("hardware.gpus=8", "hardware.memory=79")

@@ -26,9 +26,9 @@ from upge.measure import (
     same,
     true_gradient,
 )
+from upge.measure.contributions import sources
 from upge.measure.diagnosis import thresholds
 from upge.measure.exact import exact
-from upge.measure.slopes import sources
 from upge.theory.enumerate import expectation
 from upge.train.trajectory import Trajectory
 

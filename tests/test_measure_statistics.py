@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
 from upge.errors import ConfigError
 from upge.measure import Estimated, Sample, Sketch, cosine_of, cosine_with, exact_figures, figures
 from upge.measure.by_rate import _snr
 from upge.measure.statistics import between, gram, jackknife, within
-from upge.student import quantile
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -114,7 +114,7 @@ def test_the_jackknife_is_that_of_the_mean():
     a, b = float(x.var()) / 12, float(y.var()) / 9
     freedom = (a + b) ** 2 / (a**2 / 11 + b**2 / 8)
     assert found.value == pytest.approx(float(x.mean() - y.mean()))
-    assert found.high - found.value == pytest.approx(quantile(0.975, freedom) * math.sqrt(a + b))
+    assert found.high - found.value == pytest.approx(stats.t.ppf(0.975, freedom) * math.sqrt(a + b))
     (constant,) = jackknife(lambda w: torch.ones(1).double(), [torch.ones(4).double()])
     assert constant == Estimated.exactly(1.0)
 

@@ -16,7 +16,7 @@ from experiments.planning.fits import outlook
 from experiments.planning.machine import GIB, planned
 from experiments.planning.shape import ModelShape
 from upge.errors import ModelError
-from upge.rollout.model import read_config
+from upge.models.loading import read_config
 
 #: width, layers, heads, key heads, MLP, vocabulary, tied, biases of query, key and value.
 SIZES = {

@@ -10,7 +10,7 @@ from tests import rollout_ranks as probe
 from upge import rollout
 from upge.errors import ConfigError, ModelError, UserError
 from upge.rollout import Sampling, model, vllm_process
-from upge.rollout.randomness import response_seed
+from upge.rollout.base import response_seed
 
 
 @pytest.fixture(scope="module")

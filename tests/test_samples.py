@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from upge.errors import DataError
-from upge.evaluation.bootstrap import Interval
+from upge.evaluation.intervals import Interval
 from upge.evaluation.samples import Sample, SampleFile
 from upge.evaluation.scores import NO_LEVEL, Outcomes, average, by_level, figures, natural, suite_scores
 

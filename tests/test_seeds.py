@@ -2,26 +2,34 @@
 
 import math
 import random
+import statistics
 
 import pytest
 
-from upge.evaluation.seeds import paired_t, t_interval
-from upge.student import quantile, two_sided
+from upge.evaluation.intervals import paired_t, t_interval
 
 #: (degrees of freedom, the value that two-sided 5 % lie beyond), from any printed table.
 TABLE = [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042), (1000, 1.962)]
 
 
 @pytest.mark.parametrize(("degrees", "value"), TABLE)
-def test_quantiles_are_those_of_the_tables(degrees, value):
-    assert quantile(0.975, degrees) == pytest.approx(value, abs=6e-4)
-    assert two_sided(quantile(0.975, degrees), degrees) == pytest.approx(0.05, abs=1e-9)
+def test_half_widths_are_those_of_the_tables(degrees, value):
+    values = [float(i) for i in range(degrees + 1)]
+    found = t_interval(values)
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    assert (found.high - found.value) / error == pytest.approx(value, abs=6e-4)
+    assert found.value - found.low == pytest.approx(found.high - found.value)
 
 
-def test_one_and_two_degrees_have_closed_forms():
+def test_with_one_and_two_degrees_p_values_have_closed_forms():
     for t in (0.3, 1.0, 4.0):
-        assert two_sided(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), abs=1e-12)
-        assert two_sided(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-12)
+        two, three = [t - 1, t + 1], [t - math.sqrt(3), t, t + math.sqrt(3)]  # differences with mean t and error 1
+        for differences, expected in (
+            (two, 1 - 2 / math.pi * math.atan(t)),
+            (three, 1 - t / math.sqrt(2 + t * t)),
+        ):
+            found = paired_t(dict(enumerate(differences)), dict.fromkeys(range(len(differences)), 0.0))
+            assert found.p_value == pytest.approx(expected, abs=1e-12)
 
 
 def test_an_interval_worked_out_by_hand():

@@ -77,11 +77,11 @@ def test_no_algorithm_is_named_in_the_package(path):
 # Imports. A layer may import those before it and itself; `upge` below is the package's own __init__.
 
 LAYERS = [
-    {"upge.errors", "upge.cache", "upge.student"},
+    {"upge.errors", "upge.cache"},
     {"upge.checks", "upge.views", "upge.trajectories"},
     {"upge.components"},
     {"upge.estimator", "upge.gates", "upge.reduction"},
-    {"upge.regularizers", "upge.estimate", "upge.formula", "upge.stateful", "upge.value", "upge.selection"},
+    {"upge.regularizers", "upge.estimate", "upge.formula", "upge.stateful", "upge.value", "upge.algorithm"},
     {"upge.needs", "upge.plan"},
     {"upge.algorithm"},
     {"upge.pipeline"},
@@ -108,9 +108,9 @@ def allowed(owner: str) -> set[str] | None:
     if owner == "upge.train":
         return TRAIN | {owner}
     if owner == "upge.measure":
-        return TRAIN | {owner, "upge.train", "upge.theory", "upge.student"}
+        return TRAIN | {owner, "upge.train", "upge.theory"}
     if owner == "upge.evaluation":
-        return TRAIN | {owner, "upge.train", "upge.instantiate", "upge.student"}
+        return TRAIN | {owner, "upge.train", "upge.instantiate"}
     if owner in ROOMS:
         return {"upge.errors", "upge.cache", "upge.checks", owner}
     for number, layer in enumerate(LAYERS):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from upge.verify import final_answer, final_text, last_boxed
-from upge.verify.boxed import LONGEST
+from upge.verify.answers import LONGEST
 
 
 @pytest.mark.parametrize(

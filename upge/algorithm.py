@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import TypeVar
 
 from jaxtyping import Int
@@ -194,11 +195,16 @@ class Algorithm:
 
     @property
     def needs(self) -> Needs:
-        """What the algorithm asks of the data and the trainer in all, with its interleaved update and its validation."""
-        own = self.step_needs
+        """What the algorithm asks of the data and the trainer in all, including its interleaved update and validation."""
+        return reduce(Needs.joined, (inner.needs for inner in self.inner.values()), self.step_needs)
+
+    @property
+    def inner(self) -> dict[str, Algorithm]:
+        """The algorithms inside this one by path: its interleaved update's and its validation."""
+        algorithms = {} if self.validation is None else {"validation": self.validation}
         if self.interleaved_update is not None:
-            own = own.joined(self.interleaved_update.algorithm.needs)
-        return own if self.validation is None else own.joined(self.validation.needs)
+            algorithms = {"interleaved_update.algorithm": self.interleaved_update.algorithm} | algorithms
+        return algorithms
 
     def check(self, *, group_size: int, demonstrations: int | None = None, provided: Iterable[str] = ()) -> None:
         """Refuses a pair of algorithm and run that cannot work.
@@ -227,9 +233,7 @@ class Algorithm:
                 "solutions or an algorithm that learns from rollouts alone"
             )
         check_columns(self._working_parts, self.sources, frozenset(provided) | ({"values"} if self.critic else set()))
-        inner = {} if self.interleaved_update is None else {"interleaved_update.algorithm": self.interleaved_update.algorithm}
-        inner |= {} if self.validation is None else {"validation": self.validation}
-        for path, algorithm in inner.items():
+        for path, algorithm in self.inner.items():
             try:
                 algorithm.check(group_size=group_size, demonstrations=demonstrations, provided=provided)
             except ConfigError as error:

@@ -145,7 +145,7 @@ class Trajectories(TokenView):
             return torch.ones_like(self.is_demonstration)
         if source == "preference_pairs":
             if self.preference is None:
-                raise ConfigError("source: preference_pairs needs the column `preference`, which the batch does not have")
+                raise ConfigError("source: preference_pairs needs the column `preference`, which the batch lacks")
             return self.preference != 0
         if source == "rollouts":
             return ~self.is_demonstration

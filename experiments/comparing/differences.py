@@ -10,7 +10,7 @@ from torch import Tensor
 
 from experiments.comparing.load import Run, benchmarks, pairing
 from experiments.comparing.render import Grid, Row
-from upge.evaluation.bootstrap import Difference, holm, paired
+from upge.evaluation.intervals import Difference, holm, paired
 from upge.evaluation.scores import Outcomes
 
 

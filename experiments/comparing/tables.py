@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from experiments.comparing.load import Run, benchmarks
 from experiments.comparing.render import Grid, Row
-from upge.evaluation.bootstrap import Interval
+from upge.evaluation.intervals import Interval
 from upge.evaluation.scores import Figures, average, figures
 
 MISSING = "–"

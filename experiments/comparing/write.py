@@ -15,7 +15,7 @@ from experiments.comparing.exclusive import Exclusive, exclusive_grid
 from experiments.comparing.render import Grid, latex, markdown, markdown_text
 from experiments.comparing.tables import Scores, level_grid, paper_grid, pass_grid, response_grid, score_grid
 from upge.errors import DataError
-from upge.evaluation.bootstrap import Interval
+from upge.evaluation.intervals import Interval
 from upge.evaluation.scores import Figures
 
 COLUMNS = (

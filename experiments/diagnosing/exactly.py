@@ -13,9 +13,9 @@ from experiments.theory import setting
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError
 from upge.measure import Estimated, Measured, exact_figures, same
+from upge.measure.contributions import sources
 from upge.measure.diagnosis import Conflict
 from upge.measure.exact import Exact, exact
-from upge.measure.slopes import sources
 
 #: More rollouts make more multisets than there is patience for.
 MOST_ROLLOUTS = 8

@@ -16,7 +16,7 @@ from experiments.config import compose, presets
 from experiments.diagnosing.settings import Chosen
 from upge.errors import ConfigError, ModelError
 from upge.models import local_path
-from upge.rollout.model import check_loaded, read_config
+from upge.models.loading import check_loaded, read_config
 from upge.train.config import ModelConfig
 from upge.train.folder import RunFolder
 

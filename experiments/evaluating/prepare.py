@@ -16,8 +16,8 @@ from upge.errors import ConfigError, DataError, ModelError
 from upge.evaluation.runner import Questions
 from upge.evaluation.suite import Benchmark, load
 from upge.models import local_path
+from upge.models.loading import read_config
 from upge.rollout import Sampling
-from upge.rollout.model import read_config
 from upge.train.config import ModelConfig
 from upge.train.distributed import world_size
 

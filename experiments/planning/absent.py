@@ -8,7 +8,7 @@ from pathlib import Path
 from experiments.config import MODELS, Composed
 from upge.data.prompting import TOKENIZER_FILES
 from upge.errors import ModelError
-from upge.rollout.model import read_config
+from upge.models.loading import read_config
 
 #: Hub name → folder in experiments/models with the model's config.json and nothing else.
 KNOWN = {

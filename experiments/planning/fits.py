@@ -12,8 +12,8 @@ from experiments.planning.memory import Memory, Shapes, engine_room, estimate, z
 from experiments.planning.shape import ModelShape
 from experiments.planning.traffic import Traffic
 from upge.errors import ConfigError
+from upge.models.loading import read_config
 from upge.pipeline import Pipeline
-from upge.rollout.model import read_config
 from upge.train.config import RunConfig
 
 

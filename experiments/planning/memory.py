@@ -13,8 +13,8 @@ from experiments.planning.machine import GIB, Machine, counted
 from experiments.planning.shape import ModelShape
 from upge.algorithm import Algorithm
 from upge.logprobs import buffer_bytes, default_chunk_size
+from upge.models.loading import SMALL_MODEL
 from upge.pipeline import Pipeline
-from upge.rollout.model import SMALL_MODEL
 from upge.rollout.transformers_engine import TOKEN_BUDGET
 from upge.rollout.vllm_engine import CPU_SEQUENCES
 from upge.train.config import RunConfig

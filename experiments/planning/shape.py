@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from upge.errors import ModelError
-from upge.rollout.model import WeightTable
-from upge.rollout.randomness import random_state_kept
+from upge.models.loading import WeightTable
+from upge.rollout.base import random_state_kept
 
 
 @dataclass(frozen=True)

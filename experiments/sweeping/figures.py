@@ -14,9 +14,8 @@ from experiments.comparing.curves import draw as draw_pass
 from experiments.drawing import dress, in_figure, save
 from experiments.sweeping.collect import COURSES, by_seed, course, evaluation_course, measure_names
 from experiments.sweeping.folder import SweepFolder
-from upge.evaluation.bootstrap import Interval
+from upge.evaluation.intervals import Interval, t_interval
 from upge.evaluation.passk import powers_of_two
-from upge.evaluation.seeds import t_interval
 
 #: A course is averaged over blocks of steps, so many over the whole run: single steps are noise.
 BLOCKS = 20

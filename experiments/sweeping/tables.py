@@ -15,8 +15,7 @@ from experiments.comparing.tables import MISSING
 from experiments.sweeping.choose import best_values, group_of
 from experiments.sweeping.collect import by_seed, measure_names
 from experiments.sweeping.settings import Sweep
-from upge.evaluation.bootstrap import Interval, holm
-from upge.evaluation.seeds import paired_t, t_interval
+from upge.evaluation.intervals import Interval, holm, paired_t, t_interval
 
 COSTS = {
     "updates": "updates",

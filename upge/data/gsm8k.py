@@ -9,10 +9,9 @@ from pathlib import Path
 
 from upge.checks import check_fields
 from upge.data import columns as cells
-from upge.data.division import check_disjoint, check_sizes, divide
-from upge.data.files import Record, read_file
-from upge.data.hub import read_hub
+from upge.data.files import Record, read_file, read_hub
 from upge.data.problem import Problem, Splits
+from upge.data.splits import check_disjoint, check_sizes, divide
 from upge.errors import DataError
 
 HUB, SUBSET = "openai/gsm8k", "main"
@@ -37,7 +36,7 @@ class GSM8K:
 
     Fields:
         path: a folder with train.jsonl and test.jsonl (training and evaluation), or one file. Of one file, a tenth of
-            the questions is for evaluation, by a hash of the question (see `upge.data.division`): where one goes
+            the questions is for evaluation, by a hash of the question (see `upge.data.splits`): where one goes
             depends on nothing else in the file. None takes GSM8K from the hub (openai/gsm8k; never run).
         train_size, evaluation_size: take only the first so many rows of each side; None takes all.
 

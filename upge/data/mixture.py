@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from upge.checks import check_fields
-from upge.data.division import check_disjoint
 from upge.data.problem import Problem, Splits
+from upge.data.splits import check_disjoint
 from upge.errors import ConfigError, UserError, nearest
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from upge.checks import check_fields
-from upge.data.division import check_sizes, for_evaluation
 from upge.data.problem import Problem, Splits
+from upge.data.splits import check_sizes, for_evaluation
 from upge.errors import ConfigError, nearest
 
 #: So much of a task's problems is on the evaluation side, by a hash of the prompt.
@@ -32,7 +32,7 @@ _PROGRAM = Path(__file__).with_name("reasoning_gym_server.py")
 class ReasoningGym:
     """Problems of one or more tasks, spread evenly over them; the order interleaves the tasks.
 
-    Which side a problem is on is decided by a hash of its prompt (`upge.data.division`), so that whatever the seeds and
+    Which side a problem is on is decided by a hash of its prompt (`upge.data.splits`), so that whatever the seeds and
     sizes of two data sets, none that one trains on is among those that the other evaluates on. The level is the task.
 
     `answer` is the whole entry of reasoning-gym as JSON, {"question", "answer", "metadata"}, as the verifier

@@ -10,10 +10,9 @@ from typing import Literal, TypeVar
 
 from upge.checks import check_fields
 from upge.data import columns as cells
-from upge.data.division import check_disjoint, check_sizes, divide
-from upge.data.files import Record, read_file
-from upge.data.hub import read_hub
+from upge.data.files import Record, read_file, read_hub
 from upge.data.problem import Problem, Splits
+from upge.data.splits import check_disjoint, check_sizes, divide
 from upge.errors import ConfigError, DataError, nearest
 
 REQUIRED = ("prompt", "answer")
@@ -35,7 +34,7 @@ class Table:
         evaluation_path: a file for the evaluation side.
         evaluation_split: a split for it, where `hub` is read and there is no `evaluation_path`.
         evaluation_share: without either, so much of the rows is for evaluation, by a hash of the prompt (see
-            `upge.data.division`). 0 leaves the evaluation side empty.
+            `upge.data.splits`). 0 leaves the evaluation side empty.
         columns: what is read → the column's name. A dotted name (reward_model.ground_truth) leads into nested values;
             null is as good as leaving it out. Known are
             prompt: text, or chat messages: one of the user, with or without one of the system before it;

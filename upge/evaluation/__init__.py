@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from upge.evaluation.bootstrap import Difference, Interval, Paired, holm, intervals, paired
+from upge.evaluation.intervals import Difference, Interval, Paired, holm, intervals, paired
 from upge.evaluation.passk import pass_at_k
 from upge.evaluation.samples import Sample, SampleFile
 from upge.evaluation.scores import Figures, Outcomes, figures, suite_scores

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from upge.checks import check_fields
 from upge.data import Problem
 from upge.data import columns as cells
-from upge.data.files import Record
-from upge.data.hub import read_hub
+from upge.data.files import Record, read_hub
 from upge.errors import DataError
 
 HUB = "Idavidrein/gpqa"

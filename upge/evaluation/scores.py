@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from upge.errors import DataError
-from upge.evaluation.bootstrap import RESAMPLES, Interval, intervals
+from upge.evaluation.intervals import RESAMPLES, Interval, intervals
 from upge.evaluation.passk import pass_at_k, powers_of_two
 from upge.evaluation.samples import Sample
 

@@ -10,7 +10,17 @@
 """
 
 from upge.measure.by_rate import bins_of
-from upge.measure.contributions import Directions, Entries, Estimator, estimator, gradients, true_gradient
+from upge.measure.contributions import (
+    PENALTIES,
+    Directions,
+    Entries,
+    Estimator,
+    Slopes,
+    estimator,
+    gradients,
+    slopes,
+    true_gradient,
+)
 from upge.measure.diagnosis import (
     Measured,
     Targets,
@@ -23,9 +33,7 @@ from upge.measure.diagnosis import (
 )
 from upge.measure.figures import Figures, Sample, cosine_of, cosine_with, exact_figures, figures
 from upge.measure.pool import Group, Pool, batches, deal
-from upge.measure.scores import ModelScores, Request, Scores
-from upge.measure.sketch import Sketch
-from upge.measure.slopes import PENALTIES, Slopes, slopes
+from upge.measure.scores import ModelScores, Request, Scores, Sketch
 from upge.measure.statistics import Estimated
 
 __all__ = [

@@ -11,8 +11,10 @@ Nothing here knows which algorithm asks: what is alike is found in the numbers.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -21,9 +23,8 @@ from torch import Tensor
 from upge.algorithm import Algorithm
 from upge.measure.pool import Columns, Pool, batches, pair_of
 from upge.measure.scores import Pair, Request, Scores
-from upge.measure.slopes import slopes, sources
 from upge.train.trajectory import Trajectory
-from upge.trajectories import SUCCESS_REWARD
+from upge.trajectories import SUCCESS_REWARD, Trajectories
 
 #: Directions whose entries differ by less are the same: beyond it are only rounding errors of the weights.
 _SAME = 1e-7
@@ -159,3 +160,49 @@ def true_gradient(
 def pass_rate(rollouts: Sequence[Trajectory]) -> float:
     """The share of successes."""
     return sum(t.reward > SUCCESS_REWARD for t in rollouts) / len(rollouts)
+
+
+#: The name of the part that holds all that is added and is no product: KL, entropy.
+PENALTIES = "regularizers"
+
+
+class Slopes(NamedTuple):
+    """One part of an estimate in the direction of ascent: Σ_t by_logprobs_t·∇log π_t + by_entropies_t·∇H_t.
+
+    Each [B, T]; `by_entropies` is None where no gradient flows through the entropies.
+    """
+
+    by_logprobs: Float[Tensor, "B T"]
+    by_entropies: Float[Tensor, "B T"] | None = None
+
+
+def slopes(algorithm: Algorithm, batch: Trajectories) -> dict[str, Slopes]:
+    """The parts of the algorithm's estimate on the whole batch: its terms by name, and `PENALTIES` where it has any.
+
+    They add up to minus the gradient of `algorithm.estimate(batch).loss` by log-probs and entropies.
+
+    Args:
+        batch: with `logprobs` and `entropies`, of which no gradient is needed, and every column that the parts read.
+    """
+    leaves = [values.detach().requires_grad_() for values in (batch.logprobs, batch.entropies)]
+    estimate = algorithm.estimate(dataclasses.replace(batch, logprobs=leaves[0], entropies=leaves[1]))
+    found = {name: Slopes(factors.weights.detach()) for name, factors in estimate.terms.items()}
+    if not estimate.penalties:
+        return found
+    slope = torch.autograd.grad(estimate.loss, leaves, allow_unused=True)
+    by_logprobs, by_entropies = (
+        torch.zeros_like(leaf) if one is None else -one for one, leaf in zip(slope, leaves, strict=True)
+    )
+    rest = by_logprobs - estimate.weights
+    through = by_entropies if bool((by_entropies != 0).any()) else None
+    return found | {PENALTIES: Slopes(torch.where(rest.abs() > 1e-12 * by_logprobs.abs(), rest, 0.0), through)}
+
+
+def sources(algorithm: Algorithm) -> dict[str, str]:
+    """Part → what it learns from: 'rollouts', 'demonstrations', 'all' or 'preference_pairs'; of several regularizers
+    with different sources 'all'."""
+    found = {name: term.source for name, term in algorithm.terms.items()}
+    penalised = {one.source for one in algorithm.regularizers.values() if one.coefficient != 0}
+    if penalised:
+        found[PENALTIES] = penalised.pop() if len(penalised) == 1 else "all"
+    return found

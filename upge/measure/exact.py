@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upge.algorithm import Algorithm
-from upge.measure.slopes import Slopes, slopes
+from upge.measure.contributions import Slopes, slopes
 from upge.theory.draws import Evaluator, Row, Setting, all_groups, check
 
 

@@ -18,9 +18,8 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
+from scipy import stats
 from torch import Tensor
-
-from upge.student import quantile
 
 #: Of the distribution, below the upper end of a 95 % interval.
 _BELOW = 0.975
@@ -108,6 +107,6 @@ def jackknife(figures: Callable[[list[Tensor]], Tensor], weights: Sequence[Float
             found.append(Estimated.exactly(v if math.isinf(v) else math.nan))
             continue
         # What is the same without each member has no error, and so no degrees of freedom.
-        half = quantile(_BELOW, s2 * s2 / f) * math.sqrt(s2) if f > 0 else 0.0
+        half = float(stats.t.ppf(_BELOW, s2 * s2 / f)) * math.sqrt(s2) if f > 0 else 0.0
         found.append(Estimated(v, v - half, v + half))
     return found

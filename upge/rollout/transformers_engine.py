@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-from upge.rollout import decoding
-from upge.rollout.base import Arrived, Request, Sampler, Sampling, rollout_of
-from upge.rollout.model import (
+from upge.models.loading import (
     WeightTable,
     check_loaded,
     choose_dtype,
@@ -21,7 +19,8 @@ from upge.rollout.model import (
     choose_threads,
     read_config,
 )
-from upge.rollout.randomness import random_state_kept
+from upge.rollout import decoding
+from upge.rollout.base import Arrived, Request, Sampler, Sampling, random_state_kept, rollout_of
 
 # Tokens (prompt and response, padding included) in a batch: the size of its cache. 512 rows of 512 on a GPU.
 TOKEN_BUDGET = {"cpu": 32768, "cuda": 262144}

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from upge.errors import ModelError, UserError
-from upge.rollout.model import check_loaded, read_config
+from upge.models.loading import check_loaded, read_config
 from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.distributed import World
 from upge.train.moments import Moments, drop_gradient, gradient_norm, take_gradient

@@ -5,9 +5,8 @@ scores lists of responses, or each one as it comes. Nothing here imports math_ve
 mathematics.
 """
 
-from upge.verify.answers import final_answer, final_text
-from upge.verify.boxed import last_boxed
-from upge.verify.items import Item, Verdict
+from upge.verify.answers import final_answer, final_text, last_boxed
+from upge.verify.base import Item, Verdict
 from upge.verify.loading import Verifier, load
 from upge.verify.pool import VerifierPool
 

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
-from upge.verify.items import Verdict, shortened
+from upge.verify.base import Verdict, shortened
 from upge.verify.processes import START_LIMIT, Task, Team, Worker
 
 START_ATTEMPTS = 3

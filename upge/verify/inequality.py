@@ -1,6 +1,6 @@
 r"""Are two expressions certainly different? What can be said at once, before math-verify evaluates and simplifies them.
 
-Two tests, each of which proves that they differ or says nothing. By size (`upge.verify.magnitude`): `9^{9^{9^9}}`, which
+Two tests, each of which proves that they differ or nothing. By size (`upge.verify.magnitude`): `9^{9^{9^9}}`, which
 nobody can evaluate, is known not to be 3.5. By value: equal expressions have equal values wherever the same numbers are
 put for the same letters. Neither is ever the reason for a reward, so that a reward is math-verify's as before; what
 they refuse, math-verify refuses after simplifying it, or never gets done with.

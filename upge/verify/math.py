@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from upge.verify.answers import final_answer, without_unit
+from upge.verify.answers import final_answer, last_boxed, without_unit
 from upge.verify.base import LONGEST_ANSWER, AnswerVerifier, shown
-from upge.verify.boxed import last_boxed
 from upge.verify.inequality import are_unequal
 from upge.verify.normalize import NUMBER, is_invisible, loose, normalize, spell
 from upge.verify.sll_parser import use_sll_prediction

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import torch
 
 from upge.errors import ConfigError, ModelError, nearest
-from upge.rollout.randomness import random_state_kept
+from upge.rollout.base import random_state_kept
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -1,18 +1,23 @@
-"""How sure a mean over problems is: percentile bootstrap intervals, and the paired bootstrap of a difference.
+"""Confidence intervals and paired tests: the bootstrap over problems, and Student's t over training runs.
 
-The problems are resampled with replacement (Efron 1979); a problem's samples stay together, because they are not
-independent of each other. A mean over several benchmarks is resampled within each. What comes out depends on the values
+Bootstrap: the problems are resampled with replacement (Efron 1979); a problem's samples stay together, because they are
+not independent of each other. A mean over several benchmarks is resampled within each. The result depends on the values
 and the seed, not on the order of problems or benchmarks.
+
+Student's t: over seeds, which decide data, order and sampling. The evaluation's problems are the same for all runs, so
+these intervals do not include how much other problems would change a figure.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
+from scipy import stats
 from torch import Tensor
 
 RESAMPLES = 10_000
@@ -68,7 +73,7 @@ def replicates(
         ValueError: no benchmark, one without problems, different numbers of columns, a value that is not finite, or
             fewer than one resample.
     """
-    _check(values, resamples)
+    _check_problems(values, resamples)
     parts = [_resampled(rows, resamples, _generator(seed, name)) for name, rows in sorted(values.items())]
     return torch.stack(parts).mean(dim=0)
 
@@ -172,7 +177,7 @@ def _generator(seed: int, benchmark: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _check(values: Mapping[str, Tensor], resamples: int) -> None:
+def _check_problems(values: Mapping[str, Tensor], resamples: int) -> None:
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}; give at least 1, better {RESAMPLES}")
     if not values:
@@ -184,3 +189,55 @@ def _check(values: Mapping[str, Tensor], resamples: int) -> None:
             raise ValueError(f"{name}: some values are not finite; a mean over them means nothing")
     if len({rows.shape[1] for rows in values.values()}) > 1:
         raise ValueError(f"the benchmarks {', '.join(values)} have different numbers of columns")
+
+
+def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """mean ± t_{n-1}·s/√n of n runs, s the standard deviation with n - 1; the ends are NaN for one run.
+
+    Raises:
+        ValueError: no value, or one that is not finite.
+    """
+    _check_runs(values, confidence)
+    mean, error = _mean_and_error(values)
+    if math.isnan(error):
+        return Interval(mean, math.nan, math.nan)
+    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * error
+    return Interval(mean, mean - half, mean + half)
+
+
+def paired_t(
+    first: Mapping[int, float], second: Mapping[int, float], confidence: float = CONFIDENCE
+) -> Difference | None:
+    """The paired t-test of first - second over the seeds that both have: what a seed does to both cancels.
+
+        t = d̄/(s_d/√n),  p = P(|T_{n-1}| ≥ |t|)
+
+    Returns:
+        None where they have fewer than two seeds in common. Without any spread p is 1 for no difference and else 0.
+
+    Raises:
+        ValueError: a value that is not finite.
+    """
+    seeds = sorted({*first} & {*second})
+    if len(seeds) < 2:
+        return None
+    values = [first[seed] - second[seed] for seed in seeds]
+    interval = t_interval(values, confidence)
+    _, error = _mean_and_error(values)
+    if error == 0:
+        return Difference(interval, 1.0 if interval.value == 0 else 0.0)
+    return Difference(interval, float(2 * stats.t.sf(abs(interval.value / error), len(values) - 1)))
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    n, mean = len(values), math.fsum(values) / len(values)
+    if n < 2:
+        return mean, math.nan
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
+
+
+def _check_runs(values: Sequence[float], confidence: float) -> None:
+    if not values or not all(map(math.isfinite, values)):
+        raise ValueError(f"found {list(values)}; a mean over runs needs one finite value at least, and no other")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}; give a number between 0 and 1, such as 0.95")
