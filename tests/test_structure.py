@@ -34,26 +34,16 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path, types_too: bool = False) -> set[str]:
-    """Every module that a file imports, anywhere in it; `from a import b` is a.b where that is a module."""
-    found = set()
-    skipped = set()
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it."""
+    modules = set()
     for node in ast.walk(tree(path)):
-        is_types_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        if is_types_only and not types_too:
-            skipped |= {id(inner) for inner in ast.walk(node)}
-        if id(node) in skipped:
-            continue
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            base = node.module
-            for alias in node.names:
-                inner = ROOT.joinpath(*base.split("."), alias.name)
-                is_module = inner.with_suffix(".py").is_file() or (inner / "__init__.py").is_file()
-                found.add(f"{base}.{alias.name}" if is_module else base)
-    return found
+            modules.add(node.module)
+    return modules
 
 
 # Names.
@@ -74,80 +64,12 @@ def test_no_algorithm_is_named_in_the_package(path):
     assert not found, found
 
 
-# Imports. A layer may import those before it and itself; `upge` below is the package's own __init__.
-
-LAYERS = [
-    {"upge.errors", "upge.cache"},
-    {"upge.checks", "upge.views", "upge.trajectories"},
-    {"upge.components"},
-    {"upge.estimator", "upge.gates", "upge.reduction"},
-    {"upge.regularizers", "upge.estimate", "upge.formula", "upge.stateful", "upge.value", "upge.algorithm"},
-    {"upge.needs", "upge.plan"},
-    {"upge.algorithm"},
-    {"upge.pipeline"},
-    {"upge.instantiate", "upge.testing"},
-    {"upge.theory"},
-]
-#: Rooms beside the layers: each knows only errors, checks and the cache, and what it holds itself.
-ROOMS = {"upge.logprobs", "upge.data", "upge.verify", "upge.rollout", "upge.models"}
-TRAIN = {
-    *("upge.algorithm", "upge.plan", "upge.pipeline", "upge.needs", "upge.value", "upge.stateful", "upge.estimate"),
-    *("upge.components", "upge.views", "upge.trajectories", "upge.errors", "upge.checks", *ROOMS),
-}
-
-
-def room(module: str) -> str:
-    """upge.components.mask → upge.components."""
-    return ".".join(module.split(".")[:2])
-
-
-def allowed(owner: str) -> set[str] | None:
-    """The rooms that a room may import; None = anything of upge."""
-    if owner == "upge":
-        return None
-    if owner == "upge.train":
-        return TRAIN | {owner}
-    if owner == "upge.measure":
-        return TRAIN | {owner, "upge.train", "upge.theory"}
-    if owner == "upge.evaluation":
-        return TRAIN | {owner, "upge.train", "upge.instantiate"}
-    if owner in ROOMS:
-        return {"upge.errors", "upge.cache", "upge.checks", owner}
-    for number, layer in enumerate(LAYERS):
-        if owner in layer:
-            return set().union(*LAYERS[: number + 1])
-    return set()
+# Imports. The layers and the absence of circles are checked by import-linter: `make lint`, pyproject.toml.
 
 
 @pytest.mark.parametrize("path", UPGE, ids=module_of)
-def test_imports_run_one_way(path):
-    """trajectories ← components ← estimator, gates, reduction ← algorithm ← instantiate; the rest ← train."""
-    owner = room(module_of(path))
-    permitted = allowed(owner)
-    used = {room(module) for module in imports(path) if module.split(".")[0] == "upge"}
-    assert permitted is None or used <= permitted, sorted(used - permitted)
-    assert permitted is None or permitted, f"{owner} has no place in the order of imports: add it to LAYERS or ROOMS"
-
-
-def test_no_module_imports_itself_in_a_circle():
-    graph = {module_of(path): imports(path) - {module_of(path)} for path in UPGE}
-    done: set[str] = set()
-
-    def visit(module: str, way: tuple[str, ...]) -> None:
-        assert module not in way, " → ".join((*way[way.index(module) :], module))
-        if module in graph and module not in done:
-            for other in graph[module]:
-                visit(other, (*way, module))
-            done.add(module)
-
-    for module in graph:
-        visit(module, ())
-    assert set(graph) <= done
-
-
-@pytest.mark.parametrize("path", UPGE, ids=module_of)
-def test_the_package_knows_no_experiment_and_no_algorithm(path):
-    assert not {m.split(".")[0] for m in imports(path, types_too=True)} & {"experiments", "algorithms", "tests"}
+def test_the_package_knows_no_test(path):
+    assert "tests" not in {module.split(".")[0] for module in imports(path)}
 
 
 def test_algorithms_import_only_the_package():
@@ -200,8 +122,8 @@ def test_functions_fit_on_a_screen(path):
 
 CHECKED = """
 import jaxtyping
-parts = ("components", "trajectories", "estimator", "gates", "reduction", "regularizers", "algorithm", "estimate",
-         "testing", "checks", "formula", "logprobs")
+parts = ("components", "trajectories", "estimator", "gates", "reduction", "regularizers", "term", "plan", "algorithm",
+         "estimate", "testing", "checks", "formula", "logprobs")
 jaxtyping.install_import_hook([f"upge.{part}" for part in parts], "beartype.beartype")
 import torch
 import upge

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from upge.errors import ModelError
-from upge.models.loading import WeightTable
-from upge.rollout.base import random_state_kept
+from upge.models.loading import WeightTable, random_state_kept
 
 
 @dataclass(frozen=True)

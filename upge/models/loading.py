@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import socket
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy
 import torch
 
 from upge.errors import ConfigError, ModelError, nearest
-from upge.rollout.base import random_state_kept
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 # Parameters below which, on a CPU, one thread samples faster than several, and transformers faster than vLLM.
 SMALL_MODEL = 5_000_000
 
@@ -207,3 +207,18 @@ class WeightTable:
             wanted = len(set(self.source.values()))
             raise ModelError(f"{len(missing)} of {wanted} weights are missing, '{missing[0]}' the first; give all "
                              "weights of the model at model.path")
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Put the random state of python, numpy and torch (CUDA included) back on leaving."""
+    python_state, numpy_state, torch_state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy
 import torch
 
 from upge.errors import ConfigError, UserError
+from upge.models.loading import random_state_kept
 
 
 @dataclass(frozen=True)
@@ -210,18 +209,3 @@ def response_seed(seed: int, index: int) -> int:
     """
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Put the random state of python, numpy and torch (CUDA included) back on leaving."""
-    python_state, numpy_state, torch_state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        numpy.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)

@@ -17,10 +17,11 @@ from upge.models.loading import (
     choose_dtype,
     choose_max_length,
     choose_threads,
+    random_state_kept,
     read_config,
 )
 from upge.rollout import decoding
-from upge.rollout.base import Arrived, Request, Sampler, Sampling, random_state_kept, rollout_of
+from upge.rollout.base import Arrived, Request, Sampler, Sampling, rollout_of
 
 # Tokens (prompt and response, padding included) in a batch: the size of its cache. 512 rows of 512 on a GPU.
 TOKEN_BUDGET = {"cpu": 32768, "cuda": 262144}

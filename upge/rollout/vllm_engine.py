@@ -12,8 +12,16 @@ from typing import Any
 import torch
 
 from upge.errors import ConfigError
-from upge.models.loading import WeightTable, choose_dtype, choose_max_length, choose_threads, override, read_config
-from upge.rollout.base import Arrived, Request, Sampler, Sampling, random_state_kept, rollout_of
+from upge.models.loading import (
+    WeightTable,
+    choose_dtype,
+    choose_max_length,
+    choose_threads,
+    override,
+    random_state_kept,
+    read_config,
+)
+from upge.rollout.base import Arrived, Request, Sampler, Sampling, rollout_of
 from upge.rollout.vllm_process import (
     cache_bytes,
     import_vllm,
