@@ -48,7 +48,7 @@ RUNS = {
     "hpt": ["algo=hpt"],
     "grpo": ["algo=grpo", "correction=[tis,kl_k3]", "optimizer.mini_batches=2", "rollout.temperature=0.7"],
     "ppo": ["algo=ppo", "optimizer.mini_batches=2"],
-    "relift": ["algo=relift", "algo.interlude.size=2"],
+    "relift": ["algo=relift", "algo.interleaved_update.size=2"],
     "amft": ["algo=amft", "algo.terms.sft.gate.every=1"],
     "sft_then_grpo": ["algo=sft_then_grpo"],
 }

@@ -239,7 +239,7 @@ class Optimizers:
     """AdamW of the policy, of its updates between the steps, and of the critic; a stage begins with fresh ones."""
 
     policy: torch.optim.Optimizer
-    interlude: torch.optim.Optimizer
+    interleaved_update: torch.optim.Optimizer
     critic: torch.optim.Optimizer | None
 
 
@@ -296,7 +296,7 @@ class PlainTrainer:
                 if self.critic:
                     self._update_critic(batch, optimizers.critic, critic_lr)
         if self.settings.interlude_size:
-            self._interlude(rows, optimizers.interlude, lr)
+            self._interleaved_update(rows, optimizers.interleaved_update, lr)
 
     def learning_rate(self, peak: float, place: int, steps: int) -> float:
         """Linear warm-up, then a straight line from the peak to zero, which the step after the last would have."""
@@ -341,7 +341,7 @@ class PlainTrainer:
             row["new_values"] = values
         self._apply(value_loss(batch), self.critic, optimizer, lr)
 
-    def _interlude(self, rows: list[Row], optimizer: torch.optim.Optimizer, lr: float) -> None:
+    def _interleaved_update(self, rows: list[Row], optimizer: torch.optim.Optimizer, lr: float) -> None:
         """Remembers the prompts that every rollout failed, and imitates their demonstrations once there are enough."""
         for question in Batch(rows).questions:
             if textbook_mixed.pass_rate(question) == 0:

@@ -22,7 +22,7 @@ def algorithm(regularizer: upge.Regularizer, demonstrations: bool = True) -> upg
     """Rollouts and demonstrations with an advantage of 0, so that only the regularizer has a gradient."""
     estimator = upge.UnifiedGradient(upge.NoMask(), upge.CurrentPolicy(), upge.ConstantAdvantage(0.0))
     sources = ("rollouts", "demonstrations") if demonstrations else ("rollouts",)
-    terms = {source: upge.Term(source, upge.Always(), estimator, upge.TokenMean()) for source in sources}
+    terms = {source: upge.Term(source, upge.ConstantGate(), estimator, upge.TokenMean()) for source in sources}
     return upge.Algorithm("test", terms, {"penalty": regularizer})
 
 

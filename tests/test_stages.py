@@ -82,7 +82,7 @@ def trained(cls: type) -> Engine | CriticEngine:
     """An engine whose optimizer has moments, in the set in use and in another."""
     module = object.__new__(cls)
     module._moments = Moments(SimpleNamespace(state={}))
-    for name in ("interlude", "main"):
+    for name in ("interleaved_update", "main"):
         module.use_optimizer(name)
         module._moments._zero.state["weight"] = {"step": 3, "exp_avg": 0.5}
     return module
@@ -91,7 +91,7 @@ def trained(cls: type) -> Engine | CriticEngine:
 def moments(module: Engine | CriticEngine) -> dict[str, dict]:
     """Name → the moments that an update with this set would start from."""
     found = {}
-    for name in ("main", "interlude"):
+    for name in ("main", "interleaved_update"):
         module.use_optimizer(name)
         found[name] = dict(module._moments._zero.state)
     return found
@@ -108,5 +108,5 @@ def test_a_later_stage_starts_with_fresh_moments(number):
     span = two_stages(algorithm("demonstrations"), algorithm("rollouts")).spans(10)[number]
     trainer._enter_stage(span, SimpleNamespace(memory=lambda: Memory({"mu": 0.5})))
     for module in (models.policy, models.critic):
-        assert moments(module) == (kept if number == 0 else {"main": {}, "interlude": {}})
+        assert moments(module) == (kept if number == 0 else {"main": {}, "interleaved_update": {}})
     assert trainer.state.memory == Memory({"mu": 0.5}, [])

@@ -18,6 +18,13 @@ from upge.checks import field_types, mismatch
 from upge.errors import ConfigError, UserError, nearest
 
 TARGET = "_target_"
+#: Classes that were renamed; a file that names an old one is refused with the new name.
+RENAMED = {
+    "upge.Always": "upge.ConstantGate",
+    "upge.Interlude": "upge.InterleavedUpdate",
+    "upge.ClippedFrozenPolicy": "upge.ClippedReferencePolicy",
+    "upge.SequenceFrozenPolicy": "upge.SequenceReferencePolicy",
+}
 
 
 def build(node: Any, path: str, expected: type | None = None) -> Any:
@@ -56,6 +63,8 @@ def locate(name: Any, path: str) -> Any:
     """
     if not isinstance(name, str) or not all(name.split(".")) or "." not in name:
         raise ConfigError(f"{path}: found {name!r}, expected a dotted path such as upge.NoMask or my_file.MyMask")
+    if name in RENAMED:
+        raise ConfigError(f"{path}: '{name}' was renamed; write {RENAMED[name]}")
     module_name, _, attribute = name.rpartition(".")
     try:
         module = importlib.import_module(module_name)
