@@ -26,7 +26,7 @@ from experiments.reporting.tokens import SHADES, token_texts
 from experiments.table import accuracy_rows, measures, number
 from upge.errors import UserError
 
-LONGEST_TEXT = 4000                                   # characters of a prompt or response on the page
+LONGEST_TEXT = 4000  # characters of a prompt or response on the page
 LONGEST_CONFIG = 100_000
 
 
@@ -36,8 +36,13 @@ def write_report(run_dir: str | Path) -> Path:
     Raises UserError when the folder is missing or is not the folder of a run.
     """
     run = read_run(run_dir)
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
-                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     page = environment.get_template("report.html.j2").render(page_content(run))
     target = run.path / "report.html"
     target.write_text(page, encoding="utf-8")
@@ -47,8 +52,7 @@ def write_report(run_dir: str | Path) -> Path:
 def page_content(run: RunFolder) -> dict:
     """What the page's template shows, in the order of the page."""
     figures, unplotted = select(run.metrics)
-    window = max((smoothing_window(one) for plot, found in figures if plot.kind == "line" for one in found),
-                 default=1)
+    window = max((smoothing_window(one) for plot, found in figures if plot.kind == "line" for one in found), default=1)
     spans = _stages(run)
     marks = [first - 0.5 for _, first, _ in spans[1:]]
     shown = (*evaluation_plots(run.evaluations), *figures, *gate_plots(run.prompts))
@@ -117,17 +121,27 @@ def _result(evaluations: Sequence[dict]) -> dict | None:
     before, after = evaluations[0], evaluations[-1] if len(evaluations) > 1 else {}
     rows = accuracy_rows(before, after)
     problems = [row.problems for row in rows if isinstance(row.problems, int) and row.problems > 0]
-    sampling = [f"{before['samples']} samples for each problem" if "samples" in before else "",
-                f"temperature {before['temperature']}" if "temperature" in before else ""]
-    return {"measures": measures(before, after), "rows": rows, "before": before["step"], "after": after.get("step"),
-            "sampling": " at ".join(filter(None, sampling)), "fewest": min(problems, default=None),
-            "error": f"{50 / math.sqrt(min(problems)):.1f}" if problems else None}
+    sampling = [
+        f"{before['samples']} samples for each problem" if "samples" in before else "",
+        f"temperature {before['temperature']}" if "temperature" in before else "",
+    ]
+    return {
+        "measures": measures(before, after),
+        "rows": rows,
+        "before": before["step"],
+        "after": after.get("step"),
+        "sampling": " at ".join(filter(None, sampling)),
+        "fewest": min(problems, default=None),
+        "error": f"{50 / math.sqrt(min(problems)):.1f}" if problems else None,
+    }
 
 
 def _figure(plot: Plot, found: list[Series], marks: Sequence[float] = ()) -> dict:
     signs = "●■◆▲▼✚✖" if plot.kind == "evaluation" else "■"
-    legend = [{"label": one.label, "color": color_name(plot, one.label, index), "sign": signs[index % len(signs)]}
-              for index, one in enumerate(found)]
+    legend = [
+        {"label": one.label, "color": color_name(plot, one.label, index), "sign": signs[index % len(signs)]}
+        for index, one in enumerate(found)
+    ]
     return {"plot": plot, "svg": Markup(draw(plot, found, marks)), "legend": legend if len(found) > 1 else []}
 
 
@@ -137,7 +151,7 @@ def _rollouts(records: Iterable[dict]) -> list[dict]:
     sampled = [record for record in records if not record.get("is_demonstration")]
     rewarded = [record for record in sampled if number(record.get("reward")) is not None]
     picks = [("first", sampled[:1])]
-    if rewarded:                                      # the latest of equals, so that the first one is not shown again
+    if rewarded:  # the latest of equals, so that the first one is not shown again
         picks.append(("best", [max(reversed(rewarded), key=lambda record: record["reward"])]))
         picks.append(("worst", [min(reversed(rewarded), key=lambda record: record["reward"])]))
     picks.append(("demonstration", [record for record in records if record.get("is_demonstration")][:1]))
@@ -151,8 +165,11 @@ def _rollouts(records: Iterable[dict]) -> list[dict]:
 def _rollout(kinds: list[str], record: dict) -> dict:
     reward = number(record.get("reward"))
     status = record.get("status")
-    facts = [f"reward {reward:g}" if reward is not None else "", str(record.get("level") or ""),
-             f"verifier: {status}" if status and status != "ok" else ""]
+    facts = [
+        f"reward {reward:g}" if reward is not None else "",
+        str(record.get("level") or ""),
+        f"verifier: {status}" if status and status != "ok" else "",
+    ]
     texts = {key: _cut(str(record.get(key) or ""), LONGEST_TEXT) for key in ("prompt", "response", "answer")}
     return {"kind": " and ".join(kinds).capitalize(), "facts": [fact for fact in facts if fact], **texts}
 
@@ -174,8 +191,9 @@ def _plain(value: object) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: a report for each folder; returns the exit code, 2 when one of them is not a run's."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.report",
-                                     description="Write report.html into the folders of runs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.report", description="Write report.html into the folders of runs."
+    )
     parser.add_argument("folders", nargs="+", metavar="RUN", help="the folder of a run, finished or not")
     code = 0
     for folder in parser.parse_args(arguments).folders:

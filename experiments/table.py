@@ -69,8 +69,15 @@ def result_table(before: Mapping, after: Mapping, *, ascii_only: bool = False) -
     """
     arrow = "->" if ascii_only else "→"
     title = f"Accuracy in %, step {before.get('step', '?')} {arrow} step {after.get('step', '?')}, and the difference"
-    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0),
-                  title_justify="left", title_style="bold")
+    table = Table(
+        title=title,
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        title_justify="left",
+        title_style="bold",
+    )
     table.add_column("level", overflow="fold", min_width=8)
     table.add_column("n", justify="right", no_wrap=True)
     for name in measures(before, after):

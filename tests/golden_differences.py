@@ -63,8 +63,10 @@ def same(recorded: Any, found: Any, tolerance: tuple[float, float] | None) -> bo
     if recorded is None or found is None:
         return False
     relative, absolute = tolerance
-    return recorded == found or abs(recorded - found) <= max(relative * abs(recorded), absolute) or (
-        recorded != recorded and found != found
+    return (
+        recorded == found
+        or abs(recorded - found) <= max(relative * abs(recorded), absolute)
+        or (recorded != recorded and found != found)
     )
 
 

@@ -96,7 +96,11 @@ def main(model: str, output: str, budget: str) -> None:
     before = {name: weight.clone() for name, weight in models.policy.named_weights()}
     memory.remembered = [0, 1, 3]
     report, figures = aside.update(aside.collect(0, 0), 4, Rates(1e-3), memory)
-    found["above limit"] = (report.above_limit, figures["interleaved_update/updates"], figures["interleaved_update/updates_above_limit"])
+    found["above limit"] = (
+        report.above_limit,
+        figures["interleaved_update/updates"],
+        figures["interleaved_update/updates_above_limit"],
+    )
     after = {name: weight.clone() for name, weight in models.policy.named_weights()}
     found["unmoved"] = all(torch.equal(after[name], weight) for name, weight in before.items())
     if world.is_main:

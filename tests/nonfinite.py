@@ -21,5 +21,3 @@ class Exploding(AdvantageEstimator):
 def raising_verifier(response: str, answer: str, prompt: str | None = None) -> float:
     """A verifier of a user's own that fails."""
     raise RuntimeError("no verdict")
-
-

@@ -58,12 +58,23 @@ def make_model(path: Path, tied: bool, seed: int) -> None:
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = Qwen2ForCausalLM(Qwen2Config(
-            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=tied, eos_token_id=1,
-            initializer_range=0.15))
-    network.generation_config = GenerationConfig(do_sample=True, top_k=3, temperature=0.3, repetition_penalty=2.0,
-                                                 eos_token_id=9, max_new_tokens=2)
+        network = Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=VOCABULARY,
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                max_position_embeddings=256,
+                tie_word_embeddings=tied,
+                eos_token_id=1,
+                initializer_range=0.15,
+            )
+        )
+    network.generation_config = GenerationConfig(
+        do_sample=True, top_k=3, temperature=0.3, repetition_penalty=2.0, eos_token_id=9, max_new_tokens=2
+    )
     network.save_pretrained(path)
 
 
@@ -93,15 +104,21 @@ def samples(sampler: Sampler) -> dict:
 
 
 def random_state() -> tuple:
-    return random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), \
-        torch.get_num_threads()
+    return (
+        random.getstate(),
+        numpy.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+        torch.get_num_threads(),
+    )
 
 
 def refusal(sampler: Sampler, incomplete: list[tuple[str, torch.Tensor]]) -> list[str]:
     """The errors of an incomplete set of weights and of sampling after it."""
     messages = []
-    for attempt in (lambda: sampler.load_weights(incomplete),
-                    lambda: sampler.sample(PROMPTS, 1, SAMPLINGS["plain"], SEEDS)):
+    for attempt in (
+        lambda: sampler.load_weights(incomplete),
+        lambda: sampler.sample(PROMPTS, 1, SAMPLINGS["plain"], SEEDS),
+    ):
         try:
             attempt()
         except (ModelError, RuntimeError) as error:
@@ -120,8 +137,11 @@ def arrivals(sampler: Sampler) -> dict:
 
     returned = plain(sampler.sample(PROMPTS, COPIES, LONG, SEEDS, arrived))
     seconds = time.perf_counter() - start
-    return {"rows": [[*row[:3], row[3] / seconds] for row in rows], "returned": returned,
-            "silent": plain(sampler.sample(PROMPTS, COPIES, LONG, SEEDS))}
+    return {
+        "rows": [[*row[:3], row[3] / seconds] for row in rows],
+        "returned": returned,
+        "silent": plain(sampler.sample(PROMPTS, COPIES, LONG, SEEDS)),
+    }
 
 
 def shared(sampler: Sampler) -> dict:
@@ -176,8 +196,10 @@ def observe(engine: str, folder: Path, kind: str) -> dict:
     sampler = load(engine, folder / kind, max_length=256)
     found = {"name": sampler.name, "reason": sampler.reason, "before": samples(sampler)}
     found["again"] = samples(sampler)
-    found["apart"] = [plain(sampler.sample([prompt], COPIES, SAMPLINGS["plain"], [seed]))[0]
-                      for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]
+    found["apart"] = [
+        plain(sampler.sample([prompt], COPIES, SAMPLINGS["plain"], [seed]))[0]
+        for prompt, seed in zip(PROMPTS, SEEDS, strict=True)
+    ]
     prompts, copies, sampling = CROWD
     start = time.perf_counter()
     found["crowd"] = plain(sampler.sample([PROMPTS[0]] * prompts, copies, sampling, range(prompts)))
@@ -228,7 +250,7 @@ def ranks(folder: Path) -> list[dict]:
     found = {"reason": sampler.reason, "before": [], "after": []}
     for stage in ("before", "after"):
         for split in RANK_PROMPTS:
-            seeds = SEEDS[:len(split[0])] if rank == 0 else SEEDS[len(split[0]):]
+            seeds = SEEDS[: len(split[0])] if rank == 0 else SEEDS[len(split[0]) :]
             found[stage].append(plain(sampler.sample(split[rank], COPIES, SAMPLINGS["plain"], seeds)))
         sampler.load_weights(one_by_one(weights(folder / "tied_new", with_head=False)))
     gathered: list = [None] * torch.distributed.get_world_size()

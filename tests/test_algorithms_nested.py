@@ -14,7 +14,9 @@ def test_a_named_algorithm_is_put_in_its_place_and_overrides_reach_inside():
     stages = algorithms.load("sft_then_grpo", ["stages.reinforce.algorithm.terms.rl.estimator.mask.high=0.28"]).stages
     assert stages["demonstrate"].algorithm == algorithms.load("sft")
     assert stages["reinforce"].algorithm == algorithms.load("grpo", [f"{MASK}.high=0.28"])
-    relift = algorithms.load("relift", ["interleaved_update.algorithm.terms.sft.coefficient=0.5", "interleaved_update.size=3"])
+    relift = algorithms.load(
+        "relift", ["interleaved_update.algorithm.terms.sft.coefficient=0.5", "interleaved_update.size=3"]
+    )
     assert relift.interleaved_update.algorithm == algorithms.load("sft", ["terms.sft.coefficient=0.5"])
     assert relift.interleaved_update.size == 3
     amft = algorithms.load("amft", ["validation.terms.sft.coefficient=2"])
@@ -65,7 +67,11 @@ NESTED = {
     ("relift", "interleaved_update.size=0"): ["algo.interleaved_update", "size=0"],
     ("relift", "interleaved_update.size=null"): ["algo.interleaved_update.size", "found None", "number of prompts"],
     ("relift", "interleaved_update.size=1.5"): ["algo.interleaved_update.size", "found 1.5", "int"],
-    ("relift", "interleaved_update.own_optimizer=1"): ["algo.interleaved_update.own_optimizer", "found 1", "true or false"],
+    ("relift", "interleaved_update.own_optimizer=1"): [
+        "algo.interleaved_update.own_optimizer",
+        "found 1",
+        "true or false",
+    ],
     ("relift", "interleaved_update.lr_factor=.inf"): ["algo.interleaved_update.lr_factor", "found inf", "finite"],
     ("hpt", "terms.sft=null"): ["algo.terms.sft: found None", "terms.sft.coefficient=0"],
     ("grpo", "terms={off: {}}"): ["algo.terms", "False", "off", "in quotes"],

@@ -25,9 +25,12 @@ def test_the_reference_is_the_gradient() -> None:
     chosen = logprobs.gather(1, problem.targets[:, None])[:, 0]
     (chosen * problem.coefficients).sum().backward()
     expected = heads.reference(problem)
-    assert gradients.checked(
-        [(expected.hidden, problem.hidden.grad), (expected.weight, problem.weight.grad)], 1e-12, "the reference"
-    ) < 1e-12
+    assert (
+        gradients.checked(
+            [(expected.hidden, problem.hidden.grad), (expected.weight, problem.weight.grad)], 1e-12, "the reference"
+        )
+        < 1e-12
+    )
     torch.testing.assert_close(expected.logprobs, chosen.detach())
     torch.testing.assert_close(expected.entropies, -(logprobs.exp() * logprobs).sum(-1).detach())
 

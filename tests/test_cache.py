@@ -73,13 +73,16 @@ def test_whatever_decides_on_the_tokens_gives_another_entry(folder: Path, prompt
     assert len(kept(folder)) == 5
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: path.write_bytes(b""),
-    lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    lambda path: path.write_bytes(b"?" + path.read_bytes()[1:]),
-    lambda path: path.unlink(),
-    lambda path: (path.unlink(), path.mkdir()),
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(b"?" + path.read_bytes()[1:]),
+        lambda path: path.unlink(),
+        lambda path: (path.unlink(), path.mkdir()),
+    ],
+)
 def test_a_damaged_entry_is_made_anew(folder: Path, prompting: Prompting, damage):
     made = prompting.prompt_ids(PROBLEMS)
     (path,) = kept(folder)

@@ -103,7 +103,9 @@ def test_an_estimate_that_depends_on_the_split_is_caught():
             rest = Plan(self.terms, self.penalties, self.contributing, self.active, self.reach)
             return Plan.estimate(scaled(rest, len(self.contributing) / len(batch)), batch)
 
-    broken = meddling(lambda plan, batch: OverItself(plan.terms, plan.penalties, plan.contributing, plan.active, plan.reach))
+    broken = meddling(
+        lambda plan, batch: OverItself(plan.terms, plan.penalties, plan.contributing, plan.active, plan.reach)
+    )
     with pytest.raises(ConformanceError, match="algorithm 'meddling' the gradient depends on the micro-batch split"):
         check_algorithm(broken)
 

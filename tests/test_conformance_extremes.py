@@ -73,6 +73,7 @@ def test_the_degenerate_batches_are_what_they_say():
 
 # Precision.
 
+
 def only_in(dtype, body) -> upge.AdvantageEstimator:
     """An advantage that is log r but for columns of `dtype`, where it is body(log r)."""
 

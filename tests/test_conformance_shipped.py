@@ -18,7 +18,10 @@ TAKERS = ("grpo", "ppo", "gspo", "luffy", "sft_then_grpo", "reinforce_plus_plus"
 
 def inner(one: upge.Algorithm) -> dict[str, upge.Algorithm]:
     """An interleaved update's and a validation's own algorithm."""
-    found = {"interleaved_update": one.interleaved_update and one.interleaved_update.algorithm, "validation": one.validation}
+    found = {
+        "interleaved_update": one.interleaved_update and one.interleaved_update.algorithm,
+        "validation": one.validation,
+    }
     return {role: other for role, other in found.items() if other}
 
 
@@ -56,7 +59,9 @@ def says_something(algorithm: upge.Algorithm) -> bool:
 
 def test_the_table_holds_everything_that_ships():
     assert {name.partition(":")[0] for name in FILES} == set(algorithms.names())
-    assert len(FILES) >= len(algorithms.names()) + 3, "two stages, an interleaved update and a validation beside the files"
+    assert len(FILES) >= len(algorithms.names()) + 3, (
+        "two stages, an interleaved update and a validation beside the files"
+    )
     taken = dict.fromkeys(algorithms.corrections(), 0)
     for correction, name in CORRECTED:
         try:

@@ -34,7 +34,9 @@ def test_sampling_does_not_take_away_what_demonstrations_are_for(algorithm, reas
 def gated(folder, gate: str) -> str:
     """grpo with another gate, as a file of a user's own."""
     text = (algorithms.FOLDER / "grpo.yaml").read_text()
-    (folder / "mine.yaml").write_text(text.replace("gate: {_target_: upge.ConstantGate, coefficient: 1.0}", f"gate: {gate}"))
+    (folder / "mine.yaml").write_text(
+        text.replace("gate: {_target_: upge.ConstantGate, coefficient: 1.0}", f"gate: {gate}")
+    )
     return str(folder / "mine.yaml")
 
 

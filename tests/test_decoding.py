@@ -18,13 +18,23 @@ TOKENS = 150  # more than the cache grows by at once
 def model() -> Qwen2ForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Qwen2ForCausalLM(Qwen2Config(
-            vocab_size=32, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
-            num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2)).eval()
+        return Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=32,
+                hidden_size=48,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=6,
+                num_key_value_heads=2,
+                max_position_embeddings=256,
+                initializer_range=0.2,
+            )
+        ).eval()
 
 
 def logits_of_all_steps(model, cache, make_steps) -> list[torch.Tensor]:
     """The logits of the prompts and of every step; a row leaves after the fifth, another after the eightieth."""
+
     def forward(ids, mask, positions):
         return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1]
 
@@ -44,8 +54,9 @@ def logits_of_all_steps(model, cache, make_steps) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["run", "replayed"])
 def test_the_same_logits_as_transformers(model, kind, monkeypatch):
-    plain = logits_of_all_steps(model, DynamicCache(config=model.config),
-                                lambda cache, forward: decoding.Steps(cache, MASK, forward))
+    plain = logits_of_all_steps(
+        model, DynamicCache(config=model.config), lambda cache, forward: decoding.Steps(cache, MASK, forward)
+    )
     # Without a GPU what would be recorded is run; as there, the first call is made twice.
     calls = []
 

@@ -44,8 +44,13 @@ class Tree:
         """Exit code, what was said and the calls of one run of the script."""
         (self.folder / "calls").unlink(missing_ok=True)
         plain = {key: value for key, value in os.environ.items() if key not in SETTINGS}
-        done = subprocess.run(["bash", "requirements/install.sh"], cwd=self.folder, capture_output=True, text=True,
-                              env=plain | {key: str(value) for key, value in settings.items()})
+        done = subprocess.run(
+            ["bash", "requirements/install.sh"],
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            env=plain | {key: str(value) for key, value in settings.items()},
+        )
         calls = self.folder / "calls"
         return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines() if calls.exists() else []
 

@@ -200,6 +200,13 @@ def test_a_plan_moves_with_all_that_it_holds():
     algorithm = upge.Algorithm("x", load("hpt").terms, {"kl": upge.KLPenalty(1.0, upge.TokenMean())})
     plan = algorithm.plan(sample(0).batch).to("meta")
     term = plan.terms["rl"]
-    held = [plan.contributing, plan.active, term.weights, term.active, term.gate.values, term.estimator.advantage.values]
+    held = [
+        plan.contributing,
+        plan.active,
+        term.weights,
+        term.active,
+        term.gate.values,
+        term.estimator.advantage.values,
+    ]
     assert {tensor.device.type for tensor in [*held, plan.penalties["kl"][1]]} == {"meta"}
     assert set(plan.terms) == {"rl", "sft"} and term.coefficient == 1.0

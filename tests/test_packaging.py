@@ -133,10 +133,13 @@ def test_sources_compile(minor: int) -> None:
         trees = [ast.parse(path.read_text("utf-8"), str(path), feature_version=(3, minor)) for path in sources]
         assert len(trees) == len(sources) > len(PACKAGES)
         return
-    program = "import sys, pathlib\nfor name in sys.stdin.read().splitlines():\n" \
+    program = (
+        "import sys, pathlib\nfor name in sys.stdin.read().splitlines():\n"
         "    compile(pathlib.Path(name).read_text('utf-8'), name, 'exec')\n"
-    done = subprocess.run([interpreter, "-W", "error", "-c", program], input="\n".join(map(str, sources)),
-                          capture_output=True, text=True)
+    )
+    done = subprocess.run(
+        [interpreter, "-W", "error", "-c", program], input="\n".join(map(str, sources)), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -39,7 +39,10 @@ MOVES = "how μ moves between steps: see test_gates_state.py"
 INERT = {
     (SINGLE, "terms.*.reduction.over"): "the trajectories of the only term are those of the batch",
     ("amft", "validation.terms.*.reduction.over"): "as for one term: the held-out objective has no other",
-    ("relift", "interleaved_update.algorithm.terms.*.reduction.over"): "as for one term: the interleaved update has no other",
+    (
+        "relift",
+        "interleaved_update.algorithm.terms.*.reduction.over",
+    ): "as for one term: the interleaved update has no other",
     ("sft_then_grpo", "stages.*.reduction.over"): "as for one term: neither stage has another",
     ("amft|ppo", "critic.reduction.over"): "a value loss says itself which trajectories count",
     ("asymre|opmd", "*.epsilon"): "added to a deviation that nothing is divided by",

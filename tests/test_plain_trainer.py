@@ -103,7 +103,10 @@ RUNS = {
         one("relift", interlude_size=2, interlude_entropy=0.05),
         1,
         LARGE,
-        ("algo.interleaved_update.size=2", f"algo.interleaved_update.algorithm.regularizers.entropy={ENTROPY_OF_DEMONSTRATIONS}"),
+        (
+            "algo.interleaved_update.size=2",
+            f"algo.interleaved_update.algorithm.regularizers.entropy={ENTROPY_OF_DEMONSTRATIONS}",
+        ),
     ),
     "sft_then_grpo": Run(
         Settings((Stage("sft", 3), Stage("grpo", 3, lr_factor=0.5)), warmup_steps=1),

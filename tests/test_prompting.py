@@ -97,17 +97,20 @@ def test_a_format_string_takes_the_system_message_and_doubled_braces():
     assert Prompting(build(chat=None), template="{system}|{prompt}", system="T").text(PROBLEM).startswith("T|")
 
 
-@pytest.mark.parametrize(("template", "fragment"), [
-    ("{promt}", "unknown field '{promt}'; did you mean 'prompt'"),
-    ("{}", "unknown field '{}'; name it {prompt}"),
-    ("{0} {prompt}", "unknown field '{0}'"),
-    ("{prompt.id}", "unknown field '{prompt.id}'"),
-    ("Question: ", "has no {prompt}"),
-    ("", "has no {prompt}"),
-    ("{system}", "has no {prompt}"),
-    ("{prompt} in \\boxed{", "is no format string"),
-    ("{prompt}}", "double a plain brace"),
-])
+@pytest.mark.parametrize(
+    ("template", "fragment"),
+    [
+        ("{promt}", "unknown field '{promt}'; did you mean 'prompt'"),
+        ("{}", "unknown field '{}'; name it {prompt}"),
+        ("{0} {prompt}", "unknown field '{0}'"),
+        ("{prompt.id}", "unknown field '{prompt.id}'"),
+        ("Question: ", "has no {prompt}"),
+        ("", "has no {prompt}"),
+        ("{system}", "has no {prompt}"),
+        ("{prompt} in \\boxed{", "is no format string"),
+        ("{prompt}}", "double a plain brace"),
+    ],
+)
 def test_bad_templates_are_named(template: str, fragment: str):
     with pytest.raises(ConfigError) as caught:
         Prompting(build(), template=template)
@@ -152,9 +155,16 @@ def test_decoding_leaves_special_tokens_out():
 # Stop tokens and padding
 
 
-@pytest.mark.parametrize(("more", "stops"), [
-    (None, (EOS,)), (END, (EOS, END)), ([END, EOS], (EOS, END)), ([EOS], (EOS,)), ("no file", (EOS,)),
-])
+@pytest.mark.parametrize(
+    ("more", "stops"),
+    [
+        (None, (EOS,)),
+        (END, (EOS, END)),
+        ([END, EOS], (EOS, END)),
+        ([EOS], (EOS,)),
+        ("no file", (EOS,)),
+    ],
+)
 def test_generation_config_adds_stop_tokens_behind_the_end_of_sequence(more: Any, stops: tuple, tmp_path: Path):
     build().save_pretrained(tmp_path)
     if more != "no file":

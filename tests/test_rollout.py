@@ -40,8 +40,14 @@ def run(command: list[str], output: Path, seconds: int) -> dict:
     """What a process of tests/rollout_ranks.py wrote; its own output if it wrote nothing."""
     launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     environment = {name: value for name, value in os.environ.items() if name not in launched}
-    done = subprocess.run([sys.executable, *command, str(output)], cwd=ROOT, env=environment, capture_output=True,
-                          text=True, timeout=seconds)
+    done = subprocess.run(
+        [sys.executable, *command, str(output)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
     assert done.returncode == 0 and output.is_file(), done.stdout[-3000:] + done.stderr[-6000:]
     return json.loads(output.read_text(encoding="utf-8")) | {"printed": done.stdout + done.stderr}
 
@@ -71,7 +77,7 @@ def reference(path: Path, prompt: tuple, responses: list[list[int]], sampling: S
     longest = max(len(tokens) for tokens in responses)
     rows = [[*prompt, *tokens, *[0] * (longest - len(tokens))] for tokens in responses]
     with torch.no_grad():
-        logits = _models[path](torch.tensor(rows)).logits[:, len(prompt) - 1:-1]
+        logits = _models[path](torch.tensor(rows)).logits[:, len(prompt) - 1 : -1]
     probabilities = (logits / (sampling.temperature or 1.0)).softmax(-1)
     if sampling.top_p < 1 and sampling.temperature > 0:
         ordered, order = probabilities.sort(-1, descending=True)
@@ -91,7 +97,7 @@ def largest_difference(path: Path, groups: list, sampling: Sampling, prompts: tu
     for prompt, group in zip(prompts, groups, strict=True):
         expected = reference(path, prompt, [tokens for tokens, _, _ in group], sampling)
         for row, (tokens, logprobs, _) in zip(expected, group, strict=True):
-            at_tokens = row[:len(tokens)].gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+            at_tokens = row[: len(tokens)].gather(-1, torch.tensor(tokens)[:, None])[:, 0]
             worst = max(worst, (at_tokens - torch.tensor(logprobs)).abs().max().item())
     return worst
 
@@ -260,8 +266,10 @@ def test_token_frequencies_follow_the_probabilities(engine: str, kind: str, fold
     expected = torch.cat([expected[common], expected[~common].sum()[None]])
     counts, expected = counts[expected > 0], expected[expected > 0]
     chi, freedom = ((counts - expected) ** 2 / expected).sum().item(), len(counts) - 1
-    print(f"{engine} {kind}: χ² {chi:.1f} with {freedom} degrees of freedom, "
-          f"{observed[engine][kind]['tokens_per_second']:.0f} tokens/s")
+    print(
+        f"{engine} {kind}: χ² {chi:.1f} with {freedom} degrees of freedom, "
+        f"{observed[engine][kind]['tokens_per_second']:.0f} tokens/s"
+    )
     assert freedom > 10 and chi < freedom + 5 * (2 * freedom) ** 0.5
     # Eight tokens of some three nats each: repetitions among 2,048 mean that responses shared their random numbers.
     assert len(set(responses)) > prompts * copies - 5
@@ -284,12 +292,22 @@ def test_the_engine_says_why_and_is_quiet(engine: str, observed: dict):
 
 @needs_vllm
 def test_two_ranks_sample_their_own_prompts(folder: Path, observed: dict):
-    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone", "-m",
-               "tests.rollout_ranks", "ranks", str(folder)]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=0",
+        "--standalone",
+        "-m",
+        "tests.rollout_ranks",
+        "ranks",
+        str(folder),
+    ]
     output = folder / "ranks.json"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command, str(output)], cwd=ROOT, env=environment, capture_output=True,
-                          text=True, timeout=180)
+    done = subprocess.run(
+        [sys.executable, *command, str(output)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180
+    )
     assert done.returncode == 0 and output.is_file(), done.stdout[-3000:] + done.stderr[-6000:]
     first, second = json.loads(output.read_text(encoding="utf-8"))
     for stage in ("before", "after"):
@@ -318,6 +336,12 @@ def test_a_tied_head_alone_stands_for_the_embedding(folder: Path):
 
 def test_small_batches_change_nothing(folder: Path):
     sampling = probe.SAMPLINGS["plain"]
-    found = [probe.plain(rollout.load("transformers", folder / "tied", token_budget=budget)
-                         .sample(probe.PROMPTS, 3, sampling, probe.SEEDS)) for budget in (1, 90, 100_000)]
+    found = [
+        probe.plain(
+            rollout.load("transformers", folder / "tied", token_budget=budget).sample(
+                probe.PROMPTS, 3, sampling, probe.SEEDS
+            )
+        )
+        for budget in (1, 90, 100_000)
+    ]
     assert [tokens_of({"plain": f}) for f in found[:2]] == [tokens_of({"plain": found[2]})] * 2

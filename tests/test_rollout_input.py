@@ -26,12 +26,15 @@ def sampler(folder: Path):
     return rollout.load("transformers", folder / "untied", max_length=100)
 
 
-@pytest.mark.parametrize(("prompt", "fragment"), [
-    ([], "prompt 1 has no tokens"),
-    ([3, probe.VOCABULARY], f"prompt 1 holds token id {probe.VOCABULARY}"),
-    ([3, -1], "prompt 1 holds token id -1"),
-    ([3] * 80, "rollout.max_prompt_tokens or rollout.max_response_tokens"),
-])
+@pytest.mark.parametrize(
+    ("prompt", "fragment"),
+    [
+        ([], "prompt 1 has no tokens"),
+        ([3, probe.VOCABULARY], f"prompt 1 holds token id {probe.VOCABULARY}"),
+        ([3, -1], "prompt 1 holds token id -1"),
+        ([3] * 80, "rollout.max_prompt_tokens or rollout.max_response_tokens"),
+    ],
+)
 def test_bad_prompts_are_named(sampler, prompt: list[int], fragment: str):
     with pytest.raises(UserError, match=fragment.replace(".", r"\.")):
         sampler.sample([[3], prompt], 1, Sampling(max_tokens=24), [0, 1])
@@ -44,25 +47,31 @@ def test_wrong_numbers_of_seeds_and_copies(sampler):
         sampler.sample([[3]], 0, Sampling(), [0])
 
 
-@pytest.mark.parametrize(("settings", "fragment"), [
-    ({"temperature": -1.0}, "rollout.temperature=-1.0"),
-    ({"temperature": float("nan")}, "rollout.temperature=nan"),
-    ({"temperature": 0.001}, "rollout.temperature=0.001"),
-    ({"top_p": 0.0}, "rollout.top_p=0.0"),
-    ({"top_p": 1.5}, "rollout.top_p=1.5"),
-    ({"max_tokens": 0}, "rollout.max_response_tokens=0"),
-])
+@pytest.mark.parametrize(
+    ("settings", "fragment"),
+    [
+        ({"temperature": -1.0}, "rollout.temperature=-1.0"),
+        ({"temperature": float("nan")}, "rollout.temperature=nan"),
+        ({"temperature": 0.001}, "rollout.temperature=0.001"),
+        ({"top_p": 0.0}, "rollout.top_p=0.0"),
+        ({"top_p": 1.5}, "rollout.top_p=1.5"),
+        ({"max_tokens": 0}, "rollout.max_response_tokens=0"),
+    ],
+)
 def test_bad_sampling_values_are_named(settings: dict, fragment: str):
     with pytest.raises(ConfigError, match=fragment.replace(".", r"\.")):
         Sampling(**settings)
 
 
-@pytest.mark.parametrize(("change", "fragment"), [
-    (lambda pairs: [*pairs, ("model.layer.0", pairs[0][1])], "'model.layer.0' does not belong .* did you mean"),
-    (lambda pairs: [*pairs, pairs[3]], "was given twice"),
-    (lambda pairs: [(pairs[0][0], pairs[0][1][:0]), *pairs[1:]], r"has shape \(0, 64\), .* \(64, 64\)"),
-    (lambda pairs: pairs[2:], "2 of .* weights are missing"),
-])
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        (lambda pairs: [*pairs, ("model.layer.0", pairs[0][1])], "'model.layer.0' does not belong .* did you mean"),
+        (lambda pairs: [*pairs, pairs[3]], "was given twice"),
+        (lambda pairs: [(pairs[0][0], pairs[0][1][:0]), *pairs[1:]], r"has shape \(0, 64\), .* \(64, 64\)"),
+        (lambda pairs: pairs[2:], "2 of .* weights are missing"),
+    ],
+)
 def test_bad_weights_are_named(folder: Path, change, fragment: str):
     sampler = rollout.load("transformers", folder / "untied")
     with pytest.raises(ModelError, match=fragment):
@@ -103,15 +112,18 @@ def test_unusable_installations_of_vllm_are_explained(monkeypatch: pytest.Monkey
     assert "cannot be imported (ImportError: undefined symbol)" in vllm_process.why_not_vllm("cpu")
 
 
-@pytest.mark.parametrize(("engine", "path", "options", "error", "fragment"), [
-    ("vlm", "tied", {}, ConfigError, "rollout.engine=vlm: did you mean 'vllm'"),
-    ("transformers", "nowhere", {}, ModelError, "model.path=.*nowhere: there is no such folder"),
-    ("transformers", "", {}, ModelError, "model.path=.*: no config.json in this folder"),
-    ("transformers", "x.gguf", {}, ModelError, "model.path=.*x.gguf: .* upge.models.local_path makes of it"),
-    ("transformers", "tied", {"dtype": "float23"}, ConfigError, "rollout.dtype=float23"),
-    ("transformers", "tied", {"threads": 0}, ConfigError, "rollout.threads=0"),
-    ("auto", "tied", {"max_length": 257}, ConfigError, "rollout.max_prompt_tokens or rollout.max_response_tokens"),
-])
+@pytest.mark.parametrize(
+    ("engine", "path", "options", "error", "fragment"),
+    [
+        ("vlm", "tied", {}, ConfigError, "rollout.engine=vlm: did you mean 'vllm'"),
+        ("transformers", "nowhere", {}, ModelError, "model.path=.*nowhere: there is no such folder"),
+        ("transformers", "", {}, ModelError, "model.path=.*: no config.json in this folder"),
+        ("transformers", "x.gguf", {}, ModelError, "model.path=.*x.gguf: .* upge.models.local_path makes of it"),
+        ("transformers", "tied", {"dtype": "float23"}, ConfigError, "rollout.dtype=float23"),
+        ("transformers", "tied", {"threads": 0}, ConfigError, "rollout.threads=0"),
+        ("auto", "tied", {"max_length": 257}, ConfigError, "rollout.max_prompt_tokens or rollout.max_response_tokens"),
+    ],
+)
 def test_bad_settings_are_named(folder: Path, engine: str, path: str, options: dict, error: type, fragment: str):
     with pytest.raises(error, match=fragment):
         rollout.load(engine, folder / path, **options)
@@ -125,7 +137,7 @@ def test_a_name_that_the_hub_cannot_give_is_named(monkeypatch: pytest.MonkeyPatc
 
 def test_neighbouring_seeds_share_no_response_seed():
     seeds = {response_seed(seed, index) for seed in range(-8, 56) for index in range(64)}
-    assert len(seeds) == 64 * 64 and min(seeds) >= 0 and max(seeds) < 2 ** 63
+    assert len(seeds) == 64 * 64 and min(seeds) >= 0 and max(seeds) < 2**63
 
 
 def test_cores_are_divided_among_the_local_ranks(monkeypatch: pytest.MonkeyPatch):

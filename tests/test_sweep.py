@@ -211,9 +211,10 @@ def test_a_run_that_fails_is_told_of_and_the_others_are_reported(done, capsys):
     (folder / "runs/sft/seed-0/notes.txt").write_text("mine")
     assert main([*TINY, "grid.algo=[sft]", f"output={folder}"]) == SOME_FAILED
     out = capsys.readouterr().out
-    assert "failed with exit code 2 (error: output:" in out and "1 of 2 runs are not done" in (
-        folder / "report.md"
-    ).read_text()
+    assert (
+        "failed with exit code 2 (error: output:" in out
+        and "1 of 2 runs are not done" in (folder / "report.md").read_text()
+    )
 
 
 def test_models_are_evaluated_and_a_killed_sweep_goes_on(tmp_path):

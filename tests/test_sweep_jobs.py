@@ -66,7 +66,6 @@ def test_a_signal_reaches_what_runs_and_nothing_else_begins(say):
             time.sleep(0.05)
         crew.stop(signal.SIGTERM)
 
-
     threading.Thread(target=stop, daemon=True).start()
     assert crew.run([first, second]) == {"first": 143, "second": NOT_STARTED}
     assert crew.stopped == signal.SIGTERM and not second.log.exists()

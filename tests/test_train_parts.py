@@ -27,9 +27,7 @@ def test_prompts_are_a_stream_of_permutations():
     assert [sorted(drawn[e * 12 : e * 12 + 12]) for e in range(3)] == [list(range(12))] * 3
     assert drawn[:12] != drawn[12:24]
     assert drawn[:12] != [i for step in range(3) for i in prompt_indices(step, 4, 12, seed=4)]
-    assert prompt_indices(1, 5, 3, seed=0) == (
-        [i for s in range(10) for i in prompt_indices(s, 1, 3, seed=0)][5:10]
-    )
+    assert prompt_indices(1, 5, 3, seed=0) == ([i for s in range(10) for i in prompt_indices(s, 1, 3, seed=0)][5:10])
 
 
 def test_seeds_of_streams_differ_and_are_fixed():

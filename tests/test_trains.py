@@ -45,9 +45,7 @@ def folder(tmp_path_factory) -> Path:
     words = [word for name, arguments in RUNS.items() for word in ("--", name, *arguments)][1:]
     command = [sys.executable, str(ROOT / "tests" / "train_all.py"), str(path), *words]
     threads = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment() | threads, capture_output=True, text=True, timeout=1500
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment() | threads, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     return path
 

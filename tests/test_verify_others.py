@@ -162,9 +162,7 @@ def test_ground_truths_that_are_taken(name: str, answer: str) -> None:
 
 
 #: One of reasoning-gym's sources leaves a file open.
-LEAVES_FILES = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
-)
+LEAVES_FILES = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 
 
 def entry(task: str, **settings) -> dict:

@@ -69,7 +69,9 @@ def test_sides_are_those_of_the_ratio():
     found = clipped.estimate(batch).metrics
     assert (found["rl/masked_share"], found["rl/masked_above"], found["rl/masked_below"]) == (0.5, 0.25, 0.25)
     free = upge.UnifiedGradient(upge.NoMask(), upge.BehaviorPolicy(), upge.GroupRelative())
-    found = upge.Algorithm("x", {"rl": upge.Term("rollouts", upge.ConstantGate(), free, upge.TokenMean())}).estimate(batch)
+    found = upge.Algorithm("x", {"rl": upge.Term("rollouts", upge.ConstantGate(), free, upge.TokenMean())}).estimate(
+        batch
+    )
     assert found.metrics["rl/masked_share"] == 0 and "rl/masked_above" not in found.metrics
 
 

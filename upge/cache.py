@@ -1,9 +1,9 @@
 """Files of what takes long to make and follows from its key alone: made once, found again by every later start.
 
-    with entry("tokens", key) as kept:          # others who ask for the same wait meanwhile
-        found = kept.read()                     # None: not there, or damaged
-        if found is None:
-            kept.write([made_bytes])
+with entry("tokens", key) as kept:          # others who ask for the same wait meanwhile
+    found = kept.read()                     # None: not there, or damaged
+    if found is None:
+        kept.write([made_bytes])
 """
 
 from __future__ import annotations

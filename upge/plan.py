@@ -1,7 +1,7 @@
 """An algorithm bound to a batch: what is known before the forward pass is computed, and any part can be evaluated.
 
-    plan = algorithm.plan(batch)                           # on the whole batch
-    plan.estimate(micro_batch)                             # on some of its trajectories; the results add up
+plan = algorithm.plan(batch)                           # on the whole batch
+plan.estimate(micro_batch)                             # on some of its trajectories; the results add up
 """
 
 from __future__ import annotations

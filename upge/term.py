@@ -61,9 +61,7 @@ class Term:
 
     def precompute(self, batch: Trajectories) -> Term:
         """This term with everything that is known before the forward pass replaced by its values on the whole batch."""
-        return replace(
-            self, gate=self.gate.precomputed(batch), estimator=self.estimator.precompute_parts(batch)
-        )
+        return replace(self, gate=self.gate.precomputed(batch), estimator=self.estimator.precompute_parts(batch))
 
     def formula(self) -> Formula:
         """The term's sum in print."""

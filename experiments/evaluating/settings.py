@@ -97,8 +97,15 @@ def choose(arguments: Sequence[str]) -> Chosen:
     run = compose(shared).config
     engine = {"engine": run.rollout.engine, "memory_fraction": run.rollout.memory_fraction}
     tree = {
-        "seed": run.seed, "limit": 0, "output": run.output, "resume": run.resume, **own, "model": asdict(run.model),
-        "rollout": engine, "verify": asdict(run.verify), **_plain(suite),
+        "seed": run.seed,
+        "limit": 0,
+        "output": run.output,
+        "resume": run.resume,
+        **own,
+        "model": asdict(run.model),
+        "rollout": engine,
+        "verify": asdict(run.verify),
+        **_plain(suite),
     }
     config = from_tree(EvaluateConfig, tree)
     for name in TRAINING_ONLY:

@@ -99,4 +99,3 @@ def _columns(rewards: Tensor, size: int, tokens: int, state: Mapping[str, float]
         preference=torch.zeros(count, dtype=torch.long),
         state=state,
     )
-

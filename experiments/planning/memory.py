@@ -23,6 +23,7 @@ When = Literal["always", "sampling", "training"]
 #: A GPU's context, the collectives' buffers, and gaps between tensors.
 RESERVE = int(1.5 * GIB)
 
+
 @dataclass(frozen=True)
 class Item:
     """One thing that takes memory.

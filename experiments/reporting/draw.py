@@ -19,15 +19,27 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.reporting.plots import Plot, Series
 
-COLORS = 7                                            # --c0 to --c6 in the style sheet
+COLORS = 7  # --c0 to --c6 in the style sheet
 MARKERS = "osD^vPX"
-MOST_POINTS = 240                                     # per line: more cannot be seen at the width of a figure
+MOST_POINTS = 240  # per line: more cannot be seen at the width of a figure
 _NAMES = (*(f"c{index}" for index in range(COLORS)), "ink", "soft", "rule", "card", "s1", "s2", "s3", "s4")
 _STAND_INS = {name: f"#a1b2{index:02x}" for index, name in enumerate(_NAMES)}
 _SOFT, _RULE, _CARD = (_STAND_INS[name] for name in ("soft", "rule", "card"))
-_STYLE = {"svg.fonttype": "none", "font.size": 11, "axes.linewidth": 0.8, "text.color": _SOFT, "axes.labelcolor": _SOFT,
-          "axes.edgecolor": _RULE, "xtick.color": _SOFT, "ytick.color": _SOFT, "xtick.major.size": 0,
-          "ytick.major.size": 0, "ytick.minor.size": 0, "figure.facecolor": "none", "axes.facecolor": "none"}
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 11,
+    "axes.linewidth": 0.8,
+    "text.color": _SOFT,
+    "axes.labelcolor": _SOFT,
+    "axes.edgecolor": _RULE,
+    "xtick.color": _SOFT,
+    "ytick.color": _SOFT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
 
 
 def smoothing_window(one: Series) -> int:
@@ -35,7 +47,7 @@ def smoothing_window(one: Series) -> int:
     values = one.finite()
     changes = np.diff(values)
     if len(values) < 20 or (changes[1:] * changes[:-1] < 0).mean() < 0.2:
-        return 1                                      # a schedule seldom turns round, noise at most of its steps
+        return 1  # a schedule seldom turns round, noise at most of its steps
     return 2 * max(1, len(values) // 30) + 1
 
 
@@ -56,7 +68,8 @@ def draw(plot: Plot, series: Sequence[Series], marks: Sequence[float] = ()) -> s
         axes = figure.add_subplot()
         colors = [_STAND_INS[color_name(plot, one.label, index)] for index, one in enumerate(series)]
         {"line": _draw_lines, "band": _draw_bands, "stack": _draw_stack, "evaluation": _draw_evaluation}[plot.kind](
-            axes, series, colors)
+            axes, series, colors
+        )
         for mark in marks:
             axes.axvline(mark, color=_SOFT, linewidth=1.0, linestyle=":")
         _dress(axes, plot, series)
@@ -103,9 +116,17 @@ def _draw_bands(axes, series: Sequence[Series], colors: Sequence[str]) -> None:
 
 def _draw_evaluation(axes, series: Sequence[Series], colors: Sequence[str]) -> None:
     for index, one in enumerate(series):
-        axes.plot(one.steps, one.values, color=colors[index], marker=MARKERS[index % len(MARKERS)], markersize=5.5,
-                  markeredgecolor=_CARD, markeredgewidth=0.8, linewidth=2.8 if one.label == "all" else 1.6,
-                  linestyle=_dash(index))
+        axes.plot(
+            one.steps,
+            one.values,
+            color=colors[index],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=5.5,
+            markeredgecolor=_CARD,
+            markeredgewidth=0.8,
+            linewidth=2.8 if one.label == "all" else 1.6,
+            linestyle=_dash(index),
+        )
 
 
 def _draw_stack(axes, series: Sequence[Series], colors: Sequence[str]) -> None:
@@ -149,7 +170,7 @@ def _centred_mean(values: np.ndarray, window: int) -> np.ndarray:
     if window == 1:
         return values
     known = ~np.isnan(values)
-    kernel = np.hanning(window + 2)[1:-1]             # near steps count more: a spike fades instead of becoming a box
+    kernel = np.hanning(window + 2)[1:-1]  # near steps count more: a spike fades instead of becoming a box
     sums = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
     counts = np.convolve(known.astype(float), kernel, mode="same")
     return np.where(known, sums / np.where(known, counts, 1.0), np.nan)
@@ -162,8 +183,8 @@ def _envelope(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nda
         return steps, values
     keep: list[int] = []
     for start in range(0, len(values), size):
-        part = values[start:start + size]
-        if np.isnan(part).any():                      # short gaps stay visible: nothing is thinned around them
+        part = values[start : start + size]
+        if np.isnan(part).any():  # short gaps stay visible: nothing is thinned around them
             keep.extend(range(start, start + len(part)))
         else:
             keep.extend(sorted({start + int(part.argmin()), start + int(part.argmax())}))
@@ -188,12 +209,12 @@ def _isolated(values: np.ndarray) -> np.ndarray:
 
 
 def _bin_means(values: np.ndarray, size: int) -> np.ndarray:
-    return np.array([values[start:start + size].mean() for start in range(0, len(values), size)])
+    return np.array([values[start : start + size].mean() for start in range(0, len(values), size)])
 
 
 def _inline(svg: str, identifier: str, description: str) -> str:
     """Fit for a page that holds several: own ids, no header or metadata, page colours, short numbers, described."""
-    svg = svg[svg.index("<svg"):]
+    svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
@@ -206,6 +227,8 @@ def _inline(svg: str, identifier: str, description: str) -> str:
     attributes = re.search(r'viewBox="[^"]*"', svg)
     assert attributes, "matplotlib wrote an SVG without a viewBox"
     label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    opening = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-               f'{attributes[0]} role="img" aria-label="{label}">')
-    return opening + svg[svg.index(">", svg.index("<svg")) + 1:].strip()
+    opening = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'{attributes[0]} role="img" aria-label="{label}">'
+    )
+    return opening + svg[svg.index(">", svg.index("<svg")) + 1 :].strip()

@@ -43,8 +43,10 @@ def read_run(run_dir: str | Path) -> RunFolder:
         raise UserError(f"{path}: there is no such folder; give the folder of a run, the one that holds metrics.jsonl")
     missing = [name for name in ("config.yaml", "metrics.jsonl") if not (path / name).is_file()]
     if missing:
-        raise UserError(f"{path} is not the folder of a run: {' and '.join(missing)} not found in it; "
-                        "give the folder that was named as output= of the run")
+        raise UserError(
+            f"{path} is not the folder of a run: {' and '.join(missing)} not found in it; "
+            "give the folder that was named as output= of the run"
+        )
     notes: list[str] = []
     config, config_text = _read_config(path / "config.yaml")
     metrics = _by_step(_read_lines(path / "metrics.jsonl", notes))
@@ -53,8 +55,20 @@ def read_run(run_dir: str | Path) -> RunFolder:
     tokens_step, tokens = _newest(path / "tokens", notes)
     prompts = _prompts(_read_lines(path / "prompts.jsonl", notes))
     notes += _state_of_run(config, metrics, evaluations)
-    return RunFolder(path, config, config_text, _read_run_json(path / "run.json", notes), metrics, evaluations,
-                     rollouts, rollouts_step, prompts, tokens, tokens_step, tuple(notes))
+    return RunFolder(
+        path,
+        config,
+        config_text,
+        _read_run_json(path / "run.json", notes),
+        metrics,
+        evaluations,
+        rollouts,
+        rollouts_step,
+        prompts,
+        tokens,
+        tokens_step,
+        tuple(notes),
+    )
 
 
 def _read_config(path: Path) -> tuple[dict, str]:

@@ -9,18 +9,28 @@ from dataclasses import replace
 
 from experiments.reporting.plots import Plot, Series
 
-MOST_BINS = 60                                        # of steps, in the histogram
-LEVEL_BINS = 15                                       # of steps, in the shares by level: each needs some prompts
+MOST_BINS = 60  # of steps, in the histogram
+LEVEL_BINS = 15  # of steps, in the shares by level: each needs some prompts
 MOST_LEVELS = 14
 
 _HISTOGRAM = Plot(
-    "plot-solved", "Prompts by rollouts solved", "prompts per step",
+    "plot-solved",
+    "Prompts by rollouts solved",
+    "prompts per step",
     "The ends are silent under a group-relative advantage: a growing top means data that are too easy, a bottom that "
-    "stays means prompts that rollouts alone will not open.", kind="stack", limits=(0, None), section="gradient")
+    "stays means prompts that rollouts alone will not open.",
+    kind="stack",
+    limits=(0, None),
+    section="gradient",
+)
 _LEVELS = Plot(
-    "plot-imitation", "Demonstrations by level", "share of a level's prompts that learned from one",
+    "plot-imitation",
+    "Demonstrations by level",
+    "share of a level's prompts that learned from one",
     "Should fall level by level, the easy ones first; a level that stays at 1 is being imitated and not yet solved.",
-    limits=(-0.02, 1.02), section="gradient")
+    limits=(-0.02, 1.02),
+    section="gradient",
+)
 
 
 def gate_plots(prompts: Sequence[dict]) -> list[tuple[Plot, list[Series]]]:
@@ -42,8 +52,10 @@ def _histogram(prompts: Sequence[dict]) -> tuple[Plot, list[Series]] | None:
     steps = tuple(first + width * one + (min(width, last - first - width * one + 1) - 1) / 2 for one in bins)
     seen = [min(width, last - first - width * one + 1) for one in bins]
     labels = _labels({line["rollouts"] for line in lines})
-    series = [Series(label, steps, tuple(counts[one][kind] / many for one, many in zip(bins, seen, strict=True)))
-              for kind, label in labels.items()]
+    series = [
+        Series(label, steps, tuple(counts[one][kind] / many for one, many in zip(bins, seen, strict=True)))
+        for kind, label in labels.items()
+    ]
     colors = ("c1", "s1", "s2", "s3", "s4", "c2")
     return replace(_HISTOGRAM, palette=tuple(colors[kind] for kind in labels)), series
 
@@ -70,7 +82,7 @@ def _labels(sizes: set[int]) -> dict[int, str]:
 def _by_level(prompts: Sequence[dict]) -> tuple[Plot, list[Series]] | None:
     """Of each level's prompts the share that learned from a demonstration, in bins of steps."""
     if len({_imitates(line) for line in prompts}) < 2:
-        return None                                   # all or none: there is no gate to be seen
+        return None  # all or none: there is no gate to be seen
     first, last = prompts[0]["step"], prompts[-1]["step"]
     width = math.ceil((last - first + 1) / LEVEL_BINS)
     drawn: dict[str, Counter] = defaultdict(Counter)

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from experiments.reporting.gate import by_ease, level_of
 
 MOST_ROWS, MOST_COLUMNS = 64, 160
-WIDTH, LABELS, ROW, TOP, FOOT = 1100, 130, 9, 6, 34   # in units of the picture, about pixels
+WIDTH, LABELS, ROW, TOP, FOOT = 1100, 130, 9, 6, 34  # in units of the picture, about pixels
 #: What a prompt's step gave: name → (colour, what the legend says).
 STATES = {
     "rollouts": ("c0", "rollouts"),
@@ -117,14 +117,19 @@ def _svg(rows: list[_Row], states: Sequence[str], first: int, last: int, width: 
             if following > place + 1:
                 held[state].append(_box(LABELS + cell * (place + 1), y + 0.5, cell * (following - place - 1), ROW - 1))
     height = TOP + ROW * len(rows) + FOOT
-    parts = [f'<path d="{"".join(held[state])}" fill="var(--{STATES[state][0]})" fill-opacity="0.2"/>'
-             f'<path d="{"".join(drawn[state])}" fill="var(--{STATES[state][0]})"/>' for state in states]
+    parts = [
+        f'<path d="{"".join(held[state])}" fill="var(--{STATES[state][0]})" fill-opacity="0.2"/>'
+        f'<path d="{"".join(drawn[state])}" fill="var(--{STATES[state][0]})"/>'
+        for state in states
+    ]
     parts += _level_marks(rows) + _step_marks(first, last, width, cell, height)
-    label = (f"What each of {len(rows)} prompts learned from, steps {first} to {last}: "
-             + ", ".join(f"{STATES[state][1]} {sum(s == state for row in rows for s in row.cells.values())} times"
-                         for state in states))
-    return Markup(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
-                  f'aria-label="{escape(label)}" font-size="12" fill="var(--soft)">{"".join(parts)}</svg>')
+    label = f"What each of {len(rows)} prompts learned from, steps {first} to {last}: " + ", ".join(
+        f"{STATES[state][1]} {sum(s == state for row in rows for s in row.cells.values())} times" for state in states
+    )
+    return Markup(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-label="{escape(label)}" font-size="12" fill="var(--soft)">{"".join(parts)}</svg>'
+    )
 
 
 def _box(x: float, y: float, width: float, height: float) -> str:
@@ -159,6 +164,8 @@ def _step_marks(first: int, last: int, width: int, cell: float, height: int) -> 
     if len(steps) > 1 and steps[1] - first < apart / 2:
         del steps[1]
     middle = LABELS + (WIDTH - LABELS) / 2
-    return [f'<text x="{LABELS + cell * ((step - first) // width + 0.5):.1f}" y="{height - FOOT + 15}" '
-            f'text-anchor="middle">{step}</text>' for step in steps] + [
-            f'<text x="{middle:g}" y="{height - 3}" text-anchor="middle">step</text>']
+    return [
+        f'<text x="{LABELS + cell * ((step - first) // width + 0.5):.1f}" y="{height - FOOT + 15}" '
+        f'text-anchor="middle">{step}</text>'
+        for step in steps
+    ] + [f'<text x="{middle:g}" y="{height - 3}" text-anchor="middle">step</text>']

@@ -26,11 +26,11 @@ class Plot:
     caption: str
     keys: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
-    kind: str = "line"                                # or "stack" (areas), "band" or "evaluation" (few, marked points)
+    kind: str = "line"  # or "stack" (areas), "band" or "evaluation" (few, marked points)
     limits: tuple[float | None, float | None] = (None, None)
     log_scale: bool = False
-    section: str = "training"                         # or "gradient": in which part of the page it is
-    palette: tuple[str, ...] = ()                     # colours of the style sheet, where the usual ones will not do
+    section: str = "training"  # or "gradient": in which part of the page it is
+    palette: tuple[str, ...] = ()  # colours of the style sheet, where the usual ones will not do
 
 
 @dataclass(frozen=True)
@@ -54,77 +54,209 @@ class Band(Series):
 
 
 PLOTS = (
-    Plot("plot-reward", "Reward", "mean reward per rollout",
-         "Should rise; a rise here without one in evaluation accuracy means the reward is being gamed.",
-         ("reward/mean", "reward/*mean*")),
-    Plot("plot-pass-rate", "Pass rate", "share of rollouts that are correct",
-         "Near 0 or near 1 most groups agree and a group-relative advantage has nothing to say.",
-         ("pass_rate", "pass_rate/*"), limits=(0, None)),
-    Plot("plot-demonstrations", "Share of demonstrations", "demonstrations among the trajectories that count",
-         "How often the gate chose imitation; should fall as the policy learns to solve the prompts itself.",
-         ("gate/demonstration_share", "gate/*share*"), limits=(0, None)),
-    Plot("plot-entropy", "Entropy", "nats per token",
-         "A quick fall towards 0 means that sampling no longer explores; a steady rise means the policy comes apart.",
-         ("entropy", "entropy/*"), limits=(0, None)),
-    Plot("plot-length", "Response length", "tokens per response",
-         "A jump to the token limit, or a collapse, is usually seen here before the reward shows it.",
-         ("response_length", "response_length/*"), limits=(0, None)),
-    Plot("plot-gradient", "Gradient norm", "norm before clipping",
-         "Spikes mark steps that clipping held back; a slow climb calls for a lower learning rate.",
-         ("grad_norm", "grad_norm/*", "critic/grad_norm", "interleaved_update/grad_norm"), limits=(0, None), section="gradient"),
-    Plot("plot-pulls", "Gradient norm of each term", "norm of its gradient alone",
-         "Of terms with very different norms the update is the longest one's, and clipping shrinks the others with it.",
-         ("*/grad_norm",), limits=(0, None), section="gradient"),
-    Plot("plot-cosine", "Angle between terms", "cosine of their gradients",
-         "Near 0 they work on different things; lasting values below 0 mean that one undoes what the other does.",
-         ("cosine/*",), limits=(None, None), section="gradient"),
-    Plot("plot-coefficient", "Coefficient of each term", "mean over the trajectories of its source",
-         "What gates and schedules gave each term before the forward pass; a stateful gate shows its course here.",
-         ("*/coefficient",), limits=(0, None), section="gradient"),
-    Plot("plot-weights", "Weights of each term", "|weight| of a token; 1 = plain maximum likelihood",
-         "A 99th percentile (p99) far above the mean says that a few tokens steer the update.",
-         ("*/weight_abs_*",), without=("*/weight_abs_p50",), limits=(0, None), section="gradient"),
-    Plot("plot-signed", "Signed weights of each term", "weight: median, percentiles 10 to 90 and 1 to 99",
-         "Below 0 tokens are made less likely; a lower edge that sinks away from the upper one makes training brittle.",
-         ("*/weight_p[0-9]*",), kind="band", section="gradient"),
-    Plot("plot-advantage", "Advantage of each term", "mean Â per token",
-         "Near 0 where groups are centred; a drift means long and short responses fare differently.",
-         ("*/advantage_mean",), section="gradient"),
-    Plot("plot-masked", "Masked share", "share of tokens with an advantage",
-         "Tokens that the stabilization mask stopped; a growing share means the updates outrun the trust region.",
-         ("*/masked_share",), limits=(0, None), section="gradient"),
-    Plot("plot-sides", "Masked by side", "share of tokens with an advantage; above, below: ratio over, under 1",
-         "Of a clip: above, pushes up that were stopped, below, pushes down; one side alone says which bound to move.",
-         ("*/masked_above", "*/masked_below"), limits=(0, None), section="gradient"),
-    Plot("plot-tokens", "Tokens behind the gradient", "tokens; effective = (Σ|w|)² / Σw²",
-         "The further the effective count is below the tokens of a term, the fewer of them decide.",
-         ("*/effective_tokens", "*/tokens"), limits=(0, None), section="gradient"),
-    Plot("plot-trajectories", "Trajectories behind the gradient", "trajectories; effective = (Σ|w|)² / Σw²",
-         "Few effective ones among many: the update follows single responses, and its noise grows.",
-         ("*/effective_trajectories", "*/trajectories"), without=("trained/*",), limits=(0, None), section="gradient"),
-    Plot("plot-effective", "Effective share of tokens", "effective tokens / tokens of the term",
-         "1: all weigh the same; a fall says that the weights of a term become unequal.",
-         ("*/effective_share",), limits=(0, 1.02), section="gradient"),
-    Plot("plot-state", "Held-out slope", "utility per unit of a gate's variable",
-         "Above 0 the held-out objective asks for more of the variable; noise around 0 means it has no opinion.",
-         ("state/*_utility_slope",)),
-    Plot("plot-critic", "Critic", "share of the returns' variance that its values explain",
-         "Near 0 the values are no better than none; below 0 they do harm; it should rise before the policy moves far.",
-         ("critic/explained_variance",), limits=(None, 1)),
-    Plot("plot-values", "Values against returns", "mean over the rollouts' tokens",
-         "The two should meet; a lasting distance is a bias in every advantage.",
-         ("critic/value_mean", "critic/return_mean")),
-    Plot("plot-sampler", "Sampler against trainer", "|Δ log-prob| of a token, logarithmic",
-         "Should stay flat at rounding level; growth means the sampler holds other weights than the trainer.",
-         ("sampler/logprob_diff*",), log_scale=True),
-    Plot("plot-loss", "Surrogate loss", "no unit",
-         "Only its gradient has a meaning: a flat or growing loss says nothing about progress.",
-         ("loss", "loss/*", "*/loss")),
-    Plot("plot-learning-rate", "Learning rate", "as applied",
-         "Should be the schedule that was meant, warm-up included.", ("learning_rate",), limits=(0, None)),
-    Plot("plot-time", "Time per step", "seconds",
-         "The thickest band is where a faster run is to be had.",
-         ("time/*",), without=("time/total",), kind="stack", limits=(0, None)),
+    Plot(
+        "plot-reward",
+        "Reward",
+        "mean reward per rollout",
+        "Should rise; a rise here without one in evaluation accuracy means the reward is being gamed.",
+        ("reward/mean", "reward/*mean*"),
+    ),
+    Plot(
+        "plot-pass-rate",
+        "Pass rate",
+        "share of rollouts that are correct",
+        "Near 0 or near 1 most groups agree and a group-relative advantage has nothing to say.",
+        ("pass_rate", "pass_rate/*"),
+        limits=(0, None),
+    ),
+    Plot(
+        "plot-demonstrations",
+        "Share of demonstrations",
+        "demonstrations among the trajectories that count",
+        "How often the gate chose imitation; should fall as the policy learns to solve the prompts itself.",
+        ("gate/demonstration_share", "gate/*share*"),
+        limits=(0, None),
+    ),
+    Plot(
+        "plot-entropy",
+        "Entropy",
+        "nats per token",
+        "A quick fall towards 0 means that sampling no longer explores; a steady rise means the policy comes apart.",
+        ("entropy", "entropy/*"),
+        limits=(0, None),
+    ),
+    Plot(
+        "plot-length",
+        "Response length",
+        "tokens per response",
+        "A jump to the token limit, or a collapse, is usually seen here before the reward shows it.",
+        ("response_length", "response_length/*"),
+        limits=(0, None),
+    ),
+    Plot(
+        "plot-gradient",
+        "Gradient norm",
+        "norm before clipping",
+        "Spikes mark steps that clipping held back; a slow climb calls for a lower learning rate.",
+        ("grad_norm", "grad_norm/*", "critic/grad_norm", "interleaved_update/grad_norm"),
+        limits=(0, None),
+        section="gradient",
+    ),
+    Plot(
+        "plot-pulls",
+        "Gradient norm of each term",
+        "norm of its gradient alone",
+        "Of terms with very different norms the update is the longest one's, and clipping shrinks the others with it.",
+        ("*/grad_norm",),
+        limits=(0, None),
+        section="gradient",
+    ),
+    Plot(
+        "plot-cosine",
+        "Angle between terms",
+        "cosine of their gradients",
+        "Near 0 they work on different things; lasting values below 0 mean that one undoes what the other does.",
+        ("cosine/*",),
+        limits=(None, None),
+        section="gradient",
+    ),
+    Plot(
+        "plot-coefficient",
+        "Coefficient of each term",
+        "mean over the trajectories of its source",
+        "What gates and schedules gave each term before the forward pass; a stateful gate shows its course here.",
+        ("*/coefficient",),
+        limits=(0, None),
+        section="gradient",
+    ),
+    Plot(
+        "plot-weights",
+        "Weights of each term",
+        "|weight| of a token; 1 = plain maximum likelihood",
+        "A 99th percentile (p99) far above the mean says that a few tokens steer the update.",
+        ("*/weight_abs_*",),
+        without=("*/weight_abs_p50",),
+        limits=(0, None),
+        section="gradient",
+    ),
+    Plot(
+        "plot-signed",
+        "Signed weights of each term",
+        "weight: median, percentiles 10 to 90 and 1 to 99",
+        "Below 0 tokens are made less likely; a lower edge that sinks away from the upper one makes training brittle.",
+        ("*/weight_p[0-9]*",),
+        kind="band",
+        section="gradient",
+    ),
+    Plot(
+        "plot-advantage",
+        "Advantage of each term",
+        "mean Â per token",
+        "Near 0 where groups are centred; a drift means long and short responses fare differently.",
+        ("*/advantage_mean",),
+        section="gradient",
+    ),
+    Plot(
+        "plot-masked",
+        "Masked share",
+        "share of tokens with an advantage",
+        "Tokens that the stabilization mask stopped; a growing share means the updates outrun the trust region.",
+        ("*/masked_share",),
+        limits=(0, None),
+        section="gradient",
+    ),
+    Plot(
+        "plot-sides",
+        "Masked by side",
+        "share of tokens with an advantage; above, below: ratio over, under 1",
+        "Of a clip: above, pushes up that were stopped, below, pushes down; one side alone says which bound to move.",
+        ("*/masked_above", "*/masked_below"),
+        limits=(0, None),
+        section="gradient",
+    ),
+    Plot(
+        "plot-tokens",
+        "Tokens behind the gradient",
+        "tokens; effective = (Σ|w|)² / Σw²",
+        "The further the effective count is below the tokens of a term, the fewer of them decide.",
+        ("*/effective_tokens", "*/tokens"),
+        limits=(0, None),
+        section="gradient",
+    ),
+    Plot(
+        "plot-trajectories",
+        "Trajectories behind the gradient",
+        "trajectories; effective = (Σ|w|)² / Σw²",
+        "Few effective ones among many: the update follows single responses, and its noise grows.",
+        ("*/effective_trajectories", "*/trajectories"),
+        without=("trained/*",),
+        limits=(0, None),
+        section="gradient",
+    ),
+    Plot(
+        "plot-effective",
+        "Effective share of tokens",
+        "effective tokens / tokens of the term",
+        "1: all weigh the same; a fall says that the weights of a term become unequal.",
+        ("*/effective_share",),
+        limits=(0, 1.02),
+        section="gradient",
+    ),
+    Plot(
+        "plot-state",
+        "Held-out slope",
+        "utility per unit of a gate's variable",
+        "Above 0 the held-out objective asks for more of the variable; noise around 0 means it has no opinion.",
+        ("state/*_utility_slope",),
+    ),
+    Plot(
+        "plot-critic",
+        "Critic",
+        "share of the returns' variance that its values explain",
+        "Near 0 the values are no better than none; below 0 they do harm; it should rise before the policy moves far.",
+        ("critic/explained_variance",),
+        limits=(None, 1),
+    ),
+    Plot(
+        "plot-values",
+        "Values against returns",
+        "mean over the rollouts' tokens",
+        "The two should meet; a lasting distance is a bias in every advantage.",
+        ("critic/value_mean", "critic/return_mean"),
+    ),
+    Plot(
+        "plot-sampler",
+        "Sampler against trainer",
+        "|Δ log-prob| of a token, logarithmic",
+        "Should stay flat at rounding level; growth means the sampler holds other weights than the trainer.",
+        ("sampler/logprob_diff*",),
+        log_scale=True,
+    ),
+    Plot(
+        "plot-loss",
+        "Surrogate loss",
+        "no unit",
+        "Only its gradient has a meaning: a flat or growing loss says nothing about progress.",
+        ("loss", "loss/*", "*/loss"),
+    ),
+    Plot(
+        "plot-learning-rate",
+        "Learning rate",
+        "as applied",
+        "Should be the schedule that was meant, warm-up included.",
+        ("learning_rate",),
+        limits=(0, None),
+    ),
+    Plot(
+        "plot-time",
+        "Time per step",
+        "seconds",
+        "The thickest band is where a faster run is to be had.",
+        ("time/*",),
+        without=("time/total",),
+        kind="stack",
+        limits=(0, None),
+    ),
 )
 
 
@@ -135,8 +267,12 @@ def select(metrics: Sequence[dict]) -> tuple[list[tuple[Plot, list[Series]]], di
         remaining.pop(key, None)
     chosen = []
     for plot in PLOTS:
-        keys = [key for pattern in plot.keys for key in remaining
-                if fnmatchcase(key, pattern) and not any(fnmatchcase(key, other) for other in plot.without)]
+        keys = [
+            key
+            for pattern in plot.keys
+            for key in remaining
+            if fnmatchcase(key, pattern) and not any(fnmatchcase(key, other) for other in plot.without)
+        ]
         found = [remaining.pop(key) for key in dict.fromkeys(keys) if remaining[key].finite()]
         if plot.kind == "stack":
             found = _with_rest(found, remaining.pop("time/total", None))
@@ -172,20 +308,26 @@ def evaluation_plots(evaluations: Sequence[dict]) -> list[tuple[Plot, list[Serie
 def _evaluation_plot(measure: str) -> Plot:
     kind, _, samples = measure.partition("@")
     title, caption = {
-        "greedy": ("Evaluation, greedy",
-                   "The most likely answer to each problem: what training should raise at every level."),
-        "mean": (f"Evaluation, sampled (mean@{samples})",
-                 "The average answer; it nears the greedy curve as the policy grows sure."),
-        "pass": (f"Evaluation, pass@{samples}",
-                 f"One of {samples} samples correct; if it falls while greedy rises, training only sharpens."),
+        "greedy": (
+            "Evaluation, greedy",
+            "The most likely answer to each problem: what training should raise at every level.",
+        ),
+        "mean": (
+            f"Evaluation, sampled (mean@{samples})",
+            "The average answer; it nears the greedy curve as the policy grows sure.",
+        ),
+        "pass": (
+            f"Evaluation, pass@{samples}",
+            f"One of {samples} samples correct; if it falls while greedy rises, training only sharpens.",
+        ),
     }[kind]
-    return Plot(f"plot-evaluation-{kind}", title, "% of problems correct", caption,
-                kind="evaluation", limits=(-2, 102))
+    return Plot(f"plot-evaluation-{kind}", title, "% of problems correct", caption, kind="evaluation", limits=(-2, 102))
 
 
 def _evaluation_series(evaluations: Sequence[dict], level: str, measure: str) -> Series:
-    points = [(line["step"], (line.get("levels", {}) | {"all": line.get("all", {})}).get(level, {}))
-              for line in evaluations]
+    points = [
+        (line["step"], (line.get("levels", {}) | {"all": line.get("all", {})}).get(level, {})) for line in evaluations
+    ]
     points = [(step, scores[measure]) for step, scores in points if measure in scores]
     return Series(level, tuple(step for step, _ in points), tuple(100 * _gap(value) for _, value in points))
 
@@ -212,8 +354,10 @@ def _with_rest(parts: list[Series], total: Series | None) -> list[Series]:
     if not parts:
         return [total]
     columns = [dict(zip(part.steps, part.values, strict=True)) for part in parts]
-    rest = tuple(max(0.0, whole - sum(_zero_if_gap(column.get(step, 0.0)) for column in columns))
-                 for step, whole in zip(total.steps, total.values, strict=True))
+    rest = tuple(
+        max(0.0, whole - sum(_zero_if_gap(column.get(step, 0.0)) for column in columns))
+        for step, whole in zip(total.steps, total.values, strict=True)
+    )
     known = sum(_zero_if_gap(value) for value in total.values)
     rest_share = sum(map(_zero_if_gap, rest)) / known if known else 0.0
     return parts + ([Series("time/other", total.steps, rest)] if rest_share > 0.01 else [])
@@ -229,8 +373,9 @@ def _bands(found: list[Series]) -> list[Series]:
     for name, percents in terms.items():
         if 50 in percents:
             middle = percents[50]
-            pairs = [(percents[low], percents[100 - low]) for low in sorted(percents)
-                     if low < 50 and 100 - low in percents]
+            pairs = [
+                (percents[low], percents[100 - low]) for low in sorted(percents) if low < 50 and 100 - low in percents
+            ]
             ranges = tuple((low.values, high.values) for low, high in pairs if low.steps == high.steps == middle.steps)
             bands.append(Band(name, middle.steps, middle.values, ranges))
     return bands
@@ -247,5 +392,5 @@ def _shorten(found: list[Series]) -> list[Series]:
     words = [re.split(r"([/_])", one.label) for one in found]
     start = len(os.path.commonprefix(words)) // 2 * 2
     end = len(os.path.commonprefix([label[start:][::-1] for label in words])) // 2 * 2
-    labels = ["".join(label[start:len(label) - end]) for label in words]
+    labels = ["".join(label[start : len(label) - end]) for label in words]
     return [replace(one, label=label or one.label) for label, one in zip(labels, found, strict=True)]

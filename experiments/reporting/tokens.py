@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.table import number
 
-SHADES = 8                                            # of each colour, in the style sheet
+SHADES = 8  # of each colour, in the style sheet
 LONGEST_PROMPT = 1200
 
 
@@ -21,8 +21,10 @@ def token_texts(lines: Iterable[dict]) -> list[dict[str, Any]]:
     for line in lines:
         if _readable(line):
             terms.setdefault(str(line["term"]), []).append(line)
-    return [{"term": term, "trajectories": [_trajectory(line, _largest(own)) for line in own]}
-            for term, own in terms.items()]
+    return [
+        {"term": term, "trajectories": [_trajectory(line, _largest(own)) for line in own]}
+        for term, own in terms.items()
+    ]
 
 
 def _readable(line: dict) -> bool:
@@ -37,13 +39,22 @@ def _largest(lines: Sequence[dict]) -> float:
 def _trajectory(line: dict, largest: float) -> dict[str, Any]:
     reward, gate = number(line.get("reward")), number(line.get("gate"))
     kind = "demonstration" if line.get("is_demonstration") else "rollout"
-    facts = [kind, f"reward {reward:g}" if reward is not None and kind == "rollout" else "",
-             str(line.get("level") or ""), f"gate {gate:g}" if gate is not None else "", _top(line)]
+    facts = [
+        kind,
+        f"reward {reward:g}" if reward is not None and kind == "rollout" else "",
+        str(line.get("level") or ""),
+        f"gate {gate:g}" if gate is not None else "",
+        _top(line),
+    ]
     first, length = (int(number(line.get(name)) or 0) for name in ("first", "length"))
     prompt = str(line.get("prompt") or "")
-    return {"prompt": prompt if len(prompt) <= LONGEST_PROMPT else f"{prompt[:LONGEST_PROMPT]} …",
-            "facts": [fact for fact in facts if fact], "before": first,
-            "after": max(0, length - first - len(line["tokens"])), "runs": _runs(line, largest)}
+    return {
+        "prompt": prompt if len(prompt) <= LONGEST_PROMPT else f"{prompt[:LONGEST_PROMPT]} …",
+        "facts": [fact for fact in facts if fact],
+        "before": first,
+        "after": max(0, length - first - len(line["tokens"])),
+        "runs": _runs(line, largest),
+    }
 
 
 def _top(line: dict) -> str:
@@ -54,10 +65,14 @@ def _top(line: dict) -> str:
 
 def _runs(line: dict, largest: float) -> list[dict[str, str]]:
     """Neighbouring tokens with the same colour and the same weight in print, as one text."""
-    marked = [(_shade(weight, largest), _printed(relative), _visible(str(token)))
-              for token, weight, relative in zip(line["tokens"], line["weights"], line["relative"], strict=True)]
-    return [{"shade": shade, "weight": weight, "text": "".join(text for _, _, text in run)}
-            for (shade, weight), run in itertools.groupby(marked, key=lambda one: one[:2])]
+    marked = [
+        (_shade(weight, largest), _printed(relative), _visible(str(token)))
+        for token, weight, relative in zip(line["tokens"], line["weights"], line["relative"], strict=True)
+    ]
+    return [
+        {"shade": shade, "weight": weight, "text": "".join(text for _, _, text in run)}
+        for (shade, weight), run in itertools.groupby(marked, key=lambda one: one[:2])
+    ]
 
 
 def _shade(weight: object, largest: float) -> str:

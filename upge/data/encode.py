@@ -133,7 +133,11 @@ class _Responses:
 
 
 def _limited(
-    what: str, problems: Sequence[Problem], texts: Sequence[tuple[int, str]], prompting: Prompting, limit: int,
+    what: str,
+    problems: Sequence[Problem],
+    texts: Sequence[tuple[int, str]],
+    prompting: Prompting,
+    limit: int,
     policy: str,
 ) -> tuple[list[Sequence[int] | None], set[int]]:
     """The texts, each of the problem at its index, in tokens as the policy leaves them, and which were too long."""

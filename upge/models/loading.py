@@ -30,23 +30,30 @@ def read_config(model_path: str | Path, overrides: Mapping[str, Any] | None = No
     """
     path = str(model_path)
     if path.lower().endswith(".gguf"):
-        raise ModelError(f"model.path={path}: the engines load no GGUF files; give them the folder that "
-                         "upge.models.local_path makes of it")
+        raise ModelError(
+            f"model.path={path}: the engines load no GGUF files; give them the folder that "
+            "upge.models.local_path makes of it"
+        )
     looks_local = path.startswith((".", "~", os.sep)) or path.count("/") != 1
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
             raise ModelError(f"model.path={path}: no config.json in this folder; give a folder in Hugging Face format")
     elif looks_local and path.count("/") != 0:
-        raise ModelError(f"model.path={path}: there is no such folder; give a folder in Hugging Face format or the "
-                         "name of a model of the Hugging Face hub")
+        raise ModelError(
+            f"model.path={path}: there is no such folder; give a folder in Hugging Face format or the "
+            "name of a model of the Hugging Face hub"
+        )
     from transformers import AutoConfig
+
     try:
         # Without a connection the hub's client repeats its attempts for half a minute before it gives up.
         config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir() or not _hub_answers())
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.path={path}: neither a folder nor a model that can be found here "
-                         f"({str(error).splitlines()[0]}); check the name, or download the model first and give its "
-                         "folder") from error
+        raise ModelError(
+            f"model.path={path}: neither a folder nor a model that can be found here "
+            f"({str(error).splitlines()[0]}); check the name, or download the model first and give its "
+            "folder"
+        ) from error
     return override(config, overrides or {})
 
 
@@ -58,8 +65,10 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
         in_rope = isinstance(rope, dict) and key in rope
         old = rope[key] if in_rope else getattr(config, key, None)
         numbers = isinstance(old, (int, float)) and isinstance(value, (int, float))
-        if old is not None and isinstance(old, bool) != isinstance(value, bool) or not (
-            old is None or numbers or isinstance(value, type(old))
+        if (
+            old is not None
+            and isinstance(old, bool) != isinstance(value, bool)
+            or not (old is None or numbers or isinstance(value, type(old)))
         ):
             raise ConfigError(f"model.overrides.{key}: found {value!r}, expected a {type(old).__name__} as in {old!r}")
         if in_rope:
@@ -118,11 +127,15 @@ def choose_max_length(max_length: int | None, config: Any) -> int:
     if max_length is None:
         return limit
     if max_length < 2:
-        raise ConfigError(f"max_length={max_length} leaves no room for a prompt and a response; raise "
-                          "rollout.max_prompt_tokens or rollout.max_response_tokens")
+        raise ConfigError(
+            f"max_length={max_length} leaves no room for a prompt and a response; raise "
+            "rollout.max_prompt_tokens or rollout.max_response_tokens"
+        )
     if max_length > limit:
-        raise ConfigError(f"prompt and response may have {max_length} tokens together, the model has only {limit} "
-                          "positions; lower rollout.max_prompt_tokens or rollout.max_response_tokens")
+        raise ConfigError(
+            f"prompt and response may have {max_length} tokens together, the model has only {limit} "
+            "positions; lower rollout.max_prompt_tokens or rollout.max_response_tokens"
+        )
     return max_length
 
 
@@ -180,6 +193,7 @@ class WeightTable:
     def of_config(config: Any) -> WeightTable:
         """The table of the causal language model that `config` describes, without allocating it."""
         from transformers import AutoModelForCausalLM
+
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         model.tie_weights()
@@ -191,13 +205,16 @@ class WeightTable:
         loaded: set[str] = set()
         for name, tensor in weights:
             if name not in self.shapes:
-                raise ModelError(f"weight '{name}' does not belong to the model at model.path; "
-                                 f"{nearest(name, self.shapes)}")
+                raise ModelError(
+                    f"weight '{name}' does not belong to the model at model.path; {nearest(name, self.shapes)}"
+                )
             if name in seen:
                 raise ModelError(f"weight '{name}' was given twice; give every weight once")
             if tuple(tensor.shape) != self.shapes[name]:
-                raise ModelError(f"weight '{name}' has shape {tuple(tensor.shape)}, the model at model.path has "
-                                 f"{self.shapes[name]}; is a sharded parameter not gathered?")
+                raise ModelError(
+                    f"weight '{name}' has shape {tuple(tensor.shape)}, the model at model.path has "
+                    f"{self.shapes[name]}; is a sharded parameter not gathered?"
+                )
             seen.add(name)
             if self.source[name] not in loaded:
                 loaded.add(self.source[name])
@@ -205,8 +222,10 @@ class WeightTable:
         missing = sorted(set(self.source.values()) - loaded)
         if missing:
             wanted = len(set(self.source.values()))
-            raise ModelError(f"{len(missing)} of {wanted} weights are missing, '{missing[0]}' the first; give all "
-                             "weights of the model at model.path")
+            raise ModelError(
+                f"{len(missing)} of {wanted} weights are missing, '{missing[0]}' the first; give all "
+                "weights of the model at model.path"
+            )
 
 
 @contextmanager

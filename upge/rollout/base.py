@@ -36,8 +36,9 @@ class Sampling:
         if not 0.0 <= self.temperature < float("inf"):
             raise ConfigError(f"rollout.temperature={self.temperature}: must be 0 (greedy) or a positive number")
         if 0.0 < self.temperature < 0.01:
-            raise ConfigError(f"rollout.temperature={self.temperature}: below 0.01 the engines round it differently; "
-                              "use 0 for greedy")
+            raise ConfigError(
+                f"rollout.temperature={self.temperature}: below 0.01 the engines round it differently; use 0 for greedy"
+            )
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"rollout.top_p={self.top_p}: must be above 0 and at most 1 (1 keeps every token)")
         if self.max_tokens < 1:
@@ -92,8 +93,14 @@ class Sampler(ABC):
         self.threads = threads
         self._usable = True
 
-    def sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seeds: Sequence[int],
-               arrived: Arrived | None = None) -> list[list[Rollout]]:
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        arrived: Arrived | None = None,
+    ) -> list[list[Rollout]]:
         """Draw `n` responses to each prompt.
 
         prompts: token ids, one sequence a prompt; may be empty (a rank without work), then nothing happens.
@@ -114,8 +121,10 @@ class Sampler(ABC):
         if n < 1:
             raise ValueError(f"n={n}: at least one response a prompt")
         if not self._usable:
-            raise RuntimeError("the last load_weights failed half-way: the sampler holds a mixture of old and new "
-                               "weights; call load_weights again with all of them")
+            raise RuntimeError(
+                "the last load_weights failed half-way: the sampler holds a mixture of old and new "
+                "weights; call load_weights again with all of them"
+            )
         self._check_prompts(prompts, sampling)
         if not prompts:
             return []
@@ -128,9 +137,11 @@ class Sampler(ABC):
                 arrived(index, copy, rollout)
 
         # The longest prompts first: what does not fit into memory shows at the start, and batches are alike in length.
-        requests = [Request(index, copy, tuple(prompts[index]), response_seed(seeds[index], copy))
-                    for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-                    for copy in range(n)]
+        requests = [
+            Request(index, copy, tuple(prompts[index]), response_seed(seeds[index], copy))
+            for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+            for copy in range(n)
+        ]
         with _threads_set(self.threads), random_state_kept():
             self._sample(requests, sampling, complete)
         return results
@@ -173,12 +184,16 @@ class Sampler(ABC):
                 raise UserError(f"prompt {index} has no tokens; give every prompt at least one token")
             if min(prompt) < 0 or max(prompt) >= self.vocabulary:
                 odd = next(token for token in prompt if not 0 <= token < self.vocabulary)
-                raise UserError(f"prompt {index} holds token id {odd}, the model's vocabulary has ids 0 to "
-                                f"{self.vocabulary - 1}; does the tokenizer belong to model.path?")
+                raise UserError(
+                    f"prompt {index} holds token id {odd}, the model's vocabulary has ids 0 to "
+                    f"{self.vocabulary - 1}; does the tokenizer belong to model.path?"
+                )
             if len(prompt) + sampling.max_tokens > self.max_length:
-                raise UserError(f"prompt {index} has {len(prompt)} tokens and the response may have "
-                                f"{sampling.max_tokens}: together more than the model's {self.max_length}; lower "
-                                "rollout.max_prompt_tokens or rollout.max_response_tokens")
+                raise UserError(
+                    f"prompt {index} has {len(prompt)} tokens and the response may have "
+                    f"{sampling.max_tokens}: together more than the model's {self.max_length}; lower "
+                    "rollout.max_prompt_tokens or rollout.max_response_tokens"
+                )
 
 
 @contextmanager

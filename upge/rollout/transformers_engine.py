@@ -47,9 +47,18 @@ class TransformersSampler(Sampler):
 
     name = "transformers"
 
-    def __init__(self, model_path: str | Path, *, dtype: str = "auto", max_length: int | None = None,
-                 device: str = "cpu", token_budget: int | None = None, threads: int | None = None,
-                 reason: str = "", overrides: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        dtype: str = "auto",
+        max_length: int | None = None,
+        device: str = "cpu",
+        token_budget: int | None = None,
+        threads: int | None = None,
+        reason: str = "",
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
         config = read_config(model_path, overrides)
         self._device = torch.device(device)
         self._budget = token_budget or TOKEN_BUDGET[self._device.type]
@@ -60,8 +69,12 @@ class TransformersSampler(Sampler):
         keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if keeps else {}
         threads = choose_threads(threads, self._table, self._device.type)
-        super().__init__(max_length=choose_max_length(max_length, config),
-                         vocabulary=config.get_text_config().vocab_size, reason=reason, threads=threads)
+        super().__init__(
+            max_length=choose_max_length(max_length, config),
+            vocabulary=config.get_text_config().vocab_size,
+            reason=reason,
+            threads=threads,
+        )
 
     def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived) -> None:
         for batch in _batches(requests, sampling.max_tokens, self._budget):
@@ -70,6 +83,7 @@ class TransformersSampler(Sampler):
     @torch.inference_mode()
     def _generate(self, batch: list[Request], sampling: Sampling, complete: Arrived) -> None:
         from upge.rollout.kv_cache import growing_kv_cache
+
         with _plain_linear():
             longest = max(len(request.prompt) for request in batch) + sampling.max_tokens
             self._decode(batch, sampling, complete, growing_kv_cache(self._model.config, longest))
@@ -92,8 +106,9 @@ class TransformersSampler(Sampler):
         distinct = list(dict.fromkeys(prompts))
         width = max(map(len, distinct))
         ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in distinct], device=self._device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in distinct],
-                            device=self._device)
+        mask = torch.tensor(
+            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in distinct], device=self._device
+        )
         logits = self._forward(cache, ids, mask, (mask.cumsum(dim=-1) - 1).clamp(min=0))
         if len(distinct) < len(prompts):
             places = {prompt: place for place, prompt in enumerate(distinct)}
@@ -104,8 +119,14 @@ class TransformersSampler(Sampler):
 
     def _forward(self, cache: Any, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """The logits [b, V] behind the last of the tokens [b, t], which follow on what the cache holds."""
-        output = self._model(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache,
-                             use_cache=True, **self._last_only)
+        output = self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=True,
+            **self._last_only,
+        )
         return output.logits[:, -1]
 
     @torch.no_grad()
@@ -190,7 +211,7 @@ class _Draw:
         ending = self._open if last else self._open & torch.isin(token, self._stops)
         self._open = self._open & ~ending
         for row in self._rows[ending].tolist():
-            tokens, logprobs = self._tokens[row, :self._step].tolist(), self._logprobs[row, :self._step].tolist()
+            tokens, logprobs = self._tokens[row, : self._step].tolist(), self._logprobs[row, : self._step].tolist()
             request = self._batch[row]
             # What `arrived` makes of it shall not be an inference tensor, which no gradient may touch.
             with torch.inference_mode(False):
@@ -226,6 +247,7 @@ def _batches(requests: Sequence[Request], max_tokens: int, budget: int) -> Itera
 def _load_model(path: str, config: Any, dtype: torch.dtype) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
+
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -55,15 +55,28 @@ class VLLMSampler(Sampler):
 
     name = "vllm"
 
-    def __init__(self, model_path: str | Path, *, dtype: str = "auto", max_length: int | None = None,
-                 memory_fraction: float = 0.4, seed: int = 0, device: str = "cpu", threads: int | None = None,
-                 reason: str = "", overrides: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        dtype: str = "auto",
+        max_length: int | None = None,
+        memory_fraction: float = 0.4,
+        seed: int = 0,
+        device: str = "cpu",
+        threads: int | None = None,
+        reason: str = "",
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
         config = read_config(model_path, overrides)
         with random_state_kept():
             self._table = WeightTable.of_config(config)
-        super().__init__(max_length=choose_max_length(max_length, config),
-                         vocabulary=config.get_text_config().vocab_size, reason=reason,
-                         threads=choose_threads(threads, self._table, device))
+        super().__init__(
+            max_length=choose_max_length(max_length, config),
+            vocabulary=config.get_text_config().vocab_size,
+            reason=reason,
+            threads=choose_threads(threads, self._table, device),
+        )
         if not 0.0 < memory_fraction <= 1.0:
             raise ConfigError(f"rollout.memory_fraction={memory_fraction}: must be above 0 and at most 1")
         self._cpu = device == "cpu"
@@ -79,26 +92,35 @@ class VLLMSampler(Sampler):
             with random_state_kept(), thread_setter_kept(), quiet():
                 self._llm = self._vllm.LLM(model=str(model_path), seed=seed, **options)
         except (ValueError, NotImplementedError) as error:
-            raise ConfigError(f"rollout.engine=vllm cannot serve model.path={model_path}: {error}; choose another "
-                              "rollout.memory_fraction if memory is short, or rollout.engine=transformers") from error
+            raise ConfigError(
+                f"rollout.engine=vllm cannot serve model.path={model_path}: {error}; choose another "
+                "rollout.memory_fraction if memory is short, or rollout.engine=transformers"
+            ) from error
 
     def _options(self, config: Any, memory_fraction: float) -> dict[str, Any]:
         """The engine's settings, without the model."""
         options: dict[str, Any] = dict(
-            dtype=str(self._dtype).removeprefix("torch."), max_model_len=self.max_length, skip_tokenizer_init=True,
-            generation_config="vllm", logprobs_mode="processed_logprobs", disable_log_stats=True,
-            use_tqdm_on_load=False)
+            dtype=str(self._dtype).removeprefix("torch."),
+            max_model_len=self.max_length,
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+        )
         if several_ranks():
             options["distributed_executor_backend"] = "external_launcher"
         if not self._cpu:
             return options | dict(gpu_memory_utilization=memory_fraction, enable_sleep_mode=True)
         # A prompt that is prefilled in pieces makes vLLM rewind its seeded generator, which a CPU generator cannot do
         # (RuntimeError): no piecewise prefill. Compiling costs more than a run of a model for a CPU gives back.
-        options |= dict(enable_chunked_prefill=False, enforce_eager=True, max_num_seqs=CPU_SEQUENCES,
-                        block_size=CPU_BLOCK)
+        options |= dict(
+            enable_chunked_prefill=False, enforce_eager=True, max_num_seqs=CPU_SEQUENCES, block_size=CPU_BLOCK
+        )
         if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
             options["kv_cache_memory_bytes"] = cache_bytes(
-                CPU_SEQUENCES, self.max_length, cache_bytes_per_token(config, self._dtype), memory_fraction, CPU_BLOCK)
+                CPU_SEQUENCES, self.max_length, cache_bytes_per_token(config, self._dtype), memory_fraction, CPU_BLOCK
+            )
         return options
 
     def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived) -> None:
@@ -108,8 +130,11 @@ class VLLMSampler(Sampler):
         # What is cached changes the shapes of the prefill and so the rounding; the same call must give the same.
         self._llm.reset_prefix_cache()
         try:
-            names = self._llm.enqueue([{"prompt_token_ids": list(request.prompt)} for request in requests],
-                                      [self._params(sampling, request.seed) for request in requests], use_tqdm=False)
+            names = self._llm.enqueue(
+                [{"prompt_token_ids": list(request.prompt)} for request in requests],
+                [self._params(sampling, request.seed) for request in requests],
+                use_tqdm=False,
+            )
             # The engine's names are a number and random letters; its outputs bear the number alone.
             waiting = {name.partition("-")[0]: request for name, request in zip(names, requests, strict=True)}
             while engine.has_unfinished_requests():
@@ -117,8 +142,11 @@ class VLLMSampler(Sampler):
                     outputs = engine.step()
                 for output in outputs:
                     request, response = waiting.pop(output.request_id), output.outputs[0]
-                    complete(request.index, request.copy,
-                             rollout_of(response.token_ids, response.logprobs.logprobs, sampling))
+                    complete(
+                        request.index,
+                        request.copy,
+                        rollout_of(response.token_ids, response.logprobs.logprobs, sampling),
+                    )
         finally:
             # None, unless something was raised: the next call must not go on with this one's.
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
@@ -126,9 +154,16 @@ class VLLMSampler(Sampler):
     def _params(self, sampling: Sampling, seed: int) -> Any:
         greedy = sampling.temperature == 0
         return self._vllm.SamplingParams(
-            temperature=sampling.temperature, top_p=1.0 if greedy else sampling.top_p, max_tokens=sampling.max_tokens,
-            stop_token_ids=list(sampling.stop_token_ids), ignore_eos=True, seed=None if greedy else seed,
-            logprobs=0, flat_logprobs=True, detokenize=False)
+            temperature=sampling.temperature,
+            top_p=1.0 if greedy else sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=list(sampling.stop_token_ids),
+            ignore_eos=True,
+            seed=None if greedy else seed,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+        )
 
     def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         with random_state_kept():

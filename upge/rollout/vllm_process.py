@@ -42,7 +42,7 @@ def cpu_binding() -> str:
         parts = [cores] * ranks
     else:
         share = len(cores) // ranks
-        parts = [cores[rank * share:(rank + 1) * share] for rank in range(ranks)]
+        parts = [cores[rank * share : (rank + 1) * share] for rank in range(ranks)]
     return "|".join(",".join(map(str, part)) for part in parts)
 
 

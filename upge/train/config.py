@@ -132,7 +132,9 @@ class DataPolicy:
         "error", "what to do with a problem whose answer its verifier cannot read"
     )
     per_level: dict = key({}, "level -> only so many training problems of it, no other levels; {} = all problems")
-    demonstrated_prompts: int = key(0, "only so many training problems keep their demonstrations, of all levels alike; 0 = all")
+    demonstrated_prompts: int = key(
+        0, "only so many training problems keep their demonstrations, of all levels alike; 0 = all"
+    )
     demonstrations: int = key(1, "of a prompt's demonstrations, use so many in a step, by chance; 0 = all at once")
 
 

@@ -185,7 +185,10 @@ class Learner:
         prompts = {t.group: t.example for t, is_open in zip(trajectories, open_rows, strict=True) if is_open}
         memory.remembered += [e for e in prompts.values() if self.examples[e].demonstrations]
         while rates.policy is not None and len(memory.remembered) >= interleaved_update.size:
-            chosen, memory.remembered = memory.remembered[: interleaved_update.size], memory.remembered[interleaved_update.size :]
+            chosen, memory.remembered = (
+                memory.remembered[: interleaved_update.size],
+                memory.remembered[interleaved_update.size :],
+            )
             if interleaved_update.own_optimizer:
                 self.models.policy.use_optimizer(_INTERLUDE)
             demonstrations = self.collector.demonstrations(chosen, step)

@@ -202,7 +202,11 @@ class Trainer:
         self.sampler_is_stale = True
         state.step += 1
         state.skipped += report.skipped
-        kinds = {"policy": report.grad_norms, "critic": report.critic_norms, "interleaved_update": report.interleaved_norms}
+        kinds = {
+            "policy": report.grad_norms,
+            "critic": report.critic_norms,
+            "interleaved_update": report.interleaved_norms,
+        }
         for kind, norms in kinds.items():
             for norm in norms:
                 row = state.skipped_in_a_row.get(kind, 0)

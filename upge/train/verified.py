@@ -26,9 +26,7 @@ class Responder:
     pool: VerifierPool
     prompting: Prompting
 
-    def respond(
-        self, examples: Sequence[Example], n: int, sampling: Sampling, seeds: Sequence[int]
-    ) -> Responses:
+    def respond(self, examples: Sequence[Example], n: int, sampling: Sampling, seeds: Sequence[int]) -> Responses:
         """`n` responses to each example with their verdicts; arguments as for `Sampler.sample`."""
         pending: dict[tuple[int, int], Future[Verdict]] = {}
 

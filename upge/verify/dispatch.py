@@ -230,4 +230,3 @@ class Dispatcher:
                     future.set_result(outcome)
                 else:
                     future.set_exception(outcome)
-

@@ -73,9 +73,7 @@ def _(part, world):
 
 def _accumulated(world: World, deltas: Tokens, decay: Expr) -> Tokens:
     """Σ_{k≥t} decay^{k-t}·δ_k."""
-    return per_token(
-        world, lambda row, t: total(decay ** (k - t) * deltas[row.index][k] for k in range(t, len(row)))
-    )
+    return per_token(world, lambda row, t: total(decay ** (k - t) * deltas[row.index][k] for k in range(t, len(row))))
 
 
 @rule(GAE)
@@ -100,9 +98,7 @@ def _(part, world):
     own = [x for row in world.rollouts for x in inner[row.index]]
     centre = mean(own)
     variance = total((x - centre) ** 2 for x in own) / (len(own) - 1)
-    return per_token(
-        world, lambda row, t: (inner[row.index][t] - centre) / sp.sqrt(variance + number(part.epsilon))
-    )
+    return per_token(world, lambda row, t: (inner[row.index][t] - centre) / sp.sqrt(variance + number(part.epsilon)))
 
 
 @rule(Tempered)
@@ -123,9 +119,7 @@ def _(part, world):
     penalties = per_token(world, lambda row, t: kl(part.kind, sp.log(row.f[t]) - sp.log(row.p[t])))
     if part.future:
         penalties = _accumulated(world, penalties, sp.Integer(1))
-    return per_token(
-        world, lambda row, t: inner[row.index][t] - number(part.coefficient) * penalties[row.index][t]
-    )
+    return per_token(world, lambda row, t: inner[row.index][t] - number(part.coefficient) * penalties[row.index][t])
 
 
 @rule(OverlongShaped)

@@ -248,4 +248,3 @@ def _source(world: World, source: str) -> list[Row]:
     if source == "preference_pairs":
         return [row for row in world.rows if row.preference != 0]
     return world.rollouts if source == "rollouts" else [r for r in world.demonstrations if r.preference >= 0]
-
