@@ -9,7 +9,8 @@ import pytest
 from tests import rollout_ranks as probe
 from upge import rollout
 from upge.errors import ConfigError, ModelError, UserError
-from upge.rollout import Sampling, model, vllm_process
+from upge.models import loading
+from upge.rollout import Sampling, vllm_process
 from upge.rollout.base import response_seed
 
 
@@ -86,15 +87,15 @@ def test_auto_takes_transformers_for_a_small_model_on_a_cpu(folder: Path, monkey
     sampler = rollout.load("auto", folder / "tied", device="cpu")
     assert sampler.name == "transformers" and "parameters faster on a CPU than vLLM does" in sampler.reason
     count = sum(p.numel() for p in sampler._model.parameters())
-    monkeypatch.setattr(model, "SMALL_MODEL", count)
+    monkeypatch.setattr(loading, "SMALL_MODEL", count)
     assert "vLLM was asked" in rollout.load("auto", folder / "tied", device="cpu").reason
-    monkeypatch.setattr(model, "SMALL_MODEL", count + 1)
+    monkeypatch.setattr(loading, "SMALL_MODEL", count + 1)
     assert "vLLM was asked" not in rollout.load("auto", folder / "tied", device="cpu").reason
 
 
 def test_auto_falls_back_and_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(vllm_process, "why_not_vllm", lambda device: "vLLM is not installed")
-    monkeypatch.setattr(model, "SMALL_MODEL", 0)
+    monkeypatch.setattr(loading, "SMALL_MODEL", 0)
     sampler = rollout.load("auto", folder / "tied")
     assert (sampler.name, sampler.reason) == ("transformers", "transformers, because vLLM is not installed.")
     with pytest.raises(ConfigError, match=r"rollout\.engine=vllm: vLLM is not installed; run `pip install vllm"):
@@ -130,7 +131,7 @@ def test_bad_settings_are_named(folder: Path, engine: str, path: str, options: d
 
 
 def test_a_name_that_the_hub_cannot_give_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(model, "_hub_answers", lambda: False)
+    monkeypatch.setattr(loading, "_hub_answers", lambda: False)
     with pytest.raises(ModelError, match="model.path=nobody/nothing: neither a folder nor a model"):
         rollout.load("auto", "nobody/nothing")
 

@@ -92,7 +92,7 @@ def test_importing_the_package_loads_nothing_heavy(statement):
 @pytest.mark.parametrize("folder", ["upge", "algorithms", "experiments", "tests"])
 def test_files_are_short(folder):
     lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py")}
-    assert lengths and not {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > 350}
+    assert lengths and not {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > 400}
 
 
 @pytest.mark.parametrize("path", UPGE, ids=module_of)

@@ -195,7 +195,7 @@ class Algorithm:
 
     @property
     def needs(self) -> Needs:
-        """What the algorithm asks of the data and the trainer in all, including its interleaved update and validation."""
+        """What the algorithm asks of the data and the trainer, its interleaved update and validation included."""
         return reduce(Needs.joined, (inner.needs for inner in self.inner.values()), self.step_needs)
 
     @property

