@@ -38,6 +38,7 @@ setup(
     include_package_data=False,
     install_requires=["torch>=2.13", "omegaconf>=2.4,<2.5", "jaxtyping>=0.3.3"],
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["upge = experiments.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

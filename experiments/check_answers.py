@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments import cli
+from experiments.files import DOCS, replace_block
 from upge.errors import ConfigError, DataError, UserError
 from upge.verify import Item, Verdict, VerifierPool, last_boxed, load
 
-DOCS = Path(__file__).parent.parent / "docs" / "verification.md"
+PAGE = DOCS / "verification.md"
 BEGIN = "<!-- checked: begin (python -m experiments.check_answers folder=DIR --docs) -->"
 END = "<!-- checked: end -->"
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -180,11 +182,7 @@ def renewed(page: str, results: Sequence[Result]) -> str:
     Raises:
         ConfigError: a marker is missing.
     """
-    before, found, rest = page.partition(BEGIN)
-    _, closing, after = rest.partition(END)
-    if not found or not closing:
-        raise ConfigError(f"{DOCS.name}: the lines '{BEGIN}' and '{END}' are missing; put them where the tables go")
-    return f"{before}{BEGIN}\n\n{report(results)}\n\n{END}{after}"
+    return replace_block(page, PAGE.name, BEGIN, END, f"\n\n{report(results)}\n\n", "where the tables go")
 
 
 def find(arguments: Sequence[str]) -> dict[str, Path]:
@@ -212,17 +210,17 @@ def find(arguments: Sequence[str]) -> dict[str, Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the tables, or renews the page; exit code 2 on bad input."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        results = check(find([argument for argument in arguments if argument != "--docs"]))
-        if "--docs" in arguments:
-            DOCS.write_text(renewed(DOCS.read_text("utf-8"), results), "utf-8")
-        else:
-            print(report(results))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.run_command(_check_answers, arguments, lambda: str(__doc__))
+
+
+def _check_answers(arguments: list[str]) -> int:
+    files, given = cli.flags(arguments, "--docs")
+    results = check(find(files))
+    if given["--docs"]:
+        PAGE.write_text(renewed(PAGE.read_text("utf-8"), results), "utf-8")
+    else:
+        print(report(results))
+    return cli.DONE
 
 
 if __name__ == "__main__":

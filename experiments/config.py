@@ -15,14 +15,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 import algorithms
-from experiments.arguments import split
 from upge.algorithm import Algorithm
+from upge.config import defaults, from_tree, parse, split
 from upge.errors import ConfigError, nearest
 from upge.pipeline import Pipeline
-from upge.train.config import RunConfig, defaults, from_tree
+from upge.train.config import RunConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 MODELS = Path(__file__).parent / "models"
@@ -91,7 +90,7 @@ def compose(arguments: Sequence[str]) -> Composed:
     # Said to be none on the command line, there is none, whatever the recipe says.
     corrections = correction_names(chosen.get("correction", names["correction"]))
     names["correction"] = ",".join(corrections) or None
-    tree = OmegaConf.create(defaults())
+    tree = OmegaConf.create(defaults(RunConfig))
     tree.algo = algorithms.read(names["algo"], corrections)
     for group in ("model", "data"):
         tree = _merge(tree, _named(group, names[group]), f"{group}={names[group]}")
@@ -162,8 +161,8 @@ def correction_names(value: Any) -> list[str]:
     if isinstance(value, str):
         text = value if value.startswith("[") else f"[{value}]"
         try:
-            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-        except (OmegaConfBaseException, YAMLError):
+            value = parse("correction", text)
+        except ConfigError:
             value = text
     found = [name for name in value or () if name is not None] if isinstance(value, (list, type(None))) else [value]
     if not all(isinstance(name, str) for name in found) or isinstance(value, str):
@@ -225,9 +224,9 @@ def _set(tree: DictConfig, key: str, value: str) -> DictConfig:
             raise ConfigError(f"{key}: unknown key; {nearest(key, known_keys())}")
         # Where a text is expected it is taken as it stands: a template's braces are not YAML's.
         is_text = not free and isinstance(OmegaConf.select(tree, key), str)
-        parsed = value if is_text else OmegaConf.select(OmegaConf.from_dotlist([f"{key}={value}"]), key)
+        parsed = value if is_text else parse(key, value)
         OmegaConf.update(tree, key, parsed, merge=False, force_add=free)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except OmegaConfBaseException as error:
         raise ConfigError(f"{key}: {value!r} cannot be read: {str(error).splitlines()[0]}") from error
     return tree
 
@@ -245,4 +244,4 @@ def known_keys() -> list[str]:
             found += inner or [f"{prefix}{name}"]
         return found
 
-    return [*walk(defaults(), ""), "recipe", "correction"]
+    return [*walk(defaults(RunConfig), ""), "recipe", "correction"]

@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 
 import algorithms
 import upge
-from upge.errors import ConfigError, UserError
+from experiments import cli
+from upge.errors import ConfigError
 from upge.theory.enumerate import (
     Setting,
     SoftmaxPolicy,
@@ -200,18 +201,17 @@ def renewed(text: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints, or renews the docs; exit code 2 on bad input."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if arguments == ["--docs"]:
-            DOCS.write_text(renewed(DOCS.read_text()))
-        elif arguments:
-            raise ConfigError(f"'{arguments[0]}': give --docs to renew docs/theory.md, or nothing to print")
-        else:
-            print("\n".join(f"## {title}\n\n{make()}\n" for title, make in SECTIONS.items()))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.run_command(_theory, arguments, lambda: str(__doc__))
+
+
+def _theory(arguments: list[str]) -> int:
+    if arguments == ["--docs"]:
+        DOCS.write_text(renewed(DOCS.read_text()))
+    elif arguments:
+        raise ConfigError(f"'{arguments[0]}': give --docs to renew docs/theory.md, or nothing to print")
+    else:
+        print("\n".join(f"## {title}\n\n{make()}\n" for title, make in SECTIONS.items()))
+    return cli.DONE
 
 
 if __name__ == "__main__":

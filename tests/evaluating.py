@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from experiments import evaluate
+from experiments.evaluate import __main__ as evaluate
 from tests.running import ROOT, environment
 
 DATA = ROOT.parent / "shared" / "data"

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from experiments.run import main
+from experiments.run.__main__ import main
 from tests.running import SMALL, lines, run
 
 GOOD = {"question": "1+1?", "answer": "1+1=2\n#### 2"}
@@ -71,7 +71,7 @@ def before_training(monkeypatch):
         raise AssertionError("the input was not refused")
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("experiments.run.connect", trained)
+    monkeypatch.setattr("experiments.run.__main__.connect", trained)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from experiments.bench import growth
-from experiments.bench.growth_probe import Point
+from experiments.bench.growth import Point
 from upge.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.bench import gradients, head, heads, memory, peers
+from experiments.bench import head, heads, measure, peers
 from experiments.bench.measure import interleaved
 from upge.errors import ConfigError
 
@@ -26,7 +26,7 @@ def test_the_reference_is_the_gradient() -> None:
     (chosen * problem.coefficients).sum().backward()
     expected = heads.reference(problem)
     assert (
-        gradients.checked(
+        head.checked(
             [(expected.hidden, problem.hidden.grad), (expected.weight, problem.weight.grad)], 1e-12, "the reference"
         )
         < 1e-12
@@ -81,8 +81,8 @@ def test_a_difference_is_relative_to_the_largest_entry() -> None:
     expected = torch.zeros(10_000, 2).index_put((torch.tensor([9_999]), torch.tensor([0])), torch.tensor(4.0))
     found = expected.clone()
     found[5000, 1] = 0.5
-    assert gradients.difference(found, expected) == 0.125
-    assert gradients.difference(torch.full((3,), 0.5), torch.zeros(3)) == 0.5
+    assert head.difference(found, expected) == 0.125
+    assert head.difference(torch.full((3,), 0.5), torch.zeros(3)) == 0.5
 
 
 def takes(mebibytes: int) -> int:
@@ -94,7 +94,7 @@ def takes(mebibytes: int) -> int:
         second = [torch.ones(mebibytes * MIB // 8) for _ in range(2)]
         del second
 
-    return memory.peak(call)
+    return measure.peak(call)
 
 
 def killed() -> None:
@@ -105,9 +105,9 @@ def killed() -> None:
 
 
 def test_memory_is_what_was_held_at_most() -> None:
-    found = memory.in_fresh_process(takes, 256)
+    found = measure.in_fresh_process(takes, 256)
     assert 256 * MIB * 0.97 < found < 256 * MIB * 1.03 + 4 * MIB
-    assert memory.in_fresh_process(killed) is None
+    assert measure.in_fresh_process(killed) is None
 
 
 def test_tables_render(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from experiments.bench import generation, startup, startup_probe
 from experiments.bench.measure import Timing
-from experiments.surroundings import collector_paused
+from experiments.startup import collector_paused
 from upge.errors import ConfigError
 from upge.rollout import Rollout
 
@@ -32,7 +32,7 @@ def test_a_start_is_compared_within_its_round() -> None:
 
 
 def test_a_folder_without_a_checkout_and_a_run_that_is_refused_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"before: .* holds no experiments/run\.py"):
+    with pytest.raises(ConfigError, match=r"before: .* holds no experiments/config\.py"):
         startup.run(startup.Settings(before=str(tmp_path)))
     with pytest.raises(ConfigError, match="exit code 2: error: .*steps"):
         startup._started(Path(__file__).parents[1], ["stepps=3"], tmp_path, "cache")
@@ -54,16 +54,16 @@ def test_marks_are_noted_and_the_run_ends_with_the_last(tmp_path: Path, monkeypa
                 arrived(0, copy, "rollout")
 
     def main(arguments: list[str]) -> int:
-        sys.modules["experiments.prepare"].prepare()
+        sys.modules["experiments.run.prepare"].prepare()
         Sampler().sample([[1]], 2, None, [0], lambda *rollout: came.append(rollout))
         Progress().step()
         return len(arguments)
 
     came: list[tuple] = []
     ended: list[int] = []
-    module("experiments.run", main=main, _models=None)
-    module("experiments.prepare", prepare=lambda: None)
-    module("experiments.progress", Progress=Progress)
+    module("experiments.run.__main__", main=main, _models=None)
+    module("experiments.run.prepare", prepare=lambda: None)
+    module("experiments.run.train", Progress=Progress)
     module("upge.rollout", load=None)
     module("upge.rollout.base", Sampler=Sampler)
     parts = [one for one in startup_probe.AFTER if one[2] not in ("trainer", "engine")]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments.bench import step
-from experiments.bench.trainers import crew
+from experiments.bench.trainers import link
 from experiments.bench.trainers.link import Child, ChildError
 from tests.bench_children import Stage
 from upge.errors import ConfigError
@@ -28,7 +28,7 @@ def trainer(tokens: int, **compared: float) -> dict:
 
 @pytest.fixture(autouse=True)
 def with_trl(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew, "has_trl", lambda: True)
+    monkeypatch.setattr(link, "has_trl", lambda: True)
 
 
 # The conversation.
@@ -149,7 +149,7 @@ def test_the_real_model_has_its_own_sizes_and_every_core(tmp_path: Path) -> None
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "train.jsonl").touch()
     tiny, real = step._cases(step.Settings(folder=str(tmp_path), real_prompts=6, real_tokens=99))
-    assert tiny.threads == 1 and real.threads == crew.cores() and real.prompts == 6
+    assert tiny.threads == 1 and real.threads == link.cores() and real.prompts == 6
     assert {"model=smollm2-135m", "rollout.max_response_tokens=99", "group_size=8"} <= set(real.arguments)
 
 
@@ -170,6 +170,6 @@ def test_bad_settings_are_told(settings: dict, message: str) -> None:
 
 
 def test_without_trl_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew, "has_trl", lambda: False)
+    monkeypatch.setattr(link, "has_trl", lambda: False)
     with pytest.raises(ConfigError, match="make peers"):
         step.run(step.Settings(), Stage())

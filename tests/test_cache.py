@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import verifiable
 from experiments.pretrain import build_tokenizer
+from experiments.run import answer_check
 from upge import cache
 from upge.data import Problem, Prompting, encode, tokens
 from upge.verify.math import MathVerifier
@@ -25,7 +25,7 @@ PROBLEMS = [
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("UPGE_CACHE", str(tmp_path))
     monkeypatch.setattr(tokens, "LEAST", 1)
-    monkeypatch.setattr(verifiable, "_known", {})
+    monkeypatch.setattr(answer_check, "_known", {})
     return tmp_path
 
 
@@ -145,14 +145,14 @@ def test_answers_are_asked_about_once(folder: Path, monkeypatch):
         original(self, answer)
 
     monkeypatch.setattr(MathVerifier, "check_answer", counted)
-    monkeypatch.setattr(verifiable, "LEAST", 100)
+    monkeypatch.setattr(answer_check, "LEAST", 100)
     problems = [*PROBLEMS, replace(PROBLEMS[0], id="bad", answer=""), replace(PROBLEMS[1], id="bad too", answer="")]
-    found = list(verifiable.refused(problems, "math"))
+    found = list(answer_check.refused(problems, "math"))
     assert [problem.id for problem, _ in found] == ["bad", "bad too"] and "does not parse" in found[0][1]
     assert len(asked) == len(set(asked)) == 301
-    assert list(verifiable.refused(problems[:-1], "math")) == found[:-1] and len(asked) == 301
-    verifiable._known.clear()
-    assert list(verifiable.refused(problems, "math")) == found and len(asked) == 301
-    verifiable._known.clear()
-    monkeypatch.setattr(verifiable, "_version", lambda package: "another")
-    assert list(verifiable.refused(problems, "math")) == found and len(asked) == 602
+    assert list(answer_check.refused(problems[:-1], "math")) == found[:-1] and len(asked) == 301
+    answer_check._known.clear()
+    assert list(answer_check.refused(problems, "math")) == found and len(asked) == 301
+    answer_check._known.clear()
+    monkeypatch.setattr(answer_check, "_version", lambda package: "another")
+    assert list(answer_check.refused(problems, "math")) == found and len(asked) == 602

@@ -14,11 +14,11 @@ import torch
 
 import upge
 from upge.algorithm import DynamicSampling
+from upge.config import from_tree
 from upge.data import Example, Problem
 from upge.errors import DataError
 from upge.rollout import Rollout
 from upge.train.collect import HELD_OUT, Collector
-from upge.train.config import from_tree
 from upge.train.order import held_out, least_used, prompt_indices, stream_seed
 from upge.train.trajectory import assemble, usable
 from upge.train.verified import Responder

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import compare
-from experiments.comparing.differences import gaps
-from experiments.comparing.exclusive import ALL, exclusive
-from experiments.comparing.load import load, notes, pairing
-from experiments.comparing.tables import Scores, paper_grid, score_grid
-from experiments.evaluating import show
+from experiments.compare import __main__ as compare
+from experiments.compare.differences import ALL, exclusive, gaps
+from experiments.compare.load import load, notes, pairing
+from experiments.compare.tables import Scores, paper_grid, score_grid
+from experiments.evaluate import show
 from tests.evaluations import drawn, run_with, sample, write_run
 
 FAST = "resamples=200"

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments import compare
-from experiments.comparing.load import load
-from experiments.comparing.render import Grid, Row, latex, markdown, print_grid, tex_text
+from experiments.compare import __main__ as compare
+from experiments.compare.load import load
+from experiments.grid import Grid, Row, latex, markdown, print_grid, tex_text
 from tests.evaluations import drawn, run_with, write_run
 from upge.errors import DataError, UserError
 

@@ -7,10 +7,10 @@ import math
 
 import pytest
 
-from experiments import diagnose
-from experiments.diagnosing import sampling, settings, write
-from experiments.diagnosing.policies import Policy, policies
-from experiments.diagnosing.tables import ranged
+from experiments.diagnose import __main__ as diagnose
+from experiments.diagnose import sampling, settings, write
+from experiments.diagnose.policies import Policy, policies
+from experiments.diagnose.tables import ranged
 from tests.running import SMALL, run
 from upge.errors import ConfigError
 from upge.measure import Estimated

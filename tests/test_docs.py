@@ -10,9 +10,12 @@ from pathlib import Path
 
 import algorithms
 import upge
-from experiments import algorithm_docs, catalogue, config, describe
-from experiments.help import help_text
-from upge.train.config import meanings
+from experiments import config
+from experiments.describe import __main__ as describe
+from experiments.describe import catalogue, listing, page
+from experiments.run.help import help_text
+from upge.config import meanings
+from upge.train.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,25 +26,25 @@ def blocks(path: str, language: str) -> list[str]:
 
 
 def test_readme_table_is_the_generated_one():
-    text = describe.README.read_text()
-    assert describe.renewed(text) == text, "run python -m experiments.describe --readme"
+    text = listing.README.read_text()
+    assert listing.renewed(text) == text, "run python -m experiments.describe --readme"
 
 
 def test_help_names_everything():
     text = help_text()
     for group in config.GROUPS:
         assert all(name in text for name in config.presets(group))
-    assert all(f"{key}=" in text and meaning.split()[0] in text for key, _, meaning in meanings())
+    assert all(f"{key}=" in text and meaning.split()[0] in text for key, _, meaning in meanings(RunConfig))
     assert max(map(len, text.splitlines())) <= 150
 
 
 def test_algorithms_page_is_the_generated_one():
-    text = algorithm_docs.PATH.read_text("utf-8")
-    assert algorithm_docs.page(text) == text, "run python -m experiments.describe --docs"
+    text = page.PATH.read_text("utf-8")
+    assert page.page(text) == text, "run python -m experiments.describe --docs"
 
 
 def test_algorithms_page_has_a_section_for_everything_with_its_paper():
-    text = algorithm_docs.PATH.read_text("utf-8")
+    text = page.PATH.read_text("utf-8")
     for name in algorithms.names():
         (section,) = re.findall(rf"^## {name}\n(.*?)(?=^## )", text, re.MULTILINE | re.DOTALL)
         assert f"(#{name})" in text and algorithms.load(name).formula() in section

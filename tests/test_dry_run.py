@@ -7,11 +7,11 @@ import os
 import pytest
 
 from experiments.config import MODELS, compose, presets
-from experiments.dry_run import plan
-from experiments.planning import absent
-from experiments.planning.balance import balances
-from experiments.planning.fits import check_fits
-from experiments.planning.machine import GIB, planned
+from experiments.run import offline
+from experiments.run.balance import balances
+from experiments.run.dry_run import plan
+from experiments.run.memory_check import check_fits
+from experiments.run.workload import GIB, planned
 from upge.errors import ConfigError, DataError, ModelError, UserError
 from upge.models.loading import read_config
 from upge.train.config import HardwareConfig
@@ -27,12 +27,12 @@ def no_hub(monkeypatch):
         raise DataError(f"data.hub: '{name}' could not be loaded") from ConnectionError("no route to the hub")
 
     def local(path, overrides=None):
-        if path in absent.KNOWN:
+        if path in offline.KNOWN:
             raise ModelError(f"model.path={path}: neither a folder nor a model that can be found here")
         return read_config(path, overrides)
 
     monkeypatch.setattr("upge.data.table.read_hub", unreachable)
-    monkeypatch.setattr(absent, "read_config", local)
+    monkeypatch.setattr(offline, "read_config", local)
 
 
 def section(text: str, head: str) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.evaluating.settings import keys
-from experiments.prepare import suite_problems
+from experiments.evaluate.settings import keys
+from experiments.run.prepare import suite_problems
 from tests.evaluating import SMALL, refused, run, sample_lines, start
 from tests.running import ROOT, lines
 from upge.errors import ConfigError

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from experiments.evaluating import weights
-from experiments.evaluating.weights import difference, fingerprint
+from experiments.evaluate import folder
+from experiments.evaluate.folder import difference, fingerprint
 from tests.evaluating import SMALL, refused, run, sample_lines
 from tests.running import ROOT
 from upge import rollout
@@ -96,7 +96,7 @@ def test_another_engine_is_noted(tmp_path, capsys):
 
 def test_every_file_and_every_part_of_it_counts(tmp_path, monkeypatch):
     """Beginning, middle and end of each; files that are no weights do not matter."""
-    monkeypatch.setattr(weights, "PROBE", 10)
+    monkeypatch.setattr(folder, "PROBE", 10)
     torch.save({}, tmp_path / "optimizer.pt")
     content = bytes(range(100))
     for name in ("a", "b"):

@@ -13,7 +13,9 @@ import pytest
 
 import algorithms
 import upge
-from experiments import config, describe, run
+from experiments import config
+from experiments.describe import __main__ as describe
+from experiments.run import __main__ as run
 
 PAGE = Path(__file__).parent.parent / "docs" / "extend.md"
 SLOTS = {

@@ -54,7 +54,7 @@ def metadata(wheel: zipfile.ZipFile) -> email.message.Message:
 
 def test_wheel_holds_sources_configurations_and_the_model(wheel: zipfile.ZipFile) -> None:
     wanted = set(shipped())
-    assert {"upge/__init__.py", "algorithms/hpt.yaml", "experiments/templates/report.html.j2"} <= wanted
+    assert {"upge/__init__.py", "algorithms/hpt.yaml", "experiments/report/report.html.j2"} <= wanted
     missing = sorted(wanted - set(wheel.namelist()))
     assert not missing, f"not in the wheel; an __init__.py is missing, or a suffix in setup.py: {missing}"
 
@@ -64,6 +64,11 @@ def test_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
     assert not strangers
     (licence,) = (name for name in wheel.namelist() if name.endswith("/LICENSE"))
     assert "Apache License" in wheel.read(licence).decode()
+
+
+def test_wheel_has_the_program(wheel: zipfile.ZipFile) -> None:
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
+    assert "upge = experiments.cli:main" in wheel.read(name).decode().splitlines()
 
 
 def test_metadata(metadata: email.message.Message) -> None:

@@ -10,8 +10,8 @@ import pytest
 
 import upge.verify
 from experiments.config import compose
-from experiments.prepare import prepare
 from experiments.pretrain import build_tokenizer
+from experiments.run.prepare import prepare
 from tests.test_data import ROWS, write_rows
 from upge.data import GSM8K, Arithmetic, Problem, Prompting, encode
 from upge.data.arithmetic import flawed_solution

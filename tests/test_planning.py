@@ -10,11 +10,11 @@ import torch
 
 import algorithms
 from experiments.config import MODELS, compose
-from experiments.planning import absent
-from experiments.planning.balance import balances
-from experiments.planning.fits import outlook
-from experiments.planning.machine import GIB, planned
-from experiments.planning.shape import ModelShape
+from experiments.run import offline
+from experiments.run.balance import balances
+from experiments.run.memory import ModelShape
+from experiments.run.memory_check import outlook
+from experiments.run.workload import GIB, planned
 from upge.errors import ModelError
 from upge.models.loading import read_config
 
@@ -32,11 +32,11 @@ def no_cache(monkeypatch):
     """Whatever models this machine has."""
 
     def local(path, overrides=None):
-        if path in absent.KNOWN:
+        if path in offline.KNOWN:
             raise ModelError(f"model.path={path}: neither a folder nor a model that can be found here")
         return read_config(path, overrides)
 
-    monkeypatch.setattr(absent, "read_config", local)
+    monkeypatch.setattr(offline, "read_config", local)
 
 
 def shape(name: str, dtype: str = "bfloat16") -> ModelShape:
@@ -68,16 +68,16 @@ def test_the_shipped_configurations_are_small_and_have_the_published_positions()
         if "llama" in name:
             scaling = [rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor")]
             assert scaling == [8.0, 1.0, 4.0] and rope["original_max_position_embeddings"] == 8192
-    assert set(absent.KNOWN.values()) == set(SIZES)
+    assert set(offline.KNOWN.values()) == set(SIZES)
     known = {compose([f"model={name}"]).config.model.path for name in SIZES}
-    assert known == set(absent.KNOWN)
+    assert known == set(offline.KNOWN)
 
 
 # Memory.
 
 
 def expected_memory(*arguments: str):
-    composed, _ = absent.with_known_models(compose(list(arguments)))
+    composed, _ = offline.with_known_models(compose(list(arguments)))
     return outlook(composed, planned(composed.config.hardware))
 
 

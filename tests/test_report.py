@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments.report import main, write_report
-from experiments.reporting.draw import smoothing_window
-from experiments.reporting.plots import Series
+from experiments.report.__main__ import main
+from experiments.report.draw import smoothing_window
+from experiments.report.page import write_report
+from experiments.report.plots import Series
 from experiments.table import accuracy_rows, print_table
 from upge.errors import DataError, UserError
 

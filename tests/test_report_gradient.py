@@ -6,9 +6,8 @@ import json
 import re
 from pathlib import Path
 
-from experiments.reporting.gate import gate_plots
-from experiments.reporting.heat import MOST_COLUMNS, MOST_ROWS, heat_map
-from experiments.reporting.tokens import token_texts
+from experiments.report.gate import MOST_COLUMNS, MOST_ROWS, gate_plots, heat_map
+from experiments.report.page import token_texts
 from tests.running import run
 from tests.test_report import Page, report, write_lines, write_run
 

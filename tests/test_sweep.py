@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments.sweep import BAD_INPUT, main
-from experiments.sweeping.collect import measure_names, write_csv
-from experiments.sweeping.execute import SOME_FAILED
-from experiments.sweeping.figures import blocks, courses
-from experiments.sweeping.folder import SweepFolder
-from experiments.sweeping.settings import load
-from experiments.sweeping.tables import difference_grid, figure, mean_grid
-from experiments.sweeping.write import report
+from experiments.cli import BAD_INPUT
+from experiments.sweep.__main__ import main
+from experiments.sweep.collect import measure_names, write_csv
+from experiments.sweep.execute import SOME_FAILED
+from experiments.sweep.folder import SweepFolder
+from experiments.sweep.settings import load
+from experiments.sweep.tables import difference_grid, figure, mean_grid
+from experiments.sweep.write import blocks, courses, report
 from upge.errors import ConfigError
 
 TINY = [
@@ -193,7 +193,7 @@ def test_settings_of_a_run_that_was_never_started_hold_nobody_up(done):
 
 
 def test_an_evaluation_alone_is_of_one_rank(done, monkeypatch):
-    from experiments.sweeping import execute
+    from experiments.sweep import execute
 
     begun = []
     monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: True)
@@ -259,7 +259,7 @@ def test_a_sweep_that_chooses_runs_the_other_first(tmp_path, capsys):
 
 def test_docs_need_their_marks(done, tmp_path, monkeypatch, capsys):
     page = tmp_path / "results.md"
-    monkeypatch.setattr("experiments.sweep.PAGE", page)
+    monkeypatch.setattr("experiments.sweep.__main__.PAGE", page)
     page.write_text("no marks")
     assert main([*TINY, f"output={done}", "--report", "--docs"]) == BAD_INPUT
     page.write_text("before\n<!-- sweep sweep: begin -->\nold\n<!-- sweep sweep: end -->\nafter\n")

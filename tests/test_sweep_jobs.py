@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from experiments.sweeping.jobs import NOT_STARTED, Crew, Job, Slots, last_words, launcher
+from experiments.sweep.execute import NOT_STARTED, Crew, Job, Slots, last_words, launcher
 from upge.errors import ConfigError
 
 

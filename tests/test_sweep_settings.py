@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments.sweeping.choose import best_values, group_of, with_choices
-from experiments.sweeping.settings import load, names, seeds_of, text
+from experiments.sweep.collect import best_values, group_of, with_choices
+from experiments.sweep.settings import load, names, seeds_of, text
 from upge.errors import ConfigError
 
 FILE = """\
@@ -67,7 +67,7 @@ def test_seeds():
         (["variants={A: 3}"], r"variants\.A: found 3"),
         (["grid.steps=[1]", "evaluate.other.limit=3"], "no evaluation 'other'"),
         (["grid.steps=[1,1]"], "two runs would be called"),
-        (["jobs=-1"], "jobs=-1"),
+        (["jobs=-1"], "jobs: found -1; it must not be negative"),
         (["jobs=many"], "jobs"),
         (["variants={'..': {algo: sft}}"], r"'\.\.' has no letter or digit"),
         (["variants={'→': {algo: sft}}"], "'→' has no letter or digit"),
@@ -145,7 +145,7 @@ def test_a_choice_goes_to_the_run_it_belongs_to():
 
 @pytest.mark.parametrize("name", names())
 def test_their_runs_and_evaluations_compose(name):
-    from experiments.sweeping.execute import check
+    from experiments.sweep.execute import check
 
     sweep = load([f"sweep={name}"])
     if sweep.config.choose:

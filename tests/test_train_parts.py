@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 
 import algorithms
 from tests.models import trajectories
+from upge.config import defaults, from_tree, meanings
 from upge.errors import ConfigError
-from upge.train.config import OptimizerConfig, RunConfig, defaults, from_tree, meanings
+from upge.train.config import OptimizerConfig, RunConfig
 from upge.train.folder import RunFolder, read_lines
 from upge.train.order import prompt_indices, stream_seed
 from upge.train.rates import learning_rate
@@ -112,8 +113,8 @@ def test_rollout_figures_by_hand():
 
 
 def test_every_setting_has_a_meaning_and_round_trips():
-    assert all(meaning for _, _, meaning in meanings())
-    assert from_tree(RunConfig, defaults()) == RunConfig()
+    assert all(meaning for _, _, meaning in meanings(RunConfig))
+    assert from_tree(RunConfig, defaults(RunConfig)) == RunConfig()
     with pytest.raises(ConfigError, match="optimizer.lr"):
         from_tree(RunConfig, {"optimizer": {"lr": "fast"}})
 

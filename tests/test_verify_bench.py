@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from experiments.bench import BENCHES, __main__, answers, verifier
+from experiments.bench import BENCHES, __main__, verifier
 from experiments.bench.measure import Spread, cpu_seconds, interleaved
 from tests.verify_pools import OWN, ROOT
 from upge.errors import ConfigError
@@ -76,7 +76,7 @@ def test_the_program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     page = tmp_path / "performance.md"
     page.write_text("a\n<!-- bench verifier: begin (python -m experiments.bench verifier --docs) -->\nold\n"
                     "<!-- bench verifier: end -->\nb")  # fmt: skip
-    monkeypatch.setattr(__main__, "DOCS", page)
+    monkeypatch.setattr(__main__, "PAGE", page)
     monkeypatch.setattr(verifier, "run", lambda settings: f"{settings.answers} answers")
     assert __main__.main(["verifier", "answers=7", "--docs"]) == 0
     assert "\n\n7 answers\n\n" in page.read_text() and "old" not in page.read_text()
@@ -92,7 +92,7 @@ def test_a_small_run_on_made_up_answers_finds_no_difference() -> None:
 
 
 def test_half_of_the_answers_are_wrong_and_bombs_are_spread() -> None:
-    items = answers.single("")
+    items = verifier.single("")
     with VerifierPool("math", time_limit=20.0) as pool:
         rewards = [verdict.reward for verdict in pool.score(items[:100])]
     assert 0.4 < sum(rewards) / len(rewards) < 0.6
@@ -104,17 +104,17 @@ def test_half_of_the_answers_are_wrong_and_bombs_are_spread() -> None:
     places = [[k for k, item in enumerate(items) if item.answer == "3.5"] for items in bombed]
     assert places == [[25, 75, 125, 175]] * 5
     asked = {last_boxed(item.response) for items in bombed for item in items if item.answer == "3.5"}
-    assert asked == set(answers.BOMBS)
+    assert asked == set(verifier.BOMBS)
 
 
 def test_groups_are_those_of_a_policy() -> None:
-    items = answers.grouped("", 8)
+    items = verifier.grouped("", 8)
     groups = [items[begin : begin + 8] for begin in range(0, 4000, 8)]
     assert all(len({(item.prompt, item.answer) for item in group}) == 1 for group in groups)
     assert all(len({item.response for item in group}) == 8 for group in groups)
     boxes = [[last_boxed(item.response) for item in group] for group in groups]
     different = [len(set(group)) for group in boxes]
-    assert 1 in different and max(different) == 1 + answers.MOST_WRONG and 2.0 < sum(different) / len(different) < 3.0
+    assert 1 in different and max(different) == 1 + verifier.MOST_WRONG and 2.0 < sum(different) / len(different) < 3.0
     with VerifierPool("math", time_limit=20.0) as pool:
         rewards = [verdict.reward for verdict in pool.score(items[:800])]
     rates = [sum(rewards[begin : begin + 8]) / 8 for begin in range(0, 800, 8)]
@@ -123,7 +123,7 @@ def test_groups_are_those_of_a_policy() -> None:
 
 @pytest.mark.skipif(not (DATA / "math").exists(), reason="the data sets are not here")
 def test_pool_and_plain_loop_agree_on_real_answers() -> None:
-    items = answers.single(str(DATA))[:150]
+    items = verifier.single(str(DATA))[:150]
     of_loop = verifier.plain_loop(items, 5)
     with VerifierPool("math", time_limit=20.0) as pool:
         of_pool = [verdict.reward for verdict in pool.score(items)]
@@ -132,5 +132,5 @@ def test_pool_and_plain_loop_agree_on_real_answers() -> None:
 
 
 def test_the_plain_loop_survives_a_bomb() -> None:
-    items = [Item(rf"\boxed{{{answers.BOMBS[0]}}}", "3.5"), Item(r"\boxed{\frac{2}{4}}", "0.5")]
+    items = [Item(rf"\boxed{{{verifier.BOMBS[0]}}}", "3.5"), Item(r"\boxed{\frac{2}{4}}", "0.5")]
     assert verifier.plain_loop(items, 1) == [0.0, 1.0]

@@ -121,7 +121,7 @@ def test_a_sample_of_the_real_ground_truths_and_solutions() -> None:
 @pytest.mark.slow
 def test_every_real_ground_truth_and_solution_as_the_page_tells() -> None:
     results = check_answers.check(check_answers.find([f"folder={DATA}"]))
-    page = check_answers.DOCS.read_text("utf-8")
+    page = check_answers.PAGE.read_text("utf-8")
     assert check_answers.renewed(page, results) == page, "run python -m experiments.check_answers folder=DIR --docs"
     failed = [(result.name, case, verdict) for result in results for case, verdict in result.failures()]
     assert {name for name, _, _ in failed} == {"math/train.parquet"}
@@ -134,7 +134,7 @@ def test_every_real_ground_truth_and_solution_as_the_page_tells() -> None:
 
 
 def test_the_examples_of_the_page_run(capsys: pytest.CaptureFixture[str]) -> None:
-    source = check_answers.DOCS.read_text("utf-8")
+    source = check_answers.PAGE.read_text("utf-8")
     own, use = re.findall(r"```python\n(.*?)```", source, re.DOTALL)
     names: dict = {}
     exec(own, names)

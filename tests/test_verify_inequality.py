@@ -11,7 +11,7 @@ import time
 import pytest
 import sympy
 
-from experiments.bench.answers import EVIDENT_BOMBS, HIDDEN_BOMBS
+from experiments.bench.verifier import EVIDENT_BOMBS, HIDDEN_BOMBS
 from tests.test_verify import DATA, RIGHT, WRONG
 from tests.verify_pools import ROOT, boxed
 from upge.verify import Item, VerifierPool, load

@@ -13,8 +13,9 @@ import algorithms
 import upge
 from tests.literal import trajectories as literal
 from tests.models import trajectories
+from upge.config import from_tree
 from upge.estimate import summarise
-from upge.train.config import RunConfig, from_tree
+from upge.train.config import RunConfig
 from upge.train.heard import Heard
 from upge.train.journal import Journal
 from upge.train.trajectory import Trajectory, assemble

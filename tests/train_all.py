@@ -41,8 +41,9 @@ SETTINGS = (
 )
 #: What a run imports on its way.
 MODULES = (
-    *("experiments.run", "experiments.config", "experiments.prepare", "experiments.progress", "experiments.report"),
-    *("experiments.table", "upge.train.trainer", "upge.train.engine", "upge.train.critic", "upge.train.frozen"),
+    *("experiments.run.__main__", "experiments.config", "experiments.run.prepare", "experiments.run.train"),
+    *("experiments.report.page", "experiments.table", "upge.train.trainer", "upge.train.engine"),
+    *("upge.train.critic", "upge.train.frozen"),
     *("upge.rollout.transformers_engine", "upge.verify", "deepspeed", "transformers", "safetensors.torch"),
     *("transformers.models.qwen2.modeling_qwen2", "deepspeed.runtime.zero.muon.muon_optimizer", "rich.table", "tqdm"),
 )
@@ -58,7 +59,7 @@ def child(folder: Path, name: str, arguments: list[str]) -> None:
     os.dup2(log, 2)
     code = 1
     try:
-        from experiments import run
+        from experiments.run import __main__ as run
 
         code = run.main([*SETTINGS, *arguments, f"output={folder / name}"])
     except BaseException:

@@ -206,13 +206,16 @@ class Algorithm:
             algorithms = {"interleaved_update.algorithm": self.interleaved_update.algorithm} | algorithms
         return algorithms
 
-    def check(self, *, group_size: int, demonstrations: int | None = None, provided: Iterable[str] = ()) -> None:
+    def check(
+        self, *, group_size: int, demonstrations: int | None = None, provided: Iterable[str] = (), path: str = "algo"
+    ) -> None:
         """Refuses a pair of algorithm and run that cannot work.
 
         Args:
             group_size: rollouts per prompt.
             demonstrations: how many prompts have one; None = not known yet.
             provided: the columns beyond rewards and masks that the caller can fill; values follow from `critic`.
+            path: the key of this algorithm, for messages.
 
         Raises:
             ConfigError: naming the key, the value and the fix.
@@ -221,23 +224,25 @@ class Algorithm:
         if needs.rollouts and group_size < needs.group_size:
             part = type(self.parts[needs.group_size_because]).__name__
             raise ConfigError(
-                f"group_size: {group_size} is too small for algo.{needs.group_size_because} ({part}), which compares "
-                f"the rollouts of one prompt; set group_size to {needs.group_size} or more"
+                f"{group_size} is too small for {path}.{needs.group_size_because} ({part}), which compares the "
+                f"rollouts of one prompt; set group_size to {needs.group_size} or more",
+                "group_size",
             )
         learning = {p: s for p, s in self.sources.items() if s in ("demonstrations", "all")}
         if learning and demonstrations == 0:
             owner, source = next(iter(learning.items()))
             what = source if source == "demonstrations" else f"{source}, which takes in demonstrations"
             raise ConfigError(
-                f"algo.{owner}.source: {what}, but the data set has none; choose data with worked "
-                "solutions or an algorithm that learns from rollouts alone"
+                f"{what}, but the data set has none; choose data with worked solutions or an algorithm that learns "
+                "from rollouts alone",
+                f"{path}.{owner}.source",
             )
-        check_columns(self._working_parts, self.sources, frozenset(provided) | ({"values"} if self.critic else set()))
-        for path, algorithm in self.inner.items():
-            try:
-                algorithm.check(group_size=group_size, demonstrations=demonstrations, provided=provided)
-            except ConfigError as error:
-                raise ConfigError(str(error).replace("algo.", f"algo.{path}.", 1)) from error
+        filled = frozenset(provided) | ({"values"} if self.critic else set())
+        check_columns(self._working_parts, self.sources, filled, path)
+        for name, algorithm in self.inner.items():
+            algorithm.check(
+                group_size=group_size, demonstrations=demonstrations, provided=provided, path=f"{path}.{name}"
+            )
 
     def plan(self, batch: Trajectories) -> Plan:
         """All that is known before the forward pass, on the whole `batch` (its `logprobs` may be None)."""

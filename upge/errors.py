@@ -6,12 +6,39 @@ with exit code 2. An `assert` elsewhere in the package means a defect of ours.
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable
+from typing import Self
 
 
 class UserError(ValueError):
-    """Bad input: a key, a value or a file that the user can change."""
+    """Bad input: a key, a value or a file that the user can change.
+
+    Attributes:
+        problem: what is wrong, and the fix.
+        key: the dotted setting that is wrong; empty where the problem says it, or is about none. Whoever passes the
+            error on replaces or prefixes it: see `with_key` and `under`.
+        value: the setting's value, where the message shows it behind the key.
+    """
+
+    def __init__(self, problem: str, key: str = "", value: object = None) -> None:
+        super().__init__(problem)
+        self.problem, self.key, self.value = problem, key, value
+
+    def __str__(self) -> str:
+        shown = self.key if self.value is None else f"{self.key}={self.value}"
+        return f"{shown}: {self.problem}" if self.key else self.problem
+
+    def with_key(self, key: str) -> Self:
+        """The same error about another key."""
+        error = copy.copy(self)
+        error.key = key
+        return error
+
+    def under(self, prefix: str) -> Self:
+        """The same error with its key below `prefix`, as in `prefix.key`."""
+        return self.with_key(f"{prefix}.{self.key}" if self.key else prefix)
 
 
 class ConfigError(UserError):

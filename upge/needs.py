@@ -84,30 +84,35 @@ def _static(part: Component) -> Iterator[Component]:
             yield from _static(inner)
 
 
-def check_columns(parts: Mapping[str, Component], sources: Mapping[str, Source], provided: frozenset[str]) -> None:
-    """Refuses parts and sources that read what nobody fills.
+def check_columns(
+    parts: Mapping[str, Component], sources: Mapping[str, Source], provided: frozenset[str], path: str = "algo"
+) -> None:
+    """Refuses parts and sources of the algorithm at `path` that read what nobody fills.
 
     Raises:
         ConfigError: naming the part by its path, the columns and the fix.
     """
-    for path, part in parts.items():
+    for place, part in parts.items():
         missing = (part.columns & _OPTIONAL) - provided
         if missing:
-            fix = "it needs a critic: give the algorithm one, for example algo.critic={_target_: upge.ValueLoss, "
+            fix = f"it needs a critic: give the algorithm one, for example {path}.critic={{_target_: upge.ValueLoss, "
             fix += "returns: {_target_: upge.GAE}}"
             raise ConfigError(
-                f"algo.{path}: {type(part).__name__} reads {sorted(missing)}, which is not provided here; "
-                + (fix if "values" in missing else "it needs a data set or engine that fills it")
+                f"{type(part).__name__} reads {sorted(missing)}, which is not provided here; "
+                + (fix if "values" in missing else "it needs a data set or engine that fills it"),
+                f"{path}.{place}",
             )
-        owner = next((s for s in sources if path == s or path.startswith(f"{s}.")), None)
+        owner = next((s for s in sources if place == s or place.startswith(f"{s}.")), None)
         if owner and sources[owner] != "rollouts" and "sampler_logprobs" in part.columns:
             raise ConfigError(
-                f"algo.{path}: {type(part).__name__} compares trainer and sampler, but {owner}.source is "
-                f"{sources[owner]} and no sampler made those responses; use it where the source is rollouts"
+                f"{type(part).__name__} compares trainer and sampler, but {owner}.source is {sources[owner]} and no "
+                "sampler made those responses; use it where the source is rollouts",
+                f"{path}.{place}",
             )
-    for path, source in sources.items():
+    for place, source in sources.items():
         if source == "preference_pairs" and "preference" not in provided:
             raise ConfigError(
-                f"algo.{path}.source: preference_pairs, but nobody provides the column `preference` here; give "
-                "data with chosen and rejected responses, or another source"
+                "preference_pairs, but nobody provides the column `preference` here; give data with chosen and "
+                "rejected responses, or another source",
+                f"{path}.{place}.source",
             )

@@ -100,7 +100,9 @@ class Pipeline:
             found.append(replace(own, group_size_because=f"stages.{name}.algorithm.{own.group_size_because}"))
         return reduce(lambda a, b: a.joined(b), found)
 
-    def check(self, *, group_size: int, demonstrations: int | None = None, provided: Iterable[str] = ()) -> None:
+    def check(
+        self, *, group_size: int, demonstrations: int | None = None, provided: Iterable[str] = (), path: str = "algo"
+    ) -> None:
         """`Algorithm.check` of every stage.
 
         Raises:
@@ -108,10 +110,8 @@ class Pipeline:
         """
         provided = tuple(provided)
         for name, stage in self.stages.items():
-            try:
-                stage.algorithm.check(group_size=group_size, demonstrations=demonstrations, provided=provided)
-            except ConfigError as error:
-                raise ConfigError(str(error).replace("algo.", f"algo.stages.{name}.algorithm.")) from error
+            place = f"{path}.stages.{name}.algorithm"
+            stage.algorithm.check(group_size=group_size, demonstrations=demonstrations, provided=provided, path=place)
 
     def formula(self, style: str = "text") -> str:
         """The stages' formulas, each under its name."""

@@ -6,40 +6,44 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments import cli
 from experiments.bench import BENCHES, peers
-from upge.errors import ConfigError, UserError, nearest
+from experiments.files import DOCS, replace_block
+from upge.errors import ConfigError, nearest
 
-DOCS = Path(__file__).parents[2] / "docs" / "performance.md"
+PAGE = DOCS / "performance.md"
 BEGIN, END = "<!-- bench {}: begin (python -m experiments.bench {} --docs) -->", "<!-- bench {}: end -->"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a bench's Markdown, or renews it in the docs; exit code 2 on bad input."""
-    is_program = arguments is None
-    arguments = list(sys.argv[1:] if is_program else arguments)
-    try:
-        if not arguments:
-            print(listing())
-            return 0
-        name, *rest = arguments
-        bench = _bench(name)
-        if is_program and getattr(bench, "WITH_PEERS", False):
-            peers.enter()
-        made = bench.run(settings(bench, [argument for argument in rest if argument != "--docs"]))
-        if "--docs" in rest:
-            DOCS.write_text(renewed(DOCS.read_text("utf-8"), name, made), "utf-8")
-        else:
-            print(made)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    def command(given: list[str]) -> int:
+        return _bench_command(given, is_program=arguments is None)
+
+    return cli.run_command(command, arguments, listing)
+
+
+def _bench_command(arguments: list[str], is_program: bool) -> int:
+    if not arguments:
+        print(listing())
+        return cli.DONE
+    name, *rest = arguments
+    bench = _bench(name)
+    if is_program and getattr(bench, "WITH_PEERS", False):
+        peers.enter()
+    rest, given = cli.flags(rest, "--docs")
+    made = bench.run(settings(bench, rest))
+    if given["--docs"]:
+        PAGE.write_text(renewed(PAGE.read_text("utf-8"), name, made), "utf-8")
+    else:
+        print(made)
+    return cli.DONE
 
 
 def listing() -> str:
@@ -77,11 +81,7 @@ def renewed(page: str, name: str, made: str) -> str:
         ConfigError: a marker is missing.
     """
     begin, end = BEGIN.format(name, name), END.format(name)
-    before, found, rest = page.partition(begin)
-    _, closing, after = rest.partition(end)
-    if not found or not closing:
-        raise ConfigError(f"{DOCS.name}: the lines '{begin}' and '{end}' are missing; put them where the figures go")
-    return f"{before}{begin}\n\n{made}\n\n{end}{after}"
+    return replace_block(page, PAGE.name, begin, end, f"\n\n{made}\n\n", "where the figures go")
 
 
 def _bench(name: str) -> Any:

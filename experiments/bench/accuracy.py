@@ -12,9 +12,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.bench.measure import cpu_seconds
-from experiments.bench.trainers.crew import EPSILON, OURS, PLAIN, TRL, Start, check, row, spread
-from experiments.bench.trainers.link import Child
+from experiments.bench.measure import Spread, cpu_seconds, row
+from experiments.bench.trainers.link import EPSILON, OURS, PLAIN, TRL, Child, Start, check
 from upge.errors import ConfigError, nearest
 
 SUMMARY = "seconds of training until an accuracy: hpt, grpo and sft against TRL's GRPOTrainer"
@@ -167,11 +166,11 @@ def _line(name: str, courses: list[Course], races: list[dict[str, Course]], sett
     return row(
         name if name == PEER else f"`{name}`",
         f"{sum(course.reached(settings) for course in courses)} of {len(courses)}",
-        spread(course.seconds for course in courses),
-        spread(course.cpu for course in courses),
-        spread(course.steps for course in courses),
-        *(spread(100 * course.figures[key] for course in courses) for key in ("mean", "greedy", "pass")),
-        "1" if name == PEER else spread(times),
+        Spread.of(course.seconds for course in courses),
+        Spread.of(course.cpu for course in courses),
+        Spread.of(course.steps for course in courses),
+        *(Spread.of(100 * course.figures[key] for course in courses) for key in ("mean", "greedy", "pass")),
+        "1" if name == PEER else Spread.of(times),
     )
 
 
@@ -190,7 +189,7 @@ def _told(names: list[str], races: list[dict[str, Course]], settings: Settings) 
     if missing:
         lines += ["", f"{PEER} did not reach the target in {missing} of {len(races)} races: there it is a lower bound."]
     if "hpt" in names:
-        times = spread(_times(courses["hpt"], courses[PEER], settings) for courses in races).median
+        times = Spread.of(_times(courses["hpt"], courses[PEER], settings) for courses in races).median
         verdict = "reached" if times >= GOAL else "not reached"
         lines += ["", f"Goal: `hpt` at least {GOAL:g} times sooner than {PEER}; {verdict}, {times:.3g} times."]
     return lines

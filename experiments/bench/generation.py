@@ -103,7 +103,7 @@ def _range(fast: Sequence[float], slow: Sequence[float]) -> str:
 def _model(settings: Settings) -> tuple[str, list[tuple[int, ...]], tuple[int, ...]]:
     """The model's folder, prompts for all rounds, and the tokens that end a response."""
     from experiments.config import compose
-    from experiments.prepare import load_prompting, with_local_models
+    from experiments.run.prepare import load_prompting, with_local_models
     from upge.instantiate import build
 
     data = ["model=tiny", "data=arithmetic"]

@@ -1,7 +1,8 @@
 """How an update's time and memory grow with tokens, vocabulary, group size and ranks: this project against itself.
 
-Each point runs in a fresh process; the points of a series take turns, round by round. A figure is relative to the
-series' first point in the same round.
+Each point runs in a fresh process, `python -m experiments.bench.growth JSON`, alone or under torchrun; rank 0 prints a
+line of JSON. The points of a series take turns, round by round. A figure is relative to the series' first point in the
+same round.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.bench.growth_probe import Point
-from experiments.bench.measure import FEWEST_ROUNDS, Spread
+import torch
+
+from experiments.bench.batches import Shape, made
+from experiments.bench.measure import FEWEST_ROUNDS, Spread, peak
 from upge.errors import ConfigError
 
 SUMMARY = "how an update's time and memory grow with tokens, vocabulary, group size and ranks"
@@ -103,7 +108,7 @@ def launched(point: Point) -> Found:
     Raises:
         ConfigError: it failed; with the end of what it wrote.
     """
-    probe = ["experiments.bench.growth_probe", json.dumps(dataclasses.asdict(point))]
+    probe = ["experiments.bench.growth", json.dumps(dataclasses.asdict(point))]
     command = [sys.executable, "-m", *probe]
     if point.ranks > 1:
         ranks = ["--standalone", "--nproc_per_node", str(point.ranks)]
@@ -126,7 +131,7 @@ def _row(name: str, point: Point, found: Sequence[Found], first: Sequence[Found]
     }
     ratio = {key: _ratio(found, first, key) for key in ("seconds", "computed", "memory")}
     cells = [name, labels[name], f"{found[0]['tokens']:,.0f}", f"{found[0]['computed']:,.0f}"]
-    cells += [_spread([one["seconds"] for one in found]), ratio["seconds"], f"{ratio['computed'].median:.2f}"]
+    cells += [Spread.of([one["seconds"] for one in found]), ratio["seconds"], f"{ratio['computed'].median:.2f}"]
     cells += [f"{statistics.median(one['memory'] for one in found) / _MIB:,.0f}", f"{ratio['memory'].median:.2f}"]
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -156,8 +161,81 @@ def _head_memory(found: Sequence[Mapping[str, float]]) -> float:
 
 
 def _ratio(found: Sequence[Found], first: Sequence[Found], key: str) -> Spread:
-    return _spread([one[key] / base[key] for one, base in zip(found, first, strict=True)])
+    return Spread.of([one[key] / base[key] for one, base in zip(found, first, strict=True)])
 
 
-def _spread(values: Sequence[float]) -> Spread:
-    return Spread(statistics.median(values), min(values), max(values))
+@dataclass(frozen=True)
+class Point:
+    """What is measured.
+
+    Fields:
+        groups, size: prompts of the step, and responses to each.
+        vocabulary: V of the model.
+        width, layers: of the model, a Qwen2 with random weights.
+        scale: what the lengths (prompt 96, response 235 in the mean) are multiplied by.
+        micro_batch_tokens: most tokens of one forward pass.
+        updates: timed ones, after one that is not.
+        ranks: processes, of one thread each.
+    """
+
+    groups: int = 8
+    size: int = 8
+    vocabulary: int = 8192
+    width: int = 256
+    layers: int = 4
+    scale: float = 0.5
+    micro_batch_tokens: int = 4096
+    updates: int = 3
+    ranks: int = 1
+
+
+def measured(point: Point) -> dict[str, float]:
+    """Seconds of an update, its tokens, and bytes of memory that the first one took beyond weights and engine."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    import algorithms
+    from upge.train.config import ModelConfig, OptimizerConfig
+    from upge.train.distributed import connect, leave
+    from upge.train.engine import Engine
+    from upge.train.rates import Rates
+    from upge.train.update import Updater
+
+    world, config = connect(), OptimizerConfig(micro_batch_tokens=point.micro_batch_tokens)
+    model = Qwen2Config(
+        vocab_size=point.vocabulary, hidden_size=point.width, intermediate_size=4 * point.width,
+        num_hidden_layers=point.layers, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as own:
+        # transformers writes on the main rank alone.
+        folder = world.share(own)
+        torch.manual_seed(0)
+        Qwen2ForCausalLM(model).save_pretrained(folder)
+        world.barrier()
+        engine = Engine(ModelConfig(path=folder), config, world)
+        world.barrier()
+    updater = Updater(engine, algorithms.load("grpo"), config)
+    rollouts = made(Shape(point.groups, point.size).scaled(point.scale), point.vocabulary)
+    computed = 0
+
+    def update(step: int) -> None:
+        nonlocal computed
+        computed = updater.update(rollouts, step, Rates(1e-6)).tally.computed
+
+    memory, seconds = peak(lambda: update(0)), []
+    for step in range(point.updates):
+        began = time.perf_counter()
+        update(1 + step)
+        seconds.append(time.perf_counter() - began)
+    found = {"seconds": statistics.median(seconds), "memory": float(memory), "computed": float(computed)}
+    found |= {"tokens": float(sum(len(t.response_ids) for t in rollouts)), "parameters": float(engine.parameters)}
+    every = world.gather(found)
+    if world.is_main:
+        found["computed"] = sum(one["computed"] for one in every)
+        found["memory"] = max(one["memory"] for one in every)
+        print(json.dumps(found), flush=True)
+    leave(world, 0)
+    return found
+
+
+if __name__ == "__main__":
+    measured(Point(**json.loads(sys.argv[1])))

@@ -8,17 +8,15 @@ was never run on one; for the reader of such a run, an H200 reaches about 790 TF
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from experiments.bench import peers
-from experiments.bench.gradients import checked
 from experiments.bench.heads import FLOOR, HEADS, NAIVE, ONE_PASS, OURS, Floor, Head, Problem, heads, reference
-from experiments.bench.measure import Spread, Timing, interleaved
-from experiments.bench.memory import in_fresh_process, peak
+from experiments.bench.measure import Spread, Timing, in_fresh_process, interleaved, peak, row
 from upge.errors import ConfigError
 
 SUMMARY = "the output head's log-probs, entropies and gradients: time against three matrix products, memory; with peers"
@@ -62,7 +60,7 @@ def run(settings: Settings) -> str:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     header = ["vocabulary", "dtype", "head", "seconds", "times the floor", "the same by CPU", "ours, one pass, is"]
-    lines, goals = [_row(*header, "gradient off by"), "|---" * (len(header) + 1) + "|"], []
+    lines, goals = [row(*header, "gradient off by"), "|---" * (len(header) + 1) + "|"], []
     for vocabulary in vocabularies:
         for dtype in dtypes:
             rows, told = _timed(settings, vocabulary, dtype, device)
@@ -105,7 +103,7 @@ def _timed(settings: Settings, vocabulary: int, dtype: str, device: str) -> tupl
         cpu = "1" if name == FLOOR else str(timing.thrift(FLOOR, name))
         ahead = "" if name in (FLOOR, ONE_PASS) else f"{timing.speedup(ONE_PASS, name)} × as fast"
         error = f"{errors[name]:.0e}" if name in errors else ""
-        rows.append(_row(f"{vocabulary:,}", dtype, name, _seconds(timing, name), times, cpu, ahead, error))
+        rows.append(row(f"{vocabulary:,}", dtype, name, _seconds(timing, name), times, cpu, ahead, error))
     return rows, _goals(timing, vocabulary, dtype)
 
 
@@ -174,13 +172,13 @@ def head_memory(settings: Settings, vocabulary: int, dtype: str, device: str, na
 
 
 def _memory(settings: Settings, vocabulary: int, dtypes: list[str], device: str) -> list[str]:
-    lines = [_row("dtype", "head", "MiB beyond inputs and gradients", "of the full logits'"), "|---" * 4 + "|"]
+    lines = [row("dtype", "head", "MiB beyond inputs and gradients", "of the full logits'"), "|---" * 4 + "|"]
     goals = []
     for dtype in dtypes:
         taken = {name: in_fresh_process(head_memory, settings, vocabulary, dtype, device, name) for name in heads()}
         for name, found in taken.items():
             share = f"1/{taken[NAIVE] / max(found, 1):.1f}" if found is not None and taken[NAIVE] else ""
-            lines.append(_row(dtype, name, "killed" if found is None else f"{found / MIB:,.0f}", share))
+            lines.append(row(dtype, name, "killed" if found is None else f"{found / MIB:,.0f}", share))
         if taken[ONE_PASS] and taken[NAIVE]:
             saving = taken[NAIVE] / taken[ONE_PASS]
             goals.append(f"- {dtype}: goal at most 1/{LEAST_SAVING}: 1/{saving:.1f}, {_told(saving >= LEAST_SAVING)}.")
@@ -206,12 +204,38 @@ def _explained(settings: Settings, device: str) -> str:
 
 def _seconds(timing: Timing, name: str) -> Spread:
     values = timing.seconds[name]
-    return Spread(statistics.median(values), min(values), max(values))
+    return Spread.of(values)
 
 
 def _told(reached: bool) -> str:
     return "reached" if reached else "**missed**"
 
 
-def _row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of two entries, relative to the largest entry that is expected."""
+    scale = float(expected.abs().max())
+    # Row by row: a gradient of an output embedding in float64 is large, and the check must not need much more.
+    blocks = zip(_blocks(found), _blocks(expected), strict=True)
+    gaps = torch.stack([(a.to(expected.dtype) - b).abs().max() for a, b in blocks])
+    return float(gaps.max()) / (scale or 1.0)
+
+
+def checked(pairs: Iterable[tuple[Tensor | None, Tensor]], tolerance: float, who: str) -> float:
+    """The largest `difference` over (found, expected) pairs.
+
+    Raises:
+        AssertionError: one is missing, of another shape, not finite, or further off than `tolerance`.
+    """
+    worst = 0.0
+    for found, expected in pairs:
+        if found is None or found.shape != expected.shape:
+            raise AssertionError(f"{who}: a gradient is missing or of another shape than {tuple(expected.shape)}")
+        gap = difference(found, expected)
+        if not gap <= tolerance:
+            raise AssertionError(f"{who}: a gradient off by {gap:.1e} of its largest entry; tolerated is {tolerance:g}")
+        worst = max(worst, gap)
+    return worst
+
+
+def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
+    return torch.atleast_1d(tensor.detach()).split(4096)

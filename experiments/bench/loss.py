@@ -8,7 +8,6 @@ response's tokens and then over responses; the gradients are compared before any
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +22,7 @@ from torch import Tensor
 import algorithms
 from experiments.bench import batches, peers
 from experiments.bench.batches import Shape
-from experiments.bench.measure import Spread, Timing, interleaved
-from experiments.bench.memory import in_fresh_process
+from experiments.bench.measure import Spread, Timing, in_fresh_process, interleaved, row
 from upge.errors import ConfigError
 from upge.train.trajectory import Trajectory
 
@@ -89,7 +87,7 @@ def run(settings: Settings) -> str:
         raise ConfigError(f"models: found '{settings.models}'; give some of {', '.join(MODELS)} with commas")
     header = ["model", "groups (silent)", "with", "tokens in a round", "seconds", "CPU seconds"]
     header += ["times as fast", "the same by CPU"]
-    lines, notes = [_row(*header), "|---" * len(header) + "|"], []
+    lines, notes = [row(*header), "|---" * len(header) + "|"], []
     for name in names:
         # A process each: models and what DeepSpeed keeps of them are gone with it.
         found = in_fresh_process(measured, settings, name)
@@ -143,11 +141,11 @@ def _case(
     count = f"{shape.groups} ({shape.silent_groups})"
     rows = []
     for thing in things:
-        cells = [_spread(timing.seconds[thing]), _spread(timing.cpu[thing]), "", ""]
+        cells = [Spread.of(timing.seconds[thing]), Spread.of(timing.cpu[thing]), "", ""]
         if theirs is not None:
             ahead = [timing.speedup(OURS, THEIRS), timing.thrift(OURS, THEIRS)]
             cells[2:] = [1, 1] if thing == THEIRS else ahead
-        rows.append(_row(name, count, thing, f"{tokens[thing]:,}", *cells))
+        rows.append(row(name, count, thing, f"{tokens[thing]:,}", *cells))
     return rows, f"- {name}, {count} groups{told}{_goal(timing, bool(shape.silent_groups))}."
 
 
@@ -240,11 +238,3 @@ def _model(path: str) -> Iterator[str]:
         torch.manual_seed(0)
         Qwen2ForCausalLM(config).save_pretrained(folder)
         yield folder
-
-
-def _spread(values: Sequence[float]) -> Spread:
-    return Spread(statistics.median(values), min(values), max(values))
-
-
-def _row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"

@@ -3,17 +3,28 @@
 Two runs one after the other compare the state of the machine as much as the things. Here all take turns within each
 round, in an order that changes from round to round, and the ratio is taken within the round. Beside the seconds on the
 clock it counts those of the CPU, of this process and of all that it started: these depend less on who else is at work.
+
+Memory on a CPU: torch counts nothing, and what its matrix products take for themselves no hook of torch's would see. So
+the kernel is asked: the process's resident memory at its highest (VmHWM, which can be set back) less that before. On
+CUDA torch's own counter is used. One thing is measured in one fresh process, where nothing of another's is left over.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from upge.errors import ConfigError
 
@@ -27,6 +38,12 @@ class Spread:
     median: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """That of these values."""
+        values = list(values)
+        return cls(statistics.median(values), min(values), max(values))
 
     def __str__(self) -> str:
         return f"{_short(self.median)} ({_short(self.low)} to {_short(self.high)})"
@@ -48,11 +65,11 @@ class Timing:
 
     def rate(self, name: str, count: int) -> Spread:
         """Units per second, where every round does `count` of them."""
-        return _spread([count / seconds for seconds in self.seconds[name]])
+        return Spread.of([count / seconds for seconds in self.seconds[name]])
 
     def cost(self, name: str, count: int) -> Spread:
         """Milliseconds of CPU per unit."""
-        return _spread([1000.0 * seconds / count for seconds in self.cpu[name]])
+        return Spread.of([1000.0 * seconds / count for seconds in self.cpu[name]])
 
     def speedup(self, name: str, base: str) -> Spread:
         """How many times as fast as `base` a thing is: the ratio of seconds, round by round."""
@@ -91,6 +108,11 @@ def interleaved(
     return Timing(*({name: tuple(values) for name, values in kind.items()} for kind in (seconds, cpu, results)))
 
 
+def row(*cells: object) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
 def cpu_seconds() -> float:
     """Seconds of CPU that this process, those that live below it and those that these have waited for took (Linux)."""
     found: dict[int, list[tuple[int, float]]] = {}
@@ -110,12 +132,48 @@ def cpu_seconds() -> float:
 
 
 def _ratios(above: Sequence[float], below: Sequence[float]) -> Spread:
-    return _spread([a / b for a, b in zip(above, below, strict=True)])
-
-
-def _spread(values: list[float]) -> Spread:
-    return Spread(statistics.median(values), min(values), max(values))
+    return Spread.of([a / b for a, b in zip(above, below, strict=True)])
 
 
 def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+_SELF = Path("/proc/self")
+
+
+def peak(call: Callable[[], object]) -> int:
+    """Bytes of memory by which this process exceeded, at most, what it had before `call`; Linux only.
+
+    Memory that was freed before and not given back to the kernel would hide as much: call this early in a process.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    (_SELF / "clear_refs").write_text("5")
+    before = _kilobytes("VmRSS")
+    call()
+    return 1024 * (_kilobytes("VmHWM") - before)
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a function of a module in a process that is started for it; None if that was killed, as the kernel
+    does when memory runs out."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            return None
+
+
+def _kilobytes(name: str) -> int:
+    for line in (_SELF / "status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {name}")

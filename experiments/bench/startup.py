@@ -53,8 +53,8 @@ def run(settings: Settings) -> str:
     """
     here = Path(__file__).parents[2]
     before = Path(settings.before).expanduser().absolute()
-    if settings.before and not (before / "experiments" / "run.py").is_file():
-        raise ConfigError(f"before: {before} holds no experiments/run.py; give the folder of a checkout")
+    if settings.before and not (before / "experiments" / "config.py").is_file():
+        raise ConfigError(f"before: {before} holds no experiments/config.py; give the folder of a checkout")
     arguments = _local(settings.run.split())
     with tempfile.TemporaryDirectory() as folder:
 
@@ -114,7 +114,7 @@ def _started(root: Path, arguments: Sequence[str], folder: Path, cache: str) -> 
 def _local(arguments: Sequence[str]) -> list[str]:
     """The arguments with a model that is already converted: converting is not what is measured here."""
     from experiments.config import compose
-    from experiments.prepare import with_local_models
+    from experiments.run.prepare import with_local_models
 
     composed: Any = compose([*arguments, "steps=1"])
     path = with_local_models(composed).config.model.path

@@ -17,12 +17,14 @@ from collections.abc import Callable
 from typing import Any
 
 AFTER = (
-    ("experiments.prepare", "prepare", "prepared"),
-    ("experiments.run", "_models", "trainer"),
+    ("experiments.run.prepare", "prepare", "prepared"),
+    ("experiments.run.train", "_models", "trainer"),
     ("upge.rollout", "load", "engine"),
-    ("experiments.progress", "Progress.step", "first step"),
+    ("experiments.run.train", "Progress.step", "first step"),
 )
 """Module, function, and what is done when it returns."""
+OLD_MODULES = {"prepare": "experiments.prepare", "_models": "experiments.run", "Progress.step": "experiments.progress"}
+"""Where these functions are in a checkout from before each command was a package."""
 LAST = "first step"
 """The run ends with it."""
 
@@ -36,10 +38,12 @@ def main(file: str, begun: float, arguments: list[str]) -> int:
         if name == LAST:
             os._exit(0)
 
-    run = importlib.import_module("experiments.run")
+    is_old = os.path.isfile(os.path.join("experiments", "run.py"))
+    run = importlib.import_module("experiments.run" if is_old else "experiments.run.__main__")
     for module, path, name in AFTER:
         *owners, function = path.split(".")
-        owner = functools.reduce(getattr, owners, importlib.import_module(module))
+        place = OLD_MODULES.get(path, module) if is_old else module
+        owner = functools.reduce(getattr, owners, importlib.import_module(place))
         setattr(owner, function, _marked(getattr(owner, function), functools.partial(mark, name)))
     sampler: Any = importlib.import_module("upge.rollout.base").Sampler
     sample = sampler.sample

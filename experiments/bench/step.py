@@ -14,9 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.measure import Timing, interleaved
-from experiments.bench.trainers.crew import ENGINES, EPSILON, OURS, PLAIN, TRL, Start, check, cores, row, spread
-from experiments.bench.trainers.link import Child, ChildError
+from experiments.bench.measure import Spread, Timing, interleaved, row
+from experiments.bench.trainers.link import (
+    ENGINES,
+    EPSILON,
+    OURS,
+    PLAIN,
+    TRL,
+    Child,
+    ChildError,
+    Start,
+    check,
+    cores,
+)
 from upge.errors import ConfigError
 
 SUMMARY = "whole training steps: trained tokens per second against TRL's GRPOTrainer, same gradient asserted"
@@ -189,22 +199,22 @@ def _line(case: Case, name: str, outcome: Outcome) -> str:
     figures, seconds = timing.results[name], timing.seconds[name]
     parts = {part: [one[part] for one in figures] for part in ("rollout", "verify", "refresh")}
     rest = [whole - sum(some) for whole, *some in zip(seconds, *parts.values(), strict=True)]
-    medians = [f"{spread(values).median:.3f}" for values in (*parts.values(), rest)]
+    medians = [f"{Spread.of(values).median:.3f}" for values in (*parts.values(), rest)]
     return row(
         case.name,
         name,
-        spread(_rates(timing, name)),
-        "1" if name == US else spread(_times(timing, name)),
-        spread(seconds),
+        Spread.of(_rates(timing, name)),
+        "1" if name == US else Spread.of(_times(timing, name)),
+        Spread.of(seconds),
         *medians,
-        spread(timing.cpu[name]),
+        Spread.of(timing.cpu[name]),
         f"{max(one['rss'] for one in figures):.1f}",
     )
 
 
 def _told(case: Case, outcome: Outcome, settings: Settings) -> list[str]:
     timing = outcome.timing
-    silent = spread(one["silent"] for one in timing.results[US]).median
+    silent = Spread.of(one["silent"] for one in timing.results[US]).median
     rewards = "; rewards by checksum" if settings.checksum else ""
     gaps = ", ".join(f"{gap:.1e} ({name})" for name, gap in outcome.gaps.items())
     lines = [
@@ -214,7 +224,7 @@ def _told(case: Case, outcome: Outcome, settings: Settings) -> list[str]:
         f"by {gaps} of their norm.",
     ]
     for name in list(timing.seconds)[1:]:
-        times = spread(_times(timing, name)).median
+        times = Spread.of(_times(timing, name)).median
         verdict = "reached" if times >= GOAL else "not reached"
         lines += ["", f"Goal for {case.name} against {name}: at least {GOAL:g} times; {verdict}, {times:.3g} times."]
     for name, error in outcome.failed.items():

@@ -8,30 +8,37 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from upge.config import Settings, from_tree, key
 from upge.data import Problem
 from upge.errors import ConfigError, DataError, nearest
 from upge.instantiate import build
-from upge.train.config import from_tree, key
 from upge.train.order import stream_seed
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig:
+class BenchmarkConfig(Settings):
     """One benchmark of a suite."""
 
     data: dict = key({}, "its problems: any data set (_target_ and settings); what has no rows() gives its evaluation")
     file: dict = key({}, "the same from a file; its path is below suite.folder, and it is taken when that is given")
     group: str = key("math", "the average that it belongs to; the paper's are math and ood")
-    samples: int = key(1, "responses per problem: avg@n, and pass@k for every k up to n")
-    limit: int = key(0, "at most so many problems, chosen by a hash of their prompts; 0 = all")
+    samples: int = key(
+        1, "responses per problem: avg@n, and pass@k for every k up to n", minimum=1, fix="give at least 1"
+    )
+    limit: int = key(
+        0,
+        "at most so many problems, chosen by a hash of their prompts; 0 = all",
+        minimum=0,
+        fix="give a number of problems, or 0 for all",
+    )
     verifier: str = key("", "reads the answers of problems that name no verifier; empty = verify.verifier")
     instruction: str = key("", "added to every prompt as it stands, before model.instruction")
 
 
 @dataclass(frozen=True)
-class SuiteConfig:
+class SuiteConfig(Settings):
     """Benchmarks that are sampled alike.
 
     Raises:
@@ -40,33 +47,33 @@ class SuiteConfig:
 
     folder: str = key("", "folder with the benchmarks' files; empty = what `data` of each says, the hub for example")
     temperature: float = key(0.6, "sampling temperature; 0 = greedy")
-    top_p: float = key(0.95, "nucleus; greedy sampling has none")
-    max_prompt_tokens: int = key(2048, "longest prompt; a longer one is an error")
-    max_response_tokens: int = key(8192, "longest response; what is cut off there is verified as it is")
+    top_p: float = key(0.95, "nucleus; greedy sampling has none", above=0, maximum=1)
+    max_prompt_tokens: int = key(2048, "longest prompt; a longer one is an error", minimum=1)
+    max_response_tokens: int = key(8192, "longest response; what is cut off there is verified as it is", minimum=1)
     skip: list = key([], "names of benchmarks to leave out, such as [gpqa_diamond]")
     benchmarks: dict = key({}, "name -> benchmark; each has the keys below, as suite.benchmarks.NAME.KEY")
 
     def __post_init__(self) -> None:
-        for name in ("max_prompt_tokens", "max_response_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"suite.{name}: found {getattr(self, name)}; it must be at least 1")
+        super().__post_init__()
         if self.temperature != 0 and self.temperature < 0.01:
-            raise ConfigError(f"suite.temperature: found {self.temperature}; give 0 for greedy, or at least 0.01")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"suite.top_p: found {self.top_p}; it must lie in (0, 1]")
+            raise ConfigError(f"found {self.temperature}; give 0 for greedy, or at least 0.01", "temperature")
         for name in self.skip:
             if name not in self.benchmarks:
-                raise ConfigError(f"suite.skip: no benchmark '{name}'; {nearest(str(name), self.benchmarks)}")
+                raise ConfigError(f"no benchmark '{name}'; {nearest(str(name), self.benchmarks)}", "skip")
 
-    def chosen(self) -> dict[str, BenchmarkConfig]:
+    def chosen(self, section: str = "suite") -> dict[str, BenchmarkConfig]:
         """The benchmarks that are not skipped, checked, in the suite's order.
+
+        Args:
+            section: where the user gives `folder` and `skip`, for messages.
 
         Raises:
             ConfigError: an unknown or wrong key of a benchmark, or there is none.
         """
         found = {n: self._benchmark(str(n), tree) for n, tree in self.benchmarks.items() if n not in self.skip}
         if not found:
-            raise ConfigError("suite.benchmarks: there is none to evaluate; give some, or skip fewer (suite.skip)")
+            problem = f"there is none to evaluate; give some, or skip fewer ({section}.skip)"
+            raise ConfigError(problem, "suite.benchmarks")
         return found
 
     def _benchmark(self, name: str, tree: Any) -> BenchmarkConfig:
@@ -76,13 +83,6 @@ class SuiteConfig:
         if not isinstance(tree, Mapping):
             raise ConfigError(f"{path}: found {tree!r}, expected keys such as {path}.data and {path}.samples")
         found = from_tree(BenchmarkConfig, tree, path)
-        if found.samples < 1 or found.limit < 0:
-            which, value, fix = (
-                ("samples", found.samples, "at least 1")
-                if found.samples < 1
-                else ("limit", found.limit, "a number of problems, or 0 for all")
-            )
-            raise ConfigError(f"{path}.{which}: found {value}; give {fix}")
         if self.temperature == 0 and found.samples > 1:
             raise ConfigError(
                 f"{path}.samples: {found.samples} with suite.temperature=0, where all responses to a problem are the "
@@ -113,7 +113,7 @@ class Benchmark:
         return len(self.problems) * self.samples
 
 
-def load(suite: SuiteConfig, verifier: str = "math", limit: int = 0) -> tuple[Benchmark, ...]:
+def load(suite: SuiteConfig, verifier: str = "math", limit: int = 0, section: str = "suite") -> tuple[Benchmark, ...]:
     """The benchmarks that are not skipped, with their problems.
 
     Args:
@@ -121,24 +121,25 @@ def load(suite: SuiteConfig, verifier: str = "math", limit: int = 0) -> tuple[Be
         verifier: for benchmarks that name none.
         limit: at most so many problems of each, 0 for all. Which these are follows from their prompts alone, so every
             model meets the same ones, and a larger limit keeps those of a smaller one.
+        section: where the user gives `folder` and `skip`, for messages.
 
     Raises:
         ConfigError: a key of a benchmark, or its data set's settings.
         DataError: problems that cannot be loaded, or two of them with the same id.
     """
     if suite.folder and not Path(suite.folder).expanduser().is_dir():
-        raise ConfigError(f"suite.folder: {suite.folder} is not a folder")
-    return tuple(_load(name, one, suite, verifier, limit) for name, one in suite.chosen().items())
+        raise ConfigError(f"{suite.folder} is not a folder", f"{section}.folder")
+    return tuple(_load(name, one, suite, verifier, limit, section) for name, one in suite.chosen(section).items())
 
 
-def _load(name: str, config: BenchmarkConfig, suite: SuiteConfig, verifier: str, limit: int) -> Benchmark:
+def _load(name: str, config: BenchmarkConfig, suite: SuiteConfig, verifier: str, limit: int, section: str) -> Benchmark:
     path = f"suite.benchmarks.{name}"
     try:
-        everything = _problems(config, suite.folder, path)
+        everything = _problems(config, suite.folder, path, section)
     except DataError as error:
         skip = ",".join([*map(str, suite.skip), name])
-        files = "take it from a file with suite.folder=FOLDER, " if config.file and not suite.folder else ""
-        raise DataError(f"{path}: {error}; {files}or leave it out with suite.skip=[{skip}]") from error
+        files = f"take it from a file with {section}.folder=FOLDER, " if config.file and not suite.folder else ""
+        raise DataError(f"{path}: {error}; {files}or leave it out with {section}.skip=[{skip}]") from error
     seen: set[str] = set()
     for problem in everything:
         if problem.id in seen:
@@ -152,17 +153,17 @@ def _load(name: str, config: BenchmarkConfig, suite: SuiteConfig, verifier: str,
     return Benchmark(name, config.group, config.samples, problems, len(everything))
 
 
-def _problems(config: BenchmarkConfig, folder: str, path: str) -> Sequence[Problem]:
+def _problems(config: BenchmarkConfig, folder: str, path: str, section: str) -> Sequence[Problem]:
     """All problems of a benchmark, from its file where a folder is given and it has one."""
     if folder and config.file:
         below = config.file.get("path")
         if not isinstance(below, str):
-            raise ConfigError(f"{path}.file.path: found {below!r}; give the file's path below suite.folder")
+            raise ConfigError(f"{path}.file.path: found {below!r}; give the file's path below {section}.folder")
         found = build({**config.file, "path": str(Path(folder).expanduser() / below)}, f"{path}.file")
     elif config.data:
         found = build(config.data, f"{path}.data")
     else:
-        place = f", or suite.folder=FOLDER, the folder of its file {config.file.get('path')}" if config.file else ""
+        place = f", or {section}.folder=FOLDER, the folder of its file {config.file.get('path')}" if config.file else ""
         raise ConfigError(f"{path}.data: missing; give a data set{place}")
     if hasattr(found, "rows"):
         return found.rows()

@@ -31,17 +31,20 @@ def read_config(model_path: str | Path, overrides: Mapping[str, Any] | None = No
     path = str(model_path)
     if path.lower().endswith(".gguf"):
         raise ModelError(
-            f"model.path={path}: the engines load no GGUF files; give them the folder that "
-            "upge.models.local_path makes of it"
+            "the engines load no GGUF files; give them the folder that upge.models.local_path makes of it",
+            "model.path",
+            path,
         )
     looks_local = path.startswith((".", "~", os.sep)) or path.count("/") != 1
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
-            raise ModelError(f"model.path={path}: no config.json in this folder; give a folder in Hugging Face format")
+            raise ModelError("no config.json in this folder; give a folder in Hugging Face format", "model.path", path)
     elif looks_local and path.count("/") != 0:
         raise ModelError(
-            f"model.path={path}: there is no such folder; give a folder in Hugging Face format or the "
-            "name of a model of the Hugging Face hub"
+            "there is no such folder; give a folder in Hugging Face format or the name of a model of the "
+            "Hugging Face hub",
+            "model.path",
+            path,
         )
     from transformers import AutoConfig
 
@@ -49,10 +52,12 @@ def read_config(model_path: str | Path, overrides: Mapping[str, Any] | None = No
         # Without a connection the hub's client repeats its attempts for half a minute before it gives up.
         config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir() or not _hub_answers())
     except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
         raise ModelError(
-            f"model.path={path}: neither a folder nor a model that can be found here "
-            f"({str(error).splitlines()[0]}); check the name, or download the model first and give its "
-            "folder"
+            f"neither a folder nor a model that can be found here ({reason}); check the name, or download "
+            "the model first and give its folder",
+            "model.path",
+            path,
         ) from error
     return override(config, overrides or {})
 
@@ -95,8 +100,9 @@ def check_loaded(path: str, found: Mapping[str, Any]) -> None:
         names = sorted(str(key) for key in found.get(keys) or ())
         if names:
             raise ModelError(
-                f"model.path: '{path}' {kind} {len(names)} tensors of its config.json, the first is {names[0]}; give a "
-                "complete checkpoint, and check model.overrides"
+                f"'{path}' {kind} {len(names)} tensors of its config.json, the first is {names[0]}; give a complete "
+                "checkpoint, and check model.overrides",
+                "model.path",
             )
 
 

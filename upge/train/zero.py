@@ -182,10 +182,10 @@ def _model_errors(path: str, key: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if key == "model.path":
+        if error.key != "model.path":
             raise
         # What reads models knows them by the policy's key.
-        raise type(error)(str(error).replace("model.path", key)) from error
+        raise error.with_key(key) from error
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, IndexError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from experiments.config import Composed, compose
-from experiments.prepare import Prepared, prepare, with_local_models
+from experiments.run.prepare import Prepared, prepare, with_local_models
 from upge import rollout
 from upge.train.distributed import World
 from upge.train.evaluate import evaluate

@@ -10,10 +10,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from experiments import surroundings
+from experiments import provenance
 from experiments.bench.trainers.job import Examiner, Job, Judge
 from experiments.bench.trainers.link import Line
 from experiments.bench.trainers.turns import Turns, serve
+from experiments.startup import quiet
 from upge.rollout import Rollout, Sampler
 from upge.train.distributed import connect
 from upge.train.engine import Engine, StepResult
@@ -26,7 +27,7 @@ def train(job: dict[str, Any], line: Line) -> None:
 
     job: `arguments` are the keys of a run, `checksum` says whether rewards are by the texts' checksums.
     """
-    surroundings.quiet()
+    quiet()
     loaded = Job.load(job["arguments"])
     config, prepared = loaded.composed.config, loaded.prepared
     world = connect()
@@ -46,7 +47,7 @@ def train(job: dict[str, Any], line: Line) -> None:
         )  # fmt: skip
         rows = config.prompts_per_step * config.group_size
         trainer = Trainer(parts, lambda metrics: turns.stepped(_figures(metrics, rows)), lambda _: turns.begin())
-        facts = {"command": "experiments.bench", "started": surroundings.now(), "from_step": 0}
+        facts = {"command": "experiments.bench", "started": provenance.now(), "from_step": 0}
         prepared.folder.start(loaded.composed.tree, facts, False)
         trainer.run()
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from experiments import surroundings
 from experiments.bench.trainers.job import Examiner, Job, Judge
 from experiments.bench.trainers.link import Line
 from experiments.bench.trainers.turns import Turns, serve
+from experiments.startup import quiet
 from upge.rollout.vllm_process import prepare_environment
 from upge.train.order import prompt_indices
 from upge.verify import Item
@@ -33,7 +33,7 @@ def train(job: dict[str, Any], line: Line) -> None:
     job: `arguments` are the keys of a run of ours with algo=grpo, `checksum` as for `ours`; `engine` is one of those of
     `_engine`, `batch` the rows of a micro-batch, `lr` another learning rate (0: the run's).
     """
-    surroundings.quiet()
+    quiet()
     prepare_environment()
     loaded = Job.load(job["arguments"])
     with loaded.pool() as pool, tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,197 @@
+"""The command line: `upge NAME ...`, the same commands as `python -m experiments.NAME ...`.
+
+Here stands what all commands share: the list of commands, help, how arguments are read, and how errors and signals
+become exit codes. `upge` works from any folder. It puts the current folder last on the import path, so a user's own
+parts are found there, but a user's `experiments/` or `algorithms/` never hides those of the package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from experiments.startup import quiet
+
+#: Exit codes that all commands share. Others: 1 for a proof that fails, 3 for a run that is no longer finite, 4 for a
+#: sweep in which some runs failed, 128 + signal.
+DONE, BAD_INPUT = 0, 2
+#: Name of a command → what it does.
+COMMANDS = {
+    "run": "train a model with an algorithm on a data set",
+    "evaluate": "measure a model on the benchmarks of a suite",
+    "compare": "compare evaluations: accuracy, pass@k, exclusive solves, intervals",
+    "sweep": "train and evaluate many runs, and report them together",
+    "diagnose": "measure bias and variance of the algorithms' gradients on a policy",
+    "report": "write report.html into the folders of runs",
+    "describe": "list the algorithms and corrections, or show one",
+    "bench": "measure speed and memory, side by side with other libraries",
+    "theory": "print the tables of docs/theory.md, computed exactly",
+    "table1": "print Table 1 of the paper, derived from the objectives",
+    "pretrain": "make the model `tiny` from nothing",
+    "check_answers": "verify the ground truths of data files against themselves",
+}
+#: The folder that holds the packages `experiments`, `algorithms` and `upge`.
+ROOT = Path(__file__).parents[1]
+
+
+class Stopped(BaseException):
+    """A signal asks the command to end; what is complete is saved on the way out.
+
+    Attributes:
+        number: the signal.
+        message: what the user is told.
+    """
+
+    def __init__(self, number: int, message: str = "") -> None:
+        super().__init__(number)
+        self.number = number
+        self.message = message or f"stopped by signal {number}"
+
+
+def main() -> int:
+    """The program `upge`; returns the exit code of the command."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return DONE
+    if name == "--version":
+        print(f"upge {_version()}")
+        return DONE
+    if name not in COMMANDS:
+        from upge.errors import nearest
+
+        print(f"error: there is no command '{name}'; {nearest(name, COMMANDS)}", file=sys.stderr)
+        return BAD_INPUT
+    # A command reads the program's arguments as if it had been started by itself.
+    sys.argv[1:] = arguments
+    command = importlib.import_module(f"experiments.{name}")
+    if hasattr(command, "__path__"):
+        command = importlib.import_module(f"experiments.{name}.__main__")
+    return command.main()
+
+
+def usage() -> str:
+    """What `upge --help` prints: a line for each command."""
+    lines = ["Usage: upge COMMAND [ARGUMENT ...]", "       upge COMMAND --help", "       upge --version", ""]
+    return "\n".join([*lines, "Commands:", *(help_row(name, meaning, 14) for name, meaning in COMMANDS.items())])
+
+
+def run_command(
+    command: Callable[[list[str]], int], arguments: Sequence[str] | None, help_text: Callable[[], str] | None = None
+) -> int:
+    """Runs a command and turns what ends it early into a message on standard error and an exit code.
+
+    Args:
+        command: takes the arguments and returns the exit code.
+        arguments: of the command; None = those of the program.
+        help_text: what `--help` prints; None where the command reads `--help` by itself.
+
+    Returns:
+        The command's exit code, 2 for a mistake of the user's, or 128 + signal.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    add_user_folder()
+    quiet()
+    if help_text is not None and {"-h", "--help"} & {*arguments}:
+        print(help_text())
+        return DONE
+    from upge.errors import UserError
+
+    try:
+        return command(arguments)
+    except UserError as error:
+        print_error(error)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return _stopped(Stopped(signal.SIGINT))
+    except Stopped as stopped:
+        return _stopped(stopped)
+
+
+def add_user_folder() -> None:
+    """Puts the current folder last on the import path, behind the folder of this package.
+
+    Under `python -m` it is already the first entry. It is not there when `upge`, torchrun or deepspeed start the
+    program. The entry of this package matters for an editable install, which Python would ask only after the path.
+    """
+    for folder in (str(ROOT), os.getcwd()):
+        if folder not in sys.path:
+            sys.path.append(folder)
+
+
+def child_environment() -> dict[str, str]:
+    """Environment variables with which `python -m experiments.NAME` finds this package in any current folder."""
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    is_installed = ROOT.name in ("site-packages", "dist-packages")
+    path = entries if is_installed or str(ROOT) in entries else [str(ROOT), *entries]
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
+def print_error(error: Exception, rank: int | None = None) -> None:
+    """Prints a mistake of the user's on standard error.
+
+    Args:
+        error: what was raised.
+        rank: this process's, where every rank must speak for itself; None = all find the same, so rank 0 prints it.
+    """
+    from upge.train.distributed import launched_rank
+
+    if rank is not None:
+        print(f"error on rank {rank}: {error}", file=sys.stderr)
+    elif launched_rank() == 0:
+        print(f"error: {error}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM end the block by `Stopped`; a second one ends the process at once."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for one in numbers:
+            signal.signal(one, signal.SIG_DFL)
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def flags(arguments: Sequence[str], *names: str) -> tuple[list[str], dict[str, bool]]:
+    """Splits arguments such as `--dry-run` from the others; each of `names` is True where it was given."""
+    return [a for a in arguments if a not in names], {name: name in arguments for name in names}
+
+
+def help_row(left: str, right: str, width: int = 36) -> str:
+    """Two columns, at most 118 wide; a left side longer than `width` pushes the right one to the next line."""
+    indent = " " * (width + 3)
+    if len(left) > width:
+        return "\n".join([*textwrap.wrap(left, 116, initial_indent="  ", subsequent_indent="    "), indent + right])
+    return textwrap.fill(f"{left:<{width}} {right}", 118, initial_indent="  ", subsequent_indent=indent)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("upge")
+    except importlib.metadata.PackageNotFoundError:
+        return "from a folder that is not installed"
+
+
+def _stopped(stopped: Stopped) -> int:
+    print(stopped.message, file=sys.stderr)
+    return 128 + stopped.number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Evaluations side by side: accuracy, pass@k, exclusive solves, and how sure their differences are.
+
+    python -m experiments.compare evals/first evals/second ... [output=FOLDER] [KEY=VALUE ...]
+
+Each folder is the output of experiments.evaluate. Differences and exclusive solves are those of every other run to the
+first. Without output= the tables are only printed; with it the folder gets compare.md (the page to begin with),
+compare.csv (every figure, one a line), compare.tex (needs booktabs), and passk.png and passk.svg.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from experiments import cli
+from experiments.compare import curves, write
+from experiments.compare.differences import RULES, exclusive, exclusive_grid, gap_grid, gaps
+from experiments.compare.load import Run, load, notes
+from experiments.compare.tables import Scores, pass_grid, score_grid
+from experiments.compare.write import Comparison, Pair
+from experiments.grid import print_grid
+from upge.errors import ConfigError, nearest
+from upge.evaluation.intervals import RESAMPLES
+
+KEYS = {
+    "output": "folder for the files; none are written without it",
+    "names": "what the runs are called, separated by commas; by default their folders' names",
+    "solved": "when a problem counts as solved among several samples: most (more than half correct), first, any",
+    "resamples": f"of every bootstrap; default {RESAMPLES}",
+    "seed": "of every bootstrap; default 0",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A command line, read; the fields are the keys of `KEYS`, and the folders of the runs."""
+
+    runs: tuple[str, ...]
+    output: Path | None = None
+    names: tuple[str, ...] = ()
+    solved: str = "most"
+    resamples: int = RESAMPLES
+    seed: int = 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code (0 done, 2 bad input)."""
+    return cli.run_command(_compare, arguments, help_text)
+
+
+def help_text() -> str:
+    """What --help prints."""
+    return "\n".join([str(__doc__), *(f"    {key:<10} {text}" for key, text in KEYS.items())])
+
+
+def _compare(arguments: list[str]) -> int:
+    settings = read(arguments)
+    runs = load(settings.runs, settings.names)
+    found = compare(runs, settings)
+    console = Console(highlight=False)
+    show(found, console)
+    if settings.output is not None:
+        for path in write.files(found, settings.output):
+            console.print(f"wrote {path}", soft_wrap=True, markup=False)
+    return cli.DONE
+
+
+def read(arguments: Sequence[str]) -> Settings:
+    """The settings of a command line; a folder may have = in its name, as those of sweeps do.
+
+    Raises:
+        ConfigError: an unknown key, or a value that cannot be used.
+    """
+    runs = tuple(argument for argument in arguments if "=" not in argument or Path(argument).is_dir())
+    given: dict[str, object] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if argument in runs:
+            continue
+        if key not in KEYS:
+            raise ConfigError(f"{key}: neither a key nor a folder ({argument}); {nearest(key, KEYS)}")
+        given[key] = value
+    if not given.get("output", "."):
+        raise ConfigError("output: empty; give a folder")
+    if given.get("solved", "most") not in RULES:
+        raise ConfigError(f"solved: found {given['solved']!r}; give one of {', '.join(RULES)}")
+    for key, least in (("resamples", 100), ("seed", 0)):
+        if key in given:
+            given[key] = _whole(key, str(given[key]), least)
+    if "output" in given:
+        given["output"] = Path(str(given["output"]))
+    if "names" in given:
+        given["names"] = tuple(str(given["names"]).split(","))
+    return Settings(runs, **given)
+
+
+def compare(runs: Sequence[Run], settings: Settings) -> Comparison:
+    """Everything that is shown and written."""
+    scores = Scores.of(runs, settings.resamples, settings.seed)
+    first, *others = runs
+    pairs = [
+        Pair(
+            first.name,
+            other.name,
+            tuple(gaps(first, other, settings.resamples, settings.seed)),
+            tuple(exclusive(first, other, settings.solved)),
+        )
+        for other in others
+    ]
+    panels = curves.panels(scores, settings.resamples, settings.seed)
+    said = (*notes(runs), *([] if panels else ["There are no pass@k curves: no benchmark has several samples."]))
+    return Comparison(scores, tuple(pairs), tuple(panels), said, settings.solved, settings.resamples, settings.seed)
+
+
+def show(found: Comparison, console: Console) -> None:
+    """Prints the tables and what to know about them."""
+    grids = [score_grid(found.scores), pass_grid(found.scores)]
+    for pair in found.pairs:
+        grids += [gap_grid(pair.first, pair.second, pair.gaps)] if pair.gaps else []
+        grids += [exclusive_grid(pair.first, pair.second, pair.exclusive, found.solved)] if pair.exclusive else []
+    for grid in grids:
+        if grid is not None:
+            print_grid(grid, console)
+            console.print()
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False)
+
+
+def _whole(key: str, text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise ConfigError(f"{key}: found {text!r}; give a whole number of at least {least}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

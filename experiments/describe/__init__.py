@@ -1,0 +1,1 @@
+"""The algorithms in print: lists, single algorithms, and docs/algorithms.md."""

@@ -1,0 +1,59 @@
+"""The algorithms in print: `python -m experiments.describe` lists them and the corrections, `algo=NAME` shows one, with
+`correction=NAME` and algo.KEY=VALUE as it then is.
+
+All of it is read off the files and the parts themselves, so it cannot differ from what runs. `--readme` renews the
+table in README.md, `--docs` renews docs/algorithms.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from experiments import cli
+from experiments.config import correction_names
+from experiments.describe import page
+from experiments.describe.listing import README, corrections_table, describe, renewed, table
+from upge.errors import ConfigError
+
+
+def _asked(arguments: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
+    """(algorithm, overrides, corrections) of a command line."""
+    name, overrides, corrections = None, [], []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key == "algo" and equals:
+            name = value
+        elif key == "correction" and equals:
+            corrections = correction_names(value)
+        elif key.startswith("algo.") and equals:
+            overrides.append(argument.removeprefix("algo."))
+        else:
+            raise ConfigError(f"'{argument}': give algo=NAME, correction=NAME and algo.KEY=VALUE, or nothing at all")
+    if name is None and arguments:
+        raise ConfigError(f"'{arguments[0]}': give algo=NAME, too")
+    return name, overrides, corrections
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints; exit code 2 on bad input."""
+    return cli.run_command(_describe, arguments, lambda: str(__doc__))
+
+
+def _describe(arguments: list[str]) -> int:
+    try:
+        if arguments == ["--readme"]:
+            README.write_text(renewed(README.read_text("utf-8")), "utf-8")
+        elif arguments == ["--docs"]:
+            page.write()
+        else:
+            name, overrides, corrections = _asked(arguments)
+            shown = f"{table()}\n\n{corrections_table()}" if name is None else describe(name, overrides, corrections)
+            print(shown, flush=True)
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        sys.stdout = None
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

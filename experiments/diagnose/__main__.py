@@ -1,0 +1,135 @@
+"""Bias and variance: what each algorithm's gradient is on average, and how noisy, on a real policy.
+
+    python -m experiments.diagnose [model=NAME] [data=NAME] [algos=[NAME,...]|all] [KEY=VALUE ...]
+
+For a policy and a data set: mean, bias against ∇E[R], noise, signal to noise and cosines of any algorithms' gradients,
+in all, by pass rate of the prompt and, with policies=[PATH,...] or run=FOLDER, as training proceeds. Leaves a folder
+with diagnosis.html, table.md, diagnosis.json and the figures; docs/diagnose.md says what they mean.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import cli
+from experiments.files import free_folder
+from experiments.provenance import command, git_commit, now, versions
+from upge.errors import ConfigError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code (0 done, 2 bad input)."""
+    return cli.run_command(_diagnose, arguments, help_text)
+
+
+def help_text() -> str:
+    """What --help prints."""
+    from experiments.diagnose.settings import keys
+
+    shown = [(f"{name}={'' if default is None else default}", meaning) for name, default, meaning in keys()]
+    head = "Keys (model=, data= and recipe= are those of experiments.run, with their own keys):"
+    return "\n".join([__doc__, head, *(cli.help_row(left, meaning) for left, meaning in shown)])
+
+
+def output_folder(output: str, names: dict[str, str]) -> Path:
+    """`output`, or the next free diagnoses/MODEL-DATA.
+
+    Raises:
+        ConfigError: there is something in it already.
+    """
+    if output:
+        path = Path(output).expanduser()
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise ConfigError(f"output: {path} exists; choose another, or remove it")
+        return path
+    stem = "-".join(Path(name).name.removesuffix(".yaml") for name in names.values())
+    return free_folder("diagnoses", stem)
+
+
+def _diagnose(arguments: Sequence[str]) -> int:
+    from rich.console import Console
+
+    from experiments.diagnose import write
+    from experiments.diagnose.settings import choose
+    from experiments.diagnose.tables import grids
+    from experiments.grid import print_grid
+
+    chosen = choose(arguments)
+    names = {"exact": "exact"} if chosen.config.exact else dict(chosen.names)
+    folder = output_folder(chosen.config.output, names)
+    console = Console(highlight=False)
+    notes = [f"{name} is left out: {reason}" for name, reason in chosen.left_out.items()] + chosen.remarks
+    results, more = _exactly(chosen) if chosen.config.exact else _sampled(chosen, console)
+    notes += more
+    for result in results:
+        if all(math.isnan(one.overall.alignment.value) for one in result.measured):
+            notes.append(
+                f"{result.label}: ∇E[R] cannot be told from 0 with this sample, so nothing can be held against it; "
+                "give more reference rollouts, or prompts that are sometimes solved"
+            )
+    for result in results:
+        console.print(f"\n{result.label}: {write.summary(result)}", markup=False)
+        for grid in grids(result):
+            print_grid(grid, console)
+            console.print()
+    for note in notes:
+        console.print(f"note: {note}", markup=False)
+    facts = {
+        "command": command("experiments.diagnose", arguments),
+        "made": now(),
+        "names": names,
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "settings": write.plain(chosen.config),
+    }
+    for path in write.files(results, facts, notes, folder):
+        console.print(f"wrote {path}", soft_wrap=True, markup=False)
+    return 0
+
+
+def _exactly(chosen: Any) -> tuple[list, list[str]]:
+    from experiments.diagnose.measuring import exactly
+
+    note = "the frozen policy of this setting is another than the policy, and the response limit is 2 tokens"
+    return [exactly(chosen.algorithms, chosen.config.group_size)], [note]
+
+
+def _sampled(chosen: Any, console: Any) -> tuple[list, list[str]]:
+    from experiments.diagnose.measuring import measure, needs_frozen
+    from experiments.diagnose.policies import model_of, ordered, policies
+    from experiments.diagnose.sampling import problems
+    from experiments.diagnose.settings import without_pairs
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    config, run = chosen.config, chosen.run
+    with policies(chosen) as found:
+        found = ordered(found)
+        asked = problems(chosen, found[0].model)
+        notes = list(asked.notes)
+        if not asked.has_pairs:
+            chosen, lacking = without_pairs(chosen)
+            notes += [f"{name} is left out: it learns from pairs, and these data have none" for name in lacking]
+        frozen = None
+        if needs_frozen(chosen.algorithms.values()):
+            if run.reference.path:
+                frozen = model_of(run.reference.path, run.model)
+            elif len(found) > 1:
+                frozen = found[0].model
+            which = run.reference.path or (f"the first policy, {found[0].label}" if frozen else "the policy itself")
+            notes.append(f"the frozen policy is {which}")
+        behavior = model_of(config.behavior, run.model) if config.behavior else None
+        results = []
+        for policy in found:
+            say(f"policy {policy.label}: {policy.model.path}")
+            results.append(measure(chosen, asked, policy, frozen, behavior, say))
+    return results, notes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""The figures of a diagnosis by pass rate (signal to noise, conflict of the two sources) and over training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from experiments.diagnose.figures import (
+    COLORS,
+    FLOOR,
+    LINES,
+    PALETTE,
+    bars,
+    distinct,
+    kind,
+    known_or,
+    label,
+    legend,
+    logarithmic,
+    palette,
+)
+from experiments.diagnose.measuring import Result
+from experiments.diagnose.tables import different
+from experiments.drawing import SOFT, dress, in_figure, save
+from upge.measure import Estimated, Measured
+
+#: Lines of a source, and prompts of a bin without which it is not drawn.
+_MOST, _FEWEST = 5, 3
+#: A cosine whose interval is wider says nothing.
+_WIDEST = 1.0
+
+
+def signal(result: Result, folder: Path) -> list[Path]:
+    """signal_by_pass_rate: signal to noise of single prompts, what a gate sees, and what each threshold is worth."""
+    shown = chosen(result)
+    if not result.bins or not shown:
+        return []
+    panels = 3 if result.thresholds else 2
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+        _by_rate(axes[0], result, shown)
+        _by_count(axes[1], result, shown)
+        if result.thresholds:
+            _by_threshold(axes[2], result)
+        legend(figure, axes[0], min(5, len(shown)))
+
+    return save(folder, "signal_by_pass_rate", (3.9 * panels, 4.4), draw)
+
+
+def chosen(result: Result) -> list[Measured]:
+    """Estimators with one source: of each source whole algorithms before parts, then by alignment; none twice."""
+    found = []
+    for source in ("rollouts", "demonstrations"):
+        mine = [one for one in different(result) if one.source == source]
+        mine.sort(key=lambda one: (bool(one.part), -known_or(one.overall.alignment.value, -math.inf)))
+        found += mine[:_MOST]
+    return found
+
+
+def conflict(result: Result, folder: Path) -> list[Path]:
+    """conflict: the cosine between the mean gradients of rollouts and demonstrations, by pass rate."""
+    if not result.conflicts:
+        return []
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        places = [one.label for one in result.bins]
+        for index, one in enumerate(result.conflicts):
+            color, marker = palette(index), LINES[index % len(LINES)]
+            dash = "-" if index < len(LINES) else "--"
+            shift = (index - len(result.conflicts) / 2) * 0.03
+            line = [(i, one.by_rate[name]) for i, name in enumerate(places) if name in one.by_rate]
+            line = [(i, found) for i, found in line if _told(found)]
+            at, values = [i + shift for i, _ in line], [found for _, found in line]
+            bars(axes, at, values, color)
+            axes.plot(at, [v.value for v in values], color=color, marker=marker, linestyle=dash, markersize=5,
+                      markeredgecolor="white", linewidth=1.6, label=in_figure(one.algorithm))  # fmt: skip
+            if _told(one.overall):
+                end = len(places) + 0.1 + shift
+                bars(axes, [end], [one.overall], color)
+                axes.plot(end, one.overall.value, color=color, marker=marker, markersize=6, markeredgecolor="white")
+        axes.axhline(0, color=SOFT, linewidth=0.9)
+        axes.set_xticks(range(len(places) + 1), [*places, "all"])
+        axes.set_xlim(-0.4, len(places) + 0.5)
+        drawn = [found for one in result.conflicts for found in (one.overall, *one.by_rate.values()) if _told(found)]
+        axes.set_ylim(max(-1.04, min([-0.4, *(found.low - 0.05 for found in drawn)])), 1.04)
+        axes.set_xlabel("pass rate of the prompt")
+        axes.set_ylabel("cosine of the two mean gradients")
+        axes.set_title("Do rollouts and demonstrations pull the same way?")
+        dress(axes)
+        legend(figure, axes, 5)
+
+    return save(folder, "conflict", (6.8, 4.6), draw)
+
+
+def _by_rate(axes, result: Result, shown: Sequence[Measured]) -> None:
+    bins = [one for one in result.bins if len(one.prompts) >= _FEWEST]
+    places = {one.label: i for i, one in enumerate(bins)}
+    for color, marker, shift, one in _styled(shown):
+        at = [(places[found.bin] + shift, found.snr) for found in one.by_rate if found.bin in places]
+        known = [(x, v) for x, v in at if math.isfinite(v.value)]
+        bars(axes, [x for x, _ in known], [v for _, v in known], color, floor=FLOOR)
+        axes.plot([x for x, _ in known], [max(v.value, FLOOR) for _, v in known], color=color, marker=marker,
+                  markersize=5, markeredgecolor="white", linewidth=1.5, label=label(result, one.name))  # fmt: skip
+    logarithmic(axes)
+    axes.set_ylim(bottom=FLOOR * 0.8)
+    axes.set_xticks(range(len(places)), [f"{one.label}\n({len(one.prompts)})" for one in bins])
+    axes.set_xlim(-0.4, len(places) - 0.6)
+    axes.set_xlabel("pass rate of the prompt (prompts)")
+    axes.set_title("Signal to noise of one prompt")
+    dress(axes)
+
+
+def _by_count(axes, result: Result, shown: Sequence[Measured]) -> None:
+    size = int(result.facts["group_size"])
+    for color, marker, shift, one in _styled(shown):
+        known = [(at.successes + shift, at.pooled.alignment) for at in one.by_count]
+        known = [(x, v) for x, v in known if not math.isnan(v.value)]
+        bars(axes, [x for x, _ in known], [v for _, v in known], color)
+        axes.plot([x for x, _ in known], [v.value for _, v in known], color=color, marker=marker, markersize=5,
+                  markeredgecolor="white", linewidth=1.5)  # fmt: skip
+    axes.axhline(0, color=SOFT, linewidth=0.9)
+    axes.set_xticks(range(0, size + 1, 1 if size <= 8 else 2))
+    axes.set_xlabel(f"successes among the {size} rollouts of its group")
+    axes.set_title("Alignment of one prompt with ∇E[R]")
+    dress(axes)
+
+
+def _by_threshold(axes, result: Result) -> None:
+    for index, (name, found) in enumerate(result.thresholds.items()):
+        color = palette(index)
+        at, values = [one.threshold for one in found], [one.overall.alignment for one in found]
+        if all(math.isnan(value.value) for value in values):
+            continue
+        axes.plot(at, [v.value for v in values], color=color, marker=LINES[index % len(LINES)], markersize=5,
+                  markeredgecolor="white", linewidth=1.6, label=in_figure(name))  # fmt: skip
+        bars(axes, at, values, color)
+        best = max(range(len(values)), key=lambda i: known_or(values[i].value, -math.inf))
+        axes.plot(at[best], values[best].value, marker="o", markersize=12, markerfacecolor="none", color=color)
+    if axes.get_lines():
+        axes.legend(frameon=False, fontsize=8.5)
+    axes.axhline(0, color=SOFT, linewidth=0.9)
+    axes.set_xlabel("threshold of the gates")
+    axes.set_title("Alignment of a batch, best one ringed")
+    dress(axes)
+
+
+def _styled(shown: Sequence[Measured]):
+    """(colour, marker, shift, estimator): a colour family for each source."""
+    counts: dict[str, int] = {}
+    for place, one in enumerate(shown):
+        number = counts.setdefault(one.source, 0)
+        counts[one.source] += 1
+        colors = COLORS[kind(one.source)]
+        marker = "osv^D"[number % 5]
+        yield colors[number % len(colors)], marker, (place - len(shown) / 2) * 0.03, one
+
+
+def _told(found: Estimated) -> bool:
+    """False where an interval is so wide, or missing, that the cosine is not drawn."""
+    return found.high - found.low < _WIDEST
+
+
+def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
+    """over_training: cosine, signal to noise, alignment and conflict of every policy, in their order."""
+    if len(results) < 2:
+        return []
+    names = [one.name for one in distinct(results[0])]
+    if len(names) > len(PALETTE):
+        # More lines could not be told apart: of each kind those with the highest alignment at first.
+        ranked = sorted(distinct(results[0]), key=lambda one: -known_or(one.overall.alignment.value, -1.0))
+        kinds: dict[str, list[str]] = {}
+        for one in ranked:
+            kinds.setdefault(kind(one.source), []).append(one.name)
+        kept = {name for own in kinds.values() for name in own[:2]}
+        names = [name for name in names if name in kept]
+
+    def draw(figure: Figure) -> None:
+        grid = list(figure.subplots(2, 2).flat)
+        panels = (("cosine", "cosine with ∇E[R]"), ("snr", "signal to noise of a batch"), ("alignment", "alignment"))
+        for axes, (field, title) in zip(grid, panels, strict=False):
+            for index, name in enumerate(names):
+                found = [next((m for m in r.measured if m.name == name), None) for r in results]
+                values = [m and getattr(m.overall, field) for m in found]
+                floor = FLOOR if field == "snr" else -math.inf
+                _course(axes, results, values, index, label(results[0], name), floor)
+            axes.set_title(title)
+        last = figure.axes[3]
+        both = dict.fromkeys(c.algorithm for r in results for c in r.conflicts)
+        for index, name in enumerate(names):
+            if name in both:
+                found = [next((c.overall for c in r.conflicts if c.algorithm == name), None) for r in results]
+                _course(last, results, found, index, "")
+        last.set_title("cosine of rollouts' and demonstrations' parts")
+        logarithmic(figure.axes[1])
+        for axes in figure.axes:
+            if not any(len(line.get_xdata()) for line in axes.get_lines()):
+                axes.set_yticks([])
+                axes.text(0.5, 0.5, "no figure from these samples", transform=axes.transAxes, ha="center", color=SOFT)
+            _steps(axes, results)
+            dress(axes)
+        legend(figure, figure.axes[0], 3)
+
+    return save(folder, "over_training", (8.6, 6.4), draw)
+
+
+def _course(
+    axes,
+    results: Sequence[Result],
+    values: Sequence[Estimated | None],
+    index: int,
+    name: str,
+    floor: float = -math.inf,
+) -> None:
+    at = [(i, v) for i, v in enumerate(values) if v is not None and math.isfinite(v.value)]
+    places = _places(results)
+    color = palette(index)
+    xs, known = [places[i] for i, _ in at], [v for _, v in at]
+    bars(axes, xs, known, color, floor)
+    axes.plot(xs, [max(v.value, floor) for v in known], color=color, marker=LINES[index % len(LINES)], markersize=5,
+              markeredgecolor="white", linewidth=1.6, label=name or None)  # fmt: skip
+
+
+def _places(results: Sequence[Result]) -> list[float]:
+    steps = [one.step for one in results]
+    return [float(i) for i in range(len(results))] if None in steps else [float(step) for step in steps]
+
+
+def _steps(axes, results: Sequence[Result]) -> None:
+    if any(one.step is None for one in results):
+        axes.set_xticks(range(len(results)), [in_figure(one.label) for one in results])
+    else:
+        axes.set_xlabel("step")

@@ -1,0 +1,265 @@
+"""One policy measured: its pool is sampled and its gradients taken, or every batch is added up."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from experiments.diagnose.policies import Policy, load_model
+from experiments.diagnose.sampling import Problems, sample
+from experiments.diagnose.settings import Chosen
+from experiments.theory import setting
+from upge.algorithm import Algorithm
+from upge.errors import ConfigError
+from upge.measure import (
+    Directions,
+    Estimated,
+    Estimator,
+    Figures,
+    Measured,
+    ModelScores,
+    Pool,
+    Sketch,
+    Targets,
+    batch_estimates,
+    batch_sample,
+    bins_of,
+    conflict,
+    cosine_of,
+    estimator,
+    exact_figures,
+    figures,
+    gradients,
+    imitation,
+    measured,
+    same,
+    true_gradient,
+)
+from upge.measure.by_rate import Bin
+from upge.measure.contributions import sources
+from upge.measure.diagnosis import Conflict, thresholds
+from upge.measure.exact import Exact, exact
+from upge.measure.scores import Pair
+from upge.train.config import ModelConfig
+
+#: Share of the free memory that gradients kept at the same time may take.
+_MEMORY = 0.6
+#: Numbers by which it is found out which estimators are the same.
+_TO_COMPARE = 512
+
+
+@dataclass(frozen=True)
+class AtThreshold:
+    """An algorithm whose gates' thresholds are set to one pass rate."""
+
+    threshold: float
+    overall: Figures
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found about one policy.
+
+    Fields:
+        label, step: the policy's.
+        facts: sizes, errors, seconds and memory, by name.
+        bins: the prompts by pass rate.
+        measured: algorithms and their parts.
+        conflicts: of the algorithms with two sources.
+        thresholds: algorithm → its figures at every threshold, where it has one.
+        cosines: first and second algorithm → cosine of their means.
+        same: the names of `measured` in groups that are the same estimator on this pool but for their scale.
+    """
+
+    label: str
+    step: int | None
+    facts: Mapping[str, float]
+    bins: tuple[Bin, ...]
+    measured: tuple[Measured, ...]
+    conflicts: tuple[Conflict, ...]
+    thresholds: Mapping[str, tuple[AtThreshold, ...]]
+    cosines: Mapping[tuple[str, str], Estimated]
+    same: tuple[tuple[str, ...], ...]
+
+
+def measure(
+    chosen: Chosen,
+    asked: Problems,
+    policy: Policy,
+    frozen: ModelConfig | None,
+    behavior: ModelConfig | None,
+    say: Callable[[str], None],
+) -> Result:
+    """Samples and measures one policy; `frozen` fills the reference log-probs, None = the policy itself."""
+    began = time.perf_counter()
+    sampled = sample(chosen, asked, policy.model, behavior, say)
+    pool, config, temperature = sampled.pool, chosen.config, chosen.run.rollout.temperature
+    sampling_took = time.perf_counter() - began
+    pairs = pool.pairs()
+    others = {"reference_logprobs": frozen, "behavior_logprobs": behavior}
+    known = {name: _logprobs(model, pairs, temperature) for name, model in others.items() if model is not None}
+    scores = ModelScores(load_model(policy.model), config.sketch, temperature, seed=chosen.run.seed)
+    own = scores.columns(pairs)
+    columns = {}
+    for number, (pair, (logprobs, entropies)) in enumerate(zip(pairs, own, strict=True)):
+        columns[pair] = {"logprobs": logprobs, "entropies": entropies, "reference_logprobs": logprobs}
+        columns[pair] |= {name: found[number] for name, found in known.items()}
+    directions = Directions()
+    found = [estimator(one, pool, columns, directions, config.step) for one in chosen.algorithms.values()]
+    varied = {
+        name: {share: estimator(at, pool, columns, directions, config.step) for share, at in variants.items()}
+        for name, one in chosen.algorithms.items()
+        if (variants := thresholds(one, config.group_size))
+    }
+    shown = imitation(pool, directions)
+    _check_memory(config.sketch, len(directions.requests), pool, scores)
+    with _bar(len(directions.requests), "gradients") as bar:
+        rows = gradients(scores, directions.requests, bar.update)
+    with _bar(None, "true gradient") as bar:
+        true = true_gradient(scores, pool.reference, bar.update)
+        held_out = true_gradient(scores, sampled.held_out, bar.update).mean(dim=0) if sampled.held_out else None
+    demonstrated = shown.dense((pool.prompts, pool.rounds), rows).sum(dim=0) if shown.cells else None
+    to = Targets(true, demonstrated, held_out)
+    result = worked_out(pool, found, varied, rows, to)
+    facts = {
+        "prompts": pool.prompts,
+        "rounds": pool.rounds,
+        "batches": sum(map(len, pool.batches)),
+        "prompts_per_batch": pool.prompts_per_batch,
+        "group_size": pool.group_size,
+        "pass_rate": float(pool.pass_rates.mean()),
+        "gradients": len(directions.requests),
+        "parameters": sum(p.numel() for p in scores.parameters),
+        "sketch": 0 if scores.sketch.is_whole else scores.width,
+        "sketch_error": scores.sketch.relative_error,
+        "seconds": time.perf_counter() - began,
+        "seconds_sampling": sampling_took,
+        "memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+    return replace(result, label=policy.label, step=policy.step, facts=facts)
+
+
+def worked_out(
+    pool: Pool,
+    found: Sequence[Estimator],
+    varied: Mapping[str, Mapping[float, Estimator]],
+    rows: Tensor,
+    to: Targets,
+) -> Result:
+    """All figures, from the gradients [g, k] that the estimators consist of."""
+    bins = bins_of(pool.pass_rates)
+    # A few numbers tell whether estimates are alike; everyone's whole estimates would take more than the gradients.
+    short = Sketch((rows.shape[1],), min(rows.shape[1], _TO_COMPARE))
+    lines: list[Measured] = []
+    samples, estimates = {}, {}
+    for one in found:
+        parts = [part for part, entries in one.parts.items() if entries.cells] if len(one.parts) > 1 else []
+        for part in ("", *parts):
+            mine = one.contributions(pool, rows, [part] if part else None)
+            lines.append(measured(pool, one, part, mine, bins, to))
+            estimates[lines[-1].name] = short([batch_estimates(pool, mine)[0]])
+            if not part:
+                samples[one.name] = batch_sample(pool, mine)
+    conflicts = [conflict(pool, one, rows, bins) for one in found]
+    at = {
+        name: tuple(
+            AtThreshold(share, figures(batch_sample(pool, one.contributions(pool, rows)), to.pooled))
+            for share, one in variants.items()
+        )
+        for name, variants in varied.items()
+    }
+    names = list(samples)
+    cosines = {(a, b): cosine_of(samples[a], samples[b]) for i, a in enumerate(names) for b in names[i + 1 :]}
+    groups = tuple(map(tuple, same(estimates)))
+    return Result(
+        "", None, {}, tuple(bins), tuple(lines), tuple(c for c in conflicts if c is not None), at, cosines, groups
+    )
+
+
+def _logprobs(model: ModelConfig, pairs: Sequence[Pair], temperature: float) -> list[Tensor]:
+    """The log-probs of another model on the pool's responses."""
+    return [logprobs for logprobs, _ in ModelScores(load_model(model), 1, temperature).columns(pairs)]
+
+
+def needs_frozen(algorithms: Iterable[Algorithm]) -> bool:
+    """True if one of them reads the log-probs of a frozen policy."""
+    return any(one.needs.reference for one in algorithms)
+
+
+def _check_memory(sketch: int, count: int, pool: Pool, scores: ModelScores) -> None:
+    """Refuses to keep more gradients than there is memory for.
+
+    Raises:
+        ConfigError: what it would take, and what to change.
+    """
+    import psutil
+
+    parts = len(pool.reference[0])
+    numbers = (count + pool.prompts * (pool.rounds * 3 + parts)) * scores.width
+    free = psutil.virtual_memory().available
+    if 4 * numbers > _MEMORY * free:
+        raise ConfigError(
+            f"sketch: {sketch} keeps {4 * numbers / 2**30:.1f} GiB of gradients, more than {_MEMORY:.0%} of the "
+            f"{free / 2**30:.1f} GiB of free memory; give sketch=8192 or less, or fewer prompts or batches"
+        )
+
+
+def _bar(total: int | None, what: str) -> tqdm:
+    return tqdm(total=total, desc=what, unit="", mininterval=1.0, leave=False, dynamic_ncols=True)
+
+
+#: More rollouts make more multisets than there is patience for.
+MOST_ROLLOUTS = 8
+
+
+def exactly(chosen: Mapping[str, Algorithm], group_size: int) -> Result:
+    """All figures on the setting of docs/theory.md, one prompt a batch; the frozen policy there is another one.
+
+    Raises:
+        ConfigError: too many rollouts to enumerate.
+    """
+    if group_size > MOST_ROLLOUTS:
+        raise ConfigError(f"group_size: {group_size} with exact=true; give at most {MOST_ROLLOUTS}, 3 is a good choice")
+    made = setting()
+    true, shown = made.objectives["reward"].flatten(), made.objectives["imitation"].flatten()
+    lines, wholes, conflicts, alike = [], {}, [], {}
+    for name, algorithm in chosen.items():
+        found, known = exact(algorithm, made, group_size=group_size), sources(algorithm)
+        wholes[name] = found[""].mean
+        noise = math.sqrt(max(0.0, found[""].power - float(found[""].mean.square().sum())))
+        # Of equal direction and equal noise in proportion to it.
+        alike[name] = torch.cat([found[""].mean, torch.tensor([noise], dtype=torch.float64)])[None]
+        several = len(known) > 1
+        for part, one in found.items():
+            if part and (not several or not bool(one.mean.any())):
+                continue
+            source = known[part] if part else ", ".join(dict.fromkeys(known.values()))
+            lines.append(_line(name, part, source, one, true, shown))
+        sides = [
+            sum((found[p].mean for p in known if known[p] == source), torch.zeros_like(true))
+            for source in ("rollouts", "demonstrations")
+        ]
+        if all(bool(side.any()) for side in sides):
+            conflicts.append(Conflict(name, _cosine(*sides), {}))
+    names = list(wholes)
+    cosines = {(a, b): _cosine(wholes[a], wholes[b]) for i, a in enumerate(names) for b in names[i + 1 :]}
+    facts = {"prompts": 1, "group_size": group_size, "parameters": len(true), "sketch": 0, "sketch_error": 0.0}
+    groups = tuple(map(tuple, same(alike)))
+    return Result("seven responses", None, facts, (), tuple(lines), tuple(conflicts), {}, cosines, groups)
+
+
+def _line(name: str, part: str, source: str, one: Exact, true: Tensor, shown: Tensor) -> Measured:
+    figures = exact_figures(one.mean, one.power, true)
+    full = f"{name}.{part}" if part else name
+    return Measured(full, name, part, source, figures, _cosine(one.mean, shown), None, (), ())
+
+
+def _cosine(a: Tensor, b: Tensor) -> Estimated:
+    return Estimated.exactly(float(a @ b / (a.norm() * b.norm())))

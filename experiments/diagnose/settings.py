@@ -1,0 +1,230 @@
+"""The settings of a diagnosis: its own keys, and those of a run that say what is sampled and how."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+import algorithms
+from experiments.config import compose
+from upge.algorithm import Algorithm
+from upge.config import Settings, from_tree, key, meanings, parse, split
+from upge.errors import ConfigError, nearest
+from upge.pipeline import Pipeline
+from upge.train.config import RunConfig
+
+ALL = "all"
+#: Keys of a run that a diagnosis has as well; of those with a dot at the end all below them.
+SHARED = ("model", "data", "recipe", "seed", "model.", "data.", "rollout.", "verify.", "reference.", "data_policy.")
+#: In place of a run's defaults, which are those of a training step.
+_OF_A_BATCH = {"prompts_per_step": 16, "group_size": 8}
+
+
+def _at_least(least: int, default: int, meaning: str) -> Any:
+    return key(default, meaning, minimum=least, fix=f"give at least {least}")
+
+
+@dataclass(frozen=True)
+class DiagnoseConfig(Settings):
+    """What is measured, and with how large a sample."""
+
+    algos: list = key(
+        ["sft", "grpo", "hpt", "luffy", "srft"],
+        "algorithms to measure, or all; names, files, NAME+tis with corrections",
+    )
+    prompts: int = _at_least(1, 64, "prompts of the pool, from the training side")
+    prompts_per_step: int = _at_least(1, 16, "prompts of a batch; divides prompts")
+    group_size: int = _at_least(2, 8, "rollouts of a prompt in a batch")
+    batches: int = _at_least(2, 32, "batches to estimate means and variances from; each has rollouts of its own")
+    reference: int = _at_least(4, 64, "rollouts of each prompt for the true gradient, in 8 parts of two at least")
+    pass_samples: int = _at_least(1, 32, "rollouts of each prompt for its pass rate")
+    held_out: int = _at_least(
+        0, 0, "prompts of the evaluation side for the true gradient of what is not trained on; 0 = none"
+    )
+    sketch: int = _at_least(0, 8192, "numbers of a gradient's random projection; 0 = gradients whole, for small models")
+    step: int = _at_least(0, 0, "training steps behind the batch, for schedules")
+    policies: list = key([], "models to measure one after the other in place of model; a label goes before a colon")
+    run: str = key("", "a run's folder: its model, data and sampling, and each of its kept checkpoints as a policy")
+    behavior: str = key("", "model that the batches' rollouts are sampled from; empty = the policy itself")
+    exact: bool = key(False, "no model: a policy of seven responses, whose every batch is added up")
+    output: str = key("", "folder of the diagnosis; empty = the next free diagnoses/MODEL-DATA")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompts % self.prompts_per_step:
+            raise ConfigError(
+                f"prompts_per_step: {self.prompts_per_step} does not divide prompts={self.prompts}; choose a divisor, "
+                "so that in every round all prompts come once"
+            )
+        if not self.algos or not all(isinstance(name, str) for name in [*self.algos, *self.policies]):
+            raise ConfigError(f"algos={self.algos}, policies={self.policies}: give lists of names such as [sft,grpo]")
+
+    @property
+    def rounds(self) -> int:
+        """How often all prompts come: enough for `batches`, and three times at least: products need two rounds, and the
+        errors are from what is found without one."""
+        return max(3, -(-self.batches * self.prompts_per_step // self.prompts))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A checked command line.
+
+    Fields:
+        config: the diagnosis's own settings.
+        run: model, data and sampling.
+        tree: everything resolved, as recorded; `tree["data"]` builds the data set.
+        algorithms: by the name that was given, with corrections behind a plus.
+        left_out: name → why it is not measured.
+        names: of the model and the data set.
+    """
+
+    config: DiagnoseConfig
+    run: RunConfig
+    tree: dict[str, Any]
+    algorithms: Mapping[str, Algorithm]
+    left_out: Mapping[str, str]
+    names: Mapping[str, str]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What of an algorithm is not in its figures, in sentences."""
+        found = []
+        for name, one in self.algorithms.items():
+            if one.sampling is not None:
+                found.append(f"{name}: prompts are measured as they come, none is drawn anew")
+            if one.interleaved_update is not None:
+                found.append(f"{name}: the updates that it makes now and then are not measured, its step's own is")
+        return found
+
+
+def without_pairs(chosen: Chosen) -> tuple[Chosen, list[str]]:
+    """Without the algorithms that learn from preference pairs, and the names of these.
+
+    Raises:
+        ConfigError: no other is left.
+    """
+    kept = {name: one for name, one in chosen.algorithms.items() if not one.needs.preference_pairs}
+    if not kept:
+        raise ConfigError("algos: all of them learn from preference pairs, and the data set has none; choose others")
+    return replace(chosen, algorithms=kept), [name for name in chosen.algorithms if name not in kept]
+
+
+def choose(arguments: Sequence[str]) -> Chosen:
+    """The settings of a command line.
+
+    Raises:
+        ConfigError: an unknown key, name or value, by its key.
+    """
+    own: dict[str, Any] = {}
+    shared: list[str] = []
+    for name, text in map(split, arguments):
+        if name in _fields():
+            own[name] = parse(name, text)
+        elif name in SHARED or name.startswith(tuple(k for k in SHARED if k.endswith("."))):
+            shared.append(f"{name}={text}")
+        else:
+            known = [*_fields(), *(k for k in SHARED if not k.endswith(".")), *(r[0] for r in _shared_rows())]
+            raise ConfigError(f"{name}: unknown key; {nearest(name, known)}")
+    own = _lists(own)
+    config = from_tree(DiagnoseConfig, own)
+    if config.exact:
+        _check_exact([*own, *(argument.partition("=")[0] for argument in shared)])
+    sizes = [f"{name}={getattr(config, name)}" for name in _OF_A_BATCH]
+    tree, names = _of_run(Path(config.run), shared) if config.run else _composed([*shared, *sizes])
+    tree |= {name: getattr(config, name) for name in _OF_A_BATCH}
+    names_wanted = algorithms.names() if config.algos == [ALL] else list(dict.fromkeys(config.algos))
+    found, left_out = {}, {}
+    for name in names_wanted:
+        one = _algorithm(name, tree)
+        reason = unmeasurable(one, config.group_size, critic=config.exact)
+        if reason:
+            left_out[name] = reason
+        else:
+            found[name] = replace(one, name=name)
+    if not found:
+        raise ConfigError("algos: nothing is left to measure: " + "; ".join(f"{n}: {r}" for n, r in left_out.items()))
+    return Chosen(config, from_tree(RunConfig, tree), tree, found, left_out, names)
+
+
+def _check_exact(given: Sequence[str]) -> None:
+    """Refuses settings of a model and a sample where there is neither."""
+    idle = [name for name in given if name not in ("exact", "algos", "group_size", "output")]
+    if idle:
+        raise ConfigError(
+            f"{idle[0]}: has no effect with exact=true, which has no model, no data and nothing sampled; leave out "
+            f"{', '.join(idle)}"
+        )
+
+
+def unmeasurable(algorithm: Algorithm | Pipeline, group_size: int, critic: bool = False) -> str:
+    """Why an algorithm cannot be measured here, in words; empty if it can. `critic`: whether there is one."""
+    if isinstance(algorithm, Pipeline):
+        return f"it has the stages {', '.join(algorithm.stages)}, each an algorithm of its own: give those"
+    if algorithm.needs.critic and not critic:
+        return "it reads a critic's values, and a policy's folder has no critic"
+    try:
+        provided = ("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "preference")
+        algorithm.check(group_size=group_size, provided=provided)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def keys() -> list[tuple[str, Any, str]]:
+    """(key, default, meaning) of every setting."""
+    return [*meanings(DiagnoseConfig), *_shared_rows()]
+
+
+def _shared_rows() -> list[tuple[str, Any, str]]:
+    prefixes = tuple(k for k in SHARED if k.endswith(".") and k != "data.")
+    return [row for row in meanings(RunConfig) if row[0].startswith(prefixes) or row[0] == "seed"]
+
+
+def _fields() -> list[str]:
+    return [field.name for field in dataclasses.fields(DiagnoseConfig)]
+
+
+def _lists(own: dict[str, Any]) -> dict[str, Any]:
+    """A single name where a list is expected is a list of one."""
+    found = dict(own)
+    for name in ("algos", "policies"):
+        if isinstance(found.get(name), str):
+            found[name] = [part for part in found[name].split(",") if part]
+    return found
+
+
+def _composed(shared: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    composed = compose(shared)
+    return composed.tree, {name: str(composed.names[name]) for name in ("model", "data")}
+
+
+def _of_run(folder: Path, shared: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings of a run's folder, changed by those of the command line.
+
+    Raises:
+        ConfigError: it is no run's folder, or a key selects a preset, which the run has done already.
+    """
+    path = folder.expanduser() / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"run: {folder} has no config.yaml; give the folder of a run")
+    tree = OmegaConf.load(path)
+    for argument in shared:
+        name, text = split(argument)
+        if name in ("model", "data", "recipe"):
+            raise ConfigError(f"{name}: the run has chosen it; leave it out, or give policies=[PATH,...] without run=")
+        OmegaConf.update(tree, name, parse(name, text), merge=False, force_add=name.startswith("data."))
+    plain = OmegaConf.to_container(tree, resolve=True)
+    return plain, {"model": folder.name, "data": str(plain["data"].get("_target_", "")).rpartition(".")[2].lower()}
+
+
+def _algorithm(name: str, tree: Mapping[str, Any]) -> Algorithm | Pipeline:
+    """The algorithm NAME, or NAME+CORRECTION+..., as in a run with these settings."""
+    plain, *corrections = name.split("+")
+    whole = OmegaConf.create({**tree, "algo": OmegaConf.to_container(algorithms.read(plain, corrections))})
+    return algorithms.compose(whole.algo, algorithms.stem(plain))

@@ -1,0 +1,195 @@
+"""The folder of an evaluation: what it leaves, what it is continued from, and which weights drew its samples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from experiments.files import free_folder
+from upge.errors import ConfigError
+from upge.evaluation import SampleFile
+from upge.train.folder import write_atomically
+
+#: Keys that may differ between an evaluation and its continuation: no sample or verdict depends on them.
+FREE_KEYS = ("output", "resume", "rollout.memory_fraction", "verify.workers", "suite.skip")
+
+
+class EvaluationFolder:
+    """config.yaml, run.json, scores.json and samples/BENCHMARK.jsonl under `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def open(self, config: Mapping[str, Any], resume: str) -> bool:
+        """Checks that this evaluation may write here; True if it continues another. Nothing is written.
+
+        Raises:
+            ConfigError: the folder cannot be made, holds something else, or an evaluation with other settings, or has
+                samples of a benchmark that is now skipped.
+        """
+        existing = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ConfigError(f"output: {self.path} cannot be made, because {existing} is no folder or not writable")
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return False
+        saved = self.path / "config.yaml"
+        old = OmegaConf.to_container(OmegaConf.load(saved)) if saved.is_file() else {}
+        if "suite" not in old:
+            raise ConfigError(f"output: {self.path} exists and is not an evaluation's folder; choose another")
+        if resume == "never":
+            raise ConfigError(f"output: {self.path} exists; choose another, remove it, or continue it with resume=auto")
+        new, old = _leaves(config), _leaves(old)
+        different = [k for k in {**new, **old} if new.get(k) != old.get(k) and not _is_free(k)]
+        if different:
+            name = different[0]
+            more = f" (and {len(different) - 1} more: {', '.join(different[1:])})" if different[1:] else ""
+            raise ConfigError(
+                f"{name}: {new.get(name)!r} here, but {old.get(name)!r} in the evaluation in {self.path}{more}; give "
+                "the same settings to continue it, or another output"
+            )
+        self._check_skipped(config["suite"]["skip"])
+        return True
+
+    def check_weights(self, weights: dict[str, str], model: str) -> None:
+        """Refuses to go on with other weights (`fingerprint`) than those that drew the samples in the folder.
+
+        Raises:
+            ConfigError: the first file, or the hub's commit, that differs.
+        """
+        found = difference(weights, self._facts().get("weights", {}))
+        # Without a sample there is nothing that could be mixed.
+        if found and any(path.stat().st_size for path in (self.path / "samples").glob("*.jsonl")):
+            raise ConfigError(
+                f"model: {model} no longer holds the weights that drew the samples in {self.path}: {found}; give "
+                "another output, or the weights that it was begun with"
+            )
+
+    def start(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+        """Writes the settings and the facts about this start; earlier starts stay listed.
+
+        A start that draws no response has no `engine`. It is listed only: the other facts are about the samples.
+
+        Returns:
+            Other engines than this one that earlier starts drew with.
+
+        Raises:
+            ConfigError: the folder cannot be made.
+        """
+        try:
+            (self.path / "samples").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output: {self.path} cannot be made: {error.strerror}; choose another folder") from error
+        write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+        old = self._facts()
+        earlier = old.get("starts", [])
+        start = {key: facts[key] for key in ("command", "started", "engine")}
+        self._write("run.json", {**old, **(facts if facts["engine"] else {}), "starts": [*earlier, start]})
+        engines = {old.get("engine"), *(one.get("engine") for one in earlier)}
+        return sorted(engines - {None, facts["engine"]})
+
+    def samples(self, benchmark: str) -> SampleFile:
+        """The file with a benchmark's samples; it need not exist yet."""
+        return SampleFile(self.path / "samples" / f"{benchmark}.jsonl")
+
+    def finish(self, scores: Mapping[str, Any]) -> None:
+        """Writes scores.json."""
+        self._write("scores.json", scores)
+
+    def _check_skipped(self, skip: Sequence[str]) -> None:
+        for name in skip:
+            path = self.samples(name).path
+            if path.is_file() and path.stat().st_size:
+                raise ConfigError(
+                    f"suite.skip: {name} has samples in {self.path} and would be missing from its scores; leave it out "
+                    "of suite.skip (experiments.compare takes what runs have in common), or give another output"
+                )
+
+    def _facts(self) -> dict[str, Any]:
+        path = self.path / "run.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        write_atomically(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def output_folder(output: str, model: str, suite: str) -> Path:
+    """`output`, or the next free evals/MODEL-SUITE; a run's model is called after the run, too."""
+    if output:
+        return Path(output).expanduser()
+    place, name = Path(model).expanduser().absolute(), Path(model).name.removesuffix(".gguf")
+    if (place.parent / "run.json").is_file():
+        name = f"{place.parent.name}-{place.name}"
+    stem = f"{name or place.name}-{Path(suite).stem}"
+    return free_folder("evals", stem)
+
+
+def _is_free(name: str) -> bool:
+    return any(name == free or name.startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def _leaves(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Dotted key → value of everything that is no mapping, empty mappings included."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        dotted = f"{path}{name}"
+        if isinstance(value, Mapping) and value:
+            found |= _leaves(value, f"{dotted}.")
+        else:
+            found[dotted] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+#: Bytes at the beginning, in the middle and at the end of a file that tell it from others of its size.
+PROBE = 1 << 22
+
+
+def fingerprint(path: str) -> dict[str, str]:
+    """What tells the weights of a model from others; reading all of them would take as long as loading.
+
+    path: the model's folder: file → size and a hash of three parts of it, for every file of weights. Or a hub name:
+        {"commit": ...} of the snapshot in the cache, asked without the network. Empty where nothing can be said.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        commit = _commit(path)
+        return {"commit": commit} if commit else {}
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return {file.name: _probe(file) for file in files}
+
+
+def difference(new: dict[str, str], old: dict[str, str]) -> str:
+    """The first thing in which two fingerprints differ, in words; empty where they agree or one says nothing."""
+    if not new or not old:
+        return ""
+    for name in sorted({**old, **new}):
+        if new.get(name) != old.get(name):
+            return f"{name} is {new.get(name, 'not there')}, but was {old.get(name, 'not there')}"
+    return ""
+
+
+def _probe(file: Path) -> str:
+    size = file.stat().st_size
+    digest = hashlib.blake2b(digest_size=8)
+    with file.open("rb") as stream:
+        for start in (0, max(size - PROBE, 0) // 2, max(size - PROBE, 0)):
+            stream.seek(start)
+            digest.update(stream.read(PROBE))
+    return f"{size} bytes, {digest.hexdigest()}"
+
+
+def _commit(name: str) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    # A snapshot's folder is called after its commit.
+    return Path(found).parent.name if isinstance(found, str) else None

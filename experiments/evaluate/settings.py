@@ -1,0 +1,195 @@
+"""The settings of an evaluation: defaults, a suite's file, a model's preset, and the command line, in that order."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from experiments.config import CONFIGS, compose, presets
+from upge.config import Settings, defaults, from_tree, key, meanings, parse, section, split
+from upge.errors import ConfigError, nearest
+from upge.evaluation.suite import BenchmarkConfig, SuiteConfig
+from upge.train.config import ModelConfig, VerifyConfig
+
+#: Of the model's settings those that only training has.
+TRAINING_ONLY = ("model.gradient_checkpointing",)
+#: What the model in a run's folder is spoken to with, unless the command line says otherwise.
+FROM_RUN = ("dtype", "template", "system", "instruction", "opening")
+
+
+@dataclass(frozen=True)
+class EngineConfig(Settings):
+    """The engine that responses are sampled with."""
+
+    engine: Literal["auto", "vllm", "transformers"] = key("auto", "inference engine; auto takes vllm where installed")
+    memory_fraction: float = key(0.4, "share of a GPU's memory for the vLLM engine", above=0, maximum=1)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Settings):
+    """A whole evaluation."""
+
+    seed: int = key(0, "seed of all sampling")
+    limit: int = key(
+        0,
+        "at most so many problems of each benchmark, chosen by a hash of their prompts; 0 = all",
+        minimum=0,
+        fix="give a number of problems, or 0 for all",
+    )
+    output: str = key("", "folder of the evaluation; empty = the next free evals/MODEL-SUITE")
+    resume: Literal["auto", "never"] = key("auto", "auto = continue an interrupted evaluation found in `output`")
+    model: ModelConfig = section(ModelConfig)
+    rollout: EngineConfig = section(EngineConfig)
+    verify: VerifyConfig = section(VerifyConfig)
+    suite: SuiteConfig = section(SuiteConfig)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A checked configuration.
+
+    Fields:
+        config: the settings.
+        names: which `model` and `suite` were selected.
+        tree: everything resolved, as written to config.yaml.
+        notes: what was taken from elsewhere, in sentences for the user.
+    """
+
+    config: EvaluateConfig
+    names: Mapping[str, str]
+    tree: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def choose(arguments: Sequence[str]) -> Chosen:
+    """The settings of a command line.
+
+    Raises:
+        ConfigError: an unknown key, name or value, by its key.
+    """
+    items = [split(argument) for argument in arguments]
+    names = {"model": "", "suite": ""} | {k: value for k, value in items if k in ("model", "suite")}
+    for name, what in (("model", "a preset, a hub name or a folder"), ("suite", "a preset or a YAML file")):
+        if not names[name]:
+            raise ConfigError(f"{name}: missing; give {name}=NAME, {what}; presets: {', '.join(presets(name))}")
+    suite = OmegaConf.create({"suite": _suite_tree(names["suite"])})
+    place = dict(items).get("model.path", names["model"])
+    shared, own = [f"model={names['model']}", *_of_run(place, items)], {}
+    notes = _note_of_run(place, shared[1:])
+    for name, value in items:
+        if name in names:
+            continue
+        _check_key(name, suite)
+        if name == "limit":
+            own["limit"] = parse(name, value)
+        elif name.startswith("suite."):
+            is_text = isinstance(OmegaConf.select(suite, name), str)
+            OmegaConf.update(suite, name, value if is_text else parse(name, value), merge=False, force_add=True)
+        else:
+            shared.append(f"{name}={value}")
+    # The keys that a run has, too, are read by what reads a run's.
+    run = compose(shared).config
+    engine = {"engine": run.rollout.engine, "memory_fraction": run.rollout.memory_fraction}
+    tree = {
+        "seed": run.seed,
+        "limit": 0,
+        "output": run.output,
+        "resume": run.resume,
+        **own,
+        "model": asdict(run.model),
+        "rollout": engine,
+        "verify": asdict(run.verify),
+        **_plain(suite),
+    }
+    config = from_tree(EvaluateConfig, tree)
+    for name in TRAINING_ONLY:
+        del tree[name.partition(".")[0]][name.partition(".")[2]]
+    return Chosen(config, names, tree, notes)
+
+
+def suite_config(name: str) -> SuiteConfig:
+    """The suite of a preset or of a YAML file.
+
+    Raises:
+        ConfigError: there is none, or a key or value of it is wrong.
+    """
+    return from_tree(SuiteConfig, _plain(OmegaConf.create(_suite_tree(name))), "suite")
+
+
+def keys() -> list[tuple[str, Any, str]]:
+    """(key, default, meaning) of every setting; those of a benchmark as suite.benchmarks.NAME.KEY."""
+    found = [row for row in meanings(EvaluateConfig) if row[0] not in TRAINING_ONLY]
+    return found + meanings(BenchmarkConfig, "suite.benchmarks.NAME.")
+
+
+def _suite_tree(name: str) -> dict[str, Any]:
+    """A suite's file over the defaults.
+
+    Raises:
+        ConfigError: there is none, or it is not a suite's file.
+    """
+    path = CONFIGS / "suite" / f"{name}.yaml" if name in presets("suite") else Path(name).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"suite: no suite '{name}'; {nearest(name, presets('suite'))}, or give a YAML file")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"suite: {path} cannot be read as YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(tree, Mapping) or list(tree) != ["suite"] or not isinstance(tree["suite"], Mapping):
+        raise ConfigError(f"suite: {path} must be a mapping with the one key `suite`, and a suite's keys below it")
+    found = {**defaults(SuiteConfig), **tree["suite"]}
+    benchmarks, alike = found["benchmarks"], defaults(BenchmarkConfig)
+    if isinstance(benchmarks, Mapping):
+        found["benchmarks"] = {n: {**alike, **b} if isinstance(b, Mapping) else b for n, b in benchmarks.items()}
+    return found
+
+
+def _check_key(name: str, suite: Any) -> None:
+    """Refuses what is no key of an evaluation."""
+    known = [row[0] for row in keys() if not row[0].startswith("suite.benchmarks")]
+    if name.startswith("suite.benchmarks."):
+        _, _, benchmark, *rest = name.split(".")
+        fields = [field.name for field in dataclasses.fields(BenchmarkConfig)]
+        if benchmark not in suite.suite.benchmarks:
+            raise ConfigError(f"{name}: no benchmark '{benchmark}'; {nearest(benchmark, suite.suite.benchmarks)}")
+        if not rest or rest[0] not in fields:
+            raise ConfigError(f"{name}: unknown key; {nearest(rest[0] if rest else '', fields)}")
+        if rest[0] not in ("data", "file") and rest[1:]:
+            raise ConfigError(f"{name}: unknown key; suite.benchmarks.{benchmark}.{rest[0]} has none below it")
+    elif name not in known and not name.startswith("model.overrides."):
+        raise ConfigError(f"{name}: unknown key; {nearest(name, known)}")
+
+
+def _of_run(model: str, items: Sequence[tuple[str, str]]) -> list[str]:
+    """model.KEY=VALUE as in the run whose final/, best/ or other model `model` is; none where it is no run's."""
+    path = Path(model).expanduser()
+    config, given = path.parent / "config.yaml", {name for name, _ in items}
+    if not (path / "config.json").is_file() or not config.is_file() or not (path.parent / "run.json").is_file():
+        return []
+    settings = OmegaConf.to_container(OmegaConf.load(config)).get("model") or {}
+    wanted = [name for name in FROM_RUN if name in settings and f"model.{name}" not in given]
+    return [f"model.{name}={settings[name]}" for name in wanted]
+
+
+def _note_of_run(model: str, taken: Sequence[str]) -> tuple[str, ...]:
+    names = ", ".join(one.partition("=")[0] for one in taken)
+    return (f"{names} as in {Path(model).expanduser().parent / 'config.yaml'}",) if taken else ()
+
+
+def _plain(tree: Any) -> dict[str, Any]:
+    """A resolved OmegaConf tree as nested dictionaries.
+
+    Raises:
+        ConfigError: a reference in it leads nowhere.
+    """
+    try:
+        return OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'suite'}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,234 @@
+"""Drawing a plot as inline SVG whose colours are CSS variables, so that one drawing serves light and dark pages.
+
+Matplotlib draws with stand-in colours, which are afterwards replaced by `var(--c0)` and so on; the page's style sheet
+gives these their values. The drawing needs no display, no font file and no network.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from experiments.report.plots import Plot, Series
+
+COLORS = 7  # --c0 to --c6 in the style sheet
+MARKERS = "osD^vPX"
+MOST_POINTS = 240  # per line: more cannot be seen at the width of a figure
+_NAMES = (*(f"c{index}" for index in range(COLORS)), "ink", "soft", "rule", "card", "s1", "s2", "s3", "s4")
+_STAND_INS = {name: f"#a1b2{index:02x}" for index, name in enumerate(_NAMES)}
+_SOFT, _RULE, _CARD = (_STAND_INS[name] for name in ("soft", "rule", "card"))
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 11,
+    "axes.linewidth": 0.8,
+    "text.color": _SOFT,
+    "axes.labelcolor": _SOFT,
+    "axes.edgecolor": _RULE,
+    "xtick.color": _SOFT,
+    "ytick.color": _SOFT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+
+
+def smoothing_window(one: Series) -> int:
+    """How many steps the drawn line averages over: an odd number, 1 for a series too short or too even to need it."""
+    values = one.finite()
+    changes = np.diff(values)
+    if len(values) < 20 or (changes[1:] * changes[:-1] < 0).mean() < 0.2:
+        return 1  # a schedule seldom turns round, noise at most of its steps
+    return 2 * max(1, len(values) // 30) + 1
+
+
+def color_name(plot: Plot, label: str, index: int) -> str:
+    """The CSS variable that colours a series: the average of all levels is drawn in the colour of the text."""
+    if plot.palette:
+        return plot.palette[index % len(plot.palette)]
+    return "ink" if plot.kind == "evaluation" and label == "all" else f"c{index % COLORS}"
+
+
+def draw(plot: Plot, series: Sequence[Series], marks: Sequence[float] = ()) -> str:
+    """The SVG element of `plot`, without XML header, sized by the page; text is described by `describe`.
+
+    `marks` are steps with a vertical line: where a stage of the run ends and another begins.
+    """
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": plot.identifier}):
+        figure = Figure(figsize=(5, 2.7), layout="constrained")
+        axes = figure.add_subplot()
+        colors = [_STAND_INS[color_name(plot, one.label, index)] for index, one in enumerate(series)]
+        {"line": _draw_lines, "band": _draw_bands, "stack": _draw_stack, "evaluation": _draw_evaluation}[plot.kind](
+            axes, series, colors
+        )
+        for mark in marks:
+            axes.axvline(mark, color=_SOFT, linewidth=1.0, linestyle=":")
+        _dress(axes, plot, series)
+        canvas, buffer = FigureCanvasSVG(figure), io.StringIO()
+        canvas.print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return _inline(buffer.getvalue(), plot.identifier, describe(plot, series))
+
+
+def describe(plot: Plot, series: Sequence[Series]) -> str:
+    """What the plot shows, in words, for readers who do not see it."""
+    parts = []
+    for one in series:
+        values = one.finite()
+        end = f"from {values[0]:.3g} to {values[-1]:.3g}" if len(values) > 1 else f"{values[0]:.3g}"
+        parts.append(f"{one.label} {end}")
+    steps = [step for one in series for step in one.steps]
+    return f"{plot.title} ({plot.unit}), steps {min(steps):.0f} to {max(steps):.0f}: {'; '.join(parts)}."
+
+
+def _draw_lines(axes, series: Sequence[Series], colors: Sequence[str]) -> None:
+    for index, one in enumerate(series):
+        color = colors[index]
+        steps, values = np.asarray(one.steps, float), np.asarray(one.values, float)
+        window = smoothing_window(one)
+        if window > 1:
+            axes.plot(*_envelope(steps, values), color=color, linewidth=0.8, alpha=0.35)
+        smooth_steps, smooth = _thin(steps, _centred_mean(values, window))
+        axes.plot(smooth_steps, smooth, color=color, linewidth=2.0, linestyle=_dash(index))
+        alone = _isolated(values)
+        if alone.any():
+            axes.plot(steps[alone], values[alone], linestyle="none", marker="o", markersize=5, color=color)
+
+
+def _draw_bands(axes, series: Sequence[Series], colors: Sequence[str]) -> None:
+    """Areas around the line, in bins of a long run: their edges are averages, as the line is."""
+    for index, one in enumerate(series):
+        size = math.ceil(len(one.steps) / MOST_POINTS)
+        steps = _bin_means(np.asarray(one.steps, float), size)
+        for low, high in one.ranges:
+            edges = [_bin_means(np.asarray(edge, float), size) for edge in (low, high)]
+            axes.fill_between(steps, *edges, color=colors[index], alpha=0.2, linewidth=0)
+    _draw_lines(axes, series, colors)
+
+
+def _draw_evaluation(axes, series: Sequence[Series], colors: Sequence[str]) -> None:
+    for index, one in enumerate(series):
+        axes.plot(
+            one.steps,
+            one.values,
+            color=colors[index],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=5.5,
+            markeredgecolor=_CARD,
+            markeredgewidth=0.8,
+            linewidth=2.8 if one.label == "all" else 1.6,
+            linestyle=_dash(index),
+        )
+
+
+def _draw_stack(axes, series: Sequence[Series], colors: Sequence[str]) -> None:
+    steps = np.array(sorted({step for one in series for step in one.steps}), float)
+    layers = []
+    for one in series:
+        column = dict(zip(one.steps, np.nan_to_num(one.values), strict=True))
+        layers.append(np.array([column.get(step, 0.0) for step in steps], float))
+    if len(steps) == 1:
+        bottoms = np.cumsum([0.0, *(layer[0] for layer in layers[:-1])])
+        for index, (bottom, layer) in enumerate(zip(bottoms, layers, strict=True)):
+            axes.bar(steps, layer, width=0.5, bottom=bottom, color=colors[index])
+        return
+    size = math.ceil(len(steps) / MOST_POINTS)
+    layers = [_bin_means(layer, size) for layer in layers]
+    axes.stackplot(_bin_means(steps, size), layers, colors=colors, edgecolor=_CARD, linewidth=0.6)
+
+
+def _dress(axes, plot: Plot, series: Sequence[Series]) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_axisbelow(True)
+    if plot.log_scale and all(value > 0 for one in series for value in one.finite()):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(*plot.limits)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        if plot.identifier == "plot-learning-rate":
+            axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
+    axes.yaxis.grid(True, color=_RULE, linewidth=0.7)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.margins(x=0.02)
+    axes.set_xlabel("step")
+
+
+def _dash(index: int) -> str:
+    return "-" if index < COLORS else "--"
+
+
+def _centred_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The weighted mean over `window` neighbours, fewer at the ends, that skips gaps and keeps them gaps."""
+    if window == 1:
+        return values
+    known = ~np.isnan(values)
+    kernel = np.hanning(window + 2)[1:-1]  # near steps count more: a spike fades instead of becoming a box
+    sums = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
+    counts = np.convolve(known.astype(float), kernel, mode="same")
+    return np.where(known, sums / np.where(known, counts, 1.0), np.nan)
+
+
+def _envelope(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The raw line; of a long one the lowest and highest value of each bin, so that no spike is lost."""
+    size = math.ceil(2 * len(values) / MOST_POINTS)
+    if size <= 2:
+        return steps, values
+    keep: list[int] = []
+    for start in range(0, len(values), size):
+        part = values[start : start + size]
+        if np.isnan(part).any():  # short gaps stay visible: nothing is thinned around them
+            keep.extend(range(start, start + len(part)))
+        else:
+            keep.extend(sorted({start + int(part.argmin()), start + int(part.argmax())}))
+    return steps[keep], values[keep]
+
+
+def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every n-th point of a smooth line, its last point and all points where it breaks off."""
+    size = math.ceil(len(values) / MOST_POINTS)
+    keep = np.arange(len(values)) % size == 0
+    keep[-1] = True
+    gaps = np.isnan(values)
+    for shift in (-1, 0, 1):
+        keep |= np.roll(gaps, shift)
+    return steps[keep], values[keep]
+
+
+def _isolated(values: np.ndarray) -> np.ndarray:
+    """Points with a gap or an end on both sides: no line would show them."""
+    gaps = np.concatenate([[True], np.isnan(values), [True]])
+    return ~gaps[1:-1] & gaps[:-2] & gaps[2:]
+
+
+def _bin_means(values: np.ndarray, size: int) -> np.ndarray:
+    return np.array([values[start : start + size].mean() for start in range(0, len(values), size)])
+
+
+def _inline(svg: str, identifier: str, description: str) -> str:
+    """Fit for a page that holds several: own ids, no header or metadata, page colours, short numbers, described."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{identifier}-", svg)
+    svg = re.sub(r'\b(d|x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), svg)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'font-family: [^;"]*;? ?| transform="rotate\(-0 [^"]*"', "", svg)
+    for name, stand_in in _STAND_INS.items():
+        svg = svg.replace(stand_in, f"var(--{name})")
+    attributes = re.search(r'viewBox="[^"]*"', svg)
+    assert attributes, "matplotlib wrote an SVG without a viewBox"
+    label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    opening = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'{attributes[0]} role="img" aria-label="{label}">'
+    )
+    return opening + svg[svg.index(">", svg.index("<svg")) + 1 :].strip()

@@ -1,0 +1,272 @@
+"""A run's folder as one HTML page: what ran, what it achieved, what the gradient did and what the policy says now.
+
+The page needs nothing besides itself: no script, no font, no network. The heaviest tokens are shown in their text,
+each coloured by the weight that it has in a term.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from experiments.report.draw import color_name, draw, smoothing_window
+from experiments.report.folder import RunFolder, read_run
+from experiments.report.gate import gate_plots, heat_map
+from experiments.report.plots import Plot, Series, evaluation_plots, select, stages
+from experiments.table import accuracy_rows, measures, number
+
+LONGEST_TEXT = 4000  # characters of a prompt or response on the page
+LONGEST_CONFIG = 100_000
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `report.html` into the folder of a run, finished or interrupted, and return its path.
+
+    Raises UserError when the folder is missing or is not the folder of a run.
+    """
+    run = read_run(run_dir)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(page_content(run))
+    target = run.path / "report.html"
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+def page_content(run: RunFolder) -> dict:
+    """What the page's template shows, in the order of the page."""
+    figures, unplotted = select(run.metrics)
+    window = max((smoothing_window(one) for plot, found in figures if plot.kind == "line" for one in found), default=1)
+    spans = _stages(run)
+    marks = [first - 0.5 for _, first, _ in spans[1:]]
+    shown = (*evaluation_plots(run.evaluations), *figures, *gate_plots(run.prompts))
+    return {
+        "title": " · ".join(_what_ran(run)),
+        "facts": _facts(run),
+        "notes": run.notes,
+        "result": _result(run.evaluations),
+        "formula": str(run.run.get("formula_text") or ""),
+        "window": window,
+        "figures": [_figure(plot, found, marks) for plot, found in shown if plot.section == "training"],
+        "gradient": [_figure(plot, found, marks) for plot, found in shown if plot.section == "gradient"],
+        "heat": heat_map(run.prompts),
+        "tokens": token_texts(run.tokens),
+        "tokens_step": run.tokens_step,
+        "shades": range(1, SHADES + 1),
+        "rollouts": _rollouts(run.rollouts),
+        "rollouts_step": run.rollouts_step,
+        "others": [_summary(one) for one in unplotted.values()],
+        "config": _cut(run.config_text, LONGEST_CONFIG),
+        "details": [(key, _plain(value)) for key, value in run.run.items() if key not in ("formula_text", "command")],
+        "command": str(run.run.get("command", "")),
+    }
+
+
+def _what_ran(run: RunFolder) -> list[str]:
+    """Algorithm, model and data set by name, as run.json holds them; else the name of the folder."""
+    names = run.run.get("names") or {}
+    found = [str(names[key]).rstrip("/").rsplit("/", 1)[-1] for key in ("algo", "model", "data") if names.get(key)]
+    if found and names.get("correction"):
+        found[0] += f" with {str(names['correction']).replace(',', ', ')}"
+    return found or [run.path.resolve().name]
+
+
+def _facts(run: RunFolder) -> list[str]:
+    facts = [run.path.resolve().name]
+    if run.metrics:
+        facts.append(f"{run.metrics[-1]['step']} steps")
+    facts += [f"{name}: steps {first} to {last}" for name, first, last in _stages(run)]
+    seconds = sum(number(line.get("time/total")) or 0 for line in run.metrics)
+    if seconds:
+        facts.append(f"{_duration(seconds)} of training")
+    seed = run.run.get("seed", run.config.get("seed"))
+    facts += [f"seed {seed}"] if seed is not None else []
+    facts += [f"{run.run['engine']} rollouts"] if isinstance(run.run.get("engine"), str) else []
+    world_size = number(run.run.get("world_size"))
+    return facts + ([f"{world_size:.0f} processes"] if world_size and world_size > 1 else [])
+
+
+def _stages(run: RunFolder) -> list[tuple[str, int, int]]:
+    algo = run.config.get("algo")
+    return stages(run.metrics, list((algo.get("stages") or {}) if isinstance(algo, Mapping) else {}))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _result(evaluations: Sequence[dict]) -> dict | None:
+    """The first evaluation against the last one; None when the run has none."""
+    if not evaluations:
+        return None
+    before, after = evaluations[0], evaluations[-1] if len(evaluations) > 1 else {}
+    rows = accuracy_rows(before, after)
+    problems = [row.problems for row in rows if isinstance(row.problems, int) and row.problems > 0]
+    sampling = [
+        f"{before['samples']} samples for each problem" if "samples" in before else "",
+        f"temperature {before['temperature']}" if "temperature" in before else "",
+    ]
+    return {
+        "measures": measures(before, after),
+        "rows": rows,
+        "before": before["step"],
+        "after": after.get("step"),
+        "sampling": " at ".join(filter(None, sampling)),
+        "fewest": min(problems, default=None),
+        "error": f"{50 / math.sqrt(min(problems)):.1f}" if problems else None,
+    }
+
+
+def _figure(plot: Plot, found: list[Series], marks: Sequence[float] = ()) -> dict:
+    signs = "●■◆▲▼✚✖" if plot.kind == "evaluation" else "■"
+    legend = [
+        {"label": one.label, "color": color_name(plot, one.label, index), "sign": signs[index % len(signs)]}
+        for index, one in enumerate(found)
+    ]
+    return {"plot": plot, "svg": Markup(draw(plot, found, marks)), "legend": legend if len(found) > 1 else []}
+
+
+def _rollouts(records: Iterable[dict]) -> list[dict]:
+    """The first, best and worst sampled response and the first demonstration; each record once."""
+    records = list(records)
+    sampled = [record for record in records if not record.get("is_demonstration")]
+    rewarded = [record for record in sampled if number(record.get("reward")) is not None]
+    picks = [("first", sampled[:1])]
+    if rewarded:  # the latest of equals, so that the first one is not shown again
+        picks.append(("best", [max(reversed(rewarded), key=lambda record: record["reward"])]))
+        picks.append(("worst", [min(reversed(rewarded), key=lambda record: record["reward"])]))
+    picks.append(("demonstration", [record for record in records if record.get("is_demonstration")][:1]))
+    shown: dict[int, dict] = {}
+    for kind, chosen in picks:
+        for record in chosen:
+            shown.setdefault(id(record), {"kinds": [], "record": record})["kinds"].append(kind)
+    return [_rollout(entry["kinds"], entry["record"]) for entry in shown.values()]
+
+
+def _rollout(kinds: list[str], record: dict) -> dict:
+    reward = number(record.get("reward"))
+    status = record.get("status")
+    facts = [
+        f"reward {reward:g}" if reward is not None else "",
+        str(record.get("level") or ""),
+        f"verifier: {status}" if status and status != "ok" else "",
+    ]
+    texts = {key: _cut(str(record.get(key) or ""), LONGEST_TEXT) for key in ("prompt", "response", "answer")}
+    return {"kind": " and ".join(kinds).capitalize(), "facts": [fact for fact in facts if fact], **texts}
+
+
+def _summary(one: Series) -> tuple[str, ...]:
+    values = one.finite()
+    return one.label, *(f"{value:.4g}" for value in (values[0], values[-1], min(values), max(values)))
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]} … [{len(text) - longest} more characters]"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "\n".join(f"{key} {_plain(inner)}" for key, inner in value.items())
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+SHADES = 8  # of each colour, in the style sheet
+LONGEST_PROMPT = 1200
+
+
+def token_texts(lines: Iterable[dict]) -> list[dict[str, Any]]:
+    """Terms with their trajectories, as the page shows lines of tokens/step_*.jsonl; lines it cannot read are left out.
+
+    The strongest colour is the largest absolute weight of the term in these lines.
+    """
+    terms: dict[str, list[dict]] = {}
+    for line in lines:
+        if _readable(line):
+            terms.setdefault(str(line["term"]), []).append(line)
+    return [
+        {"term": term, "trajectories": [_trajectory(line, _largest(own)) for line in own]}
+        for term, own in terms.items()
+    ]
+
+
+def _readable(line: dict) -> bool:
+    columns = [line.get(name) for name in ("tokens", "weights", "relative")]
+    return "term" in line and all(isinstance(column, list) for column in columns) and len(set(map(len, columns))) == 1
+
+
+def _largest(lines: Sequence[dict]) -> float:
+    return max((abs(number(weight) or 0.0) for line in lines for weight in line["weights"]), default=0.0)
+
+
+def _trajectory(line: dict, largest: float) -> dict[str, Any]:
+    reward, gate = number(line.get("reward")), number(line.get("gate"))
+    kind = "demonstration" if line.get("is_demonstration") else "rollout"
+    facts = [
+        kind,
+        f"reward {reward:g}" if reward is not None and kind == "rollout" else "",
+        str(line.get("level") or ""),
+        f"gate {gate:g}" if gate is not None else "",
+        _top(line),
+    ]
+    first, length = (int(number(line.get(name)) or 0) for name in ("first", "length"))
+    prompt = str(line.get("prompt") or "")
+    return {
+        "prompt": prompt if len(prompt) <= LONGEST_PROMPT else f"{prompt[:LONGEST_PROMPT]} …",
+        "facts": [fact for fact in facts if fact],
+        "before": first,
+        "after": max(0, length - first - len(line["tokens"])),
+        "runs": _runs(line, largest),
+    }
+
+
+def _top(line: dict) -> str:
+    """The weight at the token that pulls most."""
+    sizes = [abs(number(weight) or 0.0) for weight in line["weights"]]
+    return f"largest weight {_printed(line['relative'][sizes.index(max(sizes))])}" if sizes else ""
+
+
+def _runs(line: dict, largest: float) -> list[dict[str, str]]:
+    """Neighbouring tokens with the same colour and the same weight in print, as one text."""
+    marked = [
+        (_shade(weight, largest), _printed(relative), _visible(str(token)))
+        for token, weight, relative in zip(line["tokens"], line["weights"], line["relative"], strict=True)
+    ]
+    return [
+        {"shade": shade, "weight": weight, "text": "".join(text for _, _, text in run)}
+        for (shade, weight), run in itertools.groupby(marked, key=lambda one: one[:2])
+    ]
+
+
+def _shade(weight: object, largest: float) -> str:
+    """The class of a token: p1 to p8 for a positive weight, n1 to n8 for a negative one, empty for 0."""
+    value = number(weight)
+    if value is None:
+        return "odd"
+    if value == 0 or largest == 0:
+        return ""
+    return f"{'p' if value > 0 else 'n'}{max(1, round(SHADES * abs(value) / largest))}"
+
+
+def _printed(relative: object) -> str:
+    value = number(relative)
+    return "no finite number" if value is None else f"{value:+.3g}"
+
+
+def _visible(token: str) -> str:
+    """A line's end has no width to be coloured, so it is shown by a sign."""
+    return token.replace("\n", "↵\n")

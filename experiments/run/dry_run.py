@@ -1,0 +1,137 @@
+"""`--dry-run`: all but the weights is built, what the run would be is printed, and what cannot fit is refused."""
+
+from __future__ import annotations
+
+import textwrap
+
+from omegaconf import OmegaConf
+
+from experiments.config import Composed
+from experiments.describe.catalogue import members
+from experiments.run import offline
+from experiments.run.balance import balances
+from experiments.run.memory_check import Outlook, outlook
+from experiments.run.prepare import (
+    PROVIDED,
+    Prepared,
+    check_length,
+    check_stages,
+    load_prompting,
+    output_folder,
+    prepare,
+)
+from experiments.run.workload import counted, planned
+from upge import verify
+from upge.algorithm import Algorithm
+from upge.data import Problem
+from upge.errors import DataError
+from upge.instantiate import build
+from upge.pipeline import Pipeline
+from upge.train.config import RunConfig
+
+#: Stands in for a prompt of the data set where that cannot be read.
+EXAMPLE = Problem("example", "What is 2 + 3?", "5")
+
+
+def plan(composed: Composed) -> str:
+    """The text of a dry run.
+
+    Raises:
+        UserError: the first thing that is wrong or cannot fit, naming the keys, what was found and the fix.
+    """
+    names, tree = composed.names, composed.tree
+    composed, notes = offline.with_known_models(composed)
+    config = composed.config
+    machine = planned(config.hardware)
+    check_length(config.model, config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
+    has_tokenizer = offline.has_tokenizer(config.model.path)
+    if not has_tokenizer:
+        notes.append(f"model.path: '{tree['model']['path']}' has no tokenizer here, so no prompt is shown or measured")
+    prepared, problems = _prepared(composed, has_tokenizer, notes)
+    expected = outlook(composed, machine)
+    notes += [*(prepared.notes if prepared else ()), *expected.notes]
+    selected = ", ".join(f"{group}={name}" for group, name in names.items() if name)
+    tokens = max(config.rollout.max_response_tokens // 2, 1)
+    parts = {
+        "configuration": OmegaConf.to_yaml(OmegaConf.create(tree)).rstrip(),
+        "run": "\n".join([selected, f"on {machine}", f"output: {output_folder(composed)}", *problems]),
+        "formula": in_print(composed.algorithm),
+        "gradient": _gradient(composed.algorithm, config.group_size, tokens),
+        "prompt": _prompt(config, prepared, has_tokenizer),
+        "each step": _steps(composed.algorithm, expected, config),
+        "memory of a rank, GiB": str(expected.memory),
+        "notes": "\n".join(f"note: {note}" for note in notes),
+    }
+    return "\n\n".join(f"{head}:\n{textwrap.indent(text, '  ')}" for head, text in parts.items() if text)
+
+
+def _prepared(composed: Composed, has_tokenizer: bool, notes: list[str]) -> tuple[Prepared | None, list[str]]:
+    """What a run would start from, and the data in a line. None where the hub has some of it and cannot be reached,
+    with a note, and where there is no tokenizer, after as many checks as need none."""
+    config = composed.config
+    try:
+        if has_tokenizer:
+            prepared = prepare(composed)
+            having = sum(bool(example.problem.demonstrations) for example in prepared.train)
+            if composed.algorithm.needs.demonstrations:
+                having = sum(bool(example.demonstrations) for example in prepared.train)
+            return prepared, [_sizes(len(prepared.train), having, len(prepared.evaluation))]
+        composed.algorithm.check(group_size=config.group_size, provided=PROVIDED)
+        check_stages(composed.algorithm, config.steps)
+        verify.load(config.verify.verifier)
+        splits = build(composed.tree["data"], "data").load()
+        having = sum(bool(problem.demonstrations) for problem in splits.train)
+        return None, [_sizes(len(splits.train), having, len(splits.evaluation)) + ", whatever their length"]
+    except DataError as error:
+        if not offline.is_unreachable(error):
+            raise
+        notes.append(f"{error}; of the data nothing is known here")
+    return None, []
+
+
+def _sizes(train: int, having: int, evaluation: int) -> str:
+    return f"{train} training problems, {having} with a demonstration; {evaluation} evaluation problems"
+
+
+def in_print(algorithm: Algorithm | Pipeline) -> str:
+    """The formula, and what is learned beside it: a critic, interleaved updates, a validation objective."""
+    lines = [algorithm.formula()]
+    for path, one in members(algorithm):
+        if path and not path.startswith("stages."):
+            lines.append(f"{path.split('.')[0]}: {one.formula()}")
+        if one.critic is not None:
+            lines.append(f"critic: minimises {one.critic.formula().text}")
+    return "\n".join(lines)
+
+
+def _gradient(algorithm: Algorithm | Pipeline, group_size: int, tokens: int) -> str:
+    found = balances(algorithm, group_size, tokens)
+    if not isinstance(algorithm, Pipeline):
+        return "\n".join(map(str, found.values()))
+    return "\n".join(f"stage {name}: {balance}" for name, balance in found.items())
+
+
+def _prompt(config: RunConfig, prepared: Prepared | None, has_tokenizer: bool) -> str:
+    """The first training prompt as the model sees it; what is known of it where there is no tokenizer."""
+    if prepared is not None:
+        return prepared.prompting.describe(prepared.train[0].problem)
+    if has_tokenizer:
+        return load_prompting(config.model).describe(EXAMPLE)
+    model = config.model
+    lines = ["model.template: " + ("chat, the tokenizer's own" if model.template == "chat" else repr(model.template))]
+    for key in ("system", "instruction", "opening"):
+        if getattr(model, key):
+            lines.append(f"model.{key}: {getattr(model, key)!r}")
+    return "\n".join(lines)
+
+
+def _steps(algorithm: Algorithm | Pipeline, expected: Outlook, config: RunConfig) -> str:
+    """What a step moves, of each stage if there are several."""
+    prompts = counted(config.prompts_per_step, "prompt")
+    if len(expected.traffic) == 1:
+        return f"{counted(config.steps, 'step')} of {prompts}\n{next(iter(expected.traffic.values()))}"
+    found = []
+    for span in Pipeline.of(algorithm).spans(config.steps):
+        head = f"stage {span.name}: {counted(span.end - span.first, 'step')} of {prompts}"
+        found += [head, textwrap.indent(str(expected.traffic[span.name]), "  ")]
+    return "\n".join(found)

@@ -1,0 +1,291 @@
+"""Memory of one rank: the models' sizes, DeepSpeed's estimate of their states, and what this trainer adds to it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from experiments.run.workload import GIB, Machine, counted
+from upge.algorithm import Algorithm
+from upge.errors import ModelError
+from upge.logprobs import buffer_bytes, default_chunk_size
+from upge.models.loading import SMALL_MODEL, WeightTable, random_state_kept
+from upge.pipeline import Pipeline
+from upge.rollout.transformers_engine import TOKEN_BUDGET
+from upge.rollout.vllm_engine import CPU_SEQUENCES
+from upge.train.config import RunConfig
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that memory follows from.
+
+    Attributes:
+        parameters: of the whole model, tied ones counted once.
+        largest_layer: parameters of the module that has the most of its own, an embedding as a rule.
+        output: parameters of the output embedding, 0 where it is tied to the input's.
+        layers, hidden, query, key, inner, vocabulary: the number of layers, and the widths of the residual stream, of
+            all query heads, of all key heads (as many for values), of the MLP and of the output.
+        itemsize: bytes of a weight, and of an activation.
+    """
+
+    parameters: int
+    largest_layer: int
+    output: int
+    layers: int
+    hidden: int
+    query: int
+    key: int
+    inner: int
+    vocabulary: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, config: Any, dtype: str) -> ModelShape:
+        """The shape of the causal LM that a Hugging Face configuration describes, in `dtype`.
+
+        Raises:
+            ModelError: an architecture that the trainer cannot run, or sizes that make no model.
+        """
+        from transformers import AutoModelForCausalLM
+
+        from upge.train.packed_attention import check_supported
+
+        try:
+            with random_state_kept(), torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+        except Exception as error:  # sizes that contradict each other fail anywhere in a model's code
+            raise ModelError(
+                f"model.path: no model can be made of its config.json ({type(error).__name__}: {error}); check its "
+                "sizes, and those of model.overrides"
+            ) from error
+        model.tie_weights()
+        check_supported(model)
+        table, text = WeightTable.of_model(model), config.get_text_config()
+        own: Counter[str] = Counter()
+        for name in set(table.source.values()):
+            own[name.rpartition(".")[0]] += math.prod(table.shapes[name])
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        heads = text.num_attention_heads
+        return cls(
+            parameters=table.count(),
+            largest_layer=max(own.values()),
+            output=own["lm_head"],
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            query=heads * size,
+            key=(getattr(text, "num_key_value_heads", None) or heads) * size,
+            inner=text.intermediate_size,
+            vocabulary=text.vocab_size,
+            itemsize=getattr(torch, dtype).itemsize,
+        )
+
+    @property
+    def size(self) -> str:
+        """The number of parameters for people, as in 7.62 B."""
+        for unit, letter in ((1e9, "B"), (1e6, "M")):
+            if self.parameters >= unit:
+                return f"{self.parameters / unit:.3g} {letter}"
+        return f"{self.parameters:,}"
+
+    @property
+    def trunk(self) -> ModelShape:
+        """The same model without its output embedding, as a critic has it."""
+        return replace(self, parameters=self.parameters - self.output, output=0)
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the whole model's weights."""
+        return self.parameters * self.itemsize
+
+    @property
+    def cache_per_token(self) -> int:
+        """Bytes of keys and values that a token takes in an engine's cache."""
+        return 2 * self.layers * self.key * self.itemsize
+
+    @property
+    def kept_per_token(self) -> int:
+        """Bytes that the backward pass keeps of a token in one layer: its input, the two norms (in float32 inside),
+        query, key, value and result of the attention, and four rows of the MLP. Counted in Qwen2 and Llama."""
+        norms = 9 if self.itemsize == 2 else 7
+        return (norms * self.hidden + 2 * self.query + 2 * self.key + 4 * self.inner) * self.itemsize
+
+    @property
+    def gradients_per_token(self) -> int:
+        """Bytes of a token's gradients on the way through one layer, at its widest: three rows of the MLP."""
+        return 3 * self.inner * self.itemsize
+
+
+When = Literal["always", "sampling", "training"]
+#: A GPU's context, the collectives' buffers, and gaps between tensors.
+RESERVE = int(1.5 * GIB)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that takes memory.
+
+    Attributes:
+        what: what it is, with the numbers that it follows from.
+        bytes: on one rank.
+        when: in which part of a step it is there.
+        is_certain: it takes at least so much, whatever the libraries do.
+    """
+
+    what: str
+    bytes: int
+    when: When = "always"
+    is_certain: bool = True
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The models of a run; None where the algorithm does not ask for one."""
+
+    policy: ModelShape
+    critic: ModelShape | None = None
+    reference: ModelShape | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one rank of the machine holds: the models' states, the inference engine, and an update's own; `asleep` is
+    what the engines of all ranks keep outside their GPUs while these are at an update."""
+
+    machine: Machine
+    states: tuple[Item, ...]
+    engine: tuple[Item, ...]
+    update: tuple[Item, ...]
+    asleep: int = 0
+
+    def total(self, when: When, certain: bool = False) -> int:
+        """Bytes that are there at the same time while sampling or training; with `certain` what is so at least."""
+        items = [*self.states, *self.engine, *self.update]
+        return sum(i.bytes for i in items if i.when in ("always", when) and (i.is_certain or not certain))
+
+    def __str__(self) -> str:
+        items = [*self.states, *self.engine, *self.update]
+        rows = [f"{item.bytes / GIB:8.2f}  {item.when:<8}  {item.what}" for item in items]
+        for when in ("sampling", "training"):
+            there = self.machine.memory / GIB
+            rows.append(f"{self.total(when) / GIB:8.2f}  {'in all':<8}  while {when}, of {there:.2f} GiB")
+        if self.asleep:
+            rows.append(f"and {self.asleep / GIB:.1f} GiB of the machine's memory for the engines' weights in updates")
+        return "\n".join(rows)
+
+
+def estimate(
+    config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, machine: Machine, micro_batch: int
+) -> Memory:
+    """What a rank holds in a run whose largest micro-batch has so many tokens on a rank."""
+    states = [*_trained("policy", shapes.policy, machine)]
+    if shapes.critic is not None:
+        states += _trained("critic", shapes.critic, machine)
+    if shapes.reference is not None:
+        states.append(Item("frozen policy: weights", shapes.reference.weights // machine.ranks))
+    stages = Pipeline.of(algorithm).stages.values()
+    if any(s.algorithm.interleaved_update is not None and s.algorithm.interleaved_update.own_optimizer for s in stages):
+        moments = 8 * shapes.policy.parameters // machine.ranks
+        states.append(Item("policy: the interleaved update's own moments, 8 bytes a parameter", moments))
+    if machine.has_gpus:
+        states.append(Item("reserve: context, collectives, gaps", RESERVE, is_certain=False))
+    engine = tuple(_engine(config, shapes.policy, machine)) if algorithm.needs.rollouts else ()
+    sleeps = engine and machine.has_gpus and config.rollout.engine != "transformers"
+    update = tuple(_update(config, shapes.policy, machine, micro_batch))
+    return Memory(machine, tuple(states), engine, update, shapes.policy.weights * machine.ranks if sleeps else 0)
+
+
+def zero3_states(shape: ModelShape, ranks: int) -> int:
+    """DeepSpeed's estimate for ZeRO-3 without offloading: 18 bytes a parameter over the ranks, and 4 a parameter of the
+    largest layer."""
+    _quiet_deepspeed()
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+
+    _, found, _ = estimate_zero3_model_states_mem_needs(
+        shape.parameters, shape.largest_layer, num_gpus_per_node=ranks, cpu_offload=False, cpu_offload_params=False
+    )
+    return found
+
+
+def longest(config: RunConfig) -> int:
+    """Tokens of a prompt and a response that are as long as they may be."""
+    return config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+
+
+def engine_room(config: RunConfig, shape: ModelShape, machine: Machine) -> tuple[int, int]:
+    """(bytes that vLLM may take, bytes of one sequence's cache and whatever else must be in there)."""
+    least = longest(config) * shape.cache_per_token
+    # On a GPU the share is for weights and cache, elsewhere for the cache alone.
+    return int(config.rollout.memory_fraction * machine.memory), least + (shape.weights if machine.has_gpus else 0)
+
+
+def _quiet_deepspeed() -> None:
+    """Without a GPU DeepSpeed would warn that it finds none."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _trained(name: str, shape: ModelShape, machine: Machine) -> Iterator[Item]:
+    _quiet_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    count, ranks, zero = shape.parameters, machine.ranks, DeepSpeedZeroConfig()
+    what = f"weights, gradient, AdamW of {shape.size} parameters over {counted(ranks, 'rank')}, DeepSpeed's estimate"
+    yield Item(f"{name}: {what}", zero3_states(shape, ranks))
+    if shape.itemsize > 2:
+        more = (shape.itemsize - 2) * count // ranks
+        yield Item(f"{name}: {shape.itemsize} bytes a weight where that estimate has 2", more)
+    # Of a GPU it is taken whole, of ordinary memory only what is written to.
+    bucket = int(zero.reduce_bucket_size) if machine.has_gpus else min(int(zero.reduce_bucket_size), count)
+    yield Item(f"{name}: ZeRO-3's bucket of gradients", bucket * shape.itemsize)
+    gathered = min(count, int(zero.max_live_parameters)) * shape.itemsize
+    yield Item(f"{name}: weights that ZeRO-3 keeps gathered, at most", gathered, "training", is_certain=False)
+
+
+def _engine(config: RunConfig, shape: ModelShape, machine: Machine) -> Iterator[Item]:
+    """vLLM leaves its GPU to the updates; nothing else does."""
+    one = longest(config) * shape.cache_per_token
+    by_auto = config.rollout.engine == "auto" and not machine.has_gpus and shape.parameters < SMALL_MODEL
+    if config.rollout.engine == "transformers" or by_auto:
+        yield Item("rollouts: a copy of the weights", shape.weights)
+        tokens = max(TOKEN_BUDGET["cuda" if machine.has_gpus else "cpu"], longest(config))
+        yield Item(f"rollouts: cache of {tokens:,} tokens", tokens * shape.cache_per_token, "sampling", False)
+        return
+    room, _ = engine_room(config, shape, machine)
+    if machine.has_gpus:
+        count = max(room - shape.weights, 0) // one
+        share = f"rollout.memory_fraction={config.rollout.memory_fraction:g} of the GPU"
+        what = f"{share}, weights and a cache of {count} sequences of {longest(config):,} tokens"
+        yield Item(f"rollouts: {what}", room, "sampling")
+        return
+    yield Item("rollouts: a copy of the weights", shape.weights)
+    yield Item("rollouts: cache, at most", min(room, CPU_SEQUENCES * one), is_certain=False)
+
+
+def _update(config: RunConfig, shape: ModelShape, machine: Machine, tokens: int) -> Iterator[Item]:
+    """What the forward and backward pass of a micro-batch hold."""
+    layers = shape.layers
+    if config.model.gradient_checkpointing:
+        kept = layers * shape.hidden * shape.itemsize * tokens
+        yield Item(f"update: the inputs of {layers} layers for {tokens:,} tokens", kept, "training")
+        again = shape.kept_per_token * tokens
+        yield Item("update: activations of one layer, computed again", again, "training", is_certain=False)
+    else:
+        kept = layers * shape.kept_per_token * tokens
+        yield Item(f"update: activations of {layers} layers for {tokens:,} tokens", kept, "training")
+    passing = shape.gradients_per_token * tokens
+    yield Item("update: gradients on the way through a layer", passing, "training", is_certain=False)
+    device, dtype = "cuda" if machine.has_gpus else "cpu", getattr(torch, config.model.dtype)
+    chunk = min(default_chunk_size(shape.vocabulary, device, dtype), tokens)
+    logits = buffer_bytes(shape.vocabulary, device, dtype, tokens)
+    yield Item(f"update: logits of {chunk:,} tokens, and blocks of them in float32", logits, "training", False)
+    # In half precision a chunk's product stands beside the sum.
+    wide = 4 if dtype == torch.float32 else 6
+    head = wide * shape.vocabulary * shape.hidden
+    yield Item("update: gradient of the output embedding", head, "training", is_certain=False)

@@ -1,0 +1,141 @@
+"""Whether a run fits a machine. What cannot is refused before any weight is loaded, by the keys that must change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from experiments.config import Composed
+from experiments.run.memory import Memory, ModelShape, Shapes, engine_room, estimate, zero3_states
+from experiments.run.workload import GIB, Machine, Traffic, present
+from upge.errors import ConfigError
+from upge.models.loading import read_config
+from upge.pipeline import Pipeline
+from upge.train.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a run will take.
+
+    Attributes:
+        shapes: of its models.
+        traffic: of a step in each stage, by the stage's name.
+        memory: of one rank.
+        notes: what is close to the limit, as sentences.
+    """
+
+    shapes: Shapes
+    traffic: Mapping[str, Traffic]
+    memory: Memory
+    notes: tuple[str, ...]
+
+
+def check_fits(composed: Composed) -> tuple[str, ...]:
+    """For the start of a run: whether the machine of this start can hold it. Sentences for the user.
+
+    Raises:
+        ConfigError: it cannot; the message names the keys.
+        ModelError: a model cannot be found, or not be run.
+    """
+    machine, stated = present(), composed.config.hardware.gpus
+    other = f"hardware.gpus: {stated}, but this run was started on {machine}"
+    return (*outlook(composed, machine).notes, *([other] if stated not in (0, machine.ranks) else []))
+
+
+def outlook(composed: Composed, machine: Machine) -> Outlook:
+    """What a run will take of each rank of `machine`; errors as in `check_fits`."""
+    config, algorithm = composed.config, composed.algorithm
+    shapes = _shapes(composed)
+    stages = {name: stage.algorithm for name, stage in Pipeline.of(algorithm).stages.items()}
+    traffic = {name: Traffic.of(one, config, machine.ranks) for name, one in stages.items()}
+    memory = estimate(config, algorithm, shapes, machine, max(t.micro_batch for t in traffic.values()))
+    _check_states(config, shapes, memory)
+    _check_engine(config, shapes.policy, memory)
+    _check_update(config, memory)
+    return Outlook(shapes, traffic, memory, tuple(_tight(memory)))
+
+
+def _shapes(composed: Composed) -> Shapes:
+    config, needs = composed.config, composed.algorithm.needs
+    policy = ModelShape.of(read_config(config.model.path, config.model.overrides), config.model.dtype)
+    critic = reference = None
+    if any(s.algorithm.critic is not None for s in Pipeline.of(composed.algorithm).stages.values()):
+        critic = (_shape(config.critic.path, config.model.dtype) or policy).trunk
+    if needs.reference:
+        reference = _shape(config.reference.path, config.model.dtype) or policy
+    return Shapes(policy, critic, reference)
+
+
+def _shape(path: str, dtype: str) -> ModelShape | None:
+    return ModelShape.of(read_config(path), dtype) if path else None
+
+
+def _check_states(config: RunConfig, shapes: Shapes, memory: Memory) -> None:
+    """Weights, gradients and AdamW alone."""
+    machine, least = memory.machine, sum(i.bytes for i in memory.states if i.is_certain and i.when == "always")
+    if least <= machine.memory:
+        return
+    models = f"'{config.model.path}' ({shapes.policy.size} parameters)"
+    models += " with its critic" if shapes.critic else ""
+    trained = [shape for shape in (shapes.policy, shapes.critic) if shape]
+    divided = machine.ranks * sum(zero3_states(s, machine.ranks) - 4 * s.largest_layer for s in trained)
+    room = machine.memory - (least - divided / machine.ranks)
+    more = f"at least {math.ceil(divided / room)} of them" if machine.has_gpus and room > 0 else "a larger machine"
+    raise ConfigError(
+        f"model.path: {models} takes {least / GIB:.1f} GiB a rank for weights, gradients and AdamW alone, on "
+        f"{machine}; take {more}, or a smaller model (hardware.gpus and hardware.memory say which machine a run is "
+        "meant for)"
+    )
+
+
+def _check_engine(config: RunConfig, shape: ModelShape, memory: Memory) -> None:
+    """vLLM's share is large enough for one sequence, and small enough to leave room for the states."""
+    machine = memory.machine
+    if not memory.engine or config.rollout.engine == "transformers":
+        return
+    room, least = engine_room(config, shape, machine)
+    fraction, total = config.rollout.memory_fraction, machine.memory
+    free = total - (memory.total("sampling", certain=True) - room) if machine.has_gpus else total
+    least_share, most_share = math.ceil(100 * least / total) / 100, math.floor(100 * free / total) / 100
+    if room < least:
+        held = "the weights and " if machine.has_gpus else ""
+        fix = f"raise it to {least_share:g} or more" if least_share <= most_share else "take GPUs with more memory"
+        raise ConfigError(
+            f"rollout.memory_fraction: {fraction:g} of {total / GIB:.1f} GiB is {room / GIB:.1f} GiB, and {held}the "
+            "cache of one sequence of rollout.max_prompt_tokens + rollout.max_response_tokens take "
+            f"{least / GIB:.1f} GiB; {fix}"
+        )
+    if machine.has_gpus and room > free:
+        fits = f"lower it to {most_share:g} or less" if least_share <= most_share else "take more GPUs (hardware.gpus)"
+        raise ConfigError(
+            f"rollout.memory_fraction: {fraction:g} of {total / GIB:.1f} GiB is {room / GIB:.1f} GiB, beside "
+            f"{(total - free) / GIB:.1f} GiB of weights, gradients and AdamW; {fits}"
+        )
+
+
+def _check_update(config: RunConfig, memory: Memory) -> None:
+    """What the backward pass must keep of a micro-batch."""
+    machine, least = memory.machine, memory.total("training", certain=True)
+    if least <= machine.memory:
+        return
+    fix = "" if config.model.gradient_checkpointing else "set model.gradient_checkpointing=true, or "
+    raise ConfigError(
+        f"optimizer.micro_batch_tokens: {config.optimizer.micro_batch_tokens:,} tokens leave a rank with at least "
+        f"{least / GIB:.1f} GiB in the backward pass, on {machine}; {fix}lower it (a response of "
+        f"rollout.max_response_tokens={config.rollout.max_response_tokens:,} must fit, whatever it is)"
+    )
+
+
+def _tight(memory: Memory) -> list[str]:
+    """The estimate as a whole is no lower bound: beyond the limit it is a warning."""
+    found = []
+    for when, keys in (("sampling", "rollout.memory_fraction"), ("training", "optimizer.micro_batch_tokens")):
+        total = memory.total(when)
+        if total > memory.machine.memory:
+            found.append(
+                f"{when} is estimated at {total / GIB:.1f} GiB a rank, on {memory.machine}: it may run out of memory; "
+                f"lower {keys}"
+            )
+    return found

@@ -1,0 +1,281 @@
+"""What is checked before any training: data, tokenizer, limits, answers, algorithm against data, the folder."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from experiments.config import Composed
+from experiments.files import free_folder
+from experiments.run import answer_check
+from upge import data
+from upge.algorithm import Algorithm
+from upge.errors import ConfigError, DataError, ModelError
+from upge.evaluation.suite import load as benchmarks
+from upge.instantiate import build
+from upge.models import local_path
+from upge.models.loading import read_config
+from upge.pipeline import Pipeline
+from upge.train.config import EvalConfig, ModelConfig, RunConfig
+from upge.train.distributed import world_size
+from upge.train.folder import RunFolder
+from upge.train.trajectory import has_pair, usable
+
+#: Columns that this trainer fills beyond rewards, masks and groups.
+PROVIDED = ("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "preference")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run starts from; `weights` are the shares of a mixture's sources, the first of the `verifiers` serves
+    problems that name none, `notes` are sentences for the user."""
+
+    prompting: data.Prompting
+    train: Sequence[data.Example]
+    evaluation: Sequence[data.Example]
+    weights: Mapping[str, float]
+    verifiers: tuple[str, ...]
+    folder: RunFolder
+    continues: bool
+    notes: tuple[str, ...]
+
+
+def prepare(composed: Composed) -> Prepared:
+    """Loads and checks.
+
+    Raises:
+        UserError: the first thing that is wrong, naming key or file, what was found and the fix.
+    """
+    config, algorithm = composed.config, composed.algorithm
+    algorithm.check(group_size=config.group_size, provided=PROVIDED)
+    check_stages(algorithm, config.steps)
+    folder = RunFolder(output_folder(composed))
+    continues = folder.open(composed.tree, config.resume, world_size())
+    _check_installed()
+    splits, notes = load_problems(composed.tree["data"], config)
+    measured = _measured(config, splits)
+    verifiers = check_answers([*splits.train, *measured], config.verify.verifier)
+    check_length(config.model, config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
+    prompting = load_prompting(config.model)
+    notes += _overlap(splits.train, measured)
+    train = _encode("training", splits.train, prompting, composed, notes)
+    evaluation = _encode("evaluation", measured, prompting, composed, notes) if measured else []
+    demonstrations = sum(bool(example.demonstrations) for example in train)
+    pairs = sum(has_pair(example) for example in train)
+    try:
+        algorithm.check(group_size=config.group_size, demonstrations=demonstrations, provided=PROVIDED)
+        _check_pairs(algorithm, pairs)
+    except ConfigError as error:
+        # What was dropped for its length may be all that there was.
+        raise ConfigError("; ".join([str(error), *notes])) from error
+    if algorithm.needs.demonstrations and demonstrations < len(train):
+        notes.append(f"{demonstrations} training problems have a demonstration within the limit")
+    if algorithm.needs.preference_pairs and pairs < len(train):
+        notes.append(f"{pairs} training problems have a preference pair within the limit")
+    train = [train[i] for i in usable(train, algorithm.needs)]
+    return Prepared(prompting, train, evaluation, splits.weights, verifiers, folder, continues, tuple(notes))
+
+
+def load_problems(node: Mapping, config: RunConfig) -> tuple[data.Splits, list[str]]:
+    """What `data_policy` keeps of the problems of a data set, and notes of what it leaves out.
+
+    Args:
+        node: `data` of the resolved settings.
+    """
+    splits, notes = _verifiable(build(node, "data").load(), config)
+    limits = config.data_policy
+    kept = data.limit_demonstrated(data.limit_levels(splits.train, limits.per_level), limits.demonstrated_prompts)
+    return replace(splits, train=kept), notes
+
+
+def check_stages(algorithm: Algorithm | Pipeline, steps: int) -> None:
+    """Refuses a run in which a stage would not happen."""
+    for span in Pipeline.of(algorithm).spans(steps) if steps else ():
+        if span.first == span.end:
+            raise ConfigError(
+                f"steps: {steps} leaves none for algo.stages.{span.name} (share {span.stage.share:g}); give more "
+                "steps, or stages of more equal shares"
+            )
+
+
+def output_folder(composed: Composed) -> Path:
+    """`output`, or the next free runs/ALGO-MODEL-DATA, with the corrections as in ALGO+tis."""
+    if composed.config.output:
+        return Path(composed.config.output).expanduser()
+    names = composed.names
+    algo, model, data = (Path(str(names[group])).name.removesuffix(".yaml") for group in ("algo", "model", "data"))
+    stem = f"{'+'.join([algo, *filter(None, str(names['correction'] or '').split(','))])}-{model}-{data}"
+    return free_folder("runs", stem)
+
+
+def _check_installed() -> None:
+    """What is needed only after training must not be found missing then."""
+    for package in ("jinja2", "matplotlib", "rich", "tqdm"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"the package {package} is not installed, the report needs it: pip install 'upge[all]'")
+
+
+def with_local_models(composed: Composed) -> Composed:
+    """Its models as folders where they come from GGUF files; the tree, which is recorded, keeps the names as given."""
+    config = composed.config
+    model = replace(config.model, path=local_path(config.model.path))
+    critic = replace(config.critic, path=local_path(config.critic.path))
+    reference = replace(config.reference, path=local_path(config.reference.path))
+    return replace(composed, config=replace(config, model=model, critic=critic, reference=reference))
+
+
+def load_prompting(model: ModelConfig) -> data.Prompting:
+    """How the model of these settings is spoken to; errors as in `Prompting.load`."""
+    return data.Prompting.load(
+        model.path,
+        template=model.template,
+        system=model.system,
+        instruction=model.instruction,
+        opening=model.opening,
+    )
+
+
+def check_length(model: ModelConfig, max_prompt_tokens: int, max_response_tokens: int) -> None:
+    """Raises ModelError if there is no model, or a prompt and its response could be longer than its positions."""
+    if not model.path:
+        raise ModelError("model.path: empty; give the folder of a Hugging Face causal LM, a hub name, or model=NAME")
+    longest = getattr(read_config(model.path, model.overrides), "max_position_embeddings", None)
+    wanted = max_prompt_tokens + max_response_tokens
+    if longest is not None and wanted > longest:
+        raise ModelError(
+            f"rollout.max_prompt_tokens + rollout.max_response_tokens = {wanted} exceeds the {longest} positions of "
+            f"'{model.path}'; lower one of them, or raise model.overrides.max_position_embeddings"
+        )
+
+
+def check_answers(problems: Sequence[data.Problem], default: str) -> tuple[str, ...]:
+    """The verifiers of these problems by name, the run's own first.
+
+    Raises:
+        ConfigError: a verifier that does not exist.
+        DataError: an answer that its verifier could never find right.
+    """
+    for problem, reason in answer_check.refused(problems, default):
+        raise DataError(
+            f"{problem.where or problem.id}: the answer cannot be verified: {reason}; for training "
+            "data_policy.unverifiable_answers=drop leaves such problems out"
+        )
+    return answer_check.names(problems, default)
+
+
+def _verifiable(splits: data.Splits, config: RunConfig) -> tuple[data.Splits, list[str]]:
+    """Without the problems that the policy leaves out, and a note of how many these are."""
+    if config.data_policy.unverifiable_answers == "error":
+        return splits, []
+    found = list(answer_check.refused([*splits.train, *splits.evaluation], config.verify.verifier))
+    if not found:
+        return splits, []
+    out = {problem.id for problem, _ in found}
+    train, evaluation = (tuple(p for p in side if p.id not in out) for side in (splits.train, splits.evaluation))
+    first, reason = found[0]
+    if not train or (splits.evaluation and not evaluation):
+        raise DataError(f"{first.where or first.id}: no answer of a whole side can be verified; here: {reason}")
+    note = f"{len(found)} problems dropped, their answers cannot be verified; the first: {first.where}: {reason}"
+    return replace(splits, train=train, evaluation=evaluation), [note]
+
+
+def _check_pairs(algorithm: Algorithm | Pipeline, pairs: int) -> None:
+    for path, one in _algorithms(algorithm):
+        owner = next((owner for owner, source in one.sources.items() if source == "preference_pairs"), None)
+        if owner and not pairs:
+            raise ConfigError(
+                f"{path}{owner}.source: preference_pairs, but the data set has no rejected responses; choose data that "
+                "has them within rollout.max_response_tokens, or an algorithm that learns from other responses"
+            )
+
+
+def _algorithms(algorithm: Algorithm | Pipeline, path: str = "algo.") -> Iterator[tuple[str, Algorithm]]:
+    """Every algorithm of a run by its place in the file."""
+    if isinstance(algorithm, Pipeline):
+        for name, stage in algorithm.stages.items():
+            yield from _algorithms(stage.algorithm, f"{path}stages.{name}.algorithm.")
+        return
+    yield path, algorithm
+    if algorithm.validation is not None:
+        yield from _algorithms(algorithm.validation, f"{path}validation.")
+
+
+def _measured(config: RunConfig, splits: data.Splits) -> Sequence[data.Problem]:
+    """The problems on which accuracy is measured during training; none where it is not."""
+    if config.eval.suite:
+        return suite_problems(config.eval, config.verify.verifier)
+    for name in ("folder", "skip", "limit"):
+        if getattr(config.eval, name):
+            raise ConfigError(
+                f"eval.{name}: only with eval.suite; how many problems the data's own evaluation side has is for "
+                "data.evaluation_size to say"
+            )
+    if config.eval.every < 0:
+        return ()
+    if not splits.evaluation:
+        raise DataError(
+            "data: there is no evaluation side to measure accuracy on; give data.evaluation_share=0.02 (of the rows, "
+            "by a hash of their prompts), data.evaluation_path, benchmarks with eval.suite=NAME, or eval.every=-1 to "
+            "measure nothing"
+        )
+    return splits.evaluation
+
+
+def _overlap(train: Sequence[data.Problem], measured: Sequence[data.Problem]) -> list[str]:
+    """A note where problems are both trained and measured on; within a data set this cannot be."""
+    seen = {" ".join(p.prompt.split()) for p in train}
+    both = sum(" ".join(p.prompt.split()) in seen for p in measured)
+    return [f"{both} of the {len(measured)} problems that accuracy is measured on are trained on, too"] if both else []
+
+
+def suite_problems(config: EvalConfig, verifier: str) -> tuple[data.Problem, ...]:
+    """The problems of `eval.suite` for an evaluation during training, each with its benchmark's name as its level; how
+    often and how the suite samples does not matter here. `verifier` is for benchmarks that name none.
+
+    Raises:
+        UserError: there is no such suite, or its problems cannot be loaded.
+    """
+    from experiments.evaluate.settings import suite_config
+
+    chosen = suite_config(config.suite)
+    try:
+        chosen = replace(chosen, folder=config.folder or chosen.folder, skip=[*chosen.skip, *config.skip])
+    except ConfigError as error:
+        raise error.under("eval") from None
+    found = benchmarks(chosen, verifier, config.limit, section="eval")
+    return tuple(replace(p, id=f"{one.name}/{p.id}", level=one.name) for one in found for p in one.problems)
+
+
+def _encode(
+    which: str, problems: Sequence[data.Problem], prompting: data.Prompting, composed: Composed, notes: list[str]
+) -> list:
+    config, needs = composed.config, composed.algorithm.needs
+    without = next((p for p in problems if p.system), None) if not prompting.has_system else None
+    if without is not None:
+        raise ConfigError(
+            f"model.template: {config.model.template!r} has no place for system messages, and {without.where} has one; "
+            "put {system} into it, or leave them out (data.system=drop for tables)"
+        )
+    encoded = data.encode(
+        problems,
+        prompting,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        max_response_tokens=config.rollout.max_response_tokens,
+        overlong_prompts=config.data_policy.overlong_prompts,
+        overlong_demonstrations=config.data_policy.overlong_demonstrations,
+        demonstrations=which == "training" and (needs.demonstrations or needs.preference_pairs),
+        pairs=which == "training" and needs.preference_pairs,
+    )
+    if encoded.dropped_prompts:
+        notes.append(f"{which}: {encoded.dropped_prompts} problems dropped: prompt beyond rollout.max_prompt_tokens")
+    for count, what in (
+        (encoded.dropped_demonstrations, "demonstrations dropped, they exceed"),
+        (encoded.truncated_demonstrations, "demonstrations cut, they exceed"),
+        (encoded.dropped_pairs, "preference pairs dropped, one side exceeds"),
+        (encoded.truncated_pairs, "preference pairs cut, one side exceeds"),
+    ):
+        if count and which == "training":
+            notes.append(f"{which}: {count} {what} rollout.max_response_tokens")
+    return list(encoded.examples)

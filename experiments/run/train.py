@@ -1,0 +1,191 @@
+"""A training run from its checked configuration to its report: models, sampler, verifiers, progress, run.json."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments import provenance
+from experiments.startup import collector_paused
+from upge.train.distributed import World
+
+
+class Progress:
+    """A context manager around training; does nothing if not `enabled`."""
+
+    def __init__(self, steps: int, done: int, enabled: bool) -> None:
+        self.enabled = enabled
+        # In a log file a bar that is redrawn twice a second would be thousands of lines.
+        interval = 0.5 if sys.stderr.isatty() else 15.0
+        self._bar = tqdm(
+            total=steps, initial=done, unit="step", disable=not enabled, mininterval=interval, dynamic_ncols=True
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """One training step is done."""
+        shown = {"reward": metrics.get("reward/mean"), "demos": metrics.get("gate/demonstration_share")}
+        shown |= {"grad": metrics.get("grad_norm"), "loss": metrics.get("loss") if shown["reward"] is None else None}
+        self._bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items() if v is not None}, refresh=False)
+        self._bar.update()
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """An evaluation is done."""
+        k, figures = line["samples"], line["all"]
+        text = f"step {line['step']}: greedy {figures['greedy']:.3f}, pass@{k} {figures[f'pass@{k}']:.3f}, "
+        text += f"mean@{k} {figures[f'mean@{k}']:.3f} on {figures['problems']} problems"
+        tqdm.write(f"{text} ({line['time']:.0f} s)")
+
+
+def train(composed: Any, prepared: Any, world: World) -> int:
+    from experiments.run.dry_run import in_print
+    from upge.train.trainer import Parts, Trainer
+    from upge.verify import VerifierPool
+
+    config, folder = composed.config, prepared.folder
+    say = _printer(world)
+    names = composed.names
+    corrections = f" with {names['correction']}" if names["correction"] else ""
+    say(f"{names['algo']}{corrections} on {names['model']}, {names['data']} → {folder.path}")
+    say(in_print(composed.algorithm))
+    for note in prepared.notes:
+        say(f"note: {note}")
+    say(prepared.prompting.describe(prepared.train[0].problem))
+    limits = (config.verify.workers, config.verify.time_limit, config.verify.memory_limit)
+    with VerifierPool(prepared.verifiers, *limits) as pool:
+        with collector_paused():
+            models = _models(composed, world)
+        with collector_paused():
+            sampler = _sampler(config)
+        say(f"rollouts: {sampler.reason}")
+        resume_from = world.share(_resume_point(prepared))
+        progress = Progress(config.steps, resume_from or 0, enabled=world.is_main)
+        parts = Parts(
+            config,
+            composed.algorithm,
+            prepared.train,
+            prepared.evaluation,
+            prepared.weights,
+            prepared.prompting,
+            models,
+            sampler,
+            pool,
+            folder,
+            world,
+        )
+        trainer = Trainer(parts, progress.step, progress.evaluation)
+        if resume_from is not None:
+            trainer.restore(resume_from)
+        # Only now, when nothing can refuse the checkpoint any more, is anything recorded dropped.
+        if world.is_main:
+            if prepared.continues:
+                folder.rewind(resume_from if resume_from is not None else -1)
+            facts = _facts(composed, world, sampler, models.policy, resume_from or 0)
+            folder.start(composed.tree, facts, prepared.continues)
+        world.barrier()
+        if prepared.continues:
+            say(f"continuing {folder.path} from step {resume_from or 0}")
+        with progress:
+            code = trainer.run()
+        world.barrier()
+        sampler.close()
+    if world.is_main:
+        _finish(folder.path, code, say)
+    return code
+
+
+def _models(composed: Any, world: World) -> Any:
+    """The policy, and a critic and a frozen policy where the algorithm asks for them."""
+    from upge.pipeline import Pipeline
+    from upge.train.critic import CriticEngine
+    from upge.train.engine import Engine
+    from upge.train.frozen import FrozenPolicy
+    from upge.train.learner import Models
+
+    config, stages = composed.config, Pipeline.of(composed.algorithm).stages.values()
+    policy = Engine(config.model, config.optimizer, world, config.rollout.temperature)
+    critic = frozen = None
+    if any(stage.algorithm.critic is not None for stage in stages):
+        critic = CriticEngine(config.model, config.critic, config.optimizer, world)
+    if composed.algorithm.needs.reference:
+        model, key = config.model, "model.path"
+        if config.reference.path:
+            model, key = replace(model, path=config.reference.path, overrides={}), "reference.path"
+        frozen = FrozenPolicy(model, world, config.rollout.temperature, key=key)
+    return Models(policy, critic, frozen)
+
+
+def _sampler(config: Any) -> Any:
+    from upge import rollout
+
+    return rollout.load(
+        config.rollout.engine,
+        config.model.path,
+        dtype=config.model.dtype,
+        max_length=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
+        memory_fraction=config.rollout.memory_fraction,
+        seed=config.seed,
+        overrides=config.model.overrides,
+    )
+
+
+def _resume_point(prepared: Any) -> int | None:
+    steps = prepared.folder.checkpoint_steps() if prepared.continues else []
+    return steps[-1] if steps else None
+
+
+def _finish(path: Path, code: int, say: Any) -> None:
+    """The table and the report; a run that stopped early has what there is."""
+    from experiments.report.page import write_report
+    from experiments.table import print_table
+    from upge.train.folder import RunFolder, read_lines
+    from upge.train.trainer import NOT_FINITE
+
+    evaluations = read_lines(path / "evaluations.jsonl") if (path / "evaluations.jsonl").is_file() else []
+    if len(evaluations) > 1:
+        print_table(evaluations[0], evaluations[-1])
+    if (path / "metrics.jsonl").is_file():
+        say(f"report: {write_report(path)}")
+    if code == NOT_FINITE:
+        say("stopped: too many non-finite updates in a row (stop.nonfinite_updates); the state is in checkpoints/")
+    elif code:
+        say(f"stopped by signal {code - 128}; the state is saved, the same command with output={path} continues it")
+    else:
+        say(f"model:  {path / 'final'}")
+    best = RunFolder(path).best_facts
+    if best:
+        say(f"best:   {path / 'best'}, step {best['step']}, mean@{best['samples']} {100 * best['mean']:.1f} %")
+
+
+def _facts(composed: Any, world: World, sampler: Any, engine: Any, from_step: int) -> dict[str, Any]:
+    """run.json: how this run was made."""
+    return {
+        "command": provenance.command("experiments.run", sys.argv[1:]),
+        "started": provenance.now(),
+        "from_step": from_step,
+        "names": dict(composed.names),
+        "seed": composed.config.seed,
+        "world_size": world.size,
+        "device": str(world.device.type),
+        "machine": provenance.machine(),
+        "engine": sampler.name,
+        "engine_reason": sampler.reason,
+        "parameters": engine.parameters,
+        "formula_text": composed.algorithm.formula(),
+        "formula_latex": composed.algorithm.formula("latex"),
+        "versions": provenance.versions(),
+        "git_commit": provenance.git_commit(),
+    }
+
+
+def _printer(world: World) -> Any:
+    return (lambda text: print(text, flush=True)) if world.is_main else (lambda text: None)

@@ -1,0 +1,221 @@
+"""The results of a sweep's runs as the rows of runs.csv, and the value of a key that did best."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from experiments.evaluate import show
+from experiments.sweep.folder import SweepFolder
+from experiments.sweep.settings import Planned, Sweep, text
+from upge.errors import ConfigError
+from upge.train.folder import read_lines
+
+#: Metrics whose course is drawn, with their titles and units.
+COURSES = {
+    "reward/mean": ("Reward", "mean per rollout"),
+    "gate/demonstration_share": ("Demonstrations", "share of trajectories"),
+    "entropy": ("Entropy", "nats per token"),
+    "response_length": ("Response length", "tokens"),
+    "grad_norm": ("Gradient norm", "before clipping"),
+    "gate/no_signal_prompts": ("Silent prompts", "share"),
+}
+
+
+def rows(folder: SweepFolder) -> list[dict[str, Any]]:
+    """A row for every trained run, see docs/sweep.md for the columns."""
+    return [row_of(folder, planned) for planned in folder.sweep.runs if folder.is_trained(planned)]
+
+
+def row_of(folder: SweepFolder, planned: Planned) -> dict[str, Any]:
+    """The figures of one run; those of evaluations that are not finished are absent."""
+    path = folder.run(planned)
+    point = {name: text(value) for name, value in planned.point.items()}
+    row: dict[str, Any] = {"run": planned.slug, "label": planned.label, "seed": planned.seed, **point}
+    row |= _totals(path)
+    row |= _last_evaluation(path)
+    for name in folder.sweep.config.evaluate:
+        scores = folder.evaluation(planned, name) / "scores.json"
+        if scores.is_file():
+            row |= _scores(name, json.loads(scores.read_text()))
+    return row
+
+
+def answer_notes(folder: SweepFolder) -> list[str]:
+    """Evaluations in which most responses give the same wrong answer, in sentences."""
+    found = []
+    for planned in folder.sweep.runs:
+        for name in {*folder.sweep.config.evaluate} - {*folder.missing(planned)}:
+            scores = json.loads((folder.evaluation(planned, name) / "scores.json").read_text())
+            found += [f"{planned.slug}, {note}" for note in show.answer_notes(scores)]
+    return sorted(found)
+
+
+def course(path: Path, metric: str) -> dict[int, float]:
+    """Step → a finite value of a metric in a run's folder."""
+    file = path / "metrics.jsonl"
+    lines = read_lines(file) if file.is_file() else []
+    return {line["step"]: line[metric] for line in lines if finite(line.get(metric))}
+
+
+def evaluation_course(path: Path, measure: str) -> dict[int, float]:
+    """Step → a measure of the evaluations during training, over all problems."""
+    file = path / "evaluations.jsonl"
+    lines = read_lines(file) if file.is_file() else []
+    return {line["step"]: overall[measure] for line in lines if measure in (overall := _overall(line["levels"]))}
+
+
+def measures(found: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> list[str]:
+    """The columns for tables: those asked for, or the averages of the evaluations' benchmarks, or of the run's own.
+
+    Columns of `wanted` that no row has are left out.
+    """
+    columns = dict.fromkeys(column for row in found for column in row)
+    if wanted:
+        return [column for column in wanted if column in columns]
+    chosen = [column for column in columns if column.endswith("/avg") and column.count("/") == 2]
+    return chosen or [c for c in columns if c == "greedy" or c.startswith(("mean@", "pass@"))]
+
+
+def measure_names(columns: Sequence[str]) -> dict[str, str]:
+    """What a reader calls the columns: EVALUATION/BENCHMARK/LEVEL/avg without the evaluation where no other one has the
+    same figure, and without 'avg'."""
+    short = {c: " ".join(p for p in c.split("/")[c.count("/") > 1 :] if p != "avg") for c in columns}
+    often = Counter(short.values())
+    return {c: name if often[name] == 1 else f"{c.split('/')[0]}: {name}" for c, name in short.items()}
+
+
+def write_csv(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
+    """A line per run, a column per figure."""
+    columns = list(dict.fromkeys(column for row in found for column in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+
+
+def by_seed(found: Iterable[Mapping[str, Any]], label: str, measure: str) -> dict[int, float]:
+    """Seed → the value of a measure, of the runs with a label that have it."""
+    return {row["seed"]: float(row[measure]) for row in found if row["label"] == label and finite(row.get(measure))}
+
+
+def _totals(path: Path) -> dict[str, Any]:
+    """What a run has spent."""
+    file = path / "metrics.jsonl"
+    lines = read_lines(file) if file.is_file() else []
+    config = OmegaConf.load(path / "config.yaml")
+    rollouts = int(config.prompts_per_step) * int(config.group_size)
+    generated = trained = seconds = updates = 0.0
+    for line in lines:
+        drawn = line.get("sampling/prompts", config.prompts_per_step) / int(config.prompts_per_step) * rollouts
+        generated += (line.get("response_length") or 0.0) * drawn
+        trained += line.get("trained/tokens") or 0
+        seconds += line.get("time/total") or 0.0
+        updates += line.get("updates") or 0
+    found = {"steps": len(lines), "updates": int(updates), "generated_tokens": round(generated)}
+    return found | {"trained_tokens": round(trained), "training_seconds": round(seconds, 1)}
+
+
+def _last_evaluation(path: Path) -> dict[str, float]:
+    file = path / "evaluations.jsonl"
+    lines = read_lines(file) if file.is_file() else []
+    if not lines:
+        return {}
+    levels = lines[-1]["levels"]
+    own = {f"{level}/{name}": v for level, one in levels.items() for name, v in one.items() if name != "problems"}
+    return _overall(levels) | own
+
+
+def _overall(levels: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Means over all problems."""
+    total = sum(one["problems"] for one in levels.values())
+    names = [name for one in levels.values() for name in one if name != "problems"]
+    return {
+        name: sum(one["problems"] * one[name] for one in levels.values() if name in one) / total
+        for name in dict.fromkeys(names)
+    }
+
+
+def _scores(name: str, scores: Mapping[str, Any]) -> dict[str, float]:
+    """NAME/BENCHMARK/avg, NAME/BENCHMARK/pass@k, the same by LEVEL, and NAME/average GROUP/avg."""
+    found: dict[str, float] = {}
+    for benchmark, one in scores["benchmarks"].items():
+        parts = {benchmark: one, **{f"{benchmark}/{level}": part for level, part in one["levels"].items()}}
+        for place, part in parts.items():
+            found[f"{name}/{place}/avg"] = part["avg"]["value"]
+            if part["samples"] > 1:
+                found |= {f"{name}/{place}/pass@{k}": one["value"] for k, one in part["pass_at"].items()}
+    for group, one in scores["averages"].items():
+        if len(one["benchmarks"]) > 1:
+            found[f"{name}/average {group}/avg"] = one["avg"]["value"]
+    return found
+
+
+def finite(value: Any) -> bool:
+    """True for a number, unless it is infinite or none."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def best_values(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Group → the value of `select.key` with the highest mean of `select.measure` over the seeds.
+
+    A group is what the runs have besides that key: variant and the grid's other values. Of equal means the first value
+    of the list wins, so put the more careful one first.
+
+    Args:
+        rows: of runs.csv, see `rows`.
+
+    Raises:
+        ConfigError: the measure is no column of numbers, or a run has none.
+    """
+    name, measure = sweep.config.select["key"], sweep.config.select["measure"]
+    found: dict[str, dict[Any, list[float]]] = {}
+    by_slug = {row["run"]: row for row in rows}
+    for run in sweep.runs:
+        value = by_slug.get(run.slug, {}).get(measure)
+        if not finite(value):
+            columns = sorted({column for row in rows for column, value in row.items() if finite(value)})
+            raise ConfigError(f"select.measure: {run.slug} has no '{measure}'; there are {', '.join(columns)}")
+        found.setdefault(group_of(run, name), {}).setdefault(run.point[name], []).append(float(value))
+    # Summed exactly: equal means must be equal for the first of them to win.
+    means = {group: {v: math.fsum(all) / len(all) for v, all in values.items()} for group, values in found.items()}
+    return {group: max(values, key=values.__getitem__) for group, values in means.items()}
+
+
+def group_of(run: Planned, name: str) -> str:
+    """What a run is apart from the value of `name`: its variant, or its algorithm where there are no variants."""
+    others = [str(value) for key, value in run.point.items() if key != name]
+    return ", ".join(filter(None, [run.variant, *others]))
+
+
+def with_choices(sweep: Sweep, values: Mapping[str, Any]) -> Sweep:
+    """The sweep with the chosen value in every run; which is its own is said by `choose.group`, else by its
+    variant or algorithm.
+
+    Raises:
+        ConfigError: a run for which nothing was chosen.
+    """
+    name = sweep.config.choose["key"]
+    runs = []
+    for run in sweep.runs:
+        group = sweep.config.choose.get("group")
+        candidates = [str(group)] if group else [run.variant, str(run.keys.get("algo", ""))]
+        own = next((candidate for candidate in candidates if candidate in values), None)
+        if name in run.keys:
+            runs.append(run)
+        elif own is None:
+            raise ConfigError(
+                f"choose: sweep={sweep.config.choose['sweep']} has chosen {name} for {', '.join(values)}, none of "
+                f"which is the variant or the algorithm of '{run.label}'; give it {name} itself, or choose.group"
+            )
+        else:
+            runs.append(replace(run, keys={**run.keys, name: values[own]}))
+    return replace(sweep, runs=tuple(runs))

@@ -1,0 +1,277 @@
+"""A sweep's file and command line: its keys, which runs it has, how they are measured, what is compared."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from experiments.config import CONFIGS
+from upge.config import Settings, from_tree, key, parse, split
+from upge.errors import ConfigError, nearest
+
+#: What a folder may be called, on any system.
+FOLDER_NAME = re.compile(r"(?!\.+$)[A-Za-z0-9_.+-]+")
+
+
+@dataclass(frozen=True)
+class SweepConfig(Settings):
+    """What a sweep's file says. `common`, `variants` and `grid` hold keys of experiments.run, dotted."""
+
+    title: str = key("", "what the sweep asks, one line")
+    common: dict = key({}, "keys of every run; one given on the command line goes here")
+    variants: dict = key({}, "label -> keys of the runs under it")
+    grid: dict = key({}, "key -> list of values; every combination is run, for every variant")
+    seeds: Any = key(None, "list of seeds, or a text such as 0..4; unset = 0")
+    seed_keys: list = key(["seed"], "keys that the seed is given to")
+    evaluate: dict = key({}, "name -> arguments of experiments.evaluate for every finished run, such as suite: paper")
+    choose: dict = key({}, "sweep: another sweep, run first; key: its best value goes to each run; see docs/sweep.md")
+    select: dict = key({}, "key: of the grid, whose best value is asked for; measure: by which, a column of runs.csv")
+    baseline: str = key("", "label that the others are tested against; empty = the first")
+    measures: list = key([], "columns of runs.csv for the table and the tests; empty = those of the evaluations")
+    jobs: int = key(
+        0, "runs at once, several on a GPU if need be; 0 = as many as there are GPUs, or else cores", minimum=0
+    )
+    gpus_per_run: int = key(1, "GPUs of one run, where there are any; more than 1 starts torchrun", minimum=1)
+    output: str = key("", "folder of the sweep; empty = sweeps/NAME")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, entries in (("variants", self.variants), ("evaluate", self.evaluate)):
+            for label, keys in entries.items():
+                if not isinstance(keys, Mapping):
+                    raise ConfigError(f"{name}.{label}: found {keys!r}, expected keys and values below it")
+        self._check_evaluations()
+        for name, values in self.grid.items():
+            if not isinstance(values, list) or not values:
+                raise ConfigError(f"grid.{name}: found {values!r}; give a list of values")
+        self._check_seeds()
+        for name, keys, more in (("choose", ("sweep", "key"), {"group"}), ("select", ("key", "measure"), set())):
+            given = getattr(self, name)
+            if given and {*given} - more != {*keys}:
+                raise ConfigError(f"{name}: found the keys {sorted(given)}; give {' and '.join(keys)}")
+        if self.select and self.select["key"] not in self.grid:
+            raise ConfigError(f"select.key: {self.select['key']} is not in the grid; {nearest('', self.grid)}")
+
+    def _check_evaluations(self) -> None:
+        for name, keys in self.evaluate.items():
+            if not FOLDER_NAME.fullmatch(str(name)):
+                raise ConfigError(f"evaluate.{name}: give it a name of letters, digits and any of _ . + -")
+            for own in {"model", "model.path", "output"} & {*keys}:
+                raise ConfigError(f"evaluate.{name}.{own}: is each run's own; leave it out")
+
+    def _check_seeds(self) -> None:
+        """Refuses seeds that decide nothing, and values that they would overwrite."""
+        if not self.seed_keys or not all(isinstance(name, str) for name in self.seed_keys):
+            raise ConfigError(f"seed_keys: found {self.seed_keys!r}; give a list of keys such as [seed, data.seed]")
+        places = {"common": self.common, "grid": self.grid}
+        places |= {f"variants.{label}": keys for label, keys in self.variants.items()}
+        for place, keys in places.items():
+            for name in keys:
+                if name in self.seed_keys:
+                    raise ConfigError(f"{place}: {name} is one of seed_keys; give its values by seeds=")
+                if name == "output":
+                    raise ConfigError(f"{place}: output is each run's own; give the sweep's by output= beside it")
+
+
+FOLDER = CONFIGS / "sweep"
+#: Keys whose values experiments.run always reads as YAML; those of other texts it takes as they stand.
+_PARSED = ("data.", "algo.", "model.overrides.")
+_SEEDS = re.compile(r"(\d+)\.\.(\d+)")
+_LABEL = re.compile(r"[^A-Za-z0-9_.+-]+")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a sweep.
+
+    Attributes:
+        label: what it is called in tables, the same for all seeds.
+        point: the values of the grid's keys.
+        variant: its variant's label; empty where there are none.
+        seed: its seed.
+        keys: everything that its command line says, but the output.
+    """
+
+    label: str
+    point: Mapping[str, Any]
+    variant: str
+    seed: int
+    keys: Mapping[str, Any]
+
+    @property
+    def slug(self) -> str:
+        """Its place below runs/ and evals/."""
+        return f"{self.folder}/seed-{self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """The label as the name of a folder."""
+        return _LABEL.sub("-", self.label).strip("-")
+
+    def arguments(self, output: Path) -> list[str]:
+        """Those of experiments.run."""
+        return [*(f"{name}={_typed(name, value)}" for name, value in self.keys.items()), f"output={output}"]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that is ready to be run; `runs` lists those of one label side by side, by seed."""
+
+    name: str
+    config: SweepConfig
+    runs: tuple[Planned, ...]
+    folder: Path
+
+    @property
+    def labels(self) -> list[str]:
+        """In the order of the file."""
+        return list(dict.fromkeys(run.label for run in self.runs))
+
+    @property
+    def baseline(self) -> str:
+        """Against which the others are tested."""
+        return self.config.baseline or self.labels[0]
+
+
+def names() -> list[str]:
+    """The sweeps that ship."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load(arguments: Sequence[str]) -> Sweep:
+    """The sweep of a command line.
+
+    Raises:
+        ConfigError: no such sweep, an unknown key, or runs that cannot be told apart.
+    """
+    name, tree, given = "", {}, []
+    for argument in arguments:
+        head, value = split(argument)
+        if head == "sweep":
+            name = value
+        else:
+            given.append(argument)
+    if name:
+        tree = _file(name)
+    for argument in given:
+        _set(tree, *split(argument))
+    config = from_tree(SweepConfig, tree)
+    stem = Path(name).stem if name else "sweep"
+    folder = Path(config.output).expanduser() if config.output else Path("sweeps") / stem
+    runs = tuple(_runs(config))
+    _check_used(config, given)
+    for run in runs:
+        if not FOLDER_NAME.fullmatch(run.folder):
+            raise ConfigError(f"variants, grid: '{run.label}' has no letter or digit to call a folder by; give another")
+    slugs = [run.slug for run in runs]
+    twice = next((slug for slug in slugs if slugs.count(slug) > 1), None)
+    if twice:
+        raise ConfigError(f"variants, grid: two runs would be called {twice}; give them labels that differ")
+    sweep = Sweep(stem, config, runs, folder)
+    if config.baseline and config.baseline not in sweep.labels:
+        raise ConfigError(f"baseline: no runs '{config.baseline}'; {nearest(config.baseline, sweep.labels)}")
+    return sweep
+
+
+def text(value: Any) -> str:
+    """A value of a file as one would type it on a command line."""
+    if value is None or isinstance(value, (bool, list, dict)):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)
+
+
+def _typed(name: str, value: Any) -> str:
+    """`text`, in quotes where a text would be read as something else, such as a number."""
+    written = text(value)
+    if not isinstance(value, str) or not name.startswith(_PARSED):
+        return written
+    try:
+        same = parse(name, written) == value
+    except ConfigError:
+        same = False
+    return written if same else json.dumps(value, ensure_ascii=False)
+
+
+def seeds_of(value: Any) -> list[int]:
+    """[0, 1, 2], 3, or '0..4' as a list."""
+    match = _SEEDS.fullmatch(value) if isinstance(value, str) else None
+    if match and int(match[1]) <= int(match[2]):
+        return list(range(int(match[1]), int(match[2]) + 1))
+    found = [0] if value is None else value if isinstance(value, list) else [value]
+    if not found or not all(type(seed) is int and seed >= 0 for seed in found) or len({*found}) < len(found):
+        raise ConfigError(f"seeds: found {value!r}; give distinct whole numbers as a list such as [0,1,2], or 0..4")
+    return list(found)
+
+
+def _file(name: str) -> dict[str, Any]:
+    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"sweep: no sweep '{name}'; {nearest(name, names())}, or give a YAML file")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"sweep: {path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"sweep: {path} must be a mapping of a sweep's keys; --help lists them")
+    # A key with nothing behind it is as good as none.
+    return {name: value for name, value in tree.items() if value is not None}
+
+
+def _set(tree: dict[str, Any], name: str, value: str) -> None:
+    """One key=value of the command line: a key of the sweep, of its grid, of an evaluation, or of every run."""
+    head, _, rest = name.partition(".")
+    if head in ("grid", "evaluate") and rest:
+        where = tree.setdefault(head, {})
+        if head == "evaluate" and isinstance(where, dict):
+            one, _, rest = rest.partition(".")
+            if one not in where or not rest:
+                raise ConfigError(f"{name}: no evaluation '{one}' in the sweep; {nearest(one, where)}")
+            where = where[one]
+        if not isinstance(where, dict):
+            raise ConfigError(f"{name}: {head} is {where!r}, which has no keys below it")
+        where[rest] = parse(name, value)
+    elif name in SweepConfig.__dataclass_fields__:
+        tree[name] = value if name in ("output", "title", "baseline") else parse(name, value)
+    else:
+        tree.setdefault("common", {})[name] = parse(name, value)
+
+
+def _check_used(config: SweepConfig, given: Sequence[str]) -> None:
+    """Refuses a key of the command line that no run would have from there, because all say it themselves."""
+    for name in (argument.partition("=")[0] for argument in given):
+        if name in config.common:
+            everywhere = bool(config.variants) and all(name in own for own in config.variants.values())
+            if everywhere or name in config.grid:
+                place = "the grid has" if name in config.grid else "every variant has"
+                raise ConfigError(f"{name}: {place} values of its own, so this one does nothing; change it there")
+
+
+def _runs(config: SweepConfig) -> Iterator[Planned]:
+    for variant, own in (config.variants or {"": {}}).items():
+        for values in itertools.product(*config.grid.values()):
+            point = dict(zip(config.grid, values, strict=True))
+            for seed in seeds_of(config.seeds):
+                keys = {**config.common, **own, **point, **dict.fromkeys(config.seed_keys, seed)}
+                yield Planned(_label(variant, point), point, str(variant), seed, keys)
+
+
+def _label(variant: str, point: Mapping[str, Any]) -> str:
+    named, short = ("algo", "model", "data", "recipe"), [_short(name) for name in point]
+    parts = []
+    for name, value in point.items():
+        own = _short(name) if short.count(_short(name)) == 1 else name
+        parts.append(text(value) if name in named else f"{own}={text(value)}")
+    return ", ".join(filter(None, [str(variant), *parts])) or "run"
+
+
+def _short(name: str) -> str:
+    return name.rsplit(".", 1)[-1]

@@ -1,0 +1,208 @@
+"""The objectives as their papers print them, in symbols, and what each is an objective of.
+
+`STATEMENTS` says: this file of algorithms/, with these corrections and overrides, has this objective. A statement is
+proven by deriving the factor in front of ∇π_θ from the objective and comparing it with the product of the file's parts.
+Constants are those of the files, whose headers say where from. Nothing in an objective knows the parts: an advantage, a
+clip or an average is written out as in the paper.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import sympy as sp
+from sympy import Expr, Symbol
+
+import algorithms
+from experiments.table1 import demonstrations, rollouts, written
+from upge import Algorithm, Term
+from upge.errors import ConfigError
+from upge.theory.symbolic import Proof, Row, World, derive, factors, is_zero, prove, worlds
+
+
+@dataclass(frozen=True)
+class Statement:
+    """An algorithm and its objective.
+
+    Attributes:
+        algorithm: the name of its file.
+        objective: world → J, to be maximised.
+        overrides: of the file's settings, as on the command line.
+        corrections: names of files in algorithms/corrections.
+        terms: those of its terms that the objective is of; none named = all.
+    """
+
+    algorithm: str
+    objective: Callable[[World], Expr]
+    overrides: tuple[str, ...] = ()
+    corrections: tuple[str, ...] = ()
+    terms: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """For people and tests."""
+        return " ".join((self.algorithm, *self.corrections, *self.terms, *self.overrides[:1]))
+
+    def load(self) -> Algorithm:
+        """The algorithm, cut down to `terms` where some are named."""
+        algorithm = algorithms.load(self.algorithm, self.overrides, self.corrections)
+        if not self.terms:
+            return algorithm
+        return dataclasses.replace(algorithm, terms={name: algorithm.terms[name] for name in self.terms})
+
+    @property
+    def pairs(self) -> bool:
+        """Whether it learns from preference pairs, so that the batch of its proof must have some."""
+        return self.load().needs.preference_pairs
+
+    def prove(self) -> Proof:
+        """See `upge.theory.symbolic.prove`."""
+        return prove(self.load(), self.objective, pairs=self.pairs)
+
+
+_ROLLOUTS = "reinforce reinforce_plus_plus rloo ppo grpo dr_grpo cispo gspo sapo gmpo opmd asymre relift dpo"
+_DEMONSTRATIONS = (
+    "sft dft iw_sft offline_rl luffy rl_plus srft hpt hpt_offpolicy hpt_soft superrl chord_mu chord_phi amft"
+)
+_CORRECTIONS = "tis icepop mis mis_geometric dual_clip kl_k1 kl_k2 kl_k3 entropy kl_reward dynamic_sampling"
+# A limit that the short responses of a proof come near; the buffer is a share of it.
+_NEAR = (
+    f"terms.rl.estimator.advantage.limit={written.LIMIT}",
+    f"terms.rl.estimator.advantage.buffer={written.BUFFER / written.LIMIT}",
+)
+STATEMENTS = (
+    *(Statement(name, getattr(rollouts, name)) for name in _ROLLOUTS.split()),
+    *(Statement(name, getattr(demonstrations, name)) for name in _DEMONSTRATIONS.split()),
+    Statement("dapo", rollouts.dapo, _NEAR),
+    Statement(
+        "iw_sft",
+        demonstrations.iw_sft_sequence,
+        ("terms.sft.estimator.denominator={_target_: upge.SequenceReferencePolicy, power: 2.0, low: 0.0, high: 16.0}",),
+    ),
+    Statement("srft", demonstrations.srft_offline, terms=("offline",)),
+    *(Statement("dr_grpo", getattr(rollouts, name), corrections=(name,)) for name in _CORRECTIONS.split()),
+    Statement("dr_grpo", rollouts.overlong, _NEAR, ("overlong",)),
+)
+
+
+def statement(name: str) -> Statement:
+    """The statement of that name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return {found.name: found for found in STATEMENTS}[name]
+
+
+#: One question, so that the batch has few symbols: two rollouts and a demonstration of two tokens each.
+_SHAPE = (((2, 2), (2,)),)
+_POINTS = 60
+#: In a gradient as it is read: π_θ and π_old of the token, its Â, the mean ratio of its response.
+THETA, OLD, ADVANTAGE, RATIO = (Symbol(name, positive=True) for name in ("π_θ", "π_old", "Â", "s"))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        name: as in the paper.
+        proof: the name of the statement that it is derived from.
+        term: which of the algorithm's terms the row is about.
+        note: where the shipped file says more than the paper's row.
+    """
+
+    name: str
+    proof: str
+    term: str
+    note: str
+
+    @property
+    def part(self) -> Term:
+        """The term itself."""
+        return statement(self.proof).load().terms[self.term]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was derived for a token in one region.
+
+    Attributes:
+        gradient: the factor in front of ∇π_θ, by the weight of the average, in π_θ, π_old, Â and s.
+        reference: π_ref; None where the token is stopped.
+        where: the condition on r = π_θ/π_old, empty if there is but one region.
+    """
+
+    gradient: Expr
+    reference: Expr | None
+    where: str = ""
+
+
+@functools.cache
+def readings(method: Method) -> tuple[Reading, ...]:
+    """The regions of a method that differ, those that let the token move first.
+
+    Raises:
+        ConfigError: the objective's Â is not that of the algorithm's part, so there is nothing to read.
+    """
+    cells: dict[Expr, list[Reading]] = {}
+    proof = statement(method.proof)
+    algorithm = proof.load()
+    for world in worlds(_POINTS, shape=_SHAPE, opaque=True, pairs=proof.pairs):
+        row = next(r for r in world.rows if r.is_demonstration == (algorithm.terms[method.term].source != "rollouts"))
+        slope = derive(proof.objective, world)[row.p[0]]
+        term = factors(algorithm, world)[method.term]
+        advantage = term.advantage[row.index][0]
+        for symbol in slope.free_symbols & set(world.advantages):
+            if not is_zero(world.advantages[symbol] - advantage):
+                found = world.advantages[symbol]
+                raise ConfigError(f"{method.name}: Â is {advantage} by the parts and {found} as written")
+        gradient = _readable(slope / (term.gate[row.index][0] * term.reduction[row.index][0]), world, row)
+        symbol = ADVANTAGE if ADVANTAGE in gradient.free_symbols or gradient == 0 else advantage
+        shape = _readable(term.shape[row.index][0], world, row)
+        reference = None if gradient == 0 else sp.simplify(symbol * shape / gradient)
+        cells.setdefault(gradient, []).append(Reading(gradient, reference, _where(world, row)))
+    moving = [same for same in cells.values() if same[0].reference is not None]
+    stopped = [replace(same[0], where="") for same in cells.values() if same[0].reference is None]
+    return (*sorted((_merged(same, len(moving) > 1) for same in moving), key=lambda r: r.where), *stopped)
+
+
+def _merged(cells: Sequence[Reading], several: bool) -> Reading:
+    shared = set.intersection(*(set(cell.where.split(" and ")) for cell in cells))
+    return replace(cells[0], where=" and ".join(sorted(shared)) if several else "")
+
+
+def _readable(expression: Expr, world: World, row: Row) -> Expr:
+    """The expression in π_θ and π_old of the row's first token, Â, and s in place of the other tokens."""
+    if set(row.q[1:]) & expression.free_symbols:
+        last = sp.Mul(*row.ratios[:-1]) * row.p[-1] / RATIO ** len(row)
+        expression = sp.powdenest(sp.simplify(expression.subs(row.q[-1], last)), force=True)
+    names = {row.p[0]: THETA, row.q[0]: OLD} | dict.fromkeys(world.advantages, ADVANTAGE)
+    result = sp.factor(sp.simplify(expression.xreplace(names))).replace(
+        lambda e: e.is_Pow and e.base.is_Add and e.base.has(THETA),
+        lambda e: _leading(e.base) ** e.exp * sp.expand(e.base / _leading(e.base)) ** e.exp,
+    )
+    strange = result.free_symbols - {THETA, OLD, ADVANTAGE, RATIO}
+    if strange:
+        raise ConfigError(f"{sorted(map(str, strange))} stand in the gradient beside π_θ, π_old, Â and s: {result}")
+    return result
+
+
+def _leading(polynomial: Expr) -> Expr:
+    return sp.Poly(polynomial, THETA).LC()
+
+
+def _where(world: World, row: Row) -> str:
+    """The bounds on the token's own ratio that the world answered."""
+    ratio, found = Symbol("r", positive=True), []
+    for question, negative in world.asked.items():
+        own = world.thaw(question)
+        if own.free_symbols == {row.p[0], row.q[0]}:
+            inner = sp.simplify(own.subs(row.p[0], ratio * row.q[0]))
+            (bound,) = sp.solve(inner, ratio)
+            below = (sp.diff(inner, ratio) > 0) == negative
+            found.append(f"r < {bound}" if below else f"r > {bound}")
+    return " and ".join(found)

@@ -1,0 +1,190 @@
+"""Settings as dataclasses: default, range and meaning stand at the field, and text becomes a value in one place.
+
+    @dataclass(frozen=True)
+    class StopConfig(Settings):
+        nonfinite_updates: int = key(5, "stop after N non-finite updates in a row", minimum=1)
+
+`from_tree` makes such a class of nested mappings, `defaults` and `meanings` read it for config files and help texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from omegaconf import OmegaConf
+
+from upge.checks import mismatch
+from upge.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may have.
+
+    Attributes:
+        minimum, maximum: bounds that belong to the range; None = unbounded.
+        above, below: bounds that do not belong to it.
+        fix: what to do instead, for the message; empty = a sentence made of the bounds.
+    """
+
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+    fix: str = ""
+
+    def problem(self, value: float) -> str | None:
+        """None if `value` lies in the range, else what was found and the fix."""
+        low = self.minimum is None or value >= self.minimum
+        low = low and (self.above is None or value > self.above)
+        high = self.maximum is None or value <= self.maximum
+        high = high and (self.below is None or value < self.below)
+        return None if low and high else f"found {value}; {self.fix or self._rule()}"
+
+    def _rule(self) -> str:
+        lowest = self.minimum if self.above is None else self.above
+        highest = self.maximum if self.below is None else self.below
+        if lowest is not None and highest is not None:
+            left, right = "[" if self.above is None else "(", "]" if self.below is None else ")"
+            return f"it must lie in {left}{lowest:g}, {highest:g}{right}"
+        if self.above is not None:
+            return f"it must be greater than {self.above:g}"
+        if self.minimum is not None:
+            return f"it must be at least {self.minimum:g}" if self.minimum else "it must not be negative"
+        return f"it must be at most {highest:g}" if self.below is None else f"it must be less than {highest:g}"
+
+
+def key(
+    default: Any,
+    meaning: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    fix: str = "",
+) -> Any:
+    """A field of a settings class.
+
+    Args:
+        default: its default; a dict or a list is copied for each instance.
+        meaning: one line of help.
+        minimum, maximum: the least and the greatest number that it may be.
+        above, below: bounds that it must not reach.
+        fix: what to do instead of a number out of range; by default it is said from the bounds.
+    """
+    metadata = {"meaning": meaning, "range": Range(minimum, maximum, above, below, fix)}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def section(cls: type) -> Any:
+    """A field that holds a nested group of settings."""
+    return field(default_factory=cls)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of settings classes: an instance whose numbers are out of range is not made.
+
+    Raises:
+        ConfigError: a number out of range, by its key in this class; `from_tree` adds the path to it.
+    """
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if "range" in item.metadata and isinstance(value, (int, float)) and not isinstance(value, bool):
+                problem = item.metadata["range"].problem(value)
+                if problem:
+                    raise ConfigError(problem, item.name)
+
+
+def from_tree(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:
+    """The dataclass `cls` from nested mappings.
+
+    Args:
+        cls: a dataclass whose fields are made by `key` and `section`.
+        tree: its settings; those that are missing have their defaults.
+        path: the key at which `tree` stands, for messages.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a value of the wrong type or out of range.
+    """
+    hints = get_type_hints(cls)
+    values = {}
+    for name, value in tree.items():
+        where = f"{path}.{name}" if path else str(name)
+        if name not in hints:
+            raise ConfigError(f"unknown key; {nearest(str(name), hints)}", where)
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, Mapping):
+                inner = ", ".join(f.name for f in dataclasses.fields(hints[name]))
+                raise ConfigError(f"found {value!r}, expected keys such as {where}.KEY: {inner}", where)
+            values[name] = from_tree(hints[name], value, where)
+            continue
+        wrong = mismatch(value, hints[name])
+        if wrong:
+            raise ConfigError(wrong, where)
+        if isinstance(value, float) and math.isinf(value):
+            raise ConfigError(f"found {value}; give a finite number", where)
+        values[name] = float(value) if hints[name] is float else value
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise (error.under(path) if path else error) from None
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """The tree of default values."""
+    return dataclasses.asdict(cls())
+
+
+def meanings(cls: type, path: str = "") -> list[tuple[str, Any, str]]:
+    """(dotted key, default, meaning) of every setting, in order."""
+    found = []
+    hints = get_type_hints(cls)
+    instance = cls()
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[item.name]):
+            found += meanings(hints[item.name], f"{path}{item.name}.")
+        else:
+            found.append((f"{path}{item.name}", getattr(instance, item.name), item.metadata["meaning"]))
+    return found
+
+
+def split(argument: str) -> tuple[str, str]:
+    """Key and text of `key=value`.
+
+    Raises:
+        ConfigError: it has another form.
+    """
+    name, equals, text = argument.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"'{argument}' is not of the form key=value; see --help for the keys")
+    return name, text
+
+
+def parse(name: str, text: str) -> Any:
+    """The value that `text` is as YAML, for the key `name`.
+
+    An interpolation stays one: it must follow the tree that the value becomes a part of.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
+    except Exception as error:  # OmegaConf's errors and those of the YAML parser behind it
+        raise ConfigError(f"{text!r} cannot be read: {str(error).splitlines()[0]}", name) from error
+
+
+def parse_override(argument: str) -> tuple[str, Any]:
+    """Key and value of `key=value`, the value read as YAML; errors as in `split` and `parse`."""
+    name, text = split(argument)
+    return name, parse(name, text)
