@@ -18,9 +18,10 @@ from experiments.config import compose
 from tests.models import save_random_model, trajectories, unrounded
 from tests.test_collect import ALONE, FakeModel, algorithm, examples
 from upge import rollout
+from upge.config import from_tree
 from upge.logprobs import Coefficients
 from upge.train.collect import Collector
-from upge.train.config import OptimizerConfig, RunConfig, from_tree
+from upge.train.config import OptimizerConfig, RunConfig
 from upge.train.distributed import World
 from upge.train.engine import Engine
 from upge.train.frozen import FrozenPolicy

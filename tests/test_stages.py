@@ -9,8 +9,9 @@ import pytest
 import algorithms
 from tests.test_collect import algorithm
 from upge import Algorithm, Pipeline
+from upge.config import from_tree
 from upge.pipeline import Stage
-from upge.train.config import RunConfig, from_tree
+from upge.train.config import RunConfig
 from upge.train.critic import CriticEngine
 from upge.train.engine import Engine
 from upge.train.learner import Memory, Models

@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 
 from tests.test_collect import ALONE, FakeModel, Ranks, examples
+from upge.config import from_tree
 from upge.rollout import Sampling
-from upge.train.config import RunConfig, from_tree
+from upge.train.config import RunConfig
 from upge.train.evaluate import evaluate
 from upge.train.verified import Responder
 
