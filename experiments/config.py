@@ -3,7 +3,8 @@
 A recipe is a YAML file of names (`algo`, `model`, `data`, `correction`) and of keys of a run, nested or dotted, such as
 `model.opening`, which beat those of the presets that it names. Two keys are its own: `base` names one or several
 recipes, or files of configs/recipe/base, whose keys it changes; `overrides` lists texts such as terms.rl.coefficient=8,
-which are applied after the bases' as algo.KEY=VALUE on the command line would be.
+which are applied after the bases' as algo.KEY=VALUE on the command line would be. Its settings of a correction are
+also `overrides`, such as correction.tis.cap=3.
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ def compose(arguments: Sequence[str]) -> Composed:
     for key, value in items:
         if key.startswith("algo.") and key != "algo.":
             overrides.append(f"{key.removeprefix('algo.')}={value}")
+        elif key.startswith("correction."):
+            overrides.append(f"{key}={value}")
         elif key not in GROUPS:
             tree = _set(tree, key, value)
     tree.algo = _overridden(tree.algo, names, recipe.overrides, overrides)
@@ -139,7 +142,6 @@ def _overridden(
 ) -> DictConfig:
     """The algorithm with a recipe's overrides, then those of the command line."""
     try:
-        # All at once: it is the last of them that must leave a pipeline with its corrections.
         return algorithms.override(node, [*given, *overrides])
     except ConfigError:
         try:
@@ -198,15 +200,15 @@ def _named(group: str, name: str) -> dict[str, Any]:
 
 def _merge(tree: DictConfig, part: Mapping[str, Any], origin: str) -> DictConfig:
     part = dict(part)
-    overrides = part.pop("algo", None)
+    overrides = [key for key in ("algo", "correction") if part.pop(key, None)]
     try:
         tree = OmegaConf.merge(tree, OmegaConf.create(part))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{origin}: {str(error).splitlines()[0]}") from error
     if overrides:
         raise ConfigError(
-            f"{origin}: a preset cannot change `algo`; give algo.KEY=VALUE on the command line, or a "
-            "recipe's `overrides`"
+            f"{origin}: a preset cannot change `{overrides[0]}`; give {overrides[0]}.KEY=VALUE on the command line, or "
+            "a recipe's `overrides`"
         )
     return tree
 
@@ -214,8 +216,6 @@ def _merge(tree: DictConfig, part: Mapping[str, Any], origin: str) -> DictConfig
 def _set(tree: DictConfig, key: str, value: str) -> DictConfig:
     """One key=value of the command line; the part before the first dot says who checks the rest."""
     head, _, rest = key.partition(".")
-    if head == "correction":
-        raise ConfigError(f"{key}: a correction's settings are those of the algorithm; give algo.KEY=VALUE")
     if head in ("algo", "data", "model") and not rest or head == "recipe":
         raise ConfigError(f"{key}: give a name, or a key below it such as {head}.KEY=VALUE")
     free = head == "data" or key.startswith("model.overrides.")

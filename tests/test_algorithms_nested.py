@@ -122,11 +122,11 @@ def test_a_file_beside_the_one_that_names_it_is_found(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a b", "r.l", "größe", "on"])
 def test_a_name_that_no_key_can_have_is_refused_with_its_place(name, tmp_path):
-    """Before a correction writes references to it."""
+    """Before it becomes a part of keys and references."""
     path = tmp_path / "mine.yaml"
     path.write_text((algorithms.FOLDER / "srft.yaml").read_text().replace("  positive:", f"  {name}:"))
     said = message(lambda: algorithms.load(str(path), corrections=["tis"]))
     assert said.startswith("algo.terms: found the name") and "\n" not in said
     path.write_text((algorithms.FOLDER / "srft.yaml").read_text().replace("  positive:", "  the-1st_term:"))
-    terms = algorithms.load(str(path), ["terms.the-1st_term.estimator.denominator.cap=3"], ["tis"]).terms
+    terms = algorithms.load(str(path), ["correction.tis.cap=3"], ["tis"]).terms
     assert terms["negative"].estimator.denominator.cap == 3

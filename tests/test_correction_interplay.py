@@ -1,28 +1,30 @@
 """Corrections on algorithms of every shape: they conform, each changes something, and where a correction meets what
 only another algorithm has (a critic, a group with its demonstration, several terms), the gradient is the written one.
+Two corrections are accepted or refused, and have the same gradient, in either order.
 """
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 import algorithms
 import upge
 from tests import textbook_corrections
 from tests.policy import CASES, sample
-from tests.test_corrections import ALL, UNFIT, gradient
+from tests.test_corrections import ALL, UNFIT, correction, gradient
 from upge import ConfigError
 
 #: Clips and none, live and static advantages, several terms, a critic, sequences, stages.
 SHAPES = ["grpo", "ppo", "gspo", "gmpo", "luffy", "srft", "hpt", "amft", "sft_then_grpo", "reinforce_plus_plus"]
-#: Settings under which a correction bites at the lengths, ratios and mismatches of these tests: class, settings.
+#: Settings under which a correction bites at the lengths, ratios and mismatches of these tests.
 BITING = {
-    "overlong": ("upge.OverlongShaped", {"limit": 6, "buffer": 0.5, "penalty": 0.75}),
-    "dual_clip": ("upge.PPOClip", {"dual": 1.25}),
-    "kl_reward": ("upge.KLShaped", {"coefficient": 0.1}),
-    "mis_geometric": ("upge.SequenceSamplerBand", {"low": 0.9, "high": 1.1}),
+    "overlong": {"limit": 6, "buffer": 0.5, "penalty": 0.75},
+    "dual_clip": {"dual": 1.25},
+    "kl_reward": {"coefficient": 0.1},
+    "mis_geometric": {"low": 0.9, "high": 1.1},
 }
 REFUSED = {
     "dual_clip": {"gspo", "gmpo", "luffy", "srft", "hpt"},
@@ -32,15 +34,9 @@ REFUSED = {
 }
 
 
-def biting(correction: str, algorithm: str) -> list[str]:
-    """Overrides that reach the settings of the correction's part in the first place that it stands in."""
-    cls, settings = BITING.get(correction, ("", {}))
-    tree = OmegaConf.to_container(algorithms.read(algorithm, [correction]), resolve=False)
-    found = []
-    for where, node in algorithms.trees.nodes(tree):
-        own = [k for k in settings if node.get("_target_") == cls and not str(node.get(k)).startswith("${.")]
-        found += [f"{algorithms.trees.dotted(where)}.{k}={settings[k]}" for k in own]
-    return found
+def biting(correction: str) -> list[str]:
+    """Overrides that give the correction these settings."""
+    return [f"correction.{correction}.{key}={value}" for key, value in BITING.get(correction, {}).items()]
 
 
 def inside(algorithm: upge.Algorithm | upge.Pipeline) -> list[upge.Algorithm]:
@@ -55,9 +51,7 @@ def test_a_corrected_algorithm_conforms_and_differs(name, algorithm):
         with pytest.raises(ConfigError, match=f"'{name}' {UNFIT} to {algorithm}"):
             algorithms.load(algorithm, corrections=[name])
         return
-    overrides = biting(name, algorithm)
-    assert bool(overrides) == (name in BITING)
-    found, plain = algorithms.load(algorithm, overrides, [name]), algorithms.load(algorithm)
+    found, plain = algorithms.load(algorithm, biting(name), [name]), algorithms.load(algorithm)
     assert found.formula() != plain.formula() and found.formula("latex") != plain.formula("latex")
     differing = 0
     for one, other in zip(inside(found), inside(plain), strict=True):
@@ -71,6 +65,31 @@ def test_a_corrected_algorithm_conforms_and_differs(name, algorithm):
     assert differing == 1
 
 
+def in_turn(algorithm: upge.Algorithm, names: tuple[str, ...]) -> upge.Algorithm | None:
+    """The algorithm with corrections, or None if one does not apply."""
+    try:
+        for name in names:
+            algorithm = correction(name, **BITING.get(name, {}))(algorithm)
+    except upge.corrections.NotApplicable:
+        return None
+    return algorithm
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo", "gmpo", "luffy", "srft"])
+def test_the_order_of_corrections_does_not_matter(algorithm):
+    s, plain = sample(0), algorithms.load(algorithm)
+    alone = {name for name in ALL if in_turn(plain, (name,))}
+    for pair in itertools.combinations(ALL, 2):
+        one, other = in_turn(plain, pair), in_turn(plain, pair[::-1])
+        assert (one is None) == (other is None), pair
+        assert one is None or alone.issuperset(pair), "no correction makes another one applicable"
+        if one is None or one == other:
+            continue
+        first, second = (gradient(each.estimate(s.batch).loss, s) for each in (one, other))
+        assert (first - second).abs().max() <= 1e-12 * max(1.0, float(first.abs().max())), pair
+        assert one.needs == other.needs, pair
+
+
 def test_ratios_beyond_the_dual_clip_are_met():
     """With the file's own 3, on a batch whose ratios exceed it."""
     s = CASES["far"](0, False)
@@ -79,13 +98,12 @@ def test_ratios_beyond_the_dual_clip_are_met():
         assert (after - before).abs().max() > 1e-3 * before.abs().max()
 
 
-OVERLONG = [f"{key}={value}" for key, value in BITING["overlong"][1].items()]
 INTERPLAY = {
     # The whole advantage is wrapped, its whitening too; the critic's returns are not whitened.
-    "ppo_overlong": ("ppo", [f"terms.rl.estimator.advantage.{o}" for o in OVERLONG], "overlong"),
-    "luffy_overlong": ("luffy", [f"terms.rl.estimator.advantage.{o}" for o in OVERLONG], "overlong"),
-    "srft_tis": ("srft", ["terms.positive.estimator.denominator.cap=1.1"], "tis"),
-    "chord_mu_tis": ("chord_mu", ["terms.rl.estimator.denominator.cap=1.1"], "tis"),
+    "ppo_overlong": ("ppo", biting("overlong"), "overlong"),
+    "luffy_overlong": ("luffy", biting("overlong"), "overlong"),
+    "srft_tis": ("srft", ["correction.tis.cap=1.1"], "tis"),
+    "chord_mu_tis": ("chord_mu", ["correction.tis.cap=1.1"], "tis"),
 }
 
 

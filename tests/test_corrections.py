@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 
 import pytest
@@ -14,16 +15,13 @@ from experiments import config
 from tests import textbook_corrections
 from tests.policy import CASES, changed, sample
 from upge import ConfigError
+from upge.instantiate import build
 
 ALL = algorithms.corrections()
 #: Settings under which a correction bites at the lengths of these tests.
 SETTINGS = {
-    "overlong": [
-        "terms.rl.estimator.advantage.limit=6",
-        "terms.rl.estimator.advantage.buffer=0.5",
-        "terms.rl.estimator.advantage.penalty=0.75",
-    ],
-    "mis_geometric": ["terms.rl.estimator.mask.masks.1.low=0.9", "terms.rl.estimator.mask.masks.1.high=1.1"],
+    "overlong": ["correction.overlong.limit=6", "correction.overlong.buffer=0.5", "correction.overlong.penalty=0.75"],
+    "mis_geometric": ["correction.mis_geometric.low=0.9", "correction.mis_geometric.high=1.1"],
 }
 UNFIT = "cannot be applied"
 
@@ -31,6 +29,13 @@ UNFIT = "cannot be applied"
 @cache
 def corrected(name: str) -> upge.Algorithm:
     return algorithms.load("grpo", SETTINGS.get(name, []), [name])
+
+
+def correction(name: str, **settings) -> upge.corrections.Correction:
+    """What the file of a correction names, with some other settings."""
+    node = OmegaConf.to_container(OmegaConf.load(algorithms.find(name, algorithms.CORRECTIONS)), resolve=True)
+    del node["description"]
+    return build({**node, **settings}, f"correction.{name}", upge.corrections.Correction)
 
 
 def gradient(loss, s) -> torch.Tensor:
@@ -119,15 +124,39 @@ def tree(*arguments, **settings) -> dict:
 
 
 def test_an_override_reaches_a_corrections_setting():
-    loaded = algorithms.load("grpo", ["terms.rl.estimator.denominator.cap=3"], ["tis"])
+    loaded = algorithms.load("grpo", ["correction.tis.cap=3"], ["tis"])
     assert loaded.terms["rl"].estimator.denominator == upge.SamplerCorrected(upge.BehaviorPolicy(), 3)
-    loaded = algorithms.load("grpo", ["terms.rl.estimator.mask.masks.0.high=0.28"], ["icepop"])
+
+
+def test_an_override_of_a_wrapped_part_is_written_as_without_the_correction():
+    loaded = algorithms.load("grpo", ["terms.rl.estimator.mask.high=0.28"], ["icepop"])
     assert loaded.terms["rl"].estimator.mask.masks[0] == upge.PPOClip(high=0.28)
 
 
-def test_an_override_of_a_wrapped_setting_says_where_it_is():
-    found = message(lambda: algorithms.load("grpo", ["terms.rl.estimator.mask.high=0.28"], ["icepop"]))
-    assert "algo.terms.rl.estimator.mask.masks.0.high" in found
+BAD_SETTINGS = {
+    "correction.tis.cpa=3": ["correction.tis.cpa", "no setting 'cpa'", "did you mean 'cap'?"],
+    "correction.tis.cap=much": ["correction.tis.cap", "'much'", "expected float"],
+    "correction.tis.cap=.inf": ["correction.tis: ", "inf", "finite"],
+    "correction.tis.level=response": ["correction.tis.level", "'response'", "sequence"],
+    "correction.tis.level.deep=1": ["correction.tis.level", "{'deep': 1}"],
+    "correction.icepop.low=0.1": ["correction.icepop.low", "the corrections are tis", "correction=icepop"],
+    "correction.tis=null": ["correction.tis:", "correction.tis.cap=3"],
+    "correction.tis._target_=upge.corrections.Entropy": ["correction.tis._target_:", "correction=NAME"],
+    "correction.cap=3": ["correction.cap:", "correction.tis.cap=3"],
+    "correction=icepop": ["correction:", "correction=NAME"],
+    "correction.tis.cap={_target_: ": ["correction.tis.cap", "cannot be read"],
+}
+
+
+@pytest.mark.parametrize("override", BAD_SETTINGS)
+def test_a_bad_setting_of_a_correction_is_one_error_by_its_key(override):
+    found = message(lambda: algorithms.load("grpo", [override], ["tis"]))
+    assert found.startswith("correction") and all(fragment in found for fragment in BAD_SETTINGS[override]), found
+
+
+def test_a_setting_without_its_correction_is_refused():
+    found = message(lambda: algorithms.load("grpo", ["correction.tis.cap=3"]))
+    assert "correction.tis.cap: there is no correction; add correction=tis" in found
 
 
 def test_corrections_apply_in_their_order():
@@ -139,11 +168,7 @@ def test_corrections_apply_in_their_order():
 
 def test_references_keep_their_meaning():
     """Inside a wrapped part, from beside it, and through two wraps."""
-    loaded = (
-        algorithms.load("gmpo", ["terms.rl.estimator.mask.masks.0.high=0.3"], ["icepop", "overlong"])
-        .terms["rl"]
-        .estimator
-    )
+    loaded = algorithms.load("gmpo", ["terms.rl.estimator.mask.high=0.3"], ["icepop", "overlong"]).terms["rl"].estimator
     inner = loaded.denominator.denominator
     assert inner.high == 0.3 == loaded.mask.masks[0].high and inner.low == 0.4
     assert inner.advantage == loaded.advantage, "the sign that the denominator follows is that of the whole advantage"
@@ -151,7 +176,7 @@ def test_references_keep_their_meaning():
 
 
 def test_the_critic_learns_the_returns_of_the_shaped_reward():
-    loaded = algorithms.load("amft", ["terms.rl.estimator.advantage.advantage.buffer=0.3"], ["overlong", "kl_reward"])
+    loaded = algorithms.load("amft", ["correction.overlong.buffer=0.3"], ["overlong", "kl_reward"])
     shaped = loaded.terms["rl"].estimator.advantage.advantage
     assert loaded.critic.returns == upge.OverlongShaped(shaped.advantage.advantage, 1024, 0.3)
     plain, kl = algorithms.load("amft"), algorithms.load("amft", corrections=["kl_reward"])
@@ -168,46 +193,82 @@ def test_a_critic_that_follows_a_whole_advantage_follows_it_into_the_wrap(tmp_pa
 
 
 def test_terms_share_the_settings_and_a_compared_demonstration_the_rewards():
-    terms = algorithms.load("srft", ["terms.positive.estimator.denominator.cap=3"], ["tis"]).terms
+    terms = algorithms.load("srft", ["correction.tis.cap=3"], ["tis"]).terms
     assert terms["positive"].estimator.denominator == terms["negative"].estimator.denominator
     assert terms["negative"].estimator.denominator.cap == 3
     assert isinstance(terms["offline"].estimator.denominator, upge.UnitDenominator)
-    terms = algorithms.load("luffy", ["terms.rl.estimator.advantage.penalty=0.25"], ["overlong"]).terms
+    terms = algorithms.load("luffy", ["correction.overlong.penalty=0.25"], ["overlong"]).terms
     assert terms["offline"].estimator.advantage.penalty == 0.25
     terms = algorithms.load("hpt", corrections=["overlong"]).terms
     assert isinstance(terms["sft"].estimator.advantage, upge.ConstantAdvantage)
 
 
 def test_one_interval_chooses_prompts_and_counts_them():
-    loaded = algorithms.load("grpo", ["sampling.gate.high=0.75"], ["dynamic_sampling"])
+    loaded = algorithms.load("grpo", ["correction.dynamic_sampling.gate.high=0.75"], ["dynamic_sampling"])
     assert loaded.sampling == upge.DynamicSampling(upge.PassRateBetween(0.0, 0.75), rounds=10)
     assert loaded.terms["rl"].gate.gates[1] == loaded.sampling.gate
 
 
 def test_of_a_pipeline_each_stage_that_can_takes_it():
-    read = tree("sft_then_grpo", ["tis"])
-    assert read["corrected"] == ["tis"] == read["stages"]["reinforce"]["algorithm"]["corrected"]
-    assert "corrected" not in read["stages"]["demonstrate"]["algorithm"]
+    assert list(tree("sft_then_grpo", ["tis"])["correction"]) == ["tis"]
     stages = algorithms.load("sft_then_grpo", ["stages.reinforce.algorithm=dapo"], ["tis"]).stages
     assert stages["reinforce"].algorithm.name == "dapo", "a stage that is replaced takes the corrections, too"
     assert isinstance(stages["reinforce"].algorithm.terms["rl"].estimator.denominator, upge.SamplerCorrected)
     assert stages["demonstrate"].algorithm == algorithms.load("sft")
 
 
-def test_a_correction_of_ones_own(tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text("wrap: {estimator.advantage: {_target_: upge.Tempered, advantage: INNER, temperature: 2.0}}\n")
-    loaded = algorithms.load("dr_grpo", corrections=[str(path)])
+def test_a_correction_of_ones_own(tmp_path, monkeypatch):
+    path = own(tmp_path, monkeypatch)
+    loaded = algorithms.load("dr_grpo", corrections=[path])
     assert loaded.terms["rl"].estimator.advantage == upge.Tempered(upge.GroupRelative(normalize_std=False), 2.0)
+    loaded = algorithms.load("dr_grpo", ["correction.mine.temperature=3"], ["tis", path])
+    assert loaded.terms["rl"].estimator.advantage.temperature == 3
+    assert "'mine' cannot be applied to sft" in message(lambda: algorithms.load("sft", corrections=[path]))
+    said = message(lambda: algorithms.load("dr_grpo", ["correction.mine.temperature=-1"], [path]))
+    assert said.startswith("correction.mine: Tempered.temperature: -1")
+
+
+def own(folder, monkeypatch, returned: str = "wrap(algorithm, 'advantage', self.tempered)") -> str:
+    """The path of a correction of the user's own, `mine.yaml`, whose class is in the folder that they start from."""
+    (folder / "own_correction.py").write_text(OWN.replace("RETURNED", returned))
+    (folder / "mine.yaml").write_text("description: x\n_target_: own_correction.Temper\ntemperature: 2.0\n")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "own_correction", raising=False)
+    return str(folder / "mine.yaml")
+
+
+OWN = """
+from dataclasses import dataclass
+import upge
+from upge.corrections import Correction, wrap
+
+@dataclass(frozen=True)
+class Temper(Correction):
+    temperature: float = 1.0
+
+    def tempered(self, inner):
+        return upge.Tempered(inner, self.temperature)
+
+    def apply(self, algorithm):
+        return RETURNED
+"""
+
+
+def test_a_correction_of_ones_own_that_returns_no_algorithm(tmp_path, monkeypatch):
+    path = own(tmp_path, monkeypatch, "None")
+    assert "correction.mine: Temper returned None" in message(lambda: algorithms.load("grpo", corrections=[path]))
+    assert "correction.mine: " in message(lambda: algorithms.load("sft_then_grpo", corrections=[path]))
 
 
 BAD_FILES = {
-    "wrap: {estimator.mask: {_target_: upge.NoMask}}\n": ["wrap.estimator.mask", "INNER once"],
-    "wrap: {estimator.mask: {a: INNER, b: INNER}}\n": ["INNER once"],
-    "wrap: [a]\n": ["wrap is ['a']", "mapping"],
-    "refuse: [a]\n": ["refuse is ['a']", "mapping"],
-    "wraps: {}\n": ["the key 'wraps'", "did you mean 'wrap'?"],
-    "wrap: {estimator.msk: {_target_: upge.AllOf, masks: [INNER]}}\n": ["terms.rl.estimator.msk is missing"],
+    "wrap: {estimator.mask: {_target_: upge.AllOf, masks: [INNER]}}\n": ["the keys wrap", "no `_target_`", "TIS"],
+    "": ["is empty", "no `_target_`"],
+    "_target_: upge.corrections.TSI\n": ["correction.mine._target_", "did you mean 'TIS'?"],
+    "_target_: upge.PPOClip\n": ["correction.mine", "PPOClip", "expected a Correction"],
+    "_target_: upge.corrections.Correction\n": ["correction.mine", "abstract"],
+    "_target_: upge.corrections.Overlong\n": ["correction.mine.limit", "missing"],
+    "_target_: upge.corrections.TIS\ncap: -1\n": ["correction.mine", "-1"],
+    "_target_: upge.corrections.TIS\ncap: ${nowhere}\n": ["correction.mine.cap", "nowhere"],
     "- a\n": ["no mapping"],
     "a: [\n": ["not valid YAML"],
 }
@@ -235,6 +296,7 @@ def test_a_malformed_correction_is_one_error(text, tmp_path):
         ("dapo", ["dynamic_sampling"], ["'dynamic_sampling'", "`sampling` already"]),
         ("dapo", ["overlong"], ["'overlong'", "OverlongShaped already"]),
         ("sft_then_grpo", ["tis", "tis"], ["'tis' is given twice"]),
+        ("sft_then_grpo", ["dual_clip", "icepop", "mis"], ["'mis' cannot be applied to sft_then_grpo"]),
     ],
 )
 def test_what_cannot_be_applied_says_so(algorithm, names, fragments):
@@ -247,9 +309,11 @@ def test_what_cannot_be_applied_says_so(algorithm, names, fragments):
 
 @pytest.mark.parametrize("text", ["tis,kl_k3", "[tis,kl_k3]", "[tis, kl_k3]"])
 def test_the_command_line_takes_a_list(text):
-    composed = config.compose(["algo=grpo", f"correction={text}", "algo.terms.rl.estimator.denominator.cap=3"])
-    assert composed.names["correction"] == "tis,kl_k3" and composed.tree["algo"]["corrected"] == ["tis", "kl_k3"]
-    assert composed.algorithm == algorithms.load("grpo", ["terms.rl.estimator.denominator.cap=3"], ["tis", "kl_k3"])
+    composed = config.compose(["algo=grpo", f"correction={text}", "correction.tis.cap=3"])
+    recorded = composed.tree["algo"]["correction"]
+    assert composed.names["correction"] == "tis,kl_k3" and list(recorded) == ["tis", "kl_k3"]
+    assert recorded["tis"] == {"_target_": "upge.corrections.TIS", "cap": 3, "level": "token"}
+    assert composed.algorithm == algorithms.load("grpo", ["correction.tis.cap=3"], ["tis", "kl_k3"])
 
 
 def test_what_is_written_to_config_yaml_is_complete():

@@ -1,16 +1,19 @@
-"""What a correction is refused on, and that no override undoes one silently."""
+"""What a correction is refused on, and that an override changes what it wraps and never the correction itself."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
+from omegaconf import OmegaConf
 
 import algorithms
 import upge
 from experiments import config
-from tests.test_corrections import message, tree
-from upge import ConfigError
+from tests.test_corrections import correction, message, tree
+from upge.train.folder import RunFolder
 
 ESTIMATOR = "terms.rl.estimator"
 
@@ -62,6 +65,30 @@ def test_a_gate_for_questions_that_sampling_would_replace(gate, rate, tmp_path):
     assert f"the gate of its term 'rl' chooses questions by their pass rate and is open at {rate}," in said, said
 
 
+def test_a_gate_of_ones_own_says_where_it_is_closed():
+    """One that reads rewards and does not say so may be open where sampling is closed."""
+
+    @dataclass(frozen=True)
+    class Halves(upge.Gate):
+        reads: ClassVar[frozenset[str]] = frozenset({"rewards", "group", "is_demonstration"})
+
+        def __call__(self, batch):
+            return (batch.pass_rate == 0.5).double()
+
+    class Told(Halves):
+        def at_pass_rate(self, rate):
+            return float(rate == 0.5)
+
+    grpo = algorithms.load("grpo")
+    for gate in (Halves(), Told()):
+        algorithm = replace(grpo, terms={"rl": replace(grpo.terms["rl"], gate=gate)})
+        if isinstance(gate, Told):
+            assert upge.corrections.DynamicSampling()(algorithm).sampling is not None
+            continue
+        with pytest.raises(upge.corrections.NotApplicable, match="open at 0"):
+            upge.corrections.DynamicSampling()(algorithm)
+
+
 def test_a_file_of_ones_own_may_sample_as_it_likes(tmp_path):
     text = (algorithms.FOLDER / "hpt.yaml").read_text()
     sampling = "sampling: {_target_: upge.DynamicSampling, gate: {_target_: upge.PassRateAtMost, threshold: 0.5}}\n"
@@ -73,9 +100,9 @@ def test_a_file_of_ones_own_may_sample_as_it_likes(tmp_path):
 def test_overlong_is_nothing_for_an_advantage_that_asks_for_success(algorithm):
     said = message(lambda: algorithms.load(algorithm, corrections=["overlong"]))
     assert f"to {algorithm}" in said and "is a SignedReward, which only asks" in said and "GroupRelative" in said
-    override = f"{ESTIMATOR}.advantage.advantage={{_target_: upge.SignedReward}}"
+    override = f"{ESTIMATOR}.advantage={{_target_: upge.SignedReward}}"
     said = message(lambda: algorithms.load("grpo", [override], ["overlong"]))
-    assert "nothing for the correction 'overlong'" in said and "SignedReward" in said
+    assert "'overlong' cannot be applied" in said and "SignedReward" in said
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "reinforce_plus_plus"])
@@ -85,8 +112,8 @@ def test_no_response_pays_twice_for_its_kl(algorithm):
     assert f"to {algorithm}" in said and place in said and "coefficient" in said
     reward = "{_target_: upge.KLPenalizedReward, reward: {_target_: upge.OutcomeReward}}"
     inner = f"{{_target_: upge.ReturnToGo, reward: {reward}}}"
-    said = message(lambda: algorithms.load("grpo", [f"{ESTIMATOR}.advantage.advantage={inner}"], ["kl_reward"]))
-    assert "nothing for the correction 'kl_reward'" in said and "advantage.advantage.reward is a KLPenalized" in said
+    said = message(lambda: algorithms.load("grpo", [f"{ESTIMATOR}.advantage={inner}"], ["kl_reward"]))
+    assert "'kl_reward' cannot be applied" in said and "estimator.advantage.reward is a KLPenalized" in said
 
 
 def test_a_stage_that_cannot_take_it_goes_without(tmp_path):
@@ -98,111 +125,102 @@ def test_a_stage_that_cannot_take_it_goes_without(tmp_path):
     assert [isinstance(a, upge.OverlongShaped) for a in advantages] == [False, True, True]
 
 
-# Undone by an override.
+# Overrides of what a correction wraps.
 
 DOCUMENTED = (  # in rloo.yaml
     "{_target_: upge.KLShaped, coefficient: 0.05, kind: k1, future: true, advantage: {_target_: upge.LeaveOneOut}}"
 )
-GATES = "terms.rl.gate.gates"
-UNDONE = {
-    ("grpo", "tis", f"{ESTIMATOR}.denominator={{_target_: upge.BehaviorPolicy}}"): [
-        f"algo.{ESTIMATOR}.denominator: this would leave {ESTIMATOR}.denominator without upge.SamplerCorrected",
-        f"algo.{ESTIMATOR}.denominator.denominator={{_target_",
-    ],
-    ("rloo", "overlong", f"{ESTIMATOR}.advantage={DOCUMENTED}"): [
-        "OverlongShaped",
-        f"algo.{ESTIMATOR}.advantage.advantage={{_target_",
-    ],
-    ("grpo", "icepop", f"{ESTIMATOR}.mask={{_target_: upge.PPOClip}}"): ["ImportanceBand", "mask.masks.0={_target_"],
-    ("grpo", "icepop", f"{ESTIMATOR}.mask.masks=[{{_target_: upge.PPOClip}}]"): ["ImportanceBand", "mask.masks.0="],
-    ("srft", "tis", "terms.negative.estimator.denominator={_target_: upge.CurrentPolicy}"): [
-        "algo.terms.negative.estimator.denominator.denominator="
-    ],
-    ("luffy", "overlong", "terms.offline.estimator.advantage={_target_: upge.GroupRelative}"): [
-        "algo.terms.offline.estimator.advantage.advantage="
-    ],
-    ("ppo", "overlong", "critic.returns={_target_: upge.GAE}"): ["algo.critic.returns.advantage="],
-    ("grpo", "tis", "terms={rl: {source: rollouts, estimator: {denominator: {_target_: upge.BehaviorPolicy}}}}"): [
-        f"algo.{ESTIMATOR}.denominator.denominator="
-    ],
-    ("grpo", "tis", "terms.more={source: rollouts, estimator: {denominator: {_target_: upge.BehaviorPolicy}}}"): [
-        "algo.terms.more: this would leave terms.more.estimator.denominator without upge.SamplerCorrected"
-    ],
-    ("grpo", "dual_clip", f"{ESTIMATOR}.mask={{_target_: upge.PPOClip, high: 0.28}}"): ["without upge.PPOClip's dual"],
-    ("grpo", "dual_clip", f"{ESTIMATOR}.mask.dual=null"): ["without upge.PPOClip's dual"],
-    ("grpo", "kl_k3", "regularizers=null"): ["leave regularizers.kl without upge.KLPenalty"],
-    ("grpo", "kl_k3", "regularizers.kl={_target_: upge.EntropyBonus}"): ["without upge.KLPenalty"],
-    ("grpo", "dynamic_sampling", "sampling=null"): ["leave sampling without upge.DynamicSampling"],
-    ("grpo", "dynamic_sampling", "terms.rl.gate={_target_: upge.ConstantGate}"): ["ProductOf", f"{GATES}.0="],
-    ("grpo", "dynamic_sampling", f"{GATES}.1={{_target_: upge.ConstantGate}}"): ["ProductOf", f"{GATES}.0="],
-    ("grpo", "dynamic_sampling", "terms.rl.source=demonstrations"): ["nothing for the correction", "no term"],
-    ("sft_then_grpo", "tis", f"stages.reinforce.algorithm.{ESTIMATOR}.denominator={{_target_: upge.BehaviorPolicy}}"): [
-        f"algo.stages.reinforce.algorithm.{ESTIMATOR}.denominator.denominator="
-    ],
-    ("sft_then_grpo", "tis", "stages.reinforce.algorithm=sft"): [
-        "algo.stages: no stage has the correction 'tis' any more",
-        "reinforce: it has no term that learns from rollouts",
-    ],
-    ("grpo", "tis", "corrected=[]"): ["algo.corrected: `corrected` says", "correction=NAME"],
-    ("grpo", "tis", "corrected=null"): ["algo.corrected: `corrected` says"],
-    ("grpo", "tis", "corrected.0=icepop"): ["algo.corrected.0: `corrected` says"],
-    ("sft_then_grpo", "tis", "stages.reinforce.algorithm.corrected=[]"): ["algorithm.corrected: `corrected` says"],
-    ("sft_then_grpo", "tis", "stages.reinforce.algorithm={corrected: [mis], terms: {}}"): ["`corrected` says"],
-}
-
-
-@pytest.mark.parametrize(("algorithm", "correction", "override"), UNDONE)
-def test_no_override_undoes_a_correction_silently(algorithm, correction, override):
-    said = message(lambda: algorithms.load(algorithm, [override], [correction]))
-    assert all(fragment in said for fragment in UNDONE[algorithm, correction, override]), said
-
-
-def test_an_algorithm_without_corrections_has_no_record_to_write():
-    assert "`corrected` says" in message(lambda: algorithms.load("grpo", ["corrected=[tis]"]))
-    term = json.dumps(tree("sft")["terms"]["sft"])
-    assert "corrected" in algorithms.load("grpo", [f"terms.corrected={term}"]).terms, "but a term may be called so"
-
-
-CORRECTED = "{_target_: upge.SamplerCorrected, denominator: {_target_: upge.CurrentPolicy}}"
+PART = "{_target_: upge.SamplerCorrected, denominator: {_target_: upge.CurrentPolicy}}"
 PENALTY = "{_target_: upge.KLPenalty, coefficient: 0.1, reduction: {_target_: upge.TokenMean}}"
-KEPT = {
-    ("grpo", "tis"): f"{ESTIMATOR}.denominator.denominator={{_target_: upge.CurrentPolicy}}",
-    ("grpo", "mis"): f"{ESTIMATOR}.denominator={CORRECTED}",
-    ("grpo", "icepop"): f"{ESTIMATOR}.mask.masks.0={{_target_: upge.NoMask}}",
-    ("grpo", "dual_clip"): f"{ESTIMATOR}.mask.dual=4",
-    ("grpo", "kl_k3"): "regularizers.kl.coefficient=0.04",
-    ("grpo", "entropy"): f"regularizers.more={PENALTY}",
-    ("grpo", "dynamic_sampling"): f"{GATES}.0={{_target_: upge.Schedule}}",
-    ("ppo", "overlong"): "critic=null",
-    ("luffy", "overlong"): "terms.offline.estimator.advantage={_target_: upge.ConstantAdvantage}",
+TERM = (
+    "{source: rollouts, gate: {_target_: upge.ConstantGate}, reduction: {_target_: upge.TokenMean}, estimator: {mask: "
+    "{_target_: upge.NoMask}, denominator: {_target_: upge.CurrentPolicy}, advantage: {_target_: upge.LeaveOneOut}}}"
+)
+#: (algorithm, correction, override): each is applied, and the correction on top of it.
+WRAPPED = [
+    ("grpo", "tis", f"{ESTIMATOR}.denominator={{_target_: upge.CurrentPolicy}}"),
+    ("rloo", "overlong", f"{ESTIMATOR}.advantage={DOCUMENTED}"),
+    ("grpo", "icepop", f"{ESTIMATOR}.mask={{_target_: upge.NoMask}}"),
+    ("grpo", "icepop", f"{ESTIMATOR}.mask={{_target_: upge.AllOf, masks: [{{_target_: upge.PPOClip}}]}}"),
+    ("srft", "tis", "terms.negative.estimator.denominator={_target_: upge.UnitDenominator}"),
+    ("luffy", "overlong", "terms.offline.estimator.advantage={_target_: upge.GroupRelative}"),
+    ("luffy", "overlong", "terms.offline.estimator.advantage={_target_: upge.ConstantAdvantage}"),
+    ("ppo", "overlong", "critic.returns={_target_: upge.GAE, lam: 0.5}"),
+    ("ppo", "overlong", "critic=null"),
+    ("grpo", "tis", f"terms={{rl: {TERM}}}"),
+    ("grpo", "tis", f"terms.more={TERM}"),
+    ("grpo", "dual_clip", f"{ESTIMATOR}.mask={{_target_: upge.PPOClip, high: 0.28}}"),
+    ("grpo", "dual_clip", f"{ESTIMATOR}.mask.low=0.1"),
+    ("grpo", "kl_k3", "description=other"),
+    ("grpo", "entropy", f"regularizers.more={PENALTY}"),
+    ("grpo", "dynamic_sampling", "terms.rl.gate={_target_: upge.Schedule}"),
+    ("sft_then_grpo", "tis", f"stages.reinforce.algorithm.{ESTIMATOR}.denominator={{_target_: upge.CurrentPolicy}}"),
+    ("sft_then_grpo", "tis", "stages.reinforce.algorithm=dr_grpo"),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "name", "override"), WRAPPED)
+def test_an_override_changes_the_part_that_the_correction_wraps(algorithm, name, override):
+    plain, corrected = algorithms.load(algorithm, [override]), algorithms.load(algorithm, [override], [name])
+    assert plain != algorithms.load(algorithm) and corrected != plain
+    assert corrected == correction(name)(plain)
+
+
+#: (algorithm, correction, override): what the override makes cannot take the correction.
+UNFIT = {
+    ("grpo", "mis", f"{ESTIMATOR}.denominator={PART}"): ["terms.rl.estimator.denominator has upge.SamplerCorrected"],
+    ("grpo", "dual_clip", f"{ESTIMATOR}.mask={{_target_: upge.NoMask}}"): ["no PPOClip"],
+    ("grpo", "dual_clip", f"{ESTIMATOR}.mask.dual=4"): ["upge.PPOClip has dual: 4"],
+    ("grpo", "kl_k3", f"regularizers.kl={PENALTY}"): ["regularizers.kl is there already"],
+    ("dapo", "dynamic_sampling", "sampling.rounds=3"): ["`sampling` already"],
+    ("grpo", "dynamic_sampling", "terms.rl.source=demonstrations"): ["no term that learns from rollouts"],
+    ("sft_then_grpo", "tis", "stages.reinforce.algorithm=sft"): ["no term that learns from rollouts"],
 }
 
 
-@pytest.mark.parametrize(("algorithm", "correction"), KEPT)
-def test_what_keeps_the_correction_is_allowed(algorithm, correction):
-    loaded = algorithms.load(algorithm, [KEPT[algorithm, correction]], [correction])
-    assert loaded != algorithms.load(algorithm, corrections=[correction])
+@pytest.mark.parametrize(("algorithm", "correction", "override"), UNFIT)
+def test_what_an_override_makes_unfit_is_refused(algorithm, correction, override):
+    said = message(lambda: algorithms.load(algorithm, [override], [correction]))
+    assert f"correction: '{correction}' cannot be applied to {algorithm}: " in said
+    assert all(fragment in said for fragment in UNFIT[algorithm, correction, override]), said
 
 
-def test_a_correction_outside_another_does_not_hide_it():
-    """Each finds its part below the other's, and so do the places in messages."""
-    override = [f"{ESTIMATOR}.advantage.advantage={{_target_: upge.LeaveOneOut}}"]
-    said = message(lambda: algorithms.load("grpo", override, ["kl_reward", "overlong"]))
-    assert "'kl_reward'" in said and f"algo.{ESTIMATOR}.advantage.advantage.advantage={{_target_" in said
-    deeper = override[0].replace(".advantage=", ".advantage.advantage=")
-    part = algorithms.load("grpo", [deeper], ["kl_reward", "overlong"]).terms["rl"].estimator.advantage
+@pytest.mark.parametrize(
+    "override",
+    ["corrected=[]", "corrected=null", "stages.reinforce.algorithm.corrected=[]",
+     "stages.reinforce.algorithm.correction={tis: {_target_: upge.corrections.TIS}}"],
+)  # fmt: skip
+def test_a_correction_is_chosen_by_its_key_alone(override):
+    said = message(lambda: algorithms.load("sft_then_grpo", [override], ["tis"]))
+    assert said.startswith(f"algo.{override.partition('=')[0]}: ") and "correction=NAME" in said, said
+
+
+def test_the_tree_of_an_earlier_version_is_refused():
+    """It says which corrections it had in `corrected`, and its parts hold them already."""
+    node = OmegaConf.create({**tree("grpo"), "corrected": ["tis"]})
+    said = message(lambda: algorithms.compose(node, "grpo"))
+    assert "algo.corrected" in said and "correction=NAME" in said
+
+
+def test_an_algorithms_file_names_no_correction(tmp_path):
+    text = (algorithms.FOLDER / "grpo.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(f"{text}correction: {{tis: {{_target_: upge.corrections.TIS}}}}\n")
+    assert "algo.correction: " in message(lambda: algorithms.load(str(tmp_path / "mine.yaml")))
+    (tmp_path / "all.yaml").write_text("stages: {a: {algorithm: mine.yaml}}\n")
+    said = message(lambda: algorithms.load(str(tmp_path / "all.yaml")))
+    assert "algo.stages.a.algorithm.correction: " in said
+    term = json.dumps(tree("sft")["terms"]["sft"])
+    assert "correction" in algorithms.load("grpo", [f"terms.correction={term}"]).terms, "but a term may be called so"
+
+
+def test_a_correction_outside_another_wraps_it():
+    override = [f"{ESTIMATOR}.advantage={{_target_: upge.LeaveOneOut}}"]
+    part = algorithms.load("grpo", override, ["kl_reward", "overlong"]).terms["rl"].estimator.advantage
+    assert isinstance(part, upge.OverlongShaped) and isinstance(part.advantage, upge.KLShaped)
     assert part.advantage.advantage == upge.LeaveOneOut()
 
 
-def test_a_correction_of_ones_own_is_kept_by_its_path(tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text("wrap: {estimator.advantage: {_target_: upge.Tempered, advantage: INNER, temperature: 2.0}}\n")
-    override = f"{ESTIMATOR}.advantage={{_target_: upge.LeaveOneOut}}"
-    assert "without upge.Tempered" in message(lambda: algorithms.load("grpo", [override], [str(path)]))
-    assert tree("grpo", [str(path)])["corrected"] == [str(path)]
-
-
-def test_new_stages_take_the_corrections_and_only_the_last_state_counts():
+def test_stages_that_an_override_puts_there_take_the_corrections():
     said = ["stages.more={algorithm: dr_grpo}", "stages.reinforce.algorithm=sft"]
     stages = algorithms.load("sft_then_grpo", said, ["tis"]).stages
     assert isinstance(stages["more"].algorithm.terms["rl"].estimator.denominator, upge.SamplerCorrected)
@@ -216,14 +234,33 @@ def test_new_stages_take_the_corrections_and_only_the_last_state_counts():
 
 
 def test_on_the_command_line_it_is_the_same_error():
-    for arguments in (
-        ["algo=grpo", "correction=tis", f"algo.{ESTIMATOR}.denominator={{_target_: upge.BehaviorPolicy}}"],
-        ["algo=sft_then_grpo", "correction=tis", "algo.stages.reinforce.algorithm=sft"],
-        ["algo=grpo", "correction=tis", "algo.corrected=[]"],
-        ["algo=grpo", "algo.=3"],
-    ):
-        with pytest.raises(ConfigError, match=r"^algo\."):
-            config.compose(arguments)
+    for arguments, begins in {
+        ("algo=sft_then_grpo", "correction=tis", "algo.stages.reinforce.algorithm=sft"): "correction: 'tis' cannot",
+        ("algo=grpo", "correction=tis", "algo.corrected=[]"): "algo.corrected: unknown key",
+        ("algo=grpo", "correction=tis", "correction.tis.cap=x"): "correction.tis.cap: found 'x'",
+        ("algo=grpo", "correction.tis.cap=3"): "correction.tis.cap: there is no correction",
+        ("algo=grpo", "algo.=3"): "algo.",
+    }.items():
+        assert message(lambda given=arguments: config.compose(given)).startswith(begins)
+
+
+def test_the_limit_of_overlong_follows_the_run():
+    given = ["algo=sft_then_grpo", "correction=overlong", "rollout.max_response_tokens=77"]
+    found = config.compose(given).algorithm.stages["reinforce"].algorithm.terms["rl"].estimator.advantage
+    assert found.limit == 77
+    found = config.compose([*given, "correction.overlong.limit=50"]).algorithm.stages["reinforce"].algorithm
+    assert found.terms["rl"].estimator.advantage.limit == 50
+
+
+def test_a_continued_run_has_the_same_corrections(tmp_path):
+    """config.yaml holds them with their settings, so another setting is another run."""
+    given = ["algo=grpo", "correction=[tis,overlong]", "correction.tis.cap=3"]
+    folder = RunFolder(tmp_path / "run")
+    folder.start(config.compose(given).tree, {"command": "", "started": "", "from_step": 0}, continues=False)
+    assert folder.different(config.compose(given).tree) == []
+    assert folder.different(config.compose([*given, "correction.tis.cap=4"]).tree) == ["algo.correction.tis.cap"]
+    assert folder.different(config.compose(["algo=grpo", "correction=tis", "correction.tis.cap=3"]).tree)
+    assert folder.different(config.compose(["algo=grpo"]).tree)
 
 
 def test_the_geometric_form_has_no_weight():

@@ -112,7 +112,7 @@ def test_describe_says_what_the_trainer_must_provide(capsys):
 
 
 def test_describe_takes_corrections_and_overrides_and_refuses_the_rest(capsys):
-    assert describe.main(["algo=grpo", "correction=[tis,entropy]", "algo.terms.rl.estimator.denominator.cap=3"]) == 0
+    assert describe.main(["algo=grpo", "correction=[tis,entropy]", "correction.tis.cap=3"]) == 0
     found = capsys.readouterr().out
     assert "min(π_old/π_sampler, 3)" in found and "Paper of tis" in found and "arXiv 1602.01783" in found
     assert describe.main([]) == 0

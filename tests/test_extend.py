@@ -144,3 +144,23 @@ def test_the_columns_of_the_page_exist():
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", PAGE.read_text("utf-8"), re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)} - {"reads"}
     assert named == upge.views.COLUMNS - {"logprobs", "response_mask", "row"}
+
+
+def test_the_correction_of_the_page(tmp_path, monkeypatch):
+    """Its class, its YAML file and its command, as they are shown."""
+    page = PAGE.read_text("utf-8")
+    (source,) = re.findall(r"```python\n(# my_corrections\.py.*?)```", page, re.DOTALL)
+    (text,) = re.findall(r"```yaml\n(# temper\.yaml.*?)```", page, re.DOTALL)
+    (command,) = re.findall(r"`python -m experiments\.run (algo=grpo \"correction=.*?)`", page)
+    (tmp_path / "my_corrections.py").write_text(source, "utf-8")
+    (tmp_path / "temper.yaml").write_text(text, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    composed = config.compose(shlex.split(command))
+    inner = algorithms.load("grpo").terms["rl"].estimator.advantage
+    assert composed.algorithm.terms["rl"].estimator.advantage == upge.Tempered(inner, 0.5)
+    temper = importlib.import_module("my_corrections").Temper(2.0)
+    assert temper(algorithms.load("grpo")) == algorithms.load("grpo", corrections=["temper.yaml"])
+    with pytest.raises(upge.corrections.NotApplicable, match="no term that learns from rollouts"):
+        temper(algorithms.load("sft"))
+    sys.modules.pop("my_corrections")

@@ -82,6 +82,33 @@ def test_a_group_without_rollouts_has_no_pass_rate(gate):
         gate(batch)
 
 
+@pytest.mark.parametrize(
+    "gate",
+    [
+        upge.ConstantGate(0.5),
+        upge.PassRateAbove(1 / 3),
+        upge.PassRateAtMost(1 / 3),
+        upge.PassRateBetween(0.2, 0.8),
+        upge.PassRateTable(rates=(0.0, 0.5, 1.0), coefficients=(0.0, 1.0, 0.5)),
+        upge.Complement(upge.PassRateBetween(0.2, 1.0)),
+        upge.ProductOf((upge.PassRateAbove(0.2), upge.ConstantGate(2.0), upge.PassRateTable())),
+    ],
+)
+def test_the_coefficient_at_a_pass_rate_is_that_of_its_groups(gate):
+    rollouts = 6
+    found = per_group(gate, groups(*((k, rollouts) for k in range(rollouts + 1))))
+    assert found == [gate.at_pass_rate(k / rollouts) for k in range(rollouts + 1)]
+
+
+def test_a_gate_that_follows_something_else_has_no_coefficient_at_a_pass_rate():
+    entropy, above = upge.EntropyWeight(), upge.PassRateAbove(0.5)
+    for gate in (entropy, upge.Schedule(), upge.MetaGradient(), upge.Complement(entropy)):
+        assert gate.at_pass_rate(0.5) is None
+    product = upge.ProductOf((entropy, above))
+    assert product.at_pass_rate(0.5) == 0, "closed, whatever the entropy is"
+    assert product.at_pass_rate(1.0) is None
+
+
 def test_pass_rate_table_interpolates():
     table = upge.PassRateTable(rates=(0.0, 0.5, 1.0), coefficients=(0.0, 1.0, 0.5))
     found = per_group(table, groups((0, 8), (1, 8), (2, 8), (4, 8), (6, 8), (8, 8)))

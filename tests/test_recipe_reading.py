@@ -108,3 +108,15 @@ def test_names_of_ones_own_take_the_place_of_the_presets_examples(folder):
     found = compose(["recipe=mine"]).tree["data"]
     assert found["weights"] == {"mine": 1} and list(found["sets"]) == ["mine"]
     assert found == compose(["data=mixture", f"data.sets={sets}", "data.weights={mine: 1}"]).tree["data"]
+
+
+def test_a_recipe_gives_a_correction_its_settings_as_overrides(folder):
+    folder("mine", "algo: grpo\ncorrection: [tis, entropy]\noverrides: [correction.tis.cap=3]\n")
+    algorithm = compose(["recipe=mine"]).algorithm
+    assert algorithm.terms["rl"].estimator.denominator.cap == 3
+    assert compose(["recipe=mine", "correction.tis.cap=4"]).algorithm.terms["rl"].estimator.denominator.cap == 4
+    said = message("recipe=mine", "correction=icepop")
+    assert "its overrides do not fit algo=grpo with correction=icepop" in said and "correction.tis.cap" in said
+    for text in ("correction.tis.cap: 3\n", "correction: {tis: {cap: 3}}\n"):
+        folder("nested", f"algo: grpo\n{text}")
+        assert "a preset cannot change `correction`" in message("recipe=nested")

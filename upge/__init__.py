@@ -80,7 +80,7 @@ __all__ = [
     "__version__",
 ]
 
-_PACKAGES = ("data", "instantiate", "logprobs", "rollout", "testing", "theory", "train", "verify")
+_PACKAGES = ("corrections", "data", "instantiate", "logprobs", "rollout", "testing", "theory", "train", "verify")
 
 
 def __getattr__(name: str) -> Any:

@@ -46,6 +46,14 @@ class Gate(Component):
             return torch.zeros_like(batch.is_demonstration)
         return self(self.view(batch)) == 0
 
+    def at_pass_rate(self, rate: float) -> float | None:
+        """The coefficient of every trajectory in a group with this pass rate, or None if the pass rate alone does not
+        decide it.
+
+        Dynamic sampling asks a gate that reads rewards whether it is closed on the prompts that it would replace.
+        """
+        return None
+
 
 Gate.register(Precomputed)
 
@@ -60,6 +68,9 @@ class ConstantGate(Gate):
     def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
         return torch.full((len(batch),), self.coefficient, dtype=torch.float64, device=batch.response_mask.device)
 
+    def at_pass_rate(self, rate: float) -> float | None:
+        return self.coefficient
+
     def formula(self) -> Formula:
         return Formula(f"{self.coefficient:g}", f"{self.coefficient:g}")
 
@@ -69,6 +80,16 @@ class _PassRateGate(Gate):
 
     reads: ClassVar[frozenset[str]] = GROUP_COLUMNS
     min_group_size: ClassVar[int] = 2
+
+    @abstractmethod
+    def _at(self, rate: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """The coefficient at each of these pass rates, float64."""
+
+    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
+        return self._at(self._pass_rate(batch))
+
+    def at_pass_rate(self, rate: float) -> float | None:
+        return float(self._at(torch.tensor([rate], dtype=torch.float64)))
 
     def _pass_rate(self, batch: Trajectories) -> Tensor:
         rate = batch.pass_rate
@@ -95,8 +116,8 @@ class _PassRateThreshold(_PassRateGate):
 class PassRateAbove(_PassRateThreshold):
     """1 where the group's pass rate P exceeds the threshold, else 0: when to learn from rollouts (Eq. 10)."""
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
-        return (self._pass_rate(batch) > self.threshold + _TOLERANCE).double()
+    def _at(self, rate: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return (rate > self.threshold + _TOLERANCE).double()
 
     def formula(self) -> Formula:
         return Formula(f"1[P > {self.threshold:g}]", rf"\mathbb{{1}}[P>{self.threshold:g}]")
@@ -107,8 +128,8 @@ class PassRateAtMost(_PassRateThreshold):
     """1 where the group's pass rate P is at most the threshold (inclusive), else 0: when to learn from a demonstration
     (Eq. 10)."""
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
-        return (self._pass_rate(batch) <= self.threshold + _TOLERANCE).double()
+    def _at(self, rate: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return (rate <= self.threshold + _TOLERANCE).double()
 
     def formula(self) -> Formula:
         return Formula(f"1[P ≤ {self.threshold:g}]", rf"\mathbb{{1}}[P\le {self.threshold:g}]")
@@ -126,8 +147,7 @@ class PassRateBetween(_PassRateGate):
         if not 0 <= self.low < self.high <= 1:
             raise ConfigError(f"PassRateBetween: low={self.low}, high={self.high}; need 0 <= low < high <= 1")
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
-        rate = self._pass_rate(batch)
+    def _at(self, rate: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return ((rate > self.low + _TOLERANCE) & (rate < self.high - _TOLERANCE)).double()
 
     def formula(self) -> Formula:
@@ -154,8 +174,7 @@ class PassRateTable(_PassRateGate):
                 "coefficients as rates, and the rates in rising order"
             )
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
-        rate = self._pass_rate(batch)
+    def _at(self, rate: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         rates, values = (
             torch.tensor(v, dtype=torch.float64, device=rate.device) for v in (self.rates, self.coefficients)
         )
@@ -236,6 +255,10 @@ class Complement(Gate):
     def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
         return 1 - self.gate(batch)
 
+    def at_pass_rate(self, rate: float) -> float | None:
+        coefficient = self.gate.at_pass_rate(rate)
+        return None if coefficient is None else 1 - coefficient
+
     def formula(self) -> Formula:
         inner = self.gate.formula()
         return Formula(f"(1 − {inner.text})", rf"(1-{inner.latex})")
@@ -260,6 +283,14 @@ class ProductOf(Gate):
         for gate in self.gates:
             shut = shut | gate.closed(batch)
         return shut
+
+    def at_pass_rate(self, rate: float) -> float | None:
+        """The product; 0 where one of the gates is closed, whatever the others will say."""
+        coefficients = [gate.at_pass_rate(rate) for gate in self.gates]
+        if 0 in coefficients:
+            return 0.0
+        known = [coefficient for coefficient in coefficients if coefficient is not None]
+        return math.prod(known) if len(known) == len(coefficients) else None
 
     def formula(self) -> Formula:
         return times([gate.formula() for gate in self.gates])

@@ -1,5 +1,5 @@
 """The algorithms in print: `python -m experiments.describe` lists them and the corrections, `algo=NAME` shows one, with
-`correction=NAME` and algo.KEY=VALUE as it then is.
+`correction=NAME`, correction.NAME.KEY=VALUE and algo.KEY=VALUE as it then is.
 
 All of it is read off the files and the parts themselves, so it cannot differ from what runs. `--readme` renews the
 table in README.md, `--docs` renews docs/algorithms.md.
@@ -26,7 +26,7 @@ def _asked(arguments: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
             name = value
         elif key == "correction" and equals:
             corrections = correction_names(value)
-        elif key.startswith("algo.") and equals:
+        elif key.startswith(("algo.", "correction.")) and equals:
             overrides.append(argument.removeprefix("algo."))
         else:
             raise ConfigError(f"'{argument}': give algo=NAME, correction=NAME and algo.KEY=VALUE, or nothing at all")

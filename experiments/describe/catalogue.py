@@ -146,12 +146,14 @@ def rows(name: str, corrections: Sequence[str] = ()) -> list[list[str]]:
 
 
 def keys(name: str, corrections: Sequence[str] = ()) -> list[tuple[str, str, str]]:
-    """(key, value, what it follows or '') of every setting in an algorithm's file, as the command line takes them."""
+    """(key, value, what it follows or '') of every setting of an algorithm and its corrections, as the command line
+    takes them."""
     tree = OmegaConf.to_container(algorithms.read(name, corrections), resolve=False)
     found = []
     for where, value in _leaves(tree):
-        key, last = ".".join(("algo", *map(str, where))), where[-1]
-        if where[0] in ("description", "corrected") or last in ("description", "corrected", "_target_", "source"):
+        above = () if where[0] == algorithms.CORRECTION else ("algo",)
+        key, last = ".".join((*above, *map(str, where))), where[-1]
+        if where[0] == "description" or last in ("description", "_target_", "source"):
             continue
         if last == "name" and where[-2] in ("algorithm", "validation"):
             found.append((key.removesuffix(".name"), str(value), ""))

@@ -27,7 +27,7 @@ of the run, `rollout.max_response_tokens`. An algorithm as it is with other sett
 line of `experiments.run`, or in
 
 ```python
-algorithms.load("grpo", ["terms.rl.estimator.mask.high=0.28"], corrections=["tis"])
+algorithms.load("grpo", ["terms.rl.estimator.mask.high=0.28", "correction.tis.cap=3"], corrections=["tis"])
 ```
 
 A whole part is replaced by a mapping: `"algo.terms.rl.estimator.mask={_target_: upge.NoMask}"`, also one of your own
@@ -45,10 +45,12 @@ CORRECTIONS = """\
 ## Corrections
 
 What any algorithm with rollouts can take, in the order given: `correction=tis` or `correction=[tis,kl_k3]` on the
-command line, also in a recipe. A correction touches the terms that learn from rollouts; a demonstration was sampled by
-no engine. Its settings are keys of the algorithm like all others; overrides apply after it.
+command line, also in a recipe. A correction is a function from algorithm to algorithm
+([upge/corrections.py](../upge/corrections.py)). It wraps parts of the terms that learn from rollouts; a demonstration
+was sampled by no engine. Its settings are `correction.NAME.KEY=VALUE`, such as `correction.tis.cap=3`. Overrides of the
+algorithm apply before it and name the parts as the algorithm's file does.
 `correction=path/to/mine.yaml` takes a file of your own, of the form of those in
-[algorithms/corrections/](../algorithms/corrections).
+[algorithms/corrections/](../algorithms/corrections): `_target_` names the class, which may be one of your own.
 """
 
 
@@ -107,9 +109,8 @@ def _correction(name: str) -> list[str]:
     ]
     lines += [*_quote(said.what), "", *_quote(said.choices), ""]
     lines += ["On `grpo`:", "", *_block("", algorithms.load("grpo", corrections=[name]).formula()), ""]
-    plain = {key for key, *_ in catalogue.keys("grpo")}
-    own = [line for line in _keys("grpo", name).splitlines() if line.partition("=")[0] not in plain]
-    return [*lines, "Keys that it brings there:", "", *_block("", "\n".join(own)), ""]
+    own = [line for line in _keys("grpo", name).splitlines() if line.startswith(f"{algorithms.CORRECTION}.")]
+    return [*lines, "Its settings:", "", *_block("", "\n".join(own)), ""]
 
 
 def _keys(name: str, *corrections: str) -> str:

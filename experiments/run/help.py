@@ -28,7 +28,7 @@ def help_text() -> str:
     """The whole text, at most 120 columns wide."""
     parts = [USAGE, "Algorithms (algo=NAME; each part is a key, for example algo.terms.rl.estimator.mask.high=0.28):"]
     parts += [help_row(name, algorithms.load(name).description) for name in presets("algo")]
-    parts.append("\nCorrections (correction=NAME or [NAME,NAME]; their settings become keys of the algorithm):")
+    parts.append("\nCorrections (correction=NAME or [NAME,NAME]; a setting is correction.NAME.KEY=VALUE):")
     parts += [help_row(name, correction_description(name)) for name in presets("correction")]
     for group in ("model", "data", "recipe"):
         parts.append(f"\n{_HEADS[group]}")

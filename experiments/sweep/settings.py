@@ -84,7 +84,7 @@ class SweepConfig(Settings):
 
 FOLDER = CONFIGS / "sweep"
 #: Keys whose values experiments.run always reads as YAML; those of other texts it takes as they stand.
-_PARSED = ("data.", "algo.", "model.overrides.")
+_PARSED = ("data.", "algo.", "correction.", "model.overrides.")
 _SEEDS = re.compile(r"(\d+)\.\.(\d+)")
 _LABEL = re.compile(r"[^A-Za-z0-9_.+-]+")
 

@@ -69,10 +69,9 @@ _DEMONSTRATIONS = (
 )
 _CORRECTIONS = "tis icepop mis mis_geometric dual_clip kl_k1 kl_k2 kl_k3 entropy kl_reward dynamic_sampling"
 # A limit that the short responses of a proof come near; the buffer is a share of it.
-_NEAR = (
-    f"terms.rl.estimator.advantage.limit={written.LIMIT}",
-    f"terms.rl.estimator.advantage.buffer={written.BUFFER / written.LIMIT}",
-)
+_LIMIT, _BUFFER = f"limit={written.LIMIT}", f"buffer={written.BUFFER / written.LIMIT}"
+_NEAR = (f"terms.rl.estimator.advantage.{_LIMIT}", f"terms.rl.estimator.advantage.{_BUFFER}")
+_NEAR_BY_CORRECTION = (f"correction.overlong.{_LIMIT}", f"correction.overlong.{_BUFFER}")
 STATEMENTS = (
     *(Statement(name, getattr(rollouts, name)) for name in _ROLLOUTS.split()),
     *(Statement(name, getattr(demonstrations, name)) for name in _DEMONSTRATIONS.split()),
@@ -84,7 +83,7 @@ STATEMENTS = (
     ),
     Statement("srft", demonstrations.srft_offline, terms=("offline",)),
     *(Statement("dr_grpo", getattr(rollouts, name), corrections=(name,)) for name in _CORRECTIONS.split()),
-    Statement("dr_grpo", rollouts.overlong, _NEAR, ("overlong",)),
+    Statement("dr_grpo", rollouts.overlong, _NEAR_BY_CORRECTION, ("overlong",)),
 )
 
 

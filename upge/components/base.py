@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -243,6 +243,27 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     new = {name: mapped(item, change) for name, item in old.items()}
     return dataclasses.replace(value, **new) if any(new[n] is not old[n] for n in old) else value
+
+
+def walk(part: Component, path: str) -> Iterator[tuple[str, Component]]:
+    """(path, part) of a part and of all parts that it wraps."""
+    yield path, part
+    for name, inner in part.parts.items():
+        yield from walk(inner, f"{path}.{name}")
+
+
+def rewritten(value: Any, change: Callable[[Component], Component]) -> Any:
+    """`value`, a setting or a part, with `change` applied to it or, where that changes nothing, to what it wraps."""
+    if isinstance(value, tuple):
+        return tuple(rewritten(item, change) for item in value)
+    if not isinstance(value, Component):
+        return value
+    changed = change(value)
+    if changed is not value or not dataclasses.is_dataclass(value):
+        return changed
+    old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    new = {name: rewritten(item, change) for name, item in old.items()}
+    return dataclasses.replace(value, **new) if any(new[name] is not old[name] for name in old) else value
 
 
 def _fields(part: Component) -> tuple[dataclasses.Field, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upge.components.base import AdvantageEstimator, Component
+from upge.components.base import AdvantageEstimator, Component, walk
 from upge.components.returns import KLKind, kl_value
 from upge.errors import ConfigError
 from upge.formula import Formula
@@ -163,7 +162,7 @@ class OverlongShaped(AdvantageEstimator):
                 f"OverlongShaped: limit={self.limit}, buffer={self.buffer}, penalty={self.penalty}; the limit is a "
                 "number of tokens, the buffer a share of it in (0, 1], the penalty finite and not negative"
             )
-        for path, part in _inside({"advantage": self.advantage}):
+        for path, part in walk(self.advantage, "advantage"):
             if not getattr(part, "graded", True):
                 raise ConfigError(
                     f"OverlongShaped.{path}: {type(part).__name__} only asks whether a reward is a success, so a "
@@ -195,10 +194,3 @@ class OverlongShaped(AdvantageEstimator):
             rf"\left[{inner.latex}\right]_{{R\leftarrow R-{self.penalty:g}\,"
             rf"\mathrm{{clip}}\left((|\tau|-{start:g})/{width:g},0,1\right)}}",
         )
-
-
-def _inside(parts: Mapping[str, Component], above: str = "") -> Iterator[tuple[str, Component]]:
-    """(path, part) of some parts and of all that they wrap."""
-    for name, part in parts.items():
-        yield above + name, part
-        yield from _inside(part.parts, f"{above}{name}.")

@@ -1,17 +1,18 @@
-"""A tree becomes an `Algorithm`, or a `Pipeline` of several."""
+"""A tree becomes an `Algorithm`, or a `Pipeline` of several, with its corrections applied."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from algorithms.files import check_names
 from upge.algorithm import Algorithm, DynamicSampling, InterleavedUpdate
 from upge.checks import mismatch
+from upge.corrections import Correction, NotApplicable
 from upge.errors import ConfigError, nearest
 from upge.gates import Gate
 from upge.instantiate import TARGET, build
@@ -20,8 +21,8 @@ from upge.regularizers import Regularizer
 from upge.term import Term
 from upge.value import ValueLoss
 
-#: `name` is there in an algorithm inside another one, `corrected` where corrections were applied: both by the reading.
-_COMMON = {"name", "corrected", "description"}
+#: `name` is there in an algorithm inside another one: reading writes it.
+_COMMON = {"name", "description"}
 _KEYS = _COMMON | {"terms", "regularizers", "critic", "sampling", "interleaved_update", "validation"}
 _PIPELINE_KEYS = _COMMON | {"stages"}
 _TERM_KEYS = {"source", "gate", "estimator", "reduction", "coefficient"}
@@ -32,13 +33,19 @@ _INTERLUDE_TYPES = {
     "lr_factor": (float, "give a finite number, such as 1.0"),
 }
 _INTERLUDE_KEYS = {"gate", "algorithm", *_INTERLUDE_TYPES}
+#: Where the corrections stand in an algorithm's tree: name → a mapping with `_target_` and settings.
+CORRECTION = "correction"
+#: What users name in a file: these names are parts of keys and of references.
+_NAMED = ("terms", "regularizers", "stages", CORRECTION)
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def compose(node: DictConfig | Mapping[str, Any], name: str, path: str = "algo") -> Algorithm | Pipeline:
-    """The `Algorithm` that a configuration describes, or the `Pipeline` if it has `stages`.
+    """The `Algorithm` that a configuration describes, or the `Pipeline` if it has `stages`, with its corrections.
 
     Raises:
-        ConfigError: an unknown key, a wrong type or an impossible value, by its key.
+        ConfigError: an unknown key, a wrong type or an impossible value, by its key; or a correction that does not
+            apply, with the reason.
     """
     check_names(OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig) else dict(node), path)
     try:
@@ -48,6 +55,32 @@ def compose(node: DictConfig | Mapping[str, Any], name: str, path: str = "algo")
         where = key if f"{key}.".startswith(f"{path}.") else f"{path}.{key}".rstrip(".")
         fix = "; give it a value of its own" if isinstance(error, InterpolationResolutionError) else ""
         raise ConfigError(f"{where}: {str(error).splitlines()[0]}{fix}") from error
+    corrections = _mapping(tree, CORRECTION, path)
+    plain = {key: value for key, value in tree.items() if key != CORRECTION}
+    return _corrected(_plain(plain, name, path), corrections)
+
+
+def _corrected(algorithm: Algorithm | Pipeline, corrections: Mapping[str, Any]) -> Algorithm | Pipeline:
+    """The algorithm with each correction, in order."""
+    for key, node in corrections.items():
+        correction = build(node, f"{CORRECTION}.{key}", Correction)
+        try:
+            corrected = correction(algorithm)
+        except NotApplicable as error:
+            raise ConfigError(f"{CORRECTION}: '{key}' cannot be applied to {algorithm.name}: {error.reason}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{CORRECTION}.{key}: {error}") from error
+        if not isinstance(corrected, type(algorithm)):
+            raise ConfigError(
+                f"{CORRECTION}.{key}: {type(correction).__name__} returned {corrected!r}; its `apply` must return the "
+                "corrected algorithm"
+            )
+        algorithm = corrected
+    return algorithm
+
+
+def _plain(tree: dict[str, Any], name: str, path: str) -> Algorithm | Pipeline:
+    """The algorithm of a tree without corrections."""
     if tree.get("stages") is None:
         return _algorithm(tree, name, path)
     if "terms" in tree:
@@ -134,8 +167,54 @@ def _mapping(tree: Mapping[str, Any], key: str, path: str) -> Mapping[str, Any]:
 
 def _only(tree: Mapping[str, Any], known: set[str], path: str) -> None:
     for key in tree:
+        if key in (CORRECTION, "corrected"):
+            raise ConfigError(
+                f"{path}.{key}: unknown key; corrections are chosen by correction=NAME, and their settings are "
+                "correction.NAME.KEY=VALUE"
+            )
         if key not in known:
-            raise ConfigError(f"{path}.{key}: unknown key; {nearest(str(key), known - {'name', 'corrected'})}")
+            raise ConfigError(f"{path}.{key}: unknown key; {nearest(str(key), known - {'name'})}")
 
 
-__all__ = ["compose"]
+def algorithm_slots(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """(mapping, key, path) of every place in an algorithm's tree where another algorithm stands or is named."""
+    if tree.get("validation") is not None:
+        yield tree, "validation", "validation"
+    interleaved_update, stages = tree.get("interleaved_update"), tree.get("stages")
+    if isinstance(interleaved_update, dict) and interleaved_update.get("algorithm") is not None:
+        yield interleaved_update, "algorithm", "interleaved_update.algorithm"
+    for name, stage in stages.items() if isinstance(stages, dict) else ():
+        if isinstance(stage, dict) and stage.get("algorithm") is not None:
+            yield stage, "algorithm", f"stages.{name}.algorithm"
+
+
+def check_names(tree: dict[str, Any], path: str) -> None:
+    """Checks the names that users give to terms, regularizers and stages, and that each term is there.
+
+    Raises:
+        ConfigError: a name that no key can have, by its place; or a term that is nothing.
+    """
+    for section in _NAMED:
+        named = tree.get(section)
+        for name, value in named.items() if isinstance(named, dict) else ():
+            if isinstance(name, bool):
+                raise ConfigError(
+                    f"{path}.{section}: found the name {name}, which is how YAML reads on, off, yes, no, true and "
+                    "false; give another name, or write it in quotes"
+                )
+            if not _NAME.fullmatch(str(name)):
+                raise ConfigError(
+                    f"{path}.{section}: found the name '{name}', which cannot be part of a key; use letters, digits, _ "
+                    "and -"
+                )
+            if section == "terms" and value is None:
+                raise ConfigError(
+                    f"{path}.terms.{name}: found None, expected a mapping with the keys coefficient, estimator, gate, "
+                    f"reduction, source; a term is left out by its factor: {path}.terms.{name}.coefficient=0"
+                )
+    for owner, key, slot in algorithm_slots(tree):
+        if isinstance(owner[key], dict):
+            check_names(owner[key], f"{path}.{slot}")
+
+
+__all__ = ["CORRECTION", "algorithm_slots", "check_names", "compose"]
