@@ -16,11 +16,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import algorithms
 from upge.algorithm import Algorithm
 from upge.config import defaults, from_tree, parse, split
 from upge.errors import ConfigError, nearest
+from upge.evaluation.suite import BenchmarkConfig, SuiteConfig
 from upge.pipeline import Pipeline
 from upge.train.config import RunConfig
 
@@ -28,11 +30,9 @@ CONFIGS = Path(__file__).parent / "configs"
 MODELS = Path(__file__).parent / "models"
 #: Keys whose value is a name that selects a file; with their defaults. `correction` takes a list of names, too.
 GROUPS = {"recipe": None, "algo": "hpt", "correction": None, "model": "tiny", "data": "arithmetic"}
-
 #: Keys of data sets below which the user chooses the names: a recipe's take the place of the preset's examples, as
 #: those of the command line do.
 NAMED = {"sets", "weights", "tasks"}
-
 # ${upge.models:NAME} in a preset is the folder of a model that ships with the repository.
 OmegaConf.register_resolver("upge.models", lambda name: str(MODELS / name), replace=True)
 
@@ -245,3 +245,46 @@ def known_keys() -> list[str]:
         return found
 
     return [*walk(defaults(RunConfig), ""), "recipe", "correction"]
+
+
+def suite_config(name: str) -> SuiteConfig:
+    """The suite of a preset or of a YAML file.
+
+    Raises:
+        ConfigError: there is none, or a key or value of it is wrong.
+    """
+    return from_tree(SuiteConfig, resolved(OmegaConf.create(suite_tree(name))), "suite")
+
+
+def suite_tree(name: str) -> dict[str, Any]:
+    """A suite's file over the defaults.
+
+    Raises:
+        ConfigError: there is none, or it is not a suite's file.
+    """
+    path = CONFIGS / "suite" / f"{name}.yaml" if name in presets("suite") else Path(name).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"suite: no suite '{name}'; {nearest(name, presets('suite'))}, or give a YAML file")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"suite: {path} cannot be read as YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(tree, Mapping) or list(tree) != ["suite"] or not isinstance(tree["suite"], Mapping):
+        raise ConfigError(f"suite: {path} must be a mapping with the one key `suite`, and a suite's keys below it")
+    found = {**defaults(SuiteConfig), **tree["suite"]}
+    benchmarks, alike = found["benchmarks"], defaults(BenchmarkConfig)
+    if isinstance(benchmarks, Mapping):
+        found["benchmarks"] = {n: {**alike, **b} if isinstance(b, Mapping) else b for n, b in benchmarks.items()}
+    return found
+
+
+def resolved(tree: Any) -> dict[str, Any]:
+    """A resolved OmegaConf tree as nested dictionaries.
+
+    Raises:
+        ConfigError: a reference in it leads nowhere.
+    """
+    try:
+        return OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'suite'}: {str(error).splitlines()[0]}") from error

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.evaluate.settings import suite_config
+from experiments.config import suite_config
 from tests.evaluating import DATA, SMALL, refused, run
 from upge.data import Problem, Splits
 from upge.errors import DataError

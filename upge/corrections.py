@@ -400,7 +400,8 @@ def _check_learns_from_sampled(algorithm: Algorithm, sampling_gate: Gate) -> Non
             )
     if algorithm.interleaved_update is not None:
         raise NotApplicable(
-            f"its `interleaved_update` gathers questions by their pass rate, and sampling would replace these; {_IN_A_FILE}"
+            "its `interleaved_update` gathers questions by their pass rate, and sampling would replace these; "
+            f"{_IN_A_FILE}"
         )
     for name, term in algorithm.terms.items():
         rate = _open_rate(term.gate, sampling_gate)

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from experiments.config import CONFIGS, compose, presets
-from upge.config import Settings, defaults, from_tree, key, meanings, parse, section, split
+from experiments.config import compose, presets, resolved, suite_tree
+from upge.config import Settings, from_tree, key, meanings, parse, section, split
 from upge.errors import ConfigError, nearest
 from upge.evaluation.suite import BenchmarkConfig, SuiteConfig
 from upge.train.config import ModelConfig, VerifyConfig
@@ -79,7 +77,7 @@ def choose(arguments: Sequence[str]) -> Chosen:
     for name, what in (("model", "a preset, a hub name or a folder"), ("suite", "a preset or a YAML file")):
         if not names[name]:
             raise ConfigError(f"{name}: missing; give {name}=NAME, {what}; presets: {', '.join(presets(name))}")
-    suite = OmegaConf.create({"suite": _suite_tree(names["suite"])})
+    suite = OmegaConf.create({"suite": suite_tree(names["suite"])})
     place = dict(items).get("model.path", names["model"])
     shared, own = [f"model={names['model']}", *_of_run(place, items)], {}
     notes = _note_of_run(place, shared[1:])
@@ -106,7 +104,7 @@ def choose(arguments: Sequence[str]) -> Chosen:
         "model": asdict(run.model),
         "rollout": engine,
         "verify": asdict(run.verify),
-        **_plain(suite),
+        **resolved(suite),
     }
     config = from_tree(EvaluateConfig, tree)
     for name in TRAINING_ONLY:
@@ -114,41 +112,10 @@ def choose(arguments: Sequence[str]) -> Chosen:
     return Chosen(config, names, tree, notes)
 
 
-def suite_config(name: str) -> SuiteConfig:
-    """The suite of a preset or of a YAML file.
-
-    Raises:
-        ConfigError: there is none, or a key or value of it is wrong.
-    """
-    return from_tree(SuiteConfig, _plain(OmegaConf.create(_suite_tree(name))), "suite")
-
-
 def keys() -> list[tuple[str, Any, str]]:
     """(key, default, meaning) of every setting; those of a benchmark as suite.benchmarks.NAME.KEY."""
     found = [row for row in meanings(EvaluateConfig) if row[0] not in TRAINING_ONLY]
     return found + meanings(BenchmarkConfig, "suite.benchmarks.NAME.")
-
-
-def _suite_tree(name: str) -> dict[str, Any]:
-    """A suite's file over the defaults.
-
-    Raises:
-        ConfigError: there is none, or it is not a suite's file.
-    """
-    path = CONFIGS / "suite" / f"{name}.yaml" if name in presets("suite") else Path(name).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"suite: no suite '{name}'; {nearest(name, presets('suite'))}, or give a YAML file")
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"suite: {path} cannot be read as YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(tree, Mapping) or list(tree) != ["suite"] or not isinstance(tree["suite"], Mapping):
-        raise ConfigError(f"suite: {path} must be a mapping with the one key `suite`, and a suite's keys below it")
-    found = {**defaults(SuiteConfig), **tree["suite"]}
-    benchmarks, alike = found["benchmarks"], defaults(BenchmarkConfig)
-    if isinstance(benchmarks, Mapping):
-        found["benchmarks"] = {n: {**alike, **b} if isinstance(b, Mapping) else b for n, b in benchmarks.items()}
-    return found
 
 
 def _check_key(name: str, suite: Any) -> None:
@@ -181,15 +148,3 @@ def _of_run(model: str, items: Sequence[tuple[str, str]]) -> list[str]:
 def _note_of_run(model: str, taken: Sequence[str]) -> tuple[str, ...]:
     names = ", ".join(one.partition("=")[0] for one in taken)
     return (f"{names} as in {Path(model).expanduser().parent / 'config.yaml'}",) if taken else ()
-
-
-def _plain(tree: Any) -> dict[str, Any]:
-    """A resolved OmegaConf tree as nested dictionaries.
-
-    Raises:
-        ConfigError: a reference in it leads nowhere.
-    """
-    try:
-        return OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'suite'}: {str(error).splitlines()[0]}") from error

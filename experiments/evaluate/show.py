@@ -11,8 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.cli import help_row
-from experiments.config import presets
-from experiments.evaluate.settings import keys, suite_config
+from experiments.config import presets, suite_config
+from experiments.evaluate.settings import keys
 from upge.evaluation import Sample
 from upge.evaluation.runner import Questions
 from upge.evaluation.scores import NONE, same_answer

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.config import Composed
+from experiments.config import Composed, suite_config
 from experiments.files import free_folder
 from experiments.run import answer_check
 from upge import data
@@ -237,8 +237,6 @@ def suite_problems(config: EvalConfig, verifier: str) -> tuple[data.Problem, ...
     Raises:
         UserError: there is no such suite, or its problems cannot be loaded.
     """
-    from experiments.evaluate.settings import suite_config
-
     chosen = suite_config(config.suite)
     try:
         chosen = replace(chosen, folder=config.folder or chosen.folder, skip=[*chosen.skip, *config.skip])
