@@ -18,9 +18,9 @@ from upge.train.config import CriticConfig, ModelConfig, OptimizerConfig
 from upge.train.critic import CriticEngine
 from upge.train.distributed import connect, leave
 from upge.train.engine import Engine
-from upge.train.frozen import FrozenPolicy
 from upge.train.micro_batches import Work, distribute
 from upge.train.packing import packed_length
+from upge.train.reference_policy import ReferencePolicy
 
 #: The first gives several micro-batches, the second one a rank.
 BUDGETS = (60, 10_000)
@@ -38,7 +38,7 @@ def targets() -> list[Tensor]:
     return [torch.randn(len(response), generator=g) for _, response in batch()]
 
 
-def share(engine: CriticEngine | Engine | FrozenPolicy, budget: int, some: int | None = None) -> list[list[int]]:
+def share(engine: CriticEngine | Engine | ReferencePolicy, budget: int, some: int | None = None) -> list[list[int]]:
     """This rank's micro-batches of the first `some` trajectories."""
     lengths = [packed_length(*pair) for pair in batch()[:some]]
     return distribute([Work(tokens) for tokens in lengths], engine.world.size, budget)[engine.world.rank]
@@ -60,7 +60,7 @@ def accumulate(critic: CriticEngine, budget: int, some: int | None = None) -> No
         critic.backward(squared_loss(values, rows), last=number == len(mine) - 1)
 
 
-def padded(engine: CriticEngine | Engine | FrozenPolicy, column: str, budget: int = 60) -> Tensor:
+def padded(engine: CriticEngine | Engine | ReferencePolicy, column: str, budget: int = 60) -> Tensor:
     """A column of every rank's forward passes without gradient, [B, T]."""
     pairs, parts = batch(), []
     for rows in share(engine, budget):
@@ -135,7 +135,7 @@ def main(model: str, other: str, output: str, scratch: str) -> None:
     settings = ModelConfig(path=model)
     optimizer = OptimizerConfig(max_grad_norm=0.0, micro_batch_tokens=BUDGETS[0])
     policy = Engine(settings, optimizer, world, TEMPERATURE)
-    frozen = FrozenPolicy(settings, world, TEMPERATURE)
+    frozen = ReferencePolicy(settings, world, TEMPERATURE)
     critic = CriticEngine(settings, CriticConfig(), optimizer, world)
     held = sum(p.ds_tensor.numel() for p in frozen._engine.module.parameters())
     found["share held"] = held / policy.parameters

@@ -18,10 +18,10 @@ from upge.train.config import CriticConfig, ModelConfig, OptimizerConfig
 from upge.train.critic import CriticEngine
 from upge.train.distributed import connect, leave
 from upge.train.engine import Engine
-from upge.train.frozen import FrozenPolicy
 from upge.train.learner import Learner, Models
-from upge.train.rates import Rates
-from upge.train.tally import step_metrics
+from upge.train.lr_schedule import LearningRates
+from upge.train.metrics import step_metrics
+from upge.train.reference_policy import ReferencePolicy
 
 LR, SIZE, BONUS = 0.3, 3, 0.5
 TOKENS = {"_target_": "upge.TokenMean"}
@@ -57,7 +57,7 @@ def main(model: str, output: str, budget: str) -> None:
     models = Models(
         Engine(settings, config, world),
         CriticEngine(settings, CriticConfig(lr=1e-3), config, world),
-        FrozenPolicy(settings, world),
+        ReferencePolicy(settings, world),
     )
     examples = [SimpleNamespace(demonstrations=() if i == 2 else ((1,),)) for i in range(5)]
 
@@ -69,33 +69,33 @@ def main(model: str, output: str, budget: str) -> None:
     memory = meta.memory()
     collected = meta.collect(0, 0)
     # The slope is that of the rate at hand; the update then leaves the policy where it is for what follows.
-    found["slope"] = meta._slope(meta._asking(0)[0], collected, 0, Rates(LR), memory)
-    report, figures = meta.update(collected, 0, Rates(0.0), memory)
+    found["slope"] = meta._slope(meta._slope_gates(0)[0], collected, 0, LearningRates(LR), memory)
+    report, figures = meta.update(collected, 0, LearningRates(0.0), memory)
     found["norm"], found["state"] = report.grad_norms[0], figures["state/mu"]
     meta.remember({"state/mu_utility_slope": 0.05, "entropy": 0.3}, 0, memory)
     found["mu"] = memory.variables["mu"]
 
     critic = learner(algorithms.load("ppo", ["critic.clip=null"]))
-    report, _ = critic.update(critic.collect(0, 0), 0, Rates(0.0, 1e-3), critic.memory())
-    tallies = world.gather(report.tally)
-    found["critic"] = [step_metrics(report, tallies)]
-    report, _ = critic.update(critic.collect(0, 0), 0, Rates(None, 1e-3), critic.memory())
-    tallies = world.gather(report.tally)
-    found["critic"].append(step_metrics(report, tallies))
+    report, _ = critic.update(critic.collect(0, 0), 0, LearningRates(0.0, 1e-3), critic.memory())
+    sums = world.gather(report.sums)
+    found["critic"] = [step_metrics(report, sums)]
+    report, _ = critic.update(critic.collect(0, 0), 0, LearningRates(None, 1e-3), critic.memory())
+    sums = world.gather(report.sums)
+    found["critic"].append(step_metrics(report, sums))
     found["policy updates"] = len(report.grad_norms)
 
     aside = learner(algorithms.load("relift", [f"interleaved_update.size={SIZE}"]))
     memory = aside.memory()
     found["interleaved_updates"] = []
     for step in range(4):
-        _, figures = aside.update(aside.collect(0, 0), step, Rates(1e-3), memory)
+        _, figures = aside.update(aside.collect(0, 0), step, LearningRates(1e-3), memory)
         found["interleaved_updates"].append((figures["interleaved_update/updates"], list(memory.remembered)))
     found["optimizer"] = models.policy._moments.in_use
-    config = dataclasses.replace(aside.updater.config, skip_grad_norm=1e-9)
-    aside.updater.config, aside.aside.config = config, dataclasses.replace(aside.aside.config, skip_grad_norm=1e-9)
+    for updater in (aside.updater, aside.interleaved):
+        updater.config = dataclasses.replace(updater.config, skip_grad_norm=1e-9)
     before = {name: weight.clone() for name, weight in models.policy.named_weights()}
     memory.remembered = [0, 1, 3]
-    report, figures = aside.update(aside.collect(0, 0), 4, Rates(1e-3), memory)
+    report, figures = aside.update(aside.collect(0, 0), 4, LearningRates(1e-3), memory)
     found["above limit"] = (
         report.above_limit,
         figures["interleaved_update/updates"],

@@ -11,7 +11,7 @@ from upge.measure import Group, Pool, Request, deal
 from upge.measure.scores import Pair
 from upge.theory.draws import Setting
 from upge.theory.policy import SoftmaxPolicy
-from upge.train.trajectory import Trajectory
+from upge.train.sample import Trajectory
 
 
 class TableScores:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from experiments.pretrain import build_model, build_tokenizer
-from upge.train.trajectory import Trajectory
+from upge.train.sample import Trajectory, indexed
 
 
 def save_random_model(folder: Path, seed: int = 0) -> Path:
@@ -42,7 +42,7 @@ def trajectories(
         found.append(Trajectory(group, group, prompt, tokens(5, 25), 1.0, True, preference=int(pairs)))
         if pairs:
             found.append(Trajectory(group, group, prompt, tokens(3, 15), 0.0, True, preference=-1))
-    return found
+    return indexed(found)
 
 
 def unrounded(model: torch.nn.Module) -> None:

@@ -18,10 +18,10 @@ from upge.config import from_tree
 from upge.data import Example, Problem
 from upge.errors import DataError
 from upge.rollout import Rollout
+from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.collect import HELD_OUT, Collector
-from upge.train.order import held_out, least_used, prompt_indices, stream_seed
-from upge.train.trajectory import assemble, usable
-from upge.train.verified import Responder
+from upge.train.prompt_order import held_out, least_used, prompt_indices, stream_seed
+from upge.train.sample import assemble, usable
 from upge.verify import Item, Verdict
 
 #: What the fake model does with prompt i, by i % 3: always right, always wrong, right in every other rollout.
@@ -114,7 +114,7 @@ def collector(
 ) -> Collector:
     settings = {"prompts_per_step": prompts, "group_size": 2, "seed": 5, "data_policy": data_policy or {}}
     config = from_tree(upge.train.config.RunConfig, settings)
-    return Collector(config, algo, data, Responder(model, model, model), (9,), world, **more)
+    return Collector(config, algo, data, VerifiedSampler(model, model, model), (9,), world, **more)
 
 
 def prompts_of(trajectories) -> list[int]:
@@ -285,7 +285,7 @@ def test_pairs_by_hand(sources):
     ]
     batch = assemble(found, 0)
     assert batch.preference.tolist() == [1, -1, 1, -1] and batch.preference.dtype == torch.int64
-    assert batch.is_demonstration.all() and made.responder.sampler.rounds == []
+    assert batch.is_demonstration.all() and made.sampler.engine.rounds == []
 
 
 def test_pairs_beside_rollouts_and_without_a_rejected_side():

@@ -12,9 +12,9 @@ import pytest
 from tests.test_collect import FakeModel, algorithm, collector, examples, prompts_of
 from upge.data import Example, Problem
 from upge.errors import DataError
+from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.collect import HELD_OUT
-from upge.train.trajectory import assemble
-from upge.train.verified import Responder
+from upge.train.sample import assemble
 
 
 def test_demonstrations_take_turns():
@@ -72,7 +72,7 @@ def test_a_failed_step_leaves_no_work_behind():
 
     pool = SimpleNamespace(submit=submit)
     made = collector(algorithm("rollouts"), examples(4), model)
-    made.responder = Responder(Failing(), pool, model)
+    made.sampler = VerifiedSampler(Failing(), pool, model)
     with pytest.raises(RuntimeError, match="out of memory"):
         made.collect(0)
     assert len(futures) == 1 and futures[0].cancelled()

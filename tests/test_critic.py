@@ -11,8 +11,8 @@ from tests.models import save_random_model
 from tests.test_update import launch
 from upge.errors import ConfigError, ModelError
 from upge.train.config import ModelConfig
+from upge.train.deepspeed_module import load_causal_lm
 from upge.train.distributed import World
-from upge.train.zero import load_causal_lm
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from upge.measure.contributions import sources
 from upge.measure.diagnosis import thresholds
 from upge.measure.exact import exact
 from upge.theory.enumerate import expectation
-from upge.train.trajectory import Trajectory
+from upge.train.sample import Trajectory
 
 NAMES = ("rloo", "grpo", "sft", "dft", "hpt", "luffy", "srft", "rloo+entropy")
 PROMPTS, ROUNDS, GROUP, PARTS = 16, 8, 3, 8

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from upge.train.moments import Moments
+from upge.train.deepspeed_module import Moments
 
 
 def optimizer() -> SimpleNamespace:

@@ -18,10 +18,10 @@ from tests.models import save_random_model, trajectories, unrounded
 from tests.test_update import made_up, padded_logprobs
 from tests.update_ranks import STEP
 from upge import Algorithm, Trajectories
+from upge.train.micro_batches import MicroBatch
 from upge.train.packed_policy import PackedPolicy
 from upge.train.packing import pack
-from upge.train.piece import Piece
-from upge.train.trajectory import assemble
+from upge.train.sample import assemble
 
 ALGORITHMS = by_stage() | {name: load(name) for name in CONFIGS}
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -60,7 +60,7 @@ def optimised_gradient(one: Algorithm, batch: Trajectories, ours: PackedPolicy, 
     ours.zero_grad()
     for rows in cut(plan.contributing.nonzero()[:, 0].tolist(), batch.group):
         packed = pack([(members[r].prompt_ids, members[r].response_ids) for r in rows])
-        piece = Piece(batch, rows, packed)
+        piece = MicroBatch(batch, rows, packed)
         loss, *_ = ours(packed, objective=piece.objective(one, lambda view: plan.estimate(view).loss))
         loss.backward()
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in ours.parameters()]

@@ -164,9 +164,9 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(kind, dtype):
 def _saved(config, dtype: str, tokens: int, checkpointing: bool) -> int:
     from transformers import AutoModelForCausalLM
 
+    from upge.train.deepspeed_module import checkpoint_activations
     from upge.train.packed_policy import PackedPolicy
     from upge.train.packing import pack
-    from upge.train.zero import checkpoint_activations
 
     model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
     if checkpointing:

@@ -12,22 +12,22 @@ from transformers import AutoModelForCausalLM
 
 import upge.train.critic
 import upge.train.engine
-import upge.train.frozen
-from experiments import run
+import upge.train.reference_policy
 from experiments.config import compose
+from experiments.run import train as run
 from tests.models import save_random_model, trajectories, unrounded
 from tests.test_collect import ALONE, FakeModel, algorithm, examples
 from upge import rollout
 from upge.config import from_tree
 from upge.logprobs import Coefficients
+from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.collect import Collector
 from upge.train.config import OptimizerConfig, RunConfig
+from upge.train.deepspeed_module import DeepSpeedModule
 from upge.train.distributed import World
 from upge.train.engine import Engine
-from upge.train.frozen import FrozenPolicy
 from upge.train.packed_policy import Objective, PackedPolicy
-from upge.train.verified import Responder
-from upge.train.zero import TrainedModule
+from upge.train.reference_policy import ReferencePolicy
 
 TEMPERATURE = 0.7
 WORLD = World(0, 1, torch.device("cpu"))
@@ -58,7 +58,7 @@ def plain_model(folder) -> nn.Module:
     return network
 
 
-def without_deepspeed(cls: type, folder) -> Engine | FrozenPolicy:
+def without_deepspeed(cls: type, folder) -> Engine | ReferencePolicy:
     """An engine whose model is not partitioned, in float64."""
     network = plain_model(folder)
     engine = object.__new__(cls)
@@ -104,23 +104,23 @@ def test_the_loss_is_that_of_the_policy_at_its_temperature(folder):
     assert float(sum(p.grad.abs().sum() for p in plain.parameters())) > 1
 
 
-@pytest.mark.parametrize("cls", [Engine, FrozenPolicy])
+@pytest.mark.parametrize("cls", [Engine, ReferencePolicy])
 def test_logprobs_are_those_of_the_policy_at_its_temperature(folder, cls):
     plain = plain_model(folder)
     for row, pair in zip(without_deepspeed(cls, folder).forward(PAIRS).logprobs, PAIRS, strict=True):
         assert torch.allclose(row[: len(pair[1])], plain_logprobs(plain, *pair), atol=1e-9)
 
 
-def test_the_policy_and_the_frozen_policy_get_the_temperature_of_rollouts(monkeypatch):
+def test_the_policy_and_the_reference_policy_get_the_temperature_of_rollouts(monkeypatch):
     """Log-probs that are compared must be of one temperature: that of the rollouts."""
-    policy, frozen, critic = RecordedCall(), RecordedCall(), RecordedCall()
+    policy, reference, critic = RecordedCall(), RecordedCall(), RecordedCall()
     monkeypatch.setattr(upge.train.engine, "Engine", policy)
-    monkeypatch.setattr(upge.train.frozen, "FrozenPolicy", frozen)
+    monkeypatch.setattr(upge.train.reference_policy, "ReferencePolicy", reference)
     monkeypatch.setattr(upge.train.critic, "CriticEngine", critic)
     composed = compose(["algo=ppo", f"rollout.temperature={TEMPERATURE}", "critic.lr=0.25", "reference.path=elsewhere"])
     run._models(composed, WORLD)
     assert TEMPERATURE in policy.arguments and composed.config.optimizer in policy.arguments
-    assert TEMPERATURE in frozen.arguments and frozen.positional[0].path == "elsewhere"
+    assert TEMPERATURE in reference.arguments and reference.positional[0].path == "elsewhere"
     assert composed.config.critic in critic.arguments and composed.config.critic.lr == 0.25
 
 
@@ -140,8 +140,8 @@ def test_rollouts_are_sampled_as_the_run_says():
     model = RecordedModel()
     settings = {"rollout": {"temperature": TEMPERATURE, "max_response_tokens": 33}, "eval": {"top_p": 0.5}}
     config = from_tree(RunConfig, {"group_size": 3, "prompts_per_step": 2, **settings})
-    responder = Responder(model, model, model)
-    Collector(config, algorithm("rollouts"), examples(6), responder, (9,), ALONE).collect(0)
+    sampler = VerifiedSampler(model, model, model)
+    Collector(config, algorithm("rollouts"), examples(6), sampler, (9,), ALONE).collect(0)
     ((n, sampling),) = model.samplings
     assert n == 3
     assert sampling == rollout.Sampling(temperature=TEMPERATURE, top_p=1.0, max_tokens=33, stop_token_ids=(9,))
@@ -178,7 +178,7 @@ def test_adamw_and_clipping_get_their_settings(monkeypatch):
 
     monkeypatch.setattr(deepspeed, "initialize", initialize)
     optimizer = OptimizerConfig(lr=1.0, weight_decay=0.3, beta1=0.8, beta2=0.9, max_grad_norm=0.6)
-    TrainedModule(nn.Linear(2, 1), "float32", optimizer, 0.125, WORLD)
+    DeepSpeedModule(nn.Linear(2, 1), "float32", optimizer, 0.125, WORLD)
     (group,) = given.named["optimizer"].param_groups
     assert isinstance(given.named["optimizer"], torch.optim.AdamW)
     assert (group["lr"], group["weight_decay"], group["betas"]) == (0.125, 0.3, (0.8, 0.9))
@@ -188,7 +188,7 @@ def test_adamw_and_clipping_get_their_settings(monkeypatch):
 @pytest.mark.parametrize("lr", [0.5, 0.0])
 def test_a_step_sets_the_learning_rate_of_every_group(lr):
     groups = [{"lr": 9.0}, {"lr": 8.0}]
-    module = object.__new__(TrainedModule)
+    module = object.__new__(DeepSpeedModule)
     module._engine = SimpleNamespace(
         optimizer=SimpleNamespace(param_groups=groups),
         step=lambda: None,

@@ -13,10 +13,10 @@ from upge.config import from_tree
 from upge.pipeline import Stage
 from upge.train.config import RunConfig
 from upge.train.critic import CriticEngine
+from upge.train.deepspeed_module import Moments
 from upge.train.engine import Engine
 from upge.train.learner import Memory, Models
-from upge.train.moments import Moments
-from upge.train.rates import rates_of
+from upge.train.lr_schedule import learning_rates
 from upge.train.trainer import State, Trainer
 
 
@@ -29,7 +29,7 @@ def rates(pipeline: Pipeline, steps: int, **settings) -> list[tuple[float | None
     """(the policy's, the critic's) learning rate of each step."""
     config = from_tree(RunConfig, settings)
     spans = pipeline.spans(steps)
-    return [tuple(rates_of(config, span, step)) for span in spans for step in range(span.first, span.end)]
+    return [tuple(learning_rates(config, span, step)) for span in spans for step in range(span.first, span.end)]
 
 
 def policy_rates(*arguments, **settings) -> list[float | None]:
@@ -105,9 +105,9 @@ def test_a_later_stage_starts_with_fresh_moments(number):
     kept = moments(trained(Engine))
     assert all(kept.values())
     trainer = object.__new__(Trainer)
-    trainer.parts, trainer.state = SimpleNamespace(models=models), State(memory=Memory({"mu": 0.1}, [7]))
+    trainer.parts, trainer.state = SimpleNamespace(models=models), State()
     span = two_stages(algorithm("demonstrations"), algorithm("rollouts")).spans(10)[number]
-    trainer._enter_stage(span, SimpleNamespace(memory=lambda: Memory({"mu": 0.5})))
+    memory = trainer._enter_stage(span, SimpleNamespace(memory=lambda: Memory({"mu": 0.5})))
     for module in (models.policy, models.critic):
         assert moments(module) == (kept if number == 0 else {"main": {}, "interleaved_update": {}})
-    assert trainer.state.memory == Memory({"mu": 0.5}, [])
+    assert memory == Memory({"mu": 0.5}, [])

@@ -8,10 +8,10 @@ import pytest
 
 from tests.test_collect import ALONE, FakeModel, Ranks, examples
 from upge.config import from_tree
+from upge.evaluation.evaluator import training_accuracy
 from upge.rollout import Sampling
+from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.config import RunConfig
-from upge.train.evaluate import evaluate
-from upge.train.verified import Responder
 
 #: Of prompts 0 to 6, the model solves 0, 3 and 6 always, 1 and 4 never, 2 and 5 in the first and third of 3 responses.
 PROBLEMS = [
@@ -22,6 +22,8 @@ PROBLEMS = [
 
 class Recorded(FakeModel):
     """Keeps what it was asked: (responses a prompt, sampling) of each call, and the seed of each prompt in it."""
+
+    stop_token_ids = (9,)
 
     def sample(self, prompts, n, sampling, seeds, arrived):
         asked = {prompt[0]: seed for prompt, seed in zip(prompts, seeds, strict=True)}
@@ -37,7 +39,7 @@ def measured(samples: int, world=ALONE, seed: int = 0) -> tuple[dict, Recorded]:
         RunConfig,
         {"seed": seed, "eval": settings, "rollout": {"temperature": 1.3, "max_response_tokens": 44}},
     )
-    return evaluate(config, PROBLEMS, Responder(model, model, model), (9,), world), model
+    return training_accuracy(config, PROBLEMS, VerifiedSampler(model, model, model), world), model
 
 
 @pytest.mark.parametrize(("samples", "partly"), [(1, 1), (2, 1 / 2), (3, 2 / 3), (8, 1 / 2)])

@@ -15,11 +15,11 @@ from upge.config import defaults, from_tree, meanings
 from upge.errors import ConfigError
 from upge.train.config import OptimizerConfig, RunConfig
 from upge.train.folder import RunFolder, read_lines
-from upge.train.order import prompt_indices, stream_seed
-from upge.train.rates import learning_rate
-from upge.train.tally import rollout_metrics
-from upge.train.trajectory import Trajectory, assemble
-from upge.train.update import Batch, split
+from upge.train.lr_schedule import learning_rate
+from upge.train.metrics import rollout_metrics
+from upge.train.prompt_order import prompt_indices, stream_seed
+from upge.train.sample import Trajectory, assemble
+from upge.train.step_batch import StepBatch, update_rows
 
 
 def test_prompts_are_a_stream_of_permutations():
@@ -39,7 +39,7 @@ def test_seeds_of_streams_differ_and_are_fixed():
 
 def test_groups_stay_whole_when_a_step_is_cut():
     batch = trajectories(groups=5)
-    chunks = [[batch[i] for i in rows] for rows in split(batch, 2)]
+    chunks = [[batch[i] for i in rows] for rows in update_rows(batch, 2)]
     assert [sorted({t.group for t in chunk}) for chunk in chunks] == [[0, 1, 2], [3, 4]]
     assert sum(chunks, []) == batch
 
@@ -48,7 +48,7 @@ def test_advantages_do_not_depend_on_the_number_of_updates():
     """A critic that says ½ everywhere, four prompts, the second altogether right, the first altogether wrong: whitened
     over the step, whatever the updates; the divisor is each update's own number of tokens."""
     members = [t for t in trajectories(groups=4) if not t.is_demonstration]
-    batch = Batch(assemble(members, 0), members)
+    batch = StepBatch(assemble(members, 0), members)
     halves = torch.full(batch.columns.response_mask.shape, 0.5)
     batch = batch._replace(columns=dataclasses.replace(batch.columns, values=halves))
     node = algorithms.read("amft")
@@ -56,7 +56,7 @@ def test_advantages_do_not_depend_on_the_number_of_updates():
     whole = algorithm.plan(batch.columns).terms["rl"].estimator.advantage.values
     assert whole[batch.columns.response_mask].mean().abs() < 1e-12
     for updates in (1, 2, 4):
-        cuts = split(members, updates)
+        cuts = update_rows(members, updates)
         plans = algorithm.plans(batch.columns, cuts)
         assert len(plans) == updates
         for rows, plan in zip(cuts, plans, strict=True):

@@ -16,8 +16,8 @@ from tests.compositions import load
 from tests.models import save_random_model, trajectories
 from tests.update_ranks import STEP, batch_for, cases
 from upge import Algorithm, Trajectories
-from upge.train.trajectory import assemble
-from upge.train.update import Batch, split
+from upge.train.sample import assemble
+from upge.train.step_batch import StepBatch, update_rows
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,9 +56,9 @@ def reference(tmp_path_factory) -> Reference:
     for name, (one, off_policy) in cases().items():
         kind = "pairs" if one.needs.preference_pairs else "plain"
         gradients[name] = plain_gradient(model, one, batch_for(one, off_policy, filled), live[kind])
-    chunks = [[trajectories()[i] for i in rows] for rows in split(trajectories(), 2)]
+    chunks = [[trajectories()[i] for i in rows] for rows in update_rows(trajectories(), 2)]
     halves = [
-        norm_of(plain_gradient(model, load("grpo"), Batch(assemble(c, STEP), c), padded_logprobs(model, c)))
+        norm_of(plain_gradient(model, load("grpo"), StepBatch(assemble(c, STEP), c), padded_logprobs(model, c)))
         for c in chunks
     ]
     return Reference(path, path / "columns.pt", gradients, halves)
@@ -72,7 +72,7 @@ def made_up(logprobs: torch.Tensor) -> dict[str, torch.Tensor]:
     return near | {"values": noise(0.5)}
 
 
-def plain_gradient(model: torch.nn.Module, one: Algorithm, batch: Batch, live: tuple) -> dict[str, torch.Tensor]:
+def plain_gradient(model: torch.nn.Module, one: Algorithm, batch: StepBatch, live: tuple) -> dict[str, torch.Tensor]:
     """An algorithm's gradient on a batch, by parameter, through the log-probs and entropies `live`."""
     columns = {n: getattr(batch.columns, n) for n in Trajectories.__dataclass_fields__}
     columns |= dict(zip(("logprobs", "entropies"), live, strict=True))

@@ -16,14 +16,14 @@ import upge
 from tests.models import save_random_model, trajectories
 from tests.test_update import padded_logprobs
 from upge.train.config import OptimizerConfig
+from upge.train.deepspeed_module import StepResult
 from upge.train.engine import Forward
+from upge.train.lr_schedule import LearningRates
 from upge.train.micro_batches import Costs
 from upge.train.packed_policy import PackedPolicy
 from upge.train.packing import pack
-from upge.train.rates import Rates
-from upge.train.tally import Tally
-from upge.train.update import Updater, split
-from upge.train.zero import StepResult
+from upge.train.step_batch import update_rows
+from upge.train.update import Update, Updater
 
 LR = 0.05
 
@@ -68,15 +68,15 @@ def expected_updates(engine: PlainEngine, algorithm, config: OptimizerConfig) ->
     """The plain way: log-probs of all trajectories before the first update, then one update after the other."""
     updater = Updater(engine, algorithm, config)
     whole = updater.fill(trajectories(), 0)
-    pairs = [(t.prompt_ids, t.response_ids) for t in whole.members]
+    pairs = [(t.prompt_ids, t.response_ids) for t in whole.trajectories]
     behavior = engine.forward(pairs).logprobs.detach().float()
     whole = whole._replace(columns=dataclasses.replace(whole.columns, behavior_logprobs=behavior))
-    cuts = split(whole.members, config.mini_batches)
+    cuts = update_rows(whole.trajectories, config.mini_batches)
     plans = algorithm.plans(whole.columns, cuts)
     for _ in range(config.epochs):
         for rows, plan in zip(cuts, plans, strict=True):
             if bool(plan.contributing.any()):
-                updater.accumulate(whole.taken(rows), plan, Tally(), on_policy=False)
+                updater.run_micro_batches(Update(whole.select(rows), plan, rows), number=2)
                 engine.step(LR)
     return engine.gradients
 
@@ -87,8 +87,8 @@ def test_updates_are_those_with_all_columns(tmp_path, name, mini_batches, epochs
     folder, algorithm = save_random_model(tmp_path), algorithms.load(name)
     config = OptimizerConfig(lr=LR, mini_batches=mini_batches, epochs=epochs, micro_batch_tokens=120)
     ours = PlainEngine(folder)
-    report = Updater(ours, algorithm, config).update(trajectories(), 0, Rates(LR))
-    cuts = split(trajectories(), mini_batches)
+    report = Updater(ours, algorithm, config).update(trajectories(), 0, LearningRates(LR))
+    cuts = update_rows(trajectories(), mini_batches)
     plans = algorithm.plans(Updater(ours, algorithm, config).fill(trajectories(), 0).columns, cuts)
     kept = [int(plan.contributing.sum()) for plan in plans]
     first = next(i for i, count in enumerate(kept) if count)
@@ -125,7 +125,7 @@ def test_whitening_and_gates_see_the_whole_step(tmp_path):
     term = upge.Term("rollouts", MeanReward(), estimator, upge.TokenMean())
     engine = PlainEngine(folder)
     config = OptimizerConfig(mini_batches=2, micro_batch_tokens=120)
-    Updater(engine, upge.Algorithm("test", {"rl": term}), config).update(members, 0, Rates(0.0))
+    Updater(engine, upge.Algorithm("test", {"rl": term}), config).update(members, 0, LearningRates(0.0))
     rewards = torch.tensor([t.reward for t in members for _ in t.response_ids], dtype=torch.float64)
     gate = sum(t.reward for t in members) / len(members)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
@@ -145,12 +145,12 @@ def test_whitening_and_gates_see_the_whole_step(tmp_path):
 def test_what_is_left_out_is_counted(tmp_path):
     """Group 0 fails and group 1 succeeds altogether: GRPO learns nothing from them, nor from demonstrations."""
     report = Updater(PlainEngine(save_random_model(tmp_path)), algorithms.load("grpo"), OptimizerConfig()).update(
-        trajectories(), 0, Rates(LR)
+        trajectories(), 0, LearningRates(LR)
     )
     tokens = {t: len(t.prompt_ids) + len(t.response_ids) - 1 for t in trajectories()}
     total = sum(tokens.values())
     kept = sum(n for t, n in tokens.items() if t.group > 1 and not t.is_demonstration)
-    assert report.heard.skipped_tokens == pytest.approx(1 - kept / total)
+    assert report.active.skipped_tokens == pytest.approx(1 - kept / total)
     prompts = {t.group: len(t.prompt_ids) for t in trajectories() if t.group > 1}
-    assert report.tally.computed == kept - 3 * sum(prompts.values())
-    assert report.tally.trajectories == 12
+    assert report.sums.computed_tokens == kept - 3 * sum(prompts.values())
+    assert report.sums.trajectories == 12

@@ -15,8 +15,8 @@ import upge
 from tests.policy import sample
 from upge.regularizers import Regularizer
 from upge.testing import ConformanceError, check_algorithm, check_component
+from upge.train.micro_batches import MicroBatch
 from upge.train.packing import pack
-from upge.train.piece import Piece
 from upge.trajectories import Source
 from upge.views import TokenView
 
@@ -99,7 +99,7 @@ def asked(algorithm: upge.Algorithm, chunk: int) -> tuple[Tensor, Tensor]:
     batch = sample(0).batch
     lengths = batch.lengths.tolist()
     packed = pack([([1], list(range(1, n + 1))) for n in lengths])
-    piece = Piece(batch, list(range(len(batch))), packed)
+    piece = MicroBatch(batch, list(range(len(batch))), packed)
     plan = algorithm.plan(batch)
     objective = piece.objective(algorithm, lambda view: plan.estimate(view).loss)
     assert not objective.whole
@@ -144,7 +144,7 @@ def test_a_loss_that_is_not_finite_reaches_the_gradient():
     packed = pack([([1], list(range(1, n + 1))) for n in batch.lengths.tolist()])
     grpo = algorithms.load("grpo")
     plan = grpo.plan(batch)
-    objective = Piece(batch, list(range(len(batch))), packed).objective(
+    objective = MicroBatch(batch, list(range(len(batch))), packed).objective(
         grpo, lambda view: plan.estimate(view).loss + float("inf")
     )
     logprobs, entropies = (packed.unpad(c.detach()) for c in (batch.logprobs, batch.entropies))

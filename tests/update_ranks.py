@@ -17,10 +17,10 @@ from upge import Algorithm
 from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.distributed import connect, leave
 from upge.train.engine import Engine
-from upge.train.rates import Rates
-from upge.train.tally import Tally
-from upge.train.trajectory import assemble
-from upge.train.update import Batch, Updater
+from upge.train.lr_schedule import LearningRates
+from upge.train.sample import assemble
+from upge.train.step_batch import StepBatch
+from upge.train.update import Update, Updater
 
 #: The step and the state that schedules and stateful gates see.
 STEP = 7
@@ -32,7 +32,7 @@ def cases() -> dict[str, tuple[Algorithm, bool]]:
     return {f"{n}, {'off' if off else 'on'}-policy": (one, off) for n, one in found.items() for off in (False, True)}
 
 
-def batch_for(one: Algorithm, off_policy: bool, filled: Mapping[str, Mapping[str, torch.Tensor]]) -> Batch:
+def batch_for(one: Algorithm, off_policy: bool, filled: Mapping[str, Mapping[str, torch.Tensor]]) -> StepBatch:
     """The batch as the trainer completes it: with the columns that the algorithm reads.
 
     Args:
@@ -44,7 +44,7 @@ def batch_for(one: Algorithm, off_policy: bool, filled: Mapping[str, Mapping[str
     wanted |= {"behavior_logprobs"} if off_policy else set()
     columns = {name: filled["pairs" if pairs else "plain"][name] for name in wanted}
     state = {name: gate.initial() for name, gate in one.stateful.items()}
-    return Batch(dataclasses.replace(assemble(members, STEP), **columns, state=state), members)
+    return StepBatch(dataclasses.replace(assemble(members, STEP), **columns, state=state), members)
 
 
 def main(model: str, columns: str, output: str, budget: str) -> None:
@@ -57,13 +57,14 @@ def main(model: str, columns: str, output: str, budget: str) -> None:
     for name, (one, off_policy) in cases().items():
         updater = Updater(engine, one, config)
         batch = batch_for(one, off_policy, filled)
-        updater.accumulate(batch, one.plan(batch.columns), Tally(), on_policy=True)
+        plan, rows = one.plan(batch.columns), torch.arange(len(batch.trajectories))
+        updater.run_micro_batches(Update(batch, plan, rows))
         gradients = {n: safe_get_full_grad(p) for n, p in engine.network.named_parameters()}
         found[name] = {n: g.clone() for n, g in gradients.items()}
         found[name]["norm"] = torch.tensor(engine.step(lr=0.0).grad_norm)
     # At a learning rate of 0 the policy stays where it sampled, so both updates must have the on-policy gradient.
     twice = Updater(engine, load("grpo"), dataclasses.replace(config, mini_batches=2))
-    found["two updates"] = torch.tensor(twice.update(trajectories(), STEP, Rates(0.0)).grad_norms)
+    found["two updates"] = torch.tensor(twice.update(trajectories(), STEP, LearningRates(0.0)).grad_norms)
     if world.is_main:
         torch.save(found, output)
     leave(world, 0)

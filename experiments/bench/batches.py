@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from upge.train.trajectory import Trajectory
+from upge.train.sample import Trajectory
 
 SPREAD, PROMPT_SPREAD = 0.5, 0.2
 """Standard deviations of the logarithms of response and prompt lengths. With a mean of 235 tokens the longest of 80

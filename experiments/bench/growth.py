@@ -197,7 +197,7 @@ def measured(point: Point) -> dict[str, float]:
     from upge.train.config import ModelConfig, OptimizerConfig
     from upge.train.distributed import connect, leave
     from upge.train.engine import Engine
-    from upge.train.rates import Rates
+    from upge.train.lr_schedule import LearningRates
     from upge.train.update import Updater
 
     world, config = connect(), OptimizerConfig(micro_batch_tokens=point.micro_batch_tokens)
@@ -207,7 +207,7 @@ def measured(point: Point) -> dict[str, float]:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as own:
         # transformers writes on the main rank alone.
-        folder = world.share(own)
+        folder = world.broadcast(own)
         torch.manual_seed(0)
         Qwen2ForCausalLM(model).save_pretrained(folder)
         world.barrier()
@@ -219,7 +219,7 @@ def measured(point: Point) -> dict[str, float]:
 
     def update(step: int) -> None:
         nonlocal computed
-        computed = updater.update(rollouts, step, Rates(1e-6)).tally.computed
+        computed = updater.update(rollouts, step, LearningRates(1e-6)).sums.computed_tokens
 
     memory, seconds = peak(lambda: update(0)), []
     for step in range(point.updates):

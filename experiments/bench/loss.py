@@ -24,7 +24,7 @@ from experiments.bench import batches, peers
 from experiments.bench.batches import Shape
 from experiments.bench.measure import Spread, Timing, in_fresh_process, interleaved, row
 from upge.errors import ConfigError
-from upge.train.trajectory import Trajectory
+from upge.train.sample import Trajectory
 
 SUMMARY = "loss and backward of a batch of rollouts: an update's path against TRL's trainer, silent groups or none"
 WITH_PEERS = True
@@ -180,14 +180,15 @@ class Ours:
     def __call__(self, rollouts: Sequence[Trajectory]) -> None:
         """Everything of an update but the step; the gradient is left in the engine, and in `tokens` how many tokens the
         model computed."""
-        from upge.train.moments import drop_gradient
-        from upge.train.tally import Tally
+        from upge.train.deepspeed_module import drop_gradient
+        from upge.train.metrics import MetricSums
+        from upge.train.update import Update
 
         drop_gradient(self.engine._engine.optimizer)
-        batch, tally = self.updater.fill(rollouts, step=0), Tally()
-        (plan,) = self.algorithm.plans(batch.columns, [torch.arange(len(rollouts))])
-        self.updater.accumulate(batch, plan, tally, on_policy=True)
-        self.tokens = tally.computed
+        batch, rows = self.updater.fill(rollouts, step=0), torch.arange(len(rollouts))
+        (plan,) = self.algorithm.plans(batch.columns, [rows])
+        passes = self.updater.run_micro_batches(Update(batch, plan, rows))
+        self.tokens = MetricSums.total(passes.sums).computed_tokens
 
     def gradient(self) -> list[Tensor]:
         """Of every parameter, flat; then none is left."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upge.train.trajectory import Trajectory
+from upge.train.sample import Trajectory
 
 STD_EPSILON = 1e-4
 """What TRL adds to a group's standard deviation."""

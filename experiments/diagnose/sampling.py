@@ -15,10 +15,10 @@ from upge.errors import ConfigError, DataError
 from upge.measure.contributions import pass_rate
 from upge.measure.pool import Group, Pool, deal
 from upge.rollout import Sampler, Sampling
+from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.config import ModelConfig
-from upge.train.order import prompt_indices, stream_seed
-from upge.train.trajectory import Trajectory, has_pair
-from upge.train.verified import Responder
+from upge.train.prompt_order import prompt_indices, stream_seed
+from upge.train.sample import Trajectory, has_pair
 from upge.verify import VerifierPool
 
 #: Independent parts of the reference.
@@ -106,13 +106,13 @@ def sample(
     with VerifierPool(asked.verifiers, *limits) as pool:
 
         def drawn(sampler: Sampler, purpose: str, examples: Sequence[Example], n: int) -> list[list[Trajectory]]:
-            responder = Responder(sampler, pool, asked.prompting)
+            verified = VerifiedSampler(sampler, pool, asked.prompting)
             seeds = [stream_seed(run.seed, "diagnose", purpose, q) for q in range(len(examples))]
-            found = responder.respond(examples, n, sampling, seeds).groups
+            groups = verified.sample(examples, n, sampling, seeds).groups
             say(f"{purpose}: {n} rollouts of {len(examples)} prompts")
             return [
                 [_rollout(q, example, *response) for response in group]
-                for q, (example, group) in enumerate(zip(examples, found, strict=True))
+                for q, (example, group) in enumerate(zip(examples, groups, strict=True))
             ]
 
         sampler = _sampler(chosen, model)

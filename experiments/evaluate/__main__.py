@@ -74,7 +74,8 @@ def _sample(chosen: Any, prepared: Any, total: int, missing: int, arguments: Seq
     from experiments.evaluate.prepare import check_unchanged
     from experiments.evaluate.show import Progress
     from upge import rollout
-    from upge.evaluation.runner import Runner
+    from upge.evaluation.evaluator import Evaluator
+    from upge.rollout.verified_sampling import VerifiedSampler
     from upge.verify import VerifierPool
 
     config, folder = chosen.config, prepared.folder
@@ -95,11 +96,12 @@ def _sample(chosen: Any, prepared: Any, total: int, missing: int, arguments: Seq
         if others and missing < total:
             print(f"note: earlier responses in {folder.path} were drawn with {', '.join(others)}", flush=True)
         with Progress(total, total - missing) as progress:
-            runner = Runner(sampler, prepared.prompting, prepared.sampling, pool, config.seed, progress.wrote)
+            verified = VerifiedSampler(sampler, pool, prepared.prompting)
+            evaluator = Evaluator(verified, prepared.sampling, config.seed, progress.wrote)
             for questions in prepared.questions:
                 name = questions.benchmark.name
                 progress.begin(name)
-                runner.run(questions, folder.samples(name))
+                evaluator.run(questions, folder.samples(name))
                 average = _outcomes(questions.benchmark, folder).average().mean().item()
                 progress.say(f"{name}: avg@{questions.benchmark.samples} {100 * average:.1f} %")
         sampler.close()

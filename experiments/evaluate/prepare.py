@@ -12,7 +12,7 @@ from experiments.run.prepare import load_prompting
 from upge import verify
 from upge.data import Prompting
 from upge.errors import ConfigError, DataError, ModelError
-from upge.evaluation.runner import Questions
+from upge.evaluation.evaluator import Questions
 from upge.evaluation.suite import Benchmark, load
 from upge.models import local_path
 from upge.models.loading import read_config

@@ -14,7 +14,7 @@ from experiments.cli import help_row
 from experiments.config import presets, suite_config
 from experiments.evaluate.settings import keys
 from upge.evaluation import Sample
-from upge.evaluation.runner import Questions
+from upge.evaluation.evaluator import Questions
 from upge.evaluation.scores import NONE, same_answer
 
 USAGE = """\

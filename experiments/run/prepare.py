@@ -21,7 +21,7 @@ from upge.pipeline import Pipeline
 from upge.train.config import EvalConfig, ModelConfig, RunConfig
 from upge.train.distributed import world_size
 from upge.train.folder import RunFolder
-from upge.train.trajectory import has_pair, usable
+from upge.train.sample import has_pair, usable
 
 #: Columns that this trainer fills beyond rewards, masks and groups.
 PROVIDED = ("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "preference")

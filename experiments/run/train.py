@@ -48,6 +48,8 @@ class Progress:
 
 def train(composed: Any, prepared: Any, world: World) -> int:
     from experiments.run.dry_run import in_print
+    from upge.evaluation.evaluator import training_accuracy
+    from upge.rollout.verified_sampling import VerifiedSampler
     from upge.train.trainer import Parts, Trainer
     from upge.verify import VerifierPool
 
@@ -67,18 +69,18 @@ def train(composed: Any, prepared: Any, world: World) -> int:
         with collector_paused():
             sampler = _sampler(config)
         say(f"rollouts: {sampler.reason}")
-        resume_from = world.share(_resume_point(prepared))
+        resume_from = world.broadcast(_resume_point(prepared))
+        verified = VerifiedSampler(sampler, pool, prepared.prompting)
         progress = Progress(config.steps, resume_from or 0, enabled=world.is_main)
         parts = Parts(
             config,
             composed.algorithm,
             prepared.train,
-            prepared.evaluation,
             prepared.weights,
             prepared.prompting,
             models,
-            sampler,
-            pool,
+            verified,
+            lambda: training_accuracy(config, prepared.evaluation, verified, world),
             folder,
             world,
         )
@@ -104,24 +106,24 @@ def train(composed: Any, prepared: Any, world: World) -> int:
 
 
 def _models(composed: Any, world: World) -> Any:
-    """The policy, and a critic and a frozen policy where the algorithm asks for them."""
+    """The policy, and a critic and a reference policy if the algorithm needs them."""
     from upge.pipeline import Pipeline
     from upge.train.critic import CriticEngine
     from upge.train.engine import Engine
-    from upge.train.frozen import FrozenPolicy
     from upge.train.learner import Models
+    from upge.train.reference_policy import ReferencePolicy
 
     config, stages = composed.config, Pipeline.of(composed.algorithm).stages.values()
     policy = Engine(config.model, config.optimizer, world, config.rollout.temperature)
-    critic = frozen = None
+    critic = reference = None
     if any(stage.algorithm.critic is not None for stage in stages):
         critic = CriticEngine(config.model, config.critic, config.optimizer, world)
     if composed.algorithm.needs.reference:
         model, key = config.model, "model.path"
         if config.reference.path:
             model, key = replace(model, path=config.reference.path, overrides={}), "reference.path"
-        frozen = FrozenPolicy(model, world, config.rollout.temperature, key=key)
-    return Models(policy, critic, frozen)
+        reference = ReferencePolicy(model, world, config.rollout.temperature, key=key)
+    return Models(policy, critic, reference)
 
 
 def _sampler(config: Any) -> Any:

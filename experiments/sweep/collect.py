@@ -26,7 +26,7 @@ COURSES = {
     "entropy": ("Entropy", "nats per token"),
     "response_length": ("Response length", "tokens"),
     "grad_norm": ("Gradient norm", "before clipping"),
-    "gate/no_signal_prompts": ("Silent prompts", "share"),
+    "gate/no_signal_prompts": ("Prompts without a signal", "share"),
 }
 
 

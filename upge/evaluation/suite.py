@@ -12,7 +12,7 @@ from upge.config import Settings, from_tree, key
 from upge.data import Problem
 from upge.errors import ConfigError, DataError, nearest
 from upge.instantiate import build
-from upge.train.order import stream_seed
+from upge.train.prompt_order import stream_seed
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 

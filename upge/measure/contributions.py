@@ -23,7 +23,7 @@ from torch import Tensor
 from upge.algorithm import Algorithm
 from upge.measure.pool import Columns, Pool, batches, pair_of
 from upge.measure.scores import Pair, Request, Scores
-from upge.train.trajectory import Trajectory
+from upge.train.sample import Trajectory
 from upge.trajectories import SUCCESS_REWARD, Trajectories
 
 #: Directions whose entries differ by less are the same: beyond it are only rounding errors of the weights.

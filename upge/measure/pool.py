@@ -24,8 +24,8 @@ from torch import Tensor
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError
 from upge.measure.scores import Pair
-from upge.train.order import permutation, stream_seed
-from upge.train.trajectory import Trajectory, assemble
+from upge.train.prompt_order import permutation, stream_seed
+from upge.train.sample import Trajectory, assemble
 from upge.trajectories import SUCCESS_REWARD, Trajectories
 
 #: Columns that are computed for each response, [t].

@@ -1,22 +1,22 @@
-"""One step's trajectories: prompts are drawn, responses sampled and verified, demonstrations and pairs added.
+"""A step's trajectories: prompts are drawn, responses sampled and verified, demonstrations and pairs added.
 
-Which prompts a step has and with which seeds they are sampled follows from (seed, step) alone, and, where prompts are
-drawn anew, from the rollouts before. So a resumed run needs no random state and the batch does not depend on the number
-of ranks.
+The prompts of a step and the seeds of its rollouts follow from (seed, step), and, where prompts are redrawn, from the
+rollouts before. So a resumed run needs no random state, and the batch does not depend on the number of ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from upge.algorithm import Algorithm
 from upge.data import Example
 from upge.errors import DataError
 from upge.rollout import Rollout, Sampling
+from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.config import RunConfig
 from upge.train.distributed import World
-from upge.train.order import (
+from upge.train.prompt_order import (
     demonstration_choice,
     held_out,
     least_used,
@@ -24,27 +24,47 @@ from upge.train.order import (
     permutation,
     stream_seed,
 )
-from upge.train.trajectory import Trajectory, assemble, has_pair, usable
-from upge.train.verified import Responder
+from upge.train.sample import Trajectory, assemble, has_pair, indexed, usable
 from upge.verify import Verdict
 
-#: The stream of prompts that the steps train on, and that of prompts kept apart from it.
+#: The stream of prompts that the steps train on, and that of prompts reserved for validation.
 TRAIN, HELD_OUT = "train", "held out"
 
 
+@dataclass(frozen=True)
+class _Rollouts:
+    """All ranks' rollouts of some prompts, and the seconds that this rank took for them."""
+
+    trajectories: list[Trajectory]
+    rollout_seconds: float = 0.0
+    verify_seconds: float = 0.0
+
+    def after(self, earlier: _Rollouts) -> _Rollouts:
+        """The same with the seconds of both."""
+        sampling = earlier.rollout_seconds + self.rollout_seconds
+        return _Rollouts(self.trajectories, sampling, earlier.verify_seconds + self.verify_seconds)
+
+
 class Collector:
-    """Makes a step's trajectories; the same list on every rank, ordered by prompt, rollouts before demonstrations, the
-    chosen side of a pair before the rejected one.
+    """Collects a step's trajectories.
+
+    The list is the same on every rank. It is ordered by prompt, with rollouts before demonstrations and the chosen side
+    of a pair before the rejected one.
 
     Args:
-        config, algorithm, examples, world: of the run; examples are the training set.
-        responder: samples and verifies; None if the algorithm has no rollouts.
+        config: of the run.
+        algorithm: what is learned with.
+        examples: the training set.
+        sampler: samples and verifies; None if the algorithm has no rollouts.
         stop_token_ids: end a response.
-        weights: the share of the prompts that each source of a mixture gets; empty: all examples come alike.
-        reserve: keeps a tenth of the training set apart: no step trains on it, and `HELD_OUT` is the stream of these.
+        world: of the run.
+        weights: the share of the prompts that each source of a mixture gets; if empty, all examples have the same
+            weight.
+        reserve: reserve a tenth of the training set for validation. No step trains on it; the stream `HELD_OUT` draws
+            from it.
 
     Raises:
-        DataError: no example, none of a source, or none of those kept apart has what the algorithm needs.
+        DataError: no example has what the algorithm needs, or none of a source or of the reserved ones has.
     """
 
     def __init__(
@@ -52,33 +72,36 @@ class Collector:
         config: RunConfig,
         algorithm: Algorithm,
         examples: Sequence[Example],
-        responder: Responder | None,
+        sampler: VerifiedSampler | None,
         stop_token_ids: tuple[int, ...],
         world: World,
         weights: Mapping[str, float] | None = None,
         reserve: bool = False,
     ) -> None:
-        self.config, self.examples, self.world, self.responder = config, examples, world, responder
+        self.config, self.examples, self.world, self.sampler = config, examples, world, sampler
+        # Training rollouts use top_p=1: the trainer's log-probs are of the full distribution at this temperature.
         self.sampling = Sampling(
             temperature=config.rollout.temperature,
-            # No nucleus in training: the trainer's log-probs are of the full distribution at this temperature.
             max_tokens=config.rollout.max_response_tokens,
             stop_token_ids=stop_token_ids,
         )
-        self.needs, self.redraws = algorithm.step_needs, algorithm.sampling
-        serving = usable(examples, self.needs)
-        apart = set(held_out(len(examples), config.seed)) if reserve else set()
-        self.streams = {TRAIN: [i for i in serving if i not in apart], HELD_OUT: [i for i in serving if i in apart]}
-        for stream, found in self.streams.items():
-            if not found and (stream == TRAIN or reserve):
-                which = "" if stream == TRAIN else f" among the {len(apart)} kept apart for its validation"
+        self.needs, self.dynamic_sampling = algorithm.step_needs, algorithm.sampling
+        candidates = usable(examples, self.needs)
+        reserved = set(held_out(len(examples), config.seed)) if reserve else set()
+        self.streams = {
+            TRAIN: [i for i in candidates if i not in reserved],
+            HELD_OUT: [i for i in candidates if i in reserved],
+        }
+        for stream, members in self.streams.items():
+            if not members and (stream == TRAIN or reserve):
+                which = "" if stream == TRAIN else f" among the {len(reserved)} kept apart for its validation"
                 raise DataError(
                     f"'{algorithm.name}' finds none of {len(examples)} training examples with the demonstrations or "
                     f"preference pairs that it needs{which}; choose data that has them"
                 )
         self.weights = dict(weights or {"": 1.0})
-        source = (lambda i: examples[i].problem.source) if weights else (lambda i: "")
-        self.strata = {name: [i for i in self.streams[TRAIN] if source(i) == name] for name in self.weights}
+        sources = {i: examples[i].problem.source if weights else "" for i in self.streams[TRAIN]}
+        self.strata = {name: [i for i, source in sources.items() if source == name] for name in self.weights}
         for name, members in self.strata.items():
             if not members and self.weights[name] > 0:
                 raise DataError(
@@ -87,128 +110,144 @@ class Collector:
                 )
 
     def collect(self, step: int, stream: str = TRAIN) -> tuple[list[Trajectory], dict[str, float]]:
-        """The trajectories of a step (counted from 0), and figures of how they came about.
+        """The trajectories of a step and metrics of their collection.
 
         Args:
-            step: follows its place in the order of prompts.
-            stream: TRAIN, or HELD_OUT, whose prompts are drawn anew each step, as many as a step has or as there are.
+            step: of the run, counted from 0.
+            stream: TRAIN, or HELD_OUT, whose prompts are redrawn in each step: as many as a step has, or all of them if
+                there are fewer.
 
         Returns:
-            Trajectories, and the seconds that sampling and verifying took here ('time/rollout', 'time/verify'). Where
-            prompts are drawn anew also how often the step has sampled ('sampling/rounds') and for how many prompts
+            The trajectories, and the seconds of sampling and verification on this rank ('time/rollout', 'time/verify').
+            With dynamic sampling also the number of rounds ('sampling/rounds') and of sampled prompts
             ('sampling/prompts').
         """
-        count, there, seed = self.config.prompts_per_step, self.streams[stream], self.config.seed
+        count, candidates = self.config.prompts_per_step, self.streams[stream]
         seeds: tuple[int | str, ...] = ("rollout", step)
         if stream == TRAIN:
-            indices = mixed_indices(step, count, self.strata, self.weights, seed)
+            indices = mixed_indices(step, count, self.strata, self.weights, self.config.seed)
         else:
-            indices = self._apart(step, min(count, len(there)))
+            indices = self._held_out_indices(step, min(count, len(candidates)))
             seeds = ("rollout", stream, step)
-        figures: dict[str, float] = {"time/rollout": 0.0, "time/verify": 0.0}
-        found: list[Trajectory] = []
+        rollouts, metrics = _Rollouts([]), {}
         if self.needs.rollouts:
-            found = self._rollouts(indices, seeds, figures)
-            if self.redraws is not None and stream == TRAIN:
-                indices, found = self._redrawn(indices, found, step, figures)
-        found += [t for group, index in enumerate(indices) for t in self._given(group, index, step)]
+            rollouts = self._rollouts(indices, seeds)
+            if self.dynamic_sampling is not None and stream == TRAIN:
+                indices, rollouts, metrics = self._redrawn(indices, rollouts, step)
+        given = [t for group, index in enumerate(indices) for t in self._given(group, index, step)]
         # The sort is stable and a prompt's rollouts are in order of sampling.
-        return sorted(found, key=lambda t: (t.group, t.is_demonstration)), figures
-
-    def _apart(self, step: int, count: int) -> list[int]:
-        """Examples of those kept apart, drawn anew each step; of a mixture's sources by their weights."""
-        there, seed = self.streams[HELD_OUT], stream_seed(self.config.seed, "order", HELD_OUT, step)
-        if len(self.weights) == 1:
-            return [there[place] for place in permutation(len(there), seed)[:count]]
-        strata = {name: [i for i in there if self.examples[i].problem.source == name] for name in self.weights}
-        return mixed_indices(0, count, strata, {n: self.weights[n] if strata[n] else 0.0 for n in strata}, seed)
+        trajectories = sorted(rollouts.trajectories + given, key=lambda t: (t.group, t.is_demonstration))
+        times = {"time/rollout": rollouts.rollout_seconds, "time/verify": rollouts.verify_seconds}
+        return indexed(trajectories), times | metrics
 
     def demonstrations(self, indices: Iterable[int], step: int) -> list[Trajectory]:
-        """The demonstrations of these examples, those of one example a group; examples without one are passed over."""
-        having = [i for i in indices if self.examples[i].demonstrations]
-        return [t for group, index in enumerate(having) for t in self._demonstrations(group, index, step)]
+        """The demonstrations of these examples, one group per example; examples without one are passed over."""
+        with_demonstrations = [i for i in indices if self.examples[i].demonstrations]
+        return indexed(t for group, i in enumerate(with_demonstrations) for t in self._demonstrations(group, i, step))
 
-    def _others(self, missing: Mapping[str, int], used: Sequence[int], *seed: int | str) -> list[int]:
-        """So many examples of each source, as long as possible not of `used`, in an order of the seed's parts."""
-        found: list[int] = []
+    def _held_out_indices(self, step: int, count: int) -> list[int]:
+        """Reserved examples, redrawn in each step; those of a mixture's sources by their weights."""
+        candidates, seed = self.streams[HELD_OUT], stream_seed(self.config.seed, "order", HELD_OUT, step)
+        if len(self.weights) == 1:
+            return [candidates[place] for place in permutation(len(candidates), seed)[:count]]
+        strata = {name: [i for i in candidates if self.examples[i].problem.source == name] for name in self.weights}
+        return mixed_indices(0, count, strata, {n: self.weights[n] if strata[n] else 0.0 for n in strata}, seed)
+
+    def _replacements(self, missing: Mapping[str, int], used: Sequence[int], *seed: int | str) -> list[int]:
+        """As many examples of each source as are missing, in a seeded order; those in `used` come last."""
+        chosen: list[int] = []
         for name, count in missing.items():
-            there = self.strata[name]
-            places = {index: place for place, index in enumerate(there)}
-            known = [places[index] for index in used if index in places]
-            order = least_used(count, len(there), known, stream_seed(self.config.seed, *seed, *filter(None, [name])))
-            found += [there[place] for place in order]
-        return found
+            candidates = self.strata[name]
+            places = {index: place for place, index in enumerate(candidates)}
+            used_places = [places[index] for index in used if index in places]
+            order_seed = stream_seed(self.config.seed, *seed, *filter(None, [name]))
+            chosen += [candidates[i] for i in least_used(count, len(candidates), used_places, order_seed)]
+        return chosen
 
-    def _missing(self, wanted: Sequence[int], kept: Sequence[int]) -> dict[str, int]:
-        """Of each source, how many of the `wanted` examples are not yet replaced by one that was kept."""
-        counts = {n: sum(i in s for i in wanted) - sum(i in s for i in kept) for n, s in self._sets().items()}
+    def _missing(self, wanted: Sequence[int], accepted: Sequence[int]) -> dict[str, int]:
+        """For each source, how many of the `wanted` examples lack an accepted one."""
+        strata = {name: set(members) for name, members in self.strata.items()}
+        counts = {n: sum(i in s for i in wanted) - sum(i in s for i in accepted) for n, s in strata.items()}
         return {name: count for name, count in counts.items() if count > 0}
 
-    def _sets(self) -> dict[str, set[int]]:
-        return {name: set(members) for name, members in self.strata.items()}
-
     def _redrawn(
-        self, indices: list[int], rollouts: list[Trajectory], step: int, figures: dict[str, float]
-    ) -> tuple[list[int], list[Trajectory]]:
-        """The prompts on which the gate is open, with their rollouts: of the first round, and of those made to replace
-        what it closed. If it is open on none, the first round as it is."""
-        wanted, first, tried, rounds = self.config.prompts_per_step, (indices, rollouts), list(indices), 1
-        kept: list[int] = []
-        found: list[Trajectory] = []
+        self, indices: list[int], first: _Rollouts, step: int
+    ) -> tuple[list[int], _Rollouts, dict[str, float]]:
+        """Dynamic sampling: replaces prompts whose gate is closed, for a number of rounds.
+
+        Args:
+            indices: the examples of the first round.
+            first: their rollouts.
+            step: of the run.
+
+        Returns:
+            The accepted examples, their rollouts, and metrics. If the gate is closed on all prompts, the first round is
+            returned unchanged.
+        """
+        assert self.dynamic_sampling is not None
+        wanted, rollouts, tried, rounds = list(indices), first, list(indices), 1
+        accepted: list[int] = []
+        trajectories: list[Trajectory] = []
         while True:
-            for group, members in self._open(rollouts, step):
-                found += [replace(t, group=len(kept)) for t in members]
-                kept.append(indices[group])
-            if len(kept) == wanted or rounds == self.redraws.rounds:
+            for group, members in self._open_groups(rollouts.trajectories, step):
+                trajectories += [replace(t, group=len(accepted)) for t in members]
+                accepted.append(indices[group])
+            if len(accepted) == self.config.prompts_per_step or rounds == self.dynamic_sampling.rounds:
                 break
-            # Kept ones count twice, so that in a small data set they come last.
-            indices = self._others(self._missing(first[0], kept), tried + kept, "redraw", step, rounds)
-            rollouts = self._rollouts(indices, ("rollout", step, rounds), figures)
+            # Accepted examples count twice, so that in a small data set they come last.
+            indices = self._replacements(self._missing(wanted, accepted), tried + accepted, "redraw", step, rounds)
+            rollouts = self._rollouts(indices, ("rollout", step, rounds)).after(rollouts)
             tried += indices
             rounds += 1
-        figures |= {"sampling/rounds": rounds, "sampling/prompts": len(tried)}
-        return (kept, found) if kept else first
+        metrics: dict[str, float] = {"sampling/rounds": rounds, "sampling/prompts": len(tried)}
+        if not accepted:
+            accepted, trajectories = wanted, first.trajectories
+        return accepted, replace(rollouts, trajectories=trajectories), metrics
 
-    def _open(self, rollouts: list[Trajectory], step: int) -> list[tuple[int, list[Trajectory]]]:
-        """The groups, in order, on one of whose rollouts the gate is not 0."""
-        closed = self.redraws.gate.closed(assemble(rollouts, step)).tolist()
+    def _open_groups(self, rollouts: list[Trajectory], step: int) -> list[tuple[int, list[Trajectory]]]:
+        """The groups, in order, with a rollout on which the gate is not 0."""
+        assert self.dynamic_sampling is not None
+        closed = self.dynamic_sampling.gate.closed(assemble(rollouts, step)).tolist()
         groups: dict[int, list[Trajectory]] = {}
         for trajectory in rollouts:
             groups.setdefault(trajectory.group, []).append(trajectory)
-        is_open = {t.group for t, shut in zip(rollouts, closed, strict=True) if not shut}
-        return [(group, members) for group, members in groups.items() if group in is_open]
+        open_groups = {t.group for t, is_closed in zip(rollouts, closed, strict=True) if not is_closed}
+        return [(group, members) for group, members in groups.items() if group in open_groups]
 
-    def _rollouts(
-        self, indices: list[int], seeds: tuple[int | str, ...], figures: dict[str, float]
-    ) -> list[Trajectory]:
-        """All ranks' verified rollouts of these prompts, numbered from 0; each rank samples its share of them."""
+    def _rollouts(self, indices: list[int], seeds: tuple[int | str, ...]) -> _Rollouts:
+        """All ranks' verified rollouts of these prompts, whose groups are numbered from 0.
+
+        Each rank samples a part of the prompts.
+        """
+        assert self.sampler is not None
         config, world = self.config, self.world
-        mine = list(range(world.rank, len(indices), world.size))
-        own = [stream_seed(config.seed, *seeds, g) for g in mine]
-        examples = [self.examples[indices[g]] for g in mine]
-        responses = self.responder.respond(examples, config.group_size, self.sampling, own)
-        figures["time/rollout"] += responses.sampling
-        figures["time/verify"] += responses.verifying
-        found = [
-            _rollout(indices[g], g, example, *response)
-            for g, example, group in zip(mine, examples, responses.groups, strict=True)
-            for response in group
+        groups = list(range(world.rank, len(indices), world.size))
+        group_seeds = [stream_seed(config.seed, *seeds, group) for group in groups]
+        examples = [self.examples[indices[group]] for group in groups]
+        sampled = self.sampler.sample(examples, config.group_size, self.sampling, group_seeds)
+        of_rank = [
+            _rollout(indices[group], group, example, rollout, verdict)
+            for group, example, responses in zip(groups, examples, sampled.groups, strict=True)
+            for rollout, verdict in responses
         ]
-        everywhere = [trajectory for part in world.gather(found) for trajectory in part]
-        return sorted(everywhere, key=lambda t: t.group)
+        of_all_ranks = [trajectory for part in world.gather(of_rank) for trajectory in part]
+        trajectories = sorted(of_all_ranks, key=lambda t: t.group)
+        return _Rollouts(trajectories, sampled.sampling_seconds, sampled.verifying_seconds)
 
     def _given(self, group: int, index: int, step: int) -> list[Trajectory]:
-        """What the data set has to say to a prompt: demonstrations, or a pair, whose chosen side is the first of
-        them, and the rejected side."""
+        """The trajectories that the data set has for a prompt.
+
+        These are its demonstrations, or a pair: the first demonstration as the chosen side, and the rejected side.
+        """
         example = self.examples[index]
-        if self.needs.preference_pairs and has_pair(example):
+        if self.needs.preference_pairs and example.rejected_ids is not None and has_pair(example):
             chosen = _demonstration(index, group, example, 0)
             rejected = replace(chosen, response_ids=tuple(example.rejected_ids), reward=0.0, preference=-1)
             return [replace(chosen, preference=1), rejected]
         return self._demonstrations(group, index, step) if self.needs.demonstrations else []
 
     def _demonstrations(self, group: int, index: int, step: int) -> list[Trajectory]:
-        """Those of a prompt that have their turn in this step."""
+        """The demonstrations of a prompt that this step uses."""
         example, wanted = self.examples[index], self.config.data_policy.demonstrations
         count = len(example.demonstrations)
         if wanted == 0 or wanted >= count:

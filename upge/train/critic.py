@@ -1,11 +1,11 @@
-"""The critic in training: the value of each state on the way through a response, under its own ZeRO-3 engine."""
+"""The critic in training: the value of the state before each response token, under its own ZeRO-3 engine."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,22 +13,32 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from upge.train.config import CriticConfig, ModelConfig, OptimizerConfig
+from upge.train.deepspeed_module import (
+    DeepSpeedModule,
+    check_tokens,
+    checkpoint_activations,
+    load_causal_lm,
+    vocabulary_size,
+)
 from upge.train.distributed import World
 from upge.train.packed_attention import prepare
 from upge.train.packed_policy import predicting_states
 from upge.train.packing import PackedBatch, pack
-from upge.train.zero import TrainedModule, check_tokens, checkpoint_activations, load_causal_lm
+from upge.train.sample import TokenIds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: The critic's folder inside a checkpoint's; DeepSpeed's file names would be those of the policy's.
 _FOLDER = "critic"
 
 
-class CriticEngine(TrainedModule):
-    """V(prompt, response up to t) on a backbone of its own, with its weights, gradients and AdamW over the ranks.
+class CriticEngine(DeepSpeedModule):
+    """V(prompt, response up to t) with its own backbone, partitioned over the ranks.
 
-    The backbone is the trunk of the causal LM at `critic.path`, or at `model.path` if that is empty; dtype and
-    activation checkpointing are the policy's, and so are AdamW's settings but for the learning rate. `model.overrides`
-    belong to `model.path`: another model is loaded as it is.
+    The backbone is the trunk of the causal LM at `critic.path`, or at `model.path` if that is empty. dtype, activation
+    checkpointing and AdamW's settings are the policy's, except the learning rate. `model.overrides` apply to the model
+    at `model.path` only.
 
     Raises:
         ModelError: the model cannot be loaded, is not complete, or cannot run packed rows.
@@ -41,25 +51,25 @@ class CriticEngine(TrainedModule):
         network = load_causal_lm(model, world, self._key)
         if model.gradient_checkpointing:
             checkpoint_activations(network)
-        self._vocabulary = network.get_input_embeddings().num_embeddings
+        self._vocabulary = vocabulary_size(network)
         module = PackedValue(network, world.device).train()
         super().__init__(module, model.dtype, optimizer, critic.lr, world)
         self.module = module
 
-    def forward(self, trajectories: Sequence[tuple[Sequence[int], Sequence[int]]]) -> ValueForward:
+    def forward(self, trajectories: Sequence[TokenIds]) -> ValueForward:
         """Values [B, T] of the states before each response token of (prompt_ids, response_ids) pairs.
 
         Every rank must call it equally often; a rank without work passes no trajectories.
 
         Raises:
-            ModelError: a token that the backbone does not know.
+            ModelError: a token that is not in the backbone's vocabulary.
         """
         check_tokens(trajectories, self._vocabulary, self._key)
         packed = pack(trajectories, self.world.device)
         return ValueForward(packed, self._engine(packed))
 
     def save(self, folder: Path, tag: str) -> None:
-        """Writes weights and all sets of moments to folder/tag/critic; all ranks call it."""
+        """Writes weights and all sets of optimizer moments to folder/tag/critic; all ranks call it."""
         self._save(folder / tag, _FOLDER, {})
 
     def load(self, folder: Path, tag: str) -> None:
@@ -72,7 +82,7 @@ class CriticEngine(TrainedModule):
 
 
 class ValueForward(NamedTuple):
-    """Packed values and the batch that pads them."""
+    """Values of a packed batch, which pads them."""
 
     packed: PackedBatch
     values_packed: Float[Tensor, "n"]
@@ -84,14 +94,14 @@ class ValueForward(NamedTuple):
 
 
 class ValueHead(nn.Linear):
-    """v = w·h + b, zero at first.
+    """v = w·h + b, initialized to zero.
 
-    A value of zero leaves the first returns and advantages to the rewards alone, where a random head would add a
-    bias as large as its values. The original code for fine-tuning language models with rewards did the same
+    With values of zero the first returns and advantages depend on the rewards only, where a random head would add a
+    bias as large as its values. The original code for fine-tuning language models with rewards does the same
     (arXiv 1909.08593, reproduced in arXiv 2403.17031). With one output there is no symmetry to break: w learns from
-    the first update, the trunk from the second.
+    the first update on, the trunk from the second.
 
-    The parameters have the backbone's dtype; the product is taken in float32 at least, because half precision would
+    The parameters have the backbone's dtype. The product is computed in float32 at least, because half precision would
     round the values to two or three digits.
     """
 
@@ -103,28 +113,28 @@ class ValueHead(nn.Linear):
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, hidden: Float[Tensor, "n D"]) -> Float[Tensor, "n"]:
+    def forward(self, input: Float[Tensor, "n D"]) -> Float[Tensor, "n"]:
         """Values [n] of hidden states [n, D]."""
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        return F.linear(hidden.to(wide), self.weight.to(wide), self.bias.to(wide))[:, 0]
+        wide = torch.promote_types(input.dtype, torch.float32)
+        return F.linear(input.to(wide), self.weight.to(wide), self.bias.to(wide))[:, 0]
 
 
 class PackedValue(nn.Module):
-    """The trunk of a Hugging Face causal LM with a value head, from a packed batch to the values of its states.
+    """The trunk of a Hugging Face causal LM with a value head: a packed batch → the values of its states.
 
     Args:
         model: the causal LM, before or after DeepSpeed has partitioned it. Its attention is replaced in place, and its
-            output embedding is not kept.
-        device: where the head is made.
+            output embedding is dropped.
+        device: of the head.
 
     Raises:
         ModelError: an architecture whose attention cannot be reproduced here.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device | str) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device | str) -> None:
         super().__init__()
         prepare(model)
-        output = model.get_output_embeddings()
+        output = cast(nn.Linear, model.get_output_embeddings())
         self.trunk = model.base_model
         self.head = ValueHead(output.in_features, output.weight.dtype, device)
 

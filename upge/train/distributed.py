@@ -6,66 +6,72 @@ import os
 import socket
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all.
+    """This process's place among all processes of the run.
 
     Attributes:
         rank: 0 .. size - 1.
         size: number of processes.
         device: where this rank's part of the model is.
-        group: a gloo group for Python objects, whatever the backend of the tensors.
+        group: a gloo group for Python objects, whatever the backend of the tensors; None is the default group.
     """
 
     rank: int
     size: int
     device: torch.device
-    group: Any = None
+    group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
         """True on the one rank that writes files and prints."""
         return self.rank == 0
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: _T) -> list[_T]:
         """`value` of every rank, in order of rank, on every rank."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
-        return found
+        values: list[Any] = [None] * self.size  # filled by torch
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
-    def gather_to_main(self, value: Any) -> list[Any]:
+    def gather_to_main(self, value: _T) -> list[_T]:
         """`value` of every rank, in order of rank, on the main rank; elsewhere an empty list."""
         if self.size == 1:
             return [value]
-        found: list[Any] | None = [None] * self.size if self.is_main else None
-        dist.gather_object(value, found, dst=0, group=self.group)
-        return found or []
+        values: list[Any] | None = [None] * self.size if self.is_main else None  # filled by torch
+        dist.gather_object(value, values, dst=0, group=self.group)
+        return values or []
 
-    def share(self, value: Any) -> Any:
-        """Rank 0's `value` on every rank."""
-        return self.gather(value)[0]
+    def broadcast(self, value: _T) -> _T:
+        """The main rank's `value` on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
 
     def barrier(self) -> None:
-        """Waits for all ranks."""
+        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier(group=self.group)
 
 
 def world_size() -> int:
-    """The number of processes that the launcher started, before any of them is connected."""
+    """The number of processes that the launcher started; known before they are connected."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launched_rank() -> int:
-    """This process's rank as the launcher says, before it is connected."""
+    """This process's rank as the launcher set it; known before it is connected."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -81,7 +87,7 @@ def connect() -> World:
     import deepspeed
 
     if not cuda:
-        # Else DeepSpeed compiles a shared-memory extension at start, which needs a compiler and buys nothing here.
+        # Otherwise DeepSpeed compiles a shared-memory extension, which needs a compiler and is not faster here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -90,13 +96,14 @@ def connect() -> World:
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     group = dist.new_group(backend="gloo") if cuda else None
+    assert not isinstance(group, int), "this process is a member of the group"
     return World(dist.get_rank(), dist.get_world_size(), device, group)
 
 
 def leave(world: World | None, code: int) -> None:
     """Ends this process at once, with all output written.
 
-    Not by returning: the libraries' own clean-up at exit sometimes aborts a run that has done all its work.
+    The libraries' own clean-up at exit sometimes aborts a run that has finished, so the process does not return.
     """
     if world is not None and code == 0 and dist.is_initialized():
         world.barrier()

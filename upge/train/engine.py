@@ -1,22 +1,21 @@
-"""The policy in training: a Hugging Face causal LM under DeepSpeed ZeRO-3, for one process or many."""
+"""The policy in training: a Hugging Face causal LM under DeepSpeed ZeRO-3, on one process or several."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from upge.train.config import ModelConfig, OptimizerConfig
+from upge.train.deepspeed_module import DeepSpeedModule, StepResult, checkpoint_activations, load_causal_lm
 from upge.train.distributed import World
 from upge.train.micro_batches import Costs
+from upge.train.packed_policy import Objective, PackedPolicy
 from upge.train.packing import PackedBatch, pack
-from upge.train.zero import StepResult, TrainedModule, checkpoint_activations, load_causal_lm
-
-if TYPE_CHECKING:
-    from upge.train.packed_policy import Objective
+from upge.train.sample import TokenIds
 
 __all__ = ["Engine", "Forward", "StepResult"]
 
@@ -24,12 +23,20 @@ __all__ = ["Engine", "Forward", "StepResult"]
 _BUCKET_BYTES = 512 * 2**20
 
 
-class Engine(TrainedModule):
-    """The policy's weights, gradients and optimizer, partitioned over the ranks."""
+class Engine(DeepSpeedModule):
+    """The policy's weights, gradients and optimizer, partitioned over the ranks.
+
+    Args:
+        model: which model, and how it is loaded.
+        optimizer: AdamW's settings.
+        world: of the run.
+        temperature: that log-probs are computed at, as in sampling.
+
+    Raises:
+        ModelError: the model cannot be loaded, is not complete, or cannot run packed rows.
+    """
 
     def __init__(self, model: ModelConfig, optimizer: OptimizerConfig, world: World, temperature: float = 1.0) -> None:
-        from upge.train.packed_policy import PackedPolicy
-
         network = load_causal_lm(model, world)
         if model.gradient_checkpointing:
             checkpoint_activations(network)
@@ -37,15 +44,15 @@ class Engine(TrainedModule):
         super().__init__(PackedPolicy(network).train(), model.dtype, optimizer, optimizer.lr, world)
         self.network, self.temperature, self.costs = network, temperature, costs
 
-    def forward(self, trajectories: Sequence[tuple[Sequence[int], Sequence[int]]], entropy: bool = False) -> Forward:
-        """Log-probs [B, T] of the responses of (prompt_ids, response_ids) pairs, with entropies [B, T] if asked.
+    def forward(self, trajectories: Sequence[TokenIds], entropy: bool = False) -> Forward:
+        """Log-probs [B, T] of the responses of (prompt_ids, response_ids) pairs, with entropies [B, T] on request.
 
         Every rank must call it equally often; a rank without work passes no trajectories.
         """
         packed = self.pack(trajectories)
         return Forward(packed, *self.logprobs(packed, entropy))
 
-    def pack(self, trajectories: Sequence[tuple[Sequence[int], Sequence[int]]]) -> PackedBatch:
+    def pack(self, trajectories: Sequence[TokenIds]) -> PackedBatch:
         """(prompt_ids, response_ids) pairs as one row on the model's device."""
         return pack(trajectories, self.world.device)
 
@@ -57,7 +64,7 @@ class Engine(TrainedModule):
         return self._engine(packed, temperature=self.temperature, entropy=entropy)
 
     def loss(self, packed: PackedBatch, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, logprobs [n], entropies [n]): a gradient flows through the loss alone, and part of it is made here.
+        """(loss, logprobs [n], entropies [n]). The gradient flows through the loss only; part of it is computed here.
 
         Every rank must call it equally often; a rank without work packs no trajectories, and its loss is 0.
         """
@@ -76,7 +83,7 @@ class Engine(TrainedModule):
                     yield name, parameter.detach()
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
-        """Writes weights, all sets of moments and `state` to folder/tag; all ranks call it."""
+        """Writes weights, all sets of optimizer moments and `state` to folder/tag; all ranks call it."""
         self._save(folder, tag, state)
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
@@ -105,7 +112,7 @@ class Engine(TrainedModule):
 
 
 class Forward(NamedTuple):
-    """Packed results of a forward pass and the batch that pads them."""
+    """Results of a forward pass over a packed batch, which pads them."""
 
     packed: PackedBatch
     logprobs_packed: Tensor

@@ -1,4 +1,4 @@
-"""The folder of a run: what it leaves, and what an interrupted one is continued from."""
+"""The folder of a run: the files that it writes, and the state that an interrupted run continues from."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from upge.errors import ConfigError
 FREE_KEYS = ("steps", "resume", "output", "checkpoint", "log_rollouts", "diagnose")
 #: Files with lines of single steps, and folders with a file for each of some steps.
 LINES, FOLDERS = ("metrics.jsonl", "evaluations.jsonl", "prompts.jsonl"), ("rollouts", "tokens")
-
-
-#: In best/, which evaluation it was.
+#: In best/, the evaluation that it comes from.
 BEST_FACTS = "evaluation.json"
 
 
 class RunFolder:
-    """config.yaml, run.json, LINES, FOLDERS, checkpoints/, best/, final/ under `path`."""
+    """The folder `path` with config.yaml, run.json, LINES, FOLDERS, checkpoints/, best/ and final/.
+
+    Args:
+        path: need not exist yet.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -41,20 +43,20 @@ class RunFolder:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """run.json; empty where there is none yet."""
+        """The content of run.json; empty if there is none yet."""
         path = self.path / "run.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 
     @property
     def best_facts(self) -> dict[str, Any]:
-        """Which evaluation best/ comes from: `step`, `mean`, `samples`; empty where nothing was kept."""
+        """The evaluation that best/ comes from: `step`, `mean`, `samples`; empty if there is no best/."""
         path = self.best / BEST_FACTS
         return json.loads(path.read_text()) if path.is_file() else {}
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps of the complete checkpoints, rising."""
-        found = [p.name.removeprefix("step_") for p in self.checkpoints.glob("step_*") if p.is_dir()]
-        return sorted(int(name) for name in found if name.isdigit())
+        """Steps of the complete checkpoints, ascending."""
+        steps = [p.name.removeprefix("step_") for p in self.checkpoints.glob("step_*") if p.is_dir()]
+        return sorted(int(step) for step in steps if step.isdigit())
 
     @staticmethod
     def tag(step: int) -> str:
@@ -62,7 +64,7 @@ class RunFolder:
         return f"step_{step:06d}"
 
     def open(self, config: Mapping[str, Any], resume: str, ranks: int = 1) -> bool:
-        """Checks that this run may write here; True if it continues another. Nothing is written.
+        """Checks that this run may write here; True if it continues an earlier run. Nothing is written.
 
         Raises:
             ConfigError: the folder cannot be made, or holds something else, a finished run, or a run with other
@@ -76,7 +78,7 @@ class RunFolder:
             raise ConfigError(f"output: {self.path} exists and is not a run's folder; choose another")
         if resume == "never":
             raise ConfigError(f"output: {self.path} exists; choose another, remove it, or continue it with resume=auto")
-        old = OmegaConf.to_container(OmegaConf.load(saved))
+        old = _read_yaml(saved)
         free = [k for k in FREE_KEYS if k != "steps" or _may_be_longer(config)]
         different = [k for k in _leaves(config, old) if k.split(".")[0] not in free]
         if different:
@@ -106,8 +108,8 @@ class RunFolder:
         return True
 
     def different(self, config: Mapping[str, Any]) -> list[str]:
-        """Dotted keys at which the resolved configuration of this run is another than `config`."""
-        return _leaves(config, OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml")))
+        """Dotted keys at which the folder's resolved configuration differs from `config`."""
+        return _leaves(config, _read_yaml(self.path / "config.yaml"))
 
     def _check_parent(self) -> None:
         existing = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
@@ -115,7 +117,7 @@ class RunFolder:
             raise ConfigError(f"output: {self.path} cannot be made, because {existing} is no folder or not writable")
 
     def start(self, config: Mapping[str, Any], facts: Mapping[str, Any], continues: bool) -> None:
-        """Writes the resolved configuration and the facts about this start; earlier starts stay listed.
+        """Writes the resolved configuration and run.json, which also keeps a list of earlier starts.
 
         Raises:
             ConfigError: another run has taken the folder in the meantime.
@@ -134,19 +136,19 @@ class RunFolder:
         self._write_facts({**facts, "starts": [*self.facts.get("starts", []), start]})
 
     def finish(self, step: int) -> None:
-        """Makes the exported model count, by renaming it, and the run finished."""
+        """Renames the exported model to final/ and marks the run as finished."""
         shutil.rmtree(self.final, ignore_errors=True)
         self.final_partial.rename(self.final)
         self._write_facts({**self.facts, "finished_step": step})
 
     def is_best(self, line: Mapping[str, Any]) -> bool:
-        """True if this evaluation's mean@k is above that of every earlier one, or nothing was kept of those."""
+        """True if this evaluation's mean@k is above that of every earlier one, or there is no best/ yet."""
         best = self.best_facts
-        # One of this step or a later one comes from before a continuation, which has dropped its evaluation.
+        # A best/ of this step or a later one is from before the run was continued; its evaluation was dropped.
         return not best or best["step"] > line["step"] or _mean(line) > best["mean"]
 
     def settle_best(self, line: Mapping[str, Any]) -> None:
-        """Makes the model exported to `best_partial` the best one."""
+        """Renames the model that was exported to `best_partial` to best/."""
         facts = {"step": line["step"], "mean": _mean(line), "samples": line["samples"]}
         write_atomically(self.best_partial / BEST_FACTS, json.dumps(facts, indent=2) + "\n")
         shutil.rmtree(self.best, ignore_errors=True)
@@ -156,7 +158,7 @@ class RunFolder:
         write_atomically(self.path / "run.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drops what was recorded after `step`, because it will be recorded again."""
+        """Drops everything recorded after `step`, because it will be recorded again."""
         for name in LINES:
             path = self.path / name
             if path.is_file():
@@ -166,7 +168,7 @@ class RunFolder:
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
         if not self.best.exists() and (self.best_partial / BEST_FACTS).is_file():
-            self.best_partial.rename(self.best)  # complete, and the one before is gone
+            self.best_partial.rename(self.best)  # it is complete, and the earlier one is gone
         for path in (*self.checkpoints.glob("*.partial"), self.final_partial, self.best_partial):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -176,19 +178,19 @@ class RunFolder:
         return path.is_file() and any(line["step"] == step for line in read_lines(path))
 
     def append(self, name: str, *lines: Mapping[str, Any]) -> None:
-        """Adds lines to a jsonl file and pushes them to the disk."""
+        """Appends lines to a jsonl file and syncs it to the disk."""
         with open(self.path / name, "a") as file:
             file.write("".join(json.dumps(_plain(line)) + "\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
 
     def write_rows(self, folder: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes the file of a step in one of FOLDERS, a line for each row."""
+        """Writes the file of a step in one of FOLDERS, one line per row."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(self.path / folder / f"step_{step:06d}.jsonl", text)
 
     def settle(self, step: int, keep: int) -> None:
-        """Makes the checkpoint of `step` count, by renaming it, and removes the oldest beyond `keep`."""
+        """Renames the checkpoint of `step` from its temporary name and removes the oldest beyond `keep`."""
         partial = self.checkpoints / f"{self.tag(step)}.partial"
         shutil.rmtree(self.checkpoints / self.tag(step), ignore_errors=True)
         partial.rename(self.checkpoints / self.tag(step))
@@ -197,9 +199,17 @@ class RunFolder:
                 shutil.rmtree(self.checkpoints / self.tag(old))
 
 
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The tree of a YAML file; empty if it is not a mapping."""
+    tree = OmegaConf.to_container(OmegaConf.load(path))
+    return {str(key): value for key, value in tree.items()} if isinstance(tree, dict) else {}
+
+
 def _may_be_longer(config: Mapping[str, Any]) -> bool:
-    """True if the steps so far would have been the same in a longer run: no stage and no learning rate depends on where
-    the run ends."""
+    """True if a longer run would have had the same steps so far.
+
+    That is so if no stage and no learning rate depends on the number of steps.
+    """
     return "stages" not in config.get("algo", {}) and config.get("optimizer", {}).get("schedule") in (None, "constant")
 
 
@@ -209,31 +219,31 @@ def _mean(line: Mapping[str, Any]) -> float:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a jsonl file; a last line cut off by an interruption is left out."""
-    found = []
+    """The lines of a jsonl file, without a last line that an interruption cut off."""
+    lines = []
     for line in path.read_text().splitlines():
         try:
-            found.append(json.loads(line))
+            lines.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    return found
+    return lines
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces the file's content at once: an interruption leaves the old or the new, never a part."""
+    """Replaces the file's content; an interruption leaves the old content or the new, never a part."""
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text(text)
     os.replace(temporary, path)
 
 
 def _plain(line: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN or infinity: null says that there was no number."""
+    """The line with None for NaN and infinity, which JSON does not have."""
     odd = (float("inf"), float("-inf"))
     return {k: None if isinstance(v, float) and (v != v or v in odd) else v for k, v in line.items()}
 
 
 def _leaves(new: Any, old: Any, path: str = "") -> list[str]:
-    """Dotted keys at which two trees differ."""
+    """Dotted keys of the leaves at which two trees differ."""
     if isinstance(new, Mapping) and isinstance(old, Mapping):
         keys = [*new, *(k for k in old if k not in new)]
         return [d for k in keys for d in _leaves(new.get(k), old.get(k), f"{path}.{k}" if path else str(k))]

@@ -1,4 +1,4 @@
-"""One algorithm at work: its trajectories, its updates, and what it carries from step to step."""
+"""One algorithm in training: it collects trajectories, updates the models, and carries its state between steps."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from upge.algorithm import Algorithm
 from upge.data import Example
-from upge.plan import Plan
 from upge.stateful import UTILITY_SLOPE, StatefulGate
 from upge.train.collect import HELD_OUT, Collector
 from upge.train.config import OptimizerConfig
 from upge.train.critic import CriticEngine
 from upge.train.engine import Engine
-from upge.train.frozen import FrozenPolicy
-from upge.train.rates import Rates
-from upge.train.tally import UpdateReport
-from upge.train.trajectory import Trajectory, assemble
+from upge.train.lr_schedule import LearningRates
+from upge.train.metrics import NO_DIAGNOSTICS, Diagnostics, UpdateReport
+from upge.train.reference_policy import ReferencePolicy
+from upge.train.sample import Trajectory, assemble
 from upge.train.update import Updater
-from upge.train.witness import NOTHING, Watch
 
-#: The name of the optimizer moments that belong to interleaved updates.
-_INTERLUDE = "interleaved_update"
-#: Half the distance of the two values between which the loss's derivative by a gate's variable is taken.
+if TYPE_CHECKING:
+    from upge.algorithm import InterleavedUpdate
+
+#: The name of the optimizer moments of interleaved updates.
+_INTERLEAVED = "interleaved_update"
+#: Half the distance between the two values of a gate's variable that the loss is differentiated between.
 _SHIFT = 0.04
 
 
@@ -44,20 +46,61 @@ class Memory:
 
 @dataclass(frozen=True)
 class Models:
-    """The policy and what stands beside it, where the algorithm asks for it."""
+    """The policy, and the critic and the reference policy if the algorithm needs them."""
 
     policy: Engine
     critic: CriticEngine | None = None
-    frozen: FrozenPolicy | None = None
+    reference: ReferencePolicy | None = None
 
 
 @dataclass(frozen=True)
 class Collected:
-    """A step's trajectories, those of held-out prompts if a gate asks for them, and the figures of both."""
+    """What was collected for a step.
+
+    Attributes:
+        trajectories: to learn from.
+        held_out: of held-out prompts; None unless a gate asks for them in this step.
+        metrics: of the collection of both.
+    """
 
     trajectories: list[Trajectory]
     held_out: list[Trajectory] | None
-    figures: dict[str, float]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Validation:
+    """Collects and evaluates held-out trajectories for gates that follow a validation objective."""
+
+    collector: Collector
+    updater: Updater
+
+
+@dataclass(frozen=True)
+class _InterleavedReport:
+    """What the interleaved updates of a step did.
+
+    Attributes:
+        norms: of each update's gradient, infinite if it was not finite.
+        above_limit: updates left out for the norm of their gradient; their prompts are forgotten all the same.
+    """
+
+    norms: list[float]
+    above_limit: int
+
+    @property
+    def skipped(self) -> int:
+        """Updates dropped because their gradient was not finite."""
+        return self.norms.count(math.inf)
+
+    def metrics(self, remembered: int) -> dict[str, float]:
+        """Metrics of the updates; `remembered` prompts wait for the next one."""
+        metrics = {
+            "interleaved_update/updates": float(len(self.norms) - self.skipped - self.above_limit),
+            "interleaved_update/updates_above_limit": float(self.above_limit),
+            "interleaved_update/remembered": float(remembered),
+        }
+        return metrics | ({"interleaved_update/grad_norm": self.norms[-1]} if self.norms else {})
 
 
 class Learner:
@@ -65,10 +108,10 @@ class Learner:
 
     Args:
         algorithm: what to learn with.
-        models: policy, critic and frozen policy.
+        models: policy, critic and reference policy.
         config: the optimizer's.
         examples: the training set.
-        collector_for: makes a collector for an algorithm; with True some examples are kept apart for its validation.
+        collector_for: makes a collector for an algorithm; with True some examples are reserved for its validation.
     """
 
     def __init__(
@@ -81,15 +124,16 @@ class Learner:
     ) -> None:
         self.algorithm, self.models, self.examples = algorithm, models, examples
         self.collector: Collector = collector_for(algorithm, algorithm.validation is not None)
-        self.updater = Updater(models.policy, algorithm, config, models.critic, models.frozen)
+        self.updater = Updater(models.policy, algorithm, config, models.critic, models.reference)
         once = dataclasses.replace(config, mini_batches=1, epochs=1)
-        self.held_out = self.aside = None
+        self.validation: _Validation | None = None
         if algorithm.validation is not None:
-            validation = algorithm.validation
-            updater = Updater(models.policy, validation, once, frozen=models.frozen)
-            self.held_out = collector_for(validation, True), updater
+            updater = Updater(models.policy, algorithm.validation, once, reference=models.reference)
+            self.validation = _Validation(collector_for(algorithm.validation, True), updater)
+        self.interleaved: Updater | None = None
         if algorithm.interleaved_update is not None:
-            self.aside = Updater(models.policy, algorithm.interleaved_update.algorithm, once, frozen=models.frozen)
+            objective = algorithm.interleaved_update.algorithm
+            self.interleaved = Updater(models.policy, objective, once, reference=models.reference)
 
     @property
     def samples(self) -> bool:
@@ -97,104 +141,135 @@ class Learner:
         return self.algorithm.needs.rollouts
 
     def memory(self) -> Memory:
-        """What it carries before its first step."""
+        """The algorithm's state before its first step."""
         return Memory(self.algorithm.initial_state())
 
-    def collect(self, step: int, place: int) -> Collected:
-        """The trajectories of a step of the run, the same on every rank; `place` is the step's within its stage. Both
-        are counted from 0: prompts and seeds follow the run, gates and schedules the stage."""
-        trajectories, figures = self.collector.collect(step)
-        held_out = None
-        if self._asking(place):
-            held_out, more = self.held_out[0].collect(step, HELD_OUT)
-            figures |= {name: figures.get(name, 0.0) + more[name] for name in more if name.startswith("time/")}
-        return Collected(trajectories, held_out, figures)
+    def collect(self, step: int, step_in_stage: int) -> Collected:
+        """The trajectories of a step, the same on every rank.
+
+        Args:
+            step: of the run, from 0; prompts and seeds follow it.
+            step_in_stage: from 0; gates and schedules follow it.
+        """
+        trajectories, metrics = self.collector.collect(step)
+        if self.validation is None or not self._slope_gates(step_in_stage):
+            return Collected(trajectories, None, metrics)
+        held_out, more = self.validation.collector.collect(step, HELD_OUT)
+        times = {name: metrics.get(name, 0.0) + more[name] for name in more if name.startswith("time/")}
+        return Collected(trajectories, held_out, metrics | times)
 
     def update(
-        self, collected: Collected, step: int, rates: Rates, memory: Memory, watch: Watch = NOTHING
-    ) -> tuple[UpdateReport, dict]:
-        """The step's updates; the report and the figures of everything else that was done."""
-        figures = {f"state/{name}": value for name, value in memory.variables.items()}
-        for gate in self._asking(step):
-            slope = self._slope(gate, collected, step, rates, memory)
-            figures[f"state/{gate.variable}_{UTILITY_SLOPE}"] = slope
-        report = self.updater.update(collected.trajectories, step, rates, memory.variables, watch)
-        if self.algorithm.interleaved_update is not None:
-            norms, above_limit = self._interleaved_update(collected.trajectories, step, rates, memory)
-            figures |= {"interleaved_update/updates": float(len(norms) - norms.count(float("inf")) - above_limit)}
-            figures |= {"interleaved_update/updates_above_limit": float(above_limit)}
-            figures |= {"interleaved_update/remembered": float(len(memory.remembered))}
-            figures |= {"interleaved_update/grad_norm": norms[-1]} if norms else {}
-            skipped = report.skipped + norms.count(float("inf"))
-            report = dataclasses.replace(report, interleaved_norms=norms, skipped=skipped)
-        return report, figures
+        self,
+        collected: Collected,
+        step: int,
+        rates: LearningRates,
+        memory: Memory,
+        diagnostics: Diagnostics = NO_DIAGNOSTICS,
+    ) -> tuple[UpdateReport, dict[str, float]]:
+        """Makes the step's updates, interleaved ones included.
 
-    def remember(self, figures: Mapping[str, float], step: int, memory: Memory) -> None:
-        """Moves the variables on, from the figures of the step that has just ended. A variable one of whose signals is
-        missing or not finite stays as it is: a single overflow must not throw it to its bound."""
+        Args:
+            collected: of the step.
+            step: within the stage, from 0.
+            rates: the step's learning rates.
+            memory: the algorithm's state; examples that wait for an interleaved update are added to it and taken from
+                it.
+            diagnostics: what to measure in the first update.
+
+        Returns:
+            The report of the updates, and the metrics of gates and interleaved updates.
+        """
+        metrics = {f"state/{name}": value for name, value in memory.variables.items()}
+        for gate in self._slope_gates(step):
+            metrics[f"state/{gate.variable}_{UTILITY_SLOPE}"] = self._slope(gate, collected, step, rates, memory)
+        report = self.updater.update(collected.trajectories, step, rates, memory.variables, diagnostics)
+        if self.interleaved is None or self.algorithm.interleaved_update is None:
+            return report, metrics
+        interleaved = self._interleave(
+            self.algorithm.interleaved_update, self.interleaved, collected.trajectories, step, rates, memory
+        )
+        skipped = report.skipped + interleaved.skipped
+        report = dataclasses.replace(report, interleaved_norms=interleaved.norms, skipped=skipped)
+        return report, metrics | interleaved.metrics(len(memory.remembered))
+
+    def remember(self, metrics: Mapping[str, float], step: int, memory: Memory) -> None:
+        """Updates the variables of stateful gates from the metrics of the step that has just ended.
+
+        A variable one of whose signals is missing or not finite keeps its value: a single overflow must not move it to
+        its bound.
+        """
         for name, gate in self.algorithm.stateful.items():
             if not gate.due(step):
                 continue
             names = {want: f"state/{name}_{want}" if want == UTILITY_SLOPE else want for want in gate.wants}
-            signals = {want: figures.get(figure, math.nan) for want, figure in names.items()}
-            lacking = [names[want] for want, value in signals.items() if not math.isfinite(value)]
-            if not lacking:
+            signals = {want: metrics.get(metric, math.nan) for want, metric in names.items()}
+            missing = [names[want] for want, value in signals.items() if not math.isfinite(value)]
+            if not missing:
                 memory.variables[name] = gate.updated(memory.variables[name], signals)
             elif self.models.policy.world.is_main:
                 warnings.warn(
                     f"step {step + 1}: the gate's variable '{name}' stays {memory.variables[name]:g}, because the "
-                    f"figure '{lacking[0]}' has no finite value in this step (names are those of docs/metrics.md)",
+                    f"figure '{missing[0]}' has no finite value in this step (names are those of docs/metrics.md)",
                     stacklevel=2,
                 )
 
-    # Gates that follow a held-out objective.
+    # Gates that follow a validation objective.
 
-    def _asking(self, step: int) -> list[StatefulGate]:
+    def _slope_gates(self, step: int) -> list[StatefulGate]:
+        """The gates that need the slope of the utility in this step."""
         return [g for g in self.algorithm.stateful.values() if UTILITY_SLOPE in g.wants and g.due(step)]
 
-    def _slope(self, gate: StatefulGate, collected: Collected, step: int, rates: Rates, memory: Memory) -> float:
-        """lr·⟨∇L_val, ∂∇L/∂variable⟩: what the utility -L_val gains by the variable through one plain gradient step;
-        NaN where nothing is learned.
+    def _slope(
+        self, gate: StatefulGate, collected: Collected, step: int, rates: LearningRates, memory: Memory
+    ) -> float:
+        """The slope lr·⟨∇L_val, ∂∇L/∂variable⟩ of the utility -L_val; NaN if nothing is learned.
 
-        The derivative of the loss by the variable is a central difference around its value, exact where the loss is
-        affine or quadratic in it. Not between 0 and 1: there a gate may close, and who counts would change.
+        It says how much the utility gains, per unit of the variable, through one plain gradient step. The derivative of
+        the loss by the variable is a central difference around its value, exact where the loss is affine or quadratic
+        in it. It is not taken between 0 and 1, because a gate may close there, and other trajectories would count.
         """
         if rates.policy is None:
             return math.nan
-        updater = self.held_out[1]
-        batch, held_out = self.updater.fill(collected.trajectories, step), updater.fill(collected.held_out, step)
+        assert self.validation is not None and collected.held_out is not None
+        validation = self.validation.updater
+        batch, held_out = self.updater.fill(collected.trajectories, step), validation.fill(collected.held_out, step)
         value = memory.variables[gate.variable]
-        at = [{**memory.variables, gate.variable: value + shift} for shift in (_SHIFT, -_SHIFT)]
-        plans = [self.algorithm.plan(dataclasses.replace(batch.columns, state=state)) for state in at]
-        plan: Plan = updater.algorithm.plan(held_out.columns)
-        if not bool(plan.contributing.any()) or not any(bool(p.contributing.any()) for p in plans):
+        states = [{**memory.variables, gate.variable: value + shift} for shift in (_SHIFT, -_SHIFT)]
+        plans = [self.algorithm.plan(dataclasses.replace(batch.columns, state=state)) for state in states]
+        validation_plan = validation.algorithm.plan(held_out.columns)
+        if not bool(validation_plan.keep.any()) or not any(bool(plan.contributing.any()) for plan in plans):
             return math.nan
-        own = self.updater.gradient(batch, [(0.5 / _SHIFT, plans[0]), (-0.5 / _SHIFT, plans[1])])
-        return rates.policy * self.models.policy.dot(updater.gradient(held_out, [(1.0, plan)]), own)
+        derivative = self.updater.gradient(batch, [(0.5 / _SHIFT, plans[0]), (-0.5 / _SHIFT, plans[1])])
+        return rates.policy * self.models.policy.dot(
+            validation.gradient(held_out, [(1.0, validation_plan)]), derivative
+        )
 
     # Interleaved updates.
 
-    def _interleaved_update(
-        self, trajectories: Sequence[Trajectory], step: int, rates: Rates, memory: Memory
-    ) -> tuple[list[float], int]:
-        """Remembers prompts, and makes the updates that are due; the norm of each, infinite for one that was not
-        finite, and how many were left out for their norm, whose prompts are forgotten all the same."""
-        interleaved_update, norms, above_limit = self.algorithm.interleaved_update, [], 0
+    def _interleave(
+        self,
+        settings: InterleavedUpdate,
+        updater: Updater,
+        trajectories: Sequence[Trajectory],
+        step: int,
+        rates: LearningRates,
+        memory: Memory,
+    ) -> _InterleavedReport:
+        """Remembers prompts whose gate is open, and makes the interleaved updates that are due."""
+        norms: list[float] = []
+        above_limit = 0
         batch = dataclasses.replace(assemble(trajectories, step), state=memory.variables)
-        open_rows = (interleaved_update.gate(interleaved_update.gate.view(batch)) != 0).tolist()
-        prompts = {t.group: t.example for t, is_open in zip(trajectories, open_rows, strict=True) if is_open}
-        memory.remembered += [e for e in prompts.values() if self.examples[e].demonstrations]
-        while rates.policy is not None and len(memory.remembered) >= interleaved_update.size:
-            chosen, memory.remembered = (
-                memory.remembered[: interleaved_update.size],
-                memory.remembered[interleaved_update.size :],
-            )
-            if interleaved_update.own_optimizer:
-                self.models.policy.use_optimizer(_INTERLUDE)
+        open_rows = (settings.gate(settings.gate.view(batch)) != 0).tolist()
+        examples = {t.group: t.example for t, is_open in zip(trajectories, open_rows, strict=True) if is_open}
+        memory.remembered += [example for example in examples.values() if self.examples[example].demonstrations]
+        while rates.policy is not None and len(memory.remembered) >= settings.size:
+            chosen, memory.remembered = memory.remembered[: settings.size], memory.remembered[settings.size :]
+            if settings.own_optimizer:
+                self.models.policy.use_optimizer(_INTERLEAVED)
             demonstrations = self.collector.demonstrations(chosen, step)
-            report = self.aside.update(demonstrations, step, Rates(rates.policy * interleaved_update.lr_factor))
-            if interleaved_update.own_optimizer:
+            report = updater.update(demonstrations, step, LearningRates(rates.policy * settings.lr_factor))
+            if settings.own_optimizer:
                 self.models.policy.use_optimizer("main")
             norms += report.grad_norms
             above_limit += report.above_limit
-        return norms, above_limit
+        return _InterleavedReport(norms, above_limit)

@@ -1,30 +1,42 @@
-"""The split of a batch into micro-batches by a token budget, even over micro-batches and ranks."""
+"""Micro-batches: their assignment to ranks under a token budget, and one of them on its way through the model."""
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
-from upge.train.packing import WORTH_SHARING, packed_length
+from upge.algorithm import Algorithm
+from upge.logprobs import Coefficients
+from upge.train.packed_policy import Objective
+from upge.train.packing import WORTH_SHARING, PackedBatch, packed_length
+from upge.trajectories import Trajectories
+from upge.views import PackedTokens, TokenView
 
-#: With several ranks the responses to a prompt are cut into parts of at most this share of a rank's work, so that what
-#: stays together does not decide who waits.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: With several ranks the responses to a prompt are divided into parts of at most this share of a rank's work, so that
+#: one large group does not keep the other ranks waiting.
 _PART_OF_A_RANK = 1 / 4
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a trajectory takes.
+    """The work of one trajectory.
 
     Attributes:
         tokens: of its packed sequence, prompt included.
-        prompt: anything that tells its prompt from others; None for one that is not computed in common.
-        prompt_tokens: those of `tokens` that trajectories with the same prompt in one micro-batch have in common.
-        extra: its cost beyond its tokens, in tokens: attention, and the output head.
+        prompt: identifies its prompt; None if the prompt is not shared.
+        prompt_tokens: those of `tokens` that trajectories with the same prompt share in a micro-batch.
+        extra: cost of attention and the output head, in tokens.
     """
 
     tokens: int
@@ -35,7 +47,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a model's parts cost beside the layers' products, whose cost for one token is 1.
+    """The cost of a model's parts, relative to the matrix products of its layers for one token.
 
     Attributes:
         response: the output head, for each response token.
@@ -46,17 +58,17 @@ class Costs:
     pair: float
 
     @classmethod
-    def of(cls, network: nn.Module) -> Costs:
-        """Of a Hugging Face causal LM, from its configuration; partitioned or not."""
+    def of(cls, network: PreTrainedModel) -> Costs:
+        """The costs of a Hugging Face causal LM, partitioned or not, from its configuration."""
         config, trunk = network.config.get_text_config(), network.base_model
         embedding = config.vocab_size * config.hidden_size
         inner = max(1, sum(getattr(p, "ds_numel", p.numel()) for p in trunk.parameters()) - embedding)
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        # Twice as many operations as weights in a product; as many as that for a pair's score and its share in the sum.
+        # A product takes two operations per weight. A pair takes as many per entry, for its score and for the sum.
         return cls(embedding / inner, 2 * config.num_hidden_layers * config.num_attention_heads * size / inner)
 
     def work(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Work:
-        """What a trajectory takes."""
+        """The work of a trajectory."""
         tokens = packed_length(prompt_ids, response_ids)
         extra = self.response * len(response_ids) + self.pair * tokens * tokens / 2
         return Work(tokens, tuple(prompt_ids), len(prompt_ids), extra)
@@ -64,10 +76,17 @@ class Costs:
 
 @dataclass
 class _Bin:
-    """Trajectories that stay together, and what they take: `apart` is the tokens of all sequences, `saved` those of
-    prompts in common that need not be computed again."""
+    """Trajectories that stay in one micro-batch, and their work.
 
-    apart: int = 0
+    Attributes:
+        sequence_tokens: of all sequences, each with its own prompt.
+        saved: those of shared prompts that need not be computed again.
+        extra: cost of attention and the output head, in tokens.
+        prompts: of the trajectories.
+        members: indices of the trajectories.
+    """
+
+    sequence_tokens: int = 0
     saved: int = 0
     extra: float = 0.0
     prompts: set[Hashable] = field(default_factory=set)
@@ -75,8 +94,9 @@ class _Bin:
 
     @property
     def tokens(self) -> int:
-        """As many as `pack` makes of them, which shares prompts only where that is worth it."""
-        return self.apart - self.saved if self.saved >= WORTH_SHARING * self.apart else self.apart
+        """Length of the row that `pack` makes of them; it shares prompts only where that saves enough."""
+        shares = self.saved >= WORTH_SHARING * self.sequence_tokens
+        return self.sequence_tokens - self.saved if shares else self.sequence_tokens
 
     @property
     def cost(self) -> float:
@@ -86,28 +106,28 @@ class _Bin:
         """Both together."""
         saved = self.saved + other.saved + sum(prompt_tokens(p) for p in self.prompts & other.prompts)
         prompts, members = self.prompts | other.prompts, self.members + other.members
-        return _Bin(self.apart + other.apart, saved, self.extra + other.extra, prompts, members)
+        return _Bin(self.sequence_tokens + other.sequence_tokens, saved, self.extra + other.extra, prompts, members)
 
 
 def distribute(
     works: Sequence[Work], ranks: int, token_budget: int, blocks: Sequence[int] | None = None
 ) -> list[list[list[int]]]:
-    """Which trajectories each rank runs in each of its micro-batches; the same on every rank that asks.
+    """Assigns trajectories to the micro-batches of each rank; every rank computes the same assignment.
 
-    Each trajectory occurs once. Trajectories of one block stay in one micro-batch, and those with a prompt in common as
-    far as it goes. A block longer than the budget has a micro-batch of its own. All ranks get the same number of
-    micro-batches (some may be empty), because ZeRO-3's collectives must match; those that run at the same time cost
-    about as much as each other.
+    Each trajectory occurs once. Trajectories of one block stay in one micro-batch, and trajectories with the same
+    prompt stay together as far as possible. A block longer than the budget gets a micro-batch of its own. All ranks get
+    the same number of micro-batches (some may be empty), because ZeRO-3's collectives must match. Micro-batches that
+    run at the same time have about the same cost.
 
     Args:
-        works: what each trajectory takes.
+        works: the work of each trajectory.
         ranks: number of processes.
-        token_budget: most tokens of a micro-batch.
-        blocks: for each trajectory the block it belongs to (its group, where a part's reach demands the whole group);
-            None = there are none.
+        token_budget: maximum tokens of a micro-batch.
+        blocks: for each trajectory the block that it belongs to, such as its group where a part reads whole groups;
+            None if every trajectory may be alone.
 
     Returns:
-        For each rank a list of micro-batches, each a rising list of indices into `works`.
+        For each rank a list of micro-batches, each an ascending list of indices into `works`.
 
     Raises:
         ValueError: a budget or a number of ranks below 1, or `blocks` of another size than `works`.
@@ -116,22 +136,24 @@ def distribute(
         raise ValueError(f"token_budget and ranks must be at least 1, got {token_budget} and {ranks}")
     if blocks is not None and len(blocks) != len(works):
         raise ValueError(f"blocks names {len(blocks)} trajectories and works {len(works)}; give one block for each")
-    cut = _Cut(works, ranks, token_budget)
-    units = sorted(cut.units(blocks), key=lambda unit: -unit.cost)
-    fitted = cut.first_fit(units)
+    partition = _Partition(works, ranks, token_budget)
+    units = sorted(partition.units(blocks), key=lambda unit: -unit.cost)
+    fitted = partition.first_fit(units)
     slots = math.ceil(len(fitted) / ranks) * ranks
-    bins = cut.even(units, slots) or fitted + [_Bin() for _ in range(slots - len(fitted))]
+    bins = partition.even(units, slots) or fitted + [_Bin() for _ in range(slots - len(fitted))]
     bins = sorted(bins, key=lambda one: (-one.cost, one.members))
     plan: list[list[list[int]]] = [[] for _ in range(ranks)]
     for turn, first in enumerate(range(0, slots, ranks)):
         together = bins[first : first + ranks]
-        # Turning the order round each time keeps the rank with the longest micro-batch from being always the same.
+        # Reversing the order each time keeps one rank from always getting the longest micro-batch.
         for rank, one in enumerate(together if turn % 2 == 0 else together[::-1]):
             plan[rank].append(sorted(one.members))
     return plan
 
 
-class _Cut:
+class _Partition:
+    """The assignment of trajectories to micro-batches under a token budget."""
+
     def __init__(self, works: Sequence[Work], ranks: int, token_budget: int) -> None:
         self.works, self.budget = works, token_budget
         share = _PART_OF_A_RANK * sum(w.tokens + w.extra for w in works) / ranks
@@ -139,7 +161,7 @@ class _Cut:
         self._prompts = {w.prompt: w.prompt_tokens for w in works if w.prompt is not None}
 
     def units(self, blocks: Sequence[int] | None) -> list[_Bin]:
-        """What stays together, in order of first appearance: blocks, else parts of what has a prompt in common."""
+        """What stays together, in order of first appearance: blocks, or parts of groups with the same prompt."""
         families: dict[Hashable, list[_Bin]] = {}
         for index, work in enumerate(self.works):
             name = (index, "alone") if work.prompt is None else work.prompt
@@ -148,7 +170,7 @@ class _Cut:
         return [part for family in families.values() for part in self._parts(family, blocks is not None)]
 
     def _parts(self, family: list[_Bin], whole: bool) -> list[_Bin]:
-        """A family in as few parts as may be."""
+        """The family in as few parts as the limits allow; a single one if it must stay `whole`."""
         parts = family[:1]
         for one in family[1:]:
             joined = self._join(parts[-1], one)
@@ -184,3 +206,71 @@ class _Cut:
 
     def _join(self, one: _Bin, other: _Bin) -> _Bin:
         return one.with_others(other, self._prompts.__getitem__)
+
+
+class MicroBatch:
+    """Some trajectories of a planned batch, as columns and as a packed row, both on the model's device.
+
+    Args:
+        columns: of the whole batch, without log-probs of the current policy.
+        rows: which trajectories of the batch.
+        packed: the same trajectories, in this order, as the model reads them.
+    """
+
+    def __init__(self, columns: Trajectories, rows: Sequence[int], packed: PackedBatch) -> None:
+        self.packed = packed
+        self.columns = _moved(columns.select(torch.tensor(rows, dtype=torch.long)), packed.targets.device)
+        self.tokens: PackedTokens = self.columns.at(packed.rows, packed.columns)
+
+    def objective(self, algorithm: Algorithm, loss_of: Callable[[TokenView], Tensor]) -> Objective:
+        """The objective of the output head for a loss that is a sum over tokens of the algorithm's estimates.
+
+        The head asks an algorithm that takes chunks for the loss of one chunk of tokens after another, and any other
+        algorithm for the loss of the whole micro-batch.
+
+        Args:
+            algorithm: says whether it takes chunks and whether its gradient flows through entropies.
+            loss_of: the scalar loss of some tokens, or of the padded micro-batch.
+        """
+        in_chunks, through_entropies = algorithm.takes_chunks, algorithm.has_entropy_gradient
+
+        def coefficients(logprobs: Tensor, entropies: Tensor, chunk: slice) -> Coefficients:
+            leaves = [logprobs.detach().requires_grad_(), entropies.detach().requires_grad_()]
+            with torch.enable_grad():
+                view = self.tokens.chunk(chunk, *leaves) if in_chunks else self._padded(*leaves)
+                loss = nan_if_nonfinite(loss_of(view))
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+            # A loss need not depend on both.
+            by_logprobs, by_entropies = (
+                torch.zeros_like(leaf) if gradient is None else gradient
+                for leaf, gradient in zip(leaves, gradients, strict=True)
+            )
+            return Coefficients(loss.detach(), by_logprobs, by_entropies if through_entropies else None)
+
+        return Objective(coefficients, through_entropies, not in_chunks)
+
+    def with_forward(self, logprobs: Tensor, entropies: Tensor) -> PackedTokens:
+        """All n tokens with the log-probs [n] and entropies [n] of the forward pass."""
+        return self.tokens.chunk(slice(None), logprobs, entropies)
+
+    @property
+    def of_rollouts(self) -> Bool[Tensor, "n"]:
+        """[n] True on tokens of rollouts."""
+        return ~self.columns.is_demonstration[self.packed.rows]
+
+    def _padded(self, logprobs: Tensor, entropies: Tensor) -> Trajectories:
+        padded = {"logprobs": self.packed.pad(logprobs), "entropies": self.packed.pad(entropies)}
+        return dataclasses.replace(self.columns, **padded)
+
+
+def nan_if_nonfinite(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """The loss, or NaN if it is not finite, so that the gradient norm that all ranks share is not finite either."""
+    return loss if bool(torch.isfinite(loss.detach())) else loss * float("nan")
+
+
+def _moved(columns: Trajectories, device: torch.device) -> Trajectories:
+    """The same trajectories with all columns on `device`."""
+    if columns.response_mask.device == device:
+        return columns
+    by_name = {f.name: getattr(columns, f.name) for f in dataclasses.fields(columns)}
+    return dataclasses.replace(columns, **{n: c.to(device) for n, c in by_name.items() if isinstance(c, Tensor)})

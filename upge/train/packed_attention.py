@@ -1,16 +1,17 @@
-"""Runs a packed row through a Hugging Face causal LM so that no sequence sees another.
+"""Attention over a packed row in a Hugging Face causal LM: no sequence attends to another.
 
-The lengths travel as keyword arguments from the trunk's forward to the attention function, under the names that
-transformers gives them for its own variable-length kernels, plus `sequence_lengths`, the same as plain numbers, and
-`sharing`, where prompts stand in the row once.
-On CPU, and on CUDA for float32, attention is a loop of causal SDPA over runs of equal length. On CUDA in half precision
-it is torch.nn.attention.varlen.
+The sequence lengths are passed as keyword arguments from the trunk's forward to the attention function. Their names are
+those of transformers' own variable-length kernels, plus `sequence_lengths`, the lengths as plain numbers, and
+`sharing`, if shared prompts occur in the row once.
+
+On CPU, and on CUDA in float32, attention is a loop of causal SDPA over runs of sequences of equal length. On CUDA in
+half precision it is torch.nn.attention.varlen.
 """
 
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,14 @@ from torch import Tensor, nn
 from upge.errors import ModelError
 from upge.train.packing import Sharing
 
-#: The name under which transformers knows this attention.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: The name under which this attention is registered in transformers.
 IMPLEMENTATION = "upge_packed"
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-#: Settings with which a model's logits are not W h + b, and the value (besides None) at which they still are.
+#: Settings that change a model's logits W h + b, and the value (besides None) at which they do not.
 _LOGIT_SETTINGS = {
     "final_logit_softcapping": None,
     "output_logits_soft_cap": None,
@@ -36,12 +40,12 @@ _LOGIT_SETTINGS = {
 }
 #: Arguments of an attention function that change its scores in ways not supported here.
 _SCORE_ARGUMENTS = ("softcap", "s_aux", "position_bias")
-#: The largest size of a head that the variable-length kernel takes.
+#: The largest head size that the variable-length kernel supports.
 _VARLEN_HEAD_LIMIT = 256
 
 
-def prepare(model: nn.Module) -> None:
-    """Makes a causal LM run packed rows, in place, and without chance; its trunk alone does too from then on.
+def prepare(model: PreTrainedModel) -> None:
+    """Makes a causal LM and its trunk run packed rows, in place, and turns dropout off.
 
     Raises:
         ModelError: an architecture whose attention or logits cannot be reproduced here.
@@ -53,7 +57,7 @@ def prepare(model: nn.Module) -> None:
 
 
 def _without_dropout(model: nn.Module) -> None:
-    """Log-probs must not depend on chance, nor on the cut into micro-batches."""
+    """Turns dropout off: log-probs must be deterministic and independent of the micro-batches."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -63,7 +67,7 @@ def _without_dropout(model: nn.Module) -> None:
 
 
 def register() -> None:
-    """Make this attention known to transformers. Its mask is None: the lengths say which token may see which."""
+    """Registers this attention in transformers. Its mask is None, because the lengths determine what is masked."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -71,8 +75,12 @@ def register() -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
 
 
-def check_supported(model: nn.Module) -> None:
-    """Raise ModelError unless the model is a decoder whose attention can be replaced and whose logits are W h + b."""
+def check_supported(model: PreTrainedModel) -> None:
+    """Checks that the model is a decoder whose attention can be replaced and whose logits are W h + b.
+
+    Raises:
+        ModelError: it is not.
+    """
     config = model.config
     kind = f"model type '{config.model_type}'"
     if getattr(config, "is_encoder_decoder", False):
@@ -114,20 +122,21 @@ def packed_attention(
     max_length_q: int | None = None,
     **others: Any,
 ) -> tuple[Float[Tensor, "1 N heads size"], None]:
-    """Causal attention inside each of the row's sequences, with transformers' signature for attention functions.
+    """Causal attention within each sequence of the row, with transformers' signature for attention functions.
 
     Raises:
-        ModelError: no lengths came with the call, or the layer asks for something that is not supported.
+        ModelError: the call has no lengths, or the layer needs something that is not supported.
     """
     if sharing is not None:
         query, key, value = (sharing.spread(x) for x in (query, key, value))
-    _check_call(module, query, attention_mask, dropout, sliding_window, sequence_lengths, others)
+    lengths = _checked_lengths(module, query, attention_mask, dropout, sliding_window, sequence_lengths, others)
     if max_length_q is not None and sliding_window is not None and max_length_q <= sliding_window:
         sliding_window = None
     if _varlen_takes(query, value):
+        assert cu_seq_lens_q is not None and max_length_q is not None
         output = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
     else:
-        output = _loop(query, key, value, sequence_lengths, scaling, sliding_window)
+        output = _loop(query, key, value, lengths, scaling, sliding_window)
     return output if sharing is None else sharing.gathered(output), None
 
 
@@ -141,9 +150,9 @@ def _loop(
 ) -> Tensor:
     runs = [(length, len(list(same))) for length, same in groupby(lengths)]
     sizes = [length * count for length, count in runs]
-    # One split and one cat: with a slice per run autograd would build a gradient of the whole row for each run.
+    # One split and one cat: with a slice per run, autograd would allocate a gradient of the whole row for each run.
     parts = zip(runs, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
-    outputs = [_run_of_equal_length(*run, *part, scaling, sliding_window) for run, *part in parts]
+    outputs = [_run_of_equal_length(*run, q, k, v, scaling, sliding_window) for run, q, k, v in parts]
     return torch.cat(outputs, dim=1)
 
 
@@ -156,13 +165,13 @@ def _run_of_equal_length(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """Causal SDPA of `count` neighbours as a batch: [1, heads, count·length, ·] → [1, count·length, heads, ·]."""
+    """Causal SDPA of `count` adjacent sequences at once, [1, heads, count·length, ·] → [1, count·length, heads, ·]."""
     query, key, value = (x.unflatten(2, (count, length))[0].transpose(0, 1) for x in (query, key, value))
     window = None
     if sliding_window is not None and length > sliding_window:
         places = torch.arange(length, device=query.device)
-        behind = places[:, None] - places
-        window = (behind >= 0) & (behind < sliding_window)
+        distance = places[:, None] - places
+        window = (distance >= 0) & (distance < sliding_window)
     output = F.scaled_dot_product_attention(
         query,
         key,
@@ -189,10 +198,10 @@ def _varlen(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """The CUDA kernel for sequences of many lengths."""
+    """The CUDA kernel for sequences of different lengths."""
     from torch.nn.attention.varlen import varlen_attn
 
-    behind = -1 if sliding_window is None else sliding_window - 1
+    left = -1 if sliding_window is None else sliding_window - 1
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     output = varlen_attn(
         query,
@@ -203,13 +212,13 @@ def _varlen(
         longest,
         longest,
         scale=scaling,
-        window_size=(behind, 0),
+        window_size=(left, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return output[None]
+    return cast(Tensor, output)[None]
 
 
-def _check_call(
+def _checked_lengths(
     module: nn.Module,
     query: Tensor,
     attention_mask: Tensor | None,
@@ -217,7 +226,8 @@ def _check_call(
     sliding_window: int | None,
     sequence_lengths: tuple[int, ...] | None,
     others: dict[str, Any],
-) -> None:
+) -> tuple[int, ...]:
+    """The sequence lengths of a call that is supported."""
     name = type(module).__name__
     if sequence_lengths is None:
         raise ModelError(
@@ -232,9 +242,11 @@ def _check_call(
     asked = [key for key in _SCORE_ARGUMENTS if others.get(key) is not None]
     if asked:
         raise ModelError(f"{name} changes its attention scores ({', '.join(asked)}); choose a model without that")
-    layer_types = getattr(module.config, "layer_types", None)
-    if layer_types and layer_types[module.layer_idx] == "sliding_attention" and sliding_window is None:
+    layer: Any = module  # of some architecture
+    layer_types = getattr(layer.config, "layer_types", None)
+    if layer_types and layer_types[layer.layer_idx] == "sliding_attention" and sliding_window is None:
         raise ModelError(f"{name} has a sliding window that does not reach its attention; choose a model without it")
+    return sequence_lengths
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

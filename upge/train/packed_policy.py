@@ -1,8 +1,8 @@
-"""A Hugging Face causal LM over packed rows: log-probs, or a loss whose gradient the head makes on the way."""
+"""A Hugging Face causal LM over packed rows: log-probs, or a loss whose gradient the head computes on the way."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,9 +11,12 @@ from upge.logprobs import CoefficientFunction, token_logprobs, token_loss
 from upge.train.packed_attention import prepare
 from upge.train.packing import PackedBatch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class Objective(NamedTuple):
-    """A loss for the head, so that it makes its gradient on the way; fields as for `upge.logprobs.token_loss`."""
+    """A loss whose gradient the head computes on the way; the fields are those of `upge.logprobs.token_loss`."""
 
     coefficients: CoefficientFunction
     entropy_gradient: bool = False
@@ -21,10 +24,14 @@ class Objective(NamedTuple):
 
 
 class LogprobHead(nn.Module):
-    """Hidden states → log-probs with another module's output embedding, which is not made a submodule of this one.
+    """Hidden states → log-probs with another module's output embedding, which does not become a submodule of this one.
 
-    Under ZeRO-3 this module is what the output embedding is gathered for: reading the parameter in its forward makes
-    it an external parameter of this module, gathered again before the head's backward and released right after it.
+    Under ZeRO-3 the output embedding is gathered for this module: reading the parameter in its forward makes it an
+    external parameter of the module, which is gathered again before the head's backward and released right after.
+
+    Args:
+        output: the output embedding.
+        chunk_size: tokens whose logits exist at the same time; default by device and vocabulary.
     """
 
     def __init__(self, output: nn.Module, chunk_size: int | None = None) -> None:
@@ -39,11 +46,13 @@ class LogprobHead(nn.Module):
         temperature: float = 1.0,
         entropy: bool = False,
         objective: Objective | None = None,
-    ) -> tuple[Tensor, ...]:
-        """(logprobs [n], entropies [n] or None) as `upge.logprobs.token_logprobs` gives them; with an objective
-        (loss, logprobs [n], entropies [n]) of `token_loss`."""
-        output = self._output[0]
-        common = {
+    ) -> tuple[Tensor | None, ...]:
+        """The result of `upge.logprobs.token_logprobs`, (logprobs [n], entropies [n] or None).
+
+        With an objective, the result of `token_loss`: (loss, logprobs [n], entropies [n]).
+        """
+        output: Any = self._output[0]  # a linear layer of some kind
+        common: dict[str, Any] = {
             "bias": getattr(output, "bias", None),
             "temperature": temperature,
             "chunk_size": self.chunk_size,
@@ -56,8 +65,8 @@ class LogprobHead(nn.Module):
 class PackedPolicy(nn.Module):
     """A Hugging Face causal LM that maps a packed batch to the log-probs of its response tokens.
 
-    The model is kept as `self.model`, so its parameters are named "model." + their Hugging Face names. Its attention
-    implementation is replaced, in place: from then on the model runs packed rows only, and refuses anything else.
+    The model is `self.model`, so its parameters are named "model." + their Hugging Face names. Its attention is
+    replaced in place: from then on the model runs packed rows only and raises ModelError for anything else.
 
     Args:
         model: the causal LM, on any device, before or after DeepSpeed has partitioned it.
@@ -67,26 +76,26 @@ class PackedPolicy(nn.Module):
         ModelError: an architecture whose attention or logits cannot be reproduced here.
     """
 
-    def __init__(self, model: nn.Module, chunk_size: int | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, chunk_size: int | None = None) -> None:
         super().__init__()
         prepare(model)
         self.model = model
-        self.head = LogprobHead(model.get_output_embeddings(), chunk_size)
+        self.head = LogprobHead(cast(nn.Module, model.get_output_embeddings()), chunk_size)
 
     def forward(
         self, batch: PackedBatch, temperature: float = 1.0, entropy: bool = False, objective: Objective | None = None
-    ) -> tuple[Tensor, ...]:
-        """Log-probs [n] of the response tokens in packed order (`batch.pad` makes [B, T]) and entropies [n] or None;
-        with an objective (loss, logprobs, entropies), of which the loss alone carries a gradient.
+    ) -> tuple[Tensor | None, ...]:
+        """Log-probs [n] of the response tokens in packed order (`batch.pad` makes [B, T]), and entropies [n] or None.
 
-        A batch without response tokens gives results that are still connected to every parameter.
+        With an objective (loss, logprobs, entropies), of which only the loss carries a gradient. The results of a batch
+        without response tokens are still connected to every parameter.
         """
         hidden = predicting_states(self.model.base_model, batch)
         return self.head(hidden, batch.targets, temperature, entropy, objective)
 
 
 def predicting_states(trunk: nn.Module, batch: PackedBatch) -> Float[Tensor, "n D"]:
-    """The trunk's last hidden state in front of each response token [n, D]: the one that predicts it."""
+    """The trunk's last hidden state before each response token, [n, D]: the one that predicts the token."""
     longest = max(batch.lengths)
     output = trunk(
         input_ids=batch.input_ids,

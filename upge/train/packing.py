@@ -1,9 +1,9 @@
-"""Trajectories of many lengths in one row without padding, with prompts in common computed once.
+"""Trajectories of different lengths in one row without padding, with shared prompts computed once.
 
-A packed row holds the sequences (prompt + response) one after another. The last response token is left out of it: the
-hidden state there predicts nothing that is asked for. A prompt that several responses follow stands in the row once:
-what the model makes of it does not depend on what comes after. Legend: B trajectories, S sequences, N packed tokens,
-n response tokens of all trajectories, T the longest response.
+A packed row holds the sequences (prompt + response) one after another, each without its last response token, because
+the hidden state there predicts nothing that is needed. A prompt with several responses occurs in the row once: its
+hidden states do not depend on what follows. Legend: B trajectories, S sequences, N packed tokens, n response tokens of
+all trajectories, T the longest response.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-#: Prompts in common are computed once where that saves at least this share of the tokens: attention copies keys and
-#: values of a prompt for each response, which costs about as much as a few tokens' work in a very small model.
+#: Shared prompts are computed once if that saves at least this share of the tokens: attention copies a prompt's keys
+#: and values for each response, which in a very small model costs about as much as a few tokens.
 WORTH_SHARING = 1 / 16
 
 
 class Sharing(NamedTuple):
-    """How the sequences are made of the segments of a row in which prompts stand once.
+    """How sequences are composed of the segments of a row in which shared prompts occur once.
 
     Attributes:
-        segments: tokens of each segment of the row, in order: a prompt in common, a response to one, or a sequence.
-        order: the segments that the sequences consist of, sequence after sequence; a prompt in common occurs in each
-            of its sequences, every other segment once, and in the row the segments stand by their first occurrence.
+        segments: tokens of each segment of the row, in order: a shared prompt, a response to one, or a whole sequence.
+        order: the segments of the sequences, sequence after sequence. A shared prompt occurs in each of its sequences,
+            every other segment once. The row has the segments in the order of their first occurrence.
     """
 
     segments: tuple[int, ...]
@@ -41,7 +41,7 @@ class Sharing(NamedTuple):
         return torch.cat([parts[i] for i in self.order], dim=2)
 
     def gathered(self, sequences: Float[Tensor, "1 M heads size"]) -> Float[Tensor, "1 N heads size"]:
-        """The row again: of each prompt's copies, which are all alike, the first."""
+        """The reverse of `spread`: of each prompt's copies, which are equal, the first."""
         parts = sequences.split([self.segments[i] for i in self.order], dim=1)
         first = dict(reversed(list(zip(self.order, parts, strict=True))))
         return torch.cat([first[i] for i in range(len(self.segments))], dim=1)
@@ -49,19 +49,19 @@ class Sharing(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """B trajectories as one row. Sequences stand by falling length, so that equal lengths are neighbours.
+    """B trajectories as one row, in order of descending length, so that sequences of equal length are adjacent.
 
     Attributes:
         input_ids: [1, N] tokens.
-        position_ids: [1, N] place of each token in its own sequence, from 0.
-        cu_seqlens: [S + 1] int32, where each sequence starts if they stand one after another; the last entry ends all.
-        lengths: the S lengths as plain numbers, known without a read from the device.
+        position_ids: [1, N] position of each token in its own sequence, from 0.
+        cu_seqlens: [S + 1] int32, the cumulative lengths of the sequences, from 0.
+        lengths: the S lengths as plain numbers, known without a device synchronization.
         predictors: [n] index in the row of the hidden state that predicts each response token.
         targets: [n] the response tokens.
         rows: [n] the trajectory that each response token belongs to, as numbered in the call of `pack`.
-        columns: [n] its place in the response, from 0.
+        columns: [n] its position in the response, from 0.
         shape: (B, T) of the padded form.
-        sharing: how sequences share prompts; None where each stands in the row whole.
+        sharing: how sequences share prompts; None if the row holds every sequence whole.
     """
 
     input_ids: Int[Tensor, "1 N"]
@@ -85,7 +85,7 @@ class PackedBatch:
         return values.new_full(self.shape, fill).index_put((self.rows, self.columns), values)
 
     def unpad(self, padded: Float[Tensor, "B T"]) -> Float[Tensor, "n"]:
-        """The reverse of `pad`: the entries of [B, T] that stand for response tokens, in packed order."""
+        """The reverse of `pad`: the entries of [B, T] on response tokens, in packed order."""
         return padded[self.rows, self.columns]
 
     @property
@@ -95,7 +95,7 @@ class PackedBatch:
 
 
 def packed_length(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> int:
-    """Tokens that a trajectory takes in a packed row: prompt and response without the last response token."""
+    """Tokens of a trajectory in a packed row: prompt and response without the last response token."""
     return len(prompt_ids) + max(len(response_ids) - 1, 0)
 
 
@@ -104,13 +104,15 @@ def pack(
     device: torch.device | str = "cpu",
     share: bool = True,
 ) -> PackedBatch:
-    """Pack (prompt_ids, response_ids) pairs into one row.
+    """Packs (prompt_ids, response_ids) pairs into one row.
 
-    No trajectories at all give a row of one token that predicts nothing (B = T = n = 0): a rank without work for a
-    micro-batch runs it forward and backward with a loss of zero, because ZeRO-3's collectives need every rank.
+    Without trajectories the row is one token that predicts nothing (B = T = n = 0). Ranks without work run it forward
+    and backward with a loss of zero, because ZeRO-3's collectives need every rank.
 
     Args:
-        share: let prompts in common stand once, where that saves enough.
+        trajectories: the pairs; an empty response is allowed.
+        device: of the result.
+        share: let shared prompts occur once, if that saves enough.
 
     Raises:
         ValueError: a prompt without tokens, whose first response token nothing could predict.
@@ -136,7 +138,7 @@ def pack(
 
 
 class _Row:
-    """A packed row in the making."""
+    """A packed row that sequences are added to."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -150,7 +152,7 @@ class _Row:
         self.start: dict[tuple[int, ...], tuple[int, int]] = {}
 
     def add(self, tokens: Sequence[int], place: int) -> int:
-        """A new segment whose first token has the given place in its sequence; returns where it starts in the row."""
+        """Adds a segment whose first token has the given position in its sequence; returns its start in the row."""
         start = len(self.tokens)
         self.tokens.extend(tokens)
         self.places.extend(range(place, place + len(tokens)))
@@ -159,7 +161,7 @@ class _Row:
         return start
 
     def sequence(self, index: int, prompt: tuple[int, ...], response: Sequence[int], common: bool) -> None:
-        """A trajectory; of a prompt in common that is there already its response alone."""
+        """Adds a trajectory, without its prompt if that is a shared one that the row already has."""
         if not common:
             last = self.add([*prompt, *response[:-1]], 0) + len(prompt) - 1
             following = last + 1
@@ -176,7 +178,7 @@ class _Row:
         self.columns.extend(range(len(response)))
 
     def batch(self, shape: tuple[int, int], lengths: list[int], device: torch.device | str) -> PackedBatch:
-        """All of it as tensors on the device; `lengths` are those of the sequences, in order."""
+        """The row as tensors on the device; `lengths` are those of the sequences, in order."""
 
         def whole(numbers: list[int]) -> Tensor:
             return torch.tensor(numbers, dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""The training loop: collect, update, refresh the sampler, measure, save."""
+"""The training loop: collect, update, refresh the sampler, evaluate, save."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -14,19 +15,17 @@ import torch
 from upge.algorithm import Algorithm
 from upge.data import Example, Prompting
 from upge.pipeline import Pipeline, Span
-from upge.rollout import Sampler
+from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.collect import Collector
 from upge.train.config import RunConfig
 from upge.train.distributed import World
-from upge.train.evaluate import evaluate
 from upge.train.folder import RunFolder
-from upge.train.journal import Journal
 from upge.train.learner import Learner, Memory, Models
-from upge.train.order import stream_seed
-from upge.train.rates import rates_of
-from upge.train.tally import Tally, UpdateReport, rollout_metrics, step_metrics
-from upge.train.verified import Responder
-from upge.verify import VerifierPool
+from upge.train.lr_schedule import learning_rates
+from upge.train.metrics import MetricSums, UpdateReport, rollout_metrics, step_metrics
+from upge.train.prompt_order import stream_seed
+from upge.train.recorder import Recorder
+from upge.train.weight_sync import WeightSync
 
 #: Exit codes of a run that has begun.
 DONE, NOT_FINITE = 0, 3
@@ -34,7 +33,14 @@ DONE, NOT_FINITE = 0, 3
 
 @dataclass
 class State:
-    """What a checkpoint holds besides weights and optimizer. All randomness follows from the seed and the step."""
+    """What a checkpoint holds in addition to weights and optimizer. All randomness follows from the seed and the step.
+
+    Attributes:
+        step: training steps so far.
+        skipped: updates so far whose gradient was not finite.
+        skipped_in_a_row: for each kind of update, those of them since the last finite one.
+        memory: of the stage's algorithm; None before its first step.
+    """
 
     step: int = 0
     skipped: int = 0
@@ -44,17 +50,30 @@ class State:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of; each is usable alone."""
+    """The parts of a run; each can be used alone.
+
+    Attributes:
+        config: every setting.
+        algorithm: or a pipeline of several.
+        train: the training set.
+        weights: the share of the prompts that each source of a mixture gets; empty without a mixture.
+        prompting: tokenizer, template and stop tokens.
+        models: the policy, and a critic and a reference policy if the algorithm needs them.
+        sampler: samples and verifies.
+        evaluate: measures the accuracy of the sampler's weights: `upge.evaluation.evaluator.training_accuracy`. All
+            ranks call it, and it returns the same on each.
+        folder: of the run.
+        world: of the run.
+    """
 
     config: RunConfig
     algorithm: Algorithm | Pipeline
     train: Sequence[Example]
-    evaluation: Sequence[Example]
     weights: Mapping[str, float]
     prompting: Prompting
     models: Models
-    sampler: Sampler
-    pool: VerifierPool
+    sampler: VerifiedSampler
+    evaluate: Callable[[], Mapping[str, Any]]
     folder: RunFolder
     world: World
 
@@ -71,22 +90,23 @@ class Trainer:
     def __init__(
         self,
         parts: Parts,
-        report_step: Callable[[dict], None] = lambda metrics: None,
-        report_evaluation: Callable[[dict], None] = lambda line: None,
+        report_step: Callable[[dict[str, float]], None] = lambda metrics: None,
+        report_evaluation: Callable[[dict[str, Any]], None] = lambda line: None,
     ) -> None:
         self.parts, self.report_step, self.report_evaluation = parts, report_step, report_evaluation
         self.spans = [s for s in Pipeline.of(parts.algorithm).spans(parts.config.steps) if s.end > s.first]
-        self.responder = Responder(parts.sampler, parts.pool, parts.prompting)
-        self.journal = Journal(parts.config, parts.train, parts.prompting, parts.folder)
+        self.recorder = Recorder(parts.config, parts.train, parts.prompting, parts.folder)
         self.learners = [self._learner(span) for span in self.spans]
+        self.sync = WeightSync(parts.sampler.engine, parts.models.policy)
         self.state = State()
-        self.sampler_is_stale = True
-        self.sampler_sleeps = False
         self.saved_step: int | None = None
         self._signal = 0
 
     def restore(self, step: int) -> None:
-        """Continues from the checkpoint of `step`. A run that was stopped for non-finite updates gets a new chance."""
+        """Continues from the checkpoint of `step`.
+
+        A run that was stopped for non-finite updates starts counting them anew.
+        """
         folder, models = self.parts.folder, self.parts.models
         saved = dict(models.policy.load(folder.checkpoints, folder.tag(step)))
         memory = saved.pop("memory")
@@ -126,7 +146,7 @@ class Trainer:
         return DONE
 
     def _stop_signal(self) -> int:
-        """The signal that some rank has received, or 0; the same on every rank."""
+        """A signal that some rank has received, or 0; the same on every rank."""
         return max(self.parts.world.gather(self._signal))
 
     def _export(self) -> None:
@@ -137,9 +157,9 @@ class Trainer:
             folder.finish(self.state.step)
 
     def _keep_if_best(self, line: dict[str, Any]) -> None:
-        """Writes the weights to best/ where the evaluation that has just been recorded is the best so far."""
+        """Writes the weights to best/ if the evaluation `line` is the best so far."""
         folder, world = self.parts.folder, self.parts.world
-        if not world.share(world.is_main and folder.is_best(line)):
+        if not world.broadcast(world.is_main and folder.is_best(line)):
             return
         self.parts.models.policy.export(folder.best_partial)
         if world.is_main:
@@ -148,7 +168,10 @@ class Trainer:
         world.barrier()
 
     def save(self) -> None:
-        """A checkpoint of the present state; a half-written one never counts."""
+        """Saves a checkpoint of the present state, unless there is one.
+
+        It is written under another name and renamed when complete, so that a half-written one is never read.
+        """
         folder, step = self.parts.folder, self.state.step
         if step == self.saved_step:
             return
@@ -166,41 +189,53 @@ class Trainer:
         p = self.parts
 
         def collector_for(algorithm: Algorithm, reserve: bool) -> Collector:
-            given = (p.config, algorithm, p.train, self.responder, p.prompting.stop_token_ids, p.world)
-            return Collector(*given, p.weights, reserve)
+            stop_token_ids = p.prompting.stop_token_ids
+            return Collector(p.config, algorithm, p.train, p.sampler, stop_token_ids, p.world, p.weights, reserve)
 
         return Learner(span.stage.algorithm, p.models, p.config.optimizer, p.train, collector_for)
 
-    def _enter_stage(self, span: Span, learner: Learner) -> None:
-        """At the first step of a stage: nothing is remembered of the one before but the weights."""
-        self.state.memory = learner.memory()
+    def _enter_stage(self, span: Span, learner: Learner) -> Memory:
+        """The memory at a stage's first step. Of the stage before only the weights remain."""
         if span.first > 0:
             self.parts.models.policy.reset_optimizer(everything=True)
             if self.parts.models.critic is not None:
                 self.parts.models.critic.reset_optimizer(everything=True)
+        return learner.memory()
 
     def _step(self) -> bool:
-        """One step; True if too many updates in a row were not finite."""
+        """Makes one step; True if too many updates in a row were not finite."""
         config, world, state = self.parts.config, self.parts.world, self.state
-        number = next(i for i, span in enumerate(self.spans) if state.step < span.end)
-        span, learner = self.spans[number], self.learners[number]
+        stage = next(i for i, span in enumerate(self.spans) if state.step < span.end)
+        span, learner = self.spans[stage], self.learners[stage]
         began = time.perf_counter()
         torch.manual_seed(stream_seed(config.seed, "step", state.step, world.rank))
-        if state.memory is None or state.step == span.first:
-            self._enter_stage(span, learner)
-        sync = self._refresh_sampler() if learner.samples else 0.0
-        place = state.step - span.first
-        collected = learner.collect(state.step, place)
-        self._sleep_sampler()
-        rates = rates_of(config, span, state.step)
+        step_in_stage, memory = state.step - span.first, state.memory
+        if memory is None or step_in_stage == 0:
+            memory = state.memory = self._enter_stage(span, learner)
+        sync_seconds = self.sync.refresh() if learner.samples else 0.0
+        collected = learner.collect(state.step, step_in_stage)
+        self.sync.sleep()
+        rates, diagnostics = learning_rates(config, span, state.step), self.recorder.diagnostics(state.step + 1)
         start = time.perf_counter()
-        report, figures = learner.update(collected, place, rates, state.memory, self.journal.watch(state.step + 1))
-        figures |= collected.figures | {"time/train": time.perf_counter() - start, "time/sync": sync}
-        figures |= {"learning_rate": rates.policy or 0.0}
+        report, more = learner.update(collected, step_in_stage, rates, memory, diagnostics)
+        times = {"time/train": time.perf_counter() - start, "time/sync": sync_seconds}
+        extra = more | collected.metrics | times | {"learning_rate": rates.policy or 0.0}
         if len(self.spans) > 1:
-            figures["stage"] = number + 1
-        self.sampler_is_stale = True
+            extra["stage"] = stage + 1
         state.step += 1
+        self._count_skipped(report)
+        of_ranks = world.gather_to_main((report.sums, report.tops))
+        metrics = self._metrics(report, [sums for sums, _ in of_ranks], extra) if world.is_main else {}
+        if learner.algorithm.stateful:
+            learner.remember(world.broadcast(metrics), step_in_stage, memory)
+        if world.is_main:
+            metrics["time/total"] = time.perf_counter() - began
+            self.recorder.record(metrics, report.active, [top for _, tops in of_ranks for top in tops])
+            self.report_step(metrics)
+        return report.skipped > 0 and self._too_many_skipped()
+
+    def _count_skipped(self, report: UpdateReport) -> None:
+        state = self.state
         state.skipped += report.skipped
         kinds = {
             "policy": report.grad_norms,
@@ -209,65 +244,38 @@ class Trainer:
         }
         for kind, norms in kinds.items():
             for norm in norms:
-                row = state.skipped_in_a_row.get(kind, 0)
-                state.skipped_in_a_row[kind] = 0 if math.isfinite(norm) else row + 1
-        too_many = report.skipped > 0 and self._too_many_skipped()
-        tallies = world.gather_to_main(report.tally)
-        metrics = self._metrics(report, tallies, figures) if world.is_main else {}
-        if learner.algorithm.stateful:
-            learner.remember(world.share(metrics), place, state.memory)
-        if world.is_main:
-            metrics["time/total"] = time.perf_counter() - began
-            self.journal.record(metrics, report.heard, tallies)
-            self.report_step(metrics)
-        return too_many
+                in_a_row = state.skipped_in_a_row.get(kind, 0)
+                state.skipped_in_a_row[kind] = 0 if math.isfinite(norm) else in_a_row + 1
 
     def _too_many_skipped(self) -> bool:
-        """True if one kind of update, the policy's, the critic's or the interleaved updates', has failed too often in a row."""
+        """True if one kind of update (policy, critic or interleaved) has failed too often in a row."""
         return max(self.state.skipped_in_a_row.values(), default=0) >= self.parts.config.stop.nonfinite_updates
 
-    def _metrics(self, report: UpdateReport, tallies: Sequence[Tally], figures: dict) -> dict[str, float]:
-        """A step's line, from what all ranks have added up."""
-        found = {"step": self.state.step, **rollout_metrics(report.heard.trajectories), **step_metrics(report, tallies)}
-        return found | {"skipped_updates": self.state.skipped, **figures}
-
-    def _refresh_sampler(self) -> float:
-        """Gives the sampler the trainer's weights if they have changed; returns the seconds it took."""
-        if not self.sampler_is_stale:
-            return 0.0
-        began = time.perf_counter()
-        if self.sampler_sleeps:
-            self.parts.sampler.wake()
-            self.sampler_sleeps = False
-        self.parts.sampler.load_weights(self.parts.models.policy.named_weights())
-        self.sampler_is_stale = False
-        return time.perf_counter() - began
-
-    def _sleep_sampler(self) -> None:
-        """Lets the sampler free its GPU memory for the update, which makes its weights stale anyway."""
-        if not self.sampler_sleeps:
-            self.parts.sampler.sleep()
-            self.sampler_sleeps = True
+    def _metrics(
+        self, report: UpdateReport, sums: Sequence[MetricSums], extra: Mapping[str, float]
+    ) -> dict[str, float]:
+        """A step's line of metrics.jsonl, from the sums of all ranks."""
+        metrics: dict[str, float] = {"step": self.state.step, **rollout_metrics(report.active.trajectories)}
+        return metrics | step_metrics(report, sums) | {"skipped_updates": self.state.skipped, **extra}
 
     def _evaluate(self) -> None:
         p = self.parts
         began = time.perf_counter()
         if p.config.eval.every < 0:
             return
-        if p.world.share(p.world.is_main and p.folder.is_evaluated(self.state.step)):
+        if p.world.broadcast(p.world.is_main and p.folder.is_evaluated(self.state.step)):
             return  # by the run that this one continues, after the same update
-        self._refresh_sampler()
-        figures = evaluate(p.config, p.evaluation, self.responder, p.prompting.stop_token_ids, p.world)
-        line = {"step": self.state.step, **figures, "time": time.perf_counter() - began}
+        self.sync.refresh()
+        line = {"step": self.state.step, **p.evaluate(), "time": time.perf_counter() - began}
         if p.config.eval.keep_best:
-            # Before the line is there: an interruption in between leads to another evaluation, not to a missing model.
+            # Before the line is written: an interruption in between repeats the evaluation and loses no model.
             self._keep_if_best(line)
         if p.world.is_main:
             p.folder.append("evaluations.jsonl", line)
             self.report_evaluation(line)
 
-    def _note_signal(self, number: int, frame: Any) -> None:
-        """The step in progress is finished and saved first; a second signal of the same kind ends the run at once."""
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        """Notes a signal: the run stops after the step in progress. A second one of the same kind ends it at once."""
         self._signal = number
         signal.signal(number, signal.SIG_DFL)
 

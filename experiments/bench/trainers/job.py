@@ -15,9 +15,9 @@ from torch import Tensor
 from experiments.config import Composed, compose
 from experiments.run.prepare import Prepared, prepare, with_local_models
 from upge import rollout
+from upge.evaluation.evaluator import training_accuracy
+from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.distributed import World
-from upge.train.evaluate import evaluate
-from upge.train.verified import Responder
 from upge.verify import Item, Verdict, VerifierPool
 
 
@@ -87,17 +87,16 @@ class Examiner:
     """Evaluates anybody's weights on the run's evaluation problems, with a transformers sampler of its own."""
 
     def __init__(self, job: Job, pool: VerifierPool) -> None:
-        self._job, self._pool, self._responder = job, pool, None
+        self._job, self._pool, self._sampler = job, pool, None
 
     def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
         """`greedy`, `pass` (at least one of k samples right) and `mean` (of k samples), as shares of the problems; the
         seeds are always the same, so equal weights have equal figures."""
         prompting = self._job.prepared.prompting
-        if self._responder is None:
-            self._responder = Responder(self._job.sampler("transformers"), self._pool, prompting)
-        self._responder.sampler.load_weights(weights)
+        if self._sampler is None:
+            self._sampler = VerifiedSampler(self._job.sampler("transformers"), self._pool, prompting)
+        self._sampler.engine.load_weights(weights)
         config, world = self._job.composed.config, World(0, 1, torch.device("cpu"))
-        problems = self._job.prepared.evaluation
-        found: dict[str, Any] = evaluate(config, problems, self._responder, prompting.stop_token_ids, world)["all"]
+        accuracy: dict[str, Any] = training_accuracy(config, self._job.prepared.evaluation, self._sampler, world)["all"]
         k = config.eval.samples
-        return {"greedy": found["greedy"], "pass": found[f"pass@{k}"], "mean": found[f"mean@{k}"]}
+        return {"greedy": accuracy["greedy"], "pass": accuracy[f"pass@{k}"], "mean": accuracy[f"mean@{k}"]}

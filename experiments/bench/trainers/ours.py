@@ -15,7 +15,9 @@ from experiments.bench.trainers.job import Examiner, Job, Judge
 from experiments.bench.trainers.link import Line
 from experiments.bench.trainers.turns import Turns, serve
 from experiments.startup import quiet
+from upge.evaluation.evaluator import training_accuracy
 from upge.rollout import Rollout, Sampler
+from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.distributed import connect
 from upge.train.engine import Engine, StepResult
 from upge.train.learner import Models
@@ -40,10 +42,11 @@ def train(job: dict[str, Any], line: Line) -> None:
             lambda: examiner(policy.named_weights()),
             lambda word: _compared(word["gradient"], policy, sampler, judge),
         )
-        # Without problems of its own the evaluation before training is only the sign that all is loaded.
+        verified = VerifiedSampler(sampler, judge, prepared.prompting)
+        # The evaluation before training has no problems: it only signals that everything is loaded.
         parts = Parts(
-            config, loaded.composed.algorithm, prepared.train, (), prepared.weights, prepared.prompting, Models(policy),
-            sampler, judge, prepared.folder, world,
+            config, loaded.composed.algorithm, prepared.train, prepared.weights, prepared.prompting, Models(policy),
+            verified, lambda: training_accuracy(config, (), verified, world), prepared.folder, world,
         )  # fmt: skip
         rows = config.prompts_per_step * config.group_size
         trainer = Trainer(parts, lambda metrics: turns.stepped(_figures(metrics, rows)), lambda _: turns.begin())

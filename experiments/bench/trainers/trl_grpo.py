@@ -23,7 +23,7 @@ from experiments.bench.trainers.link import Line
 from experiments.bench.trainers.turns import Turns, serve
 from experiments.startup import quiet
 from upge.rollout.vllm_process import prepare_environment
-from upge.train.order import prompt_indices
+from upge.train.prompt_order import prompt_indices
 from upge.verify import Item
 
 

@@ -8,7 +8,7 @@ from itertools import islice
 
 import pytest
 
-from upge.train.order import demonstration_choice, mixed_indices, prompt_indices
+from upge.train.prompt_order import demonstration_choice, mixed_indices, prompt_indices
 
 #: Sources of unlike sizes, with weights that divide a step, nearly do, and do not at all.
 STRATA = {"math": range(100, 131), "gsm8k": range(7), "gym": range(50, 61)}

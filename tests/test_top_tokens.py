@@ -16,11 +16,11 @@ from tests.models import trajectories
 from upge.config import from_tree
 from upge.estimate import summarise
 from upge.train.config import RunConfig
-from upge.train.heard import Heard
-from upge.train.journal import Journal
-from upge.train.trajectory import Trajectory, assemble
-from upge.train.update import split
-from upge.train.witness import KEPT, WINDOW, Heavy, heaviest, token_line, token_texts
+from upge.train.metrics import ActiveTrajectories
+from upge.train.recorder import Recorder
+from upge.train.sample import Trajectory, assemble
+from upge.train.step_batch import update_rows
+from upge.train.top_tokens import KEPT, WINDOW, TopTrajectory, merged, token_line, token_texts
 
 
 def examples(count: int = 5) -> list[SimpleNamespace]:
@@ -30,11 +30,11 @@ def examples(count: int = 5) -> list[SimpleNamespace]:
     ]
 
 
-def heard(name: str, updates: int = 1) -> Heard:
+def active(name: str, updates: int = 1) -> ActiveTrajectories:
     """Group 0 fails altogether, group 1 succeeds altogether, of the others two rollouts in four succeed."""
     members = trajectories()
-    cuts = split(members, updates)
-    return Heard.of(members, cuts, algorithms.load(name).plans(assemble(members, 0), cuts))
+    rows = update_rows(members, updates)
+    return ActiveTrajectories.of(members, rows, algorithms.load(name).plans(assemble(members, 0), rows))
 
 
 @pytest.mark.parametrize("updates", [1, 2, 5])
@@ -48,7 +48,7 @@ def heard(name: str, updates: int = 1) -> Heard:
     ],
 )
 def test_what_each_prompt_gave(name, gate, learned, updates):
-    lines = list(heard(name, updates).prompts(examples()))
+    lines = list(active(name, updates).prompt_lines(examples()))
     assert [line["prompt"] for line in lines] == list(range(5)) and lines[3]["id"] == "p3"
     assert [line["successes"] for line in lines] == [0, 4, 2, 2, 2] and {line["rollouts"] for line in lines} == {4}
     assert [line["gate"] for line in lines] == gate
@@ -56,10 +56,10 @@ def test_what_each_prompt_gave(name, gate, learned, updates):
 
 
 def test_shares_of_what_was_heard():
-    found = heard("hpt")
+    found = active("hpt")
     assert found.demonstration_share == 1 / 17 and found.no_signal_prompts == pytest.approx(1 / 5)
-    empty = Heard([], torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.bool))
-    assert empty.demonstration_share == 0 and empty.skipped_tokens == 0 and not list(empty.prompts([]))
+    empty = ActiveTrajectories([], torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.bool))
+    assert empty.demonstration_share == 0 and empty.skipped_tokens == 0 and not list(empty.prompt_lines([]))
 
 
 def test_sides_are_those_of_the_ratio():
@@ -91,17 +91,19 @@ def test_figures_do_not_depend_on_the_cut():
 # Tokens.
 
 
-def heavy(row: int, group: int, weights: list[float], term: str = "rl") -> Heavy:
+def heavy(row: int, group: int, weights: list[float], term: str = "rl") -> TopTrajectory:
     response = tuple(range(len(weights)))
     size = max(math.inf if math.isnan(w) else abs(w) for w in weights)
-    return Heavy(term, row, Trajectory(group, group, (1,), response, 1.0, False), 1.0, size, weights, weights)
+    trajectory = Trajectory(group, group, (1,), response, 1.0, False, index=row)
+    return TopTrajectory(term, trajectory, 1.0, size, weights, weights)
 
 
 def test_one_of_a_prompt_and_the_first_of_equals():
     found = [heavy(9, 1, [0.1]), heavy(4, 0, [0.30000001]), heavy(3, 0, [0.3]), heavy(1, 2, [-0.5, 0.2])]
     found += [heavy(20 + i, 10 + i, [0.01]) for i in range(KEPT)] + [heavy(8, 1, [math.nan], term="sft")]
-    assert [(one.term, one.row) for one in heaviest(found)] == [*(("rl", r) for r in (1, 3, 9, 20)), ("sft", 8)]
-    assert heaviest(reversed(found)) == heaviest(found) and heaviest([]) == []
+    top = [(one.term, one.trajectory.index) for one in merged(found)]
+    assert top == [*(("rl", index) for index in (1, 3, 9, 20)), ("sft", 8)]
+    assert merged(reversed(found)) == merged(found) and merged([]) == []
 
 
 def test_a_long_response_is_cut_around_its_heaviest_token():
@@ -129,8 +131,8 @@ def test_the_texts_of_tokens_make_the_whole():
 
 def test_when_a_step_is_looked_at():
     config = from_tree(RunConfig, {"steps": 25, "log_rollouts": 10, "diagnose": {"gradients_every": 4}})
-    journal = Journal(config, [], None, None)
-    assert [step for step in range(1, 26) if journal.watch(step).tokens] == [1, 10, 20, 25]
-    assert [step for step in range(1, 26) if journal.watch(step).pulls] == [1, 4, 8, 12, 16, 20, 24, 25]
-    quiet = Journal(from_tree(RunConfig, {"log_rollouts": 0}), [], None, None)
-    assert not any(any(quiet.watch(step)) for step in range(1, 101))
+    recorder = Recorder(config, [], None, None)
+    assert [step for step in range(1, 26) if recorder.diagnostics(step).top_tokens] == [1, 10, 20, 25]
+    assert [step for step in range(1, 26) if recorder.diagnostics(step).term_gradients] == [1, 4, 8, 12, 16, 20, 24, 25]
+    quiet = Recorder(from_tree(RunConfig, {"log_rollouts": 0}), [], None, None)
+    assert not any(any(quiet.diagnostics(step)) for step in range(1, 101))

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.models import save_random_model, trajectories
-from tests.pulls_ranks import mixed
+from tests.term_gradients_ranks import mixed
 from tests.test_update import launch, norm_of, padded_logprobs
 from upge import Trajectories
-from upge.train.trajectory import assemble
+from upge.train.sample import assemble
 
 PARTS = ("rl", "sft", "entropy")
 
@@ -25,8 +25,8 @@ def model_path(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", params=[(1, 10_000), (2, 45)], ids=["one rank", "two ranks"])
 def found(request, model_path, tmp_path_factory) -> dict:
     ranks, budget = request.param
-    output = tmp_path_factory.mktemp("pulls") / "found.pt"
-    launch("pulls_ranks.py", ranks, model_path, output, budget)
+    output = tmp_path_factory.mktemp("term_gradients") / "found.pt"
+    launch("term_gradients_ranks.py", ranks, model_path, output, budget)
     return torch.load(output, weights_only=False)
 
 
@@ -65,7 +65,7 @@ def test_the_parts_add_up_to_the_update(found, plain):
 
 def test_looking_changes_nothing(found):
     """Two updates with and without: every weight is the same to the last bit."""
-    assert all(torch.equal(found["watched"][name], weight) for name, weight in found["plain"].items())
+    assert all(torch.equal(found["diagnosed"][name], weight) for name, weight in found["plain"].items())
 
 
 def test_the_heaviest_tokens_are_those_of_the_whole_batch(found, plain):
@@ -78,7 +78,7 @@ def test_the_heaviest_tokens_are_those_of_the_whole_batch(found, plain):
         for row in rows:
             if float(weights[row].abs().max()) > 0:
                 best.setdefault(members[row].group, row)
-        chosen = [one for one in found["heaviest"] if one[0] == term]
+        chosen = [one for one in found["top"] if one[0] == term]
         assert [row for _, row, _, _ in chosen] == list(best.values())[:4] and chosen
         for _, row, gate, values in chosen:
             assert gate == 1.0 and len(values) == len(members[row].response_ids)

@@ -1,30 +1,37 @@
-"""One response of a step, and the batch that many of them make before the forward pass."""
+"""The trajectories of a step as they are collected, and the batch of columns that they make before the forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from upge.data import Example
+from upge.needs import Needs
 from upge.trajectories import Trajectories
+
+#: (prompt_ids, response_ids): what the models read of a trajectory.
+TokenIds = tuple[Sequence[int], Sequence[int]]
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One response of the step: a rollout, a demonstration or the rejected side of a pair.
+    """One trajectory of a step: a rollout, a demonstration, or the rejected side of a preference pair.
 
     Attributes:
-        example: index of its prompt in the training set.
+        example: index of its example in the training set.
         group: index of its prompt within the step.
-        is_demonstration: True for all that comes from the data set.
-        sampler_logprobs: as the inference engine reported them; None for a demonstration.
+        prompt_ids, response_ids: the tokens.
+        reward: the verifier's reward; 1 for a demonstration, 0 for a rejected response.
+        is_demonstration: True for everything that comes from the data set.
+        sampler_logprobs: as the inference engine reported them; None for what comes from the data set.
         finished: False if the response was cut at the length limit.
         status: of the verification: 'ok', 'timeout' or 'error'; 'demonstration' where nothing was verified.
         preference: +1 for the chosen side of a pair, -1 for the rejected one, 0 for neither.
+        index: its place in the step, from 0 and the same on every rank. It is the trajectory's row in the step's batch
+            and identifies it in metrics and in the lines of rollouts/ and tokens/.
     """
 
     example: int
@@ -37,6 +44,17 @@ class Trajectory:
     finished: bool = True
     status: str = "demonstration"
     preference: int = 0
+    index: int = 0
+
+    @property
+    def ids(self) -> TokenIds:
+        """Prompt and response."""
+        return self.prompt_ids, self.response_ids
+
+
+def indexed(trajectories: Iterable[Trajectory]) -> list[Trajectory]:
+    """The trajectories of a step, in order, each with its `index`."""
+    return [replace(trajectory, index=index) for index, trajectory in enumerate(trajectories)]
 
 
 def has_pair(example: Example) -> bool:
@@ -44,9 +62,12 @@ def has_pair(example: Example) -> bool:
     return bool(example.demonstrations) and example.rejected_ids is not None
 
 
-def usable(examples: Sequence[Example], needs: Any) -> list[int]:
-    """Indices of the examples from which something can be learned: all where the algorithm has rollouts, else those
-    with a demonstration or a pair, whichever it `needs`."""
+def usable(examples: Sequence[Example], needs: Needs) -> list[int]:
+    """Indices of the examples that an algorithm with these needs can learn from.
+
+    These are all examples if the algorithm learns from rollouts. Otherwise they are the examples that have a
+    demonstration or a preference pair, whichever it needs.
+    """
     return [
         i
         for i, example in enumerate(examples)
@@ -57,7 +78,14 @@ def usable(examples: Sequence[Example], needs: Any) -> list[int]:
 
 
 def assemble(trajectories: Sequence[Trajectory], step: int) -> Trajectories:
-    """The batch without log-probs: what can be known before the forward pass. Float64, for exact counts."""
+    """The batch of B trajectories without log-probs of the policy.
+
+    Rewards are float64, so that counts and means over them are exact.
+
+    Args:
+        trajectories: in the order of the batch's rows.
+        step: training steps so far, for schedules.
+    """
     lengths = torch.tensor([len(t.response_ids) for t in trajectories], dtype=torch.int64)
     width = int(lengths.max()) if len(trajectories) else 1
     mask = torch.arange(width) < lengths[:, None]
@@ -74,7 +102,7 @@ def assemble(trajectories: Sequence[Trajectory], step: int) -> Trajectories:
 
 
 def _sampler_column(trajectories: Sequence[Trajectory], mask: Tensor) -> Tensor | None:
-    """[B, T]; zero for demonstrations, which no engine sampled; None without rollouts."""
+    """[B, T] log-probs of the sampler, zero for demonstrations; None if no trajectory was sampled."""
     if all(t.sampler_logprobs is None for t in trajectories):
         return None
     column = torch.zeros(mask.shape)

@@ -1,4 +1,4 @@
-"""Run by torchrun from test_pulls.py: what a step's first update looks like to a witness; saved by rank 0.
+"""Run by torchrun from test_term_gradients.py: the diagnostics of a step's first update; saved by rank 0.
 
 usage: pulls_ranks.py MODEL OUTPUT TOKEN_BUDGET
 """
@@ -15,11 +15,11 @@ from tests.models import trajectories
 from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.distributed import connect, leave
 from upge.train.engine import Engine
-from upge.train.pulls import pulls
-from upge.train.rates import Rates
-from upge.train.tally import step_metrics
+from upge.train.lr_schedule import LearningRates
+from upge.train.metrics import NO_DIAGNOSTICS, Diagnostics, step_metrics
+from upge.train.term_gradients import term_gradients
+from upge.train.top_tokens import merged
 from upge.train.update import Updater
-from upge.train.witness import NOTHING, Watch, heaviest
 
 LR = 1e-2
 
@@ -36,20 +36,20 @@ def main(model: str, output: str, budget: str) -> None:
     world = connect()
     config = OptimizerConfig(lr=LR, max_grad_norm=0.0, mini_batches=1, micro_batch_tokens=int(budget))
     found = {}
-    for name, watch in (("watched", Watch(tokens=True, pulls=True)), ("plain", NOTHING)):
+    asked = {"diagnosed": Diagnostics(top_tokens=True, term_gradients=True), "plain": NO_DIAGNOSTICS}
+    for name, diagnostics in asked.items():
         engine = Engine(ModelConfig(path=model), config, world)
         updater = Updater(engine, mixed(), config)
-        report = updater.update(trajectories(), 0, Rates(LR), watch=watch)
-        if name == "watched":
-            tallies = world.gather(report.tally)
-            found["figures"] = step_metrics(report, tallies)
-            heavy = heaviest(one for tally in tallies for one in tally.heaviest)
-            found["heaviest"] = [(one.term, one.row, one.gate, one.weights) for one in heavy]
-        updater.update(trajectories(seed=1), 1, Rates(LR), watch=watch)
+        report = updater.update(trajectories(), 0, LearningRates(LR), diagnostics=diagnostics)
+        if name == "diagnosed":
+            found["figures"] = step_metrics(report, world.gather(report.sums))
+            tops = merged(top for of_rank in world.gather(report.tops) for top in of_rank)
+            found["top"] = [(one.term, one.trajectory.index, one.gate, one.weights) for one in tops]
+        updater.update(trajectories(seed=1), 1, LearningRates(LR), diagnostics=diagnostics)
         found[name] = {key: weight.clone() for key, weight in engine.named_weights()}
     batch = updater.fill(trajectories(), 0)
     plan = updater.algorithm.plan(batch.columns)
-    parts = pulls(plan, lambda one: updater.gradient(batch, [one]), world.device)
+    parts = term_gradients(plan, lambda one: updater.gradient(batch, [one]), world.device)
     whole = updater.gradient(batch, [(1.0, plan)])
     total = [sum(pieces) for pieces in zip(*parts.values(), strict=True)]
     found["rest"] = world.gather(max(float((a - b).abs().max()) for a, b in zip(total, whole, strict=True) if len(a)))

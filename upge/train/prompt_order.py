@@ -1,4 +1,4 @@
-"""Which prompts come when: everything follows from a seed, the name of a stream and the step, without random state."""
+"""The order of prompts and the seeds of sampling: both follow from a seed, a stream's name and the step alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 #: Fractions of a prompt are counted in units of 1 / _UNIT.
 _UNIT = 1 << 32
-#: Multiples of the golden section, modulo _UNIT, are as evenly spread as any sequence's: the offsets of the steps.
+#: The golden ratio's fraction in these units. Its multiples modulo _UNIT are evenly spread: the offsets of the steps.
 _GOLDEN = 0x9E3779B9
 
 
@@ -23,71 +23,71 @@ def stream_seed(*parts: int | str) -> int:
 
 
 def permutation(size: int, seed: int) -> list[int]:
-    """0 .. size-1 in an order of the seed."""
+    """A seeded permutation of 0 .. size-1."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def prompt_indices(step: int, prompts_per_step: int, size: int, seed: int) -> list[int]:
-    """The prompts of a step (counted from 0): a stream of seeded permutations of the data set, cut into steps."""
+    """The prompts of a step (counted from 0): a stream of seeded permutations of the data set, divided into steps."""
     return _stream(step * prompts_per_step, prompts_per_step, size, seed, "order")
 
 
 def mixed_indices(
     step: int, prompts_per_step: int, strata: Mapping[str, Sequence[int]], weights: Mapping[str, float], seed: int
 ) -> list[int]:
-    """The prompts of a step (counted from 0) where several sources share it.
+    """The prompts of a step (counted from 0) of a mixture of sources.
 
-    Of the n prompts of every step a source with the share w has ⌊wn⌋ or ⌈wn⌉. Which of the two follows from a sequence
-    of low discrepancy, so that its number over many steps is that of its share but for a few prompts. Its own prompts
-    come as those of `prompt_indices` do: none again before all have come. A single source called "" has exactly that
+    A source with the share w gets ⌊wn⌋ or ⌈wn⌉ of the n prompts of a step. A low-discrepancy sequence decides which,
+    so that over many steps the source's count stays within a few prompts of its share. A source's own prompts come in
+    the order of `prompt_indices`: none comes again before all have come. A single source named "" has exactly that
     order.
 
     Args:
         step, prompts_per_step, seed: as for `prompt_indices`.
         strata: source → its prompts.
-        weights: source → its share of the prompts, of any sum; one with 0 never comes and may have no prompts.
+        weights: source → its share of the prompts; they need not add up to 1. A source with 0 may have no prompts.
 
     Returns:
-        Prompts of `strata`, those of the sources in a seeded order.
+        Prompts of `strata`, those of all sources in a seeded order.
     """
     names = sorted(weights)
     before, now = _counts(step, prompts_per_step, [weights[name] for name in names], seed)
-    found: list[int] = []
+    prompts: list[int] = []
     for name, position, count in zip(names, before, now, strict=True):
         parts = (seed, "order", *filter(None, [name]))
-        found += [strata[name][place] for place in _stream(position, count, len(strata[name]), *parts)]
+        prompts += [strata[name][place] for place in _stream(position, count, len(strata[name]), *parts)]
     if len(names) == 1:
-        return found
-    # Mixed, so that the step can be cut into updates.
-    return [found[place] for place in permutation(len(found), stream_seed(seed, "mixed", step))]
+        return prompts
+    # Shuffled, so that each of the step's updates gets prompts of all sources.
+    return [prompts[place] for place in permutation(len(prompts), stream_seed(seed, "mixed", step))]
 
 
 def demonstration_choice(step: int, example: int, count: int, seed: int) -> int:
-    """Which of the `count` demonstrations of an example has its turn in a step.
+    """Which of the `count` demonstrations of an example a step uses.
 
-    It follows from the step alone: an example that came every so many steps would have all of them about equally often
-    (a sequence of low discrepancy), one that comes at irregular steps has them as by chance.
+    It follows from a low-discrepancy sequence over steps. So an example that comes every N steps uses each of its
+    demonstrations about equally often, and one that comes at irregular steps uses them as if at random.
     """
     place = (stream_seed(seed, "demonstration", example) * 2 + step * _GOLDEN) % _UNIT
     return place * count // _UNIT
 
 
 def _stream(position: int, count: int, size: int, *parts: int | str) -> list[int]:
-    """`count` numbers below `size` from a position of the stream of permutations that these parts of a seed make."""
-    found: list[int] = []
-    while len(found) < count:
-        epoch, start = divmod(position + len(found), size)
+    """`count` indices below `size`, from a position of the stream of permutations with these parts of a seed."""
+    indices: list[int] = []
+    while len(indices) < count:
+        epoch, start = divmod(position + len(indices), size)
         order = permutation(size, stream_seed(*parts, epoch))
-        found += order[start : start + count - len(found)]
-    return found
+        indices += order[start : start + count - len(indices)]
+    return indices
 
 
 def _counts(step: int, count: int, weights: Sequence[float], seed: int) -> tuple[list[int], list[int]]:
-    """How many of the prompts before a step, and of the `count` of the step, each source has.
+    """For each source, how many prompts it has before a step, and how many of the `count` prompts of the step.
 
-    The sources lie side by side on a line as long as the step has prompts; those of the step are the points offset, 1 +
-    offset, 2 + offset, ... on it. So a source gets one of the two whole numbers beside its length, in a share of the
-    steps that is the fraction of the length; all in integers, so that no rounding adds up.
+    The sources lie side by side on a line of length `count`. The prompts of the step are the points offset, 1 + offset,
+    2 + offset, ... on it. So a source gets one of the two integers next to its length, the larger one in a share of the
+    steps that equals the length's fraction. Everything is in integers, so that no rounding adds up.
     """
     lengths = list(accumulate(map(Fraction, weights), initial=Fraction(0)))
     bounds = [round(length / lengths[-1] * count * _UNIT) for length in lengths]
@@ -101,20 +101,20 @@ def _counts(step: int, count: int, weights: Sequence[float], seed: int) -> tuple
 
 
 def held_out(size: int, seed: int) -> list[int]:
-    """A tenth of a data set of `size`, at least one prompt, by chance: in whatever order its kinds come."""
+    """A random tenth of a data set of `size`, at least one prompt, whatever the order of its kinds."""
     return sorted(permutation(size, stream_seed(seed, "held out"))[: max(1, size // 10)])
 
 
 def least_used(count: int, size: int, used: Iterable[int], seed: int) -> list[int]:
-    """`count` prompts of a data set of `size`, those least often in `used` first, otherwise in an order of the seed.
+    """`count` prompts of a data set of `size`, those that occur least often in `used` first, else in a seeded order.
 
-    So none of `used` comes while there are others, and none comes twice before all have come as often.
+    So a prompt of `used` comes only after all others, and none comes twice before all have come as often.
     """
     order, times = permutation(size, seed), Counter(used)
-    found: list[int] = []
-    while len(found) < count:
+    prompts: list[int] = []
+    while len(prompts) < count:
         fewest = min(times[index] for index in order)
-        fresh = [index for index in order if times[index] == fewest][: count - len(found)]
+        fresh = [index for index in order if times[index] == fewest][: count - len(prompts)]
         times.update(fresh)
-        found += fresh
-    return found
+        prompts += fresh
+    return prompts

@@ -1,0 +1,231 @@
+"""Evaluation of a policy: responses to problems, each from a seed of its own, verified while others are generated.
+
+`Evaluator` writes every sample of a benchmark to a file and can be continued after an interruption.
+`training_accuracy` measures accuracy during training, on all ranks and in memory. Both draw with a `VerifiedSampler`,
+and both compute pass@k with `upge.evaluation.passk`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from upge.data import Example, Prompting
+from upge.errors import DataError
+from upge.evaluation.passk import pass_at_k
+from upge.evaluation.samples import Sample, SampleFile
+from upge.evaluation.suite import Benchmark
+from upge.rollout import Sampling
+from upge.rollout.verified_sampling import PendingRollout, VerifiedSampler
+from upge.train.config import RunConfig
+from upge.train.distributed import World
+from upge.train.prompt_order import stream_seed
+from upge.trajectories import SUCCESS_REWARD
+
+#: Responses in one call of the sampler, which keeps their tokens until its end: at 8192 tokens about half a GiB.
+CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The prompts of a benchmark for one model.
+
+    Attributes:
+        benchmark: that the problems belong to.
+        texts: for each problem the prompt in the model's template.
+        examples: for each problem the same in tokens.
+    """
+
+    benchmark: Benchmark
+    texts: tuple[str, ...]
+    examples: tuple[Example, ...]
+
+    @classmethod
+    def of(cls, benchmark: Benchmark, prompting: Prompting, max_prompt_tokens: int) -> Questions:
+        """The prompts of `benchmark`.
+
+        Raises:
+            DataError: a prompt is longer than `max_prompt_tokens`.
+        """
+        problems = benchmark.problems
+        ids = prompting.prompt_ids(problems)
+        long = [i for i in range(len(ids)) if len(ids[i]) > max_prompt_tokens]
+        if long:
+            worst = max(long, key=lambda i: len(ids[i]))
+            raise DataError(
+                f"suite.benchmarks.{benchmark.name}: {problems[worst].where or problems[worst].id}: the prompt has "
+                f"{len(ids[worst])} tokens, the limit is suite.max_prompt_tokens={max_prompt_tokens} ({len(long)} of "
+                f"{len(ids)} prompts are longer; this is the longest); raise it"
+            )
+        examples = tuple(Example(problem, tuple(own)) for problem, own in zip(problems, ids, strict=True))
+        return cls(benchmark, tuple(prompting.text(p) for p in problems), examples)
+
+    @property
+    def prompt_ids(self) -> tuple[tuple[int, ...], ...]:
+        """For each problem the prompt in tokens."""
+        return tuple(example.prompt_ids for example in self.examples)
+
+    def missing(self, file: SampleFile) -> list[tuple[int, int]]:
+        """(index of the problem, number of the response) of what `file` lacks, the longest prompts first.
+
+        Raises:
+            DataError: the file is damaged or holds samples of other problems.
+        """
+        problems = self.benchmark.problems
+        asked = {p.id: (text, p.answer) for p, text in zip(problems, self.texts, strict=True)}
+        done = file.done(asked)
+        order = sorted(range(len(problems)), key=lambda i: -len(self.examples[i].prompt_ids))
+        wanted = [(i, copy) for i in order for copy in range(self.benchmark.samples)]
+        return [(i, copy) for i, copy in wanted if (problems[i].id, copy) not in done]
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Draws responses to the problems of benchmarks, has them verified, and writes the samples to files.
+
+    A response depends on the seed, the benchmark's name, the problem's id and its own number, not on the responses that
+    are sampled with it. So an evaluation that was interrupted and continued has the same samples as one that was not,
+    up to rounding where two tokens nearly tie.
+
+    Attributes:
+        sampler: the model and the verifiers.
+        sampling: how tokens are drawn.
+        seed: of the whole evaluation.
+        wrote: called after every sample that is written, from a thread of its own.
+    """
+
+    sampler: VerifiedSampler
+    sampling: Sampling
+    seed: int
+    wrote: Callable[[Sample], None]
+
+    def run(self, questions: Questions, file: SampleFile, chunk: int = CHUNK) -> None:
+        """Draws the responses that `file` lacks, at most `chunk` in one call of the sampler, and closes the file.
+
+        Whatever ends it early, a signal's exception included, responses that were complete are verified and written
+        first.
+
+        Raises:
+            DataError: the file is damaged, holds samples of other problems or cannot be written.
+        """
+        missing = questions.missing(file)
+        with file, ThreadPoolExecutor(1, "samples") as writer:
+            for start in range(0, len(missing), chunk):
+                self._draw(questions, missing[start : start + chunk], file, writer)
+
+    def _draw(
+        self, questions: Questions, wanted: Sequence[tuple[int, int]], file: SampleFile, writer: ThreadPoolExecutor
+    ) -> None:
+        benchmark, waiting = questions.benchmark, deque[Future[None]]()
+
+        def arrived(response: PendingRollout) -> None:
+            waiting.append(writer.submit(self._write, file, questions, *wanted[response.index], response))
+            while waiting and waiting[0].done():
+                waiting.popleft().result()
+
+        seeds = [stream_seed(self.seed, benchmark.name, benchmark.problems[i].id, copy) for i, copy in wanted]
+        try:
+            self.sampler.stream([questions.examples[i] for i, _ in wanted], 1, self.sampling, seeds, arrived)
+        finally:
+            for writing in waiting:
+                writing.result()
+
+    def _write(self, file: SampleFile, questions: Questions, number: int, copy: int, response: PendingRollout) -> None:
+        """Waits for the verdict and writes the sample; in a thread of its own, so that generation waits for neither."""
+        problem = questions.benchmark.problems[number]
+        verdict = response.verdict.result()
+        sample = Sample(
+            benchmark=questions.benchmark.name,
+            id=problem.id,
+            level=problem.level,
+            sample=copy,
+            prompt=questions.texts[number],
+            answer=problem.answer,
+            response=response.text,
+            extracted=verdict.extracted,
+            reward=float(verdict.reward),
+            correct=verdict.reward > SUCCESS_REWARD,
+            status=cast(Literal["ok", "timeout", "error"], verdict.status),
+            detail=verdict.detail,
+            tokens=len(response.rollout.token_ids),
+            finished=response.rollout.finished,
+        )
+        file.append([sample])
+        self.wrote(sample)
+
+
+def training_accuracy(
+    config: RunConfig, examples: Sequence[Example], sampler: VerifiedSampler, world: World
+) -> dict[str, Any]:
+    """The accuracy of the sampler's present weights, for a line of evaluations.jsonl.
+
+    Each rank draws for a part of the problems. The seeds depend neither on the training step nor on the ranks, so two
+    evaluations of the same weights agree.
+
+    Args:
+        config: of the run; `eval` says how often each problem is sampled, and how.
+        examples: the evaluation problems, in tokens.
+        sampler: the model and the verifiers.
+        world: of the run; all ranks call it.
+
+    Returns:
+        {"samples": k, "temperature", "levels": {level: shares}, "all": shares}, the same on every rank; `shares`
+        is what `accuracy` returns.
+    """
+    own = list(range(world.rank, len(examples), world.size))
+    limits: dict[str, Any] = {
+        "max_tokens": config.rollout.max_response_tokens,
+        "stop_token_ids": sampler.prompting.stop_token_ids,
+    }
+    sampling = Sampling(temperature=config.eval.temperature, top_p=config.eval.top_p, **limits)
+    seeds = [stream_seed(config.seed, "evaluation", i) for i in own]
+    problems = [examples[i] for i in own]
+    greedy = _solved(sampler, problems, 1, Sampling(temperature=0.0, **limits), seeds)
+    sampled = _solved(sampler, problems, config.eval.samples, sampling, seeds)
+    of_ranks = world.gather([(i, first, rest) for i, (first,), rest in zip(own, greedy, sampled, strict=True)])
+    levels: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        levels.setdefault(example.problem.level or "all", []).append(index)
+    of_problems = {index: (first, rest) for part in of_ranks for index, first, rest in part}
+    first = torch.tensor([of_problems[i][0] for i in range(len(examples))], dtype=torch.bool)
+    correct = torch.tensor([of_problems[i][1] for i in range(len(examples))], dtype=torch.bool)
+    correct = correct.reshape(len(examples), config.eval.samples)
+    return {
+        "samples": config.eval.samples,
+        "temperature": config.eval.temperature,
+        "levels": {level: accuracy(first[rows], correct[rows]) for level, rows in levels.items()},
+        "all": accuracy(first, correct),
+    }
+
+
+def accuracy(greedy: Bool[Tensor, " P"], correct: Bool[Tensor, "P k"]) -> dict[str, float]:
+    """The accuracy on P problems with k samples each, as shares of the problems.
+
+    Args:
+        greedy: whether the greedy response is right.
+        correct: whether each sampled response is right.
+
+    Returns:
+        `problems`, their number; `greedy`; `pass@k`, at least one of the samples right; `mean@k`, the mean share of
+        right samples. All shares are 0 without problems.
+    """
+    problems, k = correct.shape
+    counts = correct.sum(dim=1)
+    passed = pass_at_k(torch.full_like(counts, k), counts, [k])[:, 0] if problems else torch.zeros(0)
+    shares = {"greedy": greedy.double(), f"pass@{k}": passed, f"mean@{k}": counts.double() / k}
+    return {"problems": problems} | {name: sum(values.tolist()) / max(problems, 1) for name, values in shares.items()}
+
+
+def _solved(
+    sampler: VerifiedSampler, examples: Sequence[Example], n: int, sampling: Sampling, seeds: Sequence[int]
+) -> list[list[bool]]:
+    """For each problem, which of its n responses are right."""
+    groups = sampler.sample(examples, n, sampling, seeds).groups
+    return [[verdict.reward > SUCCESS_REWARD for _, verdict in group] for group in groups]

@@ -1,0 +1,121 @@
+"""Sampling with verification: each response goes to the verifiers once complete, while others are still generated."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from upge.rollout.base import Rollout, Sampler, Sampling
+from upge.verify import Item, Verdict, VerifierPool
+
+if TYPE_CHECKING:
+    from upge.data import Example, Prompting
+
+
+@dataclass(frozen=True)
+class PendingRollout:
+    """A complete response whose verdict may still be pending.
+
+    Attributes:
+        index: of the example in the call.
+        copy: number of the response among those to this example, from 0.
+        rollout: the response's tokens.
+        text: the response's text, as the verifier reads it.
+        verdict: a future of the verdict.
+    """
+
+    index: int
+    copy: int
+    rollout: Rollout
+    text: str
+    verdict: Future[Verdict]
+
+
+@dataclass(frozen=True)
+class VerifiedRollouts:
+    """Rollouts with their verdicts.
+
+    Attributes:
+        groups: for each example its rollouts with their verdicts.
+        sampling_seconds: until the last response was complete.
+        verifying_seconds: further seconds until the last verdict.
+    """
+
+    groups: list[list[tuple[Rollout, Verdict]]]
+    sampling_seconds: float
+    verifying_seconds: float
+
+
+@dataclass(frozen=True)
+class VerifiedSampler:
+    """Samples responses to examples and verifies each of them as soon as it is complete.
+
+    Attributes:
+        engine: the inference engine.
+        pool: the verifiers. A problem names its own; one that names none takes the pool's first.
+        prompting: decodes responses.
+    """
+
+    engine: Sampler
+    pool: VerifierPool
+    prompting: Prompting
+
+    def sample(self, examples: Sequence[Example], n: int, sampling: Sampling, seeds: Sequence[int]) -> VerifiedRollouts:
+        """Draws `n` responses to each example and waits for all verdicts.
+
+        If sampling or verification fails, pending verifications are cancelled.
+
+        Args:
+            examples: the prompts; may be empty.
+            n: responses per example.
+            sampling: temperature, nucleus and limits.
+            seeds: one integer per example, as for `Sampler.sample`.
+        """
+        pending: dict[tuple[int, int], Future[Verdict]] = {}
+
+        def arrived(response: PendingRollout) -> None:
+            pending[response.index, response.copy] = response.verdict
+
+        began = time.perf_counter()
+        try:
+            groups = self.stream(examples, n, sampling, seeds, arrived)
+            sampled = time.perf_counter()
+            verified = [
+                [(rollout, pending[index, copy].result()) for copy, rollout in enumerate(group)]
+                for index, group in enumerate(groups)
+            ]
+        except BaseException:
+            for verdict in pending.values():
+                verdict.cancel()
+            raise
+        return VerifiedRollouts(verified, sampled - began, time.perf_counter() - sampled)
+
+    def stream(
+        self,
+        examples: Sequence[Example],
+        n: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        arrived: Callable[[PendingRollout], None],
+    ) -> list[list[Rollout]]:
+        """Draws `n` responses to each example and hands each one over as soon as it is complete.
+
+        Args:
+            examples, n, sampling, seeds: as for `sample`.
+            arrived: called in this thread for each response, once it has been submitted for verification. Generation
+                waits for it.
+
+        Returns:
+            For each example its `n` rollouts.
+        """
+
+        def complete(index: int, copy: int, rollout: Rollout) -> None:
+            problem = examples[index].problem
+            (text,) = self.prompting.decode([rollout.token_ids])
+            verdict = self.pool.submit(Item(text, problem.answer, problem.prompt, problem.verifier))
+            arrived(PendingRollout(index, copy, rollout, text, verdict))
+
+        return self.engine.sample([example.prompt_ids for example in examples], n, sampling, seeds, complete)

@@ -1,0 +1,331 @@
+"""A module under DeepSpeed ZeRO-3: loading, backward, optimizer step, sets of optimizer moments, checkpoints."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from upge.errors import ModelError, UserError
+from upge.models.loading import check_loaded, read_config
+from upge.train.config import ModelConfig, OptimizerConfig
+from upge.train.distributed import World
+from upge.train.sample import TokenIds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: The key of our own state among DeepSpeed's in a checkpoint.
+_STATE = "upge"
+
+
+class StepResult(NamedTuple):
+    """What an optimizer step did.
+
+    Attributes:
+        applied: False if the update was skipped, because the gradient was not finite or its norm above the limit.
+        grad_norm: before clipping.
+    """
+
+    applied: bool
+    grad_norm: float
+
+    @property
+    def norm(self) -> float:
+        """The gradient's norm, infinite if the gradient was not finite."""
+        return self.grad_norm if self.applied or math.isfinite(self.grad_norm) else math.inf
+
+    @property
+    def is_above_limit(self) -> bool:
+        """True if the update was skipped for the norm of its gradient."""
+        return not self.applied and self.norm != math.inf
+
+
+class DeepSpeedModule:
+    """A module's weights, gradients and AdamW, partitioned over the ranks by ZeRO-3.
+
+    Gradients add up over `backward` calls until `step`. Each rank's loss is a part of one sum over the global batch, so
+    DeepSpeed's averaging over ranks is undone here. AdamW has named sets of moments over the same weights; "main" is in
+    use at first. A subclass defines the forward pass.
+
+    Args:
+        module: what is trained.
+        dtype: of the forward pass, 'float32' or 'bfloat16'.
+        optimizer: AdamW's settings and gradient clipping.
+        lr: AdamW's learning rate until the first `step` sets another.
+        world: of the run.
+    """
+
+    def __init__(self, module: nn.Module, dtype: str, optimizer: OptimizerConfig, lr: float, world: World) -> None:
+        import deepspeed
+
+        self.world = world
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        adamw = torch.optim.AdamW(
+            parameters, lr=lr, betas=(optimizer.beta1, optimizer.beta2), weight_decay=optimizer.weight_decay
+        )
+        configuration = settings(dtype, world, optimizer.max_grad_norm)
+        engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=configuration)
+        self._engine: Any = engine  # its methods and its optimizer's are not typed
+        self._moments = Moments(self._engine.optimizer)
+
+    def backward(self, loss: Float[Tensor, ""], last: bool) -> None:
+        """Adds the gradient of this rank's part of the loss; `last` marks the one before `step`."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.world.size)
+
+    def step(self, lr: float, limit: float = 0.0) -> StepResult:
+        """Clips and applies the gradient.
+
+        Args:
+            lr: the learning rate.
+            limit: drop the gradient if its norm exceeds this; 0 = no limit. A gradient that is not finite is always
+                dropped.
+        """
+        if limit and (norm := gradient_norm(self._engine.optimizer)) > limit:
+            drop_gradient(self._engine.optimizer)
+            return StepResult(False, norm)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        return StepResult(bool(self._engine.was_step_applied()), float(self._engine.get_global_grad_norm()))
+
+    def take_gradient(self) -> list[Tensor]:
+        """This rank's part of the gradient so far, float32, one tensor per parameter; all ranks call it.
+
+        For after `backward(..., last=True)` and instead of `step`: nothing is clipped or applied, and the next
+        `backward` starts from zero. A gradient that is not finite is returned as it is.
+        """
+        return take_gradient(self._engine.optimizer, self.world.rank)
+
+    def dot(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+        """The dot product of two gradients from `take_gradient` over all ranks, in float64; all ranks call it."""
+        products = [torch.dot(x.double(), y.double()) for x, y in zip(a, b, strict=True)]
+        return sum(self.world.gather(float(torch.stack(products).sum())))
+
+    def use_optimizer(self, name: str) -> None:
+        """Switches to the moments and step count `name`; a new name starts with fresh ones."""
+        self._moments.use(name)
+
+    def reset_optimizer(self, everything: bool = False) -> None:
+        """Resets the moments and the step count in use; with `everything` those of every name."""
+        self._moments.reset(everything)
+
+    def _save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
+        """Writes folder/tag: DeepSpeed's files, and one file of this rank."""
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state={_STATE: state}, save_latest=False)
+        self._moments.save(self._moments_file(folder, tag))
+
+    def _load(self, folder: Path, tag: str) -> dict[str, Any]:
+        with _reading(folder / tag):
+            path, state = self._engine.load_checkpoint(str(folder), tag=tag)
+            if path is None:
+                raise FileNotFoundError(folder / tag)
+        moments = self._moments_file(folder, tag)
+        with _reading(moments):
+            self._moments.load(moments)
+        return state[_STATE]
+
+    def _moments_file(self, folder: Path, tag: str) -> Path:
+        return folder / tag / f"moments_rank_{self.world.rank}.pt"
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raises ModelError if the checkpoint, or the file of one, that is read inside is missing or not whole."""
+    try:
+        yield
+    except (AssertionError, OSError, RuntimeError, KeyError, ValueError, EOFError, UnpicklingError) as error:
+        # DeepSpeed asserts that the files exist, hence AssertionError.
+        raise ModelError(f"{path}: the checkpoint cannot be read; remove it to resume from an older one") from error
+
+
+def settings(dtype: str, world: World, max_grad_norm: float = 0.0) -> dict[str, Any]:
+    """DeepSpeed's configuration. Its batch sizes are placeholders, because micro-batches are made by tokens."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": world.size,
+        "gradient_clipping": max_grad_norm,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        # Otherwise a bfloat16 model's gradients would add up in bfloat16, where late micro-batches are rounded away.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+def load_causal_lm(model: ModelConfig, world: World, key: str = "model.path") -> PreTrainedModel:
+    """Loads a causal LM, partitioned on the way, so that no rank ever holds the whole.
+
+    Args:
+        model: which model, and how it is loaded.
+        world: of the run.
+        key: the setting that gave model.path, for messages.
+
+    Raises:
+        ModelError: it cannot be loaded or is not complete.
+        ConfigError: an override that its configuration does not have.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    dtype = getattr(torch, model.dtype)
+    with _model_errors(model.path, key):
+        config = read_config(model.path, model.overrides)
+        partitioning = HfDeepSpeedConfig(settings(model.dtype, world))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(  # the pair is not in its signature
+            model.path, config=config, dtype=dtype, output_loading_info=True
+        )
+        network, loading_info = loaded
+        check_loaded(model.path, loading_info)
+    # transformers partitions models as long as this object lives; other models of this process must load whole.
+    del partitioning
+    gc.collect()
+    return network
+
+
+def vocabulary_size(network: PreTrainedModel) -> int:
+    """Number of tokens that the model has embeddings for; partitioned or not."""
+    return cast(nn.Embedding, network.get_input_embeddings()).num_embeddings
+
+
+def checkpoint_activations(network: PreTrainedModel) -> None:
+    """Recomputes the activations of each layer in the backward pass instead of storing them."""
+    network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    network.config.use_cache = False
+
+
+def check_tokens(trajectories: Sequence[TokenIds], vocabulary: int, key: str) -> None:
+    """Checks that a model has an embedding for every token of the (prompt_ids, response_ids) pairs.
+
+    Raises:
+        ModelError: it has not; `key` is the setting that gave the model.
+    """
+    highest = max((token for pair in trajectories for ids in pair for token in ids), default=0)
+    if highest >= vocabulary:
+        raise ModelError(
+            f"{key}: this model knows {vocabulary} tokens and got token {highest}; give one with the policy's tokenizer"
+        )
+
+
+@contextmanager
+def _model_errors(path: str, key: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        if error.key != "model.path":
+            raise
+        # The functions that read models name the policy's key.
+        raise error.with_key(key) from error
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{key}: '{path}' cannot be loaded: {reason} Give the folder of a Hugging Face "
+            "causal LM, or a hub name that is in the local cache or can be downloaded"
+        ) from error
+
+
+# The internals of DeepSpeed's ZeRO-3 optimizer, used only below: `fp16_groups` are the parameters in sub-groups (of any
+# dtype); AdamW updates the flat float32 partitions, and its moments belong to these.
+
+#: The set of moments that is in use at first.
+FIRST = "main"
+
+
+def take_gradient(zero: Any, rank: int) -> list[Tensor]:
+    """A copy of this rank's part of every parameter's gradient, in float32 and without padding.
+
+    The gradient is dropped: the next backward pass starts from zero, and nothing enters norms or moments.
+
+    Args:
+        zero: DeepSpeed's stage 3 optimizer, after the last backward pass of an update.
+        rank: this process's place in the partition.
+    """
+    partitions = zero.get_fp32_grad_partitions()
+    assert partitions, "no gradient to take: backward comes first"
+    taken = []
+    for group, parameters in enumerate(zero.fp16_groups):
+        for place, parameter in enumerate(parameters):
+            size = parameter.partition_numel()
+            held = min(max(parameter.ds_numel - rank * size, 0), size)
+            taken.append(partitions[group][place].reshape(-1)[:held].clone())
+    drop_gradient(zero)
+    return taken
+
+
+def drop_gradient(zero: Any) -> None:
+    """Drops the gradient so far: the next backward pass starts from zero."""
+    zero.zero_grad()
+    zero.averaged_gradients = {}
+    zero.grad_partitions_flat_buffer.zero_()
+
+
+def gradient_norm(zero: Any) -> float:
+    """The global norm of the gradient so far, before clipping; after the last backward pass, on all ranks."""
+    groups = [zero.get_grad_norm_direct(zero.averaged_gradients[i], g) for i, g in enumerate(zero.fp16_groups)]
+    return float(torch.stack([norm.double() for norm in groups]).norm()) if min(groups) >= 0 else float("nan")
+
+
+class Moments:
+    """Named sets of AdamW's moments and step counts over the same weights, one of them in use.
+
+    The other sets stay on the device, so each set takes as much memory as the first: 8 bytes per weight over all ranks.
+
+    Args:
+        zero: DeepSpeed's stage 3 optimizer.
+    """
+
+    def __init__(self, zero: Any) -> None:
+        self._zero = zero
+        self._idle: dict[str, Any] = {}
+        self.in_use = FIRST
+
+    def use(self, name: str) -> None:
+        """Puts the set `name` in use; a new name starts with fresh moments."""
+        if name == self.in_use:
+            return
+        self._idle[self.in_use] = self._zero.state
+        self._zero.state = self._idle.pop(name, defaultdict(dict))
+        self.in_use = name
+
+    def reset(self, everything: bool = False) -> None:
+        """Resets the moments and steps of the set in use; with `everything` it also drops all other sets."""
+        if everything:
+            self._idle = {}
+        self._zero.state = defaultdict(dict)
+
+    def save(self, path: Path) -> None:
+        """Writes this rank's idle sets and the name of the set in use, which is in DeepSpeed's own checkpoint."""
+        flat = self._zero.fp32_partitioned_groups_flat
+        idle = {name: [dict(state.get(partition, {})) for partition in flat] for name, state in self._idle.items()}
+        torch.save({"in_use": self.in_use, "idle": idle}, path)
+
+    def load(self, path: Path) -> None:
+        """Restores what `save` wrote; DeepSpeed must have restored the set in use before."""
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        flat = self._zero.fp32_partitioned_groups_flat
+        self._idle = {}
+        for name, states in saved["idle"].items():
+            self._idle[name] = defaultdict(dict)
+            for partition, state in zip(flat, states, strict=True):
+                if state:
+                    self._idle[name][partition] = {k: _placed(k, v, partition) for k, v in state.items()}
+        self.in_use = saved["in_use"]
+
+
+def _placed(key: str, value: Tensor, partition: Tensor) -> Tensor:
+    """The state on the partition's device, except the step count, which AdamW keeps on the CPU."""
+    return value if key == "step" else value.to(partition.device)

@@ -1,0 +1,298 @@
+"""The metrics of a step: sums over micro-batches and ranks, and which trajectories the step's updates learned from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from upge.data import Example
+from upge.estimate import Estimate, TermRecord, summarise
+from upge.plan import Plan
+from upge.train.packing import packed_length
+from upge.train.sample import Trajectory
+from upge.train.top_tokens import TopTrajectory
+from upge.trajectories import SUCCESS_REWARD
+from upge.views import PackedTokens
+
+
+class Diagnostics(NamedTuple):
+    """What is measured in a step's first update in addition to its metrics.
+
+    Attributes:
+        top_tokens: the tokens with the largest weights.
+        term_gradients: the gradient of each term alone.
+    """
+
+    top_tokens: bool = False
+    term_gradients: bool = False
+
+
+NO_DIAGNOSTICS = Diagnostics()
+
+
+@dataclass(frozen=True)
+class MetricSums:
+    """Sums that metrics are computed from, of one observation or of many: `total` adds them up.
+
+    Attributes:
+        records: for each term, what is kept of its tokens.
+        loss: of the surrogate.
+        penalties: the value of each regularizer.
+        entropy_sum: over trained tokens, in nats.
+        tokens: response tokens that the updates learned from.
+        trajectories: those that the updates learned from.
+        computed_tokens: tokens that the model computed, prompts included.
+        gap_sum, gap_max, gap_tokens: of |log π_trainer - log π_sampler| over tokens of rollouts.
+        value_loss: of the critic.
+    """
+
+    records: Mapping[str, Sequence[TermRecord]] = field(default_factory=dict)
+    loss: float = 0.0
+    penalties: Mapping[str, float] = field(default_factory=dict)
+    entropy_sum: float = 0.0
+    tokens: int = 0
+    trajectories: int = 0
+    computed_tokens: int = 0
+    gap_sum: float = 0.0
+    gap_max: float = 0.0
+    gap_tokens: int = 0
+    value_loss: float = 0.0
+
+    @staticmethod
+    def total(parts: Iterable[MetricSums]) -> MetricSums:
+        """The sum of all parts, added in their order."""
+        parts = list(parts)
+        records: dict[str, list[TermRecord]] = {}
+        penalties: dict[str, float] = {}
+        for part in parts:
+            for name, one in part.records.items():
+                records.setdefault(name, []).extend(one)
+            for name, value in part.penalties.items():
+                penalties[name] = penalties.get(name, 0.0) + value
+        return MetricSums(
+            records=records,
+            loss=sum((part.loss for part in parts), 0.0),
+            penalties=penalties,
+            entropy_sum=sum((part.entropy_sum for part in parts), 0.0),
+            tokens=sum(part.tokens for part in parts),
+            trajectories=sum(part.trajectories for part in parts),
+            computed_tokens=sum(part.computed_tokens for part in parts),
+            gap_sum=sum((part.gap_sum for part in parts), 0.0),
+            gap_max=max((part.gap_max for part in parts), default=0.0),
+            gap_tokens=sum(part.gap_tokens for part in parts),
+            value_loss=sum((part.value_loss for part in parts), 0.0),
+        )
+
+    @staticmethod
+    def of_estimate(estimate: Estimate, update: int, trajectories: Sequence[Trajectory]) -> MetricSums:
+        """What an algorithm estimated for some tokens.
+
+        Args:
+            estimate: of a micro-batch or of a chunk of its tokens.
+            update: number of the update within the step. A trajectory that two updates learn from counts twice.
+            trajectories: of the update's batch, by row.
+        """
+        records = {}
+        for name, record in estimate.records.items():
+            masses = {}
+            for row, mass in record.trajectories.items():
+                assert isinstance(row, int)
+                masses[update, trajectories[row].index] = mass
+            records[name] = [record._replace(trajectories=masses)]
+        return MetricSums(records=records, loss=float(estimate.loss.detach()), penalties=dict(estimate.penalties))
+
+    @staticmethod
+    def of_tokens(tokens: PackedTokens, trajectories: int, computed_tokens: int) -> MetricSums:
+        """The tokens of a micro-batch with what the forward pass gave for them."""
+        assert tokens.entropies is not None
+        return MetricSums(
+            entropy_sum=float(tokens.entropies.double().sum()),
+            tokens=len(tokens),
+            trajectories=trajectories,
+            computed_tokens=computed_tokens,
+        )
+
+    @staticmethod
+    def of_sampler_gap(tokens: PackedTokens, of_rollouts: Bool[Tensor, "n"]) -> MetricSums:
+        """How far the sampler's log-probs are from the trainer's, on the tokens of rollouts."""
+        if tokens.sampler_logprobs is None or not bool(of_rollouts.any()):
+            return MetricSums()
+        assert tokens.logprobs is not None
+        gap = (tokens.logprobs.float() - tokens.sampler_logprobs.float()).abs()[of_rollouts]
+        return MetricSums(gap_sum=float(gap.double().sum()), gap_max=float(gap.max()), gap_tokens=gap.numel())
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the step; docs/metrics.md lists them."""
+        metrics = summarise(self.records) | {f"{name}/value": value for name, value in self.penalties.items()}
+        metrics |= {"loss": self.loss, "trained/trajectories": self.trajectories, "trained/tokens": self.tokens}
+        metrics["trained/computed_tokens"] = self.computed_tokens
+        if self.tokens:
+            metrics["trained/entropy"] = self.entropy_sum / self.tokens
+        if self.gap_tokens:
+            metrics["sampler/logprob_diff_mean"] = self.gap_sum / self.gap_tokens
+            metrics["sampler/logprob_diff_max"] = self.gap_max
+        return metrics
+
+
+@dataclass(frozen=True)
+class ActiveTrajectories:
+    """Which of a step's B trajectories its updates learned from, interleaved updates not included.
+
+    Attributes:
+        trajectories: of the step.
+        active: [B] those with a non-zero coefficient in some term, as the gates decided.
+        contributing: [B] those that can contribute to the gradient, the only ones that reach the model.
+    """
+
+    trajectories: Sequence[Trajectory]
+    active: Bool[Tensor, "B"]
+    contributing: Bool[Tensor, "B"]
+
+    @staticmethod
+    def of(trajectories: Sequence[Trajectory], rows: Sequence[Tensor], plans: Sequence[Plan]) -> ActiveTrajectories:
+        """From the plans of a step's updates and the rows of the step's batch that each learns from."""
+        active, contributing = (torch.zeros(len(trajectories), dtype=torch.bool) for _ in range(2))
+        for chosen, plan in zip(rows, plans, strict=True):
+            active[chosen], contributing[chosen] = plan.active, plan.contributing
+        return ActiveTrajectories(trajectories, active, contributing)
+
+    @property
+    def demonstration_share(self) -> float:
+        """Share of demonstrations among the active trajectories."""
+        demonstrations = [self.trajectories[row].is_demonstration for row in self.active.nonzero()[:, 0].tolist()]
+        return sum(demonstrations) / max(1, len(demonstrations))
+
+    @property
+    def no_signal_prompts(self) -> float:
+        """Share of the prompts none of whose trajectories can contribute to the gradient."""
+        with_signal = {self.trajectories[row].group for row in self.contributing.nonzero()[:, 0].tolist()}
+        return 1 - len(with_signal) / max(1, len({t.group for t in self.trajectories}))
+
+    @property
+    def skipped_tokens(self) -> float:
+        """Share of the step's tokens, prompts included, whose trajectories have no weight in any update."""
+        lengths = [packed_length(t.prompt_ids, t.response_ids) for t in self.trajectories]
+        tokens = torch.tensor(lengths, dtype=torch.float64)
+        return float(tokens[~self.contributing].sum() / tokens.sum().clamp(min=1))
+
+    def prompt_lines(self, examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
+        """A line of prompts.jsonl for each of the step's prompts; docs/metrics.md lists its fields.
+
+        Args:
+            examples: the training set.
+        """
+        groups: dict[int, list[int]] = {}
+        for row, trajectory in enumerate(self.trajectories):
+            groups.setdefault(trajectory.group, []).append(row)
+        for _, rows in sorted(groups.items()):
+            members = [self.trajectories[row] for row in rows]
+            problem = examples[members[0].example].problem
+            rewards = [t.reward for t in members if not t.is_demonstration]
+            yield {
+                "prompt": members[0].example,
+                "id": problem.id,
+                "level": problem.level,
+                "rollouts": len(rewards),
+                "successes": sum(reward > SUCCESS_REWARD for reward in rewards),
+                "gate": self._kinds(rows, self.active),
+                "learned": self._kinds(rows, self.active & self.contributing),
+            }
+
+    def _kinds(self, rows: Sequence[int], chosen: Tensor) -> str:
+        """What the chosen ones of these rows are: 'rollouts', 'demonstrations', 'both' or 'nothing'."""
+        kinds = {self.trajectories[row].is_demonstration for row in rows if bool(chosen[row])}
+        if len(kinds) == 2:
+            return "both"
+        return "demonstrations" if True in kinds else "rollouts" if False in kinds else "nothing"
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What the updates of a step did.
+
+    Attributes:
+        grad_norms: of each of the policy's updates, before clipping; infinite if the gradient was not finite.
+        skipped: updates dropped because their gradient was not finite, of the policy, the critic and interleaved ones.
+        above_limit: the policy's updates left out because their gradient norm exceeded `optimizer.skip_grad_norm`.
+        active: which trajectories the updates learned from.
+        sums: this rank's.
+        tops: this rank's trajectories with the largest token weights, if they were asked for.
+        metrics: those that every rank knows: coefficients of the terms, the critic's fit, the terms' gradients.
+        critic_norms, interleaved_norms: as `grad_norms`, of the critic and of interleaved updates.
+    """
+
+    grad_norms: Sequence[float]
+    skipped: int
+    above_limit: int
+    active: ActiveTrajectories
+    sums: MetricSums
+    tops: Sequence[TopTrajectory] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    critic_norms: Sequence[float] = ()
+    interleaved_norms: Sequence[float] = ()
+
+
+def step_metrics(report: UpdateReport, sums: Sequence[MetricSums]) -> dict[str, float]:
+    """Metrics of a step's updates; `sums` are those of all ranks."""
+    total = MetricSums.total(sums)
+    metrics = total.metrics() | dict(report.metrics)
+    metrics["gate/demonstration_share"] = report.active.demonstration_share
+    metrics["gate/no_signal_prompts"] = report.active.no_signal_prompts
+    metrics["trained/skipped_share"] = report.active.skipped_tokens
+    metrics["grad_norm"] = _mean_finite(report.grad_norms)
+    metrics["updates"] = sum(norm != math.inf for norm in report.grad_norms) - report.above_limit
+    metrics["updates_above_limit"] = report.above_limit
+    if report.critic_norms:
+        metrics["critic/loss"] = total.value_loss / len(report.critic_norms)
+        metrics["critic/grad_norm"] = _mean_finite(report.critic_norms)
+    return metrics
+
+
+def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Metrics of all rollouts of a step, whether they reached the model or not; empty without rollouts.
+
+    `entropy` is the mean of -log π over sampled tokens as the sampler reports them: at temperature 1 an unbiased
+    estimate of the policy's token entropy (nats) on its own responses.
+    """
+    rollouts = [t for t in trajectories if not t.is_demonstration]
+    if not rollouts:
+        return {}
+    n = len(rollouts)
+    solved: dict[int, bool] = {}
+    for t in rollouts:
+        solved[t.group] = solved.get(t.group, False) or t.reward > SUCCESS_REWARD
+    tokens = sum(len(t.response_ids) for t in rollouts)
+    return {
+        "reward/mean": sum(t.reward for t in rollouts) / n,
+        "pass_rate": sum(t.reward > SUCCESS_REWARD for t in rollouts) / n,
+        "prompts_solved": sum(solved.values()) / len(solved),
+        "entropy": -sum(sum(t.sampler_logprobs or ()) for t in rollouts) / max(tokens, 1),
+        "response_length": tokens / n,
+        "response_cut_share": sum(not t.finished for t in rollouts) / n,
+        "verify/timeouts": sum(t.status == "timeout" for t in rollouts),
+        "verify/errors": sum(t.status == "error" for t in rollouts),
+    }
+
+
+def value_metrics(values: Float[Tensor, "n"], returns: Float[Tensor, "n"], mask: Bool[Tensor, "n"]) -> dict[str, float]:
+    """How well the critic's values before the step's updates explain the returns, over the tokens of `mask`."""
+    value, target = values[mask].double(), returns[mask].double()
+    if not len(value):
+        return {}
+    variance = float(target.var(unbiased=False))
+    metrics = {"critic/value_mean": float(value.mean()), "critic/return_mean": float(target.mean())}
+    if variance > 0:
+        metrics["critic/explained_variance"] = 1 - float(torch.var(target - value, unbiased=False)) / variance
+    return metrics
+
+
+def _mean_finite(norms: Sequence[float]) -> float:
+    """0 without updates, NaN if all of them were skipped."""
+    finite = [norm for norm in norms if norm != math.inf]
+    return sum(finite) / len(finite) if finite else (math.nan if norms else 0.0)

@@ -1,0 +1,178 @@
+"""The batch of a step or of one of its updates, and the columns that take a forward pass to fill."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from upge.algorithm import Algorithm
+from upge.needs import COMPUTED
+from upge.plan import Plan
+from upge.train.config import OptimizerConfig
+from upge.train.critic import CriticEngine
+from upge.train.engine import Engine
+from upge.train.micro_batches import distribute
+from upge.train.reference_policy import ReferencePolicy
+from upge.train.sample import TokenIds, Trajectory, assemble
+from upge.trajectories import Trajectories
+
+#: Some rows of a batch with a number for each of their tokens, [b, t].
+RowValues = tuple[list[int], Tensor]
+
+_BEHAVIOR = "behavior_logprobs"
+_T = TypeVar("_T")
+
+
+class StepBatch(NamedTuple):
+    """The trajectories of a step or of one update, as columns and as they were collected, in the same order.
+
+    Its rows are what a plan, a micro-batch and `RowValues` number. Beyond an update, `Trajectory.index` identifies a
+    trajectory.
+    """
+
+    columns: Trajectories
+    trajectories: list[Trajectory]
+
+    def select(self, rows: Tensor) -> StepBatch:
+        """The batch of one update; its rows are numbered from 0."""
+        columns = self.columns.select(rows, row=torch.arange(len(rows)))
+        return StepBatch(columns, [self.trajectories[row] for row in rows.tolist()])
+
+    def ids(self, rows: Sequence[int]) -> list[TokenIds]:
+        """(prompt_ids, response_ids) of some rows."""
+        return [self.trajectories[row].ids for row in rows]
+
+
+def update_rows(trajectories: Sequence[Trajectory], updates: int) -> list[Tensor]:
+    """The rows of each update of a step.
+
+    Each update gets the same number of consecutive prompts (the last one may get fewer) with their whole groups.
+    """
+    groups = sorted({t.group for t in trajectories})
+    size = max(1, -(-len(groups) // updates))
+    chunks = [set(groups[i : i + size]) for i in range(0, len(groups), size)] or [set()]
+    rows = [[i for i, t in enumerate(trajectories) if t.group in chunk] for chunk in chunks]
+    return [torch.tensor(some, dtype=torch.long) for some in rows]
+
+
+class BatchFiller:
+    """Fills the columns that an algorithm reads and that take a forward pass, on all ranks together.
+
+    Columns that are read before the policy's forward pass are filled for all trajectories of the step, by `fill`. Those
+    that only live parts read are filled later, by `complete`, and only for the trajectories on which they are read.
+
+    Args:
+        policy: fills `behavior_logprobs`.
+        algorithm: says which columns it reads.
+        config: the optimizer's, with the size of micro-batches and the number of updates.
+        critic: fills `values`; None if the algorithm reads none.
+        reference: fills `reference_logprobs`; None if the algorithm reads none.
+    """
+
+    def __init__(
+        self,
+        policy: Engine,
+        algorithm: Algorithm,
+        config: OptimizerConfig,
+        critic: CriticEngine | None = None,
+        reference: ReferencePolicy | None = None,
+    ) -> None:
+        self.policy, self.config, self.critic, self.reference = policy, config, critic, reference
+        self.needs = algorithm.step_needs
+        late = (self.needs.columns & COMPUTED) - self.needs.before
+        self.is_off_policy = config.mini_batches * config.epochs > 1
+        #: Columns that only live parts read, asked for once it is known which trajectories contribute.
+        self.late_columns = late if self.is_off_policy else late - {_BEHAVIOR}
+
+    def fill(
+        self, trajectories: Sequence[Trajectory], step: int, state: Mapping[str, float] | None = None
+    ) -> StepBatch:
+        """The step's batch with the columns that are read before the forward pass.
+
+        Args:
+            trajectories: of the step, the same on every rank.
+            step: within the stage, from 0, for schedules.
+            state: the value of each stateful gate's variable.
+        """
+        columns = dataclasses.replace(assemble(trajectories, step), state=dict(state or {}))
+        batch = StepBatch(columns, list(trajectories))
+        rows = list(range(len(trajectories)))
+        return self._with_columns(batch, rows, self.needs.before) if rows else batch
+
+    def complete(self, batch: StepBatch, plan: Plan, behavior: bool) -> StepBatch:
+        """The batch of an update with all columns that the plan reads.
+
+        Args:
+            batch: of the update.
+            plan: of the same rows.
+            behavior: fill `behavior_logprobs` with the current policy's log-probs. False for the update in which the
+                policy is still the one that sampled.
+        """
+        for name in sorted(self.late_columns - (set() if behavior else {_BEHAVIOR})):
+            batch = self._with_columns(batch, _rows(plan.reading(name)), {name})
+        return batch
+
+    def complete_any(self, batch: StepBatch, plans: Sequence[Plan]) -> StepBatch:
+        """The batch with the columns that some of several plans of its rows read, `behavior_logprobs` excepted."""
+        for name in sorted(self.late_columns - {_BEHAVIOR}):
+            read = torch.stack([plan.reading(name) for plan in plans]).any(dim=0)
+            batch = self._with_columns(batch, _rows(read), {name})
+        return batch
+
+    def with_behavior(self, batch: StepBatch, logprobs: list[RowValues]) -> StepBatch:
+        """The batch of the first update with the log-probs that its own forward passes gave on each rank.
+
+        Later epochs need them, and they are not computed twice. The batch is unchanged if nothing reads them.
+        """
+        return self._joined(batch, {_BEHAVIOR: logprobs}) if _BEHAVIOR in self.late_columns else batch
+
+    def micro_batch_rows(self, batch: StepBatch, rows: Sequence[int], whole_groups: bool = False) -> list[list[int]]:
+        """The rows of each of this rank's micro-batches; every rank gets the same number of micro-batches."""
+        works = [self.policy.costs.work(*ids) for ids in batch.ids(rows)]
+        blocks = [batch.trajectories[row].group for row in rows] if whole_groups else None
+        world = self.policy.world
+        members = distribute(works, world.size, self.config.micro_batch_tokens, blocks)[world.rank]
+        return [[rows[i] for i in some] for some in members]
+
+    @torch.no_grad()
+    def _with_columns(self, batch: StepBatch, rows: Sequence[int], names: Set[str]) -> StepBatch:
+        """`batch` with columns computed for `rows`, and zero elsewhere, where they are not read."""
+        sources: dict[str, Callable[[list[TokenIds]], Tensor]] = {
+            _BEHAVIOR: lambda ids: self.policy.forward(ids).logprobs,
+            "reference_logprobs": lambda ids: _given(self.reference).forward(ids).logprobs,
+            "values": lambda ids: _given(self.critic).forward(ids).values,
+        }
+        return self._joined(batch, {name: self._computed(batch, rows, sources[name]) for name in sorted(names)})
+
+    def _computed(
+        self, batch: StepBatch, rows: Sequence[int], forward: Callable[[list[TokenIds]], Tensor]
+    ) -> list[RowValues]:
+        computed = []
+        for some in self.micro_batch_rows(batch, rows) if rows else ():
+            values = forward(batch.ids(some))
+            if some:
+                computed.append((some, values.float().cpu()))
+        return computed
+
+    def _joined(self, batch: StepBatch, computed: Mapping[str, list[RowValues]]) -> StepBatch:
+        """`batch` with columns put together from what each rank has computed."""
+        columns = {}
+        for name, of_this_rank in computed.items():
+            columns[name] = torch.zeros(batch.columns.response_mask.shape)
+            for of_rank in self.policy.world.gather(of_this_rank):
+                for rows, values in of_rank:
+                    columns[name][torch.tensor(rows), : values.shape[1]] = values
+        return batch._replace(columns=dataclasses.replace(batch.columns, **columns)) if columns else batch
+
+
+def _rows(mask: Tensor) -> list[int]:
+    return mask.nonzero()[:, 0].tolist()
+
+
+def _given(model: _T | None) -> _T:
+    assert model is not None, "the algorithm reads a column of a model that the run does not have"
+    return model

@@ -1,0 +1,186 @@
+"""The tokens with the largest weights of an update, and the text around them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from upge.data import Example
+from upge.estimate import Estimate
+from upge.train.sample import Trajectory
+
+#: Trajectories that are kept for each term, each of another prompt.
+KEPT = 4
+#: Tokens that are kept of a response, around the one with the largest weight.
+WINDOW = 512
+
+
+class TokenWeights(NamedTuple):
+    """The weights of some tokens in one term, for the n tokens whose scale gate·reduction is not zero.
+
+    Attributes:
+        row: the trajectory, as a row of the update's batch.
+        position: the token's position in the response.
+        weight: the number in front of ∇log π_θ.
+        scale: |gate·reduction|.
+        gate: the coefficient, the term's included.
+    """
+
+    row: Int[Tensor, "n"]
+    position: Int[Tensor, "n"]
+    weight: Float[Tensor, "n"]
+    scale: Float[Tensor, "n"]
+    gate: Float[Tensor, "n"]
+
+
+class TopTrajectory(NamedTuple):
+    """A trajectory that is among those with the largest weights of a term.
+
+    Attributes:
+        term: name of the term.
+        trajectory: with its tokens; its `index` identifies it in the step.
+        gate: its coefficient, the term's included, at the largest weight.
+        largest: the absolute value of that weight, infinite where a weight is NaN.
+        weights: of each response token, the number in front of ∇log π_θ; 0 where the token has no part in the term.
+        relative: the same relative to the token's scale |gate·reduction|.
+    """
+
+    term: str
+    trajectory: Trajectory
+    gate: float
+    largest: float
+    weights: list[float]
+    relative: list[float]
+
+
+def token_weights(estimate: Estimate) -> dict[str, TokenWeights]:
+    """For each term the weights of an estimate's tokens, on the CPU."""
+    weights = {}
+    for name, factors in estimate.terms.items():
+        scale = (factors.gate * factors.reduction).abs()
+        columns = (*estimate.batch.places, factors.weights, scale, factors.gate)
+        weights[name] = TokenWeights(*(column[scale != 0].detach().cpu() for column in columns))
+    return weights
+
+
+def top_trajectories(
+    observed: Iterable[Mapping[str, TokenWeights]], trajectories: Sequence[Trajectory]
+) -> list[TopTrajectory]:
+    """The `KEPT` trajectories of each term with the largest weights on this rank.
+
+    Args:
+        observed: the weights of each of the update's estimates.
+        trajectories: of the update's batch, by row.
+    """
+    terms: dict[str, list[TokenWeights]] = {}
+    for weights in observed:
+        for name, columns in weights.items():
+            terms.setdefault(name, []).append(columns)
+    return [
+        top
+        for name, parts in terms.items()
+        for top in _top_of_term(name, TokenWeights(*map(torch.cat, zip(*parts, strict=True))), trajectories)
+    ]
+
+
+def _top_of_term(name: str, tokens: TokenWeights, trajectories: Sequence[Trajectory]) -> Iterator[TopTrajectory]:
+    magnitude = torch.nan_to_num(tokens.weight.abs(), nan=math.inf)
+    largest = torch.zeros(len(trajectories), dtype=magnitude.dtype).scatter_reduce(0, tokens.row, magnitude, "amax")
+    candidates = [(float(largest[r]), r, trajectories[r].group) for r in tokens.row.unique().tolist()]
+    for _, row, _ in _largest(candidate for candidate in candidates if candidate[0] > 0):
+        of_row = tokens.row == row
+        weights, relative = (torch.zeros(len(trajectories[row].response_ids), dtype=tokens.weight.dtype) for _ in "wr")
+        weights[tokens.position[of_row]] = tokens.weight[of_row]
+        relative[tokens.position[of_row]] = (tokens.weight / tokens.scale)[of_row]
+        gate = float(tokens.gate[of_row][int(magnitude[of_row].argmax())])
+        yield TopTrajectory(name, trajectories[row], gate, float(largest[row]), weights.tolist(), relative.tolist())
+
+
+def merged(tops: Iterable[TopTrajectory]) -> list[TopTrajectory]:
+    """The `KEPT` trajectories of each term with the largest weights on all ranks, the largest first."""
+    terms: dict[str, dict[int, TopTrajectory]] = {}
+    for top in tops:
+        terms.setdefault(top.term, {})[top.trajectory.index] = top
+    return [
+        by_index[index]
+        for _, by_index in sorted(terms.items())
+        for _, index, _ in _largest(
+            (top.largest, top.trajectory.index, top.trajectory.group) for top in by_index.values()
+        )
+    ]
+
+
+def _largest(candidates: Iterable[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
+    """The `KEPT` of (weight, index, group) with the largest weights, at most one of each group.
+
+    All rollouts of a prompt often have the same weights, and then one of them shows it all. Weights that differ only by
+    rounding count as equal, so that the choice does not depend on the micro-batches.
+    """
+    by_group: dict[int, tuple[float, int, int]] = {}
+    for candidate in sorted(candidates, key=lambda one: (-float(f"{one[0]:.5g}"), one[1])):
+        by_group.setdefault(candidate[2], candidate)
+    return list(by_group.values())[:KEPT]
+
+
+def token_line(
+    top: TopTrajectory, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]
+) -> dict[str, Any]:
+    """A line of tokens/step_*.jsonl; docs/metrics.md lists its fields.
+
+    Args:
+        top: the trajectory.
+        examples: the training set.
+        decode: token ids as text, special tokens included.
+    """
+    trajectory, magnitudes = top.trajectory, [_magnitude(w) for w in top.weights]
+    problem = examples[trajectory.example].problem
+    first = max(0, min(magnitudes.index(max(magnitudes)) - WINDOW // 2, len(magnitudes) - WINDOW))
+    window = slice(first, first + WINDOW)
+    return {
+        "term": top.term,
+        "index": trajectory.index,
+        "prompt": problem.prompt,
+        "answer": problem.answer,
+        "level": problem.level,
+        "reward": trajectory.reward,
+        "is_demonstration": trajectory.is_demonstration,
+        "gate": _rounded(top.gate),
+        "tokens": token_texts(trajectory.response_ids[window], decode),
+        "weights": [_rounded(w) for w in top.weights[window]],
+        "relative": [_rounded(w) for w in top.relative[window]],
+        "first": first,
+        "length": len(magnitudes),
+    }
+
+
+def token_texts(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """The text that each token adds to the tokens before it; joined, they give the whole text.
+
+    If several tokens make one character, the last of them gets the character and the others get the empty string. Some
+    tokenizers write a token's space only after another token, so each token is decoded together with the one before.
+    """
+    texts: list[str] = []
+    before, start, decoded = "", 0, 0
+    for end in range(1, len(ids) + 1):
+        text = decode(ids[start:end])
+        if text.endswith("\ufffd") and end < len(ids):
+            texts.append("")
+            continue
+        texts.append(text[len(before) :])
+        start, decoded = decoded, end
+        before = decode(ids[start:decoded])
+    return texts
+
+
+def _magnitude(weight: float) -> float:
+    return math.inf if math.isnan(weight) else abs(weight)
+
+
+def _rounded(value: float) -> float | None:
+    """Six digits, which is the model's precision; None for NaN and infinity, which JSON does not have."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
