@@ -68,7 +68,7 @@ def test_it_trains(folder, name):
 @pytest.mark.timeout(1600)
 @pytest.mark.parametrize("name", algorithms.names())
 def test_it_gets_what_it_asks_for_and_no_more(folder, name):
-    """Critic, memory, new prompts, interleaved updates and stages show in the metrics exactly where they are asked for."""
+    """Critic, memory, new prompts, interleaved updates and stages show in the metrics exactly where asked for."""
     metrics = lines(folder / name / "metrics.jsonl")
     figures = {key for line in metrics for key in line}
     algorithm = algorithms.load(name)
