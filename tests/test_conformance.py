@@ -10,8 +10,7 @@ import torch
 
 import upge
 from upge.testing import ConformanceError, check_component, random_batch
-from upge.trajectories import masked_mean
-from upge.views import UndeclaredColumn
+from upge.views import UndeclaredColumn, masked_mean
 
 RATIO = frozenset({"logprobs", "behavior_logprobs"})
 SHIPPED = [

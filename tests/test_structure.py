@@ -127,7 +127,7 @@ parts = ("components", "trajectories", "estimator", "gates", "reduction", "regul
 jaxtyping.install_import_hook([f"upge.{part}" for part in parts], "beartype.beartype")
 import torch
 import upge
-from upge.trajectories import masked_mean
+from upge.views import masked_mean
 from tests import compositions
 from tests.policy import sample
 from tests.test_conformance import SHIPPED

@@ -19,7 +19,7 @@ from upge.components.advantage import GROUP_COLUMNS
 from upge.components.base import REACHES, Component, Precomputed
 from upge.errors import ConfigError
 from upge.formula import Formula, times
-from upge.trajectories import Trajectories, masked_mean
+from upge.views import TrajectoryView, masked_mean
 
 #: Pass rates are multiples of 1/n; thresholds such as 1/3 must not miss them by rounding.
 _TOLERANCE = 1e-9
@@ -34,10 +34,10 @@ class Gate(Component):
         return max((super().live_reach, "trajectory" if self.is_live else "token"), key=REACHES.index)
 
     @abstractmethod
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B"]:
         """[B] coefficient per trajectory, detached."""
 
-    def closed(self, batch: Trajectories) -> Bool[Tensor, "B"]:
+    def closed(self, batch: TrajectoryView) -> Bool[Tensor, "B"]:
         """[B] True where the coefficient is known to be 0 before the forward pass; such a trajectory does not count.
 
         A gate that waits for the current policy knows of none. One that multiplies others may: see `ProductOf`.
@@ -65,7 +65,7 @@ class ConstantGate(Gate):
     coefficient: float = 1.0
     reads: ClassVar[frozenset[str]] = frozenset()
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B"]:
         return torch.full((len(batch),), self.coefficient, dtype=torch.float64, device=batch.response_mask.device)
 
     def at_pass_rate(self, rate: float) -> float | None:
@@ -85,13 +85,13 @@ class _PassRateGate(Gate):
     def _at(self, rate: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The coefficient at each of these pass rates, float64."""
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B"]:
         return self._at(self._pass_rate(batch))
 
     def at_pass_rate(self, rate: float) -> float | None:
         return float(self._at(torch.tensor([rate], dtype=torch.float64)))
 
-    def _pass_rate(self, batch: Trajectories) -> Tensor:
+    def _pass_rate(self, batch: TrajectoryView) -> Tensor:
         rate = batch.pass_rate
         if bool(rate.isnan().any()):
             group = int(batch.group[rate.isnan()][0])
@@ -203,7 +203,7 @@ class EntropyWeight(Gate):
     reads: ClassVar[frozenset[str]] = frozenset({"entropies"})
     reach: ClassVar[str] = "trajectory"
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B"]:
         entropy = masked_mean(batch.entropies.detach(), batch.response_mask)[:, 0]
         return self.scale * torch.exp(self.sign * entropy)
 
@@ -237,7 +237,7 @@ class Schedule(Gate):
         share = min(1.0, (step - self.warmup) / self.decay) if self.decay > 0 else 1.0
         return self.end + (self.peak - self.end) * 0.5 * (1 + math.cos(math.pi * share))
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B"]:
         value = self.coefficient_at(batch.step)
         return torch.full((len(batch),), value, dtype=torch.float64, device=batch.response_mask.device)
 
@@ -252,7 +252,7 @@ class Complement(Gate):
     gate: Gate
     reads: ClassVar[frozenset[str]] = frozenset()
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B"]:
         return 1 - self.gate(batch)
 
     def at_pass_rate(self, rate: float) -> float | None:
@@ -271,13 +271,13 @@ class ProductOf(Gate):
     gates: tuple[Gate, ...]
     reads: ClassVar[frozenset[str]] = frozenset()
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B"]:
         value = ConstantGate()(batch)
         for gate in self.gates:
             value = value * gate(batch)
         return value
 
-    def closed(self, batch: Trajectories) -> Bool[Tensor, "B"]:
+    def closed(self, batch: TrajectoryView) -> Bool[Tensor, "B"]:
         """[B] True where one of the gates is closed, whatever the others will say."""
         shut = torch.zeros_like(batch.is_demonstration)
         for gate in self.gates:

@@ -19,7 +19,7 @@ from torch import Tensor
 from upge.components.base import Component
 from upge.errors import ConfigError
 from upge.formula import Formula
-from upge.trajectories import Trajectories, group_sum
+from upge.views import TrajectoryView, group_sum
 
 Over = Literal["term", "batch"]
 PerToken = Literal["mean", "sum", "fixed"]
@@ -31,16 +31,16 @@ class Reduction(Component):
     over: Over
 
     @abstractmethod
-    def __call__(self, batch: Trajectories, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
         """[B, T] weight per token in float64; `selected` [B] marks the trajectories that count; 0 on all others."""
 
 
-def _spread(per_trajectory: Tensor, batch: Trajectories, selected: Tensor) -> Tensor:
+def _spread(per_trajectory: Tensor, batch: TrajectoryView, selected: Tensor) -> Tensor:
     """[B] → [B, T]: the weight on every counting token of the selected trajectories."""
     return per_trajectory[:, None] * (batch.response_mask & selected[:, None])
 
 
-def _token_rule(tokens: PerToken, length: int | None, batch: Trajectories) -> Tensor:
+def _token_rule(tokens: PerToken, length: int | None, batch: TrajectoryView) -> Tensor:
     """[B] weight of a token within its response: 1/|y|, 1, or 1/length."""
     if tokens == "mean":
         return 1.0 / batch.lengths.clamp(min=1).double()
@@ -70,7 +70,7 @@ class TokenMean(Reduction):
     over: Over = "term"
     reads: ClassVar[frozenset[str]] = frozenset()
 
-    def __call__(self, batch: Trajectories, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
         total = (batch.lengths * selected).sum().clamp(min=1).double()
         return _spread((1.0 / total).expand(len(batch)), batch, selected)
 
@@ -86,7 +86,7 @@ class SequenceMean(Reduction):
     tokens: Literal["mean", "sum"] = "mean"
     reads: ClassVar[frozenset[str]] = frozenset()
 
-    def __call__(self, batch: Trajectories, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
         number = selected.sum().clamp(min=1).double()
         return _spread(_token_rule(self.tokens, None, batch) / number, batch, selected)
 
@@ -108,7 +108,7 @@ class FixedLength(Reduction):
         super().__post_init__()
         _check_length(self, "fixed", self.length)
 
-    def __call__(self, batch: Trajectories, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
         number = selected.sum().clamp(min=1).double()
         return _spread(_token_rule("fixed", self.length, batch) / number, batch, selected)
 
@@ -135,7 +135,7 @@ class QuestionMean(Reduction):
         super().__post_init__()
         _check_length(self, self.tokens, self.length)
 
-    def __call__(self, batch: Trajectories, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
         index = batch.group_index
         questions = (group_sum(selected.double(), index) > 0).sum().clamp(min=1).double()
         if self.within == "kind":

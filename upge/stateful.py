@@ -19,7 +19,7 @@ from upge.components.base import Component
 from upge.errors import ConfigError
 from upge.formula import Formula
 from upge.gates import Gate
-from upge.trajectories import Trajectories
+from upge.views import TrajectoryView
 
 #: What the trainer can tell a gate after a step; any figure of metrics.jsonl besides.
 UTILITY_SLOPE = "utility_slope"
@@ -52,7 +52,7 @@ class StatefulGate(Gate):
         """True if the step (counted from 0) ends with `updated`."""
         return True
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B"]:
         value = batch.state.get(self.variable, self.initial())
         return torch.full((len(batch),), value, dtype=torch.float64, device=batch.response_mask.device)
 

@@ -6,17 +6,18 @@ G trajectories of one group, N packed tokens, D hidden size, V vocabulary, Q que
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from upge.errors import ConfigError
-from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS, PackedTokens, TokenView, hide
+from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS, PackedTokens, TrajectoryView, hide
 
 #: Which trajectories of a batch a term or a regularizer learns from; see `Trajectories.source_rows`.
 Source = Literal["rollouts", "demonstrations", "preference_pairs", "all"]
@@ -25,12 +26,10 @@ _REQUIRED = ("response_mask", "rewards", "group", "is_demonstration")
 #: What a column holds where that is not floating-point numbers.
 _KINDS = {"response_mask": "bool", "is_demonstration": "bool"}
 _KINDS |= dict.fromkeys(("group", "preference", "row"), "integer")
-#: A rollout counts as a success above this reward; rewards are 0 or 1 (or -1 and 1).
-SUCCESS_REWARD = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class Trajectories(TokenView):
+class Trajectories(TrajectoryView):
     """A batch of responses, rollouts and demonstrations alike.
 
     Padding may hold anything, NaN included: entries outside `response_mask` are set to zero here, so no part sees them.
@@ -102,39 +101,6 @@ class Trajectories(TokenView):
     def __len__(self) -> int:
         return len(self.response_mask)
 
-    def look_up(self, values: Tensor) -> Tensor:
-        """[B] or [B, T] the entries of such values of the batch that this one was selected from."""
-        found = values[self.row]
-        return found if values.ndim == 1 else found[:, : self.response_mask.shape[1]]
-
-    def per_token(self, values: Float[Tensor, "B"]) -> Float[Tensor, "B 1"]:
-        """`values` as a column beside the tokens."""
-        return values[:, None]
-
-    @property
-    def places(self) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-        """Row and place in the response of each entry, padding included."""
-        shape = self.response_mask.shape
-        return self.row[:, None].expand(shape), torch.arange(shape[1], device=self.row.device).expand(shape)
-
-    @property
-    def lengths(self) -> Int[Tensor, "B"]:
-        """[B] tokens that count in each response."""
-        return self.response_mask.sum(dim=1)
-
-    @property
-    def group_index(self) -> Int[Tensor, "B"]:
-        """[B] `group` renumbered 0 .. Q-1."""
-        return torch.unique(self.group, return_inverse=True)[1]
-
-    @property
-    def pass_rate(self) -> Float[Tensor, "B"]:
-        """[B] share of successes (reward above 0.5) among the rollouts of each trajectory's group; demonstrations do
-        not count. NaN for a group without rollouts."""
-        index, is_rollout = self.group_index, (~self.is_demonstration).double()
-        success = (self.rewards > SUCCESS_REWARD).double() * is_rollout
-        return (group_sum(success, index) / group_sum(is_rollout, index))[index]
-
     def source_rows(self, source: Source) -> Bool[Tensor, "B"]:
         """[B] the trajectories that a source names. The rejected side of a pair is not a demonstration to imitate.
 
@@ -171,9 +137,16 @@ class Trajectories(TokenView):
             picked["entropies"] = None
         return Trajectories(**{**picked, "logprobs": logprobs, **columns})
 
-    def with_rewards(self, rewards: Float[Tensor, "B"]) -> Trajectories:
+    def with_rewards(self, rewards: Float[Tensor, "B"]) -> Self:
         """The same trajectories with other rewards, for a part that shapes them for one that it wraps."""
-        return dataclasses.replace(self, rewards=rewards)
+        if rewards.shape != self.response_mask.shape[:1]:
+            raise ValueError(
+                f"rewards: expected shape {list(self.response_mask.shape[:1])}, found {list(rewards.shape)}"
+            )
+        # `replace` would read every column, which a part's view of the batch does not allow.
+        other = copy.copy(self)
+        object.__setattr__(other, "rewards", rewards)
+        return other
 
     def pack(self) -> PackedTokens:
         """The tokens that count, trajectory after trajectory, as one row [N] without padding."""
@@ -184,14 +157,3 @@ class Trajectories(TokenView):
         packed = {name: getattr(self, name) for name in TOKEN_COLUMNS}
         picked = {name: c if c is None else c[rows, columns] for name, c in packed.items()}
         return PackedTokens(**picked, step=self.step, state=self.state, row=self.row[rows], column=columns)
-
-
-def group_sum(values: Tensor, index: Int[Tensor, "B"]) -> Tensor:
-    """[Q] sum of `values` [B] over the trajectories of each group; `index` [B] numbers the groups 0 .. Q-1."""
-    size = int(index.max()) + 1 if len(index) else 0
-    return torch.zeros(size, dtype=values.dtype, device=values.device).index_add(0, index, values)
-
-
-def masked_mean(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B 1"]:
-    """[B, 1] mean of `values` over the tokens of `mask` in each row; 0 for a row without tokens."""
-    return (values * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)

@@ -15,7 +15,7 @@ from upge.components.shaping import Whitened
 from upge.errors import ConfigError
 from upge.formula import Formula
 from upge.reduction import Reduction, TokenMean
-from upge.trajectories import Trajectories
+from upge.views import TrajectoryView
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class ValueLoss(Component):
                 "known before the forward pass; give the plain advantage, such as upge.GAE"
             )
 
-    def targets(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+    def targets(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
         """[B, T] returns Â + V_old, on the whole batch, before the forward pass."""
         return self.returns(self.returns.view(batch)).detach() + batch.values.double()
 
-    def weights(self, batch: Trajectories, counted: Tensor) -> Float[Tensor, "B T"]:
+    def weights(self, batch: TrajectoryView, counted: Tensor) -> Float[Tensor, "B T"]:
         """[B, T] coefficient·w: the rollouts among the trajectories that count, [B]."""
         rows = counted & ~batch.is_demonstration
         return self.coefficient * self.reduction(self.reduction.view(batch), rows)

@@ -6,11 +6,11 @@ Legend of shapes: see `upge.trajectories`.
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import types
+import functools
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,6 +33,8 @@ COLUMNS = frozenset(TOKEN_COLUMNS + TRAJECTORY_COLUMNS)
 LIVE_COLUMNS = frozenset({"logprobs", "entropies"})
 #: None says something by itself: without the behaviour policy's log-probs the data are strictly on-policy.
 MAY_BE_ABSENT = frozenset({"behavior_logprobs"})
+#: A rollout counts as a success above this reward; rewards are 0 or 1 (or -1 and 1).
+SUCCESS_REWARD = 0.5
 
 
 class UndeclaredColumn(TypeError):
@@ -40,15 +42,19 @@ class UndeclaredColumn(TypeError):
 
 
 class TokenView:
-    """What parts of reach `token` may use: per-token columns of any leading shape, and what follows from them."""
+    """What parts of reach `token` may use: per-token columns of any leading shape, and what follows from them.
 
-    logprobs: Tensor | None
-    response_mask: Tensor
-    behavior_logprobs: Tensor | None
-    sampler_logprobs: Tensor | None
-    reference_logprobs: Tensor | None
-    values: Tensor | None
-    entropies: Tensor | None
+    A part may read the columns that it declares in `reads`, and these are there: a missing one is an error where it is
+    read. `behavior_logprobs` alone may be None, which says that the data are strictly on-policy.
+    """
+
+    logprobs: Float[Tensor, "*shape"]
+    response_mask: Bool[Tensor, "*shape"]
+    behavior_logprobs: Float[Tensor, "*shape"] | None
+    sampler_logprobs: Float[Tensor, "*shape"]
+    reference_logprobs: Float[Tensor, "*shape"]
+    values: Float[Tensor, "*shape"]
+    entropies: Float[Tensor, "*shape"]
     step: int
     state: Mapping[str, float]
 
@@ -70,24 +76,85 @@ class TokenView:
         """log π_behavior/π_sampler per token, detached: how far the inference engine was from the trainer."""
         return self.log_behavior - self.sampler_logprobs
 
+    @abstractmethod
+    def __len__(self) -> int:
+        """Trajectories, or packed tokens."""
+
+    @abstractmethod
     def look_up(self, values: Tensor) -> Tensor:
         """The entries of `values`, one per trajectory ([B]) or token ([B, T]) of the batch that this one was selected
         from, that belong to this one's trajectories or tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def per_token(self, values: Tensor) -> Tensor:
         """One number for each entry of `look_up` of a [B] tensor, in a shape that multiplies per-token columns."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def places(self) -> tuple[Int[Tensor, "*shape"], Int[Tensor, "*shape"]]:
         """The trajectory of each entry, as a row of the batch that this one was selected from, and its place in the
         response."""
-        raise NotImplementedError
 
-    def restricted(self, columns: frozenset[str], owner: str) -> Any:
-        """This batch as `owner` may see it: reading a column outside `columns` raises `UndeclaredColumn`."""
-        return Restricted(self, columns, owner)
+    def restricted(self, columns: frozenset[str], owner: str) -> Self:
+        """This batch as `owner` may see it.
+
+        Reading a column outside `columns` raises `UndeclaredColumn`, reading one that the batch lacks raises ValueError.
+        """
+        if isinstance(self, _Declared):
+            columns = columns & object.__getattribute__(self, "_columns")
+            cls = type(self)
+        else:
+            cls = _restricted_class(type(self))
+        view = object.__new__(cls)
+        view.__dict__.update(self.__dict__, _columns=columns | {"response_mask"}, _owner=owner)
+        return cast(Self, view)
+
+
+class TrajectoryView(TokenView):
+    """What parts of wider reach may also use: columns with one number per trajectory, and statistics of groups."""
+
+    rewards: Float[Tensor, "B"]
+    group: Int[Tensor, "B"]
+    is_demonstration: Bool[Tensor, "B"]
+    preference: Int[Tensor, "B"]
+    row: Int[Tensor, "B"]
+
+    def look_up(self, values: Tensor) -> Tensor:
+        """[B] or [B, T] the entries of such values of the batch that this one was selected from."""
+        rows = values[self.row]
+        return rows if values.ndim == 1 else rows[:, : self.response_mask.shape[1]]
+
+    def per_token(self, values: Float[Tensor, "B"]) -> Float[Tensor, "B 1"]:
+        """`values` as a column beside the tokens."""
+        return values[:, None]
+
+    @property
+    def places(self) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+        """Row and place in the response of each entry, padding included."""
+        shape = self.response_mask.shape
+        return self.row[:, None].expand(shape), torch.arange(shape[1], device=self.row.device).expand(shape)
+
+    @property
+    def lengths(self) -> Int[Tensor, "B"]:
+        """[B] tokens that count in each response."""
+        return self.response_mask.sum(dim=1)
+
+    @property
+    def group_index(self) -> Int[Tensor, "B"]:
+        """[B] `group` renumbered 0 .. Q-1."""
+        return torch.unique(self.group, return_inverse=True)[1]
+
+    @property
+    def pass_rate(self) -> Float[Tensor, "B"]:
+        """[B] share of successes (reward above 0.5) among the rollouts of each trajectory's group; demonstrations do
+        not count. NaN for a group without rollouts."""
+        index, is_rollout = self.group_index, (~self.is_demonstration).double()
+        success = (self.rewards > SUCCESS_REWARD).double() * is_rollout
+        return (group_sum(success, index) / group_sum(is_rollout, index))[index]
+
+    @abstractmethod
+    def with_rewards(self, rewards: Float[Tensor, "B"]) -> Self:
+        """The same trajectories with other rewards, for a part that shapes them for one that it wraps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,37 +215,40 @@ def hide(batch: TokenView, mask: Tensor) -> None:
             object.__setattr__(batch, name, torch.where(mask, column, torch.zeros_like(column)))
 
 
-class Restricted:
-    """A batch of which only declared columns can be read; derived properties are checked by what they read."""
+class _Declared:
+    """Mixin of a batch's class: only the declared columns can be read; derived properties are checked by what they
+    read."""
 
-    def __init__(self, batch: TokenView, columns: frozenset[str], owner: str) -> None:
-        self._batch, self._columns, self._owner = batch, columns | {"response_mask"}, owner
+    _columns: frozenset[str]
+    _owner: str
 
-    def __len__(self) -> int:
-        return len(self._batch)
-
-    def with_rewards(self, rewards: Tensor) -> Restricted:
-        """The same view of the same trajectories with other rewards."""
-        return Restricted(self._batch.with_rewards(rewards), self._columns, self._owner)
-
-    @property
-    def __class__(self) -> type:
-        """That of the batch itself, for `isinstance`: a part is written for a batch and need not know of this one."""
-        return type(self._batch)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in COLUMNS and name not in self._columns:
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name not in COLUMNS:
+            return value
+        columns, owner = super().__getattribute__("_columns"), super().__getattribute__("_owner")
+        if name not in columns:
             raise UndeclaredColumn(
-                f"{self._owner} reads the column '{name}' without declaring it; add \"{name}\" to its `reads`"
+                f"{owner} reads the column '{name}' without declaring it; add \"{name}\" to its `reads`"
             )
-        attribute = inspect.getattr_static(type(self._batch), name, None)
-        if isinstance(attribute, property):
-            return attribute.fget(self)
-        if isinstance(attribute, types.FunctionType):
-            return types.MethodType(attribute, self)
-        value = getattr(self._batch, name)
-        # Who reads the current policy knows what to do without the behaviour column; who does not needs it.
-        may_be_absent = MAY_BE_ABSENT if "logprobs" in self._columns else frozenset()
-        if value is None and name in COLUMNS - may_be_absent:
-            raise ValueError(f"{name}: {self._owner} reads it, but this batch does not have it; pass `{name}=...`")
+        # A part that reads the current policy can do without the behaviour column; one that does not needs it.
+        may_be_absent = MAY_BE_ABSENT if "logprobs" in columns else frozenset()
+        if value is None and name not in may_be_absent:
+            raise ValueError(f"{name}: {owner} reads it, but this batch does not have it; pass `{name}=...`")
         return value
+
+
+@functools.cache
+def _restricted_class(cls: type) -> type:
+    return type(f"Restricted{cls.__name__}", (_Declared, cls), {})
+
+
+def group_sum(values: Tensor, index: Int[Tensor, "B"]) -> Tensor:
+    """[Q] sum of `values` [B] over the trajectories of each group; `index` [B] numbers the groups 0 .. Q-1."""
+    size = int(index.max()) + 1 if len(index) else 0
+    return torch.zeros(size, dtype=values.dtype, device=values.device).index_add(0, index, values)
+
+
+def masked_mean(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B 1"]:
+    """[B, 1] mean of `values` over the tokens of `mask` in each row; 0 for a row without tokens."""
+    return (values * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)

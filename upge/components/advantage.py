@@ -11,13 +11,12 @@ from jaxtyping import Float
 from upge.components.base import AdvantageEstimator, like
 from upge.errors import ConfigError
 from upge.formula import Formula, tex
-from upge.trajectories import SUCCESS_REWARD, Trajectories, group_sum
-from upge.views import TokenView
+from upge.views import SUCCESS_REWARD, TokenView, TrajectoryView, group_sum
 
 GROUP_COLUMNS = frozenset({"rewards", "group", "is_demonstration"})
 
 
-def _per_token(values: torch.Tensor, batch: Trajectories) -> torch.Tensor:
+def _per_token(values: torch.Tensor, batch: TrajectoryView) -> torch.Tensor:
     """[B] → [B, T], without copying."""
     return values[:, None].expand(batch.response_mask.shape)
 
@@ -45,7 +44,7 @@ class SignedReward(AdvantageEstimator):
     reads: ClassVar[frozenset[str]] = frozenset({"rewards"})
     graded: ClassVar[bool] = False
 
-    def __call__(self, batch: Trajectories) -> Float[torch.Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView) -> Float[torch.Tensor, "B T"]:
         succeeded = (batch.rewards > SUCCESS_REWARD).double()
         return _per_token(succeeded * self.success + (1 - succeeded) * self.failure, batch)
 
@@ -79,7 +78,7 @@ class GroupRelative(AdvantageEstimator):
         if self.epsilon < 0:
             raise ConfigError(f"GroupRelative.epsilon: {self.epsilon} must not be negative; 1e-6 is customary")
 
-    def __call__(self, batch: Trajectories) -> Float[torch.Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView) -> Float[torch.Tensor, "B T"]:
         index, rewards = batch.group_index, batch.rewards.double()
         counted = (~batch.is_demonstration).double() if self.baseline == "rollouts" else torch.ones_like(rewards)
         number = group_sum(counted, index)
@@ -118,7 +117,7 @@ class LeaveOneOut(AdvantageEstimator):
     reads: ClassVar[frozenset[str]] = GROUP_COLUMNS
     min_group_size: ClassVar[int] = 2
 
-    def __call__(self, batch: Trajectories) -> Float[torch.Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView) -> Float[torch.Tensor, "B T"]:
         index, rewards = batch.group_index, batch.rewards.double()
         own = (~batch.is_demonstration).double()
         others = group_sum(own, index)[index] - own
@@ -147,7 +146,7 @@ class PairwisePreference(AdvantageEstimator):
         if self.beta <= 0:
             raise ConfigError(f"PairwisePreference.beta: {self.beta} must be positive; 0.1 is customary")
 
-    def __call__(self, batch: Trajectories) -> Float[torch.Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView) -> Float[torch.Tensor, "B T"]:
         index, sign = batch.group_index, batch.preference.to(batch.logprobs.dtype)
         chosen, rejected = (group_sum((batch.preference == s).double(), index) for s in (1, -1))
         if not torch.equal(chosen, rejected) or bool((chosen > 1).any()):

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from upge.checks import check_fields
 from upge.formula import Formula
-from upge.trajectories import Trajectories
-from upge.views import COLUMNS, LIVE_COLUMNS, TokenView
+from upge.views import COLUMNS, LIVE_COLUMNS, TokenView, TrajectoryView
 
 #: How much of the batch a part's value at one token may depend on, through current log-probs or entropies.
 REACHES = ("token", "trajectory", "group")
@@ -106,7 +105,7 @@ class Component(ABC):
         """`batch` restricted to the columns that this part declares."""
         return batch.restricted(self.columns, type(self).__name__)
 
-    def precompute_parts(self, batch: Trajectories) -> Component:
+    def precompute_parts(self, batch: TrajectoryView) -> Component:
         """This part with every wrapped part that does not depend on the current policy replaced by its values on
         `batch`, the whole batch before it is cut; so the result may be evaluated on any piece of it."""
         changes: dict[str, Any] = {}
@@ -120,12 +119,12 @@ class Component(ABC):
                 changes[field.name] = tuple(v.precomputed(batch) if isinstance(v, Component) else v for v in value)
         return dataclasses.replace(self, **changes) if changes else self
 
-    def precomputed(self, batch: Trajectories) -> Component:
+    def precomputed(self, batch: TrajectoryView) -> Component:
         """Its values on the whole `batch` if they are known before the forward pass, else `precompute_parts(batch)`."""
         return self.precompute_parts(batch) if self.is_live else Precomputed(self(self.view(batch)))
 
     @abstractmethod
-    def __call__(self, batch: Trajectories, *args: Any) -> Tensor: ...
+    def __call__(self, batch: TrajectoryView, *args: Any) -> Tensor: ...
 
     def formula(self) -> Formula:
         """The factor in print; a part without its own is printed as its class name with its settings."""
@@ -152,7 +151,7 @@ class StabilizationMask(Component):
     """1_stable: which tokens may move now."""
 
     @abstractmethod
-    def __call__(self, batch: Trajectories, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    def __call__(self, batch: TrajectoryView, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """A number in [0, 1] per token, from the batch and the advantages."""
 
     @property
@@ -160,7 +159,7 @@ class StabilizationMask(Component):
         """False: a mask sees the advantages, which may be live."""
         return False
 
-    def precomputed(self, batch: Trajectories) -> Component:
+    def precomputed(self, batch: TrajectoryView) -> Component:
         """A mask sees the advantages, which may be live: it stays itself, with what it wraps computed beforehand."""
         return self.precompute_parts(batch)
 
@@ -173,7 +172,7 @@ class ReferenceDenominator(Component):
     """1/π_ref: by which policy's probability a token's gradient is divided."""
 
     @abstractmethod
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "*shape"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "*shape"]:
         """log π_ref per token, detached."""
 
 
@@ -188,7 +187,7 @@ class AdvantageEstimator(Component):
     graded: ClassVar[bool] = True
 
     @abstractmethod
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "*shape"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "*shape"]:
         """Â per token, detached."""
 
 
@@ -196,7 +195,7 @@ class LikelihoodGradient(Component):
     """How ∇π_θ enters: plain, or as ∇f(π_θ) = f′(π_θ)∇π_θ."""
 
     @abstractmethod
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "*shape"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "*shape"]:
         """log f′ per token, detached; 0 for the plain gradient."""
 
 
@@ -204,7 +203,7 @@ class TokenReward(Component):
     """r: what each token earned, for advantages that add up rewards over time."""
 
     @abstractmethod
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
         """[B, T] reward per token, detached, 0 outside the response mask."""
 
 

@@ -18,8 +18,7 @@ from upge.components.base import AdvantageEstimator, ReferenceDenominator, like
 from upge.components.mask import RATIO_COLUMNS, SAMPLER_COLUMNS, check_log_interval
 from upge.errors import ConfigError
 from upge.formula import Formula
-from upge.trajectories import Trajectories, masked_mean
-from upge.views import TokenView
+from upge.views import TokenView, TrajectoryView, masked_mean
 
 FROZEN_COLUMNS = frozenset({"logprobs", "reference_logprobs"})
 
@@ -81,7 +80,7 @@ class SequenceBehaviorPolicy(ReferenceDenominator):
     reads: ClassVar[frozenset[str]] = RATIO_COLUMNS
     reach: ClassVar[str] = "trajectory"
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
         return batch.logprobs.detach() - masked_mean(batch.log_importance_ratio, batch.response_mask)
 
     def formula(self) -> Formula:
@@ -140,7 +139,7 @@ class GeometricMeanBehaviorPolicy(ReferenceDenominator):
         super().__post_init__()
         check_log_interval(self, self.low, self.high)
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
         log_ratio, advantages = batch.log_importance_ratio, self.advantage(batch)
         clamped = torch.where(advantages > 0, log_ratio.clamp(max=self.high), log_ratio)
         clamped = torch.where(advantages < 0, log_ratio.clamp(min=-self.low), clamped)
@@ -194,7 +193,7 @@ class SequenceReferencePolicy(ReferenceDenominator):
         super().__post_init__()
         _check_bounds(self, self.low, self.high)
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
         current = batch.logprobs.detach()
         log_weight = self.power * masked_mean(current - batch.reference_logprobs, batch.response_mask)
         low = math.log(self.low) if self.low > 0 else -math.inf

@@ -13,8 +13,7 @@ from torch import Tensor
 from upge.components.base import Component, StabilizationMask, like
 from upge.errors import ConfigError
 from upge.formula import Formula, times
-from upge.trajectories import Trajectories, masked_mean
-from upge.views import TokenView
+from upge.views import TokenView, TrajectoryView, masked_mean
 
 RATIO_COLUMNS = frozenset({"logprobs", "behavior_logprobs"})
 
@@ -102,7 +101,7 @@ class SequenceClip(StabilizationMask):
         super().__post_init__()
         _check_interval(self, self.low, self.high)
 
-    def __call__(self, batch: Trajectories, advantages: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView, advantages: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         log_ratio = masked_mean(batch.log_importance_ratio, batch.response_mask).expand(batch.response_mask.shape)
         log_low = math.log1p(-self.low) if self.low < 1 else -math.inf
         return (~outward(log_ratio, advantages, log_low, math.log1p(self.high))).to(log_ratio.dtype)
@@ -247,7 +246,7 @@ class SequenceSamplerBand(StabilizationMask):
                 "trainer and engine agree; need 0 <= low <= 1 <= high"
             )
 
-    def __call__(self, batch: Trajectories, advantages: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView, advantages: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         log_ratio = batch.log_sampler_ratio
         if self.mean == "product":
             log_ratio = log_ratio.sum(dim=1, keepdim=True)

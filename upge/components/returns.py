@@ -12,7 +12,7 @@ from torch import Tensor
 from upge.components.base import AdvantageEstimator, TokenReward
 from upge.errors import ConfigError
 from upge.formula import Formula
-from upge.trajectories import Trajectories
+from upge.views import TrajectoryView
 
 KLKind = Literal["k1", "k2", "k3"]
 
@@ -33,7 +33,7 @@ class OutcomeReward(TokenReward):
 
     reads: ClassVar[frozenset[str]] = frozenset({"rewards"})
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
         mask = batch.response_mask
         last = mask & (mask.flip(1).cumsum(dim=1).flip(1) == 1)
         return batch.rewards.double()[:, None] * last
@@ -64,7 +64,7 @@ class KLPenalizedReward(TokenReward):
                 "0.001 is customary with verified rewards"
             )
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
         log_ratio = (batch.reference_logprobs.double() - batch.behavior_logprobs.double()) * batch.response_mask
         return self.reward(batch) - self.coefficient * kl_value(log_ratio, self.kind)
 
@@ -98,7 +98,7 @@ class GAE(AdvantageEstimator):
         if not (0 <= self.discount <= 1 and 0 <= self.lam <= 1):
             raise ConfigError(f"GAE: discount={self.discount}, lam={self.lam}; both must lie in [0, 1]")
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
         mask, values, rewards = batch.response_mask, batch.values.double(), self.reward(batch)
         advantages = torch.zeros_like(values)
         following, next_value = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
@@ -134,7 +134,7 @@ class ReturnToGo(AdvantageEstimator):
         if not 0 <= self.discount <= 1:
             raise ConfigError(f"ReturnToGo.discount: {self.discount} must lie in [0, 1]; 1.0 is customary")
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
         mask, rewards = batch.response_mask, self.reward(batch)
         returns, following = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
         for t in reversed(range(mask.shape[1])):

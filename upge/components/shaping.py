@@ -15,8 +15,7 @@ from upge.components.base import AdvantageEstimator, Component, walk
 from upge.components.returns import KLKind, kl_value
 from upge.errors import ConfigError
 from upge.formula import Formula
-from upge.trajectories import Trajectories
-from upge.views import TokenView
+from upge.views import TokenView, TrajectoryView
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Whitened(AdvantageEstimator):
                 "an advantage that reads neither logprobs nor entropies"
             )
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
         values, mask = self.advantage(batch).double(), batch.response_mask
         own = mask & ~batch.is_demonstration[:, None]
         number = int(own.sum())
@@ -174,17 +173,17 @@ class OverlongShaped(AdvantageEstimator):
     def _start(self) -> float:
         return self.limit * (1 - self.buffer)
 
-    def shaped(self, batch: Trajectories) -> Trajectories:
+    def shaped(self, batch: TrajectoryView) -> TrajectoryView:
         """The batch, or a view of it, with the punished rewards."""
         beyond = ((batch.lengths.double() - self._start) / (self.limit - self._start)).clamp(0, 1)
         punished = beyond * (~batch.is_demonstration).double()
         return batch.with_rewards(batch.rewards.double() - self.penalty * punished)
 
-    def precompute_parts(self, batch: Trajectories) -> Component:
+    def precompute_parts(self, batch: TrajectoryView) -> Component:
         """What the wrapped part knows before the forward pass, it must know of the shaped rewards."""
         return dataclasses.replace(self, advantage=self.advantage.precomputed(self.shaped(batch)))
 
-    def __call__(self, batch: Trajectories) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
         return self.advantage(self.shaped(batch))
 
     def formula(self) -> Formula:

@@ -27,7 +27,7 @@ from upge.rollout.verified_sampling import PendingRollout, VerifiedSampler
 from upge.train.config import RunConfig
 from upge.train.distributed import World
 from upge.train.prompt_order import stream_seed
-from upge.trajectories import SUCCESS_REWARD
+from upge.views import SUCCESS_REWARD
 
 #: Responses in one call of the sampler, which keeps their tokens until its end: at 8192 tokens about half a GiB.
 CHUNK = 1024

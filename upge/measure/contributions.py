@@ -24,7 +24,8 @@ from upge.algorithm import Algorithm
 from upge.measure.pool import Columns, Pool, batches, pair_of
 from upge.measure.scores import Pair, Request, Scores
 from upge.train.sample import Trajectory
-from upge.trajectories import SUCCESS_REWARD, Trajectories
+from upge.trajectories import Trajectories
+from upge.views import SUCCESS_REWARD
 
 #: Directions whose entries differ by less are the same: beyond it are only rounding errors of the weights.
 _SAME = 1e-7

@@ -26,7 +26,8 @@ from upge.errors import ConfigError
 from upge.measure.scores import Pair
 from upge.train.prompt_order import permutation, stream_seed
 from upge.train.sample import Trajectory, assemble
-from upge.trajectories import SUCCESS_REWARD, Trajectories
+from upge.trajectories import Trajectories
+from upge.views import SUCCESS_REWARD
 
 #: Columns that are computed for each response, [t].
 Columns = Mapping[str, Tensor]

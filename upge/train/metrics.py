@@ -17,8 +17,7 @@ from upge.plan import Plan
 from upge.train.packing import packed_length
 from upge.train.sample import Trajectory
 from upge.train.top_tokens import TopTrajectory
-from upge.trajectories import SUCCESS_REWARD
-from upge.views import PackedTokens
+from upge.views import SUCCESS_REWARD, PackedTokens
 
 
 class Diagnostics(NamedTuple):
