@@ -18,7 +18,7 @@ UPGE = sorted((ROOT / "upge").rglob("*.py"))
 FIELD = """
     sft reinforce reinforce++ grpo dr_grpo hpt dapo gspo cispo sapo gmpo ppo dpo ipo kto simpo orpo rloo luffy srft
     chord relift prefix_rft uft rft dft iw_sft superrl opmd asymre rl_plus amft remax raft expert_iteration trpo awr
-    iql bread icepop llds vespo
+    iql bread llds vespo
 """
 NAMES = sorted({*FIELD.split(), *algorithms.names()})
 #: Everything that only an engine, a trainer, a verifier or a report may load.

@@ -98,7 +98,7 @@ class TokenView:
     def restricted(self, columns: frozenset[str], owner: str) -> Self:
         """This batch as `owner` may see it.
 
-        Reading a column outside `columns` raises `UndeclaredColumn`, reading one that the batch lacks raises ValueError.
+        Reading a column outside `columns` raises `UndeclaredColumn`; reading one that the batch lacks is a ValueError.
         """
         if isinstance(self, _Declared):
             columns = columns & object.__getattribute__(self, "_columns")

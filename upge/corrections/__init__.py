@@ -23,6 +23,17 @@ from upge.components.denominator import BehaviorPolicy, SamplerCorrected
 from upge.components.mask import AllOf, ImportanceBand, PPOClip, SequenceSamplerBand
 from upge.components.returns import KLKind, KLPenalizedReward
 from upge.components.shaping import KLShaped, OverlongShaped
+from upge.corrections.base import (
+    Correction,
+    NotApplicable,
+    check_absent,
+    check_graded,
+    mask_with,
+    rollout_terms,
+    weight_with,
+    with_regularizer,
+    wrap,
+)
 from upge.errors import ConfigError
 from upge.gates import Gate, PassRateBetween, ProductOf
 from upge.pipeline import Pipeline
@@ -30,56 +41,6 @@ from upge.reduction import Reduction, TokenMean
 from upge.regularizers import EntropyBonus, KLPenalty, Regularizer
 from upge.term import Term
 from upge.trajectories import Source
-
-AnyAlgorithm = TypeVar("AnyAlgorithm", Algorithm, Pipeline)
-
-
-class NotApplicable(ConfigError):
-    """A correction does not apply to an algorithm.
-
-    Attributes:
-        reason: why, in one clause about the algorithm ("it has no term that learns from rollouts").
-    """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-class Correction(ABC):
-    """A transformation of algorithms; a concrete one is a frozen dataclass and implements `apply`."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    @abstractmethod
-    def apply(self, algorithm: Algorithm) -> Algorithm:
-        """The corrected algorithm.
-
-        Raises:
-            NotApplicable: there is nothing to correct, or the correction would work against the algorithm.
-        """
-
-    def __call__(self, algorithm: AnyAlgorithm) -> AnyAlgorithm:
-        """The corrected algorithm, or the pipeline with each stage corrected that can be.
-
-        Raises:
-            NotApplicable: the correction does not apply to the algorithm, or to any stage.
-        """
-        if isinstance(algorithm, Algorithm):
-            return self.apply(algorithm)
-        stages, reasons = dict(algorithm.stages), []
-        for name, stage in algorithm.stages.items():
-            try:
-                stages[name] = replace(stage, algorithm=self.apply(stage.algorithm))
-            except NotApplicable as error:
-                reasons.append(error.reason)
-        if len(reasons) == len(stages):
-            raise NotApplicable("; ".join(dict.fromkeys(reasons)))
-        return replace(algorithm, stages=stages)
-
-
-# The mismatch between inference engine and trainer.
 
 
 @dataclass(frozen=True)
@@ -99,7 +60,7 @@ class TIS(Correction):
         SamplerCorrected(BehaviorPolicy(), self.cap, self.level)  # refuses impossible settings
 
     def apply(self, algorithm: Algorithm) -> Algorithm:
-        return _weighted(algorithm, self.cap, self.level)
+        return weight_with(algorithm, self.cap, self.level)
 
 
 @dataclass(frozen=True)
@@ -118,7 +79,7 @@ class IcePop(Correction):
         return ImportanceBand(self.low, self.high, of="sampler")
 
     def apply(self, algorithm: Algorithm) -> Algorithm:
-        return _weighted(_masked(algorithm, self._band()), cap=None, level="token")
+        return weight_with(mask_with(algorithm, self._band()), cap=None, level="token")
 
 
 @dataclass(frozen=True)
@@ -144,11 +105,8 @@ class MIS(Correction):
         return SequenceSamplerBand(self.low, self.high, self.mean)
 
     def apply(self, algorithm: Algorithm) -> Algorithm:
-        masked = _masked(algorithm, self._band())
-        return _weighted(masked, cap=None, level="sequence") if self.weight else masked
-
-
-# KL and entropy.
+        masked = mask_with(algorithm, self._band())
+        return weight_with(masked, cap=None, level="sequence") if self.weight else masked
 
 
 @dataclass(frozen=True)
@@ -161,7 +119,7 @@ class KLTerm(Correction):
     reduction: Reduction = TokenMean()
 
     def apply(self, algorithm: Algorithm) -> Algorithm:
-        return _with_regularizer(algorithm, "kl", KLPenalty(self.coefficient, self.reduction, self.kind, self.source))
+        return with_regularizer(algorithm, "kl", KLPenalty(self.coefficient, self.reduction, self.kind, self.source))
 
 
 @dataclass(frozen=True)
@@ -181,7 +139,7 @@ class KLInReward(Correction):
     def apply(self, algorithm: Algorithm) -> Algorithm:
         for name, term in rollout_terms(algorithm).items():
             place = f"terms.{name}.estimator.advantage"
-            _check_absent(term.estimator.advantage, KLShaped, place)
+            check_absent(term.estimator.advantage, KLShaped, place)
             for path, part in walk(term.estimator.advantage, place):
                 if isinstance(part, KLPenalizedReward):
                     raise NotApplicable(
@@ -200,10 +158,7 @@ class Entropy(Correction):
     reduction: Reduction = TokenMean()
 
     def apply(self, algorithm: Algorithm) -> Algorithm:
-        return _with_regularizer(algorithm, "entropy", EntropyBonus(self.coefficient, self.reduction, self.source))
-
-
-# Clip, prompts and rewards.
+        return with_regularizer(algorithm, "entropy", EntropyBonus(self.coefficient, self.reduction, self.source))
 
 
 @dataclass(frozen=True)
@@ -292,98 +247,13 @@ class Overlong(Correction):
         if algorithm.critic is not None:
             places["critic.returns"] = algorithm.critic.returns
         for place, advantage in places.items():
-            _check_absent(advantage, OverlongShaped, place)
+            check_absent(advantage, OverlongShaped, place)
         for place, advantage in places.items():
-            _check_graded(advantage, place)
+            check_graded(advantage, place)
         shaped = wrap(algorithm, "advantage", self._shaped, names)
         if shaped.critic is None:
             return shaped
         return replace(shaped, critic=replace(shaped.critic, returns=self._shaped(shaped.critic.returns)))
-
-
-# What corrections are made of; also for corrections of your own.
-
-
-def rollout_terms(algorithm: Algorithm) -> dict[str, Term]:
-    """The terms that learn from rollouts, by name.
-
-    Raises:
-        NotApplicable: there is none.
-    """
-    terms = {name: term for name, term in algorithm.terms.items() if term.source == "rollouts"}
-    if not terms:
-        raise NotApplicable("it has no term that learns from rollouts")
-    return terms
-
-
-def wrap(algorithm: Algorithm, slot: str, change: Callable[[Any], Any], names: list[str] | None = None) -> Algorithm:
-    """`algorithm` with `change(part)` in place of the part in one slot of the estimators.
-
-    A denominator or a mask that holds the term's own advantage, to follow its sign, holds the changed one afterwards.
-
-    Args:
-        slot: 'mask', 'denominator', 'advantage' or 'likelihood'.
-        change: from the part in the slot to the one that takes its place; called once per term.
-        names: the terms; None = those that learn from rollouts.
-
-    Raises:
-        NotApplicable: `names` is None and no term learns from rollouts.
-    """
-    terms = dict(algorithm.terms)
-    for name in rollout_terms(algorithm) if names is None else names:
-        estimator = terms[name].estimator
-        parts = {**estimator.parts, slot: change(estimator.parts[slot])}
-        if slot == "advantage":
-            follow = _substitution(estimator.advantage, parts[slot])
-            parts |= {other: rewritten(parts[other], follow) for other in parts if other != slot}
-        terms[name] = replace(terms[name], estimator=replace(estimator, **parts))
-    return replace(algorithm, terms=terms)
-
-
-def _masked(algorithm: Algorithm, band: ImportanceBand | SequenceSamplerBand) -> Algorithm:
-    """The algorithm with one more mask in each term that learns from rollouts."""
-    _check_all_absent(algorithm, "mask", type(band))
-    return wrap(algorithm, "mask", lambda inner: AllOf((inner, band)))
-
-
-def _weighted(algorithm: Algorithm, cap: float | None, level: Literal["token", "sequence"]) -> Algorithm:
-    """The algorithm with the importance weight of trainer against sampler on each token of a rollout."""
-    _check_all_absent(algorithm, "denominator", SamplerCorrected)
-    return wrap(algorithm, "denominator", lambda inner: SamplerCorrected(inner, cap, level))
-
-
-def _with_regularizer(algorithm: Algorithm, name: str, part: Regularizer) -> Algorithm:
-    rollout_terms(algorithm)
-    if name in algorithm.regularizers:
-        raise NotApplicable(
-            f"regularizers.{name} is there already; change that by algo.regularizers.{name}.SETTING=VALUE"
-        )
-    return replace(algorithm, regularizers={**algorithm.regularizers, name: part})
-
-
-# Reasons why a correction does not apply.
-
-
-def _check_all_absent(algorithm: Algorithm, slot: str, kind: type[Component]) -> None:
-    for name, term in rollout_terms(algorithm).items():
-        _check_absent(term.estimator.parts[slot], kind, f"terms.{name}.estimator.{slot}")
-
-
-def _check_absent(part: Component, kind: type[Component], place: str) -> None:
-    """Refuses a place where what the correction does is done already."""
-    if any(isinstance(inner, kind) for _, inner in walk(part, place)):
-        raise NotApplicable(f"{place} has upge.{kind.__name__} already; change that by an override")
-
-
-def _check_graded(advantage: AdvantageEstimator, place: str) -> None:
-    """Refuses an advantage that asks only whether a reward is a success."""
-    for path, part in walk(advantage, place):
-        if not getattr(part, "graded", True):
-            raise NotApplicable(
-                f"{path} is a {type(part).__name__}, which only asks whether a reward is a success: a reward that is "
-                "changed a little changes nothing there, or turns a success into a failure; give an advantage of the "
-                "reward itself, such as upge.GroupRelative"
-            )
 
 
 _IN_A_FILE = "an algorithm file of your own may have such a `sampling` all the same"
@@ -420,11 +290,6 @@ def _open_rate(gate: Gate, sampling_gate: Gate) -> float | None:
     rates = [solved / number for solved in range(number + 1)]
     closed = (rate for rate in rates if sampling_gate.at_pass_rate(rate) == 0)
     return next((rate for rate in closed if gate.at_pass_rate(rate) != 0), None)
-
-
-def _substitution(old: Component, new: Component) -> Callable[[Component], Component]:
-    """The change that puts `new` in the place of every part that equals `old`."""
-    return lambda part: new if type(part) is type(old) and part == old else part
 
 
 __all__ = [
