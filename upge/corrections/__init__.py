@@ -9,18 +9,15 @@ it raises `NotApplicable` with the reason. A correction of your own is a subclas
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from upge import algorithm as core
 from upge.algorithm import Algorithm
-from upge.checks import check_fields
 from upge.components.advantage import GroupRelative
 from upge.components.base import AdvantageEstimator, Component, rewritten, walk
 from upge.components.denominator import BehaviorPolicy, SamplerCorrected
-from upge.components.mask import AllOf, ImportanceBand, PPOClip, SequenceSamplerBand
+from upge.components.mask import ImportanceBand, PPOClip, SequenceSamplerBand
 from upge.components.returns import KLKind, KLPenalizedReward
 from upge.components.shaping import KLShaped, OverlongShaped
 from upge.corrections.base import (
@@ -34,12 +31,9 @@ from upge.corrections.base import (
     with_regularizer,
     wrap,
 )
-from upge.errors import ConfigError
 from upge.gates import Gate, PassRateBetween, ProductOf
-from upge.pipeline import Pipeline
 from upge.reduction import Reduction, TokenMean
-from upge.regularizers import EntropyBonus, KLPenalty, Regularizer
-from upge.term import Term
+from upge.regularizers import EntropyBonus, KLPenalty
 from upge.trajectories import Source
 
 

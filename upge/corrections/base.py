@@ -114,6 +114,11 @@ def weight_with(algorithm: Algorithm, cap: float | None, level: Literal["token",
 
 
 def with_regularizer(algorithm: Algorithm, name: str, part: Regularizer) -> Algorithm:
+    """The algorithm with one more regularizer.
+
+    Raises:
+        NotApplicable: there is one of that name, or no term learns from rollouts.
+    """
     rollout_terms(algorithm)
     if name in algorithm.regularizers:
         raise NotApplicable(
@@ -123,6 +128,7 @@ def with_regularizer(algorithm: Algorithm, name: str, part: Regularizer) -> Algo
 
 
 def check_all_absent(algorithm: Algorithm, slot: str, kind: type[Component]) -> None:
+    """`check_absent` for a slot of every term that learns from rollouts."""
     for name, term in rollout_terms(algorithm).items():
         check_absent(term.estimator.parts[slot], kind, f"terms.{name}.estimator.{slot}")
 
