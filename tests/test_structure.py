@@ -122,8 +122,8 @@ def test_functions_fit_on_a_screen(path):
 
 CHECKED = """
 import jaxtyping
-parts = ("components", "trajectories", "estimator", "gates", "reduction", "regularizers", "term", "plan", "algorithm",
-         "estimate", "testing", "checks", "formula", "logprobs")
+parts = ("components", "views", "trajectories", "estimator", "gates", "reduction", "regularizers", "term", "plan",
+         "algorithm", "estimate", "testing", "checks", "formula", "logprobs")
 jaxtyping.install_import_hook([f"upge.{part}" for part in parts], "beartype.beartype")
 import torch
 import upge

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -137,7 +137,7 @@ class Trajectories(TrajectoryView):
             picked["entropies"] = None
         return Trajectories(**{**picked, "logprobs": logprobs, **columns})
 
-    def with_rewards(self, rewards: Float[Tensor, "B"]) -> Self:
+    def with_rewards(self, rewards: Float[Tensor, "B"]) -> Trajectories:
         """The same trajectories with other rewards, for a part that shapes them for one that it wraps."""
         if rewards.shape != self.response_mask.shape[:1]:
             raise ValueError(

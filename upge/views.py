@@ -10,7 +10,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,6 +35,9 @@ LIVE_COLUMNS = frozenset({"logprobs", "entropies"})
 MAY_BE_ABSENT = frozenset({"behavior_logprobs"})
 #: A rollout counts as a success above this reward; rewards are 0 or 1 (or -1 and 1).
 SUCCESS_REWARD = 0.5
+
+
+_View = TypeVar("_View", bound="TokenView")
 
 
 class UndeclaredColumn(TypeError):
@@ -95,7 +98,7 @@ class TokenView:
         """The trajectory of each entry, as a row of the batch that this one was selected from, and its place in the
         response."""
 
-    def restricted(self, columns: frozenset[str], owner: str) -> Self:
+    def restricted(self: _View, columns: frozenset[str], owner: str) -> _View:
         """This batch as `owner` may see it.
 
         Reading a column outside `columns` raises `UndeclaredColumn`; reading one that the batch lacks is a ValueError.
@@ -107,7 +110,7 @@ class TokenView:
             cls = _restricted_class(type(self))
         view = object.__new__(cls)
         view.__dict__.update(self.__dict__, _columns=columns | {"response_mask"}, _owner=owner)
-        return cast(Self, view)
+        return cast(_View, view)
 
 
 class TrajectoryView(TokenView):
@@ -153,7 +156,7 @@ class TrajectoryView(TokenView):
         return (group_sum(success, index) / group_sum(is_rollout, index))[index]
 
     @abstractmethod
-    def with_rewards(self, rewards: Float[Tensor, "B"]) -> Self:
+    def with_rewards(self, rewards: Float[Tensor, "B"]) -> TrajectoryView:
         """The same trajectories with other rewards, for a part that shapes them for one that it wraps."""
 
 
