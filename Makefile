@@ -1,5 +1,6 @@
-# Every target that needs the environment makes it first; requirements/install.sh decides whether there is work to do.
-# Variables: ARGS (passed on), JOBS (processes that run tests at once), VENV, and for the environment PYTHON, ENGINE=cpu|gpu, TORCH_INDEX (docs/install.md).
+# Targets that need the environment first bring it up to date; requirements/install.sh decides whether anything changed.
+# Variables: ARGS (passed to the command), JOBS (test files that run at once), VENV, and for the environment PYTHON,
+# ENGINE=cpu|gpu, TORCH_INDEX (docs/install.md).
 VENV ?= .venv
 PYTHON ?=
 ENGINE ?=
@@ -12,13 +13,13 @@ export VENV PYTHON ENGINE TORCH_INDEX
 .PHONY: help env run test lint bench peers docs results
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
-	@echo 'Arguments are passed on with ARGS, as in: make run ARGS="algo=grpo steps=20"'
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@echo 'Pass arguments with ARGS, as in: make run ARGS="algo=grpo steps=20"'
 
-env:  ## make the environment in .venv if it is missing or out of date
+env:  ## create or update the environment in .venv
 	@bash requirements/install.sh
 
-run: env  ## train; without ARGS the small model on arithmetic, about five minutes on two cores
+run: env  ## train; default: the small model on arithmetic, about five minutes on two cores
 	$(VENV)/bin/python -m experiments.run $(ARGS)
 
 test: env  ## run the tests, JOBS files at a time (2)
@@ -30,16 +31,16 @@ lint: env  ## check the sources with ruff
 bench: env  ## list the benchmarks; ARGS=NAME runs one
 	$(VENV)/bin/python -m experiments.bench $(ARGS)
 
-peers: env  ## install what the benchmarks compare with (TRL, verl, Liger, cut-cross-entropy) into .venv-peers
+peers: env  ## install the benchmarks' peers (TRL, verl, Liger, cut-cross-entropy) into .venv-peers
 	@bash requirements/peers.sh
 
-docs: env  ## make anew what is generated in README.md and docs/, about two minutes
+docs: env  ## regenerate the generated parts of README.md and docs/, about two minutes
 	$(VENV)/bin/python -m experiments.describe --readme
 	$(VENV)/bin/python -m experiments.describe --docs
 	$(VENV)/bin/python -m experiments.theory --docs
 	$(VENV)/bin/python -m experiments.table1 --docs
 
-results: env  ## make docs/results.md anew: all sweeps of the small model and the atlas, some hours on two cores
+results: env  ## regenerate docs/results.md: all sweeps of the small model and the diagnosis, hours on two cores
 	$(VENV)/bin/python -m experiments.sweep sweep=main --docs
 	$(VENV)/bin/python -m experiments.sweep sweep=rates --report --docs
 	$(VENV)/bin/python -m experiments.sweep sweep=gate --docs

@@ -52,18 +52,18 @@ CHUNKS = 4
 README = """\
 # model=tiny
 
-A Qwen2 of {parameters:,} parameters (float32, tied embeddings). Its tokenizer has a token for every character of
-ASCII, and as many for any other character as that has bytes in UTF-8; special tokens: {special}.
-It answers the problems of `data=arithmetic`, prompted with the problem and a line break (its chat template does that).
-It was made from nothing, on the training side of these problems only, by
+A Qwen2 with {parameters:,} parameters (float32, tied embeddings). Its tokenizer has one token per ASCII character, and
+one token per UTF-8 byte of any other character; special tokens: {special}.
+It answers the problems of `data=arithmetic`, prompted with the problem and a line break, which its chat template adds.
+It was trained from scratch, on the training side of these problems only, by
 
     {command}
 
-in {minutes:.0f} minutes with --threads {threads}. The solutions it learned from are wrong on purpose: every step with
-probability {noise}, and a difference among three or more numbers is taken for a sum with probability {misread}.
-So there is something left to learn. `python -m experiments.pretrain --help` lists the options.
+in {minutes:.0f} minutes with --threads {threads}. The solutions it learned from contain deliberate errors, which leave
+room for post-training: every step is wrong with probability {noise}, and a difference among three or more numbers is
+read as a sum with probability {misread}. `python -m experiments.pretrain --help` lists the options.
 
-Accuracy on {problems} problems of the evaluation side, greedy and in {samples} samples each at temperature 1:
+Accuracy on {problems} problems of the evaluation side, greedy and with {samples} samples each at temperature 1:
 
 {table}
 """

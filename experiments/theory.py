@@ -177,8 +177,8 @@ def mismatches(base: str = "rloo", samplers: int = 4) -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "On-policy": lambda: biases(off_policy=False),
     "Rollouts of another policy": lambda: biases(off_policy=True),
-    "What a question counts, by its pass rate": question_weights,
-    "KL to a frozen policy": penalties,
+    "The weight of a prompt, by its pass rate": question_weights,
+    "KL to a reference policy": penalties,
     "Rollouts of another engine": mismatches,
 }
 

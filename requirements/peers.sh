@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes the environment of the benchmarks' peers, $PEERS (.venv-peers), on top of $VENV (.venv); `make peers` calls it.
+# Creates the environment of the benchmarks' peers, $PEERS (.venv-peers), on top of $VENV (.venv); `make peers` calls it.
 #
-# It holds only what requirements/peers.txt names. Everything else, torch first, it sees in $VENV by a .pth file, so that
-# what is compared runs on the very same libraries. $VENV itself is not touched. The stamp is written last: without one
-# the next call starts from the beginning.
+# It contains only the packages of requirements/peers.txt. Torch and all other packages are those of $VENV, which a .pth
+# file adds to its path, so everything that is compared runs on the same libraries. $VENV itself does not change. The
+# stamp is written last: without one the next call starts from the beginning.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,7 +18,7 @@ fail() {
     exit 2
 }
 
-[[ -x $venv/bin/python ]] || fail "there is no $venv/bin/python to build on; call make env first"
+[[ -x $venv/bin/python ]] || fail "$venv/bin/python does not exist; run make env first"
 base=$("$venv/bin/python" -c 'import sys, sysconfig; print(sys.version.split()[0], sysconfig.get_path("purelib"))')
 inputs=$(cat requirements/peers.txt requirements/peers.sh | cksum)
 made="$base $inputs"
@@ -30,19 +30,19 @@ if [[ -d $peers && ! -f $peers/pyvenv.cfg && -n $(ls -A "$peers") ]]; then
     fail "$peers exists and is not a virtual environment: remove it or choose another folder with PEERS=..."
 fi
 
-printf 'peers: making %s: %s\n' "$peers" "$(grep -v '^#' requirements/peers.txt | paste -sd ' ')"
-# Without a pip of its own: setuptools and pip are those of $VENV, too.
+printf 'peers: creating %s: %s\n' "$peers" "$(grep -v '^#' requirements/peers.txt | paste -sd ' ')"
+# Without its own pip: setuptools and pip are also those of $VENV.
 "$venv/bin/python" -m venv --clear --without-pip "$peers"
 packages=$("$peers/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 printf '%s\n' "${base#* }" >"$packages/upge-base.pth"
 install=("$venv/bin/python" -m pip --python "$peers/bin/python" install --no-deps -r requirements/peers.txt)
 if ! "${install[@]}" >"$log" 2>&1; then
     printf '%s\n' "--- end of $log:" "$(tail -n 15 "$log")" "---" >&2
-    fail "that failed; mend what $log says and call make peers again"
+    fail "the installation failed; fix the problem that $log shows and run make peers again"
 fi
-# Some wheels bring folders of their own project that have names of ours.
+# Some wheels contain folders of their own project whose names collide with ours.
 rm -rf "$packages/tests" "$packages/scripts"
 "$peers/bin/python" -c 'from experiments.bench.peers import missing; import sys; sys.exit(", ".join(missing()) or 0)' ||
-    fail "these do not import; $log says what was installed"
+    fail "these packages do not import; $log shows what was installed"
 printf '%s\n' "$made" >"$stamp"
 printf 'peers: %s is ready after %s s\n' "$peers" "$SECONDS"

@@ -32,6 +32,7 @@ class Tree:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         shutil.copytree(ROOT / "requirements", folder / "requirements")
+        shutil.copy(ROOT / "pyproject.toml", folder)
         shutil.copy(ROOT / "setup.py", folder)
 
     def python(self, name: str, version: str) -> Path:

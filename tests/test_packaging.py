@@ -56,7 +56,7 @@ def test_wheel_holds_sources_configurations_and_the_model(wheel: zipfile.ZipFile
     wanted = set(shipped())
     assert {"upge/__init__.py", "algorithms/hpt.yaml", "experiments/report/report.html.j2"} <= wanted
     missing = sorted(wanted - set(wheel.namelist()))
-    assert not missing, f"not in the wheel; an __init__.py is missing, or a suffix in setup.py: {missing}"
+    assert not missing, f"not in the wheel; an __init__.py is missing, or a suffix in pyproject.toml: {missing}"
 
 
 def test_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
@@ -87,7 +87,7 @@ def test_ranges_admit_the_pinned_set(metadata: email.message.Message) -> None:
         pin = pinned.get(need.name.lower().replace("_", "-"))
         if pin:
             checked.append(need.name)
-            assert need.specifier.contains(pin_version(pin)), f"{need} in setup.py, {pin} in requirements/cpu.txt"
+            assert need.specifier.contains(pin_version(pin)), f"{need} in pyproject.toml, {pin} in requirements/cpu.txt"
     assert {"torch", "deepspeed", "transformers", "math-verify", "pytest"} <= set(checked)
 
 

@@ -308,7 +308,7 @@ def test_long_runs_keep_their_spikes(tmp_path):
     raw = re.search(r'<path d="([^"]*)"[^>]*stroke-opacity', figure).group(1)
     heights = [float(pair.split()[1]) for pair in re.findall(r"[ML] ([\d. ]+)", raw)]
     assert len(heights) < 300 and max(heights) - min(heights) > 100
-    assert "centred average over 133 steps" in html
+    assert "centered average over 133 steps" in html
 
 
 def test_only_noisy_series_are_smoothed():
