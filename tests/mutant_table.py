@@ -24,12 +24,12 @@ class Mutant(NamedTuple):
     tests: Sequence[str]
 
 
-REACH = "test_settings_reach.py::"
-STAGES = "test_stages.py::"
-EVALUATE = "test_train_evaluate.py::"
-UPDATES = "test_update_columns.py::"
-PARTS = "test_components.py::"
-REDUCTIONS = "test_gates_reductions.py::"
+REACH = "upge/train/test_settings_reach.py::"
+STAGES = "upge/train/test_stages.py::"
+EVALUATE = "upge/evaluation/test_train_evaluate.py::"
+UPDATES = "upge/train/test_update_columns.py::"
+PARTS = "upge/components/test_components.py::"
+REDUCTIONS = "upge/test_gates_reductions.py::"
 
 MUTANTS = (
     # Settings that do not reach the place where they act.
@@ -117,14 +117,14 @@ MUTANTS = (
         "upge/train/micro_batches.py",
         "if joined.tokens <= self.budget:",
         "if True:",
-        ["test_micro_batches.py::test_plan_of_micro_batches"],
+        ["upge/train/test_micro_batches.py::test_plan_of_micro_batches"],
     ),
     Mutant(
         "packed-predictor-off-by-one",
         "upge/train/packing.py",
         "[last, *range(following, following",
         "[last - 1, *range(following, following",
-        ["test_packing.py::test_layout_of_a_small_row"],
+        ["upge/train/test_packing.py::test_layout_of_a_small_row"],
     ),
     # Learning rates, stages, checkpoints.
     Mutant(
@@ -160,7 +160,7 @@ MUTANTS = (
         "upge/train/rates.py",
         "config.lr * (step + 1) / config",
         "config.lr * step / config",
-        ["test_train_parts.py::test_learning_rate"],
+        ["upge/train/test_train_parts.py::test_learning_rate"],
     ),
     Mutant(
         "moments-kept-across-stages",
@@ -188,21 +188,21 @@ MUTANTS = (
         "upge/train/moments.py",
         'self.in_use = saved["in_use"]',
         "self.in_use = FIRST",
-        ["test_moments.py"],
+        ["upge/train/test_moments.py"],
     ),
     Mutant(
         "resume-forgets-idle-moments",
         "upge/train/moments.py",
         "for k, v in state.items()",
         "for k, v in state.items() if k == 'step'",
-        ["test_moments.py"],
+        ["upge/train/test_moments.py"],
     ),
     Mutant(
         "resume-keeps-a-dropped-step",
         "upge/train/folder.py",
         'if line["step"] <= step]',
         'if line["step"] <= step + 1]',
-        ["test_train_parts.py::test_rewind_drops_what_will_be_recorded_again"],
+        ["upge/train/test_train_parts.py::test_rewind_drops_what_will_be_recorded_again"],
     ),
     # Sampling, verification, evaluation.
     Mutant(
@@ -210,14 +210,14 @@ MUTANTS = (
         "upge/train/collect.py",
         "stream_seed(config.seed, *seeds, g) for g in mine",
         "stream_seed(config.seed, *seeds, g) for g in range(len(mine))",
-        ["test_collect.py::test_ranks_agree_with_one_process"],
+        ["upge/train/test_collect.py::test_ranks_agree_with_one_process"],
     ),
     Mutant(
         "verdict-of-another-response",
         "upge/train/verified.py",
         "pending[index, copy].result()",
         "pending[index, 0].result()",
-        ["test_collect.py::test_without_redraws_a_step_is_what_it_was"],
+        ["upge/train/test_collect.py::test_without_redraws_a_step_is_what_it_was"],
     ),
     Mutant(
         "evaluation-seeds-follow-the-rank",
@@ -245,7 +245,7 @@ MUTANTS = (
         "upge/evaluation/passk.py",
         "c / (n - drawn)",
         "c / n",
-        ["test_passk.py::test_every_subset_is_counted"],
+        ["upge/evaluation/test_passk.py::test_every_subset_is_counted"],
     ),
     # The mathematics.
     Mutant(
@@ -253,7 +253,7 @@ MUTANTS = (
         "upge/algorithm.py",
         "source_rows(batch, regularizer.source) & anywhere",
         "anywhere",
-        ["test_regularizers.py"],
+        ["upge/test_regularizers.py"],
     ),
     Mutant(
         "kl-reversed",
@@ -281,7 +281,7 @@ MUTANTS = (
         "upge/components/denominator.py",
         "log_ratio.clamp(min=log_low, max=log_high)",
         "log_ratio.clamp(max=log_high)",
-        [PARTS + "test_denominator", "test_components_more.py::test_denominator"],
+        [PARTS + "test_denominator", "upge/components/test_components_more.py::test_denominator"],
     ),
     Mutant(
         "deviation-biased",

@@ -1,0 +1,165 @@
+"""What is written for people is true: the generated table, the help, the examples."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import algorithms
+import upge
+from experiments import config
+from experiments.describe import __main__ as describe
+from experiments.describe import catalogue, listing, page
+from experiments.run.help import help_text
+from upge.config import meanings
+from upge.train.config import RunConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(path: str, language: str) -> list[str]:
+    """The fenced blocks of a language in a Markdown file."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
+
+
+def test_readme_table_is_the_generated_one():
+    text = listing.README.read_text()
+    assert listing.renewed(text) == text, "run python -m experiments.describe --readme"
+
+
+def test_help_names_everything():
+    text = help_text()
+    for group in config.GROUPS:
+        assert all(name in text for name in config.presets(group))
+    assert all(f"{key}=" in text and meaning.split()[0] in text for key, _, meaning in meanings(RunConfig))
+    assert max(map(len, text.splitlines())) <= 150
+
+
+def test_algorithms_page_is_the_generated_one():
+    text = page.PATH.read_text("utf-8")
+    assert page.page(text) == text, "run python -m experiments.describe --docs"
+
+
+def test_algorithms_page_has_a_section_for_everything_with_its_paper():
+    text = page.PATH.read_text("utf-8")
+    for name in algorithms.names():
+        (section,) = re.findall(rf"^## {name}\n(.*?)(?=^## )", text, re.MULTILINE | re.DOTALL)
+        assert f"(#{name})" in text and algorithms.load(name).formula() in section
+        papers = catalogue.words(name).papers
+        assert papers and all(f"https://arxiv.org/abs/{paper}" in section for paper in papers)
+        assert re.search(r"^- \*\*(rollouts|demonstrations|preference pairs)\*\*: ", section, re.MULTILINE)
+    for name in algorithms.corrections():
+        assert f"\n### correction {name}\n" in text and f"(#correction-{name})" in text
+
+
+def test_every_key_of_the_page_is_one():
+    """What is listed may be given as it stands; what follows another key follows one that is listed."""
+    for name in algorithms.names():
+        listed = catalogue.keys(name)
+        plain = algorithms.load(name)
+        followed = {key: target for key, _, target in listed if target}
+        same = [f"{key.removeprefix('algo.')}={value}" for key, value, _ in listed if key not in followed]
+        assert same and algorithms.load(name, same) == plain
+        known = {key for key, *_ in listed}
+        for key, target in followed.items():
+            begins = any(k.startswith(f"{target}.") or k == target for k in known)
+            assert begins or target.startswith("rollout.") or hasattr(part_at(plain, target), "reads"), (key, target)
+
+
+def part_at(algorithm, key: str):
+    return algorithm.parts.get(key.removeprefix("algo."))
+
+
+def test_describe_prints_each_algorithm(capsys):
+    """Formula, factors, paper, the file's own words, needs."""
+    for name in algorithms.names():
+        assert describe.main([f"algo={name}"]) == 0
+        found, algorithm = capsys.readouterr().out, algorithms.load(name)
+        assert algorithm.formula() in found and algorithm.formula("latex") in found
+        assert all(f"arXiv {paper}" in found for paper in catalogue.words(name).papers)
+        assert all(line.strip() in found for line in algorithms.header(algorithms.find(name)).splitlines())
+        words = " ".join(found.split())
+        assert all(f" {type(part).__name__}(" in words for path, part in algorithm.parts.items() if "terms." in path)
+
+
+def test_describe_says_what_the_trainer_must_provide(capsys):
+    def printed(*arguments: str) -> str:
+        assert describe.main(list(arguments)) == 0
+        return " ".join(capsys.readouterr().out.partition("Needs:")[2].partition("LaTeX:")[0].split())
+
+    assert (
+        printed("algo=reinforce")
+        == "rollouts one or more per prompt micro-batch any cut: each token's factors are its own"
+    )
+    found = printed("algo=ppo")
+    assert (
+        "critic" in found and "frozen reference" in found and "reference_logprobs, values of all trajectories" in found
+    )
+    assert "group" not in found
+    assert "state: mu begins at 0.8" in printed("algo=amft")
+    assert "whenever 128 prompts with 1[P ≤ 0] have gathered, with optimizer moments" in printed("algo=relift")
+    assert "preference pairs" in printed("algo=dpo") and "stay together" in printed("algo=dpo")
+    assert "a response stays whole" in printed("algo=gspo") and "at least 2 per prompt" in printed("algo=gspo")
+    assert "at most 10 times" in printed("algo=dapo")
+    assert "sampler's log-probs" in printed("algo=grpo", "correction=tis")
+    stages = printed("algo=sft_then_grpo", "correction=mis")
+    assert (
+        "stages.demonstrate.algorithm: any cut" in stages and "stages.reinforce.algorithm: a response stays" in stages
+    )
+
+
+def test_describe_takes_corrections_and_overrides_and_refuses_the_rest(capsys):
+    assert describe.main(["algo=grpo", "correction=[tis,entropy]", "correction.tis.cap=3"]) == 0
+    found = capsys.readouterr().out
+    assert "min(π_old/π_sampler, 3)" in found and "Paper of tis" in found and "arXiv 1602.01783" in found
+    assert describe.main([]) == 0
+    found = capsys.readouterr().out
+    assert all(f"`{name}`" in found for name in [*algorithms.names(), *algorithms.corrections()])
+    for arguments, error in {
+        ("algo=nothing",): "no algorithm 'nothing'",
+        ("algo=sft", "correction=tis"): "no term that learns from rollouts",
+        ("algo=grpo", "steps=3"): "'steps=3': give algo=NAME",
+        ("correction=tis",): "give algo=NAME, too",
+    }.items():
+        assert describe.main(list(arguments)) == 2 and error in capsys.readouterr().err
+
+
+def test_the_example_of_the_readme_runs_and_conforms(tmp_path):
+    """Used by _target_ as it is, from the folder that holds it."""
+    (source,) = [b for b in blocks("README.md", "python") if "@dataclass" in b]
+    assert len(source.splitlines()) <= 15
+    (tmp_path / "my_parts.py").write_text(source, "utf-8")
+    (name,) = re.findall(r"class (\w+)\(", source)
+    code = (
+        "import algorithms, upge, my_parts\n"
+        f"upge.testing.check_component(my_parts.{name}())\n"
+        f"algo = algorithms.load('grpo', ['terms.rl.estimator.mask={{_target_: my_parts.{name}}}'])\n"
+        "upge.testing.check_algorithm(algo)\n"
+        f"assert type(algo.terms['rl'].estimator.mask).__name__ == '{name}'\n"
+    )
+    environment = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_commands_in_the_docs_compose():
+    """Every `python -m experiments.run` line names keys that exist."""
+    found = 0
+    for path in ("README.md", "docs/running.md"):
+        for block in blocks(path, ""):
+            for line in block.splitlines():
+                line = line.split("#")[0].strip()
+                if "experiments.run " in line and "--help" not in line and "my_parts" not in line:
+                    arguments = shlex.split(line.split("experiments.run ")[1])
+                    config.compose([a for a in arguments if a != "--dry-run"])
+                    found += 1
+    assert found >= 4
+
+
+def test_public_names_are_exported():
+    assert all(hasattr(upge, name) for name in upge.__all__)
+    for name in ("NoMask", "PPOClip", "SequenceClip", "ImportanceBand", "UnifiedGradient", "PassRateTable", "GAE"):
+        assert name in upge.__all__

@@ -1,0 +1,58 @@
+"""KL penalties to a frozen policy, told apart by exact expectations: k1, k2, k3, in the loss and in the reward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import upge
+from tests.upge.theory.test_theory_enumerate import EXACT, NOTHING, PER_TOKEN, SPACES, algorithm, reward
+from upge.theory import enumerate as theory
+from upge.theory.enumerate import Setting, expectation
+
+
+def kl_mean(policy, kind, place, behavior=None):
+    """The expected descent direction of a KL penalty with coefficient 1: to be compared with gradients of KLs."""
+    extra, advantage = {}, NOTHING
+    if place == "loss":
+        extra["kl"] = upge.KLPenalty(coefficient=1.0, reduction=PER_TOKEN, kind=kind)
+    else:
+        advantage = upge.KLShaped(NOTHING, coefficient=1.0, kind=kind, future=place == "future")
+    setting = Setting(policy, torch.zeros(len(policy.responses)), behavior=behavior, frozen=policy.moved(0.6, seed=9))
+    return -expectation(algorithm(advantage, **extra), setting, group_size=1).mean
+
+
+def off(found, exact):
+    return float((found - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("policy", SPACES.values(), ids=SPACES)
+def test_kl_penalties_are_told_apart(policy):
+    frozen, one_step = policy.moved(0.6, seed=9), policy.horizon == 1
+    reverse, forward = theory.reverse_kl_gradient(policy, frozen), theory.forward_kl_gradient(policy, frozen)
+    assert float(kl_mean(policy, "k1", "loss").norm()) < EXACT
+    assert off(kl_mean(policy, "k1", "future"), reverse) < EXACT
+    # Token by token, and so exact for one token: k2 in the loss and k1 in the reward are the same thing.
+    assert off(kl_mean(policy, "k2", "loss"), kl_mean(policy, "k1", "own")) < EXACT
+    for kind, place, exact in (("k2", "loss", reverse), ("k1", "own", reverse), ("k3", "loss", forward)):
+        distance = off(kl_mean(policy, kind, place), exact)
+        assert (distance < EXACT) if one_step else (distance > 0.01)
+    assert off(kl_mean(policy, "k3", "loss"), reverse) > 0.01
+    if one_step:
+        assert torch.allclose(kl_mean(policy, "k3", "own"), reverse - forward, rtol=0, atol=EXACT)
+    assert all(off(kl_mean(policy, kind, "future"), reverse) > 0.5 for kind in ("k2", "k3"))
+    elsewhere = policy.moved(0.5, seed=3)
+    assert float(kl_mean(policy, "k1", "loss", elsewhere).norm()) > 0.01
+    assert all(off(kl_mean(policy, k, "loss", elsewhere), reverse) > 0.01 for k in ("k2", "k3"))
+
+
+@pytest.mark.parametrize("policy", SPACES.values(), ids=SPACES)
+def test_kl_in_the_reward_over_time(policy):
+    """GAE with λ = 1 over rewards with a k1 penalty: the exact gradient of E[R] - c·KL, whatever the critic says."""
+    rewards, frozen = reward(policy, binary=False), policy.moved(0.6, seed=9)
+    values = torch.linspace(-1, 1, policy.responses.prefixes, dtype=torch.float64)
+    paid = upge.KLPenalizedReward(upge.OutcomeReward(), coefficient=0.3, kind="k1")
+    setting = Setting(policy, rewards, frozen=frozen, values=values)
+    target = setting.objectives["reward"] + 0.3 * setting.objectives["proximity"]
+    for advantage in (upge.GAE(discount=1.0, lam=1.0, reward=paid), upge.ReturnToGo(discount=1.0, reward=paid)):
+        assert expectation(algorithm(advantage), setting, group_size=1, target=target).relative_bias < EXACT
