@@ -108,5 +108,5 @@ def test_prompts_stand_once_in_these_rows_and_some_trajectories_are_left_out():
     members = trajectories()
     packed = pack([(t.prompt_ids, t.response_ids) for t in members])
     assert packed.sharing is not None and packed.input_ids.numel() < sum(packed.lengths)
-    keep = ALGORITHMS["grpo"].plan(assemble(members, STEP)).keep
-    assert 0 < int(keep.sum()) < len(members)
+    contributing = ALGORITHMS["grpo"].plan(assemble(members, STEP)).contributing
+    assert 0 < int(contributing.sum()) < len(members)

@@ -237,7 +237,7 @@ class Learner:
         states = [{**memory.variables, gate.variable: value + shift} for shift in (_SHIFT, -_SHIFT)]
         plans = [self.algorithm.plan(dataclasses.replace(batch.columns, state=state)) for state in states]
         validation_plan = validation.algorithm.plan(held_out.columns)
-        if not bool(validation_plan.keep.any()) or not any(bool(plan.contributing.any()) for plan in plans):
+        if not bool(validation_plan.contributing.any()) or not any(bool(plan.contributing.any()) for plan in plans):
             return math.nan
         derivative = self.updater.gradient(batch, [(0.5 / _SHIFT, plans[0]), (-0.5 / _SHIFT, plans[1])])
         return rates.policy * self.models.policy.dot(
