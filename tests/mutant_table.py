@@ -52,14 +52,14 @@ MUTANTS = (
         "experiments/run/train.py",
         "config.optimizer, world, config.rollout.temperature)",
         "config.optimizer, world)",
-        [REACH + "test_the_policy_and_the_frozen_policy_get_the_temperature_of_rollouts"],
+        [REACH + "test_the_policy_and_the_reference_policy_get_the_temperature_of_rollouts"],
     ),
     Mutant(
         "temperature-not-handed-to-frozen-policy",
         "experiments/run/train.py",
         "(model, world, config.rollout.temperature, key=",
         "(model, world, key=",
-        [REACH + "test_the_policy_and_the_frozen_policy_get_the_temperature_of_rollouts"],
+        [REACH + "test_the_policy_and_the_reference_policy_get_the_temperature_of_rollouts"],
     ),
     Mutant(
         "temperature-not-handed-to-sampler",
@@ -86,9 +86,9 @@ MUTANTS = (
     Mutant(
         "statistics-per-mini-batch",
         "upge/algorithm.py",
-        "[self._bound(whole, penalties, batch, rows) for rows in updates]",
-        "[self.plan(batch.select(u, row=torch.arange(len(u)))) if len(updates) > 1 else "
-        "self._bound(whole, penalties, batch, u) for u in updates]",
+        "return plan_updates(",
+        "return [self.plan(batch.select(u, row=u.new_tensor(range(len(u))))) for u in updates] "
+        "if len(updates) > 1 else plan_updates(",
         [UPDATES + "test_whitening_and_gates_see_the_whole_step"],
     ),
     Mutant(
@@ -250,9 +250,9 @@ MUTANTS = (
     # The mathematics.
     Mutant(
         "entropy-bonus-on-demonstrations",
-        "upge/algorithm.py",
-        "source_rows(batch, regularizer.source) & anywhere",
-        "anywhere",
+        "upge/plan.py",
+        "batch.source_rows(regularizer.source) & in_any",
+        "in_any",
         ["upge/test_regularizers.py"],
     ),
     Mutant(
@@ -320,16 +320,16 @@ MUTANTS = (
     ),
     Mutant(
         "divisor-always-of-the-term",
-        "upge/algorithm.py",
-        'own if reduction.over == "term" else anywhere',
-        "own",
+        "upge/plan.py",
+        'active if reduction.over == "term" else active_in_any',
+        "active",
         [REDUCTIONS + "test_over_says_whose_count_divides"],
     ),
     Mutant(
         "threshold-inclusive-above",
         "upge/gates.py",
-        "self._pass_rate(batch) > self.threshold + _TOLERANCE",
-        "self._pass_rate(batch) >= self.threshold",
+        "rate > self.threshold + _TOLERANCE",
+        "rate >= self.threshold",
         [REDUCTIONS + "test_thresholds_are_exclusive_above_and_inclusive_below"],
     ),
 )
