@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from algorithms.compose import CORRECTION, algorithm_slots, check_names, compose
 from upge.algorithm import Algorithm
-from upge.config import parse, split
+from upge.config import parse, plain, split
 from upge.errors import ConfigError, nearest
 from upge.instantiate import TARGET
 from upge.pipeline import Pipeline
@@ -66,7 +66,7 @@ def read(name: str, corrections: Sequence[str] = ()) -> DictConfig:
             raise ConfigError(f"{CORRECTION}: '{correction}' is given twice; once will do")
         chosen[stem(correction)] = _read_correction(correction)
     check_names(tree, "algo")
-    return OmegaConf.create(tree)
+    return DictConfig(tree)
 
 
 def _read_correction(name: str) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def content(file: Path, path: str = "algo", key: str = "terms") -> dict[str, Any
         raise ConfigError(f"{path}: {file} is not valid YAML: {error}") from error
     if not isinstance(node, DictConfig):
         raise ConfigError(f"{path}: {file} holds no mapping; it must have the key `{key}`")
-    return OmegaConf.to_container(node, resolve=False)
+    return plain(node)
 
 
 def header(file: Path) -> str:
@@ -171,7 +171,7 @@ def override(node: DictConfig, overrides: Sequence[str], path: str = "algo") -> 
     Raises:
         ConfigError: by its key.
     """
-    result = OmegaConf.create(OmegaConf.to_container(node, resolve=False))
+    result = DictConfig(plain(node))
     for item in overrides:
         key, text = split(item)
         names_correction = key.partition(".")[0] == CORRECTION
@@ -183,16 +183,16 @@ def override(node: DictConfig, overrides: Sequence[str], path: str = "algo") -> 
                 _check_setting(result, key)
             _check_references(result, key, where)
             if parent and not _is_open(result, parent) and OmegaConf.select(result, parent) is None:
-                known = _paths(OmegaConf.to_container(result))
+                known = _paths(plain(result))
                 raise ConfigError(f"{where}: there is no '{parent}'; {nearest(key, known)}")
             _check_target(result, key, value, where)
             OmegaConf.update(result, key, value, merge=False, force_add=True)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
-        after = OmegaConf.to_container(result, resolve=False)
+        after = plain(result)
         inline(after, path)
         check_names(after, path)
-        result = OmegaConf.create(after)
+        result = DictConfig(after)
     return result
 
 
@@ -224,7 +224,7 @@ def _check_references(tree: DictConfig, key: str, where: str) -> None:
         if not isinstance(node, DictConfig) or name not in node:
             return
         if OmegaConf.is_interpolation(node, name):
-            text = OmegaConf.to_container(node, resolve=False)[name]
+            text = plain(node)[name]
             at = ".".join(names[: number + 1])
             full = where.removesuffix(key) + at
             raise ConfigError(

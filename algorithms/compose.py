@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from upge.algorithm import Algorithm, DynamicSampling, InterleavedUpdate
 from upge.checks import mismatch
+from upge.config import plain
 from upge.corrections import Correction, NotApplicable
 from upge.errors import ConfigError, nearest
 from upge.gates import Gate
@@ -47,17 +48,17 @@ def compose(node: DictConfig | Mapping[str, Any], name: str, path: str = "algo")
         ConfigError: an unknown key, a wrong type or an impossible value, by its key; or a correction that does not
             apply, with the reason.
     """
-    check_names(OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig) else dict(node), path)
+    check_names(plain(node) if isinstance(node, DictConfig) else dict(node), path)
     try:
-        tree = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+        tree = plain(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         where = key if f"{key}.".startswith(f"{path}.") else f"{path}.{key}".rstrip(".")
         fix = "; give it a value of its own" if isinstance(error, InterpolationResolutionError) else ""
         raise ConfigError(f"{where}: {str(error).splitlines()[0]}{fix}") from error
     corrections = _mapping(tree, CORRECTION, path)
-    plain = {key: value for key, value in tree.items() if key != CORRECTION}
-    return _corrected(_plain(plain, name, path), corrections)
+    rest = {key: value for key, value in tree.items() if key != CORRECTION}
+    return _corrected(_plain(rest, name, path), corrections)
 
 
 def _corrected(algorithm: Algorithm | Pipeline, corrections: Mapping[str, Any]) -> Algorithm | Pipeline:

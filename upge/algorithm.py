@@ -109,7 +109,7 @@ class Algorithm:
 
     name: str
     terms: Mapping[str, Term]
-    regularizers: Mapping[str, Regularizer] = field(default_factory=dict)
+    regularizers: Mapping[str, Regularizer] = field(default_factory=dict[str, Regularizer])
     description: str = ""
     critic: ValueLoss | None = None
     sampling: DynamicSampling | None = None
@@ -174,7 +174,7 @@ class Algorithm:
     def takes_chunks(self) -> bool:
         """True if any of a batch's tokens can be evaluated alone: what waits for the forward pass has reach 'token' and
         reads per-token columns only."""
-        reads = frozenset().union(*(live_reads(part) for part in self._working_parts.values()))
+        reads = frozenset[str]().union(*(live_reads(part) for part in self._working_parts.values()))
         return self.reach == "token" and reads <= set(TOKEN_COLUMNS)
 
     @property
@@ -185,8 +185,10 @@ class Algorithm:
     @property
     def sources(self) -> dict[str, Source]:
         """The source of every term and regularizer with a coefficient other than 0 by its path in the file."""
-        found = {f"terms.{n}": t.source for n, t in self._weighted_terms.items()}
-        return found | {f"regularizers.{n}": r.source for n, r in _weighted(self.regularizers).items()}
+        sources: dict[str, Source] = {f"terms.{n}": t.source for n, t in self._weighted_terms.items()}
+        for name, regularizer in _weighted(self.regularizers).items():
+            sources[f"regularizers.{name}"] = regularizer.source
+        return sources
 
     @property
     def step_needs(self) -> Needs:
@@ -237,7 +239,7 @@ class Algorithm:
                 "from rollouts alone",
                 f"{path}.{owner}.source",
             )
-        filled = frozenset(provided) | ({"values"} if self.critic else set())
+        filled = frozenset(provided) | ({"values"} if self.critic else frozenset[str]())
         check_columns(self._working_parts, self.sources, filled, path)
         for name, algorithm in self.inner.items():
             algorithm.check(

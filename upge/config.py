@@ -13,9 +13,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from upge.checks import mismatch
 from upge.errors import ConfigError, nearest
@@ -158,6 +158,11 @@ def meanings(cls: type, path: str = "") -> list[tuple[str, Any, str]]:
     return found
 
 
+def plain(node: DictConfig, resolve: bool = False) -> dict[str, Any]:
+    """A tree of OmegaConf as nested dictionaries and lists; references stay as they are written unless resolved."""
+    return cast("dict[str, Any]", OmegaConf.to_container(node, resolve=resolve))
+
+
 def split(argument: str) -> tuple[str, str]:
     """Key and text of `key=value`.
 
@@ -179,7 +184,7 @@ def parse(name: str, text: str) -> Any:
         ConfigError: it cannot be read.
     """
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
+        return plain(OmegaConf.from_dotlist([f"value={text}"]))["value"]
     except Exception as error:  # OmegaConf's errors and those of the YAML parser behind it
         raise ConfigError(f"{text!r} cannot be read: {str(error).splitlines()[0]}", name) from error
 

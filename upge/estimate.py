@@ -143,7 +143,8 @@ def summarise(records: Mapping[str, Sequence[TermRecord]]) -> dict[str, float]:
 
 
 def _weights(pieces: Sequence[TermRecord]) -> dict[str, float]:
-    weight, relative = (torch.cat([piece[column] for piece in pieces]) for column in (0, 1))
+    weight = torch.cat([piece.weight for piece in pieces])
+    relative = torch.cat([piece.relative for piece in pieces])
     signed, absolute = relative.sort().values, relative.abs().sort().values
     found = {"weight_abs_mean": float(absolute.mean())}
     found |= {f"weight_abs_p{percent}": _percentile(absolute, percent) for percent in (50, 99)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -73,7 +73,8 @@ class UnifiedGradient:
 
     def precompute_parts(self, batch: Trajectories) -> UnifiedGradient:
         """Itself with all that is known before the forward pass replaced by its values on the whole `batch`."""
-        return UnifiedGradient(**{slot: part.precomputed(batch) for slot, part in self.parts.items()})
+        parts: dict[str, Any] = {slot: part.precomputed(batch) for slot, part in self.parts.items()}
+        return UnifiedGradient(**parts)
 
     def formula(self) -> Formula:
         """The product in print, factors of 1 left out where nothing is lost."""

@@ -19,7 +19,7 @@ from upge.components.advantage import GROUP_COLUMNS
 from upge.components.base import REACHES, Component, Precomputed
 from upge.errors import ConfigError
 from upge.formula import Formula, times
-from upge.views import TrajectoryView, masked_mean
+from upge.views import TrajectoryView, View, masked_mean
 
 #: Pass rates are multiples of 1/n; thresholds such as 1/3 must not miss them by rounding.
 _TOLERANCE = 1e-9
@@ -34,7 +34,7 @@ class Gate(Component):
         return max((super().live_reach, "trajectory" if self.is_live else "token"), key=REACHES.index)
 
     @abstractmethod
-    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B"]:
+    def __call__(self, batch: View) -> Float[Tensor, "B"]:
         """[B] coefficient per trajectory, detached."""
 
     def closed(self, batch: TrajectoryView) -> Bool[Tensor, "B"]:

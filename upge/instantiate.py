@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Mapping
-from typing import Any, get_args, get_origin
+from collections.abc import Callable, Mapping
+from typing import Any, cast, get_args, get_origin
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -116,7 +116,7 @@ def _check_keys(target: Any, arguments: Mapping[str, Any], name: str, path: str)
     if not dataclasses.is_dataclass(target) and target.__init__ is object.__init__:
         parameters: dict[str, inspect.Parameter] = {}
     else:
-        parameters = dict(inspect.signature(target).parameters)
+        parameters = dict(inspect.signature(cast("Callable[..., Any]", target)).parameters)
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
     for key in arguments:

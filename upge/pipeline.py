@@ -11,7 +11,11 @@ from upge.algorithm import Algorithm
 from upge.checks import check_fields
 from upge.components.base import Component
 from upge.errors import ConfigError
+from upge.estimate import Estimate
 from upge.needs import Needs
+from upge.plan import Plan
+from upge.term import Term
+from upge.trajectories import Trajectories
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,31 @@ class Pipeline:
         for name, stage in self.stages.items():
             place = f"{path}.stages.{name}.algorithm"
             stage.algorithm.check(group_size=group_size, demonstrations=demonstrations, provided=provided, path=place)
+
+    @property
+    def only(self) -> Algorithm:
+        """The algorithm of a pipeline with one stage.
+
+        Raises:
+            ConfigError: there are several.
+        """
+        if len(self.stages) > 1:
+            names = ", ".join(self.stages)
+            raise ConfigError(f"{self.name}: has the stages {names}; use the algorithm of one, stages[NAME].algorithm")
+        return next(iter(self.stages.values())).algorithm
+
+    @property
+    def terms(self) -> Mapping[str, Term]:
+        """`Algorithm.terms` of the only stage."""
+        return self.only.terms
+
+    def plan(self, batch: Trajectories) -> Plan:
+        """`Algorithm.plan` of the only stage."""
+        return self.only.plan(batch)
+
+    def estimate(self, batch: Trajectories) -> Estimate:
+        """`Algorithm.estimate` of the only stage."""
+        return self.only.estimate(batch)
 
     def formula(self, style: str = "text") -> str:
         """The stages' formulas, each under its name."""

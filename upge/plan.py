@@ -7,8 +7,8 @@ plan.estimate(micro_batch)                             # on some of its trajecto
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import get_args
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,7 +23,7 @@ from upge.reduction import Over, Reduction
 from upge.regularizers import Regularizer
 from upge.term import Term
 from upge.trajectories import Trajectories
-from upge.views import TokenView
+from upge.views import PackedTokens, TokenView
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class PlannedTerm:
         def move(values: Tensor) -> Tensor:
             return values.to(device)
 
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PlannedTerm(**{n: move(v) if isinstance(v, Tensor) else mapped(v, move) for n, v in moved.items()})
+        gate, estimator = mapped(self.gate, move), mapped(self.estimator, move)
+        return PlannedTerm(gate, estimator, self.coefficient, move(self.source), move(self.active), move(self.weights))
 
     def factors(self, batch: TokenView) -> TermFactors:
         """The factors on a micro-batch, each with one number per token."""
@@ -70,9 +70,9 @@ class PlannedTerm:
     @property
     def signal(self) -> Bool[Tensor, "B"]:
         """[B] False where every token's weight or precomputed advantage is 0, so that no gradient can come of it."""
-        advantage = self.estimator.advantage
-        known = isinstance(advantage, Precomputed)
-        signal = self.weights * advantage.values[:, : self.weights.shape[1]] if known else self.weights
+        signal, advantage = self.weights, self.estimator.parts["advantage"]
+        if isinstance(advantage, Precomputed):
+            signal = signal * advantage.values[:, : signal.shape[1]]
         return (signal != 0).any(dim=1)
 
 
@@ -127,7 +127,7 @@ class Plan:
                 rows |= (scale != 0).any(dim=1)
         return rows & self.contributing
 
-    def estimate(self, batch: TokenView) -> Estimate:
+    def estimate(self, batch: Trajectories | PackedTokens) -> Estimate:
         """The estimate on a micro-batch of the planned batch (`batch.row` says which rows); estimates add up.
 
         A micro-batch is some of the trajectories, or, where the algorithm `takes_chunks`, any of their tokens packed.
@@ -145,7 +145,7 @@ class Plan:
         weights = torch.stack(per_term).sum(dim=0).to(dtype)
         # Where the weight is 0 the log-prob may be -inf, and 0 times that is NaN.
         loss = -(weights * torch.where(weights == 0, torch.zeros_like(logprobs), logprobs)).sum()
-        penalties = {}
+        penalties: dict[str, Tensor] = {}
         for name, (regularizer, scale) in self.penalties.items():
             penalties[name] = _penalty(regularizer, batch.look_up(scale).to(dtype), batch)
             loss = loss + penalties[name]
@@ -172,12 +172,12 @@ def plan_updates(
     how it is cut into updates. Divisors are counts over an update's own rows.
     """
     active = {name: term.active(batch) for name, term in terms.items()}
-    terms = {name: term.precompute(batch) for name, term in terms.items()}
-    regularizers = {name: one.precompute_parts(batch) for name, one in regularizers.items()}
-    plans = []
+    ready = {name: term.precompute(batch) for name, term in terms.items()}
+    penalties: dict[str, Any] = {name: one.precompute_parts(batch) for name, one in regularizers.items()}
+    plans: list[Plan] = []
     for rows in updates:
         if rows is None:
-            plans.append(_plan(terms, regularizers, reach, batch, active))
+            plans.append(_plan(ready, penalties, reach, batch, active))
             continue
 
         def take(values: Tensor, rows: Tensor = rows) -> Tensor:
@@ -185,8 +185,8 @@ def plan_updates(
 
         plans.append(
             _plan(
-                {name: mapped(term, take) for name, term in terms.items()},
-                {name: mapped(one, take) for name, one in regularizers.items()},
+                {name: mapped(term, take) for name, term in ready.items()},
+                {name: mapped(one, take) for name, one in penalties.items()},
                 reach,
                 batch.select(rows, row=torch.arange(len(rows), device=rows.device)),
                 {name: take(values) for name, values in active.items()},
@@ -204,13 +204,14 @@ def _plan(
 ) -> Plan:
     """The plan of one update on all of `batch`; the parts of terms and regularizers are precomputed."""
     in_any = torch.stack(list(active.values())).any(dim=0)
-    planned, contributing = {}, torch.zeros_like(in_any)
+    planned: dict[str, PlannedTerm] = {}
+    contributing = torch.zeros_like(in_any)
     for name, term in terms.items():
         source, own = batch.source_rows(term.source), active[name]
         weights = _weights(term.reduction, batch, own, in_any)
         planned[name] = PlannedTerm(term.gate, term.estimator, term.coefficient, source, own, weights)
         contributing |= planned[name].signal
-    penalties = {}
+    penalties: dict[str, tuple[Regularizer, Tensor]] = {}
     for name, regularizer in regularizers.items():
         own = batch.source_rows(regularizer.source) & in_any
         weights = _weights(regularizer.reduction, batch, own, in_any)
@@ -234,7 +235,7 @@ def _weights(
     return reduction(reduction.view(batch), counted).detach() * active[:, None]
 
 
-def _penalty(regularizer: Regularizer, scale: Tensor, batch: TokenView) -> Tensor:
+def _penalty(regularizer: Regularizer, scale: Tensor, batch: Trajectories | PackedTokens) -> Tensor:
     """The value of a regularizer on a micro-batch; `scale`, one number per token, is coefficient·w.
 
     Trajectories outside its source are hidden from it as padding is: their penalty may overflow, and 0 times infinity

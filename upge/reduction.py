@@ -19,7 +19,7 @@ from torch import Tensor
 from upge.components.base import Component
 from upge.errors import ConfigError
 from upge.formula import Formula
-from upge.views import TrajectoryView, group_sum
+from upge.views import TrajectoryView, View, group_sum
 
 Over = Literal["term", "batch"]
 PerToken = Literal["mean", "sum", "fixed"]
@@ -31,22 +31,21 @@ class Reduction(Component):
     over: Over
 
     @abstractmethod
-    def __call__(self, batch: TrajectoryView, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
-        """[B, T] weight per token in float64; `selected` [B] marks the trajectories that count; 0 on all others."""
+    def __call__(self, batch: View, active: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
+        """[B, T] weight per token in float64; `active` [B] marks the trajectories that count; 0 on all others."""
 
 
-def _spread(per_trajectory: Tensor, batch: TrajectoryView, selected: Tensor) -> Tensor:
-    """[B] → [B, T]: the weight on every counting token of the selected trajectories."""
-    return per_trajectory[:, None] * (batch.response_mask & selected[:, None])
+def _spread(per_trajectory: Tensor, batch: TrajectoryView, active: Tensor) -> Tensor:
+    """[B] → [B, T]: the weight on every counting token of the active trajectories."""
+    return per_trajectory[:, None] * (batch.response_mask & active[:, None])
 
 
 def _token_rule(tokens: PerToken, length: int | None, batch: TrajectoryView) -> Tensor:
     """[B] weight of a token within its response: 1/|y|, 1, or 1/length."""
     if tokens == "mean":
         return 1.0 / batch.lengths.clamp(min=1).double()
-    return torch.full((len(batch),), 1.0 if tokens == "sum" else 1.0 / length, dtype=torch.float64).to(
-        batch.response_mask.device
-    )
+    weight = 1.0 / length if tokens == "fixed" and length is not None else 1.0
+    return torch.full((len(batch),), weight, dtype=torch.float64, device=batch.response_mask.device)
 
 
 def _check_length(part: Component, tokens: PerToken, length: int | None) -> None:
@@ -70,9 +69,9 @@ class TokenMean(Reduction):
     over: Over = "term"
     reads: ClassVar[frozenset[str]] = frozenset()
 
-    def __call__(self, batch: TrajectoryView, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
-        total = (batch.lengths * selected).sum().clamp(min=1).double()
-        return _spread((1.0 / total).expand(len(batch)), batch, selected)
+    def __call__(self, batch: TrajectoryView, active: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
+        total = (batch.lengths * active).sum().clamp(min=1).double()
+        return _spread((1.0 / total).expand(len(batch)), batch, active)
 
     def formula(self) -> Formula:
         return Formula("1/Σ|τ|", r"\frac{1}{\sum|\tau|}")
@@ -86,9 +85,9 @@ class SequenceMean(Reduction):
     tokens: Literal["mean", "sum"] = "mean"
     reads: ClassVar[frozenset[str]] = frozenset()
 
-    def __call__(self, batch: TrajectoryView, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
-        number = selected.sum().clamp(min=1).double()
-        return _spread(_token_rule(self.tokens, None, batch) / number, batch, selected)
+    def __call__(self, batch: TrajectoryView, active: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
+        number = active.sum().clamp(min=1).double()
+        return _spread(_token_rule(self.tokens, None, batch) / number, batch, active)
 
     def formula(self) -> Formula:
         text, latex = _rule_formula(self.tokens, None)
@@ -108,9 +107,9 @@ class FixedLength(Reduction):
         super().__post_init__()
         _check_length(self, "fixed", self.length)
 
-    def __call__(self, batch: TrajectoryView, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
-        number = selected.sum().clamp(min=1).double()
-        return _spread(_token_rule("fixed", self.length, batch) / number, batch, selected)
+    def __call__(self, batch: TrajectoryView, active: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
+        number = active.sum().clamp(min=1).double()
+        return _spread(_token_rule("fixed", self.length, batch) / number, batch, active)
 
     def formula(self) -> Formula:
         return Formula(f"1/(N·{self.length})", rf"\frac{{1}}{{N\cdot {self.length}}}")
@@ -135,14 +134,14 @@ class QuestionMean(Reduction):
         super().__post_init__()
         _check_length(self, self.tokens, self.length)
 
-    def __call__(self, batch: TrajectoryView, selected: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: TrajectoryView, active: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
         index = batch.group_index
-        questions = (group_sum(selected.double(), index) > 0).sum().clamp(min=1).double()
+        questions = (group_sum(active.double(), index) > 0).sum().clamp(min=1).double()
         if self.within == "kind":
             index = 2 * index + batch.is_demonstration
-        number = group_sum(selected.double(), index)
+        number = group_sum(active.double(), index)
         per_trajectory = _token_rule(self.tokens, self.length, batch) / (questions * number.clamp(min=1))[index]
-        return _spread(per_trajectory, batch, selected)
+        return _spread(per_trajectory, batch, active)
 
     def formula(self) -> Formula:
         text, latex = _rule_formula(self.tokens, self.length)

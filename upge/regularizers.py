@@ -17,7 +17,7 @@ from upge.components.returns import KLKind, kl_value
 from upge.formula import Formula
 from upge.reduction import Reduction
 from upge.trajectories import Source
-from upge.views import TokenView
+from upge.views import TokenView, View
 
 
 class Regularizer(Component):
@@ -30,7 +30,7 @@ class Regularizer(Component):
     source: Source
 
     @abstractmethod
-    def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
+    def __call__(self, batch: View) -> Float[Tensor, "*shape"]:
         """Penalty per token, with gradient."""
 
 

@@ -4,13 +4,16 @@ Legend of shapes, used in all docstrings: B trajectories, T response tokens (the
 G trajectories of one group, N packed tokens, D hidden size, V vocabulary, Q questions (groups).
 """
 
+# Columns that may be missing here are there in a part's view, which raises otherwise: see `upge.views.TokenView`.
+# pyright: reportIncompatibleVariableOverride=false
+
 from __future__ import annotations
 
 import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -154,6 +157,7 @@ class Trajectories(TrajectoryView):
 
     def at(self, rows: Int[Tensor, "N"], columns: Int[Tensor, "N"]) -> PackedTokens:
         """The tokens at these places, each given by its trajectory and its place in the response, in this order."""
-        packed = {name: getattr(self, name) for name in TOKEN_COLUMNS}
-        picked = {name: c if c is None else c[rows, columns] for name, c in packed.items()}
+        assert self.row is not None
+        picked: dict[str, Any] = {name: getattr(self, name) for name in TOKEN_COLUMNS}
+        picked = {name: column if column is None else column[rows, columns] for name, column in picked.items()}
         return PackedTokens(**picked, step=self.step, state=self.state, row=self.row[rows], column=columns)

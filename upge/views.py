@@ -3,6 +3,9 @@
 Legend of shapes: see `upge.trajectories`.
 """
 
+# Columns that may be missing in a batch are there in a part's view of it, which raises otherwise.
+# pyright: reportIncompatibleVariableOverride=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -37,6 +40,9 @@ MAY_BE_ABSENT = frozenset({"behavior_logprobs"})
 SUCCESS_REWARD = 0.5
 
 
+#: What a part is called with: a `TokenView`, or a `TrajectoryView` where the part's reach or columns ask for it. Which
+#: of the two follows from the part's declarations, which a type cannot express.
+View = Any
 _View = TypeVar("_View", bound="TokenView")
 
 
@@ -201,6 +207,7 @@ class PackedTokens(TokenView):
     @property
     def places(self) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
         """Row and place in the response of each token."""
+        assert self.row is not None and self.column is not None, "these tokens were not selected from a batch"
         return self.row, self.column
 
     def chunk(self, tokens: slice, logprobs: Tensor, entropies: Tensor | None) -> PackedTokens:

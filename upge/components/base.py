@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from upge.checks import check_fields
 from upge.formula import Formula
-from upge.views import COLUMNS, LIVE_COLUMNS, TokenView, TrajectoryView
+from upge.views import COLUMNS, LIVE_COLUMNS, TokenView, TrajectoryView, View
 
 #: How much of the batch a part's value at one token may depend on, through current log-probs or entropies.
 REACHES = ("token", "trajectory", "group")
@@ -64,14 +64,15 @@ class Component(ABC):
     @property
     def parts(self) -> dict[str, Component]:
         """The parts that this one wraps, by field; a tuple's members are named `field.0`, `field.1`, ..."""
-        found: dict[str, Component] = {}
+        parts: dict[str, Component] = {}
         for field in _fields(self):
-            value = getattr(self, field.name)
+            value: Any = getattr(self, field.name)
             if isinstance(value, Component):
-                found[field.name] = value
-            elif isinstance(value, tuple):
-                found |= {f"{field.name}.{i}": v for i, v in enumerate(value) if isinstance(v, Component)}
-        return found
+                parts[field.name] = value
+            for i, member in enumerate(_members(value)):
+                if isinstance(member, Component):
+                    parts[f"{field.name}.{i}"] = member
+        return parts
 
     @property
     def columns(self) -> frozenset[str]:
@@ -101,7 +102,7 @@ class Component(ABC):
         """The largest `min_group_size` among this part and those it wraps."""
         return max((self.min_group_size, *(part.group_size_needed for part in self.parts.values())))
 
-    def view(self, batch: TokenView) -> Any:
+    def view(self, batch: TokenView) -> View:
         """`batch` restricted to the columns that this part declares."""
         return batch.restricted(self.columns, type(self).__name__)
 
@@ -110,21 +111,25 @@ class Component(ABC):
         `batch`, the whole batch before it is cut; so the result may be evaluated on any piece of it."""
         changes: dict[str, Any] = {}
         for field in _fields(self):
-            value = getattr(self, field.name)
+            value: Any = getattr(self, field.name)
             if field.name in self.evaluated_separately:
                 continue
+            members = _members(value)
             if isinstance(value, Component):
                 changes[field.name] = value.precomputed(batch)
-            elif isinstance(value, tuple) and any(isinstance(v, Component) for v in value):
-                changes[field.name] = tuple(v.precomputed(batch) if isinstance(v, Component) else v for v in value)
-        return dataclasses.replace(self, **changes) if changes else self
+            elif any(isinstance(member, Component) for member in members):
+                changes[field.name] = tuple(
+                    member.precomputed(batch) if isinstance(member, Component) else member for member in members
+                )
+        return _replaced(self, changes) if changes else self
 
     def precomputed(self, batch: TrajectoryView) -> Component:
         """Its values on the whole `batch` if they are known before the forward pass, else `precompute_parts(batch)`."""
         return self.precompute_parts(batch) if self.is_live else Precomputed(self(self.view(batch)))
 
     @abstractmethod
-    def __call__(self, batch: TrajectoryView, *args: Any) -> Tensor: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The part's value on a view of a batch; each slot says with which arguments."""
 
     def formula(self) -> Formula:
         """The factor in print; a part without its own is printed as its class name with its settings."""
@@ -151,7 +156,7 @@ class StabilizationMask(Component):
     """1_stable: which tokens may move now."""
 
     @abstractmethod
-    def __call__(self, batch: TrajectoryView, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    def __call__(self, batch: View, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """A number in [0, 1] per token, from the batch and the advantages."""
 
     @property
@@ -172,7 +177,7 @@ class ReferenceDenominator(Component):
     """1/π_ref: by which policy's probability a token's gradient is divided."""
 
     @abstractmethod
-    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "*shape"]:
+    def __call__(self, batch: View) -> Float[Tensor, "*shape"]:
         """log π_ref per token, detached."""
 
 
@@ -187,7 +192,7 @@ class AdvantageEstimator(Component):
     graded: ClassVar[bool] = True
 
     @abstractmethod
-    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "*shape"]:
+    def __call__(self, batch: View) -> Float[Tensor, "*shape"]:
         """Â per token, detached."""
 
 
@@ -195,7 +200,7 @@ class LikelihoodGradient(Component):
     """How ∇π_θ enters: plain, or as ∇f(π_θ) = f′(π_θ)∇π_θ."""
 
     @abstractmethod
-    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "*shape"]:
+    def __call__(self, batch: View) -> Float[Tensor, "*shape"]:
         """log f′ per token, detached; 0 for the plain gradient."""
 
 
@@ -203,7 +208,7 @@ class TokenReward(Component):
     """r: what each token earned, for advantages that add up rewards over time."""
 
     @abstractmethod
-    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
+    def __call__(self, batch: View) -> Float[Tensor, "B T"]:
         """[B, T] reward per token, detached, 0 outside the response mask."""
 
 
@@ -236,12 +241,12 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Precomputed):
         return Precomputed(change(value.values))
     if isinstance(value, tuple):
-        return tuple(mapped(item, change) for item in value)
+        return tuple(mapped(item, change) for item in _members(value))
     if not dataclasses.is_dataclass(value):
         return value
     old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     new = {name: mapped(item, change) for name, item in old.items()}
-    return dataclasses.replace(value, **new) if any(new[n] is not old[n] for n in old) else value
+    return _replaced(value, new) if any(new[n] is not old[n] for n in old) else value
 
 
 def walk(part: Component, path: str) -> Iterator[tuple[str, Component]]:
@@ -254,7 +259,7 @@ def walk(part: Component, path: str) -> Iterator[tuple[str, Component]]:
 def rewritten(value: Any, change: Callable[[Component], Component]) -> Any:
     """`value`, a setting or a part, with `change` applied to it or, where that changes nothing, to what it wraps."""
     if isinstance(value, tuple):
-        return tuple(rewritten(item, change) for item in value)
+        return tuple(rewritten(item, change) for item in _members(value))
     if not isinstance(value, Component):
         return value
     changed = change(value)
@@ -262,8 +267,18 @@ def rewritten(value: Any, change: Callable[[Component], Component]) -> Any:
         return changed
     old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     new = {name: rewritten(item, change) for name, item in old.items()}
-    return dataclasses.replace(value, **new) if any(new[name] is not old[name] for name in old) else value
+    return _replaced(value, new) if any(new[name] is not old[name] for name in old) else value
 
 
-def _fields(part: Component) -> tuple[dataclasses.Field, ...]:
+def _fields(part: Component) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(part) if dataclasses.is_dataclass(part) else ()
+
+
+def _members(value: Any) -> tuple[Any, ...]:
+    """The members of a setting that is a tuple; of any other none."""
+    return cast("tuple[Any, ...]", value) if isinstance(value, tuple) else ()
+
+
+def _replaced(value: Any, changes: Mapping[str, Any]) -> Any:
+    """`dataclasses.replace` for a value that is known to be a dataclass only at run time."""
+    return dataclasses.replace(value, **changes)

@@ -263,7 +263,7 @@ class SamplerCorrected(ReferenceDenominator):
             )
 
     @property
-    def reach(self) -> str:
+    def reach(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride] - follows from a setting
         """As far as `level` looks."""
         return "token" if self.level == "token" else "trajectory"
 

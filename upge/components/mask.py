@@ -214,7 +214,11 @@ class AllOf(StabilizationMask):
 
     def __call__(self, batch: TokenView, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         values = [mask(batch, advantages) for mask in self.masks]
-        return torch.stack(torch.broadcast_tensors(*values)).prod(dim=0) if values else like(batch, 1.0)
+        return (
+            torch.stack([value.expand(batch.response_mask.shape) for value in values]).prod(dim=0)
+            if values
+            else like(batch, 1.0)
+        )
 
     def formula(self) -> Formula:
         return times([mask.formula() for mask in self.masks])

@@ -65,6 +65,7 @@ class KLPenalizedReward(TokenReward):
             )
 
     def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
+        assert batch.behavior_logprobs is not None, "a part that does not read `logprobs` is called with this column"
         log_ratio = (batch.reference_logprobs.double() - batch.behavior_logprobs.double()) * batch.response_mask
         return self.reward(batch) - self.coefficient * kl_value(log_ratio, self.kind)
 

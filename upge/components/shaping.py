@@ -35,7 +35,7 @@ class KLShaped(AdvantageEstimator):
     reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "reference_logprobs"})
 
     @property
-    def reach(self) -> str:
+    def reach(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride] - follows from a setting
         """Later tokens are looked at only with `future`."""
         return "trajectory" if self.future else "token"
 
