@@ -18,7 +18,7 @@ from upge.logprobs import Coefficients
 from upge.train.packed_policy import Objective
 from upge.train.packing import WORTH_SHARING, PackedBatch, packed_length
 from upge.trajectories import Trajectories
-from upge.views import PackedTokens, TokenView
+from upge.views import PackedTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -222,7 +222,7 @@ class MicroBatch:
         self.columns = _moved(columns.select(torch.tensor(rows, dtype=torch.long)), packed.targets.device)
         self.tokens: PackedTokens = self.columns.at(packed.rows, packed.columns)
 
-    def objective(self, algorithm: Algorithm, loss_of: Callable[[TokenView], Tensor]) -> Objective:
+    def objective(self, algorithm: Algorithm, loss_of: Callable[[Trajectories | PackedTokens], Tensor]) -> Objective:
         """The objective of the output head for a loss that is a sum over tokens of the algorithm's estimates.
 
         The head asks an algorithm that takes chunks for the loss of one chunk of tokens after another, and any other

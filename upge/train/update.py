@@ -33,7 +33,8 @@ from upge.train.sample import Trajectory, assemble
 from upge.train.step_batch import BatchFiller, RowValues, StepBatch, update_rows
 from upge.train.term_gradients import term_gradient_metrics
 from upge.train.top_tokens import TokenWeights, TopTrajectory, token_weights, top_trajectories
-from upge.views import PackedTokens, TokenView
+from upge.trajectories import Trajectories
+from upge.views import PackedTokens
 
 _T = TypeVar("_T")
 
@@ -199,7 +200,7 @@ class Updater:
         sums: list[MetricSums] = []
         weights: list[Mapping[str, TokenWeights]] = []
 
-        def loss_of(view: TokenView) -> Tensor:
+        def loss_of(view: Trajectories | PackedTokens) -> Tensor:
             estimate = plan.estimate(view)
             sums.append(MetricSums.of_estimate(estimate, number, trajectories))
             if find_top_tokens:
@@ -223,7 +224,7 @@ class Updater:
         contributing = torch.stack([plan.contributing for _, plan in plans]).any(dim=0)
         on_device = [(factor, plan.to(self.engine.world.device)) for factor, plan in plans]
 
-        def loss_of(view: TokenView) -> Tensor:
+        def loss_of(view: Trajectories | PackedTokens) -> Tensor:
             losses = [factor * plan.estimate(view).loss for factor, plan in on_device]
             return sum(losses[1:], losses[0])
 
@@ -231,7 +232,10 @@ class Updater:
         return self.engine.take_gradient()
 
     def _run(
-        self, batch: StepBatch, contributing: Bool[Tensor, "B"], loss_of: Callable[[TokenView], Tensor]
+        self,
+        batch: StepBatch,
+        contributing: Bool[Tensor, "B"],
+        loss_of: Callable[[Trajectories | PackedTokens], Tensor],
     ) -> list[ForwardPass]:
         """Forward and backward passes of this rank's micro-batches; those with trajectories are returned.
 
