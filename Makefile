@@ -25,8 +25,11 @@ run: env  ## train; default: the small model on arithmetic, about five minutes o
 test: env  ## run the tests, JOBS files at a time (2)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-lint: env  ## check the sources with ruff
-	$(VENV)/bin/python -m ruff check $(ARGS)
+lint: env  ## check style, format, types and layers
+	$(VENV)/bin/python -m ruff check
+	$(VENV)/bin/python -m ruff format --check
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/python -m pyright --pythonpath $(VENV)/bin/python
 
 bench: env  ## list the benchmarks; ARGS=NAME runs one
 	$(VENV)/bin/python -m experiments.bench $(ARGS)
