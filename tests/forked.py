@@ -33,14 +33,20 @@ PRELOADED = [
 
 
 def run(
-    target: str, *arguments: str, environment: Mapping[str, str], ranks: int = 1, timeout: float = 300
+    module: str,
+    *arguments: str,
+    environment: Mapping[str, str],
+    ranks: int = 1,
+    torchrun: bool = False,
+    timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m target arguments`, or a script under torchrun, in one process or on several ranks.
+    """Runs `python -m module arguments` in one process or on several ranks.
 
     Args:
-        target: the name of a module, or the path of a script that ends in `.py`.
+        module: its name.
         environment: all variables but OMP_NUM_THREADS, which is 1, and those of torchrun.
-        ranks: the number of processes. Several run under torchrun, also with a module.
+        ranks: the number of processes. Several run under torchrun.
+        torchrun: whether one process runs under torchrun as well.
         timeout: seconds, after which all ranks are killed.
 
     Returns:
@@ -49,13 +55,16 @@ def run(
     Raises:
         subprocess.TimeoutExpired: a rank did not end in time.
     """
-    is_script = target.endswith(".py")
-    is_launched = is_script or ranks > 1
+    is_launched = torchrun or ranks > 1
     if torch.cuda.is_available():
         command = [sys.executable, *([*TORCHRUN, str(ranks)] if is_launched else [])]
-        command += [target] if is_script else ["-m", target]
         return subprocess.run(
-            [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+            [*command, "-m", module, *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
     shared = {**environment, "OMP_NUM_THREADS": "1"}
     context, port = _fork_server(), _free_port()
@@ -64,13 +73,13 @@ def run(
         started = []
         for rank in range(ranks):
             variables = shared | (_torchrun_variables(rank, ranks, port) if is_launched else {})
-            started.append(context.Process(target=_child, args=(target, arguments, variables, *files[rank])))
+            started.append(context.Process(target=_child, args=(module, arguments, variables, *files[rank])))
             started[-1].start()
         code = _wait(started, timeout)
         out, err = ("".join(Path(f).read_text(errors="replace") for f in kind) for kind in zip(*files, strict=True))
     if code is None:
-        raise subprocess.TimeoutExpired([target, *arguments], timeout, out, err)
-    return subprocess.CompletedProcess([target, *arguments], code, out, err)
+        raise subprocess.TimeoutExpired([module, *arguments], timeout, out, err)
+    return subprocess.CompletedProcess([module, *arguments], code, out, err)
 
 
 def _fork_server() -> multiprocessing.context.BaseContext:
@@ -99,8 +108,8 @@ def _torchrun_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
     return {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in places.items()}
 
 
-def _child(target: str, arguments: tuple[str, ...], variables: dict[str, str], out: str, err: str) -> None:
-    """What a forked process does: become `python -m target arguments`."""
+def _child(module: str, arguments: tuple[str, ...], variables: dict[str, str], out: str, err: str) -> None:
+    """What a forked process does: become `python -m module arguments`."""
     os.setsid()
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
@@ -109,11 +118,8 @@ def _child(target: str, arguments: tuple[str, ...], variables: dict[str, str], o
     os.chdir(ROOT)
     sys.path[:0] = [folder for folder in variables.get("PYTHONPATH", "").split(os.pathsep) if folder not in sys.path]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = [target, *arguments]
-    if target.endswith(".py"):
-        runpy.run_path(target, run_name="__main__")
-    else:
-        runpy.run_module(target, run_name="__main__", alter_sys=True)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _wait(started: list[BaseProcess], timeout: float) -> int | None:

@@ -202,7 +202,7 @@ def test_zero3_gradients_equal_the_plain_model(ranks, tmp_path):
     root = Path(__file__).parents[3]
     figures = tmp_path / "figures.json"
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(root)}
-    done = forked.run(str(root / "tests" / "head_ranks.py"), str(figures), environment=environment, ranks=ranks)
+    done = forked.run("tests.head_ranks", str(figures), environment=environment, ranks=ranks, torchrun=True)
     assert figures.exists(), done.stderr[-3000:]
     for of_rank in json.loads(figures.read_text()):
         assert sorted(of_rank) == ["tied", "tied checkpointed", "untied", "untied checkpointed"]

@@ -37,7 +37,7 @@ def models(tmp_path_factory):
 def found(models, request, tmp_path_factory) -> dict:
     """What the three engines did on so many ranks."""
     folder = tmp_path_factory.mktemp("critic")
-    launch("critic_ranks.py", request.param, *models, folder / "found.pt", folder)
+    launch("critic_ranks", request.param, *models, folder / "found.pt", folder)
     return torch.load(folder / "found.pt", weights_only=False) | {"ranks": request.param}
 
 

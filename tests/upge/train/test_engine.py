@@ -34,7 +34,7 @@ def model(tmp_path_factory):
 def found(model, request, tmp_path_factory) -> dict:
     """What the engine did on so many ranks."""
     folder = tmp_path_factory.mktemp("engine")
-    launch("engine_ranks.py", request.param, model, folder / "found.pt", folder)
+    launch("engine_ranks", request.param, model, folder / "found.pt", folder)
     return torch.load(folder / "found.pt", weights_only=False)
 
 

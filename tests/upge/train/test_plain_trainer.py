@@ -124,7 +124,7 @@ def folder(tmp_path_factory) -> Path:
     """All runs, made by one process that imports everything once."""
     path = tmp_path_factory.mktemp("runs")
     words = [word for name, run in RUNS.items() for word in ("--", name, *run.command(name.split()[0]))][1:]
-    command = [sys.executable, str(ROOT / "tests" / "train_all.py"), str(path), *words]
+    command = [sys.executable, "-m", "tests.train_all", str(path), *words]
     threads = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment() | threads, capture_output=True, text=True, timeout=2000)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -26,7 +26,7 @@ def model_path(tmp_path_factory) -> Path:
 def found(request, model_path, tmp_path_factory) -> dict:
     ranks, budget = request.param
     output = tmp_path_factory.mktemp("term_gradients") / "found.pt"
-    launch("term_gradients_ranks.py", ranks, model_path, output, budget)
+    launch("term_gradients_ranks", ranks, model_path, output, budget)
     return torch.load(output, weights_only=False)
 
 

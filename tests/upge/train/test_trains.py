@@ -43,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
     """All runs, made by one process that imports everything once."""
     path = tmp_path_factory.mktemp("trained")
     words = [word for name, arguments in RUNS.items() for word in ("--", name, *arguments)][1:]
-    command = [sys.executable, str(ROOT / "tests" / "train_all.py"), str(path), *words]
+    command = [sys.executable, "-m", "tests.train_all", str(path), *words]
     threads = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment() | threads, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -86,17 +86,18 @@ def norm_of(gradients: dict[str, torch.Tensor]) -> float:
 
 
 def launch(script: str, ranks: int, *arguments: object, timeout: float = 500) -> None:
-    """A script of tests/ on several ranks with gloo; its output is shown if it fails."""
+    """A module of tests/ on several ranks with gloo; its output is shown if it fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    path, words = str(ROOT / "tests" / script), map(str, arguments)
-    done = forked.run(path, *words, environment=environment, ranks=ranks, timeout=timeout)
+    done = forked.run(
+        f"tests.{script}", *map(str, arguments), environment=environment, ranks=ranks, torchrun=True, timeout=timeout
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 @pytest.mark.parametrize(("ranks", "budget"), [(1, 10_000), (1, 60), (2, 10_000), (2, 45)])
 def test_gradients_under_zero3(reference, tmp_path, ranks, budget):
     """One micro-batch or many, one rank or two: every algorithm's gradient is the plain one, to float32 rounding."""
-    launch("update_ranks.py", ranks, reference.model, reference.columns, tmp_path / "gradients.pt", budget)
+    launch("update_ranks", ranks, reference.model, reference.columns, tmp_path / "gradients.pt", budget)
     found = torch.load(tmp_path / "gradients.pt")
     assert set(found) == {*reference.gradients, "two updates"}
     for name, expected in reference.gradients.items():
