@@ -1,9 +1,9 @@
-"""Files of what takes long to make and follows from its key alone: made once, found again by every later start.
+"""Content-addressed cache on disk, shared by all processes of a user.
 
-with entry("tokens", key) as kept:          # others who ask for the same wait meanwhile
-    found = kept.read()                     # None: not there, or damaged
-    if found is None:
-        kept.write([made_bytes])
+with entry("tokens", key) as cached:        # other processes that use this key wait
+    contents = cached.read()                # None if there are none, or if they are damaged
+    if contents is None:
+        cached.write([new_contents])
 """
 
 from __future__ import annotations
@@ -18,26 +18,31 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-#: Entries of a kind that stay; the one that was not asked for the longest makes room for a new one.
+#: The most entries of a kind that are kept. Beyond that, the least recently used entry is removed.
 MOST = 16
 _TRAILER = struct.Struct("<QI")
-"""Behind the contents: how many bytes they have, and their checksum."""
+"""Follows the contents: their number of bytes and their checksum."""
 
 
 def home() -> Path:
-    """$UPGE_CACHE, else $XDG_CACHE_HOME/upge or ~/.cache/upge."""
+    """The cache's folder: $UPGE_CACHE, else $XDG_CACHE_HOME/upge, else ~/.cache/upge."""
     chosen, user = os.environ.get("UPGE_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return (Path(chosen).expanduser() if chosen else Path(user or "~/.cache").expanduser() / "upge").absolute()
 
 
 class Entry:
-    """The file of one key; None for its path stands for a cache that cannot be used: nothing is found or kept."""
+    """The file of one key.
+
+    Args:
+        path: where the file is or will be. None stands for a cache that cannot be used: `read` returns None and
+            `write` does nothing.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
 
     def read(self) -> memoryview | None:
-        """What was written, mapped into memory; None where there is none, or what there is is not whole."""
+        """The contents, mapped into memory, or None if there are none or the file is incomplete."""
         if self._path is None:
             return None
         try:
@@ -45,7 +50,7 @@ class Entry:
                 view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except (OSError, ValueError):  # an empty file cannot be mapped
             return None
-        with contextlib.suppress(OSError):  # another user's file, which can be read all the same
+        with contextlib.suppress(OSError):  # another user's file: readable, but its time cannot be set
             os.utime(self._path)
         if len(view) < _TRAILER.size:
             return None
@@ -53,7 +58,7 @@ class Entry:
         return contents if _TRAILER.unpack(trailer) == (len(contents), zlib.crc32(contents)) else None
 
     def write(self, parts: Iterable[bytes | memoryview]) -> None:
-        """Keeps the parts, one behind the other. A full disk only means that nothing is kept."""
+        """Stores the concatenated parts. If that fails, as on a full disk, nothing is stored and nothing is raised."""
         if self._path is None:
             return
         unfinished = self._path.with_name(f"{self._path.name}.part")
@@ -65,7 +70,7 @@ class Entry:
                     size += memoryview(part).nbytes
                     checksum = zlib.crc32(part, checksum)
                 file.write(_TRAILER.pack(size, checksum))
-            # It appears under its name when it is complete, never before.
+            # The file gets its name only when it is complete.
             unfinished.rename(self._path)
             _make_room(self._path.parent)
         except OSError:
@@ -75,10 +80,11 @@ class Entry:
 
 @contextmanager
 def entry(kind: str, key: str) -> Iterator[Entry]:
-    """The entry of a key, which no other process reads or writes meanwhile.
+    """Yields the entry of a key, locked against all other processes.
 
-    kind: the folder in `home` where such things are.
-    key: a hash of everything that the contents follow from, fit for a file's name.
+    Args:
+        kind: the subfolder of `home` that holds entries of this kind.
+        key: a hash of everything that determines the contents; it is used as a file name.
     """
     try:
         from filelock import FileLock
@@ -87,7 +93,7 @@ def entry(kind: str, key: str) -> Iterator[Entry]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_name(f"{key}.lock"))
         lock.acquire()
-    except (ImportError, OSError, RuntimeError):  # no home, one that cannot be written to, a disk without locks
+    except (ImportError, OSError, RuntimeError):  # no folder, a read-only folder, or a disk without locks
         yield Entry(None)
         return
     try:
@@ -97,9 +103,9 @@ def entry(kind: str, key: str) -> Iterator[Entry]:
 
 
 def _make_room(folder: Path) -> None:
-    """Removes the oldest entries beyond `MOST`; who still reads one keeps what is mapped.
+    """Removes the least recently used entries beyond `MOST`, and unfinished files that are older than a day.
 
-    And what killed processes left unfinished, the day after.
+    A process that still reads a removed entry keeps its mapping.
     """
     for path in folder.glob("*.part"):
         if time.time() - path.stat().st_mtime > 86_400:

@@ -1,7 +1,7 @@
-"""Rewards: verifiers, and the pool of processes that runs them under a hard limit of time and memory.
+"""Verifiers, which compute rewards, and a pool of processes that runs them with limits on time and memory.
 
-A verifier is any callable (response, answer, prompt=None) → reward in [0, 1]. `load` finds one by name, `VerifierPool`
-scores lists of responses, or each one as it comes. Nothing here imports math_verify before a verifier has to parse
+A verifier is any callable (response, answer, prompt=None) → reward in [0, 1]. `load` finds one by name. `VerifierPool`
+scores lists of responses, or single responses as they arrive. math_verify is imported only when a verifier has to parse
 mathematics.
 """
 

@@ -1,11 +1,11 @@
-r"""Finds the final answer in responses that may have no \boxed{...}, in time linear in the text and always short."""
+r"""Finds the final answer of a response, with or without \boxed{...}, in time linear in the length of the text."""
 
 from __future__ import annotations
 
 import re
 
 TAIL = 2000
-"""Characters at the end of a text without a box in which an answer is looked for."""
+"""Number of characters at the end of a text without a box that are searched for an answer."""
 _SPACE = re.compile(r"\s")
 _MARKED = re.compile(r"^[ \t]*####(?!#)[ \t]*(.*)$", re.MULTILINE)
 _HEADING = re.compile(r"[0-9]+[.):]\s*\**[A-Za-z]|[^0-9$\\+\-.]")
@@ -14,8 +14,8 @@ _CHOSEN = re.compile(r"\bthe (?:correct |right |best )?(?:option|choice) is\b[\s
 _LEAD = re.compile(r"(?:therefore|thus|simply|then|just|equal to|approximately|about)\b[\s,:]*", re.IGNORECASE)
 _SENTENCE = re.compile(r"\.(?=\s|\Z)|\n")
 _SPANS = (
-    # A dollar that opens stands before something, one that closes behind something that can end a formula and before no
-    # digit, and a formula has no words, unlike what is between those of "$5 and $6" or "costs $5 each, 2*5=$10".
+    # An opening dollar sign is followed by a non-space. A closing one follows a character that can end a formula and is
+    # not followed by a digit. A formula contains no words. So "$5 and $6" and "costs $5 each, 2*5=$10" do not match.
     re.compile(r"(?<![\\$])(\$)(?=[^\s$])(?![^$\n]* [a-z]{3})([^$\n]{0,500}[^\s$\\=+*<-])\$(?![0-9$])"),
     re.compile(r"(?<!\\)(\$\$)([^$]{1,500})\$\$"),
     re.compile(r"\\(\()(.{1,500}?)\\\)", re.DOTALL),
@@ -40,10 +40,14 @@ _OPEN, _CLOSE = "<answer>", "</answer>"
 def final_answer(text: str) -> str | None:
     r"""The answer of a mathematical response: the last box, or without any box the last answer in the text.
 
-    Without a box macro these are tried in order on the last `TAIL` characters, and the first that is there decides:
-    what follows the last `####` of a line, what follows the last "answer is" or "answer:" up to the end of its
-    sentence, the last $...$, \(...\) or \[...\], the last number. A box that was begun and not finished is no answer,
-    and neither is a text that ends with "the answer is".
+    Without a box macro, these are tried in order on the last `TAIL` characters, and the first one present decides:
+
+    1. the text after the last `####` that begins a line;
+    2. the text after the last "answer is" or "answer:", up to the end of its sentence;
+    3. the last $...$, \(...\) or \[...\];
+    4. the last number.
+
+    A box that is never closed gives no answer, and neither does a text that ends with "the answer is".
     """
     if last_opening(text) is not None:
         return last_boxed(text)
@@ -62,10 +66,10 @@ def final_answer(text: str) -> str | None:
 
 
 def final_text(text: str) -> str | None:
-    r"""The answer of a response whose answer need not be mathematics: box, <answer> tag, or the last line.
+    r"""The answer of a response, not necessarily mathematical: box, <answer> tag, or last line.
 
-    Of boxes and tags the last one that begins decides, and if it is not closed, there is no answer. Without either, it
-    is the last line with something on it, less a leading "####" or "the answer is".
+    The last box or tag to begin decides; if it is not closed, there is no answer. Without either, the answer is the
+    last non-blank line without a leading "####" or "the answer is".
     """
     opening, tag = last_opening(text), text.rfind(_OPEN)
     if tag >= 0 and (opening is None or opening.start() < tag):
@@ -83,7 +87,7 @@ def final_text(text: str) -> str | None:
 
 
 def _tail(text: str, length: int) -> str:
-    """The end of a text, from a white space on: half a number would be another number."""
+    """The end of a text from white space on, so that no number is cut in two."""
     if len(text) <= length:
         return text
     space = _SPACE.search(text, len(text) - length)
@@ -91,7 +95,7 @@ def _tail(text: str, length: int) -> str:
 
 
 def _last_marked(tail: str) -> str | None:
-    """What follows the last `####`, if it is an answer and not the heading of a section that goes on."""
+    """The text after the last `####` that marks an answer and not the heading of a section; None if there is none."""
     for mark in reversed(list(_MARKED.finditer(tail))):
         is_last = not tail[mark.end() :].strip()
         if is_last or mark[1].strip() and not _HEADING.match(mark[1]):
@@ -100,7 +104,7 @@ def _last_marked(tail: str) -> str | None:
 
 
 def _stated(text: str) -> str:
-    """The rest of a sentence that states the answer; a formula right at its beginning is all of it."""
+    """The rest of a sentence that states the answer; if it begins with a formula, only the formula."""
     text = _LEAD.sub("", text[:TAIL].lstrip(), count=1)
     for pattern in _SPANS:
         span = pattern.match(text)
@@ -110,7 +114,7 @@ def _stated(text: str) -> str:
 
 
 def _tidy(text: str) -> str | None:
-    """An answer out of prose: without Markdown and currency, and of "42 red apples" the number; None if it is empty."""
+    """An answer without Markdown, currency and units ("42 red apples" → "42"); None if nothing is left."""
     text = _bare(text)
     text = without_unit(text)
     if text.count("$") == 1:
@@ -119,7 +123,7 @@ def _tidy(text: str) -> str | None:
 
 
 def without_unit(text: str) -> str:
-    """Of "42 red apples" the 42; the text as it is where a word in it says something about the number."""
+    """The 42 of "42 red apples"; the text unchanged if one of its words changes the number, as "million" does."""
     counted = _COUNTED.fullmatch(text)
     if counted and not {word.lower() for word in counted[2].split()} & _NOT_COUNTED:
         return counted[1]
@@ -131,7 +135,7 @@ def _bare(text: str) -> str:
 
 
 LONGEST = 10_000
-"""Characters of a box or tag that are read; a longer one holds no answer."""
+"""The most characters in a box or tag; a longer one gives no answer."""
 _MACROS = (r"\boxed", r"\fbox")
 _OPENING = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<token>[0-9])(?![0-9A-Za-z]|[.,/^_]\s*[0-9{])|(?P<end>\Z))")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -140,14 +144,14 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 def last_boxed(text: str) -> str | None:
     r"""The content of the last \boxed{...} (or \fbox{...}) in `text`, without the macro and its braces.
 
-    Braces are matched as TeX does: nested ones count, escaped ones (\{ and \}) do not; a macro before a single digit
-    (\boxed 5) boxes that digit. The last box decides: if its brace is never closed, as in a response that was cut off,
-    or not within `LONGEST` characters, there is no answer, whatever an earlier box holds. Where boxes are nested, the
-    innermost of the last ones counts. It is found by a search from the end, so the time is linear in the text's length
-    at worst and short where the box is near the end.
+    Braces are matched as in TeX: nested ones count, escaped ones (\{ and \}) do not, and a macro before a single digit
+    (\boxed 5) boxes that digit. Only the last box counts. If its brace is not closed within `LONGEST` characters, as in
+    a truncated response, there is no answer, whatever an earlier box holds. Of nested boxes the innermost counts. The
+    search starts at the end of the text, so the time is at worst linear in its length, and short if the box is near
+    the end.
 
     Returns:
-        The content, stripped of surrounding white space (it may be empty), or None where there is no complete box.
+        The content without surrounding white space (it may be empty), or None if there is no complete box.
     """
     opening = last_opening(text)
     if opening is None or opening["end"] is not None:
@@ -166,13 +170,13 @@ def last_boxed(text: str) -> str | None:
 
 
 def last_opening(text: str) -> re.Match[str] | None:
-    """Where the last box begins: the macro and its brace, or its digit, or the end of a text that was cut off there."""
-    # One position for each macro: what one search has passed over, it does not pass over again for the other's sake.
-    found = [text.rfind(macro) for macro in _MACROS]
-    while (last := max(found)) >= 0:
+    """The beginning of the last box: the macro and its brace, or its digit, or the end of a text truncated there."""
+    # One position for each macro, so that neither search passes over the same text twice.
+    positions = [text.rfind(macro) for macro in _MACROS]
+    while (last := max(positions)) >= 0:
         opening = _OPENING.match(text, last)
         if opening:
             return opening
-        index = found.index(last)
-        found[index] = text.rfind(_MACROS[index], 0, last)
+        index = positions.index(last)
+        positions[index] = text.rfind(_MACROS[index], 0, last)
     return None

@@ -1,4 +1,4 @@
-"""What verifiers have in common, and what goes into a `VerifierPool` and comes out of it."""
+"""The base class of verifiers, and the inputs and outputs of a `VerifierPool`."""
 
 from __future__ import annotations
 
@@ -7,38 +7,42 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 LONGEST_ANSWER = 1000
-"""Characters of an answer that are still read as mathematics; a longer one can only match exactly."""
+"""The most characters of an answer that is parsed as mathematics; a longer one can only match exactly."""
 
 
 class AnswerVerifier(ABC):
-    """A verifier that looks at nothing of a response but its final answer.
+    """A verifier that reads only the final answer of a response.
 
-    The steps are separate so that a `VerifierPool` can take the cheap ones in the caller's process: `extract` and
-    `glance` take microseconds whatever the response is, and never raise; `judge` may take hours, and does its work in
-    a process that can be killed.
+    Its steps are separate so that a `VerifierPool` can run the cheap ones in the caller's process. `extract` and
+    `glance` take microseconds for any response and never raise. `judge` may take hours; a pool runs it in a process
+    that can be killed.
     """
 
     @abstractmethod
     def extract(self, response: str) -> str | None:
-        """The final answer as text; None where there is none."""
+        """The final answer as text, or None if there is none."""
 
     @abstractmethod
     def glance(self, given: str, answer: str, prompt: str | None = None) -> float | None:
-        """The reward of the extracted answer where it is known at once, else None."""
+        """The reward of an extracted answer if it is known at once, else None."""
 
     def judge(self, given: str, answer: str, prompt: str | None = None) -> float:
-        """The reward of an extracted answer on which `glance` does not decide."""
-        raise NotImplementedError(f"{type(self).__name__} decides at a glance")
+        """The reward of an extracted answer for which `glance` returns None."""
+        raise NotImplementedError(f"{type(self).__name__}.glance decides on every answer")
 
     @abstractmethod
     def check_answer(self, answer: str) -> None:
-        """Raises ValueError for a ground truth that nothing could be compared with."""
+        """Refuses a ground truth with which no answer can be compared.
+
+        Raises:
+            ValueError: `answer` is such a ground truth.
+        """
 
     def warm_up(self) -> None:
-        """Imports and caches what `judge` needs; called once, before worker processes are forked."""
+        """Imports and caches what `judge` needs. Called once, before worker processes are forked."""
 
     def __call__(self, response: str, answer: str, prompt: str | None = None) -> float:
-        """The reward in [0, 1]; 0 for a response without an answer, and whatever `judge` trips over earns nothing."""
+        """The reward in [0, 1]; 0 for a response without an answer, or with one on which `judge` fails."""
         given = self.extract(response)
         if not given:
             return 0.0
@@ -49,27 +53,27 @@ class AnswerVerifier(ABC):
             return self.judge(given, answer, prompt)
         except ImportError:
             raise
-        except Exception:  # the answer is to blame: the ground truth has passed check_answer
+        except Exception:  # caused by the answer: the ground truth has passed check_answer
             return 0.0
 
 
 def shown(answer: str) -> str:
-    """A ground truth as messages quote it."""
+    """A ground truth as it appears in messages, at most 200 characters of it."""
     return repr(answer if len(answer) <= 200 else answer[:200] + "...")
 
 
 LONGEST_EXTRACT = 1000
-"""Characters of the extracted answer that a verdict keeps."""
+"""The most characters of an extracted answer in a verdict."""
 
 
 class Item(NamedTuple):
-    """One response to be judged.
+    """One response to verify.
 
-    Fields:
+    Attributes:
         response: the text that a model wrote.
-        answer: the ground truth, as the verifier reads it.
-        prompt: what was asked; some verifiers read it.
-        verifier: one of the pool's, by the name under which the pool loaded it; None takes the pool's first.
+        answer: the ground truth, in the form that the verifier reads.
+        prompt: the prompt of the response; some verifiers read it.
+        verifier: the name of one of the pool's verifiers; None means the pool's first.
     """
 
     response: str
@@ -80,14 +84,14 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one item.
+    """The result of verifying one item.
 
-    Fields:
+    Attributes:
         reward: in [0, 1].
-        status: "ok", "timeout" or "error"; of the last two the reward is 0.
-        detail: the reason for such a status.
-        extracted: the answer as the verifier read it in the response, at most `LONGEST_EXTRACT` characters; None where
-            it found none, or does not tell.
+        status: "ok", "timeout" or "error"; for the last two the reward is 0.
+        detail: the reason for a timeout or an error.
+        extracted: the answer that the verifier read in the response, at most `LONGEST_EXTRACT` characters; None if it
+            found none or does not report it.
     """
 
     reward: float
@@ -97,10 +101,10 @@ class Verdict:
 
 
 def checked(item: Item) -> Item:
-    """`item`, if its parts are texts.
+    """`item`, after a check that its parts are texts.
 
     Raises:
-        TypeError: it is not (text, text, text or None, text or None).
+        TypeError: `item` is not (text, text, text or None, text or None).
     """
     parts = tuple(item)
     if 2 <= len(parts) <= 4 and all(isinstance(part, str) for part in parts[:2]):
@@ -112,7 +116,7 @@ def checked(item: Item) -> Item:
 
 
 def shortened(extracted: str | None) -> str | None:
-    """An extracted answer as a verdict keeps it: short, and such that any file takes it."""
+    """An extracted answer as a verdict holds it: at most `LONGEST_EXTRACT` characters that UTF-8 can encode."""
     if extracted is None:
         return None
     return extracted[:LONGEST_EXTRACT].encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""Is the final answer of a response the right option of a multiple-choice question?"""
+"""The verifier of answers to multiple-choice questions."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _TYPOGRAPHY = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox)\s*(?=\{)|[
 class ChoiceVerifier(AnswerVerifier):
     r"""Reward 1 if the final answer (`final_text`) names the option of the ground truth, one letter or digit, else 0.
 
-    Read are the label alone (C, (C), C), \text{C}, option C), the label before the option's text, and, where the prompt
-    lists its options on lines of their own (`A) ...`, `(A) ...`, `A. ...`), the text of exactly one of them. An answer
-    that names several options, a label that the prompt does not have, or a label beside another option's text, names
-    none. A letter somewhere in a sentence is not an answer.
+    An answer may be the label alone (C, (C), C), \text{C}, option C), or the label followed by the option's text. If
+    the prompt lists its options on lines of their own (`A) ...`, `(A) ...`, `A. ...`), it may also be the text of
+    exactly one option. An answer that names several options, a label that the prompt does not list, or a label together
+    with another option's text earns 0. A letter in the middle of a sentence is not an answer.
     """
 
     def extract(self, response: str) -> str | None:
@@ -54,7 +54,7 @@ class ChoiceVerifier(AnswerVerifier):
 
 
 def named(given: str, prompt: str | None = None) -> str:
-    """The label of the one option that an answer names; empty where it names none or several."""
+    """The label of the option that an answer names; empty if it names none or several."""
     if len(given) > LONGEST_ANSWER or is_invisible(given):
         return ""
     options, text = _options(prompt or ""), _plain(given)
@@ -68,15 +68,15 @@ def named(given: str, prompt: str | None = None) -> str:
     for label, words in (beside.groups() if beside else ("", ""), behind.groups()[::-1] if behind else ("", "")):
         if label.upper() in options and _words(words).strip("() ") == options[label.upper()].strip("() "):
             return label.upper()
-    found = _LEADING.match(text) or _SPOKEN.match(text)
-    label = next(filter(None, found.groups()), "") if found else ""
-    if not label or options and label not in options:
+    leading = _LEADING.match(text) or _SPOKEN.match(text)
+    label = next(filter(None, leading.groups()), "") if leading else ""
+    if leading is None or not label or options and label not in options:
         return ""
-    return "" if _names_another(label, text[found.end() :], options) else label
+    return "" if _names_another(label, text[leading.end() :], options) else label
 
 
 def _names_another(label: str, rest: str, options: dict[str, str]) -> bool:
-    """Does the rest of an answer, less the label's own option, have another option's label or text in it?"""
+    """Whether the rest of an answer, without the text of the label's own option, names another option."""
     if options.get(label):
         rest = re.sub(rf"^[\s:(\u2013\u2014-]*{re.escape(options[label])}(?!\w)", "", rest, flags=re.IGNORECASE)
     if any(next(filter(None, other.groups())) != label for other in _OTHER.finditer(rest)):
@@ -87,7 +87,7 @@ def _names_another(label: str, rest: str, options: dict[str, str]) -> bool:
 
 
 def _is_label(word: str, label: str, options: dict[str, str]) -> bool:
-    """Is a word of one character the label of an option? Without a list any capital or digit like `label` is."""
+    """Whether a word of one character is an option's label; without listed options, any capital or any digit is."""
     if options:
         return word in options or word not in "ai" and word.upper() in options
     return word.isdigit() if label.isdigit() else word.isupper() and word not in "AI"
@@ -108,8 +108,8 @@ def _label(answer: str) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _options(prompt: str) -> dict[str, str]:
-    """Label → text of the options that a prompt lists, if there are at least two; of a repeated label the last one."""
-    options = {found[1] or found[2]: _words(found[3]) for found in _OPTION.finditer(prompt)}
+    """Label → text of the options that a prompt lists, if there are at least two; the last one of a repeated label."""
+    options = {line[1] or line[2]: _words(line[3]) for line in _OPTION.finditer(prompt)}
     return options if len(options) > 1 else {}
 
 

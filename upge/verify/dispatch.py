@@ -15,31 +15,37 @@ from upge.verify.base import Verdict, shortened
 from upge.verify.processes import START_LIMIT, Task, Team, Worker
 
 START_ATTEMPTS = 3
-"""Times in a row that each worker may die without having started on an item."""
+"""Consecutive times that each worker may die before it has started an item."""
 CLOSING = 15.0
-"""Seconds that `close` waits for the thread to end its processes."""
+"""Seconds that `close` waits until the thread has ended its processes."""
 
 
 @dataclass(eq=False)
 class Job:
-    """A task and those who wait for its verdict."""
+    """A task and the futures of its verdict."""
 
     task: Task
     futures: list[Future[Verdict]] = field(default_factory=list)
 
     @property
     def is_wanted(self) -> bool:
-        """Does anybody still wait?"""
+        """Whether any of its futures is not cancelled."""
         return not all(future.cancelled() for future in self.futures)
 
 
 class Dispatcher:
-    """Hands tasks to the workers and their verdicts to futures, in one thread of its own.
+    """Passes tasks to the workers and their verdicts to futures, in a thread of its own.
 
-    That thread alone touches the processes and the jobs. Callers leave tasks in an inbox and wake it, for which they
-    take no lock: a caller that is interrupted anywhere, or a garbage collector that ends a pool in the middle of
-    something, cannot leave one locked. It is a daemon thread, ended by `close`, which `VerifierPool` calls when it is
-    collected or the interpreter exits. In a fork of the process the thread is missing, and nothing here does anything.
+    Only that thread uses the processes and the jobs. Callers put tasks into an inbox and wake the thread. This takes no
+    lock, so neither an interrupted caller nor a pool that is garbage-collected at any moment can leave one locked. The
+    thread is a daemon. `close` ends it; `VerifierPool` calls `close` when it is collected or the interpreter exits. A
+    fork of the process does not have the thread: there, `submit` raises and `close` does nothing.
+
+    Args:
+        names: names of the verifiers.
+        workers: number of worker processes.
+        time_limit: seconds that a worker may spend on an item.
+        memory_limit: memory that a worker may use beyond what it starts with [GiB]; None for no limit.
 
     Raises:
         OSError: processes cannot be started.
@@ -63,22 +69,26 @@ class Dispatcher:
     # --- in the callers' threads ---
 
     def submit(self, task: Task) -> Future[Verdict]:
-        """A future for the verdict on a task.
+        """A future of the verdict on a task.
 
         Raises:
-            RuntimeError: as in `require_open`.
+            RuntimeError: as for `require_open`.
         """
         self.require_open()
         future: Future[Verdict] = Future()
         future.add_done_callback(self._notice)
         self._inbox.append((task, future))
         self.wake()
-        if self._is_over:  # it may have ended before it saw the task
+        if self._is_over:  # the thread may have ended before it saw the task
             self.require_open()
         return future
 
     def require_open(self) -> None:
-        """Raises RuntimeError if no more tasks can be taken: closed, failed, or made in another process."""
+        """Does nothing if tasks can be submitted.
+
+        Raises:
+            RuntimeError: the pool is closed, has failed, or belongs to another process.
+        """
         if os.getpid() != self._owner:
             raise RuntimeError("this VerifierPool belongs to the process that made it; make a new one in this process")
         if self._failure is not None:
@@ -87,19 +97,19 @@ class Dispatcher:
             raise RuntimeError("this VerifierPool is closed; make a new one")
 
     def wake(self) -> None:
-        """Has the thread look at its inbox, for futures that were cancelled, and whether it is to end."""
+        """Makes the thread check its inbox, cancelled futures, and whether it is to end."""
         try:
             self._bell.send(b"!")
-        except OSError:  # so many wakings are waiting that one more does not count, or the thread has ended
+        except OSError:  # enough signals are already pending, or the thread has ended
             pass
 
     def _notice(self, future: Future[Verdict]) -> None:
-        """Called when a future is done: one that was cancelled may have left a worker at work for nobody."""
+        """Wakes the thread if a future was cancelled, because its worker may now be free."""
         if future.cancelled():
             self.wake()
 
     def close(self) -> None:
-        """Ends the processes and cancels what is pending; does nothing in a fork of the process."""
+        """Ends the processes and cancels pending futures. Does nothing in a fork of the process."""
         if os.getpid() != self._owner:
             return
         self._is_closing = True
@@ -116,7 +126,7 @@ class Dispatcher:
                 self._give_up_unwanted()
                 self._hand_out()
                 self._listen()
-        except BaseException as error:  # it must not be lost in a thread: it reaches whoever waits or comes
+        except BaseException as error:  # passed on to all pending and later callers
             self._failure = RuntimeError(str(error) or repr(error))
             self._failure.__cause__ = error
         finally:
@@ -129,7 +139,7 @@ class Dispatcher:
             self._ear.close()
 
     def _take_in(self) -> None:
-        """Makes jobs of the inbox; a task that is there already gets one more who waits."""
+        """Turns the inbox into jobs. A task that already has a job adds its future to that job."""
         while self._inbox:
             task, future = self._inbox.popleft()
             job = self._jobs.get(task)
@@ -139,7 +149,7 @@ class Dispatcher:
             job.futures.append(future)
 
     def _give_up_unwanted(self) -> None:
-        """Frees workers whose verdict nobody waits for any longer."""
+        """Frees workers whose futures are all cancelled."""
         for worker in list(self._team.workers):
             if worker.job is not None and not worker.job.is_wanted:
                 self._end(worker.job)
@@ -163,7 +173,7 @@ class Dispatcher:
         patience = None if first == float("inf") else max(0.0, first - time.monotonic())
         spoke = wait([self._ear, *(worker.connection for worker in workers)], patience)
         if self._ear in spoke:
-            self._ear.recv(4096)  # however often it rang
+            self._ear.recv(4096)  # all signals since the last time
         for worker in workers:
             if worker.connection in spoke:
                 self._receive(worker)
@@ -171,7 +181,7 @@ class Dispatcher:
                 self._expire(worker)
 
     def _receive(self, worker: Worker) -> None:
-        """Takes one message of a worker, or notes that it has died."""
+        """Handles one message of a worker, or its death."""
         try:
             kind, *content = worker.connection.recv()
         except (EOFError, OSError):
@@ -185,14 +195,14 @@ class Dispatcher:
         elif kind == "done":
             reward, status, detail, extracted, seconds = content
             job, worker.job, worker.deadline = worker.job, None, float("inf")
-            # This thread may have come late to the message; whether the item was late is for the worker to say.
+            # This thread may have read the message late. The worker knows how long the item took.
             late = seconds > self._time_limit
             self._answer(job, self._timeout() if late else Verdict(reward, status, detail, extracted))
         else:
             raise RuntimeError(f"a verification process could not load '{content[0]}': {content[1]}")
 
     def _bury(self, worker: Worker) -> None:
-        """Replaces a worker that has died; an item that it had started is an error, one not yet started waits again."""
+        """Replaces a worker that has died. An item that it had started ends in an error, another is queued again."""
         ending = self._team.replace(worker)
         if worker.job is not None and worker.has_started:
             self._answer(worker.job, Verdict(0.0, "error", f"the worker process {ending}"))
@@ -204,7 +214,7 @@ class Dispatcher:
             raise RuntimeError(f"verification processes for {self._team.title} end before they start: see stderr")
 
     def _expire(self, worker: Worker) -> None:
-        """Replaces a worker whose time is over."""
+        """Replaces a worker that has exceeded its deadline."""
         self._team.replace(worker)
         if worker.job is None or not worker.has_started:
             raise RuntimeError(f"a verification process for {self._team.title} was not ready after {START_LIMIT:g} s")
@@ -219,12 +229,12 @@ class Dispatcher:
         self._end(job, verdict)
 
     def _end(self, job: Job, outcome: Verdict | RuntimeError | None = None) -> None:
-        """Tells those who wait what came of it; by default, that it was cancelled."""
+        """Sets the outcome of a job's futures; None cancels them."""
         del self._jobs[job.task]
         for future in job.futures:
             if outcome is None:
                 future.cancel()
-            # False, and all that wait are told so, if it was cancelled; from here on it no longer can be.
+            # Returns False if the future was cancelled; afterwards it can no longer be cancelled.
             if future.set_running_or_notify_cancel():
                 if isinstance(outcome, Verdict):
                     future.set_result(outcome)

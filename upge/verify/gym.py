@@ -1,4 +1,4 @@
-"""The verifiers that the tasks of reasoning-gym bring along."""
+"""The verifiers of reasoning-gym's own tasks."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from upge.verify.answers import final_text
 from upge.verify.base import AnswerVerifier, shown
 
 _NEEDS_TUPLES = {"arc_agi", "rearc"}
-"""Tasks whose verifiers compare with tuples, which JSON makes lists of."""
+"""Tasks whose verifiers compare with tuples, which become lists in JSON."""
+
+Entry = dict[str, Any]  # Any: JSON, with metadata of each task's own form
 
 
 class ReasoningGymVerifier(AnswerVerifier):
     """The reward of reasoning-gym's own verifier, in [0, 1], for the final answer (`final_text`) of a response.
 
-    The ground truth is the entry of the task as JSON; its metadata name the task. Many tasks give part of the reward to
-    an answer that holds the right one, or that is in the right format; that is theirs to decide. Some of them evaluate
-    the answer as a Python expression: in a `VerifierPool` that happens in a worker process, which is bounded in time
-    and memory but may touch what the user may touch.
+    The ground truth is the task's entry as JSON; its metadata name the task. Many tasks give partial reward to an
+    answer that contains the right one, or that has the right format. Some tasks evaluate the answer as a Python
+    expression. A `VerifierPool` does this in a worker process with limits on time and memory, but with all of the
+    user's permissions.
     """
 
     def extract(self, response: str) -> str | None:
@@ -31,16 +33,16 @@ class ReasoningGymVerifier(AnswerVerifier):
 
     def judge(self, given: str, answer: str, prompt: str | None = None) -> float:
         entry, score = _entry(answer)
-        # Python reads the digits of every script as numbers; who is not asked for them shall not write them.
+        # Python reads the digits of every script as numbers. They are refused unless the ground truth has some.
         if _has_foreign_digits(given) and not _has_foreign_digits(str(entry.get("answer"))):
             return 0.0
         return min(1.0, max(0.0, float(score(given, entry))))
 
     def check_answer(self, answer: str) -> None:
-        """Refuses an entry that is not one, and one whose own answer does not earn the whole reward.
+        """Refuses an invalid entry, and an entry whose own answer does not earn the full reward.
 
         Raises:
-            ValueError: `answer` is not such JSON, the task is unknown, or its answer is not right.
+            ValueError: `answer` is not the JSON of an entry, its task is unknown, or its answer earns less than 1.
         """
         try:
             entry, score = _entry(answer)
@@ -54,18 +56,18 @@ class ReasoningGymVerifier(AnswerVerifier):
         if reward != 1.0:
             raise ValueError(
                 f"the answer of the ground truth {shown(answer)} earns {reward:g} of reasoning-gym's own verifier; "
-                "leave this task out: JSON has lost something of its entry, or the task is at fault"
+                "leave this task out: its entry cannot be represented in JSON, or the task has a defect"
             )
 
     def warm_up(self) -> None:
         import reasoning_gym  # noqa: F401
 
 
-def _entry(answer: str) -> tuple[dict[str, Any], Callable[[str, dict[str, Any]], float]]:
+def _entry(answer: str) -> tuple[Entry, Callable[[str, Entry], float]]:
     """The entry and its task's verifier.
 
     Raises:
-        ValueError, LookupError, TypeError: it is not such an entry.
+        ValueError, LookupError, TypeError: `answer` is not an entry.
     """
     entry = json.loads(answer)
     name = entry["metadata"]["source_dataset"]
@@ -75,7 +77,7 @@ def _entry(answer: str) -> tuple[dict[str, Any], Callable[[str, dict[str, Any]],
 
 
 @functools.cache
-def _scorer(name: str) -> Callable[[str, dict[str, Any]], float]:
+def _scorer(name: str) -> Callable[[str, Entry], float]:
     import reasoning_gym
 
     return reasoning_gym.get_score_answer_fn(name)
@@ -85,7 +87,8 @@ def _has_foreign_digits(text: str) -> bool:
     return not text.isascii() and any(letter.isdecimal() and not letter.isascii() for letter in text)
 
 
-def _tuples(value: Any) -> Any:
+def _tuples(value: Any) -> Any:  # Any: a JSON value
+    """`value` with tuples in place of lists."""
     if isinstance(value, dict):
         return {key: _tuples(inner) for key, inner in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,11 +1,11 @@
-"""A verifier's name → the verifier."""
+"""Finds verifiers by name."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 from upge.errors import ConfigError, nearest
 
@@ -23,7 +23,7 @@ Verifier = Callable[[str, str, str | None], float]
 
 
 def load(name: str) -> Verifier:
-    """The verifier called `name`: "math", or the dotted path of a callable in any importable module.
+    """The verifier called `name`: a key of `BUILT_IN`, or the dotted path of a callable in any importable module.
 
     The callable takes (response, answer, prompt) and returns a number in [0, 1]. A class is instantiated without
     arguments, and its instance is the verifier.
@@ -31,25 +31,29 @@ def load(name: str) -> Verifier:
     Raises:
         ConfigError: there is nothing of that name, or it is not such a callable.
     """
-    found = find(name)
-    if inspect.isclass(found):
+    verifier = find(name)
+    if inspect.isclass(verifier):
         try:
-            found = found()
+            verifier = verifier()
         except Exception as error:
             raise _refusal(name, f"its class cannot be made without arguments ({error!r})") from error
-    if not callable(found):
-        raise _refusal(name, f"it is a {type(found).__name__}, not a callable (response, answer, prompt) -> reward")
+    if not callable(verifier):
+        raise _refusal(name, f"it is a {type(verifier).__name__}, not a callable (response, answer, prompt) -> reward")
     try:
-        inspect.signature(found).bind("response", "answer", "prompt")
+        inspect.signature(verifier).bind("response", "answer", "prompt")
     except TypeError as error:
         raise _refusal(name, f"it must accept (response, answer, prompt), but {error}") from error
-    except ValueError:  # a callable written in C may not tell its signature
+    except ValueError:  # a callable written in C may have no signature
         pass
-    return found
+    return cast(Verifier, verifier)
 
 
-def find(name: str) -> Any:
-    """What `name` stands for, imported but neither checked nor instantiated; errors as in `load`."""
+def find(name: str) -> object:
+    """The object that `name` stands for, imported but neither checked nor instantiated.
+
+    Raises:
+        ConfigError: as for `load`.
+    """
     path = BUILT_IN.get(name, name)
     module_name, _, attribute = path.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in path.split(".")):

@@ -1,23 +1,30 @@
-r"""How large is a number? Bounds of ln|x|, from an expression's structure, without working anything out.
+r"""Bounds of ln|x| from the structure of an expression, without evaluating it.
 
-`9^{9^{9^9}}` has more digits than can be stored, and $\binom{10^9}{5\cdot10^8}$ takes hours, but that they are larger
-than any 3.5 follows from ln|b^e| = e·ln|b| and the like in microseconds.
+`9^{9^{9^9}}` has more digits than fit into memory, and $\binom{10^9}{5\cdot10^8}$ takes hours. That both are larger
+than 3.5 follows in microseconds from rules such as ln|b^e| = e·ln|b|.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 MARGIN = math.log(1e6)
-"""Sizes are told apart if one is more than a million times the other: whatever rounding and a percent sign do."""
+"""Two sizes differ for certain if one is over a million times the other, more than rounding or a percent sign does."""
 _HUGE = 1e300
+
+Parsed = Any  # what math-verify parses: an expression, set, matrix or relation of sympy, which has no types
 
 
 class Size(NamedTuple):
-    """Bounds of ln|x| for a number x, real or not, and its sign: 1, -1, or 0 where it is not known or x is not real.
+    """Bounds of ln|x| for a number x, real or not.
 
-    A lower bound of -∞ says that x may be 0. `is_whole` says that x is known to be an integer.
+    Attributes:
+        low: the lower bound; -∞ if x may be 0.
+        high: the upper bound.
+        sign: 1, -1, or 0 if the sign is unknown or x is not real.
+        is_whole: whether x is known to be an integer.
     """
 
     low: float
@@ -26,8 +33,8 @@ class Size(NamedTuple):
     is_whole: bool = False
 
 
-def magnitude_of(expression: Any) -> Size | None:
-    """The size of a number; None for 0, for anything with letters, and what is not known here."""
+def magnitude_of(expression: Parsed) -> Size | None:
+    """The size of a number; None for 0, for anything with letters, and for unknown functions."""
     name = type(expression).__name__
     if name in _CONSTANTS:
         return Size(*(_CONSTANTS[name],) * 2, 1)
@@ -38,33 +45,38 @@ def magnitude_of(expression: Any) -> Size | None:
     rule = _RULES.get(name)
     if rule is None:
         return None
-    parts = [magnitude_of(part) for part in expression.args]
-    return None if None in parts else rule(*parts)
+    parts: list[Size] = []
+    for part in expression.args:
+        size = magnitude_of(part)
+        if size is None:
+            return None
+        parts.append(size)
+    return rule(*parts)
 
 
-def _of_rational(number: Any) -> Size | None:
+def _of_rational(number: Parsed) -> Size | None:
     if not number.p:
         return None
     size = math.log(abs(number.p)) - math.log(number.q)
     return _bounded(size, size, 1 if number.p > 0 else -1, number.q == 1)
 
 
-def _of_float(number: Any) -> Size | None:
-    """±m·2^k, where m has b bits, is between 2^(k + b - 1) and 2^(k + b)."""
+def _of_float(number: Parsed) -> Size | None:
+    """Bounds of ±m·2^k: if m has b bits, it is between 2^(k + b - 1) and 2^(k + b)."""
     is_negative, mantissa, exponent, bits = number._mpf_
-    if not mantissa:  # 0, ∞, or no number
+    if not mantissa:  # 0, ∞ or NaN
         return None
     high = (exponent + bits) * math.log(2)
     return _bounded(high - math.log(2), high, -1 if is_negative else 1)
 
 
 def _product(*parts: Size) -> Size:
-    low, high = (sum(part[side] for part in parts) for side in (0, 1))
+    low, high = sum(part.low for part in parts), sum(part.high for part in parts)
     return _bounded(low, high, math.prod(part.sign for part in parts), all(part.is_whole for part in parts))
 
 
 def _sum(*parts: Size) -> Size:
-    """|x + Σy| ≤ n·max. It is ≥ |x| where all have one sign, and ≥ |x| - Σ|y| ≥ |x|/2 where |x| ≥ 2Σ|y|."""
+    """|x + Σy| ≤ n·max. It is ≥ |x| if all have one sign, and ≥ |x| - Σ|y| ≥ |x|/2 if |x| ≥ 2Σ|y|."""
     *others, largest = sorted(parts)
     count, is_whole = math.log(len(parts)), all(part.is_whole for part in parts)
     high = max(part.high for part in parts) + count
@@ -77,7 +89,7 @@ def _sum(*parts: Size) -> Size:
 
 
 def _power(base: Size, exponent: Size) -> Size | None:
-    """ln|b^e| = e·ln|b| for every real e, whatever b is."""
+    """ln|b^e| = e·ln|b| for every b and every real e."""
     if not exponent.sign:
         return None
     least, most = _at_least(exponent.low), _at_most(exponent.high)
@@ -93,7 +105,7 @@ def _exponential(exponent: Size) -> Size | None:
 
 
 def _factorial(number: Size) -> Size | None:
-    """ln n! = lgamma(n + 1), which grows from n = 1 on and is 0 there."""
+    """ln n! = lgamma(n + 1), which is 0 at n = 1 and increases from there."""
     if number.sign != 1 or not number.is_whole:
         return None
     low, most = math.lgamma(_at_least(number.low) + 1.0), _at_most(number.high)
@@ -101,7 +113,7 @@ def _factorial(number: Size) -> Size | None:
 
 
 def _binomial(above: Size, below: Size) -> Size | None:
-    """(n/k)^k ≤ C(n, k) ≤ 2^n for whole 1 ≤ k ≤ n; k·ln(n/k) is concave in k, so least at an end of k's bounds."""
+    """(n/k)^k ≤ C(n, k) ≤ 2^n for integers 1 ≤ k ≤ n; k·ln(n/k) is concave in k, so least at one of the bounds of k."""
     if above.sign != 1 or below.sign != 1 or not (above.is_whole and below.is_whole) or below.high > above.low:
         return None
     low = min(_at_least(size) * (above.low - size) for size in below[:2])
@@ -109,7 +121,7 @@ def _binomial(above: Size, below: Size) -> Size | None:
 
 
 def _bounded(low: float, high: float, sign: int, is_whole: bool = False) -> Size:
-    """Bounds a little wider than the floats say. Beyond ±1e300 a bound says what it can: never that x is 0 or ∞."""
+    """Bounds slightly widened against rounding. Beyond ±1e300 they are limited so that x is never taken for 0 or ∞."""
     low, high = low - 1e-9 * abs(low) - 1e-9, high + 1e-9 * abs(high) + 1e-9
     low = min(low, _HUGE) if low > -_HUGE else -math.inf
     high = max(high, -_HUGE) if high < _HUGE else math.inf
@@ -129,7 +141,7 @@ def _times(a: float, b: float) -> float:
 
 
 _CONSTANTS = {"Pi": math.log(math.pi), "Exp1": 1.0}
-_RULES = {
+_RULES: dict[str, Callable[..., Size | None]] = {
     "Mul": _product,
     "Add": _sum,
     "Pow": _power,

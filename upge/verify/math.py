@@ -1,8 +1,8 @@
-r"""Does the final answer of a response equal the ground truth, as mathematics?
+r"""The verifier of mathematical answers.
 
-Exact match of the normalized texts comes first (0.01 ms), then math-verify (about 5 ms; `verify(gold, answer)`, gold
-first). math-verify's own time-outs are SIGALRM and work in a main thread only, hence they are switched off: an answer
-such as 9^{9^{9^9}} runs for hours here. Texts that a model wrote belong into a `VerifierPool`, which has a hard limit.
+It compares the normalized texts first (0.01 ms) and then calls math-verify (about 5 ms). math-verify's own time-outs
+use SIGALRM, which works only in the main thread, so they are switched off, and an answer such as 9^{9^{9^9}} may run
+for hours. Verify text from a model in a `VerifierPool`, which has a hard time limit.
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 from upge.verify.answers import final_answer, last_boxed, without_unit
 from upge.verify.base import LONGEST_ANSWER, AnswerVerifier, shown
 from upge.verify.inequality import are_unequal
+from upge.verify.magnitude import Parsed
 from upge.verify.normalize import NUMBER, is_invisible, loose, normalize, spell
-from upge.verify.sll_parser import use_sll_prediction
-from upge.verify.unevaluated import bare, is_copied, is_fraction, leaves_undone, result_of
-from upge.verify.warmup import ANSWERS
+from upge.verify.unevaluated import bare_result, has_unevaluated_operation, is_copied, is_fraction, result_of
+from upge.verify.warmup import ANSWERS, use_sll_prediction
 
 _RATIO = re.compile(r"([+-]?)(?:([0-9]+)/([0-9]+)|\\frac\{([+-]?[0-9]+)\}\{([0-9]+)\})")
 _TOLERANCE = Fraction(2, 10**6)
-"""What differs by more differs in the sixth decimal, to which math-verify rounds."""
+"""Numbers that differ by more differ in the sixth decimal, to which math-verify rounds."""
 _SURD = r"[+-]?(?=[0-9\\])[0-9]*(?:\\pi|\\sqrt\{[0-9]+\})?"
 _SIMPLE = re.compile(rf"{_SURD}|[+-]?\\frac\{{{_SURD}\}}\{{{_SURD}\}}")
-"""Multiples of a root or of π, and fractions of them: a ground truth that is known to parse."""
+"""Multiples of a root or of π, and fractions of them: ground truths that are known to parse."""
 _PERCENT = re.compile(r"\\?%")
 _BASED = re.compile(r"([0-9A-Z]+)_\{?([0-9]+)\}?")
 _MAGNITUDE = re.compile(r"(?:hundred|thousand|million|billion|trillion|dozen)(?=s?(?![a-z]))", re.IGNORECASE)
-# math-verify takes words for a unit and leaves them out, and all that follows: "5 apples and 6 pears" would be 5.
+# math-verify takes words for a unit and drops them with all that follows: it reads "5 apples and 6 pears" as 5.
 _WORDS = r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}]*"
 _SENTENCE = re.compile(rf"{_WORDS}(?:\b(?:and|or|not)\b|[0-9,;])[^{{}}]*\}}")
 _QUALIFIED = re.compile(rf"[0-9][^=]*{_WORDS}\b(?:is|are|if|otherwise|unless|except|wrong)\b")
@@ -47,16 +46,18 @@ _WITH_BASE = re.compile(r"[0-9)] ?_")
 class MathVerifier(AnswerVerifier):
     r"""Reward 1 if the final answer of a response equals the ground truth, else 0.
 
-    Choices: a response without a complete box earns 0, even where its text is right (`math`; `math_last` looks further
-    where there is no box at all). What was left to be worked out earns 0, as the policy could box the question: a sum
-    or product of numbers where the ground truth is a number or fraction (`\boxed{3+5}` for 8), a function such as sin,
-    log, Σ, ∫ or ⌊⌋ that the ground truth does without, and any expression in another form than the ground truth's that
-    stands in the prompt as it is. Numbers are compared to 6 decimals, those below 0.001 to 6 significant digits; a
-    percent sign, a unit, a leading `x =` do not matter, "million" and its like do; letters and words do not depend on
-    case.
+    - A response without a complete box earns 0, even if its text states the right answer. (This is `math`. If there is
+      no box at all, `math_last` takes the last answer in the text.)
+    - An unevaluated answer earns 0, because otherwise the policy could box the question: a sum or product of numbers if
+      the ground truth is a number or fraction (`\boxed{3+5}` for 8), a function such as sin, log, Σ, ∫ or ⌊⌋ that the
+      ground truth does not contain, or an expression that is copied from the prompt and has another form than the
+      ground truth.
+    - Numbers are compared to 6 decimals, and below 0.001 to 6 significant digits.
+    - A percent sign, a unit, a leading `x =` and the case of letters and words do not matter. Words such as "million"
+      do.
 
-    Fields:
-        reader: finds the answer, `last_boxed` or `final_answer`.
+    Attributes:
+        reader: finds the answer in a response: `last_boxed` or `final_answer`.
     """
 
     reader: Callable[[str], str | None] = last_boxed
@@ -74,15 +75,16 @@ class MathVerifier(AnswerVerifier):
         if len(read) > LONGEST_ANSWER or is_invisible(read):
             return 0.0
         value = _value(read)
-        are_numbers = value is not None and gold_value is not None
-        return 0.0 if are_numbers and abs(value - gold_value) > _TOLERANCE else None
+        if value is not None and gold_value is not None and abs(value - gold_value) > _TOLERANCE:
+            return 0.0
+        return None
 
     def judge(self, given: str, answer: str, prompt: str | None = None) -> float:
         gold = _read_gold(answer)[0]
         return float(_equal(gold, _read(given, gold), prompt))
 
     def check_answer(self, answer: str) -> None:
-        """Refuses a ground truth that nothing could be compared with; plain numbers, roots and fractions cost nothing.
+        """Refuses a ground truth that does not parse. Plain numbers, roots and fractions need no parser.
 
         Raises:
             ValueError: `answer` is empty or is not mathematics that math-verify can read.
@@ -104,28 +106,28 @@ class MathVerifier(AnswerVerifier):
 
 
 LAST_ANSWER = MathVerifier(final_answer)
-"""The verifier `math_last`: in a response without any box it takes the last answer."""
+"""The verifier `math_last`, which takes the last answer of a response without any box."""
 
 
 @functools.lru_cache(maxsize=1024)
 def _read_gold(answer: str) -> tuple[str, str, Fraction | None]:
-    """A ground truth, which a group of responses has in common: normalized, as `loose` has it, and as a number."""
+    """A ground truth as (normalized text, loose text, number). It is cached because a group of responses shares it."""
     gold = normalize(answer)
     return gold, loose(spell(answer)), _value(gold)
 
 
 def _read(given: str, gold: str) -> str:
-    """An answer normalized; where one number is asked for, without the words that say what is counted."""
+    """An answer, normalized. If the ground truth is one number, also without words for what is counted."""
     read = normalize(given)
     if not _is_plain(gold) or len(read) > LONGEST_ANSWER:
         return read
     number = without_unit(read)
-    # Single letters are names as often as units.
+    # A single letter may be a name instead of a unit.
     return read if re.search(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])", read[len(number) :]) else normalize(number)
 
 
 def _value(text: str) -> Fraction | None:
-    """The number that a normalized text is, or the fraction of two whole ones; else None."""
+    """The value of a normalized text that is a number or a fraction of two whole numbers; else None."""
     if len(text) > LONGEST_ANSWER:
         return None
     if NUMBER.fullmatch(text):
@@ -139,23 +141,25 @@ def _value(text: str) -> Fraction | None:
 
 @functools.lru_cache(maxsize=1024)
 def _equal(gold: str, given: str, prompt: str | None = None) -> bool:
-    """math-verify's verdict on two normalized answers, less what it takes for equal and is not."""
-    if _is_plain(gold) and _means_another(given) or leaves_undone(gold, given) or _differs_in_size(gold, given):
+    """math-verify's verdict on two normalized answers, corrected where it wrongly takes them for equal."""
+    if _is_plain(gold) and _means_another(given):
+        return False
+    if has_unevaluated_operation(gold, given) or _differs_in_size(gold, given):
         return False
     gold_parsed, given_parsed = _parse(gold), _parse(given)
     if not gold_parsed or not given_parsed:
         return False
     if not _same(gold_parsed, given_parsed):
-        # A percent sign may be meant as 1/100 or as a unit.
+        # A percent sign may mean 1/100, or be a unit.
         without = _PERCENT.sub("", gold), _PERCENT.sub("", given)
         if without == (gold, given) or not _same(*map(_parse, without)):
             return False
     if not is_copied(gold, given, prompt):
         return True
-    return not is_fraction(bare(given)) and _shape(gold_parsed[0]) == _shape(given_parsed[0])
+    return not is_fraction(bare_result(given)) and _shape(gold_parsed[0]) == _shape(given_parsed[0])
 
 
-def _same(gold: list[Any], given: list[Any]) -> bool:
+def _same(gold: list[Parsed], given: list[Parsed]) -> bool:
     from math_verify import verify
 
     if not gold or not given or are_unequal(gold[0], given[0]):
@@ -165,18 +169,18 @@ def _same(gold: list[Any], given: list[Any]) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _parse(text: str) -> list[Any]:
-    """sympy expressions read from one normalized answer; empty where it is not mathematics."""
+def _parse(text: str) -> list[Parsed]:
+    """What math-verify reads in one normalized answer; empty if it is not mathematics."""
     from math_verify import LatexExtractionConfig, parse
 
-    # It warns once a process that time-outs are off; the pool's limit is the one that counts.
+    # math-verify warns once per process that its time-outs are off. The pool has its own limit.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     config = [LatexExtractionConfig(boxed_match_priority=0)]
     return parse(rf"\boxed{{{text}}}", config, fallback_mode="no_fallback", parsing_timeout=None)
 
 
-def _shape(expression: Any) -> str:
-    """What an expression looks like, nothing worked out, whatever the order of terms and factors."""
+def _shape(expression: Parsed) -> str:
+    """The form of an unevaluated expression, independent of the order of terms and factors."""
     parts = sorted(_shape(part) for part in getattr(expression, "args", ()))
     return f"{type(expression).__name__}({','.join(parts)})" if parts else str(expression)
 
@@ -186,21 +190,23 @@ def _is_plain(text: str) -> bool:
 
 
 def _means_another(given: str) -> bool:
-    """Is it a text about several numbers, or with one that math-verify would leave out, or a numeral of some base?"""
+    """Whether an answer has several numbers, one of which math-verify would drop, or is a numeral of some base."""
     if _WITH_BASE.search(result_of(given)) or _SENTENCE.search(given) or _QUALIFIED.search(given):
         return True
     return bool(_SECOND.search(_UNIT_POWER.sub("", given)))
 
 
 def _differs_in_size(gold: str, given: str) -> bool:
-    """Do words such as "million" stand in one of them only, or bases of the numerals in both and differ?"""
-    words = [{word.lower() for word in _MAGNITUDE.findall(text)} for text in (gold, given)]
-    bases = [_BASED.fullmatch(text) for text in (gold, given)]
-    return words[0] != words[1] or all(bases) and bases[0][2] != bases[1][2]
+    """Whether the two have different words such as "million", or are numerals of different bases."""
+    gold_words, given_words = ({word.lower() for word in _MAGNITUDE.findall(text)} for text in (gold, given))
+    if gold_words != given_words:
+        return True
+    gold_base, given_base = _BASED.fullmatch(gold), _BASED.fullmatch(given)
+    return gold_base is not None and given_base is not None and gold_base[2] != given_base[2]
 
 
-def _differ_below_rounding(gold: Any, given: Any) -> bool:
-    """math-verify rounds to 6 decimals, which makes 1.6e-19 equal to 0; small numbers are compared by their ratio."""
+def _differ_below_rounding(gold: Parsed, given: Parsed) -> bool:
+    """Whether two small numbers differ in their ratio: math-verify rounds to 6 decimals, so 1.6e-19 would equal 0."""
     if not (getattr(gold, "is_number", False) and getattr(given, "is_number", False)):
         return False
     try:

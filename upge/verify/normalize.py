@@ -1,4 +1,4 @@
-"""One spelling for answers that differ in typography only, without any mathematics."""
+"""Normalizes the typography of answers, without mathematics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WRAPPERS = (
     re.compile(r"\\\[(.*)\\\]", re.DOTALL),
 )
 _REPLACEMENTS = (
-    # An answer is mathematics as a whole; a formula within words would be read without them.
+    # A whole answer is mathematics. Of a formula within text, math-verify would read only the formula.
     (re.compile(r"(?<!\\)(?:\$|\\[()\[\]])"), ""),
     (re.compile(r"\\[dt]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\(?:left|right)(?![a-zA-Z])\s*\.?"), ""),
@@ -30,7 +30,7 @@ _REPLACEMENTS = (
     (re.compile(r"\bnp\.(?=(?:arc)?(?:sin|cos|tan)|log|exp|sqrt|pi)"), r"\\"),
     (re.compile(r"\\[hv]?phantom\s*(?:\{[^{}]*\}|-)"), ""),
     (re.compile(r"_\s*\{\s*\\(max|min)\s*\}"), r"_{\1}"),
-    # A space that was lost behind the name of a function: \sinx.
+    # Restore a missing space after the name of a function: \sinx.
     (re.compile(r"\\(pi|sin|cos|tan|cot|sec|csc|ln)(?=[a-gi-z]{1,2}(?![a-zA-Z]))"), r"\\\1 "),
     (re.compile(r"(?<=[0-9])\.(?![0-9.a-zA-Z\\])"), ""),
     (re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc|ln|log)\^(?:[0-9]|\{[0-9]+\}))(?=[a-zA-Z])"), r"\1 "),
@@ -38,7 +38,7 @@ _REPLACEMENTS = (
     (re.compile(r"\s+"), " "),
 )
 _GROUPED = re.compile(r"(?<!\\)\{[0-9]{1,3}(?:,[0-9]{3})+\}")
-# Not the space of "60, 120": without it these would be one number.
+# Keep the space of "60, 120": without it this would be one number.
 _NEEDLESS_SPACE = re.compile(r"(?<![a-zA-Z0-9]) (?!(?<=[0-9], )[0-9]{3}(?![0-9]))| (?![a-zA-Z0-9])")
 _MATRIX = re.compile(r"\\begin\s*\{[pbvBV]?matrix\}")
 _LONE_BACKSLASH = re.compile(r"(?<!\\)\\(?=[-0-9])")
@@ -53,9 +53,10 @@ _INVISIBLE = re.compile(
 
 
 def normalize(text: str) -> str:
-    r"""The same answer as a grader would write it: as `spell`, and 1,000 is 1000; 142.0, +142 and 0142 are 142.
+    r"""The result of `spell` with numbers in one form: 1,000 becomes 1000; 142.0, +142 and 0142 become 142.
 
-    "60, 120" with its space stays a list; "60,120" is a number. 4.5e33 is 4.5\times 10^{33}, without Euler's e.
+    "60, 120" with its space stays a list; "60,120" is a number. 4.5e33 becomes 4.5\times 10^{33}, so that its e is not
+    read as Euler's number.
     """
     text = spell(text)
     if _THOUSANDS.fullmatch(text):
@@ -70,37 +71,37 @@ def normalize(text: str) -> str:
 
 
 def spell(text: str) -> str:
-    r"""An answer less its typography.
+    r"""An answer without its typography.
 
-    Takes off surrounding $, \(, \boxed, \text, braces and a final full stop or comma; drops \left, \right, thin spaces,
-    degree signs and white space without meaning; \dfrac is \frac; "a and b" is "a, b". In a matrix a single backslash
-    before a number or minus separates rows: data sets have lost the other.
+    Removes surrounding $, \(, \boxed, \text and braces, a final full stop or comma, \left, \right, thin spaces, degree
+    signs and white space without meaning. \dfrac becomes \frac, and "a and b" becomes "a, b". In a matrix, a single
+    backslash before a number or minus becomes a double one, because some data sets have lost the second.
     """
-    # First of all: in a long run of white space the patterns below would look for their beginnings everywhere.
+    # First, because the patterns below would try to match at every position of a long run of white space.
     text = _unwrapped(re.sub(r"\s+", " ", text).strip())
     if _MATRIX.search(text):
         text = _LONE_BACKSLASH.sub(r"\\\\", text)
     text = _NEEDLESS_SPACE.sub("", respell(_CONJUNCTION.sub(", ", text)))
-    # What is left may have come out of its wrapping only now.
+    # The replacements may have exposed another wrapper.
     return _unwrapped(text.strip(" ").rstrip(".,"))
 
 
 def respell(text: str) -> str:
-    """The replacements of `spell` for any text: it keeps every space, as one."""
+    """The replacements of `spell` for any text. Runs of white space become one space; none is removed."""
     for pattern, replacement in _REPLACEMENTS:
         text = pattern.sub(replacement, text)
-    return _GROUPED.sub(lambda found: found[0].replace(",", ""), text)
+    return _GROUPED.sub(lambda number: number[0].replace(",", ""), text)
 
 
 def loose(text: str) -> str:
-    r"""A spelled text without \text and needless spaces: `\text{A5}_{11}` is `{A5}_{11}`, "60, 120" is "60,120"."""
+    r"""A result of `spell` without \text and needless spaces: `\text{A5}_{11}` → `{A5}_{11}`, "60, 120" → "60,120"."""
     return re.sub(r"(?<![0-9]) | (?![0-9])", "", _NAKED_TEXT.sub("", text))
 
 
 def is_invisible(text: str) -> bool:
-    """Does it hold anything that is not shown: control characters, marks of direction, zero-width ones, half letters?
+    """Whether a text contains invisible characters: control, direction and zero-width characters, lone surrogates.
 
-    An answer that shows one thing and holds another is not read.
+    Verifiers refuse such answers, because they are not what they look like.
     """
     return bool(_INVISIBLE.search(text))
 

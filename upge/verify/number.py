@@ -1,4 +1,4 @@
-"""Is the final answer of a response exactly the number that the ground truth is?"""
+"""The verifier of numerical answers, which are compared exactly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from upge.verify.base import AnswerVerifier, shown
 from upge.verify.normalize import is_invisible, normalize
 
 LONGEST_NUMBER = 1000
-"""Characters of a number that are read, and the largest exponent."""
+"""The most characters of a number, and the largest exponent."""
 
 _SIGN = r"(?P<sign>[-+]?)"
 _DIGITS = r"(?:[0-9]{1,3}(?:[, ][0-9]{3})++(?![0-9])|[0-9]++)"
@@ -43,9 +43,9 @@ _CHANGES_IT = re.compile(
 class NumberVerifier(AnswerVerifier):
     r"""Reward 1 if the final answer (`final_answer`) is a number that equals the ground truth exactly, else 0.
 
-    Read are whole numbers, decimals, fractions, mixed numbers and powers of ten, with thousands separators, a currency
-    sign, a leading `x =`, a percent sign or a unit without digits, none of which counts: 5 %, $5 and 5 cm are 5. Words
-    such as "million" count. 0.3333 is not 1/3: there is no tolerance. An answer with two numbers is none.
+    It reads whole numbers, decimals, fractions, mixed numbers and powers of ten. Thousands separators, a currency sign,
+    a leading `x =`, a percent sign and a unit without digits are ignored: 5 %, $5 and 5 cm are 5. Words such as
+    "million" count. There is no tolerance: 0.3333 is not 1/3. An answer with two numbers earns 0.
     """
 
     def extract(self, response: str) -> str | None:
@@ -69,35 +69,35 @@ class NumberVerifier(AnswerVerifier):
 
 
 def read_number(text: str) -> Fraction | None:
-    """The exact value of a number in text or LaTeX; None where it is none, or more than one."""
+    """The exact value of a number in text or LaTeX; None if the text is not exactly one number."""
     if len(text) > LONGEST_NUMBER or is_invisible(text):
         return None
     before, _, text = normalize(text).rpartition("=")
-    found = _NUMBER.match(text.strip())
-    if not found or _SEVERAL.search(before):
-        return None
     text = text.strip()
-    rest = _TEXT.sub(lambda words: f" {words[1].strip()}", text[found.end() :]).strip()
+    number = _NUMBER.match(text)
+    if not number or _SEVERAL.search(before):
+        return None
+    rest = _TEXT.sub(lambda words: f" {words[1].strip()}", text[number.end() :]).strip()
     scale = _SCALE.match(rest)
     if scale:
         rest = rest[scale.end() :].strip()
     if not _UNIT.fullmatch(rest) or _CHANGES_IT.search(rest):
         return None
-    value = _value(found)
+    value = _value(number)
     return value * 10 ** _SCALES[scale[1]] if value is not None and scale else value
 
 
-def _value(found: re.Match[str]) -> Fraction | None:
-    sign = -1 if found["sign"] == "-" else 1
-    if found["decimal"] is None and found["barebraced"] is None and found["barepower"] is None:
-        top, bottom = (
-            int(found["above"] or found["top"] or found["top1"]),
-            int(found["below"] or found["bottom"] or found["bottom1"]),
-        )
-        whole = int((found["whole"] or "0").strip(" +"))
+def _value(number: re.Match[str]) -> Fraction | None:
+    """The value of a match of `_NUMBER`; None for a division by 0 or an exponent that is too large."""
+    sign = -1 if number["sign"] == "-" else 1
+    if number["decimal"] is None and number["barebraced"] is None and number["barepower"] is None:
+        top = int(number["above"] or number["top"] or number["top1"])
+        bottom = int(number["below"] or number["bottom"] or number["bottom1"])
+        whole = int((number["whole"] or "0").strip(" +"))
         return sign * (whole + Fraction(top, bottom)) if bottom else None
-    exponent = int(found["e"] or found["braced"] or found["power"] or found["barebraced"] or found["barepower"] or 0)
+    powers = ("e", "braced", "power", "barebraced", "barepower")
+    exponent = int(next((number[name] for name in powers if number[name]), 0))
     if abs(exponent) > LONGEST_NUMBER:
         return None
-    size = Fraction(re.sub(r"[, ]", "", found["decimal"] or "1").rstrip(".") or "0")
+    size = Fraction(re.sub(r"[, ]", "", number["decimal"] or "1").rstrip(".") or "0")
     return sign * size * Fraction(10) ** exponent

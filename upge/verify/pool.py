@@ -1,4 +1,4 @@
-"""Scores responses in worker processes, each under a hard time limit, while the caller goes on."""
+"""Verifies responses in worker processes, each with a hard time limit, while the caller continues."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from upge.verify.processes import Task
 
 
 class VerifierPool:
-    """One or several verifiers in `workers` persistent processes; use it as a context manager, or call `close`.
+    """One or more verifiers in persistent worker processes.
 
-    An item names its verifier, or takes the first. The processes start when the pool is made, beside whatever the
-    caller does next. An item's `time_limit` [s] starts when a worker takes it up: waiting in the queue does not count.
-    A worker that exceeds it is killed and replaced, one that dies is replaced, and only its own item is lost. A worker
-    may use `memory_limit` GiB beyond what it starts with (None: no limit). `submit` and `score` may be called from any
-    thread of the process that made the pool. Nothing keeps a program from ending: the processes end with it.
+    Use it as a context manager, or call `close`. The constructor starts the processes and does not wait for them.
+    `submit` and `score` may be called from any thread of the process that made the pool. The processes end with the
+    program.
+
+    Args:
+        verifiers: names of the verifiers, see `upge.verify.load`. An item names its verifier; the first is the default.
+        workers: number of worker processes.
+        time_limit: seconds that a worker may spend on an item; time in the queue does not count. A worker that exceeds
+            the limit is killed and replaced, and one that dies is replaced. Only its own item is lost.
+        memory_limit: memory that a worker may use beyond what it starts with [GiB]; None for no limit.
 
     Raises:
         ConfigError: a verifier cannot be loaded, or a limit or the number of workers is not positive.
@@ -51,25 +56,28 @@ class VerifierPool:
         return tuple(self._verifiers)
 
     def submit(self, item: Item) -> Future[Verdict]:
-        """Has an item verified beside whatever the caller does next; the future's result is its verdict.
+        """Starts the verification of an item and returns a future of its verdict.
 
-        What is known without any work is there at once. An item that equals one that is still being verified shares its
-        work. `Future.cancel` works until the verdict is there, and frees the worker. The future raises RuntimeError
-        where the pool's own processes cannot be started, CancelledError where the pool was closed first. Its callbacks
-        run in the pool's thread: they may submit more, but must not wait for it.
+        A verdict that needs no worker is available at once. Equal items that are pending at the same time are verified
+        once. `Future.cancel` works until the verdict is available, and frees the worker. The future's callbacks run in
+        the pool's thread; they may submit more items, but must not wait for them.
+
+        Returns:
+            The future. Its `result` raises RuntimeError if the pool's processes cannot be started, and CancelledError
+            if the pool is closed first.
 
         Raises:
-            RuntimeError: the pool is closed, belongs to another process, or its workers cannot be started at all.
-            TypeError: an item is not (text, text, text or None, text or None).
-            ValueError: it names a verifier that is not one of the pool's.
+            RuntimeError: the pool is closed, belongs to another process, or cannot start its workers.
+            TypeError: `item` is not (text, text, text or None, text or None).
+            ValueError: `item` names a verifier that the pool does not have.
         """
         return self._begin(self._prepared(item))
 
     def score(self, items: Iterable[Item]) -> list[Verdict]:
-        """One verdict for each item, in order; identical items are verified once.
+        """Verifies items and returns one verdict for each, in order. Equal items are verified once.
 
         Raises:
-            RuntimeError, TypeError, ValueError: as in `submit`.
+            RuntimeError, TypeError, ValueError: as for `submit`.
         """
         asked = [self._prepared(item) for item in items]
         self._dispatcher.require_open()
@@ -82,12 +90,12 @@ class VerifierPool:
         except CancelledError as error:
             raise RuntimeError("this VerifierPool was closed before all verdicts were there") from error
         except BaseException:
-            for future in futures.values():  # what nobody waits for any longer must not keep a worker
+            for future in futures.values():  # frees the workers
                 future.cancel()
             raise
 
     def close(self) -> None:
-        """Ends all processes of the pool and cancels what is pending; further calls do nothing."""
+        """Ends all processes of the pool and cancels pending futures. Further calls do nothing."""
         self._end()
 
     def __enter__(self) -> VerifierPool:
@@ -105,7 +113,7 @@ class VerifierPool:
         return known
 
     def _prepared(self, item: Item) -> Task | Verdict:
-        """The verdict, where it is known without work; else what a worker has to do for it."""
+        """The verdict on an item if it needs no worker, else the task for a worker."""
         response, answer, prompt, name = checked(item)
         name = name or self._first
         verifier = self._verifiers.get(name)
@@ -114,7 +122,7 @@ class VerifierPool:
             raise ValueError(
                 f"an item names the verifier {name!r}, but this pool has only {known}; name it when the pool is made"
             )
-        # Only what this package wrote runs in the caller's process: it takes no time, whatever the response is.
+        # Only built-in verifiers run in the caller's process: they are fast for every response.
         if name not in BUILT_IN or not isinstance(verifier, AnswerVerifier):
             return Task(name, response, answer, prompt)
         given = verifier.extract(response)
@@ -127,7 +135,7 @@ class VerifierPool:
 
 
 def _require_positive(key: str, value: float, *, whole: bool = False) -> None:
-    """Refuses a setting with which a pool could not work."""
+    """Raises ConfigError unless `value` is a positive number."""
     right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not right or not 0 < value < float("inf"):
         raise ConfigError(f"verify.{key}: found {value!r}; give a positive {'integer' if whole else 'number'}")

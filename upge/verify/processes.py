@@ -1,4 +1,4 @@
-"""The parent's side of the worker processes: how they are started, replaced and ended."""
+"""Starts, replaces and ends the worker processes, from the parent's side."""
 
 from __future__ import annotations
 
@@ -17,11 +17,19 @@ from upge.verify.loading import BUILT_IN
 from upge.verify.worker import FORK, KILL, PID, QUIT
 
 START_LIMIT = 300.0
-"""Seconds for a worker to say that it is ready, or that it has taken up an item."""
+"""Seconds within which a worker must report that it is ready, or that it has started an item."""
 
 
 class Task(NamedTuple):
-    """What a worker does: have the verifier of that name look at a response, or at the answer extracted from it."""
+    """One verification by a worker.
+
+    Attributes:
+        verifier: the name of the verifier.
+        text: the response, or the answer extracted from it.
+        answer: the ground truth.
+        prompt: the prompt of the response.
+        is_extracted: whether `text` is the extracted answer.
+    """
 
     verifier: str
     text: str
@@ -31,22 +39,30 @@ class Task(NamedTuple):
 
 
 class Worker:
-    """One worker as the parent sees it: no pid until it is ready; a job, and whether it has started on it."""
+    """The parent's view of one worker.
+
+    Attributes:
+        connection: the worker's end of communication with the parent.
+        pid: its process id; None until it is ready.
+        job: the job that it was given; None if it has none.
+        has_started: whether it has started on the job.
+        deadline: the time (`time.monotonic`) of its next message at the latest.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.pid: int | None = None
-        self.job: Any = None
+        self.job: Any = None  # Any: `dispatch.Job`, whose module imports this one
         self.has_started = False
         self.deadline = time.monotonic() + START_LIMIT
 
     @property
     def is_idle(self) -> bool:
-        """Is it ready, and without a job?"""
+        """Whether it is ready and has no job."""
         return self.pid is not None and self.job is None
 
     def take_up(self, job: Any, task: Task) -> bool:
-        """Hands over the task of a job; False if the worker has died since its last one."""
+        """Sends the task of a job to the worker. Returns False if the worker has died."""
         try:
             self.connection.send(tuple(task))
         except OSError:
@@ -58,8 +74,8 @@ class Worker:
 class Server:
     """The process that imports the verifiers and forks workers (`upge.verify.worker`).
 
-    Not multiprocessing's fork server: that one runs the main program again in every child, and its settings belong to
-    the whole process, vLLM's use of it included.
+    This is not multiprocessing's fork server, which runs the main program again in every child and whose settings apply
+    to the whole process, including vLLM's use of it.
     """
 
     def __init__(self, names: Sequence[str], memory_limit: float | None) -> None:
@@ -74,8 +90,8 @@ class Server:
             "memory": memory_limit,
         }
         script = Path(__file__).with_name("worker.py")
-        # -P: the script's folder, with its math.py, must not come onto the import path. One hash seed: the order in
-        # which sympy tries things, and so a border case, must not depend on the process.
+        # -P keeps the script's folder, which has a math.py, off the import path. The fixed hash seed keeps the order in
+        # which sympy tries methods, and so the result of borderline cases, independent of the process.
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(script), json.dumps(setup)],
@@ -85,14 +101,14 @@ class Server:
             )
 
     def fork(self) -> Connection:
-        """A connection to a new worker, which reports when it is ready."""
+        """Forks a new worker and returns a connection to it. The worker reports when it is ready."""
         ours, theirs = socket.socketpair()
         with ours, theirs:
             socket.send_fds(self._control, [FORK], [theirs.fileno()])
             return Connection(ours.detach())
 
     def kill(self, pid: int) -> int:
-        """Kills a worker if it still lives; its wait status."""
+        """Kills a worker if it is still alive. Returns its wait status."""
         self._control.sendall(KILL + PID.pack(pid))
         status = self._control.recv(PID.size, socket.MSG_WAITALL)
         if len(status) < PID.size:
@@ -100,10 +116,10 @@ class Server:
         return PID.unpack(status)[0]
 
     def stop(self, patience: float = 5.0) -> None:
-        """Ends the server, which ends its workers first; after `patience` seconds the kernel ends all of them."""
+        """Ends the server, which ends its workers first. After `patience` seconds all of them are killed."""
         try:
             self._control.sendall(QUIT)
-        except OSError:  # it has gone already
+        except OSError:  # it has already ended
             pass
         self._control.close()
         try:
@@ -123,17 +139,17 @@ class Team:
 
     @property
     def title(self) -> str:
-        """The verifiers' names, for messages."""
+        """The names of the verifiers, for messages."""
         return ", ".join(f"'{name}'" for name in self._names)
 
     def replace(self, worker: Worker) -> str:
-        """Kills `worker`, whatever its state, and puts a new one in its place; says how the old one ended."""
+        """Kills `worker` in any state and starts another in its place. Returns how the old one ended, for messages."""
         ending = "ended"
         try:
             if worker.pid is not None:
                 ending = _how(self._server.kill(worker.pid))
             connection = self._server.fork()
-        except OSError:  # the server itself was killed, and its workers with it
+        except OSError:  # the server was killed, and its workers with it
             self._server.stop()
             self._server = Server(self._names, self._memory_limit)
             connection = self._server.fork()
@@ -145,7 +161,7 @@ class Team:
         """Ends all processes."""
         for worker in self.workers:
             worker.connection.close()
-        # Before it has made its first worker, it is importing, and has nothing to clean up.
+        # Until it has forked its first worker, the server is importing and has nothing to clean up.
         self._server.stop(5.0 if any(worker.pid for worker in self.workers) else 0.1)
 
 

@@ -1,4 +1,4 @@
-"""Does the final answer of a response match a pattern?"""
+"""The verifier that matches answers with a regular expression."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from upge.verify.base import AnswerVerifier, shown
 class RegexVerifier(AnswerVerifier):
     """Reward 1 if the whole final answer (`final_text`) matches the ground truth, a pattern of Python's `re`, else 0.
 
-    Case counts, unless the pattern begins with (?i). A pattern that backtracks for hours costs its answer the time
-    limit of the pool.
+    Matching is case-sensitive unless the pattern begins with (?i). If a pattern backtracks for too long, the answer
+    runs into the time limit of the pool.
     """
 
     def extract(self, response: str) -> str | None:
@@ -25,7 +25,7 @@ class RegexVerifier(AnswerVerifier):
         return float(re.fullmatch(answer, given) is not None)
 
     def check_answer(self, answer: str) -> None:
-        """Refuses a pattern that cannot be used.
+        """Refuses an invalid or empty pattern.
 
         Raises:
             ValueError: `answer` is empty or not a regular expression.
@@ -34,8 +34,8 @@ class RegexVerifier(AnswerVerifier):
             re.compile(answer)
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
-                f"the ground truth {shown(answer)} is not a regular expression ({error}); mend it, escape what "
+                f"the ground truth {shown(answer)} is not a regular expression ({error}); fix it, escape what "
                 "is meant literally (re.escape), or remove the row"
             ) from error
         if not answer:
-            raise ValueError("the ground truth is an empty pattern, and an empty answer is none; remove the row")
+            raise ValueError("the ground truth is an empty pattern, which no answer can match; remove the row")

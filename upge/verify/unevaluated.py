@@ -1,7 +1,7 @@
-r"""Is an answer the question once more? What a policy may write down without having worked anything out.
+r"""Recognizes answers that only restate the question.
 
-math-verify evaluates what it reads, so that `\boxed{\int_0^1 x\,dx}` equals 1/2 and `\boxed{x^2+2x+1}` equals (x+1)^2,
-whichever of the two was asked for.
+math-verify evaluates what it reads. To it, `\boxed{\int_0^1 x\,dx}` equals 1/2 and `\boxed{x^2+2x+1}` equals (x+1)^2,
+even if evaluating the first or factoring the second was the task.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from upge.verify.normalize import NUMBER, respell
 _FRACTION = re.compile(r"[+-]?(?:([0-9]+)/([0-9]+)|\\frac\{?[+-]?([0-9]+)\}?\{?([0-9]+)\}?)")
 _SCIENTIFIC = re.compile(r"\*10\^(?:\{[+-]?[0-9]+\}|[0-9])")
 _UNIT_TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}]*\}|\\?%")
-# Letters in a word or two behind a number: 5 cm, 5 m/s^2.
+# One or more words of letters after a number: 5 cm, 5 m/s^2.
 _UNIT_WORDS = re.compile(r"(?<=[0-9)}!]) ?[A-Za-z]+(?:[ /*][A-Za-z]+|\^\{?-?[23]\}?)*\Z")
 _GREEK = r"alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega"
 _UNKNOWN = re.compile(
@@ -23,11 +23,11 @@ _UNKNOWN = re.compile(
 )
 _EULER = re.compile(r"(?<![a-zA-Z\\])e(?![a-zA-Z])|\\(?:sin|cos|tan)h")
 _ARITHMETIC = re.compile(r"[0-9.,+\-*/(){}^ ]+")
-_TO_DO = re.compile(r"[0-9.)}] ?(?:[+\-*] ?[0-9.({+\-]|\()")
+_PENDING = re.compile(r"[0-9.)}] ?(?:[+\-*] ?[0-9.({+\-]|\()")
 _OPERATION = re.compile(r"[0-9A-Za-z)}\]!] ?[-+*/^!|]|[|!]|\\(?:d?frac|sqrt|binom|cdot|times|div|pm|over)(?![a-z])")
 _AROUND_OPERATOR = re.compile(r" ?([-+*/^_=]) ?")
-# Not a part of a larger expression: no digit, letter, operator or parenthesis beside it.
-_BEFORE, _BEHIND = r"(?<![0-9A-Za-z.+\-*/^_{])(?<!(?<!\\)\()", r"(?![0-9A-Za-z+\-*/^_!({]|\.[0-9])"
+# The boundaries of an expression that is not part of a larger one: no digit, letter, operator or parenthesis.
+_BEFORE, _AFTER = r"(?<![0-9A-Za-z.+\-*/^_{])(?<!(?<!\\)\()", r"(?![0-9A-Za-z+\-*/^_!({]|\.[0-9])"
 _FAMILIES = tuple(
     re.compile(names)
     for names in (
@@ -48,26 +48,27 @@ _FAMILIES = tuple(
 )
 
 
-def leaves_undone(gold: str, given: str) -> bool:
-    """Does a normalized answer hold an operation that the ground truth shows was to be carried out?
+def has_unevaluated_operation(gold: str, given: str) -> bool:
+    """Whether a normalized answer contains an operation that should have been evaluated, judging by the ground truth.
 
-    A sum, difference or product of plain numbers where the ground truth is a number or a fraction, or anything with
-    letters that are not a unit; a function of a kind (trigonometric, logarithm, exponential, sum, integral, limit,
-    maximum, divisor, determinant, rounding, remainder, derivative) of which the ground truth has none.
+    If the ground truth is a number or a fraction, this is a sum, difference or product of plain numbers, or anything
+    with letters that are not a unit. For any ground truth, it is a function of a kind that the ground truth does not
+    contain: trigonometric, logarithm, exponential, sum, integral, limit, maximum, divisor, determinant, rounding,
+    remainder or derivative.
     """
     result = result_of(given)
     if NUMBER.fullmatch(gold) or is_fraction(gold):
-        bare = _UNIT_WORDS.sub("", _without_units(result))
-        if _is_arithmetic(bare) or _UNKNOWN.search(bare):
+        plain = _UNIT_WORDS.sub("", _without_units(result))
+        if _is_arithmetic(plain) or _UNKNOWN.search(plain):
             return True
     gold = _EULER.sub(r"\\exp", gold)
     return any(family.search(result) and not family.search(gold) for family in _FAMILIES)
 
 
 def is_copied(gold: str, given: str, prompt: str | None) -> bool:
-    """Does a normalized answer stand in the prompt as it is, as something that can be worked out?
+    """Whether a normalized answer is an expression copied from the prompt that could be evaluated.
 
-    Numbers, fractions in lowest terms and what has no operation in it are results, whether the prompt has them or not.
+    Numbers, fractions in lowest terms and texts without an operation are results, even if the prompt contains them.
     """
     if not prompt:
         return False
@@ -75,18 +76,18 @@ def is_copied(gold: str, given: str, prompt: str | None) -> bool:
     if NUMBER.fullmatch(given) or _is_reduced(given) or not _OPERATION.search(given):
         return False
     given = _canonical(given)
-    peeled = _peeled(given)
-    return any(_stands_in(text, _spelled(prompt)) for text in (given, peeled, f"({peeled})"))
+    inner = _without_outer_brackets(given)
+    return any(_occurs_in(text, _respelled(prompt)) for text in (given, inner, f"({inner})"))
 
 
 def is_fraction(text: str) -> bool:
-    """Is it a fraction of two whole numbers?"""
+    """Whether a normalized text is a fraction of two whole numbers."""
     return bool(_FRACTION.fullmatch(text))
 
 
-def bare(text: str) -> str:
-    """What an answer comes to: behind its last equals sign, without units and the brackets around all of it."""
-    return _peeled(_without_units(result_of(text)))
+def bare_result(text: str) -> str:
+    """The part of an answer after its last equals sign, without units and outer brackets."""
+    return _without_outer_brackets(_without_units(result_of(text)))
 
 
 def _is_reduced(text: str) -> bool:
@@ -98,22 +99,21 @@ def _is_arithmetic(text: str) -> bool:
     text = re.sub(r" ?(?:\\(?:times|cdot|ast)(?![a-zA-Z])|[\u00d7\u00b7]) ?", "*", text)
     text = re.sub(r"\\(?:frac|sqrt)(?![a-zA-Z])|\\[{}]", "", text)
     text = _SCIENTIFIC.sub("", text)
-    return bool(_ARITHMETIC.fullmatch(text) and _TO_DO.search(text))
+    return bool(_ARITHMETIC.fullmatch(text) and _PENDING.search(text))
 
 
-def _stands_in(text: str, prompt: str) -> bool:
-    found = " ?".join(re.escape(character) for character in text if character != " ")
-    return bool(found and re.search(rf"{_BEFORE}{found}{_BEHIND}", prompt))
+def _occurs_in(text: str, prompt: str) -> bool:
+    pattern = " ?".join(re.escape(character) for character in text if character != " ")
+    return bool(pattern and re.search(rf"{_BEFORE}{pattern}{_AFTER}", prompt))
 
 
 def _canonical(text: str) -> str:
-    r"""One spelling for powers and fractions of single terms: x^{2} is x^2, \frac{6}{8} is 6/8."""
+    r"""A text with one spelling for powers and fractions of single terms: x^{2} is x^2, \frac{6}{8} is 6/8."""
     text = re.sub(r"\^\{(\w+)\}", r"^\1", text)
     return re.sub(r"\\[dt]?frac ?(?:\{ ?(\w+) ?\}|([0-9])) ?(?:\{ ?(\w+) ?\}|([0-9]))", r"\1\2/\3\4", text)
 
 
-def _peeled(text: str) -> str:
-    """Without the brackets around all of it."""
+def _without_outer_brackets(text: str) -> str:
     while len(text) > 2 and text[0] + text[-1] in ("()", "[]", "{}") and _is_one_group(text):
         text = text[1:-1].strip()
     return text
@@ -133,7 +133,7 @@ def _without_units(text: str) -> str:
 
 
 def result_of(text: str) -> str:
-    """What stands behind the last equals sign that is not within braces, as that of a sum's index."""
+    """The text after the last equals sign outside braces; the one in the index of a sum is within braces."""
     depth, begin = 0, 0
     for position, character in enumerate(text):
         depth += (character == "{") - (character == "}")
@@ -143,6 +143,6 @@ def result_of(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _spelled(prompt: str) -> str:
-    """A prompt in the spelling of normalized answers, but with a space where a word ends."""
+def _respelled(prompt: str) -> str:
+    """A prompt in the spelling of normalized answers, but with spaces between words."""
     return _canonical(_AROUND_OPERATOR.sub(r"\1", respell(prompt)))

@@ -1,12 +1,13 @@
 """The processes behind a `VerifierPool`: one server that imports the verifiers, and the workers forked from it.
 
-Run as a script, with nothing but the standard library until the verifiers are loaded. The server stays single-threaded
-and never runs a verifier itself, so that a worker starts in milliseconds with everything imported, and a killed one is
-replaced as fast. Neither imports the main program of the parent, torch, or (if all verifiers are built-in ones) `upge`.
+This file runs as a script. Until the verifiers are loaded, it uses only the standard library. The server stays
+single-threaded and never runs a verifier itself. So a worker starts in milliseconds with everything imported, also one
+that replaces a killed worker. Server and workers import neither the main program of the parent nor torch, and, if all
+verifiers are built in, not `upge`.
 
-Wire: the parent sends the server FORK with a socket (fork a worker on it), KILL and a process id (answered by its wait
-status) or QUIT. A worker says ("ready", pid) or ("failed", verifier, why), then for each task ("started",) and
-("done", reward, status, detail, extracted, seconds).
+Protocol: the parent sends the server FORK with a socket (fork a worker that uses it), KILL with a process id (the
+server replies with the wait status), or QUIT. A worker sends ("ready", pid) or ("failed", verifier, reason), then for
+each task ("started",) and ("done", reward, status, detail, extracted, seconds).
 """
 
 from __future__ import annotations
@@ -29,13 +30,21 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
+Setup = dict[str, Any]  # Any: JSON values
+Verifier = Any  # a verifier of the user, of which nothing is known
+Load = Callable[[str], Verifier]
+
 FORK, KILL, QUIT = b"F", b"K", b"Q"
 PID = struct.Struct("i")
 
 
-def main(setup: dict[str, Any]) -> NoReturn:
-    """Serves one pool until its process ends or hangs up; `setup` holds fd, parent, path, names, built_in, memory."""
-    # The parent handles both and finishes its step first; launchers send them to the whole process group.
+def main(setup: Setup) -> NoReturn:
+    """Serves one pool until the pool's process ends or closes the connection.
+
+    Args:
+        setup: JSON with the keys fd, parent, path, names, built_in and memory, as `processes.Server` writes it.
+    """
+    # Launchers send these to the whole process group. The parent handles them, after it has finished its step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -44,9 +53,9 @@ def main(setup: dict[str, Any]) -> NoReturn:
     loading = _import_loading(light=setup["names"] == setup["built_in"])
     for name in setup["names"]:
         try:
-            # The import only: a worker makes its own instance, as what that opens must not be shared between processes.
+            # Only import it: each worker makes an instance of its own, because an instance may open files or sockets.
             loading.find(name)
-        except BaseException:  # every worker meets the same error and reports it
+        except BaseException:  # every worker raises the same error and reports it
             pass
     for name in setup["built_in"]:
         with contextlib.suppress(BaseException):
@@ -64,8 +73,8 @@ def main(setup: dict[str, Any]) -> NoReturn:
         os._exit(0)
 
 
-def _serve_one(control: socket.socket, setup: dict[str, Any], load: Callable, children: set[int]) -> bool:
-    """Waits for one request and does it; False when the parent has gone."""
+def _serve_one(control: socket.socket, setup: Setup, load: Load, children: set[int]) -> bool:
+    """Waits for one request and handles it. Returns False if the parent has ended or sent QUIT."""
     while not select.select([control], [], [], 1.0)[0]:
         # A process that the parent forked may hold the other end open after the parent itself has ended.
         if os.getppid() != setup["parent"]:
@@ -82,7 +91,7 @@ def _serve_one(control: socket.socket, setup: dict[str, Any], load: Callable, ch
         return True
     if command == KILL:
         pid = PID.unpack(control.recv(PID.size, socket.MSG_WAITALL))[0]
-        # A pid from before this server's time: the worker was killed with its own server, and the id may be another's.
+        # An unknown pid belonged to a worker of an earlier server, which is dead. The id may have been reused.
         status = _kill(pid) if pid in children else int(signal.SIGKILL)
         children.discard(pid)
         control.sendall(PID.pack(status))
@@ -91,17 +100,20 @@ def _serve_one(control: socket.socket, setup: dict[str, Any], load: Callable, ch
 
 
 def _kill(pid: int) -> int:
-    """Ends a worker and what it started; its wait status. The id cannot be another's: only this function reaps."""
+    """Kills a worker and what it started. Returns its wait status.
+
+    The id cannot have been reused, because only this function reaps.
+    """
     for end in (os.killpg, os.kill):
         try:
             end(pid, signal.SIGKILL)
-        except OSError:  # its group is not made yet, or all of it has ended
+        except OSError:  # its group does not exist yet, or all of it has ended
             pass
     return os.waitpid(pid, 0)[1]
 
 
-def _work(connection: Connection, server: int, setup: dict[str, Any], load: Callable) -> NoReturn:
-    """A worker's life: scores items until the parent hangs up, and leaves without the server's clean-up."""
+def _work(connection: Connection, server: int, setup: Setup, load: Load) -> NoReturn:
+    """Runs a worker: scores items until the parent closes the connection, then exits without the server's clean-up."""
     try:
         os.setpgid(0, 0)
         _die_with_parent(server)
@@ -127,9 +139,9 @@ def _work(connection: Connection, server: int, setup: dict[str, Any], load: Call
 
 
 def _score(
-    verifier: Callable, text: str, answer: str, prompt: str | None, is_extracted: bool
+    verifier: Verifier, text: str, answer: str, prompt: str | None, is_extracted: bool
 ) -> tuple[float, str, str, str | None]:
-    """(reward, status, detail, extracted) of one response, or of what was extracted from it before."""
+    """(reward, status, detail, extracted) of one response, or of an answer that was already extracted from it."""
     extracted = None
     try:
         if is_extracted:
@@ -138,7 +150,7 @@ def _score(
             extracted = _extracted(verifier, text)
             result = verifier(text, answer, prompt)
     except Exception as error:
-        # What a built-in verifier trips over is the answer's fault, and no right answer; another one may have a defect.
+        # If a built-in verifier fails, the answer is malformed and so wrong. A user's verifier may have a defect.
         blameless = is_extracted and not isinstance(error, (ImportError, MemoryError))
         return (0.0, "ok", "", None) if blameless else (0.0, "error", _told(error), extracted)
     try:
@@ -151,11 +163,11 @@ def _score(
     return reward, "ok", "", extracted
 
 
-def _extracted(verifier: Callable, response: str) -> str | None:
-    """What a verifier that tells has read as the answer."""
+def _extracted(verifier: Verifier, response: str) -> str | None:
+    """The answer that a verifier extracts, if it has a method `extract`."""
     extract = getattr(verifier, "extract", None)
-    found = extract(response) if callable(extract) else None
-    return None if found is None else str(found)[:10_000]
+    extracted = extract(response) if callable(extract) else None
+    return None if extracted is None else str(extracted)[:10_000]
 
 
 def _told(error: Exception) -> str:
@@ -163,7 +175,7 @@ def _told(error: Exception) -> str:
 
 
 def _die_with_parent(server: int) -> None:
-    """Has the kernel kill this worker when the server ends, however busy it is (Linux)."""
+    """Makes the kernel kill this worker when the server ends, even if the worker is busy (Linux only)."""
     if sys.platform == "linux":
         import ctypes
 
@@ -174,7 +186,7 @@ def _die_with_parent(server: int) -> None:
 
 
 def _limit_memory(gibibytes: float | None) -> None:
-    """Bounds the address space at what is in use now and `gibibytes` more: a bomb is to fail here, not elsewhere."""
+    """Limits the address space to its present size plus `gibibytes`, so that a memory bomb fails in this process."""
     try:
         import resource
 
@@ -190,10 +202,11 @@ def _limit_memory(gibibytes: float | None) -> None:
 
 
 def _import_loading(light: bool) -> types.ModuleType:
-    """`upge.verify.loading`, imported without running upge's own __init__, which loads torch.
+    """Imports `upge.verify.loading` without upge's own __init__, which loads torch.
 
-    With `light` the bare package stays, as a built-in verifier needs no more; otherwise it is taken away again, so that
-    a user's module that imports `upge` gets the real one.
+    Args:
+        light: whether to keep the bare package, which is all that built-in verifiers need. Otherwise it is removed
+            again, so that a user's module that imports `upge` gets the real one.
     """
     package = types.ModuleType("upge")
     package.__path__ = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]

@@ -120,15 +120,15 @@ def test_evident_bombs_cost_no_time_and_hidden_ones_the_limit() -> None:
 READ = r"""
 import json, sys
 from sympy import srepr
-from upge.verify.sll_parser import use_sll_prediction
+from upge.verify.warmup import use_sll_prediction
 from upge.verify.math import _parse
 texts = json.loads(sys.stdin.read())
 exact = [[srepr(part) for part in _parse(text)] for text in texts]
 from math_verify.parser import parse_latex_cached
 parse_latex_cached.cache_clear(), _parse.cache_clear()
 use_sll_prediction(), use_sll_prediction()
-hasty = [[srepr(part) for part in _parse(text)] for text in texts]
-print(json.dumps([text for text, a, b in zip(texts, exact, hasty) if a != b]), sum(map(bool, exact)))
+sll = [[srepr(part) for part in _parse(text)] for text in texts]
+print(json.dumps([text for text, a, b in zip(texts, exact, sll) if a != b]), sum(map(bool, exact)))
 """
 
 
