@@ -1,4 +1,4 @@
-"""Problems with verifiable answers: where they come from, and how they become tokens."""
+"""Data sets of problems with verifiable answers, and their conversion to token ids."""
 
 from __future__ import annotations
 

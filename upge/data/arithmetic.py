@@ -1,4 +1,4 @@
-"""Sums and differences at several levels of difficulty, each with a worked solution; made from a seed."""
+"""Sums and differences at several levels of difficulty with worked solutions, generated from a seed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LEVELS = tuple(f"{n} numbers" for n in range(2, 7)) + tuple(f"{n} mixed" for n i
 
 Side = Literal["train", "evaluation"]
 
-#: One problem in this many belongs to the evaluation side.
+#: One in `EVALUATION_EVERY` problems is on the evaluation side.
 EVALUATION_EVERY = 5
 
-#: How far off a wrong step can be: by a little, or in the tens.
+#: By how much the result of a wrong step can be off.
 SLIPS = (-20, -10, -3, -2, -1, 1, 2, 3, 10, 20)
 
 _LEVEL = re.compile(r"([2-9]) (numbers|mixed)")
@@ -31,24 +31,24 @@ _LEVEL = re.compile(r"([2-9]) (numbers|mixed)")
 @dataclass(frozen=True)
 class Arithmetic:
     r"""Problems such as `37+25-18=?`, with the demonstration `37+25=62`, `62-18=44`, `\boxed{44}` on three lines.
+
     The rejected response of a preference pair is such a solution with a mistake, see `flawed_solution`.
 
-    Which side a problem is on is decided by a hash of its terms in sorted order (see `side`), not by chance: no
-    problem, nor one with the same terms in another order, can be on both sides, whatever the seeds and sizes of two
-    data sets.
+    A hash of a problem's sorted terms decides which side it is on (see `side`). So problems with the same terms, in any
+    order, are always on the same side, whatever the seeds and sizes of two data sets.
 
-    Fields:
-        levels: the difficulty levels, each "N numbers" (sums) or "N mixed" (sums with at least two
-            differences, or one if N is 2), with N from 2 to 9. No running total is below zero.
-        train_size, evaluation_size: how many problems on each side, spread evenly over the levels (the first levels
-            get one more where it does not divide); the order interleaves the levels. A larger size keeps the problems
-            of a smaller one.
-        largest: the numbers are from 1 to this.
+    Attributes:
+        levels: the difficulty levels, each "N numbers" (sums) or "N mixed" (with at least two differences, or one if N
+            is 2), with N from 2 to 9. No running total is below zero.
+        train_size, evaluation_size: number of problems on each side, divided evenly among the levels. If that leaves a
+            remainder, the first levels get one problem more. The order interleaves the levels. A larger size keeps the
+            problems of a smaller one.
+        largest: the numbers are from 1 to `largest`.
         seed: another seed draws other problems.
 
     Raises:
-        ConfigError: a level that does not exist, a size or `largest` out of range, or more problems of a level asked
-            for than numbers up to `largest` allow; the message names the key.
+        ConfigError: a level does not exist, a size or `largest` is out of range, or a level has too few different
+            problems with numbers up to `largest`. The message names the key.
     """
 
     levels: Sequence[str] = LEVELS
@@ -71,7 +71,7 @@ class Arithmetic:
                 raise ConfigError(f"data.{key}: found {getattr(self, key)}; give a number of at least {smallest}")
 
     def load(self) -> Splits:
-        """Draws the problems of both sides; the same fields give the same problems in the same order."""
+        """Draws the problems of both sides. Equal settings give equal problems in the same order."""
         return Splits(self._side("train", self.train_size), self._side("evaluation", self.evaluation_size))
 
     def _side(self, which: Side, size: int) -> tuple[Problem, ...]:
@@ -81,21 +81,25 @@ class Arithmetic:
 
     def _level(self, which: Side, level: str, size: int) -> list[Problem]:
         rng = random.Random(f"{self.seed}/{which}/{level}")
-        found: dict[tuple[int, ...], None] = {}
+        drawn: dict[tuple[int, ...], None] = {}
         for _ in range(100 * size + 1000):
-            if len(found) == size:
-                return [as_problem(terms, level) for terms in found]
+            if len(drawn) == size:
+                return [as_problem(terms, level) for terms in drawn]
             terms = draw(rng, level, self.largest)
             if side(terms) == which:
-                found.setdefault(terms)
+                drawn.setdefault(terms)
         raise ConfigError(
-            f"data.largest: with numbers up to {self.largest} only {len(found)} of {size} different {which} problems "
+            f"data.largest: with numbers up to {self.largest} only {len(drawn)} of {size} different {which} problems "
             f"were found for '{level}'; raise data.largest or lower data.{which}_size"
         )
 
 
 def parse_level(level: str) -> tuple[int, bool]:
-    """How many numbers a level has, and whether it has differences."""
+    """(number of terms, whether there are differences) of a level.
+
+    Raises:
+        ConfigError: there is no such level.
+    """
     match = _LEVEL.fullmatch(level)
     if not match:
         raise ConfigError(
@@ -106,7 +110,7 @@ def parse_level(level: str) -> tuple[int, bool]:
 
 
 def draw(rng: random.Random, level: str, largest: int) -> tuple[int, ...]:
-    """The terms of one problem, differences as negative numbers; on either side."""
+    """The terms of one problem, on either side. Subtracted terms are negative."""
     count, differences = parse_level(level)
     while True:
         terms = [rng.randint(1, largest) for _ in range(count)]
@@ -119,13 +123,13 @@ def draw(rng: random.Random, level: str, largest: int) -> tuple[int, ...]:
 
 
 def side(terms: Sequence[int]) -> Side:
-    """The one side on which a problem with these terms, in any order, may occur."""
+    """The side of every problem with these terms, in any order."""
     digest = hashlib.sha256(" ".join(map(str, sorted(terms))).encode()).digest()
     return "evaluation" if int.from_bytes(digest[:8], "big") % EVALUATION_EVERY == 0 else "train"
 
 
 def as_problem(terms: Sequence[int], level: str) -> Problem:
-    """The problem with these terms; its demonstration is a worked solution, its rejected response a flawed one."""
+    """The problem with these terms. Its demonstration is a worked solution, its rejected response a flawed one."""
     prompt = question(terms)
     return Problem(
         id=f"{level}/{prompt}",
@@ -139,13 +143,18 @@ def as_problem(terms: Sequence[int], level: str) -> Problem:
 
 
 def question(terms: Sequence[int]) -> str:
-    """The prompt: `37+25-18=?`."""
+    """The prompt, such as `37+25-18=?`."""
     return "".join([str(terms[0]), *(f"{t:+d}" for t in terms[1:])]) + "=?"
 
 
 def worked_solution(terms: Sequence[int], step: Callable[[int, int], int] = int.__add__) -> str:
-    """One line a step, then the last result in a box; `step(total, term)` gives the result that is written down and
-    carried on, so that a solution with mistakes can be made from a step that makes them."""
+    """A solution with one line per step and the last result in a box.
+
+    Args:
+        terms: the terms of the problem.
+        step: (total, term) → the result that the solution states and continues with. A wrong `step` makes a flawed
+            solution.
+    """
     lines, total = [], terms[0]
     for term in terms[1:]:
         result = step(total, term)
@@ -155,11 +164,11 @@ def worked_solution(terms: Sequence[int], step: Callable[[int, int], int] = int.
 
 
 def flawed_solution(terms: Sequence[int]) -> str:
-    """A worked solution whose result is wrong; it follows from the terms alone.
+    """A worked solution with a wrong result. It depends only on the terms.
 
-    Where there are differences, half of the problems have them all taken for sums. Otherwise one step is off by one of
-    `SLIPS`, and what was written down is carried on. Either way the errors of the steps cannot cancel, so the result is
-    wrong, and no running total is below zero.
+    In half of the problems with differences, the solution adds every term. Otherwise the result of one step is off by
+    one of `SLIPS`, and the solution continues with it. In both cases the errors cannot cancel, and no running total is
+    below zero.
     """
     rng = random.Random(f"flawed/{question(terms)}")
     if min(terms[1:]) < 0 and rng.random() < 0.5:

@@ -1,4 +1,4 @@
-"""What a cell of a table says: texts, numbers, chat messages, the options of a question; errors name the row."""
+"""Reads the cells of a table: texts, numbers, chat messages and options of a question. Errors name the row."""
 
 from __future__ import annotations
 
@@ -13,134 +13,136 @@ from upge.errors import DataError, nearest
 
 _ABSENT = object()
 
+Cell = Any  # a value of a JSON or parquet file, of any type
+
 
 def has(record: Record, column: str) -> bool:
-    """Does the row have this column, with anything in it but null? A dotted name leads into nested values."""
-    found = _find(record.values, column)
-    return found is not _ABSENT and found is not None
+    """Whether the row has this column with a value other than null. A dotted name refers to a nested value."""
+    cell = _find(record.values, column)
+    return cell is not _ABSENT and cell is not None
 
 
 def text(record: Record, column: str) -> str:
     """The text in a column.
 
     Raises:
-        DataError: there is no such column, or something else in it.
+        DataError: there is no such column, or it holds something else.
     """
     return _as_text(value(record, column), record, column, "text")
 
 
-def value(record: Record, column: str) -> Any:
-    """What a column holds, of any type.
+def value(record: Record, column: str) -> Cell:
+    """The value in a column, of any type.
 
     Raises:
-        DataError: there is no such column, or null in it.
+        DataError: there is no such column.
     """
-    found = _find(record.values, column)
-    if found is _ABSENT:
+    cell = _find(record.values, column)
+    if cell is _ABSENT:
         known = list(_names(record.values))
         raise DataError(
             f"{record.where}: no column '{column}'; columns found: {', '.join(map(repr, known)) or 'none'}; "
             f"{nearest(column, known)}"
         )
-    return found
+    return cell
 
 
 def prompt(record: Record, column: str) -> tuple[str, str | None]:
-    """The user's prompt and, where the column holds chat messages, their system message.
+    """(prompt, system message) in a column of texts or chat messages; None if there is no system message.
 
     Raises:
-        DataError: it holds neither text nor messages, or other turns than one of the user after at most one of the
-            system.
+        DataError: the column holds neither text nor messages, or messages other than one of the user after at most one
+            of the system.
     """
-    found = value(record, column)
-    if not _is_chat(found):
-        return _as_text(found, record, column, "text or a list of chat messages"), None
-    roles = [message["role"] for message in found]
+    cell = value(record, column)
+    if not _is_chat(cell):
+        return _as_text(cell, record, column, "text or a list of chat messages"), None
+    roles = [message["role"] for message in cell]
     if roles not in (["user"], ["system", "user"]):
         raise DataError(
             f"{record.where}: column '{column}' holds the turns {', '.join(map(str, roles))}; expected one of the "
             "user, with or without one of the system before it; write earlier turns into the text of one"
         )
-    contents = [_content(message, record, column) for message in found]
+    contents = [_content(message, record, column) for message in cell]
     return contents[-1], contents[0] if len(contents) == 2 else None
 
 
 def responses(record: Record, column: str) -> tuple[str, ...]:
-    """The responses in a column: text, a list of texts, chat messages (the assistant's turn), or a list of such.
+    """The responses in a column: text, chat messages (the assistant's turn), or a list of either.
 
     Raises:
-        DataError: it holds anything else.
+        DataError: the column holds anything else.
     """
-    found = value(record, column)
-    alone = isinstance(found, str) or _is_chat(found)
-    return tuple(_response(one, record, column) for one in ([found] if alone else _listed(found, record, column)))
+    cell = value(record, column)
+    is_single = isinstance(cell, str) or _is_chat(cell)
+    return tuple(_response(one, record, column) for one in ([cell] if is_single else _listed(cell, record, column)))
 
 
 def answer(record: Record, column: str) -> str:
-    """The answer in a column: text, a number as it is written (142.0 stays "142.0"), or a list of one of them.
+    """The answer in a column: text, a number in its own notation (142.0 stays "142.0"), or a list of one of these.
 
     Raises:
-        DataError: it holds anything else.
+        DataError: the column holds anything else.
     """
-    found = value(record, column)
-    if isinstance(found, list) and len(found) == 1:
-        found = found[0]
-    if isinstance(found, list):
+    cell = value(record, column)
+    if isinstance(cell, list) and len(cell) == 1:
+        cell = cell[0]
+    if isinstance(cell, list):
         raise DataError(
-            f"{record.where}: column '{column}' holds {len(found)} answers; expected one; write them into one text, as "
+            f"{record.where}: column '{column}' holds {len(cell)} answers; expected one; write them into one text, as "
             "the verifier reads them"
         )
-    number = _number(found)
-    return number if number is not None else _as_text(found, record, column, "text or a number")
+    number = _number(cell)
+    return number if number is not None else _as_text(cell, record, column, "text or a number")
 
 
 def is_blank(record: Record, column: str) -> bool:
-    """Does the row have the column, with nothing in it: null, or a text or list of nothing?"""
-    found = _find(record.values, column)
-    return found is None or found == [] or (isinstance(found, str) and not found.strip())
+    """Whether the row has the column with an empty value: null, an empty list, or blank text."""
+    cell = _find(record.values, column)
+    return cell is None or cell == [] or (isinstance(cell, str) and not cell.strip())
 
 
 def level(record: Record, column: str) -> str:
-    """The level in a column; a whole number n is "Level n", as MATH calls its own.
+    """The level in a column; a whole number n becomes "Level n", as in MATH.
 
     Raises:
-        DataError: it holds neither text nor a whole number.
+        DataError: the column holds neither text nor a whole number.
     """
-    found = value(record, column)
-    if isinstance(found, float) and found.is_integer():
-        found = int(found)
-    whole = isinstance(found, int) and not isinstance(found, bool)
-    return f"Level {found}" if whole else _as_text(found, record, column, "text or a whole number")
+    cell = value(record, column)
+    if isinstance(cell, float) and cell.is_integer():
+        cell = int(cell)
+    is_whole = isinstance(cell, int) and not isinstance(cell, bool)
+    return f"Level {cell}" if is_whole else _as_text(cell, record, column, "text or a whole number")
 
 
 def label(record: Record, column: str) -> str:
-    """A name in a column, of an example for instance: text or a whole number.
+    """A name in a column, such as an id: text or a whole number.
 
     Raises:
-        DataError: it holds anything else.
+        DataError: the column holds anything else.
     """
-    found = value(record, column)
-    whole = isinstance(found, int) and not isinstance(found, bool)
-    return str(found) if whole else _as_text(found, record, column, "text or a whole number")
+    cell = value(record, column)
+    is_whole = isinstance(cell, int) and not isinstance(cell, bool)
+    return str(cell) if is_whole else _as_text(cell, record, column, "text or a whole number")
 
 
 def options(record: Record, column: str, answer_column: str) -> tuple[str, str]:
-    """The options of a multiple-choice question as lines "A) ...", and the letter of the right one.
+    """The options of a multiple-choice question as lines "A) ...", and the letter of the right option.
 
     Args:
         record: the row.
-        column: holds a list of texts, or their mapping {text: [...], label: [...]}.
-        answer_column: holds the right one's label, or without labels its letter or its index from 0.
+        column: holds a list of texts, or a mapping {text: [...], label: [...]}.
+        answer_column: holds the label of the right option; without labels, its letter or its index from 0.
 
     Raises:
-        DataError: either holds anything else.
+        DataError: one of the columns holds anything else.
     """
-    found = value(record, column)
-    labelled = isinstance(found, Mapping) and isinstance(found.get("text"), list)
-    listed = _listed(found["text"] if labelled else found, record, column)
+    cell = value(record, column)
+    labelled = isinstance(cell, Mapping) and isinstance(cell.get("text"), list)
+    listed = _listed(cell["text"] if labelled else cell, record, column)
     texts = [_as_text(one, record, column, "texts") for one in listed]
     letters = string.ascii_uppercase[: len(texts)]
-    labels = [str(one) for one in found.get("label") or letters] if labelled else list(letters)
+    labels = [str(one) for one in cell.get("label") or letters] if labelled else list(letters)
     if len(labels) != len(texts) or len(letters) != len(texts) or not texts:
         raise DataError(
             f"{record.where}: column '{column}' holds {len(texts)} options with {len(labels)} labels; expected as many "
@@ -157,27 +159,30 @@ def options(record: Record, column: str, answer_column: str) -> tuple[str, str]:
     return lines, letters[index]
 
 
-def _is_index(found: Any) -> bool:
-    return isinstance(found, int) and not isinstance(found, bool) and found >= 0
+def _is_index(cell: Cell) -> bool:
+    return isinstance(cell, int) and not isinstance(cell, bool) and cell >= 0
 
 
 def _index(name: str, labels: list[str]) -> int | None:
     return labels.index(name) if name in labels else None
 
 
-def _find(values: Mapping[str, Any], column: str) -> Any:
-    """What stands under a name, or under a dotted name in nested mappings; a name that is there as it stands wins."""
-    found: Any = values
+def _find(values: Mapping[str, Cell], column: str) -> Cell:
+    """The value of a column, or `_ABSENT`.
+
+    If there is no column of that name, a dotted name refers to a value in nested mappings.
+    """
     if column in values:
         return values[column]
+    inner: Cell = values
     for part in column.split("."):
-        if not isinstance(found, Mapping) or part not in found:
+        if not isinstance(inner, Mapping) or part not in inner:
             return _ABSENT
-        found = found[part]
-    return found
+        inner = inner[part]
+    return inner
 
 
-def _names(values: Mapping[str, Any], above: str = "") -> Iterator[str]:
+def _names(values: Mapping[str, Cell], above: str = "") -> Iterator[str]:
     for name, inner in values.items():
         if isinstance(inner, Mapping) and inner:
             yield from _names(inner, f"{above}{name}.")
@@ -185,50 +190,51 @@ def _names(values: Mapping[str, Any], above: str = "") -> Iterator[str]:
             yield f"{above}{name}"
 
 
-def _is_chat(found: Any) -> bool:
-    is_list = isinstance(found, list) and len(found) > 0
-    return is_list and all(isinstance(one, Mapping) and "role" in one and "content" in one for one in found)
+def _is_chat(cell: Cell) -> bool:
+    is_list = isinstance(cell, list) and len(cell) > 0
+    return is_list and all(isinstance(one, Mapping) and "role" in one and "content" in one for one in cell)
 
 
-def _content(message: Mapping[str, Any], record: Record, column: str) -> str:
+def _content(message: Mapping[str, Cell], record: Record, column: str) -> str:
     return _as_text(message["content"], record, column, "text as a message's content")
 
 
-def _response(found: Any, record: Record, column: str) -> str:
-    if not _is_chat(found):
-        return _as_text(found, record, column, "text, chat messages, or a list of them")
-    roles = [message["role"] for message in found]
+def _response(cell: Cell, record: Record, column: str) -> str:
+    if not _is_chat(cell):
+        return _as_text(cell, record, column, "text, chat messages, or a list of them")
+    roles = [message["role"] for message in cell]
     if roles != ["assistant"]:
         raise DataError(
             f"{record.where}: column '{column}' holds the turns {', '.join(map(str, roles))}; expected one of the "
             "assistant"
         )
-    return _content(found[0], record, column)
+    return _content(cell[0], record, column)
 
 
-def _listed(found: Any, record: Record, column: str) -> list[Any]:
-    if isinstance(found, list):
-        return found
-    raise DataError(f"{record.where}: column '{column}' holds {_short(found)}; expected text or a list")
+def _listed(cell: Cell, record: Record, column: str) -> list[Cell]:
+    if isinstance(cell, list):
+        return cell
+    raise DataError(f"{record.where}: column '{column}' holds {_short(cell)}; expected text or a list")
 
 
-def _number(found: Any) -> str | None:
-    """A number as text; None for anything else."""
-    if isinstance(found, bool) or not isinstance(found, (int, float, Decimal)):
+def _number(cell: Cell) -> str | None:
+    """A finite number as text; None for anything else."""
+    if isinstance(cell, bool) or not isinstance(cell, (int, float, Decimal)):
         return None
-    return str(found) if isinstance(found, int) or math.isfinite(found) else None
+    return str(cell) if isinstance(cell, int) or math.isfinite(cell) else None
 
 
-def _as_text(found: Any, record: Record, column: str, expected: str) -> str:
-    if not isinstance(found, str) or not found.strip():
-        inner = next(iter(found), None) if isinstance(found, Mapping) else None
+def _as_text(cell: Cell, record: Record, column: str, expected: str) -> str:
+    """A cell that holds text that is not blank; `expected` is for the message of the DataError that it raises else."""
+    if not isinstance(cell, str) or not cell.strip():
+        inner = next(iter(cell), None) if isinstance(cell, Mapping) else None
         hint = "" if inner is None else f"; a part of it is named as in '{column}.{inner}'"
-        raise DataError(f"{record.where}: column '{column}' holds {_short(found)}; expected {expected}{hint}")
-    if any("\ud800" <= letter <= "\udfff" for letter in found):
+        raise DataError(f"{record.where}: column '{column}' holds {_short(cell)}; expected {expected}{hint}")
+    if any("\ud800" <= letter <= "\udfff" for letter in cell):
         raise DataError(f"{record.where}: column '{column}' holds half a surrogate pair, which is no character")
-    return found
+    return cell
 
 
-def _short(found: Any) -> str:
-    shown = repr(found)
+def _short(cell: Cell) -> str:
+    shown = repr(cell)
     return shown if len(shown) <= 80 else f"{shown[:77]}..."

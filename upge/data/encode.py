@@ -1,4 +1,4 @@
-"""From problems to token ids, with limits on the lengths whose effect is counted, never silent."""
+"""Encodes problems as token ids, with limits on lengths. What the limits drop or cut is counted."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ OverlongDemonstrations = Literal["drop", "truncate", "error"]
 
 @dataclass(frozen=True)
 class Example:
-    """A problem in tokens.
+    """A problem as token ids.
 
-    Fields:
-        problem: where it comes from.
+    Attributes:
+        problem: the encoded problem.
         prompt_ids: the prompt in its template.
-        demonstrations: the token ids of the expert responses; each ends with the end-of-sequence token unless it was
-            truncated. Those that were dropped for their length are missing.
-        rejected_ids: the other side of a preference pair, whose chosen side is the first demonstration. None where
-            there is none, or where the first demonstration was dropped.
+        demonstrations: the expert responses that were not dropped for their length. Each ends with the end-of-sequence
+            token unless it was truncated.
+        rejected_ids: the rejected response of a preference pair, whose chosen response is the first demonstration. None
+            if there is none or if the first demonstration was dropped.
     """
 
     problem: Problem
@@ -36,15 +36,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The examples, and how many problems the limits have touched.
+    """Examples, and the number of those that the limits on lengths affected.
 
-    Fields:
+    Attributes:
         examples: in the order of the problems.
-        dropped_prompts: problems that were left out for the length of their prompt.
-        dropped_demonstrations: demonstrations that were left out for their length.
-        truncated_demonstrations: demonstrations that were cut to the limit, and so have no final answer.
-        dropped_pairs: examples that lost their preference pair because one of its sides was too long.
-        truncated_pairs: examples with a pair of which a side was cut to the limit.
+        dropped_prompts: problems dropped because their prompt was too long.
+        dropped_demonstrations: demonstrations dropped because they were too long.
+        truncated_demonstrations: demonstrations cut to the limit, which therefore have no final answer.
+        dropped_pairs: examples that lost their preference pair because one of its responses was too long.
+        truncated_pairs: examples with a preference pair of which a response was cut to the limit.
     """
 
     examples: tuple[Example, ...]
@@ -71,16 +71,17 @@ def encode(
     Args:
         problems: what to encode.
         prompting: the model's tokenizer and template.
-        max_prompt_tokens, max_response_tokens: the limits; a demonstration's includes its end-of-sequence token.
-        overlong_prompts: what becomes of a problem whose prompt is longer than the limit.
-        overlong_demonstrations: what becomes of a demonstration or rejected response that is longer; the problem itself
-            stays, and so does a demonstration that has only lost its counterpart.
-        demonstrations: False leaves demonstrations, and so pairs, out.
-        pairs: False leaves the rejected responses out.
+        max_prompt_tokens: limit for prompts.
+        max_response_tokens: limit for demonstrations and rejected responses, including the end-of-sequence token.
+        overlong_prompts: policy for problems whose prompt exceeds the limit.
+        overlong_demonstrations: policy for demonstrations and rejected responses that exceed the limit. The problem
+            remains, and so does a demonstration whose rejected response is dropped.
+        demonstrations: whether to encode demonstrations; False also leaves out pairs.
+        pairs: whether to encode rejected responses.
 
     Raises:
-        ConfigError: a policy that does not exist.
-        DataError: a length over its limit under the policy 'error', or no problem left.
+        ConfigError: a policy does not exist.
+        DataError: a length exceeds its limit under the policy 'error', or no problem is left.
     """
     _check_policy("overlong_prompts", overlong_prompts, OverlongPrompts)
     _check_policy("overlong_demonstrations", overlong_demonstrations, OverlongDemonstrations)
@@ -104,7 +105,7 @@ def encode(
 
 
 class _Responses:
-    """The demonstrations and rejected responses of some problems in tokens, and what the limit has done to them."""
+    """The encoded demonstrations and rejected responses of problems, and the effects of the limit on them."""
 
     def __init__(self, problems: Sequence[Problem], prompting: Prompting, limit: int, policy: str, pairs: bool) -> None:
         self._policy = policy
@@ -112,22 +113,22 @@ class _Responses:
         experts, self._long = _limited("demonstration", problems, flat, prompting, limit, policy)
         paired = [(k, p.rejected) for k, p in enumerate(problems) if pairs and p.rejected and p.demonstrations]
         others, long_others = _limited("rejected response", problems, paired, prompting, limit, policy)
-        self._experts: list[list] = [[] for _ in problems]
+        self._experts: list[list[Sequence[int] | None]] = [[] for _ in problems]
         for (k, _), ids in zip(flat, experts, strict=True):
             self._experts[k].append(ids)
         self._rejected = dict(zip((k for k, _ in paired), others, strict=True))
-        # Of a pair the first demonstration is the chosen side; without it there is no pair.
+        # The first demonstration is the chosen response of a pair. Without it there is no pair.
         first = {k: i for i, (k, _) in reversed(list(enumerate(flat)))}
         self._pairs = {paired[i][0] for i in long_others} | {k for k, _ in paired if first[k] in self._long}
 
     def of(self, k: int) -> tuple[tuple[Sequence[int], ...], Sequence[int] | None]:
-        """The demonstrations and the rejected response of a problem."""
+        """The demonstrations and the rejected response of problem `k`."""
         experts = self._experts[k]
         chosen = bool(experts) and experts[0] is not None
         return tuple(ids for ids in experts if ids is not None), self._rejected.get(k) if chosen else None
 
     def counts(self) -> dict[str, int]:
-        """What the limit has touched, by the fields of `Encoded`."""
+        """How many the limit affected, by the attributes of `Encoded`."""
         done = {"drop": "dropped", "truncate": "truncated"}.get(self._policy)
         return {f"{done}_demonstrations": len(self._long), f"{done}_pairs": len(self._pairs)} if done else {}
 
@@ -140,23 +141,28 @@ def _limited(
     limit: int,
     policy: str,
 ) -> tuple[list[Sequence[int] | None], set[int]]:
-    """The texts, each of the problem at its index, in tokens as the policy leaves them, and which were too long."""
-    found: list[Sequence[int] | None] = list(prompting.response_arrays([text for _, text in texts]))
-    long = {i for i, ids in enumerate(found) if len(ids) > limit}
+    """Encodes (index of problem, text) pairs under a policy for those over the limit.
+
+    Returns:
+        The token ids of each text, None for a dropped one, and the set of those that were too long.
+    """
+    encoded = prompting.response_arrays([text for _, text in texts])
+    long = {i for i, ids in enumerate(encoded) if len(ids) > limit}
     if long and policy == "error":
-        worst = max(sorted(long), key=lambda i: len(found[i]))
+        worst = max(sorted(long), key=lambda i: len(encoded[i]))
         problem = problems[texts[worst][0]]
         raise DataError(
-            f"{problem.where or problem.id}: the {what} has {len(found[worst])} tokens with its end-of-sequence token, "
-            f"the limit is rollout.max_response_tokens={limit} ({len(long)} of {len(texts)} are longer; this is the "
-            "longest); raise it, or set data_policy.overlong_demonstrations to drop or truncate"
+            f"{problem.where or problem.id}: the {what} has {len(encoded[worst])} tokens with its end-of-sequence "
+            f"token, the limit is rollout.max_response_tokens={limit} ({len(long)} of {len(texts)} are longer; this is "
+            "the longest); raise it, or set data_policy.overlong_demonstrations to drop or truncate"
         )
+    limited: list[Sequence[int] | None] = list(encoded)
     for i in long:
-        found[i] = found[i][:limit] if policy == "truncate" else None
-    return found, long
+        limited[i] = encoded[i][:limit] if policy == "truncate" else None
+    return limited, long
 
 
-def _check_policy(name: str, value: str, allowed: Any) -> None:
+def _check_policy(name: str, value: str, allowed: Any) -> None:  # Any: a type annotation
     wrong = mismatch(value, allowed)
     if wrong:
         raise ConfigError(f"data_policy.{name}: {wrong}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,27 @@ from upge.errors import ConfigError, DataError, nearest
 class Record:
     """One row of a table.
 
-    Fields:
-        values: column → value, nested as the file has it.
-        number: its line in a JSON-lines file, else its row; from 1.
+    Attributes:
+        values: column → value, which may be nested.
+        number: its line in a JSON-lines file, else its row, from 1.
         where: its place for messages, `file:line` or `file: row N`.
     """
 
-    values: Mapping[str, Any]
+    values: Mapping[str, Any]  # Any: JSON or parquet values
     number: int
     where: str
 
 
 def read_file(path: Path, key: str = "data.path") -> list[Record]:
-    """The rows of a file, which its suffix says how to read: one of `READERS`; `key` is the setting that names it.
+    """The rows of a file whose suffix is one of `READERS`.
+
+    Args:
+        path: the file.
+        key: the setting that names the file, for messages.
 
     Raises:
-        ConfigError: another suffix, or pyarrow is missing where it is needed.
-        DataError: the file is missing, unreadable or without rows, or a row is no object.
+        ConfigError: the suffix is unknown, or pyarrow is needed and missing.
+        DataError: the file is missing, unreadable or without rows, or a row is not an object.
     """
     if path.is_dir():
         raise DataError(f"{key}: {path} is a folder; give one file, {_KINDS}")
@@ -48,8 +52,8 @@ def read_file(path: Path, key: str = "data.path") -> list[Record]:
 
 
 def _lines(path: Path) -> list[Record]:
-    """JSON lines; blank ones are passed over."""
-    # Not str.splitlines: JSON strings may hold U+2028 and its kind, which end no line of a file.
+    """The rows of a JSON-lines file. Blank lines are skipped."""
+    # Not str.splitlines, which also splits at characters that JSON strings may contain, such as U+2028.
     numbered = enumerate(_text(path).split("\n"), start=1)
     return [_line(text, number, f"{path}:{number}") for number, text in numbered if text.strip()]
 
@@ -64,7 +68,7 @@ def _line(text: str, number: int, where: str) -> Record:
 
 
 def _json(path: Path) -> list[Record]:
-    """A JSON list of objects."""
+    """The rows of a JSON file with a list of objects."""
     try:
         rows = json.loads(_text(path))
     except json.JSONDecodeError as error:
@@ -84,7 +88,7 @@ def _parquet(path: Path) -> list[Record]:
     except ImportError as error:
         raise ConfigError(f"reading {path} needs the package pyarrow: pip install 'upge[data]' ({error})") from error
     try:
-        # Not through a path: pyarrow would take folders named like a=b above the file for columns.
+        # Not by path: pyarrow would read parent folders with names such as a=b as columns.
         with path.open("rb") as file:
             rows = pyarrow.parquet.read_table(file).to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:
@@ -92,16 +96,16 @@ def _parquet(path: Path) -> list[Record]:
     return numbered_records(rows, str(path))
 
 
-def numbered_records(rows: list[Any], name: str) -> list[Record]:
+def numbered_records(rows: Sequence[object], name: str) -> list[Record]:
     """Rows as records whose place is `name: row N`.
 
     Raises:
-        DataError: a row is no object.
+        DataError: a row is not an object.
     """
     return [_record(values, number, f"{name}: row {number}") for number, values in enumerate(rows, start=1)]
 
 
-def _record(values: Any, number: int, where: str) -> Record:
+def _record(values: object, number: int, where: str) -> Record:
     if not isinstance(values, Mapping):
         raise DataError(f"{where}: found a {type(values).__name__}, expected an object of named columns")
     return Record(values, number, where)
@@ -114,10 +118,10 @@ def _text(path: Path) -> str:
         raise DataError(f"data file {path} cannot be read as UTF-8 text: {error}") from error
 
 
-#: How a file is read, by its suffix.
+#: Suffix → function that reads the file.
 READERS: dict[str, Callable[[Path], list[Record]]] = {".jsonl": _lines, ".json": _json, ".parquet": _parquet}
 _KINDS = ".jsonl (an object a line), .json (a list of objects) or .parquet"
-#: What each kind of failure, by the name of its class in `datasets`, is and how it is mended.
+#: Class name of an error of `datasets` → what it means and how to fix it.
 _FIXES = {
     "DatasetNotFoundError": "it does not exist, or it is gated or private: ask for access on its page, then log in "
     "with `hf auth login` (`huggingface-cli login` in older versions)",
@@ -131,13 +135,13 @@ def read_hub(name: str, subset: str | None, split: str) -> list[Record]:
     """The rows of one split of a hub data set, downloaded once into the cache of `datasets`.
 
     Args:
-        name: as in `openai/gsm8k`.
-        subset: its configuration; None takes the only one.
-        split: as in `train`; slices such as `train[:1000]` are understood.
+        name: name of the data set, such as `openai/gsm8k`.
+        subset: its configuration; None means the only one.
+        split: name of the split, such as `train`, or a slice, such as `train[:1000]`.
 
     Raises:
         ConfigError: the package `datasets` is missing.
-        DataError: the data set cannot be loaded, or it has no rows; the message says why, and what to do.
+        DataError: the data set cannot be loaded or has no rows; the message gives the reason and a fix.
     """
     title = f"{name}, {subset}, {split}" if subset else f"{name}, {split}"
     try:
@@ -149,12 +153,12 @@ def read_hub(name: str, subset: str | None, split: str) -> list[Record]:
         ) from error
     try:
         rows = list(datasets.load_dataset(name, subset, split=split))
-    except Exception as error:  # downloads, caches and readers of many kinds fail in as many ways
+    except Exception as error:  # downloads, caches and readers raise many kinds of errors
         kind = next((c.__name__ for c in type(error).__mro__ if c.__name__ in _FIXES), None)
         fix = f"; {_FIXES[kind]}" if kind else ""
-        said = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines()
         raise DataError(
-            f"data.hub: '{title}' could not be loaded ({type(error).__name__}: {said[0] if said else ''}){fix}; or "
+            f"data.hub: '{title}' could not be loaded ({type(error).__name__}: {lines[0] if lines else ''}){fix}; or "
             "give a file of it as data.path"
         ) from error
     if not rows:

@@ -1,4 +1,4 @@
-"""GSM8K in its own files: grade-school word problems whose worked solutions serve as demonstrations."""
+"""GSM8K in its own format: grade-school word problems whose worked solutions serve as demonstrations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from upge.errors import DataError
 HUB, SUBSET = "openai/gsm8k", "main"
 TRAIN_FILE, EVALUATION_FILE = "train.jsonl", "test.jsonl"
 
-#: Of a single file, about so much is for evaluation.
+#: Approximate share of a single file that is for evaluation.
 EVALUATION_SHARE = 0.1
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
@@ -26,19 +26,19 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
 
 @dataclass(frozen=True)
 class GSM8K:
-    r"""Rows with `question` and `answer`, where `answer` is a worked solution, then `####` and the final number.
+    r"""Rows with `question` and `answer`, where `answer` is a worked solution followed by `####` and the final number.
 
-    The demonstration is the worked solution without its calculator annotations (`<<48/2=24>>`), then the final number,
-    without thousands commas, in a box on a line of its own.
+    The demonstration is the worked solution without its calculator annotations (`<<48/2=24>>`), followed by the final
+    number, without thousands commas, in a box on a line of its own.
 
-    GSM8K itself has no preference pairs. A file of its form may have them: where a row has a column `rejected`, that
-    text, written just as `answer` is, becomes the rejected response.
+    GSM8K itself has no preference pairs. A file of the same format may have them: the text in a row's column
+    `rejected`, which has the form of `answer`, becomes the rejected response.
 
-    Fields:
+    Attributes:
         path: a folder with train.jsonl and test.jsonl (training and evaluation), or one file. Of one file, a tenth of
-            the questions is for evaluation, by a hash of the question (see `upge.data.splits`): where one goes
-            depends on nothing else in the file. None takes GSM8K from the hub (openai/gsm8k; never run).
-        train_size, evaluation_size: take only the first so many rows of each side; None takes all.
+            the questions is for evaluation. A hash of the question alone decides which (see `upge.data.splits`). None
+            loads GSM8K from the hub (openai/gsm8k; never run).
+        train_size, evaluation_size: number of rows to take from the beginning of each side; None takes all.
 
     Raises:
         ConfigError: a size is below 1, or (by `load`) a package is missing.
@@ -55,7 +55,7 @@ class GSM8K:
         check_sizes(self.train_size, self.evaluation_size)
 
     def load(self) -> Splits:
-        """Reads the files, or the hub's two splits; rows keep their order."""
+        """Reads the files, or the hub's two splits. Rows keep their order."""
         path = Path(self.path).expanduser() if self.path else None
         if path is None or path.is_dir():
             train, evaluation = self._sides(path)
@@ -96,13 +96,13 @@ def _as_problem(record: Record, name: str) -> Problem:
 
 
 def _solution(record: Record, column: str) -> tuple[str, str]:
-    """The final number of a column, and the response that it makes."""
+    """(final number, response) of the worked solution in a column."""
     worked, mark, last = cells.text(record, column).rpartition("####")
     number = _THOUSANDS.sub("", last.strip())
     if not mark or not number:
-        found = "nothing after" if mark else "no"
+        fault = "nothing after" if mark else "no"
         raise DataError(
-            f"{record.where}: {found} '####' in the column '{column}'; expected a worked solution, '####' and the "
+            f"{record.where}: {fault} '####' in the column '{column}'; expected a worked solution, '####' and the "
             "number"
         )
     return number, f"{_ANNOTATION.sub('', worked).strip()}\n\\boxed{{{number}}}".lstrip()

@@ -1,4 +1,4 @@
-"""Several data sets as one, each with its share of the training prompts."""
+"""A mixture of data sets with a share of the training prompts for each."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from upge.errors import ConfigError, UserError, nearest
 class Mixture:
     """The problems of several data sets.
 
-    A problem's `source` is the name of its set, which also begins its id. On the evaluation side it begins its level,
-    too ("gsm8k", "math, Level 5"), so that accuracy is reported for each set.
+    A problem's `source` is the name of its set, which is also a prefix of its id. On the evaluation side it is a prefix
+    of its level as well ("gsm8k", "math, Level 5"), so that accuracy is reported for each set.
 
-    Fields:
+    Attributes:
         sets: name → data set, each with `load() -> Splits`.
-        weights: name → its share of the training prompts of every step; shares need not add up to 1, and a set with 0
-            is only evaluated. None mixes by size: every problem comes as often as every other.
+        weights: name → share of the training prompts of every step. Shares need not add up to 1. A set with share 0 is
+            only evaluated. None mixes by size: every problem is equally frequent.
 
     Raises:
-        ConfigError: there is no set, one is no data set or a mixture itself, or the weights do not fit the sets.
-        DataError: (by `load`) what a set has to say, with its name, or a prompt that is on both sides.
+        ConfigError: there is no set, a value is not a data set or is a mixture, or the weights do not match the sets.
+        DataError: (by `load`) a set raises it, or a prompt is on both sides. The message names the set.
     """
 
-    sets: Mapping[str, Any]
+    sets: Mapping[str, Any]  # Any: checked here, because a message then names the set
     weights: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
@@ -46,12 +46,12 @@ class Mixture:
                     "mapping such as {_target_: upge.data.GSM8K, path: gsm8k}"
                 )
             if isinstance(one, Mixture):
-                raise ConfigError(f"data.sets.{name}: is a mixture itself; list its sets here, with weights of theirs")
+                raise ConfigError(f"data.sets.{name}: is a mixture itself; list its sets here, with their own weights")
         if self.weights is not None:
             _check_weights(self.weights, self.sets)
 
     def load(self) -> Splits:
-        """Loads all sets, in their order."""
+        """Loads all sets in order."""
         train: list[Problem] = []
         evaluation: list[Problem] = []
         for name, one in self.sets.items():
@@ -59,7 +59,7 @@ class Mixture:
                 splits = one.load()
             except UserError as error:
                 raise type(error)(f"data.sets.{name}: {error}") from error
-            # A set without a share is not trained on, so what is on its training side must not count anywhere.
+            # A set with share 0 is not trained on, so its training side is left out.
             if self.weights is None or self.weights[name] > 0:
                 train += _named(splits.train, name)
             evaluation += [_levelled(problem) for problem in _named(splits.evaluation, name)]
@@ -85,6 +85,6 @@ def _check_weights(weights: Mapping[str, float], sets: Mapping[str, Any]) -> Non
             raise ConfigError(f"data.weights.{name}: found {weight!r}, expected a number of at least 0")
     for name in sets:
         if name not in weights:
-            raise ConfigError(f"data.weights.{name}: missing; give it a share too, 0 to leave it out of training")
+            raise ConfigError(f"data.weights.{name}: missing; give it a share, or 0 to leave it out of training")
     if not sum(weights.values()) > 0:
         raise ConfigError("data.weights: all are 0; give one set a share")

@@ -1,4 +1,4 @@
-"""What every data set gives: problems with a checkable answer, in two splits."""
+"""The output of every data set: problems with verifiable answers, in two splits."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Problem:
-    """One question whose answer can be verified.
+    """A question with a verifiable answer.
 
-    Fields:
-        id: unique within its data set and stable from run to run.
-        prompt: what the user asks, without any template.
-        answer: the ground truth, as the verifier reads it.
-        demonstrations: an expert's responses, each of which ends with the final answer; none where the data has none.
-        level: the difficulty level under which accuracy is reported; None where the data has none.
-        system: the system message, if the data brings one.
-        where: the place it came from (`file:line` for files), for messages.
-        rejected: a flawed response to the same prompt: with the first demonstration as the chosen one it makes a
-            preference pair; None where the data has none.
-        verifier: the name of the verifier that reads `answer`, as in `upge.verify.load`; None takes the run's.
-        source: the data set it belongs to, in a mixture of several; empty where there is one.
+    Attributes:
+        id: unique within its data set and stable across runs.
+        prompt: the question, without any template.
+        answer: the ground truth, in the form that the verifier reads.
+        demonstrations: expert responses, each of which ends with the final answer; empty if the data has none.
+        level: the difficulty level under which accuracy is reported; None if the data has none.
+        system: the system message; None if the data has none.
+        where: the place that it comes from (`file:line` for files), for messages.
+        rejected: a flawed response, which makes a preference pair with the first demonstration as the chosen response;
+            None if the data has none.
+        verifier: the name of the verifier that reads `answer`, as in `upge.verify.load`; None means the run's verifier.
+        source: in a mixture, the name of its data set; else empty.
     """
 
     id: str
@@ -38,12 +38,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Splits:
-    """The two sides of a data set: `train` for updates, `evaluation` for measuring; no prompt is on both.
+    """The two sides of a data set. No prompt is on both.
 
-    Fields:
-        train, evaluation: the problems.
-        weights: in a mixture, the share of the training prompts that each source (`Problem.source`) shall have; they
-            need not add up to 1. Empty: every problem comes as often as every other.
+    Attributes:
+        train: problems for updates.
+        evaluation: problems for evaluation.
+        weights: in a mixture, the share of the training prompts for each source (`Problem.source`). Shares need not add
+            up to 1. If empty, every problem is equally frequent.
     """
 
     train: tuple[Problem, ...]

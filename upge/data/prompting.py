@@ -1,4 +1,4 @@
-"""How a model is spoken to: chat template, stop tokens, padding, all decided here and nowhere else."""
+"""Chat template, stop tokens and padding of a model, and the encoding of prompts and responses."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from upge.data.tokens import tokens_of
 from upge.errors import ConfigError, ModelError, nearest
 
 FIELDS = ("prompt", "system")
-#: One of these is there where a folder has a tokenizer.
+#: A folder with a tokenizer has at least one of these files.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 @dataclass(frozen=True)
 class Prompting:
-    r"""Turns problems into the token ids that a model is given, and responses into those it should give.
+    r"""Encodes problems as prompts of a model, and responses as its output.
 
-    Fields:
+    Attributes:
         tokenizer: a Hugging Face tokenizer with an end-of-sequence token.
         template: "chat" for the tokenizer's chat template with the generation prompt, else a format string with
-            {prompt} and optionally {system} (empty where there is no system message); plain braces are doubled.
-        system: the system message of problems that bring none; empty for none.
-        instruction: added to every prompt as it stands, such as "\nPut the final answer in \boxed{}."
-        opening: what every response begins with, written into the prompt, such as a tag for thoughts. A demonstration
-            that begins with it loses it, since it is there already.
-        stop_token_ids: tokens that end a response. Added to them are the tokenizer's end of sequence, which comes
-            first and with which demonstrations end, and the special token that ends a turn in a chat template.
+            {prompt} and optionally {system} (empty without a system message). Plain braces are doubled.
+        system: the system message of problems without their own; empty for none.
+        instruction: appended unchanged to every prompt, such as "\nPut the final answer in \boxed{}."
+        opening: the beginning of every response, which is written into the prompt, such as a tag for thoughts. It is
+            removed from demonstrations that begin with it.
+        stop_token_ids: tokens that end a response. The tokenizer's end of sequence, with which demonstrations end, is
+            added in front, and the special token that ends a turn in a chat template is added at the end.
 
     Raises:
-        ConfigError: the template is no format string with {prompt}, or the tokenizer has no chat template, or (by
-            `text`) one that refuses a problem's messages.
+        ConfigError: the template is not a format string with {prompt}, or the tokenizer has no chat template, or (by
+            `text`) the chat template refuses a problem's messages.
         ModelError: the tokenizer has no end-of-sequence token.
     """
 
-    tokenizer: Any
+    tokenizer: Any  # Any: a tokenizer of transformers, which is untyped where it matters
     template: str = "chat"
     system: str = ""
     instruction: str = ""
@@ -67,22 +67,26 @@ class Prompting:
         object.__setattr__(self, "stop_token_ids", tuple(dict.fromkeys(stops)))
 
     @classmethod
-    def load(cls, path: str, **settings: Any) -> Prompting:
-        """That of the model at `path`, a folder or hub name; generation_config.json may add stop tokens.
+    def load(cls, path: str, **settings: str) -> Prompting:
+        """Loads the tokenizer and the stop tokens of a model.
+
+        Args:
+            path: a folder or hub name. Its generation_config.json may add stop tokens.
+            **settings: template, system, instruction and opening, as for the class.
 
         Raises:
-            ModelError: no tokenizer, or one without an end-of-sequence token.
+            ModelError: there is no tokenizer, or it has no end-of-sequence token.
             ConfigError: as for the class.
         """
         return cls(load_tokenizer(path), stop_token_ids=_generation_stops(path), **settings)
 
     @property
     def has_system(self) -> bool:
-        """Is there a place for system messages?"""
+        """Whether the template has a place for system messages."""
         return self.template == "chat" or "system" in _fields(self.template)
 
     def text(self, problem: Problem) -> str:
-        """The prompt as the model sees it, before it becomes tokens."""
+        """The text of the prompt that the model gets."""
         prompt, system = problem.prompt + self.instruction, problem.system or self.system
         if self.template != "chat":
             return self.template.format(prompt=prompt, system=system) + self.opening
@@ -90,30 +94,25 @@ class Prompting:
         return self._chat([*messages, {"role": "user", "content": prompt}], add_generation_prompt=True) + self.opening
 
     def prompt_ids(self, problems: Sequence[Problem]) -> list[tuple[int, ...]]:
-        """The token ids of the prompts; of many problems they are remembered, see `upge.data.tokens`."""
+        """The token ids of the prompts. For many problems they are cached, see `upge.data.tokens`."""
         settings = ("prompts", self.template == "chat", *self._ends())
-        found = tokens_of([self.text(p) for p in problems], self._prompt_ids, self.tokenizer, settings)
-        return [tuple(ids) for ids in found]
+        encoded = tokens_of([self.text(p) for p in problems], self._prompt_ids, self.tokenizer, settings)
+        return [tuple(ids) for ids in encoded]
 
     def _prompt_ids(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        # A chat template writes the special tokens itself; in a format string the tokenizer's own BOS is wanted.
-        chat = self.template == "chat"
-        found = self._tokens(texts, add_special_tokens=not chat)
-        own_end = self.tokenizer.eos_token
-        return (
-            found
-            if chat
-            else [
-                self._opened_once(ids, keep_end=text.endswith(own_end)) for ids, text in zip(found, texts, strict=True)
-            ]
-        )
+        # A chat template writes the special tokens itself. To a format string the tokenizer adds its BOS.
+        if self.template == "chat":
+            return self._tokens(texts, add_special_tokens=False)
+        encoded = self._tokens(texts, add_special_tokens=True)
+        end = self.tokenizer.eos_token
+        return [self._opened_once(ids, keep_end=text.endswith(end)) for ids, text in zip(encoded, texts, strict=True)]
 
     def response_ids(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        """The token ids of these responses, each with the end of sequence behind it."""
+        """The token ids of responses, each followed by the end of sequence."""
         return [tuple(ids) for ids in self.response_arrays(texts)]
 
-    def response_arrays(self, texts: Sequence[str]) -> list[array]:
-        """The same in four bytes a token, for many and long ones; remembered as those of prompts."""
+    def response_arrays(self, texts: Sequence[str]) -> list[array[int]]:
+        """`response_ids` with four bytes per token, for many long responses. They are cached like prompts."""
         bare = [text.removeprefix(self.opening) for text in texts]
         return tokens_of(bare, self._ended_ids, self.tokenizer, ("responses", *self._ends()))
 
@@ -121,23 +120,24 @@ class Prompting:
         end = self.tokenizer.eos_token_id
         return [ids if ids[-1:] == (end,) else (*ids, end) for ids in self._tokens(texts, add_special_tokens=False)]
 
-    def _ends(self) -> tuple[Any, ...]:
-        """What the tokenizer says of the ends of a text, beside what its backend does."""
+    def _ends(self) -> tuple[int | str | None, ...]:
+        """What the tokenizer adds at the ends of a text, apart from its backend."""
         return self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.eos_token
 
     def decode(self, responses: Sequence[Sequence[int]]) -> list[str]:
-        """Responses as text, without special tokens; no responses, no texts (where the tokenizer would make one)."""
+        """Responses as text, without special tokens."""
+        # Of an empty list the tokenizer would make one text.
         return self.tokenizer.batch_decode(list(responses), skip_special_tokens=True) if responses else []
 
     def read(self, token_ids: Sequence[int]) -> str:
-        """Token ids as the text that they are, special tokens included."""
+        """The text of token ids, including special tokens."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def describe(self, problem: Problem) -> str:
-        """For the user: what was decided, and one prompt as the model sees it."""
+        """A text for the user: template, stop tokens, padding, and one rendered prompt."""
         tokens = self.tokenizer
         stops = ", ".join(f"{tokens.convert_ids_to_tokens(i)!r} ({i})" for i in self.stop_token_ids)
-        # Training packs sequences; the one engine that pads does so on the left, under a mask, with the first of these.
+        # Training packs sequences. Only one engine pads: on the left, masked, with the first stop token.
         pad = f"{tokens.convert_ids_to_tokens(self.stop_token_ids[0])!r}"
         kind = "the tokenizer's chat template" if self.template == "chat" else "a format string (model.template)"
         ids = self.prompt_ids([problem])[0]
@@ -163,22 +163,23 @@ class Prompting:
             ) from error
 
     def _turn_end(self) -> tuple[int, ...]:
-        """The special token that follows what the assistant says, where the chat template writes one: a model that was
-        trained on it ends its turn with it, whatever its end of sequence is."""
+        """The special token that the chat template writes after the assistant's message, if there is one.
+
+        A model trained with the template ends its turn with this token, even if its end of sequence is another.
+        """
         if self.template != "chat":
             return ()
-        said = "the answer"
+        message = "the answer"
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": message}]
         try:
-            turn = self._chat(
-                [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}], add_generation_prompt=False
-            )
+            turn = self._chat(messages, add_generation_prompt=False)
         except ConfigError:
             return ()
-        ids = self._tokens([turn.rpartition(said)[2]], add_special_tokens=False)[0]
+        ids = self._tokens([turn.rpartition(message)[2]], add_special_tokens=False)[0]
         return ids[:1] if ids and ids[0] in self.tokenizer.all_special_ids else ()
 
     def _opened_once(self, ids: tuple[int, ...], keep_end: bool) -> tuple[int, ...]:
-        """Without a second BOS, where the template has one of its own, and without an EOS that some tokenizers add."""
+        """`ids` without a second BOS, if the template has its own, and without the EOS that some tokenizers add."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if bos is not None and ids[:2] == (bos, bos):
             ids = ids[1:]
@@ -191,17 +192,17 @@ class Prompting:
 
 
 @functools.lru_cache(maxsize=4)
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer beside the model.
+def load_tokenizer(path: str) -> Any:  # Any: see `Prompting.tokenizer`
+    """The tokenizer of the model at `path`.
 
     Raises:
-        ModelError: no such model.
+        ModelError: there is no such model, or it has no tokenizer.
     """
     from transformers import AutoTokenizer
 
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        # transformers would make an empty one of what config.json says.
+        # transformers would make an empty tokenizer from config.json.
         raise ModelError(
             f"model.path: '{path}' has no tokenizer; the folder needs one of {', '.join(TOKENIZER_FILES)}, as "
             "tokenizer.save_pretrained(folder) writes them"
@@ -216,7 +217,7 @@ def load_tokenizer(path: str) -> Any:
 
 
 def _generation_stops(path: str) -> tuple[int, ...]:
-    """What generation_config.json says ends a response, the end of a turn for example."""
+    """The tokens that end a response according to generation_config.json, such as the end of a turn."""
     from transformers import GenerationConfig
 
     try:

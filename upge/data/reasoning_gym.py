@@ -1,4 +1,4 @@
-"""Tasks of the package reasoning-gym, whose problems are made by a procedure and scored by verifiers of its own."""
+"""Tasks of the package reasoning-gym, which generates problems and scores answers with its own verifiers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from upge.data.problem import Problem, Splits
 from upge.data.splits import check_sizes, for_evaluation
 from upge.errors import ConfigError, nearest
 
-#: So much of a task's problems is on the evaluation side, by a hash of the prompt.
+#: Share of a task's problems on the evaluation side, by a hash of the prompt.
 EVALUATION_SHARE = 0.2
 
-#: A task is made in parts of so many entries, for some tasks make theirs by the number that they are told.
+#: Entries per part of a task. The size is fixed because the entries of some tasks depend on it.
 PART = 500
 
 _PROGRAM = Path(__file__).with_name("reasoning_gym_server.py")
@@ -30,29 +30,30 @@ _PROGRAM = Path(__file__).with_name("reasoning_gym_server.py")
 
 @dataclass(frozen=True)
 class ReasoningGym:
-    """Problems of one or more tasks, spread evenly over them; the order interleaves the tasks.
+    """Problems of one or more tasks, divided evenly among them. The order interleaves the tasks.
 
-    Which side a problem is on is decided by a hash of its prompt (`upge.data.splits`), so that whatever the seeds and
-    sizes of two data sets, none that one trains on is among those that the other evaluates on. The level is the task.
+    A hash of a problem's prompt decides which side it is on (`upge.data.splits`). So whatever the seeds and sizes of
+    two data sets, no training problem of one is an evaluation problem of the other. The level is the task.
 
-    `answer` is the whole entry of reasoning-gym as JSON, {"question", "answer", "metadata"}, as the verifier
-    "reasoning_gym" reads it; metadata.source_dataset names the task. There are no demonstrations, since an entry has an
-    answer but no solution that leads to it; algorithms that need some need them from elsewhere (`Mixture`).
+    `answer` is the whole entry of reasoning-gym as JSON, {"question", "answer", "metadata"}, which the verifier
+    "reasoning_gym" reads; metadata.source_dataset names the task. There are no demonstrations, because an entry has an
+    answer but no worked solution. Algorithms that need demonstrations need another data set (`Mixture`).
 
-    The tasks do not say where the answer is expected: give model.instruction, such as "\\nPut the final answer in
+    The prompts do not say how to state the answer. Set model.instruction, such as "\\nPut the final answer in
     \\\\boxed{}.".
 
-    Fields:
-        tasks: names of tasks, or name → the settings of its configuration in reasoning-gym, without seed and size.
-        train_size, evaluation_size: how many problems on each side, over all tasks (the first ones get one more where
-            it does not divide). A larger size keeps the problems of a smaller one.
+    Attributes:
+        tasks: names of tasks, or name → settings of its configuration in reasoning-gym, without seed and size.
+        train_size, evaluation_size: number of problems on each side, over all tasks. If it does not divide evenly, the
+            first tasks get one problem more. A larger size keeps the problems of a smaller one.
         seed: another seed draws other problems.
 
     Raises:
-        ConfigError: the package is missing, an unknown task or setting, a size below 1 or (by `load`) beyond what a
-            task has, or a task that fails; the message names task and key.
+        ConfigError: the package is missing, a task or setting is unknown, a size is below 1 or (by `load`) more than a
+            task has, or a task fails. The message names task and key.
     """
 
+    # Any: settings are checked by `load`, whose messages name the task.
     tasks: Sequence[str] | Mapping[str, Any] = ("chain_sum", "simple_equations", "leg_counting")
     train_size: int = 512
     evaluation_size: int = 128
@@ -72,10 +73,10 @@ class ReasoningGym:
         check_sizes(self.train_size, self.evaluation_size)
 
     def load(self) -> Splits:
-        """Makes the problems; the same fields give the same problems in the same order, in every process.
+        """Generates the problems. Equal settings give equal problems in the same order, in every process.
 
-        A child process makes them, in which Python's hashes and random numbers have a fixed seed: some tasks depend on
-        these, and all ranks of a run, and the run that continues it, must see the same problems.
+        A child process generates them with a fixed seed for Python's hashes and random numbers, on which some tasks
+        depend: all ranks of a run and a resumed run must get the same problems.
         """
         sizes = {"train": self.train_size, "evaluation": self.evaluation_size}
         shares = {side: _shares(size, len(self.tasks)) for side, size in sizes.items()}
@@ -88,9 +89,10 @@ class ReasoningGym:
                 wanted = {side: share[number] for side, share in shares.items()}
                 for side, problems in self._task(child, name, settings, wanted).items():
                     sides[side].append(problems)
-        return Splits(*(tuple(_interleaved(sides[side])) for side in ("train", "evaluation")))
+        return Splits(tuple(_interleaved(sides["train"])), tuple(_interleaved(sides["evaluation"])))
 
     def _settings(self) -> dict[str, Any]:
+        """Task → settings."""
         if isinstance(self.tasks, Mapping):
             return {name: {} if settings is None else settings for name, settings in self.tasks.items()}
         return {name: {} for name in self.tasks}
@@ -98,30 +100,30 @@ class ReasoningGym:
     def _task(
         self, child: _Child, name: str, settings: Mapping[str, Any], wanted: Mapping[str, int]
     ) -> dict[str, list[Problem]]:
-        """As many problems of a task as are wanted on each side."""
+        """Side → problems of a task, as many as `wanted`."""
         known = child.ask("settings", name)
         for key in settings:
             if key not in known:
                 raise ConfigError(f"data.tasks.{name}.{key}: the task has no setting '{key}'; {nearest(key, known)}")
-        found: dict[str, list[Problem]] = {side: [] for side in wanted}
+        sides: dict[str, list[Problem]] = {side: [] for side in wanted}
         seen: set[str] = set()
         tries = 20 * sum(wanted.values()) + 200
         for number in range(tries):
-            if all(len(found[side]) == size for side, size in wanted.items()):
-                return found
+            if all(len(sides[side]) == size for side, size in wanted.items()):
+                return sides
             part, index = divmod(number, PART)
             if index == 0:
-                # The tasks add an entry's index to their seed: seeds beside each other would share entries.
+                # Tasks add an entry's index to their seed, so consecutive seeds would share entries.
                 digest = hashlib.sha256(f"{self.seed}/{name}/{part}".encode()).digest()
                 seed = int.from_bytes(digest[:4], "big") >> 1
                 task = {"name": name, "settings": dict(settings), "seed": seed, "size": PART}
                 child.ask("open", task, f"data.tasks.{name}: reasoning-gym refuses the settings {dict(settings)}")
             entry = child.ask("entry", index, f"data.tasks.{name}: entry {number} failed; leave this task out")
             side = "evaluation" if for_evaluation(entry["prompt"], EVALUATION_SHARE) else "train"
-            if entry["prompt"] not in seen and len(found[side]) < wanted[side]:
-                found[side].append(self._problem(name, number, entry))
+            if entry["prompt"] not in seen and len(sides[side]) < wanted[side]:
+                sides[side].append(self._problem(name, number, entry))
             seen.add(entry["prompt"])
-        counts = ", ".join(f"{len(found[side])} of {size} for {side}" for side, size in wanted.items())
+        counts = ", ".join(f"{len(sides[side])} of {size} for {side}" for side, size in wanted.items())
         raise ConfigError(
             f"data.tasks.{name}: {tries} entries hold only {len(seen)} different prompts ({counts}); lower "
             "data.train_size and data.evaluation_size, or give the task settings with more variety"
@@ -139,13 +141,13 @@ class ReasoningGym:
 
 
 class _Child:
-    """The program beside this file, in a process of its own as long as the context lasts."""
+    """A process that runs reasoning_gym_server.py while the context lasts."""
 
     def __enter__(self) -> _Child:
         if importlib.util.find_spec("reasoning_gym") is None:
             raise ConfigError("data: the package reasoning-gym is not installed: pip install 'upge[data]'")
         environment = os.environ | {"PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        # -P: the program's own folder must not hide the packages that its neighbours are named like.
+        # -P keeps the program's folder off the import path, because its files have names of packages.
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(_PROGRAM)],
             stdin=subprocess.PIPE,
@@ -159,12 +161,17 @@ class _Child:
         self.process.kill()
         self.process.communicate()
 
-    def ask(self, request: str, argument: Any, refusal: str = "data") -> Any:
-        """The program's reply.
+    def ask(self, request: str, argument: Any, refusal: str = "data") -> Any:  # Any: JSON values
+        """The program's reply to a request.
+
+        Args:
+            request, argument: see reasoning_gym_server.py.
+            refusal: the beginning of the message of an error.
 
         Raises:
-            ConfigError: it replied with an error, which follows the words `refusal`, or it has ended.
+            ConfigError: the program replied with an error or has ended.
         """
+        assert self.process.stdin is not None and self.process.stdout is not None
         try:
             print(json.dumps({request: argument}), file=self.process.stdin, flush=True)
             line = self.process.stdout.readline()

@@ -1,9 +1,14 @@
-"""A program that makes entries of reasoning-gym's tasks on request, for `upge.data.reasoning_gym`; see there for why.
+"""A program that generates entries of reasoning-gym's tasks on request, for `upge.data.reasoning_gym`.
 
-It imports nothing of upge, so that it starts quickly. Each line of its input is a request as JSON, each line of its
-output the reply: {"tasks": true} → the names of all tasks; {"settings": NAME} → the settings of one;
-{"open": {name, settings, seed, size}} → null; {"entry": index} → an entry of the task opened last. What goes wrong is
-replied as {"error": text}.
+It imports nothing from upge, so that it starts quickly. Each line of its input is a request as JSON, and each line of
+its output is the reply:
+
+- {"tasks": true} → the names of all tasks;
+- {"settings": NAME} → the names of a task's settings;
+- {"open": {name, settings, seed, size}} → null;
+- {"entry": index} → an entry of the task that was opened last.
+
+The reply to a request that fails is {"error": text}.
 """
 
 from __future__ import annotations
@@ -17,30 +22,33 @@ from typing import Any
 
 
 class Server:
-    """Holds the task opened last."""
+    """The task that was opened last.
+
+    Its methods answer the requests; values are JSON.
+    """
 
     def tasks(self, _: bool) -> list[str]:
-        """Names of all tasks."""
+        """The names of all tasks."""
         return sorted(_tasks())
 
     def settings(self, name: str) -> list[str]:
-        """What a task can be told, without what its caller decides."""
+        """The names of a task's settings, without those that the caller sets."""
         _, configuration = _tasks()[name]
         return [field.name for field in dataclasses.fields(configuration) if field.name not in ("seed", "size")]
 
     def open(self, task: dict[str, Any]) -> None:
-        """Makes a task the one that entries are of."""
+        """Opens the task for later calls of `entry`."""
         import reasoning_gym
 
         self.seed = task["seed"]
         self.task = reasoning_gym.create_dataset(task["name"], seed=self.seed, size=task["size"], **task["settings"])
 
     def entry(self, index: int) -> dict[str, Any]:
-        """One entry: its prompt, and the whole of it as JSON text."""
-        # Some tasks draw from the module's generator beside their own.
+        """One entry: its prompt, and the whole entry as JSON text."""
+        # Some tasks draw not only from their own generator but also from the module's.
         random.seed(f"{self.seed}/{index}")
         entry = self.task[index]
-        # Fractions and their kind become text; they are there to be read, the answers are texts already.
+        # Values such as fractions become text. The answers are already texts.
         return {"prompt": entry["question"], "json": json.dumps(entry, default=str)}
 
 
@@ -51,8 +59,8 @@ def _tasks() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Serves until its input ends."""
-    # What tasks print must not come between the replies.
+    """Answers requests until the input ends."""
+    # Redirect what tasks print, so that it does not mix with the replies.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     sys.stdout = sys.stderr
     server = Server()
@@ -60,7 +68,7 @@ def main() -> None:
         ((name, argument),) = json.loads(line).items()
         try:
             reply = getattr(server, name)(argument)
-        except Exception as error:  # tasks may fail in any way
+        except Exception as error:  # a task may raise anything
             reply = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(reply), file=replies, flush=True)
 

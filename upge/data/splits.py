@@ -1,4 +1,4 @@
-"""Which problems are on which side of a data set, that none is on both, and smaller selections of them."""
+"""Divides problems into training and evaluation sides, checks that none is on both, and limits their number."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from upge.errors import ConfigError, DataError
 
 
 def normal(prompt: str) -> str:
-    """A prompt with its white space made single, by which two prompts are the same."""
+    """A prompt with single spaces for white space. Prompts that agree in this are the same."""
     return " ".join(prompt.split())
 
 
 def for_evaluation(prompt: str, share: float) -> bool:
-    """Is a problem with this prompt on the evaluation side, which gets about `share` of all?
+    """Whether a problem with this prompt is on the evaluation side, which has a share of about `share`.
 
-    The SHA-256 of the prompt (see `normal`) decides, nothing else: not the place in the file, no seed. A larger share
+    Only the SHA-256 of the prompt (see `normal`) decides this, neither its place in the file nor a seed. A larger share
     keeps the problems of a smaller one.
     """
     digest = hashlib.sha256(normal(prompt).encode()).digest()
@@ -26,10 +26,16 @@ def for_evaluation(prompt: str, share: float) -> bool:
 
 
 def divide(problems: Sequence[Problem], share: float, name: str, fix: str) -> tuple[list[Problem], list[Problem]]:
-    """Training and evaluation side of problems that come as one, each in their order.
+    """Divides problems into (training, evaluation), which keep their order.
+
+    Args:
+        problems: all problems.
+        share: approximate share of the evaluation side.
+        name: the name of the data, for messages.
+        fix: a fix for an empty side, for messages.
 
     Raises:
-        DataError: one side is empty; `name` is that of the data, `fix` what to do.
+        DataError: one side is empty.
     """
     sides: tuple[list[Problem], list[Problem]] = ([], [])
     for problem in problems:
@@ -46,15 +52,15 @@ def divide(problems: Sequence[Problem], share: float, name: str, fix: str) -> tu
 def check_disjoint(
     train: Sequence[Problem], evaluation: Sequence[Problem], fix: str, name: Callable[[Problem], str] = lambda p: ""
 ) -> None:
-    """Refuses problems of which one has the same prompt as one of the other side.
+    """Checks that no prompt is on both sides.
 
     Args:
         train, evaluation: the sides.
-        fix: what to do, for the message.
-        name: what to write before a problem's place.
+        fix: a fix, for the message.
+        name: problem → text before the problem's place in the message.
 
     Raises:
-        DataError: naming both places.
+        DataError: a prompt is on both sides; the message names both places.
     """
     seen = {normal(problem.prompt): problem for problem in train}
     for problem in evaluation:
@@ -67,22 +73,30 @@ def check_disjoint(
 
 
 def check_sizes(train: int | None, evaluation: int | None) -> None:
-    """Raises ConfigError for a size of a side below 1; None is all there are."""
+    """Checks the sizes of both sides; None means all problems.
+
+    Raises:
+        ConfigError: a size is below 1.
+    """
     for key, size in (("train_size", train), ("evaluation_size", evaluation)):
         if size is not None and size < 1:
             raise ConfigError(f"data.{key}: found {size}; give a number of at least 1, or null for all rows")
 
 
 def limit_levels(problems: Sequence[Problem], per_level: Mapping[str, int]) -> tuple[Problem, ...]:
-    """Of each level in `per_level` the first so many problems, in their order; all problems if it is empty.
+    """Takes the first problems of each level.
+
+    Args:
+        problems: all problems.
+        per_level: level → number of problems. Other levels are left out. If it is empty, all problems are returned.
 
     Raises:
-        ConfigError: a level has fewer problems, or a number is none.
+        ConfigError: a level has fewer problems, or a number is not a positive integer.
     """
     if not per_level:
         return tuple(problems)
     kept: list[Problem] = []
-    left = dict(per_level)
+    left: dict[str | None, int] = {**per_level}
     for level, count in per_level.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ConfigError(f"data_policy.per_level: found {count!r} for '{level}'; give a number of at least 1")
@@ -101,25 +115,25 @@ def limit_levels(problems: Sequence[Problem], per_level: Mapping[str, int]) -> t
 
 
 def limit_demonstrated(problems: Sequence[Problem], count: int) -> tuple[Problem, ...]:
-    """The same problems, of which `count` keep their demonstrations (0: all do) and the rest have none.
+    """Removes the demonstrations of all but `count` problems (0: of none).
 
-    They are spread over the levels as evenly as these allow. Which they are follows from the prompts alone, so a larger
-    count keeps those of a smaller one, and every algorithm learns from the same ones. A rejected response has no chosen
-    side without a demonstration and goes with it.
+    The problems that keep them are spread as evenly as possible over the levels. The choice depends only on the
+    problems, so a larger count keeps the choice of a smaller one, and all algorithms learn from the same
+    demonstrations. A rejected response is removed with its demonstration, because it then has no chosen response.
     """
-    having = [problem for problem in problems if problem.demonstrations]
-    if not count or len(having) <= count:
+    demonstrated = [problem for problem in problems if problem.demonstrations]
+    if not count or len(demonstrated) <= count:
         return tuple(problems)
-    turns: dict[tuple[str, str | None], int] = {}
-    ranked = []
-    for problem in sorted(having, key=_rank):
-        kind = (problem.source, problem.level)
-        turns[kind] = turns.get(kind, 0) + 1
-        ranked.append((turns[kind], _rank(problem), problem.id))
+    per_level: dict[tuple[str, str | None], int] = {}
+    ranked: list[tuple[int, bytes, str]] = []
+    for problem in sorted(demonstrated, key=_rank):
+        level = (problem.source, problem.level)
+        per_level[level] = per_level.get(level, 0) + 1
+        ranked.append((per_level[level], _rank(problem), problem.id))
     kept = {name for *_, name in sorted(ranked)[:count]}
     return tuple(p if p.id in kept else replace(p, demonstrations=(), rejected=None) for p in problems)
 
 
 def _rank(problem: Problem) -> bytes:
-    """A place by chance that depends on nothing but the problem."""
+    """A pseudorandom sort key that depends only on the problem."""
     return hashlib.sha256(f"demonstrated/{problem.source}/{problem.id}/{problem.prompt}".encode()).digest()

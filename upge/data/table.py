@@ -1,4 +1,4 @@
-"""Any table of problems: a file or a hub data set, read by a map of its columns."""
+"""A table of problems: a file or a hub data set whose columns are mapped to the attributes of a problem."""
 
 from __future__ import annotations
 
@@ -16,46 +16,48 @@ from upge.data.splits import check_disjoint, check_sizes, divide
 from upge.errors import ConfigError, DataError, nearest
 
 REQUIRED = ("prompt", "answer")
-#: Of these a row may have null or nothing at all, as long as some row has the column.
+#: A row may lack these or have null in them, as long as some row has the column.
 OPTIONAL = ("demonstrations", "rejected", "system", "level", "verifier")
 COLUMNS = (*REQUIRED, *OPTIONAL, "id", "options")
 
-Found = TypeVar("Found")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Table:
     """The rows of a .jsonl, .json (a list of objects) or .parquet file, or of a hub data set.
 
-    Fields:
-        path: the file; where it is given, `hub` is not used.
+    Attributes:
+        path: the file; if it is given, `hub` is not used.
         hub, subset, split: a hub data set, such as openai/gsm8k, its configuration and the split to train on. Written
             against the documentation of `datasets`, never run.
         evaluation_path: a file for the evaluation side.
-        evaluation_split: a split for it, where `hub` is read and there is no `evaluation_path`.
-        evaluation_share: without either, so much of the rows is for evaluation, by a hash of the prompt (see
-            `upge.data.splits`). 0 leaves the evaluation side empty.
-        columns: what is read → the column's name. A dotted name (reward_model.ground_truth) leads into nested values;
-            null is as good as leaving it out. Known are
-            prompt: text, or chat messages: one of the user, with or without one of the system before it;
-            answer: text or a number, or a list of one of them;
-            demonstrations: text, a list of texts, chat messages (the assistant's turn), or a list of such lists;
-            rejected: a flawed response, text or chat messages, beside the first demonstration;
-            system: the system message, before that among a prompt's messages;
-            level: text; a whole number n becomes "Level n";
-            id: text or a whole number, unique; without it an id is made of the file's name and the line or row;
-            options: a list of texts or {text: [...], label: [...]}, written under the prompt as lines "A) ..."; the
-            answer, a label or an index from 0, becomes the letter;
-            verifier: the name of the verifier that reads the row's answer.
-        verifier: that of rows whose column does not say; None takes the run's.
-        system: `drop` leaves out the system messages that the data bring.
-        unanswered: what becomes of rows whose answer is empty: `error`, or `drop`, which is logged.
-        train_size, evaluation_size: take only the first so many problems of each side; None takes all.
+        evaluation_split: a split of `hub` for the evaluation side, if there is no `evaluation_path`.
+        evaluation_share: without either of these, the share of the rows that is for evaluation, chosen by a hash of the
+            prompt (see `upge.data.splits`). 0 leaves the evaluation side empty.
+        columns: attribute → name of the column. A dotted name (reward_model.ground_truth) refers to a nested value;
+            null means that there is no such column. The attributes are
+
+            - prompt: text, or chat messages: one of the user, optionally after one of the system;
+            - answer: text or a number, or a list of one of them;
+            - demonstrations: text, a list of texts, chat messages (the assistant's turn), or a list of such lists;
+            - rejected: a flawed response, text or chat messages; the first demonstration is the chosen response;
+            - system: the system message, which takes precedence over one among the prompt's messages;
+            - level: text; a whole number n becomes "Level n";
+            - id: text or a whole number, unique; without it, the id is the file's name and the line or row;
+            - options: a list of texts or {text: [...], label: [...]}, appended to the prompt as lines "A) ..."; the
+              answer, a label or an index from 0, becomes the letter;
+            - verifier: the name of the verifier that reads the row's answer.
+        verifier: the verifier of rows whose column names none; None means the run's verifier.
+        system: `drop` leaves out the system messages of the data.
+        unanswered: policy for rows with an empty answer: `error`, or `drop`, which is logged.
+        train_size, evaluation_size: number of problems to take from the beginning of each side; None takes all.
 
     Raises:
-        ConfigError: an unknown column, a share or a size out of range, neither path nor hub (by `load` and `rows`).
-        DataError: (by `load` and `rows`) a file or data set that cannot be read, a row that is not as the columns say,
-            an id or, on both sides, a prompt that comes twice; with file and line.
+        ConfigError: a column is unknown, a share or size is out of range, or (by `load` and `rows`) neither path nor
+            hub is given.
+        DataError: (by `load` and `rows`) a file or data set cannot be read, a row does not match the columns, an id is
+            not unique, or a prompt is on both sides. The message names file and line.
     """
 
     path: str | None = None
@@ -92,12 +94,12 @@ class Table:
         check_sizes(self.train_size, self.evaluation_size)
 
     def rows(self) -> tuple[Problem, ...]:
-        """All problems of `path`, or of `hub` and `split`, undivided."""
+        """All problems of `path`, or of `hub` and `split`, without dividing them."""
         name, records = self._table("path", self.split)
         return tuple(self._problems(name, records))
 
     def load(self) -> Splits:
-        """The two sides; rows keep their order."""
+        """The two sides. Rows keep their order."""
         name, records = self._table("path", self.split)
         train, evaluation = self._problems(name, records), []
         if self.evaluation_path is not None or (self.path is None and self.evaluation_split is not None):
@@ -112,7 +114,7 @@ class Table:
         return Splits(tuple(train[: self.train_size]), tuple(evaluation[: self.evaluation_size]))
 
     def _table(self, key: str, split: str | None) -> tuple[str, list[Record]]:
-        """The name and the rows of the file that a setting names, without one of a split of the hub."""
+        """(name, rows) of the file that the setting `key` names; if it is not set, of a split of the hub data set."""
         path = getattr(self, key)
         if path is not None:
             file = Path(path).expanduser()
@@ -125,40 +127,41 @@ class Table:
         return "/".join(part for part in parts if part), read_hub(self.hub, self.subset, split or self.split)
 
     def _problems(self, name: str, records: Sequence[Record]) -> list[Problem]:
-        """The rows as problems; `name` begins the ids of those that have none."""
+        """The rows as problems. `name` begins the ids of rows without one."""
         for optional in OPTIONAL:
             column = self.columns.get(optional)
             if column is not None and not any(cells.has(record, column) for record in records):
-                cells.value(records[0], column)  # says that there is none, and what there is
+                cells.value(records[0], column)  # raises: no row has the column
         answered = self._answered(records)
         problems = [self._problem(record, name) for record in answered]
         _check_ids(problems)
         return problems
 
     def _answered(self, records: Sequence[Record]) -> list[Record]:
-        column = self.columns["answer"]
+        """The rows that have an answer, under the policy `unanswered`."""
+        column = self._required("answer")
         blank = [record for record in records if cells.is_blank(record, column)]
         if not blank:
             return list(records)
-        said = f"{len(blank)} of {len(records)} rows have nothing in the column '{column}'"
+        finding = f"{len(blank)} of {len(records)} rows have nothing in the column '{column}'"
         if self.unanswered == "error" or len(blank) == len(records):
-            raise DataError(f"{blank[0].where}: {said}, this is the first; mend them, or set data.unanswered=drop")
-        _LOG.warning("data: %s, the first is %s; they are left out (data.unanswered)", said, blank[0].where)
+            raise DataError(f"{blank[0].where}: {finding}, this is the first; fix them, or set data.unanswered=drop")
+        _LOG.warning("data: %s, the first is %s; they are left out (data.unanswered)", finding, blank[0].where)
         without = {id(record) for record in blank}
         return [record for record in records if id(record) not in without]
 
     def _problem(self, record: Record, name: str) -> Problem:
-        prompt, system = cells.prompt(record, self.columns["prompt"])
+        prompt, system = cells.prompt(record, self._required("prompt"))
         system = self._cell(record, "system", cells.text) or system
         demonstrations = self._cell(record, "demonstrations", cells.responses) or ()
         rejected = self._cell(record, "rejected", cells.responses) or ()
         _check_pair(record, demonstrations, rejected)
         choices = self.columns.get("options")
         if choices is not None:
-            lines, answer = cells.options(record, choices, self.columns["answer"])
+            lines, answer = cells.options(record, choices, self._required("answer"))
             prompt = f"{prompt.rstrip()}\n\n{lines}"
         else:
-            answer = cells.answer(record, self.columns["answer"])
+            answer = cells.answer(record, self._required("answer"))
         own = self.columns.get("id")
         return Problem(
             id=cells.label(record, own) if own is not None else f"{name}:{record.number}",
@@ -172,19 +175,25 @@ class Table:
             verifier=self._cell(record, "verifier", cells.text) or self.verifier,
         )
 
-    def _cell(self, record: Record, name: str, read: Callable[[Record, str], Found]) -> Found | None:
-        """What is read from a column that may be absent, in the map or in the row; None where it is."""
+    def _required(self, name: str) -> str:
+        """The column of an attribute that every row has."""
+        column = self.columns[name]
+        assert column is not None, name
+        return column
+
+    def _cell(self, record: Record, name: str, read: Callable[[Record, str], Value]) -> Value | None:
+        """The value of an optional attribute; None if the table or the row has no such column."""
         column = self.columns.get(name)
         return read(record, column) if column is not None and cells.has(record, column) else None
 
 
 def _check_pair(record: Record, demonstrations: Sequence[str], rejected: Sequence[str]) -> None:
     if len(rejected) > 1 or (rejected and not demonstrations):
-        found = f"{len(rejected)} rejected responses and {len(demonstrations)} demonstrations"
-        raise DataError(f"{record.where}: {found}; a preference pair needs one of them beside a demonstration")
+        counts = f"{len(rejected)} rejected responses and {len(demonstrations)} demonstrations"
+        raise DataError(f"{record.where}: {counts}; a preference pair needs one rejected response and a demonstration")
     if rejected and rejected[0] == demonstrations[0]:
         raise DataError(
-            f"{record.where}: the rejected response is the first demonstration once more; a pair needs two responses"
+            f"{record.where}: the rejected response equals the first demonstration; a pair needs two responses"
         )
 
 

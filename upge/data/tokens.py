@@ -1,4 +1,4 @@
-"""Texts in tokens, remembered from one start to the next where making them takes long."""
+"""Tokenizes texts, with a cache on disk for large amounts."""
 
 from __future__ import annotations
 
@@ -13,62 +13,62 @@ from typing import Any
 
 from upge.cache import entry
 
-#: Part of every key, beside the versions: the code that makes the tokens and writes the files.
+#: The code that makes the tokens and writes the files; its contents are part of every key.
 CODE = tuple(Path(__file__).with_name(name) for name in ("tokens.py", "prompting.py"))
-#: Characters of text from which on it is remembered: about half a second's work.
+#: Smallest number of characters that is cached: about half a second of work.
 LEAST = 1_000_000
-#: Texts that are made tokens at once; what a tokenizer returns is many times as large as what is kept of it.
+#: Texts per call of the tokenizer, whose output takes many times the memory of the token ids alone.
 CHUNK = 256
 
 Make = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 
 
-def tokens_of(texts: Sequence[str], make: Make, tokenizer: Any, settings: Any) -> list[array]:
-    """The token ids of each text, four bytes a token: as tuples, long ones by the ten thousand would take gigabytes.
+def tokens_of(texts: Sequence[str], make: Make, tokenizer: Any, settings: tuple[object, ...]) -> list[array[int]]:
+    """The token ids of each text in four bytes per token; as tuples, tens of thousands of them would take gigabytes.
+
+    They are read from the cache only for equal texts, tokenizer and settings, so they always equal those of `make`.
 
     Args:
-        texts: what becomes tokens.
-        make: does it, for some of the texts; each by itself.
-        tokenizer: what `make` uses.
-        settings: whatever else its result depends on, by its `repr`.
-
-    A file is found again only by the same texts, tokenizer and settings, so what comes back is what `make` would give.
+        texts: the texts to tokenize.
+        make: tokenizes some of the texts, each independently of the others.
+        tokenizer: the tokenizer that `make` uses. (Any: see `Prompting.tokenizer`.)
+        settings: everything else that the result depends on; its `repr` is part of the key.
     """
     key = _key(texts, tokenizer, settings) if sum(map(len, texts)) >= LEAST else None
     if key is None:
         return _made(texts, make)
-    with entry("tokens", key) as kept:
-        found = kept.read()
-        if found is not None:
-            return _unpacked(found, len(texts))
+    with entry("tokens", key) as cached:
+        contents = cached.read()
+        if contents is not None:
+            return _unpacked(contents, len(texts))
         rows = _made(texts, make)
-        kept.write([array("i", map(len, rows)), *rows])
+        cached.write(memoryview(row) for row in (array("i", map(len, rows)), *rows))
     return rows
 
 
-def _made(texts: Sequence[str], make: Make) -> list[array]:
-    rows: list[array] = []
+def _made(texts: Sequence[str], make: Make) -> list[array[int]]:
+    rows: list[array[int]] = []
     for start in range(0, len(texts), CHUNK):
         rows += [array("i", ids) for ids in make(texts[start : start + CHUNK])]
     return rows
 
 
-def _unpacked(contents: memoryview, count: int) -> list[array]:
-    """The rows behind their `count` lengths."""
+def _unpacked(contents: memoryview, count: int) -> list[array[int]]:
+    """The rows in a cache entry, which holds their `count` lengths and then the rows."""
     size = array("i").itemsize
-    rows = []
+    rows: list[array[int]] = []
     for begin, end in pairwise(accumulate(contents[: count * size].cast("i"), initial=count)):
-        row = array("i")
+        row: array[int] = array("i")
         row.frombytes(contents[begin * size : end * size])
         rows.append(row)
     return rows
 
 
-def _key(texts: Sequence[str], tokenizer: Any, settings: Any) -> str | None:
-    """A hash of everything that decides on the result; None for a tokenizer that does not show all that it is made of.
+def _key(texts: Sequence[str], tokenizer: Any, settings: tuple[object, ...]) -> str | None:
+    """A hash of everything that determines the result; None for a tokenizer whose state is not fully accessible.
 
-    Not the tokenizer's files but what was made of them is hashed: vocabulary, merges, and all the rules. Whether the
-    text of a special token is that token is no part of these.
+    It covers the loaded tokenizer instead of its files: vocabulary, merges and all rules. Whether the text of a special
+    token is read as that token (`split_special_tokens`) is not among these and is added.
     """
     backend, kind = getattr(tokenizer, "backend_tokenizer", None), type(tokenizer)
     if backend is None or not kind.__module__.startswith("transformers."):
