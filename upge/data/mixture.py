@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,7 +77,7 @@ def _levelled(problem: Problem) -> Problem:
     return replace(problem, level=f"{problem.source}, {problem.level}" if problem.level else problem.source)
 
 
-def _check_weights(weights: Mapping[str, float], sets: Mapping[str, Any]) -> None:
+def _check_weights(weights: Mapping[str, float], sets: Collection[str]) -> None:
     for name, weight in weights.items():
         if name not in sets:
             raise ConfigError(f"data.weights.{name}: no such set; {nearest(str(name), sets)}")

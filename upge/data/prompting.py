@@ -8,10 +8,9 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from upge.data.problem import Problem
-from upge.data.tokens import tokens_of
+from upge.data.tokens import Tokenizer, tokens_of
 from upge.errors import ConfigError, ModelError, nearest
 
 FIELDS = ("prompt", "system")
@@ -40,7 +39,7 @@ class Prompting:
         ModelError: the tokenizer has no end-of-sequence token.
     """
 
-    tokenizer: Any  # Any: a tokenizer of transformers, which is untyped where it matters
+    tokenizer: Tokenizer
     template: str = "chat"
     system: str = ""
     instruction: str = ""
@@ -192,7 +191,7 @@ class Prompting:
 
 
 @functools.lru_cache(maxsize=4)
-def load_tokenizer(path: str) -> Any:  # Any: see `Prompting.tokenizer`
+def load_tokenizer(path: str) -> Tokenizer:
     """The tokenizer of the model at `path`.
 
     Raises:

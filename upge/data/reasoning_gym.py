@@ -92,13 +92,13 @@ class ReasoningGym:
         return Splits(tuple(_interleaved(sides["train"])), tuple(_interleaved(sides["evaluation"])))
 
     def _settings(self) -> dict[str, Any]:
-        """Task → settings."""
+        """Task → settings, unchecked."""
         if isinstance(self.tasks, Mapping):
             return {name: {} if settings is None else settings for name, settings in self.tasks.items()}
         return {name: {} for name in self.tasks}
 
     def _task(
-        self, child: _Child, name: str, settings: Mapping[str, Any], wanted: Mapping[str, int]
+        self, child: _Child, name: str, settings: Mapping[str, object], wanted: Mapping[str, int]
     ) -> dict[str, list[Problem]]:
         """Side → problems of a task, as many as `wanted`."""
         known = child.ask("settings", name)

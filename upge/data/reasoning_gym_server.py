@@ -20,6 +20,8 @@ import random
 import sys
 from typing import Any
 
+JSON = Any  # a JSON value
+
 
 class Server:
     """The task that was opened last.
@@ -36,14 +38,14 @@ class Server:
         _, configuration = _tasks()[name]
         return [field.name for field in dataclasses.fields(configuration) if field.name not in ("seed", "size")]
 
-    def open(self, task: dict[str, Any]) -> None:
+    def open(self, task: dict[str, JSON]) -> None:
         """Opens the task for later calls of `entry`."""
         import reasoning_gym
 
         self.seed = task["seed"]
         self.task = reasoning_gym.create_dataset(task["name"], seed=self.seed, size=task["size"], **task["settings"])
 
-    def entry(self, index: int) -> dict[str, Any]:
+    def entry(self, index: int) -> dict[str, str]:
         """One entry: its prompt, and the whole entry as JSON text."""
         # Some tasks draw not only from their own generator but also from the module's.
         random.seed(f"{self.seed}/{index}")
@@ -52,7 +54,8 @@ class Server:
         return {"prompt": entry["question"], "json": json.dumps(entry, default=str)}
 
 
-def _tasks() -> dict[str, Any]:
+def _tasks() -> dict[str, tuple[type, type]]:
+    """Task → (class of the data set, class of its settings)."""
     from reasoning_gym.factory import DATASETS
 
     return DATASETS

@@ -21,9 +21,10 @@ LEAST = 1_000_000
 CHUNK = 256
 
 Make = Callable[[Sequence[str]], Sequence[Sequence[int]]]
+Tokenizer = Any  # a tokenizer of transformers, whose class and special tokens are known only at run time
 
 
-def tokens_of(texts: Sequence[str], make: Make, tokenizer: Any, settings: tuple[object, ...]) -> list[array[int]]:
+def tokens_of(texts: Sequence[str], make: Make, tokenizer: Tokenizer, settings: tuple[object, ...]) -> list[array[int]]:
     """The token ids of each text in four bytes per token; as tuples, tens of thousands of them would take gigabytes.
 
     They are read from the cache only for equal texts, tokenizer and settings, so they always equal those of `make`.
@@ -31,7 +32,7 @@ def tokens_of(texts: Sequence[str], make: Make, tokenizer: Any, settings: tuple[
     Args:
         texts: the texts to tokenize.
         make: tokenizes some of the texts, each independently of the others.
-        tokenizer: the tokenizer that `make` uses. (Any: see `Prompting.tokenizer`.)
+        tokenizer: the tokenizer that `make` uses.
         settings: everything else that the result depends on; its `repr` is part of the key.
     """
     key = _key(texts, tokenizer, settings) if sum(map(len, texts)) >= LEAST else None
@@ -64,7 +65,7 @@ def _unpacked(contents: memoryview, count: int) -> list[array[int]]:
     return rows
 
 
-def _key(texts: Sequence[str], tokenizer: Any, settings: tuple[object, ...]) -> str | None:
+def _key(texts: Sequence[str], tokenizer: Tokenizer, settings: tuple[object, ...]) -> str | None:
     """A hash of everything that determines the result; None for a tokenizer whose state is not fully accessible.
 
     It covers the loaded tokenizer instead of its files: vocabulary, merges and all rules. Whether the text of a special

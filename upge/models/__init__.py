@@ -1,4 +1,4 @@
-"""Models: where they lie, GGUF files made into Hugging Face folders, configurations with overrides, weights by name."""
+"""Models: paths, conversion of GGUF files, configurations with overrides, and weights by name."""
 
 from upge.models.gguf import local_path
 

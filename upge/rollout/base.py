@@ -1,4 +1,4 @@
-"""What a sampler is: the values that go in and come out, and the one class that every engine implements."""
+"""The base class of all inference engines, with its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from upge.models.loading import random_state_kept
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """Settings of sampling. Nothing else affects the distribution: a model's generation_config.json is ignored.
 
-    temperature:    divides the logits; 0 takes the most likely token (greedy), and `top_p` then has no effect.
-    top_p:          in (0, 1]; draws from the smallest set of tokens whose probability reaches it, renormalised.
-    max_tokens:     the most tokens a response may have, the stop token included.
-    stop_token_ids: tokens that end a response, usually the tokenizer's eos. Empty: every response has `max_tokens`.
+    Attributes:
+        temperature: divides the logits. 0 takes the most likely token (greedy), and `top_p` then has no effect.
+        top_p: in (0, 1]. Tokens are drawn from the smallest set whose probability reaches `top_p`, renormalised.
+        max_tokens: the most tokens of a response, including the stop token.
+        stop_token_ids: tokens that end a response, usually the tokenizer's end of sequence. If empty, every response
+            has `max_tokens` tokens.
 
-    Nothing else shapes the distribution: defaults in a model's generation_config.json are ignored.
-    Raises ConfigError for a value out of range.
+    Raises:
+        ConfigError: a value is out of range.
     """
 
     temperature: float = 1.0
@@ -50,10 +52,11 @@ class Sampling:
 class Rollout:
     """One sampled response.
 
-    token_ids: the response's tokens, the stop token included if there is one.
-    logprobs:  natural log of the probability with which each token was drawn, that is after temperature and top_p.
-               Greedy rollouts carry the log-probabilities at temperature 1.
-    finished:  True if the response ends with a stop token, False if it was cut at `max_tokens`.
+    Attributes:
+        token_ids: the response's tokens, including the stop token if there is one.
+        logprobs: natural log of the probability with which each token was drawn, after temperature and top_p. Greedy
+            rollouts have the log-probabilities at temperature 1.
+        finished: True if the response ends with a stop token, False if it was cut at `max_tokens`.
     """
 
     token_ids: tuple[int, ...]
@@ -63,7 +66,14 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Request:
-    """One response to be drawn: copy `copy` for prompt `index`, from a seed of its own."""
+    """One response to sample.
+
+    Attributes:
+        index: index of the prompt.
+        copy: number of the response among those to the prompt, from 0.
+        prompt: the prompt's token ids.
+        seed: the seed of this response.
+    """
 
     index: int
     copy: int
@@ -76,12 +86,14 @@ Arrived = Callable[[int, int, Rollout], None]
 
 
 class Sampler(ABC):
-    """An inference engine with a copy of the policy's weights of its own.
+    """An inference engine with its own copy of the policy's weights.
 
-    name:       "vllm" or "transformers".
-    reason:     one sentence saying why this engine is used; for the user to read.
-    max_length: the most tokens that a prompt and its response may have together.
-    threads:    torch's threads while sampling on a CPU; None leaves the process's own number.
+    Attributes:
+        name: "vllm" or "transformers".
+        reason: why this engine is used, as a sentence for the user.
+        max_length: the most tokens of a prompt and its response together.
+        vocabulary: number of token ids.
+        threads: torch's threads while sampling on a CPU; None keeps those of the process.
     """
 
     name: str
@@ -101,42 +113,52 @@ class Sampler(ABC):
         seeds: Sequence[int],
         arrived: Arrived | None = None,
     ) -> list[list[Rollout]]:
-        """Draw `n` responses to each prompt.
+        """Samples `n` responses to each prompt.
 
-        prompts: token ids, one sequence a prompt; may be empty (a rank without work), then nothing happens.
-        seeds:   one integer a prompt. A prompt's rollouts depend on its own seed, not on its place in the list:
-                 another split of the prompts over calls or ranks gives the same ones, up to rounding where two tokens
-                 nearly tie.
-        arrived: called once a rollout as `arrived(prompt_index, copy_index, rollout)`, in this thread and as soon as
-                 that response is complete, while others are still generated; generation waits for it, so let it only
-                 hand the rollout on. What it raises ends the call, and the sampler can be used again.
-        Returns a list of `n` rollouts for each prompt, in order. The same weights and the same call give the same
-        rollouts, in this process and in a fresh one. The process's own random state is left as it was, whatever
-        `arrived` draws from it.
-        Raises UserError where a prompt is empty, holds an id outside the vocabulary, or leaves no room for
-        `max_tokens` below `max_length`; ValueError where the numbers of prompts and seeds differ.
+        The same weights and the same call give the same rollouts, in this process and in another. The random state of
+        the process is restored, even if `arrived` draws from it.
+
+        Args:
+            prompts: token ids, one sequence per prompt; may be empty, as on a rank without work.
+            n: responses per prompt.
+            sampling: temperature, nucleus and limits.
+            seeds: one integer per prompt. A prompt's rollouts depend on its own seed and not on its place in the list.
+                So another division of the prompts among calls or ranks gives the same rollouts, up to rounding where
+                two tokens nearly tie.
+            arrived: called in this thread as `arrived(prompt_index, copy_index, rollout)` as soon as a response is
+                complete, while others are still generated. Generation waits for it, so it must be fast. An error that
+                it raises ends the call; the sampler remains usable.
+
+        Returns:
+            For each prompt, in order, its `n` rollouts.
+
+        Raises:
+            UserError: a prompt is empty, contains an id outside the vocabulary, or exceeds `max_length` together with
+                `max_tokens`.
+            ValueError: the numbers of prompts and seeds differ, or `n` is below 1.
+            RuntimeError: the last `load_weights` failed.
         """
         if len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed a prompt")
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per prompt")
         if n < 1:
-            raise ValueError(f"n={n}: at least one response a prompt")
+            raise ValueError(f"n={n}: give at least one response per prompt")
         if not self._usable:
             raise RuntimeError(
-                "the last load_weights failed half-way: the sampler holds a mixture of old and new "
+                "the last load_weights failed midway: the sampler holds a mixture of old and new "
                 "weights; call load_weights again with all of them"
             )
         self._check_prompts(prompts, sampling)
         if not prompts:
             return []
-        results: list[list[Rollout | None]] = [[None] * n for _ in prompts]
+        results: list[dict[int, Rollout]] = [{} for _ in prompts]
 
         def complete(index: int, copy: int, rollout: Rollout) -> None:
-            assert results[index][copy] is None, (index, copy)
+            assert copy not in results[index], (index, copy)
             results[index][copy] = rollout
             if arrived is not None:
                 arrived(index, copy, rollout)
 
-        # The longest prompts first: what does not fit into memory shows at the start, and batches are alike in length.
+        # The longest prompts first: a lack of memory shows at the start, and batches have similar lengths.
         requests = [
             Request(index, copy, tuple(prompts[index]), response_seed(seeds[index], copy))
             for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
@@ -144,39 +166,45 @@ class Sampler(ABC):
         ]
         with _threads_set(self.threads), random_state_kept():
             self._sample(requests, sampling, complete)
-        return results
+        return [[rollouts[copy] for copy in range(n)] for rollouts in results]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace all weights by `weights`: pairs of a Hugging Face name and a tensor of any dtype and device.
+        """Replaces all weights. If this fails, sampling is refused until a complete set has been loaded.
 
-        A tensor must stay valid until the next pair is asked for, no longer, so a generator may gather and free them
-        one by one. Of weights that are tied (the output head and the embedding) one name suffices; of several the
-        first counts. Raises ModelError at an unknown name, a wrong shape, a name given twice, or missing names;
-        sampling is then refused until a complete set was loaded.
+        Args:
+            weights: pairs of a Hugging Face name and a tensor of any dtype and device. A tensor must remain valid only
+                until the next pair is requested, so a generator may gather and free tensors one by one. For tied
+                weights (output head and embedding) one name suffices; of several, the first counts.
+
+        Raises:
+            ModelError: a name is unknown or given twice, a shape is wrong, or weights are missing.
         """
         self._usable = False
         self._load_weights(weights)
         self._usable = True
 
     def sleep(self) -> None:
-        """Free device memory until `wake`, where the engine can; the weights are kept elsewhere."""
+        """Frees device memory until `wake`, if the engine can. The weights are kept elsewhere."""
 
     def wake(self) -> None:
-        """Undo `sleep`."""
+        """Undoes `sleep`."""
 
     def close(self) -> None:
-        """Free the engine; the sampler cannot be used afterwards."""
+        """Frees the engine. The sampler cannot be used afterwards."""
 
     @abstractmethod
     def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived) -> None:
-        """Call `complete` once for each request, as soon as its response is complete.
+        """Samples a response to each request and calls `complete` once for each as soon as it is complete.
 
-        requests: checked, at least one, the longest prompts first; their order must not matter for the results.
+        Args:
+            requests: at least one valid request, the longest prompts first. Results must not depend on their order.
+            sampling: temperature, nucleus and limits.
+            complete: called as `complete(index, copy, rollout)`.
         """
 
     @abstractmethod
     def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """`load_weights` without the bookkeeping."""
+        """Replaces all weights, as `load_weights` documents."""
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         for index, prompt in enumerate(prompts):
@@ -198,6 +226,7 @@ class Sampler(ABC):
 
 @contextmanager
 def _threads_set(threads: int | None) -> Iterator[None]:
+    """Sets torch's number of threads in the block; None keeps it."""
     before = torch.get_num_threads()
     if threads is None or threads == before:
         yield
@@ -210,7 +239,7 @@ def _threads_set(threads: int | None) -> Iterator[None]:
 
 
 def rollout_of(token_ids: Sequence[int], logprobs: Sequence[float], sampling: Sampling) -> Rollout:
-    """The rollout that these tokens make: finished if, and only if, the last one is a stop token."""
+    """The rollout of these tokens. It is finished if and only if the last one is a stop token."""
     assert len(token_ids) == len(logprobs), (len(token_ids), len(logprobs))
     finished = bool(token_ids) and token_ids[-1] in sampling.stop_token_ids
     return Rollout(tuple(token_ids), tuple(logprobs), finished)
@@ -219,8 +248,8 @@ def rollout_of(token_ids: Sequence[int], logprobs: Sequence[float], sampling: Sa
 def response_seed(seed: int, index: int) -> int:
     """A 62-bit seed for response `index` to a prompt with `seed`.
 
-    Hashed, because neighbouring prompts often get neighbouring seeds: with seed + index, response 1 of one prompt would
-    draw the same random numbers as response 0 of the next.
+    It is a hash, because consecutive prompts often have consecutive seeds: with seed + index, response 1 to one prompt
+    would draw the same random numbers as response 0 to the next.
     """
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2

@@ -1,33 +1,41 @@
-"""What a step of decoding costs beside the model's products: what it copies, and, on a GPU, what it launches.
+"""Faster decoding with transformers: attention without copies of the keys, and steps recorded as CUDA graphs.
 
-transformers' own cache copies all keys and values of a layer at every token to append one, and its attention, wherever
-the batch is padded, writes them out again for every query head that shares them. And a step of a small model is a
-thousand short kernels, each launched by Python: so on a GPU the step is recorded as a CUDA graph and replayed.
-docs/experiment_log.md has what was measured.
+transformers' own cache copies all keys and values of a layer to append one token. If the batch is padded, its attention
+also repeats them for every query head that shares them. A step of a small model launches a thousand short kernels from
+Python; on a GPU the step is therefore recorded as a CUDA graph and replayed. See docs/experiment_log.md for
+measurements.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-#: The name under which transformers knows this attention.
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+
+    from upge.rollout.kv_cache import GrowingLayer
+
+#: The name under which this attention is registered with transformers.
 IMPLEMENTATION = "upge_decoding"
 
-# Kinds of rotary embedding that look at the positions' values, which a graph cannot.
+# Kinds of rotary embedding that read the values of the positions on the host, which a graph cannot record.
 _LOOKING = ("dynamic", "longrope")
 
-#: (token ids [b, t], mask, positions [b, t]) → logits [b, V] behind the last token.
+#: (token ids [b, t], mask, positions [b, t]) → logits [b, V] after the last token.
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def prepare(model: nn.Module) -> None:
-    """Lets a causal LM that runs torch's SDPA decode with `attention`; any other keeps what it has, and so do models
-    that choose the keys of a token themselves, which look at the attention's name."""
+def prepare(model: PreTrainedModel) -> None:
+    """Sets `attention` as the attention of a causal LM that uses torch's SDPA.
+
+    Other models keep their attention, and so do models that select the keys of a token themselves, because they depend
+    on the name of the attention.
+    """
     chooses = any(hasattr(module, "indexer") for module in model.modules())
     if model.config._attn_implementation != "sdpa" or not model._supports_attention_backend or chooses:
         return
@@ -45,10 +53,22 @@ def attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    **others: Any,
+    **others: Any,  # Any: arguments that transformers passes on
 ) -> tuple[torch.Tensor, None]:
-    """transformers' SDPA, but for one query token [B, heads, 1, d] with fewer heads of keys [B, kv_heads, T, d]: then
-    the query heads that share keys are the rows of one product, and no key is repeated. → [B, 1, heads, d]"""
+    """transformers' SDPA attention, with a fast path for one query token and grouped key heads.
+
+    In the fast path the query heads that share keys are the rows of one product, so no key is repeated.
+
+    Args:
+        module: the attention layer.
+        query: [B, heads, t, d].
+        key, value: [B, kv_heads, T, d].
+        attention_mask: [B, 1, t, T], or [B, heads, t, T], or None.
+        **others: further arguments of transformers' attention functions.
+
+    Returns:
+        The output [B, t, heads, d], and None in place of the attention weights.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     heads, shared = query.shape[1], key.shape[1]
@@ -62,11 +82,17 @@ def attention(
     return output.flatten(1, 2)[:, None], None
 
 
-def steps_of(model: nn.Module, cache: Any, mask: torch.Tensor, max_tokens: int, forward: Forward) -> Steps:
-    """The steps of a batch whose prompts are in the cache: replayed where a graph can be recorded, else run.
+def steps_of(
+    model: PreTrainedModel, cache: DynamicCache, mask: torch.Tensor, max_tokens: int, forward: Forward
+) -> Steps:
+    """The decoding steps of a batch whose prompts are in the cache, as a CUDA graph if the model allows it.
 
-    mask: [B, T], 1 where the prompts have a token.
-    max_tokens: that a response may have.
+    Args:
+        model: the causal LM.
+        cache: a cache of `growing_kv_cache`.
+        mask: [B, T], 1 for the tokens of the prompts, 0 for padding.
+        max_tokens: the most tokens of a response.
+        forward: runs the model.
     """
     recordable = (
         mask.is_cuda
@@ -77,37 +103,52 @@ def steps_of(model: nn.Module, cache: Any, mask: torch.Tensor, max_tokens: int, 
     return ReplayedSteps(cache, mask, max_tokens, forward) if recordable else Steps(cache, mask, forward)
 
 
-def _looks_at_positions(rope: Any) -> bool:
-    """Whether a rotary embedding of the model does; its parameters may stand under the kinds of layers."""
+def _looks_at_positions(rope: object) -> bool:
+    """Whether a rotary embedding is one of `_LOOKING`. `rope` may hold parameters or, per kind of layer, parameters."""
     if not isinstance(rope, Mapping):
         return False
     return rope.get("rope_type") in _LOOKING or any(map(_looks_at_positions, rope.values()))
 
 
 class Steps:
-    """One token after the other for every row of a batch."""
+    """Decodes one token after another for every row of a batch.
 
-    def __init__(self, cache: Any, mask: torch.Tensor, forward: Forward) -> None:
+    Args:
+        cache: keys and values of the prompts.
+        mask: [B, T], 1 for tokens, 0 for padding.
+        forward: runs the model.
+    """
+
+    def __init__(self, cache: DynamicCache, mask: torch.Tensor, forward: Forward) -> None:
         self._cache, self._mask, self._forward = cache, mask, forward
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these rows alone."""
+        """Continues with these rows only."""
         self._cache.batch_select_indices(rows)
         self._mask = self._mask[rows]
 
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
-        """The logits [b, V] behind the rows' next token [b, 1]; valid until the next call."""
+        """The logits [b, V] after the rows' next token [b, 1]. They are valid until the next call."""
         self._mask = torch.cat([self._mask, torch.ones_like(token)], dim=1)
         return self._forward(token, self._mask, self._mask.sum(dim=1, keepdim=True) - 1)
 
 
 class ReplayedSteps(Steps):
-    """The same from a graph: every tensor keeps its place and its shape, the cache's with room for all tokens, and the
-    mask hides what is not written yet. Which rows there are is part of the graph, so it is recorded anew for fewer."""
+    """`Steps` that replays a CUDA graph.
 
-    def __init__(self, cache: Any, mask: torch.Tensor, max_tokens: int, forward: Forward) -> None:
+    Every tensor keeps its address and shape. The cache has room for all tokens, and the mask hides those that are not
+    written yet. The rows are part of the graph, so `keep` makes the next step record a new one.
+
+    Args:
+        cache: a cache of `growing_kv_cache`.
+        mask: [B, T], 1 for tokens, 0 for padding.
+        max_tokens: the most tokens of a response.
+        forward: runs the model.
+    """
+
+    def __init__(self, cache: DynamicCache, mask: torch.Tensor, max_tokens: int, forward: Forward) -> None:
         width = mask.shape[1]
-        # A multiple of 8, or attention would copy the mask to align it.
+        # A multiple of 8, because attention would otherwise copy the mask to align it.
         size = -(-(width + max_tokens) // 8) * 8
         whole = torch.zeros(len(mask), 1, 1, size, dtype=torch.bool, device=mask.device)
         whole[:, 0, 0, :width] = mask.bool()
@@ -115,11 +156,11 @@ class ReplayedSteps(Steps):
         self._place = torch.tensor([width - 1], device=mask.device)
         self._positions = mask.sum(dim=1, keepdim=True) - 1
         self._replay: Callable[[torch.Tensor], torch.Tensor] | None = None
-        for layer in cache.layers:
+        for layer in cast("list[GrowingLayer]", cache.layers):  # as `steps_of` has checked
             layer.fix(size, self._place)
 
     def keep(self, rows: torch.Tensor) -> None:
-        self._replay = None  # and with it the graph's memory, before the cache is copied
+        self._replay = None  # also frees the graph's memory, before the cache is copied
         super().keep(rows)
         self._positions = self._positions[rows]
 
@@ -132,22 +173,32 @@ class ReplayedSteps(Steps):
         return self._replay(token)
 
 
-def record(function: Callable[[torch.Tensor], torch.Tensor], example: torch.Tensor) -> Callable:
-    """`function` of one tensor as a CUDA graph; it reads and writes the same memory in every call.
+def record(
+    function: Callable[[torch.Tensor], torch.Tensor], example: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Records `function` as a CUDA graph, which reads and writes the same memory in every call.
 
-    It is called twice, once to warm up what is made at first use, and must bear that. Where it cannot be recorded,
-    since it waits for the GPU within, it is returned as it is.
+    Args:
+        function: a function of one tensor. It is called twice, the first time to initialise what is created at first
+            use, so a second call must have the same result.
+        example: an argument of the shape and type of all arguments.
+
+    Returns:
+        The recorded function, or, with a warning, `function` itself if it cannot be recorded, as when it waits for the
+        GPU.
     """
     argument = example.clone()
     function(argument)
     try:
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as a process group's, may use the device meanwhile.
+        # Other threads, such as those of a process group, may use the device at the same time.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = function(argument)
     except RuntimeError as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
-        warnings.warn(f"sampling goes on more slowly: a step of this model cannot be recorded ({reason})", stacklevel=2)
+        warnings.warn(
+            f"sampling is slower: a step of this model cannot be recorded as a CUDA graph ({reason})", stacklevel=2
+        )
         return function
 
     def replay(value: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Sampling with a transformers model: for small models, machines without vLLM, and as a second opinion beside vLLM."""
+"""Sampling with transformers: for small models, for machines without vLLM, and to compare with vLLM."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from upge.models.loading import (
+    ModelConfig,
     WeightTable,
     check_loaded,
     choose_dtype,
@@ -23,26 +24,37 @@ from upge.models.loading import (
 from upge.rollout import decoding
 from upge.rollout.base import Arrived, Request, Sampler, Sampling, rollout_of
 
-# Tokens (prompt and response, padding included) in a batch: the size of its cache. 512 rows of 512 on a GPU.
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+
+# Tokens (prompt and response, including padding) in a batch, which is the size of its cache. On a GPU, 512 rows of 512.
 TOKEN_BUDGET = {"cpu": 32768, "cuda": 262144}
-# Share of a batch's rows that must have ended for them to be dropped, which copies the cache of the others and, on a
-# GPU, records the step anew.
+# Share of a batch's rows that must have ended before they are dropped. Dropping copies the cache of the other rows and,
+# on a GPU, records the step again.
 _WORTH_DROPPING = {"cpu": 1 / 8, "cuda": 1 / 2}
 
 
 class TransformersSampler(Sampler):
-    """A copy of the model in evaluation mode, which decodes left-padded batches of similar prompt length.
+    """Samples with a copy of the model in evaluation mode, in left-padded batches of similar prompt length.
 
-    Responses that have ended leave their batch, so that it does not cost as much as its longest, and a group's prompt
-    is computed once. transformers' own `generate` does neither, and leaves no room for a draw of our own but a logits
-    processor; its continuous batching (`generate_batch`) was measured at a quarter of the speed of `generate` on a CPU
-    (0.7k against 2.6k to 3.0k tokens/s), and draws from the process's random state, not from a seed for each response.
-    On a GPU vLLM is meant for the work, and this for where there is none.
+    Finished responses are dropped from their batch, and the prompt of a group is computed once. transformers' own
+    `generate` does neither, and only a logits processor can change how it draws. Its continuous batching
+    (`generate_batch`) reached a quarter of the speed of `generate` on a CPU (0.7k instead of 2.6k to 3.0k tokens/s).
+    It also draws from the random state of the process instead of a seed per response. On a GPU, use vLLM if it is
+    installed.
 
-    Tokens are drawn by inverting the cumulative distribution at one uniform number a token, from a generator of the
-    response's own: a response depends neither on its neighbours in the batch nor on the process's random state.
+    Tokens are drawn by inverting the cumulative distribution at one uniform number per token, from a generator per
+    response. So a response depends neither on the others in its batch nor on the random state of the process.
 
-    token_budget: the most tokens in a batch, padding included; a single longer sequence is a batch of its own.
+    Args:
+        model_path: a folder in Hugging Face format or the name of a model of the hub.
+        dtype: see `upge.rollout.load`.
+        max_length: the most tokens of a prompt and its response together; None means the model's number of positions.
+        device: "cpu" or "cuda".
+        token_budget: the most tokens in a batch, including padding. A single longer sequence is a batch of its own.
+        threads: torch's threads while sampling on a CPU, see `upge.models.loading.choose_threads`.
+        reason: why this engine is used.
+        overrides: changes to the model's config.json.
     """
 
     name = "transformers"
@@ -57,7 +69,7 @@ class TransformersSampler(Sampler):
         token_budget: int | None = None,
         threads: int | None = None,
         reason: str = "",
-        overrides: Mapping[str, Any] | None = None,
+        overrides: Mapping[str, object] | None = None,
     ) -> None:
         config = read_config(model_path, overrides)
         self._device = torch.device(device)
@@ -65,9 +77,9 @@ class TransformersSampler(Sampler):
         self._model = _load_model(str(model_path), config, choose_dtype(dtype, self._device.type)).to(self._device)
         decoding.prepare(self._model)
         self._table = WeightTable.of_model(self._model)
-        # Only the last position's logits: those of a whole batch of prompts would be the largest tensor by far.
-        keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if keeps else {}
+        # Compute logits only at the last position. Those of all positions of a batch would be the largest tensor.
+        has_logits_to_keep = "logits_to_keep" in inspect.signature(self._model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if has_logits_to_keep else {}
         threads = choose_threads(threads, self._table, self._device.type)
         super().__init__(
             max_length=choose_max_length(max_length, config),
@@ -88,7 +100,7 @@ class TransformersSampler(Sampler):
             longest = max(len(request.prompt) for request in batch) + sampling.max_tokens
             self._decode(batch, sampling, complete, growing_kv_cache(self._model.config, longest))
 
-    def _decode(self, batch: list[Request], sampling: Sampling, complete: Arrived, cache: Any) -> None:
+    def _decode(self, batch: list[Request], sampling: Sampling, complete: Arrived, cache: DynamicCache) -> None:
         draw = _Draw(batch, sampling, self._device, complete)
         logits, mask = self._prefilled([request.prompt for request in batch], cache)
         token = draw(logits)
@@ -100,9 +112,12 @@ class TransformersSampler(Sampler):
                 token = token[kept]
             token = draw(steps(token))
 
-    def _prefilled(self, prompts: list[tuple[int, ...]], cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fill the cache; the logits [B, V] behind each prompt, and the mask [B, T] of what is no padding. A prompt
-        that occurs several times is computed once."""
+    def _prefilled(self, prompts: list[tuple[int, ...]], cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fills the cache with the prompts. A prompt that occurs several times is computed once.
+
+        Returns:
+            The logits [B, V] after each prompt, and the mask [B, T] with 1 for tokens and 0 for padding.
+        """
         distinct = list(dict.fromkeys(prompts))
         width = max(map(len, distinct))
         ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in distinct], device=self._device)
@@ -117,12 +132,14 @@ class TransformersSampler(Sampler):
             logits, mask = logits[copies], mask[copies]
         return logits, mask
 
-    def _forward(self, cache: Any, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """The logits [b, V] behind the last of the tokens [b, t], which follow on what the cache holds."""
+    def _forward(
+        self, cache: DynamicCache, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """The logits [b, V] after the last of the tokens [b, t], which follow the tokens in the cache."""
         output = self._model(
             input_ids=ids,
             attention_mask=mask,
-            position_ids=places,
+            position_ids=positions,
             past_key_values=cache,
             use_cache=True,
             **self._last_only,
@@ -137,17 +154,20 @@ class TransformersSampler(Sampler):
 
     def close(self) -> None:
         self._usable = False
-        self._model = None
+        vars(self).pop("_model", None)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 @contextmanager
 def _plain_linear() -> Iterator[None]:
-    """With torch's own linear layers. DeepSpeed's ZeRO-3 replaces them in the whole process by an autograd function of
-    its own, which costs a small model a fifth of its time."""
+    """Restores torch's own linear layers in the block.
+
+    DeepSpeed's ZeRO-3 replaces them in the whole process by an autograd function, which takes a fifth of the time of a
+    small model.
+    """
     replaced = torch.nn.functional.linear
-    torch.nn.functional.linear = torch._C._nn.linear
+    torch.nn.functional.linear = torch._C._nn.linear  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
@@ -155,9 +175,13 @@ def _plain_linear() -> Iterator[None]:
 
 
 class _Draw:
-    """Draws the tokens of a batch step by step, and hands on each response as it ends.
+    """Draws the tokens of a batch step by step, and passes on each response when it ends.
 
-    complete: called as `complete(index, copy, rollout)` at the step in which a response draws a stop token or its last.
+    Args:
+        batch: the requests.
+        sampling: temperature, nucleus and limits.
+        device: the device of the logits.
+        complete: called as `complete(index, copy, rollout)` in the step in which a response ends.
     """
 
     def __init__(self, batch: Sequence[Request], sampling: Sampling, device: torch.device, complete: Arrived) -> None:
@@ -171,7 +195,7 @@ class _Draw:
         self._open = torch.ones(len(batch), dtype=torch.bool, device=device)
         self._uniform = None
         if sampling.temperature > 0:
-            # On the CPU, whatever the device: the same numbers everywhere, one short call a response.
+            # On the CPU for every device: the same numbers everywhere, and one short call per response.
             generators = (torch.Generator().manual_seed(request.seed) for request in batch)
             rows = [torch.rand(sampling.max_tokens, dtype=torch.float64, generator=own) for own in generators]
             self._uniform = torch.stack(rows).to(device)
@@ -194,32 +218,32 @@ class _Draw:
         self._tokens[self._rows, self._step] = token[:, 0]
         self._logprobs[self._rows, self._step] = logprobs.gather(-1, token)[:, 0]
         self._step += 1
-        self._tell(token[:, 0])
+        self._pass_on(token[:, 0])
         return token
 
     def leaving(self) -> torch.Tensor | None:
-        """The places [b'] of the rows to go on with, where so many have ended that it is worth dropping them."""
+        """The indices [b'] of the rows to continue with, or None if too few have ended for dropping to pay."""
         if int((~self._open).sum()) < _WORTH_DROPPING[self._rows.device.type] * len(self._rows):
             return None
         kept = self._open.nonzero()[:, 0]
         self._rows, self._open = self._rows[kept], self._open[kept]
         return kept
 
-    def _tell(self, token: torch.Tensor) -> None:
-        """Hand on the rows whose response ends with this token [b]."""
+    def _pass_on(self, token: torch.Tensor) -> None:
+        """Passes on the rows whose response ends with this token [b]."""
         last = self._step == self._sampling.max_tokens
         ending = self._open if last else self._open & torch.isin(token, self._stops)
         self._open = self._open & ~ending
         for row in self._rows[ending].tolist():
             tokens, logprobs = self._tokens[row, : self._step].tolist(), self._logprobs[row, : self._step].tolist()
             request = self._batch[row]
-            # What `arrived` makes of it shall not be an inference tensor, which no gradient may touch.
+            # Tensors that `arrived` creates must not be inference tensors, which autograd does not accept.
             with torch.inference_mode(False):
                 self._complete(request.index, request.copy, rollout_of(tokens, logprobs, self._sampling))
 
 
 def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Log-probabilities [B, V] of the sampling distribution, float32; at temperature 0 those of temperature 1."""
+    """Log-probabilities [B, V] of the sampling distribution in float32; at temperature 0, those of temperature 1."""
     logits = logits.float()
     if sampling.temperature == 0:
         return logits.log_softmax(dim=-1)
@@ -233,7 +257,7 @@ def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 def _batches(requests: Sequence[Request], max_tokens: int, budget: int) -> Iterator[list[Request]]:
-    """Cut requests, the longest prompts first, into batches of at most `budget` tokens, padding included."""
+    """Cuts requests, the longest prompts first, into batches of at most `budget` tokens, including padding."""
     batch: list[Request] = []
     for request in requests:
         if batch and (len(batch) + 1) * (len(batch[0].prompt) + max_tokens) > budget:
@@ -244,7 +268,7 @@ def _batches(requests: Sequence[Request], max_tokens: int, budget: int) -> Itera
         yield batch
 
 
-def _load_model(path: str, config: Any, dtype: torch.dtype) -> torch.nn.Module:
+def _load_model(path: str, config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -252,11 +276,13 @@ def _load_model(path: str, config: Any, dtype: torch.dtype) -> torch.nn.Module:
     logging.disable_progress_bar()
     try:
         with random_state_kept():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            # Any: the annotation does not know that `output_loading_info` makes it a pair.
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype, output_loading_info=True
             )
     finally:
         if bars:
             logging.enable_progress_bar()
-    check_loaded(path, found)
+    model, loading_info = loaded
+    check_loaded(path, loading_info)
     return model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Sampling with verification: each response goes to the verifiers once complete, while others are still generated."""
+"""Sampling with verification: complete responses are verified while others are still generated."""
 
 from __future__ import annotations
 

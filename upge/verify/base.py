@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 LONGEST_ANSWER = 1000
 """The most characters of an answer that is parsed as mathematics; a longer one can only match exactly."""
@@ -109,7 +109,7 @@ def checked(item: Item) -> Item:
     parts = tuple(item)
     if 2 <= len(parts) <= 4 and all(isinstance(part, str) for part in parts[:2]):
         if all(part is None or isinstance(part, str) for part in parts[2:]):
-            return Item(*parts)
+            return Item(*cast("tuple[str, str]", parts))
     raise TypeError(
         "an item must be (response, answer, prompt or None, verifier or None), all text; found " + repr(parts)[:200]
     )

@@ -18,8 +18,8 @@ _OTHER = re.compile(
     r"[(\[]([A-Z]|[0-9])[)\]]|(?<![\w.])([A-Z]|[0-9])\)|(?:\b(?:or|and)|[,/&])\s*([A-Z])(?![\w'])|^\W*([B-HJ-Z])(?!\w)"
 )
 _WORD = re.compile(r"(?<![\w'])([A-Za-z0-9])(?![\w'])(?! (?:is|was)(?:n't| (?:not|wrong|incorrect|false))\b)")
-_BESIDE = re.compile(rf"{_NOUN}[(\[]?([A-Za-z]|[0-9])(?![\w'])[)\].:]*\s*[-\u2013\u2014:(]*\s*(.*)")
-_BEHIND = re.compile(r"(.*\S)\s*[-\u2013\u2014:]?\s*[(\[]([A-Za-z]|[0-9])[)\]][.:]*")
+_LABEL_FIRST = re.compile(rf"{_NOUN}[(\[]?([A-Za-z]|[0-9])(?![\w'])[)\].:]*\s*[-\u2013\u2014:(]*\s*(.*)")
+_LABEL_LAST = re.compile(r"(.*\S)\s*[-\u2013\u2014:]?\s*[(\[]([A-Za-z]|[0-9])[)\]][.:]*")
 _OPTION = re.compile(r"^[ \t]*(?:[(\[]([A-Z]|[0-9])[)\]]|([A-Z]|[0-9])[).:])[ \t]+(\S.*)$", re.MULTILINE)
 _TYPOGRAPHY = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox)\s*(?=\{)|[{}$*`\"]|\\[()\[\]]|\\(?=[ ,;!])")
 
@@ -64,8 +64,8 @@ def named(given: str, prompt: str | None = None) -> str:
     same = _labels_of(text, options)
     if same:
         return same[0] if len(same) == 1 else ""
-    beside, behind = _BESIDE.fullmatch(text), _BEHIND.fullmatch(text)
-    for label, words in (beside.groups() if beside else ("", ""), behind.groups()[::-1] if behind else ("", "")):
+    first, last = _LABEL_FIRST.fullmatch(text), _LABEL_LAST.fullmatch(text)
+    for label, words in (first.groups() if first else ("", ""), last.groups()[::-1] if last else ("", "")):
         if label.upper() in options and _words(words).strip("() ") == options[label.upper()].strip("() "):
             return label.upper()
     leading = _LEADING.match(text) or _SPOKEN.match(text)

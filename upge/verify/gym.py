@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from upge.verify.answers import final_text
 from upge.verify.base import AnswerVerifier, shown
@@ -80,7 +80,8 @@ def _entry(answer: str) -> tuple[Entry, Callable[[str, Entry], float]]:
 def _scorer(name: str) -> Callable[[str, Entry], float]:
     import reasoning_gym
 
-    return reasoning_gym.get_score_answer_fn(name)
+    # The annotation of this function lacks the arguments of what it returns.
+    return cast(Callable[[str, Entry], float], reasoning_gym.get_score_answer_fn(name))
 
 
 def _has_foreign_digits(text: str) -> bool:

@@ -37,7 +37,7 @@ def magnitude_of(expression: Parsed) -> Size | None:
     """The size of a number; None for 0, for anything with letters, and for unknown functions."""
     name = type(expression).__name__
     if name in _CONSTANTS:
-        return Size(*(_CONSTANTS[name],) * 2, 1)
+        return Size(_CONSTANTS[name], _CONSTANTS[name], 1)
     if name == "Float":
         return _of_float(expression)
     if getattr(expression, "is_Rational", False):

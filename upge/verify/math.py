@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from upge.verify.answers import final_answer, last_boxed, without_unit
 from upge.verify.base import LONGEST_ANSWER, AnswerVerifier, shown
@@ -176,7 +177,9 @@ def _parse(text: str) -> list[Parsed]:
     # math-verify warns once per process that its time-outs are off. The pool has its own limit.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     config = [LatexExtractionConfig(boxed_match_priority=0)]
-    return parse(rf"\boxed{{{text}}}", config, fallback_mode="no_fallback", parsing_timeout=None)
+    # None switches the time-out off; the annotation says int.
+    no_limit: Any = None
+    return parse(rf"\boxed{{{text}}}", config, fallback_mode="no_fallback", parsing_timeout=no_limit)
 
 
 def _shape(expression: Parsed) -> str:

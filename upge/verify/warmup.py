@@ -6,10 +6,10 @@ either return a correct parse tree (i.e. the same parse tree that would be retur
 will report a syntax error" (antlr4.atn.PredictionMode). Only after an error is the text parsed again, in LL mode. So
 parse trees and verdicts do not change.
 
-`ANSWERS` holds typical answers. Verifying them fills the caches of antlr and sympy, which takes 0.8 s and runs beside
-the caller's own work. Without it, an answer that has to be parsed takes 12 ms of CPU during the first hundred answers
-of a process, with it 6 ms, and 3 ms later on. Workers inherit the filled caches, including workers that replace killed
-ones.
+`ANSWERS` holds typical answers. Verifying them fills the caches of antlr and sympy, which takes 0.8 s, in parallel
+with the caller's own work. Without it, an answer that has to be parsed takes 12 ms of CPU during the first hundred
+answers of a process; with it, 6 ms. Later on it takes 3 ms. Workers inherit the filled caches, including workers that
+replace killed ones.
 """
 
 from __future__ import annotations

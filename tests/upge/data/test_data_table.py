@@ -170,7 +170,7 @@ def test_ids_without_a_column_name_file_and_place(tmp_path):
         ({"prompt": "?", "answer": "1", "level": 2.5}, ["'level' holds 2.5", "whole number"]),
         ({"prompt": "?", "answer": "1", "id": None}, ["'id' holds None"]),
         ({"prompt": "?", "answer": "1", "rejected": "no"}, ["1 rejected responses and 0 demonstrations"]),
-        ({"prompt": "?", "answer": "1", "demonstrations": "a", "rejected": "a"}, ["once more", "two responses"]),
+        ({"prompt": "?", "answer": "1", "demonstrations": "a", "rejected": "a"}, ["equals the first", "two responses"]),
     ],
 )
 def test_what_is_wrong_is_said_with_file_and_line(tmp_path, row, said):
