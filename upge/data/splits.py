@@ -104,12 +104,12 @@ def limit_levels(problems: Sequence[Problem], per_level: Mapping[str, int]) -> t
         if left.get(problem.level, 0):
             left[problem.level] -= 1
             kept.append(problem)
-    for level, missing in left.items():
-        if missing:
+    for level, count in per_level.items():
+        if left[level]:
             have = sorted({str(problem.level) for problem in problems})
             raise ConfigError(
-                f"data_policy.per_level: {per_level[level]} problems of '{level}' are asked for, and there are "
-                f"{per_level[level] - missing}; the levels of the data are {', '.join(have)}"
+                f"data_policy.per_level: {count} problems of '{level}' are asked for, and there are "
+                f"{count - left[level]}; the levels of the data are {', '.join(have)}"
             )
     return tuple(kept)
 

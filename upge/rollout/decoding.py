@@ -196,9 +196,7 @@ def record(
             result = function(argument)
     except RuntimeError as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
-        warnings.warn(
-            f"sampling is slower: a step of this model cannot be recorded as a CUDA graph ({reason})", stacklevel=2
-        )
+        warnings.warn(f"sampling is slower: a step of this model cannot be recorded ({reason})", stacklevel=2)
         return function
 
     def replay(value: torch.Tensor) -> torch.Tensor:

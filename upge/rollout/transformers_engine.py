@@ -74,7 +74,8 @@ class TransformersSampler(Sampler):
         config = read_config(model_path, overrides)
         self._device = torch.device(device)
         self._budget = token_budget or TOKEN_BUDGET[self._device.type]
-        self._model = _load_model(str(model_path), config, choose_dtype(dtype, self._device.type)).to(self._device)
+        weights_dtype = choose_dtype(dtype, self._device.type)
+        self._model = _load_model(str(model_path), config, weights_dtype, self._device)
         decoding.prepare(self._model)
         self._table = WeightTable.of_model(self._model)
         # Compute logits only at the last position. Those of all positions of a batch would be the largest tensor.
@@ -268,7 +269,7 @@ def _batches(requests: Sequence[Request], max_tokens: int, budget: int) -> Itera
         yield batch
 
 
-def _load_model(path: str, config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _load_model(path: str, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -285,4 +286,4 @@ def _load_model(path: str, config: ModelConfig, dtype: torch.dtype) -> PreTraine
             logging.enable_progress_bar()
     model, loading_info = loaded
     check_loaded(path, loading_info)
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to(device)
