@@ -17,6 +17,7 @@ from tests import gguf_files
 from upge import models, rollout
 from upge.data import Problem, Prompting
 from upge.errors import ModelError
+from upge.models import gguf
 from upge.rollout import Sampling
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf is not installed")
@@ -64,11 +65,11 @@ def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("UPGE_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert models.cache() == tmp_path / ".cache" / "upge" / "models"
+    assert gguf.cache() == tmp_path / ".cache" / "upge" / "models"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert models.cache() == tmp_path / "x" / "upge" / "models"
+    assert gguf.cache() == tmp_path / "x" / "upge" / "models"
     monkeypatch.setenv("UPGE_CACHE", "~/y")
-    assert models.cache() == tmp_path / "y" / "models"
+    assert gguf.cache() == tmp_path / "y" / "models"
 
 
 # A small file
@@ -113,7 +114,7 @@ def test_words_are_cut_as_the_file_says(small):
 def test_the_second_time_the_folder_is_found(small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     source, folder, _ = small
     monkeypatch.setenv("UPGE_CACHE", str(folder.parents[1]))
-    monkeypatch.setattr(models, "_convert", lambda *_: pytest.fail("converted twice"))
+    monkeypatch.setattr(gguf, "_convert", lambda *_: pytest.fail("converted twice"))
     assert models.local_path(str(source)) == str(folder)
     # The name and the contents count, not the place.
     (tmp_path / source.name).write_bytes(source.read_bytes())
@@ -124,7 +125,7 @@ def test_a_file_of_equal_name_and_size_is_another_model(small, tmp_path: Path):
     source, folder, _ = small
     gguf_files.write(tmp_path / source.name, seed=1)
     assert (tmp_path / source.name).stat().st_size == source.stat().st_size
-    assert models._fingerprint(tmp_path / source.name) not in folder.name
+    assert gguf._fingerprint(tmp_path / source.name) not in folder.name
 
 
 def test_of_several_processes_one_converts(small, cache: Path):
@@ -240,7 +241,7 @@ def test_the_real_model_is_the_one_in_the_file(smollm2: str):
     from gguf.quants import dequantize
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    source = models._source(gguf_files.SMOLLM2)
+    source = gguf._source(gguf_files.SMOLLM2)
     found = weights(Path(smollm2))
     stored = {tensor.name: tensor for tensor in GGUFReader(source).tensors}
     assert len(found) == len(stored) == 272
