@@ -22,8 +22,8 @@ from upge.measure import (
     Directions,
     Estimated,
     Estimator,
-    Figures,
     Measured,
+    Metrics,
     ModelScores,
     Pool,
     Sketch,
@@ -34,11 +34,11 @@ from upge.measure import (
     conflict,
     cosine_of,
     estimator,
-    exact_figures,
-    figures,
+    exact_metrics,
     gradients,
     imitation,
     measured,
+    metrics,
     same,
     true_gradient,
 )
@@ -60,7 +60,7 @@ class AtThreshold:
     """An algorithm whose gates' thresholds are set to one pass rate."""
 
     threshold: float
-    overall: Figures
+    overall: Metrics
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def worked_out(
     conflicts = [conflict(pool, one, rows, bins) for one in found]
     at = {
         name: tuple(
-            AtThreshold(share, figures(batch_sample(pool, one.contributions(pool, rows)), to.pooled))
+            AtThreshold(share, metrics(batch_sample(pool, one.contributions(pool, rows)), to.pooled))
             for share, one in variants.items()
         )
         for name, variants in varied.items()
@@ -256,9 +256,9 @@ def exactly(chosen: Mapping[str, Algorithm], group_size: int) -> Result:
 
 
 def _line(name: str, part: str, source: str, one: Exact, true: Tensor, shown: Tensor) -> Measured:
-    figures = exact_figures(one.mean, one.power, true)
+    overall = exact_metrics(one.mean, one.power, true)
     full = f"{name}.{part}" if part else name
-    return Measured(full, name, part, source, figures, _cosine(one.mean, shown), None, (), ())
+    return Measured(full, name, part, source, overall, _cosine(one.mean, shown), None, (), ())
 
 
 def _cosine(a: Tensor, b: Tensor) -> Estimated:

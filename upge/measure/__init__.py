@@ -1,12 +1,12 @@
-"""Bias and variance of gradient estimators on a real policy: sketched gradients of trajectories, unbiased figures.
+"""Bias and variance of gradient estimators on a real policy, from sketched gradients of single trajectories.
 
-    scores = ModelScores(model, width=8192)               # gradients of single trajectories
+    scores = ModelScores(model, width=8192)               # computes gradients of single trajectories
     directions = Directions()
-    found = [estimator(a, pool, columns, directions) for a in algorithms]
-    rows = gradients(scores, directions.requests)         # each gradient once, whoever asks for it
-    figures(batch_sample(pool, found[0].contributions(pool, rows)), target)
+    estimators = [estimator(a, pool, columns, directions) for a in algorithms]
+    rows = gradients(scores, directions.requests)         # computes every distinct gradient once
+    metrics(batch_sample(pool, estimators[0].contributions(pool, rows)), target)
 
-`python -m experiments.diagnose` does all of it; docs/diagnose.md says what the figures mean.
+`python -m experiments.diagnose` runs all of these steps; docs/diagnose.md explains the metrics.
 """
 
 from upge.measure.by_rate import bins_of
@@ -31,7 +31,7 @@ from upge.measure.diagnosis import (
     measured,
     same,
 )
-from upge.measure.figures import Figures, Sample, cosine_of, cosine_with, exact_figures, figures
+from upge.measure.metrics import Metrics, Sample, cosine_of, cosine_with, exact_metrics, metrics
 from upge.measure.pool import Group, Pool, batches, deal
 from upge.measure.scores import ModelScores, Request, Scores, Sketch
 from upge.measure.statistics import Estimated
@@ -42,9 +42,9 @@ __all__ = [
     "Entries",
     "Estimated",
     "Estimator",
-    "Figures",
     "Group",
     "Measured",
+    "Metrics",
     "ModelScores",
     "Pool",
     "Request",
@@ -62,11 +62,11 @@ __all__ = [
     "cosine_with",
     "deal",
     "estimator",
-    "exact_figures",
-    "figures",
+    "exact_metrics",
     "gradients",
     "imitation",
     "measured",
+    "metrics",
     "same",
     "slopes",
     "true_gradient",

@@ -1,4 +1,4 @@
-"""What a single prompt contributes: by its pass rate, and by the successes of its group, which a gate sees.
+"""Metrics of single prompts: by pass rate, and by the number of successes in their group, which gates depend on.
 
 Legend: q prompts of a bin; M, R, H and k as in `upge.measure.pool` and `upge.measure.statistics`.
 """
@@ -12,17 +12,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upge.measure.figures import Figures, Sample, cosine_with, figures, without_rounding
+from upge.measure.metrics import Metrics, Sample, cosine_with, metrics, without_rounding
 from upge.measure.pool import Pool
 from upge.measure.statistics import Estimated, gram, jackknife, within
 
-#: The ends of the intervals of the pass rate by which prompts are told apart; 0 and 1 have one of their own.
+#: The edges of the pass-rate bins; pass rates of exactly 0 and 1 have bins of their own.
 _ENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Prompts of similar pass rate."""
+    """Prompts of similar pass rate.
+
+    Attributes:
+        label: the range of pass rates, as text.
+        pass_rate: the mean over the prompts.
+        prompts: their numbers in the pool.
+    """
 
     label: str
     pass_rate: float
@@ -31,20 +37,21 @@ class Bin:
 
 @dataclass(frozen=True)
 class AtRate:
-    """One estimator on the prompts of a bin; an estimate is now what a single prompt contributes.
+    """One estimator on the prompts of a bin, where an estimate is the contribution of a single prompt.
 
     Attributes:
-        bin: which.
-        pooled: against the true gradient of the whole pool, which is what is climbed.
+        bin: the label of the bin.
+        pooled: relative to the true gradient of the whole pool, which is the objective's gradient.
         own: cosine with the true gradient of these prompts alone.
-        snr: ‖m‖²/E‖g - m‖² where prompt and rollouts are drawn anew, among all prompts of such a pass rate, of which
-            those of the bin are a sample: so its interval is about other prompts, and needs three of them.
-        prompt_snr: ‖m_q‖²/E‖g_q - m_q‖² of one prompt's group, averaged over the prompts above and below: only its
-            rollouts are drawn anew.
+        snr: ‖m‖²/E‖g - m‖² if both the prompt and its rollouts are sampled, the prompt from all prompts of such a pass
+            rate. The bin's prompts are a sample of these, so the interval covers other prompts; it needs at least
+            three prompts.
+        prompt_snr: ‖m_q‖²/E‖g_q - m_q‖² if only the rollouts of a prompt q are sampled; numerator and denominator are
+            averaged over the prompts.
     """
 
     bin: str
-    pooled: Figures
+    pooled: Metrics
     own: Estimated
     snr: Estimated
     prompt_snr: Estimated
@@ -52,31 +59,41 @@ class AtRate:
 
 @dataclass(frozen=True)
 class AtCount:
-    """One estimator on the groups that show so many successes, which is what a gate can see: a single prompt's
-    contribution against the true gradient of the whole pool."""
+    """One estimator on the groups with a given number of successes, which is what a gate can depend on.
+
+    Attributes:
+        successes: the number of successes in a group.
+        groups: how many groups have it.
+        pooled: a single prompt's contribution relative to the true gradient of the whole pool.
+    """
 
     successes: int
     groups: int
-    pooled: Figures
+    pooled: Metrics
 
 
 def bins_of(pass_rates: Float[Tensor, "M"]) -> list[Bin]:
-    """The bins that have prompts, by rising pass rate."""
-    chosen = [("0", pass_rates <= 0)]
+    """The bins that contain prompts, in order of increasing pass rate."""
+    members = [("0", pass_rates <= 0)]
     for low, high in zip(_ENDS, _ENDS[1:], strict=False):
         inside = (pass_rates > low) & (pass_rates <= high if high < 1 else pass_rates < high)
-        chosen.append((f"{low:g}–{high:g}", inside))
-    chosen.append(("1", pass_rates >= 1))
-    found = []
-    for label, inside in chosen:
-        if bool(inside.any()):
-            members = tuple(inside.nonzero()[:, 0].tolist())
-            found.append(Bin(label, float(pass_rates[inside].mean()), members))
-    return found
+        members.append((f"{low:g}–{high:g}", inside))
+    members.append(("1", pass_rates >= 1))
+    return [
+        Bin(label, float(pass_rates[inside].mean()), tuple(inside.nonzero()[:, 0].tolist()))
+        for label, inside in members
+        if bool(inside.any())
+    ]
 
 
 def at_rates(single: Float[Tensor, "M R k"], bins: Sequence[Bin], true: Float[Tensor, "M H k"]) -> Iterable[AtRate]:
-    """The figures of each bin in which there is any weight, from what each prompt contributes and its true gradient."""
+    """The metrics of each bin in which some prompt contributes.
+
+    Args:
+        single: [M, R, k] the contribution of each prompt in each round.
+        bins: the bins of prompts.
+        true: [M, H, k] independent estimates of each prompt's true gradient.
+    """
     rounds = single.shape[1]
     for one in bins:
         members = list(one.prompts)
@@ -85,22 +102,25 @@ def at_rates(single: Float[Tensor, "M R k"], bins: Sequence[Bin], true: Float[Te
             continue
         sample = Sample.of(mine.flatten(0, 1), torch.arange(rounds).repeat(len(members)), rounds)
         own = cosine_with(sample, true[members].mean(dim=0))
-        yield AtRate(one.label, figures(sample, true.mean(dim=0)), own, _snr(mine), _prompt_snr(mine))
+        yield AtRate(one.label, metrics(sample, true.mean(dim=0)), own, _snr(mine), _prompt_snr(mine))
 
 
 def _snr(mine: Float[Tensor, "q R k"]) -> Estimated:
-    """Of one of such prompts. A bin's own mean would hold 1/q of what each prompt has for itself, and so the more
-    signal the fewer prompts there are; products of different prompts, in different rounds, have nothing of it."""
+    """The signal-to-noise ratio of one prompt that is itself sampled.
+
+    The bin's own mean contains 1/q of each prompt's individual deviation, so it would overestimate the signal, more so
+    with fewer prompts. Products of different prompts in different rounds do not contain it.
+    """
     sums = mine.sum(dim=0)
     whole, own = gram(sums, sums), torch.stack([gram(one, one) for one in mine])
     cross = torch.stack([gram(one, sums) for one in mine])
     shares, rounds = cross + cross.mT - own, torch.ones(mine.shape[1], dtype=torch.float64)
 
     def snr(weights: list[Tensor]) -> Tensor:
-        # What is left of the products of the sums without a prompt, of which the jackknife never takes two.
-        there, count = weights[0], weights[0].sum()
-        products = whole - torch.einsum("q,qrs->rs", 1 - there, shares)
-        alone = torch.einsum("q,qrs->rs", there, own)
+        # Subtract the absent prompt's share from the products of the sums; the jackknife never leaves out two.
+        present, count = weights[0], weights[0].sum()
+        products = whole - torch.einsum("q,qrs->rs", 1 - present, shares)
+        alone = torch.einsum("q,qrs->rs", present, own)
         signal = within(products - alone, rounds) / (count * (count - 1))
         power = alone.diagonal().mean() / count
         return (signal / without_rounding(power - signal, power))[None]
@@ -109,7 +129,7 @@ def _snr(mine: Float[Tensor, "q R k"]) -> Estimated:
 
 
 def _prompt_snr(mine: Float[Tensor, "q R k"]) -> Estimated:
-    """Of single prompts, from products of different rounds of the same prompt."""
+    """The signal-to-noise ratio of fixed prompts, from products of different rounds of the same prompt."""
     products = torch.stack([gram(one, one) for one in mine]).mean(dim=0)
 
     def snr(weights: list[Tensor]) -> Tensor:
@@ -120,10 +140,16 @@ def _prompt_snr(mine: Float[Tensor, "q R k"]) -> Estimated:
 
 
 def at_counts(pool: Pool, single: Float[Tensor, "M R k"], pooled: Float[Tensor, "H k"]) -> Iterable[AtCount]:
-    """The figures of the groups of each number of successes, against the true gradient of the pool."""
+    """The metrics of the groups with each number of successes.
+
+    Args:
+        pool: the sample.
+        single: [M, R, k] the contribution of each prompt in each round.
+        pooled: [H, k] independent estimates of the pool's true gradient.
+    """
     successes = pool.successes
     for count in range(pool.group_size + 1):
         prompts, rounds = (successes == count).nonzero(as_tuple=True)
         mine = single[prompts, rounds]
         if len(mine) and bool(mine.any()):
-            yield AtCount(count, len(mine), figures(Sample.of(mine, rounds, pool.rounds), pooled))
+            yield AtCount(count, len(mine), metrics(Sample.of(mine, rounds, pool.rounds), pooled))

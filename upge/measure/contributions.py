@@ -1,18 +1,21 @@
-"""What each prompt contributes to the batches of a pool, for any number of algorithms, from few gradients.
+"""The contributions of each prompt to the batches of a pool, for any number of algorithms, from few gradients.
 
-Every part of every algorithm is Σ_t w_t ∇log π(y_t) on each trajectory. Most of these weights are alike but for a
-factor: on-policy a group-relative advantage is one number per response. So each direction w/max|w| is differentiated
-once for a response, whoever asks for it, and an algorithm is a sparse table of factors:
+Every part of every algorithm is Σ_t w_t ∇log π(y_t) on each trajectory. Most of these weights differ only by a factor:
+on-policy, a group-relative advantage is one number per response. So each distinct direction w/max|w| of a response is
+differentiated once for all algorithms, and an algorithm is a sparse matrix of factors:
 
     contribution of prompt q in round r = Σ_{its trajectories and directions} factor · ∇ Σ_t direction_t·log π_t.
 
-Nothing here knows which algorithm asks: what is alike is found in the numbers.
+Equal directions are recognised by their numbers alone, so this module does not depend on any particular algorithm.
+
+Legend: M, R and H as in `upge.measure.pool`; B trajectories of T tokens; t tokens of one response; g gradients of k
+numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -27,19 +30,28 @@ from upge.train.sample import Trajectory
 from upge.trajectories import Trajectories
 from upge.views import SUCCESS_REWARD
 
-#: Directions whose entries differ by less are the same: beyond it are only rounding errors of the weights.
+#: Directions whose entries differ by less count as equal; the weights' rounding errors are below it.
 _SAME = 1e-7
 
 
 class Directions:
-    """The gradients that are asked for, each once."""
+    """The distinct gradients that a measurement needs, in `requests`."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self._known: dict[Pair, list[tuple[int, Tensor]]] = {}
 
     def find(self, pair: Pair, weights: Float[Tensor, "t"], entropy: Float[Tensor, "t"] | None) -> tuple[int, float]:
-        """(number of the gradient, factor) of Σ_t weights_t·∇log π_t + entropy_t·∇H_t, not all of them 0."""
+        """Registers the gradient Σ_t weights_t·∇log π_t + entropy_t·∇H_t of a response, unless an equal one is known.
+
+        Args:
+            pair: the prompt and the response.
+            weights: [t] of the log-probs.
+            entropy: [t] of the entropies; None = zeros. Some number of `weights` or `entropy` is not 0.
+
+        Returns:
+            (index in `requests`, factor): the gradient is that of the request times the factor.
+        """
         zeros = torch.zeros_like(weights)
         both = torch.cat([weights, zeros if entropy is None else entropy])
         factor = float(both[both.abs().argmax()])
@@ -57,14 +69,25 @@ class Directions:
 
 @dataclass
 class Entries:
-    """A sparse matrix of factors: which gradient, in which cell prompt·R + round."""
+    """A sparse matrix of factors, as parallel lists.
+
+    Attributes:
+        cells: prompt·R + round of each entry.
+        gradients: the index of its gradient.
+        factors: its factor.
+    """
 
     cells: list[int] = field(default_factory=list)
     gradients: list[int] = field(default_factory=list)
     factors: list[float] = field(default_factory=list)
 
     def dense(self, shape: tuple[int, int], gradients: Float[Tensor, "g k"]) -> Float[Tensor, "M R k"]:
-        """[M, R, k] the contributions."""
+        """[M, R, k] the contributions.
+
+        Args:
+            shape: (M, R).
+            gradients: [g, k] the gradients that the entries refer to.
+        """
         cells = shape[0] * shape[1]
         factors = torch.tensor(self.factors, dtype=gradients.dtype)
         places = torch.tensor([self.cells, self.gradients], dtype=torch.long).reshape(2, -1)
@@ -74,7 +97,13 @@ class Entries:
 
 @dataclass(frozen=True)
 class Estimator:
-    """An algorithm on a pool: the entries of its parts, and what each part learns from."""
+    """An algorithm on a pool.
+
+    Attributes:
+        name: the algorithm's.
+        parts: the entries of each part: a term, or all regularizers together (`PENALTIES`).
+        sources: the trajectories that each part learns from, see `sources`.
+    """
 
     name: str
     parts: Mapping[str, Entries]
@@ -83,12 +112,21 @@ class Estimator:
     def contributions(
         self, pool: Pool, gradients: Float[Tensor, "g k"], parts: Sequence[str] | None = None
     ) -> Float[Tensor, "M R k"]:
-        """[M, R, k] of some parts together, by default of all: the estimate of a batch is the sum over its prompts."""
-        chosen = [self.parts[name] for name in (self.parts if parts is None else parts)]
+        """The contribution of each prompt in each round; the estimate of a batch is the sum over its prompts.
+
+        Args:
+            pool: the pool that the estimator was made for.
+            gradients: [g, k] the gradients of all requests.
+            parts: the parts to add up; None = all.
+
+        Returns:
+            [M, R, k].
+        """
+        entries = [self.parts[name] for name in (self.parts if parts is None else parts)]
         joined = Entries(
-            [c for one in chosen for c in one.cells],
-            [g for one in chosen for g in one.gradients],
-            [f for one in chosen for f in one.factors],
+            [c for one in entries for c in one.cells],
+            [g for one in entries for g in one.gradients],
+            [f for one in entries for f in one.factors],
         )
         return joined.dense((pool.prompts, pool.rounds), gradients)
 
@@ -96,45 +134,66 @@ class Estimator:
 def estimator(
     algorithm: Algorithm, pool: Pool, columns: Mapping[Pair, Columns], directions: Directions, step: int = 0
 ) -> Estimator:
-    """The algorithm's estimates on all batches of the pool, each planned whole as training plans it."""
-    known = sources(algorithm)
-    parts = {name: Entries() for name in known}
+    """An algorithm's estimates on all batches of a pool, each planned on the whole batch as in training.
+
+    Args:
+        algorithm: the algorithm.
+        pool: the sample.
+        columns: as for `upge.measure.pool.batches`.
+        directions: receives the gradients that the estimates need.
+        step: the training steps before the batches, for schedules.
+    """
+    sources_of_parts = sources(algorithm)
+    parts = {name: Entries() for name in sources_of_parts}
     for number, members, batch in batches(pool, algorithm, columns, step):
-        for name, found in slopes(algorithm, batch).items():
-            active = (found.by_logprobs != 0).any(dim=1)
-            if found.by_entropies is not None:
-                active |= (found.by_entropies != 0).any(dim=1)
+        for name, slope in slopes(algorithm, batch).items():
+            active = (slope.by_logprobs != 0).any(dim=1)
+            if slope.by_entropies is not None:
+                active |= (slope.by_entropies != 0).any(dim=1)
             for row in active.nonzero()[:, 0].tolist():
                 length, trajectory = len(members[row].response_ids), members[row]
-                entropy = None if found.by_entropies is None else found.by_entropies[row, :length]
-                place = directions.find(pair_of(trajectory), found.by_logprobs[row, :length], entropy)
+                entropy = None if slope.by_entropies is None else slope.by_entropies[row, :length]
+                index, factor = directions.find(pair_of(trajectory), slope.by_logprobs[row, :length], entropy)
                 parts[name].cells.append(trajectory.group * pool.rounds + number)
-                parts[name].gradients.append(place[0])
-                parts[name].factors.append(place[1])
-    return Estimator(algorithm.name, parts, known)
+                parts[name].gradients.append(index)
+                parts[name].factors.append(factor)
+    return Estimator(algorithm.name, parts, sources_of_parts)
 
 
-def gradients(scores: Scores, requests: Sequence[Request], done=lambda number: None) -> Float[Tensor, "g k"]:
-    """[g, k] the gradients of all requests; `done` is told how many have been added."""
-    found: Tensor | None = None
+def _ignore(number: int) -> None:
+    """Does nothing with a progress report."""
+
+
+def gradients(
+    scores: Scores, requests: Sequence[Request], done: Callable[[int], object] = _ignore
+) -> Float[Tensor, "g k"]:
+    """[g, k] the gradients of all requests.
+
+    Args:
+        scores: computes the gradients.
+        requests: the gradients to compute.
+        done: called after each batch of gradients with its number of gradients.
+    """
+    rows: Tensor | None = None
     for members, values in scores.gradients(requests):
-        if found is None:
-            found = torch.empty(len(requests), scores.width, dtype=values.dtype)
-        found[members] = values.cpu()
+        if rows is None:
+            rows = torch.empty(len(requests), scores.width, dtype=values.dtype)
+        rows[members] = values.cpu()
         done(len(members))
-    return torch.zeros(0, scores.width) if found is None else found
+    return torch.zeros(0, scores.width) if rows is None else rows
 
 
 def true_gradient(
-    scores: Scores, groups: Sequence[Sequence[Sequence[Trajectory]]], done=lambda number: None
+    scores: Scores, groups: Sequence[Sequence[Sequence[Trajectory]]], done: Callable[[int], object] = _ignore
 ) -> Float[Tensor, "M H k"]:
     """[M, H, k] an unbiased estimate of each prompt's ∇E[R] from each of its H independent parts.
 
-    1/n Σ_i (R_i - mean of the other R)·∇log π(y_i), the leave-one-out estimate over whole responses.
+    It is the leave-one-out estimate over whole responses: 1/n Σ_i (R_i - mean of the other R)·∇log π(y_i).
 
     Args:
-        groups: [M][H] at least two rollouts each, of the policy itself.
-        done: is told how many of the rollouts have been dealt with.
+        scores: computes the gradients.
+        groups: [M][H] at least two rollouts each, sampled from the policy itself.
+        done: called after each batch of gradients with its number of gradients.
     """
     width, parts = scores.width, len(groups[0])
     weights: dict[Pair, dict[int, float]] = {}
@@ -148,7 +207,7 @@ def true_gradient(
     pairs = list(weights)
     requests = [Request(pair, torch.ones(len(pair[1]), dtype=torch.float64)) for pair in pairs]
     total = torch.zeros(len(groups) * parts, width)
-    # What is not needed again is not kept: there are as many gradients as rollouts.
+    # Each gradient is added and discarded: there are as many gradients as rollouts.
     for members, values in scores.gradients(requests):
         total = total.to(values.dtype)
         for number, gradient in zip(members, values.cpu(), strict=True):
@@ -159,18 +218,20 @@ def true_gradient(
 
 
 def pass_rate(rollouts: Sequence[Trajectory]) -> float:
-    """The share of successes."""
+    """The fraction of the rollouts that succeed."""
     return sum(t.reward > SUCCESS_REWARD for t in rollouts) / len(rollouts)
 
 
-#: The name of the part that holds all that is added and is no product: KL, entropy.
+#: The name of the part that consists of all additive regularizers: KL, entropy.
 PENALTIES = "regularizers"
 
 
 class Slopes(NamedTuple):
-    """One part of an estimate in the direction of ascent: Σ_t by_logprobs_t·∇log π_t + by_entropies_t·∇H_t.
+    """One part of an estimate, in the direction of ascent: Σ_t by_logprobs_t·∇log π_t + by_entropies_t·∇H_t.
 
-    Each [B, T]; `by_entropies` is None where no gradient flows through the entropies.
+    Attributes:
+        by_logprobs: [B, T] the coefficients of ∇log π.
+        by_entropies: [B, T] the coefficients of ∇H; None if no gradient flows through the entropies.
     """
 
     by_logprobs: Float[Tensor, "B T"]
@@ -178,32 +239,37 @@ class Slopes(NamedTuple):
 
 
 def slopes(algorithm: Algorithm, batch: Trajectories) -> dict[str, Slopes]:
-    """The parts of the algorithm's estimate on the whole batch: its terms by name, and `PENALTIES` where it has any.
+    """The parts of the algorithm's estimate on a whole batch: its terms by name, and `PENALTIES` if there are any.
 
-    They add up to minus the gradient of `algorithm.estimate(batch).loss` by log-probs and entropies.
+    They add up to minus the gradient of `algorithm.estimate(batch).loss` with respect to log-probs and entropies.
 
     Args:
-        batch: with `logprobs` and `entropies`, of which no gradient is needed, and every column that the parts read.
+        algorithm: the algorithm.
+        batch: with `logprobs` and `entropies`, which need no gradient, and every column that the algorithm's parts
+            read.
     """
+    assert batch.logprobs is not None and batch.entropies is not None
     leaves = [values.detach().requires_grad_() for values in (batch.logprobs, batch.entropies)]
     estimate = algorithm.estimate(dataclasses.replace(batch, logprobs=leaves[0], entropies=leaves[1]))
-    found = {name: Slopes(factors.weights.detach()) for name, factors in estimate.terms.items()}
+    parts = {name: Slopes(factors.weights.detach()) for name, factors in estimate.terms.items()}
     if not estimate.penalties:
-        return found
+        return parts
     slope = torch.autograd.grad(estimate.loss, leaves, allow_unused=True)
     by_logprobs, by_entropies = (
         torch.zeros_like(leaf) if one is None else -one for one, leaf in zip(slope, leaves, strict=True)
     )
     rest = by_logprobs - estimate.weights
     through = by_entropies if bool((by_entropies != 0).any()) else None
-    return found | {PENALTIES: Slopes(torch.where(rest.abs() > 1e-12 * by_logprobs.abs(), rest, 0.0), through)}
+    return parts | {PENALTIES: Slopes(torch.where(rest.abs() > 1e-12 * by_logprobs.abs(), rest, 0.0), through)}
 
 
 def sources(algorithm: Algorithm) -> dict[str, str]:
-    """Part → what it learns from: 'rollouts', 'demonstrations', 'all' or 'preference_pairs'; of several regularizers
-    with different sources 'all'."""
-    found = {name: term.source for name, term in algorithm.terms.items()}
-    penalised = {one.source for one in algorithm.regularizers.values() if one.coefficient != 0}
-    if penalised:
-        found[PENALTIES] = penalised.pop() if len(penalised) == 1 else "all"
-    return found
+    """The source of each part: 'rollouts', 'demonstrations', 'all' or 'preference_pairs'.
+
+    Regularizers with different sources have the source 'all' together.
+    """
+    by_part: dict[str, str] = {name: term.source for name, term in algorithm.terms.items()}
+    penalized = {one.source for one in algorithm.regularizers.values() if one.coefficient != 0}
+    if penalized:
+        by_part[PENALTIES] = penalized.pop() if len(penalized) == 1 else "all"
+    return by_part

@@ -1,4 +1,7 @@
-"""What is asked of the algorithms on one pool: overall, part by part, and against each other."""
+"""The measurements of algorithms on one pool: of each as a whole, of each part, and of one relative to another.
+
+Legend: M, R and H as in `upge.measure.pool`; b batches; k numbers of a gradient's sketch.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,34 +18,36 @@ from torch import Tensor
 from upge.algorithm import Algorithm
 from upge.measure.by_rate import AtCount, AtRate, Bin, at_counts, at_rates
 from upge.measure.contributions import Directions, Entries, Estimator
-from upge.measure.figures import Figures, Sample, cosine_of, cosine_with, figures
+from upge.measure.metrics import Metrics, Sample, cosine_of, cosine_with, metrics
 from upge.measure.pool import Pool
 from upge.measure.statistics import Estimated
 
-#: Two estimators whose batches have this cosine are the same but for their scale.
+#: Two estimators whose estimates have at least this cosine are the same up to scale.
 _SAME = 1 - 1e-6
 
 
 @dataclass(frozen=True)
 class Measured:
-    """An algorithm, or one part of it.
+    """The measurements of an algorithm, or of one part of it.
 
     Attributes:
-        name: the algorithm's, and the part's behind a dot where it has several.
-        algorithm, part: part is '' for the whole.
-        source: what it learns from; 'rollouts, demonstrations' and the like for a whole of several parts.
-        overall: of a whole batch.
+        name: ALGORITHM, or ALGORITHM.PART for a part of an algorithm with several.
+        algorithm: the algorithm's name.
+        part: the part's name; '' for the whole algorithm.
+        source: the trajectories that it learns from; the sources of all parts, separated by commas, for a whole
+            algorithm.
+        overall: the metrics of a whole batch.
         imitation: cosine with the gradient of the demonstrations' log-likelihood; None without demonstrations.
-        held_out: cosine with the true gradient on other prompts; None if none were given.
-        by_rate: for the bins in which it has any weight.
-        by_count: for the numbers of successes where it has any weight.
+        held_out: cosine with the true gradient on other prompts; None without such prompts.
+        by_rate: for each bin of pass rates in which it has a non-zero weight.
+        by_count: for each number of successes at which it has a non-zero weight.
     """
 
     name: str
     algorithm: str
     part: str
     source: str
-    overall: Figures
+    overall: Metrics
     imitation: Estimated | None
     held_out: Estimated | None
     by_rate: tuple[AtRate, ...]
@@ -50,7 +56,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Conflict:
-    """The cosine between the mean gradients of an algorithm's parts on rollouts and on demonstrations."""
+    """The cosine between the mean gradients of an algorithm's parts on rollouts and on demonstrations.
+
+    Attributes:
+        algorithm: the algorithm's name.
+        overall: on whole batches.
+        by_rate: label of a bin of pass rates → the cosine on its prompts.
+    """
 
     algorithm: str
     overall: Estimated
@@ -59,11 +71,11 @@ class Conflict:
 
 @dataclass(frozen=True)
 class Targets:
-    """What estimators are held against.
+    """The gradients that estimators are compared with.
 
     Attributes:
         true: [M, H, k] independent estimates of each prompt's ∇E[R].
-        imitation: [R, k] gradient of the mean log-likelihood of the demonstrations of each round; None without any.
+        imitation: [R, k] the gradient of the mean log-likelihood of each round's demonstrations; None without any.
         held_out: [H, k] independent estimates of ∇E[R] on other prompts; None without any.
     """
 
@@ -73,67 +85,89 @@ class Targets:
 
     @property
     def pooled(self) -> Float[Tensor, "H k"]:
-        """[H, k] the mean over prompts."""
+        """[H, k] the estimates of ∇E[R], averaged over prompts."""
         return self.true.mean(dim=0)
 
 
 def batch_sample(pool: Pool, contributions: Float[Tensor, "M R k"]) -> Sample:
-    """The sample of whole batches."""
+    """The sample whose estimates are those of whole batches."""
     return Sample.of(*batch_estimates(pool, contributions), pool.rounds)
 
 
 def batch_estimates(pool: Pool, contributions: Float[Tensor, "M R k"]) -> tuple[Tensor, Tensor]:
-    """(estimates, round of each) of all batches."""
+    """(estimates [b, k], their rounds [b]) of all batches."""
     dealt = [(number, prompts) for number, own in enumerate(pool.batches) for prompts in own]
     estimates = torch.stack([contributions[list(prompts), number].sum(dim=0) for number, prompts in dealt])
     return estimates, torch.tensor([number for number, _ in dealt])
 
 
 def measured(
-    pool: Pool, found: Estimator, part: str, contributions: Tensor, bins: Sequence[Bin], to: Targets
+    pool: Pool,
+    estimator: Estimator,
+    part: str,
+    contributions: Float[Tensor, "M R k"],
+    bins: Sequence[Bin],
+    to: Targets,
 ) -> Measured:
-    """The figures of an estimator, or of a part of it, from its contributions [M, R, k]."""
-    sources = dict.fromkeys(found.sources.values())
-    several = len(found.parts) > 1
+    """Measures an estimator, or a part of it.
+
+    Args:
+        pool: the sample.
+        estimator: the algorithm on the pool.
+        part: the part to measure; '' = the whole.
+        contributions: [M, R, k] of what is measured.
+        bins: prompts by pass rate.
+        to: the gradients to compare with.
+    """
+    sources = dict.fromkeys(estimator.sources.values())
+    several = len(estimator.parts) > 1
     overall = batch_sample(pool, contributions)
-    # As large as a batch of nothing but such prompts.
+    # Scaled to the size of a batch that consists of such prompts only.
     single = contributions * pool.prompts_per_batch
     return Measured(
-        f"{found.name}.{part}" if part and several else found.name,
-        found.name,
+        f"{estimator.name}.{part}" if part and several else estimator.name,
+        estimator.name,
         part if several else "",
-        found.sources[part] if part else ", ".join(sources),
-        figures(overall, to.pooled),
-        None if to.imitation is None else cosine_of(overall, _one_a_round(to.imitation)),
+        estimator.sources[part] if part else ", ".join(sources),
+        metrics(overall, to.pooled),
+        None if to.imitation is None else cosine_of(overall, _one_per_round(to.imitation)),
         None if to.held_out is None else cosine_with(overall, to.held_out),
         tuple(at_rates(single, bins, to.true)),
         tuple(at_counts(pool, single, to.pooled)),
     )
 
 
-def _one_a_round(estimates: Float[Tensor, "R k"]) -> Sample:
+def _one_per_round(estimates: Float[Tensor, "R k"]) -> Sample:
+    """The sample of one estimate per round."""
     return Sample.of(estimates, torch.arange(len(estimates)), len(estimates))
 
 
-def conflict(pool: Pool, found: Estimator, gradients: Tensor, bins: Sequence[Bin]) -> Conflict | None:
-    """The conflict of an algorithm's two sources; None where it does not have both."""
+def conflict(pool: Pool, estimator: Estimator, gradients: Float[Tensor, "g k"], bins: Sequence[Bin]) -> Conflict | None:
+    """The conflict between an algorithm's two sources; None if it does not learn from both.
+
+    Args:
+        pool: the sample.
+        estimator: the algorithm on the pool.
+        gradients: [g, k] the gradients of all requests.
+        bins: prompts by pass rate.
+    """
     sides = []
     for source in ("rollouts", "demonstrations"):
-        parts = [name for name, own in found.sources.items() if own == source and found.parts[name].cells]
+        parts = [name for name, own in estimator.sources.items() if own == source and estimator.parts[name].cells]
         if not parts:
             return None
-        sides.append(found.contributions(pool, gradients, parts))
+        sides.append(estimator.contributions(pool, gradients, parts))
     by_rate = {}
     for one in bins:
         mine = [side[list(one.prompts)].flatten(0, 1) for side in sides]
         rounds = torch.arange(pool.rounds).repeat(len(one.prompts))
         if all(bool(side.any()) for side in mine):
             by_rate[one.label] = cosine_of(*(Sample.of(side, rounds, pool.rounds) for side in mine))
-    return Conflict(found.name, cosine_of(*(batch_sample(pool, side) for side in sides)), by_rate)
+    return Conflict(estimator.name, cosine_of(*(batch_sample(pool, side) for side in sides)), by_rate)
 
 
 def same(estimates: Mapping[str, Float[Tensor, "b k"]]) -> list[list[str]]:
-    """The names in groups of those whose estimates agree on every batch but for one positive factor."""
+    """The names, grouped so that the estimates [b, k] within a group agree on every batch up to one positive factor."""
     units = {name: values.flatten() / values.norm().clamp(min=1e-300) for name, values in estimates.items()}
     groups: list[list[str]] = []
     for name, unit in units.items():
@@ -146,15 +180,20 @@ def same(estimates: Mapping[str, Float[Tensor, "b k"]]) -> list[list[str]]:
 
 
 def imitation(pool: Pool, directions: Directions) -> Entries:
-    """Entries of the mean log-likelihood of a round's demonstrations, over the prompts that have one."""
-    having = [
+    """The entries of the mean log-likelihood of each round's demonstrations, over the prompts that have some.
+
+    Args:
+        pool: the sample.
+        directions: receives the gradients that the entries need.
+    """
+    demonstrated = [
         (q, r, group.demonstrations)
         for q, groups in enumerate(pool.groups)
         for r, group in enumerate(groups)
         if group.demonstrations
     ]
-    entries, prompts = Entries(), Counter(r for _, r, _ in having)
-    for q, r, demonstrations in having:
+    entries, prompts = Entries(), Counter(r for _, r, _ in demonstrated)
+    for q, r, demonstrations in demonstrated:
         for one in demonstrations:
             pair = (tuple(one.prompt_ids), tuple(one.response_ids))
             number, factor = directions.find(pair, torch.ones(len(pair[1]), dtype=torch.float64), None)
@@ -165,18 +204,21 @@ def imitation(pool: Pool, directions: Directions) -> Entries:
 
 
 def thresholds(algorithm: Algorithm, group_size: int) -> dict[float, Algorithm]:
-    """The algorithm at every threshold that tells groups of this size apart, where its gates have one: threshold →
-    algorithm, all its gates at the same; empty where none has."""
+    """The algorithm at every gate threshold that separates groups of this size.
+
+    Returns:
+        threshold → the algorithm with all its gates that have a threshold set to it; empty if no gate has one.
+    """
     gates = [term.gate for term in algorithm.terms.values() if hasattr(term.gate, "threshold")]
     if not gates:
         return {}
-    found = {}
+    algorithms: dict[float, Algorithm] = {}
     for count in range(group_size + 1):
         terms = {}
         for name, term in algorithm.terms.items():
-            gate = term.gate
+            gate: Any = term.gate  # gates are dataclasses, but their base class is not
             if hasattr(gate, "threshold"):
                 gate = dataclasses.replace(gate, threshold=count / group_size)
             terms[name] = dataclasses.replace(term, gate=gate)
-        found[count / group_size] = dataclasses.replace(algorithm, terms=terms)
-    return found
+        algorithms[count / group_size] = dataclasses.replace(algorithm, terms=terms)
+    return algorithms

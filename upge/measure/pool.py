@@ -1,12 +1,12 @@
-"""The sample that all algorithms are measured on: prompts, and for each of them rollouts in independent rounds.
+"""The sample that all algorithms are measured on: prompts, each with rollouts in independent rounds.
 
-The pool is the data set of the measurement: M prompts, each with R groups of n rollouts, its demonstrations and, where
-there are, a preference pair. In each round the prompts are dealt anew into batches of Q, as an epoch of training does;
-a prompt's group of the round goes with it. So a batch is a random set of Q prompts with rollouts of their own, and what
-is computed in different rounds is independent given the prompts.
+The pool is the data set of the measurement: M prompts, each with R groups of n rollouts, its demonstrations and, if the
+data has them, a preference pair. Each round assigns the prompts to batches of Q at random, as an epoch of training
+does, and each prompt brings its group of that round. So a batch is a random set of Q prompts with fresh rollouts, and
+results of different rounds are independent given the prompts.
 
-Two more sets of rollouts belong to no batch: those of the reference, in H independent parts, for the gradient of E[R],
-and those that the prompts' pass rates are taken from.
+Two more sets of rollouts belong to no batch: the reference rollouts, in H independent parts, which give the gradient of
+E[R], and the rollouts that give the prompts' pass rates.
 
 Legend: M prompts, R rounds, Q prompts of a batch, n rollouts of a group, H parts of the reference.
 """
@@ -29,13 +29,19 @@ from upge.train.sample import Trajectory, assemble
 from upge.trajectories import Trajectories
 from upge.views import SUCCESS_REWARD
 
-#: Columns that are computed for each response, [t].
+#: Column name → [t] its values on the tokens of one response.
 Columns = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Group:
-    """What there is of a prompt in a round; all with the prompt's number in the pool as `group`."""
+    """A prompt's trajectories in one round.
+
+    Attributes:
+        rollouts: the policy's responses, with the prompt's number in the pool as their `group`, like the others.
+        demonstrations: the prompt's demonstrations; may be empty.
+        pair: the chosen and the rejected response; may be empty.
+    """
 
     rollouts: tuple[Trajectory, ...]
     demonstrations: tuple[Trajectory, ...] = ()
@@ -43,16 +49,16 @@ class Group:
 
     @property
     def successes(self) -> int:
-        """How many of the rollouts count as a success."""
+        """The number of rollouts that count as a success."""
         return sum(rollout.reward > SUCCESS_REWARD for rollout in self.rollouts)
 
     def members(self, algorithm: Algorithm) -> list[Trajectory]:
-        """Those that the algorithm learns from or compares with, in the order of training."""
+        """The trajectories that the algorithm learns from or compares with, in the order of training."""
         needs = algorithm.step_needs
-        found = list(self.rollouts) if needs.rollouts else []
+        members = list(self.rollouts) if needs.rollouts else []
         if needs.preference_pairs and self.pair:
-            return found + list(self.pair)
-        return found + (list(self.demonstrations) if needs.demonstrations else [])
+            return members + list(self.pair)
+        return members + (list(self.demonstrations) if needs.demonstrations else [])
 
 
 @dataclass(frozen=True)
@@ -60,10 +66,10 @@ class Pool:
     """The sample.
 
     Attributes:
-        groups: [M][R].
-        batches: [R][M/Q], the prompts of each batch of a round.
-        reference: [M][H] rollouts, of the policy itself.
-        pass_rates: [M] each from rollouts of its own.
+        groups: [M][R] the group of each prompt in each round.
+        batches: [R][M/Q] the prompts of each batch of a round.
+        reference: [M][H] rollouts of the policy itself, for the true gradient.
+        pass_rates: [M] the prompts' pass rates, from separate rollouts.
     """
 
     groups: Sequence[Sequence[Group]]
@@ -73,50 +79,56 @@ class Pool:
 
     @property
     def prompts(self) -> int:
-        """M."""
+        """M, the number of prompts."""
         return len(self.groups)
 
     @property
     def rounds(self) -> int:
-        """R."""
+        """R, the number of rounds."""
         return len(self.batches)
 
     @property
     def group_size(self) -> int:
-        """n."""
+        """n, the rollouts of a group."""
         return len(self.groups[0][0].rollouts)
 
     @property
     def prompts_per_batch(self) -> int:
-        """Q."""
+        """Q, the prompts of a batch."""
         return len(self.batches[0][0])
 
     @property
     def successes(self) -> Float[Tensor, "M R"]:
-        """[M, R] successes of each group."""
+        """[M, R] the number of successes in each group."""
         return torch.tensor([[group.successes for group in groups] for groups in self.groups])
 
     def pairs(self) -> list[Pair]:
-        """Every response of a group with its prompt, each once."""
-        everything = (t for groups in self.groups for g in groups for t in (*g.rollouts, *g.demonstrations, *g.pair))
-        return list(dict.fromkeys(map(pair_of, everything)))
+        """The distinct (prompt, response) pairs of all groups."""
+        trajectories = (t for groups in self.groups for g in groups for t in (*g.rollouts, *g.demonstrations, *g.pair))
+        return list(dict.fromkeys(map(pair_of, trajectories)))
 
 
 def pair_of(trajectory: Trajectory) -> Pair:
-    """Prompt and response: two trajectories that are alike in them have the same gradient of log π."""
+    """The trajectory's prompt and response; trajectories that share both have the same gradient of log π."""
     return tuple(trajectory.prompt_ids), tuple(trajectory.response_ids)
 
 
 def deal(prompts: int, per_batch: int, rounds: int, seed: int) -> list[list[list[int]]]:
-    """[R][M/Q] the prompts of each batch: in every round all of them, in an order of the seed.
+    """[R][M/Q] the prompts of each batch; every round has all prompts, in an order that follows from the seed.
+
+    Args:
+        prompts: M, the number of prompts.
+        per_batch: Q, the prompts of a batch.
+        rounds: R, the number of rounds.
+        seed: of the orders.
 
     Raises:
-        ConfigError: `per_batch` does not divide the prompts.
+        ConfigError: `per_batch` does not divide the number of prompts.
     """
     if per_batch < 1 or prompts % per_batch:
         raise ConfigError(
-            f"prompts_per_step: {per_batch} does not divide prompts={prompts}; choose a divisor, so that every batch "
-            "has as many prompts"
+            f"prompts_per_step: {per_batch} does not divide prompts={prompts}; choose a divisor, so that all batches "
+            "have the same number of prompts"
         )
     orders = [permutation(prompts, stream_seed(seed, "deal", number)) for number in range(rounds)]
     return [[order[i : i + per_batch] for i in range(0, prompts, per_batch)] for order in orders]
@@ -125,11 +137,16 @@ def deal(prompts: int, per_batch: int, rounds: int, seed: int) -> list[list[list
 def batches(
     pool: Pool, algorithm: Algorithm, columns: Mapping[Pair, Columns], step: int = 0
 ) -> Iterator[tuple[int, list[Trajectory], Trajectories]]:
-    """(round, trajectories, the batch with all columns that the algorithm reads) of every batch with any trajectory.
+    """Iterates over the batches of a pool that have trajectories for an algorithm.
 
     Args:
-        columns: pair → 'logprobs', 'entropies' and whichever of 'reference_logprobs' and 'behavior_logprobs' there is.
-        step: training steps behind the batch, for schedules; stateful gates stand at their beginning.
+        pool: the sample.
+        algorithm: decides which trajectories and columns a batch has.
+        columns: pair → 'logprobs', 'entropies' and, where known, 'reference_logprobs' and 'behavior_logprobs'.
+        step: the training steps before the batch, for schedules. Stateful gates have their initial state.
+
+    Yields:
+        (round, trajectories, the batch with all columns that the algorithm reads).
     """
     for number, dealt in enumerate(pool.batches):
         for prompts in dealt:
@@ -141,16 +158,16 @@ def batches(
 def _filled(
     members: Sequence[Trajectory], algorithm: Algorithm, columns: Mapping[Pair, Columns], step: int
 ) -> Trajectories:
-    """The batch as the trainer completes it for one update, and the log-probs of the current policy."""
+    """The batch with the columns that the trainer adds for one update, and the current policy's log-probs."""
     batch, needs = assemble(members, step), algorithm.step_needs
-    found = [columns[pair_of(t)] for t in members]
+    responses = [columns[pair_of(t)] for t in members]
     names = {"logprobs", "entropies"} | needs.columns & {"reference_logprobs"}
-    names |= {"behavior_logprobs"} & (found[0].keys() | needs.before)
-    values = {}
+    names |= {"behavior_logprobs"} & (responses[0].keys() | needs.before)
+    values: dict[str, Tensor] = {}
     for name in names:
         values[name] = torch.zeros(batch.response_mask.shape, dtype=torch.float64)
-        for row, one in enumerate(found):
-            # Strictly on-policy the policy that sampled is the current one.
+        for row, one in enumerate(responses):
+            # On-policy, the behavior policy is the current one.
             column = one.get(name, one["logprobs"]) if name == "behavior_logprobs" else one[name]
             values[name][row, : len(column)] = column
     return dataclasses.replace(batch, **values, state=algorithm.initial_state())

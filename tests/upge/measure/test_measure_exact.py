@@ -18,11 +18,11 @@ from upge.measure import (
     conflict,
     deal,
     estimator,
-    exact_figures,
-    figures,
+    exact_metrics,
     gradients,
     imitation,
     measured,
+    metrics,
     same,
     true_gradient,
 )
@@ -48,7 +48,7 @@ def test_enumeration_agrees_with_the_theory(one):
     found = exact(one, made, group_size=2)
     report = expectation(one, made, group_size=2, target=made.objectives["reward"])
     assert torch.allclose(found[""].mean, report.mean.flatten(), atol=1e-14)
-    mine = exact_figures(found[""].mean, found[""].power, made.objectives["reward"].flatten())
+    mine = exact_metrics(found[""].mean, found[""].power, made.objectives["reward"].flatten())
     assert mine.snr.value == pytest.approx(report.snr**2) and mine.cosine.value == pytest.approx(report.cosine)
     parts = [values.mean for part, values in found.items() if part]
     assert torch.allclose(sum(parts), found[""].mean, atol=1e-14) and set(found) <= {"", *sources(one)}
@@ -93,9 +93,9 @@ def test_intervals_hold_the_exact_figures(sampled):
         for part in ("", *(one.parts if len(one.parts) > 1 else ())):
             if not bool(truth[part].mean.any()):
                 continue
-            known = exact_figures(truth[part].mean, truth[part].power, made.objectives["reward"].flatten())
+            known = exact_metrics(truth[part].mean, truth[part].power, made.objectives["reward"].flatten())
             sample = batch_sample(pool, one.contributions(pool, rows, [part] if part else None))
-            mine = figures(sample, to.pooled)
+            mine = metrics(sample, to.pooled)
             for figure in ("cosine", "scale", "snr", "alignment", "power", "signal"):
                 value, low, high = getattr(mine, figure)
                 exactly = getattr(known, figure).value

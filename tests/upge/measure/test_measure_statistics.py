@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from upge.errors import ConfigError
-from upge.measure import Estimated, Sample, Sketch, cosine_of, cosine_with, exact_figures, figures
+from upge.measure import Estimated, Sample, Sketch, cosine_of, cosine_with, exact_metrics, metrics
 from upge.measure.by_rate import _snr
 from upge.measure.statistics import between, gram, jackknife, within
 
@@ -126,13 +126,13 @@ def test_figures_cover_the_truth():
     true = noise(k, seed=3)
     mean = 0.3 * true + 0.15 * noise(k, seed=4)
     spread, doubt = 0.4, 0.8
-    exact = exact_figures(mean, float(mean @ mean) + k * spread**2, true)
+    exact = exact_metrics(mean, float(mean @ mean) + k * spread**2, true)
     held = {name: 0 for name in ("cosine", "bias", "scale", "raw_bias", "noise", "snr", "alignment", "power", "signal")}
     for trial in range(120):
         estimates = mean + spread * noise(rounds * batches, k, seed=100 + trial)
         target = true + doubt * noise(parts, k, seed=1000 + trial)
         sample = Sample.of(estimates, torch.arange(rounds).repeat_interleave(batches), rounds)
-        found = figures(sample, target)
+        found = metrics(sample, target)
         for name in held:
             one = getattr(found, name)
             held[name] += one.low <= getattr(exact, name).value <= one.high
@@ -178,21 +178,21 @@ def test_signal_by_pass_rate_does_not_depend_on_how_many_prompts_there_are(promp
 
 def test_exact_figures_are_the_textbooks():
     mean, true = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])
-    found = exact_figures(mean, 125.0, true)
+    found = exact_metrics(mean, 125.0, true)
     values = {name: getattr(found, name).value for name in ("cosine", "bias", "scale", "raw_bias", "noise", "snr")}
     assert values == pytest.approx(
         {"cosine": 0.6, "bias": 0.8, "scale": 3.0, "raw_bias": math.sqrt(20), "noise": 2.0, "snr": 0.25}
     )
     assert found.alignment.value == pytest.approx(3 / math.sqrt(125))
     assert found.alignment.value == pytest.approx(0.6 / math.sqrt(1 + 1 / 0.25))
-    opposite = exact_figures(-mean, 125.0, true)
+    opposite = exact_metrics(-mean, 125.0, true)
     assert opposite.bias.value == 1 and opposite.cosine.value == pytest.approx(-0.6)
 
 
 def test_a_scale_changes_no_figure_that_is_free_of_it():
     estimates, target = noise(24, 10) + 1, noise(4, 10, seed=1) + 1
     rounds = torch.arange(4).repeat_interleave(6)
-    a, b = (figures(Sample.of(estimates * c, rounds, 4), target) for c in (1.0, 7.0))
+    a, b = (metrics(Sample.of(estimates * c, rounds, 4), target) for c in (1.0, 7.0))
     for name in ("cosine", "bias", "noise", "snr", "alignment"):
         assert getattr(a, name) == pytest.approx(getattr(b, name))
     assert b.scale.value == pytest.approx(7 * a.scale.value)
@@ -216,12 +216,12 @@ def test_cosines_have_the_noise_taken_out():
 
 def test_rounds_without_estimates_do_not_count():
     estimates, target = noise(6, 50) / 2 + 1, noise(3, 50, seed=1) / 2 + 1
-    packed = figures(Sample.of(estimates, torch.tensor([0, 0, 1, 1, 2, 2]), 3), target)
-    spread = figures(Sample.of(estimates, torch.tensor([1, 1, 3, 3, 4, 4]), 6), target)
+    packed = metrics(Sample.of(estimates, torch.tensor([0, 0, 1, 1, 2, 2]), 3), target)
+    spread = metrics(Sample.of(estimates, torch.tensor([1, 1, 3, 3, 4, 4]), 6), target)
     for name in ("cosine", "scale", "snr", "alignment", "power", "signal"):
         assert getattr(packed, name) == pytest.approx(getattr(spread, name), nan_ok=True)
     assert math.isfinite(packed.alignment.low)
-    alone = figures(Sample.of(estimates, torch.zeros(6, dtype=torch.long), 4), target)
+    alone = metrics(Sample.of(estimates, torch.zeros(6, dtype=torch.long), 4), target)
     assert math.isnan(alone.cosine.value) and math.isfinite(alone.alignment.value)
 
 
@@ -231,6 +231,6 @@ def test_without_a_true_gradient_nothing_is_held_against_it():
     target = torch.zeros(4, 5, dtype=torch.float64)
     for lucky in (0.0, 1.0):
         target[0] = lucky
-        found = figures(sample, target)
+        found = metrics(sample, target)
         assert all(math.isnan(getattr(found, name).value) for name in ("cosine", "bias", "scale", "alignment"))
         assert math.isfinite(found.power.value) and math.isnan(cosine_with(sample, target).value)
