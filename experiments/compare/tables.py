@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from experiments.compare.load import Run, benchmarks
 from experiments.grid import Grid, Row
 from upge.evaluation.intervals import Interval
-from upge.evaluation.scores import Figures, average, figures
+from upge.evaluation.scores import BenchmarkScores, average, benchmark_scores
 
 MISSING = "–"
 
@@ -26,14 +26,16 @@ class Scores:
 
     runs: tuple[Run, ...]
     groups: Mapping[str, Sequence[str]]
-    figures: Mapping[tuple[str, str], Figures]
+    figures: Mapping[tuple[str, str], BenchmarkScores]
     averages: Mapping[tuple[str, str], Interval]
 
     @classmethod
     def of(cls, runs: Sequence[Run], resamples: int, seed: int) -> Scores:
         """Those of `runs`."""
         groups = benchmarks(runs)
-        found = {(run.name, name): figures(o, resamples, seed) for run in runs for name, o in run.outcomes.items()}
+        found = {
+            (run.name, name): benchmark_scores(o, resamples, seed) for run in runs for name, o in run.outcomes.items()
+        }
         averages = {
             (run.name, group): average([run.outcomes[name] for name in names], resamples, seed)
             for run in runs
@@ -47,7 +49,7 @@ class Scores:
         """Of the runs."""
         return tuple(run.name for run in self.runs)
 
-    def of_benchmark(self, benchmark: str) -> list[Figures | None]:
+    def of_benchmark(self, benchmark: str) -> list[BenchmarkScores | None]:
         """A run's figures each, None where it has none."""
         return [self.figures.get((name, benchmark)) for name in self.names]
 

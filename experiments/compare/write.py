@@ -15,7 +15,7 @@ from experiments.compare.tables import Scores, level_grid, paper_grid, pass_grid
 from experiments.grid import Grid, latex, markdown, markdown_text
 from upge.errors import DataError
 from upge.evaluation.intervals import Interval
-from upge.evaluation.scores import Figures
+from upge.evaluation.scores import BenchmarkScores
 
 COLUMNS = (
     *("kind", "benchmark", "level", "run", "baseline", "measure", "value", "low", "high"),
@@ -140,7 +140,7 @@ def _records(found: Comparison) -> Iterator[dict]:
                 yield {"kind": "exclusive", **same, **about, "measure": measure, "value": value}
 
 
-def _accuracy(same: dict, one: Figures) -> Iterator[dict]:
+def _accuracy(same: dict, one: BenchmarkScores) -> Iterator[dict]:
     same = {**same, "problems": one.problems}
     yield {**same, "measure": f"avg@{one.samples}", **_ends(one.avg)}
     for k, interval in one.pass_at.items():

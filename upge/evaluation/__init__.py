@@ -1,21 +1,21 @@
-"""What a policy can do, measured: the samples of benchmarks, accuracy, pass@k, and how sure either is."""
+"""Evaluation of a policy on benchmarks: samples, accuracy, pass@k, and confidence intervals of both."""
 
 from __future__ import annotations
 
 from upge.evaluation.intervals import Difference, Interval, Paired, holm, intervals, paired
 from upge.evaluation.passk import pass_at_k
 from upge.evaluation.samples import Sample, SampleFile
-from upge.evaluation.scores import Figures, Outcomes, figures, suite_scores
+from upge.evaluation.scores import BenchmarkScores, Outcomes, benchmark_scores, suite_scores
 
 __all__ = [
+    "BenchmarkScores",
     "Difference",
-    "Figures",
     "Interval",
     "Outcomes",
     "Paired",
     "Sample",
     "SampleFile",
-    "figures",
+    "benchmark_scores",
     "holm",
     "intervals",
     "paired",

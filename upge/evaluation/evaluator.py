@@ -1,6 +1,6 @@
-"""Evaluation of a policy: responses to problems, each from a seed of its own, verified while others are generated.
+"""Evaluation of a policy: responses to problems, each with its own seed, verified while others are generated.
 
-`Evaluator` writes every sample of a benchmark to a file and can be continued after an interruption.
+`Evaluator` writes every sample of a benchmark to a file and continues after an interruption.
 `training_accuracy` measures accuracy during training, on all ranks and in memory. Both draw with a `VerifiedSampler`,
 and both compute pass@k with `upge.evaluation.passk`.
 """
@@ -29,7 +29,7 @@ from upge.train.distributed import World
 from upge.train.prompt_order import stream_seed
 from upge.views import SUCCESS_REWARD
 
-#: Responses in one call of the sampler, which keeps their tokens until its end: at 8192 tokens about half a GiB.
+#: Responses per call of the sampler, which holds their tokens until the call ends: about half a GiB at 8192 tokens.
 CHUNK = 1024
 
 
@@ -38,9 +38,9 @@ class Questions:
     """The prompts of a benchmark for one model.
 
     Attributes:
-        benchmark: that the problems belong to.
-        texts: for each problem the prompt in the model's template.
-        examples: for each problem the same in tokens.
+        benchmark: the benchmark.
+        texts: the prompt of each problem in the model's template.
+        examples: the prompt of each problem in tokens.
     """
 
     benchmark: Benchmark
@@ -49,7 +49,12 @@ class Questions:
 
     @classmethod
     def of(cls, benchmark: Benchmark, prompting: Prompting, max_prompt_tokens: int) -> Questions:
-        """The prompts of `benchmark`.
+        """The prompts of a benchmark.
+
+        Args:
+            benchmark: the benchmark.
+            prompting: the model's template and tokenizer.
+            max_prompt_tokens: the length limit of prompts.
 
         Raises:
             DataError: a prompt is longer than `max_prompt_tokens`.
@@ -69,18 +74,18 @@ class Questions:
 
     @property
     def prompt_ids(self) -> tuple[tuple[int, ...], ...]:
-        """For each problem the prompt in tokens."""
+        """The prompt of each problem in tokens."""
         return tuple(example.prompt_ids for example in self.examples)
 
     def missing(self, file: SampleFile) -> list[tuple[int, int]]:
-        """(index of the problem, number of the response) of what `file` lacks, the longest prompts first.
+        """(index of the problem, number of the response) of each response that `file` lacks, longest prompts first.
 
         Raises:
-            DataError: the file is damaged or holds samples of other problems.
+            DataError: the file is damaged or contains samples of other problems.
         """
         problems = self.benchmark.problems
-        asked = {p.id: (text, p.answer) for p, text in zip(problems, self.texts, strict=True)}
-        done = file.done(asked)
+        expected = {p.id: (text, p.answer) for p, text in zip(problems, self.texts, strict=True)}
+        done = file.done(expected)
         order = sorted(range(len(problems)), key=lambda i: -len(self.examples[i].prompt_ids))
         wanted = [(i, copy) for i in order for copy in range(self.benchmark.samples)]
         return [(i, copy) for i, copy in wanted if (problems[i].id, copy) not in done]
@@ -88,17 +93,17 @@ class Questions:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Draws responses to the problems of benchmarks, has them verified, and writes the samples to files.
+    """Samples responses to the problems of benchmarks, verifies them, and writes the samples to files.
 
-    A response depends on the seed, the benchmark's name, the problem's id and its own number, not on the responses that
-    are sampled with it. So an evaluation that was interrupted and continued has the same samples as one that was not,
-    up to rounding where two tokens nearly tie.
+    A response depends on the seed, the benchmark's name, the problem's id and its own number, but not on the responses
+    that are sampled with it. So an evaluation that was interrupted and continued has the same samples as one that was
+    not, up to rounding where two tokens nearly tie.
 
     Attributes:
         sampler: the model and the verifiers.
-        sampling: how tokens are drawn.
+        sampling: the sampling settings.
         seed: of the whole evaluation.
-        wrote: called after every sample that is written, from a thread of its own.
+        wrote: called after each sample is written, from the writer's thread.
     """
 
     sampler: VerifiedSampler
@@ -107,13 +112,18 @@ class Evaluator:
     wrote: Callable[[Sample], None]
 
     def run(self, questions: Questions, file: SampleFile, chunk: int = CHUNK) -> None:
-        """Draws the responses that `file` lacks, at most `chunk` in one call of the sampler, and closes the file.
+        """Samples the responses that `file` lacks and closes the file.
 
-        Whatever ends it early, a signal's exception included, responses that were complete are verified and written
-        first.
+        If an exception ends it early, including one raised by a signal handler, complete responses are verified and
+        written first.
+
+        Args:
+            questions: the prompts.
+            file: receives the samples.
+            chunk: the most responses per call of the sampler.
 
         Raises:
-            DataError: the file is damaged, holds samples of other problems or cannot be written.
+            DataError: the file is damaged, contains samples of other problems, or cannot be written.
         """
         missing = questions.missing(file)
         with file, ThreadPoolExecutor(1, "samples") as writer:
@@ -138,7 +148,7 @@ class Evaluator:
                 writing.result()
 
     def _write(self, file: SampleFile, questions: Questions, number: int, copy: int, response: PendingRollout) -> None:
-        """Waits for the verdict and writes the sample; in a thread of its own, so that generation waits for neither."""
+        """Waits for the verdict and writes the sample. It runs in a separate thread, so that generation continues."""
         problem = questions.benchmark.problems[number]
         verdict = response.verdict.result()
         sample = Sample(
@@ -164,20 +174,20 @@ class Evaluator:
 def training_accuracy(
     config: RunConfig, examples: Sequence[Example], sampler: VerifiedSampler, world: World
 ) -> dict[str, Any]:
-    """The accuracy of the sampler's present weights, for a line of evaluations.jsonl.
+    """The accuracy of the sampler's current weights, for a line of evaluations.jsonl.
 
-    Each rank draws for a part of the problems. The seeds depend neither on the training step nor on the ranks, so two
-    evaluations of the same weights agree.
+    Each rank samples responses to a part of the problems. The seeds depend neither on the training step nor on the
+    ranks, so two evaluations of the same weights agree.
 
     Args:
-        config: of the run; `eval` says how often each problem is sampled, and how.
+        config: of the run; `eval` has the number of samples per problem and the sampling settings.
         examples: the evaluation problems, in tokens.
         sampler: the model and the verifiers.
-        world: of the run; all ranks call it.
+        world: the ranks of the run, which must all call this.
 
     Returns:
-        {"samples": k, "temperature", "levels": {level: shares}, "all": shares}, the same on every rank; `shares`
-        is what `accuracy` returns.
+        {"samples": k, "temperature", "levels": {level: shares}, "all": shares}, the same on every rank, where `shares`
+        is the result of `accuracy`.
     """
     own = list(range(world.rank, len(examples), world.size))
     limits: dict[str, Any] = {
@@ -206,15 +216,15 @@ def training_accuracy(
 
 
 def accuracy(greedy: Bool[Tensor, " P"], correct: Bool[Tensor, "P k"]) -> dict[str, float]:
-    """The accuracy on P problems with k samples each, as shares of the problems.
+    """The accuracy on P problems with k samples each, as fractions of the problems.
 
     Args:
-        greedy: whether the greedy response is right.
-        correct: whether each sampled response is right.
+        greedy: [P] whether the greedy response is correct.
+        correct: [P, k] whether each sampled response is correct.
 
     Returns:
-        `problems`, their number; `greedy`; `pass@k`, at least one of the samples right; `mean@k`, the mean share of
-        right samples. All shares are 0 without problems.
+        `problems`: P; `greedy`: the fraction solved by the greedy response; `pass@k`: the fraction with at least one
+        correct sample; `mean@k`: the mean fraction of correct samples. All fractions are 0 without problems.
     """
     problems, k = correct.shape
     counts = correct.sum(dim=1)
@@ -226,6 +236,6 @@ def accuracy(greedy: Bool[Tensor, " P"], correct: Bool[Tensor, "P k"]) -> dict[s
 def _solved(
     sampler: VerifiedSampler, examples: Sequence[Example], n: int, sampling: Sampling, seeds: Sequence[int]
 ) -> list[list[bool]]:
-    """For each problem, which of its n responses are right."""
+    """For each problem, whether each of its n responses is correct."""
     groups = sampler.sample(examples, n, sampling, seeds).groups
     return [[verdict.reward > SUCCESS_REWARD for _, verdict in group] for group in groups]

@@ -1,4 +1,4 @@
-"""GPQA: graduate-level science questions with four options, which its authors ask to be loaded from the hub only."""
+"""GPQA: graduate-level science questions with four options, loaded from the hub only, as its authors ask."""
 
 from __future__ import annotations
 
@@ -22,16 +22,13 @@ LETTERS = "ABCD"
 class GPQA:
     """Rows with `Question`, `Correct Answer` and `Incorrect Answer 1` to `3`; the answer of a problem is a letter.
 
-    The options are written under the question as lines `A) ...` to `D) ...`, white space in each made single. Their
-    order follows from the seed and the question, not from the other rows. `Record ID` is the id and `High-level domain`
-    the level, where a row has them. Never run with the hub.
+    The options follow the question as lines `A) ...` to `D) ...`, with runs of white space replaced by single spaces.
+    Their order depends on the seed and the question alone. If a row has them, `Record ID` is the problem's id and
+    `High-level domain` its level. Not tested with the hub.
 
-    Fields:
+    Attributes:
         subset: gpqa_diamond, gpqa_main or gpqa_extended.
-        seed: another seed gives other orders of the options.
-
-    Raises:
-        DataError: (by `rows`) the hub cannot be reached or access was not granted, or a row is not as said above.
+        seed: determines the order of the options.
     """
 
     subset: str = "gpqa_diamond"
@@ -41,7 +38,11 @@ class GPQA:
         check_fields(self)
 
     def rows(self) -> tuple[Problem, ...]:
-        """All problems, in the hub's order."""
+        """All problems, in the hub's order.
+
+        Raises:
+            DataError: the hub cannot be reached, access was not granted, or a row lacks a column.
+        """
         try:
             records = read_hub(HUB, self.subset, "train")
         except DataError as error:

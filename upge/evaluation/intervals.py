@@ -1,11 +1,13 @@
 """Confidence intervals and paired tests: the bootstrap over problems, and Student's t over training runs.
 
-Bootstrap: the problems are resampled with replacement (Efron 1979); a problem's samples stay together, because they are
-not independent of each other. A mean over several benchmarks is resampled within each. The result depends on the values
-and the seed, not on the order of problems or benchmarks.
+Bootstrap: problems are resampled with replacement (Efron 1979). The samples of a problem stay together, because they
+are not independent. For a mean over several benchmarks, each benchmark is resampled separately. The result depends on
+the values and the seed, not on the order of problems or benchmarks.
 
-Student's t: over seeds, which decide data, order and sampling. The evaluation's problems are the same for all runs, so
-these intervals do not include how much other problems would change a figure.
+Student's t: over seeds, which determine data, order and sampling. The evaluation problems are the same for all runs, so
+these intervals do not include the variation due to the choice of problems.
+
+Legend: P problems, K columns of values, R resamples.
 """
 
 from __future__ import annotations
@@ -22,15 +24,15 @@ from torch import Tensor
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
-#: Random indices made at once: 8 MB of them, whatever the number of problems and resamples.
+#: Random indices drawn at once: 8 MB, for any number of problems and resamples.
 _AT_ONCE = 1_000_000
-#: Differences of shares that are equal on paper differ by about this much in floats, at most.
+#: An upper bound on the rounding error of a difference of shares.
 _ZERO = 1e-12
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the ends of its bootstrap interval, in the unit of the values."""
+    """An estimate and the ends of its confidence interval, in the unit of the values."""
 
     value: float
     low: float
@@ -39,7 +41,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference with its interval, and the two-sided p-value of "there is none"."""
+    """A mean difference with its interval, and the two-sided p-value of the hypothesis that it is 0."""
 
     interval: Interval
     p_value: float
@@ -49,10 +51,11 @@ class Difference:
 class Paired:
     """Two runs compared on the problems that both have.
 
-    Fields:
-        columns: a `Difference` (first minus second) per column of the values.
-        problems: how many problems both have.
-        only_first, only_second: (benchmark, id) of the problems that one run has alone; they are not in `columns`.
+    Attributes:
+        columns: the `Difference` (first minus second) of each column of the values.
+        problems: the number of problems that both have.
+        only_first: (benchmark, id) of the problems that only the first run has; `columns` does not include them.
+        only_second: the same for the second run.
     """
 
     columns: tuple[Difference, ...]
@@ -67,11 +70,13 @@ def replicates(
     """The mean over benchmarks of the means over their problems, in each of R resamples, for K columns at once.
 
     Args:
-        values: benchmark → a row per problem; all columns are resampled alike, so a row stays a row.
+        values: benchmark → [P, K], a row per problem; rows are resampled whole, so all columns share the resamples.
+        resamples: R.
+        seed: of the resampling.
 
     Raises:
-        ValueError: no benchmark, one without problems, different numbers of columns, a value that is not finite, or
-            fewer than one resample.
+        ValueError: there is no benchmark or no resample, a benchmark has no problems, the numbers of columns differ, or
+            a value is not finite.
     """
     _check_problems(values, resamples)
     parts = [_resampled(rows, resamples, _generator(seed, name)) for name, rows in sorted(values.items())]
@@ -84,7 +89,15 @@ def intervals(
     seed: int = 0,
     confidence: float = CONFIDENCE,
 ) -> tuple[Interval, ...]:
-    """An interval per column: the percentiles (1 ± confidence)/2 of `replicates`, with whose errors it raises."""
+    """The interval of each column: the percentiles (1 ± confidence)/2 of `replicates`.
+
+    Args:
+        values, resamples, seed: as for `replicates`.
+        confidence: the coverage of the intervals.
+
+    Raises:
+        ValueError: as for `replicates`, or `confidence` is not between 0 and 1.
+    """
     drawn = replicates(values, resamples, seed)
     return _percentiles(_mean(values), drawn, confidence)
 
@@ -98,18 +111,20 @@ def paired(
 ) -> Paired:
     """The paired bootstrap of the difference first − second of two runs.
 
-    A problem's difference is resampled as one value, so that what makes a problem easy for both cancels.
+    The difference on a problem is resampled as one value, so the difficulty that both runs share cancels.
 
         p = min(1, 2·(1 + min(#{d* ≤ 0}, #{d* ≥ 0}))/(1 + R))
 
-    over the R resampled differences d*: the interval inverted, so that it leaves out 0 where p is below 1 − confidence,
-    up to one resample. The smallest p is 2/(1 + R).
+    over the R resampled differences d*. The p-value inverts the interval: up to one resample, the interval excludes 0
+    if and only if p is below 1 − confidence. The smallest possible p is 2/(1 + R).
 
     Args:
-        first, second: benchmark → problem's id → values, a column each.
+        first: benchmark → problem's id → [K] values of the first run.
+        second: the same of the second run.
+        resamples, seed, confidence: as for `intervals`.
 
     Raises:
-        ValueError: no problem is in both, or as in `replicates`.
+        ValueError: the runs have no problem in common, or as for `intervals`.
     """
     ours, theirs = ({(name, id) for name, rows in run.items() for id in rows} for run in (first, second))
     shared = sorted(ours & theirs)
@@ -120,13 +135,16 @@ def paired(
         differences.setdefault(name, []).append((first[name][id] - second[name][id]).to(torch.float64))
     values = {name: torch.stack(rows) for name, rows in differences.items()}
     drawn = replicates(values, resamples, seed)
-    found = _percentiles(_mean(values), drawn, confidence)
-    columns = tuple(Difference(interval, _p_value(drawn[:, k])) for k, interval in enumerate(found))
+    ends = _percentiles(_mean(values), drawn, confidence)
+    columns = tuple(Difference(interval, _p_value(drawn[:, k])) for k, interval in enumerate(ends))
     return Paired(columns, len(shared), tuple(sorted(ours - theirs)), tuple(sorted(theirs - ours)))
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
-    """Holm's step-down adjustment (1979): at most a share α of whole families has any adjusted p below α by chance."""
+    """Holm's step-down adjustment (1979) of p-values.
+
+    If all hypotheses are true, the probability that any adjusted p is below α is at most α.
+    """
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
@@ -140,8 +158,8 @@ def _mean(values: Mapping[str, Tensor]) -> Tensor:
 
 
 def _resampled(rows: Tensor, resamples: int, generator: torch.Generator) -> Tensor:
-    """[R, K]: the mean of each resample, as counts of how often each problem was drawn times the values."""
-    # Sorted, because problems are exchangeable: the same values in another order give the same draws.
+    """[R, K] the mean of each resample: the number of times that each problem was drawn, times the values."""
+    # Sort the rows, so that the same values in another order give the same resamples.
     distinct, times = torch.unique(rows.to(torch.float64), dim=0, return_counts=True)
     rows = distinct.repeat_interleave(times, dim=0)
     problems = len(rows)
@@ -161,7 +179,7 @@ def _percentiles(mean: Tensor, drawn: Tensor, confidence: float) -> tuple[Interv
         raise ValueError(f"confidence is {confidence}; give a number between 0 and 1, such as 0.95")
     tail = (1 - confidence) / 2
     ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    # A column at a time: torch.quantile refuses more than 16 million values.
+    # One column at a time, because torch.quantile refuses more than 16 million values.
     low, high = torch.stack([torch.quantile(column, ends) for column in drawn.unbind(dim=1)], dim=1)
     return tuple(Interval(*ends) for ends in zip(mean.tolist(), low.tolist(), high.tolist(), strict=True))
 
@@ -172,30 +190,34 @@ def _p_value(drawn: Tensor) -> float:
 
 
 def _generator(seed: int, benchmark: str) -> torch.Generator:
-    """A stream per benchmark: with one for all, benchmarks of equal size would be resampled in step."""
+    """A generator per benchmark; with a shared seed, benchmarks of equal size would get the same resamples."""
     digest = hashlib.sha256(f"{seed} {benchmark}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _check_problems(values: Mapping[str, Tensor], resamples: int) -> None:
     if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; give at least 1, better {RESAMPLES}")
+        raise ValueError(f"resamples is {resamples}; give at least 1, preferably {RESAMPLES}")
     if not values:
         raise ValueError("there is no benchmark to take a mean over")
     for name, rows in values.items():
         if rows.ndim != 2 or len(rows) == 0:
             raise ValueError(f"{name}: found values of shape {list(rows.shape)}, expected a row per problem")
         if not rows.isfinite().all():
-            raise ValueError(f"{name}: some values are not finite; a mean over them means nothing")
+            raise ValueError(f"{name}: some values are not finite, so their mean is undefined")
     if len({rows.shape[1] for rows in values.values()}) > 1:
         raise ValueError(f"the benchmarks {', '.join(values)} have different numbers of columns")
 
 
 def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """mean ± t_{n-1}·s/√n of n runs, s the standard deviation with n - 1; the ends are NaN for one run.
+    """mean ± t_{n-1}·s/√n over n runs, where s is the sample standard deviation; the ends are NaN for one run.
+
+    Args:
+        values: of the n runs.
+        confidence: the coverage of the interval.
 
     Raises:
-        ValueError: no value, or one that is not finite.
+        ValueError: there are no values, one is not finite, or `confidence` is not between 0 and 1.
     """
     _check_runs(values, confidence)
     mean, error = _mean_and_error(values)
@@ -208,15 +230,21 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Inter
 def paired_t(
     first: Mapping[int, float], second: Mapping[int, float], confidence: float = CONFIDENCE
 ) -> Difference | None:
-    """The paired t-test of first - second over the seeds that both have: what a seed does to both cancels.
+    """The paired t-test of first - second over the n seeds that both have. Effects of a seed on both cancel.
 
         t = d̄/(s_d/√n),  p = P(|T_{n-1}| ≥ |t|)
 
+    Args:
+        first: seed → value.
+        second: seed → value.
+        confidence: the coverage of the interval.
+
     Returns:
-        None where they have fewer than two seeds in common. Without any spread p is 1 for no difference and else 0.
+        The difference; None with fewer than two common seeds. If all differences are equal, p is 1 when they are 0 and
+        0 otherwise.
 
     Raises:
-        ValueError: a value that is not finite.
+        ValueError: a value is not finite, or `confidence` is not between 0 and 1.
     """
     seeds = sorted({*first} & {*second})
     if len(seeds) < 2:
@@ -238,6 +266,6 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 def _check_runs(values: Sequence[float], confidence: float) -> None:
     if not values or not all(map(math.isfinite, values)):
-        raise ValueError(f"found {list(values)}; a mean over runs needs one finite value at least, and no other")
+        raise ValueError(f"found {list(values)}; a mean over runs needs at least one value, and all must be finite")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; give a number between 0 and 1, such as 0.95")

@@ -1,6 +1,10 @@
-"""The unbiased pass@k: the chance that at least one of k responses, drawn without replacement from n, is correct.
+"""The unbiased pass@k: the probability that at least one of k responses, drawn without replacement from n, is correct.
 
-pass@k = 1 − C(n−c, k)/C(n, k),    c of the n responses being correct      (Chen et al., arXiv 2107.03374)
+With c correct responses among n (Chen et al., arXiv 2107.03374):
+
+    pass@k = 1 − C(n−c, k)/C(n, k)
+
+Legend: P problems, K values of k.
 """
 
 from __future__ import annotations
@@ -13,37 +17,42 @@ from torch import Tensor
 
 
 def pass_at_k(samples: Int[Tensor, " P"], correct: Int[Tensor, " P"], ks: Sequence[int]) -> Float[Tensor, "P K"]:
-    """pass@k of P problems for every k of `ks`, in float64, to about 1e-12 of its value.
+    """pass@k of P problems for every k in `ks`, in float64, with a relative error of about 1e-12.
 
     Args:
-        samples: n, the number of responses to each problem; they may differ.
-        correct: c, how many of them are correct.
-        ks: any numbers from 1 to the smallest n.
+        samples: [P] n, the number of responses to each problem; it may differ between problems.
+        correct: [P] c, the number of correct responses.
+        ks: the K values of k, each from 1 to the smallest n.
+
+    Returns:
+        [P, K].
 
     Raises:
-        ValueError: a k below 1 or above a problem's n, a c below 0 or above n.
+        ValueError: a k is below 1 or above a problem's n, or a c is below 0 or above n.
     """
-    return torch.expm1(log_fail_at_k(samples, correct, ks)).abs()  # it is never positive, and −0 would be shown
+    return torch.expm1(log_fail_at_k(samples, correct, ks)).abs()  # expm1 is never positive; abs also removes −0
 
 
 def log_fail_at_k(samples: Int[Tensor, " P"], correct: Int[Tensor, " P"], ks: Sequence[int]) -> Float[Tensor, "P K"]:
-    """log(1 − pass@k), exact to about 1e-12 of its value also where pass@k itself rounds to 1; −inf where k > n − c.
+    """log(1 − pass@k), with a relative error of about 1e-12 even where pass@k rounds to 1; −inf where k > n − c.
 
-    C(n−c, k)/C(n, k) = ∏_{i<k} (1 − c/(n−i)). All factors' logarithms have one sign, so their sum loses nothing to
-    cancellation, as differences of log-factorials would, and the partial sums serve every k at once.
+    C(n−c, k)/C(n, k) = ∏_{i<k} (1 − c/(n−i)). The logarithms of all factors have the same sign, so their sum has no
+    cancellation, unlike differences of log-factorials. The partial sums give all k at once.
+
+    Args, Returns and Raises are those of `pass_at_k`.
     """
     _check(samples, correct, ks)
-    # Problems with equal counts share a row: there are at most n + 1 rows per n, however many problems.
+    # Problems with equal counts share a row, so there are at most n + 1 rows per n.
     counts, row = torch.unique(torch.stack([samples, correct]).long(), dim=1, return_inverse=True)
     n, c = counts.to(torch.float64).unsqueeze(-1)
     drawn = torch.arange(max(ks), dtype=torch.float64)
-    # From the moment that fewer than c responses are left, only correct ones are: the factor stays 0.
+    # Once at most c responses remain, all of them are correct, and the factor stays 0.
     logarithms = torch.log1p(-(c / (n - drawn)).clamp(max=1.0)).cumsum(dim=1)
     return logarithms[:, [k - 1 for k in ks]][row]
 
 
 def powers_of_two(n: int) -> tuple[int, ...]:
-    """1, 2, 4, … up to n, and n itself: the k at which a curve up to pass@n is reported.
+    """1, 2, 4, … up to n, and n itself: the values of k at which pass@k is reported.
 
     Raises:
         ValueError: n is below 1.
@@ -58,7 +67,7 @@ def _check(samples: Tensor, correct: Tensor, ks: Sequence[int]) -> None:
         if counts.ndim != 1 or counts.is_floating_point() or counts.dtype == torch.bool:
             raise ValueError(f"{name}: found {counts.dtype} of shape {list(counts.shape)}, expected integers [P]")
     if len(samples) != len(correct):
-        raise ValueError(f"samples has {len(samples)} problems and correct has {len(correct)}; give a count of each")
+        raise ValueError(f"samples has {len(samples)} problems and correct has {len(correct)}; give one count for each")
     if len(samples) == 0:
         raise ValueError("there are no problems; pass@k needs at least one")
     if not ks:

@@ -1,6 +1,6 @@
-"""The samples file of one benchmark: a JSON line per response, written as it comes and continued after an interruption.
+"""The samples file of one benchmark: a JSON line per response, appended as it arrives, continued after an interruption.
 
-What an evaluation knows is in these lines; every figure can be worked out from them again.
+These lines are all that an evaluation records; every score can be recomputed from them.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from typing import Any, BinaryIO, Literal
 from upge.checks import field_types, mismatch
 from upge.errors import DataError
 
-#: The status and the types of fields of lines that were found to be right.
-_SEEN: set[tuple] = set()
+#: The status and the field types of lines that passed the check.
+_SEEN: set[tuple[object, ...]] = set()
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sampled response and what the verifier said about it.
+    """One sampled response with the verifier's verdict.
 
-    Fields:
-        benchmark: name of the benchmark.
-        id: the problem's, unique within the benchmark.
-        level: the problem's difficulty level; None where it has none.
-        sample: number of the response among those to this problem, from 0.
-        prompt: what was asked.
-        answer: the problem's gold answer.
-        response: the text that the model wrote.
-        extracted: the answer that the verifier found in it; None if none.
+    Attributes:
+        benchmark: the name of the benchmark.
+        id: the problem's id, unique within the benchmark.
+        level: the problem's difficulty level; None if it has none.
+        sample: the number of the response among those to this problem, from 0.
+        prompt: the prompt.
+        answer: the problem's reference answer.
+        response: the model's text.
+        extracted: the answer that the verifier extracted from it; None if there was none.
         reward: in [0, 1].
         correct: whether the response counts as solving the problem.
         status: how the verification ended.
-        detail: the verifier's remark; empty if none.
-        tokens: length of the response.
-        finished: False for a response that was cut off at the length limit.
+        detail: the verifier's remark; may be empty.
+        tokens: the length of the response.
+        finished: False if the response was cut off at the length limit.
     """
 
     benchmark: str
@@ -58,13 +58,16 @@ class Sample:
 
 
 class SampleFile:
-    """The file `path`, which need not exist yet.
+    """The samples file of a benchmark.
 
-    Reading passes over a last line that an interruption cut off; the first `append` removes it, so that the next line
-    does not stick to it. While a file is open for appending no other process can append to it.
+    Reading ignores a last line that an interruption cut off. The first `append` removes that line. While a file is open
+    for appending, no other process can append to it.
+
+    Args:
+        path: the file, which need not exist yet.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._file: BinaryIO | None = None
 
@@ -75,7 +78,7 @@ class SampleFile:
         self.close()
 
     def append(self, samples: Iterable[Sample]) -> None:
-        """Adds a line per sample, each handed to the operating system as soon as it is made.
+        """Adds a line per sample, and passes each to the operating system immediately.
 
         Raises:
             DataError: the file cannot be written, or another process is appending to it.
@@ -86,21 +89,23 @@ class SampleFile:
             for sample in samples:
                 _write(self._file, _line(sample))
         except OSError as error:
-            self.close()  # part of a line may have been written: opening the file again mends it
-            raise DataError(f"{self.path}: cannot be written ({error.strerror}); check disk and rights") from error
+            self.close()  # opening the file again repairs a partly written line
+            raise DataError(
+                f"{self.path}: cannot be written ({error.strerror}); check disk space and permissions"
+            ) from error
 
     def close(self) -> None:
-        """Lets others append; a later `append` opens the file again."""
+        """Releases the file for other processes; a later `append` opens it again."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def read(self) -> Iterator[Sample]:
-        """The samples in the order of the file, one at a time: the texts of a large evaluation need not fit in memory.
+        """Iterates over the samples in the order of the file, so the texts need not fit in memory together.
 
         Raises:
             DataError: a line other than a cut-off last one is not a sample, or a pair of problem and sample number
-                comes twice; with file and line.
+                occurs twice; the message names file and line.
         """
         if not self.path.is_file():
             return
@@ -120,24 +125,24 @@ class SampleFile:
                 yield sample
 
     def done(self, problems: Mapping[str, tuple[str, str]] | None = None) -> set[tuple[str, int]]:
-        """The pairs (id, sample number) that the file holds.
+        """The pairs (id, sample number) in the file.
 
         Args:
-            problems: id → (prompt, answer) of the problems that are to be evaluated, as they will be written. Every
-                line of the file must belong to one of them.
+            problems: id → (prompt, answer) of the problems to evaluate. Every line of the file must belong to one of
+                them; None accepts all.
 
         Raises:
             DataError: as in `read`, or the file belongs to other problems.
         """
-        found = set()
+        pairs: set[tuple[str, int]] = set()
         for sample in self.read():
             if problems is not None:
                 self._check(sample, problems)
-            found.add((sample.id, sample.sample))
-        return found
+            pairs.add((sample.id, sample.sample))
+        return pairs
 
     def _check(self, sample: Sample, problems: Mapping[str, tuple[str, str]]) -> None:
-        fix = "give another output folder, or the data that this evaluation was begun with"
+        fix = "give another output folder, or the data that this evaluation started with"
         if sample.id not in problems:
             raise DataError(f"{self.path}: it has samples of problem '{sample.id}', which is not in the data; {fix}")
         prompt, answer = problems[sample.id]
@@ -150,7 +155,7 @@ class SampleFile:
 
     def _open(self) -> BinaryIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: a line is one write, so that what was reported as written survives the end of the process.
+        # Unbuffered, so each line is one write, and lines that were reported as written survive the process.
         file = self.path.open("a+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -172,7 +177,7 @@ def _write(file: BinaryIO, line: bytes) -> None:
 
 
 def _repair(file: BinaryIO) -> None:
-    """Ends the last line: a whole one gets its newline, a part of one goes."""
+    """Completes the last line: adds a missing newline to a whole line, and removes a partial one."""
     end = file.seek(0, os.SEEK_END)
     start, tail = end, b""
     while start > 0 and b"\n" not in tail:
@@ -190,12 +195,12 @@ def _line(sample: Sample) -> bytes:
     fields = asdict(sample)
     try:
         return (json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
-    except UnicodeEncodeError:  # half a surrogate pair has no UTF-8, but an escape
+    except UnicodeEncodeError:  # a lone surrogate has no UTF-8 encoding, but can be escaped
         return (json.dumps(fields, allow_nan=False) + "\n").encode("ascii")
 
 
 def _is_whole(line: bytes) -> bool:
-    """No proper part of a JSON object, from its beginning, is itself JSON."""
+    """Whether a line is whole; a proper prefix of a JSON object is never valid JSON."""
     try:
         return isinstance(json.loads(line), dict)
     except ValueError:
@@ -206,7 +211,7 @@ def _parse(line: bytes, where: str) -> Sample:
     try:
         row: Any = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error}); delete the line to have its sample drawn again") from error
+        raise DataError(f"{where}: not JSON ({error}); delete the line to sample this response again") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: found a JSON {type(row).__name__}, expected an object with the fields of a sample")
     types = field_types(Sample)
@@ -221,7 +226,7 @@ def _parse(line: bytes, where: str) -> Sample:
 
 
 def _check_types(values: Mapping[str, Any], types: Mapping[str, Any], where: str) -> None:
-    # Values of the same types pass or fail alike: asked once, not for each of a million lines.
+    # Lines with the same types have the same result, so each combination is checked only once.
     kinds = (values["status"] if isinstance(values["status"], str) else "", *map(type, values.values()))
     if kinds in _SEEN:
         return

@@ -1,4 +1,7 @@
-"""The figures of an evaluation: accuracy, pass@k, and what to know before believing them, from its samples alone."""
+"""The scores of an evaluation, computed from its samples: accuracy, pass@k, and facts that qualify them.
+
+Legend: P problems, n samples per problem, K values of k.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +22,27 @@ from upge.evaluation.samples import Sample
 
 NO_LEVEL = "no level"
 NONE = ("", 0.0)
-#: Characters that are kept of an answer, with its length.
+#: A longer answer is cut to this many characters.
 LONG_ANSWER = 40
-#: A larger share of responses with the same wrong answer is worth a note, from so many problems on.
+#: A larger share of responses with the same wrong answer is reported, with at least this many problems.
 MANY_ALIKE, ENOUGH_PROBLEMS = 0.5, 10
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What became of the samples of one benchmark, without their texts: P problems, sorted by id, n samples each.
+    """The outcomes of the samples of one benchmark, without texts: P problems, sorted by id, with n samples each.
 
-    Fields:
+    Attributes:
         benchmark: its name.
-        ids, levels, answers: of the problems; a level is None where the problem has none.
-        correct, finished: of each sample, as in `Sample`.
-        tokens: length of each response.
-        timeouts, errors: how many verifications ended so; their samples count as wrong.
-        commonest: the wrong answer that was read in more responses than any other, and their share of all.
+        ids: [P] the problems' ids.
+        levels: [P] the problems' levels; None if a problem has none.
+        answers: [P] the problems' reference answers.
+        correct: [P, n] as in `Sample`.
+        finished: [P, n] as in `Sample`.
+        tokens: [P, n] the lengths of the responses.
+        timeouts: the number of verifications that timed out; their samples count as wrong.
+        errors: the number of verifications that failed; their samples count as wrong.
+        commonest: the most frequent wrong answer, and its share of all responses.
     """
 
     benchmark: str
@@ -56,21 +63,22 @@ class Outcomes:
         """Gathers the samples 0 to n−1 of every problem.
 
         Args:
-            samples: in any order; numbers from n on are passed over.
-            n: samples per problem; None takes the largest number that any problem has.
-            ids: the problems that must be there; None takes those that have samples.
+            benchmark: its name.
+            samples: in any order; samples with numbers from n on are ignored.
+            n: samples per problem; None = the largest number of any problem.
+            ids: the problems that must be present; None = those that have samples.
 
         Raises:
-            DataError: no samples, some that are missing (an evaluation that is not finished has no figures), or some
-                that contradict each other about their problem.
+            DataError: there are no samples, some are missing (an unfinished evaluation has no scores), or samples of
+                one problem disagree about its answer or level.
         """
         problems: dict[str, dict[int, Sample]] = {id: {} for id in sorted(ids or ())}
         for sample in samples:
-            _belongs(sample, benchmark, problems, ids)
+            _check_belongs(sample, benchmark, problems, ids)
             if n is None or sample.sample < n:
                 problems.setdefault(sample.id, {})[sample.sample] = _without_texts(sample)
         n = n or max((max(rows, default=-1) + 1 for rows in problems.values()), default=0)
-        _complete(benchmark, problems, n)
+        _check_complete(benchmark, problems, n)
         rows = [[problems[id][number] for number in range(n)] for id in sorted(problems)]
         every = [sample for row in rows for sample in row]
         status = Counter(sample.status for sample in every)
@@ -94,17 +102,24 @@ class Outcomes:
         return self.correct.shape[1]
 
     def average(self) -> Float[Tensor, "P 1"]:
-        """The share of each problem's samples that are correct; its mean over problems is avg@n."""
+        """[P, 1] the fraction of each problem's samples that are correct; its mean over problems is avg@n."""
         return self.correct.double().mean(dim=1, keepdim=True)
 
     def pass_at(self, ks: Sequence[int]) -> Float[Tensor, "P K"]:
-        """The unbiased pass@k of each problem."""
+        """[P, K] the unbiased pass@k of each problem."""
         return pass_at_k(torch.full((len(self.ids),), self.samples), self.correct.sum(dim=1), ks)
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of some problems, with 95 % bootstrap intervals over them: avg@n, and pass@k for k = 1, 2, 4, … and n."""
+    """The accuracy on some problems, with 95 % bootstrap intervals over problems.
+
+    Attributes:
+        problems: P.
+        samples: n.
+        avg: avg@n.
+        pass_at: k → pass@k, for k = 1, 2, 4, … and n.
+    """
 
     problems: int
     samples: int
@@ -113,16 +128,15 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class Figures(Accuracy):
-    """Of one benchmark.
+class BenchmarkScores(Accuracy):
+    """The scores of one benchmark.
 
-    Fields:
-        pass_at_every: pass@k for every k = 1, 2, 3, …, n, without intervals.
-        levels: as in `Accuracy` by difficulty level, in their order; empty if no problem has one.
-        unfinished: share of the responses that were cut off at the length limit.
-        timeouts, errors: how many answers the verifier gave up on or failed at.
-        tokens: mean length of a response.
-        commonest: the wrong answer of more responses than any other, and their share of all.
+    Attributes:
+        pass_at_every: pass@k for k = 1, 2, 3, …, n, without intervals.
+        levels: difficulty level → the accuracy on its problems, in natural order; empty if no problem has a level.
+        unfinished: the share of responses that were cut off at the length limit.
+        timeouts, errors, commonest: as in `Outcomes`.
+        tokens: the mean length of a response.
     """
 
     pass_at_every: Sequence[float]
@@ -134,11 +148,11 @@ class Figures(Accuracy):
     commonest: tuple[str, float]
 
 
-def figures(outcomes: Outcomes, resamples: int = RESAMPLES, seed: int = 0) -> Figures:
-    """All that one benchmark has to say."""
-    everyone = _accuracy(outcomes, list(range(len(outcomes.ids))), resamples, seed)
-    return Figures(
-        **vars(everyone),
+def benchmark_scores(outcomes: Outcomes, resamples: int = RESAMPLES, seed: int = 0) -> BenchmarkScores:
+    """The scores of one benchmark, with intervals from `resamples` bootstrap resamples."""
+    overall = _accuracy(outcomes, list(range(len(outcomes.ids))), resamples, seed)
+    return BenchmarkScores(
+        **vars(overall),
         pass_at_every=outcomes.pass_at(range(1, outcomes.samples + 1)).mean(dim=0).tolist(),
         levels={level: _accuracy(outcomes, rows, resamples, seed) for level, rows in by_level(outcomes.levels).items()},
         unfinished=1 - outcomes.finished.double().mean().item(),
@@ -150,7 +164,7 @@ def figures(outcomes: Outcomes, resamples: int = RESAMPLES, seed: int = 0) -> Fi
 
 
 def average(suite: Sequence[Outcomes], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """The mean over benchmarks of their avg@n, each benchmark counting alike, with problems resampled within each."""
+    """The unweighted mean of the benchmarks' avg@n, with problems resampled within each benchmark."""
     return intervals({one.benchmark: one.average() for one in suite}, resamples, seed)[0]
 
 
@@ -164,28 +178,38 @@ def suite_scores(
     """The content of scores.json.
 
     Args:
-        suite: the benchmarks, in reading order.
-        groups: benchmark → the group whose average it enters, such as in or out of distribution.
-        settings: benchmark → how its samples were drawn; what makes scores comparable only where it is equal.
+        suite: the benchmarks, in the order of display.
+        groups: benchmark → the group whose average includes it, such as in or out of distribution.
+        settings: benchmark → its sampling settings; scores are comparable only if these are equal.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
     """
     benchmarks = {
         one.benchmark: {
             "group": groups[one.benchmark],
             "settings": dict(settings[one.benchmark]),
-            **asdict(figures(one, resamples, seed)),
+            **asdict(benchmark_scores(one, resamples, seed)),
         }
         for one in suite
     }
-    averages = {}
+    averages: dict[str, dict[str, Any]] = {}
     for group in dict.fromkeys(groups[one.benchmark] for one in suite):
         members = [one for one in suite if groups[one.benchmark] == group]
-        found = asdict(average(members, resamples, seed))
-        averages[group] = {"benchmarks": [one.benchmark for one in members], "avg": found}
+        avg = asdict(average(members, resamples, seed))
+        averages[group] = {"benchmarks": [one.benchmark for one in members], "avg": avg}
     return {"benchmarks": benchmarks, "averages": averages}
 
 
 def same_answer(commonest: Sequence[Any], problems: int) -> str | None:
-    """A sentence on a policy that hardly looks at its problems; None where answers differ or problems are few."""
+    """A sentence about a policy that gives most problems the same wrong answer, or None.
+
+    Args:
+        commonest: (answer, share) as in `Outcomes`.
+        problems: the number of problems.
+
+    Returns:
+        None if the share is at most `MANY_ALIKE`, or there are fewer than `ENOUGH_PROBLEMS` problems.
+    """
     answer, share = commonest
     if share <= MANY_ALIKE or problems < ENOUGH_PROBLEMS:
         return None
@@ -193,56 +217,60 @@ def same_answer(commonest: Sequence[Any], problems: int) -> str | None:
 
 
 def by_level(levels: Sequence[str | None]) -> dict[str, list[int]]:
-    """Level → the positions that have it, levels in natural order (2 before 10), problems without one last.
+    """Level → the positions of the problems that have it, with levels in natural order (2 before 10).
 
-    Empty if none has a level.
+    Problems without a level come last. Empty if no problem has a level.
     """
-    found: dict[str, list[int]] = {}
+    positions: dict[str, list[int]] = {}
     for position, level in enumerate(levels):
-        found.setdefault(NO_LEVEL if level is None else level, []).append(position)
-    ordered = sorted(found, key=lambda level: (level == NO_LEVEL, natural(level)))
-    return {} if list(found) == [NO_LEVEL] else {level: found[level] for level in ordered}
+        positions.setdefault(NO_LEVEL if level is None else level, []).append(position)
+    ordered = sorted(positions, key=lambda level: (level == NO_LEVEL, natural(level)))
+    return {} if list(positions) == [NO_LEVEL] else {level: positions[level] for level in ordered}
 
 
-def natural(text: str) -> tuple:
-    """A sorting key that reads digits as numbers."""
+def natural(text: str) -> tuple[tuple[int, str], ...]:
+    """A sorting key that compares runs of digits as numbers."""
     parts = re.split(r"(\d+)", text)
     return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in parts)
 
 
 def _accuracy(outcomes: Outcomes, rows: Sequence[int], resamples: int, seed: int) -> Accuracy:
     ks = powers_of_two(outcomes.samples)
-    # One resampling for all columns: avg@n and the whole curve.
+    # avg@n and all of pass@k share the resamples.
     values = torch.cat([outcomes.average(), outcomes.pass_at(ks)], dim=1)[list(rows)]
     avg, *curve = intervals({outcomes.benchmark: values}, resamples, seed)
     return Accuracy(len(rows), outcomes.samples, avg, dict(zip(ks, curve, strict=True)))
 
 
 def _without_texts(sample: Sample) -> Sample:
-    """Samples of an evaluation of thousands per problem would not fit in memory with their texts."""
+    """The sample without its texts: with thousands of samples per problem, the texts would not fit in memory."""
     answer = sample.extracted and " ".join(sample.extracted.split())
     if answer and len(answer) > LONG_ANSWER:
         answer = f"{answer[:LONG_ANSWER]}… ({len(answer)} characters)"
     return Sample(**{**vars(sample), "prompt": "", "response": "", "extracted": answer, "detail": ""})
 
 
-def _belongs(sample: Sample, benchmark: str, problems: Mapping, ids: Collection[str] | None) -> None:
+def _check_belongs(
+    sample: Sample, benchmark: str, problems: Mapping[str, Mapping[int, Sample]], ids: Collection[str] | None
+) -> None:
     if sample.benchmark != benchmark:
-        raise DataError(f"{benchmark}: found samples of '{sample.benchmark}' among its own; each has a file of its own")
+        raise DataError(
+            f"{benchmark}: found samples of '{sample.benchmark}' in its file; give each benchmark its own samples file"
+        )
     if ids is not None and sample.id not in problems:
         raise DataError(f"{benchmark}: found samples of problem '{sample.id}', which is not one of its problems")
     for known in (problems.get(sample.id) or {}).values():
         if (known.answer, known.level) != (sample.answer, sample.level):
             raise DataError(
                 f"{benchmark}: samples {known.sample} and {sample.sample} of problem '{sample.id}' disagree about its "
-                "answer or level; the file mixes two versions of the data: evaluate again into a new folder"
+                "answer or level, so the file mixes two versions of the data; evaluate again into a new folder"
             )
         break
 
 
-def _complete(benchmark: str, problems: Mapping[str, Mapping[int, Sample]], n: int) -> None:
+def _check_complete(benchmark: str, problems: Mapping[str, Mapping[int, Sample]], n: int) -> None:
     if not problems or n == 0:
-        raise DataError(f"{benchmark}: there are no samples; run its evaluation")
+        raise DataError(f"{benchmark}: there are no samples; run its evaluation first")
     short = {id: len(rows) for id, rows in problems.items() if len(rows) < n}
     if short:
         id, has = next(iter(short.items()))

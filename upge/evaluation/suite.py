@@ -1,4 +1,4 @@
-"""A suite: which benchmarks, where their problems come from, how often each is sampled, and how."""
+"""A suite: a set of benchmarks, with the source of their problems and the sampling settings."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 class BenchmarkConfig(Settings):
     """One benchmark of a suite."""
 
-    data: dict = key({}, "its problems: any data set (_target_ and settings); what has no rows() gives its evaluation")
-    file: dict = key({}, "the same from a file; its path is below suite.folder, and it is taken when that is given")
+    data: dict = key({}, "its problems: a data set (_target_ and settings); one without rows() gives its evaluation")
+    file: dict = key({}, "the same from a file whose path is below suite.folder; used if suite.folder is given")
     group: str = key("math", "the average that it belongs to; the paper's are math and ood")
     samples: int = key(
         1, "responses per problem: avg@n, and pass@k for every k up to n", minimum=1, fix="give at least 1"
     )
     limit: int = key(
         0,
-        "at most so many problems, chosen by a hash of their prompts; 0 = all",
+        "the most problems to use, chosen by a hash of their prompts; 0 = all",
         minimum=0,
         fix="give a number of problems, or 0 for all",
     )
-    verifier: str = key("", "reads the answers of problems that name no verifier; empty = verify.verifier")
-    instruction: str = key("", "added to every prompt as it stands, before model.instruction")
+    verifier: str = key("", "the verifier of problems that name none; empty = verify.verifier")
+    instruction: str = key("", "appended to every prompt, before model.instruction")
 
 
 @dataclass(frozen=True)
 class SuiteConfig(Settings):
-    """Benchmarks that are sampled alike.
+    """Benchmarks that share sampling settings.
 
     Raises:
-        ConfigError: a value out of range, or a benchmark that is skipped and does not exist.
+        ConfigError: a value is out of range, or a benchmark to skip does not exist.
     """
 
-    folder: str = key("", "folder with the benchmarks' files; empty = what `data` of each says, the hub for example")
+    folder: str = key("", "folder with the benchmarks' files; empty = use each benchmark's `data`, such as the hub")
     temperature: float = key(0.6, "sampling temperature; 0 = greedy")
-    top_p: float = key(0.95, "nucleus; greedy sampling has none", above=0, maximum=1)
+    top_p: float = key(0.95, "nucleus sampling; ignored by greedy sampling", above=0, maximum=1)
     max_prompt_tokens: int = key(2048, "longest prompt; a longer one is an error", minimum=1)
-    max_response_tokens: int = key(8192, "longest response; what is cut off there is verified as it is", minimum=1)
+    max_response_tokens: int = key(8192, "longest response; one that is cut off is verified as it is", minimum=1)
     skip: list = key([], "names of benchmarks to leave out, such as [gpqa_diamond]")
     benchmarks: dict = key({}, "name -> benchmark; each has the keys below, as suite.benchmarks.NAME.KEY")
 
@@ -62,43 +62,43 @@ class SuiteConfig(Settings):
                 raise ConfigError(f"no benchmark '{name}'; {nearest(str(name), self.benchmarks)}", "skip")
 
     def chosen(self, section: str = "suite") -> dict[str, BenchmarkConfig]:
-        """The benchmarks that are not skipped, checked, in the suite's order.
+        """The settings of the benchmarks that are not skipped, in the suite's order.
 
         Args:
-            section: where the user gives `folder` and `skip`, for messages.
+            section: the section in which the user gives `folder` and `skip`, for messages.
 
         Raises:
-            ConfigError: an unknown or wrong key of a benchmark, or there is none.
+            ConfigError: a key of a benchmark is unknown or wrong, or there is no benchmark.
         """
-        found = {n: self._benchmark(str(n), tree) for n, tree in self.benchmarks.items() if n not in self.skip}
-        if not found:
+        chosen = {n: self._benchmark(str(n), tree) for n, tree in self.benchmarks.items() if n not in self.skip}
+        if not chosen:
             problem = f"there is none to evaluate; give some, or skip fewer ({section}.skip)"
             raise ConfigError(problem, "suite.benchmarks")
-        return found
+        return chosen
 
     def _benchmark(self, name: str, tree: Any) -> BenchmarkConfig:
         path = f"suite.benchmarks.{name}"
         if not _NAME.fullmatch(name):
-            raise ConfigError(f"{path}: the name becomes a file's; use letters, digits and . _ - only")
+            raise ConfigError(f"{path}: the name is also a file name; use letters, digits and . _ - only")
         if not isinstance(tree, Mapping):
             raise ConfigError(f"{path}: found {tree!r}, expected keys such as {path}.data and {path}.samples")
-        found = from_tree(BenchmarkConfig, tree, path)
-        if self.temperature == 0 and found.samples > 1:
+        config = from_tree(BenchmarkConfig, tree, path)
+        if self.temperature == 0 and config.samples > 1:
             raise ConfigError(
-                f"{path}.samples: {found.samples} with suite.temperature=0, where all responses to a problem are the "
+                f"{path}.samples: {config.samples} with suite.temperature=0, where all responses to a problem are the "
                 "same; give 1, or a temperature"
             )
-        return found
+        return config
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark with its problems, ready to be put to a model.
+    """A benchmark with its problems, ready to be evaluated.
 
-    Fields:
+    Attributes:
         name, group, samples: as in the suite.
-        problems: those to solve; their prompts have the benchmark's instruction, each names its verifier.
-        available: how many there were before a limit.
+        problems: the problems to solve; their prompts include the benchmark's instruction, and each names its verifier.
+        available: the number of problems before a limit.
     """
 
     name: str
@@ -109,7 +109,7 @@ class Benchmark:
 
     @property
     def responses(self) -> int:
-        """How many will be drawn."""
+        """The number of responses to sample."""
         return len(self.problems) * self.samples
 
 
@@ -117,15 +117,15 @@ def load(suite: SuiteConfig, verifier: str = "math", limit: int = 0, section: st
     """The benchmarks that are not skipped, with their problems.
 
     Args:
-        suite: what to load.
+        suite: the suite to load.
         verifier: for benchmarks that name none.
-        limit: at most so many problems of each, 0 for all. Which these are follows from their prompts alone, so every
-            model meets the same ones, and a larger limit keeps those of a smaller one.
-        section: where the user gives `folder` and `skip`, for messages.
+        limit: the most problems of each benchmark; 0 = all. The choice depends on the prompts alone, so every model
+            gets the same problems, and a larger limit includes the problems of a smaller one.
+        section: the section in which the user gives `folder` and `skip`, for messages.
 
     Raises:
-        ConfigError: a key of a benchmark, or its data set's settings.
-        DataError: problems that cannot be loaded, or two of them with the same id.
+        ConfigError: a key of a benchmark, or its data set's settings, are wrong.
+        DataError: problems cannot be loaded, or two of them have the same id.
     """
     if suite.folder and not Path(suite.folder).expanduser().is_dir():
         raise ConfigError(f"{suite.folder} is not a folder", f"{section}.folder")
@@ -135,45 +135,45 @@ def load(suite: SuiteConfig, verifier: str = "math", limit: int = 0, section: st
 def _load(name: str, config: BenchmarkConfig, suite: SuiteConfig, verifier: str, limit: int, section: str) -> Benchmark:
     path = f"suite.benchmarks.{name}"
     try:
-        everything = _problems(config, suite.folder, path, section)
+        available = _problems(config, suite.folder, path, section)
     except DataError as error:
         skip = ",".join([*map(str, suite.skip), name])
         files = f"take it from a file with {section}.folder=FOLDER, " if config.file and not suite.folder else ""
         raise DataError(f"{path}: {error}; {files}or leave it out with {section}.skip=[{skip}]") from error
     seen: set[str] = set()
-    for problem in everything:
+    for problem in available:
         if problem.id in seen:
-            raise DataError(f"{path}: {problem.where or name}: the id '{problem.id}' comes twice; ids must be unique")
+            raise DataError(f"{path}: {problem.where or name}: the id '{problem.id}' occurs twice; ids must be unique")
         seen.add(problem.id)
     limits = [size for size in (limit, config.limit) if size]
     problems = tuple(
         replace(p, prompt=p.prompt + config.instruction, verifier=p.verifier or config.verifier or verifier)
-        for p in _limited(everything, min(limits, default=0))
+        for p in _limited(available, min(limits, default=0))
     )
-    return Benchmark(name, config.group, config.samples, problems, len(everything))
+    return Benchmark(name, config.group, config.samples, problems, len(available))
 
 
 def _problems(config: BenchmarkConfig, folder: str, path: str, section: str) -> Sequence[Problem]:
-    """All problems of a benchmark, from its file where a folder is given and it has one."""
+    """All problems of a benchmark; from its file if it has one and a folder is given."""
     if folder and config.file:
         below = config.file.get("path")
         if not isinstance(below, str):
             raise ConfigError(f"{path}.file.path: found {below!r}; give the file's path below {section}.folder")
-        found = build({**config.file, "path": str(Path(folder).expanduser() / below)}, f"{path}.file")
+        data = build({**config.file, "path": str(Path(folder).expanduser() / below)}, f"{path}.file")
     elif config.data:
-        found = build(config.data, f"{path}.data")
+        data = build(config.data, f"{path}.data")
     else:
         place = f", or {section}.folder=FOLDER, the folder of its file {config.file.get('path')}" if config.file else ""
         raise ConfigError(f"{path}.data: missing; give a data set{place}")
-    if hasattr(found, "rows"):
-        return found.rows()
-    if hasattr(found, "load"):
-        return found.load().evaluation
-    raise ConfigError(f"{path}: found a {type(found).__name__}, expected a data set with load() or rows()")
+    if hasattr(data, "rows"):
+        return data.rows()
+    if hasattr(data, "load"):
+        return data.load().evaluation
+    raise ConfigError(f"{path}: found a {type(data).__name__}, expected a data set with load() or rows()")
 
 
 def _limited(problems: Sequence[Problem], limit: int) -> list[Problem]:
-    """The `limit` problems whose prompts have the smallest hashes, in their order; all where it is 0."""
+    """The `limit` problems whose prompts have the smallest hashes, in their original order; all if `limit` is 0."""
     if not limit or limit >= len(problems):
         return list(problems)
     ranked = sorted(range(len(problems)), key=lambda i: (stream_seed("limit", problems[i].prompt), problems[i].id))

@@ -195,7 +195,7 @@ def test_instruction_and_verifier():
 
 
 def test_equal_ids_are_refused():
-    with pytest.raises(DataError, match="suite.benchmarks.numbers: .*the id 'test0' comes twice"):
+    with pytest.raises(DataError, match="suite.benchmarks.numbers: .*the id 'test0' occurs twice"):
         loaded(data={"_target_": "tests.upge.evaluation.test_evaluate_suites.Twice"})
 
 

@@ -12,7 +12,7 @@ import torch
 from upge.errors import DataError
 from upge.evaluation.intervals import Interval
 from upge.evaluation.samples import Sample, SampleFile
-from upge.evaluation.scores import NO_LEVEL, Outcomes, average, by_level, figures, natural, suite_scores
+from upge.evaluation.scores import NO_LEVEL, Outcomes, average, benchmark_scores, by_level, natural, suite_scores
 
 ONE = Sample("aime", "1", "2", 0, "2+2?", "4", "It is \\boxed{4}.", "4", 1.0, True, "ok", "", 5, True)
 
@@ -148,7 +148,7 @@ def test_figures_by_hand():
     rows = [replace(row, tokens=10 * row.sample, finished=row.sample < 3) for row in ROWS]
     rows[0] = replace(rows[0], status="timeout", correct=False)
     rows[5] = replace(rows[5], status="error")
-    found = figures(Outcomes.of("aime", rows), resamples=200)
+    found = benchmark_scores(Outcomes.of("aime", rows), resamples=200)
     assert (found.problems, found.samples, found.timeouts, found.errors) == (3, 4, 1, 1)
     assert found.tokens == 15 and found.unfinished == 0.25
     assert found.avg == Interval(pytest.approx(1 / 6), 0.0, pytest.approx(0.25))
