@@ -1,7 +1,7 @@
-"""The conformance suite: does a part, or an algorithm, obey the rules that the rest of the code relies on?
+"""The conformance suite: checks that a part or an algorithm obeys the rules that the rest of the code relies on.
 
-For users' own parts: `upge.testing.check_component(MyAdvantage())` in a test raises `ConformanceError` with one
-sentence that says which rule is broken and how to mend it.
+Use it for your own parts: `upge.testing.check_component(MyAdvantage())` in a test raises `ConformanceError` with one
+sentence that names the broken rule and the fix.
 """
 
 from upge.testing.algorithms import check_algorithm

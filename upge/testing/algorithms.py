@@ -1,4 +1,4 @@
-"""Does an algorithm obey the law: no dependence on split, padding or order, and no gradient but the product's?"""
+"""Conformance of an algorithm: its gradient is the product of its parts, and depends on no split, padding or order."""
 
 from __future__ import annotations
 
@@ -16,29 +16,38 @@ from upge.testing.batches import (
     extreme_batch,
     in_precision,
     padded,
-    piece,
     punched,
     random_batch,
     reordered,
+    select_rows,
     splits,
 )
 from upge.testing.components import check_component
 from upge.testing.rules import attempt, close, require, require_instance
 from upge.trajectories import Trajectories
 
-#: Float32 rounds at 6e-8; a product of several factors of sums of log-probs is further off, but not by this much.
+#: The tolerance on float32 columns. Float32 rounds at 6e-8; products of several factors have larger errors, but not of
+#: this size.
 _SINGLE = 1e-3
 
 
 def check_algorithm(algorithm: Algorithm) -> None:
-    """Every part conforms; the factors multiply to the weights, and these are minus the gradient but for that of the
-    regularizers; no other column has one. The gradient is the same for any split into micro-batches, any padding, any
-    order and any place that does not count; trajectories that the plan drops have none, and those it keeps the same
-    weights without them. Finite at extremes, in single precision and where there is nothing to compare.
+    """Checks that an algorithm obeys the rules of the library.
+
+    - Every part conforms (`check_component`).
+    - The factors multiply to the weights. Without regularizers, the weights are minus the gradient of the loss with
+      respect to the log-probs. No other column has a gradient, except for entropies that regularizers read.
+    - The gradient does not depend on the split into micro-batches, the padding, the order of the trajectories, or
+      places outside the response mask.
+    - Trajectories that the plan drops have no gradient, and dropping them changes no weights of the others.
+    - Weights, loss and gradient are finite at extremes, in single precision and on degenerate batches.
+
+    Args:
+        algorithm: the algorithm.
 
     Raises:
-        ConformanceError: the first rule broken.
-        TypeError: `algorithm` is no `upge.Algorithm`, for example its name.
+        ConformanceError: the first broken rule.
+        TypeError: `algorithm` is not an `upge.Algorithm`, for example its name.
     """
     require_instance(algorithm, Algorithm, "an algorithm such as algorithms.load(NAME)")
     checked: list[Component] = []
@@ -56,32 +65,34 @@ def check_algorithm(algorithm: Algorithm) -> None:
 
 
 def _check_on(algorithm: Algorithm, batch: Trajectories, seed: int) -> None:
-    """What holds on any well-formed batch."""
-    name, everything = _name(algorithm), [torch.arange(len(batch))]
+    """The rules that hold on any well-formed batch."""
+    name, whole = _name(algorithm), [torch.arange(len(batch))]
     estimate = algorithm.estimate(batch)
     _check_product(name, estimate, batch)
-    gradient = _gradient(algorithm, batch, everything)
+    gradient = _gradient(algorithm, batch, whole)
     bare = dataclasses.replace(algorithm, regularizers={}) if algorithm.regularizers else algorithm
-    plain = _gradient(bare, batch, everything) if bare is not algorithm else gradient
+    plain = _gradient(bare, batch, whole) if bare is not algorithm else gradient
     close(name, "the gradient is not minus the weights", -estimate.weights, plain[0])
-    for pieces in splits(batch, algorithm.reach, seed):
-        close(name, "the gradient depends on the micro-batch split", gradient, _gradient(algorithm, batch, pieces))
+    for split in splits(batch, algorithm.reach, seed):
+        close(name, "the gradient depends on the micro-batch split", gradient, _gradient(algorithm, batch, split))
     for size in (1, 7) if algorithm.takes_chunks else ():
-        found = _gradient_by_chunks(algorithm, batch, size)
-        close(name, "the gradient depends on how the tokens are cut into chunks", gradient, found)
-    wide = _gradient(algorithm, padded(batch), everything)[..., : gradient.shape[2]]
+        by_chunks = _gradient_by_chunks(algorithm, batch, size)
+        close(name, "the gradient depends on how the tokens are cut into chunks", gradient, by_chunks)
+    wide = _gradient(algorithm, padded(batch), whole)[..., : gradient.shape[2]]
     close(name, "the gradient depends on the padding", gradient, wide)
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
-    shuffled = _gradient(algorithm, reordered(batch, order), everything)
+    shuffled = _gradient(algorithm, reordered(batch, order), whole)
     close(name, "the gradient depends on the order of the trajectories", gradient[:, order], shuffled)
     holed, problem = punched(batch), "the gradient depends on places outside the response mask"
-    for pieces in (everything, next(splits(batch, algorithm.reach, seed))):
-        found = _gradient(algorithm, holed, pieces)
-        close(name, problem, gradient[:, batch.response_mask], found[:, holed.response_mask])
+    for split in (whole, next(splits(batch, algorithm.reach, seed))):
+        with_holes = _gradient(algorithm, holed, split)
+        close(name, problem, gradient[:, batch.response_mask], with_holes[:, holed.response_mask])
     _check_plan(algorithm, batch, gradient, estimate)
 
 
 def _check_product(name: str, estimate: Estimate, batch: Trajectories) -> None:
+    """The product of the factors must be the weights."""
+    assert batch.logprobs is not None
     product = torch.zeros_like(estimate.weights)
     for t in estimate.terms.values():
         ratio = torch.exp(batch.logprobs.detach() - t.log_denominator)
@@ -91,17 +102,19 @@ def _check_product(name: str, estimate: Estimate, batch: Trajectories) -> None:
 
 
 def _check_plan(algorithm: Algorithm, batch: Trajectories, gradient: Tensor, estimate: Estimate) -> None:
-    """What the plan drops has no part in anything."""
+    """Dropped trajectories must have no gradient and no influence on the weights of the others."""
     name, plan = _name(algorithm), algorithm.plan(batch)
     dropped = gradient[:, ~plan.contributing]
     require(bool((dropped == 0).all()), f"{name}: the plan drops trajectories that have a gradient")
-    kept = piece(batch, plan.contributing.nonzero()[:, 0])
-    expected = estimate.weights[plan.contributing][:, : kept.response_mask.shape[1]]
-    close(name, "has other weights without the trajectories that it drops", expected, plan.estimate(kept).weights)
+    contributing = select_rows(batch, plan.contributing.nonzero()[:, 0])
+    expected = estimate.weights[plan.contributing][:, : contributing.response_mask.shape[1]]
+    close(
+        name, "has other weights without the trajectories that it drops", expected, plan.estimate(contributing).weights
+    )
 
 
 def _check_leaves(algorithm: Algorithm, batch: Trajectories) -> None:
-    """Of all columns the log-probs alone have a gradient, and the entropies where a regularizer reads them."""
+    """Only the log-probs may have a gradient, and the entropies if a regularizer reads them."""
     leaves = {name: getattr(batch, name).detach().clone().requires_grad_() for name in (*NUMBERS, "rewards")}
     algorithm.estimate(dataclasses.replace(batch, **leaves)).loss.backward()
     allowed = {"logprobs"}
@@ -114,7 +127,7 @@ def _check_leaves(algorithm: Algorithm, batch: Trajectories) -> None:
 
 
 def _check_precision(algorithm: Algorithm, pairs: bool) -> None:
-    """Single precision is close to double, half precision is not kept, and nothing overflows at extremes."""
+    """Float32 must be close to float64, results must not be in half precision, and extremes must not overflow."""
     name, batch, extreme = _name(algorithm), random_batch(0, pairs=pairs), extreme_batch(pairs)
     exact = algorithm.estimate(batch).weights
     require(exact.dtype == torch.float64, f"{name}: weights of float64 columns are {exact.dtype}")
@@ -134,7 +147,7 @@ def _check_precision(algorithm: Algorithm, pairs: bool) -> None:
 
 
 def _check_runaway(algorithm: Algorithm, batch: Trajectories) -> None:
-    """A ratio may overflow; where mask, advantage, gate or reduction is 0 the weight is 0 all the same."""
+    """Where mask, advantage, gate or reduction is 0, the weight must be 0 even if the ratio overflows."""
     for term, t in algorithm.estimate(batch).terms.items():
         problem = f"{_name(algorithm)}: term '{term}' %s where the ratio overflows"
         closed = (t.gate == 0) | (t.reduction == 0) | (t.mask * t.advantages == 0)
@@ -143,7 +156,7 @@ def _check_runaway(algorithm: Algorithm, batch: Trajectories) -> None:
 
 
 def _check_degenerate(algorithm: Algorithm) -> None:
-    """Where there is nothing to compare there is a finite loss all the same."""
+    """The loss and its gradient must be finite on degenerate batches."""
     name = _name(algorithm)
     for description, batch, has_rollouts in degenerate_batches():
         if has_rollouts or algorithm.needs.group_size == 1:
@@ -154,11 +167,17 @@ def _check_degenerate(algorithm: Algorithm) -> None:
             require(fine, f"{name}: the loss or its gradient is NaN or infinite on {description}")
 
 
-def _gradient(algorithm: Algorithm, batch: Trajectories, pieces: list[Tensor]) -> Tensor:
-    """d loss / d logprobs (and entropies) summed over pieces, each evaluated on its own; [2, B, T]."""
-    leaves = [c.detach().clone().requires_grad_() for c in (batch.logprobs, batch.entropies)]
+def _leaves(batch: Trajectories) -> list[Tensor]:
+    """Copies of log-probs and entropies that require a gradient."""
+    assert batch.logprobs is not None and batch.entropies is not None
+    return [c.detach().clone().requires_grad_() for c in (batch.logprobs, batch.entropies)]
+
+
+def _gradient(algorithm: Algorithm, batch: Trajectories, split: list[Tensor]) -> Tensor:
+    """[2, B, T] ∂loss/∂logprobs and ∂loss/∂entropies, summed over the separately evaluated micro-batches of a split."""
+    leaves = _leaves(batch)
     plan = algorithm.plan(batch)
-    for rows in pieces:
+    for rows in split:
         width = batch.select(rows).response_mask.shape[1]
         part = batch.select(rows, leaves[0][rows, :width], entropies=leaves[1][rows, :width])
         plan.estimate(part).loss.backward()
@@ -166,8 +185,8 @@ def _gradient(algorithm: Algorithm, batch: Trajectories, pieces: list[Tensor]) -
 
 
 def _gradient_by_chunks(algorithm: Algorithm, batch: Trajectories, size: int) -> Tensor:
-    """The same as the head asks for it: runs of `size` tokens, packed."""
-    leaves = [c.detach().clone().requires_grad_() for c in (batch.logprobs, batch.entropies)]
+    """The same, evaluated on chunks of `size` packed tokens as in the head."""
+    leaves = _leaves(batch)
     plan, tokens, mask = algorithm.plan(batch), batch.pack(), batch.response_mask
     for start in range(0, len(tokens), size):
         chunk = slice(start, start + size)

@@ -1,4 +1,4 @@
-"""Batches that are hard for parts and algorithms: off-policy, ragged, extreme, with holes, without contrast, empty."""
+"""Test batches that are hard for parts and algorithms: off-policy, ragged, extreme, with holes, or degenerate."""
 
 from __future__ import annotations
 
@@ -19,10 +19,17 @@ NUMBERS = tuple(name for name in TOKEN_COLUMNS if name != "response_mask")
 def random_batch(
     seed: int = 0, groups: int = 4, group_size: int = 4, length: int = 7, pairs: bool = True
 ) -> Trajectories:
-    """Rollouts and one demonstration per group, every column filled, off-policy, in float64: a hard case for any part.
+    """An off-policy batch in float64 with rollouts and one demonstration per group, and with every column filled.
 
-    The first group fails altogether and the second succeeds altogether; one response is empty. In every second
-    trajectory trainer and sampler agree. Within each group one rollout is chosen and one rejected (`pairs`).
+    All rollouts of the first group fail and all of the second succeed; one response is empty. In every second
+    trajectory the trainer and the sampler agree.
+
+    Args:
+        seed: of the random numbers.
+        groups: the number of groups.
+        group_size: rollouts per group.
+        length: tokens of the longest response.
+        pairs: whether each group has one chosen and one rejected rollout.
     """
     g = torch.Generator().manual_seed(seed)
     size = group_size + 1
@@ -30,7 +37,10 @@ def random_batch(
     lengths = torch.randint(1, length + 1, (b,), generator=g)
     lengths[torch.randint(0, b, (1,), generator=g)] = length
     lengths[3] = 0
-    noise = lambda scale=1.0: torch.randn(b, length, dtype=torch.float64, generator=g) * scale  # noqa: E731
+
+    def noise(scale: float = 1.0) -> Tensor:
+        return torch.randn(b, length, dtype=torch.float64, generator=g) * scale
+
     logprobs = -noise().abs() - 0.05
     rewards = torch.randint(0, 2, (b,), generator=g).double()
     rewards[:size], rewards[size : 2 * size] = 0.0, 1.0
@@ -58,8 +68,15 @@ def random_batch(
 
 
 def extreme_batch(pairs: bool = True, ratio: float = 30.0) -> Trajectories:
-    """What training can run into at worst: log-probs of -40, -1e-12 and 0, ratios of e^±`ratio` to the behaviour and
-    the frozen policy and of e^±20 to the sampler, entropies of 0, rewards of -1, 0 and 1, equal ones in some groups."""
+    """A batch with the most extreme numbers that training can produce.
+
+    It has log-probs of -40, -1e-12 and 0, ratios of e^±`ratio` to the behavior and the reference policy and of e^±20
+    to the sampler, entropies of 0, and rewards of -1, 0 and 1, which are equal in some groups.
+
+    Args:
+        pairs: as for `random_batch`.
+        ratio: the largest absolute log-ratio.
+    """
     batch = random_batch(5, groups=6, pairs=pairs)
     g = torch.Generator().manual_seed(5)
 
@@ -86,8 +103,14 @@ def extreme_batch(pairs: bool = True, ratio: float = 30.0) -> Trajectories:
 
 
 class Degenerate(NamedTuple):
-    """A batch that offers nothing to compare. Without rollouts there is no pass rate: what asks for several rollouts a
-    prompt by its `min_group_size` never meets such a batch."""
+    """A batch without anything to compare.
+
+    Attributes:
+        description: the batch in words.
+        batch: the batch.
+        has_rollouts: False if there is no pass rate, because the batch has no rollouts. Parts that require several
+            rollouts per prompt by their `min_group_size` never get such a batch.
+    """
 
     description: str
     batch: Trajectories
@@ -95,7 +118,7 @@ class Degenerate(NamedTuple):
 
 
 def degenerate_batches() -> list[Degenerate]:
-    """Groups of one, one kind of trajectory alone, no contrast of rewards, no tokens, one trajectory, none."""
+    """Batches with groups of one, one kind of trajectory, equal rewards, no tokens, one trajectory, or none."""
     batch = random_batch(7, pairs=False)
     rollouts, demonstrations = (rows.nonzero()[:, 0] for rows in (~batch.is_demonstration, batch.is_demonstration))
     nothing = torch.zeros_like(batch.response_mask)
@@ -116,27 +139,30 @@ def degenerate_batches() -> list[Degenerate]:
 
 
 def _alone(batch: Trajectories, rows: Tensor) -> Trajectories:
-    """Some rows as a batch of their own."""
-    return dataclasses.replace(piece(batch, rows), row=None)
+    """Some rows as a separate batch."""
+    return dataclasses.replace(select_rows(batch, rows), row=None)
 
 
 # The same batch in another form.
 
 
-def piece(batch: Trajectories, rows: Tensor) -> Trajectories:
-    """Some rows of the batch with their log-probs and entropies, cut to what counts."""
+def select_rows(batch: Trajectories, rows: Tensor) -> Trajectories:
+    """Some rows of the batch with their log-probs and entropies, cut to their longest response."""
+    assert batch.logprobs is not None and batch.entropies is not None
     width = batch.select(rows).response_mask.shape[1]
     return batch.select(rows, batch.logprobs[rows, :width], entropies=batch.entropies[rows, :width])
 
 
 def padded(batch: Trajectories) -> Trajectories:
-    """The batch with three more columns and NaN in every padded place."""
+    """The batch with three more columns and NaN in all padding."""
     return _rebuilt(batch, lambda column, fill: torch.nn.functional.pad(column, (0, 3), value=fill))
 
 
 def punched(batch: Trajectories) -> Trajectories:
-    """The batch with three more columns, places that do not count in the middle of responses and before their first
-    tokens, and garbage there: NaN and large numbers. The tokens that count are the same, in the same order."""
+    """The batch with three more columns and holes in the response mask, within responses and before them.
+
+    The holes contain NaN and large numbers. The tokens in the response mask are the same, in the same order.
+    """
     rows, width = batch.response_mask.shape
     g = torch.Generator().manual_seed(rows)
     places = torch.rand(rows, width + 3, generator=g).argsort(dim=1)[:, :width].sort(dim=1).values
@@ -151,7 +177,7 @@ def punched(batch: Trajectories) -> Trajectories:
 
 
 def _rebuilt(batch: Trajectories, spread: Callable[[Tensor, float | bool], Tensor]) -> Trajectories:
-    """`spread(column, fill)` widens each column; a place that does not count holds `fill`."""
+    """The batch with each column widened by `spread(column, fill)`, and `fill` outside the response mask."""
     mask, columns = batch.response_mask, {"response_mask": spread(batch.response_mask, False)}
     for name in NUMBERS:
         column = getattr(batch, name)
@@ -161,20 +187,20 @@ def _rebuilt(batch: Trajectories, spread: Callable[[Tensor, float | bool], Tenso
 
 
 def reordered(batch: Trajectories, order: Tensor) -> Trajectories:
-    """The trajectories in another order, as a batch of its own."""
+    """The trajectories in another order, as a separate batch."""
     columns = {name: getattr(batch, name).detach()[order] for name in (*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS)}
     return Trajectories(**{**columns, "row": None}, step=batch.step, state=batch.state)
 
 
 def in_precision(batch: Trajectories, dtype: torch.dtype) -> Trajectories:
-    """The batch with its per-token columns in another precision, as an engine would provide them."""
+    """The batch with its per-token columns in another precision, as an engine provides them."""
     columns = {name: getattr(batch, name).detach().to(dtype) for name in NUMBERS}
     live = {name: columns[name].requires_grad_() for name in ("logprobs", "entropies")}
     return dataclasses.replace(batch, **{**columns, **live})
 
 
 def splits(batch: Trajectories, reach: str, seed: int) -> Iterator[list[Tensor]]:
-    """Cuts of the batch into pieces that hold together what `reach` demands, as lists of rows."""
+    """Splits of the batch into micro-batches that respect `reach`, each as a list of row indices."""
     g = torch.Generator().manual_seed(seed + 100)
     if reach == "group":
         groups = [(batch.group == q).nonzero()[:, 0] for q in batch.group.unique()]

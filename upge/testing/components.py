@@ -1,4 +1,4 @@
-"""Does a part obey the rules that the rest of the code relies on?"""
+"""Conformance of a part: the rules that the rest of the code relies on."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from upge.testing.batches import (
     extreme_batch,
     in_precision,
     padded,
-    piece,
     punched,
     random_batch,
     reordered,
+    select_rows,
     splits,
 )
 from upge.testing.memory import check_memory
@@ -31,24 +31,31 @@ from upge.trajectories import Source, Trajectories
 from upge.value import ValueLoss
 from upge.views import LIVE_COLUMNS, TOKEN_COLUMNS, TRAJECTORY_COLUMNS
 
-#: Float32 rounds at 6e-8; what a part makes of a log-prob may be far more sensitive, but not this much.
+#: The tolerance on float32 columns. Float32 rounds at 6e-8; a part may amplify the rounding of a log-prob, but not to
+#: this size.
 _SINGLE = 1e-3
 
 
 def check_component(component: Component) -> None:
-    """Shape, precision, detachment, range, purity, padding, order, and that the declared `reads` and `reach` are the
-    true ones; finite at extremes and where there is nothing to compare; blind to tokens outside the response mask.
+    """Checks that a part obeys the rules of its slot.
 
-    A part that reads the behaviour column must do without it, a reduction must divide by what counts alone, a gate
-    with memory must move within its own range.
+    The rules are about shape, precision, detachment, range and purity. The value must not depend on padding, order or
+    tokens outside the response mask, the declared `reads` and `reach` must be correct, and the value must be finite at
+    extremes and on degenerate batches.
+
+    A part that reads `behavior_logprobs` must also work without it. A reduction must count only the selected
+    trajectories. A stateful gate must keep its state within the range of its updates.
+
+    Args:
+        component: the part.
 
     Raises:
-        ConformanceError: the first rule broken.
-        TypeError: `component` is no part, for example a class instead of an instance.
-        upge.trajectories.UndeclaredColumn: a column is read that `reads` does not list.
+        ConformanceError: the first broken rule.
+        TypeError: `component` is not a part, for example a class instead of an instance.
+        upge.trajectories.UndeclaredColumn: the part reads a column that `reads` does not list.
     """
     require_instance(component, Component, "a part such as upge.PPOClip()")
-    if isinstance(component, ValueLoss):  # it is called with values, not with a batch: it has rules of its own
+    if isinstance(component, ValueLoss):  # it takes values, not a batch, so it has its own rules
         for part in component.parts.values():
             check_component(part)
         _check_value_loss(component)
@@ -63,7 +70,7 @@ def check_component(component: Component) -> None:
 
 
 def _check_on(component: Component, batch: Trajectories, seed: int) -> None:
-    """What holds on any well-formed batch."""
+    """The rules that hold on any well-formed batch."""
     name = type(component).__name__
     before = {n: getattr(batch, n).detach().clone() for n in (*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS)}
     value = _evaluate(component, batch)
@@ -105,7 +112,7 @@ def _check_range(component: Component, value: Tensor, batch: Trajectories) -> No
 
 
 def _check_declarations(component: Component) -> None:
-    """What the rest of the code reads off reductions and regularizers beside calling them."""
+    """The attributes of reductions and regularizers that the rest of the code reads."""
     name = type(component).__name__
     if isinstance(component, Reduction):
         over = getattr(component, "over", None)
@@ -122,12 +129,12 @@ def _check_declarations(component: Component) -> None:
 
 
 def _check_on_policy(component: Component, batch: Trajectories) -> None:
-    """Without the behaviour column the data are strictly on-policy, as in a run of one update a step.
+    """A part must work without `behavior_logprobs`: the data are then on-policy, as with one update per step.
 
-    What does not read the current policy cannot put it in its place: it asks for the column before the forward pass.
+    A part that does not read the current log-probs cannot use them instead, so it requires the column.
     """
-    asked = needs_of({"part": component}, {}).before
-    if not {"behavior_logprobs", "logprobs"} <= component.columns or "behavior_logprobs" in asked:
+    required = needs_of({"part": component}, {}).before
+    if not {"behavior_logprobs", "logprobs"} <= component.columns or "behavior_logprobs" in required:
         return
     problem = f"{type(component).__name__} %s where behavior_logprobs is None, which means strictly on-policy; read "
     problem += "`batch.log_behavior` or `batch.log_importance_ratio` instead of the column"
@@ -137,49 +144,50 @@ def _check_on_policy(component: Component, batch: Trajectories) -> None:
 
 
 def _check_counts(reduction: Reduction, batch: Trajectories, seed: int) -> None:
-    """Trajectories that do not count have no weight, and no say in the weights of the others."""
+    """Trajectories outside `selected` must have no weight, and must not change the weights of the others."""
     name, index = type(reduction).__name__, batch.group_index
     selected = (torch.rand(len(batch), generator=torch.Generator().manual_seed(seed)) < 0.6) & (index != 2)
     value = reduction(reduction.view(batch), selected)
     outside = value[~selected]
     require(bool((outside == 0).all()), f"{name} gives weight to trajectories outside `selected`")
     cut = batch.select(selected.nonzero()[:, 0])
-    found = reduction(reduction.view(cut), torch.ones_like(cut.is_demonstration))
+    alone = reduction(reduction.view(cut), torch.ones_like(cut.is_demonstration))
     problem = "lets trajectories outside `selected` change the weights of the others; divide by counts over `selected`"
-    same(name, problem, value[selected], found, cut)
+    same(name, problem, value[selected], alone, cut)
 
 
 def _check_holes(component: Component, batch: Trajectories, value: Tensor) -> None:
-    """Responses with places that do not count, garbage in them, have the values of those without."""
+    """Holes in the response mask, with arbitrary numbers in them, must not change any value."""
     name, holed = type(component).__name__, punched(batch)
-    found = _evaluate(component, holed)
-    _check_shape(component, found, holed)
+    with_holes = _evaluate(component, holed)
+    _check_shape(component, with_holes, holed)
     problem = "depends on places outside the response mask; skip them, positions are `response_mask.cumsum(dim=1)`"
-    close(name, problem, valid(value, batch), valid(found, holed))
+    close(name, problem, valid(value, batch), valid(with_holes, holed))
 
 
 def _check_precision(component: Component) -> None:
-    """Float64 stays float64, float32 is no worse than float32, and nothing overflows in either or in bfloat16."""
+    """Float64 must stay float64, float32 must keep its precision, and float32 and bfloat16 must not overflow."""
     name, live = type(component).__name__, component.is_live or isinstance(component, Reduction)
     batch, single = random_batch(0), torch.float32
     exact = _evaluate(component, batch)
     good = (torch.float64,) if live else (torch.float64, single)
-    require(exact.dtype in good, f"{name} returns {exact.dtype} of float64 columns; keep the precision of what is read")
-    problem = f"{name} fails on float32 columns, which a model gives; convert what is combined to one type"
-    found = attempt(problem, _evaluate, component, in_precision(batch, single))
+    require(exact.dtype in good, f"{name} returns {exact.dtype} of float64 columns; keep the precision of the columns")
+    problem = f"{name} fails on float32 columns, which a model gives; convert the operands to one type"
+    value = attempt(problem, _evaluate, component, in_precision(batch, single))
     good = (torch.float64, single)
-    require(found.dtype in good, f"{name} returns {found.dtype} of float32 columns; half precision is not enough")
-    problem = "loses precision on float32 columns; compute in the precision of what is read"
-    close(name, problem, valid(exact, batch), valid(found, batch), _SINGLE)
+    require(value.dtype in good, f"{name} returns {value.dtype} of float32 columns; half precision is not enough")
+    problem = "loses precision on float32 columns; compute in the precision of the columns"
+    close(name, problem, valid(exact, batch), valid(value, batch), _SINGLE)
     for dtype in (single, torch.bfloat16):
         for given in (batch, extreme_batch()):
             kind = str(dtype).removeprefix("torch.")
-            found = attempt(f"{name} fails on {kind} columns", _evaluate, component, in_precision(given, dtype))
-            fine = _is_finite(component, found, given) or not _is_finite(component, _evaluate(component, given), given)
+            value = attempt(f"{name} fails on {kind} columns", _evaluate, component, in_precision(given, dtype))
+            fine = _is_finite(component, value, given) or not _is_finite(component, _evaluate(component, given), given)
             require(fine, f"{name} overflows on {kind} columns; stay in log space, or clamp before `exp`")
 
 
 def _check_extremes(component: Component) -> None:
+    """Values and the gradients of regularizers must be finite at extremes."""
     name, batch = type(component).__name__, extreme_batch()
     batch = dataclasses.replace(batch, **{n: getattr(batch, n).detach().requires_grad_() for n in NUMBERS})
     value = _evaluate(component, batch)
@@ -188,8 +196,8 @@ def _check_extremes(component: Component) -> None:
     _check_range(component, value, batch)
     if isinstance(component, Regularizer) and value.requires_grad:
         columns = {n: getattr(batch, n) for n in NUMBERS}
-        found = torch.autograd.grad(valid(value, batch).sum(), tuple(columns.values()), allow_unused=True)
-        gradients = {n: g for n, g in zip(columns, found, strict=True) if g is not None}
+        slopes = torch.autograd.grad(valid(value, batch).sum(), tuple(columns.values()), allow_unused=True)
+        gradients = {n: g for n, g in zip(columns, slopes, strict=True) if g is not None}
         leaking = [n for n, g in gradients.items() if n not in LIVE_COLUMNS and bool((g != 0).any())]
         require(not leaking, f"{name} lets a gradient through to {', '.join(leaking)}; read it with `.detach()`")
         sound = all(bool(g.isfinite().all()) for g in gradients.values())
@@ -197,14 +205,14 @@ def _check_extremes(component: Component) -> None:
 
 
 def _is_finite(component: Component, value: Tensor, batch: Trajectories) -> bool:
-    """A log f′ may also be -inf: f′ is 0 there."""
+    """Whether the value is finite; log f′ may also be -inf, where f′ is 0."""
     inside = valid(value, batch)
     flat = (inside == -torch.inf) & isinstance(component, LikelihoodGradient)
     return bool((inside.isfinite() | flat).all())
 
 
 def _check_degenerate(component: Component) -> None:
-    """Where there is nothing to compare a part has a value all the same."""
+    """A part must have a finite value on degenerate batches."""
     name = type(component).__name__
     for description, batch, has_rollouts in degenerate_batches():
         if has_rollouts or component.group_size_needed == 1:
@@ -216,25 +224,27 @@ def _check_degenerate(component: Component) -> None:
 
 
 def _check_value_loss(loss: ValueLoss) -> None:
-    """Targets that are the same in any form of the batch, weights on rollouts alone, a gradient by the values alone."""
+    """Targets must not depend on padding or holes, weights must be on rollouts only, and errors must be finite."""
     name, batch = type(loss).__name__, random_batch(0)
-    targets, counted = loss.targets(batch), torch.ones_like(batch.is_demonstration)
+    targets, every = loss.targets(batch), torch.ones_like(batch.is_demonstration)
     same(name, "has targets that depend on the padding", targets, loss.targets(padded(batch)), batch)
     holed = punched(batch)
     problem = "has targets that depend on places outside the response mask"
     close(name, problem, valid(targets, batch), valid(loss.targets(holed), holed))
-    weights = loss.weights(batch, counted)
+    weights = loss.weights(batch, every)
     outside = bool((weights[batch.is_demonstration] == 0).all())
     require(outside, f"{name} gives weight to demonstrations; a critic learns from rollouts")
+    assert batch.values is not None
     columns = [c.detach().requires_grad_() for c in (batch.values + 0.3, batch.values, targets)]
     error = loss(*columns)
     require(error.shape == targets.shape, f"{name} returns shape {list(error.shape)}, expected {list(targets.shape)}")
-    found = torch.autograd.grad(error[batch.response_mask].sum(), columns[0])[0]
-    sound = bool(error.isfinite().all()) and bool(found.isfinite().all())
+    gradient = torch.autograd.grad(error[batch.response_mask].sum(), columns[0])[0]
+    sound = bool(error.isfinite().all()) and bool(gradient.isfinite().all())
     require(sound, f"{name} returns NaN or infinity on a well-formed batch, or has such a gradient")
 
 
 def _evaluate(component: Component, batch: Trajectories) -> Tensor:
+    """The part's value on the batch, called with the arguments of its slot."""
     view = component.view(batch)
     if isinstance(component, StabilizationMask):
         return component(view, _signs(batch))
@@ -244,19 +254,22 @@ def _evaluate(component: Component, batch: Trajectories) -> Tensor:
 
 
 def _signs(batch: Trajectories) -> Tensor:
-    """[B, T] advantages of both signs, for masks."""
+    """[B, T] advantages of both signs, as an argument of masks."""
     return torch.where(batch.group % 2 == 0, -1.0, 1.0).double()[:, None].expand(batch.response_mask.shape)
 
 
 def _check_reach(component: Component, batch: Trajectories, value: Tensor) -> None:
-    """Evaluates what is live on pieces of the declared reach; what is not is computed on the whole batch anyway."""
+    """A live part must have the same values on micro-batches of its declared reach as on the whole batch.
+
+    Parts that are not live are always computed on the whole batch.
+    """
     live = component.is_live or isinstance(component, StabilizationMask)
     if not live or isinstance(component, Reduction):
         return
     precomputed, reach = component.precompute_parts(batch), component.live_reach
     name, problem = type(component).__name__, f"declares reach '{reach}' but depends on more; declare a wider `reach`"
-    for rows in (rows for pieces in splits(batch, reach, 0) for rows in pieces):
-        part = piece(batch, rows)
+    for rows in (rows for split in splits(batch, reach, 0) for rows in split):
+        part = select_rows(batch, rows)
         expected = value[rows] if value.ndim == 1 else value[rows][:, : part.response_mask.shape[1]]
         same(name, problem, expected, _evaluate(precomputed, part), part)
     if reach == "token":
@@ -267,14 +280,16 @@ def _check_reach(component: Component, batch: Trajectories, value: Tensor) -> No
 
 
 def _check_packed(component: Component, precomputed: Component, batch: Trajectories, value: Tensor) -> None:
-    """Parts of reach 'token' must work on [N] packed tokens as on [B, T]: the head calls them so, with what they wrap
-    computed beforehand where that can be."""
+    """Parts of reach 'token' must have the same values on packed tokens [N] as on [B, T].
+
+    The head calls them with packed tokens, after it has precomputed the wrapped parts that can be.
+    """
     problem = (
         f"{type(component).__name__} has reach 'token' but %s on packed tokens [N]; write it for any leading shape "
         "(batch.per_token makes one number per token of a wrapped gate's), or declare reach 'trajectory'"
     )
     arguments = (_signs(batch)[batch.response_mask],) if isinstance(component, StabilizationMask) else ()
-    found = attempt(problem % "fails", precomputed, precomputed.view(batch.pack()), *arguments)
+    packed: Tensor = attempt(problem % "fails", precomputed, precomputed.view(batch.pack()), *arguments)
     expected = valid(value, batch)
-    equal = found.shape == expected.shape and torch.equal(found.double(), expected.double())
+    equal = packed.shape == expected.shape and torch.equal(packed.double(), expected.double())
     require(equal, problem % "gives another value")

@@ -1,4 +1,4 @@
-"""Does a stateful gate move as it must?"""
+"""Conformance of stateful gates: how their state changes, and that their coefficient depends on it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from upge.stateful import UTILITY_SLOPE, StatefulGate
 from upge.testing.batches import random_batch
 from upge.testing.rules import close, require
 
-#: Values and signals of every size that a gate may meet.
+#: Representative sizes of a gate's values and signals.
 _SIZES = (0.0, 1.0, -1.0, 1e6, -1e6)
 
 
 def check_memory(component: Component) -> None:
-    """Every stateful gate in a part: a finite start within the range of `updated`, a pure and finite `updated`, and
-    a coefficient that follows the state.
+    """Checks every stateful gate in a part.
+
+    The initial value must be finite and within the range of `updated`, `updated` must be pure and finite, and the
+    coefficient must depend on the state.
 
     Raises:
-        ConformanceError: the first rule broken.
+        ConformanceError: the first broken rule.
     """
     if isinstance(component, StatefulGate):
         _check_updates(component)
@@ -34,7 +36,7 @@ def _check_updates(gate: StatefulGate) -> None:
     name, start = type(gate).__name__, gate.initial()
     require(_is_number(start), f"{name}.initial() is {start!r}; it must be a finite number")
     require(isinstance(gate.due(0), bool), f"{name}.due(0) is {gate.due(0)!r}; it must be True or False")
-    found = []
+    results: list[float] = []
     for value in (start, *(start + size for size in _SIZES)):
         for signals in _signals(gate):
             given = dict(signals)
@@ -43,29 +45,29 @@ def _check_updates(gate: StatefulGate) -> None:
             again = gate.updated(value, dict(signals))
             require(again == moved, f"{name}.updated gives another value when called again; it is a pure function")
             require(given == signals, f"{name}.updated changes the signals in place; it is a pure function")
-            found.append(moved)
-    low, high = min(found), max(found)
+            results.append(moved)
+    low, high = min(results), max(results)
     inside = low <= start <= high
     require(inside, f"{name}.initial() is {start:g}, where updated() never leads: it returns {low:g} to {high:g}")
 
 
 def _signals(gate: StatefulGate) -> list[dict[str, float]]:
-    """All signals alike, and one different from the others."""
+    """Signals that are all equal, and signals of which one differs from the others."""
     names = sorted(gate.wants)
-    alike = [dict.fromkeys(names, size) for size in _SIZES]
-    return alike + [dict.fromkeys(names, 0.0) | {name: size} for name in names for size in _SIZES]
+    equal = [dict.fromkeys(names, size) for size in _SIZES]
+    return equal + [dict.fromkeys(names, 0.0) | {name: size} for name in names for size in _SIZES]
 
 
 def _check_coefficient(gate: StatefulGate) -> None:
-    """It is what the state says, and affine in it where the slope of a held-out objective is asked for."""
+    """The coefficient must depend on the state, and be affine in it if the gate wants the slope of an objective."""
     name, batch = type(gate).__name__, random_batch(0)
     none, half, whole = (
         gate(gate.view(dataclasses.replace(batch, state={gate.variable: value}))) for value in (0.0, 0.5, 1.0)
     )
     follows = not torch.equal(none, whole)
-    require(follows, f"{name} takes no notice of batch.state['{gate.variable}']; its coefficient must follow it")
+    require(follows, f"{name} ignores batch.state['{gate.variable}']; its coefficient must depend on it")
     if UTILITY_SLOPE in gate.wants:
-        problem = f"wants '{UTILITY_SLOPE}' but is not affine in '{gate.variable}', so there is no one slope"
+        problem = f"wants '{UTILITY_SLOPE}' but is not affine in '{gate.variable}', so its slope is not a constant"
         close(name, problem, (none + whole) / 2, half)
 
 

@@ -1,21 +1,24 @@
-"""How a broken rule is told: one sentence that says which it is and how to mend it."""
+"""Assertions of the conformance suite; their messages are one sentence that names the broken rule and the fix."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
 from upge.trajectories import Trajectories
 from upge.views import UndeclaredColumn
 
-#: Largest difference of two values that must be equal, relative to the largest of them (at least 1).
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+#: The largest difference between values that must be equal, relative to the largest of them (at least 1).
 TOLERANCE = 1e-10
 
 
 class ConformanceError(AssertionError):
-    """A part or an algorithm breaks a rule; the message says which and how to mend it."""
+    """A part or an algorithm breaks a rule; the message names the rule and the fix."""
 
 
 def require(holds: bool, message: str) -> None:
@@ -27,14 +30,25 @@ def require(holds: bool, message: str) -> None:
 def require_instance(value: object, kind: type, example: str) -> None:
     """Raises TypeError unless `value` is an instance of `kind`."""
     if not isinstance(value, kind):
-        found = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
-        raise TypeError(f"expected {example}, found {found}; pass an instance")
+        given = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+        raise TypeError(f"expected {example}, found {given}; pass an instance")
 
 
-def attempt(problem: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """`call(*arguments)`; an exception breaks the rule `problem`, unless it names a column that was not declared."""
+def attempt(problem: str, call: Callable[_P, _R], *arguments: _P.args, **keywords: _P.kwargs) -> _R:
+    """The result of a call, whose exceptions become a `ConformanceError`.
+
+    Args:
+        problem: the message if the call raises.
+        call: the function to call.
+        *arguments: its arguments.
+        **keywords: its keyword arguments.
+
+    Raises:
+        ConformanceError: the call raised.
+        upge.trajectories.UndeclaredColumn: the call read a column that was not declared.
+    """
     try:
-        return call(*arguments)
+        return call(*arguments, **keywords)
     except UndeclaredColumn:
         raise
     except Exception as error:
@@ -42,18 +56,19 @@ def attempt(problem: str, call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def valid(value: Tensor, batch: Trajectories) -> Tensor:
-    """The entries of a part's value that mean something: those of tokens that count, or all of [B]."""
+    """The defined entries of a part's value: those of tokens in the response mask, or all of [B]."""
     return value if value.ndim == 1 else value[batch.response_mask]
 
 
 def same(name: str, problem: str, expected: Tensor, found: Tensor, batch: Trajectories) -> None:
-    """Both have the same values where `batch` has tokens that count; what is wider is cut to it."""
+    """Requires equal values on the tokens in the response mask of `batch`; wider values are cut to its width."""
     width = batch.response_mask.shape[1]
-    close(name, problem, *(valid(x if x.ndim == 1 else x[:, :width], batch) for x in (expected, found)))
+    left, right = (valid(x if x.ndim == 1 else x[:, :width], batch) for x in (expected, found))
+    close(name, problem, left, right)
 
 
 def close(name: str, problem: str, expected: Tensor, found: Tensor, tolerance: float = TOLERANCE) -> None:
-    """Both have the same values up to rounding."""
+    """Requires equal values up to rounding."""
     difference = float((expected.double() - found.double()).detach().abs().max()) if expected.numel() else 0.0
     scale = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
     require(difference <= tolerance * scale, f"{name} {problem} (largest difference {difference:.3g})")

@@ -256,8 +256,8 @@ MEMORY = {
     Counting: "Counting.updated gives another value when called again",
     Eating: "Eating.updated changes the signals in place",
     Dividing: "Dividing.updated(0.5, {'entropy': 0.0}) is inf; it must be a finite number",
-    Deaf: "Deaf takes no notice of batch.state['share']",
-    Curved: "is not affine in 'share', so there is no one slope",
+    Deaf: "Deaf ignores batch.state['share']",
+    Curved: "is not affine in 'share', so its slope is not a constant",
     Vague: "Vague.due(0) is 0; it must be True or False",
 }
 
