@@ -1,23 +1,23 @@
-"""What the estimators are in truth: their expectation by enumeration, their factors by symbolic derivation.
+"""Exact results about the estimators: their expectation by enumeration, their factors by symbolic derivation.
 
     upge.theory.policy       a softmax policy small enough to enumerate, and the exact gradients of its objectives
-    upge.theory.draws        every batch that could be drawn from it, with its probability
+    upge.theory.draws        every batch that can be drawn from it, with its probability
     upge.theory.enumerate    the exact expectation and variance of any algorithm's gradient on such a policy
     upge.theory.symbolic     the factor in front of ∇π_θ, derived from a written objective
 
-Each is loaded when it is first used; only the symbolic one loads sympy.
+Each module is loaded when it is first used; only `symbolic` loads sympy.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from types import ModuleType
 
 _MODULES = ("draws", "enumerate", "policy", "symbolic")
 
 
-def __getattr__(name: str) -> Any:
-    """`upge.theory.enumerate` and its neighbours without an import of their own."""
+def __getattr__(name: str) -> ModuleType:
+    """Imports a module of this package when it is first used, as in `upge.theory.enumerate`."""
     if name in _MODULES:
         return importlib.import_module(f"upge.theory.{name}")
     raise AttributeError(f"module 'upge.theory' has no attribute '{name}'")

@@ -1,7 +1,9 @@
-"""Every batch that could be drawn, with its probability, and what an algorithm makes of each.
+"""Every batch that can be drawn, with its probability, and the gradient that an algorithm takes from it.
 
-A group of n rollouts is one of finitely many multisets; order does not matter to any algorithm. Each draw is a batch of
-its own, so that divisors which count tokens or trajectories are counted as in training.
+A group of n rollouts is one of finitely many multisets, because order does not matter to any algorithm. Each draw is a
+separate batch, so divisors that count tokens or trajectories have the same values as in training.
+
+Legend: S responses, T tokens of the longest, P prefixes, V vocabulary (see `upge.theory.policy`).
 """
 
 from __future__ import annotations
@@ -29,23 +31,30 @@ from upge.theory.policy import (
 )
 from upge.trajectories import Trajectories
 
-#: A trajectory to be: number of its response, is it a demonstration, preference.
+#: A trajectory: (number of its response, whether it is a demonstration, preference).
 Row = tuple[int, bool, int]
+#: The trajectories of a group, and its probability.
+WeightedGroup = tuple[tuple[Row, ...], float]
 
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """Who samples, who shows how, and what is rewarded: everything that a batch is made from.
+    """The policies, the reward and the critic's values that batches are made from.
 
     Attributes:
-        policy: π_θ, whose gradient is asked for.
+        policy: π_θ, the policy whose gradient is computed.
         reward: [S], or a function of a response's tokens.
-        behavior: π_old, whose log-probs fill `behavior_logprobs`; None = π_θ itself, strictly on-policy.
-        sampler: who in truth drew the rollouts, and fills `sampler_logprobs`; None = the behaviour policy.
-        expert: π_β, who wrote the demonstrations, each drawn independently; a demonstration has its own reward.
-        frozen: fills `reference_logprobs`.
+        behavior: π_old, which fills `behavior_logprobs`; None = π_θ itself, strictly on-policy.
+        sampler: the policy that the rollouts are drawn from, which fills `sampler_logprobs`; None = the behavior
+            policy.
+        expert: π_β, the policy that the demonstrations are drawn from, independently; a demonstration's reward is that
+            of its response.
+        frozen: the reference policy, which fills `reference_logprobs`.
         values: [P] the critic's value of each prefix.
-        step: training steps behind the batch, for schedules.
+        step: the training steps before the batch, for schedules.
+
+    Raises:
+        ConfigError: a policy has other responses than `policy`.
     """
 
     policy: SoftmaxPolicy
@@ -65,27 +74,36 @@ class Setting:
                 raise ConfigError(f"{name}: its responses are not those of `policy`; give both the same sizes and end")
 
     @property
+    def rewards(self) -> Float[Tensor, "S"]:
+        """[S] the reward of every response."""
+        return rewards_of(self.policy, self.reward)
+
+    @property
     def drawn_from(self) -> SoftmaxPolicy:
-        """Whose samples the rollouts are."""
+        """The policy that the rollouts are drawn from."""
         return self.sampler or self.behavior or self.policy
 
     @property
     def objectives(self) -> dict[str, Tensor]:
-        """What there is to climb, as exact gradients [P, V]: 'reward' ∇E_π[R], 'imitation' -∇KL(π_β‖π_θ) if there is an
-        expert, 'proximity' -∇KL(π_θ‖π_frozen) if there is a frozen policy."""
-        found = {"reward": exact_gradient(self.policy, self.reward)}
+        """The exact gradients [P, V] of the objectives, in the direction of ascent.
+
+        'reward' is ∇E_π[R]. With an expert, 'imitation' is -∇KL(π_β‖π_θ). With a reference policy, 'proximity' is
+        -∇KL(π_θ‖π_frozen).
+        """
+        gradients = {"reward": exact_gradient(self.policy, self.reward)}
         if self.expert is not None:
-            found["imitation"] = -forward_kl_gradient(self.policy, self.expert)
+            gradients["imitation"] = -forward_kl_gradient(self.policy, self.expert)
         if self.frozen is not None:
-            found["proximity"] = -reverse_kl_gradient(self.policy, self.frozen)
-        return found
+            gradients["proximity"] = -reverse_kl_gradient(self.policy, self.frozen)
+        return gradients
 
     @property
     def columns(self) -> dict[str, Tensor]:
-        """What a batch's columns hold for every response, [S, T], detached."""
+        """The columns of a batch, for every response: [S, T] each, detached."""
         space, own = self.policy.responses, self.policy.token_logprobs.detach()
         columns = {"logprobs": own, "entropies": self.policy.token_entropies.detach()}
-        # On-policy the column is there as well, equal to the current log-probs: some parts read it before these exist.
+        # The column also exists on-policy, equal to the current log-probs, because some parts read it before the
+        # forward pass.
         columns["behavior_logprobs"] = (self.behavior or self.policy).token_logprobs.detach()
         if self.sampler is not None:
             columns["sampler_logprobs"] = self.sampler.token_logprobs.detach()
@@ -97,7 +115,16 @@ class Setting:
 
 
 class Evaluator:
-    """The gradient of one algorithm on batches of one setting."""
+    """The gradient of one algorithm on batches of one setting.
+
+    Attributes:
+        algorithm: the algorithm.
+        setting: the setting.
+        columns: the setting's columns.
+        scores: [S, T, P, V] ∇ log π of each token.
+        entropy_scores: [S, T, P, V] the gradient of each token's entropy.
+        mask: [S, T] True on the tokens of each response.
+    """
 
     def __init__(self, algorithm: Algorithm, setting: Setting) -> None:
         self.algorithm, self.setting, self.columns = algorithm, setting, setting.columns
@@ -105,7 +132,7 @@ class Evaluator:
         self.mask = setting.policy.responses.mask
 
     def batch(self, groups: Iterable[tuple[Row, ...]]) -> Trajectories:
-        """The trajectories of these groups; log-probs and entropies are leaves with a gradient."""
+        """The batch of these groups; log-probs and entropies are leaves that require a gradient."""
         listed = [(g, *row) for g, rows in enumerate(groups) for row in rows]
         group, number, is_demonstration, preference = (torch.tensor(column) for column in zip(*listed, strict=True))
         columns = {name: column[number] for name, column in self.columns.items()}
@@ -114,17 +141,22 @@ class Evaluator:
         return Trajectories(
             **columns,
             response_mask=self.mask[number],
-            rewards=self.setting.reward[number],
+            rewards=self.setting.rewards[number],
             group=group,
             is_demonstration=is_demonstration,
             preference=preference if bool(preference.any()) else None,
             step=self.setting.step,
+            state={},
             row=None,
         )
 
     def gradient(self, groups: list[tuple[Row, ...]]) -> Float[Tensor, "P V"]:
-        """Minus the gradient of the loss by the table: Σ (-∂loss/∂log π)·∇log π, and likewise through entropies."""
+        """[P, V] minus the gradient of the loss with respect to the policy's table.
+
+        It is Σ (-∂loss/∂log π)·∇log π, plus the same sum over entropies.
+        """
         batch = self.batch(groups)
+        assert batch.logprobs is not None and batch.entropies is not None
         number = torch.tensor([row[0] for rows in groups for row in rows])
         loss = self.algorithm.estimate(batch).loss
         slopes = torch.autograd.grad(loss, (batch.logprobs, batch.entropies), allow_unused=True)
@@ -136,10 +168,16 @@ class Evaluator:
 
 
 def check(algorithm: Algorithm, setting: Setting, group_size: int, demonstrations: int) -> None:
-    """Refuses a setting that lacks what the algorithm reads or learns from.
+    """Checks that the setting provides all that the algorithm reads or learns from.
+
+    Args:
+        algorithm: the algorithm.
+        setting: the setting.
+        group_size: rollouts per group.
+        demonstrations: demonstrations per group.
 
     Raises:
-        ConfigError: naming it, and what to give.
+        ConfigError: something is missing; the message says what to give.
     """
     needs = algorithm.needs
     if needs.demonstrations and setting.expert is None:
@@ -153,44 +191,58 @@ def check(algorithm: Algorithm, setting: Setting, group_size: int, demonstration
 
 def all_groups(
     algorithm: Algorithm, setting: Setting, group_size: int, demonstrations: int
-) -> tuple[list[tuple[tuple[Row, ...], float]], float]:
-    """Every group with its probability given that it is kept, and the probability that one is kept."""
+) -> tuple[list[WeightedGroup], float]:
+    """Every group that an algorithm can train on.
+
+    Args:
+        algorithm: decides which trajectories a group has, and by dynamic sampling which groups it keeps.
+        setting: the policies and the reward.
+        group_size: rollouts per group.
+        demonstrations: demonstrations per group.
+
+    Returns:
+        The groups, with their probabilities given that a group is kept, and the probability that a group is kept.
+
+    Raises:
+        ConfigError: no group can be drawn.
+    """
     needs, space = algorithm.needs, range(len(setting.policy.responses))
     drawn = setting.drawn_from.probabilities.tolist()
-    kinds: list[list[tuple[tuple[Row, ...], float]]] = []
+    kinds: list[list[WeightedGroup]] = []
     if needs.rollouts:
         kinds.append([(tuple((y, False, 0) for y in ys), p) for ys, p in multisets(drawn, group_size)])
     if needs.demonstrations:
+        assert setting.expert is not None, "check() requires an expert"
         shown = setting.expert.probabilities.tolist()
         kinds.append([(tuple((y, True, 0) for y in ys), p) for ys, p in multisets(shown, demonstrations)])
     if needs.preference_pairs:
-        reward = setting.reward.tolist()
+        reward = setting.rewards.tolist()
         pairs = [(a, b) for a in space for b in space if reward[a] > reward[b]]
         kinds.append([(((a, True, 1), (b, True, -1)), 2 * drawn[a] * drawn[b]) for a, b in pairs])
-    groups = []
+    groups: list[WeightedGroup] = []
     for members in itertools.product(*kinds):
         rows = tuple(row for member, _ in members for row in member)
         groups.append((rows, math.prod(p for _, p in members)))
     if algorithm.sampling is not None:
-        groups = _kept(algorithm.sampling.gate, groups, Evaluator(algorithm, setting))
+        groups = _open_groups(algorithm.sampling.gate, groups, Evaluator(algorithm, setting))
     accepted = sum(p for _, p in groups)
     if accepted <= 0:
         raise ConfigError(f"{algorithm.name}: no group can be drawn; give rewards that differ between responses")
     return [(rows, p / accepted) for rows, p in groups if p > 0], accepted
 
 
-def _kept(gate: Gate, groups: list, evaluator: Evaluator) -> list:
+def _open_groups(gate: Gate, groups: list[WeightedGroup], evaluator: Evaluator) -> list[WeightedGroup]:
     """The groups on whose rollouts the gate is open."""
-    kept = []
+    open_groups: list[WeightedGroup] = []
     for rows, p in groups:
         batch = evaluator.batch([tuple(row for row in rows if not row[1])])
         if not bool(gate.closed(batch).all()):
-            kept.append((rows, p))
-    return kept
+            open_groups.append((rows, p))
+    return open_groups
 
 
 def multisets(probabilities: Sequence[float], n: int) -> Iterable[tuple[tuple[int, ...], float]]:
-    """All multisets of n independent draws, as sorted numbers, with their probabilities; impossible ones left out."""
+    """All possible multisets of n independent draws, as sorted numbers, with their probabilities."""
     possible = [y for y, p in enumerate(probabilities) if p > 0]
     for ys in itertools.combinations_with_replacement(possible, n):
         orders = math.factorial(n)

@@ -1,8 +1,8 @@
-"""The exact expectation of an algorithm's gradient, by adding up every batch that could have been drawn.
+"""The exact expectation of an algorithm's gradient, as a sum over every batch that can be drawn.
 
-On a policy of a few responses a group of n rollouts is one of finitely many multisets, each with a multinomial
-probability. The algorithm is evaluated on each of them as it would be in training, its weights are chained with
-∇log π_θ of the table, and the sum weighted by probability is the expected gradient, without sampling:
+With few responses, a group of n rollouts is one of finitely many multisets, each with a multinomial probability. The
+algorithm is evaluated on each of them as in training, its weights are multiplied by ∇log π_θ of the table, and the sum
+weighted by probability is the expected gradient, without sampling:
 
     E[g] = Σ_{multisets} n!/Π k_y! · Π_y π_b(y)^{k_y} · g(batch).
 
@@ -53,24 +53,24 @@ __all__ = [
     "reverse_kl_gradient",
 ]
 
-#: More batches than that are refused: an hour of small tensors.
+#: More batches than this are refused; this many take about an hour.
 MOST_BATCHES = 200_000
-#: Lengths of gradients below this are rounding errors of zero.
+#: A gradient shorter than this is a rounding error of zero.
 _ZERO = 1e-13
 
 
 @dataclass(frozen=True, eq=False)
 class Expectation:
-    """What an algorithm's gradient is on average, beside the exact gradient that it is held against.
+    """The expectation of an algorithm's gradient, with the exact gradient that it is compared with.
 
     Attributes:
-        mean: [P, V] its expectation, in the direction of ascent.
-        exact: [P, V] the gradient that it should be.
-        scale: the known positive number that its own normalization puts in front, such as 1/length: unbiased means
+        mean: [P, V] the expectation, in the direction of ascent.
+        exact: [P, V] the exact gradient.
+        scale: the known positive factor of the algorithm's normalization, such as 1/length; an unbiased algorithm has
             mean = scale · exact.
-        variance: trace of the covariance of one batch's gradient.
-        batches: how many different batches were added up.
-        accepted: probability that a drawn group is kept (below 1 with dynamic sampling or preference pairs).
+        variance: the trace of the covariance of one batch's gradient.
+        batches: the number of different batches.
+        accepted: the probability that a drawn group is kept (below 1 with dynamic sampling or preference pairs).
     """
 
     mean: Float[Tensor, "P V"]
@@ -92,13 +92,13 @@ class Expectation:
 
     @property
     def cosine(self) -> float:
-        """Of the angle between the expectation and the exact gradient; 0 if one of them vanishes."""
+        """The cosine between the expectation and the exact gradient; 0 if one of them vanishes."""
         lengths = float(self.mean.norm() * self.exact.norm())
         return float((self.mean * self.exact).sum()) / lengths if lengths > _ZERO**2 else 0.0
 
     @property
     def snr(self) -> float:
-        """Signal to noise of one batch: ‖mean‖/√variance."""
+        """The signal-to-noise ratio of one batch: ‖mean‖/√variance."""
         return _ratio(float(self.mean.norm()), math.sqrt(self.variance))
 
 
@@ -112,22 +112,24 @@ def expectation(
     target: Float[Tensor, "P V"] | None = None,
     scale: float = 1.0,
 ) -> Expectation:
-    """The exact expectation and variance of the gradient that `algorithm` takes from one batch.
+    """The exact expectation and variance of the gradient that an algorithm takes from one batch.
+
+    An algorithm with preference pairs gets one pair per question: two responses drawn like rollouts, given that their
+    rewards differ. An algorithm with dynamic sampling gets groups conditioned on its gate, as after unlimited rounds.
+    The critic's loss, interleaved updates and validation objectives are not part of this gradient.
 
     Args:
+        algorithm: the algorithm.
+        setting: the policies, the reward and the values that batches are made from.
         group_size: rollouts per question, drawn independently.
         demonstrations: per question, drawn independently of each other and of the rollouts.
-        questions: groups per batch. All are of one prompt, whose policy `setting.policy` is, and drawn independently.
-        target: what it is held against; by default ∇E[R], or -∇KL(π_β‖π_θ) for one that learns from demonstrations
-            alone.
-        scale: the known positive factor that its normalization puts in front of the target.
-
-    An algorithm with preference pairs gets one a question, two responses of unequal reward out of two drawn like
-    rollouts. One with dynamic sampling gets its groups conditioned on the gate, as after unlimited rounds.
-    Its critic's loss, an interleaved update and a validation objective are no part of this gradient.
+        questions: groups per batch, drawn independently for the one prompt of the setting.
+        target: [P, V] the gradient to compare with. The default is ∇E[R], or -∇KL(π_β‖π_θ) for an algorithm that learns
+            from demonstrations only.
+        scale: the known positive factor that the algorithm's normalization puts in front of the target.
 
     Raises:
-        ConfigError: the setting lacks what the algorithm reads or learns from, or there are too many batches.
+        ConfigError: the setting lacks something that the algorithm reads or learns from, or there are too many batches.
     """
     needs = algorithm.needs
     check(algorithm, setting, group_size, demonstrations)
@@ -153,33 +155,38 @@ def expectation(
 
 
 def mixture(mean: Float[Tensor, "P V"], objectives: Iterable[Tensor]) -> tuple[tuple[float, ...], float]:
-    """How much of each objective an expected gradient holds, and how much of it is none of them.
+    """Decomposes an expected gradient into objectives by least squares.
+
+    Args:
+        mean: [P, V] the expected gradient.
+        objectives: [P, V] the gradients of the objectives.
 
     Returns:
-        the coefficients c of least ‖mean - Σ c·objective‖, and that remainder relative to ‖mean‖: 0 if `mean` is a
-        combination of the objectives, 1 if it is orthogonal to them all.
+        The coefficients c that minimize ‖mean - Σ c·objective‖, and this remainder relative to ‖mean‖: 0 if `mean` is a
+        combination of the objectives, 1 if it is orthogonal to all of them.
     """
     basis = torch.stack([objective.flatten() for objective in objectives], dim=1)
-    found = torch.linalg.lstsq(basis, mean.flatten()[:, None], driver="gelsd").solution[:, 0]
-    return tuple(found.tolist()), _ratio(float((mean.flatten() - basis @ found).norm()), float(mean.norm()))
+    coefficients = torch.linalg.lstsq(basis, mean.flatten()[:, None], driver="gelsd").solution[:, 0]
+    remainder = float((mean.flatten() - basis @ coefficients).norm())
+    return tuple(coefficients.tolist()), _ratio(remainder, float(mean.norm()))
 
 
 def _ratio(above: float, below: float) -> float:
-    """above/below; of two that vanish 0, of a vanishing divisor infinity."""
+    """above/below; 0 if both vanish, infinity if only the divisor does."""
     return above / below if below > _ZERO else 0.0 if above <= _ZERO else math.inf
 
 
 @dataclass(frozen=True)
 class BiasRow:
-    """One algorithm's expectation in figures: what it climbs, what else it does, and how noisy it is.
+    """The bias and noise of one algorithm.
 
     Attributes:
         name: the algorithm's.
-        coefficients: objective → its coefficient in the expected gradient, of least squares (see `mixture`).
-        remainder: the share of the expected gradient's length that is none of these objectives.
-        cosine: with the first of the objectives.
-        snr: of one batch.
-        accepted: probability that a drawn group is kept.
+        coefficients: objective → its coefficient in the expected gradient, by least squares (see `mixture`).
+        remainder: the length of the rest, relative to the expected gradient's.
+        cosine: with the gradient of the first objective.
+        snr: the signal-to-noise ratio of one batch.
+        accepted: the probability that a drawn group is kept.
     """
 
     name: str
@@ -191,19 +198,24 @@ class BiasRow:
 
 
 def bias_table(algorithms: Iterable[Algorithm], setting: Setting, **settings: int) -> list[BiasRow]:
-    """A row for each algorithm, in their order; `settings` are those of `expectation`.
+    """One row per algorithm.
 
-    The objectives of a row are those that its trajectories can tell of: the reward if it sees rollouts or pairs,
-    imitation if it sees demonstrations.
+    The objectives of a row depend on the algorithm's trajectories: the reward if it learns from rollouts or pairs,
+    imitation if it learns from demonstrations.
+
+    Args:
+        algorithms: the algorithms, in the order of the rows.
+        setting: as for `expectation`.
+        **settings: `group_size`, `demonstrations` and `questions` of `expectation`.
     """
-    found = []
+    rows: list[BiasRow] = []
     for algorithm in algorithms:
         needs, objectives = algorithm.needs, setting.objectives
-        seen = {"reward": needs.rollouts or needs.preference_pairs, "imitation": needs.demonstrations}
-        chosen = {name: objectives[name] for name, is_seen in seen.items() if is_seen}
+        relevant = {"reward": needs.rollouts or needs.preference_pairs, "imitation": needs.demonstrations}
+        chosen = {name: objectives[name] for name, is_relevant in relevant.items() if is_relevant}
         first = next(iter(chosen.values()))
         report = expectation(algorithm, setting, target=first, **settings)
         coefficients, remainder = mixture(report.mean, chosen.values())
         named = dict(zip(chosen, coefficients, strict=True))
-        found.append(BiasRow(algorithm.name, named, remainder, report.cosine, report.snr, report.accepted))
-    return found
+        rows.append(BiasRow(algorithm.name, named, remainder, report.cosine, report.snr, report.accepted))
+    return rows

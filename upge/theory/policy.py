@@ -1,4 +1,4 @@
-"""A softmax policy small enough to enumerate, and the exact gradients of what it may be asked to maximise.
+"""A softmax policy small enough to enumerate, and the exact gradients of its possible objectives.
 
 The policy is a table: a row of logits [V] for each prefix of a response. Legend: S responses, T tokens of the longest,
 P prefixes, V vocabulary. All gradients are with respect to the table, have its shape [P, V], and are exact sums over
@@ -18,15 +18,22 @@ from torch.nn.functional import one_hot
 
 from upge.errors import ConfigError
 
-#: More than that are not enumerated: groups of them would be beyond any patience.
+#: More responses than this are not enumerated, because enumerating groups of them would take too long.
 MOST_RESPONSES = 1000
+#: [S] the reward of every response, or a function of a response's tokens.
 Reward = Tensor | Callable[[tuple[int, ...]], float]
 
 
 @dataclass(frozen=True, eq=False)
 class Responses:
-    """Every response that there is: `tokens` [S, T], `mask` [S, T] True on its tokens, and `prefix` [S, T], the number
-    of the table's row that each token is drawn from. Short responses come first."""
+    """All possible responses; short responses come first.
+
+    Attributes:
+        tokens: [S, T] the responses.
+        mask: [S, T] True on the tokens of each response.
+        prefix: [S, T] the row of the policy's table that each token is drawn from.
+        prefixes: P, the number of rows.
+    """
 
     tokens: Int[Tensor, "S T"]
     mask: Bool[Tensor, "S T"]
@@ -43,17 +50,22 @@ class Responses:
 
 @functools.cache
 def responses(vocabulary: int, horizon: int, end: int | None) -> Responses:
-    """All responses of at most `horizon` tokens; one ends after the token `end`, which belongs to it (None: never).
+    """All responses of at most `horizon` tokens.
+
+    Args:
+        vocabulary: V, the number of tokens.
+        horizon: the most tokens of a response.
+        end: the token after which a response ends, which belongs to it; None = all have `horizon` tokens.
 
     Raises:
-        ConfigError: no such space, or one too large to enumerate.
+        ConfigError: an argument is out of range, or there are more than `MOST_RESPONSES` responses.
     """
     if vocabulary < 2 or horizon < 1 or not (end is None or 0 <= end < vocabulary):
         raise ConfigError(
             f"responses: vocabulary={vocabulary}, horizon={horizon}, end={end}; need at least 2 tokens, 1 step, and an "
             "end token of the vocabulary or None"
         )
-    rows = {(): 0}
+    rows: dict[tuple[int, ...], int] = {(): 0}
     done: list[tuple[int, ...]] = []
     growing: list[tuple[int, ...]] = [()]
     for t in range(horizon):
@@ -76,12 +88,12 @@ def responses(vocabulary: int, horizon: int, end: int | None) -> Responses:
 
 @dataclass(frozen=True, eq=False)
 class SoftmaxPolicy:
-    """π_θ(y) = Π_t softmax(θ[y_<t])[y_t]; θ is `logits` [P, V], -inf for what never happens.
+    """π_θ(y) = Π_t softmax(θ[y_<t])[y_t], where θ is the table of logits.
 
     Attributes:
-        logits: [P, V] float64, a row for each prefix in the order of `responses`.
+        logits: [P, V] float64, a row for each prefix in the order of `responses`; -inf for impossible tokens.
         horizon: the most tokens of a response.
-        end: the token after which a response ends, so that lengths differ; None = all have `horizon` tokens.
+        end: the token after which a response ends; None = all responses have `horizon` tokens.
 
     Raises:
         ConfigError: the table does not have a row for each prefix.
@@ -111,14 +123,17 @@ class SoftmaxPolicy:
         return cls(_noise(shape, seed) * scale, horizon, end)
 
     def moved(self, scale: float, seed: int = 1) -> SoftmaxPolicy:
-        """A neighbour: normal noise with standard deviation `scale` on every logit."""
+        """A nearby policy, with normal noise of standard deviation `scale` added to every logit."""
         return SoftmaxPolicy(self.logits + scale * _noise(self.logits.shape, seed), self.horizon, self.end)
 
     def conditioned(self, weights: Float[Tensor, "S"]) -> SoftmaxPolicy:
-        """The policy whose probability of a response is proportional to π(y)·weights(y): given success, for instance.
+        """The policy with response probabilities proportional to π(y)·weights(y), for example conditioned on success.
+
+        Args:
+            weights: [S] the weight of each response.
 
         Raises:
-            ConfigError: no response is left.
+            ConfigError: a weight is negative, or no response remains.
         """
         mass = self.probabilities * weights
         if not bool((mass >= 0).all()) or float(mass.sum()) <= 0:
@@ -131,12 +146,12 @@ class SoftmaxPolicy:
 
     @property
     def responses(self) -> Responses:
-        """Every response that there is."""
+        """All possible responses."""
         return responses(self.logits.shape[1], self.horizon, self.end)
 
     @property
     def token_logprobs(self) -> Float[Tensor, "S T"]:
-        """[S, T] log π(y_t | y_<t), 0 beyond the response's end; differentiable where the logits are."""
+        """[S, T] log π(y_t | y_<t), 0 after the response's end; differentiable with respect to the logits."""
         space = self.responses
         chosen = self.logits.log_softmax(dim=1)[space.prefix, space.tokens]
         return torch.where(space.mask, chosen, torch.zeros_like(chosen))
@@ -172,7 +187,10 @@ class SoftmaxPolicy:
         return self._at_prefix(slope[self.responses.prefix])
 
     def _at_prefix(self, rows: Float[Tensor, "S T V"]) -> Float[Tensor, "S T P V"]:
-        """The gradients `rows` by a row of the table, as gradients by the table; 0 beyond the response's end."""
+        """Gradients with respect to each token's row of the table, as gradients with respect to the whole table.
+
+        They are 0 after the response's end.
+        """
         where = one_hot(self.responses.prefix, self.responses.prefixes) * self.responses.mask[..., None]
         return where[..., None] * rows[:, :, None, :]
 
@@ -186,10 +204,14 @@ def _entropies(logits: Tensor) -> Float[Tensor, "P"]:
 
 
 def rewards_of(policy: SoftmaxPolicy, reward: Reward) -> Float[Tensor, "S"]:
-    """[S] the reward of every response: `reward` itself, or a function called with each response's tokens.
+    """[S] the reward of every response.
+
+    Args:
+        policy: determines the responses.
+        reward: [S], or a function that is called with each response's tokens.
 
     Raises:
-        ConfigError: a table of another size.
+        ConfigError: the tensor has another shape.
     """
     if not isinstance(reward, Tensor):
         reward = torch.tensor([float(reward(tokens)) for tokens in policy.responses.lists()], dtype=torch.float64)
@@ -204,7 +226,7 @@ def exact_gradient(policy: SoftmaxPolicy, reward: Reward) -> Float[Tensor, "P V"
 
 
 def exact_values(policy: SoftmaxPolicy, reward: Reward) -> Float[Tensor, "P"]:
-    """[P] V(prefix) = E_π[R | prefix]: what a perfect critic says before the next token; 0 where nobody comes."""
+    """[P] V(prefix) = E_π[R | prefix], the values of a perfect critic; 0 for unreachable prefixes."""
     space = policy.responses
     taken = torch.stack([policy.probabilities.detach(), (policy.probabilities * rewards_of(policy, reward)).detach()])
     spread = taken[:, :, None].expand(2, *space.mask.shape)[:, space.mask]
@@ -229,7 +251,10 @@ def reverse_kl(policy: SoftmaxPolicy, frozen: SoftmaxPolicy) -> float:
 
 
 def reverse_kl_gradient(policy: SoftmaxPolicy, frozen: SoftmaxPolicy) -> Float[Tensor, "P V"]:
-    """∇ KL(π_θ‖π_frozen) = Σ_y π_θ(y)·log(π_θ(y)/π_frozen(y))·∇ log π_θ(y); the constant 1 beside the log drops out."""
+    """∇ KL(π_θ‖π_frozen) = Σ_y π_θ(y)·log(π_θ(y)/π_frozen(y))·∇ log π_θ(y).
+
+    The derivative of the logarithm adds Σ_y π_θ(y)·∇ log π_θ(y) = 0.
+    """
     return _weighted_scores(policy, policy.probabilities * (policy.logprobs - frozen.logprobs))
 
 

@@ -1,7 +1,7 @@
-"""Where objective and parts have their bounds, and points on either side of each.
+"""The bounds of the objective and of the parts, and points on either side of each.
 
-Two bounds that should be one, such as 1.2 and 1.21, differ only for ratios between them, where hardly any point lies by
-chance. So the bounds are read off the questions that were asked, and every gap between two of them is visited.
+Two bounds that should be equal, such as 1.2 and 1.21, matter only for ratios between them, and a random point rarely
+lies there. So the bounds are computed from the questions that were asked, and every gap between two bounds is visited.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from sympy import Expr, Float, Symbol, log
 
-from upge.theory.symbolic.algebra import value_at
+from upge.theory.symbolic.algebra import substituted, symbols, value_at
 from upge.theory.symbolic.world import World
 
 _RANGE = math.log(1e6)
@@ -20,17 +20,24 @@ _SAME = 1e-8
 
 
 def bound_of(question: Expr, world: World) -> float | None:
-    """The logarithm of the one ratio at which the question changes its answer, were all ratios of the batch (π_θ/π_old,
-    π_θ/π_frozen, π_old/π_sampler) that ratio; None if it does not change."""
-    kinds = {symbol.name[0] for symbol in question.free_symbols}
-    # An advantage that is itself made of log-probabilities has no bound that another question shares.
+    """The log-ratio at which the answer to a question changes, if all ratios of the batch have the same value.
+
+    Args:
+        question: an expression whose sign is the answer.
+        world: the batch. Its ratios are π_θ/π_old, π_θ/π_frozen and π_old/π_sampler.
+
+    Returns:
+        None if the answer does not change.
+    """
+    kinds = {symbol.name[0] for symbol in symbols(question)}
+    # An advantage that depends on log-probs has no bound in common with another question.
     if not kinds & set("qfs") or ("R" in kinds and question.has(log)):
         return None
-    known = {x: Float(world.point[x]) for x in question.free_symbols if x.name[0] in "Rvh"}
-    short = question.xreplace(known)
+    known = {x: Float(world.point[x]) for x in symbols(question) if x.name[0] in "Rvh"}
+    short = substituted(question, known)
 
     def below(log_ratio: float) -> bool:
-        return value_at(short, _at(world, short.free_symbols, log_ratio)) < 0
+        return value_at(short, _at(world, symbols(short), log_ratio)) < 0
 
     low, high = -_RANGE, _RANGE
     start = below(low)
@@ -42,11 +49,11 @@ def bound_of(question: Expr, world: World) -> float | None:
     return (low + high) / 2
 
 
-def _at(world: World, symbols: Iterable[Symbol], log_ratio: float) -> dict[Symbol, float]:
-    """The symbols' values with every ratio that one: π_θ as in the world, the others by their distance from it."""
+def _at(world: World, chosen: Iterable[Symbol], log_ratio: float) -> dict[Symbol, float]:
+    """The values of symbols if all ratios have one value: π_θ is that of the world, the other policies follow."""
     steps = {"q": 1, "f": 1, "s": 2}
-    point = {}
-    for symbol in symbols:
+    point: dict[Symbol, float] = {}
+    for symbol in chosen:
         kind, place = symbol.name[0], symbol.name[1:]
         if kind in steps:
             p = world.point[Symbol(f"p{place}", positive=True)]
@@ -57,10 +64,10 @@ def _at(world: World, symbols: Iterable[Symbol], log_ratio: float) -> dict[Symbo
 
 
 def levels_between(bounds: Iterable[float]) -> list[Fraction]:
-    """A ratio in each gap between the given log-bounds, below the lowest and above the highest of them.
+    """A ratio in each gap between the given log-bounds, one below the lowest, and one above the highest.
 
-    A bound counts only if two questions have it: those of a clip recur for every token, while an advantage that is
-    itself made of probabilities changes its sign at a ratio of its own.
+    A bound counts only if two questions share it: the bounds of a clip recur for every token, whereas an advantage that
+    depends on probabilities changes its sign at a ratio that no other question shares.
     """
     ordered, several = sorted(bounds), []
     for left, right in zip(ordered, ordered[1:], strict=False):

@@ -1,11 +1,11 @@
-"""From a written objective to the product of the parts: the factor in front of ∇π_θ, derived and compared.
+"""Proofs that an objective's gradient is the product of the parts: the factor in front of ∇π_θ, derived and compared.
 
-Three things are compared for every token, in every cell that the points visit:
+Three results are compared for every token, in every cell that the points visit:
 1. ∂J/∂π_θ of the objective J, by sympy, stop-gradients held fixed;
 2. Σ_terms gate · w · 1_stable · (1/π_ref) · Â · f′ from the rules of the algorithm's parts: equal to 1 as expressions;
 3. the same factors from the parts' own code, in float64 at the cell's point, and their gradient by autograd: equal to 2
    up to rounding.
-So the objective's gradient is the one that the shipped parts compute, on all of the cell and not only at its point.
+So the parts' code computes the objective's gradient, on the whole cell and not only at its point.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import sympy as sp
 import torch
 from sympy import Expr, Symbol
+from torch import Tensor
 
 from upge.algorithm import Algorithm
 from upge.theory.symbolic import advantages, denominators, masks, weights  # noqa: F401  (they register rules)
@@ -26,13 +27,13 @@ from upge.theory.symbolic.gaps import bound_of, levels_between
 from upge.theory.symbolic.rules import Tokens, evaluate
 from upge.theory.symbolic.world import BoundaryPoint, Row, World
 
-#: J(world): the objective as printed, to be maximised, written with the world's symbols.
+#: J(world): the objective to maximize, as in its paper, written with the world's symbols.
 Objective = Callable[[World], Expr]
 
 
-#: How many points in a row must show no new pair of derived factor and product before a proof is done.
+#: A proof ends after this many consecutive points without a new pair of derived factor and product.
 _QUIET = 8
-#: Points in each gap between two bounds.
+#: The points in each gap between two bounds.
 _PER_GAP = 2
 
 
@@ -47,14 +48,20 @@ class Factors(NamedTuple):
     reduction: Tokens
 
     def product(self, i: int, t: int) -> Expr:
-        """gate · w · mask · (1/π_ref) · Â · f′ of token t in row i: what stands in front of ∇π_θ."""
+        """gate · w · mask · (1/π_ref) · Â · f′ of token t in row i: the factor in front of ∇π_θ."""
         numerator = self.gate[i][t] * self.reduction[i][t] * self.mask[i][t] * self.advantage[i][t] * self.shape[i][t]
         return numerator / self.denominator[i][t]
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """What was derived for a variable, p<row>_<token> or h<row>_<token>, and the product of the parts that differs."""
+    """A variable for which the derived factor and the product of the parts differ.
+
+    Attributes:
+        variable: p<row>_<token> or h<row>_<token>.
+        derived: the derivative of the objective.
+        product: the product of the parts.
+    """
 
     variable: Symbol
     derived: Expr
@@ -63,15 +70,15 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Proof:
-    """What `prove` found.
+    """The result of `prove`.
 
     Attributes:
-        algorithm: its name.
-        compared: pairs of expressions, derived and product, over all variables and cells.
-        cells: in how many cells, each the same answers to all questions, the whole batch was looked at.
-        one_sided: questions that were answered the same way at every point, so that one side of them was not visited.
-        mismatches: where derived and product differ, as expressions.
-        rounding: the largest difference, relative to its size, between a factor's rule and the part's own float64.
+        algorithm: the algorithm's name.
+        compared: the number of pairs of derived expression and product, over all variables and cells.
+        cells: the number of visited cells; within a cell all questions have the same answers.
+        one_sided: questions with the same answer at every point, so that the other side was not visited.
+        mismatches: the pairs that differ as expressions.
+        rounding: the largest relative difference between a factor's rule and the part's own float64 value.
     """
 
     algorithm: str
@@ -83,13 +90,12 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """True if every pair is equal, both sides of every question were visited, and the rules say what the parts
-        compute."""
+        """True if every pair is equal, both sides of every question were visited, and rules agree with parts."""
         return self.compared > 0 and not self.mismatches and not self.one_sided and self.rounding < 1e-12
 
 
 def derive(objective: Objective, world: World) -> dict[Symbol, Expr]:
-    """∂J/∂x for each live symbol x, in the world's cell: for a π_θ the factor in front of its ∇π_θ."""
+    """∂J/∂x for each live symbol x, in the world's cell; for a π_θ it is the factor in front of ∇π_θ."""
     return {x: world.thaw(slope) for x, slope in gradient(objective(world), world.live).items()}
 
 
@@ -99,74 +105,92 @@ def factors(algorithm: Algorithm, world: World) -> dict[str, Factors]:
     Raises:
         ConfigError: a part has no symbolic form.
     """
-    gates, counted = {}, {}
+    gates: dict[str, list[Expr]] = {}
+    active_by_term: dict[str, list[Row]] = {}
     for name, term in algorithm.terms.items():
         gates[name] = [number * sp.Rational(str(term.coefficient)) for number in evaluate(term.gate, world)]
-        counted[name] = [row for row in _source(world, term.source) if gates[name][row.index] != 0]
-    anywhere = [row for row in world.rows if any(row in rows for rows in counted.values())]
-    found = {}
+        active_by_term[name] = [row for row in _source(world, term.source) if gates[name][row.index] != 0]
+    active_in_any = [row for row in world.rows if any(row in rows for rows in active_by_term.values())]
+    by_term: dict[str, Factors] = {}
     for name, term in algorithm.terms.items():
-        estimator, own = term.estimator, counted[name]
+        estimator, active = term.estimator, active_by_term[name]
         advantage = evaluate(estimator.advantage, world)
-        reduction = evaluate(term.reduction, world, own if term.reduction.over == "term" else anywhere)
-        found[name] = Factors(
+        reduction = evaluate(term.reduction, world, active if term.reduction.over == "term" else active_in_any)
+        by_term[name] = Factors(
             mask=evaluate(estimator.mask, world, advantage),
             denominator=evaluate(estimator.denominator, world),
             advantage=advantage,
             shape=evaluate(estimator.likelihood, world),
-            gate=[[gates[name][row.index] if row in own else sp.Integer(0)] * len(row) for row in world.rows],
-            reduction=[[x if row in own else sp.Integer(0) for x in reduction[row.index]] for row in world.rows],
+            gate=[[gates[name][row.index] if row in active else sp.Integer(0)] * len(row) for row in world.rows],
+            reduction=[[x if row in active else sp.Integer(0) for x in reduction[row.index]] for row in world.rows],
         )
-    return found
+    return by_term
 
 
 def product(algorithm: Algorithm, world: World, terms: dict[str, Factors] | None = None) -> dict[Symbol, Expr]:
-    """For each live symbol what stands in front of its gradient, by the rules: the products of all `terms` (worked out
-    here if not given), and what the regularizers add."""
+    """The factor in front of the gradient of each live symbol, by the rules of the parts.
+
+    It is the sum of the products of all terms, plus the derivatives of the regularizers.
+
+    Args:
+        algorithm: the algorithm.
+        world: the batch of symbols.
+        terms: the factors of the terms; None = compute them here.
+    """
     terms = factors(algorithm, world) if terms is None else terms
-    found: dict[Symbol, Expr] = {x: sp.Integer(0) for x in world.live}
+    products: dict[Symbol, Expr] = {x: sp.Integer(0) for x in world.live}
     for row in world.rows:
         for t, p in enumerate(row.p):
-            found[p] = sp.Add(*(term.product(row.index, t) for term in terms.values()))
-    anywhere = [row for row in world.rows if any(t.gate[row.index][0] != 0 for t in terms.values())]
+            products[p] = sp.Add(*(term.product(row.index, t) for term in terms.values()))
+    active_in_any = [row for row in world.rows if any(t.gate[row.index][0] != 0 for t in terms.values())]
     for regularizer in algorithm.regularizers.values():
-        own = [row for row in _source(world, regularizer.source) if row in anywhere]
+        active = [row for row in _source(world, regularizer.source) if row in active_in_any]
+        divided_over = active if regularizer.reduction.over == "term" else active_in_any
         penalties = evaluate(regularizer, world)
-        reduction = evaluate(regularizer.reduction, world, own if regularizer.reduction.over == "term" else anywhere)
+        reduction = evaluate(regularizer.reduction, world, divided_over)
         scale = sp.Rational(str(regularizer.coefficient))
-        for row in own:
+        for row in active:
             for t, penalty in enumerate(penalties[row.index]):
                 for x in (row.p[t], row.h[t]):
-                    found[x] -= scale * reduction[row.index][t] * sp.diff(penalty, x)
-    return found
+                    products[x] -= scale * reduction[row.index][t] * sp.diff(penalty, x)
+    return products
 
 
 def compare(algorithm: Algorithm, world: World, terms: dict[str, Factors] | None = None) -> float:
-    """The largest difference, relative to max(1, size), between the rules at the world's point and the parts' own code:
-    each factor of each term that counts, and the gradient of the whole by autograd."""
+    """The largest difference between the rules at the world's point and the parts' own code.
+
+    The difference is relative to max(1, size). It covers each factor of each term on active rows, and the whole
+    gradient by autograd.
+
+    Args:
+        algorithm: the algorithm.
+        world: the batch of symbols.
+        terms: the factors of the terms; None = compute them here.
+    """
     batch = world.batch(algorithm.initial_state())
+    assert batch.logprobs is not None and batch.entropies is not None
     estimate = algorithm.estimate(batch)
     live = (batch.logprobs, batch.entropies)
     by_logprob, by_entropy = torch.autograd.grad(estimate.loss, live, allow_unused=True, materialize_grads=True)
     worst = 0.0
 
-    def note(expression: Expr, found: float) -> None:
+    def note(expression: Expr, computed: Tensor) -> None:
         nonlocal worst
         expected = world.value(expression)
-        worst = max(worst, abs(expected - float(found)) / max(1.0, abs(expected)))
+        worst = max(worst, abs(expected - float(computed)) / max(1.0, abs(expected)))
 
     terms = factors(algorithm, world) if terms is None else terms
     for name, term in terms.items():
-        theirs = estimate.terms[name]
+        computed = estimate.terms[name]
         for row in world.rows:
             for t in range(len(row)):
                 i, at = row.index, (row.index, t)
-                note(term.gate[i][t] * term.reduction[i][t], theirs.gate[at] * theirs.reduction[at])
+                note(term.gate[i][t] * term.reduction[i][t], computed.gate[at] * computed.reduction[at])
                 if term.gate[i][t] * term.reduction[i][t] != 0:
-                    note(term.mask[i][t], theirs.mask[at])
-                    note(term.denominator[i][t], theirs.log_denominator[at].exp())
-                    note(term.advantage[i][t], theirs.advantages[at])
-                    note(term.shape[i][t], theirs.shape[at])
+                    note(term.mask[i][t], computed.mask[at])
+                    note(term.denominator[i][t], computed.log_denominator[at].exp())
+                    note(term.advantage[i][t], computed.advantages[at])
+                    note(term.shape[i][t], computed.shape[at])
     products = product(algorithm, world, terms)
     for row in world.rows:
         for t in range(len(row)):
@@ -176,12 +200,17 @@ def compare(algorithm: Algorithm, world: World, terms: dict[str, Factors] | None
 
 
 def prove(algorithm: Algorithm, objective: Objective, points: int = 100, **settings: Any) -> Proof:
-    """Derives the factor of every token from `objective` and compares it with the product of `algorithm`'s parts, in
-    the cells of points of a ragged batch.
+    """Derives the factor of every token from an objective and compares it with the product of an algorithm's parts.
 
-    First at random points, at most `points`: until every question that anything depends on has been answered both ways
-    and the last points have shown nothing new. Then in each gap between two bounds that were asked about, whichever of
-    the two sides asked. A point on a kink is passed over. `settings` are those of `World`.
+    The comparison runs in the cells of points of a ragged batch. It visits random points until every question has been
+    answered both ways and the last points have shown nothing new. Then it visits each gap between two bounds, of the
+    objective or of the parts. It skips points on a kink.
+
+    Args:
+        algorithm: the algorithm.
+        objective: the objective J to maximize.
+        points: the most random points.
+        **settings: the arguments of `World`.
 
     Raises:
         ConfigError: a part has no symbolic form.
@@ -201,14 +230,14 @@ def prove(algorithm: Algorithm, objective: Objective, points: int = 100, **setti
 
 
 class _Search:
-    """What was seen so far."""
+    """The state of a proof: the questions, expressions and cells visited so far."""
 
     def __init__(self, algorithm: Algorithm, objective: Objective) -> None:
         self.algorithm, self.objective = algorithm, objective
         self.answers: dict[Expr, set[bool]] = {}
         self.bounds: dict[Expr, float] = {}
         self.seen: set[tuple[Symbol, Expr, Expr]] = set()
-        self.cells: set[frozenset] = set()
+        self.cells: set[frozenset[tuple[Expr, bool]]] = set()
         self.mismatches: list[Mismatch] = []
         self.rounding, self.quiet = 0.0, 0
 
@@ -218,7 +247,7 @@ class _Search:
         return all(len(given) == 2 for given in self.answers.values())
 
     def visit(self, world: World) -> None:
-        """Derives and compares in the cell of the world's point."""
+        """Derives the factors in the cell of the world's point and compares them."""
         try:
             derived, terms = derive(self.objective, world), factors(self.algorithm, world)
         except BoundaryPoint:
@@ -238,11 +267,13 @@ class _Search:
     def proof(self) -> Proof:
         """The result."""
         one_sided = tuple(question for question, given in self.answers.items() if len(given) == 1)
-        found = (one_sided, tuple(self.mismatches), self.rounding)
-        return Proof(self.algorithm.name, len(self.seen), len(self.cells), *found)
+        return Proof(
+            self.algorithm.name, len(self.seen), len(self.cells), one_sided, tuple(self.mismatches), self.rounding
+        )
 
 
 def _source(world: World, source: str) -> list[Row]:
+    """The rows of a source."""
     if source == "all":
         return list(world.rows)
     if source == "preference_pairs":

@@ -1,15 +1,14 @@
-"""What each part is as an expression: a rule per class, from a part and a world to one expression per token.
+"""The symbolic form of each part: a rule per class, which maps a part and a world to one expression per token.
 
-A rule restates a part once more, in symbols; that it says the same as the part's own code is checked numerically
-wherever a rule is used (`proof.compare`), so that a wrong rule cannot prove anything. A user's own part takes part in
-proofs by a rule of its own:
+A rule restates a part in symbols. Every proof also compares the rule with the part's own code numerically
+(`proof.compare`), so a wrong rule cannot prove anything. Register a rule to use your own part in proofs:
 
     @upge.theory.symbolic.rule(MyMask)
     def _(part, world, advantages):
         return per_token(world, lambda row, t: ...)
 
-Masks are called with the advantages too. A gate's rule gives one expression per row, a reduction's is called with the
-list of rows that count.
+The rule of a mask is also called with the advantages. The rule of a gate returns one expression per row. The rule of a
+reduction is also called with the list of active rows.
 """
 
 from __future__ import annotations
@@ -27,13 +26,16 @@ from upge.theory.symbolic.world import Row, World
 
 #: One expression per row and token.
 Tokens = list[list[Expr]]
-_RULES: dict[type, Callable] = {}
+#: Maps a part, a world and the arguments of its slot to expressions. Arguments and result differ between slots, so
+#: the signature is open.
+Rule = Callable[..., Any]
+_RULES: dict[type, Rule] = {}
 
 
-def rule(kind: type) -> Callable[[Callable], Callable]:
+def rule(kind: type) -> Callable[[Rule], Rule]:
     """Registers the decorated function as the symbolic form of the class `kind`."""
 
-    def register(function: Callable) -> Callable:
+    def register(function: Rule) -> Rule:
         _RULES[kind] = function
         return function
 
@@ -41,15 +43,20 @@ def rule(kind: type) -> Callable[[Callable], Callable]:
 
 
 def has_rule(part: Component) -> bool:
-    """True if the part and all that it wraps have a symbolic form."""
+    """True if the part and all parts that it wraps have a symbolic form."""
     return type(part) in _RULES and all(map(has_rule, part.parts.values()))
 
 
 def evaluate(part: Component, world: World, *arguments: Any) -> Any:
-    """The part's symbolic form in a world.
+    """The part's symbolic form in a world: expressions per row for a gate, otherwise `Tokens`.
+
+    Args:
+        part: the part.
+        world: the batch of symbols.
+        *arguments: the further arguments of the part's slot.
 
     Raises:
-        ConfigError: its class has none.
+        ConfigError: the part's class has no symbolic form.
     """
     if type(part) not in _RULES:
         raise ConfigError(
@@ -59,15 +66,15 @@ def evaluate(part: Component, world: World, *arguments: Any) -> Any:
     return _RULES[type(part)](part, world, *arguments)
 
 
-def per_token(world: World, value: Callable[[Row, int], Any]) -> Tokens:
+def per_token(world: World, value: Callable[[Row, int], Expr | float]) -> Tokens:
     """value(row, t) for every token."""
     return [[sp.sympify(value(row, t)) for t in range(len(row))] for row in world.rows]
 
 
-def per_row(world: World, value: Callable[[Row], Any]) -> Tokens:
+def per_row(world: World, value: Callable[[Row], Expr | float]) -> Tokens:
     """value(row) for every token of the row."""
-    found = [sp.sympify(value(row)) for row in world.rows]
-    return [[x] * len(row) for x, row in zip(found, world.rows, strict=True)]
+    values = [sp.sympify(value(row)) for row in world.rows]
+    return [[x] * len(row) for x, row in zip(values, world.rows, strict=True)]
 
 
 def sequence_ratio(row: Row) -> Expr:
@@ -81,7 +88,7 @@ def sigmoid(u: Expr) -> Expr:
 
 
 def outward(world: World, ratio: Expr, advantage: Expr, low: Expr, high: Expr) -> bool:
-    """Whether the step would push a ratio further out of [low, high], which it has left."""
+    """Whether a ratio is outside [low, high] and the step would move it further out."""
     if advantage == 0:
         return False
     if world.less(0, advantage):

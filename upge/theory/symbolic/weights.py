@@ -1,13 +1,12 @@
-"""Symbolic forms of what stands around the product: gates, reductions and regularizers. See `rules`.
+"""Symbolic forms of gates, reductions and regularizers. See `rules`.
 
-A gate's rule gives one expression per row; a reduction's is called with the rows that count; a regularizer's gives the
-penalty itself, to be differentiated.
+The rule of a gate returns one expression per row. The rule of a reduction is called with the active rows. The rule of a
+regularizer returns the penalty itself, to be differentiated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import sympy as sp
 from sympy import Expr
@@ -26,7 +25,7 @@ from upge.gates import (
 from upge.reduction import FixedLength, QuestionMean, SequenceMean, TokenMean
 from upge.regularizers import EntropyBonus, KLPenalty
 from upge.stateful import MetaGradient
-from upge.theory.symbolic.algebra import mean, number, product
+from upge.theory.symbolic.algebra import mean, number, product, rational
 from upge.theory.symbolic.rules import Tokens, evaluate, per_row, per_token, rule
 from upge.theory.symbolic.world import Row, World
 
@@ -39,9 +38,9 @@ def succeeded(world: World, row: Row) -> bool:
 
 
 def pass_rate(world: World, row: Row) -> sp.Rational:
-    """Share of successes among the rollouts of the row's question."""
+    """The fraction of successes among the rollouts of the row's question."""
     own = [r for r in world.rows if r.group == row.group and not r.is_demonstration]
-    return sp.Rational(sum(succeeded(world, r) for r in own), len(own))
+    return rational(sum(succeeded(world, r) for r in own), len(own))
 
 
 @rule(ConstantGate)
@@ -86,7 +85,7 @@ def _(part, world):
 
 @rule(Schedule)
 def _(part, world):
-    # A symbol for the schedule's present value: how it moves between steps is no matter of a step's gradient.
+    # A symbol for the schedule's current value: its change between steps does not affect the gradient of one step.
     return [world.variable("mu", part.coefficient_at(world.step))] * len(world.rows)
 
 
@@ -105,42 +104,49 @@ def _(part, world):
     return [product(values) for values in zip(*(evaluate(gate, world) for gate in part.gates), strict=True)]
 
 
-# Reductions: `counted` are the rows that count.
+# Reductions: `active` are the active rows.
 
 
 def _token_rule(tokens: str, length: int | None, row: Row) -> Expr:
-    return {"mean": sp.Rational(1, len(row)), "sum": sp.Integer(1), "fixed": sp.Rational(1, length or 1)}[tokens]
+    """The weight of a token within its row."""
+    weights: dict[str, Expr] = {
+        "mean": rational(1, len(row)),
+        "sum": sp.Integer(1),
+        "fixed": rational(1, length or 1),
+    }
+    return weights[tokens]
 
 
-def _spread(world: World, counted: list[Row], value: Callable[[Row], Any]) -> Tokens:
-    return per_row(world, lambda row: value(row) if row in counted else 0)
+def _on_active(world: World, active: list[Row], value: Callable[[Row], Expr]) -> Tokens:
+    """value(row) for every token of the active rows, 0 elsewhere."""
+    return per_row(world, lambda row: value(row) if row in active else 0)
 
 
 @rule(TokenMean)
-def _(part, world, counted):
-    return _spread(world, counted, lambda row: sp.Rational(1, max(1, sum(map(len, counted)))))
+def _(part, world, active):
+    return _on_active(world, active, lambda row: rational(1, max(1, sum(map(len, active)))))
 
 
 @rule(SequenceMean)
-def _(part, world, counted):
-    return _spread(world, counted, lambda row: _token_rule(part.tokens, None, row) / len(counted))
+def _(part, world, active):
+    return _on_active(world, active, lambda row: _token_rule(part.tokens, None, row) / len(active))
 
 
 @rule(FixedLength)
-def _(part, world, counted):
-    return _spread(world, counted, lambda row: _token_rule("fixed", part.length, row) / len(counted))
+def _(part, world, active):
+    return _on_active(world, active, lambda row: _token_rule("fixed", part.length, row) / len(active))
 
 
 @rule(QuestionMean)
-def _(part, world, counted):
-    questions = len({row.group for row in counted})
+def _(part, world, active):
+    questions = len({row.group for row in active})
 
     def value(row):
-        same = [other for other in counted if other.group == row.group]
+        same = [other for other in active if other.group == row.group]
         own = sum(part.within == "question" or other.is_demonstration == row.is_demonstration for other in same)
         return _token_rule(part.tokens, part.length, row) / (questions * own)
 
-    return _spread(world, counted, value)
+    return _on_active(world, active, value)
 
 
 # Regularizers: the penalty itself, to be differentiated.
@@ -152,7 +158,7 @@ def _(part, world):
 
 
 def kl(kind: str, log_ratio: Expr) -> Expr:
-    """k1, k2 or k3 of d = log π_frozen - log π."""
+    """The estimate k1, k2 or k3 of the KL divergence, of d = log π_frozen - log π."""
     return {"k1": -log_ratio, "k2": log_ratio**2 / 2, "k3": sp.exp(log_ratio) - log_ratio - 1}[kind]
 
 

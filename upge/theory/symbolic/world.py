@@ -1,9 +1,9 @@
-"""A batch made of symbols: a few short responses whose every probability, reward and value has a name.
+"""A batch of symbols: a few short responses in which every probability, reward and value is a symbol.
 
-An objective with clips and minima is smooth only piece by piece. A `World` therefore carries, beside its symbols, one
-rational point. Whoever asks `less(a, b)` gets the answer at that point, and the question is written down: what is built
-of the answers is a smooth expression, valid on the whole cell of points that answer all questions alike. Many points
-visit many cells. The equality itself is always shown between expressions, never between numbers.
+An objective with clips and minima is only piecewise smooth. So a `World` has one rational point in addition to its
+symbols. `less(a, b)` returns the answer at that point and records the question. An expression that is built with these
+answers is smooth and valid on the whole cell of points that give the same answers. Many points visit many cells.
+Equality is always shown between expressions, never between numbers.
 """
 
 from __future__ import annotations
@@ -14,40 +14,45 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import sympy as sp
 import torch
 from sympy import Expr, Symbol
 
-from upge.theory.symbolic.algebra import value_at
+from upge.theory.symbolic.algebra import substituted, symbols, value_at
 from upge.trajectories import Trajectories
 
-#: Rollout lengths and demonstration lengths of each question: ragged, and no two questions alike, so that no two
-#: reductions agree.
-SHAPE = (((2, 3), (2,)), ((1, 2, 2), (1,)))
-#: π_θ over another policy at a point: on both sides of every bound in use, on none of them, far outside included.
+#: (rollout lengths, demonstration lengths) of each question.
+Shape = Sequence[tuple[Sequence[int], Sequence[int]]]
+#: The lengths are ragged and differ between questions, so that no two reductions agree.
+SHAPE: Shape = (((2, 3), (2,)), ((1, 2, 2), (1,)))
+#: Ratios of π_θ to another policy: on both sides of every bound in use, on none of them, and far outside.
 LEVELS = tuple(Fraction(x) for x in "1/30 2/7 4/7 5/7 8/9 10/9 16/13 10/7 11/7 17/7 29/7 30".split())
-#: Levels shared by all tokens of a response, for bounds on its mean ratio as narrow as 3e-4.
+#: Ratios that all tokens of a response share, for bounds on its mean ratio as narrow as 3e-4.
 NARROW = tuple(Fraction(x) for x in "4/9 8/9 9999/10000 10001/10000 10/9 19/9".split())
 
 
 class BoundaryPoint(Exception):
-    """A question whose two sides are equal at the point but not as expressions: the objective has a kink there."""
+    """The two sides of a question are equal at the point but not as expressions: the objective has a kink there."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One response: symbols per token, and what is known of it.
+    """One response, with a symbol per token for each column.
 
     Attributes:
         index: its place in `World.rows`.
         p: π_θ of each token, the variables of the derivation.
-        q: π_old, the behaviour policy.
-        f: the frozen policy.
-        s: the policy as the sampler reported it.
+        q: π_old, the behavior policy.
+        f: π_frozen, the reference policy.
+        s: π_sampler, the policy as the sampler reported it.
         v: the critic's values.
-        h: the entropies; they move with θ too, so an objective that does not detach them has a gradient in them.
+        h: the entropies; they depend on θ, so an objective that does not detach them has a gradient through them.
         reward: of the response.
+        group: the number of its question.
+        is_demonstration: whether it is a demonstration.
+        preference: +1 if chosen, -1 if rejected, 0 otherwise.
     """
 
     index: int
@@ -75,17 +80,17 @@ class World:
     """Symbols, a point, and the questions asked so far.
 
     Args:
-        seed: chooses the point; the symbols are the same for every seed.
+        seed: determines the point; the symbols are the same for every seed.
         shape: rollout and demonstration lengths per question.
-        pairs: the first two rollouts of each question are chosen and rejected.
-        opaque: `advantage` gives a name to what it is told, so that a derived factor can be read.
-        level: the ratio of all tokens at the point, in place of ratios of their own.
+        pairs: whether the first two rollouts of each question are chosen and rejected.
+        opaque: whether `advantage` replaces its argument by a symbol, so that a derived factor is readable.
+        level: the ratio of all tokens at the point; None = random ratios.
     """
 
     def __init__(
         self,
         seed: int = 0,
-        shape: Sequence = SHAPE,
+        shape: Shape = SHAPE,
         pairs: bool = False,
         opaque: bool = False,
         level: Fraction | None = None,
@@ -94,17 +99,21 @@ class World:
         self.point: dict[Symbol, Expr] = {}
         self.asked: dict[Expr, bool] = {}
         self.advantages: dict[Symbol, Expr] = {}
-        self._random, self._twins, self._variables, self._values = random.Random(seed), {}, {}, {}
-        rows = []
+        self._random = random.Random(seed)
+        self._twins: dict[Symbol, Symbol] = {}
+        self._variables: dict[str, float] = {}
+        self._values: dict[Expr, float] = {}
+        rows: list[Row] = []
         for group, (rollouts, demonstrations) in enumerate(shape):
-            fate = self._random.choice(("fail", "succeed", "mixed", "mixed"))
+            outcome = self._random.choice(("fail", "succeed", "mixed", "mixed"))
             lengths = [(n, False) for n in rollouts] + [(n, True) for n in demonstrations]
             for place, (length, is_demonstration) in enumerate(lengths):
                 preference = {0: 1, 1: -1}.get(place, 0) if pairs else 0
-                rows.append(self._row(len(rows), length, group, is_demonstration, preference, fate))
+                rows.append(self._row(len(rows), length, group, is_demonstration, preference, outcome))
         self.rows: tuple[Row, ...] = tuple(rows)
 
-    def _row(self, index: int, length: int, group: int, expert: bool, preference: int, fate: str) -> Row:
+    def _row(self, index: int, length: int, group: int, expert: bool, preference: int, outcome: str) -> Row:
+        """A row with values at the point; `outcome` is 'fail', 'succeed' or 'mixed'."""
         draw, importance, mismatch, frozen = self._random.randint, self._levels(), self._levels(), self._levels()
         columns: dict[str, list[Symbol]] = {name: [] for name in "pqfsvh"}
         for t in range(length):
@@ -117,22 +126,22 @@ class World:
                 symbol = Symbol(f"{name}{index}_{t}", **kind)
                 self.point[symbol] = sp.Rational(value.numerator, value.denominator)
                 columns[name].append(symbol)
-        succeeds = fate == "succeed" or (fate == "mixed" and self._random.random() < 0.5)
+        succeeds = outcome == "succeed" or (outcome == "mixed" and self._random.random() < 0.5)
         reward = Symbol(f"R{index}", real=True)
-        # Far from 0 and 1, and hardly ever two alike: equal rewards are a kink of the standard deviation.
+        # Rewards other than 0 and 1, rarely equal: with equal rewards the standard deviation has a kink.
         self.point[reward] = sp.Rational(draw(600, 2400) if succeeds else draw(-1400, 400), 997)
-        tokens = {name: tuple(symbols) for name, symbols in columns.items()}
+        tokens = {name: tuple(column) for name, column in columns.items()}
         return Row(index, **tokens, reward=reward, group=group, is_demonstration=expert, preference=preference)
 
     def _levels(self) -> Callable[[], Fraction]:
-        """A source of ratios for the tokens of a row: each its own, or all the same."""
+        """A source of ratios for the tokens of a row: separate ones, or one that all tokens share."""
         choose = self._random.choice
         shared = choose((None, choose(LEVELS), choose(NARROW))) if self.level is None else self.level
         return lambda: choose(LEVELS) if shared is None else shared
 
     @property
     def live(self) -> tuple[Symbol, ...]:
-        """What moves with θ: every π_θ and every entropy."""
+        """The symbols that depend on θ: every π_θ and every entropy."""
         return tuple(x for row in self.rows for x in (*row.p, *row.h))
 
     @property
@@ -143,7 +152,7 @@ class World:
 
     @property
     def rollouts(self) -> list[Row]:
-        """All rows that are no demonstration."""
+        """All rows that are not demonstrations."""
         return [row for row in self.rows if not row.is_demonstration]
 
     @property
@@ -152,25 +161,25 @@ class World:
         return [row for row in self.rows if row.is_demonstration]
 
     def with_rewards(self, rewards: Sequence[Expr]) -> World:
-        """The same world, questions asked included, with other rewards; for parts that shape them."""
+        """The same world, including its recorded questions, with other rewards; for parts that shape rewards."""
         other = copy.copy(self)
         other.rows = tuple(replace(row, reward=reward) for row, reward in zip(self.rows, rewards, strict=True))
         return other
 
     def sg(self, expression: Expr) -> Expr:
-        """Stop-gradient: every live symbol replaced by a twin that no differentiation sees; `thaw` undoes it."""
-        for symbol in sp.sympify(expression).free_symbols & set(self.live):
+        """Stop-gradient: replaces every live symbol by a twin that is not differentiated; `thaw` reverses it."""
+        for symbol in symbols(sp.sympify(expression)) & set(self.live):
             if symbol not in self._twins:
                 twin = Symbol(f"{symbol.name}bar", positive=True)
                 self._twins[symbol], self.point[twin] = twin, self.point[symbol]
-        return sp.sympify(expression).xreplace(self._twins)
+        return substituted(sp.sympify(expression), self._twins)
 
     def thaw(self, expression: Expr) -> Expr:
-        """The expression with every twin replaced by its live symbol again."""
-        return expression.xreplace({twin: symbol for symbol, twin in self._twins.items()})
+        """The expression with every twin replaced by its live symbol."""
+        return substituted(expression, {twin: symbol for symbol, twin in self._twins.items()})
 
     def advantage(self, row: Row, value: Expr, t: int | None = None) -> Expr:
-        """`value`, the advantage of a row or of its token t; in an opaque world a symbol Â that stands for it."""
+        """`value`, the advantage of a row or of its token t; in an opaque world, a symbol Â that represents it."""
         if not self.opaque:
             return value
         symbol = Symbol(f"A{row.index}" if t is None else f"A{row.index}_{t}", real=True)
@@ -179,11 +188,14 @@ class World:
         return symbol
 
     def variable(self, name: str, value: float | None = None) -> Symbol:
-        """A coefficient that depends on neither tokens nor rewards, such as a schedule's present value; the first to
-        ask says its value at the point.
+        """A coefficient that depends on neither tokens nor rewards, such as the current value of a schedule.
+
+        Args:
+            name: of the symbol.
+            value: at the point; None = keep the value, or use a default.
 
         Raises:
-            ValueError: two parts give the same name different values.
+            ValueError: the same name was given another value before.
         """
         symbol = Symbol(name, positive=True)
         if value is None:
@@ -198,11 +210,11 @@ class World:
         """The expression at the point, in float64."""
         return value_at(expression, self.point, self._values)
 
-    def less(self, left: Expr, right: Expr) -> bool:
-        """Whether left < right at the point. Of questions that differ by a number in front only one is written down.
+    def less(self, left: Expr | float, right: Expr | float) -> bool:
+        """Whether left < right at the point. Questions that differ by a constant factor are recorded as one.
 
         Raises:
-            BoundaryPoint: they are equal there without being the same expression.
+            BoundaryPoint: the sides are equal at the point but are not the same expression.
         """
         difference = sp.sympify(left - right)
         question = difference.primitive()[1]
@@ -216,7 +228,7 @@ class World:
 
     def _negative(self, expression: Expr) -> bool:
         value = self.value(expression)
-        if abs(value) < 1e-9:  # perhaps zero: ask again, with as many digits as it takes
+        if abs(value) < 1e-9:  # perhaps zero: evaluate it again with enough digits
             value = sp.N(expression.xreplace(self.point), 60)
             if abs(value) < sp.Float("1e-50"):
                 raise BoundaryPoint(str(expression))
@@ -237,7 +249,7 @@ class World:
         return sp.sympify(high) if high is not None and self.less(high, value) else value
 
     def batch(self, state: dict[str, float] | None = None) -> Trajectories:
-        """The point as numbers, for the parts themselves; log-probs and entropies require a gradient."""
+        """The point as a numerical batch for the parts' own code; log-probs and entropies require a gradient."""
         width = max(map(len, self.rows))
 
         def column(name: str, log: bool) -> torch.Tensor:
@@ -251,7 +263,7 @@ class World:
         return Trajectories(
             logprobs=column("p", True).requires_grad_(),
             response_mask=torch.arange(width) < torch.tensor([len(row) for row in self.rows])[:, None],
-            rewards=torch.tensor([float(self.point[row.reward]) for row in self.rows], dtype=torch.float64),
+            rewards=torch.tensor([self.value(row.reward) for row in self.rows], dtype=torch.float64),
             group=torch.tensor([row.group for row in self.rows]),
             is_demonstration=torch.tensor([row.is_demonstration for row in self.rows]),
             behavior_logprobs=column("q", True),
@@ -265,7 +277,7 @@ class World:
         )
 
 
-def worlds(points: int = 100, **settings) -> Iterator[World]:
-    """The same symbols at as many points."""
+def worlds(points: int = 100, **settings: Any) -> Iterator[World]:
+    """Worlds with the same symbols at different points; `settings` are the arguments of `World`."""
     for seed in range(points):
         yield World(seed, **settings)
