@@ -1,12 +1,14 @@
 """From hidden states to token log-probs and entropies, without the [tokens, vocabulary] matrix.
 
-The logits exist for one chunk of tokens at a time (`chunks`). Two ways to a gradient:
+The logits exist for one chunk of tokens at a time (`chunks`). There are two ways to a gradient:
 
-`token_loss` knows the loss as a function of a chunk's log-probs and entropies, so it makes the gradient of the logits
-while they are there: three products of N·D·V, as many as the full matrix takes. That a token's coefficient depends on
-its log-prob does no harm. Where it depends on other tokens' log-probs, all are computed first: four products.
+`token_loss` gets the loss as a function of a chunk's log-probs and entropies, so it computes the gradient of the logits
+while they exist: three products of N·D·V, as many as with the full matrix. A token's coefficient may depend on its own
+log-prob. If it depends on other tokens' log-probs, all log-probs are computed first: four products.
 
 `token_logprobs` is an ordinary differentiable function, whose backward computes the logits again: four products.
+
+Legend: N tokens, D hidden, V vocabulary, c tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from upge.logprobs.chunks import buffer_bytes, default_chunk_size
 from upge.logprobs.functions import TokenLogprobs, TokenLoss
-from upge.logprobs.head import Asking, CoefficientFunction, Coefficients
+from upge.logprobs.head import CheckedCoefficients, CoefficientFunction, Coefficients
 
 __all__ = ["CoefficientFunction", "Coefficients", "buffer_bytes", "default_chunk_size", "token_logprobs", "token_loss"]
 
@@ -33,12 +35,13 @@ def token_logprobs(
 ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"] | None]:
     """Log-prob of each target under softmax((hidden·weightᵀ + bias)/temperature), and that distribution's entropy.
 
-    Both results carry gradients to `hidden`, `weight` and `bias`, as far as these require one. Softmax statistics and
-    the sums over chunks of the weight's and bias's gradients are in float32 (float64 for float64 input).
+    Both results are differentiable with respect to those of `hidden`, `weight` and `bias` that require a gradient.
+    Softmax statistics and the sums over chunks of the weight's and bias's gradients are in float32 (float64 for float64
+    input).
 
     Safe under DeepSpeed ZeRO-3: the weight is saved as the parameter itself, never as a view or copy of its data, so
-    that backward reads what the engine has gathered by then. The engine gathers it when this is called in the forward
-    of a module that takes the weight from another module's attribute (`LogprobHead` does).
+    backward reads the data that the engine has gathered by then. The engine gathers the weight if this function is
+    called in the forward of a module that reads the weight from another module's attribute, as `LogprobHead` does.
 
     Args:
         hidden: [N, D] states that predict the targets; N may be 0.
@@ -47,13 +50,13 @@ def token_logprobs(
         bias: [V] of the output embedding.
         temperature: divides the logits; > 0.
         entropy: whether to compute the entropies.
-        chunk_size: tokens whose logits exist at the same time; default by device and vocabulary.
+        chunk_size: tokens whose logits exist at the same time; None = depends on device and vocabulary.
 
     Returns:
         (logprobs [N], entropies [N] or None), in nats, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: shapes, dtypes, temperature or chunk size that cannot be used; the message names value and fix.
+        ValueError: shapes, dtypes, temperature or chunk size are invalid; the message names the value and the fix.
     """
     _check(hidden, weight, targets, bias, temperature, chunk_size)
     size = chunk_size or default_chunk_size(weight.shape[0], hidden.device.type, weight.dtype)
@@ -73,30 +76,32 @@ def token_loss(
     whole: bool = False,
     chunk_size: int | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "N"], Float[Tensor, "N"]]:
-    """A loss of the tokens' log-probs and entropies, its gradient computed while the logits are there.
+    """A loss of the tokens' log-probs and entropies, whose gradient is computed while the logits exist.
 
-    `coefficients` is called, without gradient mode, for each chunk in turn; the loss is the sum of its losses. The
-    gradients of `hidden`, `weight` and `bias` are kept until `backward` hands them on, so under ZeRO-3 the weight is
-    needed in the forward alone. Precision as for `token_logprobs`.
+    `coefficients` is called for each chunk in turn, with gradients disabled; the loss is the sum of its losses. The
+    gradients of `hidden`, `weight` and `bias` are stored until `backward` returns them, so under ZeRO-3 only the
+    forward needs the weight. The precision is that of `token_logprobs`.
 
     Args:
         hidden, weight, targets, bias, temperature, chunk_size: as for `token_logprobs`.
-        coefficients: what the loss is and how it changes with the log-probs and entropies of a chunk.
-        entropy_gradient: whether `coefficients` gives any for the entropies, which takes a little longer.
-        whole: call it once for all tokens, because one's coefficient depends on others; with more than one chunk the
-            logits are then computed twice.
+        coefficients: returns the loss and its derivatives with respect to the log-probs and entropies of a chunk.
+        entropy_gradient: whether `coefficients` returns derivatives with respect to the entropies, which takes a little
+            longer.
+        whole: whether to call `coefficients` once for all tokens, because the coefficient of a token depends on other
+            tokens. With more than one chunk, the logits are then computed twice.
 
     Returns:
-        (loss, logprobs [N], entropies [N]): a gradient flows through the loss alone. The loss is of the type that
-        `coefficients` gave, the others float32 (float64 for float64 input).
+        (loss, logprobs [N], entropies [N]); only the loss is differentiable. The loss has the type that `coefficients`
+        returned, the others are float32 (float64 for float64 input).
 
     Raises:
-        ValueError: as for `token_logprobs`, and coefficients that do not fit their chunk or what was announced.
+        ValueError: as for `token_logprobs`, or the result of `coefficients` does not match its chunk or
+            `entropy_gradient`.
     """
     _check(hidden, weight, targets, bias, temperature, chunk_size)
     size = chunk_size or default_chunk_size(weight.shape[0], hidden.device.type, weight.dtype)
-    ask = Asking(coefficients, entropy_gradient)
-    return TokenLoss.apply(hidden, weight, bias, targets, ask, float(temperature), whole, size)
+    checked = CheckedCoefficients(coefficients, entropy_gradient)
+    return TokenLoss.apply(hidden, weight, bias, targets, checked, float(temperature), whole, size)
 
 
 def _check(

@@ -1,14 +1,16 @@
-"""The output head on one chunk of tokens: logits, what their softmax tells, and the gradients of the head.
+"""The output head on one chunk of tokens: logits, softmax statistics, and the gradients of the head.
 
-With z = (W h + b)/τ the distribution of one token is p = softmax(z), and for the token y that was drawn
+With z = (W h + b)/τ the distribution of one token is p = softmax(z), and for the sampled token y
 
     log p_y = z_y − log Σ exp z          ∂ log p_y/∂z = 1_y − p
     H = −Σ p log p                       ∂ H/∂z = −p (log p + H)
 
-For a loss with ∂L/∂log p_y = c, and none through H, ∂L/∂z = −c q with q = p − 1_y. So q is all that is kept of the
-logits, in their place, and c scales the rows of h and of q W, which are D wide, not V: no pass over the matrix waits
-for c. Elementwise work runs over blocks of rows: on a CPU of so few that they stay in a core's cache, on a GPU in one
-compiled function.
+For a loss with ∂L/∂log p_y = c and no gradient through H, ∂L/∂z = −c q with q = p − 1_y. So only q is stored, in place
+of the logits, and c scales the rows of h and of q W, which have D entries instead of V. This needs no further pass over
+the [C, V] matrix once c is known. Elementwise work runs over blocks of rows: on a CPU, blocks small enough for a core's
+cache; on a GPU, in one compiled function.
+
+Legend: C tokens of a chunk, R tokens of a block, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,15 +23,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-#: Tokens per chunk: enough to keep the matrix products efficient. In half precision the float32 sum of the weight's
-#: gradient is read and written once per chunk beside products that are cheap, so chunks are larger.
+#: The fewest tokens per chunk, enough for efficient matrix products. In half precision the products are cheap compared
+#: with reading and writing the float32 sum of the weight's gradient once per chunk, so chunks are larger.
 _CHUNK_FLOOR = {("cpu", True): 512, ("cpu", False): 1024}
 _CHUNK_FLOOR_GPU = 4096
-#: Entries of a chunk's logits below which larger chunks cost no memory worth counting (small vocabularies).
+#: Chunks grow up to this many entries of logits, which need little memory (small vocabularies).
 _CHUNK_ENTRIES = 2**22
-#: Entries of a block per thread: 512 KB in float32, so that what is read several times is read from the cache.
+#: Entries of a block per thread: 512 KB in float32, so that repeated reads come from the cache.
 _BLOCK_ENTRIES = 2**17
-#: Rows of a block on a GPU, which reads a block from its memory anyway: enough to keep it busy.
+#: Rows of a block on a GPU, where blocks do not fit into a cache: enough to keep it busy.
 _BLOCK_ROWS_GPU = 512
 
 
@@ -40,13 +42,21 @@ def default_chunk_size(vocabulary: int, device_type: str, dtype: torch.dtype = t
 
 
 def _block_rows(vocabulary: int, device_type: str) -> int:
+    """The rows of a block."""
     if device_type != "cpu":
         return _BLOCK_ROWS_GPU
     return torch.get_num_threads() * max(1, _BLOCK_ENTRIES // vocabulary)
 
 
 def buffer_bytes(vocabulary: int, device_type: str, dtype: torch.dtype, tokens: int) -> int:
-    """Bytes that the head of a model with this vocabulary holds while it runs `tokens` tokens, gradients aside."""
+    """Bytes of the head's buffers while it runs `tokens` tokens, without gradients.
+
+    Args:
+        vocabulary: V.
+        device_type: 'cpu' or 'cuda'.
+        dtype: of the weight.
+        tokens: the tokens of a call.
+    """
     size = min(tokens, default_chunk_size(vocabulary, device_type, dtype))
     wide = statistics_dtype(dtype)
     blocks = wide.itemsize * (1 if dtype == wide else 2)
@@ -54,12 +64,18 @@ def buffer_bytes(vocabulary: int, device_type: str, dtype: torch.dtype, tokens: 
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which softmax statistics and sums over chunks are kept: float32, of float64 itself."""
+    """The type of softmax statistics and of sums over chunks: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Statistics(NamedTuple):
-    """What is known of a token once its logits have been seen; each [C], in `statistics_dtype`."""
+    """The softmax statistics of each token, in `statistics_dtype`.
+
+    Attributes:
+        logprobs: [C] log p_y.
+        log_normalizers: [C] log Σ exp z.
+        entropies: [C] H.
+    """
 
     logprobs: Tensor
     log_normalizers: Tensor
@@ -67,10 +83,11 @@ class Statistics(NamedTuple):
 
 
 class Chunks:
-    """The logits of one chunk of tokens after another, in one buffer.
+    """Computes the logits of chunks of tokens in one shared buffer.
 
     Args:
-        weight, bias: [V, D] and [V] or None, the output embedding.
+        weight: [V, D] output embedding.
+        bias: [V] of the output embedding, or None.
         temperature: divides the logits.
         size: the most tokens of a chunk.
     """
@@ -84,40 +101,53 @@ class Chunks:
         self._copy = None if weight.dtype == self.wide else torch.empty_like(self._block)
 
     def logits(self, hidden: Float[Tensor, "C D"]) -> Float[Tensor, "C V"]:
-        """The chunk's logits before they are divided by the temperature; valid until the next call."""
+        """The chunk's logits, not yet divided by the temperature; valid until the next call."""
         out = self._logits[: len(hidden)]
         if self.bias is None:
             return torch.mm(hidden, self.weight.t(), out=out)
         return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
 
     def statistics(self, logits: Tensor, targets: Int[Tensor, "C"], keep_logits: bool) -> Statistics:
-        """Log-probs, log Σ exp z and entropies; leaves q = p − 1_y in place of the logits unless they are kept."""
-        found = Statistics(*(logits.new_empty(len(logits), dtype=self.wide) for _ in range(3)))
+        """Log-probs, log Σ exp z and entropies; overwrites the logits with q = p − 1_y unless `keep_logits`."""
+        statistics = Statistics(*(logits.new_empty(len(logits), dtype=self.wide) for _ in range(3)))
         for start in range(0, len(logits), self.rows):
             block = slice(start, start + self.rows)
             rows, target = logits[block], targets[block, None]
             scaled = self._scaled(rows, keep_logits)
             q = self._block[: len(rows)]
-            for column, values in zip(found, _softmax_of(rows.device.type)(scaled, target, q), strict=True):
+            for column, values in zip(statistics, _softmax_of(rows.device.type)(scaled, target, q), strict=True):
                 column[block] = values
             if not keep_logits:
                 rows.copy_(q)
-        return found
+        return statistics
 
     def entropy_gradient(
-        self, logits: Tensor, targets: Tensor, found: Statistics, by_logprobs: Tensor, by_entropies: Tensor
+        self,
+        logits: Tensor,
+        targets: Int[Tensor, "C"],
+        statistics: Statistics,
+        by_logprobs: Float[Tensor, "C"],
+        by_entropies: Float[Tensor, "C"],
     ) -> None:
-        """Writes ∂L/∂z = c (1_y − p) − g p (log p + H) in place of logits that were kept, for c and g each [C]."""
+        """Overwrites kept logits with ∂L/∂z = c (1_y − p) − g p (log p + H).
+
+        Args:
+            logits: [C, V] as `logits` returned them.
+            targets: [C] the tokens y.
+            statistics: of the chunk.
+            by_logprobs: [C] c.
+            by_entropies: [C] g.
+        """
         for start in range(0, len(logits), self.rows):
             block = slice(start, start + self.rows)
             rows, target = logits[block], targets[block, None]
-            logprobs = self._scaled(rows, keep=True).sub(found.log_normalizers[block, None])
+            logprobs = self._scaled(rows, keep=True).sub(statistics.log_normalizers[block, None])
             probabilities, c = logprobs.exp(), by_logprobs[block, None]
-            pull = logprobs.add_(found.entropies[block, None]).mul_(by_entropies[block, None]).add_(c)
-            rows.copy_(probabilities.mul_(pull).neg_().scatter_add_(1, target, c))
+            factor = logprobs.add_(statistics.entropies[block, None]).mul_(by_entropies[block, None]).add_(c)
+            rows.copy_(probabilities.mul_(factor).neg_().scatter_add_(1, target, c))
 
     def _scaled(self, rows: Tensor, keep: bool) -> Tensor:
-        """z of a block in the type of the statistics; in place of the logits where these are in it and not kept."""
+        """z of a block in the type of the statistics; may overwrite logits of that type unless they are kept."""
         if self._copy is not None:
             z = self._copy[: len(rows)].copy_(rows)
         else:
@@ -126,10 +156,18 @@ class Chunks:
 
 
 def softmax_statistics(z: Tensor, target: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p_y, log Σ exp z, H) of a block [R, V] with targets [R, 1]; writes p − 1_y into `q`.
+    """Softmax statistics of a block; writes p − 1_y into `q`.
 
-    log Σ exp z comes from the likeliest token, where log p is exact; H = Σ p (log Σ exp z − z) with the sum of the p as
-    they are, so that their common rounding error cancels.
+    log Σ exp z is computed from the most likely token, whose log p is exact. H = Σ p (log Σ exp z − z) uses the sum of
+    the rounded p, so that their common rounding error cancels.
+
+    Args:
+        z: [R, V] scaled logits.
+        target: [R, 1] the tokens y.
+        q: [R, V] receives p − 1_y.
+
+    Returns:
+        (log p_y, log Σ exp z, H), [R] each.
     """
     torch.softmax(z, dim=-1, out=q)
     log_normalizer = z.amax(dim=-1) - q.amax(dim=-1).log()
@@ -141,7 +179,7 @@ def softmax_statistics(z: Tensor, target: Tensor, q: Tensor) -> tuple[Tensor, Te
 
 @cache
 def _softmax_of(device_type: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """On a GPU each pass over a block is memory traffic, so torch.compile fuses them."""
+    """`softmax_statistics`, compiled on a GPU, where each separate pass over a block would read it from memory."""
     if device_type == "cpu":
         return softmax_statistics
     return torch.compile(softmax_statistics, dynamic=True)
