@@ -1,4 +1,4 @@
-"""The two autograd functions: one recomputes the logits in its backward, the other has its gradient from the forward."""
+"""The two autograd functions: one recomputes the logits in its backward, the other has its gradient by then."""
 
 from __future__ import annotations
 
