@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from upge.config import Settings, from_tree, key
 from upge.data import Problem
@@ -76,7 +75,7 @@ class SuiteConfig(Settings):
             raise ConfigError(problem, "suite.benchmarks")
         return chosen
 
-    def _benchmark(self, name: str, tree: Any) -> BenchmarkConfig:
+    def _benchmark(self, name: str, tree: object) -> BenchmarkConfig:
         path = f"suite.benchmarks.{name}"
         if not _NAME.fullmatch(name):
             raise ConfigError(f"{path}: the name is also a file name; use letters, digits and . _ - only")

@@ -60,15 +60,15 @@ def valid(value: Tensor, batch: Trajectories) -> Tensor:
     return value if value.ndim == 1 else value[batch.response_mask]
 
 
-def same(name: str, problem: str, expected: Tensor, found: Tensor, batch: Trajectories) -> None:
+def same(name: str, problem: str, expected: Tensor, actual: Tensor, batch: Trajectories) -> None:
     """Requires equal values on the tokens in the response mask of `batch`; wider values are cut to its width."""
     width = batch.response_mask.shape[1]
-    left, right = (valid(x if x.ndim == 1 else x[:, :width], batch) for x in (expected, found))
+    left, right = (valid(x if x.ndim == 1 else x[:, :width], batch) for x in (expected, actual))
     close(name, problem, left, right)
 
 
-def close(name: str, problem: str, expected: Tensor, found: Tensor, tolerance: float = TOLERANCE) -> None:
+def close(name: str, problem: str, expected: Tensor, actual: Tensor, tolerance: float = TOLERANCE) -> None:
     """Requires equal values up to rounding."""
-    difference = float((expected.double() - found.double()).detach().abs().max()) if expected.numel() else 0.0
+    difference = float((expected.double() - actual.double()).detach().abs().max()) if expected.numel() else 0.0
     scale = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
     require(difference <= tolerance * scale, f"{name} {problem} (largest difference {difference:.3g})")
