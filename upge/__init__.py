@@ -2,7 +2,7 @@
 
     grad = Σ_trajectories Σ_tokens  w · 1_stable · (1/π_ref) · Â · ∇π_θ
 
-Importing it loads torch and nothing heavier; engines, trainers and verifiers are imported where they are used.
+Importing it loads only torch and jaxtyping. Engines, trainers and verifiers are imported where they are used.
 """
 
 import importlib
@@ -84,7 +84,7 @@ _PACKAGES = ("corrections", "data", "instantiate", "logprobs", "rollout", "testi
 
 
 def __getattr__(name: str) -> Any:
-    """Submodules such as `upge.verify` are there without an import of their own, and are loaded only when used."""
+    """Load submodules such as `upge.verify` on first use, so that `import upge` is enough."""
     if name in _PACKAGES:
         return importlib.import_module(f"upge.{name}")
     raise AttributeError(f"module 'upge' has no attribute '{name}'")

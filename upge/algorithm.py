@@ -1,9 +1,9 @@
-"""An algorithm: a named sum of terms and regularizers, and what it asks of the data and the trainer.
+"""An algorithm: a named sum of terms and regularizers, and what it needs from the data and the trainer.
 
     ∇J = Σ_terms Σ_trajectories Σ_tokens coefficient·gate · w · 1_stable · (1/π_ref) · Â · f′∇π_θ  - regularizers
 
-`Algorithm.plan` computes on the whole batch all that is known before the forward pass. `Plan.estimate` then evaluates
-any micro-batch, and the estimates of micro-batches add up to that of the batch, however it is cut.
+`Algorithm.plan` computes everything that is known before the forward pass, on the whole batch. `Plan.estimate` then
+evaluates one micro-batch. The estimates of the micro-batches add up to the estimate of the batch, however it is split.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _Weighted = TypeVar("_Weighted", Term, Regularizer)
 
 @dataclass(frozen=True)
 class DynamicSampling:
-    """Prompts on whose rollouts `gate` is closed are replaced by others until the batch is full (arXiv 2503.14476).
+    """Replacement of prompts on whose rollouts `gate` is closed, until the batch is full (arXiv 2503.14476).
 
     Attributes:
-        gate: reads rewards and groups only.
-        rounds: the most rounds of sampling in a step. After the last round the step trains on fewer prompts.
+        gate: the gate; it may read only rewards and groups.
+        rounds: maximum rounds of sampling per step. After the last round the step trains on fewer prompts.
     """
 
     gate: Gate
@@ -57,16 +57,17 @@ class DynamicSampling:
 
 @dataclass(frozen=True)
 class InterleavedUpdate:
-    """An update of another kind, made whenever enough prompts have gathered for it (arXiv 2506.07527).
+    """An update by a second algorithm, made whenever enough prompts have been collected for it (arXiv 2506.07527).
 
-    Each step, the prompts with a demonstration on whose rollouts `gate` is open are remembered. Once there are `size`
-    of them, one update of `algorithm` on their demonstrations follows the step's own, and they are forgotten.
+    Each step collects the prompts that have a demonstration and on whose rollouts `gate` is open. Once `size` prompts
+    are collected, the step's own update is followed by one update of `algorithm` on their demonstrations, and the
+    collection starts again from empty.
 
     Attributes:
-        gate: reads rewards and groups only.
-        size: prompts of one such update.
-        algorithm: learns from demonstrations only.
-        own_optimizer: whether it keeps Adam moments of its own.
+        gate: the gate; it may read only rewards and groups.
+        size: number of prompts per interleaved update.
+        algorithm: the second algorithm; it must learn from demonstrations only.
+        own_optimizer: True if the interleaved update has its own Adam moments.
         lr_factor: its learning rate as a multiple of the step's.
     """
 
@@ -97,14 +98,14 @@ class Algorithm:
     """A named sum of terms plus additive regularizers.
 
     Attributes:
-        name: as in its file.
-        terms: name → term; the order is that of the file.
+        name: the name of its file.
+        terms: name → term, in the order of the file.
         regularizers: name → regularizer.
-        description: a line or two for people.
-        critic: the objective of the value network; needed where a part reads values.
-        sampling: which prompts are drawn anew.
-        interleaved_update: updates of another kind, made when enough prompts have gathered.
-        validation: the objective on held-out prompts that a stateful gate may ask about.
+        description: one or two lines for readers.
+        critic: the objective of the value network; required if a part reads values.
+        sampling: which prompts are replaced; None = none.
+        interleaved_update: updates by a second algorithm, made when enough prompts have been collected.
+        validation: the objective on held-out prompts that a stateful gate may follow.
     """
 
     name: str
@@ -134,31 +135,31 @@ class Algorithm:
     @property
     def parts(self) -> dict[str, Component]:
         """Every part by its path in the file."""
-        found = {f"terms.{n}.{path}": p for n, term in self.terms.items() for path, p in term.parts.items()}
+        parts = {f"terms.{n}.{path}": p for n, term in self.terms.items() for path, p in term.parts.items()}
         for name, regularizer in self.regularizers.items():
-            found[f"regularizers.{name}"] = regularizer
+            parts[f"regularizers.{name}"] = regularizer
         if self.critic is not None:
-            found["critic"] = self.critic
+            parts["critic"] = self.critic
         for name in ("sampling", "interleaved_update"):
             if getattr(self, name) is not None:
-                found[f"{name}.gate"] = getattr(self, name).gate
-        return found
+                parts[f"{name}.gate"] = getattr(self, name).gate
+        return parts
 
     @property
     def _weighted_terms(self) -> Mapping[str, Term]:
-        """The terms with a coefficient other than 0, which alone enter the gradient; all of them if there is none."""
+        """The terms with a coefficient other than 0; all terms if every coefficient is 0."""
         return _weighted(self.terms) or self.terms
 
     @property
     def _working_parts(self) -> dict[str, Component]:
-        """The parts by path, without those of terms and regularizers whose coefficient is 0."""
+        """The parts by path, except those of terms and regularizers whose coefficient is 0."""
         idle = [f"terms.{n}." for n in self.terms.keys() - self._weighted_terms.keys()]
         idle += [f"regularizers.{n}." for n in self.regularizers.keys() - _weighted(self.regularizers).keys()]
         return {p: part for p, part in self.parts.items() if not f"{p}.".startswith(tuple(idle))}
 
     @property
     def stateful(self) -> dict[str, StatefulGate]:
-        """Variable → gate, of the stateful gates."""
+        """Variable → stateful gate."""
         return stateful_gates(self.parts)
 
     def initial_state(self) -> dict[str, float]:
@@ -172,19 +173,21 @@ class Algorithm:
 
     @property
     def takes_chunks(self) -> bool:
-        """True if any of a batch's tokens can be evaluated alone: what waits for the forward pass has reach 'token' and
-        reads per-token columns only."""
+        """True if tokens can be evaluated in any selection.
+
+        That holds if everything evaluated after the forward pass has reach 'token' and reads only per-token columns.
+        """
         reads = frozenset[str]().union(*(live_reads(part) for part in self._working_parts.values()))
         return self.reach == "token" and reads <= set(TOKEN_COLUMNS)
 
     @property
     def has_entropy_gradient(self) -> bool:
-        """True if a gradient flows through the entropies: only regularizers let one through."""
+        """True if a gradient flows through the entropies. Only regularizers can have one."""
         return any("entropies" in one.columns for one in _weighted(self.regularizers).values())
 
     @property
     def sources(self) -> dict[str, Source]:
-        """The source of every term and regularizer with a coefficient other than 0 by its path in the file."""
+        """The source of every term and regularizer with a coefficient other than 0, by its path in the file."""
         sources: dict[str, Source] = {f"terms.{n}": t.source for n, t in self._weighted_terms.items()}
         for name, regularizer in _weighted(self.regularizers).items():
             sources[f"regularizers.{name}"] = regularizer.source
@@ -192,17 +195,17 @@ class Algorithm:
 
     @property
     def step_needs(self) -> Needs:
-        """What the batch of a step must hold, read off the parts."""
+        """What the batch of a step must hold, as the parts declare it."""
         return needs_of(self._working_parts, self.sources)
 
     @property
     def needs(self) -> Needs:
-        """What the algorithm asks of the data and the trainer, its interleaved update and validation included."""
+        """What the algorithm needs from the data and the trainer, including its interleaved update and validation."""
         return reduce(Needs.joined, (inner.needs for inner in self.inner.values()), self.step_needs)
 
     @property
     def inner(self) -> dict[str, Algorithm]:
-        """The algorithms inside this one by path: its interleaved update's and its validation."""
+        """The algorithms inside this one, by path: the interleaved update's and the validation objective."""
         algorithms = {} if self.validation is None else {"validation": self.validation}
         if self.interleaved_update is not None:
             algorithms = {"interleaved_update.algorithm": self.interleaved_update.algorithm} | algorithms
@@ -211,16 +214,16 @@ class Algorithm:
     def check(
         self, *, group_size: int, demonstrations: int | None = None, provided: Iterable[str] = (), path: str = "algo"
     ) -> None:
-        """Refuses a pair of algorithm and run that cannot work.
+        """Check that a run can train this algorithm.
 
         Args:
             group_size: rollouts per prompt.
-            demonstrations: how many prompts have one; None = not known yet.
-            provided: the columns beyond rewards and masks that the caller can fill; values follow from `critic`.
+            demonstrations: number of prompts with a demonstration; None = not known yet.
+            provided: the columns beyond rewards and masks that the caller can fill. `values` follow from `critic`.
             path: the key of this algorithm, for messages.
 
         Raises:
-            ConfigError: naming the key, the value and the fix.
+            ConfigError: the run cannot; the message names the key, the value and the fix.
         """
         needs = self.step_needs
         if needs.rollouts and group_size < needs.group_size:
@@ -233,7 +236,7 @@ class Algorithm:
         learning = {p: s for p, s in self.sources.items() if s in ("demonstrations", "all")}
         if learning and demonstrations == 0:
             owner, source = next(iter(learning.items()))
-            what = source if source == "demonstrations" else f"{source}, which takes in demonstrations"
+            what = source if source == "demonstrations" else f"{source}, which includes demonstrations"
             raise ConfigError(
                 f"{what}, but the data set has none; choose data with worked solutions or an algorithm that learns "
                 "from rollouts alone",
@@ -247,35 +250,47 @@ class Algorithm:
             )
 
     def plan(self, batch: Trajectories) -> Plan:
-        """All that is known before the forward pass, on the whole `batch` (its `logprobs` may be None)."""
+        """Everything that is known before the forward pass.
+
+        Args:
+            batch: the whole batch. Its `logprobs` may be None.
+        """
         return self.plans(batch, [None])[0]
 
     def plans(self, batch: Trajectories, updates: Sequence[Int[Tensor, "b"] | None]) -> list[Plan]:
-        """A plan for each of several updates, which learn from the rows of `batch` that each names (None: from all).
+        """One plan per update.
 
-        Advantages and gates are computed on the whole batch: statistics such as a whitened advantage's do not depend on
-        how it is cut into updates. Divisors are counts over an update's own rows.
+        Advantages and gates are computed on the whole batch, so statistics such as a whitened advantage's do not
+        depend on how the batch is split into updates. Divisors are counts over an update's own rows.
+
+        Args:
+            batch: the whole batch.
+            updates: for each update, the rows of `batch` that it learns from; None = all.
         """
         penalties = _weighted(self.regularizers)
         return plan_updates(self._weighted_terms, penalties, self.reach, batch, updates)
 
     def estimate(self, batch: Trajectories) -> Estimate:
-        """The loss, the weights and every factor on a whole batch; `loss.backward()` gives minus the gradient."""
+        """The loss, the weights and every factor on a whole batch. `loss.backward()` gives minus the gradient."""
         return self.plan(batch).estimate(batch)
 
     def formula(self, style: str = "text") -> str:
-        """The sum of products in print; `style` is 'text' or 'latex'."""
+        """The algorithm's formula, a sum of products.
+
+        Args:
+            style: 'text' or 'latex'.
+        """
         terms = {name: term.formula() for name, term in self.terms.items()}
         return render(terms, {name: one.formula() for name, one in self.regularizers.items()}, style)
 
 
 def _weighted(named: Mapping[str, _Weighted]) -> dict[str, _Weighted]:
-    """Those of terms or regularizers whose coefficient is not 0; the others have no part in the gradient."""
+    """The terms or regularizers whose coefficient is not 0. The others do not enter the gradient."""
     return {name: one for name, one in named.items() if one.coefficient != 0}
 
 
 def _check_reads_outcomes(gate: Gate, path: str) -> None:
-    """Refuses a gate that chooses prompts by what is not known when they are chosen."""
+    """Refuse a gate that reads what is not yet known when prompts are chosen."""
     beyond = sorted(gate.columns - set(TRAJECTORY_COLUMNS))
     if beyond:
         raise ConfigError(
@@ -285,7 +300,7 @@ def _check_reads_outcomes(gate: Gate, path: str) -> None:
 
 
 def _check_plain(algorithm: Algorithm, path: str) -> None:
-    """Refuses, for an algorithm inside another, what only a whole run provides."""
+    """Refuse an inner algorithm that needs what only a whole run provides."""
     for name in ("critic", "sampling", "interleaved_update", "validation", "stateful"):
         value = getattr(algorithm, name)
         if value:

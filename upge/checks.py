@@ -1,4 +1,4 @@
-"""Are the fields of a dataclass instance of the types that its annotations promise?"""
+"""Checks that the fields of a dataclass instance have the annotated types."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from upge.errors import ConfigError, nearest
 
 
 def check_fields(instance: Any) -> None:
-    """Compares every field of the dataclass `instance` with its annotation.
+    """Check every field of the dataclass `instance` against its annotation.
 
     Raises:
-        ConfigError: a field has another type; the message names class, field, value and what is expected.
+        ConfigError: a field has another type; the message names the class, the field, the value and the expected type.
     """
     hints = field_types(type(instance))
     for name, annotation in hints.items():
@@ -29,7 +29,10 @@ def check_fields(instance: Any) -> None:
 
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
-    """Field name → resolved annotation of a dataclass; empty for any other class, or where a name is not importable."""
+    """Field name → resolved annotation of a dataclass.
+
+    Empty for any other class, and where a name in an annotation cannot be resolved.
+    """
     if not dataclasses.is_dataclass(cls):
         return {}
     try:
@@ -40,7 +43,7 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def mismatch(value: Any, annotation: Any) -> str | None:
-    """None if `value` is of type `annotation`, else one clause: what was found and what is expected."""
+    """None if `value` is of type `annotation`, else one clause that says what was found and what is expected."""
     if annotation is Any:
         return None
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)

@@ -1,10 +1,11 @@
-"""Settings as dataclasses: default, range and meaning stand at the field, and text becomes a value in one place.
+"""Settings as dataclasses: each field states its default, range and meaning, and text becomes a value in one place.
 
     @dataclass(frozen=True)
     class StopConfig(Settings):
         nonfinite_updates: int = key(5, "stop after N non-finite updates in a row", minimum=1)
 
-`from_tree` makes such a class of nested mappings, `defaults` and `meanings` read it for config files and help texts.
+`from_tree` builds such a class from nested mappings. `defaults` and `meanings` list its fields for configuration files
+and help texts.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from upge.errors import ConfigError, nearest
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a setting may have.
+    """The allowed range of a numeric setting.
 
     Attributes:
-        minimum, maximum: bounds that belong to the range; None = unbounded.
-        above, below: bounds that do not belong to it.
-        fix: what to do instead, for the message; empty = a sentence made of the bounds.
+        minimum, maximum: inclusive bounds; None = unbounded.
+        above, below: exclusive bounds; None = unbounded.
+        fix: what to do instead, for the message; empty = a sentence made from the bounds.
     """
 
     minimum: float | None = None
@@ -38,7 +39,7 @@ class Range:
     fix: str = ""
 
     def problem(self, value: float) -> str | None:
-        """None if `value` lies in the range, else what was found and the fix."""
+        """None if `value` lies in the range, else a message with the value and the fix."""
         low = self.minimum is None or value >= self.minimum
         low = low and (self.above is None or value > self.above)
         high = self.maximum is None or value <= self.maximum
@@ -71,11 +72,11 @@ def key(
     """A field of a settings class.
 
     Args:
-        default: its default; a dict or a list is copied for each instance.
+        default: the default value; a dict or a list is copied for each instance.
         meaning: one line of help.
-        minimum, maximum: the least and the greatest number that it may be.
-        above, below: bounds that it must not reach.
-        fix: what to do instead of a number out of range; by default it is said from the bounds.
+        minimum, maximum: inclusive bounds of a number.
+        above, below: exclusive bounds of a number.
+        fix: what to do about a number out of range; empty = a sentence made from the bounds.
     """
     metadata = {"meaning": meaning, "range": Range(minimum, maximum, above, below, fix)}
     if isinstance(default, (dict, list)):
@@ -90,10 +91,10 @@ def section(cls: type) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of settings classes: an instance whose numbers are out of range is not made.
+    """Base of settings classes. Its constructor checks the range of every number.
 
     Raises:
-        ConfigError: a number out of range, by its key in this class; `from_tree` adds the path to it.
+        ConfigError: a number is out of range. The error's key is the field's name; `from_tree` prefixes the path.
     """
 
     def __post_init__(self) -> None:
@@ -106,15 +107,16 @@ class Settings:
 
 
 def from_tree(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:
-    """The dataclass `cls` from nested mappings.
+    """Build the dataclass `cls` from nested mappings.
 
     Args:
         cls: a dataclass whose fields are made by `key` and `section`.
-        tree: its settings; those that are missing have their defaults.
-        path: the key at which `tree` stands, for messages.
+        tree: its settings; missing ones get their defaults.
+        path: the key of `tree` itself, for messages.
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one), a value of the wrong type or out of range.
+        ConfigError: a key is unknown (the message gives the nearest known one), or a value has the wrong type or is
+            out of range.
     """
     hints = get_type_hints(cls)
     values = {}
@@ -147,27 +149,32 @@ def defaults(cls: type) -> dict[str, Any]:
 
 def meanings(cls: type, path: str = "") -> list[tuple[str, Any, str]]:
     """(dotted key, default, meaning) of every setting, in order."""
-    found = []
+    rows = []
     hints = get_type_hints(cls)
     instance = cls()
     for item in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[item.name]):
-            found += meanings(hints[item.name], f"{path}{item.name}.")
+            rows += meanings(hints[item.name], f"{path}{item.name}.")
         else:
-            found.append((f"{path}{item.name}", getattr(instance, item.name), item.metadata["meaning"]))
-    return found
+            rows.append((f"{path}{item.name}", getattr(instance, item.name), item.metadata["meaning"]))
+    return rows
 
 
 def plain(node: DictConfig, resolve: bool = False) -> dict[str, Any]:
-    """A tree of OmegaConf as nested dictionaries and lists; references stay as they are written unless resolved."""
+    """An OmegaConf tree as nested dictionaries and lists.
+
+    Args:
+        node: the tree.
+        resolve: True = replace interpolations by their values; False = keep their text.
+    """
     return cast("dict[str, Any]", OmegaConf.to_container(node, resolve=resolve))
 
 
 def split(argument: str) -> tuple[str, str]:
-    """Key and text of `key=value`.
+    """The key and the text of `key=value`.
 
     Raises:
-        ConfigError: it has another form.
+        ConfigError: `argument` does not have this form.
     """
     name, equals, text = argument.partition("=")
     if not equals or not name:
@@ -176,12 +183,12 @@ def split(argument: str) -> tuple[str, str]:
 
 
 def parse(name: str, text: str) -> Any:
-    """The value that `text` is as YAML, for the key `name`.
+    """Parse `text` as YAML, for the key `name`.
 
-    An interpolation stays one: it must follow the tree that the value becomes a part of.
+    Interpolations are kept as text, because they refer to the tree that the value becomes a part of.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: `text` is not valid YAML.
     """
     try:
         return plain(OmegaConf.from_dotlist([f"value={text}"]))["value"]
@@ -190,6 +197,10 @@ def parse(name: str, text: str) -> Any:
 
 
 def parse_override(argument: str) -> tuple[str, Any]:
-    """Key and value of `key=value`, the value read as YAML; errors as in `split` and `parse`."""
+    """The key and the value of `key=value`, with the value parsed as YAML.
+
+    Raises:
+        ConfigError: as in `split` and `parse`.
+    """
     name, text = split(argument)
     return name, parse(name, text)

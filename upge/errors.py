@@ -1,7 +1,7 @@
-"""Errors that a user can mend: each message names the key or file, what was found there and what to do.
+"""Errors that a user can fix. Each message names the key or file, what was found there and what to do.
 
-Everything raised as `UserError` is shown by the command line as one message without a traceback and ends the process
-with exit code 2. An `assert` elsewhere in the package means a defect of ours.
+The command line prints a `UserError` as one message without a traceback and exits with code 2. A failed `assert`
+elsewhere in the package is a bug in the package.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class UserError(ValueError):
 
     Attributes:
         problem: what is wrong, and the fix.
-        key: the dotted setting that is wrong; empty where the problem says it, or is about none. Whoever passes the
-            error on replaces or prefixes it: see `with_key` and `under`.
-        value: the setting's value, where the message shows it behind the key.
+        key: the dotted key of the setting; empty if the problem names it or concerns no setting. A caller replaces or
+            prefixes it with `with_key` and `under`.
+        value: the setting's value; None = the message does not show it after the key.
     """
 
     def __init__(self, problem: str, key: str = "", value: object = None) -> None:
@@ -31,13 +31,13 @@ class UserError(ValueError):
         return f"{shown}: {self.problem}" if self.key else self.problem
 
     def with_key(self, key: str) -> Self:
-        """The same error about another key."""
+        """A copy of this error with another key."""
         error = copy.copy(self)
         error.key = key
         return error
 
     def under(self, prefix: str) -> Self:
-        """The same error with its key below `prefix`, as in `prefix.key`."""
+        """A copy of this error with the key `prefix.key`."""
         return self.with_key(f"{prefix}.{self.key}" if self.key else prefix)
 
 
@@ -54,9 +54,9 @@ class ModelError(UserError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a mistyped `name`: the closest known name, else the list of all known names."""
+    """A hint for a mistyped `name`: the closest known name, or else all known names."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"did you mean '{close[0]}'?"
-    return "known: " + ", ".join(known) if known else "nothing is known here"
+    return "known: " + ", ".join(known) if known else "no names are known here"

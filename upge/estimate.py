@@ -1,4 +1,4 @@
-"""What an algorithm says about a batch: loss, weights, factors, and figures that show what the gradient did."""
+"""The result of an algorithm on a batch: the loss, the weights, the factors, and metrics that describe the gradient."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from upge.views import TokenView
 
 
 class TermFactors(NamedTuple):
-    """The factors of one term, each [B, T] (of packed tokens [N]) and detached. Their product
+    """The factors of one term, each [B, T] (packed tokens: [N]) and detached.
 
-        gate · reduction · mask · advantages · shape · exp(log π_θ - log_denominator) = weights
+    Their product is the number in front of each token's ∇log π_θ:
 
-    is the number in front of each token's ∇log π_θ; `gate` includes the term's coefficient, `shape` is f′(π_θ).
+        weights = gate · reduction · mask · advantages · shape · exp(log π_θ - log_denominator)
+
+    `gate` includes the term's coefficient, and `shape` is f′(π_θ).
     """
 
     mask: Tensor
@@ -32,15 +34,15 @@ class TermFactors(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """The unified gradient on a batch; on packed tokens everything is [N] in place of [B, T].
+    """The unified gradient on a batch. For packed tokens, every shape [B, T] is [N].
 
     Attributes:
-        loss: scalar; `backward()` gives minus the unified gradient. Its value is a surrogate and says little.
-        weights: [B, T] the detached number in front of ∇log π_θ, all terms added up.
-        terms: the factors of each term.
-        penalties: the value of each regularizer.
-        batch: what it was made for.
-        compared: the terms whose mask compares the policy with the one that generated the data.
+        loss: scalar surrogate; `backward()` gives minus the unified gradient. Its value has no meaning of its own.
+        weights: [B, T] the detached number in front of ∇log π_θ, summed over terms.
+        terms: name → factors of each term.
+        penalties: name → value of each regularizer.
+        batch: the batch that the estimate belongs to.
+        compared: names of the terms whose mask compares the policy with the behaviour policy.
     """
 
     loss: Float[Tensor, ""]
@@ -52,34 +54,34 @@ class Estimate:
 
     @property
     def response_mask(self) -> Bool[Tensor, "*shape"]:
-        """[B, T] the tokens that count."""
+        """[B, T] True on the tokens that count."""
         return self.batch.response_mask
 
     @property
     def records(self) -> dict[str, TermRecord]:
-        """Per term, what is kept of the tokens that have a part in it."""
+        """Term → record of the tokens that have a non-zero coefficient in it."""
         return {name: term_record(factors, self.batch, name in self.compared) for name, factors in self.terms.items()}
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Figures per term, see `summarise`, and the value of each regularizer."""
+        """The metrics of each term (see `summarise`) and the value of each regularizer."""
         return summarise({n: [r] for n, r in self.records.items()}) | {
             f"{n}/value": v for n, v in self.penalties.items()
         }
 
 
 class TermRecord(NamedTuple):
-    """What is kept of the n tokens of a piece that have a coefficient other than zero in a term.
+    """What a run records of the n tokens of a micro-batch that have a non-zero coefficient in a term.
 
     Attributes:
         weight: [n] the number in front of ∇log π_θ.
-        relative: [n] the same relative to the absolute of its scale gate·reduction: ±1 is a plain likelihood's token.
+        relative: [n] `weight` divided by |gate·reduction|. A token of plain maximum likelihood has 1.
         advantage: sum of the advantages.
-        signals: how many have an advantage other than zero; the counts below are of these.
-        masked: how many the stabilization mask stops.
-        above, below: of the stopped, those that the policy has become more, and less, likely to choose than the one
-            that generated the data; None where the mask does not compare the two.
-        trajectories: Σ|weight| of each trajectory, by its row in the batch, or whatever else tells it from others.
+        signals: number of tokens with a non-zero advantage; the counts below are of these.
+        masked: number of tokens that the stabilization mask stops.
+        above, below: number of stopped tokens whose ratio to the behaviour policy is above and below 1; None if the
+            mask does not compare the two policies.
+        trajectories: Σ|weight| of each trajectory, by its row in the batch or another unique key.
     """
 
     weight: Tensor
@@ -93,7 +95,13 @@ class TermRecord(NamedTuple):
 
 
 def term_record(factors: TermFactors, batch: TokenView, compared: bool) -> TermRecord:
-    """What is kept of a term's tokens in a piece of a batch; `compared` as in `TermRecord.above`."""
+    """The record of a term's tokens in a micro-batch.
+
+    Args:
+        factors: the term's factors on `batch`.
+        batch: the micro-batch.
+        compared: True if the term's mask compares the policy with the behaviour policy.
+    """
     scale = factors.gate * factors.reduction
     active = scale != 0
     columns = (factors.weights, factors.mask, factors.advantages, scale)
@@ -118,65 +126,75 @@ def term_record(factors: TermFactors, batch: TokenView, compared: bool) -> TermR
     )
 
 
-#: Of the signed weights, which percentiles are recorded.
+#: The recorded percentiles of the signed weights.
 PERCENTILES = (1, 10, 50, 90, 99)
 
 
 def summarise(records: Mapping[str, Sequence[TermRecord]]) -> dict[str, float]:
-    """Figures per term over all its pieces. A weight is relative to its scale |gate·reduction|: ±1 is a plain
-    likelihood's token.
+    """The metrics of each term over all its micro-batches, as `TERM/METRIC`.
 
-    `tokens`, `trajectories` that have a coefficient; `advantage_mean`; `weight_abs_mean`, `weight_abs_p50`,
-    `weight_abs_p99` of |weight|; `weight_p1` to `weight_p99`, percentiles of the signed weight; `effective_tokens` =
-    (Σ|w|)²/Σw² of the numbers w in front of ∇log π_θ, `effective_share` of the tokens, `effective_trajectories` the
-    same of each trajectory's Σ|w|; `masked_share` of the tokens with an advantage, stopped by the mask, and of them
-    `masked_above` and `masked_below`, with a ratio to the behaviour policy above and below 1.
+    The weights are relative to |gate·reduction|: a token of plain maximum likelihood has weight 1. The metrics are
+
+    - `tokens`, `trajectories`: numbers with a non-zero coefficient;
+    - `advantage_mean`;
+    - `weight_abs_mean`, `weight_abs_p50`, `weight_abs_p99`: mean and percentiles of |weight|;
+    - `weight_p1` to `weight_p99`: percentiles of the signed weight;
+    - `effective_tokens`: (Σ|w|)²/Σw² of the numbers w in front of ∇log π_θ; `effective_share`: the same divided by
+      `tokens`; `effective_trajectories`: (Σ|w|)²/Σw² of each trajectory's Σ|w|;
+    - `masked_share`: share of the tokens with a non-zero advantage that the mask stops; `masked_above` and
+      `masked_below`: those of them whose ratio to the behaviour policy is above and below 1.
+
+    Args:
+        records: term → one record per micro-batch.
     """
     metrics: dict[str, float] = {}
-    for name, pieces in records.items():
-        found = {"tokens": float(sum(len(piece.weight) for piece in pieces))}
-        if found["tokens"]:
-            found |= _weights(pieces) | _masked(pieces)
-            found["advantage_mean"] = sum(piece.advantage for piece in pieces) / found["tokens"]
-        metrics |= {f"{name}/{key}": value for key, value in found.items()}
+    for name, micro_batches in records.items():
+        tokens = float(sum(len(record.weight) for record in micro_batches))
+        values = {"tokens": tokens}
+        if tokens:
+            values |= _weights(micro_batches) | _masked(micro_batches)
+            values["advantage_mean"] = sum(record.advantage for record in micro_batches) / tokens
+        metrics |= {f"{name}/{key}": value for key, value in values.items()}
     return metrics
 
 
-def _weights(pieces: Sequence[TermRecord]) -> dict[str, float]:
-    weight = torch.cat([piece.weight for piece in pieces])
-    relative = torch.cat([piece.relative for piece in pieces])
+def _weights(records: Sequence[TermRecord]) -> dict[str, float]:
+    weight = torch.cat([record.weight for record in records])
+    relative = torch.cat([record.relative for record in records])
     signed, absolute = relative.sort().values, relative.abs().sort().values
-    found = {"weight_abs_mean": float(absolute.mean())}
-    found |= {f"weight_abs_p{percent}": _percentile(absolute, percent) for percent in (50, 99)}
-    found |= {f"weight_p{percent}": _percentile(signed, percent) for percent in PERCENTILES}
-    found["effective_tokens"] = _effective(weight.double())
-    found["effective_share"] = found["effective_tokens"] / len(weight)
+    metrics = {"weight_abs_mean": float(absolute.mean())}
+    metrics |= {f"weight_abs_p{percent}": _percentile(absolute, percent) for percent in (50, 99)}
+    metrics |= {f"weight_p{percent}": _percentile(signed, percent) for percent in PERCENTILES}
+    metrics["effective_tokens"] = _effective(weight.double())
+    metrics["effective_share"] = metrics["effective_tokens"] / len(weight)
     masses: dict[Hashable, float] = {}
-    for piece in pieces:
-        for row, mass in piece.trajectories.items():
+    for record in records:
+        for row, mass in record.trajectories.items():
             masses[row] = masses.get(row, 0.0) + mass
-    found["trajectories"] = float(len(masses))
-    found["effective_trajectories"] = _effective(torch.tensor(list(masses.values()), dtype=torch.float64))
-    return found
+    metrics["trajectories"] = float(len(masses))
+    metrics["effective_trajectories"] = _effective(torch.tensor(list(masses.values()), dtype=torch.float64))
+    return metrics
 
 
-def _masked(pieces: Sequence[TermRecord]) -> dict[str, float]:
-    """Shares of the tokens with an advantage; the sides only where some piece tells them apart."""
-    signals = sum(piece.signals for piece in pieces)
+def _masked(records: Sequence[TermRecord]) -> dict[str, float]:
+    """Shares of the tokens with an advantage. Above and below are given only if some mask compares the policies."""
+    signals = sum(record.signals for record in records)
     if not signals:
         return {}
-    found = {"masked_share": sum(piece.masked for piece in pieces) / signals}
-    if any(piece.above is not None for piece in pieces):
-        found |= {f"masked_{side}": sum(getattr(p, side) or 0 for p in pieces) / signals for side in ("above", "below")}
-    return found
+    shares = {"masked_share": sum(record.masked for record in records) / signals}
+    if any(record.above is not None for record in records):
+        shares |= {
+            f"masked_{side}": sum(getattr(r, side) or 0 for r in records) / signals for side in ("above", "below")
+        }
+    return shares
 
 
 def _effective(weight: Tensor) -> float:
-    """(Σ|w|)²/Σw²: how many equal ones would weigh as unequally as these."""
+    """(Σ|w|)²/Σw²: the effective number of weights, equal to their number if all are equal."""
     squares = weight.square().sum()
     return float(weight.abs().sum() ** 2 / squares) if squares > 0 else 0.0
 
 
 def _percentile(rising: Tensor, percent: int) -> float:
-    """Of sorted values: `torch.quantile` refuses more than 16 million of them."""
+    """A percentile of sorted values. `torch.quantile` does not take more than 16 million values."""
     return float(rising[min(len(rising) - 1, percent * len(rising) // 100)])

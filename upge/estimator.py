@@ -1,4 +1,4 @@
-"""The unified gradient: the product of one part of each kind (UPGE, arXiv 2509.04419, Eq. 6)."""
+"""The unified gradient: the product of four parts, one per slot (UPGE, arXiv 2509.04419, Eq. 6)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from upge.views import TokenView
 
 
 class Factors(NamedTuple):
-    """The four factors per token, detached: `shape` is f′(π_θ) itself, 1 for the plain likelihood gradient."""
+    """The four factors per token, detached. `shape` is f′(π_θ), which is 1 for the plain likelihood gradient."""
 
     mask: Tensor
     log_denominator: Tensor
@@ -39,6 +39,12 @@ class UnifiedGradient:
         weight = mask · Â · f′ · exp(log π_θ - log π_ref).
 
     It is evaluated in the leading shape of the batch: [B, T], or [N] packed tokens if every part has reach 'token'.
+
+    Attributes:
+        mask: 1_stable.
+        denominator: 1/π_ref.
+        advantage: Â.
+        likelihood: f′.
     """
 
     mask: StabilizationMask
@@ -55,7 +61,7 @@ class UnifiedGradient:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def factors(self, batch: TokenView) -> Factors:
-        """The four factors on `batch`; each part sees only the columns that it declares."""
+        """The four factors on `batch`. Each part sees only the columns that it declares."""
         advantages = self.advantage(self.advantage.view(batch)).detach()
         mask = self.mask(self.mask.view(batch), advantages).detach()
         log_denominator = self.denominator(self.denominator.view(batch)).detach()
@@ -63,21 +69,23 @@ class UnifiedGradient:
         return Factors(mask, log_denominator, advantages, shape)
 
     def weight(self, batch: TokenView, factors: Factors | None = None) -> Float[Tensor, "*shape"]:
-        """The number in front of each token's ∇log π_θ. A token whose mask or advantage is 0 gets exactly 0, however
-        far its ratio has run away."""
+        """The number in front of each token's ∇log π_θ.
+
+        A token whose mask or advantage is 0 gets exactly 0, even if its ratio overflows.
+        """
         mask, log_denominator, advantages, shape = factors or self.factors(batch)
         signed = mask * advantages
-        # One exponential: a shape of 0 must win over a ratio that has run away.
+        # A single exponential, so that a shape of 0 gives 0 even where the ratio alone would overflow.
         ratio = torch.exp(batch.logprobs.detach() - log_denominator + shape.log())
         return torch.where(signed == 0, torch.zeros_like(ratio), signed * ratio)
 
     def precompute_parts(self, batch: Trajectories) -> UnifiedGradient:
-        """Itself with all that is known before the forward pass replaced by its values on the whole `batch`."""
+        """This estimator with everything known before the forward pass replaced by its values on the whole `batch`."""
         parts: dict[str, Any] = {slot: part.precomputed(batch) for slot, part in self.parts.items()}
         return UnifiedGradient(**parts)
 
     def formula(self) -> Formula:
-        """The product in print, factors of 1 left out where nothing is lost."""
+        """The formula of the product, without factors of 1."""
         printed = [part.formula() for part in self.parts.values()]
         return Formula(
             " · ".join(p.text for p in printed if p.text != "1"),
