@@ -1,4 +1,4 @@
-"""Formulas in print, as text and as LaTeX: a factor, a product of factors, and a gradient as a sum of products."""
+"""Formulas as text and as LaTeX: a factor, a product of factors, and a gradient as a sum of products."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from upge.errors import ConfigError
 
 
 class Formula(NamedTuple):
-    """One factor as a person would write it: `text` in Unicode, `latex` for a paper."""
+    """The formula of a factor.
+
+    Attributes:
+        text: plain text in Unicode.
+        latex: LaTeX math.
+    """
 
     text: str
     latex: str
 
 
 def tex(number: float) -> str:
-    """A number as LaTeX writes it: 10^{-6} where :g gives 1e-06."""
+    """A number as LaTeX: 10^{-6} where `:g` gives 1e-06."""
     digits, _, power = f"{number:g}".partition("e")
     if not power:
         return digits
@@ -24,13 +29,18 @@ def tex(number: float) -> str:
 
 
 def times(factors: Sequence[Formula]) -> Formula:
-    """A product in print. Factors of 1 are left out unless nothing else remains."""
+    """The product of `factors`. Factors of 1 are left out; a product of no other factors is 1."""
     shown = [f for f in factors if f.text != "1"]
     return Formula(" · ".join(f.text for f in shown) or "1", r"\,".join(f.latex for f in shown) or "1")
 
 
 def render(terms: Mapping[str, Formula], regularizers: Mapping[str, Formula], style: str) -> str:
-    """∇J in print, one line per term and regularizer; `style` is 'text' or 'latex'.
+    """∇J, with one line per term and regularizer in text.
+
+    Args:
+        terms: name → formula.
+        regularizers: name → formula, which begins with its sign.
+        style: 'text' or 'latex'.
 
     Raises:
         ConfigError: `style` is neither.
@@ -40,7 +50,7 @@ def render(terms: Mapping[str, Formula], regularizers: Mapping[str, Formula], st
     lines = [getattr(formula, style) for formula in (*terms.values(), *regularizers.values())]
     if style == "latex":
         return r"\nabla J = " + " + ".join(lines).replace("+ +", "+").replace("+ -", "-")
-    # A regularizer's own formula begins with its sign.
+    # A regularizer's formula brings its own sign.
     signs = ["∇J ="] + ["   +"] * (len(terms) - 1) + ["    "] * len(regularizers)
     labels = (*terms, *regularizers)
     return "\n".join(f"{a} {b}   [{label}]" for a, b, label in zip(signs, lines, labels, strict=True))

@@ -1,7 +1,7 @@
-"""Per question or per trajectory: the coefficient of a term. A gate is called with the batch and returns [B].
+"""Gates: the coefficient of a term, per question or per trajectory. A gate is called with the batch and returns [B].
 
-A gate that reads no current log-probs or entropies is known before the forward pass: trajectories whose coefficient it
-sets to zero, in every term, never reach the model.
+A gate that reads neither current log-probs nor entropies is known before the forward pass. A trajectory whose
+coefficient is then 0 in every term never reaches the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from upge.errors import ConfigError
 from upge.formula import Formula, times
 from upge.views import TrajectoryView, View, masked_mean
 
-#: Pass rates are multiples of 1/n; thresholds such as 1/3 must not miss them by rounding.
+#: Pass rates are multiples of 1/n. The tolerance keeps a threshold such as 1/3 from missing them by rounding.
 _TOLERANCE = 1e-9
 
 
@@ -30,27 +30,27 @@ class Gate(Component):
 
     @property
     def live_reach(self) -> str:
-        """One number for a whole response: where the current policy has a say in it, it is no matter of one token."""
+        """At least 'trajectory' for a live gate, whose one number per response depends on the whole response."""
         return max((super().live_reach, "trajectory" if self.is_live else "token"), key=REACHES.index)
 
     @abstractmethod
     def __call__(self, batch: View) -> Float[Tensor, "B"]:
-        """[B] coefficient per trajectory, detached."""
+        """[B] the coefficient of each trajectory, detached."""
 
     def closed(self, batch: TrajectoryView) -> Bool[Tensor, "B"]:
-        """[B] True where the coefficient is known to be 0 before the forward pass; such a trajectory does not count.
+        """[B] True where the coefficient is known to be 0 before the forward pass. Such a trajectory does not count.
 
-        A gate that waits for the current policy knows of none. One that multiplies others may: see `ProductOf`.
+        For a live gate this is False everywhere, unless it multiplies other gates: see `ProductOf`.
         """
         if self.is_live:
             return torch.zeros_like(batch.is_demonstration)
         return self(self.view(batch)) == 0
 
     def at_pass_rate(self, rate: float) -> float | None:
-        """The coefficient of every trajectory in a group with this pass rate, or None if the pass rate alone does not
-        decide it.
+        """The coefficient of every trajectory in a group with pass rate `rate`.
 
-        Dynamic sampling asks a gate that reads rewards whether it is closed on the prompts that it would replace.
+        None if the pass rate alone does not determine it. `upge.corrections.DynamicSampling` uses this to check that
+        no term learns from the prompts that it would replace.
         """
         return None
 
@@ -76,14 +76,14 @@ class ConstantGate(Gate):
 
 
 class _PassRateGate(Gate):
-    """A gate that follows the pass rate of the trajectory's group."""
+    """A gate that depends on the pass rate of the trajectory's group."""
 
     reads: ClassVar[frozenset[str]] = GROUP_COLUMNS
     min_group_size: ClassVar[int] = 2
 
     @abstractmethod
     def _at(self, rate: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """The coefficient at each of these pass rates, float64."""
+        """The coefficient at each pass rate, float64."""
 
     def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B"]:
         return self._at(self._pass_rate(batch))
@@ -107,14 +107,17 @@ class _PassRateThreshold(_PassRateGate):
         super().__post_init__()
         if not 0 <= self.threshold <= 1:
             raise ConfigError(
-                f"{type(self).__name__}.threshold: {self.threshold} is not a pass rate; give a share between 0 and 1 "
+                f"{type(self).__name__}.threshold: {self.threshold} is not a pass rate; give a number between 0 and 1 "
                 "(2 of 8 rollouts is 0.25)"
             )
 
 
 @dataclass(frozen=True)
 class PassRateAbove(_PassRateThreshold):
-    """1 where the group's pass rate P exceeds the threshold, else 0: when to learn from rollouts (Eq. 10)."""
+    """1 where the group's pass rate P exceeds the threshold, else 0.
+
+    HPT learns from rollouts there (arXiv 2509.04419, Eq. 10).
+    """
 
     def _at(self, rate: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return (rate > self.threshold + _TOLERANCE).double()
@@ -125,8 +128,10 @@ class PassRateAbove(_PassRateThreshold):
 
 @dataclass(frozen=True)
 class PassRateAtMost(_PassRateThreshold):
-    """1 where the group's pass rate P is at most the threshold (inclusive), else 0: when to learn from a demonstration
-    (Eq. 10)."""
+    """1 where the group's pass rate P is at most the threshold (inclusive), else 0.
+
+    HPT learns from a demonstration there (arXiv 2509.04419, Eq. 10).
+    """
 
     def _at(self, rate: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return (rate <= self.threshold + _TOLERANCE).double()
@@ -137,7 +142,7 @@ class PassRateAtMost(_PassRateThreshold):
 
 @dataclass(frozen=True)
 class PassRateBetween(_PassRateGate):
-    """1 where low < P < high, else 0: the questions whose rollouts differ (arXiv 2503.14476), all others closed."""
+    """1 where low < P < high, else 0. By default it is open on questions whose rollouts differ (arXiv 2503.14476)."""
 
     low: float = 0.0
     high: float = 1.0
@@ -156,9 +161,12 @@ class PassRateBetween(_PassRateGate):
 
 @dataclass(frozen=True)
 class PassRateTable(_PassRateGate):
-    """A coefficient that follows the pass rate: piecewise linear through (rates, coefficients), constant beyond.
+    """A piecewise linear function of the pass rate P through the points (rates, coefficients), constant outside them.
 
-    `step` = True takes the coefficient of the largest listed rate that does not exceed P instead of interpolating.
+    Attributes:
+        rates: pass rates in increasing order.
+        coefficients: the coefficient at each of `rates`.
+        step: True = no interpolation; the coefficient is that of the largest listed rate that does not exceed P.
     """
 
     rates: tuple[float, ...] = (0.0, 1.0)
@@ -171,7 +179,7 @@ class PassRateTable(_PassRateGate):
         if len(self.rates) != len(self.coefficients) or not self.rates or not rising:
             raise ConfigError(
                 f"PassRateTable: rates={list(self.rates)}, coefficients={list(self.coefficients)}; give as many "
-                "coefficients as rates, and the rates in rising order"
+                "coefficients as rates, and the rates in increasing order"
             )
 
     def _at(self, rate: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -193,9 +201,9 @@ class PassRateTable(_PassRateGate):
 
 @dataclass(frozen=True)
 class EntropyWeight(Gate):
-    """scale·exp(sign·H), H = the mean token entropy of the response, detached: the weights of arXiv 2506.19767.
+    """scale·exp(sign·H) with H = the mean token entropy of the response, detached (arXiv 2506.19767).
 
-    Where the original lets a gradient flow through H the method is not a product of the four factors; here it does not.
+    With a gradient through H, as in the original, the method would not be a product of the four factors.
     """
 
     scale: float = 0.5
@@ -214,8 +222,10 @@ class EntropyWeight(Gate):
 
 @dataclass(frozen=True)
 class Schedule(Gate):
-    """A coefficient that follows the training step: `warmup` steps linear from `start` to `peak`, then `decay` steps
-    along a cosine to `end`, then constant (the μ of arXiv 2508.11408).
+    """A function of the training step (the μ of arXiv 2508.11408).
+
+    It rises linearly from `start` to `peak` over `warmup` steps, follows a cosine to `end` over `decay` steps, and then
+    stays constant.
     """
 
     start: float = 0.0
@@ -247,7 +257,7 @@ class Schedule(Gate):
 
 @dataclass(frozen=True)
 class Complement(Gate):
-    """1 - gate: the other share of a balance."""
+    """1 - gate, for a second term whose coefficient adds up to 1 with the first one's."""
 
     gate: Gate
     reads: ClassVar[frozenset[str]] = frozenset()
@@ -266,7 +276,7 @@ class Complement(Gate):
 
 @dataclass(frozen=True)
 class ProductOf(Gate):
-    """The product of gates, for example a pass-rate gate times a schedule."""
+    """The product of several gates, for example a pass-rate gate and a schedule."""
 
     gates: tuple[Gate, ...]
     reads: ClassVar[frozenset[str]] = frozenset()
@@ -278,14 +288,14 @@ class ProductOf(Gate):
         return value
 
     def closed(self, batch: TrajectoryView) -> Bool[Tensor, "B"]:
-        """[B] True where one of the gates is closed, whatever the others will say."""
+        """[B] True where at least one gate is closed."""
         shut = torch.zeros_like(batch.is_demonstration)
         for gate in self.gates:
             shut = shut | gate.closed(batch)
         return shut
 
     def at_pass_rate(self, rate: float) -> float | None:
-        """The product; 0 where one of the gates is closed, whatever the others will say."""
+        """The product of the gates' coefficients; 0 if at least one is 0, even where another gives None."""
         coefficients = [gate.at_pass_rate(rate) for gate in self.gates]
         if 0 in coefficients:
             return 0.0

@@ -1,7 +1,7 @@
-"""OmegaConf node → object: the only place where a string becomes a class.
+"""Building objects from configuration nodes: the only place where a string becomes a class.
 
-A mapping with `_target_: package.module.Name` is a call of that name with the mapping's other keys, built depth first.
-Any importable path will do, so a class in a user's own file needs no registration.
+A mapping with `_target_: package.module.Name` becomes a call of that name, with the mapping's other keys as arguments,
+which are built first. `_target_` takes any importable path, so a class in a user's own file needs no registration.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from upge.checks import field_types, mismatch
 from upge.errors import ConfigError, UserError, nearest
 
 TARGET = "_target_"
-#: Classes that were renamed; a file that names an old one is refused with the new name.
+#: Old → new names of renamed classes. A file that uses an old name gets an error with the new one.
 RENAMED = {
     "upge.Always": "upge.ConstantGate",
     "upge.Interlude": "upge.InterleavedUpdate",
@@ -28,7 +28,7 @@ RENAMED = {
 
 
 def build(node: Any, path: str, expected: type | None = None) -> Any:
-    """The object that `node` describes.
+    """Build the object that `node` describes.
 
     Args:
         node: a value, list, mapping or OmegaConf container; a mapping with `_target_` becomes an object.
@@ -36,7 +36,7 @@ def build(node: Any, path: str, expected: type | None = None) -> Any:
         expected: the class that the result must be an instance of.
 
     Raises:
-        ConfigError: naming the key, what was found and the fix.
+        ConfigError: the object cannot be built; the message names the key, the value and the fix.
     """
     if isinstance(node, (DictConfig, ListConfig)):
         node = OmegaConf.to_container(node, resolve=True)
@@ -59,7 +59,7 @@ def locate(name: Any, path: str) -> Any:
     """The class or function behind the dotted path `name`.
 
     Raises:
-        ConfigError: the module or the name in it does not exist, with the nearest name that does.
+        ConfigError: the module or the name in it does not exist; the message gives the nearest existing name.
     """
     if not isinstance(name, str) or not all(name.split(".")) or "." not in name:
         raise ConfigError(f"{path}: found {name!r}, expected a dotted path such as upge.NoMask or my_file.MyMask")
@@ -75,7 +75,7 @@ def locate(name: Any, path: str) -> Any:
                 "that you start from, or on PYTHONPATH"
             ) from error
         raise ConfigError(
-            f"{path}: importing {module_name} failed: {type(error).__name__}: {error}{_line(error)}; mend that file"
+            f"{path}: importing {module_name} failed: {type(error).__name__}: {error}{_line(error)}; fix that file"
         ) from error
     if not hasattr(module, attribute):
         public = [n for n in dir(module) if not n.startswith("_")]
@@ -84,7 +84,7 @@ def locate(name: Any, path: str) -> Any:
 
 
 def _line(error: Exception) -> str:
-    """Where an import failed, for errors that do not say it themselves."""
+    """File and line of a failed import, for errors that do not state them."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
@@ -130,7 +130,7 @@ def _check_keys(target: Any, arguments: Mapping[str, Any], name: str, path: str)
 
 
 def _slot_hint(annotation: Any) -> str:
-    """For a slot that wants a part, how to write one."""
+    """How to write a part, for a setting that takes one."""
     if isinstance(annotation, type) and inspect.isabstract(annotation):
         return f"; give a mapping with `{TARGET}` naming {_article(annotation)}"
     return ""

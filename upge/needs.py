@@ -1,4 +1,4 @@
-"""What an algorithm asks of the data and the trainer, read off what its parts declare."""
+"""What an algorithm needs from the data and the trainer, derived from what its parts declare."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from upge.components.base import Component
 from upge.errors import ConfigError
 from upge.trajectories import Source
 
-#: Columns that a part can ask of the caller. Not the behaviour column: without it the data are strictly on-policy.
+#: Columns that a caller may lack. `behavior_logprobs` is none of them: without it the data are strictly on-policy.
 _OPTIONAL = frozenset({"sampler_logprobs", "reference_logprobs", "values", "entropies", "preference"})
-#: Columns that take a forward pass of some model.
+#: Columns that are computed by a forward pass of a model.
 COMPUTED = frozenset({"behavior_logprobs", "reference_logprobs", "values"})
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What an algorithm asks of the data and the trainer.
+    """What an algorithm needs from the data and the trainer.
 
     Attributes:
         columns: every column that some part reads.
-        before: those of them that must be filled before the policy's forward pass, because a part that is evaluated
-            on the whole batch reads them: 'behavior_logprobs', 'reference_logprobs', 'values'.
-        rollouts, demonstrations, preference_pairs: which trajectories it learns from or compares with.
-        group_size: the smallest number of rollouts per prompt, asked for by the part at `group_size_because`.
+        rollouts, demonstrations, preference_pairs: True if it learns from, or compares with, such trajectories.
+        group_size: minimum number of rollouts per prompt.
+        group_size_because: path of the part that requires `group_size`.
+        before: the columns among 'behavior_logprobs', 'reference_logprobs' and 'values' that must be filled before
+            the policy's forward pass, because a part that is evaluated on the whole batch reads them.
     """
 
     columns: frozenset[str]
@@ -37,16 +38,16 @@ class Needs:
 
     @property
     def critic(self) -> bool:
-        """True if a value per token is read."""
+        """True if some part reads the critic's values."""
         return "values" in self.columns
 
     @property
     def reference(self) -> bool:
-        """True if log-probs of a frozen policy are read."""
+        """True if some part reads log-probs of the reference policy."""
         return "reference_logprobs" in self.columns
 
     def joined(self, other: Needs) -> Needs:
-        """What both need together; the group size is the first one's unless the second's is larger."""
+        """The needs of both together. For equal group sizes, `group_size_because` is this one's."""
         larger = self if self.group_size >= other.group_size else other
         return Needs(
             columns=self.columns | other.columns,
@@ -60,7 +61,12 @@ class Needs:
 
 
 def needs_of(parts: Mapping[str, Component], sources: Mapping[str, Source]) -> Needs:
-    """The needs of an algorithm with these parts and sources, each by its path."""
+    """The needs of an algorithm.
+
+    Args:
+        parts: its parts by path.
+        sources: the sources of its terms and regularizers by path.
+    """
     columns = frozenset().union(*(part.columns for part in parts.values()))
     wanted = set(sources.values())
     largest = max(parts, key=lambda path: parts[path].group_size_needed)
@@ -87,10 +93,16 @@ def _static(part: Component) -> Iterator[Component]:
 def check_columns(
     parts: Mapping[str, Component], sources: Mapping[str, Source], provided: frozenset[str], path: str = "algo"
 ) -> None:
-    """Refuses parts and sources of the algorithm at `path` that read what nobody fills.
+    """Check that every column that the parts and sources read is provided.
+
+    Args:
+        parts: the algorithm's parts by path.
+        sources: the sources of its terms and regularizers by path.
+        provided: the columns that the caller fills.
+        path: the key of the algorithm, for messages.
 
     Raises:
-        ConfigError: naming the part by its path, the columns and the fix.
+        ConfigError: a column is missing; the message names the part by its path, the columns and the fix.
     """
     for place, part in parts.items():
         missing = (part.columns & _OPTIONAL) - provided
@@ -106,13 +118,13 @@ def check_columns(
         if owner and sources[owner] != "rollouts" and "sampler_logprobs" in part.columns:
             raise ConfigError(
                 f"{type(part).__name__} compares trainer and sampler, but {owner}.source is {sources[owner]} and no "
-                "sampler made those responses; use it where the source is rollouts",
+                "sampler generated those responses; use it where the source is rollouts",
                 f"{path}.{place}",
             )
     for place, source in sources.items():
         if source == "preference_pairs" and "preference" not in provided:
             raise ConfigError(
-                "preference_pairs, but nobody provides the column `preference` here; give data with chosen and "
+                "preference_pairs, but the column `preference` is not provided here; give data with chosen and "
                 "rejected responses, or another source",
                 f"{path}.{place}.source",
             )

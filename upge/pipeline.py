@@ -1,4 +1,4 @@
-"""Several algorithms one after the other in one run: a stage begins where the one before it ends."""
+"""Several algorithms in sequence in one run, each starting from the weights of the one before."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from upge.trajectories import Trajectories
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run with an algorithm of its own.
+    """A part of a run with its own algorithm.
 
     Attributes:
-        algorithm: what is trained with.
-        share: how many of the run's steps, in relation to the other stages' shares.
+        algorithm: the algorithm of this stage.
+        share: its number of steps, relative to the other stages' shares.
         lr_factor: its learning rate as a multiple of the run's.
     """
 
@@ -42,7 +42,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Span:
-    """A stage in a run: its steps are first, first + 1, ..., end - 1, counted from 0."""
+    """The steps of a stage in a run: first, first + 1, ..., end - 1, counted from 0."""
 
     name: str
     stage: Stage
@@ -52,13 +52,15 @@ class Span:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Stages in their order. Weights go from one to the next; optimizer moments and learning-rate schedule begin anew,
-    as in a run of its own that starts from the one before.
+    """A sequence of stages.
+
+    Each stage starts from the weights of the one before, as a separate run would: its optimizer moments and its
+    learning-rate schedule start anew.
 
     Attributes:
-        name: as in its file.
-        stages: name → stage.
-        description: a line or two for people.
+        name: the name of its file.
+        stages: name → stage, in order.
+        description: one or two lines for readers.
     """
 
     name: str
@@ -72,45 +74,45 @@ class Pipeline:
 
     @staticmethod
     def of(algorithm: Algorithm | Pipeline) -> Pipeline:
-        """A single algorithm as a pipeline of one stage; a pipeline as it is."""
+        """`algorithm` as a pipeline: a single algorithm becomes the only stage, a pipeline is returned unchanged."""
         if isinstance(algorithm, Pipeline):
             return algorithm
         return Pipeline(algorithm.name, {algorithm.name: Stage(algorithm)}, algorithm.description)
 
     def spans(self, steps: int) -> list[Span]:
         """Which steps of a run of `steps` each stage has; stages too small for a step have none."""
-        total, done, first, found = sum(s.share for s in self.stages.values()), 0.0, 0, []
+        total, done, first, spans = sum(s.share for s in self.stages.values()), 0.0, 0, []
         for name, stage in self.stages.items():
             done += stage.share
             end = round(steps * done / total)
-            found.append(Span(name, stage, first, end))
+            spans.append(Span(name, stage, first, end))
             first = end
-        return found
+        return spans
 
     @property
     def parts(self) -> dict[str, Component]:
         """Every part of every stage by its path in the file."""
-        found = {}
+        parts = {}
         for name, stage in self.stages.items():
-            found |= {f"stages.{name}.algorithm.{path}": part for path, part in stage.algorithm.parts.items()}
-        return found
+            parts |= {f"stages.{name}.algorithm.{path}": part for path, part in stage.algorithm.parts.items()}
+        return parts
 
     @property
     def needs(self) -> Needs:
-        """What all stages need together."""
-        found = []
+        """The needs of all stages together."""
+        needs = []
         for name, stage in self.stages.items():
             own = stage.algorithm.needs
-            found.append(replace(own, group_size_because=f"stages.{name}.algorithm.{own.group_size_because}"))
-        return reduce(lambda a, b: a.joined(b), found)
+            needs.append(replace(own, group_size_because=f"stages.{name}.algorithm.{own.group_size_because}"))
+        return reduce(lambda a, b: a.joined(b), needs)
 
     def check(
         self, *, group_size: int, demonstrations: int | None = None, provided: Iterable[str] = (), path: str = "algo"
     ) -> None:
-        """`Algorithm.check` of every stage.
+        """Check that a run can train every stage, see `Algorithm.check`.
 
         Raises:
-            ConfigError: naming the stage, the key, the value and the fix.
+            ConfigError: it cannot; the message names the stage, the key, the value and the fix.
         """
         provided = tuple(provided)
         for name, stage in self.stages.items():
@@ -122,7 +124,7 @@ class Pipeline:
         """The algorithm of a pipeline with one stage.
 
         Raises:
-            ConfigError: there are several.
+            ConfigError: the pipeline has several stages.
         """
         if len(self.stages) > 1:
             names = ", ".join(self.stages)
@@ -143,7 +145,11 @@ class Pipeline:
         return self.only.estimate(batch)
 
     def formula(self, style: str = "text") -> str:
-        """The stages' formulas, each under its name."""
+        """The stages' formulas, each under its stage's name.
+
+        Args:
+            style: 'text' or 'latex'.
+        """
         if style == "latex":
             return r" \\ ".join(
                 rf"\text{{{name}: }} {stage.algorithm.formula(style)}" for name, stage in self.stages.items()

@@ -59,7 +59,7 @@ from upge import ConfigError
         (lambda: upge.PassRateAtMost(-0.1), ["PassRateAtMost.threshold", "-0.1"]),
         (lambda: upge.PassRateAtMost(math.nan), ["PassRateAtMost.threshold", "nan"]),
         (lambda: upge.PassRateTable((0.0, 0.5), (1.0,)), ["PassRateTable", "rates=[0.0, 0.5]", "coefficients=[1.0]"]),
-        (lambda: upge.PassRateTable((0.5, 0.5), (1.0, 2.0)), ["PassRateTable", "rising order"]),
+        (lambda: upge.PassRateTable((0.5, 0.5), (1.0, 2.0)), ["PassRateTable", "increasing order"]),
         (lambda: upge.PassRateTable((), ()), ["PassRateTable", "rates=[]"]),
         (lambda: upge.PassRateTable((0.0, "1"), (1.0, 2.0)), ["PassRateTable.rates", "'1'"]),
         (lambda: upge.EntropyWeight(sign=0), ["EntropyWeight.sign", "0", "-1, 1"]),
