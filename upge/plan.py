@@ -1,7 +1,7 @@
-"""An algorithm bound to a batch: what is known before the forward pass is computed, and any part can be evaluated.
+"""An algorithm bound to a batch, with everything that is known before the forward pass computed.
 
-plan = algorithm.plan(batch)                           # on the whole batch
-plan.estimate(micro_batch)                             # on some of its trajectories; the results add up
+plan = algorithm.plan(batch)          # on the whole batch
+plan.estimate(micro_batch)            # on some of its trajectories; the estimates add up
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from upge.views import PackedTokens, TokenView
 
 @dataclass(frozen=True)
 class PlannedTerm:
-    """A term on a batch, with everything that is known before the forward pass computed.
+    """A term bound to a batch, with everything that is known before the forward pass computed.
 
     Attributes:
-        gate, estimator: the term's, with precomputed parts.
-        coefficient: the term's.
-        source: [B] the trajectories of the term's source.
-        active: [B] those of them whose coefficient is not known to be 0.
-        weights: [B, T] the reduction's w, zero outside the active rows.
+        gate: the term's gate, with precomputed parts.
+        estimator: the term's estimator, with precomputed parts.
+        coefficient: the term's coefficient.
+        source: [B] True for the trajectories of the term's source.
+        active: [B] True for those of them whose coefficient is not known to be 0.
+        weights: [B, T] the reduction's w, 0 outside the active rows.
     """
 
     gate: Gate
@@ -46,7 +47,7 @@ class PlannedTerm:
     weights: Float[Tensor, "B T"]
 
     def to(self, device: torch.device | str) -> PlannedTerm:
-        """The same term with its values on `device`."""
+        """A copy of this term on `device`."""
 
         def move(values: Tensor) -> Tensor:
             return values.to(device)
@@ -55,7 +56,7 @@ class PlannedTerm:
         return PlannedTerm(gate, estimator, self.coefficient, move(self.source), move(self.active), move(self.weights))
 
     def factors(self, batch: TokenView) -> TermFactors:
-        """The factors on a micro-batch, each with one number per token."""
+        """The factors on a micro-batch, one number per token each."""
         shape = batch.response_mask.shape
         factors = self.estimator.factors(batch)
         gate = self.gate(self.gate.view(batch)).detach().double() * self.coefficient
@@ -69,7 +70,7 @@ class PlannedTerm:
 
     @property
     def signal(self) -> Bool[Tensor, "B"]:
-        """[B] False where every token's weight or precomputed advantage is 0, so that no gradient can come of it."""
+        """[B] False where every token's weight or precomputed advantage is 0, so that the gradient must be 0."""
         signal, advantage = self.weights, self.estimator.parts["advantage"]
         if isinstance(advantage, Precomputed):
             signal = signal * advantage.values[:, : signal.shape[1]]
@@ -81,11 +82,11 @@ class Plan:
     """An algorithm bound to a batch.
 
     Attributes:
-        terms: by name, the terms with a coefficient other than 0.
-        penalties: by name, each regularizer with its scale [B, T], coefficient·w.
-        contributing: [B] trajectories that can contribute to the gradient; no other needs a forward pass.
-        active: [B] trajectories with a coefficient other than 0 in some term, those without a signal included.
-        reach: of the algorithm; with 'group', the widest, a part may read what has no weight of its own.
+        terms: name → term, for the terms with a coefficient other than 0.
+        penalties: name → (regularizer, [B, T] its scale coefficient·w).
+        contributing: [B] True for trajectories that can contribute to the gradient. Only these need a forward pass.
+        active: [B] True for trajectories with a non-zero coefficient in some term, whether or not they contribute.
+        reach: the algorithm's reach. With 'group', a part may also read trajectories whose own weight is 0.
     """
 
     terms: Mapping[str, PlannedTerm]
@@ -95,7 +96,7 @@ class Plan:
     reach: str = "group"
 
     def to(self, device: torch.device | str) -> Plan:
-        """The same plan with its values on `device`, where the micro-batches are."""
+        """This plan on `device`, which must be the device of the micro-batches."""
         if self.contributing.device == torch.device(device):
             return self
         penalties = {
@@ -106,7 +107,13 @@ class Plan:
         return Plan(terms, penalties, self.contributing.to(device), self.active.to(device), self.reach)
 
     def alone(self, name: str) -> Plan:
-        """The plan of one term or regularizer. The losses and gradients of these plans add up to the whole plan's."""
+        """The plan of a single term or regularizer.
+
+        The losses and gradients of these plans add up to those of the whole plan.
+
+        Args:
+            name: the name of the term or regularizer.
+        """
         terms = {n: term for n, term in self.terms.items() if n == name}
         penalties = {n: penalty for n, penalty in self.penalties.items() if n == name}
         scales = [term.weights for term in terms.values()] + [scale for _, scale in penalties.values()]
@@ -128,22 +135,24 @@ class Plan:
         return rows & self.contributing
 
     def estimate(self, batch: Trajectories | PackedTokens) -> Estimate:
-        """The estimate on a micro-batch of the planned batch (`batch.row` says which rows); estimates add up.
+        """The estimate on a micro-batch. The estimates of all micro-batches add up to that of the batch.
 
-        A micro-batch is some of the trajectories, or, where the algorithm `takes_chunks`, any of their tokens packed.
+        Args:
+            batch: some trajectories of the planned batch, or any packed tokens of it if the algorithm `takes_chunks`.
+                Its `row` says which rows of the planned batch these are.
 
         Raises:
-            ValueError: the batch has no log-probs of the current policy.
+            ValueError: `batch` has no log-probs of the current policy.
         """
         if batch.logprobs is None:
             raise ValueError("logprobs: an estimate needs them, but this batch has none; pass `logprobs=...` [B, T]")
         terms = {name: term.factors(batch) for name, term in self.terms.items()}
         logprobs = batch.logprobs
-        # Weights in half precision would lose what their divisors need.
+        # In half precision, weights with large divisors would lose their accuracy.
         dtype = torch.promote_types(logprobs.dtype, torch.float32)
         per_term = [t.weights for t in terms.values()] or [torch.zeros_like(logprobs.detach())]
         weights = torch.stack(per_term).sum(dim=0).to(dtype)
-        # Where the weight is 0 the log-prob may be -inf, and 0 times that is NaN.
+        # Where the weight is 0 the log-prob may be -inf, and 0·(-inf) is NaN.
         loss = -(weights * torch.where(weights == 0, torch.zeros_like(logprobs), logprobs)).sum()
         penalties: dict[str, Tensor] = {}
         for name, (regularizer, scale) in self.penalties.items():
@@ -154,7 +163,7 @@ class Plan:
 
     @property
     def _compared(self) -> frozenset[str]:
-        """The terms whose mask reads the behaviour policy's log-probs, so that a ratio decides what it stops."""
+        """The terms whose mask compares the policy with the behaviour policy."""
         masks = {name: term.estimator.parts["mask"] for name, term in self.terms.items()}
         return frozenset(name for name, mask in masks.items() if "behavior_logprobs" in live_reads(mask))
 
@@ -166,10 +175,14 @@ def plan_updates(
     batch: Trajectories,
     updates: Sequence[Int[Tensor, "b"] | None],
 ) -> list[Plan]:
-    """A plan for each of several updates, which learn from the rows of `batch` that each names (None: from all).
+    """One plan per update, see `Algorithm.plans`.
 
-    Advantages and gates are computed on the whole batch: statistics such as a whitened advantage's do not depend on
-    how it is cut into updates. Divisors are counts over an update's own rows.
+    Args:
+        terms: name → term with a coefficient other than 0.
+        regularizers: name → regularizer with a coefficient other than 0.
+        reach: the algorithm's reach.
+        batch: the whole batch.
+        updates: for each update, the rows of `batch` that it learns from; None = all.
     """
     active = {name: term.active(batch) for name, term in terms.items()}
     ready = {name: term.precompute(batch) for name, term in terms.items()}
@@ -202,7 +215,7 @@ def _plan(
     batch: Trajectories,
     active: Mapping[str, Tensor],
 ) -> Plan:
-    """The plan of one update on all of `batch`; the parts of terms and regularizers are precomputed."""
+    """The plan of one update on all of `batch`, from terms and regularizers whose parts are precomputed."""
     in_any = torch.stack(list(active.values())).any(dim=0)
     planned: dict[str, PlannedTerm] = {}
     contributing = torch.zeros_like(in_any)
@@ -217,7 +230,7 @@ def _plan(
         weights = _weights(regularizer.reduction, batch, own, in_any)
         penalties[name] = (regularizer, weights * regularizer.coefficient)
         contributing |= (weights != 0).any(dim=1)
-    if reach == "group":  # what has no signal of its own may still be read by the others of its group
+    if reach == "group":  # a trajectory without a signal may still be read by others of its group
         contributing = torch.isin(batch.group, batch.group[contributing])
     return Plan(planned, penalties, contributing, in_any, reach)
 
@@ -225,7 +238,7 @@ def _plan(
 def _weights(
     reduction: Reduction, batch: Trajectories, active: Bool[Tensor, "B"], active_in_any: Bool[Tensor, "B"]
 ) -> Float[Tensor, "B T"]:
-    """w on the active rows, with a divisor that counts what the reduction's `over` says."""
+    """w on the active rows. The reduction's `over` says which trajectories its divisor counts."""
     if getattr(reduction, "over", None) not in get_args(Over):
         raise ConfigError(
             f"{type(reduction).__name__}.over: found {getattr(reduction, 'over', None)!r}; a reduction has the field "
@@ -236,10 +249,15 @@ def _weights(
 
 
 def _penalty(regularizer: Regularizer, scale: Tensor, batch: Trajectories | PackedTokens) -> Tensor:
-    """The value of a regularizer on a micro-batch; `scale`, one number per token, is coefficient·w.
+    """The value of a regularizer on a micro-batch.
 
-    Trajectories outside its source are hidden from it as padding is: their penalty may overflow, and 0 times infinity
-    is NaN in value and gradient. A penalty of reach 'group' may want to read them, so it sees all.
+    Trajectories outside the regularizer's source are hidden from it like padding, because their penalty may overflow
+    and 0·∞ is NaN in value and gradient. A penalty of reach 'group' may need to read them, so it sees all trajectories.
+
+    Args:
+        regularizer: the penalty.
+        scale: coefficient·w, one number per token.
+        batch: the micro-batch.
     """
     if regularizer.live_reach != "group":
         weighted = scale != 0

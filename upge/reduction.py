@@ -1,9 +1,9 @@
-"""w: how tokens, trajectories and questions average.
+"""w: how tokens, trajectories and questions are averaged.
 
 A reduction is called with the batch and the trajectories that count, and returns the weight of every token, [B, T].
-Its divisors are counts over the whole batch, taken before it is cut into micro-batches or ranks, so the gradient cannot
-depend on the cut. `over` says which trajectories count: 'term' = the term's own with a coefficient other than zero,
-'batch' = those with one in any term, so that several terms share one divisor.
+Its divisors are counts over the whole batch, taken before the batch is split into micro-batches or ranks, so the
+gradient does not depend on the split. `over` says which trajectories count: 'term' = those with a non-zero coefficient
+in the term itself; 'batch' = those with a non-zero coefficient in any term, so that several terms share one divisor.
 """
 
 from __future__ import annotations
@@ -26,22 +26,30 @@ PerToken = Literal["mean", "sum", "fixed"]
 
 
 class Reduction(Component):
-    """The weights w of a term's tokens. Every concrete reduction has the field `over`."""
+    """The weights w of a term's tokens.
+
+    Every concrete reduction has the field `over`.
+    """
 
     over: Over
 
     @abstractmethod
     def __call__(self, batch: View, active: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
-        """[B, T] weight per token in float64; `active` [B] marks the trajectories that count; 0 on all others."""
+        """[B, T] the weight of each token, in float64; 0 outside the active trajectories.
+
+        Args:
+            batch: the whole batch.
+            active: [B] True for the trajectories that count.
+        """
 
 
 def _spread(per_trajectory: Tensor, batch: TrajectoryView, active: Tensor) -> Tensor:
-    """[B] → [B, T]: the weight on every counting token of the active trajectories."""
+    """[B] → [B, T]: each trajectory's weight on all its tokens, if the trajectory is active."""
     return per_trajectory[:, None] * (batch.response_mask & active[:, None])
 
 
 def _token_rule(tokens: PerToken, length: int | None, batch: TrajectoryView) -> Tensor:
-    """[B] weight of a token within its response: 1/|y|, 1, or 1/length."""
+    """[B] weight of a token within its response: 1/|τ|, 1, or 1/length."""
     if tokens == "mean":
         return 1.0 / batch.lengths.clamp(min=1).double()
     weight = 1.0 / length if tokens == "fixed" and length is not None else 1.0
@@ -64,7 +72,7 @@ def _rule_formula(tokens: PerToken, length: int | None) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class TokenMean(Reduction):
-    """w = 1/Σ|τ|: every token counts the same, so long responses count more."""
+    """w = 1/Σ|τ|: all tokens have the same weight, so long responses count more."""
 
     over: Over = "term"
     reads: ClassVar[frozenset[str]] = frozenset()
@@ -79,7 +87,12 @@ class TokenMean(Reduction):
 
 @dataclass(frozen=True)
 class SequenceMean(Reduction):
-    """w = 1/(N·|τ|), N trajectories: every response counts the same. `tokens` = 'sum': w = 1/N."""
+    """w = 1/(N·|τ|) for N trajectories: all responses count the same.
+
+    Attributes:
+        over: which trajectories N counts.
+        tokens: 'mean' as above; 'sum': w = 1/N.
+    """
 
     over: Over = "term"
     tokens: Literal["mean", "sum"] = "mean"
@@ -96,8 +109,14 @@ class SequenceMean(Reduction):
 
 @dataclass(frozen=True)
 class FixedLength(Reduction):
-    """w = 1/(N·length), N trajectories: a constant divisor, so a token's weight does not depend on its response's
-    length (arXiv 2503.20783)."""
+    """w = 1/(N·length) for N trajectories (arXiv 2503.20783).
+
+    The divisor is constant, so a token's weight does not depend on the length of its response.
+
+    Attributes:
+        length: the divisor in tokens, usually the response limit.
+        over: which trajectories N counts.
+    """
 
     length: int
     over: Over = "term"
@@ -117,11 +136,16 @@ class FixedLength(Reduction):
 
 @dataclass(frozen=True)
 class QuestionMean(Reduction):
-    """w = 1/(Q·n_q) × token rule: questions count the same, and within one its n_q trajectories. Q questions count that
-    have a trajectory that counts.
+    """w = 1/(Q·n_q) × token rule: all Q questions count the same, and so do the n_q trajectories of one question.
 
-    `tokens`: 'mean' 1/|τ|, 'sum' 1, 'fixed' 1/length. `within`: n_q counts the 'question's trajectories that count,
-    or, of a question that gives both, those of the same 'kind' alone: its rollouts, or its demonstrations.
+    Q counts the questions that have at least one trajectory that counts.
+
+    Attributes:
+        tokens: the token rule: 'mean' = 1/|τ|, 'sum' = 1, 'fixed' = 1/length.
+        length: the divisor of 'fixed', in tokens.
+        over: which trajectories count.
+        within: what n_q counts: 'question' = all trajectories of the question that count; 'kind' = only those of the
+            same kind, rollouts or demonstrations.
     """
 
     tokens: PerToken = "mean"

@@ -1,6 +1,6 @@
-"""Additive penalties that are not products of the four factors. A gradient flows through them by autograd.
+"""Additive penalties that are not products of the four factors. Their gradient is computed by autograd.
 
-Each is added to the loss as coefficient × Σ w·penalty over the trajectories of its source that count in some term.
+Each adds coefficient · Σ w·penalty to the loss, summed over the trajectories of its source that count in some term.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ from upge.views import TokenView, View
 
 
 class Regularizer(Component):
-    """A penalty per token. Every concrete regularizer has the fields `coefficient`, `reduction` and `source`."""
+    """A penalty per token.
+
+    Every concrete regularizer has these fields:
+
+    Attributes:
+        coefficient: the factor of the penalty in the loss.
+        reduction: the weights w.
+        source: the trajectories that it applies to.
+    """
 
     evaluated_separately: ClassVar[frozenset[str]] = frozenset({"reduction"})
 
@@ -31,17 +39,20 @@ class Regularizer(Component):
 
     @abstractmethod
     def __call__(self, batch: View) -> Float[Tensor, "*shape"]:
-        """Penalty per token, with gradient."""
+        """The penalty of each token, with gradient."""
 
 
 def _sign(number: float) -> tuple[str, str]:
-    """As text and as LaTeX; the minus of the text is the typographic one."""
+    """The sign of `number` as text, with a typographic minus, and as LaTeX."""
     return ("−", "-") if number < 0 else ("+", "+")
 
 
 @dataclass(frozen=True)
 class EntropyBonus(Regularizer):
-    """-H(π_θ(·|t)), the full-vocabulary entropy: its gradient is no multiple of ∇π_θ(y_t), hence additive."""
+    """-H(π_θ(·|t)), the negative full-vocabulary entropy.
+
+    It is additive because its gradient is not a multiple of ∇π_θ(y_t).
+    """
 
     coefficient: float
     reduction: Reduction
@@ -58,15 +69,16 @@ class EntropyBonus(Regularizer):
 
 @dataclass(frozen=True)
 class KLPenalty(Regularizer):
-    """A penalty on the distance to a frozen policy, token by token, from d = log π_frozen - log π_θ. Its gradient, on
-    on-policy samples and in expectation over a token given what stands before it:
+    """A penalty per token on the distance to the reference policy, a function of d = log π_frozen - log π_θ.
 
-    'k3', e^d - d - 1: that of KL(π_frozen‖π_θ), the forward one.
-    'k2', d²/2: that of KL(π_θ‖π_frozen), the reverse one.
-    'k1', -d: zero, a constant times ∇log π_θ. As a loss it regularises nothing.
+    `kind` selects the function. The expected gradient on on-policy samples, given the tokens before, is
 
-    Neither counts what a token does to the distances after it, so for a response of several tokens none is the gradient
-    of the KL of whole responses; `upge.KLShaped` with `future` is. docs/theory.md has the figures.
+    - 'k3', e^d - d - 1: the gradient of KL(π_frozen‖π_θ), the forward KL;
+    - 'k2', d²/2: the gradient of KL(π_θ‖π_frozen), the reverse KL;
+    - 'k1', -d: zero, because it is a constant times ∇log π_θ. As a loss, k1 has no effect in expectation.
+
+    None of them includes the effect of a token on later distances, so for responses of several tokens none is the
+    gradient of the KL between whole responses. `upge.KLShaped` with `future` is. See docs/theory.md for numbers.
     """
 
     coefficient: float

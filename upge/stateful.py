@@ -1,7 +1,8 @@
-"""Stateful gates: a number that is carried from step to step, logged, and kept in checkpoints.
+"""Stateful gates: gates with a variable that is updated from step to step, logged, and saved in checkpoints.
 
-The gate itself stays a pure function. The number lives in `Trajectories.state` under the gate's `variable`; after each
-step the trainer asks the gate for the next one. Two gates with one variable share its number and must be equal.
+The gate itself is a pure function. The variable's value is in `Trajectories.state`, under the name `variable`. After
+each step the trainer calls the gate's `updated` for the next value. Two gates with the same variable share its value
+and must be equal.
 """
 
 from __future__ import annotations
@@ -21,19 +22,20 @@ from upge.formula import Formula
 from upge.gates import Gate
 from upge.views import TrajectoryView
 
-#: What the trainer can tell a gate after a step; any figure of metrics.jsonl besides.
+#: A signal that the trainer computes only for gates that want it. The other signals are the metrics of a run.
 UTILITY_SLOPE = "utility_slope"
 
 
 @dataclass(frozen=True)
 class StatefulGate(Gate):
-    """A gate whose coefficient is the present value of `variable`.
+    """A gate whose coefficient is the current value of `variable`.
 
-    Class attributes:
-        wants: the signals that `updated` needs. 'utility_slope' is the derivative, by the variable, of what the
-            algorithm's `validation` objective gains from one plain gradient step of the present learning rate; it
-            costs two more passes, made only in the steps that are `due`. Every other name is a figure of
-            metrics.jsonl, except time/total, which comes last.
+    Attributes:
+        variable: name of the variable.
+        wants: class attribute; the signals that `updated` needs. 'utility_slope' is the derivative, with respect to
+            the variable, of the gain in the algorithm's `validation` objective from one plain gradient step with the
+            current learning rate. It takes two more passes over a batch, in the steps that are `due`. Every other
+            name is a metric in metrics.jsonl. time/total is not available, because it is recorded last.
     """
 
     variable: str
@@ -46,10 +48,15 @@ class StatefulGate(Gate):
 
     @abstractmethod
     def updated(self, value: float, signals: Mapping[str, float]) -> float:
-        """The value of the next step, from the present one and what `wants` names."""
+        """The value for the next step.
+
+        Args:
+            value: the current value.
+            signals: the signals that `wants` names.
+        """
 
     def due(self, step: int) -> bool:
-        """True if the step (counted from 0) ends with `updated`."""
+        """True if `updated` is called at the end of step `step` (counted from 0)."""
         return True
 
     def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B"]:
@@ -62,13 +69,22 @@ class StatefulGate(Gate):
 
 @dataclass(frozen=True)
 class MetaGradient(StatefulGate):
-    """μ, moved every `every` steps towards what helps a held-out objective, and by the entropy's distance to a target:
+    """μ, updated every `every` steps to improve a held-out objective and to keep the entropy near a target:
 
         μ ← clip(μ + rate·g + entropy_rate·(target_entropy - H), low, high).
 
-    g is the derivative of the utility U = -L_val by μ after one gradient step θ′ = θ - lr·∇L(μ). Where the loss is
-    L = (1-μ)·L_1 + μ·L_2, dU/dμ = +lr·⟨∇L_val, ∇L_2 - ∇L_1⟩: μ rises where the second term's gradient is the better
-    aligned with the held-out one. H is the mean token entropy of the step's rollouts (nats).
+    g is the derivative with respect to μ of the utility U = -L_val after one gradient step θ′ = θ - lr·∇L(μ). For the
+    loss L = (1-μ)·L_1 + μ·L_2, dU/dμ = +lr·⟨∇L_val, ∇L_2 - ∇L_1⟩: μ increases if the second term's gradient is better
+    aligned with the held-out gradient than the first one's. H is the mean token entropy of the step's rollouts (nats).
+
+    Attributes:
+        variable: name of the variable.
+        start: value before the first step.
+        rate: step size for g.
+        entropy_rate: step size for the distance to the target entropy.
+        target_entropy: target of H (nats).
+        low, high: bounds of μ.
+        every: number of steps between updates.
     """
 
     variable: str = "mu"
@@ -96,7 +112,7 @@ class MetaGradient(StatefulGate):
         return self.start
 
     def due(self, step: int) -> bool:
-        """Each `every` steps, at the end of steps every, 2·every, ... counted from 1."""
+        """True every `every` steps: at the end of steps every, 2·every, ..., counted from 1."""
         return (step + 1) % self.every == 0
 
     def updated(self, value: float, signals: Mapping[str, float]) -> float:
@@ -110,21 +126,21 @@ class MetaGradient(StatefulGate):
 
 
 def stateful_gates(parts: Mapping[str, Component]) -> dict[str, StatefulGate]:
-    """Variable → gate, of all stateful gates among `parts` and what these wrap.
+    """Variable → gate, for all stateful gates among `parts` and the parts that these wrap.
 
     Raises:
-        ConfigError: two different gates claim one variable.
+        ConfigError: two different gates share one variable.
     """
-    found: dict[str, StatefulGate] = {}
+    gates: dict[str, StatefulGate] = {}
     for path, part in parts.items():
         if isinstance(part, StatefulGate):
-            first = found.setdefault(part.variable, part)
+            first = gates.setdefault(part.variable, part)
             if first != part:
                 raise ConfigError(
                     f"{path}: {part!r} shares the variable '{part.variable}' with {first!r}; give both the same "
-                    "settings (an interpolation of the other will do), or another `variable`"
+                    "settings (an interpolation of the other is enough), or another `variable`"
                 )
         for name, gate in stateful_gates({f"{path}.{n}": p for n, p in part.parts.items()}).items():
-            if found.setdefault(name, gate) != gate:
+            if gates.setdefault(name, gate) != gate:
                 raise ConfigError(f"{path}: two different gates share the variable '{name}'; give them equal settings")
-    return found
+    return gates

@@ -31,11 +31,11 @@ class Term:
     """coefficient · Σ_τ gate · w · Σ_t 1_stable · (1/π_ref) · Â · f′∇π_θ over the trajectories of a source.
 
     Attributes:
-        source: which trajectories the term learns from.
-        gate: [B] coefficient per trajectory.
+        source: the trajectories that the term learns from.
+        gate: gives the coefficient of each trajectory, [B].
         estimator: the product of the four factors.
-        reduction: [B, T] the weights w.
-        coefficient: a plain number in front of all of it.
+        reduction: gives the weights w, [B, T].
+        coefficient: a constant factor of the whole term.
     """
 
     source: Source
@@ -51,20 +51,20 @@ class Term:
 
     @property
     def parts(self) -> dict[str, Component]:
-        """Every part by its path within the term."""
+        """Every part, by its path in the term."""
         estimator = {f"estimator.{slot}": part for slot, part in self.estimator.parts.items()}
         return {"gate": self.gate, **estimator, "reduction": self.reduction}
 
     def active(self, batch: Trajectories) -> Bool[Tensor, "B"]:
-        """[B] trajectories of the source whose coefficient is not known to be 0 before the forward pass."""
+        """[B] True for trajectories of the source whose coefficient is not known to be 0 before the forward pass."""
         return batch.source_rows(self.source) & ~self.gate.closed(batch) & (self.coefficient != 0)
 
     def precompute(self, batch: Trajectories) -> Term:
-        """This term with everything that is known before the forward pass replaced by its values on the whole batch."""
+        """This term with everything known before the forward pass replaced by its values on the whole `batch`."""
         return replace(self, gate=self.gate.precomputed(batch), estimator=self.estimator.precompute_parts(batch))
 
     def formula(self) -> Formula:
-        """The term's sum in print."""
+        """The formula of the term's sum."""
         gate, w, product = self.gate.formula(), self.reduction.formula(), self.estimator.formula()
         coefficient = Formula(f"{self.coefficient:g}", f"{self.coefficient:g}")
         weights = [factor for factor in (coefficient, gate) if factor.text != "1"] + [w]

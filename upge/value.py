@@ -1,4 +1,4 @@
-"""The critic's objective. It is no product of the four factors and has its own parameters, so it is stated apart."""
+"""The critic's objective. It is separate because it has its own parameters and is not a product of the four factors."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from upge.views import TrajectoryView
 
 @dataclass(frozen=True)
 class ValueLoss(Component):
-    """½·Σ w·max((V - R)², (clip(V, V_old ± clip) - R)²) over rollouts, with R = Â + V_old (arXiv 1707.06347's
-    implementation): V_old is the critic before the step's updates, R the return that `returns` implies.
+    """½·Σ w·max((V - R)², (clip(V, V_old ± clip) - R)²) over rollouts, with R = Â + V_old.
+
+    V_old is the critic's value before the step's updates, and R is the return that follows from the advantage. This is
+    the loss of the implementation of arXiv 1707.06347.
 
     Attributes:
-        returns: the advantage that V_old belongs to, without whitening.
-        clip: how far V may leave V_old before a further move no longer lowers the loss; None = plain squared error.
-        reduction: w, over the rollouts that count.
-        coefficient: in front of all of it; the critic has its own optimizer, so it only scales its gradient clipping.
+        returns: the advantage Â, without whitening.
+        clip: distance from V_old beyond which moving V further does not lower the loss; None = plain squared error.
+        reduction: the weights w, over the rollouts that count.
+        coefficient: a constant factor. The critic has its own optimizer, so it matters only for gradient clipping.
     """
 
     returns: AdvantageEstimator
@@ -43,7 +45,7 @@ class ValueLoss(Component):
         if not 0 < self.coefficient < math.inf:
             raise ConfigError(f"ValueLoss.coefficient: {self.coefficient} must be positive and finite")
         if isinstance(self.returns, Whitened):
-            raise ConfigError("ValueLoss.returns: Whitened has not the scale of the values; give what it wraps")
+            raise ConfigError("ValueLoss.returns: Whitened is not on the scale of the values; give what it wraps")
         if self.returns.is_live:
             raise ConfigError(
                 f"ValueLoss.returns: {type(self.returns).__name__} reads the current policy, but a return must be "
@@ -51,18 +53,29 @@ class ValueLoss(Component):
             )
 
     def targets(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
-        """[B, T] returns Â + V_old, on the whole batch, before the forward pass."""
+        """[B, T] the returns Â + V_old on the whole batch, before the forward pass."""
         return self.returns(self.returns.view(batch)).detach() + batch.values.double()
 
     def weights(self, batch: TrajectoryView, counted: Tensor) -> Float[Tensor, "B T"]:
-        """[B, T] coefficient·w: the rollouts among the trajectories that count, [B]."""
+        """[B, T] coefficient·w.
+
+        Args:
+            batch: the whole batch.
+            counted: [B] True for the trajectories that count; demonstrations among them are left out.
+        """
         rows = counted & ~batch.is_demonstration
         return self.coefficient * self.reduction(self.reduction.view(batch), rows)
 
     def __call__(
         self, values: Float[Tensor, "B T"], old: Float[Tensor, "B T"], targets: Float[Tensor, "B T"]
     ) -> Float[Tensor, "B T"]:
-        """[B, T] loss per token, with gradient through `values`; to be weighted by `weights`."""
+        """[B, T] the loss of each token, before it is multiplied by `weights`.
+
+        Args:
+            values: the critic's values, with gradient.
+            old: the values before the step's updates.
+            targets: the returns.
+        """
         error = (values - targets).square()
         if self.clip is not None:
             near = torch.minimum(torch.maximum(values, old - self.clip), old + self.clip)
