@@ -1,10 +1,15 @@
 """The batch that every part of an algorithm reads.
 
-Legend of shapes, used in all docstrings: B trajectories, T response tokens (the longest response of the batch),
-G trajectories of one group, N packed tokens, D hidden size, V vocabulary, Q questions (groups).
+Legend of shapes, used in all docstrings and annotations:
+
+    B  trajectories                          b  selected trajectories
+    T  tokens of the longest response        n  selected tokens
+    G  trajectories of one group             N  packed tokens
+    Q  questions (groups)                    D  hidden size
+    V  vocabulary size                       *shape  [B, T] or [N]
 """
 
-# Columns that may be missing here are there in a part's view, which raises otherwise: see `upge.views.TokenView`.
+# Columns that may be None here are never None in a part's view, which raises instead: see `upge.views.TokenView`.
 # pyright: reportIncompatibleVariableOverride=false
 
 from __future__ import annotations
@@ -22,40 +27,41 @@ from torch import Tensor
 from upge.errors import ConfigError
 from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS, PackedTokens, TrajectoryView, hide
 
-#: Which trajectories of a batch a term or a regularizer learns from; see `Trajectories.source_rows`.
+#: The trajectories of a batch that a term or a regularizer learns from; see `Trajectories.source_rows`.
 Source = Literal["rollouts", "demonstrations", "preference_pairs", "all"]
-#: Columns that no batch is without.
+#: Columns that every batch has.
 _REQUIRED = ("response_mask", "rewards", "group", "is_demonstration")
-#: What a column holds where that is not floating-point numbers.
+#: The kind of values in each column that does not hold floating-point numbers.
 _KINDS = {"response_mask": "bool", "is_demonstration": "bool"}
 _KINDS |= dict.fromkeys(("group", "preference", "row"), "integer")
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectories(TrajectoryView):
-    """A batch of responses, rollouts and demonstrations alike.
+    """A batch of responses: rollouts and demonstrations.
 
-    Padding may hold anything, NaN included: entries outside `response_mask` are set to zero here, so no part sees them.
+    Padding may hold any values, including NaN. The constructor sets entries outside `response_mask` to zero, so no part
+    sees them.
 
     Attributes:
         logprobs: [B, T] log π_θ of each response token, with gradient; None before the forward pass.
         response_mask: [B, T] True on the tokens that count.
-        rewards: [B] the verifier's reward; a demonstration's is its own reward (1 for a correct one).
-        group: [B] same prompt, same number; any integers.
+        rewards: [B] the verifier's reward; for a demonstration 1 if it is correct.
+        group: [B] integers, equal for responses to the same prompt.
         is_demonstration: [B] True for expert responses, False for the model's own rollouts.
-        behavior_logprobs: [B, T] log π_θold, the policy that generated the data; None = strictly on-policy.
-        sampler_logprobs: [B, T] as the inference engine reported them.
-        reference_logprobs: [B, T] of a frozen policy, for KL and preference pairs.
+        behavior_logprobs: [B, T] log π_θold of the policy that generated the data; None = strictly on-policy.
+        sampler_logprobs: [B, T] log-probs reported by the inference engine.
+        reference_logprobs: [B, T] log-probs of the reference policy, for KL and preference pairs.
         values: [B, T] the critic's value before each token.
         entropies: [B, T] entropy of the current policy at each token over the full vocabulary (nats).
         preference: [B] +1 chosen, -1 rejected, 0 neither.
-        step: how many training steps are behind the batch, for schedules.
-        state: the present value of each stateful gate, by its variable's name.
+        step: number of training steps before this batch, for schedules.
         row: [B] index of each trajectory in the batch that it was selected from.
+        state: variable name → current value, of each stateful gate.
 
     Raises:
-        ValueError: a column is no tensor, or has the wrong shape, type or values; the message names it, what was found
-            and what is expected.
+        ValueError: a column is not a tensor, or has the wrong shape, type or values. The message names the column,
+            what was found and what is expected.
     """
 
     logprobs: Float[Tensor, "B T"] | None
@@ -105,10 +111,12 @@ class Trajectories(TrajectoryView):
         return len(self.response_mask)
 
     def source_rows(self, source: Source) -> Bool[Tensor, "B"]:
-        """[B] the trajectories that a source names. The rejected side of a pair is not a demonstration to imitate.
+        """[B] True for the trajectories that `source` names.
+
+        The rejected response of a preference pair is not a demonstration.
 
         Raises:
-            ConfigError: the source is `preference_pairs` and the batch has no column `preference`.
+            ConfigError: `source` is 'preference_pairs' and the batch has no column `preference`.
         """
         if source == "all":
             return torch.ones_like(self.is_demonstration)
@@ -121,10 +129,15 @@ class Trajectories(TrajectoryView):
         return self.is_demonstration if self.preference is None else self.is_demonstration & (self.preference >= 0)
 
     def select(self, rows: Int[Tensor, "b"], logprobs: Tensor | None = None, **columns: Tensor | None) -> Trajectories:
-        """The trajectories `rows`, cut behind the last token that counts; `columns` replaces columns of the result.
+        """A batch of the trajectories `rows`, without the columns after the last token that counts.
 
-        What comes of the forward pass belongs together: without `logprobs` the entropies are left out, too.
-        `row` of the result points into the batch that this one was itself selected from.
+        `row` of the result refers to the batch that this batch was selected from.
+
+        Args:
+            rows: [b] indices of trajectories.
+            logprobs: [b, T] the log-probs of the result. Without them its entropies are None as well, because both
+                come from the same forward pass.
+            columns: columns of the result that replace the selected ones.
         """
         ends = self.response_mask[rows].any(dim=0).nonzero()
         width = int(ends[-1]) + 1 if len(ends) else 1
@@ -141,7 +154,7 @@ class Trajectories(TrajectoryView):
         return Trajectories(**{**picked, "logprobs": logprobs, **columns})
 
     def with_rewards(self, rewards: Float[Tensor, "B"]) -> Trajectories:
-        """The same trajectories with other rewards, for a part that shapes them for one that it wraps."""
+        """The same trajectories with other rewards, for a part that changes the rewards of the part it wraps."""
         if rewards.shape != self.response_mask.shape[:1]:
             raise ValueError(
                 f"rewards: expected shape {list(self.response_mask.shape[:1])}, found {list(rewards.shape)}"
@@ -152,11 +165,16 @@ class Trajectories(TrajectoryView):
         return other
 
     def pack(self) -> PackedTokens:
-        """The tokens that count, trajectory after trajectory, as one row [N] without padding."""
+        """The tokens that count as one row [N] without padding, trajectory by trajectory."""
         return self.at(*self.response_mask.nonzero(as_tuple=True))
 
     def at(self, rows: Int[Tensor, "N"], columns: Int[Tensor, "N"]) -> PackedTokens:
-        """The tokens at these places, each given by its trajectory and its place in the response, in this order."""
+        """The tokens at the given positions, in the given order.
+
+        Args:
+            rows: [N] the trajectory of each token.
+            columns: [N] the position of each token in its response.
+        """
         assert self.row is not None
         picked: dict[str, Any] = {name: getattr(self, name) for name in TOKEN_COLUMNS}
         picked = {name: column if column is None else column[rows, columns] for name, column in picked.items()}

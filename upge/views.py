@@ -1,9 +1,9 @@
-"""What the parts of an algorithm see of a batch: its columns, padded or packed, and no more than they declare.
+"""Views of a batch for the parts of an algorithm: its columns, padded or packed, restricted to what a part declares.
 
 Legend of shapes: see `upge.trajectories`.
 """
 
-# Columns that may be missing in a batch are there in a part's view of it, which raises otherwise.
+# Columns that may be None in a batch are never None in a part's view of it, which raises instead.
 # pyright: reportIncompatibleVariableOverride=false
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ TOKEN_COLUMNS = (
 #: Columns with one number per trajectory, [B].
 TRAJECTORY_COLUMNS = ("rewards", "group", "is_demonstration", "preference", "row")
 COLUMNS = frozenset(TOKEN_COLUMNS + TRAJECTORY_COLUMNS)
-#: Columns that exist only after the forward pass of the current policy. Whatever reads none of them is known before it.
+#: Columns that exist only after the forward pass of the current policy. A part that reads one of them, itself or in a
+#: part that it wraps, is *live*. Every other part is known before the forward pass.
 LIVE_COLUMNS = frozenset({"logprobs", "entropies"})
-#: None says something by itself: without the behaviour policy's log-probs the data are strictly on-policy.
+#: Columns that may be None in a view: without the behaviour policy's log-probs the data are strictly on-policy.
 MAY_BE_ABSENT = frozenset({"behavior_logprobs"})
 #: A rollout counts as a success above this reward; rewards are 0 or 1 (or -1 and 1).
 SUCCESS_REWARD = 0.5
 
 
-#: What a part is called with: a `TokenView`, or a `TrajectoryView` where the part's reach or columns ask for it. Which
-#: of the two follows from the part's declarations, which a type cannot express.
+#: The argument of a part: a `TokenView`, or a `TrajectoryView` where the part's reach or columns require it. Which of
+#: the two follows from the part's declarations, which a type cannot express.
 View = Any
 _View = TypeVar("_View", bound="TokenView")
 
@@ -53,8 +54,8 @@ class UndeclaredColumn(TypeError):
 class TokenView:
     """What parts of reach `token` may use: per-token columns of any leading shape, and what follows from them.
 
-    A part may read the columns that it declares in `reads`, and these are there: a missing one is an error where it is
-    read. `behavior_logprobs` alone may be None, which says that the data are strictly on-policy.
+    A part may read the columns that it declares in `reads`. Reading one that the batch lacks raises an error, except
+    for `behavior_logprobs`: it may be None, which means that the data are strictly on-policy.
     """
 
     logprobs: Float[Tensor, "*shape"]
@@ -82,32 +83,40 @@ class TokenView:
 
     @property
     def log_sampler_ratio(self) -> Float[Tensor, "*shape"]:
-        """log π_behavior/π_sampler per token, detached: how far the inference engine was from the trainer."""
+        """log π_behavior/π_sampler per token, detached: the mismatch between trainer and inference engine."""
         return self.log_behavior - self.sampler_logprobs
 
     @abstractmethod
     def __len__(self) -> int:
-        """Trajectories, or packed tokens."""
+        """The number of trajectories, or of packed tokens."""
 
     @abstractmethod
     def look_up(self, values: Tensor) -> Tensor:
-        """The entries of `values`, one per trajectory ([B]) or token ([B, T]) of the batch that this one was selected
-        from, that belong to this one's trajectories or tokens."""
+        """The entries of `values` that belong to this view's trajectories or tokens.
+
+        Args:
+            values: [B] or [B, T] values of the batch that this view was selected from.
+        """
 
     @abstractmethod
     def per_token(self, values: Tensor) -> Tensor:
-        """One number for each entry of `look_up` of a [B] tensor, in a shape that multiplies per-token columns."""
+        """The result of `look_up` of a [B] tensor, in a shape that broadcasts against per-token columns."""
 
     @property
     @abstractmethod
     def places(self) -> tuple[Int[Tensor, "*shape"], Int[Tensor, "*shape"]]:
-        """The trajectory of each entry, as a row of the batch that this one was selected from, and its place in the
+        """The position of each token: its row in the batch that this view was selected from, and its index in the
         response."""
 
     def restricted(self: _View, columns: frozenset[str], owner: str) -> _View:
-        """This batch as `owner` may see it.
+        """A view of this batch for one part.
 
-        Reading a column outside `columns` raises `UndeclaredColumn`; reading one that the batch lacks is a ValueError.
+        Reading a column outside `columns` raises `UndeclaredColumn`. Reading one that the batch lacks raises a
+        `ValueError`.
+
+        Args:
+            columns: the columns that the part declares.
+            owner: the part's name, for messages.
         """
         if isinstance(self, _Declared):
             columns = columns & object.__getattribute__(self, "_columns")
@@ -129,52 +138,54 @@ class TrajectoryView(TokenView):
     row: Int[Tensor, "B"]
 
     def look_up(self, values: Tensor) -> Tensor:
-        """[B] or [B, T] the entries of such values of the batch that this one was selected from."""
+        """The rows of [B] or [B, T] `values` that belong to this view's trajectories."""
         rows = values[self.row]
         return rows if values.ndim == 1 else rows[:, : self.response_mask.shape[1]]
 
     def per_token(self, values: Float[Tensor, "B"]) -> Float[Tensor, "B 1"]:
-        """`values` as a column beside the tokens."""
+        """[B, 1] `values` as a column."""
         return values[:, None]
 
     @property
     def places(self) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-        """Row and place in the response of each entry, padding included."""
+        """[B, T] each token's row and its index in the response, including padding."""
         shape = self.response_mask.shape
         return self.row[:, None].expand(shape), torch.arange(shape[1], device=self.row.device).expand(shape)
 
     @property
     def lengths(self) -> Int[Tensor, "B"]:
-        """[B] tokens that count in each response."""
+        """[B] the number of tokens that count in each response."""
         return self.response_mask.sum(dim=1)
 
     @property
     def group_index(self) -> Int[Tensor, "B"]:
-        """[B] `group` renumbered 0 .. Q-1."""
+        """[B] `group` renumbered from 0 to Q - 1."""
         return torch.unique(self.group, return_inverse=True)[1]
 
     @property
     def pass_rate(self) -> Float[Tensor, "B"]:
-        """[B] share of successes (reward above 0.5) among the rollouts of each trajectory's group; demonstrations do
-        not count. NaN for a group without rollouts."""
+        """[B] the share of successes (reward above 0.5) among the rollouts of each trajectory's group.
+
+        Demonstrations do not count. NaN for a group without rollouts.
+        """
         index, is_rollout = self.group_index, (~self.is_demonstration).double()
         success = (self.rewards > SUCCESS_REWARD).double() * is_rollout
         return (group_sum(success, index) / group_sum(is_rollout, index))[index]
 
     @abstractmethod
     def with_rewards(self, rewards: Float[Tensor, "B"]) -> TrajectoryView:
-        """The same trajectories with other rewards, for a part that shapes them for one that it wraps."""
+        """The same trajectories with other rewards, for a part that changes the rewards of the part it wraps."""
 
 
 @dataclass(frozen=True, eq=False)
 class PackedTokens(TokenView):
-    """The per-token columns of some trajectories without padding, one entry for each token that counts: [N].
+    """The per-token columns of some trajectories without padding: [N], one entry per token that counts.
 
-    As in `Trajectories`, entries outside `response_mask` are set to zero.
+    The columns are those of `Trajectories`. As there, entries outside `response_mask` are set to zero.
 
     Attributes:
-        row, column: [N] the trajectory and the place in its response of each token, in the batch that a plan was made
-            for; None where nothing is looked up there.
+        row: [N] the row of each token's trajectory in the planned batch; None if nothing is looked up there.
+        column: [N] the index of each token in its response; None if nothing is looked up there.
     """
 
     logprobs: Float[Tensor, "N"] | None
@@ -197,28 +208,34 @@ class PackedTokens(TokenView):
         return len(self.response_mask)
 
     def look_up(self, values: Tensor) -> Tensor:
-        """[N] the entries of [B] or [B, T] values that belong to these tokens."""
+        """[N] the entries of [B] or [B, T] `values` that belong to these tokens."""
         return values[self.row] if values.ndim == 1 else values[self.row, self.column]
 
     def per_token(self, values: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
-        """`values` as they are: there is one for each token already."""
+        """`values` unchanged, because `look_up` already gives one number per token."""
         return values
 
     @property
     def places(self) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
-        """Row and place in the response of each token."""
+        """[N] each token's row and its index in the response."""
         assert self.row is not None and self.column is not None, "these tokens were not selected from a batch"
         return self.row, self.column
 
     def chunk(self, tokens: slice, logprobs: Tensor, entropies: Tensor | None) -> PackedTokens:
-        """Some neighbouring tokens, with what the forward pass of the current policy gave for them."""
+        """A contiguous range of these tokens, with the results of the current policy's forward pass on them.
+
+        Args:
+            tokens: the range.
+            logprobs: their log-probs.
+            entropies: their entropies, if some part reads them.
+        """
         columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         cut = {n: c[tokens] if isinstance(c, Tensor) else c for n, c in columns.items()}
         return PackedTokens(**{**cut, "logprobs": logprobs, "entropies": entropies})
 
 
 def hide(batch: TokenView, mask: Tensor) -> None:
-    """Sets the entries of all token columns outside `mask` to zero, in a batch that is being made."""
+    """Set the entries of all token columns outside `mask` to zero, in a batch that is being constructed."""
     for name in TOKEN_COLUMNS:
         column = getattr(batch, name)
         if column is not None and name != "response_mask":
@@ -226,8 +243,10 @@ def hide(batch: TokenView, mask: Tensor) -> None:
 
 
 class _Declared:
-    """Mixin of a batch's class: only the declared columns can be read; derived properties are checked by what they
-    read."""
+    """Mixin that makes only the declared columns of a batch readable.
+
+    Derived properties are checked through the columns that they read.
+    """
 
     _columns: frozenset[str]
     _owner: str
@@ -241,7 +260,7 @@ class _Declared:
             raise UndeclaredColumn(
                 f"{owner} reads the column '{name}' without declaring it; add \"{name}\" to its `reads`"
             )
-        # A part that reads the current policy can do without the behaviour column; one that does not needs it.
+        # Only a part that reads `logprobs` can replace a missing behaviour column by them.
         may_be_absent = MAY_BE_ABSENT if "logprobs" in columns else frozenset()
         if value is None and name not in may_be_absent:
             raise ValueError(f"{name}: {owner} reads it, but this batch does not have it; pass `{name}=...`")
@@ -254,11 +273,16 @@ def _restricted_class(cls: type) -> type:
 
 
 def group_sum(values: Tensor, index: Int[Tensor, "B"]) -> Tensor:
-    """[Q] sum of `values` [B] over the trajectories of each group; `index` [B] numbers the groups 0 .. Q-1."""
+    """[Q] the sum of `values` over the trajectories of each group.
+
+    Args:
+        values: [B] one number per trajectory.
+        index: [B] the group of each trajectory, numbered from 0 to Q - 1.
+    """
     size = int(index.max()) + 1 if len(index) else 0
     return torch.zeros(size, dtype=values.dtype, device=values.device).index_add(0, index, values)
 
 
 def masked_mean(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B 1"]:
-    """[B, 1] mean of `values` over the tokens of `mask` in each row; 0 for a row without tokens."""
+    """[B, 1] the mean of `values` over the tokens of `mask` in each row; 0 for a row without tokens."""
     return (values * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
