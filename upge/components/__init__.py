@@ -1,4 +1,4 @@
-"""The four slots of the unified gradient and what fills them; a file per slot."""
+"""The four slots of the unified gradient and the parts that fill them, with one file per slot."""
 
 from upge.components.advantage import (
     ConstantAdvantage,

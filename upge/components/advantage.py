@@ -1,4 +1,4 @@
-"""Â: how good a token was. What depends on rewards and groups alone is computed once, on the whole batch, float64."""
+"""Â: how good a token was. Advantages of rewards and groups are computed once, on the whole batch, in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _per_token(values: torch.Tensor, batch: TrajectoryView) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ConstantAdvantage(AdvantageEstimator):
-    """Â = value on every token: 1 for maximum likelihood on demonstrations."""
+    """Â = value on every token. 1 gives maximum likelihood on demonstrations."""
 
     value: float = 1.0
     reads: ClassVar[frozenset[str]] = frozenset()
@@ -37,7 +37,7 @@ class ConstantAdvantage(AdvantageEstimator):
 
 @dataclass(frozen=True)
 class SignedReward(AdvantageEstimator):
-    """Â = `success` where the reward exceeds 0.5, else `failure`: ±1 as in arXiv 2509.04419, table 1."""
+    """Â = `success` if the reward exceeds 0.5, else `failure`. The default ±1 is that of arXiv 2509.04419, table 1."""
 
     success: float = 1.0
     failure: float = -1.0
@@ -57,13 +57,18 @@ class SignedReward(AdvantageEstimator):
 
 @dataclass(frozen=True)
 class GroupRelative(AdvantageEstimator):
-    """Â = R - mean R over the group, divided by (std R + epsilon) if `normalize_std` (with the division:
-    arXiv 2402.03300; without: arXiv 2503.20783).
+    """Â = R - mean R over the group, divided by std R + epsilon if `normalize_std`.
 
-    `baseline` says whose rewards make mean and std: the group's 'rollouts', or 'group' = its demonstrations too (the
-    union of arXiv 2504.14945). `unbiased` divides the variance by n - 1. Where these rewards are all equal the
-    advantage is 0, with epsilon = 0 too, and with `normalize_std` also that of a demonstration outside the baseline,
-    for which there is no scale; a group of one is refused at load time.
+    With the division this is the advantage of arXiv 2402.03300, without it that of arXiv 2503.20783. If all rewards of
+    the baseline are equal, the advantage is 0, even with epsilon = 0. With `normalize_std` this includes demonstrations
+    outside the baseline, because there is no scale for them.
+
+    Attributes:
+        normalize_std: True = divide by std R + epsilon.
+        epsilon: added to the standard deviation.
+        unbiased: True = the variance is divided by n - 1 instead of n.
+        baseline: whose rewards mean and std are taken over: the group's 'rollouts', or the whole 'group', including
+            its demonstrations (arXiv 2504.14945).
     """
 
     normalize_std: bool = True
@@ -83,7 +88,7 @@ class GroupRelative(AdvantageEstimator):
         counted = (~batch.is_demonstration).double() if self.baseline == "rollouts" else torch.ones_like(rewards)
         number = group_sum(counted, index)
         mean = group_sum(rewards * counted, index) / number.clamp(min=1)
-        # The mean of equal rewards is one of them: a rounded one would leave a difference to divide.
+        # The mean of equal rewards must be exactly one of them: a rounding error would be divided by a tiny std.
         own = counted > 0
         example = mean.clone()
         example[index[own]] = rewards[own]
@@ -110,8 +115,10 @@ class GroupRelative(AdvantageEstimator):
 
 @dataclass(frozen=True)
 class LeaveOneOut(AdvantageEstimator):
-    """Â = R_i - mean of the group's other rollouts (arXiv 2402.14740): the baseline is independent of the sample,
-    so the estimator is unbiased. Equal to n/(n-1)·(R - mean). For a demonstration the others are all rollouts.
+    """Â = R_i - mean R_j over the group's other rollouts j ≠ i (arXiv 2402.14740).
+
+    The baseline is independent of the sample, so the estimator is unbiased. It equals n/(n-1)·(R - mean R). For a
+    demonstration, the other rollouts are all rollouts of the group.
     """
 
     reads: ClassVar[frozenset[str]] = GROUP_COLUMNS
@@ -130,11 +137,13 @@ class LeaveOneOut(AdvantageEstimator):
 
 @dataclass(frozen=True)
 class PairwisePreference(AdvantageEstimator):
-    """Â = ±beta·σ(-h), h = beta·[log π_θ/π_frozen(chosen) - log π_θ/π_frozen(rejected)]: the gradient of the
-    pairwise objective of arXiv 2305.18290, whose denominator is the current policy. Summed over tokens, not averaged.
+    """Â = ±beta·σ(-h), h = beta·[log π_θ/π_frozen(chosen) - log π_θ/π_frozen(rejected)].
+
+    With the current policy as denominator this is the gradient of the pairwise objective of arXiv 2305.18290. π_frozen
+    is the reference policy. Log-ratios are summed over tokens, not averaged.
 
     Raises:
-        ValueError: a group whose trajectories have a preference is not one chosen and one rejected.
+        ValueError: the trajectories of a group that have a preference are not one chosen and one rejected.
     """
 
     beta: float = 0.1

@@ -1,9 +1,9 @@
-"""What all parts of an algorithm have in common, and the four slots of the unified gradient.
+"""The base class of all parts of an algorithm, and the four slots of the unified gradient.
 
-A part is a frozen dataclass: its fields are its settings, or other parts that it wraps. It declares `reads`, the
-columns of the batch that it looks at, and, where it looks beyond its own token, how far: its `reach`. From these two
-the rest of the code knows what can be computed before the forward pass, which columns the trainer must provide and
-which trajectories must stay together in a micro-batch.
+A part is a frozen dataclass whose fields are its settings or other parts that it wraps. It declares `reads`, the
+columns of the batch that it reads, and `reach`, how far it looks beyond its own token. These two determine what can be
+computed before the forward pass, which columns the trainer must provide, and which trajectories must stay together in a
+micro-batch.
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ from upge.checks import check_fields
 from upge.formula import Formula
 from upge.views import COLUMNS, LIVE_COLUMNS, TokenView, TrajectoryView, View
 
-#: How much of the batch a part's value at one token may depend on, through current log-probs or entropies.
+#: How much of the batch a part's value at one token may depend on, through the live columns, in increasing order.
 REACHES = ("token", "trajectory", "group")
 
 
 class Component(ABC):
     """A part of an algorithm: a pure function of the batch.
 
-    Class attributes that every concrete part states:
-        reads: names of the columns of `Trajectories` that it reads (`response_mask` is always allowed).
-        reach: 'token' if its value at a token needs only that token's columns (then it must work for any leading
-            shape), 'trajectory' if it needs the whole response, 'group' if it needs the whole group. It matters only
-            to parts that read current log-probs or entropies: all others are evaluated once, on the whole batch.
-        min_group_size: the smallest number of rollouts per prompt with which it makes sense.
+    Attributes:
+        reads: class attribute; names of the columns of `Trajectories` that the part reads. `response_mask` need not be
+            listed.
+        reach: class attribute; 'token' if the value at a token needs only that token's columns (the part must then
+            work for any leading shape), 'trajectory' if it needs the whole response, 'group' if it needs the whole
+            group. It matters only for live parts: all others are evaluated once, on the whole batch.
+        min_group_size: class attribute; the minimum number of rollouts per prompt.
+        evaluated_separately: class attribute; fields whose parts are not evaluated when this part is called.
     """
 
     reads: ClassVar[frozenset[str]]
     reach: ClassVar[str] = "token"
     min_group_size: ClassVar[int] = 1
-    #: Fields whose parts are not asked when this one is called.
     evaluated_separately: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self) -> None:
-        """Replaced by the dataclass's own; a part without settings may do without the decorator and is checked too."""
+        """Check a part that is not a dataclass, because it has no settings. A dataclass has its own constructor."""
         self.__post_init__()
 
     def __post_init__(self) -> None:
@@ -63,7 +64,7 @@ class Component(ABC):
 
     @property
     def parts(self) -> dict[str, Component]:
-        """The parts that this one wraps, by field; a tuple's members are named `field.0`, `field.1`, ..."""
+        """The parts that this one wraps, by field. The members of a tuple are named `field.0`, `field.1`, ..."""
         parts: dict[str, Component] = {}
         for field in _fields(self):
             value: Any = getattr(self, field.name)
@@ -76,30 +77,29 @@ class Component(ABC):
 
     @property
     def columns(self) -> frozenset[str]:
-        """All columns that this part and those it wraps read."""
+        """All columns that this part and the parts it wraps read."""
         return frozenset(self.reads).union(*(part.columns for part in self.parts.values()))
 
     @property
     def is_live(self) -> bool:
-        """True if the value depends on the current policy, so that it is known only after the forward pass."""
+        """True if the part is live: its value depends on the current policy, and so on the forward pass."""
         return bool(self.columns & LIVE_COLUMNS)
 
     @property
     def is_precomputed(self) -> bool:
-        """True if its values are computed before the forward pass, on the whole batch."""
+        """True if the part's values are computed before the forward pass, on the whole batch."""
         return not self.is_live
 
     @property
     def live_reach(self) -> str:
-        """How far the live parts look; what is not live is computed beforehand and so reaches no further than a
-        token."""
+        """The largest reach of this part and the parts it wraps; 'token' for what is precomputed."""
         if not self.is_live:
             return "token"
         return max((self.reach, *(p.live_reach for p in self.parts.values())), key=REACHES.index)
 
     @property
     def group_size_needed(self) -> int:
-        """The largest `min_group_size` among this part and those it wraps."""
+        """The largest `min_group_size` of this part and the parts it wraps."""
         return max((self.min_group_size, *(part.group_size_needed for part in self.parts.values())))
 
     def view(self, batch: TokenView) -> View:
@@ -107,8 +107,13 @@ class Component(ABC):
         return batch.restricted(self.columns, type(self).__name__)
 
     def precompute_parts(self, batch: TrajectoryView) -> Component:
-        """This part with every wrapped part that does not depend on the current policy replaced by its values on
-        `batch`, the whole batch before it is cut; so the result may be evaluated on any piece of it."""
+        """This part with every wrapped part that is not live replaced by its values.
+
+        The result can be evaluated on any micro-batch of `batch`.
+
+        Args:
+            batch: the whole batch.
+        """
         changes: dict[str, Any] = {}
         for field in _fields(self):
             value: Any = getattr(self, field.name)
@@ -124,15 +129,15 @@ class Component(ABC):
         return _replaced(self, changes) if changes else self
 
     def precomputed(self, batch: TrajectoryView) -> Component:
-        """Its values on the whole `batch` if they are known before the forward pass, else `precompute_parts(batch)`."""
+        """The part's values on the whole `batch`, if it is not live; otherwise `precompute_parts(batch)`."""
         return self.precompute_parts(batch) if self.is_live else Precomputed(self(self.view(batch)))
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The part's value on a view of a batch; each slot says with which arguments."""
+        """The part's value on a view of a batch. Each slot defines the arguments."""
 
     def formula(self) -> Formula:
-        """The factor in print; a part without its own is printed as its class name with its settings."""
+        """The formula of the part. The default is the class name with its settings."""
         settings = ", ".join(f"{f.name}={getattr(self, f.name)}" for f in _fields(self))
         name = type(self).__name__
         return Formula(f"{name}({settings})", rf"\mathrm{{{name}}}")
@@ -140,32 +145,41 @@ class Component(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Precomputed(Component):
-    """Values of a part on the whole batch, looked up on any piece of it, padded or packed."""
+    """The values of a part on the whole batch, looked up for any micro-batch of it, padded or packed.
+
+    Attributes:
+        values: [B] or [B, T] the values.
+    """
 
     values: Tensor
     reads: ClassVar[frozenset[str]] = frozenset({"row"})
 
     def __post_init__(self) -> None:
-        """Nothing to check: made by `Component.precomputed` alone."""
+        """Skip the checks: only `Component.precomputed` makes instances."""
 
     def __call__(self, batch: TokenView, *args: Any) -> Tensor:
         return batch.look_up(self.values)
 
 
 class StabilizationMask(Component):
-    """1_stable: which tokens may move now."""
+    """1_stable: which tokens may be updated."""
 
     @abstractmethod
     def __call__(self, batch: View, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """A number in [0, 1] per token, from the batch and the advantages."""
+        """A number in [0, 1] per token.
+
+        Args:
+            batch: a view with the declared columns.
+            advantages: Â per token.
+        """
 
     @property
     def is_precomputed(self) -> bool:
-        """False: a mask sees the advantages, which may be live."""
+        """False, because a mask reads the advantages, which may be live."""
         return False
 
     def precomputed(self, batch: TrajectoryView) -> Component:
-        """A mask sees the advantages, which may be live: it stays itself, with what it wraps computed beforehand."""
+        """This mask with precomputed parts. It is not precomputed itself, because the advantages may be live."""
         return self.precompute_parts(batch)
 
     @property
@@ -174,7 +188,7 @@ class StabilizationMask(Component):
 
 
 class ReferenceDenominator(Component):
-    """1/π_ref: by which policy's probability a token's gradient is divided."""
+    """1/π_ref: the policy by whose probability a token's gradient is divided."""
 
     @abstractmethod
     def __call__(self, batch: View) -> Float[Tensor, "*shape"]:
@@ -184,9 +198,9 @@ class ReferenceDenominator(Component):
 class AdvantageEstimator(Component):
     """Â: how good a token was.
 
-    Class attributes:
-        graded: False if it only asks whether a reward is a success, so that a reward that is changed a little changes
-            nothing, or turns a success into a failure.
+    Attributes:
+        graded: class attribute; False if the estimator only checks whether a reward is a success. A small change of a
+            reward then has no effect, or turns a success into a failure.
     """
 
     graded: ClassVar[bool] = True
@@ -205,11 +219,11 @@ class LikelihoodGradient(Component):
 
 
 class TokenReward(Component):
-    """r: what each token earned, for advantages that add up rewards over time."""
+    """r: the reward of each token, for advantages that add up rewards over time."""
 
     @abstractmethod
     def __call__(self, batch: View) -> Float[Tensor, "B T"]:
-        """[B, T] reward per token, detached, 0 outside the response mask."""
+        """[B, T] the reward of each token, detached, 0 outside the response mask."""
 
 
 for _slot in (StabilizationMask, ReferenceDenominator, AdvantageEstimator, LikelihoodGradient, TokenReward):
@@ -217,17 +231,17 @@ for _slot in (StabilizationMask, ReferenceDenominator, AdvantageEstimator, Likel
 
 
 def like(batch: TokenView, value: float) -> Float[Tensor, "*shape"]:
-    """`value` in the shape of the batch's tokens, in float64, taking no memory.
+    """`value` expanded to the shape of the batch's tokens, in float64, without allocating memory for each token.
 
-    What is known before the forward pass is kept in float64 throughout: it is small, and sums then do not depend on
-    the order of the trajectories beyond float64's rounding.
+    Everything that is known before the forward pass is in float64: these tensors are small, and sums then depend on
+    the order of the trajectories only by float64 rounding.
     """
     mask = batch.response_mask
     return torch.full((), value, dtype=torch.float64, device=mask.device).expand(mask.shape)
 
 
 def live_reads(part: Component) -> frozenset[str]:
-    """The columns that are read where `part` is evaluated after the forward pass, by it or by what it wraps."""
+    """The columns that `part` and the parts it wraps read after the forward pass."""
     if part.is_precomputed:
         return frozenset()
     inner = [inner for name, inner in part.parts.items() if name not in part.evaluated_separately]
@@ -236,8 +250,12 @@ def live_reads(part: Component) -> frozenset[str]:
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value`, a part or an object made of parts, with `change` applied to all that was computed beforehand in it; a
-    tensor that a part has as a setting stays as it is."""
+    """`value` with `change` applied to every precomputed tensor in it.
+
+    Args:
+        value: a part, or an object made of parts. A tensor that is a setting of a part is not changed.
+        change: the function from the old to the new tensor.
+    """
     if isinstance(value, Precomputed):
         return Precomputed(change(value.values))
     if isinstance(value, tuple):
@@ -250,14 +268,20 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def walk(part: Component, path: str) -> Iterator[tuple[str, Component]]:
-    """(path, part) of a part and of all parts that it wraps."""
+    """Yield (path, part) for a part and all parts that it wraps."""
     yield path, part
     for name, inner in part.parts.items():
         yield from walk(inner, f"{path}.{name}")
 
 
 def rewritten(value: Any, change: Callable[[Component], Component]) -> Any:
-    """`value`, a setting or a part, with `change` applied to it or, where that changes nothing, to what it wraps."""
+    """`value` with `change` applied to every part in it.
+
+    Args:
+        value: a part, or a setting that may contain parts.
+        change: the function from the old to the new part. If it returns a part unchanged, it is applied to the parts
+            inside it.
+    """
     if isinstance(value, tuple):
         return tuple(rewritten(item, change) for item in _members(value))
     if not isinstance(value, Component):
@@ -275,10 +299,10 @@ def _fields(part: Component) -> tuple[dataclasses.Field[Any], ...]:
 
 
 def _members(value: Any) -> tuple[Any, ...]:
-    """The members of a setting that is a tuple; of any other none."""
+    """The members of a tuple; none for any other value."""
     return cast("tuple[Any, ...]", value) if isinstance(value, tuple) else ()
 
 
 def _replaced(value: Any, changes: Mapping[str, Any]) -> Any:
-    """`dataclasses.replace` for a value that is known to be a dataclass only at run time."""
+    """`dataclasses.replace`, for a value that is known to be a dataclass only at run time."""
     return dataclasses.replace(value, **changes)

@@ -1,7 +1,7 @@
-"""1/π_ref: by which policy's probability a token's gradient is divided. Every part returns log π_ref, detached.
+"""1/π_ref: the policy by whose probability a token's gradient is divided. Every part returns log π_ref, detached.
 
-With the plain likelihood gradient the factor in front of ∇log π_θ is π_θ/π_ref: 1 for the current policy, the
-importance ratio for the behaviour policy, π_θ itself for the unit denominator.
+With the plain likelihood gradient, the factor in front of ∇log π_θ is π_θ/π_ref: 1 for the current policy, the
+importance ratio for the behaviour policy, and π_θ for the unit denominator.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from upge.errors import ConfigError
 from upge.formula import Formula
 from upge.views import TokenView, TrajectoryView, masked_mean
 
-FROZEN_COLUMNS = frozenset({"logprobs", "reference_logprobs"})
+REFERENCE_COLUMNS = frozenset({"logprobs", "reference_logprobs"})
 
 
 def _check_bounds(part: ReferenceDenominator, low: float, high: float) -> None:
@@ -33,7 +33,7 @@ def _check_bounds(part: ReferenceDenominator, low: float, high: float) -> None:
 
 @dataclass(frozen=True)
 class CurrentPolicy(ReferenceDenominator):
-    """π_ref = π_θ: each token's ∇log π_θ enters with its advantage alone, as in maximum likelihood."""
+    """π_ref = π_θ: the factor in front of ∇log π_θ is the advantage alone, as in maximum likelihood."""
 
     reads: ClassVar[frozenset[str]] = frozenset({"logprobs"})
 
@@ -48,7 +48,7 @@ class CurrentPolicy(ReferenceDenominator):
 class BehaviorPolicy(ReferenceDenominator):
     """π_ref = π_θold, the policy that generated the data: importance sampling per token.
 
-    Without a behaviour column the data are strictly on-policy and π_θold is π_θ.
+    Without `behavior_logprobs` the data are strictly on-policy, and π_θold is π_θ.
     """
 
     reads: ClassVar[frozenset[str]] = RATIO_COLUMNS
@@ -62,7 +62,10 @@ class BehaviorPolicy(ReferenceDenominator):
 
 @dataclass(frozen=True)
 class UnitDenominator(ReferenceDenominator):
-    """π_ref = 1: offline data whose behaviour policy is unknown. Biased and stable (arXiv 2509.04419, section 2.3)."""
+    """π_ref = 1, for offline data whose behaviour policy is unknown.
+
+    The estimator is biased but stable (arXiv 2509.04419, section 2.3).
+    """
 
     reads: ClassVar[frozenset[str]] = frozenset()
 
@@ -75,7 +78,7 @@ class UnitDenominator(ReferenceDenominator):
 
 @dataclass(frozen=True)
 class SequenceBehaviorPolicy(ReferenceDenominator):
-    """π_ref = π_θ / s with s = exp(mean_t log r_t): the sequence-level importance ratio of arXiv 2507.18071."""
+    """π_ref = π_θ/s with s = exp(mean_t log r_t), r = π_θ/π_old: the sequence-level ratio of arXiv 2507.18071."""
 
     reads: ClassVar[frozenset[str]] = RATIO_COLUMNS
     reach: ClassVar[str] = "trajectory"
@@ -89,9 +92,14 @@ class SequenceBehaviorPolicy(ReferenceDenominator):
 
 @dataclass(frozen=True)
 class ClippedBehaviorPolicy(ReferenceDenominator):
-    """π_ref = π_θ / clip(r, low, high), bounds on the ratio itself: the truncated importance weight of
-    arXiv 2506.13585. Equal to the behaviour policy inside the bounds; outside, the weight stays at the bound and
-    the token keeps its gradient, where a clip mask would drop it. None leaves a side open.
+    """π_ref = π_θ/clip(r, low, high), r = π_θ/π_old: the truncated importance weight of arXiv 2506.13585.
+
+    Inside the bounds it equals `BehaviorPolicy`. Outside, the weight is the bound and the token keeps its gradient,
+    whereas a clip mask would drop the token.
+
+    Attributes:
+        high: upper bound of the ratio r itself, which is 1 on-policy; None = unbounded.
+        low: lower bound of the ratio r itself; None = unbounded.
     """
 
     high: float | None = 1.2
@@ -122,11 +130,15 @@ class ClippedBehaviorPolicy(ReferenceDenominator):
 
 @dataclass(frozen=True)
 class GeometricMeanBehaviorPolicy(ReferenceDenominator):
-    """π_ref = π_θ/ρ with ρ = exp(mean_t of log r_t, clamped on one side): the geometric mean of a response's ratios
-    (arXiv 2507.20673), less open to single runaway ratios than their arithmetic mean.
+    """π_ref = π_θ/ρ with ρ = exp(mean_t log r_t), the geometric mean of the ratios r = π_θ/π_old (arXiv 2507.20673).
 
-    Where Â > 0, log r_t counts as at most `high`, where Â < 0 as at least -`low`; so `advantage` must be that of the
-    estimator. A token that the mask `LogRatioClip` stops still enters ρ, with its bound.
+    It is less sensitive to single extreme ratios than the arithmetic mean. Before averaging, log r_t is clamped to at
+    most `high` where Â > 0 and to at least -`low` where Â < 0. A token that the mask `LogRatioClip` stops still enters
+    ρ, with its clamped value.
+
+    Attributes:
+        advantage: must equal the estimator's advantage, whose sign selects the bound.
+        low, high: the bounds of log r_t.
     """
 
     advantage: AdvantageEstimator
@@ -154,12 +166,17 @@ class GeometricMeanBehaviorPolicy(ReferenceDenominator):
 
 @dataclass(frozen=True)
 class ClippedReferencePolicy(ReferenceDenominator):
-    """π_ref = π_θ / clip(π_θ/π_frozen, low, high), bounds on the ratio itself: the importance weight of
-    arXiv 2507.12856 token by token, relative to a frozen policy."""
+    """π_ref = π_θ/clip(π_θ/π_frozen, low, high): the importance weight of arXiv 2507.12856 per token.
+
+    π_frozen is the reference policy.
+
+    Attributes:
+        low, high: bounds of the ratio itself.
+    """
 
     low: float = 0.2
     high: float = 1.8
-    reads: ClassVar[frozenset[str]] = FROZEN_COLUMNS
+    reads: ClassVar[frozenset[str]] = REFERENCE_COLUMNS
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -180,13 +197,19 @@ class ClippedReferencePolicy(ReferenceDenominator):
 
 @dataclass(frozen=True)
 class SequenceReferencePolicy(ReferenceDenominator):
-    """π_ref = π_θ/W with W = clip(exp(power·mean_t log(π_θ/π_frozen)), low, high): the importance weight of
-    arXiv 2507.12856 for a whole response."""
+    """π_ref = π_θ/W with W = clip(exp(power·mean_t log(π_θ/π_frozen)), low, high).
+
+    This is the importance weight of arXiv 2507.12856 for a whole response. π_frozen is the reference policy.
+
+    Attributes:
+        power: the exponent of the geometric mean of the ratios.
+        low, high: bounds of the weight W itself.
+    """
 
     power: float = 2.0
     low: float = 0.0
     high: float = 16.0
-    reads: ClassVar[frozenset[str]] = FROZEN_COLUMNS
+    reads: ClassVar[frozenset[str]] = REFERENCE_COLUMNS
     reach: ClassVar[str] = "trajectory"
 
     def __post_init__(self) -> None:
@@ -210,12 +233,14 @@ class SequenceReferencePolicy(ReferenceDenominator):
 
 @dataclass(frozen=True)
 class MixedBehaviorPolicy(ReferenceDenominator):
-    """π_ref = share·π_old + (1 - share): a mixture of the policy before the update and one that is certain of every
-    token, for demonstrations whose own policy is unknown (multiple importance sampling, arXiv 2508.00222).
+    """π_ref = share·π_old + (1 - share): a mixture of π_old and a policy that gives every token probability 1.
 
-    The ratio π_θ/π_ref stays below 1/(1 - share), however unlikely π_old found the token. share = 1 is
-    `BehaviorPolicy`, share = 0 `UnitDenominator`. It reads π_old on demonstrations, too; without a behaviour column
-    π_old is π_θ.
+    It is meant for demonstrations whose own policy is unknown (multiple importance sampling, arXiv 2508.00222). The
+    ratio π_θ/π_ref stays below 1/(1 - share), however unlikely the token is under π_old. share = 1 is `BehaviorPolicy`,
+    and share = 0 is `UnitDenominator`. π_old is also read on demonstrations; without `behavior_logprobs` it is π_θ.
+
+    Attributes:
+        share: weight of π_old in the mixture.
     """
 
     share: float = 0.75
@@ -225,7 +250,7 @@ class MixedBehaviorPolicy(ReferenceDenominator):
         super().__post_init__()
         if not 0 <= self.share <= 1:
             raise ConfigError(
-                f"MixedBehaviorPolicy.share: {self.share} is not a share; give a number between 0 (π_ref = 1) and 1 "
+                f"MixedBehaviorPolicy.share: {self.share} is out of range; give a number between 0 (π_ref = 1) and 1 "
                 "(π_ref = π_old)"
             )
 
@@ -242,11 +267,16 @@ class MixedBehaviorPolicy(ReferenceDenominator):
 
 @dataclass(frozen=True)
 class SamplerCorrected(ReferenceDenominator):
-    """π_ref = inner / min(ρ, cap), truncated importance sampling for the mismatch between the policy as the trainer
-    computes it and as the inference engine sampled from it.
+    """π_ref = inner/min(ρ, cap): truncated importance sampling.
 
-    `level` = 'token': ρ_t = π_old/π_sampler of the token. 'sequence': ρ = Π_t ρ_t, one number for the response, the
-    unbiased weight of a whole sample, whose variance grows with the length. cap = None: no truncation.
+    It corrects the mismatch between the policy as the trainer computes it (π_old) and as the inference engine sampled
+    from it (π_sampler).
+
+    Attributes:
+        denominator: the inner denominator.
+        cap: upper bound of ρ; None = no truncation.
+        level: 'token': ρ_t = π_old/π_sampler of the token. 'sequence': ρ = Π_t ρ_t, one number per response. This is
+            the unbiased weight of a whole response, and its variance grows with the response's length.
     """
 
     denominator: ReferenceDenominator
@@ -264,7 +294,7 @@ class SamplerCorrected(ReferenceDenominator):
 
     @property
     def reach(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride] - follows from a setting
-        """As far as `level` looks."""
+        """'token' or 'trajectory', depending on `level`."""
         return "token" if self.level == "token" else "trajectory"
 
     def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:

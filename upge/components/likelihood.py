@@ -1,4 +1,4 @@
-"""How ∇π_θ enters: plain, or as the gradient of a function of the likelihood, ∇f(π_θ) = f′(π_θ)∇π_θ."""
+"""The likelihood gradient: ∇π_θ itself, or the gradient of a function of the likelihood, ∇f(π_θ) = f′(π_θ)∇π_θ."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ class PolicyLikelihood(LikelihoodGradient):
 
 @dataclass(frozen=True)
 class ShapedLikelihood(LikelihoodGradient):
-    """∇f(π_θ) with f(p) = p/(p + γ), f′ = γ/(p + γ)²: the shaping of arXiv 2504.14945, which lifts tokens that
-    the policy finds unlikely. With the unit denominator the factor of ∇log π_θ is γp/(p + γ)², largest at p = γ.
+    """∇f(π_θ) with f(p) = p/(p + γ), so f′(p) = γ/(p + γ)²: the policy shaping of arXiv 2504.14945.
+
+    It increases the weight of tokens that are unlikely under the policy. With `UnitDenominator` the factor in front of
+    ∇log π_θ is γp/(p + γ)², which is largest at p = γ.
     """
 
     gamma: float = 0.1
@@ -52,11 +54,15 @@ class ShapedLikelihood(LikelihoodGradient):
 
 @dataclass(frozen=True)
 class PowerLikelihood(LikelihoodGradient):
-    """f′ = π_θ^likely · (1 - π_θ)^unlikely, detached: how much the likely and the unlikely tokens have to say.
+    """f′ = π_θ^likely · (1 - π_θ)^unlikely, detached: the relative weight of likely and unlikely tokens.
 
-    likely = unlikely = 1 is the φ of arXiv 2508.11408, largest at π_θ = ½; likely = 0, unlikely = ½ lifts what the
-    policy would hardly explore, as in arXiv 2508.00222; 0 and 0 are the plain gradient. The exponents count on top of
-    ∇π_θ/π_ref, so with π_ref = π_θ they are those in front of ∇log π_θ.
+    likely = unlikely = 1 is the φ of arXiv 2508.11408, largest at π_θ = ½. likely = 0 with unlikely = ½ increases the
+    weight of tokens that the policy rarely explores, as in arXiv 2508.00222. With likely = unlikely = 0 the gradient is
+    plain. f′ multiplies ∇π_θ/π_ref, so with π_ref = π_θ it is the factor in front of ∇log π_θ.
+
+    Attributes:
+        likely: exponent of π_θ.
+        unlikely: exponent of 1 - π_θ.
     """
 
     likely: float
@@ -77,7 +83,7 @@ class PowerLikelihood(LikelihoodGradient):
         if self.likely:
             shape = shape + self.likely * logprobs
         if self.unlikely:
-            # A rounded log-prob may be 0 or more: its token is certain, and 1 - π the smallest number there is.
+            # Rounding may give a log-prob of 0 or more. Then 1 - π is set to the smallest positive number.
             rest = (-torch.expm1(logprobs)).clamp(min=torch.finfo(logprobs.dtype).tiny)
             shape = shape + self.unlikely * torch.log(rest)
         return shape

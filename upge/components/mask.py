@@ -1,4 +1,7 @@
-"""1_stable: which tokens may move now. A mask returns 0 or 1 per token, a soft one anything between."""
+"""1_stable: which tokens may be updated. A mask returns 0 or 1 per token, and a soft mask any number between.
+
+In the formulas, r = π_θ/π_behavior is the importance ratio of a token.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ RATIO_COLUMNS = frozenset({"logprobs", "behavior_logprobs"})
 
 
 def outward(log_ratio: Tensor, advantages: Tensor, log_low: float, log_high: float) -> Tensor:
-    """True where the step would push a ratio further out of the interval that it has already left."""
+    """True where the ratio is outside the interval and the gradient step would move it further out."""
     return ((advantages > 0) & (log_ratio > log_high)) | ((advantages < 0) & (log_ratio < log_low))
 
 
@@ -32,7 +35,7 @@ def _check_interval(part: StabilizationMask, low: float, high: float) -> None:
 
 
 def check_log_interval(part: Component, low: float, high: float) -> None:
-    """Refuses bounds on log r that do not hold 0, the logarithm of an unchanged ratio."""
+    """Refuse bounds on log r whose interval does not contain 0, the logarithm of an unchanged ratio."""
     if low < 0 or high < 0:
         raise ConfigError(
             f"{type(part).__name__}: low={low}, high={high}; the interval of log r is [-low, high], so neither may be "
@@ -42,7 +45,7 @@ def check_log_interval(part: Component, low: float, high: float) -> None:
 
 @dataclass(frozen=True)
 class NoMask(StabilizationMask):
-    """1 everywhere: every token may move."""
+    """1 everywhere: every token may be updated."""
 
     reads: ClassVar[frozenset[str]] = frozenset()
 
@@ -55,10 +58,10 @@ class NoMask(StabilizationMask):
 
 @dataclass(frozen=True)
 class PPOClip(StabilizationMask):
-    """1_clip (arXiv 1707.06347): the gradient of min(r·Â, clip(r, 1-low, 1+high)·Â), r = π_θ/π_behavior.
+    """1_clip (arXiv 1707.06347), which gives the gradient of min(r·Â, clip(r, 1-low, 1+high)·Â), r = π_θ/π_behavior.
 
-    It is 0 where Â > 0 and r > 1+high, and where Â < 0 and r < 1-low. With `dual` = c (arXiv 1912.09729), also where
-    Â < 0 and r > c: the objective max(min(...), c·Â) is flat there.
+    The mask is 0 where Â > 0 and r > 1+high, and where Â < 0 and r < 1-low. With `dual` = c (arXiv 1912.09729) it is
+    also 0 where Â < 0 and r > c, because the objective max(min(...), c·Â) is flat there.
     """
 
     low: float = 0.2
@@ -90,7 +93,7 @@ class PPOClip(StabilizationMask):
 
 @dataclass(frozen=True)
 class SequenceClip(StabilizationMask):
-    """1_seq-clip (arXiv 2507.18071): PPOClip's rule on s = exp(mean_t log r_t), one decision per response."""
+    """1_seq-clip (arXiv 2507.18071): the rule of `PPOClip` applied to s = exp(mean_t log r_t), once per response."""
 
     low: float = 3e-4
     high: float = 4e-4
@@ -115,10 +118,12 @@ class SequenceClip(StabilizationMask):
 
 @dataclass(frozen=True)
 class ImportanceBand(StabilizationMask):
-    """1[low ≤ ratio ≤ high], whatever the advantage's sign.
+    """1[low ≤ ratio ≤ high], whatever the sign of the advantage.
 
-    `of` = 'importance': π_θ/π_behavior. `of` = 'sampler': π_behavior/π_sampler, the mismatch between trainer and
-    inference engine; tokens outside are dropped instead of truncated.
+    Attributes:
+        low, high: bounds of the ratio.
+        of: which ratio: 'importance' = π_θ/π_behavior; 'sampler' = π_behavior/π_sampler, the mismatch between trainer
+            and inference engine.
     """
 
     low: float = 0.5
@@ -133,7 +138,7 @@ class ImportanceBand(StabilizationMask):
 
     @property
     def columns(self) -> frozenset[str]:
-        """The sampler's log-probs are asked for only where they are compared."""
+        """The columns that are read: `sampler_logprobs` only for the ratio to the sampler."""
         return super().columns - ({"sampler_logprobs"} if self.of == "importance" else frozenset())
 
     def __call__(self, batch: TokenView, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -151,8 +156,11 @@ class ImportanceBand(StabilizationMask):
 
 @dataclass(frozen=True)
 class LogRatioClip(StabilizationMask):
-    """1[log r ≤ high if Â > 0; log r ≥ -low if Â < 0] (arXiv 2507.20673): PPOClip's rule with bounds on log r, so the
-    interval is [e^-low, e^high]. A token that comes back from outside may move."""
+    """1[log r ≤ high if Â > 0; log r ≥ -low if Â < 0] (arXiv 2507.20673).
+
+    This is the rule of `PPOClip` with bounds on log r, so the interval of r is [e^-low, e^high]. A token outside the
+    interval may still be updated in the direction back into it.
+    """
 
     low: float = 0.4
     high: float = 0.4
@@ -177,8 +185,8 @@ class LogRatioClip(StabilizationMask):
 class SigmoidGate(StabilizationMask):
     """4σ(u)(1 - σ(u)) with u = τ(r - 1), τ = `positive` where Â > 0, else `negative` (arXiv 2511.20347).
 
-    A soft mask: 1 where the policies agree, falling to 0 on both sides. It is the derivative of the objective
-    4/τ·σ(τ(r - 1)) by r.
+    This soft mask is 1 where the policies agree and falls to 0 on both sides. It is the derivative of the objective
+    4/τ·σ(τ(r - 1)) with respect to r.
     """
 
     positive: float = 1.0
@@ -196,7 +204,7 @@ class SigmoidGate(StabilizationMask):
     def __call__(self, batch: TokenView, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         away = torch.expm1(batch.log_importance_ratio)
         u = torch.where(advantages > 0, self.positive * away, self.negative * away)
-        # At most 1 but for rounding.
+        # Rounding can exceed the maximum of 1.
         return (4 * torch.sigmoid(u) * torch.sigmoid(-u)).clamp(max=1.0)
 
     def formula(self) -> Formula:
@@ -207,7 +215,7 @@ class SigmoidGate(StabilizationMask):
 
 @dataclass(frozen=True)
 class AllOf(StabilizationMask):
-    """The product of masks: a token moves only if all of them let it."""
+    """The product of several masks: a token is updated only if every mask allows it."""
 
     masks: tuple[StabilizationMask, ...]
     reads: ClassVar[frozenset[str]] = frozenset()
@@ -229,11 +237,14 @@ SAMPLER_COLUMNS = RATIO_COLUMNS | {"sampler_logprobs"}
 
 @dataclass(frozen=True)
 class SequenceSamplerBand(StabilizationMask):
-    """1[low ≤ ρ ≤ high], one decision per response, whatever the advantage's sign: masked importance sampling for the
-    mismatch of trainer and inference engine.
+    """1[low ≤ ρ ≤ high], once per response, whatever the sign of the advantage.
 
-    `mean` = 'product': ρ = Π_t π_old/π_sampler, the ratio of the whole response. 'geometric': its |τ|-th root, which
-    does not shrink or grow with the length; its bounds must lie close to 1.
+    This is masked importance sampling for the mismatch between trainer and inference engine.
+
+    Attributes:
+        low, high: bounds of ρ.
+        mean: 'product': ρ = Π_t π_old/π_sampler, the ratio of the whole response. 'geometric': its |τ|-th root, which
+            does not shrink or grow with the length, so its bounds should be close to 1.
     """
 
     low: float = 0.0

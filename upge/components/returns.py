@@ -1,4 +1,4 @@
-"""What each token earned, and advantages that add it up over time. All are known before the forward pass."""
+"""Token rewards, and advantages that add them up over time. All of them are known before the forward pass."""
 
 from __future__ import annotations
 
@@ -18,9 +18,15 @@ KLKind = Literal["k1", "k2", "k3"]
 
 
 def kl_value(log_ratio: Tensor, kind: KLKind) -> Tensor:
-    """A sample's estimate of KL(π‖π_frozen) from d = log π_frozen - log π: k1 = -d, k2 = d²/2, k3 = e^d - d - 1.
+    """An estimate of KL(π‖π_frozen) from samples of π, with d = log π_frozen - log π.
 
-    k1 has the right mean under π and any sign; k3 has it too and is never negative; k2 is close where d is small.
+    - 'k1', -d: unbiased; can be negative.
+    - 'k2', d²/2: biased, but close where d is small.
+    - 'k3', e^d - d - 1: unbiased and never negative.
+
+    Args:
+        log_ratio: d.
+        kind: which estimate.
     """
     if kind == "k1":
         return -log_ratio
@@ -29,7 +35,7 @@ def kl_value(log_ratio: Tensor, kind: KLKind) -> Tensor:
 
 @dataclass(frozen=True)
 class OutcomeReward(TokenReward):
-    """The trajectory's reward on the last token that counts, nothing before it. An empty response earns nothing."""
+    """The trajectory's reward on the last token that counts, and 0 before it. An empty response has no reward."""
 
     reads: ClassVar[frozenset[str]] = frozenset({"rewards"})
 
@@ -44,11 +50,15 @@ class OutcomeReward(TokenReward):
 
 @dataclass(frozen=True)
 class KLPenalizedReward(TokenReward):
-    """r_t - coefficient·k(π_old, π_frozen)_t: a KL penalty paid token by token, as in arXiv 2009.01325.
+    """r_t - coefficient·k(π_old, π_frozen)_t: a KL penalty on each token's reward, as in arXiv 2009.01325.
 
-    Of the policy that generated the data, not the current one, so it is the same in all updates of a step. `kind` is
-    one of the estimators of `kl_value`; with k1 the sum over a response is its log-probability ratio.
-    Demonstrations pay it too: for them π_old is the policy before the step's updates.
+    The penalty is that of the policy that generated the data, not of the current one, so it is the same in all updates
+    of a step. It also applies to demonstrations, where π_old is the policy before the step's updates.
+
+    Attributes:
+        reward: r, before the penalty.
+        coefficient: the reward lost per nat.
+        kind: the estimate of `kl_value`. With k1 the sum over a response is its log-probability ratio.
     """
 
     reward: TokenReward
@@ -60,12 +70,12 @@ class KLPenalizedReward(TokenReward):
         super().__post_init__()
         if self.coefficient < 0:
             raise ConfigError(
-                f"KLPenalizedReward.coefficient: {self.coefficient} would pay for leaving the frozen policy; "
+                f"KLPenalizedReward.coefficient: {self.coefficient} would reward leaving the reference policy; "
                 "0.001 is customary with verified rewards"
             )
 
     def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
-        assert batch.behavior_logprobs is not None, "a part that does not read `logprobs` is called with this column"
+        assert batch.behavior_logprobs is not None, "a part that does not read `logprobs` always has this column"
         log_ratio = (batch.reference_logprobs.double() - batch.behavior_logprobs.double()) * batch.response_mask
         return self.reward(batch) - self.coefficient * kl_value(log_ratio, self.kind)
 
@@ -78,15 +88,16 @@ class KLPenalizedReward(TokenReward):
 
 
 def _reward_formula(reward: TokenReward) -> tuple[str, str]:
-    """What is added to a formula where the reward is not simply the outcome's."""
+    """The addition to a formula for a reward other than the outcome's, as text and as LaTeX."""
     inner = reward.formula()
     return ("", "") if isinstance(reward, OutcomeReward) else (f"; r = {inner.text}", rf";\,r={inner.latex}")
 
 
 @dataclass(frozen=True)
 class GAE(AdvantageEstimator):
-    """Generalised advantage estimation (arXiv 1506.02438): Â_t = Σ_k (discount·lam)^k δ_{t+k} with
-    δ_t = r_t + discount·V_{t+1} - V_t; behind the last token that counts V is 0. Tokens that do not count are skipped.
+    """Generalised advantage estimation: Â_t = Σ_k (discount·lam)^k δ_{t+k} with δ_t = r_t + discount·V_{t+1} - V_t.
+
+    See arXiv 1506.02438. V is 0 after the last token that counts. Tokens that do not count are skipped.
     """
 
     discount: float = 1.0
@@ -121,9 +132,9 @@ class GAE(AdvantageEstimator):
 
 @dataclass(frozen=True)
 class ReturnToGo(AdvantageEstimator):
-    """Â_t = Σ_{k≥t} discount^(k-t)·r_k: all that is still earned, without a baseline (arXiv 2501.03262).
+    """Â_t = Σ_{k≥t} discount^(k-t)·r_k: the return from token t on, without a baseline (arXiv 2501.03262).
 
-    Tokens that do not count are skipped: k counts those that do.
+    Tokens that do not count are skipped, so k and t number the tokens that count.
     """
 
     discount: float = 1.0

@@ -1,4 +1,4 @@
-"""Advantages around advantages: each takes another's values and changes them."""
+"""Advantages that wrap another advantage and change its values."""
 
 from __future__ import annotations
 
@@ -20,12 +20,20 @@ from upge.views import TokenView, TrajectoryView
 
 @dataclass(frozen=True)
 class KLShaped(AdvantageEstimator):
-    """Â_t - coefficient·k_t: a KL penalty towards a frozen policy as part of the reward (arXiv 2509.04419, app. B.2).
+    """Â_t - coefficient·k_t: a KL penalty towards the reference policy as part of the reward.
 
-    k is a value without gradient, of the current policy: with d = log π_frozen - log π_θ, `kind` k1 = -d, k2 = d²/2,
-    k3 = e^d - d - 1. By default a token pays for itself alone. `future` makes it pay for all tokens from its own on,
-    Â_t - coefficient·Σ_{k≥t} k_k: on-policy with k1 and the current policy as denominator this is the unbiased
-    gradient of the whole response's KL, while a token's own k alone leaves out what it makes of the later ones.
+    See arXiv 2509.04419, appendix B.2. k_t is computed from the current policy without gradient: with
+    d = log π_frozen - log π_θ, it is -d (k1), d²/2 (k2) or e^d - d - 1 (k3).
+
+    With `future` the penalty of a token is the sum over all tokens from its own on: Â_t - coefficient·Σ_{k≥t} k_k.
+    On-policy, with k1 and the current policy as denominator, this is the unbiased gradient of the KL of the whole
+    response. Without `future`, the effect of a token on the KL of later tokens is missing.
+
+    Attributes:
+        advantage: Â, before the penalty.
+        coefficient: the reward lost per nat.
+        kind: the estimate of the KL, 'k1', 'k2' or 'k3'.
+        future: True = sum the penalty over all tokens from a token's own on.
     """
 
     advantage: AdvantageEstimator
@@ -36,7 +44,7 @@ class KLShaped(AdvantageEstimator):
 
     @property
     def reach(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride] - follows from a setting
-        """Later tokens are looked at only with `future`."""
+        """'trajectory' with `future`, which reads later tokens, else 'token'."""
         return "trajectory" if self.future else "token"
 
     def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
@@ -59,10 +67,10 @@ class KLShaped(AdvantageEstimator):
 
 @dataclass(frozen=True)
 class Whitened(AdvantageEstimator):
-    """(Â - mean Â)/√(var Â + epsilon), mean and variance over all rollout tokens of the batch (arXiv 2501.03262).
+    """(Â - mean Â)/√(var Â + epsilon), with mean and variance over all rollout tokens of the batch (arXiv 2501.03262).
 
-    The variance is unbiased, epsilon stands under the root. Demonstrations are measured by the rollouts' figures.
-    A batch with fewer than two rollout tokens has nothing to compare: zeros.
+    The variance is the unbiased one. Demonstrations are whitened with the rollouts' mean and variance. A batch with
+    fewer than two rollout tokens gives zeros.
     """
 
     advantage: AdvantageEstimator
@@ -76,8 +84,8 @@ class Whitened(AdvantageEstimator):
         if self.advantage.is_live:
             raise ConfigError(
                 f"Whitened.advantage: {type(self.advantage).__name__} depends on the current policy, but mean and "
-                "variance are taken over the whole batch before any forward pass; wrap the other way round, or give "
-                "an advantage that reads neither logprobs nor entropies"
+                "variance are taken over the whole batch before any forward pass; wrap Whitened in that advantage "
+                "instead, or give an advantage that reads neither logprobs nor entropies"
             )
 
     def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
@@ -97,8 +105,10 @@ class Whitened(AdvantageEstimator):
 
 @dataclass(frozen=True)
 class Tempered(AdvantageEstimator):
-    """Â/(1 + temperature): the advantage under a KL penalty of that strength towards the policy before the update
-    (arXiv 2501.12599)."""
+    """Â/(1 + temperature) (arXiv 2501.12599).
+
+    This is the advantage under a KL penalty of strength `temperature` towards the policy before the update.
+    """
 
     advantage: AdvantageEstimator
     temperature: float = 1.0
@@ -119,8 +129,11 @@ class Tempered(AdvantageEstimator):
 
 @dataclass(frozen=True)
 class Shifted(AdvantageEstimator):
-    """Â - delta: a baseline moved by delta (arXiv 2506.20520). A negative delta lowers the baseline, so that good
-    responses are imitated more than bad ones are driven away, which off-policy learning needs to be stable."""
+    """Â - delta: the baseline shifted by delta (arXiv 2506.20520).
+
+    A negative delta lowers the baseline. Good responses are then reinforced more than bad ones are suppressed, which
+    stabilizes off-policy learning.
+    """
 
     advantage: AdvantageEstimator
     delta: float = -0.1
@@ -137,14 +150,16 @@ class Shifted(AdvantageEstimator):
 
 @dataclass(frozen=True)
 class OverlongShaped(AdvantageEstimator):
-    """The inner Â on R - penalty·clip((|τ| - s)/(limit - s), 0, 1), s = limit·(1 - buffer): the soft punishment of
-    overlong rollouts of arXiv 2503.14476, Eq. 13. Gates and pass rates see the verifier's reward as it was.
+    """The inner Â of the rewards R - penalty·clip((|τ| - s)/(limit - s), 0, 1), s = limit·(1 - buffer).
+
+    This is the soft overlong punishment of arXiv 2503.14476, Eq. 13. Gates and pass rates read the verifier's rewards
+    without the penalty.
 
     Attributes:
-        advantage: evaluated on the shaped rewards. Demonstrations keep theirs.
-        limit: tokens from which on the punishment is whole; the run's response limit.
-        buffer: the share of the limit over which the punishment rises.
-        penalty: what the longest responses lose; 0.5 of rewards in [0, 1] is what 1 is of the ±1 of that paper.
+        advantage: the inner advantage. Demonstrations keep their rewards.
+        limit: number of tokens from which on the full penalty applies; the run's response limit.
+        buffer: the share of the limit over which the penalty rises.
+        penalty: the full penalty. 0.5 for rewards in [0, 1] corresponds to 1 for the rewards ±1 of the paper.
     """
 
     advantage: AdvantageEstimator
@@ -159,14 +174,14 @@ class OverlongShaped(AdvantageEstimator):
         if self.limit < 1 or not 0 < self.buffer <= 1 or not 0 <= self.penalty < math.inf:
             raise ConfigError(
                 f"OverlongShaped: limit={self.limit}, buffer={self.buffer}, penalty={self.penalty}; the limit is a "
-                "number of tokens, the buffer a share of it in (0, 1], the penalty finite and not negative"
+                "number of tokens, the buffer a share of it in (0, 1], and the penalty finite and not negative"
             )
         for path, part in walk(self.advantage, "advantage"):
             if not getattr(part, "graded", True):
                 raise ConfigError(
-                    f"OverlongShaped.{path}: {type(part).__name__} only asks whether a reward is a success, so a "
-                    "punished reward would change nothing or turn a success into a failure; give an advantage of the "
-                    "reward itself, such as upge.GroupRelative"
+                    f"OverlongShaped.{path}: {type(part).__name__} only checks whether a reward is a success, so a "
+                    "penalty would change nothing or turn a success into a failure; give an advantage of the reward "
+                    "itself, such as upge.GroupRelative"
                 )
 
     @property
@@ -174,13 +189,13 @@ class OverlongShaped(AdvantageEstimator):
         return self.limit * (1 - self.buffer)
 
     def shaped(self, batch: TrajectoryView) -> TrajectoryView:
-        """The batch, or a view of it, with the punished rewards."""
-        beyond = ((batch.lengths.double() - self._start) / (self.limit - self._start)).clamp(0, 1)
-        punished = beyond * (~batch.is_demonstration).double()
-        return batch.with_rewards(batch.rewards.double() - self.penalty * punished)
+        """The batch, or a view of it, with the penalized rewards."""
+        excess = ((batch.lengths.double() - self._start) / (self.limit - self._start)).clamp(0, 1)
+        excess = excess * (~batch.is_demonstration).double()
+        return batch.with_rewards(batch.rewards.double() - self.penalty * excess)
 
     def precompute_parts(self, batch: TrajectoryView) -> Component:
-        """What the wrapped part knows before the forward pass, it must know of the shaped rewards."""
+        """This part with the wrapped advantage precomputed on the penalized rewards."""
         return dataclasses.replace(self, advantage=self.advantage.precomputed(self.shaped(batch)))
 
     def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
