@@ -1,10 +1,11 @@
-"""Corrections: functions Algorithm → Algorithm, each of which wraps or adds parts.
+"""Corrections: functions Algorithm → Algorithm that wrap or add parts.
 
     algorithm = upge.corrections.TIS(cap=2.0)(algorithm)
 
-A correction is a frozen dataclass whose fields are its settings. It changes the terms that learn from rollouts: no
-engine sampled a demonstration. Applied to a pipeline, it changes each stage that can take it. Where it does not apply,
-it raises `NotApplicable` with the reason. A correction of your own is a subclass of `Correction` with an `apply`.
+A correction is a frozen dataclass whose fields are its settings. It changes the terms that learn from rollouts, because
+demonstrations are not sampled by an engine. Applied to a pipeline, it changes every stage that it applies to. If it
+applies to nothing, it raises `NotApplicable` with the reason. To write your own, subclass `Correction` and implement
+`apply`.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ from upge.trajectories import Source
 
 @dataclass(frozen=True)
 class TIS(Correction):
-    """Truncated importance sampling: each weight is multiplied by min(ρ, cap), ρ = π_old/π_sampler.
+    """Truncated importance sampling: multiplies each weight by min(ρ, cap), ρ = π_old/π_sampler.
 
     Attributes:
         cap: upper bound of ρ; None = no truncation.
-        level: ρ of the 'token', or of the whole response ('sequence'). See `upge.SamplerCorrected`.
+        level: 'token' = ρ of the token; 'sequence' = ρ of the whole response. See `upge.SamplerCorrected`.
     """
 
     cap: float | None = 2.0
@@ -51,7 +52,7 @@ class TIS(Correction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        SamplerCorrected(BehaviorPolicy(), self.cap, self.level)  # refuses impossible settings
+        SamplerCorrected(BehaviorPolicy(), self.cap, self.level)  # checks the settings
 
     def apply(self, algorithm: Algorithm) -> Algorithm:
         return weight_with(algorithm, self.cap, self.level)
@@ -59,8 +60,10 @@ class TIS(Correction):
 
 @dataclass(frozen=True)
 class IcePop(Correction):
-    """IcePop (arXiv 2510.18855): each weight is multiplied by ρ = π_old/π_sampler of its token where
-    low ≤ ρ ≤ high; the other tokens are masked."""
+    """IcePop (arXiv 2510.18855): multiplies each weight by its token's ρ = π_old/π_sampler if low ≤ ρ ≤ high.
+
+    All other tokens are masked.
+    """
 
     low: float = 0.5
     high: float = 5.0
@@ -78,12 +81,12 @@ class IcePop(Correction):
 
 @dataclass(frozen=True)
 class MIS(Correction):
-    """Masked importance sampling per response: responses whose ρ lies outside [low, high] are masked.
+    """Masked importance sampling per response: masks responses whose ρ is outside [low, high].
 
     Attributes:
         low, high: bounds of ρ.
         mean: 'product': ρ = Π_t π_old/π_sampler over the response; 'geometric': its |τ|-th root.
-        weight: True = the weights of the other responses are multiplied by Π_t π_old/π_sampler.
+        weight: True = multiply the weights of the other responses by Π_t π_old/π_sampler.
     """
 
     low: float = 0.0
@@ -105,7 +108,7 @@ class MIS(Correction):
 
 @dataclass(frozen=True)
 class KLTerm(Correction):
-    """A KL penalty towards the frozen policy as a term of the loss: the regularizer `kl`, an `upge.KLPenalty`."""
+    """A KL penalty towards the reference policy in the loss: the regularizer `kl`, an `upge.KLPenalty`."""
 
     coefficient: float = 0.001
     kind: KLKind = "k3"
@@ -118,12 +121,12 @@ class KLTerm(Correction):
 
 @dataclass(frozen=True)
 class KLInReward(Correction):
-    """A KL penalty towards the frozen policy in the reward: each token pays coefficient·k, `upge.KLShaped`.
+    """A KL penalty towards the reference policy in the reward: each token loses coefficient·k, see `upge.KLShaped`.
 
     Attributes:
-        coefficient: the price of one nat.
-        kind: the estimator of KL; k1 is unbiased as a reward.
-        future: True = a token also pays for all later tokens of its response.
+        coefficient: the reward lost per nat.
+        kind: the estimate of the KL; k1 is unbiased as a reward.
+        future: True = a token also loses the penalty of all later tokens of its response.
     """
 
     coefficient: float = 0.001
@@ -137,15 +140,15 @@ class KLInReward(Correction):
             for path, part in walk(term.estimator.advantage, place):
                 if isinstance(part, KLPenalizedReward):
                     raise NotApplicable(
-                        f"{path} is a KLPenalizedReward; its tokens pay for their KL already; change its coefficient, "
-                        "or take it out in a file of your own"
+                        f"{path} is a KLPenalizedReward, so the reward already has a KL penalty; change its "
+                        "coefficient, or remove it in a file of your own"
                     )
         return wrap(algorithm, "advantage", lambda inner: KLShaped(inner, self.coefficient, self.kind, self.future))
 
 
 @dataclass(frozen=True)
 class Entropy(Correction):
-    """A bonus of coefficient·∇H on the full-vocabulary token entropy: the regularizer `entropy`."""
+    """A bonus on the full-vocabulary token entropy, with gradient coefficient·∇H: the regularizer `entropy`."""
 
     coefficient: float = 0.001
     source: Source = "rollouts"
@@ -157,13 +160,13 @@ class Entropy(Correction):
 
 @dataclass(frozen=True)
 class DualClip(Correction):
-    """Dual clip (arXiv 1912.09729): tokens with Â < 0 and π_θ/π_behavior > dual are masked, by every `upge.PPOClip`."""
+    """Dual clip (arXiv 1912.09729): every `upge.PPOClip` also masks tokens with Â < 0 and π_θ/π_behavior > dual."""
 
     dual: float = 3.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        PPOClip(dual=self.dual)  # refuses impossible settings
+        PPOClip(dual=self.dual)  # checks the setting
 
     def apply(self, algorithm: Algorithm) -> Algorithm:
         clips = [
@@ -173,10 +176,10 @@ class DualClip(Correction):
             if isinstance(part, PPOClip)
         ]
         if not clips:
-            raise NotApplicable("no PPOClip is among its parts")
+            raise NotApplicable("it has no PPOClip")
         for clip in clips:
             if clip.dual is not None:
-                raise NotApplicable(f"upge.PPOClip has dual: {clip.dual} already; change that by an override")
+                raise NotApplicable(f"its upge.PPOClip already has dual: {clip.dual}; change that by an override")
 
         def clipped(part: Component) -> Component:
             return replace(part, dual=self.dual) if isinstance(part, PPOClip) else part
@@ -186,8 +189,14 @@ class DualClip(Correction):
 
 @dataclass(frozen=True)
 class DynamicSampling(Correction):
-    """Dynamic sampling (arXiv 2503.14476): prompts on which `gate` is closed are replaced by others until the batch is
-    full, at most `rounds` times; those that remain do not count in the divisors."""
+    """Dynamic sampling (arXiv 2503.14476): replaces prompts on which `gate` is closed until the batch is full.
+
+    Prompts on which it is still closed after the last round do not count in the divisors.
+
+    Attributes:
+        gate: the gate; it may read only rewards and groups.
+        rounds: maximum rounds of sampling per step.
+    """
 
     gate: Gate = PassRateBetween(0.0, 1.0)
     rounds: int = 10
@@ -203,20 +212,21 @@ class DynamicSampling(Correction):
         terms = rollout_terms(algorithm)
         _check_learns_from_sampled(algorithm, self.gate)
         if algorithm.sampling is not None:
-            raise NotApplicable("it has `sampling` already; change that by algo.sampling.KEY=VALUE")
+            raise NotApplicable("it already has `sampling`; change that by algo.sampling.KEY=VALUE")
         gated = {name: replace(term, gate=ProductOf((term.gate, self.gate))) for name, term in terms.items()}
         return replace(algorithm, terms={**algorithm.terms, **gated}, sampling=self._sampling())
 
 
 @dataclass(frozen=True)
 class Overlong(Correction):
-    """Soft punishment of overlong responses (arXiv 2503.14476, Eq. 13), `upge.OverlongShaped`: advantages and a
-    critic's returns see the punished rewards; gates and pass rates see the verifier's.
+    """Soft overlong punishment (arXiv 2503.14476, Eq. 13), see `upge.OverlongShaped`.
+
+    Advantages and a critic's returns read the penalized rewards. Gates and pass rates read the verifier's rewards.
 
     Attributes:
-        limit: tokens from which on a response loses the whole penalty; the run's response limit.
-        buffer: the share of the limit over which the punishment rises.
-        penalty: what the longest responses lose.
+        limit: number of tokens from which on the full penalty applies; the run's response limit.
+        buffer: the share of the limit over which the penalty rises.
+        penalty: the full penalty.
     """
 
     limit: int
@@ -250,21 +260,21 @@ class Overlong(Correction):
         return replace(shaped, critic=replace(shaped.critic, returns=self._shaped(shaped.critic.returns)))
 
 
-_IN_A_FILE = "an algorithm file of your own may have such a `sampling` all the same"
+_IN_A_FILE = "to use it nevertheless, write an algorithm file of your own with such a `sampling`"
 
 
 def _check_learns_from_sampled(algorithm: Algorithm, sampling_gate: Gate) -> None:
-    """Refuses an algorithm that learns from prompts on which `sampling_gate` is closed: they would be replaced."""
+    """Refuse an algorithm that learns from prompts on which `sampling_gate` is closed, because they are replaced."""
     for name, term in algorithm.terms.items():
         if term.source != "rollouts":
             source = term.source.replace("_", " ")
             raise NotApplicable(
-                f"its term '{name}' learns from {source}, and sampling would replace, with their {source}, the "
-                f"questions that all rollouts fail or solve; {_IN_A_FILE}"
+                f"its term '{name}' learns from {source}, and sampling would replace the questions that all rollouts "
+                f"fail or solve, together with their {source}; {_IN_A_FILE}"
             )
     if algorithm.interleaved_update is not None:
         raise NotApplicable(
-            "its `interleaved_update` gathers questions by their pass rate, and sampling would replace these; "
+            "its `interleaved_update` collects questions by their pass rate, and sampling would replace these; "
             f"{_IN_A_FILE}"
         )
     for name, term in algorithm.terms.items():
@@ -272,15 +282,18 @@ def _check_learns_from_sampled(algorithm: Algorithm, sampling_gate: Gate) -> Non
         if rate is not None:
             raise NotApplicable(
                 f"the gate of its term '{name}' chooses questions by their pass rate and is open at {rate:g}, where "
-                f"sampling is closed; {_IN_A_FILE}"
+                f"sampling would replace them; {_IN_A_FILE}"
             )
 
 
 def _open_rate(gate: Gate, sampling_gate: Gate) -> float | None:
-    """A pass rate at which `gate`, if it reads rewards, may be open although `sampling_gate` is closed; None = none."""
+    """A pass rate at which `gate` may be open although `sampling_gate` is closed.
+
+    None if there is none, or if `gate` does not read rewards.
+    """
     if "rewards" not in gate.columns:
         return None
-    number = 24  # halves, thirds, quarters and eighths are among its shares
+    number = 24  # its multiples of 1/24 include halves, thirds, quarters and eighths
     rates = [solved / number for solved in range(number + 1)]
     closed = (rate for rate in rates if sampling_gate.at_pass_rate(rate) == 0)
     return next((rate for rate in closed if gate.at_pass_rate(rate) != 0), None)

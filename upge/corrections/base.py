@@ -1,4 +1,4 @@
-"""What a correction is, and the operations that corrections are made of."""
+"""The base class of corrections, and the operations that they are made of."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class NotApplicable(ConfigError):
     """A correction does not apply to an algorithm.
 
     Attributes:
-        reason: why, in one clause about the algorithm ("it has no term that learns from rollouts").
+        reason: why; one clause about the algorithm, such as "it has no term that learns from rollouts".
     """
 
     def __init__(self, reason: str) -> None:
@@ -33,24 +33,24 @@ class NotApplicable(ConfigError):
 
 
 class Correction(ABC):
-    """A transformation of algorithms; a concrete one is a frozen dataclass and implements `apply`."""
+    """A transformation of algorithms. A concrete correction is a frozen dataclass that implements `apply`."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     @abstractmethod
     def apply(self, algorithm: Algorithm) -> Algorithm:
-        """The corrected algorithm.
+        """Return the corrected algorithm.
 
         Raises:
             NotApplicable: there is nothing to correct, or the correction would work against the algorithm.
         """
 
     def __call__(self, algorithm: AnyAlgorithm) -> AnyAlgorithm:
-        """The corrected algorithm, or the pipeline with each stage corrected that can be.
+        """Return the corrected algorithm, or the pipeline with every stage corrected that the correction applies to.
 
         Raises:
-            NotApplicable: the correction does not apply to the algorithm, or to any stage.
+            NotApplicable: the correction does not apply to the algorithm, or to no stage of the pipeline.
         """
         if isinstance(algorithm, Algorithm):
             return self.apply(algorithm)
@@ -66,10 +66,10 @@ class Correction(ABC):
 
 
 def rollout_terms(algorithm: Algorithm) -> dict[str, Term]:
-    """The terms that learn from rollouts, by name.
+    """Name → term, for the terms that learn from rollouts.
 
     Raises:
-        NotApplicable: there is none.
+        NotApplicable: there is no such term.
     """
     terms = {name: term for name, term in algorithm.terms.items() if term.source == "rollouts"}
     if not terms:
@@ -78,14 +78,15 @@ def rollout_terms(algorithm: Algorithm) -> dict[str, Term]:
 
 
 def wrap(algorithm: Algorithm, slot: str, change: Callable[[Any], Any], names: list[str] | None = None) -> Algorithm:
-    """`algorithm` with `change(part)` in place of the part in one slot of the estimators.
+    """Replace the part in one slot of the estimators.
 
-    A denominator or a mask that holds the term's own advantage, to follow its sign, holds the changed one afterwards.
+    A denominator or a mask that holds the term's own advantage, because it needs its sign, gets the new advantage.
 
     Args:
+        algorithm: the algorithm.
         slot: 'mask', 'denominator', 'advantage' or 'likelihood'.
-        change: from the part in the slot to the one that takes its place; called once per term.
-        names: the terms; None = those that learn from rollouts.
+        change: the function from the old to the new part; called once per term.
+        names: the terms to change; None = those that learn from rollouts.
 
     Raises:
         NotApplicable: `names` is None and no term learns from rollouts.
@@ -102,54 +103,54 @@ def wrap(algorithm: Algorithm, slot: str, change: Callable[[Any], Any], names: l
 
 
 def mask_with(algorithm: Algorithm, band: ImportanceBand | SequenceSamplerBand) -> Algorithm:
-    """The algorithm with one more mask in each term that learns from rollouts."""
+    """Add a mask to each term that learns from rollouts."""
     check_all_absent(algorithm, "mask", type(band))
     return wrap(algorithm, "mask", lambda inner: AllOf((inner, band)))
 
 
 def weight_with(algorithm: Algorithm, cap: float | None, level: Literal["token", "sequence"]) -> Algorithm:
-    """The algorithm with the importance weight of trainer against sampler on each token of a rollout."""
+    """Multiply the weights of rollout tokens by π_old/π_sampler, see `upge.SamplerCorrected`."""
     check_all_absent(algorithm, "denominator", SamplerCorrected)
     return wrap(algorithm, "denominator", lambda inner: SamplerCorrected(inner, cap, level))
 
 
 def with_regularizer(algorithm: Algorithm, name: str, part: Regularizer) -> Algorithm:
-    """The algorithm with one more regularizer.
+    """Add a regularizer.
 
     Raises:
-        NotApplicable: there is one of that name, or no term learns from rollouts.
+        NotApplicable: the algorithm has a regularizer of this name, or no term learns from rollouts.
     """
     rollout_terms(algorithm)
     if name in algorithm.regularizers:
         raise NotApplicable(
-            f"regularizers.{name} is there already; change that by algo.regularizers.{name}.SETTING=VALUE"
+            f"regularizers.{name} already exists; change that by algo.regularizers.{name}.SETTING=VALUE"
         )
     return replace(algorithm, regularizers={**algorithm.regularizers, name: part})
 
 
 def check_all_absent(algorithm: Algorithm, slot: str, kind: type[Component]) -> None:
-    """`check_absent` for a slot of every term that learns from rollouts."""
+    """Call `check_absent` for one slot of every term that learns from rollouts."""
     for name, term in rollout_terms(algorithm).items():
         check_absent(term.estimator.parts[slot], kind, f"terms.{name}.estimator.{slot}")
 
 
 def check_absent(part: Component, kind: type[Component], place: str) -> None:
-    """Refuses a place where what the correction does is done already."""
+    """Refuse a part that is, or wraps, a `kind`, because the correction would apply twice."""
     if any(isinstance(inner, kind) for _, inner in walk(part, place)):
-        raise NotApplicable(f"{place} has upge.{kind.__name__} already; change that by an override")
+        raise NotApplicable(f"{place} already has upge.{kind.__name__}; change that by an override")
 
 
 def check_graded(advantage: AdvantageEstimator, place: str) -> None:
-    """Refuses an advantage that asks only whether a reward is a success."""
+    """Refuse an advantage that only checks whether a reward is a success."""
     for path, part in walk(advantage, place):
         if not getattr(part, "graded", True):
             raise NotApplicable(
-                f"{path} is a {type(part).__name__}, which only asks whether a reward is a success: a reward that is "
-                "changed a little changes nothing there, or turns a success into a failure; give an advantage of the "
-                "reward itself, such as upge.GroupRelative"
+                f"{path} is a {type(part).__name__}, which only checks whether a reward is a success, so a penalty "
+                "would change nothing or turn a success into a failure; give an advantage of the reward itself, such "
+                "as upge.GroupRelative"
             )
 
 
 def _substitution(old: Component, new: Component) -> Callable[[Component], Component]:
-    """The change that puts `new` in the place of every part that equals `old`."""
+    """A function that replaces every part that equals `old` by `new`."""
     return lambda part: new if type(part) is type(old) and part == old else part

@@ -26,7 +26,7 @@ ESTIMATOR = "terms.rl.estimator"
     [
         *((n, "its term 'sft' learns from demonstrations") for n in "hpt hpt_soft superrl chord_mu amft srft".split()),
         *((n, "its term 'offline' learns from demonstrations") for n in "luffy rl_plus hpt_offpolicy".split()),
-        ("relift", "its `interleaved_update` gathers questions"),
+        ("relift", "its `interleaved_update` collects questions"),
     ],
 )
 def test_sampling_does_not_take_away_what_demonstrations_are_for(algorithm, reason):
@@ -99,7 +99,7 @@ def test_a_file_of_ones_own_may_sample_as_it_likes(tmp_path):
 @pytest.mark.parametrize("algorithm", ["reinforce", "srft"])
 def test_overlong_is_nothing_for_an_advantage_that_asks_for_success(algorithm):
     said = message(lambda: algorithms.load(algorithm, corrections=["overlong"]))
-    assert f"to {algorithm}" in said and "is a SignedReward, which only asks" in said and "GroupRelative" in said
+    assert f"to {algorithm}" in said and "is a SignedReward, which only checks" in said and "GroupRelative" in said
     override = f"{ESTIMATOR}.advantage={{_target_: upge.SignedReward}}"
     said = message(lambda: algorithms.load("grpo", [override], ["overlong"]))
     assert "'overlong' cannot be applied" in said and "SignedReward" in said
@@ -170,9 +170,9 @@ def test_an_override_changes_the_part_that_the_correction_wraps(algorithm, name,
 UNFIT = {
     ("grpo", "mis", f"{ESTIMATOR}.denominator={PART}"): ["terms.rl.estimator.denominator has upge.SamplerCorrected"],
     ("grpo", "dual_clip", f"{ESTIMATOR}.mask={{_target_: upge.NoMask}}"): ["no PPOClip"],
-    ("grpo", "dual_clip", f"{ESTIMATOR}.mask.dual=4"): ["upge.PPOClip has dual: 4"],
-    ("grpo", "kl_k3", f"regularizers.kl={PENALTY}"): ["regularizers.kl is there already"],
-    ("dapo", "dynamic_sampling", "sampling.rounds=3"): ["`sampling` already"],
+    ("grpo", "dual_clip", f"{ESTIMATOR}.mask.dual=4"): ["upge.PPOClip already has dual: 4"],
+    ("grpo", "kl_k3", f"regularizers.kl={PENALTY}"): ["regularizers.kl already exists"],
+    ("dapo", "dynamic_sampling", "sampling.rounds=3"): ["already has `sampling`"],
     ("grpo", "dynamic_sampling", "terms.rl.source=demonstrations"): ["no term that learns from rollouts"],
     ("sft_then_grpo", "tis", "stages.reinforce.algorithm=sft"): ["no term that learns from rollouts"],
 }
