@@ -168,7 +168,9 @@ def test_an_override_changes_the_part_that_the_correction_wraps(algorithm, name,
 
 #: (algorithm, correction, override): what the override makes cannot take the correction.
 UNFIT = {
-    ("grpo", "mis", f"{ESTIMATOR}.denominator={PART}"): ["terms.rl.estimator.denominator has upge.SamplerCorrected"],
+    ("grpo", "mis", f"{ESTIMATOR}.denominator={PART}"): [
+        "terms.rl.estimator.denominator already has upge.SamplerCorrected"
+    ],
     ("grpo", "dual_clip", f"{ESTIMATOR}.mask={{_target_: upge.NoMask}}"): ["no PPOClip"],
     ("grpo", "dual_clip", f"{ESTIMATOR}.mask.dual=4"): ["upge.PPOClip already has dual: 4"],
     ("grpo", "kl_k3", f"regularizers.kl={PENALTY}"): ["regularizers.kl already exists"],
