@@ -1,9 +1,9 @@
-"""The algorithms, a YAML file each: a file says everything that differs from another's, and nothing else.
+"""The algorithms, with one YAML file each. A file states only what distinguishes the algorithm from others.
 
     load("grpo", ["terms.rl.estimator.mask.high=0.28", "correction.tis.cap=3"], corrections=["tis"])
 
-reads the file, puts the algorithms that it names in their place, applies the overrides, builds the algorithm and then
-applies the corrections. So an override names a part as the algorithm's file does, whatever a correction wraps it in.
+`load` reads the file, inlines the algorithms that it names, applies the overrides, builds the algorithm and then
+applies the corrections. An override therefore names a part as the algorithm's file does, even if a correction wraps it.
 """
 
 from __future__ import annotations
@@ -28,56 +28,66 @@ _SUFFIXES = (".yaml", ".yml")
 
 
 def names() -> list[str]:
-    """The algorithms that have a file here."""
+    """The names of all algorithms in this folder."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def corrections() -> list[str]:
-    """The corrections that have a file in corrections/."""
+    """The names of all corrections in corrections/."""
     return sorted(path.stem for path in CORRECTIONS.glob("*.yaml"))
 
 
 def load(name: str, overrides: Sequence[str] = (), corrections: Sequence[str] = ()) -> Algorithm | Pipeline:
-    """The algorithm `name` (or the path of a YAML file) with dot-list overrides, then corrections by name or path.
-
-    An override `correction.NAME.KEY=VALUE` is one of a correction's settings.
+    """Load an algorithm.
 
     >>> load("grpo", ["terms.rl.estimator.mask.high=0.28"]).terms["rl"].estimator.mask.high
     0.28
+
+    Args:
+        name: name of the algorithm, or path of a YAML file.
+        overrides: settings KEY=VALUE. `correction.NAME.KEY=VALUE` is a setting of a correction.
+        corrections: names or paths of corrections, in the order in which they are applied.
+
+    Raises:
+        ConfigError: an impossible name, setting or correction; the message names the key, the value and the fix.
     """
     return compose(override(read(name, corrections), overrides), stem(name))
 
 
 def read(name: str, corrections: Sequence[str] = ()) -> DictConfig:
-    """The configuration of an algorithm, by name or by the path of a YAML file, with corrections by name or path below
-    the key `correction`.
+    """Read the configuration of an algorithm, with its corrections under the key `correction`.
+
+    Args:
+        name: name of the algorithm, or path of a YAML file.
+        corrections: names or paths of corrections.
 
     Raises:
-        ConfigError: no such algorithm, correction or file, not YAML, or a correction that is given twice.
+        ConfigError: an algorithm, a correction or a file does not exist, a file is not valid YAML, or a correction is
+            given twice.
     """
     file = find(name)
     tree = content(file)
     if CORRECTION in tree:
-        raise ConfigError(f"algo.{CORRECTION}: {file} has this key; leave it out and give correction=NAME instead")
+        raise ConfigError(f"algo.{CORRECTION}: {file} has this key; remove it and give correction=NAME instead")
     inline(tree, "algo", (file.resolve(),), file.parent)
     for correction in corrections:
         chosen = tree.setdefault(CORRECTION, {})
         if stem(correction) in chosen:
-            raise ConfigError(f"{CORRECTION}: '{correction}' is given twice; once will do")
+            raise ConfigError(f"{CORRECTION}: '{correction}' is given twice; give it once")
         chosen[stem(correction)] = _read_correction(correction)
     check_names(tree, "algo")
     return DictConfig(tree)
 
 
 def _read_correction(name: str) -> dict[str, Any]:
-    """`_target_` and settings of a correction, by name or by the path of a YAML file."""
+    """The `_target_` and the settings of a correction, given by name or by the path of a YAML file."""
     file = find(name, CORRECTIONS, CORRECTION)
     node = content(file, CORRECTION, TARGET)
     if TARGET not in node:
-        found = f"has the keys {', '.join(map(str, node))}" if node else "is empty"
+        state = f"has the keys {', '.join(map(str, node))}" if node else "is empty"
         raise ConfigError(
-            f"{CORRECTION}: {file} {found}, but no `{TARGET}`; name a class such as upge.corrections.TIS, or one of "
-            "your own, and give its settings beside it"
+            f"{CORRECTION}: {file} {state}, but no `{TARGET}`; name a class such as upge.corrections.TIS, or one of "
+            "your own, and give its settings next to it"
         )
     return {key: value for key, value in node.items() if key != "description"}
 
@@ -86,20 +96,25 @@ def _read_correction(name: str) -> dict[str, Any]:
 
 
 def find(name: str, folder: Path = FOLDER, path: str = "algo", near: Path | None = None) -> Path:
-    """The file of an algorithm (or, with another `folder`, of a correction), by name or by its own path; a relative
-    path is looked for in the folder `near` first, then in the one that the user starts from.
+    """Find the file of an algorithm, or, with another `folder`, of a correction.
+
+    Args:
+        name: a name, or the path of a YAML file.
+        folder: the folder of the named files.
+        path: the key that names the file, for messages.
+        near: the folder in which a relative path is looked up before the working directory.
 
     Raises:
-        ConfigError: there is none, with the nearest name.
+        ConfigError: there is no such file; the message gives the nearest name.
     """
-    known = sorted(found.stem for found in folder.glob("*.yaml"))
+    known = sorted(file.stem for file in folder.glob("*.yaml"))
     what = "algorithm" if folder == FOLDER else "correction"
     if str(name).endswith(_SUFFIXES):
         tried = [Path(name)] if near is None else [near / name, Path(name)]
         for file in tried:
             if file.is_file():
                 return file
-        where = "" if near is None or Path(name).is_absolute() else f" in {near} or where you start from"
+        where = "" if near is None or Path(name).is_absolute() else f" in {near} or in the working directory"
         raise ConfigError(
             f"{path}: there is no file {name}{where}; give the path of a YAML file or one of {', '.join(known)}"
         )
@@ -109,27 +124,32 @@ def find(name: str, folder: Path = FOLDER, path: str = "algo", near: Path | None
 
 
 def stem(name: str) -> str:
-    """What an algorithm or a correction is called: its name, or its file's name without the suffix."""
+    """The name of an algorithm or a correction. For a path it is the file's name without the suffix."""
     return Path(name).stem if str(name).endswith(_SUFFIXES) else str(name)
 
 
 def content(file: Path, path: str = "algo", key: str = "terms") -> dict[str, Any]:
-    """What a YAML file says, interpolations as they are written; `key` is one that it must have, for the message.
+    """Read a YAML file, without resolving interpolations.
+
+    Args:
+        file: the file.
+        path: the key that names the file, for messages.
+        key: a key that the file must have, for messages.
 
     Raises:
-        ConfigError: not YAML, or no mapping.
+        ConfigError: the file is not valid YAML, or not a mapping.
     """
     try:
         node = OmegaConf.load(file)
     except Exception as error:
         raise ConfigError(f"{path}: {file} is not valid YAML: {error}") from error
     if not isinstance(node, DictConfig):
-        raise ConfigError(f"{path}: {file} holds no mapping; it must have the key `{key}`")
+        raise ConfigError(f"{path}: {file} is not a mapping; it must have the key `{key}`")
     return plain(node)
 
 
 def header(file: Path) -> str:
-    """The comment at the top of a file: what it is, its paper, and its choices."""
+    """The comment at the top of a file, which says what it is, its paper and its choices."""
     lines = []
     for line in file.read_text("utf-8").splitlines():
         if not line.startswith("#"):
@@ -139,12 +159,18 @@ def header(file: Path) -> str:
 
 
 def inline(tree: dict[str, Any], path: str, above: tuple[Path, ...] = (), near: Path | None = None) -> None:
-    """Puts, in place, the trees of the algorithms that `tree` names where it names them, so that overrides reach
-    inside; each says in `name` what it was called. `above` are the files that it stands in, `near` is the folder that
-    relative paths in `tree` start from.
+    """Replace the names of other algorithms in `tree` by their trees, in place, so that overrides can reach inside.
+
+    Each inlined tree keeps its name under the key `name`.
+
+    Args:
+        tree: the tree of an algorithm.
+        path: its key, for messages.
+        above: the files that contain `tree`.
+        near: the folder that relative paths in `tree` start from.
 
     Raises:
-        ConfigError: no such algorithm, or one that contains itself.
+        ConfigError: an algorithm does not exist, or contains itself.
     """
     for owner, key, slot in algorithm_slots(tree):
         value, where = owner[key], f"{path}.{slot}"
@@ -162,14 +188,22 @@ def inline(tree: dict[str, Any], path: str, above: tuple[Path, ...] = (), near: 
 
 
 def override(node: DictConfig, overrides: Sequence[str], path: str = "algo") -> DictConfig:
-    """`node` with dot-list overrides such as `terms.rl.estimator.mask.high=0.28`.
+    """Apply dot-list overrides such as `terms.rl.estimator.mask.high=0.28`.
 
-    A mapping that has `_target_` replaces the whole node, settings included. A key may be new only where a user names
-    things: a term, a regularizer, a setting of a part (which the part then checks). Where an algorithm stands inside
-    another one, a name replaces it. `correction.NAME.KEY=VALUE` is a setting of a correction.
+    A mapping with `_target_` replaces a whole part, including its settings. New keys are allowed only for what users
+    name themselves (terms, regularizers) and for settings of a part, which the part checks. A name replaces an
+    algorithm inside another one. `correction.NAME.KEY=VALUE` is a setting of a correction.
+
+    Args:
+        node: the configuration of an algorithm, see `read`.
+        overrides: settings KEY=VALUE.
+        path: the key of `node`, for messages.
+
+    Returns:
+        A new configuration.
 
     Raises:
-        ConfigError: by its key.
+        ConfigError: an override cannot be applied; the message names its key.
     """
     result = DictConfig(plain(node))
     for item in overrides:
@@ -197,28 +231,30 @@ def override(node: DictConfig, overrides: Sequence[str], path: str = "algo") -> 
 
 
 def _is_open(tree: DictConfig, parent: str) -> bool:
-    """True where an override may add something although the file has nothing there: an algorithm's regularizers."""
+    """True if overrides may add keys below `parent` even if the file lacks it: an algorithm's regularizers."""
     above, _, last = parent.rpartition(".")
     return last == "regularizers" and (not above or OmegaConf.select(tree, f"{above}.terms") is not None)
 
 
 def _check_setting(tree: DictConfig, key: str) -> None:
-    """Refuses an override below `correction` that is not a setting of a correction that was chosen."""
+    """Refuse an override below `correction` that is not a setting of a chosen correction."""
     chosen = list(tree.get(CORRECTION) or {})
     _, *below = key.split(".")
     if len(below) < 2 or below[1] == TARGET:
         raise ConfigError(
-            f"{key}: an override gives one setting of a correction, such as correction.tis.cap=3; which corrections "
-            "there are is said by correction=NAME or correction=[NAME,NAME]"
+            f"{key}: an override sets one setting of a correction, such as correction.tis.cap=3; choose the "
+            "corrections themselves by correction=NAME or correction=[NAME,NAME]"
         )
     if below[0] not in chosen:
         given = f"the corrections are {', '.join(chosen)}" if chosen else "there is no correction"
-        raise ConfigError(f"{key}: {given}; add correction={below[0]}, or leave its setting out")
+        raise ConfigError(f"{key}: {given}; add correction={below[0]}, or remove this setting")
 
 
 def _check_references(tree: DictConfig, key: str, where: str) -> None:
-    """Refuses to write through a reference to another part: it would become a part of its own, without that part's
-    other settings."""
+    """Refuse an override of a setting inside a reference to another part.
+
+    It would replace the reference by a new part without the other settings of the part that it refers to.
+    """
     node: Any = tree
     for number, name in enumerate(names := key.split(".")[:-1]):
         if not isinstance(node, DictConfig) or name not in node:
@@ -228,14 +264,14 @@ def _check_references(tree: DictConfig, key: str, where: str) -> None:
             at = ".".join(names[: number + 1])
             full = where.removesuffix(key) + at
             raise ConfigError(
-                f"{where}: {at} is not a part of its own but follows {text}; override it there, or replace it: "
+                f"{where}: {at} is a reference to {text}; override the setting there, or replace the reference: "
                 f"{full}={{{TARGET}: ...}}"
             )
         node = node[name]
 
 
 def _check_target(tree: DictConfig, key: str, value: Any, where: str) -> None:
-    """Refuses another `_target_` for a part that has settings: they would silently become those of the new one."""
+    """Refuse another `_target_` for a part with settings, because the new part would silently get these settings."""
     parent, _, last = key.rpartition(".")
     node = OmegaConf.select(tree, parent) if parent and last == TARGET else None
     if not isinstance(node, DictConfig) or node.get(TARGET) in (None, value):
@@ -251,10 +287,10 @@ def _check_target(tree: DictConfig, key: str, value: Any, where: str) -> None:
 def _paths(tree: Any, prefix: str = "") -> list[str]:
     """All dotted keys of a tree."""
     items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
-    found = [prefix] if prefix else []
+    paths = [prefix] if prefix else []
     for key, item in items:
-        found += _paths(item, f"{prefix}.{key}" if prefix else str(key))
-    return found
+        paths += _paths(item, f"{prefix}.{key}" if prefix else str(key))
+    return paths
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""A tree becomes an `Algorithm`, or a `Pipeline` of several, with its corrections applied."""
+"""Building an `Algorithm`, or a `Pipeline` of several, from a configuration tree, with its corrections applied."""
 
 from __future__ import annotations
 
@@ -22,31 +22,36 @@ from upge.regularizers import Regularizer
 from upge.term import Term
 from upge.value import ValueLoss
 
-#: `name` is there in an algorithm inside another one: reading writes it.
+#: `name` is a key of inlined algorithms: `algorithms.inline` writes it.
 _COMMON = {"name", "description"}
 _KEYS = _COMMON | {"terms", "regularizers", "critic", "sampling", "interleaved_update", "validation"}
 _PIPELINE_KEYS = _COMMON | {"stages"}
 _TERM_KEYS = {"source", "gate", "estimator", "reduction", "coefficient"}
 _STAGE_KEYS = {"algorithm", "share", "lr_factor"}
-_INTERLUDE_TYPES = {
-    "size": (int, "give the number of prompts of one such update, such as 128"),
+_INTERLEAVED_TYPES = {
+    "size": (int, "give the number of prompts per interleaved update, such as 128"),
     "own_optimizer": (bool, "give true or false"),
     "lr_factor": (float, "give a finite number, such as 1.0"),
 }
-_INTERLUDE_KEYS = {"gate", "algorithm", *_INTERLUDE_TYPES}
-#: Where the corrections stand in an algorithm's tree: name → a mapping with `_target_` and settings.
+_INTERLEAVED_KEYS = {"gate", "algorithm", *_INTERLEAVED_TYPES}
+#: The key of the corrections in an algorithm's tree: name → a mapping with `_target_` and settings.
 CORRECTION = "correction"
-#: What users name in a file: these names are parts of keys and of references.
+#: The sections whose entries users name. The names become parts of keys and of references.
 _NAMED = ("terms", "regularizers", "stages", CORRECTION)
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def compose(node: DictConfig | Mapping[str, Any], name: str, path: str = "algo") -> Algorithm | Pipeline:
-    """The `Algorithm` that a configuration describes, or the `Pipeline` if it has `stages`, with its corrections.
+    """Build the `Algorithm` that a configuration describes, or the `Pipeline` if it has `stages`, with its corrections.
+
+    Args:
+        node: the configuration.
+        name: the name of the algorithm.
+        path: the key of `node`, for messages.
 
     Raises:
-        ConfigError: an unknown key, a wrong type or an impossible value, by its key; or a correction that does not
-            apply, with the reason.
+        ConfigError: a key is unknown, a value has the wrong type or is impossible, or a correction does not apply. The
+            message names the key or gives the reason.
     """
     check_names(plain(node) if isinstance(node, DictConfig) else dict(node), path)
     try:
@@ -62,7 +67,7 @@ def compose(node: DictConfig | Mapping[str, Any], name: str, path: str = "algo")
 
 
 def _corrected(algorithm: Algorithm | Pipeline, corrections: Mapping[str, Any]) -> Algorithm | Pipeline:
-    """The algorithm with each correction, in order."""
+    """Apply the corrections in order."""
     for key, node in corrections.items():
         correction = build(node, f"{CORRECTION}.{key}", Correction)
         try:
@@ -81,7 +86,7 @@ def _corrected(algorithm: Algorithm | Pipeline, corrections: Mapping[str, Any]) 
 
 
 def _plain(tree: dict[str, Any], name: str, path: str) -> Algorithm | Pipeline:
-    """The algorithm of a tree without corrections."""
+    """Build an algorithm or a pipeline from a tree without corrections."""
     if tree.get("stages") is None:
         return _algorithm(tree, name, path)
     if "terms" in tree:
@@ -119,7 +124,7 @@ def _algorithm(tree: Any, name: str, path: str) -> Algorithm:
 
 
 def _nested(tree: Any, fallback: str, path: str) -> Algorithm:
-    """An algorithm inside another; it is called as where it was read, else as its place."""
+    """Build an algorithm inside another. Its name is that of its file, if it was read from one, else `fallback`."""
     name = tree.get("name") if isinstance(tree, Mapping) else None
     return _algorithm(tree, str(name or fallback), path)
 
@@ -131,8 +136,8 @@ def _stage(tree: Any, name: str, path: str) -> Stage:
 
 
 def _interleaved_update(tree: Any, path: str) -> InterleavedUpdate:
-    _fields(tree, _INTERLUDE_KEYS, {"gate", "size", "algorithm"}, path, "an interleaved update")
-    for key, (kind, fix) in _INTERLUDE_TYPES.items():
+    _fields(tree, _INTERLEAVED_KEYS, {"gate", "size", "algorithm"}, path, "an interleaved update")
+    for key, (kind, fix) in _INTERLEAVED_TYPES.items():
         wrong = mismatch(tree[key], kind) if key in tree else None
         if wrong or key == "lr_factor" and not math.isfinite(tree.get(key, 1.0)):
             raise ConfigError(f"{path}.{key}: {wrong or f'found {tree[key]}'}; {fix}")
@@ -150,7 +155,7 @@ def _term(tree: Any, path: str) -> Term:
 
 
 def _fields(tree: Any, known: set[str], needed: set[str], path: str, what: str) -> None:
-    """Checks that `tree` is a mapping with keys out of `known`, and has all that are `needed`."""
+    """Check that `tree` is a mapping that has all keys in `needed` and no key outside `known`."""
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{path}: found {tree!r}, expected a mapping with the keys {', '.join(sorted(known))}")
     _only(tree, known, path)
@@ -160,10 +165,10 @@ def _fields(tree: Any, known: set[str], needed: set[str], path: str, what: str) 
 
 
 def _mapping(tree: Mapping[str, Any], key: str, path: str) -> Mapping[str, Any]:
-    found = tree.get(key) or {}
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"{path}.{key}: found {found!r}, expected a mapping from names to {key}")
-    return found
+    value = tree.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{path}.{key}: found {value!r}, expected a mapping from names to {key}")
+    return value
 
 
 def _only(tree: Mapping[str, Any], known: set[str], path: str) -> None:
@@ -178,7 +183,7 @@ def _only(tree: Mapping[str, Any], known: set[str], path: str) -> None:
 
 
 def algorithm_slots(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """(mapping, key, path) of every place in an algorithm's tree where another algorithm stands or is named."""
+    """Yield (mapping, key, path) for every key of an algorithm's tree that holds or names another algorithm."""
     if tree.get("validation") is not None:
         yield tree, "validation", "validation"
     interleaved_update, stages = tree.get("interleaved_update"), tree.get("stages")
@@ -190,10 +195,10 @@ def algorithm_slots(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str,
 
 
 def check_names(tree: dict[str, Any], path: str) -> None:
-    """Checks the names that users give to terms, regularizers and stages, and that each term is there.
+    """Check the names of terms, regularizers, stages and corrections, and that no term is empty.
 
     Raises:
-        ConfigError: a name that no key can have, by its place; or a term that is nothing.
+        ConfigError: a name cannot be part of a key, or a term is empty. The message names the key.
     """
     for section in _NAMED:
         named = tree.get(section)
@@ -211,7 +216,7 @@ def check_names(tree: dict[str, Any], path: str) -> None:
             if section == "terms" and value is None:
                 raise ConfigError(
                     f"{path}.terms.{name}: found None, expected a mapping with the keys coefficient, estimator, gate, "
-                    f"reduction, source; a term is left out by its factor: {path}.terms.{name}.coefficient=0"
+                    f"reduction, source; to leave the term out, set {path}.terms.{name}.coefficient=0"
                 )
     for owner, key, slot in algorithm_slots(tree):
         if isinstance(owner[key], dict):

@@ -175,7 +175,7 @@ def test_a_bad_override_is_one_error_with_key_value_and_fix(override):
 
 FILES = {
     "": ["algo.terms", "None", "at least one named term"],
-    "- a\n": ["no mapping", "`terms`"],
+    "- a\n": ["is not a mapping", "`terms`"],
     "a: [\n": ["not valid YAML", "line 2"],
     "3": ["not valid YAML"],
     "description: x\n": ["algo.terms", "None"],

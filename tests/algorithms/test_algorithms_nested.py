@@ -83,7 +83,7 @@ NESTED = {
     ("grpo", "interleaved_update.size=3"): ["algo.interleaved_update.size", "no 'interleaved_update'"],
     ("amft", "validation=null"): ["algo", "validation"],
     ("grpo", "validation=[sft]"): ["algo.validation", "['sft']", "name"],
-    ("ppo", "critic.returns.lam=1"): ["critic.returns", "follows", "critic.returns={_target_: ...}"],
+    ("ppo", "critic.returns.lam=1"): ["critic.returns", "is a reference to", "critic.returns={_target_: ...}"],
     ("ppo", "critic={_target_: upge.GAE}"): ["algo.critic", "a ValueLoss"],
     ("grpo", "sampling={_target_: upge.DynamicSampling}"): ["algo.sampling.gate", "missing"],
 }
@@ -117,7 +117,7 @@ def test_a_file_beside_the_one_that_names_it_is_found(tmp_path, monkeypatch):
     assert found.stages["a"].algorithm.name == "inner"
     (tmp_path / "mine" / "lost.yaml").write_text("stages: {a: {algorithm: here2.yaml}}\n")
     said = message(lambda: algorithms.load("mine/lost.yaml"))
-    assert "algo.stages.a.algorithm: there is no file here2.yaml in mine or where you start from" in said
+    assert "algo.stages.a.algorithm: there is no file here2.yaml in mine or in the working directory" in said
 
 
 @pytest.mark.parametrize("name", ["a b", "r.l", "größe", "on"])

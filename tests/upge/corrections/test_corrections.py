@@ -269,7 +269,7 @@ BAD_FILES = {
     "_target_: upge.corrections.Overlong\n": ["correction.mine.limit", "missing"],
     "_target_: upge.corrections.TIS\ncap: -1\n": ["correction.mine", "-1"],
     "_target_: upge.corrections.TIS\ncap: ${nowhere}\n": ["correction.mine.cap", "nowhere"],
-    "- a\n": ["no mapping"],
+    "- a\n": ["is not a mapping"],
     "a: [\n": ["not valid YAML"],
 }
 
