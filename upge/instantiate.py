@@ -56,7 +56,7 @@ def build(node: Any, path: str, expected: type | None = None) -> Any:
 
 
 def locate(name: Any, path: str) -> Any:
-    """The class or function behind the dotted path `name`.
+    """Import the class or function with the dotted path `name`.
 
     Raises:
         ConfigError: the module or the name in it does not exist; the message gives the nearest existing name.
@@ -71,8 +71,8 @@ def locate(name: Any, path: str) -> Any:
     except Exception as error:  # a user's file may fail in any way
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise ConfigError(
-                f"{path}: no module '{module_name}' to import '{name}' from; a file of your own must lie in the folder "
-                "that you start from, or on PYTHONPATH"
+                f"{path}: no module '{module_name}' to import '{name}' from; a file of your own must be in the working "
+                "directory or on PYTHONPATH"
             ) from error
         raise ConfigError(
             f"{path}: importing {module_name} failed: {type(error).__name__}: {error}{_line(error)}; fix that file"

@@ -80,7 +80,7 @@ class Pipeline:
         return Pipeline(algorithm.name, {algorithm.name: Stage(algorithm)}, algorithm.description)
 
     def spans(self, steps: int) -> list[Span]:
-        """Which steps of a run of `steps` each stage has; stages too small for a step have none."""
+        """The steps of each stage in a run of `steps` steps. A stage with a very small share may have no step."""
         total, done, first, spans = sum(s.share for s in self.stages.values()), 0.0, 0, []
         for name, stage in self.stages.items():
             done += stage.share

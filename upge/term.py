@@ -17,7 +17,7 @@ from upge.gates import Gate
 from upge.reduction import Reduction
 from upge.trajectories import Source, Trajectories
 
-#: The sum over the trajectories of each source.
+#: Source → formula of the sum over its trajectories.
 _SUMS = {
     "rollouts": Formula("Σ_{τ~π_old}", r"\sum_{\tau\sim\pi_{old}}"),
     "demonstrations": Formula("Σ_{τ* demo}", r"\sum_{\tau^*}"),

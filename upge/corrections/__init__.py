@@ -140,8 +140,8 @@ class KLInReward(Correction):
             for path, part in walk(term.estimator.advantage, place):
                 if isinstance(part, KLPenalizedReward):
                     raise NotApplicable(
-                        f"{path} is a KLPenalizedReward, so the reward already has a KL penalty; change its "
-                        "coefficient, or remove it in a file of your own"
+                        f"{path} is a KLPenalizedReward, so the reward already includes a KL penalty; change its "
+                        "coefficient, or remove it in an algorithm file of your own"
                     )
         return wrap(algorithm, "advantage", lambda inner: KLShaped(inner, self.coefficient, self.kind, self.future))
 

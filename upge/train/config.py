@@ -176,7 +176,7 @@ class RunConfig(Settings):
     prompts_per_step: int = key(32, "prompts per step, over all ranks", above=0)
     group_size: int = key(8, "rollouts per prompt", above=0)
     output: str = key("", "folder of the run; empty = the next unused runs/ALGO-MODEL-DATA")
-    resume: Literal["auto", "never"] = key("auto", "auto = continue an interrupted run found in `output`")
+    resume: Literal["auto", "never"] = key("auto", "auto = continue an interrupted run in `output`")
     log_rollouts: int = key(
         10, "log rollouts and the tokens with the largest weights every N steps; 0 = never", minimum=0
     )
