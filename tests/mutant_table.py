@@ -293,7 +293,7 @@ MUTANTS = (
     Mutant(
         "baseline-with-own-reward",
         "upge/components/advantage.py",
-        "[index] - rewards * own)",
+        "[index] - rewards * is_rollout)",
         "[index])",
         [PARTS + "test_leave_one_out"],
     ),
@@ -307,7 +307,7 @@ MUTANTS = (
     Mutant(
         "token-mean-over-all",
         "upge/reduction.py",
-        "(batch.lengths * selected).sum()",
+        "(batch.lengths * active).sum()",
         "batch.lengths.sum()",
         [REDUCTIONS + "test_reduction"],
     ),

@@ -77,17 +77,17 @@ def needs_of(parts: Mapping[str, Component], sources: Mapping[str, Source]) -> N
         preference_pairs="preference_pairs" in wanted,
         group_size=parts[largest].group_size_needed,
         group_size_because=largest,
-        before=frozenset().union(*(part.columns for p in parts.values() for part in _static(p))) & COMPUTED,
+        before=frozenset().union(*(part.columns for p in parts.values() for part in _precomputed_parts(p))) & COMPUTED,
     )
 
 
-def _static(part: Component) -> Iterator[Component]:
+def _precomputed_parts(part: Component) -> Iterator[Component]:
     """The outermost parts in `part` that are evaluated before the forward pass."""
     if part.is_precomputed:
         yield part
     else:
         for inner in part.parts.values():
-            yield from _static(inner)
+            yield from _precomputed_parts(inner)
 
 
 def check_columns(

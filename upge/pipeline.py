@@ -102,8 +102,9 @@ class Pipeline:
         """The needs of all stages together."""
         needs = []
         for name, stage in self.stages.items():
-            own = stage.algorithm.needs
-            needs.append(replace(own, group_size_because=f"stages.{name}.algorithm.{own.group_size_because}"))
+            stage_needs = stage.algorithm.needs
+            because = f"stages.{name}.algorithm.{stage_needs.group_size_because}"
+            needs.append(replace(stage_needs, group_size_because=because))
         return reduce(lambda a, b: a.joined(b), needs)
 
     def check(

@@ -220,14 +220,14 @@ def _plan(
     planned: dict[str, PlannedTerm] = {}
     contributing = torch.zeros_like(in_any)
     for name, term in terms.items():
-        source, own = batch.source_rows(term.source), active[name]
-        weights = _weights(term.reduction, batch, own, in_any)
-        planned[name] = PlannedTerm(term.gate, term.estimator, term.coefficient, source, own, weights)
+        source, rows = batch.source_rows(term.source), active[name]
+        weights = _weights(term.reduction, batch, rows, in_any)
+        planned[name] = PlannedTerm(term.gate, term.estimator, term.coefficient, source, rows, weights)
         contributing |= planned[name].signal
     penalties: dict[str, tuple[Regularizer, Tensor]] = {}
     for name, regularizer in regularizers.items():
-        own = batch.source_rows(regularizer.source) & in_any
-        weights = _weights(regularizer.reduction, batch, own, in_any)
+        rows = batch.source_rows(regularizer.source) & in_any
+        weights = _weights(regularizer.reduction, batch, rows, in_any)
         penalties[name] = (regularizer, weights * regularizer.coefficient)
         contributing |= (weights != 0).any(dim=1)
     if reach == "group":  # a trajectory without a signal may still be read by others of its group
@@ -244,8 +244,8 @@ def _weights(
             f"{type(reduction).__name__}.over: found {getattr(reduction, 'over', None)!r}; a reduction has the field "
             "`over`, 'term' or 'batch', which says whose trajectories its divisor counts"
         )
-    counted = active if reduction.over == "term" else active_in_any
-    return reduction(reduction.view(batch), counted).detach() * active[:, None]
+    counting = active if reduction.over == "term" else active_in_any
+    return reduction(reduction.view(batch), counting).detach() * active[:, None]
 
 
 def _penalty(regularizer: Regularizer, scale: Tensor, batch: Trajectories | PackedTokens) -> Tensor:

@@ -56,14 +56,14 @@ class ValueLoss(Component):
         """[B, T] the returns Â + V_old on the whole batch, before the forward pass."""
         return self.returns(self.returns.view(batch)).detach() + batch.values.double()
 
-    def weights(self, batch: TrajectoryView, counted: Tensor) -> Float[Tensor, "B T"]:
+    def weights(self, batch: TrajectoryView, active: Tensor) -> Float[Tensor, "B T"]:
         """[B, T] coefficient·w.
 
         Args:
             batch: the whole batch.
-            counted: [B] True for the trajectories that count; demonstrations among them are left out.
+            active: [B] True for the trajectories that count; demonstrations among them are left out.
         """
-        rows = counted & ~batch.is_demonstration
+        rows = active & ~batch.is_demonstration
         return self.coefficient * self.reduction(self.reduction.view(batch), rows)
 
     def __call__(

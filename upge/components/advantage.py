@@ -85,17 +85,19 @@ class GroupRelative(AdvantageEstimator):
 
     def __call__(self, batch: TrajectoryView) -> Float[torch.Tensor, "B T"]:
         index, rewards = batch.group_index, batch.rewards.double()
-        counted = (~batch.is_demonstration).double() if self.baseline == "rollouts" else torch.ones_like(rewards)
-        number = group_sum(counted, index)
-        mean = group_sum(rewards * counted, index) / number.clamp(min=1)
+        in_baseline = ~batch.is_demonstration
+        if self.baseline == "group":
+            in_baseline = torch.ones_like(in_baseline)
+        counts = in_baseline.double()
+        number = group_sum(counts, index)
+        mean = group_sum(rewards * counts, index) / number.clamp(min=1)
         # The mean of equal rewards must be exactly one of them: a rounding error would be divided by a tiny std.
-        own = counted > 0
         example = mean.clone()
-        example[index[own]] = rewards[own]
-        differs = group_sum(((rewards != example[index]) & own).double(), index) > 0
+        example[index[in_baseline]] = rewards[in_baseline]
+        differs = group_sum(((rewards != example[index]) & in_baseline).double(), index) > 0
         centred = rewards - torch.where(differs, mean, example)[index]
         if self.normalize_std:
-            squares = group_sum(centred.square() * counted, index)
+            squares = group_sum(centred.square() * counts, index)
             variance = squares / (number - int(self.unbiased)).clamp(min=1)
             divisor = torch.where(differs, variance.sqrt() + self.epsilon, torch.ones_like(variance))[index]
             centred = torch.where(differs[index], centred / divisor, torch.zeros_like(centred))
@@ -126,9 +128,9 @@ class LeaveOneOut(AdvantageEstimator):
 
     def __call__(self, batch: TrajectoryView) -> Float[torch.Tensor, "B T"]:
         index, rewards = batch.group_index, batch.rewards.double()
-        own = (~batch.is_demonstration).double()
-        others = group_sum(own, index)[index] - own
-        baseline = (group_sum(rewards * own, index)[index] - rewards * own) / others.clamp(min=1)
+        is_rollout = (~batch.is_demonstration).double()
+        others = group_sum(is_rollout, index)[index] - is_rollout
+        baseline = (group_sum(rewards * is_rollout, index)[index] - rewards * is_rollout) / others.clamp(min=1)
         return _per_token((rewards - baseline) * (others > 0), batch)
 
     def formula(self) -> Formula:

@@ -90,12 +90,12 @@ class Whitened(AdvantageEstimator):
 
     def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
         values, mask = self.advantage(batch).double(), batch.response_mask
-        own = mask & ~batch.is_demonstration[:, None]
-        number = int(own.sum())
+        rollout_tokens = mask & ~batch.is_demonstration[:, None]
+        number = int(rollout_tokens.sum())
         if number < 2:
             return torch.zeros_like(values)
-        centred = values - torch.where(own, values, 0.0).sum() / number
-        variance = torch.where(own, centred.square(), 0.0).sum() / (number - 1)
+        centred = values - torch.where(rollout_tokens, values, 0.0).sum() / number
+        variance = torch.where(rollout_tokens, centred.square(), 0.0).sum() / (number - 1)
         return torch.where(mask, centred / (variance + self.epsilon).sqrt(), 0.0)
 
     def formula(self) -> Formula:
