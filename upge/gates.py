@@ -116,7 +116,7 @@ class _PassRateThreshold(_PassRateGate):
 class PassRateAbove(_PassRateThreshold):
     """1 where the group's pass rate P exceeds the threshold, else 0.
 
-    HPT learns from rollouts there (arXiv 2509.04419, Eq. 10).
+    Opens a term that learns from rollouts (arXiv 2509.04419, Eq. 10).
     """
 
     def _at(self, rate: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -130,7 +130,7 @@ class PassRateAbove(_PassRateThreshold):
 class PassRateAtMost(_PassRateThreshold):
     """1 where the group's pass rate P is at most the threshold (inclusive), else 0.
 
-    HPT learns from a demonstration there (arXiv 2509.04419, Eq. 10).
+    Opens a term that learns from demonstrations (arXiv 2509.04419, Eq. 10).
     """
 
     def _at(self, rate: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
