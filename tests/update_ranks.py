@@ -40,7 +40,7 @@ def batch_for(one: Algorithm, off_policy: bool, filled: Mapping[str, Mapping[str
     """
     pairs = one.needs.preference_pairs
     members = trajectories(pairs=pairs)
-    wanted = one.needs.columns & {"reference_logprobs", "values"} | one.needs.before
+    wanted = one.needs.columns & {"reference_logprobs", "values"} | one.needs.precomputed
     wanted |= {"behavior_logprobs"} if off_policy else set()
     columns = {name: filled["pairs" if pairs else "plain"][name] for name in wanted}
     state = {name: gate.initial() for name, gate in one.stateful.items()}

@@ -24,7 +24,7 @@ class Needs:
         rollouts, demonstrations, preference_pairs: True if it learns from, or compares with, such trajectories.
         group_size: minimum number of rollouts per prompt.
         group_size_because: path of the part that requires `group_size`.
-        before: the columns among 'behavior_logprobs', 'reference_logprobs' and 'values' that must be filled before
+        precomputed: the columns among 'behavior_logprobs', 'reference_logprobs' and 'values' that must be filled before
             the policy's forward pass, because a part that is evaluated on the whole batch reads them.
     """
 
@@ -34,7 +34,7 @@ class Needs:
     preference_pairs: bool
     group_size: int
     group_size_because: str
-    before: frozenset[str] = frozenset()
+    precomputed: frozenset[str] = frozenset()
 
     @property
     def critic(self) -> bool:
@@ -56,7 +56,7 @@ class Needs:
             preference_pairs=self.preference_pairs or other.preference_pairs,
             group_size=larger.group_size,
             group_size_because=larger.group_size_because,
-            before=self.before | other.before,
+            precomputed=self.precomputed | other.precomputed,
         )
 
 
@@ -77,7 +77,8 @@ def needs_of(parts: Mapping[str, Component], sources: Mapping[str, Source]) -> N
         preference_pairs="preference_pairs" in wanted,
         group_size=parts[largest].group_size_needed,
         group_size_because=largest,
-        before=frozenset().union(*(part.columns for p in parts.values() for part in _precomputed_parts(p))) & COMPUTED,
+        precomputed=frozenset().union(*(part.columns for p in parts.values() for part in _precomputed_parts(p)))
+        & COMPUTED,
     )
 
 

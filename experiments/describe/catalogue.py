@@ -85,8 +85,8 @@ def needs(algorithm: Algorithm | Pipeline) -> dict[str, str]:
         found["sampler's log-probs"] = "as the inference engine reported them"
     if "entropies" in total.columns:
         found["entropies"] = "of the full vocabulary at each token"
-    if total.before:
-        found["before the forward pass"] = f"{', '.join(sorted(total.before))} of all trajectories"
+    if total.precomputed:
+        found["before the forward pass"] = f"{', '.join(sorted(total.precomputed))} of all trajectories"
     reaches = {path or "all": _REACH[one.reach] for path, one in members(algorithm)}
     texts = set(reaches.values())
     listed = "; ".join(f"{path.rstrip('.')}: {text}" for path, text in reaches.items())

@@ -118,7 +118,7 @@ def test_the_gate_with_memory(tmp_path, monkeypatch):
 def test_what_it_reads_decides_what_the_run_needs(own):
     needs = {m: config.compose(EXAMPLES[m].arguments).algorithm.needs for m in EXAMPLES}
     assert [module for module in EXAMPLES if needs[module].critic] == ["my_advantage"]
-    assert needs["my_advantage"].before == {"values"}
+    assert needs["my_advantage"].precomputed == {"values"}
     assert needs["my_gate"].group_size == 2
     loaded = algorithms.load("grpo", ["terms.rl.estimator.advantage={_target_: my_advantage.AgainstTheCritic}"])
     with pytest.raises(upge.ConfigError, match=r"AgainstTheCritic reads \['values'\].*it needs a critic"):

@@ -49,7 +49,7 @@ def models(request, model_folder):
 def whole_batch(one: Algorithm, off_policy: bool, filled: dict[str, dict[str, Tensor]]) -> Trajectories:
     pairs = one.needs.preference_pairs
     made = filled["pairs" if pairs else "plain"]
-    columns = {n: c for n, c in made.items() if n != "behavior_logprobs" or off_policy or n in one.needs.before}
+    columns = {n: c for n, c in made.items() if n != "behavior_logprobs" or off_policy or n in one.needs.precomputed}
     state = {name: gate.initial() for name, gate in one.stateful.items()}
     return dataclasses.replace(assemble(trajectories(pairs=pairs), STEP), **columns, state=state)
 

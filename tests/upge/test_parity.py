@@ -87,7 +87,7 @@ def cases(name: str) -> list[str]:
 
 def batch_of(algorithm: upge.Algorithm, case: str, seed: int) -> Sample:
     s = CASES[case](seed, algorithm.needs.preference_pairs)
-    if case == "on_policy" and "behavior_logprobs" not in algorithm.needs.before:
+    if case == "on_policy" and "behavior_logprobs" not in algorithm.needs.precomputed:
         return changed(s, behavior_logprobs=None)  # nobody has to fill it; what reads it before the pass needs it
     return s
 

@@ -162,7 +162,7 @@ def _filled(
     batch, needs = assemble(members, step), algorithm.step_needs
     responses = [columns[pair_of(t)] for t in members]
     names = {"logprobs", "entropies"} | needs.columns & {"reference_logprobs"}
-    names |= {"behavior_logprobs"} & (responses[0].keys() | needs.before)
+    names |= {"behavior_logprobs"} & (responses[0].keys() | needs.precomputed)
     values: dict[str, Tensor] = {}
     for name in names:
         values[name] = torch.zeros(batch.response_mask.shape, dtype=torch.float64)

@@ -133,7 +133,7 @@ def _check_on_policy(component: Component, batch: Trajectories) -> None:
 
     A part that does not read the current log-probs cannot use them instead, so it requires the column.
     """
-    required = needs_of({"part": component}, {}).before
+    required = needs_of({"part": component}, {}).precomputed
     if not {"behavior_logprobs", "logprobs"} <= component.columns or "behavior_logprobs" in required:
         return
     problem = f"{type(component).__name__} %s where behavior_logprobs is None, which means strictly on-policy; read "

@@ -83,7 +83,7 @@ class BatchFiller:
     ) -> None:
         self.policy, self.config, self.critic, self.reference = policy, config, critic, reference
         self.needs = algorithm.step_needs
-        late = (self.needs.columns & COMPUTED) - self.needs.before
+        late = (self.needs.columns & COMPUTED) - self.needs.precomputed
         self.is_off_policy = config.mini_batches * config.epochs > 1
         #: Columns that only live parts read, asked for once it is known which trajectories contribute.
         self.late_columns = late if self.is_off_policy else late - {_BEHAVIOR}
@@ -101,7 +101,7 @@ class BatchFiller:
         columns = dataclasses.replace(assemble(trajectories, step), state=dict(state or {}))
         batch = StepBatch(columns, list(trajectories))
         rows = list(range(len(trajectories)))
-        return self._with_columns(batch, rows, self.needs.before) if rows else batch
+        return self._with_columns(batch, rows, self.needs.precomputed) if rows else batch
 
     def complete(self, batch: StepBatch, plan: Plan, behavior: bool) -> StepBatch:
         """The batch of an update with all columns that the plan reads.
