@@ -1,8 +1,8 @@
 """The command line: `upge NAME ...`, the same commands as `python -m experiments.NAME ...`.
 
-Here stands what all commands share: the list of commands, help, how arguments are read, and how errors and signals
-become exit codes. `upge` works from any folder. It puts the current folder last on the import path, so a user's own
-parts are found there, but a user's `experiments/` or `algorithms/` never hides those of the package.
+This module holds what all commands share: the list of commands, help, the reading of arguments, and how errors and
+signals become exit codes. `upge` works from any folder. It puts the current folder last on the import path, so a user's
+own parts are found there, but a user's `experiments/` or `algorithms/` never hides those of the package.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ COMMANDS = {
     "bench": "measure speed and memory, side by side with other libraries",
     "theory": "print the tables of docs/theory.md, computed exactly",
     "table1": "print Table 1 of the paper, derived from the objectives",
-    "pretrain": "make the model `tiny` from nothing",
+    "pretrain": "train the model `tiny` from scratch",
     "check_answers": "verify the ground truths of data files against themselves",
 }
 #: The folder that holds the packages `experiments`, `algorithms` and `upge`.
@@ -43,11 +43,11 @@ ROOT = Path(__file__).parents[1]
 
 
 class Stopped(BaseException):
-    """A signal asks the command to end; what is complete is saved on the way out.
+    """A signal asks the command to end. Complete results are saved before the command exits.
 
     Attributes:
         number: the signal.
-        message: what the user is told.
+        message: the text printed for the user.
     """
 
     def __init__(self, number: int, message: str = "") -> None:
@@ -87,15 +87,15 @@ def usage() -> str:
 def run_command(
     command: Callable[[list[str]], int], arguments: Sequence[str] | None, help_text: Callable[[], str] | None = None
 ) -> int:
-    """Runs a command and turns what ends it early into a message on standard error and an exit code.
+    """Runs a command and turns user errors and signals into a message on standard error and an exit code.
 
     Args:
         command: takes the arguments and returns the exit code.
-        arguments: of the command; None = those of the program.
-        help_text: what `--help` prints; None where the command reads `--help` by itself.
+        arguments: the command's arguments; None = those of the program.
+        help_text: returns what `--help` prints; None if the command handles `--help` itself.
 
     Returns:
-        The command's exit code, 2 for a mistake of the user's, or 128 + signal.
+        The command's exit code, 2 for a user error, or 128 + signal.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     add_user_folder()
@@ -117,10 +117,11 @@ def run_command(
 
 
 def add_user_folder() -> None:
-    """Puts the current folder last on the import path, behind the folder of this package.
+    """Puts the current folder last on the import path, after the folder of this package.
 
-    Under `python -m` it is already the first entry. It is not there when `upge`, torchrun or deepspeed start the
-    program. The entry of this package matters for an editable install, which Python would ask only after the path.
+    Under `python -m` the current folder is already the first entry. It is missing when `upge`, torchrun or deepspeed
+    start the program. The entry for this package matters for an editable install, which Python consults only after the
+    path.
     """
     for folder in (str(ROOT), os.getcwd()):
         if folder not in sys.path:
@@ -136,11 +137,12 @@ def child_environment() -> dict[str, str]:
 
 
 def print_error(error: Exception, rank: int | None = None) -> None:
-    """Prints a mistake of the user's on standard error.
+    """Prints a user error on standard error.
 
     Args:
-        error: what was raised.
-        rank: this process's, where every rank must speak for itself; None = all find the same, so rank 0 prints it.
+        error: the exception.
+        rank: this process's rank, if the error may differ between ranks; None = all ranks raise the same error, so only
+            rank 0 prints it.
     """
     from upge.train.distributed import launched_rank
 
@@ -152,7 +154,7 @@ def print_error(error: Exception, rank: int | None = None) -> None:
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM end the block by `Stopped`; a second one ends the process at once."""
+    """Raises `Stopped` in the block on SIGINT or SIGTERM; a second signal ends the process at once."""
     numbers = (signal.SIGINT, signal.SIGTERM)
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -169,12 +171,12 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 def flags(arguments: Sequence[str], *names: str) -> tuple[list[str], dict[str, bool]]:
-    """Splits arguments such as `--dry-run` from the others; each of `names` is True where it was given."""
+    """Separates flags such as `--dry-run` from the other arguments; each of `names` maps to whether it was given."""
     return [a for a in arguments if a not in names], {name: name in arguments for name in names}
 
 
 def help_row(left: str, right: str, width: int = 36) -> str:
-    """Two columns, at most 118 wide; a left side longer than `width` pushes the right one to the next line."""
+    """Two columns of at most 118 characters; a left side longer than `width` moves the right one to the next line."""
     indent = " " * (width + 3)
     if len(left) > width:
         return "\n".join([*textwrap.wrap(left, 116, initial_indent="  ", subsequent_indent="    "), indent + right])

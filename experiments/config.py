@@ -1,10 +1,10 @@
 """A run's configuration: defaults, presets by name, and the command line's key=value list, in that order.
 
 A recipe is a YAML file of names (`algo`, `model`, `data`, `correction`) and of keys of a run, nested or dotted, such as
-`model.opening`, which beat those of the presets that it names. Two keys are its own: `base` names one or several
-recipes, or files of configs/recipe/base, whose keys it changes; `overrides` lists texts such as terms.rl.coefficient=8,
-which are applied after the bases' as algo.KEY=VALUE on the command line would be. Its settings of a correction are
-also `overrides`, such as correction.tis.cap=3.
+`model.opening`, which take precedence over those of the presets that it names. Two keys exist only in recipes: `base`
+names one or several recipes, or files of configs/recipe/base, whose keys it changes; `overrides` lists strings such as
+terms.rl.coefficient=8, which are applied after those of the bases, as algo.KEY=VALUE on the command line would be.
+Settings of a correction, such as correction.tis.cap=3, also go into `overrides`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from upge.train.config import RunConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 MODELS = Path(__file__).parent / "models"
-#: Keys whose value is a name that selects a file; with their defaults. `correction` takes a list of names, too.
+#: Keys whose value is a name that selects a file, with their defaults. `correction` also takes a list of names.
 GROUPS = {"recipe": None, "algo": "hpt", "correction": None, "model": "tiny", "data": "arithmetic"}
-#: Keys of data sets below which the user chooses the names: a recipe's take the place of the preset's examples, as
-#: those of the command line do.
+#: Keys of data sets below which the user chooses the names. A recipe's entries replace the preset's examples, as those
+#: of the command line do.
 NAMED = {"sets", "weights", "tasks"}
 # ${upge.models:NAME} in a preset is the folder of a model that ships with the repository.
 OmegaConf.register_resolver("upge.models", lambda name: str(MODELS / name), replace=True)
@@ -56,12 +56,12 @@ class Composed:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe's file with its bases below it.
+    """A recipe's file merged over its bases.
 
     Attributes:
         names: which algorithm, corrections, model and data set it selects.
         tree: keys of a run, nested.
-        overrides: of the algorithm, those of the base first.
+        overrides: overrides of the algorithm, those of the bases first.
     """
 
     names: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +88,7 @@ def compose(arguments: Sequence[str]) -> Composed:
     chosen = {key: value for key, value in items if key in GROUPS}
     recipe = read_recipe(chosen["recipe"]) if chosen.get("recipe") else Recipe()
     names = {group: chosen.get(group) or recipe.names.get(group, default) for group, default in GROUPS.items()}
-    # Said to be none on the command line, there is none, whatever the recipe says.
+    # An empty `correction=` on the command line removes the recipe's corrections.
     corrections = correction_names(chosen.get("correction", names["correction"]))
     names["correction"] = ",".join(corrections) or None
     tree = OmegaConf.create(defaults(RunConfig))
@@ -111,10 +111,10 @@ def compose(arguments: Sequence[str]) -> Composed:
 
 
 def read_recipe(name: str, above: tuple[str, ...] = ()) -> Recipe:
-    """The recipe of this name; `above` are those that it is the base of.
+    """Reads the recipe of this name; `above` are the recipes that it is the base of.
 
     Raises:
-        ConfigError: there is none, its bases lead back to it, or `overrides` is no list of texts.
+        ConfigError: there is no such recipe, its bases lead back to it, or `overrides` is not a list of strings.
     """
     if name in above:
         raise ConfigError(f"recipe={above[0]}: base: {' → '.join([*above, name])} leads back to itself")
@@ -166,10 +166,10 @@ def correction_names(value: Any) -> list[str]:
             value = parse("correction", text)
         except ConfigError:
             value = text
-    found = [name for name in value or () if name is not None] if isinstance(value, (list, type(None))) else [value]
-    if not all(isinstance(name, str) for name in found) or isinstance(value, str):
+    names = [name for name in value or () if name is not None] if isinstance(value, (list, type(None))) else [value]
+    if not all(isinstance(name, str) for name in names) or isinstance(value, str):
         raise ConfigError(f"correction: found {value!r}; give a name or a list such as correction=[tis,kl_k3]")
-    return found
+    return names
 
 
 def _checked(names: Mapping[str, str | None], tree: DictConfig) -> Composed:
@@ -238,11 +238,11 @@ def known_keys() -> list[str]:
     """All dotted keys of a run except those inside `algo` and `data`, and those that name files."""
 
     def walk(tree: Mapping[str, Any], prefix: str) -> list[str]:
-        found = []
+        keys = []
         for name, value in tree.items():
             inner = walk(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else []
-            found += inner or [f"{prefix}{name}"]
-        return found
+            keys += inner or [f"{prefix}{name}"]
+        return keys
 
     return [*walk(defaults(RunConfig), ""), "recipe", "correction"]
 
@@ -271,11 +271,11 @@ def suite_tree(name: str) -> dict[str, Any]:
         raise ConfigError(f"suite: {path} cannot be read as YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(tree, Mapping) or list(tree) != ["suite"] or not isinstance(tree["suite"], Mapping):
         raise ConfigError(f"suite: {path} must be a mapping with the one key `suite`, and a suite's keys below it")
-    found = {**defaults(SuiteConfig), **tree["suite"]}
-    benchmarks, alike = found["benchmarks"], defaults(BenchmarkConfig)
+    suite = {**defaults(SuiteConfig), **tree["suite"]}
+    benchmarks, alike = suite["benchmarks"], defaults(BenchmarkConfig)
     if isinstance(benchmarks, Mapping):
-        found["benchmarks"] = {n: {**alike, **b} if isinstance(b, Mapping) else b for n, b in benchmarks.items()}
-    return found
+        suite["benchmarks"] = {n: {**alike, **b} if isinstance(b, Mapping) else b for n, b in benchmarks.items()}
+    return suite
 
 
 def resolved(tree: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Figures on white, those of comparisons, sweeps and diagnoses: how they look, are written and put into a page."""
+"""Figures of comparisons, sweeps and diagnoses: style, files, and embedding into a page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-# The report's colours, on white: a figure in a paper has no dark page.
+# The report's light colours only: a figure in a paper has no dark mode.
 INK, SOFT, RULE = "#1d2126", "#565d66", "#dcdeda"
 _STYLE = {
     "svg.fonttype": "none", "font.size": 9.5, "axes.linewidth": 0.8, "text.color": INK, "axes.labelcolor": SOFT,
@@ -22,7 +22,7 @@ _STYLE = {
 
 
 def save(folder: Path, name: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> list[Path]:
-    """Writes NAME.png and NAME.svg of what `draw` puts into a figure of this size in inches."""
+    """Calls `draw` on a figure of this size in inches and writes NAME.png and NAME.svg."""
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
         figure = Figure(size, dpi=180, layout="constrained")
         draw(figure)
@@ -32,18 +32,18 @@ def save(folder: Path, name: str, size: tuple[float, float], draw: Callable[[Fig
 
 
 def dress(axes, grid: str = "y") -> None:
-    """No more frame than is needed, and a grid behind everything."""
+    """Removes the frame except for the bottom edge and puts a grid behind everything."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_axisbelow(True)
     axes.grid(True, axis=grid, color=RULE, linewidth=0.7)
 
 
 def in_figure(name: str) -> str:
-    """`name` as it stands: dollars would begin a formula, and a leading underscore would keep it out of the legend."""
+    """`name` shown literally: dollars would start a formula, and a leading underscore would hide it from the legend."""
     return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def inline(path: Path, prefix: str) -> str:
-    """The SVG element of a file, for a page that has others: what it refers to by name begins with `prefix`."""
+    """The SVG element of a file for a page with several; its ids and references are prefixed with `prefix`."""
     drawing = path.read_text("utf-8")
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", drawing[drawing.index("<svg") :])

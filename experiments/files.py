@@ -1,4 +1,4 @@
-"""Where commands write: a free folder for results, and the generated blocks of documentation pages."""
+"""Where commands write: a new folder for results, and the generated blocks of documentation pages."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def replace_block(page: str, file: str, begin: str, end: str, made: str, where: 
         page: the text.
         file: the page's name, for messages.
         begin, end: the markers around the block; they stay.
-        made: what stands between them afterwards.
+        made: the new text between them.
         where: where the markers belong, for messages, as in "where the tables go".
 
     Raises:
         ConfigError: a marker is missing.
     """
-    before, found, rest = page.partition(begin)
+    before, opening, rest = page.partition(begin)
     _, closing, after = rest.partition(end)
-    if not found or not closing:
+    if not opening or not closing:
         raise ConfigError(f"{file}: the lines '{begin}' and '{end}' are missing; put them {where}")
     return f"{before}{begin}{made}{end}{after}"

@@ -1,4 +1,4 @@
-"""A table of texts, and how it looks in the terminal, in Markdown and in LaTeX."""
+"""Tables of strings, printed in the terminal or written as Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ _ASCII = str.maketrans({"–": "-", "−": "-", "→": ">"})
 
 @dataclass(frozen=True)
 class Row:
-    """The cells of a line; `bold` are the positions that stand out, `rule` says that a line is drawn above it."""
+    """A row of cells.
+
+    Attributes:
+        cells: the text of each cell.
+        bold: the positions of the cells that are set in bold.
+        rule: whether a line is drawn above the row.
+    """
 
     cells: tuple[str, ...]
     bold: frozenset[int] = frozenset()
@@ -32,12 +38,12 @@ class Row:
 class Grid:
     """A table.
 
-    Fields:
-        label: its key in LaTeX.
+    Attributes:
+        label: its label in LaTeX.
         title: what it shows, one line.
-        header: of the columns.
-        rows: as many cells each.
-        labels: how many columns on the left name the row; they are left-aligned and repeated where a table is split.
+        header: the names of the columns.
+        rows: the rows, each with one cell per column.
+        labels: number of columns on the left that name the row; they are left-aligned and repeated if a table is split.
     """
 
     label: str
@@ -48,7 +54,7 @@ class Grid:
 
 
 def print_grid(grid: Grid, console: Console) -> None:
-    """Prints it; where it is too wide, cells get a line per word, and columns that still do not fit a table below."""
+    """Prints a table. If it is too wide, cells break at spaces, and columns that still do not fit go below it."""
     for number, part in enumerate(_parts(grid, console.width)):
         if number:
             console.print()
@@ -66,7 +72,7 @@ def print_grid(grid: Grid, console: Console) -> None:
 
 
 def markdown(grid: Grid) -> str:
-    """The table, without its title."""
+    """The table in Markdown, without its title."""
     align = ["---" if index < grid.labels else "---:" for index in range(len(grid.header))]
     lines = [[markdown_text(name) for name in grid.header], align]
     for row in grid.rows:
@@ -76,7 +82,7 @@ def markdown(grid: Grid) -> str:
 
 
 def latex(grid: Grid) -> str:
-    """A table environment; needs the package booktabs."""
+    """The table as a LaTeX table environment, which needs the package booktabs."""
     columns = "l" * grid.labels + "r" * (len(grid.header) - grid.labels)
     body = []
     for row in grid.rows:
@@ -101,13 +107,13 @@ def latex(grid: Grid) -> str:
 
 
 def tex_text(text: str) -> str:
-    """`text` with everything escaped that LaTeX would read as a command; a minus sign is one, not a hyphen."""
+    """`text` with LaTeX's special characters escaped, and with minus signs in place of hyphens before numbers."""
     escaped = "".join(_TEX.get(letter, letter) for letter in text)
     return re.sub(r"(^|[\[( ])-(?=[\d.])", r"\1$-$", escaped)
 
 
 def markdown_text(text: str) -> str:
-    """`text` with everything escaped that Markdown would read as markup."""
+    """`text` with Markdown's special characters escaped."""
     return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text).replace("\n", " ")
 
 
@@ -128,13 +134,13 @@ def _parts(grid: Grid, width: int) -> list[Grid]:
 
 
 def _widths(grid: Grid) -> list[int]:
-    """Of the columns, with the blanks between them."""
+    """The widths of the columns, including the spaces between them."""
     lines = [grid.header, *(row.cells for row in grid.rows)]
     return [2 + max(len(part) for cell in column for part in cell.split("\n")) for column in zip(*lines, strict=True)]
 
 
 def _broken(grid: Grid) -> Grid:
-    """Every cell but the labels with a line per word: all of them alike, rather than those that happen to be long."""
+    """Breaks every cell except the labels into a line per word, short cells as well as long ones."""
 
     def broken(cells: Sequence[str]) -> tuple[str, ...]:
         return tuple(cell if i < grid.labels else cell.replace(" ", "\n") for i, cell in enumerate(cells))

@@ -1,4 +1,4 @@
-"""How a result was made: the command, the time, the machine, the versions and the commit that run.json records."""
+"""Provenance of a result: the command, time, machine, package versions and commit that run.json records."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def now() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Those of Python and of the packages that matter, where they are installed."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the installed packages that matter for results."""
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
 def machine() -> str:
@@ -44,7 +44,7 @@ def machine() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the code that runs, with '+' if it was changed since; None outside a checkout."""
+    """The commit of the running code, with '+' if there are uncommitted changes; None outside a checkout."""
 
     def git(*words: str) -> str:
         folder = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""The start of a command: fewer messages from the libraries, and no garbage collection while they load."""
+"""Start-up of a command: silences the libraries' messages and pauses garbage collection while they load."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 
 def quiet() -> None:
-    """Keeps the libraries' own news out of the output; warnings that concern the user still show."""
+    """Silences the libraries' informational messages; warnings that concern the user still show."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|deepspeed\.")
@@ -20,11 +20,11 @@ def quiet() -> None:
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """Without Python's garbage collector while libraries are imported and engines start, for all that is made stays.
+    """Pauses Python's garbage collector while libraries are imported and engines start.
 
-    It would go through the million objects of torch, transformers, DeepSpeed and vLLM again and again, and so would the
-    engines, which call it themselves. What is there already is set aside for good; what the block leaves behind is
-    collected at its end.
+    Nearly all objects made there stay alive, and the collector would traverse the million objects of torch,
+    transformers, DeepSpeed and vLLM again and again, also because the engines call it themselves. Existing objects are
+    frozen for good; garbage made in the block is collected at its end.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -1,7 +1,7 @@
 """The table at the end of a run: accuracy per difficulty level, before and after training.
 
-The numbers come from two lines of evaluations.jsonl. The rows are worked out once, in `accuracy_rows`, and shown by the
-terminal (`print_table`) and by the HTML report alike, so that the two cannot disagree.
+The numbers come from two lines of evaluations.jsonl. `accuracy_rows` computes the rows once for the terminal
+(`print_table`) and the HTML report, so that the two cannot disagree.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Row:
 
 def measures(*evaluations: Mapping) -> tuple[str, ...]:
     """The accuracies that these evaluation lines hold, in reading order: greedy, pass@k, mean@k."""
-    found = {key: None for line in evaluations for _, scores in _levels(line) for key in scores}
+    names = {key: None for line in evaluations for _, scores in _levels(line) for key in scores}
     kinds = ("greedy", "pass@", "mean@")
-    return tuple(key for kind in kinds for key in found if key.startswith(kind))
+    return tuple(key for kind in kinds for key in names if key.startswith(kind))
 
 
 def accuracy_rows(before: Mapping, after: Mapping) -> list[Row]:

@@ -1,1 +1,1 @@
-"""Evaluations side by side: what is read, which tables and curves are made of it, and how they are written."""
+"""Compares evaluations: reads their folders, computes tables and curves, and writes them."""

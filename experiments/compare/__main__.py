@@ -1,10 +1,10 @@
-"""Evaluations side by side: accuracy, pass@k, exclusive solves, and how sure their differences are.
+"""Compare evaluations: accuracy, pass@k, exclusive solves, and the uncertainty of their differences.
 
     python -m experiments.compare evals/first evals/second ... [output=FOLDER] [KEY=VALUE ...]
 
-Each folder is the output of experiments.evaluate. Differences and exclusive solves are those of every other run to the
-first. Without output= the tables are only printed; with it the folder gets compare.md (the page to begin with),
-compare.csv (every figure, one a line), compare.tex (needs booktabs), and passk.png and passk.svg.
+Each folder is the output of experiments.evaluate. Differences and exclusive solves compare every other run with the
+first. Without output= the tables are only printed. With output= the folder gets compare.md (read this first),
+compare.csv (one value per line), compare.tex (needs booktabs), passk.png and passk.svg.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from upge.errors import ConfigError, nearest
 from upge.evaluation.intervals import RESAMPLES
 
 KEYS = {
-    "output": "folder for the files; none are written without it",
-    "names": "what the runs are called, separated by commas; by default their folders' names",
+    "output": "folder for the files; without it none are written",
+    "names": "names of the runs, separated by commas; default: the names of their folders",
     "solved": "when a problem counts as solved among several samples: most (more than half correct), first, any",
-    "resamples": f"of every bootstrap; default {RESAMPLES}",
-    "seed": "of every bootstrap; default 0",
+    "resamples": f"resamples of every bootstrap; default {RESAMPLES}",
+    "seed": "seed of every bootstrap; default 0",
 }
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A command line, read; the fields are the keys of `KEYS`, and the folders of the runs."""
+    """The settings of a command line: the folders of the runs, and the keys of `KEYS`."""
 
     runs: tuple[str, ...]
     output: Path | None = None
@@ -60,20 +60,20 @@ def help_text() -> str:
 def _compare(arguments: list[str]) -> int:
     settings = read(arguments)
     runs = load(settings.runs, settings.names)
-    found = compare(runs, settings)
+    comparison = compare(runs, settings)
     console = Console(highlight=False)
-    show(found, console)
+    show(comparison, console)
     if settings.output is not None:
-        for path in write.files(found, settings.output):
+        for path in write.files(comparison, settings.output):
             console.print(f"wrote {path}", soft_wrap=True, markup=False)
     return cli.DONE
 
 
 def read(arguments: Sequence[str]) -> Settings:
-    """The settings of a command line; a folder may have = in its name, as those of sweeps do.
+    """Reads a command line; a folder may have = in its name, as those of sweeps do.
 
     Raises:
-        ConfigError: an unknown key, or a value that cannot be used.
+        ConfigError: an unknown key, or an invalid value.
     """
     runs = tuple(argument for argument in arguments if "=" not in argument or Path(argument).is_dir())
     given: dict[str, object] = {}
@@ -99,7 +99,7 @@ def read(arguments: Sequence[str]) -> Settings:
 
 
 def compare(runs: Sequence[Run], settings: Settings) -> Comparison:
-    """Everything that is shown and written."""
+    """Computes everything that is shown and written."""
     scores = Scores.of(runs, settings.resamples, settings.seed)
     first, *others = runs
     pairs = [
@@ -112,21 +112,21 @@ def compare(runs: Sequence[Run], settings: Settings) -> Comparison:
         for other in others
     ]
     panels = curves.panels(scores, settings.resamples, settings.seed)
-    said = (*notes(runs), *([] if panels else ["There are no pass@k curves: no benchmark has several samples."]))
-    return Comparison(scores, tuple(pairs), tuple(panels), said, settings.solved, settings.resamples, settings.seed)
+    remarks = (*notes(runs), *([] if panels else ["There are no pass@k curves: no benchmark has several samples."]))
+    return Comparison(scores, tuple(pairs), tuple(panels), remarks, settings.solved, settings.resamples, settings.seed)
 
 
-def show(found: Comparison, console: Console) -> None:
-    """Prints the tables and what to know about them."""
-    grids = [score_grid(found.scores), pass_grid(found.scores)]
-    for pair in found.pairs:
+def show(comparison: Comparison, console: Console) -> None:
+    """Prints the tables and the notes."""
+    grids = [score_grid(comparison.scores), pass_grid(comparison.scores)]
+    for pair in comparison.pairs:
         grids += [gap_grid(pair.first, pair.second, pair.gaps)] if pair.gaps else []
-        grids += [exclusive_grid(pair.first, pair.second, pair.exclusive, found.solved)] if pair.exclusive else []
+        grids += [exclusive_grid(pair.first, pair.second, pair.exclusive, comparison.solved)] if pair.exclusive else []
     for grid in grids:
         if grid is not None:
             print_grid(grid, console)
             console.print()
-    for note in found.notes:
+    for note in comparison.notes:
         console.print(f"note: {note}", markup=False)
 
 

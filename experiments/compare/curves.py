@@ -1,4 +1,4 @@
-"""The pass@k curves of all runs, a panel per benchmark, with bootstrap bands."""
+"""The pass@k curves of all runs with bootstrap bands, a panel per benchmark."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ class Panel:
 
 
 def panels(scores: Scores, resamples: int, seed: int) -> list[Panel]:
-    """One for every benchmark with several samples per problem, and one for the average of those of a group."""
-    found = []
+    """A panel for every benchmark with several samples per problem, and one for each group's average over these."""
+    made = []
     for group, names in scores.groups.items():
         members = []
         for name in names:
             each = {run: scores.figures.get((run, name)) for run in scores.names}
             curves = {run: f.pass_at for run, f in each.items() if f and f.samples > 1}
             if curves:
-                found.append(Panel(name, curves))
+                made.append(Panel(name, curves))
                 members += [name] if len(curves) == len(scores.runs) else []
         if len(members) > 1:
-            found.append(Panel(f"average {group}, n > 1", _average(scores, members, resamples, seed)))
-    return found
+            made.append(Panel(f"average {group}, n > 1", _average(scores, members, resamples, seed)))
+    return made
 
 
-def draw(found: Sequence[Panel], names: Sequence[str], folder: Path) -> list[Path]:
-    """Writes passk.png and passk.svg into `folder`; `names` are all runs, which keep their colours in every panel."""
-    columns = 2 if len(found) == 4 else min(_MOST_COLUMNS, len(found))
-    rows = math.ceil(len(found) / columns)
+def draw(panels: Sequence[Panel], names: Sequence[str], folder: Path) -> list[Path]:
+    """Writes passk.png and passk.svg into `folder`; `names` are all runs, which have the same colour in every panel."""
+    columns = 2 if len(panels) == 4 else min(_MOST_COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
 
     def into(figure: Figure) -> None:
         figure.get_layout_engine().set(h_pad=0.08)
         grid = figure.subplots(rows, columns, squeeze=False)
         lines: dict[str, Line2D] = {}
         for place, axes in enumerate(grid.flat):
-            if place < len(found):
-                lines |= _panel(axes, found[place], names)
-                axes.set_xlabel("k" if place + columns >= len(found) else "")
+            if place < len(panels):
+                lines |= _panel(axes, panels[place], names)
+                axes.set_xlabel("k" if place + columns >= len(panels) else "")
                 axes.set_ylabel("pass@k in %" if place % columns == 0 else "")
             else:
                 axes.set_visible(False)

@@ -1,4 +1,4 @@
-"""What sets two runs apart: differences of their scores with intervals, and problems that only one of them solves."""
+"""Differences between two runs: of their scores, with intervals, and the problems that only one of them solves."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from upge.evaluation.scores import Outcomes, by_level
 
 @dataclass(frozen=True)
 class Gap:
-    """How far one run is ahead of another.
+    """The difference between a run and the baseline on one benchmark or average.
 
-    Fields:
-        benchmark: its name, or of an average the word and the group's name.
-        measure: avg@n, or pass@k at the largest power of two up to half of n: pass@n itself hangs on single samples.
-        problems: how many both have.
+    Attributes:
+        benchmark: the benchmark's name, or "average" and the group's name.
+        measure: avg@n, or pass@k at the largest power of two up to n/2, because pass@n depends on single samples.
+        problems: the number of problems that both runs have.
         difference: run minus baseline, a share.
-        holm: the p-value adjusted for the number of benchmarks; None for an average, which is one question.
+        holm: the p-value adjusted for the number of benchmarks; None for an average, which is a single test.
     """
 
     benchmark: str
@@ -35,7 +35,7 @@ class Gap:
 
 
 def gaps(baseline: Run, run: Run, resamples: int, seed: int) -> list[Gap]:
-    """Those of every benchmark with common problems, then of the average of every group with two such or more."""
+    """The differences on every benchmark with common problems, then on the average of each group with at least two."""
     singles: list[Gap] = []
     averages: list[Gap] = []
     for group, names in benchmarks([baseline, run]).items():
@@ -46,15 +46,15 @@ def gaps(baseline: Run, run: Run, resamples: int, seed: int) -> list[Gap]:
         if len(both) > 1:
             values = {name: _values(run.outcomes[name], baseline.outcomes[name], []) for name in both}
             ours, theirs = ({name: pair[side] for name, pair in values.items()} for side in (0, 1))
-            found = paired(ours, theirs, resamples, seed)
-            averages.append(Gap(f"average {group}", f"avg of {len(both)}", found.problems, found.columns[0], None))
+            test = paired(ours, theirs, resamples, seed)
+            averages.append(Gap(f"average {group}", f"avg of {len(both)}", test.problems, test.columns[0], None))
     return [*_adjusted(singles), *averages]
 
 
-def gap_grid(baseline: str, run: str, found: Sequence[Gap]) -> Grid:
-    """The table of one pair of runs."""
+def gap_grid(baseline: str, run: str, differences: Sequence[Gap]) -> Grid:
+    """The table of the differences between two runs."""
     rows = []
-    for gap in found:
+    for gap in differences:
         interval = gap.difference.interval
         cells = (
             *(gap.benchmark, gap.measure, str(gap.problems), f"{100 * interval.value:+.1f}"),
@@ -73,7 +73,7 @@ def gap_grid(baseline: str, run: str, found: Sequence[Gap]) -> Grid:
 
 
 def p_text(value: float) -> str:
-    """Three decimals; what is smaller is said to be."""
+    """A p-value with three decimals; smaller ones become "<0.001"."""
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
@@ -81,42 +81,42 @@ def _gaps_of(baseline: Outcomes, run: Outcomes, resamples: int, seed: int) -> li
     n = min(baseline.samples, run.samples)
     k = 2 ** (n.bit_length() - 2) if n > 3 else 0
     ours, theirs = _values(run, baseline, [k] if k else [])
-    found = paired({run.benchmark: ours}, {run.benchmark: theirs}, resamples, seed)
+    tests = paired({run.benchmark: ours}, {run.benchmark: theirs}, resamples, seed)
     same_n = baseline.samples == run.samples
     measures = [f"avg@{n}" if same_n else f"avg@{run.samples} − avg@{baseline.samples}", f"pass@{k}"]
     return [
-        Gap(run.benchmark, measures[column], found.problems, difference, None)
-        for column, difference in enumerate(found.columns)
+        Gap(run.benchmark, measures[column], tests.problems, difference, None)
+        for column, difference in enumerate(tests.columns)
     ]
 
 
 def _values(first: Outcomes, second: Outcomes, ks: Sequence[int]) -> list[dict[str, Tensor]]:
-    """For either: id → its average and its pass@k, of the problems that they share."""
-    pairs, found = pairing(first, second), []
+    """For both runs: id → average and pass@k of each problem that they share."""
+    pairs, per_run = pairing(first, second), []
     for one, places in ((first, pairs.first), (second, pairs.second)):
         values = torch.cat([one.average(), *([one.pass_at(ks)] if ks else [])], dim=1)
-        found.append({one.ids[place]: values[place] for place in places})
-    return found
+        per_run.append({one.ids[place]: values[place] for place in places})
+    return per_run
 
 
-def _adjusted(found: Sequence[Gap]) -> list[Gap]:
-    """With Holm's p-values; avg and pass@k are two questions, each of which is asked of every benchmark."""
-    adjusted = list(found)
+def _adjusted(singles: Sequence[Gap]) -> list[Gap]:
+    """Adds Holm's p-values; avg and pass@k are two families of tests over the benchmarks."""
+    adjusted = list(singles)
     for kind in ("avg", "pass"):
-        places = [place for place, gap in enumerate(found) if gap.measure.startswith(kind)]
-        values = holm([found[place].difference.p_value for place in places])
+        places = [place for place, gap in enumerate(singles) if gap.measure.startswith(kind)]
+        values = holm([singles[place].difference.p_value for place in places])
         for place, value in zip(places, values, strict=True):
-            adjusted[place] = replace(found[place], holm=value)
+            adjusted[place] = replace(singles[place], holm=value)
     return adjusted
 
 
-#: When a problem counts as solved. With one sample per problem, as in the paper's table, all three say the same.
+#: Rules for when a problem counts as solved. With one sample per problem, as in the paper's table, they are equal.
 RULES: Mapping[str, Callable[[Bool[Tensor, "P n"]], Bool[Tensor, " P"]]] = {
     "most": lambda correct: correct.double().mean(dim=1) > 0.5,
     "first": lambda correct: correct[:, 0],
     "any": lambda correct: correct.any(dim=1),
 }
-_SAID = {
+_RULE_TEXTS = {
     "most": "more than half of its samples are correct",
     "first": "its first sample is correct",
     "any": "any of its samples is correct",
@@ -126,7 +126,15 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Exclusive:
-    """Of the problems of one level that both runs have: how many either solves alone, both solve, and neither."""
+    """Counts over the problems of one level that both runs have.
+
+    Attributes:
+        benchmark: the benchmark's name.
+        level: the difficulty level, or `ALL`.
+        problems: the number of common problems.
+        only_first, only_second: problems that only one of the runs solves.
+        both, neither: problems that both runs solve, and that none solves.
+    """
 
     benchmark: str
     level: str
@@ -139,15 +147,15 @@ class Exclusive:
 
 def exclusive(first: Run, second: Run, solved: str) -> list[Exclusive]:
     """A line per level and one for `ALL`, for every benchmark with common problems; `solved` is a key of `RULES`."""
-    found = []
+    counts = []
     for name in first.outcomes:
         if name in second.outcomes:
-            found += _exclusive_of(first.outcomes[name], second.outcomes[name], RULES[solved])
-    return found
+            counts += _exclusive_of(first.outcomes[name], second.outcomes[name], RULES[solved])
+    return counts
 
 
 def exclusive_grid(first: str, second: str, lines: list[Exclusive], solved: str) -> Grid:
-    """The table of one pair of runs."""
+    """The table of exclusive solves of two runs."""
     rows = []
     for line in lines:
         counts = (line.only_first, line.only_second, line.both, line.neither)
@@ -157,7 +165,7 @@ def exclusive_grid(first: str, second: str, lines: list[Exclusive], solved: str)
         rows.append(Row((line.benchmark, line.level, str(line.problems), *shares), total, begins and bool(rows)))
     return Grid(
         label="exclusive",
-        title=f"Problems (and % of N) that {first} or {second} solves alone: {_SAID[solved]}",
+        title=f"Problems (and % of N) that {first} or {second} solves alone: {_RULE_TEXTS[solved]}",
         header=("benchmark", "level", "N", f"only {first}", f"only {second}", "both", "neither"),
         rows=tuple(rows),
         labels=2,

@@ -1,4 +1,4 @@
-"""Reading the folders of evaluations, and what keeps two of them from being compared just so."""
+"""Reads the folders of evaluations, and finds what makes two of them hard to compare."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ MANY_CUT = 0.1
 class Run:
     """One evaluation.
 
-    Fields:
-        name: as it is shown.
+    Attributes:
+        name: the displayed name.
         path: its folder.
         outcomes: benchmark → its samples, in the order of scores.json.
-        groups: benchmark → the group whose average it enters.
+        groups: benchmark → the group in whose average it counts.
         settings: benchmark → how its samples were drawn.
     """
 
@@ -40,10 +40,10 @@ class Run:
 class Pairing:
     """The problems of one benchmark that two runs share.
 
-    Fields:
-        first, second: positions of the shared problems in either run's `Outcomes`, side by side.
-        only_first, only_second: ids that one run has alone.
-        conflicting: ids that both have with different answers: not the same problems, so not compared.
+    Attributes:
+        first, second: positions of the shared problems in each run's `Outcomes`, in the same order.
+        only_first, only_second: ids that only one run has.
+        conflicting: ids that both have with different answers; these are different problems, so not compared.
     """
 
     first: tuple[int, ...]
@@ -54,11 +54,15 @@ class Pairing:
 
 
 def load(paths: Sequence[str], names: Sequence[str] = ()) -> list[Run]:
-    """The evaluations in the folders `paths`, called `names` or by their folders.
+    """Reads the evaluations in the folders `paths`.
+
+    Args:
+        paths: the folders.
+        names: the displayed names; by default those of the folders.
 
     Raises:
-        UserError: no folders, the same one twice, as many names as there are not folders, or a name twice.
-        DataError: a folder without a finished evaluation, or a file in it that cannot be used.
+        UserError: there are no folders, a folder or a name occurs twice, or there are not as many names as folders.
+        DataError: a folder has no finished evaluation, or a file in it is invalid.
     """
     if not paths:
         raise UserError("give the folders of at least one evaluation, such as evals/first evals/second")
@@ -76,7 +80,7 @@ def load(paths: Sequence[str], names: Sequence[str] = ()) -> list[Run]:
 
 
 def pairing(first: Outcomes, second: Outcomes) -> Pairing:
-    """Which problems of `first` and `second` are the same: those of the same id and answer."""
+    """Pairs the problems of `first` and `second` that have the same id and answer."""
     ours, theirs = ({id: place for place, id in enumerate(one.ids)} for one in (first, second))
     both = [id for id in ours if id in theirs]
     same = [id for id in both if first.answers[ours[id]] == second.answers[theirs[id]]]
@@ -90,7 +94,7 @@ def pairing(first: Outcomes, second: Outcomes) -> Pairing:
 
 
 def benchmarks(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Group → its benchmarks, everything that any run has, in the order in which they come."""
+    """Group → its benchmarks over all runs, in order of appearance."""
     groups: dict[str, list[str]] = {}
     for run in runs:
         for name in run.outcomes:
@@ -101,7 +105,7 @@ def benchmarks(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """What differs between the evaluations besides the policies, a sentence each: settings, benchmarks, problems."""
+    """Sentences on what differs between the evaluations besides the policies: settings, benchmarks, problems."""
     before = (*_settings_notes(runs), *_benchmark_notes(runs), *_problem_notes(runs), *_length_notes(runs))
     return [*before, *_answer_notes(runs)]
 
@@ -131,7 +135,7 @@ def _read(folder: Path, name: str) -> Run:
 def _outcomes(folder: Path, benchmark: str, n: int) -> Outcomes:
     path = folder / "samples" / f"{benchmark}.jsonl"
     if not path.is_file():
-        raise DataError(f"{path} is missing, but scores.json has figures of {benchmark}; restore it or evaluate again")
+        raise DataError(f"{path} is missing, but scores.json has scores of {benchmark}; restore it or evaluate again")
     try:
         return Outcomes.of(benchmark, SampleFile(path).read(), n)
     except DataError as error:
@@ -150,50 +154,50 @@ def _why(folder: Path) -> str:
 
 
 def _folder_names(folders: Sequence[Path]) -> list[str]:
-    """The shortest endings of the paths, in whole folder names, that tell them apart."""
+    """The shortest endings of the paths, in whole folder names, that are all different."""
     for length in range(1, max(len(folder.parts) for folder in folders) + 1):
-        found = ["/".join(folder.parts[-length:]) for folder in folders]
-        if len(set(found)) == len(found):
+        endings = ["/".join(folder.parts[-length:]) for folder in folders]
+        if len(set(endings)) == len(endings):
             break
-    return found
+    return endings
 
 
 def _settings_notes(runs: Sequence[Run]) -> list[str]:
-    """Benchmarks about which the same is to be said share a sentence."""
-    said: dict[str, list[str]] = {}
+    """Notes on settings that differ; benchmarks with the same difference share a sentence."""
+    differing: dict[str, list[str]] = {}
     for name in [name for members in benchmarks(runs).values() for name in members]:
         having = [run for run in runs if name in run.outcomes]
         table = {run.name: {"samples": run.outcomes[name].samples, **run.settings[name]} for run in having}
         for key in dict.fromkeys(key for row in table.values() for key in row):
             values = {run: row.get(key) for run, row in table.items()}
             if any(value != values[having[0].name] for value in values.values()):
-                found = ", ".join(f"{_value(value)} in {run}" for run, value in values.items())
-                said.setdefault(f"{key} is {found}", []).append(name)
-    return [f"Not measured alike: {what} ({', '.join(names)})." for what, names in said.items()]
+                shown = ", ".join(f"{_value(value)} in {run}" for run, value in values.items())
+                differing.setdefault(f"{key} is {shown}", []).append(name)
+    return [f"Measured with different settings: {what} ({', '.join(names)})." for what, names in differing.items()]
 
 
 def _value(value: Any) -> str:
     if value is None:
-        return "not said"
+        return "unset"
     return shorten(repr(value), 60, placeholder="…") if isinstance(value, str) else str(value)
 
 
 def _benchmark_notes(runs: Sequence[Run]) -> list[str]:
-    found = []
+    sentences = []
     for group, members in benchmarks(runs).items():
         for name in members:
             without = ", ".join(run.name for run in runs if name not in run.outcomes)
-            average = f", which has no average {group} for that" if len(members) > 1 else ""
-            found += [f"{name} was not evaluated in {without}{average}."] if without else []
+            average = f", which therefore has no average {group}" if len(members) > 1 else ""
+            sentences += [f"{name} was not evaluated in {without}{average}."] if without else []
     for name in [name for members in benchmarks(runs).values() for name in members]:
         groups = {run.groups[name] for run in runs if name in run.outcomes}
         if len(groups) > 1:
-            found.append(f"{name} counts to {' and '.join(sorted(groups))}, depending on the run.")
-    return found
+            sentences.append(f"{name} belongs to {' and '.join(sorted(groups))}, depending on the run.")
+    return sentences
 
 
 def _problem_notes(runs: Sequence[Run]) -> list[str]:
-    found = []
+    sentences = []
     for name in [name for members in benchmarks(runs).values() for name in members]:
         first, *others = [run for run in runs if name in run.outcomes]
         for other in others:
@@ -206,29 +210,31 @@ def _problem_notes(runs: Sequence[Run]) -> list[str]:
             if pairs.conflicting:
                 parts.append(f"{len(pairs.conflicting)} with another answer (such as '{pairs.conflicting[0]}')")
             if parts:
-                found.append(
+                sentences.append(
                     f"{name}: {first.name} and {other.name} have {len(pairs.first)} problems in common, "
                     f"{', '.join(parts)}; differences and exclusive solves are over the common ones."
                 )
-    return found
+    return sentences
 
 
 def _answer_notes(runs: Sequence[Run]) -> list[str]:
-    """An accuracy may be that of one answer to everything."""
-    found = ((run.name, name, outcomes) for run in runs for name, outcomes in run.outcomes.items())
-    said = ((run, name, same_answer(outcomes.commonest, len(outcomes.ids))) for run, name, outcomes in found)
-    return [f"{run}, {name}: {sentence}" for run, name, sentence in said if sentence]
+    """Notes on benchmarks in which most responses give the same answer."""
+    evaluated = ((run.name, name, outcomes) for run in runs for name, outcomes in run.outcomes.items())
+    sentences = ((run, name, same_answer(one.commonest, len(one.ids))) for run, name, one in evaluated)
+    return [f"{run}, {name}: {sentence}" for run, name, sentence in sentences if sentence]
 
 
 def _length_notes(runs: Sequence[Run]) -> list[str]:
-    """A response cut off at the limit cannot be right: many of them measure the limit, not the policy."""
-    found = []
+    """Notes on responses that were cut off or not verified, which count as wrong whatever the policy can do."""
+    sentences = []
     for run in runs:
         for name, outcomes in run.outcomes.items():
             cut = 1 - outcomes.finished.double().mean().item()
             if cut > MANY_CUT:
-                found.append(f"{run.name}, {name}: {100 * cut:.1f} % of the responses were cut at the length limit.")
+                sentences.append(
+                    f"{run.name}, {name}: {100 * cut:.1f} % of the responses were cut at the length limit."
+                )
             failed = outcomes.timeouts + outcomes.errors
             if failed:
-                found.append(f"{run.name}, {name}: {failed} answers without a verdict count as wrong.")
-    return found
+                sentences.append(f"{run.name}, {name}: {failed} answers without a verdict count as wrong.")
+    return sentences

@@ -1,4 +1,4 @@
-"""The tables of all runs side by side: accuracy with averages, accuracy by level, pass@k, lengths and failures."""
+"""Tables with all runs: accuracy with averages, accuracy by level, pass@k, response lengths and failures."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Scores:
-    """What all tables show, worked out once.
+    """The numbers that all tables show, computed once.
 
-    Fields:
-        runs: in the order given.
-        groups: group → its benchmarks, those that any run has.
-        figures: (run's name, benchmark) → its figures, where the run has the benchmark.
-        averages: (run's name, group) → the mean over its benchmarks, where the run has all of them.
+    Attributes:
+        runs: the runs, in the given order.
+        groups: group → the benchmarks of it that any run has.
+        figures: (run's name, benchmark) → its scores, if the run has the benchmark.
+        averages: (run's name, group) → the mean over the group's benchmarks, if the run has all of them.
     """
 
     runs: tuple[Run, ...]
@@ -31,9 +31,9 @@ class Scores:
 
     @classmethod
     def of(cls, runs: Sequence[Run], resamples: int, seed: int) -> Scores:
-        """Those of `runs`."""
+        """Computes the scores of `runs`."""
         groups = benchmarks(runs)
-        found = {
+        by_benchmark = {
             (run.name, name): benchmark_scores(o, resamples, seed) for run in runs for name, o in run.outcomes.items()
         }
         averages = {
@@ -42,15 +42,15 @@ class Scores:
             for group, names in groups.items()
             if all(name in run.outcomes for name in names)
         }
-        return cls(tuple(runs), groups, found, averages)
+        return cls(tuple(runs), groups, by_benchmark, averages)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the runs."""
+        """The names of the runs."""
         return tuple(run.name for run in self.runs)
 
     def of_benchmark(self, benchmark: str) -> list[BenchmarkScores | None]:
-        """A run's figures each, None where it has none."""
+        """Each run's scores on a benchmark; None for a run without the benchmark."""
         return [self.figures.get((name, benchmark)) for name in self.names]
 
 
@@ -59,9 +59,9 @@ def score_grid(scores: Scores) -> Grid:
     rows = []
     for group, names in scores.groups.items():
         for place, name in enumerate(names):
-            found = scores.of_benchmark(name)
-            labels = (name, _each(f"avg@{f.samples}" for f in found if f), _each(f.problems for f in found if f))
-            rows.append(_row(labels, [f.avg if f else None for f in found], rule=bool(rows) and place == 0))
+            scored = scores.of_benchmark(name)
+            labels = (name, _each(f"avg@{f.samples}" for f in scored if f), _each(f.problems for f in scored if f))
+            rows.append(_row(labels, [f.avg if f else None for f in scored], rule=bool(rows) and place == 0))
         if len(names) > 1:
             averages = [scores.averages.get((name, group)) for name in scores.names]
             rows.append(_row((f"average {group}", "", ""), averages, rule=True))
@@ -75,7 +75,7 @@ def score_grid(scores: Scores) -> Grid:
 
 
 def paper_grid(scores: Scores) -> Grid:
-    """The same turned round as papers print it: a row per run, a column per benchmark and average, no intervals."""
+    """The transposed table, as papers print it: a row per run, a column per benchmark and average, no intervals."""
     columns: list[tuple[str, list[Interval | None]]] = []
     for group, names in scores.groups.items():
         columns += [(name, [f.avg if f else None for f in scores.of_benchmark(name)]) for name in names]
@@ -91,13 +91,13 @@ def paper_grid(scores: Scores) -> Grid:
 
 
 def level_grid(scores: Scores) -> Grid | None:
-    """Accuracy by difficulty level, of the benchmarks that have levels; None if none has."""
+    """Accuracy by difficulty level on the benchmarks that have levels; None if there is none."""
     rows = []
     for name in [name for names in scores.groups.values() for name in names]:
-        found = scores.of_benchmark(name)
-        levels = dict.fromkeys(level for f in found if f for level in f.levels)
+        scored = scores.of_benchmark(name)
+        levels = dict.fromkeys(level for f in scored if f for level in f.levels)
         for place, level in enumerate(levels):
-            having = [f.levels.get(level) if f else None for f in found]
+            having = [f.levels.get(level) if f else None for f in scored]
             labels = (name, level, _each(f.problems for f in having if f))
             rows.append(_row(labels, [f.avg if f else None for f in having], rule=bool(rows) and place == 0))
     header = ("benchmark", "level", "N", *scores.names)
@@ -119,14 +119,14 @@ def pass_grid(scores: Scores) -> Grid | None:
 
 
 def response_grid(scores: Scores) -> Grid:
-    """What the accuracy does not show: how long responses are, how many were cut off or could not be verified."""
+    """The length of responses, and how many were cut off or could not be verified."""
     rows: list[Row] = []
     for name in [name for names in scores.groups.values() for name in names]:
         for run in scores.names:
-            found = scores.figures.get((run, name))
-            if found:
+            scored = scores.figures.get((run, name))
+            if scored:
                 rule = bool(rows) and rows[-1].cells[0] != name
-                cells = (f"{found.tokens:.0f}", _percent(found.unfinished), str(found.timeouts), str(found.errors))
+                cells = (f"{scored.tokens:.0f}", _percent(scored.unfinished), str(scored.timeouts), str(scored.errors))
                 rows.append(Row((name, run, *cells), rule=rule))
     header = ("benchmark", "run", "mean tokens", "cut off in %", "verifier timeouts", "verifier errors")
     return Grid("responses", "Responses", header, tuple(rows), 2)
@@ -143,7 +143,7 @@ def _row(labels: tuple[str, ...], values: Sequence[Interval | None], rule: bool)
 
 
 def _best(values: Sequence[Interval | None]) -> set[int]:
-    """Where the highest value stands, as it is printed; nowhere if there is nothing to compare it with."""
+    """The positions of the highest value as printed; empty if there are fewer than two values."""
     shown = {place: round(100 * value.value, 1) for place, value in enumerate(values) if value is not None}
     return {place for place, value in shown.items() if value == max(shown.values())} if len(shown) > 1 else set()
 
@@ -159,5 +159,5 @@ def _percent(share: float) -> str:
 
 
 def _each(values) -> str:
-    """What all runs have, or what each has."""
+    """The value that all runs share, or the different ones separated by slashes."""
     return "/".join(dict.fromkeys(map(str, values)))

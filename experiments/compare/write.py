@@ -1,4 +1,4 @@
-"""The files of a comparison: a page in Markdown, every figure as CSV, the tables in LaTeX, the curves as a figure."""
+"""The files of a comparison: a page in Markdown, all values as CSV, the tables in LaTeX, the curves as a figure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Pair:
-    """The first run and another: what lies between them, and what only one of them solves."""
+    """The first run and another one: the differences of their scores, and their exclusive solves."""
 
     first: str
     second: str
@@ -35,7 +35,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that was worked out, with the settings that matter to a reader."""
+    """All results of a comparison, with the settings that a reader needs."""
 
     scores: Scores
     pairs: tuple[Pair, ...]
@@ -46,77 +46,77 @@ class Comparison:
     seed: int
 
 
-def files(found: Comparison, folder: Path) -> list[Path]:
-    """Writes everything into `folder`, which is made; returns the paths.
+def files(comparison: Comparison, folder: Path) -> list[Path]:
+    """Creates `folder`, writes all files into it, and returns their paths.
 
     Raises:
-        DataError: it cannot be written.
+        DataError: the files cannot be written.
     """
-    texts = {"compare.md": page(found), "compare.csv": table(found), "compare.tex": tex(found)}
+    texts = {"compare.md": page(comparison), "compare.csv": table(comparison), "compare.tex": tex(comparison)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             (folder / name).write_text(text, "utf-8", newline="")
-        drawn = curves.draw(found.panels, found.scores.names, folder) if found.panels else []
+        drawn = curves.draw(comparison.panels, comparison.scores.names, folder) if comparison.panels else []
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror}); give another output=") from error
     return [*(folder / name for name in texts), *drawn]
 
 
-def page(found: Comparison) -> str:
-    """compare.md."""
-    runs = [f"- **{markdown_text(run.name)}**: {markdown_text(str(run.path))}" for run in found.scores.runs]
-    parts = ["# " + " against ".join(map(markdown_text, found.scores.names)), "\n".join(runs)]
-    if found.notes:
-        parts.append("\n".join(f"> {markdown_text(note)}  " for note in found.notes))
-    for grid in _grids(found):
+def page(comparison: Comparison) -> str:
+    """The text of compare.md."""
+    runs = [f"- **{markdown_text(run.name)}**: {markdown_text(str(run.path))}" for run in comparison.scores.runs]
+    parts = ["# " + " against ".join(map(markdown_text, comparison.scores.names)), "\n".join(runs)]
+    if comparison.notes:
+        parts.append("\n".join(f"> {markdown_text(note)}  " for note in comparison.notes))
+    for grid in _grids(comparison):
         parts += [f"## {markdown_text(grid.title)}", markdown(grid)]
         if grid.label == "passk":
             parts.append("![pass@k curves](passk.png)")
-    parts += ["## How to read this", _explained(found)]
+    parts += ["## How to read this", _explained(comparison)]
     return "\n\n".join(parts) + "\n"
 
 
-def tex(found: Comparison) -> str:
-    """compare.tex: a table environment each."""
-    grids = [paper_grid(found.scores), *_grids(found)]
-    notes = "\n".join(f"% {note}" for note in found.notes)
+def tex(comparison: Comparison) -> str:
+    """The text of compare.tex: a table environment per table."""
+    grids = [paper_grid(comparison.scores), *_grids(comparison)]
+    notes = "\n".join(f"% {note}" for note in comparison.notes)
     return "\n\n".join(filter(None, ["% Needs \\usepackage{booktabs}.", notes, *map(latex, grids)])) + "\n"
 
 
-def table(found: Comparison) -> str:
-    """compare.csv: shares in [0, 1], differences of shares, counts of problems; empty where a column says nothing."""
+def table(comparison: Comparison) -> str:
+    """The text of compare.csv: shares in [0, 1], differences of shares, counts; columns that do not apply are empty."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_records(found))
+    writer.writerows(_records(comparison))
     return buffer.getvalue()
 
 
-def _grids(found: Comparison) -> list[Grid]:
-    grids = [score_grid(found.scores), pass_grid(found.scores)]
-    for number, pair in enumerate(found.pairs, start=1):
+def _grids(comparison: Comparison) -> list[Grid]:
+    grids = [score_grid(comparison.scores), pass_grid(comparison.scores)]
+    for number, pair in enumerate(comparison.pairs, start=1):
         both = (gap_grid(pair.first, pair.second, pair.gaps),
-                exclusive_grid(pair.first, pair.second, pair.exclusive, found.solved))  # fmt: skip
-        # Labels in LaTeX are unique.
+                exclusive_grid(pair.first, pair.second, pair.exclusive, comparison.solved))  # fmt: skip
+        # Labels in LaTeX must be unique.
         grids += [Grid(f"{g.label}-{number}", g.title, g.header, g.rows, g.labels) for g in both if g.rows]
-    grids += [level_grid(found.scores), response_grid(found.scores)]
+    grids += [level_grid(comparison.scores), response_grid(comparison.scores)]
     return [grid for grid in grids if grid is not None]
 
 
-def _explained(found: Comparison) -> str:
+def _explained(comparison: Comparison) -> str:
     return (
-        "avg@n is the mean over problems of the share of correct ones among n samples; an average counts every "
-        "benchmark of its group alike. pass@k is the unbiased estimate 1 − C(n−c, k)/C(n, k). Intervals are percentile "
-        f"bootstrap intervals ({found.resamples} resamples of the problems, seed {found.seed}): what they say is how "
-        "much other problems of the same kind would change the figure. A difference is resampled problem by problem; "
-        "its p is two-sided, and Holm's adjusts it for the number of benchmarks, avg and pass@k apart. The figures are "
-        "also in compare.csv, one a line, and in compare.tex."
+        "avg@n is the mean over problems of the share of correct ones among n samples; an average counts every benchmark "
+        "of its group equally. pass@k is the unbiased estimate 1 − C(n−c, k)/C(n, k). Intervals are percentile bootstrap "
+        f"intervals ({comparison.resamples} resamples of the problems, seed {comparison.seed}): they show how much the "
+        "score would vary with other problems of the same kind. A difference is resampled problem by problem. Its p is "
+        "two-sided; Holm's p adjusts it for the number of benchmarks, separately for avg and pass@k. All values are also "
+        "in compare.csv, one per line, and in compare.tex."
     )
 
 
-def _records(found: Comparison) -> Iterator[dict]:
-    scores = found.scores
+def _records(comparison: Comparison) -> Iterator[dict]:
+    scores = comparison.scores
     for (run, benchmark), one in scores.figures.items():
         same = {"run": run, "benchmark": benchmark, "samples": one.samples}
         yield from _accuracy({"kind": "score", **same}, one)
@@ -126,7 +126,7 @@ def _records(found: Comparison) -> Iterator[dict]:
             yield {"kind": "response", "measure": measure, "value": getattr(one, measure), **same}
     for (run, group), interval in scores.averages.items():
         yield {"kind": "average", "benchmark": f"average {group}", "run": run, "measure": "avg", **_ends(interval)}
-    for pair in found.pairs:
+    for pair in comparison.pairs:
         same = {"run": pair.second, "baseline": pair.first}
         for gap in pair.gaps:
             about = {"benchmark": gap.benchmark, "measure": gap.measure, "problems": gap.problems}

@@ -55,10 +55,10 @@ def _evaluate(arguments: Sequence[str], dry_run: bool) -> int:
         if left:
             _sample(chosen, prepared, total, left, arguments)
         else:
-            # scores.json may get more benchmarks than it had, and config.yaml is to be true of it.
+            # scores.json may get new benchmarks, and config.yaml must match it.
             folder.start(chosen.tree, _facts(chosen, prepared, arguments))
     except cli.Stopped:
-        print(f"what was complete is written; the same command with output={folder.path} continues it", flush=True)
+        print(f"complete results are saved; the same command with output={folder.path} continues", flush=True)
         raise
     groups = {one.name: one.group for one in benchmarks}
     outcomes = [_outcomes(one, folder) for one in benchmarks]
@@ -70,7 +70,7 @@ def _evaluate(arguments: Sequence[str], dry_run: bool) -> int:
 
 
 def _sample(chosen: Any, prepared: Any, total: int, missing: int, arguments: Sequence[str]) -> None:
-    """Draws the responses that the folder lacks."""
+    """Samples the missing responses."""
     from experiments.evaluate.prepare import check_unchanged
     from experiments.evaluate.show import Progress
     from upge import rollout
@@ -115,22 +115,22 @@ def _outcomes(benchmark: Any, folder: Any) -> Any:
 
 
 def _how(chosen: Any) -> dict[str, Mapping[str, Any]]:
-    """Benchmark → what makes its scores comparable with another model's."""
+    """Benchmark → the settings that must match for its scores to be comparable between models."""
     suite = chosen.config.suite
     drawn = {
         "temperature": suite.temperature,
         "top_p": suite.top_p if suite.temperature else 1.0,
         "max_response_tokens": suite.max_response_tokens,
     }
-    found = {}
+    settings = {}
     for name, one in suite.chosen().items():
         verifier = one.verifier or chosen.config.verify.verifier
-        found[name] = {**drawn, "verifier": verifier, "instruction": one.instruction}
-    return found
+        settings[name] = {**drawn, "verifier": verifier, "instruction": one.instruction}
+    return settings
 
 
 def _facts(chosen: Any, prepared: Any, arguments: Sequence[str], sampler: Any = None) -> dict[str, Any]:
-    """run.json: how this evaluation was made; without a sampler nothing is drawn."""
+    """run.json: how this evaluation was made; without a sampler nothing was sampled."""
     import torch
 
     return {

@@ -1,4 +1,4 @@
-"""The folder of an evaluation: what it leaves, what it is continued from, and which weights drew its samples."""
+"""The folder of an evaluation: its files, how it is continued, and which weights drew its samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FREE_KEYS = ("output", "resume", "rollout.memory_fraction", "verify.workers", "s
 
 
 class EvaluationFolder:
-    """config.yaml, run.json, scores.json and samples/BENCHMARK.jsonl under `path`."""
+    """The folder `path` with config.yaml, run.json, scores.json and samples/BENCHMARK.jsonl."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,12 +30,12 @@ class EvaluationFolder:
         """Checks that this evaluation may write here; True if it continues another. Nothing is written.
 
         Raises:
-            ConfigError: the folder cannot be made, holds something else, or an evaluation with other settings, or has
+            ConfigError: the folder cannot be made, holds something else or an evaluation with other settings, or has
                 samples of a benchmark that is now skipped.
         """
         existing = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise ConfigError(f"output: {self.path} cannot be made, because {existing} is no folder or not writable")
+            raise ConfigError(f"output: {self.path} cannot be made: {existing} is not a folder or not writable")
         if not self.path.exists() or not any(self.path.iterdir()):
             return False
         saved = self.path / "config.yaml"
@@ -57,26 +57,26 @@ class EvaluationFolder:
         return True
 
     def check_weights(self, weights: dict[str, str], model: str) -> None:
-        """Refuses to go on with other weights (`fingerprint`) than those that drew the samples in the folder.
+        """Checks that the weights (`fingerprint`) are those that drew the samples in the folder.
 
         Raises:
-            ConfigError: the first file, or the hub's commit, that differs.
+            ConfigError: they are not; the message names the first file, or the hub's commit, that differs.
         """
-        found = difference(weights, self._facts().get("weights", {}))
-        # Without a sample there is nothing that could be mixed.
-        if found and any(path.stat().st_size for path in (self.path / "samples").glob("*.jsonl")):
+        changed = difference(weights, self._facts().get("weights", {}))
+        # Without samples nothing can be mixed.
+        if changed and any(path.stat().st_size for path in (self.path / "samples").glob("*.jsonl")):
             raise ConfigError(
-                f"model: {model} no longer holds the weights that drew the samples in {self.path}: {found}; give "
+                f"model: {model} no longer holds the weights that drew the samples in {self.path}: {changed}; give "
                 "another output, or the weights that it was begun with"
             )
 
     def start(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
         """Writes the settings and the facts about this start; earlier starts stay listed.
 
-        A start that draws no response has no `engine`. It is listed only: the other facts are about the samples.
+        A start that samples nothing has no `engine`. It is only listed, because the other facts describe the samples.
 
         Returns:
-            Other engines than this one that earlier starts drew with.
+            The other engines that earlier starts sampled with.
 
         Raises:
             ConfigError: the folder cannot be made.
@@ -119,7 +119,7 @@ class EvaluationFolder:
 
 
 def output_folder(output: str, model: str, suite: str) -> Path:
-    """`output`, or the next free evals/MODEL-SUITE; a run's model is called after the run, too."""
+    """`output`, or the next free evals/MODEL-SUITE; for a run's model, MODEL includes the run's name."""
     if output:
         return Path(output).expanduser()
     place, name = Path(model).expanduser().absolute(), Path(model).name.removesuffix(".gguf")
@@ -134,26 +134,30 @@ def _is_free(name: str) -> bool:
 
 
 def _leaves(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Dotted key → value of everything that is no mapping, empty mappings included."""
-    found: dict[str, Any] = {}
+    """Dotted key → value of every leaf; empty mappings are leaves."""
+    leaves: dict[str, Any] = {}
     for name, value in tree.items():
         dotted = f"{path}{name}"
         if isinstance(value, Mapping) and value:
-            found |= _leaves(value, f"{dotted}.")
+            leaves |= _leaves(value, f"{dotted}.")
         else:
-            found[dotted] = list(value) if isinstance(value, tuple) else value
-    return found
+            leaves[dotted] = list(value) if isinstance(value, tuple) else value
+    return leaves
 
 
-#: Bytes at the beginning, in the middle and at the end of a file that tell it from others of its size.
+#: Bytes that `_probe` hashes at the beginning, in the middle and at the end of a file.
 PROBE = 1 << 22
 
 
 def fingerprint(path: str) -> dict[str, str]:
-    """What tells the weights of a model from others; reading all of them would take as long as loading.
+    """Identifies the weights of a model without reading all of them, which would take as long as loading.
 
-    path: the model's folder: file → size and a hash of three parts of it, for every file of weights. Or a hub name:
-        {"commit": ...} of the snapshot in the cache, asked without the network. Empty where nothing can be said.
+    Args:
+        path: the model's folder, or a hub name.
+
+    Returns:
+        For a folder, file → size and a hash of three parts of it, for every file of weights. For a hub name, {"commit":
+        ...} of the snapshot in the local cache. Empty if nothing is known.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -164,7 +168,7 @@ def fingerprint(path: str) -> dict[str, str]:
 
 
 def difference(new: dict[str, str], old: dict[str, str]) -> str:
-    """The first thing in which two fingerprints differ, in words; empty where they agree or one says nothing."""
+    """The first difference between two fingerprints, in words; empty if they agree or one is empty."""
     if not new or not old:
         return ""
     for name in sorted({**old, **new}):
@@ -188,8 +192,8 @@ def _commit(name: str) -> str | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json")
+        cached = try_to_load_from_cache(name, "config.json")
     except HFValidationError:
         return None
-    # A snapshot's folder is called after its commit.
-    return Path(found).parent.name if isinstance(found, str) else None
+    # The name of a snapshot's folder is its commit.
+    return Path(cached).parent.name if isinstance(cached, str) else None

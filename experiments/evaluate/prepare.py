@@ -1,4 +1,4 @@
-"""What is checked before any sampling: problems, answers, the model's prompts and limits, the folder."""
+"""Checks before sampling: problems, answers, the model's prompts and limits, and the folder."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from upge.train.distributed import world_size
 class Prepared:
     """What an evaluation starts from.
 
-    Fields:
-        model: the model's settings, its path a folder where it comes from a GGUF file.
-        prompting: how the model is spoken to.
-        questions: the benchmarks, in the suite's order.
-        sampling: how responses are drawn.
-        verifiers: by name; every problem names its own.
-        folder, continues: where the samples go, and whether there are some.
+    Attributes:
+        model: the model's settings; a GGUF file is replaced by the folder with the converted model.
+        prompting: how problems become prompts.
+        questions: the benchmarks with their encoded prompts, in the suite's order.
+        sampling: the sampling settings.
+        verifiers: names of the verifiers; every problem names its own.
+        folder, continues: where the samples go, and whether there already are some.
         weights: the fingerprint of the model's weights.
         notes: sentences for the user.
     """
@@ -48,10 +48,10 @@ class Prepared:
 
 
 def prepare(chosen: Chosen) -> Prepared:
-    """Loads and checks.
+    """Loads and checks everything that an evaluation needs besides the weights.
 
     Raises:
-        UserError: the first thing that is wrong, naming key or file, what was found and the fix.
+        UserError: the first thing that is wrong; the message names the key or file, its value and the fix.
     """
     config = chosen.config
     if world_size() > 1:
@@ -81,15 +81,15 @@ def prepare(chosen: Chosen) -> Prepared:
 
 
 def check_unchanged(prepared: Prepared) -> None:
-    """Once the model is loaded: its weights are those that were checked.
+    """Checks, once the model is loaded, that its weights are still those that were checked before.
 
     Raises:
-        ModelError: they were overwritten meanwhile, so it is not known which of them were loaded.
+        ModelError: they were overwritten while they were loaded.
     """
-    found = difference(fingerprint(prepared.model.path), prepared.weights)
-    if found:
+    changed = difference(fingerprint(prepared.model.path), prepared.weights)
+    if changed:
         raise ModelError(
-            f"model: the weights in {prepared.model.path} were overwritten while they were loaded: {found}; copy the "
+            f"model: the weights in {prepared.model.path} were overwritten while they were loaded: {changed}; copy the "
             "folder, with a run's config.yaml and run.json beside it, and evaluate the copy"
         )
 
@@ -97,7 +97,7 @@ def check_unchanged(prepared: Prepared) -> None:
 def _verifiers(benchmarks: Sequence[Benchmark]) -> tuple[tuple[str, ...], list[str]]:
     """The names of the verifiers, and a note for each benchmark of which a verifier refuses some ground truths.
 
-    Such problems stay: a benchmark has the problems that it has, and a response in the very words is still right. Where
+    Such problems stay: the benchmark is kept complete, and a response with exactly the same words still counts. Where
     most are refused it is the verifier that is wrong, or the column.
     """
     names = tuple(dict.fromkeys(str(p.verifier) for one in benchmarks for p in one.problems))
@@ -126,16 +126,16 @@ def _verifiers(benchmarks: Sequence[Benchmark]) -> tuple[tuple[str, ...], list[s
 
 
 def _check_model(model: ModelConfig) -> None:
-    """Refuses a run's folder, where the model is one below."""
+    """Refuses a run's folder; the model is in a folder below it."""
     path = Path(model.path).expanduser()
     inner = [name for name in ("final", "best") if (path / name / "config.json").is_file()]
     if inner and not (path / "config.json").is_file():
-        found = " or ".join(f"model={model.path.rstrip('/')}/{name}" for name in inner)
-        raise ModelError(f"model: {model.path} is the folder of a run; give {found}")
+        paths = " or ".join(f"model={model.path.rstrip('/')}/{name}" for name in inner)
+        raise ModelError(f"model: {model.path} is the folder of a run; give {paths}")
 
 
 def _check_length(model: ModelConfig, max_prompt_tokens: int, max_response_tokens: int) -> None:
-    """Refuses limits that the model's positions do not allow."""
+    """Refuses limits that exceed the model's positions."""
     longest = getattr(read_config(model.path, model.overrides), "max_position_embeddings", None)
     wanted = max_prompt_tokens + max_response_tokens
     if longest is not None and wanted > longest:

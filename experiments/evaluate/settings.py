@@ -16,9 +16,9 @@ from upge.errors import ConfigError, nearest
 from upge.evaluation.suite import BenchmarkConfig, SuiteConfig
 from upge.train.config import ModelConfig, VerifyConfig
 
-#: Of the model's settings those that only training has.
+#: Settings of the model that apply only to training.
 TRAINING_ONLY = ("model.gradient_checkpointing",)
-#: What the model in a run's folder is spoken to with, unless the command line says otherwise.
+#: Model settings taken from the run whose model is evaluated, unless the command line gives them.
 FROM_RUN = ("dtype", "template", "system", "instruction", "opening")
 
 
@@ -37,7 +37,7 @@ class EvaluateConfig(Settings):
     seed: int = key(0, "seed of all sampling")
     limit: int = key(
         0,
-        "at most so many problems of each benchmark, chosen by a hash of their prompts; 0 = all",
+        "maximum number of problems of each benchmark, chosen by a hash of their prompts; 0 = all",
         minimum=0,
         fix="give a number of problems, or 0 for all",
     )
@@ -53,11 +53,11 @@ class EvaluateConfig(Settings):
 class Chosen:
     """A checked configuration.
 
-    Fields:
+    Attributes:
         config: the settings.
         names: which `model` and `suite` were selected.
         tree: everything resolved, as written to config.yaml.
-        notes: what was taken from elsewhere, in sentences for the user.
+        notes: sentences for the user about settings taken from elsewhere.
     """
 
     config: EvaluateConfig
@@ -92,7 +92,7 @@ def choose(arguments: Sequence[str]) -> Chosen:
             OmegaConf.update(suite, name, value if is_text else parse(name, value), merge=False, force_add=True)
         else:
             shared.append(f"{name}={value}")
-    # The keys that a run has, too, are read by what reads a run's.
+    # Keys that a run also has are read by `compose`, as for a run.
     run = compose(shared).config
     engine = {"engine": run.rollout.engine, "memory_fraction": run.rollout.memory_fraction}
     tree = {
@@ -114,12 +114,12 @@ def choose(arguments: Sequence[str]) -> Chosen:
 
 def keys() -> list[tuple[str, Any, str]]:
     """(key, default, meaning) of every setting; those of a benchmark as suite.benchmarks.NAME.KEY."""
-    found = [row for row in meanings(EvaluateConfig) if row[0] not in TRAINING_ONLY]
-    return found + meanings(BenchmarkConfig, "suite.benchmarks.NAME.")
+    rows = [row for row in meanings(EvaluateConfig) if row[0] not in TRAINING_ONLY]
+    return rows + meanings(BenchmarkConfig, "suite.benchmarks.NAME.")
 
 
 def _check_key(name: str, suite: Any) -> None:
-    """Refuses what is no key of an evaluation."""
+    """Refuses a key that an evaluation does not have."""
     known = [row[0] for row in keys() if not row[0].startswith("suite.benchmarks")]
     if name.startswith("suite.benchmarks."):
         _, _, benchmark, *rest = name.split(".")
@@ -135,7 +135,7 @@ def _check_key(name: str, suite: Any) -> None:
 
 
 def _of_run(model: str, items: Sequence[tuple[str, str]]) -> list[str]:
-    """model.KEY=VALUE as in the run whose final/, best/ or other model `model` is; none where it is no run's."""
+    """model.KEY=VALUE of the run that `model` (its final/, best/ or another folder) belongs to; empty if none."""
     path = Path(model).expanduser()
     config, given = path.parent / "config.yaml", {name for name, _ in items}
     if not (path / "config.json").is_file() or not config.is_file() or not (path.parent / "run.json").is_file():

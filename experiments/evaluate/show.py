@@ -21,9 +21,9 @@ USAGE = """\
 Usage: python -m experiments.evaluate model=NAME|PATH suite=NAME|FILE [key=value ...] [--dry-run]
 
 Samples responses to the problems of a suite's benchmarks, verifies them, and leaves a folder with config.yaml,
-run.json, samples/BENCHMARK.jsonl (a line a response) and scores.json. The same command with output=FOLDER continues an
-interrupted evaluation. --dry-run checks everything that can be checked before sampling, prints the benchmarks and one
-prompt, and ends.
+run.json, samples/BENCHMARK.jsonl (one line per response) and scores.json. The same command with output=FOLDER continues
+an interrupted evaluation. --dry-run checks everything that can be checked before sampling, prints the benchmarks and
+one prompt, and exits.
 """
 
 
@@ -43,7 +43,7 @@ def help_text() -> str:
 
 
 def plan(questions: Sequence[Questions], max_response_tokens: int) -> str:
-    """The benchmarks with what will be drawn for them."""
+    """A table of the benchmarks and how many responses each will get."""
     head = ("benchmark", "group", "problems", "samples", "responses", "longest prompt", "verifier")
     rows = []
     for one in questions:
@@ -58,7 +58,7 @@ def plan(questions: Sequence[Questions], max_response_tokens: int) -> str:
 
 
 def table(scores: Mapping[str, Any]) -> str:
-    """What scores.json says, in per cent with 95 % intervals."""
+    """The table of scores.json, in percent with 95 % intervals."""
     rows: list[Sequence[Any]] = [("benchmark", "problems", "n", "avg@n, %", "pass@n, %", "cut off", "not verified")]
     for group, average in scores["averages"].items():
         for name in average["benchmarks"]:
@@ -71,10 +71,10 @@ def table(scores: Mapping[str, Any]) -> str:
 
 
 def answer_notes(scores: Mapping[str, Any]) -> list[str]:
-    """Where a benchmark of a scores.json has mostly one and the same answer; older ones do not say."""
-    found = scores["benchmarks"].items()
-    said = ((name, same_answer(one.get("commonest", NONE), one["problems"])) for name, one in found)
-    return [f"{name}: {sentence}" for name, sentence in said if sentence]
+    """Notes on benchmarks in which most responses give the same answer; older scores.json files lack this number."""
+    benchmarks = scores["benchmarks"].items()
+    sentences = ((name, same_answer(one.get("commonest", NONE), one["problems"])) for name, one in benchmarks)
+    return [f"{name}: {sentence}" for name, sentence in sentences if sentence]
 
 
 class Progress:
@@ -92,25 +92,25 @@ class Progress:
         self._bar.close()
 
     def begin(self, name: str) -> None:
-        """The next benchmark."""
+        """Starts the next benchmark."""
         self._right = self._seen = 0
         self._bar.set_description(name, refresh=False)
 
     def wrote(self, sample: Sample) -> None:
-        """One more response is verified and written."""
+        """Counts a response that has been verified and written."""
         self._seen += 1
         self._right += sample.correct
         self._bar.set_postfix({"right": f"{100 * self._right / self._seen:.1f} %"}, refresh=False)
         self._bar.update()
 
     def say(self, text: str) -> None:
-        """A line beside the bar, on standard output."""
+        """Prints a line to standard output without breaking the bar."""
         tqdm.write(text)
         sys.stdout.flush()
 
 
 def _columns(rows: Sequence[Sequence[Any]]) -> str:
-    """Rows of cells in columns, numbers to the right."""
+    """Aligns cells in columns; columns of numbers are right-aligned."""
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     right = [all(isinstance(row[i], int) or row[i] == "" for row in rows[1:]) for i in range(len(rows[0]))]
     lines = []

@@ -39,7 +39,7 @@ def _run(arguments: list[str]) -> int:
     try:
         code = train(composed, replace(prepared, notes=(*prepared.notes, *notes)), world)
     except UserError as error:
-        # Before the ranks are connected all of them find the same; afterwards each speaks for itself.
+        # Before the ranks are connected all of them raise the same error; afterwards errors may differ between ranks.
         cli.print_error(error, world.rank if world.size > 1 else None)
         code = cli.BAD_INPUT
     leave(world, code)

@@ -1,4 +1,4 @@
-"""Which problems' answers their verifiers refuse; what was found out once is not asked again by the next start."""
+"""Finds the problems whose answers their verifiers refuse, and caches the result for the next start."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from upge.cache import entry
 from upge.data import Problem
 from upge.verify.loading import BUILT_IN
 
-#: Different answers from which on the result is remembered: parsing one as mathematics takes a millisecond or more.
+#: The least number of different answers for which the result is cached: parsing one takes a millisecond or more.
 LEAST = 500
-#: What the verifiers' judgement rests on, beside their own code.
+#: The packages on which the verifiers' results depend.
 PACKAGES = ("math-verify", "latex2sympy2_extended", "antlr4-python3-runtime", "sympy", "mpmath", "reasoning_gym")
 
 _known: dict[tuple[str, str], str | None] = {}
-"""(verifier, answer) → why it is refused, or None: of this process."""
+"""(verifier, answer) → why it is refused, or None; the cache of this process."""
 
 
 def names(problems: Sequence[Problem], default: str) -> tuple[str, ...]:
@@ -52,18 +52,18 @@ def refused(problems: Sequence[Problem], default: str) -> Iterator[tuple[Problem
 
 
 def _remembered(name: str, check: object, answers: Sequence[str]) -> list[str | None]:
-    """The reason for each answer, from the cache where the same answers were asked about before."""
+    """The reason for each answer, read from the cache on disk if the same answers were checked before."""
     with entry("answers", _key(name, answers)) as kept:
-        found = kept.read()
-        if found is not None:
-            return json.loads(bytes(found))
+        cached = kept.read()
+        if cached is not None:
+            return json.loads(bytes(cached))
         reasons = [_reason(check, answer) for answer in answers]
         kept.write([json.dumps(reasons).encode()])
     return reasons
 
 
 def _key(name: str, answers: Sequence[str]) -> str:
-    """A hash of the answers and of the code that judges them."""
+    """A hash of the answers and of the code that checks them."""
     digest = hashlib.blake2b(digest_size=20)
     for file in sorted(Path(verify.__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())

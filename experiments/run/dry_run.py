@@ -1,4 +1,4 @@
-"""`--dry-run`: all but the weights is built, what the run would be is printed, and what cannot fit is refused."""
+"""`--dry-run`: builds everything except the weights, prints what a run would do, and refuses one that cannot fit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from upge.instantiate import build
 from upge.pipeline import Pipeline
 from upge.train.config import RunConfig
 
-#: Stands in for a prompt of the data set where that cannot be read.
+#: Replaces a prompt of the data set where that cannot be read.
 EXAMPLE = Problem("example", "What is 2 + 3?", "5")
 
 
@@ -37,7 +37,7 @@ def plan(composed: Composed) -> str:
     """The text of a dry run.
 
     Raises:
-        UserError: the first thing that is wrong or cannot fit, naming the keys, what was found and the fix.
+        UserError: the first setting that is wrong or cannot fit, with its keys, its value and the fix.
     """
     names, tree = composed.names, composed.tree
     composed, notes = offline.with_known_models(composed)
@@ -66,8 +66,11 @@ def plan(composed: Composed) -> str:
 
 
 def _prepared(composed: Composed, has_tokenizer: bool, notes: list[str]) -> tuple[Prepared | None, list[str]]:
-    """What a run would start from, and the data in a line. None where the hub has some of it and cannot be reached,
-    with a note, and where there is no tokenizer, after as many checks as need none."""
+    """What a run would start from, and a line about the data.
+
+    The first value is None if there is no tokenizer (after the checks that need none), or if a part is on the hub and
+    the hub cannot be reached, which adds a note.
+    """
     config = composed.config
     try:
         if has_tokenizer:
@@ -85,7 +88,7 @@ def _prepared(composed: Composed, has_tokenizer: bool, notes: list[str]) -> tupl
     except DataError as error:
         if not offline.is_unreachable(error):
             raise
-        notes.append(f"{error}; of the data nothing is known here")
+        notes.append(f"{error}; the data could not be checked here")
     return None, []
 
 
@@ -94,7 +97,7 @@ def _sizes(train: int, having: int, evaluation: int) -> str:
 
 
 def in_print(algorithm: Algorithm | Pipeline) -> str:
-    """The formula, and what is learned beside it: a critic, interleaved updates, a validation objective."""
+    """The formula and the other objectives: a critic, interleaved updates, a validation objective."""
     lines = [algorithm.formula()]
     for path, one in members(algorithm):
         if path and not path.startswith("stages."):
@@ -105,14 +108,14 @@ def in_print(algorithm: Algorithm | Pipeline) -> str:
 
 
 def _gradient(algorithm: Algorithm | Pipeline, group_size: int, tokens: int) -> str:
-    found = balances(algorithm, group_size, tokens)
+    by_stage = balances(algorithm, group_size, tokens)
     if not isinstance(algorithm, Pipeline):
-        return "\n".join(map(str, found.values()))
-    return "\n".join(f"stage {name}: {balance}" for name, balance in found.items())
+        return "\n".join(map(str, by_stage.values()))
+    return "\n".join(f"stage {name}: {balance}" for name, balance in by_stage.items())
 
 
 def _prompt(config: RunConfig, prepared: Prepared | None, has_tokenizer: bool) -> str:
-    """The first training prompt as the model sees it; what is known of it where there is no tokenizer."""
+    """The first training prompt as the model sees it; without a tokenizer, the settings of the prompt."""
     if prepared is not None:
         return prepared.prompting.describe(prepared.train[0].problem)
     if has_tokenizer:
@@ -126,12 +129,12 @@ def _prompt(config: RunConfig, prepared: Prepared | None, has_tokenizer: bool) -
 
 
 def _steps(algorithm: Algorithm | Pipeline, expected: Outlook, config: RunConfig) -> str:
-    """What a step moves, of each stage if there are several."""
+    """The work of a step, per stage if there are several."""
     prompts = counted(config.prompts_per_step, "prompt")
     if len(expected.traffic) == 1:
         return f"{counted(config.steps, 'step')} of {prompts}\n{next(iter(expected.traffic.values()))}"
-    found = []
+    lines = []
     for span in Pipeline.of(algorithm).spans(config.steps):
         head = f"stage {span.name}: {counted(span.end - span.first, 'step')} of {prompts}"
-        found += [head, textwrap.indent(str(expected.traffic[span.name]), "  ")]
-    return "\n".join(found)
+        lines += [head, textwrap.indent(str(expected.traffic[span.name]), "  ")]
+    return "\n".join(lines)

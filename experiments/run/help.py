@@ -19,8 +19,8 @@ Usage: python -m experiments.run [algo=NAME] [correction=NAME] [model=NAME] [dat
 
 Trains a model and leaves a folder with config.yaml, metrics.jsonl, evaluations.jsonl, rollouts/, checkpoints/, final/
 and report.html. Several processes: torchrun --nproc_per_node N -m experiments.run ..., or deepspeed --num_gpus N.
---dry-run builds everything but the weights; it prints configuration, formula, prompt, the work of a step and the memory
-of a rank, and refuses what cannot fit.
+--dry-run builds everything except the weights. It prints the configuration, formula, prompt, work per step and memory
+per rank, and refuses a run that cannot fit.
 """
 
 
@@ -43,7 +43,7 @@ def help_text() -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as one would type it."""
+    """A value as typed on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value) or '""'
@@ -62,15 +62,15 @@ def _first_comment(path: Path) -> str:
 
 
 def _data_keys(name: str) -> list[tuple[str, object, str]]:
-    """(key, default, meaning) of a data set; the meaning is the comment behind a key, or the line before it."""
+    """(key, default, meaning) of a data set; the meaning is the comment after a key, or on the line before it."""
     path = CONFIGS / "data" / f"{name}.yaml"
     node = OmegaConf.to_container(OmegaConf.load(path))["data"]
-    found: dict[str, str] = {}
+    comments: dict[str, str] = {}
     before = ""
     for line in path.read_text().splitlines()[1:]:
         code, _, comment = line.partition("#")
         key = code.strip().partition(":")[0]
         if key in node:
-            found[key] = comment.strip() or before
+            comments[key] = comment.strip() or before
         before = comment.strip() if not code.strip() else ""
-    return [(key, value, found.get(key, "")) for key, value in node.items() if key != "_target_"]
+    return [(key, value, comments.get(key, "")) for key, value in node.items() if key != "_target_"]

@@ -1,4 +1,4 @@
-"""Memory of one rank: the models' sizes, DeepSpeed's estimate of their states, and what this trainer adds to it."""
+"""Memory of one rank: the models' sizes, DeepSpeed's estimate of their states, and what this trainer adds."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from upge.train.config import RunConfig
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that memory follows from.
+    """The sizes of a model that determine its memory.
 
     Attributes:
-        parameters: of the whole model, tied ones counted once.
-        largest_layer: parameters of the module that has the most of its own, an embedding as a rule.
-        output: parameters of the output embedding, 0 where it is tied to the input's.
+        parameters: number of parameters of the whole model, tied ones counted once.
+        largest_layer: parameters of the largest single module, usually an embedding.
+        output: parameters of the output embedding; 0 if it is tied to the input embedding.
         layers, hidden, query, key, inner, vocabulary: the number of layers, and the widths of the residual stream, of
             all query heads, of all key heads (as many for values), of the MLP and of the output.
         itemsize: bytes of a weight, and of an activation.
@@ -51,7 +51,7 @@ class ModelShape:
         """The shape of the causal LM that a Hugging Face configuration describes, in `dtype`.
 
         Raises:
-            ModelError: an architecture that the trainer cannot run, or sizes that make no model.
+            ModelError: the trainer cannot run this architecture, or the sizes do not form a model.
         """
         from transformers import AutoModelForCausalLM
 
@@ -111,14 +111,17 @@ class ModelShape:
 
     @property
     def kept_per_token(self) -> int:
-        """Bytes that the backward pass keeps of a token in one layer: its input, the two norms (in float32 inside),
-        query, key, value and result of the attention, and four rows of the MLP. Counted in Qwen2 and Llama."""
+        """Bytes per token that one layer stores for the backward pass.
+
+        They are its input, the two norms (in float32 internally), query, key, value and output of the attention, and
+        four rows of the MLP, as in Qwen2 and Llama.
+        """
         norms = 9 if self.itemsize == 2 else 7
         return (norms * self.hidden + 2 * self.query + 2 * self.key + 4 * self.inner) * self.itemsize
 
     @property
     def gradients_per_token(self) -> int:
-        """Bytes of a token's gradients on the way through one layer, at its widest: three rows of the MLP."""
+        """Bytes per token of the gradients inside one layer at its widest point: three rows of the MLP."""
         return 3 * self.inner * self.itemsize
 
 
@@ -132,10 +135,10 @@ class Item:
     """One thing that takes memory.
 
     Attributes:
-        what: what it is, with the numbers that it follows from.
-        bytes: on one rank.
-        when: in which part of a step it is there.
-        is_certain: it takes at least so much, whatever the libraries do.
+        what: a description, with the numbers behind it.
+        bytes: size on one rank.
+        when: the part of a step in which it is allocated.
+        is_certain: whether `bytes` is a lower bound, whatever the libraries do.
     """
 
     what: str
@@ -146,7 +149,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Shapes:
-    """The models of a run; None where the algorithm does not ask for one."""
+    """The models of a run; None for one that the algorithm does not need."""
 
     policy: ModelShape
     critic: ModelShape | None = None
@@ -155,8 +158,15 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Memory:
-    """What one rank of the machine holds: the models' states, the inference engine, and an update's own; `asleep` is
-    what the engines of all ranks keep outside their GPUs while these are at an update."""
+    """Memory of one rank.
+
+    Attributes:
+        machine: the machine of the run.
+        states: the models' weights, gradients and optimizer states.
+        engine: the inference engine.
+        update: the forward and backward pass.
+        asleep: bytes that the engines of all ranks keep in the machine's memory, outside the GPUs, during an update.
+    """
 
     machine: Machine
     states: tuple[Item, ...]
@@ -165,7 +175,7 @@ class Memory:
     asleep: int = 0
 
     def total(self, when: When, certain: bool = False) -> int:
-        """Bytes that are there at the same time while sampling or training; with `certain` what is so at least."""
+        """Bytes in use at the same time while sampling or training; with `certain`, a lower bound."""
         items = [*self.states, *self.engine, *self.update]
         return sum(i.bytes for i in items if i.when in ("always", when) and (i.is_certain or not certain))
 
@@ -183,7 +193,7 @@ class Memory:
 def estimate(
     config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, machine: Machine, micro_batch: int
 ) -> Memory:
-    """What a rank holds in a run whose largest micro-batch has so many tokens on a rank."""
+    """Memory of a rank in a run whose largest micro-batch has `micro_batch` tokens."""
     states = [*_trained("policy", shapes.policy, machine)]
     if shapes.critic is not None:
         states += _trained("critic", shapes.critic, machine)
@@ -192,7 +202,7 @@ def estimate(
     stages = Pipeline.of(algorithm).stages.values()
     if any(s.algorithm.interleaved_update is not None and s.algorithm.interleaved_update.own_optimizer for s in stages):
         moments = 8 * shapes.policy.parameters // machine.ranks
-        states.append(Item("policy: the interleaved update's own moments, 8 bytes a parameter", moments))
+        states.append(Item("policy: the interleaved update's own moments, 8 bytes per parameter", moments))
     if machine.has_gpus:
         states.append(Item("reserve: context, collectives, gaps", RESERVE, is_certain=False))
     engine = tuple(_engine(config, shapes.policy, machine)) if algorithm.needs.rollouts else ()
@@ -202,31 +212,33 @@ def estimate(
 
 
 def zero3_states(shape: ModelShape, ranks: int) -> int:
-    """DeepSpeed's estimate for ZeRO-3 without offloading: 18 bytes a parameter over the ranks, and 4 a parameter of the
-    largest layer."""
+    """DeepSpeed's estimate for ZeRO-3 without offloading, in bytes.
+
+    It is 18 bytes per parameter, divided by the ranks, and 4 bytes per parameter of the largest layer.
+    """
     _quiet_deepspeed()
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 
-    _, found, _ = estimate_zero3_model_states_mem_needs(
+    _, per_gpu, _ = estimate_zero3_model_states_mem_needs(
         shape.parameters, shape.largest_layer, num_gpus_per_node=ranks, cpu_offload=False, cpu_offload_params=False
     )
-    return found
+    return per_gpu
 
 
 def longest(config: RunConfig) -> int:
-    """Tokens of a prompt and a response that are as long as they may be."""
+    """Tokens of the longest allowed prompt and response together."""
     return config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
 
 
 def engine_room(config: RunConfig, shape: ModelShape, machine: Machine) -> tuple[int, int]:
-    """(bytes that vLLM may take, bytes of one sequence's cache and whatever else must be in there)."""
+    """(bytes that vLLM may take, bytes that it needs at least: one sequence's cache and, on a GPU, the weights)."""
     least = longest(config) * shape.cache_per_token
-    # On a GPU the share is for weights and cache, elsewhere for the cache alone.
+    # On a GPU the share covers weights and cache, elsewhere the cache alone.
     return int(config.rollout.memory_fraction * machine.memory), least + (shape.weights if machine.has_gpus else 0)
 
 
 def _quiet_deepspeed() -> None:
-    """Without a GPU DeepSpeed would warn that it finds none."""
+    """Stops DeepSpeed from warning that there is no GPU."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -240,8 +252,8 @@ def _trained(name: str, shape: ModelShape, machine: Machine) -> Iterator[Item]:
     yield Item(f"{name}: {what}", zero3_states(shape, ranks))
     if shape.itemsize > 2:
         more = (shape.itemsize - 2) * count // ranks
-        yield Item(f"{name}: {shape.itemsize} bytes a weight where that estimate has 2", more)
-    # Of a GPU it is taken whole, of ordinary memory only what is written to.
+        yield Item(f"{name}: {shape.itemsize} bytes per weight where that estimate has 2", more)
+    # On a GPU the whole bucket is allocated, in ordinary memory only the part that is written.
     bucket = int(zero.reduce_bucket_size) if machine.has_gpus else min(int(zero.reduce_bucket_size), count)
     yield Item(f"{name}: ZeRO-3's bucket of gradients", bucket * shape.itemsize)
     gathered = min(count, int(zero.max_live_parameters)) * shape.itemsize
@@ -249,7 +261,7 @@ def _trained(name: str, shape: ModelShape, machine: Machine) -> Iterator[Item]:
 
 
 def _engine(config: RunConfig, shape: ModelShape, machine: Machine) -> Iterator[Item]:
-    """vLLM leaves its GPU to the updates; nothing else does."""
+    """The inference engine's items. Only vLLM on a GPU frees its memory during updates."""
     one = longest(config) * shape.cache_per_token
     by_auto = config.rollout.engine == "auto" and not machine.has_gpus and shape.parameters < SMALL_MODEL
     if config.rollout.engine == "transformers" or by_auto:
@@ -269,7 +281,7 @@ def _engine(config: RunConfig, shape: ModelShape, machine: Machine) -> Iterator[
 
 
 def _update(config: RunConfig, shape: ModelShape, machine: Machine, tokens: int) -> Iterator[Item]:
-    """What the forward and backward pass of a micro-batch hold."""
+    """Memory of the forward and backward pass of a micro-batch."""
     layers = shape.layers
     if config.model.gradient_checkpointing:
         kept = layers * shape.hidden * shape.itemsize * tokens
@@ -280,12 +292,12 @@ def _update(config: RunConfig, shape: ModelShape, machine: Machine, tokens: int)
         kept = layers * shape.kept_per_token * tokens
         yield Item(f"update: activations of {layers} layers for {tokens:,} tokens", kept, "training")
     passing = shape.gradients_per_token * tokens
-    yield Item("update: gradients on the way through a layer", passing, "training", is_certain=False)
+    yield Item("update: gradients inside a layer", passing, "training", is_certain=False)
     device, dtype = "cuda" if machine.has_gpus else "cpu", getattr(torch, config.model.dtype)
     chunk = min(default_chunk_size(shape.vocabulary, device, dtype), tokens)
     logits = buffer_bytes(shape.vocabulary, device, dtype, tokens)
     yield Item(f"update: logits of {chunk:,} tokens, and blocks of them in float32", logits, "training", False)
-    # In half precision a chunk's product stands beside the sum.
+    # In half precision a chunk's product is held in addition to the sum.
     wide = 4 if dtype == torch.float32 else 6
     head = wide * shape.vocabulary * shape.hidden
     yield Item("update: gradient of the output embedding", head, "training", is_certain=False)

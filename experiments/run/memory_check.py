@@ -1,4 +1,4 @@
-"""Whether a run fits a machine. What cannot is refused before any weight is loaded, by the keys that must change."""
+"""Checks whether a run fits into memory, before any weight is loaded; errors name the keys to change."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from upge.train.config import RunConfig
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a run will take.
+    """The work and memory that a run is expected to take.
 
     Attributes:
-        shapes: of its models.
-        traffic: of a step in each stage, by the stage's name.
-        memory: of one rank.
-        notes: what is close to the limit, as sentences.
+        shapes: shapes of its models.
+        traffic: a step's trajectories and tokens in each stage, by the stage's name.
+        memory: memory of one rank.
+        notes: sentences about what is close to the limit.
     """
 
     shapes: Shapes
@@ -33,11 +33,11 @@ class Outlook:
 
 
 def check_fits(composed: Composed) -> tuple[str, ...]:
-    """For the start of a run: whether the machine of this start can hold it. Sentences for the user.
+    """Checks at the start of a run that it fits this machine; returns notes for the user.
 
     Raises:
-        ConfigError: it cannot; the message names the keys.
-        ModelError: a model cannot be found, or not be run.
+        ConfigError: it does not fit; the message names the keys.
+        ModelError: a model cannot be found or run.
     """
     machine, stated = present(), composed.config.hardware.gpus
     other = f"hardware.gpus: {stated}, but this run was started on {machine}"
@@ -45,7 +45,7 @@ def check_fits(composed: Composed) -> tuple[str, ...]:
 
 
 def outlook(composed: Composed, machine: Machine) -> Outlook:
-    """What a run will take of each rank of `machine`; errors as in `check_fits`."""
+    """The work and memory of a run on each rank of `machine`; raises the errors of `check_fits`."""
     config, algorithm = composed.config, composed.algorithm
     shapes = _shapes(composed)
     stages = {name: stage.algorithm for name, stage in Pipeline.of(algorithm).stages.items()}
@@ -73,7 +73,7 @@ def _shape(path: str, dtype: str) -> ModelShape | None:
 
 
 def _check_states(config: RunConfig, shapes: Shapes, memory: Memory) -> None:
-    """Weights, gradients and AdamW alone."""
+    """Refuses a model whose weights, gradients and AdamW states alone do not fit."""
     machine, least = memory.machine, sum(i.bytes for i in memory.states if i.is_certain and i.when == "always")
     if least <= machine.memory:
         return
@@ -84,14 +84,14 @@ def _check_states(config: RunConfig, shapes: Shapes, memory: Memory) -> None:
     room = machine.memory - (least - divided / machine.ranks)
     more = f"at least {math.ceil(divided / room)} of them" if machine.has_gpus and room > 0 else "a larger machine"
     raise ConfigError(
-        f"model.path: {models} takes {least / GIB:.1f} GiB a rank for weights, gradients and AdamW alone, on "
+        f"model.path: {models} takes {least / GIB:.1f} GiB per rank for weights, gradients and AdamW alone, on "
         f"{machine}; take {more}, or a smaller model (hardware.gpus and hardware.memory say which machine a run is "
         "meant for)"
     )
 
 
 def _check_engine(config: RunConfig, shape: ModelShape, memory: Memory) -> None:
-    """vLLM's share is large enough for one sequence, and small enough to leave room for the states."""
+    """Checks that vLLM's share is large enough for one sequence and leaves room for the training states."""
     machine = memory.machine
     if not memory.engine or config.rollout.engine == "transformers":
         return
@@ -116,7 +116,7 @@ def _check_engine(config: RunConfig, shape: ModelShape, memory: Memory) -> None:
 
 
 def _check_update(config: RunConfig, memory: Memory) -> None:
-    """What the backward pass must keep of a micro-batch."""
+    """Refuses a micro-batch whose activations alone do not fit."""
     machine, least = memory.machine, memory.total("training", certain=True)
     if least <= machine.memory:
         return
@@ -129,13 +129,13 @@ def _check_update(config: RunConfig, memory: Memory) -> None:
 
 
 def _tight(memory: Memory) -> list[str]:
-    """The estimate as a whole is no lower bound: beyond the limit it is a warning."""
-    found = []
+    """Warnings where the whole estimate, which is not a lower bound, exceeds the limit."""
+    warnings = []
     for when, keys in (("sampling", "rollout.memory_fraction"), ("training", "optimizer.micro_batch_tokens")):
         total = memory.total(when)
         if total > memory.machine.memory:
-            found.append(
-                f"{when} is estimated at {total / GIB:.1f} GiB a rank, on {memory.machine}: it may run out of memory; "
+            warnings.append(
+                f"{when} is estimated at {total / GIB:.1f} GiB per rank on {memory.machine} and may run out of memory; "
                 f"lower {keys}"
             )
-    return found
+    return warnings

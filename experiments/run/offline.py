@@ -1,4 +1,4 @@
-"""What a dry run can do without: a model of which only the sizes are known here, a tokenizer, a data set of the hub."""
+"""Dry runs without network: known model sizes instead of models, and checks for a missing tokenizer or hub."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ KNOWN = {
 
 
 def with_known_models(composed: Composed) -> tuple[Composed, list[str]]:
-    """With the folders of `KNOWN` in place of models that cannot be found, and a sentence about each.
+    """Replaces models that cannot be found by the folders of `KNOWN`, and returns a sentence about each.
 
     Raises:
-        ModelError: a model that is neither found nor known.
+        ModelError: a model is neither found nor known.
     """
     config, notes = composed.config, []
     for key in ("model", "critic", "reference"):
@@ -40,16 +40,18 @@ def _folder(path: str, key: str, notes: list[str]) -> str:
     except ModelError:
         folder = MODELS / KNOWN[path]
         notes.append(
-            f"{key}: '{path}' is neither in the local cache nor can the hub be reached; its sizes are those of "
-            f"{folder.relative_to(MODELS.parent.parent)}/config.json, which comes with neither weights nor tokenizer"
+            f"{key}: '{path}' is not in the local cache and the hub cannot be reached; its sizes are those of "
+            f"{folder.relative_to(MODELS.parent.parent)}/config.json, which has neither weights nor tokenizer"
         )
         return str(folder)
     return path
 
 
 def has_tokenizer(path: str) -> bool:
-    """Whether the model, whose configuration is there, has a tokenizer, too. Of a folder the files are asked:
-    transformers makes an empty tokenizer of a configuration alone."""
+    """Whether a model that has a configuration also has a tokenizer.
+
+    For a folder this checks the files, because transformers makes an empty tokenizer from a configuration alone.
+    """
     if Path(path).is_dir():
         return any((Path(path) / name).is_file() for name in TOKENIZER_FILES)
     from upge.data.prompting import load_tokenizer
@@ -61,7 +63,7 @@ def has_tokenizer(path: str) -> bool:
 
 
 def is_unreachable(error: BaseException | None) -> bool:
-    """Whether an error came about because the hub could not be reached."""
+    """Whether the cause of an error is that the hub could not be reached."""
     while error is not None:
         if isinstance(error, ConnectionError):
             return True

@@ -1,4 +1,4 @@
-"""What is checked before any training: data, tokenizer, limits, answers, algorithm against data, the folder."""
+"""Checks before training: data, tokenizer, limits, answers, what the algorithm needs of the data, and the folder."""
 
 from __future__ import annotations
 
@@ -29,8 +29,18 @@ PROVIDED = ("behavior_logprobs", "sampler_logprobs", "entropies", "reference_log
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run starts from; `weights` are the shares of a mixture's sources, the first of the `verifiers` serves
-    problems that name none, `notes` are sentences for the user."""
+    """What a run starts from.
+
+    Attributes:
+        prompting: how problems become prompts.
+        train: the training examples.
+        evaluation: the examples on which accuracy is measured.
+        weights: the shares of a mixture's sources.
+        verifiers: names of the verifiers; the first one serves problems that name none.
+        folder: the run's folder.
+        continues: whether the run continues an earlier one.
+        notes: sentences for the user.
+    """
 
     prompting: data.Prompting
     train: Sequence[data.Example]
@@ -43,10 +53,10 @@ class Prepared:
 
 
 def prepare(composed: Composed) -> Prepared:
-    """Loads and checks.
+    """Loads and checks everything that a run needs besides the weights.
 
     Raises:
-        UserError: the first thing that is wrong, naming key or file, what was found and the fix.
+        UserError: the first thing that is wrong; the message names the key or file, its value and the fix.
     """
     config, algorithm = composed.config, composed.algorithm
     algorithm.check(group_size=config.group_size, provided=PROVIDED)
@@ -68,7 +78,7 @@ def prepare(composed: Composed) -> Prepared:
         algorithm.check(group_size=config.group_size, demonstrations=demonstrations, provided=PROVIDED)
         _check_pairs(algorithm, pairs)
     except ConfigError as error:
-        # What was dropped for its length may be all that there was.
+        # The notes say if the length limits have dropped all of them.
         raise ConfigError("; ".join([str(error), *notes])) from error
     if algorithm.needs.demonstrations and demonstrations < len(train):
         notes.append(f"{demonstrations} training problems have a demonstration within the limit")
@@ -79,10 +89,14 @@ def prepare(composed: Composed) -> Prepared:
 
 
 def load_problems(node: Mapping, config: RunConfig) -> tuple[data.Splits, list[str]]:
-    """What `data_policy` keeps of the problems of a data set, and notes of what it leaves out.
+    """Loads a data set and applies `data_policy`.
 
     Args:
         node: `data` of the resolved settings.
+        config: the run's settings.
+
+    Returns:
+        The problems that remain, and notes about the others.
     """
     splits, notes = _verifiable(build(node, "data").load(), config)
     limits = config.data_policy
@@ -91,7 +105,7 @@ def load_problems(node: Mapping, config: RunConfig) -> tuple[data.Splits, list[s
 
 
 def check_stages(algorithm: Algorithm | Pipeline, steps: int) -> None:
-    """Refuses a run in which a stage would not happen."""
+    """Raises ConfigError if a stage of the run would have no step."""
     for span in Pipeline.of(algorithm).spans(steps) if steps else ():
         if span.first == span.end:
             raise ConfigError(
@@ -101,7 +115,7 @@ def check_stages(algorithm: Algorithm | Pipeline, steps: int) -> None:
 
 
 def output_folder(composed: Composed) -> Path:
-    """`output`, or the next free runs/ALGO-MODEL-DATA, with the corrections as in ALGO+tis."""
+    """`output`, or the next free runs/ALGO-MODEL-DATA; corrections are appended as in ALGO+tis."""
     if composed.config.output:
         return Path(composed.config.output).expanduser()
     names = composed.names
@@ -111,14 +125,16 @@ def output_folder(composed: Composed) -> Path:
 
 
 def _check_installed() -> None:
-    """What is needed only after training must not be found missing then."""
+    """Raises ConfigError if a package is missing that is needed only after training."""
     for package in ("jinja2", "matplotlib", "rich", "tqdm"):
         if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"the package {package} is not installed, the report needs it: pip install 'upge[all]'")
+            raise ConfigError(
+                f"the report needs the package {package}, which is not installed: pip install 'upge[all]'"
+            )
 
 
 def with_local_models(composed: Composed) -> Composed:
-    """Its models as folders where they come from GGUF files; the tree, which is recorded, keeps the names as given."""
+    """Replaces GGUF files by folders with the converted models; the tree, which is recorded, keeps the given names."""
     config = composed.config
     model = replace(config.model, path=local_path(config.model.path))
     critic = replace(config.critic, path=local_path(config.critic.path))
@@ -127,7 +143,7 @@ def with_local_models(composed: Composed) -> Composed:
 
 
 def load_prompting(model: ModelConfig) -> data.Prompting:
-    """How the model of these settings is spoken to; errors as in `Prompting.load`."""
+    """The prompt format of these model settings; raises the errors of `Prompting.load`."""
     return data.Prompting.load(
         model.path,
         template=model.template,
@@ -138,7 +154,7 @@ def load_prompting(model: ModelConfig) -> data.Prompting:
 
 
 def check_length(model: ModelConfig, max_prompt_tokens: int, max_response_tokens: int) -> None:
-    """Raises ModelError if there is no model, or a prompt and its response could be longer than its positions."""
+    """Raises ModelError if there is no model, or a prompt with its response could exceed the model's positions."""
     if not model.path:
         raise ModelError("model.path: empty; give the folder of a Hugging Face causal LM, a hub name, or model=NAME")
     longest = getattr(read_config(model.path, model.overrides), "max_position_embeddings", None)
@@ -151,11 +167,11 @@ def check_length(model: ModelConfig, max_prompt_tokens: int, max_response_tokens
 
 
 def check_answers(problems: Sequence[data.Problem], default: str) -> tuple[str, ...]:
-    """The verifiers of these problems by name, the run's own first.
+    """The names of these problems' verifiers, the run's own first.
 
     Raises:
-        ConfigError: a verifier that does not exist.
-        DataError: an answer that its verifier could never find right.
+        ConfigError: a verifier does not exist.
+        DataError: an answer that its verifier could never accept.
     """
     for problem, reason in answer_check.refused(problems, default):
         raise DataError(
@@ -166,18 +182,18 @@ def check_answers(problems: Sequence[data.Problem], default: str) -> tuple[str, 
 
 
 def _verifiable(splits: data.Splits, config: RunConfig) -> tuple[data.Splits, list[str]]:
-    """Without the problems that the policy leaves out, and a note of how many these are."""
+    """The problems without those that the policy drops, and a note of how many these are."""
     if config.data_policy.unverifiable_answers == "error":
         return splits, []
-    found = list(answer_check.refused([*splits.train, *splits.evaluation], config.verify.verifier))
-    if not found:
+    refused = list(answer_check.refused([*splits.train, *splits.evaluation], config.verify.verifier))
+    if not refused:
         return splits, []
-    out = {problem.id for problem, _ in found}
+    out = {problem.id for problem, _ in refused}
     train, evaluation = (tuple(p for p in side if p.id not in out) for side in (splits.train, splits.evaluation))
-    first, reason = found[0]
+    first, reason = refused[0]
     if not train or (splits.evaluation and not evaluation):
         raise DataError(f"{first.where or first.id}: no answer of a whole side can be verified; here: {reason}")
-    note = f"{len(found)} problems dropped, their answers cannot be verified; the first: {first.where}: {reason}"
+    note = f"{len(refused)} problems dropped, their answers cannot be verified; the first: {first.where}: {reason}"
     return replace(splits, train=train, evaluation=evaluation), [note]
 
 
@@ -192,7 +208,7 @@ def _check_pairs(algorithm: Algorithm | Pipeline, pairs: int) -> None:
 
 
 def _algorithms(algorithm: Algorithm | Pipeline, path: str = "algo.") -> Iterator[tuple[str, Algorithm]]:
-    """Every algorithm of a run by its place in the file."""
+    """Every algorithm of a run with its path in the YAML file."""
     if isinstance(algorithm, Pipeline):
         for name, stage in algorithm.stages.items():
             yield from _algorithms(stage.algorithm, f"{path}stages.{name}.algorithm.")
@@ -203,14 +219,14 @@ def _algorithms(algorithm: Algorithm | Pipeline, path: str = "algo.") -> Iterato
 
 
 def _measured(config: RunConfig, splits: data.Splits) -> Sequence[data.Problem]:
-    """The problems on which accuracy is measured during training; none where it is not."""
+    """The problems on which accuracy is measured during training; empty if it is not measured."""
     if config.eval.suite:
         return suite_problems(config.eval, config.verify.verifier)
     for name in ("folder", "skip", "limit"):
         if getattr(config.eval, name):
             raise ConfigError(
-                f"eval.{name}: only with eval.suite; how many problems the data's own evaluation side has is for "
-                "data.evaluation_size to say"
+                f"eval.{name}: works only with eval.suite; data.evaluation_size sets the number of problems of the "
+                "data's own evaluation side"
             )
     if config.eval.every < 0:
         return ()
@@ -224,15 +240,20 @@ def _measured(config: RunConfig, splits: data.Splits) -> Sequence[data.Problem]:
 
 
 def _overlap(train: Sequence[data.Problem], measured: Sequence[data.Problem]) -> list[str]:
-    """A note where problems are both trained and measured on; within a data set this cannot be."""
+    """A note if evaluation problems are also trained on; within one data set this cannot happen."""
     seen = {" ".join(p.prompt.split()) for p in train}
     both = sum(" ".join(p.prompt.split()) in seen for p in measured)
-    return [f"{both} of the {len(measured)} problems that accuracy is measured on are trained on, too"] if both else []
+    return [f"{both} of the {len(measured)} evaluation problems are also training problems"] if both else []
 
 
 def suite_problems(config: EvalConfig, verifier: str) -> tuple[data.Problem, ...]:
-    """The problems of `eval.suite` for an evaluation during training, each with its benchmark's name as its level; how
-    often and how the suite samples does not matter here. `verifier` is for benchmarks that name none.
+    """The problems of `eval.suite` for an evaluation during training, each with its benchmark's name as its level.
+
+    The suite's own sampling settings are not used here.
+
+    Args:
+        config: the `eval` settings.
+        verifier: name of the verifier for benchmarks that name none.
 
     Raises:
         UserError: there is no such suite, or its problems cannot be loaded.
@@ -242,8 +263,8 @@ def suite_problems(config: EvalConfig, verifier: str) -> tuple[data.Problem, ...
         chosen = replace(chosen, folder=config.folder or chosen.folder, skip=[*chosen.skip, *config.skip])
     except ConfigError as error:
         raise error.under("eval") from None
-    found = benchmarks(chosen, verifier, config.limit, section="eval")
-    return tuple(replace(p, id=f"{one.name}/{p.id}", level=one.name) for one in found for p in one.problems)
+    loaded = benchmarks(chosen, verifier, config.limit, section="eval")
+    return tuple(replace(p, id=f"{one.name}/{p.id}", level=one.name) for one in loaded for p in one.problems)
 
 
 def _encode(

@@ -15,11 +15,11 @@ from upge.train.distributed import World
 
 
 class Progress:
-    """A context manager around training; does nothing if not `enabled`."""
+    """The progress bar, a context manager around training; does nothing if not `enabled`."""
 
     def __init__(self, steps: int, done: int, enabled: bool) -> None:
         self.enabled = enabled
-        # In a log file a bar that is redrawn twice a second would be thousands of lines.
+        # A bar that is redrawn twice a second would fill a log file with thousands of lines.
         interval = 0.5 if sys.stderr.isatty() else 15.0
         self._bar = tqdm(
             total=steps, initial=done, unit="step", disable=not enabled, mininterval=interval, dynamic_ncols=True
@@ -32,14 +32,14 @@ class Progress:
         self._bar.close()
 
     def step(self, metrics: dict[str, Any]) -> None:
-        """One training step is done."""
+        """Shows the metrics of a finished training step."""
         shown = {"reward": metrics.get("reward/mean"), "demos": metrics.get("gate/demonstration_share")}
         shown |= {"grad": metrics.get("grad_norm"), "loss": metrics.get("loss") if shown["reward"] is None else None}
         self._bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items() if v is not None}, refresh=False)
         self._bar.update()
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        """An evaluation is done."""
+        """Prints the line of a finished evaluation."""
         k, figures = line["samples"], line["all"]
         text = f"step {line['step']}: greedy {figures['greedy']:.3f}, pass@{k} {figures[f'pass@{k}']:.3f}, "
         text += f"mean@{k} {figures[f'mean@{k}']:.3f} on {figures['problems']} problems"
@@ -47,6 +47,7 @@ class Progress:
 
 
 def train(composed: Any, prepared: Any, world: World) -> int:
+    """Trains, evaluates and writes the report; returns the exit code."""
     from experiments.run.dry_run import in_print
     from upge.evaluation.evaluator import training_accuracy
     from upge.rollout.verified_sampling import VerifiedSampler
@@ -87,7 +88,7 @@ def train(composed: Any, prepared: Any, world: World) -> int:
         trainer = Trainer(parts, progress.step, progress.evaluation)
         if resume_from is not None:
             trainer.restore(resume_from)
-        # Only now, when nothing can refuse the checkpoint any more, is anything recorded dropped.
+        # Drop recorded lines only now, after the checkpoint has been restored without an error.
         if world.is_main:
             if prepared.continues:
                 folder.rewind(resume_from if resume_from is not None else -1)
@@ -146,7 +147,7 @@ def _resume_point(prepared: Any) -> int | None:
 
 
 def _finish(path: Path, code: int, say: Any) -> None:
-    """The table and the report; a run that stopped early has what there is."""
+    """Prints the table and writes the report, with what there is if the run stopped early."""
     from experiments.report.page import write_report
     from experiments.table import print_table
     from upge.train.folder import RunFolder, read_lines

@@ -1,4 +1,4 @@
-"""The machine of a run, and the trajectories and tokens of a step, at most: what the configuration allows."""
+"""The machine of a run, and the most trajectories and tokens that a step can have under its configuration."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ GIB = 2**30
 
 
 def counted(number: int, noun: str) -> str:
-    """As in "1 rank", "8 ranks"."""
+    """The number with its noun, as in "1 rank" and "8 ranks"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Ranks and what each of them has.
+    """The ranks of a run and their memory.
 
     Attributes:
         ranks: processes of the run.
-        memory: bytes that one rank may fill: its GPU's, or its share of the machine's where there is none.
+        memory: bytes available to one rank: those of its GPU, or its share of the machine's if there is no GPU.
         has_gpus: whether there are GPUs.
-        origin: in words, where these numbers come from.
+        origin: where these numbers come from, in words.
     """
 
     ranks: int
@@ -41,29 +41,29 @@ class Machine:
 
 
 def present() -> Machine:
-    """The machine of this start."""
+    """The machine on which this process runs."""
     return planned(HardwareConfig())
 
 
 def planned(hardware: HardwareConfig) -> Machine:
-    """The machine that the section `hardware` states; what it leaves at 0 is that of this start.
+    """The machine that the section `hardware` describes; values of 0 are taken from this machine.
 
     Raises:
-        ConfigError: GPUs are stated without their memory, and there is none here to ask.
+        ConfigError: GPUs are stated without their memory, and there is no GPU here to query.
     """
     import psutil
     import torch
 
-    found = torch.cuda.is_available()
+    has_gpus = torch.cuda.is_available()
     ranks = hardware.gpus or world_size()
     stated = [f"hardware.{name}" for name in ("gpus", "memory") if getattr(hardware, name)]
     origin = f"as {' and '.join(stated)} say" if len(stated) > 1 else f"as {stated[0]} says" if stated else "as found"
-    if hardware.gpus and not hardware.memory and not found:
+    if hardware.gpus and not hardware.memory and not has_gpus:
         raise ConfigError(
-            f"hardware.gpus: {hardware.gpus}, but hardware.memory is not given and there is no GPU here to ask; give "
+            f"hardware.gpus: {hardware.gpus}, but hardware.memory is not given and there is no GPU here; give "
             "the GiB of one GPU, such as hardware.memory=79"
         )
-    if found or hardware.gpus:
+    if has_gpus or hardware.gpus:
         own = int(os.environ.get("LOCAL_RANK", "0"))
         memory = int(hardware.memory * GIB) or torch.cuda.get_device_properties(own).total_memory
         return Machine(ranks, memory, True, origin)
@@ -73,11 +73,12 @@ def planned(hardware: HardwareConfig) -> Machine:
 
 @dataclass(frozen=True)
 class Traffic:
-    """
+    """Upper bounds on the work of a step.
+
     Attributes:
-        rollouts: sampled in a step, over all ranks.
-        given: demonstrations, or the sides of preference pairs, beside them, if every prompt has as many as it may.
-        longest: tokens of a prompt and a response.
+        rollouts: rollouts of a step, over all ranks.
+        given: demonstrations or sides of preference pairs of a step, if every prompt has as many as allowed.
+        longest: tokens of the longest prompt and response together.
         updates: optimizer updates in a step.
         ranks: processes.
         block: trajectories that must stay in one micro-batch.
@@ -96,7 +97,7 @@ class Traffic:
 
     @classmethod
     def of(cls, algorithm: Algorithm, config: RunConfig, ranks: int) -> Traffic:
-        """That of a run's step with this algorithm. `data_policy.demonstrations=0`, all of them, counts as one."""
+        """The work of a step with this algorithm. `data_policy.demonstrations=0`, which means all, counts as one."""
         needs, prompts = algorithm.step_needs, config.prompts_per_step
         each = 2 if needs.preference_pairs else max(config.data_policy.demonstrations, 1) if needs.demonstrations else 0
         rollouts = prompts * config.group_size if needs.rollouts else 0
@@ -114,27 +115,27 @@ class Traffic:
 
     @property
     def trajectories(self) -> int:
-        """Of a step, over all ranks."""
+        """Trajectories of a step, over all ranks."""
         return self.rollouts + self.given
 
     @property
     def tokens(self) -> int:
-        """Of a step, over all ranks, if every response is as long as it may be."""
+        """Tokens of a step, over all ranks, if every response has the maximum length."""
         return self.trajectories * self.longest
 
     @property
     def tokens_per_update(self) -> int:
-        """On one rank, likewise."""
+        """Tokens of one update on one rank, if every response has the maximum length."""
         return math.ceil(self.tokens * self.epochs / self.updates / self.ranks)
 
     @property
     def micro_batch(self) -> int:
-        """Tokens of the largest micro-batch on one rank. What must stay together does so beyond the budget, too."""
+        """Tokens of the largest micro-batch on one rank; a block stays together even if it exceeds the budget."""
         return max(self.block * self.longest, min(self.budget, self.tokens_per_update))
 
     @property
     def micro_batches(self) -> int:
-        """Of one update on one rank, if every response is as long as it may be."""
+        """Micro-batches of one update on one rank, if every response has the maximum length."""
         fitting = max(self.budget // (self.block * self.longest), 1) * self.block
         rows = math.ceil(self.trajectories * self.epochs / self.updates / self.ranks)
         return math.ceil(rows / fitting)
@@ -143,8 +144,8 @@ class Traffic:
         sampled = math.ceil(self.rollouts / self.ranks)
         parts = [
             f"at most {self.trajectories:,} trajectories: {self.rollouts:,} rollouts, {self.given:,} given responses",
-            f"at most {self.tokens:,} tokens, {self.longest:,} each; {math.ceil(self.tokens / self.ranks):,} a rank",
-            f"sampled by a rank: {counted(sampled, 'response')}",
-            f"{counted(self.updates, 'update')}; micro-batches of each on a rank: at most {self.micro_batches}",
+            f"at most {self.tokens:,} tokens, {self.longest:,} each; {math.ceil(self.tokens / self.ranks):,} per rank",
+            f"sampled per rank: {counted(sampled, 'response')}",
+            f"{counted(self.updates, 'update')}, each with at most {self.micro_batches} micro-batches per rank",
         ]
         return "\n".join(parts)

@@ -48,9 +48,9 @@ def test_every_recipe_dry_runs_with_a_config_json_alone(name):
     composed = compose([f"recipe={name}"])
     text = plan(composed)
     path = composed.config.model.path
-    assert f"'{path}' is neither in the local cache nor can the hub be reached" in text
-    assert "comes with neither weights nor tokenizer" in text and "of the data nothing is known here" in text
-    assert "on 8 GPUs of 79.0 GiB" in section(text, "run") and "it may run out of memory" not in text
+    assert f"'{path}' is not in the local cache and the hub cannot be reached" in text
+    assert "has neither weights nor tokenizer" in text and "the data could not be checked here" in text
+    assert "on 8 GPUs of 79.0 GiB" in section(text, "run") and "may run out of memory" not in text
     assert composed.algorithm.formula().splitlines()[-1].strip() in section(text, "formula")
     for found in balances(composed.algorithm, composed.config.group_size, 4096).values():
         assert str(found).splitlines()[0] in section(text, "gradient")
@@ -82,13 +82,13 @@ def test_a_folder_with_a_configuration_alone_is_planned_with_its_template_as_it_
     folder = MODELS / "llama-3.1-8b"
     own = ["model.template=Q: {prompt} A:", "model.opening=So", "model.dtype=bfloat16"]
     text = plan(compose([f"model={folder}", *own, *EIGHT]))
-    assert f"'{folder}' has no tokenizer here" in text and "neither in the local cache" not in text
+    assert f"'{folder}' has no tokenizer here" in text and "not in the local cache" not in text
     assert "model.template: 'Q: {prompt} A:'" in section(text, "prompt") and "model.opening: 'So'" in text
 
 
 def test_data_that_cannot_be_reached_leave_an_example_in_the_models_own_words():
     text = plan(compose(["data=openr1-math-46k"]))
-    assert "What is 2 + 3?" in section(text, "prompt") and "of the data nothing is known here" in section(text, "notes")
+    assert "What is 2 + 3?" in section(text, "prompt") and "the data could not be checked here" in section(text, "notes")
 
 
 def test_the_start_of_a_run_is_checked_against_what_is_there(monkeypatch):

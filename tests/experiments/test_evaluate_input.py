@@ -56,7 +56,7 @@ def test_the_folder(tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     assert "is not an evaluation's folder" in refused(capsys, *SMALL, f"output={tmp_path / 'full'}")
-    assert "no folder or not writable" in refused(capsys, *SMALL, f"output={tmp_path / 'full' / 'thesis.txt' / 'x'}")
+    assert "not a folder or not writable" in refused(capsys, *SMALL, f"output={tmp_path / 'full' / 'thesis.txt' / 'x'}")
     out = tmp_path / "eval"
     run(*SMALL, "limit=1", f"output={out}")
     capsys.readouterr()
