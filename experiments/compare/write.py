@@ -106,12 +106,12 @@ def _grids(comparison: Comparison) -> list[Grid]:
 
 def _explained(comparison: Comparison) -> str:
     return (
-        "avg@n is the mean over problems of the share of correct ones among n samples; an average counts every benchmark "
-        "of its group equally. pass@k is the unbiased estimate 1 − C(n−c, k)/C(n, k). Intervals are percentile bootstrap "
-        f"intervals ({comparison.resamples} resamples of the problems, seed {comparison.seed}): they show how much the "
-        "score would vary with other problems of the same kind. A difference is resampled problem by problem. Its p is "
-        "two-sided; Holm's p adjusts it for the number of benchmarks, separately for avg and pass@k. All values are also "
-        "in compare.csv, one per line, and in compare.tex."
+        "avg@n is the mean over problems of the share of correct ones among n samples; an average counts every "
+        "benchmark of its group equally. pass@k is the unbiased estimate 1 − C(n−c, k)/C(n, k). Intervals are "
+        f"percentile bootstrap intervals ({comparison.resamples} resamples of the problems, seed {comparison.seed}): "
+        "they show how much the score would vary with other problems of the same kind. A difference is resampled "
+        "problem by problem. Its p is two-sided; Holm's p adjusts it for the number of benchmarks, separately for avg "
+        "and pass@k. All values are also in compare.csv, one per line, and in compare.tex."
     )
 
 

@@ -1,1 +1,1 @@
-"""Many runs as one experiment: which they are, running them, and what they say together."""
+"""Sweeps: many runs as one experiment, from the list of runs to a common report."""

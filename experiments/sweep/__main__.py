@@ -1,4 +1,4 @@
-"""Many runs as one experiment: `python -m experiments.sweep sweep=gate seeds=0..4`; `--help` lists sweeps and keys."""
+"""Run a sweep: `python -m experiments.sweep sweep=gate seeds=0..4`; `--help` lists sweeps and keys."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Usage: python -m experiments.sweep [sweep=NAME|FILE] [seeds=0..4] [grid.KEY=[A,B
        [--dry-run] [--report] [--docs]
 
 Runs experiments.run for every variant, combination of the grid and seed, several at once, evaluates every model, and
-writes report.html, report.md, runs.csv and the figures into the sweep's folder. The same command continues a sweep that
-was interrupted; a run that failed is started again. A key that is not one of the sweep's below is one of every run.
---dry-run lists the runs and what is done; --report only writes the report anew; --docs puts it into docs/results.md.
-Exit code 4: some runs failed, the report has the others.
+writes report.html, report.md, runs.csv and the figures into the sweep's folder. The same command continues an
+interrupted sweep; failed runs are started again. A key that is not listed below is passed to every run. --dry-run lists
+the runs and their states; --report only rewrites the report; --docs also writes it into docs/results.md. Exit code 4:
+some runs failed, and the report has the others.
 """
 
 
@@ -35,7 +35,7 @@ def _stoppable(arguments: list[str]) -> int:
     try:
         return _sweep(*cli.flags(arguments, "--dry-run", "--report", "--docs"))
     except KeyboardInterrupt:
-        # While runs are going on a signal is theirs, see `execute`; this is before and after.
+        # `execute` handles signals while runs are going on; this handles them before and after.
         raise cli.Stopped(signal.SIGINT, "stopped; the same command continues") from None
 
 
@@ -63,7 +63,7 @@ def _sweep(arguments: Sequence[str], flags: dict[str, bool]) -> int:
 
 
 def _chosen(sweep, flags: dict[str, bool]):
-    """The sweep with the values that another one, which is run first where it is not done, has chosen."""
+    """The sweep with the values chosen by another sweep, which is run first if it is not done."""
     from experiments.sweep.collect import best_values, rows, with_choices
     from experiments.sweep.folder import SweepFolder
     from experiments.sweep.settings import load
@@ -76,7 +76,7 @@ def _chosen(sweep, flags: dict[str, bool]):
     folder = SweepFolder(first)
     if folder.path.resolve() == sweep.folder.resolve():
         raise ConfigError(f"output: {sweep.folder} is also that of sweep={name}, which is run first; give another")
-    # What is there must be what that sweep would make today.
+    # The runs in the folder must have the settings that this sweep has now.
     folder.check()
     undone = [planned for planned in first.runs if not folder.is_done(planned)]
     if undone and (flags["--dry-run"] or flags["--report"]):
@@ -98,22 +98,22 @@ def _report(folder, arguments: Sequence[str], flags: dict[str, bool]) -> int:
     from experiments.sweep import write
 
     shown = provenance.command("experiments.sweep", [a for a in arguments if not a.startswith(("output=", "jobs="))])
-    found = write.report(folder, shown, lambda: facts(folder))
-    if found is None:
+    report = write.report(folder, shown, lambda: facts(folder))
+    if report is None:
         print("no run is done yet, so there is nothing to report")
         return 0
-    for grid in found.grids:
+    for grid in report.grids:
         print_grid(grid, Console())
         print()
     print(f"report: {folder.path / 'report.html'}")
     if flags["--docs"]:
-        write.put_into(PAGE, found, shown)
+        write.put_into(PAGE, report, shown)
         print(f"written into {PAGE}")
     return 0
 
 
 def facts(folder) -> list[str]:
-    """Sentences on how the runs were made: seeds, machine, time, versions."""
+    """A sentence on how the runs were made: seeds, machine, versions, date."""
     import json
 
     runs = [p for p in folder.sweep.runs if folder.is_trained(p)]
@@ -124,8 +124,8 @@ def facts(folder) -> list[str]:
     ranks = sorted({note["world_size"] for note in notes})
     return [
         f"{len(runs)} runs, seeds {', '.join(map(str, seeds))}; {' / '.join(machines)}, "
-        f"{'/'.join(map(str, ranks))} process a run; torch {versions.get('torch')}, commit {', '.join(commits)}; begun "
-        f"{min(note['started'] for note in notes)[:10]}."
+        f"{'/'.join(map(str, ranks))} process per run; torch {versions.get('torch')}, commit {', '.join(commits)}; "
+        f"started {min(note['started'] for note in notes)[:10]}."
     ]
 
 

@@ -1,4 +1,4 @@
-"""The results of a sweep's runs as the rows of runs.csv, and the value of a key that did best."""
+"""Collects the results of a sweep's runs as the rows of runs.csv, and finds the best value of a key."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from experiments.sweep.settings import Planned, Sweep, text
 from upge.errors import ConfigError
 from upge.train.folder import read_lines
 
-#: Metrics whose course is drawn, with their titles and units.
-COURSES = {
+#: Metrics that are drawn over the steps, with their titles and units.
+CURVES = {
     "reward/mean": ("Reward", "mean per rollout"),
     "gate/demonstration_share": ("Demonstrations", "share of trajectories"),
     "entropy": ("Entropy", "nats per token"),
@@ -31,12 +31,12 @@ COURSES = {
 
 
 def rows(folder: SweepFolder) -> list[dict[str, Any]]:
-    """A row for every trained run, see docs/sweep.md for the columns."""
+    """A row for every trained run; docs/sweep.md describes the columns."""
     return [row_of(folder, planned) for planned in folder.sweep.runs if folder.is_trained(planned)]
 
 
 def row_of(folder: SweepFolder, planned: Planned) -> dict[str, Any]:
-    """The figures of one run; those of evaluations that are not finished are absent."""
+    """The results of one run; those of unfinished evaluations are absent."""
     path = folder.run(planned)
     point = {name: text(value) for name, value in planned.point.items()}
     row: dict[str, Any] = {"run": planned.slug, "label": planned.label, "seed": planned.seed, **point}
@@ -50,35 +50,36 @@ def row_of(folder: SweepFolder, planned: Planned) -> dict[str, Any]:
 
 
 def answer_notes(folder: SweepFolder) -> list[str]:
-    """Evaluations in which most responses give the same wrong answer, in sentences."""
-    found = []
+    """Sentences on evaluations in which most responses give the same answer."""
+    notes = []
     for planned in folder.sweep.runs:
         for name in {*folder.sweep.config.evaluate} - {*folder.missing(planned)}:
             scores = json.loads((folder.evaluation(planned, name) / "scores.json").read_text())
-            found += [f"{planned.slug}, {note}" for note in show.answer_notes(scores)]
-    return sorted(found)
+            notes += [f"{planned.slug}, {note}" for note in show.answer_notes(scores)]
+    return sorted(notes)
 
 
-def course(path: Path, metric: str) -> dict[int, float]:
-    """Step → a finite value of a metric in a run's folder."""
+def metric_curve(path: Path, metric: str) -> dict[int, float]:
+    """Step → the value of a metric of a run, without values that are not finite."""
     file = path / "metrics.jsonl"
     lines = read_lines(file) if file.is_file() else []
     return {line["step"]: line[metric] for line in lines if finite(line.get(metric))}
 
 
-def evaluation_course(path: Path, measure: str) -> dict[int, float]:
+def evaluation_curve(path: Path, measure: str) -> dict[int, float]:
     """Step → a measure of the evaluations during training, over all problems."""
     file = path / "evaluations.jsonl"
     lines = read_lines(file) if file.is_file() else []
     return {line["step"]: overall[measure] for line in lines if measure in (overall := _overall(line["levels"]))}
 
 
-def measures(found: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> list[str]:
-    """The columns for tables: those asked for, or the averages of the evaluations' benchmarks, or of the run's own.
+def measures(rows: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> list[str]:
+    """The columns for tables.
 
-    Columns of `wanted` that no row has are left out.
+    They are those of `wanted` that some row has. If `wanted` is empty, they are the averages of the evaluations'
+    benchmarks, or else the accuracies of the runs' own evaluations.
     """
-    columns = dict.fromkeys(column for row in found for column in row)
+    columns = dict.fromkeys(column for row in rows for column in row)
     if wanted:
         return [column for column in wanted if column in columns]
     chosen = [column for column in columns if column.endswith("/avg") and column.count("/") == 2]
@@ -86,29 +87,32 @@ def measures(found: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> list[
 
 
 def measure_names(columns: Sequence[str]) -> dict[str, str]:
-    """What a reader calls the columns: EVALUATION/BENCHMARK/LEVEL/avg without the evaluation where no other one has the
-    same figure, and without 'avg'."""
+    """Column → its displayed name.
+
+    This is EVALUATION/BENCHMARK/LEVEL/avg without "avg", and without the evaluation unless two of them have such a
+    column.
+    """
     short = {c: " ".join(p for p in c.split("/")[c.count("/") > 1 :] if p != "avg") for c in columns}
     often = Counter(short.values())
     return {c: name if often[name] == 1 else f"{c.split('/')[0]}: {name}" for c, name in short.items()}
 
 
-def write_csv(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
-    """A line per run, a column per figure."""
-    columns = list(dict.fromkeys(column for row in found for column in row))
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a line per run and a column per value."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(found)
+        writer.writerows(rows)
 
 
-def by_seed(found: Iterable[Mapping[str, Any]], label: str, measure: str) -> dict[int, float]:
-    """Seed → the value of a measure, of the runs with a label that have it."""
-    return {row["seed"]: float(row[measure]) for row in found if row["label"] == label and finite(row.get(measure))}
+def by_seed(rows: Iterable[Mapping[str, Any]], label: str, measure: str) -> dict[int, float]:
+    """Seed → the value of a measure, for the runs with this label that have it."""
+    return {row["seed"]: float(row[measure]) for row in rows if row["label"] == label and finite(row.get(measure))}
 
 
 def _totals(path: Path) -> dict[str, Any]:
-    """What a run has spent."""
+    """The costs of a run."""
     file = path / "metrics.jsonl"
     lines = read_lines(file) if file.is_file() else []
     config = OmegaConf.load(path / "config.yaml")
@@ -120,8 +124,8 @@ def _totals(path: Path) -> dict[str, Any]:
         trained += line.get("trained/tokens") or 0
         seconds += line.get("time/total") or 0.0
         updates += line.get("updates") or 0
-    found = {"steps": len(lines), "updates": int(updates), "generated_tokens": round(generated)}
-    return found | {"trained_tokens": round(trained), "training_seconds": round(seconds, 1)}
+    totals = {"steps": len(lines), "updates": int(updates), "generated_tokens": round(generated)}
+    return totals | {"trained_tokens": round(trained), "training_seconds": round(seconds, 1)}
 
 
 def _last_evaluation(path: Path) -> dict[str, float]:
@@ -146,62 +150,64 @@ def _overall(levels: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 def _scores(name: str, scores: Mapping[str, Any]) -> dict[str, float]:
     """NAME/BENCHMARK/avg, NAME/BENCHMARK/pass@k, the same by LEVEL, and NAME/average GROUP/avg."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for benchmark, one in scores["benchmarks"].items():
         parts = {benchmark: one, **{f"{benchmark}/{level}": part for level, part in one["levels"].items()}}
         for place, part in parts.items():
-            found[f"{name}/{place}/avg"] = part["avg"]["value"]
+            values[f"{name}/{place}/avg"] = part["avg"]["value"]
             if part["samples"] > 1:
-                found |= {f"{name}/{place}/pass@{k}": one["value"] for k, one in part["pass_at"].items()}
+                values |= {f"{name}/{place}/pass@{k}": one["value"] for k, one in part["pass_at"].items()}
     for group, one in scores["averages"].items():
         if len(one["benchmarks"]) > 1:
-            found[f"{name}/average {group}/avg"] = one["avg"]["value"]
-    return found
+            values[f"{name}/average {group}/avg"] = one["avg"]["value"]
+    return values
 
 
 def finite(value: Any) -> bool:
-    """True for a number, unless it is infinite or none."""
+    """Whether a value is a finite number."""
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def best_values(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Group → the value of `select.key` with the highest mean of `select.measure` over the seeds.
 
-    A group is what the runs have besides that key: variant and the grid's other values. Of equal means the first value
-    of the list wins, so put the more careful one first.
+    A group is the variant and the other values of the grid. Of equal means the first value of the list wins, so list
+    the more conservative value first.
 
     Args:
-        rows: of runs.csv, see `rows`.
+        sweep: the sweep with `select`.
+        rows: the rows of runs.csv, see `rows`.
 
     Raises:
-        ConfigError: the measure is no column of numbers, or a run has none.
+        ConfigError: a run has no number in the column of the measure.
     """
     name, measure = sweep.config.select["key"], sweep.config.select["measure"]
-    found: dict[str, dict[Any, list[float]]] = {}
+    by_group: dict[str, dict[Any, list[float]]] = {}
     by_slug = {row["run"]: row for row in rows}
     for run in sweep.runs:
         value = by_slug.get(run.slug, {}).get(measure)
         if not finite(value):
             columns = sorted({column for row in rows for column, value in row.items() if finite(value)})
             raise ConfigError(f"select.measure: {run.slug} has no '{measure}'; there are {', '.join(columns)}")
-        found.setdefault(group_of(run, name), {}).setdefault(run.point[name], []).append(float(value))
-    # Summed exactly: equal means must be equal for the first of them to win.
-    means = {group: {v: math.fsum(all) / len(all) for v, all in values.items()} for group, values in found.items()}
+        by_group.setdefault(group_of(run, name), {}).setdefault(run.point[name], []).append(float(value))
+    # Summed exactly, so that equal means compare equal and the first value wins.
+    means = {group: {v: math.fsum(all) / len(all) for v, all in values.items()} for group, values in by_group.items()}
     return {group: max(values, key=values.__getitem__) for group, values in means.items()}
 
 
 def group_of(run: Planned, name: str) -> str:
-    """What a run is apart from the value of `name`: its variant, or its algorithm where there are no variants."""
+    """The group of a run: its variant and the values of the grid's keys other than `name`."""
     others = [str(value) for key, value in run.point.items() if key != name]
     return ", ".join(filter(None, [run.variant, *others]))
 
 
 def with_choices(sweep: Sweep, values: Mapping[str, Any]) -> Sweep:
-    """The sweep with the chosen value in every run; which is its own is said by `choose.group`, else by its
-    variant or algorithm.
+    """The sweep with the chosen value in every run.
+
+    A run takes the value of the group `choose.group`, or else of its variant or algorithm.
 
     Raises:
-        ConfigError: a run for which nothing was chosen.
+        ConfigError: no value was chosen for a run.
     """
     name = sweep.config.choose["key"]
     runs = []

@@ -1,4 +1,4 @@
-"""What a sweep does: it checks all configurations, takes over what is there, and runs the rest as jobs."""
+"""Executes a sweep: checks all configurations, reuses finished runs, and runs the others as jobs."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import Planned, Sweep, text
 from upge.errors import ConfigError
 
-#: Exit code where some runs failed.
+#: Exit code if some runs failed.
 SOME_FAILED = 4
 
 
 def check(sweep: Sweep) -> None:
-    """Composes every run's and evaluation's configuration, so that a wrong key is found before hours of training.
+    """Composes every run's and evaluation's configuration, so that errors appear before hours of training.
 
     Raises:
-        ConfigError: naming the run or the evaluation.
+        ConfigError: a configuration is invalid; the message names the run or the evaluation.
     """
     seen = set()
     for planned in sweep.runs:
@@ -51,10 +51,10 @@ def check(sweep: Sweep) -> None:
 
 
 def execute(folder: SweepFolder) -> int:
-    """Trains and evaluates what is left; returns the exit code.
+    """Trains and evaluates the remaining runs; returns the exit code.
 
     Raises:
-        ConfigError: another sweep is at work in the folder.
+        ConfigError: another sweep is using the folder.
     """
     with folder.locked() as lock:
         return _execute(folder, lock)
@@ -63,16 +63,16 @@ def execute(folder: SweepFolder) -> int:
 def _execute(folder: SweepFolder, lock: int) -> int:
     config = folder.sweep.config
     for planned in folder.sweep.runs:
-        found = folder.adopt(planned)
-        if found:
-            print(f"{planned.slug}: taken over from {found}, which has the same settings", flush=True)
+        adopted = folder.adopt(planned)
+        if adopted:
+            print(f"{planned.slug}: copied from {adopted}, which has the same settings", flush=True)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     slots = Slots.of(config.jobs, config.gpus_per_run, gpus, os.cpu_count() or 1)
     left = [planned for planned in folder.sweep.runs if not folder.is_done(planned)]
     jobs = []
     for planned in left:
         folder.begin(planned)
-        # Only training is of several ranks; where it is done the first command is an evaluation.
+        # Only training has several ranks; if it is done the first command is an evaluation.
         ranks = config.gpus_per_run if gpus and not folder.is_trained(planned) else 1
         jobs.append(Job(planned.slug, tuple(_modules(folder, planned)), folder.log(planned), ranks))
     done, total = len(folder.sweep.runs) - len(left), len(folder.sweep.runs)
@@ -81,22 +81,24 @@ def _execute(folder: SweepFolder, lock: int) -> int:
     def ended(job: Job, code: int, seconds: float) -> None:
         nonlocal done
         done += not code
-        if code and crew.stopped:
-            said = f"stopped with exit code {code}"
+        if code and pool.stopped:
+            outcome = f"stopped with exit code {code}"
+        elif code:
+            outcome = f"failed with exit code {code} ({last_message(job.log)}; full log: {job.log})"
         else:
-            said = "done" if not code else f"failed with exit code {code} ({last_words(job.log)}; all of it: {job.log})"
-        print(f"[{done}/{total}] {job.name}: {said}, {seconds:.0f} s", flush=True)
+            outcome = "done"
+        print(f"[{done}/{total}] {job.name}: {outcome}, {seconds:.0f} s", flush=True)
 
-    crew = Crew(slots, ended, (lock,))
-    codes = crew.run(jobs)
-    if crew.stopped:
-        print(f"stopped by signal {crew.stopped}; the same command continues", file=sys.stderr)
-        return 128 + crew.stopped
+    pool = JobPool(slots, ended, (lock,))
+    codes = pool.run(jobs)
+    if pool.stopped:
+        print(f"stopped by signal {pool.stopped}; the same command continues", file=sys.stderr)
+        return 128 + pool.stopped
     return SOME_FAILED if any(codes.values()) else 0
 
 
 def _modules(folder: SweepFolder, planned: Planned) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The commands that are left to do for a run."""
+    """The remaining commands of a run."""
     if not folder.is_trained(planned):
         yield "experiments.run", tuple(planned.arguments(folder.run(planned)))
     for name in folder.missing(planned):
@@ -105,21 +107,21 @@ def _modules(folder: SweepFolder, planned: Planned) -> Iterator[tuple[str, tuple
         yield "experiments.evaluate", (*arguments, f"output={folder.evaluation(planned, name)}")
 
 
-#: Exit code of a job that was not started, because a signal asked for the end.
+#: Exit code of a job that was not started because a signal had stopped the sweep.
 NOT_STARTED = -1
-#: What stands before each command in a log.
-BEGINS = "$ "
+#: The text before each command in a log.
+COMMAND_PREFIX = "$ "
 
 
 @dataclass(frozen=True)
 class Job:
-    """Commands that are run one after the other, each only if the one before succeeded.
+    """Commands that run one after the other, each only if the one before succeeded.
 
     Attributes:
-        name: for progress and messages.
+        name: its name in messages.
         modules: (module, arguments) of each command, as in `python -m module arguments`.
-        log: where their output goes, appended.
-        ranks: of the first of them, GPUs or none; more than 1 is started by torchrun.
+        log: the file to which their output is appended.
+        ranks: number of ranks of the first command; more than 1 are started by torchrun.
     """
 
     name: str
@@ -130,12 +132,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Slots:
-    """How many jobs run at once, and what each may use.
+    """How many jobs run at once, and the resources of each.
 
     Attributes:
-        gpus: of every slot, counted as this process sees them; none on a CPU.
-        threads: of each of a job's processes.
-        names: of the GPUs, where CUDA_VISIBLE_DEVICES shows this process only some of the machine's.
+        gpus: the GPUs of each slot, numbered as this process sees them; empty without GPUs.
+        threads: CPU threads of each process of a job.
+        names: the names of the GPUs in CUDA_VISIBLE_DEVICES, if it is set.
     """
 
     gpus: tuple[tuple[int, ...], ...]
@@ -144,14 +146,22 @@ class Slots:
 
     @staticmethod
     def of(jobs: int, gpus_per_run: int, gpus: int, cores: int) -> Slots:
-        """Those of a machine. Every GPU is in one slot, unless more runs of one GPU are asked for than there are GPUs:
-        small models leave most of one idle. Without GPUs the cores are shared out evenly.
+        """The slots of a machine.
+
+        Every GPU is in one slot, unless there are more jobs of one GPU than GPUs, since small models leave most of a
+        GPU idle. Without GPUs the cores are divided evenly.
+
+        Args:
+            jobs: number of slots; 0 = the number of GPUs, or of cores without GPUs.
+            gpus_per_run: GPUs of each slot.
+            gpus: GPUs of the machine.
+            cores: cores of the machine.
 
         Raises:
-            ConfigError: there are GPUs, but fewer than a run is to have.
+            ConfigError: there are GPUs, but fewer than `gpus_per_run`.
         """
         if 0 < gpus < gpus_per_run:
-            raise ConfigError(f"gpus_per_run: {gpus_per_run} are asked for, and there are {gpus}; give at most that")
+            raise ConfigError(f"gpus_per_run: {gpus_per_run} requested, but there are {gpus}; give at most {gpus}")
         if gpus:
             whole = gpus // gpus_per_run
             count = min(jobs or whole, whole) if gpus_per_run > 1 else jobs or gpus
@@ -165,32 +175,36 @@ class Slots:
 
     @property
     def environments(self) -> list[dict[str, str]]:
-        """What is set for the processes of each slot."""
-        found = []
+        """The environment variables of each slot's processes."""
+        environments = []
         for gpus in self.gpus:
             own = {"OMP_NUM_THREADS": str(self.threads)}
             named = [self.names[gpu] if self.names else str(gpu) for gpu in gpus]
-            found.append(own | ({"CUDA_VISIBLE_DEVICES": ",".join(named)} if gpus else {}))
-        return found
+            environments.append(own | ({"CUDA_VISIBLE_DEVICES": ",".join(named)} if gpus else {}))
+        return environments
 
 
-class Crew:
-    """Works through jobs; a signal is passed on to the running ones, which save and end, and no other is started.
+class JobPool:
+    """Runs jobs in slots. A signal is forwarded to the running jobs, which save and exit; no other job is started.
 
     Args:
+        slots: the slots.
         ended: called with each job that ended, its exit code and its seconds.
         held: file descriptors that the jobs keep open, such as that of a lock.
+
+    Attributes:
+        stopped: the signal that stopped the jobs, or 0.
     """
 
     def __init__(self, slots: Slots, ended: Callable[[Job, int, float], None], held: Sequence[int] = ()) -> None:
         self.slots, self.ended, self.held = slots, ended, held
         self.stopped = 0
         self._running: set[subprocess.Popen] = set()
-        # Of a kind that one thread may take twice: a second signal may arrive while the first is being passed on.
+        # Reentrant, because a second signal may arrive while the first is being forwarded.
         self._lock = threading.RLock()
 
     def run(self, jobs: Sequence[Job]) -> dict[str, int]:
-        """Name → exit code of the command that ended it, 0 if all succeeded; calls `ended(job, code, seconds)`."""
+        """Runs all jobs; returns name → exit code of the job's last command, 0 if all succeeded."""
         waiting, codes = iter(jobs), {job.name: NOT_STARTED for job in jobs}
 
         def work(environment: dict[str, str]) -> None:
@@ -209,7 +223,7 @@ class Crew:
             for thread in threads:
                 thread.start()
             for thread in threads:
-                # With a time-out, so that signals reach this thread in between.
+                # With a timeout, so that signals reach this thread in between.
                 while thread.is_alive():
                     thread.join(0.5)
         return codes
@@ -219,11 +233,11 @@ class Crew:
         with job.log.open("a", encoding="utf-8") as log:
             for place, (module, arguments) in enumerate(job.modules):
                 command = [*launcher(job.ranks if place == 0 else 1), "-m", module, *arguments]
-                print(f"{BEGINS}{provenance.command(module, arguments)}", file=log, flush=True)
+                print(f"{COMMAND_PREFIX}{provenance.command(module, arguments)}", file=log, flush=True)
                 with self._lock:
                     if self.stopped:
                         return 128 + self.stopped
-                    # A session of its own: a Ctrl-C at the terminal reaches it once, through us.
+                    # A new session, so that Ctrl-C at the terminal reaches the job only through `stop`.
                     process = subprocess.Popen(
                         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                         env=os.environ | cli.child_environment() | environment, start_new_session=True,
@@ -238,13 +252,13 @@ class Crew:
         return 0
 
     def stop(self, number: int) -> None:
-        """Passes a signal on and starts nothing more."""
-        # Locked, lest a process that is just being started be missed.
+        """Forwards a signal to the running jobs and starts no others."""
+        # The lock makes sure that a process that is just being started is not missed.
         with self._lock:
             self.stopped = number
             for process in self._running:
                 if process.poll() is None:
-                    # Nobody but a sweep knows what to do when its terminal is closed.
+                    # Runs and evaluations do not handle SIGHUP.
                     process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     @contextmanager
@@ -256,7 +270,7 @@ class Crew:
             yield
             return
         numbers = [signal.SIGINT, signal.SIGTERM]
-        # Started by nohup, a sweep is to outlive its terminal.
+        # Under nohup a sweep must survive its terminal.
         numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
         before = {number: signal.signal(number, pass_on) for number in numbers}
         try:
@@ -267,17 +281,17 @@ class Crew:
 
 
 def launcher(ranks: int) -> list[str]:
-    """The start of a command of so many ranks."""
+    """The start of a command with this number of ranks."""
     if ranks == 1:
         return [sys.executable]
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
 
 
-def last_words(log: Path) -> str:
-    """The last line of the last command in a log that says something, for a message about what failed."""
+def last_message(log: Path) -> str:
+    """The last error of the last command in a log, or else its last line that is not empty."""
     text = log.read_text("utf-8", errors="replace") if log.is_file() else ""
-    _, begins, last = f"\n{text}".rpartition(f"\n{BEGINS}")
-    lines = last.replace("\r", "\n").splitlines()[1 if begins else 0 :]
-    said = [line.strip() for line in lines if line.strip()]
-    errors = [line for line in said if line.startswith("error:")]
-    return (errors or said or ["nothing was said"])[-1]
+    _, has_command, last = f"\n{text}".rpartition(f"\n{COMMAND_PREFIX}")
+    lines = last.replace("\r", "\n").splitlines()[1 if has_command else 0 :]
+    messages = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in messages if line.startswith("error:")]
+    return (errors or messages or ["no output"])[-1]

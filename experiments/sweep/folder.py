@@ -1,4 +1,4 @@
-"""The folder of a sweep: where its runs and evaluations stand, and which of them are done."""
+"""The folder of a sweep: where its runs and evaluations are, and which of them are done."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class SweepFolder:
         return self.path / "evals" / name / planned.slug
 
     def log(self, planned: Planned) -> Path:
-        """What a run and its evaluations printed."""
+        """The output of a run and its evaluations."""
         return self.path / "logs" / f"{planned.slug}.log"
 
     def is_trained(self, planned: Planned) -> bool:
-        """True if its last step's model is there."""
+        """Whether the run is finished."""
         return RunFolder(self.run(planned)).is_finished
 
     def missing(self, planned: Planned) -> list[str]:
@@ -43,16 +43,18 @@ class SweepFolder:
         return [n for n in self.sweep.config.evaluate if not (self.evaluation(planned, n) / "scores.json").is_file()]
 
     def is_done(self, planned: Planned) -> bool:
-        """True if nothing is left to do for it."""
+        """Whether a run and all its evaluations are finished."""
         return self.is_trained(planned) and not self.missing(planned)
 
     @contextmanager
     def locked(self) -> Iterator[int]:
-        """Nobody else runs anything in the folder meanwhile; the file descriptor of the lock, which is held until all
-        processes that have it are gone: what a killed sweep had started may still be at work.
+        """Locks the folder and yields the lock's file descriptor.
+
+        The lock is held until all processes that inherited the descriptor are gone, because jobs of a killed sweep may
+        still be running.
 
         Raises:
-            ConfigError: somebody else does.
+            ConfigError: another process holds the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as file:
@@ -60,16 +62,16 @@ class SweepFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(
-                    f"output: another sweep, or a run that a killed one has left, is at work in {self.path}; wait for "
-                    "it, or give another output="
+                    f"output: another sweep, or a run that a killed sweep has left, is using {self.path}; wait for it, "
+                    "or give another output="
                 ) from None
             yield file.fileno()
 
     def check(self) -> None:
-        """Refuses runs that were begun under the same name with other settings, and models' evaluations without them.
+        """Refuses runs that were started under the same name with other settings, and evaluations without their run.
 
         Raises:
-            ConfigError: the first setting that differs, by its key, or the evaluation.
+            ConfigError: the message names the first setting that differs, or the evaluation.
         """
         for planned in self.sweep.runs:
             if not self.run(planned).exists():
@@ -80,26 +82,26 @@ class SweepFolder:
     def _check_same(self, planned: Planned) -> None:
         old, new = json.loads(self._record(planned).read_text()), self._content(planned)
         keys = [(name, old["run"].get(name), new["run"].get(name)) for name in {**old["run"], **new["run"]}]
-        # An evaluation may be new, and one that is no longer asked for is in nobody's way.
+        # New evaluations are allowed, and old ones that are no longer requested do no harm.
         both = [name for name in new["evaluate"] if name in old["evaluate"]]
         keys += [(f"evaluate.{name}", old["evaluate"][name], new["evaluate"][name]) for name in both]
         for name, before, now in keys:
             if before != now:
                 raise ConfigError(
-                    f"{name}: {now!r} here, but {before!r} when {planned.slug} in {self.path} was begun; give another "
-                    "output=, the same settings, or remove that run and its evaluations"
+                    f"{name}: {now!r} here, but {before!r} when {planned.slug} in {self.path} was started; give "
+                    "another output=, the same settings, or remove that run and its evaluations"
                 )
 
     def _check_no_evaluation(self, planned: Planned) -> None:
         for name in self.sweep.config.evaluate:
             if self.evaluation(planned, name).exists():
                 raise ConfigError(
-                    f"evaluate.{name}: {self.evaluation(planned, name)} is of a run that is no longer there, and would "
-                    "pass for one of the run that is to be made; remove it"
+                    f"evaluate.{name}: {self.evaluation(planned, name)} belongs to a run that no longer exists and "
+                    "would be taken for an evaluation of the new run; remove it"
                 )
 
     def begin(self, planned: Planned) -> None:
-        """Notes the settings of a run that is to be started; evaluations of before stay noted."""
+        """Records the settings of a run before it is started; earlier evaluations stay recorded."""
         path, content = self._record(planned), self._content(planned)
         if path.is_file() and self.run(planned).exists():
             content["evaluate"] = json.loads(path.read_text())["evaluate"] | content["evaluate"]
@@ -118,47 +120,47 @@ class SweepFolder:
             return None
         own = self._content(planned)["run"]
         for other in sorted(path for path in self.path.parent.iterdir() if path.resolve() != self.path.resolve()):
-            # By its seed, which is the evaluations', too.
+            # Only runs with the same seed, which is also that of the evaluations.
             for record in sorted((other / "settings").glob(f"*/seed-{planned.seed}.json")):
                 slug, content = record.relative_to(other / "settings").with_suffix(""), json.loads(record.read_text())
-                found = RunFolder(other / "runs" / slug)
-                if content["run"] == own and found.is_finished and self._came_to(found, planned):
+                finished = RunFolder(other / "runs" / slug)
+                if content["run"] == own and finished.is_finished and self._has_settings(finished, planned):
                     self._copy(planned, other, slug, content["evaluate"])
-                    return found.path
+                    return finished.path
         return None
 
     @staticmethod
-    def _came_to(found: RunFolder, planned: Planned) -> bool:
-        """True if a run's settings are what the command line of `planned` comes to today; where it stands is none."""
-        return {*found.different(compose(planned.arguments(found.path)).tree)} <= {"output"}
+    def _has_settings(run: RunFolder, planned: Planned) -> bool:
+        """Whether a run has the settings that the command line of `planned` gives today, apart from `output`."""
+        return {*run.different(compose(planned.arguments(run.path)).tree)} <= {"output"}
 
     def _copy(self, planned: Planned, other: Path, slug: Path, evaluated: dict[str, str]) -> None:
         self.begin(planned)
-        _copy_at_once(other / "runs" / slug, self.run(planned))
-        # Only now: where this is interrupted they are made anew, whereas there must be none without the run.
+        _copy_atomically(other / "runs" / slug, self.run(planned))
+        # After the run: missing evaluations are made again, but there must be none without the run.
         for name, arguments in self._content(planned)["evaluate"].items():
             done = other / "evals" / name / slug
             if evaluated.get(name) == arguments and (done / "scores.json").is_file():
-                _copy_at_once(done, self.evaluation(planned, name))
+                _copy_atomically(done, self.evaluation(planned, name))
 
     def _record(self, planned: Planned) -> Path:
         return self.path / "settings" / f"{planned.slug}.json"
 
     def _content(self, planned: Planned) -> dict:
-        """What must not change: the run's keys, and an evaluation's."""
+        """The settings that must not change: the keys of the run and of its evaluations."""
         asked = self.sweep.config.evaluate.items()
         evaluations = {name: " ".join(f"{k}={text(v)}" for k, v in keys.items()) for name, keys in asked}
         return {"run": {name: text(value) for name, value in planned.keys.items()}, "evaluate": evaluations}
 
 
 def _names_places(planned: Planned) -> bool:
-    """True if a key of the run is the relative path of something that exists."""
+    """Whether a value of the run is a relative path that exists."""
     texts = [value for value in planned.keys.values() if isinstance(value, str)]
     return any(os.path.exists(one) and not os.path.isabs(one) for one in texts)
 
 
-def _copy_at_once(source: Path, target: Path) -> None:
-    """The whole folder or nothing of it, whenever this is interrupted."""
+def _copy_atomically(source: Path, target: Path) -> None:
+    """Copies a folder atomically: if this is interrupted, `target` does not exist."""
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)

@@ -1,4 +1,4 @@
-"""A sweep's file and command line: its keys, which runs it has, how they are measured, what is compared."""
+"""A sweep's file and command line: its keys, its runs, their evaluations, and what is compared."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from experiments.config import CONFIGS
 from upge.config import Settings, from_tree, key, parse, split
 from upge.errors import ConfigError, nearest
 
-#: What a folder may be called, on any system.
+#: Folder names that are valid on any system.
 FOLDER_NAME = re.compile(r"(?!\.+$)[A-Za-z0-9_.+-]+")
 
 
 @dataclass(frozen=True)
 class SweepConfig(Settings):
-    """What a sweep's file says. `common`, `variants` and `grid` hold keys of experiments.run, dotted."""
+    """The keys of a sweep's file. `common`, `variants` and `grid` hold dotted keys of experiments.run."""
 
-    title: str = key("", "what the sweep asks, one line")
-    common: dict = key({}, "keys of every run; one given on the command line goes here")
-    variants: dict = key({}, "label -> keys of the runs under it")
+    title: str = key("", "the sweep's question, one line")
+    common: dict = key({}, "keys of every run; keys of a run on the command line go here")
+    variants: dict = key({}, "label -> keys of the runs with this label")
     grid: dict = key({}, "key -> list of values; every combination is run, for every variant")
-    seeds: Any = key(None, "list of seeds, or a text such as 0..4; unset = 0")
-    seed_keys: list = key(["seed"], "keys that the seed is given to")
+    seeds: Any = key(None, "list of seeds, or a range such as 0..4; unset = 0")
+    seed_keys: list = key(["seed"], "keys that are set to the seed")
     evaluate: dict = key({}, "name -> arguments of experiments.evaluate for every finished run, such as suite: paper")
     choose: dict = key({}, "sweep: another sweep, run first; key: its best value goes to each run; see docs/sweep.md")
-    select: dict = key({}, "key: of the grid, whose best value is asked for; measure: by which, a column of runs.csv")
+    select: dict = key({}, "key: the grid key whose best value is chosen; measure: the column of runs.csv to choose by")
     baseline: str = key("", "label that the others are tested against; empty = the first")
     measures: list = key([], "columns of runs.csv for the table and the tests; empty = those of the evaluations")
     jobs: int = key(
-        0, "runs at once, several on a GPU if need be; 0 = as many as there are GPUs, or else cores", minimum=0
+        0, "runs at once, several on a GPU if necessary; 0 = the number of GPUs, or of cores without GPUs", minimum=0
     )
-    gpus_per_run: int = key(1, "GPUs of one run, where there are any; more than 1 starts torchrun", minimum=1)
+    gpus_per_run: int = key(1, "GPUs of one run, if there are any; more than 1 starts torchrun", minimum=1)
     output: str = key("", "folder of the sweep; empty = sweeps/NAME")
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ class SweepConfig(Settings):
                 raise ConfigError(f"evaluate.{name}.{own}: is each run's own; leave it out")
 
     def _check_seeds(self) -> None:
-        """Refuses seeds that decide nothing, and values that they would overwrite."""
+        """Refuses invalid seed keys, and values that the seed would overwrite."""
         if not self.seed_keys or not all(isinstance(name, str) for name in self.seed_keys):
             raise ConfigError(f"seed_keys: found {self.seed_keys!r}; give a list of keys such as [seed, data.seed]")
         places = {"common": self.common, "grid": self.grid}
@@ -83,7 +83,7 @@ class SweepConfig(Settings):
 
 
 FOLDER = CONFIGS / "sweep"
-#: Keys whose values experiments.run always reads as YAML; those of other texts it takes as they stand.
+#: Keys whose values experiments.run always reads as YAML; string values of other keys are taken literally.
 _PARSED = ("data.", "algo.", "correction.", "model.overrides.")
 _SEEDS = re.compile(r"(\d+)\.\.(\d+)")
 _LABEL = re.compile(r"[^A-Za-z0-9_.+-]+")
@@ -94,11 +94,11 @@ class Planned:
     """One run of a sweep.
 
     Attributes:
-        label: what it is called in tables, the same for all seeds.
+        label: its name in tables, the same for all seeds.
         point: the values of the grid's keys.
-        variant: its variant's label; empty where there are none.
+        variant: the label of its variant; empty if there are no variants.
         seed: its seed.
-        keys: everything that its command line says, but the output.
+        keys: all keys of its command line except `output`.
     """
 
     label: str
@@ -109,22 +109,22 @@ class Planned:
 
     @property
     def slug(self) -> str:
-        """Its place below runs/ and evals/."""
+        """Its path below runs/ and evals/."""
         return f"{self.folder}/seed-{self.seed}"
 
     @property
     def folder(self) -> str:
-        """The label as the name of a folder."""
+        """The label as a folder name."""
         return _LABEL.sub("-", self.label).strip("-")
 
     def arguments(self, output: Path) -> list[str]:
-        """Those of experiments.run."""
+        """The arguments of experiments.run."""
         return [*(f"{name}={_typed(name, value)}" for name, value in self.keys.items()), f"output={output}"]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep that is ready to be run; `runs` lists those of one label side by side, by seed."""
+    """A sweep that is ready to run; in `runs` those with the same label follow each other, ordered by seed."""
 
     name: str
     config: SweepConfig
@@ -133,25 +133,25 @@ class Sweep:
 
     @property
     def labels(self) -> list[str]:
-        """In the order of the file."""
+        """The labels, in the order of the file."""
         return list(dict.fromkeys(run.label for run in self.runs))
 
     @property
     def baseline(self) -> str:
-        """Against which the others are tested."""
+        """The label that the others are tested against."""
         return self.config.baseline or self.labels[0]
 
 
 def names() -> list[str]:
-    """The sweeps that ship."""
+    """The names of the presets."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def load(arguments: Sequence[str]) -> Sweep:
-    """The sweep of a command line.
+    """Reads the sweep of a command line.
 
     Raises:
-        ConfigError: no such sweep, an unknown key, or runs that cannot be told apart.
+        ConfigError: there is no such sweep, a key is unknown, or two runs have the same name.
     """
     name, tree, given = "", {}, []
     for argument in arguments:
@@ -171,11 +171,11 @@ def load(arguments: Sequence[str]) -> Sweep:
     _check_used(config, given)
     for run in runs:
         if not FOLDER_NAME.fullmatch(run.folder):
-            raise ConfigError(f"variants, grid: '{run.label}' has no letter or digit to call a folder by; give another")
+            raise ConfigError(f"variants, grid: '{run.label}' has no letter or digit for a folder name; give another")
     slugs = [run.slug for run in runs]
     twice = next((slug for slug in slugs if slugs.count(slug) > 1), None)
     if twice:
-        raise ConfigError(f"variants, grid: two runs would be called {twice}; give them labels that differ")
+        raise ConfigError(f"variants, grid: two runs would be called {twice}; give them different labels")
     sweep = Sweep(stem, config, runs, folder)
     if config.baseline and config.baseline not in sweep.labels:
         raise ConfigError(f"baseline: no runs '{config.baseline}'; {nearest(config.baseline, sweep.labels)}")
@@ -183,14 +183,14 @@ def load(arguments: Sequence[str]) -> Sweep:
 
 
 def text(value: Any) -> str:
-    """A value of a file as one would type it on a command line."""
+    """A value of a file as typed on a command line."""
     if value is None or isinstance(value, (bool, list, dict)):
         return json.dumps(value, ensure_ascii=False)
     return str(value)
 
 
 def _typed(name: str, value: Any) -> str:
-    """`text`, in quotes where a text would be read as something else, such as a number."""
+    """`text`, quoted if a string would be read as something else, such as a number."""
     written = text(value)
     if not isinstance(value, str) or not name.startswith(_PARSED):
         return written
@@ -202,14 +202,18 @@ def _typed(name: str, value: Any) -> str:
 
 
 def seeds_of(value: Any) -> list[int]:
-    """[0, 1, 2], 3, or '0..4' as a list."""
+    """The list of seeds given as [0, 1, 2], 3, or '0..4'.
+
+    Raises:
+        ConfigError: anything else, or a seed that is negative or occurs twice.
+    """
     match = _SEEDS.fullmatch(value) if isinstance(value, str) else None
     if match and int(match[1]) <= int(match[2]):
         return list(range(int(match[1]), int(match[2]) + 1))
-    found = [0] if value is None else value if isinstance(value, list) else [value]
-    if not found or not all(type(seed) is int and seed >= 0 for seed in found) or len({*found}) < len(found):
+    seeds = [0] if value is None else value if isinstance(value, list) else [value]
+    if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds) or len({*seeds}) < len(seeds):
         raise ConfigError(f"seeds: found {value!r}; give distinct whole numbers as a list such as [0,1,2], or 0..4")
-    return list(found)
+    return list(seeds)
 
 
 def _file(name: str) -> dict[str, Any]:
@@ -222,12 +226,12 @@ def _file(name: str) -> dict[str, Any]:
         raise ConfigError(f"sweep: {path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(tree, Mapping):
         raise ConfigError(f"sweep: {path} must be a mapping of a sweep's keys; --help lists them")
-    # A key with nothing behind it is as good as none.
+    # A key without a value counts as absent.
     return {name: value for name, value in tree.items() if value is not None}
 
 
 def _set(tree: dict[str, Any], name: str, value: str) -> None:
-    """One key=value of the command line: a key of the sweep, of its grid, of an evaluation, or of every run."""
+    """Sets a key=value of the command line: of the sweep, of its grid, of an evaluation, or of every run."""
     head, _, rest = name.partition(".")
     if head in ("grid", "evaluate") and rest:
         where = tree.setdefault(head, {})
@@ -246,7 +250,7 @@ def _set(tree: dict[str, Any], name: str, value: str) -> None:
 
 
 def _check_used(config: SweepConfig, given: Sequence[str]) -> None:
-    """Refuses a key of the command line that no run would have from there, because all say it themselves."""
+    """Refuses a key of the command line that has no effect because every variant, or the grid, sets it."""
     for name in (argument.partition("=")[0] for argument in given):
         if name in config.common:
             everywhere = bool(config.variants) and all(name in own for own in config.variants.values())

@@ -1,4 +1,4 @@
-"""The tables of a sweep: means over seeds with intervals, paired tests, what was chosen, exclusive solves, costs."""
+"""The tables of a sweep: means over seeds with intervals, paired tests, chosen values, exclusive solves, costs."""
 
 from __future__ import annotations
 
@@ -25,38 +25,43 @@ COSTS = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A measure of the runs of one label: over how many seeds, their mean, the t interval (its ends NaN for one)."""
+    """A measure over the runs of one label.
+
+    Attributes:
+        runs: the number of seeds.
+        interval: their mean with its t interval, whose ends are NaN for a single seed.
+    """
 
     runs: int
     interval: Interval
 
 
 def figure(rows: Sequence[Mapping[str, Any]], label: str, measure: str) -> Figure | None:
-    """None where no run of the label has the measure."""
+    """The measure over the runs of a label; None if no run has it."""
     values = list(by_seed(rows, label, measure).values())
     return Figure(len(values), t_interval(values)) if values else None
 
 
 def mean_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> Grid:
-    """A row per label, a column per measure: mean and half the width of its interval, in %."""
+    """A row per label and a column per measure: the mean and half the width of its interval, in %."""
     table = [[figure(rows, label, measure) for measure in measures] for label in sweep.labels]
     best = [_best([line[i] for line in table]) for i in range(len(measures))]
-    found = []
+    table_rows = []
     for place, (label, line) in enumerate(zip(sweep.labels, table, strict=True)):
         counts = [one.runs for one in line if one] or [0]
         seeds = f"{max(counts)}" if len({*counts}) == 1 else f"{min(counts)}–{max(counts)}"
         bold = frozenset(i + 2 for i in range(len(measures)) if place in best[i])
-        found.append(Row((label, seeds, *map(_cell, line)), bold))
+        table_rows.append(Row((label, seeds, *map(_cell, line)), bold))
     title, names = "Means over seeds in %, ± half a 95 % interval (t)", measure_names(measures)
-    return Grid("means", title, ("", "seeds", *(names[measure] for measure in measures)), tuple(found))
+    return Grid("means", title, ("", "seeds", *(names[measure] for measure in measures)), tuple(table_rows))
 
 
 def difference_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> Grid | None:
-    """Paired tests of every label against the baseline; None without any two seeds in common.
+    """Paired tests of every label against the baseline; None if no label shares two seeds with it.
 
-    Holm's p is adjusted for the labels that are tested on one measure.
+    Holm's p is adjusted for the number of labels that are tested on a measure.
     """
-    found, names = [], measure_names(measures)
+    table_rows, names = [], measure_names(measures)
     for measure in measures:
         base = by_seed(rows, sweep.baseline, measure)
         others = [label for label in sweep.labels if label != sweep.baseline]
@@ -68,10 +73,10 @@ def difference_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]], measures: S
             seeds = len({*by_seed(rows, label, measure)} & {*base})
             cells = (names[measure], label, str(seeds), f"{100 * test.interval.value:+.1f}", f"{low} to {high}",
                      p_text(test.p_value), p_text(p))  # fmt: skip
-            found.append(Row(cells, rule=bool(found) and place == 0))
+            table_rows.append(Row(cells, rule=bool(table_rows) and place == 0))
     header = ("measure", "", "seeds", "difference", "95 % interval", "p", "p (Holm)")
     title = f"Difference to {sweep.baseline} in percentage points, paired by seed"
-    return Grid("differences", title, header, tuple(found), 2) if found else None
+    return Grid("differences", title, header, tuple(table_rows), 2) if table_rows else None
 
 
 def choice_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> Grid:
@@ -79,42 +84,41 @@ def choice_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> Grid:
     name, measure = sweep.config.select["key"], sweep.config.select["measure"]
     chosen, values = best_values(sweep, rows), sweep.config.grid[name]
     labels = {(group_of(run, name), str(run.point[name])): run.label for run in sweep.runs}
-    found = []
+    table_rows = []
     for group, best in chosen.items():
         line = [figure(rows, labels[group, str(value)], measure) for value in values]
-        found.append(Row((group, *map(_cell, line)), frozenset({values.index(best) + 1})))
-    title = f"{measure_names([measure])[measure]} in % by {name}; in bold the value that is chosen"
-    return Grid("choice", title, ("", *map(str, values)), tuple(found))
+        table_rows.append(Row((group, *map(_cell, line)), frozenset({values.index(best) + 1})))
+    title = f"{measure_names([measure])[measure]} in % by {name}; the chosen value is bold"
+    return Grid("choice", title, ("", *map(str, values)), tuple(table_rows))
 
 
 def cost_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> Grid:
-    """What the runs of each label spent, means over seeds."""
-    found = []
+    """The costs of each label's runs, means over seeds."""
+    table_rows = []
     for label in sweep.labels:
         values = [figure(rows, label, name) for name in COSTS]
-        found.append(Row((label, *(MISSING if v is None else f"{v.interval.value:,.0f}" for v in values))))
-    return Grid("costs", "What a run spent", ("", *COSTS.values()), tuple(found))
+        table_rows.append(Row((label, *(MISSING if v is None else f"{v.interval.value:,.0f}" for v in values))))
+    return Grid("costs", "Cost of a run", ("", *COSTS.values()), tuple(table_rows))
 
 
 def level_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> Grid | None:
-    """Accuracy by level: of the evaluations' benchmarks with levels, else of the runs' own; None without levels."""
+    """Accuracy by level, on the evaluations' benchmarks or else in the runs' own evaluations; None without levels."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     levels = [c for c in columns if c.endswith("/avg") and c.count("/") == 3]
     levels = levels or [c for c in columns if c.count("/") == 1 and "/mean@" in c]
-    found, names = [], measure_names(levels)
+    table_rows, names = [], measure_names(levels)
     for place, column in enumerate(levels):
         line = [figure(rows, label, column) for label in sweep.labels]
         rule = bool(place) and column.count("/") == 3 and column.split("/")[:2] != levels[place - 1].split("/")[:2]
         cells = (names[column], *map(_cell, line))
-        found.append(Row(cells, frozenset(i + 1 for i in _best(line)), rule))
+        table_rows.append(Row(cells, frozenset(i + 1 for i in _best(line)), rule))
     title = "By level, means over seeds in %"
-    return Grid("levels", title, ("", *sweep.labels), tuple(found)) if found else None
+    return Grid("levels", title, ("", *sweep.labels), tuple(table_rows)) if table_rows else None
 
 
 def exclusive_grid(sweep: Sweep, name: str, runs: Mapping[tuple[str, int], Run], solved: str = "most") -> Grid | None:
-    """Problems that the baseline or another label solves alone in the evaluation `name`, counted seed by seed and
-    averaged over seeds."""
-    found, fields = [], ("only_first", "only_second", "both")
+    """Problems that only the baseline or only another label solves in the evaluation `name`, averaged over seeds."""
+    table_rows, fields = [], ("only_first", "only_second", "both")
     for label in sweep.labels:
         seeds = [s for (own, s) in runs if own == label and (sweep.baseline, s) in runs]
         if label == sweep.baseline or not seeds:
@@ -125,26 +129,26 @@ def exclusive_grid(sweep: Sweep, name: str, runs: Mapping[tuple[str, int], Run],
                 lines.setdefault((line.benchmark, line.level), []).append(line)
         counts = {key: [sum(getattr(line, one) for line in same) / len(same) for one in fields]
                   for key, same in lines.items()}  # fmt: skip
-        # A benchmark that neither solves has nothing to tell, nor has the sum of a single level.
+        # Leave out benchmarks of which neither solves a problem, and the total of a single level.
         single = {benchmark for benchmark, _ in lines if _levels(lines, benchmark) == 2}
-        told = [key for key in lines if any(counts[key[0], ALL]) and not (key[1] == ALL and key[0] in single)]
-        for place, key in enumerate(told):
+        shown = [key for key in lines if any(counts[key[0], ALL]) and not (key[1] == ALL and key[0] in single)]
+        for place, key in enumerate(shown):
             cells = (label, *key, str(lines[key][0].problems), *(f"{count:.1f}" for count in counts[key]))
-            found.append(Row(cells, rule=bool(found) and place == 0))
+            table_rows.append(Row(cells, rule=bool(table_rows) and place == 0))
     which = f" of {name}" if len(sweep.config.evaluate) > 1 else ""
-    title = (f"Problems{which} that {sweep.baseline} or another alone solves in more than half of the samples; means "
-             "over seeds")  # fmt: skip
+    title = (f"Problems{which} that only {sweep.baseline}, or only the other, solves in more than half of the samples; "
+             "means over seeds")  # fmt: skip
     header = ("other", "benchmark", "level", "N", f"only {sweep.baseline}", "only the other", "both")
-    return Grid("exclusive", title, header, tuple(found), 3) if found else None
+    return Grid("exclusive", title, header, tuple(table_rows), 3) if table_rows else None
 
 
 def _levels(lines: Mapping[tuple[str, str], Any], benchmark: str) -> int:
-    """How many lines a benchmark has, that of all levels included."""
+    """The number of lines of a benchmark, including the one over all levels."""
     return sum(own == benchmark for own, _ in lines)
 
 
 def _best(values: Sequence[Figure | None]) -> set[int]:
-    """Where the highest mean stands, as it is printed."""
+    """The positions of the highest mean as printed; empty if there are fewer than two means."""
     means = {place: round(100 * one.interval.value, 1) for place, one in enumerate(values) if one}
     return {place for place, mean in means.items() if mean == max(means.values())} if len(means) > 1 else set()
 

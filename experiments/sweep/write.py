@@ -19,7 +19,7 @@ from experiments.compare.load import load as load_evaluations
 from experiments.drawing import dress, in_figure, inline, save
 from experiments.grid import Grid, markdown, markdown_text
 from experiments.sweep import collect, tables
-from experiments.sweep.collect import COURSES, by_seed, course, evaluation_course, measure_names
+from experiments.sweep.collect import CURVES, by_seed, evaluation_curve, measure_names, metric_curve
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import Sweep
 from upge.errors import UserError
@@ -31,14 +31,14 @@ TEMPLATES = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a sweep so far.
+    """The results of a sweep so far.
 
     Attributes:
-        sweep: whose.
-        rows: of runs.csv.
+        sweep: the sweep.
+        rows: the rows of runs.csv.
         grids: the tables.
-        drawn: figures, PNG and SVG of each.
-        notes: sentences on what is missing and how it was made.
+        drawn: the files of the figures, PNG and SVG of each.
+        notes: sentences on how the runs were made and what is missing.
     """
 
     sweep: Sweep
@@ -49,53 +49,54 @@ class Report:
 
     @property
     def pictures(self) -> list[tuple[str, Path]]:
-        """(what it shows, the PNG)."""
-        said = {"dynamics.png": "Training, mean over seeds and 95 % band", "passk.png": "pass@k, mean over seeds"}
-        return [(said[path.name], path) for path in self.drawn if path.name in said]
+        """(caption, PNG file) of each figure."""
+        captions = {"dynamics.png": "Training, mean over seeds and 95 % band", "passk.png": "pass@k, mean over seeds"}
+        return [(captions[path.name], path) for path in self.drawn if path.name in captions]
 
 
 def report(folder: SweepFolder, command: str, facts: Callable[[], Sequence[str]]) -> Report | None:
     """Reads the runs and writes everything into the sweep's folder; None if no run is trained yet.
 
     Args:
-        command: what makes all of it again.
-        facts: says how the runs were made, in sentences.
+        folder: the sweep's folder.
+        command: the command that reproduces the sweep.
+        facts: returns sentences on how the runs were made.
     """
     sweep, rows = folder.sweep, collect.rows(folder)
     if not rows:
         return None
     folder.path.mkdir(parents=True, exist_ok=True)
     collect.write_csv(folder.path / "runs.csv", rows)
-    drawn = (*courses(folder, folder.path), *pass_curves(folder, rows, folder.path))
+    drawn = (*metric_curves(folder, folder.path), *pass_curves(folder, rows, folder.path))
     missing = [p.slug for p in sweep.runs if not folder.is_done(p)]
     notes = [f"Made with `{command}`.", *facts()]
     columns = {column for row in rows for column in row}
     wanted = [*sweep.config.measures, *filter(None, [sweep.config.select.get("measure")])]
     unknown = [name for name in wanted if name not in columns]
     if unknown:
-        notes.append(f"No run has {', '.join(unknown)}, which is asked for; runs.csv has the columns that there are.")
+        notes.append(f"No run has the requested {', '.join(unknown)}; runs.csv has all columns.")
     if missing:
         notes.append(f"{len(missing)} of {len(sweep.runs)} runs are not done: {', '.join(missing)}.")
     notes += [markdown_text(note) for note in collect.answer_notes(folder)]
-    found = Report(sweep, tuple(rows), tuple(_grids(folder, rows)), drawn, tuple(notes))
-    (folder.path / "report.md").write_text(page(found), "utf-8")
-    (folder.path / "report.html").write_text(_html(found), "utf-8")
-    return found
+    made = Report(sweep, tuple(rows), tuple(_grids(folder, rows)), drawn, tuple(notes))
+    (folder.path / "report.md").write_text(page(made), "utf-8")
+    (folder.path / "report.html").write_text(_html(made), "utf-8")
+    return made
 
 
-def page(found: Report) -> str:
-    """report.md."""
-    sweep = found.sweep
-    parts = [f"# {markdown_text(sweep.config.title or sweep.name)}", "\n".join(f"{note}  " for note in found.notes)]
-    return "\n\n".join([*parts, *sections(found)]) + "\n"
+def page(made: Report) -> str:
+    """The text of report.md."""
+    sweep = made.sweep
+    parts = [f"# {markdown_text(sweep.config.title or sweep.name)}", "\n".join(f"{note}  " for note in made.notes)]
+    return "\n\n".join([*parts, *sections(made)]) + "\n"
 
 
-def sections(found: Report, pictures: str = "") -> list[str]:
-    """Tables and figures in Markdown; `pictures` stands before the figures' names."""
+def sections(made: Report, pictures: str = "") -> list[str]:
+    """Tables and figures in Markdown; the figures' file names get the prefix `pictures`."""
     parts = []
-    for grid in found.grids:
+    for grid in made.grids:
         parts += [f"**{markdown_text(grid.title)}**", markdown(grid)]
-    return parts + [f"![{said}]({pictures}{path.name})" for said, path in found.pictures]
+    return parts + [f"![{caption}]({pictures}{path.name})" for caption, path in made.pictures]
 
 
 def _grids(folder: SweepFolder, rows: Sequence[Mapping[str, Any]]) -> list[Grid]:
@@ -115,7 +116,7 @@ def _grids(folder: SweepFolder, rows: Sequence[Mapping[str, Any]]) -> list[Grid]
 
 
 def _evaluations(folder: SweepFolder, name: str) -> dict[tuple[str, int], Any]:
-    """(label, seed) → its evaluation, of those that are finished."""
+    """(label, seed) → the evaluation, for the finished ones."""
     done = [p for p in folder.sweep.runs if folder.is_trained(p) and name not in folder.missing(p)]
     if not done:
         return {}
@@ -123,40 +124,40 @@ def _evaluations(folder: SweepFolder, name: str) -> dict[tuple[str, int], Any]:
     return {(p.label, p.seed): run for p, run in zip(done, runs, strict=True)}
 
 
-def _html(found: Report) -> str:
+def _html(made: Report) -> str:
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    pictures = [(said, Markup(inline(path.with_suffix(".svg"), path.stem))) for said, path in found.pictures]
+    pictures = [(caption, Markup(inline(path.with_suffix(".svg"), path.stem))) for caption, path in made.pictures]
     return environment.get_template("sweep.html.j2").render(
-        title=found.sweep.config.title or found.sweep.name, notes=[note.replace("`", "") for note in found.notes],
-        grids=found.grids, pictures=pictures)  # fmt: skip
+        title=made.sweep.config.title or made.sweep.name, notes=[note.replace("`", "") for note in made.notes],
+        grids=made.grids, pictures=pictures)  # fmt: skip
 
 
-def put_into(page_path: Path, found: Report, command: str) -> None:
-    """Writes the tables between the marks of this sweep in a page, and the figures into a folder beside it.
+def put_into(page_path: Path, made: Report, command: str) -> None:
+    """Writes the tables between the markers of this sweep in a page, and the figures into a folder next to it.
 
     Raises:
-        UserError: the page has no such marks.
+        UserError: the page does not have the markers once each.
     """
-    name, text = found.sweep.name, page_path.read_text("utf-8")
+    name, text = made.sweep.name, page_path.read_text("utf-8")
     begin, end = f"<!-- sweep {name}: begin -->", f"<!-- sweep {name}: end -->"
     if text.count(begin) != 1 or text.count(end) != 1:
         raise UserError(f"{page_path}: expected the lines '{begin}' and '{end}' once each, where the tables go")
     target = page_path.parent / page_path.stem
     target.mkdir(exist_ok=True)
-    for _, path in found.pictures:
+    for _, path in made.pictures:
         (target / f"{name}-{path.name}").write_bytes(path.read_bytes())
-    parts = [f"```\n{command}\n```", " ".join(found.notes[1:]), *sections(found, f"{page_path.stem}/{name}-")]
+    parts = [f"```\n{command}\n```", " ".join(made.notes[1:]), *sections(made, f"{page_path.stem}/{name}-")]
     before, after = text.split(begin)[0], text.split(end)[1]
     page_path.write_text(before + begin + "\n" + "\n\n".join(filter(None, parts)) + "\n" + end + after, "utf-8")
 
 
-#: A course is averaged over blocks of steps, so many over the whole run: single steps are noise.
+#: Number of blocks of steps over which a curve is averaged, because single steps are noisy.
 BLOCKS = 20
 
 
 def pass_curves(folder: SweepFolder, rows: Sequence[Mapping], target: Path) -> list[Path]:
-    """passk.png and .svg: a panel for every benchmark that has several samples; nothing where there is none."""
+    """Draws passk.png and .svg, a panel for every benchmark with several samples; no files if there is none."""
     labels, panels = folder.sweep.labels, []
     columns = dict.fromkeys(column for row in rows for column in row)
     names = measure_names(list(columns))
@@ -164,20 +165,21 @@ def pass_curves(folder: SweepFolder, rows: Sequence[Mapping], target: Path) -> l
         largest = max(int(c.rsplit("@", 1)[1]) for c in columns if c.startswith(f"{place}/pass@"))
         curves = {}
         for label in labels:
-            found = {k: list(by_seed(rows, label, f"{place}/pass@{k}").values()) for k in powers_of_two(largest)}
-            curves[label] = {k: _visible(t_interval(values), values) for k, values in found.items() if values}
+            by_k = {k: list(by_seed(rows, label, f"{place}/pass@{k}").values()) for k in powers_of_two(largest)}
+            curves[label] = {k: _visible(t_interval(values), values) for k, values in by_k.items() if values}
         panels.append(Panel(names[f"{place}/avg"], {label: curve for label, curve in curves.items() if curve}))
     return draw_pass(panels, labels, target) if panels else []
 
 
-def courses(folder: SweepFolder, target: Path) -> list[Path]:
-    """dynamics.png and .svg: a panel for every metric of `COURSES`, and for the evaluations where there are several."""
-    panels = [(title, unit, _of(folder, lambda path, m=metric: blocks(course(path, m)))) for metric, (title, unit) in
-              COURSES.items()]  # fmt: skip
+def metric_curves(folder: SweepFolder, target: Path) -> list[Path]:
+    """Draws dynamics.png and .svg, a panel for every metric of `CURVES` and for evaluations during training."""
+    panels = []
+    for metric, (title, unit) in CURVES.items():
+        panels.append((title, unit, _of(folder, lambda path, m=metric: blocks(metric_curve(path, m)))))
     for measure in ("greedy", *_sampled_measures(folder)):
-        found = _of(folder, lambda path, m=measure: evaluation_course(path, m))
-        if any(len(line) > 2 for line in found.values()):
-            panels.append((f"Evaluation, {measure}", "share", found))
+        curves = _of(folder, lambda path, m=measure: evaluation_curve(path, m))
+        if any(len(line) > 2 for line in curves.values()):
+            panels.append((f"Evaluation, {measure}", "share", curves))
     panels = [panel for panel in panels if any(panel[2].values())]
     if not panels:
         return []
@@ -187,29 +189,29 @@ def courses(folder: SweepFolder, target: Path) -> list[Path]:
 
 
 def blocks(values: Mapping[int, float], count: int = BLOCKS) -> dict[int, float]:
-    """Means over `count` blocks of steps as long as each other, under the middle step of each."""
+    """Middle step → mean, over at most `count` blocks of steps of equal length."""
     if len(values) <= count:
         return dict(values)
     last = max(values)
     length = math.ceil(last / count)
-    found: dict[int, list[float]] = {}
+    by_block: dict[int, list[float]] = {}
     for step, value in values.items():
-        found.setdefault((step - 1) // length, []).append(value)
-    return {b * length + (length + 1) // 2: sum(all) / len(all) for b, all in sorted(found.items())}
+        by_block.setdefault((step - 1) // length, []).append(value)
+    return {b * length + (length + 1) // 2: sum(all) / len(all) for b, all in sorted(by_block.items())}
 
 
 def _of(folder: SweepFolder, read) -> dict[str, dict[int, Interval]]:
     """Label → step → interval over its seeds, at the steps that all of them have."""
-    found: dict[str, dict[int, Interval]] = {}
+    curves: dict[str, dict[int, Interval]] = {}
     for label in folder.sweep.labels:
         lines = [read(folder.run(p)) for p in folder.sweep.runs if p.label == label and folder.is_trained(p)]
         steps = set.intersection(*map(set, lines)) if lines else set()
-        found[label] = {step: _visible(t_interval([line[step] for line in lines]), lines) for step in sorted(steps)}
-    return found
+        curves[label] = {step: _visible(t_interval([line[step] for line in lines]), lines) for step in sorted(steps)}
+    return curves
 
 
 def _sampled_measures(folder: SweepFolder) -> list[str]:
-    """mean@k and pass@k as the runs' evaluations call them."""
+    """The names of mean@k and pass@k in the runs' own evaluations."""
     for planned in folder.sweep.runs:
         file = folder.run(planned) / "config.yaml"
         if file.is_file():
@@ -233,7 +235,7 @@ def _draw(figure: Figure, columns: int, panels: Sequence, labels: Sequence[str])
         axes.set_xlabel("step" if place + columns >= len(panels) else "")
         dress(axes)
         drawn = [one.value for curve in curves.values() for one in curve.values()]
-        # By the lines: a band of three seeds can be many times as high as all that they show.
+        # Limits come from the lines, because a band over three seeds can be many times as high.
         bottom, top = min(0, 1.1 * min(drawn)), max(0, 1.12 * max(drawn))
         axes.set_ylim(bottom, top if top > bottom else 1)
     shown = [label for label in labels if label in lines]
@@ -250,6 +252,6 @@ def _line(axes, curve: Mapping[int, Interval], index: int):
 
 
 def _visible(interval: Interval, runs: Sequence) -> Interval:
-    """With the interval as its band; of one run there is none, and that of two covers the page."""
+    """The interval, without its band for fewer than three runs, where the band is undefined or covers the page."""
     value = interval.value
     return Interval(value, value, value) if len(runs) < 3 else interval

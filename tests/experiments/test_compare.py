@@ -167,9 +167,9 @@ def test_other_settings_are_noted(tmp_path):
                        settings={"temperature": 1.0, "verifier": "number"})  # fmt: skip
     said = notes(load([str(first), str(second)]))
     assert said == [
-        "Not measured alike: samples is 2 in x, 1 in y (b).",
-        "Not measured alike: temperature is 0.6 in x, 1.0 in y (b, c).",
-        "Not measured alike: verifier is not said in x, 'number' in y (b, c).",
+        "Measured with different settings: samples is 2 in x, 1 in y (b).",
+        "Measured with different settings: temperature is 0.6 in x, 1.0 in y (b, c).",
+        "Measured with different settings: verifier is unset in x, 'number' in y (b, c).",
     ]
     measures = [gap.measure for gap in gaps(*load([str(first), str(second)]), 100, 0)]
     assert measures == ["avg@1 − avg@2", "avg@2", "avg of 2"]
@@ -212,7 +212,7 @@ def test_a_missing_benchmark_leaves_no_average(folders, tmp_path):
     table = {row.cells[0]: row.cells for row in score_grid(scores).rows}
     assert table["amc"][-1] == table["average math"][-1] == "–" and table["arc"][-1] == "–"
     said = notes(runs)
-    assert "amc was not evaluated in partial, which has no average math for that." in said
+    assert "amc was not evaluated in partial, which therefore has no average math." in said
     average = [gap for gap in gaps(*runs, 100, 0) if gap.holm is None]
     assert [(gap.benchmark, gap.measure) for gap in average] == [("average math", "avg of 2")]
 

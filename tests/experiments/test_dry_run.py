@@ -88,7 +88,8 @@ def test_a_folder_with_a_configuration_alone_is_planned_with_its_template_as_it_
 
 def test_data_that_cannot_be_reached_leave_an_example_in_the_models_own_words():
     text = plan(compose(["data=openr1-math-46k"]))
-    assert "What is 2 + 3?" in section(text, "prompt") and "the data could not be checked here" in section(text, "notes")
+    assert "What is 2 + 3?" in section(text, "prompt")
+    assert "the data could not be checked here" in section(text, "notes")
 
 
 def test_the_start_of_a_run_is_checked_against_what_is_there(monkeypatch):

@@ -22,7 +22,7 @@ from experiments.sweep.execute import SOME_FAILED
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import load
 from experiments.sweep.tables import difference_grid, figure, mean_grid
-from experiments.sweep.write import blocks, courses, report
+from experiments.sweep.write import blocks, metric_curves, report
 from upge.errors import ConfigError
 
 TINY = [
@@ -39,10 +39,10 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path):
     one, other = (SweepFolder(load([*TINY, f"output={tmp_path / 's'}"])) for _ in range(2))
     with one.locked() as lock:
         left = subprocess.Popen(["sleep", "2"], pass_fds=(lock,))
-        with pytest.raises(ConfigError, match="is at work in"), other.locked():
+        with pytest.raises(ConfigError, match="is using"), other.locked():
             pass
     # What a killed sweep had started has the lock for as long as it is there.
-    with pytest.raises(ConfigError, match="is at work in"), other.locked():
+    with pytest.raises(ConfigError, match="is using"), other.locked():
         pass
     left.wait()
     with other.locked():
@@ -99,7 +99,7 @@ def test_figures_take_any_label_and_rewards_below_zero(done, tmp_path):
         folder.adopt(planned)
     file = folder.run(sweep.runs[0]) / "metrics.jsonl"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"reward/mean": -1.0}) + "\n")
-    assert [path.name for path in courses(folder, tmp_path)] == ["dynamics.png", "dynamics.svg"]
+    assert [path.name for path in metric_curves(folder, tmp_path)] == ["dynamics.png", "dynamics.svg"]
     assert "$a_{b$" in (tmp_path / "dynamics.svg").read_text()
 
 
@@ -182,7 +182,7 @@ def test_an_evaluation_may_be_added_but_not_outlive_its_run(done):
     lone = SweepFolder(load([*arguments, "seeds=[8]", "evaluate={new: {suite: smoke}}"]))
     lone.check()
     lone.evaluation(lone.sweep.runs[0], "new").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="is of a run that is no longer there"):
+    with pytest.raises(ConfigError, match="belongs to a run that no longer exists"):
         lone.check()
 
 
@@ -198,7 +198,7 @@ def test_an_evaluation_alone_is_of_one_rank(done, monkeypatch):
     begun = []
     monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(execute.torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(execute.Crew, "run", lambda self, jobs: begun.extend(jobs) or {})
+    monkeypatch.setattr(execute.JobPool, "run", lambda self, jobs: begun.extend(jobs) or {})
     more = ["seeds=0..2", "gpus_per_run=2", "evaluate={new: {suite: smoke}}", f"output={done}"]
     execute.execute(SweepFolder(load([*TINY, *more])))
     assert {job.name: (job.ranks, len(job.modules)) for job in begun if job.name.startswith("sft")} == {

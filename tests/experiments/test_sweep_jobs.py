@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from experiments.sweep.execute import NOT_STARTED, Crew, Job, Slots, last_words, launcher
+from experiments.sweep.execute import NOT_STARTED, Job, JobPool, Slots, last_message, launcher
 from upge.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ def test_slots_share_gpus_and_cores():
     assert Slots.of(3, 2, 5, 64).gpus == ((0, 1), (2, 3))
     assert Slots.of(5, 1, 2, 16) == Slots(((0,), (1,), (0,), (1,), (0,)), 3)
     assert Slots.of(0, 1, 2, 4).environments[1] == {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "1"}
-    with pytest.raises(ConfigError, match="gpus_per_run: 8 are asked for, and there are 2"):
+    with pytest.raises(ConfigError, match="gpus_per_run: 8 requested, but there are 2"):
         Slots.of(0, 8, 2, 64)
 
 
@@ -50,45 +50,45 @@ def say(tmp_path, monkeypatch):
 
 def test_a_job_that_fails_ends_there_and_hinders_no_other(say):
     ended = []
-    crew = Crew(Slots(((), ()), 3), lambda job, code, seconds: ended.append((job.name, code)))
+    pool = JobPool(Slots(((), ()), 3), lambda job, code, seconds: ended.append((job.name, code)))
     jobs = [say("a", "good", "good"), say("b", "bad", "good"), say("c", "good")]
-    assert crew.run(jobs) == {"a": 0, "b": 2, "c": 0} == dict(ended)
+    assert pool.run(jobs) == {"a": 0, "b": 2, "c": 0} == dict(ended)
     assert [line for line in jobs[0].log.read_text().split("\n") if "$" not in line] == ["hello 3 a", "hello 3 a", ""]
-    assert last_words(jobs[1].log) == "error: no such thing" and "hello" not in jobs[1].log.read_text()
+    assert last_message(jobs[1].log) == "error: no such thing" and "hello" not in jobs[1].log.read_text()
 
 
 def test_a_signal_reaches_what_runs_and_nothing_else_begins(say):
-    crew = Crew(Slots(((),), 1), lambda *_: None)
+    pool = JobPool(Slots(((),), 1), lambda *_: None)
     first, second = say("first", "slow"), say("second", "good")
 
     def stop():
         while not (first.log.is_file() and "waiting" in first.log.read_text()):
             time.sleep(0.05)
-        crew.stop(signal.SIGTERM)
+        pool.stop(signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()
-    assert crew.run([first, second]) == {"first": 143, "second": NOT_STARTED}
-    assert crew.stopped == signal.SIGTERM and not second.log.exists()
+    assert pool.run([first, second]) == {"first": 143, "second": NOT_STARTED}
+    assert pool.stopped == signal.SIGTERM and not second.log.exists()
 
 
 def test_a_signal_while_a_job_is_being_started_reaches_it(say, monkeypatch):
     """The handler runs in another thread than the one that starts jobs, at any moment."""
 
-    crew, popen = Crew(Slots(((),), 1), lambda *_: None), subprocess.Popen
+    pool, popen = JobPool(Slots(((),), 1), lambda *_: None), subprocess.Popen
 
     def slowly(*arguments, **more):
-        threading.Thread(target=crew.stop, args=(signal.SIGTERM,), daemon=True).start()
+        threading.Thread(target=pool.stop, args=(signal.SIGTERM,), daemon=True).start()
         time.sleep(0.5)
         return popen(*arguments, **more)
 
     monkeypatch.setattr(subprocess, "Popen", slowly)
     start = time.monotonic()
-    assert crew.run([say("first", "slow")])["first"] == 143 and time.monotonic() - start < 30
+    assert pool.run([say("first", "slow")])["first"] == 143 and time.monotonic() - start < 30
 
 
 def test_the_last_words_are_those_of_the_last_command(tmp_path):
     log = tmp_path / "run.log"
     log.write_text("$ python -m a\nerror: before\n$ python -m b\nTraceback\nOSError: now\n")
-    assert last_words(log) == "OSError: now"
+    assert last_message(log) == "OSError: now"
     log.write_text("$ python -m a\n")
-    assert last_words(log) == "nothing was said" == last_words(tmp_path / "none.log")
+    assert last_message(log) == "no output" == last_message(tmp_path / "none.log")
