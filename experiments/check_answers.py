@@ -1,9 +1,9 @@
-"""Do the verifiers take right answers for right? `python -m experiments.check_answers FILE ... | folder=DIR [--docs]`.
+"""Check that verifiers accept right answers: `python -m experiments.check_answers FILE ... | folder=DIR [--docs]`.
 
 Every ground truth of a data file is verified against itself, in a box, and every worked solution against its ground
-truth. What fails is printed with the reason. The files are JSON, JSON Lines or Parquet; the columns tell what they hold
-(`LAYOUTS`). `folder=` takes all such files below a folder; --docs puts the result into docs/verification.md. It takes
-about a minute for twenty thousand answers, and nothing of it depends on chance.
+truth. Failures are printed with the reason. The files are JSON, JSON Lines or Parquet; their columns determine the
+format (`LAYOUTS`). `folder=` takes all such files below a folder; --docs writes the result into docs/verification.md.
+Twenty thousand answers take about a minute. The result is deterministic.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Row = Mapping[str, Any]
 class Case:
     """Something that must verify.
 
-    Fields:
+    Attributes:
         row: its number in the file, from 1.
-        what: a ground truth in a box, or a worked solution.
-        item: for the verifier pool.
+        what: "ground truth" or a kind of worked solution.
+        item: the input of the verifier pool.
     """
 
     row: int
@@ -45,14 +45,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """A file and what came of its cases, in order."""
+    """A file with its cases and their verdicts, in order."""
 
     name: str
     cases: tuple[Case, ...]
     verdicts: tuple[Verdict, ...]
 
     def failures(self) -> Iterator[tuple[Case, Verdict]]:
-        """What did not earn the whole reward."""
+        """The cases without the full reward."""
         pairs = zip(self.cases, self.verdicts, strict=True)
         return ((case, verdict) for case, verdict in pairs if verdict.reward != 1.0)
 
@@ -60,9 +60,9 @@ class Result:
 def _gsm8k(row: Row) -> list[tuple[str, Item]]:
     worked, _, number = (part.strip() for part in row["answer"].rpartition("####"))
     boxed = rf"{worked} \boxed{{{number}}}"
-    found = [("solution with ####", row["answer"], name) for name in ("math_last", "number")]
-    found += [("solution with a box", boxed, name) for name in ("math", "math_last", "number")]
-    return [(what, Item(text, number, row["question"], name)) for what, text, name in found]
+    responses = [("solution with ####", row["answer"], name) for name in ("math_last", "number")]
+    responses += [("solution with a box", boxed, name) for name in ("math", "math_last", "number")]
+    return [(what, Item(text, number, row["question"], name)) for what, text, name in responses]
 
 
 def _math(row: Row) -> list[tuple[str, Item]]:
@@ -94,18 +94,18 @@ LAYOUTS: dict[tuple[str, ...], Callable[[Row], list[tuple[str, Item]]]] = {
 
 
 def read(path: Path) -> tuple[Case, ...]:
-    """What a file holds that must verify.
+    """The cases of a file.
 
     Raises:
-        DataError: the file cannot be read, or its columns are not those of one of `LAYOUTS`.
+        DataError: the file cannot be read, or its columns match none of `LAYOUTS`.
     """
     try:
         rows = _rows(path)
         made = next((make for columns, make in LAYOUTS.items() if rows and all(c in rows[0] for c in columns)), None)
         if made is None:
             known = "; ".join(", ".join(columns) for columns in LAYOUTS)
-            found = ", ".join(rows[0]) if rows else "of no row"
-            raise DataError(f"{path}: found the columns {found}; known are: {known}")
+            columns = ", ".join(rows[0]) if rows else "of no row"
+            raise DataError(f"{path}: found the columns {columns}; known are: {known}")
         return tuple(Case(number, what, item) for number, row in enumerate(rows, 1) for what, item in made(row))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
@@ -125,14 +125,14 @@ def _rows(path: Path) -> list[Row]:
 
 
 def check(files: Mapping[str, Path], workers: int = 2) -> list[Result]:
-    """Verifies what is in the files, which are given by the names that the result shall have."""
+    """Verifies the files; `files` maps the displayed name to the path."""
     cases = {name: read(path) for name, path in files.items()}
     with VerifierPool(("math", "math_last", "number", "choice"), workers, TIME_LIMIT) as pool:
         return [Result(name, own, tuple(pool.score(case.item for case in own))) for name, own in cases.items()]
 
 
 def reason(case: Case, verdict: Verdict) -> str:
-    """Why a case has failed, as far as texts can tell."""
+    """Why a case has failed, as far as the texts show."""
     answer = case.item.answer
     try:
         load(case.item.verifier or "math").check_answer(answer)
@@ -141,7 +141,7 @@ def reason(case: Case, verdict: Verdict) -> str:
             return "the ground truth is empty"
         if last_boxed(rf"\boxed{{{answer}}}") is None:
             return "the braces of the ground truth do not match"
-        return "the ground truth is no mathematics that can be read"
+        return "the ground truth cannot be parsed as mathematics"
     if verdict.status != "ok":
         return verdict.detail
     if verdict.extracted is None:
@@ -156,7 +156,7 @@ def _letters(text: str) -> str:
 
 
 def report(results: Sequence[Result]) -> str:
-    """Two Markdown tables: how many of each kind verify, and each that does not with its reason."""
+    """Two Markdown tables: how many cases of each kind verify, and each failure with its reason."""
     lines = ["| file | what | verifier | right | of |", "|---|---|---|---|---|"]
     for result in results:
         counts: dict[tuple[str, str], list[bool]] = {}
@@ -176,8 +176,8 @@ def _code(text: str) -> str:
     return f"`{text.replace('|', '¦')}`" if text else ""
 
 
-def renewed(page: str, results: Sequence[Result]) -> str:
-    """The page's text with what stands between its markers made anew.
+def updated(page: str, results: Sequence[Result]) -> str:
+    """The text of the page with the tables between its markers updated.
 
     Raises:
         ConfigError: a marker is missing.
@@ -186,10 +186,10 @@ def renewed(page: str, results: Sequence[Result]) -> str:
 
 
 def find(arguments: Sequence[str]) -> dict[str, Path]:
-    """The files that the arguments name, by the names they are reported under.
+    """The files that the arguments name: displayed name → path.
 
     Raises:
-        ConfigError: there is no such file or folder, or nothing is named.
+        ConfigError: there is no such file or folder, or no data file is named.
     """
     files: dict[str, Path] = {}
     for argument in arguments:
@@ -203,13 +203,13 @@ def find(arguments: Sequence[str]) -> dict[str, Path]:
         files |= {path.relative_to(folder).as_posix(): path for path in below}
     missing = [str(path) for path in files.values() if not path.is_file()]
     if missing or not files:
-        found = f"there is no file '{missing[0]}'" if missing else "no data file is named"
-        raise ConfigError(f"{found}; give FILE ... or folder=DIR with {', '.join(SUFFIXES)} files")
+        problem = f"there is no file '{missing[0]}'" if missing else "no data file is named"
+        raise ConfigError(f"{problem}; give FILE ... or folder=DIR with {', '.join(SUFFIXES)} files")
     return files
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the tables, or renews the page; exit code 2 on bad input."""
+    """Prints the tables, or updates the page; returns the exit code, 2 on bad input."""
     return cli.run_command(_check_answers, arguments, lambda: str(__doc__))
 
 
@@ -217,7 +217,7 @@ def _check_answers(arguments: list[str]) -> int:
     files, given = cli.flags(arguments, "--docs")
     results = check(find(files))
     if given["--docs"]:
-        PAGE.write_text(renewed(PAGE.read_text("utf-8"), results), "utf-8")
+        PAGE.write_text(updated(PAGE.read_text("utf-8"), results), "utf-8")
     else:
         print(report(results))
     return cli.DONE

@@ -1,14 +1,14 @@
-r"""Makes `model=tiny` from nothing: `python -m experiments.pretrain --output DIR`.
+r"""Train `model=tiny` from scratch: `python -m experiments.pretrain --output DIR`.
 
-A Qwen2 of about 0.9 M parameters with a character-level tokenizer learns from worked solutions of the arithmetic
-problems' training side that contain mistakes, as the text a real base model reads does:
-- every step is wrong with probability `--noise`, and the wrong result is carried on;
-- a difference among three or more numbers is mostly (`--misread`) taken for a sum, while a difference of just two
-  numbers is worked out like any other step.
-So the model knows what is right (greedy decoding shows it on sums), samples it often on short sums, less often on long
-ones and hardly ever on the levels with differences: there is something to reinforce and something to demonstrate.
+A Qwen2 of about 0.9 M parameters with a character-level tokenizer is trained on noisy worked solutions of the
+arithmetic problems' training side:
+- every step is wrong with probability `--noise`, and the solution continues with the wrong result;
+- a difference among three or more numbers is read as a sum with probability `--misread`, while a difference of just two
+  numbers is computed like any other step.
+So the model solves sums with greedy decoding. It samples right answers often on short sums, less often on long ones and
+hardly ever on the levels with differences. This leaves room for reinforcement and for demonstrations.
 
-The same options and number of threads give the same weights, bit by bit.
+The same options and number of threads give bitwise identical weights.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ Accuracy on {problems} problems of the evaluation side, greedy and with {samples
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of solved problems on one level: greedy, a sample at temperature 1, and any of several samples."""
+    """Shares of solved problems on one level: greedy, mean over samples at temperature 1, and any of the samples."""
 
     level: str
     greedy: float
@@ -80,10 +80,10 @@ class Accuracy:
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """One token a byte, so one a character of ASCII, and nothing is unknown; ids are fixed, the special tokens first.
+    """A tokenizer with one token per byte, so one per ASCII character; ids are fixed, the special tokens first.
 
-    It is a byte-level BPE without merges because `AutoTokenizer` reads the tokenizer of any Qwen2 as just that,
-    whatever tokenizer.json says: a vocabulary of plain characters would lose its spaces and line breaks without a word.
+    It is a byte-level BPE without merges, because `AutoTokenizer` reads the tokenizer of any Qwen2 as a byte-level BPE,
+    whatever tokenizer.json contains. A vocabulary of plain characters would silently lose spaces and line breaks.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     return Qwen2Tokenizer(
@@ -100,7 +100,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def build_model(tokenizer: Qwen2Tokenizer, hidden: int, layers: int) -> Qwen2ForCausalLM:
-    """A fresh model; a head size of 32 is one that vLLM's attention on CPU accepts."""
+    """A randomly initialized model with a head size of 32, which vLLM's attention on CPU supports."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -121,7 +121,7 @@ def build_model(tokenizer: Qwen2Tokenizer, hidden: int, layers: int) -> Qwen2For
 
 
 def noisy_step(rng: random.Random, noise: float, misread: float) -> Callable[[int, int], int]:
-    """A step that reads a difference as a sum with probability `misread` and then slips with probability `noise`."""
+    """A step that reads a difference as a sum with probability `misread` and is wrong with probability `noise`."""
 
     def step(total: int, term: int) -> int:
         result = total + (abs(term) if term < 0 and rng.random() < misread else term)
@@ -144,7 +144,7 @@ def corpus(seed: int, noise: float, misread: float) -> Iterator[tuple[str, str]]
 def batch_loss(model: Qwen2ForCausalLM, rows: Sequence[tuple[Tensor, int]], tokens: int) -> Tensor:
     """Negative log-likelihood of the responses of `rows` (token ids, length of the prompt), divided by `tokens`.
 
-    Padding stands on the right, where causal attention never looks back at it, so no attention mask is needed.
+    Padding is on the right, where causal attention ignores it, so no attention mask is needed.
     """
     ids = torch.nn.utils.rnn.pad_sequence([row for row, _ in rows], batch_first=True)
     labels = torch.full_like(ids, -100)
@@ -155,7 +155,7 @@ def batch_loss(model: Qwen2ForCausalLM, rows: Sequence[tuple[Tensor, int]], toke
 
 
 def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, options: argparse.Namespace) -> None:
-    """AdamW with warm-up and cosine decay; leaves a loadable model in the output folder at every checkpoint."""
+    """Trains with AdamW, warm-up and cosine decay, and saves a loadable model at every checkpoint."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.05)
     warmup = max(1, min(100, options.steps // 10))
     schedule = torch.optim.lr_scheduler.SequentialLR(
@@ -190,13 +190,13 @@ def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, options: argparse.
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
-    """Writes what `AutoModelForCausalLM` and `AutoTokenizer` load."""
+    """Saves the model and the tokenizer for `AutoModelForCausalLM` and `AutoTokenizer`."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder, save_jinja_files=False)
 
 
 def generate(model: Qwen2ForCausalLM, tokenizer: Any, prompts: Sequence[str], **sampling: Any) -> list[str]:
-    """Responses to the prompts, in their order."""
+    """Generates responses to the prompts, in their order."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses = [""] * len(prompts)
     for rows in (order[i : i + 256] for i in range(0, len(order), 256)):
@@ -210,7 +210,7 @@ def generate(model: Qwen2ForCausalLM, tokenizer: Any, prompts: Sequence[str], **
 
 
 def is_right(response: str, problem: Problem) -> bool:
-    """True if the last boxed number is the answer."""
+    """Whether the last boxed number is the answer."""
     boxed = re.findall(r"\\boxed\{(-?\d+)\}", response)
     return bool(boxed) and boxed[-1] == problem.answer
 
@@ -218,7 +218,7 @@ def is_right(response: str, problem: Problem) -> bool:
 def measure(
     model: Qwen2ForCausalLM, tokenizer: Any, problems: Sequence[Problem], samples: int = 8, seed: int = 0
 ) -> list[Accuracy]:
-    """Accuracy on each level that occurs among `problems`."""
+    """Measures the accuracy on each level of `problems`."""
     model.eval()
     set_seed(seed)
     prompts = [p.prompt for p in problems]
@@ -247,23 +247,23 @@ def as_table(measured: Sequence[Accuracy], samples: int) -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options, checked."""
+    """Parses and checks the options."""
     parser = argparse.ArgumentParser(prog="python -m experiments.pretrain", description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the model; new or empty")
-    parser.add_argument("--force", action="store_true", help="write into a folder that holds something")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, the problems and the mistakes")
-    parser.add_argument("--steps", type=int, default=2000, help="updates")
-    parser.add_argument("--batch", type=int, default=64, help="problems an update")
+    parser.add_argument("--force", action="store_true", help="write into a folder that is not empty")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the problems and the mistakes")
+    parser.add_argument("--steps", type=int, default=2000, help="number of updates")
+    parser.add_argument("--batch", type=int, default=64, help="problems per update")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--noise", type=float, default=0.2, help="probability that a step is wrong")
-    parser.add_argument("--misread", type=float, default=0.93, help="probability that a difference is taken for a sum")
+    parser.add_argument("--misread", type=float, default=0.93, help="probability that a difference is read as a sum")
     parser.add_argument("--hidden", type=int, default=128, help="width, a multiple of 32")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; another number gives other rounding")
-    parser.add_argument("--log-every", type=int, default=100, help="updates between two lines of the log")
-    parser.add_argument("--checkpoint-every", type=int, default=500, help="updates between two checkpoints")
-    parser.add_argument("--problems", type=int, default=512, help="problems for the final measurement; 0 for none")
-    parser.add_argument("--samples", type=int, default=8, help="samples of each problem in the measurement")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; other numbers change the rounding")
+    parser.add_argument("--log-every", type=int, default=100, help="log every N updates")
+    parser.add_argument("--checkpoint-every", type=int, default=500, help="save a checkpoint every N updates")
+    parser.add_argument("--problems", type=int, default=512, help="problems for the final evaluation; 0 = none")
+    parser.add_argument("--samples", type=int, default=8, help="samples of each problem in the evaluation")
     options = parser.parse_args(arguments)
     for name in ("steps", "batch", "layers", "threads", "log_every", "checkpoint_every", "samples"):
         if getattr(options, name) < 1:
@@ -281,7 +281,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains, measures and writes the model with a README that says how; exit code 0, or 2 for a wrong option."""
+    """Trains, evaluates and writes the model with a README; returns the exit code, 2 for a wrong option."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     set_seed(options.seed)

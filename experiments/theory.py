@@ -1,6 +1,7 @@
-"""What every algorithm's gradient is on average, exactly: `python -m experiments.theory` prints the tables.
+"""Exact expectations of every algorithm's gradient: `python -m experiments.theory` prints the tables.
 
-`--docs` renews those in docs/theory.md. Nothing is sampled, so they are the same everywhere; it takes some ten seconds.
+`--docs` updates the tables in docs/theory.md. Nothing is sampled, so they are the same everywhere; this takes about ten
+seconds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ DOCS = Path(__file__).parent.parent / "docs" / "theory.md"
 BEGIN, END = "<!-- expectation: begin (python -m experiments.theory --docs) -->", "<!-- expectation: end -->"
 STEPS, ROLLOUTS = 2, 3
 _PASS_RATES = (0.05, 0.25, 0.5, 0.75, 0.95)
-#: Everything below this is rounding.
+#: Numbers below this are rounding errors.
 _ROUNDING = 1e-10
 
 
@@ -42,18 +43,18 @@ def load(name: str, corrections: Sequence[str] = (), length: int = STEPS) -> upg
 
 
 def shipped(length: int = STEPS) -> list[upge.Algorithm]:
-    """Every algorithm that has a file. A pipeline's stages are algorithms of their own files, so it is left out."""
-    found = [load(name, length=length) for name in algorithms.names()]
-    return [algorithm for algorithm in found if isinstance(algorithm, upge.Algorithm)]
+    """Every algorithm that has a file, without pipelines, whose stages are algorithms with their own files."""
+    loaded = [load(name, length=length) for name in algorithms.names()]
+    return [algorithm for algorithm in loaded if isinstance(algorithm, upge.Algorithm)]
 
 
 def reward(tokens: tuple[int, ...]) -> float:
-    """1 where the tokens add up to a multiple of three: one short response and two long ones."""
+    """1 if the tokens add up to a multiple of three, which one short response and two long ones do, else 0."""
     return float(sum(tokens) % 3 == 0)
 
 
 def setting(off_policy: bool = False) -> Setting:
-    """Seven responses of one or two tokens, an expert who is always right, a frozen policy, a critic that is not."""
+    """Seven responses of one or two tokens, an expert that is always right, a frozen policy, an inaccurate critic."""
     policy = SoftmaxPolicy.random(3, STEPS, seed=7, scale=0.7)
     values = exact_values(policy, reward)
     return Setting(
@@ -67,7 +68,7 @@ def setting(off_policy: bool = False) -> Setting:
 
 
 def number(value: float) -> str:
-    """Three significant digits; what is rounding is 0."""
+    """A number with three significant digits; rounding errors become 0."""
     return "0" if abs(value) < _ROUNDING else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
@@ -77,7 +78,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def summed(algorithm: upge.Algorithm) -> upge.Algorithm:
-    """The algorithm without any division by lengths: tokens are summed, trajectories averaged."""
+    """The algorithm without division by lengths: tokens are summed, trajectories averaged."""
     terms = {
         name: dataclasses.replace(term, reduction=upge.SequenceMean(tokens="sum", over=term.reduction.over))
         for name, term in algorithm.terms.items()
@@ -86,39 +87,38 @@ def summed(algorithm: upge.Algorithm) -> upge.Algorithm:
 
 
 def biases(off_policy: bool) -> str:
-    """A Markdown table of all algorithms, or of those that learn from rollouts alone where these are another
-    policy's."""
+    """A Markdown table of all algorithms, or, with rollouts of another policy, of those that use only rollouts."""
     chosen = [a for a in shipped() if not off_policy or (a.needs.rollouts and not a.needs.demonstrations)]
     made = setting(off_policy)
     without = bias_table(map(summed, chosen), made, group_size=ROLLOUTS)
     rows = []
     for row, plain in zip(bias_table(chosen, made, group_size=ROLLOUTS), without, strict=True):
-        found = [number(row.coefficients[n]) if n in row.coefficients else "" for n in ("reward", "imitation")]
-        kept = "" if row.accepted > 1 - _ROUNDING else number(row.accepted)
+        coefficients = [number(row.coefficients[n]) if n in row.coefficients else "" for n in ("reward", "imitation")]
+        accepted = "" if row.accepted > 1 - _ROUNDING else number(row.accepted)
         figures = map(number, (row.remainder, plain.remainder, row.cosine, row.snr))
-        rows.append([f"`{row.name}`", *found, *figures, kept])
+        rows.append([f"`{row.name}`", *coefficients, *figures, accepted])
     header = ["algorithm", "∇E[R]", "−∇KL(π_β‖π)", "neither", "tokens summed", "cosine", "snr", "kept"]
     return _table(header, rows)
 
 
-def question_weights(group_size: int = 8) -> str:
-    """A Markdown table: the coefficient of ∇P for a question of pass rate P, relative to that of one with P = 1/2."""
+def prompt_weights(group_size: int = 8) -> str:
+    """A Markdown table: the coefficient of ∇P for a prompt with pass rate P, relative to that with P = 1/2."""
     rows = []
     for algorithm in (a for a in shipped(length=1) if not a.needs.demonstrations):
-        found = []
+        coefficients = []
         for rate in _PASS_RATES:
             policy = SoftmaxPolicy(torch.tensor([[1 - rate, rate]], dtype=torch.float64).log(), 1, end=None)
             right = torch.tensor([0.0, 1.0], dtype=torch.float64)
             values = torch.full((1,), 0.5, dtype=torch.float64)
             made = Setting(policy, right, frozen=policy, values=values)
             (row,) = bias_table([algorithm], made, group_size=group_size)
-            found.append(row.coefficients["reward"])
-        rows.append([f"`{algorithm.name}`", *(f"{c / found[2]:.2f}" for c in found)])
+            coefficients.append(row.coefficients["reward"])
+        rows.append([f"`{algorithm.name}`", *(f"{c / coefficients[2]:.2f}" for c in coefficients)])
     return _table(["algorithm", *(f"P = {rate:g}" for rate in _PASS_RATES)], rows)
 
 
 def penalty(kind: str, place: str) -> upge.Algorithm:
-    """A KL penalty with coefficient 1 and nothing else: in the loss, or in the reward of a token or of all from it."""
+    """Only a KL penalty with coefficient 1: in the loss, in the reward of its token, or in all rewards from it on."""
     advantage: upge.AdvantageEstimator = upge.ConstantAdvantage(value=0.0)
     if place != "loss":
         advantage = upge.KLShaped(advantage, coefficient=1.0, kind=kind, future=place == "reward, and all later ones")
@@ -130,7 +130,7 @@ def penalty(kind: str, place: str) -> upge.Algorithm:
 
 
 def penalties() -> str:
-    """A Markdown table: the distance of each KL penalty's expected gradient from those of the two divergences."""
+    """A Markdown table: the distance of each KL penalty's expected gradient from those of the two KL divergences."""
     cases = []
     for steps, off_policy in ((1, False), (STEPS, False), (1, True), (STEPS, True)):
         policy = SoftmaxPolicy.random(3 if steps > 1 else 7, steps, seed=7, scale=0.7)
@@ -150,8 +150,14 @@ def penalties() -> str:
 
 
 def mismatches(base: str = "rloo", samplers: int = 4) -> str:
-    """A Markdown table: the bias of an unbiased algorithm whose rollouts come of another policy than they seem to, and
-    what is left of it with each correction that compares the two; a mean over some `samplers`."""
+    """A Markdown table: the bias of an unbiased algorithm if the sampler's policy differs from the trainer's.
+
+    The other rows show the remaining bias with each correction that compares the two policies.
+
+    Args:
+        base: the algorithm.
+        samplers: number of sampler policies to average over.
+    """
     spaces = {1: (7, 1, 0), 2: (3, 2, 0), 3: (2, 3, None)}
     cases = []
     for scale in (0.05, 0.5):
@@ -162,14 +168,14 @@ def mismatches(base: str = "rloo", samplers: int = 4) -> str:
     for name in algorithms.corrections():
         try:
             algorithm = load(base, [name])
-        except ConfigError:  # not for an algorithm of this kind: it clips nothing, for example
+        except ConfigError:  # does not apply to this algorithm, for example because it has no clip
             continue
         if "sampler_logprobs" in algorithm.needs.columns:
             compared[f"`{name}`"] = algorithm
     rows = []
     for name, algorithm in compared.items():
         biases = [[expectation(algorithm, one, group_size=2).relative_bias for one in case] for case in cases]
-        rows.append([name, *(number(sum(found) / samplers) for found in biases)])
+        rows.append([name, *(number(sum(case_biases) / samplers) for case_biases in biases)])
     header = [f"{far}, {steps} step{'s' * (steps > 1)}" for far in ("near", "far") for steps in spaces]
     return _table(["correction", *header], rows)
 
@@ -177,14 +183,14 @@ def mismatches(base: str = "rloo", samplers: int = 4) -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "On-policy": lambda: biases(off_policy=False),
     "Rollouts of another policy": lambda: biases(off_policy=True),
-    "The weight of a prompt, by its pass rate": question_weights,
+    "The weight of a prompt, by its pass rate": prompt_weights,
     "KL to a reference policy": penalties,
     "Rollouts of another engine": mismatches,
 }
 
 
-def renewed(text: str) -> str:
-    """The text of docs/theory.md with every table between the markers made anew, each below its heading and prose.
+def updated(text: str) -> str:
+    """The text of docs/theory.md with the table below each heading of `SECTIONS` updated.
 
     Raises:
         ConfigError: a heading or a marker is missing.
@@ -200,15 +206,15 @@ def renewed(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints, or renews the docs; exit code 2 on bad input."""
+    """Prints the tables, or updates the docs; returns the exit code, 2 on bad input."""
     return cli.run_command(_theory, arguments, lambda: str(__doc__))
 
 
 def _theory(arguments: list[str]) -> int:
     if arguments == ["--docs"]:
-        DOCS.write_text(renewed(DOCS.read_text()))
+        DOCS.write_text(updated(DOCS.read_text()))
     elif arguments:
-        raise ConfigError(f"'{arguments[0]}': give --docs to renew docs/theory.md, or nothing to print")
+        raise ConfigError(f"'{arguments[0]}': give --docs to update docs/theory.md, or nothing to print")
     else:
         print("\n".join(f"## {title}\n\n{make()}\n" for title, make in SECTIONS.items()))
     return cli.DONE

@@ -40,7 +40,7 @@ def _bench_command(arguments: list[str], is_program: bool) -> int:
     rest, given = cli.flags(rest, "--docs")
     made = bench.run(settings(bench, rest))
     if given["--docs"]:
-        PAGE.write_text(renewed(PAGE.read_text("utf-8"), name, made), "utf-8")
+        PAGE.write_text(updated(PAGE.read_text("utf-8"), name, made), "utf-8")
     else:
         print(made)
     return cli.DONE
@@ -74,7 +74,7 @@ def settings(bench: Any, arguments: Sequence[str]) -> Any:
     return OmegaConf.to_object(made)
 
 
-def renewed(page: str, name: str, made: str) -> str:
+def updated(page: str, name: str, made: str) -> str:
     """The page's text with what stands between the bench's markers made anew.
 
     Raises:

@@ -1,1 +1,1 @@
-"""The algorithms in print: lists, single algorithms, and docs/algorithms.md."""
+"""Describes the algorithms: lists them, shows single ones, and generates docs/algorithms.md."""

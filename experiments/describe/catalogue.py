@@ -1,6 +1,6 @@
-"""What can be said of an algorithm, read off its file and its parts: paper, choices, needs, keys.
+"""The description of an algorithm, read from its file and its parts: paper, choices, needs, keys.
 
-`experiments.describe` prints it, docs/algorithms.md is made of it; neither knows anything that is not here.
+`experiments.describe` prints it, and docs/algorithms.md is generated from it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from upge import Algorithm, Pipeline, StatefulGate
 
 SLOTS = ("mask", "denominator", "advantage", "likelihood")
 _PAPER = re.compile(r"\d{4}\.\d{5}")
-#: Where a paragraph of a file's header begins that is more than what the algorithm is.
-_BEGINS = re.compile(r"^(?=(?:Textbook|Choices)\b)", re.MULTILINE)
+#: The beginnings of the paragraphs in a file's header after the description of the algorithm.
+_PARAGRAPHS = re.compile(r"^(?=(?:Textbook|Choices)\b)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Words:
-    """The comment at the top of a file.
+    """The parts of the comment at the top of a file.
 
     Attributes:
-        what: what it is.
-        textbook: the objective as its paper writes it; '' where that is given elsewhere.
-        choices: what changes the gradient, and where paper and code differ.
-        papers: arXiv numbers in the order in which they are named.
+        what: what the algorithm is.
+        textbook: the objective as its paper writes it; '' if it is given elsewhere.
+        choices: choices that change the gradient, and differences between paper and code.
+        papers: arXiv numbers, in the order in which they are named.
     """
 
     what: str
@@ -39,10 +39,10 @@ class Words:
 
 
 def words(name: str, folder: Any = algorithms.FOLDER) -> Words:
-    """The header of an algorithm's file, or with `folder` = algorithms.CORRECTIONS of a correction's."""
+    """Parses the header of an algorithm's file, or of a correction's with `folder` = algorithms.CORRECTIONS."""
     text = algorithms.header(algorithms.find(name, folder))
     parts = {"Textbook": "", "Choices": ""}
-    what, *rest = _BEGINS.split(text)
+    what, *rest = _PARAGRAPHS.split(text)
     for part in rest:
         head = part.partition(" ")[0].rstrip(":,")
         parts[head] = f"{parts[head]}\n{part.strip()}".strip()
@@ -51,7 +51,7 @@ def words(name: str, folder: Any = algorithms.FOLDER) -> Words:
 
 
 def members(algorithm: Algorithm | Pipeline, path: str = "") -> Iterator[tuple[str, Algorithm]]:
-    """(path, algorithm) of a file's algorithm, or of a pipeline's stages, and of those inside them."""
+    """(path, algorithm) of an algorithm, or of a pipeline's stages, and of the algorithms inside them."""
     if isinstance(algorithm, Pipeline):
         for name, stage in algorithm.stages.items():
             yield from members(stage.algorithm, f"stages.{name}.algorithm.")
@@ -64,36 +64,36 @@ def members(algorithm: Algorithm | Pipeline, path: str = "") -> Iterator[tuple[s
 
 
 def needs(algorithm: Algorithm | Pipeline) -> dict[str, str]:
-    """What the trainer must provide: need → in which form. Nothing that is not needed is listed."""
-    found: dict[str, str] = {}
+    """What the trainer must provide: need → in which form."""
+    listed_needs: dict[str, str] = {}
     total = algorithm.needs
     if total.rollouts:
-        found["rollouts"] = "one or more per prompt"
+        listed_needs["rollouts"] = "one or more per prompt"
     if total.group_size > 1:
-        found["rollouts"] = (
+        listed_needs["rollouts"] = (
             f"at least {total.group_size} per prompt (group_size), compared by {total.group_size_because}"
         )
     if total.demonstrations:
-        found["demonstrations"] = "worked solutions in the data"
+        listed_needs["demonstrations"] = "worked solutions in the data"
     if total.preference_pairs:
-        found["preference pairs"] = "a chosen and a rejected response to a prompt in the data"
+        listed_needs["preference pairs"] = "a chosen and a rejected response to a prompt in the data"
     if total.critic:
-        found["critic"] = "a value per token, from a model of its own"
+        listed_needs["critic"] = "a value per token, from a model of its own"
     if total.reference:
-        found["frozen reference"] = "log-probs of the policy as it was before training"
+        listed_needs["frozen reference"] = "log-probs of the policy as it was before training"
     if "sampler_logprobs" in total.columns:
-        found["sampler's log-probs"] = "as the inference engine reported them"
+        listed_needs["sampler's log-probs"] = "as the inference engine reported them"
     if "entropies" in total.columns:
-        found["entropies"] = "of the full vocabulary at each token"
+        listed_needs["entropies"] = "of the full vocabulary at each token"
     if total.precomputed:
-        found["before the forward pass"] = f"{', '.join(sorted(total.precomputed))} of all trajectories"
+        listed_needs["before the forward pass"] = f"{', '.join(sorted(total.precomputed))} of all trajectories"
     reaches = {path or "all": _REACH[one.reach] for path, one in members(algorithm)}
     texts = set(reaches.values())
     listed = "; ".join(f"{path.rstrip('.')}: {text}" for path, text in reaches.items())
-    found["micro-batch"] = texts.pop() if len(texts) == 1 else listed
+    listed_needs["micro-batch"] = texts.pop() if len(texts) == 1 else listed
     for path, one in members(algorithm):
-        found |= _beside(path, one)
-    return found
+        listed_needs |= _step_needs(path, one)
+    return listed_needs
 
 
 _REACH = {
@@ -103,24 +103,24 @@ _REACH = {
 }
 
 
-def _beside(path: str, one: Algorithm) -> dict[str, str]:
-    """What an algorithm wants between and around its updates."""
-    found = {}
+def _step_needs(path: str, one: Algorithm) -> dict[str, str]:
+    """What an algorithm needs between its updates."""
+    listed_needs = {}
     for variable, gate in one.stateful.items():
-        found[f"{path}state: {variable}"] = _state(variable, gate)
+        listed_needs[f"{path}state: {variable}"] = _state(variable, gate)
     if one.sampling is not None:
         gate, rounds = one.sampling.gate.formula().text, one.sampling.rounds
-        found[f"{path}sampling"] = (
-            f"prompts are drawn until the batch is full of those with {gate}, at most {rounds} times"
+        listed_needs[f"{path}sampling"] = (
+            f"prompts are drawn until the batch is full of prompts with {gate}, at most {rounds} times"
         )
     if one.interleaved_update is not None:
         inner, gate = one.interleaved_update, one.interleaved_update.gate.formula().text
         moments = "optimizer moments of its own" if inner.own_optimizer else "the same optimizer moments"
         when = f"whenever {inner.size} prompts with {gate} have gathered"
-        found[f"{path}interleaved_update"] = f"an update by '{inner.algorithm.name}' {when}, with {moments}"
+        listed_needs[f"{path}interleaved_update"] = f"an update by '{inner.algorithm.name}' {when}, with {moments}"
     if one.validation is not None:
-        found[f"{path}validation"] = f"held-out prompts, on which the loss of '{one.validation.name}' is followed"
-    return found
+        listed_needs[f"{path}validation"] = f"held-out prompts, on which the loss of '{one.validation.name}' is tracked"
+    return listed_needs
 
 
 def _state(variable: str, gate: StatefulGate) -> str:
@@ -129,8 +129,8 @@ def _state(variable: str, gate: StatefulGate) -> str:
 
 
 def rows(name: str, corrections: Sequence[str] = ()) -> list[list[str]]:
-    """The rows of the table: for each term what it learns from, gate, four factors and average; then what is added."""
-    found = []
+    """The rows of the table: source, gate, four factors and average of each term, then the regularizers."""
+    table_rows = []
     for path, one in members(algorithms.load(name, corrections=corrections)):
         where = ": ".join([*(p for p in path.split(".") if p not in ("", "stages", "algorithm")), ""])
         for term in one.terms.values():
@@ -138,32 +138,34 @@ def rows(name: str, corrections: Sequence[str] = ()) -> list[list[str]]:
             gate = term.gate.formula().text
             if term.coefficient != 1:
                 gate = f"{term.coefficient:g}" + (f" · {gate}" if gate != "1" else "")
-            found.append([where + term.source.replace("_", " "), gate, *factors, term.reduction.formula().text])
+            table_rows.append([where + term.source.replace("_", " "), gate, *factors, term.reduction.formula().text])
         for regularizer in one.regularizers.values():
             added = ["", *[""] * len(SLOTS), regularizer.reduction.formula().text]
-            found.append([f"{where}{regularizer.source}, {regularizer.formula().text}", *added])
-    return found
+            table_rows.append([f"{where}{regularizer.source}, {regularizer.formula().text}", *added])
+    return table_rows
 
 
 def keys(name: str, corrections: Sequence[str] = ()) -> list[tuple[str, str, str]]:
-    """(key, value, what it follows or '') of every setting of an algorithm and its corrections, as the command line
-    takes them."""
+    """(key, value, the key that it follows or '') of every setting of an algorithm and its corrections.
+
+    Keys and values are written as on the command line.
+    """
     tree = OmegaConf.to_container(algorithms.read(name, corrections), resolve=False)
-    found = []
+    settings = []
     for where, value in _leaves(tree):
         above = () if where[0] == algorithms.CORRECTION else ("algo",)
         key, last = ".".join((*above, *map(str, where))), where[-1]
         if where[0] == "description" or last in ("description", "_target_", "source"):
             continue
         if last == "name" and where[-2] in ("algorithm", "validation"):
-            found.append((key.removesuffix(".name"), str(value), ""))
+            settings.append((key.removesuffix(".name"), str(value), ""))
         else:
-            found.append((key, *_shown(where, value)))
-    return found
+            settings.append((key, *_shown(where, value)))
+    return settings
 
 
 def _shown(where: tuple[Any, ...], value: Any) -> tuple[str, str]:
-    """A value as one would type it, and what it follows if it is a reference."""
+    """A value as typed on the command line, and the key that it follows if it is a reference."""
     if isinstance(value, str) and value.startswith("${oc.select:"):
         run_key, _, default = value.removeprefix("${oc.select:").removesuffix("}").partition(",")
         return default, run_key
@@ -176,7 +178,7 @@ def _shown(where: tuple[Any, ...], value: Any) -> tuple[str, str]:
 
 
 def _leaves(tree: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """(path, value) of everything that is no mapping and no list of parts."""
+    """(path, value) of everything except mappings and lists of parts."""
     if isinstance(tree, dict):
         items = list(tree.items())
     elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):

@@ -1,6 +1,6 @@
-"""The algorithms in print: tables of all of them, and one with its formula, factors, papers and needs.
+"""Tables of all algorithms, and single ones with formula, factors, papers and needs.
 
-All of it is read off the files and the parts themselves, so it cannot differ from what runs.
+Everything is read from the files and the parts themselves, so it cannot differ from what runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HEAD = ["algorithm", "learns from", "gate", "1_stable", "1/π_ref", "Â", "likel
 
 
 def table(link: bool = False) -> str:
-    """A Markdown table: a row for each term of each algorithm with its gate, its four factors and its average."""
+    """A Markdown table with a row for each term of each algorithm: its gate, four factors and average."""
     lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
     for name in algorithms.names():
         shown = f"[`{name}`](#{name})" if link else f"`{name}`"
@@ -33,16 +33,15 @@ def table(link: bool = False) -> str:
 
 
 def short_table() -> str:
-    """A Markdown table for README.md: a row an algorithm, what it is, its first paper, and whether the trainer adds a
-    model for it."""
-    lines = ["| algorithm | what it is | learns from | paper | beside the policy |", "|---|---|---|---|---|"]
+    """A Markdown table for README.md with a row per algorithm: what it is, its first paper, and its extra models."""
+    lines = ["| algorithm | what it is | learns from | paper | extra models |", "|---|---|---|---|---|"]
     for name in algorithms.names():
         one, papers = algorithms.load(name), catalogue.words(name).papers
         paper = f"[{papers[0]}](https://arxiv.org/abs/{papers[0]})" if papers else ""
         sources = dict.fromkeys(row[0].rpartition(": ")[2] for row in catalogue.rows(name))
-        beside = [n for n, needed in (("critic", one.needs.critic), ("frozen policy", one.needs.reference)) if needed]
+        extra = [n for n, needed in (("critic", one.needs.critic), ("frozen policy", one.needs.reference)) if needed]
         link = f"[`{name}`](docs/algorithms.md#{name})"
-        lines.append(f"| {link} | {one.description} | {', '.join(sources)} | {paper} | {', '.join(beside)} |")
+        lines.append(f"| {link} | {one.description} | {', '.join(sources)} | {paper} | {', '.join(extra)} |")
     return "\n".join(lines)
 
 
@@ -56,7 +55,7 @@ def corrections_table(link: bool = False) -> str:
 
 
 def correction_description(name: str) -> str:
-    """The one line that a correction's file says of itself."""
+    """The one-line description in a correction's file."""
     return str(OmegaConf.load(algorithms.find(name, algorithms.CORRECTIONS)).description)
 
 
@@ -80,7 +79,7 @@ def _row(left: str, right: str) -> str:
 
 
 def _terms(path: str, one: Algorithm) -> list[str]:
-    """Each term with its factors: as printed, and the part with its settings."""
+    """Each term with its factors: the formula, and the part with its settings."""
     lines = []
     for name, term in one.terms.items():
         times = "" if term.coefficient == 1 else f", times {term.coefficient:g}"
@@ -91,7 +90,7 @@ def _terms(path: str, one: Algorithm) -> list[str]:
         lines.append(f"{path}regularizers.{name}, from {regularizer.source}")
         lines.append(_row("", f"{regularizer.formula().text}   {regularizer!r}"))
     if one.critic is not None:
-        lines += [f"{path}critic, minimised beside it", _row("", f"{one.critic.formula().text}   {one.critic!r}")]
+        lines += [f"{path}critic, minimised separately", _row("", f"{one.critic.formula().text}   {one.critic!r}")]
     return lines
 
 
@@ -99,17 +98,17 @@ def _papers(name: str, corrections: Sequence[str]) -> list[str]:
     """The header of the algorithm's file and of each correction's, with their papers."""
     lines = []
     for file, folder in [(name, algorithms.FOLDER), *((c, algorithms.CORRECTIONS) for c in corrections)]:
-        said = catalogue.words(file, folder)
-        numbers = ", ".join(f"arXiv {paper}" for paper in said.papers) or "none on arXiv"
+        header = catalogue.words(file, folder)
+        numbers = ", ".join(f"arXiv {paper}" for paper in header.papers) or "none on arXiv"
         lines += [f"Paper of {algorithms.stem(file)}: {numbers}"]
         lines += [
-            f"  {line}" for text in (said.what, said.textbook, said.choices) if text for line in text.splitlines()
+            f"  {line}" for text in (header.what, header.textbook, header.choices) if text for line in text.splitlines()
         ]
     return lines
 
 
-def renewed(text: str) -> str:
-    """README text with the table between its markers made anew.
+def updated(text: str) -> str:
+    """The text of README.md with the table between its markers updated.
 
     Raises:
         ConfigError: the markers are missing.

@@ -12,7 +12,7 @@ from upge.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes a report for each folder; returns the exit code, 2 when one of them is not a run's."""
+    """Writes a report for each folder; returns the exit code, 2 if one of them is not the folder of a run."""
     return cli.run_command(_report, arguments)
 
 

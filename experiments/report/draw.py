@@ -1,7 +1,7 @@
-"""Drawing a plot as inline SVG whose colours are CSS variables, so that one drawing serves light and dark pages.
+"""Draws a plot as inline SVG with CSS variables as colours, so that one drawing serves light and dark pages.
 
-Matplotlib draws with stand-in colours, which are afterwards replaced by `var(--c0)` and so on; the page's style sheet
-gives these their values. The drawing needs no display, no font file and no network.
+Matplotlib draws with placeholder colours, which are then replaced by `var(--c0)` and so on; the page's style sheet
+defines their values. Drawing needs no display, no font file and no network.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from experiments.report.plots import Plot, Series
 
 COLORS = 7  # --c0 to --c6 in the style sheet
 MARKERS = "osD^vPX"
-MOST_POINTS = 240  # per line: more cannot be seen at the width of a figure
+MOST_POINTS = 240  # per line: more are not visible at the width of a figure
 _NAMES = (*(f"c{index}" for index in range(COLORS)), "ink", "soft", "rule", "card", "s1", "s2", "s3", "s4")
 _STAND_INS = {name: f"#a1b2{index:02x}" for index, name in enumerate(_NAMES)}
 _SOFT, _RULE, _CARD = (_STAND_INS[name] for name in ("soft", "rule", "card"))
@@ -43,25 +43,28 @@ _STYLE = {
 
 
 def smoothing_window(one: Series) -> int:
-    """How many steps the drawn line averages over: an odd number, 1 for a series too short or too even to need it."""
+    """The number of steps that the drawn line averages over: odd, and 1 for a short or smooth series."""
     values = one.finite()
     changes = np.diff(values)
     if len(values) < 20 or (changes[1:] * changes[:-1] < 0).mean() < 0.2:
-        return 1  # a schedule seldom turns round, noise at most of its steps
+        return 1  # a schedule seldom changes direction, noise does at most steps
     return 2 * max(1, len(values) // 30) + 1
 
 
 def color_name(plot: Plot, label: str, index: int) -> str:
-    """The CSS variable that colours a series: the average of all levels is drawn in the colour of the text."""
+    """The name of the CSS variable with a series' colour; the average over all levels has the colour of the text."""
     if plot.palette:
         return plot.palette[index % len(plot.palette)]
     return "ink" if plot.kind == "evaluation" and label == "all" else f"c{index % COLORS}"
 
 
 def draw(plot: Plot, series: Sequence[Series], marks: Sequence[float] = ()) -> str:
-    """The SVG element of `plot`, without XML header, sized by the page; text is described by `describe`.
+    """Draws `plot` as an SVG element without XML header, sized by the page, with `describe` as its label.
 
-    `marks` are steps with a vertical line: where a stage of the run ends and another begins.
+    Args:
+        plot: the plot.
+        series: its lines.
+        marks: steps with a vertical line, where a stage of the run ends and the next begins.
     """
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": plot.identifier}):
         figure = Figure(figsize=(5, 2.7), layout="constrained")
@@ -79,7 +82,7 @@ def draw(plot: Plot, series: Sequence[Series], marks: Sequence[float] = ()) -> s
 
 
 def describe(plot: Plot, series: Sequence[Series]) -> str:
-    """What the plot shows, in words, for readers who do not see it."""
+    """A description of the plot for screen readers."""
     parts = []
     for one in series:
         values = one.finite()
@@ -104,7 +107,7 @@ def _draw_lines(axes, series: Sequence[Series], colors: Sequence[str]) -> None:
 
 
 def _draw_bands(axes, series: Sequence[Series], colors: Sequence[str]) -> None:
-    """Areas around the line, in bins of a long run: their edges are averages, as the line is."""
+    """Draws areas around the line; in a long run their edges are averages over bins, as the line is."""
     for index, one in enumerate(series):
         size = math.ceil(len(one.steps) / MOST_POINTS)
         steps = _bin_means(np.asarray(one.steps, float), size)
@@ -166,25 +169,25 @@ def _dash(index: int) -> str:
 
 
 def _centred_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The weighted mean over `window` neighbours, fewer at the ends, that skips gaps and keeps them gaps."""
+    """The weighted mean over `window` neighbours, fewer at the ends; gaps are skipped and stay gaps."""
     if window == 1:
         return values
     known = ~np.isnan(values)
-    kernel = np.hanning(window + 2)[1:-1]  # near steps count more: a spike fades instead of becoming a box
+    kernel = np.hanning(window + 2)[1:-1]  # nearer steps weigh more, so a spike does not become a box
     sums = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
     counts = np.convolve(known.astype(float), kernel, mode="same")
     return np.where(known, sums / np.where(known, counts, 1.0), np.nan)
 
 
 def _envelope(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The raw line; of a long one the lowest and highest value of each bin, so that no spike is lost."""
+    """The raw line; if it is long, the lowest and highest value of each bin, so that no spike is lost."""
     size = math.ceil(2 * len(values) / MOST_POINTS)
     if size <= 2:
         return steps, values
     keep: list[int] = []
     for start in range(0, len(values), size):
         part = values[start : start + size]
-        if np.isnan(part).any():  # short gaps stay visible: nothing is thinned around them
+        if np.isnan(part).any():  # keep all points around gaps, so that short gaps stay visible
             keep.extend(range(start, start + len(part)))
         else:
             keep.extend(sorted({start + int(part.argmin()), start + int(part.argmax())}))
@@ -192,7 +195,7 @@ def _envelope(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every n-th point of a smooth line, its last point and all points where it breaks off."""
+    """Every n-th point of a smooth line, its last point and all points next to gaps."""
     size = math.ceil(len(values) / MOST_POINTS)
     keep = np.arange(len(values)) % size == 0
     keep[-1] = True
@@ -203,7 +206,7 @@ def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _isolated(values: np.ndarray) -> np.ndarray:
-    """Points with a gap or an end on both sides: no line would show them."""
+    """The points with a gap or an end on both sides, which no line would show."""
     gaps = np.concatenate([[True], np.isnan(values), [True]])
     return ~gaps[1:-1] & gaps[:-2] & gaps[2:]
 
@@ -213,13 +216,13 @@ def _bin_means(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def _inline(svg: str, identifier: str, description: str) -> str:
-    """Fit for a page that holds several: own ids, no header or metadata, page colours, short numbers, described."""
+    """Prepares an SVG for a page with several: unique ids, no header or metadata, page colours, short numbers."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{identifier}-", svg)
-    svg = re.sub(r'\b(d|x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), svg)
+    svg = re.sub(r'\b(d|x|y|transform)="[^"]*"', lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match[0]), svg)
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'font-family: [^;"]*;? ?| transform="rotate\(-0 [^"]*"', "", svg)
     for name, stand_in in _STAND_INS.items():

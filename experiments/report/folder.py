@@ -1,4 +1,4 @@
-"""Reading a run's folder, finished or interrupted, into one value."""
+"""Reads the folder of a run, finished or interrupted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from upge.errors import DataError, UserError
 
 @dataclass(frozen=True)
 class RunFolder:
-    """All that a report shows: `notes` says what was left out or is unusual, a sentence each."""
+    """The data that a report shows; `notes` are sentences on what was left out or is unusual."""
 
     path: Path
     config: dict
@@ -33,10 +33,13 @@ class RunFolder:
 
 
 def read_run(run_dir: str | Path) -> RunFolder:
-    """Read the folder of a run. Raises UserError when it is missing or lacks config.yaml or metrics.jsonl.
+    """Read the folder of a run.
 
-    Lines that cannot be read (an interrupted run may leave half a line) are left out with a note. Of several lines with
-    the same step, as a resumed run may leave, the last one counts.
+    Unreadable lines, such as half a line of an interrupted run, are left out with a note. If several lines have the
+    same step, as after a resumed run, the last one counts.
+
+    Raises:
+        UserError: the folder does not exist, or has no config.yaml or metrics.jsonl.
     """
     path = Path(run_dir)
     if not path.is_dir():
@@ -98,7 +101,7 @@ def _read_run_json(path: Path, notes: list[str]) -> dict:
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[dict]:
-    """The objects of a JSON-lines file; a missing file has none."""
+    """The objects of a JSON Lines file; empty for a missing file."""
     if not path.is_file():
         return []
     records, lines = [], path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
@@ -112,7 +115,7 @@ def _read_lines(path: Path, notes: list[str]) -> list[dict]:
         if isinstance(record, dict):
             records.append(record)
         else:
-            why = "is half-written: the run was interrupted there" if position == len(lines) else "is not readable"
+            why = "is incomplete: the run was interrupted there" if position == len(lines) else "is not readable"
             notes.append(f"Line {position} of {path.name} {why}; it is left out.")
     return records
 
@@ -123,14 +126,14 @@ def _by_step(records: list[dict]) -> tuple[dict, ...]:
 
 
 def _prompts(records: list[dict]) -> tuple[dict, ...]:
-    """The lines of prompts.jsonl that are whole, by step; runs of earlier versions have none."""
+    """The complete lines of prompts.jsonl, by step; runs of earlier versions have none."""
     numbers = ("step", "prompt", "rollouts", "successes")
     whole = [one for one in records if all(isinstance(one.get(key), int) for key in numbers) and "learned" in one]
     return tuple(sorted(whole, key=lambda one: one["step"]))
 
 
 def _newest(folder: Path, notes: list[str]) -> tuple[int | None, tuple[dict, ...]]:
-    """The step and the lines of the newest step's file in a folder that holds any."""
+    """The step and the lines of the newest file of a folder that has lines."""
     for path in sorted(folder.glob("step_*.jsonl"), reverse=True):
         if records := _read_lines(path, notes):
             digits = path.stem.removeprefix("step_")
@@ -146,7 +149,7 @@ def _state_of_run(config: dict, metrics: tuple[dict, ...], evaluations: tuple[di
     elif planned is not None and last < planned:
         notes.append(f"The run ended at step {last} of {planned:.0f} planned.")
     if metrics and evaluations and evaluations[-1]["step"] < last:
-        notes.append(f"The last evaluation is of step {evaluations[-1]['step']}, before the last step, {last}.")
+        notes.append(f"The last evaluation is from step {evaluations[-1]['step']}, before the last step, {last}.")
     skipped = max((number(line.get("skipped_updates")) or 0 for line in metrics), default=0)
     if skipped:
         notes.append(f"Updates were skipped because of non-finite values: {skipped:.0f} is the highest count logged.")

@@ -1,4 +1,4 @@
-"""What prompts.jsonl shows: prompts by rollouts solved, imitation by level, and a heat map of prompts and steps."""
+"""Plots of prompts.jsonl: prompts by rollouts solved, imitation by level, and a heat map of prompts and steps."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _HISTOGRAM = Plot(
     "plot-solved",
     "Prompts by rollouts solved",
     "prompts per step",
-    "The ends are silent under a group-relative advantage: a growing top means data that are too easy, a bottom that "
-    "stays means prompts that rollouts alone will not open.",
+    "Prompts with no or only correct rollouts give no signal to a group-relative advantage. A growing top means that "
+    "the data are too easy; a constant bottom means prompts that rollouts alone will not solve.",
     kind="stack",
     limits=(0, None),
     section="gradient",
@@ -29,19 +29,19 @@ _LEVELS = Plot(
     "plot-imitation",
     "Demonstrations by level",
     "share of a level's prompts that learned from one",
-    "Should fall level by level, the easy ones first; a level that stays at 1 is being imitated and not yet solved.",
+    "Should fall level by level, the easy ones first; a level that stays at 1 is imitated but not yet solved.",
     limits=(-0.02, 1.02),
     section="gradient",
 )
 
 
 def gate_plots(prompts: Sequence[dict]) -> list[tuple[Plot, list[Series]]]:
-    """The plots that lines of prompts.jsonl can fill."""
+    """The plots with data in lines of prompts.jsonl."""
     return [plot for plot in (_histogram(prompts), _by_level(prompts)) if plot is not None]
 
 
 def _histogram(prompts: Sequence[dict]) -> tuple[Plot, list[Series]] | None:
-    """Prompts per step by successes: none, quarter by quarter, all; means over bins of a long run."""
+    """Prompts per step by successes: none, four quarters, all; in a long run means over bins of steps."""
     lines = [line for line in prompts if line["rollouts"] > 0]
     if not lines:
         return None
@@ -63,28 +63,30 @@ def _histogram(prompts: Sequence[dict]) -> tuple[Plot, list[Series]] | None:
 
 
 def _quarter(successes: int, rollouts: int) -> int:
-    """0 for none, 1 to 4 for up to a quarter, a half, three quarters and more of them, 5 for all."""
+    """0 for no success, 1 to 4 for the quarter in which the share of successes falls, 5 for all."""
     if successes == 0:
         return 0
     return 5 if successes == rollouts else math.ceil(4 * successes / rollouts)
 
 
 def _labels(sizes: set[int]) -> dict[int, str]:
-    """The words for each kind: successes in numbers where all groups have the same size."""
+    """The label of each kind; if all groups have the same size, the numbers of successes."""
     if len(sizes) > 1:
         return {0: "none", 1: "up to 1/4", 2: "up to 1/2", 3: "up to 3/4", 4: "more", 5: "all"}
     (size,) = sizes
-    found: dict[int, list[int]] = defaultdict(list)
+    successes_of: dict[int, list[int]] = defaultdict(list)
     for successes in range(size + 1):
-        found[_quarter(successes, size)].append(successes)
-    ranges = {kind: f"{many[0]}–{many[-1]}" if len(many) > 1 else f"{many[0]}" for kind, many in sorted(found.items())}
+        successes_of[_quarter(successes, size)].append(successes)
+    ranges = {
+        kind: f"{many[0]}–{many[-1]}" if len(many) > 1 else f"{many[0]}" for kind, many in sorted(successes_of.items())
+    }
     return {kind: f"{text} of {size}" for kind, text in ranges.items()}
 
 
 def _by_level(prompts: Sequence[dict]) -> tuple[Plot, list[Series]] | None:
-    """Of each level's prompts the share that learned from a demonstration, in bins of steps."""
+    """The share of each level's prompts that learned from a demonstration, in bins of steps."""
     if len({_imitates(line) for line in prompts}) < 2:
-        return None  # all or none: there is no gate to be seen
+        return None  # all or none: the gate does not vary
     first, last = prompts[0]["step"], prompts[-1]["step"]
     width = math.ceil((last - first + 1) / LEVEL_BINS)
     drawn: dict[str, Counter] = defaultdict(Counter)
@@ -107,12 +109,12 @@ def _imitates(line: dict) -> bool:
 
 
 def level_of(line: dict) -> str:
-    """The level of a prompt, in words."""
+    """The level of a prompt, as text."""
     return str(line.get("level") or "all prompts")
 
 
 def by_ease(prompts: Sequence[dict]) -> list[str]:
-    """The levels, the one whose rollouts succeed most often first; of equal ones by name."""
+    """The levels by the success rate of their rollouts, the highest first; equal ones by name."""
     totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for line in prompts:
         total = totals[level_of(line)]
@@ -123,7 +125,7 @@ def by_ease(prompts: Sequence[dict]) -> list[str]:
 
 MOST_ROWS, MOST_COLUMNS = 64, 160
 WIDTH, LABELS, ROW, TOP, FOOT = 1100, 130, 9, 6, 34  # in units of the picture, about pixels
-#: What a prompt's step gave: name → (colour, what the legend says).
+#: What a prompt contributed in a step: name → (colour, legend).
 STATES = {
     "rollouts": ("c0", "rollouts"),
     "demonstrations": ("c1", "demonstration"),
@@ -135,7 +137,15 @@ STATES = {
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A picture, the states that occur in it, and how many of the prompts it shows."""
+    """A heat map.
+
+    Attributes:
+        svg: the drawing.
+        states: the states that occur in it.
+        shown: the number of prompts that it shows.
+        prompts: the number of all prompts.
+        binned: steps per column.
+    """
 
     svg: Markup
     states: tuple[str, ...]
@@ -145,13 +155,13 @@ class HeatMap:
 
     @property
     def legend(self) -> list[dict]:
-        """As the legends of plots."""
+        """Its legend, in the form of the plots' legends."""
         return [{"label": STATES[state][1], "color": STATES[state][0], "sign": "■"} for state in self.states]
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A prompt with what its steps gave, {column: state}, and what rows are sorted by."""
+    """A prompt's states, {column: state}, and the values that rows are sorted by."""
 
     prompt: int
     level: str
@@ -164,9 +174,9 @@ class _Row:
 def heat_map(prompts: Sequence[dict]) -> HeatMap | None:
     """The heat map of lines of prompts.jsonl; None without lines.
 
-    Levels come in the order of ease, within one the prompts solved first; of more than MOST_ROWS prompts as many of
-    each level, those drawn most often (of equal ones the first of the training set). In a long run a column is several
-    steps and shows the last of them in which the prompt was drawn.
+    Easy levels come first, and within a level the prompts that were solved earliest. If there are more than MOST_ROWS
+    prompts, it shows the same number of each level, those drawn most often and then those first in the training set. In
+    a long run a column is several steps and shows the last one in which the prompt was drawn.
     """
     if not prompts:
         return None
@@ -175,8 +185,8 @@ def heat_map(prompts: Sequence[dict]) -> HeatMap | None:
     rows = _rows(prompts, first, width)
     levels = by_ease(prompts)
     chosen = sorted(_chosen(rows, levels), key=lambda row: (levels.index(row.level), row.solved, -row.ease, row.prompt))
-    found = {state for row in chosen for state in row.cells.values()}
-    states = tuple(state for state in STATES if state in found)
+    occurring = {state for row in chosen for state in row.cells.values()}
+    states = tuple(state for state in STATES if state in occurring)
     svg = _svg(chosen, states, first, last, width)
     return HeatMap(svg, states, len(chosen), len(rows), width)
 
@@ -202,13 +212,13 @@ def _rows(prompts: Sequence[dict], first: int, width: int) -> list[_Row]:
 
 
 def _chosen(rows: list[_Row], levels: Sequence[str]) -> list[_Row]:
-    """At most MOST_ROWS, taken from the levels by turns."""
+    """At most MOST_ROWS rows, taken from the levels in rotation."""
     queues = {level: [] for level in levels}
     for row in sorted(rows, key=lambda row: (-row.draws, row.prompt)):
         queues[row.level].append(row)
-    turns = [(place, number) for number, queue in enumerate(queues.values()) for place in range(len(queue))]
+    positions = [(place, number) for number, queue in enumerate(queues.values()) for place in range(len(queue))]
     lists = list(queues.values())
-    return [lists[number][place] for place, number in sorted(turns)[:MOST_ROWS]]
+    return [lists[number][place] for place, number in sorted(positions)[:MOST_ROWS]]
 
 
 def _svg(rows: list[_Row], states: Sequence[str], first: int, last: int, width: int) -> Markup:
@@ -240,13 +250,13 @@ def _svg(rows: list[_Row], states: Sequence[str], first: int, last: int, width: 
 
 
 def _box(x: float, y: float, width: float, height: float) -> str:
-    """A rectangle as part of a path, with a hair between neighbours where there is room for one."""
+    """A rectangle as part of a path, with a small gap between neighbours if there is room."""
     gap = 0.6 if width > 4 else 0.0
     return f"M{x:.1f} {y:g}h{width - gap:.1f}v{height:g}h-{width - gap:.1f}z"
 
 
 def _level_marks(rows: list[_Row]) -> list[str]:
-    """The name of each level beside its rows, and a line above it."""
+    """The name of each level next to its rows, and a line above them."""
     parts, start = [], 0
     while start < len(rows):
         many = sum(row.level == rows[start].level for row in rows)
@@ -263,12 +273,12 @@ def _level_marks(rows: list[_Row]) -> list[str]:
 
 
 def _step_marks(first: int, last: int, width: int, cell: float, height: int) -> list[str]:
-    """About eight round numbers below the columns."""
+    """Labels of about eight round steps below the columns."""
     rough = max(1, (last - first + 1) / 8)
     unit = 10 ** math.floor(math.log10(rough))
-    apart = max(1, next(many * unit for many in (1, 2, 5, 10) if many * unit >= rough))
-    steps = [step for step in range(first, last + 1) if step == first or step % apart == 0]
-    if len(steps) > 1 and steps[1] - first < apart / 2:
+    spacing = max(1, next(many * unit for many in (1, 2, 5, 10) if many * unit >= rough))
+    steps = [step for step in range(first, last + 1) if step == first or step % spacing == 0]
+    if len(steps) > 1 and steps[1] - first < spacing / 2:
         del steps[1]
     middle = LABELS + (WIDTH - LABELS) / 2
     return [

@@ -1,7 +1,7 @@
-"""A run's folder as one HTML page: what ran, what it achieved, what the gradient did and what the policy says now.
+"""The report of a run as one HTML page: settings, accuracy, training curves, gradient metrics and sample responses.
 
-The page needs nothing besides itself: no script, no font, no network. The heaviest tokens are shown in their text,
-each coloured by the weight that it has in a term.
+The page is self-contained: it loads no script, no font and nothing from the network. The tokens with the largest
+weights are shown in their text, each coloured by its weight in a term.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ LONGEST_CONFIG = 100_000
 def write_report(run_dir: str | Path) -> Path:
     """Write `report.html` into the folder of a run, finished or interrupted, and return its path.
 
-    Raises UserError when the folder is missing or is not the folder of a run.
+    Raises:
+        UserError: the folder does not exist or is not the folder of a run.
     """
     run = read_run(run_dir)
     environment = Environment(
@@ -46,9 +47,11 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def page_content(run: RunFolder) -> dict:
-    """What the page's template shows, in the order of the page."""
+    """The values of the page's template, in the order of the page."""
     figures, unplotted = select(run.metrics)
-    window = max((smoothing_window(one) for plot, found in figures if plot.kind == "line" for one in found), default=1)
+    window = max(
+        (smoothing_window(one) for plot, series in figures if plot.kind == "line" for one in series), default=1
+    )
     spans = _stages(run)
     marks = [first - 0.5 for _, first, _ in spans[1:]]
     shown = (*evaluation_plots(run.evaluations), *figures, *gate_plots(run.prompts))
@@ -59,8 +62,8 @@ def page_content(run: RunFolder) -> dict:
         "result": _result(run.evaluations),
         "formula": str(run.run.get("formula_text") or ""),
         "window": window,
-        "figures": [_figure(plot, found, marks) for plot, found in shown if plot.section == "training"],
-        "gradient": [_figure(plot, found, marks) for plot, found in shown if plot.section == "gradient"],
+        "figures": [_figure(plot, series, marks) for plot, series in shown if plot.section == "training"],
+        "gradient": [_figure(plot, series, marks) for plot, series in shown if plot.section == "gradient"],
         "heat": heat_map(run.prompts),
         "tokens": token_texts(run.tokens),
         "tokens_step": run.tokens_step,
@@ -75,12 +78,12 @@ def page_content(run: RunFolder) -> dict:
 
 
 def _what_ran(run: RunFolder) -> list[str]:
-    """Algorithm, model and data set by name, as run.json holds them; else the name of the folder."""
+    """The names of algorithm, model and data set in run.json, or else the name of the folder."""
     names = run.run.get("names") or {}
-    found = [str(names[key]).rstrip("/").rsplit("/", 1)[-1] for key in ("algo", "model", "data") if names.get(key)]
-    if found and names.get("correction"):
-        found[0] += f" with {str(names['correction']).replace(',', ', ')}"
-    return found or [run.path.resolve().name]
+    labels = [str(names[key]).rstrip("/").rsplit("/", 1)[-1] for key in ("algo", "model", "data") if names.get(key)]
+    if labels and names.get("correction"):
+        labels[0] += f" with {str(names['correction']).replace(',', ', ')}"
+    return labels or [run.path.resolve().name]
 
 
 def _facts(run: RunFolder) -> list[str]:
@@ -111,7 +114,7 @@ def _duration(seconds: float) -> str:
 
 
 def _result(evaluations: Sequence[dict]) -> dict | None:
-    """The first evaluation against the last one; None when the run has none."""
+    """The first and the last evaluation; None if the run has none."""
     if not evaluations:
         return None
     before, after = evaluations[0], evaluations[-1] if len(evaluations) > 1 else {}
@@ -132,13 +135,13 @@ def _result(evaluations: Sequence[dict]) -> dict | None:
     }
 
 
-def _figure(plot: Plot, found: list[Series], marks: Sequence[float] = ()) -> dict:
+def _figure(plot: Plot, series: list[Series], marks: Sequence[float] = ()) -> dict:
     signs = "●■◆▲▼✚✖" if plot.kind == "evaluation" else "■"
     legend = [
         {"label": one.label, "color": color_name(plot, one.label, index), "sign": signs[index % len(signs)]}
-        for index, one in enumerate(found)
+        for index, one in enumerate(series)
     ]
-    return {"plot": plot, "svg": Markup(draw(plot, found, marks)), "legend": legend if len(found) > 1 else []}
+    return {"plot": plot, "svg": Markup(draw(plot, series, marks)), "legend": legend if len(series) > 1 else []}
 
 
 def _rollouts(records: Iterable[dict]) -> list[dict]:
@@ -147,7 +150,7 @@ def _rollouts(records: Iterable[dict]) -> list[dict]:
     sampled = [record for record in records if not record.get("is_demonstration")]
     rewarded = [record for record in sampled if number(record.get("reward")) is not None]
     picks = [("first", sampled[:1])]
-    if rewarded:  # the latest of equals, so that the first one is not shown again
+    if rewarded:  # among equal rewards the last record, so that the first one is not shown again
         picks.append(("best", [max(reversed(rewarded), key=lambda record: record["reward"])]))
         picks.append(("worst", [min(reversed(rewarded), key=lambda record: record["reward"])]))
     picks.append(("demonstration", [record for record in records if record.get("is_demonstration")][:1]))
@@ -190,9 +193,9 @@ LONGEST_PROMPT = 1200
 
 
 def token_texts(lines: Iterable[dict]) -> list[dict[str, Any]]:
-    """Terms with their trajectories, as the page shows lines of tokens/step_*.jsonl; lines it cannot read are left out.
+    """The terms and their trajectories in lines of tokens/step_*.jsonl; unreadable lines are left out.
 
-    The strongest colour is the largest absolute weight of the term in these lines.
+    The strongest colour stands for the largest absolute weight of the term in these lines.
     """
     terms: dict[str, list[dict]] = {}
     for line in lines:
@@ -235,13 +238,13 @@ def _trajectory(line: dict, largest: float) -> dict[str, Any]:
 
 
 def _top(line: dict) -> str:
-    """The weight at the token that pulls most."""
+    """The largest weight by absolute value, as text."""
     sizes = [abs(number(weight) or 0.0) for weight in line["weights"]]
     return f"largest weight {_printed(line['relative'][sizes.index(max(sizes))])}" if sizes else ""
 
 
 def _runs(line: dict, largest: float) -> list[dict[str, str]]:
-    """Neighbouring tokens with the same colour and the same weight in print, as one text."""
+    """Joins neighbouring tokens that have the same colour and the same displayed weight."""
     marked = [
         (_shade(weight, largest), _printed(relative), _visible(str(token)))
         for token, weight, relative in zip(line["tokens"], line["weights"], line["relative"], strict=True)
@@ -264,9 +267,9 @@ def _shade(weight: object, largest: float) -> str:
 
 def _printed(relative: object) -> str:
     value = number(relative)
-    return "no finite number" if value is None else f"{value:+.3g}"
+    return "not finite" if value is None else f"{value:+.3g}"
 
 
 def _visible(token: str) -> str:
-    """A line's end has no width to be coloured, so it is shown by a sign."""
+    """The token with a visible sign before each line break, because a line break has no width to colour."""
     return token.replace("\n", "↵\n")

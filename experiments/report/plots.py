@@ -1,6 +1,6 @@
-"""Which plots a report has: the keys of metrics.jsonl that each one shows, its unit and what to look for in it.
+"""The plots of a report: the keys of metrics.jsonl that each one shows, its unit and how to read it.
 
-To add a plot, add a `Plot` to `PLOTS`. Keys are shell patterns (`time/*`, or `*/tokens` for the figure of every term).
+To add a plot, add a `Plot` to `PLOTS`. Keys are shell patterns (`time/*`, or `*/tokens` for the metric of every term).
 A plot without any key in the run's metrics is left out, and a key belongs to the first plot that names it.
 """
 
@@ -18,7 +18,21 @@ from experiments.table import measures, number
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure: `identifier` is its id on the page, `keys` patterns of metric keys, `caption` one sentence."""
+    """One figure.
+
+    Attributes:
+        identifier: its id on the page.
+        title: its title.
+        unit: what the vertical axis shows.
+        caption: how to read it, in a sentence or two.
+        keys: patterns of metric keys.
+        without: patterns of keys that it does not show.
+        kind: "line", "stack" (areas), "band" or "evaluation" (few, marked points).
+        limits: of the vertical axis.
+        log_scale: whether the vertical axis is logarithmic.
+        section: the part of the page, "training" or "gradient".
+        palette: colours of the style sheet in place of the default ones.
+    """
 
     identifier: str
     title: str
@@ -26,16 +40,16 @@ class Plot:
     caption: str
     keys: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
-    kind: str = "line"  # or "stack" (areas), "band" or "evaluation" (few, marked points)
+    kind: str = "line"
     limits: tuple[float | None, float | None] = (None, None)
     log_scale: bool = False
-    section: str = "training"  # or "gradient": in which part of the page it is
-    palette: tuple[str, ...] = ()  # colours of the style sheet, where the usual ones will not do
+    section: str = "training"
+    palette: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a plot: `values[i]` at `steps[i]`, NaN where what was recorded is no finite number."""
+    """One line of a plot: `values[i]` at `steps[i]`, NaN where the recorded value is not a finite number."""
 
     label: str
     steps: tuple[float, ...]
@@ -48,7 +62,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Band(Series):
-    """A line with what lies around it: `ranges` are (lowest, highest) values at the same steps, the widest first."""
+    """A line with bands around it: `ranges` are (lowest, highest) values at the same steps, the widest first."""
 
     ranges: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] = ()
 
@@ -58,22 +72,22 @@ PLOTS = (
         "plot-reward",
         "Reward",
         "mean reward per rollout",
-        "Should rise; a rise here without one in evaluation accuracy means the reward is being gamed.",
+        "Should rise. If it rises but the evaluation accuracy does not, the policy exploits the reward.",
         ("reward/mean", "reward/*mean*"),
     ),
     Plot(
         "plot-pass-rate",
         "Pass rate",
         "share of rollouts that are correct",
-        "Near 0 or near 1 most groups agree and a group-relative advantage has nothing to say.",
+        "Near 0 or 1 most groups have equal rewards, and a group-relative advantage is 0 there.",
         ("pass_rate", "pass_rate/*"),
         limits=(0, None),
     ),
     Plot(
         "plot-demonstrations",
         "Share of demonstrations",
-        "demonstrations among the trajectories that count",
-        "How often the gate chose imitation; should fall as the policy learns to solve the prompts itself.",
+        "demonstrations among the active trajectories",
+        "How often the gate chose imitation. Should fall as the policy learns to solve the prompts itself.",
         ("gate/demonstration_share", "gate/*share*"),
         limits=(0, None),
     ),
@@ -81,7 +95,7 @@ PLOTS = (
         "plot-entropy",
         "Entropy",
         "nats per token",
-        "A quick fall towards 0 means that sampling no longer explores; a steady rise means the policy comes apart.",
+        "A quick fall towards 0 means that sampling no longer explores; a steady rise means that training diverges.",
         ("entropy", "entropy/*"),
         limits=(0, None),
     ),
@@ -97,16 +111,16 @@ PLOTS = (
         "plot-gradient",
         "Gradient norm",
         "norm before clipping",
-        "Spikes mark steps that clipping held back; a slow climb calls for a lower learning rate.",
+        "Spikes mark steps whose gradient was clipped; a slow rise suggests a lower learning rate.",
         ("grad_norm", "grad_norm/*", "critic/grad_norm", "interleaved_update/grad_norm"),
         limits=(0, None),
         section="gradient",
     ),
     Plot(
-        "plot-pulls",
+        "plot-term-gradients",
         "Gradient norm of each term",
-        "norm of its gradient alone",
-        "Of terms with very different norms the update is the longest one's, and clipping shrinks the others with it.",
+        "norm of the term's gradient alone",
+        "If the norms differ a lot, the largest term dominates the update, and clipping shrinks the others as well.",
         ("*/grad_norm",),
         limits=(0, None),
         section="gradient",
@@ -115,7 +129,7 @@ PLOTS = (
         "plot-cosine",
         "Angle between terms",
         "cosine of their gradients",
-        "Near 0 they work on different things; lasting values below 0 mean that one undoes what the other does.",
+        "Near 0 the terms are independent; values that stay below 0 mean that they counteract each other.",
         ("cosine/*",),
         limits=(None, None),
         section="gradient",
@@ -124,7 +138,7 @@ PLOTS = (
         "plot-coefficient",
         "Coefficient of each term",
         "mean over the trajectories of its source",
-        "What gates and schedules gave each term before the forward pass; a stateful gate shows its course here.",
+        "The result of gates and schedules, including stateful gates, before the forward pass.",
         ("*/coefficient",),
         limits=(0, None),
         section="gradient",
@@ -133,7 +147,7 @@ PLOTS = (
         "plot-weights",
         "Weights of each term",
         "|weight| of a token; 1 = plain maximum likelihood",
-        "A 99th percentile (p99) far above the mean says that a few tokens steer the update.",
+        "If the 99th percentile (p99) is far above the mean, few tokens dominate the update.",
         ("*/weight_abs_*",),
         without=("*/weight_abs_p50",),
         limits=(0, None),
@@ -143,7 +157,7 @@ PLOTS = (
         "plot-signed",
         "Signed weights of each term",
         "weight: median, percentiles 10 to 90 and 1 to 99",
-        "Below 0 tokens are made less likely; a lower edge that sinks away from the upper one makes training brittle.",
+        "Weights below 0 make tokens less likely; a lower edge that keeps falling makes training unstable.",
         ("*/weight_p[0-9]*",),
         kind="band",
         section="gradient",
@@ -152,7 +166,7 @@ PLOTS = (
         "plot-advantage",
         "Advantage of each term",
         "mean Â per token",
-        "Near 0 where groups are centred; a drift means long and short responses fare differently.",
+        "Near 0 if groups are centred; a drift means that long and short responses get different advantages.",
         ("*/advantage_mean",),
         section="gradient",
     ),
@@ -160,7 +174,7 @@ PLOTS = (
         "plot-masked",
         "Masked share",
         "share of tokens with an advantage",
-        "Tokens that the stabilization mask stopped; a growing share means the updates outrun the trust region.",
+        "Tokens that the stabilization mask removes; a growing share means that updates leave the trust region.",
         ("*/masked_share",),
         limits=(0, None),
         section="gradient",
@@ -169,7 +183,7 @@ PLOTS = (
         "plot-sides",
         "Masked by side",
         "share of tokens with an advantage; above, below: ratio over, under 1",
-        "Of a clip: above, pushes up that were stopped, below, pushes down; one side alone says which bound to move.",
+        "For a clip: above, masked increases; below, masked decreases. The larger side shows which bound to change.",
         ("*/masked_above", "*/masked_below"),
         limits=(0, None),
         section="gradient",
@@ -178,7 +192,7 @@ PLOTS = (
         "plot-tokens",
         "Tokens behind the gradient",
         "tokens; effective = (Σ|w|)² / Σw²",
-        "The further the effective count is below the tokens of a term, the fewer of them decide.",
+        "The further the effective count is below a term's tokens, the fewer tokens determine the update.",
         ("*/effective_tokens", "*/tokens"),
         limits=(0, None),
         section="gradient",
@@ -187,7 +201,7 @@ PLOTS = (
         "plot-trajectories",
         "Trajectories behind the gradient",
         "trajectories; effective = (Σ|w|)² / Σw²",
-        "Few effective ones among many: the update follows single responses, and its noise grows.",
+        "If few of many are effective, single responses dominate the update, and its noise grows.",
         ("*/effective_trajectories", "*/trajectories"),
         without=("trained/*",),
         limits=(0, None),
@@ -197,7 +211,7 @@ PLOTS = (
         "plot-effective",
         "Effective share of tokens",
         "effective tokens / tokens of the term",
-        "1: all weigh the same; a fall says that the weights of a term become unequal.",
+        "1 means equal weights; a fall means that the weights of a term become unequal.",
         ("*/effective_share",),
         limits=(0, 1.02),
         section="gradient",
@@ -206,14 +220,14 @@ PLOTS = (
         "plot-state",
         "Held-out slope",
         "utility per unit of a gate's variable",
-        "Above 0 the held-out objective asks for more of the variable; noise around 0 means it has no opinion.",
+        "Above 0 the held-out objective improves with a larger variable; noise around 0 means no effect.",
         ("state/*_utility_slope",),
     ),
     Plot(
         "plot-critic",
         "Critic",
         "share of the returns' variance that its values explain",
-        "Near 0 the values are no better than none; below 0 they do harm; it should rise before the policy moves far.",
+        "Near 0 the values do not help, and below 0 they harm; should rise before the policy has changed much.",
         ("critic/explained_variance",),
         limits=(None, 1),
     ),
@@ -221,14 +235,14 @@ PLOTS = (
         "plot-values",
         "Values against returns",
         "mean over the rollouts' tokens",
-        "The two should meet; a lasting distance is a bias in every advantage.",
+        "The two should converge; a lasting difference is a bias in every advantage.",
         ("critic/value_mean", "critic/return_mean"),
     ),
     Plot(
         "plot-sampler",
         "Sampler against trainer",
         "|Δ log-prob| of a token, logarithmic",
-        "Should stay flat at rounding level; growth means the sampler holds other weights than the trainer.",
+        "Should stay at rounding level; growth means that the sampler's weights differ from the trainer's.",
         ("sampler/logprob_diff*",),
         log_scale=True,
     ),
@@ -236,14 +250,14 @@ PLOTS = (
         "plot-loss",
         "Surrogate loss",
         "no unit",
-        "Only its gradient has a meaning: a flat or growing loss says nothing about progress.",
+        "Only its gradient is meaningful: a flat or growing loss says nothing about progress.",
         ("loss", "loss/*", "*/loss"),
     ),
     Plot(
         "plot-learning-rate",
         "Learning rate",
         "as applied",
-        "Should be the schedule that was meant, warm-up included.",
+        "Should follow the intended schedule, including warm-up.",
         ("learning_rate",),
         limits=(0, None),
     ),
@@ -251,7 +265,7 @@ PLOTS = (
         "plot-time",
         "Time per step",
         "seconds",
-        "The thickest band is where a faster run is to be had.",
+        "The thickest band shows where most time can be saved.",
         ("time/*",),
         without=("time/total",),
         kind="stack",
@@ -261,7 +275,7 @@ PLOTS = (
 
 
 def select(metrics: Sequence[dict]) -> tuple[list[tuple[Plot, list[Series]]], dict[str, Series]]:
-    """The plots that lines of metrics.jsonl can fill, with their series, and the series that no plot shows."""
+    """The plots with data in lines of metrics.jsonl, with their series, and the series that no plot shows."""
     remaining = _series_by_key(metrics)
     for key in ("step", "stage"):
         remaining.pop(key, None)
@@ -273,24 +287,24 @@ def select(metrics: Sequence[dict]) -> tuple[list[tuple[Plot, list[Series]]], di
             for key in remaining
             if fnmatchcase(key, pattern) and not any(fnmatchcase(key, other) for other in plot.without)
         ]
-        found = [remaining.pop(key) for key in dict.fromkeys(keys) if remaining[key].finite()]
+        series = [remaining.pop(key) for key in dict.fromkeys(keys) if remaining[key].finite()]
         if plot.kind == "stack":
-            found = _with_rest(found, remaining.pop("time/total", None))
+            series = _with_rest(series, remaining.pop("time/total", None))
         if plot.kind == "band":
-            found = _bands(found)
-        if found:
-            chosen.append((plot, _shorten(found)))
+            series = _bands(series)
+        if series:
+            chosen.append((plot, _shorten(series)))
     return chosen, remaining
 
 
 def stages(metrics: Sequence[dict], names: Sequence[str] = ()) -> list[tuple[str, int, int]]:
-    """(name, first step, last step) of each stage of a run, as the lines' `stage` says; empty without stages."""
-    found: dict[int, list[int]] = {}
+    """(name, first step, last step) of each stage of a run, by the lines' key `stage`; empty without stages."""
+    steps_of: dict[int, list[int]] = {}
     for line in metrics:
         if "stage" in line:
-            found.setdefault(int(line["stage"]), []).append(int(line["step"]))
-    labels = {number: names[number - 1] if number <= len(names) else f"stage {number}" for number in found}
-    return [(labels[number], min(steps), max(steps)) for number, steps in sorted(found.items())]
+            steps_of.setdefault(int(line["stage"]), []).append(int(line["step"]))
+    labels = {number: names[number - 1] if number <= len(names) else f"stage {number}" for number in steps_of}
+    return [(labels[number], min(steps), max(steps)) for number, steps in sorted(steps_of.items())]
 
 
 def evaluation_plots(evaluations: Sequence[dict]) -> list[tuple[Plot, list[Series]]]:
@@ -310,15 +324,15 @@ def _evaluation_plot(measure: str) -> Plot:
     title, caption = {
         "greedy": (
             "Evaluation, greedy",
-            "The most likely answer to each problem: what training should raise at every level.",
+            "The accuracy of the most likely answers; training should raise it at every level.",
         ),
         "mean": (
             f"Evaluation, sampled (mean@{samples})",
-            "The average answer; it nears the greedy curve as the policy grows sure.",
+            "The accuracy of an average sample; it approaches the greedy curve as the policy becomes more certain.",
         ),
         "pass": (
             f"Evaluation, pass@{samples}",
-            f"One of {samples} samples correct; if it falls while greedy rises, training only sharpens.",
+            f"At least one of {samples} samples correct. If it falls while greedy rises, training only sharpens.",
         ),
     }[kind]
     return Plot(f"plot-evaluation-{kind}", title, "% of problems correct", caption, kind="evaluation", limits=(-2, 102))
@@ -333,7 +347,7 @@ def _evaluation_series(evaluations: Sequence[dict], level: str, measure: str) ->
 
 
 def _series_by_key(metrics: Sequence[dict]) -> dict[str, Series]:
-    """Every key that is a number somewhere; a step whose line lacks the key is no gap, only a point fewer."""
+    """A series for every key with a finite number; a step whose line lacks the key is left out, not a gap."""
     points: dict[str, list[tuple[float, float]]] = {}
     for line in metrics:
         for key, value in line.items():
@@ -348,7 +362,7 @@ def _gap(value: object) -> float:
 
 
 def _with_rest(parts: list[Series], total: Series | None) -> list[Series]:
-    """The parts of the time, and what the total has beyond them, on the steps of the total."""
+    """The parts of the time, and the rest of the total, on the steps of the total."""
     if total is None:
         return parts
     if not parts:
@@ -363,10 +377,10 @@ def _with_rest(parts: list[Series], total: Series | None) -> list[Series]:
     return parts + ([Series("time/other", total.steps, rest)] if rest_share > 0.01 else [])
 
 
-def _bands(found: list[Series]) -> list[Series]:
-    """One for each term, of its percentiles TERM/..._p1, p10, p50 and so on that have the steps of the median."""
+def _bands(percentiles: list[Series]) -> list[Series]:
+    """A band for each term, from its percentiles TERM/..._p1, p10, p50 and so on that have the median's steps."""
     terms: dict[str, dict[int, Series]] = {}
-    for one in found:
+    for one in percentiles:
         name, _, percent = one.label.rpartition("_p")
         terms.setdefault(name, {})[int(percent)] = one
     bands = []
@@ -385,12 +399,12 @@ def _zero_if_gap(value: float) -> float:
     return 0.0 if math.isnan(value) else value
 
 
-def _shorten(found: list[Series]) -> list[Series]:
-    """Labels without the words, divided by / or _, that all of them begin or end with."""
-    if len(found) < 2:
-        return found
-    words = [re.split(r"([/_])", one.label) for one in found]
+def _shorten(series: list[Series]) -> list[Series]:
+    """Removes from the labels the words, divided by / or _, with which all of them begin or end."""
+    if len(series) < 2:
+        return series
+    words = [re.split(r"([/_])", one.label) for one in series]
     start = len(os.path.commonprefix(words)) // 2 * 2
     end = len(os.path.commonprefix([label[start:][::-1] for label in words])) // 2 * 2
     labels = ["".join(label[start : len(label) - end]) for label in words]
-    return [replace(one, label=label or one.label) for label, one in zip(labels, found, strict=True)]
+    return [replace(one, label=label or one.label) for label, one in zip(labels, series, strict=True)]

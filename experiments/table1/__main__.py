@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from experiments import cli
-from experiments.table1.page import PAGE, STATEMENTS, notes, proven, renewed, table, table1_latex
+from experiments.table1.page import PAGE, STATEMENTS, notes, proven, table, table1_latex, updated
 from upge.errors import ConfigError
 
 
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _table1(arguments: list[str]) -> int:
     if arguments == ["--docs"]:
-        PAGE.write_text(renewed(PAGE.read_text("utf-8")), "utf-8")
+        PAGE.write_text(updated(PAGE.read_text("utf-8")), "utf-8")
         return 0 if all(proven(claim).holds for claim in STATEMENTS) else 1
     if arguments not in ([], ["--latex"]):
         raise ConfigError(f"'{arguments[0]}': give --docs, --latex, or nothing at all")

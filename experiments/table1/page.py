@@ -163,7 +163,7 @@ def proofs() -> str:
     return "\n".join(lines)
 
 
-def renewed(page: str) -> str:
+def updated(page: str) -> str:
     """The page's text with all that stands between its markers made anew.
 
     Raises:

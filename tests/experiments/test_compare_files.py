@@ -198,7 +198,7 @@ def test_samples_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(DataError, match=r"^\S*b\.jsonl:5: no field"):
         load([str(folder)])
     path.unlink()
-    with pytest.raises(DataError, match=r"b\.jsonl is missing, but scores\.json has figures of b"):
+    with pytest.raises(DataError, match=r"b\.jsonl is missing, but scores\.json has scores of b"):
         load([str(folder)])
 
 

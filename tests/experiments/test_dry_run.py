@@ -169,4 +169,4 @@ def test_what_is_refused_fits_after_the_fix_that_is_named():
 
 def test_an_estimate_beyond_the_limit_that_is_no_lower_bound_is_a_note():
     text = plan(compose(["recipe=hpt-qwen2.5-math-7b", "hardware.memory=42", "rollout.memory_fraction=0.45"]))
-    assert "training is estimated at 43.8 GiB a rank" in section(text, "notes")
+    assert "training is estimated at 43.8 GiB per rank" in section(text, "notes")

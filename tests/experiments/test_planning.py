@@ -196,7 +196,7 @@ def test_a_steps_traffic_by_hand():
     assert found.longest == 9216 and found.tokens == 1152 * 9216 and found.updates == 2
     assert found.tokens_per_update == 1152 * 9216 // 2 // 8 and found.micro_batch == 32768
     assert found.micro_batches == 24  # 72 rows a rank and update, of which 3 fit
-    assert "sampled by a rank: 128 responses" in str(found)
+    assert "sampled per rank: 128 responses" in str(found)
 
 
 def test_a_group_that_stays_together_and_a_small_batch_have_their_own_micro_batch():

@@ -92,7 +92,7 @@ def test_the_section_has_plots_prompts_and_tokens(tmp_path):
     shown = re.findall(r'<figure id="([a-z-]+)"', section)
     assert shown == [
         "plot-gradient",
-        "plot-pulls",
+        "plot-term-gradients",
         "plot-cosine",
         "plot-weights",
         "plot-signed",
@@ -107,7 +107,7 @@ def test_the_section_has_plots_prompts_and_tokens(tmp_path):
         "heat",
     ]
     assert len(page.ids) == len(set(page.ids)) and len(html) < 1_000_000
-    both = section[section.index('"plot-gradient"') : section.index('"plot-pulls"')]
+    both = section[section.index('"plot-gradient"') : section.index('"plot-term-gradients"')]
     assert "critic" in both and "sft" not in both
     assert not {"script", "img", "link"} & set(page.tags) and "at step 40" in section and "old" not in section
 
@@ -116,7 +116,7 @@ def test_tokens_are_escaped_and_coloured(tmp_path):
     html, page = report(write_all(tmp_path / "run"))
     assert "script" not in page.tags and "<script" not in html and "<i>2+2" not in html
     assert '<i class="p8" title="+0.5">&lt;script&gt;</i><i class="n4" title="-0.25">alert(1)</i>' in html
-    assert '<i class="odd" title="no finite number">↵\n</i>&lt;/script&gt;<i class="p1" title="+0.0005">&amp;' in html
+    assert '<i class="odd" title="not finite">↵\n</i>&lt;/script&gt;<i class="p1" title="+0.0005">&amp;' in html
     assert "[7 tokens before] " in html and "[12 tokens after]" in html and "&lt;hard&gt;" in html
     assert "largest weight +0.5" in html
 

@@ -48,10 +48,10 @@ def test_table_1_is_the_papers():
 
 def test_the_page_is_the_generated_one():
     text = page.PAGE.read_text("utf-8")
-    assert page.renewed(text) == text, "run python -m experiments.table1 --docs"
+    assert page.updated(text) == text, "run python -m experiments.table1 --docs"
     assert "| NO |" not in text and text.count("| yes |") == len(STATEMENTS)
     with pytest.raises(upge.ConfigError, match="missing"):
-        page.renewed("nothing")
+        page.updated("nothing")
 
 
 def test_the_examples_on_the_page_run():

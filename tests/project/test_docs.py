@@ -27,7 +27,7 @@ def blocks(path: str, language: str) -> list[str]:
 
 def test_readme_table_is_the_generated_one():
     text = listing.README.read_text()
-    assert listing.renewed(text) == text, "run python -m experiments.describe --readme"
+    assert listing.updated(text) == text, "run python -m experiments.describe --readme"
 
 
 def test_help_names_everything():
@@ -122,7 +122,7 @@ def test_describe_takes_corrections_and_overrides_and_refuses_the_rest(capsys):
         ("algo=nothing",): "no algorithm 'nothing'",
         ("algo=sft", "correction=tis"): "no term that learns from rollouts",
         ("algo=grpo", "steps=3"): "'steps=3': give algo=NAME",
-        ("correction=tis",): "give algo=NAME, too",
+        ("correction=tis",): "also give algo=NAME",
     }.items():
         assert describe.main(list(arguments)) == 2 and error in capsys.readouterr().err
 

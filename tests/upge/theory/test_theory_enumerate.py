@@ -263,7 +263,7 @@ def test_mixture_finds_what_was_mixed():
 
 def test_the_tables_in_the_docs_are_current():
     text = docs.DOCS.read_text()
-    assert docs.renewed(text) == text, "run python -m experiments.theory --docs"
+    assert docs.updated(text) == text, "run python -m experiments.theory --docs"
 
 
 def test_the_example_in_the_docs_runs():
@@ -276,7 +276,7 @@ def test_the_example_in_the_docs_runs():
 def test_the_command_refuses_other_arguments(capsys):
     assert docs.main(["--readme"]) == 2 and "--docs" in capsys.readouterr().err
     with pytest.raises(upge.ConfigError, match="markers|missing"):
-        docs.renewed("# nothing\n")
+        docs.updated("# nothing\n")
 
 
 def test_what_cannot_be_enumerated_is_refused():

@@ -91,16 +91,16 @@ def test_bad_input(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DataError):
         check_answers.read(folder / "odd.json")
     with pytest.raises(ConfigError, match="are missing; put them where the tables go"):
-        check_answers.renewed("a page", [])
+        check_answers.updated("a page", [])
 
 
 def test_the_page_is_renewed_between_its_markers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = f"before\n{check_answers.BEGIN}\nold\n{check_answers.END}\nbehind"
     results = check_answers.check(check_answers.find([str(folder / "plain.json")]))
-    new = check_answers.renewed(page, results)
+    new = check_answers.updated(page, results)
     assert new.startswith("before\n") and new.endswith("\nbehind")
     assert "| plain.json | ground truth | `math` | 2 | 2 |" in new and "\nold\n" not in new
-    assert check_answers.renewed(new, results) == new
+    assert check_answers.updated(new, results) == new
     assert check_answers.main([str(folder / "plain.json")]) == 0
     assert "| plain.json | ground truth | `math` | 2 | 2 |" in capsys.readouterr().out
 
@@ -122,7 +122,7 @@ def test_a_sample_of_the_real_ground_truths_and_solutions() -> None:
 def test_every_real_ground_truth_and_solution_as_the_page_tells() -> None:
     results = check_answers.check(check_answers.find([f"folder={DATA}"]))
     page = check_answers.PAGE.read_text("utf-8")
-    assert check_answers.renewed(page, results) == page, "run python -m experiments.check_answers folder=DIR --docs"
+    assert check_answers.updated(page, results) == page, "run python -m experiments.check_answers folder=DIR --docs"
     failed = [(result.name, case, verdict) for result in results for case, verdict in result.failures()]
     assert {name for name, _, _ in failed} == {"math/train.parquet"}
     solutions = [case.row for _, case, _ in failed if case.what == "solution"]
