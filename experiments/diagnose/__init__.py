@@ -1,1 +1,1 @@
-"""Bias and variance of the algorithms' gradients: what is sampled, measured, drawn and written."""
+"""Measures bias and variance of the algorithms' gradients: sampling, measurements, figures and files."""

@@ -1,10 +1,10 @@
-"""Bias and variance: what each algorithm's gradient is on average, and how noisy, on a real policy.
+"""Measure bias and variance of the algorithms' gradients on a real policy.
 
     python -m experiments.diagnose [model=NAME] [data=NAME] [algos=[NAME,...]|all] [KEY=VALUE ...]
 
-For a policy and a data set: mean, bias against ∇E[R], noise, signal to noise and cosines of any algorithms' gradients,
-in all, by pass rate of the prompt and, with policies=[PATH,...] or run=FOLDER, as training proceeds. Leaves a folder
-with diagnosis.html, table.md, diagnosis.json and the figures; docs/diagnose.md says what they mean.
+For a policy and a data set it measures mean, bias against ∇E[R], noise, signal to noise and cosines of the gradients of
+any algorithms: overall, by the prompt's pass rate and, with policies=[PATH,...] or run=FOLDER, over training. It writes
+a folder with diagnosis.html, table.md, diagnosis.json and the figures; docs/diagnose.md explains them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def output_folder(output: str, names: dict[str, str]) -> Path:
     """`output`, or the next free diagnoses/MODEL-DATA.
 
     Raises:
-        ConfigError: there is something in it already.
+        ConfigError: the folder is not empty.
     """
     if output:
         path = Path(output).expanduser()
@@ -68,8 +68,8 @@ def _diagnose(arguments: Sequence[str]) -> int:
     for result in results:
         if all(math.isnan(one.overall.alignment.value) for one in result.measured):
             notes.append(
-                f"{result.label}: ∇E[R] cannot be told from 0 with this sample, so nothing can be held against it; "
-                "give more reference rollouts, or prompts that are sometimes solved"
+                f"{result.label}: ∇E[R] cannot be distinguished from 0 with this sample, so nothing can be compared "
+                "with it; give more reference rollouts, or prompts that are sometimes solved"
             )
     for result in results:
         console.print(f"\n{result.label}: {write.summary(result)}", markup=False)
@@ -94,7 +94,7 @@ def _diagnose(arguments: Sequence[str]) -> int:
 def _exactly(chosen: Any) -> tuple[list, list[str]]:
     from experiments.diagnose.measuring import exactly
 
-    note = "the frozen policy of this setting is another than the policy, and the response limit is 2 tokens"
+    note = "the frozen policy of this setting differs from the policy, and the response limit is 2 tokens"
     return [exactly(chosen.algorithms, chosen.config.group_size)], [note]
 
 
@@ -108,26 +108,30 @@ def _sampled(chosen: Any, console: Any) -> tuple[list, list[str]]:
         console.print(text, markup=False, soft_wrap=True)
 
     config, run = chosen.config, chosen.run
-    with policies(chosen) as found:
-        found = ordered(found)
-        asked = problems(chosen, found[0].model)
-        notes = list(asked.notes)
-        if not asked.has_pairs:
+    with policies(chosen) as measured_policies:
+        measured_policies = ordered(measured_policies)
+        chosen_problems = problems(chosen, measured_policies[0].model)
+        notes = list(chosen_problems.notes)
+        if not chosen_problems.has_pairs:
             chosen, lacking = without_pairs(chosen)
-            notes += [f"{name} is left out: it learns from pairs, and these data have none" for name in lacking]
+            notes += [
+                f"{name} is left out: it learns from preference pairs, and the data have none" for name in lacking
+            ]
         frozen = None
         if needs_frozen(chosen.algorithms.values()):
             if run.reference.path:
                 frozen = model_of(run.reference.path, run.model)
-            elif len(found) > 1:
-                frozen = found[0].model
-            which = run.reference.path or (f"the first policy, {found[0].label}" if frozen else "the policy itself")
+            elif len(measured_policies) > 1:
+                frozen = measured_policies[0].model
+            which = run.reference.path or (
+                f"the first policy, {measured_policies[0].label}" if frozen else "the policy itself"
+            )
             notes.append(f"the frozen policy is {which}")
         behavior = model_of(config.behavior, run.model) if config.behavior else None
         results = []
-        for policy in found:
+        for policy in measured_policies:
             say(f"policy {policy.label}: {policy.model.path}")
-            results.append(measure(chosen, asked, policy, frozen, behavior, say))
+            results.append(measure(chosen, chosen_problems, policy, frozen, behavior, say))
     return results, notes
 
 

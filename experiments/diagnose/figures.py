@@ -1,4 +1,4 @@
-"""How the figures of a diagnosis look, and those that show every estimator as a point or as a cell."""
+"""The style of a diagnosis's figures, and the figures that show each estimator as a point or as a cell."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from experiments.diagnose.tables import same_as
 from experiments.drawing import INK, RULE, SOFT, dress, in_figure, save
 from upge.measure import Estimated, Measured
 
-#: What an estimator learns from → its colours, the first for a single one.
+#: What an estimator learns from → its colours; a single estimator gets the first.
 COLORS = {
     "rollouts": ("#0072b2", "#2a8fc7", "#5a5f66", "#00805a", "#6b4fa1", "#1d2126"),
     "demonstrations": ("#c95000", "#a6478b", "#8a6a00", "#d98c3f", "#b3261e", "#7a4a2b"),
@@ -26,7 +26,7 @@ COLORS = {
     "pairs": ("#6b4fa1",),
 }
 MARKERS = {"rollouts": "o", "demonstrations": "s", "both": "D", "pairs": "^"}
-#: Of lines that are told apart by colour alone.
+#: Colours of lines that differ by colour alone.
 PALETTE = ("#0072b2", "#c95000", "#00805a", "#a6478b", "#8a6a00", "#2a8fc7", "#5a5f66", "#b3261e", "#6b4fa1")
 #: The lowest signal to noise that is drawn.
 FLOOR = 1e-3
@@ -34,14 +34,14 @@ LINES = "osD^vph<>"
 
 
 def kind(source: str) -> str:
-    """The key of `COLORS` of a source, or of several separated by commas."""
+    """The key of `COLORS` for a source, or for several sources separated by commas."""
     if source == "preference_pairs":
         return "pairs"
     return source if source in ("rollouts", "demonstrations") else "both"
 
 
 def logarithmic(axes) -> None:
-    """A logarithmic axis with plain numbers, as in 0.05."""
+    """Makes the vertical axis logarithmic, with plain numbers such as 0.05."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -49,7 +49,7 @@ def logarithmic(axes) -> None:
 
 
 def legend(figure: Figure, axes, columns: int) -> None:
-    """Below the figure, of the lines of one panel; nothing where there is none."""
+    """Puts a legend of one panel's lines below the figure; nothing if there are none."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False)
@@ -61,14 +61,14 @@ def palette(index: int) -> str:
 
 
 def bars(axes, at: Sequence[float], values: Sequence[Estimated], color: str, floor: float = -math.inf) -> None:
-    """Intervals; what is below the floor is cut, for it would have no end on a logarithmic axis."""
-    for x, found in zip(at, values, strict=True):
-        if not math.isnan(found.low) and found.high > floor:
-            axes.plot([x, x], [max(found.low, floor), found.high], color=color, alpha=0.3, linewidth=1.3)
+    """Draws intervals; parts below the floor are cut, because a logarithmic axis cannot show them."""
+    for x, value in zip(at, values, strict=True):
+        if not math.isnan(value.low) and value.high > floor:
+            axes.plot([x, x], [max(value.low, floor), value.high], color=color, alpha=0.3, linewidth=1.3)
 
 
 def known_or(value: float, other: float) -> float:
-    """The value, or the other in place of NaN."""
+    """The value, or `other` if it is NaN."""
     return other if math.isnan(value) else value
 
 
@@ -78,25 +78,25 @@ _MOST_NAMES = 3
 _SMALL = 8.3
 
 
-def plane(result: Result, folder: Path) -> list[Path]:
-    """bias_variance: the angle between mean and true gradient, and the noise of one batch."""
+def bias_variance(result: Result, folder: Path) -> list[Path]:
+    """Draws bias_variance: the angle between mean and true gradient, and the noise of one batch."""
     shown = [one for one in distinct(result) if _angle(one) is not None]
     return save(folder, "bias_variance", (8.6, 5.6), lambda figure: _draw(figure, result, shown)) if shown else []
 
 
 def distinct(result: Result) -> list[Measured]:
-    """The algorithms, of those that are the same but for their scale only the first."""
+    """The algorithms; of those that are equal up to scale only the first."""
     seen: set[str] = set()
-    found = []
+    algorithms = []
     for one in result.measured:
         if not one.part and one.name not in seen:
-            found.append(one)
+            algorithms.append(one)
             seen.update(same_as(result, one.name))
-    return found
+    return algorithms
 
 
 def label(result: Result, name: str) -> str:
-    """A name, with those of the algorithms that are the same."""
+    """A name, together with the names of the algorithms that are equal to it."""
     wholes = [one.name for one in result.measured if not one.part]
     names = [other for other in same_as(result, name) if other in wholes] or [name]
     rest = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
@@ -104,11 +104,11 @@ def label(result: Result, name: str) -> str:
 
 
 def _angle(one: Measured) -> tuple[float, float, float] | None:
-    """Of the mean with the true gradient, in degrees, with its interval; None where nothing is known."""
-    found = one.overall.cosine
-    if math.isnan(found.value) or not math.isfinite(one.overall.noise.value) or one.overall.noise.value <= 0:
+    """The angle in degrees between mean and true gradient, with its interval; None if it is unknown."""
+    cosine = one.overall.cosine
+    if math.isnan(cosine.value) or not math.isfinite(one.overall.noise.value) or one.overall.noise.value <= 0:
         return None
-    value, high, low = (math.degrees(math.acos(v)) if not math.isnan(v) else math.nan for v in found)
+    value, high, low = (math.degrees(math.acos(v)) if not math.isnan(v) else math.nan for v in cosine)
     return value, low, high
 
 
@@ -145,7 +145,7 @@ def _draw(figure: Figure, result: Result, shown: Sequence[Measured]) -> None:
 
 
 def _contours(axes, right: float, low: float, high: float) -> None:
-    """Where cosine/√(1 + noise²) has one value: estimators on a line gain as much by a step of a given length."""
+    """Draws lines of equal cosine/√(1 + noise²): along a line, a step of a given length gains equally."""
     angles = np.linspace(0, min(right, 89.99), 400)
     for number, level in enumerate(_CONTOURS):
         with np.errstate(invalid="ignore"):
@@ -154,7 +154,7 @@ def _contours(axes, right: float, low: float, high: float) -> None:
         if not inside.any():
             continue
         axes.plot(angles[inside], noise[inside], color=SOFT, linewidth=0.7, linestyle=(0, (4, 3)), alpha=0.6, zorder=1)
-        # At its upper left end, where no estimator is.
+        # Label the line at its upper left end, where there are no estimators.
         first = np.flatnonzero(inside & (noise < high * (0.94, 0.88)[number % 2]))[:1]
         if not len(first):
             continue
@@ -164,13 +164,13 @@ def _contours(axes, right: float, low: float, high: float) -> None:
 
 
 def _names(figure: Figure, axes, result: Result, shown: Sequence[Measured]) -> None:
-    """Names beside their points, where neither a point nor another name is; those that must go far get a thin line."""
-    figure.draw_without_rendering()  # only now it is known where on the figure the points are
+    """Puts names next to their points without overlaps; distant names get a thin line to their point."""
+    figure.draw_without_rendering()  # determines the positions of the points on the figure
     renderer = FigureCanvasAgg(figure).get_renderer()
     points = [axes.transData.transform((_angle(one)[0], one.overall.noise.value)) for one in shown]
     taken = [Bbox.from_extents(x - 9, y - 9, x + 9, y + 9) for x, y in points]
     taken += [written.get_window_extent(renderer) for written in axes.texts]
-    # Where it is most crowded there is least choice.
+    # Place the names in the most crowded regions first, because they have the least choice.
     order = sorted(range(len(shown)), key=lambda i: sum(np.hypot(*(points[i] - p)) < 90 for p in points), reverse=True)
     inside, unit = axes.get_window_extent(renderer), 72 / figure.dpi
     for i in order:
@@ -182,7 +182,7 @@ def _names(figure: Figure, axes, result: Result, shown: Sequence[Measured]) -> N
         taken.append(Bbox.from_bounds(*(points[i] + (x, y) - size / 2 - (3, 1)), *(size + (6, 2))))
         line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 0, "shrinkB": 4}
         far = abs(y) > 26 or abs(x) > size[0] / 2 + 26
-        # In points from the data: pixels are others in SVG.
+        # Offsets in points, because SVG has another pixel size.
         axes.annotate(
             words, xy=(_angle(shown[i])[0], shown[i].overall.noise.value), xytext=(x * unit, y * unit),
             textcoords="offset points", fontsize=_SMALL, color=color, va="center", ha="center", zorder=6,
@@ -193,8 +193,18 @@ def _names(figure: Figure, axes, result: Result, shown: Sequence[Measured]) -> N
 def free_place(
     point: tuple[float, float], size: tuple[float, float], taken: Sequence[Bbox], inside: Bbox
 ) -> tuple[float, float]:
-    """Where the middle of a name of this size goes, relative to its point: the nearest place, among rings of them,
-    that covers nothing that is taken and stays inside; right beside the point if there is none. All in pixels."""
+    """Finds a place for a name next to its point.
+
+    Args:
+        point: the position of the point, in pixels like all other arguments.
+        size: width and height of the name.
+        taken: boxes that the name must not overlap.
+        inside: the box in which the name must stay.
+
+    Returns:
+        The middle of the name relative to the point: the nearest free place on rings around the point, or directly to
+        its right if there is none.
+    """
     width, height = size
     for ring in range(14):
         for turn in (0, 180, 45, -45, 135, -135, 90, -90, 20, -20, 160, -160, 65, -65, 115, -115):
@@ -208,7 +218,7 @@ def free_place(
 
 
 def cosines(result: Result, folder: Path) -> list[Path]:
-    """cosines: a heat map of the mean gradients with each other, with ∇E[R] and with imitation."""
+    """Draws cosines: a heat map of the mean gradients with each other, with ∇E[R] and with imitation."""
     order = ("rollouts", "both", "pairs", "demonstrations")
     shown = sorted(distinct(result), key=lambda one: order.index(kind(one.source)))
     if len(shown) < 2:

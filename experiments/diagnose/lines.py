@@ -1,4 +1,4 @@
-"""The figures of a diagnosis by pass rate (signal to noise, conflict of the two sources) and over training."""
+"""Line figures of a diagnosis: by pass rate (signal to noise, conflict of the two sources) and over training."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from experiments.diagnose.tables import different
 from experiments.drawing import SOFT, dress, in_figure, save
 from upge.measure import Estimated, Measured
 
-#: Lines of a source, and prompts of a bin without which it is not drawn.
+#: Maximum number of lines of a source, and minimum number of prompts of a bin that is drawn.
 _MOST, _FEWEST = 5, 3
-#: A cosine whose interval is wider says nothing.
+#: A cosine with a wider interval is not drawn.
 _WIDEST = 1.0
 
 
 def signal(result: Result, folder: Path) -> list[Path]:
-    """signal_by_pass_rate: signal to noise of single prompts, what a gate sees, and what each threshold is worth."""
+    """Draws signal_by_pass_rate: signal to noise by pass rate, alignment by successes and by threshold."""
     shown = chosen(result)
     if not result.bins or not shown:
         return []
@@ -52,17 +52,17 @@ def signal(result: Result, folder: Path) -> list[Path]:
 
 
 def chosen(result: Result) -> list[Measured]:
-    """Estimators with one source: of each source whole algorithms before parts, then by alignment; none twice."""
-    found = []
+    """The different estimators with one source: per source whole algorithms before parts, then by alignment."""
+    estimators = []
     for source in ("rollouts", "demonstrations"):
         mine = [one for one in different(result) if one.source == source]
         mine.sort(key=lambda one: (bool(one.part), -known_or(one.overall.alignment.value, -math.inf)))
-        found += mine[:_MOST]
-    return found
+        estimators += mine[:_MOST]
+    return estimators
 
 
 def conflict(result: Result, folder: Path) -> list[Path]:
-    """conflict: the cosine between the mean gradients of rollouts and demonstrations, by pass rate."""
+    """Draws conflict: the cosine between the mean gradients of rollouts and demonstrations, by pass rate."""
     if not result.conflicts:
         return []
 
@@ -74,23 +74,28 @@ def conflict(result: Result, folder: Path) -> list[Path]:
             dash = "-" if index < len(LINES) else "--"
             shift = (index - len(result.conflicts) / 2) * 0.03
             line = [(i, one.by_rate[name]) for i, name in enumerate(places) if name in one.by_rate]
-            line = [(i, found) for i, found in line if _told(found)]
-            at, values = [i + shift for i, _ in line], [found for _, found in line]
+            line = [(i, estimate) for i, estimate in line if _is_precise(estimate)]
+            at, values = [i + shift for i, _ in line], [estimate for _, estimate in line]
             bars(axes, at, values, color)
             axes.plot(at, [v.value for v in values], color=color, marker=marker, linestyle=dash, markersize=5,
                       markeredgecolor="white", linewidth=1.6, label=in_figure(one.algorithm))  # fmt: skip
-            if _told(one.overall):
+            if _is_precise(one.overall):
                 end = len(places) + 0.1 + shift
                 bars(axes, [end], [one.overall], color)
                 axes.plot(end, one.overall.value, color=color, marker=marker, markersize=6, markeredgecolor="white")
         axes.axhline(0, color=SOFT, linewidth=0.9)
         axes.set_xticks(range(len(places) + 1), [*places, "all"])
         axes.set_xlim(-0.4, len(places) + 0.5)
-        drawn = [found for one in result.conflicts for found in (one.overall, *one.by_rate.values()) if _told(found)]
-        axes.set_ylim(max(-1.04, min([-0.4, *(found.low - 0.05 for found in drawn)])), 1.04)
+        drawn = [
+            estimate
+            for one in result.conflicts
+            for estimate in (one.overall, *one.by_rate.values())
+            if _is_precise(estimate)
+        ]
+        axes.set_ylim(max(-1.04, min([-0.4, *(estimate.low - 0.05 for estimate in drawn)])), 1.04)
         axes.set_xlabel("pass rate of the prompt")
         axes.set_ylabel("cosine of the two mean gradients")
-        axes.set_title("Do rollouts and demonstrations pull the same way?")
+        axes.set_title("Cosine of rollouts' and demonstrations' gradients")
         dress(axes)
         legend(figure, axes, 5)
 
@@ -101,7 +106,7 @@ def _by_rate(axes, result: Result, shown: Sequence[Measured]) -> None:
     bins = [one for one in result.bins if len(one.prompts) >= _FEWEST]
     places = {one.label: i for i, one in enumerate(bins)}
     for color, marker, shift, one in _styled(shown):
-        at = [(places[found.bin] + shift, found.snr) for found in one.by_rate if found.bin in places]
+        at = [(places[at_rate.bin] + shift, at_rate.snr) for at_rate in one.by_rate if at_rate.bin in places]
         known = [(x, v) for x, v in at if math.isfinite(v.value)]
         bars(axes, [x for x, _ in known], [v for _, v in known], color, floor=FLOOR)
         axes.plot([x for x, _ in known], [max(v.value, FLOOR) for _, v in known], color=color, marker=marker,
@@ -131,9 +136,9 @@ def _by_count(axes, result: Result, shown: Sequence[Measured]) -> None:
 
 
 def _by_threshold(axes, result: Result) -> None:
-    for index, (name, found) in enumerate(result.thresholds.items()):
+    for index, (name, points) in enumerate(result.thresholds.items()):
         color = palette(index)
-        at, values = [one.threshold for one in found], [one.overall.alignment for one in found]
+        at, values = [one.threshold for one in points], [one.overall.alignment for one in points]
         if all(math.isnan(value.value) for value in values):
             continue
         axes.plot(at, [v.value for v in values], color=color, marker=LINES[index % len(LINES)], markersize=5,
@@ -145,12 +150,12 @@ def _by_threshold(axes, result: Result) -> None:
         axes.legend(frameon=False, fontsize=8.5)
     axes.axhline(0, color=SOFT, linewidth=0.9)
     axes.set_xlabel("threshold of the gates")
-    axes.set_title("Alignment of a batch, best one ringed")
+    axes.set_title("Alignment of a batch (circle: best)")
     dress(axes)
 
 
 def _styled(shown: Sequence[Measured]):
-    """(colour, marker, shift, estimator): a colour family for each source."""
+    """(colour, marker, shift, estimator) of each estimator, with a colour family for each source."""
     counts: dict[str, int] = {}
     for place, one in enumerate(shown):
         number = counts.setdefault(one.source, 0)
@@ -160,18 +165,18 @@ def _styled(shown: Sequence[Measured]):
         yield colors[number % len(colors)], marker, (place - len(shown) / 2) * 0.03, one
 
 
-def _told(found: Estimated) -> bool:
-    """False where an interval is so wide, or missing, that the cosine is not drawn."""
-    return found.high - found.low < _WIDEST
+def _is_precise(estimate: Estimated) -> bool:
+    """Whether the interval of a cosine is narrow enough to draw it; False if it is missing."""
+    return estimate.high - estimate.low < _WIDEST
 
 
 def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
-    """over_training: cosine, signal to noise, alignment and conflict of every policy, in their order."""
+    """Draws over_training: cosine, signal to noise, alignment and conflict of every policy, in their order."""
     if len(results) < 2:
         return []
     names = [one.name for one in distinct(results[0])]
     if len(names) > len(PALETTE):
-        # More lines could not be told apart: of each kind those with the highest alignment at first.
+        # More lines would be indistinguishable, so keep those of each kind with the highest initial alignment.
         ranked = sorted(distinct(results[0]), key=lambda one: -known_or(one.overall.alignment.value, -1.0))
         kinds: dict[str, list[str]] = {}
         for one in ranked:
@@ -184,23 +189,23 @@ def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
         panels = (("cosine", "cosine with ∇E[R]"), ("snr", "signal to noise of a batch"), ("alignment", "alignment"))
         for axes, (field, title) in zip(grid, panels, strict=False):
             for index, name in enumerate(names):
-                found = [next((m for m in r.measured if m.name == name), None) for r in results]
-                values = [m and getattr(m.overall, field) for m in found]
+                estimates = [next((m for m in r.measured if m.name == name), None) for r in results]
+                values = [m and getattr(m.overall, field) for m in estimates]
                 floor = FLOOR if field == "snr" else -math.inf
-                _course(axes, results, values, index, label(results[0], name), floor)
+                _line_over_policies(axes, results, values, index, label(results[0], name), floor)
             axes.set_title(title)
         last = figure.axes[3]
         both = dict.fromkeys(c.algorithm for r in results for c in r.conflicts)
         for index, name in enumerate(names):
             if name in both:
-                found = [next((c.overall for c in r.conflicts if c.algorithm == name), None) for r in results]
-                _course(last, results, found, index, "")
+                estimates = [next((c.overall for c in r.conflicts if c.algorithm == name), None) for r in results]
+                _line_over_policies(last, results, estimates, index, "")
         last.set_title("cosine of rollouts' and demonstrations' parts")
         logarithmic(figure.axes[1])
         for axes in figure.axes:
             if not any(len(line.get_xdata()) for line in axes.get_lines()):
                 axes.set_yticks([])
-                axes.text(0.5, 0.5, "no figure from these samples", transform=axes.transAxes, ha="center", color=SOFT)
+                axes.text(0.5, 0.5, "no estimate from these samples", transform=axes.transAxes, ha="center", color=SOFT)
             _steps(axes, results)
             dress(axes)
         legend(figure, figure.axes[0], 3)
@@ -208,7 +213,7 @@ def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
     return save(folder, "over_training", (8.6, 6.4), draw)
 
 
-def _course(
+def _line_over_policies(
     axes,
     results: Sequence[Result],
     values: Sequence[Estimated | None],

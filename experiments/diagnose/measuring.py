@@ -1,4 +1,4 @@
-"""One policy measured: its pool is sampled and its gradients taken, or every batch is added up."""
+"""Measures one policy: samples its pool and takes gradients, or sums exactly over all batches."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ from upge.measure.exact import Exact, exact
 from upge.measure.scores import Pair
 from upge.train.config import ModelConfig
 
-#: Share of the free memory that gradients kept at the same time may take.
+#: Share of the free memory that the stored gradients may take.
 _MEMORY = 0.6
-#: Numbers by which it is found out which estimators are the same.
+#: Size of the projections that are compared to find equal estimators.
 _TO_COMPARE = 512
 
 
 @dataclass(frozen=True)
 class AtThreshold:
-    """An algorithm whose gates' thresholds are set to one pass rate."""
+    """The results of an algorithm with the thresholds of its gates set to one pass rate."""
 
     threshold: float
     overall: Metrics
@@ -65,17 +65,17 @@ class AtThreshold:
 
 @dataclass(frozen=True)
 class Result:
-    """What was found about one policy.
+    """The results for one policy.
 
-    Fields:
-        label, step: the policy's.
+    Attributes:
+        label, step: label and step of the policy.
         facts: sizes, errors, seconds and memory, by name.
         bins: the prompts by pass rate.
-        measured: algorithms and their parts.
-        conflicts: of the algorithms with two sources.
-        thresholds: algorithm → its figures at every threshold, where it has one.
-        cosines: first and second algorithm → cosine of their means.
-        same: the names of `measured` in groups that are the same estimator on this pool but for their scale.
+        measured: the algorithms and their parts.
+        conflicts: conflicts of the algorithms with two sources.
+        thresholds: algorithm → its results at every threshold, if it has a threshold.
+        cosines: (first algorithm, second algorithm) → cosine of their means.
+        same: groups of names of `measured` that are the same estimator on this pool up to scale.
     """
 
     label: str
@@ -91,15 +91,24 @@ class Result:
 
 def measure(
     chosen: Chosen,
-    asked: Problems,
+    prompts: Problems,
     policy: Policy,
     frozen: ModelConfig | None,
     behavior: ModelConfig | None,
     say: Callable[[str], None],
 ) -> Result:
-    """Samples and measures one policy; `frozen` fills the reference log-probs, None = the policy itself."""
+    """Samples and measures one policy.
+
+    Args:
+        chosen: the settings.
+        prompts: the prompts of the pool.
+        policy: the policy.
+        frozen: the model of the reference log-probs; None = the policy itself.
+        behavior: the model that the batches are sampled from; None = the policy itself.
+        say: prints a line of progress.
+    """
     began = time.perf_counter()
-    sampled = sample(chosen, asked, policy.model, behavior, say)
+    sampled = sample(chosen, prompts, policy.model, behavior, say)
     pool, config, temperature = sampled.pool, chosen.config, chosen.run.rollout.temperature
     sampling_took = time.perf_counter() - began
     pairs = pool.pairs()
@@ -110,9 +119,9 @@ def measure(
     columns = {}
     for number, (pair, (logprobs, entropies)) in enumerate(zip(pairs, own, strict=True)):
         columns[pair] = {"logprobs": logprobs, "entropies": entropies, "reference_logprobs": logprobs}
-        columns[pair] |= {name: found[number] for name, found in known.items()}
+        columns[pair] |= {name: logprobs[number] for name, logprobs in known.items()}
     directions = Directions()
-    found = [estimator(one, pool, columns, directions, config.step) for one in chosen.algorithms.values()]
+    estimators = [estimator(one, pool, columns, directions, config.step) for one in chosen.algorithms.values()]
     varied = {
         name: {share: estimator(at, pool, columns, directions, config.step) for share, at in variants.items()}
         for name, one in chosen.algorithms.items()
@@ -127,7 +136,7 @@ def measure(
         held_out = true_gradient(scores, sampled.held_out, bar.update).mean(dim=0) if sampled.held_out else None
     demonstrated = shown.dense((pool.prompts, pool.rounds), rows).sum(dim=0) if shown.cells else None
     to = Targets(true, demonstrated, held_out)
-    result = worked_out(pool, found, varied, rows, to)
+    result = results_of(pool, estimators, varied, rows, to)
     facts = {
         "prompts": pool.prompts,
         "rounds": pool.rounds,
@@ -146,20 +155,20 @@ def measure(
     return replace(result, label=policy.label, step=policy.step, facts=facts)
 
 
-def worked_out(
+def results_of(
     pool: Pool,
-    found: Sequence[Estimator],
+    estimators: Sequence[Estimator],
     varied: Mapping[str, Mapping[float, Estimator]],
     rows: Tensor,
     to: Targets,
 ) -> Result:
-    """All figures, from the gradients [g, k] that the estimators consist of."""
+    """All results, from the gradients [g, k] that the estimators combine."""
     bins = bins_of(pool.pass_rates)
-    # A few numbers tell whether estimates are alike; everyone's whole estimates would take more than the gradients.
+    # Short projections suffice to compare estimates; whole estimates would take more memory than the gradients.
     short = Sketch((rows.shape[1],), min(rows.shape[1], _TO_COMPARE))
     lines: list[Measured] = []
     samples, estimates = {}, {}
-    for one in found:
+    for one in estimators:
         parts = [part for part, entries in one.parts.items() if entries.cells] if len(one.parts) > 1 else []
         for part in ("", *parts):
             mine = one.contributions(pool, rows, [part] if part else None)
@@ -167,7 +176,7 @@ def worked_out(
             estimates[lines[-1].name] = short([batch_estimates(pool, mine)[0]])
             if not part:
                 samples[one.name] = batch_sample(pool, mine)
-    conflicts = [conflict(pool, one, rows, bins) for one in found]
+    conflicts = [conflict(pool, one, rows, bins) for one in estimators]
     at = {
         name: tuple(
             AtThreshold(share, metrics(batch_sample(pool, one.contributions(pool, rows)), to.pooled))
@@ -189,15 +198,15 @@ def _logprobs(model: ModelConfig, pairs: Sequence[Pair], temperature: float) -> 
 
 
 def needs_frozen(algorithms: Iterable[Algorithm]) -> bool:
-    """True if one of them reads the log-probs of a frozen policy."""
+    """Whether one of the algorithms needs the log-probs of a frozen policy."""
     return any(one.needs.reference for one in algorithms)
 
 
 def _check_memory(sketch: int, count: int, pool: Pool, scores: ModelScores) -> None:
-    """Refuses to keep more gradients than there is memory for.
+    """Checks that the gradients fit into memory.
 
     Raises:
-        ConfigError: what it would take, and what to change.
+        ConfigError: they do not; the message says what to change.
     """
     import psutil
 
@@ -215,12 +224,12 @@ def _bar(total: int | None, what: str) -> tqdm:
     return tqdm(total=total, desc=what, unit="", mininterval=1.0, leave=False, dynamic_ncols=True)
 
 
-#: More rollouts make more multisets than there is patience for.
+#: The number of multisets to enumerate grows too fast beyond this.
 MOST_ROLLOUTS = 8
 
 
 def exactly(chosen: Mapping[str, Algorithm], group_size: int) -> Result:
-    """All figures on the setting of docs/theory.md, one prompt a batch; the frozen policy there is another one.
+    """Exact results on the setting of docs/theory.md with one prompt per batch and a separate frozen policy.
 
     Raises:
         ConfigError: too many rollouts to enumerate.
@@ -231,19 +240,19 @@ def exactly(chosen: Mapping[str, Algorithm], group_size: int) -> Result:
     true, shown = made.objectives["reward"].flatten(), made.objectives["imitation"].flatten()
     lines, wholes, conflicts, alike = [], {}, [], {}
     for name, algorithm in chosen.items():
-        found, known = exact(algorithm, made, group_size=group_size), sources(algorithm)
-        wholes[name] = found[""].mean
-        noise = math.sqrt(max(0.0, found[""].power - float(found[""].mean.square().sum())))
-        # Of equal direction and equal noise in proportion to it.
-        alike[name] = torch.cat([found[""].mean, torch.tensor([noise], dtype=torch.float64)])[None]
+        moments, known = exact(algorithm, made, group_size=group_size), sources(algorithm)
+        wholes[name] = moments[""].mean
+        noise = math.sqrt(max(0.0, moments[""].power - float(moments[""].mean.square().sum())))
+        # The same estimator up to scale has the same direction and the same relative noise.
+        alike[name] = torch.cat([moments[""].mean, torch.tensor([noise], dtype=torch.float64)])[None]
         several = len(known) > 1
-        for part, one in found.items():
+        for part, one in moments.items():
             if part and (not several or not bool(one.mean.any())):
                 continue
             source = known[part] if part else ", ".join(dict.fromkeys(known.values()))
             lines.append(_line(name, part, source, one, true, shown))
         sides = [
-            sum((found[p].mean for p in known if known[p] == source), torch.zeros_like(true))
+            sum((moments[p].mean for p in known if known[p] == source), torch.zeros_like(true))
             for source in ("rollouts", "demonstrations")
         ]
         if all(bool(side.any()) for side in sides):

@@ -1,4 +1,4 @@
-"""Which policies are measured, and their weights: a model's folder, or the checkpoints that a run has kept."""
+"""The policies to measure and their weights: a model's folder, or the checkpoints that a run has kept."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from upge.train.folder import RunFolder
 
 @dataclass(frozen=True)
 class Policy:
-    """A model to be measured.
+    """A model to measure.
 
-    Fields:
-        label: what it is called in tables and figures.
+    Attributes:
+        label: its name in tables and figures.
         model: its settings, with a folder as path.
-        step: training steps behind it, where it comes from a run; else None.
+        step: its training step if it comes from a run, else None.
     """
 
     label: str
@@ -38,31 +38,31 @@ class Policy:
 
 @contextlib.contextmanager
 def policies(chosen: Chosen) -> Iterator[list[Policy]]:
-    """The policies of a command line; what is unpacked for them is there as long as the context.
+    """A context manager with the policies of a command line; their unpacked files exist within it.
 
     Raises:
-        ConfigError: two of one name.
-        ModelError: one that cannot be read.
+        ConfigError: two policies have the same name.
+        ModelError: a policy cannot be read.
     """
     with TemporaryDirectory(prefix="diagnose") as folder:
-        found = list(_policies(chosen, Path(folder)))
-        # Compared as names of folders, for each has one of its own.
-        names = [folder_name(one.label).lower() for one in found]
-        twice = next((one.label for one, name in zip(found, names, strict=True) if names.count(name) > 1), None)
+        made = list(_policies(chosen, Path(folder)))
+        # Compare the names of their folders, which must differ.
+        names = [folder_name(one.label).lower() for one in made]
+        twice = next((one.label for one, name in zip(made, names, strict=True) if names.count(name) > 1), None)
         if twice is not None:
             raise ConfigError(
                 f"policies: several would be called '{twice}'; name them, as in policies=[LABEL:PATH,...]"
             )
-        yield found
+        yield made
 
 
 def folder_name(label: str) -> str:
-    """What a policy's folder within a diagnosis is called."""
+    """The name of a policy's folder within a diagnosis."""
     return re.sub(r"[^\w.-]+", "_", label)
 
 
 def model_of(name: str, base: ModelConfig) -> ModelConfig:
-    """A preset by name, a folder or a file, spoken to as `base` is, as a folder."""
+    """The settings of a model given as a preset, a folder or a file, with the prompt settings of `base`."""
     path = name
     if name in presets("model"):
         path = compose([f"model={name}"]).config.model.path
@@ -72,15 +72,15 @@ def model_of(name: str, base: ModelConfig) -> ModelConfig:
 
 
 def load_model(model: ModelConfig) -> torch.nn.Module:
-    """The causal LM in its precision, on a GPU where there is one.
+    """Loads the causal LM in its dtype, on a GPU if there is one.
 
     Raises:
-        ModelError: it cannot be loaded or is not complete.
+        ModelError: it cannot be loaded or is incomplete.
     """
     from transformers import AutoModelForCausalLM
 
     try:
-        network, found = AutoModelForCausalLM.from_pretrained(
+        network, loading_info = AutoModelForCausalLM.from_pretrained(
             model.path,
             config=read_config(model.path, model.overrides),
             dtype=getattr(torch, model.dtype),
@@ -88,7 +88,7 @@ def load_model(model: ModelConfig) -> torch.nn.Module:
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"model.path: '{model.path}' cannot be loaded: {str(error).splitlines()[0]}") from error
-    check_loaded(model.path, found)
+    check_loaded(model.path, loading_info)
     return network.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -108,7 +108,7 @@ def _policies(chosen: Chosen, scratch: Path) -> Iterator[Policy]:
 
 
 def _of_run(folder: RunFolder, base: ModelConfig, scratch: Path) -> Iterator[Policy]:
-    """Where the run began, each checkpoint that was kept, and the final model if no checkpoint is of its step."""
+    """The run's initial model, each kept checkpoint, and the final model unless a checkpoint has its step."""
     yield Policy("0", base, 0)
     steps = folder.checkpoint_steps()
     for step in steps:
@@ -144,6 +144,6 @@ def unpack(checkpoints: Path, tag: str, model: ModelConfig, folder: Path) -> Non
     network.save_pretrained(folder)
 
 
-def ordered(found: Sequence[Policy]) -> list[Policy]:
-    """By step where all have one, else as given."""
-    return sorted(found, key=lambda one: one.step) if all(one.step is not None for one in found) else list(found)
+def ordered(given: Sequence[Policy]) -> list[Policy]:
+    """The policies by step if all have one, else in the given order."""
+    return sorted(given, key=lambda one: one.step) if all(one.step is not None for one in given) else list(given)

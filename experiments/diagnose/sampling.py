@@ -1,4 +1,4 @@
-"""From settings to a pool: problems, prompts, rollouts with their rewards, demonstrations and pairs."""
+"""Samples the pool of a diagnosis: problems, prompts, rollouts with rewards, demonstrations and preference pairs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,21 @@ from upge.train.prompt_order import prompt_indices, stream_seed
 from upge.train.sample import Trajectory, has_pair
 from upge.verify import VerifierPool
 
-#: Independent parts of the reference.
+#: Number of independent parts of the reference rollouts.
 PARTS = 8
 
 
 @dataclass(frozen=True)
 class Problems:
-    """What is asked: the pool's examples, those held out, and how the model is spoken to."""
+    """The prompts of a diagnosis.
+
+    Attributes:
+        examples: the examples of the pool.
+        held_out: the held-out examples.
+        prompting: how problems become prompts.
+        verifiers: names of the verifiers.
+        notes: sentences for the user.
+    """
 
     examples: tuple[Example, ...]
     held_out: tuple[Example, ...]
@@ -37,7 +45,7 @@ class Problems:
 
     @property
     def has_pairs(self) -> bool:
-        """True if there is a preference pair to learn from."""
+        """Whether some example has a preference pair."""
         return any(map(has_pair, self.examples))
 
 
@@ -50,13 +58,13 @@ class Sampled:
 
 
 def problems(chosen: Chosen, model: ModelConfig) -> Problems:
-    """The prompts of a diagnosis: of the training side as many as the pool has, in the order of training.
+    """The prompts of a diagnosis: `prompts` of the training side, in the order of training.
 
-    Prompts without a demonstration are passed over where an algorithm needs one, and likewise for pairs: every
-    algorithm is to be measured on the same prompts.
+    If an algorithm needs demonstrations, prompts without one are skipped, and likewise for preference pairs, so that
+    every algorithm is measured on the same prompts.
 
     Raises:
-        UserError: what is wrong with data, model or limits, as before a run.
+        UserError: data, model or limits are wrong, as before a run.
     """
     config, run = chosen.config, chosen.run
     limits = {name: getattr(run.rollout, name) for name in ("max_prompt_tokens", "max_response_tokens")}
@@ -77,36 +85,36 @@ def problems(chosen: Chosen, model: ModelConfig) -> Problems:
     ]
     if len(wanted) < len(encoded):
         notes.append(f"{len(encoded) - len(wanted)} of {len(encoded)} prompts lack a demonstration or pair that an "
-                     "algorithm needs, and are left out for all")  # fmt: skip
+                     "algorithm needs, and are left out for all algorithms")  # fmt: skip
     if len(wanted) < config.prompts:
-        raise ConfigError(f"prompts: {config.prompts}, but the data set has {len(wanted)} that serve; give fewer")
+        raise ConfigError(f"prompts: {config.prompts}, but the data set has {len(wanted)} usable ones; give fewer")
     chosen_ones = tuple(wanted[i] for i in prompt_indices(0, config.prompts, len(wanted), run.seed))
     held_out: tuple[Example, ...] = ()
     if config.held_out:
         if len(splits.evaluation) < config.held_out:
             raise DataError(f"held_out: {config.held_out}, but there are {len(splits.evaluation)} evaluation problems")
-        found = data.encode(splits.evaluation, prompting, **limits, overlong_prompts="drop").examples
-        held_out = found[: config.held_out]
+        encoded_evaluation = data.encode(splits.evaluation, prompting, **limits, overlong_prompts="drop").examples
+        held_out = encoded_evaluation[: config.held_out]
         if len(held_out) < config.held_out:
             raise DataError(
                 f"held_out: {config.held_out}, but the prompts of only {len(held_out)} evaluation problems are within "
                 "rollout.max_prompt_tokens; give fewer, or raise the limit"
             )
-    asked = [example.problem for example in (*chosen_ones, *held_out)]
-    return Problems(chosen_ones, held_out, prompting, check_answers(asked, run.verify.verifier), tuple(notes))
+    needed_problems = [example.problem for example in (*chosen_ones, *held_out)]
+    return Problems(chosen_ones, held_out, prompting, check_answers(needed_problems, run.verify.verifier), tuple(notes))
 
 
 def sample(
-    chosen: Chosen, asked: Problems, model: ModelConfig, behavior: ModelConfig | None, say: Callable[[str], None]
+    chosen: Chosen, prompts: Problems, model: ModelConfig, behavior: ModelConfig | None, say: Callable[[str], None]
 ) -> Sampled:
-    """Draws and verifies all rollouts of a pool; those of the batches from `behavior`, the others from the model."""
+    """Samples and verifies all rollouts of a pool: those of the batches from `behavior`, the others from `model`."""
     config, run = chosen.config, chosen.run
     limits = (run.verify.workers, run.verify.time_limit, run.verify.memory_limit)
-    sampling = Sampling(run.rollout.temperature, 1.0, run.rollout.max_response_tokens, asked.prompting.stop_token_ids)
-    with VerifierPool(asked.verifiers, *limits) as pool:
+    sampling = Sampling(run.rollout.temperature, 1.0, run.rollout.max_response_tokens, prompts.prompting.stop_token_ids)
+    with VerifierPool(prompts.verifiers, *limits) as pool:
 
         def drawn(sampler: Sampler, purpose: str, examples: Sequence[Example], n: int) -> list[list[Trajectory]]:
-            verified = VerifiedSampler(sampler, pool, asked.prompting)
+            verified = VerifiedSampler(sampler, pool, prompts.prompting)
             seeds = [stream_seed(run.seed, "diagnose", purpose, q) for q in range(len(examples))]
             groups = verified.sample(examples, n, sampling, seeds).groups
             say(f"{purpose}: {n} rollouts of {len(examples)} prompts")
@@ -117,20 +125,20 @@ def sample(
 
         sampler = _sampler(chosen, model)
         say(f"rollouts: {sampler.reason}")
-        passed = drawn(sampler, "pass rates", asked.examples, config.pass_samples)
-        reference = drawn(sampler, "reference", asked.examples, _parted(config.reference))
-        others = drawn(sampler, "held out", asked.held_out, _parted(config.reference)) if asked.held_out else []
+        passed = drawn(sampler, "pass rates", prompts.examples, config.pass_samples)
+        reference = drawn(sampler, "reference", prompts.examples, _parted(config.reference))
+        others = drawn(sampler, "held out", prompts.held_out, _parted(config.reference)) if prompts.held_out else []
         if behavior is not None:
             sampler.close()
             sampler = _sampler(chosen, behavior)
-        own = drawn(sampler, "batches", asked.examples, config.rounds * config.group_size)
+        own = drawn(sampler, "batches", prompts.examples, config.rounds * config.group_size)
         sampler.close()
     groups = [
         [
             Group(tuple(rollouts[r * config.group_size : (r + 1) * config.group_size]), *_given(q, example, r, run))
             for r in range(config.rounds)
         ]
-        for q, (example, rollouts) in enumerate(zip(asked.examples, own, strict=True))
+        for q, (example, rollouts) in enumerate(zip(prompts.examples, own, strict=True))
     ]
     dealt = deal(config.prompts, config.prompts_per_step, config.rounds, run.seed)
     rates = torch.tensor([pass_rate(rollouts) for rollouts in passed], dtype=torch.float64)
@@ -152,13 +160,12 @@ def _sampler(chosen: Chosen, model: ModelConfig) -> Sampler:
 
 
 def _part_size(rollouts: int) -> int:
-    """Rollouts of each part of the reference, so that there are `PARTS` where they suffice: at least two, for a
-    baseline."""
+    """Rollouts in each part of the reference: at least two, for a baseline, and enough for at most `PARTS` parts."""
     return max(2, -(-rollouts // PARTS))
 
 
 def _parted(rollouts: int) -> int:
-    """So many, or a few more, that each part has as many."""
+    """The number of rollouts, rounded up so that all parts have the same size."""
     size = _part_size(rollouts)
     return -(-rollouts // size) * size
 
@@ -176,9 +183,9 @@ def _rollout(q: int, example: Example, response: rollout.Rollout, verdict) -> Tr
 
 
 def _given(q: int, example: Example, number: int, run) -> tuple[tuple[Trajectory, ...], tuple[Trajectory, ...]]:
-    """The demonstrations of a prompt that have their turn in a round, by chance, and its pair.
+    """Random demonstrations of a prompt for a round, and its preference pair.
 
-    A run has them in turns; rounds that did would not be independent of each other.
+    A run goes through them in order, but then rounds would not be independent of each other.
     """
     count, wanted = len(example.demonstrations), run.data_policy.demonstrations
     chosen = list(range(count))

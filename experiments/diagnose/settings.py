@@ -1,4 +1,4 @@
-"""The settings of a diagnosis: its own keys, and those of a run that say what is sampled and how."""
+"""The settings of a diagnosis: its own keys, and the keys of a run for model, data and sampling."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from upge.pipeline import Pipeline
 from upge.train.config import RunConfig
 
 ALL = "all"
-#: Keys of a run that a diagnosis has as well; of those with a dot at the end all below them.
+#: Keys of a run that a diagnosis also has; a dot at the end stands for all keys below.
 SHARED = ("model", "data", "recipe", "seed", "model.", "data.", "rollout.", "verify.", "reference.", "data_policy.")
-#: In place of a run's defaults, which are those of a training step.
+#: Defaults that replace those of a run, which are for a training step.
 _OF_A_BATCH = {"prompts_per_step": 16, "group_size": 8}
 
 
@@ -31,7 +31,7 @@ def _at_least(least: int, default: int, meaning: str) -> Any:
 
 @dataclass(frozen=True)
 class DiagnoseConfig(Settings):
-    """What is measured, and with how large a sample."""
+    """What is measured, and the sizes of the samples."""
 
     algos: list = key(
         ["sft", "grpo", "hpt", "luffy", "srft"],
@@ -40,18 +40,16 @@ class DiagnoseConfig(Settings):
     prompts: int = _at_least(1, 64, "prompts of the pool, from the training side")
     prompts_per_step: int = _at_least(1, 16, "prompts of a batch; divides prompts")
     group_size: int = _at_least(2, 8, "rollouts of a prompt in a batch")
-    batches: int = _at_least(2, 32, "batches to estimate means and variances from; each has rollouts of its own")
-    reference: int = _at_least(4, 64, "rollouts of each prompt for the true gradient, in 8 parts of two at least")
+    batches: int = _at_least(2, 32, "batches to estimate means and variances from, each with its own rollouts")
+    reference: int = _at_least(4, 64, "rollouts of each prompt for the true gradient, in 8 parts of at least two")
     pass_samples: int = _at_least(1, 32, "rollouts of each prompt for its pass rate")
-    held_out: int = _at_least(
-        0, 0, "prompts of the evaluation side for the true gradient of what is not trained on; 0 = none"
-    )
-    sketch: int = _at_least(0, 8192, "numbers of a gradient's random projection; 0 = gradients whole, for small models")
-    step: int = _at_least(0, 0, "training steps behind the batch, for schedules")
-    policies: list = key([], "models to measure one after the other in place of model; a label goes before a colon")
-    run: str = key("", "a run's folder: its model, data and sampling, and each of its kept checkpoints as a policy")
+    held_out: int = _at_least(0, 0, "prompts of the evaluation side for the true gradient on held-out data; 0 = none")
+    sketch: int = _at_least(0, 8192, "size of the gradients' random projection; 0 = whole gradients, for small models")
+    step: int = _at_least(0, 0, "training step of the batch, for schedules")
+    policies: list = key([], "models to measure one after the other in place of model; LABEL:PATH gives a label")
+    run: str = key("", "folder of a run: its model, data and sampling, and each of its kept checkpoints as a policy")
     behavior: str = key("", "model that the batches' rollouts are sampled from; empty = the policy itself")
-    exact: bool = key(False, "no model: a policy of seven responses, whose every batch is added up")
+    exact: bool = key(False, "no model: a policy of seven responses, with exact sums over all batches")
     output: str = key("", "folder of the diagnosis; empty = the next free diagnoses/MODEL-DATA")
 
     def __post_init__(self) -> None:
@@ -59,15 +57,17 @@ class DiagnoseConfig(Settings):
         if self.prompts % self.prompts_per_step:
             raise ConfigError(
                 f"prompts_per_step: {self.prompts_per_step} does not divide prompts={self.prompts}; choose a divisor, "
-                "so that in every round all prompts come once"
+                "so that every round has each prompt once"
             )
         if not self.algos or not all(isinstance(name, str) for name in [*self.algos, *self.policies]):
             raise ConfigError(f"algos={self.algos}, policies={self.policies}: give lists of names such as [sft,grpo]")
 
     @property
     def rounds(self) -> int:
-        """How often all prompts come: enough for `batches`, and three times at least: products need two rounds, and the
-        errors are from what is found without one."""
+        """The number of times that each prompt occurs: enough for `batches`, and at least three.
+
+        Products of estimates need two rounds, and their errors come from leaving one round out.
+        """
         return max(3, -(-self.batches * self.prompts_per_step // self.prompts))
 
 
@@ -75,13 +75,13 @@ class DiagnoseConfig(Settings):
 class Chosen:
     """A checked command line.
 
-    Fields:
+    Attributes:
         config: the diagnosis's own settings.
-        run: model, data and sampling.
+        run: the settings of model, data and sampling.
         tree: everything resolved, as recorded; `tree["data"]` builds the data set.
-        algorithms: by the name that was given, with corrections behind a plus.
+        algorithms: given name, such as NAME+tis with a correction → algorithm.
         left_out: name → why it is not measured.
-        names: of the model and the data set.
+        names: the names of the model and the data set.
     """
 
     config: DiagnoseConfig
@@ -93,21 +93,21 @@ class Chosen:
 
     @property
     def remarks(self) -> list[str]:
-        """What of an algorithm is not in its figures, in sentences."""
-        found = []
+        """Sentences on the parts of algorithms that the results do not include."""
+        sentences = []
         for name, one in self.algorithms.items():
             if one.sampling is not None:
-                found.append(f"{name}: prompts are measured as they come, none is drawn anew")
+                sentences.append(f"{name}: all prompts are measured; dynamic sampling is not applied")
             if one.interleaved_update is not None:
-                found.append(f"{name}: the updates that it makes now and then are not measured, its step's own is")
-        return found
+                sentences.append(f"{name}: the interleaved updates are not measured, only the step's own update")
+        return sentences
 
 
 def without_pairs(chosen: Chosen) -> tuple[Chosen, list[str]]:
-    """Without the algorithms that learn from preference pairs, and the names of these.
+    """Removes the algorithms that learn from preference pairs, and returns their names.
 
     Raises:
-        ConfigError: no other is left.
+        ConfigError: no other algorithm is left.
     """
     kept = {name: one for name, one in chosen.algorithms.items() if not one.needs.preference_pairs}
     if not kept:
@@ -139,35 +139,35 @@ def choose(arguments: Sequence[str]) -> Chosen:
     tree, names = _of_run(Path(config.run), shared) if config.run else _composed([*shared, *sizes])
     tree |= {name: getattr(config, name) for name in _OF_A_BATCH}
     names_wanted = algorithms.names() if config.algos == [ALL] else list(dict.fromkeys(config.algos))
-    found, left_out = {}, {}
+    measurable, left_out = {}, {}
     for name in names_wanted:
         one = _algorithm(name, tree)
         reason = unmeasurable(one, config.group_size, critic=config.exact)
         if reason:
             left_out[name] = reason
         else:
-            found[name] = replace(one, name=name)
-    if not found:
+            measurable[name] = replace(one, name=name)
+    if not measurable:
         raise ConfigError("algos: nothing is left to measure: " + "; ".join(f"{n}: {r}" for n, r in left_out.items()))
-    return Chosen(config, from_tree(RunConfig, tree), tree, found, left_out, names)
+    return Chosen(config, from_tree(RunConfig, tree), tree, measurable, left_out, names)
 
 
 def _check_exact(given: Sequence[str]) -> None:
-    """Refuses settings of a model and a sample where there is neither."""
+    """Refuses settings of a model or of sampling with exact=true."""
     idle = [name for name in given if name not in ("exact", "algos", "group_size", "output")]
     if idle:
         raise ConfigError(
-            f"{idle[0]}: has no effect with exact=true, which has no model, no data and nothing sampled; leave out "
+            f"{idle[0]}: has no effect with exact=true, which uses no model, no data and no sampling; leave out "
             f"{', '.join(idle)}"
         )
 
 
 def unmeasurable(algorithm: Algorithm | Pipeline, group_size: int, critic: bool = False) -> str:
-    """Why an algorithm cannot be measured here, in words; empty if it can. `critic`: whether there is one."""
+    """Why an algorithm cannot be measured here; empty if it can. `critic` says whether there is a critic."""
     if isinstance(algorithm, Pipeline):
-        return f"it has the stages {', '.join(algorithm.stages)}, each an algorithm of its own: give those"
+        return f"it has the stages {', '.join(algorithm.stages)}, each a separate algorithm: give those"
     if algorithm.needs.critic and not critic:
-        return "it reads a critic's values, and a policy's folder has no critic"
+        return "it needs a critic's values, and a policy's folder has no critic"
     try:
         provided = ("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "preference")
         algorithm.check(group_size=group_size, provided=provided)
@@ -191,12 +191,12 @@ def _fields() -> list[str]:
 
 
 def _lists(own: dict[str, Any]) -> dict[str, Any]:
-    """A single name where a list is expected is a list of one."""
-    found = dict(own)
+    """Turns comma-separated names into lists where a list is expected."""
+    settings = dict(own)
     for name in ("algos", "policies"):
-        if isinstance(found.get(name), str):
-            found[name] = [part for part in found[name].split(",") if part]
-    return found
+        if isinstance(settings.get(name), str):
+            settings[name] = [part for part in settings[name].split(",") if part]
+    return settings
 
 
 def _composed(shared: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -208,7 +208,7 @@ def _of_run(folder: Path, shared: Sequence[str]) -> tuple[dict[str, Any], dict[s
     """The settings of a run's folder, changed by those of the command line.
 
     Raises:
-        ConfigError: it is no run's folder, or a key selects a preset, which the run has done already.
+        ConfigError: the folder is not a run's, or a key selects a preset, which the run has already fixed.
     """
     path = folder.expanduser() / "config.yaml"
     if not path.is_file():
@@ -217,7 +217,7 @@ def _of_run(folder: Path, shared: Sequence[str]) -> tuple[dict[str, Any], dict[s
     for argument in shared:
         name, text = split(argument)
         if name in ("model", "data", "recipe"):
-            raise ConfigError(f"{name}: the run has chosen it; leave it out, or give policies=[PATH,...] without run=")
+            raise ConfigError(f"{name}: the run fixes it; leave it out, or give policies=[PATH,...] without run=")
         OmegaConf.update(tree, name, parse(name, text), merge=False, force_add=name.startswith("data."))
     plain = OmegaConf.to_container(tree, resolve=True)
     return plain, {"model": folder.name, "data": str(plain["data"].get("_target_", "")).rpartition(".")[2].lower()}

@@ -11,8 +11,8 @@ from upge.measure import Estimated, Measured
 MISSING = "–"
 
 
-def plane_grid(result: Result) -> Grid:
-    """A row per algorithm: bias, noise, and what becomes of them."""
+def bias_variance_grid(result: Result) -> Grid:
+    """A row per algorithm: cosine, bias, noise, signal to noise, alignment and imitation."""
     wholes = [one for one in result.measured if not one.part]
     held_out = any(one.held_out is not None for one in wholes)
     rows = []
@@ -27,16 +27,16 @@ def plane_grid(result: Result) -> Grid:
 
 
 def same_grid(result: Result) -> Grid | None:
-    """The algorithms that cannot be told apart here."""
+    """The algorithms that are equal up to scale on this sample."""
     wholes = {one.name for one in result.measured if not one.part}
     groups = [[name for name in group if name in wholes] for group in result.same]
     rows = tuple(Row((" = ".join(group),)) for group in groups if len(group) > 1)
-    title = "The same estimator on this sample, but for a factor"
+    title = "Equal estimators on this sample, up to a factor"
     return Grid("same", title, ("algorithms",), rows) if rows else None
 
 
 def part_grid(result: Result) -> Grid | None:
-    """The same figures of the parts of algorithms that have several."""
+    """The results for the parts of algorithms that have several parts."""
     rows = []
     for one in result.measured:
         if one.part:
@@ -44,30 +44,30 @@ def part_grid(result: Result) -> Grid | None:
             figures = (one.overall.cosine, one.overall.snr, one.overall.alignment, one.imitation)
             rows.append(Row((one.name, one.source, *(ranged(figure) for figure in figures)), rule=rule))
     header = ("part", "learns from", "cosine", "snr", "alignment", "imitation")
-    return Grid("parts", "The parts of algorithms that have several", header, tuple(rows), 2) if rows else None
+    return Grid("parts", "The parts of algorithms with several parts", header, tuple(rows), 2) if rows else None
 
 
 def rate_grid(result: Result, figure: str, title: str) -> Grid | None:
-    """A figure of one prompt's contribution by the prompt's pass rate; a row per estimator that differs from others."""
+    """A measure of one prompt's contribution by the prompt's pass rate, with a row per different estimator."""
     if not result.bins:
         return None
     rows = []
     for one in different(result):
-        at = {found.bin: found for found in one.by_rate}
-        cells = [_of(at.get(found.label), figure) for found in result.bins]
+        at = {in_bin.bin: in_bin for in_bin in one.by_rate}
+        cells = [_of(at.get(rate_bin.label), figure) for rate_bin in result.bins]
         rows.append(Row((one.name, one.source, *cells)))
     header = [f"{one.label} ({len(one.prompts)})" for one in result.bins]
     return Grid(f"rate-{figure}", title, ("estimator", "learns from", *header), tuple(rows), 2)
 
 
 def count_grid(result: Result) -> Grid | None:
-    """The alignment of one prompt's contribution by the number of successes that its group shows."""
+    """The alignment of one prompt's contribution by the number of successes in its group."""
     counts = sorted({at.successes for one in result.measured for at in one.by_count})
     if not counts:
         return None
     rows = []
     for one in different(result):
-        at = {found.successes: found for found in one.by_count}
+        at = {in_count.successes: in_count for in_count in one.by_count}
         cells = [ranged(at[c].pooled.alignment) if c in at else MISSING for c in counts]
         rows.append(Row((one.name, one.source, *cells)))
     size = int(result.facts["group_size"])
@@ -76,15 +76,15 @@ def count_grid(result: Result) -> Grid | None:
 
 
 def threshold_grid(result: Result) -> Grid | None:
-    """A row per threshold of each algorithm that has one; the best alignment stands out."""
+    """A row per threshold of each algorithm that has one; the best alignment is bold."""
     rows: list[Row] = []
-    for name, found in result.thresholds.items():
-        best = max(range(len(found)), key=lambda i: _sortable(found[i].overall.alignment.value))
-        for place, one in enumerate(found):
+    for name, points in result.thresholds.items():
+        best = max(range(len(points)), key=lambda i: _sortable(points[i].overall.alignment.value))
+        for place, one in enumerate(points):
             figures = (one.overall.alignment, one.overall.cosine, one.overall.snr)
             cells = (name, f"{one.threshold:.3g}", *(ranged(figure) for figure in figures))
             rows.append(Row(cells, frozenset({1, 2}) if place == best else frozenset(), bool(rows) and place == 0))
-    title = "What the threshold does: demonstrations up to this pass rate of a group, rollouts above"
+    title = "Effect of the threshold: demonstrations up to this pass rate of a group, rollouts above"
     header = ("algorithm", "threshold", "alignment", "cosine", "snr")
     return Grid("thresholds", title, header, tuple(rows), 2) if rows else None
 
@@ -93,7 +93,7 @@ def conflict_grid(result: Result) -> Grid | None:
     """The cosine between rollouts' and demonstrations' mean gradients, overall and by pass rate."""
     rows = []
     for one in result.conflicts:
-        by_rate = (ranged(one.by_rate.get(found.label)) for found in result.bins)
+        by_rate = (ranged(one.by_rate.get(rate_bin.label)) for rate_bin in result.bins)
         rows.append(Row((one.algorithm, ranged(one.overall), *by_rate)))
     header = ("algorithm", "overall", *(f"{one.label} ({len(one.prompts)})" for one in result.bins))
     title = "Conflict: cosine of the mean gradients of rollouts and of demonstrations"
@@ -101,9 +101,9 @@ def conflict_grid(result: Result) -> Grid | None:
 
 
 def grids(result: Result) -> list[Grid]:
-    """All of them that have anything to say."""
-    found = [
-        plane_grid(result),
+    """All tables that have rows."""
+    candidates = [
+        bias_variance_grid(result),
         same_grid(result),
         part_grid(result),
         rate_grid(result, "snr", "Signal to noise of one prompt's gradient, by the prompt's pass rate (prompts)"),
@@ -112,31 +112,31 @@ def grids(result: Result) -> list[Grid]:
         threshold_grid(result),
         conflict_grid(result),
     ]
-    return [grid for grid in found if grid is not None]
+    return [grid for grid in candidates if grid is not None]
 
 
 def same_as(result: Result, name: str) -> tuple[str, ...]:
-    """The estimators that are the same as this one but for their scale, itself among them."""
+    """The estimators that are equal to this one up to scale, including itself."""
     return next((group for group in result.same if name in group), (name,))
 
 
 def different(result: Result) -> list[Measured]:
-    """Algorithms of one part and the parts of others, of those that are the same only the first."""
+    """Algorithms with one part and the parts of the others; of equal ones only the first."""
     several = {one.algorithm for one in result.measured if one.part}
     candidates = [one for one in result.measured if one.part or one.name not in several]
-    # A whole algorithm stands for those parts of others that are the same.
+    # A whole algorithm comes before equal parts of others.
     candidates.sort(key=lambda one: bool(one.part))
     seen: set[str] = set()
-    found = []
+    estimators = []
     for one in candidates:
         if one.name not in seen:
-            found.append(one)
+            estimators.append(one)
             seen.update(same_as(result, one.name))
-    return found
+    return estimators
 
 
 def ranged(figure: Estimated | None, digits: int = 2) -> str:
-    """As in "0.42 (0.31..0.53)"; without an interval where it has no width."""
+    """An estimate as in "0.42 (0.31..0.53)"; without the interval if it has no width."""
     if figure is None or math.isnan(figure.value):
         return MISSING
     value = _number(figure.value, digits)

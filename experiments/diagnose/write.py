@@ -1,4 +1,4 @@
-"""The files of a diagnosis: every number as JSON, the tables in Markdown, the figures, and a page with all of it."""
+"""The files of a diagnosis: all numbers as JSON, the tables in Markdown, the figures, and an HTML page with both."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from experiments.grid import Grid, markdown, markdown_text
 from upge.errors import DataError
 
 FIGURES = {
-    "bias_variance": "Left is unbiased, below is quiet. On a dashed line a step of a given length gains as much.",
-    "signal_by_pass_rate": "Left and middle: what one prompt contributes. Where the demonstrations' line is above the "
-    "rollouts', a demonstration serves ∇E[R] better than the group does; right: what follows for the threshold.",
-    "conflict": "Below 0 the two sources undo each other's work on E[R] and imitation.",
-    "cosines": "Of means, with the noise taken out.",
+    "bias_variance": "Further left means less bias, further down less noise. Along a dashed line, a step of a given "
+    "length improves E[R] equally.",
+    "signal_by_pass_rate": "Left and middle: the contribution of one prompt. Where the demonstrations' line is above "
+    "the rollouts', a demonstration is better aligned with ∇E[R] than the group. Right: the effect of the threshold.",
+    "conflict": "Below 0 the gradients of the two sources counteract each other.",
+    "cosines": "Cosines of the mean gradients, corrected for noise.",
     "over_training": "The same measurement for each policy.",
 }
 
 
 def files(results: Sequence[Result], facts: Mapping[str, Any], notes: Sequence[str], folder: Path) -> list[Path]:
-    """Writes everything into `folder`, with a folder per policy where there are several; returns the paths.
+    """Writes all files into `folder`, with a subfolder per policy if there are several; returns their paths.
 
     Raises:
-        DataError: it cannot be written.
+        DataError: the files cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +42,7 @@ def files(results: Sequence[Result], facts: Mapping[str, Any], notes: Sequence[s
         for result in results:
             own = folder if len(results) == 1 else folder / folder_name(result.label)
             own.mkdir(exist_ok=True)
-            for draw in (figures.plane, lines.signal, lines.conflict, figures.cosines):
+            for draw in (figures.bias_variance, lines.signal, lines.conflict, figures.cosines):
                 drawn += draw(result, own)
         drawn += lines.over_training(results, folder)
         whole = {**facts, "notes": list(notes), "policies": [plain(result) for result in results]}
@@ -54,7 +55,7 @@ def files(results: Sequence[Result], facts: Mapping[str, Any], notes: Sequence[s
 
 
 def plain(value: Any) -> Any:
-    """As JSON has it: no number is null, a pair of names is 'first, second'."""
+    """A value for JSON: numbers that are not finite become null, pairs of names become 'first, second'."""
     if dataclasses.is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -67,7 +68,7 @@ def plain(value: Any) -> Any:
 
 
 def page(results: Sequence[Result], notes: Sequence[str]) -> str:
-    """table.md."""
+    """The text of table.md."""
     parts = ["# Bias and variance"]
     if notes:
         parts.append("\n".join(f"> {markdown_text(note)}  " for note in notes))
@@ -82,8 +83,8 @@ def summary(result: Result) -> str:
     """A sentence about the sample."""
     facts = result.facts
     if not result.bins:
-        return f"Seven responses, groups of {facts['group_size']:.0f}; every batch added up, nothing sampled."
-    error = "gradients kept whole" if not facts["sketch"] else (
+        return f"Seven responses, groups of {facts['group_size']:.0f}; exact sums over all batches, nothing sampled."
+    error = "whole gradients" if not facts["sketch"] else (
         f"gradients in sketches of {facts['sketch']:.0f} numbers (relative error of a squared length "
         f"{100 * facts['sketch_error']:.1f} %)"
     )  # fmt: skip
@@ -99,7 +100,7 @@ def summary(result: Result) -> str:
 def report(
     results: Sequence[Result], facts: Mapping[str, Any], notes: Sequence[str], drawn: Sequence[Path], folder: Path
 ) -> str:
-    """diagnosis.html: one file, with the figures inside."""
+    """The text of diagnosis.html, with the figures inside."""
     parts = [f"<p class=command>{html.escape(str(facts.get('command', '')))}</p>"]
     parts += [f"<p class=note>{html.escape(note)}</p>" for note in notes]
     top = [path for path in drawn if path.parent == folder and path.suffix == ".svg"]

@@ -78,7 +78,7 @@ def test_the_exact_diagnosis(tmp_path, capsys):
         diagnose.main(["exact=true", "algos=[rloo,sft,hpt,ppo]", "group_size=2", f"output={tmp_path / 'exact'}"]) == 0
     )
     shown = capsys.readouterr().out
-    assert "every batch added up" in " ".join(shown.split()) and (tmp_path / "exact" / "bias_variance.png").is_file()
+    assert "exact sums over all batches" in " ".join(shown.split()) and (tmp_path / "exact" / "bias_variance.png").is_file()
     whole = json.loads((tmp_path / "exact" / "diagnosis.json").read_text())["policies"][0]
     rloo = next(line for line in whole["measured"] if line["name"] == "rloo")["overall"]
     assert rloo["raw_bias"]["value"] == pytest.approx(0, abs=1e-7) and rloo["snr"]["low"] == rloo["snr"]["value"]
