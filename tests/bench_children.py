@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.trainers.link import ChildError, Line
-from experiments.bench.trainers.turns import Turns, serve
+from experiments.bench.trainers.control import StepControl, serve
+from experiments.bench.trainers.link import ChildError, Connection
 from upge.errors import ConfigError
 
 
-def train(job: dict[str, Any], line: Line) -> None:
+def train(job: dict[str, Any], connection: Connection) -> None:
     """Steps of a hundredth of a second; `job["fails"]` says how it ends instead, if not well."""
     print("the child was here", flush=True)
     if job.get("fails") == "users":
@@ -29,14 +29,14 @@ def train(job: dict[str, Any], line: Line) -> None:
         yield found
         found["heard"] = word["gradient"]
 
-    turns = Turns(line, lambda: {"mean": done / 10}, compared)
-    turns.begin()
+    control = StepControl(connection, lambda: {"mean": done / 10}, compared)
+    control.begin()
     while True:
         time.sleep(0.01)
         done += 1
         if done == job.get("until"):
             raise ZeroDivisionError("no more\nof this")
-        turns.stepped({"tokens": 100, "reward": 0.5})
+        control.stepped({"tokens": 100, "reward": 0.5})
 
 
 class Pretended:

@@ -1,8 +1,8 @@
-"""What things cost, measured side by side: `python -m experiments.bench [NAME] [key=value ...] [--docs]`.
+"""Benchmarks of time and memory: `python -m experiments.bench [NAME] [key=value ...] [--docs]`.
 
 A bench is a module here with a `SUMMARY` line, a frozen dataclass `Settings` of its keys, and `run(settings) -> str`,
-which measures with `experiments.bench.measure` and returns Markdown. --docs puts that into docs/performance.md.
-One with `WITH_PEERS = True` goes on in .venv-peers, where there is one (`make peers`).
+which measures with `experiments.bench.measure` and returns Markdown. --docs writes it into docs/performance.md. A bench
+with `WITH_PEERS = True` runs in .venv-peers if that exists (`make peers`).
 """
 
 BENCHES = {

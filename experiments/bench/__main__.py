@@ -1,4 +1,4 @@
-"""Runs a bench, or lists what there is: `python -m experiments.bench [NAME] [key=value ...] [--docs]`."""
+"""Runs a bench, or lists the benches: `python -m experiments.bench [NAME] [key=value ...] [--docs]`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BEGIN, END = "<!-- bench {}: begin (python -m experiments.bench {} --docs) -->",
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints a bench's Markdown, or renews it in the docs; exit code 2 on bad input."""
+    """Prints a bench's Markdown, or updates it in the docs; returns the exit code, 2 on bad input."""
 
     def command(given: list[str]) -> int:
         return _bench_command(given, is_program=arguments is None)
@@ -60,7 +60,7 @@ def settings(bench: Any, arguments: Sequence[str]) -> Any:
     """The settings of a bench from key=value arguments.
 
     Raises:
-        ConfigError: an unknown key, or a value of the wrong type.
+        ConfigError: a key is unknown, or a value has the wrong type.
     """
     known, made = [field.name for field in dataclasses.fields(bench.Settings)], OmegaConf.structured(bench.Settings)
     for argument in arguments:
@@ -75,7 +75,7 @@ def settings(bench: Any, arguments: Sequence[str]) -> Any:
 
 
 def updated(page: str, name: str, made: str) -> str:
-    """The page's text with what stands between the bench's markers made anew.
+    """The text of the page with the part between the bench's markers updated.
 
     Raises:
         ConfigError: a marker is missing.

@@ -1,9 +1,9 @@
 """A whole training step, from sampling to refreshed weights: `experiments.run`'s trainer against TRL's GRPOTrainer.
 
 Both train GRPO in processes of their own, with the same prompts in the same order, group size, sampling, verdicts and
-AdamW, and take turns step by step. Before that both make one step on the very same responses and rewards, sampled by
-ours: they must find the same gradient. What counts is trained tokens per second: the tokens of all responses of a step,
-whether their group has a signal or not, over the seconds of the whole step.
+AdamW, and alternate step by step. Before that both make one step on the same responses and rewards, sampled by ours,
+and must compute the same gradient. The result is trained tokens per second: the tokens of all responses of a step,
+whether their group has a signal or not, divided by the seconds of the whole step.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ US = "this project"
 class Settings:
     """Keys of this bench.
 
-    Fields:
+    Attributes:
         folder: with gsm8k/train.jsonl, for SmolLM2-135M on GSM8K; empty: only the tiny model on arithmetic.
-        tiny: whether the tiny model takes part.
+        tiny: whether to measure the tiny model.
         pairs: timed steps of each trainer, at least five.
-        warmup: steps of each before these, besides the one whose gradients are compared.
-        prompts, batch: of the tiny model: prompts of a step, and rows of TRL's micro-batches.
-        real_prompts, real_batch, real_tokens: the same of SmolLM2-135M, and the longest response.
+        warmup: steps of each trainer before these, besides the step whose gradients are compared.
+        prompts, batch: for the tiny model, prompts of a step and rows of TRL's micro-batches.
+        real_prompts, real_batch, real_tokens: the same for SmolLM2-135M, and its longest response.
         group: responses to a prompt.
-        trl: ways of TRL to sample: generate, continuous, vllm, vllm-mended.
-        checksum: rewards by a checksum of the text in all steps: a signal in nearly every group whose responses differ.
-        threads: OpenMP threads of each trainer; 0: one for the tiny model, every core for SmolLM2-135M.
+        trl: TRL's ways to sample: generate, continuous, vllm, vllm-mended (with fixed weight sync).
+        checksum: whether rewards in all steps are a checksum of the text, so that nearly every group has a signal.
+        threads: OpenMP threads of each trainer; 0 = one for the tiny model, every core for SmolLM2-135M.
     """
 
     folder: str = ""
@@ -82,12 +82,12 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What came of a case.
+    """The results of a case.
 
-    Fields:
-        timing: of the trainers that ran, ours first; the results are the figures of their steps.
-        failed: those that did not, with the error.
-        gaps: of each peer, the difference of its gradient from ours as a share of its norm.
+    Attributes:
+        timing: the timing of the trainers that ran, ours first; its results are the metrics of their steps.
+        failed: trainer that failed → error.
+        gaps: peer → difference of its gradient from ours, as a share of its norm.
     """
 
     timing: Timing
@@ -96,7 +96,7 @@ class Outcome:
 
 
 def run(settings: Settings, start: Start = Child) -> str:
-    """A Markdown table of all cases, and what was checked."""
+    """A Markdown table of all cases, and sentences on the checks and goals."""
     if settings.warmup < 1:
         raise ConfigError(f"warmup: found {settings.warmup}; give at least 1: the first steps load and compile")
     cases = _cases(settings)
@@ -108,12 +108,12 @@ def run(settings: Settings, start: Start = Child) -> str:
         *("case", "trainer", "trained tokens per second", f"{US} is faster by", "seconds a step"),
         *("of these sampling", "verdicts", "refresh", "update and the rest", "CPU seconds a step", "peak GiB"),
     ]
-    lines, told = [row(*header), "|---" * len(header) + "|"], []
+    lines, remarks = [row(*header), "|---" * len(header) + "|"], []
     for case in cases:
         outcome = measure(case, engines, settings, start)
         lines += [_line(case, name, outcome) for name in outcome.timing.seconds]
-        told += _told(case, outcome, settings)
-    return "\n".join([*lines, "", *told])
+        remarks += _remarks(case, outcome, settings)
+    return "\n".join([*lines, "", *remarks])
 
 
 def _cases(settings: Settings) -> list[Case]:
@@ -139,7 +139,7 @@ def _cases(settings: Settings) -> list[Case]:
 
 
 def measure(case: Case, engines: list[str], settings: Settings, start: Start = Child) -> Outcome:
-    """Starts the trainers of a case one after the other, compares their gradients, and has them take turns."""
+    """Starts the trainers of a case one after the other, compares their gradients, and times alternating steps."""
     steps = f"steps={1 + settings.warmup + settings.pairs}"
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         folder = Path(place)
@@ -149,7 +149,7 @@ def measure(case: Case, engines: list[str], settings: Settings, start: Start = C
         ours.answer()
         gradient = str(folder / "gradient.pt")
         sampled = ours.ask("compare", gradient=gradient)
-        crew, failed, gaps = {US: ours}, {}, {}
+        trainers, failed, gaps = {US: ours}, {}, {}
         for engine in engines:
             name = ENGINES[engine]
             job |= {"arguments": [*case.arguments, steps, f"output={folder / engine}"]}
@@ -160,25 +160,29 @@ def measure(case: Case, engines: list[str], settings: Settings, start: Start = C
                 same = {key: sampled[key] for key in ("prompts", "responses")}
                 gaps[name] = _checked(sampled, peer.ask("compare", gradient=gradient, **same), name)
                 peer.ask("steps", count=settings.warmup)
-                crew[name] = peer
+                trainers[name] = peer
             except ChildError as error:
                 failed[name] = str(error)
                 gaps.pop(name, None)
                 peer.close()
-        if len(crew) == 1:
+        if len(trainers) == 1:
             raise ChildError(f"{case.name}: TRL does not run in any of the ways {', '.join(engines)}: {failed}")
         ours.ask("steps", count=settings.warmup)
-        steps_of = {name: lambda number, child=child: child.ask("steps", count=1) for name, child in crew.items()}
+        steps_of = {name: lambda number, child=child: child.ask("steps", count=1) for name, child in trainers.items()}
         return Outcome(interleaved(steps_of, settings.pairs), failed, gaps)
 
 
 def _checked(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> float:
-    """The difference of the two gradients, which must be small and of something."""
+    """The relative difference of the two gradients.
+
+    Raises:
+        AssertionError: the rewards or the gradients differ, or our gradient is zero.
+    """
     if abs(ours["reward"] - theirs["reward"]) > 1e-6:
-        raise AssertionError(f"{name} was given other rewards: mean {theirs['reward']} instead of {ours['reward']}")
+        raise AssertionError(f"{name} got other rewards: mean {theirs['reward']} instead of {ours['reward']}")
     if not (ours["norm"] > 0 and theirs["difference"] <= TOLERANCE):
         raise AssertionError(
-            f"{name} finds another gradient on the same responses: off by {theirs['difference']:.1e} of its norm "
+            f"{name} computes another gradient on the same responses: off by {theirs['difference']:.1e} of its norm "
             f"{theirs['norm']:.3g}, ours has norm {ours['norm']:.3g}"
         )
     return theirs["difference"]
@@ -212,7 +216,7 @@ def _line(case: Case, name: str, outcome: Outcome) -> str:
     )
 
 
-def _told(case: Case, outcome: Outcome, settings: Settings) -> list[str]:
+def _remarks(case: Case, outcome: Outcome, settings: Settings) -> list[str]:
     timing = outcome.timing
     silent = Spread.of(one["silent"] for one in timing.results[US]).median
     rewards = "; rewards by checksum" if settings.checksum else ""

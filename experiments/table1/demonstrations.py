@@ -50,7 +50,7 @@ def iw_sft_sequence(w: World) -> Expr:
 
 
 def offline_rl(w: World) -> Expr:
-    """Â·π_θ on demonstrations; means over tokens, demonstrations of a question, questions."""
+    """Â·π_θ on demonstrations; means over tokens, demonstrations of a prompt, prompts."""
     return mean(
         mean(a * mean(row.p) for row, a in centred(w, question, std=True, union=True) if row.is_demonstration)
         for question in w.questions
@@ -100,7 +100,7 @@ def _imitated(question: Sequence[Row]) -> Expr:
 
 
 def hpt(w: World) -> Expr:
-    """Per question Â·r/L where P > 0, else mean log π_θ of its demonstrations."""
+    """Per prompt Â·r/L where P > 0, else mean log π_θ of its demonstrations."""
     return mean(_reinforced(w, q) if pass_rate(w, q) > 0 else _imitated(q) for q in w.questions)
 
 
@@ -115,7 +115,7 @@ def hpt_offpolicy(w: World) -> Expr:
 
 
 def hpt_soft(w: World) -> Expr:
-    """Per question α(P)·Â·r/L + β(P)·mean log π_θ of its demonstrations; α, β given at 0, 1, ... 4 of 7 successes."""
+    """Per prompt α(P)·Â·r/L + β(P)·mean log π_θ of its demonstrations; α, β given at 0, 1, ... 4 of 7 successes."""
 
     def between(rate: Rational, table: Sequence[str]) -> Rational:
         place = min(7 * rate, Rational(4))
@@ -132,7 +132,7 @@ def hpt_soft(w: World) -> Expr:
 
 
 def superrl(w: World) -> Expr:
-    """Per question the clipped surrogate where P > 0, else mean log π_θ of its demonstrations."""
+    """Per prompt the clipped surrogate where P > 0, else mean log π_θ of its demonstrations."""
     return mean(
         surrogate_mean(w, centred(w, q, std=True)) if pass_rate(w, q) > 0 else _imitated(q) for q in w.questions
     )

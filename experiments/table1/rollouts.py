@@ -53,7 +53,7 @@ def ppo(w: World) -> Expr:
 
 
 def grpo(w: World) -> Expr:
-    """Clipped; mean over tokens, then responses, then questions."""
+    """Clipped; mean over tokens, then responses, then prompts."""
     return mean(surrogate_mean(w, centred(w, question, std=True)) for question in w.questions)
 
 
@@ -63,7 +63,7 @@ def dr_grpo(w: World) -> Expr:
 
 
 def dapo(w: World) -> Expr:
-    """Clipped at 1.28, token mean, questions whose responses differ, rewards that fall near the limit, by 0.5."""
+    """Clipped at 1.28, token mean, prompts whose responses differ, rewards that fall near the limit, by 0.5."""
     reward = lambda row: punished(row, "0.5")  # noqa: E731
     pairs = [pair for question in all_different(w) for pair in centred(w, question, std=True, reward=reward)]
     return token_mean(pairs, lambda row, t, a: surrogate(w, row, t, a, high="0.28")) if pairs else Rational(0)
@@ -233,7 +233,7 @@ def overlong(w: World) -> Expr:
 
 
 def dynamic_sampling(w: World) -> Expr:
-    """Only questions whose responses differ, in sum and divisor."""
+    """Only prompts whose responses differ, in sum and divisor."""
     pairs = [pair for question in all_different(w) for pair in centred(w, question)]
     values = [total(surrogate(w, row, t, a) for t in range(len(row))) / LENGTH for row, a in pairs]
     return mean(values) if values else Rational(0)

@@ -78,7 +78,10 @@ def test_the_exact_diagnosis(tmp_path, capsys):
         diagnose.main(["exact=true", "algos=[rloo,sft,hpt,ppo]", "group_size=2", f"output={tmp_path / 'exact'}"]) == 0
     )
     shown = capsys.readouterr().out
-    assert "exact sums over all batches" in " ".join(shown.split()) and (tmp_path / "exact" / "bias_variance.png").is_file()
+    assert (
+        "exact sums over all batches" in " ".join(shown.split())
+        and (tmp_path / "exact" / "bias_variance.png").is_file()
+    )
     whole = json.loads((tmp_path / "exact" / "diagnosis.json").read_text())["policies"][0]
     rloo = next(line for line in whole["measured"] if line["name"] == "rloo")["overall"]
     assert rloo["raw_bias"]["value"] == pytest.approx(0, abs=1e-7) and rloo["snr"]["low"] == rloo["snr"]["value"]
@@ -115,7 +118,7 @@ def test_a_run_s_checkpoints_are_policies(tmp_path):
     ("arguments", "error"),
     [
         (["algos=[nothing]"], "no algorithm 'nothing'"),
-        (["algos=[ppo]"], "nothing is left to measure: ppo: it reads a critic's values"),
+        (["algos=[ppo]"], "nothing is left to measure: ppo: it needs a critic's values"),
         (["algos=[sft_then_grpo]"], "has the stages demonstrate, reinforce"),
         (["algos=[]"], "give lists of names"),
         (["prompts=10", "prompts_per_step=4"], "4 does not divide prompts=10"),

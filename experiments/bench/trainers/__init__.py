@@ -1,5 +1,5 @@
-"""Whole trainers side by side, each in a process of its own that stops after its steps and waits for a word.
+"""Whole trainers, each in a child process that runs the requested steps and then waits for the next command.
 
-`link` starts the children and joins them with the bench, `turns` is the child's side of the conversation, `job` what
-all children share: prompts, rewards, evaluation. `ours` and `trl_grpo` are the children.
+`link` starts the children and connects them with the bench, `control` is the child's side of the connection, and `job`
+holds what all children share: prompts, rewards, evaluation. `ours` and `trl_grpo` are the children.
 """

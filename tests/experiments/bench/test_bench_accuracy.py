@@ -42,12 +42,12 @@ def test_each_stops_where_it_is_good_enough() -> None:
 def test_they_take_turns_and_who_begins_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
 
-    class Told(accuracy.Course):
+    class Told(accuracy.Run):
         def advance(self, settings: accuracy.Settings) -> bool:
             order.append(next(name for name, child in stage.children if child is self.child))
             return super().advance(settings)
 
-    monkeypatch.setattr(accuracy, "Course", Told)
+    monkeypatch.setattr(accuracy, "Run", Told)
     stage = Stage(a=learner(0.0, 1.0), b=learner(0.02, 1.0), trl=learner(0.0, 1.0))
     accuracy.race(0, ["a", "b"], SMALL, stage)
     assert order == ["a", "b", "trl", "b", "trl", "a", "a", "trl", "trl", "a"]
@@ -73,15 +73,15 @@ def test_the_table_and_the_goal() -> None:
 def test_a_peer_that_never_arrives_gives_a_lower_bound() -> None:
     stage = Stage(hpt=learner(0.04, 2.0), trl=learner(0.0, 3.0))
     made = accuracy.run(accuracy.Settings(seeds=1, steps=20, every=5, algorithms="hpt"), stage)
-    assert "did not reach the target in 1 of 1 races: there it is a lower bound" in made and "reached, 6 times" in made
+    assert "did not reach the target in 1 of 1 races: there the ratio is a lower bound" in made and "reached, 6 times" in made
 
 
 def test_all_must_start_alike_and_below_the_target() -> None:
     other = learner(0.1, 1.0) | {"evaluate": lambda steps: {"mean": 0.31, "greedy": 0.3, "pass": 0.3}}
-    with pytest.raises(AssertionError, match="not all are equally good"):
+    with pytest.raises(AssertionError, match="the accuracies differ"):
         accuracy.race(0, ["hpt"], SMALL, Stage(hpt=learner(0.1, 1.0), trl=other))
     easy = accuracy.Settings(target=0.25)
-    with pytest.raises(ConfigError, match="target: 0.25 is what the model solves untrained"):
+    with pytest.raises(ConfigError, match="target: the model reaches 0.25 before training"):
         accuracy.race(0, ["hpt"], easy, Stage(hpt=learner(0.1, 1.0), trl=learner(0.1, 1.0)))
 
 

@@ -52,7 +52,7 @@ def test_a_child_tells_of_its_errors(tmp_path: Path) -> None:
         child.answer()
         with pytest.raises(ChildError, match="^ZeroDivisionError: no more$"):
             child.ask("steps", count=5)
-        with pytest.raises(ChildError, match="ended without a word"):
+        with pytest.raises(ChildError, match="exited without a message"):
             child.ask("steps")
     with Child("b", FAKE, {"fails": "users"}, tmp_path, 1) as child, pytest.raises(ConfigError, match="^key: found 3"):
         child.answer()
@@ -61,20 +61,20 @@ def test_a_child_tells_of_its_errors(tmp_path: Path) -> None:
 
 
 def test_rewards_by_checksum_are_mixed_and_always_the_same() -> None:
-    from experiments.bench.trainers.job import Judge
+    from experiments.bench.trainers.job import RewardPool
     from upge.verify import Item
 
     class Pool:
         def submit(self, item: Item) -> Future:
             return "the pool's"
 
-    judge = Judge(Pool())
+    rewards = RewardPool(Pool())
     items = [Item(f"response {k}", "1") for k in range(64)]
-    with judge.by_checksum():
-        first = [judge.submit(item).result().reward for item in items]
-        assert first == [judge.submit(item).result().reward for item in items] and 16 < sum(first) < 48
-    assert judge.submit(items[0]) == "the pool's"
-    always = Judge(Pool(), True)
+    with rewards.by_checksum():
+        first = [rewards.submit(item).result().reward for item in items]
+        assert first == [rewards.submit(item).result().reward for item in items] and 16 < sum(first) < 48
+    assert rewards.submit(items[0]) == "the pool's"
+    always = RewardPool(Pool(), True)
     with always.by_checksum():
         pass
     assert always.submit(items[0]).result().reward == first[0]
@@ -109,7 +109,7 @@ def test_what_the_table_says_of_a_timing() -> None:
     cells = step._line(case, "peer", outcome).strip("| ").split(" | ")
     assert cells[:5] == ["case", "peer", "15 (7.5 to 30)", "6 (3 to 6)", "4 (2 to 8)"]
     assert cells[5:9] == ["0.500", "0.000", "0.000", "3.500"], "the rest is what the parts leave of a step"
-    told = "\n".join(step._told(case, outcome, step.Settings()))
+    told = "\n".join(step._remarks(case, outcome, step.Settings()))
     assert "at least 3 times; reached, 6 times" in told
     assert "another does not run here on case: `TypeError: why`" in told
 
