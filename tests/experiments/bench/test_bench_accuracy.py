@@ -73,7 +73,10 @@ def test_the_table_and_the_goal() -> None:
 def test_a_peer_that_never_arrives_gives_a_lower_bound() -> None:
     stage = Stage(hpt=learner(0.04, 2.0), trl=learner(0.0, 3.0))
     made = accuracy.run(accuracy.Settings(seeds=1, steps=20, every=5, algorithms="hpt"), stage)
-    assert "did not reach the target in 1 of 1 races: there the ratio is a lower bound" in made and "reached, 6 times" in made
+    assert (
+        "did not reach the target in 1 of 1 races: there the ratio is a lower bound" in made
+        and "reached, 6 times" in made
+    )
 
 
 def test_all_must_start_alike_and_below_the_target() -> None:
