@@ -80,7 +80,7 @@ def needs(algorithm: Algorithm | Pipeline) -> dict[str, str]:
     if total.critic:
         listed_needs["critic"] = "a value per token, from a model of its own"
     if total.reference:
-        listed_needs["frozen reference"] = "log-probs of the policy as it was before training"
+        listed_needs["reference policy"] = "log-probs of the policy as it was before training"
     if "sampler_logprobs" in total.columns:
         listed_needs["sampler's log-probs"] = "as the inference engine reported them"
     if "entropies" in total.columns:

@@ -39,7 +39,7 @@ def short_table() -> str:
         one, papers = algorithms.load(name), catalogue.words(name).papers
         paper = f"[{papers[0]}](https://arxiv.org/abs/{papers[0]})" if papers else ""
         sources = dict.fromkeys(row[0].rpartition(": ")[2] for row in catalogue.rows(name))
-        extra = [n for n, needed in (("critic", one.needs.critic), ("frozen policy", one.needs.reference)) if needed]
+        extra = [n for n, needed in (("critic", one.needs.critic), ("reference policy", one.needs.reference)) if needed]
         link = f"[`{name}`](docs/algorithms.md#{name})"
         lines.append(f"| {link} | {one.description} | {', '.join(sources)} | {paper} | {', '.join(extra)} |")
     return "\n".join(lines)

@@ -96,7 +96,7 @@ def test_describe_says_what_the_trainer_must_provide(capsys):
     )
     found = printed("algo=ppo")
     assert (
-        "critic" in found and "frozen reference" in found and "reference_logprobs, values of all trajectories" in found
+        "critic" in found and "reference policy" in found and "reference_logprobs, values of all trajectories" in found
     )
     assert "group" not in found
     assert "state: mu begins at 0.8" in printed("algo=amft")
