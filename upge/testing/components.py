@@ -43,7 +43,7 @@ def check_component(component: Component) -> None:
     tokens outside the response mask, the declared `reads` and `reach` must be correct, and the value must be finite at
     extremes and on degenerate batches.
 
-    A part that reads `behavior_logprobs` must also work without it. A reduction must count only the selected
+    A part that reads `behavior_logprobs` must also work without it. A reduction must count only the active
     trajectories. A stateful gate must keep its state within the range of its updates.
 
     Args:
@@ -144,16 +144,16 @@ def _check_on_policy(component: Component, batch: Trajectories) -> None:
 
 
 def _check_counts(reduction: Reduction, batch: Trajectories, seed: int) -> None:
-    """Trajectories outside `selected` must have no weight, and must not change the weights of the others."""
+    """Trajectories outside `active` must have no weight, and must not change the weights of the others."""
     name, index = type(reduction).__name__, batch.group_index
-    selected = (torch.rand(len(batch), generator=torch.Generator().manual_seed(seed)) < 0.6) & (index != 2)
-    value = reduction(reduction.view(batch), selected)
-    outside = value[~selected]
-    require(bool((outside == 0).all()), f"{name} gives weight to trajectories outside `selected`")
-    cut = batch.select(selected.nonzero()[:, 0])
+    active = (torch.rand(len(batch), generator=torch.Generator().manual_seed(seed)) < 0.6) & (index != 2)
+    value = reduction(reduction.view(batch), active)
+    outside = value[~active]
+    require(bool((outside == 0).all()), f"{name} gives weight to trajectories outside `active`")
+    cut = batch.select(active.nonzero()[:, 0])
     alone = reduction(reduction.view(cut), torch.ones_like(cut.is_demonstration))
-    problem = "lets trajectories outside `selected` change the weights of the others; divide by counts over `selected`"
-    same(name, problem, value[selected], alone, cut)
+    problem = "lets trajectories outside `active` change the weights of the others; divide by counts over `active`"
+    same(name, problem, value[active], alone, cut)
 
 
 def _check_holes(component: Component, batch: Trajectories, value: Tensor) -> None:

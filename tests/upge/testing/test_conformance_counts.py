@@ -18,11 +18,11 @@ from upge.testing import ConformanceError, check_algorithm, check_component
 
 
 def reduction_of(body, over="term", reads=()) -> upge.Reduction:
-    """A reduction with the given body (batch, selected) → weights; `over` None leaves the field out."""
+    """A reduction with the given body (batch, active) → weights; `over` None leaves the field out."""
 
     class Broken(upge.Reduction):
-        def __call__(self, batch, selected):
-            return body(batch, selected)
+        def __call__(self, batch, active):
+            return body(batch, active)
 
     Broken.reads = frozenset(reads)
     if over is not None:
@@ -30,9 +30,9 @@ def reduction_of(body, over="term", reads=()) -> upge.Reduction:
     return Broken()
 
 
-def spread(batch, selected) -> torch.Tensor:
-    """A sound one: 1 on every token of the selected."""
-    return (batch.response_mask & selected[:, None]).double()
+def spread(batch, active) -> torch.Tensor:
+    """A sound one: 1 on every token of the active."""
+    return (batch.response_mask & active[:, None]).double()
 
 
 def test_a_sound_reduction_conforms():
@@ -42,9 +42,9 @@ def test_a_sound_reduction_conforms():
 @pytest.mark.parametrize(
     ("broken", "rule"),
     [
-        (reduction_of(lambda b, s: b.response_mask.double()), "gives weight to trajectories outside `selected`"),
-        (reduction_of(lambda b, s: spread(b, s) / len(b)), "outside `selected` change the weights of the others"),
-        (reduction_of(lambda b, s: spread(b, s) / b.response_mask.sum()), "divide by counts over `selected`"),
+        (reduction_of(lambda b, s: b.response_mask.double()), "gives weight to trajectories outside `active`"),
+        (reduction_of(lambda b, s: spread(b, s) / len(b)), "outside `active` change the weights of the others"),
+        (reduction_of(lambda b, s: spread(b, s) / b.response_mask.sum()), "divide by counts over `active`"),
         (reduction_of(lambda b, s: spread(b, s) * b.logprobs.detach(), reads={"logprobs"}), r"reads \['logprobs'\]"),
         (reduction_of(spread, over=None), "over=None; give it the field `over`, 'term' or 'batch'"),
         (reduction_of(spread, over="trem"), "over='trem'; give it the field `over`"),
