@@ -85,7 +85,9 @@ class ReferenceConfig(Settings):
 class VerifyConfig(Settings):
     """How responses are rewarded."""
 
-    verifier: str = key("math", "verifier of problems that name none, or a callable's path; see docs/verification.md")
+    verifier: str = key(
+        "math", "verifier (name or callable's path) of problems that name none; see docs/verification.md"
+    )
     workers: int = key(2, "worker processes per rank", above=0)
     time_limit: float = key(5.0, "seconds per answer; above it the reward is 0 and the status 'timeout'", above=0)
     memory_limit: float = key(4.0, "GiB of memory per answer; above it the reward is 0 and the status 'error'", above=0)
