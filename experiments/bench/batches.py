@@ -1,4 +1,4 @@
-"""A step's rollouts with lengths as they occur: log-normal, with a prompt per group, some groups without a signal."""
+"""Random rollouts of a step with realistic, log-normal lengths, in groups of which some have no signal."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from upge.train.sample import Trajectory
 
 SPREAD, PROMPT_SPREAD = 0.5, 0.2
-"""Standard deviations of the logarithms of response and prompt lengths. With a mean of 235 tokens the longest of 80
-responses is then expected at about 690."""
+"""Standard deviations of the logarithms of response and prompt lengths. With a mean of 235 tokens, the longest of 80
+responses then has about 690 tokens."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a batch looks like.
+    """The shape of a batch.
 
-    Fields:
-        groups, size: prompts, and responses to each.
+    Attributes:
+        groups, size: number of prompts, and of responses to each.
         silent: share of the groups whose rewards are all equal, rounded to whole groups.
-        prompt, response, longest: mean tokens of a prompt and of a response, and where a response is cut.
+        prompt, response, longest: mean tokens of a prompt and of a response, and the maximum of a response.
     """
 
     groups: int
@@ -32,19 +32,22 @@ class Shape:
     longest: int = 694
 
     def scaled(self, by: float) -> Shape:
-        """The same with all lengths multiplied."""
+        """The same shape with all lengths multiplied."""
         lengths = (max(2, round(by * tokens)) for tokens in (self.prompt, self.response, self.longest))
         return Shape(self.groups, self.size, self.silent, *lengths)
 
     @property
     def silent_groups(self) -> int:
-        """Groups without a signal."""
+        """The number of groups without a signal."""
         return round(self.silent * self.groups)
 
 
 def made(shape: Shape, vocabulary: int, seed: int = 0) -> list[Trajectory]:
-    """Rollouts of random tokens. The silent groups are spread over the batch, all right and all wrong by turns;
-    lengths, tokens and the other groups' rewards do not depend on how many are silent."""
+    """Rollouts of random tokens.
+
+    Groups without a signal are spread over the batch, alternately all right and all wrong. Lengths, tokens and the
+    rewards of the other groups do not depend on their number.
+    """
     chance = random.Random(seed)
     every = shape.groups / shape.silent_groups if shape.silent_groups else 0.0
     silent = {int(every * (number + 0.5)): number for number in range(shape.silent_groups)}
@@ -59,12 +62,12 @@ def made(shape: Shape, vocabulary: int, seed: int = 0) -> list[Trajectory]:
     return rollouts
 
 
-def told(rollouts: Sequence[Trajectory]) -> str:
-    """What the lengths came out as."""
+def length_summary(rollouts: Sequence[Trajectory]) -> str:
+    """The mean and maximum lengths of prompts and responses, as text."""
     responses = [len(t.response_ids) for t in rollouts]
     prompts = [len(t.prompt_ids) for t in rollouts]
     return (
-        f"prompts of {sum(prompts) / len(prompts):.0f} tokens in the mean (longest {max(prompts)}), "
+        f"prompts of {sum(prompts) / len(prompts):.0f} tokens on average (longest {max(prompts)}), "
         f"responses of {sum(responses) / len(responses):.0f} (longest {max(responses)})"
     )
 

@@ -1,5 +1,5 @@
-"""Sampled tokens per second: vLLM with a group's prompt computed once, in blocks of 32 and of 128, and with nothing
-shared, and transformers' `generate`; the same prompts and seeds for all, other ones in each round."""
+"""Sampled tokens per second: vLLM with the prompt shared in a group, in blocks of 32 and 128 tokens, vLLM without
+sharing, and transformers' `generate`; prompts and seeds are the same for all and change every round."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experiments.bench.measure import Timing, interleaved
 from upge.errors import ConfigError
 from upge.rollout import Rollout, Sampler, Sampling
 
-SUMMARY = "sampled tokens per second: what a group shares of its prompt, and vLLM against transformers"
+SUMMARY = "sampled tokens per second: sharing a group's prompt, and vLLM against transformers"
 OURS, THEIRS, NOTHING, OTHER = "vLLM, blocks of 32", "vLLM, blocks of 128", "vLLM, nothing shared", "transformers"
 OPTIONS = {OURS: {}, THEIRS: {"block_size": 128}, NOTHING: {"enable_prefix_caching": False}}
 
@@ -21,11 +21,11 @@ OPTIONS = {OURS: {}, THEIRS: {"block_size": 128}, NOTHING: {"enable_prefix_cachi
 class Settings:
     """Keys of this bench.
 
-    Fields:
-        folder: GSM8K's, on which SmolLM2-135M is measured; empty measures the tiny model on arithmetic.
-        prompts, group_size, tokens: of a round; `tokens` is the most that a response may have.
+    Attributes:
+        folder: the folder of GSM8K, to measure SmolLM2-135M on it; empty = the tiny model on arithmetic.
+        prompts, group_size, tokens: prompts of a round, responses to each, maximum tokens of a response.
         rounds: at least five.
-        transformers: measure that engine, too; it takes much longer where the model is not tiny.
+        transformers: whether to measure transformers as well, which takes much longer if the model is not tiny.
     """
 
     folder: str = ""
@@ -37,7 +37,7 @@ class Settings:
 
 
 def run(settings: Settings) -> str:
-    """A Markdown table. The vLLM engines are in one process, each with a cache for what a round takes.
+    """A Markdown table. All vLLM engines are in one process, each with a cache large enough for a round.
 
     Raises:
         ConfigError: vLLM is not installed.
@@ -55,7 +55,7 @@ def run(settings: Settings) -> str:
         return of_round
 
     things = {name: sample(sampler) for name, sampler in samplers.items()}
-    for sampler in samplers.values():  # what happens once has happened
+    for sampler in samplers.values():  # warm up
         sampler.sample(prompts[:1], 2, Sampling(max_tokens=2), [0])
     timing = interleaved(things, settings.rounds)
     for sampler in reversed(samplers.values()):
@@ -64,10 +64,10 @@ def run(settings: Settings) -> str:
 
 
 def table(timing: Timing, length: float, settings: Settings) -> str:
-    """Tokens per second, ratios to vLLM as it would be, and how many responses of vLLM are the same in all cases."""
+    """Tokens per second, ratios to vLLM's default, and how many of vLLM's responses do not depend on sharing."""
     lines = ["| with | tokens per second | times blocks of 128 | the same in CPU seconds |", "|---|---|---|---|"]
     for name, seconds in timing.seconds.items():
-        # Rounds differ in length: of all of them together, so that the ratios alone have a range.
+        # Rounds differ in length, so the rate is over all rounds and only the ratios have a range.
         rate = sum(map(tokens, timing.results[name])) / sum(seconds)
         ratios = ["1", "1"]
         if name != THEIRS:
@@ -85,12 +85,12 @@ def table(timing: Timing, length: float, settings: Settings) -> str:
 
 
 def tokens(groups: Sequence[Sequence[Rollout]]) -> int:
-    """How many were sampled."""
+    """The number of sampled tokens."""
     return sum(len(rollout.token_ids) for group in groups for rollout in group)
 
 
 def agreement(some: Sequence[Any], others: Sequence[Any]) -> tuple[int, int]:
-    """How many responses have the same tokens, of how many."""
+    """(number of responses with the same tokens, number of all responses)."""
     first, second = ([r.token_ids for groups in rounds for g in groups for r in g] for rounds in (some, others))
     return sum(a == b for a, b in zip(first, second, strict=True)), len(first)
 
@@ -114,8 +114,8 @@ def _model(settings: Settings) -> tuple[str, list[tuple[int, ...]], tuple[int, .
     problems = build(composed.tree["data"], "data").load().train
     if len(problems) < settings.rounds * settings.prompts:
         raise ConfigError(f"prompts: {settings.prompts} in each of {settings.rounds} rounds are more than there are")
-    found = prompting.prompt_ids(problems[: settings.rounds * settings.prompts])
-    return composed.config.model.path, found, prompting.stop_token_ids
+    prompt_ids = prompting.prompt_ids(problems[: settings.rounds * settings.prompts])
+    return composed.config.model.path, prompt_ids, prompting.stop_token_ids
 
 
 def _samplers(path: str, longest: int, settings: Settings) -> dict[str, Sampler]:
@@ -128,7 +128,7 @@ def _samplers(path: str, longest: int, settings: Settings) -> dict[str, Sampler]
         raise ConfigError(f"this bench needs vLLM on a CPU: {obstacle}")
 
     class Changed(VLLMSampler):
-        """The same with other options."""
+        """A VLLMSampler with changed options."""
 
         changes: dict[str, Any] = {}  # noqa: RUF012
 
@@ -137,10 +137,10 @@ def _samplers(path: str, longest: int, settings: Settings) -> dict[str, Sampler]
             memory = cache_bytes(sequences, longest, cache_bytes_per_token(config, self._dtype), memory_fraction, 128)
             return super()._options(config, memory_fraction) | {"kv_cache_memory_bytes": memory} | self.changes
 
-    found: dict[str, Sampler] = {}
+    samplers: dict[str, Sampler] = {}
     for name, changes in OPTIONS.items():
         kind = type("Changed", (Changed,), {"changes": changes})
-        found[name] = kind(path, dtype="float32", max_length=longest, memory_fraction=0.1)
+        samplers[name] = kind(path, dtype="float32", max_length=longest, memory_fraction=0.1)
     if settings.transformers:
-        found[OTHER] = TransformersSampler(path, dtype="float32", max_length=longest)
-    return found
+        samplers[OTHER] = TransformersSampler(path, dtype="float32", max_length=longest)
+    return samplers

@@ -1,8 +1,8 @@
 """How an update's time and memory grow with tokens, vocabulary, group size and ranks: this project against itself.
 
 Each point runs in a fresh process, `python -m experiments.bench.growth JSON`, alone or under torchrun; rank 0 prints a
-line of JSON. The points of a series take turns, round by round. A figure is relative to the series' first point in the
-same round.
+line of JSON. The points of a series alternate within each round. Ratios are relative to the first point of the series
+in the same round.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ SUMMARY = "how an update's time and memory grow with tokens, vocabulary, group s
 RANKS_GOAL, LINEAR = 1.6, 1.15
 _MIB = 2**20
 
-Found = dict[str, float]
+Measurement = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Settings:
     """Keys of this bench.
 
-    Fields:
+    Attributes:
         rounds: at least five.
         groups, size: prompts, and responses to each, of the first point of a series.
-        scale: what the lengths (prompt 96, response 235 in the mean) are multiplied by.
-        vocabulary: V where it is not what grows.
-        series: several of tokens, vocabulary, group and ranks, separated by commas.
+        scale: factor of the mean lengths (prompt 96, response 235).
+        vocabulary: V of the first point of a series.
+        series: some of tokens, vocabulary, group and ranks, separated by commas.
     """
 
     rounds: int = FEWEST_ROUNDS
@@ -53,7 +53,7 @@ class Settings:
 
 
 def series_of(settings: Settings) -> dict[str, list[Point]]:
-    """Name → its points, the first of which is the measure of the others."""
+    """Name → the points of the series; the others are relative to the first."""
     start = Point(settings.groups, settings.size, settings.vocabulary, scale=settings.scale)
     change = dataclasses.replace
     known = {
@@ -68,27 +68,29 @@ def series_of(settings: Settings) -> dict[str, list[Point]]:
     if settings.rounds < FEWEST_ROUNDS:
         raise ConfigError(f"rounds: found {settings.rounds}; give at least {FEWEST_ROUNDS}")
     if settings.groups < 1 or settings.size < 8 or settings.size % 4:
-        found = f"groups, size: found {settings.groups}, {settings.size}"
-        raise ConfigError(f"{found}; give 1 or more prompts, and a multiple of 4 from 8 on")
+        raise ConfigError(
+            f"groups, size: found {settings.groups}, {settings.size}; give at least 1 prompt, and a multiple of 4 from "
+            "8 on"
+        )
     return {name: known[name] for name in wanted}
 
 
-def run(settings: Settings, probe: Callable[[Point], Found] | None = None) -> str:
-    """Markdown tables, and what they say about the goals."""
+def run(settings: Settings, probe: Callable[[Point], Measurement] | None = None) -> str:
+    """Markdown tables, and whether the goals were reached."""
     probe, series = probe or launched, series_of(settings)
     header = ["series", "point", "response tokens", "tokens computed", "seconds", "× time", "× tokens computed"]
     header += ["MiB at most", "× memory"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     goals = []
     for name, points in series.items():
-        found = [[probe(point) for point in _turned(points, number)] for number in range(settings.rounds)]
-        found = [_turned_back(one, number) for number, one in enumerate(found)]
-        lines += [_row(name, point, [one[i] for one in found], [one[0] for one in found])
+        rounds = [[probe(point) for point in _turned(points, number)] for number in range(settings.rounds)]
+        rounds = [_turned_back(one, number) for number, one in enumerate(rounds)]
+        lines += [_row(name, point, [one[i] for one in rounds], [one[0] for one in rounds])
                   for i, point in enumerate(points)]  # fmt: skip
-        goals += _goal(name, points, found)
+        goals += _goal(name, points, rounds)
     about = (f"Median and range of {settings.rounds} rounds; a Qwen2 of {points[0].layers} layers and width "
-             f"{points[0].width}, GRPO, one thread a process. Memory: the most that an update's process takes beyond "
-             "what it has with weights and engine loaded, gradients and AdamW's moments included.")  # fmt: skip
+             f"{points[0].width}, GRPO, one thread per process. Memory: the peak of an update's process minus its "
+             "memory with weights and engine loaded; it includes gradients and AdamW's moments.")  # fmt: skip
     return "\n".join([*lines, "", about, "", *goals])
 
 
@@ -102,52 +104,55 @@ def _turned_back(points: Sequence, number: int) -> list:
     return [*points[first:], *points[:first]]
 
 
-def launched(point: Point) -> Found:
-    """What the probe finds in a process of its own, or in several that torchrun starts.
+def launched(point: Point) -> Measurement:
+    """Measures a point in a new process, or in several processes that torchrun starts.
 
     Raises:
-        ConfigError: it failed; with the end of what it wrote.
+        ConfigError: the process failed; the message has the end of its output.
     """
     probe = ["experiments.bench.growth", json.dumps(dataclasses.asdict(point))]
     command = [sys.executable, "-m", *probe]
     if point.ranks > 1:
         ranks = ["--standalone", "--nproc_per_node", str(point.ranks)]
         command = [sys.executable, "-m", "torch.distributed.run", *ranks, "-m", *probe]
-    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=surroundings, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise ConfigError(f"growth: the probe for {point} failed: {(done.stdout + done.stderr)[-2000:]}")
     return json.loads(lines[-1])
 
 
-def _row(name: str, point: Point, found: Sequence[Found], first: Sequence[Found]) -> str:
+def _row(name: str, point: Point, measurements: Sequence[Measurement], first: Sequence[Measurement]) -> str:
     labels = {
         "tokens": f"{point.groups} prompts",
         "vocabulary": f"V = {point.vocabulary:,}",
         "group": f"{point.groups} × {point.size}",
         "ranks": f"{point.ranks} rank{'s' * (point.ranks > 1)}",
     }
-    ratio = {key: _ratio(found, first, key) for key in ("seconds", "computed", "memory")}
-    cells = [name, labels[name], f"{found[0]['tokens']:,.0f}", f"{found[0]['computed']:,.0f}"]
-    cells += [Spread.of([one["seconds"] for one in found]), ratio["seconds"], f"{ratio['computed'].median:.2f}"]
-    cells += [f"{statistics.median(one['memory'] for one in found) / _MIB:,.0f}", f"{ratio['memory'].median:.2f}"]
+    ratio = {key: _ratio(measurements, first, key) for key in ("seconds", "computed", "memory")}
+    cells = [name, labels[name], f"{measurements[0]['tokens']:,.0f}", f"{measurements[0]['computed']:,.0f}"]
+    cells += [Spread.of([one["seconds"] for one in measurements]), ratio["seconds"], f"{ratio['computed'].median:.2f}"]
+    cells += [
+        f"{statistics.median(one['memory'] for one in measurements) / _MIB:,.0f}",
+        f"{ratio['memory'].median:.2f}",
+    ]
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def _goal(name: str, points: Sequence[Point], found: Sequence[Sequence[Found]]) -> list[str]:
-    """Of each series that has one, whether its goal was reached."""
-    last, first = [one[-1] for one in found], [one[0] for one in found]
+def _goal(name: str, points: Sequence[Point], rounds: Sequence[Sequence[Measurement]]) -> list[str]:
+    """A sentence on the goal of a series, if it has one."""
+    last, first = [one[-1] for one in rounds], [one[0] for one in rounds]
     times = _ratio(last, first, "seconds").median
     if name == "tokens":
         per_token = times / _ratio(last, first, "computed").median
-        told = "reached" if per_token <= LINEAR else "**missed**"
-        return [f"- tokens: time per token {per_token:.2f} times the first point's at the last; goal 1 ({told}, "
+        verdict = "reached" if per_token <= LINEAR else "**missed**"
+        return [f"- tokens: time per token {per_token:.2f} times the first point's at the last; goal 1 ({verdict}, "
                 f"{LINEAR:g} counts as linear)."]  # fmt: skip
     if name == "ranks":
-        told = "reached" if 1 / times >= RANKS_GOAL else "**missed**"
-        return [f"- {points[-1].ranks} ranks: {1 / times:.2f} times as fast as one; goal {RANKS_GOAL:g}, {told}."]
+        verdict = "reached" if 1 / times >= RANKS_GOAL else "**missed**"
+        return [f"- {points[-1].ranks} ranks: {1 / times:.2f} times as fast as one; goal {RANKS_GOAL:g}, {verdict}."]
     if name == "vocabulary":
         extra = _head_memory(last) - _head_memory(first)
         return [f"- vocabulary: beyond gradients and moments, {extra / _MIB:,.0f} MiB more at V = "
@@ -155,27 +160,27 @@ def _goal(name: str, points: Sequence[Point], found: Sequence[Sequence[Found]]) 
     return []
 
 
-def _head_memory(found: Sequence[Mapping[str, float]]) -> float:
-    """Bytes less those that grow with the weights whatever is done: the gradient in its two forms and two moments."""
-    return statistics.median(one["memory"] - 16 * one["parameters"] for one in found)
+def _head_memory(measurements: Sequence[Mapping[str, float]]) -> float:
+    """Bytes without those proportional to the weights: the gradient in its two forms and the two moments."""
+    return statistics.median(one["memory"] - 16 * one["parameters"] for one in measurements)
 
 
-def _ratio(found: Sequence[Found], first: Sequence[Found], key: str) -> Spread:
-    return Spread.of([one[key] / base[key] for one, base in zip(found, first, strict=True)])
+def _ratio(measurements: Sequence[Measurement], first: Sequence[Measurement], key: str) -> Spread:
+    return Spread.of([one[key] / base[key] for one, base in zip(measurements, first, strict=True)])
 
 
 @dataclass(frozen=True)
 class Point:
-    """What is measured.
+    """The settings of a measurement.
 
-    Fields:
+    Attributes:
         groups, size: prompts of the step, and responses to each.
         vocabulary: V of the model.
-        width, layers: of the model, a Qwen2 with random weights.
-        scale: what the lengths (prompt 96, response 235 in the mean) are multiplied by.
-        micro_batch_tokens: most tokens of one forward pass.
-        updates: timed ones, after one that is not.
-        ranks: processes, of one thread each.
+        width, layers: width and layers of the model, a Qwen2 with random weights.
+        scale: factor of the mean lengths (prompt 96, response 235).
+        micro_batch_tokens: maximum tokens of one forward pass.
+        updates: number of timed updates, after one warm-up update.
+        ranks: number of processes, of one thread each.
     """
 
     groups: int = 8
@@ -190,7 +195,7 @@ class Point:
 
 
 def measured(point: Point) -> dict[str, float]:
-    """Seconds of an update, its tokens, and bytes of memory that the first one took beyond weights and engine."""
+    """Measures the seconds of an update, its tokens, and the memory of the first one beyond weights and engine."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     import algorithms
@@ -206,7 +211,7 @@ def measured(point: Point) -> dict[str, float]:
         num_hidden_layers=point.layers, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as own:
-        # transformers writes on the main rank alone.
+        # transformers writes only on the main rank.
         folder = world.broadcast(own)
         torch.manual_seed(0)
         Qwen2ForCausalLM(model).save_pretrained(folder)
@@ -226,15 +231,15 @@ def measured(point: Point) -> dict[str, float]:
         began = time.perf_counter()
         update(1 + step)
         seconds.append(time.perf_counter() - began)
-    found = {"seconds": statistics.median(seconds), "memory": float(memory), "computed": float(computed)}
-    found |= {"tokens": float(sum(len(t.response_ids) for t in rollouts)), "parameters": float(engine.parameters)}
-    every = world.gather(found)
+    measurement = {"seconds": statistics.median(seconds), "memory": float(memory), "computed": float(computed)}
+    measurement |= {"tokens": float(sum(len(t.response_ids) for t in rollouts)), "parameters": float(engine.parameters)}
+    every = world.gather(measurement)
     if world.is_main:
-        found["computed"] = sum(one["computed"] for one in every)
-        found["memory"] = max(one["memory"] for one in every)
-        print(json.dumps(found), flush=True)
+        measurement["computed"] = sum(one["computed"] for one in every)
+        measurement["memory"] = max(one["memory"] for one in every)
+        print(json.dumps(measurement), flush=True)
     leave(world, 0)
-    return found
+    return measurement
 
 
 if __name__ == "__main__":

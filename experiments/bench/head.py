@@ -1,9 +1,9 @@
-"""The output head: log-probs, entropies and both gradients, against the peers and against what cannot be avoided.
+"""The output head: log-probs, entropies and both gradients, against the peers and against a lower bound.
 
-Time is measured against the floor, three matrix products of the same shapes and dtype; memory in fresh processes, as
-what a head takes at most beyond its inputs and the two gradients. Before anything is measured each head's results are
-compared with a float64 solution. On a CUDA device the bench runs, too: it waits for the device at each head's end. It
-was never run on one; for the reader of such a run, an H200 reaches about 790 TFLOP/s and 4.3 TB/s in bfloat16.
+Time is measured relative to the floor, three matrix products of the same shapes and dtype. Memory is measured in fresh
+processes, as the peak of a head beyond its inputs and the two gradients. Before anything is measured, each head's
+results are compared with a float64 solution. On a CUDA device the bench synchronizes after each head. It was never run
+on one; for comparison, an H200 reaches about 790 TFLOP/s and 4.3 TB/s in bfloat16.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from upge.errors import ConfigError
 SUMMARY = "the output head's log-probs, entropies and gradients: time against three matrix products, memory; with peers"
 WITH_PEERS = True
 TOLERANCES = {"float32": (1e-5, 1e-3), "bfloat16": (3e-2, 0.15)}
-"""dtype → how far off a gradient may be, relative to its largest entry, and a log-prob or an entropy, in nats."""
+"""dtype → tolerance of a gradient, relative to its largest entry, and of a log-prob or an entropy, in nats."""
 MOST_TIME, LEAST_SAVING = 1.15, 20
-"""Goals: times the floor, and into how little of the full logits' memory."""
+"""Goals: time relative to the floor, and the factor by which memory is smaller than that of full logits."""
 MIB = 2**20
 
 
@@ -32,15 +32,15 @@ MIB = 2**20
 class Settings:
     """Keys of this bench.
 
-    Fields:
-        tokens: N of the measurement of time.
+    Attributes:
+        tokens: N of the time measurement.
         width: D.
-        vocabularies: V, several separated by commas.
+        vocabularies: values of V, separated by commas.
         dtypes: float32 or bfloat16, or both separated by a comma.
         rounds: at least five.
-        threads: of torch; 0 = as many as it takes by itself.
-        memory_tokens: N of the measurement of memory, made for the last vocabulary; 0 = none. The full logits take
-            about 12 bytes a token and entry.
+        threads: threads of torch; 0 = torch's default.
+        memory_tokens: N of the memory measurement, with the last vocabulary; 0 = none. The full logits take about 12
+            bytes per token and entry.
         device: cpu, cuda, or auto.
     """
 
@@ -55,7 +55,7 @@ class Settings:
 
 
 def run(settings: Settings) -> str:
-    """Markdown tables of time and memory, with the goals beside them."""
+    """Markdown tables of time and memory, and whether the goals were reached."""
     vocabularies, dtypes, device = _read(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -63,9 +63,9 @@ def run(settings: Settings) -> str:
     lines, goals = [row(*header, "gradient off by"), "|---" * (len(header) + 1) + "|"], []
     for vocabulary in vocabularies:
         for dtype in dtypes:
-            rows, told = _timed(settings, vocabulary, dtype, device)
+            rows, goal = _timed(settings, vocabulary, dtype, device)
             lines += rows
-            goals.append(told)
+            goals.append(goal)
     lines += ["", _explained(settings, device), "", *goals]
     if settings.memory_tokens:
         lines += ["", *_memory(settings, vocabularies[-1], dtypes, device)]
@@ -91,11 +91,11 @@ def _read(settings: Settings) -> tuple[list[int], list[str], str]:
 
 
 def _timed(settings: Settings, vocabulary: int, dtype: str, device: str) -> tuple[list[str], str]:
-    """The rows of one vocabulary and dtype, and what became of the goals."""
+    """The rows of one vocabulary and dtype, and a sentence on the goals."""
     problem = Problem.made(settings.tokens, vocabulary, settings.width, dtype, device)
     errors = compare(problem, heads(), *TOLERANCES[dtype])
-    things = {FLOOR: _turn(Floor(problem), device)}
-    things |= {name: _turn(_cleared(head, problem), device) for name, head in heads().items()}
+    things = {FLOOR: _timed_call(Floor(problem), device)}
+    things |= {name: _timed_call(_cleared(head, problem), device) for name, head in heads().items()}
     timing = interleaved(things, settings.rounds)
     rows = []
     for name in things:
@@ -103,15 +103,15 @@ def _timed(settings: Settings, vocabulary: int, dtype: str, device: str) -> tupl
         cpu = "1" if name == FLOOR else str(timing.thrift(FLOOR, name))
         ahead = "" if name in (FLOOR, ONE_PASS) else f"{timing.speedup(ONE_PASS, name)} × as fast"
         error = f"{errors[name]:.0e}" if name in errors else ""
-        rows.append(row(f"{vocabulary:,}", dtype, name, _seconds(timing, name), times, cpu, ahead, error))
+        rows.append(row(f"{vocabulary:,}", dtype, name, _seconds_spread(timing, name), times, cpu, ahead, error))
     return rows, _goals(timing, vocabulary, dtype)
 
 
 def compare(problem: Problem, every: dict[str, Head], tolerance: float, nats: float) -> dict[str, float]:
-    """Head → by how much its gradients are off. It is also the turn in which everything is compiled and loaded.
+    """Head → error of its gradients. This also compiles and loads everything.
 
     Raises:
-        AssertionError: gradients, log-probs or entropies that differ from the float64 solution.
+        AssertionError: gradients, log-probs or entropies differ from the float64 solution.
     """
     expected, errors = reference(problem), {}
     for name, head in every.items():
@@ -120,8 +120,8 @@ def compare(problem: Problem, every: dict[str, Head], tolerance: float, nats: fl
         gradients = [(problem.hidden.grad, expected.hidden), (problem.weight.grad, expected.weight)]
         errors[name] = checked(gradients, tolerance, name)
         for kind in ("logprobs", "entropies"):
-            found = getattr(result, kind)
-            gap = 0.0 if found is None else float((found.double() - getattr(expected, kind)).abs().max())
+            values = getattr(result, kind)
+            gap = 0.0 if values is None else float((values.double() - getattr(expected, kind)).abs().max())
             if not gap <= nats:
                 raise AssertionError(f"{name}: {kind} are off by {gap:.1e} nats, tolerated are {nats:g}")
     problem.clear()
@@ -136,7 +136,7 @@ def _cleared(head: Head, problem: Problem) -> Callable[[], None]:
     return call
 
 
-def _turn(call: Callable[[], None], device: str) -> Callable[[int], None]:
+def _timed_call(call: Callable[[], None], device: str) -> Callable[[int], None]:
     def turn(number: int) -> None:
         call()
         if device == "cuda":
@@ -148,10 +148,10 @@ def _turn(call: Callable[[], None], device: str) -> Callable[[int], None]:
 def _goals(timing: Timing, vocabulary: int, dtype: str) -> str:
     times = timing.speedup(FLOOR, ONE_PASS).median
     behind = [n for n in timing.seconds if n not in (FLOOR, NAIVE, *OURS) and timing.speedup(ONE_PASS, n).median < 1.0]
-    told = f"ahead of every peer: {_told(not behind)}" + (f" (behind {', '.join(behind)})" if behind else "")
+    ahead = f"ahead of every peer: {_verdict(not behind)}" + (f" (behind {', '.join(behind)})" if behind else "")
     return (
         f"- V = {vocabulary:,}, {dtype}: goal at most {MOST_TIME} times the floor: {times:.2f}, "
-        f"{_told(times <= MOST_TIME)}; goal {told}."
+        f"{_verdict(times <= MOST_TIME)}; goal {ahead}."
     )
 
 
@@ -159,12 +159,12 @@ def _goals(timing: Timing, vocabulary: int, dtype: str) -> str:
 
 
 def head_memory(settings: Settings, vocabulary: int, dtype: str, device: str, name: str) -> int:
-    """Bytes that a head takes at most beyond inputs, weight and their gradients; for a process of its own."""
+    """The peak bytes of a head beyond inputs, weight and their gradients; runs in a separate process."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     problem = Problem.made(settings.memory_tokens, vocabulary, settings.width, dtype, device)
     head = HEADS[name]
-    # Code and what libraries keep for good is not the head's memory.
+    # Warm up, so that code and permanent buffers of libraries do not count.
     head(problem.small())
     problem.clear()
     taken = peak(lambda: head(problem))
@@ -176,61 +176,63 @@ def _memory(settings: Settings, vocabulary: int, dtypes: list[str], device: str)
     goals = []
     for dtype in dtypes:
         taken = {name: in_fresh_process(head_memory, settings, vocabulary, dtype, device, name) for name in heads()}
-        for name, found in taken.items():
-            share = f"1/{taken[NAIVE] / max(found, 1):.1f}" if found is not None and taken[NAIVE] else ""
-            lines.append(row(dtype, name, "killed" if found is None else f"{found / MIB:,.0f}", share))
+        for name, bytes_taken in taken.items():
+            share = f"1/{taken[NAIVE] / max(bytes_taken, 1):.1f}" if bytes_taken is not None and taken[NAIVE] else ""
+            lines.append(row(dtype, name, "killed" if bytes_taken is None else f"{bytes_taken / MIB:,.0f}", share))
         if taken[ONE_PASS] and taken[NAIVE]:
             saving = taken[NAIVE] / taken[ONE_PASS]
-            goals.append(f"- {dtype}: goal at most 1/{LEAST_SAVING}: 1/{saving:.1f}, {_told(saving >= LEAST_SAVING)}.")
+            goals.append(
+                f"- {dtype}: goal at most 1/{LEAST_SAVING}: 1/{saving:.1f}, {_verdict(saving >= LEAST_SAVING)}."
+            )
     about = (
-        f"Memory at N = {settings.memory_tokens:,}, V = {vocabulary:,}, D = {settings.width}: the highest resident "
-        "memory of a fresh process during the head, less that before and less the two gradients, which every head "
-        "returns in the inputs' dtype."
+        f"Memory at N = {settings.memory_tokens:,}, V = {vocabulary:,}, D = {settings.width}: the peak resident memory "
+        "of a fresh process during the head, minus the memory before and the two gradients, which every head returns "
+        "in the inputs' dtype."
     )
     return [*lines, "", about, "", *goals]
 
 
-# Words.
+# Text.
 
 
 def _explained(settings: Settings, device: str) -> str:
     threads = "one CUDA device" if device == "cuda" else f"{torch.get_num_threads()} threads"
     return (
         f"Median and range of {settings.rounds} rounds; N = {settings.tokens}, D = {settings.width}, {threads}. Liger "
-        "and cut-cross-entropy give no entropies and do that much less. Off by: the largest difference of an entry of "
-        f"a gradient from that of a float64 solution, relative to the largest entry. {peers.told()}"
+        "and cut-cross-entropy do not compute entropies. Off by: the largest difference of an entry of a gradient from "
+        f"that of a float64 solution, relative to the largest entry. {peers.summary()}"
     )
 
 
-def _seconds(timing: Timing, name: str) -> Spread:
+def _seconds_spread(timing: Timing, name: str) -> Spread:
     values = timing.seconds[name]
     return Spread.of(values)
 
 
-def _told(reached: bool) -> str:
+def _verdict(reached: bool) -> str:
     return "reached" if reached else "**missed**"
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of two entries, relative to the largest entry that is expected."""
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference of two entries, relative to the largest expected entry."""
     scale = float(expected.abs().max())
-    # Row by row: a gradient of an output embedding in float64 is large, and the check must not need much more.
-    blocks = zip(_blocks(found), _blocks(expected), strict=True)
+    # In blocks, because a float64 gradient of an output embedding is large and the check must not need much more.
+    blocks = zip(_blocks(actual), _blocks(expected), strict=True)
     gaps = torch.stack([(a.to(expected.dtype) - b).abs().max() for a, b in blocks])
     return float(gaps.max()) / (scale or 1.0)
 
 
 def checked(pairs: Iterable[tuple[Tensor | None, Tensor]], tolerance: float, who: str) -> float:
-    """The largest `difference` over (found, expected) pairs.
+    """The largest `difference` over (actual, expected) pairs.
 
     Raises:
-        AssertionError: one is missing, of another shape, not finite, or further off than `tolerance`.
+        AssertionError: a gradient is missing, has another shape, is not finite, or exceeds `tolerance`.
     """
     worst = 0.0
-    for found, expected in pairs:
-        if found is None or found.shape != expected.shape:
+    for actual, expected in pairs:
+        if actual is None or actual.shape != expected.shape:
             raise AssertionError(f"{who}: a gradient is missing or of another shape than {tuple(expected.shape)}")
-        gap = difference(found, expected)
+        gap = difference(actual, expected)
         if not gap <= tolerance:
             raise AssertionError(f"{who}: a gradient off by {gap:.1e} of its largest entry; tolerated is {tolerance:g}")
         worst = max(worst, gap)

@@ -1,8 +1,8 @@
-"""One problem for every output head: log-probs and entropies of N tokens, and the gradient of Σ c·log p.
+"""The output heads and their common problem: log-probs and entropies of N tokens, and the gradient of Σ c·log p.
 
-The coefficient c of a token is given, and is the same for all tokens of a sequence, as in GRPO on rollouts that were
-just sampled: c = −Â/N. So a head with a loss of its own (Liger) solves the very same problem. Entropies are figures for
-the log: whoever can gives them, without gradient. Every head leaves its gradients in `hidden.grad` and `weight.grad`.
+The coefficient c of a token is given and is the same for all tokens of a sequence, as in GRPO on fresh rollouts: c =
+−Â/N. So a head with its own loss (Liger) solves the same problem. Entropies are metrics without gradient, which some
+heads do not compute. Every head leaves its gradients in `hidden.grad` and `weight.grad`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FLOOR, NAIVE, TWO_PASSES, ONE_PASS = "three matrix products", "full logits", "ou
 
 
 class Result(NamedTuple):
-    """Log-probs and entropies [N], detached; None from a head that does not give them."""
+    """Log-probs and entropies [N], detached; None if a head does not compute them."""
 
     logprobs: Tensor | None
     entropies: Tensor | None
@@ -29,13 +29,13 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What every head is given. Legend: B sequences of T tokens, N = B·T.
+    """The input of every head, with B sequences of T tokens, N = B·T.
 
     Attributes:
-        hidden: [N, D] leaf.
-        weight: [V, D] leaf.
-        targets: [N].
-        advantages: [B] of the sequences.
+        hidden: [N, D] hidden states, a leaf.
+        weight: [V, D] output embedding, a leaf.
+        targets: [N] token ids.
+        advantages: [B] advantages of the sequences.
     """
 
     hidden: Tensor
@@ -45,7 +45,7 @@ class Problem:
 
     @staticmethod
     def made(tokens: int, vocabulary: int, width: int, dtype: str, device: str = "cpu") -> Problem:
-        """Random states of the size that a last norm gives them, and logits with a standard deviation of 2."""
+        """A random problem: hidden states as after a final norm, logits with a standard deviation of 2."""
         sequences = max(n for n in range(1, 9) if tokens % n == 0)
         generator = torch.Generator().manual_seed(0)
         to = {"dtype": getattr(torch, dtype), "device": device}
@@ -62,13 +62,13 @@ class Problem:
         return (-self.advantages / tokens).repeat_interleave(tokens // sequences)
 
     def small(self) -> Problem:
-        """The same with one token a sequence, for warming up."""
+        """The same problem with one token per sequence, for warm-up."""
         sequences = len(self.advantages)
         hidden = self.hidden.detach()[:sequences].clone().requires_grad_()
         return replace(self, hidden=hidden, targets=self.targets[:sequences])
 
     def clear(self) -> None:
-        """Forgets the gradients."""
+        """Removes the gradients."""
         self.hidden.grad = self.weight.grad = None
 
 
@@ -76,7 +76,7 @@ Head = Callable[[Problem], Result]
 
 
 def naive(problem: Problem) -> Result:
-    """Plain torch with the whole [N, V] matrix."""
+    """Plain torch with the whole [N, V] matrix of logits."""
     logits = problem.hidden @ problem.weight.t()
     everything = logits.float().log_softmax(dim=-1)
     logprobs = everything.gather(1, problem.targets[:, None])[:, 0]
@@ -87,14 +87,14 @@ def naive(problem: Problem) -> Result:
 
 
 def two_passes(problem: Problem) -> Result:
-    """For any coefficient: the logits are made twice."""
+    """Our head for any coefficients, which computes the logits twice."""
     logprobs, entropies = token_logprobs(problem.hidden, problem.weight, problem.targets, entropy=True)
     (logprobs * problem.coefficients).sum().backward()
     return Result(logprobs.detach(), entropies.detach())
 
 
 def one_pass(problem: Problem) -> Result:
-    """For coefficients of a token's own log-prob and entropy: the gradient is made while the logits exist."""
+    """Our head for coefficients that depend on a token's own log-prob and entropy, which computes the logits once."""
     given = problem.coefficients
 
     def coefficients(logprobs: Tensor, entropies: Tensor, chunk: slice) -> Coefficients:
@@ -106,17 +106,17 @@ def one_pass(problem: Problem) -> Result:
 
 
 def trl(problem: Problem) -> Result:
-    """What GRPOTrainer's model does with `fused_lm_head=True`, with its chunk of the vocabulary and its outputs."""
+    """The head of GRPOTrainer's model with `fused_lm_head=True`, with its chunk size and outputs."""
     utils = peers.load("TRL")
     apply, chunk = utils._ChunkedLogProbFunction.apply, utils._CHUNKED_LOGPROB_CHUNK_SIZE
     outputs = ("log_probs", "entropy")
-    found = apply(problem.hidden, problem.weight, None, problem.targets, 1.0, chunk, None, 1.0, outputs)
-    (found[0] * problem.coefficients).sum().backward()
-    return Result(found[0].detach(), found[1].detach())
+    outputs_of_head = apply(problem.hidden, problem.weight, None, problem.targets, 1.0, chunk, None, 1.0, outputs)
+    (outputs_of_head[0] * problem.coefficients).sum().backward()
+    return Result(outputs_of_head[0].detach(), outputs_of_head[1].detach())
 
 
 def verl(problem: Problem) -> Result:
-    """FusedLinearForPPO with its own chunk size and torch backend."""
+    """verl's FusedLinearForPPO with its own chunk size and torch backend."""
     head = peers.load("verl").FusedLinearForPPO()
     logprobs, entropies = head(problem.hidden, problem.weight, problem.targets)
     (logprobs * problem.coefficients).sum().backward()
@@ -124,7 +124,7 @@ def verl(problem: Problem) -> Result:
 
 
 def liger(problem: Problem) -> Result:
-    """Its GRPO loss, all sequences in one of its chunks: inside, tokens and vocabulary are cut anyway. No entropies."""
+    """Liger's GRPO loss with all sequences in one chunk; it chunks tokens and vocabulary itself. No entropies."""
     sequences = len(problem.advantages)
     shape = (sequences, len(problem.targets) // sequences)
     loss_of = peers.load("Liger").LigerFusedLinearGRPOLoss(
@@ -138,12 +138,14 @@ def liger(problem: Problem) -> Result:
 
 
 def cut_cross_entropy(problem: Problem) -> Result:
-    """Its compiled torch code, which has the whole matrix, on a CPU; its kernel on CUDA. No entropies."""
+    """cut-cross-entropy: on a CPU its compiled torch code with all logits, on CUDA its kernel. No entropies."""
     implementation = "cce" if problem.hidden.is_cuda else "torch_compile"
     linear_cross_entropy = peers.load("cut-cross-entropy").linear_cross_entropy
-    found = linear_cross_entropy(problem.hidden, problem.weight, problem.targets, impl=implementation, reduction="none")
-    (-found * problem.coefficients).sum().backward()
-    return Result(-found.detach(), None)
+    losses = linear_cross_entropy(
+        problem.hidden, problem.weight, problem.targets, impl=implementation, reduction="none"
+    )
+    (-losses * problem.coefficients).sum().backward()
+    return Result(-losses.detach(), None)
 
 
 OURS: dict[str, Head] = {ONE_PASS: one_pass, TWO_PASSES: two_passes}
@@ -154,12 +156,12 @@ HEADS: dict[str, Head] = {NAIVE: naive, **OURS, **THEIRS}
 
 
 def heads() -> dict[str, Head]:
-    """Name → head, of all that can be measured here."""
+    """Name → head, for all heads that can be measured here."""
     return {name: head for name, head in HEADS.items() if name not in THEIRS or peers.present(name)}
 
 
 class Floor:
-    """The three matrix products that no head can do without, logits, dH and dW, into memory that is there already."""
+    """The three matrix products that every head needs (logits, dH and dW), into preallocated memory."""
 
     def __init__(self, problem: Problem) -> None:
         self._hidden, self._weight = problem.hidden.detach(), problem.weight.detach()
@@ -183,7 +185,7 @@ class Reference(NamedTuple):
 
 @torch.no_grad()
 def reference(problem: Problem) -> Reference:
-    """With p = softmax(h·Wᵀ): the gradient of the logits is c·(1_y − p), those of h and W are its products."""
+    """Solves the problem in float64: with p = softmax(h·Wᵀ) the gradient of the logits is c·(1_y − p)."""
     hidden, weight, targets = problem.hidden.double(), problem.weight.double(), problem.targets[:, None]
     logs = (hidden @ weight.t()).log_softmax(dim=-1)
     logprobs = logs.gather(1, targets)[:, 0]

@@ -1,9 +1,9 @@
 """Loss and backward of one batch of rollouts: a training update without the optimizer's step, against TRL's trainer.
 
-Ours is what a run does: fill the batch, plan it on the whole, cut it by tokens, forward, head and backward under
-ZeRO-3. TRL's is `GRPOTrainer._compute_loss` of a real trainer in its fastest settings (`trl_loss`). Both compute GRPO's
-textbook loss in float32: PPO's clip at 0.2, advantages over the group's standard deviation + 1e-4, the mean over a
-response's tokens and then over responses; the gradients are compared before anything is measured.
+Our side does what a run does: fill the batch, plan it, split it by tokens, then forward, head and backward under
+ZeRO-3. TRL's side is `GRPOTrainer._compute_loss` of a real trainer with its fastest settings (`trl_loss`). Both compute
+GRPO's textbook loss in float32: PPO's clip at 0.2, advantages divided by the group's standard deviation + 1e-4, the
+mean over a response's tokens and then over responses. The gradients are compared before anything is measured.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ from experiments.bench.measure import Spread, Timing, in_fresh_process, interlea
 from upge.errors import ConfigError
 from upge.train.sample import Trajectory
 
-SUMMARY = "loss and backward of a batch of rollouts: an update's path against TRL's trainer, silent groups or none"
+SUMMARY = "loss and backward of a batch of rollouts against TRL's trainer, with and without groups without a signal"
 WITH_PEERS = True
 OURS, THEIRS = "ours", "TRL"
 TOLERANCE = 1e-4
 GOALS = {False: 3.0, True: 4.0}
-"""With silent groups or without → times as fast as TRL."""
+"""Whether some groups have no signal → goal, times as fast as TRL."""
 
 
 class Case(NamedTuple):
-    """A model and what a setting of 0 stands for: lengths are scaled down where all would take hours on a CPU, and
-    micro-batches are small where both models and their activations would not fit into 24 GB."""
+    """A model, and the values that settings of 0 stand for.
+
+    Lengths are scaled down where the bench would take hours on a CPU, and micro-batches are small where both models and
+    their activations would not fit into 24 GB.
+    """
 
     path: str
     groups: int
@@ -57,16 +60,16 @@ MODELS = {
 class Settings:
     """Keys of this bench.
 
-    Fields:
-        models: several separated by commas, of tiny, smollm2-135m and qwen2.5-0.5b (its shape with random weights).
-        groups: prompts; 0 = by model.
-        group_size: responses to each.
+    Attributes:
+        models: some of tiny, smollm2-135m and qwen2.5-0.5b (its shape with random weights), separated by commas.
+        groups: number of prompts; 0 = by model.
+        group_size: responses to each prompt.
         silent: share of the groups without a signal in the second case.
-        scale: what the lengths (prompt 96, response 235 in the mean, longest 694) are multiplied by; 0 = by model.
+        scale: factor of the lengths (prompt 96, response 235 on average, longest 694); 0 = by model.
         rounds: at least five.
-        micro_batch_tokens: ours, most tokens of one forward pass; 0 = by model.
-        micro_batch: TRL's, sequences of one forward pass; 0 = by model.
-        threads: of torch; 0 = as many as it takes by itself.
+        micro_batch_tokens: maximum tokens of one forward pass of ours; 0 = by model.
+        micro_batch: sequences of one forward pass of TRL; 0 = by model.
+        threads: threads of torch; 0 = torch's default.
     """
 
     models: str = "tiny,smollm2-135m,qwen2.5-0.5b"
@@ -89,23 +92,23 @@ def run(settings: Settings) -> str:
     header += ["times as fast", "the same by CPU"]
     lines, notes = [row(*header), "|---" * len(header) + "|"], []
     for name in names:
-        # A process each: models and what DeepSpeed keeps of them are gone with it.
-        found = in_fresh_process(measured, settings, name)
-        if found is None:
+        # One process per model, which frees the model and what DeepSpeed keeps of it.
+        results = in_fresh_process(measured, settings, name)
+        if results is None:
             notes.append(f"- {name}: the process was killed; there was too little memory.")
             continue
-        lines += found[0]
-        notes += found[1]
+        lines += results[0]
+        notes += results[1]
     about = (
         f"Median and range of {settings.rounds} rounds; groups of {settings.group_size}, float32, response lengths "
-        f"log-normal. Tokens: what the model computed, TRL's padding included. {peers.told()}"
+        f"log-normal. Tokens: what the model computed, TRL's padding included. {peers.summary()}"
     )
     return "\n".join([*lines, "", about, "", *notes])
 
 
 def measured(settings: Settings, name: str) -> tuple[list[str], list[str]]:
-    """(rows, notes) of one model; for a process of its own."""
-    # DeepSpeed uses what this torch calls by a new name, and would be told so at every call.
+    """(rows, notes) of one model; runs in a separate process."""
+    # DeepSpeed uses functions that this torch has renamed, which would warn at every call.
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -117,10 +120,10 @@ def measured(settings: Settings, name: str) -> tuple[list[str], list[str]]:
         ours = Ours(path, settings.micro_batch_tokens or case.micro_batch_tokens)
         for silent in (0.0, settings.silent):
             rollouts = batches.made(replace(shape, silent=silent), ours.vocabulary)
-            found = _case(name, ours, theirs, rollouts, replace(shape, silent=silent), settings)
-            rows += found[0]
-            notes.append(found[1])
-        notes.insert(0, f"- {name}: {batches.told(rollouts)}.")
+            results = _case(name, ours, theirs, rollouts, replace(shape, silent=silent), settings)
+            rows += results[0]
+            notes.append(results[1])
+        notes.insert(0, f"- {name}: {batches.length_summary(rollouts)}.")
     return rows, notes
 
 
@@ -129,12 +132,12 @@ def _case(
 ) -> tuple[list[str], str]:
     things: dict[str, Callable[[int], object]] = {OURS: lambda number: ours(rollouts)}
     ours(rollouts)
-    tokens, told = {OURS: ours.tokens}, ""
+    tokens, remark = {OURS: ours.tokens}, ""
     if theirs is not None:
         inputs = theirs.inputs(rollouts)
         theirs(inputs)
         gap = compared(ours.gradient(), theirs.gradient())
-        told = f"; the gradients differ by {gap:.0e}"
+        remark = f"; the gradients differ by {gap:.0e}"
         things[THEIRS] = lambda number: theirs(inputs)
         tokens[THEIRS] = sum(part[side].numel() for part in inputs for side in ("prompt_mask", "completion_mask"))
     timing = interleaved(things, settings.rounds)
@@ -146,19 +149,19 @@ def _case(
             ahead = [timing.speedup(OURS, THEIRS), timing.thrift(OURS, THEIRS)]
             cells[2:] = [1, 1] if thing == THEIRS else ahead
         rows.append(row(name, count, thing, f"{tokens[thing]:,}", *cells))
-    return rows, f"- {name}, {count} groups{told}{_goal(timing, bool(shape.silent_groups))}."
+    return rows, f"- {name}, {count} groups{remark}{_goal(timing, bool(shape.silent_groups))}."
 
 
 def _goal(timing: Timing, silent: bool) -> str:
     if THEIRS not in timing.seconds:
         return ""
     times = timing.speedup(OURS, THEIRS).median
-    told = "reached" if times >= GOALS[silent] else "**missed**"
-    return f"; goal at least {GOALS[silent]:g} times as fast: {times:.2f}, {told}"
+    verdict = "reached" if times >= GOALS[silent] else "**missed**"
+    return f"; goal at least {GOALS[silent]:g} times as fast: {times:.2f}, {verdict}"
 
 
 class Ours:
-    """The policy under ZeRO-3 and the updater of a run, as far as the optimizer's step.
+    """The policy under ZeRO-3 and the updater of a run, without the optimizer's step.
 
     Args:
         model: folder in Hugging Face format.
@@ -178,8 +181,7 @@ class Ours:
         self.tokens = 0
 
     def __call__(self, rollouts: Sequence[Trajectory]) -> None:
-        """Everything of an update but the step; the gradient is left in the engine, and in `tokens` how many tokens the
-        model computed."""
+        """Runs an update without its step; leaves the gradient in the engine and the computed tokens in `tokens`."""
         from upge.train.deepspeed_module import drop_gradient
         from upge.train.metrics import MetricSums
         from upge.train.update import Update
@@ -191,21 +193,23 @@ class Ours:
         self.tokens = MetricSums.total(passes.sums).computed_tokens
 
     def gradient(self) -> list[Tensor]:
-        """Of every parameter, flat; then none is left."""
+        """Takes the flat gradients of all parameters out of the engine."""
         return self.engine.take_gradient()
 
 
-def compared(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = TOLERANCE) -> float:
-    """By how much two whole gradients differ: the larger of ‖a − b‖/‖b‖ and the largest difference of entries over the
-    largest entry. Not parameter by parameter, because some have none but for rounding (biases of keys).
+def compared(gradients: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = TOLERANCE) -> float:
+    """The difference of two whole gradients.
+
+    It is the larger of ‖a − b‖/‖b‖ and the largest difference of entries over the largest entry. Parameters are not
+    compared one by one, because the gradient of some is only rounding (biases of keys).
 
     Raises:
-        AssertionError: more than the tolerance, or not finite.
+        AssertionError: the difference exceeds the tolerance or is not finite.
     """
     sizes = []
-    for a, b in zip(found, expected, strict=True):
-        apart = a.float() - b.float()
-        sizes.append([torch.stack([x.norm(), x.abs().max()]).double() for x in (apart, b.float())])
+    for a, b in zip(gradients, expected, strict=True):
+        difference = a.float() - b.float()
+        sizes.append([torch.stack([x.norm(), x.abs().max()]).double() for x in (difference, b.float())])
     norms, highest = torch.stack([torch.stack(pair) for pair in sizes]).unbind(dim=2)
     gap = float(torch.maximum(*(each[0] / each[1] for each in (norms.norm(dim=0), highest.amax(dim=0)))))
     if not gap <= tolerance:

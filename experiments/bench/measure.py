@@ -1,12 +1,12 @@
-"""Measures things against each other: interleaved in one process, several rounds, ratios with their range.
+"""Measures alternatives against each other: interleaved in one process, in several rounds, with ratios and ranges.
 
-Two runs one after the other compare the state of the machine as much as the things. Here all take turns within each
-round, in an order that changes from round to round, and the ratio is taken within the round. Beside the seconds on the
-clock it counts those of the CPU, of this process and of all that it started: these depend less on who else is at work.
+Two runs one after the other compare the state of the machine as much as the alternatives. Here all alternatives run in
+each round, in an order that changes from round to round, and ratios are taken within a round. Besides wall-clock
+seconds it counts CPU seconds of this process and its children, which depend less on other load.
 
-Memory on a CPU: torch counts nothing, and what its matrix products take for themselves no hook of torch's would see. So
-the kernel is asked: the process's resident memory at its highest (VmHWM, which can be set back) less that before. On
-CUDA torch's own counter is used. One thing is measured in one fresh process, where nothing of another's is left over.
+Memory on a CPU: torch has no counter, and its hooks do not see the buffers of its matrix products. So this uses the
+kernel's numbers: the peak resident memory of the process (VmHWM, which can be reset) minus the memory before. On CUDA
+it uses torch's counter. Each alternative is measured in a fresh process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FEWEST_ROUNDS = 5
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of a figure over the rounds, and the least and the greatest."""
+    """The median of a number over the rounds, its minimum and its maximum."""
 
     median: float
     low: float
@@ -41,7 +41,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """That of these values."""
+        """The spread of these values."""
         values = list(values)
         return cls(statistics.median(values), min(values), max(values))
 
@@ -51,12 +51,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured.
+    """The measurements of several alternatives.
 
-    Fields:
-        seconds: for each thing the seconds of each round.
-        cpu: the seconds of CPU, in all processes.
-        results: for each thing what it returned in each round.
+    Attributes:
+        seconds: name → wall-clock seconds of each round.
+        cpu: name → CPU seconds of each round, over all processes.
+        results: name → what the call returned in each round.
     """
 
     seconds: Mapping[str, tuple[float, ...]]
@@ -64,19 +64,19 @@ class Timing:
     results: Mapping[str, tuple[Any, ...]]
 
     def rate(self, name: str, count: int) -> Spread:
-        """Units per second, where every round does `count` of them."""
+        """Units per second, if every round has `count` units."""
         return Spread.of([count / seconds for seconds in self.seconds[name]])
 
     def cost(self, name: str, count: int) -> Spread:
-        """Milliseconds of CPU per unit."""
+        """CPU milliseconds per unit."""
         return Spread.of([1000.0 * seconds / count for seconds in self.cpu[name]])
 
     def speedup(self, name: str, base: str) -> Spread:
-        """How many times as fast as `base` a thing is: the ratio of seconds, round by round."""
+        """How many times as fast as `base`: the ratio of seconds within each round."""
         return _ratios(self.seconds[base], self.seconds[name])
 
     def thrift(self, name: str, base: str) -> Spread:
-        """How many times as much CPU `base` takes, round by round; on a busy machine it says more than `speedup`."""
+        """How many times as much CPU `base` takes, within each round; steadier than `speedup` on a busy machine."""
         return _ratios(self.cpu[base], self.cpu[name])
 
 
@@ -86,10 +86,10 @@ def interleaved(
     clock: Callable[[], float] = time.perf_counter,
     cpu_clock: Callable[[], float] | None = None,
 ) -> Timing:
-    """Calls every thing once a round with the round's number, from 0; the one that begins changes each round.
+    """Calls everything once per round with the round's number, from 0; the order rotates from round to round.
 
     Raises:
-        ConfigError: fewer than five rounds, whose median would say little.
+        ConfigError: fewer than five rounds, which are too few for a median.
     """
     if rounds < FEWEST_ROUNDS:
         raise ConfigError(f"rounds: found {rounds}; give at least {FEWEST_ROUNDS}")
@@ -114,18 +114,18 @@ def row(*cells: object) -> str:
 
 
 def cpu_seconds() -> float:
-    """Seconds of CPU that this process, those that live below it and those that these have waited for took (Linux)."""
-    found: dict[int, list[tuple[int, float]]] = {}
+    """CPU seconds of this process, its live descendants and the children they have waited for (Linux only)."""
+    children: dict[int, list[tuple[int, float]]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        found.setdefault(int(fields[1]), []).append((int(entry.name), sum(map(int, fields[11:15]))))
+        children.setdefault(int(fields[1]), []).append((int(entry.name), sum(map(int, fields[11:15]))))
     own = os.times()
     total, waiting = own.children_user + own.children_system, [os.getpid()]
     while waiting:
-        for pid, ticks in found.get(waiting.pop(), []):
+        for pid, ticks in children.get(waiting.pop(), []):
             total += ticks / os.sysconf("SC_CLK_TCK")
             waiting.append(pid)
     return time.process_time() + total
@@ -143,9 +143,9 @@ _SELF = Path("/proc/self")
 
 
 def peak(call: Callable[[], object]) -> int:
-    """Bytes of memory by which this process exceeded, at most, what it had before `call`; Linux only.
+    """The peak memory of this process during `call` minus the memory before, in bytes; Linux only.
 
-    Memory that was freed before and not given back to the kernel would hide as much: call this early in a process.
+    Call this early in a process, because memory that was freed but not returned to the kernel hides new allocations.
     """
     gc.collect()
     if torch.cuda.is_initialized():
@@ -162,8 +162,7 @@ def peak(call: Callable[[], object]) -> int:
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a function of a module in a process that is started for it; None if that was killed, as the kernel
-    does when memory runs out."""
+    """The result of a module's function in a new process; None if the process was killed, as when memory runs out."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:

@@ -1,8 +1,8 @@
-"""The other libraries that benches measure against, and the environment of their own in which they live.
+"""The libraries that benches compare with ("peers"), and their separate environment.
 
-`make peers` installs them into .venv-peers, which sees .venv's packages below its own (requirements/peers.sh). A bench
-that compares with peers says `WITH_PEERS = True`; its program then goes on in that environment, where there is one, so
-that all takes turns in a single process with the same torch.
+`make peers` installs them into .venv-peers, which also sees the packages of .venv (requirements/peers.sh). A bench with
+`WITH_PEERS = True` runs in that environment if it exists, so that everything is measured in one process with the same
+torch.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ PEERS = {
     "cut-cross-entropy": ("cut-cross-entropy", "cut_cross_entropy"),
     "verl": ("verl", "verl/utils/experimental/torch_functional.py"),
 }
-"""Name → (distribution, the module that is measured; a file is loaded alone, without its package)."""
+"""Name → (distribution, measured module); a file is loaded by itself, without its package."""
 
 
 def enter(environment: Path = ROOT / ".venv-peers") -> None:
-    """Starts this program again in the peers' environment, unless there is none or it runs there already.
+    """Restarts this program in the peers' environment, if that exists and the program does not run there yet.
 
-    Only for a program's beginning: the process is replaced.
+    Call it at the start of a program, because it replaces the process.
     """
     python = environment / "bin" / "python"
     if python.exists() and Path(sys.prefix).resolve() != environment.resolve():
@@ -38,10 +38,10 @@ def enter(environment: Path = ROOT / ".venv-peers") -> None:
 
 @cache
 def load(name: str) -> ModuleType:
-    """The module of a peer.
+    """Loads the module of a peer.
 
     Raises:
-        ImportError: it is not installed, or something that it needs is not.
+        ImportError: the peer, or something that it needs, is not installed.
     """
     distribution, module = PEERS[name]
     if not module.endswith(".py"):
@@ -58,22 +58,22 @@ def load(name: str) -> ModuleType:
 @cache
 def missing() -> tuple[str, ...]:
     """The peers that cannot be loaded, each with the reason."""
-    found = []
+    reasons = []
     for name in PEERS:
         try:
             load(name)
         except ImportError as error:
-            found.append(f"{name} ({error})")
-    return tuple(found)
+            reasons.append(f"{name} ({error})")
+    return tuple(reasons)
 
 
 def present(name: str) -> bool:
     """Whether a peer can be loaded."""
-    return not any(told.startswith(f"{name} (") for told in missing())
+    return not any(entry.startswith(f"{name} (") for entry in missing())
 
 
-def told() -> str:
-    """A sentence on which peers there are, with versions, and which are missing."""
+def summary() -> str:
+    """Sentences on the installed peers, with versions, and on the missing ones."""
     there = [f"{name} {_version(distribution)}" for name, (distribution, _) in PEERS.items() if present(name)]
     parts = [f"Peers: {', '.join(there)}."] if there else []
     if missing():

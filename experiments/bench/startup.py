@@ -1,8 +1,8 @@
-"""Seconds from the command to the first rollout and to the first finished step, and what they are spent on.
+"""Seconds from the command to the first rollout and to the end of the first step, with intermediate times.
 
-Runs take turns, each a process of its own that ends with its first step: with the cache of tokens and judged answers
-filled, with an empty one where anything is remembered of this run, and, where `before` is the folder of another
-checkout (`git worktree add FOLDER COMMIT`), with that.
+Runs alternate, each in its own process that ends after its first step: with the cache of tokens and checked answers
+filled, with an empty cache if this run uses it, and with the checkout in the folder `before` if that is given (`git
+worktree add FOLDER COMMIT`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any
 from experiments.bench.measure import Timing, interleaved
 from upge.errors import ConfigError
 
-SUMMARY = "seconds from the command to the first rollout and the first step, with and without what is remembered"
+SUMMARY = "seconds from the command to the first rollout and the first step, with and without the cache"
 MARKS = ("prepared", "trainer", "engine", "first rollout", "first step")
-NOW, COLD, BEFORE = "now", "now, nothing remembered", "before"
+NOW, COLD, BEFORE = "now", "now, empty cache", "before"
 Marks = dict[str, tuple[float, float]]
-"""Mark → seconds since the command, and seconds of CPU."""
+"""Mark → (seconds since the command, CPU seconds)."""
 PROBE = Path(__file__).with_name("startup_probe.py")
 
 
@@ -34,9 +34,9 @@ PROBE = Path(__file__).with_name("startup_probe.py")
 class Settings:
     """Keys of this bench.
 
-    Fields:
-        run: what is started, as on the command line of experiments.run; `steps` and `output` are given here.
-        before: the folder of another checkout to compare with; empty for none.
+    Attributes:
+        run: arguments of experiments.run; `steps` and `output` are added here.
+        before: the folder of another checkout to compare with; empty = none.
         rounds: at least five.
     """
 
@@ -46,10 +46,10 @@ class Settings:
 
 
 def run(settings: Settings) -> str:
-    """A Markdown table: the marks of each kind of start, and how many times as fast it is.
+    """A Markdown table with the marks of each kind of start, and how many times as fast it is.
 
     Raises:
-        ConfigError: the run refuses its settings, or `before` is no checkout.
+        ConfigError: the run refuses its settings, or `before` is not a checkout.
     """
     here = Path(__file__).parents[2]
     before = Path(settings.before).expanduser().absolute()
@@ -83,12 +83,12 @@ def table(timing: Timing) -> str:
             cells.append("1" if name == base else spread)
             lines.append(f"| {name} | {what} | {' | '.join(cells)} |")
     rounds = len(timing.results[NOW])
-    told = f"Since the command, medians of {rounds} rounds; CPU is that of its own process; ratios within the round."
-    return "\n".join([*lines, "", told])
+    note = f"Since the command, medians of {rounds} rounds; CPU of the run's own process; ratios within the round."
+    return "\n".join([*lines, "", note])
 
 
 def _started(root: Path, arguments: Sequence[str], folder: Path, cache: str) -> Marks:
-    """The marks of one run."""
+    """Starts a run and returns its marks."""
     number = len(list(folder.iterdir()))
     marks, output = folder / f"marks-{number}.jsonl", folder / f"run-{number}"
     environment = {**os.environ, "UPGE_CACHE": str(folder / cache)}
@@ -102,17 +102,17 @@ def _started(root: Path, arguments: Sequence[str], folder: Path, cache: str) -> 
         check=False,
     )
     if done.returncode:
-        last = (done.stderr.strip() or "nothing was said").splitlines()[-1]
+        last = (done.stderr.strip() or "no output").splitlines()[-1]
         raise ConfigError(f"run: the run ended with exit code {done.returncode}: {last}")
-    found: Marks = {}
+    seconds_of: Marks = {}
     for line in marks.read_text().splitlines():
         name, *spent = json.loads(line)
-        found.setdefault(name, tuple(spent))
-    return found
+        seconds_of.setdefault(name, tuple(spent))
+    return seconds_of
 
 
 def _local(arguments: Sequence[str]) -> list[str]:
-    """The arguments with a model that is already converted: converting is not what is measured here."""
+    """The arguments with an already converted model, because conversion is not measured here."""
     from experiments.config import compose
     from experiments.run.prepare import with_local_models
 

@@ -1,8 +1,8 @@
-"""Runs `experiments.run` of the folder it is started in up to its first step, and notes when each part was done.
+"""Runs `experiments.run` of the current folder up to its first step, and records when each part is done.
 
-Noted are the seconds since the command and this process's seconds of CPU.
+It records the seconds since the command and the CPU seconds of this process.
 
-python startup_probe.py MARKS BEGUN ARGUMENTS...     MARKS: the file for the notes; BEGUN: when the command was given
+python startup_probe.py MARKS BEGUN ARGUMENTS...     MARKS: the file for the records; BEGUN: time of the command
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ AFTER = (
     ("upge.rollout", "load", "engine"),
     ("experiments.run.train", "Progress.step", "first step"),
 )
-"""Module, function, and what is done when it returns."""
+"""(module, function, name of the mark when it returns)."""
 OLD_MODULES = {"prepare": "experiments.prepare", "_models": "experiments.run", "Progress.step": "experiments.progress"}
-"""Where these functions are in a checkout from before each command was a package."""
+"""Modules of these functions in a checkout from before each command was a package."""
 LAST = "first step"
-"""The run ends with it."""
+"""The mark that ends the run."""
 
 
 def main(file: str, begun: float, arguments: list[str]) -> int:
-    """The exit code of the run."""
+    """Runs up to the last mark; returns the exit code of the run if it ends earlier."""
 
     def mark(name: str) -> None:
         with open(file, "a", encoding="utf-8") as marks:
@@ -50,15 +50,15 @@ def main(file: str, begun: float, arguments: list[str]) -> int:
 
     def watched(self: Any, prompts: Any, n: int, sampling: Any, seeds: Any, arrived: Any = None) -> Any:
         def first(index: int, copy: int, rollout: Any) -> None:
-            if not told:
-                told.append(True)
+            if not has_rollout:
+                has_rollout.append(True)
                 mark("first rollout")
             if arrived is not None:
                 arrived(index, copy, rollout)
 
         return sample(self, prompts, n, sampling, seeds, first)
 
-    told: list[bool] = []
+    has_rollout: list[bool] = []
     sampler.sample = watched
     return run.main(arguments)
 
@@ -66,9 +66,9 @@ def main(file: str, begun: float, arguments: list[str]) -> int:
 def _marked(function: Callable, mark: Callable[[], None]) -> Callable:
     @functools.wraps(function)
     def marked(*arguments: Any, **named: Any) -> Any:
-        found = function(*arguments, **named)
+        result = function(*arguments, **named)
         mark()
-        return found
+        return result
 
     return marked
 

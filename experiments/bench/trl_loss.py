@@ -1,8 +1,8 @@
-"""TRL's GRPOTrainer as it computes a loss: a real trainer object with its own model, and inputs as it makes them.
+"""The loss of TRL's GRPOTrainer: a real trainer object with its own model, and inputs in its format.
 
-Settings are those that make it fastest here: no gradient checkpointing, no KL term, and rollouts of the current policy,
-so that no old log-probs are asked for. It pads a generation batch to its longest prompt and response, shuffles it and
-cuts it into micro-batches of as many sequences each; the head works on the responses alone, chunk by chunk.
+The settings are the fastest ones here: no gradient checkpointing, no KL term, and rollouts of the current policy, so
+that no old log-probs are needed. TRL pads a generation batch to its longest prompt and response, shuffles it and splits
+it into micro-batches with the same number of sequences. The head computes only the responses, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from torch import Tensor, nn
 from upge.train.sample import Trajectory
 
 STD_EPSILON = 1e-4
-"""What TRL adds to a group's standard deviation."""
+"""The constant that TRL adds to a group's standard deviation."""
 TOKENIZER = Path(__file__).parents[1] / "models" / "tiny"
-"""A trainer wants some tokenizer; what is measured never uses it."""
+"""The trainer needs a tokenizer; the measured code never uses it."""
 
 
 class TRLLoss:
     """Loss and backward as TRL's trainer runs them.
 
-    Make it before `upge.train.distributed.connect` is called: a trainer takes the environment of a process group for
-    several processes. ZeRO-3 replaces `torch.nn.functional.linear` in the whole process; here it is put back meanwhile.
+    Create it before calling `upge.train.distributed.connect`, because a trainer takes the environment of a process
+    group as a sign of several processes. ZeRO-3 replaces `torch.nn.functional.linear` in the whole process; a call
+    restores the original while it runs.
 
     Args:
         model: folder in Hugging Face format.
+        size: responses of a group.
         batch: sequences of a micro-batch; it divides the number of rollouts.
         folder: where the trainer may write.
     """
@@ -83,7 +85,7 @@ class TRLLoss:
         return [{name: column[rows].to(device) for name, column in columns.items()} for rows in parts]
 
     def __call__(self, micro_batches: Sequence[dict[str, Any]]) -> None:
-        """Forward, loss and backward of a generation batch; the gradient is left in the model."""
+        """Runs forward, loss and backward of a generation batch; the gradient stays in the model."""
         replaced, F.linear = F.linear, self._linear
         try:
             self.model.zero_grad(set_to_none=True)
@@ -94,12 +96,12 @@ class TRLLoss:
             F.linear = replaced
 
     def gradient(self) -> list[Tensor]:
-        """Of every parameter, flat."""
+        """The flat gradients of all parameters."""
         return [parameter.grad.reshape(-1) for parameter in self.model.parameters()]
 
 
 def advantages(rewards: Sequence[float], size: int) -> Tensor:
-    """[B] as GRPOTrainer makes them of rewards in order of groups."""
+    """[B] advantages as GRPOTrainer computes them from rewards in the order of groups."""
     groups = torch.tensor(rewards).view(-1, size)
     centred = groups - groups.mean(dim=1, keepdim=True)
     return (centred / (groups.std(dim=1, keepdim=True) + STD_EPSILON)).reshape(-1)

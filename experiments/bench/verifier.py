@@ -1,7 +1,7 @@
 """Answers per second: `VerifierPool` with one and with two workers against math-verify called in a plain loop.
 
-The loop does for every answer what its documentation shows: parse the ground truth, parse the response, verify, with
-its own time-outs. Each case has pools of its own, and no problem twice, so that no cache serves two rounds.
+The loop does for every answer what math-verify's documentation shows: parse the ground truth, parse the response,
+verify, with its own timeouts. Each case has its own pools and no problem twice, so no cache is used in two rounds.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ SUMMARY = "answers per second: the verifier pool against math-verify in a plain 
 POOLS = {"pool, 1 worker": 1, "pool, 2 workers": 2}
 LOOP = "plain loop"
 MOST_SHOWN = 12
-"""Answers that are listed of those on which loop and pool differ."""
+"""Maximum number of listed answers on which loop and pool differ."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """Keys of this bench.
 
-    Fields:
-        folder: with math/train.parquet and gsm8k/train.jsonl; empty for made-up answers.
-        answers: per round, without and with bombs; 0 for 5,000 of the folder or 400 made-up ones.
-        bombs: per round, where there are any.
-        grouped: answers per round of those in groups.
-        group: responses to one problem, of those.
-        parsed: answers per round of those that no comparison of texts decides.
+    Attributes:
+        folder: with math/train.parquet and gsm8k/train.jsonl; empty = synthetic answers.
+        answers: answers per round, without and with bombs; 0 = 5,000 of the folder or 400 synthetic ones.
+        bombs: bombs per round, in the case with bombs.
+        grouped: answers per round in the case with groups.
+        group: responses to one problem in that case.
+        parsed: answers per round in the case of answers that must be parsed.
         rounds: at least five.
-        time_limit: seconds for one answer, of the pool and of the loop alike.
+        time_limit: seconds for one answer, for both pool and loop.
     """
 
     folder: str = ""
@@ -58,7 +58,7 @@ class Settings:
 
 
 def run(settings: Settings) -> str:
-    """A Markdown table, and where the verdicts differ."""
+    """A Markdown table, and the answers on which the verdicts differ."""
     header = ["answers", "with", "answers per second", "times the plain loop", "by CPU", "CPU ms per answer"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     differing: dict[Item, tuple[float, float]] = {}
@@ -68,11 +68,11 @@ def run(settings: Settings) -> str:
         lines += [_row(name, thing, timing, len(rounds[0])) for thing in timing.seconds]
         differing |= _differences(timing, rounds)
         checked |= {item for items in rounds for item in items}
-    return "\n".join([*lines, "", _told(differing, len(checked), settings)])
+    return "\n".join([*lines, "", _summary(differing, len(checked), settings)])
 
 
 def cases(settings: Settings) -> Iterator[tuple[str, list[list[Item]]]]:
-    """What is measured, and the answers of each round."""
+    """The cases: name, and the answers of each round."""
     every, bombs = single(settings.folder), itertools.cycle(BOMBS)
     plain = _rounds("answers", every, settings.count, settings.rounds)
     yield f"{settings.count:,}", plain
@@ -81,7 +81,7 @@ def cases(settings: Settings) -> Iterator[tuple[str, list[list[Item]]]]:
     groups = grouped(settings.folder, settings.group)
     name = f"{settings.grouped:,} in groups of {settings.group}"
     yield name, _rounds("grouped", groups, settings.grouped, settings.rounds)
-    name = f"{settings.parsed:,} that have to be parsed"
+    name = f"{settings.parsed:,} that must be parsed"
     yield name, _rounds("parsed", parsed(every), settings.parsed, settings.rounds)
 
 
@@ -93,13 +93,13 @@ def _measured(rounds: list[list[Item]], settings: Settings) -> Timing:
         things = {LOOP: lambda number: plain_loop(rounds[number], settings.time_limit)}
         for name, workers in POOLS.items():
             pool = stack.enter_context(VerifierPool("math", workers, settings.time_limit))
-            pool.score([Item(r"\boxed{\frac{2}{4}}", "1/2")])  # the processes are there
+            pool.score([Item(r"\boxed{\frac{2}{4}}", "1/2")])  # start the processes
             things[name] = ask(pool)
         return interleaved(things, settings.rounds)
 
 
 def plain_loop(items: Sequence[Item], limit: int) -> list[float]:
-    """math-verify as its documentation uses it."""
+    """The rewards of math-verify, used as in its documentation."""
     from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -117,17 +117,21 @@ def _row(case: str, thing: str, timing: Timing, count: int) -> str:
 
 
 def _differences(timing: Timing, rounds: list[list[Item]]) -> dict[Item, tuple[float, float]]:
-    """Answers on which pool and loop do not agree, with the rewards of both; the pools must agree among themselves."""
-    found = {}
+    """The answers on which pool and loop differ, with both rewards.
+
+    Raises:
+        AssertionError: the pools differ from each other.
+    """
+    differing = {}
     for number, items in enumerate(rounds):
         of_loop, *of_pools = (timing.results[name][number] for name in timing.results)
         if any(rewards != of_pools[0] for rewards in of_pools):
             raise AssertionError("the verdicts of a pool depend on the number of its workers")
-        found |= {i: (a, b) for i, a, b in zip(items, of_loop, of_pools[0], strict=True) if a != b}
-    return found
+        differing |= {i: (a, b) for i, a, b in zip(items, of_loop, of_pools[0], strict=True) if a != b}
+    return differing
 
 
-def _told(differing: dict[Item, tuple[float, float]], checked: int, settings: Settings) -> str:
+def _summary(differing: dict[Item, tuple[float, float]], checked: int, settings: Settings) -> str:
     source = "MATH's and GSM8K's training sets" if settings.folder else "made-up answers"
     lines = [
         f"Median and range of {settings.rounds} rounds, answers of {source}, half of them wrong; time limit "
@@ -160,16 +164,16 @@ def _rounds(key: str, items: list[Item], count: int, rounds: int) -> list[list[I
 
 
 EVIDENT_BOMBS = (r"9^{9^{9^9}}", r"10^{10^{10^{10}}}", r"(10^{10})!", r"\binom{10^9}{5\cdot 10^8}", r"42!!!!!!")
-"""Answers that nobody can evaluate, and whose size tells that they are not the ground truth."""
+"""Answers that cannot be evaluated, and whose magnitude shows that they are not the ground truth."""
 HIDDEN_BOMBS = (r"i^{9^{9^9}}", r"\frac{(10^9)!}{(10^9-1)!}", r"(-1)^{9^{9^9}}", r"\{9^{9^{9^9}},2\}", r"1^{9^{9^9}}")
-"""Answers that nobody evaluates in time, and whose size tells nothing."""
+"""Answers that cannot be evaluated in time, and whose magnitude shows nothing."""
 BOMBS = tuple(bomb for pair in zip(EVIDENT_BOMBS, HIDDEN_BOMBS, strict=True) for bomb in pair)
 MOST_WRONG = 4
-"""Different wrong answers in a group."""
+"""Maximum number of different wrong answers in a group."""
 
 
 def single(folder: str) -> list[Item]:
-    """Each solution for its own ground truth and for another's, right and wrong ones in an order of chance."""
+    """Each solution with its own ground truth and with another one, in random order."""
     solved = solutions(folder)
     items = []
     for number, (prompt, solution, answer) in enumerate(solved):
@@ -197,7 +201,7 @@ def grouped(folder: str, size: int) -> list[Item]:
 
 
 def parsed(items: list[Item]) -> list[Item]:
-    """Those that no comparison of texts or numbers decides."""
+    """The answers that a comparison of texts or numbers does not decide."""
     verifier = MathVerifier()
     given = [verifier.extract(item.response) for item in items]
     return [
@@ -206,7 +210,7 @@ def parsed(items: list[Item]) -> list[Item]:
 
 
 def with_bombs(items: list[Item], bombs: list[str]) -> list[Item]:
-    """The answers with bombs, as answers to another problem, spread among them."""
+    """The answers with bombs spread among them, as answers to another problem."""
     mixed = list(items)
     for number, bomb in enumerate(bombs):
         mixed.insert((2 * number + 1) * len(items) // (2 * len(bombs)), Item(rf"\boxed{{{bomb}}}", "3.5"))
@@ -214,16 +218,16 @@ def with_bombs(items: list[Item], bombs: list[str]) -> list[Item]:
 
 
 def solutions(folder: str) -> list[tuple[str, str, str]]:
-    """(prompt, solution with a box, ground truth): real ones, or without a folder made-up ones.
+    """(prompt, solution with a box, ground truth) of each problem, synthetic without a folder.
 
     Raises:
-        ConfigError: the files are not there.
+        ConfigError: the files do not exist.
     """
     return list(_real(Path(folder).expanduser()) if folder else _made_up())
 
 
 def _real(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """MATH and GSM8K in turn."""
+    """The problems of MATH and GSM8K, alternately."""
     import pyarrow.parquet
 
     math, gsm8k = folder / "math" / "train.parquet", folder / "gsm8k" / "train.jsonl"

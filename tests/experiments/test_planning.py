@@ -126,7 +126,7 @@ def test_critic_frozen_policy_and_a_second_set_of_moments_are_counted():
     critic = next(item for item in untied.states if item.what.startswith("critic: weights, gradient"))
     assert untied.states[0].bytes - critic.bytes == 18 * 7_615_616_512 // 8 - 18 * (7_615_616_512 - 152064 * 3584) // 8
     relift = expected_memory("algo=relift", "model=qwen2.5-math-1.5b", *EIGHT).memory
-    assert any("interleaved_update" in item.what and item.bytes == 1_543_714_304 for item in relift.states)
+    assert any("interleaved update" in item.what and item.bytes == 1_543_714_304 for item in relift.states)
 
 
 def test_engines_that_do_not_sleep_are_there_all_the_time():

@@ -112,7 +112,7 @@ def test_memory_is_what_was_held_at_most() -> None:
 
 def test_tables_render(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "present", lambda name: False)
-    monkeypatch.setattr(peers, "told", lambda: "Without peers.")
+    monkeypatch.setattr(peers, "summary", lambda: "Without peers.")
     taken = {"float32": 1000 * MIB, "bfloat16": 0}
     monkeypatch.setattr(
         head, "in_fresh_process",

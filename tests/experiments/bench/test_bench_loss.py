@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments.bench import loss
-from experiments.bench.batches import Shape, made, told
+from experiments.bench.batches import Shape, length_summary, made
 from experiments.bench.measure import interleaved
 from experiments.bench.trl_loss import _padded, advantages
 from upge.errors import ConfigError
@@ -26,7 +26,7 @@ def test_lengths_are_spread_as_in_a_run() -> None:
     assert len(rollouts) == 320 and 215 < sum(lengths) / 320 < 255 and 500 < max(lengths) <= 694
     assert len({t.prompt_ids for t in rollouts}) == 40, "one prompt a group"
     assert all(2 <= token < 1000 for t in rollouts[:5] for token in t.response_ids)
-    assert f"(longest {max(lengths)})" in told(rollouts)
+    assert f"(longest {max(lengths)})" in length_summary(rollouts)
     by_group = [{t.reward for t in rollouts if t.group == group} for group in range(40)]
     assert sum(len(rewards) == 1 for rewards in by_group) == 12
     assert by_group.count({0.0}) == by_group.count({1.0}) == 6
