@@ -1,1 +1,1 @@
-"""Table 1 of arXiv 2509.04419: the objectives as their papers print them, and the gradients derived from them."""
+"""Table 1 of arXiv 2509.04419: the objectives as printed in their papers, and the gradients derived from them."""

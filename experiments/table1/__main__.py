@@ -1,6 +1,6 @@
-"""Table 1 of arXiv 2509.04419, derived: `python -m experiments.table1` prints it, `--latex` as LaTeX.
+"""Derive Table 1 of arXiv 2509.04419: `python -m experiments.table1` prints it, `--latex` as LaTeX.
 
-`--docs` renews docs/table1.md.
+`--docs` updates docs/table1.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from upge.errors import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints, or renews the page; exit code 2 on bad input, 1 if something does not hold."""
+    """Prints the table, or updates the page; returns the exit code, 2 on bad input, 1 if a proof fails."""
     return cli.run_command(_table1, arguments, lambda: str(__doc__))
 
 

@@ -75,7 +75,7 @@ def rl_plus(w: World) -> Expr:
 
 
 def srft_offline(w: World) -> Expr:
-    """Its offline reinforcement alone: Â·π_θ on demonstrations."""
+    """Only its offline reinforcement: Â·π_θ on demonstrations."""
     pairs = all_centred(w, std=True, union=True)
     return mean(a * mean(row.p) for row, a in pairs if row.is_demonstration)
 

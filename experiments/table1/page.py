@@ -1,8 +1,8 @@
-"""What docs/table1.md holds: the rows of the table as Markdown and LaTeX, what each is exact about, and the proofs.
+"""The contents of docs/table1.md: the table as Markdown and LaTeX, notes on the rows, and the proofs.
 
 Each row starts from the written objective of an algorithm of this repository. Sympy differentiates it by the
-probability of one token of a response of two, at points on both sides of every bound; what stands there, by the weight
-of the average, is the row's gradient. π_ref is what is left when Â, mask and shape are divided out.
+probability of one token of a two-token response, at points on both sides of every bound. The derivative, divided by the
+weight of the average, is the row's gradient. Dividing Â, mask and shape by it gives π_ref.
 """
 
 from __future__ import annotations
@@ -59,22 +59,22 @@ METHODS = (
 
 
 def _decimal(expression: Expr) -> Expr:
-    """With 0.1 in place of 1/10."""
+    """The expression with decimals such as 0.1 in place of fractions such as 1/10."""
     return expression.replace(lambda e: e.is_Rational and not e.is_Integer, lambda e: sp.Float(float(e), 4))
 
 
 def text(expression: Expr) -> str:
-    """As a person would write it, in Unicode."""
+    """The expression as Unicode text."""
     return str(_decimal(expression)).replace("**2", "²").replace("*", "·").replace(" + ", "+")
 
 
 def latex(expression: Expr) -> str:
-    """The same in LaTeX."""
+    """The expression in LaTeX."""
     return sp.latex(_decimal(expression), symbol_names=_LATEX)
 
 
 def _stop(method: Method, style: str) -> str:
-    """Mask and shape, the factors that the paper's table keeps in a column of their own."""
+    """Mask and shape, the factors with a separate column in the paper's table."""
     estimator = method.part.estimator
     gradient = {"text": " · ∇π_θ", "latex": r"\nabla\pi_\theta"}[style]
     factors = [getattr(part.formula(), style) for part in (estimator.mask, estimator.likelihood)]
@@ -100,7 +100,7 @@ def table() -> str:
 
 
 def table1_latex() -> str:
-    """The same as a LaTeX table; needs the packages amsmath, amssymb and booktabs."""
+    """The table in LaTeX; needs the packages amsmath, amssymb and booktabs."""
     rows = []
     for method in METHODS:
         moving = [reading for reading in readings(method) if reading.reference is not None]
@@ -135,25 +135,25 @@ def table1_latex() -> str:
 
 
 def notes() -> str:
-    """What each row is exact about, and from which file it comes."""
-    found = []
+    """A note on each row: its file, and where it is exact."""
+    lines = []
     for method in METHODS:
-        kept = [reading for reading in readings(method) if reading.reference is None]
-        stopped = "; where the mask is 0, so is the derivative" if kept else ""
+        stopped_readings = [reading for reading in readings(method) if reading.reference is None]
+        stopped = "; where the mask is 0, so is the derivative" if stopped_readings else ""
         weight = method.part.reduction.formula().text
         name = statement(method.proof).algorithm
-        found.append(f"- **{method.name}** (`{name}`, term `{method.term}`, w = {weight}): {method.note}{stopped}.")
-    return "\n".join(found)
+        lines.append(f"- **{method.name}** (`{name}`, term `{method.term}`, w = {weight}): {method.note}{stopped}.")
+    return "\n".join(lines)
 
 
 @functools.cache
 def proven(claim: Statement) -> Proof:
-    """The proof of a statement, made once."""
+    """The proof of a statement, computed once."""
     return claim.prove()
 
 
 def proofs() -> str:
-    """A row per statement: what was compared, in how many regions."""
+    """A Markdown table with a row per statement: what was compared, and in how many regions."""
     lines = ["| file, with | ∂J/∂x compared | regions | holds |", "|---|---|---|---|"]
     for claim in STATEMENTS:
         proof = proven(claim)
@@ -164,7 +164,7 @@ def proofs() -> str:
 
 
 def updated(page: str) -> str:
-    """The page's text with all that stands between its markers made anew.
+    """The text of the page with the parts between its markers updated.
 
     Raises:
         ConfigError: a pair of markers is missing.

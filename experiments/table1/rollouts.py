@@ -1,6 +1,6 @@
 """Objectives on rollouts: on-policy, off-policy, preference pairs, corrections. Each is J, to be maximised.
 
-The corrections stand on top of the clipped objective with a constant length.
+The corrections apply to the clipped objective with a constant length.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def reinforce(w: World) -> Expr:
 
 
 def reinforce_plus_plus(w: World) -> Expr:
-    """Clipped, with what is still earned after a token, whitened."""
+    """Clipped, with the whitened sum of rewards from a token on."""
     return clipped_white(w, {row.index: [total(paid(row)[t:]) for t in range(len(row))] for row in w.rollouts})
 
 
@@ -48,7 +48,7 @@ def rloo(w: World) -> Expr:
 
 
 def ppo(w: World) -> Expr:
-    """Clipped, with whitened GAE of rewards that pay for the KL."""
+    """Clipped, with whitened GAE of rewards that include a KL penalty."""
     return clipped_white(w, {row.index: gae(row, paid(row)) for row in w.rollouts})
 
 
@@ -122,7 +122,7 @@ def asymre(w: World) -> Expr:
 
 
 def relift(w: World) -> Expr:
-    """Of an ordinary step: Â·r over a constant length, no clip."""
+    """The ordinary step: Â·r over a constant length, no clip."""
     return mean(a * total(row.ratios) / LENGTH for row, a in all_centred(w))
 
 

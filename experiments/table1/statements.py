@@ -1,9 +1,9 @@
-"""The objectives as their papers print them, in symbols, and what each is an objective of.
+"""Statements that an algorithm has a written objective, and the table's rows derived from them.
 
-`STATEMENTS` says: this file of algorithms/, with these corrections and overrides, has this objective. A statement is
-proven by deriving the factor in front of ∇π_θ from the objective and comparing it with the product of the file's parts.
-Constants are those of the files, whose headers say where from. Nothing in an objective knows the parts: an advantage, a
-clip or an average is written out as in the paper.
+Each of `STATEMENTS` says that a file of algorithms/, with corrections and overrides, has an objective. It is proven by
+deriving the factor of ∇π_θ from the objective and comparing it with the product of the file's parts. Constants are
+those of the files, whose headers name their sources. Objectives do not use the parts: an advantage, a clip or an
+average is written out as in the paper.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Statement:
     Attributes:
         algorithm: the name of its file.
         objective: world → J, to be maximised.
-        overrides: of the file's settings, as on the command line.
+        overrides: overrides of the file's settings, as on the command line.
         corrections: names of files in algorithms/corrections.
-        terms: those of its terms that the objective is of; none named = all.
+        terms: the terms that the objective covers; empty = all.
     """
 
     algorithm: str
@@ -43,11 +43,11 @@ class Statement:
 
     @property
     def name(self) -> str:
-        """For people and tests."""
+        """A name for messages and tests."""
         return " ".join((self.algorithm, *self.corrections, *self.terms, *self.overrides[:1]))
 
     def load(self) -> Algorithm:
-        """The algorithm, cut down to `terms` where some are named."""
+        """The algorithm, with only `terms` if some are named."""
         algorithm = algorithms.load(self.algorithm, self.overrides, self.corrections)
         if not self.terms:
             return algorithm
@@ -55,7 +55,7 @@ class Statement:
 
     @property
     def pairs(self) -> bool:
-        """Whether it learns from preference pairs, so that the batch of its proof must have some."""
+        """Whether the algorithm learns from preference pairs, so that its proof needs a batch with pairs."""
         return self.load().needs.preference_pairs
 
     def prove(self) -> Proof:
@@ -68,7 +68,7 @@ _DEMONSTRATIONS = (
     "sft dft iw_sft offline_rl luffy rl_plus srft hpt hpt_offpolicy hpt_soft superrl chord_mu chord_phi amft"
 )
 _CORRECTIONS = "tis icepop mis mis_geometric dual_clip kl_k1 kl_k2 kl_k3 entropy kl_reward dynamic_sampling"
-# A limit that the short responses of a proof come near; the buffer is a share of it.
+# A limit that the short responses of a proof reach; the buffer is a share of it.
 _LIMIT, _BUFFER = f"limit={written.LIMIT}", f"buffer={written.BUFFER / written.LIMIT}"
 _NEAR = (f"terms.rl.estimator.advantage.{_LIMIT}", f"terms.rl.estimator.advantage.{_BUFFER}")
 _NEAR_BY_CORRECTION = (f"correction.overlong.{_LIMIT}", f"correction.overlong.{_BUFFER}")
@@ -88,18 +88,18 @@ STATEMENTS = (
 
 
 def statement(name: str) -> Statement:
-    """The statement of that name.
+    """The statement with this name.
 
     Raises:
-        KeyError: there is none.
+        KeyError: there is no such statement.
     """
-    return {found.name: found for found in STATEMENTS}[name]
+    return {one.name: one for one in STATEMENTS}[name]
 
 
-#: One question, so that the batch has few symbols: two rollouts and a demonstration of two tokens each.
+#: One prompt, so that the batch has few symbols: two rollouts and a demonstration of two tokens each.
 _SHAPE = (((2, 2), (2,)),)
 _POINTS = 60
-#: In a gradient as it is read: π_θ and π_old of the token, its Â, the mean ratio of its response.
+#: Symbols of a displayed gradient: π_θ and π_old of the token, its Â, the mean ratio of its response.
 THETA, OLD, ADVANTAGE, RATIO = (Symbol(name, positive=True) for name in ("π_θ", "π_old", "Â", "s"))
 
 
@@ -108,10 +108,10 @@ class Method:
     """A row of the table.
 
     Attributes:
-        name: as in the paper.
+        name: its name in the paper.
         proof: the name of the statement that it is derived from.
-        term: which of the algorithm's terms the row is about.
-        note: where the shipped file says more than the paper's row.
+        term: the term of the algorithm that the row shows.
+        note: how the shipped file differs from the paper's row.
     """
 
     name: str
@@ -121,18 +121,18 @@ class Method:
 
     @property
     def part(self) -> Term:
-        """The term itself."""
+        """The term."""
         return statement(self.proof).load().terms[self.term]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was derived for a token in one region.
+    """The derived gradient of a token in one region.
 
     Attributes:
-        gradient: the factor in front of ∇π_θ, by the weight of the average, in π_θ, π_old, Â and s.
-        reference: π_ref; None where the token is stopped.
-        where: the condition on r = π_θ/π_old, empty if there is but one region.
+        gradient: the factor of ∇π_θ, divided by the weight of the average, in π_θ, π_old, Â and s.
+        reference: π_ref; None if the token is masked.
+        where: the condition on r = π_θ/π_old; empty if there is only one region.
     """
 
     gradient: Expr
@@ -142,10 +142,10 @@ class Reading:
 
 @functools.cache
 def readings(method: Method) -> tuple[Reading, ...]:
-    """The regions of a method that differ, those that let the token move first.
+    """The different regions of a method, those in which the token is not masked first.
 
     Raises:
-        ConfigError: the objective's Â is not that of the algorithm's part, so there is nothing to read.
+        ConfigError: the objective's Â differs from that of the algorithm's part.
     """
     cells: dict[Expr, list[Reading]] = {}
     proof = statement(method.proof)
@@ -157,8 +157,8 @@ def readings(method: Method) -> tuple[Reading, ...]:
         advantage = term.advantage[row.index][0]
         for symbol in slope.free_symbols & set(world.advantages):
             if not is_zero(world.advantages[symbol] - advantage):
-                found = world.advantages[symbol]
-                raise ConfigError(f"{method.name}: Â is {advantage} by the parts and {found} as written")
+                written_advantage = world.advantages[symbol]
+                raise ConfigError(f"{method.name}: Â is {advantage} by the parts and {written_advantage} as written")
         gradient = _readable(slope / (term.gate[row.index][0] * term.reduction[row.index][0]), world, row)
         symbol = ADVANTAGE if ADVANTAGE in gradient.free_symbols or gradient == 0 else advantage
         shape = _readable(term.shape[row.index][0], world, row)
@@ -175,7 +175,7 @@ def _merged(cells: Sequence[Reading], several: bool) -> Reading:
 
 
 def _readable(expression: Expr, world: World, row: Row) -> Expr:
-    """The expression in π_θ and π_old of the row's first token, Â, and s in place of the other tokens."""
+    """The expression in π_θ and π_old of the row's first token, Â, and s, which replaces the other tokens."""
     if set(row.q[1:]) & expression.free_symbols:
         last = sp.Mul(*row.ratios[:-1]) * row.p[-1] / RATIO ** len(row)
         expression = sp.powdenest(sp.simplify(expression.subs(row.q[-1], last)), force=True)
@@ -186,7 +186,7 @@ def _readable(expression: Expr, world: World, row: Row) -> Expr:
     )
     strange = result.free_symbols - {THETA, OLD, ADVANTAGE, RATIO}
     if strange:
-        raise ConfigError(f"{sorted(map(str, strange))} stand in the gradient beside π_θ, π_old, Â and s: {result}")
+        raise ConfigError(f"the gradient has {sorted(map(str, strange))} besides π_θ, π_old, Â and s: {result}")
     return result
 
 
@@ -195,13 +195,13 @@ def _leading(polynomial: Expr) -> Expr:
 
 
 def _where(world: World, row: Row) -> str:
-    """The bounds on the token's own ratio that the world answered."""
-    ratio, found = Symbol("r", positive=True), []
+    """The bounds on the token's own ratio in this world, as text."""
+    ratio, bounds = Symbol("r", positive=True), []
     for question, negative in world.asked.items():
         own = world.thaw(question)
         if own.free_symbols == {row.p[0], row.q[0]}:
             inner = sp.simplify(own.subs(row.p[0], ratio * row.q[0]))
             (bound,) = sp.solve(inner, ratio)
             below = (sp.diff(inner, ratio) > 0) == negative
-            found.append(f"r < {bound}" if below else f"r > {bound}")
-    return " and ".join(found)
+            bounds.append(f"r < {bound}" if below else f"r > {bound}")
+    return " and ".join(bounds)

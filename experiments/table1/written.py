@@ -1,4 +1,4 @@
-"""What written objectives are made of: groups, advantages, surrogates, means. Nothing here knows the parts."""
+"""The pieces of written objectives: groups, advantages, surrogates, means. Nothing here uses the algorithms' parts."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Pairs = list[tuple[Row, Expr]]
 
 
 def own(question: Sequence[Row]) -> list[Row]:
-    """The rollouts of a question."""
+    """The rollouts of a prompt."""
     return [row for row in question if not row.is_demonstration]
 
 
 def experts(question: Sequence[Row]) -> list[Row]:
-    """Its demonstrations."""
+    """The demonstrations of a prompt."""
     return [row for row in question if row.is_demonstration]
 
 
 def succeeded(w: World, row: Row) -> bool:
-    """R = 1; rewards are symbols here, on either side of one half."""
+    """Whether the reward, a symbol here, is above one half."""
     return w.less(Rational(1, 2), row.reward)
 
 
@@ -43,7 +43,7 @@ def centred(
     union: bool = False,
     reward: Callable[[Row], Expr] = lambda row: row.reward,
 ) -> Pairs:
-    """Rows with R - mean R, over std R + 1e-6 with `std`; with `union` demonstrations are members, too."""
+    """Rows with R - mean R, divided by std R + 1e-6 with `std`; with `union` the group includes demonstrations."""
     members = list(question) if union else own(question)
     average = mean(map(reward, members))
     scale = sqrt(total((reward(row) - average) ** 2 for row in members) / (len(members) - 1)) + EPSILON if std else 1
@@ -51,12 +51,12 @@ def centred(
 
 
 def all_different(w: World) -> list[list[Row]]:
-    """The questions some of whose rollouts succeed and some fail."""
+    """The prompts for which some rollouts succeed and some fail."""
     return [question for question in w.questions if 0 < pass_rate(w, question) < 1]
 
 
 def all_centred(w: World, std: bool = False, union: bool = False) -> Pairs:
-    """Those of all questions."""
+    """The rows of `centred` for all prompts."""
     return [pair for question in w.questions for pair in centred(w, question, std, union)]
 
 
@@ -72,12 +72,12 @@ def surrogate_mean(w: World, pairs: Pairs) -> Expr:
 
 
 def token_mean(pairs: Pairs, value: Callable[[Row, int, Expr], Expr]) -> Expr:
-    """Σ value(row, t, A) over all tokens, by the number of all tokens."""
+    """Σ value(row, t, A) over all tokens, divided by their number."""
     return total(value(row, t, a) for row, a in pairs for t in range(len(row))) / sum(len(row) for row, _ in pairs)
 
 
 def expert_mean(w: World, value: Callable[[Row, int], Expr]) -> Expr:
-    """Σ value(row, t) over all tokens of demonstrations, by their number."""
+    """Σ value(row, t) over all tokens of demonstrations, divided by their number."""
     return token_mean([(row, Rational(1)) for row in w.demonstrations], lambda row, t, _: value(row, t))
 
 
@@ -86,7 +86,7 @@ def likelihood(row: Row) -> Expr:
     return total(map(log, row.p))
 
 
-#: The response limit, and the tokens before it from which on a response is punished, where a proof is about that.
+#: The response limit in proofs of overlong shaping, and the number of tokens before it in which the penalty grows.
 LIMIT, BUFFER = 4, 2
 
 
@@ -108,8 +108,12 @@ def gae(row: Row, rewards: Sequence[Expr], lam: str = "0.95") -> list[Expr]:
 
 
 def clipped_white(w: World, values: Mapping[int, Sequence[Expr]]) -> Expr:
-    """The token mean of the clipped surrogate of (A - mean A)/√(var A + 1e-8), both over all rollout tokens; `values`
-    gives A per row and token."""
+    """The token mean of the clipped surrogate with the whitened advantages (A - mean A)/√(var A + 1e-8).
+
+    Args:
+        w: the world.
+        values: row index → A of each token; mean and variance are over all rollout tokens.
+    """
     everything = [a for row in w.rollouts for a in values[row.index]]
     centre = mean(everything)
     scale = sqrt(total((a - centre) ** 2 for a in everything) / (len(everything) - 1) + Rational(1, 10**8))
