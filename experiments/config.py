@@ -222,7 +222,7 @@ def _set(tree: DictConfig, key: str, value: str) -> DictConfig:
     try:
         if not free and OmegaConf.select(tree, key, default=_ABSENT) is _ABSENT:
             raise ConfigError(f"{key}: unknown key; {nearest(key, known_keys())}")
-        # Where a text is expected it is taken as it stands: a template's braces are not YAML's.
+        # A string value is taken literally, because a template's braces are not YAML.
         is_text = not free and isinstance(OmegaConf.select(tree, key), str)
         parsed = value if is_text else parse(key, value)
         OmegaConf.update(tree, key, parsed, merge=False, force_add=free)

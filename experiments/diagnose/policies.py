@@ -124,19 +124,25 @@ def _of_run(folder: RunFolder, base: ModelConfig, scratch: Path) -> Iterator[Pol
 
 
 def unpack(checkpoints: Path, tag: str, model: ModelConfig, folder: Path) -> None:
-    """Writes the weights of a training checkpoint in Hugging Face format; `model` is what the run started from.
+    """Writes the weights of a training checkpoint in Hugging Face format.
+
+    Args:
+        checkpoints: the run's folder of checkpoints.
+        tag: the checkpoint's name.
+        model: the model that the run started from.
+        folder: where the weights are written.
 
     Raises:
-        ModelError: the checkpoint cannot be read, or is of another model.
+        ModelError: the checkpoint cannot be read, or belongs to another model.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     network = load_model(model).cpu()
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            found = get_fp32_state_dict_from_zero_checkpoint(str(checkpoints), tag=tag)
+            state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoints), tag=tag)
         # In training the model is the part `model` of a policy.
-        weights = {name.removeprefix("model."): values for name, values in found.items()}
+        weights = {name.removeprefix("model."): values for name, values in state.items()}
         network.load_state_dict(weights)
     except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
         reason = str(error).splitlines() or [type(error).__name__]

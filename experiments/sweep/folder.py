@@ -109,12 +109,14 @@ class SweepFolder:
         write_atomically(path, json.dumps(content, indent=1) + "\n")
 
     def adopt(self, planned: Planned) -> Path | None:
-        """Takes over what another sweep beside this one has made with the very same settings; None if there is no such
-        run.
+        """Copies a finished run with the same settings from a neighbouring sweep.
 
-        The same are what the command lines say and what it comes to, with all presets. A file or folder that is named
-        by a relative path may be another one for whoever ran that sweep, so such a run is made anew. Evaluations come
-        along where they were asked for by the same name and arguments.
+        Both the command line and the configuration that results from it, with all presets, must be the same. A relative
+        path may mean another file in the other sweep, so a run with one is not copied. Evaluations with the same name
+        and arguments are copied as well.
+
+        Returns:
+            The folder of the other run; None if there is none.
         """
         if self.run(planned).exists() or not self.path.parent.is_dir() or _names_places(planned):
             return None
