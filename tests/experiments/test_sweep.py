@@ -81,7 +81,7 @@ def test_a_report_without_what_is_asked_for_says_so(done):
         slug = planned.slug.replace("-lr-1e-06", "")
         shutil.copytree(done / "runs" / slug, folder.run(planned))
     found = report(folder, "", list)
-    assert any("No run has typo, none" in note for note in found.notes)
+    assert any("No run has the requested typo, none" in note for note in found.notes)
     assert "choice" not in [grid.label for grid in found.grids]
 
 
