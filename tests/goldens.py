@@ -95,7 +95,7 @@ def run_metrics(folder: Path, name: str) -> dict[str, Any]:
 
 
 def update_norm(final: Path) -> float:
-    """‖θ_final - θ_initial‖ in float64: unlike metrics, it depends on the last update, too."""
+    """‖θ_final - θ_initial‖ in float64: unlike metrics, it also depends on the last update."""
     from safetensors.torch import load_file
 
     before, after = (load_file(path / "model.safetensors") for path in (ROOT / "experiments/models/tiny", final))
