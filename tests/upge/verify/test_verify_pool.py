@@ -47,12 +47,11 @@ def test_bombs_time_out_and_harm_nobody() -> None:
     assert verdicts[0].extracted == "i^{9^{9^9}}", "the answer is told even where it was too much"
 
 
-def test_what_is_known_without_parsing_needs_no_worker(pool: VerifierPool) -> None:
-    begin = time.perf_counter()
+def test_what_is_known_without_parsing_needs_no_worker(pool: VerifierPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool._dispatcher, "submit", None)
     verdicts = pool.score([(boxed(str(k)), str(k - k % 2), None) for k in range(4000)])
     assert rewards(verdicts) == [1.0, 0.0] * 2000
     assert [verdict.extracted for verdict in verdicts[:3]] == ["0", "1", "2"]
-    assert time.perf_counter() - begin < 3.0
 
 
 def test_queueing_does_not_count() -> None:
