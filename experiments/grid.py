@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from rich.box import SIMPLE_HEAD
@@ -69,6 +69,12 @@ def print_grid(grid: Grid, console: Console) -> None:
             cells = (Text(_plain(cell, console), "bold" if i in row.bold else "") for i, cell in enumerate(row.cells))
             table.add_row(*cells)
         console.print(table)
+
+
+def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """Cells that are already Markdown as a table."""
+    first, *lines = (f"| {' | '.join(map(str, cells))} |" for cells in (header, *rows))
+    return "\n".join([first, "|---" * len(header) + "|", *lines])
 
 
 def markdown(grid: Grid) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments import provenance
-from experiments.startup import collector_paused
+from experiments import files
+from experiments.cli import collector_paused
 from upge.train.distributed import World
 
 
@@ -172,21 +172,21 @@ def _finish(path: Path, code: int, say: Any) -> None:
 def _facts(composed: Any, world: World, sampler: Any, engine: Any, from_step: int) -> dict[str, Any]:
     """run.json: how this run was made."""
     return {
-        "command": provenance.command("experiments.run", sys.argv[1:]),
-        "started": provenance.now(),
+        "command": files.command("experiments.run", sys.argv[1:]),
+        "started": files.now(),
         "from_step": from_step,
         "names": dict(composed.names),
         "seed": composed.config.seed,
         "world_size": world.size,
         "device": str(world.device.type),
-        "machine": provenance.machine(),
+        "machine": files.machine(),
         "engine": sampler.name,
         "engine_reason": sampler.reason,
         "parameters": engine.parameters,
         "formula_text": composed.algorithm.formula(),
         "formula_latex": composed.algorithm.formula("latex"),
-        "versions": provenance.versions(),
-        "git_commit": provenance.git_commit(),
+        "versions": files.versions(),
+        "git_commit": files.git_commit(),
     }
 
 

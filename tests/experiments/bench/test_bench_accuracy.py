@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.bench import accuracy
-from experiments.bench.trainers import link
+from experiments.bench import accuracy, trainers
 from tests.bench_children import Stage
 from upge.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
 def with_trl(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "has_trl", lambda: True)
+    monkeypatch.setattr(trainers, "has_trl", lambda: True)
 
 
 def learner(gain: float, seconds: float) -> dict:
