@@ -148,8 +148,8 @@ def _resume_point(prepared: Any) -> int | None:
 
 def _finish(path: Path, code: int, say: Any) -> None:
     """Prints the table and writes the report, with what there is if the run stopped early."""
+    from experiments.grid import print_table
     from experiments.report.page import write_report
-    from experiments.table import print_table
     from upge.train.folder import RunFolder, read_lines
     from upge.train.trainer import NOT_FINITE
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sympy import Expr, Rational, exp, log, sqrt
 
-from experiments.table1.written import (
+from experiments.table1.rollouts import (
     LENGTH,
     SHAPING,
     all_centred,
