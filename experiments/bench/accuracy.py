@@ -150,12 +150,12 @@ def race(seed: int, names: list[str], settings: Settings, start: Start = Child) 
     return runs
 
 
-def _times(run: Run, peer: Run, settings: Settings) -> float:
-    """The seconds of the peer over those of a run; 0 if the run did not reach the target.
+def _times(name: str, races: list[dict[str, Run]], settings: Settings) -> Spread:
+    """The seconds of the peer over those of a trainer; 0 where the trainer did not reach the target.
 
     If the peer did not reach it, its last step counts, so the ratio is a lower bound.
     """
-    return peer.seconds / run.seconds if run.reached(settings) else 0.0
+    return Spread.of(runs[PEER].seconds / runs[name].seconds if runs[name].reached(settings) else 0.0 for runs in races)
 
 
 def _row(name: str, races: list[dict[str, Run]], settings: Settings) -> list[object]:
@@ -164,7 +164,7 @@ def _row(name: str, races: list[dict[str, Run]], settings: Settings) -> list[obj
         *(name if name == PEER else f"`{name}`", f"{sum(run.reached(settings) for run in runs)} of {len(runs)}"),
         *(Spread.of(getattr(run, key) for run in runs) for key in ("seconds", "cpu", "steps")),
         *(Spread.of(100 * run.figures[key] for run in runs) for key in ("mean", "greedy", "pass")),
-        "1" if name == PEER else Spread.of(_times(one[name], one[PEER], settings) for one in races),
+        "1" if name == PEER else _times(name, races, settings),
     ]
 
 
@@ -184,7 +184,7 @@ def _remarks(names: list[str], races: list[dict[str, Run]], settings: Settings) 
         lines += ["", f"{PEER} did not reach the target in {missing} of {len(races)} races: there the ratio is a lower "
                   "bound."]  # fmt: skip
     if "hpt" in names:
-        times = Spread.of(_times(runs["hpt"], runs[PEER], settings) for runs in races).median
+        times = _times("hpt", races, settings).median
         verdict = "reached" if times >= GOAL else "not reached"
         lines += ["", f"Goal: `hpt` at least {GOAL:g} times sooner than {PEER}; {verdict}, {times:.3g} times."]
     return lines

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from experiments.bench import peers
-from experiments.bench.heads import FLOOR, HEADS, NAIVE, ONE_PASS, OURS, Floor, Head, Problem, heads, reference
+from experiments.bench.heads import FLOOR, HEADS, NAIVE, ONE_PASS, OURS, Head, Problem, floor, heads, reference
 from experiments.bench.measure import Spread, Timing, in_fresh_process, interleaved, peak, verdict
 from experiments.grid import markdown_table
 from upge.errors import ConfigError
@@ -110,8 +110,8 @@ def _timed(settings: Settings, vocabulary: int, dtype: str, device: str) -> tupl
 
         return turn
 
-    floor = Floor(problem)
-    timing = interleaved({FLOOR: call(lambda _: floor()), **{n: call(h) for n, h in heads().items()}}, settings.rounds)
+    least = floor(problem)
+    timing = interleaved({FLOOR: call(lambda _: least()), **{n: call(h) for n, h in heads().items()}}, settings.rounds)
     rows = []
     for name, seconds in timing.seconds.items():
         ahead = "" if name in (FLOOR, ONE_PASS) else f"{timing.speedup(ONE_PASS, name)} × as fast"
@@ -194,11 +194,10 @@ def _memory(settings: Settings, vocabulary: int, dtypes: list[str], device: str)
 
 def difference(actual: Tensor, expected: Tensor) -> float:
     """The largest difference of two entries, relative to the largest expected entry."""
-    scale = float(expected.abs().max())
     # In blocks, because a float64 gradient of an output embedding is large and the check must not need much more.
-    blocks = zip(_blocks(actual), _blocks(expected), strict=True)
+    blocks = zip(*(torch.atleast_1d(tensor.detach()).split(4096) for tensor in (actual, expected)), strict=True)
     gaps = torch.stack([(a.to(expected.dtype) - b).abs().max() for a, b in blocks])
-    return float(gaps.max()) / (scale or 1.0)
+    return float(gaps.max()) / (float(expected.abs().max()) or 1.0)
 
 
 def checked(pairs: Iterable[tuple[Tensor | None, Tensor]], tolerance: float, who: str) -> float:
@@ -216,7 +215,3 @@ def checked(pairs: Iterable[tuple[Tensor | None, Tensor]], tolerance: float, who
             raise AssertionError(f"{who}: a gradient off by {gap:.1e} of its largest entry; tolerated is {tolerance:g}")
         worst = max(worst, gap)
     return worst
-
-
-def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
-    return torch.atleast_1d(tensor.detach()).split(4096)

@@ -7,7 +7,6 @@ verify, with its own timeouts. Each case has its own pools and no problem twice,
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from experiments.bench.measure import Timing, interleaved
 from experiments.grid import markdown_table
+from upge.data.files import read_file
 from upge.errors import ConfigError
 from upge.verify import Item, VerifierPool, last_boxed
 from upge.verify.math import MathVerifier
@@ -228,14 +228,11 @@ def solutions(folder: str) -> list[tuple[str, str, str]]:
 
 def _real(folder: Path) -> Iterator[tuple[str, str, str]]:
     """The problems of MATH and GSM8K, alternately."""
-    import pyarrow.parquet
-
     math, gsm8k = folder / "math" / "train.parquet", folder / "gsm8k" / "train.jsonl"
     for path in (math, gsm8k):
         if not path.is_file():
             raise ConfigError(f"folder: there is no file '{path}'; give the folder that holds it, or none")
-    of_math = pyarrow.parquet.read_table(math).to_pylist()
-    of_gsm8k = [json.loads(line) for line in gsm8k.read_text("utf-8").split("\n") if line.strip()]
+    of_math, of_gsm8k = ([record.values for record in read_file(path)] for path in (math, gsm8k))
     for first, second in zip(of_math, of_gsm8k, strict=False):
         if first["answer"]:
             yield first["problem"], first["solution"], first["answer"]

@@ -50,11 +50,9 @@ def centred(
     """Rows with R - mean R, divided by std R + 1e-6 with `std`; with `union` the group includes demonstrations."""
     members = list(question) if union else own(question)
     average = mean(map(reward, members))
-    scale = (
-        sqrt(total((reward(row) - average) ** 2 for row in members) / (len(members) - 1)) + Rational("1e-6")
-        if std
-        else 1
-    )
+    scale = Rational(1)
+    if std:
+        scale = sqrt(total((reward(row) - average) ** 2 for row in members) / (len(members) - 1)) + Rational("1e-6")
     return [(row, w.advantage(row, (reward(row) - average) / scale)) for row in members]
 
 
