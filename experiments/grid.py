@@ -166,15 +166,11 @@ def _broken(grid: Grid) -> Grid:
 
 
 def _columns(grid: Grid, kept: Sequence[int]) -> Grid:
-    rows = tuple(
-        replace(
-            row,
-            cells=tuple(row.cells[i] for i in kept),
-            bold=frozenset(place for place, i in enumerate(kept) if i in row.bold),
-        )
-        for row in grid.rows
-    )
-    return replace(grid, header=tuple(grid.header[i] for i in kept), rows=rows)
+    rows = []
+    for row in grid.rows:
+        bold = frozenset(place for place, i in enumerate(kept) if i in row.bold)
+        rows.append(replace(row, cells=tuple(row.cells[i] for i in kept), bold=bold))
+    return replace(grid, header=tuple(grid.header[i] for i in kept), rows=tuple(rows))
 
 
 # The table at the end of a run.

@@ -21,11 +21,7 @@ PAGE = DOCS / "performance.md"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a bench's Markdown, or updates it in the docs; returns the exit code, 2 on bad input."""
-
-    def command(given: list[str]) -> int:
-        return _bench_command(given, is_program=arguments is None)
-
-    return cli.run_command(command, arguments, listing)
+    return cli.run_command(lambda given: _bench_command(given, is_program=arguments is None), arguments, listing)
 
 
 def _bench_command(arguments: list[str], is_program: bool) -> int:

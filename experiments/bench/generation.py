@@ -70,10 +70,8 @@ def table(timing: Timing, length: float, settings: Settings) -> str:
     for name, seconds in timing.seconds.items():
         # Rounds differ in length, so the rate is over all rounds and only the ratios have a range.
         rate = sum(map(tokens, timing.results[name])) / sum(seconds)
-        ratios = ["1", "1"]
-        if name != THEIRS:
-            ratios = [_range(kind[name], kind[THEIRS]) for kind in (timing.seconds, timing.cpu)]
-        rows.append([name, f"{rate:.0f}", *ratios])
+        ratios = [_range(kind[name], kind[THEIRS]) for kind in (timing.seconds, timing.cpu)]
+        rows.append([name, f"{rate:.0f}", *(["1", "1"] if name == THEIRS else ratios)])
     same, of = agreement(timing.results[OURS], timing.results[NOTHING])
     model = "SmolLM2-135M on GSM8K" if settings.folder else "The tiny model on arithmetic"
     about = (

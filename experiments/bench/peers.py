@@ -66,37 +66,34 @@ def load(name: str) -> ModuleType:
 
 
 @cache
-def missing() -> tuple[str, ...]:
-    """The peers that cannot be loaded, each with the reason."""
-    reasons = []
+def missing() -> dict[str, str]:
+    """The peers that cannot be loaded, with the reason."""
+    reasons = {}
     for name in PEERS:
         try:
             load(name)
         except ImportError as error:
-            reasons.append(f"{name} ({error})")
-    return tuple(reasons)
+            reasons[name] = str(error)
+    return reasons
 
 
 def present(name: str) -> bool:
     """Whether a peer can be loaded."""
-    return not any(entry.startswith(f"{name} (") for entry in missing())
+    return name not in missing()
 
 
 def summary() -> str:
     """Sentences on the installed peers, with versions, and on the missing ones."""
-    there = [f"{name} {_version(distribution)}" for name, (distribution, _) in PEERS.items() if present(name)]
+    there = []
+    for name in filter(present, PEERS):
+        try:
+            there.append(f"{name} {version(PEERS[name][0])}")
+        except PackageNotFoundError:
+            there.append(f"{name} of unknown version")
     parts = [f"Peers: {', '.join(there)}."] if there else []
     if missing():
-        names = ", ".join(entry.partition(" (")[0] for entry in missing())
-        parts.append(f"Not compared, because not installed: {names}; `make peers` installs them.")
+        parts.append(f"Not compared, because not installed: {', '.join(missing())}; `make peers` installs them.")
     return " ".join(parts)
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "of unknown version"
 
 
 class TRLLoss:

@@ -9,7 +9,7 @@ average is written out as in the paper.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import sympy as sp
@@ -51,15 +51,11 @@ class Statement:
         terms = {name: algorithm.terms[name] for name in self.terms or algorithm.terms}
         return replace(algorithm, terms=terms)
 
-    @property
-    def pairs(self) -> bool:
-        """Whether the algorithm learns from preference pairs, so that its proof needs a batch with pairs."""
-        return self.load().needs.preference_pairs
-
     @functools.cached_property
     def proof(self) -> Proof:
         """See `upge.theory.symbolic.prove`."""
-        return prove(self.load(), self.objective, pairs=self.pairs)
+        algorithm = self.load()
+        return prove(algorithm, self.objective, pairs=algorithm.needs.preference_pairs)
 
 
 _ROLLOUTS = "reinforce reinforce_plus_plus rloo ppo grpo dr_grpo cispo gspo sapo gmpo opmd asymre relift dpo"
@@ -93,9 +89,6 @@ def statement(name: str) -> Statement:
     return {one.name: one for one in STATEMENTS}[name]
 
 
-#: One prompt, so that the batch has few symbols: two rollouts and a demonstration of two tokens each.
-_SHAPE = (((2, 2), (2,)),)
-_POINTS = 60
 #: Symbols of a displayed gradient: π_θ and π_old of the token, its Â, the mean ratio of its response.
 THETA, OLD, ADVANTAGE, RATIO = (Symbol(name, positive=True) for name in ("π_θ", "π_old", "Â", "s"))
 
@@ -145,11 +138,13 @@ def readings(method: Method) -> tuple[Reading, ...]:
         ConfigError: the objective's Â differs from that of the algorithm's part.
     """
     cells: dict[Expr, list[Reading]] = {}
-    proof = statement(method.proof)
-    algorithm = proof.load()
-    for world in worlds(_POINTS, shape=_SHAPE, opaque=True, pairs=proof.pairs):
+    claim = statement(method.proof)
+    algorithm = claim.load()
+    # One prompt, so that the batch has few symbols: two rollouts and a demonstration of two tokens each.
+    shape = (((2, 2), (2,)),)
+    for world in worlds(60, shape=shape, opaque=True, pairs=algorithm.needs.preference_pairs):
         row = next(r for r in world.rows if r.is_demonstration == (algorithm.terms[method.term].source != "rollouts"))
-        slope = derive(proof.objective, world)[row.p[0]]
+        slope = derive(claim.objective, world)[row.p[0]]
         term = factors(algorithm, world)[method.term]
         advantage = term.advantage[row.index][0]
         for symbol in slope.free_symbols & set(world.advantages):
@@ -158,17 +153,16 @@ def readings(method: Method) -> tuple[Reading, ...]:
                 raise ConfigError(f"{method.name}: Â is {advantage} by the parts and {written} as written")
         gradient = _readable(slope / (term.gate[row.index][0] * term.reduction[row.index][0]), world, row)
         symbol = ADVANTAGE if ADVANTAGE in gradient.free_symbols or gradient == 0 else advantage
-        shape = _readable(term.shape[row.index][0], world, row)
-        reference = None if gradient == 0 else sp.simplify(symbol * shape / gradient)
+        factor = _readable(term.shape[row.index][0], world, row)
+        reference = None if gradient == 0 else sp.simplify(symbol * factor / gradient)
         cells.setdefault(gradient, []).append(Reading(gradient, reference, _where(world, row)))
-    moving = [same for same in cells.values() if same[0].reference is not None]
-    stopped = [replace(same[0], where="") for same in cells.values() if same[0].reference is None]
-    return (*sorted((_merged(same, len(moving) > 1) for same in moving), key=lambda r: r.where), *stopped)
-
-
-def _merged(cells: Sequence[Reading], several: bool) -> Reading:
-    shared = set.intersection(*(set(cell.where.split(" and ")) for cell in cells))
-    return replace(cells[0], where=" and ".join(sorted(shared)) if several else "")
+    moving, stopped = [], []
+    for same in cells.values():
+        bounds = sorted(set.intersection(*(set(cell.where.split(" and ")) for cell in same)))
+        (stopped if same[0].reference is None else moving).append(replace(same[0], where=" and ".join(bounds)))
+    if len(moving) == 1:
+        moving = [replace(moving[0], where="")]
+    return (*sorted(moving, key=lambda r: r.where), *(replace(one, where="") for one in stopped))
 
 
 def _readable(expression: Expr, world: World, row: Row) -> Expr:

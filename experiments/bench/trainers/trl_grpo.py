@@ -144,15 +144,13 @@ def _engine(name: str, job: Job) -> dict[str, Any]:
     """Settings of sampling: transformers' generate, its continuous batching, or vLLM in the same process, unchanged or
     with fixed weight sync."""
     config = job.composed.config.rollout
-    vllm = {
-        "use_vllm": True,
-        "vllm_mode": "colocate",
+    if not name.startswith("vllm"):
+        return {"use_transformers_continuous_batching": True} if name == "continuous" else {}
+    return {
+        **{"use_vllm": True, "vllm_mode": "colocate", "vllm_importance_sampling_correction": False},
         "vllm_max_model_length": config.max_prompt_tokens + config.max_response_tokens,
-        "vllm_importance_sampling_correction": False,
         "generation_kwargs": {"stop_token_ids": list(job.prepared.prompting.stop_token_ids)},
     }
-    engines = {"generate": {}, "continuous": {"use_transformers_continuous_batching": True}}
-    return {**engines, "vllm": vllm, "vllm-mended": vllm}[name]
 
 
 def _model(job: Job) -> nn.Module:
