@@ -8,17 +8,18 @@ own parts are found there, but a user's `experiments/` or `algorithms/` never hi
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.metadata
+import logging
 import os
 import signal
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-
-from experiments.startup import quiet
 
 #: Exit codes that all commands share. Others: 1 for a proof that fails, 3 for a run that is no longer finite, 4 for a
 #: sweep in which some runs failed, 128 + signal.
@@ -114,6 +115,33 @@ def run_command(
         return _stopped(Stopped(signal.SIGINT))
     except Stopped as stopped:
         return _stopped(stopped)
+
+
+def quiet() -> None:
+    """Silences the libraries' informational messages; warnings that concern the user still show."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|deepspeed\.")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pauses Python's garbage collector while libraries are imported and engines start.
+
+    Nearly all objects made there stay alive, and the collector would traverse the million objects of torch,
+    transformers, DeepSpeed and vLLM again and again, also because the engines call it themselves. Existing objects are
+    frozen for good; garbage made in the block is collected at its end.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+        gc.collect()
 
 
 def add_user_folder() -> None:

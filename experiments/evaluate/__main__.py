@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments import cli
-from experiments.provenance import command, git_commit, machine, now, versions
+from experiments.files import command, git_commit, machine, now, versions
 from upge.train.distributed import leave
 
 

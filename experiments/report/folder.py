@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from experiments.table import number
+from experiments.grid import number
 from upge.errors import DataError, UserError
 
 

@@ -16,12 +16,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from experiments.grid import accuracy_rows, measures, number
 from experiments.report.draw import color_name, draw, smoothing_window
 from experiments.report.folder import RunFolder, read_run
 from experiments.report.gate import gate_plots, heat_map
 from experiments.report.plots import Plot
 from experiments.report.series import Series, evaluation_plots, select, stages
-from experiments.table import accuracy_rows, measures, number
 
 LONGEST_TEXT = 4000  # characters of a prompt or response on the page
 LONGEST_CONFIG = 100_000

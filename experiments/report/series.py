@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+from experiments.grid import measures, number
 from experiments.report.plots import PLOTS, Plot
-from experiments.table import measures, number
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from experiments import cli
-from experiments.startup import collector_paused
 from upge.errors import UserError
 from upge.train.distributed import connect, launched_rank, leave
 
@@ -20,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     arguments, given = cli.flags(arguments, "--dry-run")
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
-    with collector_paused():
+    with cli.collector_paused():
         from experiments.config import compose
         from experiments.run.dry_run import plan
         from experiments.run.memory_check import check_fits

@@ -7,7 +7,7 @@ import textwrap
 from omegaconf import OmegaConf
 
 from experiments.config import Composed
-from experiments.describe.catalogue import members
+from experiments.describe import members
 from experiments.run import offline
 from experiments.run.balance import balances
 from experiments.run.memory_check import Outlook, outlook

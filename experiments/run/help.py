@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 import algorithms
 from experiments.cli import help_row
 from experiments.config import CONFIGS, GROUPS, presets
-from experiments.describe.listing import correction_description
+from experiments.describe import correction_description
 from upge.config import meanings
 from upge.train.config import RunConfig
 

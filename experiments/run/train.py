@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments import provenance
-from experiments.startup import collector_paused
+from experiments import files
+from experiments.cli import collector_paused
 from upge.train.distributed import World
 
 
@@ -148,8 +148,8 @@ def _resume_point(prepared: Any) -> int | None:
 
 def _finish(path: Path, code: int, say: Any) -> None:
     """Prints the table and writes the report, with what there is if the run stopped early."""
+    from experiments.grid import print_table
     from experiments.report.page import write_report
-    from experiments.table import print_table
     from upge.train.folder import RunFolder, read_lines
     from upge.train.trainer import NOT_FINITE
 
@@ -172,21 +172,21 @@ def _finish(path: Path, code: int, say: Any) -> None:
 def _facts(composed: Any, world: World, sampler: Any, engine: Any, from_step: int) -> dict[str, Any]:
     """run.json: how this run was made."""
     return {
-        "command": provenance.command("experiments.run", sys.argv[1:]),
-        "started": provenance.now(),
+        "command": files.command("experiments.run", sys.argv[1:]),
+        "started": files.now(),
         "from_step": from_step,
         "names": dict(composed.names),
         "seed": composed.config.seed,
         "world_size": world.size,
         "device": str(world.device.type),
-        "machine": provenance.machine(),
+        "machine": files.machine(),
         "engine": sampler.name,
         "engine_reason": sampler.reason,
         "parameters": engine.parameters,
         "formula_text": composed.algorithm.formula(),
         "formula_latex": composed.algorithm.formula("latex"),
-        "versions": provenance.versions(),
-        "git_commit": provenance.git_commit(),
+        "versions": files.versions(),
+        "git_commit": files.git_commit(),
     }
 
 

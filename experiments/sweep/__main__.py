@@ -8,11 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import cli, provenance
-from experiments.files import DOCS
+from experiments import cli, files
 from upge.errors import ConfigError
 
-PAGE = DOCS / "results.md"
+PAGE = files.DOCS / "results.md"
 
 USAGE = """\
 Usage: python -m experiments.sweep [sweep=NAME|FILE] [seeds=0..4] [grid.KEY=[A,B]] [key=value ...]
@@ -97,7 +96,7 @@ def _report(folder, arguments: Sequence[str], flags: dict[str, bool]) -> int:
     from experiments.grid import print_grid
     from experiments.sweep import write
 
-    shown = provenance.command("experiments.sweep", [a for a in arguments if not a.startswith(("output=", "jobs="))])
+    shown = files.command("experiments.sweep", [a for a in arguments if not a.startswith(("output=", "jobs="))])
     report = write.report(folder, shown, lambda: facts(folder))
     if report is None:
         print("no run is done yet, so there is nothing to report")

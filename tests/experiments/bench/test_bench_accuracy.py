@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.bench import accuracy
-from experiments.bench.trainers import link
+from experiments.bench import accuracy, trainers
 from tests.bench_children import Stage
 from upge.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
 def with_trl(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "has_trl", lambda: True)
+    monkeypatch.setattr(trainers, "has_trl", lambda: True)
 
 
 def learner(gain: float, seconds: float) -> dict:
@@ -34,7 +33,7 @@ def test_each_stops_where_it_is_good_enough() -> None:
     ours, theirs = courses["hpt"], courses[accuracy.PEER]
     assert (ours.steps, ours.seconds) == (5, 2.0) and (theirs.steps, theirs.seconds) == (20, 12.0)
     assert ours.figures["mean"] == pytest.approx(0.5) and theirs.reached(SMALL)
-    assert accuracy._times(ours, theirs, SMALL) == 6.0
+    assert accuracy._times("hpt", [courses], SMALL).median == 6.0
     assert all("seed=3" in job["arguments"] for job in stage.jobs.values())
     assert all(child.closed for _, child in stage.children)
 
