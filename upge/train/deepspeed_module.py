@@ -120,12 +120,17 @@ class DeepSpeedModule:
         """Resets the moments and the step count in use; with `everything` those of every name."""
         self._moments.reset(everything)
 
-    def _save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
-        """Writes folder/tag: DeepSpeed's files, and one file of this rank."""
+    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
+        """Writes weights, all sets of optimizer moments and `state` to folder/tag; all ranks call it."""
         self._engine.save_checkpoint(str(folder), tag=tag, client_state={_STATE: state}, save_latest=False)
         self._moments.save(self._moments_file(folder, tag))
 
-    def _load(self, folder: Path, tag: str) -> dict[str, Any]:
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+        """Restores what `save` wrote and returns its `state`.
+
+        Raises:
+            ModelError: the checkpoint, or a file of it, is missing or not whole.
+        """
         with _reading(folder / tag):
             path, state = self._engine.load_checkpoint(str(folder), tag=tag)
             if path is None:

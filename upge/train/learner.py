@@ -13,12 +13,10 @@ from upge.algorithm import Algorithm
 from upge.data import Example
 from upge.stateful import UTILITY_SLOPE, StatefulGate
 from upge.train.collect import HELD_OUT, Collector
-from upge.train.config import OptimizerConfig
-from upge.train.critic import CriticEngine
-from upge.train.engine import Engine
-from upge.train.lr_schedule import LearningRates
-from upge.train.metrics import NO_DIAGNOSTICS, Diagnostics, UpdateReport
-from upge.train.reference_policy import ReferencePolicy
+from upge.train.config import LearningRates, OptimizerConfig
+from upge.train.diagnostics import NO_DIAGNOSTICS, Diagnostics
+from upge.train.engine import CriticEngine, Engine, ReferencePolicy
+from upge.train.metrics import UpdateReport
 from upge.train.sample import Trajectory, assemble
 from upge.train.update import Updater
 

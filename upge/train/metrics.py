@@ -5,34 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from upge.data import Example
 from upge.estimate import Estimate, TermRecord, summarise
 from upge.plan import Plan
+from upge.train.diagnostics import TopTrajectory
 from upge.train.packing import packed_length
 from upge.train.sample import Trajectory
-from upge.train.top_tokens import TopTrajectory
 from upge.views import SUCCESS_REWARD, PackedTokens
-
-
-class Diagnostics(NamedTuple):
-    """What is measured in a step's first update in addition to its metrics.
-
-    Attributes:
-        top_tokens: the tokens with the largest weights.
-        term_gradients: the gradient of each term alone.
-    """
-
-    top_tokens: bool = False
-    term_gradients: bool = False
-
-
-NO_DIAGNOSTICS = Diagnostics()
 
 
 @dataclass(frozen=True)
@@ -277,18 +262,6 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "verify/timeouts": sum(t.status == "timeout" for t in rollouts),
         "verify/errors": sum(t.status == "error" for t in rollouts),
     }
-
-
-def value_metrics(values: Float[Tensor, "n"], returns: Float[Tensor, "n"], mask: Bool[Tensor, "n"]) -> dict[str, float]:
-    """How well the critic's values before the step's updates explain the returns, over the tokens of `mask`."""
-    value, target = values[mask].double(), returns[mask].double()
-    if not len(value):
-        return {}
-    variance = float(target.var(unbiased=False))
-    metrics = {"critic/value_mean": float(value.mean()), "critic/return_mean": float(target.mean())}
-    if variance > 0:
-        metrics["critic/explained_variance"] = 1 - float(torch.var(target - value, unbiased=False)) / variance
-    return metrics
 
 
 def _mean_finite(norms: Sequence[float]) -> float:

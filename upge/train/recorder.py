@@ -7,10 +7,10 @@ from typing import Any
 
 from upge.data import Example, Prompting
 from upge.train.config import RunConfig
+from upge.train.diagnostics import Diagnostics, TopTrajectory, merged, token_line
 from upge.train.folder import RunFolder
-from upge.train.metrics import ActiveTrajectories, Diagnostics
+from upge.train.metrics import ActiveTrajectories
 from upge.train.sample import Trajectory
-from upge.train.top_tokens import TopTrajectory, merged, token_line
 
 
 class Recorder:

@@ -13,10 +13,8 @@ from upge.algorithm import Algorithm
 from upge.needs import COMPUTED
 from upge.plan import Plan
 from upge.train.config import OptimizerConfig
-from upge.train.critic import CriticEngine
-from upge.train.engine import Engine
+from upge.train.engine import CriticEngine, Engine, ReferencePolicy
 from upge.train.micro_batches import distribute
-from upge.train.reference_policy import ReferencePolicy
 from upge.train.sample import TokenIds, Trajectory, assemble
 from upge.trajectories import Trajectories
 
@@ -142,9 +140,9 @@ class BatchFiller:
     def _with_columns(self, batch: StepBatch, rows: Sequence[int], names: Set[str]) -> StepBatch:
         """`batch` with columns computed for `rows`, and zero elsewhere, where they are not read."""
         sources: dict[str, Callable[[list[TokenIds]], Tensor]] = {
-            _BEHAVIOR: lambda ids: self.policy.forward(ids).logprobs,
-            "reference_logprobs": lambda ids: _given(self.reference).forward(ids).logprobs,
-            "values": lambda ids: _given(self.critic).forward(ids).values,
+            _BEHAVIOR: self.policy.forward,
+            "reference_logprobs": lambda ids: _given(self.reference).forward(ids),
+            "values": lambda ids: _given(self.critic).forward(ids),
         }
         return self._joined(batch, {name: self._computed(batch, rows, sources[name]) for name in sorted(names)})
 

@@ -17,18 +17,19 @@ from upge.data import Example, Prompting
 from upge.pipeline import Pipeline, Span
 from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.collect import Collector
-from upge.train.config import RunConfig
+from upge.train.config import RunConfig, learning_rates
 from upge.train.distributed import World
+from upge.train.engine import WeightSync
 from upge.train.folder import RunFolder
 from upge.train.learner import Learner, Memory, Models
-from upge.train.lr_schedule import learning_rates
 from upge.train.metrics import MetricSums, UpdateReport, rollout_metrics, step_metrics
 from upge.train.prompt_order import stream_seed
 from upge.train.recorder import Recorder
-from upge.train.weight_sync import WeightSync
 
 #: Exit codes of a run that has begun.
 DONE, NOT_FINITE = 0, 3
+#: The critic's folder inside a checkpoint's; DeepSpeed's file names would be those of the policy's.
+_CRITIC = "critic"
 
 
 @dataclass
@@ -112,7 +113,7 @@ class Trainer:
         memory = saved.pop("memory")
         self.state = State(**saved, memory=None if memory is None else Memory(**memory))
         if models.critic is not None:
-            models.critic.load(folder.checkpoints, folder.tag(step))
+            models.critic.load(folder.checkpoints / folder.tag(step), _CRITIC)
         self.saved_step = step
         if self._too_many_skipped():
             self.state.skipped_in_a_row = {}
@@ -179,7 +180,7 @@ class Trainer:
         models, partial = self.parts.models, f"{folder.tag(step)}.partial"
         models.policy.save(folder.checkpoints, partial, asdict(self.state))
         if models.critic is not None:
-            models.critic.save(folder.checkpoints, partial)
+            models.critic.save(folder.checkpoints / partial, _CRITIC, {})
         self.parts.world.barrier()
         if self.parts.world.is_main:
             folder.settle(step, self.parts.config.checkpoint.keep)

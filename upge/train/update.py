@@ -14,25 +14,23 @@ from torch import Tensor
 from upge.algorithm import Algorithm
 from upge.components.base import Precomputed
 from upge.plan import Plan
-from upge.train.config import OptimizerConfig
-from upge.train.critic import CriticEngine
-from upge.train.critic_update import CriticTarget, CriticUpdater
+from upge.train.config import LearningRates, OptimizerConfig
+from upge.train.critic import CriticTarget, CriticUpdater, value_metrics
 from upge.train.deepspeed_module import StepResult
-from upge.train.engine import Engine
-from upge.train.lr_schedule import LearningRates
-from upge.train.metrics import (
+from upge.train.diagnostics import (
     NO_DIAGNOSTICS,
-    ActiveTrajectories,
     Diagnostics,
-    MetricSums,
-    UpdateReport,
+    TokenWeights,
+    TopTrajectory,
+    term_gradient_metrics,
+    token_weights,
+    top_trajectories,
 )
+from upge.train.engine import CriticEngine, Engine, ReferencePolicy
+from upge.train.metrics import ActiveTrajectories, MetricSums, UpdateReport
 from upge.train.micro_batches import MicroBatch
-from upge.train.reference_policy import ReferencePolicy
 from upge.train.sample import Trajectory, assemble
 from upge.train.step_batch import BatchFiller, RowValues, StepBatch, update_rows
-from upge.train.term_gradients import term_gradient_metrics
-from upge.train.top_tokens import TokenWeights, TopTrajectory, token_weights, top_trajectories
 from upge.trajectories import Trajectories
 from upge.views import PackedTokens
 
@@ -133,7 +131,10 @@ class Updater:
         batch = self.fill(trajectories, step, state)
         updates = self.plan(batch, rates)
         sums = self._probe(batch, updates, rates)
-        metrics = _coefficients(updates) | _value_metrics(updates)
+        metrics = _coefficients(updates)
+        if self.critic is not None:
+            targets = [update.critic_target for update in updates if update.critic_target is not None]
+            metrics |= value_metrics(targets, [update.batch.columns.response_mask for update in updates])
         tops: list[TopTrajectory] = []
         steps: list[StepResult] = []
         critic_steps: list[StepResult] = []
@@ -148,8 +149,9 @@ class Updater:
                     updates[number] = replace(update, batch=self.filler.with_behavior(update.batch, passes.logprobs))
                 steps.append(self.engine.step(rates.policy, self.config.skip_grad_norm))
             if self.critic is not None and update.critic_target is not None and update.critic_target.rows:
-                sums = sums + self.critic.run_micro_batches(update.batch, update.critic_target)
-                critic_steps.append(self.critic.step(rates.critic))
+                more, result = self.critic.update(update.batch, update.critic_target, rates.critic)
+                sums = sums + more
+                critic_steps.append(result)
         norms, critic_norms = ([result.norm for result in some] for some in (steps, critic_steps))
         return UpdateReport(
             grad_norms=norms,
@@ -272,13 +274,6 @@ class Updater:
         micro_batch = MicroBatch(assemble(chosen, batch.columns.step), [0], packed)
         tokens = micro_batch.with_forward(logprobs, _given(entropies))
         return [MetricSums.of_sampler_gap(tokens, micro_batch.of_rollouts)]
-
-
-def _value_metrics(updates: Sequence[Update]) -> dict[str, float]:
-    """How well the critic's values explain the returns; empty without a critic."""
-    targets = [update.critic_target for update in updates if update.critic_target is not None]
-    masks = [update.batch.columns.response_mask for update in updates]
-    return CriticUpdater.metrics(targets, masks) if targets else {}
 
 
 def _coefficients(updates: Sequence[Update]) -> dict[str, float]:

@@ -18,8 +18,9 @@ from experiments.startup import quiet
 from upge.evaluation.evaluator import training_accuracy
 from upge.rollout import Rollout, Sampler
 from upge.rollout.verified_sampling import VerifiedSampler
+from upge.train.deepspeed_module import StepResult
 from upge.train.distributed import connect
-from upge.train.engine import Engine, StepResult
+from upge.train.engine import Engine
 from upge.train.learner import Models
 from upge.train.trainer import Parts, Trainer
 
