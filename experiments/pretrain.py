@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 
 from upge.data.arithmetic import Arithmetic, draw, parse_level, question, side, worked_solution
-from upge.data.problem import Problem
+from upge.data.splits import Problem
 
 #: Level → share of the pre-training problems.
 MIXTURE = {

@@ -12,7 +12,8 @@ import pytest
 from experiments.pretrain import build_tokenizer
 from experiments.run import answer_check
 from upge import cache
-from upge.data import Problem, Prompting, encode, tokens
+from upge.data import Problem, Prompting, encode
+from upge.data import prompting as tokens
 from upge.verify.math import MathVerifier
 
 LIMITS = {"max_prompt_tokens": 64, "max_response_tokens": 64}

@@ -11,7 +11,7 @@ from itertools import chain, zip_longest
 from typing import Literal
 
 from upge.checks import check_fields
-from upge.data.problem import Problem, Splits
+from upge.data.splits import Problem, Splits
 from upge.errors import ConfigError, nearest
 
 #: The default levels, from easy to hard.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from upge.checks import mismatch
-from upge.data.problem import Problem
 from upge.data.prompting import Prompting
+from upge.data.splits import Problem
 from upge.errors import ConfigError, DataError
 
 OverlongPrompts = Literal["error", "drop"]

@@ -10,8 +10,7 @@ from pathlib import Path
 from upge.checks import check_fields
 from upge.data import columns as cells
 from upge.data.files import Record, read_file, read_hub
-from upge.data.problem import Problem, Splits
-from upge.data.splits import check_disjoint, check_sizes, divide
+from upge.data.splits import Problem, Splits, check_disjoint, check_sizes, divide
 from upge.errors import DataError
 
 HUB, SUBSET = "openai/gsm8k", "main"

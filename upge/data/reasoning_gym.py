@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from upge.checks import check_fields
-from upge.data.problem import Problem, Splits
-from upge.data.splits import check_sizes, for_evaluation
+from upge.data.splits import Problem, Splits, check_sizes, for_evaluation
 from upge.errors import ConfigError, nearest
 
 #: Share of a task's problems on the evaluation side, by a hash of the prompt.

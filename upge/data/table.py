@@ -11,8 +11,7 @@ from typing import Literal, TypeVar
 from upge.checks import check_fields
 from upge.data import columns as cells
 from upge.data.files import Record, read_file, read_hub
-from upge.data.problem import Problem, Splits
-from upge.data.splits import check_disjoint, check_sizes, divide
+from upge.data.splits import Problem, Splits, check_disjoint, check_sizes, divide
 from upge.errors import ConfigError, DataError, nearest
 
 REQUIRED = ("prompt", "answer")

@@ -95,11 +95,9 @@ class TransformersSampler(Sampler):
 
     @torch.inference_mode()
     def _generate(self, batch: list[Request], sampling: Sampling, complete: Arrived) -> None:
-        from upge.rollout.kv_cache import growing_kv_cache
-
         with _plain_linear():
             longest = max(len(request.prompt) for request in batch) + sampling.max_tokens
-            self._decode(batch, sampling, complete, growing_kv_cache(self._model.config, longest))
+            self._decode(batch, sampling, complete, decoding.growing_kv_cache(self._model.config, longest))
 
     def _decode(self, batch: list[Request], sampling: Sampling, complete: Arrived, cache: DynamicCache) -> None:
         draw = _Draw(batch, sampling, self._device, complete)

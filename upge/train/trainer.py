@@ -22,9 +22,8 @@ from upge.train.distributed import World
 from upge.train.engine import WeightSync
 from upge.train.folder import RunFolder
 from upge.train.learner import Learner, Memory, Models
-from upge.train.metrics import MetricSums, UpdateReport, rollout_metrics, step_metrics
+from upge.train.metrics import MetricSums, Recorder, UpdateReport, rollout_metrics, step_metrics
 from upge.train.prompt_order import stream_seed
-from upge.train.recorder import Recorder
 
 #: Exit codes of a run that has begun.
 DONE, NOT_FINITE = 0, 3
