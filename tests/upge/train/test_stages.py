@@ -48,10 +48,7 @@ def test_warm_up_begins_anew_with_each_stage():
     assert found == pytest.approx([0.5, 1, 1, 1, 5, 10, 10, 10, 10, 10])
 
 
-SETTINGS = {
-    "optimizer": {"lr": 1.0, "schedule": "linear", "warmup_steps": 1},
-    "critic": {"lr": 8.0, "warmup_steps": 2},
-}
+SETTINGS = {"optimizer": {"lr": 1.0, "schedule": "linear", "warmup_steps": 1}, "critic": {"lr": 8.0, "warmup_steps": 2}}
 
 
 def test_the_critic_learns_alone_for_exactly_its_warm_up():
