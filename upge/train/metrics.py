@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -61,19 +61,10 @@ class MetricSums:
                 records.setdefault(name, []).extend(one)
             for name, value in part.penalties.items():
                 penalties[name] = penalties.get(name, 0.0) + value
-        return MetricSums(
-            records=records,
-            loss=sum((part.loss for part in parts), 0.0),
-            penalties=penalties,
-            entropy_sum=sum((part.entropy_sum for part in parts), 0.0),
-            tokens=sum(part.tokens for part in parts),
-            trajectories=sum(part.trajectories for part in parts),
-            computed_tokens=sum(part.computed_tokens for part in parts),
-            gap_sum=sum((part.gap_sum for part in parts), 0.0),
-            gap_max=max((part.gap_max for part in parts), default=0.0),
-            gap_tokens=sum(part.gap_tokens for part in parts),
-            value_loss=sum((part.value_loss for part in parts), 0.0),
-        )
+        numbers = [f for f in fields(MetricSums) if f.name not in ("records", "penalties", "gap_max")]
+        sums: dict[str, Any] = {f.name: sum((getattr(part, f.name) for part in parts), f.default) for f in numbers}
+        largest = max((part.gap_max for part in parts), default=0.0)
+        return MetricSums(records=records, penalties=penalties, gap_max=largest, **sums)
 
     @staticmethod
     def of_estimate(estimate: Estimate, update: int, trajectories: Sequence[Trajectory]) -> MetricSums:
@@ -168,10 +159,9 @@ class ActiveTrajectories:
         return float(tokens[~self.contributing].sum() / tokens.sum().clamp(min=1))
 
     def prompt_lines(self, examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
-        """A line of prompts.jsonl for each of the step's prompts; docs/metrics.md lists its fields.
+        """A line of prompts.jsonl for each of the step's prompts; `examples` are the training set.
 
-        Args:
-            examples: the training set.
+        docs/metrics.md lists the fields.
         """
         groups: dict[int, list[int]] = {}
         for row, trajectory in enumerate(self.trajectories):
@@ -275,11 +265,7 @@ def _mean_finite(norms: Sequence[float]) -> float:
 class Recorder:
     """Decides what is measured in a step, and writes it to the run's folder; only the main rank writes.
 
-    Args:
-        config: of the run.
-        examples: the training set.
-        prompting: decodes responses.
-        folder: of the run.
+    `examples` are the training set, and `prompting` decodes responses.
     """
 
     def __init__(self, config: RunConfig, examples: Sequence[Example], prompting: Prompting, folder: RunFolder) -> None:
@@ -287,11 +273,8 @@ class Recorder:
 
     def diagnostics(self, step: int) -> Diagnostics:
         """What to measure in a step, counted from 1; the same on every rank."""
-        config = self.config
-        return Diagnostics(self._due(step, config.log_rollouts), self._due(step, config.diagnose.gradients_every))
-
-    def _due(self, step: int, every: int) -> bool:
-        return every > 0 and (step % every == 0 or step in (1, self.config.steps))
+        edge, periods = step in (1, self.config.steps), (self.config.log_rollouts, self.config.diagnose.gradients_every)
+        return Diagnostics(*(every > 0 and (edge or step % every == 0) for every in periods))
 
     def record(self, metrics: Mapping[str, float], active: ActiveTrajectories, tops: Sequence[TopTrajectory]) -> None:
         """Writes the lines of a step.
@@ -312,22 +295,20 @@ class Recorder:
     def _response_lines(self, trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
         """Lines of rollouts/step_*.jsonl; docs/metrics.md lists their fields."""
         texts = self.prompting.decode([t.response_ids for t in trajectories])
-        lines = []
-        for trajectory, text in zip(trajectories, texts, strict=True):
-            problem = self.examples[trajectory.example].problem
-            lines.append(
-                {
-                    "index": trajectory.index,
-                    "prompt": problem.prompt,
-                    "response": text,
-                    "answer": problem.answer,
-                    "reward": trajectory.reward,
-                    "level": problem.level,
-                    "status": trajectory.status,
-                    "is_demonstration": trajectory.is_demonstration,
-                    "group": trajectory.group,
-                    "tokens": len(trajectory.response_ids),
-                    "finished": trajectory.finished,
-                }
-            )
-        return lines
+        problems = [self.examples[t.example].problem for t in trajectories]
+        return [
+            {
+                "index": trajectory.index,
+                "prompt": problem.prompt,
+                "response": text,
+                "answer": problem.answer,
+                "reward": trajectory.reward,
+                "level": problem.level,
+                "status": trajectory.status,
+                "is_demonstration": trajectory.is_demonstration,
+                "group": trajectory.group,
+                "tokens": len(trajectory.response_ids),
+                "finished": trajectory.finished,
+            }
+            for trajectory, problem, text in zip(trajectories, problems, texts, strict=True)
+        ]

@@ -54,11 +54,8 @@ class LogprobHead(nn.Module):
         With an objective, the result of `token_loss`: (loss, logprobs [n], entropies [n]).
         """
         output: Any = self._output[0]  # a linear layer of some kind
-        common: dict[str, Any] = {
-            "bias": getattr(output, "bias", None),
-            "temperature": temperature,
-            "chunk_size": self.chunk_size,
-        }
+        bias = getattr(output, "bias", None)
+        common: dict[str, Any] = {"bias": bias, "temperature": temperature, "chunk_size": self.chunk_size}
         if objective is None:
             return token_logprobs(hidden, output.weight, targets, entropy=entropy, **common)
         return token_loss(hidden, output.weight, targets, **objective._asdict(), **common)

@@ -92,8 +92,7 @@ class Updater:
 
     Args:
         engine: the policy.
-        algorithm: what to learn with.
-        config: the optimizer's.
+        algorithm, config: what to learn with, and the optimizer's settings.
         critic, reference: None if the algorithm needs none.
     """
 
@@ -124,7 +123,7 @@ class Updater:
         Args:
             trajectories: of the step.
             step: within the stage, from 0.
-            rates: the learning rates; without one for the policy only the critic learns.
+            rates: without one for the policy only the critic learns.
             state: the value of each stateful gate's variable.
             diagnostics: what to measure in the first update of the policy.
         """
