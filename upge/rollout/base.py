@@ -99,10 +99,7 @@ class Sampler(ABC):
     name: str
 
     def __init__(self, *, max_length: int, vocabulary: int, reason: str = "", threads: int | None = None) -> None:
-        self.max_length = max_length
-        self.vocabulary = vocabulary
-        self.reason = reason
-        self.threads = threads
+        self.max_length, self.vocabulary, self.reason, self.threads = max_length, vocabulary, reason, threads
         self._usable = True
 
     def sample(
@@ -194,12 +191,10 @@ class Sampler(ABC):
 
     @abstractmethod
     def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived) -> None:
-        """Samples a response to each request and calls `complete` once for each as soon as it is complete.
+        """Samples a response to each request and calls `complete(index, copy, rollout)` as soon as it is complete.
 
-        Args:
-            requests: at least one valid request, the longest prompts first. Results must not depend on their order.
-            sampling: temperature, nucleus and limits.
-            complete: called as `complete(index, copy, rollout)`.
+        There is at least one request, all are valid, and the longest prompts come first. Results must not depend on
+        their order.
         """
 
     @abstractmethod
@@ -210,8 +205,8 @@ class Sampler(ABC):
         for index, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise UserError(f"prompt {index} has no tokens; give every prompt at least one token")
-            if min(prompt) < 0 or max(prompt) >= self.vocabulary:
-                odd = next(token for token in prompt if not 0 <= token < self.vocabulary)
+            odd = next((token for token in prompt if not 0 <= token < self.vocabulary), None)
+            if odd is not None:
                 raise UserError(
                     f"prompt {index} holds token id {odd}, the model's vocabulary has ids 0 to "
                     f"{self.vocabulary - 1}; does the tokenizer belong to model.path?"

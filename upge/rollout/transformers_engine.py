@@ -47,14 +47,10 @@ class TransformersSampler(Sampler):
     response. So a response depends neither on the others in its batch nor on the random state of the process.
 
     Args:
-        model_path: a folder in Hugging Face format or the name of a model of the hub.
-        dtype: see `upge.rollout.load`.
-        max_length: the most tokens of a prompt and its response together; None means the model's number of positions.
+        model_path, dtype, max_length, threads, overrides: see `upge.rollout.load`.
         device: "cpu" or "cuda".
         token_budget: the most tokens in a batch, including padding. A single longer sequence is a batch of its own.
-        threads: torch's threads while sampling on a CPU, see `upge.models.loading.choose_threads`.
         reason: why this engine is used.
-        overrides: changes to the model's config.json.
     """
 
     name = "transformers"
@@ -95,21 +91,19 @@ class TransformersSampler(Sampler):
 
     @torch.inference_mode()
     def _generate(self, batch: list[Request], sampling: Sampling, complete: Arrived) -> None:
-        with _plain_linear():
-            longest = max(len(request.prompt) for request in batch) + sampling.max_tokens
-            self._decode(batch, sampling, complete, decoding.growing_kv_cache(self._model.config, longest))
-
-    def _decode(self, batch: list[Request], sampling: Sampling, complete: Arrived, cache: DynamicCache) -> None:
+        longest = max(len(request.prompt) for request in batch) + sampling.max_tokens
+        cache = decoding.growing_kv_cache(self._model.config, longest)
         draw = _Draw(batch, sampling, self._device, complete)
-        logits, mask = self._prefilled([request.prompt for request in batch], cache)
-        token = draw(logits)
-        steps = decoding.steps_of(self._model, cache, mask, sampling.max_tokens, partial(self._forward, cache))
-        while not draw.is_done:
-            kept = draw.leaving()
-            if kept is not None:
-                steps.keep(kept)
-                token = token[kept]
-            token = draw(steps(token))
+        with _plain_linear():
+            logits, mask = self._prefilled([request.prompt for request in batch], cache)
+            token = draw(logits)
+            steps = decoding.steps_of(self._model, cache, mask, sampling.max_tokens, partial(self._forward, cache))
+            while not draw.is_done:
+                kept = draw.leaving()
+                if kept is not None:
+                    steps.keep(kept)
+                    token = token[kept]
+                token = draw(steps(token))
 
     def _prefilled(self, prompts: list[tuple[int, ...]], cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Fills the cache with the prompts. A prompt that occurs several times is computed once.
@@ -120,9 +114,8 @@ class TransformersSampler(Sampler):
         distinct = list(dict.fromkeys(prompts))
         width = max(map(len, distinct))
         ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in distinct], device=self._device)
-        mask = torch.tensor(
-            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in distinct], device=self._device
-        )
+        lengths = torch.tensor(list(map(len, distinct)), device=self._device)
+        mask = (torch.arange(width, device=self._device) >= width - lengths[:, None]).long()
         logits = self._forward(cache, ids, mask, (mask.cumsum(dim=-1) - 1).clamp(min=0))
         if len(distinct) < len(prompts):
             places = {prompt: place for place, prompt in enumerate(distinct)}
@@ -135,15 +128,8 @@ class TransformersSampler(Sampler):
         self, cache: DynamicCache, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
         """The logits [b, V] after the last of the tokens [b, t], which follow the tokens in the cache."""
-        output = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            **self._last_only,
-        )
-        return output.logits[:, -1]
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        return self._model(**inputs, past_key_values=cache, use_cache=True, **self._last_only).logits[:, -1]
 
     @torch.no_grad()
     def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -176,11 +162,7 @@ def _plain_linear() -> Iterator[None]:
 class _Draw:
     """Draws the tokens of a batch step by step, and passes on each response when it ends.
 
-    Args:
-        batch: the requests.
-        sampling: temperature, nucleus and limits.
-        device: the device of the logits.
-        complete: called as `complete(index, copy, rollout)` in the step in which a response ends.
+    `device` is that of the logits. `complete` is called in the step in which a response ends.
     """
 
     def __init__(self, batch: Sequence[Request], sampling: Sampling, device: torch.device, complete: Arrived) -> None:

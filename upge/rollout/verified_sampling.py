@@ -69,10 +69,8 @@ class VerifiedSampler:
         If sampling or verification fails, pending verifications are cancelled.
 
         Args:
-            examples: the prompts; may be empty.
-            n: responses per example.
-            sampling: temperature, nucleus and limits.
-            seeds: one integer per example, as for `Sampler.sample`.
+            examples: may be empty.
+            n, sampling, seeds: as for `Sampler.sample`.
         """
         pending: dict[tuple[int, int], Future[Verdict]] = {}
 

@@ -39,11 +39,9 @@ def cpu_binding() -> str:
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    if len(cores) < (os.cpu_count() or 1) or len(cores) < ranks:
-        parts = [cores] * ranks
-    else:
-        share = len(cores) // ranks
-        parts = [cores[rank * share : (rank + 1) * share] for rank in range(ranks)]
+    assigned = len(cores) < (os.cpu_count() or 1) or len(cores) < ranks
+    share = len(cores) // ranks
+    parts = [cores if assigned else cores[rank * share : (rank + 1) * share] for rank in range(ranks)]
     return "|".join(",".join(map(str, part)) for part in parts)
 
 
@@ -95,13 +93,8 @@ def free_memory() -> int:
         resources = importlib.import_module("vllm.utils.cpu_resource_utils")
         node = resources.get_allowed_cpu_list()[0].numa_node
         return min(free, resources.get_memory_node_info(node).available_memory)
-    except (
-        ImportError,
-        AttributeError,
-        LookupError,
-        OSError,
-    ):  # another version of vLLM, which reports itself if the cache is too large
-        return free
+    except (ImportError, AttributeError, LookupError, OSError):
+        return free  # another version of vLLM, which reports itself if the cache is too large
 
 
 def ranks_uncompiled() -> None:

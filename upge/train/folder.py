@@ -23,7 +23,7 @@ BEST_FACTS = "evaluation.json"
 
 
 class RunFolder:
-    """A run's folder `path`: config.yaml, run.json, LINES, FOLDERS, checkpoints/, best/, final/. It need not exist yet."""
+    """A run's folder `path`: config.yaml, run.json, LINES, FOLDERS, checkpoints/, best/, final/. `path` may be new."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.checkpoints = path, path / "checkpoints"
