@@ -88,8 +88,7 @@ class Prompting:
             **settings: template, system, instruction and opening, as for the class.
 
         Raises:
-            ModelError: there is no tokenizer, or it has no end-of-sequence token.
-            ConfigError: as for the class.
+            ModelError: there is no tokenizer; and as for the class.
         """
         return cls(load_tokenizer(path), stop_token_ids=_generation_stops(path), **settings)
 
@@ -164,10 +163,9 @@ class Prompting:
     def _chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
 
+        options = {"add_generation_prompt": add_generation_prompt, "tokenize": False}
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt, tokenize=False
-            )
+            return self.tokenizer.apply_chat_template(messages, **options)
         except TemplateError as error:
             roles = " and ".join(message["role"] for message in messages)
             raise ConfigError(
@@ -266,9 +264,9 @@ def tokens_of(texts: Sequence[str], make: Make, tokenizer: Tokenizer, settings: 
     They are read from the cache only for equal texts, tokenizer and settings, so they always equal those of `make`.
 
     Args:
-        texts: the texts to tokenize.
-        make: tokenizes some of the texts, each independently of the others.
-        tokenizer: the tokenizer that `make` uses.
+        texts: to tokenize.
+        make: tokenizes some of the texts with `tokenizer`, each independently of the others.
+        tokenizer: of `make`.
         settings: everything else that the result depends on; its `repr` is part of the key.
     """
     key = _key(texts, tokenizer, settings) if sum(map(len, texts)) >= LEAST else None

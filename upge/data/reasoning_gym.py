@@ -10,12 +10,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 from upge.checks import check_fields
-from upge.data.splits import Problem, Splits, check_sizes, for_evaluation
+from upge.data.splits import Problem, Splits, check_sizes, even_shares, for_evaluation, interleaved
 from upge.errors import ConfigError, nearest
 
 #: Share of a task's problems on the evaluation side, by a hash of the prompt.
@@ -78,7 +77,7 @@ class ReasoningGym:
         depend: all ranks of a run and a resumed run must get the same problems.
         """
         sizes = {"train": self.train_size, "evaluation": self.evaluation_size}
-        shares = {side: _shares(size, len(self.tasks)) for side, size in sizes.items()}
+        shares = {side: even_shares(size, len(self.tasks)) for side, size in sizes.items()}
         sides: dict[str, list[list[Problem]]] = {side: [] for side in sizes}
         with _Child() as child:
             known = child.ask("tasks", True)
@@ -88,7 +87,7 @@ class ReasoningGym:
                 wanted = {side: share[number] for side, share in shares.items()}
                 for side, problems in self._task(child, name, settings, wanted).items():
                     sides[side].append(problems)
-        return Splits(tuple(_interleaved(sides["train"])), tuple(_interleaved(sides["evaluation"])))
+        return Splits(interleaved(sides["train"]), interleaved(sides["evaluation"]))
 
     def _settings(self) -> dict[str, Any]:
         """Task → settings, unchecked."""
@@ -182,12 +181,3 @@ class _Child:
         if isinstance(reply, dict) and "error" in reply:
             raise ConfigError(f"{refusal}: {reply['error']}")
         return reply
-
-
-def _shares(size: int, parts: int) -> list[int]:
-    share, rest = divmod(size, parts)
-    return [share + (part < rest) for part in range(parts)]
-
-
-def _interleaved(columns: Sequence[Sequence[Problem]]) -> list[Problem]:
-    return [problem for problem in chain.from_iterable(zip_longest(*columns)) if problem is not None]

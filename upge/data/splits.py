@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, zip_longest
 from typing import Any
 
 from upge.checks import check_fields
@@ -74,16 +75,10 @@ def for_evaluation(prompt: str, share: float) -> bool:
 
 
 def divide(problems: Sequence[Problem], share: float, name: str, fix: str) -> tuple[list[Problem], list[Problem]]:
-    """Divides problems into (training, evaluation), which keep their order.
-
-    Args:
-        problems: all problems.
-        share: approximate share of the evaluation side.
-        name: the name of the data, for messages.
-        fix: a fix for an empty side, for messages.
+    """Divides problems into (training, evaluation), which keep their order; `share` is about the evaluation side's.
 
     Raises:
-        DataError: one side is empty.
+        DataError: one side is empty; the message has the `name` of the data and the `fix`.
     """
     sides: tuple[list[Problem], list[Problem]] = ([], [])
     for problem in problems:
@@ -102,13 +97,8 @@ def check_disjoint(
 ) -> None:
     """Checks that no prompt is on both sides.
 
-    Args:
-        train, evaluation: the sides.
-        fix: a fix, for the message.
-        name: problem → text before the problem's place in the message.
-
     Raises:
-        DataError: a prompt is on both sides; the message names both places.
+        DataError: one is. The message names both places, each after `name(problem)`, and the `fix`.
     """
     seen = {normal(problem.prompt): problem for problem in train}
     for problem in evaluation:
@@ -118,6 +108,17 @@ def check_disjoint(
                 f"{name(problem)}{problem.where or problem.id}: the same question is on the training side, at "
                 f"{name(other)}{other.where or other.id}; {fix}"
             )
+
+
+def even_shares(size: int, parts: int) -> list[int]:
+    """`size` divided into `parts` numbers; if there is a remainder, the first ones are larger by one."""
+    share, rest = divmod(size, parts)
+    return [share + (part < rest) for part in range(parts)]
+
+
+def interleaved(columns: Iterable[Sequence[Problem]]) -> tuple[Problem, ...]:
+    """The first problem of every column, then the second ones, and so on."""
+    return tuple(problem for problem in chain.from_iterable(zip_longest(*columns)) if problem is not None)
 
 
 def check_sizes(train: int | None, evaluation: int | None) -> None:
@@ -135,7 +136,7 @@ def limit_levels(problems: Sequence[Problem], per_level: Mapping[str, int]) -> t
     """Takes the first problems of each level.
 
     Args:
-        problems: all problems.
+        problems: to choose from.
         per_level: level → number of problems. Other levels are left out. If it is empty, all problems are returned.
 
     Raises:

@@ -58,13 +58,10 @@ class Sample:
 
 
 class SampleFile:
-    """The samples file of a benchmark.
+    """The samples file of a benchmark at `path`, which need not exist yet.
 
     Reading ignores a last line that an interruption cut off. The first `append` removes that line. While a file is open
     for appending, no other process can append to it.
-
-    Args:
-        path: the file, which need not exist yet.
     """
 
     def __init__(self, path: str | Path) -> None:

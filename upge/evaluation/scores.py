@@ -37,11 +37,9 @@ class Outcomes:
         ids: [P] the problems' ids.
         levels: [P] the problems' levels; None if a problem has none.
         answers: [P] the problems' reference answers.
-        correct: [P, n] as in `Sample`.
-        finished: [P, n] as in `Sample`.
+        correct, finished: [P, n] as in `Sample`.
         tokens: [P, n] the lengths of the responses.
-        timeouts: the number of verifications that timed out; their samples count as wrong.
-        errors: the number of verifications that failed; their samples count as wrong.
+        timeouts, errors: the numbers of verifications that timed out and that failed; their samples count as wrong.
         commonest: the most frequent wrong answer, and its share of all responses.
     """
 
@@ -181,8 +179,7 @@ def suite_scores(
         suite: the benchmarks, in the order of display.
         groups: benchmark → the group whose average includes it, such as in or out of distribution.
         settings: benchmark → its sampling settings; scores are comparable only if these are equal.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        resamples, seed: of the bootstrap.
     """
     benchmarks = {
         one.benchmark: {
@@ -201,14 +198,9 @@ def suite_scores(
 
 
 def same_answer(commonest: Sequence[Any], problems: int) -> str | None:
-    """A sentence about a policy that gives most problems the same wrong answer, or None.
+    """A sentence about a policy that gives most problems the same wrong answer, from `Outcomes.commonest`.
 
-    Args:
-        commonest: (answer, share) as in `Outcomes`.
-        problems: the number of problems.
-
-    Returns:
-        None if the share is at most `MANY_ALIKE`, or there are fewer than `ENOUGH_PROBLEMS` problems.
+    None if the answer's share is at most `MANY_ALIKE`, or there are fewer than `ENOUGH_PROBLEMS` problems.
     """
     answer, share = commonest
     if share <= MANY_ALIKE or problems < ENOUGH_PROBLEMS:

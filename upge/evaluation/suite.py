@@ -71,8 +71,8 @@ class SuiteConfig(Settings):
         """
         chosen = {n: self._benchmark(str(n), tree) for n, tree in self.benchmarks.items() if n not in self.skip}
         if not chosen:
-            problem = f"there is none to evaluate; give some, or skip fewer ({section}.skip)"
-            raise ConfigError(problem, "suite.benchmarks")
+            fix = f"give some, or skip fewer ({section}.skip)"
+            raise ConfigError(f"there is none to evaluate; {fix}", "suite.benchmarks")
         return chosen
 
     def _benchmark(self, name: str, tree: object) -> BenchmarkConfig:
@@ -116,7 +116,7 @@ def load(suite: SuiteConfig, verifier: str = "math", limit: int = 0, section: st
     """The benchmarks that are not skipped, with their problems.
 
     Args:
-        suite: the suite to load.
+        suite: their settings.
         verifier: for benchmarks that name none.
         limit: the most problems of each benchmark; 0 = all. The choice depends on the prompts alone, so every model
             gets the same problems, and a larger limit includes the problems of a smaller one.

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from upge.models.loading import (
     ModelConfig,
@@ -18,14 +19,12 @@ from upge.models.loading import (
     choose_dtype,
     choose_max_length,
     choose_threads,
+    progress_bars_hidden,
     random_state_kept,
     read_config,
 )
 from upge.rollout import decoding
 from upge.rollout.base import Arrived, Request, Sampler, Sampling, rollout_of
-
-if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
 
 # Tokens (prompt and response, including padding) in a batch, which is the size of its cache. On a GPU, 512 rows of 512.
 TOKEN_BUDGET = {"cpu": 32768, "cuda": 262144}
@@ -250,20 +249,9 @@ def _batches(requests: Sequence[Request], max_tokens: int, budget: int) -> Itera
 
 
 def _load_model(path: str, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with random_state_kept():
-            # Any: the annotation does not know that `output_loading_info` makes it a pair.
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=dtype, output_loading_info=True
-            )
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    with progress_bars_hidden(), random_state_kept():
+        # Any: the annotation does not know that `output_loading_info` makes it a pair.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
     model, loading_info = loaded
     check_loaded(path, loading_info)
     return model.eval().requires_grad_(False).to(device)
