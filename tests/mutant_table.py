@@ -242,7 +242,7 @@ MUTANTS = (
     ),
     Mutant(
         "pass-at-k-with-replacement",
-        "upge/evaluation/passk.py",
+        "upge/evaluation/scores.py",
         "c / (n - drawn)",
         "c / n",
         ["upge/evaluation/test_passk.py::test_every_subset_is_counted"],

@@ -160,14 +160,10 @@ class _Child:
         self.process.communicate()
 
     def ask(self, request: str, argument: Any, refusal: str = "data") -> Any:  # Any: JSON values
-        """The program's reply to a request.
-
-        Args:
-            request, argument: see reasoning_gym_server.py.
-            refusal: the beginning of the message of an error.
+        """The program's reply to a request, see reasoning_gym_server.py.
 
         Raises:
-            ConfigError: the program replied with an error or has ended.
+            ConfigError: the program replied with an error or has ended; the message begins with `refusal`.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         try:

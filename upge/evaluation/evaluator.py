@@ -2,7 +2,7 @@
 
 `Evaluator` writes every sample of a benchmark to a file and continues after an interruption.
 `training_accuracy` measures accuracy during training, on all ranks and in memory. Both draw with a `VerifiedSampler`,
-and both compute pass@k with `upge.evaluation.passk`.
+and both compute pass@k with `upge.evaluation.scores`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from upge.data import Example, Prompting
 from upge.errors import DataError
-from upge.evaluation.passk import pass_at_k
 from upge.evaluation.samples import Sample, SampleFile
+from upge.evaluation.scores import pass_at_k
 from upge.evaluation.suite import Benchmark
 from upge.rollout import Sampling
 from upge.rollout.verified_sampling import PendingRollout, VerifiedSampler

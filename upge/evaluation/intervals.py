@@ -55,8 +55,7 @@ class Paired:
     Attributes:
         columns: the `Difference` (first minus second) of each column of the values.
         problems: the number of problems that both have.
-        only_first: (benchmark, id) of the problems that only the first run has; `columns` does not include them.
-        only_second: the same for the second run.
+        only_first, only_second: (benchmark, id) of the problems that only one run has; `columns` leaves them out.
     """
 
     columns: tuple[Difference, ...]
@@ -72,8 +71,7 @@ def replicates(
 
     Args:
         values: benchmark → [P, K], a row per problem; rows are resampled whole, so all columns share the resamples.
-        resamples: R.
-        seed: of the resampling.
+        resamples, seed: R, and the seed of the resampling.
 
     Raises:
         ValueError: there is no benchmark or no resample, a benchmark has no problems, the numbers of columns differ, or

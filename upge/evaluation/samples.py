@@ -29,8 +29,7 @@ class Sample:
         id: the problem's id, unique within the benchmark.
         level: the problem's difficulty level; None if it has none.
         sample: the number of the response among those to this problem, from 0.
-        prompt: the prompt.
-        answer: the problem's reference answer.
+        prompt, answer: of the problem, with its reference answer.
         response: the model's text.
         extracted: the answer that the verifier extracted from it; None if there was none.
         reward: in [0, 1].

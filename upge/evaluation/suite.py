@@ -61,10 +61,7 @@ class SuiteConfig(Settings):
                 raise ConfigError(f"no benchmark '{name}'; {nearest(str(name), self.benchmarks)}", "skip")
 
     def chosen(self, section: str = "suite") -> dict[str, BenchmarkConfig]:
-        """The settings of the benchmarks that are not skipped, in the suite's order.
-
-        Args:
-            section: the section in which the user gives `folder` and `skip`, for messages.
+        """The settings of the benchmarks that are not skipped, in the suite's order; `section` is as for `load`.
 
         Raises:
             ConfigError: a key of a benchmark is unknown or wrong, or there is no benchmark.

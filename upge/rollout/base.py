@@ -66,14 +66,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Request:
-    """One response to sample.
-
-    Attributes:
-        index: index of the prompt.
-        copy: number of the response among those to the prompt, from 0.
-        prompt: the prompt's token ids.
-        seed: the seed of this response.
-    """
+    """One response to sample: number `copy`, from 0, of those to the prompt `index`, whose token ids are `prompt`."""
 
     index: int
     copy: int
@@ -117,21 +110,19 @@ class Sampler(ABC):
 
         Args:
             prompts: token ids, one sequence per prompt; may be empty, as on a rank without work.
-            n: responses per prompt.
-            sampling: temperature, nucleus and limits.
+            n, sampling: responses per prompt, and the settings of sampling.
             seeds: one integer per prompt. A prompt's rollouts depend on its own seed and not on its place in the list.
                 So another division of the prompts among calls or ranks gives the same rollouts, up to rounding where
                 two tokens nearly tie.
-            arrived: called in this thread as `arrived(prompt_index, copy_index, rollout)` as soon as a response is
-                complete, while others are still generated. Generation waits for it, so it must be fast. An error that
-                it raises ends the call; the sampler remains usable.
+            arrived: called in this thread as soon as a response is complete, while others are still generated.
+                Generation waits for it, so it must be fast. An error that it raises ends the call; the sampler remains
+                usable.
 
         Returns:
             For each prompt, in order, its `n` rollouts.
 
         Raises:
-            UserError: a prompt is empty, contains an id outside the vocabulary, or exceeds `max_length` together with
-                `max_tokens`.
+            UserError: a prompt is empty, has an id outside the vocabulary, or exceeds `max_length` with `max_tokens`.
             ValueError: the numbers of prompts and seeds differ, or `n` is below 1.
             RuntimeError: the last `load_weights` failed.
         """

@@ -30,7 +30,6 @@ _GROWTH_TOKENS, _GROWTH_SHARE = 64, 1 / 4
 # Kinds of rotary embedding that read the values of the positions on the host, which a graph cannot record.
 _LOOKING = ("dynamic", "longrope")
 
-#: (token ids [b, t], mask, positions [b, t]) → logits [b, V] after the last token.
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -61,11 +60,10 @@ def attention(
     In the fast path the query heads that share keys are the rows of one product, so no key is repeated.
 
     Args:
-        module: the attention layer.
+        module, **others: as for transformers' attention functions.
         query: [B, heads, t, d].
         key, value: [B, kv_heads, T, d].
         attention_mask: [B, 1, t, T], or [B, heads, t, T], or None.
-        **others: as for transformers' attention functions.
 
     Returns:
         The output [B, t, heads, d], and None in place of the attention weights.
@@ -80,12 +78,7 @@ def attention(
 
 
 def growing_kv_cache(config: ModelConfig, max_length: int) -> DynamicCache:
-    """An empty cache for a model.
-
-    Args:
-        config: the model's configuration.
-        max_length: the most tokens of a prompt and its response together.
-    """
+    """An empty cache for a model; `max_length` is the most tokens of a prompt and its response together."""
     grown = DynamicCache(config=config)
     grown.layers = [GrowingLayer(max_length) if type(old) is DynamicLayer else old for old in grown.layers]
     return grown
@@ -95,10 +88,7 @@ class GrowingLayer(DynamicLayer):
     """A layer of the cache that has room for more tokens.
 
     `keys` and `values` [B, heads, T, d] are the used part of larger tensors. After `fix` they are the whole tensors,
-    and new tokens are written at a given place.
-
-    Args:
-        max_length: number of tokens beyond which the layer reserves no room in advance.
+    and new tokens are written at a given place. Beyond `max_length` tokens it reserves no room in advance.
     """
 
     # transformers declares both as optional; here they are tensors whenever they are read.
@@ -160,11 +150,11 @@ def steps_of(
     """The decoding steps of a batch whose prompts are in the cache, as a CUDA graph if the model allows it.
 
     Args:
-        model: the causal LM.
-        cache: a cache of `growing_kv_cache`.
+        model: the causal LM, which `forward` runs.
+        cache: of `growing_kv_cache`.
         mask: [B, T], 1 for the tokens of the prompts, 0 for padding.
         max_tokens: the most tokens of a response.
-        forward: runs the model.
+        forward: (token ids [b, t], mask, positions [b, t]) → logits [b, V] after the last token.
     """
     recordable = (
         mask.is_cuda
@@ -183,13 +173,7 @@ def _looks_at_positions(rope: object) -> bool:
 
 
 class Steps:
-    """Decodes one token after another for every row of a batch.
-
-    Args:
-        cache: keys and values of the prompts.
-        mask: [B, T], 1 for tokens, 0 for padding.
-        forward: runs the model.
-    """
+    """Decodes one token after another for every row of a batch; the arguments are those of `steps_of`."""
 
     def __init__(self, cache: DynamicCache, mask: torch.Tensor, forward: Forward) -> None:
         self._cache, self._mask, self._forward = cache, mask, forward
@@ -210,8 +194,6 @@ class ReplayedSteps(Steps):
 
     Every tensor keeps its address and shape. The cache has room for all tokens, and the mask hides those that are not
     written yet. The rows are part of the graph, so `keep` makes the next step record a new one.
-
-    The arguments are those of `steps_of`.
     """
 
     def __init__(self, cache: DynamicCache, mask: torch.Tensor, max_tokens: int, forward: Forward) -> None:
@@ -246,10 +228,8 @@ def record(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Records `function` as a CUDA graph, which reads and writes the same memory in every call.
 
-    Args:
-        function: a function of one tensor. It is called twice, the first time to initialise what is created at first
-            use, so a second call must have the same result.
-        example: an argument of the shape and type of all arguments.
+    It is called twice, the first time to initialise what is created at first use, so a second call must have the same
+    result. All arguments have the shape and type of `example`.
 
     Returns:
         The recorded function, or, with a warning, `function` itself if it cannot be recorded, as when it waits for the

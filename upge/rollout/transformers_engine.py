@@ -12,17 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from upge.models.loading import (
-    ModelConfig,
-    WeightTable,
-    check_loaded,
-    choose_dtype,
-    choose_max_length,
-    choose_threads,
-    progress_bars_hidden,
-    random_state_kept,
-    read_config,
-)
+from upge.models import loading
+from upge.models.loading import ModelConfig, WeightTable, random_state_kept
 from upge.rollout import decoding
 from upge.rollout.base import Arrived, Request, Sampler, Sampling, rollout_of
 
@@ -66,19 +57,19 @@ class TransformersSampler(Sampler):
         reason: str = "",
         overrides: Mapping[str, object] | None = None,
     ) -> None:
-        config = read_config(model_path, overrides)
+        config = loading.read_config(model_path, overrides)
         self._device = torch.device(device)
         self._budget = token_budget or TOKEN_BUDGET[self._device.type]
-        weights_dtype = choose_dtype(dtype, self._device.type)
+        weights_dtype = loading.choose_dtype(dtype, self._device.type)
         self._model = _load_model(str(model_path), config, weights_dtype, self._device)
         decoding.prepare(self._model)
         self._table = WeightTable.of_model(self._model)
         # Compute logits only at the last position. Those of all positions of a batch would be the largest tensor.
         has_logits_to_keep = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if has_logits_to_keep else {}
-        threads = choose_threads(threads, self._table, self._device.type)
+        threads = loading.choose_threads(threads, self._table, self._device.type)
         super().__init__(
-            max_length=choose_max_length(max_length, config),
+            max_length=loading.choose_max_length(max_length, config),
             vocabulary=config.get_text_config().vocab_size,
             reason=reason,
             threads=threads,
@@ -249,9 +240,9 @@ def _batches(requests: Sequence[Request], max_tokens: int, budget: int) -> Itera
 
 
 def _load_model(path: str, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    with progress_bars_hidden(), random_state_kept():
+    with loading.progress_bars_hidden(), random_state_kept():
         # Any: the annotation does not know that `output_loading_info` makes it a pair.
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
     model, loading_info = loaded
-    check_loaded(path, loading_info)
+    loading.check_loaded(path, loading_info)
     return model.eval().requires_grad_(False).to(device)

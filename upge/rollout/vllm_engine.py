@@ -12,16 +12,8 @@ from typing import Any
 import torch
 
 from upge.errors import ConfigError
-from upge.models.loading import (
-    ModelConfig,
-    WeightTable,
-    choose_dtype,
-    choose_max_length,
-    choose_threads,
-    override,
-    random_state_kept,
-    read_config,
-)
+from upge.models import loading
+from upge.models.loading import ModelConfig, WeightTable, random_state_kept
 from upge.rollout.base import Arrived, Request, Sampler, Sampling, rollout_of
 from upge.rollout.vllm_process import (
     cache_bytes,
@@ -78,19 +70,19 @@ class VLLMSampler(Sampler):
         reason: str = "",
         overrides: Mapping[str, object] | None = None,
     ) -> None:
-        config = read_config(model_path, overrides)
+        config = loading.read_config(model_path, overrides)
         with random_state_kept():
             self._table = WeightTable.of_config(config)
         super().__init__(
-            max_length=choose_max_length(max_length, config),
+            max_length=loading.choose_max_length(max_length, config),
             vocabulary=config.get_text_config().vocab_size,
             reason=reason,
-            threads=choose_threads(threads, self._table, device),
+            threads=loading.choose_threads(threads, self._table, device),
         )
         if not 0.0 < memory_fraction <= 1.0:
             raise ConfigError(f"rollout.memory_fraction={memory_fraction}: must be above 0 and at most 1")
         self._cpu = device == "cpu"
-        self._dtype = choose_dtype(dtype, device)
+        self._dtype = loading.choose_dtype(dtype, device)
         self._vllm = import_vllm()
         if self._cpu:
             ranks_uncompiled()
@@ -211,7 +203,7 @@ def _override_for_vllm(config: ModelConfig, overrides: Mapping[str, object]) -> 
     vLLM calls it first with a placeholder without the model's settings (`architectures == [""]`), to see whether it
     changes `model_type`, and then with the model's own configuration. The placeholder is returned unchanged.
     """
-    return config if config.architectures == [""] else override(config, overrides)
+    return config if config.architectures == [""] else loading.override(config, overrides)
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

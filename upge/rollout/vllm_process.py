@@ -69,14 +69,9 @@ def why_not_vllm(device: str) -> str | None:
 
 
 def cache_bytes(sequences: int, max_length: int, bytes_per_token: int, memory_fraction: float, block: int) -> int:
-    """Size of the cache in bytes.
+    """Size in bytes of a cache for so many sequences of `max_length` tokens, in blocks of `block` tokens.
 
-    Args:
-        sequences: number of sequences of full length that it should hold.
-        max_length: tokens of a sequence.
-        bytes_per_token: size of the keys and values of a token.
-        memory_fraction: the largest share of this rank's part of the free memory.
-        block: tokens in a block of the cache.
+    At most `memory_fraction` of this rank's part of the free memory. A token's keys and values take `bytes_per_token`.
     """
     blocks = sequences * (-(-max_length // block) + 1)
     share = free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

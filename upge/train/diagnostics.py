@@ -26,12 +26,7 @@ WINDOW = 512
 
 
 class Diagnostics(NamedTuple):
-    """What is measured in a step's first update in addition to its metrics.
-
-    Attributes:
-        top_tokens: the tokens with the largest weights.
-        term_gradients: the gradient of each term alone.
-    """
+    """What is measured in a step's first update in addition to its metrics: largest weights, gradients of the terms."""
 
     top_tokens: bool = False
     term_gradients: bool = False
@@ -93,9 +88,7 @@ def top_trajectories(
 ) -> list[TopTrajectory]:
     """The `KEPT` trajectories of each term with the largest weights on this rank.
 
-    Args:
-        observed: the weights of each of the update's estimates.
-        trajectories: of the update's batch, by row.
+    `observed` are the weights of each of the update's estimates, and `trajectories` those of its batch, by row.
     """
     terms: dict[str, list[TokenWeights]] = {}
     for weights in observed:
@@ -152,10 +145,7 @@ def token_line(
 ) -> dict[str, Any]:
     """A line of tokens/step_*.jsonl; docs/metrics.md lists its fields.
 
-    Args:
-        top: the trajectory.
-        examples: the training set.
-        decode: token ids as text, special tokens included.
+    `examples` are the training set; `decode` gives token ids as text, special tokens included.
     """
     trajectory, magnitudes = top.trajectory, [_magnitude(w) for w in top.weights]
     problem = examples[trajectory.example].problem

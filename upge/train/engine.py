@@ -35,11 +35,7 @@ _BUCKET_BYTES = 512 * 2**20
 class Engine(DeepSpeedModule):
     """The policy's weights, gradients and optimizer, partitioned over the ranks.
 
-    Args:
-        model: which model, and how it is loaded.
-        optimizer: AdamW's settings.
-        world: of the run.
-        temperature: that log-probs are computed at, as in sampling.
+    Log-probs are computed at `temperature`, as in sampling.
 
     Raises:
         ModelError: the model cannot be loaded, is not complete, or cannot run packed rows.
@@ -146,11 +142,7 @@ class CriticEngine(DeepSpeedModule):
 class ReferencePolicy:
     """The model at `model.path` without gradients or optimizer, its weights partitioned over the ranks by ZeRO-3.
 
-    Args:
-        model: which model, and how it is loaded.
-        world: of the run.
-        temperature: of the log-probs, as in training.
-        key: the setting that gave `model.path`, for messages.
+    `temperature` is that of the log-probs, as in training; `key` is the setting that gave `model.path`, for messages.
 
     Raises:
         ModelError: the model cannot be loaded, is not complete, or cannot run packed rows.
@@ -197,15 +189,10 @@ class WeightSync:
     The trainer calls `refresh` before anything is sampled and `sleep` before every update:
 
         stale or asleep -- refresh --> fresh -- sleep --> asleep
-
-    Args:
-        sampler: the inference engine.
-        policy: the model that is trained.
     """
 
     def __init__(self, sampler: Sampler, policy: Engine) -> None:
-        self.sampler, self.policy = sampler, policy
-        self.state = SamplerState.STALE
+        self.sampler, self.policy, self.state = sampler, policy, SamplerState.STALE
 
     def refresh(self) -> float:
         """Makes the sampler's weights those of the policy; returns the seconds it took, 0 if they were fresh.

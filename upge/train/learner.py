@@ -49,13 +49,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Collected:
-    """What was collected for a step.
-
-    Attributes:
-        trajectories: to learn from.
-        held_out: of held-out prompts; None unless a gate asks for them in this step.
-        metrics: of the collection of both.
-    """
+    """What was collected for a step; `held_out` is None unless a gate asks for held-out prompts in this step."""
 
     trajectories: list[Trajectory]
     held_out: list[Trajectory] | None
@@ -105,11 +99,9 @@ class Learner:
         return Memory(self.algorithm.initial_state())
 
     def collect(self, step: int, step_in_stage: int) -> Collected:
-        """The trajectories of a step, the same on every rank.
+        """The trajectories of a step, the same on every rank; both numbers count from 0.
 
-        Args:
-            step: of the run, from 0; prompts and seeds follow it.
-            step_in_stage: from 0; gates and schedules follow it.
+        Prompts and seeds follow the step of the run, and gates and schedules that of the stage.
         """
         trajectories, metrics = self.collector.collect(step)
         if self.validation is None or not self._slope_gates(step_in_stage):
@@ -129,9 +121,8 @@ class Learner:
         """Makes the step's updates, interleaved ones included.
 
         Args:
-            collected: of the step.
+            collected, rates: of the step.
             step: within the stage, from 0.
-            rates: the step's learning rates.
             memory: the algorithm's state; examples that wait for an interleaved update are added to it and taken from
                 it.
             diagnostics: what to measure in the first update.

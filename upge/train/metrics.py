@@ -68,12 +68,10 @@ class MetricSums:
 
     @staticmethod
     def of_estimate(estimate: Estimate, update: int, trajectories: Sequence[Trajectory]) -> MetricSums:
-        """What an algorithm estimated for some tokens.
+        """What an algorithm estimated for a micro-batch or for a chunk of its tokens.
 
-        Args:
-            estimate: of a micro-batch or of a chunk of its tokens.
-            update: number of the update within the step. A trajectory that two updates learn from counts twice.
-            trajectories: of the update's batch, by row.
+        `update` is the update's number within the step: a trajectory that two updates learn from counts twice.
+        `trajectories` are those of the update's batch, by row.
         """
         records = {}
         for name, record in estimate.records.items():
@@ -277,13 +275,7 @@ class Recorder:
         return Diagnostics(*(every > 0 and (edge or step % every == 0) for every in periods))
 
     def record(self, metrics: Mapping[str, float], active: ActiveTrajectories, tops: Sequence[TopTrajectory]) -> None:
-        """Writes the lines of a step.
-
-        Args:
-            metrics: the step's line of metrics.jsonl.
-            active: the step's trajectories, and which of them its updates learned from.
-            tops: those of all ranks.
-        """
+        """Writes the lines of a step: `metrics` is its line of metrics.jsonl, and `tops` are those of all ranks."""
         step = int(metrics["step"])
         self.folder.append("metrics.jsonl", metrics)
         self.folder.append("prompts.jsonl", *({"step": step, **line} for line in active.prompt_lines(self.examples)))

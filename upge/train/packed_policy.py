@@ -30,16 +30,12 @@ class LogprobHead(nn.Module):
 
     Under ZeRO-3 the output embedding is gathered for this module: reading the parameter in its forward makes it an
     external parameter of the module, which is gathered again before the head's backward and released right after.
-
-    Args:
-        output: the output embedding.
-        chunk_size: tokens whose logits exist at the same time; default by device and vocabulary.
+    `chunk_size` is as for `PackedPolicy`.
     """
 
     def __init__(self, output: nn.Module, chunk_size: int | None = None) -> None:
         super().__init__()
-        self._output = (output,)
-        self.chunk_size = chunk_size
+        self._output, self.chunk_size = (output,), chunk_size
 
     def forward(
         self,

@@ -92,7 +92,7 @@ class BatchFiller:
         """The step's batch with the columns that are read before the forward pass.
 
         Args:
-            trajectories: of the step, the same on every rank.
+            trajectories: the same on every rank.
             step: within the stage, from 0, for schedules.
             state: the value of each stateful gate's variable.
         """
@@ -102,13 +102,10 @@ class BatchFiller:
         return self._with_columns(batch, rows, self.needs.precomputed) if rows else batch
 
     def complete(self, batch: StepBatch, plan: Plan, behavior: bool) -> StepBatch:
-        """The batch of an update with all columns that the plan reads.
+        """The batch of an update with all columns that the plan of its rows reads.
 
-        Args:
-            batch: of the update.
-            plan: of the same rows.
-            behavior: fill `behavior_logprobs` with the current policy's log-probs. False for the update in which the
-                policy is still the one that sampled.
+        `behavior` fills `behavior_logprobs` with the current policy's log-probs. It is False for the update in which
+        the policy is still the one that sampled.
         """
         for name in sorted(self.late_columns - (set() if behavior else {_BEHAVIOR})):
             batch = self._with_columns(batch, _rows(plan.reading(name)), {name})

@@ -54,17 +54,12 @@ class Parts:
     """The parts of a run; each can be used alone.
 
     Attributes:
-        config: every setting.
         algorithm: or a pipeline of several.
         train: the training set.
         weights: the share of the prompts that each source of a mixture gets; empty without a mixture.
         prompting: tokenizer, template and stop tokens.
-        models: the policy, and a critic and a reference policy if the algorithm needs them.
-        sampler: samples and verifies.
         evaluate: measures the accuracy of the sampler's weights: `upge.evaluation.evaluator.training_accuracy`. All
             ranks call it, and it returns the same on each.
-        folder: of the run.
-        world: of the run.
     """
 
     config: RunConfig
@@ -83,7 +78,7 @@ class Trainer:
     """Runs the steps of a run and leaves its folder complete.
 
     Args:
-        parts: model, data, engines and folder.
+        parts: of the run.
         report_step: called on the main rank with the step's metrics, for progress.
         report_evaluation: called on the main rank with each evaluation.
     """

@@ -74,13 +74,7 @@ class ForwardPass(NamedTuple):
 
 @dataclass(frozen=True)
 class PolicyPasses:
-    """What the micro-batches of one policy update gave on this rank.
-
-    Attributes:
-        sums: what metrics are computed from, in order.
-        logprobs: of the trajectories, by row.
-        tops: trajectories with the largest token weights, if they were asked for.
-    """
+    """What the micro-batches of one policy update gave on this rank; `tops` only if they were asked for."""
 
     sums: list[MetricSums]
     logprobs: list[RowValues]
