@@ -93,7 +93,8 @@ def intervals(
     Raises:
         ValueError: as for `replicates`, or `confidence` is not between 0 and 1.
     """
-    return _percentiles(_mean(values), replicates(values, resamples, seed), confidence)
+    drawn = replicates(values, resamples, seed)
+    return _percentiles(_mean(values), drawn, confidence)
 
 
 def paired(

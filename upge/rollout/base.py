@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from upge.errors import ConfigError, UserError
-from upge.models.loading import random_state_kept
+from upge.models.loading import ModelConfig, WeightTable, choose_max_length, choose_threads, random_state_kept
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,12 @@ class Sampler(ABC):
 
     name: str
 
-    def __init__(self, *, max_length: int, vocabulary: int, reason: str = "", threads: int | None = None) -> None:
-        self.max_length, self.vocabulary, self.reason, self.threads = max_length, vocabulary, reason, threads
-        self._usable = True
+    def __init__(
+        self, config: ModelConfig, table: WeightTable, length: int | None, threads: int | None, device: str, reason: str
+    ) -> None:
+        self.max_length, self.vocabulary = choose_max_length(length, config), config.get_text_config().vocab_size
+        self.threads, self.reason = choose_threads(threads, table, device), reason
+        self._table, self._usable = table, True
 
     def sample(
         self,

@@ -63,17 +63,11 @@ class TransformersSampler(Sampler):
         weights_dtype = loading.choose_dtype(dtype, self._device.type)
         self._model = _load_model(str(model_path), config, weights_dtype, self._device)
         decoding.prepare(self._model)
-        self._table = WeightTable.of_model(self._model)
         # Compute logits only at the last position. Those of all positions of a batch would be the largest tensor.
         has_logits_to_keep = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if has_logits_to_keep else {}
-        threads = loading.choose_threads(threads, self._table, self._device.type)
-        super().__init__(
-            max_length=loading.choose_max_length(max_length, config),
-            vocabulary=config.get_text_config().vocab_size,
-            reason=reason,
-            threads=threads,
-        )
+        table = WeightTable.of_model(self._model)
+        super().__init__(config, table, max_length, threads, self._device.type, reason)
 
     def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived) -> None:
         for batch in _batches(requests, sampling.max_tokens, self._budget):

@@ -72,13 +72,8 @@ class VLLMSampler(Sampler):
     ) -> None:
         config = loading.read_config(model_path, overrides)
         with random_state_kept():
-            self._table = WeightTable.of_config(config)
-        super().__init__(
-            max_length=loading.choose_max_length(max_length, config),
-            vocabulary=config.get_text_config().vocab_size,
-            reason=reason,
-            threads=loading.choose_threads(threads, self._table, device),
-        )
+            table = WeightTable.of_config(config)
+        super().__init__(config, table, max_length, threads, device, reason)
         if not 0.0 < memory_fraction <= 1.0:
             raise ConfigError(f"rollout.memory_fraction={memory_fraction}: must be above 0 and at most 1")
         self._cpu = device == "cpu"
