@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -33,8 +33,6 @@ from upge.train.sample import Trajectory, assemble
 from upge.train.step_batch import BatchFiller, RowValues, StepBatch, update_rows
 from upge.trajectories import Trajectories
 from upge.views import PackedTokens
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -207,7 +205,8 @@ class Updater:
             sums.append(MetricSums.of_tokens(tokens, len(rows), micro_batch.packed.input_ids.numel()))
             if number == 1:
                 sums.append(MetricSums.of_sampler_gap(tokens, micro_batch.of_rollouts))
-            logprobs.append((rows, micro_batch.packed.pad(_given(tokens.logprobs)).float().cpu()))
+            assert tokens.logprobs is not None
+            logprobs.append((rows, micro_batch.packed.pad(tokens.logprobs).float().cpu()))
         return PolicyPasses(sums, logprobs, top_trajectories(weights, trajectories))
 
     def gradient(self, batch: StepBatch, plans: Sequence[tuple[float, Plan]]) -> list[Tensor]:
@@ -264,8 +263,9 @@ class Updater:
         logprobs, entropies = self.engine.logprobs(packed, entropy=True)
         if not chosen:
             return []
+        assert entropies is not None
         micro_batch = MicroBatch(assemble(chosen, batch.columns.step), [0], packed)
-        tokens = micro_batch.with_forward(logprobs, _given(entropies))
+        tokens = micro_batch.with_forward(logprobs, entropies)
         return [MetricSums.of_sampler_gap(tokens, micro_batch.of_rollouts)]
 
 
@@ -280,8 +280,3 @@ def _coefficients(updates: Sequence[Update]) -> dict[str, float]:
             values = torch.cat([gate.values for gate in gates])
             metrics[f"{name}/coefficient"] = term.coefficient * float(values[of_source].mean())
     return metrics
-
-
-def _given(value: _T | None) -> _T:
-    assert value is not None
-    return value
