@@ -48,7 +48,7 @@ def train(job: dict[str, Any], connection: Connection) -> None:
             train_dataset=_prompts(loaded),
             processing_class=loaded.prepared.prompting.tokenizer,
         )
-        if job["engine"] == "vllm-mended":
+        if job["engine"] == "vllm-patched":
             _fix_weight_sync(trainer)
         assert set(trainer.eos_token_ids) == set(loaded.prepared.prompting.stop_token_ids)
         control = StepControl(connection, lambda: evaluator(trainer.model.named_parameters()), trainer.compared)
@@ -169,7 +169,7 @@ def _engine(name: str, job: Job) -> dict[str, Any]:
         "generation_kwargs": {"stop_token_ids": list(job.prepared.prompting.stop_token_ids)},
     }
     engines = {"generate": {}, "continuous": {"use_transformers_continuous_batching": True}}
-    return {**engines, "vllm": vllm, "vllm-mended": vllm}[name]
+    return {**engines, "vllm": vllm, "vllm-patched": vllm}[name]
 
 
 def _model(job: Job) -> nn.Module:
