@@ -143,7 +143,7 @@ def _limited(
     Returns:
         The token ids of each text, None for a dropped one, and the set of those that were too long.
     """
-    encoded = encoder.response_arrays([text for _, text in texts])
+    encoded = prompting.response_arrays([text for _, text in texts])
     long = {i for i, ids in enumerate(encoded) if len(ids) > limit}
     if long and policy == "error":
         worst = max(sorted(long), key=lambda i: len(encoded[i]))

@@ -61,8 +61,8 @@ class MetricSums:
                 records.setdefault(name, []).extend(one)
             for name, value in part.penalties.items():
                 penalties[name] = penalties.get(name, 0.0) + value
-        numbers = [f for f in fields(MetricSums) if f.name not in ("records", "penalties", "gap_max")]
-        sums: dict[str, Any] = {f.name: sum((getattr(part, f.name) for part in parts), f.default) for f in numbers}
+        zero, numbers = MetricSums(), {f.name for f in fields(MetricSums)} - {"records", "penalties", "gap_max"}
+        sums: dict[str, Any] = {n: sum((getattr(part, n) for part in parts), getattr(zero, n)) for n in numbers}
         largest = max((part.gap_max for part in parts), default=0.0)
         return MetricSums(records=records, penalties=penalties, gap_max=largest, **sums)
 
