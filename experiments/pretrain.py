@@ -32,7 +32,7 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2T
 
 from experiments.grid import markdown_table
 from upge.data.arithmetic import Arithmetic, draw, parse_level, question, side, worked_solution
-from upge.data.problem import Problem
+from upge.data.splits import Problem
 
 #: Level → share of the pre-training problems.
 MIXTURE = {

@@ -37,7 +37,7 @@ class Settings:
         algorithms: our algorithms to measure.
         prompts, group: prompts of a step, responses to each.
         problems, samples: problems of an evaluation, samples of each.
-        trl: how TRL samples: generate, continuous or vllm-mended (with fixed weight sync).
+        trl: how TRL samples: generate, continuous or vllm-patched (with fixed weight sync).
         trl_lr: TRL's learning rate; 0 = ours.
         batch: rows of TRL's micro-batches.
         threads: OpenMP threads of each trainer.

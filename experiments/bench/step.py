@@ -40,7 +40,7 @@ class Settings:
         prompts, batch: for the tiny model, prompts of a step and rows of TRL's micro-batches.
         real_prompts, real_batch, real_tokens: the same for SmolLM2-135M, and its longest response.
         group: responses to a prompt.
-        trl: TRL's ways to sample: generate, continuous, vllm, vllm-mended (with fixed weight sync).
+        trl: TRL's ways to sample: generate, continuous, vllm, vllm-patched (with fixed weight sync).
         checksum: whether rewards in all steps are a checksum of the text, so that nearly every group has a signal.
         threads: OpenMP threads of each trainer; 0 = one for the tiny model, every core for SmolLM2-135M.
     """
@@ -55,7 +55,7 @@ class Settings:
     real_batch: int = 8
     real_tokens: int = 256
     group: int = 8
-    trl: str = "generate,vllm,vllm-mended"
+    trl: str = "generate,vllm,vllm-patched"
     checksum: bool = False
     threads: int = 0
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 from experiments.compare.tables import Scores
 from experiments.drawing import dress, in_figure, save
 from upge.evaluation.intervals import Interval, intervals
-from upge.evaluation.passk import powers_of_two
+from upge.evaluation.scores import powers_of_two
 
 COLORS = ("#0072b2", "#c95000", "#00805a", "#a6478b", "#8a6a00", "#2a8fc7", "#5a5f66")
 _MARKERS = "osD^vPX"

@@ -109,10 +109,8 @@ def train(composed: Any, prepared: Any, world: World) -> int:
 def _models(composed: Any, world: World) -> Any:
     """The policy, and a critic and a reference policy if the algorithm needs them."""
     from upge.pipeline import Pipeline
-    from upge.train.critic import CriticEngine
-    from upge.train.engine import Engine
+    from upge.train.engine import CriticEngine, Engine, ReferencePolicy
     from upge.train.learner import Models
-    from upge.train.reference_policy import ReferencePolicy
 
     config, stages = composed.config, Pipeline.of(composed.algorithm).stages.values()
     policy = Engine(config.model, config.optimizer, world, config.rollout.temperature)

@@ -24,7 +24,7 @@ from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import Sweep
 from upge.errors import UserError
 from upge.evaluation.intervals import Interval, t_interval
-from upge.evaluation.passk import powers_of_two
+from upge.evaluation.scores import powers_of_two
 
 TEMPLATES = Path(__file__).parent
 

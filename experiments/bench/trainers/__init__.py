@@ -27,7 +27,7 @@ ENGINES = {
     "generate": "TRL, `generate`",
     "continuous": "TRL, continuous batching",
     "vllm": "TRL, vLLM",
-    "vllm-mended": "TRL, vLLM mended",
+    "vllm-patched": "TRL, vLLM patched",
 }
 #: TRL uses 1e-4; our default is 1e-6. With rewards of 0 and 1 the difference is only in the last digits.
 EPSILON = "algo.terms.rl.estimator.advantage.epsilon=1e-4"

@@ -25,8 +25,9 @@ from experiments.run.prepare import Prepared, prepare, with_local_models
 from upge import rollout
 from upge.evaluation.evaluator import training_accuracy
 from upge.rollout.verified_sampling import VerifiedSampler
+from upge.train.deepspeed_module import StepResult
 from upge.train.distributed import World, connect
-from upge.train.engine import Engine, StepResult
+from upge.train.engine import Engine
 from upge.train.learner import Models
 from upge.train.trainer import Parts, Trainer
 from upge.verify import Item, Verdict, VerifierPool

@@ -47,7 +47,7 @@ def train(job: dict[str, Any], connection: Connection) -> None:
             train_dataset=_prompts(loaded),
             processing_class=loaded.prepared.prompting.tokenizer,
         )
-        if job["engine"] == "vllm-mended":
+        if job["engine"] == "vllm-patched":
             _fix_weight_sync(trainer)
         assert set(trainer.eos_token_ids) == set(loaded.prepared.prompting.stop_token_ids)
         control = StepControl(connection, lambda: evaluator(trainer.model.named_parameters()), trainer.compared)

@@ -96,7 +96,7 @@ def test_all_must_start_alike_and_below_the_target() -> None:
         ({"every": 0}, "every: found 0"),
         ({"seeds": 0}, "seeds: found 0"),
         ({"batch": 3}, "batch: 3 does not divide the 128 responses"),
-        ({"trl": "vllm-mende"}, "did you mean 'vllm-mended'"),
+        ({"trl": "vllm-patche"}, "did you mean 'vllm-patched'"),
     ],
 )
 def test_bad_settings_are_told(settings: dict, message: str) -> None:

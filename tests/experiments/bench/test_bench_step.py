@@ -84,10 +84,10 @@ def test_rewards_by_checksum_are_mixed_and_always_the_same() -> None:
 
 
 def test_tokens_per_second_are_compared_pair_by_pair() -> None:
-    stage = Stage(ours=trainer(300), generate=trainer(100), vllm_mended=trainer(150))
-    made = step.run(step.Settings(trl="generate,vllm-mended", prompts=4, batch=8), stage)
+    stage = Stage(ours=trainer(300), generate=trainer(100), vllm_patched=trainer(150))
+    made = step.run(step.Settings(trl="generate,vllm-patched", prompts=4, batch=8), stage)
     rows = [line.split(" | ") for line in made.splitlines() if line.startswith("| tiny")]
-    assert [cells[1] for cells in rows] == [step.US, "TRL, `generate`", "TRL, vLLM mended"] and rows[0][3] == "1"
+    assert [cells[1] for cells in rows] == [step.US, "TRL, `generate`", "TRL, vLLM patched"] and rows[0][3] == "1"
     assert "differ by 1.0e-06 (TRL, `generate`)" in made and "25% had no signal" in made
     assert made.count("Goal for tiny, arithmetic against") == 2
     ours, generate = stage.children[0][1], stage.children[1][1]
