@@ -18,9 +18,8 @@ from upge.errors import ConfigError, nearest
 from upge.gates import Gate
 from upge.instantiate import TARGET, build
 from upge.pipeline import Pipeline, Stage
-from upge.regularizers import Regularizer
+from upge.regularizers import Regularizer, ValueLoss
 from upge.term import Term
-from upge.value import ValueLoss
 
 #: `name` is a key of inlined algorithms: `algorithms.inline` writes it.
 _COMMON = {"name", "description"}

@@ -24,11 +24,10 @@ from upge.formula import render
 from upge.gates import Gate
 from upge.needs import Needs, check_columns, needs_of
 from upge.plan import Plan, plan_updates
-from upge.regularizers import Regularizer
+from upge.regularizers import Regularizer, ValueLoss
 from upge.stateful import UTILITY_SLOPE, StatefulGate, stateful_gates
 from upge.term import Term
 from upge.trajectories import Source, Trajectories
-from upge.value import ValueLoss
 from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS
 
 _Weighted = TypeVar("_Weighted", Term, Regularizer)

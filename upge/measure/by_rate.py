@@ -1,6 +1,6 @@
 """Metrics of single prompts: by pass rate, and by the number of successes in their group, which gates depend on.
 
-Legend: q prompts of a bin; M, R, H and k as in `upge.measure.pool` and `upge.measure.statistics`.
+Legend: q prompts of a bin; M as in `upge.measure.pool`; R, H and k as in `upge.measure.metrics`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upge.measure.metrics import Metrics, Sample, cosine_with, metrics, without_rounding
+from upge.measure.metrics import (
+    Estimated,
+    Metrics,
+    Sample,
+    cosine_with,
+    gram,
+    jackknife,
+    metrics,
+    within,
+    without_rounding,
+)
 from upge.measure.pool import Pool
-from upge.measure.statistics import Estimated, gram, jackknife, within
 
 #: The edges of the pass-rate bins; pass rates of exactly 0 and 1 have bins of their own.
 _ENDS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -1,6 +1,10 @@
 """The measurements of algorithms on one pool: of each as a whole, of each part, and of one relative to another.
 
-Legend: M, R and H as in `upge.measure.pool`; b batches; k numbers of a gradient's sketch.
+`exact` gives the exact mean and power of an estimator on a policy so small that every batch can be enumerated.
+Measurements on a sample of these batches must agree with it within their intervals.
+
+Legend: M, R and H as in `upge.measure.pool`; b batches of B trajectories with T tokens; k numbers of a gradient's
+sketch; D = P·V numbers of a gradient with respect to a table of P prefixes and V tokens.
 """
 
 from __future__ import annotations
@@ -17,10 +21,10 @@ from torch import Tensor
 
 from upge.algorithm import Algorithm
 from upge.measure.by_rate import AtCount, AtRate, Bin, at_counts, at_rates
-from upge.measure.contributions import Directions, Entries, Estimator
-from upge.measure.metrics import Metrics, Sample, cosine_of, cosine_with, metrics
+from upge.measure.contributions import Directions, Entries, Estimator, slopes
+from upge.measure.metrics import Estimated, Metrics, Sample, cosine_of, cosine_with, metrics
 from upge.measure.pool import Pool
-from upge.measure.statistics import Estimated
+from upge.theory.draws import Evaluator, Row, Setting, all_groups, check
 
 #: Two estimators whose estimates have at least this cosine are the same up to scale.
 _SAME = 1 - 1e-6
@@ -222,3 +226,58 @@ def thresholds(algorithm: Algorithm, group_size: int) -> dict[float, Algorithm]:
             terms[name] = dataclasses.replace(term, gate=gate)
         algorithms[count / group_size] = dataclasses.replace(algorithm, terms=terms)
     return algorithms
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The exact moments of the estimate g of an algorithm, or of a part of it.
+
+    Attributes:
+        mean: [D] E g.
+        power: E‖g‖².
+    """
+
+    mean: Float[Tensor, "D"]
+    power: float
+
+
+def exact(algorithm: Algorithm, setting: Setting, *, group_size: int = 3, demonstrations: int = 1) -> dict[str, Exact]:
+    """Mean and power of the estimate on a batch of one prompt, over every such batch, weighted by its probability.
+
+    Args:
+        algorithm: the algorithm.
+        setting: the policies, the reward and the values that batches are made from.
+        group_size, demonstrations: trajectories of each kind per batch, drawn independently.
+
+    Returns:
+        '' → of the whole algorithm, and name of a part → of that part.
+
+    Raises:
+        ConfigError: the setting lacks something that the algorithm reads or learns from.
+    """
+    check(algorithm, setting, group_size, demonstrations)
+    groups, _ = all_groups(algorithm, setting, group_size, demonstrations)
+    evaluator = Evaluator(algorithm, setting)
+    means: dict[str, Tensor] = {}
+    powers: dict[str, float] = {}
+    for rows, probability in groups:
+        parts = estimates(evaluator, rows)
+        whole = sum(parts.values(), torch.zeros(()))
+        for name, estimate in ({"": whole} | parts).items():
+            means[name] = means.get(name, torch.zeros_like(estimate)) + probability * estimate
+            powers[name] = powers.get(name, 0.0) + probability * float(estimate.square().sum())
+    return {name: Exact(mean, powers[name]) for name, mean in means.items()}
+
+
+def estimates(evaluator: Evaluator, rows: tuple[Row, ...]) -> dict[str, Float[Tensor, "D"]]:
+    """Each part's estimate on the batch of one group, as a gradient with respect to the policy's table."""
+    batch = evaluator.batch([rows])
+    batch = dataclasses.replace(batch, state=evaluator.algorithm.initial_state())
+    number = torch.tensor([row[0] for row in rows])
+    gradients: dict[str, Tensor] = {}
+    for name, slope in slopes(evaluator.algorithm, batch).items():
+        gradient = torch.einsum("bt,btpv->pv", slope.by_logprobs, evaluator.scores[number])
+        if slope.by_entropies is not None:
+            gradient = gradient + torch.einsum("bt,btpv->pv", slope.by_entropies, evaluator.entropy_scores[number])
+        gradients[name] = gradient.flatten()
+    return gradients

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from upge.verify.loading import BUILT_IN
+from upge.verify.base import BUILT_IN
 from upge.verify.worker import FORK, KILL, PID, QUIT
 
 START_LIMIT = 300.0

@@ -21,7 +21,7 @@ from sympy import Expr, Symbol
 from torch import Tensor
 
 from upge.algorithm import Algorithm
-from upge.theory.symbolic import advantages, denominators, masks, weights  # noqa: F401  (they register rules)
+from upge.theory.symbolic import advantages, ratios, weights  # noqa: F401  (they register rules)
 from upge.theory.symbolic.algebra import gradient, is_zero
 from upge.theory.symbolic.gaps import bound_of, levels_between
 from upge.theory.symbolic.rules import Tokens, evaluate
