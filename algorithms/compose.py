@@ -43,11 +43,6 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 def compose(node: DictConfig | Mapping[str, Any], name: str, path: str = "algo") -> Algorithm | Pipeline:
     """Build the `Algorithm` that a configuration describes, or the `Pipeline` if it has `stages`, with its corrections.
 
-    Args:
-        node: the configuration.
-        name: the name of the algorithm.
-        path: the key of `node`, for messages.
-
     Raises:
         ConfigError: a key is unknown, a value has the wrong type or is impossible, or a correction does not apply. The
             message names the key or gives the reason.

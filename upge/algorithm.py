@@ -219,7 +219,6 @@ class Algorithm:
             group_size: rollouts per prompt.
             demonstrations: number of prompts with a demonstration; None = not known yet.
             provided: the columns beyond rewards and masks that the caller can fill. `values` follow from `critic`.
-            path: the key of this algorithm, for messages.
 
         Raises:
             ConfigError: the run cannot; the message names the key, the value and the fix.
@@ -249,11 +248,7 @@ class Algorithm:
             )
 
     def plan(self, batch: Trajectories) -> Plan:
-        """Everything that is known before the forward pass.
-
-        Args:
-            batch: the whole batch. Its `logprobs` may be None.
-        """
+        """Everything that is known before the forward pass, on the whole batch. Its `logprobs` may be None."""
         return self.plans(batch, [None])[0]
 
     def plans(self, batch: Trajectories, updates: Sequence[Int[Tensor, "b"] | None]) -> list[Plan]:
@@ -263,7 +258,6 @@ class Algorithm:
         depend on how the batch is split into updates. Divisors are counts over an update's own rows.
 
         Args:
-            batch: the whole batch.
             updates: for each update, the rows of `batch` that it learns from; None = all.
         """
         penalties = _weighted(self.regularizers)
@@ -274,11 +268,7 @@ class Algorithm:
         return self.plan(batch).estimate(batch)
 
     def formula(self, style: str = "text") -> str:
-        """The algorithm's formula, a sum of products.
-
-        Args:
-            style: 'text' or 'latex'.
-        """
+        """The algorithm's formula, a sum of products, as 'text' or 'latex'."""
         terms = {name: term.formula() for name, term in self.terms.items()}
         return render(terms, {name: one.formula() for name, one in self.regularizers.items()}, style)
 

@@ -112,7 +112,6 @@ def from_tree(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:
     Args:
         cls: a dataclass whose fields are made by `key` and `section`.
         tree: its settings; missing ones get their defaults.
-        path: the key of `tree` itself, for messages.
 
     Raises:
         ConfigError: a key is unknown (the message gives the nearest known one), or a value has the wrong type or is
@@ -161,12 +160,7 @@ def meanings(cls: type, path: str = "") -> list[tuple[str, Any, str]]:
 
 
 def plain(node: DictConfig, resolve: bool = False) -> dict[str, Any]:
-    """An OmegaConf tree as nested dictionaries and lists.
-
-    Args:
-        node: the tree.
-        resolve: True = replace interpolations by their values; False = keep their text.
-    """
+    """An OmegaConf tree as nested dictionaries and lists; `resolve` replaces interpolations by their values."""
     return cast("dict[str, Any]", OmegaConf.to_container(node, resolve=resolve))
 
 

@@ -35,12 +35,7 @@ def times(factors: Sequence[Formula]) -> Formula:
 
 
 def render(terms: Mapping[str, Formula], regularizers: Mapping[str, Formula], style: str) -> str:
-    """∇J, with one line per term and regularizer in text.
-
-    Args:
-        terms: name → formula.
-        regularizers: name → formula, which begins with its sign.
-        style: 'text' or 'latex'.
+    """∇J as 'text', with one line per term and regularizer, or as 'latex'.
 
     Raises:
         ConfigError: `style` is neither.

@@ -146,11 +146,7 @@ class Pipeline:
         return self.only.estimate(batch)
 
     def formula(self, style: str = "text") -> str:
-        """The stages' formulas, each under its stage's name.
-
-        Args:
-            style: 'text' or 'latex'.
-        """
+        """The stages' formulas as 'text' or 'latex', each under its stage's name."""
         if style == "latex":
             return r" \\ ".join(
                 rf"\text{{{name}: }} {stage.algorithm.formula(style)}" for name, stage in self.stages.items()

@@ -35,12 +35,7 @@ class Reduction(Component):
 
     @abstractmethod
     def __call__(self, batch: View, active: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
-        """[B, T] the weight of each token, in float64; 0 outside the active trajectories.
-
-        Args:
-            batch: the whole batch.
-            active: [B] True for the trajectories that count.
-        """
+        """[B, T] the weight of each token, in float64: 0 outside `active`, the trajectories that count."""
 
 
 def _spread(per_trajectory: Tensor, batch: TrajectoryView, active: Tensor) -> Tensor:

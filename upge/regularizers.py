@@ -142,25 +142,14 @@ class ValueLoss(Component):
         return self.returns(self.returns.view(batch)).detach() + batch.values.double()
 
     def weights(self, batch: TrajectoryView, active: Tensor) -> Float[Tensor, "B T"]:
-        """[B, T] coefficient·w.
-
-        Args:
-            batch: the whole batch.
-            active: [B] True for the trajectories that count; demonstrations among them are left out.
-        """
+        """[B, T] coefficient·w over the active trajectories; demonstrations among them are left out."""
         rows = active & ~batch.is_demonstration
         return self.coefficient * self.reduction(self.reduction.view(batch), rows)
 
     def __call__(
         self, values: Float[Tensor, "B T"], old: Float[Tensor, "B T"], targets: Float[Tensor, "B T"]
     ) -> Float[Tensor, "B T"]:
-        """[B, T] the loss of each token, before it is multiplied by `weights`.
-
-        Args:
-            values: the critic's values, with gradient.
-            old: the values before the step's updates.
-            targets: the returns.
-        """
+        """[B, T] the loss before it is multiplied by `weights`; `old` are the values before the step's updates."""
         error = (values - targets).square()
         if self.clip is not None:
             near = torch.minimum(torch.maximum(values, old - self.clip), old + self.clip)

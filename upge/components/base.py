@@ -110,9 +110,6 @@ class Component(ABC):
         """This part with every wrapped part that is not live replaced by its values.
 
         The result can be evaluated on any micro-batch of `batch`.
-
-        Args:
-            batch: the whole batch.
         """
         changes: dict[str, Any] = {}
         for field in _fields(self):
@@ -166,12 +163,7 @@ class StabilizationMask(Component):
 
     @abstractmethod
     def __call__(self, batch: View, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """A number in [0, 1] per token.
-
-        Args:
-            batch: a view with the declared columns.
-            advantages: Â per token.
-        """
+        """A number in [0, 1] per token, from a view with the declared columns and Â per token."""
 
     @property
     def is_precomputed(self) -> bool:
@@ -250,11 +242,9 @@ def live_reads(part: Component) -> frozenset[str]:
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with `change` applied to every precomputed tensor in it.
+    """`value`, a part or an object made of parts, with `change` applied to every precomputed tensor in it.
 
-    Args:
-        value: a part, or an object made of parts. A tensor that is a setting of a part is not changed.
-        change: the function from the old to the new tensor.
+    A tensor that is a setting of a part is not changed.
     """
     if isinstance(value, Precomputed):
         return Precomputed(change(value.values))
@@ -275,12 +265,9 @@ def walk(part: Component, path: str) -> Iterator[tuple[str, Component]]:
 
 
 def rewritten(value: Any, change: Callable[[Component], Component]) -> Any:
-    """`value` with `change` applied to every part in it.
+    """`value`, a part or a setting that may contain parts, with `change` applied to every part in it.
 
-    Args:
-        value: a part, or a setting that may contain parts.
-        change: the function from the old to the new part. If it returns a part unchanged, it is applied to the parts
-            inside it.
+    If `change` returns a part unchanged, it is applied to the parts inside it.
     """
     if isinstance(value, tuple):
         return tuple(rewritten(item, change) for item in _members(value))

@@ -98,10 +98,7 @@ def bins_of(pass_rates: Float[Tensor, "M"]) -> list[Bin]:
 def at_rates(single: Float[Tensor, "M R k"], bins: Sequence[Bin], true: Float[Tensor, "M H k"]) -> Iterable[AtRate]:
     """The metrics of each bin in which some prompt contributes.
 
-    Args:
-        single: [M, R, k] the contribution of each prompt in each round.
-        bins: the bins of prompts.
-        true: [M, H, k] independent estimates of each prompt's true gradient.
+    `single` are the contributions of prompts in rounds, `true` independent estimates of each prompt's true gradient.
     """
     rounds = single.shape[1]
     for one in bins:
@@ -151,10 +148,7 @@ def _prompt_snr(mine: Float[Tensor, "q R k"]) -> Estimated:
 def at_counts(pool: Pool, single: Float[Tensor, "M R k"], pooled: Float[Tensor, "H k"]) -> Iterable[AtCount]:
     """The metrics of the groups with each number of successes.
 
-    Args:
-        pool: the sample.
-        single: [M, R, k] the contribution of each prompt in each round.
-        pooled: [H, k] independent estimates of the pool's true gradient.
+    `single` are the contributions of prompts in rounds, `pooled` independent estimates of the pool's true gradient.
     """
     successes = pool.successes
     for count in range(pool.group_size + 1):

@@ -106,23 +106,9 @@ def batch_estimates(pool: Pool, contributions: Float[Tensor, "M R k"]) -> tuple[
 
 
 def measured(
-    pool: Pool,
-    estimator: Estimator,
-    part: str,
-    contributions: Float[Tensor, "M R k"],
-    bins: Sequence[Bin],
-    to: Targets,
+    pool: Pool, estimator: Estimator, part: str, contributions: Float[Tensor, "M R k"], bins: Sequence[Bin], to: Targets
 ) -> Measured:
-    """Measures an estimator, or a part of it.
-
-    Args:
-        pool: the sample.
-        estimator: the algorithm on the pool.
-        part: the part to measure; '' = the whole.
-        contributions: [M, R, k] of what is measured.
-        bins: prompts by pass rate.
-        to: the gradients to compare with.
-    """
+    """Measures an estimator, or one part of it ('' = the whole), by the contributions of what is measured."""
     sources = dict.fromkeys(estimator.sources.values())
     several = len(estimator.parts) > 1
     overall = batch_sample(pool, contributions)
@@ -147,14 +133,7 @@ def _one_per_round(estimates: Float[Tensor, "R k"]) -> Sample:
 
 
 def conflict(pool: Pool, estimator: Estimator, gradients: Float[Tensor, "g k"], bins: Sequence[Bin]) -> Conflict | None:
-    """The conflict between an algorithm's two sources; None if it does not learn from both.
-
-    Args:
-        pool: the sample.
-        estimator: the algorithm on the pool.
-        gradients: [g, k] the gradients of all requests.
-        bins: prompts by pass rate.
-    """
+    """The conflict between an algorithm's two sources; None if it does not learn from both."""
     sides = []
     for source in ("rollouts", "demonstrations"):
         parts = [name for name, own in estimator.sources.items() if own == source and estimator.parts[name].cells]
@@ -184,12 +163,7 @@ def same(estimates: Mapping[str, Float[Tensor, "b k"]]) -> list[list[str]]:
 
 
 def imitation(pool: Pool, directions: Directions) -> Entries:
-    """The entries of the mean log-likelihood of each round's demonstrations, over the prompts that have some.
-
-    Args:
-        pool: the sample.
-        directions: receives the gradients that the entries need.
-    """
+    """The entries of the mean log-likelihood of each round's demonstrations, over the prompts that have some."""
     demonstrated = [
         (q, r, group.demonstrations)
         for q, groups in enumerate(pool.groups)
@@ -245,8 +219,6 @@ def exact(algorithm: Algorithm, setting: Setting, *, group_size: int = 3, demons
     """Mean and power of the estimate on a batch of one prompt, over every such batch, weighted by its probability.
 
     Args:
-        algorithm: the algorithm.
-        setting: the policies, the reward and the values that batches are made from.
         group_size, demonstrations: trajectories of each kind per batch, drawn independently.
 
     Returns:

@@ -100,9 +100,6 @@ def jackknife(statistics: Callable[[list[Tensor]], Tensor], weights: Sequence[Fl
         statistics: maps the weights of the members of every sample to a vector of statistics.
         weights: [n] of each sample. A member of weight 0 counts as absent. A sample with fewer than two members adds
             no error.
-
-    Returns:
-        An estimate of each statistic.
     """
     value = statistics(list(weights))
     variance, freedom = torch.zeros_like(value), torch.zeros_like(value)
@@ -152,13 +149,7 @@ class Sample:
 
     @classmethod
     def of(cls, estimates: Float[Tensor, "n k"], rounds: Tensor, total: int) -> Sample:
-        """The sample that n single estimates make up.
-
-        Args:
-            estimates: [n, k] the estimates.
-            rounds: [n] the round that each belongs to, from 0.
-            total: R, the number of rounds.
-        """
+        """The sample of n single estimates, each with the round that it belongs to, from 0; R = `total`."""
         sums = estimates.new_zeros(total, estimates.shape[1]).index_add(0, rounds, estimates)
         power = torch.zeros(total, dtype=torch.float64)
         power = power.index_add(0, rounds, estimates.double().square().sum(dim=1))

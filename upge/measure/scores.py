@@ -72,11 +72,9 @@ class ModelScores:
     """The `Scores` of a Hugging Face causal LM, whose attention is replaced in place by that of packed rows.
 
     Args:
-        model: the causal LM.
         width: numbers of a sketch; 0 keeps gradients whole.
         temperature: divides the logits, as in training.
         at_once: trajectories differentiated at once; 0 = one after another; None = depends on the model's size.
-        seed: of the sketch.
     """
 
     def __init__(
@@ -212,7 +210,6 @@ class Sketch:
     Args:
         sizes: the number of entries of each tensor of a gradient, in order.
         width: k; 0 keeps gradients whole, flattened.
-        seed: of the random signs and shifts.
 
     Raises:
         ConfigError: the width is negative, or the tensors have no entries.

@@ -42,9 +42,6 @@ def check_algorithm(algorithm: Algorithm) -> None:
     - Trajectories that the plan drops have no gradient, and dropping them changes no weights of the others.
     - Weights, loss and gradient are finite at extremes, in single precision and on degenerate batches.
 
-    Args:
-        algorithm: the algorithm.
-
     Raises:
         ConformanceError: the first broken rule.
         TypeError: `algorithm` is not an `upge.Algorithm`, for example its name.

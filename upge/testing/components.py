@@ -46,9 +46,6 @@ def check_component(component: Component) -> None:
     A part that reads `behavior_logprobs` must also work without it. A reduction must count only the active
     trajectories. A stateful gate must keep its state within the range of its updates.
 
-    Args:
-        component: the part.
-
     Raises:
         ConformanceError: the first broken rule.
         TypeError: `component` is not a part, for example a class instead of an instance.

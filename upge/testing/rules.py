@@ -37,12 +37,6 @@ def require_instance(value: object, kind: type, example: str) -> None:
 def attempt(problem: str, call: Callable[_P, _R], *arguments: _P.args, **keywords: _P.kwargs) -> _R:
     """The result of a call, whose exceptions become a `ConformanceError`.
 
-    Args:
-        problem: the message if the call raises.
-        call: the function to call.
-        *arguments: its arguments.
-        **keywords: its keyword arguments.
-
     Raises:
         ConformanceError: the call raised.
         upge.trajectories.UndeclaredColumn: the call read a column that was not declared.

@@ -119,8 +119,6 @@ def expectation(
     The critic's loss, interleaved updates and validation objectives are not part of this gradient.
 
     Args:
-        algorithm: the algorithm.
-        setting: the policies, the reward and the values that batches are made from.
         group_size: rollouts per question, drawn independently.
         demonstrations: per question, drawn independently of each other and of the rollouts.
         questions: groups per batch, drawn independently for the one prompt of the setting.
@@ -155,11 +153,7 @@ def expectation(
 
 
 def mixture(mean: Float[Tensor, "P V"], objectives: Iterable[Tensor]) -> tuple[tuple[float, ...], float]:
-    """Decomposes an expected gradient into objectives by least squares.
-
-    Args:
-        mean: [P, V] the expected gradient.
-        objectives: [P, V] the gradients of the objectives.
+    """Decomposes an expected gradient [P, V] into the gradients of objectives by least squares.
 
     Returns:
         The coefficients c that minimize ‖mean - Σ c·objective‖, and this remainder relative to ‖mean‖: 0 if `mean` is a
@@ -198,15 +192,10 @@ class BiasRow:
 
 
 def bias_table(algorithms: Iterable[Algorithm], setting: Setting, **settings: int) -> list[BiasRow]:
-    """One row per algorithm.
+    """One row per algorithm; the other arguments are those of `expectation`.
 
     The objectives of a row depend on the algorithm's trajectories: the reward if it learns from rollouts or pairs,
     imitation if it learns from demonstrations.
-
-    Args:
-        algorithms: the algorithms, in the order of the rows.
-        setting: as for `expectation`.
-        **settings: `group_size`, `demonstrations` and `questions` of `expectation`.
     """
     rows: list[BiasRow] = []
     for algorithm in algorithms:

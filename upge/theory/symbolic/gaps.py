@@ -20,14 +20,10 @@ _SAME = 1e-8
 
 
 def bound_of(question: Expr, world: World) -> float | None:
-    """The log-ratio at which the answer to a question changes, if all ratios of the batch have the same value.
+    """The log-ratio at which the sign of a question changes, if all ratios of the batch have the same value; else None.
 
     Args:
-        question: an expression whose sign is the answer.
         world: the batch. Its ratios are π_θ/π_old, π_θ/π_frozen and π_old/π_sampler.
-
-    Returns:
-        None if the answer does not change.
     """
     kinds = {symbol.name[0] for symbol in symbols(question)}
     # An advantage that depends on log-probs has no bound in common with another question.

@@ -130,12 +130,8 @@ def factors(algorithm: Algorithm, world: World) -> dict[str, Factors]:
 def product(algorithm: Algorithm, world: World, terms: dict[str, Factors] | None = None) -> dict[Symbol, Expr]:
     """The factor in front of the gradient of each live symbol, by the rules of the parts.
 
-    It is the sum of the products of all terms, plus the derivatives of the regularizers.
-
-    Args:
-        algorithm: the algorithm.
-        world: the batch of symbols.
-        terms: the factors of the terms; None = compute them here.
+    It is the sum of the products of all terms, plus the derivatives of the regularizers. `terms` are the factors of the
+    terms; None = compute them here, as in `compare`.
     """
     terms = factors(algorithm, world) if terms is None else terms
     products: dict[Symbol, Expr] = {x: sp.Integer(0) for x in world.live}
@@ -161,11 +157,6 @@ def compare(algorithm: Algorithm, world: World, terms: dict[str, Factors] | None
 
     The difference is relative to max(1, size). It covers each factor of each term on active rows, and the whole
     gradient by autograd.
-
-    Args:
-        algorithm: the algorithm.
-        world: the batch of symbols.
-        terms: the factors of the terms; None = compute them here.
     """
     batch = world.batch(algorithm.initial_state())
     assert batch.logprobs is not None and batch.entropies is not None
@@ -207,8 +198,6 @@ def prove(algorithm: Algorithm, objective: Objective, points: int = 100, **setti
     objective or of the parts. It skips points on a kink.
 
     Args:
-        algorithm: the algorithm.
-        objective: the objective J to maximize.
         points: the most random points.
         **settings: the arguments of `World`.
 

@@ -50,11 +50,6 @@ def has_rule(part: Component) -> bool:
 def evaluate(part: Component, world: World, *arguments: Any) -> Any:
     """The part's symbolic form in a world: expressions per row for a gate, otherwise `Tokens`.
 
-    Args:
-        part: the part.
-        world: the batch of symbols.
-        *arguments: the further arguments of the part's slot.
-
     Raises:
         ConfigError: the part's class has no symbolic form.
     """

@@ -96,11 +96,7 @@ def _(part, world):
 
 def _token_rule(tokens: str, length: int | None, row: Row) -> Expr:
     """The weight of a token within its row."""
-    weights: dict[str, Expr] = {
-        "mean": rational(1, len(row)),
-        "sum": sp.Integer(1),
-        "fixed": rational(1, length or 1),
-    }
+    weights: dict[str, Expr] = {"mean": rational(1, len(row)), "sum": sp.Integer(1), "fixed": rational(1, length or 1)}
     return weights[tokens]
 
 
