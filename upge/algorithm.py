@@ -97,9 +97,7 @@ class Algorithm:
     """A named sum of terms plus additive regularizers.
 
     Attributes:
-        name: the name of its file.
         terms: name → term, in the order of the file.
-        regularizers: name → regularizer.
         description: one or two lines for readers.
         critic: the objective of the value network; required if a part reads values.
         sampling: which prompts are replaced; None = none.

@@ -9,12 +9,7 @@ from upge.errors import ConfigError
 
 
 class Formula(NamedTuple):
-    """The formula of a factor.
-
-    Attributes:
-        text: plain text in Unicode.
-        latex: LaTeX math.
-    """
+    """The formula of a factor, as plain text in Unicode and as LaTeX math."""
 
     text: str
     latex: str

@@ -164,8 +164,6 @@ class PassRateTable(_PassRateGate):
     """A piecewise linear function of the pass rate P through the points (rates, coefficients), constant outside them.
 
     Attributes:
-        rates: pass rates in increasing order.
-        coefficients: the coefficient at each of `rates`.
         step: True = no interpolation; the coefficient is that of the largest listed rate that does not exceed P.
     """
 

@@ -31,9 +31,6 @@ class PlannedTerm:
     """A term bound to a batch, with everything that is known before the forward pass computed.
 
     Attributes:
-        gate: the term's gate, with precomputed parts.
-        estimator: the term's estimator, with precomputed parts.
-        coefficient: the term's coefficient.
         source: [B] True for the trajectories of the term's source.
         active: [B] True for those of them whose coefficient is not known to be 0.
         weights: [B, T] the reduction's w, 0 outside the active rows.

@@ -142,11 +142,7 @@ class Component(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Precomputed(Component):
-    """The values of a part on the whole batch, looked up for any micro-batch of it, padded or packed.
-
-    Attributes:
-        values: [B] or [B, T] the values.
-    """
+    """The values of a part on the whole batch, looked up for any micro-batch of it, padded or packed."""
 
     values: Tensor
     reads: ClassVar[frozenset[str]] = frozenset({"row"})

@@ -52,7 +52,6 @@ class KLPenalizedReward(TokenReward):
     of a step. It also applies to demonstrations, where π_old is the policy before the step's updates.
 
     Attributes:
-        reward: r, before the penalty.
         coefficient: the reward lost per nat.
         kind: the estimate of `kl_value`. With k1 the sum over a response is its log-probability ratio.
     """

@@ -31,13 +31,7 @@ _ENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Bin:
-    """Prompts of similar pass rate.
-
-    Attributes:
-        label: the range of pass rates, as text.
-        pass_rate: the mean over the prompts.
-        prompts: their numbers in the pool.
-    """
+    """Prompts of similar pass rate, by their numbers in the pool; `pass_rate` is the mean over them."""
 
     label: str
     pass_rate: float
@@ -49,7 +43,6 @@ class AtRate:
     """One estimator on the prompts of a bin, where an estimate is the contribution of a single prompt.
 
     Attributes:
-        bin: the label of the bin.
         pooled: relative to the true gradient of the whole pool, which is the objective's gradient.
         own: cosine with the true gradient of these prompts alone.
         snr: ‖m‖²/E‖g - m‖² if both the prompt and its rollouts are sampled, the prompt from all prompts of such a pass
@@ -71,8 +64,6 @@ class AtCount:
     """One estimator on the groups with a given number of successes, which is what a gate can depend on.
 
     Attributes:
-        successes: the number of successes in a group.
-        groups: how many groups have it.
         pooled: a single prompt's contribution relative to the true gradient of the whole pool.
     """
 

@@ -94,7 +94,6 @@ class Estimator:
     """An algorithm on a pool.
 
     Attributes:
-        name: the algorithm's.
         parts: the entries of each part: a term, or all regularizers together (`PENALTIES`).
         sources: the trajectories that each part learns from, see `sources`.
     """

@@ -36,7 +36,6 @@ class Measured:
 
     Attributes:
         name: ALGORITHM, or ALGORITHM.PART for a part of an algorithm with several.
-        algorithm: the algorithm's name.
         part: the part's name; '' for the whole algorithm.
         source: the trajectories that it learns from; the sources of all parts, separated by commas, for a whole
             algorithm.
@@ -63,8 +62,6 @@ class Conflict:
     """The cosine between the mean gradients of an algorithm's parts on rollouts and on demonstrations.
 
     Attributes:
-        algorithm: the algorithm's name.
-        overall: on whole batches.
         by_rate: label of a bin of pass rates → the cosine on its prompts.
     """
 
@@ -204,12 +201,7 @@ def thresholds(algorithm: Algorithm, group_size: int) -> dict[float, Algorithm]:
 
 @dataclass(frozen=True)
 class Exact:
-    """The exact moments of the estimate g of an algorithm, or of a part of it.
-
-    Attributes:
-        mean: [D] E g.
-        power: E‖g‖².
-    """
+    """The exact mean E g and power E‖g‖² of the estimate g of an algorithm, or of a part of it."""
 
     mean: Float[Tensor, "D"]
     power: float

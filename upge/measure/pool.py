@@ -39,8 +39,6 @@ class Group:
 
     Attributes:
         rollouts: the policy's responses, with the prompt's number in the pool as their `group`, like the others.
-        demonstrations: the prompt's demonstrations; may be empty.
-        pair: the chosen and the rejected response; may be empty.
     """
 
     rollouts: tuple[Trajectory, ...]

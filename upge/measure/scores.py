@@ -40,8 +40,6 @@ class Request(NamedTuple):
     """A gradient to compute: that of Σ_t (by_logprobs_t·log π_t + by_entropies_t·H_t).
 
     Attributes:
-        pair: the prompt and the response.
-        by_logprobs: [t] the coefficients of the log-probs.
         by_entropies: [t] the coefficients of the entropies; None = zeros.
     """
 

@@ -99,8 +99,6 @@ class Degenerate(NamedTuple):
     """A batch without anything to compare.
 
     Attributes:
-        description: the batch in words.
-        batch: the batch.
         has_rollouts: False if there is no pass rate, because the batch has no rollouts. Parts that require several
             rollouts per prompt by their `min_group_size` never get such a batch.
     """

@@ -118,9 +118,6 @@ class Evaluator:
     """The gradient of one algorithm on batches of one setting.
 
     Attributes:
-        algorithm: the algorithm.
-        setting: the setting.
-        columns: the setting's columns.
         scores: [S, T, P, V] ∇ log π of each token.
         entropy_scores: [S, T, P, V] the gradient of each token's entropy.
         mask: [S, T] True on the tokens of each response.

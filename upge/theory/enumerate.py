@@ -65,11 +65,9 @@ class Expectation:
 
     Attributes:
         mean: [P, V] the expectation, in the direction of ascent.
-        exact: [P, V] the exact gradient.
         scale: the known positive factor of the algorithm's normalization, such as 1/length; an unbiased algorithm has
             mean = scale · exact.
         variance: the trace of the covariance of one batch's gradient.
-        batches: the number of different batches.
         accepted: the probability that a drawn group is kept (below 1 with dynamic sampling or preference pairs).
     """
 
@@ -175,12 +173,9 @@ class BiasRow:
     """The bias and noise of one algorithm.
 
     Attributes:
-        name: the algorithm's.
         coefficients: objective → its coefficient in the expected gradient, by least squares (see `mixture`).
         remainder: the length of the rest, relative to the expected gradient's.
         cosine: with the gradient of the first objective.
-        snr: the signal-to-noise ratio of one batch.
-        accepted: the probability that a drawn group is kept.
     """
 
     name: str

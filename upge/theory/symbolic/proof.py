@@ -59,8 +59,6 @@ class Mismatch:
 
     Attributes:
         variable: p<row>_<token> or h<row>_<token>.
-        derived: the derivative of the objective.
-        product: the product of the parts.
     """
 
     variable: Symbol
@@ -73,11 +71,9 @@ class Proof:
     """The result of `prove`.
 
     Attributes:
-        algorithm: the algorithm's name.
         compared: the number of pairs of derived expression and product, over all variables and cells.
         cells: the number of visited cells; within a cell all questions have the same answers.
         one_sided: questions with the same answer at every point, so that the other side was not visited.
-        mismatches: the pairs that differ as expressions.
         rounding: the largest relative difference between a factor's rule and the part's own float64 value.
     """
 
