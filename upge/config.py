@@ -59,26 +59,15 @@ class Range:
         return f"it must be at most {highest:g}" if self.below is None else f"it must be less than {highest:g}"
 
 
-def key(
-    default: Any,
-    meaning: str,
-    *,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    fix: str = "",
-) -> Any:
+def key(default: Any, meaning: str, **allowed: Any) -> Any:
     """A field of a settings class.
 
     Args:
         default: the default value; a dict or a list is copied for each instance.
         meaning: one line of help.
-        minimum, maximum: inclusive bounds of a number.
-        above, below: exclusive bounds of a number.
-        fix: what to do about a number out of range; empty = a sentence made from the bounds.
+        **allowed: the fields of the `Range` of a number.
     """
-    metadata = {"meaning": meaning, "range": Range(minimum, maximum, above, below, fix)}
+    metadata = {"meaning": meaning, "range": Range(**allowed)}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)

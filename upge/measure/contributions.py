@@ -145,12 +145,8 @@ def estimator(
     return Estimator(algorithm.name, parts, sources_of_parts)
 
 
-def _ignore(number: int) -> None:
-    """Does nothing with a progress report."""
-
-
 def gradients(
-    scores: Scores, requests: Sequence[Request], done: Callable[[int], object] = _ignore
+    scores: Scores, requests: Sequence[Request], done: Callable[[int], object] = lambda number: None
 ) -> Float[Tensor, "g k"]:
     """The gradients of all requests; `done` is called after each batch of gradients with their number."""
     rows: Tensor | None = None
@@ -163,7 +159,9 @@ def gradients(
 
 
 def true_gradient(
-    scores: Scores, groups: Sequence[Sequence[Sequence[Trajectory]]], done: Callable[[int], object] = _ignore
+    scores: Scores,
+    groups: Sequence[Sequence[Sequence[Trajectory]]],
+    done: Callable[[int], object] = lambda number: None,
 ) -> Float[Tensor, "M H k"]:
     """[M, H, k] an unbiased estimate of each prompt's ∇E[R] from each of its H independent parts.
 

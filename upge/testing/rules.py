@@ -15,6 +15,9 @@ _R = TypeVar("_R")
 
 #: The largest difference between values that must be equal, relative to the largest of them (at least 1).
 TOLERANCE = 1e-10
+#: The same on float32 columns. Float32 rounds at 6e-8; a part, or the product of several factors, may amplify the
+#: rounding of a log-prob, but not to this size.
+SINGLE_TOLERANCE = 1e-3
 
 
 class ConformanceError(AssertionError):

@@ -23,7 +23,7 @@ from upge.reduction import Reduction
 from upge.regularizers import ValueLoss
 from upge.theory import symbolic
 from upge.theory.symbolic import BoundaryPoint, World, is_zero, mean, prove, total, worlds
-from upge.theory.symbolic.gaps import levels_between
+from upge.theory.symbolic.proof import levels_between
 from upge.theory.symbolic.rules import has_rule
 
 # Every file.

@@ -6,19 +6,39 @@ The rule of a mask is also called with the advantages.
 from __future__ import annotations
 
 import sympy as sp
+from sympy import Expr
 
 from upge import components
 from upge.theory.symbolic.algebra import number, product
-from upge.theory.symbolic.rules import (
-    evaluate,
-    outward,
-    per_row,
-    per_token,
-    rule,
-    sampler_ratios,
-    sequence_ratio,
-    sigmoid,
-)
+from upge.theory.symbolic.rules import evaluate, per_row, per_token, rule
+from upge.theory.symbolic.world import Row, World
+
+
+def sequence_ratio(row: Row) -> Expr:
+    """s = (Π_t r_t)^{1/|τ|}."""
+    return product(row.ratios) ** sp.Rational(1, len(row))
+
+
+def sigmoid(u: Expr) -> Expr:
+    """σ(u) = 1/(1 + e^{-u})."""
+    return 1 / (1 + sp.exp(-u))
+
+
+def outward(world: World, ratio: Expr, advantage: Expr, low: Expr, high: Expr) -> bool:
+    """Whether a ratio is outside [low, high] and the step would move it further out."""
+    if advantage == 0:
+        return False
+    if world.less(0, advantage):
+        return world.less(high, ratio)
+    return world.less(ratio, low)
+
+
+def sampler_ratios(row: Row) -> list[Expr]:
+    """π_old/π_sampler per token."""
+    return [q / s for q, s in zip(row.q, row.s, strict=True)]
+
+
+# Masks.
 
 
 @rule(components.NoMask)
