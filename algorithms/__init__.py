@@ -264,7 +264,6 @@ def _check_target(tree: DictConfig, key: str, value: Any, where: str) -> None:
 
 
 def _paths(tree: Any, prefix: str = "") -> list[str]:
-    """All dotted keys of a tree."""
     items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
     paths = [prefix] if prefix else []
     for key, item in items:

@@ -61,7 +61,6 @@ def compose(node: DictConfig | Mapping[str, Any], name: str, path: str = "algo")
 
 
 def _corrected(algorithm: Algorithm | Pipeline, corrections: Mapping[str, Any]) -> Algorithm | Pipeline:
-    """Apply the corrections in order."""
     for key, node in corrections.items():
         correction = build(node, f"{CORRECTION}.{key}", Correction)
         try:

@@ -108,7 +108,7 @@ def measured(
     """Measures an estimator, or one part of it ('' = the whole), by the contributions of what is measured."""
     sources = dict.fromkeys(estimator.sources.values())
     several = len(estimator.parts) > 1
-    overall = batch_sample(pool, contributions)
+    overall, rounds = batch_sample(pool, contributions), torch.arange(pool.rounds)
     # Scaled to the size of a batch that consists of such prompts only.
     single = contributions * pool.prompts_per_batch
     return Measured(
@@ -117,16 +117,11 @@ def measured(
         part if several else "",
         estimator.sources[part] if part else ", ".join(sources),
         metrics(overall, to.pooled),
-        None if to.imitation is None else cosine_of(overall, _one_per_round(to.imitation)),
+        None if to.imitation is None else cosine_of(overall, Sample.of(to.imitation, rounds, pool.rounds)),
         None if to.held_out is None else cosine_with(overall, to.held_out),
         tuple(at_rates(single, bins, to.true)),
         tuple(at_counts(pool, single, to.pooled)),
     )
-
-
-def _one_per_round(estimates: Float[Tensor, "R k"]) -> Sample:
-    """The sample of one estimate per round."""
-    return Sample.of(estimates, torch.arange(len(estimates)), len(estimates))
 
 
 def conflict(pool: Pool, estimator: Estimator, gradients: Float[Tensor, "g k"], bins: Sequence[Bin]) -> Conflict | None:

@@ -108,7 +108,8 @@ class ModelScores:
                 yield [number], self.sketch([gradient[None] for gradient in self._alone(request)])
             return
         # Batches of similar length and kind need little padding.
-        order = sorted(range(len(requests)), key=lambda i: _kind(requests[i]))
+        kinds = [(request.by_entropies is not None, sum(map(len, request.pair))) for request in requests]
+        order = sorted(range(len(requests)), key=lambda i: kinds[i])
         for start in range(0, len(order), self.at_once):
             members = order[start : start + self.at_once]
             yield members, self.sketch(self._together([requests[i] for i in members]))
@@ -139,17 +140,15 @@ class ModelScores:
             ]
             by_entropies = torch.stack([_placed(*one, longest) for one in given]).to(device, dtype)
         parameters = {name: p.detach() for name, p in zip(self.names, self.parameters, strict=True)}
-        one = vmap(grad(self._total), in_dims=(None, 0, 0, None if by_entropies is None else 0))
+
+        def total(parameters: dict[str, Tensor], *inputs: Tensor | None) -> Tensor:
+            return functional_call(self._whole, parameters, inputs)
+
+        one = vmap(grad(total), in_dims=(None, 0, 0, None if by_entropies is None else 0))
         # vmap supports only the plain attention kernel.
         with sdpa_kernel(SDPBackend.MATH):
             gradients = one(parameters, tokens, by_logprobs.to(device, dtype), by_entropies)
         return [gradients[name] for name in self.names]
-
-    def _total(
-        self, parameters: dict[str, Tensor], tokens: Tensor, by_logprobs: Tensor, by_entropies: Tensor | None
-    ) -> Tensor:
-        """Σ_t (w_t·log π_t + v_t·H_t) of one sequence as a function of the parameters."""
-        return functional_call(self._whole, parameters, (tokens, by_logprobs, by_entropies))
 
 
 class _Sequence(nn.Module):
@@ -175,11 +174,6 @@ class _Sequence(nn.Module):
         if by_entropies is not None:
             total = total - ((logprobs.exp() * logprobs).sum(dim=-1) * by_entropies).sum()
         return total
-
-
-def _kind(request: Request) -> tuple[bool, int]:
-    """Whether a request has entropy coefficients, and the number of its tokens: a sorting key."""
-    return request.by_entropies is not None, sum(map(len, request.pair))
 
 
 def _placed(pair: Pair, values: Tensor, longest: int) -> Tensor:

@@ -47,7 +47,6 @@ def check_algorithm(algorithm: Algorithm) -> None:
 
 
 def _check_on(algorithm: Algorithm, batch: Trajectories, seed: int) -> None:
-    """The rules that hold on any well-formed batch."""
     name, whole = _name(algorithm), [torch.arange(len(batch))]
     estimate = algorithm.estimate(batch)
     _check_product(name, estimate, batch)

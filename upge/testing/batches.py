@@ -130,7 +130,6 @@ def degenerate_batches() -> list[Degenerate]:
 
 
 def _alone(batch: Trajectories, rows: Tensor) -> Trajectories:
-    """Some rows as a separate batch."""
     return dataclasses.replace(select_rows(batch, rows), row=None)
 
 

@@ -55,7 +55,6 @@ def check_component(component: Component) -> None:
 
 
 def _check_on(component: Component, batch: Trajectories, seed: int) -> None:
-    """The rules that hold on any well-formed batch."""
     name = type(component).__name__
     before = {n: getattr(batch, n).detach().clone() for n in (*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS)}
     value = _evaluate(component, batch)

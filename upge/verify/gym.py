@@ -89,7 +89,6 @@ def _has_foreign_digits(text: str) -> bool:
 
 
 def _tuples(value: Any) -> Any:  # Any: a JSON value
-    """`value` with tuples in place of lists."""
     if isinstance(value, dict):
         return {key: _tuples(inner) for key, inner in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
