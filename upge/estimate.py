@@ -108,16 +108,9 @@ def term_record(factors: TermFactors, batch: TokenView, compared: bool) -> TermR
         above, below = int((moved > 0).sum()), int((moved < 0).sum())
     rows, place = batch.places[0][active].cpu().unique(return_inverse=True)
     masses = torch.zeros(len(rows), dtype=torch.float64).index_add(0, place, weight.double().abs())
-    return TermRecord(
-        weight,
-        weight / scale.abs(),
-        float(advantage.double().sum()),
-        int(signal.sum()),
-        int(stopped.sum()),
-        above,
-        below,
-        dict(zip(rows.tolist(), masses.tolist(), strict=True)),
-    )
+    counts = int(signal.sum()), int(stopped.sum()), above, below
+    trajectories = dict(zip(rows.tolist(), masses.tolist(), strict=True))
+    return TermRecord(weight, weight / scale.abs(), float(advantage.double().sum()), *counts, trajectories)
 
 
 #: The recorded percentiles of the signed weights.
