@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 from upge.errors import ConfigError, nearest
+from upge.verify.answers import final_text
 
 LONGEST_ANSWER = 1000
 """The most characters of an answer that is parsed as mathematics; a longer one can only match exactly."""
@@ -23,13 +24,13 @@ class AnswerVerifier(ABC):
     that can be killed.
     """
 
-    @abstractmethod
     def extract(self, response: str) -> str | None:
-        """The final answer as text, or None if there is none."""
+        """The final answer as text, or None if there is none; by default `final_text`."""
+        return final_text(response)
 
-    @abstractmethod
     def glance(self, given: str, answer: str, prompt: str | None = None) -> float | None:
-        """The reward of an extracted answer if it is known at once, else None."""
+        """The reward of an extracted answer if it is known at once, else None, the default."""
+        return None
 
     def judge(self, given: str, answer: str, prompt: str | None = None) -> float:
         """The reward of an extracted answer for which `glance` returns None."""

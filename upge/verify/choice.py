@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 
-from upge.verify.answers import final_text
 from upge.verify.base import LONGEST_ANSWER, AnswerVerifier, shown
 from upge.verify.normalize import is_invisible
 
@@ -32,9 +31,6 @@ class ChoiceVerifier(AnswerVerifier):
     exactly one option. An answer that names several options, a label that the prompt does not list, or a label together
     with another option's text earns 0. A letter in the middle of a sentence is not an answer.
     """
-
-    def extract(self, response: str) -> str | None:
-        return final_text(response)
 
     def glance(self, given: str, answer: str, prompt: str | None = None) -> float:
         label = named(given, prompt)
@@ -127,12 +123,6 @@ class RegexVerifier(AnswerVerifier):
     Matching is case-sensitive unless the pattern begins with (?i). If a pattern backtracks for too long, the answer
     runs into the time limit of the pool.
     """
-
-    def extract(self, response: str) -> str | None:
-        return final_text(response)
-
-    def glance(self, given: str, answer: str, prompt: str | None = None) -> float | None:
-        return None
 
     def judge(self, given: str, answer: str, prompt: str | None = None) -> float:
         return float(re.fullmatch(answer, given) is not None)
