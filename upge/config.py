@@ -177,13 +177,3 @@ def parse(name: str, text: str) -> Any:
         return plain(OmegaConf.from_dotlist([f"value={text}"]))["value"]
     except Exception as error:  # OmegaConf's errors and those of the YAML parser behind it
         raise ConfigError(f"{text!r} cannot be read: {str(error).splitlines()[0]}", name) from error
-
-
-def parse_override(argument: str) -> tuple[str, Any]:
-    """The key and the value of `key=value`, with the value parsed as YAML.
-
-    Raises:
-        ConfigError: as in `split` and `parse`.
-    """
-    name, text = split(argument)
-    return name, parse(name, text)
