@@ -272,8 +272,9 @@ def _members(value: Any) -> tuple[Any, ...]:
 def _changed(value: Any, change: Callable[[Any], Any], besides: frozenset[str] = frozenset()) -> Any:
     """A tuple or a dataclass with `change` applied to its members or fields; `value` itself if none changes."""
     if isinstance(value, tuple):
-        members = [change(member) for member in _members(value)]
-        return tuple(members) if any(a is not b for a, b in zip(members, _members(value), strict=True)) else value
+        members = _members(value)
+        changed = tuple(change(member) for member in members)
+        return changed if any(a is not b for a, b in zip(changed, members, strict=True)) else members
     old = {name: field for name, field in _fields(value).items() if name not in besides}
     new = {name: change(field) for name, field in old.items()}
     return dataclasses.replace(value, **new) if any(new[name] is not old[name] for name in old) else value
