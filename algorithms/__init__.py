@@ -55,11 +55,7 @@ def load(name: str, overrides: Sequence[str] = (), corrections: Sequence[str] = 
 
 
 def read(name: str, corrections: Sequence[str] = ()) -> DictConfig:
-    """Read the configuration of an algorithm, with its corrections under the key `correction`.
-
-    Args:
-        name: name of the algorithm, or path of a YAML file.
-        corrections: names or paths of corrections.
+    """Read the configuration of an algorithm, by name or path, with its corrections under the key `correction`.
 
     Raises:
         ConfigError: an algorithm, a correction or a file does not exist, a file is not valid YAML, or a correction is
@@ -100,8 +96,6 @@ def find(name: str, folder: Path = FOLDER, path: str = "algo", near: Path | None
 
     Args:
         name: a name, or the path of a YAML file.
-        folder: the folder of the named files.
-        path: the key that names the file, for messages.
         near: the folder in which a relative path is looked up before the working directory.
 
     Raises:
@@ -129,12 +123,7 @@ def stem(name: str) -> str:
 
 
 def content(file: Path, path: str = "algo", key: str = "terms") -> dict[str, Any]:
-    """Read a YAML file, without resolving interpolations.
-
-    Args:
-        file: the file.
-        path: the key that names the file, for messages.
-        key: a key that the file must have, for messages.
+    """Read a YAML file without resolving interpolations; `path` and the required `key` are for messages.
 
     Raises:
         ConfigError: the file is not valid YAML, or not a mapping.
@@ -164,8 +153,6 @@ def inline(tree: dict[str, Any], path: str, above: tuple[Path, ...] = (), near: 
     Each inlined tree keeps its name under the key `name`.
 
     Args:
-        tree: the tree of an algorithm.
-        path: its key, for messages.
         above: the files that contain `tree`.
         near: the folder that relative paths in `tree` start from.
 
@@ -188,19 +175,11 @@ def inline(tree: dict[str, Any], path: str, above: tuple[Path, ...] = (), near: 
 
 
 def override(node: DictConfig, overrides: Sequence[str], path: str = "algo") -> DictConfig:
-    """Apply dot-list overrides such as `terms.rl.estimator.mask.high=0.28`.
+    """Apply dot-list overrides such as `terms.rl.estimator.mask.high=0.28`, and return a new configuration.
 
     A mapping with `_target_` replaces a whole part, including its settings. New keys are allowed only for what users
     name themselves (terms, regularizers) and for settings of a part, which the part checks. A name replaces an
     algorithm inside another one. `correction.NAME.KEY=VALUE` is a setting of a correction.
-
-    Args:
-        node: the configuration of an algorithm, see `read`.
-        overrides: settings KEY=VALUE.
-        path: the key of `node`, for messages.
-
-    Returns:
-        A new configuration.
 
     Raises:
         ConfigError: an override cannot be applied; the message names its key.
@@ -285,7 +264,6 @@ def _check_target(tree: DictConfig, key: str, value: Any, where: str) -> None:
 
 
 def _paths(tree: Any, prefix: str = "") -> list[str]:
-    """All dotted keys of a tree."""
     items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
     paths = [prefix] if prefix else []
     for key, item in items:

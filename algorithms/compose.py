@@ -18,9 +18,8 @@ from upge.errors import ConfigError, nearest
 from upge.gates import Gate
 from upge.instantiate import TARGET, build
 from upge.pipeline import Pipeline, Stage
-from upge.regularizers import Regularizer
+from upge.regularizers import Regularizer, ValueLoss
 from upge.term import Term
-from upge.value import ValueLoss
 
 #: `name` is a key of inlined algorithms: `algorithms.inline` writes it.
 _COMMON = {"name", "description"}
@@ -44,11 +43,6 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 def compose(node: DictConfig | Mapping[str, Any], name: str, path: str = "algo") -> Algorithm | Pipeline:
     """Build the `Algorithm` that a configuration describes, or the `Pipeline` if it has `stages`, with its corrections.
 
-    Args:
-        node: the configuration.
-        name: the name of the algorithm.
-        path: the key of `node`, for messages.
-
     Raises:
         ConfigError: a key is unknown, a value has the wrong type or is impossible, or a correction does not apply. The
             message names the key or gives the reason.
@@ -67,7 +61,6 @@ def compose(node: DictConfig | Mapping[str, Any], name: str, path: str = "algo")
 
 
 def _corrected(algorithm: Algorithm | Pipeline, corrections: Mapping[str, Any]) -> Algorithm | Pipeline:
-    """Apply the corrections in order."""
     for key, node in corrections.items():
         correction = build(node, f"{CORRECTION}.{key}", Correction)
         try:

@@ -29,11 +29,10 @@ from upge.gates import (
 from upge.needs import Needs
 from upge.pipeline import Pipeline, Stage
 from upge.reduction import FixedLength, QuestionMean, Reduction, SequenceMean, TokenMean
-from upge.regularizers import EntropyBonus, KLPenalty, Regularizer
+from upge.regularizers import EntropyBonus, KLPenalty, Regularizer, ValueLoss
 from upge.stateful import MetaGradient, StatefulGate
 from upge.term import Term
 from upge.trajectories import Trajectories
-from upge.value import ValueLoss
 from upge.views import PackedTokens
 
 __version__ = "0.1.0"

@@ -24,11 +24,10 @@ from upge.formula import render
 from upge.gates import Gate
 from upge.needs import Needs, check_columns, needs_of
 from upge.plan import Plan, plan_updates
-from upge.regularizers import Regularizer
+from upge.regularizers import Regularizer, ValueLoss
 from upge.stateful import UTILITY_SLOPE, StatefulGate, stateful_gates
 from upge.term import Term
 from upge.trajectories import Source, Trajectories
-from upge.value import ValueLoss
 from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS
 
 _Weighted = TypeVar("_Weighted", Term, Regularizer)
@@ -98,9 +97,7 @@ class Algorithm:
     """A named sum of terms plus additive regularizers.
 
     Attributes:
-        name: the name of its file.
         terms: name → term, in the order of the file.
-        regularizers: name → regularizer.
         description: one or two lines for readers.
         critic: the objective of the value network; required if a part reads values.
         sampling: which prompts are replaced; None = none.
@@ -220,7 +217,6 @@ class Algorithm:
             group_size: rollouts per prompt.
             demonstrations: number of prompts with a demonstration; None = not known yet.
             provided: the columns beyond rewards and masks that the caller can fill. `values` follow from `critic`.
-            path: the key of this algorithm, for messages.
 
         Raises:
             ConfigError: the run cannot; the message names the key, the value and the fix.
@@ -250,11 +246,7 @@ class Algorithm:
             )
 
     def plan(self, batch: Trajectories) -> Plan:
-        """Everything that is known before the forward pass.
-
-        Args:
-            batch: the whole batch. Its `logprobs` may be None.
-        """
+        """Everything that is known before the forward pass, on the whole batch. Its `logprobs` may be None."""
         return self.plans(batch, [None])[0]
 
     def plans(self, batch: Trajectories, updates: Sequence[Int[Tensor, "b"] | None]) -> list[Plan]:
@@ -264,7 +256,6 @@ class Algorithm:
         depend on how the batch is split into updates. Divisors are counts over an update's own rows.
 
         Args:
-            batch: the whole batch.
             updates: for each update, the rows of `batch` that it learns from; None = all.
         """
         penalties = _weighted(self.regularizers)
@@ -275,11 +266,7 @@ class Algorithm:
         return self.plan(batch).estimate(batch)
 
     def formula(self, style: str = "text") -> str:
-        """The algorithm's formula, a sum of products.
-
-        Args:
-            style: 'text' or 'latex'.
-        """
+        """The algorithm's formula, a sum of products, as 'text' or 'latex'."""
         terms = {name: term.formula() for name, term in self.terms.items()}
         return render(terms, {name: one.formula() for name, one in self.regularizers.items()}, style)
 

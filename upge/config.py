@@ -59,26 +59,15 @@ class Range:
         return f"it must be at most {highest:g}" if self.below is None else f"it must be less than {highest:g}"
 
 
-def key(
-    default: Any,
-    meaning: str,
-    *,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    fix: str = "",
-) -> Any:
+def key(default: Any, meaning: str, **allowed: Any) -> Any:
     """A field of a settings class.
 
     Args:
         default: the default value; a dict or a list is copied for each instance.
         meaning: one line of help.
-        minimum, maximum: inclusive bounds of a number.
-        above, below: exclusive bounds of a number.
-        fix: what to do about a number out of range; empty = a sentence made from the bounds.
+        **allowed: the fields of the `Range` of a number.
     """
-    metadata = {"meaning": meaning, "range": Range(minimum, maximum, above, below, fix)}
+    metadata = {"meaning": meaning, "range": Range(**allowed)}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -112,7 +101,6 @@ def from_tree(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:
     Args:
         cls: a dataclass whose fields are made by `key` and `section`.
         tree: its settings; missing ones get their defaults.
-        path: the key of `tree` itself, for messages.
 
     Raises:
         ConfigError: a key is unknown (the message gives the nearest known one), or a value has the wrong type or is
@@ -161,12 +149,7 @@ def meanings(cls: type, path: str = "") -> list[tuple[str, Any, str]]:
 
 
 def plain(node: DictConfig, resolve: bool = False) -> dict[str, Any]:
-    """An OmegaConf tree as nested dictionaries and lists.
-
-    Args:
-        node: the tree.
-        resolve: True = replace interpolations by their values; False = keep their text.
-    """
+    """An OmegaConf tree as nested dictionaries and lists; `resolve` replaces interpolations by their values."""
     return cast("dict[str, Any]", OmegaConf.to_container(node, resolve=resolve))
 
 
@@ -194,13 +177,3 @@ def parse(name: str, text: str) -> Any:
         return plain(OmegaConf.from_dotlist([f"value={text}"]))["value"]
     except Exception as error:  # OmegaConf's errors and those of the YAML parser behind it
         raise ConfigError(f"{text!r} cannot be read: {str(error).splitlines()[0]}", name) from error
-
-
-def parse_override(argument: str) -> tuple[str, Any]:
-    """The key and the value of `key=value`, with the value parsed as YAML.
-
-    Raises:
-        ConfigError: as in `split` and `parse`.
-    """
-    name, text = split(argument)
-    return name, parse(name, text)

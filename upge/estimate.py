@@ -95,13 +95,7 @@ class TermRecord(NamedTuple):
 
 
 def term_record(factors: TermFactors, batch: TokenView, compared: bool) -> TermRecord:
-    """The record of a term's tokens in a micro-batch.
-
-    Args:
-        factors: the term's factors on `batch`.
-        batch: the micro-batch.
-        compared: True if the term's mask compares the policy with the behaviour policy.
-    """
+    """The record of a term's tokens in a micro-batch; `compared` says whether its mask compares the policies."""
     scale = factors.gate * factors.reduction
     active = scale != 0
     columns = (factors.weights, factors.mask, factors.advantages, scale)
@@ -114,16 +108,9 @@ def term_record(factors: TermFactors, batch: TokenView, compared: bool) -> TermR
         above, below = int((moved > 0).sum()), int((moved < 0).sum())
     rows, place = batch.places[0][active].cpu().unique(return_inverse=True)
     masses = torch.zeros(len(rows), dtype=torch.float64).index_add(0, place, weight.double().abs())
-    return TermRecord(
-        weight,
-        weight / scale.abs(),
-        float(advantage.double().sum()),
-        int(signal.sum()),
-        int(stopped.sum()),
-        above,
-        below,
-        dict(zip(rows.tolist(), masses.tolist(), strict=True)),
-    )
+    counts = int(signal.sum()), int(stopped.sum()), above, below
+    trajectories = dict(zip(rows.tolist(), masses.tolist(), strict=True))
+    return TermRecord(weight, weight / scale.abs(), float(advantage.double().sum()), *counts, trajectories)
 
 
 #: The recorded percentiles of the signed weights.
@@ -131,7 +118,7 @@ PERCENTILES = (1, 10, 50, 90, 99)
 
 
 def summarise(records: Mapping[str, Sequence[TermRecord]]) -> dict[str, float]:
-    """The metrics of each term over all its micro-batches, as `TERM/METRIC`.
+    """The metrics of each term as `TERM/METRIC`, from one record per micro-batch.
 
     The weights are relative to |gate·reduction|: a token of plain maximum likelihood has weight 1. The metrics are
 
@@ -143,9 +130,6 @@ def summarise(records: Mapping[str, Sequence[TermRecord]]) -> dict[str, float]:
       `tokens`; `effective_trajectories`: (Σ|w|)²/Σw² of each trajectory's Σ|w|;
     - `masked_share`: share of the tokens with a non-zero advantage that the mask stops; `masked_above` and
       `masked_below`: those of them whose ratio to the behaviour policy is above and below 1.
-
-    Args:
-        records: term → one record per micro-batch.
     """
     metrics: dict[str, float] = {}
     for name, micro_batches in records.items():

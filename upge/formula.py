@@ -9,12 +9,7 @@ from upge.errors import ConfigError
 
 
 class Formula(NamedTuple):
-    """The formula of a factor.
-
-    Attributes:
-        text: plain text in Unicode.
-        latex: LaTeX math.
-    """
+    """The formula of a factor, as plain text in Unicode and as LaTeX math."""
 
     text: str
     latex: str
@@ -35,12 +30,7 @@ def times(factors: Sequence[Formula]) -> Formula:
 
 
 def render(terms: Mapping[str, Formula], regularizers: Mapping[str, Formula], style: str) -> str:
-    """∇J, with one line per term and regularizer in text.
-
-    Args:
-        terms: name → formula.
-        regularizers: name → formula, which begins with its sign.
-        style: 'text' or 'latex'.
+    """∇J as 'text', with one line per term and regularizer, or as 'latex'.
 
     Raises:
         ConfigError: `style` is neither.

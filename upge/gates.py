@@ -86,17 +86,14 @@ class _PassRateGate(Gate):
         """The coefficient at each pass rate, float64."""
 
     def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B"]:
-        return self._at(self._pass_rate(batch))
-
-    def at_pass_rate(self, rate: float) -> float | None:
-        return float(self._at(torch.tensor([rate], dtype=torch.float64)))
-
-    def _pass_rate(self, batch: TrajectoryView) -> Tensor:
         rate = batch.pass_rate
         if bool(rate.isnan().any()):
             group = int(batch.group[rate.isnan()][0])
             raise ValueError(f"{type(self).__name__}: group {group} has no rollouts, so it has no pass rate")
-        return rate
+        return self._at(rate)
+
+    def at_pass_rate(self, rate: float) -> float | None:
+        return float(self._at(torch.tensor([rate], dtype=torch.float64)))
 
 
 @dataclass(frozen=True)
@@ -164,8 +161,6 @@ class PassRateTable(_PassRateGate):
     """A piecewise linear function of the pass rate P through the points (rates, coefficients), constant outside them.
 
     Attributes:
-        rates: pass rates in increasing order.
-        coefficients: the coefficient at each of `rates`.
         step: True = no interpolation; the coefficient is that of the largest listed rate that does not exceed P.
     """
 

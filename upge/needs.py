@@ -61,12 +61,7 @@ class Needs:
 
 
 def needs_of(parts: Mapping[str, Component], sources: Mapping[str, Source]) -> Needs:
-    """The needs of an algorithm.
-
-    Args:
-        parts: its parts by path.
-        sources: the sources of its terms and regularizers by path.
-    """
+    """The needs of an algorithm, from its parts and the sources of its terms and regularizers by path."""
     columns = frozenset().union(*(part.columns for part in parts.values()))
     wanted = set(sources.values())
     largest = max(parts, key=lambda path: parts[path].group_size_needed)
@@ -94,13 +89,7 @@ def _precomputed_parts(part: Component) -> Iterator[Component]:
 def check_columns(
     parts: Mapping[str, Component], sources: Mapping[str, Source], provided: frozenset[str], path: str = "algo"
 ) -> None:
-    """Check that every column that the parts and sources read is provided.
-
-    Args:
-        parts: the algorithm's parts by path.
-        sources: the sources of its terms and regularizers by path.
-        provided: the columns that the caller fills.
-        path: the key of the algorithm, for messages.
+    """Check that the caller provides every column that the parts and sources, by path, read.
 
     Raises:
         ConfigError: a column is missing; the message names the part by its path, the columns and the fix.

@@ -23,7 +23,6 @@ class Stage:
     """A part of a run with its own algorithm.
 
     Attributes:
-        algorithm: the algorithm of this stage.
         share: its number of steps, relative to the other stages' shares.
         lr_factor: its learning rate as a multiple of the run's.
     """
@@ -56,11 +55,6 @@ class Pipeline:
 
     Each stage starts from the weights of the one before, as a separate run would: its optimizer moments and its
     learning-rate schedule start anew.
-
-    Attributes:
-        name: the name of its file.
-        stages: name → stage, in order.
-        description: one or two lines for readers.
     """
 
     name: str
@@ -146,11 +140,7 @@ class Pipeline:
         return self.only.estimate(batch)
 
     def formula(self, style: str = "text") -> str:
-        """The stages' formulas, each under its stage's name.
-
-        Args:
-            style: 'text' or 'latex'.
-        """
+        """The stages' formulas as 'text' or 'latex', each under its stage's name."""
         if style == "latex":
             return r" \\ ".join(
                 rf"\text{{{name}: }} {stage.algorithm.formula(style)}" for name, stage in self.stages.items()

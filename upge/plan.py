@@ -31,9 +31,6 @@ class PlannedTerm:
     """A term bound to a batch, with everything that is known before the forward pass computed.
 
     Attributes:
-        gate: the term's gate, with precomputed parts.
-        estimator: the term's estimator, with precomputed parts.
-        coefficient: the term's coefficient.
         source: [B] True for the trajectories of the term's source.
         active: [B] True for those of them whose coefficient is not known to be 0.
         weights: [B, T] the reduction's w, 0 outside the active rows.
@@ -110,9 +107,6 @@ class Plan:
         """The plan of a single term or regularizer.
 
         The losses and gradients of these plans add up to those of the whole plan.
-
-        Args:
-            name: the name of the term or regularizer.
         """
         terms = {n: term for n, term in self.terms.items() if n == name}
         penalties = {n: penalty for n, penalty in self.penalties.items() if n == name}
@@ -175,15 +169,7 @@ def plan_updates(
     batch: Trajectories,
     updates: Sequence[Int[Tensor, "b"] | None],
 ) -> list[Plan]:
-    """One plan per update, see `Algorithm.plans`.
-
-    Args:
-        terms: name → term with a coefficient other than 0.
-        regularizers: name → regularizer with a coefficient other than 0.
-        reach: the algorithm's reach.
-        batch: the whole batch.
-        updates: for each update, the rows of `batch` that it learns from; None = all.
-    """
+    """One plan per update, see `Algorithm.plans`. No term or regularizer has a coefficient of 0."""
     active = {name: term.active(batch) for name, term in terms.items()}
     ready = {name: term.precompute(batch) for name, term in terms.items()}
     penalties: dict[str, Any] = {name: one.precompute_parts(batch) for name, one in regularizers.items()}
@@ -249,15 +235,10 @@ def _weights(
 
 
 def _penalty(regularizer: Regularizer, scale: Tensor, batch: Trajectories | PackedTokens) -> Tensor:
-    """The value of a regularizer on a micro-batch.
+    """The value of a regularizer on a micro-batch; `scale` is coefficient·w of each token.
 
     Trajectories outside the regularizer's source are hidden from it like padding, because their penalty may overflow
     and 0·∞ is NaN in value and gradient. A penalty of reach 'group' may need to read them, so it sees all trajectories.
-
-    Args:
-        regularizer: the penalty.
-        scale: coefficient·w, one number per token.
-        batch: the micro-batch.
     """
     if regularizer.live_reach != "group":
         weighted = scale != 0

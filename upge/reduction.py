@@ -35,12 +35,7 @@ class Reduction(Component):
 
     @abstractmethod
     def __call__(self, batch: View, active: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
-        """[B, T] the weight of each token, in float64; 0 outside the active trajectories.
-
-        Args:
-            batch: the whole batch.
-            active: [B] True for the trajectories that count.
-        """
+        """[B, T] the weight of each token, in float64: 0 outside `active`, the trajectories that count."""
 
 
 def _spread(per_trajectory: Tensor, batch: TrajectoryView, active: Tensor) -> Tensor:
@@ -90,7 +85,6 @@ class SequenceMean(Reduction):
     """w = 1/(N·|τ|) for N trajectories: all responses count the same.
 
     Attributes:
-        over: which trajectories N counts.
         tokens: 'mean' as above; 'sum': w = 1/N.
     """
 
@@ -115,7 +109,6 @@ class FixedLength(Reduction):
 
     Attributes:
         length: the divisor in tokens, usually the response limit.
-        over: which trajectories N counts.
     """
 
     length: int
@@ -143,7 +136,6 @@ class QuestionMean(Reduction):
     Attributes:
         tokens: the token rule: 'mean' = 1/|τ|, 'sum' = 1, 'fixed' = 1/length.
         length: the divisor of 'fixed', in tokens.
-        over: which trajectories count.
         within: what n_q counts: 'question' = all trajectories of the question that count; 'kind' = only those of the
             same kind, rollouts or demonstrations.
     """

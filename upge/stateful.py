@@ -48,12 +48,7 @@ class StatefulGate(Gate):
 
     @abstractmethod
     def updated(self, value: float, signals: Mapping[str, float]) -> float:
-        """The value for the next step.
-
-        Args:
-            value: the current value.
-            signals: the signals that `wants` names.
-        """
+        """The value for the next step, from the current one and the signals that `wants` names."""
 
     def due(self, step: int) -> bool:
         """True if `updated` is called at the end of step `step` (counted from 0)."""

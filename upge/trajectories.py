@@ -134,7 +134,6 @@ class Trajectories(TrajectoryView):
         `row` of the result refers to the batch that this batch was selected from.
 
         Args:
-            rows: [b] indices of trajectories.
             logprobs: [b, T] the log-probs of the result. Without them its entropies are None as well, because both
                 come from the same forward pass.
             columns: columns of the result that replace the selected ones.
@@ -169,12 +168,7 @@ class Trajectories(TrajectoryView):
         return self.at(*self.response_mask.nonzero(as_tuple=True))
 
     def at(self, rows: Int[Tensor, "N"], columns: Int[Tensor, "N"]) -> PackedTokens:
-        """The tokens at the given positions, in the given order.
-
-        Args:
-            rows: [N] the trajectory of each token.
-            columns: [N] the position of each token in its response.
-        """
+        """The tokens at the given positions, in order, given by trajectory and index in the response."""
         assert self.row is not None
         picked: dict[str, Any] = {name: getattr(self, name) for name in TOKEN_COLUMNS}
         picked = {name: column if column is None else column[rows, columns] for name, column in picked.items()}

@@ -92,11 +92,7 @@ class TokenView:
 
     @abstractmethod
     def look_up(self, values: Tensor) -> Tensor:
-        """The entries of `values` that belong to this view's trajectories or tokens.
-
-        Args:
-            values: [B] or [B, T] values of the batch that this view was selected from.
-        """
+        """The entries of [B] or [B, T] `values` of the batch that this view was selected from, at its own places."""
 
     @abstractmethod
     def per_token(self, values: Tensor) -> Tensor:
@@ -109,14 +105,10 @@ class TokenView:
         response."""
 
     def restricted(self: _View, columns: frozenset[str], owner: str) -> _View:
-        """A view of this batch for one part.
+        """A view of this batch for the part `owner`, which declares `columns`.
 
         Reading a column outside `columns` raises `UndeclaredColumn`. Reading one that the batch lacks raises a
         `ValueError`.
-
-        Args:
-            columns: the columns that the part declares.
-            owner: the part's name, for messages.
         """
         if isinstance(self, _Declared):
             columns = columns & object.__getattribute__(self, "_columns")
@@ -222,13 +214,7 @@ class PackedTokens(TokenView):
         return self.row, self.column
 
     def chunk(self, tokens: slice, logprobs: Tensor, entropies: Tensor | None) -> PackedTokens:
-        """A contiguous range of these tokens, with the results of the current policy's forward pass on them.
-
-        Args:
-            tokens: the range.
-            logprobs: their log-probs.
-            entropies: their entropies, if some part reads them.
-        """
+        """A contiguous range of these tokens, with the results of the current policy's forward pass on them."""
         columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         cut = {n: c[tokens] if isinstance(c, Tensor) else c for n, c in columns.items()}
         return PackedTokens(**{**cut, "logprobs": logprobs, "entropies": entropies})
@@ -273,12 +259,7 @@ def _restricted_class(cls: type) -> type:
 
 
 def group_sum(values: Tensor, index: Int[Tensor, "B"]) -> Tensor:
-    """[Q] the sum of `values` over the trajectories of each group.
-
-    Args:
-        values: [B] one number per trajectory.
-        index: [B] the group of each trajectory, numbered from 0 to Q - 1.
-    """
+    """[Q] the sum of [B] `values` over each group; `index` numbers the groups from 0 to Q - 1."""
     size = int(index.max()) + 1 if len(index) else 0
     return torch.zeros(size, dtype=values.dtype, device=values.device).index_add(0, index, values)
 

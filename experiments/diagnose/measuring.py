@@ -44,8 +44,7 @@ from upge.measure import (
 )
 from upge.measure.by_rate import Bin
 from upge.measure.contributions import sources
-from upge.measure.diagnosis import Conflict, thresholds
-from upge.measure.exact import Exact, exact
+from upge.measure.diagnosis import Conflict, Exact, exact, thresholds
 from upge.measure.scores import Pair
 from upge.train.config import ModelConfig
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from upge import verify
 from upge.cache import entry
 from upge.data import Problem
-from upge.verify.loading import BUILT_IN
+from upge.verify.base import BUILT_IN
 
 #: The least number of different answers for which the result is cached: parsing one takes a millisecond or more.
 LEAST = 500

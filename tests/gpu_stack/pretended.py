@@ -182,7 +182,9 @@ class CPUWorker(WorkerBase):
         assert "weights" in self.awake, "weights are written to memory that is not allocated"
         self.calls.append("reload")
         with set_current_vllm_config(self.vllm_config):
-            reload_weights(self.vllm_config, self.model, **({"weights_path": None, "is_checkpoint_format": True} | arguments))
+            reload_weights(
+                self.vllm_config, self.model, **({"weights_path": None, "is_checkpoint_format": True} | arguments)
+            )
 
     def execute_model(self, scheduler_output: Any) -> ModelRunnerOutput | None:
         """None if `sample_tokens` is to follow, as in vLLM's GPU worker."""

@@ -36,7 +36,9 @@ def folders(kind: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 @pytest.fixture(scope="module")
 def sampler(folders: tuple[Path, Path]) -> Iterator[VLLMSampler]:
     threads = torch.get_num_threads()
-    made = VLLMSampler(folders[0], dtype="bfloat16", device="cuda", max_length=96, memory_fraction=0.1, overrides=OVERRIDES)
+    made = VLLMSampler(
+        folders[0], dtype="bfloat16", device="cuda", max_length=96, memory_fraction=0.1, overrides=OVERRIDES
+    )
     assert torch.get_num_threads() == threads and torch.set_num_threads.__module__ == "torch"
     yield made
     made.close()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from upge.config import Range, Settings, from_tree, key, meanings, parse, parse_override, section, split
+from upge.config import Range, Settings, from_tree, key, meanings, parse, section, split
 from upge.errors import ConfigError, ModelError
 from upge.evaluation.suite import BenchmarkConfig
 from upge.train.config import RunConfig
@@ -98,13 +98,14 @@ def test_a_key_is_replaced_and_prefixed() -> None:
 
 
 def test_text_becomes_a_key_and_a_value() -> None:
-    assert parse_override("a.b=[1, 2.5, x]") == ("a.b", [1, 2.5, "x"])
-    assert parse_override("a={_target_: upge.NoMask}") == ("a", {"_target_": "upge.NoMask"})
-    assert parse_override("a=x=y") == ("a", "x=y") and split("a=") == ("a", "") and parse("a", "") is None
+    assert split("a.b=[1, 2.5, x]") == ("a.b", "[1, 2.5, x]") and parse("a.b", "[1, 2.5, x]") == [1, 2.5, "x"]
+    assert parse("a", "{_target_: upge.NoMask}") == {"_target_": "upge.NoMask"}
+    assert split("a=x=y") == ("a", "x=y") and parse("a", "x=y") == "x=y"
+    assert split("a=") == ("a", "") and parse("a", "") is None
     assert parse("a", "${b.c}") == "${b.c}" and parse("a", "null") is None and parse("a", "1e-3") == 0.001
     for text in ("a", "=1", ""):
         with pytest.raises(ConfigError, match="is not of the form key=value"):
-            parse_override(text)
+            split(text)
     with pytest.raises(ConfigError, match=r"^a\.b: '\[1' cannot be read: ") as caught:
         parse("a.b", "[1")
     assert caught.value.key == "a.b"

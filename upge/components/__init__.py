@@ -1,12 +1,6 @@
 """The four slots of the unified gradient and the parts that fill them, with one file per slot."""
 
-from upge.components.advantage import (
-    ConstantAdvantage,
-    GroupRelative,
-    LeaveOneOut,
-    PairwisePreference,
-    SignedReward,
-)
+from upge.components.advantage import ConstantAdvantage, GroupRelative, LeaveOneOut, PairwisePreference, SignedReward
 from upge.components.base import (
     AdvantageEstimator,
     Component,

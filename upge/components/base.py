@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -66,13 +66,9 @@ class Component(ABC):
     def parts(self) -> dict[str, Component]:
         """The parts that this one wraps, by field. The members of a tuple are named `field.0`, `field.1`, ..."""
         parts: dict[str, Component] = {}
-        for field in _fields(self):
-            value: Any = getattr(self, field.name)
-            if isinstance(value, Component):
-                parts[field.name] = value
-            for i, member in enumerate(_members(value)):
-                if isinstance(member, Component):
-                    parts[f"{field.name}.{i}"] = member
+        for name, value in _fields(self).items():
+            named = {f"{name}.{i}": member for i, member in enumerate(_members(value))} or {name: value}
+            parts |= {path: part for path, part in named.items() if isinstance(part, Component)}
         return parts
 
     @property
@@ -110,23 +106,14 @@ class Component(ABC):
         """This part with every wrapped part that is not live replaced by its values.
 
         The result can be evaluated on any micro-batch of `batch`.
-
-        Args:
-            batch: the whole batch.
         """
-        changes: dict[str, Any] = {}
-        for field in _fields(self):
-            value: Any = getattr(self, field.name)
-            if field.name in self.evaluated_separately:
-                continue
-            members = _members(value)
-            if isinstance(value, Component):
-                changes[field.name] = value.precomputed(batch)
-            elif any(isinstance(member, Component) for member in members):
-                changes[field.name] = tuple(
-                    member.precomputed(batch) if isinstance(member, Component) else member for member in members
-                )
-        return _replaced(self, changes) if changes else self
+
+        def ready(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return _changed(value, ready)
+            return value.precomputed(batch) if isinstance(value, Component) else value
+
+        return _changed(self, ready, besides=self.evaluated_separately)
 
     def precomputed(self, batch: TrajectoryView) -> Component:
         """The part's values on the whole `batch`, if it is not live; otherwise `precompute_parts(batch)`."""
@@ -138,18 +125,14 @@ class Component(ABC):
 
     def formula(self) -> Formula:
         """The formula of the part. The default is the class name with its settings."""
-        settings = ", ".join(f"{f.name}={getattr(self, f.name)}" for f in _fields(self))
+        settings = ", ".join(f"{setting}={value}" for setting, value in _fields(self).items())
         name = type(self).__name__
         return Formula(f"{name}({settings})", rf"\mathrm{{{name}}}")
 
 
 @dataclass(frozen=True, eq=False)
 class Precomputed(Component):
-    """The values of a part on the whole batch, looked up for any micro-batch of it, padded or packed.
-
-    Attributes:
-        values: [B] or [B, T] the values.
-    """
+    """The values of a part on the whole batch, looked up for any micro-batch of it, padded or packed."""
 
     values: Tensor
     reads: ClassVar[frozenset[str]] = frozenset({"row"})
@@ -166,12 +149,7 @@ class StabilizationMask(Component):
 
     @abstractmethod
     def __call__(self, batch: View, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """A number in [0, 1] per token.
-
-        Args:
-            batch: a view with the declared columns.
-            advantages: Â per token.
-        """
+        """A number in [0, 1] per token, from a view with the declared columns and Â per token."""
 
     @property
     def is_precomputed(self) -> bool:
@@ -250,21 +228,13 @@ def live_reads(part: Component) -> frozenset[str]:
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with `change` applied to every precomputed tensor in it.
+    """`value`, a part or an object made of parts, with `change` applied to every precomputed tensor in it.
 
-    Args:
-        value: a part, or an object made of parts. A tensor that is a setting of a part is not changed.
-        change: the function from the old to the new tensor.
+    A tensor that is a setting of a part is not changed.
     """
     if isinstance(value, Precomputed):
         return Precomputed(change(value.values))
-    if isinstance(value, tuple):
-        return tuple(mapped(item, change) for item in _members(value))
-    if not dataclasses.is_dataclass(value):
-        return value
-    old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    new = {name: mapped(item, change) for name, item in old.items()}
-    return _replaced(value, new) if any(new[n] is not old[n] for n in old) else value
+    return _changed(value, lambda item: mapped(item, change))
 
 
 def walk(part: Component, path: str) -> Iterator[tuple[str, Component]]:
@@ -275,27 +245,23 @@ def walk(part: Component, path: str) -> Iterator[tuple[str, Component]]:
 
 
 def rewritten(value: Any, change: Callable[[Component], Component]) -> Any:
-    """`value` with `change` applied to every part in it.
+    """`value`, a part or a setting that may contain parts, with `change` applied to every part in it.
 
-    Args:
-        value: a part, or a setting that may contain parts.
-        change: the function from the old to the new part. If it returns a part unchanged, it is applied to the parts
-            inside it.
+    If `change` returns a part unchanged, it is applied to the parts inside it.
     """
-    if isinstance(value, tuple):
-        return tuple(rewritten(item, change) for item in _members(value))
-    if not isinstance(value, Component):
+    if isinstance(value, Component):
+        changed = change(value)
+        if changed is not value:
+            return changed
+    elif not isinstance(value, tuple):
         return value
-    changed = change(value)
-    if changed is not value or not dataclasses.is_dataclass(value):
-        return changed
-    old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    new = {name: rewritten(item, change) for name, item in old.items()}
-    return _replaced(value, new) if any(new[name] is not old[name] for name in old) else value
+    return _changed(value, lambda item: rewritten(item, change))
 
 
-def _fields(part: Component) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(part) if dataclasses.is_dataclass(part) else ()
+def _fields(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass instance by name; none for any other value."""
+    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    return {field.name: getattr(value, field.name) for field in fields}
 
 
 def _members(value: Any) -> tuple[Any, ...]:
@@ -303,6 +269,12 @@ def _members(value: Any) -> tuple[Any, ...]:
     return cast("tuple[Any, ...]", value) if isinstance(value, tuple) else ()
 
 
-def _replaced(value: Any, changes: Mapping[str, Any]) -> Any:
-    """`dataclasses.replace`, for a value that is known to be a dataclass only at run time."""
-    return dataclasses.replace(value, **changes)
+def _changed(value: Any, change: Callable[[Any], Any], besides: frozenset[str] = frozenset()) -> Any:
+    """A tuple or a dataclass with `change` applied to its members or fields; `value` itself if none changes."""
+    if isinstance(value, tuple):
+        members = _members(value)
+        changed = tuple(change(member) for member in members)
+        return changed if any(a is not b for a, b in zip(changed, members, strict=True)) else members
+    old = {name: field for name, field in _fields(value).items() if name not in besides}
+    new = {name: change(field) for name, field in old.items()}
+    return dataclasses.replace(value, **new) if any(new[name] is not old[name] for name in old) else value

@@ -138,7 +138,6 @@ class GeometricMeanBehaviorPolicy(ReferenceDenominator):
 
     Attributes:
         advantage: must equal the estimator's advantage, whose sign selects the bound.
-        low, high: the bounds of log r_t.
     """
 
     advantage: AdvantageEstimator
@@ -169,9 +168,6 @@ class ClippedReferencePolicy(ReferenceDenominator):
     """π_ref = π_θ/clip(π_θ/π_frozen, low, high): the importance weight of arXiv 2507.12856 per token.
 
     π_frozen is the reference policy.
-
-    Attributes:
-        low, high: bounds of the ratio itself.
     """
 
     low: float = 0.2
@@ -200,10 +196,6 @@ class SequenceReferencePolicy(ReferenceDenominator):
     """π_ref = π_θ/W with W = clip(exp(power·mean_t log(π_θ/π_frozen)), low, high).
 
     This is the importance weight of arXiv 2507.12856 for a whole response. π_frozen is the reference policy.
-
-    Attributes:
-        power: the exponent of the geometric mean of the ratios.
-        low, high: bounds of the weight W itself.
     """
 
     power: float = 2.0
@@ -238,9 +230,6 @@ class MixedBehaviorPolicy(ReferenceDenominator):
     It is meant for demonstrations whose own policy is unknown (multiple importance sampling, arXiv 2508.00222). The
     ratio π_θ/π_ref stays below 1/(1 - share), however unlikely the token is under π_old. share = 1 is `BehaviorPolicy`,
     and share = 0 is `UnitDenominator`. π_old is also read on demonstrations; without `behavior_logprobs` it is π_θ.
-
-    Attributes:
-        share: weight of π_old in the mixture.
     """
 
     share: float = 0.75
@@ -273,7 +262,6 @@ class SamplerCorrected(ReferenceDenominator):
     from it (π_sampler).
 
     Attributes:
-        denominator: the inner denominator.
         cap: upper bound of ρ; None = no truncation.
         level: 'token': ρ_t = π_old/π_sampler of the token. 'sequence': ρ = Π_t ρ_t, one number per response. This is
             the unbiased weight of a whole response, and its variance grows with the response's length.

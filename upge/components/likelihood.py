@@ -59,10 +59,6 @@ class PowerLikelihood(LikelihoodGradient):
     likely = unlikely = 1 is the φ of arXiv 2508.11408, largest at π_θ = ½. likely = 0 with unlikely = ½ increases the
     weight of tokens that the policy rarely explores, as in arXiv 2508.00222. With likely = unlikely = 0 the gradient is
     plain. f′ multiplies ∇π_θ/π_ref, so with π_ref = π_θ it is the factor in front of ∇log π_θ.
-
-    Attributes:
-        likely: exponent of π_θ.
-        unlikely: exponent of 1 - π_θ.
     """
 
     likely: float

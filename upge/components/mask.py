@@ -121,7 +121,6 @@ class ImportanceBand(StabilizationMask):
     """1[low ≤ ratio ≤ high], whatever the sign of the advantage.
 
     Attributes:
-        low, high: bounds of the ratio.
         of: which ratio: 'importance' = π_θ/π_behavior; 'sampler' = π_behavior/π_sampler, the mismatch between trainer
             and inference engine.
     """
@@ -242,7 +241,6 @@ class SequenceSamplerBand(StabilizationMask):
     This is masked importance sampling for the mismatch between trainer and inference engine.
 
     Attributes:
-        low, high: bounds of ρ.
         mean: 'product': ρ = Π_t π_old/π_sampler, the ratio of the whole response. 'geometric': its |τ|-th root, which
             does not shrink or grow with the length, so its bounds should be close to 1.
     """

@@ -23,10 +23,6 @@ def kl_value(log_ratio: Tensor, kind: KLKind) -> Tensor:
     - 'k1', -d: unbiased; can be negative.
     - 'k2', d²/2: biased, but close where d is small.
     - 'k3', e^d - d - 1: unbiased and never negative.
-
-    Args:
-        log_ratio: d.
-        kind: which estimate.
     """
     if kind == "k1":
         return -log_ratio
@@ -56,7 +52,6 @@ class KLPenalizedReward(TokenReward):
     of a step. It also applies to demonstrations, where π_old is the policy before the step's updates.
 
     Attributes:
-        reward: r, before the penalty.
         coefficient: the reward lost per nat.
         kind: the estimate of `kl_value`. With k1 the sum over a response is its log-probability ratio.
     """
@@ -125,8 +120,7 @@ class GAE(AdvantageEstimator):
     def formula(self) -> Formula:
         text, latex = _reward_formula(self.reward)
         return Formula(
-            f"GAE(γ={self.discount:g}, λ={self.lam:g}{text})",
-            rf"\hat A^{{GAE({self.discount:g},{self.lam:g}{latex})}}",
+            f"GAE(γ={self.discount:g}, λ={self.lam:g}{text})", rf"\hat A^{{GAE({self.discount:g},{self.lam:g}{latex})}}"
         )
 
 

@@ -30,10 +30,7 @@ class KLShaped(AdvantageEstimator):
     response. Without `future`, the effect of a token on the KL of later tokens is missing.
 
     Attributes:
-        advantage: Â, before the penalty.
         coefficient: the reward lost per nat.
-        kind: the estimate of the KL, 'k1', 'k2' or 'k3'.
-        future: True = sum the penalty over all tokens from a token's own on.
     """
 
     advantage: AdvantageEstimator

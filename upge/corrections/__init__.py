@@ -84,7 +84,6 @@ class MIS(Correction):
     """Masked importance sampling per response: masks responses whose ρ is outside [low, high].
 
     Attributes:
-        low, high: bounds of ρ.
         mean: 'product': ρ = Π_t π_old/π_sampler over the response; 'geometric': its |τ|-th root.
         weight: True = multiply the weights of the other responses by Π_t π_old/π_sampler.
     """
@@ -195,7 +194,6 @@ class DynamicSampling(Correction):
 
     Attributes:
         gate: the gate; it may read only rewards and groups.
-        rounds: maximum rounds of sampling per step.
     """
 
     gate: Gate = PassRateBetween(0.0, 1.0)
@@ -226,7 +224,6 @@ class Overlong(Correction):
     Attributes:
         limit: number of tokens from which on the full penalty applies; the run's response limit.
         buffer: the share of the limit over which the penalty rises.
-        penalty: the full penalty.
     """
 
     limit: int

@@ -78,13 +78,11 @@ def rollout_terms(algorithm: Algorithm) -> dict[str, Term]:
 
 
 def wrap(algorithm: Algorithm, slot: str, change: Callable[[Any], Any], names: list[str] | None = None) -> Algorithm:
-    """Replace the part in one slot of the estimators.
+    """Replace the part in one slot of the estimators: 'mask', 'denominator', 'advantage' or 'likelihood'.
 
     A denominator or a mask that holds the term's own advantage, because it needs its sign, gets the new advantage.
 
     Args:
-        algorithm: the algorithm.
-        slot: 'mask', 'denominator', 'advantage' or 'likelihood'.
         change: the function from the old to the new part; called once per term.
         names: the terms to change; None = those that learn from rollouts.
 

@@ -21,20 +21,10 @@ from upge.measure.contributions import (
     slopes,
     true_gradient,
 )
-from upge.measure.diagnosis import (
-    Measured,
-    Targets,
-    batch_estimates,
-    batch_sample,
-    conflict,
-    imitation,
-    measured,
-    same,
-)
-from upge.measure.metrics import Metrics, Sample, cosine_of, cosine_with, exact_metrics, metrics
+from upge.measure.diagnosis import Measured, Targets, batch_estimates, batch_sample, conflict, imitation, measured, same
+from upge.measure.metrics import Estimated, Metrics, Sample, cosine_of, cosine_with, exact_metrics, metrics
 from upge.measure.pool import Group, Pool, batches, deal
 from upge.measure.scores import ModelScores, Request, Scores, Sketch
-from upge.measure.statistics import Estimated
 
 __all__ = [
     "PENALTIES",

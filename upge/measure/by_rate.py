@@ -1,6 +1,6 @@
 """Metrics of single prompts: by pass rate, and by the number of successes in their group, which gates depend on.
 
-Legend: q prompts of a bin; M, R, H and k as in `upge.measure.pool` and `upge.measure.statistics`.
+Legend: q prompts of a bin; M as in `upge.measure.pool`; R, H and k as in `upge.measure.metrics`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upge.measure.metrics import Metrics, Sample, cosine_with, metrics, without_rounding
+from upge.measure.metrics import (
+    Estimated,
+    Metrics,
+    Sample,
+    cosine_with,
+    gram,
+    jackknife,
+    metrics,
+    within,
+    without_rounding,
+)
 from upge.measure.pool import Pool
-from upge.measure.statistics import Estimated, gram, jackknife, within
 
 #: The edges of the pass-rate bins; pass rates of exactly 0 and 1 have bins of their own.
 _ENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -22,13 +31,7 @@ _ENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Bin:
-    """Prompts of similar pass rate.
-
-    Attributes:
-        label: the range of pass rates, as text.
-        pass_rate: the mean over the prompts.
-        prompts: their numbers in the pool.
-    """
+    """Prompts of similar pass rate, by their numbers in the pool; `pass_rate` is the mean over them."""
 
     label: str
     pass_rate: float
@@ -40,7 +43,6 @@ class AtRate:
     """One estimator on the prompts of a bin, where an estimate is the contribution of a single prompt.
 
     Attributes:
-        bin: the label of the bin.
         pooled: relative to the true gradient of the whole pool, which is the objective's gradient.
         own: cosine with the true gradient of these prompts alone.
         snr: ‖m‖²/E‖g - m‖² if both the prompt and its rollouts are sampled, the prompt from all prompts of such a pass
@@ -62,8 +64,6 @@ class AtCount:
     """One estimator on the groups with a given number of successes, which is what a gate can depend on.
 
     Attributes:
-        successes: the number of successes in a group.
-        groups: how many groups have it.
         pooled: a single prompt's contribution relative to the true gradient of the whole pool.
     """
 
@@ -89,10 +89,7 @@ def bins_of(pass_rates: Float[Tensor, "M"]) -> list[Bin]:
 def at_rates(single: Float[Tensor, "M R k"], bins: Sequence[Bin], true: Float[Tensor, "M H k"]) -> Iterable[AtRate]:
     """The metrics of each bin in which some prompt contributes.
 
-    Args:
-        single: [M, R, k] the contribution of each prompt in each round.
-        bins: the bins of prompts.
-        true: [M, H, k] independent estimates of each prompt's true gradient.
+    `single` are the contributions of prompts in rounds, `true` independent estimates of each prompt's true gradient.
     """
     rounds = single.shape[1]
     for one in bins:
@@ -142,10 +139,7 @@ def _prompt_snr(mine: Float[Tensor, "q R k"]) -> Estimated:
 def at_counts(pool: Pool, single: Float[Tensor, "M R k"], pooled: Float[Tensor, "H k"]) -> Iterable[AtCount]:
     """The metrics of the groups with each number of successes.
 
-    Args:
-        pool: the sample.
-        single: [M, R, k] the contribution of each prompt in each round.
-        pooled: [H, k] independent estimates of the pool's true gradient.
+    `single` are the contributions of prompts in rounds, `pooled` independent estimates of the pool's true gradient.
     """
     successes = pool.successes
     for count in range(pool.group_size + 1):

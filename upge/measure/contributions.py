@@ -45,7 +45,6 @@ class Directions:
         """Registers the gradient Σ_t weights_t·∇log π_t + entropy_t·∇H_t of a response, unless an equal one is known.
 
         Args:
-            pair: the prompt and the response.
             weights: [t] of the log-probs.
             entropy: [t] of the entropies; None = zeros. Some number of `weights` or `entropy` is not 0.
 
@@ -82,12 +81,7 @@ class Entries:
     factors: list[float] = field(default_factory=list)
 
     def dense(self, shape: tuple[int, int], gradients: Float[Tensor, "g k"]) -> Float[Tensor, "M R k"]:
-        """[M, R, k] the contributions.
-
-        Args:
-            shape: (M, R).
-            gradients: [g, k] the gradients that the entries refer to.
-        """
+        """The contributions, for `shape` = (M, R) and the gradients that the entries refer to."""
         cells = shape[0] * shape[1]
         factors = torch.tensor(self.factors, dtype=gradients.dtype)
         places = torch.tensor([self.cells, self.gradients], dtype=torch.long).reshape(2, -1)
@@ -100,7 +94,6 @@ class Estimator:
     """An algorithm on a pool.
 
     Attributes:
-        name: the algorithm's.
         parts: the entries of each part: a term, or all regularizers together (`PENALTIES`).
         sources: the trajectories that each part learns from, see `sources`.
     """
@@ -112,15 +105,9 @@ class Estimator:
     def contributions(
         self, pool: Pool, gradients: Float[Tensor, "g k"], parts: Sequence[str] | None = None
     ) -> Float[Tensor, "M R k"]:
-        """The contribution of each prompt in each round; the estimate of a batch is the sum over its prompts.
+        """The contribution of each prompt in each round, of some parts or of all (None).
 
-        Args:
-            pool: the pool that the estimator was made for.
-            gradients: [g, k] the gradients of all requests.
-            parts: the parts to add up; None = all.
-
-        Returns:
-            [M, R, k].
+        The estimate of a batch is the sum over its prompts. `gradients` are those of all requests.
         """
         entries = [self.parts[name] for name in (self.parts if parts is None else parts)]
         joined = Entries(
@@ -137,8 +124,6 @@ def estimator(
     """An algorithm's estimates on all batches of a pool, each planned on the whole batch as in training.
 
     Args:
-        algorithm: the algorithm.
-        pool: the sample.
         columns: as for `upge.measure.pool.batches`.
         directions: receives the gradients that the estimates need.
         step: the training steps before the batches, for schedules.
@@ -160,20 +145,10 @@ def estimator(
     return Estimator(algorithm.name, parts, sources_of_parts)
 
 
-def _ignore(number: int) -> None:
-    """Does nothing with a progress report."""
-
-
 def gradients(
-    scores: Scores, requests: Sequence[Request], done: Callable[[int], object] = _ignore
+    scores: Scores, requests: Sequence[Request], done: Callable[[int], object] = lambda number: None
 ) -> Float[Tensor, "g k"]:
-    """[g, k] the gradients of all requests.
-
-    Args:
-        scores: computes the gradients.
-        requests: the gradients to compute.
-        done: called after each batch of gradients with its number of gradients.
-    """
+    """The gradients of all requests; `done` is called after each batch of gradients with their number."""
     rows: Tensor | None = None
     for members, values in scores.gradients(requests):
         if rows is None:
@@ -184,14 +159,15 @@ def gradients(
 
 
 def true_gradient(
-    scores: Scores, groups: Sequence[Sequence[Sequence[Trajectory]]], done: Callable[[int], object] = _ignore
+    scores: Scores,
+    groups: Sequence[Sequence[Sequence[Trajectory]]],
+    done: Callable[[int], object] = lambda number: None,
 ) -> Float[Tensor, "M H k"]:
     """[M, H, k] an unbiased estimate of each prompt's ∇E[R] from each of its H independent parts.
 
     It is the leave-one-out estimate over whole responses: 1/n Σ_i (R_i - mean of the other R)·∇log π(y_i).
 
     Args:
-        scores: computes the gradients.
         groups: [M][H] at least two rollouts each, sampled from the policy itself.
         done: called after each batch of gradients with its number of gradients.
     """
@@ -244,7 +220,6 @@ def slopes(algorithm: Algorithm, batch: Trajectories) -> dict[str, Slopes]:
     They add up to minus the gradient of `algorithm.estimate(batch).loss` with respect to log-probs and entropies.
 
     Args:
-        algorithm: the algorithm.
         batch: with `logprobs` and `entropies`, which need no gradient, and every column that the algorithm's parts
             read.
     """

@@ -1,6 +1,10 @@
 """The measurements of algorithms on one pool: of each as a whole, of each part, and of one relative to another.
 
-Legend: M, R and H as in `upge.measure.pool`; b batches; k numbers of a gradient's sketch.
+`exact` gives the exact mean and power of an estimator on a policy so small that every batch can be enumerated.
+Measurements on a sample of these batches must agree with it within their intervals.
+
+Legend: M, R and H as in `upge.measure.pool`; b batches of B trajectories with T tokens; k numbers of a gradient's
+sketch; D = P·V numbers of a gradient with respect to a table of P prefixes and V tokens.
 """
 
 from __future__ import annotations
@@ -17,10 +21,10 @@ from torch import Tensor
 
 from upge.algorithm import Algorithm
 from upge.measure.by_rate import AtCount, AtRate, Bin, at_counts, at_rates
-from upge.measure.contributions import Directions, Entries, Estimator
-from upge.measure.metrics import Metrics, Sample, cosine_of, cosine_with, metrics
+from upge.measure.contributions import Directions, Entries, Estimator, slopes
+from upge.measure.metrics import Estimated, Metrics, Sample, cosine_of, cosine_with, metrics
 from upge.measure.pool import Pool
-from upge.measure.statistics import Estimated
+from upge.theory.draws import Evaluator, Row, Setting, all_groups, check
 
 #: Two estimators whose estimates have at least this cosine are the same up to scale.
 _SAME = 1 - 1e-6
@@ -32,7 +36,6 @@ class Measured:
 
     Attributes:
         name: ALGORITHM, or ALGORITHM.PART for a part of an algorithm with several.
-        algorithm: the algorithm's name.
         part: the part's name; '' for the whole algorithm.
         source: the trajectories that it learns from; the sources of all parts, separated by commas, for a whole
             algorithm.
@@ -59,8 +62,6 @@ class Conflict:
     """The cosine between the mean gradients of an algorithm's parts on rollouts and on demonstrations.
 
     Attributes:
-        algorithm: the algorithm's name.
-        overall: on whole batches.
         by_rate: label of a bin of pass rates → the cosine on its prompts.
     """
 
@@ -102,26 +103,12 @@ def batch_estimates(pool: Pool, contributions: Float[Tensor, "M R k"]) -> tuple[
 
 
 def measured(
-    pool: Pool,
-    estimator: Estimator,
-    part: str,
-    contributions: Float[Tensor, "M R k"],
-    bins: Sequence[Bin],
-    to: Targets,
+    pool: Pool, estimator: Estimator, part: str, contributions: Float[Tensor, "M R k"], bins: Sequence[Bin], to: Targets
 ) -> Measured:
-    """Measures an estimator, or a part of it.
-
-    Args:
-        pool: the sample.
-        estimator: the algorithm on the pool.
-        part: the part to measure; '' = the whole.
-        contributions: [M, R, k] of what is measured.
-        bins: prompts by pass rate.
-        to: the gradients to compare with.
-    """
+    """Measures an estimator, or one part of it ('' = the whole), by the contributions of what is measured."""
     sources = dict.fromkeys(estimator.sources.values())
     several = len(estimator.parts) > 1
-    overall = batch_sample(pool, contributions)
+    overall, rounds = batch_sample(pool, contributions), torch.arange(pool.rounds)
     # Scaled to the size of a batch that consists of such prompts only.
     single = contributions * pool.prompts_per_batch
     return Measured(
@@ -130,27 +117,15 @@ def measured(
         part if several else "",
         estimator.sources[part] if part else ", ".join(sources),
         metrics(overall, to.pooled),
-        None if to.imitation is None else cosine_of(overall, _one_per_round(to.imitation)),
+        None if to.imitation is None else cosine_of(overall, Sample.of(to.imitation, rounds, pool.rounds)),
         None if to.held_out is None else cosine_with(overall, to.held_out),
         tuple(at_rates(single, bins, to.true)),
         tuple(at_counts(pool, single, to.pooled)),
     )
 
 
-def _one_per_round(estimates: Float[Tensor, "R k"]) -> Sample:
-    """The sample of one estimate per round."""
-    return Sample.of(estimates, torch.arange(len(estimates)), len(estimates))
-
-
 def conflict(pool: Pool, estimator: Estimator, gradients: Float[Tensor, "g k"], bins: Sequence[Bin]) -> Conflict | None:
-    """The conflict between an algorithm's two sources; None if it does not learn from both.
-
-    Args:
-        pool: the sample.
-        estimator: the algorithm on the pool.
-        gradients: [g, k] the gradients of all requests.
-        bins: prompts by pass rate.
-    """
+    """The conflict between an algorithm's two sources; None if it does not learn from both."""
     sides = []
     for source in ("rollouts", "demonstrations"):
         parts = [name for name, own in estimator.sources.items() if own == source and estimator.parts[name].cells]
@@ -180,12 +155,7 @@ def same(estimates: Mapping[str, Float[Tensor, "b k"]]) -> list[list[str]]:
 
 
 def imitation(pool: Pool, directions: Directions) -> Entries:
-    """The entries of the mean log-likelihood of each round's demonstrations, over the prompts that have some.
-
-    Args:
-        pool: the sample.
-        directions: receives the gradients that the entries need.
-    """
+    """The entries of the mean log-likelihood of each round's demonstrations, over the prompts that have some."""
     demonstrated = [
         (q, r, group.demonstrations)
         for q, groups in enumerate(pool.groups)
@@ -222,3 +192,51 @@ def thresholds(algorithm: Algorithm, group_size: int) -> dict[float, Algorithm]:
             terms[name] = dataclasses.replace(term, gate=gate)
         algorithms[count / group_size] = dataclasses.replace(algorithm, terms=terms)
     return algorithms
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The exact mean E g and power E‖g‖² of the estimate g of an algorithm, or of a part of it."""
+
+    mean: Float[Tensor, "D"]
+    power: float
+
+
+def exact(algorithm: Algorithm, setting: Setting, *, group_size: int = 3, demonstrations: int = 1) -> dict[str, Exact]:
+    """Mean and power of the estimate on a batch of one prompt, over every such batch, weighted by its probability.
+
+    Args:
+        group_size, demonstrations: trajectories of each kind per batch, drawn independently.
+
+    Returns:
+        '' → of the whole algorithm, and name of a part → of that part.
+
+    Raises:
+        ConfigError: the setting lacks something that the algorithm reads or learns from.
+    """
+    check(algorithm, setting, group_size, demonstrations)
+    groups, _ = all_groups(algorithm, setting, group_size, demonstrations)
+    evaluator = Evaluator(algorithm, setting)
+    means: dict[str, Tensor] = {}
+    powers: dict[str, float] = {}
+    for rows, probability in groups:
+        parts = estimates(evaluator, rows)
+        whole = sum(parts.values(), torch.zeros(()))
+        for name, estimate in ({"": whole} | parts).items():
+            means[name] = means.get(name, torch.zeros_like(estimate)) + probability * estimate
+            powers[name] = powers.get(name, 0.0) + probability * float(estimate.square().sum())
+    return {name: Exact(mean, powers[name]) for name, mean in means.items()}
+
+
+def estimates(evaluator: Evaluator, rows: tuple[Row, ...]) -> dict[str, Float[Tensor, "D"]]:
+    """Each part's estimate on the batch of one group, as a gradient with respect to the policy's table."""
+    batch = evaluator.batch([rows])
+    batch = dataclasses.replace(batch, state=evaluator.algorithm.initial_state())
+    number = torch.tensor([row[0] for row in rows])
+    gradients: dict[str, Tensor] = {}
+    for name, slope in slopes(evaluator.algorithm, batch).items():
+        gradient = torch.einsum("bt,btpv->pv", slope.by_logprobs, evaluator.scores[number])
+        if slope.by_entropies is not None:
+            gradient = gradient + torch.einsum("bt,btpv->pv", slope.by_entropies, evaluator.entropy_scores[number])
+        gradients[name] = gradient.flatten()
+    return gradients

@@ -39,8 +39,6 @@ class Group:
 
     Attributes:
         rollouts: the policy's responses, with the prompt's number in the pool as their `group`, like the others.
-        demonstrations: the prompt's demonstrations; may be empty.
-        pair: the chosen and the rejected response; may be empty.
     """
 
     rollouts: tuple[Trajectory, ...]
@@ -116,12 +114,6 @@ def pair_of(trajectory: Trajectory) -> Pair:
 def deal(prompts: int, per_batch: int, rounds: int, seed: int) -> list[list[list[int]]]:
     """[R][M/Q] the prompts of each batch; every round has all prompts, in an order that follows from the seed.
 
-    Args:
-        prompts: M, the number of prompts.
-        per_batch: Q, the prompts of a batch.
-        rounds: R, the number of rounds.
-        seed: of the orders.
-
     Raises:
         ConfigError: `per_batch` does not divide the number of prompts.
     """
@@ -140,8 +132,6 @@ def batches(
     """Iterates over the batches of a pool that have trajectories for an algorithm.
 
     Args:
-        pool: the sample.
-        algorithm: decides which trajectories and columns a batch has.
         columns: pair → 'logprobs', 'entropies' and, where known, 'reference_logprobs' and 'behavior_logprobs'.
         step: the training steps before the batch, for schedules. Stateful gates have their initial state.
 

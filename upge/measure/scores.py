@@ -40,8 +40,6 @@ class Request(NamedTuple):
     """A gradient to compute: that of Σ_t (by_logprobs_t·log π_t + by_entropies_t·H_t).
 
     Attributes:
-        pair: the prompt and the response.
-        by_logprobs: [t] the coefficients of the log-probs.
         by_entropies: [t] the coefficients of the entropies; None = zeros.
     """
 
@@ -72,11 +70,9 @@ class ModelScores:
     """The `Scores` of a Hugging Face causal LM, whose attention is replaced in place by that of packed rows.
 
     Args:
-        model: the causal LM.
         width: numbers of a sketch; 0 keeps gradients whole.
         temperature: divides the logits, as in training.
         at_once: trajectories differentiated at once; 0 = one after another; None = depends on the model's size.
-        seed: of the sketch.
     """
 
     def __init__(
@@ -112,7 +108,8 @@ class ModelScores:
                 yield [number], self.sketch([gradient[None] for gradient in self._alone(request)])
             return
         # Batches of similar length and kind need little padding.
-        order = sorted(range(len(requests)), key=lambda i: _kind(requests[i]))
+        kinds = [(request.by_entropies is not None, sum(map(len, request.pair))) for request in requests]
+        order = sorted(range(len(requests)), key=lambda i: kinds[i])
         for start in range(0, len(order), self.at_once):
             members = order[start : start + self.at_once]
             yield members, self.sketch(self._together([requests[i] for i in members]))
@@ -143,17 +140,15 @@ class ModelScores:
             ]
             by_entropies = torch.stack([_placed(*one, longest) for one in given]).to(device, dtype)
         parameters = {name: p.detach() for name, p in zip(self.names, self.parameters, strict=True)}
-        one = vmap(grad(self._total), in_dims=(None, 0, 0, None if by_entropies is None else 0))
+
+        def total(parameters: dict[str, Tensor], *inputs: Tensor | None) -> Tensor:
+            return functional_call(self._whole, parameters, inputs)
+
+        one = vmap(grad(total), in_dims=(None, 0, 0, None if by_entropies is None else 0))
         # vmap supports only the plain attention kernel.
         with sdpa_kernel(SDPBackend.MATH):
             gradients = one(parameters, tokens, by_logprobs.to(device, dtype), by_entropies)
         return [gradients[name] for name in self.names]
-
-    def _total(
-        self, parameters: dict[str, Tensor], tokens: Tensor, by_logprobs: Tensor, by_entropies: Tensor | None
-    ) -> Tensor:
-        """Σ_t (w_t·log π_t + v_t·H_t) of one sequence as a function of the parameters."""
-        return functional_call(self._whole, parameters, (tokens, by_logprobs, by_entropies))
 
 
 class _Sequence(nn.Module):
@@ -179,11 +174,6 @@ class _Sequence(nn.Module):
         if by_entropies is not None:
             total = total - ((logprobs.exp() * logprobs).sum(dim=-1) * by_entropies).sum()
         return total
-
-
-def _kind(request: Request) -> tuple[bool, int]:
-    """Whether a request has entropy coefficients, and the number of its tokens: a sorting key."""
-    return request.by_entropies is not None, sum(map(len, request.pair))
 
 
 def _placed(pair: Pair, values: Tensor, longest: int) -> Tensor:
@@ -212,7 +202,6 @@ class Sketch:
     Args:
         sizes: the number of entries of each tensor of a gradient, in order.
         width: k; 0 keeps gradients whole, flattened.
-        seed: of the random signs and shifts.
 
     Raises:
         ConfigError: the width is negative, or the tensors have no entries.

@@ -10,25 +10,10 @@ from torch import Tensor
 from upge.algorithm import Algorithm
 from upge.components.base import Component
 from upge.estimate import Estimate
-from upge.testing.batches import (
-    NUMBERS,
-    degenerate_batches,
-    extreme_batch,
-    in_precision,
-    padded,
-    punched,
-    random_batch,
-    reordered,
-    select_rows,
-    splits,
-)
+from upge.testing import batches
 from upge.testing.components import check_component
-from upge.testing.rules import attempt, close, require, require_instance
+from upge.testing.rules import SINGLE_TOLERANCE, attempt, close, require, require_instance
 from upge.trajectories import Trajectories
-
-#: The tolerance on float32 columns. Float32 rounds at 6e-8; products of several factors have larger errors, but not of
-#: this size.
-_SINGLE = 1e-3
 
 
 def check_algorithm(algorithm: Algorithm) -> None:
@@ -42,9 +27,6 @@ def check_algorithm(algorithm: Algorithm) -> None:
     - Trajectories that the plan drops have no gradient, and dropping them changes no weights of the others.
     - Weights, loss and gradient are finite at extremes, in single precision and on degenerate batches.
 
-    Args:
-        algorithm: the algorithm.
-
     Raises:
         ConformanceError: the first broken rule.
         TypeError: `algorithm` is not an `upge.Algorithm`, for example its name.
@@ -56,16 +38,15 @@ def check_algorithm(algorithm: Algorithm) -> None:
             check_component(part)
             checked.append(part)
     pairs = algorithm.needs.preference_pairs
-    _check_leaves(algorithm, random_batch(0, pairs=pairs))
+    _check_leaves(algorithm, batches.random_batch(0, pairs=pairs))
     _check_precision(algorithm, pairs)
     for seed in range(2):
-        _check_on(algorithm, random_batch(seed, pairs=pairs), seed)
-    _check_runaway(algorithm, extreme_batch(pairs, ratio=1000.0))
+        _check_on(algorithm, batches.random_batch(seed, pairs=pairs), seed)
+    _check_runaway(algorithm, batches.extreme_batch(pairs, ratio=1000.0))
     _check_degenerate(algorithm)
 
 
 def _check_on(algorithm: Algorithm, batch: Trajectories, seed: int) -> None:
-    """The rules that hold on any well-formed batch."""
     name, whole = _name(algorithm), [torch.arange(len(batch))]
     estimate = algorithm.estimate(batch)
     _check_product(name, estimate, batch)
@@ -73,18 +54,18 @@ def _check_on(algorithm: Algorithm, batch: Trajectories, seed: int) -> None:
     bare = dataclasses.replace(algorithm, regularizers={}) if algorithm.regularizers else algorithm
     plain = _gradient(bare, batch, whole) if bare is not algorithm else gradient
     close(name, "the gradient is not minus the weights", -estimate.weights, plain[0])
-    for split in splits(batch, algorithm.reach, seed):
+    for split in batches.splits(batch, algorithm.reach, seed):
         close(name, "the gradient depends on the micro-batch split", gradient, _gradient(algorithm, batch, split))
     for size in (1, 7) if algorithm.takes_chunks else ():
         by_chunks = _gradient_by_chunks(algorithm, batch, size)
         close(name, "the gradient depends on how the tokens are cut into chunks", gradient, by_chunks)
-    wide = _gradient(algorithm, padded(batch), whole)[..., : gradient.shape[2]]
+    wide = _gradient(algorithm, batches.padded(batch), whole)[..., : gradient.shape[2]]
     close(name, "the gradient depends on the padding", gradient, wide)
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
-    shuffled = _gradient(algorithm, reordered(batch, order), whole)
+    shuffled = _gradient(algorithm, batches.reordered(batch, order), whole)
     close(name, "the gradient depends on the order of the trajectories", gradient[:, order], shuffled)
-    holed, problem = punched(batch), "the gradient depends on places outside the response mask"
-    for split in (whole, next(splits(batch, algorithm.reach, seed))):
+    holed, problem = batches.punched(batch), "the gradient depends on places outside the response mask"
+    for split in (whole, next(batches.splits(batch, algorithm.reach, seed))):
         with_holes = _gradient(algorithm, holed, split)
         close(name, problem, gradient[:, batch.response_mask], with_holes[:, holed.response_mask])
     _check_plan(algorithm, batch, gradient, estimate)
@@ -106,7 +87,7 @@ def _check_plan(algorithm: Algorithm, batch: Trajectories, gradient: Tensor, est
     name, plan = _name(algorithm), algorithm.plan(batch)
     dropped = gradient[:, ~plan.contributing]
     require(bool((dropped == 0).all()), f"{name}: the plan drops trajectories that have a gradient")
-    contributing = select_rows(batch, plan.contributing.nonzero()[:, 0])
+    contributing = batches.select_rows(batch, plan.contributing.nonzero()[:, 0])
     expected = estimate.weights[plan.contributing][:, : contributing.response_mask.shape[1]]
     close(
         name, "has other weights without the trajectories that it drops", expected, plan.estimate(contributing).weights
@@ -115,7 +96,7 @@ def _check_plan(algorithm: Algorithm, batch: Trajectories, gradient: Tensor, est
 
 def _check_leaves(algorithm: Algorithm, batch: Trajectories) -> None:
     """Only the log-probs may have a gradient, and the entropies if a regularizer reads them."""
-    leaves = {name: getattr(batch, name).detach().clone().requires_grad_() for name in (*NUMBERS, "rewards")}
+    leaves = {name: getattr(batch, name).detach().clone().requires_grad_() for name in (*batches.NUMBERS, "rewards")}
     algorithm.estimate(dataclasses.replace(batch, **leaves)).loss.backward()
     allowed = {"logprobs"}
     for regularizer in algorithm.regularizers.values():
@@ -128,14 +109,14 @@ def _check_leaves(algorithm: Algorithm, batch: Trajectories) -> None:
 
 def _check_precision(algorithm: Algorithm, pairs: bool) -> None:
     """Float32 must be close to float64, results must not be in half precision, and extremes must not overflow."""
-    name, batch, extreme = _name(algorithm), random_batch(0, pairs=pairs), extreme_batch(pairs)
+    name, batch, extreme = _name(algorithm), batches.random_batch(0, pairs=pairs), batches.extreme_batch(pairs)
     exact = algorithm.estimate(batch).weights
     require(exact.dtype == torch.float64, f"{name}: weights of float64 columns are {exact.dtype}")
-    single = algorithm.estimate(in_precision(batch, torch.float32)).weights
+    single = algorithm.estimate(batches.in_precision(batch, torch.float32)).weights
     scale = exact.abs().max().clamp(min=torch.finfo(exact.dtype).tiny)
-    close(name, "loses precision on float32 columns", exact / scale, single.double() / scale, _SINGLE)
+    close(name, "loses precision on float32 columns", exact / scale, single.double() / scale, SINGLE_TOLERANCE)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        given, kind = in_precision(extreme, dtype), str(dtype).removeprefix("torch.")
+        given, kind = batches.in_precision(extreme, dtype), str(dtype).removeprefix("torch.")
         estimate = algorithm.estimate(given)
         good = (torch.float32, torch.float64)
         require(estimate.weights.dtype in good, f"{name}: weights of {kind} columns are {estimate.weights.dtype}")
@@ -158,7 +139,7 @@ def _check_runaway(algorithm: Algorithm, batch: Trajectories) -> None:
 def _check_degenerate(algorithm: Algorithm) -> None:
     """The loss and its gradient must be finite on degenerate batches."""
     name = _name(algorithm)
-    for description, batch, has_rollouts in degenerate_batches():
+    for description, batch, has_rollouts in batches.degenerate_batches():
         if has_rollouts or algorithm.needs.group_size == 1:
             rows = [torch.arange(len(batch))]
             gradient = attempt(f"{name} fails on {description}", _gradient, algorithm, batch, rows)

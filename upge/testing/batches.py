@@ -25,9 +25,6 @@ def random_batch(
     trajectory the trainer and the sampler agree.
 
     Args:
-        seed: of the random numbers.
-        groups: the number of groups.
-        group_size: rollouts per group.
         length: tokens of the longest response.
         pairs: whether each group has one chosen and one rejected rollout.
     """
@@ -72,10 +69,6 @@ def extreme_batch(pairs: bool = True, ratio: float = 30.0) -> Trajectories:
 
     It has log-probs of -40, -1e-12 and 0, ratios of e^±`ratio` to the behavior and the reference policy and of e^±20
     to the sampler, entropies of 0, and rewards of -1, 0 and 1, which are equal in some groups.
-
-    Args:
-        pairs: as for `random_batch`.
-        ratio: the largest absolute log-ratio.
     """
     batch = random_batch(5, groups=6, pairs=pairs)
     g = torch.Generator().manual_seed(5)
@@ -106,8 +99,6 @@ class Degenerate(NamedTuple):
     """A batch without anything to compare.
 
     Attributes:
-        description: the batch in words.
-        batch: the batch.
         has_rollouts: False if there is no pass rate, because the batch has no rollouts. Parts that require several
             rollouts per prompt by their `min_group_size` never get such a batch.
     """
@@ -139,7 +130,6 @@ def degenerate_batches() -> list[Degenerate]:
 
 
 def _alone(batch: Trajectories, rows: Tensor) -> Trajectories:
-    """Some rows as a separate batch."""
     return dataclasses.replace(select_rows(batch, rows), row=None)
 
 

@@ -1,39 +1,24 @@
-"""Conformance of a part: the rules that the rest of the code relies on."""
+"""Conformance of a part, and of the state of stateful gates: the rules that the rest of the code relies on."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from upge.components.base import Component, LikelihoodGradient, StabilizationMask, TokenReward
+from upge.components.base import Component, LikelihoodGradient, StabilizationMask, TokenReward, walk
 from upge.gates import Gate
 from upge.needs import needs_of
 from upge.reduction import Over, Reduction
-from upge.regularizers import Regularizer
-from upge.testing.batches import (
-    NUMBERS,
-    degenerate_batches,
-    extreme_batch,
-    in_precision,
-    padded,
-    punched,
-    random_batch,
-    reordered,
-    select_rows,
-    splits,
-)
-from upge.testing.memory import check_memory
-from upge.testing.rules import attempt, close, require, require_instance, same, valid
+from upge.regularizers import Regularizer, ValueLoss
+from upge.stateful import UTILITY_SLOPE, StatefulGate
+from upge.testing import batches
+from upge.testing.rules import SINGLE_TOLERANCE, attempt, close, require, require_instance, same, valid
 from upge.trajectories import Source, Trajectories
-from upge.value import ValueLoss
 from upge.views import LIVE_COLUMNS, TOKEN_COLUMNS, TRAJECTORY_COLUMNS
-
-#: The tolerance on float32 columns. Float32 rounds at 6e-8; a part may amplify the rounding of a log-prob, but not to
-#: this size.
-_SINGLE = 1e-3
 
 
 def check_component(component: Component) -> None:
@@ -45,9 +30,6 @@ def check_component(component: Component) -> None:
 
     A part that reads `behavior_logprobs` must also work without it. A reduction must count only the active
     trajectories. A stateful gate must keep its state within the range of its updates.
-
-    Args:
-        component: the part.
 
     Raises:
         ConformanceError: the first broken rule.
@@ -61,16 +43,18 @@ def check_component(component: Component) -> None:
         _check_value_loss(component)
         return
     _check_declarations(component)
-    check_memory(component)
+    for _, part in walk(component, ""):
+        if isinstance(part, StatefulGate):
+            _check_updates(part)
+            _check_coefficient(part)
     for seed in range(2):
-        _check_on(component, random_batch(seed), seed)
+        _check_on(component, batches.random_batch(seed), seed)
     _check_precision(component)
     _check_extremes(component)
     _check_degenerate(component)
 
 
 def _check_on(component: Component, batch: Trajectories, seed: int) -> None:
-    """The rules that hold on any well-formed batch."""
     name = type(component).__name__
     before = {n: getattr(batch, n).detach().clone() for n in (*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS)}
     value = _evaluate(component, batch)
@@ -84,9 +68,9 @@ def _check_on(component: Component, batch: Trajectories, seed: int) -> None:
     same(name, "gives another value when called again", value, _evaluate(component, batch), batch)
     changed = [n for n in (*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS) if not torch.equal(getattr(batch, n), before[n])]
     require(not changed, f"{name} changes the batch in place ({', '.join(changed)}); a part is a pure function")
-    same(name, "depends on the padding", value, _evaluate(component, padded(batch)), batch)
+    same(name, "depends on the padding", value, _evaluate(component, batches.padded(batch)), batch)
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
-    shuffled = reordered(batch, order)
+    shuffled = batches.reordered(batch, order)
     same(name, "depends on the order of the trajectories", value[order], _evaluate(component, shuffled), shuffled)
     _check_reach(component, batch, value)
     _check_on_policy(component, batch)
@@ -158,7 +142,7 @@ def _check_counts(reduction: Reduction, batch: Trajectories, seed: int) -> None:
 
 def _check_holes(component: Component, batch: Trajectories, value: Tensor) -> None:
     """Holes in the response mask, with arbitrary numbers in them, must not change any value."""
-    name, holed = type(component).__name__, punched(batch)
+    name, holed = type(component).__name__, batches.punched(batch)
     with_holes = _evaluate(component, holed)
     _check_shape(component, with_holes, holed)
     problem = "depends on places outside the response mask; skip them, positions are `response_mask.cumsum(dim=1)`"
@@ -168,34 +152,34 @@ def _check_holes(component: Component, batch: Trajectories, value: Tensor) -> No
 def _check_precision(component: Component) -> None:
     """Float64 must stay float64, float32 must keep its precision, and float32 and bfloat16 must not overflow."""
     name, live = type(component).__name__, component.is_live or isinstance(component, Reduction)
-    batch, single = random_batch(0), torch.float32
+    batch, single = batches.random_batch(0), torch.float32
     exact = _evaluate(component, batch)
     good = (torch.float64,) if live else (torch.float64, single)
     require(exact.dtype in good, f"{name} returns {exact.dtype} of float64 columns; keep the precision of the columns")
     problem = f"{name} fails on float32 columns, which a model gives; convert the operands to one type"
-    value = attempt(problem, _evaluate, component, in_precision(batch, single))
+    value = attempt(problem, _evaluate, component, batches.in_precision(batch, single))
     good = (torch.float64, single)
     require(value.dtype in good, f"{name} returns {value.dtype} of float32 columns; half precision is not enough")
     problem = "loses precision on float32 columns; compute in the precision of the columns"
-    close(name, problem, valid(exact, batch), valid(value, batch), _SINGLE)
+    close(name, problem, valid(exact, batch), valid(value, batch), SINGLE_TOLERANCE)
     for dtype in (single, torch.bfloat16):
-        for given in (batch, extreme_batch()):
+        for given in (batch, batches.extreme_batch()):
             kind = str(dtype).removeprefix("torch.")
-            value = attempt(f"{name} fails on {kind} columns", _evaluate, component, in_precision(given, dtype))
+            value = attempt(f"{name} fails on {kind} columns", _evaluate, component, batches.in_precision(given, dtype))
             fine = _is_finite(component, value, given) or not _is_finite(component, _evaluate(component, given), given)
             require(fine, f"{name} overflows on {kind} columns; stay in log space, or clamp before `exp`")
 
 
 def _check_extremes(component: Component) -> None:
     """Values and the gradients of regularizers must be finite at extremes."""
-    name, batch = type(component).__name__, extreme_batch()
-    batch = dataclasses.replace(batch, **{n: getattr(batch, n).detach().requires_grad_() for n in NUMBERS})
+    name, batch = type(component).__name__, batches.extreme_batch()
+    batch = dataclasses.replace(batch, **{n: getattr(batch, n).detach().requires_grad_() for n in batches.NUMBERS})
     value = _evaluate(component, batch)
     described = "log-probs of -40, -1e-12 and 0, ratios of e^±30, entropies of 0"
     require(_is_finite(component, value, batch), f"{name} returns NaN or infinity at extremes ({described})")
     _check_range(component, value, batch)
     if isinstance(component, Regularizer) and value.requires_grad:
-        columns = {n: getattr(batch, n) for n in NUMBERS}
+        columns = {n: getattr(batch, n) for n in batches.NUMBERS}
         slopes = torch.autograd.grad(valid(value, batch).sum(), tuple(columns.values()), allow_unused=True)
         gradients = {n: g for n, g in zip(columns, slopes, strict=True) if g is not None}
         leaking = [n for n, g in gradients.items() if n not in LIVE_COLUMNS and bool((g != 0).any())]
@@ -214,7 +198,7 @@ def _is_finite(component: Component, value: Tensor, batch: Trajectories) -> bool
 def _check_degenerate(component: Component) -> None:
     """A part must have a finite value on degenerate batches."""
     name = type(component).__name__
-    for description, batch, has_rollouts in degenerate_batches():
+    for description, batch, has_rollouts in batches.degenerate_batches():
         if has_rollouts or component.group_size_needed == 1:
             value = attempt(f"{name} fails on {description}", _evaluate, component, batch)
             _check_shape(component, value, batch)
@@ -225,10 +209,10 @@ def _check_degenerate(component: Component) -> None:
 
 def _check_value_loss(loss: ValueLoss) -> None:
     """Targets must not depend on padding or holes, weights must be on rollouts only, and errors must be finite."""
-    name, batch = type(loss).__name__, random_batch(0)
+    name, batch = type(loss).__name__, batches.random_batch(0)
     targets, every = loss.targets(batch), torch.ones_like(batch.is_demonstration)
-    same(name, "has targets that depend on the padding", targets, loss.targets(padded(batch)), batch)
-    holed = punched(batch)
+    same(name, "has targets that depend on the padding", targets, loss.targets(batches.padded(batch)), batch)
+    holed = batches.punched(batch)
     problem = "has targets that depend on places outside the response mask"
     close(name, problem, valid(targets, batch), valid(loss.targets(holed), holed))
     weights = loss.weights(batch, every)
@@ -268,8 +252,8 @@ def _check_reach(component: Component, batch: Trajectories, value: Tensor) -> No
         return
     precomputed, reach = component.precompute_parts(batch), component.live_reach
     name, problem = type(component).__name__, f"declares reach '{reach}' but depends on more; declare a wider `reach`"
-    for rows in (rows for split in splits(batch, reach, 0) for rows in split):
-        part = select_rows(batch, rows)
+    for rows in (rows for split in batches.splits(batch, reach, 0) for rows in split):
+        part = batches.select_rows(batch, rows)
         expected = value[rows] if value.ndim == 1 else value[rows][:, : part.response_mask.shape[1]]
         same(name, problem, expected, _evaluate(precomputed, part), part)
     if reach == "token":
@@ -293,3 +277,51 @@ def _check_packed(component: Component, precomputed: Component, batch: Trajector
     expected = valid(value, batch)
     equal = packed.shape == expected.shape and torch.equal(packed.double(), expected.double())
     require(equal, problem % "gives another value")
+
+
+#: Representative sizes of a gate's values and signals.
+_SIZES = (0.0, 1.0, -1.0, 1e6, -1e6)
+
+
+def _check_updates(gate: StatefulGate) -> None:
+    """`updated` must be pure and finite, and the initial value must be within the range of its results."""
+    name, start = type(gate).__name__, gate.initial()
+    require(_is_number(start), f"{name}.initial() is {start!r}; it must be a finite number")
+    require(isinstance(gate.due(0), bool), f"{name}.due(0) is {gate.due(0)!r}; it must be True or False")
+    results: list[float] = []
+    for value in (start, *(start + size for size in _SIZES)):
+        for signals in _signals(gate):
+            given = dict(signals)
+            moved = gate.updated(value, given)
+            require(_is_number(moved), f"{name}.updated({value:g}, {signals}) is {moved!r}; it must be a finite number")
+            again = gate.updated(value, dict(signals))
+            require(again == moved, f"{name}.updated gives another value when called again; it is a pure function")
+            require(given == signals, f"{name}.updated changes the signals in place; it is a pure function")
+            results.append(moved)
+    low, high = min(results), max(results)
+    inside = low <= start <= high
+    require(inside, f"{name}.initial() is {start:g}, where updated() never leads: it returns {low:g} to {high:g}")
+
+
+def _signals(gate: StatefulGate) -> list[dict[str, float]]:
+    """Signals that are all equal, and signals of which one differs from the others."""
+    names = sorted(gate.wants)
+    equal = [dict.fromkeys(names, size) for size in _SIZES]
+    return equal + [dict.fromkeys(names, 0.0) | {name: size} for name in names for size in _SIZES]
+
+
+def _check_coefficient(gate: StatefulGate) -> None:
+    """The coefficient must depend on the state, and be affine in it if the gate wants the slope of an objective."""
+    name, batch = type(gate).__name__, batches.random_batch(0)
+    none, half, whole = (
+        gate(gate.view(dataclasses.replace(batch, state={gate.variable: value}))) for value in (0.0, 0.5, 1.0)
+    )
+    follows = not torch.equal(none, whole)
+    require(follows, f"{name} ignores batch.state['{gate.variable}']; its coefficient must depend on it")
+    if UTILITY_SLOPE in gate.wants:
+        problem = f"wants '{UTILITY_SLOPE}' but is not affine in '{gate.variable}', so its slope is not a constant"
+        close(name, problem, (none + whole) / 2, half)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -15,6 +15,9 @@ _R = TypeVar("_R")
 
 #: The largest difference between values that must be equal, relative to the largest of them (at least 1).
 TOLERANCE = 1e-10
+#: The same on float32 columns. Float32 rounds at 6e-8; a part, or the product of several factors, may amplify the
+#: rounding of a log-prob, but not to this size.
+SINGLE_TOLERANCE = 1e-3
 
 
 class ConformanceError(AssertionError):
@@ -36,12 +39,6 @@ def require_instance(value: object, kind: type, example: str) -> None:
 
 def attempt(problem: str, call: Callable[_P, _R], *arguments: _P.args, **keywords: _P.kwargs) -> _R:
     """The result of a call, whose exceptions become a `ConformanceError`.
-
-    Args:
-        problem: the message if the call raises.
-        call: the function to call.
-        *arguments: its arguments.
-        **keywords: its keyword arguments.
 
     Raises:
         ConformanceError: the call raised.

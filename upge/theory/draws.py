@@ -118,9 +118,6 @@ class Evaluator:
     """The gradient of one algorithm on batches of one setting.
 
     Attributes:
-        algorithm: the algorithm.
-        setting: the setting.
-        columns: the setting's columns.
         scores: [S, T, P, V] ∇ log π of each token.
         entropy_scores: [S, T, P, V] the gradient of each token's entropy.
         mask: [S, T] True on the tokens of each response.
@@ -170,12 +167,6 @@ class Evaluator:
 def check(algorithm: Algorithm, setting: Setting, group_size: int, demonstrations: int) -> None:
     """Checks that the setting provides all that the algorithm reads or learns from.
 
-    Args:
-        algorithm: the algorithm.
-        setting: the setting.
-        group_size: rollouts per group.
-        demonstrations: demonstrations per group.
-
     Raises:
         ConfigError: something is missing; the message says what to give.
     """
@@ -196,9 +187,6 @@ def all_groups(
 
     Args:
         algorithm: decides which trajectories a group has, and by dynamic sampling which groups it keeps.
-        setting: the policies and the reward.
-        group_size: rollouts per group.
-        demonstrations: demonstrations per group.
 
     Returns:
         The groups, with their probabilities given that a group is kept, and the probability that a group is kept.

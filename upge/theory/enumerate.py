@@ -65,11 +65,9 @@ class Expectation:
 
     Attributes:
         mean: [P, V] the expectation, in the direction of ascent.
-        exact: [P, V] the exact gradient.
         scale: the known positive factor of the algorithm's normalization, such as 1/length; an unbiased algorithm has
             mean = scale · exact.
         variance: the trace of the covariance of one batch's gradient.
-        batches: the number of different batches.
         accepted: the probability that a drawn group is kept (below 1 with dynamic sampling or preference pairs).
     """
 
@@ -119,8 +117,6 @@ def expectation(
     The critic's loss, interleaved updates and validation objectives are not part of this gradient.
 
     Args:
-        algorithm: the algorithm.
-        setting: the policies, the reward and the values that batches are made from.
         group_size: rollouts per question, drawn independently.
         demonstrations: per question, drawn independently of each other and of the rollouts.
         questions: groups per batch, drawn independently for the one prompt of the setting.
@@ -155,11 +151,7 @@ def expectation(
 
 
 def mixture(mean: Float[Tensor, "P V"], objectives: Iterable[Tensor]) -> tuple[tuple[float, ...], float]:
-    """Decomposes an expected gradient into objectives by least squares.
-
-    Args:
-        mean: [P, V] the expected gradient.
-        objectives: [P, V] the gradients of the objectives.
+    """Decomposes an expected gradient [P, V] into the gradients of objectives by least squares.
 
     Returns:
         The coefficients c that minimize ‖mean - Σ c·objective‖, and this remainder relative to ‖mean‖: 0 if `mean` is a
@@ -181,12 +173,9 @@ class BiasRow:
     """The bias and noise of one algorithm.
 
     Attributes:
-        name: the algorithm's.
         coefficients: objective → its coefficient in the expected gradient, by least squares (see `mixture`).
         remainder: the length of the rest, relative to the expected gradient's.
         cosine: with the gradient of the first objective.
-        snr: the signal-to-noise ratio of one batch.
-        accepted: the probability that a drawn group is kept.
     """
 
     name: str
@@ -198,15 +187,10 @@ class BiasRow:
 
 
 def bias_table(algorithms: Iterable[Algorithm], setting: Setting, **settings: int) -> list[BiasRow]:
-    """One row per algorithm.
+    """One row per algorithm; the other arguments are those of `expectation`.
 
     The objectives of a row depend on the algorithm's trajectories: the reward if it learns from rollouts or pairs,
     imitation if it learns from demonstrations.
-
-    Args:
-        algorithms: the algorithms, in the order of the rows.
-        setting: as for `expectation`.
-        **settings: `group_size`, `demonstrations` and `questions` of `expectation`.
     """
     rows: list[BiasRow] = []
     for algorithm in algorithms:

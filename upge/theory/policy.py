@@ -53,8 +53,6 @@ def responses(vocabulary: int, horizon: int, end: int | None) -> Responses:
     """All responses of at most `horizon` tokens.
 
     Args:
-        vocabulary: V, the number of tokens.
-        horizon: the most tokens of a response.
         end: the token after which a response ends, which belongs to it; None = all have `horizon` tokens.
 
     Raises:
@@ -129,9 +127,6 @@ class SoftmaxPolicy:
     def conditioned(self, weights: Float[Tensor, "S"]) -> SoftmaxPolicy:
         """The policy with response probabilities proportional to π(y)·weights(y), for example conditioned on success.
 
-        Args:
-            weights: [S] the weight of each response.
-
         Raises:
             ConfigError: a weight is negative, or no response remains.
         """
@@ -204,11 +199,7 @@ def _entropies(logits: Tensor) -> Float[Tensor, "P"]:
 
 
 def rewards_of(policy: SoftmaxPolicy, reward: Reward) -> Float[Tensor, "S"]:
-    """[S] the reward of every response.
-
-    Args:
-        policy: determines the responses.
-        reward: [S], or a function that is called with each response's tokens.
+    """[S] the reward of every response, from [S] rewards or a function of a response's tokens.
 
     Raises:
         ConfigError: the tensor has another shape.

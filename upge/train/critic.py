@@ -10,12 +10,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from upge.plan import Plan
+from upge.regularizers import ValueLoss
 from upge.train.deepspeed_module import StepResult
 from upge.train.engine import CriticEngine
 from upge.train.metrics import MetricSums
 from upge.train.micro_batches import nan_if_nonfinite
 from upge.train.step_batch import BatchFiller, StepBatch
-from upge.value import ValueLoss
 
 
 class CriticTarget(NamedTuple):

@@ -1,11 +1,10 @@
-"""The verifier of answers to multiple-choice questions."""
+"""The verifiers of answers to multiple-choice questions, and of texts that a regular expression describes."""
 
 from __future__ import annotations
 
 import functools
 import re
 
-from upge.verify.answers import final_text
 from upge.verify.base import LONGEST_ANSWER, AnswerVerifier, shown
 from upge.verify.normalize import is_invisible
 
@@ -32,9 +31,6 @@ class ChoiceVerifier(AnswerVerifier):
     exactly one option. An answer that names several options, a label that the prompt does not list, or a label together
     with another option's text earns 0. A letter in the middle of a sentence is not an answer.
     """
-
-    def extract(self, response: str) -> str | None:
-        return final_text(response)
 
     def glance(self, given: str, answer: str, prompt: str | None = None) -> float:
         label = named(given, prompt)
@@ -119,3 +115,30 @@ def _plain(text: str) -> str:
 
 def _words(text: str) -> str:
     return _plain(text).casefold().rstrip(".;, ")
+
+
+class RegexVerifier(AnswerVerifier):
+    """Reward 1 if the whole final answer (`final_text`) matches the ground truth, a pattern of Python's `re`, else 0.
+
+    Matching is case-sensitive unless the pattern begins with (?i). If a pattern backtracks for too long, the answer
+    runs into the time limit of the pool.
+    """
+
+    def judge(self, given: str, answer: str, prompt: str | None = None) -> float:
+        return float(re.fullmatch(answer, given) is not None)
+
+    def check_answer(self, answer: str) -> None:
+        """Refuses an invalid or empty pattern.
+
+        Raises:
+            ValueError: `answer` is empty or not a regular expression.
+        """
+        try:
+            re.compile(answer)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"the ground truth {shown(answer)} is not a regular expression ({error}); fix it, escape what "
+                "is meant literally (re.escape), or remove the row"
+            ) from error
+        if not answer:
+            raise ValueError("the ground truth is an empty pattern, which no answer can match; remove the row")

@@ -42,8 +42,6 @@ class Dispatcher:
     fork of the process does not have the thread: there, `submit` raises and `close` does nothing.
 
     Args:
-        names: names of the verifiers.
-        workers: number of worker processes.
         time_limit: seconds that a worker may spend on an item.
         memory_limit: memory that a worker may use beyond what it starts with [GiB]; None for no limit.
 

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable
 from typing import Any, cast
 
-from upge.verify.answers import final_text
 from upge.verify.base import AnswerVerifier, shown
 
 _NEEDS_TUPLES = {"arc_agi", "rearc"}
@@ -24,12 +23,6 @@ class ReasoningGymVerifier(AnswerVerifier):
     expression. A `VerifierPool` does this in a worker process with limits on time and memory, but with all of the
     user's permissions.
     """
-
-    def extract(self, response: str) -> str | None:
-        return final_text(response)
-
-    def glance(self, given: str, answer: str, prompt: str | None = None) -> float | None:
-        return None
 
     def judge(self, given: str, answer: str, prompt: str | None = None) -> float:
         entry, score = _entry(answer)
@@ -64,11 +57,7 @@ class ReasoningGymVerifier(AnswerVerifier):
 
 
 def _entry(answer: str) -> tuple[Entry, Callable[[str, Entry], float]]:
-    """The entry and its task's verifier.
-
-    Raises:
-        ValueError, LookupError, TypeError: `answer` is not an entry.
-    """
+    """The entry and its task's verifier."""
     entry = json.loads(answer)
     name = entry["metadata"]["source_dataset"]
     if name in _NEEDS_TUPLES:
@@ -89,7 +78,6 @@ def _has_foreign_digits(text: str) -> bool:
 
 
 def _tuples(value: Any) -> Any:  # Any: a JSON value
-    """`value` with tuples in place of lists."""
     if isinstance(value, dict):
         return {key: _tuples(inner) for key, inner in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 
 from upge.errors import ConfigError
-from upge.verify.base import AnswerVerifier, Item, Verdict, checked, shortened
+from upge.verify.base import BUILT_IN, AnswerVerifier, Item, Verdict, checked, load, shortened
 from upge.verify.dispatch import Dispatcher
-from upge.verify.loading import BUILT_IN, load
 from upge.verify.processes import Task
 
 

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from upge.verify.loading import BUILT_IN
+from upge.verify.base import BUILT_IN
 from upge.verify.worker import FORK, KILL, PID, QUIT
 
 START_LIMIT = 300.0
@@ -24,10 +24,7 @@ class Task(NamedTuple):
     """One verification by a worker.
 
     Attributes:
-        verifier: the name of the verifier.
         text: the response, or the answer extracted from it.
-        answer: the ground truth.
-        prompt: the prompt of the response.
         is_extracted: whether `text` is the extracted answer.
     """
 
@@ -42,7 +39,6 @@ class Worker:
     """The parent's view of one worker.
 
     Attributes:
-        connection: the worker's end of communication with the parent.
         pid: its process id; None until it is ready.
         job: the job that it was given; None if it has none.
         has_started: whether it has started on the job.

@@ -50,20 +50,20 @@ def main(setup: Setup) -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     sys.path[:] = setup["path"]
     control = socket.socket(fileno=setup["fd"])
-    loading = _import_loading(light=setup["names"] == setup["built_in"])
+    base = _import_base(light=setup["names"] == setup["built_in"])
     for name in setup["names"]:
         try:
             # Only import it: each worker makes an instance of its own, because an instance may open files or sockets.
-            loading.find(name)
+            base.find(name)
         except BaseException:  # every worker raises the same error and reports it
             pass
     for name in setup["built_in"]:
         with contextlib.suppress(BaseException):
-            loading.load(name).warm_up()
+            base.load(name).warm_up()
     gc.freeze()
     children: set[int] = set()
     try:
-        while _serve_one(control, setup, loading.load, children):
+        while _serve_one(control, setup, base.load, children):
             pass
     except BaseException:
         traceback.print_exc()
@@ -201,8 +201,8 @@ def _limit_memory(gibibytes: float | None) -> None:
             resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
-def _import_loading(light: bool) -> types.ModuleType:
-    """Imports `upge.verify.loading` without upge's own __init__, which loads torch.
+def _import_base(light: bool) -> types.ModuleType:
+    """Imports `upge.verify.base` without upge's own __init__, which loads torch.
 
     Args:
         light: whether to keep the bare package, which is all that built-in verifiers need. Otherwise it is removed
@@ -211,11 +211,11 @@ def _import_loading(light: bool) -> types.ModuleType:
     package = types.ModuleType("upge")
     package.__path__ = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
     sys.modules["upge"] = package
-    loading = importlib.import_module("upge.verify.loading")
+    base = importlib.import_module("upge.verify.base")
     if not light:
         for name in [name for name in sys.modules if name.partition(".")[0] == "upge"]:
             del sys.modules[name]
-    return loading
+    return base
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ from upge.measure import (
     true_gradient,
 )
 from upge.measure.contributions import sources
-from upge.measure.diagnosis import thresholds
-from upge.measure.exact import exact
+from upge.measure.diagnosis import exact, thresholds
 from upge.theory.enumerate import expectation
 from upge.train.sample import Trajectory
 

@@ -12,7 +12,7 @@ from scipy import stats
 from upge.errors import ConfigError
 from upge.measure import Estimated, Sample, Sketch, cosine_of, cosine_with, exact_metrics, metrics
 from upge.measure.by_rate import _snr
-from upge.measure.statistics import between, gram, jackknife, within
+from upge.measure.metrics import between, gram, jackknife, within
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -18,11 +18,11 @@ from experiments.table1 import STATEMENTS, demonstrations, rollouts, statement
 from experiments.table1.rollouts import all_centred, centred, expert_mean, surrogate, token_mean
 from upge.components.base import Component, Precomputed, StabilizationMask
 from upge.reduction import Reduction
+from upge.regularizers import ValueLoss
 from upge.theory import symbolic
 from upge.theory.symbolic import BoundaryPoint, World, is_zero, mean, prove, total, worlds
-from upge.theory.symbolic.gaps import levels_between
+from upge.theory.symbolic.proof import levels_between
 from upge.theory.symbolic.rules import has_rule
-from upge.value import ValueLoss
 
 # Every file.
 

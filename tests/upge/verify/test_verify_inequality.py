@@ -14,11 +14,9 @@ from experiments.bench.verifier import EVIDENT_BOMBS, HIDDEN_BOMBS
 from tests.upge.verify.test_verify import DATA, RIGHT, WRONG
 from tests.verify_pools import ROOT, boxed
 from upge.verify import Item, VerifierPool, load
-from upge.verify.inequality import are_unequal
-from upge.verify.magnitude import magnitude_of
-from upge.verify.math import _parse
+from upge.verify.inequality import are_unequal, magnitude_of
+from upge.verify.math import ANSWERS, _parse
 from upge.verify.normalize import normalize
-from upge.verify.warmup import ANSWERS
 
 FINITE = [
     "7", "-12", r"\frac{2}{3}", "-0.004", "1.5", r"2\pi", "e^{-3}", "2^{10}", r"(-3)^{5}", r"2^{-\frac{1}{2}}",
@@ -118,7 +116,7 @@ def test_evident_bombs_cost_no_time_and_hidden_ones_the_limit() -> None:
 READ = r"""
 import json, sys
 from sympy import srepr
-from upge.verify.warmup import use_sll_prediction
+from upge.verify.math import use_sll_prediction
 from upge.verify.math import _parse
 texts = json.loads(sys.stdin.read())
 exact = [[srepr(part) for part in _parse(text)] for text in texts]

@@ -5,29 +5,19 @@ from __future__ import annotations
 import sympy as sp
 from sympy import Expr
 
-from upge.components import (
-    GAE,
-    ConstantAdvantage,
-    GroupRelative,
-    KLShaped,
-    LeaveOneOut,
-    PairwisePreference,
-    SignedReward,
-)
-from upge.components.returns import KLPenalizedReward, OutcomeReward, ReturnToGo
-from upge.components.shaping import OverlongShaped, Shifted, Tempered, Whitened
+from upge import components
 from upge.theory.symbolic.algebra import mean, number, product, total
 from upge.theory.symbolic.rules import Tokens, evaluate, per_row, per_token, rule
 from upge.theory.symbolic.weights import kl, succeeded
 from upge.theory.symbolic.world import Row, World
 
 
-@rule(ConstantAdvantage)
+@rule(components.ConstantAdvantage)
 def _(part, world):
     return per_token(world, lambda row, t: number(part.value))
 
 
-@rule(SignedReward)
+@rule(components.SignedReward)
 def _(part, world):
     return per_row(world, lambda row: number(part.success if succeeded(world, row) else part.failure))
 
@@ -36,7 +26,7 @@ def _group(world: World, row: Row, union: bool) -> list[Row]:
     return [r for r in world.rows if r.group == row.group and (union or not r.is_demonstration)]
 
 
-@rule(GroupRelative)
+@rule(components.GroupRelative)
 def _(part, world):
     def value(row):
         rewards = [other.reward for other in _group(world, row, part.baseline == "group")]
@@ -49,19 +39,19 @@ def _(part, world):
     return per_row(world, value)
 
 
-@rule(LeaveOneOut)
+@rule(components.LeaveOneOut)
 def _(part, world):
     return per_row(
         world, lambda row: row.reward - mean(r.reward for r in _group(world, row, False) if r.index != row.index)
     )
 
 
-@rule(OutcomeReward)
+@rule(components.OutcomeReward)
 def _(part, world):
     return per_token(world, lambda row, t: row.reward if t == len(row) - 1 else 0)
 
 
-@rule(KLPenalizedReward)
+@rule(components.KLPenalizedReward)
 def _(part, world):
     inner = evaluate(part.reward, world)
 
@@ -76,7 +66,7 @@ def _accumulated(world: World, deltas: Tokens, decay: Expr) -> Tokens:
     return per_token(world, lambda row, t: total(decay ** (k - t) * deltas[row.index][k] for k in range(t, len(row))))
 
 
-@rule(GAE)
+@rule(components.GAE)
 def _(part, world):
     rewards, discount = evaluate(part.reward, world), number(part.discount)
 
@@ -87,12 +77,12 @@ def _(part, world):
     return _accumulated(world, per_token(world, delta), discount * number(part.lam))
 
 
-@rule(ReturnToGo)
+@rule(components.ReturnToGo)
 def _(part, world):
     return _accumulated(world, evaluate(part.reward, world), number(part.discount))
 
 
-@rule(Whitened)
+@rule(components.Whitened)
 def _(part, world):
     inner = evaluate(part.advantage, world)
     own = [x for row in world.rollouts for x in inner[row.index]]
@@ -101,19 +91,19 @@ def _(part, world):
     return per_token(world, lambda row, t: (inner[row.index][t] - centre) / sp.sqrt(variance + number(part.epsilon)))
 
 
-@rule(Tempered)
+@rule(components.Tempered)
 def _(part, world):
     inner = evaluate(part.advantage, world)
     return per_token(world, lambda row, t: inner[row.index][t] / (1 + number(part.temperature)))
 
 
-@rule(Shifted)
+@rule(components.Shifted)
 def _(part, world):
     inner = evaluate(part.advantage, world)
     return per_token(world, lambda row, t: inner[row.index][t] - number(part.delta))
 
 
-@rule(KLShaped)
+@rule(components.KLShaped)
 def _(part, world):
     inner = evaluate(part.advantage, world)
     penalties = per_token(world, lambda row, t: kl(part.kind, sp.log(row.f[t]) - sp.log(row.p[t])))
@@ -122,7 +112,7 @@ def _(part, world):
     return per_token(world, lambda row, t: inner[row.index][t] - number(part.coefficient) * penalties[row.index][t])
 
 
-@rule(OverlongShaped)
+@rule(components.OverlongShaped)
 def _(part, world):
     limit = number(part.limit)
     start = limit * (1 - number(part.buffer))
@@ -134,7 +124,7 @@ def _(part, world):
     return evaluate(part.advantage, world.with_rewards([shaped(row) for row in world.rows]))
 
 
-@rule(PairwisePreference)
+@rule(components.PairwisePreference)
 def _(part, world):
     beta = number(part.beta)
 

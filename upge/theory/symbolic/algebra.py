@@ -69,8 +69,6 @@ def value_at(expression: Expr, point: Point, memory: dict[Expr, float] | None = 
     """The value of an expression at a point in float64, computed as the parts do but without their code.
 
     Args:
-        expression: the expression.
-        point: the values of its symbols.
         memory: keeps the values of subexpressions between calls at the same point.
     """
     memory = {} if memory is None else memory

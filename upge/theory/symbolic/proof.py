@@ -6,24 +6,28 @@ Three results are compared for every token, in every cell that the points visit:
 3. the same factors from the parts' own code, in float64 at the cell's point, and their gradient by autograd: equal to 2
    up to rounding.
 So the parts' code computes the objective's gradient, on the whole cell and not only at its point.
+
+Two bounds that should be equal, such as 1.2 and 1.21, matter only for ratios between them, and a random point rarely
+lies there. So the bounds of objective and parts are computed from the questions that were asked, and every gap between
+two bounds is visited.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import sympy as sp
 import torch
-from sympy import Expr, Symbol
+from sympy import Expr, Float, Symbol, log
 from torch import Tensor
 
 from upge.algorithm import Algorithm
-from upge.theory.symbolic import advantages, denominators, masks, weights  # noqa: F401  (they register rules)
-from upge.theory.symbolic.algebra import gradient, is_zero
-from upge.theory.symbolic.gaps import bound_of, levels_between
+from upge.theory.symbolic import advantages, ratios, weights  # noqa: F401  (they register rules)
+from upge.theory.symbolic.algebra import gradient, is_zero, substituted, symbols, value_at
 from upge.theory.symbolic.rules import Tokens, evaluate
 from upge.theory.symbolic.world import BoundaryPoint, Row, World
 
@@ -35,6 +39,65 @@ Objective = Callable[[World], Expr]
 _QUIET = 8
 #: The points in each gap between two bounds.
 _PER_GAP = 2
+#: Bounds are searched at log-ratios up to _RANGE in size, and are equal if they differ by less than _SAME.
+_RANGE, _SAME = math.log(1e6), 1e-8
+
+
+def bound_of(question: Expr, world: World) -> float | None:
+    """The log-ratio at which the sign of a question changes, if all ratios of the batch have the same value; else None.
+
+    Args:
+        world: the batch. Its ratios are π_θ/π_old, π_θ/π_frozen and π_old/π_sampler.
+    """
+    kinds = {symbol.name[0] for symbol in symbols(question)}
+    # An advantage that depends on log-probs has no bound in common with another question.
+    if not kinds & set("qfs") or ("R" in kinds and question.has(log)):
+        return None
+    known = {x: Float(world.point[x]) for x in symbols(question) if x.name[0] in "Rvh"}
+    short = substituted(question, known)
+
+    def below(log_ratio: float) -> bool:
+        return value_at(short, _at(world, symbols(short), log_ratio)) < 0
+
+    low, high = -_RANGE, _RANGE
+    start = below(low)
+    if start == below(high):
+        return None
+    while high - low > _SAME / 10:
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) == start else (low, middle)
+    return (low + high) / 2
+
+
+def _at(world: World, chosen: Iterable[Symbol], log_ratio: float) -> dict[Symbol, float]:
+    """The values of symbols if all ratios have one value: π_θ is that of the world, the other policies follow."""
+    steps = {"q": 1, "f": 1, "s": 2}
+    point: dict[Symbol, float] = {}
+    for symbol in chosen:
+        kind, place = symbol.name[0], symbol.name[1:]
+        if kind in steps:
+            p = world.point[Symbol(f"p{place}", positive=True)]
+            point[symbol] = float(p) * math.exp(-steps[kind] * log_ratio)
+        else:
+            point[symbol] = float(world.point[symbol])
+    return point
+
+
+def levels_between(bounds: Iterable[float]) -> list[Fraction]:
+    """A ratio in each gap between the given log-bounds, one below the lowest, and one above the highest.
+
+    A bound counts only if two questions share it: the bounds of a clip recur for every token, whereas an advantage that
+    depends on probabilities changes its sign at a ratio that no other question shares.
+    """
+    ordered, several = sorted(bounds), []
+    for left, right in zip(ordered, ordered[1:], strict=False):
+        if right - left < _SAME and (not several or right - several[-1] >= _SAME):
+            several.append(right)
+    if not several:
+        return []
+    edges = [several[0] - 0.2, *several, several[-1] + 0.2]
+    middles = [(left + right) / 2 for left, right in zip(edges, edges[1:], strict=False)]
+    return [Fraction(math.exp(middle)).limit_denominator(10**9) for middle in middles]
 
 
 class Factors(NamedTuple):
@@ -59,8 +122,6 @@ class Mismatch:
 
     Attributes:
         variable: p<row>_<token> or h<row>_<token>.
-        derived: the derivative of the objective.
-        product: the product of the parts.
     """
 
     variable: Symbol
@@ -73,11 +134,9 @@ class Proof:
     """The result of `prove`.
 
     Attributes:
-        algorithm: the algorithm's name.
         compared: the number of pairs of derived expression and product, over all variables and cells.
         cells: the number of visited cells; within a cell all questions have the same answers.
         one_sided: questions with the same answer at every point, so that the other side was not visited.
-        mismatches: the pairs that differ as expressions.
         rounding: the largest relative difference between a factor's rule and the part's own float64 value.
     """
 
@@ -130,12 +189,8 @@ def factors(algorithm: Algorithm, world: World) -> dict[str, Factors]:
 def product(algorithm: Algorithm, world: World, terms: dict[str, Factors] | None = None) -> dict[Symbol, Expr]:
     """The factor in front of the gradient of each live symbol, by the rules of the parts.
 
-    It is the sum of the products of all terms, plus the derivatives of the regularizers.
-
-    Args:
-        algorithm: the algorithm.
-        world: the batch of symbols.
-        terms: the factors of the terms; None = compute them here.
+    It is the sum of the products of all terms, plus the derivatives of the regularizers. `terms` are the factors of the
+    terms; None = compute them here, as in `compare`.
     """
     terms = factors(algorithm, world) if terms is None else terms
     products: dict[Symbol, Expr] = {x: sp.Integer(0) for x in world.live}
@@ -161,11 +216,6 @@ def compare(algorithm: Algorithm, world: World, terms: dict[str, Factors] | None
 
     The difference is relative to max(1, size). It covers each factor of each term on active rows, and the whole
     gradient by autograd.
-
-    Args:
-        algorithm: the algorithm.
-        world: the batch of symbols.
-        terms: the factors of the terms; None = compute them here.
     """
     batch = world.batch(algorithm.initial_state())
     assert batch.logprobs is not None and batch.entropies is not None
@@ -207,8 +257,6 @@ def prove(algorithm: Algorithm, objective: Objective, points: int = 100, **setti
     objective or of the parts. It skips points on a kink.
 
     Args:
-        algorithm: the algorithm.
-        objective: the objective J to maximize.
         points: the most random points.
         **settings: the arguments of `World`.
 

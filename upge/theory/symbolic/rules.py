@@ -21,7 +21,6 @@ from sympy import Expr
 
 from upge.components.base import Component
 from upge.errors import ConfigError
-from upge.theory.symbolic.algebra import product
 from upge.theory.symbolic.world import Row, World
 
 #: One expression per row and token.
@@ -50,11 +49,6 @@ def has_rule(part: Component) -> bool:
 def evaluate(part: Component, world: World, *arguments: Any) -> Any:
     """The part's symbolic form in a world: expressions per row for a gate, otherwise `Tokens`.
 
-    Args:
-        part: the part.
-        world: the batch of symbols.
-        *arguments: the further arguments of the part's slot.
-
     Raises:
         ConfigError: the part's class has no symbolic form.
     """
@@ -75,27 +69,3 @@ def per_row(world: World, value: Callable[[Row], Expr | float]) -> Tokens:
     """value(row) for every token of the row."""
     values = [sp.sympify(value(row)) for row in world.rows]
     return [[x] * len(row) for x, row in zip(values, world.rows, strict=True)]
-
-
-def sequence_ratio(row: Row) -> Expr:
-    """s = (Π_t r_t)^{1/|τ|}."""
-    return product(row.ratios) ** sp.Rational(1, len(row))
-
-
-def sigmoid(u: Expr) -> Expr:
-    """σ(u) = 1/(1 + e^{-u})."""
-    return 1 / (1 + sp.exp(-u))
-
-
-def outward(world: World, ratio: Expr, advantage: Expr, low: Expr, high: Expr) -> bool:
-    """Whether a ratio is outside [low, high] and the step would move it further out."""
-    if advantage == 0:
-        return False
-    if world.less(0, advantage):
-        return world.less(high, ratio)
-    return world.less(ratio, low)
-
-
-def sampler_ratios(row: Row) -> list[Expr]:
-    """π_old/π_sampler per token."""
-    return [q / s for q, s in zip(row.q, row.s, strict=True)]

@@ -11,20 +11,7 @@ from collections.abc import Callable
 import sympy as sp
 from sympy import Expr
 
-from upge.gates import (
-    Complement,
-    ConstantGate,
-    EntropyWeight,
-    PassRateAbove,
-    PassRateAtMost,
-    PassRateBetween,
-    PassRateTable,
-    ProductOf,
-    Schedule,
-)
-from upge.reduction import FixedLength, QuestionMean, SequenceMean, TokenMean
-from upge.regularizers import EntropyBonus, KLPenalty
-from upge.stateful import MetaGradient
+from upge import gates, reduction, regularizers, stateful
 from upge.theory.symbolic.algebra import mean, number, product, rational
 from upge.theory.symbolic.rules import Tokens, evaluate, per_row, per_token, rule
 from upge.theory.symbolic.world import Row, World
@@ -43,28 +30,28 @@ def pass_rate(world: World, row: Row) -> sp.Rational:
     return rational(sum(succeeded(world, r) for r in own), len(own))
 
 
-@rule(ConstantGate)
+@rule(gates.ConstantGate)
 def _(part, world):
     return [number(part.coefficient)] * len(world.rows)
 
 
-@rule(PassRateAbove)
+@rule(gates.PassRateAbove)
 def _(part, world):
     return [sp.Integer(int(bool(pass_rate(world, row) > number(part.threshold)))) for row in world.rows]
 
 
-@rule(PassRateAtMost)
+@rule(gates.PassRateAtMost)
 def _(part, world):
     return [sp.Integer(int(bool(pass_rate(world, row) <= number(part.threshold)))) for row in world.rows]
 
 
-@rule(PassRateBetween)
+@rule(gates.PassRateBetween)
 def _(part, world):
     low, high = number(part.low), number(part.high)
     return [sp.Integer(int(bool(low < pass_rate(world, row) < high))) for row in world.rows]
 
 
-@rule(PassRateTable)
+@rule(gates.PassRateTable)
 def _(part, world):
     points = [(number(r), number(c)) for r, c in zip(part.rates, part.coefficients, strict=True)]
 
@@ -78,28 +65,28 @@ def _(part, world):
     return [value(pass_rate(world, row)) for row in world.rows]
 
 
-@rule(EntropyWeight)
+@rule(gates.EntropyWeight)
 def _(part, world):
     return [number(part.scale) * sp.exp(part.sign * mean(row.h)) for row in world.rows]
 
 
-@rule(Schedule)
+@rule(gates.Schedule)
 def _(part, world):
     # A symbol for the schedule's current value: its change between steps does not affect the gradient of one step.
     return [world.variable("mu", part.coefficient_at(world.step))] * len(world.rows)
 
 
-@rule(MetaGradient)
+@rule(stateful.MetaGradient)
 def _(part, world):
     return [world.variable(part.variable, part.initial())] * len(world.rows)
 
 
-@rule(Complement)
+@rule(gates.Complement)
 def _(part, world):
     return [1 - value for value in evaluate(part.gate, world)]
 
 
-@rule(ProductOf)
+@rule(gates.ProductOf)
 def _(part, world):
     return [product(values) for values in zip(*(evaluate(gate, world) for gate in part.gates), strict=True)]
 
@@ -109,11 +96,7 @@ def _(part, world):
 
 def _token_rule(tokens: str, length: int | None, row: Row) -> Expr:
     """The weight of a token within its row."""
-    weights: dict[str, Expr] = {
-        "mean": rational(1, len(row)),
-        "sum": sp.Integer(1),
-        "fixed": rational(1, length or 1),
-    }
+    weights: dict[str, Expr] = {"mean": rational(1, len(row)), "sum": sp.Integer(1), "fixed": rational(1, length or 1)}
     return weights[tokens]
 
 
@@ -122,22 +105,22 @@ def _on_active(world: World, active: list[Row], value: Callable[[Row], Expr]) ->
     return per_row(world, lambda row: value(row) if row in active else 0)
 
 
-@rule(TokenMean)
+@rule(reduction.TokenMean)
 def _(part, world, active):
     return _on_active(world, active, lambda row: rational(1, max(1, sum(map(len, active)))))
 
 
-@rule(SequenceMean)
+@rule(reduction.SequenceMean)
 def _(part, world, active):
     return _on_active(world, active, lambda row: _token_rule(part.tokens, None, row) / len(active))
 
 
-@rule(FixedLength)
+@rule(reduction.FixedLength)
 def _(part, world, active):
     return _on_active(world, active, lambda row: _token_rule("fixed", part.length, row) / len(active))
 
 
-@rule(QuestionMean)
+@rule(reduction.QuestionMean)
 def _(part, world, active):
     questions = len({row.group for row in active})
 
@@ -152,7 +135,7 @@ def _(part, world, active):
 # Regularizers: the penalty itself, to be differentiated.
 
 
-@rule(EntropyBonus)
+@rule(regularizers.EntropyBonus)
 def _(part, world):
     return per_token(world, lambda row, t: -row.h[t])
 
@@ -162,6 +145,6 @@ def kl(kind: str, log_ratio: Expr) -> Expr:
     return {"k1": -log_ratio, "k2": log_ratio**2 / 2, "k3": sp.exp(log_ratio) - log_ratio - 1}[kind]
 
 
-@rule(KLPenalty)
+@rule(regularizers.KLPenalty)
 def _(part, world):
     return per_token(world, lambda row, t: kl(part.kind, sp.log(row.f[t]) - sp.log(row.p[t])))

@@ -49,9 +49,7 @@ class Row:
         s: π_sampler, the policy as the sampler reported it.
         v: the critic's values.
         h: the entropies; they depend on θ, so an objective that does not detach them has a gradient through them.
-        reward: of the response.
         group: the number of its question.
-        is_demonstration: whether it is a demonstration.
         preference: +1 if chosen, -1 if rejected, 0 otherwise.
     """
 

@@ -1,0 +1,215 @@
+"""Symbolic forms of masks, denominators (π_ref itself) and likelihood gradients (f′ itself). See `rules`.
+
+The rule of a mask is also called with the advantages.
+"""
+
+from __future__ import annotations
+
+import sympy as sp
+from sympy import Expr
+
+from upge import components
+from upge.theory.symbolic.algebra import number, product
+from upge.theory.symbolic.rules import evaluate, per_row, per_token, rule
+from upge.theory.symbolic.world import Row, World
+
+
+def sequence_ratio(row: Row) -> Expr:
+    """s = (Π_t r_t)^{1/|τ|}."""
+    return product(row.ratios) ** sp.Rational(1, len(row))
+
+
+def sigmoid(u: Expr) -> Expr:
+    """σ(u) = 1/(1 + e^{-u})."""
+    return 1 / (1 + sp.exp(-u))
+
+
+def outward(world: World, ratio: Expr, advantage: Expr, low: Expr, high: Expr) -> bool:
+    """Whether a ratio is outside [low, high] and the step would move it further out."""
+    if advantage == 0:
+        return False
+    if world.less(0, advantage):
+        return world.less(high, ratio)
+    return world.less(ratio, low)
+
+
+def sampler_ratios(row: Row) -> list[Expr]:
+    """π_old/π_sampler per token."""
+    return [q / s for q, s in zip(row.q, row.s, strict=True)]
+
+
+# Masks.
+
+
+@rule(components.NoMask)
+def _(part, world, advantages):
+    return per_token(world, lambda row, t: 1)
+
+
+@rule(components.PPOClip)
+def _(part, world, advantages):
+    low, high = 1 - number(part.low), 1 + number(part.high)
+
+    def value(row, t):
+        ratio, advantage = row.p[t] / row.q[t], advantages[row.index][t]
+        stopped = outward(world, ratio, advantage, low, high)
+        if part.dual is not None and advantage != 0 and world.less(advantage, 0):
+            stopped = world.less(number(part.dual), ratio) or stopped
+        return 0 if stopped else 1
+
+    return per_token(world, value)
+
+
+@rule(components.SequenceClip)
+def _(part, world, advantages):
+    low, high = 1 - number(part.low), 1 + number(part.high)
+
+    def value(row, t):
+        return 0 if outward(world, sequence_ratio(row), advantages[row.index][t], low, high) else 1
+
+    return per_token(world, value)
+
+
+@rule(components.ImportanceBand)
+def _(part, world, advantages):
+    def value(row, t):
+        ratio = row.p[t] / row.q[t] if part.of == "importance" else row.q[t] / row.s[t]
+        return 0 if world.less(ratio, number(part.low)) or world.less(number(part.high), ratio) else 1
+
+    return per_token(world, value)
+
+
+@rule(components.SequenceSamplerBand)
+def _(part, world, advantages):
+    def value(row):
+        ratio = product(sampler_ratios(row)) ** (1 if part.mean == "product" else sp.Rational(1, len(row)))
+        below = part.low > 0 and world.less(ratio, number(part.low))
+        return 0 if below or world.less(number(part.high), ratio) else 1
+
+    return per_row(world, value)
+
+
+@rule(components.AllOf)
+def _(part, world, advantages):
+    values = [evaluate(mask, world, advantages) for mask in part.masks]
+    return [[product(v[i][t] for v in values) for t in range(len(row))] for i, row in enumerate(world.rows)]
+
+
+@rule(components.LogRatioClip)
+def _(part, world, advantages):
+    low, high = sp.exp(-number(part.low)), sp.exp(number(part.high))
+
+    def value(row, t):
+        return 0 if outward(world, row.p[t] / row.q[t], advantages[row.index][t], low, high) else 1
+
+    return per_token(world, value)
+
+
+@rule(components.SigmoidGate)
+def _(part, world, advantages):
+    def value(row, t):
+        positive = advantages[row.index][t] != 0 and world.less(0, advantages[row.index][t])
+        u = number(part.positive if positive else part.negative) * (row.p[t] / row.q[t] - 1)
+        return 4 * sigmoid(u) * (1 - sigmoid(u))
+
+    return per_token(world, value)
+
+
+# Denominators.
+
+
+@rule(components.CurrentPolicy)
+def _(part, world):
+    return per_token(world, lambda row, t: row.p[t])
+
+
+@rule(components.BehaviorPolicy)
+def _(part, world):
+    return per_token(world, lambda row, t: row.q[t])
+
+
+@rule(components.UnitDenominator)
+def _(part, world):
+    return per_token(world, lambda row, t: 1)
+
+
+@rule(components.SequenceBehaviorPolicy)
+def _(part, world):
+    return per_token(world, lambda row, t: row.p[t] / sequence_ratio(row))
+
+
+@rule(components.ClippedBehaviorPolicy)
+def _(part, world):
+    low, high = (None if bound is None else number(bound) for bound in (part.low, part.high))
+    return per_token(world, lambda row, t: row.p[t] / world.clip(row.p[t] / row.q[t], low, high))
+
+
+@rule(components.SamplerCorrected)
+def _(part, world):
+    inner = evaluate(part.denominator, world)
+    cap = None if part.cap is None else number(part.cap)
+
+    def value(row, t):
+        ratios = sampler_ratios(row)
+        weight = ratios[t] if part.level == "token" else product(ratios)
+        return inner[row.index][t] / world.clip(weight, high=cap)
+
+    return per_token(world, value)
+
+
+@rule(components.GeometricMeanBehaviorPolicy)
+def _(part, world):
+    advantages, low, high = evaluate(part.advantage, world), sp.exp(-number(part.low)), sp.exp(number(part.high))
+
+    def clamped(row, t):
+        ratio, advantage = row.p[t] / row.q[t], advantages[row.index][t]
+        if advantage == 0:
+            return ratio
+        return world.clip(ratio, high=high) if world.less(0, advantage) else world.clip(ratio, low=low)
+
+    def value(row, t):
+        return row.p[t] / product(clamped(row, k) for k in range(len(row))) ** sp.Rational(1, len(row))
+
+    return per_token(world, value)
+
+
+@rule(components.ClippedReferencePolicy)
+def _(part, world):
+    low, high = number(part.low), number(part.high)
+    return per_token(world, lambda row, t: row.p[t] / world.clip(row.p[t] / row.f[t], low, high))
+
+
+@rule(components.SequenceReferencePolicy)
+def _(part, world):
+    def value(row, t):
+        ratio = product(p / f for p, f in zip(row.p, row.f, strict=True))
+        weight = ratio ** (number(part.power) / len(row))
+        return row.p[t] / world.clip(weight, number(part.low) if part.low > 0 else None, number(part.high))
+
+    return per_token(world, value)
+
+
+@rule(components.MixedBehaviorPolicy)
+def _(part, world):
+    share = number(part.share)
+    return per_token(world, lambda row, t: share * row.q[t] + 1 - share)
+
+
+# Likelihood gradients.
+
+
+@rule(components.PolicyLikelihood)
+def _(part, world):
+    return per_token(world, lambda row, t: 1)
+
+
+@rule(components.ShapedLikelihood)
+def _(part, world):
+    gamma = number(part.gamma)
+    return per_token(world, lambda row, t: gamma / (row.p[t] + gamma) ** 2)
+
+
+@rule(components.PowerLikelihood)
+def _(part, world):
+    likely, unlikely = number(part.likely), number(part.unlikely)
+    return per_token(world, lambda row, t: row.p[t] ** likely * (1 - row.p[t]) ** unlikely)
