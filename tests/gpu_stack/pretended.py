@@ -1,7 +1,7 @@
 """An 80 GB GPU that vLLM's CUDA packages take for real, and a worker that holds the model on the CPU instead.
 
-Engine, scheduler, configuration, model classes, weight loading and reloading are vLLM's own. Missing are the kernels: the
-worker computes no logits and draws tokens by hash.
+Engine, scheduler, configuration, model classes, loading and reloading of weights are vLLM's own. Its kernels do not
+run: the worker computes no logits and draws tokens by hash.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class CPUWorker(WorkerBase):
         return ("generate",)
 
     def sleep(self, level: int = 1) -> None:
-        """As `CuMemAllocator` does it: level 1 keeps a copy of the weights, level 2 loses them; buffers are restored."""
+        """As vLLM's allocator: level 1 keeps a copy of the weights, level 2 loses them; buffers are restored."""
         self.calls.append(f"sleep {level}")
         self.awake = set()
         self.buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
@@ -182,9 +182,11 @@ class CPUWorker(WorkerBase):
         assert "weights" in self.awake, "weights are written to memory that is not allocated"
         self.calls.append("reload")
         with set_current_vllm_config(self.vllm_config):
-            reload_weights(
-                self.vllm_config, self.model, **({"weights_path": None, "is_checkpoint_format": True} | arguments)
-            )
+            arguments = {"weights_path": None, "is_checkpoint_format": True} | arguments
+            reload_weights(self.vllm_config, self.model, **arguments)
+
+    def reset_encoder_cache(self) -> None:
+        pass
 
     def execute_model(self, scheduler_output: Any) -> ModelRunnerOutput | None:
         """None if `sample_tokens` is to follow, as in vLLM's GPU worker."""

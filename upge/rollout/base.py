@@ -127,7 +127,7 @@ class Sampler(ABC):
         Raises:
             UserError: a prompt is empty, has an id outside the vocabulary, or exceeds `max_length` with `max_tokens`.
             ValueError: the numbers of prompts and seeds differ, or `n` is below 1.
-            RuntimeError: the last `load_weights` failed.
+            RuntimeError: the engine sleeps, or the last `load_weights` failed.
         """
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per prompt")
@@ -135,8 +135,8 @@ class Sampler(ABC):
             raise ValueError(f"n={n}: give at least one response per prompt")
         if not self._usable:
             raise RuntimeError(
-                "the last load_weights failed midway: the sampler holds a mixture of old and new "
-                "weights; call load_weights again with all of them"
+                "the sampler has no complete weights, because it sleeps or the last load_weights failed midway; call "
+                "load_weights with all of them"
             )
         self._check_prompts(prompts, sampling)
         if not prompts:
@@ -160,7 +160,7 @@ class Sampler(ABC):
         return [[rollouts[copy] for copy in range(n)] for rollouts in results]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replaces all weights. If this fails, sampling is refused until a complete set has been loaded.
+        """Replaces all weights and wakes the engine. If this fails, sampling is refused until a complete set is loaded.
 
         Args:
             weights: pairs of a Hugging Face name and a tensor of any dtype and device. A tensor must remain valid only
@@ -175,10 +175,7 @@ class Sampler(ABC):
         self._usable = True
 
     def sleep(self) -> None:
-        """Frees device memory until `wake`, if the engine can. The weights are kept elsewhere."""
-
-    def wake(self) -> None:
-        """Undoes `sleep`."""
+        """Frees device memory until the next `load_weights`, if the engine can; it may lose its weights."""
 
     def close(self) -> None:
         """Frees the engine. The sampler cannot be used afterwards."""

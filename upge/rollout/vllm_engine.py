@@ -22,7 +22,7 @@ from upge.rollout.vllm_process import (
     quiet,
     ranks_uncompiled,
     several_ranks,
-    thread_setter_kept,
+    threads_kept,
 )
 
 # Sequences decoded at once on a CPU, which is vLLM's default there.
@@ -84,9 +84,11 @@ class VLLMSampler(Sampler):
         options = self._options(config, memory_fraction)
         if overrides:
             options["hf_overrides"] = functools.partial(_override_for_vllm, overrides=overrides)
+        #: vLLM's tags of what is asleep.
+        self._asleep: list[str] = []
         self._own_group = not torch.distributed.is_initialized()
         try:
-            with random_state_kept(), thread_setter_kept(), quiet():
+            with random_state_kept(), threads_kept(), quiet():
                 self._llm = self._vllm.LLM(model=str(model_path), seed=seed, **options)
         except (ValueError, NotImplementedError) as error:
             raise ConfigError(
@@ -160,9 +162,12 @@ class VLLMSampler(Sampler):
 
     def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         with random_state_kept():
+            self._wake("weights")
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._copies(weights)})
             if self._cpu:
                 self._llm.apply_model(_pack_heads_again)
+            # Last, because the trainer's gathered weights and the cache need not fit into memory together.
+            self._wake("kv_cache")
             self._llm.reset_prefix_cache()
 
     def _copies(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -171,13 +176,17 @@ class VLLMSampler(Sampler):
             yield name, tensor.to(self._dtype, copy=True)
 
     def sleep(self) -> None:
-        """On CUDA, moves the weights to host memory and drops the cache. On a CPU, does nothing."""
-        if not self._cpu:
-            self._llm.sleep(level=1)
+        """On CUDA, drops the weights and the cache until the next `load_weights`. On a CPU, does nothing."""
+        if not self._cpu and not self._asleep:
+            self._usable = False
+            self._llm.sleep(level=2)
+            self._asleep = ["weights", "kv_cache"]
 
-    def wake(self) -> None:
-        if not self._cpu:
-            self._llm.wake_up()
+    def _wake(self, tag: str) -> None:
+        """Allocates the memory of the weights or of the cache again, if it is asleep."""
+        if tag in self._asleep:
+            self._llm.wake_up([tag])
+            self._asleep.remove(tag)
 
     def close(self) -> None:
         """Ends the engine. vLLM also destroys torch's process group, which the trainer may use, so close it last."""

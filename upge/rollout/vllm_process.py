@@ -154,13 +154,17 @@ def interrupts_held() -> Iterator[None]:
 
 
 @contextmanager
-def thread_setter_kept() -> Iterator[None]:
-    """Restores torch.set_num_threads, which vLLM's CPU worker replaces by a function that only warns."""
-    setter = torch.set_num_threads
+def threads_kept() -> Iterator[None]:
+    """Restores torch's number of threads and the function that sets it.
+
+    vLLM's CPU worker replaces the function by one that only warns, and its GPU worker sets the number to 1.
+    """
+    setter, threads = torch.set_num_threads, torch.get_num_threads()
     try:
         yield
     finally:
         torch.set_num_threads = setter
+        setter(threads)
 
 
 def several_ranks() -> bool:

@@ -175,7 +175,7 @@ class SamplerState(Enum):
     Attributes:
         STALE: awake, with other weights than the policy's.
         FRESH: awake, with the policy's weights.
-        ASLEEP: its GPU memory is free for training; the weights are stale after it.
+        ASLEEP: its GPU memory is free for training; it has no weights until the next refresh.
     """
 
     STALE = "stale"
@@ -202,8 +202,6 @@ class WeightSync:
         if self.state is SamplerState.FRESH:
             return 0.0
         began = time.perf_counter()
-        if self.state is SamplerState.ASLEEP:
-            self.sampler.wake()
         self.sampler.load_weights(self.policy.named_weights())
         self.state = SamplerState.FRESH
         return time.perf_counter() - began

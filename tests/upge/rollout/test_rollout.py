@@ -280,7 +280,7 @@ def test_token_frequencies_follow_the_probabilities(engine: str, kind: str, fold
 def test_incomplete_weights_are_refused(engine: str, kind: str, observed: dict):
     loading, sampling = observed[engine][kind]["refusal"]
     assert loading.startswith("ModelError: 1 of ") and "missing" in loading and "model.path" in loading
-    assert sampling.startswith("RuntimeError: the last load_weights failed")
+    assert sampling.startswith("RuntimeError: the sampler has no complete weights")
 
 
 @engines

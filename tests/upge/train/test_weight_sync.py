@@ -17,9 +17,6 @@ class RecordingSampler:
     def sleep(self) -> None:
         self.calls.append("sleep")
 
-    def wake(self) -> None:
-        self.calls.append("wake")
-
 
 class CountingPolicy:
     """Its weights are the number of times that they were asked for."""
@@ -43,7 +40,7 @@ def test_weights_are_loaded_once_per_update():
     assert sync.state is SamplerState.ASLEEP
     sync.refresh()
     assert sync.state is SamplerState.FRESH
-    assert sampler.calls == [[("w", 1)], "sleep", "wake", [("w", 2)]]
+    assert sampler.calls == [[("w", 1)], "sleep", [("w", 2)]]
 
 
 def test_a_sampler_that_was_never_loaded_can_sleep():
@@ -52,4 +49,4 @@ def test_a_sampler_that_was_never_loaded_can_sleep():
     sync = WeightSync(sampler, CountingPolicy())
     sync.sleep()
     sync.refresh()
-    assert sampler.calls == ["sleep", "wake", [("w", 1)]]
+    assert sampler.calls == ["sleep", [("w", 1)]]
