@@ -2,23 +2,23 @@
 
 This module holds what all commands share: the list of commands, help, the reading of arguments, and how errors and
 signals become exit codes. `upge` works from any folder. It puts the current folder last on the import path, so a user's
-own parts are found there, but a user's `experiments/` or `algorithms/` never hides those of the package.
-"""
+own parts are found there, but a user's `experiments/` or `algorithms/` never hides those of the package."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.metadata
+import logging
 import os
 import signal
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-
-from experiments.startup import quiet
 
 #: Exit codes that all commands share. Others: 1 for a proof that fails, 3 for a run that is no longer finite, 4 for a
 #: sweep in which some runs failed, 128 + signal.
@@ -197,3 +197,30 @@ def _stopped(stopped: Stopped) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def quiet() -> None:
+    """Silences the libraries' informational messages; warnings that concern the user still show."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|deepspeed\.")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pauses Python's garbage collector while libraries are imported and engines start.
+
+    Nearly all objects made there stay alive, and the collector would traverse the million objects of torch,
+    transformers, DeepSpeed and vLLM again and again, also because the engines call it themselves. Existing objects are
+    frozen for good; garbage made in the block is collected at its end.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+        gc.collect()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import replace
+from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from experiments.config import Composed
+from experiments.config import MODELS, Composed
 from experiments.describe.catalogue import members
-from experiments.run import offline
 from experiments.run.balance import balances
 from experiments.run.memory_check import Outlook, outlook
 from experiments.run.prepare import (
@@ -24,8 +25,10 @@ from experiments.run.workload import counted, planned
 from upge import verify
 from upge.algorithm import Algorithm
 from upge.data import Problem
-from upge.errors import DataError
+from upge.data.prompting import TOKENIZER_FILES
+from upge.errors import DataError, ModelError
 from upge.instantiate import build
+from upge.models.loading import read_config
 from upge.pipeline import Pipeline
 from upge.train.config import RunConfig
 
@@ -40,11 +43,11 @@ def plan(composed: Composed) -> str:
         UserError: the first setting that is wrong or cannot fit, with its keys, its value and the fix.
     """
     names, tree = composed.names, composed.tree
-    composed, notes = offline.with_known_models(composed)
+    composed, notes = with_known_models(composed)
     config = composed.config
     machine = planned(config.hardware)
     check_length(config.model, config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
-    has_tokenizer = offline.has_tokenizer(config.model.path)
+    has_tokenizer = _tokenizer_exists(config.model.path)
     if not has_tokenizer:
         notes.append(f"model.path: '{tree['model']['path']}' has no tokenizer here, so no prompt is shown or measured")
     prepared, problems = _prepared(composed, has_tokenizer, notes)
@@ -66,11 +69,7 @@ def plan(composed: Composed) -> str:
 
 
 def _prepared(composed: Composed, has_tokenizer: bool, notes: list[str]) -> tuple[Prepared | None, list[str]]:
-    """What a run would start from, and a line about the data.
-
-    The first value is None if there is no tokenizer (after the checks that need none), or if a part is on the hub and
-    the hub cannot be reached, which adds a note.
-    """
+    """What a run would start from, None without a tokenizer or without a hub that a part is on, and the data's sizes."""
     config = composed.config
     try:
         if has_tokenizer:
@@ -86,7 +85,7 @@ def _prepared(composed: Composed, has_tokenizer: bool, notes: list[str]) -> tupl
         having = sum(bool(problem.demonstrations) for problem in splits.train)
         return None, [_sizes(len(splits.train), having, len(splits.evaluation)) + ", whatever their length"]
     except DataError as error:
-        if not offline.is_unreachable(error):
+        if not _is_unreachable(error):
             raise
         notes.append(f"{error}; the data could not be checked here")
     return None, []
@@ -138,3 +137,64 @@ def _steps(algorithm: Algorithm | Pipeline, expected: Outlook, config: RunConfig
         head = f"stage {span.name}: {counted(span.end - span.first, 'step')} of {prompts}"
         lines += [head, textwrap.indent(str(expected.traffic[span.name]), "  ")]
     return "\n".join(lines)
+
+
+#: Hub name → folder in experiments/models with the model's config.json and nothing else.
+KNOWN = {
+    "Qwen/Qwen2.5-Math-7B": "qwen2.5-math-7b",
+    "Qwen/Qwen2.5-Math-1.5B": "qwen2.5-math-1.5b",
+    "meta-llama/Llama-3.1-8B": "llama-3.1-8b",
+}
+
+
+def with_known_models(composed: Composed) -> tuple[Composed, list[str]]:
+    """Replaces models that cannot be found by the folders of `KNOWN`, and returns a sentence about each.
+
+    Raises:
+        ModelError: a model is neither found nor known.
+    """
+    config, notes = composed.config, []
+    for key in ("model", "critic", "reference"):
+        section = getattr(config, key)
+        folder = _folder(section.path, f"{key}.path", notes)
+        config = replace(config, **{key: replace(section, path=folder)})
+    return replace(composed, config=config), notes
+
+
+def _folder(path: str, key: str, notes: list[str]) -> str:
+    if path not in KNOWN:
+        return path
+    try:
+        read_config(path)
+    except ModelError:
+        folder = MODELS / KNOWN[path]
+        notes.append(
+            f"{key}: '{path}' is not in the local cache and the hub cannot be reached; its sizes are those of "
+            f"{folder.relative_to(MODELS.parent.parent)}/config.json, which has neither weights nor tokenizer"
+        )
+        return str(folder)
+    return path
+
+
+def _tokenizer_exists(path: str) -> bool:
+    """Whether a model that has a configuration also has a tokenizer.
+
+    For a folder this checks the files, because transformers makes an empty tokenizer from a configuration alone.
+    """
+    if Path(path).is_dir():
+        return any((Path(path) / name).is_file() for name in TOKENIZER_FILES)
+    from upge.data.prompting import load_tokenizer
+
+    try:
+        return load_tokenizer(path) is not None
+    except ModelError:
+        return False
+
+
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Whether the cause of an error is that the hub could not be reached."""
+    while error is not None:
+        if isinstance(error, ConnectionError):
+            return True
+        error = error.__cause__
+    return False

@@ -89,15 +89,7 @@ def prepare(composed: Composed) -> Prepared:
 
 
 def load_problems(node: Mapping, config: RunConfig) -> tuple[data.Splits, list[str]]:
-    """Loads a data set and applies `data_policy`.
-
-    Args:
-        node: `data` of the resolved settings.
-        config: the run's settings.
-
-    Returns:
-        The problems that remain, and notes about the others.
-    """
+    """The problems of the resolved settings' `data` that `data_policy` keeps, and notes about the others."""
     splits, notes = _verifiable(build(node, "data").load(), config)
     limits = config.data_policy
     kept = data.limit_demonstrated(data.limit_levels(splits.train, limits.per_level), limits.demonstrated_prompts)
@@ -128,29 +120,21 @@ def _check_installed() -> None:
     """Raises ConfigError if a package is missing that is needed only after training."""
     for package in ("jinja2", "matplotlib", "rich", "tqdm"):
         if importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"the report needs the package {package}, which is not installed: pip install 'upge[all]'"
-            )
+            fix = "pip install 'upge[all]'"
+            raise ConfigError(f"the report needs the package {package}, which is not installed: {fix}")
 
 
 def with_local_models(composed: Composed) -> Composed:
     """Replaces GGUF files by folders with the converted models; the tree, which is recorded, keeps the given names."""
-    config = composed.config
-    model = replace(config.model, path=local_path(config.model.path))
-    critic = replace(config.critic, path=local_path(config.critic.path))
-    reference = replace(config.reference, path=local_path(config.reference.path))
-    return replace(composed, config=replace(config, model=model, critic=critic, reference=reference))
+    sections = {name: getattr(composed.config, name) for name in ("model", "critic", "reference")}
+    local = {name: replace(section, path=local_path(section.path)) for name, section in sections.items()}
+    return replace(composed, config=replace(composed.config, **local))
 
 
 def load_prompting(model: ModelConfig) -> data.Prompting:
     """The prompt format of these model settings; raises the errors of `Prompting.load`."""
-    return data.Prompting.load(
-        model.path,
-        template=model.template,
-        system=model.system,
-        instruction=model.instruction,
-        opening=model.opening,
-    )
+    parts = {name: getattr(model, name) for name in ("template", "system", "instruction", "opening")}
+    return data.Prompting.load(model.path, **parts)
 
 
 def check_length(model: ModelConfig, max_prompt_tokens: int, max_response_tokens: int) -> None:
@@ -249,11 +233,7 @@ def _overlap(train: Sequence[data.Problem], measured: Sequence[data.Problem]) ->
 def suite_problems(config: EvalConfig, verifier: str) -> tuple[data.Problem, ...]:
     """The problems of `eval.suite` for an evaluation during training, each with its benchmark's name as its level.
 
-    The suite's own sampling settings are not used here.
-
-    Args:
-        config: the `eval` settings.
-        verifier: name of the verifier for benchmarks that name none.
+    The suite's own sampling settings are not used here. `verifier` serves the benchmarks that name none.
 
     Raises:
         UserError: there is no such suite, or its problems cannot be loaded.
@@ -270,7 +250,7 @@ def suite_problems(config: EvalConfig, verifier: str) -> tuple[data.Problem, ...
 def _encode(
     which: str, problems: Sequence[data.Problem], prompting: data.Prompting, composed: Composed, notes: list[str]
 ) -> list:
-    config, needs = composed.config, composed.algorithm.needs
+    config, needs, policy = composed.config, composed.algorithm.needs, composed.config.data_policy
     without = next((p for p in problems if p.system), None) if not prompting.has_system else None
     if without is not None:
         raise ConfigError(
@@ -282,8 +262,8 @@ def _encode(
         prompting,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         max_response_tokens=config.rollout.max_response_tokens,
-        overlong_prompts=config.data_policy.overlong_prompts,
-        overlong_demonstrations=config.data_policy.overlong_demonstrations,
+        overlong_prompts=policy.overlong_prompts,
+        overlong_demonstrations=policy.overlong_demonstrations,
         demonstrations=which == "training" and (needs.demonstrations or needs.preference_pairs),
         pairs=which == "training" and needs.preference_pairs,
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from experiments import provenance
-from experiments.startup import collector_paused
+from experiments.cli import collector_paused
 from upge.train.distributed import World
 
 
@@ -21,9 +22,8 @@ class Progress:
         self.enabled = enabled
         # A bar that is redrawn twice a second would fill a log file with thousands of lines.
         interval = 0.5 if sys.stderr.isatty() else 15.0
-        self._bar = tqdm(
-            total=steps, initial=done, unit="step", disable=not enabled, mininterval=interval, dynamic_ncols=True
-        )
+        shown = {"unit": "step", "disable": not enabled, "mininterval": interval, "dynamic_ncols": True}
+        self._bar = tqdm(total=steps, initial=done, **shown)
 
     def __enter__(self) -> Progress:
         return self
@@ -73,18 +73,9 @@ def train(composed: Any, prepared: Any, world: World) -> int:
         resume_from = world.broadcast(_resume_point(prepared))
         verified = VerifiedSampler(sampler, pool, prepared.prompting)
         progress = Progress(config.steps, resume_from or 0, enabled=world.is_main)
-        parts = Parts(
-            config,
-            composed.algorithm,
-            prepared.train,
-            prepared.weights,
-            prepared.prompting,
-            models,
-            verified,
-            lambda: training_accuracy(config, prepared.evaluation, verified, world),
-            folder,
-            world,
-        )
+        data = (prepared.train, prepared.weights, prepared.prompting)
+        measure = partial(training_accuracy, config, prepared.evaluation, verified, world)
+        parts = Parts(config, composed.algorithm, *data, models, verified, measure, folder, world)
         trainer = Trainer(parts, progress.step, progress.evaluation)
         if resume_from is not None:
             trainer.restore(resume_from)

@@ -14,7 +14,7 @@ from experiments import provenance
 from experiments.bench.trainers.control import StepControl, serve
 from experiments.bench.trainers.job import Job, RewardPool, WeightEvaluator
 from experiments.bench.trainers.link import Connection
-from experiments.startup import quiet
+from experiments.cli import quiet
 from upge.evaluation.evaluator import training_accuracy
 from upge.rollout import Rollout, Sampler
 from upge.rollout.verified_sampling import VerifiedSampler

@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 from experiments.bench.trainers.control import StepControl, serve
 from experiments.bench.trainers.job import Job, RewardPool, WeightEvaluator
 from experiments.bench.trainers.link import Connection
-from experiments.startup import quiet
+from experiments.cli import quiet
 from upge.rollout.vllm_process import prepare_environment
 from upge.train.prompt_order import prompt_indices
 from upge.verify import Item

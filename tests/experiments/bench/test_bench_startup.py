@@ -13,7 +13,7 @@ import pytest
 
 from experiments.bench import generation, startup, startup_probe
 from experiments.bench.measure import Timing
-from experiments.startup import collector_paused
+from experiments.cli import collector_paused
 from upge.errors import ConfigError
 from upge.rollout import Rollout
 
