@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
-from experiments.files import DOCS, replace_block
+from experiments.results import DOCS, replace_block
 from upge.errors import ConfigError, DataError, UserError
 from upge.verify import Item, Verdict, VerifierPool, last_boxed, load
 

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments import cli
 from experiments.bench import BENCHES, peers
-from experiments.files import DOCS, replace_block
+from experiments.results import DOCS, replace_block
 from upge.errors import ConfigError, nearest
 
 PAGE = DOCS / "performance.md"

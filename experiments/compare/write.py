@@ -1,26 +1,38 @@
-"""The files of a comparison: a page in Markdown, all values as CSV, the tables in LaTeX, the curves as a figure."""
+"""The files of a comparison: a page in Markdown, all values as CSV, the tables in LaTeX, and the pass@k curves."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.compare import curves
-from experiments.compare.curves import Panel
-from experiments.compare.differences import Exclusive, Gap, exclusive_grid, gap_grid
-from experiments.compare.tables import Scores, level_grid, paper_grid, pass_grid, response_grid, score_grid
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
+
+from experiments.compare.tables import (
+    Exclusive,
+    Gap,
+    Scores,
+    exclusive_grid,
+    gap_grid,
+    level_grid,
+    paper_grid,
+    pass_grid,
+    response_grid,
+    score_grid,
+)
+from experiments.drawing import dress, in_figure, save
 from experiments.grid import Grid, latex, markdown, markdown_text
 from upge.errors import DataError
-from upge.evaluation.intervals import Interval
+from upge.evaluation.intervals import Interval, intervals
+from upge.evaluation.passk import powers_of_two
 from upge.evaluation.scores import BenchmarkScores
 
-COLUMNS = (
-    *("kind", "benchmark", "level", "run", "baseline", "measure", "value", "low", "high"),
-    *("p", "p_holm", "problems", "samples"),
-)
+COLUMNS = "kind benchmark level run baseline measure value low high p p_holm problems samples".split()
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ def files(comparison: Comparison, folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             (folder / name).write_text(text, "utf-8", newline="")
-        drawn = curves.draw(comparison.panels, comparison.scores.names, folder) if comparison.panels else []
+        drawn = draw(comparison.panels, comparison.scores.names, folder) if comparison.panels else []
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror}); give another output=") from error
     return [*(folder / name for name in texts), *drawn]
@@ -134,9 +146,8 @@ def _records(comparison: Comparison) -> Iterator[dict]:
             yield {"kind": "difference", **same, **about, **_ends(gap.difference.interval), **p_values}
         for line in pair.exclusive:
             about = {"benchmark": line.benchmark, "level": line.level, "problems": line.problems}
-            counts = {"only baseline": line.only_first, "only run": line.only_second, "both": line.both,
-                      "neither": line.neither}  # fmt: skip
-            for measure, value in counts.items():
+            counts = (line.only_first, line.only_second, line.both, line.neither)
+            for measure, value in zip(("only baseline", "only run", "both", "neither"), counts, strict=True):
                 yield {"kind": "exclusive", **same, **about, "measure": measure, "value": value}
 
 
@@ -150,3 +161,95 @@ def _accuracy(same: dict, one: BenchmarkScores) -> Iterator[dict]:
 
 def _ends(interval: Interval) -> dict:
     return {"value": interval.value, "low": interval.low, "high": interval.high}
+
+
+COLORS = ("#0072b2", "#c95000", "#00805a", "#a6478b", "#8a6a00", "#2a8fc7", "#5a5f66")
+_MARKERS = "osD^vPX"
+_WIDTH, _HEIGHT = 3.1, 2.5  # of a panel, in inches
+_MOST_COLUMNS = 3
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The curves of one benchmark, or of an average: run's name → k → pass@k."""
+
+    title: str
+    curves: Mapping[str, Mapping[int, Interval]]
+
+
+def panels(scores: Scores, resamples: int, seed: int) -> list[Panel]:
+    """A panel for every benchmark with several samples per problem, and one for each group's average over these."""
+    made = []
+    for group, names in scores.groups.items():
+        members = []
+        for name in names:
+            each = {run: scores.figures.get((run, name)) for run in scores.names}
+            curves = {run: f.pass_at for run, f in each.items() if f and f.samples > 1}
+            if curves:
+                made.append(Panel(name, curves))
+                members += [name] if len(curves) == len(scores.runs) else []
+        if len(members) > 1:
+            made.append(Panel(f"average {group}, n > 1", _average(scores, members, resamples, seed)))
+    return made
+
+
+def draw(panels: Sequence[Panel], names: Sequence[str], folder: Path) -> list[Path]:
+    """Writes passk.png and passk.svg into `folder`; `names` are all runs, which have the same colour in every panel."""
+    columns = 2 if len(panels) == 4 else min(_MOST_COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+
+    def into(figure: Figure) -> None:
+        figure.get_layout_engine().set(h_pad=0.08)
+        grid = figure.subplots(rows, columns, squeeze=False)
+        lines: dict[str, Line2D] = {}
+        for place, axes in enumerate(grid.flat):
+            if place < len(panels):
+                lines |= _panel(axes, panels[place], names)
+                axes.set_xlabel("k" if place + columns >= len(panels) else "")
+                axes.set_ylabel("pass@k in %" if place % columns == 0 else "")
+            else:
+                axes.set_visible(False)
+        shown = [name for name in names if name in lines]
+        figure.legend([lines[name] for name in shown], [in_figure(name) for name in shown], loc="outside upper left",
+                      ncols=min(4, len(shown)), frameon=False, borderaxespad=0.2)  # fmt: skip
+
+    return save(folder, "passk", (_WIDTH * columns + 0.4, _HEIGHT * rows + 0.5), into)
+
+
+def _average(scores: Scores, names: Sequence[str], resamples: int, seed: int) -> dict[str, dict[int, Interval]]:
+    curves = {}
+    for run in scores.runs:
+        outcomes = [run.outcomes[name] for name in names]
+        ks = powers_of_two(min(one.samples for one in outcomes))
+        values = {one.benchmark: one.pass_at(ks) for one in outcomes}
+        curves[run.name] = dict(zip(ks, intervals(values, resamples, seed), strict=True))
+    return curves
+
+
+def _panel(axes, panel: Panel, names: Sequence[str]) -> dict[str, Line2D]:
+    lines = {}
+    for name, curve in panel.curves.items():
+        index = names.index(name)
+        color, dash = COLORS[index % len(COLORS)], "-" if index < len(COLORS) else "--"
+        low, high = ([100 * getattr(one, end) for one in curve.values()] for end in ("low", "high"))
+        axes.fill_between(list(curve), low, high, color=color, alpha=0.14, linewidth=0)
+        (lines[name],) = axes.plot(list(curve), [100 * one.value for one in curve.values()], color=color,
+                                   linestyle=dash, linewidth=1.8, marker=_MARKERS[index % len(_MARKERS)], markersize=4,
+                                   markeredgecolor="white", markeredgewidth=0.6)  # fmt: skip
+    _dress(axes, panel)
+    return lines
+
+
+def _dress(axes, panel: Panel) -> None:
+    largest = max(k for curve in panel.curves.values() for k in curve)
+    powers = [2**i for i in range(largest.bit_length())]
+    ticks = powers[:: math.ceil(len(powers) / 7)]
+    axes.set_title(in_figure(panel.title))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter(FixedFormatter([str(k) for k in ticks]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+    axes.set_ylim(0, min(101.0, axes.get_ylim()[1]))
+    dress(axes)
+    axes.margins(x=0.04)

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 import algorithms
 from experiments.describe import catalogue
-from experiments.files import replace_block
+from experiments.results import replace_block
 from upge import Algorithm
 
 README = Path(__file__).parents[2] / "README.md"

@@ -6,7 +6,7 @@ import re
 
 import algorithms
 from experiments.describe import catalogue, listing
-from experiments.files import DOCS
+from experiments.results import DOCS
 
 PATH = DOCS / "algorithms.md"
 TABLE_BEGIN, TABLE_END = "<!-- table 1: begin -->", "<!-- table 1: end -->"

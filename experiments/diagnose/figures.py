@@ -14,7 +14,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from experiments.diagnose.measuring import Result
-from experiments.diagnose.tables import same_as
 from experiments.drawing import INK, RULE, SOFT, dress, in_figure, save
 from upge.measure import Estimated, Measured
 
@@ -80,25 +79,14 @@ _SMALL = 8.3
 
 def bias_variance(result: Result, folder: Path) -> list[Path]:
     """Draws bias_variance: the angle between mean and true gradient, and the noise of one batch."""
-    shown = [one for one in distinct(result) if _angle(one) is not None]
+    shown = [one for one in result.different(parts=False) if _angle(one) is not None]
     return save(folder, "bias_variance", (8.6, 5.6), lambda figure: _draw(figure, result, shown)) if shown else []
-
-
-def distinct(result: Result) -> list[Measured]:
-    """The algorithms; of those that are equal up to scale only the first."""
-    seen: set[str] = set()
-    algorithms = []
-    for one in result.measured:
-        if not one.part and one.name not in seen:
-            algorithms.append(one)
-            seen.update(same_as(result, one.name))
-    return algorithms
 
 
 def label(result: Result, name: str) -> str:
     """A name, together with the names of the algorithms that are equal to it."""
     wholes = [one.name for one in result.measured if not one.part]
-    names = [other for other in same_as(result, name) if other in wholes] or [name]
+    names = [other for other in result.same_as(name) if other in wholes] or [name]
     rest = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return in_figure(", ".join(names[:_MOST_NAMES]) + rest)
 
@@ -220,7 +208,7 @@ def free_place(
 def cosines(result: Result, folder: Path) -> list[Path]:
     """Draws cosines: a heat map of the mean gradients with each other, with ∇E[R] and with imitation."""
     order = ("rollouts", "both", "pairs", "demonstrations")
-    shown = sorted(distinct(result), key=lambda one: order.index(kind(one.source)))
+    shown = sorted(result.different(parts=False), key=lambda one: order.index(kind(one.source)))
     if len(shown) < 2:
         return []
     names = ["∇E[R]", *(one.name for one in shown), *["imitation"] * any(one.imitation for one in shown)]

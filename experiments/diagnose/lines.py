@@ -14,7 +14,6 @@ from experiments.diagnose.figures import (
     LINES,
     PALETTE,
     bars,
-    distinct,
     kind,
     known_or,
     label,
@@ -23,7 +22,6 @@ from experiments.diagnose.figures import (
     palette,
 )
 from experiments.diagnose.measuring import Result
-from experiments.diagnose.tables import different
 from experiments.drawing import SOFT, dress, in_figure, save
 from upge.measure import Estimated, Measured
 
@@ -55,7 +53,7 @@ def chosen(result: Result) -> list[Measured]:
     """The different estimators with one source: per source whole algorithms before parts, then by alignment."""
     estimators = []
     for source in ("rollouts", "demonstrations"):
-        mine = [one for one in different(result) if one.source == source]
+        mine = [one for one in result.different(parts=True) if one.source == source]
         mine.sort(key=lambda one: (bool(one.part), -known_or(one.overall.alignment.value, -math.inf)))
         estimators += mine[:_MOST]
     return estimators
@@ -174,10 +172,10 @@ def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
     """Draws over_training: cosine, signal to noise, alignment and conflict of every policy, in their order."""
     if len(results) < 2:
         return []
-    names = [one.name for one in distinct(results[0])]
+    names = [one.name for one in results[0].different(parts=False)]
     if len(names) > len(PALETTE):
         # More lines would be indistinguishable, so keep those of each kind with the highest initial alignment.
-        ranked = sorted(distinct(results[0]), key=lambda one: -known_or(one.overall.alignment.value, -1.0))
+        ranked = sorted(results[0].different(parts=False), key=lambda one: -known_or(one.overall.alignment.value, -1.0))
         kinds: dict[str, list[str]] = {}
         for one in ranked:
             kinds.setdefault(kind(one.source), []).append(one.name)

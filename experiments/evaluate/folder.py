@@ -11,9 +11,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from experiments.files import free_folder
+from experiments.results import free_folder
 from upge.errors import ConfigError
 from upge.evaluation import SampleFile
+from upge.evaluation.scores import NONE, same_answer
 from upge.train.folder import write_atomically
 
 #: Keys that may differ between an evaluation and its continuation: no sample or verdict depends on them.
@@ -143,6 +144,13 @@ def _leaves(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
         else:
             leaves[dotted] = list(value) if isinstance(value, tuple) else value
     return leaves
+
+
+def answer_notes(scores: Mapping[str, Any]) -> list[str]:
+    """Notes on benchmarks in which most responses give the same answer; older scores.json files lack this number."""
+    benchmarks = scores["benchmarks"].items()
+    sentences = ((name, same_answer(one.get("commonest", NONE), one["problems"])) for name, one in benchmarks)
+    return [f"{name}: {sentence}" for name, sentence in sentences if sentence]
 
 
 #: Bytes that `_probe` hashes at the beginning, in the middle and at the end of a file.

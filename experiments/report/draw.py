@@ -17,8 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.report.plots import Plot
-from experiments.report.series import Series
+from experiments.report.series import Plot, Series
 
 COLORS = 7  # --c0 to --c6 in the style sheet
 MARKERS = "osD^vPX"

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 
 from markupsafe import Markup, escape
 
-from experiments.report.plots import Plot
-from experiments.report.series import Series
+from experiments.report.series import Plot, Series
 
 MOST_BINS = 60  # of steps, in the histogram
 LEVEL_BINS = 15  # of steps, in the shares by level: each needs some prompts

@@ -17,11 +17,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from experiments.report.draw import color_name, draw, smoothing_window
-from experiments.report.folder import RunFolder, read_run
+from experiments.report.folder import RunFolder, accuracy_rows, measures, number, read_run
 from experiments.report.gate import gate_plots, heat_map
-from experiments.report.plots import Plot
-from experiments.report.series import Series, evaluation_plots, select, stages
-from experiments.table import accuracy_rows, measures, number
+from experiments.report.series import Plot, Series, evaluation_plots, select, stages
 
 LONGEST_TEXT = 4000  # characters of a prompt or response on the page
 LONGEST_CONFIG = 100_000

@@ -69,7 +69,7 @@ def plan(composed: Composed) -> str:
 
 
 def _prepared(composed: Composed, has_tokenizer: bool, notes: list[str]) -> tuple[Prepared | None, list[str]]:
-    """What a run would start from, None without a tokenizer or without a hub that a part is on, and the data's sizes."""
+    """What a run would start from, None without a tokenizer or without the hub, and the sizes of its data."""
     config = composed.config
     try:
         if has_tokenizer:

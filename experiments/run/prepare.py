@@ -6,11 +6,12 @@ import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from experiments.config import Composed, suite_config
-from experiments.files import free_folder
+from experiments.results import free_folder
 from experiments.run import answer_check
-from upge import data
+from upge import data, rollout
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError, DataError, ModelError
 from upge.evaluation.suite import load as benchmarks
@@ -18,10 +19,11 @@ from upge.instantiate import build
 from upge.models import local_path
 from upge.models.loading import read_config
 from upge.pipeline import Pipeline
-from upge.train.config import EvalConfig, ModelConfig, RunConfig
+from upge.train.config import EvalConfig, ModelConfig, RunConfig, VerifyConfig
 from upge.train.distributed import world_size
 from upge.train.folder import RunFolder
 from upge.train.sample import has_pair, usable
+from upge.verify import VerifierPool
 
 #: Columns that this trainer fills beyond rewards, masks and groups.
 PROVIDED = ("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "preference")
@@ -137,16 +139,36 @@ def load_prompting(model: ModelConfig) -> data.Prompting:
     return data.Prompting.load(model.path, **parts)
 
 
-def check_length(model: ModelConfig, max_prompt_tokens: int, max_response_tokens: int) -> None:
+def load_sampler(model: ModelConfig, engine: Any, max_length: int, seed: int) -> rollout.Sampler:
+    """Starts the engine of the settings `rollout` (of a run or an evaluation) with a model."""
+    return rollout.load(
+        engine.engine,
+        model.path,
+        dtype=model.dtype,
+        max_length=max_length,
+        memory_fraction=engine.memory_fraction,
+        seed=seed,
+        overrides=model.overrides,
+    )
+
+
+def verifier_pool(verifiers: Sequence[str], config: VerifyConfig) -> VerifierPool:
+    """The processes that verify a run's or an evaluation's responses."""
+    return VerifierPool(verifiers, config.workers, config.time_limit, config.memory_limit)
+
+
+def check_length(
+    model: ModelConfig, max_prompt_tokens: int, max_response_tokens: int, section: str = "rollout"
+) -> None:
     """Raises ModelError if there is no model, or a prompt with its response could exceed the model's positions."""
     if not model.path:
         raise ModelError("model.path: empty; give the folder of a Hugging Face causal LM, a hub name, or model=NAME")
     longest = getattr(read_config(model.path, model.overrides), "max_position_embeddings", None)
-    wanted = max_prompt_tokens + max_response_tokens
+    wanted = max_prompt + max_response
     if longest is not None and wanted > longest:
         raise ModelError(
-            f"rollout.max_prompt_tokens + rollout.max_response_tokens = {wanted} exceeds the {longest} positions of "
-            f"'{model.path}'; lower one of them, or raise model.overrides.max_position_embeddings"
+            f"{section}.max_prompt_tokens + {section}.max_response_tokens = {wanted} exceeds the {longest} positions "
+            f"of '{model.path}'; lower one of them, or raise model.overrides.max_position_embeddings"
         )
 
 

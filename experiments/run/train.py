@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments import provenance
+from experiments import results
 from experiments.cli import collector_paused
 from upge.train.distributed import World
 
@@ -49,10 +49,10 @@ class Progress:
 def train(composed: Any, prepared: Any, world: World) -> int:
     """Trains, evaluates and writes the report; returns the exit code."""
     from experiments.run.dry_run import in_print
+    from experiments.run.prepare import verifier_pool
     from upge.evaluation.evaluator import training_accuracy
     from upge.rollout.verified_sampling import VerifiedSampler
     from upge.train.trainer import Parts, Trainer
-    from upge.verify import VerifierPool
 
     config, folder = composed.config, prepared.folder
     say = _printer(world)
@@ -63,8 +63,7 @@ def train(composed: Any, prepared: Any, world: World) -> int:
     for note in prepared.notes:
         say(f"note: {note}")
     say(prepared.prompting.describe(prepared.train[0].problem))
-    limits = (config.verify.workers, config.verify.time_limit, config.verify.memory_limit)
-    with VerifierPool(prepared.verifiers, *limits) as pool:
+    with verifier_pool(prepared.verifiers, config.verify) as pool:
         with collector_paused():
             models = _models(composed, world)
         with collector_paused():
@@ -119,17 +118,10 @@ def _models(composed: Any, world: World) -> Any:
 
 
 def _sampler(config: Any) -> Any:
-    from upge import rollout
+    from experiments.run.prepare import load_sampler
 
-    return rollout.load(
-        config.rollout.engine,
-        config.model.path,
-        dtype=config.model.dtype,
-        max_length=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
-        memory_fraction=config.rollout.memory_fraction,
-        seed=config.seed,
-        overrides=config.model.overrides,
-    )
+    length = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    return load_sampler(config.model, config.rollout, length, config.seed)
 
 
 def _resume_point(prepared: Any) -> int | None:
@@ -139,8 +131,8 @@ def _resume_point(prepared: Any) -> int | None:
 
 def _finish(path: Path, code: int, say: Any) -> None:
     """Prints the table and writes the report, with what there is if the run stopped early."""
+    from experiments.report.folder import print_table
     from experiments.report.page import write_report
-    from experiments.table import print_table
     from upge.train.folder import RunFolder, read_lines
     from upge.train.trainer import NOT_FINITE
 
@@ -163,21 +155,21 @@ def _finish(path: Path, code: int, say: Any) -> None:
 def _facts(composed: Any, world: World, sampler: Any, engine: Any, from_step: int) -> dict[str, Any]:
     """run.json: how this run was made."""
     return {
-        "command": provenance.command("experiments.run", sys.argv[1:]),
-        "started": provenance.now(),
+        "command": results.command("experiments.run", sys.argv[1:]),
+        "started": results.now(),
         "from_step": from_step,
         "names": dict(composed.names),
         "seed": composed.config.seed,
         "world_size": world.size,
         "device": str(world.device.type),
-        "machine": provenance.machine(),
+        "machine": results.machine(),
         "engine": sampler.name,
         "engine_reason": sampler.reason,
         "parameters": engine.parameters,
         "formula_text": composed.algorithm.formula(),
         "formula_latex": composed.algorithm.formula("latex"),
-        "versions": provenance.versions(),
-        "git_commit": provenance.git_commit(),
+        "versions": results.versions(),
+        "git_commit": results.git_commit(),
     }
 
 

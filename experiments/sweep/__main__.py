@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import cli, provenance
-from experiments.files import DOCS
+from experiments import cli, results
+from experiments.results import DOCS
 from upge.errors import ConfigError
 
 PAGE = DOCS / "results.md"
@@ -97,7 +97,7 @@ def _report(folder, arguments: Sequence[str], flags: dict[str, bool]) -> int:
     from experiments.grid import print_grid
     from experiments.sweep import write
 
-    shown = provenance.command("experiments.sweep", [a for a in arguments if not a.startswith(("output=", "jobs="))])
+    shown = results.command("experiments.sweep", [a for a in arguments if not a.startswith(("output=", "jobs="))])
     report = write.report(folder, shown, lambda: facts(folder))
     if report is None:
         print("no run is done yet, so there is nothing to report")

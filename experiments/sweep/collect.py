@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from experiments.evaluate import show
+from experiments.evaluate.folder import answer_notes as notes_of
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import Planned, Sweep, text
 from upge.errors import ConfigError
@@ -55,7 +55,7 @@ def answer_notes(folder: SweepFolder) -> list[str]:
     for planned in folder.sweep.runs:
         for name in {*folder.sweep.config.evaluate} - {*folder.missing(planned)}:
             scores = json.loads((folder.evaluation(planned, name) / "scores.json").read_text())
-            notes += [f"{planned.slug}, {note}" for note in show.answer_notes(scores)]
+            notes += [f"{planned.slug}, {note}" for note in notes_of(scores)]
     return sorted(notes)
 
 

@@ -16,9 +16,9 @@ from types import FrameType
 
 import torch
 
-from experiments import cli, provenance
+from experiments import cli, results
 from experiments.config import compose
-from experiments.evaluate.settings import choose
+from experiments.evaluate.prepare import choose
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import Planned, Sweep, text
 from upge.errors import ConfigError
@@ -233,7 +233,7 @@ class JobPool:
         with job.log.open("a", encoding="utf-8") as log:
             for place, (module, arguments) in enumerate(job.modules):
                 command = [*launcher(job.ranks if place == 0 else 1), "-m", module, *arguments]
-                print(f"{COMMAND_PREFIX}{provenance.command(module, arguments)}", file=log, flush=True)
+                print(f"{COMMAND_PREFIX}{results.command(module, arguments)}", file=log, flush=True)
                 with self._lock:
                     if self.stopped:
                         return 128 + self.stopped

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.compare.differences import ALL, Exclusive, exclusive, p_text
 from experiments.compare.load import Run
-from experiments.compare.tables import MISSING
+from experiments.compare.tables import ALL, MISSING, Exclusive, exclusive, p_text
 from experiments.grid import Grid, Row
 from experiments.sweep.collect import best_values, by_seed, group_of, measure_names
 from experiments.sweep.settings import Sweep

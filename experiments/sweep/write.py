@@ -13,9 +13,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from experiments.compare.curves import COLORS, Panel
-from experiments.compare.curves import draw as draw_pass
 from experiments.compare.load import load as load_evaluations
+from experiments.compare.write import COLORS, Panel
+from experiments.compare.write import draw as draw_pass
 from experiments.drawing import dress, in_figure, inline, save
 from experiments.grid import Grid, markdown, markdown_text
 from experiments.sweep import collect, tables

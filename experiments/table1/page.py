@@ -12,7 +12,7 @@ import functools
 import sympy as sp
 from sympy import Expr
 
-from experiments.files import DOCS, replace_block
+from experiments.results import DOCS, replace_block
 from experiments.table1.statements import (
     ADVANTAGE,
     OLD,

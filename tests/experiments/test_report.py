@@ -15,9 +15,9 @@ from rich.console import Console
 
 from experiments.report.__main__ import main
 from experiments.report.draw import smoothing_window
+from experiments.report.folder import accuracy_rows, print_table
 from experiments.report.page import write_report
 from experiments.report.series import Series
-from experiments.table import accuracy_rows, print_table
 from upge.errors import DataError, UserError
 
 LEVELS = {

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from experiments import provenance
+from experiments import results
 from experiments.bench.trainers.control import StepControl, serve
 from experiments.bench.trainers.job import Job, RewardPool, WeightEvaluator
 from experiments.bench.trainers.link import Connection
@@ -54,7 +54,7 @@ def train(job: dict[str, Any], connection: Connection) -> None:
         trainer = Trainer(
             parts, lambda metrics: control.stepped(_step_metrics(metrics, rows)), lambda _: control.begin()
         )
-        facts = {"command": "experiments.bench", "started": provenance.now(), "from_step": 0}
+        facts = {"command": "experiments.bench", "started": results.now(), "from_step": 0}
         prepared.folder.start(loaded.composed.tree, facts, False)
         trainer.run()
 
