@@ -25,7 +25,7 @@ from experiments.compare.tables import (
     response_grid,
     score_grid,
 )
-from experiments.drawing import dress, in_figure, save
+from experiments.drawing import draw_band, draw_panels, dress, in_figure, save
 from experiments.grid import Grid, latex, markdown, markdown_text
 from upge.errors import DataError
 from upge.evaluation.intervals import Interval, intervals
@@ -163,10 +163,7 @@ def _ends(interval: Interval) -> dict:
     return {"value": interval.value, "low": interval.low, "high": interval.high}
 
 
-COLORS = ("#0072b2", "#c95000", "#00805a", "#a6478b", "#8a6a00", "#2a8fc7", "#5a5f66")
 _MARKERS = "osD^vPX"
-_WIDTH, _HEIGHT = 3.1, 2.5  # of a panel, in inches
-_MOST_COLUMNS = 3
 
 
 @dataclass(frozen=True)
@@ -195,25 +192,17 @@ def panels(scores: Scores, resamples: int, seed: int) -> list[Panel]:
 
 def draw(panels: Sequence[Panel], names: Sequence[str], folder: Path) -> list[Path]:
     """Writes passk.png and passk.svg into `folder`; `names` are all runs, which have the same colour in every panel."""
-    columns = 2 if len(panels) == 4 else min(_MOST_COLUMNS, len(panels))
-    rows = math.ceil(len(panels) / columns)
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+
+    def draw_one(axes, panel: Panel, place: int) -> dict[str, Line2D]:
+        axes.set_ylabel("pass@k in %" if place % columns == 0 else "")
+        return _panel(axes, panel, names)
 
     def into(figure: Figure) -> None:
         figure.get_layout_engine().set(h_pad=0.08)
-        grid = figure.subplots(rows, columns, squeeze=False)
-        lines: dict[str, Line2D] = {}
-        for place, axes in enumerate(grid.flat):
-            if place < len(panels):
-                lines |= _panel(axes, panels[place], names)
-                axes.set_xlabel("k" if place + columns >= len(panels) else "")
-                axes.set_ylabel("pass@k in %" if place % columns == 0 else "")
-            else:
-                axes.set_visible(False)
-        shown = [name for name in names if name in lines]
-        figure.legend([lines[name] for name in shown], [in_figure(name) for name in shown], loc="outside upper left",
-                      ncols=min(4, len(shown)), frameon=False, borderaxespad=0.2)  # fmt: skip
+        draw_panels(figure, columns, panels, names, "k", draw_one, borderaxespad=0.2)
 
-    return save(folder, "passk", (_WIDTH * columns + 0.4, _HEIGHT * rows + 0.5), into)
+    return save(folder, "passk", (3.1 * columns + 0.4, 2.5 * math.ceil(len(panels) / columns) + 0.5), into)
 
 
 def _average(scores: Scores, names: Sequence[str], resamples: int, seed: int) -> dict[str, dict[int, Interval]]:
@@ -230,17 +219,8 @@ def _panel(axes, panel: Panel, names: Sequence[str]) -> dict[str, Line2D]:
     lines = {}
     for name, curve in panel.curves.items():
         index = names.index(name)
-        color, dash = COLORS[index % len(COLORS)], "-" if index < len(COLORS) else "--"
-        low, high = ([100 * getattr(one, end) for one in curve.values()] for end in ("low", "high"))
-        axes.fill_between(list(curve), low, high, color=color, alpha=0.14, linewidth=0)
-        (lines[name],) = axes.plot(list(curve), [100 * one.value for one in curve.values()], color=color,
-                                   linestyle=dash, linewidth=1.8, marker=_MARKERS[index % len(_MARKERS)], markersize=4,
-                                   markeredgecolor="white", markeredgewidth=0.6)  # fmt: skip
-    _dress(axes, panel)
-    return lines
-
-
-def _dress(axes, panel: Panel) -> None:
+        style = {"marker": _MARKERS[index % len(_MARKERS)], "markersize": 4, "markeredgecolor": "white"}
+        lines[name] = draw_band(axes, curve, index, 100, linewidth=1.8, markeredgewidth=0.6, **style)
     largest = max(k for curve in panel.curves.values() for k in curve)
     powers = [2**i for i in range(largest.bit_length())]
     ticks = powers[:: math.ceil(len(powers) / 7)]
@@ -253,3 +233,4 @@ def _dress(axes, panel: Panel) -> None:
     axes.set_ylim(0, min(101.0, axes.get_ylim()[1]))
     dress(axes)
     axes.margins(x=0.04)
+    return lines

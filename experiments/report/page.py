@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from experiments.drawing import render
 from experiments.report.draw import color_name, draw, smoothing_window
 from experiments.report.folder import RunFolder, accuracy_rows, measures, number, read_run
 from experiments.report.gate import gate_plots, heat_map
@@ -32,15 +32,8 @@ def write_report(run_dir: str | Path) -> Path:
         UserError: the folder does not exist or is not the folder of a run.
     """
     run = read_run(run_dir)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(page_content(run))
     target = run.path / "report.html"
+    page = render(Path(__file__).with_name("report.html.j2"), **page_content(run))
     target.write_text(page, encoding="utf-8")
     return target
 

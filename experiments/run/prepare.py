@@ -164,7 +164,7 @@ def check_length(
     if not model.path:
         raise ModelError("model.path: empty; give the folder of a Hugging Face causal LM, a hub name, or model=NAME")
     longest = getattr(read_config(model.path, model.overrides), "max_position_embeddings", None)
-    wanted = max_prompt + max_response
+    wanted = max_prompt_tokens + max_response_tokens
     if longest is not None and wanted > longest:
         raise ModelError(
             f"{section}.max_prompt_tokens + {section}.max_response_tokens = {wanted} exceeds the {longest} positions "

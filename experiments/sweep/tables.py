@@ -1,18 +1,35 @@
-"""The tables of a sweep: means over seeds with intervals, paired tests, chosen values, exclusive solves, costs."""
+"""The tables and figures of a sweep: means over seeds with intervals, paired tests, chosen values, costs, curves."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from matplotlib.lines import Line2D
+from omegaconf import OmegaConf
 
 from experiments.compare.load import Run
 from experiments.compare.tables import ALL, MISSING, Exclusive, exclusive, p_text
+from experiments.compare.write import Panel
+from experiments.compare.write import draw as draw_pass
+from experiments.drawing import draw_band, draw_panels, dress, save
 from experiments.grid import Grid, Row
-from experiments.sweep.collect import best_values, by_seed, group_of, measure_names
+from experiments.sweep.collect import (
+    CURVES,
+    best_values,
+    by_seed,
+    evaluation_curve,
+    group_of,
+    measure_names,
+    metric_curve,
+)
+from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import Sweep
 from upge.evaluation.intervals import Interval, holm, paired_t, t_interval
+from upge.evaluation.passk import powers_of_two
 
 COSTS = {
     "updates": "updates",
@@ -157,3 +174,93 @@ def _cell(one: Figure | None) -> str:
         return MISSING
     half = one.interval.high - one.interval.value
     return f"{100 * one.interval.value:.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
+
+
+#: Number of blocks of steps over which a curve is averaged, because single steps are noisy.
+BLOCKS = 20
+
+
+def pass_curves(folder: SweepFolder, rows: Sequence[Mapping], target: Path) -> list[Path]:
+    """Draws passk.png and .svg, a panel for every benchmark with several samples; no files if there is none."""
+    labels, panels = folder.sweep.labels, []
+    columns = dict.fromkeys(column for row in rows for column in row)
+    names = measure_names(list(columns))
+    for place in [c.removesuffix("/pass@1") for c in columns if c.endswith("/pass@1") and c.count("/") == 2]:
+        largest = max(int(c.rsplit("@", 1)[1]) for c in columns if c.startswith(f"{place}/pass@"))
+        curves = {}
+        for label in labels:
+            by_k = {k: list(by_seed(rows, label, f"{place}/pass@{k}").values()) for k in powers_of_two(largest)}
+            curves[label] = {k: _visible(t_interval(values), values) for k, values in by_k.items() if values}
+        panels.append(Panel(names[f"{place}/avg"], {label: curve for label, curve in curves.items() if curve}))
+    return draw_pass(panels, labels, target) if panels else []
+
+
+def metric_curves(folder: SweepFolder, target: Path) -> list[Path]:
+    """Draws dynamics.png and .svg, a panel for every metric of `CURVES` and for evaluations during training."""
+    panels = []
+    for metric, (title, unit) in CURVES.items():
+        panels.append((title, unit, _of(folder, lambda path, m=metric: blocks(metric_curve(path, m)))))
+    for measure in ("greedy", *_sampled_measures(folder)):
+        curves = _of(folder, lambda path, m=measure: evaluation_curve(path, m))
+        if any(len(line) > 2 for line in curves.values()):
+            panels.append((f"Evaluation, {measure}", "share", curves))
+    panels = [panel for panel in panels if any(panel[2].values())]
+    if not panels:
+        return []
+    columns = min(3, len(panels))
+    size = (3.1 * columns + 0.4, 2.3 * math.ceil(len(panels) / columns) + 0.5)
+    return save(target, "dynamics", size, lambda canvas: _draw(canvas, columns, panels, folder.sweep.labels))
+
+
+def blocks(values: Mapping[int, float], count: int = BLOCKS) -> dict[int, float]:
+    """Middle step → mean, over at most `count` blocks of steps of equal length."""
+    if len(values) <= count:
+        return dict(values)
+    last = max(values)
+    length = math.ceil(last / count)
+    by_block: dict[int, list[float]] = {}
+    for step, value in values.items():
+        by_block.setdefault((step - 1) // length, []).append(value)
+    return {b * length + (length + 1) // 2: sum(all) / len(all) for b, all in sorted(by_block.items())}
+
+
+def _of(folder: SweepFolder, read) -> dict[str, dict[int, Interval]]:
+    """Label → step → interval over its seeds, at the steps that all of them have."""
+    curves: dict[str, dict[int, Interval]] = {}
+    for label in folder.sweep.labels:
+        lines = [read(folder.run(p)) for p in folder.sweep.runs if p.label == label and folder.is_trained(p)]
+        steps = set.intersection(*map(set, lines)) if lines else set()
+        curves[label] = {step: _visible(t_interval([line[step] for line in lines]), lines) for step in sorted(steps)}
+    return curves
+
+
+def _sampled_measures(folder: SweepFolder) -> list[str]:
+    """The names of mean@k and pass@k in the runs' own evaluations."""
+    for planned in folder.sweep.runs:
+        file = folder.run(planned) / "config.yaml"
+        if file.is_file():
+            samples = OmegaConf.load(file).eval.samples
+            return [f"mean@{samples}", f"pass@{samples}"]
+    return []
+
+
+def _draw(canvas, columns: int, panels: Sequence, labels: Sequence[str]) -> None:
+    def draw(axes, panel, place: int) -> dict[str, Line2D]:
+        title, unit, curves = panel
+        lines = {n: draw_band(axes, one, labels.index(n), linewidth=1.7) for n, one in curves.items() if one}
+        axes.set_title(title)
+        axes.set_ylabel(unit)
+        dress(axes)
+        drawn = [one.value for curve in curves.values() for one in curve.values()]
+        # Limits come from the lines, because a band over three seeds can be many times as high.
+        bottom, top = min(0, 1.1 * min(drawn)), max(0, 1.12 * max(drawn))
+        axes.set_ylim(bottom, top if top > bottom else 1)
+        return lines
+
+    draw_panels(canvas, columns, panels, labels, "step", draw)
+
+
+def _visible(interval: Interval, runs: Sequence) -> Interval:
+    """The interval, without its band for fewer than three runs, where the band is undefined or covers the page."""
+    value = interval.value
+    return Interval(value, value, value) if len(runs) < 3 else interval
