@@ -59,7 +59,6 @@ class Recipe:
     """A recipe's file merged over its bases.
 
     Attributes:
-        names: which algorithm, corrections, model and data set it selects.
         tree: keys of a run, nested.
         overrides: overrides of the algorithm, those of the bases first.
     """

@@ -21,13 +21,7 @@ _ASCII = str.maketrans({"–": "-", "−": "-", "→": ">"})
 
 @dataclass(frozen=True)
 class Row:
-    """A row of cells.
-
-    Attributes:
-        cells: the text of each cell.
-        bold: the positions of the cells that are set in bold.
-        rule: whether a line is drawn above the row.
-    """
+    """A row of cells, with the positions of those in bold; `rule` draws a line above it."""
 
     cells: tuple[str, ...]
     bold: frozenset[int] = frozenset()
@@ -41,8 +35,6 @@ class Grid:
     Attributes:
         label: its label in LaTeX.
         title: what it shows, one line.
-        header: the names of the columns.
-        rows: the rows, each with one cell per column.
         labels: number of columns on the left that name the row; they are left-aligned and repeated if a table is split.
     """
 
@@ -58,8 +50,7 @@ def print_grid(grid: Grid, console: Console) -> None:
     for number, part in enumerate(_parts(grid, console.width)):
         if number:
             console.print()
-        table = Table(title=_plain(part.title, console), box=SIMPLE_HEAD, show_edge=False, pad_edge=False,
-                      padding=(0, 1, 0, 0), title_justify="left", title_style="bold")  # fmt: skip
+        table = plain_table(_plain(part.title, console))
         for index, name in enumerate(part.header):
             label = index < part.labels
             table.add_column(_plain(name, console), justify="left" if label else "right", overflow="fold")
@@ -69,6 +60,12 @@ def print_grid(grid: Grid, console: Console) -> None:
             cells = (Text(_plain(cell, console), "bold" if i in row.bold else "") for i, cell in enumerate(row.cells))
             table.add_row(*cells)
         console.print(table)
+
+
+def plain_table(title: str) -> Table:
+    """A table for the terminal with this title and a line below its header, still without columns."""
+    return Table(title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0),
+                 title_justify="left", title_style="bold")  # fmt: skip
 
 
 def markdown(grid: Grid) -> str:
@@ -89,21 +86,15 @@ def latex(grid: Grid) -> str:
         cells = [tex_text(cell) for cell in row.cells]
         cells = [rf"\textbf{{{cell}}}" if i in row.bold and cell else cell for i, cell in enumerate(cells)]
         body += [r"    \midrule"] * row.rule + [f"    {' & '.join(cells)} \\\\"]
-    lines = [
-        r"\begin{table}",
-        r"  \centering",
-        rf"  \caption{{{tex_text(grid.title)}}}",
-        rf"  \label{{tab:{grid.label}}}",
-        rf"  \begin{{tabular}}{{{columns}}}",
-        r"    \toprule",
-        f"    {' & '.join(map(tex_text, grid.header))} \\\\",
-        r"    \midrule",
-        *body,
-        r"    \bottomrule",
-        r"  \end{tabular}",
-        r"\end{table}",
-    ]
-    return "\n".join(lines)
+    head = rf"""\begin{{table}}
+  \centering
+  \caption{{{tex_text(grid.title)}}}
+  \label{{tab:{grid.label}}}
+  \begin{{tabular}}{{{columns}}}
+    \toprule
+    {" & ".join(map(tex_text, grid.header))} \\
+    \midrule"""
+    return "\n".join([head, *body, "    \\bottomrule\n  \\end{tabular}\n\\end{table}"])
 
 
 def tex_text(text: str) -> str:
@@ -150,12 +141,8 @@ def _broken(grid: Grid) -> Grid:
 
 
 def _columns(grid: Grid, kept: Sequence[int]) -> Grid:
-    rows = tuple(
-        replace(
-            row,
-            cells=tuple(row.cells[i] for i in kept),
-            bold=frozenset(place for place, i in enumerate(kept) if i in row.bold),
-        )
-        for row in grid.rows
-    )
-    return replace(grid, header=tuple(grid.header[i] for i in kept), rows=rows)
+    rows = []
+    for row in grid.rows:
+        bold = frozenset(place for place, i in enumerate(kept) if i in row.bold)
+        rows.append(replace(row, cells=tuple(row.cells[i] for i in kept), bold=bold))
+    return replace(grid, header=tuple(grid.header[i] for i in kept), rows=tuple(rows))

@@ -29,17 +29,10 @@ def free_folder(parent: str, name: str) -> Path:
 
 
 def replace_block(page: str, file: str, begin: str, end: str, made: str, where: str) -> str:
-    """The text of a page with `made` between the lines `begin` and `end`.
-
-    Args:
-        page: the text.
-        file: the page's name, for messages.
-        begin, end: the markers around the block; they stay.
-        made: the new text between them.
-        where: where the markers belong, for messages, as in "where the tables go".
+    """The text of a page with `made` between the lines `begin` and `end`, which stay.
 
     Raises:
-        ConfigError: a marker is missing.
+        ConfigError: a marker is missing; the message has the name `file` and `where` (such as "where the tables go").
     """
     before, opening, rest = page.partition(begin)
     _, closing, after = rest.partition(end)

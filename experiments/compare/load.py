@@ -23,7 +23,6 @@ class Run:
 
     Attributes:
         name: the displayed name.
-        path: its folder.
         outcomes: benchmark → its samples, in the order of scores.json.
         groups: benchmark → the group in whose average it counts.
         settings: benchmark → how its samples were drawn.

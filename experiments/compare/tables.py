@@ -22,7 +22,6 @@ class Scores:
     """The numbers that all tables show, computed once.
 
     Attributes:
-        runs: the runs, in the given order.
         groups: group → the benchmarks of it that any run has.
         figures: (run's name, benchmark) → its scores, if the run has the benchmark.
         averages: (run's name, group) → the mean over the group's benchmarks, if the run has all of them.
@@ -263,11 +262,8 @@ class Exclusive:
     """Counts over the problems of one level that both runs have.
 
     Attributes:
-        benchmark: the benchmark's name.
         level: the difficulty level, or `ALL`.
-        problems: the number of common problems.
-        only_first, only_second: problems that only one of the runs solves.
-        both, neither: problems that both runs solve, and that none solves.
+        only_first, only_second, both, neither: the numbers of problems that only one of the runs, both or none solves.
     """
 
     benchmark: str

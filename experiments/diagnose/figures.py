@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -64,6 +65,16 @@ def bars(axes, at: Sequence[float], values: Sequence[Estimated], color: str, flo
     for x, value in zip(at, values, strict=True):
         if not math.isnan(value.low) and value.high > floor:
             axes.plot([x, x], [max(value.low, floor), value.high], color=color, alpha=0.3, linewidth=1.3)
+
+
+def draw_line(
+    axes, points: Sequence[tuple[float, Estimated]], color: str, floor: float = -math.inf, **style: Any
+) -> None:
+    """Draws a line through estimates at (x, estimate), with their intervals; values below the floor are drawn at it."""
+    at, values = [x for x, _ in points], [value for _, value in points]
+    bars(axes, at, values, color, floor)
+    shared = {"color": color, "markersize": 5, "markeredgecolor": "white", "linewidth": 1.6}
+    axes.plot(at, [max(value.value, floor) for value in values], **shared | style)
 
 
 def known_or(value: float, other: float) -> float:
@@ -143,12 +154,9 @@ def _contours(axes, right: float, low: float, high: float) -> None:
             continue
         axes.plot(angles[inside], noise[inside], color=SOFT, linewidth=0.7, linestyle=(0, (4, 3)), alpha=0.6, zorder=1)
         # Label the line at its upper left end, where there are no estimators.
-        first = np.flatnonzero(inside & (noise < high * (0.94, 0.88)[number % 2]))[:1]
-        if not len(first):
-            continue
-        first = first[0]
-        axes.text(angles[first] + 0.4, noise[first], f"alignment {level:g}", color=SOFT, fontsize=7.5, va="bottom",
-                  ha="left", rotation=0, zorder=1)  # fmt: skip
+        for first in np.flatnonzero(inside & (noise < high * (0.94, 0.88)[number % 2]))[:1]:
+            axes.text(angles[first] + 0.4, noise[first], f"alignment {level:g}", color=SOFT, fontsize=7.5, va="bottom",
+                      ha="left", rotation=0, zorder=1)  # fmt: skip
 
 
 def _names(figure: Figure, axes, result: Result, shown: Sequence[Measured]) -> None:
@@ -183,11 +191,7 @@ def free_place(
 ) -> tuple[float, float]:
     """Finds a place for a name next to its point.
 
-    Args:
-        point: the position of the point, in pixels like all other arguments.
-        size: width and height of the name.
-        taken: boxes that the name must not overlap.
-        inside: the box in which the name must stay.
+    All arguments are in pixels. The name must not overlap the boxes `taken`, and must stay `inside`.
 
     Returns:
         The middle of the name relative to the point: the nearest free place on rings around the point, or directly to

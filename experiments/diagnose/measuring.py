@@ -70,10 +70,8 @@ class Result:
     """The results for one policy.
 
     Attributes:
-        label, step: label and step of the policy.
         facts: sizes, errors, seconds and memory, by name.
         bins: the prompts by pass rate.
-        measured: the algorithms and their parts.
         conflicts: conflicts of the algorithms with two sources.
         thresholds: algorithm → its results at every threshold, if it has a threshold.
         cosines: (first algorithm, second algorithm) → cosine of their means.

@@ -43,7 +43,6 @@ class Policy:
     """A model to measure.
 
     Attributes:
-        label: its name in tables and figures.
         model: its settings, with a folder as path.
         step: its training step if it comes from a run, else None.
     """

@@ -157,7 +157,6 @@ class Prepared:
         verifiers: names of the verifiers; every problem names its own.
         folder, continues: where the samples go, and whether there already are some.
         weights: the fingerprint of the model's weights.
-        notes: sentences for the user.
     """
 
     model: ModelConfig

@@ -61,10 +61,7 @@ def color_name(plot: Plot, label: str, index: int) -> str:
 def draw(plot: Plot, series: Sequence[Series], marks: Sequence[float] = ()) -> str:
     """Draws `plot` as an SVG element without XML header, sized by the page, with `describe` as its label.
 
-    Args:
-        plot: the plot.
-        series: its lines.
-        marks: steps with a vertical line, where a stage of the run ends and the next begins.
+    At the steps `marks` it draws vertical lines, where a stage of the run ends and the next begins.
     """
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": plot.identifier}):
         figure = Figure(figsize=(5, 2.7), layout="constrained")

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from yaml import YAMLError
 
+from experiments.grid import plain_table
 from upge.errors import DataError, UserError
 
 
@@ -66,20 +66,9 @@ def read_run(run_dir: str | Path) -> RunFolder:
     tokens_step, tokens = _newest(path / "tokens", notes)
     prompts = _prompts(_read_lines(path / "prompts.jsonl", notes))
     notes += _state_of_run(config, metrics, evaluations)
-    return RunFolder(
-        path,
-        config,
-        config_text,
-        _read_run_json(path / "run.json", notes),
-        metrics,
-        evaluations,
-        rollouts,
-        rollouts_step,
-        prompts,
-        tokens,
-        tokens_step,
-        tuple(notes),
-    )
+    run = _read_run_json(path / "run.json", notes)
+    recorded = (config, config_text, run, metrics, evaluations, rollouts, rollouts_step, prompts, tokens, tokens_step)
+    return RunFolder(path, *recorded, tuple(notes))
 
 
 def _read_config(path: Path) -> tuple[dict, str]:
@@ -218,15 +207,7 @@ def result_table(before: Mapping, after: Mapping, *, ascii_only: bool = False) -
     """
     arrow = "->" if ascii_only else "→"
     title = f"Accuracy in %, step {before.get('step', '?')} {arrow} step {after.get('step', '?')}, and the difference"
-    table = Table(
-        title=title,
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        title_justify="left",
-        title_style="bold",
-    )
+    table = plain_table(title)
     table.add_column("level", overflow="fold", min_width=8)
     table.add_column("n", justify="right", no_wrap=True)
     for name in measures(before, after):

@@ -137,15 +137,7 @@ STATES = {
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A heat map.
-
-    Attributes:
-        svg: the drawing.
-        states: the states that occur in it.
-        shown: the number of prompts that it shows.
-        prompts: the number of all prompts.
-        binned: steps per column.
-    """
+    """A heat map with the `states` that occur in it, `shown` of all `prompts`, and `binned` steps per column."""
 
     svg: Markup
     states: tuple[str, ...]

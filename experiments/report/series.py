@@ -22,7 +22,6 @@ class Plot:
 
     Attributes:
         identifier: its id on the page.
-        title: its title.
         unit: what the vertical axis shows.
         caption: how to read it, in a sentence or two.
         keys: patterns of metric keys.

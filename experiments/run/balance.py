@@ -28,7 +28,6 @@ class Balance:
         demonstration: the sum over that prompt's demonstration; if the algorithm does not use it there, over the
             demonstration of a prompt that no rollout has solved.
         right: the number of the prompt's rollouts that are right.
-        group_size: the number of rollouts per prompt.
         tokens: the length of each of these responses.
     """
 

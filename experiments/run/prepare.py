@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from experiments.config import Composed, suite_config
+from experiments.describe.catalogue import members
 from experiments.results import free_folder
 from experiments.run import answer_check
 from upge import data, rollout
@@ -34,14 +35,10 @@ class Prepared:
     """What a run starts from.
 
     Attributes:
-        prompting: how problems become prompts.
-        train: the training examples.
         evaluation: the examples on which accuracy is measured.
         weights: the shares of a mixture's sources.
         verifiers: names of the verifiers; the first one serves problems that name none.
-        folder: the run's folder.
         continues: whether the run continues an earlier one.
-        notes: sentences for the user.
     """
 
     prompting: data.Prompting
@@ -204,24 +201,13 @@ def _verifiable(splits: data.Splits, config: RunConfig) -> tuple[data.Splits, li
 
 
 def _check_pairs(algorithm: Algorithm | Pipeline, pairs: int) -> None:
-    for path, one in _algorithms(algorithm):
+    for path, one in members(algorithm):
         owner = next((owner for owner, source in one.sources.items() if source == "preference_pairs"), None)
         if owner and not pairs:
             raise ConfigError(
-                f"{path}{owner}.source: preference_pairs, but the data set has no rejected responses; choose data that "
-                "has them within rollout.max_response_tokens, or an algorithm that learns from other responses"
+                f"algo.{path}{owner}.source: preference_pairs, but the data set has no rejected responses; choose data "
+                "that has them within rollout.max_response_tokens, or an algorithm that learns from other responses"
             )
-
-
-def _algorithms(algorithm: Algorithm | Pipeline, path: str = "algo.") -> Iterator[tuple[str, Algorithm]]:
-    """Every algorithm of a run with its path in the YAML file."""
-    if isinstance(algorithm, Pipeline):
-        for name, stage in algorithm.stages.items():
-            yield from _algorithms(stage.algorithm, f"{path}stages.{name}.algorithm.")
-        return
-    yield path, algorithm
-    if algorithm.validation is not None:
-        yield from _algorithms(algorithm.validation, f"{path}validation.")
 
 
 def _measured(config: RunConfig, splits: data.Splits) -> Sequence[data.Problem]:
@@ -291,12 +277,12 @@ def _encode(
     )
     if encoded.dropped_prompts:
         notes.append(f"{which}: {encoded.dropped_prompts} problems dropped: prompt beyond rollout.max_prompt_tokens")
-    for count, what in (
-        (encoded.dropped_demonstrations, "demonstrations dropped, they exceed"),
-        (encoded.truncated_demonstrations, "demonstrations cut, they exceed"),
-        (encoded.dropped_pairs, "preference pairs dropped, one side exceeds"),
-        (encoded.truncated_pairs, "preference pairs cut, one side exceeds"),
-    ):
-        if count and which == "training":
-            notes.append(f"{which}: {count} {what} rollout.max_response_tokens")
+    counts = {
+        "demonstrations dropped, they exceed": encoded.dropped_demonstrations,
+        "demonstrations cut, they exceed": encoded.truncated_demonstrations,
+        "preference pairs dropped, one side exceeds": encoded.dropped_pairs,
+        "preference pairs cut, one side exceeds": encoded.truncated_pairs,
+    }
+    shown = [f"{count} {what}" for what, count in counts.items() if count and which == "training"]
+    notes += [f"{which}: {one} rollout.max_response_tokens" for one in shown]
     return list(encoded.examples)

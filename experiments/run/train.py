@@ -19,7 +19,6 @@ class Progress:
     """The progress bar, a context manager around training; does nothing if not `enabled`."""
 
     def __init__(self, steps: int, done: int, enabled: bool) -> None:
-        self.enabled = enabled
         # A bar that is redrawn twice a second would fill a log file with thousands of lines.
         interval = 0.5 if sys.stderr.isatty() else 15.0
         shown = {"unit": "step", "disable": not enabled, "mininterval": interval, "dynamic_ncols": True}
@@ -55,7 +54,7 @@ def train(composed: Any, prepared: Any, world: World) -> int:
     from upge.train.trainer import Parts, Trainer
 
     config, folder = composed.config, prepared.folder
-    say = _printer(world)
+    say = partial(print, flush=True) if world.is_main else lambda text: None
     names = composed.names
     corrections = f" with {names['correction']}" if names["correction"] else ""
     say(f"{names['algo']}{corrections} on {names['model']}, {names['data']} → {folder.path}")
@@ -69,7 +68,8 @@ def train(composed: Any, prepared: Any, world: World) -> int:
         with collector_paused():
             sampler = _sampler(config)
         say(f"rollouts: {sampler.reason}")
-        resume_from = world.broadcast(_resume_point(prepared))
+        checkpoints = folder.checkpoint_steps() if prepared.continues else []
+        resume_from = world.broadcast(checkpoints[-1] if checkpoints else None)
         verified = VerifiedSampler(sampler, pool, prepared.prompting)
         progress = Progress(config.steps, resume_from or 0, enabled=world.is_main)
         data = (prepared.train, prepared.weights, prepared.prompting)
@@ -124,11 +124,6 @@ def _sampler(config: Any) -> Any:
     return load_sampler(config.model, config.rollout, length, config.seed)
 
 
-def _resume_point(prepared: Any) -> int | None:
-    steps = prepared.folder.checkpoint_steps() if prepared.continues else []
-    return steps[-1] if steps else None
-
-
 def _finish(path: Path, code: int, say: Any) -> None:
     """Prints the table and writes the report, with what there is if the run stopped early."""
     from experiments.report.folder import print_table
@@ -171,7 +166,3 @@ def _facts(composed: Any, world: World, sampler: Any, engine: Any, from_step: in
         "versions": results.versions(),
         "git_commit": results.git_commit(),
     }
-
-
-def _printer(world: World) -> Any:
-    return (lambda text: print(text, flush=True)) if world.is_main else (lambda text: None)

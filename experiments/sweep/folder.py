@@ -109,14 +109,11 @@ class SweepFolder:
         write_atomically(path, json.dumps(content, indent=1) + "\n")
 
     def adopt(self, planned: Planned) -> Path | None:
-        """Copies a finished run with the same settings from a neighbouring sweep.
+        """Copies a finished run with the same settings from a neighbouring sweep; its folder, None if there is none.
 
         Both the command line and the configuration that results from it, with all presets, must be the same. A relative
         path may mean another file in the other sweep, so a run with one is not copied. Evaluations with the same name
         and arguments are copied as well.
-
-        Returns:
-            The folder of the other run; None if there is none.
         """
         if self.run(planned).exists() or not self.path.parent.is_dir() or _names_places(planned):
             return None

@@ -97,7 +97,6 @@ class Planned:
         label: its name in tables, the same for all seeds.
         point: the values of the grid's keys.
         variant: the label of its variant; empty if there are no variants.
-        seed: its seed.
         keys: all keys of its command line except `output`.
     """
 

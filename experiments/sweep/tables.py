@@ -41,12 +41,7 @@ COSTS = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A measure over the runs of one label.
-
-    Attributes:
-        runs: the number of seeds.
-        interval: their mean with its t interval, whose ends are NaN for a single seed.
-    """
+    """A measure over the runs of one label: the mean over seeds with its t interval, with NaN ends for one seed."""
 
     runs: int
     interval: Interval
