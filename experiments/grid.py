@@ -45,6 +45,12 @@ class Grid:
     labels: int = 1
 
 
+def ruled(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """The rows, with a rule above each one whose first cell differs from that of the row before."""
+    before = (None, *(row.cells[0] for row in rows))
+    return tuple(replace(row, rule=first not in (None, row.cells[0])) for first, row in zip(before, rows, strict=False))
+
+
 def print_grid(grid: Grid, console: Console) -> None:
     """Prints a table. If it is too wide, cells break at spaces, and columns that still do not fit go below it."""
     for number, part in enumerate(_parts(grid, console.width)):

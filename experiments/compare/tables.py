@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from experiments.compare.load import Run, benchmarks, pairing
-from experiments.grid import Grid, Row
+from experiments.grid import Grid, Row, ruled
 from upge.evaluation.intervals import Difference, Interval, holm, paired
 from upge.evaluation.scores import BenchmarkScores, Outcomes, average, benchmark_scores, by_level
 
@@ -96,13 +96,13 @@ def level_grid(scores: Scores) -> Grid | None:
     for name in scores.benchmarks:
         scored = scores.of_benchmark(name)
         levels = dict.fromkeys(level for f in scored if f for level in f.levels)
-        for place, level in enumerate(levels):
+        for level in levels:
             having = [f.levels.get(level) if f else None for f in scored]
             labels = (name, level, _each(f.problems for f in having if f))
-            rows.append(_row(labels, [f.avg if f else None for f in having], rule=bool(rows) and place == 0))
+            rows.append(_row(labels, [f.avg if f else None for f in having]))
     header = ("benchmark", "level", "N", *scores.names)
     title = "Accuracy in % by difficulty level, with 95 % intervals"
-    return Grid("levels", title, header, tuple(rows), 3) if rows else None
+    return Grid("levels", title, header, ruled(rows), 3) if rows else None
 
 
 def pass_grid(scores: Scores) -> Grid | None:
@@ -110,13 +110,9 @@ def pass_grid(scores: Scores) -> Grid | None:
     sampled = [name for name in scores.benchmarks if any(f and f.samples > 1 for f in scores.of_benchmark(name))]
     chosen = [(name, run) for name in sampled for run in scores.names if (run, name) in scores.figures]
     ks = sorted({k for name, run in chosen for k in scores.figures[run, name].pass_at})
-    rows: list[Row] = []
-    for name, run in chosen:
-        curve = scores.figures[run, name].pass_at
-        rule = bool(rows) and rows[-1].cells[0] != name
-        rows.append(Row((name, run, *(_cell(curve.get(k)) for k in ks)), rule=rule))
+    rows = [Row((name, run, *(_cell(scores.figures[run, name].pass_at.get(k)) for k in ks))) for name, run in chosen]
     title = "Unbiased pass@k in %, with 95 % intervals"
-    return Grid("passk", title, ("benchmark", "run", *(f"k={k}" for k in ks)), tuple(rows), 2) if rows else None
+    return Grid("passk", title, ("benchmark", "run", *(f"k={k}" for k in ks)), ruled(rows), 2) if rows else None
 
 
 def response_grid(scores: Scores) -> Grid:
@@ -125,14 +121,13 @@ def response_grid(scores: Scores) -> Grid:
     for name in scores.benchmarks:
         for run in scores.names:
             if scored := scores.figures.get((run, name)):
-                rule = bool(rows) and rows[-1].cells[0] != name
                 cells = (f"{scored.tokens:.0f}", _percent(scored.unfinished), str(scored.timeouts), str(scored.errors))
-                rows.append(Row((name, run, *cells), rule=rule))
+                rows.append(Row((name, run, *cells)))
     header = ("benchmark", "run", "mean tokens", "cut off in %", "verifier timeouts", "verifier errors")
-    return Grid("responses", "Responses", header, tuple(rows), 2)
+    return Grid("responses", "Responses", header, ruled(rows), 2)
 
 
-def _row(labels: tuple[str, ...], values: Sequence[Interval | None], rule: bool) -> Row:
+def _row(labels: tuple[str, ...], values: Sequence[Interval | None], rule: bool = False) -> Row:
     bold = frozenset(len(labels) + place for place in _best(values))
     return Row((*labels, *map(_cell, values)), bold, rule)
 
@@ -290,10 +285,10 @@ def exclusive_grid(first: str, second: str, lines: list[Exclusive], solved: str)
         shares = (f"{count} ({100 * count / line.problems:.1f})" for count in counts)
         begins = not rows or rows[-1].cells[0] != line.benchmark
         total = frozenset(range(1, 7)) if line.level == ALL and not begins else frozenset()
-        rows.append(Row((line.benchmark, line.level, str(line.problems), *shares), total, begins and bool(rows)))
+        rows.append(Row((line.benchmark, line.level, str(line.problems), *shares), total))
     title = f"Problems (and % of N) that {first} or {second} solves alone: {_RULE_TEXTS[solved]}"
     header = ("benchmark", "level", "N", f"only {first}", f"only {second}", "both", "neither")
-    return Grid("exclusive", title, header, tuple(rows), labels=2)
+    return Grid("exclusive", title, header, ruled(rows), labels=2)
 
 
 def _exclusive_of(first: Outcomes, second: Outcomes, rule: Callable) -> list[Exclusive]:

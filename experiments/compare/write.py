@@ -13,18 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
-from experiments.compare.tables import (
-    Exclusive,
-    Gap,
-    Scores,
-    exclusive_grid,
-    gap_grid,
-    level_grid,
-    paper_grid,
-    pass_grid,
-    response_grid,
-    score_grid,
-)
+from experiments.compare import tables
+from experiments.compare.tables import Exclusive, Gap, Scores
 from experiments.drawing import draw_band, draw_panels, dress, in_figure, save
 from experiments.grid import Grid, latex, markdown, markdown_text
 from upge.errors import DataError
@@ -91,7 +81,7 @@ def page(comparison: Comparison) -> str:
 
 def tex(comparison: Comparison) -> str:
     """The text of compare.tex: a table environment per table."""
-    grids = [paper_grid(comparison.scores), *_grids(comparison)]
+    grids = [tables.paper_grid(comparison.scores), *_grids(comparison)]
     notes = "\n".join(f"% {note}" for note in comparison.notes)
     return "\n\n".join(filter(None, ["% Needs \\usepackage{booktabs}.", notes, *map(latex, grids)])) + "\n"
 
@@ -106,13 +96,13 @@ def table(comparison: Comparison) -> str:
 
 
 def _grids(comparison: Comparison) -> list[Grid]:
-    grids = [score_grid(comparison.scores), pass_grid(comparison.scores)]
+    grids = [tables.score_grid(comparison.scores), tables.pass_grid(comparison.scores)]
     for number, pair in enumerate(comparison.pairs, start=1):
-        both = (gap_grid(pair.first, pair.second, pair.gaps),
-                exclusive_grid(pair.first, pair.second, pair.exclusive, comparison.solved))  # fmt: skip
+        both = (tables.gap_grid(pair.first, pair.second, pair.gaps),
+                tables.exclusive_grid(pair.first, pair.second, pair.exclusive, comparison.solved))  # fmt: skip
         # Labels in LaTeX must be unique.
         grids += [Grid(f"{g.label}-{number}", g.title, g.header, g.rows, g.labels) for g in both if g.rows]
-    grids += [level_grid(comparison.scores), response_grid(comparison.scores)]
+    grids += [tables.level_grid(comparison.scores), tables.response_grid(comparison.scores)]
     return [grid for grid in grids if grid is not None]
 
 

@@ -55,31 +55,20 @@ def legend(figure: Figure, axes, columns: int) -> None:
         figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False)
 
 
-def palette(index: int) -> str:
-    """The colour of a line by its number."""
-    return PALETTE[index % len(PALETTE)]
+def numbered(index: int) -> dict[str, str]:
+    """Colour, marker and dashes of a line by its number."""
+    dash = "-" if index < len(LINES) else "--"
+    return {"color": PALETTE[index % len(PALETTE)], "marker": LINES[index % len(LINES)], "linestyle": dash}
 
 
-def bars(axes, at: Sequence[float], values: Sequence[Estimated], color: str, floor: float = -math.inf) -> None:
-    """Draws intervals; parts below the floor are cut, because a logarithmic axis cannot show them."""
-    for x, value in zip(at, values, strict=True):
-        if not math.isnan(value.low) and value.high > floor:
-            axes.plot([x, x], [max(value.low, floor), value.high], color=color, alpha=0.3, linewidth=1.3)
-
-
-def draw_line(
-    axes, points: Sequence[tuple[float, Estimated]], color: str, floor: float = -math.inf, **style: Any
-) -> None:
+def draw_line(axes, points: Sequence[tuple[float, Estimated]], floor: float = -math.inf, **style: Any) -> None:
     """Draws a line through estimates at (x, estimate), with their intervals; values below the floor are drawn at it."""
-    at, values = [x for x, _ in points], [value for _, value in points]
-    bars(axes, at, values, color, floor)
-    shared = {"color": color, "markersize": 5, "markeredgecolor": "white", "linewidth": 1.6}
-    axes.plot(at, [max(value.value, floor) for value in values], **shared | style)
-
-
-def known_or(value: float, other: float) -> float:
-    """The value, or `other` if it is NaN."""
-    return other if math.isnan(value) else value
+    for x, value in points:
+        # A logarithmic axis cannot show what is below the floor.
+        if not math.isnan(value.low) and value.high > floor:
+            axes.plot([x, x], [max(value.low, floor), value.high], color=style["color"], alpha=0.3, linewidth=1.3)
+    shared = {"markersize": 5, "markeredgecolor": "white", "linewidth": 1.6}
+    axes.plot([x for x, _ in points], [max(value.value, floor) for _, value in points], **shared | style)
 
 
 #: Alignments whose lines are drawn.

@@ -8,20 +8,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from experiments.diagnose.figures import (
-    COLORS,
-    FLOOR,
-    LINES,
-    PALETTE,
-    draw_line,
-    kind,
-    known_or,
-    label,
-    legend,
-    logarithmic,
-    palette,
-)
-from experiments.diagnose.measuring import Result
+from experiments.diagnose.figures import COLORS, FLOOR, PALETTE, draw_line, kind, label, legend, logarithmic, numbered
+from experiments.diagnose.measuring import Result, known_or
 from experiments.drawing import SOFT, dress, in_figure, save
 from upge.measure import Estimated, Measured
 
@@ -68,14 +56,12 @@ def conflict(result: Result, folder: Path) -> list[Path]:
         axes = figure.add_subplot()
         places = [one.label for one in result.bins]
         for index, one in enumerate(result.conflicts):
-            color, marker = palette(index), LINES[index % len(LINES)]
-            dash = "-" if index < len(LINES) else "--"
             shift = (index - len(result.conflicts) / 2) * 0.03
             line = [(i + shift, one.by_rate[name]) for i, name in enumerate(places) if name in one.by_rate]
             line = [(at, estimate) for at, estimate in line if _is_precise(estimate)]
-            draw_line(axes, line, color, marker=marker, linestyle=dash, label=in_figure(one.algorithm))
+            draw_line(axes, line, **numbered(index), label=in_figure(one.algorithm))
             if _is_precise(one.overall):
-                draw_line(axes, [(len(places) + 0.1 + shift, one.overall)], color, marker=marker, markersize=6)
+                draw_line(axes, [(len(places) + 0.1 + shift, one.overall)], **numbered(index), markersize=6)
         axes.axhline(0, color=SOFT, linewidth=0.9)
         axes.set_xticks(range(len(places) + 1), [*places, "all"])
         axes.set_xlim(-0.4, len(places) + 0.5)
@@ -97,7 +83,7 @@ def _by_rate(axes, result: Result, shown: Sequence[Measured]) -> None:
     for color, marker, shift, one in _styled(shown):
         at = [(places[at_rate.bin] + shift, at_rate.snr) for at_rate in one.by_rate if at_rate.bin in places]
         known = [(x, v) for x, v in at if math.isfinite(v.value)]
-        draw_line(axes, known, color, FLOOR, marker=marker, linewidth=1.5, label=label(result, one.name))
+        draw_line(axes, known, FLOOR, color=color, marker=marker, linewidth=1.5, label=label(result, one.name))
     logarithmic(axes)
     axes.set_ylim(bottom=FLOOR * 0.8)
     axes.set_xticks(range(len(places)), [f"{one.label}\n({len(one.prompts)})" for one in bins])
@@ -112,7 +98,7 @@ def _by_count(axes, result: Result, shown: Sequence[Measured]) -> None:
     for color, marker, shift, one in _styled(shown):
         known = [(at.successes + shift, at.pooled.alignment) for at in one.by_count]
         known = [(x, v) for x, v in known if not math.isnan(v.value)]
-        draw_line(axes, known, color, marker=marker, linewidth=1.5)
+        draw_line(axes, known, color=color, marker=marker, linewidth=1.5)
     axes.axhline(0, color=SOFT, linewidth=0.9)
     axes.set_xticks(range(0, size + 1, 1 if size <= 8 else 2))
     axes.set_xlabel(f"successes among the {size} rollouts of its group")
@@ -122,14 +108,13 @@ def _by_count(axes, result: Result, shown: Sequence[Measured]) -> None:
 
 def _by_threshold(axes, result: Result) -> None:
     for index, (name, points) in enumerate(result.thresholds.items()):
-        color = palette(index)
         at, values = [one.threshold for one in points], [one.overall.alignment for one in points]
         if all(math.isnan(value.value) for value in values):
             continue
-        line = list(zip(at, values, strict=True))
-        draw_line(axes, line, color, marker=LINES[index % len(LINES)], label=in_figure(name))
+        draw_line(axes, list(zip(at, values, strict=True)), **numbered(index), label=in_figure(name))
         best = max(range(len(values)), key=lambda i: known_or(values[i].value, -math.inf))
-        axes.plot(at[best], values[best].value, marker="o", markersize=12, markerfacecolor="none", color=color)
+        circle = {"marker": "o", "markersize": 12, "markerfacecolor": "none"}
+        axes.plot(at[best], values[best].value, **numbered(index) | circle)
     if axes.get_lines():
         axes.legend(frameon=False, fontsize=8.5)
     axes.axhline(0, color=SOFT, linewidth=0.9)
@@ -204,7 +189,7 @@ def _line_over_policies(
     steps = [one.step for one in results]
     places = range(len(results)) if None in steps else steps
     line = [(float(places[i]), value) for i, value in at]
-    draw_line(axes, line, palette(index), floor, marker=LINES[index % len(LINES)], label=name or None)
+    draw_line(axes, line, floor, **numbered(index), label=name or None)
 
 
 def _steps(axes, results: Sequence[Result]) -> None:

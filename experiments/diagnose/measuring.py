@@ -279,3 +279,8 @@ def exactly(chosen: Mapping[str, Algorithm], group_size: int) -> Result:
 
 def _cosine(a: Tensor, b: Tensor) -> Estimated:
     return Estimated.exactly(float(a @ b / (a.norm() * b.norm())))
+
+
+def known_or(value: float, other: float) -> float:
+    """The value, or `other` if it is NaN."""
+    return other if math.isnan(value) else value

@@ -136,7 +136,11 @@ def choose(arguments: Sequence[str]) -> Chosen:
     if config.exact:
         _check_exact([*own, *(argument.partition("=")[0] for argument in shared)])
     sizes = [f"{name}={getattr(config, name)}" for name in _OF_A_BATCH]
-    tree, names = _of_run(Path(config.run), shared) if config.run else _composed([*shared, *sizes])
+    if config.run:
+        tree, names = _of_run(Path(config.run), shared)
+    else:
+        composed = compose([*shared, *sizes])
+        tree, names = composed.tree, {name: str(composed.names[name]) for name in ("model", "data")}
     tree |= {name: getattr(config, name) for name in _OF_A_BATCH}
     names_wanted = algorithms.names() if config.algos == [ALL] else list(dict.fromkeys(config.algos))
     wanted = {name: _algorithm(name, tree) for name in names_wanted}
@@ -180,11 +184,6 @@ def keys() -> list[tuple[str, Any, str]]:
 def _shared_rows() -> list[tuple[str, Any, str]]:
     prefixes = tuple(k for k in SHARED if k.endswith(".") and k != "data.")
     return [row for row in meanings(RunConfig) if row[0].startswith(prefixes) or row[0] == "seed"]
-
-
-def _composed(shared: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    composed = compose(shared)
-    return composed.tree, {name: str(composed.names[name]) for name in ("model", "data")}
 
 
 def _of_run(folder: Path, shared: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.diagnose import figures, lines
-from experiments.diagnose.figures import known_or
-from experiments.diagnose.measuring import Result
+from experiments.diagnose.measuring import Result, known_or
 from experiments.diagnose.sampling import folder_name
 from experiments.drawing import inline
-from experiments.grid import Grid, Row, markdown, markdown_text
+from experiments.grid import Grid, Row, markdown, markdown_text, ruled
 from upge.errors import DataError
 from upge.measure import Estimated
 
@@ -95,10 +94,10 @@ def threshold_grid(result: Result) -> Grid | None:
         for place, one in enumerate(points):
             figures = (one.overall.alignment, one.overall.cosine, one.overall.snr)
             cells = (name, f"{one.threshold:.3g}", *(ranged(figure) for figure in figures))
-            rows.append(Row(cells, frozenset({1, 2}) if place == best else frozenset(), bool(rows) and place == 0))
+            rows.append(Row(cells, frozenset({1, 2}) if place == best else frozenset()))
     title = "Effect of the threshold: demonstrations up to this pass rate of a group, rollouts above"
     header = ("algorithm", "threshold", "alignment", "cosine", "snr")
-    return Grid("thresholds", title, header, tuple(rows), 2) if rows else None
+    return Grid("thresholds", title, header, ruled(rows), 2) if rows else None
 
 
 def conflict_grid(result: Result) -> Grid | None:

@@ -86,8 +86,8 @@ def choose(arguments: Sequence[str]) -> Chosen:
             raise ConfigError(f"{name}: missing; give {name}=NAME, {what}; presets: {', '.join(presets(name))}")
     suite = OmegaConf.create({"suite": suite_tree(names["suite"])})
     place = dict(items).get("model.path", names["model"])
-    shared, own = [f"model={names['model']}", *_of_run(place, items)], {}
-    notes = _note_of_run(place, shared[1:])
+    taken, notes = _of_run(place, {name for name, _ in items})
+    shared, own = [f"model={names['model']}", *taken], {}
     for name, value in items:
         if name in names:
             continue
@@ -131,20 +131,16 @@ def _check_key(name: str, suite: Any) -> None:
         raise ConfigError(f"{name}: unknown key; {nearest(name, known)}")
 
 
-def _of_run(model: str, items: Sequence[tuple[str, str]]) -> list[str]:
-    """model.KEY=VALUE of the run that `model` (its final/, best/ or another folder) belongs to; empty if none."""
+def _of_run(model: str, given: set[str]) -> tuple[list[str], tuple[str, ...]]:
+    """model.KEY=VALUE of the run that `model` (its final/, best/ or another folder) belongs to, and a note of them."""
     path = Path(model).expanduser()
-    config, given = path.parent / "config.yaml", {name for name, _ in items}
-    if not (path / "config.json").is_file() or not config.is_file() or not (path.parent / "run.json").is_file():
-        return []
+    config = path.parent / "config.yaml"
+    if not all(file.is_file() for file in (path / "config.json", config, path.parent / "run.json")):
+        return [], ()
     settings = OmegaConf.to_container(OmegaConf.load(config)).get("model") or {}
     wanted = [name for name in FROM_RUN if name in settings and f"model.{name}" not in given]
-    return [f"model.{name}={settings[name]}" for name in wanted]
-
-
-def _note_of_run(model: str, taken: Sequence[str]) -> tuple[str, ...]:
-    names = ", ".join(one.partition("=")[0] for one in taken)
-    return (f"{names} as in {Path(model).expanduser().parent / 'config.yaml'}",) if taken else ()
+    note = f"{', '.join(f'model.{name}' for name in wanted)} as in {config}"
+    return [f"model.{name}={settings[name]}" for name in wanted], (note,) if wanted else ()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -50,14 +51,12 @@ def _histogram(prompts: Sequence[dict]) -> tuple[Plot, list[Series]] | None:
     counts: dict[int, Counter] = defaultdict(Counter)
     for line in lines:
         counts[(line["step"] - first) // width][_quarter(line["successes"], line["rollouts"])] += 1
-    bins = sorted(counts)
-    steps = tuple(first + width * one + (min(width, last - first - width * one + 1) - 1) / 2 for one in bins)
-    seen = [min(width, last - first - width * one + 1) for one in bins]
+    # Bin → its number of steps.
+    seen = {one: min(width, last - first - width * one + 1) for one in sorted(counts)}
+    steps = tuple(first + width * one + (many - 1) / 2 for one, many in seen.items())
     labels = _labels({line["rollouts"] for line in lines})
-    series = [
-        Series(label, steps, tuple(counts[one][kind] / many for one, many in zip(bins, seen, strict=True)))
-        for kind, label in labels.items()
-    ]
+    shares = {kind: tuple(counts[one][kind] / many for one, many in seen.items()) for kind in labels}
+    series = [Series(label, steps, shares[kind]) for kind, label in labels.items()]
     colors = ("c1", "s1", "s2", "s3", "s4", "c2")
     return replace(_HISTOGRAM, palette=tuple(colors[kind] for kind in labels)), series
 
@@ -77,10 +76,8 @@ def _labels(sizes: set[int]) -> dict[int, str]:
     successes_of: dict[int, list[int]] = defaultdict(list)
     for successes in range(size + 1):
         successes_of[_quarter(successes, size)].append(successes)
-    ranges = {
-        kind: f"{many[0]}–{many[-1]}" if len(many) > 1 else f"{many[0]}" for kind, many in sorted(successes_of.items())
-    }
-    return {kind: f"{text} of {size}" for kind, text in ranges.items()}
+    ends = {kind: dict.fromkeys((many[0], many[-1])) for kind, many in sorted(successes_of.items())}
+    return {kind: f"{'–'.join(map(str, both))} of {size}" for kind, both in ends.items()}
 
 
 def _by_level(prompts: Sequence[dict]) -> tuple[Plot, list[Series]] | None:
@@ -174,13 +171,11 @@ def heat_map(prompts: Sequence[dict]) -> HeatMap | None:
         return None
     first, last = prompts[0]["step"], prompts[-1]["step"]
     width = math.ceil((last - first + 1) / MOST_COLUMNS)
-    rows = _rows(prompts, first, width)
-    levels = by_ease(prompts)
+    rows, levels = _rows(prompts, first, width), by_ease(prompts)
     chosen = sorted(_chosen(rows, levels), key=lambda row: (levels.index(row.level), row.solved, -row.ease, row.prompt))
     occurring = {state for row in chosen for state in row.cells.values()}
     states = tuple(state for state in STATES if state in occurring)
-    svg = _svg(chosen, states, first, last, width)
-    return HeatMap(svg, states, len(chosen), len(rows), width)
+    return HeatMap(_svg(chosen, states, first, last, width), states, len(chosen), len(rows), width)
 
 
 def state_of(line: dict) -> str:
@@ -208,9 +203,8 @@ def _chosen(rows: list[_Row], levels: Sequence[str]) -> list[_Row]:
     queues = {level: [] for level in levels}
     for row in sorted(rows, key=lambda row: (-row.draws, row.prompt)):
         queues[row.level].append(row)
-    positions = [(place, number) for number, queue in enumerate(queues.values()) for place in range(len(queue))]
-    lists = list(queues.values())
-    return [lists[number][place] for place, number in sorted(positions)[:MOST_ROWS]]
+    in_rotation = itertools.chain.from_iterable(itertools.zip_longest(*queues.values()))
+    return [row for row in in_rotation if row is not None][:MOST_ROWS]
 
 
 def _svg(rows: list[_Row], states: Sequence[str], first: int, last: int, width: int) -> Markup:
@@ -256,8 +250,7 @@ def _level_marks(rows: list[_Row]) -> list[str]:
         if start:
             parts.append(f'<path d="M0 {top}H{WIDTH}" stroke="var(--soft)" stroke-width="0.7"/>')
         if ROW * many >= 12:
-            name = rows[start].level
-            name = name if len(name) <= 20 else f"{name[:19]}…"
+            name = rows[start].level if len(rows[start].level) <= 20 else f"{rows[start].level[:19]}…"
             place = f'x="{LABELS - 8}" y="{top + ROW * many / 2 + 4:g}"'
             parts.append(f'<text {place} text-anchor="end">{escape(name)}</text>')
         start += many

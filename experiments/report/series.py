@@ -152,12 +152,8 @@ def select(metrics: Sequence[dict]) -> tuple[list[tuple[Plot, list[Series]]], di
         remaining.pop(key, None)
     chosen = []
     for plot in PLOTS:
-        keys = [
-            key
-            for pattern in plot.keys
-            for key in remaining
-            if fnmatchcase(key, pattern) and not any(fnmatchcase(key, other) for other in plot.without)
-        ]
+        allowed = [key for key in remaining if not any(fnmatchcase(key, pattern) for pattern in plot.without)]
+        keys = [key for pattern in plot.keys for key in allowed if fnmatchcase(key, pattern)]
         series = [remaining.pop(key) for key in dict.fromkeys(keys) if remaining[key].finite()]
         if plot.kind == "stack":
             series = _with_rest(series, remaining.pop("time/total", None))
@@ -192,28 +188,19 @@ def evaluation_plots(evaluations: Sequence[dict]) -> list[tuple[Plot, list[Serie
 
 def _evaluation_plot(measure: str) -> Plot:
     kind, _, samples = measure.partition("@")
-    title, caption = {
-        "greedy": (
-            "Evaluation, greedy",
-            "The accuracy of the most likely answers; training should raise it at every level.",
-        ),
-        "mean": (
-            f"Evaluation, sampled (mean@{samples})",
-            "The accuracy of an average sample; it approaches the greedy curve as the policy becomes more certain.",
-        ),
-        "pass": (
-            f"Evaluation, pass@{samples}",
-            f"At least one of {samples} samples correct. If it falls while greedy rises, training only sharpens.",
-        ),
+    title = {"greedy": "greedy", "mean": f"sampled (mean@{samples})", "pass": f"pass@{samples}"}[kind]
+    caption = {
+        "greedy": "The accuracy of the most likely answers; training should raise it at every level.",
+        "mean": "The accuracy of an average sample; it approaches the greedy curve as the policy becomes more certain.",
+        "pass": f"At least one of {samples} samples correct. If it falls while greedy rises, training only sharpens.",
     }[kind]
-    return Plot(f"plot-evaluation-{kind}", title, "% of problems correct", caption, kind="evaluation", limits=(-2, 102))
+    about = (f"plot-evaluation-{kind}", f"Evaluation, {title}", "% of problems correct", caption)
+    return Plot(*about, kind="evaluation", limits=(-2, 102))
 
 
 def _evaluation_series(evaluations: Sequence[dict], level: str, measure: str) -> Series:
-    points = [
-        (line["step"], (line.get("levels", {}) | {"all": line.get("all", {})}).get(level, {})) for line in evaluations
-    ]
-    points = [(step, scores[measure]) for step, scores in points if measure in scores]
+    each = {line["step"]: {**line.get("levels", {}), "all": line.get("all", {})} for line in evaluations}
+    points = [(step, of[level][measure]) for step, of in each.items() if measure in of.get(level, {})]
     return Series(level, tuple(step for step, _ in points), tuple(100 * _gap(value) for _, value in points))
 
 
@@ -258,9 +245,8 @@ def _bands(percentiles: list[Series]) -> list[Series]:
     for name, percents in terms.items():
         if 50 in percents:
             middle = percents[50]
-            pairs = [
-                (percents[low], percents[100 - low]) for low in sorted(percents) if low < 50 and 100 - low in percents
-            ]
+            lows = [low for low in sorted(percents) if low < 50 and 100 - low in percents]
+            pairs = [(percents[low], percents[100 - low]) for low in lows]
             ranges = tuple((low.values, high.values) for low, high in pairs if low.steps == high.steps == middle.steps)
             bands.append(Band(name, middle.steps, middle.values, ranges))
     return bands

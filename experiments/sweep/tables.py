@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from experiments.compare.tables import ALL, MISSING, Exclusive, exclusive, p_tex
 from experiments.compare.write import Panel
 from experiments.compare.write import draw as draw_pass
 from experiments.drawing import draw_band, draw_panels, dress, save
-from experiments.grid import Grid, Row
+from experiments.grid import Grid, Row, ruled
 from experiments.sweep.collect import (
     CURVES,
     best_values,
@@ -79,15 +80,15 @@ def difference_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]], measures: S
         tests = {label: paired_t(by_seed(rows, label, measure), base) for label in others}
         tests = {label: test for label, test in tests.items() if test is not None}
         adjusted = holm([test.p_value for test in tests.values()])
-        for place, ((label, test), p) in enumerate(zip(tests.items(), adjusted, strict=True)):
+        for (label, test), p in zip(tests.items(), adjusted, strict=True):
             low, high = (f"{100 * end:+.1f}" for end in (test.interval.low, test.interval.high))
             seeds = len({*by_seed(rows, label, measure)} & {*base})
             cells = (names[measure], label, str(seeds), f"{100 * test.interval.value:+.1f}", f"{low} to {high}",
                      p_text(test.p_value), p_text(p))  # fmt: skip
-            table_rows.append(Row(cells, rule=bool(table_rows) and place == 0))
+            table_rows.append(Row(cells))
     header = ("measure", "", "seeds", "difference", "95 % interval", "p", "p (Holm)")
     title = f"Difference to {sweep.baseline} in percentage points, paired by seed"
-    return Grid("differences", title, header, tuple(table_rows), 2) if table_rows else None
+    return Grid("differences", title, header, ruled(table_rows), 2) if table_rows else None
 
 
 def choice_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> Grid:
@@ -141,21 +142,17 @@ def exclusive_grid(sweep: Sweep, name: str, runs: Mapping[tuple[str, int], Run],
         counts = {key: [sum(getattr(line, one) for line in same) / len(same) for one in fields]
                   for key, same in lines.items()}  # fmt: skip
         # Leave out benchmarks of which neither solves a problem, and the total of a single level.
-        single = {benchmark for benchmark, _ in lines if _levels(lines, benchmark) == 2}
+        levels = Counter(benchmark for benchmark, _ in lines)
+        single = {benchmark for benchmark, count in levels.items() if count == 2}
         shown = [key for key in lines if any(counts[key[0], ALL]) and not (key[1] == ALL and key[0] in single)]
-        for place, key in enumerate(shown):
+        for key in shown:
             cells = (label, *key, str(lines[key][0].problems), *(f"{count:.1f}" for count in counts[key]))
-            table_rows.append(Row(cells, rule=bool(table_rows) and place == 0))
+            table_rows.append(Row(cells))
     which = f" of {name}" if len(sweep.config.evaluate) > 1 else ""
     title = (f"Problems{which} that only {sweep.baseline}, or only the other, solves in more than half of the samples; "
              "means over seeds")  # fmt: skip
     header = ("other", "benchmark", "level", "N", f"only {sweep.baseline}", "only the other", "both")
-    return Grid("exclusive", title, header, tuple(table_rows), 3) if table_rows else None
-
-
-def _levels(lines: Mapping[tuple[str, str], Any], benchmark: str) -> int:
-    """The number of lines of a benchmark, including the one over all levels."""
-    return sum(own == benchmark for own, _ in lines)
+    return Grid("exclusive", title, header, ruled(table_rows), 3) if table_rows else None
 
 
 def _best(values: Sequence[Figure | None]) -> set[int]:

@@ -8,8 +8,7 @@ import pytest
 
 from experiments.config import MODELS, compose, presets
 from experiments.run import dry_run
-from experiments.run.balance import balances
-from experiments.run.dry_run import plan
+from experiments.run.dry_run import balances, plan
 from experiments.run.memory_check import check_fits
 from experiments.run.workload import GIB, planned
 from upge.errors import ConfigError, DataError, ModelError, UserError

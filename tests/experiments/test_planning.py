@@ -11,7 +11,7 @@ import torch
 import algorithms
 from experiments.config import MODELS, compose
 from experiments.run import dry_run
-from experiments.run.balance import balances
+from experiments.run.dry_run import balances
 from experiments.run.memory import ModelShape
 from experiments.run.memory_check import outlook
 from experiments.run.workload import GIB, planned
