@@ -95,14 +95,11 @@ def load_model(model: ModelConfig) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        network, loading_info = AutoModelForCausalLM.from_pretrained(
-            model.path,
-            config=read_config(model.path, model.overrides),
-            dtype=getattr(torch, model.dtype),
-            output_loading_info=True,
-        )
+        config, dtype = read_config(model.path, model.overrides), getattr(torch, model.dtype)
+        loaded = AutoModelForCausalLM.from_pretrained(model.path, config=config, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"model.path: '{model.path}' cannot be loaded: {str(error).splitlines()[0]}") from error
+    network, loading_info = loaded
     check_loaded(model.path, loading_info)
     return network.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -139,9 +136,7 @@ def _of_run(folder: RunFolder, base: ModelConfig, scratch: Path) -> Iterator[Pol
 
 
 def unpack(checkpoints: Path, tag: str, model: ModelConfig, folder: Path) -> None:
-    """Writes the weights of a training checkpoint in Hugging Face format.
-
-    `model` is the one that the run started from.
+    """Writes the weights of a checkpoint of a run that started from `model`, in Hugging Face format.
 
     Raises:
         ModelError: the checkpoint cannot be read, or belongs to another model.
@@ -172,10 +167,7 @@ PARTS = 8
 
 @dataclass(frozen=True)
 class Problems:
-    """The prompts of a diagnosis.
-
-    `notes` are sentences for the user.
-    """
+    """The prompts of a diagnosis; `notes` are sentences for the user."""
 
     examples: tuple[Example, ...]
     held_out: tuple[Example, ...]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import math
 import re
@@ -11,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from experiments.diagnose import figures, lines
 from experiments.diagnose.measuring import Result, known_or
 from experiments.diagnose.sampling import folder_name
-from experiments.drawing import inline
+from experiments.drawing import inline, render
 from experiments.grid import Grid, Row, markdown, markdown_text, ruled
 from upge.errors import DataError
 from upge.measure import Estimated
@@ -224,42 +225,16 @@ def report(
     results: Sequence[Result], facts: Mapping[str, Any], notes: Sequence[str], drawn: Sequence[Path], folder: Path
 ) -> str:
     """The text of diagnosis.html, with the figures inside."""
-    parts = [f"<p class=command>{html.escape(str(facts.get('command', '')))}</p>"]
-    parts += [f"<p class=note>{html.escape(note)}</p>" for note in notes]
-    top = [path for path in drawn if path.parent == folder and path.suffix == ".svg"]
-    parts += [_figure(path) for path in top if path.stem == "over_training"]
+    shown: dict[Path, list[tuple[Markup, str]]] = {}
+    for path in drawn:
+        if path.suffix == ".svg":
+            picture = Markup(inline(path, re.sub(r"\W", "_", path.parent.name + path.stem)))
+            place = Path() if path.stem == "over_training" else path.parent
+            shown.setdefault(place, []).append((picture, FIGURES[path.stem]))
+    parts = []
     for result in results:
-        own = folder if len(results) == 1 else folder / folder_name(result.label)
-        parts.append(f"<h2>{html.escape(result.label)}</h2><p>{html.escape(summary(result))}</p>")
-        parts += [_figure(p) for p in drawn if p.parent == own and p.suffix == ".svg" and p.stem != "over_training"]
-        parts += [_table(grid) for grid in grids(result)]
-    return _PAGE.replace("{body}", "\n".join(parts))
-
-
-def _figure(path: Path) -> str:
-    drawing = inline(path, re.sub(r"\W", "_", path.parent.name + path.stem))
-    return f"<figure>{drawing}<figcaption>{html.escape(FIGURES[path.stem])}</figcaption></figure>"
-
-
-def _table(grid: Grid) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in grid.header)
-    rows = []
-    for row in grid.rows:
-        cells = (html.escape(cell) for cell in row.cells)
-        cells = (f"<td>{f'<b>{cell}</b>' if i in row.bold else cell}</td>" for i, cell in enumerate(cells))
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<h3>{html.escape(grid.title)}</h3><div class=wide><table><tr>{head}</tr>{''.join(rows)}</table></div>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Bias and variance</title>
-<style>
-body {font: 15px/1.5 system-ui, sans-serif; color: #1d2126; max-width: 70rem; margin: 2rem auto; padding: 0 1rem}
-figure {margin: 1.5rem 0} figure svg {max-width: 100%; height: auto} figcaption, .note {color: #565d66}
-.wide {overflow-x: auto} table {border-collapse: collapse; font-size: 12.5px; white-space: nowrap}
-th, td {text-align: left; padding: .2rem .6rem; border-bottom: 1px solid #dcdeda} .command {font-family: monospace}
-</style>
-<h1>Bias and variance</h1>
-{body}
-</html>
-"""
+        own = shown.get(folder if len(results) == 1 else folder / folder_name(result.label), [])
+        about = {"label": result.label, "summary": summary(result)}
+        parts.append({**about, "figures": own, "grids": grids(result)})
+    page = {"command": facts.get("command", ""), "notes": notes, "figures": shown.get(Path(), []), "parts": parts}
+    return render(Path(__file__).with_name("diagnosis.html.j2"), **page)

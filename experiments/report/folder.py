@@ -15,7 +15,6 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from rich.table import Table
 from yaml import YAMLError
 
 from experiments.grid import plain_table
@@ -200,11 +199,14 @@ def accuracy_rows(before: Mapping, after: Mapping) -> list[Row]:
     return rows
 
 
-def result_table(before: Mapping, after: Mapping, *, ascii_only: bool = False) -> Table:
-    """The change of every measure per difficulty level, within 80 columns for level names of up to 10 characters.
+def print_table(before: Mapping, after: Mapping, console: Console | None = None) -> None:
+    """Prints the change of every measure per level, within 80 columns for level names of up to 10 characters.
 
     `before` and `after` are lines of evaluations.jsonl; an empty mapping stands for an evaluation that never happened.
+    The table goes to `console`, by default standard output, and is plain text if that is not a terminal.
     """
+    console = console or Console(highlight=False)
+    ascii_only = console.options.ascii_only
     arrow = "->" if ascii_only else "→"
     title = f"Accuracy in %, step {before.get('step', '?')} {arrow} step {after.get('step', '?')}, and the difference"
     table = plain_table(title)
@@ -218,13 +220,7 @@ def result_table(before: Mapping, after: Mapping, *, ascii_only: bool = False) -
         if row.level == "all" and table.row_count:
             table.add_section()
         table.add_row(row.level, problems, *cells, style="bold" if row.level == "all" else "")
-    return table
-
-
-def print_table(before: Mapping, after: Mapping, console: Console | None = None) -> None:
-    """Print `result_table` on `console` (standard output by default); plain text when it is not a terminal."""
-    console = console or Console(highlight=False)
-    console.print(result_table(before, after, ascii_only=console.options.ascii_only))
+    console.print(table)
 
 
 def number(value: object) -> float | None:
