@@ -175,7 +175,10 @@ def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
             if not any(len(line.get_xdata()) for line in axes.get_lines()):
                 axes.set_yticks([])
                 axes.text(0.5, 0.5, "no estimate from these samples", transform=axes.transAxes, ha="center", color=SOFT)
-            _steps(axes, results)
+            if any(one.step is None for one in results):
+                axes.set_xticks(range(len(results)), [in_figure(one.label) for one in results])
+            else:
+                axes.set_xlabel("step")
             dress(axes)
         legend(figure, figure.axes[0], 3)
 
@@ -185,15 +188,8 @@ def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
 def _line_over_policies(
     axes, results: Sequence[Result], values: Sequence[Estimated | None], index: int, name: str, floor: float = -math.inf
 ) -> None:
-    at = [(i, v) for i, v in enumerate(values) if v is not None and math.isfinite(v.value)]
     steps = [one.step for one in results]
     places = range(len(results)) if None in steps else steps
-    line = [(float(places[i]), value) for i, value in at]
+    pairs = zip(places, values, strict=True)
+    line = [(float(at), value) for at, value in pairs if value is not None and math.isfinite(value.value)]
     draw_line(axes, line, floor, **numbered(index), label=name or None)
-
-
-def _steps(axes, results: Sequence[Result]) -> None:
-    if any(one.step is None for one in results):
-        axes.set_xticks(range(len(results)), [in_figure(one.label) for one in results])
-    else:
-        axes.set_xlabel("step")

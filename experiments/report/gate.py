@@ -17,23 +17,16 @@ LEVEL_BINS = 15  # of steps, in the shares by level: each needs some prompts
 MOST_LEVELS = 14
 
 _HISTOGRAM = Plot(
-    "plot-solved",
-    "Prompts by rollouts solved",
-    "prompts per step",
+    "plot-solved", "Prompts by rollouts solved", "prompts per step",
     "Prompts with no or only correct rollouts give no signal to a group-relative advantage. A growing top means that "
     "the data are too easy; a constant bottom means prompts that rollouts alone will not solve.",
-    kind="stack",
-    limits=(0, None),
-    section="gradient",
-)
+    kind="stack", limits=(0, None), section="gradient",
+)  # fmt: skip
 _LEVELS = Plot(
-    "plot-imitation",
-    "Demonstrations by level",
-    "share of a level's prompts that learned from one",
+    "plot-imitation", "Demonstrations by level", "share of a level's prompts that learned from one",
     "Should fall level by level, the easy ones first; a level that stays at 1 is imitated but not yet solved.",
-    limits=(-0.02, 1.02),
-    section="gradient",
-)
+    limits=(-0.02, 1.02), section="gradient",
+)  # fmt: skip
 
 
 def gate_plots(prompts: Sequence[dict]) -> list[tuple[Plot, list[Series]]]:
