@@ -2,7 +2,8 @@
 
 This module holds what all commands share: the list of commands, help, the reading of arguments, and how errors and
 signals become exit codes. `upge` works from any folder. It puts the current folder last on the import path, so a user's
-own parts are found there, but a user's `experiments/` or `algorithms/` never hides those of the package."""
+own parts are found there, but a user's `experiments/` or `algorithms/` never hides those of the package.
+"""
 
 from __future__ import annotations
 

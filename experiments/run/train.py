@@ -21,8 +21,8 @@ class Progress:
     def __init__(self, steps: int, done: int, enabled: bool) -> None:
         # A bar that is redrawn twice a second would fill a log file with thousands of lines.
         interval = 0.5 if sys.stderr.isatty() else 15.0
-        shown = {"unit": "step", "disable": not enabled, "mininterval": interval, "dynamic_ncols": True}
-        self._bar = tqdm(total=steps, initial=done, **shown)
+        style = {"unit": "step", "disable": not enabled, "mininterval": interval, "dynamic_ncols": True}
+        self._bar = tqdm(total=steps, initial=done, **style)
 
     def __enter__(self) -> Progress:
         return self
