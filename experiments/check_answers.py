@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
-from experiments.results import DOCS, replace_block
+from experiments.files import DOCS, replace_block
+from experiments.grid import markdown_table
 from upge.errors import ConfigError, DataError, UserError
 from upge.verify import Item, Verdict, VerifierPool, last_boxed, load
 
@@ -51,10 +52,13 @@ class Result:
     cases: tuple[Case, ...]
     verdicts: tuple[Verdict, ...]
 
+    def pairs(self) -> Iterator[tuple[Case, Verdict]]:
+        """The cases with their verdicts."""
+        return zip(self.cases, self.verdicts, strict=True)
+
     def failures(self) -> Iterator[tuple[Case, Verdict]]:
         """The cases without the full reward."""
-        pairs = zip(self.cases, self.verdicts, strict=True)
-        return ((case, verdict) for case, verdict in pairs if verdict.reward != 1.0)
+        return ((case, verdict) for case, verdict in self.pairs() if verdict.reward != 1.0)
 
 
 def _gsm8k(row: Row) -> list[tuple[str, Item]]:
@@ -157,19 +161,20 @@ def _letters(text: str) -> str:
 
 def report(results: Sequence[Result]) -> str:
     """Two Markdown tables: how many cases of each kind verify, and each failure with its reason."""
-    lines = ["| file | what | verifier | right | of |", "|---|---|---|---|---|"]
+    counted, failed = [], []
     for result in results:
         counts: dict[tuple[str, str], list[bool]] = {}
-        for case, verdict in zip(result.cases, result.verdicts, strict=True):
+        for case, verdict in result.pairs():
             counts.setdefault((case.what, case.item.verifier or "math"), []).append(verdict.reward == 1.0)
         for (what, verifier), right in counts.items():
-            lines.append(f"| {result.name} | {what} | `{verifier}` | {sum(right)} | {len(right)} |")
-    lines += ["", "| file, row | what | ground truth | answer read | reason |", "|---|---|---|---|---|"]
-    for result in results:
+            counted.append([result.name, what, f"`{verifier}`", sum(right), len(right)])
         for case, verdict in result.failures():
             cells = (_code(case.item.answer), _code(verdict.extracted or ""), reason(case, verdict))
-            lines.append(f"| {result.name}, {case.row} | {case.what} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            failed.append([f"{result.name}, {case.row}", case.what, *cells])
+    return "\n\n".join([
+        markdown_table(["file", "what", "verifier", "right", "of"], counted),
+        markdown_table(["file, row", "what", "ground truth", "answer read", "reason"], failed),
+    ])  # fmt: skip
 
 
 def _code(text: str) -> str:

@@ -111,6 +111,33 @@ def run_command(
         return _stopped(stopped)
 
 
+def quiet() -> None:
+    """Silences the libraries' informational messages; warnings that concern the user still show."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|deepspeed\.")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pauses Python's garbage collector while libraries are imported and engines start.
+
+    Nearly all objects made there stay alive, and the collector would traverse the million objects of torch,
+    transformers, DeepSpeed and vLLM again and again, also because the engines call it themselves. Existing objects are
+    frozen for good; garbage made in the block is collected at its end.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+        gc.collect()
+
+
 def add_user_folder() -> None:
     """Puts the current folder last on the import path, after the folder of this package.
 
@@ -193,30 +220,3 @@ def _stopped(stopped: Stopped) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-
-def quiet() -> None:
-    """Silences the libraries' informational messages; warnings that concern the user still show."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|deepspeed\.")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-
-
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """Pauses Python's garbage collector while libraries are imported and engines start.
-
-    Nearly all objects made there stay alive, and the collector would traverse the million objects of torch,
-    transformers, DeepSpeed and vLLM again and again, also because the engines call it themselves. Existing objects are
-    frozen for good; garbage made in the block is collected at its end.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-        gc.collect()

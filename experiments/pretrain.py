@@ -20,7 +20,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,12 @@ import torch
 import torch.nn.functional as F
 from tokenizers import pre_tokenizers
 from torch import Tensor
+from torch.optim import lr_scheduler
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 
+from experiments.grid import markdown_table
 from upge.data.arithmetic import Arithmetic, draw, parse_level, question, side, worked_solution
-from upge.data.problem import Problem
+from upge.data.splits import Problem
 
 #: Level → share of the pre-training problems.
 MIXTURE = {
@@ -69,16 +70,6 @@ Accuracy on {problems} problems of the evaluation side, greedy and with {samples
 """
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """Shares of solved problems on one level: greedy, mean over samples at temperature 1, and any of the samples."""
-
-    level: str
-    greedy: float
-    mean: float
-    any_of: float
-
-
 def build_tokenizer() -> Qwen2Tokenizer:
     """A tokenizer with one token per byte, so one per ASCII character; ids are fixed, the special tokens first.
 
@@ -87,36 +78,22 @@ def build_tokenizer() -> Qwen2Tokenizer:
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     return Qwen2Tokenizer(
-        vocab={token: i for i, token in enumerate((*SPECIAL, *alphabet))},
-        merges=[],
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=MAX_LENGTH,
-        padding_side="left",
-    )
+        vocab={token: i for i, token in enumerate((*SPECIAL, *alphabet))}, merges=[], chat_template=CHAT_TEMPLATE,
+        pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", clean_up_tokenization_spaces=False,
+        model_max_length=MAX_LENGTH, padding_side="left",
+    )  # fmt: skip
 
 
 def build_model(tokenizer: Qwen2Tokenizer, hidden: int, layers: int) -> Qwen2ForCausalLM:
     """A randomly initialized model with a head size of 32, which vLLM's attention on CPU supports."""
+    tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32,
-        max_position_embeddings=MAX_LENGTH,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
-    )
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32, max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=True, bos_token_id=None, dtype="float32", **tokens,
+    )  # fmt: skip
     model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(**tokens)
     return model
 
 
@@ -158,14 +135,9 @@ def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, options: argparse.
     """Trains with AdamW, warm-up and cosine decay, and saves a loadable model at every checkpoint."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.05)
     warmup = max(1, min(100, options.steps // 10))
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, options.steps - warmup), 0.02 * options.lr),
-        ],
-        [warmup],
-    )
+    rise = lr_scheduler.LinearLR(optimizer, 0.01, 1.0, warmup)
+    fall = lr_scheduler.CosineAnnealingLR(optimizer, max(1, options.steps - warmup), 0.02 * options.lr)
+    schedule = lr_scheduler.SequentialLR(optimizer, [rise, fall], [warmup])
     texts, start = corpus(options.seed, options.noise, options.misread), time.monotonic()
     for step in range(1, options.steps + 1):
         rows = []
@@ -186,13 +158,8 @@ def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, options: argparse.
         if step % options.log_every == 0 or step == options.steps:
             print(f"step {step}/{options.steps}  loss {total:.4f}  {time.monotonic() - start:.0f} s", flush=True)
         if step % options.checkpoint_every == 0 or step == options.steps:
-            save(model, tokenizer, options.output)
-
-
-def save(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
-    """Saves the model and the tokenizer for `AutoModelForCausalLM` and `AutoTokenizer`."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder, save_jinja_files=False)
+            model.save_pretrained(options.output)
+            tokenizer.save_pretrained(options.output, save_jinja_files=False)
 
 
 def generate(model: Qwen2ForCausalLM, tokenizer: Any, prompts: Sequence[str], **sampling: Any) -> list[str]:
@@ -215,35 +182,22 @@ def is_right(response: str, problem: Problem) -> bool:
     return bool(boxed) and boxed[-1] == problem.answer
 
 
-def measure(
-    model: Qwen2ForCausalLM, tokenizer: Any, problems: Sequence[Problem], samples: int = 8, seed: int = 0
-) -> list[Accuracy]:
-    """Measures the accuracy on each level of `problems`."""
+def accuracy_table(model: Qwen2ForCausalLM, tokenizer: Any, problems: Sequence[Problem], samples: int) -> str:
+    """A Markdown table of the shares of solved problems on each level: greedy, mean over samples, any of them."""
     model.eval()
-    set_seed(seed)
+    set_seed(0)
     prompts = [p.prompt for p in problems]
     greedy = generate(model, tokenizer, prompts, do_sample=False)
     sampled = generate(model, tokenizer, [q for q in prompts for _ in range(samples)], do_sample=True, temperature=1.0)
-    by_level: dict[str, list[tuple[bool, list[bool]]]] = {}
+    by_level: dict[str, list[tuple[int, int, int]]] = {}
     for i, problem in enumerate(problems):
         hits = [is_right(text, problem) for text in sampled[i * samples : (i + 1) * samples]]
-        by_level.setdefault(str(problem.level), []).append((is_right(greedy[i], problem), hits))
-    return [
-        Accuracy(
-            level,
-            greedy=sum(g for g, _ in rows) / len(rows),
-            mean=sum(sum(hits) for _, hits in rows) / (samples * len(rows)),
-            any_of=sum(any(hits) for _, hits in rows) / len(rows),
-        )
-        for level, rows in by_level.items()
-    ]
-
-
-def as_table(measured: Sequence[Accuracy], samples: int) -> str:
-    """The accuracies as a Markdown table."""
-    lines = [f"| level | greedy | mean@{samples} | pass@{samples} |", "|---|---|---|---|"]
-    lines += [f"| {a.level} | {a.greedy:.2f} | {a.mean:.2f} | {a.any_of:.2f} |" for a in measured]
-    return "\n".join(lines)
+        by_level.setdefault(str(problem.level), []).append((is_right(greedy[i], problem), sum(hits), any(hits)))
+    rows = []
+    for level, hits_of_problems in by_level.items():
+        n, (first, all_samples, some) = len(hits_of_problems), map(sum, zip(*hits_of_problems, strict=True))
+        rows.append([level, *(f"{share:.2f}" for share in (first / n, all_samples / (samples * n), some / n))])
+    return markdown_table(["level", "greedy", f"mean@{samples}", f"pass@{samples}"], rows)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -295,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = "(not measured)"
     if options.problems:
         problems = Arithmetic(evaluation_size=options.problems).load().evaluation
-        table = as_table(measure(model, tokenizer, problems, options.samples), options.samples)
+        table = accuracy_table(model, tokenizer, problems, options.samples)
         print(table)
     command = ["python", "-m", "experiments.pretrain", *(sys.argv[1:] if arguments is None else arguments)]
     fields = {**vars(options), "parameters": model.num_parameters(), "special": ", ".join(f"`{s}`" for s in SPECIAL)}

@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 
 import algorithms
 import upge
-from experiments import cli
+from experiments import cli, files
 from upge.errors import ConfigError
 from upge.theory.enumerate import (
     Setting,
@@ -28,7 +27,7 @@ from upge.theory.enumerate import (
     reverse_kl_gradient,
 )
 
-DOCS = Path(__file__).parent.parent / "docs" / "theory.md"
+DOCS = files.DOCS / "theory.md"
 BEGIN, END = "<!-- expectation: begin (python -m experiments.theory --docs) -->", "<!-- expectation: end -->"
 STEPS, ROLLOUTS = 2, 3
 _PASS_RATES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -79,10 +78,9 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def summed(algorithm: upge.Algorithm) -> upge.Algorithm:
     """The algorithm without division by lengths: tokens are summed, trajectories averaged."""
-    terms = {
-        name: dataclasses.replace(term, reduction=upge.SequenceMean(tokens="sum", over=term.reduction.over))
-        for name, term in algorithm.terms.items()
-    }
+    terms = dict(algorithm.terms)
+    for name, term in terms.items():
+        terms[name] = dataclasses.replace(term, reduction=upge.SequenceMean(tokens="sum", over=term.reduction.over))
     return dataclasses.replace(algorithm, terms=terms)
 
 
@@ -152,11 +150,8 @@ def penalties() -> str:
 def mismatches(base: str = "rloo", samplers: int = 4) -> str:
     """A Markdown table: the bias of an unbiased algorithm if the sampler's policy differs from the trainer's.
 
-    The other rows show the remaining bias with each correction that compares the two policies.
-
-    Args:
-        base: the algorithm.
-        samplers: number of sampler policies to average over.
+    The other rows show the remaining bias with each correction that compares the two policies. Biases are means over
+    `samplers` policies of the sampler.
     """
     spaces = {1: (7, 1, 0), 2: (3, 2, 0), 3: (2, 3, None)}
     cases = []

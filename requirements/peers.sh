@@ -42,7 +42,7 @@ if ! "${install[@]}" >"$log" 2>&1; then
 fi
 # Some wheels contain folders of their own project whose names collide with ours.
 rm -rf "$packages/tests" "$packages/scripts"
-"$peers/bin/python" -c 'from experiments.bench.peers import missing; import sys; sys.exit(", ".join(missing()) or 0)' ||
+"$peers/bin/python" -c 'from experiments.bench.peers import missing; import sys; sys.exit(", ".join(f"{n} ({e})" for n, e in missing().items()) or 0)' ||
     fail "these packages do not import; $log shows what was installed"
 printf '%s\n' "$made" >"$stamp"
 printf 'peers: %s is ready after %s s\n' "$peers" "$SECONDS"

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.trainers.control import StepControl, serve
-from experiments.bench.trainers.link import ChildError, Connection
+from experiments.bench.trainers import ChildError, Connection, StepControl, serve
 from upge.errors import ConfigError
 
 

@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from tests.models import trajectories
 from upge.errors import ModelError
 from upge.train.config import CriticConfig, ModelConfig, OptimizerConfig
-from upge.train.critic import CriticEngine
 from upge.train.distributed import connect, leave
-from upge.train.engine import Engine
+from upge.train.engine import CriticEngine, Engine, ReferencePolicy
 from upge.train.micro_batches import Work, distribute
 from upge.train.packing import packed_length
-from upge.train.reference_policy import ReferencePolicy
 
 #: The first gives several micro-batches, the second one a rank.
 BUDGETS = (60, 10_000)
@@ -56,17 +54,17 @@ def squared_loss(values: Tensor, rows: list[int]) -> Tensor:
 def accumulate(critic: CriticEngine, budget: int, some: int | None = None) -> None:
     mine = share(critic, budget, some)
     for number, rows in enumerate(mine):
-        values = critic.forward([batch()[r] for r in rows]).values
+        values = critic.forward([batch()[r] for r in rows])
         critic.backward(squared_loss(values, rows), last=number == len(mine) - 1)
 
 
-def padded(engine: CriticEngine | Engine | ReferencePolicy, column: str, budget: int = 60) -> Tensor:
-    """A column of every rank's forward passes without gradient, [B, T]."""
+def padded(engine: CriticEngine | Engine | ReferencePolicy, budget: int = 60) -> Tensor:
+    """The column [B, T] of every rank's forward passes without gradient."""
     pairs, parts = batch(), []
     for rows in share(engine, budget):
         with torch.no_grad():
-            forward = engine.forward([pairs[r] for r in rows])
-        parts += [(r, getattr(forward, column)[place, : len(pairs[r][1])]) for place, r in enumerate(rows)]
+            column = engine.forward([pairs[r] for r in rows])
+        parts += [(r, column[place, : len(pairs[r][1])]) for place, r in enumerate(rows)]
     found = torch.zeros(len(pairs), max(len(response) for _, response in pairs))
     for part in engine.world.gather(parts):
         for row, values in part:
@@ -91,20 +89,20 @@ def move(policy: Engine) -> None:
     """An update of the policy that every token takes part in."""
     mine = share(policy, BUDGETS[0])
     for number, rows in enumerate(mine):
-        forward = policy.forward([batch()[r] for r in rows], entropy=True)
-        policy.backward(-forward.logprobs.sum() / 100, last=number == len(mine) - 1)
+        logprobs = policy.forward([batch()[r] for r in rows])
+        policy.backward(-logprobs.sum() / 100, last=number == len(mine) - 1)
     assert policy.step(1e-2).applied
 
 
 def learn(critic: CriticEngine, found: dict) -> None:
     """First values, two updates, then values and gradients where head and trunk have moved."""
-    found["first values"] = padded(critic, "values")
+    found["first values"] = padded(critic)
     for _ in range(2):
         accumulate(critic, BUDGETS[0])
         assert critic.step(1e-2).applied
     found["critic"] = whole(critic.module)
     for budget in BUDGETS:
-        found["values", budget] = padded(critic, "values", budget)
+        found["values", budget] = padded(critic, budget)
         accumulate(critic, budget)
         found["gradient", budget] = gradients(critic)
         found["norm", budget] = critic.step(0.0).grad_norm
@@ -115,18 +113,18 @@ def learn(critic: CriticEngine, found: dict) -> None:
 
 
 def resume(critic: CriticEngine, fresh: CriticEngine, scratch: Path, found: dict) -> None:
-    critic.save(scratch, "step_3.partial")
+    critic.save(scratch / "step_3.partial", "critic", {})
     critic.world.barrier()
     if critic.world.is_main:
         (scratch / "step_3.partial").rename(scratch / "step_3")
     critic.world.barrier()
-    fresh.load(scratch, "step_3")
+    fresh.load(scratch / "step_3", "critic")
     for key, each in (("went on", critic), ("resumed", fresh)):
         accumulate(each, BUDGETS[0])
         each.step(1e-3)
         found[key] = whole(each.module)
     with pytest.raises(ModelError, match="cannot be read"):
-        fresh.load(scratch, "step_4")
+        fresh.load(scratch / "step_4", "critic")
 
 
 def main(model: str, other: str, output: str, scratch: str) -> None:
@@ -139,11 +137,11 @@ def main(model: str, other: str, output: str, scratch: str) -> None:
     critic = CriticEngine(settings, CriticConfig(), optimizer, world)
     held = sum(p.ds_tensor.numel() for p in frozen._engine.module.parameters())
     found["share held"] = held / policy.parameters
-    found["frozen", 0], found["policy", 0] = padded(frozen, "logprobs"), padded(policy, "logprobs")
+    found["frozen", 0], found["policy", 0] = padded(frozen), padded(policy)
     move(policy)
     learn(critic, found)
     move(policy)
-    found["frozen", 1], found["policy", 1] = padded(frozen, "logprobs"), padded(policy, "logprobs")
+    found["frozen", 1], found["policy", 1] = padded(frozen), padded(policy)
     found["weights"] = {name: weight.clone() for name, weight in policy.named_weights()}
     checkpointed = ModelConfig(path=model, gradient_checkpointing=True)
     resume(critic, CriticEngine(checkpointed, CriticConfig(), optimizer, world), Path(scratch), found)

@@ -16,8 +16,9 @@ from torch import Tensor
 from tests.models import trajectories
 from upge.errors import ModelError
 from upge.train.config import ModelConfig, OptimizerConfig
+from upge.train.deepspeed_module import StepResult
 from upge.train.distributed import World, connect, leave
-from upge.train.engine import Engine, StepResult
+from upge.train.engine import Engine
 from upge.train.micro_batches import Work, distribute
 from upge.train.packing import packed_length
 
@@ -40,7 +41,7 @@ def accumulate(engine: Engine, variant: int, factor: float = 1.0, after: Callabl
     mine = distribute([Work(tokens) for tokens in lengths], engine.world.size, BUDGET)[engine.world.rank]
     assert len(mine) > 2
     for number, rows in enumerate(mine):
-        logprobs = engine.forward([(batch[r].prompt_ids, batch[r].response_ids) for r in rows]).logprobs
+        logprobs = engine.forward([(batch[r].prompt_ids, batch[r].response_ids) for r in rows])
         loss = logprobs.sum() * 0
         for place, row in enumerate(rows):
             loss = loss + (weights[row] * logprobs[place, : len(weights[row])]).sum()

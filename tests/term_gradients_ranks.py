@@ -12,13 +12,11 @@ import torch
 import algorithms
 import upge
 from tests.models import trajectories
-from upge.train.config import ModelConfig, OptimizerConfig
+from upge.train.config import LearningRates, ModelConfig, OptimizerConfig
+from upge.train.diagnostics import NO_DIAGNOSTICS, Diagnostics, merged, term_gradients
 from upge.train.distributed import connect, leave
 from upge.train.engine import Engine
-from upge.train.lr_schedule import LearningRates
-from upge.train.metrics import NO_DIAGNOSTICS, Diagnostics, step_metrics
-from upge.train.term_gradients import term_gradients
-from upge.train.top_tokens import merged
+from upge.train.metrics import step_metrics
 from upge.train.update import Updater
 
 LR = 1e-2

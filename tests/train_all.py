@@ -42,8 +42,7 @@ SETTINGS = (
 #: What a run imports on its way.
 MODULES = (
     *("experiments.run.__main__", "experiments.config", "experiments.run.prepare", "experiments.run.train"),
-    *("experiments.report.page", "experiments.report.folder", "upge.train.trainer", "upge.train.engine"),
-    *("upge.train.critic", "upge.train.reference_policy"),
+    *("experiments.report.page", "experiments.grid", "upge.train.trainer", "upge.train.critic"),
     *("upge.rollout.transformers_engine", "upge.verify", "deepspeed", "transformers", "safetensors.torch"),
     *("transformers.models.qwen2.modeling_qwen2", "deepspeed.runtime.zero.muon.muon_optimizer", "rich.table", "tqdm"),
 )

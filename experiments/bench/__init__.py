@@ -5,14 +5,4 @@ which measures with `experiments.bench.measure` and returns Markdown. --docs wri
 with `WITH_PEERS = True` runs in .venv-peers if that exists (`make peers`).
 """
 
-BENCHES = {
-    "verifier": "experiments.bench.verifier",
-    "head": "experiments.bench.head",
-    "loss": "experiments.bench.loss",
-    "step": "experiments.bench.step",
-    "accuracy": "experiments.bench.accuracy",
-    "growth": "experiments.bench.growth",
-    "generation": "experiments.bench.generation",
-    "startup": "experiments.bench.startup",
-}
-"""Name → module."""
+BENCHES = ("verifier", "head", "loss", "step", "accuracy", "growth", "generation", "startup")

@@ -13,20 +13,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments import cli
 from experiments.bench import BENCHES, peers
-from experiments.results import DOCS, replace_block
+from experiments.files import DOCS, replace_block
 from upge.errors import ConfigError, nearest
 
 PAGE = DOCS / "performance.md"
-BEGIN, END = "<!-- bench {}: begin (python -m experiments.bench {} --docs) -->", "<!-- bench {}: end -->"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a bench's Markdown, or updates it in the docs; returns the exit code, 2 on bad input."""
-
-    def command(given: list[str]) -> int:
-        return _bench_command(given, is_program=arguments is None)
-
-    return cli.run_command(command, arguments, listing)
+    return cli.run_command(lambda given: _bench_command(given, is_program=arguments is None), arguments, listing)
 
 
 def _bench_command(arguments: list[str], is_program: bool) -> int:
@@ -40,7 +35,10 @@ def _bench_command(arguments: list[str], is_program: bool) -> int:
     rest, given = cli.flags(rest, "--docs")
     made = bench.run(settings(bench, rest))
     if given["--docs"]:
-        PAGE.write_text(updated(PAGE.read_text("utf-8"), name, made), "utf-8")
+        begin = f"<!-- bench {name}: begin (python -m experiments.bench {name} --docs) -->"
+        end = f"<!-- bench {name}: end -->"
+        page = replace_block(PAGE.read_text("utf-8"), PAGE.name, begin, end, f"\n\n{made}\n\n", "where the figures go")
+        PAGE.write_text(page, "utf-8")
     else:
         print(made)
     return cli.DONE
@@ -74,20 +72,10 @@ def settings(bench: Any, arguments: Sequence[str]) -> Any:
     return OmegaConf.to_object(made)
 
 
-def updated(page: str, name: str, made: str) -> str:
-    """The text of the page with the part between the bench's markers updated.
-
-    Raises:
-        ConfigError: a marker is missing.
-    """
-    begin, end = BEGIN.format(name, name), END.format(name)
-    return replace_block(page, PAGE.name, begin, end, f"\n\n{made}\n\n", "where the figures go")
-
-
 def _bench(name: str) -> Any:
     if name not in BENCHES:
         raise ConfigError(f"there is no bench '{name}'; {nearest(name, BENCHES)}")
-    return importlib.import_module(BENCHES[name])
+    return importlib.import_module(f"experiments.bench.{name}")
 
 
 if __name__ == "__main__":

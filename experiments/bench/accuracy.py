@@ -12,8 +12,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.bench.measure import Spread, cpu_seconds, row
-from experiments.bench.trainers.link import EPSILON, OURS, PLAIN, TRL, Child, Start, check
+from experiments.bench.measure import Spread, cpu_seconds, rotated
+from experiments.bench.trainers import EPSILON, OURS, PLAIN, TRL, Child, Start, check
+from experiments.grid import markdown_table
 from upge.errors import ConfigError, nearest
 
 SUMMARY = "seconds of training until a target accuracy: hpt, grpo and sft against TRL's GRPOTrainer"
@@ -36,7 +37,7 @@ class Settings:
         algorithms: our algorithms to measure.
         prompts, group: prompts of a step, responses to each.
         problems, samples: problems of an evaluation, samples of each.
-        trl: how TRL samples: generate, continuous or vllm-mended (with fixed weight sync).
+        trl: how TRL samples: generate, continuous or vllm-patched (with fixed weight sync).
         trl_lr: TRL's learning rate; 0 = ours.
         batch: rows of TRL's micro-batches.
         threads: OpenMP threads of each trainer.
@@ -97,9 +98,8 @@ def run(settings: Settings, start: Start = Child) -> str:
         *("trainer", "reached", "seconds of training", "CPU seconds", "steps"),
         *("accuracy then", "greedy", f"pass@{settings.samples}", f"sooner than {PEER} by"),
     ]
-    lines = [row(*header), "|---" * len(header) + "|"]
-    lines += [_line(name, [runs[name] for runs in races], races, settings) for name in (*names, PEER)]
-    return "\n".join([*lines, "", *_remarks(names, races, settings)])
+    rows = [_row(name, races, settings) for name in (*names, PEER)]
+    return "\n".join([markdown_table(header, rows), "", *_remarks(names, races, settings)])
 
 
 def _names(settings: Settings) -> list[str]:
@@ -140,40 +140,32 @@ def race(seed: int, names: list[str], settings: Settings, start: Start = Child) 
             raise AssertionError(f"before training the accuracies differ: {[c.figures for c in runs.values()]}")
         if runs[PEER].reached(settings):
             raise ConfigError(f"target: the model reaches {settings.target} before training; give a higher one")
-        _alternate(runs, settings)
+        running, number = list(runs), 0
+        while running:
+            for name in rotated(running, number):
+                if runs[name].advance(settings):
+                    runs[name].child.close()
+                    running.remove(name)
+            number += 1
     return runs
 
 
-def _alternate(runs: dict[str, Run], settings: Settings) -> None:
-    running, number = list(runs), 0
-    while running:
-        first = number % len(running)
-        for name in running[first:] + running[:first]:
-            if runs[name].advance(settings):
-                runs[name].child.close()
-                running.remove(name)
-        number += 1
-
-
-def _times(run: Run, peer: Run, settings: Settings) -> float:
-    """The seconds of the peer over those of a run; 0 if the run did not reach the target.
+def _times(name: str, races: list[dict[str, Run]], settings: Settings) -> Spread:
+    """The seconds of the peer over those of a trainer; 0 where the trainer did not reach the target.
 
     If the peer did not reach it, its last step counts, so the ratio is a lower bound.
     """
-    return peer.seconds / run.seconds if run.reached(settings) else 0.0
+    return Spread.of(runs[PEER].seconds / runs[name].seconds if runs[name].reached(settings) else 0.0 for runs in races)
 
 
-def _line(name: str, runs: list[Run], races: list[dict[str, Run]], settings: Settings) -> str:
-    times = [_times(one[name], one[PEER], settings) for one in races]
-    return row(
-        name if name == PEER else f"`{name}`",
-        f"{sum(run.reached(settings) for run in runs)} of {len(runs)}",
-        Spread.of(run.seconds for run in runs),
-        Spread.of(run.cpu for run in runs),
-        Spread.of(run.steps for run in runs),
+def _row(name: str, races: list[dict[str, Run]], settings: Settings) -> list[object]:
+    runs = [one[name] for one in races]
+    return [
+        *(name if name == PEER else f"`{name}`", f"{sum(run.reached(settings) for run in runs)} of {len(runs)}"),
+        *(Spread.of(getattr(run, key) for run in runs) for key in ("seconds", "cpu", "steps")),
         *(Spread.of(100 * run.figures[key] for run in runs) for key in ("mean", "greedy", "pass")),
-        "1" if name == PEER else Spread.of(times),
-    )
+        "1" if name == PEER else _times(name, races, settings),
+    ]
 
 
 def _remarks(names: list[str], races: list[dict[str, Run]], settings: Settings) -> list[str]:
@@ -189,12 +181,10 @@ def _remarks(names: list[str], races: list[dict[str, Run]], settings: Settings) 
     ]
     missing = sum(not runs[PEER].reached(settings) for runs in races)
     if missing:
-        lines += [
-            "",
-            f"{PEER} did not reach the target in {missing} of {len(races)} races: there the ratio is a lower bound.",
-        ]
+        lines += ["", f"{PEER} did not reach the target in {missing} of {len(races)} races: there the ratio is a lower "
+                  "bound."]  # fmt: skip
     if "hpt" in names:
-        times = Spread.of(_times(runs["hpt"], runs[PEER], settings) for runs in races).median
+        times = _times("hpt", races, settings).median
         verdict = "reached" if times >= GOAL else "not reached"
         lines += ["", f"Goal: `hpt` at least {GOAL:g} times sooner than {PEER}; {verdict}, {times:.3g} times."]
     return lines

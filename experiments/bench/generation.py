@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.bench.measure import Timing, interleaved
+from experiments.grid import markdown_table
 from upge.errors import ConfigError
 from upge.rollout import Rollout, Sampler, Sampling
 
@@ -65,23 +66,21 @@ def run(settings: Settings) -> str:
 
 def table(timing: Timing, length: float, settings: Settings) -> str:
     """Tokens per second, ratios to vLLM's default, and how many of vLLM's responses do not depend on sharing."""
-    lines = ["| with | tokens per second | times blocks of 128 | the same in CPU seconds |", "|---|---|---|---|"]
+    rows = []
     for name, seconds in timing.seconds.items():
         # Rounds differ in length, so the rate is over all rounds and only the ratios have a range.
         rate = sum(map(tokens, timing.results[name])) / sum(seconds)
-        ratios = ["1", "1"]
-        if name != THEIRS:
-            ratios = [_range(kind[name], kind[THEIRS]) for kind in (timing.seconds, timing.cpu)]
-        lines.append(f"| {name} | {rate:.0f} | {' | '.join(ratios)} |")
+        ratios = [_range(kind[name], kind[THEIRS]) for kind in (timing.seconds, timing.cpu)]
+        rows.append([name, f"{rate:.0f}", *(["1", "1"] if name == THEIRS else ratios)])
     same, of = agreement(timing.results[OURS], timing.results[NOTHING])
-    model = "SmolLM2-135M on GSM8K" if settings.folder else "the tiny model on arithmetic"
-    return "\n".join([
-        *lines,
-        "",
-        f"{model[0].upper()}{model[1:]}: {settings.prompts} prompts of {length:.0f} tokens, {settings.group_size} "
-        f"responses of at most {settings.tokens} to each; {settings.rounds} rounds, ratios in the round, median and "
-        f"range. {same} of {of} responses have the same tokens with blocks of 32 and with nothing shared.",
-    ])  # fmt: skip
+    model = "SmolLM2-135M on GSM8K" if settings.folder else "The tiny model on arithmetic"
+    about = (
+        f"{model}: {settings.prompts} prompts of {length:.0f} tokens, {settings.group_size} responses of at most "
+        f"{settings.tokens} to each; {settings.rounds} rounds, ratios in the round, median and range. {same} of {of} "
+        "responses have the same tokens with blocks of 32 and with nothing shared."
+    )
+    header = ["with", "tokens per second", "times blocks of 128", "the same in CPU seconds"]
+    return f"{markdown_table(header, rows)}\n\n{about}"
 
 
 def tokens(groups: Sequence[Sequence[Rollout]]) -> int:

@@ -15,14 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from experiments.bench.batches import Shape, made
-from experiments.bench.measure import FEWEST_ROUNDS, Spread, peak
+from experiments.bench.loss import Shape, made
+from experiments.bench.measure import FEWEST_ROUNDS, Spread, peak, rotated, verdict
+from experiments.cli import ROOT
+from experiments.grid import markdown_table
 from upge.errors import ConfigError
 
 SUMMARY = "how an update's time and memory grow with tokens, vocabulary, group size and ranks"
@@ -80,28 +81,18 @@ def run(settings: Settings, probe: Callable[[Point], Measurement] | None = None)
     probe, series = probe or launched, series_of(settings)
     header = ["series", "point", "response tokens", "tokens computed", "seconds", "× time", "× tokens computed"]
     header += ["MiB at most", "× memory"]
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    goals = []
+    rows, goals = [], []
     for name, points in series.items():
-        rounds = [[probe(point) for point in _turned(points, number)] for number in range(settings.rounds)]
-        rounds = [_turned_back(one, number) for number, one in enumerate(rounds)]
-        lines += [_row(name, point, [one[i] for one in rounds], [one[0] for one in rounds])
-                  for i, point in enumerate(points)]  # fmt: skip
-        goals += _goal(name, points, rounds)
+        rounds = []
+        for number in range(settings.rounds):
+            rounds.append(rotated([probe(point) for point in rotated(points, number)], -number))
+        first, *_, last = columns = list(zip(*rounds, strict=True))
+        rows += [_row(name, point, column, first) for point, column in zip(points, columns, strict=True)]
+        goals += _goal(name, points, first, last)
     about = (f"Median and range of {settings.rounds} rounds; a Qwen2 of {points[0].layers} layers and width "
              f"{points[0].width}, GRPO, one thread per process. Memory: the peak of an update's process minus its "
              "memory with weights and engine loaded; it includes gradients and AdamW's moments.")  # fmt: skip
-    return "\n".join([*lines, "", about, "", *goals])
-
-
-def _turned(points: Sequence, number: int) -> list:
-    first = number % len(points)
-    return [*points[first:], *points[:first]]
-
-
-def _turned_back(points: Sequence, number: int) -> list:
-    first = -number % len(points)
-    return [*points[first:], *points[:first]]
+    return "\n".join([markdown_table(header, rows), "", about, "", *goals])
 
 
 def launched(point: Point) -> Measurement:
@@ -116,57 +107,50 @@ def launched(point: Point) -> Measurement:
         ranks = ["--standalone", "--nproc_per_node", str(point.ranks)]
         command = [sys.executable, "-m", "torch.distributed.run", *ranks, "-m", *probe]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise ConfigError(f"growth: the probe for {point} failed: {(done.stdout + done.stderr)[-2000:]}")
     return json.loads(lines[-1])
 
 
-def _row(name: str, point: Point, measurements: Sequence[Measurement], first: Sequence[Measurement]) -> str:
-    labels = {
+def _row(name: str, point: Point, measurements: Sequence[Measurement], first: Sequence[Measurement]) -> list[object]:
+    """The row of a point from its measurements and those of the series' first point, one of each round."""
+    label = {
         "tokens": f"{point.groups} prompts",
         "vocabulary": f"V = {point.vocabulary:,}",
         "group": f"{point.groups} × {point.size}",
         "ranks": f"{point.ranks} rank{'s' * (point.ranks > 1)}",
-    }
-    ratio = {key: _ratio(measurements, first, key) for key in ("seconds", "computed", "memory")}
-    cells = [name, labels[name], f"{measurements[0]['tokens']:,.0f}", f"{measurements[0]['computed']:,.0f}"]
-    cells += [Spread.of([one["seconds"] for one in measurements]), ratio["seconds"], f"{ratio['computed'].median:.2f}"]
-    cells += [
-        f"{statistics.median(one['memory'] for one in measurements) / _MIB:,.0f}",
-        f"{ratio['memory'].median:.2f}",
+    }[name]
+    computed, memory = (f"{_ratio(measurements, first, key).median:.2f}" for key in ("computed", "memory"))
+    mib = f"{statistics.median(one['memory'] for one in measurements) / _MIB:,.0f}"
+    return [
+        *(name, label, f"{measurements[0]['tokens']:,.0f}", f"{measurements[0]['computed']:,.0f}"),
+        *(Spread.of(one["seconds"] for one in measurements), _ratio(measurements, first, "seconds")),
+        *(computed, mib, memory),
     ]
-    return f"| {' | '.join(map(str, cells))} |"
 
 
-def _goal(name: str, points: Sequence[Point], rounds: Sequence[Sequence[Measurement]]) -> list[str]:
+def _goal(name: str, points: Sequence[Point], first: Sequence[Measurement], last: Sequence[Measurement]) -> list[str]:
     """A sentence on the goal of a series, if it has one."""
-    last, first = [one[-1] for one in rounds], [one[0] for one in rounds]
     times = _ratio(last, first, "seconds").median
     if name == "tokens":
         per_token = times / _ratio(last, first, "computed").median
-        verdict = "reached" if per_token <= LINEAR else "**missed**"
-        return [f"- tokens: time per token {per_token:.2f} times the first point's at the last; goal 1 ({verdict}, "
-                f"{LINEAR:g} counts as linear)."]  # fmt: skip
+        return [f"- tokens: time per token {per_token:.2f} times the first point's at the last; goal 1 "
+                f"({verdict(per_token <= LINEAR)}, {LINEAR:g} counts as linear)."]  # fmt: skip
     if name == "ranks":
-        verdict = "reached" if 1 / times >= RANKS_GOAL else "**missed**"
-        return [f"- {points[-1].ranks} ranks: {1 / times:.2f} times as fast as one; goal {RANKS_GOAL:g}, {verdict}."]
+        reached = verdict(1 / times >= RANKS_GOAL)
+        return [f"- {points[-1].ranks} ranks: {1 / times:.2f} times as fast as one; goal {RANKS_GOAL:g}, {reached}."]
     if name == "vocabulary":
-        extra = _head_memory(last) - _head_memory(first)
-        return [f"- vocabulary: beyond gradients and moments, {extra / _MIB:,.0f} MiB more at V = "
+        # Without what is proportional to the weights: the gradient in its two forms and the two moments.
+        most, least = (statistics.median(m["memory"] - 16 * m["parameters"] for m in one) for one in (last, first))
+        return [f"- vocabulary: beyond gradients and moments, {(most - least) / _MIB:,.0f} MiB more at V = "
                 f"{points[-1].vocabulary:,} than at {points[0].vocabulary:,}."]  # fmt: skip
     return []
 
 
-def _head_memory(measurements: Sequence[Mapping[str, float]]) -> float:
-    """Bytes without those proportional to the weights: the gradient in its two forms and the two moments."""
-    return statistics.median(one["memory"] - 16 * one["parameters"] for one in measurements)
-
-
 def _ratio(measurements: Sequence[Measurement], first: Sequence[Measurement], key: str) -> Spread:
-    return Spread.of([one[key] / base[key] for one, base in zip(measurements, first, strict=True)])
+    return Spread.ratio((one[key] for one in measurements), (one[key] for one in first))
 
 
 @dataclass(frozen=True)
@@ -194,15 +178,14 @@ class Point:
     ranks: int = 1
 
 
-def measured(point: Point) -> dict[str, float]:
-    """Measures the seconds of an update, its tokens, and the memory of the first one beyond weights and engine."""
+def measured(point: Point) -> None:
+    """Prints the seconds of an update, its tokens, and the memory of the first one beyond weights and engine."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     import algorithms
-    from upge.train.config import ModelConfig, OptimizerConfig
+    from upge.train.config import LearningRates, ModelConfig, OptimizerConfig
     from upge.train.distributed import connect, leave
     from upge.train.engine import Engine
-    from upge.train.lr_schedule import LearningRates
     from upge.train.update import Updater
 
     world, config = connect(), OptimizerConfig(micro_batch_tokens=point.micro_batch_tokens)
@@ -220,26 +203,18 @@ def measured(point: Point) -> dict[str, float]:
         world.barrier()
     updater = Updater(engine, algorithms.load("grpo"), config)
     rollouts = made(Shape(point.groups, point.size).scaled(point.scale), point.vocabulary)
-    computed = 0
-
-    def update(step: int) -> None:
-        nonlocal computed
-        computed = updater.update(rollouts, step, LearningRates(1e-6)).sums.computed_tokens
-
-    memory, seconds = peak(lambda: update(0)), []
-    for step in range(point.updates):
+    memory, seconds = peak(lambda: updater.update(rollouts, 0, LearningRates(1e-6))), []
+    for step in range(1, 1 + point.updates):
         began = time.perf_counter()
-        update(1 + step)
+        computed = updater.update(rollouts, step, LearningRates(1e-6)).sums.computed_tokens
         seconds.append(time.perf_counter() - began)
-    measurement = {"seconds": statistics.median(seconds), "memory": float(memory), "computed": float(computed)}
-    measurement |= {"tokens": float(sum(len(t.response_ids) for t in rollouts)), "parameters": float(engine.parameters)}
-    every = world.gather(measurement)
+    every = world.gather((float(computed), float(memory)))
     if world.is_main:
-        measurement["computed"] = sum(one["computed"] for one in every)
-        measurement["memory"] = max(one["memory"] for one in every)
+        all_computed, memories = zip(*every, strict=True)
+        measurement = {"seconds": statistics.median(seconds), "memory": max(memories), "computed": sum(all_computed)}
+        measurement |= {"tokens": sum(len(t.response_ids) for t in rollouts), "parameters": engine.parameters}
         print(json.dumps(measurement), flush=True)
     leave(world, 0)
-    return measurement
 
 
 if __name__ == "__main__":

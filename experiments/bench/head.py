@@ -8,6 +8,7 @@ on one; for comparison, an H200 reaches about 790 TFLOP/s and 4.3 TB/s in bfloat
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from experiments.bench import peers
-from experiments.bench.heads import FLOOR, HEADS, NAIVE, ONE_PASS, OURS, Floor, Head, Problem, heads, reference
-from experiments.bench.measure import Spread, Timing, in_fresh_process, interleaved, peak, row
+from experiments.bench.heads import FLOOR, HEADS, NAIVE, ONE_PASS, OURS, Head, Problem, floor, heads, reference
+from experiments.bench.measure import Spread, Timing, in_fresh_process, interleaved, peak, verdict
+from experiments.grid import markdown_table
 from upge.errors import ConfigError
 
 SUMMARY = "the output head's log-probs, entropies and gradients: time against three matrix products, memory; with peers"
@@ -25,7 +27,6 @@ TOLERANCES = {"float32": (1e-5, 1e-3), "bfloat16": (3e-2, 0.15)}
 """dtype → tolerance of a gradient, relative to its largest entry, and of a log-prob or an entropy, in nats."""
 MOST_TIME, LEAST_SAVING = 1.15, 20
 """Goals: time relative to the floor, and the factor by which memory is smaller than that of full logits."""
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,18 @@ def run(settings: Settings) -> str:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     header = ["vocabulary", "dtype", "head", "seconds", "times the floor", "the same by CPU", "ours, one pass, is"]
-    lines, goals = [row(*header, "gradient off by"), "|---" * (len(header) + 1) + "|"], []
-    for vocabulary in vocabularies:
-        for dtype in dtypes:
-            rows, goal = _timed(settings, vocabulary, dtype, device)
-            lines += rows
-            goals.append(goal)
-    lines += ["", _explained(settings, device), "", *goals]
+    rows, goals = [], []
+    for vocabulary, dtype in itertools.product(vocabularies, dtypes):
+        measured, goal = _timed(settings, vocabulary, dtype, device)
+        rows += measured
+        goals.append(goal)
+    threads = "one CUDA device" if device == "cuda" else f"{torch.get_num_threads()} threads"
+    about = (
+        f"Median and range of {settings.rounds} rounds; N = {settings.tokens}, D = {settings.width}, {threads}. Liger "
+        "and cut-cross-entropy do not compute entropies. Off by: the largest difference of an entry of a gradient from "
+        f"that of a float64 solution, relative to the largest entry. {peers.summary()}"
+    )
+    lines = [markdown_table([*header, "gradient off by"], rows), "", about, "", *goals]
     if settings.memory_tokens:
         lines += ["", *_memory(settings, vocabularies[-1], dtypes, device)]
     return "\n".join(lines)
@@ -90,20 +96,28 @@ def _read(settings: Settings) -> tuple[list[int], list[str], str]:
 # Time.
 
 
-def _timed(settings: Settings, vocabulary: int, dtype: str, device: str) -> tuple[list[str], str]:
+def _timed(settings: Settings, vocabulary: int, dtype: str, device: str) -> tuple[list[list[object]], str]:
     """The rows of one vocabulary and dtype, and a sentence on the goals."""
     problem = Problem.made(settings.tokens, vocabulary, settings.width, dtype, device)
     errors = compare(problem, heads(), *TOLERANCES[dtype])
-    things = {FLOOR: _timed_call(Floor(problem), device)}
-    things |= {name: _timed_call(_cleared(head, problem), device) for name, head in heads().items()}
-    timing = interleaved(things, settings.rounds)
+
+    def call(head: Callable[[Problem], object]) -> Callable[[int], None]:
+        def turn(number: int) -> None:
+            head(problem)
+            problem.clear()
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        return turn
+
+    least = floor(problem)
+    timing = interleaved({FLOOR: call(lambda _: least()), **{n: call(h) for n, h in heads().items()}}, settings.rounds)
     rows = []
-    for name in things:
-        times = "1" if name == FLOOR else str(timing.speedup(FLOOR, name))
-        cpu = "1" if name == FLOOR else str(timing.thrift(FLOOR, name))
+    for name, seconds in timing.seconds.items():
         ahead = "" if name in (FLOOR, ONE_PASS) else f"{timing.speedup(ONE_PASS, name)} × as fast"
         error = f"{errors[name]:.0e}" if name in errors else ""
-        rows.append(row(f"{vocabulary:,}", dtype, name, _seconds_spread(timing, name), times, cpu, ahead, error))
+        times = timing.against(FLOOR, name)
+        rows.append([f"{vocabulary:,}", dtype, name, Spread.of(seconds), *times, ahead, error])
     return rows, _goals(timing, vocabulary, dtype)
 
 
@@ -128,30 +142,13 @@ def compare(problem: Problem, every: dict[str, Head], tolerance: float, nats: fl
     return errors
 
 
-def _cleared(head: Head, problem: Problem) -> Callable[[], None]:
-    def call() -> None:
-        head(problem)
-        problem.clear()
-
-    return call
-
-
-def _timed_call(call: Callable[[], None], device: str) -> Callable[[int], None]:
-    def turn(number: int) -> None:
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return turn
-
-
 def _goals(timing: Timing, vocabulary: int, dtype: str) -> str:
     times = timing.speedup(FLOOR, ONE_PASS).median
     behind = [n for n in timing.seconds if n not in (FLOOR, NAIVE, *OURS) and timing.speedup(ONE_PASS, n).median < 1.0]
-    ahead = f"ahead of every peer: {_verdict(not behind)}" + (f" (behind {', '.join(behind)})" if behind else "")
+    ahead = f"ahead of every peer: {verdict(not behind)}" + (f" (behind {', '.join(behind)})" if behind else "")
     return (
         f"- V = {vocabulary:,}, {dtype}: goal at most {MOST_TIME} times the floor: {times:.2f}, "
-        f"{_verdict(times <= MOST_TIME)}; goal {ahead}."
+        f"{verdict(times <= MOST_TIME)}; goal {ahead}."
     )
 
 
@@ -172,54 +169,35 @@ def head_memory(settings: Settings, vocabulary: int, dtype: str, device: str, na
 
 
 def _memory(settings: Settings, vocabulary: int, dtypes: list[str], device: str) -> list[str]:
-    lines = [row("dtype", "head", "MiB beyond inputs and gradients", "of the full logits'"), "|---" * 4 + "|"]
-    goals = []
+    rows, goals = [], []
     for dtype in dtypes:
         taken = {name: in_fresh_process(head_memory, settings, vocabulary, dtype, device, name) for name in heads()}
         for name, bytes_taken in taken.items():
             share = f"1/{taken[NAIVE] / max(bytes_taken, 1):.1f}" if bytes_taken is not None and taken[NAIVE] else ""
-            lines.append(row(dtype, name, "killed" if bytes_taken is None else f"{bytes_taken / MIB:,.0f}", share))
+            rows.append([dtype, name, "killed" if bytes_taken is None else f"{bytes_taken / 2**20:,.0f}", share])
         if taken[ONE_PASS] and taken[NAIVE]:
             saving = taken[NAIVE] / taken[ONE_PASS]
             goals.append(
-                f"- {dtype}: goal at most 1/{LEAST_SAVING}: 1/{saving:.1f}, {_verdict(saving >= LEAST_SAVING)}."
+                f"- {dtype}: goal at most 1/{LEAST_SAVING}: 1/{saving:.1f}, {verdict(saving >= LEAST_SAVING)}."
             )
     about = (
         f"Memory at N = {settings.memory_tokens:,}, V = {vocabulary:,}, D = {settings.width}: the peak resident memory "
         "of a fresh process during the head, minus the memory before and the two gradients, which every head returns "
         "in the inputs' dtype."
     )
-    return [*lines, "", about, "", *goals]
+    header = ["dtype", "head", "MiB beyond inputs and gradients", "of the full logits'"]
+    return [markdown_table(header, rows), "", about, "", *goals]
 
 
-# Text.
-
-
-def _explained(settings: Settings, device: str) -> str:
-    threads = "one CUDA device" if device == "cuda" else f"{torch.get_num_threads()} threads"
-    return (
-        f"Median and range of {settings.rounds} rounds; N = {settings.tokens}, D = {settings.width}, {threads}. Liger "
-        "and cut-cross-entropy do not compute entropies. Off by: the largest difference of an entry of a gradient from "
-        f"that of a float64 solution, relative to the largest entry. {peers.summary()}"
-    )
-
-
-def _seconds_spread(timing: Timing, name: str) -> Spread:
-    values = timing.seconds[name]
-    return Spread.of(values)
-
-
-def _verdict(reached: bool) -> str:
-    return "reached" if reached else "**missed**"
+# Gradients.
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
     """The largest difference of two entries, relative to the largest expected entry."""
-    scale = float(expected.abs().max())
     # In blocks, because a float64 gradient of an output embedding is large and the check must not need much more.
-    blocks = zip(_blocks(actual), _blocks(expected), strict=True)
+    blocks = zip(*(torch.atleast_1d(tensor.detach()).split(4096) for tensor in (actual, expected)), strict=True)
     gaps = torch.stack([(a.to(expected.dtype) - b).abs().max() for a, b in blocks])
-    return float(gaps.max()) / (scale or 1.0)
+    return float(gaps.max()) / (float(expected.abs().max()) or 1.0)
 
 
 def checked(pairs: Iterable[tuple[Tensor | None, Tensor]], tolerance: float, who: str) -> float:
@@ -237,7 +215,3 @@ def checked(pairs: Iterable[tuple[Tensor | None, Tensor]], tolerance: float, who
             raise AssertionError(f"{who}: a gradient off by {gap:.1e} of its largest entry; tolerated is {tolerance:g}")
         worst = max(worst, gap)
     return worst
-
-
-def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
-    return torch.atleast_1d(tensor.detach()).split(4096)

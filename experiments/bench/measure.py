@@ -15,9 +15,10 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -45,8 +46,20 @@ class Spread:
         values = list(values)
         return cls(statistics.median(values), min(values), max(values))
 
+    @classmethod
+    def ratio(cls, above: Iterable[float], below: Iterable[float]) -> Spread:
+        """The spread of the ratios within each round."""
+        return cls.of(a / b for a, b in zip(above, below, strict=True))
+
+    def __format__(self, form: str) -> str:
+        """'median (low to high)', each in the format `form`, such as '.2f'; three digits by default."""
+        median, low, high = (
+            format(value, form or (".0f" if value >= 100 else ".3g")) for value in (self.median, self.low, self.high)
+        )
+        return f"{median} ({low} to {high})"
+
     def __str__(self) -> str:
-        return f"{_short(self.median)} ({_short(self.low)} to {_short(self.high)})"
+        return format(self)
 
 
 @dataclass(frozen=True)
@@ -65,52 +78,23 @@ class Timing:
 
     def rate(self, name: str, count: int) -> Spread:
         """Units per second, if every round has `count` units."""
-        return Spread.of([count / seconds for seconds in self.seconds[name]])
+        return Spread.of(count / seconds for seconds in self.seconds[name])
 
     def cost(self, name: str, count: int) -> Spread:
         """CPU milliseconds per unit."""
-        return Spread.of([1000.0 * seconds / count for seconds in self.cpu[name]])
+        return Spread.of(1000.0 * seconds / count for seconds in self.cpu[name])
 
     def speedup(self, name: str, base: str) -> Spread:
         """How many times as fast as `base`: the ratio of seconds within each round."""
-        return _ratios(self.seconds[base], self.seconds[name])
+        return Spread.ratio(self.seconds[base], self.seconds[name])
 
     def thrift(self, name: str, base: str) -> Spread:
         """How many times as much CPU `base` takes, within each round; steadier than `speedup` on a busy machine."""
-        return _ratios(self.cpu[base], self.cpu[name])
+        return Spread.ratio(self.cpu[base], self.cpu[name])
 
-
-def interleaved(
-    things: Mapping[str, Callable[[int], Any]],
-    rounds: int = FEWEST_ROUNDS,
-    clock: Callable[[], float] = time.perf_counter,
-    cpu_clock: Callable[[], float] | None = None,
-) -> Timing:
-    """Calls everything once per round with the round's number, from 0; the order rotates from round to round.
-
-    Raises:
-        ConfigError: fewer than five rounds, which are too few for a median.
-    """
-    if rounds < FEWEST_ROUNDS:
-        raise ConfigError(f"rounds: found {rounds}; give at least {FEWEST_ROUNDS}")
-    names = list(things)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    cpu: dict[str, list[float]] = {name: [] for name in names}
-    results: dict[str, list[Any]] = {name: [] for name in names}
-    cpu_clock = cpu_clock or cpu_seconds
-    for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            cpu_begin, begin = cpu_clock(), clock()
-            results[name].append(things[name](number))
-            seconds[name].append(clock() - begin)
-            cpu[name].append(cpu_clock() - cpu_begin)
-    return Timing(*({name: tuple(values) for name, values in kind.items()} for kind in (seconds, cpu, results)))
-
-
-def row(*cells: object) -> str:
-    """A line of a Markdown table."""
-    return f"| {' | '.join(map(str, cells))} |"
+    def against(self, name: str, base: str) -> list[object]:
+        """Two cells of a table, speedup and thrift; 1 for `base` itself."""
+        return [1, 1] if name == base else [self.speedup(name, base), self.thrift(name, base)]
 
 
 def cpu_seconds() -> float:
@@ -131,15 +115,39 @@ def cpu_seconds() -> float:
     return time.process_time() + total
 
 
-def _ratios(above: Sequence[float], below: Sequence[float]) -> Spread:
-    return Spread.of([a / b for a, b in zip(above, below, strict=True)])
+def interleaved(
+    things: Mapping[str, Callable[[int], Any]],
+    rounds: int = FEWEST_ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+    cpu_clock: Callable[[], float] = cpu_seconds,
+) -> Timing:
+    """Calls everything once per round with the round's number, from 0; the order rotates from round to round.
+
+    Raises:
+        ConfigError: fewer than five rounds, which are too few for a median.
+    """
+    if rounds < FEWEST_ROUNDS:
+        raise ConfigError(f"rounds: found {rounds}; give at least {FEWEST_ROUNDS}")
+    seconds, cpu, results = ({name: () for name in things} for _ in range(3))
+    for number in range(rounds):
+        for name in rotated(things, number):
+            cpu_begin, begin = cpu_clock(), clock()
+            results[name] += (things[name](number),)
+            seconds[name] += (clock() - begin,)
+            cpu[name] += (cpu_clock() - cpu_begin,)
+    return Timing(seconds, cpu, results)
 
 
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+def rotated(things: Iterable[Any], number: int) -> list[Any]:
+    """The things in an order that changes from round to round; `-number` restores the order of round `number`."""
+    every = list(things)
+    first = number % len(every)
+    return every[first:] + every[:first]
 
 
-_SELF = Path("/proc/self")
+def verdict(reached: bool) -> str:
+    """Whether a goal was reached, as a table or a note says it."""
+    return "reached" if reached else "**missed**"
 
 
 def peak(call: Callable[[], object]) -> int:
@@ -154,11 +162,15 @@ def peak(call: Callable[[], object]) -> int:
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
+
+    def kilobytes(name: str) -> int:
+        return int(re.search(rf"^{name}:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+
     ctypes.CDLL(None).malloc_trim(0)
-    (_SELF / "clear_refs").write_text("5")
-    before = _kilobytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    before = kilobytes("VmRSS")
     call()
-    return 1024 * (_kilobytes("VmHWM") - before)
+    return 1024 * (kilobytes("VmHWM") - before)
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -169,10 +181,3 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool:
             return None
-
-
-def _kilobytes(name: str) -> int:
-    for line in (_SELF / "status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {name}")

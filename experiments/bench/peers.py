@@ -1,4 +1,4 @@
-"""The libraries that benches compare with ("peers"), and their separate environment.
+"""The libraries that benches compare with ("peers"), their separate environment, and the loss of TRL's trainer.
 
 `make peers` installs them into .venv-peers, which also sees the packages of .venv (requirements/peers.sh). A bench with
 `WITH_PEERS = True` runs in that environment if it exists, so that everything is measured in one process with the same
@@ -11,12 +11,22 @@ import importlib
 import importlib.util
 import os
 import sys
+import warnings
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-ROOT = Path(__file__).parents[2]
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from experiments.cli import ROOT
+from upge.train.sample import Trajectory
+
 PEERS = {
     "TRL": ("trl", "trl.trainer.utils"),
     "Liger": ("liger-kernel", "liger_kernel.chunked_loss"),
@@ -56,34 +66,122 @@ def load(name: str) -> ModuleType:
 
 
 @cache
-def missing() -> tuple[str, ...]:
-    """The peers that cannot be loaded, each with the reason."""
-    reasons = []
+def missing() -> dict[str, str]:
+    """The peers that cannot be loaded, with the reason."""
+    reasons = {}
     for name in PEERS:
         try:
             load(name)
         except ImportError as error:
-            reasons.append(f"{name} ({error})")
-    return tuple(reasons)
+            reasons[name] = str(error)
+    return reasons
 
 
 def present(name: str) -> bool:
     """Whether a peer can be loaded."""
-    return not any(entry.startswith(f"{name} (") for entry in missing())
+    return name not in missing()
 
 
 def summary() -> str:
     """Sentences on the installed peers, with versions, and on the missing ones."""
-    there = [f"{name} {_version(distribution)}" for name, (distribution, _) in PEERS.items() if present(name)]
+    there = []
+    for name in filter(present, PEERS):
+        try:
+            there.append(f"{name} {version(PEERS[name][0])}")
+        except PackageNotFoundError:
+            there.append(f"{name} of unknown version")
     parts = [f"Peers: {', '.join(there)}."] if there else []
     if missing():
-        names = ", ".join(entry.partition(" (")[0] for entry in missing())
-        parts.append(f"Not compared, because not installed: {names}; `make peers` installs them.")
+        parts.append(f"Not compared, because not installed: {', '.join(missing())}; `make peers` installs them.")
     return " ".join(parts)
 
 
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "of unknown version"
+class TRLLoss:
+    """Loss and backward of TRL's GRPOTrainer: a real trainer object with its own model, and inputs in its format.
+
+    The settings are the fastest ones here: no gradient checkpointing, no KL term, and rollouts of the current policy,
+    so that no old log-probs are needed. TRL pads a generation batch to its longest prompt and response, shuffles it and
+    splits it into micro-batches with the same number of sequences. The head computes only the responses, chunk by
+    chunk.
+
+    Create it before calling `upge.train.distributed.connect`, because a trainer takes the environment of a process
+    group as a sign of several processes. ZeRO-3 replaces `torch.nn.functional.linear` in the whole process; a call
+    restores the original while it runs.
+
+    Args:
+        model: folder in Hugging Face format.
+        size: responses of a group.
+        batch: sequences of a micro-batch; it divides the number of rollouts.
+        folder: where the trainer may write.
+    """
+
+    def __init__(self, model: str, size: int, batch: int, folder: Path) -> None:
+        from datasets import Dataset
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from trl import GRPOConfig, GRPOTrainer
+
+        self._linear, self._batch, self._size = F.linear, batch, size
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        config = GRPOConfig(
+            output_dir=str(folder), loss_type="grpo", beta=0.0, epsilon=0.2, num_generations=size,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=size, gradient_checkpointing=False,
+            bf16=False, use_cpu=not torch.cuda.is_available(), report_to=[],
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.trainer = GRPOTrainer(
+                model=network,
+                reward_funcs=lambda completions, **_: [0.0] * len(completions),
+                args=config,
+                train_dataset=Dataset.from_list([{"prompt": "1+1="}] * 8),
+                # The trainer needs a tokenizer; the measured code never uses it.
+                processing_class=AutoTokenizer.from_pretrained(ROOT / "experiments" / "models" / "tiny"),
+            )
+        self.model: nn.Module = self.trainer.model.train()
+
+    def inputs(self, rollouts: Sequence[Trajectory]) -> list[dict[str, Any]]:
+        """The micro-batches of a generation batch."""
+        device = next(self.model.parameters()).device
+        prompts, prompt_mask = padded([t.prompt_ids for t in rollouts], "left")
+        completions, completion_mask = padded([t.response_ids for t in rollouts], "right")
+        columns = {
+            "prompt_ids": prompts,
+            "prompt_mask": prompt_mask,
+            "completion_ids": completions,
+            "completion_mask": completion_mask,
+            "advantages": trl_advantages([t.reward for t in rollouts], self._size),
+        }
+        order = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(0))
+        parts = order.split(self._batch)
+        return [{name: column[rows].to(device) for name, column in columns.items()} for rows in parts]
+
+    def __call__(self, micro_batches: Sequence[dict[str, Any]]) -> None:
+        """Runs forward, loss and backward of a generation batch; the gradient stays in the model."""
+        replaced, F.linear = F.linear, self._linear
+        try:
+            self.model.zero_grad(set_to_none=True)
+            self.trainer.current_gradient_accumulation_steps = len(micro_batches)
+            for inputs in micro_batches:
+                self.trainer._compute_loss(self.model, inputs).backward()
+        finally:
+            F.linear = replaced
+
+    def gradient(self) -> list[Tensor]:
+        """The flat gradients of all parameters."""
+        return [parameter.grad.reshape(-1) for parameter in self.model.parameters()]
+
+
+def trl_advantages(rewards: Sequence[float], size: int) -> Tensor:
+    """[B] advantages as GRPOTrainer computes them from rewards in the order of groups: (R − mean)/(std + 1e-4)."""
+    groups = torch.tensor(rewards).view(-1, size)
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    return (centred / (groups.std(dim=1, keepdim=True) + 1e-4)).reshape(-1)
+
+
+def padded(sequences: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
+    """Token ids [B, longest], padded with zeros on the left or right, and the mask of the real ones."""
+    rows = [torch.tensor(ids) for ids in sequences]
+    ids, mask = (
+        pad_sequence(some, batch_first=True, padding_side=side) for some in (rows, [torch.ones_like(r) for r in rows])
+    )
+    return ids, mask

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.measure import Timing, interleaved
+from experiments.bench.measure import Spread, Timing, interleaved
+from experiments.cli import ROOT
 from upge.errors import ConfigError
 
 SUMMARY = "seconds from the command to the first rollout and the first step, with and without the cache"
@@ -51,7 +52,6 @@ def run(settings: Settings) -> str:
     Raises:
         ConfigError: the run refuses its settings, or `before` is not a checkout.
     """
-    here = Path(__file__).parents[2]
     before = Path(settings.before).expanduser().absolute()
     if settings.before and not (before / "experiments" / "config.py").is_file():
         raise ConfigError(f"before: {before} holds no experiments/config.py; give the folder of a checkout")
@@ -61,7 +61,7 @@ def run(settings: Settings) -> str:
         def started(root: Path, cache: str) -> Callable[[int], Marks]:
             return lambda number: _started(root, arguments, Path(folder), cache.format(number))
 
-        things = {NOW: started(here, "warm"), COLD: started(here, "cold-{}"), BEFORE: started(before, "before")}
+        things = {NOW: started(ROOT, "warm"), COLD: started(ROOT, "cold-{}"), BEFORE: started(before, "before")}
         things[NOW](0)
         if not (Path(folder) / "warm").exists():
             del things[COLD]
@@ -76,12 +76,10 @@ def table(timing: Timing) -> str:
     lines = [f"| start | | {' | '.join(MARKS)} | first step, times {base} |", "|---" * (len(MARKS) + 3) + "|"]
     for name, results in timing.results.items():
         for kind, what in enumerate(("seconds", "CPU")):
-            cells = [f"{statistics.median(marks[mark][kind] for marks in results):.1f}" for mark in MARKS]
-            pairs = zip(timing.results[base], results, strict=True)
-            ratios = [slow[MARKS[-1]][kind] / fast[MARKS[-1]][kind] for slow, fast in pairs]
-            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            cells.append("1" if name == base else spread)
-            lines.append(f"| {name} | {what} | {' | '.join(cells)} |")
+            medians = [f"{statistics.median(marks[mark][kind] for marks in results):.1f}" for mark in MARKS]
+            slow, fast = ([marks[MARKS[-1]][kind] for marks in some] for some in (timing.results[base], results))
+            times = "1" if name == base else f"{Spread.ratio(slow, fast):.2f}"
+            lines.append(f"| {name} | {what} | {' | '.join(medians)} | {times} |")
     rounds = len(timing.results[NOW])
     note = f"Since the command, medians of {rounds} rounds; CPU of the run's own process; ratios within the round."
     return "\n".join([*lines, "", note])
@@ -93,14 +91,8 @@ def _started(root: Path, arguments: Sequence[str], folder: Path, cache: str) -> 
     marks, output = folder / f"marks-{number}.jsonl", folder / f"run-{number}"
     environment = {**os.environ, "UPGE_CACHE": str(folder / cache)}
     command = [sys.executable, str(PROBE), str(marks), repr(time.time())]
-    done = subprocess.run(
-        [*command, *arguments, "steps=1", f"output={output}"],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command += [*arguments, "steps=1", f"output={output}"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip() or "no output").splitlines()[-1]
         raise ConfigError(f"run: the run ended with exit code {done.returncode}: {last}")

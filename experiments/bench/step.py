@@ -8,25 +8,16 @@ whether their group has a signal or not, divided by the seconds of the whole ste
 
 from __future__ import annotations
 
+import os
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.measure import Spread, Timing, interleaved, row
-from experiments.bench.trainers.link import (
-    ENGINES,
-    EPSILON,
-    OURS,
-    PLAIN,
-    TRL,
-    Child,
-    ChildError,
-    Start,
-    check,
-    cores,
-)
+from experiments.bench.measure import Spread, Timing, interleaved
+from experiments.bench.trainers import ENGINES, EPSILON, OURS, PLAIN, TRL, Child, ChildError, Start, check
+from experiments.grid import markdown_table
 from upge.errors import ConfigError
 
 SUMMARY = "whole training steps: trained tokens per second against TRL's GRPOTrainer, same gradient asserted"
@@ -49,7 +40,7 @@ class Settings:
         prompts, batch: for the tiny model, prompts of a step and rows of TRL's micro-batches.
         real_prompts, real_batch, real_tokens: the same for SmolLM2-135M, and its longest response.
         group: responses to a prompt.
-        trl: TRL's ways to sample: generate, continuous, vllm, vllm-mended (with fixed weight sync).
+        trl: TRL's ways to sample: generate, continuous, vllm, vllm-patched (with fixed weight sync).
         checksum: whether rewards in all steps are a checksum of the text, so that nearly every group has a signal.
         threads: OpenMP threads of each trainer; 0 = one for the tiny model, every core for SmolLM2-135M.
     """
@@ -64,7 +55,7 @@ class Settings:
     real_batch: int = 8
     real_tokens: int = 256
     group: int = 8
-    trl: str = "generate,vllm,vllm-mended"
+    trl: str = "generate,vllm,vllm-patched"
     checksum: bool = False
     threads: int = 0
 
@@ -108,12 +99,12 @@ def run(settings: Settings, start: Start = Child) -> str:
         *("case", "trainer", "trained tokens per second", f"{US} is faster by", "seconds a step"),
         *("of these sampling", "verdicts", "refresh", "update and the rest", "CPU seconds a step", "peak GiB"),
     ]
-    lines, remarks = [row(*header), "|---" * len(header) + "|"], []
+    rows, remarks = [], []
     for case in cases:
         outcome = measure(case, engines, settings, start)
-        lines += [_line(case, name, outcome) for name in outcome.timing.seconds]
+        rows += [_row(case, name, outcome) for name in outcome.timing.seconds]
         remarks += _remarks(case, outcome, settings)
-    return "\n".join([*lines, "", *remarks])
+    return "\n".join([markdown_table(header, rows), "", *remarks])
 
 
 def _cases(settings: Settings) -> list[Case]:
@@ -130,9 +121,8 @@ def _cases(settings: Settings) -> list[Case]:
             *("model=smollm2-135m", "data=gsm8k", f"data.path={data}", "data.evaluation_size=1"),
             *(f"prompts_per_step={settings.real_prompts}", f"rollout.max_response_tokens={settings.real_tokens}"),
         )
-        threads = settings.threads or cores()
-        name = "SmolLM2-135M, GSM8K"
-        cases.append(Case(name, (*arguments, *sizes), settings.real_prompts, settings.real_batch, threads))
+        sizes_of_step = (settings.real_prompts, settings.real_batch, settings.threads or len(os.sched_getaffinity(0)))
+        cases.append(Case("SmolLM2-135M, GSM8K", (*arguments, *sizes), *sizes_of_step))
     if not cases:
         raise ConfigError("tiny=false without a folder leaves nothing to measure; give folder=DIR with gsm8k/ in it")
     return cases
@@ -193,27 +183,21 @@ def _rates(timing: Timing, name: str) -> list[float]:
     return [figures["tokens"] / seconds for figures, seconds in pairs]
 
 
-def _times(timing: Timing, name: str) -> list[float]:
+def _times(timing: Timing, name: str) -> Spread:
     """Our tokens per second over those of a peer, round by round."""
-    return [ours / theirs for ours, theirs in zip(_rates(timing, US), _rates(timing, name), strict=True)]
+    return Spread.ratio(_rates(timing, US), _rates(timing, name))
 
 
-def _line(case: Case, name: str, outcome: Outcome) -> str:
+def _row(case: Case, name: str, outcome: Outcome) -> list[object]:
     timing = outcome.timing
     figures, seconds = timing.results[name], timing.seconds[name]
-    parts = {part: [one[part] for one in figures] for part in ("rollout", "verify", "refresh")}
-    rest = [whole - sum(some) for whole, *some in zip(seconds, *parts.values(), strict=True)]
-    medians = [f"{Spread.of(values).median:.3f}" for values in (*parts.values(), rest)]
-    return row(
-        case.name,
-        name,
-        Spread.of(_rates(timing, name)),
-        "1" if name == US else Spread.of(_times(timing, name)),
-        Spread.of(seconds),
-        *medians,
-        Spread.of(timing.cpu[name]),
-        f"{max(one['rss'] for one in figures):.1f}",
-    )
+    parts = [[one[part] for one in figures] for part in ("rollout", "verify", "refresh")]
+    rest = [whole - sum(some) for whole, *some in zip(seconds, *parts, strict=True)]
+    return [
+        *(case.name, name, Spread.of(_rates(timing, name)), "1" if name == US else _times(timing, name)),
+        *(Spread.of(seconds), *(f"{Spread.of(values).median:.3f}" for values in (*parts, rest))),
+        *(Spread.of(timing.cpu[name]), f"{max(one['rss'] for one in figures):.1f}"),
+    ]
 
 
 def _remarks(case: Case, outcome: Outcome, settings: Settings) -> list[str]:
@@ -228,7 +212,7 @@ def _remarks(case: Case, outcome: Outcome, settings: Settings) -> list[str]:
         f"by {gaps} of their norm.",
     ]
     for name in list(timing.seconds)[1:]:
-        times = Spread.of(_times(timing, name)).median
+        times = _times(timing, name).median
         verdict = "reached" if times >= GOAL else "not reached"
         lines += ["", f"Goal for {case.name} against {name}: at least {GOAL:g} times; {verdict}, {times:.3g} times."]
     for name, error in outcome.failed.items():

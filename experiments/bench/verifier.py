@@ -7,7 +7,6 @@ verify, with its own timeouts. Each case has its own pools and no problem twice,
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.bench.measure import Timing, interleaved
+from experiments.grid import markdown_table
+from upge.data.files import read_file
 from upge.errors import ConfigError
 from upge.verify import Item, VerifierPool, last_boxed
 from upge.verify.math import MathVerifier
@@ -60,15 +61,17 @@ class Settings:
 def run(settings: Settings) -> str:
     """A Markdown table, and the answers on which the verdicts differ."""
     header = ["answers", "with", "answers per second", "times the plain loop", "by CPU", "CPU ms per answer"]
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    rows = []
     differing: dict[Item, tuple[float, float]] = {}
     checked: set[Item] = set()
     for name, rounds in cases(settings):
-        timing = _measured(rounds, settings)
-        lines += [_row(name, thing, timing, len(rounds[0])) for thing in timing.seconds]
+        timing, count = _measured(rounds, settings), len(rounds[0])
+        for thing in timing.seconds:
+            times = timing.against(thing, LOOP)
+            rows.append([name, thing, timing.rate(thing, count), *times, timing.cost(thing, count)])
         differing |= _differences(timing, rounds)
         checked |= {item for items in rounds for item in items}
-    return "\n".join([*lines, "", _summary(differing, len(checked), settings)])
+    return "\n".join([markdown_table(header, rows), "", _summary(differing, len(checked), settings)])
 
 
 def cases(settings: Settings) -> Iterator[tuple[str, list[list[Item]]]]:
@@ -111,11 +114,6 @@ def plain_loop(items: Sequence[Item], limit: int) -> list[float]:
     return rewards
 
 
-def _row(case: str, thing: str, timing: Timing, count: int) -> str:
-    times = ["1"] * 2 if thing == LOOP else [timing.speedup(thing, LOOP), timing.thrift(thing, LOOP)]
-    return f"| {case} | {thing} | {timing.rate(thing, count)} | {times[0]} | {times[1]} | {timing.cost(thing, count)} |"
-
-
 def _differences(timing: Timing, rounds: list[list[Item]]) -> dict[Item, tuple[float, float]]:
     """The answers on which pool and loop differ, with both rewards.
 
@@ -140,9 +138,11 @@ def _summary(differing: dict[Item, tuple[float, float]], checked: int, settings:
     ]
     pairs = {(i.answer, last_boxed(i.response) or ""): rewards for i, rewards in differing.items()}
     if pairs:
-        lines += ["", "| ground truth | answer | plain loop | pool |", "|---|---|---|---|"]
-    for (answer, box), (loop, pool) in list(pairs.items())[:MOST_SHOWN]:
-        lines.append(f"| `{_cell(answer)}` | `{_cell(box)}` | {loop:g} | {pool:g} |")
+        shown = [
+            [f"`{_cell(answer)}`", f"`{_cell(box)}`", f"{loop:g}", f"{pool:g}"]
+            for (answer, box), (loop, pool) in list(pairs.items())[:MOST_SHOWN]
+        ]
+        lines += ["", markdown_table(["ground truth", "answer", "plain loop", "pool"], shown)]
     if len(pairs) > MOST_SHOWN:
         more = sum(pool > loop for loop, pool in pairs.values())
         lines += ["", f"These are the first {MOST_SHOWN} of {len(pairs)} different pairs; of all of them the pool "
@@ -228,14 +228,11 @@ def solutions(folder: str) -> list[tuple[str, str, str]]:
 
 def _real(folder: Path) -> Iterator[tuple[str, str, str]]:
     """The problems of MATH and GSM8K, alternately."""
-    import pyarrow.parquet
-
     math, gsm8k = folder / "math" / "train.parquet", folder / "gsm8k" / "train.jsonl"
     for path in (math, gsm8k):
         if not path.is_file():
             raise ConfigError(f"folder: there is no file '{path}'; give the folder that holds it, or none")
-    of_math = pyarrow.parquet.read_table(math).to_pylist()
-    of_gsm8k = [json.loads(line) for line in gsm8k.read_text("utf-8").split("\n") if line.strip()]
+    of_math, of_gsm8k = ([record.values for record in read_file(path)] for path in (math, gsm8k))
     for first, second in zip(of_math, of_gsm8k, strict=False):
         if first["answer"]:
             yield first["problem"], first["solution"], first["answer"]

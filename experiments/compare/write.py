@@ -19,8 +19,7 @@ from experiments.drawing import draw_band, draw_panels, dress, in_figure, save
 from experiments.grid import Grid, latex, markdown, markdown_text
 from upge.errors import DataError
 from upge.evaluation.intervals import Interval, intervals
-from upge.evaluation.passk import powers_of_two
-from upge.evaluation.scores import BenchmarkScores
+from upge.evaluation.scores import BenchmarkScores, powers_of_two
 
 COLUMNS = "kind benchmark level run baseline measure value low high p p_holm problems samples".split()
 

@@ -8,14 +8,216 @@ table in README.md, `--docs` updates docs/algorithms.md.
 
 from __future__ import annotations
 
+import re
 import sys
+import textwrap
 from collections.abc import Sequence
 
+import algorithms
 from experiments import cli
 from experiments.config import correction_names
-from experiments.describe import page
-from experiments.describe.listing import README, corrections_table, describe, table, updated
+from experiments.describe import correction_description, keys, members, needs, rows, words
+from experiments.files import DOCS, replace_block
+from experiments.grid import markdown_table
+from upge import Algorithm
 from upge.errors import ConfigError
+
+README, PAGE = cli.ROOT / "README.md", DOCS / "algorithms.md"
+BEGIN, END = "<!-- algorithms: begin (python -m experiments.describe --readme) -->", "<!-- algorithms: end -->"
+TABLE_BEGIN, TABLE_END = "<!-- table 1: begin -->", "<!-- table 1: end -->"
+
+
+def table(link: bool = False) -> str:
+    """A Markdown table with a row for each term of each algorithm: its gate, four factors and average."""
+    lines = []
+    for name in algorithms.names():
+        shown = f"[`{name}`](#{name})" if link else f"`{name}`"
+        for number, cells in enumerate(rows(name)):
+            lines.append(["" if number else shown, *(cell.replace("|", r"\|") for cell in cells)])
+    return markdown_table(["algorithm", "learns from", "gate", "1_stable", "1/π_ref", "Â", "likelihood", "w"], lines)
+
+
+def short_table() -> str:
+    """A Markdown table for README.md with a row per algorithm: what it is, its first paper, and its extra models."""
+    lines = []
+    for name in algorithms.names():
+        one, papers = algorithms.load(name), words(name).papers[:1]
+        sources = dict.fromkeys(row[0].rpartition(": ")[2] for row in rows(name))
+        extra = [n for n, needed in (("critic", one.needs.critic), ("reference policy", one.needs.reference)) if needed]
+        paper = "".join(f"[{number}](https://arxiv.org/abs/{number})" for number in papers)
+        link = f"[`{name}`](docs/algorithms.md#{name})"
+        lines.append([link, one.description, ", ".join(sources), paper, ", ".join(extra)])
+    return markdown_table(["algorithm", "what it is", "learns from", "paper", "extra models"], lines)
+
+
+def corrections_table(link: bool = False) -> str:
+    """A Markdown table of the corrections."""
+    shown = {n: f"[`{n}`](#correction-{n})" if link else f"`{n}`" for n in algorithms.corrections()}
+    lines = [(cell, correction_description(name)) for name, cell in shown.items()]
+    return markdown_table(["correction", "what it does"], lines)
+
+
+def describe(name: str, overrides: Sequence[str] = (), corrections: Sequence[str] = ()) -> str:
+    """One algorithm: its formula, the factors of each term, its paper and choices, and what it needs."""
+    algorithm = algorithms.load(name, overrides, corrections)
+    parts = [f"{algorithm.name}: {algorithm.description}", "", algorithm.formula()]
+    for path, one in members(algorithm):
+        parts += ["", *_terms(path, one)]
+    parts += ["", *_headers(name, corrections), "", "Needs:", *(_row(*need) for need in needs(algorithm).items())]
+    return "\n".join([*parts, "", "LaTeX:", algorithm.formula("latex")])
+
+
+def _row(left: str, right: str) -> str:
+    text, indent = f"{left:<24} {right}", " " * 27
+    return textwrap.fill(text, 118, initial_indent="  ", subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _terms(path: str, one: Algorithm) -> list[str]:
+    """Each term with its factors: the formula, and the part with its settings."""
+    lines = []
+    for name, term in one.terms.items():
+        times = "" if term.coefficient == 1 else f", times {term.coefficient:g}"
+        lines.append(f"{path}terms.{name}, from {term.source.replace('_', ' ')}{times}")
+        for place, part in term.parts.items():
+            lines.append(_row(place.removeprefix("estimator."), f"{part.formula().text}   {part!r}"))
+    for name, regularizer in one.regularizers.items():
+        lines.append(f"{path}regularizers.{name}, from {regularizer.source}")
+        lines.append(_row("", f"{regularizer.formula().text}   {regularizer!r}"))
+    if one.critic is not None:
+        lines += [f"{path}critic, minimised separately", _row("", f"{one.critic.formula().text}   {one.critic!r}")]
+    return lines
+
+
+def _headers(name: str, corrections: Sequence[str]) -> list[str]:
+    """The header of the algorithm's file and of each correction's, with their papers."""
+    lines = []
+    for file, folder in [(name, algorithms.FOLDER), *((c, algorithms.CORRECTIONS) for c in corrections)]:
+        header = words(file, folder)
+        numbers = ", ".join(f"arXiv {paper}" for paper in header.papers) or "none on arXiv"
+        text = "\n".join(filter(None, (header.what, header.textbook, header.choices)))
+        lines += [f"Paper of {algorithms.stem(file)}: {numbers}", *(f"  {line}" for line in text.splitlines())]
+    return lines
+
+
+def updated(text: str) -> str:
+    """The text of README.md with the table between its markers updated.
+
+    Raises:
+        ConfigError: the markers are missing.
+    """
+    return replace_block(text, README.name, BEGIN, END, f"\n{short_table()}\n", "where the table goes")
+
+
+INTRODUCTION = """\
+# The algorithms
+
+Generated by `python -m experiments.describe --docs` from the files in [algorithms/](../algorithms); edit those instead.
+Each algorithm is
+
+```
+∇J = Σ_terms Σ_trajectories  gate · w · Σ_t 1_stable · (1/π_ref) · Â · ∇π_θ      (+ regularizers)
+```
+
+r = π_θ/π_old, P = pass rate of the prompt's rollouts, R = reward, N trajectories, Q prompts, n trajectories of a
+prompt, |τ| tokens, H = entropy. A gate or a mask of 1 changes nothing. 1024 stands for the response limit of the run,
+`rollout.max_response_tokens`. `python -m experiments.describe algo=NAME correction=NAME algo.KEY=VALUE` shows an
+algorithm with other settings. Every key below can be given on the command line of `experiments.run`, or in
+
+```python
+algorithms.load("grpo", ["terms.rl.estimator.mask.high=0.28", "correction.tis.cap=3"], corrections=["tis"])
+```
+
+A mapping replaces a whole part: `"algo.terms.rl.estimator.mask={_target_: upge.NoMask}"`. It may name a part of your
+own ([extend.md](extend.md)).
+"""
+
+TABLE_1 = """\
+## Table 1 of the paper
+
+The table of arXiv 2509.04419 for the algorithms here: sympy derives the factor of ∇π_θ from each written objective
+(`upge.theory.symbolic`).
+"""
+
+CORRECTIONS = """\
+## Corrections
+
+Corrections apply to algorithms with rollouts, in the given order: `correction=tis` or `correction=[tis,kl_k3]` on the
+command line or in a recipe. A correction is a function from algorithm to algorithm
+([upge/corrections/](../upge/corrections/)). It wraps parts of the terms that learn from rollouts, because
+demonstrations are not sampled by an engine. Its settings are `correction.NAME.KEY=VALUE`, such as
+`correction.tis.cap=3`. Overrides of the algorithm apply before it and name the parts as the algorithm's file does.
+`correction=path/to/mine.yaml` takes a file of your own in the form of those in
+[algorithms/corrections/](../algorithms/corrections); `_target_` names the class, which may be your own.
+"""
+
+
+def page(previous: str = "") -> str:
+    """The whole page; Table 1 is taken from the page `previous` if sympy is not installed."""
+    parts = [INTRODUCTION, table(link=True), "", TABLE_1, _table_1(previous), ""]
+    for name in algorithms.names():
+        parts += _algorithm(name)
+    parts += [CORRECTIONS, corrections_table(link=True), ""]
+    for name in algorithms.corrections():
+        parts += _correction(name)
+    return "\n".join(parts)
+
+
+def _table_1(previous: str) -> str:
+    """The block of Table 1: derived if sympy is installed, else taken from `previous`."""
+    try:
+        from upge.theory.symbolic import table1_latex
+    except ImportError:
+        before = re.search(f"{re.escape(TABLE_BEGIN)}.*?{re.escape(TABLE_END)}", previous, re.DOTALL)
+        return before[0] if before else f"{TABLE_BEGIN}\n{TABLE_END}"
+    return "\n".join([TABLE_BEGIN, _block("latex", table1_latex()), TABLE_END])
+
+
+def _algorithm(name: str) -> list[str]:
+    """The section of an algorithm: what it is, paper, formula, choices, needs, keys."""
+    algorithm, header = algorithms.load(name), words(name)
+    formula = algorithm.formula("latex")
+    if r"\\" in formula:
+        formula = f"\\begin{{gathered}}\n{formula}\n\\end{{gathered}}"
+    lines = [f"## {name}", "", f"{_sentence(algorithm.description)} {_papers(header.papers)}".rstrip(), ""]
+    lines += [_block("text", header.what), "", _block("", algorithm.formula()), "", _block("math", formula), ""]
+    rest = "\n".join(text for text in (header.textbook, header.choices) if text)
+    lines += [_block("text", rest), ""] if rest else []
+    lines += ["Needs:", "", *(f"- **{need}**: {how}" for need, how in needs(algorithm).items()), ""]
+    own = "\n".join(_keys(name))
+    return [*lines, f"Keys, to append to `python -m experiments.run algo={name}`:", "", _block("", own), ""]
+
+
+def _correction(name: str) -> list[str]:
+    """The section of a correction: what it does, paper, choices, and an algorithm with it."""
+    header = words(name, algorithms.CORRECTIONS)
+    lines = [f"### correction {name}", "", f"{_sentence(correction_description(name))} {_papers(header.papers)}", ""]
+    lines += [_block("text", header.what), "", _block("text", header.choices), ""]
+    lines += ["On `grpo`:", "", _block("", algorithms.load("grpo", corrections=[name]).formula()), ""]
+    own = "\n".join(line for line in _keys("grpo", name) if line.startswith(f"{algorithms.CORRECTION}."))
+    return [*lines, "Its settings:", "", _block("", own), ""]
+
+
+def _keys(name: str, *corrections: str) -> list[str]:
+    lines = []
+    for key, value, followed in keys(name, corrections):
+        shown = f"{key}={value}" if not value.startswith("${") else key
+        lines.append(f"{shown}   # follows {followed}" if followed else shown)
+    return lines
+
+
+def _papers(papers: tuple[str, ...]) -> str:
+    return " ".join(f"[arXiv {paper}](https://arxiv.org/abs/{paper})" for paper in papers)
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:].rstrip(".") + "."
+
+
+def _block(language: str, text: str) -> str:
+    return f"```{language}\n{text}\n```"
+
+
+# The command.
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
@@ -46,7 +248,7 @@ def _describe(arguments: list[str]) -> int:
         if arguments == ["--readme"]:
             README.write_text(updated(README.read_text("utf-8")), "utf-8")
         elif arguments == ["--docs"]:
-            page.write()
+            PAGE.write_text(page(PAGE.read_text("utf-8") if PAGE.is_file() else ""), "utf-8")
         else:
             name, overrides, corrections = _parse(arguments)
             shown = f"{table()}\n\n{corrections_table()}" if name is None else describe(name, overrides, corrections)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
-from experiments.results import command, free_folder, git_commit, now, versions
+from experiments.files import command, free_folder, git_commit, now, versions
 from upge.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments import cli
-from experiments.results import command, git_commit, machine, now, versions
+from experiments.files import command, git_commit, machine, now, versions
 from upge.train.distributed import leave
 
 USAGE = """\

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from experiments.results import free_folder
+from experiments.files import free_folder
 from upge.errors import ConfigError
 from upge.evaluation import SampleFile
 from upge.evaluation.scores import NONE, same_answer

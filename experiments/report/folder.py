@@ -1,23 +1,16 @@
-"""What a run recorded: its folder, finished or interrupted, and the table of its accuracy before and after training.
-
-The numbers of the table come from two lines of evaluations.jsonl. `accuracy_rows` computes the rows once for the
-terminal (`print_table`) and the HTML report, so that the two cannot disagree.
-"""
+"""Reads the folder of a run, finished or interrupted."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 from yaml import YAMLError
 
-from experiments.grid import plain_table
+from experiments.grid import number
 from upge.errors import DataError, UserError
 
 
@@ -150,93 +143,3 @@ def _state_of_run(config: dict, metrics: tuple[dict, ...], evaluations: tuple[di
     if skipped:
         notes.append(f"Updates were skipped because of non-finite values: {skipped:.0f} is the highest count logged.")
     return notes
-
-
-@dataclass(frozen=True)
-class Change:
-    """One accuracy, a share of problems in [0, 1], before and after training; None where it was not measured."""
-
-    before: float | None
-    after: float | None
-
-    @property
-    def difference(self) -> float | None:
-        """After minus before, or None when one of them is missing."""
-        return None if self.before is None or self.after is None else self.after - self.before
-
-    def percents(self) -> tuple[str, str, str]:
-        """Before, after and the signed difference in percent with one decimal; a dash stands for a missing number."""
-        before, after = ("–" if value is None else f"{100 * value:.1f}" for value in (self.before, self.after))
-        return before, after, "" if self.difference is None else f"{100 * self.difference:+.1f}"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A difficulty level: how many problems it has and the change of each measure, in the order of `measures`."""
-
-    level: str
-    problems: int | None
-    changes: tuple[Change, ...]
-
-
-def measures(*evaluations: Mapping) -> tuple[str, ...]:
-    """The accuracies that these evaluation lines hold, in reading order: greedy, pass@k, mean@k."""
-    names = {key: None for line in evaluations for _, scores in _levels(line) for key in scores}
-    kinds = ("greedy", "pass@", "mean@")
-    return tuple(key for kind in kinds for key in names if key.startswith(kind))
-
-
-def accuracy_rows(before: Mapping, after: Mapping) -> list[Row]:
-    """A row for each difficulty level of either evaluation line, in their order, and last the row of all problems."""
-    old, new = dict(_levels(before)), dict(_levels(after))
-    names = [name for name in {**old, **new} if name != "all"]
-    names += ["all"] if "all" in old or "all" in new else []
-    rows = []
-    for name in names:
-        was, now = old.get(name, {}), new.get(name, {})
-        changes = tuple(Change(number(was.get(key)), number(now.get(key))) for key in measures(before, after))
-        rows.append(Row(name, now.get("problems", was.get("problems")), changes))
-    return rows
-
-
-def print_table(before: Mapping, after: Mapping, console: Console | None = None) -> None:
-    """Prints the change of every measure per level, within 80 columns for level names of up to 10 characters.
-
-    `before` and `after` are lines of evaluations.jsonl; an empty mapping stands for an evaluation that never happened.
-    The table goes to `console`, by default standard output, and is plain text if that is not a terminal.
-    """
-    console = console or Console(highlight=False)
-    ascii_only = console.options.ascii_only
-    arrow = "->" if ascii_only else "→"
-    title = f"Accuracy in %, step {before.get('step', '?')} {arrow} step {after.get('step', '?')}, and the difference"
-    table = plain_table(title)
-    table.add_column("level", overflow="fold", min_width=8)
-    table.add_column("n", justify="right", no_wrap=True)
-    for name in measures(before, after):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in accuracy_rows(before, after):
-        cells = [_cell(change, arrow, ascii_only) for change in row.changes]
-        problems = "" if row.problems is None else str(row.problems)
-        if row.level == "all" and table.row_count:
-            table.add_section()
-        table.add_row(row.level, problems, *cells, style="bold" if row.level == "all" else "")
-    console.print(table)
-
-
-def number(value: object) -> float | None:
-    """`value` as a finite float, or None when it is missing, not a number, infinite or NaN."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def _levels(line: Mapping) -> Iterator[tuple[str, Mapping]]:
-    yield from line.get("levels", {}).items()
-    if "all" in line:
-        yield "all", line["all"]
-
-
-def _cell(change: Change, arrow: str, ascii_only: bool) -> str:
-    before, after, difference = change.percents()
-    cell = f"{before} {arrow} {after:>5} {difference:>5}"
-    return cell.replace("–", "-") if ascii_only else cell

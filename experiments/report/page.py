@@ -16,8 +16,9 @@ from typing import Any
 from markupsafe import Markup
 
 from experiments.drawing import render
+from experiments.grid import accuracy_rows, measures, number
 from experiments.report.draw import color_name, draw, smoothing_window
-from experiments.report.folder import RunFolder, accuracy_rows, measures, number, read_run
+from experiments.report.folder import RunFolder, read_run
 from experiments.report.gate import gate_plots, heat_map
 from experiments.report.series import Plot, Series, evaluation_plots, select, stages
 

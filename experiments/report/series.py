@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from experiments.report.folder import measures, number
+from experiments.grid import measures, number
 
 
 @dataclass(frozen=True)

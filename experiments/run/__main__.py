@@ -66,7 +66,7 @@ def help_text() -> str:
     """What `--help` prints: algorithms, models, data sets, and every key, at most 120 columns wide."""
     import algorithms
     from experiments.config import CONFIGS, GROUPS, presets
-    from experiments.describe.listing import correction_description
+    from experiments.describe import correction_description
     from upge.config import meanings
     from upge.train.config import RunConfig
 

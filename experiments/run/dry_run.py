@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from experiments.config import MODELS, Composed
-from experiments.describe.catalogue import members
+from experiments.describe import members
 from experiments.run.memory_check import Outlook, outlook
 from experiments.run.prepare import (
     PROVIDED,

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import Composed, suite_config
-from experiments.describe.catalogue import members
-from experiments.results import free_folder
+from experiments.describe import members
+from experiments.files import free_folder
 from experiments.run import answer_check
 from upge import data, rollout
 from upge.algorithm import Algorithm

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments import results
+from experiments import files
 from experiments.cli import collector_paused
 from upge.train.distributed import World
 
@@ -99,10 +99,8 @@ def train(composed: Any, prepared: Any, world: World) -> int:
 def _models(composed: Any, world: World) -> Any:
     """The policy, and a critic and a reference policy if the algorithm needs them."""
     from upge.pipeline import Pipeline
-    from upge.train.critic import CriticEngine
-    from upge.train.engine import Engine
+    from upge.train.engine import CriticEngine, Engine, ReferencePolicy
     from upge.train.learner import Models
-    from upge.train.reference_policy import ReferencePolicy
 
     config, stages = composed.config, Pipeline.of(composed.algorithm).stages.values()
     policy = Engine(config.model, config.optimizer, world, config.rollout.temperature)
@@ -126,7 +124,7 @@ def _sampler(config: Any) -> Any:
 
 def _finish(path: Path, code: int, say: Any) -> None:
     """Prints the table and writes the report, with what there is if the run stopped early."""
-    from experiments.report.folder import print_table
+    from experiments.grid import print_table
     from experiments.report.page import write_report
     from upge.train.folder import RunFolder, read_lines
     from upge.train.trainer import NOT_FINITE
@@ -150,19 +148,19 @@ def _finish(path: Path, code: int, say: Any) -> None:
 def _facts(composed: Any, world: World, sampler: Any, engine: Any, from_step: int) -> dict[str, Any]:
     """run.json: how this run was made."""
     return {
-        "command": results.command("experiments.run", sys.argv[1:]),
-        "started": results.now(),
+        "command": files.command("experiments.run", sys.argv[1:]),
+        "started": files.now(),
         "from_step": from_step,
         "names": dict(composed.names),
         "seed": composed.config.seed,
         "world_size": world.size,
         "device": str(world.device.type),
-        "machine": results.machine(),
+        "machine": files.machine(),
         "engine": sampler.name,
         "engine_reason": sampler.reason,
         "parameters": engine.parameters,
         "formula_text": composed.algorithm.formula(),
         "formula_latex": composed.algorithm.formula("latex"),
-        "versions": results.versions(),
-        "git_commit": results.git_commit(),
+        "versions": files.versions(),
+        "git_commit": files.git_commit(),
     }

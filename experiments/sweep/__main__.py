@@ -14,18 +14,17 @@ from typing import Any
 from markupsafe import Markup
 from rich.console import Console
 
-from experiments import cli, results
+from experiments import cli, files
 from experiments.compare.load import load as load_evaluations
 from experiments.drawing import inline, render
 from experiments.grid import Grid, markdown, markdown_text, print_grid
-from experiments.results import DOCS
 from experiments.sweep import collect, execute, tables
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import Sweep, SweepConfig, load, names
 from upge.config import meanings
 from upge.errors import ConfigError, UserError
 
-PAGE = DOCS / "results.md"
+PAGE = files.DOCS / "results.md"
 
 USAGE = """\
 Usage: python -m experiments.sweep [sweep=NAME|FILE] [seeds=0..4] [grid.KEY=[A,B]] [key=value ...]
@@ -97,7 +96,7 @@ def _chosen(sweep: Sweep, flags: dict[str, bool]) -> tuple[Sweep, int]:
 
 
 def _report(folder: SweepFolder, arguments: Sequence[str], flags: dict[str, bool]) -> int:
-    shown = results.command("experiments.sweep", [a for a in arguments if not a.startswith(("output=", "jobs="))])
+    shown = files.command("experiments.sweep", [a for a in arguments if not a.startswith(("output=", "jobs="))])
     made = report(folder, shown, lambda: facts(folder))
     if made is None:
         print("no run is done yet, so there is nothing to report")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from experiments import cli, results
+from experiments import cli, files
 from experiments.config import compose
 from experiments.evaluate.prepare import choose
 from experiments.sweep.folder import SweepFolder
@@ -224,7 +224,7 @@ class JobPool:
         with job.log.open("a", encoding="utf-8") as log:
             for place, (module, arguments) in enumerate(job.modules):
                 command = [*launcher(job.ranks if place == 0 else 1), "-m", module, *arguments]
-                print(f"{COMMAND_PREFIX}{results.command(module, arguments)}", file=log, flush=True)
+                print(f"{COMMAND_PREFIX}{files.command(module, arguments)}", file=log, flush=True)
                 with self._lock:
                     if self.stopped:
                         return 128 + self.stopped

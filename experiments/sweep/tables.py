@@ -30,7 +30,7 @@ from experiments.sweep.collect import (
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import Sweep
 from upge.evaluation.intervals import Interval, holm, paired_t, t_interval
-from upge.evaluation.passk import powers_of_two
+from upge.evaluation.scores import powers_of_two
 
 COSTS = {
     "updates": "updates",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sympy import Expr, Rational, exp, log, sqrt
 
-from experiments.table1.written import (
+from experiments.table1.rollouts import (
     LENGTH,
     SHAPING,
     all_centred,
@@ -14,6 +14,7 @@ from experiments.table1.written import (
     clipped_white,
     expert_mean,
     experts,
+    fixed_length,
     gae,
     pass_rate,
     succeeded,
@@ -59,19 +60,23 @@ def offline_rl(w: World) -> Expr:
 
 def luffy(w: World) -> Expr:
     """Â·r on rollouts, Â·π_θ/(π_θ + 0.1) on demonstrations, one divisor."""
-    shaped = lambda row: [p / (p + SHAPING) for p in row.p] if row.is_demonstration else row.ratios  # noqa: E731
-    return mean(a * total(shaped(row)) / LENGTH for row, a in all_centred(w, union=True))
+
+    def one(row: Row, t: int, a: Expr) -> Expr:
+        return a * (row.p[t] / (row.p[t] + SHAPING) if row.is_demonstration else row.ratios[t])
+
+    return fixed_length(all_centred(w, union=True), one)
 
 
 def rl_plus(w: World) -> Expr:
     """As luffy, with 2π_θ/(π_old + ω)·√(1 - π_θ), the root detached, ω = (π_old + 1)/2, on demonstrations."""
 
-    def one(row: Row, t: int) -> Expr:
+    def one(row: Row, t: int, a: Expr) -> Expr:
+        if not row.is_demonstration:
+            return a * row.ratios[t]
         omega = (row.q[t] + 1) / 2
-        return 2 * row.p[t] / (row.q[t] + omega) * sqrt(1 - w.sg(row.p[t]))
+        return a * 2 * row.p[t] / (row.q[t] + omega) * sqrt(1 - w.sg(row.p[t]))
 
-    terms = lambda row: [one(row, t) for t in range(len(row))] if row.is_demonstration else row.ratios  # noqa: E731
-    return mean(a * total(terms(row)) / LENGTH for row, a in all_centred(w, union=True))
+    return fixed_length(all_centred(w, union=True), one)
 
 
 def srft_offline(w: World) -> Expr:

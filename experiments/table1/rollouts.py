@@ -1,29 +1,140 @@
 """Objectives on rollouts: on-policy, off-policy, preference pairs, corrections. Each is J, to be maximised.
 
-The corrections apply to the clipped objective with a constant length.
+The corrections apply to the clipped objective with a constant length. The pieces come first: groups, advantages,
+surrogates, means. Nothing here uses the algorithms' parts.
 """
 
 from __future__ import annotations
 
-from sympy import Expr, Rational, exp, log
+from collections.abc import Callable, Mapping, Sequence
 
-from experiments.table1.written import (
-    LENGTH,
-    all_centred,
-    all_different,
-    centred,
-    clipped_white,
-    gae,
-    likelihood,
-    own,
-    paid,
-    punished,
-    succeeded,
-    surrogate,
-    surrogate_mean,
-    token_mean,
-)
+from sympy import Expr, Rational, exp, log, sqrt
+
 from upge.theory.symbolic import Row, World, mean, product, total
+
+#: The response limit that the files' constants divide by outside a run.
+LENGTH = 1024
+#: The coefficient of a KL or entropy penalty.
+COEFFICIENT = Rational("0.001")
+SHAPING = Rational(1, 10)
+#: The response limit in proofs of overlong shaping, and the number of tokens before it in which the penalty grows.
+LIMIT, BUFFER = 4, 2
+#: Rows with their advantages.
+Pairs = list[tuple[Row, Expr]]
+Reward = Callable[[Row], Expr]
+
+
+def own(question: Sequence[Row]) -> list[Row]:
+    """The rollouts of a prompt."""
+    return [row for row in question if not row.is_demonstration]
+
+
+def experts(question: Sequence[Row]) -> list[Row]:
+    """The demonstrations of a prompt."""
+    return [row for row in question if row.is_demonstration]
+
+
+def succeeded(w: World, row: Row) -> bool:
+    """Whether the reward, a symbol here, is above one half."""
+    return w.less(Rational(1, 2), row.reward)
+
+
+def pass_rate(w: World, question: Sequence[Row]) -> Rational:
+    """P, the share of successes among the rollouts."""
+    return Rational(sum(succeeded(w, row) for row in own(question)), len(own(question)))
+
+
+def centred(
+    w: World, question: Sequence[Row], std: bool = False, union: bool = False, reward: Reward = lambda row: row.reward
+) -> Pairs:
+    """Rows with R - mean R, divided by std R + 1e-6 with `std`; with `union` the group includes demonstrations."""
+    members = list(question) if union else own(question)
+    average = mean(map(reward, members))
+    scale = Rational(1)
+    if std:
+        scale = sqrt(total((reward(row) - average) ** 2 for row in members) / (len(members) - 1)) + Rational("1e-6")
+    return [(row, w.advantage(row, (reward(row) - average) / scale)) for row in members]
+
+
+def all_different(w: World) -> list[list[Row]]:
+    """The prompts for which some rollouts succeed and some fail."""
+    return [question for question in w.questions if 0 < pass_rate(w, question) < 1]
+
+
+def all_centred(w: World, std: bool = False, union: bool = False) -> Pairs:
+    """The rows of `centred` for all prompts."""
+    return [pair for question in w.questions for pair in centred(w, question, std, union)]
+
+
+def surrogate(w: World, row: Row, t: int, a: Expr, low: str = "0.2", high: str = "0.2") -> Expr:
+    """min(r·A, clip(r, 1 - low, 1 + high)·A)."""
+    r = row.p[t] / row.q[t]
+    return w.minimum(r * a, w.clip(r, 1 - Rational(low), 1 + Rational(high)) * a)
+
+
+def surrogate_mean(w: World, pairs: Pairs) -> Expr:
+    """The mean over responses of the mean over tokens of the surrogate."""
+    return mean(mean(surrogate(w, row, t, a) for t in range(len(row))) for row, a in pairs)
+
+
+def fixed_length(pairs: Pairs, value: Callable[[Row, int, Expr], Expr]) -> Expr:
+    """The mean over responses of Σ_t value(row, t, A)/L."""
+    return mean(total(value(row, t, a) for t in range(len(row))) / LENGTH for row, a in pairs)
+
+
+def question_mean(w: World, value: Callable[[Row, Expr], Expr]) -> Expr:
+    """The mean over prompts of the mean over responses of value(row, A), A divided by the standard deviation."""
+    return mean(mean(value(row, a) for row, a in centred(w, question, std=True)) for question in w.questions)
+
+
+def token_mean(pairs: Pairs, value: Callable[[Row, int, Expr], Expr]) -> Expr:
+    """Σ value(row, t, A) over all tokens, divided by their number."""
+    return total(value(row, t, a) for row, a in pairs for t in range(len(row))) / sum(len(row) for row, _ in pairs)
+
+
+def expert_mean(w: World, value: Callable[[Row, int], Expr]) -> Expr:
+    """Σ value(row, t) over all tokens of demonstrations, divided by their number."""
+    return token_mean([(row, Rational(1)) for row in w.demonstrations], lambda row, t, _: value(row, t))
+
+
+def likelihood(row: Row) -> Expr:
+    """log π_θ of a response."""
+    return total(map(log, row.p))
+
+
+def punished(row: Row) -> Expr:
+    """R - 0.5·clip((|τ| - (limit - buffer))/buffer, 0, 1)."""
+    return row.reward - Rational("0.5") * max(0, min(1, Rational(len(row) - (LIMIT - BUFFER), BUFFER)))
+
+
+def paid(row: Row) -> list[Expr]:
+    """Reward per token: the outcome's at the end, minus 0.001·log(π_old/π_frozen) everywhere."""
+    penalties = [COEFFICIENT * (log(q) - log(f)) for q, f in zip(row.q, row.f, strict=True)]
+    return [(row.reward if t == len(row) - 1 else 0) - penalty for t, penalty in enumerate(penalties)]
+
+
+def gae(row: Row, rewards: Sequence[Expr]) -> list[Expr]:
+    """Σ_{k≥t} 0.95^{k-t}·(r_k + V_{k+1} - V_k), no discount."""
+    deltas = [r + (row.v[t + 1] if t + 1 < len(row) else 0) - row.v[t] for t, r in enumerate(rewards)]
+    return [total(Rational("0.95") ** (k - t) * deltas[k] for k in range(t, len(row))) for t in range(len(row))]
+
+
+def clipped_white(w: World, values: Mapping[int, Sequence[Expr]]) -> Expr:
+    """The token mean of the clipped surrogate with the whitened advantages (A - mean A)/√(var A + 1e-8).
+
+    `values` maps a row's index to A of each token; mean and variance are over all rollout tokens.
+    """
+    everything = [a for row in w.rollouts for a in values[row.index]]
+    centre = mean(everything)
+    scale = sqrt(total((a - centre) ** 2 for a in everything) / (len(everything) - 1) + Rational(1, 10**8))
+
+    def value(row: Row, t: int, _: Expr) -> Expr:
+        return surrogate(w, row, t, w.advantage(row, (values[row.index][t] - centre) / scale, t))
+
+    return token_mean([(row, Rational(1)) for row in w.rollouts], value)
+
+
+# On-policy, off-policy, preference pairs.
 
 
 def reinforce(w: World) -> Expr:
@@ -39,12 +150,12 @@ def reinforce_plus_plus(w: World) -> Expr:
 
 def rloo(w: World) -> Expr:
     """(1/N) Σ (R - mean of the others)·log π_θ(τ)."""
-    terms = []
-    for question in w.questions:
-        for row in own(question):
-            others = mean(other.reward for other in own(question) if other is not row)
-            terms.append(w.advantage(row, row.reward - others) * likelihood(row))
-    return mean(terms)
+
+    def one(row: Row, group: Sequence[Row]) -> Expr:
+        others = mean(other.reward for other in group if other is not row)
+        return w.advantage(row, row.reward - others) * likelihood(row)
+
+    return mean(one(row, own(question)) for question in w.questions for row in own(question))
 
 
 def ppo(w: World) -> Expr:
@@ -59,13 +170,12 @@ def grpo(w: World) -> Expr:
 
 def dr_grpo(w: World) -> Expr:
     """Clipped, Â without the standard deviation, a constant length."""
-    return mean(total(surrogate(w, row, t, a) for t in range(len(row))) / LENGTH for row, a in all_centred(w))
+    return fixed_length(all_centred(w), lambda row, t, a: surrogate(w, row, t, a))
 
 
 def dapo(w: World) -> Expr:
     """Clipped at 1.28, token mean, prompts whose responses differ, rewards that fall near the limit, by 0.5."""
-    reward = lambda row: punished(row, "0.5")  # noqa: E731
-    pairs = [pair for question in all_different(w) for pair in centred(w, question, std=True, reward=reward)]
+    pairs = [pair for question in all_different(w) for pair in centred(w, question, std=True, reward=punished)]
     return token_mean(pairs, lambda row, t, a: surrogate(w, row, t, a, high="0.28")) if pairs else Rational(0)
 
 
@@ -83,7 +193,7 @@ def gspo(w: World) -> Expr:
         s = product(row.ratios) ** Rational(1, len(row))
         return w.minimum(s * a, w.clip(s, 1 - Rational("3e-4"), 1 + Rational("4e-4")) * a)
 
-    return mean(mean(one(row, a) for row, a in centred(w, question, std=True)) for question in w.questions)
+    return question_mean(w, one)
 
 
 def sapo(w: World) -> Expr:
@@ -93,10 +203,7 @@ def sapo(w: World) -> Expr:
         tau = Rational(1) if w.less(0, a) else Rational("1.05")
         return 4 / tau / (1 + exp(-tau * (row.p[t] / row.q[t] - 1))) * a
 
-    return mean(
-        mean(mean(one(row, t, a) for t in range(len(row))) for row, a in centred(w, question, std=True))
-        for question in w.questions
-    )
+    return question_mean(w, lambda row, a: mean(one(row, t, a) for t in range(len(row))))
 
 
 def gmpo(w: World) -> Expr:
@@ -108,7 +215,7 @@ def gmpo(w: World) -> Expr:
         logs = [w.minimum(log(r), bound) if up else w.maximum(log(r), -bound) for r in row.ratios]
         return a * exp(mean(logs))
 
-    return mean(mean(one(row, a) for row, a in centred(w, question, std=True)) for question in w.questions)
+    return question_mean(w, one)
 
 
 def opmd(w: World) -> Expr:
@@ -136,14 +243,12 @@ def dpo(w: World) -> Expr:
     return mean(gains)
 
 
-COEFFICIENT = Rational("0.001")
+# Corrections.
 
 
-def _weighted(w: World, weight) -> Expr:
+def _weighted(w: World, weight: Callable[[Row, int], Expr]) -> Expr:
     """Σ_t weight(row, t)·min(r·Â, clip(r)·Â)/L; the weight holds no π_θ."""
-    return mean(
-        total(weight(row, t) * surrogate(w, row, t, a) for t in range(len(row))) / LENGTH for row, a in all_centred(w)
-    )
+    return fixed_length(all_centred(w), lambda row, t, a: weight(row, t) * surrogate(w, row, t, a))
 
 
 def tis(w: World) -> Expr:
@@ -188,12 +293,11 @@ def dual_clip(w: World) -> Expr:
         inner = surrogate(w, row, t, a)
         return w.maximum(inner, 3 * a) if w.less(a, 0) else inner
 
-    return mean(total(one(row, t, a) for t in range(len(row))) / LENGTH for row, a in all_centred(w))
+    return fixed_length(all_centred(w), one)
 
 
-def _minus(w: World, penalty) -> Expr:
-    tokens = [penalty(row, t) for row in w.rollouts for t in range(len(row))]
-    return dr_grpo(w) - COEFFICIENT * mean(tokens)
+def _minus(w: World, penalty: Callable[[Row, int], Expr]) -> Expr:
+    return dr_grpo(w) - COEFFICIENT * mean(penalty(row, t) for row in w.rollouts for t in range(len(row)))
 
 
 def kl_k1(w: World) -> Expr:
@@ -222,18 +326,16 @@ def kl_reward(w: World) -> Expr:
     def one(row: Row, t: int, a: Expr) -> Expr:
         return surrogate(w, row, t, a - COEFFICIENT * total(w.sg(log(row.p[k] / row.f[k])) for k in range(t, len(row))))
 
-    return mean(total(one(row, t, a) for t in range(len(row))) / LENGTH for row, a in all_centred(w))
+    return fixed_length(all_centred(w), one)
 
 
 def overlong(w: World) -> Expr:
     """Rewards that fall near the response limit."""
-    reward = lambda row: punished(row, "0.5")  # noqa: E731
-    pairs = [pair for question in w.questions for pair in centred(w, question, reward=reward)]
-    return mean(total(surrogate(w, row, t, a) for t in range(len(row))) / LENGTH for row, a in pairs)
+    pairs = [pair for question in w.questions for pair in centred(w, question, reward=punished)]
+    return fixed_length(pairs, lambda row, t, a: surrogate(w, row, t, a))
 
 
 def dynamic_sampling(w: World) -> Expr:
     """Only prompts whose responses differ, in sum and divisor."""
     pairs = [pair for question in all_different(w) for pair in centred(w, question)]
-    values = [total(surrogate(w, row, t, a) for t in range(len(row))) / LENGTH for row, a in pairs]
-    return mean(values) if values else Rational(0)
+    return fixed_length(pairs, lambda row, t, a: surrogate(w, row, t, a)) if pairs else Rational(0)

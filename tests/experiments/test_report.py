@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from experiments.grid import accuracy_rows, print_table
 from experiments.report.__main__ import main
 from experiments.report.draw import smoothing_window
-from experiments.report.folder import accuracy_rows, print_table
 from experiments.report.page import write_report
 from experiments.report.series import Series
 from upge.errors import DataError, UserError

@@ -13,9 +13,8 @@ import sympy as sp
 from sympy import Rational
 
 import upge
+from experiments.table1 import ADVANTAGE, OLD, RATIO, STATEMENTS, THETA, readings
 from experiments.table1 import __main__ as table1
-from experiments.table1 import page
-from experiments.table1.statements import ADVANTAGE, OLD, RATIO, STATEMENTS, THETA, readings
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,8 +32,8 @@ def test_table_1_is_the_papers():
         "SRFT (offline)": (sp.Integer(1), ADVANTAGE),
         "LUFFY (offline)": (sp.Integer(1), ADVANTAGE * gamma / (THETA + gamma) ** 2),
     }
-    assert [method.name for method in page.METHODS] == list(expected)
-    for method in page.METHODS:
+    assert [method.name for method in table1.METHODS] == list(expected)
+    for method in table1.METHODS:
         first, *others = readings(method)
         reference, gradient = expected[method.name]
         assert sp.simplify(first.reference - reference) == 0 and sp.simplify(first.gradient - gradient) == 0
@@ -47,24 +46,24 @@ def test_table_1_is_the_papers():
 
 
 def test_the_page_is_the_generated_one():
-    text = page.PAGE.read_text("utf-8")
-    assert page.updated(text) == text, "run python -m experiments.table1 --docs"
+    text = table1.PAGE.read_text("utf-8")
+    assert table1.updated(text) == text, "run python -m experiments.table1 --docs"
     assert "| NO |" not in text and text.count("| yes |") == len(STATEMENTS)
     with pytest.raises(upge.ConfigError, match="missing"):
-        page.updated("nothing")
+        table1.updated("nothing")
 
 
 def test_the_examples_on_the_page_run():
-    (code,) = re.findall(r"```python\n(.*?)```", page.PAGE.read_text("utf-8"), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", table1.PAGE.read_text("utf-8"), re.DOTALL)
     exec(compile(code, "docs/table1.md", "exec"), {})
 
 
 def test_latex_is_well_formed(tmp_path):
     """Compiled where there is a LaTeX, and looked through in any case."""
-    source = page.table1_latex()
+    source = table1.table1_latex()
     assert not re.search(r"[^\x00-\x7f]", source), "everything outside ASCII needs a command"
     rows = [line for line in source.splitlines() if line.endswith(r"\\")]
-    assert len(rows) == 1 + len(page.METHODS) + 1 and all(len(re.findall(r"(?<!\\)&", row)) == 4 for row in rows)
+    assert len(rows) == 1 + len(table1.METHODS) + 1 and all(len(re.findall(r"(?<!\\)&", row)) == 4 for row in rows)
     depth = 0
     for character in source.replace(r"\{", "").replace(r"\}", ""):
         depth += {"{": 1, "}": -1}.get(character, 0)

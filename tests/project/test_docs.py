@@ -12,7 +12,7 @@ import algorithms
 import upge
 from experiments import config
 from experiments.describe import __main__ as describe
-from experiments.describe import catalogue, listing, page
+from experiments.describe import keys, words
 from experiments.run.__main__ import help_text
 from upge.config import meanings
 from upge.train.config import RunConfig
@@ -26,8 +26,8 @@ def blocks(path: str, language: str) -> list[str]:
 
 
 def test_readme_table_is_the_generated_one():
-    text = listing.README.read_text()
-    assert listing.updated(text) == text, "run python -m experiments.describe --readme"
+    text = describe.README.read_text()
+    assert describe.updated(text) == text, "run python -m experiments.describe --readme"
 
 
 def test_help_names_everything():
@@ -39,16 +39,16 @@ def test_help_names_everything():
 
 
 def test_algorithms_page_is_the_generated_one():
-    text = page.PATH.read_text("utf-8")
-    assert page.page(text) == text, "run python -m experiments.describe --docs"
+    text = describe.PAGE.read_text("utf-8")
+    assert describe.page(text) == text, "run python -m experiments.describe --docs"
 
 
 def test_algorithms_page_has_a_section_for_everything_with_its_paper():
-    text = page.PATH.read_text("utf-8")
+    text = describe.PAGE.read_text("utf-8")
     for name in algorithms.names():
         (section,) = re.findall(rf"^## {name}\n(.*?)(?=^## )", text, re.MULTILINE | re.DOTALL)
         assert f"(#{name})" in text and algorithms.load(name).formula() in section
-        papers = catalogue.words(name).papers
+        papers = words(name).papers
         assert papers and all(f"https://arxiv.org/abs/{paper}" in section for paper in papers)
         assert re.search(r"^- \*\*(rollouts|demonstrations|preference pairs)\*\*: ", section, re.MULTILINE)
     for name in algorithms.corrections():
@@ -58,7 +58,7 @@ def test_algorithms_page_has_a_section_for_everything_with_its_paper():
 def test_every_key_of_the_page_is_one():
     """What is listed may be given as it stands; what follows another key follows one that is listed."""
     for name in algorithms.names():
-        listed = catalogue.keys(name)
+        listed = keys(name)
         plain = algorithms.load(name)
         followed = {key: target for key, _, target in listed if target}
         same = [f"{key.removeprefix('algo.')}={value}" for key, value, _ in listed if key not in followed]
@@ -79,10 +79,10 @@ def test_describe_prints_each_algorithm(capsys):
         assert describe.main([f"algo={name}"]) == 0
         found, algorithm = capsys.readouterr().out, algorithms.load(name)
         assert algorithm.formula() in found and algorithm.formula("latex") in found
-        assert all(f"arXiv {paper}" in found for paper in catalogue.words(name).papers)
+        assert all(f"arXiv {paper}" in found for paper in words(name).papers)
         assert all(line.strip() in found for line in algorithms.header(algorithms.find(name)).splitlines())
-        words = " ".join(found.split())
-        assert all(f" {type(part).__name__}(" in words for path, part in algorithm.parts.items() if "terms." in path)
+        line = " ".join(found.split())
+        assert all(f" {type(part).__name__}(" in line for path, part in algorithm.parts.items() if "terms." in path)
 
 
 def test_describe_says_what_the_trainer_must_provide(capsys):

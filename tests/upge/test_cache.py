@@ -12,7 +12,8 @@ import pytest
 from experiments.pretrain import build_tokenizer
 from experiments.run import answer_check
 from upge import cache
-from upge.data import Problem, Prompting, encode, tokens
+from upge.data import Problem, Prompting, encode
+from upge.data import prompting as encoding
 from upge.verify.math import MathVerifier
 
 LIMITS = {"max_prompt_tokens": 64, "max_response_tokens": 64}
@@ -24,7 +25,7 @@ PROBLEMS = [
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("UPGE_CACHE", str(tmp_path))
-    monkeypatch.setattr(tokens, "LEAST", 1)
+    monkeypatch.setattr(encoding, "LEAST", 1)
     monkeypatch.setattr(answer_check, "_known", {})
     return tmp_path
 
@@ -42,12 +43,12 @@ def test_the_examples_are_the_same_with_and_without(folder: Path, prompting: Pro
     made = encode(PROBLEMS, prompting, **LIMITS)
     entries = kept(folder)
     assert len(entries) == 3  # prompts, demonstrations, rejected responses
-    monkeypatch.setattr(tokens, "_made", None)
+    monkeypatch.setattr(encoding, "_made", None)
     assert encode(PROBLEMS, prompting, **LIMITS) == made
     # Limits decide what becomes of the tokens, not what they are.
     assert encode(PROBLEMS, prompting, max_prompt_tokens=64, max_response_tokens=3).dropped_demonstrations > 0
     monkeypatch.undo()
-    monkeypatch.setattr(tokens, "LEAST", 10**9)
+    monkeypatch.setattr(encoding, "LEAST", 10**9)
     assert encode(PROBLEMS, prompting, **LIMITS) == made and kept(folder) == entries
 
 
@@ -58,15 +59,15 @@ def test_whatever_decides_on_the_tokens_gives_another_entry(folder: Path, prompt
     split = build_tokenizer()
     split.split_special_tokens = True
     keys = {
-        tokens._key(texts, split, "a"),
-        tokens._key(texts, tokenizer, "a"),
-        tokens._key(texts, tokenizer, "b"),
-        tokens._key(["1+12", ""], tokenizer, "a"),
-        tokens._key(["1+1", "2", ""], tokenizer, "a"),
-        tokens._key(texts, other, "a"),
+        encoding._key(texts, split, "a"),
+        encoding._key(texts, tokenizer, "a"),
+        encoding._key(texts, tokenizer, "b"),
+        encoding._key(["1+12", ""], tokenizer, "a"),
+        encoding._key(["1+1", "2", ""], tokenizer, "a"),
+        encoding._key(texts, other, "a"),
     }
-    assert len(keys) == 6 and tokens._key(texts, build_tokenizer(), "a") in keys
-    assert tokens._key(texts, object(), "a") is None
+    assert len(keys) == 6 and encoding._key(texts, build_tokenizer(), "a") in keys
+    assert encoding._key(texts, object(), "a") is None
     before = prompting.prompt_ids(PROBLEMS)
     for changed in ({"template": "{prompt}"}, {"opening": "4"}, {"system": "9"}, {"instruction": "="}):
         assert replace(prompting, **changed).prompt_ids(PROBLEMS) != before

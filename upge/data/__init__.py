@@ -5,11 +5,9 @@ from __future__ import annotations
 from upge.data.arithmetic import Arithmetic
 from upge.data.encode import Encoded, Example, encode
 from upge.data.gsm8k import GSM8K
-from upge.data.mixture import Mixture
-from upge.data.problem import Problem, Splits
 from upge.data.prompting import Prompting
 from upge.data.reasoning_gym import ReasoningGym
-from upge.data.splits import limit_demonstrated, limit_levels
+from upge.data.splits import Mixture, Problem, Splits, limit_demonstrated, limit_levels
 from upge.data.table import Table
 
 __all__ = [

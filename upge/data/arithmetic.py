@@ -7,11 +7,10 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
 from typing import Literal
 
 from upge.checks import check_fields
-from upge.data.problem import Problem, Splits
+from upge.data.splits import Problem, Splits, even_shares, interleaved
 from upge.errors import ConfigError, nearest
 
 #: The default levels, from easy to hard.
@@ -75,9 +74,8 @@ class Arithmetic:
         return Splits(self._side("train", self.train_size), self._side("evaluation", self.evaluation_size))
 
     def _side(self, which: Side, size: int) -> tuple[Problem, ...]:
-        share, rest = divmod(size, len(self.levels))
-        columns = [self._level(which, level, share + (i < rest)) for i, level in enumerate(self.levels)]
-        return tuple(p for p in chain.from_iterable(zip_longest(*columns)) if p is not None)
+        shares = even_shares(size, len(self.levels))
+        return interleaved([self._level(which, *one) for one in zip(self.levels, shares, strict=True)])
 
     def _level(self, which: Side, level: str, size: int) -> list[Problem]:
         rng = random.Random(f"{self.seed}/{which}/{level}")

@@ -1,4 +1,8 @@
-"""Reads the cells of a table: texts, numbers, chat messages and options of a question. Errors name the row."""
+"""Reads the cells of a table: texts, numbers, chat messages and options of a question.
+
+Every function but `has` and `is_blank` raises a DataError that names the row, if there is no such column or if it holds
+anything else than the function reads.
+"""
 
 from __future__ import annotations
 
@@ -23,20 +27,12 @@ def has(record: Record, column: str) -> bool:
 
 
 def text(record: Record, column: str) -> str:
-    """The text in a column.
-
-    Raises:
-        DataError: there is no such column, or it holds something else.
-    """
+    """The text in a column."""
     return _as_text(value(record, column), record, column, "text")
 
 
 def value(record: Record, column: str) -> Cell:
-    """The value in a column, of any type.
-
-    Raises:
-        DataError: there is no such column.
-    """
+    """The value in a column, of any type."""
     cell = _find(record.values, column)
     if cell is _ABSENT:
         known = list(_names(record.values))
@@ -50,9 +46,7 @@ def value(record: Record, column: str) -> Cell:
 def prompt(record: Record, column: str) -> tuple[str, str | None]:
     """(prompt, system message) in a column of texts or chat messages; None if there is no system message.
 
-    Raises:
-        DataError: the column holds neither text nor messages, or messages other than one of the user after at most one
-            of the system.
+    The messages are one of the user, after at most one of the system.
     """
     cell = value(record, column)
     if not _is_chat(cell):
@@ -68,22 +62,14 @@ def prompt(record: Record, column: str) -> tuple[str, str | None]:
 
 
 def responses(record: Record, column: str) -> tuple[str, ...]:
-    """The responses in a column: text, chat messages (the assistant's turn), or a list of either.
-
-    Raises:
-        DataError: the column holds anything else.
-    """
+    """The responses in a column: text, chat messages (the assistant's turn), or a list of either."""
     cell = value(record, column)
     is_single = isinstance(cell, str) or _is_chat(cell)
     return tuple(_response(one, record, column) for one in ([cell] if is_single else _listed(cell, record, column)))
 
 
 def answer(record: Record, column: str) -> str:
-    """The answer in a column: text, a number in its own notation (142.0 stays "142.0"), or a list of one of these.
-
-    Raises:
-        DataError: the column holds anything else.
-    """
+    """The answer in a column: text, a number in its own notation (142.0 stays "142.0"), or a list of one of these."""
     cell = value(record, column)
     if isinstance(cell, list) and len(cell) == 1:
         cell = cell[0]
@@ -103,27 +89,17 @@ def is_blank(record: Record, column: str) -> bool:
 
 
 def level(record: Record, column: str) -> str:
-    """The level in a column; a whole number n becomes "Level n", as in MATH.
-
-    Raises:
-        DataError: the column holds neither text nor a whole number.
-    """
+    """The level in a column; a whole number n becomes "Level n", as in MATH."""
     cell = value(record, column)
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)
-    is_whole = isinstance(cell, int) and not isinstance(cell, bool)
-    return f"Level {cell}" if is_whole else _as_text(cell, record, column, "text or a whole number")
+    return f"Level {cell}" if _is_whole(cell) else _as_text(cell, record, column, "text or a whole number")
 
 
 def label(record: Record, column: str) -> str:
-    """A name in a column, such as an id: text or a whole number.
-
-    Raises:
-        DataError: the column holds anything else.
-    """
+    """A name in a column, such as an id: text or a whole number."""
     cell = value(record, column)
-    is_whole = isinstance(cell, int) and not isinstance(cell, bool)
-    return str(cell) if is_whole else _as_text(cell, record, column, "text or a whole number")
+    return str(cell) if _is_whole(cell) else _as_text(cell, record, column, "text or a whole number")
 
 
 def options(record: Record, column: str, answer_column: str) -> tuple[str, str]:
@@ -133,9 +109,6 @@ def options(record: Record, column: str, answer_column: str) -> tuple[str, str]:
         record: the row.
         column: holds a list of texts, or a mapping {text: [...], label: [...]}.
         answer_column: holds the label of the right option; without labels, its letter or its index from 0.
-
-    Raises:
-        DataError: one of the columns holds anything else.
     """
     cell = value(record, column)
     labelled = isinstance(cell, Mapping) and isinstance(cell.get("text"), list)
@@ -149,8 +122,9 @@ def options(record: Record, column: str, answer_column: str) -> tuple[str, str]:
             f"of both, at most {len(string.ascii_uppercase)}"
         )
     right = value(record, answer_column)
-    index = right if _is_index(right) and not labelled else _index(str(right).strip(), labels)
-    if index is None or not index < len(texts):
+    is_index, name = not labelled and _is_whole(right) and right >= 0, str(right).strip()
+    index = right if is_index else labels.index(name) if name in labels else len(texts)
+    if index >= len(texts):
         raise DataError(
             f"{record.where}: column '{answer_column}' holds {right!r}, which is none of the options' labels "
             f"{', '.join(labels)}{'' if labelled else f', nor an index from 0 to {len(texts) - 1}'}"
@@ -159,12 +133,8 @@ def options(record: Record, column: str, answer_column: str) -> tuple[str, str]:
     return lines, letters[index]
 
 
-def _is_index(cell: Cell) -> bool:
-    return isinstance(cell, int) and not isinstance(cell, bool) and cell >= 0
-
-
-def _index(name: str, labels: list[str]) -> int | None:
-    return labels.index(name) if name in labels else None
+def _is_whole(cell: Cell) -> bool:
+    return isinstance(cell, int) and not isinstance(cell, bool)
 
 
 def _find(values: Mapping[str, Cell], column: str) -> Cell:
@@ -184,10 +154,8 @@ def _find(values: Mapping[str, Cell], column: str) -> Cell:
 
 def _names(values: Mapping[str, Cell], above: str = "") -> Iterator[str]:
     for name, inner in values.items():
-        if isinstance(inner, Mapping) and inner:
-            yield from _names(inner, f"{above}{name}.")
-        else:
-            yield f"{above}{name}"
+        nested = isinstance(inner, Mapping) and inner
+        yield from _names(inner, f"{above}{name}.") if nested else [f"{above}{name}"]
 
 
 def _is_chat(cell: Cell) -> bool:

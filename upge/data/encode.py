@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from upge.checks import mismatch
-from upge.data.problem import Problem
 from upge.data.prompting import Prompting
+from upge.data.splits import Problem
 from upge.errors import ConfigError, DataError
 
 OverlongPrompts = Literal["error", "drop"]
@@ -69,9 +69,7 @@ def encode(
     """Encodes prompts, demonstrations and rejected responses.
 
     Args:
-        problems: what to encode.
-        prompting: the model's tokenizer and template.
-        max_prompt_tokens: limit for prompts.
+        problems, prompting, max_prompt_tokens: what to encode and how; the limit for prompts.
         max_response_tokens: limit for demonstrations and rejected responses, including the end-of-sequence token.
         overlong_prompts: policy for problems whose prompt exceeds the limit.
         overlong_demonstrations: policy for demonstrations and rejected responses that exceed the limit. The problem
@@ -89,8 +87,7 @@ def encode(
     long = [i for i, ids in enumerate(prompts) if len(ids) > max_prompt_tokens]
     if long and overlong_prompts == "error":
         raise _prompt_error(problems, prompts, long, max_prompt_tokens)
-    dropped = set(long)
-    kept = [i for i in range(len(problems)) if i not in dropped]
+    kept = [i for i, ids in enumerate(prompts) if len(ids) <= max_prompt_tokens]
     if not kept:
         raise DataError(
             f"no problem is left: all {len(problems)} prompts are longer than rollout.max_prompt_tokens="
@@ -101,7 +98,7 @@ def encode(
     own = [problems[i] if demonstrations else replace(problems[i], demonstrations=()) for i in kept]
     answers = _Responses(own, prompting, max_response_tokens, overlong_demonstrations, pairs)
     examples = (Example(problems[i], prompts[i], *answers.of(k)) for k, i in enumerate(kept))
-    return Encoded(tuple(examples), dropped_prompts=len(dropped), **answers.counts())
+    return Encoded(tuple(examples), dropped_prompts=len(long), **answers.counts())
 
 
 class _Responses:
@@ -163,8 +160,7 @@ def _limited(
 
 
 def _check_policy(name: str, value: str, allowed: Any) -> None:  # Any: a type annotation
-    wrong = mismatch(value, allowed)
-    if wrong:
+    if wrong := mismatch(value, allowed):
         raise ConfigError(f"data_policy.{name}: {wrong}")
 
 

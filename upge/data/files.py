@@ -27,11 +27,7 @@ class Record:
 
 
 def read_file(path: Path, key: str = "data.path") -> list[Record]:
-    """The rows of a file whose suffix is one of `READERS`.
-
-    Args:
-        path: the file.
-        key: the setting that names the file, for messages.
+    """The rows of a file whose suffix is one of `READERS`; `key` is the setting that names it, for messages.
 
     Raises:
         ConfigError: the suffix is unknown, or pyarrow is needed and missing.

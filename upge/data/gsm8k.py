@@ -10,8 +10,7 @@ from pathlib import Path
 from upge.checks import check_fields
 from upge.data import columns as cells
 from upge.data.files import Record, read_file, read_hub
-from upge.data.problem import Problem, Splits
-from upge.data.splits import check_disjoint, check_sizes, divide
+from upge.data.splits import Problem, Splits, check_disjoint, check_sizes, divide
 from upge.errors import DataError
 
 HUB, SUBSET = "openai/gsm8k", "main"
@@ -58,21 +57,18 @@ class GSM8K:
         """Reads the files, or the hub's two splits. Rows keep their order."""
         path = Path(self.path).expanduser() if self.path else None
         if path is None or path.is_dir():
-            train, evaluation = self._sides(path)
+            train, evaluation = _sides(path)
             check_disjoint(train, evaluation, "remove one of the two")
         else:
             fix = f"give more rows, or a folder with {TRAIN_FILE} and {EVALUATION_FILE}"
             train, evaluation = divide(_problems(path.name, read_file(path)), EVALUATION_SHARE, str(path), fix)
         return Splits(tuple(train[: self.train_size]), tuple(evaluation[: self.evaluation_size]))
 
-    def _sides(self, folder: Path | None) -> tuple[list[Problem], list[Problem]]:
-        if folder is None:
-            train, evaluation = (
-                _problems(f"{HUB}/{split}", read_hub(HUB, SUBSET, split)) for split in ("train", "test")
-            )
-        else:
-            train, evaluation = (_problems(name, read_file(folder / name)) for name in (TRAIN_FILE, EVALUATION_FILE))
-        return train, evaluation
+
+def _sides(folder: Path | None) -> list[list[Problem]]:
+    if folder is None:
+        return [_problems(f"{HUB}/{split}", read_hub(HUB, SUBSET, split)) for split in ("train", "test")]
+    return [_problems(name, read_file(folder / name)) for name in (TRAIN_FILE, EVALUATION_FILE)]
 
 
 def _problems(name: str, records: Sequence[Record]) -> list[Problem]:

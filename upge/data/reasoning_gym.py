@@ -10,13 +10,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 from upge.checks import check_fields
-from upge.data.problem import Problem, Splits
-from upge.data.splits import check_sizes, for_evaluation
+from upge.data.splits import Problem, Splits, check_sizes, even_shares, for_evaluation, interleaved
 from upge.errors import ConfigError, nearest
 
 #: Share of a task's problems on the evaluation side, by a hash of the prompt.
@@ -79,7 +77,7 @@ class ReasoningGym:
         depend: all ranks of a run and a resumed run must get the same problems.
         """
         sizes = {"train": self.train_size, "evaluation": self.evaluation_size}
-        shares = {side: _shares(size, len(self.tasks)) for side, size in sizes.items()}
+        shares = {side: even_shares(size, len(self.tasks)) for side, size in sizes.items()}
         sides: dict[str, list[list[Problem]]] = {side: [] for side in sizes}
         with _Child() as child:
             known = child.ask("tasks", True)
@@ -89,7 +87,7 @@ class ReasoningGym:
                 wanted = {side: share[number] for side, share in shares.items()}
                 for side, problems in self._task(child, name, settings, wanted).items():
                     sides[side].append(problems)
-        return Splits(tuple(_interleaved(sides["train"])), tuple(_interleaved(sides["evaluation"])))
+        return Splits(interleaved(sides["train"]), interleaved(sides["evaluation"]))
 
     def _settings(self) -> dict[str, Any]:
         """Task → settings, unchecked."""
@@ -162,14 +160,10 @@ class _Child:
         self.process.communicate()
 
     def ask(self, request: str, argument: Any, refusal: str = "data") -> Any:  # Any: JSON values
-        """The program's reply to a request.
-
-        Args:
-            request, argument: see reasoning_gym_server.py.
-            refusal: the beginning of the message of an error.
+        """The program's reply to a request, see reasoning_gym_server.py.
 
         Raises:
-            ConfigError: the program replied with an error or has ended.
+            ConfigError: the program replied with an error or has ended; the message begins with `refusal`.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
@@ -183,12 +177,3 @@ class _Child:
         if isinstance(reply, dict) and "error" in reply:
             raise ConfigError(f"{refusal}: {reply['error']}")
         return reply
-
-
-def _shares(size: int, parts: int) -> list[int]:
-    share, rest = divmod(size, parts)
-    return [share + (part < rest) for part in range(parts)]
-
-
-def _interleaved(columns: Sequence[Sequence[Problem]]) -> list[Problem]:
-    return [problem for problem in chain.from_iterable(zip_longest(*columns)) if problem is not None]

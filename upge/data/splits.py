@@ -1,13 +1,62 @@
-"""Divides problems into training and evaluation sides, checks that none is on both, and limits their number."""
+"""Problems with verifiable answers, their division into training and evaluation sides, and mixtures of data sets."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, zip_longest
+from typing import Any
 
-from upge.data.problem import Problem
-from upge.errors import ConfigError, DataError
+from upge.checks import check_fields
+from upge.errors import ConfigError, DataError, UserError, nearest
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with a verifiable answer.
+
+    Attributes:
+        id: unique within its data set and stable across runs.
+        prompt: the question, without any template.
+        answer: the ground truth, in the form that the verifier reads.
+        demonstrations: expert responses, each of which ends with the final answer; empty if the data has none.
+        level: the difficulty level under which accuracy is reported; None if the data has none.
+        system: the system message; None if the data has none.
+        where: the place that it comes from (`file:line` for files), for messages.
+        rejected: a flawed response, which makes a preference pair with the first demonstration as the chosen response;
+            None if the data has none.
+        verifier: the name of the verifier that reads `answer`, as in `upge.verify.load`; None means the run's verifier.
+        source: in a mixture, the name of its data set; else empty.
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    demonstrations: tuple[str, ...] = ()
+    level: str | None = None
+    system: str | None = None
+    where: str = ""
+    rejected: str | None = None
+    verifier: str | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The two sides of a data set. No prompt is on both.
+
+    Attributes:
+        train: problems for updates.
+        evaluation: problems for evaluation.
+        weights: in a mixture, the share of the training prompts for each source (`Problem.source`). Shares need not add
+            up to 1. If empty, every problem is equally frequent.
+    """
+
+    train: tuple[Problem, ...]
+    evaluation: tuple[Problem, ...]
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 def normal(prompt: str) -> str:
@@ -26,16 +75,10 @@ def for_evaluation(prompt: str, share: float) -> bool:
 
 
 def divide(problems: Sequence[Problem], share: float, name: str, fix: str) -> tuple[list[Problem], list[Problem]]:
-    """Divides problems into (training, evaluation), which keep their order.
-
-    Args:
-        problems: all problems.
-        share: approximate share of the evaluation side.
-        name: the name of the data, for messages.
-        fix: a fix for an empty side, for messages.
+    """Divides problems into (training, evaluation), which keep their order; `share` is about the evaluation side's.
 
     Raises:
-        DataError: one side is empty.
+        DataError: one side is empty; the message has the `name` of the data and the `fix`.
     """
     sides: tuple[list[Problem], list[Problem]] = ([], [])
     for problem in problems:
@@ -54,13 +97,8 @@ def check_disjoint(
 ) -> None:
     """Checks that no prompt is on both sides.
 
-    Args:
-        train, evaluation: the sides.
-        fix: a fix, for the message.
-        name: problem → text before the problem's place in the message.
-
     Raises:
-        DataError: a prompt is on both sides; the message names both places.
+        DataError: one is. The message names both places, each after `name(problem)`, and the `fix`.
     """
     seen = {normal(problem.prompt): problem for problem in train}
     for problem in evaluation:
@@ -70,6 +108,17 @@ def check_disjoint(
                 f"{name(problem)}{problem.where or problem.id}: the same question is on the training side, at "
                 f"{name(other)}{other.where or other.id}; {fix}"
             )
+
+
+def even_shares(size: int, parts: int) -> list[int]:
+    """`size` divided into `parts` numbers; if there is a remainder, the first ones are larger by one."""
+    share, rest = divmod(size, parts)
+    return [share + (part < rest) for part in range(parts)]
+
+
+def interleaved(columns: Iterable[Sequence[Problem]]) -> tuple[Problem, ...]:
+    """The first problem of every column, then the second ones, and so on."""
+    return tuple(problem for problem in chain.from_iterable(zip_longest(*columns)) if problem is not None)
 
 
 def check_sizes(train: int | None, evaluation: int | None) -> None:
@@ -87,7 +136,7 @@ def limit_levels(problems: Sequence[Problem], per_level: Mapping[str, int]) -> t
     """Takes the first problems of each level.
 
     Args:
-        problems: all problems.
+        problems: to choose from.
         per_level: level → number of problems. Other levels are left out. If it is empty, all problems are returned.
 
     Raises:
@@ -137,3 +186,80 @@ def limit_demonstrated(problems: Sequence[Problem], count: int) -> tuple[Problem
 def _rank(problem: Problem) -> bytes:
     """A pseudorandom sort key that depends only on the problem."""
     return hashlib.sha256(f"demonstrated/{problem.source}/{problem.id}/{problem.prompt}".encode()).digest()
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The problems of several data sets.
+
+    A problem's `source` is the name of its set, which is also a prefix of its id. On the evaluation side it is a prefix
+    of its level as well ("gsm8k", "math, Level 5"), so that accuracy is reported for each set.
+
+    Attributes:
+        sets: name → data set, each with `load() -> Splits`.
+        weights: name → share of the training prompts of every step. Shares need not add up to 1. A set with share 0 is
+            only evaluated. None mixes by size: every problem is equally frequent.
+
+    Raises:
+        ConfigError: there is no set, a value is not a data set or is a mixture, or the weights do not match the sets.
+        DataError: (by `load`) a set raises it, or a prompt is on both sides. The message names the set.
+    """
+
+    sets: Mapping[str, Any]  # Any: checked here, because a message then names the set
+    weights: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.sets:
+            raise ConfigError("data.sets: empty; give a data set or more, as name: {_target_: upge.data.NAME, ...}")
+        for name, one in self.sets.items():
+            if not name or not isinstance(name, str):
+                raise ConfigError(f"data.sets: found the name {name!r}, expected a text")
+            if not callable(getattr(one, "load", None)):
+                raise ConfigError(
+                    f"data.sets.{name}: found {str(one)[:80]!r} ({type(one).__name__}), expected a data set; give a "
+                    "mapping such as {_target_: upge.data.GSM8K, path: gsm8k}"
+                )
+            if isinstance(one, Mixture):
+                raise ConfigError(f"data.sets.{name}: is a mixture itself; list its sets here, with their own weights")
+        if self.weights is not None:
+            _check_weights(self.weights, self.sets)
+
+    def load(self) -> Splits:
+        """Loads all sets in order."""
+        train: list[Problem] = []
+        evaluation: list[Problem] = []
+        for name, one in self.sets.items():
+            try:
+                splits = one.load()
+            except UserError as error:
+                raise type(error)(f"data.sets.{name}: {error}") from error
+            # A set with share 0 is not trained on, so its training side is left out.
+            if self.weights is None or self.weights[name] > 0:
+                train += _named(splits.train, name)
+            evaluation += [_levelled(problem) for problem in _named(splits.evaluation, name)]
+        fix = "remove one of the two, or give both sets the same division (data.sets.NAME.evaluation_share)"
+        check_disjoint(train, evaluation, fix, lambda problem: f"data.sets.{problem.source}: ")
+        shares = {name: weight for name, weight in (self.weights or {}).items() if weight > 0}
+        return Splits(tuple(train), tuple(evaluation), shares)
+
+
+def _named(problems: Sequence[Problem], name: str) -> list[Problem]:
+    return [replace(problem, id=f"{name}/{problem.id}", source=name) for problem in problems]
+
+
+def _levelled(problem: Problem) -> Problem:
+    return replace(problem, level=f"{problem.source}, {problem.level}" if problem.level else problem.source)
+
+
+def _check_weights(weights: Mapping[str, float], sets: Collection[str]) -> None:
+    for name, weight in weights.items():
+        if name not in sets:
+            raise ConfigError(f"data.weights.{name}: no such set; {nearest(str(name), sets)}")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise ConfigError(f"data.weights.{name}: found {weight!r}, expected a number of at least 0")
+    for name in sets:
+        if name not in weights:
+            raise ConfigError(f"data.weights.{name}: missing; give it a share, or 0 to leave it out of training")
+    if not sum(weights.values()) > 0:
+        raise ConfigError("data.weights: all are 0; give one set a share")

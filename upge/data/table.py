@@ -11,8 +11,7 @@ from typing import Literal, TypeVar
 from upge.checks import check_fields
 from upge.data import columns as cells
 from upge.data.files import Record, read_file, read_hub
-from upge.data.problem import Problem, Splits
-from upge.data.splits import check_disjoint, check_sizes, divide
+from upge.data.splits import Problem, Splits, check_disjoint, check_sizes, divide
 from upge.errors import ConfigError, DataError, nearest
 
 REQUIRED = ("prompt", "answer")
@@ -123,8 +122,8 @@ class Table:
             raise ConfigError(
                 "data.path is not set; give a .jsonl, .json or .parquet file, or the name of a hub data set as data.hub"
             )
-        parts = [self.hub, self.subset, split]
-        return "/".join(part for part in parts if part), read_hub(self.hub, self.subset, split or self.split)
+        name = "/".join(filter(None, [self.hub, self.subset, split]))
+        return name, read_hub(self.hub, self.subset, split or self.split)
 
     def _problems(self, name: str, records: Sequence[Record]) -> list[Problem]:
         """The rows as problems. `name` begins the ids of rows without one."""
@@ -132,23 +131,21 @@ class Table:
             column = self.columns.get(optional)
             if column is not None and not any(cells.has(record, column) for record in records):
                 cells.value(records[0], column)  # raises: no row has the column
-        answered = self._answered(records)
-        problems = [self._problem(record, name) for record in answered]
+        problems = [self._problem(record, name) for record in self._answered(records)]
         _check_ids(problems)
         return problems
 
-    def _answered(self, records: Sequence[Record]) -> list[Record]:
+    def _answered(self, records: Sequence[Record]) -> Sequence[Record]:
         """The rows that have an answer, under the policy `unanswered`."""
         column = self._required("answer")
         blank = [record for record in records if cells.is_blank(record, column)]
         if not blank:
-            return list(records)
+            return records
         finding = f"{len(blank)} of {len(records)} rows have nothing in the column '{column}'"
         if self.unanswered == "error" or len(blank) == len(records):
             raise DataError(f"{blank[0].where}: {finding}, this is the first; fix them, or set data.unanswered=drop")
         _LOG.warning("data: %s, the first is %s; they are left out (data.unanswered)", finding, blank[0].where)
-        without = {id(record) for record in blank}
-        return [record for record in records if id(record) not in without]
+        return [record for record in records if not cells.is_blank(record, column)]
 
     def _problem(self, record: Record, name: str) -> Problem:
         prompt, system = cells.prompt(record, self._required("prompt"))

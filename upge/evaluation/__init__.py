@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from upge.evaluation.intervals import Difference, Interval, Paired, holm, intervals, paired
-from upge.evaluation.passk import pass_at_k
 from upge.evaluation.samples import Sample, SampleFile
-from upge.evaluation.scores import BenchmarkScores, Outcomes, benchmark_scores, suite_scores
+from upge.evaluation.scores import BenchmarkScores, Outcomes, benchmark_scores, pass_at_k, suite_scores
 
 __all__ = [
     "BenchmarkScores",

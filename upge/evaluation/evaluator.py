@@ -2,7 +2,7 @@
 
 `Evaluator` writes every sample of a benchmark to a file and continues after an interruption.
 `training_accuracy` measures accuracy during training, on all ranks and in memory. Both draw with a `VerifiedSampler`,
-and both compute pass@k with `upge.evaluation.passk`.
+and both compute pass@k with `upge.evaluation.scores`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from upge.data import Example, Prompting
 from upge.errors import DataError
-from upge.evaluation.passk import pass_at_k
 from upge.evaluation.samples import Sample, SampleFile
+from upge.evaluation.scores import pass_at_k
 from upge.evaluation.suite import Benchmark
 from upge.rollout import Sampling
 from upge.rollout.verified_sampling import PendingRollout, VerifiedSampler
@@ -38,7 +38,7 @@ class Questions:
     """The prompts of a benchmark for one model.
 
     Attributes:
-        benchmark: the benchmark.
+        benchmark: with its problems.
         texts: the prompt of each problem in the model's template.
         examples: the prompt of each problem in tokens.
     """
@@ -50,11 +50,6 @@ class Questions:
     @classmethod
     def of(cls, benchmark: Benchmark, prompting: Prompting, max_prompt_tokens: int) -> Questions:
         """The prompts of a benchmark.
-
-        Args:
-            benchmark: the benchmark.
-            prompting: the model's template and tokenizer.
-            max_prompt_tokens: the length limit of prompts.
 
         Raises:
             DataError: a prompt is longer than `max_prompt_tokens`.
@@ -100,8 +95,7 @@ class Evaluator:
     not, up to rounding where two tokens nearly tie.
 
     Attributes:
-        sampler: the model and the verifiers.
-        sampling: the sampling settings.
+        sampler, sampling: the model with the verifiers, and the sampling settings.
         seed: of the whole evaluation.
         wrote: called after each sample is written, from the writer's thread.
     """
@@ -117,10 +111,7 @@ class Evaluator:
         If an exception ends it early, including one raised by a signal handler, complete responses are verified and
         written first.
 
-        Args:
-            questions: the prompts.
-            file: receives the samples.
-            chunk: the most responses per call of the sampler.
+        `chunk` is the most responses per call of the sampler.
 
         Raises:
             DataError: the file is damaged, contains samples of other problems, or cannot be written.
@@ -190,22 +181,18 @@ def training_accuracy(
         is the result of `accuracy`.
     """
     own = list(range(world.rank, len(examples), world.size))
-    limits: dict[str, Any] = {
-        "max_tokens": config.rollout.max_response_tokens,
-        "stop_token_ids": sampler.prompting.stop_token_ids,
-    }
-    sampling = Sampling(temperature=config.eval.temperature, top_p=config.eval.top_p, **limits)
+    limits = config.rollout.max_response_tokens, sampler.prompting.stop_token_ids
+    sampling = Sampling(config.eval.temperature, config.eval.top_p, *limits)
     seeds = [stream_seed(config.seed, "evaluation", i) for i in own]
     problems = [examples[i] for i in own]
-    greedy = _solved(sampler, problems, 1, Sampling(temperature=0.0, **limits), seeds)
+    greedy = _solved(sampler, problems, 1, Sampling(0.0, 1.0, *limits), seeds)
     sampled = _solved(sampler, problems, config.eval.samples, sampling, seeds)
     of_ranks = world.gather([(i, first, rest) for i, (first,), rest in zip(own, greedy, sampled, strict=True)])
     levels: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
         levels.setdefault(example.problem.level or "all", []).append(index)
     of_problems = {index: (first, rest) for part in of_ranks for index, first, rest in part}
-    first = torch.tensor([of_problems[i][0] for i in range(len(examples))], dtype=torch.bool)
-    correct = torch.tensor([of_problems[i][1] for i in range(len(examples))], dtype=torch.bool)
+    first, correct = (torch.tensor([of_problems[i][j] for i in range(len(examples))], dtype=torch.bool) for j in (0, 1))
     correct = correct.reshape(len(examples), config.eval.samples)
     return {
         "samples": config.eval.samples,

@@ -26,9 +26,7 @@ class GPQA:
     Their order depends on the seed and the question alone. If a row has them, `Record ID` is the problem's id and
     `High-level domain` its level. Not tested with the hub.
 
-    Attributes:
-        subset: gpqa_diamond, gpqa_main or gpqa_extended.
-        seed: determines the order of the options.
+    The `subset` is gpqa_diamond, gpqa_main or gpqa_extended.
     """
 
     subset: str = "gpqa_diamond"

@@ -23,6 +23,7 @@ from scipy import stats
 from torch import Tensor
 
 RESAMPLES = 10_000
+#: The coverage of intervals, unless the caller gives another one.
 CONFIDENCE = 0.95
 #: Random indices drawn at once: 8 MB, for any number of problems and resamples.
 _AT_ONCE = 1_000_000
@@ -54,8 +55,7 @@ class Paired:
     Attributes:
         columns: the `Difference` (first minus second) of each column of the values.
         problems: the number of problems that both have.
-        only_first: (benchmark, id) of the problems that only the first run has; `columns` does not include them.
-        only_second: the same for the second run.
+        only_first, only_second: (benchmark, id) of the problems that only one run has; `columns` leaves them out.
     """
 
     columns: tuple[Difference, ...]
@@ -71,8 +71,7 @@ def replicates(
 
     Args:
         values: benchmark → [P, K], a row per problem; rows are resampled whole, so all columns share the resamples.
-        resamples: R.
-        seed: of the resampling.
+        resamples, seed: R, and the seed of the resampling.
 
     Raises:
         ValueError: there is no benchmark or no resample, a benchmark has no problems, the numbers of columns differ, or
@@ -90,10 +89,6 @@ def intervals(
     confidence: float = CONFIDENCE,
 ) -> tuple[Interval, ...]:
     """The interval of each column: the percentiles (1 ± confidence)/2 of `replicates`.
-
-    Args:
-        values, resamples, seed: as for `replicates`.
-        confidence: the coverage of the intervals.
 
     Raises:
         ValueError: as for `replicates`, or `confidence` is not between 0 and 1.
@@ -175,8 +170,7 @@ def _resampled(rows: Tensor, resamples: int, generator: torch.Generator) -> Tens
 
 
 def _percentiles(mean: Tensor, drawn: Tensor, confidence: float) -> tuple[Interval, ...]:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; give a number between 0 and 1, such as 0.95")
+    _check_confidence(confidence)
     tail = (1 - confidence) / 2
     ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
     # One column at a time, because torch.quantile refuses more than 16 million values.
@@ -212,10 +206,6 @@ def _check_problems(values: Mapping[str, Tensor], resamples: int) -> None:
 def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """mean ± t_{n-1}·s/√n over n runs, where s is the sample standard deviation; the ends are NaN for one run.
 
-    Args:
-        values: of the n runs.
-        confidence: the coverage of the interval.
-
     Raises:
         ValueError: there are no values, one is not finite, or `confidence` is not between 0 and 1.
     """
@@ -230,14 +220,11 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Inter
 def paired_t(
     first: Mapping[int, float], second: Mapping[int, float], confidence: float = CONFIDENCE
 ) -> Difference | None:
-    """The paired t-test of first - second over the n seeds that both have. Effects of a seed on both cancel.
+    """The paired t-test of first - second, seed → value, over the n seeds that both have.
+
+    Effects of a seed on both cancel.
 
         t = d̄/(s_d/√n),  p = P(|T_{n-1}| ≥ |t|)
-
-    Args:
-        first: seed → value.
-        second: seed → value.
-        confidence: the coverage of the interval.
 
     Returns:
         The difference; None with fewer than two common seeds. If all differences are equal, p is 1 when they are 0 and
@@ -267,5 +254,9 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 def _check_runs(values: Sequence[float], confidence: float) -> None:
     if not values or not all(map(math.isfinite, values)):
         raise ValueError(f"found {list(values)}; a mean over runs needs at least one value, and all must be finite")
+    _check_confidence(confidence)
+
+
+def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; give a number between 0 and 1, such as 0.95")

@@ -29,8 +29,7 @@ class Sample:
         id: the problem's id, unique within the benchmark.
         level: the problem's difficulty level; None if it has none.
         sample: the number of the response among those to this problem, from 0.
-        prompt: the prompt.
-        answer: the problem's reference answer.
+        prompt, answer: of the problem, with its reference answer.
         response: the model's text.
         extracted: the answer that the verifier extracted from it; None if there was none.
         reward: in [0, 1].
@@ -58,13 +57,10 @@ class Sample:
 
 
 class SampleFile:
-    """The samples file of a benchmark.
+    """The samples file of a benchmark at `path`, which need not exist yet.
 
     Reading ignores a last line that an interruption cut off. The first `append` removes that line. While a file is open
     for appending, no other process can append to it.
-
-    Args:
-        path: the file, which need not exist yet.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -1,5 +1,10 @@
 """The scores of an evaluation, computed from its samples: accuracy, pass@k, and facts that qualify them.
 
+pass@k is the probability that at least one of k responses, drawn without replacement from n, is correct. With c correct
+responses among n, its unbiased estimate is (Chen et al., arXiv 2107.03374)
+
+    pass@k = 1 − C(n−c, k)/C(n, k)
+
 Legend: P problems, n samples per problem, K values of k.
 """
 
@@ -17,7 +22,6 @@ from torch import Tensor
 
 from upge.errors import DataError
 from upge.evaluation.intervals import RESAMPLES, Interval, intervals
-from upge.evaluation.passk import pass_at_k, powers_of_two
 from upge.evaluation.samples import Sample
 
 NO_LEVEL = "no level"
@@ -26,6 +30,68 @@ NONE = ("", 0.0)
 LONG_ANSWER = 40
 #: A larger share of responses with the same wrong answer is reported, with at least this many problems.
 MANY_ALIKE, ENOUGH_PROBLEMS = 0.5, 10
+
+
+def pass_at_k(samples: Int[Tensor, " P"], correct: Int[Tensor, " P"], ks: Sequence[int]) -> Float[Tensor, "P K"]:
+    """pass@k of P problems for every k in `ks`, in float64, with a relative error of about 1e-12.
+
+    Args:
+        samples: [P] n, the number of responses to each problem; it may differ between problems.
+        correct: [P] c, the number of correct responses.
+        ks: the K values of k, each from 1 to the smallest n.
+
+    Raises:
+        ValueError: a k is below 1 or above a problem's n, or a c is below 0 or above n.
+    """
+    return torch.expm1(log_fail_at_k(samples, correct, ks)).abs()  # expm1 is never positive; abs also removes −0
+
+
+def log_fail_at_k(samples: Int[Tensor, " P"], correct: Int[Tensor, " P"], ks: Sequence[int]) -> Float[Tensor, "P K"]:
+    """log(1 − pass@k), with a relative error of about 1e-12 even where pass@k rounds to 1; −inf where k > n − c.
+
+    C(n−c, k)/C(n, k) = ∏_{i<k} (1 − c/(n−i)). The logarithms of all factors have the same sign, so their sum has no
+    cancellation, unlike differences of log-factorials. The partial sums give all k at once.
+
+    Args, Returns and Raises are those of `pass_at_k`.
+    """
+    _check_counts(samples, correct, ks)
+    # Problems with equal counts share a row, so there are at most n + 1 rows per n.
+    counts, row = torch.unique(torch.stack([samples, correct]).long(), dim=1, return_inverse=True)
+    n, c = counts.to(torch.float64).unsqueeze(-1)
+    drawn = torch.arange(max(ks), dtype=torch.float64)
+    # Once at most c responses remain, all of them are correct, and the factor stays 0.
+    logarithms = torch.log1p(-(c / (n - drawn)).clamp(max=1.0)).cumsum(dim=1)
+    return logarithms[:, [k - 1 for k in ks]][row]
+
+
+def powers_of_two(n: int) -> tuple[int, ...]:
+    """1, 2, 4, … up to n, and n itself: the values of k at which pass@k is reported.
+
+    Raises:
+        ValueError: n is below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n is {n}; pass@k needs at least one sample")
+    return tuple(dict.fromkeys([2**power for power in range(n.bit_length())] + [n]))
+
+
+def _check_counts(samples: Tensor, correct: Tensor, ks: Sequence[int]) -> None:
+    for name, counts in (("samples", samples), ("correct", correct)):
+        if counts.ndim != 1 or counts.is_floating_point() or counts.dtype == torch.bool:
+            raise ValueError(f"{name}: found {counts.dtype} of shape {list(counts.shape)}, expected integers [P]")
+    if len(samples) != len(correct):
+        raise ValueError(f"samples has {len(samples)} problems and correct has {len(correct)}; give one count for each")
+    if len(samples) == 0:
+        raise ValueError("there are no problems; pass@k needs at least one")
+    if not ks:
+        raise ValueError("ks is empty; give at least one k")
+    for problem, (n, c) in enumerate(zip(samples.tolist(), correct.tolist(), strict=True)):
+        if not 0 <= c <= n:
+            raise ValueError(f"problem {problem} has {c} correct responses of {n}; the count must be from 0 to {n}")
+    least = int(samples.min())
+    for k in ks:
+        if not 1 <= k <= least:
+            raise ValueError(f"k is {k}, but pass@k needs 1 ≤ k ≤ n, and the smallest n is {least}")
 
 
 @dataclass(frozen=True)
@@ -37,11 +103,9 @@ class Outcomes:
         ids: [P] the problems' ids.
         levels: [P] the problems' levels; None if a problem has none.
         answers: [P] the problems' reference answers.
-        correct: [P, n] as in `Sample`.
-        finished: [P, n] as in `Sample`.
+        correct, finished: [P, n] as in `Sample`.
         tokens: [P, n] the lengths of the responses.
-        timeouts: the number of verifications that timed out; their samples count as wrong.
-        errors: the number of verifications that failed; their samples count as wrong.
+        timeouts, errors: the numbers of verifications that timed out and that failed; their samples count as wrong.
         commonest: the most frequent wrong answer, and its share of all responses.
     """
 
@@ -112,11 +176,9 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The accuracy on some problems, with 95 % bootstrap intervals over problems.
+    """The accuracy on P problems with n samples each, with 95 % bootstrap intervals over problems.
 
     Attributes:
-        problems: P.
-        samples: n.
         avg: avg@n.
         pass_at: k → pass@k, for k = 1, 2, 4, … and n.
     """
@@ -181,8 +243,7 @@ def suite_scores(
         suite: the benchmarks, in the order of display.
         groups: benchmark → the group whose average includes it, such as in or out of distribution.
         settings: benchmark → its sampling settings; scores are comparable only if these are equal.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        resamples, seed: of the bootstrap.
     """
     benchmarks = {
         one.benchmark: {
@@ -201,14 +262,9 @@ def suite_scores(
 
 
 def same_answer(commonest: Sequence[Any], problems: int) -> str | None:
-    """A sentence about a policy that gives most problems the same wrong answer, or None.
+    """A sentence about a policy that gives most problems the same wrong answer, from `Outcomes.commonest`.
 
-    Args:
-        commonest: (answer, share) as in `Outcomes`.
-        problems: the number of problems.
-
-    Returns:
-        None if the share is at most `MANY_ALIKE`, or there are fewer than `ENOUGH_PROBLEMS` problems.
+    None if the answer's share is at most `MANY_ALIKE`, or there are fewer than `ENOUGH_PROBLEMS` problems.
     """
     answer, share = commonest
     if share <= MANY_ALIKE or problems < ENOUGH_PROBLEMS:

@@ -61,18 +61,15 @@ class SuiteConfig(Settings):
                 raise ConfigError(f"no benchmark '{name}'; {nearest(str(name), self.benchmarks)}", "skip")
 
     def chosen(self, section: str = "suite") -> dict[str, BenchmarkConfig]:
-        """The settings of the benchmarks that are not skipped, in the suite's order.
-
-        Args:
-            section: the section in which the user gives `folder` and `skip`, for messages.
+        """The settings of the benchmarks that are not skipped, in the suite's order; `section` is as for `load`.
 
         Raises:
             ConfigError: a key of a benchmark is unknown or wrong, or there is no benchmark.
         """
         chosen = {n: self._benchmark(str(n), tree) for n, tree in self.benchmarks.items() if n not in self.skip}
         if not chosen:
-            problem = f"there is none to evaluate; give some, or skip fewer ({section}.skip)"
-            raise ConfigError(problem, "suite.benchmarks")
+            fix = f"give some, or skip fewer ({section}.skip)"
+            raise ConfigError(f"there is none to evaluate; {fix}", "suite.benchmarks")
         return chosen
 
     def _benchmark(self, name: str, tree: object) -> BenchmarkConfig:
@@ -116,7 +113,7 @@ def load(suite: SuiteConfig, verifier: str = "math", limit: int = 0, section: st
     """The benchmarks that are not skipped, with their problems.
 
     Args:
-        suite: the suite to load.
+        suite: their settings.
         verifier: for benchmarks that name none.
         limit: the most problems of each benchmark; 0 = all. The choice depends on the prompts alone, so every model
             gets the same problems, and a larger limit includes the problems of a smaller one.

@@ -11,13 +11,12 @@ import importlib.util
 import re
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upge.cache import home
 from upge.errors import ModelError, nearest
+from upge.models.loading import progress_bars_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -132,7 +131,7 @@ def _convert(source: Path, folder: Path, path: str) -> None:
     """Writes model, tokenizer and generation configuration of a GGUF file to `folder`."""
     from safetensors import SafetensorError
 
-    with _quiet():
+    with progress_bars_hidden():
         try:
             tokenizer, model = _read(source)
         except (MemoryError, ModelError):
@@ -159,9 +158,8 @@ def _read(source: Path) -> tuple[Any, Any]:  # Any: both of a class that transfo
     tokenizer = AutoTokenizer.from_pretrained(**place)
     _split_as_trained(tokenizer, source)
     with torch.random.fork_rng(devices=[]):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
+        plain = GgufConfig(dequantize=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, quantization_config=plain)
     # transformers refuses to save a model that it considers quantised. All weights are plain tensors now.
     model.hf_quantizer = None
     vars(model.config).pop("quantization_config", None)
@@ -178,12 +176,8 @@ def _split_as_trained(tokenizer: PreTrainedTokenizerFast, source: Path) -> None:
     from transformers.integrations.gguf.reader import read_gguf_metadata
 
     known = {*GGUF_PRE_TOKENIZER_SPLITS, "gpt-2"}
-    ours = {
-        "smollm": [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    }
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    ours = {"smollm": [digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]}
     metadata, _ = read_gguf_metadata(str(source))
     kind = metadata.get("tokenizer.ggml.pre")
     if metadata.get("tokenizer.ggml.model") != "gpt2" or kind is None or kind in known:
@@ -194,17 +188,3 @@ def _split_as_trained(tokenizer: PreTrainedTokenizerFast, source: Path) -> None:
             f"{', '.join(sorted(known | set(ours)))}; give a folder with the model's own tokenizer.json instead"
         )
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(ours[kind])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppresses the progress bars of loading and saving."""
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars:
-            logging.enable_progress_bar()

@@ -72,12 +72,8 @@ def override(config: ModelConfig, overrides: Mapping[str, object]) -> ModelConfi
     The keyword arguments of transformers would silently ignore unknown keys, and `rope_theta`, which is now part of
     `rope_parameters`.
 
-    Args:
-        config: the configuration.
-        overrides: key → new value, of the type of the old one.
-
     Raises:
-        ConfigError: a key is unknown or a value has another type.
+        ConfigError: a key is unknown or a value has another type than the old one.
     """
     for key, value in overrides.items():
         parameters = getattr(config, "rope_parameters", None)
@@ -104,9 +100,7 @@ def override(config: ModelConfig, overrides: Mapping[str, object]) -> ModelConfi
 def check_loaded(path: str, loading_info: Mapping[str, Any]) -> None:
     """Refuses a checkpoint that does not match the model. transformers would use random weights.
 
-    Args:
-        path: the model's path, for the message.
-        loading_info: from `from_pretrained(..., output_loading_info=True)`. (Any: collections of names or of tuples.)
+    `loading_info` is that of `from_pretrained(..., output_loading_info=True)`. (Any: collections of names or tuples.)
 
     Raises:
         ModelError: tensors are missing, superfluous or of another shape.
@@ -120,6 +114,20 @@ def check_loaded(path: str, loading_info: Mapping[str, Any]) -> None:
                 "checkpoint, and check model.overrides",
                 "model.path",
             )
+
+
+@contextmanager
+def progress_bars_hidden() -> Iterator[None]:
+    """Suppresses transformers' progress bars of loading and saving in the block."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _hub_answers() -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from upge.errors import ConfigError, UserError
-from upge.models.loading import random_state_kept
+from upge.models.loading import ModelConfig, WeightTable, choose_max_length, choose_threads, random_state_kept
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Request:
-    """One response to sample.
-
-    Attributes:
-        index: index of the prompt.
-        copy: number of the response among those to the prompt, from 0.
-        prompt: the prompt's token ids.
-        seed: the seed of this response.
-    """
+    """One response to sample: number `copy`, from 0, of those to the prompt `index`, whose token ids are `prompt`."""
 
     index: int
     copy: int
@@ -98,12 +91,12 @@ class Sampler(ABC):
 
     name: str
 
-    def __init__(self, *, max_length: int, vocabulary: int, reason: str = "", threads: int | None = None) -> None:
-        self.max_length = max_length
-        self.vocabulary = vocabulary
-        self.reason = reason
-        self.threads = threads
-        self._usable = True
+    def __init__(
+        self, config: ModelConfig, table: WeightTable, length: int | None, threads: int | None, device: str, reason: str
+    ) -> None:
+        self.max_length, self.vocabulary = choose_max_length(length, config), config.get_text_config().vocab_size
+        self.threads, self.reason = choose_threads(threads, table, device), reason
+        self._table, self._usable = table, True
 
     def sample(
         self,
@@ -120,21 +113,19 @@ class Sampler(ABC):
 
         Args:
             prompts: token ids, one sequence per prompt; may be empty, as on a rank without work.
-            n: responses per prompt.
-            sampling: temperature, nucleus and limits.
+            n, sampling: responses per prompt, and the settings of sampling.
             seeds: one integer per prompt. A prompt's rollouts depend on its own seed and not on its place in the list.
                 So another division of the prompts among calls or ranks gives the same rollouts, up to rounding where
                 two tokens nearly tie.
-            arrived: called in this thread as `arrived(prompt_index, copy_index, rollout)` as soon as a response is
-                complete, while others are still generated. Generation waits for it, so it must be fast. An error that
-                it raises ends the call; the sampler remains usable.
+            arrived: called in this thread as soon as a response is complete, while others are still generated.
+                Generation waits for it, so it must be fast. An error that it raises ends the call; the sampler remains
+                usable.
 
         Returns:
             For each prompt, in order, its `n` rollouts.
 
         Raises:
-            UserError: a prompt is empty, contains an id outside the vocabulary, or exceeds `max_length` together with
-                `max_tokens`.
+            UserError: a prompt is empty, has an id outside the vocabulary, or exceeds `max_length` with `max_tokens`.
             ValueError: the numbers of prompts and seeds differ, or `n` is below 1.
             RuntimeError: the last `load_weights` failed.
         """
@@ -194,12 +185,10 @@ class Sampler(ABC):
 
     @abstractmethod
     def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived) -> None:
-        """Samples a response to each request and calls `complete` once for each as soon as it is complete.
+        """Samples a response to each request and calls `complete(index, copy, rollout)` as soon as it is complete.
 
-        Args:
-            requests: at least one valid request, the longest prompts first. Results must not depend on their order.
-            sampling: temperature, nucleus and limits.
-            complete: called as `complete(index, copy, rollout)`.
+        There is at least one request, all are valid, and the longest prompts come first. Results must not depend on
+        their order.
         """
 
     @abstractmethod
@@ -210,8 +199,8 @@ class Sampler(ABC):
         for index, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise UserError(f"prompt {index} has no tokens; give every prompt at least one token")
-            if min(prompt) < 0 or max(prompt) >= self.vocabulary:
-                odd = next(token for token in prompt if not 0 <= token < self.vocabulary)
+            odd = next((token for token in prompt if not 0 <= token < self.vocabulary), None)
+            if odd is not None:
                 raise UserError(
                     f"prompt {index} holds token id {odd}, the model's vocabulary has ids 0 to "
                     f"{self.vocabulary - 1}; does the tokenizer belong to model.path?"

@@ -1,32 +1,35 @@
-"""Faster decoding with transformers: attention without copies of the keys, and steps recorded as CUDA graphs.
+"""Faster decoding with transformers: a cache that grows in place, its attention, and steps recorded as CUDA graphs.
 
 transformers' own cache copies all keys and values of a layer to append one token. If the batch is padded, its attention
 also repeats them for every query head that shares them. A step of a small model launches a thousand short kernels from
 Python; on a GPU the step is therefore recorded as a CUDA graph and replayed. See docs/experiment_log.md for
-measurements.
+measurements. This module imports transformers, which takes seconds.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
-
-    from upge.rollout.kv_cache import GrowingLayer
+from upge.models.loading import ModelConfig
 
 #: The name under which this attention is registered with transformers.
 IMPLEMENTATION = "upge_decoding"
 
+# A layer grows by this number of tokens or by this share of its length, whichever is larger. More means fewer copies
+# but more unused memory.
+_GROWTH_TOKENS, _GROWTH_SHARE = 64, 1 / 4
 # Kinds of rotary embedding that read the values of the positions on the host, which a graph cannot record.
 _LOOKING = ("dynamic", "longrope")
 
-#: (token ids [b, t], mask, positions [b, t]) → logits [b, V] after the last token.
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -39,9 +42,6 @@ def prepare(model: PreTrainedModel) -> None:
     chooses = any(hasattr(module, "indexer") for module in model.modules())
     if model.config._attn_implementation != "sdpa" or not model._supports_attention_backend or chooses:
         return
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
     AttentionInterface.register(IMPLEMENTATION, attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
     model.set_attn_implementation(IMPLEMENTATION)
@@ -60,26 +60,88 @@ def attention(
     In the fast path the query heads that share keys are the rows of one product, so no key is repeated.
 
     Args:
-        module: the attention layer.
+        module, **others: as for transformers' attention functions.
         query: [B, heads, t, d].
         key, value: [B, kv_heads, T, d].
         attention_mask: [B, 1, t, T], or [B, heads, t, T], or None.
-        **others: further arguments of transformers' attention functions.
 
     Returns:
         The output [B, t, heads, d], and None in place of the attention weights.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     heads, shared = query.shape[1], key.shape[1]
     own_masks = attention_mask is not None and attention_mask.shape[1] != 1
     if query.shape[2] != 1 or heads == shared or own_masks or others.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
-    rows = query.unflatten(1, (shared, heads // shared)).squeeze(3)
-    output = nn.functional.scaled_dot_product_attention(
-        rows, key, value, attn_mask=attention_mask, scale=others.get("scaling")
-    )
+    rows, scale = query.unflatten(1, (shared, heads // shared)).squeeze(3), others.get("scaling")
+    output = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scale)
     return output.flatten(1, 2)[:, None], None
+
+
+def growing_kv_cache(config: ModelConfig, max_length: int) -> DynamicCache:
+    """An empty cache for a model; `max_length` is the most tokens of a prompt and its response together."""
+    grown = DynamicCache(config=config)
+    grown.layers = [GrowingLayer(max_length) if type(old) is DynamicLayer else old for old in grown.layers]
+    return grown
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer of the cache that has room for more tokens.
+
+    `keys` and `values` [B, heads, T, d] are the used part of larger tensors. After `fix` they are the whole tensors,
+    and new tokens are written at a given place. Beyond `max_length` tokens it reserves no room in advance.
+    """
+
+    # transformers declares both as optional; here they are tensors whenever they are read.
+    keys: torch.Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
+    values: torch.Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__()
+        self._max_length = max_length
+        self._place: torch.Tensor | None = None
+        self._room: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends keys and values [B, heads, t, d] of t new tokens. Returns those of all tokens."""
+        if self._place is not None:
+            self.keys.index_copy_(-2, self._place, key_states)
+            self.values.index_copy_(-2, self._place, value_states)
+            return self.keys, self.values
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if not start:
+            self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+        if not self._has_room(end):
+            more = max(_GROWTH_TOKENS, int(end * _GROWTH_SHARE))
+            self._make_room(max(end, min(end + more, self._max_length)))
+        assert self._room is not None
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[..., start:end, :] = new
+        self.keys, self.values = (room[..., :end, :] for room in self._room)
+        return self.keys, self.values
+
+    def fix(self, size: int, place: torch.Tensor) -> None:
+        """Fixes the number of tokens at `size`. From now on, `update` writes at `place` [1]."""
+        self._make_room(size)
+        assert self._room is not None
+        (self.keys, self.values), self._place = self._room, place
+
+    def _has_room(self, size: int) -> bool:
+        """Whether `keys` are the beginning of tensors of at least this size. After rows are selected they are not."""
+        room = self._room
+        return room is not None and room[0].data_ptr() == self.keys.data_ptr() and size <= room[0].shape[-2]
+
+    def _make_room(self, size: int) -> None:
+        """Makes room for `size` tokens in total, filled with zeros, because masked values are multiplied by 0."""
+        used = (self.keys, self.values)
+        keys, values = (old.new_zeros((*old.shape[:-2], size, old.shape[-1])) for old in used)
+        self._room = (keys, values)
+        for room, old in zip(self._room, used, strict=True):
+            room[..., : old.shape[-2], :] = old
 
 
 def steps_of(
@@ -88,11 +150,11 @@ def steps_of(
     """The decoding steps of a batch whose prompts are in the cache, as a CUDA graph if the model allows it.
 
     Args:
-        model: the causal LM.
-        cache: a cache of `growing_kv_cache`.
+        model: the causal LM, which `forward` runs.
+        cache: of `growing_kv_cache`.
         mask: [B, T], 1 for the tokens of the prompts, 0 for padding.
         max_tokens: the most tokens of a response.
-        forward: runs the model.
+        forward: (token ids [b, t], mask, positions [b, t]) → logits [b, V] after the last token.
     """
     recordable = (
         mask.is_cuda
@@ -111,13 +173,7 @@ def _looks_at_positions(rope: object) -> bool:
 
 
 class Steps:
-    """Decodes one token after another for every row of a batch.
-
-    Args:
-        cache: keys and values of the prompts.
-        mask: [B, T], 1 for tokens, 0 for padding.
-        forward: runs the model.
-    """
+    """Decodes one token after another for every row of a batch; the arguments are those of `steps_of`."""
 
     def __init__(self, cache: DynamicCache, mask: torch.Tensor, forward: Forward) -> None:
         self._cache, self._mask, self._forward = cache, mask, forward
@@ -138,12 +194,6 @@ class ReplayedSteps(Steps):
 
     Every tensor keeps its address and shape. The cache has room for all tokens, and the mask hides those that are not
     written yet. The rows are part of the graph, so `keep` makes the next step record a new one.
-
-    Args:
-        cache: a cache of `growing_kv_cache`.
-        mask: [B, T], 1 for tokens, 0 for padding.
-        max_tokens: the most tokens of a response.
-        forward: runs the model.
     """
 
     def __init__(self, cache: DynamicCache, mask: torch.Tensor, max_tokens: int, forward: Forward) -> None:
@@ -178,10 +228,8 @@ def record(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Records `function` as a CUDA graph, which reads and writes the same memory in every call.
 
-    Args:
-        function: a function of one tensor. It is called twice, the first time to initialise what is created at first
-            use, so a second call must have the same result.
-        example: an argument of the shape and type of all arguments.
+    It is called twice, the first time to initialise what is created at first use, so a second call must have the same
+    result. All arguments have the shape and type of `example`.
 
     Returns:
         The recorded function, or, with a warning, `function` itself if it cannot be recorded, as when it waits for the

@@ -7,25 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from upge.models.loading import (
-    ModelConfig,
-    WeightTable,
-    check_loaded,
-    choose_dtype,
-    choose_max_length,
-    choose_threads,
-    random_state_kept,
-    read_config,
-)
+from upge.models import loading
+from upge.models.loading import ModelConfig, WeightTable, random_state_kept
 from upge.rollout import decoding
 from upge.rollout.base import Arrived, Request, Sampler, Sampling, rollout_of
-
-if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
 
 # Tokens (prompt and response, including padding) in a batch, which is the size of its cache. On a GPU, 512 rows of 512.
 TOKEN_BUDGET = {"cpu": 32768, "cuda": 262144}
@@ -47,14 +37,10 @@ class TransformersSampler(Sampler):
     response. So a response depends neither on the others in its batch nor on the random state of the process.
 
     Args:
-        model_path: a folder in Hugging Face format or the name of a model of the hub.
-        dtype: see `upge.rollout.load`.
-        max_length: the most tokens of a prompt and its response together; None means the model's number of positions.
+        model_path, dtype, max_length, threads, overrides: see `upge.rollout.load`.
         device: "cpu" or "cuda".
         token_budget: the most tokens in a batch, including padding. A single longer sequence is a batch of its own.
-        threads: torch's threads while sampling on a CPU, see `upge.models.loading.choose_threads`.
         reason: why this engine is used.
-        overrides: changes to the model's config.json.
     """
 
     name = "transformers"
@@ -71,23 +57,17 @@ class TransformersSampler(Sampler):
         reason: str = "",
         overrides: Mapping[str, object] | None = None,
     ) -> None:
-        config = read_config(model_path, overrides)
+        config = loading.read_config(model_path, overrides)
         self._device = torch.device(device)
         self._budget = token_budget or TOKEN_BUDGET[self._device.type]
-        weights_dtype = choose_dtype(dtype, self._device.type)
+        weights_dtype = loading.choose_dtype(dtype, self._device.type)
         self._model = _load_model(str(model_path), config, weights_dtype, self._device)
         decoding.prepare(self._model)
-        self._table = WeightTable.of_model(self._model)
         # Compute logits only at the last position. Those of all positions of a batch would be the largest tensor.
         has_logits_to_keep = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if has_logits_to_keep else {}
-        threads = choose_threads(threads, self._table, self._device.type)
-        super().__init__(
-            max_length=choose_max_length(max_length, config),
-            vocabulary=config.get_text_config().vocab_size,
-            reason=reason,
-            threads=threads,
-        )
+        table = WeightTable.of_model(self._model)
+        super().__init__(config, table, max_length, threads, self._device.type, reason)
 
     def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived) -> None:
         for batch in _batches(requests, sampling.max_tokens, self._budget):
@@ -95,23 +75,19 @@ class TransformersSampler(Sampler):
 
     @torch.inference_mode()
     def _generate(self, batch: list[Request], sampling: Sampling, complete: Arrived) -> None:
-        from upge.rollout.kv_cache import growing_kv_cache
-
-        with _plain_linear():
-            longest = max(len(request.prompt) for request in batch) + sampling.max_tokens
-            self._decode(batch, sampling, complete, growing_kv_cache(self._model.config, longest))
-
-    def _decode(self, batch: list[Request], sampling: Sampling, complete: Arrived, cache: DynamicCache) -> None:
+        longest = max(len(request.prompt) for request in batch) + sampling.max_tokens
+        cache = decoding.growing_kv_cache(self._model.config, longest)
         draw = _Draw(batch, sampling, self._device, complete)
-        logits, mask = self._prefilled([request.prompt for request in batch], cache)
-        token = draw(logits)
-        steps = decoding.steps_of(self._model, cache, mask, sampling.max_tokens, partial(self._forward, cache))
-        while not draw.is_done:
-            kept = draw.leaving()
-            if kept is not None:
-                steps.keep(kept)
-                token = token[kept]
-            token = draw(steps(token))
+        with _plain_linear():
+            logits, mask = self._prefilled([request.prompt for request in batch], cache)
+            token = draw(logits)
+            steps = decoding.steps_of(self._model, cache, mask, sampling.max_tokens, partial(self._forward, cache))
+            while not draw.is_done:
+                kept = draw.leaving()
+                if kept is not None:
+                    steps.keep(kept)
+                    token = token[kept]
+                token = draw(steps(token))
 
     def _prefilled(self, prompts: list[tuple[int, ...]], cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Fills the cache with the prompts. A prompt that occurs several times is computed once.
@@ -122,9 +98,8 @@ class TransformersSampler(Sampler):
         distinct = list(dict.fromkeys(prompts))
         width = max(map(len, distinct))
         ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in distinct], device=self._device)
-        mask = torch.tensor(
-            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in distinct], device=self._device
-        )
+        lengths = torch.tensor(list(map(len, distinct)), device=self._device)
+        mask = (torch.arange(width, device=self._device) >= width - lengths[:, None]).long()
         logits = self._forward(cache, ids, mask, (mask.cumsum(dim=-1) - 1).clamp(min=0))
         if len(distinct) < len(prompts):
             places = {prompt: place for place, prompt in enumerate(distinct)}
@@ -137,15 +112,8 @@ class TransformersSampler(Sampler):
         self, cache: DynamicCache, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
         """The logits [b, V] after the last of the tokens [b, t], which follow the tokens in the cache."""
-        output = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            **self._last_only,
-        )
-        return output.logits[:, -1]
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        return self._model(**inputs, past_key_values=cache, use_cache=True, **self._last_only).logits[:, -1]
 
     @torch.no_grad()
     def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -178,11 +146,7 @@ def _plain_linear() -> Iterator[None]:
 class _Draw:
     """Draws the tokens of a batch step by step, and passes on each response when it ends.
 
-    Args:
-        batch: the requests.
-        sampling: temperature, nucleus and limits.
-        device: the device of the logits.
-        complete: called as `complete(index, copy, rollout)` in the step in which a response ends.
+    `device` is that of the logits. `complete` is called in the step in which a response ends.
     """
 
     def __init__(self, batch: Sequence[Request], sampling: Sampling, device: torch.device, complete: Arrived) -> None:
@@ -270,20 +234,9 @@ def _batches(requests: Sequence[Request], max_tokens: int, budget: int) -> Itera
 
 
 def _load_model(path: str, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with random_state_kept():
-            # Any: the annotation does not know that `output_loading_info` makes it a pair.
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=dtype, output_loading_info=True
-            )
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    with loading.progress_bars_hidden(), random_state_kept():
+        # Any: the annotation does not know that `output_loading_info` makes it a pair.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
     model, loading_info = loaded
-    check_loaded(path, loading_info)
+    loading.check_loaded(path, loading_info)
     return model.eval().requires_grad_(False).to(device)

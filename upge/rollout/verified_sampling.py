@@ -22,9 +22,8 @@ class PendingRollout:
     Attributes:
         index: of the example in the call.
         copy: number of the response among those to this example, from 0.
-        rollout: the response's tokens.
-        text: the response's text, as the verifier reads it.
-        verdict: a future of the verdict.
+        rollout, text: the response, as tokens and as the verifier reads it.
+        verdict: may not be there yet.
     """
 
     index: int
@@ -53,10 +52,7 @@ class VerifiedRollouts:
 class VerifiedSampler:
     """Samples responses to examples and verifies each of them as soon as it is complete.
 
-    Attributes:
-        engine: the inference engine.
-        pool: the verifiers. A problem names its own; one that names none takes the pool's first.
-        prompting: decodes responses.
+    A problem names its verifier in the `pool`; one that names none takes the first. `prompting` decodes responses.
     """
 
     engine: Sampler
@@ -69,10 +65,8 @@ class VerifiedSampler:
         If sampling or verification fails, pending verifications are cancelled.
 
         Args:
-            examples: the prompts; may be empty.
-            n: responses per example.
-            sampling: temperature, nucleus and limits.
-            seeds: one integer per example, as for `Sampler.sample`.
+            examples: may be empty.
+            n, sampling, seeds: as for `Sampler.sample`.
         """
         pending: dict[tuple[int, int], Future[Verdict]] = {}
 

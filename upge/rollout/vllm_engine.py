@@ -12,16 +12,8 @@ from typing import Any
 import torch
 
 from upge.errors import ConfigError
-from upge.models.loading import (
-    ModelConfig,
-    WeightTable,
-    choose_dtype,
-    choose_max_length,
-    choose_threads,
-    override,
-    random_state_kept,
-    read_config,
-)
+from upge.models import loading
+from upge.models.loading import ModelConfig, WeightTable, random_state_kept
 from upge.rollout.base import Arrived, Request, Sampler, Sampling, rollout_of
 from upge.rollout.vllm_process import (
     cache_bytes,
@@ -52,16 +44,12 @@ class VLLMSampler(Sampler):
     vLLM makes one, and `close` destroys it; of several such samplers, close the first one last.
 
     Args:
-        model_path: a folder in Hugging Face format or the name of a model of the hub.
-        dtype: see `upge.rollout.load`.
-        max_length: the most tokens of a prompt and its response together; None means the model's number of positions.
+        model_path, dtype, max_length, threads, overrides: see `upge.rollout.load`.
         memory_fraction: on CUDA, the share of the GPU's memory for weights and cache. On a CPU, the largest share of
             the free memory for the cache, unless VLLM_CPU_KVCACHE_SPACE (GiB) is set.
         seed: vLLM's own seed; no rollout depends on it.
         device: "cpu" or "cuda".
-        threads: torch's threads while sampling on a CPU, see `upge.models.loading.choose_threads`.
         reason: why this engine is used.
-        overrides: changes to the model's config.json.
 
     Raises:
         ConfigError: a setting is out of range, or vLLM cannot serve the model.
@@ -82,19 +70,14 @@ class VLLMSampler(Sampler):
         reason: str = "",
         overrides: Mapping[str, object] | None = None,
     ) -> None:
-        config = read_config(model_path, overrides)
+        config = loading.read_config(model_path, overrides)
         with random_state_kept():
-            self._table = WeightTable.of_config(config)
-        super().__init__(
-            max_length=choose_max_length(max_length, config),
-            vocabulary=config.get_text_config().vocab_size,
-            reason=reason,
-            threads=choose_threads(threads, self._table, device),
-        )
+            table = WeightTable.of_config(config)
+        super().__init__(config, table, max_length, threads, device, reason)
         if not 0.0 < memory_fraction <= 1.0:
             raise ConfigError(f"rollout.memory_fraction={memory_fraction}: must be above 0 and at most 1")
         self._cpu = device == "cpu"
-        self._dtype = choose_dtype(dtype, device)
+        self._dtype = loading.choose_dtype(dtype, device)
         self._vllm = import_vllm()
         if self._cpu:
             ranks_uncompiled()
@@ -128,13 +111,12 @@ class VLLMSampler(Sampler):
             return options | dict(gpu_memory_utilization=memory_fraction, enable_sleep_mode=True)
         # With chunked prefill vLLM rewinds its seeded generator, which a CPU generator cannot do (RuntimeError).
         # Compilation takes longer than it saves in a run with a model that fits a CPU.
-        options |= dict(
-            enable_chunked_prefill=False, enforce_eager=True, max_num_seqs=CPU_SEQUENCES, block_size=CPU_BLOCK
-        )
+        options |= dict(enable_chunked_prefill=False, enforce_eager=True)
+        options |= dict(max_num_seqs=CPU_SEQUENCES, block_size=CPU_BLOCK)
         if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-            options["kv_cache_memory_bytes"] = cache_bytes(
-                CPU_SEQUENCES, self.max_length, cache_bytes_per_token(config, self._dtype), memory_fraction, CPU_BLOCK
-            )
+            per_token = cache_bytes_per_token(config, self._dtype)
+            size = cache_bytes(CPU_SEQUENCES, self.max_length, per_token, memory_fraction, CPU_BLOCK)
+            options["kv_cache_memory_bytes"] = size
         return options
 
     def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived) -> None:
@@ -156,11 +138,8 @@ class VLLMSampler(Sampler):
                     outputs = engine.step()
                 for output in outputs:
                     request, response = waiting.pop(output.request_id), output.outputs[0]
-                    complete(
-                        request.index,
-                        request.copy,
-                        rollout_of(response.token_ids, response.logprobs.logprobs, sampling),
-                    )
+                    rollout = rollout_of(response.token_ids, response.logprobs.logprobs, sampling)
+                    complete(request.index, request.copy, rollout)
         finally:
             # There are none unless an error was raised. The next call must not continue these.
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
@@ -219,7 +198,7 @@ def _override_for_vllm(config: ModelConfig, overrides: Mapping[str, object]) -> 
     vLLM calls it first with a placeholder without the model's settings (`architectures == [""]`), to see whether it
     changes `model_type`, and then with the model's own configuration. The placeholder is returned unchanged.
     """
-    return config if config.architectures == [""] else override(config, overrides)
+    return config if config.architectures == [""] else loading.override(config, overrides)
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

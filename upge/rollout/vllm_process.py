@@ -39,11 +39,9 @@ def cpu_binding() -> str:
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    if len(cores) < (os.cpu_count() or 1) or len(cores) < ranks:
-        parts = [cores] * ranks
-    else:
-        share = len(cores) // ranks
-        parts = [cores[rank * share : (rank + 1) * share] for rank in range(ranks)]
+    assigned = len(cores) < (os.cpu_count() or 1) or len(cores) < ranks
+    share = len(cores) // ranks
+    parts = [cores if assigned else cores[rank * share : (rank + 1) * share] for rank in range(ranks)]
     return "|".join(",".join(map(str, part)) for part in parts)
 
 
@@ -71,14 +69,9 @@ def why_not_vllm(device: str) -> str | None:
 
 
 def cache_bytes(sequences: int, max_length: int, bytes_per_token: int, memory_fraction: float, block: int) -> int:
-    """Size of the cache in bytes.
+    """Size in bytes of a cache for so many sequences of `max_length` tokens, in blocks of `block` tokens.
 
-    Args:
-        sequences: number of sequences of full length that it should hold.
-        max_length: tokens of a sequence.
-        bytes_per_token: size of the keys and values of a token.
-        memory_fraction: the largest share of this rank's part of the free memory.
-        block: tokens in a block of the cache.
+    At most `memory_fraction` of this rank's part of the free memory. A token's keys and values take `bytes_per_token`.
     """
     blocks = sequences * (-(-max_length // block) + 1)
     share = free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -95,13 +88,8 @@ def free_memory() -> int:
         resources = importlib.import_module("vllm.utils.cpu_resource_utils")
         node = resources.get_allowed_cpu_list()[0].numa_node
         return min(free, resources.get_memory_node_info(node).available_memory)
-    except (
-        ImportError,
-        AttributeError,
-        LookupError,
-        OSError,
-    ):  # another version of vLLM, which reports itself if the cache is too large
-        return free
+    except (ImportError, AttributeError, LookupError, OSError):
+        return free  # another version of vLLM, which reports itself if the cache is too large
 
 
 def ranks_uncompiled() -> None:

@@ -7,7 +7,7 @@ rollouts before. So a resumed run needs no random state, and the batch does not 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from upge.algorithm import Algorithm
 from upge.data import Example
@@ -16,33 +16,12 @@ from upge.rollout import Rollout, Sampling
 from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.config import RunConfig
 from upge.train.distributed import World
-from upge.train.prompt_order import (
-    demonstration_choice,
-    held_out,
-    least_used,
-    mixed_indices,
-    permutation,
-    stream_seed,
-)
+from upge.train.prompt_order import demonstration_choice, held_out, least_used, mixed_indices, permutation, stream_seed
 from upge.train.sample import Trajectory, assemble, has_pair, indexed, usable
 from upge.verify import Verdict
 
-#: The stream of prompts that the steps train on, and that of prompts reserved for validation.
+#: The streams of prompts: those that the steps train on, and those reserved for validation.
 TRAIN, HELD_OUT = "train", "held out"
-
-
-@dataclass(frozen=True)
-class _Rollouts:
-    """All ranks' rollouts of some prompts, and the seconds that this rank took for them."""
-
-    trajectories: list[Trajectory]
-    rollout_seconds: float = 0.0
-    verify_seconds: float = 0.0
-
-    def after(self, earlier: _Rollouts) -> _Rollouts:
-        """The same with the seconds of both."""
-        sampling = earlier.rollout_seconds + self.rollout_seconds
-        return _Rollouts(self.trajectories, sampling, earlier.verify_seconds + self.verify_seconds)
 
 
 class Collector:
@@ -52,12 +31,11 @@ class Collector:
     of a pair before the rejected one.
 
     Args:
-        config: of the run.
+        config, world: of the run.
         algorithm: what is learned with.
         examples: the training set.
-        sampler: samples and verifies; None if the algorithm has no rollouts.
+        sampler: None if the algorithm has no rollouts.
         stop_token_ids: end a response.
-        world: of the run.
         weights: the share of the prompts that each source of a mixture gets; if empty, all examples have the same
             weight.
         reserve: reserve a tenth of the training set for validation. No step trains on it; the stream `HELD_OUT` draws
@@ -129,16 +107,16 @@ class Collector:
         else:
             indices = self._held_out_indices(step, min(count, len(candidates)))
             seeds = ("rollout", stream, step)
-        rollouts, metrics = _Rollouts([]), {}
+        rollouts: list[Trajectory] = []
+        metrics = {"time/rollout": 0.0, "time/verify": 0.0}
         if self.needs.rollouts:
-            rollouts = self._rollouts(indices, seeds)
+            rollouts = self._rollouts(indices, seeds, metrics)
             if self.dynamic_sampling is not None and stream == TRAIN:
-                indices, rollouts, metrics = self._redrawn(indices, rollouts, step)
+                indices, rollouts = self._redrawn(indices, rollouts, step, metrics)
         given = [t for group, index in enumerate(indices) for t in self._given(group, index, step)]
         # The sort is stable and a prompt's rollouts are in order of sampling.
-        trajectories = sorted(rollouts.trajectories + given, key=lambda t: (t.group, t.is_demonstration))
-        times = {"time/rollout": rollouts.rollout_seconds, "time/verify": rollouts.verify_seconds}
-        return indexed(trajectories), times | metrics
+        trajectories = sorted(rollouts + given, key=lambda t: (t.group, t.is_demonstration))
+        return indexed(trajectories), metrics
 
     def demonstrations(self, indices: Iterable[int], step: int) -> list[Trajectory]:
         """The demonstrations of these examples, one group per example; examples without one are passed over."""
@@ -171,38 +149,36 @@ class Collector:
         return {name: count for name, count in counts.items() if count > 0}
 
     def _redrawn(
-        self, indices: list[int], first: _Rollouts, step: int
-    ) -> tuple[list[int], _Rollouts, dict[str, float]]:
-        """Dynamic sampling: replaces prompts whose gate is closed, for a number of rounds.
+        self, indices: list[int], first: list[Trajectory], step: int, metrics: dict[str, float]
+    ) -> tuple[list[int], list[Trajectory]]:
+        """Dynamic sampling: replaces prompts whose gate is closed, for a number of rounds, and adds to `metrics`.
 
         Args:
             indices: the examples of the first round.
             first: their rollouts.
             step: of the run.
+            metrics: of the collection.
 
         Returns:
-            The accepted examples, their rollouts, and metrics. If the gate is closed on all prompts, the first round is
-            returned unchanged.
+            The accepted examples and their rollouts. If the gate is closed on all prompts, those of the first round.
         """
         assert self.dynamic_sampling is not None
         wanted, rollouts, tried, rounds = list(indices), first, list(indices), 1
         accepted: list[int] = []
         trajectories: list[Trajectory] = []
         while True:
-            for group, members in self._open_groups(rollouts.trajectories, step):
+            for group, members in self._open_groups(rollouts, step):
                 trajectories += [replace(t, group=len(accepted)) for t in members]
                 accepted.append(indices[group])
             if len(accepted) == self.config.prompts_per_step or rounds == self.dynamic_sampling.rounds:
                 break
             # Accepted examples count twice, so that in a small data set they come last.
             indices = self._replacements(self._missing(wanted, accepted), tried + accepted, "redraw", step, rounds)
-            rollouts = self._rollouts(indices, ("rollout", step, rounds)).after(rollouts)
+            rollouts = self._rollouts(indices, ("rollout", step, rounds), metrics)
             tried += indices
             rounds += 1
-        metrics: dict[str, float] = {"sampling/rounds": rounds, "sampling/prompts": len(tried)}
-        if not accepted:
-            accepted, trajectories = wanted, first.trajectories
-        return accepted, replace(rollouts, trajectories=trajectories), metrics
+        metrics |= {"sampling/rounds": rounds, "sampling/prompts": len(tried)}
+        return (accepted, trajectories) if accepted else (wanted, first)
 
     def _open_groups(self, rollouts: list[Trajectory], step: int) -> list[tuple[int, list[Trajectory]]]:
         """The groups, in order, with a rollout on which the gate is not 0."""
@@ -214,8 +190,10 @@ class Collector:
         open_groups = {t.group for t, is_closed in zip(rollouts, closed, strict=True) if not is_closed}
         return [(group, members) for group, members in groups.items() if group in open_groups]
 
-    def _rollouts(self, indices: list[int], seeds: tuple[int | str, ...]) -> _Rollouts:
-        """All ranks' verified rollouts of these prompts, whose groups are numbered from 0.
+    def _rollouts(
+        self, indices: list[int], seeds: tuple[int | str, ...], metrics: dict[str, float]
+    ) -> list[Trajectory]:
+        """All ranks' verified rollouts of these prompts, whose groups are numbered from 0. Adds its time to `metrics`.
 
         Each rank samples a part of the prompts.
         """
@@ -230,9 +208,9 @@ class Collector:
             for group, example, responses in zip(groups, examples, sampled.groups, strict=True)
             for rollout, verdict in responses
         ]
-        of_all_ranks = [trajectory for part in world.gather(of_rank) for trajectory in part]
-        trajectories = sorted(of_all_ranks, key=lambda t: t.group)
-        return _Rollouts(trajectories, sampled.sampling_seconds, sampled.verifying_seconds)
+        metrics["time/rollout"] += sampled.sampling_seconds
+        metrics["time/verify"] += sampled.verifying_seconds
+        return sorted((t for part in world.gather(of_rank) for t in part), key=lambda t: t.group)
 
     def _given(self, group: int, index: int, step: int) -> list[Trajectory]:
         """The trajectories that the data set has for a prompt.

@@ -69,10 +69,8 @@ class DeepSpeedModule:
         import deepspeed
 
         self.world = world
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        adamw = torch.optim.AdamW(
-            parameters, lr=lr, betas=(optimizer.beta1, optimizer.beta2), weight_decay=optimizer.weight_decay
-        )
+        parameters, betas = [p for p in module.parameters() if p.requires_grad], (optimizer.beta1, optimizer.beta2)
+        adamw = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=optimizer.weight_decay)
         configuration = settings(dtype, world, optimizer.max_grad_norm)
         engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=configuration)
         self._engine: Any = engine  # its methods and its optimizer's are not typed
@@ -100,12 +98,22 @@ class DeepSpeedModule:
         return StepResult(bool(self._engine.was_step_applied()), float(self._engine.get_global_grad_norm()))
 
     def take_gradient(self) -> list[Tensor]:
-        """This rank's part of the gradient so far, float32, one tensor per parameter; all ranks call it.
+        """This rank's part of the gradient so far, float32, unpadded, one tensor per parameter; all ranks call it.
 
         For after `backward(..., last=True)` and instead of `step`: nothing is clipped or applied, and the next
         `backward` starts from zero. A gradient that is not finite is returned as it is.
         """
-        return take_gradient(self._engine.optimizer, self.world.rank)
+        zero, rank = self._engine.optimizer, self.world.rank
+        partitions = zero.get_fp32_grad_partitions()
+        assert partitions, "no gradient to take: backward comes first"
+        taken = []
+        for group, parameters in enumerate(zero.fp16_groups):
+            for place, parameter in enumerate(parameters):
+                size = parameter.partition_numel()
+                held = min(max(parameter.ds_numel - rank * size, 0), size)
+                taken.append(partitions[group][place].reshape(-1)[:held].clone())
+        drop_gradient(zero)
+        return taken
 
     def dot(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
         """The dot product of two gradients from `take_gradient` over all ranks, in float64; all ranks call it."""
@@ -120,12 +128,17 @@ class DeepSpeedModule:
         """Resets the moments and the step count in use; with `everything` those of every name."""
         self._moments.reset(everything)
 
-    def _save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
-        """Writes folder/tag: DeepSpeed's files, and one file of this rank."""
+    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
+        """Writes weights, all sets of optimizer moments and `state` to folder/tag; all ranks call it."""
         self._engine.save_checkpoint(str(folder), tag=tag, client_state={_STATE: state}, save_latest=False)
         self._moments.save(self._moments_file(folder, tag))
 
-    def _load(self, folder: Path, tag: str) -> dict[str, Any]:
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+        """Restores what `save` wrote and returns its `state`.
+
+        Raises:
+            ModelError: the checkpoint, or a file of it, is missing or not whole.
+        """
         with _reading(folder / tag):
             path, state = self._engine.load_checkpoint(str(folder), tag=tag)
             if path is None:
@@ -170,13 +183,8 @@ def settings(dtype: str, world: World, max_grad_norm: float = 0.0) -> dict[str, 
 def load_causal_lm(model: ModelConfig, world: World, key: str = "model.path") -> PreTrainedModel:
     """Loads a causal LM, partitioned on the way, so that no rank ever holds the whole.
 
-    Args:
-        model: which model, and how it is loaded.
-        world: of the run.
-        key: the setting that gave model.path, for messages.
-
     Raises:
-        ModelError: it cannot be loaded or is not complete.
+        ModelError: it cannot be loaded or is not complete. `key` is the setting that gave `model.path`, for messages.
         ConfigError: an override that its configuration does not have.
     """
     from transformers import AutoModelForCausalLM
@@ -238,32 +246,11 @@ def _model_errors(path: str, key: str) -> Iterator[None]:
         ) from error
 
 
-# The internals of DeepSpeed's ZeRO-3 optimizer, used only below: `fp16_groups` are the parameters in sub-groups (of any
-# dtype); AdamW updates the flat float32 partitions, and its moments belong to these.
+# The internals of DeepSpeed's ZeRO-3 optimizer, used here and in `take_gradient`: `fp16_groups` are the parameters in
+# sub-groups (of any dtype); AdamW updates the flat float32 partitions, and its moments belong to these.
 
 #: The set of moments that is in use at first.
 FIRST = "main"
-
-
-def take_gradient(zero: Any, rank: int) -> list[Tensor]:
-    """A copy of this rank's part of every parameter's gradient, in float32 and without padding.
-
-    The gradient is dropped: the next backward pass starts from zero, and nothing enters norms or moments.
-
-    Args:
-        zero: DeepSpeed's stage 3 optimizer, after the last backward pass of an update.
-        rank: this process's place in the partition.
-    """
-    partitions = zero.get_fp32_grad_partitions()
-    assert partitions, "no gradient to take: backward comes first"
-    taken = []
-    for group, parameters in enumerate(zero.fp16_groups):
-        for place, parameter in enumerate(parameters):
-            size = parameter.partition_numel()
-            held = min(max(parameter.ds_numel - rank * size, 0), size)
-            taken.append(partitions[group][place].reshape(-1)[:held].clone())
-    drop_gradient(zero)
-    return taken
 
 
 def drop_gradient(zero: Any) -> None:
@@ -280,12 +267,9 @@ def gradient_norm(zero: Any) -> float:
 
 
 class Moments:
-    """Named sets of AdamW's moments and step counts over the same weights, one of them in use.
+    """Named sets of AdamW's moments and step counts in DeepSpeed's stage 3 optimizer `zero`, one of them in use.
 
     The other sets stay on the device, so each set takes as much memory as the first: 8 bytes per weight over all ranks.
-
-    Args:
-        zero: DeepSpeed's stage 3 optimizer.
     """
 
     def __init__(self, zero: Any) -> None:

@@ -1,23 +1,32 @@
-"""The policy in training: a Hugging Face causal LM under DeepSpeed ZeRO-3, on one process or several."""
+"""The models of a run under DeepSpeed ZeRO-3: policy, critic, reference policy; and the sampler's copy of weights."""
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Iterator, Sequence
+from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from upge.train.config import ModelConfig, OptimizerConfig
-from upge.train.deepspeed_module import DeepSpeedModule, StepResult, checkpoint_activations, load_causal_lm
+from upge.rollout import Sampler
+from upge.train.config import CriticConfig, ModelConfig, OptimizerConfig
+from upge.train.deepspeed_module import (
+    DeepSpeedModule,
+    check_tokens,
+    checkpoint_activations,
+    load_causal_lm,
+    settings,
+    vocabulary_size,
+)
 from upge.train.distributed import World
 from upge.train.micro_batches import Costs
-from upge.train.packed_policy import Objective, PackedPolicy
+from upge.train.packed_policy import Objective, PackedPolicy, PackedValue
 from upge.train.packing import PackedBatch, pack
 from upge.train.sample import TokenIds
-
-__all__ = ["Engine", "Forward", "StepResult"]
 
 #: Parameters are gathered for the sampler in buckets of about this size.
 _BUCKET_BYTES = 512 * 2**20
@@ -26,11 +35,7 @@ _BUCKET_BYTES = 512 * 2**20
 class Engine(DeepSpeedModule):
     """The policy's weights, gradients and optimizer, partitioned over the ranks.
 
-    Args:
-        model: which model, and how it is loaded.
-        optimizer: AdamW's settings.
-        world: of the run.
-        temperature: that log-probs are computed at, as in sampling.
+    Log-probs are computed at `temperature`, as in sampling.
 
     Raises:
         ModelError: the model cannot be loaded, is not complete, or cannot run packed rows.
@@ -44,13 +49,13 @@ class Engine(DeepSpeedModule):
         super().__init__(PackedPolicy(network).train(), model.dtype, optimizer, optimizer.lr, world)
         self.network, self.temperature, self.costs = network, temperature, costs
 
-    def forward(self, trajectories: Sequence[TokenIds], entropy: bool = False) -> Forward:
-        """Log-probs [B, T] of the responses of (prompt_ids, response_ids) pairs, with entropies [B, T] on request.
+    def forward(self, trajectories: Sequence[TokenIds]) -> Float[Tensor, "B T"]:
+        """Log-probs [B, T] of the responses of (prompt_ids, response_ids) pairs, with gradient.
 
         Every rank must call it equally often; a rank without work passes no trajectories.
         """
         packed = self.pack(trajectories)
-        return Forward(packed, *self.logprobs(packed, entropy))
+        return packed.pad(self.logprobs(packed)[0])
 
     def pack(self, trajectories: Sequence[TokenIds]) -> PackedBatch:
         """(prompt_ids, response_ids) pairs as one row on the model's device."""
@@ -82,18 +87,6 @@ class Engine(DeepSpeedModule):
                 for name, parameter in bucket:
                     yield name, parameter.detach()
 
-    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
-        """Writes weights, all sets of optimizer moments and `state` to folder/tag; all ranks call it."""
-        self._save(folder, tag, state)
-
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Restores what `save` wrote and returns its `state`.
-
-        Raises:
-            ModelError: the checkpoint, or a file of it, is missing or not whole.
-        """
-        return self._load(folder, tag)
-
     def export(self, folder: Path) -> None:
         """Writes the model in Hugging Face format (safetensors), from rank 0; all ranks call it."""
         keep = self.world.is_main
@@ -111,22 +104,115 @@ class Engine(DeepSpeedModule):
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.network.parameters())
 
 
-class Forward(NamedTuple):
-    """Results of a forward pass over a packed batch, which pads them."""
+class CriticEngine(DeepSpeedModule):
+    """V(prompt, response up to t) with its own backbone, partitioned over the ranks.
 
-    packed: PackedBatch
-    logprobs_packed: Tensor
-    entropies_packed: Tensor | None
+    The backbone is the trunk of the causal LM at `critic.path`, or at `model.path` if that is empty. dtype, activation
+    checkpointing and AdamW's settings are the policy's, except the learning rate. `model.overrides` apply to the model
+    at `model.path` only.
 
-    @property
-    def logprobs(self) -> Float[Tensor, "B T"]:
-        """[B, T] with gradient."""
-        return self.packed.pad(self.logprobs_packed)
+    Raises:
+        ModelError: the model cannot be loaded, is not complete, or cannot run packed rows.
+    """
 
-    @property
-    def entropies(self) -> Float[Tensor, "B T"] | None:
-        """[B, T] with gradient, or None."""
-        return None if self.entropies_packed is None else self.packed.pad(self.entropies_packed)
+    def __init__(self, model: ModelConfig, critic: CriticConfig, optimizer: OptimizerConfig, world: World) -> None:
+        self._key = "critic.path" if critic.path else "model.path"
+        if critic.path:
+            model = dataclasses.replace(model, path=critic.path, overrides={})
+        network = load_causal_lm(model, world, self._key)
+        if model.gradient_checkpointing:
+            checkpoint_activations(network)
+        self._vocabulary = vocabulary_size(network)
+        self.module = PackedValue(network, world.device).train()
+        super().__init__(self.module, model.dtype, optimizer, critic.lr, world)
+
+    def forward(self, trajectories: Sequence[TokenIds]) -> Float[Tensor, "B T"]:
+        """Values [B, T] of the states before each response token of (prompt_ids, response_ids) pairs, with gradient.
+
+        Every rank must call it equally often; a rank without work passes no trajectories.
+
+        Raises:
+            ModelError: a token that is not in the backbone's vocabulary.
+        """
+        check_tokens(trajectories, self._vocabulary, self._key)
+        packed = pack(trajectories, self.world.device)
+        return packed.pad(self._engine(packed))
+
+
+class ReferencePolicy:
+    """The model at `model.path` without gradients or optimizer, its weights partitioned over the ranks by ZeRO-3.
+
+    `temperature` is that of the log-probs, as in training; `key` is the setting that gave `model.path`, for messages.
+
+    Raises:
+        ModelError: the model cannot be loaded, is not complete, or cannot run packed rows.
+    """
+
+    def __init__(self, model: ModelConfig, world: World, temperature: float = 1.0, key: str = "model.path") -> None:
+        import deepspeed
+
+        self.world, self.temperature, self._key = world, temperature, key
+        network = load_causal_lm(model, world, key)
+        self._vocabulary = vocabulary_size(network)
+        policy = PackedPolicy(network).eval().requires_grad_(False)
+        self._engine, *_ = deepspeed.initialize(model=policy, config=settings(model.dtype, world))
+
+    @torch.no_grad()
+    def forward(self, trajectories: Sequence[TokenIds]) -> Float[Tensor, "B T"]:
+        """As `Engine.forward`, without gradient.
+
+        Raises:
+            ModelError: a token that is not in the model's vocabulary.
+        """
+        check_tokens(trajectories, self._vocabulary, self._key)
+        packed = pack(trajectories, self.world.device)
+        return packed.pad(self._engine(packed, temperature=self.temperature)[0])
+
+
+class SamplerState(Enum):
+    """What the sampler's weights are worth.
+
+    Attributes:
+        STALE: awake, with other weights than the policy's.
+        FRESH: awake, with the policy's weights.
+        ASLEEP: its GPU memory is free for training; the weights are stale after it.
+    """
+
+    STALE = "stale"
+    FRESH = "fresh"
+    ASLEEP = "asleep"
+
+
+class WeightSync:
+    """Owns the sampler's state and the transfer of weights from the trainer's shards to the sampler.
+
+    The trainer calls `refresh` before anything is sampled and `sleep` before every update:
+
+        stale or asleep -- refresh --> fresh -- sleep --> asleep
+    """
+
+    def __init__(self, sampler: Sampler, policy: Engine) -> None:
+        self.sampler, self.policy, self.state = sampler, policy, SamplerState.STALE
+
+    def refresh(self) -> float:
+        """Makes the sampler's weights those of the policy; returns the seconds it took, 0 if they were fresh.
+
+        All ranks call it.
+        """
+        if self.state is SamplerState.FRESH:
+            return 0.0
+        began = time.perf_counter()
+        if self.state is SamplerState.ASLEEP:
+            self.sampler.wake()
+        self.sampler.load_weights(self.policy.named_weights())
+        self.state = SamplerState.FRESH
+        return time.perf_counter() - began
+
+    def sleep(self) -> None:
+        """Frees the sampler's GPU memory for an update; the update makes the sampler's weights stale."""
+        if self.state is not SamplerState.ASLEEP:
+            self.sampler.sleep()
+            self.state = SamplerState.ASLEEP
 
 
 def _buckets(parameters: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:

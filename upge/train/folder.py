@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -22,19 +23,12 @@ BEST_FACTS = "evaluation.json"
 
 
 class RunFolder:
-    """The folder `path` with config.yaml, run.json, LINES, FOLDERS, checkpoints/, best/ and final/.
-
-    Args:
-        path: need not exist yet.
-    """
+    """A run's folder `path`: config.yaml, run.json, LINES, FOLDERS, checkpoints/, best/, final/. `path` may be new."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.checkpoints = path / "checkpoints"
-        self.final = path / "final"
-        self.final_partial = path / "final.partial"
-        self.best = path / "best"
-        self.best_partial = path / "best.partial"
+        self.path, self.checkpoints = path, path / "checkpoints"
+        self.final, self.final_partial = path / "final", path / "final.partial"
+        self.best, self.best_partial = path / "best", path / "best.partial"
 
     @property
     def is_finished(self) -> bool:
@@ -44,14 +38,12 @@ class RunFolder:
     @property
     def facts(self) -> dict[str, Any]:
         """The content of run.json; empty if there is none yet."""
-        path = self.path / "run.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return _json(self.path / "run.json")
 
     @property
     def best_facts(self) -> dict[str, Any]:
         """The evaluation that best/ comes from: `step`, `mean`, `samples`; empty if there is no best/."""
-        path = self.best / BEST_FACTS
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return _json(self.best / BEST_FACTS)
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -199,6 +191,10 @@ class RunFolder:
                 shutil.rmtree(self.checkpoints / self.tag(old))
 
 
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     """The tree of a YAML file; empty if it is not a mapping."""
     tree = OmegaConf.to_container(OmegaConf.load(path))
@@ -238,8 +234,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def _plain(line: Mapping[str, Any]) -> dict[str, Any]:
     """The line with None for NaN and infinity, which JSON does not have."""
-    odd = (float("inf"), float("-inf"))
-    return {k: None if isinstance(v, float) and (v != v or v in odd) else v for k, v in line.items()}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
 
 
 def _leaves(new: Any, old: Any, path: str = "") -> list[str]:

@@ -7,23 +7,17 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from upge.algorithm import Algorithm
+from upge.algorithm import Algorithm, InterleavedUpdate
 from upge.data import Example
 from upge.stateful import UTILITY_SLOPE, StatefulGate
 from upge.train.collect import HELD_OUT, Collector
-from upge.train.config import OptimizerConfig
-from upge.train.critic import CriticEngine
-from upge.train.engine import Engine
-from upge.train.lr_schedule import LearningRates
-from upge.train.metrics import NO_DIAGNOSTICS, Diagnostics, UpdateReport
-from upge.train.reference_policy import ReferencePolicy
+from upge.train.config import LearningRates, OptimizerConfig
+from upge.train.diagnostics import NO_DIAGNOSTICS, Diagnostics
+from upge.train.engine import CriticEngine, Engine, ReferencePolicy
+from upge.train.metrics import UpdateReport
 from upge.train.sample import Trajectory, assemble
 from upge.train.update import Updater
-
-if TYPE_CHECKING:
-    from upge.algorithm import InterleavedUpdate
 
 #: The name of the optimizer moments of interleaved updates.
 _INTERLEAVED = "interleaved_update"
@@ -55,52 +49,11 @@ class Models:
 
 @dataclass(frozen=True)
 class Collected:
-    """What was collected for a step.
-
-    Attributes:
-        trajectories: to learn from.
-        held_out: of held-out prompts; None unless a gate asks for them in this step.
-        metrics: of the collection of both.
-    """
+    """What was collected for a step; `held_out` is None unless a gate asks for held-out prompts in this step."""
 
     trajectories: list[Trajectory]
     held_out: list[Trajectory] | None
     metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class _Validation:
-    """Collects and evaluates held-out trajectories for gates that follow a validation objective."""
-
-    collector: Collector
-    updater: Updater
-
-
-@dataclass(frozen=True)
-class _InterleavedReport:
-    """What the interleaved updates of a step did.
-
-    Attributes:
-        norms: of each update's gradient, infinite if it was not finite.
-        above_limit: updates left out for the norm of their gradient; their prompts are forgotten all the same.
-    """
-
-    norms: list[float]
-    above_limit: int
-
-    @property
-    def skipped(self) -> int:
-        """Updates dropped because their gradient was not finite."""
-        return self.norms.count(math.inf)
-
-    def metrics(self, remembered: int) -> dict[str, float]:
-        """Metrics of the updates; `remembered` prompts wait for the next one."""
-        metrics = {
-            "interleaved_update/updates": float(len(self.norms) - self.skipped - self.above_limit),
-            "interleaved_update/updates_above_limit": float(self.above_limit),
-            "interleaved_update/remembered": float(remembered),
-        }
-        return metrics | ({"interleaved_update/grad_norm": self.norms[-1]} if self.norms else {})
 
 
 class Learner:
@@ -108,7 +61,7 @@ class Learner:
 
     Args:
         algorithm: what to learn with.
-        models: policy, critic and reference policy.
+        models: what it updates and reads.
         config: the optimizer's.
         examples: the training set.
         collector_for: makes a collector for an algorithm; with True some examples are reserved for its validation.
@@ -126,10 +79,11 @@ class Learner:
         self.collector: Collector = collector_for(algorithm, algorithm.validation is not None)
         self.updater = Updater(models.policy, algorithm, config, models.critic, models.reference)
         once = dataclasses.replace(config, mini_batches=1, epochs=1)
-        self.validation: _Validation | None = None
+        #: For gates that follow a validation objective: collect held-out trajectories and evaluate them.
+        self.validation: tuple[Collector, Updater] | None = None
         if algorithm.validation is not None:
             updater = Updater(models.policy, algorithm.validation, once, reference=models.reference)
-            self.validation = _Validation(collector_for(algorithm.validation, True), updater)
+            self.validation = collector_for(algorithm.validation, True), updater
         self.interleaved: Updater | None = None
         if algorithm.interleaved_update is not None:
             objective = algorithm.interleaved_update.algorithm
@@ -145,16 +99,14 @@ class Learner:
         return Memory(self.algorithm.initial_state())
 
     def collect(self, step: int, step_in_stage: int) -> Collected:
-        """The trajectories of a step, the same on every rank.
+        """The trajectories of a step, the same on every rank; both numbers count from 0.
 
-        Args:
-            step: of the run, from 0; prompts and seeds follow it.
-            step_in_stage: from 0; gates and schedules follow it.
+        Prompts and seeds follow the step of the run, and gates and schedules that of the stage.
         """
         trajectories, metrics = self.collector.collect(step)
         if self.validation is None or not self._slope_gates(step_in_stage):
             return Collected(trajectories, None, metrics)
-        held_out, more = self.validation.collector.collect(step, HELD_OUT)
+        held_out, more = self.validation[0].collect(step, HELD_OUT)
         times = {name: metrics.get(name, 0.0) + more[name] for name in more if name.startswith("time/")}
         return Collected(trajectories, held_out, metrics | times)
 
@@ -169,9 +121,8 @@ class Learner:
         """Makes the step's updates, interleaved ones included.
 
         Args:
-            collected: of the step.
+            collected, rates: of the step.
             step: within the stage, from 0.
-            rates: the step's learning rates.
             memory: the algorithm's state; examples that wait for an interleaved update are added to it and taken from
                 it.
             diagnostics: what to measure in the first update.
@@ -185,12 +136,17 @@ class Learner:
         report = self.updater.update(collected.trajectories, step, rates, memory.variables, diagnostics)
         if self.interleaved is None or self.algorithm.interleaved_update is None:
             return report, metrics
-        interleaved = self._interleave(
+        reports = self._interleave(
             self.algorithm.interleaved_update, self.interleaved, collected.trajectories, step, rates, memory
         )
-        skipped = report.skipped + interleaved.skipped
-        report = dataclasses.replace(report, interleaved_norms=interleaved.norms, skipped=skipped)
-        return report, metrics | interleaved.metrics(len(memory.remembered))
+        norms = [norm for one in reports for norm in one.grad_norms]
+        skipped, above_limit = norms.count(math.inf), sum(one.above_limit for one in reports)
+        metrics["interleaved_update/updates"] = float(len(norms) - skipped - above_limit)
+        metrics["interleaved_update/updates_above_limit"] = float(above_limit)
+        metrics["interleaved_update/remembered"] = float(len(memory.remembered))
+        if norms:
+            metrics["interleaved_update/grad_norm"] = norms[-1]
+        return dataclasses.replace(report, interleaved_norms=norms, skipped=report.skipped + skipped), metrics
 
     def remember(self, metrics: Mapping[str, float], step: int, memory: Memory) -> None:
         """Updates the variables of stateful gates from the metrics of the step that has just ended.
@@ -231,7 +187,7 @@ class Learner:
         if rates.policy is None:
             return math.nan
         assert self.validation is not None and collected.held_out is not None
-        validation = self.validation.updater
+        _, validation = self.validation
         batch, held_out = self.updater.fill(collected.trajectories, step), validation.fill(collected.held_out, step)
         value = memory.variables[gate.variable]
         states = [{**memory.variables, gate.variable: value + shift} for shift in (_SHIFT, -_SHIFT)]
@@ -240,9 +196,8 @@ class Learner:
         if not bool(validation_plan.contributing.any()) or not any(bool(plan.contributing.any()) for plan in plans):
             return math.nan
         derivative = self.updater.gradient(batch, [(0.5 / _SHIFT, plans[0]), (-0.5 / _SHIFT, plans[1])])
-        return rates.policy * self.models.policy.dot(
-            validation.gradient(held_out, [(1.0, validation_plan)]), derivative
-        )
+        gradient = validation.gradient(held_out, [(1.0, validation_plan)])
+        return rates.policy * self.models.policy.dot(gradient, derivative)
 
     # Interleaved updates.
 
@@ -254,10 +209,12 @@ class Learner:
         step: int,
         rates: LearningRates,
         memory: Memory,
-    ) -> _InterleavedReport:
-        """Remembers prompts whose gate is open, and makes the interleaved updates that are due."""
-        norms: list[float] = []
-        above_limit = 0
+    ) -> list[UpdateReport]:
+        """Remembers prompts whose gate is open, and makes the interleaved updates that are due.
+
+        An update that is left out for the norm of its gradient forgets its prompts all the same.
+        """
+        reports: list[UpdateReport] = []
         batch = dataclasses.replace(assemble(trajectories, step), state=memory.variables)
         open_rows = (settings.gate(settings.gate.view(batch)) != 0).tolist()
         examples = {t.group: t.example for t, is_open in zip(trajectories, open_rows, strict=True) if is_open}
@@ -267,9 +224,7 @@ class Learner:
             if settings.own_optimizer:
                 self.models.policy.use_optimizer(_INTERLEAVED)
             demonstrations = self.collector.demonstrations(chosen, step)
-            report = updater.update(demonstrations, step, LearningRates(rates.policy * settings.lr_factor))
+            reports.append(updater.update(demonstrations, step, LearningRates(rates.policy * settings.lr_factor)))
             if settings.own_optimizer:
                 self.models.policy.use_optimizer("main")
-            norms += report.grad_norms
-            above_limit += report.above_limit
-        return _InterleavedReport(norms, above_limit)
+        return reports

@@ -1,38 +1,25 @@
-"""The metrics of a step: sums over micro-batches and ranks, and which trajectories the step's updates learned from."""
+"""What a run records about a step: metrics, what each prompt gave and, every N steps, responses and large weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
-from upge.data import Example
+from upge.data import Example, Prompting
 from upge.estimate import Estimate, TermRecord, summarise
 from upge.plan import Plan
+from upge.train.config import RunConfig
+from upge.train.diagnostics import Diagnostics, TopTrajectory, merged, token_line
+from upge.train.folder import RunFolder
 from upge.train.packing import packed_length
 from upge.train.sample import Trajectory
-from upge.train.top_tokens import TopTrajectory
 from upge.views import SUCCESS_REWARD, PackedTokens
-
-
-class Diagnostics(NamedTuple):
-    """What is measured in a step's first update in addition to its metrics.
-
-    Attributes:
-        top_tokens: the tokens with the largest weights.
-        term_gradients: the gradient of each term alone.
-    """
-
-    top_tokens: bool = False
-    term_gradients: bool = False
-
-
-NO_DIAGNOSTICS = Diagnostics()
 
 
 @dataclass(frozen=True)
@@ -74,28 +61,17 @@ class MetricSums:
                 records.setdefault(name, []).extend(one)
             for name, value in part.penalties.items():
                 penalties[name] = penalties.get(name, 0.0) + value
-        return MetricSums(
-            records=records,
-            loss=sum((part.loss for part in parts), 0.0),
-            penalties=penalties,
-            entropy_sum=sum((part.entropy_sum for part in parts), 0.0),
-            tokens=sum(part.tokens for part in parts),
-            trajectories=sum(part.trajectories for part in parts),
-            computed_tokens=sum(part.computed_tokens for part in parts),
-            gap_sum=sum((part.gap_sum for part in parts), 0.0),
-            gap_max=max((part.gap_max for part in parts), default=0.0),
-            gap_tokens=sum(part.gap_tokens for part in parts),
-            value_loss=sum((part.value_loss for part in parts), 0.0),
-        )
+        zero, numbers = MetricSums(), {f.name for f in fields(MetricSums)} - {"records", "penalties", "gap_max"}
+        sums: dict[str, Any] = {n: sum((getattr(part, n) for part in parts), getattr(zero, n)) for n in numbers}
+        largest = max((part.gap_max for part in parts), default=0.0)
+        return MetricSums(records=records, penalties=penalties, gap_max=largest, **sums)
 
     @staticmethod
     def of_estimate(estimate: Estimate, update: int, trajectories: Sequence[Trajectory]) -> MetricSums:
-        """What an algorithm estimated for some tokens.
+        """What an algorithm estimated for a micro-batch or for a chunk of its tokens.
 
-        Args:
-            estimate: of a micro-batch or of a chunk of its tokens.
-            update: number of the update within the step. A trajectory that two updates learn from counts twice.
-            trajectories: of the update's batch, by row.
+        `update` is the update's number within the step: a trajectory that two updates learn from counts twice.
+        `trajectories` are those of the update's batch, by row.
         """
         records = {}
         for name, record in estimate.records.items():
@@ -181,10 +157,9 @@ class ActiveTrajectories:
         return float(tokens[~self.contributing].sum() / tokens.sum().clamp(min=1))
 
     def prompt_lines(self, examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
-        """A line of prompts.jsonl for each of the step's prompts; docs/metrics.md lists its fields.
+        """A line of prompts.jsonl for each of the step's prompts; `examples` are the training set.
 
-        Args:
-            examples: the training set.
+        docs/metrics.md lists the fields.
         """
         groups: dict[int, list[int]] = {}
         for row, trajectory in enumerate(self.trajectories):
@@ -279,19 +254,53 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     }
 
 
-def value_metrics(values: Float[Tensor, "n"], returns: Float[Tensor, "n"], mask: Bool[Tensor, "n"]) -> dict[str, float]:
-    """How well the critic's values before the step's updates explain the returns, over the tokens of `mask`."""
-    value, target = values[mask].double(), returns[mask].double()
-    if not len(value):
-        return {}
-    variance = float(target.var(unbiased=False))
-    metrics = {"critic/value_mean": float(value.mean()), "critic/return_mean": float(target.mean())}
-    if variance > 0:
-        metrics["critic/explained_variance"] = 1 - float(torch.var(target - value, unbiased=False)) / variance
-    return metrics
-
-
 def _mean_finite(norms: Sequence[float]) -> float:
     """0 without updates, NaN if all of them were skipped."""
     finite = [norm for norm in norms if norm != math.inf]
     return sum(finite) / len(finite) if finite else (math.nan if norms else 0.0)
+
+
+class Recorder:
+    """Decides what is measured in a step, and writes it to the run's folder; only the main rank writes.
+
+    `examples` are the training set, and `prompting` decodes responses.
+    """
+
+    def __init__(self, config: RunConfig, examples: Sequence[Example], prompting: Prompting, folder: RunFolder) -> None:
+        self.config, self.examples, self.prompting, self.folder = config, examples, prompting, folder
+
+    def diagnostics(self, step: int) -> Diagnostics:
+        """What to measure in a step, counted from 1; the same on every rank."""
+        edge, periods = step in (1, self.config.steps), (self.config.log_rollouts, self.config.diagnose.gradients_every)
+        return Diagnostics(*(every > 0 and (edge or step % every == 0) for every in periods))
+
+    def record(self, metrics: Mapping[str, float], active: ActiveTrajectories, tops: Sequence[TopTrajectory]) -> None:
+        """Writes the lines of a step: `metrics` is its line of metrics.jsonl, and `tops` are those of all ranks."""
+        step = int(metrics["step"])
+        self.folder.append("metrics.jsonl", metrics)
+        self.folder.append("prompts.jsonl", *({"step": step, **line} for line in active.prompt_lines(self.examples)))
+        if self.diagnostics(step).top_tokens:
+            self.folder.write_rows("rollouts", step, self._response_lines(active.trajectories))
+            lines = (token_line(top, self.examples, self.prompting.read) for top in merged(tops))
+            self.folder.write_rows("tokens", step, lines)
+
+    def _response_lines(self, trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
+        """Lines of rollouts/step_*.jsonl; docs/metrics.md lists their fields."""
+        texts = self.prompting.decode([t.response_ids for t in trajectories])
+        problems = [self.examples[t.example].problem for t in trajectories]
+        return [
+            {
+                "index": trajectory.index,
+                "prompt": problem.prompt,
+                "response": text,
+                "answer": problem.answer,
+                "reward": trajectory.reward,
+                "level": problem.level,
+                "status": trajectory.status,
+                "is_demonstration": trajectory.is_demonstration,
+                "group": trajectory.group,
+                "tokens": len(trajectory.response_ids),
+                "finished": trajectory.finished,
+            }
+            for trajectory, problem, text in zip(trajectories, problems, texts, strict=True)
+        ]

@@ -76,14 +76,12 @@ class Costs:
 
 @dataclass
 class _Bin:
-    """Trajectories that stay in one micro-batch, and their work.
+    """Trajectories (`members`) that stay in one micro-batch, and their work.
 
     Attributes:
         sequence_tokens: of all sequences, each with its own prompt.
         saved: those of shared prompts that need not be computed again.
-        extra: cost of attention and the output head, in tokens.
-        prompts: of the trajectories.
-        members: indices of the trajectories.
+        extra: as of `Work`.
     """
 
     sequence_tokens: int = 0
@@ -120,9 +118,8 @@ def distribute(
     run at the same time have about the same cost.
 
     Args:
-        works: the work of each trajectory.
-        ranks: number of processes.
-        token_budget: maximum tokens of a micro-batch.
+        works: of each trajectory.
+        ranks, token_budget: the number of processes, and the most tokens of a micro-batch.
         blocks: for each trajectory the block that it belongs to, such as its group where a part reads whole groups;
             None if every trajectory may be alone.
 

@@ -136,24 +136,13 @@ def packed_attention(
         assert cu_seq_lens_q is not None and max_length_q is not None
         output = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
     else:
-        output = _loop(query, key, value, lengths, scaling, sliding_window)
+        runs = [(length, len(list(same))) for length, same in groupby(lengths)]
+        sizes = [length * count for length, count in runs]
+        # One split and one cat: with a slice per run, autograd would allocate a gradient of the whole row for each run.
+        parts = zip(runs, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
+        outputs = [_run_of_equal_length(*run, q, k, v, scaling, sliding_window) for run, q, k, v in parts]
+        output = torch.cat(outputs, dim=1)
     return output if sharing is None else sharing.gathered(output), None
-
-
-def _loop(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: tuple[int, ...],
-    scaling: float | None,
-    sliding_window: int | None,
-) -> Tensor:
-    runs = [(length, len(list(same))) for length, same in groupby(lengths)]
-    sizes = [length * count for length, count in runs]
-    # One split and one cat: with a slice per run, autograd would allocate a gradient of the whole row for each run.
-    parts = zip(runs, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
-    outputs = [_run_of_equal_length(*run, q, k, v, scaling, sliding_window) for run, q, k, v in parts]
-    return torch.cat(outputs, dim=1)
 
 
 def _run_of_equal_length(
@@ -172,15 +161,8 @@ def _run_of_equal_length(
         places = torch.arange(length, device=query.device)
         distance = places[:, None] - places
         window = (distance >= 0) & (distance < sliding_window)
-    output = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=window,
-        is_causal=window is None,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    settings: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    output = F.scaled_dot_product_attention(query, key, value, window, is_causal=window is None, **settings)
     return output.transpose(1, 2).reshape(1, count * length, query.shape[1], value.shape[-1])
 
 
@@ -203,18 +185,8 @@ def _varlen(
 
     left = -1 if sliding_window is None else sliding_window - 1
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    output = varlen_attn(
-        query,
-        key,
-        value,
-        starts,
-        starts,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(left, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    settings: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    output = varlen_attn(query, key, value, starts, starts, longest, longest, window_size=(left, 0), **settings)
     return cast(Tensor, output)[None]
 
 

@@ -1,9 +1,11 @@
-"""A Hugging Face causal LM over packed rows: log-probs, or a loss whose gradient the head computes on the way."""
+"""A Hugging Face causal LM over packed rows: log-probs, a loss whose gradient the head computes, or values."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -28,16 +30,12 @@ class LogprobHead(nn.Module):
 
     Under ZeRO-3 the output embedding is gathered for this module: reading the parameter in its forward makes it an
     external parameter of the module, which is gathered again before the head's backward and released right after.
-
-    Args:
-        output: the output embedding.
-        chunk_size: tokens whose logits exist at the same time; default by device and vocabulary.
+    `chunk_size` is as for `PackedPolicy`.
     """
 
     def __init__(self, output: nn.Module, chunk_size: int | None = None) -> None:
         super().__init__()
-        self._output = (output,)
-        self.chunk_size = chunk_size
+        self._output, self.chunk_size = (output,), chunk_size
 
     def forward(
         self,
@@ -52,11 +50,8 @@ class LogprobHead(nn.Module):
         With an objective, the result of `token_loss`: (loss, logprobs [n], entropies [n]).
         """
         output: Any = self._output[0]  # a linear layer of some kind
-        common: dict[str, Any] = {
-            "bias": getattr(output, "bias", None),
-            "temperature": temperature,
-            "chunk_size": self.chunk_size,
-        }
+        bias = getattr(output, "bias", None)
+        common: dict[str, Any] = {"bias": bias, "temperature": temperature, "chunk_size": self.chunk_size}
         if objective is None:
             return token_logprobs(hidden, output.weight, targets, entropy=entropy, **common)
         return token_loss(hidden, output.weight, targets, **objective._asdict(), **common)
@@ -109,3 +104,56 @@ def predicting_states(trunk: nn.Module, batch: PackedBatch) -> Float[Tensor, "n 
         sharing=batch.sharing,
     )
     return output.last_hidden_state[0].index_select(0, batch.predictors)
+
+
+class ValueHead(nn.Linear):
+    """v = w·h + b, initialized to zero.
+
+    With values of zero the first returns and advantages depend on the rewards only, where a random head would add a
+    bias as large as its values. The original code for fine-tuning language models with rewards does the same
+    (arXiv 1909.08593, reproduced in arXiv 2403.17031). With one output there is no symmetry to break: w learns from
+    the first update on, the trunk from the second.
+
+    The parameters have the backbone's dtype. The product is computed in float32 at least, because half precision would
+    round the values to two or three digits.
+    """
+
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__(width, 1, dtype=dtype, device=device)
+
+    def reset_parameters(self) -> None:
+        """Zero weight and bias."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, input: Float[Tensor, "n D"]) -> Float[Tensor, "n"]:
+        """Values [n] of hidden states [n, D]."""
+        wide = torch.promote_types(input.dtype, torch.float32)
+        return F.linear(input.to(wide), self.weight.to(wide), self.bias.to(wide))[:, 0]
+
+
+class PackedValue(nn.Module):
+    """The trunk of a Hugging Face causal LM with a value head: a packed batch → the values of its states.
+
+    Args:
+        model: the causal LM, before or after DeepSpeed has partitioned it. Its attention is replaced in place, and its
+            output embedding is dropped.
+        device: of the head.
+
+    Raises:
+        ModelError: an architecture whose attention cannot be reproduced here.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device | str) -> None:
+        super().__init__()
+        prepare(model)
+        output = cast(nn.Linear, model.get_output_embeddings())
+        self.trunk = model.base_model
+        self.head = ValueHead(output.in_features, output.weight.dtype, device)
+
+    def forward(self, batch: PackedBatch) -> Float[Tensor, "n"]:
+        """The value [n] of the state before each response token, in packed order.
+
+        A batch without response tokens gives an empty result that is still connected to every parameter.
+        """
+        return self.head(predicting_states(self.trunk, batch))

@@ -100,9 +100,7 @@ def packed_length(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> int
 
 
 def pack(
-    trajectories: Sequence[tuple[Sequence[int], Sequence[int]]],
-    device: torch.device | str = "cpu",
-    share: bool = True,
+    trajectories: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device | str = "cpu", share: bool = True
 ) -> PackedBatch:
     """Packs (prompt_ids, response_ids) pairs into one row.
 

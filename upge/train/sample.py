@@ -68,23 +68,18 @@ def usable(examples: Sequence[Example], needs: Needs) -> list[int]:
     These are all examples if the algorithm learns from rollouts. Otherwise they are the examples that have a
     demonstration or a preference pair, whichever it needs.
     """
-    return [
-        i
-        for i, example in enumerate(examples)
-        if needs.rollouts
-        or (needs.demonstrations and example.demonstrations)
-        or (needs.preference_pairs and has_pair(example))
-    ]
+
+    def is_usable(example: Example) -> bool:
+        demonstrated = needs.demonstrations and bool(example.demonstrations)
+        return needs.rollouts or demonstrated or (needs.preference_pairs and has_pair(example))
+
+    return [i for i, example in enumerate(examples) if is_usable(example)]
 
 
 def assemble(trajectories: Sequence[Trajectory], step: int) -> Trajectories:
-    """The batch of B trajectories without log-probs of the policy.
+    """The batch of B trajectories without log-probs of the policy, after `step` training steps.
 
     Rewards are float64, so that counts and means over them are exact.
-
-    Args:
-        trajectories: in the order of the batch's rows.
-        step: training steps so far, for schedules.
     """
     lengths = torch.tensor([len(t.response_ids) for t in trajectories], dtype=torch.int64)
     width = int(lengths.max()) if len(trajectories) else 1

@@ -13,10 +13,8 @@ from upge.algorithm import Algorithm
 from upge.needs import COMPUTED
 from upge.plan import Plan
 from upge.train.config import OptimizerConfig
-from upge.train.critic import CriticEngine
-from upge.train.engine import Engine
+from upge.train.engine import CriticEngine, Engine, ReferencePolicy
 from upge.train.micro_batches import distribute
-from upge.train.reference_policy import ReferencePolicy
 from upge.train.sample import TokenIds, Trajectory, assemble
 from upge.trajectories import Trajectories
 
@@ -94,7 +92,7 @@ class BatchFiller:
         """The step's batch with the columns that are read before the forward pass.
 
         Args:
-            trajectories: of the step, the same on every rank.
+            trajectories: the same on every rank.
             step: within the stage, from 0, for schedules.
             state: the value of each stateful gate's variable.
         """
@@ -104,13 +102,10 @@ class BatchFiller:
         return self._with_columns(batch, rows, self.needs.precomputed) if rows else batch
 
     def complete(self, batch: StepBatch, plan: Plan, behavior: bool) -> StepBatch:
-        """The batch of an update with all columns that the plan reads.
+        """The batch of an update with all columns that the plan of its rows reads.
 
-        Args:
-            batch: of the update.
-            plan: of the same rows.
-            behavior: fill `behavior_logprobs` with the current policy's log-probs. False for the update in which the
-                policy is still the one that sampled.
+        `behavior` fills `behavior_logprobs` with the current policy's log-probs. It is False for the update in which
+        the policy is still the one that sampled.
         """
         for name in sorted(self.late_columns - (set() if behavior else {_BEHAVIOR})):
             batch = self._with_columns(batch, _rows(plan.reading(name)), {name})
@@ -142,9 +137,9 @@ class BatchFiller:
     def _with_columns(self, batch: StepBatch, rows: Sequence[int], names: Set[str]) -> StepBatch:
         """`batch` with columns computed for `rows`, and zero elsewhere, where they are not read."""
         sources: dict[str, Callable[[list[TokenIds]], Tensor]] = {
-            _BEHAVIOR: lambda ids: self.policy.forward(ids).logprobs,
-            "reference_logprobs": lambda ids: _given(self.reference).forward(ids).logprobs,
-            "values": lambda ids: _given(self.critic).forward(ids).values,
+            _BEHAVIOR: self.policy.forward,
+            "reference_logprobs": lambda ids: _given(self.reference).forward(ids),
+            "values": lambda ids: _given(self.critic).forward(ids),
         }
         return self._joined(batch, {name: self._computed(batch, rows, sources[name]) for name in sorted(names)})
 

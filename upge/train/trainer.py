@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,18 +18,18 @@ from upge.data import Example, Prompting
 from upge.pipeline import Pipeline, Span
 from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.collect import Collector
-from upge.train.config import RunConfig
+from upge.train.config import RunConfig, learning_rates
 from upge.train.distributed import World
+from upge.train.engine import WeightSync
 from upge.train.folder import RunFolder
 from upge.train.learner import Learner, Memory, Models
-from upge.train.lr_schedule import learning_rates
-from upge.train.metrics import MetricSums, UpdateReport, rollout_metrics, step_metrics
+from upge.train.metrics import Recorder, UpdateReport, rollout_metrics, step_metrics
 from upge.train.prompt_order import stream_seed
-from upge.train.recorder import Recorder
-from upge.train.weight_sync import WeightSync
 
 #: Exit codes of a run that has begun.
 DONE, NOT_FINITE = 0, 3
+#: The critic's folder inside a checkpoint's; DeepSpeed's file names would be those of the policy's.
+_CRITIC = "critic"
 
 
 @dataclass
@@ -53,17 +54,12 @@ class Parts:
     """The parts of a run; each can be used alone.
 
     Attributes:
-        config: every setting.
         algorithm: or a pipeline of several.
         train: the training set.
         weights: the share of the prompts that each source of a mixture gets; empty without a mixture.
         prompting: tokenizer, template and stop tokens.
-        models: the policy, and a critic and a reference policy if the algorithm needs them.
-        sampler: samples and verifies.
         evaluate: measures the accuracy of the sampler's weights: `upge.evaluation.evaluator.training_accuracy`. All
             ranks call it, and it returns the same on each.
-        folder: of the run.
-        world: of the run.
     """
 
     config: RunConfig
@@ -82,7 +78,7 @@ class Trainer:
     """Runs the steps of a run and leaves its folder complete.
 
     Args:
-        parts: model, data, engines and folder.
+        parts: of the run.
         report_step: called on the main rank with the step's metrics, for progress.
         report_evaluation: called on the main rank with each evaluation.
     """
@@ -112,7 +108,7 @@ class Trainer:
         memory = saved.pop("memory")
         self.state = State(**saved, memory=None if memory is None else Memory(**memory))
         if models.critic is not None:
-            models.critic.load(folder.checkpoints, folder.tag(step))
+            models.critic.load(folder.checkpoints / folder.tag(step), _CRITIC)
         self.saved_step = step
         if self._too_many_skipped():
             self.state.skipped_in_a_row = {}
@@ -142,54 +138,52 @@ class Trainer:
         if stopped:
             self.save()
             return 128 + stopped
-        self._export()
+        self._export(self.parts.folder.final_partial)
+        if self.parts.world.is_main:
+            self.parts.folder.finish(self.state.step)
         return DONE
 
     def _stop_signal(self) -> int:
         """A signal that some rank has received, or 0; the same on every rank."""
         return max(self.parts.world.gather(self._signal))
 
-    def _export(self) -> None:
-        folder, world = self.parts.folder, self.parts.world
-        self.parts.models.policy.export(folder.final_partial)
-        if world.is_main:
-            self.parts.prompting.tokenizer.save_pretrained(folder.final_partial)
-            folder.finish(self.state.step)
+    def _export(self, folder: Path) -> None:
+        """Writes model and tokenizer."""
+        self.parts.models.policy.export(folder)
+        if self.parts.world.is_main:
+            self.parts.prompting.tokenizer.save_pretrained(folder)
 
     def _keep_if_best(self, line: dict[str, Any]) -> None:
         """Writes the weights to best/ if the evaluation `line` is the best so far."""
         folder, world = self.parts.folder, self.parts.world
-        if not world.broadcast(world.is_main and folder.is_best(line)):
-            return
-        self.parts.models.policy.export(folder.best_partial)
-        if world.is_main:
-            self.parts.prompting.tokenizer.save_pretrained(folder.best_partial)
-            folder.settle_best(line)
-        world.barrier()
+        if world.broadcast(world.is_main and folder.is_best(line)):
+            self._export(folder.best_partial)
+            if world.is_main:
+                folder.settle_best(line)
+            world.barrier()
 
     def save(self) -> None:
         """Saves a checkpoint of the present state, unless there is one.
 
         It is written under another name and renamed when complete, so that a half-written one is never read.
         """
-        folder, step = self.parts.folder, self.state.step
+        folder, models, world, step = self.parts.folder, self.parts.models, self.parts.world, self.state.step
         if step == self.saved_step:
             return
         self.saved_step = step
-        models, partial = self.parts.models, f"{folder.tag(step)}.partial"
+        partial = f"{folder.tag(step)}.partial"
         models.policy.save(folder.checkpoints, partial, asdict(self.state))
         if models.critic is not None:
-            models.critic.save(folder.checkpoints, partial)
-        self.parts.world.barrier()
-        if self.parts.world.is_main:
+            models.critic.save(folder.checkpoints / partial, _CRITIC, {})
+        world.barrier()
+        if world.is_main:
             folder.settle(step, self.parts.config.checkpoint.keep)
-        self.parts.world.barrier()
+        world.barrier()
 
     def _learner(self, span: Span) -> Learner:
-        p = self.parts
+        p, stop_token_ids = self.parts, self.parts.prompting.stop_token_ids
 
         def collector_for(algorithm: Algorithm, reserve: bool) -> Collector:
-            stop_token_ids = p.prompting.stop_token_ids
             return Collector(p.config, algorithm, p.train, p.sampler, stop_token_ids, p.world, p.weights, reserve)
 
         return Learner(span.stage.algorithm, p.models, p.config.optimizer, p.train, collector_for)
@@ -225,7 +219,11 @@ class Trainer:
         state.step += 1
         self._count_skipped(report)
         of_ranks = world.gather_to_main((report.sums, report.tops))
-        metrics = self._metrics(report, [sums for sums, _ in of_ranks], extra) if world.is_main else {}
+        metrics: dict[str, float] = {}
+        if world.is_main:
+            metrics = {"step": state.step, **rollout_metrics(report.active.trajectories)}
+            metrics |= step_metrics(report, [sums for sums, _ in of_ranks])
+            metrics |= {"skipped_updates": state.skipped, **extra}
         if learner.algorithm.stateful:
             learner.remember(world.broadcast(metrics), step_in_stage, memory)
         if world.is_main:
@@ -237,26 +235,15 @@ class Trainer:
     def _count_skipped(self, report: UpdateReport) -> None:
         state = self.state
         state.skipped += report.skipped
-        kinds = {
-            "policy": report.grad_norms,
-            "critic": report.critic_norms,
-            "interleaved_update": report.interleaved_norms,
-        }
-        for kind, norms in kinds.items():
-            for norm in norms:
+        norms = {"policy": report.grad_norms, "critic": report.critic_norms}
+        for kind, of_kind in (norms | {"interleaved_update": report.interleaved_norms}).items():
+            for norm in of_kind:
                 in_a_row = state.skipped_in_a_row.get(kind, 0)
                 state.skipped_in_a_row[kind] = 0 if math.isfinite(norm) else in_a_row + 1
 
     def _too_many_skipped(self) -> bool:
         """True if one kind of update (policy, critic or interleaved) has failed too often in a row."""
         return max(self.state.skipped_in_a_row.values(), default=0) >= self.parts.config.stop.nonfinite_updates
-
-    def _metrics(
-        self, report: UpdateReport, sums: Sequence[MetricSums], extra: Mapping[str, float]
-    ) -> dict[str, float]:
-        """A step's line of metrics.jsonl, from the sums of all ranks."""
-        metrics: dict[str, float] = {"step": self.state.step, **rollout_metrics(report.active.trajectories)}
-        return metrics | step_metrics(report, sums) | {"skipped_updates": self.state.skipped, **extra}
 
     def _evaluate(self) -> None:
         p = self.parts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -14,29 +14,25 @@ from torch import Tensor
 from upge.algorithm import Algorithm
 from upge.components.base import Precomputed
 from upge.plan import Plan
-from upge.train.config import OptimizerConfig
-from upge.train.critic import CriticEngine
-from upge.train.critic_update import CriticTarget, CriticUpdater
+from upge.train.config import LearningRates, OptimizerConfig
+from upge.train.critic import CriticTarget, CriticUpdater, value_metrics
 from upge.train.deepspeed_module import StepResult
-from upge.train.engine import Engine
-from upge.train.lr_schedule import LearningRates
-from upge.train.metrics import (
+from upge.train.diagnostics import (
     NO_DIAGNOSTICS,
-    ActiveTrajectories,
     Diagnostics,
-    MetricSums,
-    UpdateReport,
+    TokenWeights,
+    TopTrajectory,
+    term_gradient_metrics,
+    token_weights,
+    top_trajectories,
 )
+from upge.train.engine import CriticEngine, Engine, ReferencePolicy
+from upge.train.metrics import ActiveTrajectories, MetricSums, UpdateReport
 from upge.train.micro_batches import MicroBatch
-from upge.train.reference_policy import ReferencePolicy
 from upge.train.sample import Trajectory, assemble
 from upge.train.step_batch import BatchFiller, RowValues, StepBatch, update_rows
-from upge.train.term_gradients import term_gradient_metrics
-from upge.train.top_tokens import TokenWeights, TopTrajectory, token_weights, top_trajectories
 from upge.trajectories import Trajectories
 from upge.views import PackedTokens
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -76,13 +72,7 @@ class ForwardPass(NamedTuple):
 
 @dataclass(frozen=True)
 class PolicyPasses:
-    """What the micro-batches of one policy update gave on this rank.
-
-    Attributes:
-        sums: what metrics are computed from, in order.
-        logprobs: of the trajectories, by row.
-        tops: trajectories with the largest token weights, if they were asked for.
-    """
+    """What the micro-batches of one policy update gave on this rank; `tops` only if they were asked for."""
 
     sums: list[MetricSums]
     logprobs: list[RowValues]
@@ -94,8 +84,7 @@ class Updater:
 
     Args:
         engine: the policy.
-        algorithm: what to learn with.
-        config: the optimizer's.
+        algorithm, config: what to learn with, and the optimizer's settings.
         critic, reference: None if the algorithm needs none.
     """
 
@@ -126,14 +115,17 @@ class Updater:
         Args:
             trajectories: of the step.
             step: within the stage, from 0.
-            rates: the learning rates; without one for the policy only the critic learns.
+            rates: without one for the policy only the critic learns.
             state: the value of each stateful gate's variable.
             diagnostics: what to measure in the first update of the policy.
         """
         batch = self.fill(trajectories, step, state)
         updates = self.plan(batch, rates)
         sums = self._probe(batch, updates, rates)
-        metrics = _coefficients(updates) | _value_metrics(updates)
+        metrics = _coefficients(updates)
+        if self.critic is not None:
+            targets = [update.critic_target for update in updates if update.critic_target is not None]
+            metrics |= value_metrics(targets, [update.batch.columns.response_mask for update in updates])
         tops: list[TopTrajectory] = []
         steps: list[StepResult] = []
         critic_steps: list[StepResult] = []
@@ -148,8 +140,9 @@ class Updater:
                     updates[number] = replace(update, batch=self.filler.with_behavior(update.batch, passes.logprobs))
                 steps.append(self.engine.step(rates.policy, self.config.skip_grad_norm))
             if self.critic is not None and update.critic_target is not None and update.critic_target.rows:
-                sums = sums + self.critic.run_micro_batches(update.batch, update.critic_target)
-                critic_steps.append(self.critic.step(rates.critic))
+                more, result = self.critic.update(update.batch, update.critic_target, rates.critic)
+                sums = sums + more
+                critic_steps.append(result)
         norms, critic_norms = ([result.norm for result in some] for some in (steps, critic_steps))
         return UpdateReport(
             grad_norms=norms,
@@ -212,7 +205,8 @@ class Updater:
             sums.append(MetricSums.of_tokens(tokens, len(rows), micro_batch.packed.input_ids.numel()))
             if number == 1:
                 sums.append(MetricSums.of_sampler_gap(tokens, micro_batch.of_rollouts))
-            logprobs.append((rows, micro_batch.packed.pad(_given(tokens.logprobs)).float().cpu()))
+            assert tokens.logprobs is not None
+            logprobs.append((rows, micro_batch.packed.pad(tokens.logprobs).float().cpu()))
         return PolicyPasses(sums, logprobs, top_trajectories(weights, trajectories))
 
     def gradient(self, batch: StepBatch, plans: Sequence[tuple[float, Plan]]) -> list[Tensor]:
@@ -269,16 +263,10 @@ class Updater:
         logprobs, entropies = self.engine.logprobs(packed, entropy=True)
         if not chosen:
             return []
+        assert entropies is not None
         micro_batch = MicroBatch(assemble(chosen, batch.columns.step), [0], packed)
-        tokens = micro_batch.with_forward(logprobs, _given(entropies))
+        tokens = micro_batch.with_forward(logprobs, entropies)
         return [MetricSums.of_sampler_gap(tokens, micro_batch.of_rollouts)]
-
-
-def _value_metrics(updates: Sequence[Update]) -> dict[str, float]:
-    """How well the critic's values explain the returns; empty without a critic."""
-    targets = [update.critic_target for update in updates if update.critic_target is not None]
-    masks = [update.batch.columns.response_mask for update in updates]
-    return CriticUpdater.metrics(targets, masks) if targets else {}
 
 
 def _coefficients(updates: Sequence[Update]) -> dict[str, float]:
@@ -292,8 +280,3 @@ def _coefficients(updates: Sequence[Update]) -> dict[str, float]:
             values = torch.cat([gate.values for gate in gates])
             metrics[f"{name}/coefficient"] = term.coefficient * float(values[of_source].mean())
     return metrics
-
-
-def _given(value: _T | None) -> _T:
-    assert value is not None
-    return value

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from experiments.bench.trainers.control import StepControl, serve
-from experiments.bench.trainers.job import Job, RewardPool, WeightEvaluator
-from experiments.bench.trainers.link import Connection
+from experiments.bench.trainers import Connection, StepControl, serve
+from experiments.bench.trainers.ours import Job, RewardPool, WeightEvaluator
 from experiments.cli import quiet
 from upge.rollout.vllm_process import prepare_environment
 from upge.train.prompt_order import prompt_indices
@@ -48,7 +47,7 @@ def train(job: dict[str, Any], connection: Connection) -> None:
             train_dataset=_prompts(loaded),
             processing_class=loaded.prepared.prompting.tokenizer,
         )
-        if job["engine"] == "vllm-mended":
+        if job["engine"] == "vllm-patched":
             _fix_weight_sync(trainer)
         assert set(trainer.eos_token_ids) == set(loaded.prepared.prompting.stop_token_ids)
         control = StepControl(connection, lambda: evaluator(trainer.model.named_parameters()), trainer.compared)
@@ -68,7 +67,9 @@ class TimedTrainer(GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids: list, *rest: Any, **named: Any) -> tuple:
         if self.comparison is not None:
-            assert [list(ids) for ids in prompt_ids] == _repeated(self.comparison), "not the same prompts"
+            given = zip(self.comparison["prompts"], self.comparison["responses"], strict=True)
+            repeated = [ids for ids, group in given for _ in group]
+            assert [list(ids) for ids in prompt_ids] == repeated, "not the same prompts"
             completions = [list(ids) for group in self.comparison["responses"] for ids in group]
             self.step_metrics["tokens"] = sum(map(len, completions))
             return completions, None
@@ -129,47 +130,27 @@ def _settings(job: Job, chosen: Mapping[str, Any], folder: str) -> GRPOConfig:
     config = job.composed.config
     optimizer, rows = config.optimizer, config.prompts_per_step * config.group_size
     return GRPOConfig(
-        output_dir=folder,
-        max_steps=config.steps,
-        per_device_train_batch_size=chosen["batch"],
-        gradient_accumulation_steps=rows // chosen["batch"],
-        num_generations=config.group_size,
-        max_completion_length=config.rollout.max_response_tokens,
-        temperature=config.rollout.temperature,
-        learning_rate=chosen["lr"] or optimizer.lr,
-        lr_scheduler_type="constant",
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.beta1,
-        adam_beta2=optimizer.beta2,
-        max_grad_norm=optimizer.max_grad_norm,
-        loss_type="grpo",
-        beta=0.0,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        shuffle_dataset=False,
-        seed=config.seed,
-        report_to=[],
-        logging_strategy="no",
-        save_strategy="no",
-        disable_tqdm=True,
-        **_engine(chosen["engine"], job),
-    )
+        output_dir=folder, max_steps=config.steps, seed=config.seed, use_cpu=True, shuffle_dataset=False,
+        per_device_train_batch_size=chosen["batch"], gradient_accumulation_steps=rows // chosen["batch"],
+        num_generations=config.group_size, max_completion_length=config.rollout.max_response_tokens,
+        temperature=config.rollout.temperature, loss_type="grpo", beta=0.0, gradient_checkpointing=False, bf16=False,
+        learning_rate=chosen["lr"] or optimizer.lr, lr_scheduler_type="constant", weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1, adam_beta2=optimizer.beta2, max_grad_norm=optimizer.max_grad_norm,
+        report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True, **_engine(chosen["engine"], job),
+    )  # fmt: skip
 
 
 def _engine(name: str, job: Job) -> dict[str, Any]:
     """Settings of sampling: transformers' generate, its continuous batching, or vLLM in the same process, unchanged or
     with fixed weight sync."""
     config = job.composed.config.rollout
-    vllm = {
-        "use_vllm": True,
-        "vllm_mode": "colocate",
+    if not name.startswith("vllm"):
+        return {"use_transformers_continuous_batching": True} if name == "continuous" else {}
+    return {
+        **{"use_vllm": True, "vllm_mode": "colocate", "vllm_importance_sampling_correction": False},
         "vllm_max_model_length": config.max_prompt_tokens + config.max_response_tokens,
-        "vllm_importance_sampling_correction": False,
         "generation_kwargs": {"stop_token_ids": list(job.prepared.prompting.stop_token_ids)},
     }
-    engines = {"generate": {}, "continuous": {"use_transformers_continuous_batching": True}}
-    return {**engines, "vllm": vllm, "vllm-mended": vllm}[name]
 
 
 def _model(job: Job) -> nn.Module:
@@ -216,11 +197,6 @@ def _fix_weight_sync(trainer: TimedTrainer) -> None:
         generation.llm.reset_prefix_cache()
 
     generation.sync_weights = trainer._timed("refresh", sync)
-
-
-def _repeated(command: Mapping[str, Any]) -> list[list[int]]:
-    """Each prompt once per response."""
-    return [ids for ids, group in zip(command["prompts"], command["responses"], strict=True) for _ in group]
 
 
 def _difference(model: nn.Module, expected: Mapping[str, Tensor]) -> dict[str, float]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.bench import accuracy
-from experiments.bench.trainers import link
+from experiments.bench import accuracy, trainers
 from tests.bench_children import Stage
 from upge.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
 def with_trl(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "has_trl", lambda: True)
+    monkeypatch.setattr(trainers, "has_trl", lambda: True)
 
 
 def learner(gain: float, seconds: float) -> dict:
@@ -34,7 +33,7 @@ def test_each_stops_where_it_is_good_enough() -> None:
     ours, theirs = courses["hpt"], courses[accuracy.PEER]
     assert (ours.steps, ours.seconds) == (5, 2.0) and (theirs.steps, theirs.seconds) == (20, 12.0)
     assert ours.figures["mean"] == pytest.approx(0.5) and theirs.reached(SMALL)
-    assert accuracy._times(ours, theirs, SMALL) == 6.0
+    assert accuracy._times("hpt", [courses], SMALL).median == 6.0
     assert all("seed=3" in job["arguments"] for job in stage.jobs.values())
     assert all(child.closed for _, child in stage.children)
 
@@ -97,7 +96,7 @@ def test_all_must_start_alike_and_below_the_target() -> None:
         ({"every": 0}, "every: found 0"),
         ({"seeds": 0}, "seeds: found 0"),
         ({"batch": 3}, "batch: 3 does not divide the 128 responses"),
-        ({"trl": "vllm-mende"}, "did you mean 'vllm-mended'"),
+        ({"trl": "vllm-patche"}, "did you mean 'vllm-patched'"),
     ],
 )
 def test_bad_settings_are_told(settings: dict, message: str) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
-from experiments.bench import step
-from experiments.bench.trainers import link
-from experiments.bench.trainers.link import Child, ChildError
+from experiments.bench import step, trainers
+from experiments.bench.trainers import Child, ChildError
 from tests.bench_children import Stage
 from upge.errors import ConfigError
 
@@ -28,7 +28,7 @@ def trainer(tokens: int, **compared: float) -> dict:
 
 @pytest.fixture(autouse=True)
 def with_trl(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "has_trl", lambda: True)
+    monkeypatch.setattr(trainers, "has_trl", lambda: True)
 
 
 # The conversation.
@@ -61,7 +61,7 @@ def test_a_child_tells_of_its_errors(tmp_path: Path) -> None:
 
 
 def test_rewards_by_checksum_are_mixed_and_always_the_same() -> None:
-    from experiments.bench.trainers.job import RewardPool
+    from experiments.bench.trainers.ours import RewardPool
     from upge.verify import Item
 
     class Pool:
@@ -84,10 +84,10 @@ def test_rewards_by_checksum_are_mixed_and_always_the_same() -> None:
 
 
 def test_tokens_per_second_are_compared_pair_by_pair() -> None:
-    stage = Stage(ours=trainer(300), generate=trainer(100), vllm_mended=trainer(150))
-    made = step.run(step.Settings(trl="generate,vllm-mended", prompts=4, batch=8), stage)
+    stage = Stage(ours=trainer(300), generate=trainer(100), vllm_patched=trainer(150))
+    made = step.run(step.Settings(trl="generate,vllm-patched", prompts=4, batch=8), stage)
     rows = [line.split(" | ") for line in made.splitlines() if line.startswith("| tiny")]
-    assert [cells[1] for cells in rows] == [step.US, "TRL, `generate`", "TRL, vLLM mended"] and rows[0][3] == "1"
+    assert [cells[1] for cells in rows] == [step.US, "TRL, `generate`", "TRL, vLLM patched"] and rows[0][3] == "1"
     assert "differ by 1.0e-06 (TRL, `generate`)" in made and "25% had no signal" in made
     assert made.count("Goal for tiny, arithmetic against") == 2
     ours, generate = stage.children[0][1], stage.children[1][1]
@@ -106,7 +106,7 @@ def test_what_the_table_says_of_a_timing() -> None:
     )
     case = step.Case("case", (), 4, 8, 2)
     outcome = step.Outcome(timing, {"another": "TypeError: why"}, {"peer": 2e-6})
-    cells = step._line(case, "peer", outcome).strip("| ").split(" | ")
+    cells = list(map(str, step._row(case, "peer", outcome)))
     assert cells[:5] == ["case", "peer", "15 (7.5 to 30)", "6 (3 to 6)", "4 (2 to 8)"]
     assert cells[5:9] == ["0.500", "0.000", "0.000", "3.500"], "the rest is what the parts leave of a step"
     told = "\n".join(step._remarks(case, outcome, step.Settings()))
@@ -149,7 +149,7 @@ def test_the_real_model_has_its_own_sizes_and_every_core(tmp_path: Path) -> None
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "train.jsonl").touch()
     tiny, real = step._cases(step.Settings(folder=str(tmp_path), real_prompts=6, real_tokens=99))
-    assert tiny.threads == 1 and real.threads == link.cores() and real.prompts == 6
+    assert tiny.threads == 1 and real.threads == len(os.sched_getaffinity(0)) and real.prompts == 6
     assert {"model=smollm2-135m", "rollout.max_response_tokens=99", "group_size=8"} <= set(real.arguments)
 
 
@@ -170,6 +170,6 @@ def test_bad_settings_are_told(settings: dict, message: str) -> None:
 
 
 def test_without_trl_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "has_trl", lambda: False)
+    monkeypatch.setattr(trainers, "has_trl", lambda: False)
     with pytest.raises(ConfigError, match="make peers"):
         step.run(step.Settings(), Stage())

@@ -112,13 +112,7 @@ def test_encoded_pairs_by_hand(prompting):
 )
 def test_overlong_sides_of_a_pair_are_counted(prompting, limit, policy, texts, counts):
     """A pair with an overlong side counts once; a demonstration that fits stays without its counterpart."""
-    made = encode(
-        [PROBLEM],
-        prompting,
-        max_prompt_tokens=9,
-        max_response_tokens=limit,
-        overlong_demonstrations=policy,
-    )
+    made = encode([PROBLEM], prompting, max_prompt_tokens=9, max_response_tokens=limit, overlong_demonstrations=policy)
     (example,) = made.examples
     sides = (next(iter(example.demonstrations), None), example.rejected_ids)
     assert tuple(None if ids is None else prompting.tokenizer.decode(ids) for ids in sides) == texts

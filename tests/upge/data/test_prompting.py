@@ -157,13 +157,7 @@ def test_decoding_leaves_special_tokens_out():
 
 @pytest.mark.parametrize(
     ("more", "stops"),
-    [
-        (None, (EOS,)),
-        (END, (EOS, END)),
-        ([END, EOS], (EOS, END)),
-        ([EOS], (EOS,)),
-        ("no file", (EOS,)),
-    ],
+    [(None, (EOS,)), (END, (EOS, END)), ([END, EOS], (EOS, END)), ([EOS], (EOS,)), ("no file", (EOS,))],
 )
 def test_generation_config_adds_stop_tokens_behind_the_end_of_sequence(more: Any, stops: tuple, tmp_path: Path):
     build().save_pretrained(tmp_path)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from upge.evaluation.intervals import Interval, holm, intervals, paired, replicates
-from upge.evaluation.passk import pass_at_k
+from upge.evaluation.scores import pass_at_k
 
 
 @pytest.fixture(autouse=True)

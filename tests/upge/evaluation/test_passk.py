@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from upge.evaluation.passk import log_fail_at_k, pass_at_k, powers_of_two
+from upge.evaluation.scores import log_fail_at_k, pass_at_k, powers_of_two
 
 TIGHT = 1e-12
 

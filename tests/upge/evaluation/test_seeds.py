@@ -24,10 +24,7 @@ def test_half_widths_are_those_of_the_tables(degrees, value):
 def test_with_one_and_two_degrees_p_values_have_closed_forms():
     for t in (0.3, 1.0, 4.0):
         two, three = [t - 1, t + 1], [t - math.sqrt(3), t, t + math.sqrt(3)]  # differences with mean t and error 1
-        for differences, expected in (
-            (two, 1 - 2 / math.pi * math.atan(t)),
-            (three, 1 - t / math.sqrt(2 + t * t)),
-        ):
+        for differences, expected in ((two, 1 - 2 / math.pi * math.atan(t)), (three, 1 - t / math.sqrt(2 + t * t))):
             found = paired_t(dict(enumerate(differences)), dict.fromkeys(range(len(differences)), 0.0))
             assert found.p_value == pytest.approx(expected, abs=1e-12)
 

@@ -36,8 +36,7 @@ def measured(samples: int, world=ALONE, seed: int = 0) -> tuple[dict, Recorded]:
     model = Recorded()
     settings = {"samples": samples, "temperature": 0.6, "top_p": 0.9}
     config = from_tree(
-        RunConfig,
-        {"seed": seed, "eval": settings, "rollout": {"temperature": 1.3, "max_response_tokens": 44}},
+        RunConfig, {"seed": seed, "eval": settings, "rollout": {"temperature": 1.3, "max_response_tokens": 44}}
     )
     return training_accuracy(config, PROBLEMS, VerifiedSampler(model, model, model), world), model
 

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from upge.rollout import decoding
-from upge.rollout.kv_cache import growing_kv_cache
+from upge.rollout.decoding import growing_kv_cache
 
 PROMPTS = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10], [0, 11, 12, 13]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])

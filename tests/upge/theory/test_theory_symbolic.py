@@ -14,10 +14,8 @@ from sympy import Rational, exp, log, sqrt
 
 import algorithms
 import upge
-from experiments.table1 import demonstrations, rollouts
-from experiments.table1.page import proven
-from experiments.table1.statements import STATEMENTS, statement
-from experiments.table1.written import all_centred, centred, expert_mean, surrogate, token_mean
+from experiments.table1 import STATEMENTS, demonstrations, rollouts, statement
+from experiments.table1.rollouts import all_centred, centred, expert_mean, surrogate, token_mean
 from upge.components.base import Component, Precomputed, StabilizationMask
 from upge.reduction import Reduction
 from upge.theory import symbolic
@@ -31,7 +29,7 @@ from upge.value import ValueLoss
 
 @pytest.mark.parametrize("claim", STATEMENTS, ids=lambda claim: claim.name)
 def test_the_factor_derived_from_the_objective_is_the_product_of_the_parts(claim):
-    proof = proven(claim)
+    proof = claim.proof
     assert not proof.mismatches, proof.mismatches[0]
     assert not proof.one_sided, proof.one_sided[0]
     assert proof.rounding < 1e-12 and proof.compared >= 26 and proof.holds
@@ -57,7 +55,7 @@ def test_every_region_of_a_clip_is_compared():
         ratio, up = world.value(row.ratios[1]), world.value(centred(world, world.questions[0])[0][1]) > 0
         ratio_and_sign.add((-1 if ratio < 0.8 else 1 if ratio > 1.2 else 0, up))
     assert len(ratio_and_sign) == 6
-    assert proven(statement("grpo")).compared == 36  # 10 rollout tokens × {moves, stopped}, 3 + 13 that never do
+    assert statement("grpo").proof.compared == 36  # 10 rollout tokens × {moves, stopped}, 3 + 13 that never do
 
 
 # False objectives.

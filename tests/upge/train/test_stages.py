@@ -11,12 +11,10 @@ from tests.upge.train.test_collect import algorithm
 from upge import Algorithm, Pipeline
 from upge.config import from_tree
 from upge.pipeline import Stage
-from upge.train.config import RunConfig
-from upge.train.critic import CriticEngine
+from upge.train.config import RunConfig, learning_rates
 from upge.train.deepspeed_module import Moments
-from upge.train.engine import Engine
+from upge.train.engine import CriticEngine, Engine
 from upge.train.learner import Memory, Models
-from upge.train.lr_schedule import learning_rates
 from upge.train.trainer import State, Trainer
 
 
@@ -50,10 +48,7 @@ def test_warm_up_begins_anew_with_each_stage():
     assert found == pytest.approx([0.5, 1, 1, 1, 5, 10, 10, 10, 10, 10])
 
 
-SETTINGS = {
-    "optimizer": {"lr": 1.0, "schedule": "linear", "warmup_steps": 1},
-    "critic": {"lr": 8.0, "warmup_steps": 2},
-}
+SETTINGS = {"optimizer": {"lr": 1.0, "schedule": "linear", "warmup_steps": 1}, "critic": {"lr": 8.0, "warmup_steps": 2}}
 
 
 def test_the_critic_learns_alone_for_exactly_its_warm_up():

@@ -16,11 +16,10 @@ from tests.models import trajectories
 from upge.config import from_tree
 from upge.estimate import summarise
 from upge.train.config import RunConfig
-from upge.train.metrics import ActiveTrajectories
-from upge.train.recorder import Recorder
+from upge.train.diagnostics import KEPT, WINDOW, TopTrajectory, merged, token_line, token_texts
+from upge.train.metrics import ActiveTrajectories, Recorder
 from upge.train.sample import Trajectory, assemble
 from upge.train.step_batch import update_rows
-from upge.train.top_tokens import KEPT, WINDOW, TopTrajectory, merged, token_line, token_texts
 
 
 def examples(count: int = 5) -> list[SimpleNamespace]:

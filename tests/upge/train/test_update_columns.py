@@ -15,10 +15,8 @@ import algorithms
 import upge
 from tests.models import save_random_model, trajectories
 from tests.upge.train.test_update import padded_logprobs
-from upge.train.config import OptimizerConfig
+from upge.train.config import LearningRates, OptimizerConfig
 from upge.train.deepspeed_module import StepResult
-from upge.train.engine import Forward
-from upge.train.lr_schedule import LearningRates
 from upge.train.micro_batches import Costs
 from upge.train.packed_policy import PackedPolicy
 from upge.train.packing import pack
@@ -40,10 +38,10 @@ class PlainEngine:
     def pack(self, pairs):
         return pack(pairs)
 
-    def forward(self, pairs, entropy=False):
+    def forward(self, pairs):
         self.without_gradient += len(pairs)
         packed = pack(pairs)
-        return Forward(packed, *self.policy(packed, entropy=entropy))
+        return packed.pad(self.policy(packed)[0])
 
     def logprobs(self, packed, entropy=False):
         return self.policy(packed, entropy=entropy)
@@ -69,7 +67,7 @@ def expected_updates(engine: PlainEngine, algorithm, config: OptimizerConfig) ->
     updater = Updater(engine, algorithm, config)
     whole = updater.fill(trajectories(), 0)
     pairs = [(t.prompt_ids, t.response_ids) for t in whole.trajectories]
-    behavior = engine.forward(pairs).logprobs.detach().float()
+    behavior = engine.forward(pairs).detach().float()
     whole = whole._replace(columns=dataclasses.replace(whole.columns, behavior_logprobs=behavior))
     cuts = update_rows(whole.trajectories, config.mini_batches)
     plans = algorithm.plans(whole.columns, cuts)

