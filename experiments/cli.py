@@ -44,12 +44,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Stopped(BaseException):
-    """A signal asks the command to end. Complete results are saved before the command exits.
-
-    Attributes:
-        number: the signal.
-        message: the text printed for the user.
-    """
+    """The signal `number` asks the command to end. Complete results are saved before the command exits."""
 
     def __init__(self, number: int, message: str = "") -> None:
         super().__init__(number)
@@ -91,7 +86,6 @@ def run_command(
     """Runs a command and turns user errors and signals into a message on standard error and an exit code.
 
     Args:
-        command: takes the arguments and returns the exit code.
         arguments: the command's arguments; None = those of the program.
         help_text: returns what `--help` prints; None if the command handles `--help` itself.
 
@@ -165,13 +159,7 @@ def child_environment() -> dict[str, str]:
 
 
 def print_error(error: Exception, rank: int | None = None) -> None:
-    """Prints a user error on standard error.
-
-    Args:
-        error: the exception.
-        rank: this process's rank, if the error may differ between ranks; None = all ranks raise the same error, so only
-            rank 0 prints it.
-    """
+    """Prints a user error on standard error; `rank` None = all ranks raise the same error, so only rank 0 prints it."""
     from upge.train.distributed import launched_rank
 
     if rank is not None:
@@ -190,12 +178,19 @@ def stopped_by_signals() -> Iterator[None]:
             signal.signal(one, signal.SIG_DFL)
         raise Stopped(number)
 
-    before = {number: signal.signal(number, stop) for number in numbers}
+    with signals_handled(numbers, stop):
+        yield
+
+
+@contextlib.contextmanager
+def signals_handled(numbers: Sequence[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handles these signals with `handler` in the block."""
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def flags(arguments: Sequence[str], *names: str) -> tuple[list[str], dict[str, bool]]:

@@ -59,7 +59,6 @@ class Recipe:
     """A recipe's file merged over its bases.
 
     Attributes:
-        names: which algorithm, corrections, model and data set it selects.
         tree: keys of a run, nested.
         overrides: overrides of the algorithm, those of the bases first.
     """
@@ -71,11 +70,9 @@ class Recipe:
 
 def presets(group: str) -> list[str]:
     """Names that a group key accepts."""
-    if group == "algo":
-        return algorithms.names()
-    return (
-        algorithms.corrections() if group == "correction" else sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
-    )
+    if group in ("algo", "correction"):
+        return algorithms.names() if group == "algo" else algorithms.corrections()
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
 def compose(arguments: Sequence[str]) -> Composed:
@@ -107,7 +104,13 @@ def compose(arguments: Sequence[str]) -> Composed:
         elif key not in GROUPS:
             tree = _set(tree, key, value)
     tree.algo = _overridden(tree.algo, names, recipe.overrides, overrides)
-    return _checked(names, tree)
+    try:
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        key = error.full_key or "configuration"
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}; give it a value of its own") from error
+    config = from_tree(RunConfig, plain)
+    return Composed(names, plain, config, algorithms.compose(plain["algo"], algorithms.stem(names["algo"])))
 
 
 def read_recipe(name: str, above: tuple[str, ...] = ()) -> Recipe:
@@ -170,17 +173,6 @@ def correction_names(value: Any) -> list[str]:
     if not all(isinstance(name, str) for name in names) or isinstance(value, str):
         raise ConfigError(f"correction: found {value!r}; give a name or a list such as correction=[tis,kl_k3]")
     return names
-
-
-def _checked(names: Mapping[str, str | None], tree: DictConfig) -> Composed:
-    try:
-        plain = OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as error:
-        key = error.full_key or "configuration"
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}; give it a value of its own") from error
-    config = from_tree(RunConfig, plain)
-    algorithm = algorithms.compose(plain["algo"], algorithms.stem(names["algo"]))
-    return Composed(names, plain, config, algorithm)
 
 
 def _preset(group: str, name: str) -> dict[str, Any]:

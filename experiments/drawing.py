@@ -1,18 +1,26 @@
-"""Figures of comparisons, sweeps and diagnoses: style, files, and embedding into a page."""
+"""Figures of comparisons, sweeps and diagnoses: style, files, and the pages that embed them."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from upge.evaluation.intervals import Interval
 
 # The report's light colours only: a figure in a paper has no dark mode.
 INK, SOFT, RULE = "#1d2126", "#565d66", "#dcdeda"
+#: Colours of the lines of runs.
+COLORS = ("#0072b2", "#c95000", "#00805a", "#a6478b", "#8a6a00", "#2a8fc7", "#5a5f66")
 _STYLE = {
     "svg.fonttype": "none", "font.size": 9.5, "axes.linewidth": 0.8, "text.color": INK, "axes.labelcolor": SOFT,
     "axes.edgecolor": RULE, "xtick.color": SOFT, "ytick.color": SOFT, "xtick.major.size": 0, "ytick.major.size": 0,
@@ -31,11 +39,38 @@ def save(folder: Path, name: str, size: tuple[float, float], draw: Callable[[Fig
     return [folder / f"{name}.png", folder / f"{name}.svg"]
 
 
+def draw_panels(
+    figure: Figure, columns: int, panels: Sequence, names: Sequence[str], xlabel: str, draw: Callable, **legend: Any
+) -> None:
+    """Draws each panel into axes of its own, with one legend for all; `names` gives the order of the lines in it.
+
+    `draw` gets axes, a panel and its number, and returns the lines that it has drawn by their names.
+    """
+    grid, lines = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False), {}
+    for place, axes in enumerate(grid.flat):
+        if place < len(panels):
+            lines |= draw(axes, panels[place], place)
+            axes.set_xlabel(xlabel if place + columns >= len(panels) else "")
+        else:
+            axes.set_visible(False)
+    shown = [name for name in names if name in lines]
+    figure.legend([lines[name] for name in shown], [in_figure(name) for name in shown], loc="outside upper left",
+                  ncols=min(4, len(shown)), frameon=False, **legend)  # fmt: skip
+
+
 def dress(axes, grid: str = "y") -> None:
     """Removes the frame except for the bottom edge and puts a grid behind everything."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_axisbelow(True)
     axes.grid(True, axis=grid, color=RULE, linewidth=0.7)
+
+
+def draw_band(axes, curve: Mapping[int, Interval], index: int, scale: float = 1.0, **style: Any) -> Line2D:
+    """Draws line number `index`, in its colour, with its intervals as a band; returns the line."""
+    color, dash = COLORS[index % len(COLORS)], "-" if index < len(COLORS) else "--"
+    value, low, high = ([scale * getattr(one, of) for one in curve.values()] for of in ("value", "low", "high"))
+    axes.fill_between(list(curve), low, high, color=color, alpha=0.14, linewidth=0)
+    return axes.plot(list(curve), value, color=color, linestyle=dash, **style)[0]
 
 
 def in_figure(name: str) -> str:
@@ -47,3 +82,11 @@ def inline(path: Path, prefix: str) -> str:
     """The SVG element of a file for a page with several; its ids and references are prefixed with `prefix`."""
     drawing = path.read_text("utf-8")
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", drawing[drawing.index("<svg") :])
+
+
+def render(template: Path, **values: Any) -> str:
+    """The page of a Jinja template with these values, which are escaped."""
+    loader = FileSystemLoader(template.parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+                              lstrip_blocks=True)  # fmt: skip
+    return environment.get_template(template.name).render(**values)

@@ -27,13 +27,7 @@ _ASCII = str.maketrans({"–": "-", "−": "-", "→": ">"})
 
 @dataclass(frozen=True)
 class Row:
-    """A row of cells.
-
-    Attributes:
-        cells: the text of each cell.
-        bold: the positions of the cells that are set in bold.
-        rule: whether a line is drawn above the row.
-    """
+    """A row of cells, with the positions of those in bold; `rule` draws a line above it."""
 
     cells: tuple[str, ...]
     bold: frozenset[int] = frozenset()
@@ -47,8 +41,6 @@ class Grid:
     Attributes:
         label: its label in LaTeX.
         title: what it shows, one line.
-        header: the names of the columns.
-        rows: the rows, each with one cell per column.
         labels: number of columns on the left that name the row; they are left-aligned and repeated if a table is split.
     """
 
@@ -57,6 +49,12 @@ class Grid:
     header: tuple[str, ...]
     rows: tuple[Row, ...]
     labels: int = 1
+
+
+def ruled(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """The rows, with a rule above each one whose first cell differs from that of the row before."""
+    before = (None, *(row.cells[0] for row in rows))
+    return tuple(replace(row, rule=first not in (None, row.cells[0])) for first, row in zip(before, rows, strict=False))
 
 
 def print_grid(grid: Grid, console: Console) -> None:

@@ -17,10 +17,9 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments import cli
-from experiments.compare import curves, write
-from experiments.compare.differences import RULES, exclusive, exclusive_grid, gap_grid, gaps
+from experiments.compare import write
 from experiments.compare.load import Run, load, notes
-from experiments.compare.tables import Scores, pass_grid, score_grid
+from experiments.compare.tables import RULES, Scores, exclusive, exclusive_grid, gap_grid, gaps, pass_grid, score_grid
 from experiments.compare.write import Comparison, Pair
 from experiments.grid import print_grid
 from upge.errors import ConfigError, nearest
@@ -90,7 +89,13 @@ def read(arguments: Sequence[str]) -> Settings:
         raise ConfigError(f"solved: found {given['solved']!r}; give one of {', '.join(RULES)}")
     for key, least in (("resamples", 100), ("seed", 0)):
         if key in given:
-            given[key] = _whole(key, str(given[key]), least)
+            try:
+                number = int(str(given[key]))
+            except ValueError:
+                number = least - 1
+            if number < least:
+                raise ConfigError(f"{key}: found {given[key]!r}; give a whole number of at least {least}")
+            given[key] = number
     if "output" in given:
         given["output"] = Path(str(given["output"]))
     if "names" in given:
@@ -102,16 +107,12 @@ def compare(runs: Sequence[Run], settings: Settings) -> Comparison:
     """Computes everything that is shown and written."""
     scores = Scores.of(runs, settings.resamples, settings.seed)
     first, *others = runs
-    pairs = [
-        Pair(
-            first.name,
-            other.name,
-            tuple(gaps(first, other, settings.resamples, settings.seed)),
-            tuple(exclusive(first, other, settings.solved)),
-        )
-        for other in others
-    ]
-    panels = curves.panels(scores, settings.resamples, settings.seed)
+    pairs = []
+    for other in others:
+        differences = gaps(first, other, settings.resamples, settings.seed)
+        solves = exclusive(first, other, settings.solved)
+        pairs.append(Pair(first.name, other.name, tuple(differences), tuple(solves)))
+    panels = write.panels(scores, settings.resamples, settings.seed)
     remarks = (*notes(runs), *([] if panels else ["There are no pass@k curves: no benchmark has several samples."]))
     return Comparison(scores, tuple(pairs), tuple(panels), remarks, settings.solved, settings.resamples, settings.seed)
 
@@ -128,16 +129,6 @@ def show(comparison: Comparison, console: Console) -> None:
             console.print()
     for note in comparison.notes:
         console.print(f"note: {note}", markup=False)
-
-
-def _whole(key: str, text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise ConfigError(f"{key}: found {text!r}; give a whole number of at least {least}")
-    return value
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ class Run:
 
     Attributes:
         name: the displayed name.
-        path: its folder.
         outcomes: benchmark → its samples, in the order of scores.json.
         groups: benchmark → the group in whose average it counts.
         settings: benchmark → how its samples were drawn.
@@ -54,11 +53,7 @@ class Pairing:
 
 
 def load(paths: Sequence[str], names: Sequence[str] = ()) -> list[Run]:
-    """Reads the evaluations in the folders `paths`.
-
-    Args:
-        paths: the folders.
-        names: the displayed names; by default those of the folders.
+    """Reads the evaluations in the folders `paths`; `names` are the displayed names, by default the folders' own.
 
     Raises:
         UserError: there are no folders, a folder or a name occurs twice, or there are not as many names as folders.
@@ -106,8 +101,8 @@ def benchmarks(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 def notes(runs: Sequence[Run]) -> list[str]:
     """Sentences on what differs between the evaluations besides the policies: settings, benchmarks, problems."""
-    before = (*_settings_notes(runs), *_benchmark_notes(runs), *_problem_notes(runs), *_length_notes(runs))
-    return [*before, *_answer_notes(runs)]
+    kinds = (_settings_notes, _benchmark_notes, _problem_notes, _length_notes, _answer_notes)
+    return [note for notes_of in kinds for note in notes_of(runs)]
 
 
 def _read(folder: Path, name: str) -> Run:
@@ -119,8 +114,8 @@ def _read(folder: Path, name: str) -> Run:
     try:
         content = json.loads(scores.read_text("utf-8"))
         entries = {
-            str(key): (str(entry["group"]), int(entry["samples"]), dict(entry["settings"]))
-            for key, entry in content["benchmarks"].items()
+            str(key): (str(one["group"]), int(one["samples"]), dict(one["settings"]))
+            for key, one in content["benchmarks"].items()
         }
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         fix = "run the same evaluation again: it takes the samples that are there and writes the file anew"
@@ -165,8 +160,7 @@ def _folder_names(folders: Sequence[Path]) -> list[str]:
 def _settings_notes(runs: Sequence[Run]) -> list[str]:
     """Notes on settings that differ; benchmarks with the same difference share a sentence."""
     differing: dict[str, list[str]] = {}
-    for name in [name for members in benchmarks(runs).values() for name in members]:
-        having = [run for run in runs if name in run.outcomes]
+    for name, having in _having(runs).items():
         table = {run.name: {"samples": run.outcomes[name].samples, **run.settings[name]} for run in having}
         for key in dict.fromkeys(key for row in table.values() for key in row):
             values = {run: row.get(key) for run, row in table.items()}
@@ -174,6 +168,12 @@ def _settings_notes(runs: Sequence[Run]) -> list[str]:
                 shown = ", ".join(f"{_value(value)} in {run}" for run, value in values.items())
                 differing.setdefault(f"{key} is {shown}", []).append(name)
     return [f"Measured with different settings: {what} ({', '.join(names)})." for what, names in differing.items()]
+
+
+def _having(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Benchmark → the runs that have it, in the order of `benchmarks`."""
+    names = [name for members in benchmarks(runs).values() for name in members]
+    return {name: [run for run in runs if name in run.outcomes] for name in names}
 
 
 def _value(value: Any) -> str:
@@ -189,8 +189,8 @@ def _benchmark_notes(runs: Sequence[Run]) -> list[str]:
             without = ", ".join(run.name for run in runs if name not in run.outcomes)
             average = f", which therefore has no average {group}" if len(members) > 1 else ""
             sentences += [f"{name} was not evaluated in {without}{average}."] if without else []
-    for name in [name for members in benchmarks(runs).values() for name in members]:
-        groups = {run.groups[name] for run in runs if name in run.outcomes}
+    for name, having in _having(runs).items():
+        groups = {run.groups[name] for run in having}
         if len(groups) > 1:
             sentences.append(f"{name} belongs to {' and '.join(sorted(groups))}, depending on the run.")
     return sentences
@@ -198,15 +198,11 @@ def _benchmark_notes(runs: Sequence[Run]) -> list[str]:
 
 def _problem_notes(runs: Sequence[Run]) -> list[str]:
     sentences = []
-    for name in [name for members in benchmarks(runs).values() for name in members]:
-        first, *others = [run for run in runs if name in run.outcomes]
+    for name, (first, *others) in _having(runs).items():
         for other in others:
             pairs = pairing(first.outcomes[name], other.outcomes[name])
-            parts = [
-                f"{len(ids)} only in {run.name}"
-                for ids, run in ((pairs.only_first, first), (pairs.only_second, other))
-                if ids
-            ]
+            sides = ((pairs.only_first, first), (pairs.only_second, other))
+            parts = [f"{len(ids)} only in {run.name}" for ids, run in sides if ids]
             if pairs.conflicting:
                 parts.append(f"{len(pairs.conflicting)} with another answer (such as '{pairs.conflicting[0]}')")
             if parts:
@@ -231,9 +227,8 @@ def _length_notes(runs: Sequence[Run]) -> list[str]:
         for name, outcomes in run.outcomes.items():
             cut = 1 - outcomes.finished.double().mean().item()
             if cut > MANY_CUT:
-                sentences.append(
-                    f"{run.name}, {name}: {100 * cut:.1f} % of the responses were cut at the length limit."
-                )
+                share = f"{100 * cut:.1f} %"
+                sentences.append(f"{run.name}, {name}: {share} of the responses were cut at the length limit.")
             failed = outcomes.timeouts + outcomes.errors
             if failed:
                 sentences.append(f"{run.name}, {name}: {failed} answers without a verdict count as wrong.")

@@ -1,26 +1,27 @@
-"""The files of a comparison: a page in Markdown, all values as CSV, the tables in LaTeX, the curves as a figure."""
+"""The files of a comparison: a page in Markdown, all values as CSV, the tables in LaTeX, and the pass@k curves."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.compare import curves
-from experiments.compare.curves import Panel
-from experiments.compare.differences import Exclusive, Gap, exclusive_grid, gap_grid
-from experiments.compare.tables import Scores, level_grid, paper_grid, pass_grid, response_grid, score_grid
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
+
+from experiments.compare import tables
+from experiments.compare.tables import Exclusive, Gap, Scores
+from experiments.drawing import draw_band, draw_panels, dress, in_figure, save
 from experiments.grid import Grid, latex, markdown, markdown_text
 from upge.errors import DataError
-from upge.evaluation.intervals import Interval
-from upge.evaluation.scores import BenchmarkScores
+from upge.evaluation.intervals import Interval, intervals
+from upge.evaluation.scores import BenchmarkScores, powers_of_two
 
-COLUMNS = (
-    *("kind", "benchmark", "level", "run", "baseline", "measure", "value", "low", "high"),
-    *("p", "p_holm", "problems", "samples"),
-)
+COLUMNS = "kind benchmark level run baseline measure value low high p p_holm problems samples".split()
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def files(comparison: Comparison, folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             (folder / name).write_text(text, "utf-8", newline="")
-        drawn = curves.draw(comparison.panels, comparison.scores.names, folder) if comparison.panels else []
+        drawn = draw(comparison.panels, comparison.scores.names, folder) if comparison.panels else []
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror}); give another output=") from error
     return [*(folder / name for name in texts), *drawn]
@@ -79,7 +80,7 @@ def page(comparison: Comparison) -> str:
 
 def tex(comparison: Comparison) -> str:
     """The text of compare.tex: a table environment per table."""
-    grids = [paper_grid(comparison.scores), *_grids(comparison)]
+    grids = [tables.paper_grid(comparison.scores), *_grids(comparison)]
     notes = "\n".join(f"% {note}" for note in comparison.notes)
     return "\n\n".join(filter(None, ["% Needs \\usepackage{booktabs}.", notes, *map(latex, grids)])) + "\n"
 
@@ -94,13 +95,13 @@ def table(comparison: Comparison) -> str:
 
 
 def _grids(comparison: Comparison) -> list[Grid]:
-    grids = [score_grid(comparison.scores), pass_grid(comparison.scores)]
+    grids = [tables.score_grid(comparison.scores), tables.pass_grid(comparison.scores)]
     for number, pair in enumerate(comparison.pairs, start=1):
-        both = (gap_grid(pair.first, pair.second, pair.gaps),
-                exclusive_grid(pair.first, pair.second, pair.exclusive, comparison.solved))  # fmt: skip
+        both = (tables.gap_grid(pair.first, pair.second, pair.gaps),
+                tables.exclusive_grid(pair.first, pair.second, pair.exclusive, comparison.solved))  # fmt: skip
         # Labels in LaTeX must be unique.
         grids += [Grid(f"{g.label}-{number}", g.title, g.header, g.rows, g.labels) for g in both if g.rows]
-    grids += [level_grid(comparison.scores), response_grid(comparison.scores)]
+    grids += [tables.level_grid(comparison.scores), tables.response_grid(comparison.scores)]
     return [grid for grid in grids if grid is not None]
 
 
@@ -134,9 +135,8 @@ def _records(comparison: Comparison) -> Iterator[dict]:
             yield {"kind": "difference", **same, **about, **_ends(gap.difference.interval), **p_values}
         for line in pair.exclusive:
             about = {"benchmark": line.benchmark, "level": line.level, "problems": line.problems}
-            counts = {"only baseline": line.only_first, "only run": line.only_second, "both": line.both,
-                      "neither": line.neither}  # fmt: skip
-            for measure, value in counts.items():
+            counts = (line.only_first, line.only_second, line.both, line.neither)
+            for measure, value in zip(("only baseline", "only run", "both", "neither"), counts, strict=True):
                 yield {"kind": "exclusive", **same, **about, "measure": measure, "value": value}
 
 
@@ -150,3 +150,76 @@ def _accuracy(same: dict, one: BenchmarkScores) -> Iterator[dict]:
 
 def _ends(interval: Interval) -> dict:
     return {"value": interval.value, "low": interval.low, "high": interval.high}
+
+
+_MARKERS = "osD^vPX"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The curves of one benchmark, or of an average: run's name → k → pass@k."""
+
+    title: str
+    curves: Mapping[str, Mapping[int, Interval]]
+
+
+def panels(scores: Scores, resamples: int, seed: int) -> list[Panel]:
+    """A panel for every benchmark with several samples per problem, and one for each group's average over these."""
+    made = []
+    for group, names in scores.groups.items():
+        members = []
+        for name in names:
+            each = {run: scores.figures.get((run, name)) for run in scores.names}
+            curves = {run: f.pass_at for run, f in each.items() if f and f.samples > 1}
+            if curves:
+                made.append(Panel(name, curves))
+                members += [name] if len(curves) == len(scores.runs) else []
+        if len(members) > 1:
+            made.append(Panel(f"average {group}, n > 1", _average(scores, members, resamples, seed)))
+    return made
+
+
+def draw(panels: Sequence[Panel], names: Sequence[str], folder: Path) -> list[Path]:
+    """Writes passk.png and passk.svg into `folder`; `names` are all runs, which have the same colour in every panel."""
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+
+    def draw_one(axes, panel: Panel, place: int) -> dict[str, Line2D]:
+        axes.set_ylabel("pass@k in %" if place % columns == 0 else "")
+        return _panel(axes, panel, names)
+
+    def into(figure: Figure) -> None:
+        figure.get_layout_engine().set(h_pad=0.08)
+        draw_panels(figure, columns, panels, names, "k", draw_one, borderaxespad=0.2)
+
+    return save(folder, "passk", (3.1 * columns + 0.4, 2.5 * math.ceil(len(panels) / columns) + 0.5), into)
+
+
+def _average(scores: Scores, names: Sequence[str], resamples: int, seed: int) -> dict[str, dict[int, Interval]]:
+    curves = {}
+    for run in scores.runs:
+        outcomes = [run.outcomes[name] for name in names]
+        ks = powers_of_two(min(one.samples for one in outcomes))
+        values = {one.benchmark: one.pass_at(ks) for one in outcomes}
+        curves[run.name] = dict(zip(ks, intervals(values, resamples, seed), strict=True))
+    return curves
+
+
+def _panel(axes, panel: Panel, names: Sequence[str]) -> dict[str, Line2D]:
+    lines = {}
+    for name, curve in panel.curves.items():
+        index = names.index(name)
+        style = {"marker": _MARKERS[index % len(_MARKERS)], "markersize": 4, "markeredgecolor": "white"}
+        lines[name] = draw_band(axes, curve, index, 100, linewidth=1.8, markeredgewidth=0.6, **style)
+    largest = max(k for curve in panel.curves.values() for k in curve)
+    powers = [2**i for i in range(largest.bit_length())]
+    ticks = powers[:: math.ceil(len(powers) / 7)]
+    axes.set_title(in_figure(panel.title))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter(FixedFormatter([str(k) for k in ticks]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+    axes.set_ylim(0, min(101.0, axes.get_ylim()[1]))
+    dress(axes)
+    axes.margins(x=0.04)
+    return lines

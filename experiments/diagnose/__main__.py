@@ -54,7 +54,6 @@ def _diagnose(arguments: Sequence[str]) -> int:
 
     from experiments.diagnose import write
     from experiments.diagnose.settings import choose
-    from experiments.diagnose.tables import grids
     from experiments.grid import print_grid
 
     chosen = choose(arguments)
@@ -72,19 +71,13 @@ def _diagnose(arguments: Sequence[str]) -> int:
             )
     for result in results:
         console.print(f"\n{result.label}: {write.summary(result)}", markup=False)
-        for grid in grids(result):
+        for grid in write.grids(result):
             print_grid(grid, console)
             console.print()
     for note in notes:
         console.print(f"note: {note}", markup=False)
-    facts = {
-        "command": command("experiments.diagnose", arguments),
-        "made": now(),
-        "names": names,
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "settings": write.plain(chosen.config),
-    }
+    facts = {"command": command("experiments.diagnose", arguments), "made": now(), "names": names}
+    facts |= {"versions": versions(), "git_commit": git_commit(), "settings": write.plain(chosen.config)}
     for path in write.files(results, facts, notes, folder):
         console.print(f"wrote {path}", soft_wrap=True, markup=False)
     return 0
@@ -98,9 +91,8 @@ def _exactly(chosen: Any) -> tuple[list, list[str]]:
 
 
 def _sampled(chosen: Any, console: Any) -> tuple[list, list[str]]:
-    from experiments.diagnose.measuring import measure, needs_frozen
-    from experiments.diagnose.policies import model_of, ordered, policies
-    from experiments.diagnose.sampling import problems
+    from experiments.diagnose.measuring import measure
+    from experiments.diagnose.sampling import model_of, ordered, policies, problems
     from experiments.diagnose.settings import without_pairs
 
     def say(text: str) -> None:
@@ -113,19 +105,16 @@ def _sampled(chosen: Any, console: Any) -> tuple[list, list[str]]:
         notes = list(chosen_problems.notes)
         if not chosen_problems.has_pairs:
             chosen, lacking = without_pairs(chosen)
-            notes += [
-                f"{name} is left out: it learns from preference pairs, and the data have none" for name in lacking
-            ]
+            why = "it learns from preference pairs, and the data have none"
+            notes += [f"{name} is left out: {why}" for name in lacking]
         frozen = None
-        if needs_frozen(chosen.algorithms.values()):
+        if any(algorithm.needs.reference for algorithm in chosen.algorithms.values()):
             if run.reference.path:
                 frozen = model_of(run.reference.path, run.model)
             elif len(measured_policies) > 1:
                 frozen = measured_policies[0].model
-            which = run.reference.path or (
-                f"the first policy, {measured_policies[0].label}" if frozen else "the policy itself"
-            )
-            notes.append(f"the frozen policy is {which}")
+            own = f"the first policy, {measured_policies[0].label}" if frozen else "the policy itself"
+            notes.append(f"the frozen policy is {run.reference.path or own}")
         behavior = model_of(config.behavior, run.model) if config.behavior else None
         results = []
         for policy in measured_policies:

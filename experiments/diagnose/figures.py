@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,7 +15,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from experiments.diagnose.measuring import Result
-from experiments.diagnose.tables import same_as
 from experiments.drawing import INK, RULE, SOFT, dress, in_figure, save
 from upge.measure import Estimated, Measured
 
@@ -55,21 +55,20 @@ def legend(figure: Figure, axes, columns: int) -> None:
         figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False)
 
 
-def palette(index: int) -> str:
-    """The colour of a line by its number."""
-    return PALETTE[index % len(PALETTE)]
+def numbered(index: int) -> dict[str, str]:
+    """Colour, marker and dashes of a line by its number."""
+    dash = "-" if index < len(LINES) else "--"
+    return {"color": PALETTE[index % len(PALETTE)], "marker": LINES[index % len(LINES)], "linestyle": dash}
 
 
-def bars(axes, at: Sequence[float], values: Sequence[Estimated], color: str, floor: float = -math.inf) -> None:
-    """Draws intervals; parts below the floor are cut, because a logarithmic axis cannot show them."""
-    for x, value in zip(at, values, strict=True):
+def draw_line(axes, points: Sequence[tuple[float, Estimated]], floor: float = -math.inf, **style: Any) -> None:
+    """Draws a line through estimates at (x, estimate), with their intervals; values below the floor are drawn at it."""
+    for x, value in points:
+        # A logarithmic axis cannot show what is below the floor.
         if not math.isnan(value.low) and value.high > floor:
-            axes.plot([x, x], [max(value.low, floor), value.high], color=color, alpha=0.3, linewidth=1.3)
-
-
-def known_or(value: float, other: float) -> float:
-    """The value, or `other` if it is NaN."""
-    return other if math.isnan(value) else value
+            axes.plot([x, x], [max(value.low, floor), value.high], color=style["color"], alpha=0.3, linewidth=1.3)
+    shared = {"markersize": 5, "markeredgecolor": "white", "linewidth": 1.6}
+    axes.plot([x for x, _ in points], [max(value.value, floor) for _, value in points], **shared | style)
 
 
 #: Alignments whose lines are drawn.
@@ -80,25 +79,14 @@ _SMALL = 8.3
 
 def bias_variance(result: Result, folder: Path) -> list[Path]:
     """Draws bias_variance: the angle between mean and true gradient, and the noise of one batch."""
-    shown = [one for one in distinct(result) if _angle(one) is not None]
+    shown = [one for one in result.different(parts=False) if _angle(one) is not None]
     return save(folder, "bias_variance", (8.6, 5.6), lambda figure: _draw(figure, result, shown)) if shown else []
-
-
-def distinct(result: Result) -> list[Measured]:
-    """The algorithms; of those that are equal up to scale only the first."""
-    seen: set[str] = set()
-    algorithms = []
-    for one in result.measured:
-        if not one.part and one.name not in seen:
-            algorithms.append(one)
-            seen.update(same_as(result, one.name))
-    return algorithms
 
 
 def label(result: Result, name: str) -> str:
     """A name, together with the names of the algorithms that are equal to it."""
     wholes = [one.name for one in result.measured if not one.part]
-    names = [other for other in same_as(result, name) if other in wholes] or [name]
+    names = [other for other in result.same_as(name) if other in wholes] or [name]
     rest = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return in_figure(", ".join(names[:_MOST_NAMES]) + rest)
 
@@ -155,12 +143,9 @@ def _contours(axes, right: float, low: float, high: float) -> None:
             continue
         axes.plot(angles[inside], noise[inside], color=SOFT, linewidth=0.7, linestyle=(0, (4, 3)), alpha=0.6, zorder=1)
         # Label the line at its upper left end, where there are no estimators.
-        first = np.flatnonzero(inside & (noise < high * (0.94, 0.88)[number % 2]))[:1]
-        if not len(first):
-            continue
-        first = first[0]
-        axes.text(angles[first] + 0.4, noise[first], f"alignment {level:g}", color=SOFT, fontsize=7.5, va="bottom",
-                  ha="left", rotation=0, zorder=1)  # fmt: skip
+        for first in np.flatnonzero(inside & (noise < high * (0.94, 0.88)[number % 2]))[:1]:
+            axes.text(angles[first] + 0.4, noise[first], f"alignment {level:g}", color=SOFT, fontsize=7.5, va="bottom",
+                      ha="left", rotation=0, zorder=1)  # fmt: skip
 
 
 def _names(figure: Figure, axes, result: Result, shown: Sequence[Measured]) -> None:
@@ -195,11 +180,7 @@ def free_place(
 ) -> tuple[float, float]:
     """Finds a place for a name next to its point.
 
-    Args:
-        point: the position of the point, in pixels like all other arguments.
-        size: width and height of the name.
-        taken: boxes that the name must not overlap.
-        inside: the box in which the name must stay.
+    All arguments are in pixels. The name must not overlap the boxes `taken`, and must stay `inside`.
 
     Returns:
         The middle of the name relative to the point: the nearest free place on rings around the point, or directly to
@@ -220,7 +201,7 @@ def free_place(
 def cosines(result: Result, folder: Path) -> list[Path]:
     """Draws cosines: a heat map of the mean gradients with each other, with ∇E[R] and with imitation."""
     order = ("rollouts", "both", "pairs", "demonstrations")
-    shown = sorted(distinct(result), key=lambda one: order.index(kind(one.source)))
+    shown = sorted(result.different(parts=False), key=lambda one: order.index(kind(one.source)))
     if len(shown) < 2:
         return []
     names = ["∇E[R]", *(one.name for one in shown), *["imitation"] * any(one.imitation for one in shown)]

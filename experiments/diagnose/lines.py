@@ -8,22 +8,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from experiments.diagnose.figures import (
-    COLORS,
-    FLOOR,
-    LINES,
-    PALETTE,
-    bars,
-    distinct,
-    kind,
-    known_or,
-    label,
-    legend,
-    logarithmic,
-    palette,
-)
-from experiments.diagnose.measuring import Result
-from experiments.diagnose.tables import different
+from experiments.diagnose.figures import COLORS, FLOOR, PALETTE, draw_line, kind, label, legend, logarithmic, numbered
+from experiments.diagnose.measuring import Result, known_or
 from experiments.drawing import SOFT, dress, in_figure, save
 from upge.measure import Estimated, Measured
 
@@ -55,7 +41,7 @@ def chosen(result: Result) -> list[Measured]:
     """The different estimators with one source: per source whole algorithms before parts, then by alignment."""
     estimators = []
     for source in ("rollouts", "demonstrations"):
-        mine = [one for one in different(result) if one.source == source]
+        mine = [one for one in result.different(parts=True) if one.source == source]
         mine.sort(key=lambda one: (bool(one.part), -known_or(one.overall.alignment.value, -math.inf)))
         estimators += mine[:_MOST]
     return estimators
@@ -70,29 +56,18 @@ def conflict(result: Result, folder: Path) -> list[Path]:
         axes = figure.add_subplot()
         places = [one.label for one in result.bins]
         for index, one in enumerate(result.conflicts):
-            color, marker = palette(index), LINES[index % len(LINES)]
-            dash = "-" if index < len(LINES) else "--"
             shift = (index - len(result.conflicts) / 2) * 0.03
-            line = [(i, one.by_rate[name]) for i, name in enumerate(places) if name in one.by_rate]
-            line = [(i, estimate) for i, estimate in line if _is_precise(estimate)]
-            at, values = [i + shift for i, _ in line], [estimate for _, estimate in line]
-            bars(axes, at, values, color)
-            axes.plot(at, [v.value for v in values], color=color, marker=marker, linestyle=dash, markersize=5,
-                      markeredgecolor="white", linewidth=1.6, label=in_figure(one.algorithm))  # fmt: skip
+            line = [(i + shift, one.by_rate[name]) for i, name in enumerate(places) if name in one.by_rate]
+            line = [(at, estimate) for at, estimate in line if _is_precise(estimate)]
+            draw_line(axes, line, **numbered(index), label=in_figure(one.algorithm))
             if _is_precise(one.overall):
-                end = len(places) + 0.1 + shift
-                bars(axes, [end], [one.overall], color)
-                axes.plot(end, one.overall.value, color=color, marker=marker, markersize=6, markeredgecolor="white")
+                draw_line(axes, [(len(places) + 0.1 + shift, one.overall)], **numbered(index), markersize=6)
         axes.axhline(0, color=SOFT, linewidth=0.9)
         axes.set_xticks(range(len(places) + 1), [*places, "all"])
         axes.set_xlim(-0.4, len(places) + 0.5)
-        drawn = [
-            estimate
-            for one in result.conflicts
-            for estimate in (one.overall, *one.by_rate.values())
-            if _is_precise(estimate)
-        ]
-        axes.set_ylim(max(-1.04, min([-0.4, *(estimate.low - 0.05 for estimate in drawn)])), 1.04)
+        estimates = [estimate for one in result.conflicts for estimate in (one.overall, *one.by_rate.values())]
+        lowest = min([-0.4, *(estimate.low - 0.05 for estimate in estimates if _is_precise(estimate))])
+        axes.set_ylim(max(-1.04, lowest), 1.04)
         axes.set_xlabel("pass rate of the prompt")
         axes.set_ylabel("cosine of the two mean gradients")
         axes.set_title("Cosine of rollouts' and demonstrations' gradients")
@@ -108,9 +83,7 @@ def _by_rate(axes, result: Result, shown: Sequence[Measured]) -> None:
     for color, marker, shift, one in _styled(shown):
         at = [(places[at_rate.bin] + shift, at_rate.snr) for at_rate in one.by_rate if at_rate.bin in places]
         known = [(x, v) for x, v in at if math.isfinite(v.value)]
-        bars(axes, [x for x, _ in known], [v for _, v in known], color, floor=FLOOR)
-        axes.plot([x for x, _ in known], [max(v.value, FLOOR) for _, v in known], color=color, marker=marker,
-                  markersize=5, markeredgecolor="white", linewidth=1.5, label=label(result, one.name))  # fmt: skip
+        draw_line(axes, known, FLOOR, color=color, marker=marker, linewidth=1.5, label=label(result, one.name))
     logarithmic(axes)
     axes.set_ylim(bottom=FLOOR * 0.8)
     axes.set_xticks(range(len(places)), [f"{one.label}\n({len(one.prompts)})" for one in bins])
@@ -125,9 +98,7 @@ def _by_count(axes, result: Result, shown: Sequence[Measured]) -> None:
     for color, marker, shift, one in _styled(shown):
         known = [(at.successes + shift, at.pooled.alignment) for at in one.by_count]
         known = [(x, v) for x, v in known if not math.isnan(v.value)]
-        bars(axes, [x for x, _ in known], [v for _, v in known], color)
-        axes.plot([x for x, _ in known], [v.value for _, v in known], color=color, marker=marker, markersize=5,
-                  markeredgecolor="white", linewidth=1.5)  # fmt: skip
+        draw_line(axes, known, color=color, marker=marker, linewidth=1.5)
     axes.axhline(0, color=SOFT, linewidth=0.9)
     axes.set_xticks(range(0, size + 1, 1 if size <= 8 else 2))
     axes.set_xlabel(f"successes among the {size} rollouts of its group")
@@ -137,15 +108,13 @@ def _by_count(axes, result: Result, shown: Sequence[Measured]) -> None:
 
 def _by_threshold(axes, result: Result) -> None:
     for index, (name, points) in enumerate(result.thresholds.items()):
-        color = palette(index)
         at, values = [one.threshold for one in points], [one.overall.alignment for one in points]
         if all(math.isnan(value.value) for value in values):
             continue
-        axes.plot(at, [v.value for v in values], color=color, marker=LINES[index % len(LINES)], markersize=5,
-                  markeredgecolor="white", linewidth=1.6, label=in_figure(name))  # fmt: skip
-        bars(axes, at, values, color)
+        draw_line(axes, list(zip(at, values, strict=True)), **numbered(index), label=in_figure(name))
         best = max(range(len(values)), key=lambda i: known_or(values[i].value, -math.inf))
-        axes.plot(at[best], values[best].value, marker="o", markersize=12, markerfacecolor="none", color=color)
+        circle = {"marker": "o", "markersize": 12, "markerfacecolor": "none"}
+        axes.plot(at[best], values[best].value, **numbered(index) | circle)
     if axes.get_lines():
         axes.legend(frameon=False, fontsize=8.5)
     axes.axhline(0, color=SOFT, linewidth=0.9)
@@ -174,10 +143,10 @@ def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
     """Draws over_training: cosine, signal to noise, alignment and conflict of every policy, in their order."""
     if len(results) < 2:
         return []
-    names = [one.name for one in distinct(results[0])]
+    names = [one.name for one in results[0].different(parts=False)]
     if len(names) > len(PALETTE):
         # More lines would be indistinguishable, so keep those of each kind with the highest initial alignment.
-        ranked = sorted(distinct(results[0]), key=lambda one: -known_or(one.overall.alignment.value, -1.0))
+        ranked = sorted(results[0].different(parts=False), key=lambda one: -known_or(one.overall.alignment.value, -1.0))
         kinds: dict[str, list[str]] = {}
         for one in ranked:
             kinds.setdefault(kind(one.source), []).append(one.name)
@@ -206,7 +175,10 @@ def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
             if not any(len(line.get_xdata()) for line in axes.get_lines()):
                 axes.set_yticks([])
                 axes.text(0.5, 0.5, "no estimate from these samples", transform=axes.transAxes, ha="center", color=SOFT)
-            _steps(axes, results)
+            if any(one.step is None for one in results):
+                axes.set_xticks(range(len(results)), [in_figure(one.label) for one in results])
+            else:
+                axes.set_xlabel("step")
             dress(axes)
         legend(figure, figure.axes[0], 3)
 
@@ -214,29 +186,10 @@ def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
 
 
 def _line_over_policies(
-    axes,
-    results: Sequence[Result],
-    values: Sequence[Estimated | None],
-    index: int,
-    name: str,
-    floor: float = -math.inf,
+    axes, results: Sequence[Result], values: Sequence[Estimated | None], index: int, name: str, floor: float = -math.inf
 ) -> None:
-    at = [(i, v) for i, v in enumerate(values) if v is not None and math.isfinite(v.value)]
-    places = _places(results)
-    color = palette(index)
-    xs, known = [places[i] for i, _ in at], [v for _, v in at]
-    bars(axes, xs, known, color, floor)
-    axes.plot(xs, [max(v.value, floor) for v in known], color=color, marker=LINES[index % len(LINES)], markersize=5,
-              markeredgecolor="white", linewidth=1.6, label=name or None)  # fmt: skip
-
-
-def _places(results: Sequence[Result]) -> list[float]:
     steps = [one.step for one in results]
-    return [float(i) for i in range(len(results))] if None in steps else [float(step) for step in steps]
-
-
-def _steps(axes, results: Sequence[Result]) -> None:
-    if any(one.step is None for one in results):
-        axes.set_xticks(range(len(results)), [in_figure(one.label) for one in results])
-    else:
-        axes.set_xlabel("step")
+    places = range(len(results)) if None in steps else steps
+    pairs = zip(places, values, strict=True)
+    line = [(float(at), value) for at, value in pairs if value is not None and math.isfinite(value.value)]
+    draw_line(axes, line, floor, **numbered(index), label=name or None)

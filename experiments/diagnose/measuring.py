@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import resource
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.diagnose.policies import Policy, load_model
-from experiments.diagnose.sampling import Problems, sample
+from experiments.diagnose.sampling import Policy, Problems, Sampled, load_model, sample
 from experiments.diagnose.settings import Chosen
 from experiments.theory import setting
 from upge.algorithm import Algorithm
@@ -44,7 +46,7 @@ from upge.measure import (
 )
 from upge.measure.by_rate import Bin
 from upge.measure.contributions import sources
-from upge.measure.diagnosis import Conflict, Exact, exact, thresholds
+from upge.measure.diagnosis import Conflict, exact, thresholds
 from upge.measure.scores import Pair
 from upge.train.config import ModelConfig
 
@@ -67,10 +69,8 @@ class Result:
     """The results for one policy.
 
     Attributes:
-        label, step: label and step of the policy.
         facts: sizes, errors, seconds and memory, by name.
         bins: the prompts by pass rate.
-        measured: the algorithms and their parts.
         conflicts: conflicts of the algorithms with two sources.
         thresholds: algorithm → its results at every threshold, if it has a threshold.
         cosines: (first algorithm, second algorithm) → cosine of their means.
@@ -87,6 +87,24 @@ class Result:
     cosines: Mapping[tuple[str, str], Estimated]
     same: tuple[tuple[str, ...], ...]
 
+    def same_as(self, name: str) -> tuple[str, ...]:
+        """The estimators that are equal to this one up to scale, including itself."""
+        return next((group for group in self.same if name in group), (name,))
+
+    def different(self, parts: bool) -> list[Measured]:
+        """The algorithms, of equal ones only the first; with `parts`, the parts of those that have several."""
+        several = {one.algorithm for one in self.measured if one.part} if parts else set()
+        candidates = [one for one in self.measured if (parts if one.part else one.name not in several)]
+        # A whole algorithm comes before equal parts of others.
+        candidates.sort(key=lambda one: bool(one.part))
+        seen: set[str] = set()
+        estimators = []
+        for one in candidates:
+            if one.name not in seen:
+                estimators.append(one)
+                seen.update(self.same_as(one.name))
+        return estimators
+
 
 def measure(
     chosen: Chosen,
@@ -96,15 +114,11 @@ def measure(
     behavior: ModelConfig | None,
     say: Callable[[str], None],
 ) -> Result:
-    """Samples and measures one policy.
+    """Samples and measures one policy; `say` prints a line of progress.
 
     Args:
-        chosen: the settings.
-        prompts: the prompts of the pool.
-        policy: the policy.
         frozen: the model of the reference log-probs; None = the policy itself.
         behavior: the model that the batches are sampled from; None = the policy itself.
-        say: prints a line of progress.
     """
     began = time.perf_counter()
     sampled = sample(chosen, prompts, policy.model, behavior, say)
@@ -114,9 +128,8 @@ def measure(
     others = {"reference_logprobs": frozen, "behavior_logprobs": behavior}
     known = {name: _logprobs(model, pairs, temperature) for name, model in others.items() if model is not None}
     scores = ModelScores(load_model(policy.model), config.sketch, temperature, seed=chosen.run.seed)
-    own = scores.columns(pairs)
     columns = {}
-    for number, (pair, (logprobs, entropies)) in enumerate(zip(pairs, own, strict=True)):
+    for number, (pair, (logprobs, entropies)) in enumerate(zip(pairs, scores.columns(pairs), strict=True)):
         columns[pair] = {"logprobs": logprobs, "entropies": entropies, "reference_logprobs": logprobs}
         columns[pair] |= {name: logprobs[number] for name, logprobs in known.items()}
     directions = Directions()
@@ -126,42 +139,58 @@ def measure(
         for name, one in chosen.algorithms.items()
         if (variants := thresholds(one, config.group_size))
     }
+    rows, to = _gradients(config.sketch, sampled, scores, directions)
+    results = _results(pool, estimators, varied, rows, to)
+    seconds = {"seconds": time.perf_counter() - began, "seconds_sampling": sampling_took}
+    facts = _facts(pool, scores, len(directions.requests)) | seconds
+    facts["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return Result(label=policy.label, step=policy.step, facts=facts, **results)
+
+
+def _logprobs(model: ModelConfig, pairs: Sequence[Pair], temperature: float) -> list[Tensor]:
+    """The log-probs of another model on the pool's responses."""
+    return [logprobs for logprobs, _ in ModelScores(load_model(model), 1, temperature).columns(pairs)]
+
+
+def _gradients(
+    sketch: int, sampled: Sampled, scores: ModelScores, directions: Directions
+) -> tuple[Float[Tensor, "g k"], Targets]:
+    """The gradients of the requests in `directions`, to which this adds imitation, and what they are compared with."""
+    pool = sampled.pool
     shown = imitation(pool, directions)
-    _check_memory(config.sketch, len(directions.requests), pool, scores)
+    _check_memory(sketch, len(directions.requests), pool, scores)
     with _bar(len(directions.requests), "gradients") as bar:
         rows = gradients(scores, directions.requests, bar.update)
     with _bar(None, "true gradient") as bar:
         true = true_gradient(scores, pool.reference, bar.update)
         held_out = true_gradient(scores, sampled.held_out, bar.update).mean(dim=0) if sampled.held_out else None
     demonstrated = shown.dense((pool.prompts, pool.rounds), rows).sum(dim=0) if shown.cells else None
-    to = Targets(true, demonstrated, held_out)
-    result = results_of(pool, estimators, varied, rows, to)
-    facts = {
+    return rows, Targets(true, demonstrated, held_out)
+
+
+def _facts(pool: Pool, scores: ModelScores, gradients: int) -> dict[str, float]:
+    return {
         "prompts": pool.prompts,
         "rounds": pool.rounds,
         "batches": sum(map(len, pool.batches)),
         "prompts_per_batch": pool.prompts_per_batch,
         "group_size": pool.group_size,
         "pass_rate": float(pool.pass_rates.mean()),
-        "gradients": len(directions.requests),
+        "gradients": gradients,
         "parameters": sum(p.numel() for p in scores.parameters),
         "sketch": 0 if scores.sketch.is_whole else scores.width,
         "sketch_error": scores.sketch.relative_error,
-        "seconds": time.perf_counter() - began,
-        "seconds_sampling": sampling_took,
-        "memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
-    return replace(result, label=policy.label, step=policy.step, facts=facts)
 
 
-def results_of(
+def _results(
     pool: Pool,
     estimators: Sequence[Estimator],
     varied: Mapping[str, Mapping[float, Estimator]],
-    rows: Tensor,
+    rows: Float[Tensor, "g k"],
     to: Targets,
-) -> Result:
-    """All results, from the gradients [g, k] that the estimators combine."""
+) -> dict[str, Any]:
+    """What a `Result` says about algorithms, from the gradients that the estimators combine."""
     bins = bins_of(pool.pass_rates)
     # Short projections suffice to compare estimates; whole estimates would take more memory than the gradients.
     short = Sketch((rows.shape[1],), min(rows.shape[1], _TO_COMPARE))
@@ -175,38 +204,23 @@ def results_of(
             estimates[lines[-1].name] = short([batch_estimates(pool, mine)[0]])
             if not part:
                 samples[one.name] = batch_sample(pool, mine)
-    conflicts = [conflict(pool, one, rows, bins) for one in estimators]
-    at = {
-        name: tuple(
-            AtThreshold(share, metrics(batch_sample(pool, one.contributions(pool, rows)), to.pooled))
-            for share, one in variants.items()
-        )
-        for name, variants in varied.items()
+    conflicts = (conflict(pool, one, rows, bins) for one in estimators)
+
+    def at_threshold(share: float, one: Estimator) -> AtThreshold:
+        return AtThreshold(share, metrics(batch_sample(pool, one.contributions(pool, rows)), to.pooled))
+
+    return {
+        "bins": tuple(bins),
+        "measured": tuple(lines),
+        "conflicts": tuple(c for c in conflicts if c is not None),
+        "thresholds": {name: tuple(itertools.starmap(at_threshold, one.items())) for name, one in varied.items()},
+        "cosines": {(a, b): cosine_of(samples[a], samples[b]) for a, b in itertools.combinations(samples, 2)},
+        "same": tuple(map(tuple, same(estimates))),
     }
-    names = list(samples)
-    cosines = {(a, b): cosine_of(samples[a], samples[b]) for i, a in enumerate(names) for b in names[i + 1 :]}
-    groups = tuple(map(tuple, same(estimates)))
-    return Result(
-        "", None, {}, tuple(bins), tuple(lines), tuple(c for c in conflicts if c is not None), at, cosines, groups
-    )
-
-
-def _logprobs(model: ModelConfig, pairs: Sequence[Pair], temperature: float) -> list[Tensor]:
-    """The log-probs of another model on the pool's responses."""
-    return [logprobs for logprobs, _ in ModelScores(load_model(model), 1, temperature).columns(pairs)]
-
-
-def needs_frozen(algorithms: Iterable[Algorithm]) -> bool:
-    """Whether one of the algorithms needs the log-probs of a frozen policy."""
-    return any(one.needs.reference for one in algorithms)
 
 
 def _check_memory(sketch: int, count: int, pool: Pool, scores: ModelScores) -> None:
-    """Checks that the gradients fit into memory.
-
-    Raises:
-        ConfigError: they do not; the message says what to change.
-    """
+    """Raises ConfigError if the gradients do not fit into memory."""
     import psutil
 
     parts = len(pool.reference[0])
@@ -244,30 +258,28 @@ def exactly(chosen: Mapping[str, Algorithm], group_size: int) -> Result:
         noise = math.sqrt(max(0.0, moments[""].power - float(moments[""].mean.square().sum())))
         # The same estimator up to scale has the same direction and the same relative noise.
         alike[name] = torch.cat([moments[""].mean, torch.tensor([noise], dtype=torch.float64)])[None]
-        several = len(known) > 1
         for part, one in moments.items():
-            if part and (not several or not bool(one.mean.any())):
+            if part and (len(known) == 1 or not bool(one.mean.any())):
                 continue
             source = known[part] if part else ", ".join(dict.fromkeys(known.values()))
-            lines.append(_line(name, part, source, one, true, shown))
+            overall, full = exact_metrics(one.mean, one.power, true), f"{name}.{part}" if part else name
+            lines.append(Measured(full, name, part, source, overall, _cosine(one.mean, shown), None, (), ()))
         sides = [
             sum((moments[p].mean for p in known if known[p] == source), torch.zeros_like(true))
             for source in ("rollouts", "demonstrations")
         ]
         if all(bool(side.any()) for side in sides):
             conflicts.append(Conflict(name, _cosine(*sides), {}))
-    names = list(wholes)
-    cosines = {(a, b): _cosine(wholes[a], wholes[b]) for i, a in enumerate(names) for b in names[i + 1 :]}
+    cosines = {(a, b): _cosine(wholes[a], wholes[b]) for a, b in itertools.combinations(wholes, 2)}
     facts = {"prompts": 1, "group_size": group_size, "parameters": len(true), "sketch": 0, "sketch_error": 0.0}
     groups = tuple(map(tuple, same(alike)))
     return Result("seven responses", None, facts, (), tuple(lines), tuple(conflicts), {}, cosines, groups)
 
 
-def _line(name: str, part: str, source: str, one: Exact, true: Tensor, shown: Tensor) -> Measured:
-    overall = exact_metrics(one.mean, one.power, true)
-    full = f"{name}.{part}" if part else name
-    return Measured(full, name, part, source, overall, _cosine(one.mean, shown), None, (), ())
-
-
 def _cosine(a: Tensor, b: Tensor) -> Estimated:
     return Estimated.exactly(float(a @ b / (a.norm() * b.norm())))
+
+
+def known_or(value: float, other: float) -> float:
+    """The value, or `other` if it is NaN."""
+    return other if math.isnan(value) else value

@@ -1,41 +1,173 @@
-"""Samples the pool of a diagnosis: problems, prompts, rollouts with rewards, demonstrations and preference pairs."""
+"""The policies of a diagnosis, and the pool that each one samples: problems, rollouts, demonstrations and pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
+from experiments.config import compose, presets
 from experiments.diagnose.settings import Chosen
-from experiments.run.prepare import check_answers, check_length, load_problems, load_prompting
+from experiments.run.prepare import (
+    check_answers,
+    check_length,
+    load_problems,
+    load_prompting,
+    load_sampler,
+    verifier_pool,
+)
 from upge import data, rollout
 from upge.data import Example, Prompting
-from upge.errors import ConfigError, DataError
+from upge.errors import ConfigError, DataError, ModelError
 from upge.measure.contributions import pass_rate
 from upge.measure.pool import Group, Pool, deal
+from upge.models import local_path
+from upge.models.loading import check_loaded, read_config
 from upge.rollout import Sampler, Sampling
 from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.config import ModelConfig
+from upge.train.folder import RunFolder
 from upge.train.prompt_order import prompt_indices, stream_seed
 from upge.train.sample import Trajectory, has_pair
-from upge.verify import VerifierPool
 
-#: Number of independent parts of the reference rollouts.
+
+@dataclass(frozen=True)
+class Policy:
+    """A model to measure.
+
+    Attributes:
+        model: its settings, with a folder as path.
+        step: its training step if it comes from a run, else None.
+    """
+
+    label: str
+    model: ModelConfig
+    step: int | None = None
+
+
+@contextlib.contextmanager
+def policies(chosen: Chosen) -> Iterator[list[Policy]]:
+    """A context manager with the policies of a command line; their unpacked files exist within it.
+
+    Raises:
+        ConfigError: two policies have the same name.
+        ModelError: a policy cannot be read.
+    """
+    with TemporaryDirectory(prefix="diagnose") as folder:
+        made = list(_policies(chosen, Path(folder)))
+        # Compare the names of their folders, which must differ.
+        names = [folder_name(one.label).lower() for one in made]
+        twice = next((one.label for one, name in zip(made, names, strict=True) if names.count(name) > 1), None)
+        if twice is not None:
+            fix = "name them, as in policies=[LABEL:PATH,...]"
+            raise ConfigError(f"policies: several would be called '{twice}'; {fix}")
+        yield made
+
+
+def folder_name(label: str) -> str:
+    """The name of a policy's folder within a diagnosis."""
+    return re.sub(r"[^\w.-]+", "_", label)
+
+
+def model_of(name: str, base: ModelConfig) -> ModelConfig:
+    """The settings of a model given as a preset, a folder or a file, with the prompt settings of `base`."""
+    path = name
+    if name in presets("model"):
+        path = compose([f"model={name}"]).config.model.path
+    elif not Path(name).expanduser().exists() and name.count("/") != 1:
+        raise ConfigError(f"'{name}' is neither a model's folder nor one of {', '.join(presets('model'))}; give one")
+    return replace(base, path=local_path(str(Path(path).expanduser()) if Path(path).expanduser().exists() else path))
+
+
+def load_model(model: ModelConfig) -> torch.nn.Module:
+    """Loads the causal LM in its dtype, on a GPU if there is one.
+
+    Raises:
+        ModelError: it cannot be loaded or is incomplete.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        config, dtype = read_config(model.path, model.overrides), getattr(torch, model.dtype)
+        loaded = AutoModelForCausalLM.from_pretrained(model.path, config=config, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"model.path: '{model.path}' cannot be loaded: {str(error).splitlines()[0]}") from error
+    network, loading_info = loaded
+    check_loaded(model.path, loading_info)
+    return network.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _policies(chosen: Chosen, scratch: Path) -> Iterator[Policy]:
+    base = replace(chosen.run.model, path=local_path(chosen.run.model.path))
+    if chosen.config.policies:
+        for entry in chosen.config.policies:
+            label, colon, name = entry.rpartition(":")
+            # A GGUF file of a package has a colon of its own.
+            if not colon or name.lower().endswith(".gguf"):
+                label, name = Path(entry).name, entry
+            yield Policy(label, model_of(name, base))
+    elif chosen.config.run:
+        yield from _of_run(RunFolder(Path(chosen.config.run).expanduser()), base, scratch)
+    else:
+        yield Policy(chosen.names["model"], base)
+
+
+def _of_run(folder: RunFolder, base: ModelConfig, scratch: Path) -> Iterator[Policy]:
+    """The run's initial model, each kept checkpoint, and the final model unless a checkpoint has its step."""
+    yield Policy("0", base, 0)
+    steps = folder.checkpoint_steps()
+    for step in steps:
+        path = scratch / folder.tag(step)
+        unpack(folder.checkpoints, folder.tag(step), base, path)
+        yield Policy(str(step), replace(base, path=str(path), overrides={}), step)
+    last = folder.facts.get("finished_step")
+    if last is not None and last not in steps:
+        yield Policy(str(last), replace(base, path=str(folder.final), overrides={}), int(last))
+    best = folder.best_facts
+    if best and best["step"] not in {0, last, *steps}:
+        yield Policy(str(best["step"]), replace(base, path=str(folder.best), overrides={}), int(best["step"]))
+
+
+def unpack(checkpoints: Path, tag: str, model: ModelConfig, folder: Path) -> None:
+    """Writes the weights of a checkpoint of a run that started from `model`, in Hugging Face format.
+
+    Raises:
+        ModelError: the checkpoint cannot be read, or belongs to another model.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    network = load_model(model).cpu()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoints), tag=tag)
+        # In training the model is the part `model` of a policy.
+        weights = {name.removeprefix("model."): values for name, values in state.items()}
+        network.load_state_dict(weights)
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise ModelError(f"{checkpoints / tag}: the checkpoint cannot be read: {reason[0]}") from error
+    network.save_pretrained(folder)
+
+
+def ordered(given: Sequence[Policy]) -> list[Policy]:
+    """The policies by step if all have one, else in the given order."""
+    return sorted(given, key=lambda one: one.step) if all(one.step is not None for one in given) else list(given)
+
+
+#: The most independent parts of the reference rollouts.
 PARTS = 8
 
 
 @dataclass(frozen=True)
 class Problems:
-    """The prompts of a diagnosis.
-
-    Attributes:
-        examples: the examples of the pool.
-        held_out: the held-out examples.
-        prompting: how problems become prompts.
-        verifiers: names of the verifiers.
-        notes: sentences for the user.
-    """
+    """The prompts of a diagnosis; `notes` are sentences for the user."""
 
     examples: tuple[Example, ...]
     held_out: tuple[Example, ...]
@@ -77,12 +209,9 @@ def problems(chosen: Chosen, model: ModelConfig) -> Problems:
         splits.train, prompting, **limits, overlong_prompts=policy.overlong_prompts,
         overlong_demonstrations=policy.overlong_demonstrations,
     ).examples  # fmt: skip
-    wanted = [
-        example
-        for example in encoded
-        if (example.demonstrations or not any(n.demonstrations for n in needs))
-        and (has_pair(example) or not any(n.preference_pairs for n in needs) or not any(map(has_pair, encoded)))
-    ]
+    given, paired = any(n.demonstrations for n in needs), any(n.preference_pairs for n in needs)
+    paired = paired and any(map(has_pair, encoded))
+    wanted = [e for e in encoded if (e.demonstrations or not given) and (has_pair(e) or not paired)]
     if len(wanted) < len(encoded):
         notes.append(f"{len(encoded) - len(wanted)} of {len(encoded)} prompts lack a demonstration or pair that an "
                      "algorithm needs, and are left out for all algorithms")  # fmt: skip
@@ -109,65 +238,41 @@ def sample(
 ) -> Sampled:
     """Samples and verifies all rollouts of a pool: those of the batches from `behavior`, the others from `model`."""
     config, run = chosen.config, chosen.run
-    limits = (run.verify.workers, run.verify.time_limit, run.verify.memory_limit)
+    length = run.rollout.max_prompt_tokens + run.rollout.max_response_tokens
     sampling = Sampling(run.rollout.temperature, 1.0, run.rollout.max_response_tokens, prompts.prompting.stop_token_ids)
-    with VerifierPool(prompts.verifiers, *limits) as pool:
+    size, parted = _parted(config.reference)
+    with verifier_pool(prompts.verifiers, run.verify) as pool:
 
         def drawn(sampler: Sampler, purpose: str, examples: Sequence[Example], n: int) -> list[list[Trajectory]]:
             verified = VerifiedSampler(sampler, pool, prompts.prompting)
             seeds = [stream_seed(run.seed, "diagnose", purpose, q) for q in range(len(examples))]
             groups = verified.sample(examples, n, sampling, seeds).groups
             say(f"{purpose}: {n} rollouts of {len(examples)} prompts")
-            return [
-                [_rollout(q, example, *response) for response in group]
-                for q, (example, group) in enumerate(zip(examples, groups, strict=True))
-            ]
+            each = enumerate(zip(examples, groups, strict=True))
+            return [[_rollout(q, example, *response) for response in group] for q, (example, group) in each]
 
-        sampler = _sampler(chosen, model)
+        sampler = load_sampler(model, run.rollout, length, run.seed)
         say(f"rollouts: {sampler.reason}")
         passed = drawn(sampler, "pass rates", prompts.examples, config.pass_samples)
-        reference = drawn(sampler, "reference", prompts.examples, _parted(config.reference))
-        others = drawn(sampler, "held out", prompts.held_out, _parted(config.reference)) if prompts.held_out else []
+        reference = drawn(sampler, "reference", prompts.examples, parted)
+        others = drawn(sampler, "held out", prompts.held_out, parted) if prompts.held_out else []
         if behavior is not None:
             sampler.close()
-            sampler = _sampler(chosen, behavior)
+            sampler = load_sampler(behavior, run.rollout, length, run.seed)
         own = drawn(sampler, "batches", prompts.examples, config.rounds * config.group_size)
         sampler.close()
-    groups = [
-        [
-            Group(tuple(rollouts[r * config.group_size : (r + 1) * config.group_size]), *_given(q, example, r, run))
-            for r in range(config.rounds)
-        ]
-        for q, (example, rollouts) in enumerate(zip(prompts.examples, own, strict=True))
-    ]
+    groups = []
+    for q, (example, rounds) in enumerate(zip(prompts.examples, _parts(own, config.group_size), strict=True)):
+        groups.append([Group(tuple(one), *_given(q, example, r, run)) for r, one in enumerate(rounds)])
     dealt = deal(config.prompts, config.prompts_per_step, config.rounds, run.seed)
     rates = torch.tensor([pass_rate(rollouts) for rollouts in passed], dtype=torch.float64)
-    size = _part_size(config.reference)
     return Sampled(Pool(groups, dealt, _parts(reference, size), rates), _parts(others, size))
 
 
-def _sampler(chosen: Chosen, model: ModelConfig) -> Sampler:
-    run = chosen.run
-    return rollout.load(
-        run.rollout.engine,
-        model.path,
-        dtype=model.dtype,
-        max_length=run.rollout.max_prompt_tokens + run.rollout.max_response_tokens,
-        memory_fraction=run.rollout.memory_fraction,
-        seed=run.seed,
-        overrides=model.overrides,
-    )
-
-
-def _part_size(rollouts: int) -> int:
-    """Rollouts in each part of the reference: at least two, for a baseline, and enough for at most `PARTS` parts."""
-    return max(2, -(-rollouts // PARTS))
-
-
-def _parted(rollouts: int) -> int:
-    """The number of rollouts, rounded up so that all parts have the same size."""
-    size = _part_size(rollouts)
-    return -(-rollouts // size) * size
+def _parted(rollouts: int) -> tuple[int, int]:
+    """(rollouts in each part of the reference: at least two, for a baseline; their number in all equal parts)."""
+    size = max(2, math.ceil(rollouts / PARTS))
+    return size, math.ceil(rollouts / size) * size
 
 
 def _parts(groups: list[list[Trajectory]], size: int) -> list[list[list[Trajectory]]]:
@@ -192,10 +297,9 @@ def _given(q: int, example: Example, number: int, run) -> tuple[tuple[Trajectory
     if count and 0 < wanted < count:
         first = stream_seed(run.seed, "diagnose", "demonstration", q, number) % count
         chosen = [(first + i) % count for i in range(wanted)]
-    shown = tuple(
-        Trajectory(q, q, tuple(example.prompt_ids), tuple(example.demonstrations[i]), 1.0, True) for i in chosen
-    )
+    every = [Trajectory(q, q, tuple(example.prompt_ids), tuple(ids), 1.0, True) for ids in example.demonstrations]
+    shown = tuple(every[i] for i in chosen)
     if not has_pair(example):
         return shown, ()
-    better = Trajectory(q, q, tuple(example.prompt_ids), tuple(example.demonstrations[0]), 1.0, True, preference=1)
+    better = replace(every[0], preference=1)
     return shown, (better, replace(better, response_ids=tuple(example.rejected_ids), reward=0.0, preference=-1))

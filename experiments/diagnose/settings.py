@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,12 +75,10 @@ class Chosen:
     """A checked command line.
 
     Attributes:
-        config: the diagnosis's own settings.
         run: the settings of model, data and sampling.
         tree: everything resolved, as recorded; `tree["data"]` builds the data set.
         algorithms: given name, such as NAME+tis with a correction → algorithm.
         left_out: name → why it is not measured.
-        names: the names of the model and the data set.
     """
 
     config: DiagnoseConfig
@@ -123,30 +120,33 @@ def choose(arguments: Sequence[str]) -> Chosen:
     """
     own: dict[str, Any] = {}
     shared: list[str] = []
+    fields = DiagnoseConfig.__dataclass_fields__
     for name, text in map(split, arguments):
-        if name in _fields():
+        if name in fields:
             own[name] = parse(name, text)
+            # A list may also be given as names separated by commas.
+            if name in ("algos", "policies") and isinstance(own[name], str):
+                own[name] = [part for part in own[name].split(",") if part]
         elif name in SHARED or name.startswith(tuple(k for k in SHARED if k.endswith("."))):
             shared.append(f"{name}={text}")
         else:
-            known = [*_fields(), *(k for k in SHARED if not k.endswith(".")), *(r[0] for r in _shared_rows())]
+            known = [*fields, *(k for k in SHARED if not k.endswith(".")), *(r[0] for r in _shared_rows())]
             raise ConfigError(f"{name}: unknown key; {nearest(name, known)}")
-    own = _lists(own)
     config = from_tree(DiagnoseConfig, own)
     if config.exact:
         _check_exact([*own, *(argument.partition("=")[0] for argument in shared)])
     sizes = [f"{name}={getattr(config, name)}" for name in _OF_A_BATCH]
-    tree, names = _of_run(Path(config.run), shared) if config.run else _composed([*shared, *sizes])
+    if config.run:
+        tree, names = _of_run(Path(config.run), shared)
+    else:
+        composed = compose([*shared, *sizes])
+        tree, names = composed.tree, {name: str(composed.names[name]) for name in ("model", "data")}
     tree |= {name: getattr(config, name) for name in _OF_A_BATCH}
     names_wanted = algorithms.names() if config.algos == [ALL] else list(dict.fromkeys(config.algos))
-    measurable, left_out = {}, {}
-    for name in names_wanted:
-        one = _algorithm(name, tree)
-        reason = unmeasurable(one, config.group_size, critic=config.exact)
-        if reason:
-            left_out[name] = reason
-        else:
-            measurable[name] = replace(one, name=name)
+    wanted = {name: _algorithm(name, tree) for name in names_wanted}
+    reasons = {name: unmeasurable(one, config.group_size, critic=config.exact) for name, one in wanted.items()}
+    measurable = {name: replace(one, name=name) for name, one in wanted.items() if not reasons[name]}
+    left_out = {name: reason for name, reason in reasons.items() if reason}
     if not measurable:
         raise ConfigError("algos: nothing is left to measure: " + "; ".join(f"{n}: {r}" for n, r in left_out.items()))
     return Chosen(config, from_tree(RunConfig, tree), tree, measurable, left_out, names)
@@ -184,24 +184,6 @@ def keys() -> list[tuple[str, Any, str]]:
 def _shared_rows() -> list[tuple[str, Any, str]]:
     prefixes = tuple(k for k in SHARED if k.endswith(".") and k != "data.")
     return [row for row in meanings(RunConfig) if row[0].startswith(prefixes) or row[0] == "seed"]
-
-
-def _fields() -> list[str]:
-    return [field.name for field in dataclasses.fields(DiagnoseConfig)]
-
-
-def _lists(own: dict[str, Any]) -> dict[str, Any]:
-    """Turns comma-separated names into lists where a list is expected."""
-    settings = dict(own)
-    for name in ("algos", "policies"):
-        if isinstance(settings.get(name), str):
-            settings[name] = [part for part in settings[name].split(",") if part]
-    return settings
-
-
-def _composed(shared: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    composed = compose(shared)
-    return composed.tree, {name: str(composed.names[name]) for name in ("model", "data")}
 
 
 def _of_run(folder: Path, shared: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:

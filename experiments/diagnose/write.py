@@ -1,9 +1,8 @@
-"""The files of a diagnosis: all numbers as JSON, the tables in Markdown, the figures, and an HTML page with both."""
+"""The files of a diagnosis: its tables, all numbers as JSON, and an HTML page with tables and figures."""
 
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import math
 import re
@@ -11,13 +10,138 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from experiments.diagnose import figures, lines
-from experiments.diagnose.measuring import Result
-from experiments.diagnose.policies import folder_name
-from experiments.diagnose.tables import grids
-from experiments.drawing import inline
-from experiments.grid import Grid, markdown, markdown_text
+from experiments.diagnose.measuring import Result, known_or
+from experiments.diagnose.sampling import folder_name
+from experiments.drawing import inline, render
+from experiments.grid import Grid, Row, markdown, markdown_text, ruled
 from upge.errors import DataError
+from upge.measure import Estimated
+
+MISSING = "–"
+
+
+def bias_variance_grid(result: Result) -> Grid:
+    """A row per algorithm: cosine, bias, noise, signal to noise, alignment and imitation."""
+    wholes = [one for one in result.measured if not one.part]
+    held_out = any(one.held_out is not None for one in wholes)
+    rows = []
+    for one in wholes:
+        overall = one.overall
+        cells = [one.name, ranged(overall.cosine), ranged(overall.bias), ranged(overall.noise), ranged(overall.snr, 3)]
+        cells += [ranged(overall.alignment), ranged(one.imitation)] + [ranged(one.held_out)] * held_out
+        rows.append(Row(tuple(cells)))
+    header = ["algorithm", "cosine", "bias", "noise", "snr", "alignment", "imitation"]
+    title = "Bias and variance of one batch's gradient against ∇E[R], with 95 % intervals"
+    return Grid("plane", title, (*header, *["held out"] * held_out), tuple(rows))
+
+
+def same_grid(result: Result) -> Grid | None:
+    """The algorithms that are equal up to scale on this sample."""
+    wholes = {one.name for one in result.measured if not one.part}
+    groups = [[name for name in group if name in wholes] for group in result.same]
+    rows = tuple(Row((" = ".join(group),)) for group in groups if len(group) > 1)
+    title = "Equal estimators on this sample, up to a factor"
+    return Grid("same", title, ("algorithms",), rows) if rows else None
+
+
+def part_grid(result: Result) -> Grid | None:
+    """The results for the parts of algorithms that have several parts."""
+    rows = []
+    for one in result.measured:
+        if one.part:
+            rule = bool(rows) and not rows[-1].cells[0].startswith(f"{one.algorithm}.")
+            figures = (one.overall.cosine, one.overall.snr, one.overall.alignment, one.imitation)
+            rows.append(Row((one.name, one.source, *(ranged(figure) for figure in figures)), rule=rule))
+    header = ("part", "learns from", "cosine", "snr", "alignment", "imitation")
+    return Grid("parts", "The parts of algorithms with several parts", header, tuple(rows), 2) if rows else None
+
+
+def rate_grid(result: Result, figure: str, title: str) -> Grid | None:
+    """A measure of one prompt's contribution by the prompt's pass rate, with a row per different estimator."""
+    if not result.bins:
+        return None
+    rows = []
+    for one in result.different(parts=True):
+        at = {in_bin.bin: in_bin for in_bin in one.by_rate}
+        cells = [ranged(getattr(at.get(rate_bin.label), figure, None)) for rate_bin in result.bins]
+        rows.append(Row((one.name, one.source, *cells)))
+    header = [f"{one.label} ({len(one.prompts)})" for one in result.bins]
+    return Grid(f"rate-{figure}", title, ("estimator", "learns from", *header), tuple(rows), 2)
+
+
+def count_grid(result: Result) -> Grid | None:
+    """The alignment of one prompt's contribution by the number of successes in its group."""
+    counts = sorted({at.successes for one in result.measured for at in one.by_count})
+    if not counts:
+        return None
+    rows = []
+    for one in result.different(parts=True):
+        at = {in_count.successes: in_count for in_count in one.by_count}
+        cells = [ranged(at[c].pooled.alignment) if c in at else MISSING for c in counts]
+        rows.append(Row((one.name, one.source, *cells)))
+    size = int(result.facts["group_size"])
+    title = "Alignment of one prompt's gradient with ∇E[R] of the pool, by successes in its group"
+    return Grid("counts", title, ("estimator", "learns from", *(f"{c}/{size}" for c in counts)), tuple(rows), 2)
+
+
+def threshold_grid(result: Result) -> Grid | None:
+    """A row per threshold of each algorithm that has one; the best alignment is bold."""
+    rows: list[Row] = []
+    for name, points in result.thresholds.items():
+        best = max(range(len(points)), key=lambda i: known_or(points[i].overall.alignment.value, -math.inf))
+        for place, one in enumerate(points):
+            figures = (one.overall.alignment, one.overall.cosine, one.overall.snr)
+            cells = (name, f"{one.threshold:.3g}", *(ranged(figure) for figure in figures))
+            rows.append(Row(cells, frozenset({1, 2}) if place == best else frozenset()))
+    title = "Effect of the threshold: demonstrations up to this pass rate of a group, rollouts above"
+    header = ("algorithm", "threshold", "alignment", "cosine", "snr")
+    return Grid("thresholds", title, header, ruled(rows), 2) if rows else None
+
+
+def conflict_grid(result: Result) -> Grid | None:
+    """The cosine between rollouts' and demonstrations' mean gradients, overall and by pass rate."""
+    rows = []
+    for one in result.conflicts:
+        by_rate = (ranged(one.by_rate.get(rate_bin.label)) for rate_bin in result.bins)
+        rows.append(Row((one.algorithm, ranged(one.overall), *by_rate)))
+    header = ("algorithm", "overall", *(f"{one.label} ({len(one.prompts)})" for one in result.bins))
+    title = "Conflict: cosine of the mean gradients of rollouts and of demonstrations"
+    return Grid("conflict", title, header, tuple(rows)) if rows else None
+
+
+def grids(result: Result) -> list[Grid]:
+    """All tables that have rows."""
+    candidates = (
+        bias_variance_grid(result),
+        same_grid(result),
+        part_grid(result),
+        rate_grid(result, "snr", "Signal to noise of one prompt's gradient, by the prompt's pass rate (prompts)"),
+        rate_grid(result, "own", "Cosine of the mean with ∇E[R] of the same prompts, by pass rate (prompts)"),
+        count_grid(result),
+        threshold_grid(result),
+        conflict_grid(result),
+    )
+    return [grid for grid in candidates if grid is not None]
+
+
+def ranged(figure: Estimated | None, digits: int = 2) -> str:
+    """An estimate as in "0.42 (0.31..0.53)"; without the interval if it has no width."""
+    if figure is None or math.isnan(figure.value):
+        return MISSING
+    value = _number(figure.value, digits)
+    if math.isnan(figure.low) or figure.low == figure.high:
+        return value
+    return f"{value} ({_number(figure.low, digits)}..{_number(figure.high, digits)})"
+
+
+def _number(value: float, digits: int) -> str:
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    return f"{value:.{digits}f}" if abs(value) < 10 else f"{value:.0f}"
+
 
 FIGURES = {
     "bias_variance": "Further left means less bias, further down less noise. Along a dashed line, a step of a given "
@@ -101,45 +225,16 @@ def report(
     results: Sequence[Result], facts: Mapping[str, Any], notes: Sequence[str], drawn: Sequence[Path], folder: Path
 ) -> str:
     """The text of diagnosis.html, with the figures inside."""
-    parts = [f"<p class=command>{html.escape(str(facts.get('command', '')))}</p>"]
-    parts += [f"<p class=note>{html.escape(note)}</p>" for note in notes]
-    top = [path for path in drawn if path.parent == folder and path.suffix == ".svg"]
-    parts += [_figure(path) for path in top if path.stem == "over_training"]
+    shown: dict[Path, list[tuple[Markup, str]]] = {}
+    for path in drawn:
+        if path.suffix == ".svg":
+            picture = Markup(inline(path, re.sub(r"\W", "_", path.parent.name + path.stem)))
+            place = Path() if path.stem == "over_training" else path.parent
+            shown.setdefault(place, []).append((picture, FIGURES[path.stem]))
+    parts = []
     for result in results:
-        own = folder if len(results) == 1 else folder / folder_name(result.label)
-        parts.append(f"<h2>{html.escape(result.label)}</h2><p>{html.escape(summary(result))}</p>")
-        parts += [_figure(p) for p in drawn if p.parent == own and p.suffix == ".svg" and p.stem != "over_training"]
-        parts += [_table(grid) for grid in grids(result)]
-    return _PAGE.replace("{body}", "\n".join(parts))
-
-
-def _figure(path: Path) -> str:
-    unique = re.sub(r"\W", "_", path.parent.name + path.stem)
-    drawing = inline(path, unique)
-    return f"<figure>{drawing}<figcaption>{html.escape(FIGURES[path.stem])}</figcaption></figure>"
-
-
-def _table(grid: Grid) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in grid.header)
-    rows = []
-    for row in grid.rows:
-        cells = "".join(
-            f"<td>{f'<b>{html.escape(cell)}</b>' if i in row.bold else html.escape(cell)}</td>"
-            for i, cell in enumerate(row.cells)
-        )
-        rows.append(f"<tr>{cells}</tr>")
-    return f"<h3>{html.escape(grid.title)}</h3><div class=wide><table><tr>{head}</tr>{''.join(rows)}</table></div>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Bias and variance</title>
-<style>
-body {font: 15px/1.5 system-ui, sans-serif; color: #1d2126; max-width: 70rem; margin: 2rem auto; padding: 0 1rem}
-figure {margin: 1.5rem 0} figure svg {max-width: 100%; height: auto} figcaption, .note {color: #565d66}
-.wide {overflow-x: auto} table {border-collapse: collapse; font-size: 12.5px; white-space: nowrap}
-th, td {text-align: left; padding: .2rem .6rem; border-bottom: 1px solid #dcdeda} .command {font-family: monospace}
-</style>
-<h1>Bias and variance</h1>
-{body}
-</html>
-"""
+        own = shown.get(folder if len(results) == 1 else folder / folder_name(result.label), [])
+        about = {"label": result.label, "summary": summary(result)}
+        parts.append({**about, "figures": own, "grids": grids(result)})
+    page = {"command": facts.get("command", ""), "notes": notes, "figures": shown.get(Path(), []), "parts": parts}
+    return render(Path(__file__).with_name("diagnosis.html.j2"), **page)

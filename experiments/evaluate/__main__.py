@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from tqdm import tqdm
 
 from experiments import cli
 from experiments.files import command, git_commit, machine, now, versions
 from upge.train.distributed import leave
 
+USAGE = """\
+Usage: python -m experiments.evaluate model=NAME|PATH suite=NAME|FILE [key=value ...] [--dry-run]
+
+Samples responses to the problems of a suite's benchmarks, verifies them, and leaves a folder with config.yaml,
+run.json, samples/BENCHMARK.jsonl (one line per response) and scores.json. The same command with output=FOLDER continues
+an interrupted evaluation. --dry-run checks everything that can be checked before sampling, prints the benchmarks and
+one prompt, and exits.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code (0 done, 2 bad input, 128 + signal)."""
-    code = cli.run_command(_stoppable, arguments, _help_text)
+    code = cli.run_command(_stoppable, arguments, help_text)
     if arguments is None:
         leave(None, code)
     return code
 
 
-def _help_text() -> str:
-    from experiments.evaluate.show import help_text
+def help_text() -> str:
+    """What --help prints, at most 120 columns wide."""
+    from experiments.config import presets, suite_config
+    from experiments.evaluate.prepare import keys
 
-    return help_text()
+    models = ", ".join(presets("model"))
+    lines = [USAGE, f"Models (model=NAME, a folder, or a hub name): {models}\n", "Suites (suite=NAME):"]
+    for name in presets("suite"):
+        suite = suite_config(name)
+        drawn = f"temperature {suite.temperature:g}" if suite.temperature else "greedy"
+        lines.append(cli.help_row(name, f"{', '.join(suite.benchmarks)}; {drawn}, {suite.max_response_tokens} tokens"))
+    lines.append("\nKeys, with their defaults (a suite's file and a model's preset set others):")
+    for key, default, meaning in keys():
+        shown = default if isinstance(default, str) and default else json.dumps(default)
+        lines.append(cli.help_row(f"{key}={shown}", meaning))
+    return "\n".join(lines)
 
 
 def _stoppable(arguments: list[str]) -> int:
@@ -32,9 +56,7 @@ def _stoppable(arguments: list[str]) -> int:
 
 
 def _evaluate(arguments: Sequence[str], dry_run: bool) -> int:
-    from experiments.evaluate.prepare import prepare
-    from experiments.evaluate.settings import choose
-    from experiments.evaluate.show import plan, table
+    from experiments.evaluate.prepare import choose, prepare
     from upge.evaluation.scores import suite_scores
 
     chosen = choose(arguments)
@@ -72,24 +94,14 @@ def _evaluate(arguments: Sequence[str], dry_run: bool) -> int:
 def _sample(chosen: Any, prepared: Any, total: int, missing: int, arguments: Sequence[str]) -> None:
     """Samples the missing responses."""
     from experiments.evaluate.prepare import check_unchanged
-    from experiments.evaluate.show import Progress
-    from upge import rollout
+    from experiments.run.prepare import load_sampler, verifier_pool
     from upge.evaluation.evaluator import Evaluator
     from upge.rollout.verified_sampling import VerifiedSampler
-    from upge.verify import VerifierPool
 
     config, folder = chosen.config, prepared.folder
-    limits = (config.verify.workers, config.verify.time_limit, config.verify.memory_limit)
-    with VerifierPool(prepared.verifiers, *limits) as pool:
-        sampler = rollout.load(
-            config.rollout.engine,
-            prepared.model.path,
-            dtype=prepared.model.dtype,
-            max_length=config.suite.max_prompt_tokens + config.suite.max_response_tokens,
-            memory_fraction=config.rollout.memory_fraction,
-            seed=config.seed,
-            overrides=prepared.model.overrides,
-        )
+    length = config.suite.max_prompt_tokens + config.suite.max_response_tokens
+    with verifier_pool(prepared.verifiers, config.verify) as pool:
+        sampler = load_sampler(prepared.model, config.rollout, length, config.seed)
         print(f"rollouts: {sampler.reason}", flush=True)
         check_unchanged(prepared)
         others = folder.start(chosen.tree, _facts(chosen, prepared, arguments, sampler))
@@ -116,17 +128,11 @@ def _outcomes(benchmark: Any, folder: Any) -> Any:
 
 def _how(chosen: Any) -> dict[str, Mapping[str, Any]]:
     """Benchmark → the settings that must match for its scores to be comparable between models."""
-    suite = chosen.config.suite
-    drawn = {
-        "temperature": suite.temperature,
-        "top_p": suite.top_p if suite.temperature else 1.0,
-        "max_response_tokens": suite.max_response_tokens,
-    }
-    settings = {}
-    for name, one in suite.chosen().items():
-        verifier = one.verifier or chosen.config.verify.verifier
-        settings[name] = {**drawn, "verifier": verifier, "instruction": one.instruction}
-    return settings
+    suite, default = chosen.config.suite, chosen.config.verify.verifier
+    drawn = {"temperature": suite.temperature, "top_p": suite.top_p if suite.temperature else 1.0}
+    drawn["max_response_tokens"] = suite.max_response_tokens
+    own = {name: (one.verifier or default, one.instruction) for name, one in suite.chosen().items()}
+    return {name: {**drawn, "verifier": v, "instruction": text} for name, (v, text) in own.items()}
 
 
 def _facts(chosen: Any, prepared: Any, arguments: Sequence[str], sampler: Any = None) -> dict[str, Any]:
@@ -147,6 +153,88 @@ def _facts(chosen: Any, prepared: Any, arguments: Sequence[str], sampler: Any = 
         "versions": versions(),
         "git_commit": git_commit(),
     }
+
+
+def plan(questions: Sequence[Any], max_response_tokens: int) -> str:
+    """A table of the benchmarks and how many responses each will get."""
+    head = ("benchmark", "group", "problems", "samples", "responses", "longest prompt", "verifier")
+    rows = []
+    for one in questions:
+        benchmark, longest = one.benchmark, max(map(len, one.prompt_ids))
+        size = str(len(benchmark.problems))
+        if benchmark.available > len(benchmark.problems):
+            size += f" of {benchmark.available}"
+        verifiers = ", ".join(dict.fromkeys(str(p.verifier) for p in benchmark.problems))
+        rows.append((benchmark.name, benchmark.group, size, benchmark.samples, benchmark.responses, longest, verifiers))
+    total = sum(row[4] for row in rows)
+    return f"{_columns([head, *rows])}\n{total} responses, at most {total * max_response_tokens} tokens"
+
+
+def table(scores: Mapping[str, Any]) -> str:
+    """The table of scores.json, in percent with 95 % intervals."""
+    from experiments.evaluate.folder import answer_notes
+
+    rows: list[Sequence[Any]] = [("benchmark", "problems", "n", "avg@n, %", "pass@n, %", "cut off", "not verified")]
+    for group, average in scores["averages"].items():
+        for name in average["benchmarks"]:
+            one = scores["benchmarks"][name]
+            cut = f"{100 * one['unfinished']:.1f} %"
+            rows.append((name, *_accuracy(one), cut, one["timeouts"] + one["errors"]))
+            rows += [(f"  {level}", *_accuracy(part), "", "") for level, part in one["levels"].items()]
+        rows.append((f"{group}, average", "", "", _interval(average["avg"]), "", "", ""))
+    return "\n".join([_columns(rows), *(f"note: {note}" for note in answer_notes(scores))])
+
+
+class Progress:
+    """A bar over the responses of an evaluation; a context manager."""
+
+    def __init__(self, total: int, done: int) -> None:
+        interval = 0.5 if sys.stderr.isatty() else 15.0
+        self._bar = tqdm(total=total, initial=done, unit="response", mininterval=interval, dynamic_ncols=True)
+        self._right = self._seen = 0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
+
+    def begin(self, name: str) -> None:
+        """Starts the next benchmark."""
+        self._right = self._seen = 0
+        self._bar.set_description(name, refresh=False)
+
+    def wrote(self, sample: Any) -> None:
+        """Counts a response that has been verified and written."""
+        self._seen += 1
+        self._right += sample.correct
+        self._bar.set_postfix({"right": f"{100 * self._right / self._seen:.1f} %"}, refresh=False)
+        self._bar.update()
+
+    def say(self, text: str) -> None:
+        """Prints a line to standard output without breaking the bar."""
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def _columns(rows: Sequence[Sequence[Any]]) -> str:
+    """Aligns cells in columns; columns of numbers are right-aligned."""
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    right = [all(isinstance(row[i], int) or row[i] == "" for row in rows[1:]) for i in range(len(rows[0]))]
+    lines = ([f"{cell!s:{'>' if right[i] else '<'}{widths[i]}}" for i, cell in enumerate(row)] for row in rows)
+    return "\n".join("  ".join(cells).rstrip() for cells in lines)
+
+
+def _accuracy(one: Mapping[str, Any]) -> tuple[int, int, str, str]:
+    """Problems, samples, avg@n and pass@n; with one sample the two are the same."""
+    n = one["samples"]
+    # Read back from a file, the numbers of responses are texts.
+    passed = {int(k): interval for k, interval in one["pass_at"].items()}[n]
+    return one["problems"], n, _interval(one["avg"]), _interval(passed) if n > 1 else ""
+
+
+def _interval(one: Mapping[str, float]) -> str:
+    return f"{100 * one['value']:.1f} [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
 
 
 if __name__ == "__main__":

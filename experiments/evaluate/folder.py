@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from experiments.files import free_folder
 from upge.errors import ConfigError
 from upge.evaluation import SampleFile
+from upge.evaluation.scores import NONE, same_answer
 from upge.train.folder import write_atomically
 
 #: Keys that may differ between an evaluation and its continuation: no sample or verdict depends on them.
@@ -45,15 +46,22 @@ class EvaluationFolder:
         if resume == "never":
             raise ConfigError(f"output: {self.path} exists; choose another, remove it, or continue it with resume=auto")
         new, old = _leaves(config), _leaves(old)
-        different = [k for k in {**new, **old} if new.get(k) != old.get(k) and not _is_free(k)]
+        different = [k for k in {**new, **old} if new.get(k) != old.get(k)]
+        different = [k for k in different if not any(f"{k}.".startswith(f"{free}.") for free in FREE_KEYS)]
         if different:
-            name = different[0]
-            more = f" (and {len(different) - 1} more: {', '.join(different[1:])})" if different[1:] else ""
+            name, *others = different
+            more = f" (and {len(others)} more: {', '.join(others)})" if others else ""
             raise ConfigError(
                 f"{name}: {new.get(name)!r} here, but {old.get(name)!r} in the evaluation in {self.path}{more}; give "
                 "the same settings to continue it, or another output"
             )
-        self._check_skipped(config["suite"]["skip"])
+        for name in config["suite"]["skip"]:
+            path = self.samples(name).path
+            if path.is_file() and path.stat().st_size:
+                raise ConfigError(
+                    f"suite.skip: {name} has samples in {self.path} and would be missing from its scores; leave it out "
+                    "of suite.skip (experiments.compare takes what runs have in common), or give another output"
+                )
         return True
 
     def check_weights(self, weights: dict[str, str], model: str) -> None:
@@ -101,15 +109,6 @@ class EvaluationFolder:
         """Writes scores.json."""
         self._write("scores.json", scores)
 
-    def _check_skipped(self, skip: Sequence[str]) -> None:
-        for name in skip:
-            path = self.samples(name).path
-            if path.is_file() and path.stat().st_size:
-                raise ConfigError(
-                    f"suite.skip: {name} has samples in {self.path} and would be missing from its scores; leave it out "
-                    "of suite.skip (experiments.compare takes what runs have in common), or give another output"
-                )
-
     def _facts(self) -> dict[str, Any]:
         path = self.path / "run.json"
         return json.loads(path.read_text()) if path.is_file() else {}
@@ -125,12 +124,7 @@ def output_folder(output: str, model: str, suite: str) -> Path:
     place, name = Path(model).expanduser().absolute(), Path(model).name.removesuffix(".gguf")
     if (place.parent / "run.json").is_file():
         name = f"{place.parent.name}-{place.name}"
-    stem = f"{name or place.name}-{Path(suite).stem}"
-    return free_folder("evals", stem)
-
-
-def _is_free(name: str) -> bool:
-    return any(name == free or name.startswith(f"{free}.") for free in FREE_KEYS)
+    return free_folder("evals", f"{name or place.name}-{Path(suite).stem}")
 
 
 def _leaves(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -145,15 +139,19 @@ def _leaves(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return leaves
 
 
+def answer_notes(scores: Mapping[str, Any]) -> list[str]:
+    """Notes on benchmarks in which most responses give the same answer; older scores.json files lack this number."""
+    benchmarks = scores["benchmarks"].items()
+    sentences = ((name, same_answer(one.get("commonest", NONE), one["problems"])) for name, one in benchmarks)
+    return [f"{name}: {sentence}" for name, sentence in sentences if sentence]
+
+
 #: Bytes that `_probe` hashes at the beginning, in the middle and at the end of a file.
 PROBE = 1 << 22
 
 
 def fingerprint(path: str) -> dict[str, str]:
     """Identifies the weights of a model without reading all of them, which would take as long as loading.
-
-    Args:
-        path: the model's folder, or a hub name.
 
     Returns:
         For a folder, file → size and a hash of three parts of it, for every file of weights. For a hub name, {"commit":
@@ -171,10 +169,8 @@ def difference(new: dict[str, str], old: dict[str, str]) -> str:
     """The first difference between two fingerprints, in words; empty if they agree or one is empty."""
     if not new or not old:
         return ""
-    for name in sorted({**old, **new}):
-        if new.get(name) != old.get(name):
-            return f"{name} is {new.get(name, 'not there')}, but was {old.get(name, 'not there')}"
-    return ""
+    changed = next((name for name in sorted({**old, **new}) if new.get(name) != old.get(name)), None)
+    return f"{changed} is {new.get(changed, 'not there')}, but was {old.get(changed, 'not there')}" if changed else ""
 
 
 def _probe(file: Path) -> str:

@@ -1,24 +1,146 @@
-"""Checks before sampling: problems, answers, the model's prompts and limits, and the folder."""
+"""The settings of an evaluation, and the checks before sampling: problems, answers, prompts, limits and the folder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
+from omegaconf import OmegaConf
+
+from experiments.config import compose, presets, resolved, suite_tree
 from experiments.evaluate.folder import EvaluationFolder, difference, fingerprint, output_folder
-from experiments.evaluate.settings import Chosen
-from experiments.run.prepare import load_prompting
-from upge import verify
+from experiments.run import answer_check
+from experiments.run.prepare import check_length, load_prompting
+from upge.config import Settings, from_tree, key, meanings, parse, section, split
 from upge.data import Prompting
-from upge.errors import ConfigError, DataError, ModelError
+from upge.errors import ConfigError, DataError, ModelError, nearest
 from upge.evaluation.evaluator import Questions
-from upge.evaluation.suite import Benchmark, load
+from upge.evaluation.suite import Benchmark, BenchmarkConfig, SuiteConfig, load
 from upge.models import local_path
-from upge.models.loading import read_config
 from upge.rollout import Sampling
-from upge.train.config import ModelConfig
+from upge.train.config import ModelConfig, VerifyConfig
 from upge.train.distributed import world_size
+
+#: The setting of the model that applies only to training.
+TRAINING_ONLY = "model.gradient_checkpointing"
+#: Model settings taken from the run whose model is evaluated, unless the command line gives them.
+FROM_RUN = ("dtype", "template", "system", "instruction", "opening")
+
+
+@dataclass(frozen=True)
+class EngineConfig(Settings):
+    """The engine that responses are sampled with."""
+
+    engine: Literal["auto", "vllm", "transformers"] = key("auto", "inference engine; auto takes vllm where installed")
+    memory_fraction: float = key(0.4, "share of a GPU's memory for the vLLM engine", above=0, maximum=1)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Settings):
+    """A whole evaluation."""
+
+    seed: int = key(0, "seed of all sampling")
+    limit: int = key(
+        0,
+        "maximum number of problems of each benchmark, chosen by a hash of their prompts; 0 = all",
+        minimum=0,
+        fix="give a number of problems, or 0 for all",
+    )
+    output: str = key("", "folder of the evaluation; empty = the next free evals/MODEL-SUITE")
+    resume: Literal["auto", "never"] = key("auto", "auto = continue an interrupted evaluation found in `output`")
+    model: ModelConfig = section(ModelConfig)
+    rollout: EngineConfig = section(EngineConfig)
+    verify: VerifyConfig = section(VerifyConfig)
+    suite: SuiteConfig = section(SuiteConfig)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A checked configuration.
+
+    Attributes:
+        names: which `model` and `suite` were selected.
+        tree: everything resolved, as written to config.yaml.
+        notes: sentences for the user about settings taken from elsewhere.
+    """
+
+    config: EvaluateConfig
+    names: Mapping[str, str]
+    tree: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def choose(arguments: Sequence[str]) -> Chosen:
+    """The settings of a command line.
+
+    Raises:
+        ConfigError: an unknown key, name or value, by its key.
+    """
+    items = [split(argument) for argument in arguments]
+    names = {"model": "", "suite": ""} | {k: value for k, value in items if k in ("model", "suite")}
+    for name, what in (("model", "a preset, a hub name or a folder"), ("suite", "a preset or a YAML file")):
+        if not names[name]:
+            raise ConfigError(f"{name}: missing; give {name}=NAME, {what}; presets: {', '.join(presets(name))}")
+    suite = OmegaConf.create({"suite": suite_tree(names["suite"])})
+    place = dict(items).get("model.path", names["model"])
+    taken, notes = _of_run(place, {name for name, _ in items})
+    shared, own = [f"model={names['model']}", *taken], {}
+    for name, value in items:
+        if name in names:
+            continue
+        _check_key(name, suite)
+        if name == "limit":
+            own["limit"] = parse(name, value)
+        elif name.startswith("suite."):
+            is_text = isinstance(OmegaConf.select(suite, name), str)
+            OmegaConf.update(suite, name, value if is_text else parse(name, value), merge=False, force_add=True)
+        else:
+            shared.append(f"{name}={value}")
+    # Keys that a run also has are read by `compose`, as for a run.
+    run = compose(shared).config
+    tree = {"seed": run.seed, "limit": 0, "output": run.output, "resume": run.resume, **own, "model": asdict(run.model)}
+    tree["rollout"] = {"engine": run.rollout.engine, "memory_fraction": run.rollout.memory_fraction}
+    tree |= {"verify": asdict(run.verify), **resolved(suite)}
+    config = from_tree(EvaluateConfig, tree)
+    del tree["model"][TRAINING_ONLY.removeprefix("model.")]
+    return Chosen(config, names, tree, notes)
+
+
+def keys() -> list[tuple[str, Any, str]]:
+    """(key, default, meaning) of every setting; those of a benchmark as suite.benchmarks.NAME.KEY."""
+    rows = [row for row in meanings(EvaluateConfig) if row[0] != TRAINING_ONLY]
+    return rows + meanings(BenchmarkConfig, "suite.benchmarks.NAME.")
+
+
+def _check_key(name: str, suite: Any) -> None:
+    """Refuses a key that an evaluation does not have."""
+    known = [row[0] for row in keys() if not row[0].startswith("suite.benchmarks")]
+    if name.startswith("suite.benchmarks."):
+        _, _, benchmark, *rest = name.split(".")
+        fields = [field.name for field in dataclasses.fields(BenchmarkConfig)]
+        if benchmark not in suite.suite.benchmarks:
+            raise ConfigError(f"{name}: no benchmark '{benchmark}'; {nearest(benchmark, suite.suite.benchmarks)}")
+        if not rest or rest[0] not in fields:
+            raise ConfigError(f"{name}: unknown key; {nearest(rest[0] if rest else '', fields)}")
+        if rest[0] not in ("data", "file") and rest[1:]:
+            raise ConfigError(f"{name}: unknown key; suite.benchmarks.{benchmark}.{rest[0]} has none below it")
+    elif name not in known and not name.startswith("model.overrides."):
+        raise ConfigError(f"{name}: unknown key; {nearest(name, known)}")
+
+
+def _of_run(model: str, given: set[str]) -> tuple[list[str], tuple[str, ...]]:
+    """model.KEY=VALUE of the run that `model` (its final/, best/ or another folder) belongs to, and a note of them."""
+    path = Path(model).expanduser()
+    config = path.parent / "config.yaml"
+    if not all(file.is_file() for file in (path / "config.json", config, path.parent / "run.json")):
+        return [], ()
+    settings = OmegaConf.to_container(OmegaConf.load(config)).get("model") or {}
+    wanted = [name for name in FROM_RUN if name in settings and f"model.{name}" not in given]
+    note = f"{', '.join(f'model.{name}' for name in wanted)} as in {config}"
+    return [f"model.{name}={settings[name]}" for name in wanted], (note,) if wanted else ()
 
 
 @dataclass(frozen=True)
@@ -27,13 +149,10 @@ class Prepared:
 
     Attributes:
         model: the model's settings; a GGUF file is replaced by the folder with the converted model.
-        prompting: how problems become prompts.
         questions: the benchmarks with their encoded prompts, in the suite's order.
-        sampling: the sampling settings.
         verifiers: names of the verifiers; every problem names its own.
         folder, continues: where the samples go, and whether there already are some.
         weights: the fingerprint of the model's weights.
-        notes: sentences for the user.
     """
 
     model: ModelConfig
@@ -65,7 +184,7 @@ def prepare(chosen: Chosen) -> Prepared:
     verifiers, notes = _verifiers(benchmarks)
     _check_model(config.model)
     model = replace(config.model, path=local_path(config.model.path))
-    _check_length(model, config.suite.max_prompt_tokens, config.suite.max_response_tokens)
+    check_length(model, config.suite.max_prompt_tokens, config.suite.max_response_tokens, "suite")
     weights = fingerprint(model.path)
     folder.check_weights(weights, config.model.path)
     prompting = load_prompting(model)
@@ -101,16 +220,10 @@ def _verifiers(benchmarks: Sequence[Benchmark]) -> tuple[tuple[str, ...], list[s
     most are refused it is the verifier that is wrong, or the column.
     """
     names = tuple(dict.fromkeys(str(p.verifier) for one in benchmarks for p in one.problems))
-    checks = {name: getattr(verify.load(name), "check_answer", None) for name in names}
     notes = []
     for one in benchmarks:
-        refused: list[str] = []
-        for problem in one.problems:
-            try:
-                if checks[str(problem.verifier)] is not None:
-                    checks[str(problem.verifier)](problem.answer)
-            except ValueError as error:
-                refused.append(f"{problem.where or problem.id}: {error}")
+        refusals = answer_check.refused(one.problems, str(one.problems[0].verifier))
+        refused = [f"{problem.where or problem.id}: {reason}" for problem, reason in refusals]
         if 2 * len(refused) > len(one.problems):
             raise DataError(
                 f"suite.benchmarks.{one.name}: {len(refused)} of {len(one.problems)} answers cannot be verified; the "
@@ -132,14 +245,3 @@ def _check_model(model: ModelConfig) -> None:
     if inner and not (path / "config.json").is_file():
         paths = " or ".join(f"model={model.path.rstrip('/')}/{name}" for name in inner)
         raise ModelError(f"model: {model.path} is the folder of a run; give {paths}")
-
-
-def _check_length(model: ModelConfig, max_prompt_tokens: int, max_response_tokens: int) -> None:
-    """Refuses limits that exceed the model's positions."""
-    longest = getattr(read_config(model.path, model.overrides), "max_position_embeddings", None)
-    wanted = max_prompt_tokens + max_response_tokens
-    if longest is not None and wanted > longest:
-        raise ConfigError(
-            f"suite.max_prompt_tokens + suite.max_response_tokens = {wanted} exceeds the {longest} positions of "
-            f"'{model.path}'; lower one of them, or raise model.overrides.max_position_embeddings"
-        )

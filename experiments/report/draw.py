@@ -17,8 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.report.plots import Plot
-from experiments.report.series import Series
+from experiments.report.series import Plot, Series
 
 COLORS = 7  # --c0 to --c6 in the style sheet
 MARKERS = "osD^vPX"
@@ -27,20 +26,10 @@ _NAMES = (*(f"c{index}" for index in range(COLORS)), "ink", "soft", "rule", "car
 _STAND_INS = {name: f"#a1b2{index:02x}" for index, name in enumerate(_NAMES)}
 _SOFT, _RULE, _CARD = (_STAND_INS[name] for name in ("soft", "rule", "card"))
 _STYLE = {
-    "svg.fonttype": "none",
-    "font.size": 11,
-    "axes.linewidth": 0.8,
-    "text.color": _SOFT,
-    "axes.labelcolor": _SOFT,
-    "axes.edgecolor": _RULE,
-    "xtick.color": _SOFT,
-    "ytick.color": _SOFT,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "ytick.minor.size": 0,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-}
+    "svg.fonttype": "none", "font.size": 11, "axes.linewidth": 0.8, "text.color": _SOFT, "axes.labelcolor": _SOFT,
+    "axes.edgecolor": _RULE, "xtick.color": _SOFT, "ytick.color": _SOFT, "xtick.major.size": 0, "ytick.major.size": 0,
+    "ytick.minor.size": 0, "figure.facecolor": "none", "axes.facecolor": "none",
+}  # fmt: skip
 
 
 def smoothing_window(one: Series) -> int:
@@ -62,18 +51,14 @@ def color_name(plot: Plot, label: str, index: int) -> str:
 def draw(plot: Plot, series: Sequence[Series], marks: Sequence[float] = ()) -> str:
     """Draws `plot` as an SVG element without XML header, sized by the page, with `describe` as its label.
 
-    Args:
-        plot: the plot.
-        series: its lines.
-        marks: steps with a vertical line, where a stage of the run ends and the next begins.
+    At the steps `marks` it draws vertical lines, where a stage of the run ends and the next begins.
     """
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": plot.identifier}):
         figure = Figure(figsize=(5, 2.7), layout="constrained")
         axes = figure.add_subplot()
         colors = [_STAND_INS[color_name(plot, one.label, index)] for index, one in enumerate(series)]
-        {"line": _draw_lines, "band": _draw_bands, "stack": _draw_stack, "evaluation": _draw_evaluation}[plot.kind](
-            axes, series, colors
-        )
+        kinds = {"line": _draw_lines, "band": _draw_bands, "stack": _draw_stack, "evaluation": _draw_evaluation}
+        kinds[plot.kind](axes, series, colors)
         for mark in marks:
             axes.axvline(mark, color=_SOFT, linewidth=1.0, linestyle=":")
         _dress(axes, plot, series)
@@ -84,11 +69,8 @@ def draw(plot: Plot, series: Sequence[Series], marks: Sequence[float] = ()) -> s
 
 def describe(plot: Plot, series: Sequence[Series]) -> str:
     """A description of the plot for screen readers."""
-    parts = []
-    for one in series:
-        values = one.finite()
-        end = f"from {values[0]:.3g} to {values[-1]:.3g}" if len(values) > 1 else f"{values[0]:.3g}"
-        parts.append(f"{one.label} {end}")
+    ends = [(one.label, one.finite()) for one in series]
+    parts = [f"{n} from {v[0]:.3g} to {v[-1]:.3g}" if len(v) > 1 else f"{n} {v[0]:.3g}" for n, v in ends]
     steps = [step for one in series for step in one.steps]
     return f"{plot.title} ({plot.unit}), steps {min(steps):.0f} to {max(steps):.0f}: {'; '.join(parts)}."
 
@@ -120,17 +102,10 @@ def _draw_bands(axes, series: Sequence[Series], colors: Sequence[str]) -> None:
 
 def _draw_evaluation(axes, series: Sequence[Series], colors: Sequence[str]) -> None:
     for index, one in enumerate(series):
-        axes.plot(
-            one.steps,
-            one.values,
-            color=colors[index],
-            marker=MARKERS[index % len(MARKERS)],
-            markersize=5.5,
-            markeredgecolor=_CARD,
-            markeredgewidth=0.8,
-            linewidth=2.8 if one.label == "all" else 1.6,
-            linestyle=_dash(index),
-        )
+        marker = {"marker": MARKERS[index % len(MARKERS)], "markersize": 5.5, "markeredgecolor": _CARD}
+        width = 2.8 if one.label == "all" else 1.6
+        axes.plot(one.steps, one.values, color=colors[index], markeredgewidth=0.8, linewidth=width,
+                  linestyle=_dash(index), **marker)  # fmt: skip
 
 
 def _draw_stack(axes, series: Sequence[Series], colors: Sequence[str]) -> None:
@@ -231,8 +206,6 @@ def _inline(svg: str, identifier: str, description: str) -> str:
     attributes = re.search(r'viewBox="[^"]*"', svg)
     assert attributes, "matplotlib wrote an SVG without a viewBox"
     label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    opening = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'{attributes[0]} role="img" aria-label="{label}">'
-    )
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    opening = f'<svg {names} {attributes[0]} role="img" aria-label="{label}">'
     return opening + svg[svg.index(">", svg.index("<svg")) + 1 :].strip()

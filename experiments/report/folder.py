@@ -58,20 +58,9 @@ def read_run(run_dir: str | Path) -> RunFolder:
     tokens_step, tokens = _newest(path / "tokens", notes)
     prompts = _prompts(_read_lines(path / "prompts.jsonl", notes))
     notes += _state_of_run(config, metrics, evaluations)
-    return RunFolder(
-        path,
-        config,
-        config_text,
-        _read_run_json(path / "run.json", notes),
-        metrics,
-        evaluations,
-        rollouts,
-        rollouts_step,
-        prompts,
-        tokens,
-        tokens_step,
-        tuple(notes),
-    )
+    run = _read_run_json(path / "run.json", notes)
+    recorded = (config, config_text, run, metrics, evaluations, rollouts, rollouts_step, prompts, tokens, tokens_step)
+    return RunFolder(path, *recorded, tuple(notes))
 
 
 def _read_config(path: Path) -> tuple[dict, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -9,31 +10,23 @@ from dataclasses import dataclass, replace
 
 from markupsafe import Markup, escape
 
-from experiments.report.plots import Plot
-from experiments.report.series import Series
+from experiments.report.series import Plot, Series
 
 MOST_BINS = 60  # of steps, in the histogram
 LEVEL_BINS = 15  # of steps, in the shares by level: each needs some prompts
 MOST_LEVELS = 14
 
 _HISTOGRAM = Plot(
-    "plot-solved",
-    "Prompts by rollouts solved",
-    "prompts per step",
+    "plot-solved", "Prompts by rollouts solved", "prompts per step",
     "Prompts with no or only correct rollouts give no signal to a group-relative advantage. A growing top means that "
     "the data are too easy; a constant bottom means prompts that rollouts alone will not solve.",
-    kind="stack",
-    limits=(0, None),
-    section="gradient",
-)
+    kind="stack", limits=(0, None), section="gradient",
+)  # fmt: skip
 _LEVELS = Plot(
-    "plot-imitation",
-    "Demonstrations by level",
-    "share of a level's prompts that learned from one",
+    "plot-imitation", "Demonstrations by level", "share of a level's prompts that learned from one",
     "Should fall level by level, the easy ones first; a level that stays at 1 is imitated but not yet solved.",
-    limits=(-0.02, 1.02),
-    section="gradient",
-)
+    limits=(-0.02, 1.02), section="gradient",
+)  # fmt: skip
 
 
 def gate_plots(prompts: Sequence[dict]) -> list[tuple[Plot, list[Series]]]:
@@ -51,14 +44,12 @@ def _histogram(prompts: Sequence[dict]) -> tuple[Plot, list[Series]] | None:
     counts: dict[int, Counter] = defaultdict(Counter)
     for line in lines:
         counts[(line["step"] - first) // width][_quarter(line["successes"], line["rollouts"])] += 1
-    bins = sorted(counts)
-    steps = tuple(first + width * one + (min(width, last - first - width * one + 1) - 1) / 2 for one in bins)
-    seen = [min(width, last - first - width * one + 1) for one in bins]
+    # Bin → its number of steps.
+    seen = {one: min(width, last - first - width * one + 1) for one in sorted(counts)}
+    steps = tuple(first + width * one + (many - 1) / 2 for one, many in seen.items())
     labels = _labels({line["rollouts"] for line in lines})
-    series = [
-        Series(label, steps, tuple(counts[one][kind] / many for one, many in zip(bins, seen, strict=True)))
-        for kind, label in labels.items()
-    ]
+    shares = {kind: tuple(counts[one][kind] / many for one, many in seen.items()) for kind in labels}
+    series = [Series(label, steps, shares[kind]) for kind, label in labels.items()]
     colors = ("c1", "s1", "s2", "s3", "s4", "c2")
     return replace(_HISTOGRAM, palette=tuple(colors[kind] for kind in labels)), series
 
@@ -78,10 +69,8 @@ def _labels(sizes: set[int]) -> dict[int, str]:
     successes_of: dict[int, list[int]] = defaultdict(list)
     for successes in range(size + 1):
         successes_of[_quarter(successes, size)].append(successes)
-    ranges = {
-        kind: f"{many[0]}–{many[-1]}" if len(many) > 1 else f"{many[0]}" for kind, many in sorted(successes_of.items())
-    }
-    return {kind: f"{text} of {size}" for kind, text in ranges.items()}
+    ends = {kind: dict.fromkeys((many[0], many[-1])) for kind, many in sorted(successes_of.items())}
+    return {kind: f"{'–'.join(map(str, both))} of {size}" for kind, both in ends.items()}
 
 
 def _by_level(prompts: Sequence[dict]) -> tuple[Plot, list[Series]] | None:
@@ -138,15 +127,7 @@ STATES = {
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A heat map.
-
-    Attributes:
-        svg: the drawing.
-        states: the states that occur in it.
-        shown: the number of prompts that it shows.
-        prompts: the number of all prompts.
-        binned: steps per column.
-    """
+    """A heat map with the `states` that occur in it, `shown` of all `prompts`, and `binned` steps per column."""
 
     svg: Markup
     states: tuple[str, ...]
@@ -183,13 +164,11 @@ def heat_map(prompts: Sequence[dict]) -> HeatMap | None:
         return None
     first, last = prompts[0]["step"], prompts[-1]["step"]
     width = math.ceil((last - first + 1) / MOST_COLUMNS)
-    rows = _rows(prompts, first, width)
-    levels = by_ease(prompts)
+    rows, levels = _rows(prompts, first, width), by_ease(prompts)
     chosen = sorted(_chosen(rows, levels), key=lambda row: (levels.index(row.level), row.solved, -row.ease, row.prompt))
     occurring = {state for row in chosen for state in row.cells.values()}
     states = tuple(state for state in STATES if state in occurring)
-    svg = _svg(chosen, states, first, last, width)
-    return HeatMap(svg, states, len(chosen), len(rows), width)
+    return HeatMap(_svg(chosen, states, first, last, width), states, len(chosen), len(rows), width)
 
 
 def state_of(line: dict) -> str:
@@ -217,9 +196,8 @@ def _chosen(rows: list[_Row], levels: Sequence[str]) -> list[_Row]:
     queues = {level: [] for level in levels}
     for row in sorted(rows, key=lambda row: (-row.draws, row.prompt)):
         queues[row.level].append(row)
-    positions = [(place, number) for number, queue in enumerate(queues.values()) for place in range(len(queue))]
-    lists = list(queues.values())
-    return [lists[number][place] for place, number in sorted(positions)[:MOST_ROWS]]
+    in_rotation = itertools.chain.from_iterable(itertools.zip_longest(*queues.values()))
+    return [row for row in in_rotation if row is not None][:MOST_ROWS]
 
 
 def _svg(rows: list[_Row], states: Sequence[str], first: int, last: int, width: int) -> Markup:
@@ -265,8 +243,7 @@ def _level_marks(rows: list[_Row]) -> list[str]:
         if start:
             parts.append(f'<path d="M0 {top}H{WIDTH}" stroke="var(--soft)" stroke-width="0.7"/>')
         if ROW * many >= 12:
-            name = rows[start].level
-            name = name if len(name) <= 20 else f"{name[:19]}…"
+            name = rows[start].level if len(rows[start].level) <= 20 else f"{rows[start].level[:19]}…"
             place = f'x="{LABELS - 8}" y="{top + ROW * many / 2 + 4:g}"'
             parts.append(f'<text {place} text-anchor="end">{escape(name)}</text>')
         start += many

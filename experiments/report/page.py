@@ -13,15 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from experiments.drawing import render
 from experiments.grid import accuracy_rows, measures, number
 from experiments.report.draw import color_name, draw, smoothing_window
 from experiments.report.folder import RunFolder, read_run
 from experiments.report.gate import gate_plots, heat_map
-from experiments.report.plots import Plot
-from experiments.report.series import Series, evaluation_plots, select, stages
+from experiments.report.series import Plot, Series, evaluation_plots, select, stages
 
 LONGEST_TEXT = 4000  # characters of a prompt or response on the page
 LONGEST_CONFIG = 100_000
@@ -34,15 +33,8 @@ def write_report(run_dir: str | Path) -> Path:
         UserError: the folder does not exist or is not the folder of a run.
     """
     run = read_run(run_dir)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(page_content(run))
     target = run.path / "report.html"
+    page = render(Path(__file__).with_name("report.html.j2"), **page_content(run))
     target.write_text(page, encoding="utf-8")
     return target
 
@@ -50,11 +42,8 @@ def write_report(run_dir: str | Path) -> Path:
 def page_content(run: RunFolder) -> dict:
     """The values of the page's template, in the order of the page."""
     figures, unplotted = select(run.metrics)
-    window = max(
-        (smoothing_window(one) for plot, series in figures if plot.kind == "line" for one in series), default=1
-    )
-    spans = _stages(run)
-    marks = [first - 0.5 for _, first, _ in spans[1:]]
+    windows = (smoothing_window(one) for plot, series in figures if plot.kind == "line" for one in series)
+    marks = [first - 0.5 for _, first, _ in _stages(run)[1:]]
     shown = (*evaluation_plots(run.evaluations), *figures, *gate_plots(run.prompts))
     return {
         "title": " · ".join(_what_ran(run)),
@@ -62,7 +51,7 @@ def page_content(run: RunFolder) -> dict:
         "notes": run.notes,
         "result": _result(run.evaluations),
         "formula": str(run.run.get("formula_text") or ""),
-        "window": window,
+        "window": max(windows, default=1),
         "figures": [_figure(plot, series, marks) for plot, series in shown if plot.section == "training"],
         "gradient": [_figure(plot, series, marks) for plot, series in shown if plot.section == "gradient"],
         "heat": heat_map(run.prompts),
@@ -121,16 +110,14 @@ def _result(evaluations: Sequence[dict]) -> dict | None:
     before, after = evaluations[0], evaluations[-1] if len(evaluations) > 1 else {}
     rows = accuracy_rows(before, after)
     problems = [row.problems for row in rows if isinstance(row.problems, int) and row.problems > 0]
-    sampling = [
-        f"{before['samples']} samples for each problem" if "samples" in before else "",
-        f"temperature {before['temperature']}" if "temperature" in before else "",
-    ]
+    sampling = [f"{before['samples']} samples for each problem"] if "samples" in before else []
+    sampling += [f"temperature {before['temperature']}"] if "temperature" in before else []
     return {
         "measures": measures(before, after),
         "rows": rows,
         "before": before["step"],
         "after": after.get("step"),
-        "sampling": " at ".join(filter(None, sampling)),
+        "sampling": " at ".join(sampling),
         "fewest": min(problems, default=None),
         "error": f"{50 / math.sqrt(min(problems)):.1f}" if problems else None,
     }
@@ -202,10 +189,11 @@ def token_texts(lines: Iterable[dict]) -> list[dict[str, Any]]:
     for line in lines:
         if _readable(line):
             terms.setdefault(str(line["term"]), []).append(line)
-    return [
-        {"term": term, "trajectories": [_trajectory(line, _largest(own)) for line in own]}
-        for term, own in terms.items()
-    ]
+    shown = []
+    for term, own in terms.items():
+        largest = max((size for line in own for size in _sizes(line)), default=0.0)
+        shown.append({"term": term, "trajectories": [_trajectory(line, largest) for line in own]})
+    return shown
 
 
 def _readable(line: dict) -> bool:
@@ -213,19 +201,19 @@ def _readable(line: dict) -> bool:
     return "term" in line and all(isinstance(column, list) for column in columns) and len(set(map(len, columns))) == 1
 
 
-def _largest(lines: Sequence[dict]) -> float:
-    return max((abs(number(weight) or 0.0) for line in lines for weight in line["weights"]), default=0.0)
+def _sizes(line: dict) -> list[float]:
+    return [abs(number(weight) or 0.0) for weight in line["weights"]]
 
 
 def _trajectory(line: dict, largest: float) -> dict[str, Any]:
-    reward, gate = number(line.get("reward")), number(line.get("gate"))
+    reward, gate, sizes = number(line.get("reward")), number(line.get("gate")), _sizes(line)
     kind = "demonstration" if line.get("is_demonstration") else "rollout"
     facts = [
         kind,
         f"reward {reward:g}" if reward is not None and kind == "rollout" else "",
         str(line.get("level") or ""),
         f"gate {gate:g}" if gate is not None else "",
-        _top(line),
+        f"largest weight {_printed(line['relative'][sizes.index(max(sizes))])}" if sizes else "",
     ]
     first, length = (int(number(line.get(name)) or 0) for name in ("first", "length"))
     prompt = str(line.get("prompt") or "")
@@ -238,18 +226,12 @@ def _trajectory(line: dict, largest: float) -> dict[str, Any]:
     }
 
 
-def _top(line: dict) -> str:
-    """The largest weight by absolute value, as text."""
-    sizes = [abs(number(weight) or 0.0) for weight in line["weights"]]
-    return f"largest weight {_printed(line['relative'][sizes.index(max(sizes))])}" if sizes else ""
-
-
 def _runs(line: dict, largest: float) -> list[dict[str, str]]:
     """Joins neighbouring tokens that have the same colour and the same displayed weight."""
-    marked = [
-        (_shade(weight, largest), _printed(relative), _visible(str(token)))
-        for token, weight, relative in zip(line["tokens"], line["weights"], line["relative"], strict=True)
-    ]
+    # A visible sign goes before each line break, because a line break has no width to colour.
+    texts = (str(token).replace("\n", "↵\n") for token in line["tokens"])
+    columns = zip(texts, line["weights"], line["relative"], strict=True)
+    marked = [(_shade(weight, largest), _printed(relative), text) for text, weight, relative in columns]
     return [
         {"shade": shade, "weight": weight, "text": "".join(text for _, _, text in run)}
         for (shade, weight), run in itertools.groupby(marked, key=lambda one: one[:2])
@@ -269,8 +251,3 @@ def _shade(weight: object, largest: float) -> str:
 def _printed(relative: object) -> str:
     value = number(relative)
     return "not finite" if value is None else f"{value:+.3g}"
-
-
-def _visible(token: str) -> str:
-    """The token with a visible sign before each line break, because a line break has no width to colour."""
-    return token.replace("\n", "↵\n")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
 
-from experiments.config import Composed
+from experiments.config import MODELS, Composed
 from experiments.describe import members
-from experiments.run import offline
-from experiments.run.balance import balances
 from experiments.run.memory_check import Outlook, outlook
 from experiments.run.prepare import (
     PROVIDED,
@@ -24,10 +26,13 @@ from experiments.run.workload import counted, planned
 from upge import verify
 from upge.algorithm import Algorithm
 from upge.data import Problem
-from upge.errors import DataError
+from upge.data.prompting import TOKENIZER_FILES
+from upge.errors import DataError, ModelError
 from upge.instantiate import build
+from upge.models.loading import read_config
 from upge.pipeline import Pipeline
 from upge.train.config import RunConfig
+from upge.trajectories import Trajectories
 
 #: Replaces a prompt of the data set where that cannot be read.
 EXAMPLE = Problem("example", "What is 2 + 3?", "5")
@@ -40,11 +45,11 @@ def plan(composed: Composed) -> str:
         UserError: the first setting that is wrong or cannot fit, with its keys, its value and the fix.
     """
     names, tree = composed.names, composed.tree
-    composed, notes = offline.with_known_models(composed)
+    composed, notes = with_known_models(composed)
     config = composed.config
     machine = planned(config.hardware)
     check_length(config.model, config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
-    has_tokenizer = offline.has_tokenizer(config.model.path)
+    has_tokenizer = _tokenizer_exists(config.model.path)
     if not has_tokenizer:
         notes.append(f"model.path: '{tree['model']['path']}' has no tokenizer here, so no prompt is shown or measured")
     prepared, problems = _prepared(composed, has_tokenizer, notes)
@@ -52,11 +57,13 @@ def plan(composed: Composed) -> str:
     notes += [*(prepared.notes if prepared else ()), *expected.notes]
     selected = ", ".join(f"{group}={name}" for group, name in names.items() if name)
     tokens = max(config.rollout.max_response_tokens // 2, 1)
+    by_stage = balances(composed.algorithm, config.group_size, tokens)
+    label = "stage {}: " if isinstance(composed.algorithm, Pipeline) else ""
     parts = {
         "configuration": OmegaConf.to_yaml(OmegaConf.create(tree)).rstrip(),
         "run": "\n".join([selected, f"on {machine}", f"output: {output_folder(composed)}", *problems]),
         "formula": in_print(composed.algorithm),
-        "gradient": _gradient(composed.algorithm, config.group_size, tokens),
+        "gradient": "\n".join(f"{label.format(name)}{one}" for name, one in by_stage.items()),
         "prompt": _prompt(config, prepared, has_tokenizer),
         "each step": _steps(composed.algorithm, expected, config),
         "memory of a rank, GiB": str(expected.memory),
@@ -66,11 +73,7 @@ def plan(composed: Composed) -> str:
 
 
 def _prepared(composed: Composed, has_tokenizer: bool, notes: list[str]) -> tuple[Prepared | None, list[str]]:
-    """What a run would start from, and a line about the data.
-
-    The first value is None if there is no tokenizer (after the checks that need none), or if a part is on the hub and
-    the hub cannot be reached, which adds a note.
-    """
+    """What a run would start from, None without a tokenizer or without the hub, and the sizes of its data."""
     config = composed.config
     try:
         if has_tokenizer:
@@ -86,7 +89,7 @@ def _prepared(composed: Composed, has_tokenizer: bool, notes: list[str]) -> tupl
         having = sum(bool(problem.demonstrations) for problem in splits.train)
         return None, [_sizes(len(splits.train), having, len(splits.evaluation)) + ", whatever their length"]
     except DataError as error:
-        if not offline.is_unreachable(error):
+        if not _is_unreachable(error):
             raise
         notes.append(f"{error}; the data could not be checked here")
     return None, []
@@ -105,13 +108,6 @@ def in_print(algorithm: Algorithm | Pipeline) -> str:
         if one.critic is not None:
             lines.append(f"critic: minimises {one.critic.formula().text}")
     return "\n".join(lines)
-
-
-def _gradient(algorithm: Algorithm | Pipeline, group_size: int, tokens: int) -> str:
-    by_stage = balances(algorithm, group_size, tokens)
-    if not isinstance(algorithm, Pipeline):
-        return "\n".join(map(str, by_stage.values()))
-    return "\n".join(f"stage {name}: {balance}" for name, balance in by_stage.items())
 
 
 def _prompt(config: RunConfig, prepared: Prepared | None, has_tokenizer: bool) -> str:
@@ -138,3 +134,148 @@ def _steps(algorithm: Algorithm | Pipeline, expected: Outlook, config: RunConfig
         head = f"stage {span.name}: {counted(span.end - span.first, 'step')} of {prompts}"
         lines += [head, textwrap.indent(str(expected.traffic[span.name]), "  ")]
     return "\n".join(lines)
+
+
+#: Hub name → folder in experiments/models with the model's config.json and nothing else.
+KNOWN = {
+    "Qwen/Qwen2.5-Math-7B": "qwen2.5-math-7b",
+    "Qwen/Qwen2.5-Math-1.5B": "qwen2.5-math-1.5b",
+    "meta-llama/Llama-3.1-8B": "llama-3.1-8b",
+}
+
+
+def with_known_models(composed: Composed) -> tuple[Composed, list[str]]:
+    """Replaces models that cannot be found by the folders of `KNOWN`, and returns a sentence about each.
+
+    Raises:
+        ModelError: a model is neither found nor known.
+    """
+    config, notes = composed.config, []
+    for key in ("model", "critic", "reference"):
+        section = getattr(config, key)
+        folder = _folder(section.path, f"{key}.path", notes)
+        config = replace(config, **{key: replace(section, path=folder)})
+    return replace(composed, config=config), notes
+
+
+def _folder(path: str, key: str, notes: list[str]) -> str:
+    if path not in KNOWN:
+        return path
+    try:
+        read_config(path)
+    except ModelError:
+        folder = MODELS / KNOWN[path]
+        notes.append(
+            f"{key}: '{path}' is not in the local cache and the hub cannot be reached; its sizes are those of "
+            f"{folder.relative_to(MODELS.parent.parent)}/config.json, which has neither weights nor tokenizer"
+        )
+        return str(folder)
+    return path
+
+
+def _tokenizer_exists(path: str) -> bool:
+    """Whether a model that has a configuration also has a tokenizer.
+
+    For a folder this checks the files, because transformers makes an empty tokenizer from a configuration alone.
+    """
+    if Path(path).is_dir():
+        return any((Path(path) / name).is_file() for name in TOKENIZER_FILES)
+    from upge.data.prompting import load_tokenizer
+
+    try:
+        return load_tokenizer(path) is not None
+    except ModelError:
+        return False
+
+
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Whether the cause of an error is that the hub could not be reached."""
+    while error is not None:
+        if isinstance(error, ConnectionError):
+            return True
+        error = error.__cause__
+    return False
+
+
+#: Token probability and entropy at which weights that depend on them are evaluated (two equally likely tokens).
+PROBABILITY, ENTROPY = 0.5, math.log(2)
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Σ_tokens |weight| of one prompt, times the number of prompts in the update.
+
+    The weight is the factor of ∇log π_θ.
+
+    Attributes:
+        rollouts: the sum over the rollouts of a prompt.
+        demonstration: the sum over that prompt's demonstration; if the algorithm does not use it there, over the
+            demonstration of a prompt that no rollout has solved.
+        right: the number of the prompt's rollouts that are right.
+        tokens: the length of each of these responses.
+    """
+
+    rollouts: float
+    demonstration: float
+    right: int
+    group_size: int
+    tokens: int
+
+    @property
+    def ratio(self) -> float | None:
+        """Rollouts over demonstration; None if one of them is zero."""
+        return self.rollouts / self.demonstration if self.rollouts and self.demonstration else None
+
+    def __str__(self) -> str:
+        if self.ratio is None:
+            sources = [n for n, w in (("rollouts", self.rollouts), ("demonstrations", self.demonstration)) if w]
+            return f"a step learns from {sources[0]} alone" if sources else "a step learns nothing from such a prompt"
+        return (
+            f"rollouts : demonstration = {self.rollouts:.4g} : {self.demonstration:.4g} = {self.ratio:.4g}\n"
+            f"(Σ|weight| of a prompt with {self.right} of {self.group_size} rollouts right, {self.tokens:,} tokens per "
+            f"response, probability {PROBABILITY:g} and entropy {ENTROPY:.2f} per token)"
+        )
+
+
+def balance(algorithm: Algorithm, group_size: int, tokens: int) -> Balance:
+    """The balance of an algorithm at its first step.
+
+    The batch has two prompts with a demonstration each, and is strictly on-policy. No rollout of the second is right.
+
+    Args:
+        group_size: rollouts per prompt, of which half are right in the first, rounded down.
+        tokens: length of every response.
+    """
+    right, size = group_size // 2, group_size + 1
+    rewards = torch.tensor([*[1.0] * right, *[0.0] * (group_size - right), 1.0, *[0.0] * group_size, 1.0])
+    places, logprobs = torch.arange(2 * size), torch.full((2 * size, tokens), math.log(PROBABILITY))
+    batch = Trajectories(
+        logprobs=logprobs,
+        response_mask=torch.ones_like(logprobs, dtype=torch.bool),
+        rewards=rewards,
+        group=places // size,
+        is_demonstration=places % size == size - 1,
+        behavior_logprobs=logprobs,
+        sampler_logprobs=logprobs,
+        reference_logprobs=logprobs,
+        values=torch.zeros_like(logprobs),
+        entropies=torch.full_like(logprobs, ENTROPY),
+        preference=torch.zeros_like(places),
+        state=algorithm.initial_state(),
+    )
+    # Leave out the kind of trajectories that the algorithm's steps do not have.
+    needs = algorithm.step_needs
+    there = torch.where(batch.is_demonstration, needs.demonstrations, needs.rollouts).nonzero()[:, 0]
+    own = {"logprobs": logprobs[there], "entropies": batch.entropies[there], "row": torch.arange(len(there))}
+    weights = torch.zeros(len(rewards), dtype=torch.float64)
+    weights[there] = algorithm.estimate(batch.select(there, **own)).weights.double().abs().sum(dim=1)
+    rows = weights.view(2, size) * 2
+    demonstration = rows[0, -1] if rows[0, -1] else rows[1, -1]
+    return Balance(float(rows[0, :-1].sum()), float(demonstration), right, group_size, tokens)
+
+
+def balances(algorithm: Algorithm | Pipeline, group_size: int, tokens: int) -> dict[str, Balance]:
+    """The balance of each stage by its name, without stages that learn from preference pairs."""
+    stages = Pipeline.of(algorithm).stages
+    plain = {name: stage.algorithm for name, stage in stages.items() if not stage.algorithm.needs.preference_pairs}
+    return {name: balance(one, group_size, tokens) for name, one in plain.items()}

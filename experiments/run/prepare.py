@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from experiments.config import Composed, suite_config
+from experiments.describe import members
 from experiments.files import free_folder
 from experiments.run import answer_check
-from upge import data
+from upge import data, rollout
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError, DataError, ModelError
 from upge.evaluation.suite import load as benchmarks
@@ -18,10 +20,11 @@ from upge.instantiate import build
 from upge.models import local_path
 from upge.models.loading import read_config
 from upge.pipeline import Pipeline
-from upge.train.config import EvalConfig, ModelConfig, RunConfig
+from upge.train.config import EvalConfig, ModelConfig, RunConfig, VerifyConfig
 from upge.train.distributed import world_size
 from upge.train.folder import RunFolder
 from upge.train.sample import has_pair, usable
+from upge.verify import VerifierPool
 
 #: Columns that this trainer fills beyond rewards, masks and groups.
 PROVIDED = ("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "preference")
@@ -32,14 +35,10 @@ class Prepared:
     """What a run starts from.
 
     Attributes:
-        prompting: how problems become prompts.
-        train: the training examples.
         evaluation: the examples on which accuracy is measured.
         weights: the shares of a mixture's sources.
         verifiers: names of the verifiers; the first one serves problems that name none.
-        folder: the run's folder.
         continues: whether the run continues an earlier one.
-        notes: sentences for the user.
     """
 
     prompting: data.Prompting
@@ -89,15 +88,7 @@ def prepare(composed: Composed) -> Prepared:
 
 
 def load_problems(node: Mapping, config: RunConfig) -> tuple[data.Splits, list[str]]:
-    """Loads a data set and applies `data_policy`.
-
-    Args:
-        node: `data` of the resolved settings.
-        config: the run's settings.
-
-    Returns:
-        The problems that remain, and notes about the others.
-    """
+    """The problems of the resolved settings' `data` that `data_policy` keeps, and notes about the others."""
     splits, notes = _verifiable(build(node, "data").load(), config)
     limits = config.data_policy
     kept = data.limit_demonstrated(data.limit_levels(splits.train, limits.per_level), limits.demonstrated_prompts)
@@ -128,32 +119,44 @@ def _check_installed() -> None:
     """Raises ConfigError if a package is missing that is needed only after training."""
     for package in ("jinja2", "matplotlib", "rich", "tqdm"):
         if importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"the report needs the package {package}, which is not installed: pip install 'upge[all]'"
-            )
+            fix = "pip install 'upge[all]'"
+            raise ConfigError(f"the report needs the package {package}, which is not installed: {fix}")
 
 
 def with_local_models(composed: Composed) -> Composed:
     """Replaces GGUF files by folders with the converted models; the tree, which is recorded, keeps the given names."""
-    config = composed.config
-    model = replace(config.model, path=local_path(config.model.path))
-    critic = replace(config.critic, path=local_path(config.critic.path))
-    reference = replace(config.reference, path=local_path(config.reference.path))
-    return replace(composed, config=replace(config, model=model, critic=critic, reference=reference))
+    sections = {name: getattr(composed.config, name) for name in ("model", "critic", "reference")}
+    local = {name: replace(section, path=local_path(section.path)) for name, section in sections.items()}
+    return replace(composed, config=replace(composed.config, **local))
 
 
 def load_prompting(model: ModelConfig) -> data.Prompting:
     """The prompt format of these model settings; raises the errors of `Prompting.load`."""
-    return data.Prompting.load(
+    parts = {name: getattr(model, name) for name in ("template", "system", "instruction", "opening")}
+    return data.Prompting.load(model.path, **parts)
+
+
+def load_sampler(model: ModelConfig, engine: Any, max_length: int, seed: int) -> rollout.Sampler:
+    """Starts the engine of the settings `rollout` (of a run or an evaluation) with a model."""
+    return rollout.load(
+        engine.engine,
         model.path,
-        template=model.template,
-        system=model.system,
-        instruction=model.instruction,
-        opening=model.opening,
+        dtype=model.dtype,
+        max_length=max_length,
+        memory_fraction=engine.memory_fraction,
+        seed=seed,
+        overrides=model.overrides,
     )
 
 
-def check_length(model: ModelConfig, max_prompt_tokens: int, max_response_tokens: int) -> None:
+def verifier_pool(verifiers: Sequence[str], config: VerifyConfig) -> VerifierPool:
+    """The processes that verify a run's or an evaluation's responses."""
+    return VerifierPool(verifiers, config.workers, config.time_limit, config.memory_limit)
+
+
+def check_length(
+    model: ModelConfig, max_prompt_tokens: int, max_response_tokens: int, section: str = "rollout"
+) -> None:
     """Raises ModelError if there is no model, or a prompt with its response could exceed the model's positions."""
     if not model.path:
         raise ModelError("model.path: empty; give the folder of a Hugging Face causal LM, a hub name, or model=NAME")
@@ -161,8 +164,8 @@ def check_length(model: ModelConfig, max_prompt_tokens: int, max_response_tokens
     wanted = max_prompt_tokens + max_response_tokens
     if longest is not None and wanted > longest:
         raise ModelError(
-            f"rollout.max_prompt_tokens + rollout.max_response_tokens = {wanted} exceeds the {longest} positions of "
-            f"'{model.path}'; lower one of them, or raise model.overrides.max_position_embeddings"
+            f"{section}.max_prompt_tokens + {section}.max_response_tokens = {wanted} exceeds the {longest} positions "
+            f"of '{model.path}'; lower one of them, or raise model.overrides.max_position_embeddings"
         )
 
 
@@ -198,24 +201,13 @@ def _verifiable(splits: data.Splits, config: RunConfig) -> tuple[data.Splits, li
 
 
 def _check_pairs(algorithm: Algorithm | Pipeline, pairs: int) -> None:
-    for path, one in _algorithms(algorithm):
+    for path, one in members(algorithm):
         owner = next((owner for owner, source in one.sources.items() if source == "preference_pairs"), None)
         if owner and not pairs:
             raise ConfigError(
-                f"{path}{owner}.source: preference_pairs, but the data set has no rejected responses; choose data that "
-                "has them within rollout.max_response_tokens, or an algorithm that learns from other responses"
+                f"algo.{path}{owner}.source: preference_pairs, but the data set has no rejected responses; choose data "
+                "that has them within rollout.max_response_tokens, or an algorithm that learns from other responses"
             )
-
-
-def _algorithms(algorithm: Algorithm | Pipeline, path: str = "algo.") -> Iterator[tuple[str, Algorithm]]:
-    """Every algorithm of a run with its path in the YAML file."""
-    if isinstance(algorithm, Pipeline):
-        for name, stage in algorithm.stages.items():
-            yield from _algorithms(stage.algorithm, f"{path}stages.{name}.algorithm.")
-        return
-    yield path, algorithm
-    if algorithm.validation is not None:
-        yield from _algorithms(algorithm.validation, f"{path}validation.")
 
 
 def _measured(config: RunConfig, splits: data.Splits) -> Sequence[data.Problem]:
@@ -249,11 +241,7 @@ def _overlap(train: Sequence[data.Problem], measured: Sequence[data.Problem]) ->
 def suite_problems(config: EvalConfig, verifier: str) -> tuple[data.Problem, ...]:
     """The problems of `eval.suite` for an evaluation during training, each with its benchmark's name as its level.
 
-    The suite's own sampling settings are not used here.
-
-    Args:
-        config: the `eval` settings.
-        verifier: name of the verifier for benchmarks that name none.
+    The suite's own sampling settings are not used here. `verifier` serves the benchmarks that name none.
 
     Raises:
         UserError: there is no such suite, or its problems cannot be loaded.
@@ -270,7 +258,7 @@ def suite_problems(config: EvalConfig, verifier: str) -> tuple[data.Problem, ...
 def _encode(
     which: str, problems: Sequence[data.Problem], prompting: data.Prompting, composed: Composed, notes: list[str]
 ) -> list:
-    config, needs = composed.config, composed.algorithm.needs
+    config, needs, policy = composed.config, composed.algorithm.needs, composed.config.data_policy
     without = next((p for p in problems if p.system), None) if not prompting.has_system else None
     if without is not None:
         raise ConfigError(
@@ -282,19 +270,19 @@ def _encode(
         prompting,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         max_response_tokens=config.rollout.max_response_tokens,
-        overlong_prompts=config.data_policy.overlong_prompts,
-        overlong_demonstrations=config.data_policy.overlong_demonstrations,
+        overlong_prompts=policy.overlong_prompts,
+        overlong_demonstrations=policy.overlong_demonstrations,
         demonstrations=which == "training" and (needs.demonstrations or needs.preference_pairs),
         pairs=which == "training" and needs.preference_pairs,
     )
     if encoded.dropped_prompts:
         notes.append(f"{which}: {encoded.dropped_prompts} problems dropped: prompt beyond rollout.max_prompt_tokens")
-    for count, what in (
-        (encoded.dropped_demonstrations, "demonstrations dropped, they exceed"),
-        (encoded.truncated_demonstrations, "demonstrations cut, they exceed"),
-        (encoded.dropped_pairs, "preference pairs dropped, one side exceeds"),
-        (encoded.truncated_pairs, "preference pairs cut, one side exceeds"),
-    ):
-        if count and which == "training":
-            notes.append(f"{which}: {count} {what} rollout.max_response_tokens")
+    counts = {
+        "demonstrations dropped, they exceed": encoded.dropped_demonstrations,
+        "demonstrations cut, they exceed": encoded.truncated_demonstrations,
+        "preference pairs dropped, one side exceeds": encoded.dropped_pairs,
+        "preference pairs cut, one side exceeds": encoded.truncated_pairs,
+    }
+    shown = [f"{count} {what}" for what, count in counts.items() if count and which == "training"]
+    notes += [f"{which}: {one} rollout.max_response_tokens" for one in shown]
     return list(encoded.examples)

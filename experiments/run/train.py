@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,10 @@ class Progress:
     """The progress bar, a context manager around training; does nothing if not `enabled`."""
 
     def __init__(self, steps: int, done: int, enabled: bool) -> None:
-        self.enabled = enabled
         # A bar that is redrawn twice a second would fill a log file with thousands of lines.
         interval = 0.5 if sys.stderr.isatty() else 15.0
-        self._bar = tqdm(
-            total=steps, initial=done, unit="step", disable=not enabled, mininterval=interval, dynamic_ncols=True
-        )
+        style = {"unit": "step", "disable": not enabled, "mininterval": interval, "dynamic_ncols": True}
+        self._bar = tqdm(total=steps, initial=done, **style)
 
     def __enter__(self) -> Progress:
         return self
@@ -49,13 +48,13 @@ class Progress:
 def train(composed: Any, prepared: Any, world: World) -> int:
     """Trains, evaluates and writes the report; returns the exit code."""
     from experiments.run.dry_run import in_print
+    from experiments.run.prepare import verifier_pool
     from upge.evaluation.evaluator import training_accuracy
     from upge.rollout.verified_sampling import VerifiedSampler
     from upge.train.trainer import Parts, Trainer
-    from upge.verify import VerifierPool
 
     config, folder = composed.config, prepared.folder
-    say = _printer(world)
+    say = partial(print, flush=True) if world.is_main else lambda text: None
     names = composed.names
     corrections = f" with {names['correction']}" if names["correction"] else ""
     say(f"{names['algo']}{corrections} on {names['model']}, {names['data']} → {folder.path}")
@@ -63,28 +62,19 @@ def train(composed: Any, prepared: Any, world: World) -> int:
     for note in prepared.notes:
         say(f"note: {note}")
     say(prepared.prompting.describe(prepared.train[0].problem))
-    limits = (config.verify.workers, config.verify.time_limit, config.verify.memory_limit)
-    with VerifierPool(prepared.verifiers, *limits) as pool:
+    with verifier_pool(prepared.verifiers, config.verify) as pool:
         with collector_paused():
             models = _models(composed, world)
         with collector_paused():
             sampler = _sampler(config)
         say(f"rollouts: {sampler.reason}")
-        resume_from = world.broadcast(_resume_point(prepared))
+        checkpoints = folder.checkpoint_steps() if prepared.continues else []
+        resume_from = world.broadcast(checkpoints[-1] if checkpoints else None)
         verified = VerifiedSampler(sampler, pool, prepared.prompting)
         progress = Progress(config.steps, resume_from or 0, enabled=world.is_main)
-        parts = Parts(
-            config,
-            composed.algorithm,
-            prepared.train,
-            prepared.weights,
-            prepared.prompting,
-            models,
-            verified,
-            lambda: training_accuracy(config, prepared.evaluation, verified, world),
-            folder,
-            world,
-        )
+        data = (prepared.train, prepared.weights, prepared.prompting)
+        measure = partial(training_accuracy, config, prepared.evaluation, verified, world)
+        parts = Parts(config, composed.algorithm, *data, models, verified, measure, folder, world)
         trainer = Trainer(parts, progress.step, progress.evaluation)
         if resume_from is not None:
             trainer.restore(resume_from)
@@ -126,22 +116,10 @@ def _models(composed: Any, world: World) -> Any:
 
 
 def _sampler(config: Any) -> Any:
-    from upge import rollout
+    from experiments.run.prepare import load_sampler
 
-    return rollout.load(
-        config.rollout.engine,
-        config.model.path,
-        dtype=config.model.dtype,
-        max_length=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
-        memory_fraction=config.rollout.memory_fraction,
-        seed=config.seed,
-        overrides=config.model.overrides,
-    )
-
-
-def _resume_point(prepared: Any) -> int | None:
-    steps = prepared.folder.checkpoint_steps() if prepared.continues else []
-    return steps[-1] if steps else None
+    length = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    return load_sampler(config.model, config.rollout, length, config.seed)
 
 
 def _finish(path: Path, code: int, say: Any) -> None:
@@ -186,7 +164,3 @@ def _facts(composed: Any, world: World, sampler: Any, engine: Any, from_step: in
         "versions": files.versions(),
         "git_commit": files.git_commit(),
     }
-
-
-def _printer(world: World) -> Any:
-    return (lambda text: print(text, flush=True)) if world.is_main else (lambda text: None)

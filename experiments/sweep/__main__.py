@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from rich.console import Console
 
 from experiments import cli, files
-from upge.errors import ConfigError
+from experiments.compare.load import load as load_evaluations
+from experiments.drawing import inline, render
+from experiments.grid import Grid, markdown, markdown_text, print_grid
+from experiments.sweep import collect, execute, tables
+from experiments.sweep.folder import SweepFolder
+from experiments.sweep.settings import Sweep, SweepConfig, load, names
+from upge.config import meanings
+from upge.errors import ConfigError, UserError
 
 PAGE = files.DOCS / "results.md"
 
@@ -39,17 +52,13 @@ def _stoppable(arguments: list[str]) -> int:
 
 
 def _sweep(arguments: Sequence[str], flags: dict[str, bool]) -> int:
-    from experiments.sweep.execute import check, execute
-    from experiments.sweep.folder import SweepFolder
-    from experiments.sweep.settings import load
-
     sweep = load(arguments)
     if sweep.config.choose:
         sweep, code = _chosen(sweep, flags)
         if code:
             return code
     folder = SweepFolder(sweep)
-    check(sweep)
+    execute.check(sweep)
     folder.check()
     print(f"{sweep.config.title or sweep.name}: {len(sweep.runs)} runs → {folder.path}", flush=True)
     if flags["--dry-run"]:
@@ -57,16 +66,12 @@ def _sweep(arguments: Sequence[str], flags: dict[str, bool]) -> int:
             state = "done" if folder.is_done(planned) else "trained" if folder.is_trained(planned) else "to do"
             print(f"  {state:8} {planned.slug:40} {shlex.join(planned.arguments(folder.run(planned)))}")
         return 0
-    code = 0 if flags["--report"] else execute(folder)
+    code = 0 if flags["--report"] else execute.execute(folder)
     return _report(folder, arguments, flags) or code
 
 
-def _chosen(sweep, flags: dict[str, bool]):
+def _chosen(sweep: Sweep, flags: dict[str, bool]) -> tuple[Sweep, int]:
     """The sweep with the values chosen by another sweep, which is run first if it is not done."""
-    from experiments.sweep.collect import best_values, rows, with_choices
-    from experiments.sweep.folder import SweepFolder
-    from experiments.sweep.settings import load
-
     name = sweep.config.choose["sweep"]
     passed = [f"{key}={getattr(sweep.config, key)}" for key in ("jobs", "gpus_per_run")]
     first = load([f"sweep={name}", f"output={sweep.folder.parent / Path(name).stem}", *passed])
@@ -84,37 +89,30 @@ def _chosen(sweep, flags: dict[str, bool]):
         code = _sweep([f"sweep={name}", f"output={folder.path}", *passed], dict.fromkeys(flags, False))
         if code:
             return sweep, code
-    values = best_values(first, rows(folder))
+    values = collect.best_values(first, collect.rows(folder))
     print(f"{sweep.config.choose['key']} as chosen in {folder.path}: "
           + ", ".join(f"{group} {value}" for group, value in values.items()), flush=True)  # fmt: skip
-    return with_choices(sweep, values), 0
+    return collect.with_choices(sweep, values), 0
 
 
-def _report(folder, arguments: Sequence[str], flags: dict[str, bool]) -> int:
-    from rich.console import Console
-
-    from experiments.grid import print_grid
-    from experiments.sweep import write
-
+def _report(folder: SweepFolder, arguments: Sequence[str], flags: dict[str, bool]) -> int:
     shown = files.command("experiments.sweep", [a for a in arguments if not a.startswith(("output=", "jobs="))])
-    report = write.report(folder, shown, lambda: facts(folder))
-    if report is None:
+    made = report(folder, shown, lambda: facts(folder))
+    if made is None:
         print("no run is done yet, so there is nothing to report")
         return 0
-    for grid in report.grids:
+    for grid in made.grids:
         print_grid(grid, Console())
         print()
     print(f"report: {folder.path / 'report.html'}")
     if flags["--docs"]:
-        write.put_into(PAGE, report, shown)
+        put_into(PAGE, made, shown)
         print(f"written into {PAGE}")
     return 0
 
 
-def facts(folder) -> list[str]:
+def facts(folder: SweepFolder) -> list[str]:
     """A sentence on how the runs were made: seeds, machine, versions, date."""
-    import json
-
     runs = [p for p in folder.sweep.runs if folder.is_trained(p)]
     notes = [json.loads((folder.run(p) / "run.json").read_text()) for p in runs]
     seeds = sorted({p.seed for p in runs})
@@ -130,9 +128,6 @@ def facts(folder) -> list[str]:
 
 def help_text() -> str:
     """What --help prints."""
-    from experiments.sweep.settings import SweepConfig, load, names
-    from upge.config import meanings
-
     lines = [USAGE, "Sweeps (sweep=NAME):"]
     for name in names():
         one = load([f"sweep={name}"])
@@ -140,6 +135,118 @@ def help_text() -> str:
     lines.append("\nKeys of a sweep, in its file or on the command line:")
     lines += [cli.help_row(name, meaning, 24) for name, _, meaning in meanings(SweepConfig)]
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The results of a sweep so far.
+
+    `drawn` are the files of the figures, PNG and SVG of each; `notes` say how the runs were made and what is missing.
+    """
+
+    sweep: Sweep
+    grids: tuple[Grid, ...]
+    drawn: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def pictures(self) -> list[tuple[str, Path]]:
+        """(caption, PNG file) of each figure."""
+        captions = {"dynamics.png": "Training, mean over seeds and 95 % band", "passk.png": "pass@k, mean over seeds"}
+        return [(captions[path.name], path) for path in self.drawn if path.name in captions]
+
+
+def report(folder: SweepFolder, command: str, facts: Callable[[], Sequence[str]]) -> Report | None:
+    """Reads the runs and writes everything into the sweep's folder; None if no run is trained yet.
+
+    `command` reproduces the sweep, and `facts` returns sentences on how the runs were made.
+    """
+    sweep, rows = folder.sweep, collect.rows(folder)
+    if not rows:
+        return None
+    folder.path.mkdir(parents=True, exist_ok=True)
+    collect.write_csv(folder.path / "runs.csv", rows)
+    drawn = (*tables.metric_curves(folder, folder.path), *tables.pass_curves(folder, rows, folder.path))
+    missing = [p.slug for p in sweep.runs if not folder.is_done(p)]
+    notes = [f"Made with `{command}`.", *facts()]
+    columns = {column for row in rows for column in row}
+    wanted = [*sweep.config.measures, *filter(None, [sweep.config.select.get("measure")])]
+    unknown = [name for name in wanted if name not in columns]
+    if unknown:
+        notes.append(f"No run has the requested {', '.join(unknown)}; runs.csv has all columns.")
+    if missing:
+        notes.append(f"{len(missing)} of {len(sweep.runs)} runs are not done: {', '.join(missing)}.")
+    notes += [markdown_text(note) for note in collect.answer_notes(folder)]
+    made = Report(sweep, tuple(_grids(folder, rows)), drawn, tuple(notes))
+    (folder.path / "report.md").write_text(page(made), "utf-8")
+    (folder.path / "report.html").write_text(_html(made), "utf-8")
+    return made
+
+
+def page(made: Report) -> str:
+    """The text of report.md."""
+    sweep = made.sweep
+    parts = [f"# {markdown_text(sweep.config.title or sweep.name)}", "\n".join(f"{note}  " for note in made.notes)]
+    return "\n\n".join([*parts, *sections(made)]) + "\n"
+
+
+def sections(made: Report, pictures: str = "") -> list[str]:
+    """Tables and figures in Markdown; the figures' file names get the prefix `pictures`."""
+    parts = []
+    for grid in made.grids:
+        parts += [f"**{markdown_text(grid.title)}**", markdown(grid)]
+    return parts + [f"![{caption}]({pictures}{path.name})" for caption, path in made.pictures]
+
+
+def _grids(folder: SweepFolder, rows: Sequence[Mapping[str, Any]]) -> list[Grid]:
+    sweep = folder.sweep
+    measures = collect.measures(rows, sweep.config.measures)
+    grids: list[Grid | None] = []
+    if sweep.config.select:
+        done = {row["run"] for row in rows if collect.finite(row.get(sweep.config.select["measure"]))}
+        grids += [tables.choice_grid(sweep, rows)] if all(p.slug in done for p in sweep.runs) else []
+    grids += [tables.mean_grid(sweep, rows, measures)] if measures else []
+    grids += [tables.difference_grid(sweep, rows, measures)] if not sweep.config.select else []
+    grids += [tables.level_grid(sweep, rows)] if len(sweep.labels) <= 12 else []
+    for name in sweep.config.evaluate if not sweep.config.select else ():
+        grids.append(tables.exclusive_grid(sweep, name, _evaluations(folder, name)))
+    grids.append(tables.cost_grid(sweep, rows))
+    return [grid for grid in grids if grid is not None]
+
+
+def _evaluations(folder: SweepFolder, name: str) -> dict[tuple[str, int], Any]:
+    """(label, seed) → the evaluation, for the finished ones."""
+    done = [p for p in folder.sweep.runs if folder.is_trained(p) and name not in folder.missing(p)]
+    if not done:
+        return {}
+    runs = load_evaluations([str(folder.evaluation(p, name)) for p in done], [p.slug for p in done])
+    return {(p.label, p.seed): run for p, run in zip(done, runs, strict=True)}
+
+
+def _html(made: Report) -> str:
+    pictures = [(caption, Markup(inline(path.with_suffix(".svg"), path.stem))) for caption, path in made.pictures]
+    notes = [note.replace("`", "") for note in made.notes]
+    template, title = Path(__file__).with_name("sweep.html.j2"), made.sweep.config.title or made.sweep.name
+    return render(template, title=title, notes=notes, grids=made.grids, pictures=pictures)
+
+
+def put_into(page_path: Path, made: Report, command: str) -> None:
+    """Writes the tables between the markers of this sweep in a page, and the figures into a folder next to it.
+
+    Raises:
+        UserError: the page does not have the markers once each.
+    """
+    name, text = made.sweep.name, page_path.read_text("utf-8")
+    begin, end = f"<!-- sweep {name}: begin -->", f"<!-- sweep {name}: end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise UserError(f"{page_path}: expected the lines '{begin}' and '{end}' once each, where the tables go")
+    target = page_path.parent / page_path.stem
+    target.mkdir(exist_ok=True)
+    for _, path in made.pictures:
+        (target / f"{name}-{path.name}").write_bytes(path.read_bytes())
+    parts = [f"```\n{command}\n```", " ".join(made.notes[1:]), *sections(made, f"{page_path.stem}/{name}-")]
+    before, after = text.split(begin)[0], text.split(end)[1]
+    page_path.write_text(before + begin + "\n" + "\n\n".join(filter(None, parts)) + "\n" + end + after, "utf-8")
 
 
 if __name__ == "__main__":

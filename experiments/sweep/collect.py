@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from experiments.evaluate import show
+from experiments.evaluate.folder import answer_notes as notes_of
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import Planned, Sweep, text
 from upge.errors import ConfigError
@@ -32,16 +32,15 @@ CURVES = {
 
 def rows(folder: SweepFolder) -> list[dict[str, Any]]:
     """A row for every trained run; docs/sweep.md describes the columns."""
-    return [row_of(folder, planned) for planned in folder.sweep.runs if folder.is_trained(planned)]
+    return [_row(folder, planned) for planned in folder.sweep.runs if folder.is_trained(planned)]
 
 
-def row_of(folder: SweepFolder, planned: Planned) -> dict[str, Any]:
+def _row(folder: SweepFolder, planned: Planned) -> dict[str, Any]:
     """The results of one run; those of unfinished evaluations are absent."""
     path = folder.run(planned)
     point = {name: text(value) for name, value in planned.point.items()}
     row: dict[str, Any] = {"run": planned.slug, "label": planned.label, "seed": planned.seed, **point}
-    row |= _totals(path)
-    row |= _last_evaluation(path)
+    row |= _totals(path) | _last_evaluation(path)
     for name in folder.sweep.config.evaluate:
         scores = folder.evaluation(planned, name) / "scores.json"
         if scores.is_file():
@@ -55,22 +54,24 @@ def answer_notes(folder: SweepFolder) -> list[str]:
     for planned in folder.sweep.runs:
         for name in {*folder.sweep.config.evaluate} - {*folder.missing(planned)}:
             scores = json.loads((folder.evaluation(planned, name) / "scores.json").read_text())
-            notes += [f"{planned.slug}, {note}" for note in show.answer_notes(scores)]
+            notes += [f"{planned.slug}, {note}" for note in notes_of(scores)]
     return sorted(notes)
 
 
 def metric_curve(path: Path, metric: str) -> dict[int, float]:
     """Step → the value of a metric of a run, without values that are not finite."""
-    file = path / "metrics.jsonl"
-    lines = read_lines(file) if file.is_file() else []
-    return {line["step"]: line[metric] for line in lines if finite(line.get(metric))}
+    return {line["step"]: line[metric] for line in _lines(path, "metrics") if finite(line.get(metric))}
 
 
 def evaluation_curve(path: Path, measure: str) -> dict[int, float]:
     """Step → a measure of the evaluations during training, over all problems."""
-    file = path / "evaluations.jsonl"
-    lines = read_lines(file) if file.is_file() else []
+    lines = _lines(path, "evaluations")
     return {line["step"]: overall[measure] for line in lines if measure in (overall := _overall(line["levels"]))}
+
+
+def _lines(path: Path, name: str) -> list[dict[str, Any]]:
+    file = path / f"{name}.jsonl"
+    return read_lines(file) if file.is_file() else []
 
 
 def measures(rows: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> list[str]:
@@ -113,24 +114,20 @@ def by_seed(rows: Iterable[Mapping[str, Any]], label: str, measure: str) -> dict
 
 def _totals(path: Path) -> dict[str, Any]:
     """The costs of a run."""
-    file = path / "metrics.jsonl"
-    lines = read_lines(file) if file.is_file() else []
+    lines = _lines(path, "metrics")
     config = OmegaConf.load(path / "config.yaml")
     rollouts = int(config.prompts_per_step) * int(config.group_size)
-    generated = trained = seconds = updates = 0.0
+    generated = 0.0
     for line in lines:
         drawn = line.get("sampling/prompts", config.prompts_per_step) / int(config.prompts_per_step) * rollouts
         generated += (line.get("response_length") or 0.0) * drawn
-        trained += line.get("trained/tokens") or 0
-        seconds += line.get("time/total") or 0.0
-        updates += line.get("updates") or 0
+    updates, trained, seconds = (sum(o.get(k) or 0 for o in lines) for k in ("updates", "trained/tokens", "time/total"))
     totals = {"steps": len(lines), "updates": int(updates), "generated_tokens": round(generated)}
     return totals | {"trained_tokens": round(trained), "training_seconds": round(seconds, 1)}
 
 
 def _last_evaluation(path: Path) -> dict[str, float]:
-    file = path / "evaluations.jsonl"
-    lines = read_lines(file) if file.is_file() else []
+    lines = _lines(path, "evaluations")
     if not lines:
         return {}
     levels = lines[-1]["levels"]
@@ -173,10 +170,6 @@ def best_values(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> dict[str, An
 
     A group is the variant and the other values of the grid. Of equal means the first value of the list wins, so list
     the more conservative value first.
-
-    Args:
-        sweep: the sweep with `select`.
-        rows: the rows of runs.csv, see `rows`.
 
     Raises:
         ConfigError: a run has no number in the column of the measure.

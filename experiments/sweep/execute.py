@@ -9,16 +9,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import torch
 
 from experiments import cli, files
 from experiments.config import compose
-from experiments.evaluate.settings import choose
+from experiments.evaluate.prepare import choose
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import Planned, Sweep, text
 from upge.errors import ConfigError
@@ -63,8 +62,7 @@ def execute(folder: SweepFolder) -> int:
 def _execute(folder: SweepFolder, lock: int) -> int:
     config = folder.sweep.config
     for planned in folder.sweep.runs:
-        adopted = folder.adopt(planned)
-        if adopted:
+        if adopted := folder.adopt(planned):
             print(f"{planned.slug}: copied from {adopted}, which has the same settings", flush=True)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     slots = Slots.of(config.jobs, config.gpus_per_run, gpus, os.cpu_count() or 1)
@@ -118,7 +116,6 @@ class Job:
     """Commands that run one after the other, each only if the one before succeeded.
 
     Attributes:
-        name: its name in messages.
         modules: (module, arguments) of each command, as in `python -m module arguments`.
         log: the file to which their output is appended.
         ranks: number of ranks of the first command; more than 1 are started by torchrun.
@@ -153,9 +150,7 @@ class Slots:
 
         Args:
             jobs: number of slots; 0 = the number of GPUs, or of cores without GPUs.
-            gpus_per_run: GPUs of each slot.
-            gpus: GPUs of the machine.
-            cores: cores of the machine.
+            gpus, cores: those of the machine.
 
         Raises:
             ConfigError: there are GPUs, but fewer than `gpus_per_run`.
@@ -176,19 +171,15 @@ class Slots:
     @property
     def environments(self) -> list[dict[str, str]]:
         """The environment variables of each slot's processes."""
-        environments = []
-        for gpus in self.gpus:
-            own = {"OMP_NUM_THREADS": str(self.threads)}
-            named = [self.names[gpu] if self.names else str(gpu) for gpu in gpus]
-            environments.append(own | ({"CUDA_VISIBLE_DEVICES": ",".join(named)} if gpus else {}))
-        return environments
+        named = [",".join(self.names[gpu] if self.names else str(gpu) for gpu in gpus) for gpus in self.gpus]
+        own = {"OMP_NUM_THREADS": str(self.threads)}
+        return [own | ({"CUDA_VISIBLE_DEVICES": names} if names else {}) for names in named]
 
 
 class JobPool:
     """Runs jobs in slots. A signal is forwarded to the running jobs, which save and exit; no other job is started.
 
     Args:
-        slots: the slots.
         ended: called with each job that ended, its exit code and its seconds.
         held: file descriptors that the jobs keep open, such as that of a lock.
 
@@ -261,30 +252,19 @@ class JobPool:
                     # Runs and evaluations do not handle SIGHUP.
                     process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        def pass_on(number: int, frame: FrameType | None) -> None:
-            self.stop(number)
-
+    def _signals(self) -> AbstractContextManager:
         if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+            return nullcontext()
         numbers = [signal.SIGINT, signal.SIGTERM]
         # Under nohup a sweep must survive its terminal.
         numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
-        before = {number: signal.signal(number, pass_on) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return cli.signals_handled(numbers, lambda number, frame: self.stop(number))
 
 
 def launcher(ranks: int) -> list[str]:
     """The start of a command with this number of ranks."""
-    if ranks == 1:
-        return [sys.executable]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return [sys.executable, *(torchrun if ranks > 1 else [])]
 
 
 def last_message(log: Path) -> str:

@@ -74,10 +74,14 @@ class SweepFolder:
             ConfigError: the message names the first setting that differs, or the evaluation.
         """
         for planned in self.sweep.runs:
-            if not self.run(planned).exists():
-                self._check_no_evaluation(planned)
-            elif self._record(planned).is_file():
+            if self._record(planned).is_file() and self.run(planned).exists():
                 self._check_same(planned)
+            for name in self.sweep.config.evaluate if not self.run(planned).exists() else ():
+                if self.evaluation(planned, name).exists():
+                    raise ConfigError(
+                        f"evaluate.{name}: {self.evaluation(planned, name)} belongs to a run that no longer exists and "
+                        "would be taken for an evaluation of the new run; remove it"
+                    )
 
     def _check_same(self, planned: Planned) -> None:
         old, new = json.loads(self._record(planned).read_text()), self._content(planned)
@@ -92,14 +96,6 @@ class SweepFolder:
                     "another output=, the same settings, or remove that run and its evaluations"
                 )
 
-    def _check_no_evaluation(self, planned: Planned) -> None:
-        for name in self.sweep.config.evaluate:
-            if self.evaluation(planned, name).exists():
-                raise ConfigError(
-                    f"evaluate.{name}: {self.evaluation(planned, name)} belongs to a run that no longer exists and "
-                    "would be taken for an evaluation of the new run; remove it"
-                )
-
     def begin(self, planned: Planned) -> None:
         """Records the settings of a run before it is started; earlier evaluations stay recorded."""
         path, content = self._record(planned), self._content(planned)
@@ -109,16 +105,15 @@ class SweepFolder:
         write_atomically(path, json.dumps(content, indent=1) + "\n")
 
     def adopt(self, planned: Planned) -> Path | None:
-        """Copies a finished run with the same settings from a neighbouring sweep.
+        """Copies a finished run with the same settings from a neighbouring sweep; its folder, None if there is none.
 
         Both the command line and the configuration that results from it, with all presets, must be the same. A relative
         path may mean another file in the other sweep, so a run with one is not copied. Evaluations with the same name
         and arguments are copied as well.
-
-        Returns:
-            The folder of the other run; None if there is none.
         """
-        if self.run(planned).exists() or not self.path.parent.is_dir() or _names_places(planned):
+        texts = [value for value in planned.keys.values() if isinstance(value, str)]
+        names_places = any(os.path.exists(one) and not os.path.isabs(one) for one in texts)
+        if self.run(planned).exists() or not self.path.parent.is_dir() or names_places:
             return None
         own = self._content(planned)["run"]
         for other in sorted(path for path in self.path.parent.iterdir() if path.resolve() != self.path.resolve()):
@@ -153,12 +148,6 @@ class SweepFolder:
         asked = self.sweep.config.evaluate.items()
         evaluations = {name: " ".join(f"{k}={text(v)}" for k, v in keys.items()) for name, keys in asked}
         return {"run": {name: text(value) for name, value in planned.keys.items()}, "evaluate": evaluations}
-
-
-def _names_places(planned: Planned) -> bool:
-    """Whether a value of the run is a relative path that exists."""
-    texts = [value for value in planned.keys.values() if isinstance(value, str)]
-    return any(os.path.exists(one) and not os.path.isabs(one) for one in texts)
 
 
 def _copy_atomically(source: Path, target: Path) -> None:

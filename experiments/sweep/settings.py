@@ -97,7 +97,6 @@ class Planned:
         label: its name in tables, the same for all seeds.
         point: the values of the grid's keys.
         variant: the label of its variant; empty if there are no variants.
-        seed: its seed.
         keys: all keys of its command line except `output`.
     """
 
@@ -153,22 +152,16 @@ def load(arguments: Sequence[str]) -> Sweep:
     Raises:
         ConfigError: there is no such sweep, a key is unknown, or two runs have the same name.
     """
-    name, tree, given = "", {}, []
-    for argument in arguments:
-        head, value = split(argument)
-        if head == "sweep":
-            name = value
-        else:
-            given.append(argument)
-    if name:
-        tree = _file(name)
-    for argument in given:
-        _set(tree, *split(argument))
+    items = [split(argument) for argument in arguments]
+    name, given = dict(items).get("sweep", ""), [item for item in items if item[0] != "sweep"]
+    tree = _file(name) if name else {}
+    for item in given:
+        _set(tree, *item)
     config = from_tree(SweepConfig, tree)
     stem = Path(name).stem if name else "sweep"
     folder = Path(config.output).expanduser() if config.output else Path("sweeps") / stem
     runs = tuple(_runs(config))
-    _check_used(config, given)
+    _check_used(config, [item[0] for item in given])
     for run in runs:
         if not FOLDER_NAME.fullmatch(run.folder):
             raise ConfigError(f"variants, grid: '{run.label}' has no letter or digit for a folder name; give another")
@@ -251,7 +244,7 @@ def _set(tree: dict[str, Any], name: str, value: str) -> None:
 
 def _check_used(config: SweepConfig, given: Sequence[str]) -> None:
     """Refuses a key of the command line that has no effect because every variant, or the grid, sets it."""
-    for name in (argument.partition("=")[0] for argument in given):
+    for name in given:
         if name in config.common:
             everywhere = bool(config.variants) and all(name in own for own in config.variants.values())
             if everywhere or name in config.grid:

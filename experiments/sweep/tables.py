@@ -1,19 +1,36 @@
-"""The tables of a sweep: means over seeds with intervals, paired tests, chosen values, exclusive solves, costs."""
+"""The tables and figures of a sweep: means over seeds with intervals, paired tests, chosen values, costs, curves."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from experiments.compare.differences import ALL, Exclusive, exclusive, p_text
+from matplotlib.lines import Line2D
+from omegaconf import OmegaConf
+
 from experiments.compare.load import Run
-from experiments.compare.tables import MISSING
-from experiments.grid import Grid, Row
-from experiments.sweep.collect import best_values, by_seed, group_of, measure_names
+from experiments.compare.tables import ALL, MISSING, Exclusive, exclusive, p_text
+from experiments.compare.write import Panel
+from experiments.compare.write import draw as draw_pass
+from experiments.drawing import draw_band, draw_panels, dress, save
+from experiments.grid import Grid, Row, ruled
+from experiments.sweep.collect import (
+    CURVES,
+    best_values,
+    by_seed,
+    evaluation_curve,
+    group_of,
+    measure_names,
+    metric_curve,
+)
+from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import Sweep
 from upge.evaluation.intervals import Interval, holm, paired_t, t_interval
+from upge.evaluation.scores import powers_of_two
 
 COSTS = {
     "updates": "updates",
@@ -25,12 +42,7 @@ COSTS = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A measure over the runs of one label.
-
-    Attributes:
-        runs: the number of seeds.
-        interval: their mean with its t interval, whose ends are NaN for a single seed.
-    """
+    """A measure over the runs of one label: the mean over seeds with its t interval, with NaN ends for one seed."""
 
     runs: int
     interval: Interval
@@ -68,15 +80,15 @@ def difference_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]], measures: S
         tests = {label: paired_t(by_seed(rows, label, measure), base) for label in others}
         tests = {label: test for label, test in tests.items() if test is not None}
         adjusted = holm([test.p_value for test in tests.values()])
-        for place, ((label, test), p) in enumerate(zip(tests.items(), adjusted, strict=True)):
+        for (label, test), p in zip(tests.items(), adjusted, strict=True):
             low, high = (f"{100 * end:+.1f}" for end in (test.interval.low, test.interval.high))
             seeds = len({*by_seed(rows, label, measure)} & {*base})
             cells = (names[measure], label, str(seeds), f"{100 * test.interval.value:+.1f}", f"{low} to {high}",
                      p_text(test.p_value), p_text(p))  # fmt: skip
-            table_rows.append(Row(cells, rule=bool(table_rows) and place == 0))
+            table_rows.append(Row(cells))
     header = ("measure", "", "seeds", "difference", "95 % interval", "p", "p (Holm)")
     title = f"Difference to {sweep.baseline} in percentage points, paired by seed"
-    return Grid("differences", title, header, tuple(table_rows), 2) if table_rows else None
+    return Grid("differences", title, header, ruled(table_rows), 2) if table_rows else None
 
 
 def choice_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> Grid:
@@ -130,21 +142,17 @@ def exclusive_grid(sweep: Sweep, name: str, runs: Mapping[tuple[str, int], Run],
         counts = {key: [sum(getattr(line, one) for line in same) / len(same) for one in fields]
                   for key, same in lines.items()}  # fmt: skip
         # Leave out benchmarks of which neither solves a problem, and the total of a single level.
-        single = {benchmark for benchmark, _ in lines if _levels(lines, benchmark) == 2}
+        levels = Counter(benchmark for benchmark, _ in lines)
+        single = {benchmark for benchmark, count in levels.items() if count == 2}
         shown = [key for key in lines if any(counts[key[0], ALL]) and not (key[1] == ALL and key[0] in single)]
-        for place, key in enumerate(shown):
+        for key in shown:
             cells = (label, *key, str(lines[key][0].problems), *(f"{count:.1f}" for count in counts[key]))
-            table_rows.append(Row(cells, rule=bool(table_rows) and place == 0))
+            table_rows.append(Row(cells))
     which = f" of {name}" if len(sweep.config.evaluate) > 1 else ""
     title = (f"Problems{which} that only {sweep.baseline}, or only the other, solves in more than half of the samples; "
              "means over seeds")  # fmt: skip
     header = ("other", "benchmark", "level", "N", f"only {sweep.baseline}", "only the other", "both")
-    return Grid("exclusive", title, header, tuple(table_rows), 3) if table_rows else None
-
-
-def _levels(lines: Mapping[tuple[str, str], Any], benchmark: str) -> int:
-    """The number of lines of a benchmark, including the one over all levels."""
-    return sum(own == benchmark for own, _ in lines)
+    return Grid("exclusive", title, header, ruled(table_rows), 3) if table_rows else None
 
 
 def _best(values: Sequence[Figure | None]) -> set[int]:
@@ -158,3 +166,93 @@ def _cell(one: Figure | None) -> str:
         return MISSING
     half = one.interval.high - one.interval.value
     return f"{100 * one.interval.value:.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
+
+
+#: Number of blocks of steps over which a curve is averaged, because single steps are noisy.
+BLOCKS = 20
+
+
+def pass_curves(folder: SweepFolder, rows: Sequence[Mapping], target: Path) -> list[Path]:
+    """Draws passk.png and .svg, a panel for every benchmark with several samples; no files if there is none."""
+    labels, panels = folder.sweep.labels, []
+    columns = dict.fromkeys(column for row in rows for column in row)
+    names = measure_names(list(columns))
+    for place in [c.removesuffix("/pass@1") for c in columns if c.endswith("/pass@1") and c.count("/") == 2]:
+        largest = max(int(c.rsplit("@", 1)[1]) for c in columns if c.startswith(f"{place}/pass@"))
+        curves = {}
+        for label in labels:
+            by_k = {k: list(by_seed(rows, label, f"{place}/pass@{k}").values()) for k in powers_of_two(largest)}
+            curves[label] = {k: _visible(t_interval(values), values) for k, values in by_k.items() if values}
+        panels.append(Panel(names[f"{place}/avg"], {label: curve for label, curve in curves.items() if curve}))
+    return draw_pass(panels, labels, target) if panels else []
+
+
+def metric_curves(folder: SweepFolder, target: Path) -> list[Path]:
+    """Draws dynamics.png and .svg, a panel for every metric of `CURVES` and for evaluations during training."""
+    panels = []
+    for metric, (title, unit) in CURVES.items():
+        panels.append((title, unit, _of(folder, lambda path, m=metric: blocks(metric_curve(path, m)))))
+    for measure in ("greedy", *_sampled_measures(folder)):
+        curves = _of(folder, lambda path, m=measure: evaluation_curve(path, m))
+        if any(len(line) > 2 for line in curves.values()):
+            panels.append((f"Evaluation, {measure}", "share", curves))
+    panels = [panel for panel in panels if any(panel[2].values())]
+    if not panels:
+        return []
+    columns = min(3, len(panels))
+    size = (3.1 * columns + 0.4, 2.3 * math.ceil(len(panels) / columns) + 0.5)
+    return save(target, "dynamics", size, lambda canvas: _draw(canvas, columns, panels, folder.sweep.labels))
+
+
+def blocks(values: Mapping[int, float], count: int = BLOCKS) -> dict[int, float]:
+    """Middle step → mean, over at most `count` blocks of steps of equal length."""
+    if len(values) <= count:
+        return dict(values)
+    last = max(values)
+    length = math.ceil(last / count)
+    by_block: dict[int, list[float]] = {}
+    for step, value in values.items():
+        by_block.setdefault((step - 1) // length, []).append(value)
+    return {b * length + (length + 1) // 2: sum(all) / len(all) for b, all in sorted(by_block.items())}
+
+
+def _of(folder: SweepFolder, read) -> dict[str, dict[int, Interval]]:
+    """Label → step → interval over its seeds, at the steps that all of them have."""
+    curves: dict[str, dict[int, Interval]] = {}
+    for label in folder.sweep.labels:
+        lines = [read(folder.run(p)) for p in folder.sweep.runs if p.label == label and folder.is_trained(p)]
+        steps = set.intersection(*map(set, lines)) if lines else set()
+        curves[label] = {step: _visible(t_interval([line[step] for line in lines]), lines) for step in sorted(steps)}
+    return curves
+
+
+def _sampled_measures(folder: SweepFolder) -> list[str]:
+    """The names of mean@k and pass@k in the runs' own evaluations."""
+    for planned in folder.sweep.runs:
+        file = folder.run(planned) / "config.yaml"
+        if file.is_file():
+            samples = OmegaConf.load(file).eval.samples
+            return [f"mean@{samples}", f"pass@{samples}"]
+    return []
+
+
+def _draw(canvas, columns: int, panels: Sequence, labels: Sequence[str]) -> None:
+    def draw(axes, panel, place: int) -> dict[str, Line2D]:
+        title, unit, curves = panel
+        lines = {n: draw_band(axes, one, labels.index(n), linewidth=1.7) for n, one in curves.items() if one}
+        axes.set_title(title)
+        axes.set_ylabel(unit)
+        dress(axes)
+        drawn = [one.value for curve in curves.values() for one in curve.values()]
+        # Limits come from the lines, because a band over three seeds can be many times as high.
+        bottom, top = min(0, 1.1 * min(drawn)), max(0, 1.12 * max(drawn))
+        axes.set_ylim(bottom, top if top > bottom else 1)
+        return lines
+
+    draw_panels(canvas, columns, panels, labels, "step", draw)
+
+
+def _visible(interval: Interval, runs: Sequence) -> Interval:
+    """The interval, without its band for fewer than three runs, where the band is undefined or covers the page."""
+    value = interval.value
+    return Interval(value, value, value) if len(runs) < 3 else interval

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from experiments.compare import __main__ as compare
-from experiments.compare.differences import ALL, exclusive, gaps
 from experiments.compare.load import load, notes, pairing
-from experiments.compare.tables import Scores, paper_grid, score_grid
-from experiments.evaluate import show
+from experiments.compare.tables import ALL, Scores, exclusive, gaps, paper_grid, score_grid
+from experiments.evaluate import __main__ as evaluate
 from tests.evaluations import drawn, run_with, sample, write_run
 
 FAST = "resamples=200"
@@ -230,9 +229,9 @@ def test_one_answer_to_everything_is_noted(tmp_path):
     }  # fmt: skip
     assert notes([run]) == ["x, b: 60.0 % of the responses give the same wrong answer, 7."]
     scores = json.loads((tmp_path / "x" / "scores.json").read_text())
-    assert "\nnote: b: 60.0 % of the responses give the same wrong answer, 7." in show.table(scores)
+    assert "\nnote: b: 60.0 % of the responses give the same wrong answer, 7." in evaluate.table(scores)
     del scores["benchmarks"]["b"]["commonest"]  # as written before there was this figure
-    assert "note" not in show.table(scores)
+    assert "note" not in evaluate.table(scores)
 
 
 def test_cut_responses_and_missing_verdicts_are_noted(tmp_path):

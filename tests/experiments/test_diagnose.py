@@ -9,8 +9,8 @@ import pytest
 
 from experiments.diagnose import __main__ as diagnose
 from experiments.diagnose import sampling, settings, write
-from experiments.diagnose.policies import Policy, policies
-from experiments.diagnose.tables import ranged
+from experiments.diagnose.sampling import Policy, policies
+from experiments.diagnose.write import ranged
 from tests.running import SMALL, run
 from upge.errors import ConfigError
 from upge.measure import Estimated
@@ -164,7 +164,7 @@ def test_gradients_beyond_the_memory_are_refused(monkeypatch, capsys, tmp_path):
 def test_every_part_of_the_reference_has_a_baseline():
     """Whatever number is asked for: as many in each part, two at least, and 8 parts where they suffice."""
     for asked in range(4, 70):
-        size, count = sampling._part_size(asked), sampling._parted(asked)
+        size, count = sampling._parted(asked)
         (parts,) = sampling._parts([list(range(count))], size)
         assert {len(part) for part in parts} == {size} and asked <= count < asked + size and size >= 2
         assert 2 <= len(parts) <= sampling.PARTS and (asked % 8 or asked < 16 or len(parts) == 8)

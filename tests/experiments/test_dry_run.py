@@ -7,9 +7,8 @@ import os
 import pytest
 
 from experiments.config import MODELS, compose, presets
-from experiments.run import offline
-from experiments.run.balance import balances
-from experiments.run.dry_run import plan
+from experiments.run import dry_run
+from experiments.run.dry_run import balances, plan
 from experiments.run.memory_check import check_fits
 from experiments.run.workload import GIB, planned
 from upge.errors import ConfigError, DataError, ModelError, UserError
@@ -27,12 +26,12 @@ def no_hub(monkeypatch):
         raise DataError(f"data.hub: '{name}' could not be loaded") from ConnectionError("no route to the hub")
 
     def local(path, overrides=None):
-        if path in offline.KNOWN:
+        if path in dry_run.KNOWN:
             raise ModelError(f"model.path={path}: neither a folder nor a model that can be found here")
         return read_config(path, overrides)
 
     monkeypatch.setattr("upge.data.table.read_hub", unreachable)
-    monkeypatch.setattr(offline, "read_config", local)
+    monkeypatch.setattr(dry_run, "read_config", local)
 
 
 def section(text: str, head: str) -> str:

@@ -10,8 +10,8 @@ import torch
 
 import algorithms
 from experiments.config import MODELS, compose
-from experiments.run import offline
-from experiments.run.balance import balances
+from experiments.run import dry_run
+from experiments.run.dry_run import balances
 from experiments.run.memory import ModelShape
 from experiments.run.memory_check import outlook
 from experiments.run.workload import GIB, planned
@@ -32,11 +32,11 @@ def no_cache(monkeypatch):
     """Whatever models this machine has."""
 
     def local(path, overrides=None):
-        if path in offline.KNOWN:
+        if path in dry_run.KNOWN:
             raise ModelError(f"model.path={path}: neither a folder nor a model that can be found here")
         return read_config(path, overrides)
 
-    monkeypatch.setattr(offline, "read_config", local)
+    monkeypatch.setattr(dry_run, "read_config", local)
 
 
 def shape(name: str, dtype: str = "bfloat16") -> ModelShape:
@@ -68,16 +68,16 @@ def test_the_shipped_configurations_are_small_and_have_the_published_positions()
         if "llama" in name:
             scaling = [rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor")]
             assert scaling == [8.0, 1.0, 4.0] and rope["original_max_position_embeddings"] == 8192
-    assert set(offline.KNOWN.values()) == set(SIZES)
+    assert set(dry_run.KNOWN.values()) == set(SIZES)
     known = {compose([f"model={name}"]).config.model.path for name in SIZES}
-    assert known == set(offline.KNOWN)
+    assert known == set(dry_run.KNOWN)
 
 
 # Memory.
 
 
 def expected_memory(*arguments: str):
-    composed, _ = offline.with_known_models(compose(list(arguments)))
+    composed, _ = dry_run.with_known_models(compose(list(arguments)))
     return outlook(composed, planned(composed.config.hardware))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments.config import compose, presets
-from experiments.run.balance import balance, balances
+from experiments.run.dry_run import balance, balances
 from upge import Trajectories
 
 ROOT = Path(__file__).parents[2]

@@ -16,13 +16,12 @@ from pathlib import Path
 import pytest
 
 from experiments.cli import BAD_INPUT
-from experiments.sweep.__main__ import main
+from experiments.sweep.__main__ import main, report
 from experiments.sweep.collect import measure_names, write_csv
 from experiments.sweep.execute import SOME_FAILED
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import load
-from experiments.sweep.tables import difference_grid, figure, mean_grid
-from experiments.sweep.write import blocks, metric_curves, report
+from experiments.sweep.tables import blocks, difference_grid, figure, mean_grid, metric_curves
 from upge.errors import ConfigError
 
 TINY = [

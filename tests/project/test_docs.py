@@ -13,7 +13,7 @@ import upge
 from experiments import config
 from experiments.describe import __main__ as describe
 from experiments.describe import keys, words
-from experiments.run.help import help_text
+from experiments.run.__main__ import help_text
 from upge.config import meanings
 from upge.train.config import RunConfig
 
