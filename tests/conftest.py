@@ -14,7 +14,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 #: Files that take longest, without `test_` and `.py`. Several processes take them first, so that all end together.
 LONGEST = (
     *("run", "trains", "rollout", "improves", "update", "sweep", "evaluate", "theory_symbolic", "models", "critic"),
-    *("learner", "engine", "pulls", "diagnose", "logprobs", "optimised", "bad_input"),
+    *("learner", "engine", "term_gradients", "diagnose", "logprobs", "optimised", "bad_input"),
 )
 
 

@@ -99,6 +99,5 @@ class TokenLoss(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "the gradient of this loss was already used; compute the loss again"
-        if by_loss != 1.0:
-            gradients = [g if g is None else g.mul_(by_loss) for g in gradients]
-        return *gradients, None, None, None, None, None
+        # Also by 1: to read the number would wait for the device.
+        return *(g if g is None else g.mul_(by_loss) for g in gradients), None, None, None, None, None

@@ -172,6 +172,8 @@ def settings(dtype: str, world: World, max_grad_norm: float = 0.0) -> dict[str, 
         "bf16": {"enabled": dtype == "bfloat16"},
         # Otherwise a bfloat16 model's gradients would add up in bfloat16, where late micro-batches are rounded away.
         "data_types": {"grad_accum_dtype": "fp32"},
+        # So would the ranks' gradients.
+        "communication_data_type": "fp32",
         "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
