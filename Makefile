@@ -10,10 +10,12 @@ JOBS ?= 2
 export VENV PYTHON ENGINE TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test lint bench peers docs results
+# Tests of the CPU set whose libraries are others in the CUDA set.
+STACK := $(addprefix tests/upge/train/test_,engine.py packing.py term_gradients.py learner.py)
+.PHONY: help env run test test-gpu-stack lint bench peers docs results
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 	@echo 'Pass arguments with ARGS, as in: make run ARGS="algo=grpo steps=20"'
 
 env:  ## create or update the environment in .venv
@@ -24,6 +26,10 @@ run: env  ## train; default: the small model on arithmetic, about five minutes o
 
 test: env  ## run the tests, JOBS files at a time (2)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-gpu-stack:  ## test the calls of the CUDA packages, without a GPU: 11 GB in .venv-gpu, five minutes
+	@ENGINE=gpu VENV=.venv-gpu bash requirements/install.sh
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu .venv-gpu/bin/python -m pytest tests/gpu_stack $(STACK) $(ARGS)
 
 lint: env  ## check style, format, types and layers
 	$(VENV)/bin/python -m ruff check

@@ -150,6 +150,12 @@ def add_user_folder() -> None:
             sys.path.append(folder)
 
 
+def launcher(ranks: int) -> list[str]:
+    """The start of a command line `python -m MODULE ...` with this number of ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return [sys.executable, *(torchrun if ranks > 1 else [])]
+
+
 def child_environment() -> dict[str, str]:
     """Environment variables with which `python -m experiments.NAME` finds this package in any current folder."""
     entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)

@@ -22,7 +22,7 @@ import torch
 
 from experiments.bench.loss import Shape, made
 from experiments.bench.measure import FEWEST_ROUNDS, Spread, peak, rotated, verdict
-from experiments.cli import ROOT
+from experiments.cli import ROOT, launcher
 from experiments.grid import markdown_table
 from upge.errors import ConfigError
 
@@ -102,10 +102,7 @@ def launched(point: Point) -> Measurement:
         ConfigError: the process failed; the message has the end of its output.
     """
     probe = ["experiments.bench.growth", json.dumps(dataclasses.asdict(point))]
-    command = [sys.executable, "-m", *probe]
-    if point.ranks > 1:
-        ranks = ["--standalone", "--nproc_per_node", str(point.ranks)]
-        command = [sys.executable, "-m", "torch.distributed.run", *ranks, "-m", *probe]
+    command = [*launcher(point.ranks), "-m", *probe]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]

@@ -29,7 +29,7 @@ from upge.errors import ConfigError, DataError, ModelError
 from upge.measure.contributions import pass_rate
 from upge.measure.pool import Group, Pool, deal
 from upge.models import local_path
-from upge.models.loading import check_loaded, read_config
+from upge.models.loading import check_loaded, has_cuda, read_config
 from upge.rollout import Sampler, Sampling
 from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.config import ModelConfig
@@ -101,7 +101,7 @@ def load_model(model: ModelConfig) -> torch.nn.Module:
         raise ModelError(f"model.path: '{model.path}' cannot be loaded: {str(error).splitlines()[0]}") from error
     network, loading_info = loaded
     check_loaded(model.path, loading_info)
-    return network.to("cuda" if torch.cuda.is_available() else "cpu")
+    return network.to("cuda" if has_cuda() else "cpu")
 
 
 def _policies(chosen: Chosen, scratch: Path) -> Iterator[Policy]:

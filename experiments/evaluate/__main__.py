@@ -137,14 +137,14 @@ def _how(chosen: Any) -> dict[str, Mapping[str, Any]]:
 
 def _facts(chosen: Any, prepared: Any, arguments: Sequence[str], sampler: Any = None) -> dict[str, Any]:
     """run.json: how this evaluation was made; without a sampler nothing was sampled."""
-    import torch
+    from upge.models.loading import has_cuda
 
     return {
         "command": command("experiments.evaluate", arguments),
         "started": now(),
         "names": dict(chosen.names),
         "seed": chosen.config.seed,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": "cuda" if has_cuda() else "cpu",
         "machine": machine(),
         "engine": sampler and sampler.name,
         "engine_reason": sampler and sampler.reason,

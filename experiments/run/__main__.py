@@ -14,10 +14,11 @@ from upge.train.distributed import connect, launched_rank, leave
 
 USAGE = """\
 Usage: python -m experiments.run [algo=NAME] [correction=NAME] [model=NAME] [data=NAME] [recipe=NAME] [key=value ...]
-       [--dry-run]
+       [gpus=N] [--dry-run]
 
 Trains a model and leaves a folder with config.yaml, metrics.jsonl, evaluations.jsonl, rollouts/, checkpoints/, final/
-and report.html. Several processes: torchrun --nproc_per_node N -m experiments.run ..., or deepspeed --num_gpus N.
+and report.html. gpus=N starts one process for each of N GPUs of this machine with torchrun. On several machines start
+torchrun yourself: torchrun --nnodes 2 --nproc_per_node 8 ... -m experiments.run ...
 --dry-run builds everything except the weights. It prints the configuration, formula, prompt, work per step and memory
 per rank, and refuses a run that cannot fit.
 """
@@ -39,10 +40,12 @@ def _run(arguments: list[str]) -> int:
     with cli.collector_paused():
         from experiments.config import compose
         from experiments.run.dry_run import plan
+        from experiments.run.launch import check_gpus, on_gpus
         from experiments.run.memory_check import check_fits
         from experiments.run.prepare import prepare, with_local_models
         from experiments.run.train import train
 
+        arguments = on_gpus(arguments, given["--dry-run"])
         composed = with_local_models(compose(arguments))
         if given["--dry-run"]:
             text = plan(composed)
@@ -50,10 +53,12 @@ def _run(arguments: list[str]) -> int:
                 print(text)
             return cli.DONE
         prepared = prepare(composed)
-        notes = check_fits(composed)
+        notes = (*prepared.notes, *check_gpus(composed, arguments), *check_fits(composed))
         world = connect()
+        # Of all ranks the main one chooses the folder; another rank may have seen it there already.
+        folder, continues = world.broadcast((prepared.folder, prepared.continues))
     try:
-        code = train(composed, replace(prepared, notes=(*prepared.notes, *notes)), world)
+        code = train(composed, replace(prepared, notes=notes, folder=folder, continues=continues), world)
     except UserError as error:
         # Before the ranks are connected all of them raise the same error; afterwards errors may differ between ranks.
         cli.print_error(error, world.rank if world.size > 1 else None)

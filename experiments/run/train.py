@@ -48,6 +48,7 @@ class Progress:
 def train(composed: Any, prepared: Any, world: World) -> int:
     """Trains, evaluates and writes the report; returns the exit code."""
     from experiments.run.dry_run import in_print
+    from experiments.run.launch import check_shared
     from experiments.run.prepare import verifier_pool
     from upge.evaluation.evaluator import training_accuracy
     from upge.rollout.verified_sampling import VerifiedSampler
@@ -84,7 +85,7 @@ def train(composed: Any, prepared: Any, world: World) -> int:
                 folder.rewind(resume_from if resume_from is not None else -1)
             facts = _facts(composed, world, sampler, models.policy, resume_from or 0)
             folder.start(composed.tree, facts, prepared.continues)
-        world.barrier()
+        check_shared(folder, world)
         if prepared.continues:
             say(f"continuing {folder.path} from step {resume_from or 0}")
         with progress:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError
+from upge.models.loading import has_cuda
 from upge.train.config import HardwareConfig, RunConfig
 from upge.train.distributed import world_size
 
@@ -54,7 +55,7 @@ def planned(hardware: HardwareConfig) -> Machine:
     import psutil
     import torch
 
-    has_gpus = torch.cuda.is_available()
+    has_gpus = has_cuda()
     ranks = hardware.gpus or world_size()
     stated = [f"hardware.{name}" for name in ("gpus", "memory") if getattr(hardware, name)]
     origin = f"as {' and '.join(stated)} say" if len(stated) > 1 else f"as {stated[0]} says" if stated else "as found"

@@ -21,6 +21,7 @@ from experiments.evaluate.prepare import choose
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import Planned, Sweep, text
 from upge.errors import ConfigError
+from upge.models.loading import has_cuda
 
 #: Exit code if some runs failed.
 SOME_FAILED = 4
@@ -64,7 +65,7 @@ def _execute(folder: SweepFolder, lock: int) -> int:
     for planned in folder.sweep.runs:
         if adopted := folder.adopt(planned):
             print(f"{planned.slug}: copied from {adopted}, which has the same settings", flush=True)
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count() if has_cuda() else 0
     slots = Slots.of(config.jobs, config.gpus_per_run, gpus, os.cpu_count() or 1)
     left = [planned for planned in folder.sweep.runs if not folder.is_done(planned)]
     jobs = []
@@ -223,7 +224,7 @@ class JobPool:
         job.log.parent.mkdir(parents=True, exist_ok=True)
         with job.log.open("a", encoding="utf-8") as log:
             for place, (module, arguments) in enumerate(job.modules):
-                command = [*launcher(job.ranks if place == 0 else 1), "-m", module, *arguments]
+                command = [*cli.launcher(job.ranks if place == 0 else 1), "-m", module, *arguments]
                 print(f"{COMMAND_PREFIX}{files.command(module, arguments)}", file=log, flush=True)
                 with self._lock:
                     if self.stopped:
@@ -259,12 +260,6 @@ class JobPool:
         # Under nohup a sweep must survive its terminal.
         numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
         return cli.signals_handled(numbers, lambda number, frame: self.stop(number))
-
-
-def launcher(ranks: int) -> list[str]:
-    """The start of a command with this number of ranks."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return [sys.executable, *(torchrun if ranks > 1 else [])]
 
 
 def last_message(log: Path) -> str:

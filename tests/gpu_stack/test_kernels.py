@@ -39,7 +39,7 @@ def policy(request: pytest.FixtureRequest) -> PackedPolicy:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int, int]]]:
-    """Tensors without data, nothing compiled; the (packed tokens, query heads, key heads) of each call of the kernel."""
+    """Tensors without data and no compilation; (packed tokens, query heads, key heads) of each call of the kernel."""
     import torch.nn.attention.varlen as kernel
 
     calls: list[tuple[int, int, int]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -140,6 +141,29 @@ def _hub_answers() -> bool:
     except OSError:
         return False
     return True
+
+
+#: There if an NVIDIA driver is loaded.
+_NVIDIA_DEVICE, _NVIDIA_DRIVER = Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version")
+
+
+def has_cuda() -> bool:
+    """Whether models run on CUDA; without a GPU, or with CUDA_VISIBLE_DEVICES set to nothing, on the CPU.
+
+    Raises:
+        ConfigError: there is an NVIDIA GPU that torch cannot use. A run would silently take the CPU.
+    """
+    if torch.cuda.is_available():
+        return True
+    if not _NVIDIA_DEVICE.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    driver = re.search(r"\b\d{3}\.[\d.]+", _NVIDIA_DRIVER.read_text()) if _NVIDIA_DRIVER.exists() else None
+    shown = f"driver {driver[0]}" if driver else "driver of unknown version"
+    fix = "install driver 580 or newer" if torch.version.cuda else "run `make env ENGINE=gpu`"
+    raise ConfigError(
+        f"this machine has an NVIDIA GPU ({shown}) that torch {torch.__version__} (CUDA {torch.version.cuda}) cannot "
+        f"use; {fix}, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+    )
 
 
 def choose_dtype(dtype: str, device: str) -> torch.dtype:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from upge.errors import ConfigError, nearest
-from upge.models.loading import ModelConfig, choose_max_length, read_config, too_small_for_vllm
+from upge.models.loading import ModelConfig, choose_max_length, has_cuda, read_config, too_small_for_vllm
 from upge.rollout.base import Arrived, Rollout, Sampler, Sampling
 
 __all__ = ["Arrived", "Rollout", "Sampler", "Sampling", "load"]
@@ -58,7 +58,7 @@ def load(
     """
     if engine not in ENGINES:
         raise ConfigError(f"rollout.engine={engine}: {nearest(engine, ENGINES)}")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    device = torch.device(device or ("cuda" if has_cuda() else "cpu")).type
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError(
             f"rollout.engine={engine}: transformers, which every engine needs, is not installed; "

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from upge.models.loading import has_cuda
+
 _T = TypeVar("_T")
 
 
@@ -65,6 +67,11 @@ class World:
             dist.barrier(group=self.group)
 
 
+def is_launched() -> bool:
+    """Whether a launcher such as torchrun started this process."""
+    return "RANK" in os.environ
+
+
 def world_size() -> int:
     """The number of processes that the launcher started; known before they are connected."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -76,8 +83,12 @@ def launched_rank() -> int:
 
 
 def connect() -> World:
-    """Joins the process group, through DeepSpeed, which needs it even for one process."""
-    cuda = torch.cuda.is_available()
+    """Joins the process group, through DeepSpeed, which needs it even for one process.
+
+    Raises:
+        ConfigError: there is a GPU that torch cannot use.
+    """
+    cuda = has_cuda()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if world_size() == 1:
