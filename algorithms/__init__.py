@@ -19,7 +19,7 @@ from algorithms.compose import CORRECTION, algorithm_slots, check_names, compose
 from upge.algorithm import Algorithm
 from upge.config import parse, plain, split
 from upge.errors import ConfigError, nearest
-from upge.instantiate import TARGET
+from upge.instantiate import TARGET, locate
 from upge.pipeline import Pipeline
 
 FOLDER = Path(__file__).parent
@@ -256,6 +256,7 @@ def _check_target(tree: DictConfig, key: str, value: Any, where: str) -> None:
     if not isinstance(node, DictConfig) or node.get(TARGET) in (None, value):
         return
     settings = sorted(str(k) for k in node if k != TARGET)
+    locate(value, where)
     if settings:
         raise ConfigError(
             f"{where}: {value} instead of {node[TARGET]} would keep its settings ({', '.join(settings)}); "

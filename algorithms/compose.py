@@ -68,7 +68,7 @@ def _corrected(algorithm: Algorithm | Pipeline, corrections: Mapping[str, Any]) 
         except NotApplicable as error:
             raise ConfigError(f"{CORRECTION}: '{key}' cannot be applied to {algorithm.name}: {error.reason}") from error
         except ConfigError as error:
-            raise ConfigError(f"{CORRECTION}.{key}: {error}") from error
+            raise error.under(f"{CORRECTION}.{key}") from error
         if not isinstance(corrected, type(algorithm)):
             raise ConfigError(
                 f"{CORRECTION}.{key}: {type(correction).__name__} returned {corrected!r}; its `apply` must return the "
@@ -113,7 +113,7 @@ def _algorithm(tree: Any, name: str, path: str) -> Algorithm:
     try:
         return Algorithm(name, terms, extra, str(tree.get("description") or ""), **optional)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise error.under(path) from error
 
 
 def _nested(tree: Any, fallback: str, path: str) -> Algorithm:

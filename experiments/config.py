@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 import algorithms
 from upge.algorithm import Algorithm
-from upge.config import defaults, from_tree, parse, split
+from upge.config import RENAMED_KEYS, defaults, from_tree, parse, split
 from upge.errors import ConfigError, nearest
 from upge.evaluation.suite import BenchmarkConfig, SuiteConfig
 from upge.pipeline import Pipeline
@@ -82,7 +82,13 @@ def compose(arguments: Sequence[str]) -> Composed:
         ConfigError: an unknown key, name or value, by its key.
     """
     items = [split(argument) for argument in arguments]
-    chosen = {key: value for key, value in items if key in GROUPS}
+    chosen: dict[str, str] = {}
+    for key, value in items:
+        if key in GROUPS and key in chosen:
+            several = f"; give correction=[{chosen[key]},{value}]" if key == "correction" else ""
+            raise ConfigError(f"{key}: given twice ({chosen[key]}, {value}){several}")
+        if key in GROUPS:
+            chosen[key] = value
     recipe = read_recipe(chosen["recipe"]) if chosen.get("recipe") else Recipe()
     names = {group: chosen.get(group) or recipe.names.get(group, default) for group, default in GROUPS.items()}
     # An empty `correction=` on the command line removes the recipe's corrections.
@@ -97,6 +103,9 @@ def compose(arguments: Sequence[str]) -> Composed:
         OmegaConf.update(tree, f"data.{key}", recipe.tree["data"][key], merge=False, force_add=True)
     overrides = []
     for key, value in items:
+        if key == "algo.name" or key.startswith("algo.correction."):
+            fix = "an algorithm is chosen by algo=NAME" if key == "algo.name" else f"write {key.removeprefix('algo.')}"
+            raise ConfigError(f"{key}: is not a setting of the algorithm; {fix}")
         if key.startswith("algo.") and key != "algo.":
             overrides.append(f"{key.removeprefix('algo.')}={value}")
         elif key.startswith("correction."):
@@ -213,7 +222,11 @@ def _set(tree: DictConfig, key: str, value: str) -> DictConfig:
     free = head == "data" or key.startswith("model.overrides.")
     try:
         if not free and OmegaConf.select(tree, key, default=_ABSENT) is _ABSENT:
-            raise ConfigError(f"{key}: unknown key; {nearest(key, known_keys())}")
+            renamed = RENAMED_KEYS.get(key)
+            hint = f"it was renamed; write {renamed}" if renamed else nearest(key, known_keys())
+            if head in tree.algo:
+                hint = f"did you mean 'algo.{key}'?"
+            raise ConfigError(f"{key}: unknown key; {hint}")
         # A string value is taken literally, because a template's braces are not YAML.
         is_text = not free and isinstance(OmegaConf.select(tree, key), str)
         parsed = value if is_text else parse(key, value)

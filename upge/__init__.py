@@ -35,7 +35,7 @@ from upge.term import Term
 from upge.trajectories import Trajectories
 from upge.views import PackedTokens
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     *_components.__all__,
     "Algorithm",

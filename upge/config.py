@@ -21,6 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from upge.checks import mismatch
 from upge.errors import ConfigError, nearest
 
+#: Old → new dotted names of renamed settings.
+RENAMED_KEYS = {"data_policy.demonstrated": "data_policy.demonstrated_prompts"}
+
 
 @dataclass(frozen=True)
 class Range:
@@ -111,7 +114,9 @@ def from_tree(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:
     for name, value in tree.items():
         where = f"{path}.{name}" if path else str(name)
         if name not in hints:
-            raise ConfigError(f"unknown key; {nearest(str(name), hints)}", where)
+            renamed = RENAMED_KEYS.get(where)
+            hint = f"it was renamed; write {renamed}" if renamed else nearest(str(name), hints)
+            raise ConfigError(f"unknown key; {hint}", where)
         if dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, Mapping):
                 inner = ", ".join(f.name for f in dataclasses.fields(hints[name]))

@@ -18,7 +18,7 @@ from torch import Tensor
 from upge.components.advantage import GROUP_COLUMNS
 from upge.components.base import REACHES, Component, Precomputed
 from upge.errors import ConfigError
-from upge.formula import Formula, times
+from upge.formula import Formula, tex, times
 from upge.views import TrajectoryView, View, masked_mean
 
 #: Pass rates are multiples of 1/n. The tolerance keeps a threshold such as 1/3 from missing them by rounding.
@@ -72,7 +72,7 @@ class ConstantGate(Gate):
         return self.coefficient
 
     def formula(self) -> Formula:
-        return Formula(f"{self.coefficient:g}", f"{self.coefficient:g}")
+        return Formula(f"{self.coefficient:g}", tex(self.coefficient))
 
 
 class _PassRateGate(Gate):

@@ -63,9 +63,10 @@ def locate(name: Any, path: str) -> Any:
     """
     if not isinstance(name, str) or not all(name.split(".")) or "." not in name:
         raise ConfigError(f"{path}: found {name!r}, expected a dotted path such as upge.NoMask or my_file.MyMask")
-    if name in RENAMED:
-        raise ConfigError(f"{path}: '{name}' was renamed; write {RENAMED[name]}")
     module_name, _, attribute = name.rpartition(".")
+    # The module is of no importance: upge.gates.Always is upge.Always.
+    if name.startswith("upge.") and (new := RENAMED.get(f"upge.{attribute}")):
+        raise ConfigError(f"{path}: '{name}' was renamed; write {new}")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # a user's file may fail in any way
@@ -78,7 +79,8 @@ def locate(name: Any, path: str) -> Any:
             f"{path}: importing {module_name} failed: {type(error).__name__}: {error}{_line(error)}; fix that file"
         ) from error
     if not hasattr(module, attribute):
-        public = [n for n in dir(module) if not n.startswith("_")]
+        own = [n for n, value in vars(module).items() if getattr(value, "__module__", None) == module_name]
+        public = getattr(module, "__all__", None) or [n for n in own if not n.startswith("_")]
         raise ConfigError(f"{path}: '{module_name}' has no '{attribute}'; {nearest(attribute, public)}")
     return getattr(module, attribute)
 
@@ -107,7 +109,7 @@ def _call(node: Mapping[str, Any], path: str) -> Any:
     try:
         return target(**arguments)
     except UserError as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise error.under(path) from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}: {node[TARGET]} refused its settings: {error}") from error
 

@@ -19,7 +19,7 @@ from upge.components.base import AdvantageEstimator, Component
 from upge.components.returns import KLKind, kl_value
 from upge.components.shaping import Whitened
 from upge.errors import ConfigError
-from upge.formula import Formula
+from upge.formula import Formula, tex
 from upge.reduction import Reduction, TokenMean
 from upge.trajectories import Source
 from upge.views import TokenView, TrajectoryView, View
@@ -41,6 +41,11 @@ class Regularizer(Component):
     coefficient: float
     reduction: Reduction
     source: Source
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.coefficient):
+            raise ConfigError(f"{type(self).__name__}.coefficient: {self.coefficient} must be finite")
 
     @abstractmethod
     def __call__(self, batch: View) -> Float[Tensor, "*shape"]:
@@ -68,8 +73,8 @@ class EntropyBonus(Regularizer):
         return -batch.entropies
 
     def formula(self) -> Formula:
-        (text, latex), size = _sign(self.coefficient), f"{abs(self.coefficient):g}"
-        return Formula(f"{text} {size}·∇H", rf"{latex}{size}\,\nabla H")
+        (text, latex), size = _sign(self.coefficient), abs(self.coefficient)
+        return Formula(f"{text} {size:g}·∇H", rf"{latex}{tex(size)}\,\nabla H")
 
 
 @dataclass(frozen=True)
@@ -96,10 +101,10 @@ class KLPenalty(Regularizer):
         return kl_value(batch.reference_logprobs.detach() - batch.logprobs, self.kind)
 
     def formula(self) -> Formula:
-        (text, latex), size = _sign(-self.coefficient), f"{abs(self.coefficient):g}"
+        (text, latex), size = _sign(-self.coefficient), abs(self.coefficient)
         return Formula(
-            f"{text} {size}·∇{self.kind}(π_θ, π_frozen)",
-            rf"{latex}{size}\,\nabla\mathrm{{{self.kind}}}(\pi_\theta,\pi_{{frozen}})",
+            f"{text} {size:g}·∇{self.kind}(π_θ, π_frozen)",
+            rf"{latex}{tex(size)}\,\nabla\mathrm{{{self.kind}}}(\pi_\theta,\pi_{{frozen}})",
         )
 
 

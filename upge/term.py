@@ -12,7 +12,7 @@ from upge.checks import check_fields
 from upge.components.base import Component
 from upge.errors import ConfigError
 from upge.estimator import UnifiedGradient
-from upge.formula import Formula
+from upge.formula import Formula, tex
 from upge.gates import Gate
 from upge.reduction import Reduction
 from upge.trajectories import Source, Trajectories
@@ -66,7 +66,7 @@ class Term:
     def formula(self) -> Formula:
         """The formula of the term's sum."""
         gate, w, product = self.gate.formula(), self.reduction.formula(), self.estimator.formula()
-        coefficient = Formula(f"{self.coefficient:g}", f"{self.coefficient:g}")
+        coefficient = Formula(f"{self.coefficient:g}", tex(self.coefficient))
         weights = [factor for factor in (coefficient, gate) if factor.text != "1"] + [w]
         total = _SUMS[self.source]
         text = " · ".join(factor.text for factor in weights)

@@ -34,7 +34,9 @@ FROM_RUN = ("dtype", "template", "system", "instruction", "opening")
 class EngineConfig(Settings):
     """The engine that responses are sampled with."""
 
-    engine: Literal["auto", "vllm", "transformers"] = key("auto", "inference engine; auto takes vllm where installed")
+    engine: Literal["auto", "vllm", "transformers"] = key(
+        "auto", "inference engine; auto takes vllm where installed, except for small models on a CPU"
+    )
     memory_fraction: float = key(0.4, "share of a GPU's memory for the vLLM engine", above=0, maximum=1)
 
 

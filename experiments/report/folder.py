@@ -12,6 +12,7 @@ from yaml import YAMLError
 
 from experiments.grid import number
 from upge.errors import DataError, UserError
+from upge.train import folder as train_folder
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def read_run(run_dir: str | Path) -> RunFolder:
             "give the folder that was named as output= of the run"
         )
     notes: list[str] = []
+    _ = train_folder.RunFolder(path).facts  # refuses the folder of another version
     config, config_text = _read_config(path / "config.yaml")
     metrics = _by_step(_read_lines(path / "metrics.jsonl", notes))
     evaluations = _by_step(_read_lines(path / "evaluations.jsonl", notes))

@@ -229,7 +229,11 @@ class Balance:
     def __str__(self) -> str:
         if self.ratio is None:
             sources = [n for n, w in (("rollouts", self.rollouts), ("demonstrations", self.demonstration)) if w]
-            return f"a step learns from {sources[0]} alone" if sources else "a step learns nothing from such a prompt"
+            return (
+                f"a step learns from {sources[0]} alone"
+                if sources
+                else "such prompts do not contribute to the gradient"
+            )
         return (
             f"rollouts : demonstration = {self.rollouts:.4g} : {self.demonstration:.4g} = {self.ratio:.4g}\n"
             f"(Σ|weight| of a prompt with {self.right} of {self.group_size} rollouts right, {self.tokens:,} tokens per "

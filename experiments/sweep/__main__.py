@@ -18,6 +18,7 @@ from experiments import cli, files
 from experiments.compare.load import load as load_evaluations
 from experiments.drawing import inline, render
 from experiments.grid import Grid, markdown, markdown_text, print_grid
+from experiments.run.workload import counted
 from experiments.sweep import collect, execute, tables
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import Sweep, SweepConfig, load, names
@@ -60,7 +61,7 @@ def _sweep(arguments: Sequence[str], flags: dict[str, bool]) -> int:
     folder = SweepFolder(sweep)
     execute.check(sweep)
     folder.check()
-    print(f"{sweep.config.title or sweep.name}: {len(sweep.runs)} runs → {folder.path}", flush=True)
+    print(f"{sweep.config.title or sweep.name}: {counted(len(sweep.runs), 'run')} → {folder.path}", flush=True)
     if flags["--dry-run"]:
         for planned in sweep.runs:
             state = "done" if folder.is_done(planned) else "trained" if folder.is_trained(planned) else "to do"
@@ -82,10 +83,12 @@ def _chosen(sweep: Sweep, flags: dict[str, bool]) -> tuple[Sweep, int]:
         raise ConfigError(f"output: {sweep.folder} is also that of sweep={name}, which is run first; give another")
     # The runs in the folder must have the settings that this sweep has now.
     folder.check()
-    undone = [planned for planned in first.runs if not folder.is_done(planned)]
-    if undone and (flags["--dry-run"] or flags["--report"]):
-        raise ConfigError(f"choose: sweep={name} in {folder.path} has {len(undone)} runs to do; run it first")
-    if undone:
+    unfinished = [planned for planned in first.runs if not folder.is_done(planned)]
+    if unfinished and (flags["--dry-run"] or flags["--report"]):
+        raise ConfigError(
+            f"choose: sweep={name} in {folder.path} has {counted(len(unfinished), 'run')} to do; run it first"
+        )
+    if unfinished:
         code = _sweep([f"sweep={name}", f"output={folder.path}", *passed], dict.fromkeys(flags, False))
         if code:
             return sweep, code

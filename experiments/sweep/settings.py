@@ -154,6 +154,8 @@ def load(arguments: Sequence[str]) -> Sweep:
     """
     items = [split(argument) for argument in arguments]
     name, given = dict(items).get("sweep", ""), [item for item in items if item[0] != "sweep"]
+    if not items:
+        raise ConfigError(f"sweep: missing; give sweep=NAME ({', '.join(names())}), or grid=... and variants=...")
     tree = _file(name) if name else {}
     for item in given:
         _set(tree, *item)

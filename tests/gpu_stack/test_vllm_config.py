@@ -48,9 +48,9 @@ def check(made: Any, composed: Composed) -> None:
     assert made.parallel_config.world_size == 1
     for name, value in config.model.overrides.items():
         assert read(made.model_config.hf_config, name) == value
-    # A prompt and its group fit into one step of the scheduler, and a response is never longer than the model allows.
+    # A step of the scheduler takes a whole prompt, and the responses of a group are sampled together.
     assert made.scheduler_config.max_num_batched_tokens >= config.rollout.max_prompt_tokens
-    assert made.scheduler_config.max_num_seqs * pretended.GIB > 0
+    assert made.scheduler_config.max_num_seqs >= config.group_size
 
 
 def read(config: Any, name: str) -> object:
@@ -63,6 +63,8 @@ def read(config: Any, name: str) -> object:
 @pytest.mark.parametrize("preset", presets("model"))
 def test_presets(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     composed = compose(["algo=hpt", f"model={preset}", "rollout.engine=vllm"])
+    if composed.config.model.path.endswith(".gguf"):
+        pytest.skip("the file of this preset comes with a package that is not in the CUDA set")
     check(configuration(composed, monkeypatch), composed)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from upge.components.base import AdvantageEstimator, TokenReward
 from upge.errors import ConfigError
-from upge.formula import Formula
+from upge.formula import Formula, tex
 from upge.views import TrajectoryView
 
 KLKind = Literal["k1", "k2", "k3"]
@@ -78,7 +78,7 @@ class KLPenalizedReward(TokenReward):
         inner = self.reward.formula()
         return Formula(
             f"{inner.text} − {self.coefficient:g}·{self.kind}(π_old, π_frozen)",
-            rf"{inner.latex}-{self.coefficient:g}\,\mathrm{{{self.kind}}}(\pi_{{old}},\pi_{{frozen}})",
+            rf"{inner.latex}-{tex(self.coefficient)}\,\mathrm{{{self.kind}}}(\pi_{{old}},\pi_{{frozen}})",
         )
 
 

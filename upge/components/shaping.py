@@ -14,7 +14,7 @@ from torch import Tensor
 from upge.components.base import AdvantageEstimator, Component, walk
 from upge.components.returns import KLKind, kl_value
 from upge.errors import ConfigError
-from upge.formula import Formula
+from upge.formula import Formula, tex
 from upge.views import TokenView, TrajectoryView
 
 
@@ -39,6 +39,11 @@ class KLShaped(AdvantageEstimator):
     future: bool = False
     reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "reference_logprobs"})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.coefficient):
+            raise ConfigError(f"KLShaped.coefficient: {self.coefficient} must be finite")
+
     @property
     def reach(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride] - follows from a setting
         """'trajectory' with `future`, which reads later tokens, else 'token'."""
@@ -58,7 +63,7 @@ class KLShaped(AdvantageEstimator):
         sums = ("Σ_{k≥t} ", r"\sum_{k\ge t}") if self.future else ("", "")
         return Formula(
             f"[{inner.text} − {self.coefficient:g}·{sums[0]}{text}]",
-            rf"\left[{inner.latex}-{self.coefficient:g}{sums[1]}{latex}\right]",
+            rf"\left[{inner.latex}-{tex(self.coefficient)}{sums[1]}{latex}\right]",
         )
 
 

@@ -10,6 +10,7 @@ applies to nothing, it raises `NotApplicable` with the reason. To write your own
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -32,6 +33,7 @@ from upge.corrections.base import (
     with_regularizer,
     wrap,
 )
+from upge.errors import ConfigError
 from upge.gates import Gate, PassRateBetween, ProductOf
 from upge.reduction import Reduction, TokenMean
 from upge.regularizers import EntropyBonus, KLPenalty
@@ -165,7 +167,8 @@ class DualClip(Correction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        PPOClip(dual=self.dual)  # checks the setting
+        if not 1 < self.dual < math.inf:
+            raise ConfigError(f"{self.dual} must be above 1 and finite; 3 is customary", "dual")
 
     def apply(self, algorithm: Algorithm) -> Algorithm:
         clips = [
@@ -178,7 +181,9 @@ class DualClip(Correction):
             raise NotApplicable("it has no PPOClip")
         for clip in clips:
             if clip.dual is not None:
-                raise NotApplicable(f"its upge.PPOClip already has dual: {clip.dual}; change that by an override")
+                raise NotApplicable(
+                    f"its upge.PPOClip already has dual: {clip.dual}; override that setting of the algorithm"
+                )
 
         def clipped(part: Component) -> Component:
             return replace(part, dual=self.dual) if isinstance(part, PPOClip) else part

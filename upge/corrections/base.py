@@ -121,7 +121,8 @@ def with_regularizer(algorithm: Algorithm, name: str, part: Regularizer) -> Algo
     rollout_terms(algorithm)
     if name in algorithm.regularizers:
         raise NotApplicable(
-            f"regularizers.{name} already exists; change that by algo.regularizers.{name}.SETTING=VALUE"
+            f"regularizers.{name} already exists; change its settings instead "
+            f"(algo.regularizers.{name}.SETTING=VALUE, or those of the correction that added it)"
         )
     return replace(algorithm, regularizers={**algorithm.regularizers, name: part})
 
@@ -135,7 +136,10 @@ def check_all_absent(algorithm: Algorithm, slot: str, kind: type[Component]) -> 
 def check_absent(part: Component, kind: type[Component], place: str) -> None:
     """Refuse a part that is, or wraps, a `kind`, because the correction would apply twice."""
     if any(isinstance(inner, kind) for _, inner in walk(part, place)):
-        raise NotApplicable(f"{place} already has upge.{kind.__name__}; change that by an override")
+        raise NotApplicable(
+            f"{place} already has upge.{kind.__name__}; change its settings instead, or remove the "
+            "correction that added it"
+        )
 
 
 def check_graded(advantage: AdvantageEstimator, place: str) -> None:

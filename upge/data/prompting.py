@@ -155,8 +155,8 @@ class Prompting:
         ids = self.prompt_ids([problem])[0]
         begins = f"{tokens.convert_ids_to_tokens(ids[0])!r}" if ids else "nothing"
         return (
-            f"prompts: {kind}; responses end with {stops}; padding, where there is any, {pad}\n"
-            f"an example, {len(ids)} tokens, the first of them {begins}:\n"
+            f"prompts: {kind}; responses end with {stops}; padding token: {pad}\n"
+            f"example prompt ({len(ids)} tokens, starting with {begins}):\n"
             + "\n".join(f"  | {line}" for line in self.text(problem).split("\n"))
         )
 

@@ -18,6 +18,8 @@ from upge.errors import ConfigError
 FREE_KEYS = ("steps", "resume", "output", "checkpoint", "log_rollouts", "diagnose")
 #: Files with lines of single steps, and folders with a file for each of some steps.
 LINES, FOLDERS = ("metrics.jsonl", "evaluations.jsonl", "prompts.jsonl"), ("rollouts", "tokens")
+#: The meaning of a recorded folder's keys and metrics. Run folders of upge 0.1 have none in run.json.
+FORMAT = 2
 #: In best/, the evaluation that it comes from.
 BEST_FACTS = "evaluation.json"
 
@@ -37,8 +39,19 @@ class RunFolder:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The content of run.json; empty if there is none yet."""
-        return _json(self.path / "run.json")
+        """The content of run.json; empty if there is none yet.
+
+        Raises:
+            ConfigError: another version of upge wrote it, whose keys and metrics have other names.
+        """
+        facts = _json(self.path / "run.json")
+        if facts and facts.get("format") != FORMAT:
+            by = f"upge {facts.get('versions', {}).get('upge', '')}".rstrip()
+            raise ConfigError(
+                f"{self.path}: this folder was written by another version ({by}), whose keys and metrics have other "
+                "names; read it with that version, or run again in another folder"
+            )
+        return facts
 
     @property
     def best_facts(self) -> dict[str, Any]:
@@ -65,7 +78,7 @@ class RunFolder:
         self._check_parent()
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return False
-        saved = self.path / "config.yaml"
+        saved, before = self.path / "config.yaml", self.facts.get("world_size", ranks)
         if not saved.is_file():
             raise ConfigError(f"output: {self.path} exists and is not a run's folder; choose another")
         if resume == "never":
@@ -91,7 +104,6 @@ class RunFolder:
                 f"output: {self.path} has a checkpoint of step {self.checkpoint_steps()[-1]}, beyond steps="
                 f"{config['steps']}; give more steps, or choose another folder"
             )
-        before = self.facts.get("world_size", ranks)
         if self.checkpoint_steps() and before != ranks:
             raise ConfigError(
                 f"output: {self.path} was saved by {before} ranks and this run has {ranks}; start it with {before}, or "
@@ -106,7 +118,7 @@ class RunFolder:
     def _check_parent(self) -> None:
         existing = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise ConfigError(f"output: {self.path} cannot be made, because {existing} is no folder or not writable")
+            raise ConfigError(f"output: {self.path} cannot be created: {existing} is not a writable folder")
 
     def start(self, config: Mapping[str, Any], facts: Mapping[str, Any], continues: bool) -> None:
         """Writes the resolved configuration and run.json, which also keeps a list of earlier starts.
@@ -125,7 +137,7 @@ class RunFolder:
             (self.path / name).mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         start = {k: facts[k] for k in ("command", "started", "from_step")}
-        self._write_facts({**facts, "starts": [*self.facts.get("starts", []), start]})
+        self._write_facts({"format": FORMAT, **facts, "starts": [*self.facts.get("starts", []), start]})
 
     def finish(self, step: int) -> None:
         """Renames the exported model to final/ and marks the run as finished."""
