@@ -56,7 +56,7 @@ class ModelError(UserError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a mistyped `name`: the closest known name, or else all known names."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"did you mean '{close[0]}'?"
     return "known: " + ", ".join(known) if known else "no names are known here"

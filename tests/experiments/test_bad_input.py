@@ -6,8 +6,12 @@ import json
 
 import pytest
 
+from experiments.config import compose
+from experiments.report.folder import read_run
 from experiments.run.__main__ import main
 from tests.running import SMALL, lines, run
+from upge.errors import ConfigError
+from upge.train.folder import RunFolder
 
 GOOD = {"question": "1+1?", "answer": "1+1=2\n#### 2"}
 
@@ -157,3 +161,60 @@ def test_too_many_nonfinite_updates_stop_with_the_state_saved(tmp_path):
     assert "stop.nonfinite_updates" in done.stdout
     assert (out / "checkpoints" / "step_000003").is_dir() and not (out / "final").exists()
     assert lines(out / "metrics.jsonl")[-1]["skipped_updates"] == 2
+
+
+RENAMED = [
+    (
+        ["data_policy.demonstrated=3"],
+        "data_policy.demonstrated: unknown key; it was renamed; write data_policy.demonstra",
+    ),
+    (
+        ["algo=grpo", "algo.terms.rl.gate={_target_: upge.gates.Always}"],
+        "'upge.gates.Always' was renamed; write upge.Con",
+    ),
+    (["algo=grpo", "algo.terms.rl.gate._target_=upge.Always"], "'upge.Always' was renamed; write upge.ConstantGate"),
+    (["correction=tis", "correction=kl_k3"], "correction: given twice (tis, kl_k3); give correction=[tis,kl_k3]"),
+    (["algo=grpo", "algo=hpt"], "algo: given twice (grpo, hpt)"),
+    (
+        ["correction=tis", "algo.correction.tis.cap=5"],
+        "algo.correction.tis.cap: is not a setting of the algorithm; write c",
+    ),
+    (["algo.name=mine"], "algo.name: is not a setting of the algorithm; an algorithm is chosen by algo=NAME"),
+    (
+        ["algo=grpo", "terms.rl.estimator.mask.high=0.3"],
+        "unknown key; did you mean 'algo.terms.rl.estimator.mask.high'?",
+    ),
+    (
+        ["algo=grpo", "correction=kl_k3", "correction.kl_k3.coefficient=.inf"],
+        "KLPenalty.coefficient: inf must be finite",
+    ),
+    (["algo=grpo", "correction=kl_reward", "correction.kl_reward.coefficient=.nan"], "coefficient"),
+    (
+        ["algo=grpo", "correction=dual_clip", "correction.dual_clip.dual=1"],
+        "correction.dual_clip.dual: 1 must be above 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), RENAMED)
+def test_names_and_settings_that_would_be_misread(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(arguments)
+    assert message in str(caught.value)
+
+
+def test_dual_clip_of_a_narrow_clip() -> None:
+    """The bound is that of the algorithm's own clip, 1 + high."""
+    narrow = ["algo=grpo", "correction=dual_clip", "algo.terms.rl.estimator.mask.high=0.1"]
+    assert compose([*narrow, "correction.dual_clip.dual=1.15"]).algorithm.terms["rl"].estimator.mask.dual == 1.15
+    with pytest.raises(ConfigError, match="dual: 1.05 must exceed 1 . high = 1.1"):
+        compose([*narrow, "correction.dual_clip.dual=1.05"])
+
+
+@pytest.mark.parametrize("read", [read_run, lambda path: RunFolder(path).open({"steps": 1}, "auto")])
+def test_a_run_of_another_version_is_refused(read, tmp_path) -> None:
+    for name, text in {"config.yaml": "steps: 1\n", "metrics.jsonl": '{"step": 1}\n'}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "run.json").write_text(json.dumps({"versions": {"upge": "0.1.0"}, "world_size": 1}))
+    with pytest.raises(ConfigError, match=r"written by another version \(upge 0.1.0\).*run again in another folder"):
+        read(tmp_path)

@@ -10,7 +10,7 @@ import torch
 from experiments.config import Composed, compose, presets
 from experiments.run.dry_run import with_known_models
 from experiments.run.prepare import load_sampler
-from tests.gpu_stack import pretended  # before vLLM
+from tests.gpu_stack import pretended  # noqa: F401  before vLLM
 from upge.rollout.vllm_engine import VLLMSampler
 
 import vllm  # isort: skip
