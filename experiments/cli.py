@@ -112,9 +112,13 @@ def run_command(
 
 
 def quiet() -> None:
-    """Silences the libraries' informational messages; warnings that concern the user still show."""
+    """Silences the libraries' informational messages; warnings that concern the user still show.
+
+    The progress bars of the hub, which a download of 15 GB needs, are shown by the first rank in a terminal.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|deepspeed\.")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 

@@ -108,3 +108,15 @@ def test_a_mistake_before_the_ranks_are_connected_is_told_once(monkeypatch, caps
     monkeypatch.setenv("RANK", "1")
     cli.print_error(ConfigError("x"))
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("terminal", "rank", "shown"), [(True, "0", True), (True, "1", False), (False, "0", False)])
+def test_downloads_are_shown_in_a_terminal(
+    terminal: bool, rank: str, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "to be removed again")
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    cli.quiet()
+    assert ("HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ) == shown
