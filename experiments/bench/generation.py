@@ -131,10 +131,14 @@ def _samplers(path: str, longest: int, settings: Settings) -> dict[str, Sampler]
 
         changes: dict[str, Any] = {}  # noqa: RUF012
 
-        def _options(self, config: Any, memory_fraction: float) -> dict[str, Any]:
+        def _options(self, config: Any, memory_fraction: float, max_sequences: int) -> dict[str, Any]:
             sequences = settings.prompts * settings.group_size
             memory = cache_bytes(sequences, longest, cache_bytes_per_token(config, self._dtype), memory_fraction, 128)
-            return super()._options(config, memory_fraction) | {"kv_cache_memory_bytes": memory} | self.changes
+            return (
+                super()._options(config, memory_fraction, max_sequences)
+                | {"kv_cache_memory_bytes": memory}
+                | self.changes
+            )
 
     samplers: dict[str, Sampler] = {}
     for name, changes in OPTIONS.items():

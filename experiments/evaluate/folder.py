@@ -18,7 +18,8 @@ from upge.evaluation.scores import NONE, same_answer
 from upge.train.folder import write_atomically
 
 #: Keys that may differ between an evaluation and its continuation: no sample or verdict depends on them.
-FREE_KEYS = ("output", "resume", "rollout.memory_fraction", "verify.workers", "suite.skip")
+ENGINE_KEYS = ("rollout.memory_fraction", "rollout.max_sequences", "rollout.max_batched_tokens")
+FREE_KEYS = ("output", "resume", *ENGINE_KEYS, "verify.workers", "suite.skip")
 
 
 class EvaluationFolder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +38,8 @@ class EngineConfig(Settings):
         "auto", "inference engine; auto takes vllm where installed, except for small models on a CPU"
     )
     memory_fraction: float = key(0.4, "share of a GPU's memory for the vLLM engine", above=0, maximum=1)
+    max_sequences: int = key(0, "responses that vLLM generates at once; 0 = vLLM's default", minimum=0)
+    max_batched_tokens: int = key(0, "tokens that vLLM processes in a step; 0 = vLLM's default", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def choose(arguments: Sequence[str]) -> Chosen:
     # Keys that a run also has are read by `compose`, as for a run.
     run = compose(shared).config
     tree = {"seed": run.seed, "limit": 0, "output": run.output, "resume": run.resume, **own, "model": asdict(run.model)}
-    tree["rollout"] = {"engine": run.rollout.engine, "memory_fraction": run.rollout.memory_fraction}
+    tree["rollout"] = {field.name: getattr(run.rollout, field.name) for field in fields(EngineConfig)}
     tree |= {"verify": asdict(run.verify), **resolved(suite)}
     config = from_tree(EvaluateConfig, tree)
     del tree["model"][TRAINING_ONLY.removeprefix("model.")]

@@ -144,6 +144,8 @@ def load_sampler(model: ModelConfig, engine: Any, max_length: int, seed: int) ->
         dtype=model.dtype,
         max_length=max_length,
         memory_fraction=engine.memory_fraction,
+        max_sequences=engine.max_sequences,
+        max_batched_tokens=engine.max_batched_tokens,
         seed=seed,
         overrides=model.overrides,
     )

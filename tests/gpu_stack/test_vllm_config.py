@@ -68,6 +68,13 @@ def test_presets(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(configuration(composed, monkeypatch), composed)
 
 
+def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = ["rollout.max_sequences=96", "rollout.max_batched_tokens=12288"]
+    composed = compose(["algo=hpt", "model=qwen2.5-math-7b", "rollout.engine=vllm", *limits])
+    made = configuration(composed, monkeypatch).scheduler_config
+    assert (made.max_num_seqs, made.max_num_batched_tokens) == (96, 12288)
+
+
 @pytest.mark.parametrize("recipe", presets("recipe"))
 def test_recipes(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     composed = compose([f"recipe={recipe}", "rollout.engine=vllm"])

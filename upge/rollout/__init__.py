@@ -29,6 +29,8 @@ def load(
     dtype: str = "auto",
     max_length: int | None = None,
     memory_fraction: float = 0.4,
+    max_sequences: int = 0,
+    max_batched_tokens: int = 0,
     seed: int = 0,
     device: str | None = None,
     token_budget: int | None = None,
@@ -45,7 +47,7 @@ def load(
         model_path: a folder in Hugging Face format or the name of a model of the hub.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 on a GPU.
         max_length: the most tokens of a prompt and its response together; None means the model's number of positions.
-        memory_fraction: vLLM's share of memory, see `VLLMSampler`.
+        memory_fraction, max_sequences, max_batched_tokens: vLLM's limits, see `VLLMSampler`.
         seed: vLLM's own seed; no rollout depends on it.
         device: "cpu" or "cuda"; None means a GPU if there is one.
         token_budget: tokens in a batch of the transformers engine; None means its default.
@@ -76,7 +78,8 @@ def load(
     from upge.rollout.vllm_engine import VLLMSampler
 
     reason = "as rollout.engine asks" if engine == "vllm" else f"because it is installed and serves {device}"
-    return VLLMSampler(model_path, memory_fraction=memory_fraction, seed=seed, reason=f"vllm, {reason}.", **common)
+    common |= dict(memory_fraction=memory_fraction, max_sequences=max_sequences, max_batched_tokens=max_batched_tokens)
+    return VLLMSampler(model_path, seed=seed, reason=f"vllm, {reason}.", **common)
 
 
 def _obstacle_to_vllm(engine: str, config: ModelConfig, max_length: int | None, device: str) -> str | None:

@@ -47,6 +47,8 @@ class VLLMSampler(Sampler):
         model_path, dtype, max_length, threads, overrides: see `upge.rollout.load`.
         memory_fraction: on CUDA, the share of the GPU's memory for weights and cache. On a CPU, the largest share of
             the free memory for the cache, unless VLLM_CPU_KVCACHE_SPACE (GiB) is set.
+        max_sequences: responses that are generated at once; 0 = vLLM's default, which depends on the GPU.
+        max_batched_tokens: tokens of a forward pass; 0 = vLLM's default. On a CPU it must hold a whole prompt.
         seed: vLLM's own seed; no rollout depends on it.
         device: "cpu" or "cuda".
         reason: why this engine is used.
@@ -64,6 +66,8 @@ class VLLMSampler(Sampler):
         dtype: str = "auto",
         max_length: int | None = None,
         memory_fraction: float = 0.4,
+        max_sequences: int = 0,
+        max_batched_tokens: int = 0,
         seed: int = 0,
         device: str = "cpu",
         threads: int | None = None,
@@ -81,7 +85,9 @@ class VLLMSampler(Sampler):
         self._vllm = import_vllm()
         if self._cpu:
             ranks_uncompiled()
-        options = self._options(config, memory_fraction)
+        options = self._options(config, memory_fraction, max_sequences)
+        if max_batched_tokens:
+            options["max_num_batched_tokens"] = max_batched_tokens
         if overrides:
             options["hf_overrides"] = functools.partial(_override_for_vllm, overrides=overrides)
         #: vLLM's tags of what is asleep.
@@ -93,10 +99,11 @@ class VLLMSampler(Sampler):
         except (ValueError, NotImplementedError) as error:
             raise ConfigError(
                 f"rollout.engine=vllm cannot serve model.path={model_path}: {error}; choose another "
-                "rollout.memory_fraction if memory is short, or rollout.engine=transformers"
+                "rollout.memory_fraction if memory is short, other rollout.max_sequences and "
+                "rollout.max_batched_tokens, or rollout.engine=transformers"
             ) from error
 
-    def _options(self, config: ModelConfig, memory_fraction: float) -> dict[str, Any]:
+    def _options(self, config: ModelConfig, memory_fraction: float, max_sequences: int) -> dict[str, Any]:
         """The engine's settings, without the model."""
         options: dict[str, Any] = dict(  # Any: arguments of vLLM of several types
             dtype=str(self._dtype).removeprefix("torch."),
@@ -109,15 +116,18 @@ class VLLMSampler(Sampler):
         )
         if several_ranks():
             options["distributed_executor_backend"] = "external_launcher"
+        if max_sequences:
+            options["max_num_seqs"] = max_sequences
         if not self._cpu:
             return options | dict(gpu_memory_utilization=memory_fraction, enable_sleep_mode=True)
         # With chunked prefill vLLM rewinds its seeded generator, which a CPU generator cannot do (RuntimeError).
         # Compilation takes longer than it saves in a run with a model that fits a CPU.
         options |= dict(enable_chunked_prefill=False, enforce_eager=True)
-        options |= dict(max_num_seqs=CPU_SEQUENCES, block_size=CPU_BLOCK)
+        sequences = options.setdefault("max_num_seqs", CPU_SEQUENCES)
+        options["block_size"] = CPU_BLOCK
         if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
             per_token = cache_bytes_per_token(config, self._dtype)
-            size = cache_bytes(CPU_SEQUENCES, self.max_length, per_token, memory_fraction, CPU_BLOCK)
+            size = cache_bytes(sequences, self.max_length, per_token, memory_fraction, CPU_BLOCK)
             options["kv_cache_memory_bytes"] = size
         return options
 

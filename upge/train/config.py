@@ -42,6 +42,8 @@ class RolloutConfig(Settings):
         1024, "length limit of responses; algorithms with a fixed divisor use it as `length`", above=0
     )
     memory_fraction: float = key(0.4, "fraction of GPU memory that the vLLM engine may use", above=0, maximum=1)
+    max_sequences: int = key(0, "responses that vLLM generates at once; 0 = vLLM's default", minimum=0)
+    max_batched_tokens: int = key(0, "tokens that vLLM processes in a step; 0 = vLLM's default", minimum=0)
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,14 @@ def test_the_engine_of_rollouts_gets_its_settings(monkeypatch):
     loaded = RecordedCall()
     monkeypatch.setattr(rollout, "load", loaded)
     settings = ["rollout.engine=transformers", "rollout.max_prompt_tokens=100", "rollout.max_response_tokens=28"]
-    settings += ["rollout.memory_fraction=0.3", "seed=5", "model.dtype=bfloat16", "model.overrides={rope_theta: 7}"]
+    settings += [
+        "rollout.memory_fraction=0.3",
+        "rollout.max_sequences=7",
+        "rollout.max_batched_tokens=900",
+        "seed=5",
+        "model.dtype=bfloat16",
+        "model.overrides={rope_theta: 7}",
+    ]
     config = compose(settings).config
     run._sampler(config)
     assert loaded.positional == ("transformers", config.model.path)
@@ -157,6 +164,8 @@ def test_the_engine_of_rollouts_gets_its_settings(monkeypatch):
         "dtype": "bfloat16",
         "max_length": 128,
         "memory_fraction": 0.3,
+        "max_sequences": 7,
+        "max_batched_tokens": 900,
         "seed": 5,
         "overrides": {"rope_theta": 7},
     }
