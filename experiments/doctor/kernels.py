@@ -36,14 +36,14 @@ def collectives(context: Context) -> Iterator[Row]:
     seconds, wrong = [], 0
     for _ in range(_ROUNDS):
         values = pattern * (world.rank + 1)
-        world.barrier()
+        context.gather(None)
         _wait(world.device)
         began = time.perf_counter()
         dist.all_reduce(values)
         _wait(world.device)
         seconds.append(time.perf_counter() - began)
         wrong = max(wrong, int((values != expected).sum()))
-    entries, slowest = max(world.gather(wrong)), max(world.gather(min(seconds)))
+    entries, slowest = max(context.gather(wrong)), max(context.gather(min(seconds)))
     size, backend = 4 * count, str(dist.get_backend())
     details = {"ranks": world.size, "backend": backend, "bytes": size, "seconds": slowest, "wrong_entries": entries}
     if backend == "nccl":
@@ -147,7 +147,7 @@ def relative_error(ours: Tensor, expected: Tensor) -> float:
 
 def _compared(context: Context, name: str, what: str, errors: dict[str, float], advice: str) -> Row:
     """The row of errors, each the largest of all ranks."""
-    of_ranks = context.world.gather(errors)
+    of_ranks = context.gather(errors)
     largest = {key: max((one[key] for one in of_ranks), key=_or_infinite) for key in errors}
     worst, bound = max(largest, key=lambda key: _or_infinite(largest[key])), BOUNDS[context.run.model.dtype]
     measured = f"{what}: relative error {largest[worst]:.1e} ({worst}), at most {bound:g}"

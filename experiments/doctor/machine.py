@@ -89,7 +89,7 @@ class Needs:
 
 def check(context: Context) -> Iterator[Row]:
     """The rows of the machine."""
-    facts = context.world.gather(facts_of(context))
+    facts = context.gather(facts_of(context))
     yield from rows(facts, needs_of(context))
 
 

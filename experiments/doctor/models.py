@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 from experiments.doctor.rows import Context, Row, Verdict
 from upge.models.loading import progress_bars_hidden, random_state_kept, read_config
 from upge.train.config import ModelConfig
-from upge.train.distributed import World
 
 #: A model with more parameters than this is compared with the CPU as a random one with two layers, a
 #: smaller vocabulary and a narrower MLP, and with its own heads and hidden size.
@@ -37,7 +35,7 @@ def with_weights(context: Context) -> ModelConfig:
     if not context.config.random and has_weights(model):
         return model
     config = read_config(model.path, model.overrides)
-    return saved_random(config, model, context.world, context.scratch / "model", context.run.seed)
+    return saved_random(config, context, "model")
 
 
 def small(context: Context) -> ModelConfig:
@@ -56,30 +54,23 @@ def small(context: Context) -> ModelConfig:
     # They are token ids of the larger vocabulary.
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, None)
-    return saved_random(config, model, context.world, context.scratch / "small", context.run.seed)
+    return saved_random(config, context, "small")
 
 
-def saved_random(config: Any, model: ModelConfig, world: World, folder: Path, seed: int) -> ModelConfig:
-    """A model with random weights in `folder`, written by one rank of each machine. All ranks call it."""
+def saved_random(config: Any, context: Context, name: str) -> ModelConfig:
+    """A model with random weights, written by one rank of each machine. All ranks call it."""
     from transformers import AutoModelForCausalLM
 
-    failure = None
+    model, world, folder = context.run.model, context.world, context.scratch / name
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        try:
-            with random_state_kept(), torch.device(world.device), progress_bars_hidden():
-                torch.manual_seed(seed)
-                made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
-                made.save_pretrained(folder)
-            del made
-            gc.collect()
-        except Exception as error:  # the other ranks wait below, whatever happens here
-            failure = error
+        with random_state_kept(), torch.device(world.device), progress_bars_hidden():
+            torch.manual_seed(context.run.seed)
+            made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
+            made.save_pretrained(folder)
+        del made
+        gc.collect()
     # After this no rank reads an unfinished model.
-    failures = [text for text in world.gather(f"{socket.gethostname()}: {failure}" if failure else None) if text]
-    if failure is not None:
-        raise failure
-    if failures:
-        raise RuntimeError(f"another rank could not write the random model: {failures[0]}")
+    context.gather(None)
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
     return replace(model, path=str(folder), overrides={})

@@ -6,12 +6,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from experiments.doctor.settings import RESPONSE_TOKENS, DoctorConfig
 from experiments.run.memory import ModelShape
@@ -20,6 +20,7 @@ from upge.train.distributed import World
 
 #: Seconds that the other ranks wait after the time limit, so that rank 0 can write what there is.
 _GRACE = 10.0
+_T = TypeVar("_T")
 
 
 class Verdict(StrEnum):
@@ -71,6 +72,35 @@ class Context:
         """Tokens of a sampled response."""
         return self.config.response_tokens or RESPONSE_TOKENS[self.world.device.type]
 
+    def gather(self, value: _T) -> list[_T]:
+        """`value` of every rank, in order of rank, on every rank. Checks use it in place of `world.gather`.
+
+        Raises:
+            OtherRanksFailed: a rank has left the check with an error, which it gathers in place of a value.
+        """
+        values = self.world.gather(value)
+        if any(isinstance(one, Failure) for one in values):
+            raise OtherRanksFailed(values)
+        return values
+
+
+class Failure(NamedTuple):
+    """What a rank gathers whose check raised an error."""
+
+    row: Row
+
+
+class OtherRanksFailed(Exception):
+    """The check cannot go on, because other ranks have left it.
+
+    Attributes:
+        values: what every rank gathered, among them `Failure`s.
+    """
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        super().__init__("another rank failed")
+        self.values = values
+
 
 Check = Callable[[Context], Iterator[Row]]
 
@@ -102,26 +132,32 @@ def run_check(name: str, check: Check, context: Context, on_timeout: Callable[[l
         on_timeout: called with the rows so far, on rank 0, if the check does not end within the time limit. The
             process ends afterwards, because a rank that waits for another cannot be interrupted.
     """
-    world, rows, error = context.world, [], None
+    world, rows, failure = context.world, [], None
     with _time_limit(name, context, rows, on_timeout):
         try:
             for row in check(context):
                 rows.append(row)
-        except Exception as raised:  # whatever a library raises is what this command is to report
-            error = failed(name, raised)
+            values = world.gather(None)
+        except OtherRanksFailed as others:
+            values = others.values
+        except Exception as error:  # whatever a library raises is what this command is to report
+            failure = Failure(failed(name, error))
             if world.size > 1:
-                print(f"rank {world.rank}: {name}: {error.measured}", file=sys.stderr, flush=True)
-        errors = world.gather(error)
-    rows = world.broadcast(rows)
+                print(f"rank {world.rank}: {name}: {failure.row.measured}", file=sys.stderr, flush=True)
+            values = world.gather(failure)
+        rows = world.broadcast(rows)
+    return [*rows, *_failures(name, values)]
+
+
+def _failures(name: str, values: Sequence[Any]) -> Iterator[Row]:
+    """A row for each error among what the ranks gathered, with the ranks that raised it unless all did."""
+    failures = {rank: value.row for rank, value in enumerate(values) if isinstance(value, Failure)}
     where: dict[str, list[int]] = {}
-    for rank, one in enumerate(errors):
-        if one is not None:
-            where.setdefault(one.measured, []).append(rank)
-    for measured, ranks in where.items():
-        first = next(one for one in errors if one is not None and one.measured == measured)
-        of = "" if len(ranks) == world.size else f" on ranks {', '.join(map(str, ranks))}"
-        rows.append(Row(f"{name}{of}", Verdict.PROBLEM, measured, first.advice, first.details))
-    return rows
+    for rank, row in failures.items():
+        where.setdefault(row.measured, []).append(rank)
+    for ranks in where.values():
+        of = "" if len(ranks) == len(values) else f" (rank {', '.join(map(str, ranks))})"
+        yield replace(failures[ranks[0]], name=f"{name}{of}")
 
 
 @contextmanager

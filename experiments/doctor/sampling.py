@@ -73,10 +73,10 @@ class Pair:
     def sample(self) -> tuple[list[list[Rollout]], float]:
         """Rollouts of this rank's prompts, equal in every call if the weights are, and the slowest rank's seconds."""
         seeds = [self.context.run.seed + self.world.rank * len(self.prompts) + i for i in range(len(self.prompts))]
-        self.world.barrier()
+        self.context.gather(None)
         began = time.perf_counter()
         rollouts = self.sampler.sample(self.prompts, self.context.config.group_size, self.sampling, seeds)
-        return rollouts, max(self.world.gather(time.perf_counter() - began))
+        return rollouts, max(self.context.gather(time.perf_counter() - began))
 
     @torch.no_grad()
     def gap(self, rollouts: Sequence[Sequence[Rollout]]) -> Gap:
@@ -86,19 +86,19 @@ class Pair:
             ours = self.trainer.forward([(prompt, one.token_ids) for one in group]).float().cpu()
             differences.append((ours - torch.tensor([one.logprobs for one in group])).abs().flatten())
         of_rank = torch.cat(differences)
-        numbers = self.world.gather((float(of_rank.max()), float(of_rank.mean())))
+        numbers = self.context.gather((float(of_rank.max()), float(of_rank.mean())))
         return Gap(_largest([one for one, _ in numbers]), sum(mean for _, mean in numbers) / self.world.size)
 
     def refresh(self) -> float:
         """Refreshes the sampler; returns the slowest rank's seconds."""
-        return max(self.world.gather(self.sync.refresh()))
+        return max(self.context.gather(self.sync.refresh()))
 
     def update(self, trajectories: list[Trajectory], lr: float) -> float:
         """One update on the trajectories, the same on every rank; returns the slowest rank's seconds."""
-        self.world.barrier()
+        self.context.gather(None)
         began = time.perf_counter()
         report = self.updater.update(trajectories, 0, LearningRates(lr))
-        seconds = max(self.world.gather(time.perf_counter() - began))
+        seconds = max(self.context.gather(time.perf_counter() - began))
         if report.skipped:
             raise RuntimeError("the gradient of an update is not finite")
         return seconds
@@ -106,7 +106,7 @@ class Pair:
     def trajectories(self, rollouts: Sequence[Sequence[Rollout]]) -> list[Trajectory]:
         """The rollouts of all ranks as demonstrations, which an update makes more likely."""
         pairs = list(zip(self.prompts, rollouts, strict=True))
-        of_ranks = [pair for of_rank in self.world.gather(pairs) for pair in of_rank]
+        of_ranks = [pair for of_rank in self.context.gather(pairs) for pair in of_rank]
         made = [
             Trajectory(group, group, tuple(prompt), one.token_ids, 1.0, True)
             for group, (prompt, members) in enumerate(of_ranks)
@@ -158,7 +158,7 @@ def _slept(pair: Pair) -> Row:
     pair.sync.sleep()
     if device.type != "cuda" or pair.sampler.name != "vllm":
         return Row("sleep", Verdict.NOT_HERE, "only vLLM on a GPU frees memory for the update")
-    freed = min(pair.world.gather(torch.cuda.mem_get_info(device)[0] - before))
+    freed = min(pair.context.gather(torch.cuda.mem_get_info(device)[0] - before))
     weights = pair.context.shape.weights if pair.context.shape else 0
     advice = "vLLM keeps its memory during updates: check that its sleep mode supports this GPU, or lower "
     advice += "rollout.memory_fraction"
