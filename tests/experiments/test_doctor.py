@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 import json
 import subprocess
@@ -93,9 +94,9 @@ def test_no_problem_on_the_cpu(tmp_path, ranks):
     assert record["ranks"] == ranks and record["versions"]["torch"] and record["seconds"]["sampler"] > 0
 
 
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_no_problem_with_vllm(tmp_path, ranks):
-    pytest.importorskip("vllm")
     rows = check_up(tmp_path, "checks=sampler", "prompts=1", "rollout.engine=vllm", ranks=ranks)
     assert list(rows) == ["model", *SAMPLER]
     assert rows["sampling"]["details"]["engine"] == "vllm"
