@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from experiments.doctor import kernels, machine
 from experiments.doctor.__main__ import main as doctor
+from upge.models import loading
 from upge.rollout.base import Rollout
 from upge.rollout.transformers_engine import TransformersSampler
 from upge.train.distributed import leave
@@ -131,6 +132,14 @@ def disk_full(patch: Patch) -> None:
     patch.setattr(machine.shutil, "disk_usage", lambda path: right(path)._replace(free=1000))
 
 
+def old_driver(patch: Patch) -> None:
+    """A GPU that torch cannot use."""
+    for module, name in ((loading, "_NVIDIA_DEVICE"), (machine, "NVIDIA_CONTROL")):
+        patch.setattr(module, name, Path("/dev/null"))
+    patch.setattr(machine, "driver_version", lambda: "470.82")
+    patch.setattr(machine.torch.version, "cuda", "13.0")
+
+
 def nothing(patch: Patch) -> None:
     pass
 
@@ -147,6 +156,7 @@ BROKEN: dict[str, tuple[Callable[[Patch], None], list[str]]] = {
     "updates_ignored": (updates_ignored, ["checks=sampler"]),
     "engine_gone": (engine_gone, ["checks=sampler,kernels,machine"]),
     "disk_full": (disk_full, ["checks=machine"]),
+    "old_driver": (old_driver, ["checks=machine,collectives,kernels"]),
     "no_model": (nothing, ["model=no/such-model", "checks=machine,kernels,gradients"]),
     "last_rank_fails": (last_rank_fails, ["checks=kernels,collectives"]),
     "last_rank_waits": (last_rank_waits, ["checks=collectives,kernels", "time_limit=5"]),

@@ -18,13 +18,13 @@ from experiments.files import command, free_folder, git_commit, machine, now, ve
 from upge.train.distributed import World, connect, launched_rank, leave
 
 USAGE = """\
-Usage: python -m experiments.doctor [model=NAME] [key=value ...]
-       torchrun --nproc_per_node N -m experiments.doctor ...
+Usage: python -m experiments.doctor [model=NAME] [gpus=N] [key=value ...]
 
 Checks this machine before a run, in about two minutes: GPU, driver, packages, memory, disk; the all-reduce between the
 ranks; attention and output head; the gradient of every algorithm against a plain model on the CPU; and the sampler
 beside the trainer, whose log-probs must agree before and after an update. Prints a table and writes doctor.json, which
-belongs into a bug report. The exit code is 0 if there is no problem, and 1 otherwise.
+belongs into a bug report. gpus=N starts one process for each of N GPUs. The
+exit code is 0 if there is no problem, and 1 otherwise.
 """
 
 
@@ -46,7 +46,8 @@ def _doctor(arguments: list[str], is_program: bool) -> int:
     with cli.collector_paused():
         from experiments.doctor.settings import choose
 
-        chosen = choose(arguments)
+        chosen = choose([argument for argument in arguments if not argument.startswith("gpus=")])
+        _start_ranks(arguments)
     with ExitStack() as stack:
         checkup = CheckUp(chosen, arguments, stack)
         rows = checkup.run()
@@ -192,6 +193,24 @@ def print_rows(rows: Sequence[Any], console: Any) -> None:
         console.print(Text.assemble((f"{row.name}: ", "bold red"), row.advice))
 
 
+def _start_ranks(arguments: Sequence[str]) -> None:
+    """With gpus=N, replaces this process by torchrun with N ranks.
+
+    Raises:
+        ConfigError: N is not a number of GPUs that this machine has. GPUs that torch cannot use are not an error here:
+            the check-up reports them.
+    """
+    from experiments.run.launch import on_gpus
+    from upge.errors import ConfigError
+    from upge.models.loading import has_cuda
+
+    try:
+        has_cuda()
+    except ConfigError:
+        return
+    on_gpus(arguments, is_dry=False, module="experiments.doctor")
+
+
 def _alone() -> World:
     """The world of a process that could not join the others."""
     import torch
@@ -200,6 +219,8 @@ def _alone() -> World:
 
 
 def _not_connected(row: Any) -> Any:
+    if row.details["error"] == "ConfigError":
+        return dataclasses.replace(row, advice="do what the message says, then check again")
     advice = (
         "start at most as many ranks on a machine as it has GPUs, with torchrun; check the network between machines"
     )

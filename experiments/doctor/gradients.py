@@ -63,7 +63,7 @@ def _errors(context: Context, model: ModelConfig) -> dict[str, float]:
     """Algorithm → error of its gradient, the same on every rank."""
     world = context.world
     plain = PlainModel(model) if world.is_main else None
-    filled = world.broadcast(plain.columns() if plain is not None else None)
+    filled = context.gather(plain.columns() if plain is not None else {})[0]
     config = OptimizerConfig(lr=0.0, max_grad_norm=0.0, micro_batch_tokens=_MICRO_BATCH_TOKENS)
     engine = Engine(model, config, world)
     errors: dict[str, float] = {}
@@ -73,7 +73,7 @@ def _errors(context: Context, model: ModelConfig) -> dict[str, float]:
         if plain is not None:
             errors[name] = plain.error(algorithm, batch, gradients, norm)
     # DeepSpeed keeps an engine's memory until the process ends, which is why the model is small.
-    return world.broadcast(errors)
+    return context.gather(errors)[0]
 
 
 def shipped() -> dict[str, Algorithm]:

@@ -40,7 +40,7 @@ class Facts:
         local_ranks: ranks on this machine.
         gpu: name of the rank's GPU; empty without one.
         gpu_total, gpu_free: its memory in bytes.
-        has_driver: whether NVIDIA's driver is loaded.
+        has_driver: whether NVIDIA's driver is loaded, and no setting hides its GPUs.
         driver: its version; empty if unknown.
         cuda: version of CUDA that torch was built for; empty if it was built without.
         versions: package → version.
@@ -212,7 +212,7 @@ def facts_of(context: Context) -> Facts:
         gpu=gpu,
         gpu_total=total,
         gpu_free=free,
-        has_driver=NVIDIA_CONTROL.exists(),
+        has_driver=NVIDIA_CONTROL.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"),
         driver=driver_version(),
         cuda=torch.version.cuda or "",
         versions=versions(),

@@ -6,16 +6,18 @@ import dataclasses
 import importlib.util
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 import algorithms
 from experiments.doctor import gradients, machine
-from experiments.doctor.__main__ import help_text, main, print_rows
+from experiments.doctor.__main__ import _start_ranks, help_text, main, print_rows
 from experiments.doctor.machine import Facts, Needs
 from experiments.doctor.rows import Row, Verdict
 from tests import forked
@@ -130,6 +132,7 @@ EXPECTED = {
     "updates_ignored": ["refresh"],
     "engine_gone": ["sampler"],
     "disk_full": ["disk: output"],
+    "old_driver": ["ranks", "GPU, driver"],
     "no_model": ["model"],
 }
 
@@ -171,6 +174,14 @@ def test_after_an_error_the_other_checks_still_run(folder):
     rows = read(folder / "no_model")
     assert "no/such-model" in rows["model"]["measured"]
     assert rows["kernels"]["verdict"] == rows["gradients"]["verdict"] == "not here"
+
+
+def test_an_old_driver_is_reported_and_not_replaced_by_the_cpu(folder):
+    rows = read(folder / "old_driver")
+    assert "set CUDA_VISIBLE_DEVICES= to run on the CPU" in rows["ranks"]["measured"]
+    assert "driver 470.82" in rows["GPU, driver"]["measured"]
+    assert "needs driver 580 or newer" in rows["GPU, driver"]["advice"]
+    assert rows["kernels"]["measured"] == "the ranks are not connected" and "all-reduce" not in rows
 
 
 def test_errors_on_one_rank_and_wrong_sums_on_two(tmp_path):
@@ -267,6 +278,7 @@ def test_the_table_fits_and_says_what_to_do():
         ("checks=kernel", "checks: found ['kernel']; did you mean 'kernels'?"),
         ("checks=[]", "checks: found []; give some of machine"),
         ("prompts=0", "prompts: found 0"),
+        ("gpus=two", "gpus: 'two' is not a number of GPUs"),
         ("optimizer.lr=1", "optimizer.lr: unknown key"),
         ("model.overrides.rope=1", "model.overrides.rope: Qwen2Config has no such key"),
         ("steps", "'steps' is not of the form key=value"),
@@ -275,6 +287,18 @@ def test_the_table_fits_and_says_what_to_do():
 def test_bad_input(argument, message, capsys):
     assert main([argument]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_gpus_starts_torchrun(monkeypatch):
+    started: list = []
+    monkeypatch.setattr(os, "execve", lambda *call: started.append(call))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    _start_ranks(["model=tiny", "gpus=2"])
+    ((_, line, _),) = started
+    assert line[-4:] == ["2", "-m", "experiments.doctor", "model=tiny"]
 
 
 def test_help_names_every_key():
