@@ -33,6 +33,7 @@ COMMANDS = {
     "diagnose": "measure bias and variance of the algorithms' gradients on a policy",
     "report": "write report.html into the folders of runs",
     "describe": "list the algorithms and corrections, or show one",
+    "doctor": "check this machine: driver, memory, kernels, gradients, sampler",
     "bench": "measure speed and memory, side by side with other libraries",
     "theory": "print the tables of docs/theory.md, computed exactly",
     "table1": "print Table 1 of the paper, derived from the objectives",

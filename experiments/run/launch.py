@@ -22,10 +22,10 @@ from upge.train.folder import RunFolder
 _KEY = "gpus="
 
 
-def on_gpus(arguments: Sequence[str], is_dry: bool) -> list[str]:
+def on_gpus(arguments: Sequence[str], is_dry: bool, module: str = "experiments.run") -> list[str]:
     """The arguments without `gpus=N`; a process that no launcher started is replaced by torchrun with N ranks.
 
-    A dry run plans for N GPUs instead (`hardware.gpus=N`).
+    A dry run plans for N GPUs instead (`hardware.gpus=N`). `module` is the one that torchrun starts.
 
     Raises:
         ConfigError: N is not a number of GPUs that this machine has.
@@ -46,7 +46,7 @@ def on_gpus(arguments: Sequence[str], is_dry: bool) -> list[str]:
         on_cpu = "; for ranks on the CPU start torchrun yourself, see docs/running.md" if not there else ""
         raise ConfigError(f"gpus: {count}, but this machine has {counted(there, 'GPU')}{on_cpu}")
     if count > 1:
-        line = [*cli.launcher(count), "-m", "experiments.run", *rest]
+        line = [*cli.launcher(count), "-m", module, *rest]
         os.execve(line[0], line, os.environ | cli.child_environment())
     return rest
 
