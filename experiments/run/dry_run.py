@@ -67,6 +67,7 @@ def plan(composed: Composed) -> str:
         "prompt": _prompt(config, prepared, has_tokenizer),
         "each step": _steps(composed.algorithm, expected, config),
         "memory of a rank, GiB": str(expected.memory),
+        "disk, GiB": str(expected.disk),
         "notes": "\n".join(f"note: {note}" for note in notes),
     }
     return "\n\n".join(f"{head}:\n{textwrap.indent(text, '  ')}" for head, text in parts.items() if text)

@@ -12,8 +12,8 @@ import algorithms
 from experiments.config import MODELS, compose
 from experiments.run import dry_run
 from experiments.run.dry_run import balances
-from experiments.run.memory import ModelShape
 from experiments.run.memory_check import outlook
+from experiments.run.model_shape import ModelShape
 from experiments.run.workload import GIB, planned
 from upge.errors import ModelError
 from upge.models.loading import read_config
@@ -86,19 +86,25 @@ def test_memory_by_hand():
     found = expected_memory("recipe=hpt-qwen2.5-math-7b").memory
     parameters, embedding, tokens, layers, hidden = 7_615_616_512, 152064 * 3584, 32768, 28, 3584
     states = 18 * parameters // 8 + 4 * embedding
-    bucket, gathered, reserve = 2 * 500_000_000, 2 * 1_000_000_000, int(1.5 * GIB)
-    assert [item.bytes for item in found.states] == [states, bucket, gathered, reserve]
-    (share,) = found.engine
-    assert share.bytes == int(0.6 * 79 * GIB)
+    bucket, ordered, gathered, reserve = 4 * 500_000_000, 4 * embedding, 2 * 1_000_000_000, int(1.5 * GIB)
+    step = 8 * (parameters // 8)
+    assert [item.bytes for item in found.states] == [states, bucket, ordered, gathered, step, reserve]
+    share, graphs, weights, one_bucket, copies = found.engine
+    assert share.bytes + graphs.bytes == int(0.6 * 79 * GIB) and graphs.bytes == GIB
     cache = 2 * 28 * 4 * 128 * 2 * (1024 + 8192)
     assert f"a cache of {(share.bytes - 2 * parameters) // cache} sequences of 9,216 tokens" in share.what
+    last = 2 * (3 * hidden + embedding)  # the last norms and the output embedding
+    assert (weights.bytes, one_bucket.bytes, copies.bytes) == (2 * parameters, last, 4 * embedding)
     one_layer = (9 * hidden + 2 * hidden + 2 * 512 + 4 * 18944) * 2 * tokens
     update = [layers * hidden * 2 * tokens, one_layer, 3 * 18944 * 2 * tokens]
     update += [(4096 * 2 + 512 * (4 + 4)) * 152064, (4 + 2) * embedding]
     assert [item.bytes for item in found.update] == update
-    assert found.total("sampling") == states + bucket + reserve + share.bytes
-    assert found.total("training") == states + bucket + gathered + reserve + sum(update)
-    assert found.asleep == 8 * 2 * parameters
+    always = states + bucket + reserve + graphs.bytes
+    assert found.total("sampling") == always + share.bytes
+    assert found.total("refresh") == always + 2 * parameters + one_bucket.bytes + copies.bytes
+    assert found.total("training") == always + ordered + gathered + sum(update)
+    assert found.total("step") == always + step
+    assert [item.bytes for item in found.host] == [12 * parameters, 2 * parameters]
     page = (MODELS.parent.parent / "docs" / "recipes.md").read_text("utf-8")
     shown = page.split("memory of a rank, GiB:\n")[1].split("```")[0]
     assert textwrap.dedent(shown).strip().splitlines() == textwrap.dedent(str(found)).strip().splitlines()
@@ -117,7 +123,7 @@ def test_states_are_deepspeeds_own_estimate():
 def test_critic_frozen_policy_and_a_second_set_of_moments_are_counted():
     ppo = expected_memory("algo=ppo", "model=qwen2.5-math-1.5b", *EIGHT).memory
     names = [item.what.split(":")[0] for item in ppo.states]
-    assert names.count("policy") == 3 and names.count("critic") == 3 and names.count("frozen policy") == 1
+    assert names.count("policy") == 4 and names.count("critic") == 4 and names.count("frozen policy") == 1
     critic = next(item for item in ppo.states if item.what.startswith("critic: weights, gradient"))
     assert critic.bytes == ppo.states[0].bytes  # tied: the trunk is the whole model
     frozen = next(item for item in ppo.states if item.what.startswith("frozen"))
@@ -130,12 +136,13 @@ def test_critic_frozen_policy_and_a_second_set_of_moments_are_counted():
 
 
 def test_engines_that_do_not_sleep_are_there_all_the_time():
-    copy, cache = expected_memory("model=qwen2.5-math-1.5b", "rollout.engine=transformers", *EIGHT).memory.engine
+    found = expected_memory("model=qwen2.5-math-1.5b", "rollout.engine=transformers", *EIGHT).memory
+    copy, _, cache = found.engine
     assert (copy.bytes, copy.when) == (2 * 1_543_714_304, "always")
     assert cache.bytes == 262144 * 2 * 28 * 256 * 2 and cache.when == "sampling"
     here = expected_memory("model=qwen2.5-math-1.5b", "model.dtype=float32", "hardware.memory=64").memory
-    copy, cache = here.engine
-    assert (copy.bytes, copy.when, cache.when) == (4 * 1_543_714_304, "always", "always") and here.asleep == 0
+    copy, *_, cache = here.engine
+    assert (copy.bytes, copy.when, cache.when) == (4 * 1_543_714_304, "always", "always") and here.host == ()
     states = 18 * 1_543_714_304 + 4 * 151936 * 1536
     assert [item.bytes for item in here.states[:3]] == [states, 2 * 1_543_714_304, 4 * 500_000_000]
     assert not expected_memory("algo=sft", "model=qwen2.5-math-1.5b", *EIGHT).memory.engine
