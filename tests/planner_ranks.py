@@ -91,7 +91,10 @@ def gathered(engine: Engine, limit: int) -> int:
         sizes.append(sum(p.ds_numel * p.element_size() for p in parameters))
         return real(parameters, **options)
 
-    with patch.object(engine_module, "_BUCKET_BYTES", limit), patch.object(deepspeed.zero, "GatheredParameters", gather):
+    with (
+        patch.object(engine_module, "_BUCKET_BYTES", limit),
+        patch.object(deepspeed.zero, "GatheredParameters", gather),
+    ):
         for _ in engine.named_weights():
             pass
     return max(sizes)

@@ -80,7 +80,9 @@ def check_disk(disk: Disk, config: RunConfig, machine: Machine, output: Path) ->
     if config.checkpoint.keep != 1 and disk.most > 2:
         fixes.append(f"checkpoint.keep=1 instead of {config.checkpoint.keep}")
     if disk.most > 1 and config.checkpoint.every:
-        fixes.append(f"checkpoint.every=0 instead of {config.checkpoint.every}, which saves only when the run is stopped")
+        fixes.append(
+            f"checkpoint.every=0 instead of {config.checkpoint.every}, which saves only when the run is stopped"
+        )
     raise ConfigError(f"output: {needed}; {' or '.join(fixes)}")
 
 

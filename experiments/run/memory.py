@@ -20,7 +20,6 @@ from upge.rollout.transformers_engine import TOKEN_BUDGET
 from upge.rollout.vllm_engine import CPU_SEQUENCES
 from upge.train.config import RunConfig
 
-
 Moment = Literal["sampling", "refresh", "training", "step"]
 #: The parts of a step: sampling, copying the weights to the sampler, forward and backward passes, AdamW's update.
 MOMENTS: dict[Moment, str] = {
@@ -195,7 +194,9 @@ def _step(shapes: Shapes, machine: Machine) -> Item:
     largest = max(shape.parameters for shape in (shapes.policy, shapes.critic) if shape)
     count = min(math.ceil(largest / machine.ranks), int(DeepSpeedZeroConfig().sub_group_size))
     each = 4 + ADAMW_BYTES["cuda" if machine.has_gpus else "cpu"]
-    return Item(f"optimizer step: {each} bytes for each of {count / 1e6:,.1f} M parameters at a time", each * count, "step")
+    return Item(
+        f"optimizer step: {each} bytes for each of {count / 1e6:,.1f} M parameters at a time", each * count, "step"
+    )
 
 
 def _host(shapes: Shapes, machine: Machine) -> Iterator[Item]:

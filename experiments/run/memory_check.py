@@ -1,4 +1,4 @@
-"""Checks whether a run fits into memory and on the disk, before any weight is loaded; errors name the keys to change."""
+"""Checks whether a run fits into memory and on the disk before any weight is loaded; errors name the keys to change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from upge.models.loading import read_config
 from upge.pipeline import Pipeline
 from upge.train.config import RunConfig
 from upge.train.folder import RunFolder
-
 
 #: The largest number of GPUs that a message proposes.
 MOST_RANKS = 1024
@@ -141,8 +140,8 @@ def _check_refresh(memory: Memory) -> None:
     if memory.engine and least > machine.memory:
         raise ConfigError(
             f"hardware.gpus: replacing the sampler's weights takes at least {least / GIB:.1f} GiB per rank, for the "
-            f"trainer's states, the sampler's weights and a bucket of gathered ones, on {machine}; take more GPUs, or a "
-            "smaller model (model.path)"
+            f"trainer's states, the sampler's weights and a bucket of gathered ones, on {machine}; take more GPUs, or "
+            "a smaller model (model.path)"
         )
 
 

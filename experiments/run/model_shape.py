@@ -24,6 +24,9 @@ class ModelShape:
         layers, hidden, query, key, inner, vocabulary: the number of layers, and the widths of the residual stream, of
             all query heads, of all key heads (as many for values), of the MLP and of the output.
         itemsize: bytes of a weight, and of an activation.
+        norms: norms over the residual stream in a layer.
+        has_head_norms: whether queries and keys have a norm, as in Qwen3.
+        norms_in_float32: whether a norm multiplies with its weight in float32, as in Gemma.
         gathered: bytes of the largest bucket in which the trainer gathers weights for the sampler.
     """
 
@@ -37,6 +40,9 @@ class ModelShape:
     inner: int
     vocabulary: int
     itemsize: int
+    norms: int
+    has_head_norms: bool
+    norms_in_float32: bool
     gathered: int
 
     @classmethod
@@ -67,6 +73,7 @@ class ModelShape:
             own[name.rpartition(".")[0]] += math.prod(table.shapes[name])
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         heads = text.num_attention_heads
+        has_head_norms = any(name.endswith(".q_norm.weight") for name in table.shapes)
         return cls(
             parameters=table.count(),
             largest_layer=max(own.values()),
@@ -78,6 +85,9 @@ class ModelShape:
             inner=text.intermediate_size,
             vocabulary=text.vocab_size,
             itemsize=getattr(torch, dtype).itemsize,
+            norms=sum(".layers.0." in name and "norm" in name for name in table.shapes) - 2 * has_head_norms,
+            has_head_norms=has_head_norms,
+            norms_in_float32=text.model_type.startswith("gemma"),
             gathered=max(sum(p.nbytes for _, p in bucket) for bucket in buckets(list(model.named_parameters()))),
         )
 
@@ -113,11 +123,13 @@ class ModelShape:
     def kept_per_token(self) -> int:
         """Bytes per token that one layer stores for the backward pass.
 
-        They are its input, the two norms (in float32 internally), query, key, value and output of the attention, and
-        four rows of the MLP, as in Qwen2 and Llama.
+        They are its input and two sums, its norms (in float32 internally), query, key, value and output of the
+        attention, and four rows of the MLP, as in Qwen, Llama and Gemma.
         """
-        norms = 9 if self.itemsize == 2 else 7
-        return (norms * self.hidden + 2 * self.query + 2 * self.key + 4 * self.inner) * self.itemsize
+        rows = (4 if self.norms_in_float32 else 3) if self.itemsize == 2 else 2
+        heads = rows * (self.query + self.key) if self.has_head_norms else 0
+        attention = 2 * self.query + 2 * self.key
+        return ((3 + rows * self.norms) * self.hidden + heads + attention + 4 * self.inner) * self.itemsize
 
     @property
     def gradients_per_token(self) -> int:

@@ -74,7 +74,7 @@ def planned(hardware: HardwareConfig) -> Machine:
     if has_gpus or hardware.gpus:
         own = int(os.environ.get("LOCAL_RANK", "0"))
         memory = int(hardware.memory * GIB) or torch.cuda.get_device_properties(own).total_memory
-        here = has_gpus and hardware.gpus in (0, torch.cuda.device_count())
+        here = has_gpus and hardware.gpus <= torch.cuda.device_count()
         return Machine(ranks, memory, True, origin, here)
     total = int(hardware.memory * GIB) or psutil.virtual_memory().total
     return Machine(ranks, total // ranks, False, origin, True)

@@ -38,7 +38,9 @@ def tiny(dtype: str) -> ModelShape:
 def item(dtype: str, words: str, hardware: HardwareConfig | None = None) -> int:
     """Bytes of the item whose description has these words, for one rank."""
     algorithm = compose([]).algorithm
-    (one,) = [i for i in states(algorithm, Shapes(tiny(dtype)), planned(hardware or HardwareConfig())) if words in i.what]
+    (one,) = [
+        i for i in states(algorithm, Shapes(tiny(dtype)), planned(hardware or HardwareConfig())) if words in i.what
+    ]
     return one.bytes
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import algorithms
-from experiments.config import MODELS, compose
+from experiments.config import CONFIGS, MODELS, compose, presets
 from experiments.run import dry_run
 from experiments.run.dry_run import balances
 from experiments.run.memory_check import outlook
@@ -68,9 +68,53 @@ def test_the_shipped_configurations_are_small_and_have_the_published_positions()
         if "llama" in name:
             scaling = [rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor")]
             assert scaling == [8.0, 1.0, 4.0] and rope["original_max_position_embeddings"] == 8192
-    assert set(dry_run.KNOWN.values()) == set(SIZES)
-    known = {compose([f"model={name}"]).config.model.path for name in SIZES}
-    assert known == set(dry_run.KNOWN)
+
+
+#: Parameters of the models' published weights, tied ones counted once.
+PUBLISHED = {
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-math-1.5b": 1_543_714_304,
+    "qwen2.5-math-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "smollm3-3b": 3_075_098_624,
+    "gemma-3-1b": 999_885_952,
+}
+
+
+@pytest.mark.parametrize(("hub", "folder"), dry_run.KNOWN.items())
+def test_every_preset_of_the_hub_has_its_models_sizes(hub, folder):
+    """The preset, the folder and the hub name belong together, and the count is that of the published weights."""
+    preset = compose([f"model={folder}"]).config
+    assert preset.model.path == hub and preset.model.dtype == "bfloat16"
+    config = read_config(MODELS / folder, preset.model.overrides)
+    size = folder.removesuffix("-base").removesuffix("-instruct").removesuffix("-it")
+    assert ModelShape.of(config, "bfloat16").parameters == PUBLISHED[size]
+    longest = preset.rollout.max_prompt_tokens + preset.rollout.max_response_tokens
+    assert config.max_position_embeddings >= longest
+    assert ("reasoning model" in (CONFIGS / "model" / f"{folder}.yaml").read_text()) == (preset.model.path in THINKING)
+    assert (MODELS / folder / "config.json").stat().st_size < 2000
+
+
+#: Models whose chat template has the variable `enable_thinking`.
+THINKING = {f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B")} | {"HuggingFaceTB/SmolLM3-3B"}
+
+
+def test_every_preset_is_planned_without_the_hub():
+    here = {"tiny", "smollm2-135m"}  # in the repository and in a package
+    assert set(presets("model")) - here == set(dry_run.KNOWN.values())
+    assert {folder.name for folder in MODELS.iterdir()} - here == set(dry_run.KNOWN.values())
 
 
 # Memory.
@@ -148,16 +192,17 @@ def test_engines_that_do_not_sleep_are_there_all_the_time():
     assert not expected_memory("algo=sft", "model=qwen2.5-math-1.5b", *EIGHT).memory.engine
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3", "smollm3", "gemma3_text"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_a_layer_keeps_is_what_autograd_keeps(kind, dtype):
     """Bytes of the tensors saved for the backward pass, of two layers more, against the formula."""
     from transformers import AutoConfig
 
     def config(layers: int):
+        own = {"head_dim": 32, "layer_types": ["full_attention"] * layers} if kind in ("qwen3", "gemma3_text") else {}
         return AutoConfig.for_model(
             kind, hidden_size=128, num_attention_heads=4, num_key_value_heads=2, intermediate_size=320, vocab_size=64,
-            num_hidden_layers=layers, max_position_embeddings=512, tie_word_embeddings=False,
+            num_hidden_layers=layers, max_position_embeddings=512, tie_word_embeddings=False, pad_token_id=0, **own,
         )  # fmt: skip
 
     tokens = 128
