@@ -1,12 +1,13 @@
-"""docs/scaling.md: its tables are those of the planner, its times follow from the stated rates, and its prose is true."""
+"""docs/scaling.md: its tables are the planner's, its times follow from the stated rates, and its prose is true."""
 
 from __future__ import annotations
 
 import pytest
 
-from experiments import scaling
 from experiments.run.workload import GIB
-from experiments.scaling import Point, sampling_seconds, separate, shape_of, traffic_bytes, update_seconds
+from experiments.scaling import __main__ as page
+from experiments.scaling import counts
+from experiments.scaling.counts import Point, sampling_seconds, separate, shape_of, traffic_bytes, update_seconds
 
 PARAMETERS = {
     "0.5B": 494_032_768,
@@ -18,13 +19,13 @@ PARAMETERS = {
 
 
 def test_the_shapes_are_the_published_models():
-    assert {size: shape_of(size).parameters for size in scaling.SIZES} == PARAMETERS
+    assert {size: shape_of(size).parameters for size in counts.SIZES} == PARAMETERS
 
 
 def test_the_page_is_up_to_date():
-    page = scaling.DOCS.read_text("utf-8")
-    assert scaling.updated(page) == page, "run python -m experiments.scaling --docs"
-    assert page.count("| 7B | 8 |") == 3 and page.count("| 72B | 64 |") == 3
+    text = page.DOCS.read_text("utf-8")
+    assert page.updated(text) == text, "run python -m experiments.scaling --docs"
+    assert text.count("| 7B | 8 |") == 3 and text.count("| 72B | 64 |") == 3
 
 
 def test_a_steps_times_by_hand():
@@ -55,23 +56,23 @@ def test_traffic_by_hand():
 def test_memory_is_the_planners_and_the_share_leaves_room_for_the_states():
     for point in (Point("7B", 8), Point("0.5B", 1), Point("32B", 64)):
         memory = point.memory(9216)
-        assert memory.total("sampling") <= scaling.MEMORY
-        assert memory.total("sampling") > scaling.MEMORY - 0.02 * scaling.MEMORY
+        assert memory.total("sampling") <= counts.MEMORY
+        assert memory.total("sampling") > counts.MEMORY - 0.02 * counts.MEMORY
     assert Point("7B", 8).memory(32768).total("step") == Point("7B", 8).memory(9216).total("step")
 
 
 def test_where_colocation_ends():
-    fitting = {(size, gpus) for size in scaling.SIZES for gpus in scaling.GPUS if Point(size, gpus).is_colocated}
-    small = {(size, gpus) for size in ("0.5B", "1.5B") for gpus in scaling.GPUS}
+    fitting = {(size, gpus) for size in counts.SIZES for gpus in counts.GPUS if Point(size, gpus).is_colocated}
+    small = {(size, gpus) for size in ("0.5B", "1.5B") for gpus in counts.GPUS}
     assert fitting == small | {("7B", 8), ("7B", 64)}
     assert Point("32B", 64).micro_batch and Point("72B", 64).micro_batch and not Point("32B", 8).micro_batch
-    assert shape_of("32B").weights / GIB == pytest.approx(61, abs=0.5) and shape_of("72B").weights > scaling.MEMORY
+    assert shape_of("32B").weights / GIB == pytest.approx(61, abs=0.5) and shape_of("72B").weights > counts.MEMORY
 
 
 def test_the_pages_conclusions():
     def together(gpus: int) -> tuple[float, float]:
         point = Point("7B", gpus)
-        running = scaling.running_at_once(point)
+        running = counts.running_at_once(point)
         return sampling_seconds(point.shape, gpus, running), update_seconds(point.shape, gpus)
 
     (eight, updates), (many, few) = together(8), together(64)
@@ -80,9 +81,9 @@ def test_the_pages_conclusions():
     assert apart and far and (eight + updates) / apart.step == pytest.approx(1.05, abs=0.02)
     assert (many + few) / far.step == pytest.approx(2, abs=0.15) and far.split == 4
     for size, is_above in (("32B", False), ("72B", True)):
-        alone = traffic_bytes(Point(size, 64))[0] / scaling.link(64)
+        alone = traffic_bytes(Point(size, 64))[0] / counts.link(64)
         assert (alone > update_seconds(shape_of(size), 64)) == is_above
 
 
 def test_an_argument_is_refused():
-    assert scaling.main(["--doc"]) == 2
+    assert page.main(["--doc"]) == 2

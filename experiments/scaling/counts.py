@@ -1,26 +1,16 @@
-"""Memory, time and traffic of a step from 0.5B to 72B parameters: `python -m experiments.scaling` prints the tables.
-
-Memory is the planner's count (`experiments.run.memory`). Time and traffic are floating-point operations and bytes,
-divided by the rates below. `--docs` updates docs/scaling.md. No model is loaded; this takes a few seconds.
-"""
+"""What a step takes on H100s: memory by the planner's count, time and traffic from operations, bytes and rates."""
 
 from __future__ import annotations
 
 import functools
 import math
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from experiments import cli, files
 from experiments.config import Composed, compose
 from experiments.run.memory import GRAPHS, Memory, Moment, Shapes, estimate, longest, states
 from experiments.run.model_shape import ModelShape
 from experiments.run.workload import GIB, Machine
-from upge.errors import ConfigError
 
-DOCS = files.DOCS / "scaling.md"
-BEGIN, END = "<!-- scaling: begin (python -m experiments.scaling --docs) -->", "<!-- scaling: end -->"
 #: Qwen2.5: widths of the residual stream and the MLP, layers, heads, key heads, vocabulary, tied embeddings.
 SIZES = {
     "0.5B": (896, 4864, 24, 14, 2, 151936, True),
@@ -139,7 +129,8 @@ def sampling_seconds(shape: ModelShape, gpus: int, sequences: float, split: int 
     """Seconds of sampling a step's responses with `gpus / split` engines, each over `split` GPUs.
 
     A step of an engine reads the weights and the cache of what is running, or takes 2 operations per parameter and
-    sequence, whichever is longer, but at least `STEP_SECONDS`. All responses have the mean length, and prompts cost nothing.
+    sequence, whichever is longer, but at least `STEP_SECONDS`. All responses have the mean length; prompts
+    cost nothing.
     """
     each = responses() * split / gpus
     running = min(each, sequences)
@@ -172,50 +163,12 @@ def running_at_once(point: Point) -> float:
     return point.sequences * longest(recipe().config) / (PROMPT + RESPONSE / 2)
 
 
-def memory_table() -> str:
-    """GiB of a rank in each part of a step."""
-    head = "| model | GPUs | states | update (micro-batch) | AdamW's step | refresh | vLLM's cache, sequences | fits |"
-    rows = [head, "|---" * 8 + "|"]
-    for point in (Point(size, gpus) for size in SIZES for gpus in GPUS):
-        tokens = point.micro_batch or MICRO_BATCHES[-1]
-        memory = point.memory(tokens)
-        always = sum(item.bytes for item in memory.states if item.when == "always")
-        update, step, refresh = (memory.total(moment) / GIB for moment in ("training", "step", "refresh"))
-        cells = [f"{always / GIB:.1f}", f"{update:.1f} ({tokens:,})", f"{step:.1f}", f"{refresh:.1f}"]
-        cells += [f"{max(point.sequences, 0):,}", verdict(point)]
-        rows.append(f"| {point.size} | {point.gpus} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
-
-
-def verdict(point: Point) -> str:
-    """Whether a step fits, and what does not."""
-    if point.micro_batch is None:
-        return "no: training"
-    if not point.is_colocated:
-        return f"training alone: vLLM's replica takes {point.shape.weights / GIB:.0f} GiB"
-    return "yes"
-
-
-def time_table() -> str:
-    """Seconds of a step and GB between ranks, where it fits."""
-    head = (
-        "| model | GPUs | sampling, s | updates, s | refresh, s | step, s | updates' traffic, GB | traffic alone, s |"
-    )
-    rows = [head, "|---" * 8 + "|"]
-    for point in (Point(size, gpus) for size in SIZES for gpus in GPUS):
-        if point.micro_batch is None:
-            continue
-        moved, refreshed = traffic_bytes(point)
-        update, alone = update_seconds(point.shape, point.gpus), moved / link(point.gpus)
-        cells = ["–", f"{update:.0f}", "–", "–"]
-        if point.is_colocated:
-            sampling = sampling_seconds(point.shape, point.gpus, running_at_once(point))
-            refresh = refreshed / link(point.gpus)
-            step = sampling + max(update, alone) + refresh
-            cells = [f"{sampling:.0f}", f"{update:.0f}", f"{refresh:.1f}", f"{step:.0f}"]
-        cells += [f"{moved / 1e9:,.0f}", f"{alone:.0f}"]
-        rows.append(f"| {point.size} | {point.gpus} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+def colocated_seconds(point: Point) -> tuple[float, float, float]:
+    """Seconds of sampling, of the updates (or of their traffic, if that takes longer) and of the refresh."""
+    moved, refreshed = traffic_bytes(point)
+    sampling = sampling_seconds(point.shape, point.gpus, running_at_once(point))
+    updates = max(update_seconds(point.shape, point.gpus), moved / link(point.gpus))
+    return sampling, updates, refreshed / link(point.gpus)
 
 
 @dataclass(frozen=True)
@@ -257,60 +210,3 @@ def separate(size: str, gpus: int) -> Separate | None:
                 transfer = shape.weights / split / link(gpus)
                 found.append(Separate(samplers, trainer.gpus, split, sampling, updates, transfer))
     return min(found, key=lambda one: one.step, default=None)
-
-
-def separate_table() -> str:
-    """Colocated against separate GPUs."""
-    head = "| model | GPUs | colocated step, s | samplers × GPUs each | trainers | sampling, s | updates, s | transfer, s |"
-    rows = [head + " step, s |", "|---" * 9 + "|"]
-    for point in (Point(size, gpus) for size in SIZES for gpus in GPUS[1:]):
-        best = separate(point.size, point.gpus)
-        if best is None:
-            continue
-        together = "does not fit"
-        if point.is_colocated:
-            moved, refreshed = traffic_bytes(point)
-            update = max(update_seconds(point.shape, point.gpus), moved / link(point.gpus))
-            sampling = sampling_seconds(point.shape, point.gpus, running_at_once(point))
-            together = f"{sampling + update + refreshed / link(point.gpus):.0f}"
-        engines = f"{best.samplers // best.split} × {best.split}"
-        numbers = f"{best.sampling:.0f} | {best.updates:.0f} | {best.transfer:.1f} | {best.step:.0f}"
-        rows.append(f"| {point.size} | {point.gpus} | {together} | {engines} | {best.trainers} | {numbers} |")
-    return "\n".join(rows)
-
-
-SECTIONS = {"Memory": memory_table, "Time and traffic": time_table, "Separate samplers": separate_table}
-
-
-def updated(text: str) -> str:
-    """The text of docs/scaling.md with the table below each heading of `SECTIONS` updated.
-
-    Raises:
-        ConfigError: a heading or a marker is missing.
-    """
-    for title, make in SECTIONS.items():
-        head, found, rest = text.partition(f"\n## {title}\n")
-        if not found:
-            raise ConfigError(f"{DOCS.name}: the heading '## {title}' is missing; add it")
-        made = f"\n\n{make()}\n\n"
-        text = head + found + files.replace_block(rest, DOCS.name, BEGIN, END, made, f"below '## {title}'")
-    return text
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the tables, or updates the docs; returns the exit code, 2 on bad input."""
-    return cli.run_command(_scaling, arguments, lambda: str(__doc__))
-
-
-def _scaling(arguments: list[str]) -> int:
-    if arguments == ["--docs"]:
-        DOCS.write_text(updated(DOCS.read_text()))
-    elif arguments:
-        raise ConfigError(f"'{arguments[0]}': give --docs to update docs/scaling.md, or nothing to print")
-    else:
-        print("\n".join(f"## {title}\n\n{make()}\n" for title, make in SECTIONS.items()))
-    return cli.DONE
-
-
-if __name__ == "__main__":
-    sys.exit(main())
