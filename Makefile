@@ -47,6 +47,7 @@ docs: env  ## regenerate the generated parts of README.md and docs/, about two m
 	$(VENV)/bin/python -m experiments.describe --readme
 	$(VENV)/bin/python -m experiments.describe --docs
 	$(VENV)/bin/python -m experiments.theory --docs
+	$(VENV)/bin/python -m experiments.scaling --docs
 	$(VENV)/bin/python -m experiments.table1 --docs
 
 results: env  ## regenerate docs/results.md: all sweeps of the small model and the diagnosis, hours on two cores

@@ -36,6 +36,7 @@ COMMANDS = {
     "doctor": "check this machine: driver, memory, kernels, gradients, sampler",
     "bench": "measure speed and memory, side by side with other libraries",
     "theory": "print the tables of docs/theory.md, computed exactly",
+    "scaling": "print the tables of docs/scaling.md: memory, time and traffic of a step by model size and GPUs",
     "table1": "print Table 1 of the paper, derived from the objectives",
     "pretrain": "train the model `tiny` from scratch",
     "check_answers": "verify the ground truths of data files against themselves",

@@ -50,6 +50,8 @@ def unrounded(model: torch.nn.Module) -> None:
 
     def forward(norm: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         variance = hidden.square().mean(-1, keepdim=True)
+        if type(norm).__name__ == "Gemma3RMSNorm":
+            return (1 + norm.weight) * hidden * torch.rsqrt(variance + norm.eps)
         return norm.weight * hidden * torch.rsqrt(variance + norm.variance_epsilon)
 
     for module in model.modules():

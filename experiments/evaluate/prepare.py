@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from upge.train.distributed import world_size
 #: The setting of the model that applies only to training.
 TRAINING_ONLY = "model.gradient_checkpointing"
 #: Model settings taken from the run whose model is evaluated, unless the command line gives them.
-FROM_RUN = ("dtype", "template", "system", "instruction", "opening")
+FROM_RUN = ("dtype", "template", "system", "instruction", "opening", "template_arguments")
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _check_key(name: str, suite: Any) -> None:
             raise ConfigError(f"{name}: unknown key; {nearest(rest[0] if rest else '', fields)}")
         if rest[0] not in ("data", "file") and rest[1:]:
             raise ConfigError(f"{name}: unknown key; suite.benchmarks.{benchmark}.{rest[0]} has none below it")
-    elif name not in known and not name.startswith("model.overrides."):
+    elif name not in known and not name.startswith(("model.overrides.", "model.template_arguments.")):
         raise ConfigError(f"{name}: unknown key; {nearest(name, known)}")
 
 
@@ -144,7 +145,9 @@ def _of_run(model: str, given: set[str]) -> tuple[list[str], tuple[str, ...]]:
     settings = OmegaConf.to_container(OmegaConf.load(config)).get("model") or {}
     wanted = [name for name in FROM_RUN if name in settings and f"model.{name}" not in given]
     note = f"{', '.join(f'model.{name}' for name in wanted)} as in {config}"
-    return [f"model.{name}={settings[name]}" for name in wanted], (note,) if wanted else ()
+    values = {name: settings[name] for name in wanted}
+    written = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in values.items()}
+    return [f"model.{name}={value}" for name, value in written.items()], (note,) if wanted else ()
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ def plan(composed: Composed) -> str:
         "prompt": _prompt(config, prepared, has_tokenizer),
         "each step": _steps(composed.algorithm, expected, config),
         "memory of a rank, GiB": str(expected.memory),
+        "disk, GiB": str(expected.disk),
         "notes": "\n".join(f"note: {note}" for note in notes),
     }
     return "\n\n".join(f"{head}:\n{textwrap.indent(text, '  ')}" for head, text in parts.items() if text)
@@ -118,7 +119,7 @@ def _prompt(config: RunConfig, prepared: Prepared | None, has_tokenizer: bool) -
         return load_prompting(config.model).describe(EXAMPLE)
     model = config.model
     lines = ["model.template: " + ("chat, the tokenizer's own" if model.template == "chat" else repr(model.template))]
-    for key in ("system", "instruction", "opening"):
+    for key in ("system", "instruction", "opening", "template_arguments"):
         if getattr(model, key):
             lines.append(f"model.{key}: {getattr(model, key)!r}")
     return "\n".join(lines)
@@ -136,11 +137,23 @@ def _steps(algorithm: Algorithm | Pipeline, expected: Outlook, config: RunConfig
     return "\n".join(lines)
 
 
-#: Hub name → folder in experiments/models with the model's config.json and nothing else.
+_QWEN = (
+    *(f"Qwen2.5-{size}{kind}" for size in ("0.5B", "1.5B", "3B", "7B") for kind in ("", "-Instruct")),
+    *(f"Qwen3-{size}{kind}" for size in ("0.6B", "1.7B", "4B", "8B") for kind in ("-Base", "")),
+    *("Qwen2.5-Math-1.5B", "Qwen2.5-Math-7B"),
+)
+_SMOL = ("SmolLM2-135M-Instruct", "SmolLM2-360M-Instruct", "SmolLM2-1.7B-Instruct", "SmolLM3-3B")
+_LLAMA = ("Llama-3.1-8B", "Llama-3.2-1B-Instruct", "Llama-3.2-3B-Instruct")
+#: Hub name → folder in experiments/models with the model's config.json and nothing else; it is the preset's name.
 KNOWN = {
-    "Qwen/Qwen2.5-Math-7B": "qwen2.5-math-7b",
-    "Qwen/Qwen2.5-Math-1.5B": "qwen2.5-math-1.5b",
-    "meta-llama/Llama-3.1-8B": "llama-3.1-8b",
+    f"{owner}/{name}": name.lower()
+    for owner, names in (
+        ("Qwen", _QWEN),
+        ("HuggingFaceTB", _SMOL),
+        ("meta-llama", _LLAMA),
+        ("google", ("gemma-3-1b-it",)),
+    )
+    for name in names
 }
 
 

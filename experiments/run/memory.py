@@ -1,133 +1,41 @@
-"""Memory of one rank: the models' sizes, DeepSpeed's estimate of their states, and what this trainer adds."""
+"""Memory of one rank: DeepSpeed's estimate of the models' states, and what trainer and sampler add."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+from experiments.run.model_shape import ModelShape
 from experiments.run.workload import GIB, Machine, counted
 from upge.algorithm import Algorithm
-from upge.errors import ModelError
 from upge.logprobs import buffer_bytes, default_chunk_size
-from upge.models.loading import SMALL_MODEL, WeightTable, random_state_kept
+from upge.models.loading import SMALL_MODEL
 from upge.pipeline import Pipeline
 from upge.rollout.transformers_engine import TOKEN_BUDGET
 from upge.rollout.vllm_engine import CPU_SEQUENCES
 from upge.train.config import RunConfig
 
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a model that determine its memory.
-
-    Attributes:
-        parameters: number of parameters of the whole model, tied ones counted once.
-        largest_layer: parameters of the largest single module, usually an embedding.
-        output: parameters of the output embedding; 0 if it is tied to the input embedding.
-        layers, hidden, query, key, inner, vocabulary: the number of layers, and the widths of the residual stream, of
-            all query heads, of all key heads (as many for values), of the MLP and of the output.
-        itemsize: bytes of a weight, and of an activation.
-    """
-
-    parameters: int
-    largest_layer: int
-    output: int
-    layers: int
-    hidden: int
-    query: int
-    key: int
-    inner: int
-    vocabulary: int
-    itemsize: int
-
-    @classmethod
-    def of(cls, config: Any, dtype: str) -> ModelShape:
-        """The shape of the causal LM that a Hugging Face configuration describes, in `dtype`.
-
-        Raises:
-            ModelError: the trainer cannot run this architecture, or the sizes do not form a model.
-        """
-        from transformers import AutoModelForCausalLM
-
-        from upge.train.packed_attention import check_supported
-
-        try:
-            with random_state_kept(), torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
-        except Exception as error:  # sizes that contradict each other fail anywhere in a model's code
-            raise ModelError(
-                f"model.path: no model can be made of its config.json ({type(error).__name__}: {error}); check its "
-                "sizes, and those of model.overrides"
-            ) from error
-        model.tie_weights()
-        check_supported(model)
-        table, text = WeightTable.of_model(model), config.get_text_config()
-        own: Counter[str] = Counter()
-        for name in set(table.source.values()):
-            own[name.rpartition(".")[0]] += math.prod(table.shapes[name])
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        heads = text.num_attention_heads
-        return cls(
-            parameters=table.count(),
-            largest_layer=max(own.values()),
-            output=own["lm_head"],
-            layers=text.num_hidden_layers,
-            hidden=text.hidden_size,
-            query=heads * size,
-            key=(getattr(text, "num_key_value_heads", None) or heads) * size,
-            inner=text.intermediate_size,
-            vocabulary=text.vocab_size,
-            itemsize=getattr(torch, dtype).itemsize,
-        )
-
-    @property
-    def size(self) -> str:
-        """The number of parameters for people, as in 7.62 B."""
-        for unit, letter in ((1e9, "B"), (1e6, "M")):
-            if self.parameters >= unit:
-                return f"{self.parameters / unit:.3g} {letter}"
-        return f"{self.parameters:,}"
-
-    @property
-    def trunk(self) -> ModelShape:
-        """The same model without its output embedding, as a critic has it."""
-        return replace(self, parameters=self.parameters - self.output, output=0)
-
-    @property
-    def weights(self) -> int:
-        """Bytes of the whole model's weights."""
-        return self.parameters * self.itemsize
-
-    @property
-    def cache_per_token(self) -> int:
-        """Bytes of keys and values that a token takes in an engine's cache."""
-        return 2 * self.layers * self.key * self.itemsize
-
-    @property
-    def kept_per_token(self) -> int:
-        """Bytes per token that one layer stores for the backward pass.
-
-        They are its input, the two norms (in float32 internally), query, key, value and output of the attention, and
-        four rows of the MLP, as in Qwen2 and Llama.
-        """
-        norms = 9 if self.itemsize == 2 else 7
-        return (norms * self.hidden + 2 * self.query + 2 * self.key + 4 * self.inner) * self.itemsize
-
-    @property
-    def gradients_per_token(self) -> int:
-        """Bytes per token of the gradients inside one layer at its widest point: three rows of the MLP."""
-        return 3 * self.inner * self.itemsize
-
-
-When = Literal["always", "sampling", "training"]
+Moment = Literal["sampling", "refresh", "training", "step"]
+#: The parts of a step: sampling, copying the weights to the sampler, forward and backward passes, AdamW's update.
+MOMENTS: dict[Moment, str] = {
+    "sampling": "while sampling",
+    "refresh": "while the sampler's weights are replaced",
+    "training": "in forward and backward passes",
+    "step": "in the optimizer step",
+}
 #: A GPU's context, the collectives' buffers, and gaps between tensors.
 RESERVE = int(1.5 * GIB)
+#: Bytes per parameter of the tensors that torch's AdamW allocates in a step: the root of the second moments on a GPU;
+#: on a CPU also its quotient.
+ADAMW_BYTES = {"cuda": 4, "cpu": 8}
+#: vLLM's CUDA graphs: about 100 for 51 batch sizes up to 512 tokens. It logged 0.2 GiB for 35 graphs of 1 B parameters
+#: and 1 GiB for a model of 55 GiB. They are part of its share of the memory, and sleep does not free them.
+GRAPHS = GIB
 
 
 @dataclass(frozen=True)
@@ -143,7 +51,7 @@ class Item:
 
     what: str
     bytes: int
-    when: When = "always"
+    when: Moment | Literal["always"] = "always"
     is_certain: bool = True
 
 
@@ -165,28 +73,27 @@ class Memory:
         states: the models' weights, gradients and optimizer states.
         engine: the inference engine.
         update: the forward and backward pass.
-        asleep: bytes that the engines of all ranks keep in the machine's memory, outside the GPUs, during an update.
+        host: what takes the main memory of a machine with GPUs; never at the same time.
     """
 
     machine: Machine
     states: tuple[Item, ...]
     engine: tuple[Item, ...]
     update: tuple[Item, ...]
-    asleep: int = 0
+    host: tuple[Item, ...] = ()
 
-    def total(self, when: When, certain: bool = False) -> int:
-        """Bytes in use at the same time while sampling or training; with `certain`, a lower bound."""
+    def total(self, when: Moment, certain: bool = False) -> int:
+        """Bytes in use at the same time in a part of a step; with `certain`, a lower bound."""
         items = [*self.states, *self.engine, *self.update]
         return sum(i.bytes for i in items if i.when in ("always", when) and (i.is_certain or not certain))
 
     def __str__(self) -> str:
         items = [*self.states, *self.engine, *self.update]
         rows = [f"{item.bytes / GIB:8.2f}  {item.when:<8}  {item.what}" for item in items]
-        for when in ("sampling", "training"):
-            there = self.machine.memory / GIB
-            rows.append(f"{self.total(when) / GIB:8.2f}  {'in all':<8}  while {when}, of {there:.2f} GiB")
-        if self.asleep:
-            rows.append(f"and {self.asleep / GIB:.1f} GiB of the machine's memory for the engines' weights in updates")
+        there = self.machine.memory / GIB
+        for when, words in MOMENTS.items():
+            rows.append(f"{self.total(when) / GIB:8.2f}  {'in all':<8}  {words}, of {there:.2f} GiB")
+        rows += [f"{item.bytes / GIB:8.2f}  {'host':<8}  {item.what}" for item in self.host]
         return "\n".join(rows)
 
 
@@ -194,21 +101,36 @@ def estimate(
     config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, machine: Machine, micro_batch: int
 ) -> Memory:
     """Memory of a rank in a run whose largest micro-batch has `micro_batch` tokens."""
-    states = [*_trained("policy", shapes.policy, machine)]
+    rollouts = algorithm.needs.rollouts
+    return Memory(
+        machine,
+        states(algorithm, shapes, machine),
+        tuple(_engine(config, shapes.policy, machine)) if rollouts else (),
+        tuple(_update(config, shapes.policy, machine, micro_batch)),
+        tuple(_host(shapes, machine)) if machine.has_gpus else (),
+    )
+
+
+def states(algorithm: Algorithm | Pipeline, shapes: Shapes, machine: Machine) -> tuple[Item, ...]:
+    """The models' weights, gradients and optimizer states on a rank, and what AdamW takes in its step."""
+    items = [*_trained("policy", shapes.policy, machine)]
     if shapes.critic is not None:
-        states += _trained("critic", shapes.critic, machine)
+        items += _trained("critic", shapes.critic, machine)
     if shapes.reference is not None:
-        states.append(Item("frozen policy: weights", shapes.reference.weights // machine.ranks))
-    stages = Pipeline.of(algorithm).stages.values()
-    if any(s.algorithm.interleaved_update is not None and s.algorithm.interleaved_update.own_optimizer for s in stages):
+        items.append(Item("frozen policy: weights", shapes.reference.weights // machine.ranks))
+    if second_moments(algorithm):
         moments = 8 * shapes.policy.parameters // machine.ranks
-        states.append(Item("policy: the interleaved update's own moments, 8 bytes per parameter", moments))
+        items.append(Item("policy: the interleaved update's own moments, 8 bytes per parameter", moments))
+    items.append(_step(shapes, machine))
     if machine.has_gpus:
-        states.append(Item("reserve: context, collectives, gaps", RESERVE, is_certain=False))
-    engine = tuple(_engine(config, shapes.policy, machine)) if algorithm.needs.rollouts else ()
-    sleeps = engine and machine.has_gpus and config.rollout.engine != "transformers"
-    update = tuple(_update(config, shapes.policy, machine, micro_batch))
-    return Memory(machine, tuple(states), engine, update, shapes.policy.weights * machine.ranks if sleeps else 0)
+        items.append(Item("reserve: context, collectives, gaps", RESERVE, is_certain=False))
+    return tuple(items)
+
+
+def second_moments(algorithm: Algorithm | Pipeline) -> bool:
+    """Whether an interleaved update has its own set of AdamW's moments."""
+    stages = [stage.algorithm.interleaved_update for stage in Pipeline.of(algorithm).stages.values()]
+    return any(update is not None and update.own_optimizer for update in stages)
 
 
 def zero3_states(shape: ModelShape, ranks: int) -> int:
@@ -255,28 +177,66 @@ def _trained(name: str, shape: ModelShape, machine: Machine) -> Iterator[Item]:
         yield Item(f"{name}: {shape.itemsize} bytes per weight where that estimate has 2", more)
     # On a GPU the whole bucket is allocated, in ordinary memory only the part that is written.
     bucket = int(zero.reduce_bucket_size) if machine.has_gpus else min(int(zero.reduce_bucket_size), count)
-    yield Item(f"{name}: ZeRO-3's bucket of gradients", bucket * shape.itemsize)
+    # In float32 like the sum over the ranks (communication_data_type).
+    yield Item(f"{name}: ZeRO-3's bucket of gradients, float32", 4 * bucket)
+    # It is copied in the order of the ranks. A larger tensor does not go through the bucket.
+    ordered = 4 * max(min(bucket, count), shape.largest_layer)
+    yield Item(f"{name}: the bucket in the order of the ranks", ordered, "training", is_certain=False)
     gathered = min(count, int(zero.max_live_parameters)) * shape.itemsize
     yield Item(f"{name}: weights that ZeRO-3 keeps gathered, at most", gathered, "training", is_certain=False)
+
+
+def _step(shapes: Shapes, machine: Machine) -> Item:
+    """What AdamW's step takes: a copy of the gradient and its temporary tensors, for one sub-group of parameters."""
+    _quiet_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    largest = max(shape.parameters for shape in (shapes.policy, shapes.critic) if shape)
+    count = min(math.ceil(largest / machine.ranks), int(DeepSpeedZeroConfig().sub_group_size))
+    each = 4 + ADAMW_BYTES["cuda" if machine.has_gpus else "cpu"]
+    return Item(
+        f"optimizer step: {each} bytes for each of {count / 1e6:,.1f} M parameters at a time", each * count, "step"
+    )
+
+
+def _host(shapes: Shapes, machine: Machine) -> Iterator[Item]:
+    """Main memory of one machine. Loading is not in it: all ranks map the same files, and share the page cache."""
+    share = min(machine.ranks_here / machine.ranks, 1)
+    trained = [shape for shape in (shapes.policy, shapes.critic) if shape]
+    saved = int(share * checkpoint_bytes(sum(shape.parameters for shape in trained)))
+    yield Item(f"resuming: each of {counted(machine.ranks_here, 'rank')} reads its part of a checkpoint", saved)
+    yield Item("writing final/ or best/: a copy of the weights in the main rank", shapes.policy.weights)
+
+
+def checkpoint_bytes(parameters: int, moments: int = 1) -> int:
+    """Bytes of a checkpoint: float32 weights and AdamW's moments of each parameter; not the weights in bfloat16."""
+    return (4 + 8 * moments) * parameters
 
 
 def _engine(config: RunConfig, shape: ModelShape, machine: Machine) -> Iterator[Item]:
     """The inference engine's items. Only vLLM on a GPU frees its memory during updates."""
     one = longest(config) * shape.cache_per_token
     by_auto = config.rollout.engine == "auto" and not machine.has_gpus and shape.parameters < SMALL_MODEL
+    gathered = Item("refresh: a bucket of the trainer's weights, gathered", shape.gathered, "refresh")
     if config.rollout.engine == "transformers" or by_auto:
         yield Item("rollouts: a copy of the weights", shape.weights)
+        yield gathered
         tokens = max(TOKEN_BUDGET["cuda" if machine.has_gpus else "cpu"], longest(config))
         yield Item(f"rollouts: cache of {tokens:,} tokens", tokens * shape.cache_per_token, "sampling", False)
         return
     room, _ = engine_room(config, shape, machine)
+    copies = Item("refresh: vLLM's largest layer, twice", 2 * shape.engine_layer, "refresh", False)
     if machine.has_gpus:
-        count = max(room - shape.weights, 0) // one
+        count = max(room - shape.weights - GRAPHS, 0) // one
         share = f"rollout.memory_fraction={config.rollout.memory_fraction:g} of the GPU"
         what = f"{share}, weights and a cache of {count} sequences of {longest(config):,} tokens"
-        yield Item(f"rollouts: {what}", room, "sampling")
+        yield Item(f"rollouts: {what}", room - GRAPHS, "sampling")
+        yield Item("rollouts: CUDA graphs, in that share, not freed in sleep; assumed", GRAPHS, is_certain=False)
+        yield Item("refresh: vLLM's weights, awake before its cache", shape.weights, "refresh")
+        yield from (gathered, copies)
         return
     yield Item("rollouts: a copy of the weights", shape.weights)
+    yield from (gathered, copies)
     yield Item("rollouts: cache, at most", min(room, CPU_SEQUENCES * one), is_certain=False)
 
 

@@ -1,34 +1,45 @@
-"""Checks whether a run fits into memory, before any weight is loaded; errors name the keys to change."""
+"""Checks whether a run fits into memory and on the disk before any weight is loaded; errors name the keys to change."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import psutil
 
 from experiments.config import Composed
-from experiments.run.memory import Memory, ModelShape, Shapes, engine_room, estimate, zero3_states
+from experiments.run.disk import Disk, check_disk
+from experiments.run.memory import MOMENTS, Memory, Moment, Shapes, engine_room, estimate, states
+from experiments.run.model_shape import ModelShape
+from experiments.run.prepare import output_folder
 from experiments.run.workload import GIB, Machine, Traffic, present
 from upge.errors import ConfigError
 from upge.models.loading import read_config
 from upge.pipeline import Pipeline
 from upge.train.config import RunConfig
+from upge.train.folder import RunFolder
+
+#: The largest number of GPUs that a message proposes.
+MOST_RANKS = 1024
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """The work and memory that a run is expected to take.
+    """The work, memory and disk space that a run is expected to take.
 
     Attributes:
         shapes: shapes of its models.
         traffic: a step's trajectories and tokens in each stage, by the stage's name.
         memory: memory of one rank.
+        disk: space on the output folder's disk.
         notes: sentences about what is close to the limit.
     """
 
     shapes: Shapes
     traffic: Mapping[str, Traffic]
     memory: Memory
+    disk: Disk
     notes: tuple[str, ...]
 
 
@@ -45,16 +56,20 @@ def check_fits(composed: Composed) -> tuple[str, ...]:
 
 
 def outlook(composed: Composed, machine: Machine) -> Outlook:
-    """The work and memory of a run on each rank of `machine`; raises the errors of `check_fits`."""
+    """The work, memory and disk space of a run on `machine`; raises the errors of `check_fits`."""
     config, algorithm = composed.config, composed.algorithm
     shapes = _shapes(composed)
     stages = {name: stage.algorithm for name, stage in Pipeline.of(algorithm).stages.items()}
     traffic = {name: Traffic.of(one, config, machine.ranks) for name, one in stages.items()}
     memory = estimate(config, algorithm, shapes, machine, max(t.micro_batch for t in traffic.values()))
-    _check_states(config, shapes, memory)
+    output = output_folder(composed)
+    disk = Disk.of(config, algorithm, shapes, len(RunFolder(output).checkpoint_steps()))
+    _check_states(composed, shapes, machine)
     _check_engine(config, shapes.policy, memory)
+    _check_refresh(memory)
     _check_update(config, memory)
-    return Outlook(shapes, traffic, memory, tuple(_tight(memory)))
+    note = check_disk(disk, config, machine, output)
+    return Outlook(shapes, traffic, memory, disk, (*_tight(memory), *([note] if note else [])))
 
 
 def _shapes(composed: Composed) -> Shapes:
@@ -72,19 +87,22 @@ def _shape(path: str, dtype: str) -> ModelShape | None:
     return ModelShape.of(read_config(path), dtype) if path else None
 
 
-def _check_states(config: RunConfig, shapes: Shapes, memory: Memory) -> None:
-    """Refuses a model whose weights, gradients and AdamW states alone do not fit."""
-    machine, least = memory.machine, sum(i.bytes for i in memory.states if i.is_certain and i.when == "always")
-    if least <= machine.memory:
+def _check_states(composed: Composed, shapes: Shapes, machine: Machine) -> None:
+    """Refuses a model whose weights, gradients and AdamW states alone do not fit, with AdamW's temporary tensors."""
+
+    def least(ranks: int) -> int:
+        items = states(composed.algorithm, shapes, replace(machine, ranks=ranks))
+        return sum(item.bytes for item in items if item.is_certain and item.when in ("always", "step"))
+
+    needed = least(machine.ranks)
+    if needed <= machine.memory:
         return
-    models = f"'{config.model.path}' ({shapes.policy.size} parameters)"
+    models = f"'{composed.config.model.path}' ({shapes.policy.size} parameters)"
     models += " with its critic" if shapes.critic else ""
-    trained = [shape for shape in (shapes.policy, shapes.critic) if shape]
-    divided = machine.ranks * sum(zero3_states(s, machine.ranks) - 4 * s.largest_layer for s in trained)
-    room = machine.memory - (least - divided / machine.ranks)
-    more = f"at least {math.ceil(divided / room)} of them" if machine.has_gpus and room > 0 else "a larger machine"
+    enough = next((n for n in range(machine.ranks + 1, MOST_RANKS + 1) if least(n) <= machine.memory), None)
+    more = f"at least {enough} of them" if machine.has_gpus and enough else "a larger machine"
     raise ConfigError(
-        f"model.path: {models} takes {least / GIB:.1f} GiB per rank for weights, gradients and AdamW alone, on "
+        f"model.path: {models} takes {needed / GIB:.1f} GiB per rank for weights, gradients and AdamW alone, on "
         f"{machine}; take {more}, or a smaller model (hardware.gpus and hardware.memory say which machine a run is "
         "meant for)"
     )
@@ -97,7 +115,8 @@ def _check_engine(config: RunConfig, shape: ModelShape, memory: Memory) -> None:
         return
     room, least = engine_room(config, shape, machine)
     fraction, total = config.rollout.memory_fraction, machine.memory
-    free = total - (memory.total("sampling", certain=True) - room) if machine.has_gpus else total
+    free = total - sum(i.bytes for i in memory.states if i.is_certain and i.when == "always")
+    free = free if machine.has_gpus else total
     least_share, most_share = math.ceil(100 * least / total) / 100, math.floor(100 * free / total) / 100
     if room < least:
         held = "the weights and " if machine.has_gpus else ""
@@ -112,6 +131,17 @@ def _check_engine(config: RunConfig, shape: ModelShape, memory: Memory) -> None:
         raise ConfigError(
             f"rollout.memory_fraction: {fraction:g} of {total / GIB:.1f} GiB is {room / GIB:.1f} GiB, beside "
             f"{(total - free) / GIB:.1f} GiB of weights, gradients and AdamW; {fits}"
+        )
+
+
+def _check_refresh(memory: Memory) -> None:
+    """Refuses a model whose states do not fit next to the sampler's weights while these are replaced."""
+    machine, least = memory.machine, memory.total("refresh", certain=True)
+    if memory.engine and least > machine.memory:
+        raise ConfigError(
+            f"hardware.gpus: replacing the sampler's weights takes at least {least / GIB:.1f} GiB per rank, for the "
+            f"trainer's states, the sampler's weights and a bucket of gathered ones, on {machine}; take more GPUs, or "
+            "a smaller model (model.path)"
         )
 
 
@@ -130,12 +160,26 @@ def _check_update(config: RunConfig, memory: Memory) -> None:
 
 def _tight(memory: Memory) -> list[str]:
     """Warnings where the whole estimate, which is not a lower bound, exceeds the limit."""
-    warnings = []
-    for when, keys in (("sampling", "rollout.memory_fraction"), ("training", "optimizer.micro_batch_tokens")):
-        total = memory.total(when)
-        if total > memory.machine.memory:
+    machine, warnings = memory.machine, []
+    for moment in MOMENTS:
+        total = memory.total(moment)
+        if total > machine.memory:
             warnings.append(
-                f"{when} is estimated at {total / GIB:.1f} GiB per rank on {memory.machine} and may run out of memory; "
-                f"lower {keys}"
+                f"{moment} is estimated at {total / GIB:.1f} GiB per rank on {machine} and may run out of memory; "
+                f"{_REMEDY[moment]}"
             )
+    host = max((item.bytes for item in memory.host), default=0)
+    if machine.is_here and host > psutil.virtual_memory().total:
+        warnings.append(
+            f"{memory.host[0].what}, {host / GIB:.1f} GiB, more than this machine's main memory; resuming may be killed"
+        )
     return warnings
+
+
+#: What to change where a part of a step may run out of memory.
+_REMEDY: dict[Moment, str] = {
+    "sampling": "lower rollout.memory_fraction",
+    "refresh": "take more GPUs (hardware.gpus)",
+    "training": "lower optimizer.micro_batch_tokens",
+    "step": "take more GPUs (hardware.gpus)",
+}

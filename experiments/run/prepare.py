@@ -132,7 +132,8 @@ def with_local_models(composed: Composed) -> Composed:
 
 def load_prompting(model: ModelConfig) -> data.Prompting:
     """The prompt format of these model settings; raises the errors of `Prompting.load`."""
-    parts = {name: getattr(model, name) for name in ("template", "system", "instruction", "opening")}
+    names = ("template", "system", "instruction", "opening", "template_arguments")
+    parts = {name: getattr(model, name) for name in names}
     return data.Prompting.load(model.path, **parts)
 
 

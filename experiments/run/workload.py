@@ -29,12 +29,19 @@ class Machine:
         memory: bytes available to one rank: those of its GPU, or its share of the machine's if there is no GPU.
         has_gpus: whether there are GPUs.
         origin: where these numbers come from, in words.
+        is_here: whether it is the machine of this process, so that its disk and main memory are known.
     """
 
     ranks: int
     memory: int
     has_gpus: bool
     origin: str
+    is_here: bool
+
+    @property
+    def ranks_here(self) -> int:
+        """Ranks on one computer: as the launcher says, else at most 8."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", min(self.ranks, 8)))
 
     def __str__(self) -> str:
         ranks = counted(self.ranks, "GPU" if self.has_gpus else "rank") + ("" if self.has_gpus else " without a GPU")
@@ -67,9 +74,10 @@ def planned(hardware: HardwareConfig) -> Machine:
     if has_gpus or hardware.gpus:
         own = int(os.environ.get("LOCAL_RANK", "0"))
         memory = int(hardware.memory * GIB) or torch.cuda.get_device_properties(own).total_memory
-        return Machine(ranks, memory, True, origin)
+        here = has_gpus and hardware.gpus <= torch.cuda.device_count()
+        return Machine(ranks, memory, True, origin, here)
     total = int(hardware.memory * GIB) or psutil.virtual_memory().total
-    return Machine(ranks, total // ranks, False, origin)
+    return Machine(ranks, total // ranks, False, origin, True)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import os
 import pytest
 
 from experiments.config import MODELS, compose, presets
-from experiments.run import dry_run
+from experiments.run import disk, dry_run
 from experiments.run.dry_run import balances, plan
-from experiments.run.memory_check import check_fits
+from experiments.run.memory_check import check_fits, outlook
 from experiments.run.workload import GIB, planned
 from upge.errors import ConfigError, DataError, ModelError, UserError
 from upge.models.loading import read_config
@@ -107,6 +107,25 @@ def test_several_ranks_share_the_machines_memory(monkeypatch):
     assert "hardware.memory says" in str(machine) and "4 ranks without a GPU" in str(machine)
 
 
+def test_too_little_main_memory_to_resume_is_a_note(monkeypatch):
+    """On a machine with GPUs, where each rank reads its part of a checkpoint into main memory."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"total": 2**30}))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**50}))
+    model = ["model=qwen2.5-math-1.5b", f"model.path={MODELS / 'qwen2.5-math-1.5b'}", "hardware.memory=79"]
+    composed = compose(model)
+    (note,) = outlook(composed, planned(composed.config.hardware)).notes
+    assert "reads its part of a checkpoint, 17.3 GiB, more than this machine's main memory" in note
+
+
+def test_a_refresh_that_does_not_fit_next_to_the_states_is_refused():
+    """Sampling would fit with the share of the GPU that is given."""
+    with pytest.raises(ConfigError, match="hardware.gpus: replacing the sampler's weights") as caught:
+        plan(compose(["recipe=hpt-qwen2.5-math-7b", "hardware.memory=34.6", "rollout.memory_fraction=0.425"]))
+    assert "35.1 GiB" in str(caught.value)
+
+
 # What is refused.
 
 REFUSALS = {
@@ -132,10 +151,10 @@ REFUSALS = {
     ),
     "no room beside the states": (
         ["recipe=hpt-qwen2.5-math-7b", "rollout.memory_fraction=0.9"],
-        ["rollout.memory_fraction: 0.9", "beside 18.9 GiB", "0.76 or less"],
+        ["rollout.memory_fraction: 0.9", "beside 19.9 GiB", "0.74 or less"],
     ),
     "no room for either": (
-        ["recipe=hpt-qwen2.5-math-7b", "rollout.memory_fraction=0.4", "hardware.memory=25"],
+        ["recipe=hpt-qwen2.5-math-7b", "rollout.memory_fraction=0.4", "hardware.memory=30"],
         ["rollout.memory_fraction: 0.4", "take GPUs with more memory"],
     ),
     "micro-batch": (
@@ -159,7 +178,7 @@ def test_what_cannot_be_is_refused_by_its_keys(case):
 
 
 def test_what_is_refused_fits_after_the_fix_that_is_named():
-    for fix in ("rollout.memory_fraction=0.19", "rollout.memory_fraction=0.76"):
+    for fix in ("rollout.memory_fraction=0.19", "rollout.memory_fraction=0.74"):
         assert "each step:" in plan(compose(["recipe=hpt-qwen2.5-math-7b", fix]))
     # Two GPUs hold the states; whether the engine has a place beside them is said next.
     with pytest.raises(ConfigError, match="rollout.memory_fraction"):
@@ -168,4 +187,4 @@ def test_what_is_refused_fits_after_the_fix_that_is_named():
 
 def test_an_estimate_beyond_the_limit_that_is_no_lower_bound_is_a_note():
     text = plan(compose(["recipe=hpt-qwen2.5-math-7b", "hardware.memory=42", "rollout.memory_fraction=0.45"]))
-    assert "training is estimated at 43.8 GiB per rank" in section(text, "notes")
+    assert "training is estimated at 47.7 GiB per rank" in section(text, "notes")

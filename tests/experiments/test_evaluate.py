@@ -185,6 +185,13 @@ def test_a_runs_model_is_spoken_to_as_in_the_run(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert " (a sum)>" in printed and "Q:" not in printed
     assert "note: model.dtype, model.instruction, model.opening as in" in printed
+    # Also its template's arguments; the template of tiny has no variables.
+    own = {"path": "x", "template": "chat", "template_arguments": {"enable_thinking": False}}
+    (run_folder / "config.yaml").write_text(yaml.safe_dump({"algo": {}, "model": own}))
+    for more in ([], ["model.template_arguments.enable_thinking=true"]):
+        error = refused(capsys, *small, *more)
+        assert error.startswith("error: model.template_arguments.enable_thinking: the chat template of")
+    (run_folder / "config.yaml").write_text(yaml.safe_dump({"algo": {}, "model": model}))
     # A preset's name with the run's model as its path is no other policy.
     run("model=tiny", f"model.path={run_folder / 'final'}", *SMALL[1:], "model.opening=Well", "--dry-run")
     printed = capsys.readouterr().out

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import algorithms
-from experiments.config import MODELS, compose
+from experiments.config import CONFIGS, MODELS, compose, presets
 from experiments.run import dry_run
 from experiments.run.dry_run import balances
-from experiments.run.memory import ModelShape
 from experiments.run.memory_check import outlook
+from experiments.run.model_shape import ModelShape
 from experiments.run.workload import GIB, planned
 from upge.errors import ModelError
 from upge.models.loading import read_config
@@ -68,9 +68,53 @@ def test_the_shipped_configurations_are_small_and_have_the_published_positions()
         if "llama" in name:
             scaling = [rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor")]
             assert scaling == [8.0, 1.0, 4.0] and rope["original_max_position_embeddings"] == 8192
-    assert set(dry_run.KNOWN.values()) == set(SIZES)
-    known = {compose([f"model={name}"]).config.model.path for name in SIZES}
-    assert known == set(dry_run.KNOWN)
+
+
+#: Parameters of the models' published weights, tied ones counted once.
+PUBLISHED = {
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-math-1.5b": 1_543_714_304,
+    "qwen2.5-math-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "smollm3-3b": 3_075_098_624,
+    "gemma-3-1b": 999_885_952,
+}
+
+
+@pytest.mark.parametrize(("hub", "folder"), dry_run.KNOWN.items())
+def test_every_preset_of_the_hub_has_its_models_sizes(hub, folder):
+    """The preset, the folder and the hub name belong together, and the count is that of the published weights."""
+    preset = compose([f"model={folder}"]).config
+    assert preset.model.path == hub and preset.model.dtype == "bfloat16"
+    config = read_config(MODELS / folder, preset.model.overrides)
+    size = folder.removesuffix("-base").removesuffix("-instruct").removesuffix("-it")
+    assert ModelShape.of(config, "bfloat16").parameters == PUBLISHED[size]
+    longest = preset.rollout.max_prompt_tokens + preset.rollout.max_response_tokens
+    assert config.max_position_embeddings >= longest
+    assert ("reasoning model" in (CONFIGS / "model" / f"{folder}.yaml").read_text()) == (preset.model.path in THINKING)
+    assert (MODELS / folder / "config.json").stat().st_size < 2000
+
+
+#: Models whose chat template has the variable `enable_thinking`.
+THINKING = {f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B")} | {"HuggingFaceTB/SmolLM3-3B"}
+
+
+def test_every_preset_is_planned_without_the_hub():
+    here = {"tiny", "smollm2-135m"}  # in the repository and in a package
+    assert set(presets("model")) - here == set(dry_run.KNOWN.values())
+    assert {folder.name for folder in MODELS.iterdir()} - here == set(dry_run.KNOWN.values())
 
 
 # Memory.
@@ -86,19 +130,25 @@ def test_memory_by_hand():
     found = expected_memory("recipe=hpt-qwen2.5-math-7b").memory
     parameters, embedding, tokens, layers, hidden = 7_615_616_512, 152064 * 3584, 32768, 28, 3584
     states = 18 * parameters // 8 + 4 * embedding
-    bucket, gathered, reserve = 2 * 500_000_000, 2 * 1_000_000_000, int(1.5 * GIB)
-    assert [item.bytes for item in found.states] == [states, bucket, gathered, reserve]
-    (share,) = found.engine
-    assert share.bytes == int(0.6 * 79 * GIB)
+    bucket, ordered, gathered, reserve = 4 * 500_000_000, 4 * embedding, 2 * 1_000_000_000, int(1.5 * GIB)
+    step = 8 * (parameters // 8)
+    assert [item.bytes for item in found.states] == [states, bucket, ordered, gathered, step, reserve]
+    share, graphs, weights, one_bucket, copies = found.engine
+    assert share.bytes + graphs.bytes == int(0.6 * 79 * GIB) and graphs.bytes == GIB
     cache = 2 * 28 * 4 * 128 * 2 * (1024 + 8192)
     assert f"a cache of {(share.bytes - 2 * parameters) // cache} sequences of 9,216 tokens" in share.what
+    last = 2 * (3 * hidden + embedding)  # the last norms and the output embedding
+    assert (weights.bytes, one_bucket.bytes, copies.bytes) == (2 * parameters, last, 4 * embedding)
     one_layer = (9 * hidden + 2 * hidden + 2 * 512 + 4 * 18944) * 2 * tokens
     update = [layers * hidden * 2 * tokens, one_layer, 3 * 18944 * 2 * tokens]
     update += [(4096 * 2 + 512 * (4 + 4)) * 152064, (4 + 2) * embedding]
     assert [item.bytes for item in found.update] == update
-    assert found.total("sampling") == states + bucket + reserve + share.bytes
-    assert found.total("training") == states + bucket + gathered + reserve + sum(update)
-    assert found.asleep == 8 * 2 * parameters
+    always = states + bucket + reserve + graphs.bytes
+    assert found.total("sampling") == always + share.bytes
+    assert found.total("refresh") == always + 2 * parameters + one_bucket.bytes + copies.bytes
+    assert found.total("training") == always + ordered + gathered + sum(update)
+    assert found.total("step") == always + step
+    assert [item.bytes for item in found.host] == [12 * parameters, 2 * parameters]
     page = (MODELS.parent.parent / "docs" / "recipes.md").read_text("utf-8")
     shown = page.split("memory of a rank, GiB:\n")[1].split("```")[0]
     assert textwrap.dedent(shown).strip().splitlines() == textwrap.dedent(str(found)).strip().splitlines()
@@ -117,7 +167,7 @@ def test_states_are_deepspeeds_own_estimate():
 def test_critic_frozen_policy_and_a_second_set_of_moments_are_counted():
     ppo = expected_memory("algo=ppo", "model=qwen2.5-math-1.5b", *EIGHT).memory
     names = [item.what.split(":")[0] for item in ppo.states]
-    assert names.count("policy") == 3 and names.count("critic") == 3 and names.count("frozen policy") == 1
+    assert names.count("policy") == 4 and names.count("critic") == 4 and names.count("frozen policy") == 1
     critic = next(item for item in ppo.states if item.what.startswith("critic: weights, gradient"))
     assert critic.bytes == ppo.states[0].bytes  # tied: the trunk is the whole model
     frozen = next(item for item in ppo.states if item.what.startswith("frozen"))
@@ -130,27 +180,29 @@ def test_critic_frozen_policy_and_a_second_set_of_moments_are_counted():
 
 
 def test_engines_that_do_not_sleep_are_there_all_the_time():
-    copy, cache = expected_memory("model=qwen2.5-math-1.5b", "rollout.engine=transformers", *EIGHT).memory.engine
+    found = expected_memory("model=qwen2.5-math-1.5b", "rollout.engine=transformers", *EIGHT).memory
+    copy, _, cache = found.engine
     assert (copy.bytes, copy.when) == (2 * 1_543_714_304, "always")
     assert cache.bytes == 262144 * 2 * 28 * 256 * 2 and cache.when == "sampling"
     here = expected_memory("model=qwen2.5-math-1.5b", "model.dtype=float32", "hardware.memory=64").memory
-    copy, cache = here.engine
-    assert (copy.bytes, copy.when, cache.when) == (4 * 1_543_714_304, "always", "always") and here.asleep == 0
+    copy, *_, cache = here.engine
+    assert (copy.bytes, copy.when, cache.when) == (4 * 1_543_714_304, "always", "always") and here.host == ()
     states = 18 * 1_543_714_304 + 4 * 151936 * 1536
     assert [item.bytes for item in here.states[:3]] == [states, 2 * 1_543_714_304, 4 * 500_000_000]
     assert not expected_memory("algo=sft", "model=qwen2.5-math-1.5b", *EIGHT).memory.engine
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3", "smollm3", "gemma3_text"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_a_layer_keeps_is_what_autograd_keeps(kind, dtype):
     """Bytes of the tensors saved for the backward pass, of two layers more, against the formula."""
     from transformers import AutoConfig
 
     def config(layers: int):
+        own = {"head_dim": 32, "layer_types": ["full_attention"] * layers} if kind in ("qwen3", "gemma3_text") else {}
         return AutoConfig.for_model(
             kind, hidden_size=128, num_attention_heads=4, num_key_value_heads=2, intermediate_size=320, vocab_size=64,
-            num_hidden_layers=layers, max_position_embeddings=512, tie_word_embeddings=False,
+            num_hidden_layers=layers, max_position_embeddings=512, tie_word_embeddings=False, pad_token_id=0, **own,
         )  # fmt: skip
 
     tokens = 128

@@ -14,6 +14,7 @@ from tests.gpu_stack import pretended  # noqa: F401  before vLLM
 from upge.rollout.vllm_engine import VLLMSampler
 
 import vllm  # isort: skip
+import vllm.envs  # isort: skip
 from vllm.engine.arg_utils import EngineArgs  # isort: skip
 from vllm.usage.usage_lib import UsageContext  # isort: skip
 
@@ -46,6 +47,9 @@ def check(made: Any, composed: Composed) -> None:
     assert made.model_config.enable_sleep_mode and made.model_config.skip_tokenizer_init
     assert made.cache_config.gpu_memory_utilization == config.rollout.memory_fraction
     assert made.parallel_config.world_size == 1
+    # The planner counts CUDA graphs of 51 sizes, which stay on the GPU in sleep and are a part of vLLM's share.
+    assert len(made.compilation_config.cudagraph_capture_sizes) == 51 and not made.model_config.enforce_eager
+    assert not made.model_config.sleep_mode_offload_cudagraph and vllm.envs.VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS
     for name, value in config.model.overrides.items():
         assert read(made.model_config.hf_config, name) == value
     # A step of the scheduler takes a whole prompt, and the responses of a group are sampled together.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import re
 import string
 import sys
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ LEAST = 1_000_000
 CHUNK = 256
 
 FIELDS = ("prompt", "system")
+#: Arguments of transformers' `apply_chat_template` that are no variables of a template, or that are set here.
+RESERVED = (
+    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+)
 #: A folder with a tokenizer has at least one of these files.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -44,12 +51,13 @@ class Prompting:
         instruction: appended unchanged to every prompt, such as "\nPut the final answer in \boxed{}."
         opening: the beginning of every response, which is written into the prompt, such as a tag for thoughts. It is
             removed from demonstrations that begin with it.
+        template_arguments: variables of the chat template, such as {"enable_thinking": False}.
         stop_token_ids: tokens that end a response. The tokenizer's end of sequence, with which demonstrations end, is
             added in front, and the special token that ends a turn in a chat template is added at the end.
 
     Raises:
-        ConfigError: the template is not a format string with {prompt}, or the tokenizer has no chat template, or (by
-            `text`) the chat template refuses a problem's messages.
+        ConfigError: the template is not a format string with {prompt}, or the tokenizer has no chat template, or one
+            without a variable of `template_arguments`, or (by `text`) the chat template refuses a problem's messages.
         ModelError: the tokenizer has no end-of-sequence token.
     """
 
@@ -59,6 +67,7 @@ class Prompting:
     instruction: str = ""
     opening: str = ""
     stop_token_ids: tuple[int, ...] = ()
+    template_arguments: Mapping[str, object] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         name = getattr(self.tokenizer, "name_or_path", "") or "the model"
@@ -76,16 +85,17 @@ class Prompting:
                 f"model.template: 'chat' needs a chat template, and the tokenizer of {name} has none; give a format "
                 "string such as '{prompt}\\n'"
             )
+        self._check_arguments(name)
         stops = [self.tokenizer.eos_token_id, *self.stop_token_ids, *self._turn_end()]
         object.__setattr__(self, "stop_token_ids", tuple(dict.fromkeys(stops)))
 
     @classmethod
-    def load(cls, path: str, **settings: str) -> Prompting:
+    def load(cls, path: str, **settings: Any) -> Prompting:
         """Loads the tokenizer and the stop tokens of a model.
 
         Args:
             path: a folder or hub name. Its generation_config.json may add stop tokens.
-            **settings: template, system, instruction and opening, as for the class.
+            **settings: template, system, instruction, opening and template_arguments, as for the class.
 
         Raises:
             ModelError: there is no tokenizer; and as for the class.
@@ -163,7 +173,7 @@ class Prompting:
     def _chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
 
-        options = {"add_generation_prompt": add_generation_prompt, "tokenize": False}
+        options = {**self.template_arguments, "add_generation_prompt": add_generation_prompt, "tokenize": False}
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
         except TemplateError as error:
@@ -172,6 +182,26 @@ class Prompting:
                 f"model.template: the tokenizer's chat template refuses messages of {roles} ({error}); give a format "
                 "string with {prompt}, or leave system messages out (model.system, data.system=drop)"
             ) from error
+
+    def _check_arguments(self, name: str) -> None:
+        """Refuses arguments that would have no effect: the template is a format string or does not read them."""
+        if not self.template_arguments:
+            return
+        if self.template != "chat":
+            raise ConfigError(
+                f"model.template_arguments: {dict(self.template_arguments)} are variables of a chat template, and "
+                f"model.template={self.template!r} is none; set model.template=chat, or leave them out"
+            )
+        template = self.tokenizer.chat_template
+        text = template if isinstance(template, str) else " ".join(map(str, dict(template).values()))
+        for argument in self.template_arguments:
+            if argument in RESERVED:
+                raise ConfigError(f"model.template_arguments.{argument}: this is not a variable of a chat template")
+            if not re.search(rf"\b{re.escape(argument)}\b", text):
+                raise ConfigError(
+                    f"model.template_arguments.{argument}: the chat template of {name} has no such variable; leave it "
+                    "out, or correct its name"
+                )
 
     def _turn_end(self) -> tuple[int, ...]:
         """The special token that the chat template writes after the assistant's message, if there is one.

@@ -25,6 +25,7 @@ class ModelConfig(Settings):
     system: str = key("", "system message for problems without one of their own")
     instruction: str = key("", "text appended to every prompt, for example a request to box the answer")
     opening: str = key("", "text that every response begins with; it becomes the end of the prompt")
+    template_arguments: dict = key({}, "variables of the chat template, such as {enable_thinking: false}")
     overrides: dict = key({}, "changes to the model's config.json, such as {rope_theta: 40000}")
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
 

@@ -82,7 +82,7 @@ class Engine(DeepSpeedModule):
         """
         import deepspeed
 
-        for bucket in _buckets(list(self.network.named_parameters())):
+        for bucket in buckets(list(self.network.named_parameters())):
             with deepspeed.zero.GatheredParameters([p for _, p in bucket], modifier_rank=None):
                 for name, parameter in bucket:
                     yield name, parameter.detach()
@@ -213,7 +213,8 @@ class WeightSync:
             self.state = SamplerState.ASLEEP
 
 
-def _buckets(parameters: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:
+def buckets(parameters: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    """Cuts named parameters, partitioned or not, into the buckets in which they are gathered for the sampler."""
     bucket: list[tuple[str, nn.Parameter]] = []
     size = 0
     for name, parameter in parameters:

@@ -205,6 +205,42 @@ def test_a_template_that_refuses_a_role_is_named():
     assert "What is" in Prompting(build(chat=refusing)).text(PROBLEM)
 
 
+#: Without thinking the response begins after an empty block of thoughts, as in Qwen3.
+THINKING = CHAT.replace(
+    "assistant\n{%",
+    "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{%",
+)
+
+
+def test_template_arguments_reach_the_chat_template():
+    texts = {
+        value: Prompting(build(chat=THINKING), template_arguments={"enable_thinking": value}).text(PROBLEM)
+        for value in (True, False)
+    }
+    assert texts[False] == texts[True] + "<think></think>" and texts[True] == Prompting(build()).text(PROBLEM)
+    off = Prompting(build(chat=THINKING), template_arguments={"enable_thinking": False})
+    assert spelled(off, off.prompt_ids([PROBLEM])[0]) == texts[False] and off.stop_token_ids == (EOS, END)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"template_arguments": {"enable_thoughts": False}},
+            "enable_thoughts: .* has no such variable",
+        ),
+        ({"template_arguments": {"tokenize": True}}, "template_arguments.tokenize: this is not a variable"),
+        (
+            {"template_arguments": {"enable_thinking": False}, "template": "{prompt}"},
+            "template_arguments: .'enable_thinking': False. .*template='{prompt}' is none; set model.template=chat",
+        ),
+    ],
+)
+def test_template_arguments_without_effect_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Prompting(build(chat=THINKING), **settings)
+
+
 def test_padding_is_said_as_it_is_done():
     """With the first stop token, whatever the tokenizer would pad with: that is what the transformers engine takes."""
     for tokenizer in (build(), build(pad_token=None)):

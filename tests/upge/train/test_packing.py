@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.models import unrounded
 from upge.errors import ModelError
 from upge.train.packed_attention import packed_attention
 from upge.train.packed_policy import PackedPolicy
@@ -33,6 +34,22 @@ MODELS = {
     "llama": ("llama", {"num_key_value_heads": 1, "attention_bias": True}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "mistral window": ("mistral", {"sliding_window": 4}),
+    # Windows with a rotary base of their own, norms of query and key, and another scale of the scores.
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 24,
+            "tie_word_embeddings": True,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+            },
+        },
+    ),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),  # a layer without positions
     "phi, a head with bias": ("phi", {}),
 }
 
@@ -43,7 +60,10 @@ def make_model(name: str, dtype: torch.dtype = torch.float64, attention: str = "
     kind, settings = MODELS[name]
     torch.manual_seed(3)
     config = AutoConfig.for_model(kind, **(SMALL | settings))
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
+    if dtype == torch.float64:
+        unrounded(model)
+    return model
 
 
 def make_trajectories(seed: int = 0, count: int = 7) -> list[tuple[list[int], list[int]]]:
