@@ -65,7 +65,7 @@ def test_everything_is_there_for_a_model_that_is(tmp_path):
     text = plan(compose([f"output={tmp_path / 'run'}"]))
     assert "512 training problems, 512 with a demonstration; 256 evaluation problems" in section(text, "run")
     assert str(tmp_path / "run") in section(text, "run") and "without a GPU" in section(text, "run")
-    assert "the tokenizer's chat template" in section(text, "prompt") and "an example" in section(text, "prompt")
+    assert "the tokenizer's chat template" in section(text, "prompt") and "example prompt" in section(text, "prompt")
     assert "rollouts : demonstration = 0.25 : 1 = 0.25" in section(text, "gradient")
     assert "100 steps of 32 prompts" in section(text, "each step")
     assert "notes:" not in text and not (tmp_path / "run").exists()

@@ -54,7 +54,7 @@ def test_a_whole_evaluation(tmp_path, capsys):
     facts = json.loads((out / "run.json").read_text())
     assert facts["engine"] == "transformers" and facts["names"] == {"model": "tiny", "suite": "smoke"}
     assert "experiments.evaluate model=tiny" in facts["command"] and len(facts["starts"]) == 1
-    assert "an example, " in printed and "math, average" in printed
+    assert "example prompt (" in printed and "math, average" in printed
 
 
 def test_nothing_is_sampled_twice(tmp_path, capsys):

@@ -244,7 +244,7 @@ def test_template_arguments_without_effect_are_refused(settings, message):
 def test_padding_is_said_as_it_is_done():
     """With the first stop token, whatever the tokenizer would pad with: that is what the transformers engine takes."""
     for tokenizer in (build(), build(pad_token=None)):
-        assert "padding, where there is any, '</s>'\n" in Prompting(tokenizer).describe(PROBLEM)
+        assert "padding token: '</s>'\n" in Prompting(tokenizer).describe(PROBLEM)
 
 
 def test_a_tokenizer_must_end_responses_and_have_the_template_asked_for():
@@ -267,8 +267,8 @@ def test_the_description_shows_what_was_decided():
     prompting = Prompting(build("<s>", chat=None), "{prompt}\n", stop_token_ids=(END,), opening="So: ")
     assert prompting.describe(Problem("1", "Hi", "")).split("\n") == [
         "prompts: a format string (model.template); responses end with '</s>' (2), '<|end|>' (4); "
-        "padding, where there is any, '</s>'",
-        "an example, 8 tokens, the first of them '<s>':",
+        "padding token: '</s>'",
+        "example prompt (8 tokens, starting with '<s>'):",
         "  | Hi",
         "  | So: ",
     ]
