@@ -58,8 +58,8 @@ class Disk:
         return "\n".join(rows)
 
 
-def check_disk(disk: Disk, config: RunConfig, machine: Machine, output: Path) -> str | None:
-    """Compares a run's disk space with what is free; returns a note if `machine` is not this one.
+def check_disk(disk: Disk, config: RunConfig, machine: Machine, output: Path) -> tuple[str, ...]:
+    """Compares a run's disk space with what is free; returns a note if it does not fit and `machine` is not this one.
 
     What the output folder holds already counts as free, because a run that continues replaces it.
 
@@ -69,13 +69,13 @@ def check_disk(disk: Disk, config: RunConfig, machine: Machine, output: Path) ->
     parent = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
     room = shutil.disk_usage(parent).free + _bytes_in(output)
     if disk.peak <= room:
-        return None
+        return ()
     needed = (
         f"{output} needs {disk.peak / GIB:.1f} GiB for up to {disk.most} checkpoints of {disk.checkpoint / GIB:.1f} "
         f"GiB and the weights in final/, and {room / GIB:.1f} GiB are free"
     )
     if not machine.is_here:
-        return f"output: {needed} here; the run's machine needs as much"
+        return (f"output: {needed} here; the run's machine needs as much",)
     fixes = ["give a folder on a larger disk"]
     if config.checkpoint.keep != 1 and disk.most > 2:
         fixes.append(f"checkpoint.keep=1 instead of {config.checkpoint.keep}")

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from experiments.config import MODELS, Composed
 from experiments.describe import members
+from experiments.run.disk import check_disk
 from experiments.run.memory_check import Outlook, outlook
 from experiments.run.prepare import (
     PROVIDED,
@@ -54,7 +55,8 @@ def plan(composed: Composed) -> str:
         notes.append(f"model.path: '{tree['model']['path']}' has no tokenizer here, so no prompt is shown or measured")
     prepared, problems = _prepared(composed, has_tokenizer, notes)
     expected = outlook(composed, machine)
-    notes += [*(prepared.notes if prepared else ()), *expected.notes]
+    disk = check_disk(expected.disk, config, machine, output_folder(composed))
+    notes += [*(prepared.notes if prepared else ()), *expected.notes, *disk]
     selected = ", ".join(f"{group}={name}" for group, name in names.items() if name)
     tokens = max(config.rollout.max_response_tokens // 2, 1)
     by_stage = balances(composed.algorithm, config.group_size, tokens)

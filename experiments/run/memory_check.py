@@ -52,24 +52,25 @@ def check_fits(composed: Composed) -> tuple[str, ...]:
     """
     machine, stated = present(), composed.config.hardware.gpus
     other = f"hardware.gpus: {stated}, but this run was started on {machine}"
-    return (*outlook(composed, machine).notes, *([other] if stated not in (0, machine.ranks) else []))
+    expected = outlook(composed, machine)
+    disk = check_disk(expected.disk, composed.config, machine, output_folder(composed))
+    return (*expected.notes, *disk, *([other] if stated not in (0, machine.ranks) else []))
 
 
 def outlook(composed: Composed, machine: Machine) -> Outlook:
-    """The work, memory and disk space of a run on `machine`; raises the errors of `check_fits`."""
+    """The work, memory and disk space of a run on `machine`; raises the errors of `check_fits`, except for the disk."""
     config, algorithm = composed.config, composed.algorithm
     shapes = _shapes(composed)
     stages = {name: stage.algorithm for name, stage in Pipeline.of(algorithm).stages.items()}
     traffic = {name: Traffic.of(one, config, machine.ranks) for name, one in stages.items()}
     memory = estimate(config, algorithm, shapes, machine, max(t.micro_batch for t in traffic.values()))
-    output = output_folder(composed)
-    disk = Disk.of(config, algorithm, shapes, len(RunFolder(output).checkpoint_steps()))
+    existing = len(RunFolder(output_folder(composed)).checkpoint_steps())
     _check_states(composed, shapes, machine)
     _check_engine(config, shapes.policy, memory)
     _check_refresh(memory)
     _check_update(config, memory)
-    note = check_disk(disk, config, machine, output)
-    return Outlook(shapes, traffic, memory, disk, (*_tight(memory), *([note] if note else [])))
+    disk = Disk.of(config, algorithm, shapes, existing)
+    return Outlook(shapes, traffic, memory, disk, tuple(_tight(memory)))
 
 
 def _shapes(composed: Composed) -> Shapes:
