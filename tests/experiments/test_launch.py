@@ -17,7 +17,7 @@ from experiments.run.dry_run import with_known_models
 from upge.errors import ConfigError
 from upge.models import loading
 from upge.train.distributed import World
-from upge.train.folder import RunFolder
+from upge.train.folder import FORMAT, RunFolder
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ class TwoMachines(World):
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_folder_that_is_not_shared_is_refused(shared: bool, tmp_path: Path) -> None:
     if shared:
-        (tmp_path / "run.json").write_text(json.dumps({"started": "2026-11-29T00:00:00+00:00"}))
+        (tmp_path / "run.json").write_text(json.dumps({"started": "2026-11-29T00:00:00+00:00", "format": FORMAT}))
     world = TwoMachines(1, 2, torch.device("cpu"))
     if shared:
         launch.check_shared(RunFolder(tmp_path), world)
