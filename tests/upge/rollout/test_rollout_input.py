@@ -77,7 +77,7 @@ def test_bad_weights_are_named(folder: Path, change, fragment: str):
     sampler = rollout.load("transformers", folder / "untied")
     with pytest.raises(ModelError, match=fragment):
         sampler.load_weights(change(probe.weights(folder / "untied", with_head=False)))
-    with pytest.raises(RuntimeError, match="mixture"):
+    with pytest.raises(RuntimeError, match="no complete weights"):
         sampler.sample([[3]], 1, Sampling(), [0])
 
 
