@@ -86,7 +86,7 @@ def _diagnose(arguments: Sequence[str]) -> int:
 def _exactly(chosen: Any) -> tuple[list, list[str]]:
     from experiments.diagnose.measuring import exactly
 
-    note = "the frozen policy of this setting differs from the policy, and the response limit is 2 tokens"
+    note = "the reference policy of this setting differs from the policy, and the response limit is 2 tokens"
     return [exactly(chosen.algorithms, chosen.config.group_size)], [note]
 
 
@@ -114,7 +114,7 @@ def _sampled(chosen: Any, console: Any) -> tuple[list, list[str]]:
             elif len(measured_policies) > 1:
                 frozen = measured_policies[0].model
             own = f"the first policy, {measured_policies[0].label}" if frozen else "the policy itself"
-            notes.append(f"the frozen policy is {run.reference.path or own}")
+            notes.append(f"the reference policy is {run.reference.path or own}")
         behavior = model_of(config.behavior, run.model) if config.behavior else None
         results = []
         for policy in measured_policies:

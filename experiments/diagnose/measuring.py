@@ -242,7 +242,7 @@ MOST_ROLLOUTS = 8
 
 
 def exactly(chosen: Mapping[str, Algorithm], group_size: int) -> Result:
-    """Exact results on the setting of docs/theory.md with one prompt per batch and a separate frozen policy.
+    """Exact results on the setting of docs/theory.md with one prompt per batch and a separate reference policy.
 
     Raises:
         ConfigError: too many rollouts to enumerate.
