@@ -50,7 +50,7 @@ def test_every_number_is_recorded(found):
     assert sum(len(one["prompts"]) for one in policy["bins"]) == 6
     assert found["settings"]["prompts"] == 6 and found["command"].startswith("python")
     assert any("ppo is left out" in note for note in found["notes"])
-    assert any("the frozen policy is the policy itself" in note for note in found["notes"])
+    assert any("the reference policy is the policy itself" in note for note in found["notes"])
 
 
 def test_tables_figures_and_page_are_written(folder):

@@ -1,10 +1,11 @@
-"""These tests need the CUDA packages and no GPU: `make test-gpu-stack`. With other packages nothing is collected."""
+"""These tests need the CUDA packages, a C compiler and no GPU: `make test-gpu-stack`. Elsewhere nothing is collected."""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 
 import torch
 
-if torch.version.cuda is None or importlib.util.find_spec("vllm") is None:
+if torch.version.cuda is None or importlib.util.find_spec("vllm") is None or shutil.which("cc") is None:
     collect_ignore_glob = ["test_*.py"]
