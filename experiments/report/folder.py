@@ -51,16 +51,17 @@ def read_run(run_dir: str | Path) -> RunFolder:
             f"{path} is not the folder of a run: {' and '.join(missing)} not found in it; "
             "give the folder that was named as output= of the run"
         )
-    notes: list[str] = []
     _ = train_folder.RunFolder(path).facts  # refuses the folder of another version
     config, config_text = _read_config(path / "config.yaml")
-    metrics = _by_step(_read_lines(path / "metrics.jsonl", notes))
-    evaluations = _by_step(_read_lines(path / "evaluations.jsonl", notes))
-    rollouts_step, rollouts = _newest(path / "rollouts", notes)
-    tokens_step, tokens = _newest(path / "tokens", notes)
-    prompts = _prompts(_read_lines(path / "prompts.jsonl", notes))
-    notes += _state_of_run(config, metrics, evaluations)
-    run = _read_run_json(path / "run.json", notes)
+    lines, (rollouts_step, rollouts, of_rollouts), (tokens_step, tokens, of_tokens) = (
+        [_read_lines(path / f"{name}.jsonl") for name in ("metrics", "evaluations", "prompts")],
+        _newest(path / "rollouts"),
+        _newest(path / "tokens"),
+    )
+    metrics, evaluations, prompts = _by_step(lines[0][0]), _by_step(lines[1][0]), _prompts(lines[2][0])
+    run, of_run = _read_run_json(path / "run.json")
+    notes = [*lines[0][1], *lines[1][1], *of_rollouts, *of_tokens, *lines[2][1]]
+    notes += [*_state_of_run(config, metrics, evaluations), *of_run]
     recorded = (config, config_text, run, metrics, evaluations, rollouts, rollouts_step, prompts, tokens, tokens_step)
     return RunFolder(path, *recorded, tuple(notes))
 
@@ -77,25 +78,24 @@ def _read_config(path: Path) -> tuple[dict, str]:
     return config, text
 
 
-def _read_run_json(path: Path, notes: list[str]) -> dict:
+def _read_run_json(path: Path) -> tuple[dict, list[str]]:
+    """The content, and a note if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        notes.append("run.json is missing: versions and command line are unknown.")
-        return {}
+        return {}, ["run.json is missing: versions and command line are unknown."]
     except ValueError:
         content = None
     if isinstance(content, dict):
-        return content
-    notes.append("run.json could not be read: versions and command line are unknown.")
-    return {}
+        return content, []
+    return {}, ["run.json could not be read: versions and command line are unknown."]
 
 
-def _read_lines(path: Path, notes: list[str]) -> list[dict]:
-    """The objects of a JSON Lines file; empty for a missing file."""
+def _read_lines(path: Path) -> tuple[list[dict], list[str]]:
+    """The objects of a JSON Lines file, none if it is missing, and notes about lines that are left out."""
     if not path.is_file():
-        return []
-    records, lines = [], path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+        return [], []
+    records, notes, lines = [], [], path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     for position, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -108,7 +108,7 @@ def _read_lines(path: Path, notes: list[str]) -> list[dict]:
         else:
             why = "is incomplete: the run was interrupted there" if position == len(lines) else "is not readable"
             notes.append(f"Line {position} of {path.name} {why}; it is left out.")
-    return records
+    return records, notes
 
 
 def _by_step(records: list[dict]) -> tuple[dict, ...]:
@@ -123,13 +123,16 @@ def _prompts(records: list[dict]) -> tuple[dict, ...]:
     return tuple(sorted(whole, key=lambda one: one["step"]))
 
 
-def _newest(folder: Path, notes: list[str]) -> tuple[int | None, tuple[dict, ...]]:
-    """The step and the lines of the newest file of a folder that has lines."""
+def _newest(folder: Path) -> tuple[int | None, tuple[dict, ...], list[str]]:
+    """The step and the lines of the newest file of a folder that has lines, and notes about lines that are left out."""
+    notes: list[str] = []
     for path in sorted(folder.glob("step_*.jsonl"), reverse=True):
-        if records := _read_lines(path, notes):
+        records, more = _read_lines(path)
+        notes += more
+        if records:
             digits = path.stem.removeprefix("step_")
-            return int(digits) if digits.isdigit() else None, tuple(records)
-    return None, ()
+            return int(digits) if digits.isdigit() else None, tuple(records), notes
+    return None, (), notes
 
 
 def _state_of_run(config: dict, metrics: tuple[dict, ...], evaluations: tuple[dict, ...]) -> list[str]:

@@ -69,8 +69,10 @@ def prepare(composed: Composed) -> Prepared:
     check_length(config.model, config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
     prompting = load_prompting(config.model)
     notes += _overlap(splits.train, measured)
-    train = _encode("training", splits.train, prompting, composed, notes)
-    evaluation = _encode("evaluation", measured, prompting, composed, notes) if measured else []
+    train, more = _encode("training", splits.train, prompting, composed)
+    notes += more
+    evaluation, more = _encode("evaluation", measured, prompting, composed) if measured else ([], [])
+    notes += more
     demonstrations = sum(bool(example.demonstrations) for example in train)
     pairs = sum(has_pair(example) for example in train)
     try:
@@ -259,8 +261,9 @@ def suite_problems(config: EvalConfig, verifier: str) -> tuple[data.Problem, ...
 
 
 def _encode(
-    which: str, problems: Sequence[data.Problem], prompting: data.Prompting, composed: Composed, notes: list[str]
-) -> list:
+    which: str, problems: Sequence[data.Problem], prompting: data.Prompting, composed: Composed
+) -> tuple[list, list[str]]:
+    """The examples of these problems that fit the length limits, and notes about the others."""
     config, needs, policy = composed.config, composed.algorithm.needs, composed.config.data_policy
     without = next((p for p in problems if p.system), None) if not prompting.has_system else None
     if without is not None:
@@ -278,8 +281,8 @@ def _encode(
         demonstrations=which == "training" and (needs.demonstrations or needs.preference_pairs),
         pairs=which == "training" and needs.preference_pairs,
     )
-    if encoded.dropped_prompts:
-        notes.append(f"{which}: {encoded.dropped_prompts} problems dropped: prompt beyond rollout.max_prompt_tokens")
+    prompts = encoded.dropped_prompts
+    notes = [f"{which}: {prompts} problems dropped: prompt beyond rollout.max_prompt_tokens"] if prompts else []
     counts = {
         "demonstrations dropped, they exceed": encoded.dropped_demonstrations,
         "demonstrations cut, they exceed": encoded.truncated_demonstrations,
@@ -288,4 +291,4 @@ def _encode(
     }
     shown = [f"{count} {what}" for what, count in counts.items() if count and which == "training"]
     notes += [f"{which}: {one} rollout.max_response_tokens" for one in shown]
-    return list(encoded.examples)
+    return list(encoded.examples), notes

@@ -19,6 +19,7 @@ from experiments.report.draw import smoothing_window
 from experiments.report.page import write_report
 from experiments.report.series import Series
 from upge.errors import DataError, UserError
+from upge.train.folder import FORMAT
 
 LEVELS = {
     "2 numbers": (0.95, 0.79),
@@ -112,6 +113,7 @@ def write_run(folder: Path, steps: int = 40, seed: int = 0) -> Path:
     (folder / "run.json").write_text(
         json.dumps(
             {
+                "format": FORMAT,
                 "command": "python -m experiments.run seed=0",
                 "seed": seed,
                 "names": {"recipe": None, "algo": "hpt", "model": "some/folder/tiny", "data": "arithmetic"},

@@ -1,4 +1,4 @@
-"""These tests need the CUDA packages, a C compiler and no GPU: `make test-gpu-stack`. Elsewhere nothing is collected."""
+"""Tests of the calls of the CUDA packages, without a GPU: `make test-gpu-stack`. Elsewhere nothing is collected."""
 
 from __future__ import annotations
 

@@ -110,9 +110,10 @@ class Collector:
         rollouts: list[Trajectory] = []
         metrics = {"time/rollout": 0.0, "time/verify": 0.0}
         if self.needs.rollouts:
-            rollouts = self._rollouts(indices, seeds, metrics)
+            rollouts, metrics = self._rollouts(indices, seeds)
             if self.dynamic_sampling is not None and stream == TRAIN:
-                indices, rollouts = self._redrawn(indices, rollouts, step, metrics)
+                indices, rollouts, more = self._redrawn(indices, rollouts, step)
+                metrics = _sum(metrics, more)
         given = [t for group, index in enumerate(indices) for t in self._given(group, index, step)]
         # The sort is stable and a prompt's rollouts are in order of sampling.
         trajectories = sorted(rollouts + given, key=lambda t: (t.group, t.is_demonstration))
@@ -149,21 +150,22 @@ class Collector:
         return {name: count for name, count in counts.items() if count > 0}
 
     def _redrawn(
-        self, indices: list[int], first: list[Trajectory], step: int, metrics: dict[str, float]
-    ) -> tuple[list[int], list[Trajectory]]:
-        """Dynamic sampling: replaces prompts whose gate is closed, for a number of rounds, and adds to `metrics`.
+        self, indices: list[int], first: list[Trajectory], step: int
+    ) -> tuple[list[int], list[Trajectory], dict[str, float]]:
+        """Dynamic sampling: replaces prompts whose gate is closed, for a number of rounds.
 
         Args:
             indices: the examples of the first round.
             first: their rollouts.
             step: of the run.
-            metrics: of the collection.
 
         Returns:
-            The accepted examples and their rollouts. If the gate is closed on all prompts, those of the first round.
+            The accepted examples, their rollouts, and the metrics of the further rounds. If the gate is closed on all
+            prompts, the examples and rollouts of the first round.
         """
         assert self.dynamic_sampling is not None
         wanted, rollouts, tried, rounds = list(indices), first, list(indices), 1
+        metrics: dict[str, float] = {}
         accepted: list[int] = []
         trajectories: list[Trajectory] = []
         while True:
@@ -174,11 +176,12 @@ class Collector:
                 break
             # Accepted examples count twice, so that in a small data set they come last.
             indices = self._replacements(self._missing(wanted, accepted), tried + accepted, "redraw", step, rounds)
-            rollouts = self._rollouts(indices, ("rollout", step, rounds), metrics)
+            rollouts, times = self._rollouts(indices, ("rollout", step, rounds))
+            metrics = _sum(metrics, times)
             tried += indices
             rounds += 1
         metrics |= {"sampling/rounds": rounds, "sampling/prompts": len(tried)}
-        return (accepted, trajectories) if accepted else (wanted, first)
+        return (accepted, trajectories, metrics) if accepted else (wanted, first, metrics)
 
     def _open_groups(self, rollouts: list[Trajectory], step: int) -> list[tuple[int, list[Trajectory]]]:
         """The groups, in order, with a rollout on which the gate is not 0."""
@@ -190,10 +193,8 @@ class Collector:
         open_groups = {t.group for t, is_closed in zip(rollouts, closed, strict=True) if not is_closed}
         return [(group, members) for group, members in groups.items() if group in open_groups]
 
-    def _rollouts(
-        self, indices: list[int], seeds: tuple[int | str, ...], metrics: dict[str, float]
-    ) -> list[Trajectory]:
-        """All ranks' verified rollouts of these prompts, whose groups are numbered from 0. Adds its time to `metrics`.
+    def _rollouts(self, indices: list[int], seeds: tuple[int | str, ...]) -> tuple[list[Trajectory], dict[str, float]]:
+        """All ranks' verified rollouts of these prompts, whose groups are numbered from 0, and this rank's seconds.
 
         Each rank samples a part of the prompts.
         """
@@ -208,9 +209,8 @@ class Collector:
             for group, example, responses in zip(groups, examples, sampled.groups, strict=True)
             for rollout, verdict in responses
         ]
-        metrics["time/rollout"] += sampled.sampling_seconds
-        metrics["time/verify"] += sampled.verifying_seconds
-        return sorted((t for part in world.gather(of_rank) for t in part), key=lambda t: t.group)
+        times = {"time/rollout": sampled.sampling_seconds, "time/verify": sampled.verifying_seconds}
+        return sorted((t for part in world.gather(of_rank) for t in part), key=lambda t: t.group), times
 
     def _given(self, group: int, index: int, step: int) -> list[Trajectory]:
         """The trajectories that the data set has for a prompt.
@@ -232,6 +232,11 @@ class Collector:
             return [_demonstration(index, group, example, choice) for choice in range(count)]
         first = demonstration_choice(step, index, count, self.config.seed)
         return [_demonstration(index, group, example, (first + i) % count) for i in range(wanted)]
+
+
+def _sum(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of two collections, added."""
+    return {name: a.get(name, 0.0) + b.get(name, 0.0) for name in {**a, **b}}
 
 
 def _rollout(index: int, group: int, example: Example, rollout: Rollout, verdict: Verdict) -> Trajectory:
