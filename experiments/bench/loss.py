@@ -68,7 +68,7 @@ class Settings:
         models: some of tiny, smollm2-135m and qwen2.5-0.5b (its shape with random weights), separated by commas.
         groups: number of prompts; 0 = by model.
         group_size: responses to each prompt.
-        silent: share of the groups without a signal in the second case.
+        no_signal: share of the groups without a signal in the second case.
         scale: factor of the lengths (prompt 96, response 235 on average, longest 694); 0 = by model.
         rounds: at least five.
         micro_batch_tokens: maximum tokens of one forward pass of ours; 0 = by model.
@@ -79,7 +79,7 @@ class Settings:
     models: str = "tiny,smollm2-135m,qwen2.5-0.5b"
     groups: int = 0
     group_size: int = 8
-    silent: float = 0.3
+    no_signal: float = 0.3
     scale: float = 0.0
     rounds: int = 5
     micro_batch_tokens: int = 0
@@ -92,7 +92,7 @@ def run(settings: Settings) -> str:
     names = [name.strip() for name in settings.models.split(",")]
     if not set(names) <= set(MODELS):
         raise ConfigError(f"models: found '{settings.models}'; give some of {', '.join(MODELS)} with commas")
-    header = ["model", "groups (silent)", "with", "tokens in a round", "seconds", "CPU seconds"]
+    header = ["model", "groups (no signal)", "with", "tokens in a round", "seconds", "CPU seconds"]
     header += ["times as fast", "the same by CPU"]
     rows, notes = [], []
     for name in names:
@@ -124,9 +124,9 @@ def measured(settings: Settings, name: str) -> tuple[list[list[object]], list[st
         if peers.present(THEIRS):
             theirs = peers.TRLLoss(path, settings.group_size, batch, Path(scratch))
         ours = Ours(path, settings.micro_batch_tokens or case.micro_batch_tokens)
-        for silent in (0.0, settings.silent):
-            rollouts = made(replace(shape, silent=silent), ours.vocabulary)
-            results = _case(name, ours, theirs, rollouts, replace(shape, silent=silent), settings)
+        for no_signal in (0.0, settings.no_signal):
+            rollouts = made(replace(shape, no_signal=no_signal), ours.vocabulary)
+            results = _case(name, ours, theirs, rollouts, replace(shape, no_signal=no_signal), settings)
             rows += results[0]
             notes.append(results[1])
     return rows, [f"- {name}: {length_summary(rollouts)}.", *notes]
@@ -146,14 +146,14 @@ def _case(
         things[THEIRS] = lambda number: theirs(inputs)
         tokens[THEIRS] = sum(part[side].numel() for part in inputs for side in ("prompt_mask", "completion_mask"))
     timing = interleaved(things, settings.rounds)
-    count = f"{shape.groups} ({shape.silent_groups})"
+    count = f"{shape.groups} ({shape.no_signal_groups})"
     rows = []
     for thing in things:
         ahead = ["", ""] if theirs is None else timing.against(thing, THEIRS)
         spreads = [Spread.of(timing.seconds[thing]), Spread.of(timing.cpu[thing])]
         rows.append([name, count, thing, f"{tokens[thing]:,}", *spreads, *ahead])
     if theirs is not None:
-        times, goal = timing.speedup(OURS, THEIRS).median, GOALS[bool(shape.silent_groups)]
+        times, goal = timing.speedup(OURS, THEIRS).median, GOALS[bool(shape.no_signal_groups)]
         remark += f"; goal at least {goal:g} times as fast: {times:.2f}, {verdict(times >= goal)}"
     return rows, f"- {name}, {count} groups{remark}."
 
@@ -240,13 +240,13 @@ class Shape:
 
     Attributes:
         groups, size: number of prompts, and of responses to each.
-        silent: share of the groups whose rewards are all equal, rounded to whole groups.
+        no_signal: share of the groups whose rewards are all equal, rounded to whole groups.
         prompt, response, longest: mean tokens of a prompt and of a response, and the maximum of a response.
     """
 
     groups: int
     size: int
-    silent: float = 0.0
+    no_signal: float = 0.0
     prompt: int = 96
     response: int = 235
     longest: int = 694
@@ -254,12 +254,12 @@ class Shape:
     def scaled(self, by: float) -> Shape:
         """The same shape with all lengths multiplied."""
         lengths = (max(2, round(by * tokens)) for tokens in (self.prompt, self.response, self.longest))
-        return Shape(self.groups, self.size, self.silent, *lengths)
+        return Shape(self.groups, self.size, self.no_signal, *lengths)
 
     @property
-    def silent_groups(self) -> int:
+    def no_signal_groups(self) -> int:
         """The number of groups without a signal."""
-        return round(self.silent * self.groups)
+        return round(self.no_signal * self.groups)
 
 
 def made(shape: Shape, vocabulary: int, seed: int = 0) -> list[Trajectory]:
@@ -275,15 +275,15 @@ def made(shape: Shape, vocabulary: int, seed: int = 0) -> list[Trajectory]:
         length = round(chance.lognormvariate(math.log(mean) - spread**2 / 2, spread))
         return tuple(chance.randrange(2, vocabulary) for _ in range(min(max(length, 2), longest)))
 
-    every = shape.groups / shape.silent_groups if shape.silent_groups else 0.0
-    silent = {int(every * (number + 0.5)): number for number in range(shape.silent_groups)}
+    every = shape.groups / shape.no_signal_groups if shape.no_signal_groups else 0.0
+    no_signal = {int(every * (number + 0.5)): number for number in range(shape.no_signal_groups)}
     rollouts = []
     for group in range(shape.groups):
         prompt, right = tokens(shape.prompt, 0.2, 2 * shape.prompt), chance.randint(1, shape.size - 1)
         for number in range(shape.size):
             # With a mean of 235 tokens, the longest of 80 responses has about 690.
             response = tokens(shape.response, 0.5, shape.longest)
-            reward = float(silent[group] % 2 if group in silent else number < right)
+            reward = float(no_signal[group] % 2 if group in no_signal else number < right)
             rollouts.append(Trajectory(group, group, prompt, response, reward, is_demonstration=False))
     return rollouts
 

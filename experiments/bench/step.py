@@ -202,14 +202,14 @@ def _row(case: Case, name: str, outcome: Outcome) -> list[object]:
 
 def _remarks(case: Case, outcome: Outcome, settings: Settings) -> list[str]:
     timing = outcome.timing
-    silent = Spread.of(one["silent"] for one in timing.results[US]).median
+    no_signal = Spread.of(one["no_signal"] for one in timing.results[US]).median
     rewards = "; rewards by checksum" if settings.checksum else ""
     gaps = ", ".join(f"{gap:.1e} ({name})" for name, gap in outcome.gaps.items())
     lines = [
         f"{case.name}: median and range of {settings.pairs} steps of each, of {case.prompts} prompts with "
         f"{settings.group} responses, {case.threads} OpenMP threads{rewards}; TRL's micro-batches have {case.batch} "
-        f"rows. Of our groups {silent:.0%} had no signal (median). Gradients of the same responses and rewards differ "
-        f"by {gaps} of their norm.",
+        f"rows. Of our groups {no_signal:.0%} had no signal (median). Gradients of the same responses and rewards "
+        f"differ by {gaps} of their norm.",
     ]
     for name in list(timing.seconds)[1:]:
         times = _times(timing, name).median

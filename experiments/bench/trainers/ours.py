@@ -152,7 +152,7 @@ def _step_metrics(metrics: Mapping[str, float], rows: int) -> dict[str, float]:
         "verify": metrics["time/verify"],
         "refresh": metrics["time/sync"],
         "reward": metrics.get("reward/mean", 0.0),
-        "silent": metrics["gate/no_signal_prompts"],
+        "no_signal": metrics["gate/no_signal_prompts"],
     }
 
 

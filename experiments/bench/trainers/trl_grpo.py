@@ -82,7 +82,7 @@ class TimedTrainer(GRPOTrainer):
         rewards = self._timed("verify", super()._calculate_rewards)(*arguments)
         self.step_metrics["reward"] = float(rewards.mean())
         groups = rewards.reshape(-1, self.num_generations)
-        self.step_metrics["silent"] = float((groups == groups[:, :1]).all(dim=1).float().mean())
+        self.step_metrics["no_signal"] = float((groups == groups[:, :1]).all(dim=1).float().mean())
         return rewards
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

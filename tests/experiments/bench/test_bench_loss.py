@@ -17,11 +17,11 @@ from upge.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
-SMALL = Shape(groups=2, size=4, silent=0.5).scaled(0.03)
+SMALL = Shape(groups=2, size=4, no_signal=0.5).scaled(0.03)
 
 
 def test_lengths_are_spread_as_in_a_run() -> None:
-    rollouts = made(Shape(groups=40, size=8, silent=0.3), 1000)
+    rollouts = made(Shape(groups=40, size=8, no_signal=0.3), 1000)
     lengths = [len(t.response_ids) for t in rollouts]
     assert len(rollouts) == 320 and 215 < sum(lengths) / 320 < 255 and 500 < max(lengths) <= 694
     assert len({t.prompt_ids for t in rollouts}) == 40, "one prompt a group"
@@ -32,8 +32,8 @@ def test_lengths_are_spread_as_in_a_run() -> None:
     assert by_group.count({0.0}) == by_group.count({1.0}) == 6
 
 
-def test_silent_groups_change_nothing_but_rewards() -> None:
-    loud, partly = (made(Shape(10, 8, silent).scaled(0.1), 50) for silent in (0.0, 0.3))
+def test_groups_without_a_signal_change_nothing_but_rewards() -> None:
+    loud, partly = (made(Shape(10, 8, no_signal).scaled(0.1), 50) for no_signal in (0.0, 0.3))
     assert [(t.prompt_ids, t.response_ids) for t in loud] == [(t.prompt_ids, t.response_ids) for t in partly]
     differ = {t.group for t, u in zip(loud, partly, strict=True) if t.reward != u.reward}
     assert len(differ) == 3 and max(differ) - min(differ) > 3
@@ -89,7 +89,7 @@ def test_ours_is_the_textbook_gradient_and_starts_from_zero_each_time() -> None:
     done = subprocess.run([sys.executable, "-c", PLAIN], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     count, tokens, gap = done.stdout.split()[-3:]
-    # Of the silent group nothing is run.
+    # Of the group without a signal nothing is run.
     assert (int(count), float(gap) < 2e-5) == (8, True) and 0 < int(tokens) < 8 * (6 + 21) / 2
 
 
@@ -98,7 +98,7 @@ def test_trl_and_ours_compute_the_same() -> None:
     program = (
         "from experiments.bench import loss\n"
         "from experiments.bench.loss import Settings\n"
-        "print(loss.measured(Settings(groups=2, silent=0.5, scale=0.03), 'tiny'), flush=True)\n"
+        "print(loss.measured(Settings(groups=2, no_signal=0.5, scale=0.03), 'tiny'), flush=True)\n"
         "import os\nos._exit(0)\n"
     )
     done = subprocess.run([PEERS, "-c", program], cwd=ROOT, capture_output=True, text=True)
@@ -127,11 +127,11 @@ def test_a_table_and_its_goals(monkeypatch: pytest.MonkeyPatch) -> None:
         return interleaved(things, rounds, clock=lambda: now[0], cpu_clock=lambda: now[0] / 2)
 
     monkeypatch.setattr(loss, "interleaved", clocked)
-    for silent, told_goal in ((0.0, "3 times as fast: 3.50, reached"), (0.5, "4 times as fast: 3.50, **missed**")):
-        shape = Shape(2, 4, silent)
+    for no_signal, told_goal in ((0.0, "3 times as fast: 3.50, reached"), (0.5, "4 times as fast: 3.50, **missed**")):
+        shape = Shape(2, 4, no_signal)
         rows, note = loss._case("tiny", Fake(2.0), Fake(7.0), [], shape, loss.Settings())
         assert len({len(row) for row in rows}) == 1 and told_goal in note
-        assert ["tiny", f"2 ({shape.silent_groups})", "TRL", "14", "7 (7 to 7)", "3.5 (3.5 to 3.5)", "1", "1"] == [
+        assert ["tiny", f"2 ({shape.no_signal_groups})", "TRL", "14", "7 (7 to 7)", "3.5 (3.5 to 3.5)", "1", "1"] == [
             *map(str, rows[1])
         ]
         assert rows[0][2:4] == ["ours", "1,234"]

@@ -14,7 +14,7 @@ from tests.bench_children import Stage
 from upge.errors import ConfigError
 
 FAKE = "tests.bench_children"
-PARTS = {"rollout": 0.0, "verify": 0.0, "refresh": 0.0, "reward": 0.5, "rss": 1.5, "silent": 0.25}
+PARTS = {"rollout": 0.0, "verify": 0.0, "refresh": 0.0, "reward": 0.5, "rss": 1.5, "no_signal": 0.25}
 SAMPLED = {"reward": 0.5, "norm": 2.0, "prompts": [[1]], "responses": [[[2], [3]]]}
 
 
