@@ -219,7 +219,7 @@ def test_refused_folders(tmp_path):
     with pytest.raises(ConfigError, match="just begun"):
         folder.start(tree, folder.facts, continues=False)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match="cannot be made"):
+    with pytest.raises(ConfigError, match="cannot be created"):
         RunFolder(tmp_path / "file" / "run").open(tree, "auto")
 
 
