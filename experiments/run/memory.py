@@ -19,7 +19,10 @@ from upge.models.loading import SMALL_MODEL, WeightTable, random_state_kept
 from upge.pipeline import Pipeline
 from upge.rollout.transformers_engine import TOKEN_BUDGET
 from upge.rollout.vllm_engine import CPU_SEQUENCES
-from upge.train.config import RunConfig
+from upge.train.config import LoraConfig, RunConfig
+
+#: All weights are trained.
+NO_LORA = LoraConfig()
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class ModelShape:
         layers, hidden, query, key, inner, vocabulary: the number of layers, and the widths of the residual stream, of
             all query heads, of all key heads (as many for values), of the MLP and of the output.
         itemsize: bytes of a weight, and of an activation.
+        adapter: parameters of its LoRA adapters; 0 = all parameters are trained.
     """
 
     parameters: int
@@ -45,16 +49,19 @@ class ModelShape:
     inner: int
     vocabulary: int
     itemsize: int
+    adapter: int = 0
 
     @classmethod
-    def of(cls, config: Any, dtype: str) -> ModelShape:
+    def of(cls, config: Any, dtype: str, lora: LoraConfig = NO_LORA) -> ModelShape:
         """The shape of the causal LM that a Hugging Face configuration describes, in `dtype`.
 
         Raises:
             ModelError: the trainer cannot run this architecture, or the sizes do not form a model.
+            ConfigError: `lora` does not fit the model.
         """
         from transformers import AutoModelForCausalLM
 
+        from upge.train.adapter import adapter_parameters
         from upge.train.packed_attention import check_supported
 
         try:
@@ -84,6 +91,7 @@ class ModelShape:
             inner=text.intermediate_size,
             vocabulary=text.vocab_size,
             itemsize=getattr(torch, dtype).itemsize,
+            adapter=adapter_parameters(model, lora),
         )
 
     @property
@@ -96,8 +104,13 @@ class ModelShape:
 
     @property
     def trunk(self) -> ModelShape:
-        """The same model without its output embedding, as a critic has it."""
-        return replace(self, parameters=self.parameters - self.output, output=0)
+        """The same model without its output embedding and adapters, as a critic has it."""
+        return replace(self, parameters=self.parameters - self.output, output=0, adapter=0)
+
+    @property
+    def trained(self) -> int:
+        """The number of parameters that have gradients and optimizer states."""
+        return self.adapter or self.parameters
 
     @property
     def weights(self) -> int:
@@ -201,7 +214,7 @@ def estimate(
         states.append(Item("frozen policy: weights", shapes.reference.weights // machine.ranks))
     stages = Pipeline.of(algorithm).stages.values()
     if any(s.algorithm.interleaved_update is not None and s.algorithm.interleaved_update.own_optimizer for s in stages):
-        moments = 8 * shapes.policy.parameters // machine.ranks
+        moments = 8 * shapes.policy.trained // machine.ranks
         states.append(Item("policy: the interleaved update's own moments, 8 bytes per parameter", moments))
     if machine.has_gpus:
         states.append(Item("reserve: context, collectives, gaps", RESERVE, is_certain=False))
@@ -214,15 +227,16 @@ def estimate(
 def zero3_states(shape: ModelShape, ranks: int) -> int:
     """DeepSpeed's estimate for ZeRO-3 without offloading, in bytes.
 
-    It is 18 bytes per parameter, divided by the ranks, and 4 bytes per parameter of the largest layer.
+    It is 18 bytes per trained parameter, divided by the ranks, and 4 bytes per parameter of the largest layer. With
+    adapters the model's own weights come on top.
     """
     _quiet_deepspeed()
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 
     _, per_gpu, _ = estimate_zero3_model_states_mem_needs(
-        shape.parameters, shape.largest_layer, num_gpus_per_node=ranks, cpu_offload=False, cpu_offload_params=False
+        shape.trained, shape.largest_layer, num_gpus_per_node=ranks, cpu_offload=False, cpu_offload_params=False
     )
-    return per_gpu
+    return per_gpu + (shape.weights // ranks if shape.adapter else 0)
 
 
 def longest(config: RunConfig) -> int:
@@ -247,8 +261,10 @@ def _trained(name: str, shape: ModelShape, machine: Machine) -> Iterator[Item]:
     _quiet_deepspeed()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    count, ranks, zero = shape.parameters, machine.ranks, DeepSpeedZeroConfig()
+    count, ranks, zero = shape.trained, machine.ranks, DeepSpeedZeroConfig()
     what = f"weights, gradient, AdamW of {shape.size} parameters over {counted(ranks, 'rank')}, DeepSpeed's estimate"
+    if shape.adapter:
+        what = f"weights of {shape.size} parameters over {counted(ranks, 'rank')}; {count:,} of adapters are trained"
     yield Item(f"{name}: {what}", zero3_states(shape, ranks))
     if shape.itemsize > 2:
         more = (shape.itemsize - 2) * count // ranks
@@ -256,7 +272,7 @@ def _trained(name: str, shape: ModelShape, machine: Machine) -> Iterator[Item]:
     # On a GPU the whole bucket is allocated, in ordinary memory only the part that is written.
     bucket = int(zero.reduce_bucket_size) if machine.has_gpus else min(int(zero.reduce_bucket_size), count)
     yield Item(f"{name}: ZeRO-3's bucket of gradients", bucket * shape.itemsize)
-    gathered = min(count, int(zero.max_live_parameters)) * shape.itemsize
+    gathered = min(shape.parameters, int(zero.max_live_parameters)) * shape.itemsize
     yield Item(f"{name}: weights that ZeRO-3 keeps gathered, at most", gathered, "training", is_certain=False)
 
 
@@ -290,13 +306,17 @@ def _update(config: RunConfig, shape: ModelShape, machine: Machine, tokens: int)
         yield Item("update: activations of one layer, computed again", again, "training", is_certain=False)
     else:
         kept = layers * shape.kept_per_token * tokens
-        yield Item(f"update: activations of {layers} layers for {tokens:,} tokens", kept, "training")
+        # A layer without an adapter does not keep its input.
+        certain = not shape.adapter
+        yield Item(f"update: activations of {layers} layers for {tokens:,} tokens", kept, "training", certain)
     passing = shape.gradients_per_token * tokens
     yield Item("update: gradients inside a layer", passing, "training", is_certain=False)
     device, dtype = "cuda" if machine.has_gpus else "cpu", getattr(torch, config.model.dtype)
     chunk = min(default_chunk_size(shape.vocabulary, device, dtype), tokens)
     logits = buffer_bytes(shape.vocabulary, device, dtype, tokens)
     yield Item(f"update: logits of {chunk:,} tokens, and blocks of them in float32", logits, "training", False)
+    if shape.adapter:
+        return
     # In half precision a chunk's product is held in addition to the sum.
     wide = 4 if dtype == torch.float32 else 6
     head = wide * shape.vocabulary * shape.hidden

@@ -59,11 +59,14 @@ def outlook(composed: Composed, machine: Machine) -> Outlook:
 
 def _shapes(composed: Composed) -> Shapes:
     config, needs = composed.config, composed.algorithm.needs
-    policy = ModelShape.of(read_config(config.model.path, config.model.overrides), config.model.dtype)
+    policy = ModelShape.of(
+        read_config(config.model.path, config.model.overrides), config.model.dtype, config.model.lora
+    )
     critic = reference = None
     if any(s.algorithm.critic is not None for s in Pipeline.of(composed.algorithm).stages.values()):
         critic = (_shape(config.critic.path, config.model.dtype) or policy).trunk
-    if needs.reference:
+    # Without a path of its own, the reference policy of a run with LoRA is the policy without its adapters.
+    if needs.reference and (config.reference.path or not config.model.lora.rank):
         reference = _shape(config.reference.path, config.model.dtype) or policy
     return Shapes(policy, critic, reference)
 

@@ -100,15 +100,17 @@ def train(composed: Any, prepared: Any, world: World) -> int:
 def _models(composed: Any, world: World) -> Any:
     """The policy, and a critic and a reference policy if the algorithm needs them."""
     from upge.pipeline import Pipeline
-    from upge.train.engine import CriticEngine, Engine, ReferencePolicy
+    from upge.train.engine import BasePolicy, CriticEngine, Engine, ReferencePolicy
     from upge.train.learner import Models
 
     config, stages = composed.config, Pipeline.of(composed.algorithm).stages.values()
-    policy = Engine(config.model, config.optimizer, world, config.rollout.temperature)
+    policy = Engine(config.model, config.optimizer, world, config.rollout.temperature, seed=config.seed)
     critic = reference = None
     if any(stage.algorithm.critic is not None for stage in stages):
         critic = CriticEngine(config.model, config.critic, config.optimizer, world)
-    if composed.algorithm.needs.reference:
+    if composed.algorithm.needs.reference and config.model.lora.rank and not config.reference.path:
+        reference = BasePolicy(policy)
+    elif composed.algorithm.needs.reference:
         model, key = config.model, "model.path"
         if config.reference.path:
             model, key = replace(model, path=config.reference.path, overrides={}), "reference.path"

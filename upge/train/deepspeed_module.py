@@ -75,11 +75,18 @@ class DeepSpeedModule:
         engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=configuration)
         self._engine: Any = engine  # its methods and its optimizer's are not typed
         self._moments = Moments(self._engine.optimizer)
+        self._passes = 0
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """The optimizer steps so far, and the backward passes since the last one; a checkpoint restores the first."""
+        return int(self._engine.global_steps), self._passes
 
     def backward(self, loss: Float[Tensor, ""], last: bool) -> None:
         """Adds the gradient of this rank's part of the loss; `last` marks the one before `step`."""
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.world.size)
+        self._passes += 1
 
     def step(self, lr: float, limit: float = 0.0) -> StepResult:
         """Clips and applies the gradient.
@@ -89,6 +96,7 @@ class DeepSpeedModule:
             limit: drop the gradient if its norm exceeds this; 0 = no limit. A gradient that is not finite is always
                 dropped.
         """
+        self._passes = 0
         if limit and (norm := gradient_norm(self._engine.optimizer)) > limit:
             drop_gradient(self._engine.optimizer)
             return StepResult(False, norm)
@@ -113,6 +121,7 @@ class DeepSpeedModule:
                 held = min(max(parameter.ds_numel - rank * size, 0), size)
                 taken.append(partitions[group][place].reshape(-1)[:held].clone())
         drop_gradient(zero)
+        self._passes = 0
         return taken
 
     def dot(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
@@ -129,8 +138,10 @@ class DeepSpeedModule:
         self._moments.reset(everything)
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
-        """Writes weights, all sets of optimizer moments and `state` to folder/tag; all ranks call it."""
-        self._engine.save_checkpoint(str(folder), tag=tag, client_state={_STATE: state}, save_latest=False)
+        """Writes trained weights, all sets of optimizer moments and `state` to folder/tag; all ranks call it."""
+        self._engine.save_checkpoint(
+            str(folder), tag=tag, client_state={_STATE: state}, save_latest=False, exclude_frozen_parameters=True
+        )
         self._moments.save(self._moments_file(folder, tag))
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
@@ -140,7 +151,7 @@ class DeepSpeedModule:
             ModelError: the checkpoint, or a file of it, is missing or not whole.
         """
         with _reading(folder / tag):
-            path, state = self._engine.load_checkpoint(str(folder), tag=tag)
+            path, state = self._engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_trained)
             if path is None:
                 raise FileNotFoundError(folder / tag)
         moments = self._moments_file(folder, tag)
@@ -150,6 +161,14 @@ class DeepSpeedModule:
 
     def _moments_file(self, folder: Path, tag: str) -> Path:
         return folder / tag / f"moments_rank_{self.world.rank}.pt"
+
+
+def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
+    """Loads a checkpoint's weights, which are those that are trained; DeepSpeed gives the arguments by name."""
+    trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
+    missing, unexpected = dst.load_state_dict(src, strict=False)
+    if unexpected or trained & set(missing):
+        raise KeyError(*unexpected, *missing)
 
 
 @contextmanager

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from upge.rollout import Sampler
+from upge.train.adapter import Adapter, Weight
 from upge.train.config import CriticConfig, ModelConfig, OptimizerConfig
 from upge.train.deepspeed_module import (
     DeepSpeedModule,
@@ -30,24 +33,35 @@ from upge.train.sample import TokenIds
 
 #: Parameters are gathered for the sampler in buckets of about this size.
 _BUCKET_BYTES = 512 * 2**20
+#: The folder of the LoRA adapters in that of an exported model.
+ADAPTER = "adapter"
 
 
 class Engine(DeepSpeedModule):
     """The policy's weights, gradients and optimizer, partitioned over the ranks.
 
-    Log-probs are computed at `temperature`, as in sampling.
+    Log-probs are computed at `temperature`, as in sampling. With `model.lora.rank` only LoRA adapters are trained;
+    their first values and dropout follow from `seed`.
+
+    Attributes:
+        adapter: the LoRA adapters, or None if all weights are trained.
 
     Raises:
         ModelError: the model cannot be loaded, is not complete, or cannot run packed rows.
+        ConfigError: a setting of `model.lora` that does not fit the model.
     """
 
-    def __init__(self, model: ModelConfig, optimizer: OptimizerConfig, world: World, temperature: float = 1.0) -> None:
+    def __init__(
+        self, model: ModelConfig, optimizer: OptimizerConfig, world: World, temperature: float = 1.0, seed: int = 0
+    ) -> None:
         network = load_causal_lm(model, world)
         if model.gradient_checkpointing:
             checkpoint_activations(network)
-        costs = Costs.of(network)
-        super().__init__(PackedPolicy(network).train(), model.dtype, optimizer, optimizer.lr, world)
-        self.network, self.temperature, self.costs = network, temperature, costs
+        self.network, self.temperature, self.costs = network, temperature, Costs.of(network)
+        policy = PackedPolicy(network).train()
+        # After PackedPolicy, which turns all dropout off.
+        self.adapter = Adapter(network, model.lora, seed) if model.lora.rank else None
+        super().__init__(policy, model.dtype, optimizer, optimizer.lr, world)
 
     def forward(self, trajectories: Sequence[TokenIds]) -> Float[Tensor, "B T"]:
         """Log-probs [B, T] of the responses of (prompt_ids, response_ids) pairs, with gradient.
@@ -66,29 +80,34 @@ class Engine(DeepSpeedModule):
 
         Every rank must call it equally often; a rank without work packs no trajectories.
         """
-        return self._engine(packed, temperature=self.temperature, entropy=entropy)
+        return self._run(packed, entropy=entropy)
 
     def loss(self, packed: PackedBatch, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, logprobs [n], entropies [n]). The gradient flows through the loss only; part of it is computed here.
 
         Every rank must call it equally often; a rank without work packs no trajectories, and its loss is 0.
         """
-        return self._engine(packed, temperature=self.temperature, objective=objective)
+        return self._run(packed, objective=objective)
+
+    def _run(self, packed: PackedBatch, **arguments: Any) -> Any:
+        """A pass of the module; dropout in the adapters differs between passes and ranks."""
+        with self.adapter.dropout(*self.position, self.world.rank) if self.adapter else nullcontext():
+            return self._engine(packed, temperature=self.temperature, **arguments)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, whole tensor) of every parameter, on every rank; gathered in buckets.
+        """(Hugging Face name, whole tensor) of every weight, on every rank; gathered in buckets.
 
-        A tensor is valid until the next one is asked for. Every rank must exhaust the iterator.
+        The weights of a model with adapters are those of the base model with the adapters added. A tensor is valid
+        until the next one is asked for. Every rank must exhaust the iterator.
         """
-        import deepspeed
-
-        for bucket in _buckets(list(self.network.named_parameters())):
-            with deepspeed.zero.GatheredParameters([p for _, p in bucket], modifier_rank=None):
-                for name, parameter in bucket:
-                    yield name, parameter.detach()
+        for weight in _gathered(self._weights()):
+            yield weight.name, weight.merged()
 
     def export(self, folder: Path) -> None:
-        """Writes the model in Hugging Face format (safetensors), from rank 0; all ranks call it."""
+        """Writes the model in Hugging Face format (safetensors), from rank 0; all ranks call it.
+
+        With LoRA this is the merged model; the adapter is written to folder/adapter in PEFT's format.
+        """
         keep = self.world.is_main
         weights = {n: w.to("cpu", copy=True).contiguous() for n, w in self.named_weights() if keep}
         if keep:
@@ -96,12 +115,22 @@ class Engine(DeepSpeedModule):
             self.network.config._attn_implementation = None
             self.network.save_pretrained(folder, state_dict=weights)
             self.network.config._attn_implementation = attention
+        if self.adapter is not None:
+            parts = [Weight(name, parameter) for name, parameter in self.adapter.parameters()]
+            matrices = {part.name: part.merged().to("cpu", copy=True) for part in _gathered(parts)}
+            if keep:
+                self.adapter.save(folder / ADAPTER, matrices)
         self.world.barrier()
+
+    def _weights(self) -> list[Weight]:
+        if self.adapter is not None:
+            return self.adapter.weights()
+        return [Weight(name, parameter) for name, parameter in self.network.named_parameters()]
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the whole model."""
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self.network.parameters())
+        """Number of parameters of the whole model, without adapters."""
+        return sum(getattr(w.parameter, "ds_numel", w.parameter.numel()) for w in self._weights())
 
 
 class CriticEngine(DeepSpeedModule):
@@ -169,6 +198,20 @@ class ReferencePolicy:
         return packed.pad(self._engine(packed, temperature=self.temperature)[0])
 
 
+class BasePolicy:
+    """The policy's model without its adapters, as the reference policy: it takes no memory of its own."""
+
+    def __init__(self, policy: Engine) -> None:
+        assert policy.adapter is not None
+        self._policy, self._adapter = policy, policy.adapter
+
+    @torch.no_grad()
+    def forward(self, trajectories: Sequence[TokenIds]) -> Float[Tensor, "B T"]:
+        """As `Engine.forward`, without gradient and without the adapters."""
+        with self._adapter.disabled():
+            return self._policy.forward(trajectories)
+
+
 class SamplerState(Enum):
     """What the sampler's weights are worth.
 
@@ -213,12 +256,23 @@ class WeightSync:
             self.state = SamplerState.ASLEEP
 
 
-def _buckets(parameters: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    bucket: list[tuple[str, nn.Parameter]] = []
+def _gathered(weights: Sequence[Weight]) -> Iterator[Weight]:
+    """The weights one after another, whole on every rank until the next one is asked for."""
+    import deepspeed
+
+    for bucket in _buckets(weights):
+        with deepspeed.zero.GatheredParameters(
+            [part for weight in bucket for part in weight.parts], modifier_rank=None
+        ):
+            yield from bucket
+
+
+def _buckets(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
+    bucket: list[Weight] = []
     size = 0
-    for name, parameter in parameters:
-        bucket.append((name, parameter))
-        size += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+    for weight in weights:
+        bucket.append(weight)
+        size += sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in weight.parts)
         if size >= _BUCKET_BYTES:
             yield bucket
             bucket, size = [], 0
