@@ -104,17 +104,18 @@ def _models(composed: Any, world: World) -> Any:
     from upge.train.learner import Models
 
     config, stages = composed.config, Pipeline.of(composed.algorithm).stages.values()
-    policy = Engine(config.model, config.optimizer, world, config.rollout.temperature, seed=config.seed)
+    deepspeed, temperature = config.deepspeed, config.rollout.temperature
+    policy = Engine(config.model, config.optimizer, world, temperature, seed=config.seed, deepspeed=deepspeed)
     critic = reference = None
     if any(stage.algorithm.critic is not None for stage in stages):
-        critic = CriticEngine(config.model, config.critic, config.optimizer, world)
+        critic = CriticEngine(config.model, config.critic, config.optimizer, world, deepspeed)
     if composed.algorithm.needs.reference and config.model.lora.rank and not config.reference.path:
         reference = BasePolicy(policy)
     elif composed.algorithm.needs.reference:
         model, key = config.model, "model.path"
         if config.reference.path:
             model, key = replace(model, path=config.reference.path, overrides={}), "reference.path"
-        reference = ReferencePolicy(model, world, config.rollout.temperature, key=key)
+        reference = ReferencePolicy(model, world, temperature, key=key, deepspeed=deepspeed)
     return Models(policy, critic, reference)
 
 

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 from upge.config import Settings, key, section
 from upge.errors import ConfigError
 from upge.pipeline import Span
+from upge.train.deepspeed_settings import DeepspeedConfig
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,7 @@ class RunConfig(Settings):
     model: ModelConfig = section(ModelConfig)
     rollout: RolloutConfig = section(RolloutConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
+    deepspeed: DeepspeedConfig = section(DeepspeedConfig)
     critic: CriticConfig = section(CriticConfig)
     reference: ReferenceConfig = section(ReferenceConfig)
     verify: VerifyConfig = section(VerifyConfig)

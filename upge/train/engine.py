@@ -22,9 +22,9 @@ from upge.train.deepspeed_module import (
     check_tokens,
     checkpoint_activations,
     load_causal_lm,
-    settings,
     vocabulary_size,
 )
+from upge.train.deepspeed_settings import PLAIN, DeepspeedConfig, settings
 from upge.train.distributed import World
 from upge.train.micro_batches import Costs
 from upge.train.packed_policy import Objective, PackedPolicy, PackedValue
@@ -52,16 +52,22 @@ class Engine(DeepSpeedModule):
     """
 
     def __init__(
-        self, model: ModelConfig, optimizer: OptimizerConfig, world: World, temperature: float = 1.0, seed: int = 0
+        self,
+        model: ModelConfig,
+        optimizer: OptimizerConfig,
+        world: World,
+        temperature: float = 1.0,
+        seed: int = 0,
+        deepspeed: DeepspeedConfig = PLAIN,
     ) -> None:
-        network = load_causal_lm(model, world)
+        network = load_causal_lm(model, world, deepspeed=deepspeed)
         if model.gradient_checkpointing:
             checkpoint_activations(network)
         self.network, self.temperature, self.costs = network, temperature, Costs.of(network)
         policy = PackedPolicy(network).train()
         # After PackedPolicy, which turns all dropout off.
         self.adapter = Adapter(network, model.lora, seed) if model.lora.rank else None
-        super().__init__(policy, model.dtype, optimizer, optimizer.lr, world)
+        super().__init__(policy, model.dtype, optimizer, optimizer.lr, world, deepspeed)
 
     def forward(self, trajectories: Sequence[TokenIds]) -> Float[Tensor, "B T"]:
         """Log-probs [B, T] of the responses of (prompt_ids, response_ids) pairs, with gradient.
@@ -144,16 +150,23 @@ class CriticEngine(DeepSpeedModule):
         ModelError: the model cannot be loaded, is not complete, or cannot run packed rows.
     """
 
-    def __init__(self, model: ModelConfig, critic: CriticConfig, optimizer: OptimizerConfig, world: World) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        critic: CriticConfig,
+        optimizer: OptimizerConfig,
+        world: World,
+        deepspeed: DeepspeedConfig = PLAIN,
+    ) -> None:
         self._key = "critic.path" if critic.path else "model.path"
         if critic.path:
             model = dataclasses.replace(model, path=critic.path, overrides={})
-        network = load_causal_lm(model, world, self._key)
+        network = load_causal_lm(model, world, self._key, deepspeed)
         if model.gradient_checkpointing:
             checkpoint_activations(network)
         self._vocabulary = vocabulary_size(network)
         self.module = PackedValue(network, world.device).train()
-        super().__init__(self.module, model.dtype, optimizer, critic.lr, world)
+        super().__init__(self.module, model.dtype, optimizer, critic.lr, world, deepspeed)
 
     def forward(self, trajectories: Sequence[TokenIds]) -> Float[Tensor, "B T"]:
         """Values [B, T] of the states before each response token of (prompt_ids, response_ids) pairs, with gradient.
@@ -177,14 +190,21 @@ class ReferencePolicy:
         ModelError: the model cannot be loaded, is not complete, or cannot run packed rows.
     """
 
-    def __init__(self, model: ModelConfig, world: World, temperature: float = 1.0, key: str = "model.path") -> None:
-        import deepspeed
+    def __init__(
+        self,
+        model: ModelConfig,
+        world: World,
+        temperature: float = 1.0,
+        key: str = "model.path",
+        deepspeed: DeepspeedConfig = PLAIN,
+    ) -> None:
+        from deepspeed import initialize
 
         self.world, self.temperature, self._key = world, temperature, key
-        network = load_causal_lm(model, world, key)
+        network = load_causal_lm(model, world, key, deepspeed)
         self._vocabulary = vocabulary_size(network)
         policy = PackedPolicy(network).eval().requires_grad_(False)
-        self._engine, *_ = deepspeed.initialize(model=policy, config=settings(model.dtype, world))
+        self._engine, *_ = initialize(model=policy, config=settings(model.dtype, world, deepspeed))
 
     @torch.no_grad()
     def forward(self, trajectories: Sequence[TokenIds]) -> Float[Tensor, "B T"]:

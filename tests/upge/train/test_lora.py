@@ -196,7 +196,7 @@ def test_dropout_follows_from_the_seed_and_the_pass(model):
     def logprobs(seed: int, *place: int) -> Tensor:
         network = AutoModelForCausalLM.from_pretrained(model)
         policy, adapter = PackedPolicy(network), Adapter(network, DROPOUT, seed)
-        for name, parameter in adapter.parameters():
+        for _, parameter in adapter.parameters():
             torch.nn.init.constant_(parameter, 0.1)
         state = torch.get_rng_state()
         with adapter.dropout(*place):
