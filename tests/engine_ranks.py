@@ -162,7 +162,7 @@ def halve(engine: Engine, found: dict) -> None:
     found["added there"] = whole(engine, engine.take_gradient())
 
 
-def plain_settings(engine: Engine) -> dict[str, object]:
+def settings_of(engine: Engine) -> dict[str, object]:
     """What DeepSpeed has made of its configuration."""
     zero = engine._engine.optimizer
     return {
@@ -170,7 +170,6 @@ def plain_settings(engine: Engine) -> dict[str, object]:
         "parameters": zero.offload_param,
         "bucket": zero.reduce_bucket_size,
         "groups": len(zero.fp16_groups),
-        "secondary": zero.zero_hpz_partition_size,
     }
 
 
@@ -181,7 +180,7 @@ def main(model: str, output: str, scratch: str, offload: str, config: str = "{}"
         optimizer = OptimizerConfig(max_grad_norm=max_grad_norm, weight_decay=0.1)
         return Engine(ModelConfig(path=model, dtype=dtype), optimizer, world, deepspeed=deepspeed)
 
-    found: dict = {"settings": plain_settings(engine_of(model, world, 0.5))}
+    found: dict = {"settings": settings_of(engine_of(model, world, 0.5))}
     clipped, plain = engine_of(model, world, 0.5), engine_of(model, world, 0.5)
     take(clipped, found)
     found["without"] = {"results": [update(plain, 0), update(plain, 1)], "weights": weights_of(plain)}

@@ -20,6 +20,7 @@ from upge.pipeline import Pipeline
 from upge.rollout.transformers_engine import TOKEN_BUDGET
 from upge.rollout.vllm_engine import CPU_SEQUENCES
 from upge.train.config import LoraConfig, RunConfig
+from upge.train.deepspeed_settings import zero_settings
 
 #: All weights are trained.
 NO_LORA = LoraConfig()
@@ -207,14 +208,16 @@ def estimate(
     config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, machine: Machine, micro_batch: int
 ) -> Memory:
     """Memory of a rank in a run whose largest micro-batch has `micro_batch` tokens."""
-    states = [*_trained("policy", shapes.policy, machine)]
+    offload = offloaded(config, machine)
+    states = [*_trained("policy", shapes.policy, machine, config)]
     if shapes.critic is not None:
-        states += _trained("critic", shapes.critic, machine)
-    if shapes.reference is not None:
+        states += _trained("critic", shapes.critic, machine, config)
+    if shapes.reference is not None and offload != "all":
         states.append(Item("frozen policy: weights", shapes.reference.weights // machine.ranks))
     stages = Pipeline.of(algorithm).stages.values()
     if any(s.algorithm.interleaved_update is not None and s.algorithm.interleaved_update.own_optimizer for s in stages):
         moments = 8 * shapes.policy.trained // machine.ranks
+        moments = 0 if offload != "none" else moments
         states.append(Item("policy: the interleaved update's own moments, 8 bytes per parameter", moments))
     if machine.has_gpus:
         states.append(Item("reserve: context, collectives, gaps", RESERVE, is_certain=False))
@@ -224,19 +227,28 @@ def estimate(
     return Memory(machine, tuple(states), engine, update, shapes.policy.weights * machine.ranks if sleeps else 0)
 
 
-def zero3_states(shape: ModelShape, ranks: int) -> int:
-    """DeepSpeed's estimate for ZeRO-3 without offloading, in bytes.
+def offloaded(config: RunConfig, machine: Machine) -> str:
+    """`deepspeed.offload` where it saves the memory of a rank: on a machine with GPUs."""
+    return config.deepspeed.offload if machine.has_gpus else "none"
 
-    It is 18 bytes per trained parameter, divided by the ranks, and 4 bytes per parameter of the largest layer. With
-    adapters the model's own weights come on top.
+
+def zero3_states(shape: ModelShape, ranks: int, offload: str = "none") -> int:
+    """DeepSpeed's estimate of a rank's states under ZeRO-3, in bytes.
+
+    Without offloading it is 18 bytes per trained parameter, divided by the ranks, and 4 bytes per parameter of the
+    largest layer. With adapters the model's own weights come on top.
     """
     _quiet_deepspeed()
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 
     _, per_gpu, _ = estimate_zero3_model_states_mem_needs(
-        shape.trained, shape.largest_layer, num_gpus_per_node=ranks, cpu_offload=False, cpu_offload_params=False
+        shape.trained,
+        shape.largest_layer,
+        num_gpus_per_node=ranks,
+        cpu_offload=offload != "none",
+        cpu_offload_params=offload == "all",
     )
-    return per_gpu + (shape.weights // ranks if shape.adapter else 0)
+    return per_gpu + (shape.weights // ranks if shape.adapter and offload != "all" else 0)
 
 
 def longest(config: RunConfig) -> int:
@@ -257,16 +269,19 @@ def _quiet_deepspeed() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _trained(name: str, shape: ModelShape, machine: Machine) -> Iterator[Item]:
+def _trained(name: str, shape: ModelShape, machine: Machine, config: RunConfig) -> Iterator[Item]:
     _quiet_deepspeed()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    count, ranks, zero = shape.trained, machine.ranks, DeepSpeedZeroConfig()
+    count, ranks, offload = shape.trained, machine.ranks, offloaded(config, machine)
+    zero = DeepSpeedZeroConfig(**zero_settings(config.deepspeed))
     what = f"weights, gradient, AdamW of {shape.size} parameters over {counted(ranks, 'rank')}, DeepSpeed's estimate"
     if shape.adapter:
         what = f"weights of {shape.size} parameters over {counted(ranks, 'rank')}; {count:,} of adapters are trained"
-    yield Item(f"{name}: {what}", zero3_states(shape, ranks))
-    if shape.itemsize > 2:
+    if offload != "none":
+        what += f", without what deepspeed.offload={offload} keeps in the machine's memory"
+    yield Item(f"{name}: {what}", zero3_states(shape, ranks, offload))
+    if shape.itemsize > 2 and offload != "all":
         more = (shape.itemsize - 2) * count // ranks
         yield Item(f"{name}: {shape.itemsize} bytes per weight where that estimate has 2", more)
     # On a GPU the whole bucket is allocated, in ordinary memory only the part that is written.

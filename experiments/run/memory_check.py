@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from experiments.config import Composed
-from experiments.run.memory import Memory, ModelShape, Shapes, engine_room, estimate, zero3_states
+from experiments.run.memory import Memory, ModelShape, Shapes, engine_room, estimate, offloaded, zero3_states
 from experiments.run.workload import GIB, Machine, Traffic, present
 from upge.errors import ConfigError
 from upge.models.loading import read_config
@@ -82,14 +82,17 @@ def _check_states(config: RunConfig, shapes: Shapes, memory: Memory) -> None:
         return
     models = f"'{config.model.path}' ({shapes.policy.size} parameters)"
     models += " with its critic" if shapes.critic else ""
+    offload = offloaded(config, machine)
     trained = [shape for shape in (shapes.policy, shapes.critic) if shape]
-    divided = machine.ranks * sum(zero3_states(s, machine.ranks) - 4 * s.largest_layer for s in trained)
+    divided = machine.ranks * sum(zero3_states(s, machine.ranks, offload) - 4 * s.largest_layer for s in trained)
     room = machine.memory - (least - divided / machine.ranks)
+    less = " Fewer bytes stay on a GPU with deepspeed.offload=optimizer or model.lora.rank=16"
+    less = less if machine.has_gpus and offload == "none" and not shapes.policy.adapter else ""
     more = f"at least {math.ceil(divided / room)} of them" if machine.has_gpus and room > 0 else "a larger machine"
     raise ConfigError(
         f"model.path: {models} takes {least / GIB:.1f} GiB per rank for weights, gradients and AdamW alone, on "
         f"{machine}; take {more}, or a smaller model (hardware.gpus and hardware.memory say which machine a run is "
-        "meant for)"
+        f"meant for).{less}"
     )
 
 

@@ -104,6 +104,7 @@ def _models(composed: Any, world: World) -> Any:
     from upge.train.learner import Models
 
     config, stages = composed.config, Pipeline.of(composed.algorithm).stages.values()
+    check_secondary_partition(composed)
     deepspeed, temperature = config.deepspeed, config.rollout.temperature
     policy = Engine(config.model, config.optimizer, world, temperature, seed=config.seed, deepspeed=deepspeed)
     critic = reference = None
@@ -117,6 +118,27 @@ def _models(composed: Any, world: World) -> Any:
             model, key = replace(model, path=config.reference.path, overrides={}), "reference.path"
         reference = ReferencePolicy(model, world, temperature, key=key, deepspeed=deepspeed)
     return Models(policy, critic, reference)
+
+
+def check_secondary_partition(composed: Any) -> None:
+    """Refuses ZeRO++'s secondary partition for runs with several models, which DeepSpeed cannot do.
+
+    Raises:
+        ConfigError: the algorithm needs a critic or a reference policy.
+    """
+    from upge.errors import ConfigError
+    from upge.pipeline import Pipeline
+
+    config, stages = composed.config, Pipeline.of(composed.algorithm).stages.values()
+    if config.deepspeed.secondary_partition == 1:
+        return
+    copied = composed.algorithm.needs.reference and (config.reference.path or not config.model.lora.rank)
+    if copied or any(stage.algorithm.critic is not None for stage in stages):
+        raise ConfigError(
+            "zero_optimization.zero_hpz_partition_size: DeepSpeed supports it for one model of a process, and this "
+            "algorithm needs a critic or a reference policy; remove it",
+            "deepspeed.config",
+        )
 
 
 def _sampler(config: Any) -> Any:

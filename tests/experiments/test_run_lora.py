@@ -70,6 +70,25 @@ def test_bad_settings_are_refused(arguments, message):
         outlook(compose(arguments), Machine(1, 8 * 2**30, False, "stated"))
 
 
+def test_the_planner_leaves_out_what_is_offloaded():
+    """16 of the 18 bytes per parameter, and the weights also, are then in the machine's memory."""
+    machine = Machine(1, 80 * 2**30, True, "stated")
+    arguments = ["algo=sft", "model=qwen2.5-math-7b", f"model.path={MODELS}/qwen2.5-math-7b"]
+    with pytest.raises(ConfigError, match="deepspeed.offload=optimizer or model.lora.rank"):
+        outlook(compose(arguments), machine)
+    sizes = []
+    for offload in ("optimizer", "all"):
+        expected = outlook(compose([*arguments, f"deepspeed.offload={offload}"]), machine)
+        sizes.append(expected.memory.states[0].bytes)
+    shape = expected.shapes.policy
+    assert sizes == [2 * shape.parameters + 4 * shape.largest_layer, 4 * shape.largest_layer]
+    smaller = "deepspeed.config.zero_optimization.reduce_bucket_size=1000"
+    buckets = [
+        outlook(compose([*arguments, "deepspeed.offload=all", *more]), machine).memory for more in ([], [smaller])
+    ]
+    assert buckets[0].total("training") - buckets[1].total("training") == 2 * (500_000_000 - 1000)
+
+
 def test_the_planner_counts_the_adapters_and_no_second_copy():
     """7B with LoRA and a KL penalty fits one GPU, which 16 bytes per weight would not."""
     machine = Machine(1, 80 * 2**30, True, "stated")

@@ -12,6 +12,7 @@ from upge.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from upge.train.distributed import World
 
+_SECONDARY = "zero_hpz_partition_size"
 _ZERO, _PARAMETERS, _OPTIMIZER = "zero_optimization", "offload_param", "offload_optimizer"
 #: Keys that `deepspeed.config` may have, by the section that they belong to. None of them changes the gradient, except
 #: that sums over buckets of another size are rounded in another order.
@@ -77,6 +78,12 @@ class DeepspeedConfig(Settings):
                     "config",
                 )
 
+    @property
+    def secondary_partition(self) -> int:
+        """The ranks over which ZeRO++ (arXiv 2306.10209) keeps a second copy of the weights; 1 = no copy."""
+        size = self.config.get(_ZERO, {}).get(_SECONDARY, 1)
+        return max(size, 1) if isinstance(size, int) else 1
+
 
 def _check_keys(tree: Mapping[str, Any], path: str = "") -> None:
     """Refuses keys that are set elsewhere, may change the gradient, or do not exist."""
@@ -106,6 +113,13 @@ def settings(
     Raises:
         ConfigError: DeepSpeed refuses a value of `deepspeed.config`.
     """
+    secondary = deepspeed.secondary_partition
+    if world.size % min(secondary, world.size):
+        raise ConfigError(
+            f"{_ZERO}.{_SECONDARY}: found {secondary}, which does not divide the {world.size} ranks; give a divisor, "
+            "such as the ranks of a node",
+            "deepspeed.config",
+        )
     return {
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
