@@ -1,6 +1,6 @@
 """Run by torchrun from test_engine.py: gradients taken, sets of moments and their continuation; saved by rank 0.
 
-usage: engine_ranks.py MODEL OUTPUT SCRATCH OFFLOAD [CONFIG]
+usage: engine_ranks.py MODEL OUTPUT SCRATCH OFFLOAD [CONFIG [CHECKPOINTING]]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tests.models import trajectories
 from upge.errors import ModelError
+from upge.train.activations import Checkpointing
 from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.deepspeed_module import StepResult
 from upge.train.deepspeed_settings import DeepspeedConfig
@@ -173,12 +174,19 @@ def settings_of(engine: Engine) -> dict[str, object]:
     }
 
 
-def main(model: str, output: str, scratch: str, offload: str, config: str = "{}") -> None:
+def main(
+    model: str, output: str, scratch: str, offload: str, config: str = "{}", checkpointing: Checkpointing = "none"
+) -> None:
     world, deepspeed = connect(), DeepspeedConfig(offload, json.loads(config))
 
     def engine_of(model: str, world: World, max_grad_norm: float, dtype: str = "float32") -> Engine:
         optimizer = OptimizerConfig(max_grad_norm=max_grad_norm, weight_decay=0.1)
-        return Engine(ModelConfig(path=model, dtype=dtype), optimizer, world, deepspeed=deepspeed)
+        return Engine(
+            ModelConfig(path=model, dtype=dtype, gradient_checkpointing=checkpointing),
+            optimizer,
+            world,
+            deepspeed=deepspeed,
+        )
 
     found: dict = {"settings": settings_of(engine_of(model, world, 0.5))}
     clipped, plain = engine_of(model, world, 0.5), engine_of(model, world, 0.5)

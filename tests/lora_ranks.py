@@ -76,7 +76,7 @@ def main(model: str, output: str, scratch: str) -> None:
     found["after the reference"] = gradients(engine, 0)
     found["trained"] = sum(p.ds_numel for group in engine._engine.optimizer.fp16_groups for p in group)
     engine.export(Path(scratch) / "final")
-    resume(engine, engine_of(model, world, LORA, gradient_checkpointing=True), Path(scratch), "plain", found)
+    resume(engine, engine_of(model, world, LORA, gradient_checkpointing="full"), Path(scratch), "plain", found)
     noisy = engine_of(model, world, DROPOUT)
     update(noisy, 0)
     found["noisy gradients"] = [gradients(noisy, 1) for _ in range(2)]

@@ -134,6 +134,17 @@ class ModelShape:
         return (norms * self.hidden + 2 * self.query + 2 * self.key + 4 * self.inner) * self.itemsize
 
     @property
+    def products_per_token(self) -> int:
+        """Bytes per token that one layer stores with selective checkpointing.
+
+        They are its input, query, key, value and output of the attention before and after its projection, and two rows
+        of the MLP; with adapters also the MLP's output.
+        """
+        return (
+            (3 if self.adapter else 2) * self.hidden + 2 * self.query + 2 * self.key + 2 * self.inner
+        ) * self.itemsize
+
+    @property
     def gradients_per_token(self) -> int:
         """Bytes per token of the gradients inside one layer at its widest point: three rows of the MLP."""
         return 3 * self.inner * self.itemsize
@@ -314,7 +325,12 @@ def _engine(config: RunConfig, shape: ModelShape, machine: Machine) -> Iterator[
 def _update(config: RunConfig, shape: ModelShape, machine: Machine, tokens: int) -> Iterator[Item]:
     """Memory of the forward and backward pass of a micro-batch."""
     layers = shape.layers
-    if config.model.gradient_checkpointing:
+    if config.model.gradient_checkpointing == "selective":
+        kept, certain = layers * shape.products_per_token * tokens, not shape.adapter
+        yield Item(f"update: products of {layers} layers for {tokens:,} tokens", kept, "training", certain)
+        again = (shape.kept_per_token - shape.products_per_token) * tokens
+        yield Item("update: other activations of one layer, computed again", again, "training", is_certain=False)
+    elif config.model.gradient_checkpointing == "full":
         kept = layers * shape.hidden * shape.itemsize * tokens
         yield Item(f"update: the inputs of {layers} layers for {tokens:,} tokens", kept, "training")
         again = shape.kept_per_token * tokens

@@ -126,7 +126,9 @@ def _check_update(config: RunConfig, memory: Memory) -> None:
     machine, least = memory.machine, memory.total("training", certain=True)
     if least <= machine.memory:
         return
-    fix = "" if config.model.gradient_checkpointing else "set model.gradient_checkpointing=true, or "
+    fixes = {"none": "selective or full", "selective": "full"}
+    more = fixes.get(config.model.gradient_checkpointing)
+    fix = f"set model.gradient_checkpointing={more}, or " if more else ""
     raise ConfigError(
         f"optimizer.micro_batch_tokens: {config.optimizer.micro_batch_tokens:,} tokens leave a rank with at least "
         f"{least / GIB:.1f} GiB in the backward pass, on {machine}; {fix}lower it (a response of "

@@ -43,7 +43,11 @@ class ModelConfig(Settings):
     instruction: str = key("", "text appended to every prompt, for example a request to box the answer")
     opening: str = key("", "text that every response begins with; it becomes the end of the prompt")
     overrides: dict = key({}, "changes to the model's config.json, such as {rope_theta: 40000}")
-    gradient_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
+    gradient_checkpointing: Literal["none", "selective", "full"] = key(
+        "none",
+        "activations that are computed again in the backward pass: selective = all but matrix products and attention",
+        aliases={"false": "none", "true": "full"},
+    )
     lora: LoraConfig = section(LoraConfig)
 
 

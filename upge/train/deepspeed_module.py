@@ -208,7 +208,9 @@ def load_causal_lm(
     dtype = getattr(torch, model.dtype)
     with _model_errors(model.path, key):
         config = read_config(model.path, model.overrides)
-        partitioning = HfDeepSpeedConfig(settings(model.dtype, world, deepspeed))
+        # With selective checkpointing, torch's function keeps gathered weights during a layer's backward pass only.
+        own_linear = model.gradient_checkpointing != "selective"
+        partitioning = HfDeepSpeedConfig(settings(model.dtype, world, deepspeed, own_linear=own_linear))
         loaded: Any = AutoModelForCausalLM.from_pretrained(  # the pair is not in its signature
             model.path, config=config, dtype=dtype, output_loading_info=True
         )
@@ -223,12 +225,6 @@ def load_causal_lm(
 def vocabulary_size(network: PreTrainedModel) -> int:
     """Number of tokens that the model has embeddings for; partitioned or not."""
     return cast(nn.Embedding, network.get_input_embeddings()).num_embeddings
-
-
-def checkpoint_activations(network: PreTrainedModel) -> None:
-    """Recomputes the activations of each layer in the backward pass instead of storing them."""
-    network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    network.config.use_cache = False
 
 
 def check_tokens(trajectories: Sequence[TokenIds], vocabulary: int, key: str) -> None:

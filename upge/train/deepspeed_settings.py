@@ -106,9 +106,20 @@ PLAIN = DeepspeedConfig()
 
 
 def settings(
-    dtype: str, world: World, deepspeed: DeepspeedConfig = PLAIN, max_grad_norm: float = 0.0
+    dtype: str,
+    world: World,
+    deepspeed: DeepspeedConfig = PLAIN,
+    max_grad_norm: float = 0.0,
+    own_linear: bool = True,
 ) -> dict[str, Any]:
     """DeepSpeed's configuration. Its batch sizes are placeholders, because micro-batches are made by tokens.
+
+    Args:
+        dtype: of the forward pass.
+        world: of the run.
+        deepspeed: what is offloaded, and what is added.
+        max_grad_norm: clip gradients to this norm; 0 = no clipping.
+        own_linear: whether DeepSpeed may replace torch's linear function by one that does not keep gathered weights.
 
     Raises:
         ConfigError: DeepSpeed refuses a value of `deepspeed.config`.
@@ -133,7 +144,7 @@ def settings(
         "data_types": {"grad_accum_dtype": "fp32"},
         # So would the ranks' gradients.
         "communication_data_type": "fp32",
-        "zero_optimization": zero_settings(deepspeed),
+        "zero_optimization": {**zero_settings(deepspeed), "memory_efficient_linear": own_linear},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }

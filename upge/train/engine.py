@@ -15,12 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upge.rollout import Sampler
+from upge.train.activations import checkpoint_activations
 from upge.train.adapter import Adapter, Weight
 from upge.train.config import CriticConfig, ModelConfig, OptimizerConfig
 from upge.train.deepspeed_module import (
     DeepSpeedModule,
     check_tokens,
-    checkpoint_activations,
     load_causal_lm,
     vocabulary_size,
 )
@@ -61,12 +61,11 @@ class Engine(DeepSpeedModule):
         deepspeed: DeepspeedConfig = PLAIN,
     ) -> None:
         network = load_causal_lm(model, world, deepspeed=deepspeed)
-        if model.gradient_checkpointing:
-            checkpoint_activations(network)
         self.network, self.temperature, self.costs = network, temperature, Costs.of(network)
         policy = PackedPolicy(network).train()
         # After PackedPolicy, which turns all dropout off.
         self.adapter = Adapter(network, model.lora, seed) if model.lora.rank else None
+        checkpoint_activations(network, model.gradient_checkpointing, self.adapter is not None)
         super().__init__(policy, model.dtype, optimizer, optimizer.lr, world, deepspeed)
 
     def forward(self, trajectories: Sequence[TokenIds]) -> Float[Tensor, "B T"]:
@@ -162,8 +161,7 @@ class CriticEngine(DeepSpeedModule):
         if critic.path:
             model = dataclasses.replace(model, path=critic.path, overrides={})
         network = load_causal_lm(model, world, self._key, deepspeed)
-        if model.gradient_checkpointing:
-            checkpoint_activations(network)
+        checkpoint_activations(network, model.gradient_checkpointing)
         self._vocabulary = vocabulary_size(network)
         self.module = PackedValue(network, world.device).train()
         super().__init__(self.module, model.dtype, optimizer, critic.lr, world, deepspeed)
