@@ -88,7 +88,8 @@ class Adapter:
             torch.manual_seed(stream_seed("adapter", seed))
             self._peft: Any = peft.get_peft_model(network, settings, autocast_adapter_dtype=False)
         self._network, self._seed = network, seed
-        self._layers = {
+        # Any: layers of PEFT, whose parts are not typed.
+        self._layers: dict[str, Any] = {
             name: module for name, module in network.named_modules() if isinstance(module, peft.tuners.lora.Linear)
         }
         self._dropouts = [layer.lora_dropout[_NAME] for layer in self._layers.values()] if config.dropout else []
