@@ -67,12 +67,12 @@ def test_a_checkpoint_is_continued_and_read_by_the_diagnosis(tmp_path):
 )
 def test_bad_settings_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        outlook(compose(arguments), Machine(1, 8 * 2**30, False, "stated"))
+        outlook(compose(arguments), Machine(1, 8 * 2**30, False, "stated", False))
 
 
 def test_the_planner_leaves_out_what_is_offloaded():
     """16 of the 18 bytes per parameter, and the weights also, are then in the machine's memory."""
-    machine = Machine(1, 80 * 2**30, True, "stated")
+    machine = Machine(1, 80 * 2**30, True, "stated", False)
     arguments = ["algo=sft", "model=qwen2.5-math-7b", f"model.path={MODELS}/qwen2.5-math-7b"]
     with pytest.raises(ConfigError, match="deepspeed.offload=optimizer or model.lora.rank"):
         outlook(compose(arguments), machine)
@@ -92,7 +92,7 @@ def test_the_planner_leaves_out_what_is_offloaded():
 
 def test_the_planner_counts_the_adapters_and_no_second_copy():
     """7B with LoRA and a KL penalty fits one GPU, which 16 bytes per weight would not."""
-    machine = Machine(1, 80 * 2**30, True, "stated")
+    machine = Machine(1, 80 * 2**30, True, "stated", False)
     arguments = ["algo=grpo", "correction=kl_k3", "model=qwen2.5-math-7b", f"model.path={MODELS}/qwen2.5-math-7b"]
     with pytest.raises(ConfigError, match="weights, gradients and AdamW"):
         outlook(compose(arguments), machine)
