@@ -219,7 +219,7 @@ def _set(tree: DictConfig, key: str, value: str) -> DictConfig:
     head, _, rest = key.partition(".")
     if head in ("algo", "data", "model") and not rest or head == "recipe":
         raise ConfigError(f"{key}: give a name, or a key below it such as {head}.KEY=VALUE")
-    free = head == "data" or key.startswith("model.overrides.")
+    free = head == "data" or key.startswith(("model.overrides.", "deepspeed.config."))
     try:
         if not free and OmegaConf.select(tree, key, default=_ABSENT) is _ABSENT:
             renamed = RENAMED_KEYS.get(key)

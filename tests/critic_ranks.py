@@ -143,7 +143,7 @@ def main(model: str, other: str, output: str, scratch: str) -> None:
     move(policy)
     found["frozen", 1], found["policy", 1] = padded(frozen), padded(policy)
     found["weights"] = {name: weight.clone() for name, weight in policy.named_weights()}
-    checkpointed = ModelConfig(path=model, gradient_checkpointing=True)
+    checkpointed = ModelConfig(path=model, gradient_checkpointing="full")
     resume(critic, CriticEngine(checkpointed, CriticConfig(), optimizer, world), Path(scratch), found)
     apart = CriticEngine(settings, CriticConfig(path=other), optimizer, world)
     found["apart"] = whole(apart.module)

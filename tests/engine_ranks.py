@@ -1,10 +1,11 @@
 """Run by torchrun from test_engine.py: gradients taken, sets of moments and their continuation; saved by rank 0.
 
-usage: engine_ranks.py MODEL OUTPUT SCRATCH
+usage: engine_ranks.py MODEL OUTPUT SCRATCH OFFLOAD [CONFIG [CHECKPOINTING]]
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from tests.models import trajectories
 from upge.errors import ModelError
+from upge.train.activations import Checkpointing
 from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.deepspeed_module import StepResult
+from upge.train.deepspeed_settings import DeepspeedConfig
 from upge.train.distributed import World, connect, leave
 from upge.train.engine import Engine
 from upge.train.micro_batches import Work, distribute
@@ -34,8 +37,11 @@ def token_weights(variant: int) -> list[Tensor]:
     return [torch.randn(len(t.response_ids), generator=g) / 50 for t in trajectories()]
 
 
-def accumulate(engine: Engine, variant: int, factor: float = 1.0, after: Callable[[], None] = lambda: None) -> None:
-    """The gradient of one of several losses over all ranks' trajectories, in micro-batches, with `after` each."""
+def accumulate(engine: Engine, variant: int, factor: float = 1.0, after: Callable[[], None] | None = None) -> None:
+    """The gradient of one of several losses over all ranks' trajectories, in micro-batches.
+
+    With `after` each micro-batch is a gradient of its own, after which it is called.
+    """
     batch, weights = trajectories(), token_weights(variant)
     lengths = [packed_length(t.prompt_ids, t.response_ids) for t in batch]
     mine = distribute([Work(tokens) for tokens in lengths], engine.world.size, BUDGET)[engine.world.rank]
@@ -45,8 +51,9 @@ def accumulate(engine: Engine, variant: int, factor: float = 1.0, after: Callabl
         loss = logprobs.sum() * 0
         for place, row in enumerate(rows):
             loss = loss + (weights[row] * logprobs[place, : len(weights[row])]).sum()
-        engine.backward(loss * factor, last=number == len(mine) - 1)
-        after()
+        engine.backward(loss * factor, last=after is not None or number == len(mine) - 1)
+        if after is not None:
+            after()
 
 
 def whole(engine: Engine, gradient: list[Tensor]) -> dict[str, Tensor]:
@@ -156,14 +163,32 @@ def halve(engine: Engine, found: dict) -> None:
     found["added there"] = whole(engine, engine.take_gradient())
 
 
-def engine_of(model: str, world: World, max_grad_norm: float, dtype: str = "float32") -> Engine:
-    optimizer = OptimizerConfig(max_grad_norm=max_grad_norm, weight_decay=0.1)
-    return Engine(ModelConfig(path=model, dtype=dtype), optimizer, world)
+def settings_of(engine: Engine) -> dict[str, object]:
+    """What DeepSpeed has made of its configuration."""
+    zero = engine._engine.optimizer
+    return {
+        "optimizer": zero.offload_optimizer,
+        "parameters": zero.offload_param,
+        "bucket": zero.reduce_bucket_size,
+        "groups": len(zero.fp16_groups),
+    }
 
 
-def main(model: str, output: str, scratch: str) -> None:
-    world = connect()
-    found: dict = {}
+def main(
+    model: str, output: str, scratch: str, offload: str, config: str = "{}", checkpointing: Checkpointing = "none"
+) -> None:
+    world, deepspeed = connect(), DeepspeedConfig(offload, json.loads(config))
+
+    def engine_of(model: str, world: World, max_grad_norm: float, dtype: str = "float32") -> Engine:
+        optimizer = OptimizerConfig(max_grad_norm=max_grad_norm, weight_decay=0.1)
+        return Engine(
+            ModelConfig(path=model, dtype=dtype, gradient_checkpointing=checkpointing),
+            optimizer,
+            world,
+            deepspeed=deepspeed,
+        )
+
+    found: dict = {"settings": settings_of(engine_of(model, world, 0.5))}
     clipped, plain = engine_of(model, world, 0.5), engine_of(model, world, 0.5)
     take(clipped, found)
     found["without"] = {"results": [update(plain, 0), update(plain, 1)], "weights": weights_of(plain)}

@@ -62,15 +62,16 @@ class Range:
         return f"it must be at most {highest:g}" if self.below is None else f"it must be less than {highest:g}"
 
 
-def key(default: Any, meaning: str, **allowed: Any) -> Any:
+def key(default: Any, meaning: str, aliases: Mapping[str, Any] | None = None, **allowed: Any) -> Any:
     """A field of a settings class.
 
     Args:
         default: the default value; a dict or a list is copied for each instance.
         meaning: one line of help.
+        aliases: other values that `from_tree` accepts, as lower-case text, and what each stands for.
         **allowed: the fields of the `Range` of a number.
     """
-    metadata = {"meaning": meaning, "range": Range(**allowed)}
+    metadata = {"meaning": meaning, "aliases": aliases or {}, "range": Range(**allowed)}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -110,6 +111,7 @@ def from_tree(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:
             out of range.
     """
     hints = get_type_hints(cls)
+    aliases = {item.name: item.metadata.get("aliases", {}) for item in dataclasses.fields(cls)}
     values = {}
     for name, value in tree.items():
         where = f"{path}.{name}" if path else str(name)
@@ -123,6 +125,7 @@ def from_tree(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:
                 raise ConfigError(f"found {value!r}, expected keys such as {where}.KEY: {inner}", where)
             values[name] = from_tree(hints[name], value, where)
             continue
+        value = aliases[name].get(str(value).lower(), value)
         wrong = mismatch(value, hints[name])
         if wrong:
             raise ConfigError(wrong, where)

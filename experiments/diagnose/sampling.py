@@ -32,6 +32,7 @@ from upge.models import local_path
 from upge.models.loading import check_loaded, has_cuda, read_config
 from upge.rollout import Sampler, Sampling
 from upge.rollout.verified_sampling import VerifiedSampler
+from upge.train.adapter import Adapter
 from upge.train.config import ModelConfig
 from upge.train.folder import RunFolder
 from upge.train.prompt_order import prompt_indices, stream_seed
@@ -138,22 +139,28 @@ def _of_run(folder: RunFolder, base: ModelConfig, scratch: Path) -> Iterator[Pol
 def unpack(checkpoints: Path, tag: str, model: ModelConfig, folder: Path) -> None:
     """Writes the weights of a checkpoint of a run that started from `model`, in Hugging Face format.
 
+    A run with LoRA saved its adapters only; they are added to `model`.
+
     Raises:
         ModelError: the checkpoint cannot be read, or belongs to another model.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     network = load_model(model).cpu()
+    adapter = Adapter(network, model.lora) if model.lora.rank else None
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoints), tag=tag)
         # In training the model is the part `model` of a policy.
         weights = {name.removeprefix("model."): values for name, values in state.items()}
-        network.load_state_dict(weights)
+        missing, unexpected = network.load_state_dict(weights, strict=adapter is None)
+        if adapter is not None and (unexpected or {name for name, _ in adapter.parameters()} & set(missing)):
+            raise KeyError(f"its adapters are not those of model.lora: {[*unexpected, *missing][0]}")
     except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
         reason = str(error).splitlines() or [type(error).__name__]
         raise ModelError(f"{checkpoints / tag}: the checkpoint cannot be read: {reason[0]}") from error
-    network.save_pretrained(folder)
+    merged = {weight.name: weight.merged() for weight in adapter.weights()} if adapter else None
+    network.save_pretrained(folder, state_dict=merged)
 
 
 def ordered(given: Sequence[Policy]) -> list[Policy]:

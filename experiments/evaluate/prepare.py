@@ -25,8 +25,8 @@ from upge.rollout import Sampling
 from upge.train.config import ModelConfig, VerifyConfig
 from upge.train.distributed import world_size
 
-#: The setting of the model that applies only to training.
-TRAINING_ONLY = "model.gradient_checkpointing"
+#: The settings of the model that apply only to training.
+TRAINING_ONLY = ("gradient_checkpointing", "lora")
 #: Model settings taken from the run whose model is evaluated, unless the command line gives them.
 FROM_RUN = ("dtype", "template", "system", "instruction", "opening", "template_arguments")
 
@@ -110,13 +110,15 @@ def choose(arguments: Sequence[str]) -> Chosen:
     tree["rollout"] = {field.name: getattr(run.rollout, field.name) for field in fields(EngineConfig)}
     tree |= {"verify": asdict(run.verify), **resolved(suite)}
     config = from_tree(EvaluateConfig, tree)
-    del tree["model"][TRAINING_ONLY.removeprefix("model.")]
+    for name in TRAINING_ONLY:
+        del tree["model"][name]
     return Chosen(config, names, tree, notes)
 
 
 def keys() -> list[tuple[str, Any, str]]:
     """(key, default, meaning) of every setting; those of a benchmark as suite.benchmarks.NAME.KEY."""
-    rows = [row for row in meanings(EvaluateConfig) if row[0] != TRAINING_ONLY]
+    training = tuple(f"model.{name}" for name in TRAINING_ONLY)
+    rows = [row for row in meanings(EvaluateConfig) if not row[0].startswith(training)]
     return rows + meanings(BenchmarkConfig, "suite.benchmarks.NAME.")
 
 

@@ -23,7 +23,7 @@ class Disk:
         checkpoint: bytes of one checkpoint.
         most: the largest number of checkpoints at one time. A new one is complete before the oldest is removed.
         kept: the number of checkpoints at the end.
-        model: bytes of the weights in final/ or best/.
+        model: bytes of the weights in final/ or best/, with their LoRA adapters.
         has_best: whether there is a best/. A new one is complete before the old one is removed.
     """
 
@@ -36,12 +36,13 @@ class Disk:
     @classmethod
     def of(cls, config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, existing: int = 0) -> Disk:
         """The disk space of a run with these models, whose folder holds `existing` checkpoints."""
-        checkpoint = checkpoint_bytes(shapes.policy.parameters, 2 if second_moments(algorithm) else 1)
-        checkpoint += checkpoint_bytes(shapes.critic.parameters) if shapes.critic else 0
+        checkpoint = checkpoint_bytes(shapes.policy.trained, 2 if second_moments(algorithm) else 1)
+        checkpoint += checkpoint_bytes(shapes.critic.trained) if shapes.critic else 0
         every, keep = config.checkpoint.every, config.checkpoint.keep
         saved = max(math.ceil(config.steps / every) if every else 1, existing + 1 if existing else 0)
         most, kept = (min(keep + 1, saved), min(keep, saved)) if keep else (saved, saved)
-        return cls(checkpoint, most, kept, shapes.policy.weights, config.eval.keep_best)
+        model = shapes.policy.weights + shapes.policy.adapter * shapes.policy.itemsize
+        return cls(checkpoint, most, kept, model, config.eval.keep_best)
 
     @property
     def peak(self) -> int:

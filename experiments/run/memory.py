@@ -19,6 +19,7 @@ from upge.pipeline import Pipeline
 from upge.rollout.transformers_engine import TOKEN_BUDGET
 from upge.rollout.vllm_engine import CPU_SEQUENCES
 from upge.train.config import RunConfig
+from upge.train.deepspeed_settings import zero_settings
 
 Moment = Literal["sampling", "refresh", "training", "step"]
 #: The parts of a step: sampling, copying the weights to the sampler, forward and backward passes, AdamW's update.
@@ -104,24 +105,26 @@ def estimate(
     rollouts = algorithm.needs.rollouts
     return Memory(
         machine,
-        states(algorithm, shapes, machine),
+        states(config, algorithm, shapes, machine),
         tuple(_engine(config, shapes.policy, machine)) if rollouts else (),
         tuple(_update(config, shapes.policy, machine, micro_batch)),
         tuple(_host(shapes, machine)) if machine.has_gpus else (),
     )
 
 
-def states(algorithm: Algorithm | Pipeline, shapes: Shapes, machine: Machine) -> tuple[Item, ...]:
+def states(config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, machine: Machine) -> tuple[Item, ...]:
     """The models' weights, gradients and optimizer states on a rank, and what AdamW takes in its step."""
-    items = [*_trained("policy", shapes.policy, machine)]
+    offload = offloaded(config, machine)
+    items = [*_trained("policy", shapes.policy, machine, config)]
     if shapes.critic is not None:
-        items += _trained("critic", shapes.critic, machine)
-    if shapes.reference is not None:
+        items += _trained("critic", shapes.critic, machine, config)
+    if shapes.reference is not None and offload != "all":
         items.append(Item("frozen policy: weights", shapes.reference.weights // machine.ranks))
-    if second_moments(algorithm):
-        moments = 8 * shapes.policy.parameters // machine.ranks
-        items.append(Item("policy: the interleaved update's own moments, 8 bytes per parameter", moments))
-    items.append(_step(shapes, machine))
+    if offload == "none":
+        if second_moments(algorithm):
+            moments = 8 * shapes.policy.trained // machine.ranks
+            items.append(Item("policy: the interleaved update's own moments, 8 bytes per parameter", moments))
+        items.append(_step(config, shapes, machine))
     if machine.has_gpus:
         items.append(Item("reserve: context, collectives, gaps", RESERVE, is_certain=False))
     return tuple(items)
@@ -133,18 +136,28 @@ def second_moments(algorithm: Algorithm | Pipeline) -> bool:
     return any(update is not None and update.own_optimizer for update in stages)
 
 
-def zero3_states(shape: ModelShape, ranks: int) -> int:
-    """DeepSpeed's estimate for ZeRO-3 without offloading, in bytes.
+def offloaded(config: RunConfig, machine: Machine) -> str:
+    """`deepspeed.offload` where it saves the memory of a rank: on a machine with GPUs."""
+    return config.deepspeed.offload if machine.has_gpus else "none"
 
-    It is 18 bytes per parameter, divided by the ranks, and 4 bytes per parameter of the largest layer.
+
+def zero3_states(shape: ModelShape, ranks: int, offload: str = "none") -> int:
+    """DeepSpeed's estimate of a rank's states under ZeRO-3, in bytes.
+
+    Without offloading it is 18 bytes per trained parameter, divided by the ranks, and 4 bytes per parameter of the
+    largest layer. With adapters the model's own weights come on top.
     """
     _quiet_deepspeed()
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 
     _, per_gpu, _ = estimate_zero3_model_states_mem_needs(
-        shape.parameters, shape.largest_layer, num_gpus_per_node=ranks, cpu_offload=False, cpu_offload_params=False
+        shape.trained,
+        shape.largest_layer,
+        num_gpus_per_node=ranks,
+        cpu_offload=offload != "none",
+        cpu_offload_params=offload == "all",
     )
-    return per_gpu
+    return per_gpu + (shape.weights // ranks if shape.adapter and offload != "all" else 0)
 
 
 def longest(config: RunConfig) -> int:
@@ -165,14 +178,19 @@ def _quiet_deepspeed() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _trained(name: str, shape: ModelShape, machine: Machine) -> Iterator[Item]:
+def _trained(name: str, shape: ModelShape, machine: Machine, config: RunConfig) -> Iterator[Item]:
     _quiet_deepspeed()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    count, ranks, zero = shape.parameters, machine.ranks, DeepSpeedZeroConfig()
+    count, ranks, offload = shape.trained, machine.ranks, offloaded(config, machine)
+    zero = DeepSpeedZeroConfig(**zero_settings(config.deepspeed))
     what = f"weights, gradient, AdamW of {shape.size} parameters over {counted(ranks, 'rank')}, DeepSpeed's estimate"
-    yield Item(f"{name}: {what}", zero3_states(shape, ranks))
-    if shape.itemsize > 2:
+    if shape.adapter:
+        what = f"weights of {shape.size} parameters over {counted(ranks, 'rank')}; {count:,} of adapters are trained"
+    if offload != "none":
+        what += f", without what deepspeed.offload={offload} keeps in the machine's memory"
+    yield Item(f"{name}: {what}", zero3_states(shape, ranks, offload))
+    if shape.itemsize > 2 and offload != "all":
         more = (shape.itemsize - 2) * count // ranks
         yield Item(f"{name}: {shape.itemsize} bytes per weight where that estimate has 2", more)
     # On a GPU the whole bucket is allocated, in ordinary memory only the part that is written.
@@ -180,19 +198,20 @@ def _trained(name: str, shape: ModelShape, machine: Machine) -> Iterator[Item]:
     # In float32 like the sum over the ranks (communication_data_type).
     yield Item(f"{name}: ZeRO-3's bucket of gradients, float32", 4 * bucket)
     # It is copied in the order of the ranks. A larger tensor does not go through the bucket.
-    ordered = 4 * max(min(bucket, count), shape.largest_layer)
+    ordered = 4 * min(max(bucket, shape.largest_layer), count)
     yield Item(f"{name}: the bucket in the order of the ranks", ordered, "training", is_certain=False)
-    gathered = min(count, int(zero.max_live_parameters)) * shape.itemsize
+    gathered = min(shape.parameters, int(zero.max_live_parameters)) * shape.itemsize
     yield Item(f"{name}: weights that ZeRO-3 keeps gathered, at most", gathered, "training", is_certain=False)
 
 
-def _step(shapes: Shapes, machine: Machine) -> Item:
+def _step(config: RunConfig, shapes: Shapes, machine: Machine) -> Item:
     """What AdamW's step takes: a copy of the gradient and its temporary tensors, for one sub-group of parameters."""
     _quiet_deepspeed()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    largest = max(shape.parameters for shape in (shapes.policy, shapes.critic) if shape)
-    count = min(math.ceil(largest / machine.ranks), int(DeepSpeedZeroConfig().sub_group_size))
+    largest = max(shape.trained for shape in (shapes.policy, shapes.critic) if shape)
+    zero = DeepSpeedZeroConfig(**zero_settings(config.deepspeed))
+    count = min(math.ceil(largest / machine.ranks), int(zero.sub_group_size))
     each = 4 + ADAMW_BYTES["cuda" if machine.has_gpus else "cpu"]
     return Item(
         f"optimizer step: {each} bytes for each of {count / 1e6:,.1f} M parameters at a time", each * count, "step"
@@ -203,13 +222,13 @@ def _host(shapes: Shapes, machine: Machine) -> Iterator[Item]:
     """Main memory of one machine. Loading is not in it: all ranks map the same files, and share the page cache."""
     share = min(machine.ranks_here / machine.ranks, 1)
     trained = [shape for shape in (shapes.policy, shapes.critic) if shape]
-    saved = int(share * checkpoint_bytes(sum(shape.parameters for shape in trained)))
+    saved = int(share * checkpoint_bytes(sum(shape.trained for shape in trained)))
     yield Item(f"resuming: each of {counted(machine.ranks_here, 'rank')} reads its part of a checkpoint", saved)
     yield Item("writing final/ or best/: a copy of the weights in the main rank", shapes.policy.weights)
 
 
 def checkpoint_bytes(parameters: int, moments: int = 1) -> int:
-    """Bytes of a checkpoint: float32 weights and AdamW's moments of each parameter; not the weights in bfloat16."""
+    """Bytes of a checkpoint: float32 weights and AdamW's moments of each trained parameter; no weights in bfloat16."""
     return (4 + 8 * moments) * parameters
 
 
@@ -243,20 +262,29 @@ def _engine(config: RunConfig, shape: ModelShape, machine: Machine) -> Iterator[
 def _update(config: RunConfig, shape: ModelShape, machine: Machine, tokens: int) -> Iterator[Item]:
     """Memory of the forward and backward pass of a micro-batch."""
     layers = shape.layers
-    if config.model.gradient_checkpointing:
+    if config.model.gradient_checkpointing == "selective":
+        kept, certain = layers * shape.products_per_token * tokens, not shape.adapter
+        yield Item(f"update: products of {layers} layers for {tokens:,} tokens", kept, "training", certain)
+        again = (shape.kept_per_token - shape.products_per_token) * tokens
+        yield Item("update: other activations of one layer, computed again", again, "training", is_certain=False)
+    elif config.model.gradient_checkpointing == "full":
         kept = layers * shape.hidden * shape.itemsize * tokens
         yield Item(f"update: the inputs of {layers} layers for {tokens:,} tokens", kept, "training")
         again = shape.kept_per_token * tokens
         yield Item("update: activations of one layer, computed again", again, "training", is_certain=False)
     else:
         kept = layers * shape.kept_per_token * tokens
-        yield Item(f"update: activations of {layers} layers for {tokens:,} tokens", kept, "training")
+        # A layer without an adapter does not keep its input.
+        certain = not shape.adapter
+        yield Item(f"update: activations of {layers} layers for {tokens:,} tokens", kept, "training", certain)
     passing = shape.gradients_per_token * tokens
     yield Item("update: gradients inside a layer", passing, "training", is_certain=False)
     device, dtype = "cuda" if machine.has_gpus else "cpu", getattr(torch, config.model.dtype)
     chunk = min(default_chunk_size(shape.vocabulary, device, dtype), tokens)
     logits = buffer_bytes(shape.vocabulary, device, dtype, tokens)
     yield Item(f"update: logits of {chunk:,} tokens, and blocks of them in float32", logits, "training", False)
+    if shape.adapter:
+        return
     # In half precision a chunk's product is held in addition to the sum.
     wide = 4 if dtype == torch.float32 else 6
     head = wide * shape.vocabulary * shape.hidden

@@ -10,7 +10,7 @@ import psutil
 
 from experiments.config import Composed
 from experiments.run.disk import Disk, check_disk
-from experiments.run.memory import MOMENTS, Memory, Moment, Shapes, engine_room, estimate, states
+from experiments.run.memory import MOMENTS, Memory, Moment, Shapes, engine_room, estimate, offloaded, states
 from experiments.run.model_shape import ModelShape
 from experiments.run.prepare import output_folder
 from experiments.run.workload import GIB, Machine, Traffic, present
@@ -75,11 +75,14 @@ def outlook(composed: Composed, machine: Machine) -> Outlook:
 
 def _shapes(composed: Composed) -> Shapes:
     config, needs = composed.config, composed.algorithm.needs
-    policy = ModelShape.of(read_config(config.model.path, config.model.overrides), config.model.dtype)
+    policy = ModelShape.of(
+        read_config(config.model.path, config.model.overrides), config.model.dtype, config.model.lora
+    )
     critic = reference = None
     if any(s.algorithm.critic is not None for s in Pipeline.of(composed.algorithm).stages.values()):
         critic = (_shape(config.critic.path, config.model.dtype) or policy).trunk
-    if needs.reference:
+    # Without a path of its own, the reference policy of a run with LoRA is the policy without its adapters.
+    if needs.reference and (config.reference.path or not config.model.lora.rank):
         reference = _shape(config.reference.path, config.model.dtype) or policy
     return Shapes(policy, critic, reference)
 
@@ -92,7 +95,7 @@ def _check_states(composed: Composed, shapes: Shapes, machine: Machine) -> None:
     """Refuses a model whose weights, gradients and AdamW states alone do not fit, with AdamW's temporary tensors."""
 
     def least(ranks: int) -> int:
-        items = states(composed.algorithm, shapes, replace(machine, ranks=ranks))
+        items = states(composed.config, composed.algorithm, shapes, replace(machine, ranks=ranks))
         return sum(item.bytes for item in items if item.is_certain and item.when in ("always", "step"))
 
     needed = least(machine.ranks)
@@ -102,10 +105,13 @@ def _check_states(composed: Composed, shapes: Shapes, machine: Machine) -> None:
     models += " with its critic" if shapes.critic else ""
     enough = next((n for n in range(machine.ranks + 1, MOST_RANKS + 1) if least(n) <= machine.memory), None)
     more = f"at least {enough} of them" if machine.has_gpus and enough else "a larger machine"
+    less = " Fewer bytes stay on a GPU with deepspeed.offload=optimizer or model.lora.rank=16"
+    is_plain = offloaded(composed.config, machine) == "none" and not shapes.policy.adapter
+    less = less if machine.has_gpus and is_plain else ""
     raise ConfigError(
         f"model.path: {models} takes {needed / GIB:.1f} GiB per rank for weights, gradients and AdamW alone, on "
         f"{machine}; take {more}, or a smaller model (hardware.gpus and hardware.memory say which machine a run is "
-        "meant for)"
+        f"meant for).{less}"
     )
 
 
@@ -151,7 +157,9 @@ def _check_update(config: RunConfig, memory: Memory) -> None:
     machine, least = memory.machine, memory.total("training", certain=True)
     if least <= machine.memory:
         return
-    fix = "" if config.model.gradient_checkpointing else "set model.gradient_checkpointing=true, or "
+    fixes = {"none": "selective or full", "selective": "full"}
+    more = fixes.get(config.model.gradient_checkpointing)
+    fix = f"set model.gradient_checkpointing={more}, or " if more else ""
     raise ConfigError(
         f"optimizer.micro_batch_tokens: {config.optimizer.micro_batch_tokens:,} tokens leave a rank with at least "
         f"{least / GIB:.1f} GiB in the backward pass, on {machine}; {fix}lower it (a response of "

@@ -11,6 +11,10 @@ import torch
 
 from upge.errors import ModelError
 from upge.models.loading import WeightTable, random_state_kept
+from upge.train.config import LoraConfig
+
+#: All weights are trained.
+NO_LORA = LoraConfig()
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class ModelShape:
         has_head_norms: whether queries and keys have a norm, as in Qwen3.
         norms_in_float32: whether a norm multiplies with its weight in float32, as in Gemma.
         gathered: bytes of the largest bucket in which the trainer gathers weights for the sampler.
+        adapter: parameters of its LoRA adapters; 0 = all parameters are trained.
     """
 
     parameters: int
@@ -44,16 +49,19 @@ class ModelShape:
     has_head_norms: bool
     norms_in_float32: bool
     gathered: int
+    adapter: int = 0
 
     @classmethod
-    def of(cls, config: Any, dtype: str) -> ModelShape:
+    def of(cls, config: Any, dtype: str, lora: LoraConfig = NO_LORA) -> ModelShape:
         """The shape of the causal LM that a Hugging Face configuration describes, in `dtype`.
 
         Raises:
             ModelError: the trainer cannot run this architecture, or the sizes do not form a model.
+            ConfigError: `lora` does not fit the model.
         """
         from transformers import AutoModelForCausalLM
 
+        from upge.train.adapter import planned_weights
         from upge.train.engine import buckets
         from upge.train.packed_attention import check_supported
 
@@ -73,6 +81,7 @@ class ModelShape:
             own[name.rpartition(".")[0]] += math.prod(table.shapes[name])
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         heads = text.num_attention_heads
+        weights = planned_weights(model, lora)
         has_head_norms = any(name.endswith(".q_norm.weight") for name in table.shapes)
         return cls(
             parameters=table.count(),
@@ -88,7 +97,8 @@ class ModelShape:
             norms=sum(".layers.0." in name and "norm" in name for name in table.shapes) - 2 * has_head_norms,
             has_head_norms=has_head_norms,
             norms_in_float32=text.model_type.startswith("gemma"),
-            gathered=max(sum(p.nbytes for _, p in bucket) for bucket in buckets(list(model.named_parameters()))),
+            gathered=max(sum(p.nbytes for weight in bucket for p in weight.parts) for bucket in buckets(weights)),
+            adapter=sum(p.numel() for weight in weights for p in weight.adapter or ()),
         )
 
     @property
@@ -101,8 +111,13 @@ class ModelShape:
 
     @property
     def trunk(self) -> ModelShape:
-        """The same model without its output embedding, as a critic has it."""
-        return replace(self, parameters=self.parameters - self.output, output=0)
+        """The same model without its output embedding and adapters, as a critic has it."""
+        return replace(self, parameters=self.parameters - self.output, output=0, adapter=0)
+
+    @property
+    def trained(self) -> int:
+        """The number of parameters that have gradients and optimizer states."""
+        return self.adapter or self.parameters
 
     @property
     def weights(self) -> int:
@@ -130,6 +145,17 @@ class ModelShape:
         heads = rows * (self.query + self.key) if self.has_head_norms else 0
         attention = 2 * self.query + 2 * self.key
         return ((3 + rows * self.norms) * self.hidden + heads + attention + 4 * self.inner) * self.itemsize
+
+    @property
+    def products_per_token(self) -> int:
+        """Bytes per token that one layer stores with selective checkpointing.
+
+        They are its input, query, key, value and output of the attention before and after its projection, and two rows
+        of the MLP; with adapters also the MLP's output.
+        """
+        return (
+            (3 if self.adapter else 2) * self.hidden + 2 * self.query + 2 * self.key + 2 * self.inner
+        ) * self.itemsize
 
     @property
     def gradients_per_token(self) -> int:

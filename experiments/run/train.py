@@ -100,20 +100,45 @@ def train(composed: Any, prepared: Any, world: World) -> int:
 def _models(composed: Any, world: World) -> Any:
     """The policy, and a critic and a reference policy if the algorithm needs them."""
     from upge.pipeline import Pipeline
-    from upge.train.engine import CriticEngine, Engine, ReferencePolicy
+    from upge.train.engine import BasePolicy, CriticEngine, Engine, ReferencePolicy
     from upge.train.learner import Models
 
     config, stages = composed.config, Pipeline.of(composed.algorithm).stages.values()
-    policy = Engine(config.model, config.optimizer, world, config.rollout.temperature)
+    check_secondary_partition(composed)
+    deepspeed, temperature = config.deepspeed, config.rollout.temperature
+    policy = Engine(config.model, config.optimizer, world, temperature, seed=config.seed, deepspeed=deepspeed)
     critic = reference = None
     if any(stage.algorithm.critic is not None for stage in stages):
-        critic = CriticEngine(config.model, config.critic, config.optimizer, world)
-    if composed.algorithm.needs.reference:
+        critic = CriticEngine(config.model, config.critic, config.optimizer, world, deepspeed)
+    if composed.algorithm.needs.reference and config.model.lora.rank and not config.reference.path:
+        reference = BasePolicy(policy)
+    elif composed.algorithm.needs.reference:
         model, key = config.model, "model.path"
         if config.reference.path:
             model, key = replace(model, path=config.reference.path, overrides={}), "reference.path"
-        reference = ReferencePolicy(model, world, config.rollout.temperature, key=key)
+        reference = ReferencePolicy(model, world, temperature, key=key, deepspeed=deepspeed)
     return Models(policy, critic, reference)
+
+
+def check_secondary_partition(composed: Any) -> None:
+    """Refuses ZeRO++'s secondary partition for runs with several models, which DeepSpeed cannot do.
+
+    Raises:
+        ConfigError: the algorithm needs a critic or a reference policy.
+    """
+    from upge.errors import ConfigError
+    from upge.pipeline import Pipeline
+
+    config, stages = composed.config, Pipeline.of(composed.algorithm).stages.values()
+    if config.deepspeed.secondary_partition == 1:
+        return
+    copied = composed.algorithm.needs.reference and (config.reference.path or not config.model.lora.rank)
+    if copied or any(stage.algorithm.critic is not None for stage in stages):
+        raise ConfigError(
+            "zero_optimization.zero_hpz_partition_size: DeepSpeed supports it for one model of a process, and this "
+            "algorithm needs a critic or a reference policy; remove it",
+            "deepspeed.config",
+        )
 
 
 def _sampler(config: Any) -> Any:

@@ -78,7 +78,7 @@ class Point:
     @property
     def fraction(self) -> float:
         """The largest `rollout.memory_fraction` next to the trainer's states, in hundredths; at least 0.01."""
-        items = states(recipe().algorithm, Shapes(self.shape), self.machine)
+        items = states(recipe().config, recipe().algorithm, Shapes(self.shape), self.machine)
         taken = sum(item.bytes for item in items if item.when == "always")
         return max(math.floor(100 * (MEMORY - taken) / MEMORY), 1) / 100
 

@@ -159,7 +159,7 @@ REFUSALS = {
     ),
     "micro-batch": (
         ["recipe=hpt-qwen2.5-math-7b", "model.gradient_checkpointing=false"],
-        ["optimizer.micro_batch_tokens: 32,768", "model.gradient_checkpointing=true"],
+        ["optimizer.micro_batch_tokens: 32,768", "model.gradient_checkpointing=selective or full"],
     ),
     "group too small": (["recipe=hpt-qwen2.5-math-7b", "group_size=1"], ["group_size: 1", "too small"]),
     "stage without steps": (["recipe=sft-then-grpo-qwen2.5-math-7b", "steps=1"], ["steps: 1", "algo.stages."]),

@@ -37,10 +37,9 @@ def tiny(dtype: str) -> ModelShape:
 
 def item(dtype: str, words: str, hardware: HardwareConfig | None = None) -> int:
     """Bytes of the item whose description has these words, for one rank."""
-    algorithm = compose([]).algorithm
-    (one,) = [
-        i for i in states(algorithm, Shapes(tiny(dtype)), planned(hardware or HardwareConfig())) if words in i.what
-    ]
+    composed, machine = compose([]), planned(hardware or HardwareConfig())
+    items = states(composed.config, composed.algorithm, Shapes(tiny(dtype)), machine)
+    (one,) = [i for i in items if words in i.what]
     return one.bytes
 
 
@@ -61,7 +60,9 @@ def test_adamws_temporary_tensors_on_a_gpu():
             optimizer.step()
         assert allocations.peak == pytest.approx(bytes_each * 10_000, rel=0.01), foreach
     eight = planned(HardwareConfig(gpus=1, memory=80.0))
-    (step,) = [i for i in states(compose([]).algorithm, Shapes(tiny("bfloat16")), eight) if i.when == "step"]
+    composed = compose([])
+    items = states(composed.config, composed.algorithm, Shapes(tiny("bfloat16")), eight)
+    (step,) = [i for i in items if i.when == "step"]
     assert step.bytes == 8 * tiny("bfloat16").parameters
 
 

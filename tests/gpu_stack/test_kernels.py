@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from experiments.config import MODELS
 from upge.logprobs import Coefficients
 from upge.train import packed_attention
-from upge.train.deepspeed_module import checkpoint_activations
+from upge.train.activations import checkpoint_activations
 from upge.train.packed_policy import Objective, PackedPolicy
 from upge.train.packing import PackedBatch, pack
 
@@ -33,7 +33,7 @@ def policy(request: pytest.FixtureRequest) -> PackedPolicy:
     assert config.num_key_value_heads < config.num_attention_heads
     with torch.device(request.getfixturevalue("device")):
         network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    checkpoint_activations(network)
+    checkpoint_activations(network, "full")
     return PackedPolicy(network).train()
 
 

@@ -52,7 +52,7 @@ def main(model: str, output: str) -> None:
 
     world = connect()
     config = OptimizerConfig(lr=1e-3, max_grad_norm=0.0)
-    settings = ModelConfig(path=model, dtype="bfloat16", gradient_checkpointing=True)
+    settings = ModelConfig(path=model, dtype="bfloat16", gradient_checkpointing="full")
     engine = Engine(settings, config, world)
     found: dict[str, Any] = {}
     for size in SIZES:

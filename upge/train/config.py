@@ -13,6 +13,23 @@ from typing import Literal, NamedTuple
 from upge.config import Settings, key, section
 from upge.errors import ConfigError
 from upge.pipeline import Span
+from upge.train.deepspeed_settings import DeepspeedConfig
+
+
+@dataclass(frozen=True)
+class LoraConfig(Settings):
+    """Low-rank adapters (arXiv 2106.09685): W + (alpha / rank) · B·A, of which only A and B are trained."""
+
+    rank: int = key(0, "rank of the policy's LoRA adapters; 0 = train all weights", minimum=0)
+    alpha: float = key(
+        32.0, "LoRA's scale: the product of the adapter's matrices is multiplied by alpha / rank", above=0
+    )
+    dropout: float = key(
+        0.0, "dropout of the adapters' inputs in updates; makes their gradient random", minimum=0, below=1
+    )
+    target_modules: list = key(
+        [], "linear layers with an adapter, such as [q_proj,v_proj]; [] = all but the output embedding"
+    )
 
 
 @dataclass(frozen=True)
@@ -27,7 +44,12 @@ class ModelConfig(Settings):
     opening: str = key("", "text that every response begins with; it becomes the end of the prompt")
     template_arguments: dict = key({}, "variables of the chat template, such as {enable_thinking: false}")
     overrides: dict = key({}, "changes to the model's config.json, such as {rope_theta: 40000}")
-    gradient_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
+    gradient_checkpointing: Literal["none", "selective", "full"] = key(
+        "none",
+        "activations that are computed again in the backward pass: selective = all but matrix products and attention",
+        aliases={"false": "none", "true": "full"},
+    )
+    lora: LoraConfig = section(LoraConfig)
 
 
 @dataclass(frozen=True)
@@ -179,7 +201,7 @@ class RunConfig(Settings):
     algo: dict = key({}, "name from algorithms/, or a YAML file; algo.terms... overrides its parts")
     data: dict = key({}, "name from experiments/configs/data; its own settings are data.KEY")
     steps: int = key(100, "training steps", minimum=0)
-    seed: int = key(0, "seed of the prompt order and of all sampling", minimum=0)
+    seed: int = key(0, "seed of the prompt order, of all sampling and of LoRA's adapters", minimum=0)
     prompts_per_step: int = key(32, "prompts per step, over all ranks", above=0)
     group_size: int = key(8, "rollouts per prompt", above=0)
     output: str = key("", "folder of the run; empty = the next unused runs/ALGO-MODEL-DATA")
@@ -190,6 +212,7 @@ class RunConfig(Settings):
     model: ModelConfig = section(ModelConfig)
     rollout: RolloutConfig = section(RolloutConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
+    deepspeed: DeepspeedConfig = section(DeepspeedConfig)
     critic: CriticConfig = section(CriticConfig)
     reference: ReferenceConfig = section(ReferenceConfig)
     verify: VerifyConfig = section(VerifyConfig)

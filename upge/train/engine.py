@@ -5,23 +5,26 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from upge.rollout import Sampler
+from upge.train.activations import checkpoint_activations
+from upge.train.adapter import Adapter, Weight
 from upge.train.config import CriticConfig, ModelConfig, OptimizerConfig
 from upge.train.deepspeed_module import (
     DeepSpeedModule,
     check_tokens,
-    checkpoint_activations,
     load_causal_lm,
-    settings,
     vocabulary_size,
 )
+from upge.train.deepspeed_settings import PLAIN, DeepspeedConfig, settings
 from upge.train.distributed import World
 from upge.train.micro_batches import Costs
 from upge.train.packed_policy import Objective, PackedPolicy, PackedValue
@@ -30,24 +33,40 @@ from upge.train.sample import TokenIds
 
 #: Parameters are gathered for the sampler in buckets of about this size.
 _BUCKET_BYTES = 512 * 2**20
+#: The folder of the LoRA adapters in that of an exported model.
+ADAPTER = "adapter"
 
 
 class Engine(DeepSpeedModule):
     """The policy's weights, gradients and optimizer, partitioned over the ranks.
 
-    Log-probs are computed at `temperature`, as in sampling.
+    Log-probs are computed at `temperature`, as in sampling. With `model.lora.rank` only LoRA adapters are trained;
+    their first values and dropout follow from `seed`.
+
+    Attributes:
+        adapter: the LoRA adapters, or None if all weights are trained.
 
     Raises:
         ModelError: the model cannot be loaded, is not complete, or cannot run packed rows.
+        ConfigError: a setting of `model.lora` that does not fit the model.
     """
 
-    def __init__(self, model: ModelConfig, optimizer: OptimizerConfig, world: World, temperature: float = 1.0) -> None:
-        network = load_causal_lm(model, world)
-        if model.gradient_checkpointing:
-            checkpoint_activations(network)
-        costs = Costs.of(network)
-        super().__init__(PackedPolicy(network).train(), model.dtype, optimizer, optimizer.lr, world)
-        self.network, self.temperature, self.costs = network, temperature, costs
+    def __init__(
+        self,
+        model: ModelConfig,
+        optimizer: OptimizerConfig,
+        world: World,
+        temperature: float = 1.0,
+        seed: int = 0,
+        deepspeed: DeepspeedConfig = PLAIN,
+    ) -> None:
+        network = load_causal_lm(model, world, deepspeed=deepspeed)
+        self.network, self.temperature, self.costs = network, temperature, Costs.of(network)
+        policy = PackedPolicy(network).train()
+        # After PackedPolicy, which turns all dropout off.
+        self.adapter = Adapter(network, model.lora, seed) if model.lora.rank else None
+        checkpoint_activations(network, model.gradient_checkpointing, self.adapter is not None)
+        super().__init__(policy, model.dtype, optimizer, optimizer.lr, world, deepspeed)
 
     def forward(self, trajectories: Sequence[TokenIds]) -> Float[Tensor, "B T"]:
         """Log-probs [B, T] of the responses of (prompt_ids, response_ids) pairs, with gradient.
@@ -66,29 +85,34 @@ class Engine(DeepSpeedModule):
 
         Every rank must call it equally often; a rank without work packs no trajectories.
         """
-        return self._engine(packed, temperature=self.temperature, entropy=entropy)
+        return self._run(packed, entropy=entropy)
 
     def loss(self, packed: PackedBatch, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, logprobs [n], entropies [n]). The gradient flows through the loss only; part of it is computed here.
 
         Every rank must call it equally often; a rank without work packs no trajectories, and its loss is 0.
         """
-        return self._engine(packed, temperature=self.temperature, objective=objective)
+        return self._run(packed, objective=objective)
+
+    def _run(self, packed: PackedBatch, **arguments: Any) -> Any:
+        """A pass of the module; dropout in the adapters differs between passes and ranks."""
+        with self.adapter.dropout(*self.position, self.world.rank) if self.adapter else nullcontext():
+            return self._engine(packed, temperature=self.temperature, **arguments)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, whole tensor) of every parameter, on every rank; gathered in buckets.
+        """(Hugging Face name, whole tensor) of every weight, on every rank; gathered in buckets.
 
-        A tensor is valid until the next one is asked for. Every rank must exhaust the iterator.
+        The weights of a model with adapters are those of the base model with the adapters added. A tensor is valid
+        until the next one is asked for. Every rank must exhaust the iterator.
         """
-        import deepspeed
-
-        for bucket in buckets(list(self.network.named_parameters())):
-            with deepspeed.zero.GatheredParameters([p for _, p in bucket], modifier_rank=None):
-                for name, parameter in bucket:
-                    yield name, parameter.detach()
+        for weight in _gathered(self._weights()):
+            yield weight.name, weight.merged()
 
     def export(self, folder: Path) -> None:
-        """Writes the model in Hugging Face format (safetensors), from rank 0; all ranks call it."""
+        """Writes the model in Hugging Face format (safetensors), from rank 0; all ranks call it.
+
+        With LoRA this is the merged model; the adapter is written to folder/adapter in PEFT's format.
+        """
         keep = self.world.is_main
         weights = {n: w.to("cpu", copy=True).contiguous() for n, w in self.named_weights() if keep}
         if keep:
@@ -96,12 +120,22 @@ class Engine(DeepSpeedModule):
             self.network.config._attn_implementation = None
             self.network.save_pretrained(folder, state_dict=weights)
             self.network.config._attn_implementation = attention
+        if self.adapter is not None:
+            parts = [Weight(name, parameter) for name, parameter in self.adapter.parameters()]
+            matrices = {part.name: part.merged().to("cpu", copy=True) for part in _gathered(parts)}
+            if keep:
+                self.adapter.save(folder / ADAPTER, matrices)
         self.world.barrier()
+
+    def _weights(self) -> list[Weight]:
+        if self.adapter is not None:
+            return self.adapter.weights()
+        return [Weight(name, parameter) for name, parameter in self.network.named_parameters()]
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the whole model."""
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self.network.parameters())
+        """Number of parameters of the whole model, without adapters."""
+        return sum(getattr(w.parameter, "ds_numel", w.parameter.numel()) for w in self._weights())
 
 
 class CriticEngine(DeepSpeedModule):
@@ -115,16 +149,22 @@ class CriticEngine(DeepSpeedModule):
         ModelError: the model cannot be loaded, is not complete, or cannot run packed rows.
     """
 
-    def __init__(self, model: ModelConfig, critic: CriticConfig, optimizer: OptimizerConfig, world: World) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        critic: CriticConfig,
+        optimizer: OptimizerConfig,
+        world: World,
+        deepspeed: DeepspeedConfig = PLAIN,
+    ) -> None:
         self._key = "critic.path" if critic.path else "model.path"
         if critic.path:
             model = dataclasses.replace(model, path=critic.path, overrides={})
-        network = load_causal_lm(model, world, self._key)
-        if model.gradient_checkpointing:
-            checkpoint_activations(network)
+        network = load_causal_lm(model, world, self._key, deepspeed)
+        checkpoint_activations(network, model.gradient_checkpointing)
         self._vocabulary = vocabulary_size(network)
         self.module = PackedValue(network, world.device).train()
-        super().__init__(self.module, model.dtype, optimizer, critic.lr, world)
+        super().__init__(self.module, model.dtype, optimizer, critic.lr, world, deepspeed)
 
     def forward(self, trajectories: Sequence[TokenIds]) -> Float[Tensor, "B T"]:
         """Values [B, T] of the states before each response token of (prompt_ids, response_ids) pairs, with gradient.
@@ -148,14 +188,21 @@ class ReferencePolicy:
         ModelError: the model cannot be loaded, is not complete, or cannot run packed rows.
     """
 
-    def __init__(self, model: ModelConfig, world: World, temperature: float = 1.0, key: str = "model.path") -> None:
-        import deepspeed
+    def __init__(
+        self,
+        model: ModelConfig,
+        world: World,
+        temperature: float = 1.0,
+        key: str = "model.path",
+        deepspeed: DeepspeedConfig = PLAIN,
+    ) -> None:
+        from deepspeed import initialize
 
         self.world, self.temperature, self._key = world, temperature, key
-        network = load_causal_lm(model, world, key)
+        network = load_causal_lm(model, world, key, deepspeed)
         self._vocabulary = vocabulary_size(network)
         policy = PackedPolicy(network).eval().requires_grad_(False)
-        self._engine, *_ = deepspeed.initialize(model=policy, config=settings(model.dtype, world))
+        self._engine, *_ = initialize(model=policy, config=settings(model.dtype, world, deepspeed))
 
     @torch.no_grad()
     def forward(self, trajectories: Sequence[TokenIds]) -> Float[Tensor, "B T"]:
@@ -167,6 +214,20 @@ class ReferencePolicy:
         check_tokens(trajectories, self._vocabulary, self._key)
         packed = pack(trajectories, self.world.device)
         return packed.pad(self._engine(packed, temperature=self.temperature)[0])
+
+
+class BasePolicy:
+    """The policy's model without its adapters, as the reference policy: it takes no memory of its own."""
+
+    def __init__(self, policy: Engine) -> None:
+        assert policy.adapter is not None
+        self._policy, self._adapter = policy, policy.adapter
+
+    @torch.no_grad()
+    def forward(self, trajectories: Sequence[TokenIds]) -> Float[Tensor, "B T"]:
+        """As `Engine.forward`, without gradient and without the adapters."""
+        with self._adapter.disabled():
+            return self._policy.forward(trajectories)
 
 
 class SamplerState(Enum):
@@ -213,13 +274,24 @@ class WeightSync:
             self.state = SamplerState.ASLEEP
 
 
-def buckets(parameters: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    """Cuts named parameters, partitioned or not, into the buckets in which they are gathered for the sampler."""
-    bucket: list[tuple[str, nn.Parameter]] = []
+def _gathered(weights: Sequence[Weight]) -> Iterator[Weight]:
+    """The weights one after another, whole on every rank until the next one is asked for."""
+    import deepspeed
+
+    for bucket in buckets(weights):
+        with deepspeed.zero.GatheredParameters(
+            [part for weight in bucket for part in weight.parts], modifier_rank=None
+        ):
+            yield from bucket
+
+
+def buckets(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
+    """Cuts weights, partitioned or not, into the buckets in which they are gathered for the sampler."""
+    bucket: list[Weight] = []
     size = 0
-    for name, parameter in parameters:
-        bucket.append((name, parameter))
-        size += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+    for weight in weights:
+        bucket.append(weight)
+        size += sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in weight.parts)
         if size >= _BUCKET_BYTES:
             yield bucket
             bucket, size = [], 0

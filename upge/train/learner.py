@@ -14,7 +14,7 @@ from upge.stateful import UTILITY_SLOPE, StatefulGate
 from upge.train.collect import HELD_OUT, Collector
 from upge.train.config import LearningRates, OptimizerConfig
 from upge.train.diagnostics import NO_DIAGNOSTICS, Diagnostics
-from upge.train.engine import CriticEngine, Engine, ReferencePolicy
+from upge.train.engine import BasePolicy, CriticEngine, Engine, ReferencePolicy
 from upge.train.metrics import UpdateReport
 from upge.train.sample import Trajectory, assemble
 from upge.train.update import Updater
@@ -44,7 +44,7 @@ class Models:
 
     policy: Engine
     critic: CriticEngine | None = None
-    reference: ReferencePolicy | None = None
+    reference: ReferencePolicy | BasePolicy | None = None
 
 
 @dataclass(frozen=True)

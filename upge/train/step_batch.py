@@ -13,7 +13,7 @@ from upge.algorithm import Algorithm
 from upge.needs import COMPUTED
 from upge.plan import Plan
 from upge.train.config import OptimizerConfig
-from upge.train.engine import CriticEngine, Engine, ReferencePolicy
+from upge.train.engine import BasePolicy, CriticEngine, Engine, ReferencePolicy
 from upge.train.micro_batches import distribute
 from upge.train.sample import TokenIds, Trajectory, assemble
 from upge.trajectories import Trajectories
@@ -77,7 +77,7 @@ class BatchFiller:
         algorithm: Algorithm,
         config: OptimizerConfig,
         critic: CriticEngine | None = None,
-        reference: ReferencePolicy | None = None,
+        reference: ReferencePolicy | BasePolicy | None = None,
     ) -> None:
         self.policy, self.config, self.critic, self.reference = policy, config, critic, reference
         self.needs = algorithm.step_needs

@@ -26,7 +26,7 @@ from upge.train.diagnostics import (
     token_weights,
     top_trajectories,
 )
-from upge.train.engine import CriticEngine, Engine, ReferencePolicy
+from upge.train.engine import BasePolicy, CriticEngine, Engine, ReferencePolicy
 from upge.train.metrics import ActiveTrajectories, MetricSums, UpdateReport
 from upge.train.micro_batches import MicroBatch
 from upge.train.sample import Trajectory, assemble
@@ -94,7 +94,7 @@ class Updater:
         algorithm: Algorithm,
         config: OptimizerConfig,
         critic: CriticEngine | None = None,
-        reference: ReferencePolicy | None = None,
+        reference: ReferencePolicy | BasePolicy | None = None,
     ) -> None:
         self.engine, self.algorithm, self.config = engine, algorithm, config
         self.filler = BatchFiller(engine, algorithm, config, critic, reference)

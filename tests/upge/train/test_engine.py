@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -30,12 +32,25 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+#: Small buckets and several groups of parameters.
+MORE = {"reduce_bucket_size": 20_000, "sub_group_size": 10_000}
+RUNS = {
+    "1 rank": (1, "none"),
+    "2 ranks": (2, "none"),
+    "1 rank, optimizer offloaded": (1, "optimizer"),
+    "2 ranks, all offloaded": (2, "all"),
+    "2 ranks, more settings": (2, "none", json.dumps({"zero_optimization": MORE})),
+    "2 ranks, selective": (2, "none", "{}", "selective"),
+}
+
+
+@pytest.fixture(scope="module", params=RUNS.values(), ids=RUNS.keys())
 def found(model, request, tmp_path_factory) -> dict:
-    """What the engine did on so many ranks."""
+    """What the engine did on so many ranks, with or without offloading."""
     folder = tmp_path_factory.mktemp("engine")
-    launch("engine_ranks", request.param, model, folder / "found.pt", folder)
-    return torch.load(folder / "found.pt", weights_only=False)
+    ranks, *settings = request.param
+    launch("engine_ranks", ranks, model, folder / "found.pt", folder, *settings)
+    return torch.load(folder / "found.pt", weights_only=False) | {"run": request.param}
 
 
 def token_loss(model: torch.nn.Module, variant: int) -> torch.Tensor:
@@ -59,7 +74,15 @@ def product(a: dict, b: dict) -> float:
     return float(sum((a[name].double() * b[name].double()).sum() for name in a))
 
 
+def test_the_settings_have_an_effect(found):
+    ranks, offload, *more = (part for part in found["run"] if part not in ("{}", "selective"))
+    seen = found["settings"]
+    assert seen["optimizer"] == (offload != "none") and seen["parameters"] == (offload == "all")
+    assert (seen["bucket"] == 20_000) == bool(more) and (seen["groups"] > 1) == bool(more)
+
+
 def test_a_taken_gradient_is_the_plain_one(model, found):
+    """Each rank has several micro-batches, none of which is dropped, also with offloading (arXiv 2604.23747)."""
     for variant in (0, 1):
         expected, taken = plain_gradient(model, variant), found["gradients"][variant]
         assert set(taken) == set(expected)

@@ -59,7 +59,7 @@ def without_deepspeed(cls: type, folder) -> Engine | ReferencePolicy:
     """An engine whose model is not partitioned, in float64."""
     network = plain_model(folder)
     engine = object.__new__(cls)
-    engine.world, engine.network, engine.temperature = WORLD, network, TEMPERATURE
+    engine.world, engine.network, engine.temperature, engine.adapter = WORLD, network, TEMPERATURE, None
     engine._engine, engine._vocabulary, engine._key = PackedPolicy(network), 1000, "model.path"
     return engine
 

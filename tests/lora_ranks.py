@@ -1,0 +1,93 @@
+"""Run by torchrun from test_lora.py: LoRA under ZeRO-3; saved by rank 0.
+
+usage: lora_ranks.py MODEL OUTPUT SCRATCH
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tests.engine_ranks import accumulate, weights_of
+from tests.models import trajectories
+from upge.train.adapter import Weight
+from upge.train.config import LoraConfig, ModelConfig, OptimizerConfig
+from upge.train.distributed import World, connect, leave
+from upge.train.engine import BasePolicy, Engine, _gathered
+
+LORA = LoraConfig(rank=3, alpha=5.0)
+DROPOUT = LoraConfig(rank=3, alpha=5.0, dropout=0.4, target_modules=["q_proj", "down_proj"])
+PAIRS = [(t.prompt_ids, t.response_ids) for t in trajectories()[:4]]
+
+
+def engine_of(model: str, world: World, lora: LoraConfig, **settings: object) -> Engine:
+    optimizer = OptimizerConfig(max_grad_norm=0.0, weight_decay=0.1)
+    return Engine(ModelConfig(path=model, lora=lora, **settings), optimizer, world, seed=3)
+
+
+def matrices(engine: Engine) -> dict[str, Tensor]:
+    """A and B of every layer."""
+    parts = [Weight(name, parameter) for name, parameter in engine.adapter.parameters()]
+    return {part.name: part.merged().clone() for part in _gathered(parts)}
+
+
+def gradients(engine: Engine, variant: int) -> dict[str, Tensor]:
+    """The gradient of A and B; no update follows."""
+    from deepspeed.utils import safe_get_full_grad
+
+    accumulate(engine, variant)
+    gradient = {name: safe_get_full_grad(p).clone() for name, p in engine.adapter.parameters()}
+    engine.take_gradient()
+    return gradient
+
+
+def update(engine: Engine, variant: int) -> None:
+    accumulate(engine, variant)
+    assert engine.step(1e-1).applied
+
+
+def resume(engine: Engine, fresh: Engine, scratch: Path, name: str, found: dict) -> None:
+    """Saves, goes on, and does the same again from the checkpoint in another engine with a history of its own."""
+    update(fresh, 2)
+    engine.save(scratch, name, {"step": 5})
+    engine.world.barrier()
+    found[name, "state"] = fresh.load(scratch, name)
+    for key, each in (("went on", engine), ("resumed", fresh)):
+        update(each, 3)
+        update(each, 4)
+        found[name, key] = weights_of(each)
+    found[name, "bytes"] = sum(file.stat().st_size for file in (scratch / name).iterdir())
+
+
+def main(model: str, output: str, scratch: str) -> None:
+    world = connect()
+    found: dict = {}
+    engine = engine_of(model, world, LORA)
+    found["first"] = weights_of(engine), matrices(engine)
+    update(engine, 0)
+    update(engine, 1)
+    found["weights"], found["matrices"] = weights_of(engine), matrices(engine)
+    found["gradients"] = [gradients(engine, variant) for variant in (0, 1)]
+    reference = BasePolicy(engine)
+    found["reference"], found["policy"] = reference.forward(PAIRS), engine.forward(PAIRS).detach()
+    found["after the reference"] = gradients(engine, 0)
+    found["trained"] = sum(p.ds_numel for group in engine._engine.optimizer.fp16_groups for p in group)
+    engine.export(Path(scratch) / "final")
+    resume(engine, engine_of(model, world, LORA, gradient_checkpointing="full"), Path(scratch), "plain", found)
+    noisy = engine_of(model, world, DROPOUT)
+    update(noisy, 0)
+    found["noisy gradients"] = [gradients(noisy, 1) for _ in range(2)]
+    found["noisy log-probs"] = [noisy.forward(PAIRS).detach()]
+    with torch.no_grad():
+        found["noisy log-probs"] += [noisy.forward(PAIRS) for _ in range(2)]
+    resume(noisy, engine_of(model, world, DROPOUT), Path(scratch), "noisy", found)
+    if world.is_main:
+        torch.save(found, output)
+    leave(world, 0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

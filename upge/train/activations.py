@@ -1,0 +1,65 @@
+"""What a layer keeps from its forward pass for the backward pass, and what it computes again."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Checkpointing = Literal["none", "selective", "full"]
+
+#: Matrix products, and the place of the left factor among their arguments.
+_PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}
+#: A product whose inner dimension is smaller, as that of a LoRA adapter's B, is cheaper to compute again than to keep.
+_LEAST_INNER = 64
+_ATTENTION = (
+    "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_efficient_attention",
+    "aten._scaled_dot_product_cudnn_attention",
+    "torch_attn._varlen_attn",
+)
+
+
+def checkpoint_activations(network: PreTrainedModel, mode: Checkpointing, has_adapters: bool = False) -> None:
+    """Recomputes activations of each layer in the backward pass instead of storing them.
+
+    'full' stores a layer's input and computes all else again. 'selective' also stores the results of attention and of
+    matrix products, and computes norms, rotary embeddings, activation functions and sums again. It computes no product
+    twice, except the small ones of LoRA adapters. The output of the MLP is not stored, because no gradient needs it;
+    with adapters it is, because the second pass would otherwise compute it on the way to the adapter's.
+    """
+    if mode == "none":
+        return
+    arguments: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        policy = partial(_policy, None if has_adapters else network.config.get_text_config().intermediate_size)
+        arguments["context_fn"] = partial(_contexts, policy)
+    network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+    if has_adapters:
+        # With adapters, transformers asks for gradients of the embedded tokens, which only re-entrant checkpoints need.
+        network.disable_input_require_grads()
+    network.config.use_cache = False
+
+
+def _contexts(policy: Any) -> Any:
+    """torch's contexts of a layer's first and second forward pass."""
+    # DeepSpeed's replacement adds the bias to a stored product in place, and the second pass would add it again.
+    assert F.linear.__module__ != "deepspeed.runtime.zero.linear", "linear layers must not be DeepSpeed's"
+    return create_selective_checkpoint_contexts(policy)
+
+
+def _policy(without: int | None, context: Any, operation: Any, *arguments: Any, **_: Any) -> CheckpointPolicy:
+    """Whether to keep the result of an operation; a product of the inner dimension `without` is not kept."""
+    if operation in _PRODUCTS:
+        inner = arguments[_PRODUCTS[operation]].shape[1]
+        keep = inner >= _LEAST_INNER and inner != without
+    else:
+        keep = str(operation).removesuffix(".default") in _ATTENTION
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
