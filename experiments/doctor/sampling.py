@@ -24,7 +24,7 @@ from upge.train.update import Updater
 BOUNDS = {"float32": (0.01, 0.001), "bfloat16": (2.0, 0.05)}
 #: Learning rates of the updates that move the policy, until a sampler with the old weights would be noticed.
 _RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-#: An update is large enough if it changes log-probs by so many times the bound of the mean.
+#: The policy has moved enough if its mean |Δ log p| exceeds the bound of the mean by this factor.
 _NOTICED = 4.0
 #: Part of a GPU's name → its dense bfloat16 peak, FLOP/s. The first that fits counts.
 PEAKS = {

@@ -141,7 +141,7 @@ def sampling_seconds(shape: ModelShape, gpus: int, sequences: float, split: int 
 
 
 def link(gpus: int) -> float:
-    """Bytes per second and GPU of collectives over so many GPUs."""
+    """Bytes per second that each GPU moves in a collective over `gpus` GPUs."""
     return LINKS["within" if gpus <= 8 else "between"]
 
 

@@ -151,3 +151,4 @@ def test_their_runs_and_evaluations_compose(name):
     if sweep.config.choose:
         sweep = with_choices(sweep, {run.variant: 1e-4 for run in sweep.runs} | {"HPT": 1e-4})
     check(sweep)
+    assert sweep.runs

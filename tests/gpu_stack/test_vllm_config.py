@@ -38,7 +38,7 @@ def configuration(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> Any:
     return sampler._llm.configuration
 
 
-def check(made: Any, composed: Composed) -> None:
+def assert_configured(made: Any, composed: Composed) -> None:
     config = composed.config
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     assert made.model_config.max_model_len == longest
@@ -69,7 +69,7 @@ def test_presets(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     composed = compose(["algo=hpt", f"model={preset}", "rollout.engine=vllm"])
     if composed.config.model.path.endswith(".gguf"):
         pytest.skip("the file of this preset comes with a package that is not in the CUDA set")
-    check(configuration(composed, monkeypatch), composed)
+    assert_configured(configuration(composed, monkeypatch), composed)
 
 
 def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,4 +82,4 @@ def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("recipe", presets("recipe"))
 def test_recipes(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     composed = compose([f"recipe={recipe}", "rollout.engine=vllm"])
-    check(configuration(composed, monkeypatch), composed)
+    assert_configured(configuration(composed, monkeypatch), composed)

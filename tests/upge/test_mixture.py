@@ -123,7 +123,7 @@ def weights(name: str, batch: upge.Trajectories, *overrides: str) -> list[list[f
     return [row[:n].tolist() for row, n in zip(found, batch.lengths.tolist(), strict=True)]
 
 
-def check(name: str, batch: upge.Trajectories, expected: list[list[float]], *overrides: str) -> None:
+def assert_weights(name: str, batch: upge.Trajectories, expected: list[list[float]], *overrides: str) -> None:
     found = weights(name, batch, *overrides)
     for row, numbers in zip(found, expected, strict=True):
         assert row == pytest.approx(numbers, rel=1e-5, abs=1e-12), (found, expected)
@@ -144,18 +144,18 @@ SHORT = ("terms.rl.reduction.length=10", "terms.offline.reduction.length=10")
 
 def test_luffy():
     """The demonstration's token at p = γ has the shape's largest weight, ¼; N·length = 30."""
-    check("luffy", union(0.1), [[1.25 / 90], [-2 / 90], [0.25 / 90]], *SHORT)
+    assert_weights("luffy", union(0.1), [[1.25 / 90], [-2 / 90], [0.25 / 90]], *SHORT)
 
 
 def test_rl_plus():
     """0.36/(0.75·0.2 + 0.25)·√0.64 = 0.9·0.8."""
-    check("rl_plus", union(0.36), [[1.25 / 90], [-2 / 90], [0.72 / 90]], *SHORT)
+    assert_weights("rl_plus", union(0.36), [[1.25 / 90], [-2 / 90], [0.72 / 90]], *SHORT)
 
 
 @pytest.mark.parametrize(("name", "last"), [("luffy", 0.25), ("rl_plus", 0.72)])
 def test_trajectories_without_a_signal_count_in_the_shared_divisor(name, last):
     batch = union(0.1 if name == "luffy" else 0.36, solved=True)
-    check(name, batch, [[1.25 / 180], [-2 / 180], [last / 180], [0.0], [0.0], [0.0]], *SHORT)
+    assert_weights(name, batch, [[1.25 / 180], [-2 / 180], [last / 180], [0.0], [0.0], [0.0]], *SHORT)
     plan = algorithms.load(name).plan(batch)
     assert plan.active.all() and plan.contributing.tolist() == [True] * 3 + [False] * 3
 
@@ -170,7 +170,7 @@ def test_srft():
         [[0.5], [0.25], [0.2]], entropies=[[ln3], [ln3], [ln2]], rewards=[1.0, 0.0, 1.0], group=[4] * 3,
         demonstrations=[2],
     )  # fmt: skip
-    check("srft", batch, [[0.15], [-0.5], [0.25 + 0.2 / math.sqrt(3)]])
+    assert_weights("srft", batch, [[0.15], [-0.5], [0.25 + 0.2 / math.sqrt(3)]])
 
 
 def test_srft_has_no_gradient_through_its_entropies():
@@ -194,13 +194,13 @@ def test_hpt_soft(successes, alpha, beta):
     )  # fmt: skip
     won, lost = alpha * (1 - successes / 7) / 70, -alpha * successes / 7 / 70
     expected = [[won]] * successes + [[lost]] * (7 - successes) + [[beta / 2] * 2]
-    check("hpt_soft", batch, expected, "terms.rl.reduction.length=10")
+    assert_weights("hpt_soft", batch, expected, "terms.rl.reduction.length=10")
 
 
 def test_hpt_soft_averages_over_all_questions():
     """Question 0 fails, question 1 has one of two: P = ½ lies midway between 3 and 4 of 7, so α = ¾ and β = 1/16."""
     expected = [[0.0], [0.0], [0.25, 0.25], [0.75 / 80], [-0.75 / 80], [1 / 64, 1 / 64]]
-    check("hpt_soft", failing_and_half(), expected, "terms.rl.reduction.length=10")
+    assert_weights("hpt_soft", failing_and_half(), expected, "terms.rl.reduction.length=10")
 
 
 def failing_and_half() -> upge.Trajectories:
@@ -214,16 +214,16 @@ def failing_and_half() -> upge.Trajectories:
 def test_hpt_offpolicy():
     """Two questions: ¼/(2·10) for each token of the demonstration, ±½/(2·2·10) for the rollouts."""
     expected = [[0.0], [0.0], [0.0125, 0.0125], [0.0125], [-0.0125], [0.0, 0.0]]
-    check("hpt_offpolicy", failing_and_half(), expected, *SHORT)
+    assert_weights("hpt_offpolicy", failing_and_half(), expected, *SHORT)
 
 
 def test_superrl():
     """Two questions: 1/(2·2) for each token of the demonstration, ±(1/√2)/(2·2) for the rollouts."""
     won = math.sqrt(0.5) / 4
     expected = [[0.0], [0.0], [0.25, 0.25], [won], [-won], [0.0, 0.0]]
-    check("superrl", failing_and_half(), expected)
+    assert_weights("superrl", failing_and_half(), expected)
     clipped = dataclasses.replace(failing_and_half(), behavior_logprobs=failing_and_half().logprobs - math.log(1.21))
-    check("superrl", clipped, [[0.0], [0.0], [0.25, 0.25], [0.0], [-won * 1.21], [0.0, 0.0]])
+    assert_weights("superrl", clipped, [[0.0], [0.0], [0.25, 0.25], [0.0], [-won * 1.21], [0.0, 0.0]])
 
 
 @pytest.mark.parametrize(("step", "mu"), [(0, 0.9), (100, 0.475), (200, 0.05), (900, 0.05)])
@@ -231,14 +231,14 @@ def test_chord_mu(step, mu):
     """Four rollout tokens, four of demonstrations."""
     won, batch = math.sqrt(0.5) / 4, dataclasses.replace(failing_and_half(), step=step)
     expected = [[0.0], [0.0], [mu / 4] * 2, [(1 - mu) * won], [-(1 - mu) * won], [mu / 4] * 2]
-    check("chord_mu", batch, expected)
+    assert_weights("chord_mu", batch, expected)
 
 
 def test_chord_phi():
     """φ = 0.09 at 0.1 and 0.25 at 0.5, times μ = 0.1 over four tokens."""
     won = 0.9 * math.sqrt(0.5) / 4
     expected = [[0.0], [0.0], [0.00225] * 2, [won], [-won], [0.00625] * 2]
-    check("chord_phi", failing_and_half(), expected)
+    assert_weights("chord_phi", failing_and_half(), expected)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_amft_follows_its_state():
     """GAE without values is the reward: 0, 0, 1, 0, whitened: mean ¼, variance (9/16 + 3/16)/3 = ¼, so ¾/½ and -¼/½."""
     batch = dataclasses.replace(failing_and_half(), values=torch.zeros(6, 2, dtype=torch.float64), state={"mu": 0.2})
     expected = [[-0.1], [-0.1], [0.05] * 2, [0.3], [-0.1], [0.05] * 2]
-    check("amft", batch, expected)
+    assert_weights("amft", batch, expected)
     loaded = algorithms.load("amft")
     assert loaded.needs.critic and loaded.needs.demonstrations and not loaded.needs.reference
     assert loaded.critic.returns == loaded.terms["rl"].estimator.advantage.advantage
@@ -270,7 +270,7 @@ def test_amft_follows_its_state():
 def test_relift():
     """The failing question's rollouts count among the four, and its demonstration waits for the interleaved_update."""
     expected = [[0.0], [0.0], [0.0, 0.0], [0.5 / 40], [-0.5 / 40], [0.0, 0.0]]
-    check("relift", failing_and_half(), expected, "terms.rl.reduction.length=10")
+    assert_weights("relift", failing_and_half(), expected, "terms.rl.reduction.length=10")
     interleaved_update = algorithms.load("relift").interleaved_update
     assert interleaved_update.gate(failing_and_half()).tolist() == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
     assert (interleaved_update.size, interleaved_update.own_optimizer, interleaved_update.lr_factor) == (128, True, 1.0)

@@ -69,7 +69,7 @@ def why_not_vllm(device: str) -> str | None:
 
 
 def cache_bytes(sequences: int, max_length: int, bytes_per_token: int, memory_fraction: float, block: int) -> int:
-    """Size in bytes of a cache for so many sequences of `max_length` tokens, in blocks of `block` tokens.
+    """Bytes of a cache that holds `sequences` sequences of `max_length` tokens in blocks of `block` tokens.
 
     At most `memory_fraction` of this rank's part of the free memory. A token's keys and values take `bytes_per_token`.
     """

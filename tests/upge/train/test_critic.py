@@ -35,7 +35,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def found(models, request, tmp_path_factory) -> dict:
-    """What the three engines did on so many ranks."""
+    """The results of the three engines for a number of ranks."""
     folder = tmp_path_factory.mktemp("critic")
     launch("critic_ranks", request.param, *models, folder / "found.pt", folder)
     return torch.load(folder / "found.pt", weights_only=False) | {"ranks": request.param}

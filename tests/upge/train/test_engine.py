@@ -46,7 +46,7 @@ RUNS = {
 
 @pytest.fixture(scope="module", params=RUNS.values(), ids=RUNS.keys())
 def found(model, request, tmp_path_factory) -> dict:
-    """What the engine did on so many ranks, with or without offloading."""
+    """The results of tests/engine_ranks.py for a number of ranks and a mode of offloading."""
     folder = tmp_path_factory.mktemp("engine")
     ranks, *settings = request.param
     launch("engine_ranks", ranks, model, folder / "found.pt", folder, *settings)

@@ -148,8 +148,9 @@ def test_extraction_and_a_glance_never_raise_and_never_hang(name: str) -> None:
     for template in {**UNDESERVED, **DESERVED}.values():
         item = made(template, name)
         given = verifier.extract(item.response)
+        assert given is None or isinstance(given, str)
         if given:
-            verifier.glance(given, item.answer, item.prompt)
+            assert verifier.glance(given, item.answer, item.prompt) in (0.0, 1.0, None)
 
 
 PROMPTS = [None, "", "\0\ud800", "A) " * 300_000, "{" * 100_000, r"\frac{" * 100_000, "$" * 100_000, "\n" * 100_000]
