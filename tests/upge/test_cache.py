@@ -13,7 +13,7 @@ from experiments.pretrain import build_tokenizer
 from experiments.run import answer_check
 from upge import cache
 from upge.data import Problem, Prompting, encode
-from upge.data import prompting as encoding
+from upge.data import tokens as encoding
 from upge.verify.math import MathVerifier
 
 LIMITS = {"max_prompt_tokens": 64, "max_response_tokens": 64}
