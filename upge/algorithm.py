@@ -8,6 +8,7 @@ evaluates one micro-batch. The estimates of the micro-batches add up to the esti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -118,6 +119,10 @@ class Algorithm:
         check_fields(self)
         if not self.terms:
             raise ConfigError(f"{self.name}: terms is empty; an algorithm is a sum of at least one term")
+        for name, regularizer in self.regularizers.items():
+            if not math.isfinite(regularizer.coefficient):
+                found = f"found {regularizer.coefficient}; give a finite number"
+                raise ConfigError(f"regularizers.{name}.coefficient: {found}")
         asking = [g for g in self.stateful.values() if UTILITY_SLOPE in g.wants]
         if asking and self.validation is None:
             raise ConfigError(

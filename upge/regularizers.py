@@ -42,11 +42,6 @@ class Regularizer(Component):
     reduction: Reduction
     source: Source
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not math.isfinite(self.coefficient):
-            raise ConfigError(f"{type(self).__name__}.coefficient: {self.coefficient} must be finite")
-
     @abstractmethod
     def __call__(self, batch: View) -> Float[Tensor, "*shape"]:
         """The penalty of each token, with gradient."""

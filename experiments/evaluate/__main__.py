@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,8 +37,8 @@ def help_text() -> str:
     from experiments.config import presets, suite_config
     from experiments.evaluate.prepare import keys
 
-    models = ", ".join(presets("model"))
-    lines = [USAGE, f"Models (model=NAME, a folder, or a hub name): {models}\n", "Suites (suite=NAME):"]
+    models = textwrap.fill(f"Models (model=NAME, a folder, or a hub name): {', '.join(presets('model'))}", 120)
+    lines = [USAGE, f"{models}\n", "Suites (suite=NAME):"]
     for name in presets("suite"):
         suite = suite_config(name)
         drawn = f"temperature {suite.temperature:g}" if suite.temperature else "greedy"

@@ -186,7 +186,7 @@ RENAMED = [
     ),
     (
         ["algo=grpo", "correction=kl_k3", "correction.kl_k3.coefficient=.inf"],
-        "KLPenalty.coefficient: inf must be finite",
+        "regularizers.kl.coefficient: found inf; give a finite number",
     ),
     (["algo=grpo", "correction=kl_reward", "correction.kl_reward.coefficient=.nan"], "coefficient"),
     (

@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from experiments.sweep.execute import NOT_STARTED, Job, JobPool, Slots, last_message, launcher
+from experiments import cli
+from experiments.sweep.execute import NOT_STARTED, Job, JobPool, Slots, last_message
 from upge.errors import ConfigError
 
 
@@ -32,7 +33,8 @@ def test_only_the_gpus_that_are_shown_are_given_out(monkeypatch):
 
 
 def test_several_ranks_are_started_by_torchrun():
-    assert launcher(1) == [sys.executable] and launcher(4)[-1] == "4" and "torch.distributed.run" in launcher(4)
+    assert cli.launcher(1) == [sys.executable]
+    assert cli.launcher(4)[-1] == "4" and "torch.distributed.run" in cli.launcher(4)
 
 
 @pytest.fixture
