@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments import cli
 from experiments.bench import BENCHES, peers
+from experiments.bench.measure import Interrupted
 from experiments.files import DOCS, replace_block
 from upge.errors import ConfigError, nearest
 
@@ -20,7 +21,7 @@ PAGE = DOCS / "performance.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints a bench's Markdown, or updates it in the docs; returns the exit code, 2 on bad input."""
+    """Prints a bench's Markdown, or updates it in the docs; returns the exit code (2 bad input, 128 + signal)."""
     return cli.run_command(lambda given: _bench_command(given, is_program=arguments is None), arguments, listing)
 
 
@@ -33,7 +34,13 @@ def _bench_command(arguments: list[str], is_program: bool) -> int:
     if is_program and getattr(bench, "WITH_PEERS", False):
         peers.enter()
     rest, given = cli.flags(rest, "--docs")
-    made = bench.run(settings(bench, rest))
+    chosen = settings(bench, rest)
+    try:
+        with cli.stopped_by_signals():
+            made = bench.run(chosen)
+    except Interrupted as early:
+        print(early.table)
+        raise early.signal from None
     if given["--docs"]:
         begin = f"<!-- bench {name}: begin (python -m experiments.bench {name} --docs) -->"
         end = f"<!-- bench {name}: end -->"

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.bench.measure import Spread, cpu_seconds, rotated
+from experiments.bench.measure import Ending, Spread, cpu_seconds, in_rounds, rotated
 from experiments.bench.trainers import EPSILON, OURS, PLAIN, TRL, Child, Start, check
 from experiments.grid import markdown_table
 from upge.errors import ConfigError, nearest
@@ -93,13 +93,19 @@ class Run:
 def run(settings: Settings, start: Start = Child) -> str:
     """A Markdown table, and whether the goal was reached."""
     names = _names(settings)
-    races = [race(seed, names, settings, start) for seed in range(settings.seeds)]
+    names_of_all = (*names, PEER)
+    races, signal = in_rounds(
+        lambda seed: race(seed, names, settings, start),
+        settings.seeds,
+        lambda runs: ", ".join(f"{name} {runs[name].seconds:.3g} s" for name in names_of_all),
+        "seeds",
+    )
     header = [
         *("trainer", "reached", "seconds of training", "CPU seconds", "steps"),
         *("accuracy then", "greedy", f"pass@{settings.samples}", f"sooner than {PEER} by"),
     ]
-    rows = [_row(name, races, settings) for name in (*names, PEER)]
-    return "\n".join([markdown_table(header, rows), "", *_remarks(names, races, settings)])
+    rows = [_row(name, races, settings) for name in names_of_all]
+    return Ending(signal).finished("\n".join([markdown_table(header, rows), "", *_remarks(names, races, settings)]))
 
 
 def _names(settings: Settings) -> list[str]:

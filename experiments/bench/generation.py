@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.measure import Timing, interleaved
+from experiments.bench.measure import Ending, Timing, interleaved
 from experiments.grid import markdown_table
 from upge.errors import ConfigError
 from upge.rollout import Rollout, Sampler, Sampling
@@ -61,7 +61,7 @@ def run(settings: Settings) -> str:
     timing = interleaved(things, settings.rounds)
     for sampler in reversed(samplers.values()):
         sampler.close()
-    return table(timing, sum(map(len, prompts)) / len(prompts), settings)
+    return Ending(timing.signal).finished(table(timing, sum(map(len, prompts)) / len(prompts), settings))
 
 
 def table(timing: Timing, length: float, settings: Settings) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from experiments.bench.loss import Shape, made
-from experiments.bench.measure import FEWEST_ROUNDS, Spread, peak, rotated, verdict
+from experiments.bench.measure import FEWEST_ROUNDS, Spread, interleaved, peak, until_signal, verdict
 from experiments.cli import ROOT, launcher
 from experiments.grid import markdown_table
 from upge.errors import ConfigError
@@ -82,17 +82,18 @@ def run(settings: Settings, probe: Callable[[Point], Measurement] | None = None)
     header = ["series", "point", "response tokens", "tokens computed", "seconds", "× time", "× tokens computed"]
     header += ["MiB at most", "× memory"]
     rows, goals = [], []
-    for name, points in series.items():
-        rounds = []
-        for number in range(settings.rounds):
-            rounds.append(rotated([probe(point) for point in rotated(points, number)], -number))
-        first, *_, last = columns = list(zip(*rounds, strict=True))
-        rows += [_row(name, point, column, first) for point, column in zip(points, columns, strict=True)]
-        goals += _goal(name, points, first, last)
+    with until_signal() as ending:
+        for name, points in series.items():
+            calls = {_label(name, point): lambda _, point=point: probe(point) for point in points}
+            timing = interleaved(calls, settings.rounds, label=name)
+            first, *_, last = columns = list(timing.results.values())
+            rows += [_row(name, point, column, first) for point, column in zip(points, columns, strict=True)]
+            goals += _goal(name, points, first, last)
+            timing.check()
     about = (f"Median and range of {settings.rounds} rounds; a Qwen2 of {points[0].layers} layers and width "
              f"{points[0].width}, GRPO, one thread per process. Memory: the peak of an update's process minus its "
              "memory with weights and engine loaded; it includes gradients and AdamW's moments.")  # fmt: skip
-    return "\n".join([markdown_table(header, rows), "", about, "", *goals])
+    return ending.finished("\n".join([markdown_table(header, rows), "", about, "", *goals]))
 
 
 def launched(point: Point) -> Measurement:
@@ -113,19 +114,23 @@ def launched(point: Point) -> Measurement:
 
 def _row(name: str, point: Point, measurements: Sequence[Measurement], first: Sequence[Measurement]) -> list[object]:
     """The row of a point from its measurements and those of the series' first point, one of each round."""
-    label = {
+    computed, memory = (f"{_ratio(measurements, first, key).median:.2f}" for key in ("computed", "memory"))
+    mib = f"{statistics.median(one['memory'] for one in measurements) / _MIB:,.0f}"
+    return [
+        *(name, _label(name, point), f"{measurements[0]['tokens']:,.0f}", f"{measurements[0]['computed']:,.0f}"),
+        *(Spread.of(one["seconds"] for one in measurements), _ratio(measurements, first, "seconds")),
+        *(computed, mib, memory),
+    ]
+
+
+def _label(name: str, point: Point) -> str:
+    """A point, as the table of its series names it."""
+    return {
         "tokens": f"{point.groups} prompts",
         "vocabulary": f"V = {point.vocabulary:,}",
         "group": f"{point.groups} × {point.size}",
         "ranks": f"{point.ranks} rank{'s' * (point.ranks > 1)}",
     }[name]
-    computed, memory = (f"{_ratio(measurements, first, key).median:.2f}" for key in ("computed", "memory"))
-    mib = f"{statistics.median(one['memory'] for one in measurements) / _MIB:,.0f}"
-    return [
-        *(name, label, f"{measurements[0]['tokens']:,.0f}", f"{measurements[0]['computed']:,.0f}"),
-        *(Spread.of(one["seconds"] for one in measurements), _ratio(measurements, first, "seconds")),
-        *(computed, mib, memory),
-    ]
 
 
 def _goal(name: str, points: Sequence[Point], first: Sequence[Measurement], last: Sequence[Measurement]) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from experiments.bench import peers
 from experiments.bench.heads import FLOOR, HEADS, NAIVE, ONE_PASS, OURS, Head, Problem, floor, heads, reference
-from experiments.bench.measure import Spread, Timing, in_fresh_process, interleaved, peak, verdict
+from experiments.bench.measure import Spread, Timing, in_fresh_process, interleaved, peak, until_signal, verdict
 from experiments.grid import markdown_table
 from upge.errors import ConfigError
 
@@ -61,21 +61,23 @@ def run(settings: Settings) -> str:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     header = ["vocabulary", "dtype", "head", "seconds", "times the floor", "the same by CPU", "ours, one pass, is"]
-    rows, goals = [], []
-    for vocabulary, dtype in itertools.product(vocabularies, dtypes):
-        measured, goal = _timed(settings, vocabulary, dtype, device)
-        rows += measured
-        goals.append(goal)
+    rows, goals, memory = [], [], []
+    with until_signal() as ending:
+        for vocabulary, dtype in itertools.product(vocabularies, dtypes):
+            timing, errors = _timed(settings, vocabulary, dtype, device)
+            rows += _rows(timing, errors, vocabulary, dtype)
+            goals.append(_goals(timing, vocabulary, dtype))
+            timing.check()
+        if settings.memory_tokens:
+            memory = ["", *_memory(settings, vocabularies[-1], dtypes, device)]
     threads = "one CUDA device" if device == "cuda" else f"{torch.get_num_threads()} threads"
     about = (
         f"Median and range of {settings.rounds} rounds; N = {settings.tokens}, D = {settings.width}, {threads}. Liger "
         "and cut-cross-entropy do not compute entropies. Off by: the largest difference of an entry of a gradient from "
         f"that of a float64 solution, relative to the largest entry. {peers.summary()}"
     )
-    lines = [markdown_table([*header, "gradient off by"], rows), "", about, "", *goals]
-    if settings.memory_tokens:
-        lines += ["", *_memory(settings, vocabularies[-1], dtypes, device)]
-    return "\n".join(lines)
+    lines = [markdown_table([*header, "gradient off by"], rows), "", about, "", *goals, *memory]
+    return ending.finished("\n".join(lines))
 
 
 def _read(settings: Settings) -> tuple[list[int], list[str], str]:
@@ -96,8 +98,8 @@ def _read(settings: Settings) -> tuple[list[int], list[str], str]:
 # Time.
 
 
-def _timed(settings: Settings, vocabulary: int, dtype: str, device: str) -> tuple[list[list[object]], str]:
-    """The rows of one vocabulary and dtype, and a sentence on the goals."""
+def _timed(settings: Settings, vocabulary: int, dtype: str, device: str) -> tuple[Timing, dict[str, float]]:
+    """The timing of one vocabulary and dtype, and the error of each head's gradients."""
     problem = Problem.made(settings.tokens, vocabulary, settings.width, dtype, device)
     errors = compare(problem, heads(), *TOLERANCES[dtype])
 
@@ -111,14 +113,18 @@ def _timed(settings: Settings, vocabulary: int, dtype: str, device: str) -> tupl
         return turn
 
     least = floor(problem)
-    timing = interleaved({FLOOR: call(lambda _: least()), **{n: call(h) for n, h in heads().items()}}, settings.rounds)
+    calls = {FLOOR: call(lambda _: least()), **{name: call(one) for name, one in heads().items()}}
+    return interleaved(calls, settings.rounds, label=f"V = {vocabulary:,}, {dtype}"), errors
+
+
+def _rows(timing: Timing, errors: dict[str, float], vocabulary: int, dtype: str) -> list[list[object]]:
     rows = []
     for name, seconds in timing.seconds.items():
         ahead = "" if name in (FLOOR, ONE_PASS) else f"{timing.speedup(ONE_PASS, name)} × as fast"
         error = f"{errors[name]:.0e}" if name in errors else ""
         times = timing.against(FLOOR, name)
         rows.append([f"{vocabulary:,}", dtype, name, Spread.of(seconds), *times, ahead, error])
-    return rows, _goals(timing, vocabulary, dtype)
+    return rows
 
 
 def compare(problem: Problem, every: dict[str, Head], tolerance: float, nats: float) -> dict[str, float]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import algorithms
 from experiments.bench import peers
-from experiments.bench.measure import Spread, in_fresh_process, interleaved, verdict
+from experiments.bench.measure import Spread, Timing, in_fresh_process, interleaved, until_signal, verdict
 from experiments.cli import ROOT
 from experiments.grid import markdown_table
 from upge.errors import ConfigError
@@ -95,46 +95,53 @@ def run(settings: Settings) -> str:
     header = ["model", "groups (no signal)", "with", "tokens in a round", "seconds", "CPU seconds"]
     header += ["times as fast", "the same by CPU"]
     rows, notes = [], []
-    for name in names:
-        # One process per model, which frees the model and what DeepSpeed keeps of it.
-        results = in_fresh_process(measured, settings, name)
-        if results is None:
-            notes.append(f"- {name}: the process was killed; there was too little memory.")
-            continue
-        rows += results[0]
-        notes += results[1]
+    with until_signal() as ending:
+        for name in names:
+            # One process per model, which frees the model and what DeepSpeed keeps of it.
+            results = in_fresh_process(measured, settings, name)
+            if results is None:
+                notes.append(f"- {name}: the process was killed; there was too little memory.")
+                continue
+            rows += results[0]
+            notes += results[1]
+            if results[2]:
+                raise results[2]
     about = (
         f"Median and range of {settings.rounds} rounds; groups of {settings.group_size}, float32, response lengths "
         f"log-normal. Tokens: what the model computed, TRL's padding included. {peers.summary()}"
     )
-    return "\n".join([markdown_table(header, rows), "", about, "", *notes])
+    return ending.finished("\n".join([markdown_table(header, rows), "", about, "", *notes]))
 
 
-def measured(settings: Settings, name: str) -> tuple[list[list[object]], list[str]]:
-    """(rows, notes) of one model; runs in a separate process."""
+def measured(settings: Settings, name: str) -> tuple[list[list[object]], list[str], BaseException | None]:
+    """(rows, notes, what a signal raised) of one model; runs in a separate process."""
     # DeepSpeed uses functions that this torch has renamed, which would warn at every call.
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     case = MODELS[name]
     shape = Shape(settings.groups or case.groups, settings.group_size).scaled(settings.scale or case.scale)
-    rows, notes = [], []
-    with tempfile.TemporaryDirectory() as scratch, _model(case.path) as path:
+    rows, notes, summary = [], [], []
+    with tempfile.TemporaryDirectory() as scratch, _model(case.path) as path, until_signal() as ending:
         theirs, batch = None, settings.micro_batch or case.micro_batch
         if peers.present(THEIRS):
             theirs = peers.TRLLoss(path, settings.group_size, batch, Path(scratch))
         ours = Ours(path, settings.micro_batch_tokens or case.micro_batch_tokens)
         for no_signal in (0.0, settings.no_signal):
             rollouts = made(replace(shape, no_signal=no_signal), ours.vocabulary)
-            results = _case(name, ours, theirs, rollouts, replace(shape, no_signal=no_signal), settings)
-            rows += results[0]
-            notes.append(results[1])
-    return rows, [f"- {name}: {length_summary(rollouts)}.", *notes]
+            summary = [f"- {name}: {length_summary(rollouts)}."]
+            timing, tokens, remark = _timed(name, ours, theirs, rollouts, settings)
+            case = _case(name, timing, tokens, remark, replace(shape, no_signal=no_signal))
+            rows += case[0]
+            notes.append(case[1])
+            timing.check()
+    return rows, [*summary, *notes], ending.signal
 
 
-def _case(
-    name: str, ours: Ours, theirs: peers.TRLLoss | None, rollouts: list[Trajectory], shape: Shape, settings: Settings
-) -> tuple[list[list[object]], str]:
+def _timed(
+    name: str, ours: Ours, theirs: peers.TRLLoss | None, rollouts: list[Trajectory], settings: Settings
+) -> tuple[Timing, dict[str, int], str]:
+    """The timing of both trainers, the tokens that each computes, and a remark on the difference of their gradients."""
     things: dict[str, Callable[[int], object]] = {OURS: lambda number: ours(rollouts)}
     ours(rollouts)
     tokens, remark = {OURS: ours.tokens}, ""
@@ -145,14 +152,20 @@ def _case(
         remark = f"; the gradients differ by {gap:.0e}"
         things[THEIRS] = lambda number: theirs(inputs)
         tokens[THEIRS] = sum(part[side].numel() for part in inputs for side in ("prompt_mask", "completion_mask"))
-    timing = interleaved(things, settings.rounds)
+    return interleaved(things, settings.rounds, label=name), tokens, remark
+
+
+def _case(
+    name: str, timing: Timing, tokens: dict[str, int], remark: str, shape: Shape
+) -> tuple[list[list[object]], str]:
+    """The rows of a case and a sentence on its goal."""
     count = f"{shape.groups} ({shape.no_signal_groups})"
     rows = []
-    for thing in things:
-        ahead = ["", ""] if theirs is None else timing.against(thing, THEIRS)
+    for thing in timing.seconds:
+        ahead = timing.against(thing, THEIRS) if THEIRS in timing.seconds else ["", ""]
         spreads = [Spread.of(timing.seconds[thing]), Spread.of(timing.cpu[thing])]
         rows.append([name, count, thing, f"{tokens[thing]:,}", *spreads, *ahead])
-    if theirs is not None:
+    if THEIRS in timing.seconds:
         times, goal = timing.speedup(OURS, THEIRS).median, GOALS[bool(shape.no_signal_groups)]
         remark += f"; goal at least {goal:g} times as fast: {times:.2f}, {verdict(times >= goal)}"
     return rows, f"- {name}, {count} groups{remark}."

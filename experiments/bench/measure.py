@@ -7,29 +7,83 @@ seconds it counts CPU seconds of this process and its children, which depend les
 Memory on a CPU: torch has no counter, and its hooks do not see the buffers of its matrix products. So this uses the
 kernel's numbers: the peak resident memory of the process (VmHWM, which can be reset) minus the memory before. On CUDA
 it uses torch's counter. Each alternative is measured in a fresh process.
+
+A line on standard error reports each round as it ends. SIGINT or SIGTERM ends a bench with a table of the rounds that
+were complete.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import multiprocessing
 import os
 import re
+import signal
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from experiments.cli import Stopped
 from upge.errors import ConfigError
 
 FEWEST_ROUNDS = 5
+_SIGNALS = (KeyboardInterrupt, Stopped)
+"""What a signal raises in a bench."""
+T = TypeVar("T")
+
+
+class Interrupted(Exception):
+    """A signal ended a bench.
+
+    Attributes:
+        table: the Markdown of what was measured.
+        signal: what the signal raised.
+    """
+
+    def __init__(self, table: str, signal: BaseException) -> None:
+        super().__init__(table)
+        self.table, self.signal = table, signal
+
+
+@dataclass
+class Ending:
+    """How a bench ended.
+
+    Attributes:
+        signal: what a signal raised; None if the bench ran to its end.
+    """
+
+    signal: BaseException | None = None
+
+    def finished(self, markdown: str) -> str:
+        """The Markdown of a bench that ran to its end.
+
+        Raises:
+            Interrupted: a signal ended it; the exception holds the Markdown.
+        """
+        if self.signal is not None:
+            note = "Interrupted: the last case may have fewer rounds, and the cases after it were not measured."
+            raise Interrupted(f"{markdown}\n\n{note}", self.signal)
+        return markdown
+
+
+@contextlib.contextmanager
+def until_signal() -> Iterator[Ending]:
+    """Leaves the block at SIGINT or SIGTERM and notes the signal."""
+    ending = Ending()
+    try:
+        yield ending
+    except _SIGNALS as signal:
+        ending.signal = signal
 
 
 @dataclass(frozen=True)
@@ -70,11 +124,18 @@ class Timing:
         seconds: name → wall-clock seconds of each round.
         cpu: name → CPU seconds of each round, over all processes.
         results: name → what the call returned in each round.
+        signal: what a signal raised before the last round was complete; None if all rounds are.
     """
 
     seconds: Mapping[str, tuple[float, ...]]
     cpu: Mapping[str, tuple[float, ...]]
     results: Mapping[str, tuple[Any, ...]]
+    signal: BaseException | None = None
+
+    def check(self) -> None:
+        """Raises again what a signal raised. Call it when the rounds that are complete have been evaluated."""
+        if self.signal is not None:
+            raise self.signal
 
     def rate(self, name: str, count: int) -> Spread:
         """Units per second, if every round has `count` units."""
@@ -120,22 +181,54 @@ def interleaved(
     rounds: int = FEWEST_ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
     cpu_clock: Callable[[], float] = cpu_seconds,
+    label: str = "",
 ) -> Timing:
     """Calls everything once per round with the round's number, from 0; the order rotates from round to round.
+
+    A signal ends it; if a round is complete by then, the result has the complete rounds and the signal, for
+    `Timing.check`. `label` begins the line of each round.
 
     Raises:
         ConfigError: fewer than five rounds, which are too few for a median.
     """
     if rounds < FEWEST_ROUNDS:
         raise ConfigError(f"rounds: found {rounds}; give at least {FEWEST_ROUNDS}")
-    seconds, cpu, results = ({name: () for name in things} for _ in range(3))
-    for number in range(rounds):
+
+    def one_round(number: int) -> dict[str, tuple[float, float, Any]]:
+        measured = {}
         for name in rotated(things, number):
             cpu_begin, begin = cpu_clock(), clock()
-            results[name] += (things[name](number),)
-            seconds[name] += (clock() - begin,)
-            cpu[name] += (cpu_clock() - cpu_begin,)
-    return Timing(seconds, cpu, results)
+            result = things[name](number)
+            measured[name] = (clock() - begin, cpu_clock() - cpu_begin, result)
+        return measured
+
+    def line(measured: dict[str, tuple[float, float, Any]]) -> str:
+        return ", ".join(f"{name} {measured[name][0]:.3g} s" for name in things)
+
+    complete, stop = in_rounds(one_round, rounds, line, label)
+    columns = [{name: tuple(measured[name][i] for measured in complete) for name in things} for i in range(3)]
+    return Timing(*columns, stop)
+
+
+def in_rounds(
+    one_round: Callable[[int], T], count: int, line: Callable[[T], str], label: str = ""
+) -> tuple[list[T], BaseException | None]:
+    """Calls `one_round` with 0, 1, ... and prints a line after each call.
+
+    Returns:
+        The results of the complete rounds, and what a signal raised, or None. With no complete round it is raised.
+    """
+    results: list[T] = []
+    for number in range(count):
+        try:
+            results.append(one_round(number))
+        except _SIGNALS as signal:
+            if not results:
+                raise
+            return results, signal
+        begin = f"{label}: round" if label else "round"
+        print(f"{begin} {number + 1} of {count}: {line(results[-1])}", file=sys.stderr, flush=True)
+    return results, None
 
 
 def rotated(things: Iterable[Any], number: int) -> list[Any]:
@@ -174,10 +267,36 @@ def peak(call: Callable[[], object]) -> int:
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a module's function in a new process; None if the process was killed, as when memory runs out."""
+    """The result of a module's function in a new process; None if the process was killed, as when memory runs out.
+
+    A signal is passed on, so that the function can return what it has measured so far.
+    """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_result, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        return None
+    except _SIGNALS as stop:
+        os.kill(process.pid, signal.SIGINT)
         try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool:
-            return None
+            result = receiver.recv()
+        except EOFError:
+            raise stop from None
+    finally:
+        process.join()
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _send_result(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    # In its own session, it gets a terminal's interrupt once, from the parent.
+    os.setsid()
+    try:
+        sender.send(function(*arguments))
+    except Exception as error:
+        sender.send(error)

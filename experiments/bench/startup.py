@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.measure import Spread, Timing, interleaved
+from experiments.bench.measure import Ending, Spread, Timing, interleaved
 from experiments.cli import ROOT
 from upge.errors import ConfigError
 
@@ -67,7 +67,8 @@ def run(settings: Settings) -> str:
             del things[COLD]
         if not settings.before:
             del things[BEFORE]
-        return table(interleaved(things, settings.rounds))
+        timing = interleaved(things, settings.rounds)
+        return Ending(timing.signal).finished(table(timing))
 
 
 def table(timing: Timing) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.measure import Spread, Timing, interleaved
+from experiments.bench.measure import Spread, Timing, interleaved, until_signal
 from experiments.bench.trainers import ENGINES, EPSILON, OURS, PLAIN, TRL, Child, ChildError, Start, check
 from experiments.grid import markdown_table
 from upge.errors import ConfigError
@@ -100,11 +100,13 @@ def run(settings: Settings, start: Start = Child) -> str:
         *("of these sampling", "verdicts", "refresh", "update and the rest", "CPU seconds a step", "peak GiB"),
     ]
     rows, remarks = [], []
-    for case in cases:
-        outcome = measure(case, engines, settings, start)
-        rows += [_row(case, name, outcome) for name in outcome.timing.seconds]
-        remarks += _remarks(case, outcome, settings)
-    return "\n".join([markdown_table(header, rows), "", *remarks])
+    with until_signal() as ending:
+        for case in cases:
+            outcome = measure(case, engines, settings, start)
+            rows += [_row(case, name, outcome) for name in outcome.timing.seconds]
+            remarks += _remarks(case, outcome, settings)
+            outcome.timing.check()
+    return ending.finished("\n".join([markdown_table(header, rows), "", *remarks]))
 
 
 def _cases(settings: Settings) -> list[Case]:
@@ -159,7 +161,7 @@ def measure(case: Case, engines: list[str], settings: Settings, start: Start = C
             raise ChildError(f"{case.name}: TRL does not run in any of the ways {', '.join(engines)}: {failed}")
         ours.ask("steps", count=settings.warmup)
         steps_of = {name: lambda number, child=child: child.ask("steps", count=1) for name, child in trainers.items()}
-        return Outcome(interleaved(steps_of, settings.pairs), failed, gaps)
+        return Outcome(interleaved(steps_of, settings.pairs, label=case.name), failed, gaps)
 
 
 def _checked(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> float:

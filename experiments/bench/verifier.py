@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.bench.measure import Timing, interleaved
+from experiments.bench.measure import Timing, interleaved, until_signal
 from experiments.grid import markdown_table
 from upge.data.files import read_file
 from upge.errors import ConfigError
@@ -64,14 +64,17 @@ def run(settings: Settings) -> str:
     rows = []
     differing: dict[Item, tuple[float, float]] = {}
     checked: set[Item] = set()
-    for name, rounds in cases(settings):
-        timing, count = _measured(rounds, settings), len(rounds[0])
-        for thing in timing.seconds:
-            times = timing.against(thing, LOOP)
-            rows.append([name, thing, timing.rate(thing, count), *times, timing.cost(thing, count)])
-        differing |= _differences(timing, rounds)
-        checked |= {item for items in rounds for item in items}
-    return "\n".join([markdown_table(header, rows), "", _summary(differing, len(checked), settings)])
+    with until_signal() as ending:
+        for name, rounds in cases(settings):
+            timing, count = _measured(name, rounds, settings), len(rounds[0])
+            for thing in timing.seconds:
+                times = timing.against(thing, LOOP)
+                rows.append([name, thing, timing.rate(thing, count), *times, timing.cost(thing, count)])
+            complete = rounds[: len(timing.results[LOOP])]
+            differing |= _differences(timing, complete)
+            checked |= {item for items in complete for item in items}
+            timing.check()
+    return ending.finished("\n".join([markdown_table(header, rows), "", _summary(differing, len(checked), settings)]))
 
 
 def cases(settings: Settings) -> Iterator[tuple[str, list[list[Item]]]]:
@@ -88,7 +91,7 @@ def cases(settings: Settings) -> Iterator[tuple[str, list[list[Item]]]]:
     yield name, _rounds("parsed", parsed(every), settings.parsed, settings.rounds)
 
 
-def _measured(rounds: list[list[Item]], settings: Settings) -> Timing:
+def _measured(name: str, rounds: list[list[Item]], settings: Settings) -> Timing:
     def ask(pool: VerifierPool) -> Callable[[int], list[float]]:
         return lambda number: [verdict.reward for verdict in pool.score(rounds[number])]
 
@@ -98,7 +101,7 @@ def _measured(rounds: list[list[Item]], settings: Settings) -> Timing:
             pool = stack.enter_context(VerifierPool("math", workers, settings.time_limit))
             pool.score([Item(r"\boxed{\frac{2}{4}}", "1/2")])  # start the processes
             things[name] = ask(pool)
-        return interleaved(things, settings.rounds)
+        return interleaved(things, settings.rounds, label=name)
 
 
 def plain_loop(items: Sequence[Item], limit: int) -> list[float]:

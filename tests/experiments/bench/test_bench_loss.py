@@ -123,19 +123,22 @@ def test_a_table_and_its_goals(monkeypatch: pytest.MonkeyPatch) -> None:
         def inputs(self, rollouts: object) -> list[dict]:
             return [{"prompt_mask": torch.ones(2, 3), "completion_mask": torch.ones(2, 4)}]
 
-    def clocked(things, rounds):
+    def clocked(things, rounds, label):
         return interleaved(things, rounds, clock=lambda: now[0], cpu_clock=lambda: now[0] / 2)
+
+    def case(theirs, shape):
+        return loss._case("tiny", *loss._timed("tiny", Fake(2.0), theirs, [], loss.Settings()), shape)
 
     monkeypatch.setattr(loss, "interleaved", clocked)
     for no_signal, told_goal in ((0.0, "3 times as fast: 3.50, reached"), (0.5, "4 times as fast: 3.50, **missed**")):
         shape = Shape(2, 4, no_signal)
-        rows, note = loss._case("tiny", Fake(2.0), Fake(7.0), [], shape, loss.Settings())
+        rows, note = case(Fake(7.0), shape)
         assert len({len(row) for row in rows}) == 1 and told_goal in note
         assert ["tiny", f"2 ({shape.no_signal_groups})", "TRL", "14", "7 (7 to 7)", "3.5 (3.5 to 3.5)", "1", "1"] == [
             *map(str, rows[1])
         ]
         assert rows[0][2:4] == ["ours", "1,234"]
-    rows, note = loss._case("tiny", Fake(2.0), None, [], shape, loss.Settings())
+    rows, note = case(None, shape)
     assert len(rows) == 1 and "goal" not in note
     monkeypatch.setattr(loss, "in_fresh_process", lambda *_: None)
     assert "tiny: the process was killed" in loss.run(loss.Settings(models="tiny"))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
+import signal
 import subprocess
 import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 
-from experiments.bench import BENCHES, __main__, verifier
-from experiments.bench.measure import Spread, cpu_seconds, interleaved
+from experiments.bench import BENCHES, __main__, growth, verifier
+from experiments.bench.measure import Interrupted, Spread, cpu_seconds, in_fresh_process, interleaved, until_signal
 from tests.verify_pools import OWN, ROOT
 from upge.errors import ConfigError
 from upge.verify import Item, VerifierPool, last_boxed
@@ -43,6 +48,60 @@ def test_things_take_turns_and_are_compared_within_a_round() -> None:
         interleaved(things, rounds=4)
 
 
+def test_a_signal_leaves_the_complete_rounds(capsys: pytest.CaptureFixture[str]) -> None:
+    def until(last: int):
+        def call(number: int) -> int:
+            if number == last:
+                raise KeyboardInterrupt
+            return number
+
+        return call
+
+    with until_signal() as ending:
+        timing = interleaved({"a": lambda number: number, "b": until(2)}, rounds=5, label="case")
+        assert timing.results == {"a": (0, 1), "b": (0, 1)} and len(timing.seconds["a"]) == 2
+        timing.check()
+        raise AssertionError("check must leave the block")
+    told = capsys.readouterr().err.splitlines()
+    assert [line.partition(": a ")[0] for line in told] == ["case: round 1 of 5", "case: round 2 of 5"]
+    with pytest.raises(Interrupted) as caught:
+        ending.finished("a table")
+    assert caught.value.table.startswith("a table\n\nInterrupted") and caught.value.signal is ending.signal
+    with until_signal() as ending:
+        interleaved({"a": until(0)}, rounds=5)
+        raise AssertionError("without a complete round there is no timing")
+    assert isinstance(ending.signal, KeyboardInterrupt)
+    with until_signal() as ending:
+        pass
+    assert ending.finished("a table") == "a table"
+
+
+def slow(marker: Path) -> tuple[int, bool]:
+    """Sleeps in the third round, when `marker` is made; returns (complete rounds, whether a signal came)."""
+
+    def call(number: int) -> None:
+        if number == 2:
+            marker.touch()
+            time.sleep(60.0)
+
+    timing = interleaved({"a": call}, rounds=5)
+    return len(timing.seconds["a"]), isinstance(timing.signal, KeyboardInterrupt)
+
+
+def test_a_fresh_process_gets_the_signal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It ends its third round and returns the complete ones."""
+    receive, marker = Connection.recv, tmp_path / "third"
+
+    def interrupted(self: Connection) -> object:
+        monkeypatch.setattr(Connection, "recv", receive)
+        while not marker.exists():
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Connection, "recv", interrupted)
+    assert in_fresh_process(slow, marker) == (2, True)
+
+
 def test_the_seconds_of_the_cpu_count_children_too() -> None:
     work = "s = 0\nwhile __import__('time').process_time() < 0.3: s += 1"
     begin = cpu_seconds()
@@ -54,6 +113,25 @@ def test_the_seconds_of_the_cpu_count_children_too() -> None:
         begin = cpu_seconds()
         assert pool.score([("hang", "")])[0].status == "timeout"
         assert cpu_seconds() - begin > 0.1, "that of a worker which was killed meanwhile"
+
+
+def test_an_interrupted_program_prints_its_table(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """Two rounds of the second series; the docs do not get them, and the exit code is the signal's."""
+    points: list[growth.Point] = []
+
+    def probe(point: growth.Point) -> dict[str, float]:
+        points.append(point)
+        if len(points) == 15 + 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return dict.fromkeys(("seconds", "memory", "computed", "tokens", "parameters"), 2.0)
+
+    monkeypatch.setattr(growth, "launched", probe)
+    monkeypatch.setattr(__main__, "PAGE", None)
+    assert __main__.main(["growth", "series=group,ranks", "--docs"]) == 128 + signal.SIGINT
+    printed = capsys.readouterr()
+    assert printed.out.count("| group |") == 3 and printed.out.count("| ranks |") == 2
+    assert "Interrupted: the last case may have fewer rounds" in printed.out
+    assert "ranks: round 2 of 5: 1 rank " in printed.err and "ranks: round 3" not in printed.err
 
 
 def test_the_program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
