@@ -34,9 +34,8 @@ RESERVE = int(1.5 * GIB)
 #: Bytes per parameter of the tensors that torch's AdamW allocates in a step: the root of the second moments on a GPU;
 #: on a CPU also its quotient.
 ADAMW_BYTES = {"cuda": 4, "cpu": 8}
-#: vLLM's CUDA graphs: about 100 for 51 batch sizes up to 512 tokens. It logged 0.2 GiB for 35 graphs of 1 B parameters
-#: and 1 GiB for a model of 55 GiB. They are part of its share of the memory, and sleep does not free them.
-GRAPHS = GIB
+#: The batch sizes for which vLLM records CUDA graphs, up to twice the number of sequences.
+GRAPH_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,21 @@ class Memory:
         states: the models' weights, gradients and optimizer states.
         engine: the inference engine.
         update: the forward and backward pass.
-        host: what takes the main memory of a machine with GPUs; never at the same time.
+        offloaded: what is kept in the main memory of a machine with GPUs.
+        host: what takes its main memory beside that; never at the same time.
     """
 
     machine: Machine
     states: tuple[Item, ...]
     engine: tuple[Item, ...]
     update: tuple[Item, ...]
+    offloaded: tuple[Item, ...] = ()
     host: tuple[Item, ...] = ()
+
+    @property
+    def host_peak(self) -> int:
+        """The most main memory of a machine with GPUs that is in use at the same time, in bytes."""
+        return sum(item.bytes for item in self.offloaded) + max((item.bytes for item in self.host), default=0)
 
     def total(self, when: Moment, certain: bool = False) -> int:
         """Bytes in use at the same time in a part of a step; with `certain`, a lower bound."""
@@ -94,7 +100,7 @@ class Memory:
         there = self.machine.memory / GIB
         for when, words in MOMENTS.items():
             rows.append(f"{self.total(when) / GIB:8.2f}  {'in all':<8}  {words}, of {there:.2f} GiB")
-        rows += [f"{item.bytes / GIB:8.2f}  {'host':<8}  {item.what}" for item in self.host]
+        rows += [f"{item.bytes / GIB:8.2f}  {'host':<8}  {item.what}" for item in (*self.offloaded, *self.host)]
         return "\n".join(rows)
 
 
@@ -108,6 +114,7 @@ def estimate(
         states(config, algorithm, shapes, machine),
         tuple(_engine(config, shapes.policy, machine)) if rollouts else (),
         tuple(_update(config, shapes.policy, machine, micro_batch)),
+        tuple(_offloaded(config, shapes, machine)),
         tuple(_host(shapes, machine)) if machine.has_gpus else (),
     )
 
@@ -196,6 +203,8 @@ def _trained(name: str, shape: ModelShape, machine: Machine, config: RunConfig) 
     # On a GPU the whole bucket is allocated, in ordinary memory only the part that is written.
     bucket = int(zero.reduce_bucket_size) if machine.has_gpus else min(int(zero.reduce_bucket_size), count)
     # In float32 like the sum over the ranks (communication_data_type).
+    if (copies := config.deepspeed.secondary_partition) > 1:
+        yield Item(f"{name}: a second copy of the weights over {counted(copies, 'rank')}", shape.weights // copies)
     yield Item(f"{name}: ZeRO-3's bucket of gradients, float32", 4 * bucket)
     # It is copied in the order of the ranks. A larger tensor does not go through the bucket.
     ordered = 4 * min(max(bucket, shape.largest_layer), count)
@@ -218,6 +227,26 @@ def _step(config: RunConfig, shapes: Shapes, machine: Machine) -> Item:
     )
 
 
+def _offloaded(config: RunConfig, shapes: Shapes, machine: Machine) -> Iterator[Item]:
+    """What deepspeed.offload keeps in the main memory of one machine, by DeepSpeed's estimate with its buffers."""
+    offload = offloaded(config, machine)
+    if offload == "none":
+        return
+    _quiet_deepspeed()
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+
+    here = min(machine.ranks_here / machine.ranks, 1)
+    for name, shape in (("policy", shapes.policy), ("critic", shapes.critic)):
+        if shape is not None:
+            whole, _, _ = estimate_zero3_model_states_mem_needs(
+                shape.trained, shape.largest_layer, cpu_offload=True, cpu_offload_params=offload == "all"
+            )
+            whole += shape.weights if shape.adapter and offload == "all" else 0
+            yield Item(f"{name}: what deepspeed.offload={offload} keeps, DeepSpeed's estimate", int(here * whole))
+    if shapes.reference is not None and offload == "all":
+        yield Item("frozen policy: weights", int(here * shapes.reference.weights))
+
+
 def _host(shapes: Shapes, machine: Machine) -> Iterator[Item]:
     """Main memory of one machine. Loading is not in it: all ranks map the same files, and share the page cache."""
     share = min(machine.ranks_here / machine.ranks, 1)
@@ -232,11 +261,23 @@ def checkpoint_bytes(parameters: int, moments: int = 1) -> int:
     return (4 + 8 * moments) * parameters
 
 
+def graph_bytes(max_sequences: int) -> int:
+    """Bytes of vLLM's CUDA graphs, part of its share of the memory, which sleep does not free.
+
+    1 GiB is assumed for the about 100 graphs of all 51 sizes. vLLM logged 0.2 GiB for 35 graphs of 1 B parameters, and
+    1 GiB for a model of 55 GiB.
+    """
+    recorded = [size for size in GRAPH_SIZES if not max_sequences or size <= 2 * max_sequences]
+    return GIB * len(recorded) // len(GRAPH_SIZES)
+
+
 def _engine(config: RunConfig, shape: ModelShape, machine: Machine) -> Iterator[Item]:
     """The inference engine's items. Only vLLM on a GPU frees its memory during updates."""
     one = longest(config) * shape.cache_per_token
     by_auto = config.rollout.engine == "auto" and not machine.has_gpus and shape.parameters < SMALL_MODEL
-    gathered = Item("refresh: a bucket of the trainer's weights, gathered", shape.gathered, "refresh")
+    merging = f", and {shape.merging / GIB:.2f} GiB to merge an adapter" if shape.merging else ""
+    taken = shape.gathered + shape.merging
+    gathered = Item(f"refresh: a bucket of the trainer's weights, gathered{merging}", taken, "refresh")
     if config.rollout.engine == "transformers" or by_auto:
         yield Item("rollouts: a copy of the weights", shape.weights)
         yield gathered
@@ -246,11 +287,12 @@ def _engine(config: RunConfig, shape: ModelShape, machine: Machine) -> Iterator[
     room, _ = engine_room(config, shape, machine)
     copies = Item("refresh: vLLM's largest layer, twice", 2 * shape.engine_layer, "refresh", False)
     if machine.has_gpus:
-        count = max(room - shape.weights - GRAPHS, 0) // one
+        graphs = graph_bytes(config.rollout.max_sequences)
+        count = max(room - shape.weights - graphs, 0) // one
         share = f"rollout.memory_fraction={config.rollout.memory_fraction:g} of the GPU"
         what = f"{share}, weights and a cache of {count} sequences of {longest(config):,} tokens"
-        yield Item(f"rollouts: {what}", room - GRAPHS, "sampling")
-        yield Item("rollouts: CUDA graphs, in that share, not freed in sleep; assumed", GRAPHS, is_certain=False)
+        yield Item(f"rollouts: {what}", room - graphs, "sampling")
+        yield Item("rollouts: CUDA graphs, in that share, not freed in sleep; assumed", graphs, is_certain=False)
         yield Item("refresh: vLLM's weights, awake before its cache", shape.weights, "refresh")
         yield from (gathered, copies)
         return

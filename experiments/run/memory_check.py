@@ -177,10 +177,14 @@ def _tight(memory: Memory) -> list[str]:
                 f"{moment} is estimated at {total / GIB:.1f} GiB per rank on {machine} and may run out of memory; "
                 f"{_REMEDY[moment]}"
             )
-    host = max((item.bytes for item in memory.host), default=0)
-    if machine.is_here and host > psutil.virtual_memory().total:
+    there = psutil.virtual_memory().total
+    if machine.is_here and memory.host_peak > there:
+        largest = max((*memory.offloaded, *memory.host), key=lambda item: item.bytes)
+        kept = sum(item.bytes for item in memory.offloaded)
+        fix = "set deepspeed.offload=none, or take more machines" if kept else "resuming may be killed"
         warnings.append(
-            f"{memory.host[0].what}, {host / GIB:.1f} GiB, more than this machine's main memory; resuming may be killed"
+            f"this machine has {there / GIB:.1f} GiB of main memory, and {memory.host_peak / GIB:.1f} GiB are needed, "
+            f"most for this: {largest.what}; {fix}"
         )
     return warnings
 

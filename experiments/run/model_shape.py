@@ -33,6 +33,7 @@ class ModelShape:
         norms_in_float32: whether a norm multiplies with its weight in float32, as in Gemma.
         gathered: bytes of the largest bucket in which the trainer gathers weights for the sampler.
         adapter: parameters of its LoRA adapters; 0 = all parameters are trained.
+        merging: bytes that merging the largest adapted weight takes.
     """
 
     parameters: int
@@ -50,6 +51,7 @@ class ModelShape:
     norms_in_float32: bool
     gathered: int
     adapter: int = 0
+    merging: int = 0
 
     @classmethod
     def of(cls, config: Any, dtype: str, lora: LoraConfig = NO_LORA) -> ModelShape:
@@ -99,6 +101,7 @@ class ModelShape:
             norms_in_float32=text.model_type.startswith("gemma"),
             gathered=max(sum(p.nbytes for weight in bucket for p in weight.parts) for bucket in buckets(weights)),
             adapter=sum(p.numel() for weight in weights for p in weight.adapter or ()),
+            merging=max((weight.merging_bytes for weight in weights), default=0),
         )
 
     @property
@@ -112,7 +115,7 @@ class ModelShape:
     @property
     def trunk(self) -> ModelShape:
         """The same model without its output embedding and adapters, as a critic has it."""
-        return replace(self, parameters=self.parameters - self.output, output=0, adapter=0)
+        return replace(self, parameters=self.parameters - self.output, output=0, adapter=0, merging=0)
 
     @property
     def trained(self) -> int:

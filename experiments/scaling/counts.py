@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 
 from experiments.config import Composed, compose
-from experiments.run.memory import GRAPHS, Memory, Moment, Shapes, estimate, longest, states
+from experiments.run.memory import Memory, Moment, Shapes, estimate, graph_bytes, longest, states
 from experiments.run.model_shape import ModelShape
 from experiments.run.workload import GIB, Machine
 
@@ -100,7 +100,7 @@ class Point:
     @property
     def sequences(self) -> int:
         """Sequences of the maximum length in vLLM's cache; 0 or less if the replica does not fit."""
-        room = self.fraction * MEMORY - self.shape.weights - GRAPHS
+        room = self.fraction * MEMORY - self.shape.weights - graph_bytes(0)
         return math.floor(room / (longest(recipe().config) * self.shape.cache_per_token))
 
     @property
@@ -199,7 +199,7 @@ def separate(size: str, gpus: int) -> Separate | None:
     shape, per_sequence = shape_of(size), longest(recipe().config) * shape_of(size).cache_per_token
     found = []
     for split in (n for n in (1, 2, 4, 8) if SIZES[size][3] % n == 0):  # each GPU has as many heads
-        room = split * (0.9 * MEMORY - GRAPHS) - shape.weights
+        room = split * (0.9 * MEMORY - graph_bytes(0)) - shape.weights
         sequences = room / per_sequence * longest(recipe().config) / (PROMPT + RESPONSE / 2)
         for samplers in range(split, gpus, split) if sequences >= 1 else ():
             trainer = Point(size, gpus - samplers)

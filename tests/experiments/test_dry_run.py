@@ -116,7 +116,11 @@ def test_too_little_main_memory_to_resume_is_a_note(monkeypatch):
     model = ["model=qwen2.5-math-1.5b", f"model.path={MODELS / 'qwen2.5-math-1.5b'}", "hardware.memory=79"]
     composed = compose(model)
     (note,) = outlook(composed, planned(composed.config.hardware)).notes
-    assert "reads its part of a checkpoint, 17.3 GiB, more than this machine's main memory" in note
+    assert "has 1.0 GiB of main memory, and 17.3 GiB are needed" in note
+    assert "reads its part of a checkpoint; resuming may be killed" in note
+    composed = compose([*model, "deepspeed.offload=all"])
+    (note,) = outlook(composed, planned(composed.config.hardware)).notes
+    assert "what deepspeed.offload=all keeps" in note and "set deepspeed.offload=none, or take more machines" in note
 
 
 def test_a_refresh_that_does_not_fit_next_to_the_states_is_refused():

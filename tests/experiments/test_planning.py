@@ -180,6 +180,44 @@ def test_critic_frozen_policy_and_a_second_set_of_moments_are_counted():
     assert any("interleaved update" in item.what and item.bytes == 1_543_714_304 for item in relift.states)
 
 
+def test_offloaded_states_are_counted_in_the_main_memory_of_each_machine():
+    """By DeepSpeed: 16 bytes a parameter, or 18 with the weights, and half of that again for buffers."""
+    parameters = 1_543_714_304
+    plain = expected_memory("algo=ppo", "model=qwen2.5-math-1.5b", *EIGHT).memory
+    assert plain.offloaded == () and plain.host_peak == 12 * 2 * parameters
+    for offload, each, kept in (("optimizer", 24, 2), ("all", 27, 3)):
+        changed = ("algo=ppo", "model=qwen2.5-math-1.5b", f"deepspeed.offload={offload}", *EIGHT)
+        memory = expected_memory(*changed).memory
+        assert [item.bytes for item in memory.offloaded] == [each * parameters, each * parameters, 2 * parameters][
+            :kept
+        ]
+        assert memory.host_peak == sum(item.bytes for item in memory.offloaded) + 12 * 2 * parameters
+        assert "keeps, DeepSpeed's estimate" in str(memory)
+    adapters = ("model=qwen2.5-math-1.5b", "model.lora.rank=16", "deepspeed.offload=all", *EIGHT)
+    (item,) = expected_memory(*adapters).memory.offloaded
+    trained = 28 * 16 * (2 * (1536 + 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960))
+    assert item.bytes == 27 * trained + 2 * parameters
+
+
+def test_a_second_partition_of_the_weights_and_the_merging_of_adapters_are_counted():
+    again = "deepspeed.config={zero_optimization: {zero_hpz_partition_size: 4}}"
+    first, second = (expected_memory("model=qwen2.5-math-7b", *more, *EIGHT).memory.states for more in ((), (again,)))
+    (more,) = [item for item in second if item.what not in {other.what for other in first}]
+    assert more.bytes == 2 * 7_615_616_512 // 4 and more.when == "always"
+    refresh = [item for item in expected_memory("model=qwen2.5-math-7b", "model.lora.rank=16", *EIGHT).memory.engine]
+    (merging,) = [item.bytes for item in refresh if "to merge an adapter" in item.what]
+    (plain,) = [i.bytes for i in expected_memory("model=qwen2.5-math-7b", *EIGHT).memory.engine if "bucket" in i.what]
+    # A copy of a matrix of the MLP in float32, the sum, and the sum in bfloat16. The largest bucket has no adapter.
+    assert merging - plain == (4 + 4 + 2) * 18944 * 3584
+
+
+def test_fewer_sequences_take_fewer_graphs():
+    """Sizes 1, 2, 4, 8, 16, ..., 64 of the 51 sizes."""
+    memory = expected_memory("model=qwen2.5-math-7b", "rollout.max_sequences=32", *EIGHT).memory
+    (graphs,) = [item.bytes for item in memory.engine if "CUDA graphs" in item.what]
+    assert graphs == GIB * 11 // 51
+
+
 def test_engines_that_do_not_sleep_are_there_all_the_time():
     found = expected_memory("model=qwen2.5-math-1.5b", "rollout.engine=transformers", *EIGHT).memory
     copy, _, cache = found.engine

@@ -47,6 +47,15 @@ class Weight(NamedTuple):
         """The parameters that must be gathered before `merged`."""
         return [self.parameter, *(self.adapter or ())]
 
+    @property
+    def merging_bytes(self) -> int:
+        """Bytes that `merged` allocates, its result included."""
+        if self.adapter is None:
+            return 0
+        # A sum in float32; in another dtype also a copy of W in float32, and the result.
+        each = 4 if self.parameter.dtype == torch.float32 else 8 + self.parameter.itemsize
+        return each * self.parameter.numel()
+
     def merged(self) -> Tensor:
         """W + scale · B·A in W's dtype; the sum is computed in float32 at least."""
         weight = self.parameter.detach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from tests.lora_ranks import DROPOUT, LORA, PAIRS
@@ -12,7 +13,7 @@ from tests.models import save_random_model, trajectories, unrounded
 from tests.upge.train.test_engine import plain_gradient, token_loss
 from tests.upge.train.test_update import launch
 from upge.errors import ConfigError
-from upge.train.adapter import Adapter, planned_weights
+from upge.train.adapter import Adapter, Weight, planned_weights
 from upge.train.config import LoraConfig
 from upge.train.packed_policy import PackedPolicy
 from upge.train.packing import pack
@@ -173,6 +174,28 @@ def test_the_planned_weights_are_those_of_the_adapter(model):
             planned = AutoModelForCausalLM.from_config(Qwen2Config.from_pretrained(model)).to(torch.bfloat16)
         network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
         assert rows(planned_weights(planned, lora)) == rows(Adapter(network, lora).weights())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bytes_of_a_merge(dtype):
+    """The planned ones are those that torch allocates."""
+    weight, a, b = (torch.nn.Parameter(torch.randn(size, dtype=dtype)) for size in ((64, 512), (2, 512), (64, 2)))
+    one = Weight("w", weight, (a, b), 0.5)
+    allocated = []
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+            result = operator(*arguments, **(keywords or {}))
+            pointers = {tensor.data_ptr() for tensor in (*held, *arguments) if isinstance(tensor, Tensor)}
+            is_new = isinstance(result, Tensor) and result.data_ptr() not in pointers
+            if is_new and result.numel() == weight.numel():
+                allocated.append(result.nbytes)
+            return result
+
+    held = (weight, a, b)
+    with Counted():
+        one.merged()
+    assert one.merging_bytes == sum(allocated) and Weight("w", weight).merging_bytes == 0
 
 
 @pytest.mark.parametrize("name", ["plain", "noisy"])
