@@ -1,6 +1,6 @@
 """Run by torchrun from test_lora.py: LoRA under ZeRO-3; saved by rank 0.
 
-usage: lora_ranks.py MODEL OUTPUT SCRATCH
+usage: lora_ranks.py MODEL OUTPUT SCRATCH; with an empty SCRATCH only the variants.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from tests.engine_ranks import accumulate, weights_of
 from tests.models import trajectories
 from upge.train.adapter import Weight
 from upge.train.config import LoraConfig, ModelConfig, OptimizerConfig
+from upge.train.deepspeed_settings import DeepspeedConfig
 from upge.train.distributed import World, connect, leave
 from upge.train.engine import BasePolicy, Engine, _gathered
 
@@ -23,9 +24,20 @@ DROPOUT = LoraConfig(rank=3, alpha=5.0, dropout=0.4, target_modules=["q_proj", "
 PAIRS = [(t.prompt_ids, t.response_ids) for t in trajectories()[:4]]
 
 
-def engine_of(model: str, world: World, lora: LoraConfig, **settings: object) -> Engine:
+#: Name → settings of the model, and what is offloaded. All of them train as the plain engine does. The selective ones come
+#: first: DeepSpeed's linear function, which they cannot use, is set for the whole process by the others.
+VARIANTS = {
+    "selective": ({"gradient_checkpointing": "selective"}, "none"),
+    "bfloat16": ({"dtype": "bfloat16", "gradient_checkpointing": "selective"}, "none"),
+    "optimizer offloaded": ({}, "optimizer"),
+    "all offloaded": ({"gradient_checkpointing": "full"}, "all"),
+}
+
+
+def engine_of(model: str, world: World, lora: LoraConfig, offload: str = "none", **settings: object) -> Engine:
     optimizer = OptimizerConfig(max_grad_norm=0.0, weight_decay=0.1)
-    return Engine(ModelConfig(path=model, lora=lora, **settings), optimizer, world, seed=3)
+    model_config = ModelConfig(path=model, lora=lora, **settings)
+    return Engine(model_config, optimizer, world, seed=3, deepspeed=DeepspeedConfig(offload))
 
 
 def matrices(engine: Engine) -> dict[str, Tensor]:
@@ -62,9 +74,26 @@ def resume(engine: Engine, fresh: Engine, scratch: Path, name: str, found: dict)
     found[name, "bytes"] = sum(file.stat().st_size for file in (scratch / name).iterdir())
 
 
+def variants(model: str, world: World) -> dict:
+    """The weights after two updates of each variant, and its gradient after them."""
+    found = {}
+    for name, (settings, offload) in VARIANTS.items():
+        engine = engine_of(model, world, LORA, offload, **settings)
+        update(engine, 0)
+        update(engine, 1)
+        found[name] = weights_of(engine), gradients(engine, 0)
+    return found
+
+
 def main(model: str, output: str, scratch: str) -> None:
     world = connect()
     found: dict = {}
+    if not scratch:
+        found = variants(model, world)
+        if world.is_main:
+            torch.save(found, output)
+        leave(world, 0)
+        return
     engine = engine_of(model, world, LORA)
     found["first"] = weights_of(engine), matrices(engine)
     update(engine, 0)

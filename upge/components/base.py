@@ -12,6 +12,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, cast
 
 import torch
@@ -71,7 +72,7 @@ class Component(ABC):
             parts |= {path: part for path, part in named.items() if isinstance(part, Component)}
         return parts
 
-    @property
+    @cached_property
     def columns(self) -> frozenset[str]:
         """All columns that this part and the parts it wraps read."""
         return frozenset(self.reads).union(*(part.columns for part in self.parts.values()))

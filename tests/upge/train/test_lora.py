@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from tests.lora_ranks import DROPOUT, LORA, PAIRS
+from tests.lora_ranks import DROPOUT, LORA, PAIRS, VARIANTS
 from tests.models import save_random_model, trajectories, unrounded
 from tests.upge.train.test_engine import plain_gradient, token_loss
 from tests.upge.train.test_update import launch
@@ -42,7 +42,9 @@ def model(tmp_path_factory):
 def found(model, request, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("lora")
     launch("lora_ranks", request.param, model, folder / "found.pt", folder)
-    return torch.load(folder / "found.pt", weights_only=False) | {"folder": folder}
+    launch("lora_ranks", request.param, model, folder / "variants.pt", "")
+    variants = torch.load(folder / "variants.pt", weights_only=False)
+    return torch.load(folder / "found.pt", weights_only=False) | {"folder": folder, "variants": variants}
 
 
 def products(matrices: dict[str, Tensor]) -> dict[str, tuple[str, str]]:
@@ -174,6 +176,21 @@ def test_the_planned_weights_are_those_of_the_adapter(model):
             planned = AutoModelForCausalLM.from_config(Qwen2Config.from_pretrained(model)).to(torch.bfloat16)
         network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
         assert rows(planned_weights(planned, lora)) == rows(Adapter(network, lora).weights())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_checkpointing_offloading_and_bfloat16_train_the_same(found, name):
+    """Weights after two updates, and the gradient after them."""
+    weights, gradient = found["variants"][name]
+    # bfloat16 has 8 bits. AdamW's update divides the gradient by its size, so small entries move as far as large ones.
+    of_weights, of_gradient = (2e-2, 3e-2) if name == "bfloat16" else (1e-5, 1e-4)
+    for seen, expected, tolerance in (
+        (weights, found["weights"], of_weights),
+        (gradient, found["gradients"][0], of_gradient),
+    ):
+        assert set(seen) == set(expected)
+        flat, right = (torch.cat([each[n].float().flatten() for n in expected]) for each in (seen, expected))
+        assert (flat - right).norm() <= tolerance * right.norm(), (flat - right).norm() / right.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
