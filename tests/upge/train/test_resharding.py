@@ -26,7 +26,7 @@ def found(tmp_path_factory) -> dict[str, dict[tuple[str, str], State]]:
         hidden_size=63,
         head_dim=32,
         intermediate_size=101,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
         tie_word_embeddings=True,
@@ -67,8 +67,7 @@ def test_the_next_update_is_that_of_the_undisturbed_run(found, name, engine):
     for parameter, tensor in undisturbed.items():
         step = float((tensor - before[parameter]).norm())
         difference = float((continued[parameter] - tensor).norm())
-        print(parameter, difference / step)
-        assert difference <= (0.05 if engine.startswith("bfloat16") else 1e-4) * step, parameter
+        assert difference <= (1e-3 if engine.startswith("bfloat16") else 1e-5) * step, (parameter, difference / step)
 
 
 LAYOUTS = [Layout([{"a": 7, "b": 1}, {"c": 12}], 1), Layout([{"a": 7}, {"b": 1, "c": 12}], 3)]
