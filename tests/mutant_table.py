@@ -186,7 +186,7 @@ MUTANTS = (
     Mutant(
         "resume-forgets-moments-in-use",
         "upge/train/deepspeed_module.py",
-        'self.in_use = saved["in_use"]',
+        "self.in_use = in_use",
         "self.in_use = FIRST",
         ["upge/train/test_moments.py"],
     ),
@@ -196,6 +196,34 @@ MUTANTS = (
         "for k, v in state.items()",
         "for k, v in state.items() if k == 'step'",
         ["upge/train/test_moments.py"],
+    ),
+    Mutant(
+        "other-ranks-forget-idle-moments",
+        "upge/train/deepspeed_module.py",
+        'self._moments.restore(moments[0]["in_use"], idle)',
+        'self._moments.restore(moments[0]["in_use"], {})',
+        ["upge/train/test_resharding.py::test_everything_is_taken_over_exactly"],
+    ),
+    Mutant(
+        "other-ranks-forget-the-number-of-steps",
+        "upge/train/deepspeed_module.py",
+        "setattr(engine, counter, model[counter])",
+        "pass",
+        ["upge/train/test_resharding.py::test_everything_is_taken_over_exactly"],
+    ),
+    Mutant(
+        "other-ranks-forget-the-padding",
+        "upge/train/resharding.py",
+        "offset += before.part(size)",
+        "offset += size // before.ranks",
+        ["upge/train/test_resharding.py::test_parts_of_three_ranks"],
+    ),
+    Mutant(
+        "other-ranks-forget-adamw-steps",
+        "upge/train/resharding.py",
+        '{"step": states[0]["step"].clone(),',
+        '{"step": torch.zeros(()),',
+        ["upge/train/test_resharding.py::test_states_keep_their_step_count"],
     ),
     Mutant(
         "resume-keeps-a-dropped-step",

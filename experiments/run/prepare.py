@@ -21,7 +21,6 @@ from upge.models import local_path
 from upge.models.loading import read_config
 from upge.pipeline import Pipeline
 from upge.train.config import EvalConfig, ModelConfig, RunConfig, VerifyConfig
-from upge.train.distributed import world_size
 from upge.train.folder import RunFolder
 from upge.train.sample import has_pair, usable
 from upge.verify import VerifierPool
@@ -61,7 +60,7 @@ def prepare(composed: Composed) -> Prepared:
     algorithm.check(group_size=config.group_size, provided=PROVIDED)
     check_stages(algorithm, config.steps)
     folder = RunFolder(output_folder(composed))
-    continues = folder.open(composed.tree, config.resume, world_size())
+    continues = folder.open(composed.tree, config.resume)
     _check_installed()
     splits, notes = load_problems(composed.tree["data"], config)
     measured = _measured(config, splits)

@@ -87,7 +87,7 @@ def train(composed: Any, prepared: Any, world: World) -> int:
             folder.start(composed.tree, facts, prepared.continues)
         check_shared(folder, world)
         if prepared.continues:
-            say(f"continuing {folder.path} from step {resume_from or 0}")
+            say(f"continuing {folder.path} from step {resume_from or 0}{_saved_by(folder, resume_from, world)}")
         with progress:
             code = trainer.run()
         world.barrier()
@@ -95,6 +95,15 @@ def train(composed: Any, prepared: Any, world: World) -> int:
     if world.is_main:
         _finish(folder.path, code, say)
     return code
+
+
+def _saved_by(folder: Any, step: int | None, world: World) -> str:
+    """A remark if another number of ranks wrote the checkpoint of `step`; None is no checkpoint."""
+    from experiments.run.workload import counted
+    from upge.train.resharding import saved_ranks
+
+    ranks = world.size if step is None else saved_ranks(folder.checkpoints / folder.tag(step))
+    return "" if ranks == world.size else f", saved by {counted(ranks, 'rank')}; this run has {world.size}"
 
 
 def _models(composed: Any, world: World) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,6 +20,7 @@ from upge.models.loading import check_loaded, read_config
 from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.deepspeed_settings import PLAIN, DeepspeedConfig, settings
 from upge.train.distributed import World
+from upge.train.resharding import AdamState, deepspeed_part, layout, model_file, read, reshard_states, saved_ranks
 from upge.train.sample import TokenIds
 
 if TYPE_CHECKING:
@@ -154,25 +155,51 @@ class DeepSpeedModule:
         self._engine.save_checkpoint(
             str(folder), tag=tag, client_state={_STATE: state}, save_latest=False, exclude_frozen_parameters=True
         )
-        self._moments.save(self._moments_file(folder, tag))
+        self._moments.save(_moments_file(folder, tag, self.world.rank))
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Restores what `save` wrote and returns its `state`.
+        """Restores what `save` wrote, on any number of ranks, and returns its `state`; all ranks call it.
 
         Raises:
             ModelError: the checkpoint, or a file of it, is missing or not whole.
         """
         with _reading(folder / tag):
+            if saved_ranks(folder / tag) != self.world.size:
+                return self._load_resharded(folder, tag)
             path, state = self._engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_trained)
             if path is None:
                 raise FileNotFoundError(folder / tag)
-        moments = self._moments_file(folder, tag)
+        moments = _moments_file(folder, tag, self.world.rank)
         with _reading(moments):
             self._moments.load(moments)
         return state[_STATE]
 
-    def _moments_file(self, folder: Path, tag: str) -> Path:
-        return folder / tag / f"moments_rank_{self.world.rank}.pt"
+    def _load_resharded(self, folder: Path, tag: str) -> dict[str, Any]:
+        """As `load`, from the files of another number of ranks, which DeepSpeed refuses."""
+        engine, zero, rank = self._engine, self._engine.optimizer, self.world.rank
+        model, sources = read(model_file(folder / tag)), range(saved_ranks(folder / tag))
+        before = layout(model["param_shapes"], len(sources))
+        now = layout(engine._get_zero_param_shapes(), self.world.size)
+        half = engine.bfloat16_enabled()
+        files = [Path(engine._get_rank_zero_ckpt_name(str(folder), tag, 0, source, half)) for source in sources]
+        part = deepspeed_part([read(file)["optimizer_state_dict"] for file in files], before, now, rank)
+        moments = [read(_moments_file(folder, tag, source)) for source in sources]
+        idle = {
+            name: reshard_states([of_rank["idle"][name] for of_rank in moments], before, now, rank)
+            for name in moments[0]["idle"]
+        }
+        zero.checkpoint_event_prologue()
+        _load_trained(model["module"], engine.module)
+        zero.load_state_dict({rank: part})
+        zero.checkpoint_event_epilogue()
+        for counter in ("global_steps", "global_samples", "skipped_steps"):
+            setattr(engine, counter, model[counter])
+        self._moments.restore(moments[0]["in_use"], idle)
+        return model[_STATE]
+
+
+def _moments_file(folder: Path, tag: str, rank: int) -> Path:
+    return folder / tag / f"moments_rank_{rank}.pt"
 
 
 def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
@@ -316,14 +343,18 @@ class Moments:
     def load(self, path: Path) -> None:
         """Restores what `save` wrote; DeepSpeed must have restored the set in use before."""
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        self.restore(saved["in_use"], saved["idle"])
+
+    def restore(self, in_use: str, idle: Mapping[str, Sequence[AdamState]]) -> None:
+        """Takes over sets that are not in use, each as a state for every sub-group, and the name of the one that is."""
         flat = self._zero.fp32_partitioned_groups_flat
         self._idle = {}
-        for name, states in saved["idle"].items():
+        for name, states in idle.items():
             self._idle[name] = defaultdict(dict)
             for partition, state in zip(flat, states, strict=True):
                 if state:
                     self._idle[name][partition] = {k: _placed(k, v, partition) for k, v in state.items()}
-        self.in_use = saved["in_use"]
+        self.in_use = in_use
 
 
 def _placed(key: str, value: Tensor, partition: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ FREE_KEYS = ("steps", "resume", "output", "checkpoint", "log_rollouts", "diagnos
 LINES, FOLDERS = ("metrics.jsonl", "evaluations.jsonl", "prompts.jsonl"), ("rollouts", "tokens")
 #: The meaning of a recorded folder's keys and metrics. Run folders of upge 0.1 have none in run.json.
 FORMAT = 2
+#: What run.json keeps of every start.
+_START = ("command", "started", "from_step", "world_size")
 #: In best/, the evaluation that it comes from.
 BEST_FACTS = "evaluation.json"
 
@@ -68,17 +70,17 @@ class RunFolder:
         """The name of a step's checkpoint."""
         return f"step_{step:06d}"
 
-    def open(self, config: Mapping[str, Any], resume: str, ranks: int = 1) -> bool:
+    def open(self, config: Mapping[str, Any], resume: str) -> bool:
         """Checks that this run may write here; True if it continues an earlier run. Nothing is written.
 
         Raises:
             ConfigError: the folder cannot be made, or holds something else, a finished run, or a run with other
-                settings or another number of ranks.
+                settings.
         """
         self._check_parent()
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return False
-        saved, before = self.path / "config.yaml", self.facts.get("world_size", ranks)
+        saved = self.path / "config.yaml"
         if not saved.is_file():
             raise ConfigError(f"output: {self.path} exists and is not a run's folder; choose another")
         if resume == "never":
@@ -103,11 +105,6 @@ class RunFolder:
             raise ConfigError(
                 f"output: {self.path} has a checkpoint of step {self.checkpoint_steps()[-1]}, beyond steps="
                 f"{config['steps']}; give more steps, or choose another folder"
-            )
-        if self.checkpoint_steps() and before != ranks:
-            raise ConfigError(
-                f"output: {self.path} was saved by {before} ranks and this run has {ranks}; start it with {before}, or "
-                "choose another folder"
             )
         return True
 
@@ -136,7 +133,7 @@ class RunFolder:
         for name in FOLDERS:
             (self.path / name).mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
-        start = {k: facts[k] for k in ("command", "started", "from_step")}
+        start = {k: facts[k] for k in _START if k in facts}
         self._write_facts({"format": FORMAT, **facts, "starts": [*self.facts.get("starts", []), start]})
 
     def finish(self, step: int) -> None:

@@ -99,7 +99,7 @@ class Trainer:
         self._signal = 0
 
     def restore(self, step: int) -> None:
-        """Continues from the checkpoint of `step`.
+        """Continues from the checkpoint of `step`, which any number of ranks may have written.
 
         A run that was stopped for non-finite updates starts counting them anew.
         """

@@ -1,0 +1,137 @@
+"""A checkpoint that another number of ranks wrote: each rank reads its part of their files.
+
+ZeRO-3 divides every parameter into equal parts, one per rank; the last parts are padded. A rank's parts lie one after
+another in flat tensors, one per sub-group of parameters. Master weights and AdamW's moments have this layout.
+
+DeepSpeed's universal checkpoint (0.19.8) is not used for this. Its conversion (`extract_zero_shards_stage3` in
+checkpoint/ds_to_universal.py) fails if the optimizer has no moments yet, as during a critic's warm-up, and leaves out
+the sets of moments that are not in use. It writes every state twice beside the checkpoint, 24 bytes per parameter, and
+then every rank reads all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+#: AdamW's state of one sub-group: `step` and the moments; empty before the first update.
+AdamState = Mapping[str, Tensor]
+
+
+class Layout(NamedTuple):
+    """Where the parameters lie in the ranks' flat tensors.
+
+    Attributes:
+        sub_groups: for each, the parameters in order, with their numbers of elements.
+        ranks: over which each parameter is divided.
+    """
+
+    sub_groups: Sequence[Mapping[str, int]]
+    ranks: int
+
+    def part(self, size: int) -> int:
+        """The elements of each rank's part of a parameter with `size` elements, padding included."""
+        return -(-size // self.ranks)
+
+
+def layout(shapes: Sequence[Mapping[str, torch.Size]], ranks: int) -> Layout:
+    """The layout of parameters with these shapes by sub-group, in DeepSpeed's order."""
+    return Layout([{name: shape.numel() for name, shape in group.items()} for group in shapes], ranks)
+
+
+def reshard(
+    saved: Sequence[Sequence[Float[Tensor, "_"]]], before: Layout, now: Layout, rank: int
+) -> list[Float[Tensor, "_"]]:
+    """A rank's flat tensors, one per sub-group, from those of all ranks that wrote the checkpoint.
+
+    Args:
+        saved: by rank and sub-group, in the layout `before`.
+        before, now: the same parameters; sub-groups may differ, because their sizes count a rank's own elements.
+        rank: one of `now.ranks`.
+
+    Returns:
+        Tensors in the layout `now`, with zeros as padding.
+
+    Raises:
+        KeyError: the checkpoint lacks a parameter.
+    """
+    places = {}
+    for number, group in enumerate(before.sub_groups):
+        offset = 0
+        for name, size in group.items():
+            places[name] = (number, offset)
+            offset += before.part(size)
+    tensors = []
+    for group in now.sub_groups:
+        flat = torch.zeros(sum(map(now.part, group.values())), dtype=saved[0][0].dtype)
+        end = 0
+        for name, size in group.items():
+            number, offset = places[name]
+            begin, end, width = end, end + now.part(size), before.part(size)
+            start, stop = (min(place * now.part(size), size) for place in (rank, rank + 1))
+            # The saved ranks whose parts overlap with the elements start .. stop - 1 of the parameter.
+            for source in range(start // width, -(-stop // width)):
+                low, high = max(start, source * width), min(stop, (source + 1) * width)
+                found = saved[source][number].narrow(0, offset + low - source * width, high - low)
+                flat.narrow(0, begin + low - start, high - low).copy_(found)
+        tensors.append(flat)
+    return tensors
+
+
+def reshard_states(
+    saved: Sequence[Sequence[AdamState]], before: Layout, now: Layout, rank: int
+) -> list[dict[str, Tensor]]:
+    """As `reshard`, for AdamW's states. All sub-groups are updated together, so they have one step count.
+
+    Raises:
+        ValueError: the states do not have the same step count.
+    """
+    states = [state for of_rank in saved for state in of_rank]
+    if not any(states):
+        return [{} for _ in now.sub_groups]
+    steps = {float(state["step"]) if state else 0.0 for state in states}
+    if len(steps) > 1:
+        raise ValueError(f"the parts of the optimizer's state are of different steps: {sorted(steps)}")
+    names = [name for name in states[0] if name != "step"]
+    moments = {n: reshard([[state[n] for state in of_rank] for of_rank in saved], before, now, rank) for n in names}
+    return [
+        {"step": states[0]["step"].clone(), **{name: moments[name][group] for name in names}}
+        for group in range(len(now.sub_groups))
+    ]
+
+
+def deepspeed_part(shards: Sequence[Mapping[str, Any]], before: Layout, now: Layout, rank: int) -> dict[str, Any]:
+    """The state of DeepSpeed's ZeRO-3 optimizer that this rank would have saved, from that of all saved ranks."""
+    # torch numbers the optimizer's parameters, here the sub-groups. Our AdamW has a single parameter group.
+    adamws = [shard["optimizer_state_dict"] for shard in shards]
+    states = [[adamw["state"].get(i, {}) for i in range(len(before.sub_groups))] for adamw in adamws]
+    resharded = reshard_states(states, before, now, rank)
+    (group,) = adamws[0]["param_groups"]
+    return {
+        **shards[0],
+        "fp32_flat_groups": reshard([shard["fp32_flat_groups"] for shard in shards], before, now, rank),
+        "optimizer_state_dict": {
+            "state": {i: state for i, state in enumerate(resharded) if state},
+            "param_groups": [{**group, "params": list(range(len(resharded)))}],
+        },
+    }
+
+
+def read(path: Path) -> Any:
+    """The content of a file of a checkpoint. Tensors are mapped into memory, so only what is used is read."""
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+
+
+def model_file(checkpoint: Path, rank: int = 0) -> Path:
+    """DeepSpeed's file of a rank with counters, layout, our own state, and no weights of ZeRO-3."""
+    return checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+
+
+def saved_ranks(checkpoint: Path) -> int:
+    """The number of ranks that wrote a checkpoint."""
+    return int(read(model_file(checkpoint))["dp_world_size"])
