@@ -24,8 +24,8 @@ DROPOUT = LoraConfig(rank=3, alpha=5.0, dropout=0.4, target_modules=["q_proj", "
 PAIRS = [(t.prompt_ids, t.response_ids) for t in trajectories()[:4]]
 
 
-#: Name → settings of the model, and what is offloaded. All of them train as the plain engine does. The selective ones come
-#: first: DeepSpeed's linear function, which they cannot use, is set for the whole process by the others.
+#: Name → settings of the model, and what is offloaded. All of them train as the plain engine does. The selective ones
+#: come first: DeepSpeed's linear function, which they cannot use, is set for the whole process by the others.
 VARIANTS = {
     "selective": ({"gradient_checkpointing": "selective"}, "none"),
     "bfloat16": ({"dtype": "bfloat16", "gradient_checkpointing": "selective"}, "none"),
