@@ -53,7 +53,7 @@ def reward(tokens: tuple[int, ...]) -> float:
 
 
 def setting(off_policy: bool = False) -> Setting:
-    """Seven responses of one or two tokens, an expert that is always right, a frozen policy, an inaccurate critic."""
+    """Seven responses of up to two tokens, an expert that is always right, a reference policy, an inaccurate critic."""
     policy = SoftmaxPolicy.random(3, STEPS, seed=7, scale=0.7)
     values = exact_values(policy, reward)
     return Setting(
@@ -61,7 +61,7 @@ def setting(off_policy: bool = False) -> Setting:
         reward,
         behavior=policy.moved(0.5, seed=3) if off_policy else None,
         expert=SoftmaxPolicy.random(3, STEPS, seed=9).conditioned(Setting(policy, reward).reward),
-        frozen=policy.moved(0.5, seed=2),
+        reference=policy.moved(0.5, seed=2),
         values=values + torch.tensor([0.2, -0.2, 0.1], dtype=torch.float64),
     )
 
@@ -108,7 +108,7 @@ def prompt_weights(group_size: int = 8) -> str:
             policy = SoftmaxPolicy(torch.tensor([[1 - rate, rate]], dtype=torch.float64).log(), 1, end=None)
             right = torch.tensor([0.0, 1.0], dtype=torch.float64)
             values = torch.full((1,), 0.5, dtype=torch.float64)
-            made = Setting(policy, right, frozen=policy, values=values)
+            made = Setting(policy, right, reference=policy, values=values)
             (row,) = bias_table([algorithm], made, group_size=group_size)
             coefficients.append(row.coefficients["reward"])
         rows.append([f"`{algorithm.name}`", *(f"{c / coefficients[2]:.2f}" for c in coefficients)])
@@ -133,14 +133,14 @@ def penalties() -> str:
     for steps, off_policy in ((1, False), (STEPS, False), (1, True), (STEPS, True)):
         policy = SoftmaxPolicy.random(3 if steps > 1 else 7, steps, seed=7, scale=0.7)
         behavior = policy.moved(0.5, seed=3) if off_policy else None
-        cases.append(Setting(policy, lambda tokens: 0.0, behavior=behavior, frozen=policy.moved(0.5, seed=2)))
+        cases.append(Setting(policy, lambda tokens: 0.0, behavior=behavior, reference=policy.moved(0.5, seed=2)))
     rows = []
     for kind in ("k1", "k2", "k3"):
         for place in ("loss", "reward of its token", "reward, and all later ones"):
             cells = []
             for case in cases:
                 for gradient in (reverse_kl_gradient, forward_kl_gradient):
-                    target = -gradient(case.policy, case.frozen)
+                    target = -gradient(case.policy, case.reference)
                     report = expectation(penalty(kind, place), case, group_size=1, target=target)
                     cells.append(number(report.relative_bias))
             rows.append([kind, place, *(f"{a} / {b}" for a, b in zip(cells[::2], cells[1::2], strict=True))])

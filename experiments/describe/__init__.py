@@ -117,7 +117,7 @@ def _step_needs(path: str, one: Algorithm) -> dict[str, str]:
 
 
 def rows(name: str, corrections: Sequence[str] = ()) -> list[list[str]]:
-    """The rows of the table: source, gate, four factors and average of each term, then the regularizers."""
+    """The rows of the table: source, gate, four factors and average of each term, then the regularizers' formulas."""
     table_rows = []
     for path, one in members(algorithms.load(name, corrections=corrections)):
         where = ": ".join([*(p for p in path.split(".") if p not in ("", "stages", "algorithm")), ""])
@@ -128,8 +128,7 @@ def rows(name: str, corrections: Sequence[str] = ()) -> list[list[str]]:
                 gate = f"{term.coefficient:g}" + (f" · {gate}" if gate != "1" else "")
             table_rows.append([where + term.source.replace("_", " "), gate, *factors, term.reduction.formula().text])
         for regularizer in one.regularizers.values():
-            added = ["", *[""] * len(SLOTS), regularizer.reduction.formula().text]
-            table_rows.append([f"{where}{regularizer.source}, {regularizer.formula().text}", *added])
+            table_rows.append([f"{where}regularizer {regularizer.formula().text}", *[""] * (len(SLOTS) + 2)])
     return table_rows
 
 

@@ -110,14 +110,14 @@ def measure(
     chosen: Chosen,
     prompts: Problems,
     policy: Policy,
-    frozen: ModelConfig | None,
+    reference: ModelConfig | None,
     behavior: ModelConfig | None,
     say: Callable[[str], None],
 ) -> Result:
     """Samples and measures one policy; `say` prints a line of progress.
 
     Args:
-        frozen: the model of the reference log-probs; None = the policy itself.
+        reference: the model of the reference log-probs; None = the policy itself.
         behavior: the model that the batches are sampled from; None = the policy itself.
     """
     began = time.perf_counter()
@@ -125,7 +125,7 @@ def measure(
     pool, config, temperature = sampled.pool, chosen.config, chosen.run.rollout.temperature
     sampling_took = time.perf_counter() - began
     pairs = pool.pairs()
-    others = {"reference_logprobs": frozen, "behavior_logprobs": behavior}
+    others = {"reference_logprobs": reference, "behavior_logprobs": behavior}
     known = {name: _logprobs(model, pairs, temperature) for name, model in others.items() if model is not None}
     scores = ModelScores(load_model(policy.model), config.sketch, temperature, seed=chosen.run.seed)
     columns = {}

@@ -126,7 +126,7 @@ def states(config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, m
     if shapes.critic is not None:
         items += _trained("critic", shapes.critic, machine, config)
     if shapes.reference is not None and offload != "all":
-        items.append(Item("frozen policy: weights", shapes.reference.weights // machine.ranks))
+        items.append(Item("reference policy: weights", shapes.reference.weights // machine.ranks))
     if offload == "none":
         if second_moments(algorithm):
             moments = 8 * shapes.policy.trained // machine.ranks

@@ -165,14 +165,14 @@ def test_states_are_deepspeeds_own_estimate():
     assert expected_memory("recipe=hpt-llama-3.1-8b").memory.states[0].bytes == theirs
 
 
-def test_critic_frozen_policy_and_a_second_set_of_moments_are_counted():
+def test_critic_reference_policy_and_a_second_set_of_moments_are_counted():
     ppo = expected_memory("algo=ppo", "model=qwen2.5-math-1.5b", *EIGHT).memory
     names = [item.what.split(":")[0] for item in ppo.states]
-    assert names.count("policy") == 4 and names.count("critic") == 4 and names.count("frozen policy") == 1
+    assert names.count("policy") == 4 and names.count("critic") == 4 and names.count("reference policy") == 1
     critic = next(item for item in ppo.states if item.what.startswith("critic: weights, gradient"))
     assert critic.bytes == ppo.states[0].bytes  # tied: the trunk is the whole model
-    frozen = next(item for item in ppo.states if item.what.startswith("frozen"))
-    assert frozen.bytes == 2 * 1_543_714_304 // 8
+    reference = next(item for item in ppo.states if item.what.startswith("reference"))
+    assert reference.bytes == 2 * 1_543_714_304 // 8
     untied = expected_memory("algo=ppo", "model=qwen2.5-math-7b", *EIGHT).memory
     critic = next(item for item in untied.states if item.what.startswith("critic: weights, gradient"))
     assert untied.states[0].bytes - critic.bytes == 18 * 7_615_616_512 // 8 - 18 * (7_615_616_512 - 152064 * 3584) // 8
