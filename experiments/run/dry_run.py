@@ -56,7 +56,7 @@ def plan(composed: Composed) -> str:
     prepared, problems = _prepared(composed, has_tokenizer, notes)
     expected = outlook(composed, machine)
     disk = check_disk(expected.disk, config, machine, output_folder(composed))
-    notes += [*(prepared.notes if prepared else ()), *expected.notes, *disk]
+    notes += [*composed.notes, *(prepared.notes if prepared else ()), *expected.notes, *disk]
     selected = ", ".join(f"{group}={name}" for group, name in names.items() if name)
     tokens = max(config.rollout.max_response_tokens // 2, 1)
     by_stage = balances(composed.algorithm, config.group_size, tokens)
