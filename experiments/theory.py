@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from omegaconf import OmegaConf
@@ -27,8 +27,6 @@ from upge.theory.enumerate import (
     reverse_kl_gradient,
 )
 
-DOCS = files.DOCS / "theory.md"
-BEGIN, END = "<!-- expectation: begin (python -m experiments.theory --docs) -->", "<!-- expectation: end -->"
 STEPS, ROLLOUTS = 2, 3
 _PASS_RATES = (0.05, 0.25, 0.5, 0.75, 0.95)
 #: Numbers below this are rounding errors.
@@ -175,44 +173,24 @@ def mismatches(base: str = "rloo", samplers: int = 4) -> str:
     return _table(["correction", *header], rows)
 
 
-SECTIONS: dict[str, Callable[[], str]] = {
-    "On-policy": lambda: biases(off_policy=False),
-    "Rollouts of another policy": lambda: biases(off_policy=True),
-    "The weight of a prompt, by its pass rate": prompt_weights,
-    "KL to a reference policy": penalties,
-    "Rollouts of another engine": mismatches,
-}
-
-
-def updated(text: str) -> str:
-    """The text of docs/theory.md with the table below each heading of `SECTIONS` updated.
-
-    Raises:
-        ConfigError: a heading or a marker is missing.
-    """
-    for title, make in SECTIONS.items():
-        start = text.find(f"\n### {title}\n")
-        begin = text.find(BEGIN, start)
-        end = text.find(END, begin)
-        if min(start, begin, end) < 0:
-            raise ConfigError(f"{DOCS.name}: below '### {title}' the lines '{BEGIN}' and '{END}' are missing; add them")
-        text = f"{text[:begin]}{BEGIN}\n\n{make()}\n\n{text[end:]}"
-    return text
+TABLES = files.Tables(
+    files.DOCS / "theory.md",
+    "###",
+    {
+        "On-policy": lambda: biases(off_policy=False),
+        "Rollouts of another policy": lambda: biases(off_policy=True),
+        "The weight of a prompt, by its pass rate": prompt_weights,
+        "KL to a reference policy": penalties,
+        "Rollouts of another engine": mismatches,
+    },
+    "<!-- expectation: begin (python -m experiments.theory --docs) -->",
+    "<!-- expectation: end -->",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the tables, or updates the docs; returns the exit code, 2 on bad input."""
-    return cli.run_command(_theory, arguments, lambda: str(__doc__))
-
-
-def _theory(arguments: list[str]) -> int:
-    if arguments == ["--docs"]:
-        DOCS.write_text(updated(DOCS.read_text()))
-    elif arguments:
-        raise ConfigError(f"'{arguments[0]}': give --docs to update docs/theory.md, or nothing to print")
-    else:
-        print("\n".join(f"## {title}\n\n{make()}\n" for title, make in SECTIONS.items()))
-    return cli.DONE
+    return cli.run_command(TABLES.command, arguments, lambda: str(__doc__))
 
 
 if __name__ == "__main__":

@@ -262,12 +262,12 @@ def test_mixture_finds_what_was_mixed():
 
 
 def test_the_tables_in_the_docs_are_current():
-    text = docs.DOCS.read_text()
-    assert docs.updated(text) == text, "run python -m experiments.theory --docs"
+    text = docs.TABLES.page.read_text()
+    assert docs.TABLES.updated(text) == text, "run python -m experiments.theory --docs"
 
 
 def test_the_example_in_the_docs_runs():
-    example = docs.DOCS.read_text().split("```python\n")[1].split("```")[0]
+    example = docs.TABLES.page.read_text().split("```python\n")[1].split("```")[0]
     names: dict = {}
     exec(compile(example, "docs/theory.md", "exec"), names)  # it ends with an assertion of its own
     assert names["report"].batches == 84
@@ -276,7 +276,7 @@ def test_the_example_in_the_docs_runs():
 def test_the_command_refuses_other_arguments(capsys):
     assert docs.main(["--readme"]) == 2 and "--docs" in capsys.readouterr().err
     with pytest.raises(upge.ConfigError, match="markers|missing"):
-        docs.updated("# nothing\n")
+        docs.TABLES.updated("# nothing\n")
 
 
 def test_what_cannot_be_enumerated_is_refused():
