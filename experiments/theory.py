@@ -91,8 +91,8 @@ def biases(off_policy: bool) -> str:
     for row, plain in zip(bias_table(chosen, made, group_size=ROLLOUTS), without, strict=True):
         coefficients = [number(row.coefficients[n]) if n in row.coefficients else "" for n in ("reward", "imitation")]
         accepted = "" if row.accepted > 1 - _ROUNDING else number(row.accepted)
-        figures = map(number, (row.remainder, plain.remainder, row.cosine, row.snr))
-        rows.append([f"`{row.name}`", *coefficients, *figures, accepted])
+        numbers = map(number, (row.remainder, plain.remainder, row.cosine, row.snr))
+        rows.append([f"`{row.name}`", *coefficients, *numbers, accepted])
     header = ["algorithm", "∇E[R]", "−∇KL(π_β‖π)", "neither", "tokens summed", "cosine", "snr", "kept"]
     return _table(header, rows)
 

@@ -76,9 +76,9 @@ def _diagnose(arguments: Sequence[str]) -> int:
             console.print()
     for note in notes:
         console.print(f"note: {note}", markup=False)
-    facts = {"command": command("experiments.diagnose", arguments), "made": now(), "names": names}
-    facts |= {"versions": versions(), "git_commit": git_commit(), "settings": write.plain(chosen.config)}
-    for path in write.files(results, facts, notes, folder):
+    metadata = {"command": command("experiments.diagnose", arguments), "made": now(), "names": names}
+    metadata |= {"versions": versions(), "git_commit": git_commit(), "settings": write.plain(chosen.config)}
+    for path in write.files(results, metadata, notes, folder):
         console.print(f"wrote {path}", soft_wrap=True, markup=False)
     return 0
 

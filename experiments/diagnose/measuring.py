@@ -69,7 +69,7 @@ class Result:
     """The results for one policy.
 
     Attributes:
-        facts: sizes, errors, seconds and memory, by name.
+        details: sizes, errors, seconds and memory, by name.
         bins: the prompts by pass rate.
         conflicts: conflicts of the algorithms with two sources.
         thresholds: algorithm → its results at every threshold, if it has a threshold.
@@ -79,7 +79,7 @@ class Result:
 
     label: str
     step: int | None
-    facts: Mapping[str, float]
+    details: Mapping[str, float]
     bins: tuple[Bin, ...]
     measured: tuple[Measured, ...]
     conflicts: tuple[Conflict, ...]
@@ -142,9 +142,9 @@ def measure(
     rows, to = _gradients(config.sketch, sampled, scores, directions)
     results = _results(pool, estimators, varied, rows, to)
     seconds = {"seconds": time.perf_counter() - began, "seconds_sampling": sampling_took}
-    facts = _facts(pool, scores, len(directions.requests)) | seconds
-    facts["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return Result(label=policy.label, step=policy.step, facts=facts, **results)
+    details = _details(pool, scores, len(directions.requests)) | seconds
+    details["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return Result(label=policy.label, step=policy.step, details=details, **results)
 
 
 def _logprobs(model: ModelConfig, pairs: Sequence[Pair], temperature: float) -> list[Tensor]:
@@ -168,7 +168,7 @@ def _gradients(
     return rows, Targets(true, demonstrated, held_out)
 
 
-def _facts(pool: Pool, scores: ModelScores, gradients: int) -> dict[str, float]:
+def _details(pool: Pool, scores: ModelScores, gradients: int) -> dict[str, float]:
     return {
         "prompts": pool.prompts,
         "rounds": pool.rounds,
@@ -271,9 +271,9 @@ def exactly(chosen: Mapping[str, Algorithm], group_size: int) -> Result:
         if all(bool(side.any()) for side in sides):
             conflicts.append(Conflict(name, _cosine(*sides), {}))
     cosines = {(a, b): _cosine(wholes[a], wholes[b]) for a, b in itertools.combinations(wholes, 2)}
-    facts = {"prompts": 1, "group_size": group_size, "parameters": len(true), "sketch": 0, "sketch_error": 0.0}
+    details = {"prompts": 1, "group_size": group_size, "parameters": len(true), "sketch": 0, "sketch_error": 0.0}
     groups = tuple(map(tuple, same(alike)))
-    return Result("seven responses", None, facts, (), tuple(lines), tuple(conflicts), {}, cosines, groups)
+    return Result("seven responses", None, details, (), tuple(lines), tuple(conflicts), {}, cosines, groups)
 
 
 def _cosine(a: Tensor, b: Tensor) -> Estimated:

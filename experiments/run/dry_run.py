@@ -23,7 +23,7 @@ from experiments.run.prepare import (
     output_folder,
     prepare,
 )
-from experiments.run.workload import counted, planned
+from experiments.run.workload import planned, pluralize
 from upge import verify
 from upge.algorithm import Algorithm
 from upge.data import Problem
@@ -129,13 +129,13 @@ def _prompt(config: RunConfig, prepared: Prepared | None, has_tokenizer: bool) -
 
 def _steps(algorithm: Algorithm | Pipeline, expected: Outlook, config: RunConfig) -> str:
     """The work of a step, per stage if there are several."""
-    prompts = counted(config.prompts_per_step, "prompt")
-    if len(expected.traffic) == 1:
-        return f"{counted(config.steps, 'step')} of {prompts}\n{next(iter(expected.traffic.values()))}"
+    prompts = pluralize(config.prompts_per_step, "prompt")
+    if len(expected.workloads) == 1:
+        return f"{pluralize(config.steps, 'step')} of {prompts}\n{next(iter(expected.workloads.values()))}"
     lines = []
     for span in Pipeline.of(algorithm).spans(config.steps):
-        head = f"stage {span.name}: {counted(span.end - span.first, 'step')} of {prompts}"
-        lines += [head, textwrap.indent(str(expected.traffic[span.name]), "  ")]
+        head = f"stage {span.name}: {pluralize(span.end - span.first, 'step')} of {prompts}"
+        lines += [head, textwrap.indent(str(expected.workloads[span.name]), "  ")]
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from experiments.run.model_shape import ModelShape
-from experiments.run.workload import GIB, Machine, counted
+from experiments.run.workload import GIB, Machine, pluralize
 from upge.algorithm import Algorithm
 from upge.logprobs import buffer_bytes, default_chunk_size
 from upge.models.loading import SMALL_MODEL
@@ -191,9 +191,9 @@ def _trained(name: str, shape: ModelShape, machine: Machine, config: RunConfig) 
 
     count, ranks, offload = shape.trained, machine.ranks, offloaded(config, machine)
     zero = DeepSpeedZeroConfig(**zero_settings(config.deepspeed))
-    what = f"weights, gradient, AdamW of {shape.size} parameters over {counted(ranks, 'rank')}, DeepSpeed's estimate"
+    what = f"weights, gradient, AdamW of {shape.size} parameters over {pluralize(ranks, 'rank')}, DeepSpeed's estimate"
     if shape.adapter:
-        what = f"weights of {shape.size} parameters over {counted(ranks, 'rank')}; {count:,} of adapters are trained"
+        what = f"weights of {shape.size} parameters over {pluralize(ranks, 'rank')}; {count:,} of adapters are trained"
     if offload != "none":
         what += f", without what deepspeed.offload={offload} keeps in the machine's memory"
     yield Item(f"{name}: {what}", zero3_states(shape, ranks, offload))
@@ -252,7 +252,7 @@ def _host(shapes: Shapes, machine: Machine) -> Iterator[Item]:
     share = min(machine.ranks_here / machine.ranks, 1)
     trained = [shape for shape in (shapes.policy, shapes.critic) if shape]
     saved = int(share * checkpoint_bytes(sum(shape.trained for shape in trained)))
-    yield Item(f"resuming: each of {counted(machine.ranks_here, 'rank')} reads its part of a checkpoint", saved)
+    yield Item(f"resuming: each of {pluralize(machine.ranks_here, 'rank')} reads its part of a checkpoint", saved)
     yield Item("writing final/ or best/: a copy of the weights in the main rank", shapes.policy.weights)
 
 
