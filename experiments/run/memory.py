@@ -204,7 +204,7 @@ def _trained(name: str, shape: ModelShape, machine: Machine, config: RunConfig) 
     bucket = int(zero.reduce_bucket_size) if machine.has_gpus else min(int(zero.reduce_bucket_size), count)
     # In float32 like the sum over the ranks (communication_data_type).
     if (copies := config.deepspeed.secondary_partition) > 1:
-        yield Item(f"{name}: a second copy of the weights over {counted(copies, 'rank')}", shape.weights // copies)
+        yield Item(f"{name}: a second copy of the weights over {pluralize(copies, 'rank')}", shape.weights // copies)
     yield Item(f"{name}: ZeRO-3's bucket of gradients, float32", 4 * bucket)
     # It is copied in the order of the ranks. A larger tensor does not go through the bucket.
     ordered = 4 * min(max(bucket, shape.largest_layer), count)
@@ -244,7 +244,7 @@ def _offloaded(config: RunConfig, shapes: Shapes, machine: Machine) -> Iterator[
             whole += shape.weights if shape.adapter and offload == "all" else 0
             yield Item(f"{name}: what deepspeed.offload={offload} keeps, DeepSpeed's estimate", int(here * whole))
     if shapes.reference is not None and offload == "all":
-        yield Item("frozen policy: weights", int(here * shapes.reference.weights))
+        yield Item("reference policy: weights", int(here * shapes.reference.weights))
 
 
 def _host(shapes: Shapes, machine: Machine) -> Iterator[Item]:
