@@ -8,7 +8,7 @@ applies the corrections. An override therefore names a part as the algorithm's f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,51 @@ def override(node: DictConfig, overrides: Sequence[str], path: str = "algo") -> 
     return result
 
 
+def followed(where: Sequence[str | int], value: Any) -> str | None:
+    """The key that the setting at `where` follows in an algorithm's file, or None if it is no such reference.
+
+    >>> followed(("terms", "rl", "gate", "threshold"), "${...sft.gate.threshold}")
+    'terms.sft.gate.threshold'
+    """
+    if not (isinstance(value, str) and value.startswith("${.") and value.endswith("}")):
+        return None
+    target = value[2:-1].lstrip(".")
+    levels = len(value) - 3 - len(target)
+    return ".".join(map(str, (*where[: len(where) - levels], target)))
+
+
+def split_settings(before: DictConfig, after: DictConfig) -> list[str]:
+    """Sentences on settings that follow another one in the file, but after overrides have a value of their own."""
+    sentences = []
+    for where, value in leaves(plain(before)):
+        key, target = ".".join(map(str, where)), followed(where, value)
+        if target is None or followed(where, _get(plain(after), key)):
+            continue
+        own, other = (OmegaConf.select(after, k, throw_on_resolution_failure=False) for k in (key, target))
+        if own is not None and other is not None and own != other:
+            both = [key, target] if isinstance(own, DictConfig) else [f"{key}={own}", f"{target}={other}"]
+            sentences.append(f"algo.{both[0]} no longer follows algo.{both[1]}; to change both, set only algo.{target}")
+    return sentences
+
+
+def leaves(tree: Any, where: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """(path, value) of everything except mappings and lists of parts."""
+    if isinstance(tree, Mapping):
+        items: Iterable[tuple[str | int, Any]] = tree.items()
+    elif isinstance(tree, list) and any(isinstance(item, Mapping) for item in tree):
+        items = enumerate(tree)
+    else:
+        yield where, tree
+        return
+    for key, value in items:
+        yield from leaves(value, (*where, key))
+
+
+def _get(tree: Any, key: str) -> Any:
+    """The value of a dotted key without resolving it, or None."""
+    return next((value for where, value in leaves(tree) if ".".join(map(str, where)) == key), None)
+
+
 def _is_open(tree: DictConfig, parent: str) -> bool:
     """True if overrides may add keys below `parent` even if the file lacks it: an algorithm's regularizers."""
     above, _, last = parent.rpartition(".")
@@ -279,10 +324,13 @@ __all__ = [
     "compose",
     "corrections",
     "find",
+    "followed",
     "header",
+    "leaves",
     "load",
     "names",
     "override",
     "read",
+    "split_settings",
     "stem",
 ]

@@ -161,18 +161,18 @@ def _letters(text: str) -> str:
 
 def report(results: Sequence[Result]) -> str:
     """Two Markdown tables: how many cases of each kind verify, and each failure with its reason."""
-    counted, failed = [], []
+    rows, failed = [], []
     for result in results:
         counts: dict[tuple[str, str], list[bool]] = {}
         for case, verdict in result.pairs():
             counts.setdefault((case.what, case.item.verifier or "math"), []).append(verdict.reward == 1.0)
         for (what, verifier), right in counts.items():
-            counted.append([result.name, what, f"`{verifier}`", sum(right), len(right)])
+            rows.append([result.name, what, f"`{verifier}`", sum(right), len(right)])
         for case, verdict in result.failures():
             cells = (_code(case.item.answer), _code(verdict.extracted or ""), reason(case, verdict))
             failed.append([f"{result.name}, {case.row}", case.what, *cells])
     return "\n\n".join([
-        markdown_table(["file", "what", "verifier", "right", "of"], counted),
+        markdown_table(["file", "what", "verifier", "right", "of"], rows),
         markdown_table(["file, row", "what", "ground truth", "answer read", "reason"], failed),
     ])  # fmt: skip
 

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+from experiments import packages
+
 #: Exit codes that all commands share. Others: 1 for a proof that fails, 3 for a run that is no longer finite, 4 for a
 #: sweep in which some runs failed, 128 + signal.
 DONE, BAD_INPUT = 0, 2
@@ -70,6 +72,7 @@ def main() -> int:
         return BAD_INPUT
     # A command reads the program's arguments as if it had been started by itself.
     sys.argv[1:] = arguments
+    packages.explain_missing()
     command = importlib.import_module(f"experiments.{name}")
     if hasattr(command, "__path__"):
         command = importlib.import_module(f"experiments.{name}.__main__")
@@ -106,6 +109,12 @@ def run_command(
         return command(arguments)
     except UserError as error:
         print_error(error)
+        return BAD_INPUT
+    except ImportError as error:
+        message = packages.explanation(error)
+        if message is None:
+            raise
+        print_error(message)
         return BAD_INPUT
     except KeyboardInterrupt:
         return _stopped(Stopped(signal.SIGINT))
@@ -170,7 +179,7 @@ def child_environment() -> dict[str, str]:
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
-def print_error(error: Exception, rank: int | None = None) -> None:
+def print_error(error: Exception | str, rank: int | None = None) -> None:
     """Prints a user error on standard error; `rank` None = all ranks raise the same error, so only rank 0 prints it."""
     from upge.train.distributed import launched_rank
 

@@ -46,12 +46,14 @@ class Composed:
         tree: everything resolved, as written to config.yaml.
         config: the same as objects, without the algorithm's and the data set's own keys.
         algorithm: built from `tree["algo"]`.
+        notes: sentences for the user on what the command line's overrides have split.
     """
 
     names: Mapping[str, str | None]
     tree: dict[str, Any]
     config: RunConfig
     algorithm: Algorithm | Pipeline
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,14 +114,14 @@ def compose(arguments: Sequence[str]) -> Composed:
             overrides.append(f"{key}={value}")
         elif key not in GROUPS:
             tree = _set(tree, key, value)
-    tree.algo = _overridden(tree.algo, names, recipe.overrides, overrides)
+    tree.algo, notes = _overridden(tree.algo, names, recipe.overrides, overrides)
     try:
         plain = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         key = error.full_key or "configuration"
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}; give it a value of its own") from error
     config = from_tree(RunConfig, plain)
-    return Composed(names, plain, config, algorithms.compose(plain["algo"], algorithms.stem(names["algo"])))
+    return Composed(names, plain, config, algorithms.compose(plain["algo"], algorithms.stem(names["algo"])), notes)
 
 
 def read_recipe(name: str, above: tuple[str, ...] = ()) -> Recipe:
@@ -151,19 +153,17 @@ def read_recipe(name: str, above: tuple[str, ...] = ()) -> Recipe:
 
 def _overridden(
     node: DictConfig, names: Mapping[str, str | None], given: Sequence[str], overrides: Sequence[str]
-) -> DictConfig:
-    """The algorithm with a recipe's overrides, then those of the command line."""
+) -> tuple[DictConfig, tuple[str, ...]]:
+    """The algorithm with a recipe's overrides, then those of the command line, and notes on what the latter split."""
     try:
-        return algorithms.override(node, [*given, *overrides])
-    except ConfigError:
-        try:
-            algorithms.override(node, given)
-        except ConfigError as error:
-            raise ConfigError(
-                f"recipe={names['recipe']}: its overrides do not fit algo={names['algo']} with correction="
-                f"{names['correction']}: {error}; leave both to the recipe, or choose another recipe"
-            ) from error
-        raise
+        preset = algorithms.override(node, given)
+    except ConfigError as error:
+        raise ConfigError(
+            f"recipe={names['recipe']}: its overrides do not fit algo={names['algo']} with correction="
+            f"{names['correction']}: {error}; leave both to the recipe, or choose another recipe"
+        ) from error
+    changed = algorithms.override(preset, overrides)
+    return changed, tuple(algorithms.split_settings(preset, changed))
 
 
 def correction_names(value: Any) -> list[str]:

@@ -11,10 +11,11 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.cli import ROOT
+from experiments.cli import DONE, ROOT
 from upge.errors import ConfigError
 
 #: The folder of the documentation in a checkout.
@@ -89,3 +90,46 @@ def replace_block(page: str, file: str, begin: str, end: str, made: str, where: 
     if not opening or not closing:
         raise ConfigError(f"{file}: the lines '{begin}' and '{end}' are missing; put them {where}")
     return f"{before}{begin}{made}{end}{after}"
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A page of the documentation that has a generated table below some of its headings.
+
+    Attributes:
+        page: the file.
+        level: the mark of the headings, such as '##'.
+        sections: heading → makes the table's text.
+        begin, end: the markers around each table.
+    """
+
+    page: Path
+    level: str
+    sections: Mapping[str, Callable[[], str]]
+    begin: str
+    end: str
+
+    def updated(self, text: str) -> str:
+        """The text of the page with the tables updated.
+
+        Raises:
+            ConfigError: a heading or a marker is missing.
+        """
+        for title, make in self.sections.items():
+            head, heading, rest = text.partition(f"\n{self.level} {title}\n")
+            if not heading:
+                raise ConfigError(f"{self.page.name}: the heading '{self.level} {title}' is missing; add it")
+            where = f"below '{self.level} {title}'"
+            made = f"\n\n{make()}\n\n"
+            text = head + heading + replace_block(rest, self.page.name, self.begin, self.end, made, where)
+        return text
+
+    def command(self, arguments: Sequence[str]) -> int:
+        """Prints the tables, or with `--docs` updates the page; returns the exit code."""
+        if [*arguments] == ["--docs"]:
+            self.page.write_text(self.updated(self.page.read_text("utf-8")), "utf-8")
+        elif arguments:
+            raise ConfigError(f"'{arguments[0]}': give --docs to update docs/{self.page.name}, or nothing to print")
+        else:
+            print("\n".join(f"## {title}\n\n{make()}\n" for title, make in self.sections.items()))
+        return DONE

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from omegaconf import OmegaConf
@@ -27,8 +27,6 @@ from upge.theory.enumerate import (
     reverse_kl_gradient,
 )
 
-DOCS = files.DOCS / "theory.md"
-BEGIN, END = "<!-- expectation: begin (python -m experiments.theory --docs) -->", "<!-- expectation: end -->"
 STEPS, ROLLOUTS = 2, 3
 _PASS_RATES = (0.05, 0.25, 0.5, 0.75, 0.95)
 #: Numbers below this are rounding errors.
@@ -53,7 +51,7 @@ def reward(tokens: tuple[int, ...]) -> float:
 
 
 def setting(off_policy: bool = False) -> Setting:
-    """Seven responses of one or two tokens, an expert that is always right, a frozen policy, an inaccurate critic."""
+    """Seven responses of up to two tokens, an expert that is always right, a reference policy, an inaccurate critic."""
     policy = SoftmaxPolicy.random(3, STEPS, seed=7, scale=0.7)
     values = exact_values(policy, reward)
     return Setting(
@@ -61,7 +59,7 @@ def setting(off_policy: bool = False) -> Setting:
         reward,
         behavior=policy.moved(0.5, seed=3) if off_policy else None,
         expert=SoftmaxPolicy.random(3, STEPS, seed=9).conditioned(Setting(policy, reward).reward),
-        frozen=policy.moved(0.5, seed=2),
+        reference=policy.moved(0.5, seed=2),
         values=values + torch.tensor([0.2, -0.2, 0.1], dtype=torch.float64),
     )
 
@@ -93,8 +91,8 @@ def biases(off_policy: bool) -> str:
     for row, plain in zip(bias_table(chosen, made, group_size=ROLLOUTS), without, strict=True):
         coefficients = [number(row.coefficients[n]) if n in row.coefficients else "" for n in ("reward", "imitation")]
         accepted = "" if row.accepted > 1 - _ROUNDING else number(row.accepted)
-        figures = map(number, (row.remainder, plain.remainder, row.cosine, row.snr))
-        rows.append([f"`{row.name}`", *coefficients, *figures, accepted])
+        numbers = map(number, (row.remainder, plain.remainder, row.cosine, row.snr))
+        rows.append([f"`{row.name}`", *coefficients, *numbers, accepted])
     header = ["algorithm", "∇E[R]", "−∇KL(π_β‖π)", "neither", "tokens summed", "cosine", "snr", "kept"]
     return _table(header, rows)
 
@@ -108,7 +106,7 @@ def prompt_weights(group_size: int = 8) -> str:
             policy = SoftmaxPolicy(torch.tensor([[1 - rate, rate]], dtype=torch.float64).log(), 1, end=None)
             right = torch.tensor([0.0, 1.0], dtype=torch.float64)
             values = torch.full((1,), 0.5, dtype=torch.float64)
-            made = Setting(policy, right, frozen=policy, values=values)
+            made = Setting(policy, right, reference=policy, values=values)
             (row,) = bias_table([algorithm], made, group_size=group_size)
             coefficients.append(row.coefficients["reward"])
         rows.append([f"`{algorithm.name}`", *(f"{c / coefficients[2]:.2f}" for c in coefficients)])
@@ -133,14 +131,14 @@ def penalties() -> str:
     for steps, off_policy in ((1, False), (STEPS, False), (1, True), (STEPS, True)):
         policy = SoftmaxPolicy.random(3 if steps > 1 else 7, steps, seed=7, scale=0.7)
         behavior = policy.moved(0.5, seed=3) if off_policy else None
-        cases.append(Setting(policy, lambda tokens: 0.0, behavior=behavior, frozen=policy.moved(0.5, seed=2)))
+        cases.append(Setting(policy, lambda tokens: 0.0, behavior=behavior, reference=policy.moved(0.5, seed=2)))
     rows = []
     for kind in ("k1", "k2", "k3"):
         for place in ("loss", "reward of its token", "reward, and all later ones"):
             cells = []
             for case in cases:
                 for gradient in (reverse_kl_gradient, forward_kl_gradient):
-                    target = -gradient(case.policy, case.frozen)
+                    target = -gradient(case.policy, case.reference)
                     report = expectation(penalty(kind, place), case, group_size=1, target=target)
                     cells.append(number(report.relative_bias))
             rows.append([kind, place, *(f"{a} / {b}" for a, b in zip(cells[::2], cells[1::2], strict=True))])
@@ -175,44 +173,24 @@ def mismatches(base: str = "rloo", samplers: int = 4) -> str:
     return _table(["correction", *header], rows)
 
 
-SECTIONS: dict[str, Callable[[], str]] = {
-    "On-policy": lambda: biases(off_policy=False),
-    "Rollouts of another policy": lambda: biases(off_policy=True),
-    "The weight of a prompt, by its pass rate": prompt_weights,
-    "KL to a reference policy": penalties,
-    "Rollouts of another engine": mismatches,
-}
-
-
-def updated(text: str) -> str:
-    """The text of docs/theory.md with the table below each heading of `SECTIONS` updated.
-
-    Raises:
-        ConfigError: a heading or a marker is missing.
-    """
-    for title, make in SECTIONS.items():
-        start = text.find(f"\n### {title}\n")
-        begin = text.find(BEGIN, start)
-        end = text.find(END, begin)
-        if min(start, begin, end) < 0:
-            raise ConfigError(f"{DOCS.name}: below '### {title}' the lines '{BEGIN}' and '{END}' are missing; add them")
-        text = f"{text[:begin]}{BEGIN}\n\n{make()}\n\n{text[end:]}"
-    return text
+TABLES = files.Tables(
+    files.DOCS / "theory.md",
+    "###",
+    {
+        "On-policy": lambda: biases(off_policy=False),
+        "Rollouts of another policy": lambda: biases(off_policy=True),
+        "The weight of a prompt, by its pass rate": prompt_weights,
+        "KL to a reference policy": penalties,
+        "Rollouts of another engine": mismatches,
+    },
+    "<!-- expectation: begin (python -m experiments.theory --docs) -->",
+    "<!-- expectation: end -->",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the tables, or updates the docs; returns the exit code, 2 on bad input."""
-    return cli.run_command(_theory, arguments, lambda: str(__doc__))
-
-
-def _theory(arguments: list[str]) -> int:
-    if arguments == ["--docs"]:
-        DOCS.write_text(updated(DOCS.read_text()))
-    elif arguments:
-        raise ConfigError(f"'{arguments[0]}': give --docs to update docs/theory.md, or nothing to print")
-    else:
-        print("\n".join(f"## {title}\n\n{make()}\n" for title, make in SECTIONS.items()))
-    return cli.DONE
+    return cli.run_command(TABLES.command, arguments, lambda: str(__doc__))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run by torchrun from test_critic.py: policy, critic and frozen policy in one process; saved by rank 0.
+"""Run by torchrun from test_critic.py: policy, critic and reference policy in one process; saved by rank 0.
 
 usage: critic_ranks.py MODEL OTHER OUTPUT SCRATCH
 """
@@ -133,15 +133,15 @@ def main(model: str, other: str, output: str, scratch: str) -> None:
     settings = ModelConfig(path=model)
     optimizer = OptimizerConfig(max_grad_norm=0.0, micro_batch_tokens=BUDGETS[0])
     policy = Engine(settings, optimizer, world, TEMPERATURE)
-    frozen = ReferencePolicy(settings, world, TEMPERATURE)
+    reference = ReferencePolicy(settings, world, TEMPERATURE)
     critic = CriticEngine(settings, CriticConfig(), optimizer, world)
-    held = sum(p.ds_tensor.numel() for p in frozen._engine.module.parameters())
+    held = sum(p.ds_tensor.numel() for p in reference._engine.module.parameters())
     found["share held"] = held / policy.parameters
-    found["frozen", 0], found["policy", 0] = padded(frozen), padded(policy)
+    found["reference", 0], found["policy", 0] = padded(reference), padded(policy)
     move(policy)
     learn(critic, found)
     move(policy)
-    found["frozen", 1], found["policy", 1] = padded(frozen), padded(policy)
+    found["reference", 1], found["policy", 1] = padded(reference), padded(policy)
     found["weights"] = {name: weight.clone() for name, weight in policy.named_weights()}
     checkpointed = ModelConfig(path=model, gradient_checkpointing="full")
     resume(critic, CriticEngine(checkpointed, CriticConfig(), optimizer, world), Path(scratch), found)

@@ -60,8 +60,8 @@ def token_bounds(seed: int, pairs: bool) -> Sample:
 
 
 def sequence_bounds(seed: int, pairs: bool) -> Sample:
-    """Every ratio of `SEQUENCE_RATIOS` as the geometric mean of four responses, two right and two wrong; the frozen
-    policy is far off, on either side in turn."""
+    """Every ratio of `SEQUENCE_RATIOS` as the geometric mean of four responses, two right and two wrong; the
+    reference policy is far off, on either side in turn."""
     s = sample(seed, pairs=pairs, groups=len(SEQUENCE_RATIOS))
     mask = s.batch.response_mask
     noise = torch.randn(mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 80)) * mask

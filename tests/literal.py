@@ -15,7 +15,7 @@ PROBABILITIES = {
     "p": "logprobs",
     "p_old": "behavior_logprobs",
     "p_sampler": "sampler_logprobs",
-    "p_frozen": "reference_logprobs",
+    "p_reference": "reference_logprobs",
 }
 
 
@@ -37,7 +37,7 @@ def trajectories(
     step: int = 0,
     **columns: Rows,
 ) -> Trajectories:
-    """A batch from lists. `p`, `p_old`, `p_sampler` and `p_frozen` are probabilities; `demonstrations` are row numbers.
+    """A batch from lists. `p`, `p_old`, `p_sampler`, `p_reference` are probabilities; `demonstrations` are row numbers.
 
     Which tokens count follows from `mask`, else `lengths`, else the lengths of the rows of `p` or of another column.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from experiments.pretrain import build_model, build_tokenizer
 from upge.train.sample import Trajectory, indexed
@@ -17,6 +18,26 @@ def save_random_model(folder: Path, seed: int = 0) -> Path:
     model = build_model(tokenizer, hidden=64, layers=2)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_odd_model(folder: Path, tied: bool) -> Path:
+    """A random Qwen2 of odd width: two ranks cannot divide its parameters evenly, so their parts have padding.
+
+    With `tied`, input and output embedding are one tensor.
+    """
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=95,
+        hidden_size=63,
+        head_dim=32,
+        intermediate_size=101,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
     return folder
 
 

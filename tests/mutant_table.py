@@ -55,7 +55,7 @@ MUTANTS = (
         [REACH + "test_the_policy_and_the_reference_policy_get_the_temperature_of_rollouts"],
     ),
     Mutant(
-        "temperature-not-handed-to-frozen-policy",
+        "temperature-not-handed-to-reference-policy",
         "experiments/run/train.py",
         "(model, world, temperature, key=",
         "(model, world, key=",

@@ -1,4 +1,6 @@
-"""Plant known bugs, one at a time, and check that the tests notice them: `python -m tests.mutants [NAME ...]`.
+"""Plant known bugs, one at a time, and check that the tests notice them.
+
+    python -m tests.mutants [--check] [NAME ...]
 
 Each mutant of mutant_table.py changes one place of a copy of this tree and names the tests that must fail. Without
 names all are planted.
@@ -6,15 +8,16 @@ The result of each is one of
 
     killed      a test failed: the bug is noticed
     survived    every test passed
-    stale       the text to change is not in its file exactly once; adapt the mutant to the code
-    broken      pytest could not run the tests: a test was renamed, or the changed code cannot be imported
+    stale       the mutant no longer matches the code or the tests; see `problem`
+    broken      pytest could not run the tests, for example because the changed code cannot be imported
 
-The exit code is 0 if all are killed, 2 for an unknown name, and else 1. The tests must pass without a mutant, which is
-checked first.
+The exit code is 0 if all are killed, 2 for an unknown name, and else 1. Nothing is planted if a mutant is stale. The
+tests must pass without a mutant, which is checked first. `--check` only looks for stale mutants and takes seconds.
 """
 
 from __future__ import annotations
 
+import ast
 import multiprocessing
 import os
 import shutil
@@ -24,9 +27,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import deepspeed  # noqa: F401
 import pytest
-from transformers import AutoModelForCausalLM, Qwen2ForCausalLM  # noqa: F401
 
 from tests.mutant_table import MUTANTS, Mutant
 
@@ -46,7 +47,10 @@ def copy_tree(target: Path) -> None:
 
 def run_tests(tree: Path, tests: Sequence[str]) -> int:
     """Runs tests in a copy of the tree until the first fails; returns pytest's exit code."""
-    # A fork has the libraries imported already; importing them takes longer than most tests.
+    # Importing the libraries takes longer than most tests; a fork has them imported already.
+    import deepspeed  # noqa: F401
+    from transformers import AutoModelForCausalLM, Qwen2ForCausalLM  # noqa: F401
+
     child = multiprocessing.get_context("fork").Process(target=_pytest, args=(tree, tests))
     child.start()
     child.join()
@@ -75,12 +79,28 @@ def _pytest(tree: Path, tests: Sequence[str]) -> None:
         os._exit(code)
 
 
+def problem(mutant: Mutant) -> str | None:
+    """Why a mutant cannot be planted in this tree, or None."""
+    path = ROOT / mutant.file
+    text = path.read_text() if path.is_file() else ""
+    if text.count(mutant.old) != 1:
+        return f"{mutant.file} has {mutant.old!r} {text.count(mutant.old)} times; the text must be there once"
+    try:
+        ast.parse(text.replace(mutant.old, mutant.new))
+    except SyntaxError as error:
+        return f"{mutant.file} is not valid Python with {mutant.new!r}: {error}"
+    for test in mutant.tests:
+        file, _, function = test.partition("::")
+        source = (ROOT / "tests" / file).read_text() if (ROOT / "tests" / file).is_file() else ""
+        if f"def {function.partition('[')[0]}" not in source:
+            return f"there is no test tests/{test}"
+    return None
+
+
 def result_of(mutant: Mutant, tree: Path) -> str:
     """Plants a mutant in the copied tree, runs its tests and takes it out again."""
     path = tree / mutant.file
-    original = path.read_text() if path.is_file() else ""
-    if original.count(mutant.old) != 1:
-        return "stale"
+    original = path.read_text()
     path.write_text(original.replace(mutant.old, mutant.new))
     try:
         result = {0: "survived", 1: "killed"}.get(run_tests(tree, mutant.tests), "broken")
@@ -92,13 +112,20 @@ def result_of(mutant: Mutant, tree: Path) -> str:
 
 
 def main(names: Sequence[str]) -> int:
-    """Plants the named mutants, or all; returns the exit code."""
+    """Plants the named mutants, or all, or only checks them; returns the exit code."""
+    only_check, names = "--check" in names, [name for name in names if name != "--check"]
     unknown = set(names) - {mutant.name for mutant in MUTANTS}
     if unknown:
         known = "\n  ".join(mutant.name for mutant in MUTANTS)
         print(f"unknown: {', '.join(sorted(unknown))}; the mutants are\n  {known}", file=sys.stderr)
         return 2
     chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    problems = {mutant.name: text for mutant in chosen if (text := problem(mutant))}
+    for name, text in problems.items():
+        print(f"stale     {name}: {text}; adapt tests/mutant_table.py", file=sys.stderr)
+    if problems or only_check:
+        print(f"{len(problems)} of {len(chosen)} stale")
+        return int(bool(problems))
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch) / ROOT.name
         copy_tree(tree)

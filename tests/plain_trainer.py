@@ -307,8 +307,8 @@ class PlainTrainer:
     def _fill(self, rows: list[Row]) -> None:
         """Gives each trajectory what stays as it is during the step."""
         own = policy_of(self.model, rows, self.settings.temperature)
-        frozen = policy_of(self.reference, rows, self.settings.temperature) if self.reference else own
-        for row, (behavior, _), (reference, _) in zip(rows, own, frozen, strict=True):
+        other = policy_of(self.reference, rows, self.settings.temperature) if self.reference else own
+        for row, (behavior, _), (reference, _) in zip(rows, own, other, strict=True):
             row |= {"behavior": behavior, "reference": reference}
         if self.critic:
             for row, values in zip(rows, self.critic(rows), strict=True):

@@ -57,7 +57,7 @@ def offline_rl(s):
 
 
 def token_rewards(r, kl=0.001):
-    """The reward at the last token, and at every token -kl·log(π_old/π_frozen)."""
+    """The reward at the last token, and at every token -kl·log(π_old/π_0)."""
     rewards = [-kl * float(b - f) for b, f in zip(r["behavior"], r["reference"], strict=True)]
     if rewards:
         rewards[-1] += r["reward"]

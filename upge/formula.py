@@ -29,6 +29,24 @@ def times(factors: Sequence[Formula]) -> Formula:
     return Formula(" · ".join(f.text for f in shown) or "1", r"\,".join(f.latex for f in shown) or "1")
 
 
+#: Source → the sum over its trajectories.
+SUMS = {
+    "rollouts": Formula("Σ_{τ~π_old}", r"\sum_{\tau\sim\pi_{old}}"),
+    "demonstrations": Formula("Σ_{τ* demo}", r"\sum_{\tau^*}"),
+    "preference_pairs": Formula("Σ_{τ⁺,τ⁻}", r"\sum_{\tau^+,\tau^-}"),
+    "all": Formula("Σ_τ", r"\sum_{\tau}"),
+}
+
+
+def weighted_sum(source: str, weights: Sequence[Formula], per_token: Formula) -> Formula:
+    """Σ_τ weights · Σ_t per_token over the trajectories τ of a source and their tokens t."""
+    outer, inner = SUMS[source], times(weights)
+    return Formula(
+        f"{outer.text} {inner.text} · Σ_t {per_token.text}",
+        rf"{outer.latex} {inner.latex}\,\sum_t {per_token.latex}",
+    )
+
+
 def render(terms: Mapping[str, Formula], regularizers: Mapping[str, Formula], style: str) -> str:
     """∇J as 'text', with one line per term and regularizer, or as 'latex'.
 

@@ -4,6 +4,7 @@ A reduction is called with the batch and the trajectories that count, and return
 Its divisors are counts over the whole batch, taken before the batch is split into micro-batches or ranks, so the
 gradient does not depend on the split. `over` says which trajectories count: 'term' = those with a non-zero coefficient
 in the term itself; 'batch' = those with a non-zero coefficient in any term, so that several terms share one divisor.
+Formulas mark the counts of 'batch' with the subscript `all`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ class Reduction(Component):
     """
 
     over: Over
+
+    def count_formula(self, text: str, latex: str) -> Formula:
+        """A count in the formula, marked if it is over the trajectories of all terms."""
+        return Formula(f"{text}_all", f"{latex}_{{all}}") if self.over == "batch" else Formula(text, latex)
 
     @abstractmethod
     def __call__(self, batch: View, active: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
@@ -77,7 +82,8 @@ class TokenMean(Reduction):
         return _spread((1.0 / total).expand(len(batch)), batch, active)
 
     def formula(self) -> Formula:
-        return Formula("1/Σ|τ|", r"\frac{1}{\sum|\tau|}")
+        total = self.count_formula("Σ", r"\sum")
+        return Formula(f"1/{total.text}|τ|", rf"\frac{{1}}{{{total.latex}|\tau|}}")
 
 
 @dataclass(frozen=True)
@@ -97,8 +103,9 @@ class SequenceMean(Reduction):
         return _spread(_token_rule(self.tokens, None, batch) / number, batch, active)
 
     def formula(self) -> Formula:
-        text, latex = _rule_formula(self.tokens, None)
-        return Formula(f"1/(N{text})" if text else "1/N", rf"\frac{{1}}{{N{latex}}}")
+        number, (text, latex) = self.count_formula("N", "N"), _rule_formula(self.tokens, None)
+        whole = f"({number.text}{text})" if text else number.text
+        return Formula(f"1/{whole}", rf"\frac{{1}}{{{number.latex}{latex}}}")
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,8 @@ class FixedLength(Reduction):
         return _spread(_token_rule("fixed", self.length, batch) / number, batch, active)
 
     def formula(self) -> Formula:
-        return Formula(f"1/(N·{self.length})", rf"\frac{{1}}{{N\cdot {self.length}}}")
+        number = self.count_formula("N", "N")
+        return Formula(f"1/({number.text}·{self.length})", rf"\frac{{1}}{{{number.latex}\cdot {self.length}}}")
 
 
 @dataclass(frozen=True)
@@ -160,5 +168,9 @@ class QuestionMean(Reduction):
         return _spread(per_trajectory, batch, active)
 
     def formula(self) -> Formula:
+        questions, members = self.count_formula("Q", "Q"), self.count_formula("n", "n")
+        if self.within == "kind":
+            members = Formula("n_kind", "n_{kind}")
         text, latex = _rule_formula(self.tokens, self.length)
-        return Formula(f"1/(Q·n{text})", rf"\frac{{1}}{{Q\,n\,{latex}}}" if latex else r"\frac{1}{Q\,n}")
+        divisor = r"\,".join(filter(None, (questions.latex, members.latex, latex)))
+        return Formula(f"1/({questions.text}·{members.text}{text})", rf"\frac{{1}}{{{divisor}}}")

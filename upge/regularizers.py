@@ -19,7 +19,7 @@ from upge.components.base import AdvantageEstimator, Component
 from upge.components.returns import KLKind, kl_value
 from upge.components.shaping import Whitened
 from upge.errors import ConfigError
-from upge.formula import Formula, tex
+from upge.formula import Formula, tex, weighted_sum
 from upge.reduction import Reduction, TokenMean
 from upge.trajectories import Source
 from upge.views import TokenView, TrajectoryView, View
@@ -46,10 +46,12 @@ class Regularizer(Component):
     def __call__(self, batch: View) -> Float[Tensor, "*shape"]:
         """The penalty of each token, with gradient."""
 
-
-def _sign(number: float) -> tuple[str, str]:
-    """The sign of `number` as text, with a typographic minus, and as LaTeX."""
-    return ("−", "-") if number < 0 else ("+", "+")
+    def summed_formula(self, factor: float, gradient: Formula) -> Formula:
+        """± Σ_τ |factor| · w · Σ_t gradient over the source: what `formula` returns for a gradient of ∇J per token."""
+        text, latex = ("−", "-") if factor < 0 else ("+", "+")
+        size = Formula(f"{abs(factor):g}", tex(abs(factor)))
+        total = weighted_sum(self.source, [size, self.reduction.formula()], gradient)
+        return Formula(f"{text} {total.text}", latex + total.latex)
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,17 @@ class EntropyBonus(Regularizer):
         return -batch.entropies
 
     def formula(self) -> Formula:
-        (text, latex), size = _sign(self.coefficient), abs(self.coefficient)
-        return Formula(f"{text} {size:g}·∇H", rf"{latex}{tex(size)}\,\nabla H")
+        return self.summed_formula(self.coefficient, Formula("∇H", r"\nabla H"))
 
 
 @dataclass(frozen=True)
 class KLPenalty(Regularizer):
-    """A penalty per token on the distance to the reference policy, a function of d = log π_frozen - log π_θ.
+    """A penalty per token on the distance to the reference policy, a function of d = log π_0 - log π_θ.
 
     `kind` selects the function. The expected gradient on on-policy samples, given the tokens before, is
 
-    - 'k3', e^d - d - 1: the gradient of KL(π_frozen‖π_θ), the forward KL;
-    - 'k2', d²/2: the gradient of KL(π_θ‖π_frozen), the reverse KL;
+    - 'k3', e^d - d - 1: the gradient of KL(π_0‖π_θ), the forward KL;
+    - 'k2', d²/2: the gradient of KL(π_θ‖π_0), the reverse KL;
     - 'k1', -d: zero, because it is a constant times ∇log π_θ. As a loss, k1 has no effect in expectation.
 
     None of them includes the effect of a token on later distances, so for responses of several tokens none is the
@@ -96,11 +97,8 @@ class KLPenalty(Regularizer):
         return kl_value(batch.reference_logprobs.detach() - batch.logprobs, self.kind)
 
     def formula(self) -> Formula:
-        (text, latex), size = _sign(-self.coefficient), abs(self.coefficient)
-        return Formula(
-            f"{text} {size:g}·∇{self.kind}(π_θ, π_frozen)",
-            rf"{latex}{tex(size)}\,\nabla\mathrm{{{self.kind}}}(\pi_\theta,\pi_{{frozen}})",
-        )
+        distance = Formula(f"∇{self.kind}(π_θ, π_0)", rf"\nabla\mathrm{{{self.kind}}}(\pi_\theta,\pi_0)")
+        return self.summed_formula(-self.coefficient, distance)
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,10 @@ from upge.checks import check_fields
 from upge.components.base import Component
 from upge.errors import ConfigError
 from upge.estimator import UnifiedGradient
-from upge.formula import Formula, tex
+from upge.formula import Formula, tex, weighted_sum
 from upge.gates import Gate
 from upge.reduction import Reduction
 from upge.trajectories import Source, Trajectories
-
-#: Source → formula of the sum over its trajectories.
-_SUMS = {
-    "rollouts": Formula("Σ_{τ~π_old}", r"\sum_{\tau\sim\pi_{old}}"),
-    "demonstrations": Formula("Σ_{τ* demo}", r"\sum_{\tau^*}"),
-    "preference_pairs": Formula("Σ_{τ⁺,τ⁻}", r"\sum_{\tau^+,\tau^-}"),
-    "all": Formula("Σ_τ", r"\sum_{\tau}"),
-}
 
 
 @dataclass(frozen=True)
@@ -65,10 +57,6 @@ class Term:
 
     def formula(self) -> Formula:
         """The formula of the term's sum."""
-        gate, w, product = self.gate.formula(), self.reduction.formula(), self.estimator.formula()
         coefficient = Formula(f"{self.coefficient:g}", tex(self.coefficient))
-        weights = [factor for factor in (coefficient, gate) if factor.text != "1"] + [w]
-        total = _SUMS[self.source]
-        text = " · ".join(factor.text for factor in weights)
-        latex = r"\,".join(factor.latex for factor in weights)
-        return Formula(f"{total.text} {text} · Σ_t {product.text}", rf"{total.latex} {latex}\,\sum_t {product.latex}")
+        weights = [coefficient, self.gate.formula(), self.reduction.formula()]
+        return weighted_sum(self.source, weights, self.estimator.formula())

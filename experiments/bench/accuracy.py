@@ -66,14 +66,14 @@ class Run:
     Attributes:
         child: the trainer.
         steps, seconds, cpu: steps, seconds and CPU seconds of training so far.
-        figures: the accuracies of the last evaluation.
+        accuracies: the accuracies of the last evaluation.
     """
 
     child: Child
     steps: int = 0
     seconds: float = 0.0
     cpu: float = 0.0
-    figures: dict[str, float] = field(default_factory=dict)
+    accuracies: dict[str, float] = field(default_factory=dict)
 
     def advance(self, settings: Settings) -> bool:
         """Trains a chunk and evaluates; returns True if the run is finished."""
@@ -82,12 +82,12 @@ class Run:
         self.seconds += self.child.ask("steps", count=count)["seconds"]
         self.cpu += cpu_seconds() - began
         self.steps += count
-        self.figures = self.child.ask("evaluate")
+        self.accuracies = self.child.ask("evaluate")
         return self.reached(settings) or self.steps >= settings.steps
 
     def reached(self, settings: Settings) -> bool:
         """Whether the last evaluation reached the target."""
-        return self.figures[settings.by] >= settings.target
+        return self.accuracies[settings.by] >= settings.target
 
 
 def run(settings: Settings, start: Start = Child) -> str:
@@ -141,9 +141,9 @@ def race(seed: int, names: list[str], settings: Settings, start: Start = Child) 
         runs[PEER] = Run(stack.enter_context(start("trl", TRL, job, folder, settings.threads)))
         for run in runs.values():
             run.child.answer()
-            run.figures = run.child.ask("evaluate")
-        if len({tuple(sorted(run.figures.items())) for run in runs.values()}) > 1:
-            raise AssertionError(f"before training the accuracies differ: {[c.figures for c in runs.values()]}")
+            run.accuracies = run.child.ask("evaluate")
+        if len({tuple(sorted(run.accuracies.items())) for run in runs.values()}) > 1:
+            raise AssertionError(f"before training the accuracies differ: {[c.accuracies for c in runs.values()]}")
         if runs[PEER].reached(settings):
             raise ConfigError(f"target: the model reaches {settings.target} before training; give a higher one")
         running, number = list(runs), 0
@@ -169,7 +169,7 @@ def _row(name: str, races: list[dict[str, Run]], settings: Settings) -> list[obj
     return [
         *(name if name == PEER else f"`{name}`", f"{sum(run.reached(settings) for run in runs)} of {len(runs)}"),
         *(Spread.of(getattr(run, key) for run in runs) for key in ("seconds", "cpu", "steps")),
-        *(Spread.of(100 * run.figures[key] for run in runs) for key in ("mean", "greedy", "pass")),
+        *(Spread.of(100 * run.accuracies[key] for run in runs) for key in ("mean", "greedy", "pass")),
         "1" if name == PEER else _times(name, races, settings),
     ]
 

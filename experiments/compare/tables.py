@@ -23,26 +23,28 @@ class Scores:
 
     Attributes:
         groups: group → the benchmarks of it that any run has.
-        figures: (run's name, benchmark) → its scores, if the run has the benchmark.
+        per_benchmark: (run's name, benchmark) → its scores, if the run has the benchmark.
         averages: (run's name, group) → the mean over the group's benchmarks, if the run has all of them.
     """
 
     runs: tuple[Run, ...]
     groups: Mapping[str, Sequence[str]]
-    figures: Mapping[tuple[str, str], BenchmarkScores]
+    per_benchmark: Mapping[tuple[str, str], BenchmarkScores]
     averages: Mapping[tuple[str, str], Interval]
 
     @classmethod
     def of(cls, runs: Sequence[Run], resamples: int, seed: int) -> Scores:
         """Computes the scores of `runs`."""
         groups = benchmarks(runs)
-        figures, averages = {}, {}
+        per_benchmark, averages = {}, {}
         for run in runs:
-            figures |= {(run.name, name): benchmark_scores(o, resamples, seed) for name, o in run.outcomes.items()}
+            per_benchmark |= {
+                (run.name, name): benchmark_scores(o, resamples, seed) for name, o in run.outcomes.items()
+            }
             for group, names in groups.items():
                 if all(name in run.outcomes for name in names):
                     averages[run.name, group] = average([run.outcomes[name] for name in names], resamples, seed)
-        return cls(tuple(runs), groups, figures, averages)
+        return cls(tuple(runs), groups, per_benchmark, averages)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -56,7 +58,7 @@ class Scores:
 
     def of_benchmark(self, benchmark: str) -> list[BenchmarkScores | None]:
         """Each run's scores on a benchmark; None for a run without the benchmark."""
-        return [self.figures.get((name, benchmark)) for name in self.names]
+        return [self.per_benchmark.get((name, benchmark)) for name in self.names]
 
 
 def score_grid(scores: Scores) -> Grid:
@@ -108,9 +110,11 @@ def level_grid(scores: Scores) -> Grid | None:
 def pass_grid(scores: Scores) -> Grid | None:
     """pass@k of the benchmarks with several samples per problem; None if there is none."""
     sampled = [name for name in scores.benchmarks if any(f and f.samples > 1 for f in scores.of_benchmark(name))]
-    chosen = [(name, run) for name in sampled for run in scores.names if (run, name) in scores.figures]
-    ks = sorted({k for name, run in chosen for k in scores.figures[run, name].pass_at})
-    rows = [Row((name, run, *(_cell(scores.figures[run, name].pass_at.get(k)) for k in ks))) for name, run in chosen]
+    chosen = [(name, run) for name in sampled for run in scores.names if (run, name) in scores.per_benchmark]
+    ks = sorted({k for name, run in chosen for k in scores.per_benchmark[run, name].pass_at})
+    rows = [
+        Row((name, run, *(_cell(scores.per_benchmark[run, name].pass_at.get(k)) for k in ks))) for name, run in chosen
+    ]
     title = "Unbiased pass@k in %, with 95 % intervals"
     return Grid("passk", title, ("benchmark", "run", *(f"k={k}" for k in ks)), ruled(rows), 2) if rows else None
 
@@ -120,7 +124,7 @@ def response_grid(scores: Scores) -> Grid:
     rows: list[Row] = []
     for name in scores.benchmarks:
         for run in scores.names:
-            if scored := scores.figures.get((run, name)):
+            if scored := scores.per_benchmark.get((run, name)):
                 cells = (f"{scored.tokens:.0f}", _percent(scored.unfinished), str(scored.timeouts), str(scored.errors))
                 rows.append(Row((name, run, *cells)))
     header = ("benchmark", "run", "mean tokens", "cut off in %", "verifier timeouts", "verifier errors")
@@ -299,9 +303,9 @@ def _exclusive_of(first: Outcomes, second: Outcomes, rule: Callable) -> list[Exc
     # One of the two may have been evaluated on a file without levels.
     levels = [first.levels[a] for a in pairs.first]
     levels = [second.levels[b] if own is None else own for own, b in zip(levels, pairs.second, strict=True)]
-    counted = []
+    lines = []
     for level, rows in {**by_level(levels), ALL: list(range(len(ours)))}.items():
         a, b = ours[rows], theirs[rows]
         counts = (int(count.sum()) for count in (a & ~b, ~a & b, a & b, ~a & ~b))
-        counted.append(Exclusive(first.benchmark, level, len(rows), *counts))
-    return counted
+        lines.append(Exclusive(first.benchmark, level, len(rows), *counts))
+    return lines

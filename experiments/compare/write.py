@@ -118,7 +118,7 @@ def _explained(comparison: Comparison) -> str:
 
 def _records(comparison: Comparison) -> Iterator[dict]:
     scores = comparison.scores
-    for (run, benchmark), one in scores.figures.items():
+    for (run, benchmark), one in scores.per_benchmark.items():
         same = {"run": run, "benchmark": benchmark, "samples": one.samples}
         yield from _accuracy({"kind": "score", **same}, one)
         for level, part in one.levels.items():
@@ -169,7 +169,7 @@ def panels(scores: Scores, resamples: int, seed: int) -> list[Panel]:
     for group, names in scores.groups.items():
         members = []
         for name in names:
-            each = {run: scores.figures.get((run, name)) for run in scores.names}
+            each = {run: scores.per_benchmark.get((run, name)) for run in scores.names}
             curves = {run: f.pass_at for run, f in each.items() if f and f.samples > 1}
             if curves:
                 made.append(Panel(name, curves))

@@ -117,7 +117,7 @@ def _step_needs(path: str, one: Algorithm) -> dict[str, str]:
 
 
 def rows(name: str, corrections: Sequence[str] = ()) -> list[list[str]]:
-    """The rows of the table: source, gate, four factors and average of each term, then the regularizers."""
+    """The rows of the table: source, gate, four factors and average of each term, then the regularizers' formulas."""
     table_rows = []
     for path, one in members(algorithms.load(name, corrections=corrections)):
         where = ": ".join([*(p for p in path.split(".") if p not in ("", "stages", "algorithm")), ""])
@@ -128,8 +128,7 @@ def rows(name: str, corrections: Sequence[str] = ()) -> list[list[str]]:
                 gate = f"{term.coefficient:g}" + (f" · {gate}" if gate != "1" else "")
             table_rows.append([where + term.source.replace("_", " "), gate, *factors, term.reduction.formula().text])
         for regularizer in one.regularizers.values():
-            added = ["", *[""] * len(SLOTS), regularizer.reduction.formula().text]
-            table_rows.append([f"{where}{regularizer.source}, {regularizer.formula().text}", *added])
+            table_rows.append([f"{where}regularizer {regularizer.formula().text}", *[""] * (len(SLOTS) + 2)])
     return table_rows
 
 
@@ -140,7 +139,7 @@ def keys(name: str, corrections: Sequence[str] = ()) -> list[tuple[str, str, str
     """
     tree = OmegaConf.to_container(algorithms.read(name, corrections), resolve=False)
     settings = []
-    for where, value in _leaves(tree):
+    for where, value in algorithms.leaves(tree):
         above = () if where[0] == algorithms.CORRECTION else ("algo",)
         key, last = ".".join((*above, *map(str, where))), where[-1]
         if where[0] == "description" or last in ("description", "_target_", "source"):
@@ -157,22 +156,7 @@ def _shown(where: tuple[Any, ...], value: Any) -> tuple[str, str]:
     if isinstance(value, str) and value.startswith("${oc.select:"):
         run_key, _, default = value.removeprefix("${oc.select:").removesuffix("}").partition(",")
         return default, run_key
-    if isinstance(value, str) and value.startswith("${."):
-        rest = value[2:-1].lstrip(".")
-        above = where[: len(where) - (len(value) - 3 - len(rest))]
-        return value, ".".join(("algo", *map(str, above), rest))
+    if target := algorithms.followed(where, value):
+        return value, f"algo.{target}"
     text = "null" if value is None else str(value)
     return (text.lower() if isinstance(value, bool) else text), ""
-
-
-def _leaves(tree: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """(path, value) of everything except mappings and lists of parts."""
-    if isinstance(tree, dict):
-        items = list(tree.items())
-    elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
-        items = list(enumerate(tree))
-    else:
-        yield where, tree
-        return
-    for key, value in items:
-        yield from _leaves(value, (*where, key))

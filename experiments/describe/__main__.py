@@ -8,7 +8,6 @@ table in README.md, `--docs` updates docs/algorithms.md.
 
 from __future__ import annotations
 
-import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -24,7 +23,6 @@ from upge.errors import ConfigError
 
 README, PAGE = cli.ROOT / "README.md", DOCS / "algorithms.md"
 BEGIN, END = "<!-- algorithms: begin (python -m experiments.describe --readme) -->", "<!-- algorithms: end -->"
-TABLE_BEGIN, TABLE_END = "<!-- table 1: begin -->", "<!-- table 1: end -->"
 
 
 def table(link: bool = False) -> str:
@@ -118,10 +116,17 @@ Each algorithm is
 ∇J = Σ_terms Σ_trajectories  gate · w · Σ_t 1_stable · (1/π_ref) · Â · ∇π_θ      (+ regularizers)
 ```
 
-r = π_θ/π_old, P = pass rate of the prompt's rollouts, R = reward, N trajectories, Q prompts, n trajectories of a
-prompt, |τ| tokens, H = entropy. A gate or a mask of 1 changes nothing. 1024 stands for the response limit of the run,
-`rollout.max_response_tokens`. `python -m experiments.describe algo=NAME correction=NAME algo.KEY=VALUE` shows an
-algorithm with other settings. Every key below can be given on the command line of `experiments.run`, or in
+r = π_θ/π_old, P = pass rate of the prompt's rollouts, R = reward, H = entropy. π_ref is the paper's name of the
+denominator; π_0 is the reference policy of KL terms, preference pairs and importance weights.
+
+τ~π_old are rollouts, τ* demonstrations, τ⁺ and τ⁻ the responses of a pair. Averages count N trajectories, Q prompts, n
+trajectories of a prompt and |τ| tokens. Without a subscript they count the trajectories of the term or regularizer
+itself (`over: term`), with the subscript `all` those of all terms (`over: batch`), and n_kind only rollouts or only
+demonstrations.
+
+A gate or a mask of 1 changes nothing. 1024 stands for the response limit of the run, `rollout.max_response_tokens`.
+`python -m experiments.describe algo=NAME correction=NAME algo.KEY=VALUE` shows an algorithm with other settings. Every
+key below can be given on the command line of `experiments.run`, or in
 
 ```python
 algorithms.load("grpo", ["terms.rl.estimator.mask.high=0.28", "correction.tis.cap=3"], corrections=["tis"])
@@ -129,13 +134,8 @@ algorithms.load("grpo", ["terms.rl.estimator.mask.high=0.28", "correction.tis.ca
 
 A mapping replaces a whole part: `"algo.terms.rl.estimator.mask={_target_: upge.NoMask}"`. It may name a part of your
 own ([extend.md](extend.md)).
-"""
 
-TABLE_1 = """\
-## Table 1 of the paper
-
-The table of arXiv 2509.04419 for the algorithms here: sympy derives the factor of ∇π_θ from each written objective
-(`upge.theory.symbolic`).
+[table1.md](table1.md) derives the factor in front of ∇π_θ from each written objective, as in Table 1 of the paper.
 """
 
 CORRECTIONS = """\
@@ -151,25 +151,15 @@ demonstrations are not sampled by an engine. Its settings are `correction.NAME.K
 """
 
 
-def page(previous: str = "") -> str:
-    """The whole page; Table 1 is taken from the page `previous` if sympy is not installed."""
-    parts = [INTRODUCTION, table(link=True), "", TABLE_1, _table_1(previous), ""]
+def page() -> str:
+    """The text of docs/algorithms.md."""
+    parts = [INTRODUCTION, table(link=True), ""]
     for name in algorithms.names():
         parts += _algorithm(name)
     parts += [CORRECTIONS, corrections_table(link=True), ""]
     for name in algorithms.corrections():
         parts += _correction(name)
     return "\n".join(parts)
-
-
-def _table_1(previous: str) -> str:
-    """The block of Table 1: derived if sympy is installed, else taken from `previous`."""
-    try:
-        from upge.theory.symbolic import table1_latex
-    except ImportError:
-        before = re.search(f"{re.escape(TABLE_BEGIN)}.*?{re.escape(TABLE_END)}", previous, re.DOTALL)
-        return before[0] if before else f"{TABLE_BEGIN}\n{TABLE_END}"
-    return "\n".join([TABLE_BEGIN, _block("latex", table1_latex()), TABLE_END])
 
 
 def _algorithm(name: str) -> list[str]:
@@ -248,7 +238,7 @@ def _describe(arguments: list[str]) -> int:
         if arguments == ["--readme"]:
             README.write_text(updated(README.read_text("utf-8")), "utf-8")
         elif arguments == ["--docs"]:
-            PAGE.write_text(page(PAGE.read_text("utf-8") if PAGE.is_file() else ""), "utf-8")
+            PAGE.write_text(page(), "utf-8")
         else:
             name, overrides, corrections = _parse(arguments)
             shown = f"{table()}\n\n{corrections_table()}" if name is None else describe(name, overrides, corrections)

@@ -76,9 +76,9 @@ def _diagnose(arguments: Sequence[str]) -> int:
             console.print()
     for note in notes:
         console.print(f"note: {note}", markup=False)
-    facts = {"command": command("experiments.diagnose", arguments), "made": now(), "names": names}
-    facts |= {"versions": versions(), "git_commit": git_commit(), "settings": write.plain(chosen.config)}
-    for path in write.files(results, facts, notes, folder):
+    metadata = {"command": command("experiments.diagnose", arguments), "made": now(), "names": names}
+    metadata |= {"versions": versions(), "git_commit": git_commit(), "settings": write.plain(chosen.config)}
+    for path in write.files(results, metadata, notes, folder):
         console.print(f"wrote {path}", soft_wrap=True, markup=False)
     return 0
 
@@ -107,19 +107,19 @@ def _sampled(chosen: Any, console: Any) -> tuple[list, list[str]]:
             chosen, lacking = without_pairs(chosen)
             why = "it learns from preference pairs, and the data have none"
             notes += [f"{name} is left out: {why}" for name in lacking]
-        frozen = None
+        reference = None
         if any(algorithm.needs.reference for algorithm in chosen.algorithms.values()):
             if run.reference.path:
-                frozen = model_of(run.reference.path, run.model)
+                reference = model_of(run.reference.path, run.model)
             elif len(measured_policies) > 1:
-                frozen = measured_policies[0].model
-            own = f"the first policy, {measured_policies[0].label}" if frozen else "the policy itself"
+                reference = measured_policies[0].model
+            own = f"the first policy, {measured_policies[0].label}" if reference else "the policy itself"
             notes.append(f"the reference policy is {run.reference.path or own}")
         behavior = model_of(config.behavior, run.model) if config.behavior else None
         results = []
         for policy in measured_policies:
             say(f"policy {policy.label}: {policy.model.path}")
-            results.append(measure(chosen, chosen_problems, policy, frozen, behavior, say))
+            results.append(measure(chosen, chosen_problems, policy, reference, behavior, say))
     return results, notes
 
 

@@ -94,7 +94,7 @@ def _by_rate(axes, result: Result, shown: Sequence[Measured]) -> None:
 
 
 def _by_count(axes, result: Result, shown: Sequence[Measured]) -> None:
-    size = int(result.facts["group_size"])
+    size = int(result.details["group_size"])
     for color, marker, shift, one in _styled(shown):
         known = [(at.successes + shift, at.pooled.alignment) for at in one.by_count]
         known = [(x, v) for x, v in known if not math.isnan(v.value)]

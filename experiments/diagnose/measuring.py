@@ -69,7 +69,7 @@ class Result:
     """The results for one policy.
 
     Attributes:
-        facts: sizes, errors, seconds and memory, by name.
+        details: sizes, errors, seconds and memory, by name.
         bins: the prompts by pass rate.
         conflicts: conflicts of the algorithms with two sources.
         thresholds: algorithm → its results at every threshold, if it has a threshold.
@@ -79,7 +79,7 @@ class Result:
 
     label: str
     step: int | None
-    facts: Mapping[str, float]
+    details: Mapping[str, float]
     bins: tuple[Bin, ...]
     measured: tuple[Measured, ...]
     conflicts: tuple[Conflict, ...]
@@ -110,14 +110,14 @@ def measure(
     chosen: Chosen,
     prompts: Problems,
     policy: Policy,
-    frozen: ModelConfig | None,
+    reference: ModelConfig | None,
     behavior: ModelConfig | None,
     say: Callable[[str], None],
 ) -> Result:
     """Samples and measures one policy; `say` prints a line of progress.
 
     Args:
-        frozen: the model of the reference log-probs; None = the policy itself.
+        reference: the model of the reference log-probs; None = the policy itself.
         behavior: the model that the batches are sampled from; None = the policy itself.
     """
     began = time.perf_counter()
@@ -125,7 +125,7 @@ def measure(
     pool, config, temperature = sampled.pool, chosen.config, chosen.run.rollout.temperature
     sampling_took = time.perf_counter() - began
     pairs = pool.pairs()
-    others = {"reference_logprobs": frozen, "behavior_logprobs": behavior}
+    others = {"reference_logprobs": reference, "behavior_logprobs": behavior}
     known = {name: _logprobs(model, pairs, temperature) for name, model in others.items() if model is not None}
     scores = ModelScores(load_model(policy.model), config.sketch, temperature, seed=chosen.run.seed)
     columns = {}
@@ -142,9 +142,9 @@ def measure(
     rows, to = _gradients(config.sketch, sampled, scores, directions)
     results = _results(pool, estimators, varied, rows, to)
     seconds = {"seconds": time.perf_counter() - began, "seconds_sampling": sampling_took}
-    facts = _facts(pool, scores, len(directions.requests)) | seconds
-    facts["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return Result(label=policy.label, step=policy.step, facts=facts, **results)
+    details = _details(pool, scores, len(directions.requests)) | seconds
+    details["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return Result(label=policy.label, step=policy.step, details=details, **results)
 
 
 def _logprobs(model: ModelConfig, pairs: Sequence[Pair], temperature: float) -> list[Tensor]:
@@ -168,7 +168,7 @@ def _gradients(
     return rows, Targets(true, demonstrated, held_out)
 
 
-def _facts(pool: Pool, scores: ModelScores, gradients: int) -> dict[str, float]:
+def _details(pool: Pool, scores: ModelScores, gradients: int) -> dict[str, float]:
     return {
         "prompts": pool.prompts,
         "rounds": pool.rounds,
@@ -271,9 +271,9 @@ def exactly(chosen: Mapping[str, Algorithm], group_size: int) -> Result:
         if all(bool(side.any()) for side in sides):
             conflicts.append(Conflict(name, _cosine(*sides), {}))
     cosines = {(a, b): _cosine(wholes[a], wholes[b]) for a, b in itertools.combinations(wholes, 2)}
-    facts = {"prompts": 1, "group_size": group_size, "parameters": len(true), "sketch": 0, "sketch_error": 0.0}
+    details = {"prompts": 1, "group_size": group_size, "parameters": len(true), "sketch": 0, "sketch_error": 0.0}
     groups = tuple(map(tuple, same(alike)))
-    return Result("seven responses", None, facts, (), tuple(lines), tuple(conflicts), {}, cosines, groups)
+    return Result("seven responses", None, details, (), tuple(lines), tuple(conflicts), {}, cosines, groups)
 
 
 def _cosine(a: Tensor, b: Tensor) -> Estimated:

@@ -128,10 +128,10 @@ def _of_run(folder: RunFolder, base: ModelConfig, scratch: Path) -> Iterator[Pol
         path = scratch / folder.tag(step)
         unpack(folder.checkpoints, folder.tag(step), base, path)
         yield Policy(str(step), replace(base, path=str(path), overrides={}), step)
-    last = folder.facts.get("finished_step")
+    last = folder.metadata.get("finished_step")
     if last is not None and last not in steps:
         yield Policy(str(last), replace(base, path=str(folder.final), overrides={}), int(last))
-    best = folder.best_facts
+    best = folder.best_metadata
     if best and best["step"] not in {0, last, *steps}:
         yield Policy(str(best["step"]), replace(base, path=str(folder.best), overrides={}), int(best["step"]))
 

@@ -53,8 +53,8 @@ def part_grid(result: Result) -> Grid | None:
     for one in result.measured:
         if one.part:
             rule = bool(rows) and not rows[-1].cells[0].startswith(f"{one.algorithm}.")
-            figures = (one.overall.cosine, one.overall.snr, one.overall.alignment, one.imitation)
-            rows.append(Row((one.name, one.source, *(ranged(figure) for figure in figures)), rule=rule))
+            estimates = (one.overall.cosine, one.overall.snr, one.overall.alignment, one.imitation)
+            rows.append(Row((one.name, one.source, *(ranged(value) for value in estimates)), rule=rule))
     header = ("part", "learns from", "cosine", "snr", "alignment", "imitation")
     return Grid("parts", "The parts of algorithms with several parts", header, tuple(rows), 2) if rows else None
 
@@ -82,7 +82,7 @@ def count_grid(result: Result) -> Grid | None:
         at = {in_count.successes: in_count for in_count in one.by_count}
         cells = [ranged(at[c].pooled.alignment) if c in at else MISSING for c in counts]
         rows.append(Row((one.name, one.source, *cells)))
-    size = int(result.facts["group_size"])
+    size = int(result.details["group_size"])
     title = "Alignment of one prompt's gradient with ∇E[R] of the pool, by successes in its group"
     return Grid("counts", title, ("estimator", "learns from", *(f"{c}/{size}" for c in counts)), tuple(rows), 2)
 
@@ -93,8 +93,8 @@ def threshold_grid(result: Result) -> Grid | None:
     for name, points in result.thresholds.items():
         best = max(range(len(points)), key=lambda i: known_or(points[i].overall.alignment.value, -math.inf))
         for place, one in enumerate(points):
-            figures = (one.overall.alignment, one.overall.cosine, one.overall.snr)
-            cells = (name, f"{one.threshold:.3g}", *(ranged(figure) for figure in figures))
+            estimates = (one.overall.alignment, one.overall.cosine, one.overall.snr)
+            cells = (name, f"{one.threshold:.3g}", *(ranged(value) for value in estimates))
             rows.append(Row(cells, frozenset({1, 2}) if place == best else frozenset()))
     title = "Effect of the threshold: demonstrations up to this pass rate of a group, rollouts above"
     header = ("algorithm", "threshold", "alignment", "cosine", "snr")
@@ -154,7 +154,7 @@ FIGURES = {
 }
 
 
-def files(results: Sequence[Result], facts: Mapping[str, Any], notes: Sequence[str], folder: Path) -> list[Path]:
+def files(results: Sequence[Result], metadata: Mapping[str, Any], notes: Sequence[str], folder: Path) -> list[Path]:
     """Writes all files into `folder`, with a subfolder per policy if there are several; returns their paths.
 
     Raises:
@@ -169,10 +169,10 @@ def files(results: Sequence[Result], facts: Mapping[str, Any], notes: Sequence[s
             for draw in (figures.bias_variance, lines.signal, lines.conflict, figures.cosines):
                 drawn += draw(result, own)
         drawn += lines.over_training(results, folder)
-        whole = {**facts, "notes": list(notes), "policies": [plain(result) for result in results]}
+        whole = {**metadata, "notes": list(notes), "policies": [plain(result) for result in results]}
         (folder / "diagnosis.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", "utf-8")
         (folder / "table.md").write_text(page(results, notes), "utf-8")
-        (folder / "diagnosis.html").write_text(report(results, facts, notes, drawn, folder), "utf-8")
+        (folder / "diagnosis.html").write_text(report(results, metadata, notes, drawn, folder), "utf-8")
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror}); give another output=") from error
     return [folder / "diagnosis.html", folder / "table.md", folder / "diagnosis.json", *drawn]
@@ -205,24 +205,24 @@ def page(results: Sequence[Result], notes: Sequence[str]) -> str:
 
 def summary(result: Result) -> str:
     """A sentence about the sample."""
-    facts = result.facts
+    details = result.details
     if not result.bins:
-        return f"Seven responses, groups of {facts['group_size']:.0f}; exact sums over all batches, nothing sampled."
-    error = "whole gradients" if not facts["sketch"] else (
-        f"gradients in sketches of {facts['sketch']:.0f} numbers (relative error of a squared length "
-        f"{100 * facts['sketch_error']:.1f} %)"
+        return f"Seven responses, groups of {details['group_size']:.0f}; exact sums over all batches, nothing sampled."
+    error = "whole gradients" if not details["sketch"] else (
+        f"gradients in sketches of {details['sketch']:.0f} numbers (relative error of a squared length "
+        f"{100 * details['sketch_error']:.1f} %)"
     )  # fmt: skip
     return (
-        f"{facts['prompts']:.0f} prompts with a pass rate of {100 * facts['pass_rate']:.0f} % on average, "
-        f"{facts['batches']:.0f} batches of {facts['prompts_per_batch']:.0f} prompts × {facts['group_size']:.0f} "
-        f"rollouts in {facts['rounds']:.0f} rounds; {facts['gradients']:.0f} gradients of "
-        f"{facts['parameters']:,.0f} parameters, "
-        f"{error}; {facts['seconds']:.0f} s, {facts['memory_gib']:.1f} GiB."
+        f"{details['prompts']:.0f} prompts with a pass rate of {100 * details['pass_rate']:.0f} % on average, "
+        f"{details['batches']:.0f} batches of {details['prompts_per_batch']:.0f} prompts × {details['group_size']:.0f} "
+        f"rollouts in {details['rounds']:.0f} rounds; {details['gradients']:.0f} gradients of "
+        f"{details['parameters']:,.0f} parameters, "
+        f"{error}; {details['seconds']:.0f} s, {details['memory_gib']:.1f} GiB."
     )
 
 
 def report(
-    results: Sequence[Result], facts: Mapping[str, Any], notes: Sequence[str], drawn: Sequence[Path], folder: Path
+    results: Sequence[Result], metadata: Mapping[str, Any], notes: Sequence[str], drawn: Sequence[Path], folder: Path
 ) -> str:
     """The text of diagnosis.html, with the figures inside."""
     shown: dict[Path, list[tuple[Markup, str]]] = {}
@@ -236,5 +236,5 @@ def report(
         own = shown.get(folder if len(results) == 1 else folder / folder_name(result.label), [])
         about = {"label": result.label, "summary": summary(result)}
         parts.append({**about, "figures": own, "grids": grids(result)})
-    page = {"command": facts.get("command", ""), "notes": notes, "figures": shown.get(Path(), []), "parts": parts}
+    page = {"command": metadata.get("command", ""), "notes": notes, "figures": shown.get(Path(), []), "parts": parts}
     return render(Path(__file__).with_name("diagnosis.html.j2"), **page)

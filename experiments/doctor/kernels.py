@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.doctor.rows import Context, Row, judged, size_of
-from experiments.run.workload import counted
+from experiments.run.workload import pluralize
 from upge.logprobs import Coefficients, token_logprobs, token_loss
 from upge.models.loading import read_config
 from upge.train.packed_attention import packed_attention
@@ -49,7 +49,7 @@ def collectives(context: Context) -> Iterator[Row]:
     if backend == "nccl":
         details["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         backend = f"NCCL {details['nccl']}"
-    measured = f"{backend}, {counted(world.size, 'rank')}"
+    measured = f"{backend}, {pluralize(world.size, 'rank')}"
     if world.size > 1:
         algorithm = size / slowest
         bus = algorithm * 2 * (world.size - 1) / world.size

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from experiments.doctor.rows import Context, Row, Verdict, judged, size_of
 from experiments.files import versions
 from experiments.run.memory import zero3_states
-from experiments.run.workload import counted
+from experiments.run.workload import pluralize
 from upge.train.config import ModelConfig
 
 #: The device file of NVIDIA's driver.
@@ -115,7 +115,7 @@ def driver(facts: Sequence[Facts]) -> Row:
     old = bool(first.driver and oldest) and int(first.driver.partition(".")[0]) < (oldest or 0)
     names = ", ".join(dict.fromkeys(f.gpu or "no usable GPU" for f in facts))
     built = f"torch for CUDA {first.cuda}" if first.cuda else "torch without CUDA"
-    measured = f"{names} ({counted(len(facts), 'rank')}); driver {first.driver or 'unknown'}, {built}"
+    measured = f"{names} ({pluralize(len(facts), 'rank')}); driver {first.driver or 'unknown'}, {built}"
     if not first.cuda:
         advice = "install torch's CUDA build: make env ENGINE=gpu"
     elif old or oldest and not first.driver:

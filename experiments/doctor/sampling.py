@@ -11,7 +11,7 @@ import torch
 
 import algorithms
 from experiments.doctor.rows import Context, Row, Verdict, judged, size_of
-from experiments.run.workload import counted
+from experiments.run.workload import pluralize
 from upge.models.loading import read_config
 from upge.rollout import Rollout, Sampler, Sampling
 from upge.train.config import LearningRates, OptimizerConfig
@@ -146,7 +146,7 @@ def _compared(pair: Pair) -> Iterator[Row]:
     yield _refreshed(pair, refresh, stale, pair.gap(second))
     tokens = pair.world.size * sum(len(one.token_ids) for group in second for one in group)
     rate = tokens / sampling
-    measured = f"{pair.sampler.name}: {rate:,.0f} tokens/s on {counted(pair.world.size, 'rank')} ({tokens:,} tokens)"
+    measured = f"{pair.sampler.name}: {rate:,.0f} tokens/s on {pluralize(pair.world.size, 'rank')} ({tokens:,} tokens)"
     details = {"engine": pair.sampler.name, "reason": pair.sampler.reason, "tokens": tokens, "tokens_per_second": rate}
     yield Row("sampling", Verdict.OK, measured, details=details)
 

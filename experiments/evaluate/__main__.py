@@ -79,7 +79,7 @@ def _evaluate(arguments: Sequence[str], dry_run: bool) -> int:
             _sample(chosen, prepared, total, left, arguments)
         else:
             # scores.json may get new benchmarks, and config.yaml must match it.
-            folder.start(chosen.tree, _facts(chosen, prepared, arguments))
+            folder.start(chosen.tree, _metadata(chosen, prepared, arguments))
     except cli.Stopped:
         print(f"complete results are saved; the same command with output={folder.path} continues", flush=True)
         raise
@@ -105,7 +105,7 @@ def _sample(chosen: Any, prepared: Any, total: int, missing: int, arguments: Seq
         sampler = load_sampler(prepared.model, config.rollout, length, config.seed)
         print(f"rollouts: {sampler.reason}", flush=True)
         check_unchanged(prepared)
-        others = folder.start(chosen.tree, _facts(chosen, prepared, arguments, sampler))
+        others = folder.start(chosen.tree, _metadata(chosen, prepared, arguments, sampler))
         if others and missing < total:
             print(f"note: earlier responses in {folder.path} were drawn with {', '.join(others)}", flush=True)
         with Progress(total, total - missing) as progress:
@@ -136,7 +136,7 @@ def _how(chosen: Any) -> dict[str, Mapping[str, Any]]:
     return {name: {**drawn, "verifier": v, "instruction": text} for name, (v, text) in own.items()}
 
 
-def _facts(chosen: Any, prepared: Any, arguments: Sequence[str], sampler: Any = None) -> dict[str, Any]:
+def _metadata(chosen: Any, prepared: Any, arguments: Sequence[str], sampler: Any = None) -> dict[str, Any]:
     """run.json: how this evaluation was made; without a sampler nothing was sampled."""
     from upge.models.loading import has_cuda
 

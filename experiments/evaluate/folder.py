@@ -71,7 +71,7 @@ class EvaluationFolder:
         Raises:
             ConfigError: they are not; the message names the first file, or the hub's commit, that differs.
         """
-        changed = difference(weights, self._facts().get("weights", {}))
+        changed = difference(weights, self._metadata().get("weights", {}))
         # Without samples nothing can be mixed.
         if changed and any(path.stat().st_size for path in (self.path / "samples").glob("*.jsonl")):
             raise ConfigError(
@@ -79,10 +79,10 @@ class EvaluationFolder:
                 "another output, or the weights that it was begun with"
             )
 
-    def start(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
-        """Writes the settings and the facts about this start; earlier starts stay listed.
+    def start(self, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> list[str]:
+        """Writes the settings and the metadata about this start; earlier starts stay listed.
 
-        A start that samples nothing has no `engine`. It is only listed, because the other facts describe the samples.
+        A start that samples nothing has no `engine`. It is only listed, because the rest describes the samples.
 
         Returns:
             The other engines that earlier starts sampled with.
@@ -95,12 +95,12 @@ class EvaluationFolder:
         except OSError as error:
             raise ConfigError(f"output: {self.path} cannot be made: {error.strerror}; choose another folder") from error
         write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
-        old = self._facts()
+        old = self._metadata()
         earlier = old.get("starts", [])
-        start = {key: facts[key] for key in ("command", "started", "engine")}
-        self._write("run.json", {**old, **(facts if facts["engine"] else {}), "starts": [*earlier, start]})
+        start = {key: metadata[key] for key in ("command", "started", "engine")}
+        self._write("run.json", {**old, **(metadata if metadata["engine"] else {}), "starts": [*earlier, start]})
         engines = {old.get("engine"), *(one.get("engine") for one in earlier)}
-        return sorted(engines - {None, facts["engine"]})
+        return sorted(engines - {None, metadata["engine"]})
 
     def samples(self, benchmark: str) -> SampleFile:
         """The file with a benchmark's samples; it need not exist yet."""
@@ -110,7 +110,7 @@ class EvaluationFolder:
         """Writes scores.json."""
         self._write("scores.json", scores)
 
-    def _facts(self) -> dict[str, Any]:
+    def _metadata(self) -> dict[str, Any]:
         path = self.path / "run.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 

@@ -51,7 +51,7 @@ def read_run(run_dir: str | Path) -> RunFolder:
             f"{path} is not the folder of a run: {' and '.join(missing)} not found in it; "
             "give the folder that was named as output= of the run"
         )
-    _ = train_folder.RunFolder(path).facts  # refuses the folder of another version
+    _ = train_folder.RunFolder(path).metadata  # refuses the folder of another version
     config, config_text = _read_config(path / "config.yaml")
     lines, (rollouts_step, rollouts, of_rollouts), (tokens_step, tokens, of_tokens) = (
         [_read_lines(path / f"{name}.jsonl") for name in ("metrics", "evaluations", "prompts")],

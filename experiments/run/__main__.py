@@ -53,7 +53,7 @@ def _run(arguments: list[str]) -> int:
                 print(text)
             return cli.DONE
         prepared = prepare(composed)
-        notes = (*prepared.notes, *check_gpus(composed, arguments), *check_fits(composed))
+        notes = (*composed.notes, *prepared.notes, *check_gpus(composed, arguments), *check_fits(composed))
         world = connect()
         # Of all ranks the main one chooses the folder; another rank may have seen it there already.
         folder, continues = world.broadcast((prepared.folder, prepared.continues))

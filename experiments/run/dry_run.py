@@ -23,7 +23,7 @@ from experiments.run.prepare import (
     output_folder,
     prepare,
 )
-from experiments.run.workload import counted, planned
+from experiments.run.workload import planned, pluralize
 from upge import verify
 from upge.algorithm import Algorithm
 from upge.data import Problem
@@ -56,7 +56,7 @@ def plan(composed: Composed) -> str:
     prepared, problems = _prepared(composed, has_tokenizer, notes)
     expected = outlook(composed, machine)
     disk = check_disk(expected.disk, config, machine, output_folder(composed))
-    notes += [*(prepared.notes if prepared else ()), *expected.notes, *disk]
+    notes += [*composed.notes, *(prepared.notes if prepared else ()), *expected.notes, *disk]
     selected = ", ".join(f"{group}={name}" for group, name in names.items() if name)
     tokens = max(config.rollout.max_response_tokens // 2, 1)
     by_stage = balances(composed.algorithm, config.group_size, tokens)
@@ -129,13 +129,13 @@ def _prompt(config: RunConfig, prepared: Prepared | None, has_tokenizer: bool) -
 
 def _steps(algorithm: Algorithm | Pipeline, expected: Outlook, config: RunConfig) -> str:
     """The work of a step, per stage if there are several."""
-    prompts = counted(config.prompts_per_step, "prompt")
-    if len(expected.traffic) == 1:
-        return f"{counted(config.steps, 'step')} of {prompts}\n{next(iter(expected.traffic.values()))}"
+    prompts = pluralize(config.prompts_per_step, "prompt")
+    if len(expected.workloads) == 1:
+        return f"{pluralize(config.steps, 'step')} of {prompts}\n{next(iter(expected.workloads.values()))}"
     lines = []
     for span in Pipeline.of(algorithm).spans(config.steps):
-        head = f"stage {span.name}: {counted(span.end - span.first, 'step')} of {prompts}"
-        lines += [head, textwrap.indent(str(expected.traffic[span.name]), "  ")]
+        head = f"stage {span.name}: {pluralize(span.end - span.first, 'step')} of {prompts}"
+        lines += [head, textwrap.indent(str(expected.workloads[span.name]), "  ")]
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from experiments import cli
 from experiments.config import Composed
 from experiments.files import command
 from experiments.run.memory_check import outlook
-from experiments.run.workload import counted, planned
+from experiments.run.workload import planned, pluralize
 from upge.errors import ConfigError
 from upge.models.loading import has_cuda
 from upge.train.distributed import World, is_launched
@@ -44,7 +44,7 @@ def on_gpus(arguments: Sequence[str], is_dry: bool, module: str = "experiments.r
     count, there = int(text), torch.cuda.device_count() if has_cuda() else 0
     if count > there:
         on_cpu = "; for ranks on the CPU start torchrun yourself, see docs/running.md" if not there else ""
-        raise ConfigError(f"gpus: {count}, but this machine has {counted(there, 'GPU')}{on_cpu}")
+        raise ConfigError(f"gpus: {count}, but this machine has {pluralize(there, 'GPU')}{on_cpu}")
     if count > 1:
         line = [*cli.launcher(count), "-m", module, *rest]
         os.execve(line[0], line, os.environ | cli.child_environment())
@@ -79,8 +79,8 @@ def check_shared(folder: RunFolder, world: World) -> None:
     Raises:
         ConfigError: some do not; each would write its part of a checkpoint to a folder of its own.
     """
-    started = world.broadcast(folder.facts.get("started"))
-    views = world.gather((socket.gethostname(), folder.facts.get("started") == started))
+    started = world.broadcast(folder.metadata.get("started"))
+    views = world.gather((socket.gethostname(), folder.metadata.get("started") == started))
     without = sorted({host for host, sees in views if not sees})
     if without:
         raise ConfigError(

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from experiments.run.model_shape import ModelShape
-from experiments.run.workload import GIB, Machine, counted
+from experiments.run.workload import GIB, Machine, pluralize
 from upge.algorithm import Algorithm
 from upge.logprobs import buffer_bytes, default_chunk_size
 from upge.models.loading import SMALL_MODEL
@@ -126,7 +126,7 @@ def states(config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, m
     if shapes.critic is not None:
         items += _trained("critic", shapes.critic, machine, config)
     if shapes.reference is not None and offload != "all":
-        items.append(Item("frozen policy: weights", shapes.reference.weights // machine.ranks))
+        items.append(Item("reference policy: weights", shapes.reference.weights // machine.ranks))
     if offload == "none":
         if second_moments(algorithm):
             moments = 8 * shapes.policy.trained // machine.ranks
@@ -191,9 +191,9 @@ def _trained(name: str, shape: ModelShape, machine: Machine, config: RunConfig) 
 
     count, ranks, offload = shape.trained, machine.ranks, offloaded(config, machine)
     zero = DeepSpeedZeroConfig(**zero_settings(config.deepspeed))
-    what = f"weights, gradient, AdamW of {shape.size} parameters over {counted(ranks, 'rank')}, DeepSpeed's estimate"
+    what = f"weights, gradient, AdamW of {shape.size} parameters over {pluralize(ranks, 'rank')}, DeepSpeed's estimate"
     if shape.adapter:
-        what = f"weights of {shape.size} parameters over {counted(ranks, 'rank')}; {count:,} of adapters are trained"
+        what = f"weights of {shape.size} parameters over {pluralize(ranks, 'rank')}; {count:,} of adapters are trained"
     if offload != "none":
         what += f", without what deepspeed.offload={offload} keeps in the machine's memory"
     yield Item(f"{name}: {what}", zero3_states(shape, ranks, offload))
@@ -204,7 +204,7 @@ def _trained(name: str, shape: ModelShape, machine: Machine, config: RunConfig) 
     bucket = int(zero.reduce_bucket_size) if machine.has_gpus else min(int(zero.reduce_bucket_size), count)
     # In float32 like the sum over the ranks (communication_data_type).
     if (copies := config.deepspeed.secondary_partition) > 1:
-        yield Item(f"{name}: a second copy of the weights over {counted(copies, 'rank')}", shape.weights // copies)
+        yield Item(f"{name}: a second copy of the weights over {pluralize(copies, 'rank')}", shape.weights // copies)
     yield Item(f"{name}: ZeRO-3's bucket of gradients, float32", 4 * bucket)
     # It is copied in the order of the ranks. A larger tensor does not go through the bucket.
     ordered = 4 * min(max(bucket, shape.largest_layer), count)
@@ -244,7 +244,7 @@ def _offloaded(config: RunConfig, shapes: Shapes, machine: Machine) -> Iterator[
             whole += shape.weights if shape.adapter and offload == "all" else 0
             yield Item(f"{name}: what deepspeed.offload={offload} keeps, DeepSpeed's estimate", int(here * whole))
     if shapes.reference is not None and offload == "all":
-        yield Item("frozen policy: weights", int(here * shapes.reference.weights))
+        yield Item("reference policy: weights", int(here * shapes.reference.weights))
 
 
 def _host(shapes: Shapes, machine: Machine) -> Iterator[Item]:
@@ -252,7 +252,7 @@ def _host(shapes: Shapes, machine: Machine) -> Iterator[Item]:
     share = min(machine.ranks_here / machine.ranks, 1)
     trained = [shape for shape in (shapes.policy, shapes.critic) if shape]
     saved = int(share * checkpoint_bytes(sum(shape.trained for shape in trained)))
-    yield Item(f"resuming: each of {counted(machine.ranks_here, 'rank')} reads its part of a checkpoint", saved)
+    yield Item(f"resuming: each of {pluralize(machine.ranks_here, 'rank')} reads its part of a checkpoint", saved)
     yield Item("writing final/ or best/: a copy of the weights in the main rank", shapes.policy.weights)
 
 

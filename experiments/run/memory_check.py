@@ -13,7 +13,7 @@ from experiments.run.disk import Disk, check_disk
 from experiments.run.memory import MOMENTS, Memory, Moment, Shapes, engine_room, estimate, offloaded, states
 from experiments.run.model_shape import ModelShape
 from experiments.run.prepare import output_folder
-from experiments.run.workload import GIB, Machine, Traffic, present
+from experiments.run.workload import GIB, Machine, Workload, present
 from upge.errors import ConfigError
 from upge.models.loading import read_config
 from upge.pipeline import Pipeline
@@ -30,14 +30,14 @@ class Outlook:
 
     Attributes:
         shapes: shapes of its models.
-        traffic: a step's trajectories and tokens in each stage, by the stage's name.
+        workloads: a step's trajectories and tokens in each stage, by the stage's name.
         memory: memory of one rank.
         disk: space on the output folder's disk.
         notes: sentences about what is close to the limit.
     """
 
     shapes: Shapes
-    traffic: Mapping[str, Traffic]
+    workloads: Mapping[str, Workload]
     memory: Memory
     disk: Disk
     notes: tuple[str, ...]
@@ -62,15 +62,15 @@ def outlook(composed: Composed, machine: Machine) -> Outlook:
     config, algorithm = composed.config, composed.algorithm
     shapes = _shapes(composed)
     stages = {name: stage.algorithm for name, stage in Pipeline.of(algorithm).stages.items()}
-    traffic = {name: Traffic.of(one, config, machine.ranks) for name, one in stages.items()}
-    memory = estimate(config, algorithm, shapes, machine, max(t.micro_batch for t in traffic.values()))
+    workloads = {name: Workload.of(one, config, machine.ranks) for name, one in stages.items()}
+    memory = estimate(config, algorithm, shapes, machine, max(t.micro_batch for t in workloads.values()))
     existing = len(RunFolder(output_folder(composed)).checkpoint_steps())
     _check_states(composed, shapes, machine)
     _check_engine(config, shapes.policy, memory)
     _check_refresh(memory)
     _check_update(config, memory)
     disk = Disk.of(config, algorithm, shapes, existing)
-    return Outlook(shapes, traffic, memory, disk, tuple(_tight(memory)))
+    return Outlook(shapes, workloads, memory, disk, tuple(_tight(memory)))
 
 
 def _shapes(composed: Composed) -> Shapes:
@@ -134,10 +134,10 @@ def _check_engine(config: RunConfig, shape: ModelShape, memory: Memory) -> None:
             f"{least / GIB:.1f} GiB; {fix}"
         )
     if machine.has_gpus and room > free:
-        fits = f"lower it to {most_share:g} or less" if least_share <= most_share else "take more GPUs (hardware.gpus)"
+        fix = f"lower it to {most_share:g} or less" if least_share <= most_share else "take more GPUs (hardware.gpus)"
         raise ConfigError(
             f"rollout.memory_fraction: {fraction:g} of {total / GIB:.1f} GiB is {room / GIB:.1f} GiB, beside "
-            f"{(total - free) / GIB:.1f} GiB of weights, gradients and AdamW; {fits}"
+            f"{(total - free) / GIB:.1f} GiB of weights, gradients and AdamW; {fix}"
         )
 
 

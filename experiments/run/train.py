@@ -39,9 +39,9 @@ class Progress:
 
     def evaluation(self, line: dict[str, Any]) -> None:
         """Prints the line of a finished evaluation."""
-        k, figures = line["samples"], line["all"]
-        text = f"step {line['step']}: greedy {figures['greedy']:.3f}, pass@{k} {figures[f'pass@{k}']:.3f}, "
-        text += f"mean@{k} {figures[f'mean@{k}']:.3f} on {figures['problems']} problems"
+        k, scores = line["samples"], line["all"]
+        text = f"step {line['step']}: greedy {scores['greedy']:.3f}, pass@{k} {scores[f'pass@{k}']:.3f}, "
+        text += f"mean@{k} {scores[f'mean@{k}']:.3f} on {scores['problems']} problems"
         tqdm.write(f"{text} ({line['time']:.0f} s)")
 
 
@@ -83,8 +83,8 @@ def train(composed: Any, prepared: Any, world: World) -> int:
         if world.is_main:
             if prepared.continues:
                 folder.rewind(resume_from if resume_from is not None else -1)
-            facts = _facts(composed, world, sampler, models.policy, resume_from or 0)
-            folder.start(composed.tree, facts, prepared.continues)
+            metadata = _metadata(composed, world, sampler, models.policy, resume_from or 0)
+            folder.start(composed.tree, metadata, prepared.continues)
         check_shared(folder, world)
         if prepared.continues:
             say(f"continuing {folder.path} from step {resume_from or 0}{_saved_by(folder, resume_from, world)}")
@@ -175,12 +175,12 @@ def _finish(path: Path, code: int, say: Any) -> None:
         say(f"stopped by signal {code - 128}; the state is saved, the same command with output={path} continues it")
     else:
         say(f"model:  {path / 'final'}")
-    best = RunFolder(path).best_facts
+    best = RunFolder(path).best_metadata
     if best:
         say(f"best:   {path / 'best'}, step {best['step']}, mean@{best['samples']} {100 * best['mean']:.1f} %")
 
 
-def _facts(composed: Any, world: World, sampler: Any, engine: Any, from_step: int) -> dict[str, Any]:
+def _metadata(composed: Any, world: World, sampler: Any, engine: Any, from_step: int) -> dict[str, Any]:
     """run.json: how this run was made."""
     return {
         "command": files.command("experiments.run", sys.argv[1:]),

@@ -15,7 +15,7 @@ from upge.train.distributed import world_size
 GIB = 2**30
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """The number with its noun, as in "1 rank" and "8 ranks"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
@@ -44,7 +44,7 @@ class Machine:
         return int(os.environ.get("LOCAL_WORLD_SIZE", min(self.ranks, 8)))
 
     def __str__(self) -> str:
-        ranks = counted(self.ranks, "GPU" if self.has_gpus else "rank") + ("" if self.has_gpus else " without a GPU")
+        ranks = pluralize(self.ranks, "GPU" if self.has_gpus else "rank") + ("" if self.has_gpus else " without a GPU")
         return f"{ranks} of {self.memory / GIB:.1f} GiB ({self.origin})"
 
 
@@ -81,7 +81,7 @@ def planned(hardware: HardwareConfig) -> Machine:
 
 
 @dataclass(frozen=True)
-class Traffic:
+class Workload:
     """Upper bounds on the work of a step.
 
     Attributes:
@@ -105,7 +105,7 @@ class Traffic:
     epochs: int
 
     @classmethod
-    def of(cls, algorithm: Algorithm, config: RunConfig, ranks: int) -> Traffic:
+    def of(cls, algorithm: Algorithm, config: RunConfig, ranks: int) -> Workload:
         """The work of a step with this algorithm. `data_policy.demonstrations=0`, which means all, counts as one."""
         needs, prompts = algorithm.step_needs, config.prompts_per_step
         each = 2 if needs.preference_pairs else max(config.data_policy.demonstrations, 1) if needs.demonstrations else 0
@@ -154,7 +154,7 @@ class Traffic:
         parts = [
             f"at most {self.trajectories:,} trajectories: {self.rollouts:,} rollouts, {self.given:,} given responses",
             f"at most {self.tokens:,} tokens, {self.longest:,} each; {math.ceil(self.tokens / self.ranks):,} per rank",
-            f"sampled per rank: {counted(sampled, 'response')}",
-            f"{counted(self.updates, 'update')}, each with at most {self.micro_batches} micro-batches per rank",
+            f"sampled per rank: {pluralize(sampled, 'response')}",
+            f"{pluralize(self.updates, 'update')}, each with at most {self.micro_batches} micro-batches per rank",
         ]
         return "\n".join(parts)

@@ -21,10 +21,6 @@ from experiments.scaling.counts import (
     traffic_bytes,
     update_seconds,
 )
-from upge.errors import ConfigError
-
-DOCS = files.DOCS / "scaling.md"
-BEGIN, END = "<!-- scaling: begin (python -m experiments.scaling --docs) -->", "<!-- scaling: end -->"
 
 
 def table(columns: str, rows: list[list[object]]) -> str:
@@ -91,37 +87,18 @@ def separate_table() -> str:
     return table(f"model; GPUs; colocated step, s; {columns}", rows)
 
 
-SECTIONS = {"Memory": memory_table, "Time and traffic": time_table, "Separate samplers": separate_table}
-
-
-def updated(text: str) -> str:
-    """The text of docs/scaling.md with the table below each heading of `SECTIONS` updated.
-
-    Raises:
-        ConfigError: a heading or a marker is missing.
-    """
-    for title, make in SECTIONS.items():
-        head, found, rest = text.partition(f"\n## {title}\n")
-        if not found:
-            raise ConfigError(f"{DOCS.name}: the heading '## {title}' is missing; add it")
-        made = f"\n\n{make()}\n\n"
-        text = head + found + files.replace_block(rest, DOCS.name, BEGIN, END, made, f"below '## {title}'")
-    return text
+TABLES = files.Tables(
+    files.DOCS / "scaling.md",
+    "##",
+    {"Memory": memory_table, "Time and traffic": time_table, "Separate samplers": separate_table},
+    "<!-- scaling: begin (python -m experiments.scaling --docs) -->",
+    "<!-- scaling: end -->",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the tables, or updates the docs; returns the exit code, 2 on bad input."""
-    return cli.run_command(_scaling, arguments, lambda: str(__doc__))
-
-
-def _scaling(arguments: list[str]) -> int:
-    if arguments == ["--docs"]:
-        DOCS.write_text(updated(DOCS.read_text()))
-    elif arguments:
-        raise ConfigError(f"'{arguments[0]}': give --docs to update docs/scaling.md, or nothing to print")
-    else:
-        print("\n".join(f"## {title}\n\n{make()}\n" for title, make in SECTIONS.items()))
-    return cli.DONE
+    return cli.run_command(TABLES.command, arguments, lambda: str(__doc__))
 
 
 if __name__ == "__main__":

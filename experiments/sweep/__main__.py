@@ -18,7 +18,7 @@ from experiments import cli, files
 from experiments.compare.load import load as load_evaluations
 from experiments.drawing import inline, render
 from experiments.grid import Grid, markdown, markdown_text, print_grid
-from experiments.run.workload import counted
+from experiments.run.workload import pluralize
 from experiments.sweep import collect, execute, tables
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import Sweep, SweepConfig, load, names
@@ -61,7 +61,7 @@ def _sweep(arguments: Sequence[str], flags: dict[str, bool]) -> int:
     folder = SweepFolder(sweep)
     execute.check(sweep)
     folder.check()
-    print(f"{sweep.config.title or sweep.name}: {counted(len(sweep.runs), 'run')} → {folder.path}", flush=True)
+    print(f"{sweep.config.title or sweep.name}: {pluralize(len(sweep.runs), 'run')} → {folder.path}", flush=True)
     if flags["--dry-run"]:
         for planned in sweep.runs:
             state = "done" if folder.is_done(planned) else "trained" if folder.is_trained(planned) else "to do"
@@ -86,7 +86,7 @@ def _chosen(sweep: Sweep, flags: dict[str, bool]) -> tuple[Sweep, int]:
     unfinished = [planned for planned in first.runs if not folder.is_done(planned)]
     if unfinished and (flags["--dry-run"] or flags["--report"]):
         raise ConfigError(
-            f"choose: sweep={name} in {folder.path} has {counted(len(unfinished), 'run')} to do; run it first"
+            f"choose: sweep={name} in {folder.path} has {pluralize(len(unfinished), 'run')} to do; run it first"
         )
     if unfinished:
         code = _sweep([f"sweep={name}", f"output={folder.path}", *passed], dict.fromkeys(flags, False))
@@ -100,7 +100,7 @@ def _chosen(sweep: Sweep, flags: dict[str, bool]) -> tuple[Sweep, int]:
 
 def _report(folder: SweepFolder, arguments: Sequence[str], flags: dict[str, bool]) -> int:
     shown = files.command("experiments.sweep", [a for a in arguments if not a.startswith(("output=", "jobs="))])
-    made = report(folder, shown, lambda: facts(folder))
+    made = report(folder, shown, lambda: provenance(folder))
     if made is None:
         print("no run is done yet, so there is nothing to report")
         return 0
@@ -114,7 +114,7 @@ def _report(folder: SweepFolder, arguments: Sequence[str], flags: dict[str, bool
     return 0
 
 
-def facts(folder: SweepFolder) -> list[str]:
+def provenance(folder: SweepFolder) -> list[str]:
     """A sentence on how the runs were made: seeds, machine, versions, date."""
     runs = [p for p in folder.sweep.runs if folder.is_trained(p)]
     notes = [json.loads((folder.run(p) / "run.json").read_text()) for p in runs]
@@ -159,10 +159,10 @@ class Report:
         return [(captions[path.name], path) for path in self.drawn if path.name in captions]
 
 
-def report(folder: SweepFolder, command: str, facts: Callable[[], Sequence[str]]) -> Report | None:
+def report(folder: SweepFolder, command: str, provenance: Callable[[], Sequence[str]]) -> Report | None:
     """Reads the runs and writes everything into the sweep's folder; None if no run is trained yet.
 
-    `command` reproduces the sweep, and `facts` returns sentences on how the runs were made.
+    `command` reproduces the sweep, and `provenance` returns sentences on how the runs were made.
     """
     sweep, rows = folder.sweep, collect.rows(folder)
     if not rows:
@@ -171,7 +171,7 @@ def report(folder: SweepFolder, command: str, facts: Callable[[], Sequence[str]]
     collect.write_csv(folder.path / "runs.csv", rows)
     drawn = (*tables.metric_curves(folder, folder.path), *tables.pass_curves(folder, rows, folder.path))
     missing = [p.slug for p in sweep.runs if not folder.is_done(p)]
-    notes = [f"Made with `{command}`.", *facts()]
+    notes = [f"Made with `{command}`.", *provenance()]
     columns = {column for row in rows for column in row}
     wanted = [*sweep.config.measures, *filter(None, [sweep.config.select.get("measure")])]
     unknown = [name for name in wanted if name not in columns]

@@ -36,13 +36,13 @@ def dft(w: World) -> Expr:
 
 
 def iw_sft(w: World) -> Expr:
-    """Token mean of sg[clip(π_θ/π_frozen, 0.2, 1.8)]·log π_θ."""
+    """Token mean of sg[clip(π_θ/π_0, 0.2, 1.8)]·log π_θ."""
     low, high = Rational("0.2"), Rational("1.8")
     return expert_mean(w, lambda row, t: w.clip(w.sg(row.p[t] / row.f[t]), low, high) * log(row.p[t]))
 
 
 def iw_sft_sequence(w: World) -> Expr:
-    """The same with one weight per response, clip(exp(2·mean log π_θ/π_frozen), 0, 16)."""
+    """The same with one weight per response, clip(exp(2·mean log π_θ/π_0), 0, 16)."""
 
     def weight(row: Row) -> Expr:
         return w.clip(w.sg(exp(2 * mean(log(p) - log(f) for p, f in zip(row.p, row.f, strict=True)))), high=16)

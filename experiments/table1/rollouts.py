@@ -108,7 +108,7 @@ def punished(row: Row) -> Expr:
 
 
 def paid(row: Row) -> list[Expr]:
-    """Reward per token: the outcome's at the end, minus 0.001·log(π_old/π_frozen) everywhere."""
+    """Reward per token: the outcome's at the end, minus 0.001·log(π_old/π_0) everywhere."""
     penalties = [COEFFICIENT * (log(q) - log(f)) for q, f in zip(row.q, row.f, strict=True)]
     return [(row.reward if t == len(row) - 1 else 0) - penalty for t, penalty in enumerate(penalties)]
 
@@ -234,7 +234,7 @@ def relift(w: World) -> Expr:
 
 
 def dpo(w: World) -> Expr:
-    """Mean over pairs of log σ(0.1·[log(π_θ/π_frozen)(chosen) - log(π_θ/π_frozen)(rejected)])."""
+    """Mean over pairs of log σ(0.1·[log(π_θ/π_0)(chosen) - log(π_θ/π_0)(rejected)])."""
     gains = []
     for question in w.questions:
         (win,), (lose,) = ([row for row in question if row.preference == sign] for sign in (1, -1))
@@ -301,17 +301,17 @@ def _minus(w: World, penalty: Callable[[Row, int], Expr]) -> Expr:
 
 
 def kl_k1(w: World) -> Expr:
-    """Minus c·log(π_θ/π_frozen)."""
+    """Minus c·log(π_θ/π_0)."""
     return _minus(w, lambda row, t: log(row.p[t] / row.f[t]))
 
 
 def kl_k2(w: World) -> Expr:
-    """Minus c·½·log²(π_θ/π_frozen)."""
+    """Minus c·½·log²(π_θ/π_0)."""
     return _minus(w, lambda row, t: log(row.p[t] / row.f[t]) ** 2 / 2)
 
 
 def kl_k3(w: World) -> Expr:
-    """Minus c·(x - log x - 1), x = π_frozen/π_θ."""
+    """Minus c·(x - log x - 1), x = π_0/π_θ."""
     return _minus(w, lambda row, t: row.f[t] / row.p[t] - log(row.f[t] / row.p[t]) - 1)
 
 
@@ -321,7 +321,7 @@ def entropy(w: World) -> Expr:
 
 
 def kl_reward(w: World) -> Expr:
-    """Â minus c·Σ_{k≥t} sg[log(π_θ/π_frozen)], the current policy's; clipped like any other Â."""
+    """Â minus c·Σ_{k≥t} sg[log(π_θ/π_0)], the current policy's; clipped like any other Â."""
 
     def one(row: Row, t: int, a: Expr) -> Expr:
         return surrogate(w, row, t, a - COEFFICIENT * total(w.sg(log(row.p[k] / row.f[k])) for k in range(t, len(row))))

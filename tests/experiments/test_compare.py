@@ -126,7 +126,7 @@ def test_differences_are_to_the_first_run(folders):
     found = {(gap.benchmark, gap.measure): gap for gap in gaps(first, second, 400, 0)}
     scores = Scores.of([first, second], 100, 0)
     for name, n in (("aime", 8), ("amc", 4), ("math", 1), ("arc", 1)):
-        ours, theirs = (scores.figures[run, name].avg.value for run in ("good", "bad"))
+        ours, theirs = (scores.per_benchmark[run, name].avg.value for run in ("good", "bad"))
         gap = found[name, f"avg@{n}"]
         assert gap.difference.interval.value == pytest.approx(theirs - ours) and gap.holm >= gap.difference.p_value
     # pass@k at half of n, where n is at least 4; averages are one question each and not adjusted.

@@ -39,7 +39,7 @@ def test_every_number_is_recorded(found):
     (policy,) = found["policies"]
     names = [line["name"] for line in policy["measured"]]
     assert names == ["sft", "grpo", "gspo", "hpt", "hpt.rl", "hpt.sft", "dpo", "grpo+kl_k3", "grpo+kl_k3.rl"]
-    assert policy["facts"]["rounds"] == 3 and policy["facts"]["batches"] == 6 and policy["facts"]["sketch"] == 256
+    assert policy["details"]["rounds"] == 3 and policy["details"]["batches"] == 6 and policy["details"]["sketch"] == 256
     for line in policy["measured"]:
         overall = line["overall"]
         assert overall["power"]["value"] > 0 and -1 <= overall["alignment"]["value"] <= 1

@@ -71,6 +71,11 @@ def test_everything_is_there_for_a_model_that_is(tmp_path):
     assert "notes:" not in text and not (tmp_path / "run").exists()
 
 
+def test_split_settings_are_noted(tmp_path):
+    text = plan(compose([f"output={tmp_path / 'run'}", "algo=hpt", "algo.terms.rl.gate.threshold=0.5"]))
+    assert "note: algo.terms.rl.gate.threshold=0.5 no longer follows algo.terms.sft.gate" in section(text, "notes")
+
+
 def test_stages_are_printed_one_by_one():
     text = plan(compose(["recipe=sft-then-grpo-qwen2.5-math-1.5b"]))
     assert "stage demonstrate: 1,055 steps of 128 prompts" in text and "stage reinforce: 500 steps" in text

@@ -51,9 +51,9 @@ def test_a_whole_evaluation(tmp_path, capsys):
     assert scores["benchmarks"]["sums"]["avg"]["value"] > 0.7
     assert scores["benchmarks"]["long_sums"]["unfinished"] > 0
     assert scores["averages"]["ood"]["avg"]["value"] == scores["benchmarks"]["long_sums"]["avg"]["value"]
-    facts = json.loads((out / "run.json").read_text())
-    assert facts["engine"] == "transformers" and facts["names"] == {"model": "tiny", "suite": "smoke"}
-    assert "experiments.evaluate model=tiny" in facts["command"] and len(facts["starts"]) == 1
+    metadata = json.loads((out / "run.json").read_text())
+    assert metadata["engine"] == "transformers" and metadata["names"] == {"model": "tiny", "suite": "smoke"}
+    assert "experiments.evaluate model=tiny" in metadata["command"] and len(metadata["starts"]) == 1
     assert "example prompt (" in printed and "math, average" in printed
 
 
@@ -86,8 +86,8 @@ def test_a_skipped_benchmark_is_made_up_for(tmp_path):
     run(*SMALL, f"output={out}")
     assert sample_lines(out)["long_sums"] == first["long_sums"]
     assert set(json.loads((out / "scores.json").read_text())["benchmarks"]) == {"sums", "long_sums"}
-    facts = json.loads((out / "run.json").read_text())
-    assert [one["engine"] for one in facts["starts"]] == ["transformers"] * 2
+    metadata = json.loads((out / "run.json").read_text())
+    assert [one["engine"] for one in metadata["starts"]] == ["transformers"] * 2
 
 
 def test_a_start_that_draws_nothing_keeps_the_folder_true(tmp_path, capsys):
@@ -107,9 +107,9 @@ def test_a_start_that_draws_nothing_keeps_the_folder_true(tmp_path, capsys):
     (out / "config.yaml").write_text(yaml.safe_dump(skipped))
     run(*few)
     assert yaml.safe_load((out / "config.yaml").read_text())["suite"]["skip"] == []
-    facts = json.loads((out / "run.json").read_text())
-    assert [one["engine"] for one in facts["starts"]] == ["transformers", "transformers", None]
-    assert facts["engine"] == "transformers" and facts["started"] == facts["starts"][1]["started"]
+    metadata = json.loads((out / "run.json").read_text())
+    assert [one["engine"] for one in metadata["starts"]] == ["transformers", "transformers", None]
+    assert metadata["engine"] == "transformers" and metadata["started"] == metadata["starts"][1]["started"]
 
 
 #: Long enough to be met in the middle.

@@ -84,14 +84,14 @@ def test_another_engine_is_noted(tmp_path, capsys):
     run(*small("tiny", out))
     assert "were drawn with" not in capsys.readouterr().out
     forget(out, 5)
-    facts = json.loads((out / "run.json").read_text())
-    before = {**facts, "engine": "vllm", "starts": [{**facts["starts"][0], "engine": "vllm"}]}
+    metadata = json.loads((out / "run.json").read_text())
+    before = {**metadata, "engine": "vllm", "starts": [{**metadata["starts"][0], "engine": "vllm"}]}
     (out / "run.json").write_text(json.dumps(before))
     run(*small("tiny", out))
     assert f"note: earlier responses in {out} were drawn with vllm\n" in capsys.readouterr().out
-    facts = json.loads((out / "run.json").read_text())
-    assert [one["engine"] for one in facts["starts"]] == ["vllm", "transformers"]
-    assert facts["engine"] == "transformers"
+    metadata = json.loads((out / "run.json").read_text())
+    assert [one["engine"] for one in metadata["starts"]] == ["vllm", "transformers"]
+    assert metadata["engine"] == "transformers"
 
 
 def test_every_file_and_every_part_of_it_counts(tmp_path, monkeypatch):

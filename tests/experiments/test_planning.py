@@ -165,14 +165,14 @@ def test_states_are_deepspeeds_own_estimate():
     assert expected_memory("recipe=hpt-llama-3.1-8b").memory.states[0].bytes == theirs
 
 
-def test_critic_frozen_policy_and_a_second_set_of_moments_are_counted():
+def test_critic_reference_policy_and_a_second_set_of_moments_are_counted():
     ppo = expected_memory("algo=ppo", "model=qwen2.5-math-1.5b", *EIGHT).memory
     names = [item.what.split(":")[0] for item in ppo.states]
-    assert names.count("policy") == 4 and names.count("critic") == 4 and names.count("frozen policy") == 1
+    assert names.count("policy") == 4 and names.count("critic") == 4 and names.count("reference policy") == 1
     critic = next(item for item in ppo.states if item.what.startswith("critic: weights, gradient"))
     assert critic.bytes == ppo.states[0].bytes  # tied: the trunk is the whole model
-    frozen = next(item for item in ppo.states if item.what.startswith("frozen"))
-    assert frozen.bytes == 2 * 1_543_714_304 // 8
+    reference = next(item for item in ppo.states if item.what.startswith("reference"))
+    assert reference.bytes == 2 * 1_543_714_304 // 8
     untied = expected_memory("algo=ppo", "model=qwen2.5-math-7b", *EIGHT).memory
     critic = next(item for item in untied.states if item.what.startswith("critic: weights, gradient"))
     assert untied.states[0].bytes - critic.bytes == 18 * 7_615_616_512 // 8 - 18 * (7_615_616_512 - 152064 * 3584) // 8
@@ -289,7 +289,7 @@ def _saved(config, dtype: str, tokens: int, checkpointing: str) -> int:
 
 
 def test_a_steps_traffic_by_hand():
-    (found,) = expected_memory("recipe=hpt-qwen2.5-math-7b").traffic.values()
+    (found,) = expected_memory("recipe=hpt-qwen2.5-math-7b").workloads.values()
     assert (found.rollouts, found.given, found.trajectories) == (1024, 128, 1152)
     assert found.longest == 9216 and found.tokens == 1152 * 9216 and found.updates == 2
     assert found.tokens_per_update == 1152 * 9216 // 2 // 8 and found.micro_batch == 32768
@@ -298,13 +298,13 @@ def test_a_steps_traffic_by_hand():
 
 
 def test_a_group_that_stays_together_and_a_small_batch_have_their_own_micro_batch():
-    (found,) = expected_memory("algo=dpo", "model=qwen2.5-math-1.5b", *EIGHT).traffic.values()
+    (found,) = expected_memory("algo=dpo", "model=qwen2.5-math-1.5b", *EIGHT).workloads.values()
     assert (found.rollouts, found.given, found.block) == (0, 64, 2) and found.micro_batch == 64 * 192 // 8
-    (found,) = expected_memory("algo=dpo", "optimizer.micro_batch_tokens=10").traffic.values()
+    (found,) = expected_memory("algo=dpo", "optimizer.micro_batch_tokens=10").workloads.values()
     assert found.micro_batch == 2 * 192 and found.micro_batches == 32
-    (found,) = expected_memory("prompts_per_step=2", "group_size=2").traffic.values()
+    (found,) = expected_memory("prompts_per_step=2", "group_size=2").workloads.values()
     assert found.micro_batch == found.tokens_per_update == 6 * 192 < 16384
-    (found,) = expected_memory("optimizer.micro_batch_tokens=10").traffic.values()
+    (found,) = expected_memory("optimizer.micro_batch_tokens=10").workloads.values()
     assert found.micro_batch == 192 and found.micro_batches == 32 * 9
 
 

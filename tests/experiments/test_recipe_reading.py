@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments import config
-from experiments.config import compose, read_recipe
+from experiments.config import compose, presets, read_recipe
 from upge.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -120,3 +120,35 @@ def test_a_recipe_gives_a_correction_its_settings_as_overrides(folder):
     for text in ("correction.tis.cap: 3\n", "correction: {tis: {cap: 3}}\n"):
         folder("nested", f"algo: grpo\n{text}")
         assert "a preset cannot change `correction`" in message("recipe=nested")
+
+
+# Overrides of settings that follow others.
+
+RL, SFT = "algo.terms.rl.gate", "algo.terms.sft.gate"
+
+
+@pytest.mark.parametrize(
+    "overrides, note",
+    [
+        ([f"{RL}.threshold=0.5"], f"{RL}.threshold=0.5 no longer follows {SFT}.threshold=0.0; to change both, set"),
+        ([f"{RL}={{_target_: upge.PassRateAbove, threshold: 0.5}}"], f"{RL}.threshold=0.5 no longer follows {SFT}"),
+        ([f"{RL}.threshold=0.5", f"{SFT}.threshold=0.25"], f"no longer follows {SFT}.threshold=0.25"),
+        ([f"{SFT}.threshold=0.5"], ""),
+        ([f"{RL}.threshold=0.5", f"{SFT}.threshold=0.5"], ""),
+        ([f"{RL}={{_target_: upge.ConstantGate}}"], ""),
+    ],
+)
+def test_an_override_that_splits_two_settings_is_noted(overrides, note):
+    """A setting of the file that follows another one, but afterwards has a value of its own that differs."""
+    notes = compose(["algo=hpt", *overrides]).notes
+    assert len(notes) == int(bool(note)) and note in "".join(notes)
+
+
+def test_a_split_part_is_noted_without_its_settings():
+    (note,) = compose(["algo=amft", "algo.critic.returns={_target_: upge.GAE, lam: 0.9}"]).notes
+    assert note.startswith("algo.critic.returns no longer follows algo.terms.rl.estimator.advantage.advantage; ")
+
+
+def test_overrides_of_a_recipe_split_on_purpose():
+    """What the recipe splits is its choice; only the command line's overrides are noted."""
+    assert not any(compose([f"recipe={name}"]).notes for name in presets("recipe"))

@@ -116,9 +116,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, engine):
 def _check_best(out) -> None:
     """best/ is complete, of the first evaluation with the highest mean@k, and those are the weights of its step."""
     evaluations = lines(out / "evaluations.jsonl")
-    facts = json.loads((out / "best" / "evaluation.json").read_text())
+    metadata = json.loads((out / "best" / "evaluation.json").read_text())
     best = max(evaluations, key=lambda line: (line["all"]["mean@2"], -line["step"]))
-    assert facts == {"step": best["step"], "mean": best["all"]["mean@2"], "samples": 2}
+    assert metadata == {"step": best["step"], "mean": best["all"]["mean@2"], "samples": 2}
     kept = AutoModelForCausalLM.from_pretrained(out / "best").state_dict()
     assert AutoTokenizer.from_pretrained(out / "best").eos_token_id is not None
     begin = AutoModelForCausalLM.from_pretrained(ROOT / "experiments" / "models" / "tiny").state_dict()

@@ -23,8 +23,8 @@ def test_the_shapes_are_the_published_models():
 
 
 def test_the_page_is_up_to_date():
-    text = page.DOCS.read_text("utf-8")
-    assert page.updated(text) == text, "run python -m experiments.scaling --docs"
+    text = page.TABLES.page.read_text("utf-8")
+    assert page.TABLES.updated(text) == text, "run python -m experiments.scaling --docs"
     assert text.count("| 7B | 8 |") == 3 and text.count("| 72B | 64 |") == 3
 
 

@@ -177,9 +177,10 @@ def test_what_only_looks_the_same_is_not_taken_over(done, tmp_path, monkeypatch)
 
 def test_an_evaluation_may_be_added_but_not_outlive_its_run(done):
     arguments = [*TINY, f"output={done}"]
-    SweepFolder(load([*arguments, "evaluate={new: {suite: smoke}}"])).check()
+    more = SweepFolder(load([*arguments, "evaluate={new: {suite: smoke}}"]))
+    assert more.check() is None and [*more.sweep.config.evaluate] == ["new"]
     lone = SweepFolder(load([*arguments, "seeds=[8]", "evaluate={new: {suite: smoke}}"]))
-    lone.check()
+    assert lone.check() is None and not lone.run(lone.sweep.runs[0]).exists()
     lone.evaluation(lone.sweep.runs[0], "new").mkdir(parents=True)
     with pytest.raises(ConfigError, match="belongs to a run that no longer exists"):
         lone.check()
@@ -188,7 +189,10 @@ def test_an_evaluation_may_be_added_but_not_outlive_its_run(done):
 def test_settings_of_a_run_that_was_never_started_hold_nobody_up(done):
     lone = SweepFolder(load([*TINY, "seeds=[9]", f"output={done}"]))
     lone.begin(lone.sweep.runs[0])
-    SweepFolder(load([*TINY, "seeds=[9]", "steps=2", f"output={done}"])).check()
+    changed = SweepFolder(load([*TINY, "seeds=[9]", "steps=2", f"output={done}"]))
+    planned = changed.sweep.runs[0]
+    assert changed._record(planned).is_file() and not changed.run(planned).exists()
+    assert changed.check() is None
 
 
 def test_an_evaluation_alone_is_of_one_rank(done, monkeypatch):

@@ -55,7 +55,9 @@ def test_the_page_is_the_generated_one():
 
 def test_the_examples_on_the_page_run():
     (code,) = re.findall(r"```python\n(.*?)```", table1.PAGE.read_text("utf-8"), re.DOTALL)
-    exec(compile(code, "docs/table1.md", "exec"), {})
+    names: dict[str, object] = {}
+    exec(compile(code, "docs/table1.md", "exec"), names)
+    assert code.count("\nassert ") == 2 and callable(names["objective"])
 
 
 def test_latex_is_well_formed(tmp_path):

@@ -40,7 +40,7 @@ def test_help_names_everything():
 
 def test_algorithms_page_is_the_generated_one():
     text = describe.PAGE.read_text("utf-8")
-    assert describe.page(text) == text, "run python -m experiments.describe --docs"
+    assert describe.page() == text, "run python -m experiments.describe --docs"
 
 
 def test_algorithms_page_has_a_section_for_everything_with_its_paper():

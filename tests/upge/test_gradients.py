@@ -138,7 +138,7 @@ def test_a_part_that_reads_its_group_gets_all_of_it():
 
 
 def test_a_pair_with_an_empty_response_stays_a_pair():
-    batch = trajectories([[], [0.5]], p_frozen=[[], [0.25]], group=[0, 0], preference=[1, -1])
+    batch = trajectories([[], [0.5]], p_reference=[[], [0.25]], group=[0, 0], preference=[1, -1])
     rows, piece = kept(load("dpo"), batch)
     assert rows.tolist() == [0, 1]
     weights = load("dpo").plan(batch).estimate(piece).weights
@@ -147,7 +147,7 @@ def test_a_pair_with_an_empty_response_stays_a_pair():
 
 def test_a_penalty_that_overflows_outside_its_source_is_not_nan():
     """In float32, e^119 is infinite; the demonstration is no matter of a penalty on rollouts."""
-    batch = trajectories([[0.5], [0.25], [math.exp(-120)]], p_frozen=[[0.5], [0.5], [0.5]], rewards=[1, 0, 1],
+    batch = trajectories([[0.5], [0.25], [math.exp(-120)]], p_reference=[[0.5], [0.5], [0.5]], rewards=[1, 0, 1],
                          group=[0, 0, 0], demonstrations=[2])  # fmt: skip
     logprobs = batch.logprobs.float().requires_grad_()
     batch = dataclasses.replace(batch, logprobs=logprobs, reference_logprobs=batch.reference_logprobs.float())

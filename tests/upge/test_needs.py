@@ -23,7 +23,13 @@ FACTORS = {
     ),
     "dr_grpo": (["1/(N·1024)", "1[r ≤ 1.2", "1/π_old", "(R − mean R) · ∇π_θ"], [r"\left(R-\mathrm{mean}R\right)"]),
     "hpt": (
-        ["1[P > 0] · 1/(Q·n·1024)", "1/π_old · (R − mean R)", "1[P ≤ 0] · 1/(Q·n·|τ|)", "[rl]", "[sft]"],
+        [
+            "1[P > 0] · 1/(Q_all·n_all·1024)",
+            "1/π_old · (R − mean R)",
+            "1[P ≤ 0] · 1/(Q_all·n_all·|τ|)",
+            "[rl]",
+            "[sft]",
+        ],
         [r"\mathbb{1}[P>0]", r"\mathbb{1}[P\le 0]", r"\sum_{\tau^*}"],
     ),
 }
@@ -55,6 +61,26 @@ def test_formula_holds_every_factor_once_and_its_braces_balance(name):
         assert depth >= 0
     assert depth == 0 and len(re.findall(r"\\left\b", latex)) == len(re.findall(r"\\right\b", latex))
     assert not re.search(r"\+ [+-]|· ·|\\cdot \\cdot", latex + text)
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        (upge.TokenMean(over="term"), upge.TokenMean(over="batch")),
+        (upge.SequenceMean(over="term"), upge.SequenceMean(over="batch")),
+        (upge.SequenceMean(over="term", tokens="sum"), upge.SequenceMean(over="batch", tokens="sum")),
+        (upge.FixedLength(8, over="term"), upge.FixedLength(8, over="batch")),
+        (upge.QuestionMean(over="term"), upge.QuestionMean(over="batch")),
+        (upge.QuestionMean(over="batch"), upge.QuestionMean(over="batch", within="kind")),
+        (upge.QuestionMean(over="term", within="kind"), upge.QuestionMean(over="batch", within="kind")),
+        (upge.EntropyBonus(0.1, upge.TokenMean()), upge.EntropyBonus(0.1, upge.TokenMean(), "demonstrations")),
+        (upge.KLPenalty(0.1, upge.TokenMean()), upge.KLPenalty(0.1, upge.TokenMean(over="batch"))),
+    ],
+)
+def test_what_is_counted_and_summed_over_is_printed(first, second):
+    """Parts that differ only in the trajectories that they count or sum over do not print the same formula."""
+    one, other = first.formula(), second.formula()
+    assert one.text != other.text and one.latex != other.latex
 
 
 def test_formula_in_another_style_is_refused():
@@ -171,7 +197,15 @@ def test_the_behaviour_column_may_be_absent():
 
 def test_the_sign_of_a_negative_coefficient_is_printed_once():
     for penalty, text, latex in (
-        (upge.EntropyBonus(-0.1, upge.TokenMean()), "− 0.1·∇H", r"-0.1\,\nabla H"),
-        (upge.KLPenalty(-0.1, upge.TokenMean()), "+ 0.1·∇k3", r"+0.1\,\nabla"),
+        (
+            upge.EntropyBonus(-0.1, upge.TokenMean()),
+            "− Σ_{τ~π_old} 0.1 · 1/Σ|τ| · Σ_t ∇H",
+            r"-\sum_{\tau\sim\pi_{old}} 0.1\,",
+        ),
+        (
+            upge.KLPenalty(-0.1, upge.TokenMean()),
+            "+ Σ_{τ~π_old} 0.1 · 1/Σ|τ| · Σ_t ∇k3",
+            r"+\sum_{\tau\sim\pi_{old}} 0.1\,",
+        ),
     ):
         assert penalty.formula().text.startswith(text) and penalty.formula().latex.startswith(latex)

@@ -30,7 +30,7 @@ def gradient(one: upge.Algorithm, column: str) -> torch.Tensor:
     """[B, T] the derivative of the loss by the entropies or the log-probs."""
     batch = trajectories(
         [[0.5, 0.25], [0.5], [0.125]],
-        p_frozen=[[0.5] * 2, [0.5], [0.5]],
+        p_reference=[[0.5] * 2, [0.5], [0.5]],
         demonstrations=[1],
         group=[0, 0, 0],
         entropies=[[0.3, 0.4], [0.5], [0.6]],
@@ -56,7 +56,7 @@ def test_an_entropy_bonus_leaves_demonstrations_alone_unless_asked():
 
 @pytest.mark.parametrize("source", EXPECTED)
 def test_a_kl_penalty_acts_on_its_source_alone(source):
-    """k2: d²/2 with d = log π_frozen - log π_θ, whose derivative by log π_θ is -d."""
+    """k2: d²/2 with d = log π_0 - log π_θ, whose derivative by log π_θ is -d."""
     penalty = upge.KLPenalty(coefficient=2.0, reduction=upge.TokenMean(), kind="k2", source=source)
     ratio = torch.tensor([[1.0, 2.0], [1.0, 1.0], [4.0, 1.0]], dtype=torch.float64)
     expected = -2.0 * torch.tensor(EXPECTED[source], dtype=torch.float64) * ratio.log()

@@ -23,7 +23,7 @@ from upge.views import TokenView
 
 @dataclass(frozen=True)
 class AdvantageKL(Regularizer):
-    """A distance to the frozen policy, weighted by a static part."""
+    """A distance to the reference policy, weighted by a static part."""
 
     coefficient: float
     reduction: upge.Reduction
@@ -153,7 +153,7 @@ def test_a_loss_that_is_not_finite_reaches_the_gradient():
 
 
 def test_what_has_a_coefficient_of_zero_costs_nothing():
-    """No frozen model, no gradient of entropies, no wider reach: as if it were not there."""
+    """No reference policy, no gradient of entropies, no wider reach: as if it were not there."""
     idle = {
         "kl": upge.KLPenalty(0.0, TOKENS),
         "entropy": upge.EntropyBonus(0.0, TOKENS),

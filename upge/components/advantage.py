@@ -139,9 +139,9 @@ class LeaveOneOut(AdvantageEstimator):
 
 @dataclass(frozen=True)
 class PairwisePreference(AdvantageEstimator):
-    """Â = ±beta·σ(-h), h = beta·[log π_θ/π_frozen(chosen) - log π_θ/π_frozen(rejected)].
+    """Â = ±beta·σ(-h), h = beta·[log π_θ/π_0(chosen) - log π_θ/π_0(rejected)].
 
-    With the current policy as denominator this is the gradient of the pairwise objective of arXiv 2305.18290. π_frozen
+    With the current policy as denominator this is the gradient of the pairwise objective of arXiv 2305.18290. π_0
     is the reference policy. Log-ratios are summed over tokens, not averaged.
 
     Raises:

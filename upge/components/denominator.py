@@ -165,9 +165,9 @@ class GeometricMeanBehaviorPolicy(ReferenceDenominator):
 
 @dataclass(frozen=True)
 class ClippedReferencePolicy(ReferenceDenominator):
-    """π_ref = π_θ/clip(π_θ/π_frozen, low, high): the importance weight of arXiv 2507.12856 per token.
+    """π_ref = π_θ/clip(π_θ/π_0, low, high): the importance weight of arXiv 2507.12856 per token.
 
-    π_frozen is the reference policy.
+    π_0 is the reference policy.
     """
 
     low: float = 0.2
@@ -186,16 +186,16 @@ class ClippedReferencePolicy(ReferenceDenominator):
     def formula(self) -> Formula:
         bounds = f"{self.low:g}, {self.high:g}"
         return Formula(
-            f"clip(π_θ/π_frozen, {bounds})/π_θ",
-            rf"\frac{{\mathrm{{clip}}(\pi_\theta/\pi_{{frozen}}, {bounds})}}{{\pi_\theta}}",
+            f"clip(π_θ/π_0, {bounds})/π_θ",
+            rf"\frac{{\mathrm{{clip}}(\pi_\theta/\pi_0, {bounds})}}{{\pi_\theta}}",
         )
 
 
 @dataclass(frozen=True)
 class SequenceReferencePolicy(ReferenceDenominator):
-    """π_ref = π_θ/W with W = clip(exp(power·mean_t log(π_θ/π_frozen)), low, high).
+    """π_ref = π_θ/W with W = clip(exp(power·mean_t log(π_θ/π_0)), low, high).
 
-    This is the importance weight of arXiv 2507.12856 for a whole response. π_frozen is the reference policy.
+    This is the importance weight of arXiv 2507.12856 for a whole response. π_0 is the reference policy.
     """
 
     power: float = 2.0
@@ -217,9 +217,9 @@ class SequenceReferencePolicy(ReferenceDenominator):
     def formula(self) -> Formula:
         bounds, power = f"{self.low:g}, {self.high:g}", f"{self.power:g}"
         return Formula(
-            f"W/π_θ, W = clip((π_θ(τ)/π_frozen(τ))^({power}/|τ|), {bounds})",
+            f"W/π_θ, W = clip((π_θ(τ)/π_0(τ))^({power}/|τ|), {bounds})",
             rf"\frac{{W}}{{\pi_\theta}},\ W=\mathrm{{clip}}\left("
-            rf"(\pi_\theta(\tau)/\pi_{{frozen}}(\tau))^{{{power}/|\tau|}}, {bounds}\right)",
+            rf"(\pi_\theta(\tau)/\pi_0(\tau))^{{{power}/|\tau|}}, {bounds}\right)",
         )
 
 

@@ -18,7 +18,7 @@ KLKind = Literal["k1", "k2", "k3"]
 
 
 def kl_value(log_ratio: Tensor, kind: KLKind) -> Tensor:
-    """An estimate of KL(π‖π_frozen) from samples of π, with d = log π_frozen - log π.
+    """An estimate of KL(π‖π_0) from samples of π, with d = log π_0 - log π.
 
     - 'k1', -d: unbiased; can be negative.
     - 'k2', d²/2: biased, but close where d is small.
@@ -46,7 +46,7 @@ class OutcomeReward(TokenReward):
 
 @dataclass(frozen=True)
 class KLPenalizedReward(TokenReward):
-    """r_t - coefficient·k(π_old, π_frozen)_t: a KL penalty on each token's reward, as in arXiv 2009.01325.
+    """r_t - coefficient·k(π_old, π_0)_t: a KL penalty on each token's reward, as in arXiv 2009.01325.
 
     The penalty is that of the policy that generated the data, not of the current one, so it is the same in all updates
     of a step. It also applies to demonstrations, where π_old is the policy before the step's updates.
@@ -77,8 +77,8 @@ class KLPenalizedReward(TokenReward):
     def formula(self) -> Formula:
         inner = self.reward.formula()
         return Formula(
-            f"{inner.text} − {self.coefficient:g}·{self.kind}(π_old, π_frozen)",
-            rf"{inner.latex}-{tex(self.coefficient)}\,\mathrm{{{self.kind}}}(\pi_{{old}},\pi_{{frozen}})",
+            f"{inner.text} − {self.coefficient:g}·{self.kind}(π_old, π_0)",
+            rf"{inner.latex}-{tex(self.coefficient)}\,\mathrm{{{self.kind}}}(\pi_{{old}},\pi_0)",
         )
 
 

@@ -23,7 +23,7 @@ class KLShaped(AdvantageEstimator):
     """Â_t - coefficient·k_t: a KL penalty towards the reference policy as part of the reward.
 
     See arXiv 2509.04419, appendix B.2. k_t is computed from the current policy without gradient: with
-    d = log π_frozen - log π_θ, it is -d (k1), d²/2 (k2) or e^d - d - 1 (k3).
+    d = log π_0 - log π_θ, it is -d (k1), d²/2 (k2) or e^d - d - 1 (k3).
 
     With `future` the penalty of a token is the sum over all tokens from its own on: Â_t - coefficient·Σ_{k≥t} k_k.
     On-policy, with k1 and the current policy as denominator, this is the unbiased gradient of the KL of the whole
@@ -57,9 +57,9 @@ class KLShaped(AdvantageEstimator):
 
     def formula(self) -> Formula:
         inner = self.advantage.formula()
-        text = "log(π_θ/π_frozen)" if self.kind == "k1" else f"{self.kind}(π_θ, π_frozen)"
-        latex = r"\log\frac{\pi_\theta}{\pi_{frozen}}"
-        latex = latex if self.kind == "k1" else rf"\mathrm{{{self.kind}}}(\pi_\theta,\pi_{{frozen}})"
+        text = "log(π_θ/π_0)" if self.kind == "k1" else f"{self.kind}(π_θ, π_0)"
+        latex = r"\log\frac{\pi_\theta}{\pi_0}"
+        latex = latex if self.kind == "k1" else rf"\mathrm{{{self.kind}}}(\pi_\theta,\pi_0)"
         sums = ("Σ_{k≥t} ", r"\sum_{k\ge t}") if self.future else ("", "")
         return Formula(
             f"[{inner.text} − {self.coefficient:g}·{sums[0]}{text}]",

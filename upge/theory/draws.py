@@ -49,7 +49,7 @@ class Setting:
             policy.
         expert: π_β, the policy that the demonstrations are drawn from, independently; a demonstration's reward is that
             of its response.
-        frozen: the reference policy, which fills `reference_logprobs`.
+        reference: the reference policy, which fills `reference_logprobs`.
         values: [P] the critic's value of each prefix.
         step: the training steps before the batch, for schedules.
 
@@ -62,13 +62,13 @@ class Setting:
     behavior: SoftmaxPolicy | None = None
     sampler: SoftmaxPolicy | None = None
     expert: SoftmaxPolicy | None = None
-    frozen: SoftmaxPolicy | None = None
+    reference: SoftmaxPolicy | None = None
     values: Float[Tensor, "P"] | None = None
     step: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reward", rewards_of(self.policy, self.reward))
-        for name in ("behavior", "sampler", "expert", "frozen"):
+        for name in ("behavior", "sampler", "expert", "reference"):
             other = getattr(self, name)
             if other is not None and other.responses is not self.policy.responses:
                 raise ConfigError(f"{name}: its responses are not those of `policy`; give both the same sizes and end")
@@ -88,13 +88,13 @@ class Setting:
         """The exact gradients [P, V] of the objectives, in the direction of ascent.
 
         'reward' is ∇E_π[R]. With an expert, 'imitation' is -∇KL(π_β‖π_θ). With a reference policy, 'proximity' is
-        -∇KL(π_θ‖π_frozen).
+        -∇KL(π_θ‖π_0).
         """
         gradients = {"reward": exact_gradient(self.policy, self.reward)}
         if self.expert is not None:
             gradients["imitation"] = -forward_kl_gradient(self.policy, self.expert)
-        if self.frozen is not None:
-            gradients["proximity"] = -reverse_kl_gradient(self.policy, self.frozen)
+        if self.reference is not None:
+            gradients["proximity"] = -reverse_kl_gradient(self.policy, self.reference)
         return gradients
 
     @property
@@ -107,8 +107,8 @@ class Setting:
         columns["behavior_logprobs"] = (self.behavior or self.policy).token_logprobs.detach()
         if self.sampler is not None:
             columns["sampler_logprobs"] = self.sampler.token_logprobs.detach()
-        if self.frozen is not None:
-            columns["reference_logprobs"] = self.frozen.token_logprobs.detach()
+        if self.reference is not None:
+            columns["reference_logprobs"] = self.reference.token_logprobs.detach()
         if self.values is not None:
             columns["values"] = self.values.double()[space.prefix]
         return columns

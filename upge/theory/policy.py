@@ -235,18 +235,18 @@ def forward_kl_gradient(policy: SoftmaxPolicy, expert: SoftmaxPolicy) -> Float[T
     return -_weighted_scores(policy, expert.probabilities)
 
 
-def reverse_kl(policy: SoftmaxPolicy, frozen: SoftmaxPolicy) -> float:
-    """KL(π_θ‖π_frozen) = Σ_y π_θ(y)·log π_θ(y)/π_frozen(y), over whole responses (nats)."""
+def reverse_kl(policy: SoftmaxPolicy, reference: SoftmaxPolicy) -> float:
+    """KL(π_θ‖π_0) = Σ_y π_θ(y)·log π_θ(y)/π_0(y), over whole responses (nats)."""
     p = policy.probabilities.detach()
-    return float(torch.where(p > 0, p * (policy.logprobs.detach() - frozen.logprobs), 0.0).sum())
+    return float(torch.where(p > 0, p * (policy.logprobs.detach() - reference.logprobs), 0.0).sum())
 
 
-def reverse_kl_gradient(policy: SoftmaxPolicy, frozen: SoftmaxPolicy) -> Float[Tensor, "P V"]:
-    """∇ KL(π_θ‖π_frozen) = Σ_y π_θ(y)·log(π_θ(y)/π_frozen(y))·∇ log π_θ(y).
+def reverse_kl_gradient(policy: SoftmaxPolicy, reference: SoftmaxPolicy) -> Float[Tensor, "P V"]:
+    """∇ KL(π_θ‖π_0) = Σ_y π_θ(y)·log(π_θ(y)/π_0(y))·∇ log π_θ(y).
 
     The derivative of the logarithm adds Σ_y π_θ(y)·∇ log π_θ(y) = 0.
     """
-    return _weighted_scores(policy, policy.probabilities * (policy.logprobs - frozen.logprobs))
+    return _weighted_scores(policy, policy.probabilities * (policy.logprobs - reference.logprobs))
 
 
 def _weighted_scores(policy: SoftmaxPolicy, weights: Float[Tensor, "S"]) -> Float[Tensor, "P V"]:

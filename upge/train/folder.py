@@ -23,7 +23,7 @@ FORMAT = 2
 #: What run.json keeps of every start.
 _START = ("command", "started", "from_step", "world_size")
 #: In best/, the evaluation that it comes from.
-BEST_FACTS = "evaluation.json"
+BEST_METADATA = "evaluation.json"
 
 
 class RunFolder:
@@ -37,28 +37,28 @@ class RunFolder:
     @property
     def is_finished(self) -> bool:
         """True once the last step's model is written; a continuation with more steps makes it False again."""
-        return self.facts.get("finished_step") is not None
+        return self.metadata.get("finished_step") is not None
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """The content of run.json; empty if there is none yet.
 
         Raises:
             ConfigError: another version of upge wrote it, whose keys and metrics have other names.
         """
-        facts = _json(self.path / "run.json")
-        if facts and facts.get("format") != FORMAT:
-            by = f"upge {facts.get('versions', {}).get('upge', '')}".rstrip()
+        metadata = _json(self.path / "run.json")
+        if metadata and metadata.get("format") != FORMAT:
+            by = f"upge {metadata.get('versions', {}).get('upge', '')}".rstrip()
             raise ConfigError(
                 f"{self.path}: this folder was written by another version ({by}), whose keys and metrics have other "
                 "names; read it with that version, or run again in another folder"
             )
-        return facts
+        return metadata
 
     @property
-    def best_facts(self) -> dict[str, Any]:
+    def best_metadata(self) -> dict[str, Any]:
         """The evaluation that best/ comes from: `step`, `mean`, `samples`; empty if there is no best/."""
-        return _json(self.best / BEST_FACTS)
+        return _json(self.best / BEST_METADATA)
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -117,7 +117,7 @@ class RunFolder:
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise ConfigError(f"output: {self.path} cannot be created: {existing} is not a writable folder")
 
-    def start(self, config: Mapping[str, Any], facts: Mapping[str, Any], continues: bool) -> None:
+    def start(self, config: Mapping[str, Any], metadata: Mapping[str, Any], continues: bool) -> None:
         """Writes the resolved configuration and run.json, which also keeps a list of earlier starts.
 
         Raises:
@@ -133,30 +133,30 @@ class RunFolder:
         for name in FOLDERS:
             (self.path / name).mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
-        start = {k: facts[k] for k in _START if k in facts}
-        self._write_facts({"format": FORMAT, **facts, "starts": [*self.facts.get("starts", []), start]})
+        start = {k: metadata[k] for k in _START if k in metadata}
+        self._write_metadata({"format": FORMAT, **metadata, "starts": [*self.metadata.get("starts", []), start]})
 
     def finish(self, step: int) -> None:
         """Renames the exported model to final/ and marks the run as finished."""
         shutil.rmtree(self.final, ignore_errors=True)
         self.final_partial.rename(self.final)
-        self._write_facts({**self.facts, "finished_step": step})
+        self._write_metadata({**self.metadata, "finished_step": step})
 
     def is_best(self, line: Mapping[str, Any]) -> bool:
         """True if this evaluation's mean@k is above that of every earlier one, or there is no best/ yet."""
-        best = self.best_facts
+        best = self.best_metadata
         # A best/ of this step or a later one is from before the run was continued; its evaluation was dropped.
         return not best or best["step"] > line["step"] or _mean(line) > best["mean"]
 
     def settle_best(self, line: Mapping[str, Any]) -> None:
         """Renames the model that was exported to `best_partial` to best/."""
-        facts = {"step": line["step"], "mean": _mean(line), "samples": line["samples"]}
-        write_atomically(self.best_partial / BEST_FACTS, json.dumps(facts, indent=2) + "\n")
+        metadata = {"step": line["step"], "mean": _mean(line), "samples": line["samples"]}
+        write_atomically(self.best_partial / BEST_METADATA, json.dumps(metadata, indent=2) + "\n")
         shutil.rmtree(self.best, ignore_errors=True)
         self.best_partial.rename(self.best)
 
-    def _write_facts(self, facts: Mapping[str, Any]) -> None:
-        write_atomically(self.path / "run.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    def _write_metadata(self, metadata: Mapping[str, Any]) -> None:
+        write_atomically(self.path / "run.json", json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drops everything recorded after `step`, because it will be recorded again."""
@@ -168,7 +168,7 @@ class RunFolder:
         for path in (path for name in FOLDERS for path in (self.path / name).glob("step_*.jsonl")):
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
-        if not self.best.exists() and (self.best_partial / BEST_FACTS).is_file():
+        if not self.best.exists() and (self.best_partial / BEST_METADATA).is_file():
             self.best_partial.rename(self.best)  # it is complete, and the earlier one is gone
         for path in (*self.checkpoints.glob("*.partial"), self.final_partial, self.best_partial):
             shutil.rmtree(path, ignore_errors=True)

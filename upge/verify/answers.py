@@ -124,9 +124,9 @@ def _tidy(text: str) -> str | None:
 
 def without_unit(text: str) -> str:
     """The 42 of "42 red apples"; the text unchanged if one of its words changes the number, as "million" does."""
-    counted = _COUNTED.fullmatch(text)
-    if counted and not {word.lower() for word in counted[2].split()} & _NOT_COUNTED:
-        return counted[1]
+    number = _COUNTED.fullmatch(text)
+    if number and not {word.lower() for word in number[2].split()} & _NOT_COUNTED:
+        return number[1]
     return text
 
 

@@ -139,8 +139,8 @@ def train(job: dict[str, Any], connection: Connection) -> None:
         trainer = Trainer(
             parts, lambda metrics: control.stepped(_step_metrics(metrics, rows)), lambda _: control.begin()
         )
-        facts = {"command": "experiments.bench", "started": files.now(), "from_step": 0}
-        prepared.folder.start(loaded.composed.tree, facts, False)
+        metadata = {"command": "experiments.bench", "started": files.now(), "from_step": 0}
+        prepared.folder.start(loaded.composed.tree, metadata, False)
         trainer.run()
 
 

@@ -32,7 +32,7 @@ def test_each_stops_where_it_is_good_enough() -> None:
     courses = accuracy.race(3, ["hpt"], SMALL, stage)
     ours, theirs = courses["hpt"], courses[accuracy.PEER]
     assert (ours.steps, ours.seconds) == (5, 2.0) and (theirs.steps, theirs.seconds) == (20, 12.0)
-    assert ours.figures["mean"] == pytest.approx(0.5) and theirs.reached(SMALL)
+    assert ours.accuracies["mean"] == pytest.approx(0.5) and theirs.reached(SMALL)
     assert accuracy._times("hpt", [courses], SMALL).median == 6.0
     assert all("seed=3" in job["arguments"] for job in stage.jobs.values())
     assert all(child.closed for _, child in stage.children)

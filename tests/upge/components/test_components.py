@@ -106,7 +106,7 @@ def test_all_of_is_the_product():
 def denominators() -> upge.Trajectories:
     """Ratios 2 and 1 in the first response, 0.25 in the second."""
     return trajectories(
-        [[0.5, 0.2], [0.1]], p_old=[[0.25, 0.2], [0.4]], p_sampler=[[0.1, 0.2], [0.5]], p_frozen=[[0.5, 0.1], [0.2]]
+        [[0.5, 0.2], [0.1]], p_old=[[0.25, 0.2], [0.4]], p_sampler=[[0.1, 0.2], [0.5]], p_reference=[[0.5, 0.1], [0.2]]
     )
 
 
@@ -258,7 +258,7 @@ def test_pairwise_preference():
     """log-ratio ln 2 of the chosen and -ln 2 of the rejected, beta 0.5: h = ln 2, σ(-h) = 1/3, Â = ±1/6."""
     batch = trajectories(
         [[0.5, 0.5], [0.25], [0.9], [0.5]],
-        p_frozen=[[0.25, 0.5], [0.5], [0.1], [0.5]],
+        p_reference=[[0.25, 0.5], [0.5], [0.1], [0.5]],
         group=[3, 3, 3, 8],
         preference=[1, -1, 0, 0],
     )
@@ -268,7 +268,7 @@ def test_pairwise_preference():
 
 @pytest.mark.parametrize("preference", [[1, 1, -1, 0], [1, 0, 0, 0], [0, -1, 0, 0], [1, 1, -1, -1]])
 def test_pairwise_preference_names_the_group_that_is_no_pair(preference):
-    columns = {"p_frozen": [[0.5]] * 6, "group": [2, 2, 8, 8, 8, 8], "preference": [1, -1, *preference]}
+    columns = {"p_reference": [[0.5]] * 6, "group": [2, 2, 8, 8, 8, 8], "preference": [1, -1, *preference]}
     batch = trajectories([[0.5]] * 6, **columns)
     with pytest.raises(ValueError, match="group 8 must hold exactly one chosen"):
         upge.PairwisePreference()(batch)
@@ -276,7 +276,7 @@ def test_pairwise_preference_names_the_group_that_is_no_pair(preference):
 
 def test_kl_shaped_subtracts_the_log_ratio():
     """1 - 0.1·ln 2 and 1 + 0.1·ln 2."""
-    batch = trajectories([[0.5, 0.25]], p_frozen=[[0.25, 0.5]])
+    batch = trajectories([[0.5, 0.25]], p_reference=[[0.25, 0.5]])
     found = upge.KLShaped(upge.ConstantAdvantage(1.0), coefficient=0.1)(batch)
     assert close(found, [[0.93068528, 1.06931472]])
 
@@ -288,7 +288,7 @@ def test_kl_shaped_subtracts_the_log_ratio():
 def test_kl_penalty(kind, expected):
     """d = ln(0.5/0.25) = ln 2: -d, d²/2, 2 - d - 1."""
     penalty = upge.KLPenalty(coefficient=1.0, reduction=upge.TokenMean(), kind=kind)
-    assert close(penalty(trajectories([[0.25]], p_frozen=[[0.5]])), [[expected]])
+    assert close(penalty(trajectories([[0.25]], p_reference=[[0.5]])), [[expected]])
 
 
 def test_entropy_bonus_is_minus_the_entropy():

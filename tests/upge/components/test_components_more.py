@@ -1,4 +1,4 @@
-"""Rewards, returns, shaped advantages and the parts relative to geometric means or a frozen policy, on literal arrays,
+"""Rewards, returns, shaped advantages and parts relative to geometric means or a reference policy, on literal arrays,
 against numbers worked out by hand."""
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ LN2 = math.log(2)
 
 
 def kl_batch(**columns) -> upge.Trajectories:
-    """Old probabilities ½ and ¼, frozen ones ¼ and ½, reward 1: log(π_old/π_frozen) is ln 2 and -ln 2; then padding."""
+    """Old probabilities ½ and ¼, reference ones ¼ and ½, reward 1: log(π_old/π_0) is ln 2 and -ln 2; then padding."""
     return trajectories(
-        mask=[[1, 1, 0]], p_old=[[0.5, 0.25, 0.1]], p_frozen=[[0.25, 0.5, 0.9]], rewards=[1.0], **columns
+        mask=[[1, 1, 0]], p_old=[[0.5, 0.25, 0.1]], p_reference=[[0.25, 0.5, 0.9]], rewards=[1.0], **columns
     )
 
 
@@ -45,7 +45,7 @@ def test_kl_penalized_reward(kind, expected):
 
 
 def test_kl_penalized_reward_says_what_it_lacks():
-    batch = trajectories(lengths=[2], p_frozen=[[0.5, 0.5]])
+    batch = trajectories(lengths=[2], p_reference=[[0.5, 0.5]])
     reward = upge.ReturnToGo(reward=upge.KLPenalizedReward(upge.OutcomeReward()))
     with pytest.raises(ValueError, match="behavior_logprobs: ReturnToGo reads it, but this batch does not have it"):
         reward.precomputed(batch)
@@ -121,7 +121,7 @@ def test_tempered_and_shifted():
     ],
 )
 def test_kl_shaped_kinds_and_future(kind, future, expected):
-    batch = trajectories([[0.5, 0.25, 0.5], [0.5]], p_frozen=[[0.25, 0.5, 0.5], [0.25]])
+    batch = trajectories([[0.5, 0.25, 0.5], [0.5]], p_reference=[[0.25, 0.5, 0.5], [0.25]])
     shaped = upge.KLShaped(upge.ConstantAdvantage(1.0), 0.1, kind, future)
     assert close(shaped(batch), expected)
     assert shaped.live_reach == ("trajectory" if future else "token")
@@ -133,15 +133,15 @@ def test_future_k1_is_the_gradient_of_the_responses_kl():
     g = torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=g)  # noqa: E731
     first, second = make(3).requires_grad_(), make(3, 3).requires_grad_()
-    frozen_first, frozen_second = make(3).log_softmax(0), make(3, 3).log_softmax(1)
+    reference_first, reference_second = make(3).log_softmax(0), make(3, 3).log_softmax(1)
     pairs = torch.cartesian_prod(torch.arange(3), torch.arange(3))
     gather = lambda a, b: torch.stack([a[pairs[:, 0]], b[pairs[:, 0], pairs[:, 1]]], dim=1)  # noqa: E731
     logp = gather(first.log_softmax(0), second.log_softmax(1))
-    frozen = gather(frozen_first, frozen_second)
+    reference = gather(reference_first, reference_second)
     probability = logp.sum(dim=1).exp()
-    kl = (probability * (logp - frozen).sum(dim=1)).sum()
+    kl = (probability * (logp - reference).sum(dim=1)).sum()
     expected = torch.autograd.grad(-kl, (first, second), retain_graph=True)
-    batch = trajectories(lengths=[2] * 9, logprobs=logp.tolist(), reference_logprobs=frozen.tolist())
+    batch = trajectories(lengths=[2] * 9, logprobs=logp.tolist(), reference_logprobs=reference.tolist())
     found = {}
     for future in (True, False):
         advantage = upge.KLShaped(upge.ConstantAdvantage(0.0), 1.0, "k1", future)(batch)
@@ -183,7 +183,7 @@ def test_sigmoid_gate():
         (upge.GeometricMeanBehaviorPolicy(upge.ConstantAdvantage(-1.0)), [0.35355339, 0.14142136, 0.14918247]),
         (upge.GeometricMeanBehaviorPolicy(upge.ConstantAdvantage(0.0)), [0.35355339, 0.14142136, 0.4]),
         (upge.GeometricMeanBehaviorPolicy(upge.ConstantAdvantage(1.0), high=0.0), [0.5, 0.2, 0.4]),
-        # π_θ/π_frozen = 1, 2 and ½
+        # π_θ/π_0 = 1, 2 and ½
         (upge.ClippedReferencePolicy(0.2, 1.8), [0.5, 0.11111111, 0.2]),
         (upge.ClippedReferencePolicy(0.8, 4.0), [0.5, 0.1, 0.125]),
         (upge.ClippedReferencePolicy(0.0, 1.0), [0.5, 0.2, 0.2]),

@@ -76,7 +76,7 @@ def test_overlong_advantages_are_those_of_the_shaped_rewards():
 
 def test_what_overlong_wraps_is_computed_beforehand_on_the_shaped_rewards():
     """Also where the whole is live and only the inner part is known before the forward pass."""
-    batch = lengths(2, 10, rewards=[1.0, 1.0], group=[0, 0], p_frozen=[[0.25] * 10] * 2)
+    batch = lengths(2, 10, rewards=[1.0, 1.0], group=[0, 0], p_reference=[[0.25] * 10] * 2)
     part = upge.OverlongShaped(upge.KLShaped(upge.GroupRelative(normalize_std=False), 1.0), 10, penalty=1.0)
     assert part.is_live
     piece = batch.select(torch.tensor([1]), batch.logprobs[1:])

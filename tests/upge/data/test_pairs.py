@@ -154,7 +154,7 @@ def test_pairs_are_counted_before_a_run(tmp_path, monkeypatch):
 
 
 def test_every_stage_is_checked(tmp_path, monkeypatch):
-    """A pipeline's stages are named in what it is refused for; the columns of pairs and a frozen policy are there."""
+    """A pipeline's stages are named in what it is refused for; columns of pairs and a reference policy are there."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     arguments = [f"output={tmp_path / 'run'}", "algo=sft_then_grpo"]
     assert len(prepare(compose(arguments)).train) == 512

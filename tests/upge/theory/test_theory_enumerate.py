@@ -105,13 +105,13 @@ def test_conditioning_on_success():
 
 def test_expectation_equals_brute_force_through_the_table():
     """All ordered triples, each a batch whose loss is differentiated down to the logits."""
-    space, behavior, frozen = RAGGED.responses, RAGGED.moved(0.3), RAGGED.moved(0.4, seed=5)
+    space, behavior, reference = RAGGED.responses, RAGGED.moved(0.3), RAGGED.moved(0.4, seed=5)
     bonus = {
         "kl": upge.KLPenalty(coefficient=0.3, reduction=upge.TokenMean()),
         "entropy": upge.EntropyBonus(coefficient=0.2, reduction=upge.TokenMean()),
     }
     algo = algorithm(upge.GroupRelative(), upge.BehaviorPolicy(), upge.PPOClip(), upge.TokenMean(), **bonus)
-    setting = Setting(RAGGED, reward(RAGGED), behavior=behavior, frozen=frozen)
+    setting = Setting(RAGGED, reward(RAGGED), behavior=behavior, reference=reference)
     total, square = torch.zeros_like(RAGGED.logits), 0.0
     for ys in itertools.product(range(len(space)), repeat=3):
         rows, table = list(ys), SoftmaxPolicy(RAGGED.logits.clone().requires_grad_(), RAGGED.horizon)
@@ -123,7 +123,7 @@ def test_expectation_equals_brute_force_through_the_table():
             group=torch.zeros(3, dtype=torch.long),
             is_demonstration=torch.zeros(3, dtype=torch.bool),
             behavior_logprobs=behavior.token_logprobs[rows],
-            reference_logprobs=frozen.token_logprobs[rows],
+            reference_logprobs=reference.token_logprobs[rows],
         )
         (slope,) = torch.autograd.grad(algo.estimate(batch).loss, table.logits)
         p = float(behavior.probabilities[rows].prod())
@@ -228,13 +228,13 @@ def test_the_standard_deviation_turns_no_gradient_of_binary_rewards():
 
 
 def test_preference_pairs_start_in_the_direction_of_the_reward():
-    """Where π_θ = π_frozen every pair weighs β/2, and E[∇ log π(better) - ∇ log π(worse)] is ∇E[R] over P(1-P)."""
+    """Where π_θ = π_0 every pair weighs β/2, and E[∇ log π(better) - ∇ log π(worse)] is ∇E[R] over P(1-P)."""
     pairs = algorithms.load("dpo")
     rewards = reward(RAGGED)
     rate = float((RAGGED.probabilities * rewards).sum())
-    start = expectation(pairs, Setting(RAGGED, rewards, frozen=RAGGED), scale=0.1 / 2 / (rate * (1 - rate)))
+    start = expectation(pairs, Setting(RAGGED, rewards, reference=RAGGED), scale=0.1 / 2 / (rate * (1 - rate)))
     assert start.relative_bias < EXACT and start.accepted == pytest.approx(2 * rate * (1 - rate))
-    later = expectation(pairs, Setting(RAGGED, rewards, frozen=RAGGED.moved(0.5)))
+    later = expectation(pairs, Setting(RAGGED, rewards, reference=RAGGED.moved(0.5)))
     assert theory.mixture(later.mean, [later.exact])[1] > 1e-3
 
 
@@ -250,7 +250,7 @@ def test_dynamic_sampling_keeps_groups_that_differ():
 
 
 def test_mixture_finds_what_was_mixed():
-    setting = Setting(RAGGED, reward(RAGGED, binary=False), expert=RAGGED.moved(1.0), frozen=RAGGED.moved(0.5))
+    setting = Setting(RAGGED, reward(RAGGED, binary=False), expert=RAGGED.moved(1.0), reference=RAGGED.moved(0.5))
     parts = setting.objectives
     mixed = 0.3 * parts["reward"] + 2 * parts["imitation"] - 0.7 * parts["proximity"]
     coefficients, remainder = theory.mixture(mixed, parts.values())
@@ -262,12 +262,12 @@ def test_mixture_finds_what_was_mixed():
 
 
 def test_the_tables_in_the_docs_are_current():
-    text = docs.DOCS.read_text()
-    assert docs.updated(text) == text, "run python -m experiments.theory --docs"
+    text = docs.TABLES.page.read_text()
+    assert docs.TABLES.updated(text) == text, "run python -m experiments.theory --docs"
 
 
 def test_the_example_in_the_docs_runs():
-    example = docs.DOCS.read_text().split("```python\n")[1].split("```")[0]
+    example = docs.TABLES.page.read_text().split("```python\n")[1].split("```")[0]
     names: dict = {}
     exec(compile(example, "docs/theory.md", "exec"), names)  # it ends with an assertion of its own
     assert names["report"].batches == 84
@@ -276,7 +276,7 @@ def test_the_example_in_the_docs_runs():
 def test_the_command_refuses_other_arguments(capsys):
     assert docs.main(["--readme"]) == 2 and "--docs" in capsys.readouterr().err
     with pytest.raises(upge.ConfigError, match="markers|missing"):
-        docs.updated("# nothing\n")
+        docs.TABLES.updated("# nothing\n")
 
 
 def test_what_cannot_be_enumerated_is_refused():
@@ -290,7 +290,7 @@ def test_what_cannot_be_enumerated_is_refused():
     with pytest.raises(upge.ConfigError, match="smaller group_size"):
         expectation(algorithm(upge.LeaveOneOut()), setting, group_size=3, questions=5)
     with pytest.raises(upge.ConfigError, match="no group can be drawn"):
-        expectation(algorithms.load("dpo"), Setting(RAGGED, lambda tokens: 1.0, frozen=RAGGED))
+        expectation(algorithms.load("dpo"), Setting(RAGGED, lambda tokens: 1.0, reference=RAGGED))
     with pytest.raises(upge.ConfigError, match="more than 1000 responses"):
         SoftmaxPolicy.random(vocabulary=10, horizon=4)
     with pytest.raises(upge.ConfigError, match="3 prefixes"):

@@ -1,4 +1,4 @@
-"""KL penalties to a frozen policy, told apart by exact expectations: k1, k2, k3, in the loss and in the reward."""
+"""KL penalties to a reference policy, told apart by exact expectations: k1, k2, k3, in the loss and in the reward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def kl_mean(policy, kind, place, behavior=None):
         extra["kl"] = upge.KLPenalty(coefficient=1.0, reduction=PER_TOKEN, kind=kind)
     else:
         advantage = upge.KLShaped(NOTHING, coefficient=1.0, kind=kind, future=place == "future")
-    setting = Setting(policy, torch.zeros(len(policy.responses)), behavior=behavior, frozen=policy.moved(0.6, seed=9))
+    setting = Setting(
+        policy, torch.zeros(len(policy.responses)), behavior=behavior, reference=policy.moved(0.6, seed=9)
+    )
     return -expectation(algorithm(advantage, **extra), setting, group_size=1).mean
 
 
@@ -28,8 +30,8 @@ def off(found, exact):
 
 @pytest.mark.parametrize("policy", SPACES.values(), ids=SPACES)
 def test_kl_penalties_are_told_apart(policy):
-    frozen, one_step = policy.moved(0.6, seed=9), policy.horizon == 1
-    reverse, forward = theory.reverse_kl_gradient(policy, frozen), theory.forward_kl_gradient(policy, frozen)
+    reference, one_step = policy.moved(0.6, seed=9), policy.horizon == 1
+    reverse, forward = theory.reverse_kl_gradient(policy, reference), theory.forward_kl_gradient(policy, reference)
     assert float(kl_mean(policy, "k1", "loss").norm()) < EXACT
     assert off(kl_mean(policy, "k1", "future"), reverse) < EXACT
     # Token by token, and so exact for one token: k2 in the loss and k1 in the reward are the same thing.
@@ -49,10 +51,10 @@ def test_kl_penalties_are_told_apart(policy):
 @pytest.mark.parametrize("policy", SPACES.values(), ids=SPACES)
 def test_kl_in_the_reward_over_time(policy):
     """GAE with λ = 1 over rewards with a k1 penalty: the exact gradient of E[R] - c·KL, whatever the critic says."""
-    rewards, frozen = reward(policy, binary=False), policy.moved(0.6, seed=9)
+    rewards, reference = reward(policy, binary=False), policy.moved(0.6, seed=9)
     values = torch.linspace(-1, 1, policy.responses.prefixes, dtype=torch.float64)
     paid = upge.KLPenalizedReward(upge.OutcomeReward(), coefficient=0.3, kind="k1")
-    setting = Setting(policy, rewards, frozen=frozen, values=values)
+    setting = Setting(policy, rewards, reference=reference, values=values)
     target = setting.objectives["reward"] + 0.3 * setting.objectives["proximity"]
     for advantage in (upge.GAE(discount=1.0, lam=1.0, reward=paid), upge.ReturnToGo(discount=1.0, reward=paid)):
         assert expectation(algorithm(advantage), setting, group_size=1, target=target).relative_bias < EXACT

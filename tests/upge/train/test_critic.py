@@ -1,4 +1,4 @@
-"""Critic and frozen policy beside the policy under ZeRO-3, on 1 and 2 ranks, against plain models."""
+"""Critic and reference policy beside the policy under ZeRO-3, on 1 and 2 ranks, against plain models."""
 
 from __future__ import annotations
 
@@ -129,14 +129,14 @@ def test_a_critic_of_its_own_has_its_models_trunk(models, found):
     assert not found["apart"]["head.weight"].any()
 
 
-def test_the_frozen_policy_is_the_first_and_stays(models, found):
+def test_the_reference_policy_is_the_first_and_stays(models, found):
     model = AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.float64)
     prompt, response = batch()[0]
     logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
     expected = logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
-    assert float((found["frozen", 0][0, : len(response)] - expected.detach()).abs().max()) <= 1e-5
-    assert float((found["frozen", 0] - found["policy", 0]).abs().max()) <= 1e-5
-    assert torch.equal(found["frozen", 1], found["frozen", 0])
+    assert float((found["reference", 0][0, : len(response)] - expected.detach()).abs().max()) <= 1e-5
+    assert float((found["reference", 0] - found["policy", 0]).abs().max()) <= 1e-5
+    assert torch.equal(found["reference", 1], found["reference", 0])
     assert float((found["policy", 1] - found["policy", 0]).abs().max()) > 0.1
 
 
@@ -153,7 +153,7 @@ def test_the_policys_weights_are_its_own(models, found):
     assert float((found["policy", 1][3, : len(response)] - expected.detach()).abs().max()) <= 1e-4
 
 
-def test_the_frozen_policy_is_partitioned(found):
+def test_the_reference_policy_is_partitioned(found):
     assert found["share held"] == pytest.approx(1 / found["ranks"], rel=0.01)
 
 

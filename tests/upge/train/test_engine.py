@@ -6,30 +6,16 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tests.engine_ranks import CLIPPED, token_weights
-from tests.models import trajectories
+from tests.models import save_odd_model, trajectories
 from tests.upge.train.test_update import launch
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Its width is odd, so that two ranks cannot divide its parameters evenly and their parts have padding."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    config = Qwen2Config(
-        vocab_size=95,
-        hidden_size=63,
-        head_dim=32,
-        intermediate_size=101,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_odd_model(tmp_path_factory.mktemp("model"), tied=True)
 
 
 #: Small buckets and several groups of parameters.

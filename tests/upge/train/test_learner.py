@@ -107,7 +107,7 @@ def test_the_variable_moves_by_slope_and_entropy(found):
 
 
 def test_the_critics_goal_is_the_return(found):
-    """At first V = 0 and so R = 0.95^(tokens still to come)·reward; the frozen policy is the policy: no KL."""
+    """At first V = 0 and so R = 0.95^(tokens still to come)·reward; the reference policy is the policy: no KL."""
     returns = [
         [0.95 ** (len(t.response_ids) - 1 - i) * t.reward for i in range(len(t.response_ids))]
         for t in trajectories()

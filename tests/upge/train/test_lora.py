@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from tests.lora_ranks import DROPOUT, LORA, PAIRS, VARIANTS
-from tests.models import save_random_model, trajectories, unrounded
+from tests.models import save_odd_model, save_random_model, trajectories, unrounded
 from tests.upge.train.test_engine import plain_gradient, token_loss
 from tests.upge.train.test_update import launch
 from upge.errors import ConfigError
@@ -21,21 +21,7 @@ from upge.train.packing import pack
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Two ranks cannot divide its parameters evenly; input and output embedding are separate."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    config = Qwen2Config(
-        vocab_size=95,
-        hidden_size=63,
-        head_dim=32,
-        intermediate_size=101,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=False,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_odd_model(tmp_path_factory.mktemp("model"), tied=False)
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])

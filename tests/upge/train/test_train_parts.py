@@ -121,8 +121,8 @@ def test_every_setting_has_a_meaning_and_round_trips():
 def folder_with_run(tmp_path, steps: int = 6) -> tuple[RunFolder, dict]:
     folder = RunFolder(tmp_path / "run")
     tree = {"steps": steps, "seed": 1, "algo": {"x": [1, 2]}}
-    facts = {"command": "c", "started": "now", "from_step": 0}
-    folder.start(tree, facts, continues=False)
+    metadata = {"command": "c", "started": "now", "from_step": 0}
+    folder.start(tree, metadata, continues=False)
     return folder, tree
 
 
@@ -177,7 +177,7 @@ def test_finished_means_that_the_model_is_complete(tmp_path):
     assert folder.open(more, "auto")
     folder.start(more, {"command": "c", "started": "later", "from_step": 6}, continues=True)
     assert not folder.is_finished and folder.open(more, "auto")
-    assert [start["started"] for start in folder.facts["starts"]] == ["now", "later"]
+    assert [start["started"] for start in folder.metadata["starts"]] == ["now", "later"]
 
 
 def test_the_best_model_survives_interruptions(tmp_path):
@@ -191,10 +191,10 @@ def test_the_best_model_survives_interruptions(tmp_path):
         folder.best_partial.mkdir()
         (folder.best_partial / "weights").write_text(name)
 
-    assert folder.best_facts == {} and folder.is_best(line(0, 0.0))
+    assert folder.best_metadata == {} and folder.is_best(line(0, 0.0))
     export("first")
     folder.settle_best(line(0, 0.25))
-    assert folder.best_facts == {"step": 0, "mean": 0.25, "samples": 4}
+    assert folder.best_metadata == {"step": 0, "mean": 0.25, "samples": 4}
     assert not folder.is_best(line(5, 0.25)) and folder.is_best(line(5, 0.26))
     # The evaluation of a later step that a continuation has dropped counts no longer.
     assert folder.is_best({**line(0, 0.0), "step": -1})
@@ -205,14 +205,14 @@ def test_the_best_model_survives_interruptions(tmp_path):
     folder.settle_best(line(5, 0.5))
     folder.best.rename(folder.best_partial)
     folder.rewind(5)
-    assert (folder.best / "weights").read_text() == "second" and folder.best_facts["step"] == 5
+    assert (folder.best / "weights").read_text() == "second" and folder.best_metadata["step"] == 5
 
 
 def test_refused_folders(tmp_path):
     """A folder that cannot be made, one that another run has just taken."""
     folder, tree = folder_with_run(tmp_path)
     with pytest.raises(ConfigError, match="just begun"):
-        folder.start(tree, folder.facts, continues=False)
+        folder.start(tree, folder.metadata, continues=False)
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="cannot be created"):
         RunFolder(tmp_path / "file" / "run").open(tree, "auto")

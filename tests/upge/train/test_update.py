@@ -36,7 +36,7 @@ def padded_logprobs(model: torch.nn.Module, batch: list) -> tuple[torch.Tensor, 
 
 
 class Reference(NamedTuple):
-    """A random model, the columns that a critic, a frozen and a behaviour policy would fill, and what plain torch in
+    """A random model, the columns that a critic, a reference and a behaviour policy would fill, and what plain torch in
     float64 makes of them: case → parameter → gradient, and the norms of two updates on half the prompts each."""
 
     model: Path
@@ -113,7 +113,7 @@ def test_gradients_under_zero3(reference, tmp_path, ranks, budget):
 
 
 def test_every_algorithm_is_among_the_cases():
-    """With what only some read: a critic's values, a frozen policy, pairs, a stateful gate."""
+    """With what only some read: a critic's values, a reference policy, pairs, a stateful gate."""
     found = cases()
     names = {name.split(",")[0].split(":")[0] for name in found}
     assert names == {*algorithms.names(), "corrected_ppo"} and len(found) >= 2 * (len(names) + 1)

@@ -47,7 +47,7 @@ def bound_of(question: Expr, world: World) -> float | None:
     """The log-ratio at which the sign of a question changes, if all ratios of the batch have the same value; else None.
 
     Args:
-        world: the batch. Its ratios are π_θ/π_old, π_θ/π_frozen and π_old/π_sampler.
+        world: the batch. Its ratios are π_θ/π_old, π_θ/π_0 and π_old/π_sampler.
     """
     kinds = {symbol.name[0] for symbol in symbols(question)}
     # An advantage that depends on log-probs has no bound in common with another question.

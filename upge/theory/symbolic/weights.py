@@ -141,7 +141,7 @@ def _(part, world):
 
 
 def kl(kind: str, log_ratio: Expr) -> Expr:
-    """The estimate k1, k2 or k3 of the KL divergence, of d = log π_frozen - log π."""
+    """The estimate k1, k2 or k3 of the KL divergence, of d = log π_0 - log π."""
     return {"k1": -log_ratio, "k2": log_ratio**2 / 2, "k3": sp.exp(log_ratio) - log_ratio - 1}[kind]
 
 

@@ -45,7 +45,7 @@ class Row:
         index: its place in `World.rows`.
         p: π_θ of each token, the variables of the derivation.
         q: π_old, the behavior policy.
-        f: π_frozen, the reference policy.
+        f: π_0, the reference policy.
         s: π_sampler, the policy as the sampler reported it.
         v: the critic's values.
         h: the entropies; they depend on θ, so an objective that does not detach them has a gradient through them.
@@ -112,12 +112,12 @@ class World:
 
     def _row(self, index: int, length: int, group: int, expert: bool, preference: int, outcome: str) -> Row:
         """A row with values at the point; `outcome` is 'fail', 'succeed' or 'mixed'."""
-        draw, importance, mismatch, frozen = self._random.randint, self._levels(), self._levels(), self._levels()
+        draw, importance, mismatch, reference = self._random.randint, self._levels(), self._levels(), self._levels()
         columns: dict[str, list[Symbol]] = {name: [] for name in "pqfsvh"}
         for t in range(length):
             p = Fraction(draw(1, 997), 1000)
             q = p / importance()
-            values = {"p": p, "q": q, "f": p / frozen(), "s": q / mismatch()}
+            values = {"p": p, "q": q, "f": p / reference(), "s": q / mismatch()}
             values |= {"v": Fraction(draw(-99, 99), 101), "h": Fraction(draw(1, 99), 50)}
             for name, value in values.items():
                 kind = {"real": True} if name == "v" else {"positive": True}
