@@ -251,7 +251,8 @@ def needs_of(context: Context) -> Needs:
     states = zero3_states(shape, context.world.size)
     on_gpu = context.world.device.type == "cuda"
     share = run.rollout.memory_fraction if run.rollout.engine != "transformers" else 0.0
-    return Needs(states, share, shape.weights if on_gpu else states + shape.weights, disks)
+    copy = shape.of_engine(run.rollout.tensor_parallel).weights
+    return Needs(states, share, shape.weights if on_gpu else states + copy, disks)
 
 
 def is_here(model: ModelConfig) -> bool:

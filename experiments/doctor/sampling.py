@@ -64,7 +64,7 @@ class Pair:
         settings = OptimizerConfig(lr=_RATES[0], micro_batch_tokens=run.optimizer.micro_batch_tokens)
         self.trainer = Engine(run.model, settings, self.world, run.rollout.temperature)
         length = config.prompt_tokens + context.response_tokens
-        self.sampler: Sampler = load_sampler(run.model, run.rollout, length, run.seed)
+        self.sampler: Sampler = load_sampler(run.model, run.rollout, length, run.seed, run.rollout.tensor_parallel)
         self.sync = WeightSync(self.sampler, self.trainer)
         self.updater = Updater(self.trainer, algorithms.load("sft"), settings)
         # Without stop tokens every response has the full length.
@@ -159,7 +159,7 @@ def _slept(pair: Pair) -> Row:
     if device.type != "cuda" or pair.sampler.name != "vllm":
         return Row("sleep", Verdict.NOT_HERE, "only vLLM on a GPU frees memory for the update")
     freed = min(pair.context.gather(torch.cuda.mem_get_info(device)[0] - before))
-    weights = pair.context.shape.weights if pair.context.shape else 0
+    weights = pair.context.shape.weights // pair.context.run.rollout.tensor_parallel if pair.context.shape else 0
     advice = "vLLM keeps its memory during updates: check that its sleep mode supports this GPU, or lower "
     advice += "rollout.memory_fraction"
     return judged("sleep", freed >= weights, f"vLLM frees {size_of(freed)}", advice, freed=freed)

@@ -17,8 +17,8 @@ CHECKS = ("machine", "collectives", "kernels", "gradients", "sampler")
 #: Keys of a run that a check-up also has; a dot at the end stands for all keys below.
 SHARED = (
     *("model", "recipe", "seed", "model.path", "model.dtype", "model.overrides.", "model.gradient_checkpointing"),
-    *("rollout.engine", "rollout.temperature", "rollout.memory_fraction", "checkpoint.keep"),
-    "optimizer.micro_batch_tokens",
+    *("rollout.engine", "rollout.temperature", "rollout.memory_fraction", "rollout.tensor_parallel"),
+    *("checkpoint.keep", "optimizer.micro_batch_tokens"),
 )
 #: Tokens of a response that are sampled by default without and with a GPU.
 RESPONSE_TOKENS = {"cpu": 32, "cuda": 512}

@@ -173,7 +173,11 @@ def longest(config: RunConfig) -> int:
 
 
 def engine_room(config: RunConfig, shape: ModelShape, machine: Machine) -> tuple[int, int]:
-    """(bytes that vLLM may take, bytes that it needs at least: one sequence's cache and, on a GPU, the weights)."""
+    """(bytes that vLLM may take, bytes that it needs at least: one sequence's cache and, on a GPU, the weights).
+
+    Both are of a rank, which has its part of an engine.
+    """
+    shape = shape.of_engine(config.rollout.tensor_parallel)
     least = longest(config) * shape.cache_per_token
     # On a GPU the share covers weights and cache, elsewhere the cache alone.
     return int(config.rollout.memory_fraction * machine.memory), least + (shape.weights if machine.has_gpus else 0)
@@ -271,32 +275,43 @@ def graph_bytes(max_sequences: int) -> int:
     return GIB * len(recorded) // len(GRAPH_SIZES)
 
 
+def takes_transformers(config: RunConfig, shape: ModelShape, machine: Machine) -> bool:
+    """Whether the run samples with transformers: as `rollout.engine` says, or auto for a small model on a CPU."""
+    by_auto = config.rollout.engine == "auto" and not machine.has_gpus and shape.parameters < SMALL_MODEL
+    return config.rollout.engine == "transformers" or by_auto
+
+
 def _engine(config: RunConfig, shape: ModelShape, machine: Machine) -> Iterator[Item]:
     """The inference engine's items. Only vLLM on a GPU frees its memory during updates."""
-    one = longest(config) * shape.cache_per_token
-    by_auto = config.rollout.engine == "auto" and not machine.has_gpus and shape.parameters < SMALL_MODEL
     merging = f", and {shape.merging / GIB:.2f} GiB to merge an adapter" if shape.merging else ""
     taken = shape.gathered + shape.merging
     gathered = Item(f"refresh: a bucket of the trainer's weights, gathered{merging}", taken, "refresh")
-    if config.rollout.engine == "transformers" or by_auto:
+    if takes_transformers(config, shape, machine):
         yield Item("rollouts: a copy of the weights", shape.weights)
         yield gathered
         tokens = max(TOKEN_BUDGET["cuda" if machine.has_gpus else "cpu"], longest(config))
         yield Item(f"rollouts: cache of {tokens:,} tokens", tokens * shape.cache_per_token, "sampling", False)
         return
     room, _ = engine_room(config, shape, machine)
-    copies = Item("refresh: vLLM's largest layer, twice", 2 * shape.engine_layer, "refresh", False)
+    split = config.rollout.tensor_parallel
+    part = shape.of_engine(split)
+    one = longest(config) * part.cache_per_token
+    # A whole layer of the trainer's weights, and this rank's part of it.
+    layer = "twice" if split == 1 else f"and 1/{split} of it"
+    copied = shape.engine_layer + shape.engine_layer // split
+    copies = Item(f"refresh: vLLM's largest layer, {layer}", copied, "refresh", False)
     if machine.has_gpus:
         graphs = graph_bytes(config.rollout.max_sequences)
-        count = max(room - shape.weights - graphs, 0) // one
+        count = max(room - part.weights - graphs, 0) // one
         share = f"rollout.memory_fraction={config.rollout.memory_fraction:g} of the GPU"
-        what = f"{share}, weights and a cache of {count} sequences of {longest(config):,} tokens"
+        weights = "weights" if split == 1 else f"1/{split} of the weights"
+        what = f"{share}, {weights} and a cache of {count} sequences of {longest(config):,} tokens"
         yield Item(f"rollouts: {what}", room - graphs, "sampling")
         yield Item("rollouts: CUDA graphs, in that share, not freed in sleep; assumed", graphs, is_certain=False)
-        yield Item("refresh: vLLM's weights, awake before its cache", shape.weights, "refresh")
+        yield Item("refresh: vLLM's weights, awake before its cache", part.weights, "refresh")
         yield from (gathered, copies)
         return
-    yield Item("rollouts: a copy of the weights", shape.weights)
+    yield Item(f"rollouts: {'a copy' if split == 1 else f'1/{split}'} of the weights", part.weights)
     yield from (gathered, copies)
     yield Item("rollouts: cache, at most", min(room, CPU_SEQUENCES * one), is_certain=False)
 

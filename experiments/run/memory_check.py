@@ -10,13 +10,24 @@ import psutil
 
 from experiments.config import Composed
 from experiments.run.disk import Disk, check_disk
-from experiments.run.memory import MOMENTS, Memory, Moment, Shapes, engine_room, estimate, offloaded, states
+from experiments.run.memory import (
+    MOMENTS,
+    Memory,
+    Moment,
+    Shapes,
+    engine_room,
+    estimate,
+    offloaded,
+    states,
+    takes_transformers,
+)
 from experiments.run.model_shape import ModelShape
 from experiments.run.prepare import output_folder
 from experiments.run.workload import GIB, Machine, Workload, present
 from upge.errors import ConfigError
 from upge.models.loading import read_config
 from upge.pipeline import Pipeline
+from upge.rollout.shared_engine import check_tensor_parallel
 from upge.train.config import RunConfig
 from upge.train.folder import RunFolder
 
@@ -61,6 +72,7 @@ def outlook(composed: Composed, machine: Machine) -> Outlook:
     """The work, memory and disk space of a run on `machine`; raises the errors of `check_fits`, except for the disk."""
     config, algorithm = composed.config, composed.algorithm
     shapes = _shapes(composed)
+    _check_engine_ranks(config, shapes.policy, machine)
     stages = {name: stage.algorithm for name, stage in Pipeline.of(algorithm).stages.items()}
     workloads = {name: Workload.of(one, config, machine.ranks) for name, one in stages.items()}
     memory = estimate(config, algorithm, shapes, machine, max(t.micro_batch for t in workloads.values()))
@@ -89,6 +101,21 @@ def _shapes(composed: Composed) -> Shapes:
 
 def _shape(path: str, dtype: str) -> ModelShape | None:
     return ModelShape.of(read_config(path), dtype) if path else None
+
+
+def _check_engine_ranks(config: RunConfig, shape: ModelShape, machine: Machine) -> None:
+    """Refuses engines that cannot be divided over `rollout.tensor_parallel` ranks."""
+    size = config.rollout.tensor_parallel
+    if size > 1 and takes_transformers(config, shape, machine):
+        raise ConfigError(
+            "rollout.engine=auto takes transformers for a model as small as this, and only vLLM divides an engine over "
+            "ranks; set rollout.engine=vllm, or rollout.tensor_parallel=1",
+            "rollout.tensor_parallel",
+            size,
+        )
+    check_tensor_parallel(
+        size, read_config(config.model.path, config.model.overrides), machine.ranks, machine.ranks_here
+    )
 
 
 def _check_states(composed: Composed, shapes: Shapes, machine: Machine) -> None:
@@ -127,18 +154,28 @@ def _check_engine(config: RunConfig, shape: ModelShape, memory: Memory) -> None:
     least_share, most_share = math.ceil(100 * least / total) / 100, math.floor(100 * free / total) / 100
     if room < least:
         held = "the weights and " if machine.has_gpus else ""
-        fix = f"raise it to {least_share:g} or more" if least_share <= most_share else "take GPUs with more memory"
+        fix = (
+            f"raise it to {least_share:g} or more"
+            if least_share <= most_share
+            else f"take GPUs with more memory{_divided(memory)}"
+        )
         raise ConfigError(
             f"rollout.memory_fraction: {fraction:g} of {total / GIB:.1f} GiB is {room / GIB:.1f} GiB, and {held}the "
             "cache of one sequence of rollout.max_prompt_tokens + rollout.max_response_tokens take "
             f"{least / GIB:.1f} GiB; {fix}"
         )
     if machine.has_gpus and room > free:
-        fix = f"lower it to {most_share:g} or less" if least_share <= most_share else "take more GPUs (hardware.gpus)"
+        more = f"take more GPUs (hardware.gpus){_divided(memory)}"
+        fix = f"lower it to {most_share:g} or less" if least_share <= most_share else more
         raise ConfigError(
             f"rollout.memory_fraction: {fraction:g} of {total / GIB:.1f} GiB is {room / GIB:.1f} GiB, beside "
             f"{(total - free) / GIB:.1f} GiB of weights, gradients and AdamW; {fix}"
         )
+
+
+def _divided(memory: Memory) -> str:
+    """A further fix where there are several ranks."""
+    return ", divide the engines over ranks (rollout.tensor_parallel)" if memory.machine.ranks > 1 else ""
 
 
 def _check_refresh(memory: Memory) -> None:
@@ -147,8 +184,8 @@ def _check_refresh(memory: Memory) -> None:
     if memory.engine and least > machine.memory:
         raise ConfigError(
             f"hardware.gpus: replacing the sampler's weights takes at least {least / GIB:.1f} GiB per rank, for the "
-            f"trainer's states, the sampler's weights and a bucket of gathered ones, on {machine}; take more GPUs, or "
-            "a smaller model (model.path)"
+            f"trainer's states, the sampler's weights and a bucket of gathered ones, on {machine}; take more GPUs"
+            f"{_divided(memory)}, or a smaller model (model.path)"
         )
 
 

@@ -27,6 +27,7 @@ class ModelShape:
         output: parameters of the output embedding; 0 if it is tied to the input embedding.
         layers, hidden, query, key, inner, vocabulary: the number of layers, and the widths of the residual stream, of
             all query heads, of all key heads (as many for values), of the MLP and of the output.
+        head: width of one head.
         itemsize: bytes of a weight, and of an activation.
         norms: norms over the residual stream in a layer.
         has_head_norms: whether queries and keys have a norm, as in Qwen3.
@@ -45,6 +46,7 @@ class ModelShape:
     key: int
     inner: int
     vocabulary: int
+    head: int
     itemsize: int
     norms: int
     has_head_norms: bool
@@ -95,6 +97,7 @@ class ModelShape:
             key=(getattr(text, "num_key_value_heads", None) or heads) * size,
             inner=text.intermediate_size,
             vocabulary=text.vocab_size,
+            head=size,
             itemsize=getattr(torch, dtype).itemsize,
             norms=sum(".layers.0." in name and "norm" in name for name in table.shapes) - 2 * has_head_norms,
             has_head_norms=has_head_norms,
@@ -116,6 +119,10 @@ class ModelShape:
     def trunk(self) -> ModelShape:
         """The same model without its output embedding and adapters, as a critic has it."""
         return replace(self, parameters=self.parameters - self.output, output=0, adapter=0, merging=0)
+
+    def of_engine(self, ranks: int) -> ModelShape:
+        """The part of one of an engine's ranks (`rollout.tensor_parallel`): its weights, and the heads of its cache."""
+        return replace(self, parameters=math.ceil(self.parameters / ranks), key=max(self.key // ranks, self.head))
 
     @property
     def trained(self) -> int:

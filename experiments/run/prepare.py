@@ -138,8 +138,13 @@ def load_prompting(model: ModelConfig) -> data.Prompting:
     return data.Prompting.load(model.path, **parts)
 
 
-def load_sampler(model: ModelConfig, engine: Any, max_length: int, seed: int) -> rollout.Sampler:
-    """Starts the engine of the settings `rollout` (of a run or an evaluation) with a model."""
+def load_sampler(
+    model: ModelConfig, engine: Any, max_length: int, seed: int, tensor_parallel: int = 1
+) -> rollout.Sampler:
+    """Starts the engine of the settings `rollout` (of a run or an evaluation) with a model.
+
+    The ranks of an engine are given apart, because only runs and check-ups have several.
+    """
     return rollout.load(
         engine.engine,
         model.path,
@@ -148,6 +153,7 @@ def load_sampler(model: ModelConfig, engine: Any, max_length: int, seed: int) ->
         memory_fraction=engine.memory_fraction,
         max_sequences=engine.max_sequences,
         max_batched_tokens=engine.max_batched_tokens,
+        tensor_parallel=tensor_parallel,
         seed=seed,
         overrides=model.overrides,
     )

@@ -154,7 +154,7 @@ def _sampler(config: Any) -> Any:
     from experiments.run.prepare import load_sampler
 
     length = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    return load_sampler(config.model, config.rollout, length, config.seed)
+    return load_sampler(config.model, config.rollout, length, config.seed, config.rollout.tensor_parallel)
 
 
 def _finish(path: Path, code: int, say: Any) -> None:

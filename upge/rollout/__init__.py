@@ -31,6 +31,7 @@ def load(
     memory_fraction: float = 0.4,
     max_sequences: int = 0,
     max_batched_tokens: int = 0,
+    tensor_parallel: int = 1,
     seed: int = 0,
     device: str | None = None,
     token_budget: int | None = None,
@@ -48,6 +49,7 @@ def load(
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 on a GPU.
         max_length: the most tokens of a prompt and its response together; None means the model's number of positions.
         memory_fraction, max_sequences, max_batched_tokens: vLLM's limits, see `VLLMSampler`.
+        tensor_parallel: consecutive ranks over which each vLLM engine is divided. Each rank samples its own prompts.
         seed: vLLM's own seed; no rollout depends on it.
         device: "cpu" or "cuda"; None means a GPU if there is one.
         token_budget: tokens in a batch of the transformers engine; None means its default.
@@ -71,15 +73,25 @@ def load(
         dtype=dtype, max_length=max_length, device=device, threads=threads, overrides=overrides
     )
     if engine == "transformers" or obstacle:
+        if tensor_parallel > 1:
+            why = f", and rollout.engine=auto takes transformers here, because {obstacle}" if obstacle else ""
+            raise ConfigError(
+                f"only vLLM divides an engine over ranks{why}; set rollout.engine=vllm, or rollout.tensor_parallel=1",
+                "rollout.tensor_parallel",
+                tensor_parallel,
+            )
         from upge.rollout.transformers_engine import TransformersSampler
 
         reason = f"transformers, because {obstacle}." if obstacle else "transformers, as rollout.engine asks."
         return TransformersSampler(model_path, token_budget=token_budget, reason=reason, **common)
+    from upge.rollout.shared_engine import share
     from upge.rollout.vllm_engine import VLLMSampler
 
     reason = "as rollout.engine asks" if engine == "vllm" else f"because it is installed and serves {device}"
+    reason = f"vllm, {reason}{f', with {tensor_parallel} ranks per engine' if tensor_parallel > 1 else ''}."
     common |= dict(memory_fraction=memory_fraction, max_sequences=max_sequences, max_batched_tokens=max_batched_tokens)
-    return VLLMSampler(model_path, seed=seed, reason=f"vllm, {reason}.", **common)
+    sampler = VLLMSampler(model_path, tensor_parallel=tensor_parallel, seed=seed, reason=reason, **common)
+    return sampler if tensor_parallel == 1 else share(sampler, tensor_parallel)
 
 
 def _obstacle_to_vllm(engine: str, config: ModelConfig, max_length: int | None, device: str) -> str | None:

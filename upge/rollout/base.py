@@ -129,16 +129,7 @@ class Sampler(ABC):
             ValueError: the numbers of prompts and seeds differ, or `n` is below 1.
             RuntimeError: the engine sleeps, or the last `load_weights` failed.
         """
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per prompt")
-        if n < 1:
-            raise ValueError(f"n={n}: give at least one response per prompt")
-        if not self._usable:
-            raise RuntimeError(
-                "the sampler has no complete weights, because it sleeps or the last load_weights failed midway; call "
-                "load_weights with all of them"
-            )
-        self._check_prompts(prompts, sampling)
+        self.check(prompts, n, sampling, seeds)
         if not prompts:
             return []
         results: list[dict[int, Rollout]] = [{} for _ in prompts]
@@ -158,6 +149,19 @@ class Sampler(ABC):
         with _threads_set(self.threads), random_state_kept():
             self._sample(requests, sampling, complete)
         return [[rollouts[copy] for copy in range(n)] for rollouts in results]
+
+    def check(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seeds: Sequence[int]) -> None:
+        """Raises the errors of `sample` for these arguments."""
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per prompt")
+        if n < 1:
+            raise ValueError(f"n={n}: give at least one response per prompt")
+        if not self._usable:
+            raise RuntimeError(
+                "the sampler has no complete weights, because it sleeps or the last load_weights failed midway; call "
+                "load_weights with all of them"
+            )
+        self._check_prompts(prompts, sampling)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replaces all weights and wakes the engine. If this fails, sampling is refused until a complete set is loaded.

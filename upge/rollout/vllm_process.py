@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -92,17 +92,25 @@ def free_memory() -> int:
         return free  # another version of vLLM, which reports itself if the cache is too large
 
 
-def ranks_uncompiled() -> None:
-    """Replaces vLLM's compiled function that ranks sampled tokens by its uncompiled original.
+#: Functions of vLLM that are also compiled in eager mode: the rank of sampled tokens, which is not used here, and the
+#: embedding of tokens in tensor parallelism.
+_COMPILED = (
+    ("vllm.v1.sample.sampler", "batched_count_greater_than"),
+    ("vllm.model_executor.layers.vocab_parallel_embedding", "get_masked_input_and_mask"),
+)
 
-    Its result is not used here. Eager mode does not affect this function, so it alone would start the C++ compiler in
-    the first call of every process.
+
+def functions_uncompiled() -> None:
+    """Replaces small compiled functions of vLLM by their uncompiled originals.
+
+    Eager mode does not affect these functions, so they alone would start the C++ compiler in the first call of every
+    process.
     """
-    sampler: Any = importlib.import_module("vllm.v1.sample.sampler")  # Any: an attribute of the module is set
-    compiled = getattr(sampler, "batched_count_greater_than", None)
-    plain = getattr(compiled, "_torchdynamo_orig_callable", None)
-    if plain is not None:
-        sampler.batched_count_greater_than = plain
+    for name, function in _COMPILED:
+        module: Any = importlib.import_module(name)  # Any: an attribute of the module is set
+        plain = getattr(getattr(module, function, None), "_torchdynamo_orig_callable", None)
+        if plain is not None:
+            setattr(module, function, plain)
 
 
 @contextmanager
@@ -137,20 +145,29 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Delays Ctrl-C until the end of the block: an engine that is interrupted in a step cannot be used again."""
+def interrupts_held() -> Iterator[Callable[[], None]]:
+    """Delays Ctrl-C until the end of the block: an engine that is interrupted in a step cannot be used again.
+
+    Yields a function that the block may call where an interrupt does no harm: it handles one that has arrived.
+    """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
+        yield lambda: None
         return
     held: list[int] = []
+
+    def deliver() -> None:
+        if held:
+            number = held[0]
+            held.clear()
+            before(number, None)
+
     signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
     try:
-        yield
+        yield deliver
     finally:
         signal.signal(signal.SIGINT, before)
-    if held:
-        before(held[0], None)
+    deliver()
 
 
 @contextmanager

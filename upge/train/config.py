@@ -67,6 +67,16 @@ class RolloutConfig(Settings):
     memory_fraction: float = key(0.4, "fraction of GPU memory that the vLLM engine may use", above=0, maximum=1)
     max_sequences: int = key(0, "responses that vLLM generates at once; 0 = vLLM's default", minimum=0)
     max_batched_tokens: int = key(0, "tokens that vLLM processes in a step; 0 = vLLM's default", minimum=0)
+    tensor_parallel: int = key(1, "consecutive ranks that share each vLLM engine; 1 = a replica on each rank", above=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tensor_parallel > 1 and self.engine == "transformers":
+            raise ConfigError(
+                f"found {self.tensor_parallel}, but only vLLM divides an engine over ranks; set rollout.engine=vllm, "
+                "or rollout.tensor_parallel=1",
+                "tensor_parallel",
+            )
 
 
 @dataclass(frozen=True)

@@ -148,24 +148,26 @@ def test_the_engine_of_rollouts_gets_its_settings(monkeypatch):
     """Prompt and response together are the longest sequence."""
     loaded = RecordedCall()
     monkeypatch.setattr(rollout, "load", loaded)
-    settings = ["rollout.engine=transformers", "rollout.max_prompt_tokens=100", "rollout.max_response_tokens=28"]
+    settings = ["rollout.engine=vllm", "rollout.max_prompt_tokens=100", "rollout.max_response_tokens=28"]
     settings += [
         "rollout.memory_fraction=0.3",
         "rollout.max_sequences=7",
         "rollout.max_batched_tokens=900",
+        "rollout.tensor_parallel=2",
         "seed=5",
         "model.dtype=bfloat16",
         "model.overrides={rope_theta: 7}",
     ]
     config = compose(settings).config
     run._sampler(config)
-    assert loaded.positional == ("transformers", config.model.path)
+    assert loaded.positional == ("vllm", config.model.path)
     assert loaded.named == {
         "dtype": "bfloat16",
         "max_length": 128,
         "memory_fraction": 0.3,
         "max_sequences": 7,
         "max_batched_tokens": 900,
+        "tensor_parallel": 2,
         "seed": 5,
         "overrides": {"rope_theta": 7},
     }
