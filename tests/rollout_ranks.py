@@ -3,7 +3,7 @@
 python -m tests.rollout_ranks observe ENGINE FOLDER OUTPUT     one process, both models, and TINY with OVERRIDES
 python -m tests.rollout_ranks repeat ENGINE FOLDER OUTPUT      the same first call in a fresh process
 python -m tests.rollout_ranks greedy ENGINE MODEL PROMPTS OUTPUT   16 greedy tokens after each of some prompts
-torchrun -m tests.rollout_ranks ranks FOLDER OUTPUT            vLLM on each of several ranks
+torchrun -m tests.rollout_ranks ranks FOLDER K OUTPUT          vLLM on several ranks, K per engine
 
 FOLDER holds models `tied`, `untied` and, with other weights, `tied_new`, `untied_new`. OUTPUT is JSON.
 """
@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
@@ -242,18 +243,47 @@ def repeat(engine: str, folder: Path, kind: str) -> dict:
     return samples(sampler)
 
 
-def ranks(folder: Path) -> list[dict]:
+def shards(sampler: Sampler) -> list[int]:
+    """The parameters of this rank's part of the engine, and the tokens of its cache."""
+    engine = getattr(sampler, "engine", sampler)._llm.llm_engine
+    (parameters,) = engine.apply_model(_parameters)
+    cache = engine.vllm_config.cache_config
+    return [parameters, cache.num_gpu_blocks * cache.block_size]
+
+
+def _parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def failure(sampler: Sampler, rank: int, prompts: Sequence, seeds: Sequence[int]) -> str:
+    """The error of a call in which rank 1 raises one at its first response."""
+
+    def arrived(index: int, copy: int, rollout: Rollout) -> None:
+        if rank == 1:
+            raise KeyError("enough")
+
+    try:
+        sampler.sample(prompts, COPIES, SAMPLINGS["plain"], seeds, arrived)
+    except (KeyError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def ranks(folder: Path, tensor_parallel: int) -> list[dict]:
     """vLLM on every rank with prompts of its own, before and after a refresh; what each rank saw, on every rank."""
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    sampler = load("vllm", folder / "tied", max_length=256)
-    found = {"reason": sampler.reason, "before": [], "after": []}
+    sampler = load("vllm", folder / "tied", max_length=256, tensor_parallel=tensor_parallel)
+    found = {"reason": sampler.reason, "before": [], "after": [], "shards": shards(sampler)}
+    if tensor_parallel > 1:
+        found["failure"] = failure(sampler, rank, PROMPTS[rank:], SEEDS[rank:])
     for stage in ("before", "after"):
         for split in RANK_PROMPTS:
             seeds = SEEDS[: len(split[0])] if rank == 0 else SEEDS[len(split[0]) :]
             found[stage].append(plain(sampler.sample(split[rank], COPIES, SAMPLINGS["plain"], seeds)))
         sampler.load_weights(one_by_one(weights(folder / "tied_new", with_head=False)))
     gathered: list = [None] * torch.distributed.get_world_size()
+    found["compiled"] = torch._dynamo.utils.counters["frames"]["total"]
     torch.distributed.all_gather_object(gathered, found)
     return gathered
 
@@ -261,7 +291,7 @@ def ranks(folder: Path) -> list[dict]:
 def main(job: str, *arguments: str) -> None:
     output = Path(arguments[-1])
     if job == "ranks":
-        found = ranks(Path(arguments[0]))
+        found = ranks(Path(arguments[0]), int(arguments[1]))
         torch.distributed.barrier()
         if torch.distributed.get_rank() != 0:
             os._exit(0)

@@ -290,33 +290,59 @@ def test_the_engine_says_why_and_is_quiet(engine: str, observed: dict):
     assert "INFO" not in observed[engine]["printed"] and "Processed prompts" not in observed[engine]["printed"]
 
 
+@pytest.fixture(scope="module")
+def on_two_ranks(folder: Path) -> dict:
+    """Ranks of an engine → what each of two ranks saw, found out when first asked for."""
+
+    class OnTwoRanks(dict):
+        def __missing__(self, size: int) -> list[dict]:
+            launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+            output = folder / f"ranks{size}.json"
+            done = subprocess.run(
+                [sys.executable, *launcher, "-m", "tests.rollout_ranks", "ranks", str(folder), str(size), str(output)],
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+                timeout=240,
+            )
+            assert done.returncode == 0 and output.is_file(), done.stdout[-3000:] + done.stderr[-6000:]
+            self[size] = json.loads(output.read_text(encoding="utf-8"))
+            return self[size]
+
+    return OnTwoRanks()
+
+
 @needs_vllm
-def test_two_ranks_sample_their_own_prompts(folder: Path, observed: dict):
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_port=0",
-        "--standalone",
-        "-m",
-        "tests.rollout_ranks",
-        "ranks",
-        str(folder),
-    ]
-    output = folder / "ranks.json"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command, str(output)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180
-    )
-    assert done.returncode == 0 and output.is_file(), done.stdout[-3000:] + done.stderr[-6000:]
-    first, second = json.loads(output.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("size", [1, 2])
+def test_two_ranks_sample_their_own_prompts(folder: Path, observed: dict, on_two_ranks: dict, size: int):
+    """With an engine each, and with one engine: the same tokens as a single rank, also after a refresh."""
+    first, second = on_two_ranks[size]
     for stage in ("before", "after"):
-        alone = tokens_of(observed["vllm"]["tied"][stage])["plain"]
+        alone = observed["vllm"]["tied"][stage]["plain"]
         for split, mine, theirs in zip(probe.RANK_PROMPTS, first[stage], second[stage], strict=True):
             assert (len(mine), len(theirs)) == tuple(len(part) for part in split)
-            assert tokens_of({"plain": mine + theirs})["plain"] == alone
+            assert tokens_of({"plain": mine + theirs}) == tokens_of({"plain": alone})
+            logprobs = [
+                [value for group in groups for _, values, _ in group for value in values]
+                for groups in (mine + theirs, alone)
+            ]
+            assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
             weights = folder / ("tied" if stage == "before" else "tied_new")
             assert largest_difference(weights, mine + theirs, probe.SAMPLINGS["plain"]) < TOLERANCE
+
+
+@needs_vllm
+def test_an_engine_over_two_ranks_is_divided(folder: Path, on_two_ranks: dict):
+    """Each rank has about half of the weights and a cache of as many tokens; both end a call that one ends."""
+    whole, divided = on_two_ranks[1][0], on_two_ranks[2]
+    for rank, row in enumerate(divided):
+        # The key head is repeated, and norms and biases of rows are whole.
+        assert 0.5 * whole["shards"][0] < row["shards"][0] < 0.6 * whole["shards"][0]
+        assert row["shards"][1] == whole["shards"][1]
+        assert row["reason"] == "vllm, as rollout.engine asks, with 2 ranks per engine."
+        assert row["compiled"] == 0
+        assert row["failure"].startswith("KeyError" if rank == 1 else "RuntimeError: rank 1, which shares its engine")
 
 
 def tokens_of(stage: dict) -> dict:
