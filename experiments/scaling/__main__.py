@@ -16,6 +16,7 @@ from experiments.scaling.counts import (
     SIZES,
     Point,
     colocated_seconds,
+    divided,
     link,
     separate,
     traffic_bytes,
@@ -73,6 +74,21 @@ def time_table() -> str:
     return table("model; GPUs; sampling, s; updates, s; refresh, s; step, s; traffic, GB; traffic alone, s", rows)
 
 
+def divided_table() -> str:
+    """Engines over several GPUs against a replica on each."""
+    rows: list[list[object]] = []
+    for point in (point for point in points() if point.gpus > 1):
+        best = divided(point.size, point.gpus)
+        if best is not None:
+            replicas = f"{sum(colocated_seconds(point)):.0f}" if point.is_colocated else "does not fit"
+            refresh = best.memory(best.micro_batch or MICRO_BATCHES[-1]).total("refresh") / GIB
+            seconds = colocated_seconds(best)
+            times = [f"{seconds[0]:.0f}", f"{sum(seconds):.0f}"]
+            rows.append([point.size, point.gpus, replicas, best.split, f"{refresh:.1f}", f"{best.sequences:,}", *times])
+    columns = "GPUs per engine; refresh, GiB; an engine's cache, sequences; sampling, s; step, s"
+    return table(f"model; GPUs; step with replicas, s; {columns}", rows)
+
+
 def separate_table() -> str:
     """Colocated against separate GPUs."""
     rows: list[list[object]] = []
@@ -90,7 +106,12 @@ def separate_table() -> str:
 TABLES = files.Tables(
     files.DOCS / "scaling.md",
     "##",
-    {"Memory": memory_table, "Time and traffic": time_table, "Separate samplers": separate_table},
+    {
+        "Memory": memory_table,
+        "Time and traffic": time_table,
+        "Engines over several GPUs": divided_table,
+        "Separate samplers": separate_table,
+    },
     "<!-- scaling: begin (python -m experiments.scaling --docs) -->",
     "<!-- scaling: end -->",
 )

@@ -60,10 +60,12 @@ class Point:
     Attributes:
         size: a key of `SIZES`.
         gpus: their number, one rank each.
+        split: GPUs of one engine (`rollout.tensor_parallel`).
     """
 
     size: str
     gpus: int
+    split: int = 1
 
     @property
     def shape(self) -> ModelShape:
@@ -85,7 +87,8 @@ class Point:
     def memory(self, micro_batch: int) -> Memory:
         """The planner's estimate."""
         config = recipe().config
-        config = replace(config, rollout=replace(config.rollout, memory_fraction=self.fraction))
+        rollout = replace(config.rollout, memory_fraction=self.fraction, tensor_parallel=self.split)
+        config = replace(config, rollout=rollout)
         return estimate(config, recipe().algorithm, Shapes(self.shape), self.machine, micro_batch)
 
     @property
@@ -99,13 +102,14 @@ class Point:
 
     @property
     def sequences(self) -> int:
-        """Sequences of the maximum length in vLLM's cache; 0 or less if the replica does not fit."""
-        room = self.fraction * MEMORY - self.shape.weights - graph_bytes(0)
-        return math.floor(room / (longest(recipe().config) * self.shape.cache_per_token))
+        """Sequences of the maximum length in an engine's cache; 0 or less if the engine does not fit."""
+        part = self.shape.of_engine(self.split)
+        room = self.fraction * MEMORY - part.weights - graph_bytes(0)
+        return math.floor(room / (longest(recipe().config) * part.cache_per_token))
 
     @property
     def is_colocated(self) -> bool:
-        """Whether vLLM's replica fits next to the trainer's states, also while its weights are replaced."""
+        """Whether vLLM's engine fits next to the trainer's states, also while its weights are replaced."""
         return self.micro_batch is not None and self.sequences > 0 and self._fits("refresh", MICRO_BATCHES[-1])
 
 
@@ -166,9 +170,21 @@ def running_at_once(point: Point) -> float:
 def colocated_seconds(point: Point) -> tuple[float, float, float]:
     """Seconds of sampling, of the updates (or of their traffic, if that takes longer) and of the refresh."""
     moved, refreshed = traffic_bytes(point)
-    sampling = sampling_seconds(point.shape, point.gpus, running_at_once(point))
+    sampling = sampling_seconds(point.shape, point.gpus, running_at_once(point), point.split)
     updates = max(update_seconds(point.shape, point.gpus), moved / link(point.gpus))
     return sampling, updates, refreshed / link(point.gpus)
+
+
+def splits(size: str) -> list[int]:
+    """Numbers of GPUs, up to 8, over which an engine can be divided: each has as many heads."""
+    return [n for n in (1, 2, 4, 8) if SIZES[size][3] % n == 0]
+
+
+def divided(size: str, gpus: int) -> Point | None:
+    """The point with the fastest step whose engines have several GPUs each; None if none fits."""
+    possible = [Point(size, gpus, split) for split in splits(size) if 1 < split <= gpus]
+    fitting = [point for point in possible if point.is_colocated]
+    return min(fitting, key=lambda point: sum(colocated_seconds(point)), default=None)
 
 
 @dataclass(frozen=True)
@@ -198,7 +214,7 @@ def separate(size: str, gpus: int) -> Separate | None:
     """The fastest split of the GPUs; None if no split fits."""
     shape, per_sequence = shape_of(size), longest(recipe().config) * shape_of(size).cache_per_token
     found = []
-    for split in (n for n in (1, 2, 4, 8) if SIZES[size][3] % n == 0):  # each GPU has as many heads
+    for split in splits(size):
         room = split * (0.9 * MEMORY - graph_bytes(0)) - shape.weights
         sequences = room / per_sequence * longest(recipe().config) / (PROMPT + RESPONSE / 2)
         for samplers in range(split, gpus, split) if sequences >= 1 else ():

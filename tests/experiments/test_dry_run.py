@@ -166,6 +166,18 @@ REFUSALS = {
         ["recipe=hpt-qwen2.5-math-7b", "rollout.memory_fraction=0.4", "hardware.memory=30"],
         ["rollout.memory_fraction: 0.4", "take GPUs with more memory"],
     ),
+    "ranks of an engine": (
+        ["recipe=hpt-qwen2.5-math-7b", "rollout.tensor_parallel=8"],
+        ["rollout.tensor_parallel=8", "28 attention heads", "possible: 1, 2, 4"],
+    ),
+    "ranks that engines do not divide": (
+        ["recipe=hpt-qwen2.5-math-7b", "hardware.gpus=6", "rollout.tensor_parallel=4"],
+        ["rollout.tensor_parallel=4", "the number of ranks, 6", "possible: 1, 2"],
+    ),
+    "an engine that cannot be divided": (
+        ["model=tiny", "rollout.tensor_parallel=2"],
+        ["rollout.tensor_parallel=2", "rollout.engine=vllm"],
+    ),
     "micro-batch": (
         ["recipe=hpt-qwen2.5-math-7b", "model.gradient_checkpointing=false"],
         ["optimizer.micro_batch_tokens: 32,768", "model.gradient_checkpointing=selective or full"],

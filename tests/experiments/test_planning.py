@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from experiments.run.dry_run import balances
 from experiments.run.memory_check import outlook
 from experiments.run.model_shape import ModelShape
 from experiments.run.workload import GIB, planned
-from upge.errors import ModelError
+from upge.errors import ConfigError, ModelError
 from upge.models.loading import read_config
 
 #: width, layers, heads, key heads, MLP, vocabulary, tied, biases of query, key and value.
@@ -153,6 +154,32 @@ def test_memory_by_hand():
     page = (MODELS.parent.parent / "docs" / "recipes.md").read_text("utf-8")
     shown = page.split("memory of a rank, GiB:\n")[1].split("```")[0]
     assert textwrap.dedent(shown).strip().splitlines() == textwrap.dedent(str(found)).strip().splitlines()
+
+
+def test_an_engine_over_four_gpus_by_hand():
+    """The 7B model: a rank has a quarter of the weights and one of 4 key heads. The trainer's states are unchanged."""
+    recipe = "recipe=hpt-qwen2.5-math-7b"
+    whole, found = (expected_memory(recipe, *more).memory for more in ((), ("rollout.tensor_parallel=4",)))
+    assert found.states == whole.states and found.update == whole.update
+    share, graphs, weights, one_bucket, copies = found.engine
+    parameters, embedding = 7_615_616_512, 152064 * 3584
+    assert (share.bytes, graphs.bytes) == (whole.engine[0].bytes, GIB) and one_bucket == whole.engine[3]
+    assert weights.bytes == 2 * parameters // 4
+    cache = 2 * 28 * 128 * 2 * (1024 + 8192)
+    sequences = (share.bytes - 2 * parameters // 4) // cache
+    assert f"1/4 of the weights and a cache of {sequences} sequences of 9,216 tokens" in share.what
+    assert copies.bytes == 2 * embedding + embedding // 2
+    # With more ranks than key heads each rank has one of them.
+    few = replace(shape("qwen2.5-math-7b"), key=2 * 128)
+    assert few.of_engine(4).cache_per_token == 2 * 28 * 128 * 2
+
+
+def test_an_engine_over_two_gpus_needs_a_smaller_share():
+    """Half of the weights, and half of the cache of a sequence."""
+    small = ("recipe=hpt-qwen2.5-math-7b", "rollout.memory_fraction=0.1")
+    with pytest.raises(ConfigError, match="rollout.memory_fraction: 0.1"):
+        expected_memory(*small)
+    assert expected_memory(*small, "rollout.tensor_parallel=2")
 
 
 def test_states_are_deepspeeds_own_estimate():

@@ -11,6 +11,9 @@ from experiments.config import Composed, compose, presets
 from experiments.run.dry_run import with_known_models
 from experiments.run.prepare import load_sampler
 from tests.gpu_stack import pretended  # noqa: F401  before vLLM
+from upge.errors import ConfigError
+from upge.models.loading import read_config
+from upge.rollout import shared_engine, vllm_engine
 from upge.rollout.vllm_engine import VLLMSampler
 
 import vllm  # isort: skip
@@ -33,9 +36,16 @@ def configuration(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = with_known_models(composed)[0].config
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    sampler = load_sampler(config.model, config.rollout, longest, config.seed)
+    sampler = load_sampler(config.model, config.rollout, longest, config.seed, config.rollout.tensor_parallel)
     assert isinstance(sampler, VLLMSampler)
     return sampler._llm.configuration
+
+
+def on_eight_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under torchrun on a machine with eight GPUs. The engine's ranks do not connect."""
+    monkeypatch.setattr(vllm_engine, "several_ranks", lambda: True)
+    monkeypatch.setattr(vllm_engine, "ranks_of_run", lambda: (8, 8))
+    monkeypatch.setattr(shared_engine, "share", lambda sampler, size: sampler)
 
 
 def assert_configured(made: Any, composed: Composed) -> None:
@@ -46,7 +56,7 @@ def assert_configured(made: Any, composed: Composed) -> None:
     assert made.model_config.logprobs_mode == "processed_logprobs"
     assert made.model_config.enable_sleep_mode and made.model_config.skip_tokenizer_init
     assert made.cache_config.gpu_memory_utilization == config.rollout.memory_fraction
-    assert made.parallel_config.world_size == 1
+    assert made.parallel_config.world_size == config.rollout.tensor_parallel
     # The planner counts CUDA graphs of 51 sizes, which stay on the GPU in sleep and are a part of vLLM's share.
     assert len(made.compilation_config.cudagraph_capture_sizes) == 51 and not made.model_config.enforce_eager
     assert not made.model_config.sleep_mode_offload_cudagraph and vllm.envs.VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS
@@ -64,12 +74,39 @@ def read(config: Any, name: str) -> object:
     return getattr(config, name)
 
 
-@pytest.mark.parametrize("preset", presets("model"))
-def test_presets(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    composed = compose(["algo=hpt", f"model={preset}", "rollout.engine=vllm"])
+def of_preset(preset: str, *settings: str) -> Composed:
+    composed = compose(["algo=hpt", f"model={preset}", "rollout.engine=vllm", *settings])
     if composed.config.model.path.endswith(".gguf"):
         pytest.skip("the file of this preset comes with a package that is not in the CUDA set")
+    return composed
+
+
+@pytest.mark.parametrize("preset", presets("model"))
+def test_presets(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    composed = of_preset(preset)
     assert_configured(configuration(composed, monkeypatch), composed)
+
+
+@pytest.mark.parametrize("preset", presets("model"))
+def test_presets_on_several_ranks(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica on each of eight ranks, and the model divided over two, four and eight, where its heads can be."""
+    on_eight_ranks(monkeypatch)
+    for size in (1, 2, 4, 8):
+        composed = of_preset(preset, f"rollout.tensor_parallel={size}")
+        hf_config = read_config(with_known_models(composed)[0].config.model.path)
+        if divides(size, hf_config.get_text_config()):
+            made = configuration(composed, monkeypatch)
+            assert_configured(made, composed)
+            assert made.parallel_config.distributed_executor_backend == "external_launcher"
+            assert made.parallel_config.tensor_parallel_size == size
+        else:
+            with pytest.raises(ConfigError, match=r"rollout\.tensor_parallel.*heads"):
+                configuration(composed, monkeypatch)
+
+
+def divides(size: int, config: Any) -> bool:
+    keys = config.num_key_value_heads
+    return config.num_attention_heads % size == 0 and (keys % size == 0 or size % keys == 0)
 
 
 def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +116,10 @@ def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (made.max_num_seqs, made.max_num_batched_tokens) == (96, 12288)
 
 
+@pytest.mark.parametrize("ranks", [1, 8])
 @pytest.mark.parametrize("recipe", presets("recipe"))
-def test_recipes(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipes(recipe: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if ranks > 1:
+        on_eight_ranks(monkeypatch)
     composed = compose([f"recipe={recipe}", "rollout.engine=vllm"])
     assert_configured(configuration(composed, monkeypatch), composed)
