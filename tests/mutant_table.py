@@ -241,6 +241,27 @@ MUTANTS = (
         ["upge/train/test_collect.py::test_ranks_agree_with_one_process"],
     ),
     Mutant(
+        "a-rank-gets-another-ranks-rollouts",
+        "upge/rollout/shared_engine.py",
+        "return rollouts[first : first + len(prompts)]",
+        "return rollouts[: len(prompts)]",
+        ["upge/rollout/test_shared_engine.py::test_every_rank_gets_its_own_prompts_rollouts"],
+    ),
+    Mutant(
+        "an-engine-of-several-ranks-is-not-interrupted",
+        "upge/rollout/shared_engine.py",
+        "                    deliver()\n",
+        "",
+        ["upge/rollout/test_shared_engine.py::test_an_error_on_one_rank_ends_the_call_on_its_engine"],
+    ),
+    Mutant(
+        "ranks-of-an-engine-out-of-step",
+        "upge/rollout/shared_engine.py",
+        "if len(set(digests)) > 1:",
+        "if False:",
+        ["upge/rollout/test_shared_engine.py::test_ranks_that_sample_different_responses_are_an_error"],
+    ),
+    Mutant(
         "verdict-of-another-response",
         "upge/rollout/verified_sampling.py",
         "pending[index, copy].result()",

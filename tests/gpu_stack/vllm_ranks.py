@@ -63,7 +63,7 @@ def observe(folder: Path) -> list[dict]:
 
 
 def shards(worker: pretended.CPUWorker) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in worker.model.state_dict().items()}
+    return {name: tensor.detach().clone() for name, tensor in worker.model.named_parameters()}
 
 
 def main(folder: str, output: str) -> None:
