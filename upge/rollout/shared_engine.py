@@ -161,7 +161,7 @@ def share(engine: Sampler, size: int) -> SharedSampler:
     All ranks of the run call it.
     """
     group, _ = dist.new_subgroups(size, backend="gloo")
-    assert group is not None, "this process is a member of a group"
+    assert isinstance(group, dist.ProcessGroup), "this process is a member of a group"
     return SharedSampler(engine, group)
 
 
