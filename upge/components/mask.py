@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -135,7 +136,7 @@ class ImportanceBand(StabilizationMask):
         if not 0 <= self.low <= self.high or self.high == 0:
             raise ConfigError(f"ImportanceBand: low={self.low}, high={self.high}; need 0 <= low <= high and high > 0")
 
-    @property
+    @cached_property
     def columns(self) -> frozenset[str]:
         """The columns that are read: `sampler_logprobs` only for the ratio to the sampler."""
         return super().columns - ({"sampler_logprobs"} if self.of == "importance" else frozenset())
