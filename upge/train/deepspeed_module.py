@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from upge.errors import ModelError, UserError
 from upge.models.loading import check_loaded, read_config
+from upge.train import elementwise
 from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.deepspeed_settings import PLAIN, DeepspeedConfig, settings
 from upge.train.distributed import World
@@ -243,6 +244,8 @@ def load_causal_lm(
         )
         network, loading_info = loaded
         check_loaded(model.path, loading_info)
+    if world.device.type in elementwise.DEVICES:
+        elementwise.compile_elementwise(network)
     # transformers partitions models as long as this object lives; other models of this process must load whole.
     del partitioning
     gc.collect()
