@@ -1,4 +1,4 @@
-"""The output head's chunks never wait for the device: nothing in them reads a number or has a size that data decides."""
+"""No chunk of the output head waits for the device: none reads a number or has a size that depends on data."""
 
 from __future__ import annotations
 
