@@ -217,7 +217,8 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     left = -1 if sliding_window is None else sliding_window - 1
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    # Not x[0], whose gradient is a copy in a row of zeros.
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     settings: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     output = varlen_attn(query, key, value, starts, starts, longest, longest, window_size=(left, 0), **settings)
     return cast(Tensor, output)[None]
