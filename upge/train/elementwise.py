@@ -85,7 +85,8 @@ def _half_rotated(x: Tensor) -> Tensor:
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, recompile_limit=_KINDS)
+    compiler: Any = torch.compile  # its overloads lack the limit
+    return compiler(function, fullgraph=True, recompile_limit=_KINDS)
 
 
 def _call(function: Callable[..., Any], dims: Sequence[int], *arguments: Any) -> Any:
@@ -106,7 +107,7 @@ def _norm(module: nn.Module) -> Callable[..., Tensor] | None:
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    kind = type(module)
+    kind: Any = type(module)
     if _same_code(kind.forward, LlamaRMSNorm.forward):
         function, epsilon = rms_norm, "variance_epsilon"
     elif _same_code(kind.forward, Gemma3RMSNorm.forward) and _same_code(kind._norm, Gemma3RMSNorm._norm):
