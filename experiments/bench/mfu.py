@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 from unittest import mock
 
 import torch
@@ -28,6 +28,7 @@ from experiments.run.memory import Shapes, estimate
 from experiments.run.model_shape import ModelShape
 from experiments.run.workload import GIB, Machine
 from experiments.scaling.counts import BANDWIDTH, MEMORY, PEAK, PROMPT, RESPONSE
+from upge.errors import ConfigError, nearest
 from upge.logprobs import Coefficients, chunks
 from upge.models.loading import random_state_kept, read_config
 from upge.train import elementwise, packed_attention
@@ -349,10 +350,10 @@ def cases(settings: Settings) -> Iterator[Case]:
         run = composed.config
         config = read_config(str(MODELS / str(composed.names["model"])), run.model.overrides)
         shape = ModelShape.of(config, run.model.dtype)
-        sizes = dict.fromkeys([run.optimizer.micro_batch_tokens, *map(int, _names(settings.micro_batches))])
+        sizes = dict.fromkeys([run.optimizer.micro_batch_tokens, *_sizes(settings)])
         for tokens in sizes:
             batch = micro_batch(tokens, settings.prompt, settings.response)
-            for mode in _names(settings.modes):
+            for mode in _modes(settings):
                 changed = replace(run, model=replace(run.model, gradient_checkpointing=mode))
                 machine = Machine(run.hardware.gpus, MEMORY, True, "assumed", False)
                 memory = estimate(changed, composed.algorithm, Shapes(shape), machine, tokens).total("training")
@@ -361,6 +362,22 @@ def cases(settings: Settings) -> Iterator[Case]:
                     seconds, shortest = seconds_of(config, mode, is_fused, batch, shares, {})
                     mfu, at_peak = least / seconds.total(), least / shortest.total()
                     yield Case(recipe, tokens, mode, is_fused, seconds, mfu, at_peak, memory)
+
+
+def _modes(settings: Settings) -> list[Any]:
+    names = _names(settings.modes)
+    for name in names:
+        if name not in get_args(Checkpointing):
+            raise ConfigError(f"modes: found '{name}'; {nearest(name, get_args(Checkpointing))}")
+    return names
+
+
+def _sizes(settings: Settings) -> list[int]:
+    """Tokens of micro-batches, each with room for a trajectory."""
+    names, least = _names(settings.micro_batches), settings.prompt + settings.response - 1
+    if not all(name.isdecimal() and int(name) >= least for name in names):
+        raise ConfigError(f"micro_batches: found '{settings.micro_batches}'; give numbers of at least {least} tokens")
+    return [int(name) for name in names]
 
 
 def _names(text: str) -> list[str]:

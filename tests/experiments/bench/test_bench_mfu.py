@@ -14,6 +14,7 @@ from experiments.bench import mfu
 from experiments.bench.mfu import ATTENTION, ELEMENTWISE, HEAD, PRODUCTS, Case, Kernel, Kernels, Settings
 from experiments.run.model_shape import ModelShape
 from experiments.scaling.counts import BANDWIDTH, PEAK
+from upge.errors import ConfigError
 from upge.train import elementwise
 from upge.train.activations import Checkpointing
 
@@ -105,6 +106,12 @@ def test_compiled_parts_move_less() -> None:
     for mode in MODES:
         plain, ours = (mfu.counted(config, mode, is_fused, batch).seconds() for is_fused in (False, True))
         assert ours[ELEMENTWISE] < 0.75 * plain[ELEMENTWISE] and ours[PRODUCTS] == plain[PRODUCTS]
+
+
+@pytest.mark.parametrize("given", [{"modes": "ful"}, {"micro_batches": "9216,100"}, {"micro_batches": "many"}])
+def test_invalid_settings(given: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(given))}: found"):
+        mfu.run(Settings(**given))
 
 
 def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
