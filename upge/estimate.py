@@ -40,7 +40,7 @@ class Estimate:
         loss: scalar surrogate; `backward()` gives minus the unified gradient. Its value has no meaning of its own.
         weights: [B, T] the detached number in front of ∇log π_θ, summed over terms.
         terms: name → factors of each term.
-        penalties: name → value of each regularizer.
+        penalty_values: name → value of each regularizer, a detached scalar.
         batch: the batch that the estimate belongs to.
         compared: names of the terms whose mask compares the policy with the behaviour policy.
     """
@@ -48,7 +48,7 @@ class Estimate:
     loss: Float[Tensor, ""]
     weights: Float[Tensor, "*shape"]
     terms: Mapping[str, TermFactors]
-    penalties: Mapping[str, float]
+    penalty_values: Mapping[str, Tensor]
     batch: TokenView
     compared: frozenset[str] = frozenset()
 
@@ -56,6 +56,11 @@ class Estimate:
     def response_mask(self) -> Bool[Tensor, "*shape"]:
         """[B, T] True on the tokens that count."""
         return self.batch.response_mask
+
+    @property
+    def penalties(self) -> dict[str, float]:
+        """Name → value of each regularizer."""
+        return {name: float(value) for name, value in self.penalty_values.items()}
 
     @property
     def records(self) -> dict[str, TermRecord]:

@@ -152,7 +152,8 @@ class Plan:
         for name, (regularizer, scale) in self.penalties.items():
             penalties[name] = _penalty(regularizer, batch.look_up(scale).to(dtype), batch)
             loss = loss + penalties[name]
-        values = {name: float(value.detach()) for name, value in penalties.items()}
+        # As tensors: to read a number would wait for the device, in each chunk of the output head.
+        values = {name: value.detach() for name, value in penalties.items()}
         return Estimate(loss, weights, terms, values, batch, self._compared)
 
     @property

@@ -193,8 +193,8 @@ class PackedTokens(TokenView):
     column: Int[Tensor, "N"] | None = None
 
     def __post_init__(self) -> None:
-        if not bool(self.response_mask.all()):
-            hide(self, self.response_mask)
+        # Also where all tokens count: to find out would wait for the device, in each chunk of the output head.
+        hide(self, self.response_mask)
 
     def __len__(self) -> int:
         return len(self.response_mask)

@@ -16,7 +16,7 @@ from experiments.doctor.rows import Context, Row, judged, size_of
 from experiments.run.workload import pluralize
 from upge.logprobs import Coefficients, token_logprobs, token_loss
 from upge.models.loading import read_config
-from upge.train.packed_attention import packed_attention
+from upge.train.packed_attention import choose_kernel, kernel_name, packed_attention
 
 #: The largest relative error of values and gradients, by type of the model.
 BOUNDS = {"float32": 1e-4, "bfloat16": 0.03}
@@ -97,8 +97,8 @@ def attention(context: Context) -> Row:
     gradients = zip(_gradients(output, probe, ours), _gradients(expected, probe, plain), strict=True)
     names = ("query", "key", "value")
     errors |= {name: relative_error(*pair) for name, pair in zip(names, gradients, strict=True)}
-    kernel = "variable-length kernel" if world.device.type == "cuda" and model.dtype != "float32" else "loop of SDPA"
-    what = f"{kernel}, {heads} heads of {size}, {len(_LENGTHS)} sequences"
+    choose_kernel(world.device)
+    what = f"{kernel_name(world.device, model.dtype)}, {heads} heads of {size}, {len(_LENGTHS)} sequences"
     advice = "the gradients of this machine are wrong; install the versions of docs/install.md, or report it"
     return _compared(context, "attention", what, errors, advice)
 

@@ -182,6 +182,8 @@ def _finish(path: Path, code: int, say: Any) -> None:
 
 def _metadata(composed: Any, world: World, sampler: Any, engine: Any, from_step: int) -> dict[str, Any]:
     """run.json: how this run was made."""
+    from upge.train.packed_attention import kernel_name
+
     return {
         "command": files.command("experiments.run", sys.argv[1:]),
         "started": files.now(),
@@ -193,6 +195,7 @@ def _metadata(composed: Any, world: World, sampler: Any, engine: Any, from_step:
         "machine": files.machine(),
         "engine": sampler.name,
         "engine_reason": sampler.reason,
+        "attention": kernel_name(world.device, composed.config.model.dtype),
         "parameters": engine.parameters,
         "formula_text": composed.algorithm.formula(),
         "formula_latex": composed.algorithm.formula("latex"),

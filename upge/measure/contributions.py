@@ -227,7 +227,7 @@ def slopes(algorithm: Algorithm, batch: Trajectories) -> dict[str, Slopes]:
     leaves = [values.detach().requires_grad_() for values in (batch.logprobs, batch.entropies)]
     estimate = algorithm.estimate(dataclasses.replace(batch, logprobs=leaves[0], entropies=leaves[1]))
     parts = {name: Slopes(factors.weights.detach()) for name, factors in estimate.terms.items()}
-    if not estimate.penalties:
+    if not estimate.penalty_values:
         return parts
     slope = torch.autograd.grad(estimate.loss, leaves, allow_unused=True)
     by_logprobs, by_entropies = (

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from upge.errors import ModelError, UserError
 from upge.models.loading import check_loaded, read_config
+from upge.train import elementwise
 from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.deepspeed_settings import PLAIN, DeepspeedConfig, settings
 from upge.train.distributed import World
+from upge.train.packed_attention import choose_kernel
 from upge.train.resharding import AdamState, deepspeed_part, layout, model_file, read, reshard_states, saved_ranks
 from upge.train.sample import TokenIds
 
@@ -243,6 +245,9 @@ def load_causal_lm(
         )
         network, loading_info = loaded
         check_loaded(model.path, loading_info)
+    choose_kernel(world.device)
+    if world.device.type in elementwise.DEVICES:
+        elementwise.compile_elementwise(network)
     # transformers partitions models as long as this object lives; other models of this process must load whole.
     del partitioning
     gc.collect()

@@ -262,7 +262,9 @@ class MicroBatch:
 
 def nan_if_nonfinite(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """The loss, or NaN if it is not finite, so that the gradient norm that all ranks share is not finite either."""
-    return loss if bool(torch.isfinite(loss.detach())) else loss * float("nan")
+    # Not as a branch, because reading the number would wait for the device.
+    finite = torch.isfinite(loss.detach())
+    return loss * torch.where(finite, 1.0, float("nan")).to(loss.dtype)
 
 
 def _moved(columns: Trajectories, device: torch.device) -> Trajectories:

@@ -5,11 +5,13 @@ those of transformers' own variable-length kernels, plus `sequence_lengths`, the
 `sharing`, if shared prompts occur in the row once.
 
 On CPU, and on CUDA in float32, attention is a loop of causal SDPA over runs of sequences of equal length. On CUDA in
-half precision it is torch.nn.attention.varlen.
+half precision it is torch.nn.attention.varlen, which runs FlashAttention 3 on Hopper GPUs if it is installed.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast
 
@@ -40,6 +42,8 @@ _LOGIT_SETTINGS = {
 }
 #: Arguments of an attention function that change its scores in ways not supported here.
 _SCORE_ARGUMENTS = ("softcap", "s_aux", "position_bias")
+#: FlashAttention 3's name in torch, its package, and the only major compute capability that it supports (Hopper).
+_FLASH_3, _FLASH_3_MODULE, _FLASH_3_CAPABILITY = "FA3", "flash_attn_interface", 9
 #: The largest head size that the variable-length kernel supports.
 _VARLEN_HEAD_LIMIT = 256
 
@@ -73,6 +77,35 @@ def register() -> None:
 
     AttentionInterface.register(IMPLEMENTATION, packed_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
+
+
+def choose_kernel(device: torch.device) -> None:
+    """Makes torch's attention run FlashAttention 3 in this process, on a Hopper GPU where it is installed.
+
+    An implementation that is already active stays.
+    """
+    from torch.nn import attention
+
+    if (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device)[0] == _FLASH_3_CAPABILITY
+        and attention.current_flash_attention_impl() is None
+        and _FLASH_3 in attention.list_flash_attention_impls()
+        and importlib.util.find_spec(_FLASH_3_MODULE) is not None
+    ):
+        try:
+            attention.activate_flash_attention_impl(_FLASH_3)
+        except (ImportError, OSError, RuntimeError) as error:
+            warnings.warn(f"FlashAttention 3 is installed and cannot be used: {error}", stacklevel=2)
+
+
+def kernel_name(device: torch.device, dtype: str) -> str:
+    """What computes the attention of a model of a type on a device, for the records of a run."""
+    from torch.nn import attention
+
+    if device.type != "cuda" or dtype == "float32":
+        return "loop of SDPA"
+    return f"variable-length kernel, {attention.current_flash_attention_impl() or 'FA2'}"
 
 
 def check_supported(model: PreTrainedModel) -> None:
@@ -184,7 +217,8 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     left = -1 if sliding_window is None else sliding_window - 1
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    # Not x[0], whose gradient is a copy in a row of zeros.
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     settings: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     output = varlen_attn(query, key, value, starts, starts, longest, longest, window_size=(left, 0), **settings)
     return cast(Tensor, output)[None]

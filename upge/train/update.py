@@ -13,6 +13,7 @@ from torch import Tensor
 
 from upge.algorithm import Algorithm
 from upge.components.base import Precomputed
+from upge.estimate import Estimate
 from upge.plan import Plan
 from upge.train.config import LearningRates, OptimizerConfig
 from upge.train.critic import CriticTarget, CriticUpdater, value_metrics
@@ -20,7 +21,6 @@ from upge.train.deepspeed_module import StepResult
 from upge.train.diagnostics import (
     NO_DIAGNOSTICS,
     Diagnostics,
-    TokenWeights,
     TopTrajectory,
     term_gradient_metrics,
     token_weights,
@@ -190,18 +190,19 @@ class Updater:
             find_top_tokens: also return the trajectories with the largest token weights.
         """
         plan, trajectories = update.plan.to(self.engine.world.device), update.batch.trajectories
-        sums: list[MetricSums] = []
-        weights: list[Mapping[str, TokenWeights]] = []
+        estimates: list[Estimate] = []
 
         def loss_of(view: Trajectories | PackedTokens) -> Tensor:
-            estimate = plan.estimate(view)
-            sums.append(MetricSums.of_estimate(estimate, number, trajectories))
-            if find_top_tokens:
-                weights.append(token_weights(estimate))
-            return estimate.loss
+            # Its numbers are read after the passes: reading them here would wait for the device in each of the head's
+            # chunks.
+            estimates.append(plan.estimate(view))
+            return estimates[-1].loss
 
+        passes = self._run(update.batch, update.plan.contributing, loss_of)
+        sums = [MetricSums.of_estimate(estimate, number, trajectories) for estimate in estimates]
+        weights = [token_weights(estimate) for estimate in estimates] if find_top_tokens else []
         logprobs: list[RowValues] = []
-        for rows, micro_batch, tokens in self._run(update.batch, update.plan.contributing, loss_of):
+        for rows, micro_batch, tokens in passes:
             sums.append(MetricSums.of_tokens(tokens, len(rows), micro_batch.packed.input_ids.numel()))
             if number == 1:
                 sums.append(MetricSums.of_sampler_gap(tokens, micro_batch.of_rollouts))

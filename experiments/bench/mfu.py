@@ -1,0 +1,399 @@
+"""Share of an H100's peak that an update can reach: the time of each kernel of a micro-batch, counted and not measured.
+
+The model runs forward and backward on the meta device, so shapes and dtypes are real and nothing is computed. A kernel
+takes as long as its operations or as its bytes, whichever is longer, at the H100's rates and at shares of them that
+kernels usually reach. Launches, collectives and the optimizer are not counted.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, get_args
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from experiments.config import MODELS, compose
+from experiments.grid import markdown_table
+from experiments.run.memory import Shapes, estimate
+from experiments.run.model_shape import ModelShape
+from experiments.run.workload import GIB, Machine
+from experiments.scaling.counts import BANDWIDTH, MEMORY, PEAK, PROMPT, RESPONSE
+from upge.errors import ConfigError, nearest
+from upge.logprobs import Coefficients, chunks
+from upge.models.loading import random_state_kept, read_config
+from upge.train import elementwise, packed_attention
+from upge.train.activations import Checkpointing, checkpoint_activations
+from upge.train.packed_policy import Objective, PackedPolicy
+from upge.train.packing import PackedBatch, pack
+
+SUMMARY = "share of an H100's peak that an update can reach, counted from operations and bytes on meta tensors"
+RECIPES = ("hpt-qwen2.5-math-7b", "hpt-qwen2.5-math-1.5b")
+#: Kinds of kernels.
+PRODUCTS, ATTENTION, ELEMENTWISE, HEAD = "matrix products", "attention", "elementwise", "output head"
+
+_VARLEN, _VARLEN_BACKWARD = "torch_attn._varlen_attn", "torch_attn._varlen_attn_backward"
+#: Operations that look rows or entries up: what is read of the table is as large as the result.
+_LOOKUPS = {"aten.embedding", "aten.index_select", "aten.gather"}
+#: Operations that add to entries in place, or only write.
+_ADDING, _WRITING = {"aten.scatter_add_", "aten.index_add_"}, {"aten.copy_", "aten.zero_", "aten.fill_"}
+#: Operations without a kernel.
+_FREE = {
+    *("aten.empty", "aten.empty_like", "aten.empty_strided", "aten.new_empty"),
+    *("aten.detach", "aten.lift_fresh", "aten._unsafe_view"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Keys of this bench.
+
+    Attributes:
+        recipes: their models and sizes of micro-batches are counted.
+        prompt, response: tokens of each trajectory.
+        modes: values of model.gradient_checkpointing.
+        micro_batches: tokens of micro-batches, in addition to the recipe's.
+        products, attention, memory: the assumed share of the peak rate that matrix products, the attention kernel and
+            memory reach. FlashAttention 3 reaches more than 0.4.
+    """
+
+    recipes: str = ",".join(RECIPES)
+    prompt: int = PROMPT
+    response: int = RESPONSE
+    modes: str = "full,selective"
+    micro_batches: str = "9216"
+    products: float = 0.7
+    attention: float = 0.4
+    memory: float = 0.8
+
+
+class Kernel(NamedTuple):
+    """A kernel that ran: the part of the model, operations in half precision, bytes read and written."""
+
+    part: str
+    operations: float
+    bytes: float
+    is_attention: bool
+
+    def seconds(self, products: float = 1.0, attention: float = 1.0, memory: float = 1.0) -> float:
+        """Its time at shares of the peak rates."""
+        rate = PEAK * (attention if self.is_attention else products)
+        return max(self.operations / rate, self.bytes / (BANDWIDTH * memory))
+
+
+class Kernels(TorchDispatchMode):
+    """Lists the kernels that run.
+
+    Args:
+        lengths: of the sequences, which determine the operations of attention.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        super().__init__()
+        self.squares = sum(length * length for length in lengths)
+        self.ran: list[Kernel] = []
+        self._part, self._paused = "", 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self._paused:
+            self._count(func, [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)], args, kwargs, result)
+        return result
+
+    @contextmanager
+    def inside(self, part: str) -> Iterator[None]:
+        """Counts all kernels in the block as of one part of the model."""
+        before, self._part = self._part, part
+        try:
+            yield
+        finally:
+            self._part = before
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Counts nothing."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def add(self, part: str, read: float, written: float, operations: float = 0.0) -> None:
+        """A kernel by the bytes that it moves and its operations in half precision."""
+        self.ran.append(Kernel(self._part or part, operations, read + written, part == ATTENTION))
+
+    def seconds(self, products: float = 1.0, attention: float = 1.0, memory: float = 1.0) -> Counter[str]:
+        """Part of the model → seconds, at shares of the peak rates."""
+        sums: Counter[str] = Counter()
+        for kernel in self.ran:
+            sums[kernel.part] += kernel.seconds(products, attention, memory)
+        return sums
+
+    def _count(self, func: Any, given: list[Tensor], args: Any, kwargs: Any, result: Any) -> None:
+        name = str(func).rpartition(".")[0]
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        if name in _FREE or _is_view(func):
+            return
+        if name in (_VARLEN, _VARLEN_BACKWARD):
+            heads, size = args[0 if name == _VARLEN else 1].shape[1:]
+            # Two products of a causal square forward, five backward.
+            products = 2 if name == _VARLEN else 5
+            operations = products * heads * size * self.squares
+            self.add(ATTENTION, _bytes(given), _bytes(made), operations)
+            return
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            operations = formula(*args, **(kwargs or {}), out_val=result)
+            written = [x for x in made if not any(x is one for one in given)] or made
+            read = [x for x in given if not any(x is one for one in written)]
+            self.add(PRODUCTS, _bytes(read) + _accumulated(name, made), _bytes(written), operations)
+            return
+        self.add(ELEMENTWISE, *_moved(name, func, given, made))
+
+
+def _is_view(func: Any) -> bool:
+    """Whether the result is a view of an argument that is not written to."""
+    aliases = [one.alias_info for one in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _accumulated(name: str, made: list[Tensor]) -> float:
+    """Bytes of a sum that a product reads to add itself to it."""
+    return _bytes(made) if name == "aten.addmm_" else 0.0
+
+
+def _moved(name: str, func: Any, given: list[Tensor], made: list[Tensor]) -> tuple[float, float]:
+    """(bytes read, bytes written) of an operation that is no product."""
+    if name in _LOOKUPS:
+        return _bytes(given[1:]) + _bytes(made), _bytes(made)
+    if name in _ADDING:
+        return _bytes(given[1:]) + _bytes(given[-1:]), _bytes(given[-1:])
+    written = [x for x in given if any(x is one for one in made)]
+    if not written:
+        return _bytes(given), _bytes(made)
+    read = [x for x in given if x is not written[0]] if name in _WRITING else given
+    return _bytes(read), _bytes(written)
+
+
+def _bytes(tensors: Sequence[Tensor]) -> float:
+    """Bytes of the entries that exist: an expanded dimension counts once."""
+    return float(
+        sum(
+            x.element_size() * math.prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride or n == 0)
+            for x in tensors
+        )
+    )
+
+
+def fused(kernels: Kernels, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of `upge.train.elementwise` counted as torch.compile runs it: one kernel forward, one backward.
+
+    The gradient of a norm's weight is a sum over tokens, which counts as another kernel over the same inputs.
+    """
+
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            tensors = [x for x in arguments if isinstance(x, Tensor)]
+            with kernels.paused():
+                made = function(*arguments)
+            kernels.add(ELEMENTWISE, _bytes(tensors), _bytes(tree_leaves(made)))
+            ctx.save_for_backward(*tensors)
+            ctx.others = arguments[len(tensors) :]
+            return made
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Any:
+            saved = ctx.saved_tensors
+            needed = [needs for needs in ctx.needs_input_grad[: len(saved)]]
+            made = [torch.empty_like(x) if needs else None for x, needs in zip(saved, needed, strict=True)]
+            # A rotation is linear in what it rotates, and reads the angles only.
+            read = saved[2:] if function is elementwise.rotate else saved
+            kernels.add(ELEMENTWISE, _bytes(read) + _bytes(gradients), _bytes([x for x in made if x is not None]))
+            if function in (elementwise.rms_norm, elementwise.offset_rms_norm):
+                kernels.add(ELEMENTWISE, _bytes(saved) + _bytes(gradients), 0.0)
+            return *made, *(None for _ in ctx.others)
+
+    return Fused.apply
+
+
+def softmax_block(kernels: Kernels) -> Callable[..., Any]:
+    """The compiled block of the output head: it reads the logits twice, for the normalizer and for the rest."""
+
+    def run(z: Tensor, target: Tensor, q: Tensor) -> Any:
+        with kernels.paused():
+            made = chunks.softmax_statistics(z, target, q)
+        kernels.add(HEAD, 2 * _bytes([z]), _bytes([q]))
+        return made
+
+    return run
+
+
+def policy_of(config: Any, mode: Checkpointing) -> PackedPolicy:
+    """The model on the meta device in bfloat16, as the trainer prepares it."""
+    from transformers import AutoModelForCausalLM
+
+    with random_state_kept(), torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    checkpoint_activations(network, mode)
+    return PackedPolicy(network).train()
+
+
+def micro_batch(tokens: int, prompt: int, response: int) -> PackedBatch:
+    """Responses to one prompt, as many as fit."""
+    count = tokens // (prompt + response - 1)
+    return pack([([1] * prompt, [1] * response)] * count, "meta")
+
+
+def counted(config: Any, mode: Checkpointing, is_fused: bool, batch: PackedBatch) -> Kernels:
+    """The kernels of the forward and backward pass of a micro-batch."""
+
+    def coefficients(logprobs: Tensor, entropies: Tensor, chunk: slice) -> Coefficients:
+        return Coefficients(logprobs.sum(), torch.ones_like(logprobs))
+
+    policy, kernels = policy_of(config, mode), Kernels(batch.lengths)
+    head = policy.head.forward
+
+    def in_head(*arguments: Any, **settings: Any) -> Any:
+        with kernels.inside(HEAD):
+            return head(*arguments, **settings)
+
+    policy.head.forward = in_head
+    with (
+        mock.patch.object(elementwise, "_compiled", lambda function: fused(kernels, function)),
+        mock.patch.object(packed_attention, "_varlen_takes", lambda query, value: True),
+        # Otherwise it reads the positions, which have no values here.
+        mock.patch("transformers.masking_utils.is_tracing", lambda tensor: True),
+        mock.patch.object(chunks, "_softmax_of", lambda device: softmax_block(kernels)),
+    ):
+        if is_fused:
+            elementwise.compile_elementwise(policy.model)
+        with kernels:
+            loss, *_ = policy(batch, objective=Objective(coefficients))
+            loss.backward()
+    return kernels
+
+
+def seconds_of(
+    config: Any, mode: Checkpointing, is_fused: bool, batch: PackedBatch, *rates: Mapping[str, float]
+) -> list[Counter[str]]:
+    """Part of the model → seconds, for each of some shares of the peak rates.
+
+    Each layer runs the same kernels, so the first layer and the second are counted and the others follow.
+    """
+    first, both = (counted(_with_layers(config, layers), mode, is_fused, batch) for layers in (1, 2))
+    found = []
+    for shares in rates:
+        one, two = first.seconds(**shares), both.seconds(**shares)
+        more = config.num_hidden_layers - 1
+        found.append(Counter({part: one[part] + more * (two[part] - one[part]) for part in two}))
+    return found
+
+
+def _with_layers(config: Any, layers: int) -> Any:
+    changed = copy.deepcopy(config)
+    changed.num_hidden_layers = layers
+    if getattr(changed, "layer_types", None):
+        changed.layer_types = changed.layer_types[:layers]
+    return changed
+
+
+def model_operations(shape: ModelShape, batch: PackedBatch) -> float:
+    """What a forward and a backward pass need at least: 6 per weight of a matrix and token, and causal attention.
+
+    Prompts do not pass the output head.
+    """
+    head = shape.vocabulary * shape.hidden
+    trunk = shape.parameters - head - shape.output
+    attention = shape.layers * shape.query * sum(length * length for length in batch.lengths)
+    return 6.0 * (trunk * batch.input_ids.numel() + head * batch.targets.numel() + attention)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table.
+
+    Attributes:
+        recipe, tokens, mode: the model, the tokens of a micro-batch, and what is computed again.
+        is_fused: whether norms, rotary embeddings and activations are compiled.
+        seconds: by part of the model, at the assumed rates.
+        mfu, at_peak: share of the peak, at the assumed rates and at the peak rates.
+        memory: bytes of a rank during the update, by the planner.
+    """
+
+    recipe: str
+    tokens: int
+    mode: Checkpointing
+    is_fused: bool
+    seconds: Counter[str]
+    mfu: float
+    at_peak: float
+    memory: float
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """Every recipe with every size of micro-batch and mode, plain and compiled."""
+    shares = {"products": settings.products, "attention": settings.attention, "memory": settings.memory}
+    for recipe in _names(settings.recipes):
+        composed = compose([f"recipe={recipe}"])
+        run = composed.config
+        config = read_config(str(MODELS / str(composed.names["model"])), run.model.overrides)
+        shape = ModelShape.of(config, run.model.dtype)
+        sizes = dict.fromkeys([run.optimizer.micro_batch_tokens, *_sizes(settings)])
+        for tokens in sizes:
+            batch = micro_batch(tokens, settings.prompt, settings.response)
+            for mode in _modes(settings):
+                changed = replace(run, model=replace(run.model, gradient_checkpointing=mode))
+                machine = Machine(run.hardware.gpus, MEMORY, True, "assumed", False)
+                memory = estimate(changed, composed.algorithm, Shapes(shape), machine, tokens).total("training")
+                least = model_operations(shape, batch) / PEAK
+                for is_fused in (False, True):
+                    seconds, shortest = seconds_of(config, mode, is_fused, batch, shares, {})
+                    mfu, at_peak = least / seconds.total(), least / shortest.total()
+                    yield Case(recipe, tokens, mode, is_fused, seconds, mfu, at_peak, memory)
+
+
+def _modes(settings: Settings) -> list[Any]:
+    names = _names(settings.modes)
+    for name in names:
+        if name not in get_args(Checkpointing):
+            raise ConfigError(f"modes: found '{name}'; {nearest(name, get_args(Checkpointing))}")
+    return names
+
+
+def _sizes(settings: Settings) -> list[int]:
+    """Tokens of micro-batches, each with room for a trajectory."""
+    names, least = _names(settings.micro_batches), settings.prompt + settings.response - 1
+    if not all(name.isdecimal() and int(name) >= least for name in names):
+        raise ConfigError(f"micro_batches: found '{settings.micro_batches}'; give numbers of at least {least} tokens")
+    return [int(name) for name in names]
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def run(settings: Settings) -> str:
+    """A Markdown table."""
+    header = ["recipe", "micro-batch", "checkpointing", "compiled", "MFU, %", "at peak rates, %", "seconds"]
+    header += [f"{kind}, %" for kind in (PRODUCTS, ATTENTION, HEAD, ELEMENTWISE)] + ["GiB of a rank"]
+    rows = []
+    for case in cases(settings):
+        total = case.seconds.total()
+        shares = [f"{100 * case.seconds[kind] / total:.0f}" for kind in (PRODUCTS, ATTENTION, HEAD, ELEMENTWISE)]
+        fits = f"{case.memory / GIB:.0f}" + ("" if case.memory <= MEMORY else " (too much)")
+        yes = "yes" if case.is_fused else "no"
+        mfu = [f"{100 * case.mfu:.0f}", f"{100 * case.at_peak:.0f}"]
+        rows.append([case.recipe, f"{case.tokens:,}", case.mode, yes, *mfu, f"{total:.2f}", *shares, fits])
+    return markdown_table(header, rows)
