@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import psutil
@@ -24,6 +24,7 @@ from experiments.run.memory import (
 from experiments.run.model_shape import ModelShape
 from experiments.run.prepare import output_folder
 from experiments.run.workload import GIB, Machine, Workload, present
+from upge.algorithm import Algorithm
 from upge.errors import ConfigError
 from upge.models.loading import read_config
 from upge.pipeline import Pipeline
@@ -75,14 +76,16 @@ def outlook(composed: Composed, machine: Machine) -> Outlook:
     _check_engine_ranks(config, shapes.policy, machine)
     stages = {name: stage.algorithm for name, stage in Pipeline.of(algorithm).stages.items()}
     workloads = {name: Workload.of(one, config, machine.ranks) for name, one in stages.items()}
-    memory = estimate(config, algorithm, shapes, machine, max(t.micro_batch for t in workloads.values()))
+    micro_batch = max(t.micro_batch for t in workloads.values())
+    memory = estimate(config, algorithm, shapes, machine, micro_batch)
     existing = len(RunFolder(output_folder(composed)).checkpoint_steps())
     _check_states(composed, shapes, machine)
     _check_engine(config, shapes.policy, memory)
     _check_refresh(memory)
     _check_update(config, memory)
     disk = Disk.of(config, algorithm, shapes, existing)
-    return Outlook(shapes, workloads, memory, disk, tuple(_tight(memory)))
+    notes = (*_tight(memory), *_less_recomputation(config, algorithm, shapes, machine, micro_batch))
+    return Outlook(shapes, workloads, memory, disk, notes)
 
 
 def _shapes(composed: Composed) -> Shapes:
@@ -224,6 +227,24 @@ def _tight(memory: Memory) -> list[str]:
             f"most for this: {largest.what}; {fix}"
         )
     return warnings
+
+
+def _less_recomputation(
+    config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, machine: Machine, micro_batch: int
+) -> Iterator[str]:
+    """Proposes the gradient checkpointing that recomputes least and leaves a tenth of the memory free."""
+    present = config.model.gradient_checkpointing
+    for mode in ("none", "selective"):
+        if mode == present or present == "none" or not machine.has_gpus:
+            return
+        changed = replace(config, model=replace(config.model, gradient_checkpointing=mode))
+        needed = estimate(changed, algorithm, shapes, machine, micro_batch).total("training")
+        if needed <= 0.9 * machine.memory:
+            yield (
+                f"model.gradient_checkpointing={mode} is estimated to fit too, with {needed / GIB:.1f} GiB per rank on "
+                f"{machine}, and recomputes less than {present}"
+            )
+            return
 
 
 #: What to change where a part of a step may run out of memory.

@@ -98,7 +98,7 @@ def test_data_that_cannot_be_reached_leave_an_example_in_the_models_own_words():
 
 def test_the_start_of_a_run_is_checked_against_what_is_there(monkeypatch):
     assert check_fits(compose([])) == ()
-    (note,) = check_fits(compose(["hardware.gpus=8", "hardware.memory=79"]))
+    (note,) = check_fits(compose(["hardware.gpus=8"]))
     assert note.startswith("hardware.gpus: 8, but this run was started on 1 rank without a GPU")
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"total": 2**20}))
     with pytest.raises(ConfigError, match="model.path"):
@@ -126,6 +126,23 @@ def test_too_little_main_memory_to_resume_is_a_note(monkeypatch):
     composed = compose([*model, "deepspeed.offload=all"])
     (note,) = outlook(composed, planned(composed.config.hardware)).notes
     assert "what deepspeed.offload=all keeps" in note and "set deepspeed.offload=none, or take more machines" in note
+
+
+def test_checkpointing_that_recomputes_less_is_proposed_where_it_fits():
+    """With a tenth of the GPU to spare, and the mode that recomputes least."""
+
+    def notes(*arguments: str) -> str:
+        composed, _ = dry_run.with_known_models(compose(["hardware.gpus=8", "hardware.memory=79", *arguments]))
+        return "\n".join(outlook(composed, planned(composed.config.hardware)).notes)
+
+    small = notes("recipe=hpt-qwen2.5-math-1.5b")
+    assert "model.gradient_checkpointing=selective is estimated to fit too, with 60.6 GiB" in small
+    assert notes("recipe=hpt-qwen2.5-math-1.5b", "model.gradient_checkpointing=selective") == ""
+    assert notes("recipe=hpt-qwen2.5-math-7b") == ""
+    fewer = ("optimizer.micro_batch_tokens=9216", "recipe=hpt-qwen2.5-math-7b")
+    assert "gradient_checkpointing=selective is estimated to fit too" in notes(*fewer)
+    assert "gradient_checkpointing=none is" in notes("model=qwen2.5-0.5b", "optimizer.micro_batch_tokens=4096")
+    assert "gradient_checkpointing" not in notes("model=qwen2.5-0.5b", "hardware.memory=6")
 
 
 def test_a_refresh_that_does_not_fit_next_to_the_states_is_refused():
