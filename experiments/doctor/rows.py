@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from experiments.doctor.settings import RESPONSE_TOKENS, DoctorConfig
-from experiments.run.memory import ModelShape
+from experiments.run.model_shape import ModelShape
 from upge.train.config import RunConfig
 from upge.train.distributed import World
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from experiments.config import Composed, compose
-from experiments.run.memory import ModelShape
+from experiments.run.model_shape import ModelShape
 from upge.config import Settings, from_tree, key, meanings, parse, split
 from upge.errors import ConfigError, ModelError, nearest
 from upge.models.loading import read_config

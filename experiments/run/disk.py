@@ -7,7 +7,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.run.memory import Shapes, checkpoint_bytes, second_moments
+from experiments.run.memory import checkpoint_bytes, second_moments
+from experiments.run.memory_items import Shapes
 from experiments.run.workload import GIB, Machine
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
+from experiments.run.memory_items import Item, Memory, Shapes
 from experiments.run.model_shape import ModelShape
 from experiments.run.workload import GIB, Machine, pluralize
 from upge.algorithm import Algorithm
@@ -21,14 +20,6 @@ from upge.rollout.vllm_engine import CPU_SEQUENCES
 from upge.train.config import RunConfig
 from upge.train.deepspeed_settings import zero_settings
 
-Moment = Literal["sampling", "refresh", "training", "step"]
-#: The parts of a step: sampling, copying the weights to the sampler, forward and backward passes, AdamW's update.
-MOMENTS: dict[Moment, str] = {
-    "sampling": "while sampling",
-    "refresh": "while the sampler's weights are replaced",
-    "training": "in forward and backward passes",
-    "step": "in the optimizer step",
-}
 #: A GPU's context, the collectives' buffers, and gaps between tensors.
 RESERVE = int(1.5 * GIB)
 #: Bytes per parameter of the tensors that torch's AdamW allocates in a step: the root of the second moments on a GPU;
@@ -36,72 +27,6 @@ RESERVE = int(1.5 * GIB)
 ADAMW_BYTES = {"cuda": 4, "cpu": 8}
 #: The batch sizes for which vLLM records CUDA graphs, up to twice the number of sequences.
 GRAPH_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
-
-
-@dataclass(frozen=True)
-class Item:
-    """One thing that takes memory.
-
-    Attributes:
-        what: a description, with the numbers behind it.
-        bytes: size on one rank.
-        when: the part of a step in which it is allocated.
-        is_certain: whether `bytes` is a lower bound, whatever the libraries do.
-    """
-
-    what: str
-    bytes: int
-    when: Moment | Literal["always"] = "always"
-    is_certain: bool = True
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """The models of a run; None for one that the algorithm does not need."""
-
-    policy: ModelShape
-    critic: ModelShape | None = None
-    reference: ModelShape | None = None
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Memory of one rank.
-
-    Attributes:
-        machine: the machine of the run.
-        states: the models' weights, gradients and optimizer states.
-        engine: the inference engine.
-        update: the forward and backward pass.
-        offloaded: what is kept in the main memory of a machine with GPUs.
-        host: what takes its main memory beside that; never at the same time.
-    """
-
-    machine: Machine
-    states: tuple[Item, ...]
-    engine: tuple[Item, ...]
-    update: tuple[Item, ...]
-    offloaded: tuple[Item, ...] = ()
-    host: tuple[Item, ...] = ()
-
-    @property
-    def host_peak(self) -> int:
-        """The most main memory of a machine with GPUs that is in use at the same time, in bytes."""
-        return sum(item.bytes for item in self.offloaded) + max((item.bytes for item in self.host), default=0)
-
-    def total(self, when: Moment, certain: bool = False) -> int:
-        """Bytes in use at the same time in a part of a step; with `certain`, a lower bound."""
-        items = [*self.states, *self.engine, *self.update]
-        return sum(i.bytes for i in items if i.when in ("always", when) and (i.is_certain or not certain))
-
-    def __str__(self) -> str:
-        items = [*self.states, *self.engine, *self.update]
-        rows = [f"{item.bytes / GIB:8.2f}  {item.when:<8}  {item.what}" for item in items]
-        there = self.machine.memory / GIB
-        for when, words in MOMENTS.items():
-            rows.append(f"{self.total(when) / GIB:8.2f}  {'in all':<8}  {words}, of {there:.2f} GiB")
-        rows += [f"{item.bytes / GIB:8.2f}  {'host':<8}  {item.what}" for item in (*self.offloaded, *self.host)]
-        return "\n".join(rows)
 
 
 def estimate(

@@ -10,17 +10,8 @@ import psutil
 
 from experiments.config import Composed
 from experiments.run.disk import Disk, check_disk
-from experiments.run.memory import (
-    MOMENTS,
-    Memory,
-    Moment,
-    Shapes,
-    engine_room,
-    estimate,
-    offloaded,
-    states,
-    takes_transformers,
-)
+from experiments.run.memory import engine_room, estimate, offloaded, states, takes_transformers
+from experiments.run.memory_items import MOMENTS, Memory, Moment, Shapes
 from experiments.run.model_shape import ModelShape
 from experiments.run.prepare import output_folder
 from experiments.run.workload import GIB, Machine, Workload, present

@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass, replace
 
 from experiments.config import Composed, compose
-from experiments.run.memory import Memory, Moment, Shapes, estimate, graph_bytes, longest, states
+from experiments.run.memory import estimate, graph_bytes, longest, states
+from experiments.run.memory_items import Memory, Moment, Shapes
 from experiments.run.model_shape import ModelShape
 from experiments.run.workload import GIB, Machine
 

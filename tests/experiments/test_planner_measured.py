@@ -12,7 +12,8 @@ import torch
 import upge.train.engine as engine_module
 from experiments.config import MODELS, compose
 from experiments.run.disk import Disk
-from experiments.run.memory import ADAMW_BYTES, Shapes, checkpoint_bytes, states
+from experiments.run.memory import ADAMW_BYTES, checkpoint_bytes, states
+from experiments.run.memory_items import Shapes
 from experiments.run.model_shape import ModelShape
 from experiments.run.workload import planned
 from tests.forked import run

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from transformers import AutoConfig
 
 from experiments.bench import mfu
-from experiments.bench.mfu import ATTENTION, ELEMENTWISE, HEAD, PRODUCTS, Case, Kernel, Kernels, Settings
+from experiments.bench.kernels import ATTENTION, ELEMENTWISE, HEAD, PRODUCTS, Kernel, Kernels, fused
+from experiments.bench.mfu import Case, Settings
 from experiments.run.model_shape import ModelShape
 from experiments.scaling.counts import BANDWIDTH, PEAK
 from upge.errors import ConfigError
@@ -63,13 +64,13 @@ def test_a_compiled_function_is_one_kernel_and_its_gradient_another() -> None:
     kernels = Kernels([N])
     gate, up = half(N, D).requires_grad_(), half(N, D).requires_grad_()
     with kernels:
-        mfu.fused(kernels, elementwise.silu_gated)(gate, up).backward(half(N, D))
+        fused(kernels, elementwise.silu_gated)(gate, up).backward(half(N, D))
     size = 2 * N * D
     assert ran(kernels) == [(ELEMENTWISE, 0, 3 * size), (ELEMENTWISE, 0, 5 * size)]
     hidden, weight = half(N, D).requires_grad_(), half(D).requires_grad_()
     kernels = Kernels([N])
     with kernels:
-        mfu.fused(kernels, elementwise.rms_norm)(hidden, weight, 1e-6).backward(half(N, D))
+        fused(kernels, elementwise.rms_norm)(hidden, weight, 1e-6).backward(half(N, D))
     both = [2 * size + 2 * D, 3 * size + 4 * D, 2 * size + 2 * D]
     assert [kernel.bytes for kernel in kernels.ran] == both
 
