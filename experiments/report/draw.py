@@ -23,6 +23,9 @@ COLORS = 7  # --c0 to --c6 in the style sheet
 MARKERS = "osD^vPX"
 MOST_POINTS = 240  # per line: more are not visible at the width of a figure
 _NAMES = (*(f"c{index}" for index in range(COLORS)), "ink", "soft", "rule", "card", "s1", "s2", "s3", "s4")
+#: Left, bottom, width and height of the axes, as shares of the figure, with room for labels such as -0.00025 and 1e6.
+#: Matplotlib's own layouts measure the labels, which takes as long as to draw.
+_AXES = (0.16, 0.17, 0.82, 0.75)
 _STAND_INS = {name: f"#a1b2{index:02x}" for index, name in enumerate(_NAMES)}
 _SOFT, _RULE, _CARD = (_STAND_INS[name] for name in ("soft", "rule", "card"))
 _STYLE = {
@@ -54,8 +57,8 @@ def draw(plot: Plot, series: Sequence[Series], marks: Sequence[float] = ()) -> s
     At the steps `marks` it draws vertical lines, where a stage of the run ends and the next begins.
     """
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": plot.identifier}):
-        figure = Figure(figsize=(5, 2.7), layout="constrained")
-        axes = figure.add_subplot()
+        figure = Figure(figsize=(5, 2.7))
+        axes = figure.add_axes(_AXES)
         colors = [_STAND_INS[color_name(plot, one.label, index)] for index, one in enumerate(series)]
         kinds = {"line": _draw_lines, "band": _draw_bands, "stack": _draw_stack, "evaluation": _draw_evaluation}
         kinds[plot.kind](axes, series, colors)
