@@ -1,7 +1,8 @@
 """Processes of tests, forked from one that has imported the libraries.
 
-Importing torch, transformers and DeepSpeed takes longer than what most tests do with them. Python's fork server imports
-them once for each process of pytest. With a CUDA device every process starts anew: CUDA does not survive a fork.
+Importing torch, transformers, DeepSpeed and vLLM takes longer than what most tests do with them. Two of Python's fork
+servers, one of them with vLLM, import them once for each process of pytest. With a CUDA device every process starts
+anew: CUDA does not survive a fork.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 import torch
+
+from upge.rollout.vllm_process import prepare_environment
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
@@ -29,6 +34,12 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 PRELOADED = [
     *("torch", "transformers", "transformers.models.qwen2.modeling_qwen2", "safetensors.torch", "deepspeed"),
     *("deepspeed.runtime.zero.muon.muon_optimizer", "rich.table", "tqdm"),
+]
+#: What an engine of vLLM imports on a CPU. The rest follows from these.
+VLLM = [
+    *("vllm", "vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"),
+    *("vllm.model_executor.models.qwen2", "vllm.model_executor.warmup.kernel_warmup"),
+    "vllm.v1.attention.backends.cpu_attn",
 ]
 
 
@@ -38,6 +49,7 @@ def run(
     environment: Mapping[str, str],
     ranks: int = 1,
     torchrun: bool = False,
+    vllm: bool = False,
     timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
     """Runs `python -m module arguments` in one process or on several ranks.
@@ -47,6 +59,7 @@ def run(
         environment: all variables but OMP_NUM_THREADS, which is 1, and those of torchrun.
         ranks: the number of processes. Several run under torchrun.
         torchrun: whether one process runs under torchrun as well.
+        vllm: whether the processes start with vLLM imported.
         timeout: seconds, after which all ranks are killed.
 
     Returns:
@@ -67,14 +80,15 @@ def run(
             timeout=timeout,
         )
     shared = {**environment, "OMP_NUM_THREADS": "1"}
-    context, port = _fork_server(), _free_port()
+    context, port = multiprocessing.get_context("forkserver"), _free_port()
     with TemporaryDirectory() as folder:
         files = [(f"{folder}/{rank}.out", f"{folder}/{rank}.err") for rank in range(ranks)]
         started = []
         for rank in range(ranks):
             variables = shared | (_torchrun_variables(rank, ranks, port) if is_launched else {})
             started.append(context.Process(target=_child, args=(module, arguments, variables, *files[rank])))
-            started[-1].start()
+            with mock.patch.multiple(multiprocessing.forkserver, connect_to_new_process=_fork_server(vllm)):
+                started[-1].start()
         code = _wait(started, timeout)
         out, err = ("".join(Path(f).read_text(errors="replace") for f in kind) for kind in zip(*files, strict=True))
     if code is None:
@@ -82,19 +96,17 @@ def run(
     return subprocess.CompletedProcess([module, *arguments], code, out, err)
 
 
-def _fork_server() -> multiprocessing.context.BaseContext:
-    """The fork server, not yet started or running. Its libraries are imported with one thread and for the CPU."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+@cache
+def _fork_server(vllm: bool) -> Callable[[Sequence[int]], tuple[int, int]]:
+    """Starts a process of the fork server. Its libraries are imported with one thread and for the CPU."""
+    server = multiprocessing.forkserver.ForkServer()
+    server.set_forkserver_preload([*PRELOADED, *(VLLM if vllm else ())])
     settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TQDM_MININTERVAL": "60"}
-    before = dict(os.environ)
-    os.environ.update(settings)
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    return context
+    with mock.patch.dict(os.environ, settings):
+        if vllm:
+            prepare_environment()
+        server.ensure_running()
+    return server.connect_to_new_process
 
 
 def _free_port() -> int:

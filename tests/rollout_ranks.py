@@ -285,6 +285,7 @@ def ranks(folder: Path, tensor_parallel: int) -> list[dict]:
     gathered: list = [None] * torch.distributed.get_world_size()
     found["compiled"] = torch._dynamo.utils.counters["frames"]["total"]
     torch.distributed.all_gather_object(gathered, found)
+    torch.distributed.barrier()
     return gathered
 
 
@@ -292,8 +293,7 @@ def main(job: str, *arguments: str) -> None:
     output = Path(arguments[-1])
     if job == "ranks":
         found = ranks(Path(arguments[0]), int(arguments[1]))
-        torch.distributed.barrier()
-        if torch.distributed.get_rank() != 0:
+        if os.environ["RANK"] != "0":
             os._exit(0)
     elif job == "greedy":
         prompts = json.loads(Path(arguments[2]).read_text(encoding="utf-8"))

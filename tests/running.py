@@ -29,12 +29,9 @@ def command(*arguments: str, ranks: int = 1) -> list[str]:
 
 
 def run(*arguments: str, ranks: int = 1, code: int = 0, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Runs it to its end and checks the exit code. Processes with vLLM start anew, the others are forked."""
-    if "rollout.engine=vllm" in arguments:
-        line = command(*arguments, ranks=ranks)
-        done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
-    else:
-        done = forked.run("experiments.run", *arguments, environment=environment(), ranks=ranks, timeout=timeout)
+    """Runs it to its end in forked processes and checks the exit code."""
+    vllm = "rollout.engine=vllm" in arguments
+    done = forked.run("experiments.run", *arguments, environment=environment(), ranks=ranks, vllm=vllm, timeout=timeout)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done
 

@@ -7,8 +7,6 @@ import importlib.util
 import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -69,12 +67,8 @@ def check_up(folder: Path, *arguments: str, ranks: int = 1) -> dict[str, dict]:
     """The rows of a check-up that finds no problem."""
     environ = environment() | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     given = ("experiments.doctor", f"output={folder}", *arguments)
-    if "rollout.engine=vllm" in arguments:
-        launcher = [*forked.TORCHRUN, str(ranks)] if ranks > 1 else []
-        command = [sys.executable, *launcher, "-m", *given]
-        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=400)
-    else:
-        done = forked.run(*given, environment=environ, ranks=ranks, timeout=400)
+    vllm = "rollout.engine=vllm" in arguments
+    done = forked.run(*given, environment=environ, ranks=ranks, vllm=vllm, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert done.stdout.count("no problems; wrote ") == 1
     rows = read(folder)

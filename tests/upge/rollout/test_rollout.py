@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import forked
 from tests import rollout_ranks as probe
 from upge import rollout
 from upge.rollout import Sampling
@@ -296,16 +297,9 @@ def on_two_ranks(folder: Path) -> dict:
 
     class OnTwoRanks(dict):
         def __missing__(self, size: int) -> list[dict]:
-            launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
             output = folder / f"ranks{size}.json"
-            done = subprocess.run(
-                [sys.executable, *launcher, "-m", "tests.rollout_ranks", "ranks", str(folder), str(size), str(output)],
-                cwd=ROOT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                capture_output=True,
-                text=True,
-                timeout=240,
-            )
+            given = ("tests.rollout_ranks", "ranks", str(folder), str(size), str(output))
+            done = forked.run(*given, environment=os.environ, ranks=2, vllm=True, timeout=240)
             assert done.returncode == 0 and output.is_file(), done.stdout[-3000:] + done.stderr[-6000:]
             self[size] = json.loads(output.read_text(encoding="utf-8"))
             return self[size]
