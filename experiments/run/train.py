@@ -99,11 +99,11 @@ def train(composed: Any, prepared: Any, world: World) -> int:
 
 def _saved_by(folder: Any, step: int | None, world: World) -> str:
     """A remark if another number of ranks wrote the checkpoint of `step`; None is no checkpoint."""
-    from experiments.run.workload import counted
+    from experiments.run.workload import pluralize
     from upge.train.resharding import saved_ranks
 
     ranks = world.size if step is None else saved_ranks(folder.checkpoints / folder.tag(step))
-    return "" if ranks == world.size else f", saved by {counted(ranks, 'rank')}; this run has {world.size}"
+    return "" if ranks == world.size else f", saved by {pluralize(ranks, 'rank')}; this run has {world.size}"
 
 
 def _models(composed: Any, world: World) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -21,6 +23,8 @@ FIELD = """
     iql bread llds vespo
 """
 NAMES = sorted({*FIELD.split(), *algorithms.names()})
+#: The packages of this project, tests included.
+PACKAGES = ("upge", "algorithms", "experiments", "tests")
 #: Everything that only an engine, a trainer, a verifier or a report may load.
 HEAVY = ("deepspeed", "vllm", "transformers", "math_verify", "matplotlib")
 
@@ -154,3 +158,20 @@ def test_shape_annotations_are_true():
     done = subprocess.run([sys.executable, "-c", CHECKED], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("checked "), "the hook must have been in place: a wrong shape went through"
+
+
+def test_every_name_that_a_file_imports_from_the_project_exists():
+    """Also inside of functions, which the linters do not follow and some of which run only in a continued run."""
+    missing = []
+    for path in sorted(p for p in ROOT.rglob("*.py") if p.parts[len(ROOT.parts)] in PACKAGES):
+        for node in ast.walk(tree(path)):
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] not in PACKAGES:
+                continue
+            assert node.level == 0 and node.module is not None
+            if node.module.startswith("tests.gpu_stack"):
+                continue  # it imports packages that the CPU set does not have
+            module = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names if alias.name != "*"):
+                if not hasattr(module, name) and importlib.util.find_spec(f"{node.module}.{name}") is None:
+                    missing.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.module}.{name}")
+    assert not missing
