@@ -30,7 +30,7 @@ test: env  ## run the tests, JOBS files at a time (2)
 
 test-gpu-stack:  ## test the calls of the CUDA packages, without a GPU: 11 GB in .venv-gpu, five minutes
 	@ENGINE=gpu VENV=.venv-gpu bash requirements/install.sh
-	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu .venv-gpu/bin/python -m pytest tests/gpu_stack $(STACK) $(ARGS)
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu .venv-gpu/bin/python -m pytest -n $(JOBS) --dist loadfile tests/gpu_stack $(STACK) $(ARGS)
 
 lint: env  ## check style, format, types and layers
 	$(VENV)/bin/python -m ruff check

@@ -137,9 +137,12 @@ def test_under_zero_3(under_zero: dict[str, dict[str, Any]], mode: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["qwen2.5-math-7b", "llama-3.1-8b", "gemma-3-1b-it"])
+@pytest.mark.parametrize("preset", ["qwen2.5-math-7b", "gemma-3-1b-it"])
 def test_the_compiler_on_a_cpu(preset: str) -> None:
-    """In bfloat16 a kernel rounds once and plain PyTorch after each operation, so ours is not further from float32."""
+    """The functions of Llama's code, which Qwen's repeats, and of Gemma's.
+
+    In bfloat16 a kernel rounds once and plain PyTorch after each operation, so ours is not further from float32.
+    """
     torch._dynamo.reset()
     exact = results(small_model(preset, torch.float32))
     for dtype in (torch.float32, torch.bfloat16):
