@@ -24,7 +24,8 @@ INSTALL = {
 def explanation(error: BaseException | None) -> str | None:
     """What to install, if the error or one that it was raised from is a missing optional package; else None."""
     while error is not None:
-        package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        # With a dot it is a module that another version of an installed package has; then the traceback helps more.
+        package = error.name if isinstance(error, ModuleNotFoundError) else None
         if package in INSTALL:
             return f"the package {package.replace('_', '-')} is not installed; run `pip install {INSTALL[package]}`"
         error = error.__cause__

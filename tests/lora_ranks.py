@@ -75,13 +75,14 @@ def resume(engine: Engine, fresh: Engine, scratch: Path, name: str, found: dict)
 
 
 def variants(model: str, world: World) -> dict:
-    """The weights after two updates of each variant, and its gradient after them."""
+    """The first gradient of each variant, and the weights after two updates."""
     found = {}
     for name, (settings, offload) in VARIANTS.items():
         engine = engine_of(model, world, LORA, offload, **settings)
+        gradient = gradients(engine, 0)
         update(engine, 0)
         update(engine, 1)
-        found[name] = weights_of(engine), gradients(engine, 0)
+        found[name] = gradient, weights_of(engine)
     return found
 
 
@@ -96,6 +97,7 @@ def main(model: str, output: str, scratch: str) -> None:
         return
     engine = engine_of(model, world, LORA)
     found["first"] = weights_of(engine), matrices(engine)
+    found["first gradient"] = gradients(engine, 0)
     update(engine, 0)
     update(engine, 1)
     found["weights"], found["matrices"] = weights_of(engine), matrices(engine)

@@ -121,8 +121,9 @@ class Algorithm:
             raise ConfigError(f"{self.name}: terms is empty; an algorithm is a sum of at least one term")
         for name, regularizer in self.regularizers.items():
             if not math.isfinite(regularizer.coefficient):
-                found = f"found {regularizer.coefficient}; give a finite number"
-                raise ConfigError(f"regularizers.{name}.coefficient: {found}")
+                raise ConfigError(
+                    f"regularizers.{name}.coefficient: found {regularizer.coefficient}; give a finite number"
+                )
         asking = [g for g in self.stateful.values() if UTILITY_SLOPE in g.wants]
         if asking and self.validation is None:
             raise ConfigError(

@@ -69,7 +69,10 @@ def run(settings: Settings) -> str:
             goals.append(_goals(timing, vocabulary, dtype))
             timing.check()
         if settings.memory_tokens:
-            memory = ["", *_memory(settings, vocabularies[-1], dtypes, device)]
+            lines, signal = _memory(settings, vocabularies[-1], dtypes, device)
+            memory = ["", *lines]
+            if signal is not None:
+                raise signal
     threads = "one CUDA device" if device == "cuda" else f"{torch.get_num_threads()} threads"
     about = (
         f"Median and range of {settings.rounds} rounds; N = {settings.tokens}, D = {settings.width}, {threads}. Liger "
@@ -174,25 +177,36 @@ def head_memory(settings: Settings, vocabulary: int, dtype: str, device: str, na
     return taken - sum(leaf.grad.nbytes for leaf in (problem.hidden, problem.weight))
 
 
-def _memory(settings: Settings, vocabulary: int, dtypes: list[str], device: str) -> list[str]:
-    rows, goals = [], []
+def _memory(
+    settings: Settings, vocabulary: int, dtypes: list[str], device: str
+) -> tuple[list[str], BaseException | None]:
+    """A table with the goals below it, and what a signal raised, or None."""
+    rows, goals, signal = [], [], None
     for dtype in dtypes:
-        taken = {name: in_fresh_process(head_memory, settings, vocabulary, dtype, device, name) for name in heads()}
+        taken = {}
+        for name in heads():
+            bytes_taken, signal = in_fresh_process(head_memory, settings, vocabulary, dtype, device, name)
+            if signal is not None:
+                break
+            taken[name] = bytes_taken
         for name, bytes_taken in taken.items():
-            share = f"1/{taken[NAIVE] / max(bytes_taken, 1):.1f}" if bytes_taken is not None and taken[NAIVE] else ""
+            naive = taken.get(NAIVE)
+            share = f"1/{naive / max(bytes_taken, 1):.1f}" if bytes_taken is not None and naive else ""
             rows.append([dtype, name, "killed" if bytes_taken is None else f"{bytes_taken / 2**20:,.0f}", share])
-        if taken[ONE_PASS] and taken[NAIVE]:
+        if taken.get(ONE_PASS) and taken.get(NAIVE):
             saving = taken[NAIVE] / taken[ONE_PASS]
             goals.append(
                 f"- {dtype}: goal at most 1/{LEAST_SAVING}: 1/{saving:.1f}, {verdict(saving >= LEAST_SAVING)}."
             )
+        if signal is not None:
+            break
     about = (
         f"Memory at N = {settings.memory_tokens:,}, V = {vocabulary:,}, D = {settings.width}: the peak resident memory "
         "of a fresh process during the head, minus the memory before and the two gradients, which every head returns "
         "in the inputs' dtype."
     )
     header = ["dtype", "head", "MiB beyond inputs and gradients", "of the full logits'"]
-    return [markdown_table(header, rows), "", about, "", *goals]
+    return [markdown_table(header, rows), "", about, "", *goals], signal
 
 
 # Gradients.

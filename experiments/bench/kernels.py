@@ -109,12 +109,13 @@ class Kernels(TorchDispatchMode):
             operations = products * heads * size * self.squares
             self.add(ATTENTION, _bytes(given), _bytes(made), operations)
             return
-        formula = flop_registry.get(func.overloadpacket)
+        # The registry has no operations in place, such as addmm_, which also reads the sum that it adds to.
+        formula = flop_registry.get(getattr(torch.ops.aten, func.overloadpacket.__name__.rstrip("_"), None))
         if formula is not None:
             operations = formula(*args, **(kwargs or {}), out_val=result)
             written = [x for x in made if not any(x is one for one in given)] or made
-            read = [x for x in given if not any(x is one for one in written)]
-            self.add(PRODUCTS, _bytes(read) + _accumulated(name, made), _bytes(written), operations)
+            read = given if name.endswith("_") else [x for x in given if not any(x is one for one in written)]
+            self.add(PRODUCTS, _bytes(read), _bytes(written), operations)
             return
         self.add(ELEMENTWISE, *_moved(name, func, given, made))
 
@@ -123,11 +124,6 @@ def _is_view(func: Any) -> bool:
     """Whether the result is a view of an argument that is not written to."""
     aliases = [one.alias_info for one in func._schema.returns]
     return any(alias is not None and not alias.is_write for alias in aliases)
-
-
-def _accumulated(name: str, made: list[Tensor]) -> float:
-    """Bytes of a sum that a product reads to add itself to it."""
-    return _bytes(made) if name == "aten.addmm_" else 0.0
 
 
 def _moved(name: str, func: Any, given: list[Tensor], made: list[Tensor]) -> tuple[float, float]:
@@ -173,7 +169,7 @@ def fused(kernels: Kernels, function: Callable[..., Any]) -> Callable[..., Any]:
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> Any:
             saved = ctx.saved_tensors
-            needed = [needs for needs in ctx.needs_input_grad[: len(saved)]]
+            needed = ctx.needs_input_grad[: len(saved)]
             made = [torch.empty_like(x) if needs else None for x, needs in zip(saved, needed, strict=True)]
             # A rotation is linear in what it rotates, and reads the angles only.
             read = saved[2:] if function is elementwise.rotate else saved

@@ -98,14 +98,14 @@ def run(settings: Settings) -> str:
     with until_signal() as ending:
         for name in names:
             # One process per model, which frees the model and what DeepSpeed keeps of it.
-            results = in_fresh_process(measured, settings, name)
-            if results is None:
+            results, signal = in_fresh_process(measured, settings, name)
+            if results is not None:
+                rows += results[0]
+                notes += results[1]
+            elif signal is None:
                 notes.append(f"- {name}: the process was killed; there was too little memory.")
-                continue
-            rows += results[0]
-            notes += results[1]
-            if results[2]:
-                raise results[2]
+            if signal is not None:
+                raise signal
     about = (
         f"Median and range of {settings.rounds} rounds; groups of {settings.group_size}, float32, response lengths "
         f"log-normal. Tokens: what the model computed, TRL's padding included. {peers.summary()}"
@@ -113,8 +113,8 @@ def run(settings: Settings) -> str:
     return ending.finished("\n".join([markdown_table(header, rows), "", about, "", *notes]))
 
 
-def measured(settings: Settings, name: str) -> tuple[list[list[object]], list[str], BaseException | None]:
-    """(rows, notes, what a signal raised) of one model; runs in a separate process."""
+def measured(settings: Settings, name: str) -> tuple[list[list[object]], list[str]]:
+    """(rows, notes) of one model; runs in a separate process."""
     # DeepSpeed uses functions that this torch has renamed, which would warn at every call.
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
     if settings.threads:
@@ -122,7 +122,7 @@ def measured(settings: Settings, name: str) -> tuple[list[list[object]], list[st
     case = MODELS[name]
     shape = Shape(settings.groups or case.groups, settings.group_size).scaled(settings.scale or case.scale)
     rows, notes, summary = [], [], []
-    with tempfile.TemporaryDirectory() as scratch, _model(case.path) as path, until_signal() as ending:
+    with tempfile.TemporaryDirectory() as scratch, _model(case.path) as path, until_signal():
         theirs, batch = None, settings.micro_batch or case.micro_batch
         if peers.present(THEIRS):
             theirs = peers.TRLLoss(path, settings.group_size, batch, Path(scratch))
@@ -135,7 +135,7 @@ def measured(settings: Settings, name: str) -> tuple[list[list[object]], list[st
             rows += case[0]
             notes.append(case[1])
             timing.check()
-    return rows, [*summary, *notes], ending.signal
+    return rows, [*summary, *notes]
 
 
 def _timed(

@@ -266,31 +266,38 @@ def peak(call: Callable[[], object]) -> int:
     return 1024 * (kilobytes("VmHWM") - before)
 
 
-def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a module's function in a new process; None if the process was killed, as when memory runs out.
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> tuple[Any, BaseException | None]:
+    """(result, signal) of a module's function in a new process.
 
-    A signal is passed on, so that the function can return what it has measured so far.
+    The result is None if the process was killed, as when memory runs out. A signal is passed on, so that the function
+    can return what it has measured so far, and returned as the second value, which else is None.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_result, args=(sender, function, arguments))
     process.start()
     sender.close()
+    stop: BaseException | None = None
     try:
-        result = receiver.recv()
-    except EOFError:
-        return None
-    except _SIGNALS as stop:
-        os.kill(process.pid, signal.SIGINT)
-        try:
-            result = receiver.recv()
-        except EOFError:
-            raise stop from None
+        result = _received(receiver)
+    except _SIGNALS as raised:
+        stop = raised
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGINT)
+        result = _received(receiver)
     finally:
         process.join()
     if isinstance(result, Exception):
         raise result
-    return result
+    return result, stop
+
+
+def _received(receiver: Connection) -> Any:
+    """What the other end sends; None if it ends without."""
+    try:
+        return receiver.recv()
+    except EOFError:
+        return None
 
 
 def _send_result(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -165,12 +165,20 @@ class Case:
 def cases(settings: Settings) -> Iterator[Case]:
     """Every recipe with every size of micro-batch and mode, plain and compiled."""
     shares = {"products": settings.products, "attention": settings.attention, "memory": settings.memory}
+    for name, share in shares.items():
+        if not 0 < share <= 1:
+            raise ConfigError(f"{name}: found {share}; give a share of the peak rate, above 0 and at most 1")
     for recipe in _names(settings.recipes):
         composed = compose([f"recipe={recipe}"])
         run = composed.config
         config = read_config(str(MODELS / str(composed.names["model"])), run.model.overrides)
         shape = ModelShape.of(config, run.model.dtype)
         sizes = dict.fromkeys([run.optimizer.micro_batch_tokens, *_sizes(settings)])
+        if min(sizes) < settings.prompt + settings.response - 1:
+            raise ConfigError(
+                f"response: found {settings.response}, which with a prompt does not fit into a micro-batch of "
+                f"{min(sizes)} tokens ({recipe}); give a shorter one"
+            )
         for tokens in sizes:
             batch = micro_batch(tokens, settings.prompt, settings.response)
             for mode in _modes(settings):

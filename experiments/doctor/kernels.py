@@ -81,6 +81,7 @@ def attention(context: Context) -> Row:
     ours = [x[None].clone().requires_grad_() for x in inputs]
     starts = torch.tensor([0, *accumulate(_LENGTHS)], dtype=torch.int32, device=world.device)
     layer = SimpleNamespace(config=SimpleNamespace(layer_types=None))
+    choose_kernel(world.device)
     output, _ = packed_attention(
         layer,  # pyright: ignore[reportArgumentType]  # only its configuration is read
         *ours,
@@ -97,7 +98,6 @@ def attention(context: Context) -> Row:
     gradients = zip(_gradients(output, probe, ours), _gradients(expected, probe, plain), strict=True)
     names = ("query", "key", "value")
     errors |= {name: relative_error(*pair) for name, pair in zip(names, gradients, strict=True)}
-    choose_kernel(world.device)
     what = f"{kernel_name(world.device, model.dtype)}, {heads} heads of {size}, {len(_LENGTHS)} sequences"
     advice = "the gradients of this machine are wrong; install the versions of docs/install.md, or report it"
     return _compared(context, "attention", what, errors, advice)

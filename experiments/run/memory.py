@@ -100,7 +100,7 @@ def longest(config: RunConfig) -> int:
 def engine_room(config: RunConfig, shape: ModelShape, machine: Machine) -> tuple[int, int]:
     """(bytes that vLLM may take, bytes that it needs at least: one sequence's cache and, on a GPU, the weights).
 
-    Both are of a rank, which has its part of an engine.
+    Both are per rank.
     """
     shape = shape.of_engine(config.rollout.tensor_parallel)
     least = longest(config) * shape.cache_per_token
@@ -131,9 +131,9 @@ def _trained(name: str, shape: ModelShape, machine: Machine, config: RunConfig) 
         yield Item(f"{name}: {shape.itemsize} bytes per weight where that estimate has 2", more)
     # On a GPU the whole bucket is allocated, in ordinary memory only the part that is written.
     bucket = int(zero.reduce_bucket_size) if machine.has_gpus else min(int(zero.reduce_bucket_size), count)
-    # In float32 like the sum over the ranks (communication_data_type).
     if (copies := config.deepspeed.secondary_partition) > 1:
         yield Item(f"{name}: a second copy of the weights over {pluralize(copies, 'rank')}", shape.weights // copies)
+    # In float32 like the sum over the ranks (communication_data_type).
     yield Item(f"{name}: ZeRO-3's bucket of gradients, float32", 4 * bucket)
     # It is copied in the order of the ranks. A larger tensor does not go through the bucket.
     ordered = 4 * min(max(bucket, shape.largest_layer), count)

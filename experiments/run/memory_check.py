@@ -72,7 +72,7 @@ def outlook(composed: Composed, machine: Machine) -> Outlook:
     existing = len(RunFolder(output_folder(composed)).checkpoint_steps())
     _check_states(composed, shapes, machine)
     _check_engine(config, shapes.policy, memory)
-    _check_refresh(memory)
+    _check_refresh(config, memory)
     _check_update(config, memory)
     disk = Disk.of(config, algorithm, shapes, existing)
     notes = (*_tight(memory), *_less_recomputation(config, algorithm, shapes, machine, micro_batch))
@@ -151,7 +151,7 @@ def _check_engine(config: RunConfig, shape: ModelShape, memory: Memory) -> None:
         fix = (
             f"raise it to {least_share:g} or more"
             if least_share <= most_share
-            else f"take GPUs with more memory{_divided(memory)}"
+            else f"take GPUs with more memory{_divided(config, memory)}"
         )
         raise ConfigError(
             f"rollout.memory_fraction: {fraction:g} of {total / GIB:.1f} GiB is {room / GIB:.1f} GiB, and {held}the "
@@ -159,7 +159,7 @@ def _check_engine(config: RunConfig, shape: ModelShape, memory: Memory) -> None:
             f"{least / GIB:.1f} GiB; {fix}"
         )
     if machine.has_gpus and room > free:
-        more = f"take more GPUs (hardware.gpus){_divided(memory)}"
+        more = f"take more GPUs (hardware.gpus){_divided(config, memory)}"
         fix = f"lower it to {most_share:g} or less" if least_share <= most_share else more
         raise ConfigError(
             f"rollout.memory_fraction: {fraction:g} of {total / GIB:.1f} GiB is {room / GIB:.1f} GiB, beside "
@@ -167,19 +167,20 @@ def _check_engine(config: RunConfig, shape: ModelShape, memory: Memory) -> None:
         )
 
 
-def _divided(memory: Memory) -> str:
-    """A further fix where there are several ranks."""
-    return ", divide the engines over ranks (rollout.tensor_parallel)" if memory.machine.ranks > 1 else ""
+def _divided(config: RunConfig, memory: Memory) -> str:
+    """A further fix where there are several ranks and the engine can be vLLM."""
+    can_divide = memory.machine.ranks > 1 and config.rollout.engine != "transformers"
+    return ", divide the engines over ranks (rollout.tensor_parallel)" if can_divide else ""
 
 
-def _check_refresh(memory: Memory) -> None:
+def _check_refresh(config: RunConfig, memory: Memory) -> None:
     """Refuses a model whose states do not fit next to the sampler's weights while these are replaced."""
     machine, least = memory.machine, memory.total("refresh", certain=True)
     if memory.engine and least > machine.memory:
         raise ConfigError(
             f"hardware.gpus: replacing the sampler's weights takes at least {least / GIB:.1f} GiB per rank, for the "
             f"trainer's states, the sampler's weights and a bucket of gathered ones, on {machine}; take more GPUs"
-            f"{_divided(memory)}, or a smaller model (model.path)"
+            f"{_divided(config, memory)}, or a smaller model (model.path)"
         )
 
 
@@ -211,11 +212,10 @@ def _tight(memory: Memory) -> list[str]:
     there = psutil.virtual_memory().total
     if machine.is_here and memory.host_peak > there:
         largest = max((*memory.offloaded, *memory.host), key=lambda item: item.bytes)
-        kept = sum(item.bytes for item in memory.offloaded)
-        fix = "set deepspeed.offload=none, or take more machines" if kept else "resuming may be killed"
+        fix = "set deepspeed.offload=none, or take more machines" if memory.offloaded else "take more machines"
         warnings.append(
             f"this machine has {there / GIB:.1f} GiB of main memory, and {memory.host_peak / GIB:.1f} GiB are needed, "
-            f"most for this: {largest.what}; {fix}"
+            f"most for this: {largest.what}. The run may be killed then; {fix}"
         )
     return warnings
 
@@ -224,16 +224,16 @@ def _less_recomputation(
     config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, machine: Machine, micro_batch: int
 ) -> Iterator[str]:
     """Proposes the gradient checkpointing that recomputes least and leaves a tenth of the memory free."""
-    present = config.model.gradient_checkpointing
+    current = config.model.gradient_checkpointing
     for mode in ("none", "selective"):
-        if mode == present or present == "none" or not machine.has_gpus:
+        if mode == current or current == "none" or not machine.has_gpus:
             return
         changed = replace(config, model=replace(config.model, gradient_checkpointing=mode))
         needed = estimate(changed, algorithm, shapes, machine, micro_batch).total("training")
         if needed <= 0.9 * machine.memory:
             yield (
-                f"model.gradient_checkpointing={mode} is estimated to fit too, with {needed / GIB:.1f} GiB per rank on "
-                f"{machine}, and recomputes less than {present}"
+                f"model.gradient_checkpointing={mode} is also estimated to fit, with {needed / GIB:.1f} GiB per rank "
+                f"on {machine}, and recomputes less than {current}"
             )
             return
 

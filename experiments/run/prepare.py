@@ -143,7 +143,7 @@ def load_sampler(
 ) -> rollout.Sampler:
     """Starts the engine of the settings `rollout` (of a run or an evaluation) with a model.
 
-    The ranks of an engine are given apart, because only runs and check-ups have several.
+    `tensor_parallel` is a separate argument, because only runs and the doctor divide an engine over ranks.
     """
     return rollout.load(
         engine.engine,

@@ -177,7 +177,7 @@ def colocated_seconds(point: Point) -> tuple[float, float, float]:
 
 
 def splits(size: str) -> list[int]:
-    """Numbers of GPUs, up to 8, over which an engine can be divided: each has as many heads."""
+    """Numbers of GPUs, up to 8, over which an engine can be divided: each GPU gets the same number of heads."""
     return [n for n in (1, 2, 4, 8) if SIZES[size][3] % n == 0]
 
 

@@ -122,7 +122,7 @@ def test_too_little_main_memory_to_resume_is_a_note(monkeypatch):
     composed = compose(model)
     (note,) = outlook(composed, planned(composed.config.hardware)).notes
     assert "has 1.0 GiB of main memory, and 17.3 GiB are needed" in note
-    assert "reads its part of a checkpoint; resuming may be killed" in note
+    assert "reads its part of a checkpoint. The run may be killed then; take more machines" in note
     composed = compose([*model, "deepspeed.offload=all"])
     (note,) = outlook(composed, planned(composed.config.hardware)).notes
     assert "what deepspeed.offload=all keeps" in note and "set deepspeed.offload=none, or take more machines" in note
@@ -136,11 +136,11 @@ def test_checkpointing_that_recomputes_less_is_proposed_where_it_fits():
         return "\n".join(outlook(composed, planned(composed.config.hardware)).notes)
 
     small = notes("recipe=hpt-qwen2.5-math-1.5b")
-    assert "model.gradient_checkpointing=selective is estimated to fit too, with 60.6 GiB" in small
+    assert "model.gradient_checkpointing=selective is also estimated to fit, with 60.6 GiB" in small
     assert notes("recipe=hpt-qwen2.5-math-1.5b", "model.gradient_checkpointing=selective") == ""
     assert notes("recipe=hpt-qwen2.5-math-7b") == ""
     fewer = ("optimizer.micro_batch_tokens=9216", "recipe=hpt-qwen2.5-math-7b")
-    assert "gradient_checkpointing=selective is estimated to fit too" in notes(*fewer)
+    assert "gradient_checkpointing=selective is also estimated to fit" in notes(*fewer)
     assert "gradient_checkpointing=none is" in notes("model=qwen2.5-0.5b", "optimizer.micro_batch_tokens=4096")
     assert "gradient_checkpointing" not in notes("model=qwen2.5-0.5b", "hardware.memory=6")
 

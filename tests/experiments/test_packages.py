@@ -38,7 +38,8 @@ def test_the_named_extra_installs_the_package():
 @pytest.mark.parametrize(
     "error, message",
     [
-        (missing("matplotlib.figure"), "the package matplotlib is not installed; run `pip install 'upge[report]'`"),
+        (missing("matplotlib.figure"), None),
+        (missing("matplotlib"), "the package matplotlib is not installed; run `pip install 'upge[report]'`"),
         (missing("reasoning_gym"), "the package reasoning-gym is not installed; run `pip install 'upge[data]'`"),
         (missing("my_parts"), None),
         (ImportError("cannot import name 'x' from 'matplotlib'", name="matplotlib"), None),

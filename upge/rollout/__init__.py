@@ -73,7 +73,7 @@ def load(
         dtype=dtype, max_length=max_length, device=device, threads=threads, overrides=overrides
     )
     if engine == "transformers" or obstacle:
-        if tensor_parallel > 1:
+        if tensor_parallel != 1:
             why = f", and rollout.engine=auto takes transformers here, because {obstacle}" if obstacle else ""
             raise ConfigError(
                 f"only vLLM divides an engine over ranks{why}; set rollout.engine=vllm, or rollout.tensor_parallel=1",

@@ -16,6 +16,8 @@ from upge.rollout.base import Arrived, Request, Rollout, Sampler, Sampling
 from upge.rollout.vllm_process import interrupts_held
 
 KEY = "rollout.tensor_parallel"
+#: vLLM pads the vocabulary to a multiple of this.
+_VOCABULARY_BLOCK = 64
 
 
 class SharedSampler(Sampler):
@@ -25,11 +27,11 @@ class SharedSampler(Sampler):
     every rank samples responses to all of them, and returns those to its own. Each response has its own seed, so
     rollouts do not depend on the number of ranks of an engine, up to rounding where two tokens nearly tie.
 
-    All ranks of an engine call `sample`, also without prompts, and `load_weights`. A call that fails on one rank ends
-    on all of them, and the sampler remains usable: if an argument is refused, before sampling; if `arrived` raises an
-    error, with this response; if SIGINT arrives, with the next response. The failing rank raises its own error, the
-    others a RuntimeError. Only an error inside one rank's engine, such as a lack of memory, leaves the others waiting
-    until the launcher stops them.
+    All ranks of an engine call `sample`, also without prompts, and `load_weights`. A call of `sample` that fails on one
+    rank ends on all of them, and the sampler remains usable: if an argument is refused, before sampling; if `arrived`
+    raises an error, with this response; if the handler of SIGINT raises one, with the next response. The failing rank
+    raises its own error, the others a RuntimeError. Only an error inside one rank's engine, such as a lack of memory,
+    leaves the others waiting until the launcher stops them.
 
     Args:
         engine: this rank's part of the engine.
@@ -83,7 +85,7 @@ class SharedSampler(Sampler):
         error: Exception | None = None
         try:
             self.check(prompts, n, sampling, seeds)
-        except (ValueError, RuntimeError) as raised:
+        except Exception as raised:
             error = raised
         refusal = f"{type(error).__name__}: {error}" if error else ""
         own = _Call([tuple(prompt) for prompt in prompts], n, sampling, list(seeds), refusal)
@@ -168,7 +170,7 @@ def share(engine: Sampler, size: int) -> SharedSampler:
 def check_tensor_parallel(size: int, config: ModelConfig, ranks: int, ranks_here: int) -> None:
     """Raises ConfigError if an engine cannot have `size` ranks.
 
-    vLLM divides the attention heads and the MLP, and divides or repeats the key heads.
+    vLLM divides the attention heads, the MLP and the vocabulary, and divides or repeats the key heads.
 
     Args:
         size: `rollout.tensor_parallel`.
@@ -185,6 +187,8 @@ def check_tensor_parallel(size: int, config: ModelConfig, ranks: int, ranks_here
 
 def _obstacle(size: int, config: ModelConfig, ranks: int, ranks_here: int) -> str | None:
     """Why an engine cannot have `size` ranks, as a clause, or None."""
+    if size < 1:
+        return "is not a number of ranks"
     if ranks % size:
         return f"does not divide the number of ranks, {ranks} (start more with gpus=N or torchrun)"
     if ranks_here % size:
@@ -198,6 +202,9 @@ def _obstacle(size: int, config: ModelConfig, ranks: int, ranks_here: int) -> st
         return f"neither divides the model's {keys} key heads nor is a multiple of them"
     if inner % size:
         return f"does not divide the model's intermediate_size={inner}"
+    padded = -(-text.vocab_size // _VOCABULARY_BLOCK) * _VOCABULARY_BLOCK
+    if padded % size:
+        return f"does not divide the model's vocabulary of {text.vocab_size} tokens, which vLLM pads to {padded}"
     return None
 
 

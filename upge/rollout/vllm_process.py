@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import psutil
@@ -156,18 +156,26 @@ def interrupts_held() -> Iterator[Callable[[], None]]:
         return
     held: list[int] = []
 
+    def hold(number: int, frame: FrameType | None) -> None:
+        held.append(number)
+
     def deliver() -> None:
         if held:
             number = held[0]
             held.clear()
+            # The handler may install another one for the next interrupt.
+            signal.signal(signal.SIGINT, before)
             before(number, None)
+            if signal.getsignal(signal.SIGINT) is before:
+                signal.signal(signal.SIGINT, hold)
 
-    signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    signal.signal(signal.SIGINT, hold)
     try:
         yield deliver
     finally:
-        signal.signal(signal.SIGINT, before)
-    deliver()
+        deliver()
+        if signal.getsignal(signal.SIGINT) is hold:
+            signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -49,12 +49,10 @@ class Weight(NamedTuple):
 
     @property
     def merging_bytes(self) -> int:
-        """Bytes that `merged` allocates, its result included."""
+        """The most bytes that `merged` takes at a time: the float32 sum, and for another dtype a float32 copy of W."""
         if self.adapter is None:
             return 0
-        # A sum in float32; in another dtype also a copy of W in float32, and the result.
-        each = 4 if self.parameter.dtype == torch.float32 else 8 + self.parameter.itemsize
-        return each * self.parameter.numel()
+        return (4 if self.parameter.dtype == torch.float32 else 8) * self.parameter.numel()
 
     def merged(self) -> Tensor:
         """W + scale · B·A in W's dtype; the sum is computed in float32 at least."""

@@ -166,8 +166,10 @@ class DeepSpeedModule:
             ModelError: the checkpoint, or a file of it, is missing or not whole.
         """
         with _reading(folder / tag):
-            if saved_ranks(folder / tag) != self.world.size:
-                return self._load_resharded(folder, tag)
+            is_resharded = saved_ranks(folder / tag) != self.world.size
+        if is_resharded:
+            return self._load_resharded(folder, tag)
+        with _reading(folder / tag):
             path, state = self._engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_trained)
             if path is None:
                 raise FileNotFoundError(folder / tag)
@@ -351,7 +353,7 @@ class Moments:
         self.restore(saved["in_use"], saved["idle"])
 
     def restore(self, in_use: str, idle: Mapping[str, Sequence[AdamState]]) -> None:
-        """Takes over sets that are not in use, each as a state for every sub-group, and the name of the one that is."""
+        """Restores the idle sets, one state per sub-group, and the name of the set in use."""
         flat = self._zero.fp32_partitioned_groups_flat
         self._idle = {}
         for name, states in idle.items():

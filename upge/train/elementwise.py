@@ -2,7 +2,7 @@
 
 In plain PyTorch each operation of these reads its input from memory and writes its result back. torch.compile makes one
 kernel of a norm, one of a rotation and one of an activation, forward and backward. Matrix products, attention and the
-modules' hooks stay as they are, so ZeRO-3, LoRA and activation checkpointing see the same modules and products.
+modules' hooks are unchanged, so ZeRO-3, LoRA and activation checkpointing see the same modules and products.
 
 A module is changed only if its code in transformers is that of Llama or Gemma 3, which the functions here repeat. The
 number of tokens is dynamic: another length does not compile again. TORCH_COMPILE_DISABLE=1 switches compilation off.
@@ -116,7 +116,13 @@ def _norm(module: nn.Module) -> Callable[..., Tensor] | None:
         return None
 
     def forward(self: Any, hidden: Tensor) -> Tensor:
-        return _call(function, (1,), hidden, self.weight, getattr(self, epsilon))
+        # Tokens are the dimension before the last, except for heads of queries and keys [1, N, heads, size]. Gemma 3
+        # norms these as [1, heads, N, size].
+        tokens = 1 if hidden.dim() < 4 or function is rms_norm else 2
+        if hidden.dim() == 4 and hidden.shape[3 - tokens] == 1:
+            # A view of a single head has strides that would be compiled anew for each number of tokens.
+            return function(hidden, self.weight, getattr(self, epsilon))
+        return _call(function, (tokens,), hidden, self.weight, getattr(self, epsilon))
 
     return forward
 

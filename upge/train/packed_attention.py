@@ -82,7 +82,7 @@ def register() -> None:
 def choose_kernel(device: torch.device) -> None:
     """Makes torch's attention run FlashAttention 3 in this process, on a Hopper GPU where it is installed.
 
-    An implementation that is already active stays.
+    An active implementation is kept.
     """
     from torch.nn import attention
 

@@ -1,4 +1,4 @@
-"""A checkpoint that another number of ranks wrote: each rank reads its part of their files.
+"""Loads a checkpoint that was saved by another number of ranks: each rank reads its part of their files.
 
 ZeRO-3 divides every parameter into equal parts, one per rank; the last parts are padded. A rank's parts lie one after
 another in flat tensors, one per sub-group of parameters. Master weights and AdamW's moments have this layout.
@@ -77,8 +77,8 @@ def reshard(
             # The saved ranks whose parts overlap with the elements start .. stop - 1 of the parameter.
             for source in range(start // width, -(-stop // width)):
                 low, high = max(start, source * width), min(stop, (source + 1) * width)
-                found = saved[source][number].narrow(0, offset + low - source * width, high - low)
-                flat.narrow(0, begin + low - start, high - low).copy_(found)
+                overlap = saved[source][number].narrow(0, offset + low - source * width, high - low)
+                flat.narrow(0, begin + low - start, high - low).copy_(overlap)
         tensors.append(flat)
     return tensors
 

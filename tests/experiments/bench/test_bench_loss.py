@@ -140,7 +140,7 @@ def test_a_table_and_its_goals(monkeypatch: pytest.MonkeyPatch) -> None:
         assert rows[0][2:4] == ["ours", "1,234"]
     rows, note = case(None, shape)
     assert len(rows) == 1 and "goal" not in note
-    monkeypatch.setattr(loss, "in_fresh_process", lambda *_: None)
+    monkeypatch.setattr(loss, "in_fresh_process", lambda *_: (None, None))
     assert "tiny: the process was killed" in loss.run(loss.Settings(models="tiny"))
     with pytest.raises(ConfigError, match="models: found 'tiny,gpt'"):
         loss.run(loss.Settings(models="tiny,gpt"))

@@ -99,7 +99,8 @@ def test_a_fresh_process_gets_the_signal(monkeypatch: pytest.MonkeyPatch, tmp_pa
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Connection, "recv", interrupted)
-    assert in_fresh_process(slow, marker) == (2, True)
+    result, stop = in_fresh_process(slow, marker)
+    assert result == (2, True) and isinstance(stop, KeyboardInterrupt)
 
 
 def test_the_seconds_of_the_cpu_count_children_too() -> None:

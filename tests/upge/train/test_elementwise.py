@@ -37,9 +37,9 @@ def config_of(preset: str, layers: int = 2, **sizes: Any) -> Any:
     return config
 
 
-def small_model(preset: str, dtype: torch.dtype) -> Any:
+def small_model(preset: str, dtype: torch.dtype, **sizes: int) -> Any:
     torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_config(config_of(preset, **SMALL_SIZES), dtype=torch.float32)
+    network = AutoModelForCausalLM.from_config(config_of(preset, **{**SMALL_SIZES, **sizes}), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if "norm" in name:
@@ -101,8 +101,11 @@ def test_results_are_those_of_the_plain_model(tracing: None, preset: str, mode: 
     assert max(off.values()) < 2e-5, off
 
 
-def test_another_length_does_not_compile_again(tracing: None) -> None:
-    network = small_model("qwen3-0.6b", torch.float32)
+@pytest.mark.parametrize("key_heads", [1, 2])
+@pytest.mark.parametrize("preset", ["qwen3-0.6b", "gemma-3-1b-it"])
+def test_another_length_does_not_compile_again(tracing: None, preset: str, key_heads: int) -> None:
+    """Norms of queries and keys get [1, N, heads, size] in Qwen3 and [1, heads, N, size] in Gemma 3."""
+    network = small_model(preset, torch.float32, num_key_value_heads=key_heads)
     compile_elementwise(network)
     results(network)
     graphs = counters["stats"]["unique_graphs"]

