@@ -181,19 +181,21 @@ class DeepSpeedModule:
     def _load_resharded(self, folder: Path, tag: str) -> dict[str, Any]:
         """As `load`, from the files of another number of ranks, which DeepSpeed refuses."""
         engine, zero, rank = self._engine, self._engine.optimizer, self.world.rank
-        model, sources = read(model_file(folder / tag)), range(saved_ranks(folder / tag))
-        before = layout(model["param_shapes"], len(sources))
-        now = layout(engine._get_zero_param_shapes(), self.world.size)
-        half = engine.bfloat16_enabled()
-        files = [Path(engine._get_rank_zero_ckpt_name(str(folder), tag, 0, source, half)) for source in sources]
-        part = deepspeed_part([read(file)["optimizer_state_dict"] for file in files], before, now, rank)
-        moments = [read(_moments_file(folder, tag, source)) for source in sources]
-        idle = {
-            name: reshard_states([of_rank["idle"][name] for of_rank in moments], before, now, rank)
-            for name in moments[0]["idle"]
-        }
+        with _reading(folder / tag):
+            model, sources = read(model_file(folder / tag)), range(saved_ranks(folder / tag))
+            before = layout(model["param_shapes"], len(sources))
+            now = layout(engine._get_zero_param_shapes(), self.world.size)
+            half = engine.bfloat16_enabled()
+            files = [Path(engine._get_rank_zero_ckpt_name(str(folder), tag, 0, source, half)) for source in sources]
+            part = deepspeed_part([read(file)["optimizer_state_dict"] for file in files], before, now, rank)
+            moments = [read(_moments_file(folder, tag, source)) for source in sources]
+            idle = {
+                name: reshard_states([of_rank["idle"][name] for of_rank in moments], before, now, rank)
+                for name in moments[0]["idle"]
+            }
         zero.checkpoint_event_prologue()
-        _load_trained(model["module"], engine.module)
+        with _reading(folder / tag):
+            _load_trained(model["module"], engine.module)
         zero.load_state_dict({rank: part})
         zero.checkpoint_event_epilogue()
         for counter in ("global_steps", "global_samples", "skipped_steps"):
