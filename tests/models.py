@@ -21,7 +21,7 @@ def save_random_model(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def save_odd_model(folder: Path, tied: bool) -> Path:
+def save_odd_model(folder: Path, tied: bool, layers: int = 2) -> Path:
     """A random Qwen2 of odd width: two ranks cannot divide its parameters evenly, so their parts have padding.
 
     With `tied`, input and output embedding are one tensor.
@@ -32,7 +32,7 @@ def save_odd_model(folder: Path, tied: bool) -> Path:
         hidden_size=63,
         head_dim=32,
         intermediate_size=101,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         tie_word_embeddings=tied,

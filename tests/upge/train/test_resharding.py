@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from tests.models import save_odd_model
 from tests.reshard_ranks import ENGINES, LATE, OTHER, State
 from tests.upge.train.test_update import launch
 from upge.train.resharding import Layout, reshard, reshard_states
@@ -19,19 +19,8 @@ SOURCES = [source for _, source in RUNS.values()]
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, dict[tuple[str, str], State]]:
     """The results of tests/reshard_ranks.py for every checkpoint. No number of ranks divides the model evenly."""
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("resharding")
-    config = Qwen2Config(
-        vocab_size=95,
-        hidden_size=63,
-        head_dim=32,
-        intermediate_size=101,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
+    save_odd_model(folder / "model", tied=True, layers=1)
     for name, (ranks, source) in RUNS.items():
         launch("reshard_ranks", ranks, folder / "model", folder, source, name, int(name in SOURCES))
     return {name: {k: State(*v) for k, v in torch.load(folder / f"{name}.pt").items()} for name in RUNS}
