@@ -15,7 +15,7 @@ from torch import Tensor
 from experiments.doctor.rows import Context, Row, judged, size_of
 from experiments.run.workload import pluralize
 from upge.logprobs import Coefficients, token_logprobs, token_loss
-from upge.models.loading import read_config
+from upge.models.loading import attention_sizes, read_config
 from upge.train.packed_attention import choose_kernel, kernel_name, packed_attention
 
 #: The largest relative error of values and gradients, by type of the model.
@@ -73,9 +73,8 @@ def attention(context: Context) -> Row:
     """The attention of a packed row against causal SDPA of each sequence alone, in float32."""
     world, model = context.world, context.run.model
     config = read_config(model.path, model.overrides).get_text_config()
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shapes = [(n, sum(_LENGTHS), size) for n in (heads, *2 * [getattr(config, "num_key_value_heads", None) or heads])]
+    heads, keys, size = attention_sizes(config)
+    shapes = [(n, sum(_LENGTHS), size) for n in (heads, keys, keys)]
     given = [x.to(world.device, getattr(torch, model.dtype)) for x in _normal(*shapes, (1, sum(_LENGTHS), heads, size))]
     *inputs, probe = given
     ours = [x[None].clone().requires_grad_() for x in inputs]
@@ -98,7 +97,7 @@ def attention(context: Context) -> Row:
     gradients = zip(_gradients(output, probe, ours), _gradients(expected, probe, plain), strict=True)
     names = ("query", "key", "value")
     errors |= {name: relative_error(*pair) for name, pair in zip(names, gradients, strict=True)}
-    what = f"{kernel_name(world.device, model.dtype)}, {heads} heads of {size}, {len(_LENGTHS)} sequences"
+    what = f"{kernel_name(world.device, model.dtype, size)}, {heads} heads of {size}, {len(_LENGTHS)} sequences"
     advice = "the gradients of this machine are wrong; install the versions of docs/install.md, or report it"
     return _compared(context, "attention", what, errors, advice)
 

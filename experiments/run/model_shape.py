@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from upge.errors import ModelError
-from upge.models.loading import WeightTable, random_state_kept
+from upge.models.loading import WeightTable, attention_sizes, random_state_kept
 from upge.train.config import LoraConfig
 
 #: All weights are trained.
@@ -83,8 +83,7 @@ class ModelShape:
         own: Counter[str] = Counter()
         for name in set(table.source.values()):
             own[name.rpartition(".")[0]] += math.prod(table.shapes[name])
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        heads = text.num_attention_heads
+        heads, keys, size = attention_sizes(config)
         weights = planned_weights(model, lora)
         has_head_norms = any(name.endswith(".q_norm.weight") for name in table.shapes)
         return cls(
@@ -94,7 +93,7 @@ class ModelShape:
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
             query=heads * size,
-            key=(getattr(text, "num_key_value_heads", None) or heads) * size,
+            key=keys * size,
             inner=text.intermediate_size,
             vocabulary=text.vocab_size,
             head=size,

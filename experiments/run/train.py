@@ -182,8 +182,10 @@ def _finish(path: Path, code: int, say: Any) -> None:
 
 def _metadata(composed: Any, world: World, sampler: Any, engine: Any, from_step: int) -> dict[str, Any]:
     """run.json: how this run was made."""
+    from upge.models.loading import attention_sizes
     from upge.train.packed_attention import kernel_name
 
+    *_, head_size = attention_sizes(engine.network.config)
     return {
         "command": files.command("experiments.run", sys.argv[1:]),
         "started": files.now(),
@@ -195,7 +197,7 @@ def _metadata(composed: Any, world: World, sampler: Any, engine: Any, from_step:
         "machine": files.machine(),
         "engine": sampler.name,
         "engine_reason": sampler.reason,
-        "attention": kernel_name(world.device, composed.config.model.dtype),
+        "attention": kernel_name(world.device, composed.config.model.dtype, head_size),
         "parameters": engine.parameters,
         "formula_text": composed.algorithm.formula(),
         "formula_latex": composed.algorithm.formula("latex"),

@@ -201,6 +201,14 @@ def choose_max_length(max_length: int | None, config: ModelConfig) -> int:
     return max_length
 
 
+def attention_sizes(config: ModelConfig) -> tuple[int, int, int]:
+    """(query heads, key heads, width of a head) of a causal LM. There are as many heads for values as for keys."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    keys = getattr(text, "num_key_value_heads", None) or heads
+    return heads, keys, getattr(text, "head_dim", None) or text.hidden_size // heads
+
+
 def choose_threads(threads: int | None, table: WeightTable, device: str) -> int | None:
     """Torch's number of threads while sampling; None keeps that of the process.
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from upge.errors import ConfigError
-from upge.models.loading import ModelConfig
+from upge.models.loading import ModelConfig, attention_sizes
 from upge.rollout.base import Arrived, Request, Rollout, Sampler, Sampling
 from upge.rollout.vllm_process import interrupts_held
 
@@ -193,9 +193,8 @@ def _obstacle(size: int, config: ModelConfig, ranks: int, ranks_here: int) -> st
         return f"does not divide the number of ranks, {ranks} (start more with gpus=N or torchrun)"
     if ranks_here % size:
         return f"does not divide the {ranks_here} ranks of each machine, and an engine cannot span machines"
-    text = config.get_text_config()
-    heads, inner = text.num_attention_heads, getattr(text, "intermediate_size", 0)
-    keys = getattr(text, "num_key_value_heads", None) or heads
+    text, (heads, keys, _) = config.get_text_config(), attention_sizes(config)
+    inner = getattr(text, "intermediate_size", 0)
     if heads % size:
         return f"does not divide the model's {heads} attention heads"
     if keys % size and size % keys:

@@ -230,10 +230,9 @@ def _override_for_vllm(config: ModelConfig, overrides: Mapping[str, object]) -> 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype, tensor_parallel: int = 1) -> int:
     """Bytes on each of an engine's ranks of the keys and values of one token in all layers."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * max(heads // tensor_parallel, 1) * head_size * dtype.itemsize
+    layers = config.get_text_config().num_hidden_layers
+    _, heads, size = loading.attention_sizes(config)
+    return 2 * layers * max(heads // tensor_parallel, 1) * size * dtype.itemsize
 
 
 def _pack_heads_again(model: torch.nn.Module) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from upge.algorithm import Algorithm
 from upge.logprobs import Coefficients
+from upge.models.loading import attention_sizes
 from upge.train.packed_policy import Objective
 from upge.train.packing import WORTH_SHARING, PackedBatch, packed_length
 from upge.trajectories import Trajectories
@@ -63,9 +64,9 @@ class Costs:
         config, trunk = network.config.get_text_config(), network.base_model
         embedding = config.vocab_size * config.hidden_size
         inner = max(1, sum(getattr(p, "ds_numel", p.numel()) for p in trunk.parameters()) - embedding)
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads, _, size = attention_sizes(config)
         # A product takes two operations per weight. A pair takes as many per entry, for its score and for the sum.
-        return cls(embedding / inner, 2 * config.num_hidden_layers * config.num_attention_heads * size / inner)
+        return cls(embedding / inner, 2 * config.num_hidden_layers * heads * size / inner)
 
     def work(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Work:
         """The work of a trajectory."""

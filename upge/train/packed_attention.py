@@ -99,11 +99,11 @@ def choose_kernel(device: torch.device) -> None:
             warnings.warn(f"FlashAttention 3 is installed and cannot be used: {error}", stacklevel=2)
 
 
-def kernel_name(device: torch.device, dtype: str) -> str:
-    """What computes the attention of a model of a type on a device, for the records of a run."""
+def kernel_name(device: torch.device, dtype: str, head_size: int) -> str:
+    """What computes the attention of a model on a device, for the records of a run."""
     from torch.nn import attention
 
-    if device.type != "cuda" or dtype == "float32":
+    if device.type != "cuda" or dtype == "float32" or head_size > _VARLEN_HEAD_LIMIT:
         return "loop of SDPA"
     return f"variable-length kernel, {attention.current_flash_attention_impl() or 'FA2'}"
 

@@ -38,12 +38,13 @@ def activated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def test_flash_attention_3_on_hopper(activated: list[str]) -> None:
-    assert kernel_name(CUDA, "bfloat16") == "variable-length kernel, FA2"
+    assert kernel_name(CUDA, "bfloat16", 256) == "variable-length kernel, FA2"
     choose_kernel(CUDA)
     choose_kernel(CUDA)
     assert activated == ["FA3"] and attention.current_flash_attention_impl() == "FA3"
-    assert kernel_name(CUDA, "bfloat16") == "variable-length kernel, FA3"
-    assert kernel_name(CUDA, "float32") == kernel_name(CPU, "bfloat16") == "loop of SDPA"
+    assert kernel_name(CUDA, "bfloat16", 256) == "variable-length kernel, FA3"
+    assert kernel_name(CUDA, "float32", 64) == kernel_name(CPU, "bfloat16", 64) == "loop of SDPA"
+    assert kernel_name(CUDA, "bfloat16", 257) == "loop of SDPA"
 
 
 def test_not_on_other_devices_nor_without_the_package(activated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +61,7 @@ def test_not_on_other_devices_nor_without_the_package(activated: list[str], monk
     with monkeypatch.context() as other:
         other.setattr(_registry, "_FLASH_ATTENTION_ACTIVE", ("FA4", None))
         choose_kernel(CUDA)
-        assert kernel_name(CUDA, "bfloat16") == "variable-length kernel, FA4"
+        assert kernel_name(CUDA, "bfloat16", 256) == "variable-length kernel, FA4"
     assert not activated
 
 
@@ -71,7 +72,7 @@ def test_an_installation_that_does_not_load_is_a_warning(activated: list[str], m
     monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", broken)
     with pytest.warns(UserWarning, match="FlashAttention 3 is installed and cannot be used: undefined symbol"):
         choose_kernel(CUDA)
-    assert kernel_name(CUDA, "bfloat16") == "variable-length kernel, FA2"
+    assert kernel_name(CUDA, "bfloat16", 256) == "variable-length kernel, FA2"
 
 
 def test_the_interface_of_torch() -> None:
