@@ -116,6 +116,13 @@ def run_command(
             raise
         print_error(message)
         return BAD_INPUT
+    except OSError as error:
+        from upge.train.files import disk_reason, is_full
+
+        if not is_full(error):
+            raise
+        print_error(f"{error.filename or 'a file'} cannot be written: {disk_reason(error)}; make room and start again")
+        return BAD_INPUT
     except KeyboardInterrupt:
         return _stopped(Stopped(signal.SIGINT))
     except Stopped as stopped:

@@ -248,10 +248,14 @@ def print_table(before: Mapping, after: Mapping, console: Console | None = None)
 
 
 def number(value: object) -> float | None:
-    """`value` as a finite float, or None when it is missing, not a number, infinite or NaN."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """`value` as a finite float, or None when it is missing, not a number, beyond a float's range or NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        finite = float(value)
+    except OverflowError:  # of an integer with hundreds of digits
+        return None
+    return finite if math.isfinite(finite) else None
 
 
 def _levels(line: Mapping) -> Iterator[tuple[str, Mapping]]:

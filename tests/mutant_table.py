@@ -178,21 +178,21 @@ MUTANTS = (
     ),
     Mutant(
         "idle-moments-kept-across-stages",
-        "upge/train/deepspeed_module.py",
+        "upge/train/moments.py",
         "if everything:",
         "if False:",
         [STAGES + "test_a_later_stage_starts_with_fresh_moments"],
     ),
     Mutant(
         "resume-forgets-moments-in-use",
-        "upge/train/deepspeed_module.py",
+        "upge/train/moments.py",
         "self.in_use = in_use",
         "self.in_use = FIRST",
         ["upge/train/test_moments.py"],
     ),
     Mutant(
         "resume-forgets-idle-moments",
-        "upge/train/deepspeed_module.py",
+        "upge/train/moments.py",
         "for k, v in state.items()",
         "for k, v in state.items() if k == 'step'",
         ["upge/train/test_moments.py"],
@@ -200,8 +200,8 @@ MUTANTS = (
     Mutant(
         "other-ranks-forget-idle-moments",
         "upge/train/deepspeed_module.py",
-        'self._moments.restore(moments[0]["in_use"], idle)',
-        'self._moments.restore(moments[0]["in_use"], {})',
+        'return deepspeed_part(shards, before, now, rank), of_ranks[0]["in_use"], idle',
+        'return deepspeed_part(shards, before, now, rank), of_ranks[0]["in_use"], {}',
         ["upge/train/test_resharding.py::test_everything_is_taken_over_exactly"],
     ),
     Mutant(
@@ -228,8 +228,8 @@ MUTANTS = (
     Mutant(
         "resume-keeps-a-dropped-step",
         "upge/train/folder.py",
-        'if line["step"] <= step]',
-        'if line["step"] <= step + 1]',
+        'line["step"] <= step]',
+        'line["step"] <= step + 1]',
         ["upge/train/test_train_parts.py::test_rewind_drops_what_will_be_recorded_again"],
     ),
     # Sampling, verification, evaluation.

@@ -20,7 +20,10 @@ class UserError(ValueError):
         key: the dotted key of the setting; empty if the problem names it or concerns no setting. A caller replaces or
             prefixes it with `with_key` and `under`.
         value: the setting's value; None = the message does not show it after the key.
+        is_shared: True if all ranks of a run raise it, so that one of them prints it.
     """
+
+    is_shared = False
 
     def __init__(self, problem: str, key: str = "", value: object = None) -> None:
         super().__init__(problem)
@@ -51,6 +54,20 @@ class DataError(UserError):
 
 class ModelError(UserError):
     """A model or tokenizer that cannot be found or used."""
+
+
+class StorageError(UserError):
+    """A file that cannot be written, for instance because the disk is full."""
+
+
+class CapacityError(UserError):
+    """Settings that need more memory than there is."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch or Python says that there is no more memory, on a GPU or on the machine."""
+    is_named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+    return is_named or any(sign in str(error) for sign in ("DefaultCPUAllocator", "CUDA out of memory"))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

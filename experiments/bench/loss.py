@@ -189,8 +189,8 @@ class Ours:
 
     def __call__(self, rollouts: Sequence[Trajectory]) -> None:
         """Runs an update without its step; leaves the gradient in the engine and the computed tokens in `tokens`."""
-        from upge.train.deepspeed_module import drop_gradient
         from upge.train.metrics import MetricSums
+        from upge.train.moments import drop_gradient
         from upge.train.update import Update
 
         drop_gradient(self.engine._engine.optimizer)

@@ -112,12 +112,12 @@ def _read(folder: Path, name: str) -> Run:
     if not scores.is_file():
         raise DataError(f"{folder}: there is no scores.json in it; {_why(folder)}")
     try:
-        content = json.loads(scores.read_text("utf-8"))
+        content = json.loads(scores.read_bytes())
         entries = {
             str(key): (str(one["group"]), int(one["samples"]), dict(one["settings"]))
             for key, one in content["benchmarks"].items()
         }
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         fix = "run the same evaluation again: it takes the samples that are there and writes the file anew"
         raise DataError(f"{scores}: not the scores of an evaluation ({error!r}); {fix}") from error
     if not entries:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 
 import torch
+from safetensors import SafetensorError
 
 from experiments.config import compose, presets
 from experiments.diagnose.settings import Chosen
@@ -36,6 +37,7 @@ from upge.train.adapter import Adapter
 from upge.train.config import ModelConfig
 from upge.train.folder import RunFolder
 from upge.train.prompt_order import prompt_indices, stream_seed
+from upge.train.resharding import whole_weights
 from upge.train.sample import Trajectory, has_pair
 
 
@@ -98,7 +100,7 @@ def load_model(model: ModelConfig) -> torch.nn.Module:
     try:
         config, dtype = read_config(model.path, model.overrides), getattr(torch, model.dtype)
         loaded = AutoModelForCausalLM.from_pretrained(model.path, config=config, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.path: '{model.path}' cannot be loaded: {str(error).splitlines()[0]}") from error
     network, loading_info = loaded
     check_loaded(model.path, loading_info)
@@ -144,19 +146,16 @@ def unpack(checkpoints: Path, tag: str, model: ModelConfig, folder: Path) -> Non
     Raises:
         ModelError: the checkpoint cannot be read, or belongs to another model.
     """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     network = load_model(model).cpu()
     adapter = Adapter(network, model.lora) if model.lora.rank else None
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoints), tag=tag)
+        state = whole_weights(checkpoints / tag)
         # In training the model is the part `model` of a policy.
         weights = {name.removeprefix("model."): values for name, values in state.items()}
         missing, unexpected = network.load_state_dict(weights, strict=adapter is None)
         if adapter is not None and (unexpected or {name for name, _ in adapter.parameters()} & set(missing)):
             raise KeyError(f"its adapters are not those of model.lora: {[*unexpected, *missing][0]}")
-    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, EOFError, UnpicklingError) as error:
         reason = str(error).splitlines() or [type(error).__name__]
         raise ModelError(f"{checkpoints / tag}: the checkpoint cannot be read: {reason[0]}") from error
     merged = {weight.name: weight.merged() for weight in adapter.weights()} if adapter else None

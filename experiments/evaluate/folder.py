@@ -15,11 +15,13 @@ from experiments.files import free_folder
 from upge.errors import ConfigError
 from upge.evaluation import SampleFile
 from upge.evaluation.scores import NONE, same_answer
-from upge.train.folder import write_atomically
+from upge.train.files import read_json, read_tree, write_atomically
 
 #: Keys that may differ between an evaluation and its continuation: no sample or verdict depends on them.
 ENGINE_KEYS = ("rollout.memory_fraction", "rollout.max_sequences", "rollout.max_batched_tokens")
 FREE_KEYS = ("output", "resume", *ENGINE_KEYS, "verify.workers", "suite.skip")
+#: What to do about a file that cannot be read.
+_FIX = "restore the file that the evaluation wrote, or give another output"
 
 
 class EvaluationFolder:
@@ -41,7 +43,8 @@ class EvaluationFolder:
         if not self.path.exists() or not any(self.path.iterdir()):
             return False
         saved = self.path / "config.yaml"
-        old = OmegaConf.to_container(OmegaConf.load(saved)) if saved.is_file() else {}
+        old = read_tree(saved, _FIX) if saved.is_file() else {}
+        _ = self._metadata()  # read when it starts
         if "suite" not in old:
             raise ConfigError(f"output: {self.path} exists and is not an evaluation's folder; choose another")
         if resume == "never":
@@ -111,8 +114,7 @@ class EvaluationFolder:
         self._write("scores.json", scores)
 
     def _metadata(self) -> dict[str, Any]:
-        path = self.path / "run.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return read_json(self.path / "run.json", _FIX)
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         write_atomically(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from experiments.grid import number
 from upge.errors import DataError, UserError
-from upge.train import folder as train_folder
+from upge.train.files import UNREADABLE
+from upge.train.folder import check_format
+
+#: The highest step of a run without a readable number of steps.
+LAST_STEP = 10**9
+#: The largest number that is drawn; matplotlib computes products of the numbers on an axis.
+LARGEST = 1e100
+#: The most rollouts to a prompt.
+LARGEST_GROUP = 10**6
+#: The scores of a level that the report shows.
+_SCORE = re.compile(r"greedy|(pass|mean)@\d+|problems")
 
 
 @dataclass(frozen=True)
@@ -51,27 +61,31 @@ def read_run(run_dir: str | Path) -> RunFolder:
             f"{path} is not the folder of a run: {' and '.join(missing)} not found in it; "
             "give the folder that was named as output= of the run"
         )
-    _ = train_folder.RunFolder(path).metadata  # refuses the folder of another version
-    config, config_text = _read_config(path / "config.yaml")
-    lines, (rollouts_step, rollouts, of_rollouts), (tokens_step, tokens, of_tokens) = (
-        [_read_lines(path / f"{name}.jsonl") for name in ("metrics", "evaluations", "prompts")],
-        _newest(path / "rollouts"),
-        _newest(path / "tokens"),
-    )
-    metrics, evaluations, prompts = _by_step(lines[0][0]), _by_step(lines[1][0]), _prompts(lines[2][0])
     run, of_run = _read_run_json(path / "run.json")
-    notes = [*lines[0][1], *lines[1][1], *of_rollouts, *of_tokens, *lines[2][1]]
+    check_format(path, run)
+    config, config_text = _read_config(path / "config.yaml")
+    rollouts_step, rollouts, of_rollouts = _newest(path / "rollouts")
+    tokens_step, tokens, of_tokens = _newest(path / "tokens")
+    last = min(number(config.get("steps")) or LAST_STEP, LAST_STEP)
+    (lines, of_lines), (measured, of_measured), (drawn, of_drawn) = (
+        _steps_up_to(last, path / f"{name}.jsonl") for name in ("metrics", "evaluations", "prompts")
+    )
+    large = {key for line in lines for key, value in line.items() if _is_too_large(value)}
+    metrics = _by_step([{key: _drawable(value) for key, value in line.items()} for line in lines])
+    evaluations, prompts = _by_step([*map(_evaluation, measured)]), _prompts(drawn)
+    notes = [*of_lines, *of_measured, *of_rollouts, *of_tokens, *of_drawn]
+    notes += [f"Values beyond {LARGEST:g} are left out of the plots: {', '.join(sorted(large))}."] if large else []
     notes += [*_state_of_run(config, metrics, evaluations), *of_run]
     recorded = (config, config_text, run, metrics, evaluations, rollouts, rollouts_step, prompts, tokens, tokens_step)
     return RunFolder(path, *recorded, tuple(notes))
 
 
 def _read_config(path: Path) -> tuple[dict, str]:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="replace")
     try:
         config = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except (YAMLError, OmegaConfBaseException) as error:
-        first_line = str(error).splitlines()[0]
+    except UNREADABLE as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path}: not readable as YAML ({first_line}); restore the file that the run wrote") from error
     if not isinstance(config, dict):
         raise DataError(f"{path}: found {type(config).__name__}, expected keys and values as a run writes them")
@@ -84,7 +98,7 @@ def _read_run_json(path: Path) -> tuple[dict, list[str]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}, ["run.json is missing: versions and command line are unknown."]
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if isinstance(content, dict):
         return content, []
@@ -101,7 +115,7 @@ def _read_lines(path: Path) -> tuple[list[dict], list[str]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
             records.append(record)
@@ -111,15 +125,52 @@ def _read_lines(path: Path) -> tuple[list[dict], list[str]]:
     return records, notes
 
 
+def _steps_up_to(last: float, path: Path) -> tuple[list[dict], list[str]]:
+    """The objects of a JSON Lines file that belong to a step of the run, and notes about lines that are left out."""
+    records, notes = _read_lines(path)
+    kept = [record for record in records if type(record.get("step")) is int and 0 <= record["step"] <= last]
+    if len(kept) < len(records):
+        notes.append(f"{len(records) - len(kept)} lines of {path.name} are of no step up to {last:.0f}; left out.")
+    return kept, notes
+
+
+def _is_too_large(value: object) -> bool:
+    return isinstance(value, int | float) and LARGEST < abs(value) < math.inf
+
+
+def _drawable(value: object) -> object:
+    """A number that an axis can show, or any other value; None for other numbers."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if abs(value) < 1 / LARGEST:
+        return 0
+    return value if abs(value) <= LARGEST else None
+
+
+def _evaluation(record: dict) -> dict:
+    """A line of evaluations.jsonl with the scores that the report knows."""
+    levels = record.get("levels")
+    levels = {str(name): _scores(one) for name, one in levels.items()} if isinstance(levels, dict) else {}
+    whole = {"all": _scores(record["all"])} if "all" in record else {}
+    return {**record, "levels": levels, **whole}
+
+
+def _scores(scores: object) -> dict:
+    known = scores.items() if isinstance(scores, dict) else ()
+    return {name: _drawable(value) for name, value in known if _SCORE.fullmatch(name)}
+
+
 def _by_step(records: list[dict]) -> tuple[dict, ...]:
-    steps = {record["step"]: record for record in records if number(record.get("step")) is not None}
+    steps = {record["step"]: record for record in records}
     return tuple(steps[step] for step in sorted(steps))
 
 
 def _prompts(records: list[dict]) -> tuple[dict, ...]:
     """The complete lines of prompts.jsonl, by step; runs of earlier versions have none."""
     numbers = ("step", "prompt", "rollouts", "successes")
-    whole = [one for one in records if all(isinstance(one.get(key), int) for key in numbers) and "learned" in one]
+    whole = [one for one in records if all(isinstance(one.get(key), int) for key in numbers)]
+    whole = [one for one in whole if isinstance(one.get("learned"), str)]
+    whole = [one for one in whole if 0 <= one["successes"] <= one["rollouts"] <= LARGEST_GROUP]
     return tuple(sorted(whole, key=lambda one: one["step"]))
 
 

@@ -255,7 +255,7 @@ def _step_marks(first: int, last: int, width: int, cell: float, height: int) -> 
     rough = max(1, (last - first + 1) / 8)
     unit = 10 ** math.floor(math.log10(rough))
     spacing = max(1, next(many * unit for many in (1, 2, 5, 10) if many * unit >= rough))
-    steps = [step for step in range(first, last + 1) if step == first or step % spacing == 0]
+    steps = [first, *range((first // spacing + 1) * spacing, last + 1, spacing)]
     if len(steps) > 1 and steps[1] - first < spacing / 2:
         del steps[1]
     middle = LABELS + (WIDTH - LABELS) / 2

@@ -18,12 +18,25 @@ from markupsafe import Markup
 from experiments.drawing import render
 from experiments.grid import accuracy_rows, measures, number
 from experiments.report.draw import color_name, draw, smoothing_window
-from experiments.report.folder import RunFolder, read_run
+from experiments.report.folder import LAST_STEP, RunFolder, read_run
 from experiments.report.gate import gate_plots, heat_map
 from experiments.report.series import Plot, Series, evaluation_plots, select, stages
+from upge.train.files import write_atomically
 
 LONGEST_TEXT = 4000  # characters of a prompt or response on the page
 LONGEST_CONFIG = 100_000
+
+
+#: Characters of recorded texts that a page must not have, shown as escapes: half surrogate pairs, which UTF-8 cannot
+#: encode, marks that change the direction of the text around them, and control characters.
+_VISIBLE = {
+    number: f"\\u{number:04x}"
+    for numbers in (
+        *(range(0xD800, 0xE000), range(0x202A, 0x202F), range(0x2066, 0x206A), (0x061C, 0x200E, 0x200F)),
+        *(range(9), range(11, 13), range(14, 32), range(0x7F, 0xA0)),
+    )
+    for number in numbers
+}
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -35,7 +48,7 @@ def write_report(run_dir: str | Path) -> Path:
     run = read_run(run_dir)
     target = run.path / "report.html"
     page = render(Path(__file__).with_name("report.html.j2"), **page_content(run))
-    target.write_text(page, encoding="utf-8")
+    write_atomically(target, page.translate(_VISIBLE))
     return target
 
 
@@ -69,7 +82,8 @@ def page_content(run: RunFolder) -> dict:
 
 def _what_ran(run: RunFolder) -> list[str]:
     """The names of algorithm, model and data set in run.json, or else the name of the folder."""
-    names = run.run.get("names") or {}
+    names = run.run.get("names")
+    names = names if isinstance(names, Mapping) else {}
     labels = [str(names[key]).rstrip("/").rsplit("/", 1)[-1] for key in ("algo", "model", "data") if names.get(key)]
     if labels and names.get("correction"):
         labels[0] += f" with {str(names['correction']).replace(',', ', ')}"
@@ -93,7 +107,8 @@ def _facts(run: RunFolder) -> list[str]:
 
 def _stages(run: RunFolder) -> list[tuple[str, int, int]]:
     algo = run.config.get("algo")
-    return stages(run.metrics, list((algo.get("stages") or {}) if isinstance(algo, Mapping) else {}))
+    named = algo.get("stages") if isinstance(algo, Mapping) else None
+    return stages(run.metrics, [str(name) for name in named] if isinstance(named, Mapping) else [])
 
 
 def _duration(seconds: float) -> str:
@@ -109,7 +124,7 @@ def _result(evaluations: Sequence[dict]) -> dict | None:
         return None
     before, after = evaluations[0], evaluations[-1] if len(evaluations) > 1 else {}
     rows = accuracy_rows(before, after)
-    problems = [row.problems for row in rows if isinstance(row.problems, int) and row.problems > 0]
+    problems = [row.problems for row in rows if isinstance(row.problems, int) and 0 < row.problems <= LAST_STEP]
     sampling = [f"{before['samples']} samples for each problem"] if "samples" in before else []
     sampling += [f"temperature {before['temperature']}"] if "temperature" in before else []
     return {
@@ -172,8 +187,15 @@ def _cut(text: str, longest: int) -> str:
 
 def _plain(value: object) -> str:
     if isinstance(value, Mapping):
-        return "\n".join(f"{key} {_plain(inner)}" for key, inner in value.items())
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        return "\n".join(f"{key} {inner if isinstance(inner, str) else _json(inner)}" for key, inner in value.items())
+    return value if isinstance(value, str) else _json(value)
+
+
+def _json(value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return "…"
 
 
 SHADES = 8  # of each colour, in the style sheet
@@ -245,7 +267,7 @@ def _shade(weight: object, largest: float) -> str:
         return "odd"
     if value == 0 or largest == 0:
         return ""
-    return f"{'p' if value > 0 else 'n'}{max(1, round(SHADES * abs(value) / largest))}"
+    return f"{'p' if value > 0 else 'n'}{max(1, round(SHADES * (abs(value) / largest)))}"
 
 
 def _printed(relative: object) -> str:

@@ -168,7 +168,7 @@ def stages(metrics: Sequence[dict], names: Sequence[str] = ()) -> list[tuple[str
     """(name, first step, last step) of each stage of a run, by the lines' key `stage`; empty without stages."""
     steps_of: dict[int, list[int]] = {}
     for line in metrics:
-        if "stage" in line:
+        if type(line.get("stage")) is int and line["stage"] > 0:
             steps_of.setdefault(int(line["stage"]), []).append(int(line["step"]))
     labels = {number: names[number - 1] if number <= len(names) else f"stage {number}" for number in steps_of}
     return [(labels[number], min(steps), max(steps)) for number, steps in sorted(steps_of.items())]
@@ -240,7 +240,8 @@ def _bands(percentiles: list[Series]) -> list[Series]:
     terms: dict[str, dict[int, Series]] = {}
     for one in percentiles:
         name, _, percent = one.label.rpartition("_p")
-        terms.setdefault(name, {})[int(percent)] = one
+        if percent.isdecimal() and len(percent) < 3:
+            terms.setdefault(name, {})[int(percent)] = one
     bands = []
     for name, percents in terms.items():
         if 50 in percents:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +43,7 @@ def _run(arguments: list[str]) -> int:
         from experiments.config import compose
         from experiments.run.dry_run import plan
         from experiments.run.launch import check_gpus, on_gpus
+        from experiments.run.limits import limits_explained
         from experiments.run.memory_check import check_fits
         from experiments.run.prepare import prepare, with_local_models
         from experiments.run.train import train
@@ -58,10 +61,17 @@ def _run(arguments: list[str]) -> int:
         # Of all ranks the main one chooses the folder; another rank may have seen it there already.
         folder, continues = world.broadcast((prepared.folder, prepared.continues))
     try:
-        code = train(composed, replace(prepared, notes=notes, folder=folder, continues=continues), world)
+        with contextlib.ExitStack() as held, limits_explained(composed.config, folder):
+            with world.together():
+                if world.is_main:
+                    held.enter_context(folder.locked())
+                    # Another run may have begun or ended there since it was checked.
+                    continues = folder.open(composed.tree, composed.config.resume)
+            continues = world.broadcast(continues)
+            code = train(composed, replace(prepared, notes=notes, folder=folder, continues=continues), world)
     except UserError as error:
         # Before the ranks are connected all of them raise the same error; afterwards errors may differ between ranks.
-        cli.print_error(error, world.rank if world.size > 1 else None)
+        cli.print_error(error, None if error.is_shared or world.size == 1 else world.rank)
         code = cli.BAD_INPUT
     leave(world, code)
     return code
@@ -74,6 +84,7 @@ def help_text() -> str:
     from experiments.describe import correction_description
     from upge.config import meanings
     from upge.train.config import RunConfig
+    from upge.train.folder import FREE_KEYS
 
     parts = [USAGE, "Algorithms (algo=NAME; each part is a key, for example algo.terms.rl.estimator.mask.high=0.28):"]
     parts += [cli.help_row(name, algorithms.load(name).description) for name in presets("algo")]
@@ -89,6 +100,10 @@ def help_text() -> str:
     parts.append("\nKeys of a run, with their defaults (presets may set others):")
     for key, default, meaning in meanings(RunConfig):
         parts.append(cli.help_row(f"{key}={GROUPS.get(key) or _shown(default)}", meaning))
+    keys = [key for key, _, _ in meanings(RunConfig)]
+    free = [one if one in keys else f"{one}.*" for one in FREE_KEYS]
+    parts.append("\nWhen a run continues, these keys may have other values, and no others:")
+    parts.append(textwrap.fill(", ".join(free), 118, initial_indent="  ", subsequent_indent="  "))
     return "\n".join(parts)
 
 

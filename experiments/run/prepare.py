@@ -18,7 +18,7 @@ from upge.errors import ConfigError, DataError, ModelError
 from upge.evaluation.suite import load as benchmarks
 from upge.instantiate import build
 from upge.models import local_path
-from upge.models.loading import read_config
+from upge.models.loading import check_files, read_config
 from upge.pipeline import Pipeline
 from upge.train.config import EvalConfig, ModelConfig, RunConfig, VerifyConfig
 from upge.train.folder import RunFolder
@@ -167,10 +167,15 @@ def verifier_pool(verifiers: Sequence[str], config: VerifyConfig) -> VerifierPoo
 def check_length(
     model: ModelConfig, max_prompt_tokens: int, max_response_tokens: int, section: str = "rollout"
 ) -> None:
-    """Raises ModelError if there is no model, or a prompt with its response could exceed the model's positions."""
+    """Checks the model's files, and that no prompt with its response can exceed the model's positions.
+
+    Raises:
+        ModelError: there is no model, a file of it is cut, or it has too few positions.
+    """
     if not model.path:
         raise ModelError("model.path: empty; give the folder of a Hugging Face causal LM, a hub name, or model=NAME")
     longest = getattr(read_config(model.path, model.overrides), "max_position_embeddings", None)
+    check_files(model.path)
     wanted = max_prompt_tokens + max_response_tokens
     if longest is not None and wanted > longest:
         raise ModelError(

@@ -69,8 +69,7 @@ def train(composed: Any, prepared: Any, world: World) -> int:
         with collector_paused():
             sampler = _sampler(config)
         say(f"rollouts: {sampler.reason}")
-        checkpoints = folder.checkpoint_steps() if prepared.continues else []
-        resume_from = world.broadcast(checkpoints[-1] if checkpoints else None)
+        resume_from = world.broadcast(folder.resume_step(config.resume) if prepared.continues else None)
         verified = VerifiedSampler(sampler, pool, prepared.prompting)
         progress = Progress(config.steps, resume_from or 0, enabled=world.is_main)
         data = (prepared.train, prepared.weights, prepared.prompting)
@@ -80,11 +79,12 @@ def train(composed: Any, prepared: Any, world: World) -> int:
         if resume_from is not None:
             trainer.restore(resume_from)
         # Drop recorded lines only now, after the checkpoint has been restored without an error.
-        if world.is_main:
-            if prepared.continues:
-                folder.rewind(resume_from if resume_from is not None else -1)
-            metadata = _metadata(composed, world, sampler, models.policy, resume_from or 0)
-            folder.start(composed.tree, metadata, prepared.continues)
+        with world.together():
+            if world.is_main:
+                if prepared.continues:
+                    folder.rewind(resume_from if resume_from is not None else -1)
+                metadata = _metadata(composed, world, sampler, models.policy, resume_from or 0)
+                folder.start(composed.tree, metadata, prepared.continues)
         check_shared(folder, world)
         if prepared.continues:
             say(f"continuing {folder.path} from step {resume_from or 0}{_saved_by(folder, resume_from, world)}")
@@ -161,14 +161,19 @@ def _finish(path: Path, code: int, say: Any) -> None:
     """Prints the table and writes the report, with what there is if the run stopped early."""
     from experiments.grid import print_table
     from experiments.report.page import write_report
-    from upge.train.folder import RunFolder, read_lines
+    from upge.train.files import read_lines
+    from upge.train.folder import RunFolder
     from upge.train.trainer import NOT_FINITE
 
-    evaluations = read_lines(path / "evaluations.jsonl") if (path / "evaluations.jsonl").is_file() else []
-    if len(evaluations) > 1:
-        print_table(evaluations[0], evaluations[-1])
-    if (path / "metrics.jsonl").is_file():
-        say(f"report: {write_report(path)}")
+    try:
+        evaluations = read_lines(path / "evaluations.jsonl") if (path / "evaluations.jsonl").is_file() else []
+        if len(evaluations) > 1:
+            print_table(evaluations[0], evaluations[-1])
+        if (path / "metrics.jsonl").is_file():
+            say(f"report: {write_report(path)}")
+    except Exception as error:  # whatever it is, the run itself has ended as its exit code says
+        reason = (str(error).splitlines() or [""])[0]
+        say(f"report: failed ({type(error).__name__}: {reason}); python -m experiments.report {path} makes it again")
     if code == NOT_FINITE:
         say("stopped: too many non-finite updates in a row (stop.nonfinite_updates); the state is in checkpoints/")
     elif code:

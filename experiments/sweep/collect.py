@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +16,10 @@ from experiments.evaluate.folder import answer_notes as notes_of
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import Planned, Sweep, text
 from upge.errors import ConfigError
-from upge.train.folder import read_lines
+from upge.train.files import read_json, read_lines
 
+#: What to do about scores that cannot be read.
+_FIX = "remove the file, and the same command makes it again from the samples"
 #: Metrics that are drawn over the steps, with their titles and units.
 CURVES = {
     "reward/mean": ("Reward", "mean per rollout"),
@@ -44,7 +45,7 @@ def _row(folder: SweepFolder, planned: Planned) -> dict[str, Any]:
     for name in folder.sweep.config.evaluate:
         scores = folder.evaluation(planned, name) / "scores.json"
         if scores.is_file():
-            row |= _scores(name, json.loads(scores.read_text()))
+            row |= _scores(name, read_json(scores, _FIX))
     return row
 
 
@@ -53,7 +54,7 @@ def answer_notes(folder: SweepFolder) -> list[str]:
     notes = []
     for planned in folder.sweep.runs:
         for name in {*folder.sweep.config.evaluate} - {*folder.missing(planned)}:
-            scores = json.loads((folder.evaluation(planned, name) / "scores.json").read_text())
+            scores = read_json(folder.evaluation(planned, name) / "scores.json", _FIX)
             notes += [f"{planned.slug}, {note}" for note in notes_of(scores)]
     return sorted(notes)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -13,7 +12,11 @@ from pathlib import Path
 from experiments.config import compose
 from experiments.sweep.settings import Planned, Sweep, text
 from upge.errors import ConfigError
-from upge.train.folder import RunFolder, write_atomically
+from upge.train.files import locked, read_json, write_atomically
+from upge.train.folder import RunFolder
+
+#: What to do about a record of a run's settings that cannot be read.
+_FIX = "remove that run and its evaluations, or give another output="
 
 
 class SweepFolder:
@@ -50,22 +53,18 @@ class SweepFolder:
     def locked(self) -> Iterator[int]:
         """Locks the folder and yields the lock's file descriptor.
 
-        The lock is held until all processes that inherited the descriptor are gone, because jobs of a killed sweep may
-        still be running.
+        The lock is held until all jobs that got the descriptor are gone, because those of a killed sweep may still be
+        running.
 
         Raises:
             ConfigError: another process holds the lock.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"output: another sweep, or a run that a killed sweep has left, is using {self.path}; wait for it, "
-                    "or give another output="
-                ) from None
-            yield file.fileno()
+        refusal = (
+            f"output: another sweep, or a run that a killed sweep has left, is using {self.path}; wait for it, or give "
+            "another output="
+        )
+        with locked(self.path, refusal) as descriptor:
+            yield descriptor
 
     def check(self) -> None:
         """Refuses runs that were started under the same name with other settings, and evaluations without their run.
@@ -84,7 +83,7 @@ class SweepFolder:
                     )
 
     def _check_same(self, planned: Planned) -> None:
-        old, new = json.loads(self._record(planned).read_text()), self._content(planned)
+        old, new = read_json(self._record(planned), _FIX), self._content(planned)
         keys = [(name, old["run"].get(name), new["run"].get(name)) for name in {**old["run"], **new["run"]}]
         # New evaluations are allowed, and old ones that are no longer requested do no harm.
         both = [name for name in new["evaluate"] if name in old["evaluate"]]
@@ -100,7 +99,7 @@ class SweepFolder:
         """Records the settings of a run before it is started; earlier evaluations stay recorded."""
         path, content = self._record(planned), self._content(planned)
         if path.is_file() and self.run(planned).exists():
-            content["evaluate"] = json.loads(path.read_text())["evaluate"] | content["evaluate"]
+            content["evaluate"] = read_json(path, _FIX)["evaluate"] | content["evaluate"]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(content, indent=1) + "\n")
 
@@ -119,7 +118,7 @@ class SweepFolder:
         for other in sorted(path for path in self.path.parent.iterdir() if path.resolve() != self.path.resolve()):
             # Only runs with the same seed, which is also that of the evaluations.
             for record in sorted((other / "settings").glob(f"*/seed-{planned.seed}.json")):
-                slug, content = record.relative_to(other / "settings").with_suffix(""), json.loads(record.read_text())
+                slug, content = record.relative_to(other / "settings").with_suffix(""), read_json(record, _FIX)
                 finished = RunFolder(other / "runs" / slug)
                 if content["run"] == own and finished.is_finished and self._has_settings(finished, planned):
                     self._copy(planned, other, slug, content["evaluate"])

@@ -199,14 +199,14 @@ def _is_whole(line: bytes) -> bool:
     """Whether a line is whole; a proper prefix of a JSON object is never valid JSON."""
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
 def _parse(line: bytes, where: str) -> Sample:
     try:
         row: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}); delete the line to sample this response again") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: found a JSON {type(row).__name__}, expected an object with the fields of a sample")

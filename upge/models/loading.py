@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import numpy
 import torch
+from safetensors import SafetensorError, safe_open
 
 from upge.errors import ConfigError, ModelError, nearest
 
@@ -115,6 +116,36 @@ def check_loaded(path: str, loading_info: Mapping[str, Any]) -> None:
                 "checkpoint, and check model.overrides",
                 "model.path",
             )
+
+
+def check_finite(path: str, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Refuses weights that are NaN or infinite, on which nothing could be trained.
+
+    Raises:
+        ModelError: some are; the key is `model.path`.
+    """
+    for name, tensor in weights:
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelError(
+                f"'{path}' has weights that are not finite, the first in {name}; give a model that was saved before "
+                "its training failed",
+                "model.path",
+            )
+
+
+def check_files(path: str) -> None:
+    """Checks that the safetensors files of a local model are as long as their headers say; reads only the headers.
+
+    Raises:
+        ModelError: one is cut or not a safetensors file; the key is `model.path`.
+    """
+    folder = Path(path).expanduser()
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} is cut or damaged ({error}); copy it again", "model.path") from error
 
 
 @contextmanager

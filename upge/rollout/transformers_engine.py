@@ -239,4 +239,5 @@ def _load_model(path: str, config: ModelConfig, dtype: torch.dtype, device: torc
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
     model, loading_info = loaded
     loading.check_loaded(path, loading_info)
+    loading.check_finite(path, model.named_parameters())
     return model.eval().requires_grad_(False).to(device)

@@ -7,6 +7,7 @@ algorithm does is set in its own file, under `algo`. Which problems a run trains
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -215,7 +216,10 @@ class RunConfig(Settings):
     prompts_per_step: int = key(32, "prompts per step, over all ranks", above=0)
     group_size: int = key(8, "rollouts per prompt", above=0)
     output: str = key("", "folder of the run; empty = the next unused runs/ALGO-MODEL-DATA")
-    resume: Literal["auto", "never"] = key("auto", "auto = continue an interrupted run in `output`")
+    resume: str = key(
+        "auto",
+        "auto = continue an interrupted run in `output` from its newest checkpoint; step_N = from that one; or never",
+    )
     log_rollouts: int = key(
         10, "log rollouts and the tokens with the largest weights every N steps; 0 = never", minimum=0
     )
@@ -235,6 +239,10 @@ class RunConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.resume not in ("auto", "never") and not re.fullmatch(r"step_\d+", self.resume):
+            raise ConfigError(
+                f"found {self.resume!r}; give auto, never, or the name of a checkpoint, as in step_000050", "resume"
+            )
         if self.prompts_per_step % self.optimizer.mini_batches:
             raise ConfigError(
                 f"{self.optimizer.mini_batches} does not divide prompts_per_step={self.prompts_per_step}; choose a "

@@ -14,7 +14,7 @@ from upge.regularizers import ValueLoss
 from upge.train.deepspeed_module import StepResult
 from upge.train.engine import CriticEngine
 from upge.train.metrics import MetricSums
-from upge.train.micro_batches import nan_if_nonfinite
+from upge.train.micro_batches import naming_size, nan_if_nonfinite
 from upge.train.step_batch import BatchFiller, StepBatch
 
 
@@ -67,13 +67,14 @@ class CriticUpdater:
         micro_batches = self.filler.micro_batch_rows(batch, target.rows)
         sums = []
         for number, rows in enumerate(micro_batches):
-            values = self.critic.forward(batch.ids(rows))
-            loss = values.sum() * 0.0
-            if rows:
-                old, returns, weights = (column[rows][:, : values.shape[1]].to(values.device) for column in target)
-                loss = (self.loss(values.double(), old.double(), returns) * weights).sum()
-                sums.append(MetricSums(value_loss=float(loss.detach())))
-            self.critic.backward(nan_if_nonfinite(loss), last=number == len(micro_batches) - 1)
+            with naming_size(batch.ids(rows)):
+                values = self.critic.forward(batch.ids(rows))
+                loss = values.sum() * 0.0
+                if rows:
+                    old, returns, weights = (column[rows][:, : values.shape[1]].to(values.device) for column in target)
+                    loss = (self.loss(values.double(), old.double(), returns) * weights).sum()
+                    sums.append(MetricSums(value_loss=float(loss.detach())))
+                self.critic.backward(nan_if_nonfinite(loss), last=number == len(micro_batches) - 1)
         return sums, self.critic.step(lr)
 
 

@@ -1,10 +1,9 @@
-"""A module under DeepSpeed ZeRO-3: loading, backward, optimizer step, sets of optimizer moments, checkpoints."""
+"""A module under DeepSpeed ZeRO-3: loading, backward, optimizer step, checkpoints."""
 
 from __future__ import annotations
 
 import gc
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,16 +12,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from upge.errors import ModelError, UserError
-from upge.models.loading import check_loaded, read_config
+from upge.errors import ModelError, StorageError, UserError
+from upge.models.loading import check_finite, check_loaded, read_config
 from upge.train import elementwise
 from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.deepspeed_settings import PLAIN, DeepspeedConfig, settings
 from upge.train.distributed import World
+from upge.train.files import disk_errors
+from upge.train.moments import Moments, drop_gradient, gradient_norm
 from upge.train.packed_attention import choose_kernel
-from upge.train.resharding import AdamState, deepspeed_part, layout, model_file, read, reshard_states, saved_ranks
+from upge.train.resharding import (
+    deepspeed_part,
+    layout,
+    model_file,
+    optimizer_file,
+    read,
+    reshard_states,
+)
 from upge.train.sample import TokenIds
 
 if TYPE_CHECKING:
@@ -153,55 +162,84 @@ class DeepSpeedModule:
         self._moments.reset(everything)
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
-        """Writes trained weights, all sets of optimizer moments and `state` to folder/tag; all ranks call it."""
+        """Writes trained weights, all sets of optimizer moments and `state` to folder/tag; all ranks call it.
+
+        Raises:
+            StorageError: a rank could not write a file; all ranks raise it.
+        """
+        errors: list[StorageError] = []
+
+        def write(state_dict: Any, path: str | Path) -> None:
+            try:
+                with disk_errors(Path(path)):
+                    torch.save(state_dict, path)
+            except StorageError as error:
+                errors.append(error)
+
+        # An error of this rank has to wait until DeepSpeed has called all ranks together for the last time.
+        self._engine.checkpoint_engine.save = write
+        # DeepSpeed's script would read a checkpoint without checking it.
+        self._engine._copy_recovery_script = lambda folder: None
+        with self.world.together(), disk_errors(folder / tag):
+            (folder / tag).mkdir(parents=True, exist_ok=True)
         self._engine.save_checkpoint(
             str(folder), tag=tag, client_state={_STATE: state}, save_latest=False, exclude_frozen_parameters=True
         )
-        self._moments.save(_moments_file(folder, tag, self.world.rank))
+        write(self._moments.state(), _moments_file(folder, tag, self.world.rank))
+        with self.world.together():
+            if errors:
+                raise errors[0]
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """The size of this rank's part of a checkpoint: master weights and all sets of moments."""
+        elements = sum(flat.numel() for flat in self._engine.optimizer.fp32_partitioned_groups_flat)
+        return 4 * elements * (1 + 2 * self._moments.count)
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
         """Restores what `save` wrote, on any number of ranks, and returns its `state`; all ranks call it.
 
         Raises:
-            ModelError: the checkpoint, or a file of it, is missing or not whole.
+            ModelError: the checkpoint, or a file of it, is missing, not whole, or holds other things than tensors and
+                plain values; all ranks raise it.
         """
-        with _reading(folder / tag):
-            is_resharded = saved_ranks(folder / tag) != self.world.size
-        if is_resharded:
-            return self._load_resharded(folder, tag)
-        with _reading(folder / tag):
-            path, state = self._engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_trained)
-            if path is None:
-                raise FileNotFoundError(folder / tag)
-        moments = _moments_file(folder, tag, self.world.rank)
-        with _reading(moments):
-            self._moments.load(moments)
-        return state[_STATE]
-
-    def _load_resharded(self, folder: Path, tag: str) -> dict[str, Any]:
-        """As `load`, from the files of another number of ranks, which DeepSpeed refuses."""
-        engine, zero, rank = self._engine, self._engine.optimizer, self.world.rank
-        with _reading(folder / tag):
-            model, sources = read(model_file(folder / tag)), range(saved_ranks(folder / tag))
-            before = layout(model["param_shapes"], len(sources))
-            now = layout(engine._get_zero_param_shapes(), self.world.size)
-            half = engine.bfloat16_enabled()
-            files = [Path(engine._get_rank_zero_ckpt_name(str(folder), tag, 0, source, half)) for source in sources]
-            part = deepspeed_part([read(file)["optimizer_state_dict"] for file in files], before, now, rank)
-            moments = [read(_moments_file(folder, tag, source)) for source in sources]
-            idle = {
-                name: reshard_states([of_rank["idle"][name] for of_rank in moments], before, now, rank)
-                for name in moments[0]["idle"]
-            }
+        engine, zero, checkpoint = self._engine, self._engine.optimizer, folder / tag
+        # DeepSpeed's own loading executes what a file says, and refuses other ranks and sub-groups.
+        with self.world.together(), _reading(checkpoint):
+            model = read(model_file(checkpoint))
+            part, in_use, idle = self._read_part(checkpoint, model)
         zero.checkpoint_event_prologue()
-        with _reading(folder / tag):
+        with _reading(checkpoint):
             _load_trained(model["module"], engine.module)
-        zero.load_state_dict({rank: part})
+        # AdamW's implementation follows this run's offloading, not that of the run that saved.
+        present = {name: value for name, value in zero.optimizer.param_groups[0].items() if name != "params"}
+        for group in part["optimizer_state_dict"]["param_groups"]:
+            group.update(present)
+        zero.load_state_dict({self.world.rank: part})
         zero.checkpoint_event_epilogue()
         for counter in ("global_steps", "global_samples", "skipped_steps"):
             setattr(engine, counter, model[counter])
-        self._moments.restore(moments[0]["in_use"], idle)
+        self._moments.restore(in_use, idle)
         return model[_STATE]
+
+    def _read_part(self, checkpoint: Path, model: Mapping[str, Any]) -> tuple[dict[str, Any], str, dict[str, Any]]:
+        """This rank's part of the optimizer's state, the name of the set in use, and the idle sets."""
+        rank, folder, tag = self.world.rank, checkpoint.parent, checkpoint.name
+        before = layout(model["param_shapes"], int(model["dp_world_size"]))
+        now = layout(self._engine._get_zero_param_shapes(), self.world.size)
+        if before.is_same(now):
+            # Not mapped: AdamW would go on with these tensors, and the file may be removed.
+            shard = read(optimizer_file(checkpoint, rank), mapped=False)["optimizer_state_dict"]
+            moments = read(_moments_file(folder, tag, rank), mapped=False)
+            return shard, moments["in_use"], moments["idle"]
+        sources = range(before.ranks)
+        shards = [read(optimizer_file(checkpoint, source))["optimizer_state_dict"] for source in sources]
+        of_ranks = [read(_moments_file(folder, tag, source)) for source in sources]
+        idle = {
+            name: reshard_states([moments["idle"][name] for moments in of_ranks], before, now, rank)
+            for name in of_ranks[0]["idle"]
+        }
+        return deepspeed_part(shards, before, now, rank), of_ranks[0]["in_use"], idle
 
 
 def _moments_file(folder: Path, tag: str, rank: int) -> Path:
@@ -221,9 +259,13 @@ def _reading(path: Path) -> Iterator[None]:
     """Raises ModelError if the checkpoint, or the file of one, that is read inside is missing or not whole."""
     try:
         yield
-    except (AssertionError, OSError, RuntimeError, KeyError, ValueError, EOFError, UnpicklingError) as error:
-        # DeepSpeed asserts that the files exist, hence AssertionError.
-        raise ModelError(f"{path}: the checkpoint cannot be read; remove it to resume from an older one") from error
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, UnpicklingError):
+            reason = "it holds something else than tensors and plain values, which could execute code"
+        raise ModelError(
+            f"{path}: the checkpoint cannot be read ({reason}); remove it to resume from an older one"
+        ) from error
 
 
 def load_causal_lm(
@@ -249,6 +291,8 @@ def load_causal_lm(
         )
         network, loading_info = loaded
         check_loaded(model.path, loading_info)
+        with world.together():
+            check_finite(model.path, ((name, _held(p, world.rank)) for name, p in network.named_parameters()))
     choose_kernel(world.device)
     if world.device.type in elementwise.DEVICES:
         elementwise.compile_elementwise(network)
@@ -256,6 +300,15 @@ def load_causal_lm(
     del partitioning
     gc.collect()
     return network
+
+
+def _held(parameter: nn.Parameter, rank: int) -> Tensor:
+    """This rank's part of a parameter, partitioned or not, without padding."""
+    part = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        return parameter.detach()
+    begin = rank * part.numel()
+    return part.reshape(-1)[: max(0, cast(Any, parameter).ds_numel - begin)]
 
 
 def vocabulary_size(network: PreTrainedModel) -> int:
@@ -285,87 +338,11 @@ def _model_errors(path: str, key: str) -> Iterator[None]:
             raise
         # The functions that read models name the policy's key.
         raise error.with_key(key) from error
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, IndexError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"{key}: '{path}' cannot be loaded: {reason} Give the folder of a Hugging Face "
             "causal LM, or a hub name that is in the local cache or can be downloaded"
         ) from error
-
-
-# The internals of DeepSpeed's ZeRO-3 optimizer, used here and in `take_gradient`: `fp16_groups` are the parameters in
-# sub-groups (of any dtype); AdamW updates the flat float32 partitions, and its moments belong to these.
-
-#: The set of moments that is in use at first.
-FIRST = "main"
-
-
-def drop_gradient(zero: Any) -> None:
-    """Drops the gradient so far: the next backward pass starts from zero."""
-    zero.zero_grad()
-    zero.averaged_gradients = {}
-    zero.grad_partitions_flat_buffer.zero_()
-    if zero.offload_optimizer:
-        # The last backward pass has copied the gradient to AdamW's partitions, and noted the norms of its parts.
-        zero.reset_cpu_buffers()
-        for partition in zero.fp32_partitioned_groups_flat:
-            partition.grad.zero_()
-
-
-def gradient_norm(zero: Any) -> float:
-    """The global norm of the gradient so far, before clipping; after the last backward pass, on all ranks."""
-    groups = zero._get_norm_groups()
-    return float(torch.stack([norm.double() for norm in groups]).norm()) if min(groups) >= 0 else float("nan")
-
-
-class Moments:
-    """Named sets of AdamW's moments and step counts in DeepSpeed's stage 3 optimizer `zero`, one of them in use.
-
-    The other sets stay on the device, so each set takes as much memory as the first: 8 bytes per weight over all ranks.
-    """
-
-    def __init__(self, zero: Any) -> None:
-        self._zero = zero
-        self._idle: dict[str, Any] = {}
-        self.in_use = FIRST
-
-    def use(self, name: str) -> None:
-        """Puts the set `name` in use; a new name starts with fresh moments."""
-        if name == self.in_use:
-            return
-        self._idle[self.in_use] = self._zero.state
-        self._zero.state = self._idle.pop(name, defaultdict(dict))
-        self.in_use = name
-
-    def reset(self, everything: bool = False) -> None:
-        """Resets the moments and steps of the set in use; with `everything` it also drops all other sets."""
-        if everything:
-            self._idle = {}
-        self._zero.state = defaultdict(dict)
-
-    def save(self, path: Path) -> None:
-        """Writes this rank's idle sets and the name of the set in use, which is in DeepSpeed's own checkpoint."""
-        flat = self._zero.fp32_partitioned_groups_flat
-        idle = {name: [dict(state.get(partition, {})) for partition in flat] for name, state in self._idle.items()}
-        torch.save({"in_use": self.in_use, "idle": idle}, path)
-
-    def load(self, path: Path) -> None:
-        """Restores what `save` wrote; DeepSpeed must have restored the set in use before."""
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        self.restore(saved["in_use"], saved["idle"])
-
-    def restore(self, in_use: str, idle: Mapping[str, Sequence[AdamState]]) -> None:
-        """Restores the idle sets, one state per sub-group, and the name of the set in use."""
-        flat = self._zero.fp32_partitioned_groups_flat
-        self._idle = {}
-        for name, states in idle.items():
-            self._idle[name] = defaultdict(dict)
-            for partition, state in zip(flat, states, strict=True):
-                if state:
-                    self._idle[name][partition] = {k: _placed(k, v, partition) for k, v in state.items()}
-        self.in_use = in_use
-
-
-def _placed(key: str, value: Tensor, partition: Tensor) -> Tensor:
-    """The state on the partition's device, except the step count, which AdamW keeps on the CPU."""
-    return value if key == "step" else value.to(partition.device)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from upge.errors import UserError
 from upge.models.loading import has_cuda
 
 _T = TypeVar("_T")
@@ -65,6 +68,22 @@ class World:
         """Wait for all ranks."""
         if self.size > 1:
             dist.barrier(group=self.group)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raises on all ranks the first user error that one of them has in the block, which all ranks run.
+
+        The block must not contain a collective operation: the other ranks would wait in it for a rank that has failed.
+        """
+        error: UserError | None = None
+        try:
+            yield
+        except UserError as own:
+            error = own
+        errors = [one for one in self.gather(error) if one is not None]
+        if errors:
+            errors[0].is_shared = True
+            raise errors[0]
 
 
 def is_launched() -> bool:

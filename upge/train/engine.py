@@ -26,6 +26,7 @@ from upge.train.deepspeed_module import (
 )
 from upge.train.deepspeed_settings import PLAIN, DeepspeedConfig, settings
 from upge.train.distributed import World
+from upge.train.files import disk_errors
 from upge.train.micro_batches import Costs
 from upge.train.packed_policy import Objective, PackedPolicy, PackedValue
 from upge.train.packing import PackedBatch, pack
@@ -112,20 +113,23 @@ class Engine(DeepSpeedModule):
         """Writes the model in Hugging Face format (safetensors), from rank 0; all ranks call it.
 
         With LoRA this is the merged model; the adapter is written to folder/adapter in PEFT's format.
+
+        Raises:
+            StorageError: a file cannot be written; all ranks raise it.
         """
         keep = self.world.is_main
         weights = {n: w.to("cpu", copy=True).contiguous() for n, w in self.named_weights() if keep}
-        if keep:
-            attention = self.network.config._attn_implementation
-            self.network.config._attn_implementation = None
-            self.network.save_pretrained(folder, state_dict=weights)
-            self.network.config._attn_implementation = attention
-        if self.adapter is not None:
-            parts = [Weight(name, parameter) for name, parameter in self.adapter.parameters()]
-            matrices = {part.name: part.merged().to("cpu", copy=True) for part in _gathered(parts)}
+        of_adapter = self.adapter.parameters() if self.adapter is not None else []
+        parts = [Weight(name, parameter) for name, parameter in of_adapter]
+        matrices = {part.name: part.merged().to("cpu", copy=True) for part in _gathered(parts)}
+        with self.world.together(), disk_errors(folder):
             if keep:
+                attention = self.network.config._attn_implementation
+                self.network.config._attn_implementation = None
+                self.network.save_pretrained(folder, state_dict=weights)
+                self.network.config._attn_implementation = attention
+            if keep and self.adapter is not None:
                 self.adapter.save(folder / ADAPTER, matrices)
-        self.world.barrier()
 
     def _weights(self) -> list[Weight]:
         if self.adapter is not None:

@@ -6,20 +6,40 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from upge.errors import ConfigError
+from upge.errors import ConfigError, StorageError
+from upge.train.files import (
+    append,
+    disk_errors,
+    is_empty,
+    locked,
+    numbered_lines,
+    read_json,
+    read_lines,
+    read_tree,
+    sync_files,
+    sync_folder,
+    write_atomically,
+)
 
-#: Keys that may differ between a run and its continuation.
-FREE_KEYS = ("steps", "resume", "output", "checkpoint", "log_rollouts", "diagnose")
+#: Keys, and sections with all their keys, that may differ between a run and its continuation: none changes a gradient.
+FREE_KEYS = (
+    *("steps", "resume", "output", "log_rollouts", "eval.every", "checkpoint", "stop", "diagnose", "hardware"),
+    *("optimizer.micro_batch_tokens", "model.gradient_checkpointing", "deepspeed", "verify.workers"),
+    *("rollout.memory_fraction", "rollout.max_sequences", "rollout.max_batched_tokens"),
+)
 #: Files with lines of single steps, and folders with a file for each of some steps.
 LINES, FOLDERS = ("metrics.jsonl", "evaluations.jsonl", "prompts.jsonl"), ("rollouts", "tokens")
 #: The meaning of a recorded folder's keys and metrics. Run folders of upge 0.1 have none in run.json.
 FORMAT = 2
+#: What to do about a file that cannot be read.
+_FIX = "restore the file that the run wrote, or choose another output"
 #: What run.json keeps of every start.
 _START = ("command", "started", "from_step", "world_size")
 #: In best/, the evaluation that it comes from.
@@ -44,21 +64,26 @@ class RunFolder:
         """The content of run.json; empty if there is none yet.
 
         Raises:
-            ConfigError: another version of upge wrote it, whose keys and metrics have other names.
+            ConfigError: it cannot be read, or another version of upge wrote it, whose keys and metrics have other
+                names.
         """
-        metadata = _json(self.path / "run.json")
-        if metadata and metadata.get("format") != FORMAT:
-            by = f"upge {metadata.get('versions', {}).get('upge', '')}".rstrip()
-            raise ConfigError(
-                f"{self.path}: this folder was written by another version ({by}), whose keys and metrics have other "
-                "names; read it with that version, or run again in another folder"
-            )
+        metadata = read_json(self.path / "run.json", _FIX)
+        check_format(self.path, metadata)
         return metadata
 
     @property
     def best_metadata(self) -> dict[str, Any]:
-        """The evaluation that best/ comes from: `step`, `mean`, `samples`; empty if there is no best/."""
-        return _json(self.best / BEST_METADATA)
+        """The evaluation that best/ comes from: `step`, `mean`, `samples`; empty if there is no best/.
+
+        Raises:
+            ConfigError: its file cannot be read or lacks one of these numbers.
+        """
+        path, fix = self.best / BEST_METADATA, f"remove {self.best}, and the run keeps the best model from now on"
+        metadata = read_json(path, fix)
+        numbers = [metadata.get(name) for name in ("step", "mean", "samples")]
+        if metadata and not all(isinstance(number, int | float) for number in numbers):
+            raise ConfigError(f"{path}: step, mean and samples must be numbers; {fix}")
+        return metadata
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -70,31 +95,59 @@ class RunFolder:
         """The name of a step's checkpoint."""
         return f"step_{step:06d}"
 
+    def resume_step(self, resume: str) -> int | None:
+        """The step to continue from: that of the newest checkpoint, or of the one that `resume` names; None = 0.
+
+        Raises:
+            ConfigError: there is no checkpoint of this name.
+        """
+        steps = self.checkpoint_steps()
+        if resume in ("auto", "never"):
+            return steps[-1] if steps else None
+        names = {self.tag(step): step for step in steps}
+        if resume not in names:
+            there = f"it has {', '.join(names)}" if names else "it has none"
+            raise ConfigError(f"found {resume!r}, which is no checkpoint of {self.path}; {there}", "resume")
+        return names[resume]
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Locks the folder in the block, so that no other run writes there.
+
+        Raises:
+            ConfigError: another run holds the lock.
+        """
+        refusal = f"output: another run is using {self.path}; wait for it, stop it, or choose another folder"
+        with locked(self.path, refusal, tidy=True):
+            yield
+
     def open(self, config: Mapping[str, Any], resume: str) -> bool:
         """Checks that this run may write here; True if it continues an earlier run. Nothing is written.
 
         Raises:
-            ConfigError: the folder cannot be made, or holds something else, a finished run, or a run with other
-                settings.
+            ConfigError: the folder cannot be made, or holds something else, a finished run, a run with other settings,
+                or a file that cannot be read.
         """
         self._check_parent()
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        self.resume_step(resume)
+        if is_empty(self.path):
             return False
         saved = self.path / "config.yaml"
         if not saved.is_file():
             raise ConfigError(f"output: {self.path} exists and is not a run's folder; choose another")
         if resume == "never":
             raise ConfigError(f"output: {self.path} exists; choose another, remove it, or continue it with resume=auto")
-        old = _read_yaml(saved)
+        old = read_tree(saved, _FIX)
         free = [k for k in FREE_KEYS if k != "steps" or _may_be_longer(config)]
-        different = [k for k in _leaves(config, old) if k.split(".")[0] not in free]
+        different = [k for k in _leaves(config, old) if not any(f"{k}.".startswith(f"{one}.") for one in free)]
         if different:
             key = different[0]
             raise ConfigError(
                 f"output: {self.path} holds a run with another {key} ({_at(old, key)!r}, now {_at(config, key)!r}); "
                 "choose another folder, or the settings of its config.yaml to continue it"
             )
-        if self.is_finished and int(old["steps"]) >= int(config["steps"]):
+        _ = self.best_metadata  # read when the run evaluates
+        if self.is_finished and self._steps(old) >= int(config["steps"]):
             raise ConfigError(f"output: {self.path} holds a finished run; choose another folder, or more steps")
         if self.is_finished and not self.checkpoint_steps():
             raise ConfigError(
@@ -110,7 +163,12 @@ class RunFolder:
 
     def different(self, config: Mapping[str, Any]) -> list[str]:
         """Dotted keys at which the folder's resolved configuration differs from `config`."""
-        return _leaves(config, _read_yaml(self.path / "config.yaml"))
+        return _leaves(config, read_tree(self.path / "config.yaml", _FIX))
+
+    def _steps(self, old: Mapping[str, Any]) -> int:
+        if type(old.get("steps")) is not int:
+            raise ConfigError(f"{self.path / 'config.yaml'}: found steps {old.get('steps')!r}, not a number; {_FIX}")
+        return old["steps"]
 
     def _check_parent(self) -> None:
         existing = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
@@ -122,24 +180,27 @@ class RunFolder:
 
         Raises:
             ConfigError: another run has taken the folder in the meantime.
+            StorageError: the folder or a file in it cannot be written.
         """
-        try:
+        with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"output: {self.path} cannot be made: {error.strerror}; choose another folder") from error
-        if not continues and any(self.path.iterdir()):
+        if not continues and not is_empty(self.path):
             raise ConfigError(f"output: another run has just begun in {self.path}; choose another folder")
         write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
-        for name in FOLDERS:
-            (self.path / name).mkdir(exist_ok=True)
-        self.checkpoints.mkdir(exist_ok=True)
+        with disk_errors(self.path):
+            for name in (*FOLDERS, self.checkpoints.name):
+                (self.path / name).mkdir(exist_ok=True)
         start = {k: metadata[k] for k in _START if k in metadata}
-        self._write_metadata({"format": FORMAT, **metadata, "starts": [*self.metadata.get("starts", []), start]})
+        earlier = self.metadata.get("starts")
+        starts = [*(earlier if isinstance(earlier, list) else []), start]
+        self._write_metadata({"format": FORMAT, **metadata, "starts": starts})
 
     def finish(self, step: int) -> None:
         """Renames the exported model to final/ and marks the run as finished."""
+        sync_files(self.final_partial)
         shutil.rmtree(self.final, ignore_errors=True)
-        self.final_partial.rename(self.final)
+        with disk_errors(self.final):
+            self.final_partial.rename(self.final)
         self._write_metadata({**self.metadata, "finished_step": step})
 
     def is_best(self, line: Mapping[str, Any]) -> bool:
@@ -152,19 +213,22 @@ class RunFolder:
         """Renames the model that was exported to `best_partial` to best/."""
         metadata = {"step": line["step"], "mean": _mean(line), "samples": line["samples"]}
         write_atomically(self.best_partial / BEST_METADATA, json.dumps(metadata, indent=2) + "\n")
+        sync_files(self.best_partial)
         shutil.rmtree(self.best, ignore_errors=True)
-        self.best_partial.rename(self.best)
+        with disk_errors(self.best):
+            self.best_partial.rename(self.best)
 
     def _write_metadata(self, metadata: Mapping[str, Any]) -> None:
         write_atomically(self.path / "run.json", json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drops everything recorded after `step`, because it will be recorded again."""
-        for name in LINES:
-            path = self.path / name
-            if path.is_file():
-                kept = [line for line in read_lines(path) if line["step"] <= step]
-                write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        """Drops everything recorded after `step`, because it will be recorded again. Unreadable lines stay."""
+        # First the checkpoints: if this is interrupted, the run must not go on from one whose records are gone.
+        for later in (later for later in self.checkpoint_steps() if later > step):
+            shutil.rmtree(self.checkpoints / self.tag(later))
+        for path in (path for name in LINES if (path := self.path / name).is_file()):
+            kept = [text for line, text in numbered_lines(path) if line is None or line["step"] <= step]
+            write_atomically(path, b"".join(text + b"\n" for text in kept))
         for path in (path for name in FOLDERS for path in (self.path / name).glob("step_*.jsonl")):
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
@@ -180,34 +244,51 @@ class RunFolder:
 
     def append(self, name: str, *lines: Mapping[str, Any]) -> None:
         """Appends lines to a jsonl file and syncs it to the disk."""
-        with open(self.path / name, "a") as file:
-            file.write("".join(json.dumps(_plain(line)) + "\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.path / name, "".join(json.dumps(_plain(line)) + "\n" for line in lines))
 
     def write_rows(self, folder: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes the file of a step in one of FOLDERS, one line per row."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(self.path / folder / f"step_{step:06d}.jsonl", text)
 
+    def check_room(self, step: int, needed: int) -> None:
+        """Checks that a checkpoint of `needed` bytes fits on the disk.
+
+        Raises:
+            StorageError: it does not.
+        """
+        free = shutil.disk_usage(self.checkpoints).free
+        if needed > free:
+            raise StorageError(
+                f"the checkpoint of step {step} needs {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free on "
+                f"the disk of {self.checkpoints}"
+            )
+
     def settle(self, step: int, keep: int) -> None:
         """Renames the checkpoint of `step` from its temporary name and removes the oldest beyond `keep`."""
         partial = self.checkpoints / f"{self.tag(step)}.partial"
         shutil.rmtree(self.checkpoints / self.tag(step), ignore_errors=True)
-        partial.rename(self.checkpoints / self.tag(step))
+        with disk_errors(partial):
+            partial.rename(self.checkpoints / self.tag(step))
+            sync_folder(self.checkpoints)
         if keep:
             for old in self.checkpoint_steps()[:-keep]:
                 shutil.rmtree(self.checkpoints / self.tag(old))
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+def check_format(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Refuses the folder of a run of another version, by the content of its run.json.
 
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """The tree of a YAML file; empty if it is not a mapping."""
-    tree = OmegaConf.to_container(OmegaConf.load(path))
-    return {str(key): value for key, value in tree.items()} if isinstance(tree, dict) else {}
+    Raises:
+        ConfigError: the message names the version.
+    """
+    if metadata and metadata.get("format") != FORMAT:
+        versions = metadata.get("versions")
+        by = f"upge {versions.get('upge', '') if isinstance(versions, dict) else ''}".rstrip()
+        raise ConfigError(
+            f"{path}: this folder was written by another version ({by}), whose keys and metrics have other names; read "
+            "it with that version, or run again in another folder"
+        )
 
 
 def _may_be_longer(config: Mapping[str, Any]) -> bool:
@@ -221,24 +302,6 @@ def _may_be_longer(config: Mapping[str, Any]) -> bool:
 def _mean(line: Mapping[str, Any]) -> float:
     """The mean@k over all problems of a line of evaluations.jsonl."""
     return float(line["all"][f"mean@{line['samples']}"])
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a jsonl file, without a last line that an interruption cut off."""
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces the file's content; an interruption leaves the old content or the new, never a part."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _plain(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from upge.logprobs import Coefficients
 from upge.models.loading import attention_sizes
 from upge.train.packed_policy import Objective
 from upge.train.packing import WORTH_SHARING, PackedBatch, packed_length
+from upge.train.sample import TokenIds
 from upge.trajectories import Trajectories
 from upge.views import PackedTokens
 
@@ -259,6 +261,17 @@ class MicroBatch:
     def _padded(self, logprobs: Tensor, entropies: Tensor) -> Trajectories:
         padded = {"logprobs": self.packed.pad(logprobs), "entropies": self.packed.pad(entropies)}
         return dataclasses.replace(self.columns, **padded)
+
+
+@contextmanager
+def naming_size(trajectories: Sequence[TokenIds]) -> Iterator[None]:
+    """Adds the size of a micro-batch to an error of torch or Python in the block, for the message of a full memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        tokens = sum(len(ids) for pair in trajectories for ids in pair)
+        error.add_note(f"a micro-batch of {tokens} tokens in {len(trajectories)} trajectories")
+        raise
 
 
 def nan_if_nonfinite(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:

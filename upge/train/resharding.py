@@ -38,6 +38,11 @@ class Layout(NamedTuple):
         """The elements of each rank's part of a parameter with `size` elements, padding included."""
         return -(-size // self.ranks)
 
+    def is_same(self, other: Layout) -> bool:
+        """Whether the ranks' flat tensors have the same parameters at the same places."""
+        groups, others = ([list(group.items()) for group in one.sub_groups] for one in (self, other))
+        return self.ranks == other.ranks and groups == others
+
 
 def layout(shapes: Sequence[Mapping[str, torch.Size]], ranks: int) -> Layout:
     """The layout of parameters with these shapes by sub-group, in DeepSpeed's order."""
@@ -122,14 +127,49 @@ def deepspeed_part(shards: Sequence[Mapping[str, Any]], before: Layout, now: Lay
     }
 
 
-def read(path: Path) -> Any:
-    """The content of a file of a checkpoint. Tensors are mapped into memory, so only what is used is read."""
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+def read(path: Path, mapped: bool = True) -> Any:
+    """The content of a file of a checkpoint. With `mapped` tensors are mapped, so only what is used is read.
+
+    Apart from tensors and plain values, a file may have only the two classes of DeepSpeed that its checkpoints need, so
+    reading it runs no code from it.
+
+    Raises:
+        UnpicklingError: the file holds something else.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
+        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
 
 
 def model_file(checkpoint: Path, rank: int = 0) -> Path:
     """DeepSpeed's file of a rank with counters, layout, our own state, and no weights of ZeRO-3."""
     return checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+
+
+def optimizer_file(checkpoint: Path, rank: int) -> Path:
+    """DeepSpeed's file of a rank with its part of the master weights and moments; the name depends on the dtype."""
+    name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+    plain, half = checkpoint / name, checkpoint / f"bf16_{name}"
+    return half if half.exists() else plain
+
+
+def whole_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The trained weights of a checkpoint in float32, and its buffers, by their names in the module.
+
+    Raises:
+        UnpicklingError, OSError, RuntimeError, KeyError, ValueError: the checkpoint is not whole.
+    """
+    model, ranks = read(model_file(checkpoint)), saved_ranks(checkpoint)
+    shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
+    shards = [read(optimizer_file(checkpoint, rank))["optimizer_state_dict"] for rank in range(ranks)]
+    flats = [shard["fp32_flat_groups"] for shard in shards]
+    weights = {name: model["module"][name] for name in model["buffer_names"]}
+    for name, shape in shapes.items():
+        (flat,) = reshard(flats, layout(model["param_shapes"], ranks), layout([{name: shape}], 1), 0)
+        weights[name] = flat.reshape(shape)
+    return weights | {name: weights[source] for name, source in model["shared_params"].items()}
 
 
 def saved_ranks(checkpoint: Path) -> int:

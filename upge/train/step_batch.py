@@ -14,7 +14,7 @@ from upge.needs import COMPUTED
 from upge.plan import Plan
 from upge.train.config import OptimizerConfig
 from upge.train.engine import BasePolicy, CriticEngine, Engine, ReferencePolicy
-from upge.train.micro_batches import distribute
+from upge.train.micro_batches import distribute, naming_size
 from upge.train.sample import TokenIds, Trajectory, assemble
 from upge.trajectories import Trajectories
 
@@ -148,7 +148,8 @@ class BatchFiller:
     ) -> list[RowValues]:
         computed = []
         for some in self.micro_batch_rows(batch, rows) if rows else ():
-            values = forward(batch.ids(some))
+            with naming_size(batch.ids(some)):
+                values = forward(batch.ids(some))
             if some:
                 computed.append((some, values.float().cpu()))
         return computed

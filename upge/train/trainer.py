@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +16,16 @@ import torch
 
 from upge.algorithm import Algorithm
 from upge.data import Example, Prompting
+from upge.errors import StorageError
 from upge.pipeline import Pipeline, Span
 from upge.rollout.verified_sampling import VerifiedSampler
+from upge.train.checkpoint import check as check_checkpoint
+from upge.train.checkpoint import seal
 from upge.train.collect import Collector
 from upge.train.config import RunConfig, learning_rates
 from upge.train.distributed import World
 from upge.train.engine import WeightSync
+from upge.train.files import disk_errors
 from upge.train.folder import RunFolder
 from upge.train.learner import Learner, Memory, Models
 from upge.train.metrics import Recorder, UpdateReport, rollout_metrics, step_metrics
@@ -102,8 +107,12 @@ class Trainer:
         """Continues from the checkpoint of `step`, which any number of ranks may have written.
 
         A run that was stopped for non-finite updates starts counting them anew.
+
+        Raises:
+            ModelError: the checkpoint is damaged; the message names the newest earlier one that is whole.
         """
         folder, models = self.parts.folder, self.parts.models
+        check_checkpoint(folder, step, self.parts.world)
         saved = dict(models.policy.load(folder.checkpoints, folder.tag(step)))
         memory = saved.pop("memory")
         self.state = State(**saved, memory=None if memory is None else Memory(**memory))
@@ -139,8 +148,9 @@ class Trainer:
             self.save()
             return 128 + stopped
         self._export(self.parts.folder.final_partial)
-        if self.parts.world.is_main:
-            self.parts.folder.finish(self.state.step)
+        with self.parts.world.together():
+            if self.parts.world.is_main:
+                self.parts.folder.finish(self.state.step)
         return DONE
 
     def _stop_signal(self) -> int:
@@ -150,35 +160,48 @@ class Trainer:
     def _export(self, folder: Path) -> None:
         """Writes model and tokenizer."""
         self.parts.models.policy.export(folder)
-        if self.parts.world.is_main:
-            self.parts.prompting.tokenizer.save_pretrained(folder)
+        with self.parts.world.together(), disk_errors(folder):
+            if self.parts.world.is_main:
+                self.parts.prompting.tokenizer.save_pretrained(folder)
 
     def _keep_if_best(self, line: dict[str, Any]) -> None:
         """Writes the weights to best/ if the evaluation `line` is the best so far."""
         folder, world = self.parts.folder, self.parts.world
         if world.broadcast(world.is_main and folder.is_best(line)):
             self._export(folder.best_partial)
-            if world.is_main:
-                folder.settle_best(line)
-            world.barrier()
+            with world.together():
+                if world.is_main:
+                    folder.settle_best(line)
 
     def save(self) -> None:
         """Saves a checkpoint of the present state, unless there is one.
 
         It is written under another name and renamed when complete, so that a half-written one is never read.
+
+        Raises:
+            StorageError: there is no room for it, or a file cannot be written; all ranks raise it.
         """
         folder, models, world, step = self.parts.folder, self.parts.models, self.parts.world, self.state.step
         if step == self.saved_step:
             return
-        self.saved_step = step
+        trained = [models.policy] if models.critic is None else [models.policy, models.critic]
+        needed = sum(world.gather(sum(model.checkpoint_bytes for model in trained)))
+        with world.together():
+            if world.is_main:
+                folder.check_room(step, needed)
         partial = f"{folder.tag(step)}.partial"
-        models.policy.save(folder.checkpoints, partial, asdict(self.state))
-        if models.critic is not None:
-            models.critic.save(folder.checkpoints / partial, _CRITIC, {})
-        world.barrier()
-        if world.is_main:
-            folder.settle(step, self.parts.config.checkpoint.keep)
-        world.barrier()
+        try:
+            models.policy.save(folder.checkpoints, partial, asdict(self.state))
+            if models.critic is not None:
+                models.critic.save(folder.checkpoints / partial, _CRITIC, {})
+            seal(folder.checkpoints / partial, step, world)
+        except StorageError:
+            shutil.rmtree(folder.checkpoints / partial, ignore_errors=True)
+            raise
+        with world.together():
+            if world.is_main:
+                folder.settle(step, self.parts.config.checkpoint.keep)
+        self.saved_step = step
 
     def _learner(self, span: Span) -> Learner:
         p, stop_token_ids = self.parts, self.parts.prompting.stop_token_ids
@@ -226,10 +249,11 @@ class Trainer:
             metrics |= {"skipped_updates": state.skipped, **extra}
         if learner.algorithm.stateful:
             learner.remember(world.broadcast(metrics), step_in_stage, memory)
-        if world.is_main:
-            metrics["time/total"] = time.perf_counter() - began
-            self.recorder.record(metrics, report.active, [top for _, tops in of_ranks for top in tops])
-            self.report_step(metrics)
+        with world.together():
+            if world.is_main:
+                metrics["time/total"] = time.perf_counter() - began
+                self.recorder.record(metrics, report.active, [top for _, tops in of_ranks for top in tops])
+                self.report_step(metrics)
         return report.skipped > 0 and self._too_many_skipped()
 
     def _count_skipped(self, report: UpdateReport) -> None:
@@ -257,9 +281,10 @@ class Trainer:
         if p.config.eval.keep_best:
             # Before the line is written: an interruption in between repeats the evaluation and loses no model.
             self._keep_if_best(line)
-        if p.world.is_main:
-            p.folder.append("evaluations.jsonl", line)
-            self.report_evaluation(line)
+        with p.world.together():
+            if p.world.is_main:
+                p.folder.append("evaluations.jsonl", line)
+                self.report_evaluation(line)
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         """Notes a signal: the run stops after the step in progress. A second one of the same kind ends it at once."""

@@ -28,7 +28,7 @@ from upge.train.diagnostics import (
 )
 from upge.train.engine import BasePolicy, CriticEngine, Engine, ReferencePolicy
 from upge.train.metrics import ActiveTrajectories, MetricSums, UpdateReport
-from upge.train.micro_batches import MicroBatch
+from upge.train.micro_batches import MicroBatch, naming_size
 from upge.train.sample import Trajectory, assemble
 from upge.train.step_batch import BatchFiller, RowValues, StepBatch, update_rows
 from upge.trajectories import Trajectories
@@ -240,10 +240,11 @@ class Updater:
         micro_batches = self.filler.micro_batch_rows(batch, rows, whole_groups=self.algorithm.reach == "group")
         passes = []
         for number, some in enumerate(micro_batches):
-            micro_batch = MicroBatch(batch.columns, some, self.engine.pack(batch.ids(some)))
-            objective = micro_batch.objective(self.algorithm, loss_of)
-            loss, logprobs, entropies = self.engine.loss(micro_batch.packed, objective)
-            self.engine.backward(loss, last=number == len(micro_batches) - 1)
+            with naming_size(batch.ids(some)):
+                micro_batch = MicroBatch(batch.columns, some, self.engine.pack(batch.ids(some)))
+                objective = micro_batch.objective(self.algorithm, loss_of)
+                loss, logprobs, entropies = self.engine.loss(micro_batch.packed, objective)
+                self.engine.backward(loss, last=number == len(micro_batches) - 1)
             if some:
                 passes.append(ForwardPass(some, micro_batch, micro_batch.with_forward(logprobs, entropies)))
         return passes

@@ -12,9 +12,9 @@ from upge import Algorithm, Pipeline
 from upge.config import from_tree
 from upge.pipeline import Stage
 from upge.train.config import RunConfig, learning_rates
-from upge.train.deepspeed_module import Moments
 from upge.train.engine import CriticEngine, Engine
 from upge.train.learner import Memory, Models
+from upge.train.moments import Moments
 from upge.train.trainer import State, Trainer
 
 

@@ -1,0 +1,260 @@
+"""Files of a run or an evaluation: the lock of its folder, files that survive interruptions, records, full disks."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from upge.errors import ConfigError, StorageError, UserError
+
+#: In a folder that is in use, or was.
+LOCK = ".lock"
+#: What the operating system says where there are no locks, as on some network file systems.
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the limit on the size of files (`ulimit -f`) is reached",
+}
+#: How the writers of torch and safetensors report what the operating system said.
+_WRITER_ERRORS = re.compile(r"os error (\d+)|PytorchStreamWriter|inline_container|iostream error|file write failed")
+#: Reading untrusted text: what json and yaml raise for it.
+UNREADABLE = (ValueError, RecursionError, AssertionError, YAMLError, OmegaConfBaseException)
+
+
+@contextmanager
+def locked(folder: Path, refusal: str, tidy: bool = False) -> Iterator[int]:
+    """Locks a folder in the block and yields the lock's file descriptor. A missing folder is made.
+
+    The lock ends with this process and with those that got the descriptor through `pass_fds`; processes that are forked
+    do not keep it. With `tidy`, a folder that the block leaves empty is removed again if it was made here. On a file
+    system without locks there is a warning.
+
+    Raises:
+        ConfigError: another process holds the lock; `refusal` is the message.
+        StorageError: the folder or the file in it cannot be made.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    path = folder / LOCK
+    with disk_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    with file:
+        _lock(file, path, refusal)
+        _held.add(file.fileno())
+        try:
+            yield file.fileno()
+        finally:
+            _held.discard(file.fileno())
+            with suppress(OSError):
+                if tidy and is_empty(folder):
+                    path.unlink()
+                    for empty in made:
+                        empty.rmdir()
+
+
+def _lock(file: IO[str], path: Path, refusal: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(refusal) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise StorageError(f"{path} cannot be locked: {error.strerror}; choose another folder") from error
+        warnings.warn(f"{path.parent}: its file system has no locks; start only one process there", stacklevel=4)
+    # The process that held the lock before may have removed the folder.
+    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        raise ConfigError(refusal)
+
+
+#: Descriptors of the locks that this process holds.
+_held: set[int] = set()
+
+
+def _release_in_child() -> None:
+    """Lets a forked process refer to nothing where its parent has a lock; the descriptors stay valid numbers."""
+    for descriptor in _held:
+        nothing = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nothing, descriptor, inheritable=False)
+        os.close(nothing)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_release_in_child)
+
+
+def is_empty(folder: Path) -> bool:
+    """True if a folder does not exist, or holds nothing but a lock."""
+    return not folder.exists() or folder.is_dir() and all(path.name == LOCK for path in folder.iterdir())
+
+
+def write_atomically(path: Path, text: str | bytes) -> None:
+    """Replaces the file's content and syncs it; an interruption leaves the old content or the new, never a part.
+
+    Half a surrogate pair, which UTF-8 cannot encode, is written as the escape that JSON has for it.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    temporary = path.with_name(path.name + ".partial")
+    with disk_errors(path):
+        with open(temporary, "wb") as file:
+            file.write(text if isinstance(text, bytes) else text.encode(errors="backslashreplace"))
+            sync(file)
+        os.replace(temporary, path)
+
+
+def append(path: Path, text: str) -> None:
+    """Appends to a file and syncs it.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    with disk_errors(path), open(path, "ab") as file:
+        file.write(text.encode(errors="backslashreplace"))
+        sync(file)
+
+
+def sync(file: IO[bytes]) -> None:
+    """Waits until the content of a file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk; file systems that cannot do this are left alone."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns errors of writing in the block, also those of torch and safetensors, into a StorageError.
+
+    Raises:
+        StorageError: the message names `path` and what the operating system said.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = disk_reason(error)
+        if reason is None:
+            raise
+        raise StorageError(f"{path} cannot be written: {reason}") from error
+
+
+def sync_files(folder: Path) -> None:
+    """Waits until the files in a folder are on the disk.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    with disk_errors(folder):
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            with path.open("rb") as file:
+                sync(file)
+        sync_folder(folder)
+
+
+def disk_reason(error: BaseException) -> str | None:
+    """Why an error means that something cannot be written, as a clause; None if it means something else."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OSError):
+            return _FULL.get(chain.errno or 0) or chain.strerror or str(chain)
+        chain = chain.__cause__ or chain.__context__
+    match = _WRITER_ERRORS.search(str(error))
+    if match is None:
+        return None
+    number = int(match[1] or 0)
+    return _FULL.get(number) or (os.strerror(number) if number else "the writer stopped; the disk may be full")
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error of the operating system says that a disk, a quota or a limit is used up."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file.
+
+    Raises:
+        ConfigError: it cannot be read or holds something else; `fix` says what to do.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except UNREADABLE as error:
+        raise ConfigError(f"{path}: not readable as JSON ({_first_line(error)}); {fix}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: found a JSON {type(content).__name__}, expected an object; {fix}")
+    return content
+
+
+def read_tree(path: Path, fix: str) -> dict[str, Any]:
+    """The settings in a YAML file, without resolving interpolations.
+
+    Raises:
+        ConfigError: it cannot be read or holds something else; `fix` says what to do.
+    """
+    try:
+        tree = OmegaConf.to_container(OmegaConf.create(path.read_bytes().decode()))
+    except UNREADABLE as error:
+        raise ConfigError(f"{path}: not readable as YAML ({_first_line(error)}); {fix}") from error
+    if not isinstance(tree, dict) or not tree:
+        raise ConfigError(f"{path}: expected keys and values; {fix}")
+    return {str(key): value for key, value in tree.items()}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a jsonl file whose lines have a `step`.
+
+    Unreadable lines are left out with a warning. A last line that an interruption cut off is left out without one.
+    """
+    return [record for record, _ in numbered_lines(path) if record is not None]
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[Mapping[str, Any] | None, bytes]]:
+    """The record of each line of a jsonl file, None if it is unreadable, with its bytes; warns as `read_lines` does."""
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        record = _record(line)
+        # What follows the last newline is a line that was cut off.
+        if record is None and number < len(lines):
+            warnings.warn(f"{path}:{number}: this line is not a record of a step; it is left out", stacklevel=3)
+        if record is not None or number < len(lines):
+            yield record, line
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_record = isinstance(record, dict) and type(record.get("step")) is int
+    return record if is_record else None
