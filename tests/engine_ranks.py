@@ -148,7 +148,7 @@ def resume(engine: Engine, fresh: Engine, scratch: Path, found: dict) -> None:
         found[key] = weights_of(each)
     world.barrier()
     (scratch / "step_7" / f"moments_rank_{world.rank}.pt").unlink()
-    with pytest.raises(ModelError, match="moments_rank_.*cannot be read"):
+    with pytest.raises(ModelError, match="cannot be read .*moments_rank_"):
         fresh.load(scratch, "step_7")
     with pytest.raises(ModelError, match="step_8.*cannot be read"):
         fresh.load(scratch, "step_8")
