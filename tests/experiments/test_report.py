@@ -299,7 +299,7 @@ def test_gaps_single_points_and_repeated_steps(tmp_path):
 
 
 def test_long_runs_keep_their_spikes(tmp_path):
-    folder = write_run(tmp_path / "run", steps=5)
+    folder = write_run(tmp_path / "run", steps=2000)
     (folder / "evaluations.jsonl").unlink()
     write_lines(
         folder / "metrics.jsonl",

@@ -169,7 +169,8 @@ def whole_weights(checkpoint: Path) -> dict[str, Tensor]:
     for name, shape in shapes.items():
         (flat,) = reshard(flats, layout(model["param_shapes"], ranks), layout([{name: shape}], 1), 0)
         weights[name] = flat.reshape(shape)
-    return weights | {name: weights[source] for name, source in model["shared_params"].items()}
+    tied = model["shared_params"].items()
+    return weights | {name: weights[source] for name, source in tied if source in weights}
 
 
 def saved_ranks(checkpoint: Path) -> int:
