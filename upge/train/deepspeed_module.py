@@ -15,7 +15,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from upge.errors import ModelError, StorageError, UserError
+from upge.errors import ModelError, StorageError, UserError, is_out_of_memory
 from upge.models.loading import check_finite, check_loaded, read_config
 from upge.train import elementwise
 from upge.train.config import ModelConfig, OptimizerConfig

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -237,7 +237,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [record for record, _ in numbered_lines(path) if record is not None]
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[Mapping[str, Any] | None, bytes]]:
+def numbered_lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
     """The record of each line of a jsonl file, None if it is unreadable, with its bytes; warns as `read_lines` does."""
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
