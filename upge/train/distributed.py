@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from upge.errors import RunError
 from upge.models.loading import has_cuda
 
 _T = TypeVar("_T")
@@ -67,6 +69,26 @@ class World:
             dist.barrier(group=self.group)
 
 
+def gather_results(world: World, work: Callable[[], _T]) -> list[_T]:
+    """What `work` returns on every rank, in order of rank, on every rank.
+
+    Raises:
+        RunError: that of the first rank on which `work` raises one, on all ranks.
+    """
+    result: _T | None = None
+    error: RunError | None = None
+    try:
+        result = work()
+    except RunError as raised:
+        error = raised
+    gathered = world.gather((result, error))
+    # All ranks raise the same one, also where several ranks have errors of different kinds.
+    for rank, (_, of_rank) in enumerate(gathered):
+        if of_rank is not None:
+            raise (error if rank == world.rank and error is not None else of_rank)
+    return [cast(_T, of_rank) for of_rank, _ in gathered]
+
+
 def is_launched() -> bool:
     """Whether a launcher such as torchrun started this process."""
     return "RANK" in os.environ
@@ -111,12 +133,18 @@ def connect() -> World:
     return World(dist.get_rank(), dist.get_world_size(), device, group)
 
 
-def leave(world: World | None, code: int) -> None:
+def leave(world: World | None, code: int, together: bool | None = None) -> None:
     """Ends this process at once, with all output written.
 
     The libraries' own clean-up at exit sometimes aborts a run that has finished, so the process does not return.
+
+    Args:
+        world: of the run; None without a process group.
+        code: the exit code.
+        together: wait for the other ranks, because a launcher ends all ranks as soon as one has failed. None waits if
+            the code is 0.
     """
-    if world is not None and code == 0 and dist.is_initialized():
+    if world is not None and (code == 0 if together is None else together) and dist.is_initialized():
         world.barrier()
     sys.stdout.flush()
     sys.stderr.flush()
