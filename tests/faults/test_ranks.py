@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from tests import forked
 from tests.forked import TORCHRUN
 from tests.running import ROOT, SMALL, environment, lines
 
@@ -115,14 +116,13 @@ def test_everything_ends_with_a_rank(tmp_path: Path) -> None:
         assert run.ending()["code"] == 1 and "rank 1" in str(run.ending()["reason"])
 
 
-def test_an_error_on_one_rank_is_told_once(tmp_path: Path) -> None:
-    with started(tmp_path, {"kind": "failing_rank", "step": 2, "rank": 1}) as run:
-        family = run.family()
-        run.wait_for(is_over([*family, psutil.Process(run.launcher.pid)]), "the end of all processes", LIMIT)
-        text = run.log.read_text()
-        assert text.count("LookupError: no such thing\n") == 1, text
-        assert "exit code 1: LookupError: no such thing" in text
-        assert run.ending() == run.ending() | {"code": 1, "reason": "LookupError: no such thing", "step": 2}
+def test_an_error_on_one_rank_is_recorded(tmp_path: Path) -> None:
+    fault = {"FAULT": json.dumps({"kind": "failing_rank", "step": 1, "rank": 1})}
+    arguments = (*KEYS, "verify.workers=1", "rollout.engine=transformers", f"output={tmp_path}/run")
+    done = forked.run("tests.faults.disturbed", *arguments, environment=environment() | fault, ranks=2)
+    assert done.returncode == 1 and "LookupError: no such thing" in done.stderr
+    ending = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert ending == ending | {"code": 1, "reason": "LookupError: no such thing", "step": 1}
 
 
 def test_a_signal_ends_a_step_of_any_length(tmp_path: Path) -> None:

@@ -40,53 +40,41 @@ def assert_stopped(out: Path, step: int, code: int) -> None:
 def assert_resumes(out: Path, whole: Path, *keys: str, ranks: int = 1) -> None:
     """Continued without a fault, the run equals the undisturbed run `whole`."""
     run(*KEYS, *keys, f"output={out}", ranks=ranks)
-    for name in ("metrics.jsonl", "evaluations.jsonl", "prompts.jsonl"):
+    for name in sorted(path.name for path in whole.glob("*.jsonl")):
         assert without_times(lines(out / name)) == without_times(lines(whole / name)), name
     weights = [AutoModelForCausalLM.from_pretrained(path / "final").state_dict() for path in (out, whole)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
     assert json.loads((out / "exit.json").read_text())["code"] == 0
 
 
-@pytest.fixture(scope="module", params=["transformers", "vllm"])
-def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """An undisturbed run with each engine."""
-    engine, out = f"rollout.engine={request.param}", tmp_path_factory.mktemp(request.param) / "whole"
-    run(*KEYS, engine, f"output={out}")
-    return engine, out
-
-
-def test_sampling_ends_at_the_next_decoding_step(tmp_path: Path, whole: tuple[str, Path]) -> None:
-    engine, undisturbed = whole
-    out = tmp_path / "run"
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_what_is_in_progress_is_left_out_and_repeated(tmp_path: Path, engine: str) -> None:
+    """The first step, a later one, and an evaluation, which is made when the run goes on; SIGHUP is as SIGTERM."""
+    undisturbed, out, key = tmp_path / "whole", tmp_path / "run", f"rollout.engine={engine}"
+    run(*KEYS, key, f"output={undisturbed}")
+    if engine == "transformers":
+        fault = {"kind": "signal_in_sampling", "step": 0, "number": signal.SIGHUP, "after": 0, "limit": 2}
+        disturbed(out, key, code=129, **fault)
+        assert_stopped(out, 0, 129)
     fault = {"kind": "signal_in_sampling", "step": 1, "number": signal.SIGTERM, "after": 3, "limit": 2}
-    printed = disturbed(out, engine, code=143, **fault)
+    printed = disturbed(out, key, code=143, **fault)
     assert "stopped by signal 15; the state is saved" in printed
     assert_stopped(out, 1, 143)
-    assert_resumes(out, undisturbed, engine)
-
-
-def test_the_first_step_and_an_evaluation_can_be_left_out(tmp_path: Path, whole: tuple[str, Path]) -> None:
-    """SIGHUP, as from a closed terminal; the evaluation that was cut off is made when the run goes on."""
-    engine, undisturbed = whole
-    if engine.endswith("vllm"):
-        pytest.skip("the engine makes no difference here")
-    out = tmp_path / "run"
-    fault = {"number": signal.SIGHUP, "after": 0, "limit": 2}
-    disturbed(out, engine, code=129, kind="signal_in_sampling", step=0, **fault)
-    assert_stopped(out, 0, 129)
-    disturbed(out, engine, code=143, kind="signal_in_evaluation", number=signal.SIGTERM)
-    assert [row["step"] for row in lines(out / "evaluations.jsonl")] == [0]
-    assert_stopped(out, 2, 143)
-    assert_resumes(out, undisturbed, engine)
+    if engine == "transformers":
+        disturbed(out, key, code=143, kind="signal_in_evaluation", number=signal.SIGTERM)
+        assert [row["step"] for row in lines(out / "evaluations.jsonl")] == [0]
+        assert_stopped(out, 2, 143)
+    assert_resumes(out, undisturbed, key)
 
 
 def test_an_update_ends_between_two_micro_batches(tmp_path: Path) -> None:
-    """On both ranks, although only the second gets the signal; nothing of the step remains."""
-    keys = ["rollout.engine=transformers", "optimizer.micro_batch_tokens=64", "optimizer.mini_batches=2"]
+    """On both ranks, although only the second gets the signal; nothing of the step remains. So does sampling."""
+    keys = ["steps=2", "eval.every=-1", "rollout.engine=transformers", "optimizer.micro_batch_tokens=64"]
     out, undisturbed = tmp_path / "run", tmp_path / "whole"
     run(*KEYS, *keys, f"output={undisturbed}", ranks=2)
-    disturbed(out, *keys, code=143, ranks=2, kind="signal_in_update", rank=1, step=2, number=signal.SIGTERM)
-    assert_stopped(out, 2, 143)
+    disturbed(out, *keys, code=143, ranks=2, kind="signal_in_update", rank=1, step=1, number=signal.SIGTERM)
+    assert_stopped(out, 1, 143)
     fault = {"kind": "signal_in_sampling", "after": 2, "limit": 2, "rank": 1}
-    disturbed(out, *keys, code=143, ranks=2, step=2, number=signal.SIGTERM, **fault)
+    disturbed(out, *keys, code=143, ranks=2, step=1, number=signal.SIGTERM, **fault)
+    assert_stopped(out, 1, 143)
     assert_resumes(out, undisturbed, *keys, ranks=2)
