@@ -22,10 +22,11 @@ from pathlib import Path
 from types import FrameType
 
 from experiments import packages
+from experiments.output import prepare_output
 
-#: Exit codes that all commands share. Others: 1 for a proof that fails, 3 for a run that is no longer finite, 4 for a
-#: sweep in which some runs failed, 128 + signal.
-DONE, BAD_INPUT = 0, 2
+#: Exit codes that all commands share. Others: 1 for a proof that fails and a run whose engine or rank has failed, 4 for
+#: a sweep in which some runs failed, 128 + signal.
+DONE, BAD_INPUT, NOT_FINITE = 0, 2, 3
 #: Name of a command → what it does.
 COMMANDS = {
     "run": "train a model with an algorithm on a data set",
@@ -58,6 +59,7 @@ class Stopped(BaseException):
 
 def main() -> int:
     """The program `upge`; returns the exit code of the command."""
+    prepare_output()
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
@@ -95,21 +97,27 @@ def run_command(
         help_text: returns what `--help` prints; None if the command handles `--help` itself.
 
     Returns:
-        The command's exit code, 2 for a user error, or 128 + signal.
+        The command's exit code, 2 for a user error, 3 for numbers that are not finite, or 128 + signal.
     """
+    prepare_output()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     add_user_folder()
     quiet()
     if help_text is not None and {"-h", "--help"} & {*arguments}:
         print(help_text())
         return DONE
-    from upge.errors import UserError
+    from upge.errors import NonFiniteError, UserError
+    from upge.train.launcher import end_with_launcher
 
+    end_with_launcher()
     try:
         return command(arguments)
     except UserError as error:
         print_error(error)
         return BAD_INPUT
+    except NonFiniteError as error:
+        print_error(error)
+        return NOT_FINITE
     except ImportError as error:
         message = packages.explanation(error)
         if message is None:
@@ -175,6 +183,8 @@ def add_user_folder() -> None:
 def launcher(ranks: int) -> list[str]:
     """The start of a command line `python -m MODULE ...` with this number of ranks."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    # Seconds to finish an update and to save after a signal. torchrun's default is 30.
+    torchrun += ["--shutdown-timeout", "600"]
     return [sys.executable, *(torchrun if ranks > 1 else [])]
 
 
@@ -198,8 +208,10 @@ def print_error(error: Exception | str, rank: int | None = None) -> None:
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Raises `Stopped` in the block on SIGINT or SIGTERM; a second signal ends the process at once."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    """Raises `Stopped` in the block on SIGINT, SIGTERM or SIGHUP; a second signal ends the process at once."""
+    from upge.train.stopping import stop_signals
+
+    numbers = stop_signals()
 
     def stop(number: int, frame: FrameType | None) -> None:
         for one in numbers:

@@ -84,13 +84,13 @@ def logprob_wrong(patch: Patch) -> None:
     """The log-prob of the last token of each response is off."""
     right = TransformersSampler._sample
 
-    def sample(sampler, requests, sampling, complete):
+    def sample(sampler, requests, sampling, complete, poll):
         def shifted(index, copy, rollout):
             complete(
                 index, copy, Rollout(rollout.token_ids, (*rollout.logprobs[:-1], rollout.logprobs[-1] + 0.1), True)
             )
 
-        right(sampler, requests, sampling, shifted)
+        right(sampler, requests, sampling, shifted, poll)
 
     patch.setattr(TransformersSampler, "_sample", sample)
 

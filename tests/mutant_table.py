@@ -381,4 +381,11 @@ MUTANTS = (
         "rate >= self.threshold",
         [REDUCTIONS + "test_thresholds_are_exclusive_above_and_inclusive_below"],
     ),
+    Mutant(
+        "maximum-drops-nan",
+        "upge/train/metrics.py",
+        "float(torch.tensor([0.0, *(part.gap_max for part in parts)], dtype=torch.float64).max())",
+        "max((part.gap_max for part in parts), default=0.0)",
+        ["faults/test_nonfinite.py::test_sums_of_metrics_keep_nan"],
+    ),
 )

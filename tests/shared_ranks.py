@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from upge.rollout.base import Arrived, Request, Rollout, Sampler, Sampling
+from upge.rollout.base import Arrived, Poll, Request, Rollout, Sampler, Sampling
 from upge.rollout.shared_engine import SharedSampler, share
 
 RANKS, SIZE, COPIES = 4, 2, 3
@@ -44,7 +44,7 @@ class MadeUp(Sampler):
         if diverging and group is not None:
             self.shift = dist.get_rank(group)
 
-    def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived) -> None:
+    def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived, poll: Poll) -> None:
         names = [(r.index, r.copy, r.prompt, r.seed) for r in requests]
         # The shorter the prompt, the earlier its responses end.
         for step in range(max(len(r.prompt) for r in requests) + 1):
@@ -52,6 +52,7 @@ class MadeUp(Sampler):
                 others: list[Any] = [None] * dist.get_world_size(self.group)
                 dist.all_gather_object(others, (step, names), group=self.group)
                 assert all(other == (step, names) for other in others), others
+            poll()
             for request in requests:
                 if len(request.prompt) == step:
                     complete(request.index, request.copy, made_up(request, sampling, self.shift))

@@ -1,7 +1,7 @@
-"""Errors that a user can fix. Each message names the key or file, what was found there and what to do.
+"""Errors that a user can fix, and errors that end a run in an orderly way.
 
-The command line prints a `UserError` as one message without a traceback and exits with code 2. A failed `assert`
-elsewhere in the package is a bug in the package.
+The message of a `UserError` names the key or file, what was found there and what to do. The command line prints it
+without a traceback and exits with code 2. A failed `assert` elsewhere in the package is a bug in the package.
 """
 
 from __future__ import annotations
@@ -68,6 +68,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch or Python says that there is no more memory, on a GPU or on the machine."""
     is_named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
     return is_named or any(sign in str(error) for sign in ("DefaultCPUAllocator", "CUDA out of memory"))
+
+
+class RunError(Exception):
+    """Ends the work that a run has begun. If one rank raises it, all ranks do (`upge.train.distributed.World`)."""
+
+    is_shared = False
+
+
+class Interrupted(RunError):
+    """Sampling or an update was stopped on request. Nothing has changed since the last complete step."""
+
+
+class EngineError(RunError):
+    """An inference engine has failed. `upge.rollout.Sampler.restart` starts it again."""
+
+
+class NonFiniteError(RunError):
+    """A log-probability, a weight or a metric is NaN or infinite."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

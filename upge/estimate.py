@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -181,9 +182,11 @@ def _masked(records: Sequence[TermRecord]) -> dict[str, float]:
 def _effective(weight: Tensor) -> float:
     """(Σ|w|)²/Σw²: the effective number of weights, equal to their number if all are equal."""
     squares = weight.square().sum()
-    return float(weight.abs().sum() ** 2 / squares) if squares > 0 else 0.0
+    return float(weight.abs().sum() ** 2 / squares) if squares != 0 else 0.0
 
 
 def _percentile(rising: Tensor, percent: int) -> float:
-    """A percentile of sorted values. `torch.quantile` does not take more than 16 million values."""
+    """A percentile of sorted values, NaN if one of them is. `torch.quantile` takes at most 16 million values."""
+    if bool(rising[-1].isnan()):  # NaN is sorted last
+        return math.nan
     return float(rising[min(len(rising) - 1, percent * len(rising) // 100)])

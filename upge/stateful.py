@@ -114,7 +114,7 @@ class MetaGradient(StatefulGate):
         """The rule above, from `utility_slope` and `entropy`."""
         moved = value + self.rate * signals[UTILITY_SLOPE]
         moved += self.entropy_rate * (self.target_entropy - signals["entropy"])
-        return min(self.high, max(self.low, moved))
+        return min(max(moved, self.low), self.high)  # in this order NaN stays NaN
 
     def formula(self) -> Formula:
         return Formula("μₖ" if self.variable == "mu" else f"{self.variable}ₖ", r"\mu_k")

@@ -48,7 +48,7 @@ def main(file: str, begun: float, arguments: list[str]) -> int:
     sampler: Any = importlib.import_module("upge.rollout.base").Sampler
     sample = sampler.sample
 
-    def watched(self: Any, prompts: Any, n: int, sampling: Any, seeds: Any, arrived: Any = None) -> Any:
+    def watched(self: Any, prompts: Any, n: int, sampling: Any, seeds: Any, arrived: Any = None, *more: Any) -> Any:
         def first(index: int, copy: int, rollout: Any) -> None:
             if not has_rollout:
                 has_rollout.append(True)
@@ -56,7 +56,7 @@ def main(file: str, begun: float, arguments: list[str]) -> int:
             if arrived is not None:
                 arrived(index, copy, rollout)
 
-        return sample(self, prompts, n, sampling, seeds, first)
+        return sample(self, prompts, n, sampling, seeds, first, *more)
 
     has_rollout: list[bool] = []
     sampler.sample = watched

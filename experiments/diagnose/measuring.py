@@ -255,7 +255,7 @@ def exactly(chosen: Mapping[str, Algorithm], group_size: int) -> Result:
     for name, algorithm in chosen.items():
         moments, known = exact(algorithm, made, group_size=group_size), sources(algorithm)
         wholes[name] = moments[""].mean
-        noise = math.sqrt(max(0.0, moments[""].power - float(moments[""].mean.square().sum())))
+        noise = math.sqrt(max(moments[""].power - float(moments[""].mean.square().sum()), 0.0))  # keeps NaN
         # The same estimator up to scale has the same direction and the same relative noise.
         alike[name] = torch.cat([moments[""].mean, torch.tensor([noise], dtype=torch.float64)])[None]
         for part, one in moments.items():

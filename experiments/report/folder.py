@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -198,4 +199,9 @@ def _state_of_run(config: dict, metrics: tuple[dict, ...], evaluations: tuple[di
     skipped = max((number(line.get("skipped_updates")) or 0 for line in metrics), default=0)
     if skipped:
         notes.append(f"Updates were skipped because of non-finite values: {skipped:.0f} is the highest count logged.")
+    # JSON has no NaN and infinity; a run writes null for them.
+    gaps = Counter(name for line in metrics for name, value in line.items() if value is None)
+    if gaps:
+        counts = ", ".join(f"{name} ({count} of {len(metrics)} steps)" for name, count in gaps.most_common())
+        notes.append(f"Values that are NaN or infinite are gaps in the plots: {counts}.")
     return notes

@@ -227,6 +227,12 @@ def _sizes(line: dict) -> list[float]:
     return [abs(number(weight) or 0.0) for weight in line["weights"]]
 
 
+def _largest(line: dict) -> int:
+    """The place of the largest absolute weight; a weight that is not finite counts as infinite."""
+    sizes = [math.inf if (size := number(weight)) is None else abs(size) for weight in line["weights"]]
+    return sizes.index(max(sizes))
+
+
 def _trajectory(line: dict, largest: float) -> dict[str, Any]:
     reward, gate, sizes = number(line.get("reward")), number(line.get("gate")), _sizes(line)
     kind = "demonstration" if line.get("is_demonstration") else "rollout"
@@ -235,7 +241,7 @@ def _trajectory(line: dict, largest: float) -> dict[str, Any]:
         f"reward {reward:g}" if reward is not None and kind == "rollout" else "",
         str(line.get("level") or ""),
         f"gate {gate:g}" if gate is not None else "",
-        f"largest weight {_printed(line['relative'][sizes.index(max(sizes))])}" if sizes else "",
+        f"largest weight {_printed(line['relative'][_largest(line)])}" if sizes else "",
     ]
     first, length = (int(number(line.get(name)) or 0) for name in ("first", "length"))
     prompt = str(line.get("prompt") or "")

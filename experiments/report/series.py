@@ -227,7 +227,7 @@ def _with_rest(parts: list[Series], total: Series | None) -> list[Series]:
         return [total]
     columns = [dict(zip(part.steps, part.values, strict=True)) for part in parts]
     rest = tuple(
-        max(0.0, whole - sum(_zero_if_gap(column.get(step, 0.0)) for column in columns))
+        max(whole - sum(_zero_if_gap(column.get(step, 0.0)) for column in columns), 0.0)  # a gap stays a gap
         for step, whole in zip(total.steps, total.values, strict=True)
     )
     known = sum(_zero_if_gap(value) for value in total.values)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ _HEADS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code (0 done, 2 bad input, 3 not finite, 128 + signal)."""
+    """Runs the command line; returns the exit code (0 done, 1 failed, 2 bad input, 3 not finite, 128 + signal)."""
     return cli.run_command(_run, arguments, help_text)
 
 
@@ -42,11 +43,14 @@ def _run(arguments: list[str]) -> int:
     with cli.collector_paused():
         from experiments.config import compose
         from experiments.run.dry_run import plan
+        from experiments.run.ending import ExitRecord, announce
         from experiments.run.launch import check_gpus, on_gpus
         from experiments.run.limits import limits_explained
         from experiments.run.memory_check import check_fits
         from experiments.run.prepare import prepare, with_local_models
         from experiments.run.train import train
+        from upge.train.stopping import FAILED, Ending, StopSignals
+        from upge.train.watch import Watch
 
         arguments = on_gpus(arguments, given["--dry-run"])
         composed = with_local_models(compose(arguments))
@@ -60,6 +64,8 @@ def _run(arguments: list[str]) -> int:
         world = connect()
         # Of all ranks the main one chooses the folder; another rank may have seen it there already.
         folder, continues = world.broadcast((prepared.folder, prepared.continues))
+    stop, record, is_shared = StopSignals(), ExitRecord(folder.path), False
+    watch = Watch(world, stop, record.lost)
     try:
         with contextlib.ExitStack() as held, limits_explained(composed.config, folder):
             with world.together():
@@ -68,13 +74,26 @@ def _run(arguments: list[str]) -> int:
                     # Another run may have begun or ended there since it was checked.
                     continues = folder.open(composed.tree, composed.config.resume)
             continues = world.broadcast(continues)
-            code = train(composed, replace(prepared, notes=notes, folder=folder, continues=continues), world)
+            prepared = replace(prepared, notes=notes, folder=folder, continues=continues)
+            ending, is_shared = train(composed, prepared, world, stop, record), True
     except UserError as error:
         # Before the ranks are connected all of them raise the same error; afterwards errors may differ between ranks.
-        cli.print_error(error, None if error.is_shared or world.size == 1 else world.rank)
-        code = cli.BAD_INPUT
-    leave(world, code)
-    return code
+        is_shared = error.is_shared
+        cli.print_error(error, None if is_shared or world.size == 1 else world.rank)
+        ending = Ending(cli.BAD_INPUT, str(error))
+    except Exception as error:
+        # If another rank has ended, the collectives of this one fail, and the watch says why.
+        watch.wait()
+        traceback.print_exc()
+        ending = Ending(FAILED, f"{type(error).__name__}: {error}".splitlines()[0])
+    prints = world.is_main
+    if not is_shared:
+        prints = watch.fail(ending)
+    if prints:
+        record.write(ending)
+    announce(ending, prints)
+    leave(world, ending.code, together=is_shared)
+    return ending.code
 
 
 def help_text() -> str:

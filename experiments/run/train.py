@@ -13,6 +13,7 @@ from tqdm import tqdm
 from experiments import files
 from experiments.cli import collector_paused
 from upge.train.distributed import World
+from upge.train.stopping import StopSignals
 
 
 class Progress:
@@ -44,9 +45,22 @@ class Progress:
         text += f"mean@{k} {scores[f'mean@{k}']:.3f} on {scores['problems']} problems"
         tqdm.write(f"{text} ({line['time']:.0f} s)")
 
+    def note(self, text: str) -> None:
+        """Prints a sentence on something unusual."""
+        tqdm.write(f"note: {text}")
 
-def train(composed: Any, prepared: Any, world: World) -> int:
-    """Trains, evaluates and writes the report; returns the exit code."""
+
+def train(composed: Any, prepared: Any, world: World, stop: StopSignals, record: Any) -> Any:
+    """Trains, evaluates and writes the report.
+
+    Args:
+        composed, prepared, world: of the run.
+        stop: asks the run to stop.
+        record: an `experiments.run.ending.ExitRecord`.
+
+    Returns:
+        How the run ended, the same on every rank: an `upge.train.trainer.Ending`.
+    """
     from experiments.run.dry_run import in_print
     from experiments.run.launch import check_shared
     from experiments.run.prepare import verifier_pool
@@ -70,12 +84,12 @@ def train(composed: Any, prepared: Any, world: World) -> int:
             sampler = _sampler(config)
         say(f"rollouts: {sampler.reason}")
         resume_from = world.broadcast(folder.resume_step(config.resume) if prepared.continues else None)
-        verified = VerifiedSampler(sampler, pool, prepared.prompting)
+        verified = VerifiedSampler(sampler, pool, prepared.prompting, stop.requested)
         progress = Progress(config.steps, resume_from or 0, enabled=world.is_main)
         data = (prepared.train, prepared.weights, prepared.prompting)
         measure = partial(training_accuracy, config, prepared.evaluation, verified, world)
-        parts = Parts(config, composed.algorithm, *data, models, verified, measure, folder, world)
-        trainer = Trainer(parts, progress.step, progress.evaluation)
+        parts = Parts(config, composed.algorithm, *data, models, verified, measure, folder, world, stop)
+        trainer = Trainer(parts, progress.step, progress.evaluation, progress.note)
         if resume_from is not None:
             trainer.restore(resume_from)
         # Drop recorded lines only now, after the checkpoint has been restored without an error.
@@ -86,15 +100,18 @@ def train(composed: Any, prepared: Any, world: World) -> int:
                 metadata = _metadata(composed, world, sampler, models.policy, resume_from or 0)
                 folder.start(composed.tree, metadata, prepared.continues)
         check_shared(folder, world)
+        record.begin(world)
         if prepared.continues:
             say(f"continuing {folder.path} from step {resume_from or 0}{_saved_by(folder, resume_from, world)}")
-        with progress:
-            code = trainer.run()
-        world.barrier()
-        sampler.close()
-    if world.is_main:
-        _finish(folder.path, code, say)
-    return code
+        with stop.noted():
+            with progress:
+                ending = trainer.run()
+            world.barrier()
+            sampler.close()
+            if world.is_main:
+                record.write(ending)
+                _finish(folder.path, ending, say)
+    return ending
 
 
 def _saved_by(folder: Any, step: int | None, world: World) -> str:
@@ -157,13 +174,12 @@ def _sampler(config: Any) -> Any:
     return load_sampler(config.model, config.rollout, length, config.seed, config.rollout.tensor_parallel)
 
 
-def _finish(path: Path, code: int, say: Any) -> None:
+def _finish(path: Path, ending: Any, say: Any) -> None:
     """Prints the table and writes the report, with what there is if the run stopped early."""
     from experiments.grid import print_table
     from experiments.report.page import write_report
     from upge.train.files import read_lines
     from upge.train.folder import RunFolder
-    from upge.train.trainer import NOT_FINITE
 
     try:
         evaluations = read_lines(path / "evaluations.jsonl") if (path / "evaluations.jsonl").is_file() else []
@@ -174,15 +190,13 @@ def _finish(path: Path, code: int, say: Any) -> None:
     except Exception as error:  # whatever it is, the run itself has ended as its exit code says
         reason = (str(error).splitlines() or [""])[0]
         say(f"report: failed ({type(error).__name__}: {reason}); python -m experiments.report {path} makes it again")
-    if code == NOT_FINITE:
-        say("stopped: too many non-finite updates in a row (stop.nonfinite_updates); the state is in checkpoints/")
-    elif code:
-        say(f"stopped by signal {code - 128}; the state is saved, the same command with output={path} continues it")
-    else:
-        say(f"model:  {path / 'final'}")
     best = RunFolder(path).best_metadata
     if best:
         say(f"best:   {path / 'best'}, step {best['step']}, mean@{best['samples']} {100 * best['mean']:.1f} %")
+    if ending.code:
+        say(f"{ending.reason}; the same command with output={path} continues")
+    else:
+        say(f"model:  {path / 'final'}")
 
 
 def _metadata(composed: Any, world: World, sampler: Any, engine: Any, from_step: int) -> dict[str, Any]:

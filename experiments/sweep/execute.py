@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import Planned, Sweep, text
 from upge.errors import ConfigError
 from upge.models.loading import has_cuda
+from upge.train.stopping import stop_signals
 
 #: Exit code if some runs failed.
 SOME_FAILED = 4
@@ -250,16 +250,12 @@ class JobPool:
             self.stopped = number
             for process in self._running:
                 if process.poll() is None:
-                    # Runs and evaluations do not handle SIGHUP.
-                    process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+                    process.send_signal(number)
 
     def _signals(self) -> AbstractContextManager:
         if threading.current_thread() is not threading.main_thread():
             return nullcontext()
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        # Under nohup a sweep must survive its terminal.
-        numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
-        return cli.signals_handled(numbers, lambda number, frame: self.stop(number))
+        return cli.signals_handled(stop_signals(), lambda number, frame: self.stop(number))
 
 
 def last_message(log: Path) -> str:

@@ -40,6 +40,7 @@ def test_gpus_starts_torchrun(eight_gpus: None, monkeypatch: pytest.MonkeyPatch)
     launch.on_gpus(["algo=hpt", "gpus=4", "output=a b"], False)
     ((program, line, environment),) = started
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+    torchrun += ["--shutdown-timeout", "600"]
     assert program == sys.executable and line == [*torchrun, "-m", "experiments.run", "algo=hpt", "output=a b"]
     assert environment["PYTHONSAFEPATH"] == "1", "a user's own experiments/ must not hide ours"
 

@@ -34,7 +34,7 @@ def test_only_the_gpus_that_are_shown_are_given_out(monkeypatch):
 
 def test_several_ranks_are_started_by_torchrun():
     assert cli.launcher(1) == [sys.executable]
-    assert cli.launcher(4)[-1] == "4" and "torch.distributed.run" in cli.launcher(4)
+    assert "--nproc_per_node 4" in " ".join(cli.launcher(4)) and "torch.distributed.run" in cli.launcher(4)
 
 
 @pytest.fixture

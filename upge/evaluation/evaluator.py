@@ -25,7 +25,7 @@ from upge.evaluation.suite import Benchmark
 from upge.rollout import Sampling
 from upge.rollout.verified_sampling import PendingRollout, VerifiedSampler
 from upge.train.config import RunConfig
-from upge.train.distributed import World
+from upge.train.distributed import World, gather_results
 from upge.train.prompt_order import stream_seed
 from upge.views import SUCCESS_REWARD
 
@@ -179,15 +179,22 @@ def training_accuracy(
     Returns:
         {"samples": k, "temperature", "levels": {level: shares}, "all": shares}, the same on every rank, where `shares`
         is the result of `accuracy`.
+
+    Raises:
+        RunError: sampling ended early on some rank.
     """
     own = list(range(world.rank, len(examples), world.size))
     limits = config.rollout.max_response_tokens, sampler.prompting.stop_token_ids
     sampling = Sampling(config.eval.temperature, config.eval.top_p, *limits)
     seeds = [stream_seed(config.seed, "evaluation", i) for i in own]
     problems = [examples[i] for i in own]
-    greedy = _solved(sampler, problems, 1, Sampling(0.0, 1.0, *limits), seeds)
-    sampled = _solved(sampler, problems, config.eval.samples, sampling, seeds)
-    of_ranks = world.gather([(i, first, rest) for i, (first,), rest in zip(own, greedy, sampled, strict=True)])
+
+    def of_rank() -> list[tuple[int, bool, list[bool]]]:
+        greedy = _solved(sampler, problems, 1, Sampling(0.0, 1.0, *limits), seeds)
+        sampled = _solved(sampler, problems, config.eval.samples, sampling, seeds)
+        return [(i, first, rest) for i, (first,), rest in zip(own, greedy, sampled, strict=True)]
+
+    of_ranks = gather_results(world, of_rank)
     levels: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
         levels.setdefault(example.problem.level or "all", []).append(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from upge.errors import ConfigError, UserError
+from upge.errors import ConfigError, EngineError, Interrupted, NonFiniteError, UserError
 from upge.models.loading import ModelConfig, WeightTable, choose_max_length, choose_threads, random_state_kept
 
 
@@ -76,6 +77,8 @@ class Request:
 
 #: Called with the prompt's index, the copy's index and the rollout.
 Arrived = Callable[[int, int, Rollout], None]
+#: Called before each decoding step; raises `Interrupted` to end the call.
+Poll = Callable[[], None]
 
 
 class Sampler(ABC):
@@ -90,6 +93,8 @@ class Sampler(ABC):
     """
 
     name: str
+    #: Whether the last call of `sample` left the engine in a state in which it must not sample again.
+    _is_broken = False
 
     def __init__(
         self, config: ModelConfig, table: WeightTable, length: int | None, threads: int | None, device: str, reason: str
@@ -105,6 +110,7 @@ class Sampler(ABC):
         sampling: Sampling,
         seeds: Sequence[int],
         arrived: Arrived | None = None,
+        interrupted: Callable[[], bool] | None = None,
     ) -> list[list[Rollout]]:
         """Samples `n` responses to each prompt.
 
@@ -120,6 +126,7 @@ class Sampler(ABC):
             arrived: called in this thread as soon as a response is complete, while others are still generated.
                 Generation waits for it, so it must be fast. An error that it raises ends the call; the sampler remains
                 usable.
+            interrupted: asked before each decoding step; True ends the call, and the sampler remains usable.
 
         Returns:
             For each prompt, in order, its `n` rollouts.
@@ -127,7 +134,10 @@ class Sampler(ABC):
         Raises:
             UserError: a prompt is empty, has an id outside the vocabulary, or exceeds `max_length` with `max_tokens`.
             ValueError: the numbers of prompts and seeds differ, or `n` is below 1.
-            RuntimeError: the engine sleeps, or the last `load_weights` failed.
+            RuntimeError: the engine sleeps, has failed before, or the last `load_weights` failed.
+            Interrupted: as `interrupted` asked.
+            NonFiniteError: a log-prob is NaN or infinite. The engine's cache may hold NaN, so it must be restarted.
+            EngineError: the engine failed, and must be restarted.
         """
         self.check(prompts, n, sampling, seeds)
         if not prompts:
@@ -139,6 +149,11 @@ class Sampler(ABC):
             results[index][copy] = rollout
             if arrived is not None:
                 arrived(index, copy, rollout)
+            check_finite(index, copy, rollout)
+
+        def poll() -> None:
+            if interrupted is not None and interrupted():
+                raise Interrupted("sampling was interrupted")
 
         # The longest prompts first: a lack of memory shows at the start, and batches have similar lengths.
         requests = [
@@ -146,8 +161,12 @@ class Sampler(ABC):
             for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
             for copy in range(n)
         ]
-        with _threads_set(self.threads), random_state_kept():
-            self._sample(requests, sampling, complete)
+        try:
+            with _threads_set(self.threads), random_state_kept():
+                self._sample(requests, sampling, complete, poll)
+        except (EngineError, NonFiniteError):
+            self._usable, self._is_broken = False, True
+            raise
         return [[rollouts[copy] for copy in range(n)] for rollouts in results]
 
     def check(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seeds: Sequence[int]) -> None:
@@ -158,8 +177,8 @@ class Sampler(ABC):
             raise ValueError(f"n={n}: give at least one response per prompt")
         if not self._usable:
             raise RuntimeError(
-                "the sampler has no complete weights, because it sleeps or the last load_weights failed midway; call "
-                "load_weights with all of them"
+                "the sampler has no complete weights, because it sleeps, it has failed, or the last load_weights "
+                "failed midway; call load_weights with all of them"
             )
         self._check_prompts(prompts, sampling)
 
@@ -175,8 +194,20 @@ class Sampler(ABC):
             ModelError: a name is unknown or given twice, a shape is wrong, or weights are missing.
         """
         self._usable = False
+        if self._is_broken:
+            self.restart()
         self._load_weights(weights)
         self._usable = True
+
+    def restart(self) -> None:
+        """Starts the engine anew; it has no weights until the next `load_weights`.
+
+        `load_weights` restarts an engine that has failed. With several ranks, call this on all of them at the same time
+        instead.
+        """
+        self._usable = False
+        self._restart()
+        self._is_broken = False
 
     def sleep(self) -> None:
         """Frees device memory until the next `load_weights`, if the engine can; it may lose its weights."""
@@ -184,12 +215,15 @@ class Sampler(ABC):
     def close(self) -> None:
         """Frees the engine. The sampler cannot be used afterwards."""
 
+    def _restart(self) -> None:
+        """Starts the engine anew, if a failure can leave a trace in it."""
+
     @abstractmethod
-    def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived) -> None:
+    def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived, poll: Poll) -> None:
         """Samples a response to each request and calls `complete(index, copy, rollout)` as soon as it is complete.
 
-        There is at least one request, all are valid, and the longest prompts come first. Results must not depend on
-        their order.
+        It calls `poll` before each decoding step, and `complete` or `poll` may raise an error. There is at least one
+        request, all are valid, and the longest prompts come first. Results must not depend on their order.
         """
 
     @abstractmethod
@@ -226,6 +260,15 @@ def _threads_set(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def check_finite(index: int, copy: int, rollout: Rollout) -> None:
+    """Raises NonFiniteError if a log-prob of the rollout is NaN or infinite."""
+    if not math.isfinite(sum(rollout.logprobs)):
+        raise NonFiniteError(
+            f"the sampler's log-probs are not finite (response {copy} to prompt {index}); the weights are ruined, or "
+            "the precision does not suffice"
+        )
 
 
 def rollout_of(token_ids: Sequence[int], logprobs: Sequence[float], sampling: Sampling) -> Rollout:

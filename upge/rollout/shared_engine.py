@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from upge.errors import ConfigError
+from upge.errors import ConfigError, NonFiniteError
 from upge.models.loading import ModelConfig, attention_sizes
-from upge.rollout.base import Arrived, Request, Rollout, Sampler, Sampling
+from upge.rollout.base import Arrived, Poll, Request, Rollout, Sampler, Sampling, check_finite
 from upge.rollout.vllm_process import interrupts_held
 
 KEY = "rollout.tensor_parallel"
 #: vLLM pads the vocabulary to a multiple of this.
 _VOCABULARY_BLOCK = 64
+#: Decoding steps after which the ranks of an engine agree whether to end a call that was interrupted.
+_POLL_STEPS = 16
 
 
 class SharedSampler(Sampler):
@@ -29,8 +32,9 @@ class SharedSampler(Sampler):
 
     All ranks of an engine call `sample`, also without prompts, and `load_weights`. A call of `sample` that fails on one
     rank ends on all of them, and the sampler remains usable: if an argument is refused, before sampling; if `arrived`
-    raises an error, with this response; if the handler of SIGINT raises one, with the next response. The failing rank
-    raises its own error, the others a RuntimeError. Only an error inside one rank's engine, such as a lack of memory,
+    raises an error, with this response; if the handler of SIGINT raises one, with the next response; if `interrupted`
+    asks for it on one rank, within 16 decoding steps. The failing rank raises its own error, the others a RuntimeError,
+    or also Interrupted or NonFiniteError. Only an error inside one rank's engine, such as a lack of memory,
     leaves the others waiting until the launcher stops them.
 
     Args:
@@ -53,6 +57,7 @@ class SharedSampler(Sampler):
         sampling: Sampling,
         seeds: Sequence[int],
         arrived: Arrived | None = None,
+        interrupted: Callable[[], bool] | None = None,
     ) -> list[list[Rollout]]:
         with interrupts_held() as deliver:
             calls = self._calls(prompts, n, sampling, seeds)
@@ -65,6 +70,7 @@ class SharedSampler(Sampler):
                 error: BaseException | None = None
                 try:
                     deliver()
+                    check_finite(index, copy, rollout)
                     if arrived is not None and 0 <= index - first < len(prompts):
                         arrived(index - first, copy, rollout)
                 except BaseException as raised:
@@ -77,6 +83,7 @@ class SharedSampler(Sampler):
                 busy[0].sampling,
                 [seed for call in calls for seed in call.seeds],
                 complete,
+                None if interrupted is None else self._ranks.agreed(interrupted),
             )
         return rollouts[first : first + len(prompts)]
 
@@ -103,8 +110,11 @@ class SharedSampler(Sampler):
     def close(self) -> None:
         self.engine.close()
 
-    def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived) -> None:
-        self.engine._sample(requests, sampling, complete)
+    def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived, poll: Poll) -> None:
+        self.engine._sample(requests, sampling, complete, poll)
+
+    def _restart(self) -> None:
+        self.engine.restart()
 
     def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.engine.load_weights(weights)
@@ -142,19 +152,38 @@ class _Ranks:
         It takes a small all-gather for each response. All ranks of an engine complete responses in the same order.
         """
         digest = hashlib.blake2b(repr(response).encode(), digest_size=7).digest()
-        own = torch.tensor([error is not None, int.from_bytes(digest, "little")], dtype=torch.int64)
+        kind = 0 if error is None else 2 if isinstance(error, NonFiniteError) else 1
+        own = torch.tensor([kind, int.from_bytes(digest, "little")], dtype=torch.int64)
         rows = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(rows, own, group=self.group)
         if error is not None:
             raise error
-        failed, digests = zip(*(row.tolist() for row in rows), strict=True)
-        if any(failed):
-            raise RuntimeError(f"{self.described(failed.index(1))} ended the call with an error")
+        kinds, digests = zip(*(row.tolist() for row in rows), strict=True)
+        failed = next((rank for rank, kind in enumerate(kinds) if kind), None)
+        if failed is not None:
+            of_kind = NonFiniteError if 2 in kinds else RuntimeError
+            raise of_kind(f"{self.described(failed)} ended the call with an error")
         if len(set(digests)) > 1:
             raise RuntimeError(
                 f"the {self.size} ranks of an engine have sampled different responses; report this with the versions, "
                 f"and set {KEY}=1"
             )
+
+    def agreed(self, interrupted: Callable[[], bool]) -> Callable[[], bool]:
+        """The same on all ranks in each decoding step: whether `interrupted` is True on one of them.
+
+        The ranks ask each other in every `_POLL_STEPS`-th step, so that it takes no noticeable time.
+        """
+        steps = itertools.count(1)
+
+        def on_any_rank() -> bool:
+            if next(steps) % _POLL_STEPS:
+                return False
+            answer = torch.tensor([interrupted()], dtype=torch.int64)
+            dist.all_reduce(answer, dist.ReduceOp.MAX, group=self.group)
+            return bool(answer)
+
+        return on_any_rank
 
 
 def share(engine: Sampler, size: int) -> SharedSampler:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from upge.models import loading
 from upge.models.loading import ModelConfig, WeightTable, random_state_kept
 from upge.rollout import decoding
-from upge.rollout.base import Arrived, Request, Sampler, Sampling, rollout_of
+from upge.rollout.base import Arrived, Poll, Request, Sampler, Sampling, rollout_of
 
 # Tokens (prompt and response, including padding) in a batch, which is the size of its cache. On a GPU, 512 rows of 512.
 TOKEN_BUDGET = {"cpu": 32768, "cuda": 262144}
@@ -69,12 +69,13 @@ class TransformersSampler(Sampler):
         table = WeightTable.of_model(self._model)
         super().__init__(config, table, max_length, threads, self._device.type, reason)
 
-    def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived) -> None:
+    def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived, poll: Poll) -> None:
         for batch in _batches(requests, sampling.max_tokens, self._budget):
-            self._generate(batch, sampling, complete)
+            self._generate(batch, sampling, complete, poll)
 
     @torch.inference_mode()
-    def _generate(self, batch: list[Request], sampling: Sampling, complete: Arrived) -> None:
+    def _generate(self, batch: list[Request], sampling: Sampling, complete: Arrived, poll: Poll) -> None:
+        poll()
         longest = max(len(request.prompt) for request in batch) + sampling.max_tokens
         cache = decoding.growing_kv_cache(self._model.config, longest)
         draw = _Draw(batch, sampling, self._device, complete)
@@ -83,6 +84,7 @@ class TransformersSampler(Sampler):
             token = draw(logits)
             steps = decoding.steps_of(self._model, cache, mask, sampling.max_tokens, partial(self._forward, cache))
             while not draw.is_done:
+                poll()
                 kept = draw.leaving()
                 if kept is not None:
                     steps.keep(kept)
@@ -179,11 +181,13 @@ class _Draw:
             cumulative = logprobs.double().exp().cumsum(dim=-1)
             # Scaled by just under the total, so that rounding cannot step over the last token of non-zero probability.
             target = self._uniform[self._rows, self._step, None] * cumulative[:, -1:] * (1 - 1e-12)
-            token = torch.searchsorted(cumulative, target, right=True)
+            # NaN is above every number, so its search ends behind the last token.
+            token = torch.searchsorted(cumulative, target, right=True).clamp(max=logprobs.shape[-1] - 1)
+        drawn = logprobs.gather(-1, token)[:, 0]
         self._tokens[self._rows, self._step] = token[:, 0]
-        self._logprobs[self._rows, self._step] = logprobs.gather(-1, token)[:, 0]
+        self._logprobs[self._rows, self._step] = drawn
         self._step += 1
-        self._pass_on(token[:, 0])
+        self._pass_on(token[:, 0], drawn)
         return token
 
     def leaving(self) -> torch.Tensor | None:
@@ -194,10 +198,10 @@ class _Draw:
         self._rows, self._open = self._rows[kept], self._open[kept]
         return kept
 
-    def _pass_on(self, token: torch.Tensor) -> None:
-        """Passes on the rows whose response ends with this token [b]."""
+    def _pass_on(self, token: torch.Tensor, logprob: torch.Tensor) -> None:
+        """Passes on the rows whose response ends with this token [b], or with a `logprob` [b] that is not finite."""
         last = self._step == self._sampling.max_tokens
-        ending = self._open if last else self._open & torch.isin(token, self._stops)
+        ending = self._open if last else self._open & (torch.isin(token, self._stops) | ~logprob.isfinite())
         self._open = self._open & ~ending
         for row in self._rows[ending].tolist():
             tokens, logprobs = self._tokens[row, : self._step].tolist(), self._logprobs[row, : self._step].tolist()

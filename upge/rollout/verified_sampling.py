@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from upge.errors import Interrupted
 from upge.rollout.base import Rollout, Sampler, Sampling
 from upge.verify import Item, Verdict, VerifierPool
 
 if TYPE_CHECKING:
     from upge.data import Example, Prompting
+
+
+#: Seconds between the questions whether to go on waiting for verdicts.
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,13 @@ class VerifiedSampler:
     """Samples responses to examples and verifies each of them as soon as it is complete.
 
     A problem names its verifier in the `pool`; one that names none takes the first. `prompting` decodes responses.
+    `interrupted` is asked between decoding steps and while verdicts are awaited; True ends the call with `Interrupted`.
     """
 
     engine: Sampler
     pool: VerifierPool
     prompting: Prompting
+    interrupted: Callable[[], bool] | None = None
 
     def sample(self, examples: Sequence[Example], n: int, sampling: Sampling, seeds: Sequence[int]) -> VerifiedRollouts:
         """Draws `n` responses to each example and waits for all verdicts.
@@ -77,6 +84,7 @@ class VerifiedSampler:
         try:
             groups = self.stream(examples, n, sampling, seeds, arrived)
             sampled = time.perf_counter()
+            self._await(list(pending.values()))
             verified = [
                 [(rollout, pending[index, copy].result()) for copy, rollout in enumerate(group)]
                 for index, group in enumerate(groups)
@@ -86,6 +94,16 @@ class VerifiedSampler:
                 verdict.cancel()
             raise
         return VerifiedRollouts(verified, sampled - began, time.perf_counter() - sampled)
+
+    def _await(self, verdicts: Sequence[Future[Verdict]]) -> None:
+        """Waits for all verdicts.
+
+        Raises:
+            Interrupted: `interrupted` asks for it.
+        """
+        while wait(verdicts, timeout=None if self.interrupted is None else _POLL_SECONDS).not_done:
+            if self.interrupted is not None and self.interrupted():
+                raise Interrupted("verification was interrupted")
 
     def stream(
         self,
@@ -112,4 +130,5 @@ class VerifiedSampler:
             verdict = self.pool.submit(Item(text, problem.answer, problem.prompt, problem.verifier))
             arrived(PendingRollout(index, copy, rollout, text, verdict))
 
-        return self.engine.sample([example.prompt_ids for example in examples], n, sampling, seeds, complete)
+        prompts = [example.prompt_ids for example in examples]
+        return self.engine.sample(prompts, n, sampling, seeds, complete, self.interrupted)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import importlib
 import os
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from upge.errors import ConfigError
+from upge.errors import ConfigError, EngineError
 from upge.models import loading
 from upge.models.loading import ModelConfig, WeightTable, random_state_kept
-from upge.rollout.base import Arrived, Request, Sampler, Sampling, rollout_of
+from upge.rollout.base import Arrived, Poll, Request, Sampler, Sampling, rollout_of
 from upge.rollout.shared_engine import check_tensor_parallel, ranks_of_run
 from upge.rollout.vllm_process import (
     cache_bytes,
     functions_uncompiled,
+    groups_kept,
     import_vllm,
     interrupts_held,
     quiet,
@@ -95,16 +99,21 @@ class VLLMSampler(Sampler):
             options["max_num_batched_tokens"] = max_batched_tokens
         if overrides:
             options["hf_overrides"] = functools.partial(_override_for_vllm, overrides=overrides)
+        self._options_of_engine = options | {"model": str(model_path), "seed": seed}
+        self._own_group = not torch.distributed.is_initialized()
+        self._start()
+
+    def _start(self) -> None:
+        """Starts the engine, with the weights of `model_path`."""
         #: vLLM's tags of what is asleep.
         self._asleep: list[str] = []
-        self._own_group = not torch.distributed.is_initialized()
         try:
             with random_state_kept(), threads_kept(), quiet():
-                self._llm = self._vllm.LLM(model=str(model_path), seed=seed, **options)
+                self._llm = self._vllm.LLM(**self._options_of_engine)
         except (ValueError, NotImplementedError) as error:
             raise ConfigError(
-                f"rollout.engine=vllm cannot serve model.path={model_path}: {error}; choose another "
-                "rollout.memory_fraction if memory is short, other rollout.max_sequences and "
+                f"rollout.engine=vllm cannot serve model.path={self._options_of_engine['model']}: {error}; choose "
+                "another rollout.memory_fraction if memory is short, other rollout.max_sequences and "
                 "rollout.max_batched_tokens, or rollout.engine=transformers"
             ) from error
 
@@ -139,7 +148,7 @@ class VLLMSampler(Sampler):
             options["kv_cache_memory_bytes"] = size
         return options
 
-    def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived) -> None:
+    def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived, poll: Poll) -> None:
         # Each response is a request with its own seed: with n > 1, vLLM would use consecutive seeds. Seeds per request
         # take 5 to 10 % of the speed (1M parameters, 256 sequences, one thread).
         engine = self._llm.llm_engine
@@ -154,15 +163,19 @@ class VLLMSampler(Sampler):
             # A name is a number and random letters. Outputs have only the number.
             waiting = {name.partition("-")[0]: request for name, request in zip(names, requests, strict=True)}
             while engine.has_unfinished_requests():
-                with interrupts_held():
+                poll()
+                with interrupts_held(), _failing_engine():
                     outputs = engine.step()
                 for output in outputs:
                     request, response = waiting.pop(output.request_id), output.outputs[0]
                     rollout = rollout_of(response.token_ids, response.logprobs.logprobs, sampling)
                     complete(request.index, request.copy, rollout)
-        finally:
-            # There are none unless an error was raised. The next call must not continue these.
+        except EngineError:
+            raise
+        except BaseException:
+            # The next call must not continue these.
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
 
     def _params(self, sampling: Sampling, seed: int) -> Any:  # Any: vLLM is imported at run time
         greedy = sampling.temperature == 0
@@ -206,6 +219,17 @@ class VLLMSampler(Sampler):
             self._llm.wake_up([tag])
             self._asleep.remove(tag)
 
+    def _restart(self) -> None:
+        llm = vars(self).pop("_llm", None)
+        # Whatever an engine raises that has already failed says nothing new.
+        with contextlib.suppress(Exception), quiet(), groups_kept():
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        if not self._cpu:
+            torch.cuda.empty_cache()
+        self._start()
+
     def close(self) -> None:
         """Ends the engine. vLLM also destroys torch's process group, which the trainer may use, so close it last."""
         self._usable = False
@@ -217,6 +241,20 @@ class VLLMSampler(Sampler):
                     state = importlib.import_module("vllm.distributed.parallel_state")
                     state.destroy_model_parallel()
                     state.destroy_distributed_environment()
+
+
+@contextlib.contextmanager
+def _failing_engine() -> Iterator[None]:
+    """Turns an error of vLLM into an EngineError; a lack of memory is left to the caller."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        # The frames of the error hold the engine, whose memory the next one needs.
+        traceback.clear_frames(error.__traceback__)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise EngineError(f"the vLLM engine failed ({reason})") from error
 
 
 def _override_for_vllm(config: ModelConfig, overrides: Mapping[str, object]) -> ModelConfig:

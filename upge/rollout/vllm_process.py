@@ -192,6 +192,21 @@ def threads_kept() -> Iterator[None]:
         setter(threads)
 
 
+@contextmanager
+def groups_kept() -> Iterator[None]:
+    """Keeps torch's process groups, and vLLM's own, when an engine is shut down in the block.
+
+    vLLM destroys all of them, also those of the trainer. The next engine of the process uses them again.
+    """
+    core: Any = importlib.import_module("vllm.v1.engine.core")  # Any: an attribute of the module is set
+    clean_up = core.cleanup_dist_env_and_memory
+    core.cleanup_dist_env_and_memory = lambda: None
+    try:
+        yield
+    finally:
+        core.cleanup_dist_env_and_memory = clean_up
+
+
 def several_ranks() -> bool:
     """Whether torch's default process group has several processes."""
     distributed = torch.distributed

@@ -15,7 +15,7 @@ from upge.errors import DataError
 from upge.rollout import Rollout, Sampling
 from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.config import RunConfig
-from upge.train.distributed import World
+from upge.train.distributed import World, gather_results
 from upge.train.prompt_order import demonstration_choice, held_out, least_used, mixed_indices, permutation, stream_seed
 from upge.train.sample import Trajectory, assemble, has_pair, indexed, usable
 from upge.verify import Verdict
@@ -197,20 +197,27 @@ class Collector:
         """All ranks' verified rollouts of these prompts, whose groups are numbered from 0, and this rank's seconds.
 
         Each rank samples a part of the prompts.
+
+        Raises:
+            RunError: sampling ended early on some rank.
         """
         assert self.sampler is not None
-        config, world = self.config, self.world
+        config, world, sampler = self.config, self.world, self.sampler
         groups = list(range(world.rank, len(indices), world.size))
         group_seeds = [stream_seed(config.seed, *seeds, group) for group in groups]
         examples = [self.examples[indices[group]] for group in groups]
-        sampled = self.sampler.sample(examples, config.group_size, self.sampling, group_seeds)
-        of_rank = [
-            _rollout(indices[group], group, example, rollout, verdict)
-            for group, example, responses in zip(groups, examples, sampled.groups, strict=True)
-            for rollout, verdict in responses
-        ]
-        times = {"time/rollout": sampled.sampling_seconds, "time/verify": sampled.verifying_seconds}
-        return sorted((t for part in world.gather(of_rank) for t in part), key=lambda t: t.group), times
+        times: dict[str, float] = {}
+
+        def of_rank() -> list[Trajectory]:
+            sampled = sampler.sample(examples, config.group_size, self.sampling, group_seeds)
+            times.update({"time/rollout": sampled.sampling_seconds, "time/verify": sampled.verifying_seconds})
+            return [
+                _rollout(indices[group], group, example, rollout, verdict)
+                for group, example, responses in zip(groups, examples, sampled.groups, strict=True)
+                for rollout, verdict in responses
+            ]
+
+        return sorted((t for part in gather_results(world, of_rank) for t in part), key=lambda t: t.group), times
 
     def _given(self, group: int, index: int, step: int) -> list[Trajectory]:
         """The trajectories that the data set has for a prompt.

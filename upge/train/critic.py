@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from upge.errors import Interrupted
 from upge.plan import Plan
 from upge.regularizers import ValueLoss
 from upge.train.deepspeed_module import StepResult
@@ -62,11 +63,28 @@ class CriticUpdater:
             targets.append(CriticTarget(columns.values, returns[some][:, :width], weights))
         return targets
 
-    def update(self, batch: StepBatch, target: CriticTarget, lr: float) -> tuple[list[MetricSums], StepResult]:
-        """Adds the gradient of the critic's loss, micro-batch by micro-batch, and applies it."""
+    def update(
+        self, batch: StepBatch, target: CriticTarget, lr: float, poll: Callable[[], None] | None = None
+    ) -> tuple[list[MetricSums], StepResult]:
+        """Adds the gradient of the critic's loss, micro-batch by micro-batch, and applies it.
+
+        `poll` is called before each micro-batch. It may raise `Interrupted`, which drops the gradient so far.
+        """
+        try:
+            sums = self._add_gradient(batch, target, poll)
+        except Interrupted:
+            self.critic.drop_gradient()
+            raise
+        return sums, self.critic.step(lr)
+
+    def _add_gradient(
+        self, batch: StepBatch, target: CriticTarget, poll: Callable[[], None] | None
+    ) -> list[MetricSums]:
         micro_batches = self.filler.micro_batch_rows(batch, target.rows)
         sums = []
         for number, rows in enumerate(micro_batches):
+            if poll is not None:
+                poll()
             with naming_size(batch.ids(rows)):
                 values = self.critic.forward(batch.ids(rows))
                 loss = values.sum() * 0.0
@@ -75,7 +93,7 @@ class CriticUpdater:
                     loss = (self.loss(values.double(), old.double(), returns) * weights).sum()
                     sums.append(MetricSums(value_loss=float(loss.detach())))
                 self.critic.backward(nan_if_nonfinite(loss), last=number == len(micro_batches) - 1)
-        return sums, self.critic.step(lr)
+        return sums
 
 
 def value_metrics(targets: Sequence[CriticTarget], masks: Sequence[Bool[Tensor, "B T"]]) -> dict[str, float]:
@@ -92,6 +110,6 @@ def value_metrics(targets: Sequence[CriticTarget], masks: Sequence[Bool[Tensor, 
     value, target = (torch.cat(column) for column in zip(*pairs, strict=True))
     variance = float(target.var(unbiased=False))
     metrics = {"critic/value_mean": float(value.mean()), "critic/return_mean": float(target.mean())}
-    if variance > 0:
+    if variance != 0:
         metrics["critic/explained_variance"] = 1 - float(torch.var(target - value, unbiased=False)) / variance
     return metrics

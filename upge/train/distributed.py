@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from upge.errors import UserError
+from upge.errors import RunError, UserError
 from upge.models.loading import has_cuda
 
 _T = TypeVar("_T")
@@ -71,19 +71,31 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Raises on all ranks the first user error that one of them has in the block, which all ranks run.
+        """Raises on all ranks the first UserError or RunError that one of them has in the block, which all ranks run.
 
         The block must not contain a collective operation: the other ranks would wait in it for a rank that has failed.
         """
-        error: UserError | None = None
+        error: UserError | RunError | None = None
         try:
             yield
-        except UserError as own:
+        except (UserError, RunError) as own:
             error = own
-        errors = [one for one in self.gather(error) if one is not None]
-        if errors:
-            errors[0].is_shared = True
-            raise errors[0]
+        for rank, of_rank in enumerate(self.gather(error)):
+            if of_rank is not None:
+                of_rank = error if rank == self.rank and error is not None else of_rank
+                of_rank.is_shared = True
+                raise of_rank
+
+
+def gather_results(world: World, work: Callable[[], _T]) -> list[_T]:
+    """What `work` returns on every rank, in order of rank, on every rank.
+
+    Raises:
+        UserError, RunError: that of the first rank on which `work` raises one, on all ranks.
+    """
+    with world.together():
+        result = work()
+    return world.gather(result)
 
 
 def is_launched() -> bool:
@@ -130,12 +142,18 @@ def connect() -> World:
     return World(dist.get_rank(), dist.get_world_size(), device, group)
 
 
-def leave(world: World | None, code: int) -> None:
+def leave(world: World | None, code: int, together: bool | None = None) -> None:
     """Ends this process at once, with all output written.
 
     The libraries' own clean-up at exit sometimes aborts a run that has finished, so the process does not return.
+
+    Args:
+        world: of the run; None without a process group.
+        code: the exit code.
+        together: wait for the other ranks, because a launcher ends all ranks as soon as one has failed. None waits if
+            the code is 0.
     """
-    if world is not None and code == 0 and dist.is_initialized():
+    if world is not None and (code == 0 if together is None else together) and dist.is_initialized():
         world.barrier()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -271,6 +271,12 @@ class WeightSync:
         self.state = SamplerState.FRESH
         return time.perf_counter() - began
 
+    def restart(self) -> None:
+        """Starts the sampler's engine anew, with the policy's weights; all ranks call it."""
+        self.sampler.restart()
+        self.state = SamplerState.STALE
+        self.refresh()
+
     def sleep(self) -> None:
         """Frees the sampler's GPU memory for an update; the update makes the sampler's weights stale."""
         if self.state is not SamplerState.ASLEEP:

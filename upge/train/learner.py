@@ -65,6 +65,8 @@ class Learner:
         config: the optimizer's.
         examples: the training set.
         collector_for: makes a collector for an algorithm; with True some examples are reserved for its validation.
+        poll: called on all ranks before each forward pass until the first optimizer step of a step; raises
+            `Interrupted` on all ranks to leave the step out.
     """
 
     def __init__(
@@ -74,10 +76,11 @@ class Learner:
         config: OptimizerConfig,
         examples: Sequence[Example],
         collector_for: Callable[[Algorithm, bool], Collector],
+        poll: Callable[[], None] | None = None,
     ) -> None:
         self.algorithm, self.models, self.examples = algorithm, models, examples
         self.collector: Collector = collector_for(algorithm, algorithm.validation is not None)
-        self.updater = Updater(models.policy, algorithm, config, models.critic, models.reference)
+        self.updater = Updater(models.policy, algorithm, config, models.critic, models.reference, poll)
         once = dataclasses.replace(config, mini_batches=1, epochs=1)
         #: For gates that follow a validation objective: collect held-out trajectories and evaluate them.
         self.validation: tuple[Collector, Updater] | None = None

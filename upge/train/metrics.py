@@ -63,7 +63,8 @@ class MetricSums:
                 penalties[name] = penalties.get(name, 0.0) + value
         zero, numbers = MetricSums(), {f.name for f in fields(MetricSums)} - {"records", "penalties", "gap_max"}
         sums: dict[str, Any] = {n: sum((getattr(part, n) for part in parts), getattr(zero, n)) for n in numbers}
-        largest = max((part.gap_max for part in parts), default=0.0)
+        # torch's maximum keeps NaN, which Python's `max` may drop.
+        largest = float(torch.tensor([0.0, *(part.gap_max for part in parts)], dtype=torch.float64).max())
         return MetricSums(records=records, penalties=penalties, gap_max=largest, **sums)
 
     @staticmethod
@@ -226,6 +227,18 @@ def step_metrics(report: UpdateReport, sums: Sequence[MetricSums]) -> dict[str, 
         metrics["critic/loss"] = total.value_loss / len(report.critic_norms)
         metrics["critic/grad_norm"] = _mean_finite(report.critic_norms)
     return metrics
+
+
+def nonfinite(metrics: Mapping[str, float], report: UpdateReport) -> str:
+    """Which metric of a step is NaN or infinite and should not be; empty if there is none.
+
+    The gradient of a skipped update is not finite, which `stop.nonfinite_updates` handles. The slope in `state/` is NaN
+    in a step in which the policy does not learn.
+    """
+    if report.skipped:
+        return ""
+    bad = [name for name, value in metrics.items() if not math.isfinite(value) and not name.startswith("state/")]
+    return f"the metric {bad[0]} is not finite" if bad else ""
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:

@@ -69,6 +69,7 @@ class BatchFiller:
         config: the optimizer's, with the size of micro-batches and the number of updates.
         critic: fills `values`; None if the algorithm reads none.
         reference: fills `reference_logprobs`; None if the algorithm reads none.
+        poll: called before each forward pass; may raise an error, on all ranks.
     """
 
     def __init__(
@@ -78,8 +79,9 @@ class BatchFiller:
         config: OptimizerConfig,
         critic: CriticEngine | None = None,
         reference: ReferencePolicy | BasePolicy | None = None,
+        poll: Callable[[], None] | None = None,
     ) -> None:
-        self.policy, self.config, self.critic, self.reference = policy, config, critic, reference
+        self.policy, self.config, self.critic, self.reference, self.poll = policy, config, critic, reference, poll
         self.needs = algorithm.step_needs
         late = (self.needs.columns & COMPUTED) - self.needs.precomputed
         self.is_off_policy = config.mini_batches * config.epochs > 1
@@ -148,6 +150,8 @@ class BatchFiller:
     ) -> list[RowValues]:
         computed = []
         for some in self.micro_batch_rows(batch, rows) if rows else ():
+            if self.poll is not None:
+                self.poll()
             with naming_size(batch.ids(some)):
                 values = forward(batch.ids(some))
             if some:

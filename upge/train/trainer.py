@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from upge.algorithm import Algorithm
 from upge.data import Example, Prompting
-from upge.errors import StorageError
+from upge.errors import EngineError, Interrupted, NonFiniteError, StorageError
 from upge.pipeline import Pipeline, Span
 from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.checkpoint import check as check_checkpoint
@@ -28,11 +26,12 @@ from upge.train.engine import WeightSync
 from upge.train.files import disk_errors
 from upge.train.folder import RunFolder
 from upge.train.learner import Learner, Memory, Models
-from upge.train.metrics import Recorder, UpdateReport, rollout_metrics, step_metrics
+from upge.train.metrics import Recorder, UpdateReport, nonfinite, rollout_metrics, step_metrics
 from upge.train.prompt_order import stream_seed
+from upge.train.sample import TokenIds
+from upge.train.stopping import DONE, FAILED, NOT_FINITE, Ending, StopSignals
 
-#: Exit codes of a run that has begun.
-DONE, NOT_FINITE = 0, 3
+_T = TypeVar("_T")
 #: The critic's folder inside a checkpoint's; DeepSpeed's file names would be those of the policy's.
 _CRITIC = "critic"
 
@@ -65,6 +64,7 @@ class Parts:
         prompting: tokenizer, template and stop tokens.
         evaluate: measures the accuracy of the sampler's weights: `upge.evaluation.evaluator.training_accuracy`. All
             ranks call it, and it returns the same on each.
+        stop: asks the run to stop. If `sampler` also asks it, a step or evaluation in progress is left out at once.
     """
 
     config: RunConfig
@@ -77,6 +77,7 @@ class Parts:
     evaluate: Callable[[], Mapping[str, Any]]
     folder: RunFolder
     world: World
+    stop: StopSignals = field(default_factory=StopSignals)
 
 
 class Trainer:
@@ -86,6 +87,7 @@ class Trainer:
         parts: of the run.
         report_step: called on the main rank with the step's metrics, for progress.
         report_evaluation: called on the main rank with each evaluation.
+        report_note: called on the main rank with a sentence on something unusual.
     """
 
     def __init__(
@@ -93,15 +95,19 @@ class Trainer:
         parts: Parts,
         report_step: Callable[[dict[str, float]], None] = lambda metrics: None,
         report_evaluation: Callable[[dict[str, Any]], None] = lambda line: None,
+        report_note: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.parts, self.report_step, self.report_evaluation = parts, report_step, report_evaluation
+        self.report_note = report_note
         self.spans = [s for s in Pipeline.of(parts.algorithm).spans(parts.config.steps) if s.end > s.first]
         self.recorder = Recorder(parts.config, parts.train, parts.prompting, parts.folder)
         self.learners = [self._learner(span) for span in self.spans]
         self.sync = WeightSync(parts.sampler.engine, parts.models.policy)
         self.state = State()
         self.saved_step: int | None = None
-        self._signal = 0
+        self._has_restarted = False
+        #: The shortest trajectory of the last step.
+        self._probe: TokenIds | None = None
 
     def restore(self, step: int) -> None:
         """Continues from the checkpoint of `step`, which any number of ranks may have written.
@@ -122,43 +128,118 @@ class Trainer:
         if self._too_many_skipped():
             self.state.skipped_in_a_row = {}
 
-    def run(self) -> int:
-        """Trains to the last step; returns the exit code: 0, 3, or 128 + the signal that stopped it."""
-        config = self.parts.config
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note_signal)
-        if self.state.step == 0:
+    def run(self) -> Ending:
+        """Trains to the last step, or until it is stopped; returns how it ended."""
+        try:
+            return self._run()
+        except NonFiniteError as error:
+            # Nothing is saved: the state may be ruined, and a checkpoint of it could replace a good one.
+            kept = "no checkpoint" if self.saved_step is None else f"the checkpoint of step {self.saved_step}"
+            return Ending(
+                NOT_FINITE, f"stopped after step {self.state.step}: {error}; the state is not saved, there is {kept}"
+            )
+
+    def _run(self) -> Ending:
+        """As `run`.
+
+        Raises:
+            NonFiniteError: a sampler's log-prob, a weight or a metric is not finite.
+        """
+        try:
+            ending = self._train()
+        except Interrupted:
+            number = self._stop_signal()
+            self.save()
+            return Ending(128 + number, f"stopped by signal {number}; the state is saved")
+        except EngineError as error:
+            self.save()
+            return Ending(FAILED, f"stopped: {error} again after a restart; the state is saved")
+        if ending.code == DONE:
+            self._export(self.parts.folder.final_partial)
+            with self.parts.world.together():
+                if self.parts.world.is_main:
+                    self.parts.folder.finish(self.state.step)
+        return ending
+
+    def _train(self) -> Ending:
+        """Makes the steps that are left, with their evaluations and checkpoints.
+
+        Raises:
+            Interrupted: a signal asks for it.
+            EngineError: the sampler's engine has failed twice.
+        """
+        config, every = self.parts.config, self.parts.config.checkpoint.every
+        # Also the one that an interruption cut off.
+        if self._is_evaluation_due():
             self._evaluate()
-        stopped = self._stop_signal()
-        while self.state.step < config.steps and not stopped:
+        while self.state.step < config.steps:
+            self._check_stop()
             too_many = self._step()
             step, last = self.state.step, self.state.step == config.steps
-            stage_ends = any(step == span.end for span in self.spans)
-            if (_due(step, config.eval.every) or stage_ends) and not last:
+            if not last and self._is_evaluation_due():
                 self._evaluate()
-            stopped = self._stop_signal()
-            if too_many or (config.checkpoint.every and (last or _due(step, config.checkpoint.every))):
+            if too_many or (every and (last or _due(step, every))):
                 self.save()
             if too_many:
-                return NOT_FINITE
-        if not stopped:
-            self._evaluate()
-            stopped = self._stop_signal()
-        if stopped:
-            self.save()
-            return 128 + stopped
-        self._export(self.parts.folder.final_partial)
-        with self.parts.world.together():
-            if self.parts.world.is_main:
-                self.parts.folder.finish(self.state.step)
-        return DONE
+                return Ending(
+                    NOT_FINITE,
+                    "stopped after too many non-finite updates in a row (stop.nonfinite_updates); the state is saved",
+                )
+        self._evaluate()
+        self._check_stop()
+        return Ending(DONE, "done")
+
+    def _is_evaluation_due(self) -> bool:
+        step = self.state.step
+        return step == 0 or _due(step, self.parts.config.eval.every) or any(step == span.end for span in self.spans)
 
     def _stop_signal(self) -> int:
         """A signal that some rank has received, or 0; the same on every rank."""
-        return max(self.parts.world.gather(self._signal))
+        return max(self.parts.world.gather(self.parts.stop.number))
+
+    def _check_stop(self) -> None:
+        """Raises Interrupted on all ranks if one of them has received a signal."""
+        if self._stop_signal():
+            raise Interrupted("stopped by a signal")
+
+    def _check_policy(self) -> None:
+        """Computes the log-probs of one trajectory, so that a ruined policy never replaces a good one on the disk.
+
+        Weights can be finite and yet too large for the model. `_step` checks the weights themselves.
+
+        Raises:
+            NonFiniteError: on all ranks, if the log-probs of one are not finite.
+        """
+        if self._probe is None:
+            return
+        policy = self.parts.models.policy
+        with torch.no_grad():
+            logprobs, _ = policy.logprobs(policy.pack([self._probe]))
+        finite = bool(logprobs.isfinite().all())
+        self._check_finite("" if finite else "the policy's log-probs of its last trajectories are not finite")
+
+    def _check_finite(self, problem: str) -> None:
+        """Raises NonFiniteError on all ranks if one of them has a problem; it is empty if there is none."""
+        found = next(filter(None, self.parts.world.gather(problem)), None)
+        if found is not None:
+            raise NonFiniteError(found)
+
+    def _sampling(self, work: Callable[[], _T]) -> _T:
+        """The result of `work`, which samples on all ranks. An engine that fails in it is restarted once in a run."""
+        try:
+            return work()
+        except EngineError as error:
+            if self._has_restarted:
+                raise
+            self._has_restarted = True
+            if self.parts.world.is_main:
+                self.report_note(f"{error}; it is restarted with the present weights")
+        self.sync.restart()
+        return work()
 
     def _export(self, folder: Path) -> None:
         """Writes model and tokenizer."""
+        self._check_policy()
         self.parts.models.policy.export(folder)
         with self.parts.world.together(), disk_errors(folder):
             if self.parts.world.is_main:
@@ -184,6 +265,7 @@ class Trainer:
         folder, models, world, step = self.parts.folder, self.parts.models, self.parts.world, self.state.step
         if step == self.saved_step:
             return
+        self._check_policy()
         trained = [models.policy] if models.critic is None else [models.policy, models.critic]
         needed = sum(world.gather(sum(model.checkpoint_bytes for model in trained)))
         with world.together():
@@ -209,7 +291,7 @@ class Trainer:
         def collector_for(algorithm: Algorithm, reserve: bool) -> Collector:
             return Collector(p.config, algorithm, p.train, p.sampler, stop_token_ids, p.world, p.weights, reserve)
 
-        return Learner(span.stage.algorithm, p.models, p.config.optimizer, p.train, collector_for)
+        return Learner(span.stage.algorithm, p.models, p.config.optimizer, p.train, collector_for, self._check_stop)
 
     def _enter_stage(self, span: Span, learner: Learner) -> Memory:
         """The memory at a stage's first step. Of the stage before only the weights remain."""
@@ -230,7 +312,8 @@ class Trainer:
         if memory is None or step_in_stage == 0:
             memory = state.memory = self._enter_stage(span, learner)
         sync_seconds = self.sync.refresh() if learner.samples else 0.0
-        collected = learner.collect(state.step, step_in_stage)
+        collected = self._sampling(lambda: learner.collect(state.step, step_in_stage))
+        self._check_stop()
         self.sync.sleep()
         rates, diagnostics = learning_rates(config, span, state.step), self.recorder.diagnostics(state.step + 1)
         start = time.perf_counter()
@@ -241,6 +324,9 @@ class Trainer:
             extra["stage"] = stage + 1
         state.step += 1
         self._count_skipped(report)
+        self._probe = min(
+            (t.ids for t in collected.trajectories), key=lambda ids: len(ids[0]) + len(ids[1]), default=None
+        )
         of_ranks = world.gather_to_main((report.sums, report.tops))
         metrics: dict[str, float] = {}
         if world.is_main:
@@ -254,7 +340,14 @@ class Trainer:
                 metrics["time/total"] = time.perf_counter() - began
                 self.recorder.record(metrics, report.active, [top for _, tops in of_ranks for top in tops])
                 self.report_step(metrics)
+        self._check_finite(nonfinite(metrics, report) or self._weights_problem())
         return report.skipped > 0 and self._too_many_skipped()
+
+    def _weights_problem(self) -> str:
+        """Which model's weights are not finite on this rank; empty if they are."""
+        models = {"policy": self.parts.models.policy, "critic": self.parts.models.critic}
+        ruined = [name for name, model in models.items() if model is not None and not model.is_finite()]
+        return f"the weights of the {ruined[0]} are not finite after the update" if ruined else ""
 
     def _count_skipped(self, report: UpdateReport) -> None:
         state = self.state
@@ -277,7 +370,7 @@ class Trainer:
         if p.world.broadcast(p.world.is_main and p.folder.is_evaluated(self.state.step)):
             return  # by the run that this one continues, after the same update
         self.sync.refresh()
-        line = {"step": self.state.step, **p.evaluate(), "time": time.perf_counter() - began}
+        line = {"step": self.state.step, **self._sampling(p.evaluate), "time": time.perf_counter() - began}
         if p.config.eval.keep_best:
             # Before the line is written: an interruption in between repeats the evaluation and loses no model.
             self._keep_if_best(line)
@@ -285,11 +378,6 @@ class Trainer:
             if p.world.is_main:
                 p.folder.append("evaluations.jsonl", line)
                 self.report_evaluation(line)
-
-    def _note_signal(self, number: int, frame: FrameType | None) -> None:
-        """Notes a signal: the run stops after the step in progress. A second one of the same kind ends it at once."""
-        self._signal = number
-        signal.signal(number, signal.SIG_DFL)
 
 
 def _due(step: int, every: int) -> bool:

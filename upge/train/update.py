@@ -13,6 +13,7 @@ from torch import Tensor
 
 from upge.algorithm import Algorithm
 from upge.components.base import Precomputed
+from upge.errors import Interrupted
 from upge.estimate import Estimate
 from upge.plan import Plan
 from upge.train.config import LearningRates, OptimizerConfig
@@ -86,6 +87,8 @@ class Updater:
         engine: the policy.
         algorithm, config: what to learn with, and the optimizer's settings.
         critic, reference: None if the algorithm needs none.
+        poll: called on all ranks before each forward pass until the first optimizer step of a step; raises
+            `Interrupted` on all ranks to leave the step out.
     """
 
     def __init__(
@@ -95,9 +98,10 @@ class Updater:
         config: OptimizerConfig,
         critic: CriticEngine | None = None,
         reference: ReferencePolicy | BasePolicy | None = None,
+        poll: Callable[[], None] | None = None,
     ) -> None:
-        self.engine, self.algorithm, self.config = engine, algorithm, config
-        self.filler = BatchFiller(engine, algorithm, config, critic, reference)
+        self.engine, self.algorithm, self.config, self.poll = engine, algorithm, config, poll
+        self.filler = BatchFiller(engine, algorithm, config, critic, reference, poll)
         self.critic = None
         if critic is not None and algorithm.critic is not None:
             self.critic = CriticUpdater(critic, algorithm.critic, self.filler)
@@ -118,6 +122,9 @@ class Updater:
             rates: without one for the policy only the critic learns.
             state: the value of each stateful gate's variable.
             diagnostics: what to measure in the first update of the policy.
+
+        Raises:
+            Interrupted: as `poll` asks, before anything has changed.
         """
         batch = self.fill(trajectories, step, state)
         updates = self.plan(batch, rates)
@@ -131,16 +138,18 @@ class Updater:
         critic_steps: list[StepResult] = []
         for number in [*range(len(updates))] * self.config.epochs:
             update, is_first = updates[number], not steps
+            poll = None if steps or critic_steps else self.poll
             if rates.policy is not None and update.trains_policy:
                 if is_first and diagnostics.term_gradients:
                     metrics |= term_gradient_metrics(update.plan, partial(self._gradient, update.batch), self.engine)
-                passes = self.run_micro_batches(update, len(steps) + 1, is_first and diagnostics.top_tokens)
+                passes = self.run_micro_batches(update, len(steps) + 1, is_first and diagnostics.top_tokens, poll)
                 sums, tops = sums + passes.sums, tops + passes.tops
                 if is_first and self.config.epochs > 1:
                     updates[number] = replace(update, batch=self.filler.with_behavior(update.batch, passes.logprobs))
                 steps.append(self.engine.step(rates.policy, self.config.skip_grad_norm))
             if self.critic is not None and update.critic_target is not None and update.critic_target.rows:
-                more, result = self.critic.update(update.batch, update.critic_target, rates.critic)
+                poll = None if steps else poll
+                more, result = self.critic.update(update.batch, update.critic_target, rates.critic, poll)
                 sums = sums + more
                 critic_steps.append(result)
         norms, critic_norms = ([result.norm for result in some] for some in (steps, critic_steps))
@@ -180,7 +189,13 @@ class Updater:
         targets = [None] * len(rows) if self.critic is None else self.critic.targets(batch, rows, batches, plans)
         return [Update(*parts) for parts in zip(batches, plans, rows, targets, strict=True)]
 
-    def run_micro_batches(self, update: Update, number: int = 1, find_top_tokens: bool = False) -> PolicyPasses:
+    def run_micro_batches(
+        self,
+        update: Update,
+        number: int = 1,
+        find_top_tokens: bool = False,
+        poll: Callable[[], None] | None = None,
+    ) -> PolicyPasses:
         """Adds the policy gradient of an update, micro-batch by micro-batch; the optimizer step is not taken.
 
         Args:
@@ -188,6 +203,7 @@ class Updater:
             number: of the update within the step, from 1. In the first one the policy is still the one that sampled,
                 so sampler and trainer are compared.
             find_top_tokens: also return the trajectories with the largest token weights.
+            poll: called before each micro-batch; may raise `Interrupted`, which drops the gradient so far.
         """
         plan, trajectories = update.plan.to(self.engine.world.device), update.batch.trajectories
         estimates: list[Estimate] = []
@@ -198,7 +214,11 @@ class Updater:
             estimates.append(plan.estimate(view))
             return estimates[-1].loss
 
-        passes = self._run(update.batch, update.plan.contributing, loss_of)
+        try:
+            passes = self._run(update.batch, update.plan.contributing, loss_of, poll)
+        except Interrupted:
+            self.engine.drop_gradient()
+            raise
         sums = [MetricSums.of_estimate(estimate, number, trajectories) for estimate in estimates]
         weights = [token_weights(estimate) for estimate in estimates] if find_top_tokens else []
         logprobs: list[RowValues] = []
@@ -231,6 +251,7 @@ class Updater:
         batch: StepBatch,
         contributing: Bool[Tensor, "B"],
         loss_of: Callable[[Trajectories | PackedTokens], Tensor],
+        poll: Callable[[], None] | None = None,
     ) -> list[ForwardPass]:
         """Forward and backward passes of this rank's micro-batches; those with trajectories are returned.
 
@@ -240,6 +261,8 @@ class Updater:
         micro_batches = self.filler.micro_batch_rows(batch, rows, whole_groups=self.algorithm.reach == "group")
         passes = []
         for number, some in enumerate(micro_batches):
+            if poll is not None:
+                poll()
             with naming_size(batch.ids(some)):
                 micro_batch = MicroBatch(batch.columns, some, self.engine.pack(batch.ids(some)))
                 objective = micro_batch.objective(self.algorithm, loss_of)

@@ -141,7 +141,8 @@ def train(job: dict[str, Any], connection: Connection) -> None:
         )
         metadata = {"command": "experiments.bench", "started": files.now(), "from_step": 0}
         prepared.folder.start(loaded.composed.tree, metadata, False)
-        trainer.run()
+        with parts.stop.noted():
+            trainer.run()
 
 
 def _step_metrics(metrics: Mapping[str, float], rows: int) -> dict[str, float]:

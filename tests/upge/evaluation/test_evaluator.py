@@ -33,7 +33,7 @@ class Watched:
     def __init__(self, between=lambda number: None):
         self.calls, self.between = [], between
 
-    def sample(self, prompts, n, sampling, seeds, arrived):
+    def sample(self, prompts, n, sampling, seeds, arrived, interrupted=None):
         assert n == 1
         self.calls.append((list(prompts), list(seeds)))
         for i in reversed(range(len(prompts))):
@@ -229,7 +229,7 @@ def test_accuracy_by_hand():
 class Numbers(Watched):
     """Responds with the copy's number, greedily with 7."""
 
-    def sample(self, prompts, n, sampling, seeds, arrived):
+    def sample(self, prompts, n, sampling, seeds, arrived, interrupted=None):
         self.calls.append((n, sampling.temperature, list(seeds)))
         token = 7 if sampling.temperature == 0 else 0
         groups = [[Rollout((token + copy,), (0.0,), True) for copy in range(n)] for _ in prompts]
@@ -258,5 +258,5 @@ def test_training_accuracy_does_not_depend_on_the_ranks():
     seeds = [stream_seed(0, "evaluation", i) for i in range(4)]
     assert model.calls == [(1, 0.0, seeds), (3, 1.0, seeds)]
     rows = [(1, True, [False, True, False]), (3, True, [False, True, False])]
-    first, model = evaluated(0, 2, lambda value: [value, rows])
+    first, model = evaluated(0, 2, lambda value: [value, (rows, None)])
     assert first == alone and model.calls[0][2] == seeds[::2]

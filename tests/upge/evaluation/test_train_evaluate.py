@@ -25,7 +25,7 @@ class Recorded(FakeModel):
 
     stop_token_ids = (9,)
 
-    def sample(self, prompts, n, sampling, seeds, arrived):
+    def sample(self, prompts, n, sampling, seeds, arrived, interrupted=None):
         asked = {prompt[0]: seed for prompt, seed in zip(prompts, seeds, strict=True)}
         self.calls = [*getattr(self, "calls", []), (n, sampling, asked)]
         return super().sample(prompts, n, sampling, seeds, arrived)

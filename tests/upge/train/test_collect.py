@@ -45,7 +45,7 @@ class FakeModel:
     rounds: list[list[int]] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
 
-    def sample(self, prompts, n, sampling, seeds, arrived) -> list[list[Rollout]]:
+    def sample(self, prompts, n, sampling, seeds, arrived, interrupted=None) -> list[list[Rollout]]:
         self.rounds.append([prompt[0] for prompt in prompts])
         self.seeds += seeds
         found = [[self.rollout(p[0], s, m) for m in range(n)] for p, s in zip(prompts, seeds, strict=True)]

@@ -62,7 +62,7 @@ def test_a_failed_step_leaves_no_work_behind():
     model, futures = FakeModel(), []
 
     class Failing(FakeModel):
-        def sample(self, prompts, n, sampling, seeds, arrived):
+        def sample(self, prompts, n, sampling, seeds, arrived, interrupted=None):
             arrived(0, 0, self.rollout(0, seeds[0], 0))
             raise RuntimeError("out of memory")
 

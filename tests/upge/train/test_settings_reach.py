@@ -127,7 +127,7 @@ def test_the_policy_and_the_reference_policy_get_the_temperature_of_rollouts(mon
 class RecordedModel(FakeModel):
     """The fake model, which also keeps how it was asked to sample."""
 
-    def sample(self, prompts, n, sampling, seeds, arrived):
+    def sample(self, prompts, n, sampling, seeds, arrived, interrupted=None):
         self.samplings = [*getattr(self, "samplings", []), (n, sampling)]
         return super().sample(prompts, n, sampling, seeds, arrived)
 

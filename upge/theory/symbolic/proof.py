@@ -15,7 +15,7 @@ two bounds is visited.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -222,12 +222,11 @@ def compare(algorithm: Algorithm, world: World, terms: dict[str, Factors] | None
     estimate = algorithm.estimate(batch)
     live = (batch.logprobs, batch.entropies)
     by_logprob, by_entropy = torch.autograd.grad(estimate.loss, live, allow_unused=True, materialize_grads=True)
-    worst = 0.0
+    differences = [0.0]
 
     def note(expression: Expr, computed: Tensor) -> None:
-        nonlocal worst
         expected = world.value(expression)
-        worst = max(worst, abs(expected - float(computed)) / max(1.0, abs(expected)))
+        differences.append(abs(expected - float(computed)) / max(1.0, abs(expected)))
 
     terms = factors(algorithm, world) if terms is None else terms
     for name, term in terms.items():
@@ -246,7 +245,7 @@ def compare(algorithm: Algorithm, world: World, terms: dict[str, Factors] | None
         for t in range(len(row)):
             note(row.p[t] * products[row.p[t]], -by_logprob[row.index, t])
             note(products[row.h[t]], -by_entropy[row.index, t])
-    return worst
+    return _largest(differences)
 
 
 def prove(algorithm: Algorithm, objective: Objective, points: int = 100, **settings: Any) -> Proof:
@@ -304,7 +303,7 @@ class _Search:
         pairs = [pair for x in world.live if (pair := (x, derived[x], products[x])) not in self.seen]
         self.mismatches += [Mismatch(*pair) for pair in pairs if not is_zero(pair[1] - pair[2])]
         self.seen, self.quiet = self.seen.union(pairs), 0 if pairs else self.quiet + 1
-        self.rounding = max(self.rounding, compare(self.algorithm, world, terms))
+        self.rounding = _largest([self.rounding, compare(self.algorithm, world, terms)])
         self.cells.add(frozenset(world.asked.items()))
         for question, answer in world.asked.items():
             if question not in self.answers:
@@ -318,6 +317,11 @@ class _Search:
         return Proof(
             self.algorithm.name, len(self.seen), len(self.cells), one_sided, tuple(self.mismatches), self.rounding
         )
+
+
+def _largest(numbers: Sequence[float]) -> float:
+    """The largest number; NaN if one is NaN, which Python's `max` may drop."""
+    return float(torch.tensor(numbers, dtype=torch.float64).max())
 
 
 def _source(world: World, source: str) -> list[Row]:

@@ -1,0 +1,64 @@
+"""How a run ended: exit.json in its folder, and for launchers, which replace the exit codes of their ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from experiments.files import now
+from upge.train.distributed import World
+from upge.train.files import read_lines, write_atomically
+from upge.train.launcher import has_launcher
+from upge.train.stopping import Ending
+
+#: In a run's folder: exit code, reason, last recorded step, time.
+EXIT = "exit.json"
+
+
+class ExitRecord:
+    """Records how the run in the folder `path` ends, once it has begun."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._has_begun = path, False
+
+    def begin(self, world: World) -> None:
+        """Removes the record of an earlier start."""
+        self._has_begun = True
+        if world.is_main:
+            (self.path / EXIT).unlink(missing_ok=True)
+
+    def write(self, ending: Ending) -> None:
+        """Writes exit.json, if the run has begun. A full disk does not change how the run ends."""
+        if not self._has_begun:
+            return
+        with contextlib.suppress(OSError):
+            metrics = self.path / "metrics.jsonl"
+            steps = [line["step"] for line in read_lines(metrics)] if metrics.is_file() else []
+            record = {"code": ending.code, "reason": ending.reason, "step": max(steps, default=0), "time": now()}
+            write_atomically(self.path / EXIT, json.dumps(record, indent=2) + "\n")
+
+    def lost(self, ending: Ending) -> None:
+        """Prints and records that another rank or the launcher has ended, which ends this rank, too."""
+        print(f"error: {ending.reason}; the same command with output={self.path} continues", file=sys.stderr)
+        self.write(ending)
+        announce(ending, True)
+        sys.stderr.flush()
+
+
+def announce(ending: Ending, prints: bool) -> None:
+    """Tells a launcher why a rank ends; with `prints` the rank also prints the exit code as its last line."""
+    if not ending.code or not has_launcher():
+        return
+    text = f"exit code {ending.code}: {ending.reason}"
+    if prints:
+        print(text, file=sys.stderr, flush=True)
+    # torchrun prints this in its summary.
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        with contextlib.suppress(OSError):
+            message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(file).write_text(json.dumps({"message": message}))
