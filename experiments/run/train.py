@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments import files
-from experiments.cli import collector_paused
+from experiments.cli import BAD_INPUT, collector_paused, print_error
 from upge.train.distributed import World
 
 
@@ -42,6 +42,8 @@ class Progress:
         k, scores = line["samples"], line["all"]
         text = f"step {line['step']}: greedy {scores['greedy']:.3f}, pass@{k} {scores[f'pass@{k}']:.3f}, "
         text += f"mean@{k} {scores[f'mean@{k}']:.3f} on {scores['problems']} problems"
+        if line["errors"] or line["timeouts"]:
+            text += f", {line['errors']} verifier errors and {line['timeouts']} timeouts count as wrong"
         tqdm.write(f"{text} ({line['time']:.0f} s)")
 
 
@@ -51,8 +53,9 @@ def train(composed: Any, prepared: Any, world: World) -> int:
     from experiments.run.launch import check_shared
     from experiments.run.prepare import verifier_pool
     from upge.evaluation.evaluator import training_accuracy
-    from upge.rollout.verified_sampling import VerifiedSampler
+    from upge.rollout.verified_sampling import FirstError, VerifiedSampler
     from upge.train.trainer import Parts, Trainer
+    from upge.verify import VerifierError
 
     config, folder = composed.config, prepared.folder
     say = partial(print, flush=True) if world.is_main else lambda text: None
@@ -71,7 +74,8 @@ def train(composed: Any, prepared: Any, world: World) -> int:
         say(f"rollouts: {sampler.reason}")
         checkpoints = folder.checkpoint_steps() if prepared.continues else []
         resume_from = world.broadcast(checkpoints[-1] if checkpoints else None)
-        verified = VerifiedSampler(sampler, pool, prepared.prompting)
+        first_error = FirstError(partial(tqdm.write, file=sys.stderr))
+        verified = VerifiedSampler(sampler, pool, prepared.prompting, first_error)
         progress = Progress(config.steps, resume_from or 0, enabled=world.is_main)
         data = (prepared.train, prepared.weights, prepared.prompting)
         measure = partial(training_accuracy, config, prepared.evaluation, verified, world)
@@ -88,8 +92,13 @@ def train(composed: Any, prepared: Any, world: World) -> int:
         check_shared(folder, world)
         if prepared.continues:
             say(f"continuing {folder.path} from step {resume_from or 0}{_saved_by(folder, resume_from, world)}")
-        with progress:
-            code = trainer.run()
+        try:
+            with progress:
+                code = trainer.run()
+        except VerifierError as error:  # the same on all ranks
+            trainer.save()
+            print_error(error)
+            code = BAD_INPUT
         world.barrier()
         sampler.close()
     if world.is_main:
@@ -171,6 +180,8 @@ def _finish(path: Path, code: int, say: Any) -> None:
         say(f"report: {write_report(path)}")
     if code == NOT_FINITE:
         say("stopped: too many non-finite updates in a row (stop.nonfinite_updates); the state is in checkpoints/")
+    elif code == BAD_INPUT:
+        say(f"stopped before the next update; the state is saved, the same command with output={path} continues it")
     elif code:
         say(f"stopped by signal {code - 128}; the state is saved, the same command with output={path} continues it")
     else:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from upge.errors import UserError
 from upge.models.loading import has_cuda
 
 _T = TypeVar("_T")
@@ -65,6 +67,25 @@ class World:
         """Wait for all ranks."""
         if self.size > 1:
             dist.barrier(group=self.group)
+
+
+def gather_results(world: World, work: Callable[[], _T]) -> list[_T]:
+    """The results of `work()` on every rank, in order of rank, on every rank.
+
+    Raises:
+        UserError: `work` raised it on some rank. All ranks raise it, so that none waits for another.
+    """
+    result: _T | None = None
+    failure: UserError | None = None
+    try:
+        result = work()
+    except UserError as error:
+        failure = error
+    of_ranks = world.gather((result, failure))
+    for _, error in of_ranks:
+        if error is not None:
+            raise error
+    return [cast(_T, one) for one, _ in of_ranks]
 
 
 def is_launched() -> bool:

@@ -14,8 +14,11 @@ from omegaconf import OmegaConf
 
 from upge.errors import ConfigError
 
-#: Keys that may differ between a run and its continuation.
-FREE_KEYS = ("steps", "resume", "output", "checkpoint", "log_rollouts", "diagnose")
+#: Keys that may differ between a run and its continuation, and those below them.
+FREE_KEYS = (
+    *("steps", "resume", "output", "checkpoint", "log_rollouts", "diagnose", "stop"),
+    *("verify.workers", "verify.time_limit", "verify.memory_limit", "verify.environment", "verify.network"),
+)
 #: Files with lines of single steps, and folders with a file for each of some steps.
 LINES, FOLDERS = ("metrics.jsonl", "evaluations.jsonl", "prompts.jsonl"), ("rollouts", "tokens")
 #: The meaning of a recorded folder's keys and metrics. Run folders of upge 0.1 have none in run.json.
@@ -87,7 +90,7 @@ class RunFolder:
             raise ConfigError(f"output: {self.path} exists; choose another, remove it, or continue it with resume=auto")
         old = _read_yaml(saved)
         free = [k for k in FREE_KEYS if k != "steps" or _may_be_longer(config)]
-        different = [k for k in _leaves(config, old) if k.split(".")[0] not in free]
+        different = [k for k in _leaves(config, old) if not any(f"{k}.".startswith(f"{one}.") for one in free)]
         if different:
             key = different[0]
             raise ConfigError(

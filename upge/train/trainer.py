@@ -22,7 +22,7 @@ from upge.train.config import RunConfig, learning_rates
 from upge.train.distributed import World
 from upge.train.engine import WeightSync
 from upge.train.folder import RunFolder
-from upge.train.learner import Learner, Memory, Models
+from upge.train.learner import Collected, Learner, Memory, Models
 from upge.train.metrics import Recorder, UpdateReport, rollout_metrics, step_metrics
 from upge.train.prompt_order import stream_seed
 
@@ -114,7 +114,12 @@ class Trainer:
             self.state.skipped_in_a_row = {}
 
     def run(self) -> int:
-        """Trains to the last step; returns the exit code: 0, 3, or 128 + the signal that stopped it."""
+        """Trains to the last step; returns the exit code: 0, 3, or 128 + the signal that stopped it.
+
+        Raises:
+            VerifierError: on all ranks, if verifiers cannot run or fail too often. `save` then saves the state before
+                the step in progress.
+        """
         config = self.parts.config
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note_signal)
@@ -209,6 +214,7 @@ class Trainer:
         sync_seconds = self.sync.refresh() if learner.samples else 0.0
         collected = learner.collect(state.step, step_in_stage)
         self.sync.sleep()
+        self._check_verdicts(collected)
         rates, diagnostics = learning_rates(config, span, state.step), self.recorder.diagnostics(state.step + 1)
         start = time.perf_counter()
         report, more = learner.update(collected, step_in_stage, rates, memory, diagnostics)
@@ -222,15 +228,25 @@ class Trainer:
         metrics: dict[str, float] = {}
         if world.is_main:
             metrics = {"step": state.step, **rollout_metrics(report.active.trajectories)}
+            metrics |= collected.verdicts.metrics()
             metrics |= step_metrics(report, [sums for sums, _ in of_ranks])
             metrics |= {"skipped_updates": state.skipped, **extra}
         if learner.algorithm.stateful:
             learner.remember(world.broadcast(metrics), step_in_stage, memory)
         if world.is_main:
             metrics["time/total"] = time.perf_counter() - began
-            self.recorder.record(metrics, report.active, [top for _, tops in of_ranks for top in tops])
+            tops = [top for _, tops in of_ranks for top in tops]
+            self.recorder.record(metrics, report.active, tops, collected.verdicts.failed)
             self.report_step(metrics)
         return report.skipped > 0 and self._too_many_skipped()
+
+    def _check_verdicts(self, collected: Collected) -> None:
+        """Tells and records failed verdicts of the step in progress; raises VerifierError if they are too many."""
+        p, step, verdicts = self.parts, self.state.step + 1, collected.verdicts
+        if p.world.is_main:
+            p.sampler.first_error(verdicts.first_error)
+            self.recorder.record_failed(step, collected.trajectories, verdicts.failed)
+        verdicts.check(p.config.stop.verifier_errors, step)
 
     def _count_skipped(self, report: UpdateReport) -> None:
         state = self.state

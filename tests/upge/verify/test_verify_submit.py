@@ -232,7 +232,7 @@ import gc, os, signal, sys, threading, time
 from concurrent.futures import wait
 from upge.verify import Item, VerifierPool
 half, bomb = Item(r"\boxed{\frac{2}{4}}", "1/2"), Item(r"\boxed{i^{9^{9^9}}}", "3")
-pool = VerifierPool("math", workers=2, time_limit=60.0)
+pool = VerifierPool("math", workers=2, time_limit=60.0, environment=["MARK"])
 """
 
 
