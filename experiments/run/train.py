@@ -103,6 +103,7 @@ def train(composed: Any, prepared: Any, world: World) -> int:
         sampler.close()
     if world.is_main:
         _finish(folder.path, code, say)
+    world.barrier()  # a launcher ends all ranks as soon as one has ended with an error
     return code
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
-import selectors
+import select
 import socket
 import threading
 import time
@@ -169,31 +170,36 @@ class Dispatcher:
         workers = list(self._team.workers)
         first = min(worker.deadline for worker in workers)
         patience = None if first == float("inf") else max(0.0, first - time.monotonic())
-        with selectors.PollSelector() as selector:
-            selector.register(self._ear, selectors.EVENT_READ)
-            if self._team.output is not None:
-                selector.register(self._team.output, selectors.EVENT_READ)
-            for worker in workers:
-                unsent = selectors.EVENT_WRITE if worker.channel.has_unsent else 0
-                selector.register(worker.channel, selectors.EVENT_READ | unsent)
-            events = {key.fileobj: mask for key, mask in selector.select(patience)}
-        if self._ear in events:
+        poll = select.poll()
+        poll.register(self._ear, select.POLLIN)
+        if self._team.output is not None:
+            poll.register(self._team.output, select.POLLIN)
+        for worker in workers:
+            poll.register(worker.channel, select.POLLIN | (select.POLLOUT if worker.channel.has_unsent else 0))
+        events = dict(poll.poll(None if patience is None else math.ceil(1000 * patience)))
+        if self._ear.fileno() in events:
             self._ear.recv(4096)  # all signals since the last time
         if self._team.output in events:
             self._team.pass_on()
+        now = time.monotonic()
         for worker in workers:
-            if worker.channel in events:
-                self._exchange(worker, events[worker.channel])
-            elif time.monotonic() >= worker.deadline:
+            event = events.get(worker.channel.fileno(), 0)
+            if event:
+                self._exchange(worker, event)
+            elif now >= worker.deadline:
                 self._expire(worker)
 
-    def _exchange(self, worker: Worker, events: int) -> None:
-        """Sends and receives what can be sent and received at once, or handles the worker's death."""
+    def _exchange(self, worker: Worker, event: int) -> None:
+        """Sends and receives what can be sent and received at once, or handles the worker's death.
+
+        `event` is the mask of `select.poll`.
+        """
         try:
-            if events & selectors.EVENT_WRITE:
+            if event & select.POLLOUT:
                 worker.channel.flush()
-            for message in worker.channel.read() if events & selectors.EVENT_READ else ():
-                self._accept(worker, message)
+            if event & ~select.POLLOUT:
+                for message in worker.channel.read():
+                    self._accept(worker, message)
         except (EOFError, OSError):
             self._bury(worker)
         except ProtocolError as error:

@@ -127,8 +127,8 @@ def limit_resources(gibibytes: float | None) -> None:
             _lower(resource.RLIMIT_AS, used + int(gibibytes * 2**30))
 
 
-def limit_cpu(seconds: float) -> None:
-    """Limits the CPU time of this process to `seconds` from now, and that of each process that it starts.
+def limit_cpu(seconds: int) -> None:
+    """Limits the CPU time of this process to `seconds` in all, and that of each process that it starts.
 
     This ends what a verifier leaves behind: the limit of its worker is the time of the clock.
     """
@@ -136,10 +136,9 @@ def limit_cpu(seconds: float) -> None:
         import resource
     except ImportError:
         return
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    soft, hard = int(usage.ru_utime + usage.ru_stime + seconds) + 1, resource.getrlimit(resource.RLIMIT_CPU)[1]
-    if hard == resource.RLIM_INFINITY or soft < hard:
-        resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    if hard == resource.RLIM_INFINITY or seconds < hard:
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, hard))
 
 
 def _lower(kind: int, limit: int) -> None:

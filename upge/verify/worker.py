@@ -42,13 +42,15 @@ def work(connection: socket.socket, server: int, setup: Mapping[str, Any]) -> No
         connection.set_inheritable(False)
         # A process that a verifier forks must neither speak for this one nor keep the connection open after its death.
         os.register_at_fork(after_in_child=connection.close)
-        channel, cpu_seconds = Channel(connection), setup["seconds"] * (os.cpu_count() or 1) + 1.0
+        channel, most_cpu, cpu_limit = Channel(connection), setup["seconds"] * (os.cpu_count() or 1), 0.0
         verifiers = _loaded(setup["names"], channel)
         own = os.getpid()
         channel.send(["ready", own])
         while True:
             number, name, *task = channel.receive()
-            isolation.limit_cpu(cpu_seconds)
+            if time.process_time() + most_cpu > cpu_limit:
+                cpu_limit = time.process_time() + 2 * most_cpu + 1
+                isolation.limit_cpu(math.ceil(cpu_limit))
             channel.send(["started", number])
             begin = time.monotonic()
             outcome = score(verifiers[name], *task)

@@ -21,7 +21,7 @@ from upge.verify import Item, Verdict, VerifierPool
 SLOW, COUNTED, BOMBS = f"{OWN}.slow", f"{OWN}.counted", f"{OWN}.bomb"
 
 
-def until(condition, seconds: float = 10.0) -> bool:
+def until(condition, seconds: float = 60.0) -> bool:
     """Does the condition come true in time?"""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
