@@ -46,7 +46,8 @@ def serve(setup: Setup) -> NoReturn:
             base.find(name)
     for name in setup["built_in"]:
         with contextlib.suppress(BaseException):
-            base.load(name).warm_up()
+            verifier: Any = base.load(name)  # an AnswerVerifier, perhaps of another import of its module
+            verifier.warm_up()
     gc.freeze()
     workers: dict[int, int] = {}  # number → process id
     helpers = isolation.children()  # that an import has started

@@ -199,11 +199,11 @@ def test_ranks_agree_with_one_process(size):
         return [made.collect(step) for step in (0, 1)]
 
     alone = work(ALONE)
-    assert [found for found, _ in alone] == [found for found, _ in work(ALONE)]
-    counts = [(f["sampling/rounds"], f["sampling/prompts"]) for _, f in alone]
+    assert [found for found, *_ in alone] == [found for found, *_ in work(ALONE)]
+    counts = [(f["sampling/rounds"], f["sampling/prompts"]) for _, f, _ in alone]
     for steps in Ranks(size).run(work):
-        assert [found for found, _ in steps] == [found for found, _ in alone]
-        assert [(f["sampling/rounds"], f["sampling/prompts"]) for _, f in steps] == counts
+        assert [found for found, *_ in steps] == [found for found, *_ in alone]
+        assert [(f["sampling/rounds"], f["sampling/prompts"]) for _, f, _ in steps] == counts
 
 
 def test_least_used_by_hand():
