@@ -32,13 +32,14 @@ from upge.measure.pool import Group, Pool, deal
 from upge.models import local_path
 from upge.models.loading import check_loaded, has_cuda, read_config
 from upge.rollout import Sampler, Sampling
-from upge.rollout.verified_sampling import VerifiedSampler
+from upge.rollout.verified_sampling import FirstError, VerifiedSampler
 from upge.train.adapter import Adapter
 from upge.train.config import ModelConfig
 from upge.train.folder import RunFolder
 from upge.train.prompt_order import prompt_indices, stream_seed
 from upge.train.resharding import whole_weights
 from upge.train.sample import Trajectory, has_pair
+from upge.train.verdicts import FAILED
 
 
 @dataclass(frozen=True)
@@ -247,14 +248,18 @@ def sample(
     length = run.rollout.max_prompt_tokens + run.rollout.max_response_tokens
     sampling = Sampling(run.rollout.temperature, 1.0, run.rollout.max_response_tokens, prompts.prompting.stop_token_ids)
     size, parted = _parted(config.reference)
+    first_error = FirstError()
     with verifier_pool(prompts.verifiers, run.verify) as pool:
 
         def drawn(sampler: Sampler, purpose: str, examples: Sequence[Example], n: int) -> list[list[Trajectory]]:
             verified = VerifiedSampler(sampler, pool, prompts.prompting)
             seeds = [stream_seed(run.seed, "diagnose", purpose, q) for q in range(len(examples))]
-            groups = verified.sample(examples, n, sampling, seeds).groups
-            say(f"{purpose}: {n} rollouts of {len(examples)} prompts")
-            each = enumerate(zip(examples, groups, strict=True))
+            sampled = verified.sample(examples, n, sampling, seeds)
+            first_error(sampled.first_error)
+            failed = sum(verdict.status in FAILED for group in sampled.groups for _, verdict in group)
+            without = f", {failed} of them without a verdict, which count as wrong" if failed else ""
+            say(f"{purpose}: {n} rollouts of {len(examples)} prompts{without}")
+            each = enumerate(zip(examples, sampled.groups, strict=True))
             return [[_rollout(q, example, *response) for response in group] for q, (example, group) in each]
 
         sampler = load_sampler(model, run.rollout, length, run.seed)

@@ -6,6 +6,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -97,7 +98,7 @@ def _sample(chosen: Any, prepared: Any, total: int, missing: int, arguments: Seq
     from experiments.evaluate.prepare import check_unchanged
     from experiments.run.prepare import load_sampler, verifier_pool
     from upge.evaluation.evaluator import Evaluator
-    from upge.rollout.verified_sampling import VerifiedSampler
+    from upge.rollout.verified_sampling import FirstError, VerifiedSampler
 
     config, folder = chosen.config, prepared.folder
     length = config.suite.max_prompt_tokens + config.suite.max_response_tokens
@@ -109,7 +110,8 @@ def _sample(chosen: Any, prepared: Any, total: int, missing: int, arguments: Seq
         if others and missing < total:
             print(f"note: earlier responses in {folder.path} were drawn with {', '.join(others)}", flush=True)
         with Progress(total, total - missing) as progress:
-            verified = VerifiedSampler(sampler, pool, prepared.prompting)
+            first_error = FirstError(partial(tqdm.write, file=sys.stderr))
+            verified = VerifiedSampler(sampler, pool, prepared.prompting, first_error)
             evaluator = Evaluator(verified, prepared.sampling, config.seed, progress.wrote)
             for questions in prepared.questions:
                 name = questions.benchmark.name

@@ -143,10 +143,25 @@ def _leaves(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def answer_notes(scores: Mapping[str, Any]) -> list[str]:
-    """Notes on benchmarks in which most responses give the same answer; older scores.json files lack this number."""
+    """Notes on benchmarks with failed verdicts, or in which most responses give the same answer.
+
+    Older scores.json files lack the number of the latter.
+    """
     benchmarks = scores["benchmarks"].items()
-    sentences = ((name, same_answer(one.get("commonest", NONE), one["problems"])) for name, one in benchmarks)
+    sentences = [(name, _failed(name, one)) for name, one in benchmarks]
+    sentences += [(name, same_answer(one.get("commonest", NONE), one["problems"])) for name, one in benchmarks]
     return [f"{name}: {sentence}" for name, sentence in sentences if sentence]
+
+
+def _failed(name: str, one: Mapping[str, Any]) -> str:
+    """A sentence on the responses of a benchmark whose verification failed; empty if there are none."""
+    if not one["errors"] + one["timeouts"]:
+        return ""
+    return (
+        f"the verifier failed on {one['errors']} and exceeded its time on {one['timeouts']} of "
+        f"{one['problems'] * one['samples']} responses, which count as wrong; the reasons are in samples/{name}.jsonl "
+        "(detail). If the verifier was at fault, correct it and evaluate into another folder"
+    )
 
 
 #: Bytes that `_probe` hashes at the beginning, in the middle and at the end of a file.

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from experiments.config import compose, presets, resolved, suite_tree
 from experiments.evaluate.folder import EvaluationFolder, difference, fingerprint, output_folder
 from experiments.run import answer_check
-from experiments.run.prepare import check_length, load_prompting
+from experiments.run.prepare import check_length, check_verifiers, load_prompting
 from upge.config import Settings, from_tree, key, meanings, parse, section, split
 from upge.data import Prompting
 from upge.errors import ConfigError, DataError, ModelError, nearest
@@ -204,7 +204,7 @@ def prepare(chosen: Chosen) -> Prepared:
         max_tokens=config.suite.max_response_tokens,
         stop_token_ids=prompting.stop_token_ids,
     )
-    notes = [*chosen.notes, *notes]
+    notes = [*chosen.notes, *notes, *check_verifiers(verifiers, config.verify)]
     return Prepared(model, prompting, questions, sampling, verifiers, folder, continues, weights, tuple(notes))
 
 

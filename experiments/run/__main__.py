@@ -47,7 +47,7 @@ def _run(arguments: list[str]) -> int:
         from experiments.run.launch import check_gpus, on_gpus
         from experiments.run.limits import limits_explained
         from experiments.run.memory_check import check_fits
-        from experiments.run.prepare import prepare, with_local_models
+        from experiments.run.prepare import check_verifiers, prepare, with_local_models
         from experiments.run.train import train
         from upge.train.stopping import FAILED, Ending, StopSignals
         from upge.train.watch import Watch
@@ -61,6 +61,7 @@ def _run(arguments: list[str]) -> int:
             return cli.DONE
         prepared = prepare(composed)
         notes = (*composed.notes, *prepared.notes, *check_gpus(composed, arguments), *check_fits(composed))
+        notes += tuple(check_verifiers(prepared.verifiers, composed.config.verify))
         world = connect()
         # Of all ranks the main one chooses the folder; another rank may have seen it there already.
         folder, continues = world.broadcast((prepared.folder, prepared.continues))

@@ -24,6 +24,9 @@ from upge.train.config import EvalConfig, ModelConfig, RunConfig, VerifyConfig
 from upge.train.folder import RunFolder
 from upge.train.sample import has_pair, usable
 from upge.verify import VerifierPool
+from upge.verify.base import BUILT_IN
+from upge.verify.isolation import can_leave_network
+from upge.verify.pool import check_limits
 
 #: Columns that this trainer fills beyond rewards, masks and groups.
 PROVIDED = ("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "preference")
@@ -161,7 +164,25 @@ def load_sampler(
 
 def verifier_pool(verifiers: Sequence[str], config: VerifyConfig) -> VerifierPool:
     """The processes that verify a run's or an evaluation's responses."""
-    return VerifierPool(verifiers, config.workers, config.time_limit, config.memory_limit)
+    limits = config.workers, config.time_limit, config.memory_limit
+    return VerifierPool(verifiers, *limits, config.environment, config.network)
+
+
+def check_verifiers(verifiers: Sequence[str], config: VerifyConfig) -> list[str]:
+    """Checks that this machine can run these verifiers as the settings say; returns notes about the network.
+
+    Only verifiers that execute other code than upge's are worth a note.
+
+    Raises:
+        ConfigError: there are too many workers for the machine, or an environment variable is not set.
+    """
+    check_limits(config.workers, config.time_limit, config.memory_limit, config.environment)
+    own = [name for name in verifiers if name not in BUILT_IN]
+    if config.network or not {*own, "reasoning_gym"} & {*verifiers}:
+        return []
+    if not can_leave_network():
+        return ["verifiers can use the network, because this system lets no process leave it (unshare)"]
+    return [f"{', '.join(own)} cannot use the network; verify.network=true lets verifiers use it"] if own else []
 
 
 def check_length(

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments import files
-from experiments.cli import collector_paused
+from experiments.cli import BAD_INPUT, collector_paused, print_error
 from upge.train.distributed import World
 from upge.train.stopping import StopSignals
 
@@ -43,6 +43,8 @@ class Progress:
         k, scores = line["samples"], line["all"]
         text = f"step {line['step']}: greedy {scores['greedy']:.3f}, pass@{k} {scores[f'pass@{k}']:.3f}, "
         text += f"mean@{k} {scores[f'mean@{k}']:.3f} on {scores['problems']} problems"
+        if line["errors"] or line["timeouts"]:
+            text += f", {line['errors']} verifier errors and {line['timeouts']} timeouts count as wrong"
         tqdm.write(f"{text} ({line['time']:.0f} s)")
 
     def note(self, text: str) -> None:
@@ -65,7 +67,7 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, record:
     from experiments.run.launch import check_shared
     from experiments.run.prepare import verifier_pool
     from upge.evaluation.evaluator import training_accuracy
-    from upge.rollout.verified_sampling import VerifiedSampler
+    from upge.rollout.verified_sampling import FirstError, VerifiedSampler
     from upge.train.trainer import Parts, Trainer
 
     config, folder = composed.config, prepared.folder
@@ -84,7 +86,8 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, record:
             sampler = _sampler(config)
         say(f"rollouts: {sampler.reason}")
         resume_from = world.broadcast(folder.resume_step(config.resume) if prepared.continues else None)
-        verified = VerifiedSampler(sampler, pool, prepared.prompting, stop.requested)
+        first_error = FirstError(partial(tqdm.write, file=sys.stderr))
+        verified = VerifiedSampler(sampler, pool, prepared.prompting, first_error, stop.requested)
         progress = Progress(config.steps, resume_from or 0, enabled=world.is_main)
         data = (prepared.train, prepared.weights, prepared.prompting)
         measure = partial(training_accuracy, config, prepared.evaluation, verified, world)
@@ -193,8 +196,11 @@ def _finish(path: Path, ending: Any, say: Any) -> None:
     best = RunFolder(path).best_metadata
     if best:
         say(f"best:   {path / 'best'}, step {best['step']}, mean@{best['samples']} {100 * best['mean']:.1f} %")
+    if ending.code == BAD_INPUT:
+        print_error(ending.reason)
     if ending.code:
-        say(f"{ending.reason}; the same command with output={path} continues")
+        reason = "stopped before the next update" if ending.code == BAD_INPUT else ending.reason
+        say(f"{reason}; the same command with output={path} continues")
     else:
         say(f"model:  {path / 'final'}")
 

@@ -1,0 +1,1 @@
+"""Deliberate damage: nothing fails silently, and nothing is lost."""

@@ -7,7 +7,7 @@ and both compute pass@k with `upge.evaluation.scores`.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from upge.evaluation.samples import Sample, SampleFile
 from upge.evaluation.scores import pass_at_k
 from upge.evaluation.suite import Benchmark
 from upge.rollout import Sampling
-from upge.rollout.verified_sampling import PendingRollout, VerifiedSampler
+from upge.rollout.verified_sampling import PendingRollout, VerifiedRollouts, VerifiedSampler
 from upge.train.config import RunConfig
 from upge.train.distributed import World, gather_results
 from upge.train.prompt_order import stream_seed
@@ -142,6 +142,7 @@ class Evaluator:
         """Waits for the verdict and writes the sample. It runs in a separate thread, so that generation continues."""
         problem = questions.benchmark.problems[number]
         verdict = response.verdict.result()
+        self.sampler.first_error(verdict.error)
         sample = Sample(
             benchmark=questions.benchmark.name,
             id=problem.id,
@@ -177,11 +178,12 @@ def training_accuracy(
         world: the ranks of the run, which must all call this.
 
     Returns:
-        {"samples": k, "temperature", "levels": {level: shares}, "all": shares}, the same on every rank, where `shares`
-        is the result of `accuracy`.
+        {"samples": k, "temperature", "timeouts", "errors", "levels": {level: shares}, "all": shares}, the same on every
+        rank, where `shares` is the result of `accuracy`, and timeouts and errors are numbers of responses without a
+        verdict, which count as wrong.
 
     Raises:
-        RunError: sampling ended early on some rank.
+        VerifierError, RunError: a rank's verifiers cannot run, or sampling ended early; raised on all ranks.
     """
     own = list(range(world.rank, len(examples), world.size))
     limits = config.rollout.max_response_tokens, sampler.prompting.stop_token_ids
@@ -189,21 +191,28 @@ def training_accuracy(
     seeds = [stream_seed(config.seed, "evaluation", i) for i in own]
     problems = [examples[i] for i in own]
 
-    def of_rank() -> list[tuple[int, bool, list[bool]]]:
-        greedy = _solved(sampler, problems, 1, Sampling(0.0, 1.0, *limits), seeds)
-        sampled = _solved(sampler, problems, config.eval.samples, sampling, seeds)
-        return [(i, first, rest) for i, (first,), rest in zip(own, greedy, sampled, strict=True)]
+    def measure() -> tuple[list[tuple[int, bool, list[bool]]], Counter[str], str]:
+        greedy = sampler.sample(problems, 1, Sampling(0.0, 1.0, *limits), seeds)
+        sampled = sampler.sample(problems, config.eval.samples, sampling, seeds)
+        rows = [(i, first, rest) for i, (first,), rest in zip(own, _solved(greedy), _solved(sampled), strict=True)]
+        verdicts = (verdict for one in (greedy, sampled) for group in one.groups for _, verdict in group)
+        return rows, Counter(verdict.status for verdict in verdicts), greedy.first_error or sampled.first_error
 
-    of_ranks = gather_results(world, of_rank)
+    of_ranks = gather_results(world, measure)
+    status = sum((counts for _, counts, _ in of_ranks), Counter[str]())
+    if world.is_main:
+        sampler.first_error(next((error for *_, error in of_ranks if error), ""))
     levels: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
         levels.setdefault(example.problem.level or "all", []).append(index)
-    of_problems = {index: (first, rest) for part in of_ranks for index, first, rest in part}
+    of_problems = {index: (first, rest) for part, _, _ in of_ranks for index, first, rest in part}
     first, correct = (torch.tensor([of_problems[i][j] for i in range(len(examples))], dtype=torch.bool) for j in (0, 1))
     correct = correct.reshape(len(examples), config.eval.samples)
     return {
         "samples": config.eval.samples,
         "temperature": config.eval.temperature,
+        "timeouts": status["timeout"],
+        "errors": status["error"],
         "levels": {level: accuracy(first[rows], correct[rows]) for level, rows in levels.items()},
         "all": accuracy(first, correct),
     }
@@ -227,9 +236,6 @@ def accuracy(greedy: Bool[Tensor, " P"], correct: Bool[Tensor, "P k"]) -> dict[s
     return {"problems": problems} | {name: sum(values.tolist()) / max(problems, 1) for name, values in shares.items()}
 
 
-def _solved(
-    sampler: VerifiedSampler, examples: Sequence[Example], n: int, sampling: Sampling, seeds: Sequence[int]
-) -> list[list[bool]]:
-    """For each problem, whether each of its n responses is correct."""
-    groups = sampler.sample(examples, n, sampling, seeds).groups
-    return [[verdict.reward > SUCCESS_REWARD for _, verdict in group] for group in groups]
+def _solved(rollouts: VerifiedRollouts) -> list[list[bool]]:
+    """For each problem, whether each of its responses is correct."""
+    return [[verdict.reward > SUCCESS_REWARD for _, verdict in group] for group in rollouts.groups]

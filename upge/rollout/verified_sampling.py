@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from upge.errors import Interrupted
@@ -52,18 +53,47 @@ class VerifiedRollouts:
     sampling_seconds: float
     verifying_seconds: float
 
+    @property
+    def first_error(self) -> str:
+        """The traceback of the first error among the verdicts, or its reason; empty without an error."""
+        verdicts = (verdict for group in self.groups for _, verdict in group)
+        return next((verdict.error for verdict in verdicts if verdict.error), "")
+
+
+class FirstError:
+    """Tells the first error of verifiers and ignores later ones, which are counted and recorded elsewhere.
+
+    Args:
+        say: prints a text of several lines; by default to standard error.
+    """
+
+    def __init__(self, say: Callable[[str], object] | None = None) -> None:
+        self._say, self._is_told = say or _to_stderr, False
+
+    def __call__(self, error: str) -> None:
+        """Tells an error, unless there was one before or the text is empty."""
+        if error and not self._is_told:
+            self._is_told = True
+            self._say(f"a verifier failed on a response, whose reward is 0; later errors are only counted:\n{error}")
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
 
 @dataclass(frozen=True)
 class VerifiedSampler:
     """Samples responses to examples and verifies each of them as soon as it is complete.
 
     A problem names its verifier in the `pool`; one that names none takes the first. `prompting` decodes responses.
-    `interrupted` is asked between decoding steps and while verdicts are awaited; True ends the call with `Interrupted`.
+    Whoever reads the verdicts passes their errors to `first_error`, on one rank only. `interrupted` is asked between
+    decoding steps and while verdicts are awaited; True ends the call with `Interrupted`.
     """
 
     engine: Sampler
     pool: VerifierPool
     prompting: Prompting
+    first_error: FirstError = field(default_factory=FirstError)
     interrupted: Callable[[], bool] | None = None
 
     def sample(self, examples: Sequence[Example], n: int, sampling: Sampling, seeds: Sequence[int]) -> VerifiedRollouts:

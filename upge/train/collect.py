@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from upge.algorithm import Algorithm
 from upge.data import Example
@@ -18,10 +19,25 @@ from upge.train.config import RunConfig
 from upge.train.distributed import World, gather_results
 from upge.train.prompt_order import demonstration_choice, held_out, least_used, mixed_indices, permutation, stream_seed
 from upge.train.sample import Trajectory, assemble, has_pair, indexed, usable
+from upge.train.verdicts import StepVerdicts
 from upge.verify import Verdict
 
 #: The streams of prompts: those that the steps train on, and those reserved for validation.
 TRAIN, HELD_OUT = "train", "held out"
+
+
+class Collection(NamedTuple):
+    """A step's trajectories.
+
+    Attributes:
+        trajectories: with their index.
+        metrics: of their collection, by name.
+        verdicts: on all rollouts that were sampled.
+    """
+
+    trajectories: list[Trajectory]
+    metrics: dict[str, float]
+    verdicts: StepVerdicts = StepVerdicts()
 
 
 class Collector:
@@ -87,8 +103,8 @@ class Collector:
                     "needs; set its weight to 0, or leave the data set out"
                 )
 
-    def collect(self, step: int, stream: str = TRAIN) -> tuple[list[Trajectory], dict[str, float]]:
-        """The trajectories of a step and metrics of their collection.
+    def collect(self, step: int, stream: str = TRAIN) -> Collection:
+        """The trajectories of a step, metrics of their collection, and what became of the verdicts.
 
         Args:
             step: of the run, counted from 0.
@@ -96,9 +112,11 @@ class Collector:
                 there are fewer.
 
         Returns:
-            The trajectories, and the seconds of sampling and verification on this rank ('time/rollout', 'time/verify').
-            With dynamic sampling also the number of rounds ('sampling/rounds') and of sampled prompts
-            ('sampling/prompts').
+            The metrics are the seconds of sampling and verification on this rank ('time/rollout', 'time/verify'), with
+            dynamic sampling also the number of rounds ('sampling/rounds') and of sampled prompts ('sampling/prompts').
+
+        Raises:
+            VerifierError: a rank's verifiers cannot run; raised on all ranks.
         """
         count, candidates = self.config.prompts_per_step, self.streams[stream]
         seeds: tuple[int | str, ...] = ("rollout", step)
@@ -107,17 +125,17 @@ class Collector:
         else:
             indices = self._held_out_indices(step, min(count, len(candidates)))
             seeds = ("rollout", stream, step)
-        rollouts: list[Trajectory] = []
-        metrics = {"time/rollout": 0.0, "time/verify": 0.0}
+        rollouts, metrics, verdicts = Collection([], {"time/rollout": 0.0, "time/verify": 0.0})
         if self.needs.rollouts:
-            rollouts, metrics = self._rollouts(indices, seeds)
+            rollouts, metrics, verdicts = self._rollouts(indices, seeds)
             if self.dynamic_sampling is not None and stream == TRAIN:
-                indices, rollouts, more = self._redrawn(indices, rollouts, step)
-                metrics = _sum(metrics, more)
+                indices, redrawn = self._redrawn(indices, rollouts, step)
+                rollouts, metrics = redrawn.trajectories, _sum(metrics, redrawn.metrics)
+                verdicts += redrawn.verdicts
         given = [t for group, index in enumerate(indices) for t in self._given(group, index, step)]
         # The sort is stable and a prompt's rollouts are in order of sampling.
         trajectories = sorted(rollouts + given, key=lambda t: (t.group, t.is_demonstration))
-        return indexed(trajectories), metrics
+        return Collection(indexed(trajectories), metrics, verdicts)
 
     def demonstrations(self, indices: Iterable[int], step: int) -> list[Trajectory]:
         """The demonstrations of these examples, one group per example; examples without one are passed over."""
@@ -149,9 +167,7 @@ class Collector:
         counts = {n: sum(i in s for i in wanted) - sum(i in s for i in accepted) for n, s in strata.items()}
         return {name: count for name, count in counts.items() if count > 0}
 
-    def _redrawn(
-        self, indices: list[int], first: list[Trajectory], step: int
-    ) -> tuple[list[int], list[Trajectory], dict[str, float]]:
+    def _redrawn(self, indices: list[int], first: list[Trajectory], step: int) -> tuple[list[int], Collection]:
         """Dynamic sampling: replaces prompts whose gate is closed, for a number of rounds.
 
         Args:
@@ -160,12 +176,13 @@ class Collector:
             step: of the run.
 
         Returns:
-            The accepted examples, their rollouts, and the metrics of the further rounds. If the gate is closed on all
-            prompts, the examples and rollouts of the first round.
+            The accepted examples and their rollouts, with the metrics and verdicts of the further rounds. If the gate
+            is closed on all prompts, the examples and rollouts of the first round.
         """
         assert self.dynamic_sampling is not None
         wanted, rollouts, tried, rounds = list(indices), first, list(indices), 1
         metrics: dict[str, float] = {}
+        verdicts = StepVerdicts()
         accepted: list[int] = []
         trajectories: list[Trajectory] = []
         while True:
@@ -176,12 +193,14 @@ class Collector:
                 break
             # Accepted examples count twice, so that in a small data set they come last.
             indices = self._replacements(self._missing(wanted, accepted), tried + accepted, "redraw", step, rounds)
-            rollouts, times = self._rollouts(indices, ("rollout", step, rounds))
-            metrics = _sum(metrics, times)
+            rollouts, times, more = self._rollouts(indices, ("rollout", step, rounds))
+            metrics, verdicts = _sum(metrics, times), verdicts + more
             tried += indices
             rounds += 1
         metrics |= {"sampling/rounds": rounds, "sampling/prompts": len(tried)}
-        return (accepted, trajectories, metrics) if accepted else (wanted, first, metrics)
+        if not accepted:
+            accepted, trajectories = wanted, first
+        return accepted, Collection(trajectories, metrics, verdicts)
 
     def _open_groups(self, rollouts: list[Trajectory], step: int) -> list[tuple[int, list[Trajectory]]]:
         """The groups, in order, with a rollout on which the gate is not 0."""
@@ -193,7 +212,7 @@ class Collector:
         open_groups = {t.group for t, is_closed in zip(rollouts, closed, strict=True) if not is_closed}
         return [(group, members) for group, members in groups.items() if group in open_groups]
 
-    def _rollouts(self, indices: list[int], seeds: tuple[int | str, ...]) -> tuple[list[Trajectory], dict[str, float]]:
+    def _rollouts(self, indices: list[int], seeds: tuple[int | str, ...]) -> Collection:
         """All ranks' verified rollouts of these prompts, whose groups are numbered from 0, and this rank's seconds.
 
         Each rank samples a part of the prompts.
@@ -201,23 +220,26 @@ class Collector:
         Raises:
             RunError: sampling ended early on some rank.
         """
-        assert self.sampler is not None
-        config, world, sampler = self.config, self.world, self.sampler
+        sampler, config, world = self.sampler, self.config, self.world
+        assert sampler is not None
         groups = list(range(world.rank, len(indices), world.size))
         group_seeds = [stream_seed(config.seed, *seeds, group) for group in groups]
         examples = [self.examples[indices[group]] for group in groups]
         times: dict[str, float] = {}
 
-        def of_rank() -> list[Trajectory]:
+        def sample() -> tuple[list[Trajectory], str]:
             sampled = sampler.sample(examples, config.group_size, self.sampling, group_seeds)
             times.update({"time/rollout": sampled.sampling_seconds, "time/verify": sampled.verifying_seconds})
-            return [
+            of_rank = [
                 _rollout(indices[group], group, example, rollout, verdict)
                 for group, example, responses in zip(groups, examples, sampled.groups, strict=True)
                 for rollout, verdict in responses
             ]
+            return of_rank, sampled.first_error
 
-        return sorted((t for part in gather_results(world, of_rank) for t in part), key=lambda t: t.group), times
+        of_ranks = gather_results(world, sample)
+        rollouts = sorted((t for part, _ in of_ranks for t in part), key=lambda t: t.group)
+        return Collection(rollouts, times, StepVerdicts.of(rollouts, [error for _, error in of_ranks]))
 
     def _given(self, group: int, index: int, step: int) -> list[Trajectory]:
         """The trajectories that the data set has for a prompt.
@@ -257,6 +279,7 @@ def _rollout(index: int, group: int, example: Example, rollout: Rollout, verdict
         sampler_logprobs=rollout.logprobs,
         finished=rollout.finished,
         status=verdict.status,
+        detail=verdict.detail,
     )
 
 

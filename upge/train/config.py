@@ -15,6 +15,7 @@ from upge.config import Settings, key, section
 from upge.errors import ConfigError
 from upge.pipeline import Span
 from upge.train.deepspeed_settings import DeepspeedConfig
+from upge.verify.base import LONGEST_TIME, MOST_MEMORY, MOST_WORKERS, WORKERS_PER_CORE
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,17 @@ class VerifyConfig(Settings):
     verifier: str = key(
         "math", "verifier (name or callable's path) of problems that name none; see docs/verification.md"
     )
-    workers: int = key(2, "worker processes per rank", above=0)
-    time_limit: float = key(5.0, "seconds per answer; above it the reward is 0 and the status 'timeout'", above=0)
-    memory_limit: float = key(4.0, "GiB of memory per answer; above it the reward is 0 and the status 'error'", above=0)
+    workers: int = key(
+        2, f"worker processes per rank, at most {WORKERS_PER_CORE} for each core", above=0, maximum=MOST_WORKERS
+    )
+    time_limit: float = key(
+        5.0, "seconds per answer; above it the reward is 0 and the status 'timeout'", above=0, maximum=LONGEST_TIME
+    )
+    memory_limit: float = key(
+        4.0, "GiB of memory per answer; above it the reward is 0 and the status 'error'", above=0, maximum=MOST_MEMORY
+    )
+    environment: list = key([], "further environment variables that verifiers see, such as [JUDGE_API_KEY]")
+    network: bool = key(False, "let verifiers use the network; without it they cannot where the system allows that")
 
 
 @dataclass(frozen=True)
@@ -186,6 +195,13 @@ class StopConfig(Settings):
     """When a run stops early."""
 
     nonfinite_updates: int = key(5, "stop with exit code 3 after N non-finite updates in a row", above=0)
+    verifier_errors: float = key(
+        0.5,
+        "stop with exit code 2 before the update if a larger share of a step's verdicts are errors or timeouts; "
+        "1 = never",
+        minimum=0,
+        maximum=1,
+    )
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from upge.train.files import (
 #: Keys, and sections with all their keys, that may differ between a run and its continuation: none changes a gradient.
 FREE_KEYS = (
     *("steps", "resume", "output", "log_rollouts", "eval.every", "checkpoint", "stop", "diagnose", "hardware"),
-    *("optimizer.micro_batch_tokens", "model.gradient_checkpointing", "deepspeed", "verify.workers"),
+    *("optimizer.micro_batch_tokens", "model.gradient_checkpointing", "deepspeed"),
+    *("verify.workers", "verify.time_limit", "verify.memory_limit", "verify.environment", "verify.network"),
     *("rollout.memory_fraction", "rollout.max_sequences", "rollout.max_batched_tokens"),
 )
 #: Files with lines of single steps, and folders with a file for each of some steps.

@@ -18,6 +18,7 @@ from upge.train.engine import BasePolicy, CriticEngine, Engine, ReferencePolicy
 from upge.train.metrics import UpdateReport
 from upge.train.sample import Trajectory, assemble
 from upge.train.update import Updater
+from upge.train.verdicts import StepVerdicts
 
 #: The name of the optimizer moments of interleaved updates.
 _INTERLEAVED = "interleaved_update"
@@ -49,11 +50,19 @@ class Models:
 
 @dataclass(frozen=True)
 class Collected:
-    """What was collected for a step; `held_out` is None unless a gate asks for held-out prompts in this step."""
+    """What was collected for a step.
+
+    Attributes:
+        trajectories: that the step learns from.
+        held_out: None unless a gate asks for held-out prompts in this step.
+        metrics: of the collection.
+        verdicts: on all rollouts, held-out ones included.
+    """
 
     trajectories: list[Trajectory]
     held_out: list[Trajectory] | None
     metrics: dict[str, float]
+    verdicts: StepVerdicts
 
 
 class Learner:
@@ -106,12 +115,12 @@ class Learner:
 
         Prompts and seeds follow the step of the run, and gates and schedules that of the stage.
         """
-        trajectories, metrics = self.collector.collect(step)
+        trajectories, metrics, verdicts = self.collector.collect(step)
         if self.validation is None or not self._slope_gates(step_in_stage):
-            return Collected(trajectories, None, metrics)
-        held_out, more = self.validation[0].collect(step, HELD_OUT)
+            return Collected(trajectories, None, metrics, verdicts)
+        held_out, more, of_held_out = self.validation[0].collect(step, HELD_OUT)
         times = {name: metrics.get(name, 0.0) + more[name] for name in more if name.startswith("time/")}
-        return Collected(trajectories, held_out, metrics | times)
+        return Collected(trajectories, held_out, metrics | times, verdicts + of_held_out)
 
     def update(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from upge.train.diagnostics import Diagnostics, TopTrajectory, merged, token_lin
 from upge.train.folder import RunFolder
 from upge.train.packing import packed_length
 from upge.train.sample import Trajectory
+from upge.train.verdicts import FAILED
 from upge.views import SUCCESS_REWARD, PackedTokens
 
 
@@ -262,8 +263,6 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "entropy": -sum(sum(t.sampler_logprobs or ()) for t in rollouts) / max(tokens, 1),
         "response_length": tokens / n,
         "response_cut_share": sum(not t.finished for t in rollouts) / n,
-        "verify/timeouts": sum(t.status == "timeout" for t in rollouts),
-        "verify/errors": sum(t.status == "error" for t in rollouts),
     }
 
 
@@ -287,13 +286,39 @@ class Recorder:
         edge, periods = step in (1, self.config.steps), (self.config.log_rollouts, self.config.diagnose.gradients_every)
         return Diagnostics(*(every > 0 and (edge or step % every == 0) for every in periods))
 
-    def record(self, metrics: Mapping[str, float], active: ActiveTrajectories, tops: Sequence[TopTrajectory]) -> None:
-        """Writes the lines of a step: `metrics` is its line of metrics.jsonl, and `tops` are those of all ranks."""
+    def record_failed(self, step: int, trajectories: Sequence[Trajectory], failed: Sequence[Trajectory]) -> None:
+        """Writes the responses of a step whose verification failed, if there are any; `record` writes them again.
+
+        Args:
+            step: counted from 1.
+            trajectories: of the step.
+            failed: the rollouts whose verification failed, also those that are not among the step's trajectories.
+        """
+        if failed:
+            kept = [t for t in trajectories if t.status in FAILED]
+            self.folder.write_rows("rollouts", step, self._response_lines([*kept, *_dropped(failed, trajectories)]))
+
+    def record(
+        self,
+        metrics: Mapping[str, float],
+        active: ActiveTrajectories,
+        tops: Sequence[TopTrajectory],
+        failed: Sequence[Trajectory] = (),
+    ) -> None:
+        """Writes the lines of a step.
+
+        Args:
+            metrics: its line of metrics.jsonl.
+            active: its trajectories.
+            tops: those of all ranks.
+            failed: as for `record_failed`.
+        """
         step = int(metrics["step"])
         self.folder.append("metrics.jsonl", metrics)
         self.folder.append("prompts.jsonl", *({"step": step, **line} for line in active.prompt_lines(self.examples)))
         if self.diagnostics(step).top_tokens:
-            self.folder.write_rows("rollouts", step, self._response_lines(active.trajectories))
+            responses = [*active.trajectories, *_dropped(failed, active.trajectories)]
+            self.folder.write_rows("rollouts", step, self._response_lines(responses))
             lines = (token_line(top, self.examples, self.prompting.read) for top in merged(tops))
             self.folder.write_rows("tokens", step, lines)
 
@@ -310,6 +335,7 @@ class Recorder:
                 "reward": trajectory.reward,
                 "level": problem.level,
                 "status": trajectory.status,
+                "detail": trajectory.detail,
                 "is_demonstration": trajectory.is_demonstration,
                 "group": trajectory.group,
                 "tokens": len(trajectory.response_ids),
@@ -317,3 +343,9 @@ class Recorder:
             }
             for trajectory, problem, text in zip(trajectories, problems, texts, strict=True)
         ]
+
+
+def _dropped(failed: Sequence[Trajectory], trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """Those of `failed` whose prompts were redrawn, so that they are not among the step's trajectories."""
+    kept = {(t.example, t.response_ids) for t in trajectories}
+    return [replace(t, index=-1) for t in failed if (t.example, t.response_ids) not in kept]

@@ -29,6 +29,7 @@ class Trajectory:
         sampler_logprobs: as the inference engine reported them; None for what comes from the data set.
         finished: False if the response was cut at the length limit.
         status: of the verification: 'ok', 'timeout' or 'error'; 'demonstration' where nothing was verified.
+        detail: the reason for a timeout or an error.
         preference: +1 for the chosen side of a pair, -1 for the rejected one, 0 for neither.
         index: its place in the step, from 0 and the same on every rank. It is the trajectory's row in the step's batch
             and identifies it in metrics and in the lines of rollouts/ and tokens/.
@@ -45,6 +46,7 @@ class Trajectory:
     status: str = "demonstration"
     preference: int = 0
     index: int = 0
+    detail: str = ""
 
     @property
     def ids(self) -> TokenIds:

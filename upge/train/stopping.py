@@ -9,7 +9,7 @@ from types import FrameType
 from typing import NamedTuple
 
 #: Exit codes of a run that has begun. FAILED is for a failure of the machine, such as that of an inference engine.
-DONE, FAILED, NOT_FINITE = 0, 1, 3
+DONE, FAILED, BAD_INPUT, NOT_FINITE = 0, 1, 2, 3
 
 
 class Ending(NamedTuple):

@@ -25,11 +25,12 @@ from upge.train.distributed import World
 from upge.train.engine import WeightSync
 from upge.train.files import disk_errors
 from upge.train.folder import RunFolder
-from upge.train.learner import Learner, Memory, Models
+from upge.train.learner import Collected, Learner, Memory, Models
 from upge.train.metrics import Recorder, UpdateReport, nonfinite, rollout_metrics, step_metrics
 from upge.train.prompt_order import stream_seed
 from upge.train.sample import TokenIds
-from upge.train.stopping import DONE, FAILED, NOT_FINITE, Ending, StopSignals
+from upge.train.stopping import BAD_INPUT, DONE, FAILED, NOT_FINITE, Ending, StopSignals
+from upge.verify.base import VerifierError
 
 _T = TypeVar("_T")
 #: The critic's folder inside a checkpoint's; DeepSpeed's file names would be those of the policy's.
@@ -151,6 +152,9 @@ class Trainer:
             number = self._stop_signal()
             self.save()
             return Ending(128 + number, f"stopped by signal {number}; the state is saved")
+        except VerifierError as error:
+            self.save()
+            return Ending(BAD_INPUT, f"{error}; the state before the step is saved")
         except EngineError as error:
             self.save()
             return Ending(FAILED, f"stopped: {error} again after a restart; the state is saved")
@@ -167,6 +171,7 @@ class Trainer:
         Raises:
             Interrupted: a signal asks for it.
             EngineError: the sampler's engine has failed twice.
+            VerifierError: verifiers cannot run, or fail too often.
         """
         config, every = self.parts.config, self.parts.config.checkpoint.every
         # Also the one that an interruption cut off.
@@ -315,6 +320,7 @@ class Trainer:
         collected = self._sampling(lambda: learner.collect(state.step, step_in_stage))
         self._check_stop()
         self.sync.sleep()
+        self._check_verdicts(collected)
         rates, diagnostics = learning_rates(config, span, state.step), self.recorder.diagnostics(state.step + 1)
         start = time.perf_counter()
         report, more = learner.update(collected, step_in_stage, rates, memory, diagnostics)
@@ -331,6 +337,7 @@ class Trainer:
         metrics: dict[str, float] = {}
         if world.is_main:
             metrics = {"step": state.step, **rollout_metrics(report.active.trajectories)}
+            metrics |= collected.verdicts.metrics()
             metrics |= step_metrics(report, [sums for sums, _ in of_ranks])
             metrics |= {"skipped_updates": state.skipped, **extra}
         if learner.algorithm.stateful:
@@ -338,7 +345,8 @@ class Trainer:
         with world.together():
             if world.is_main:
                 metrics["time/total"] = time.perf_counter() - began
-                self.recorder.record(metrics, report.active, [top for _, tops in of_ranks for top in tops])
+                tops = [top for _, tops in of_ranks for top in tops]
+                self.recorder.record(metrics, report.active, tops, collected.verdicts.failed)
                 self.report_step(metrics)
         self._check_finite(nonfinite(metrics, report) or self._weights_problem())
         return report.skipped > 0 and self._too_many_skipped()
@@ -348,6 +356,15 @@ class Trainer:
         models = {"policy": self.parts.models.policy, "critic": self.parts.models.critic}
         ruined = [name for name, model in models.items() if model is not None and not model.is_finite()]
         return f"the weights of the {ruined[0]} are not finite after the update" if ruined else ""
+
+    def _check_verdicts(self, collected: Collected) -> None:
+        """Tells and records failed verdicts of the step in progress; raises VerifierError if they are too many."""
+        p, step, verdicts = self.parts, self.state.step + 1, collected.verdicts
+        with p.world.together():
+            if p.world.is_main:
+                p.sampler.first_error(verdicts.first_error)
+                self.recorder.record_failed(step, collected.trajectories, verdicts.failed)
+            verdicts.check(p.config.stop.verifier_errors, step)
 
     def _count_skipped(self, report: UpdateReport) -> None:
         state = self.state

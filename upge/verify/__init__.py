@@ -6,7 +6,17 @@ mathematics.
 """
 
 from upge.verify.answers import final_answer, final_text, last_boxed
-from upge.verify.base import Item, Verdict, Verifier, load
+from upge.verify.base import Item, Verdict, Verifier, VerifierError, load
 from upge.verify.pool import VerifierPool
 
-__all__ = ["Item", "Verdict", "Verifier", "VerifierPool", "final_answer", "final_text", "last_boxed", "load"]
+__all__ = [
+    "Item",
+    "Verdict",
+    "Verifier",
+    "VerifierError",
+    "VerifierPool",
+    "final_answer",
+    "final_text",
+    "last_boxed",
+    "load",
+]

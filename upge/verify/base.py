@@ -9,11 +9,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
-from upge.errors import ConfigError, nearest
+from upge.errors import ConfigError, UserError, nearest
 from upge.verify.answers import final_text
 
 LONGEST_ANSWER = 1000
 """The most characters of an answer that is parsed as mathematics; a longer one can only match exactly."""
+
+
+MOST_WORKERS, LONGEST_TIME, MOST_MEMORY = 1024, 86_400.0, 4096.0
+"""Upper bounds of a pool's settings: processes, seconds per answer, GiB per answer."""
+WORKERS_PER_CORE = 32
+"""Processes of a pool for each core of the machine, at most."""
+
+
+class VerifierError(UserError, RuntimeError):
+    """Verifiers that cannot run, or that fail on most responses."""
 
 
 class AnswerVerifier(ABC):
@@ -170,12 +180,19 @@ class Verdict:
         detail: the reason for a timeout or an error.
         extracted: the answer that the verifier read in the response, at most `LONGEST_EXTRACT` characters; None if it
             found none or does not report it.
+        traceback: of the exception in the verifier; empty if there was none.
     """
 
     reward: float
     status: str = "ok"
     detail: str = ""
     extracted: str | None = None
+    traceback: str = ""
+
+    @property
+    def error(self) -> str:
+        """The traceback of an error, or its detail; empty unless the status is "error"."""
+        return (self.traceback.rstrip() or self.detail) if self.status == "error" else ""
 
 
 def checked(item: Item) -> Item:
@@ -191,6 +208,14 @@ def checked(item: Item) -> Item:
     raise TypeError(
         "an item must be (response, answer, prompt or None, verifier or None), all text; found " + repr(parts)[:200]
     )
+
+
+def printable(text: str) -> str:
+    """A verifier's text for a terminal or a file: other characters than printable ones and line breaks are escaped."""
+    if text.isascii() and text.replace("\n", "").isprintable():
+        return text
+    escaped = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(escaped)
 
 
 def shortened(extracted: str | None) -> str | None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
+import select
 import socket
 import threading
 import time
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from multiprocessing.connection import wait
+from dataclasses import dataclass, field, replace
 
-from upge.verify.base import Verdict, shortened
-from upge.verify.processes import START_LIMIT, Task, Team, Worker
+from upge.verify.base import Verdict, VerifierError, printable, shortened
+from upge.verify.messages import Message, ProtocolError
+from upge.verify.processes import START_LIMIT, Settings, Task, Team, Worker
 
 START_ATTEMPTS = 3
 """Consecutive times that each worker may die before it has started an item."""
@@ -41,17 +44,13 @@ class Dispatcher:
     thread is a daemon. `close` ends it; `VerifierPool` calls `close` when it is collected or the interpreter exits. A
     fork of the process does not have the thread: there, `submit` raises and `close` does nothing.
 
-    Args:
-        time_limit: seconds that a worker may spend on an item.
-        memory_limit: memory that a worker may use beyond what it starts with [GiB]; None for no limit.
-
     Raises:
         OSError: processes cannot be started.
     """
 
-    def __init__(self, names: tuple[str, ...], workers: int, time_limit: float, memory_limit: float | None) -> None:
-        self._time_limit, self._owner = time_limit, os.getpid()
-        self._team = Team(names, workers, memory_limit)
+    def __init__(self, settings: Settings) -> None:
+        self._time_limit, self._owner = settings.time_limit, os.getpid()
+        self._team, self._numbers = Team(settings), itertools.count(1)
         self._inbox: deque[tuple[Task, Future[Verdict]]] = deque()
         self._jobs: dict[Task, Job] = {}
         self._queue: deque[Job] = deque()
@@ -90,7 +89,7 @@ class Dispatcher:
         if os.getpid() != self._owner:
             raise RuntimeError("this VerifierPool belongs to the process that made it; make a new one in this process")
         if self._failure is not None:
-            raise RuntimeError(str(self._failure)) from self._failure
+            raise type(self._failure)(str(self._failure)) from self._failure
         if self._is_closing or self._is_over:
             raise RuntimeError("this VerifierPool is closed; make a new one")
 
@@ -124,7 +123,9 @@ class Dispatcher:
                 self._give_up_unwanted()
                 self._hand_out()
                 self._listen()
-        except BaseException as error:  # passed on to all pending and later callers
+        except VerifierError as error:  # passed on to all pending and later callers
+            self._failure = error
+        except BaseException as error:
             self._failure = RuntimeError(str(error) or repr(error))
             self._failure.__cause__ = error
         finally:
@@ -159,7 +160,7 @@ class Dispatcher:
                 job = self._queue.popleft()
                 if not job.is_wanted:
                     self._end(job)
-                elif not worker.take_up(job, job.task):
+                elif not worker.take_up(job, job.task, next(self._numbers)):
                     self._queue.appendleft(job)
                     self._bury(worker)
                     break
@@ -169,53 +170,110 @@ class Dispatcher:
         workers = list(self._team.workers)
         first = min(worker.deadline for worker in workers)
         patience = None if first == float("inf") else max(0.0, first - time.monotonic())
-        spoke = wait([self._ear, *(worker.connection for worker in workers)], patience)
-        if self._ear in spoke:
-            self._ear.recv(4096)  # all signals since the last time
+        poll = select.poll()
+        poll.register(self._ear, select.POLLIN)
+        if self._team.output is not None:
+            poll.register(self._team.output, select.POLLIN)
         for worker in workers:
-            if worker.connection in spoke:
-                self._receive(worker)
-            elif time.monotonic() >= worker.deadline:
+            poll.register(worker.channel, select.POLLIN | (select.POLLOUT if worker.channel.has_unsent else 0))
+        events = dict(poll.poll(None if patience is None else math.ceil(1000 * patience)))
+        if self._ear.fileno() in events:
+            self._ear.recv(4096)  # all signals since the last time
+        if self._team.output in events:
+            self._team.pass_on()
+        now = time.monotonic()
+        for worker in workers:
+            event = events.get(worker.channel.fileno(), 0)
+            if event:
+                self._exchange(worker, event)
+            elif now >= worker.deadline:
                 self._expire(worker)
 
-    def _receive(self, worker: Worker) -> None:
-        """Handles one message of a worker, or its death."""
+    def _exchange(self, worker: Worker, event: int) -> None:
+        """Sends and receives what can be sent and received at once, or handles the worker's death.
+
+        `event` is the mask of `select.poll`.
+        """
         try:
-            kind, *content = worker.connection.recv()
+            if event & select.POLLOUT:
+                worker.channel.flush()
+            if event & ~select.POLLOUT:
+                for message in worker.channel.read():
+                    self._accept(worker, message)
         except (EOFError, OSError):
             self._bury(worker)
-            return
-        if kind == "ready":
-            worker.pid, worker.deadline = content[0], float("inf")
-        elif kind == "started":
-            worker.has_started, worker.deadline = True, time.monotonic() + self._time_limit
-            self._failed_starts = 0
-        elif kind == "done":
-            reward, status, detail, extracted, seconds = content
-            job, worker.job, worker.deadline = worker.job, None, float("inf")
-            # This thread may have read the message late. The worker knows how long the item took.
-            late = seconds > self._time_limit
-            self._answer(job, self._timeout() if late else Verdict(reward, status, detail, extracted))
-        else:
-            raise RuntimeError(f"a verification process could not load '{content[0]}': {content[1]}")
+        except ProtocolError as error:
+            self._bury(worker, f"the worker process was replaced, because it sent {error}")
 
-    def _bury(self, worker: Worker) -> None:
-        """Replaces a worker that has died. An item that it had started ends in an error, another is queued again."""
-        ending = self._team.replace(worker)
+    def _accept(self, worker: Worker, message: Message) -> None:
+        """Handles one message of a worker.
+
+        Raises:
+            ProtocolError: it is not the worker's turn to send it. What executes a response may write to the socket.
+            VerifierError: a verifier cannot be loaded.
+        """
+        match message:
+            case ["ready", int(pid)] if worker.pid is None:
+                worker.pid, worker.deadline = pid, float("inf")
+            case ["failed", str(name), str(reason)] if worker.pid is None:
+                raise VerifierError(
+                    f"a verification process could not load '{name}': {printable(reason)}; the processes have a "
+                    "limited environment (verify.environment) and no network unless verify.network=true"
+                )
+            case ["started", int(number)] if worker.expects(number) and not worker.has_started:
+                worker.has_started, worker.deadline = True, time.monotonic() + self._time_limit
+                self._failed_starts = 0
+            case ["done", int(number), *outcome] if worker.expects(number) and worker.has_started:
+                verdict = self._verdict(outcome)
+                job, worker.job, worker.deadline = worker.job, None, float("inf")
+                self._answer(job, verdict)
+            case _:
+                raise ProtocolError("a message out of turn")
+
+    def _verdict(self, outcome: Message) -> Verdict:
+        """The verdict that a worker has sent; raises ProtocolError if it is none."""
+        match outcome:
+            case [int() | float() as reward, status, str(detail), extracted, str(trace), float(seconds)] if (
+                0.0 <= reward <= 1.0 and status in ("ok", "error") and isinstance(extracted, str | None)
+            ):
+                # This thread may have read the message late. The worker knows how long the item took.
+                if seconds > self._time_limit:
+                    return self._timeout()
+                return Verdict(float(reward), status, printable(detail), extracted, printable(trace))
+        raise ProtocolError("something other than a verdict")
+
+    def _bury(self, worker: Worker, reason: str = "") -> None:
+        """Replaces a worker that has died or has to.
+
+        An item that it had started ends in an error, another is queued again.
+
+        Args:
+            worker: is killed if it is alive.
+            reason: why it has to be replaced; empty if it has died.
+        """
+        ending, words = self._team.replace(worker)
         if worker.job is not None and worker.has_started:
-            self._answer(worker.job, Verdict(0.0, "error", f"the worker process {ending}"))
+            self._answer(worker.job, Verdict(0.0, "error", reason or ending))
             return
         if worker.job is not None:
             self._queue.appendleft(worker.job)
         self._failed_starts += 1
         if self._failed_starts >= START_ATTEMPTS * len(self._team.workers):
-            raise RuntimeError(f"verification processes for {self._team.title} end before they start: see stderr")
+            raise VerifierError(
+                f"verification processes for {self._team.title} end before they start: {reason or ending}{words}"
+            )
 
     def _expire(self, worker: Worker) -> None:
         """Replaces a worker that has exceeded its deadline."""
+        if worker.pid is None:
+            raise VerifierError(
+                f"a verification process for {self._team.title} was not ready after {START_LIMIT:g} s; look for what "
+                "its module waits for when it is imported, or for an overloaded machine"
+            )
+        if not worker.has_started:
+            self._bury(worker, f"the worker process did not start on an item within {START_LIMIT:g} s")
+            return
         self._team.replace(worker)
-        if worker.job is None or not worker.has_started:
-            raise RuntimeError(f"a verification process for {self._team.title} was not ready after {START_LIMIT:g} s")
         self._answer(worker.job, self._timeout())
 
     def _timeout(self) -> Verdict:
@@ -223,8 +281,7 @@ class Dispatcher:
 
     def _answer(self, job: Job, verdict: Verdict) -> None:
         extracted = job.task.text if job.task.is_extracted else verdict.extracted
-        verdict = Verdict(verdict.reward, verdict.status, verdict.detail, shortened(extracted))
-        self._end(job, verdict)
+        self._end(job, replace(verdict, extracted=shortened(extracted)))
 
     def _end(self, job: Job, outcome: Verdict | RuntimeError | None = None) -> None:
         """Sets the outcome of a job's futures; None cancels them."""

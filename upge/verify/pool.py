@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 
 from upge.errors import ConfigError
-from upge.verify.base import BUILT_IN, AnswerVerifier, Item, Verdict, checked, load, shortened
+from upge.verify.base import (
+    BUILT_IN,
+    LONGEST_TIME,
+    MOST_MEMORY,
+    MOST_WORKERS,
+    WORKERS_PER_CORE,
+    AnswerVerifier,
+    Item,
+    Verdict,
+    checked,
+    load,
+    shortened,
+)
 from upge.verify.dispatch import Dispatcher
-from upge.verify.processes import Task
+from upge.verify.processes import Settings, Task
 
 
 class VerifierPool:
@@ -21,13 +34,16 @@ class VerifierPool:
 
     Args:
         verifiers: names of the verifiers, see `upge.verify.load`. An item names its verifier; the first is the default.
-        workers: number of worker processes.
+        workers: number of worker processes, at most `WORKERS_PER_CORE` for each core of the machine.
         time_limit: seconds that a worker may spend on an item; time in the queue does not count. A worker that exceeds
             the limit is killed and replaced, and one that dies is replaced. Only its own item is lost.
         memory_limit: memory that a worker may use beyond what it starts with [GiB]; None for no limit.
+        environment: names of environment variables that the processes see in addition to those of docs/verification.md.
+        network: whether the processes may use the network. Without it they cannot where the system allows that.
 
     Raises:
-        ConfigError: a verifier cannot be loaded, or a limit or the number of workers is not positive.
+        ConfigError: a verifier cannot be loaded, a limit or the number of workers is out of range, or a variable of
+            `environment` is not set.
     """
 
     def __init__(
@@ -36,17 +52,17 @@ class VerifierPool:
         workers: int = 2,
         time_limit: float = 5.0,
         memory_limit: float | None = 4.0,
+        environment: Sequence[str] = (),
+        network: bool = False,
     ) -> None:
-        _require_positive("workers", workers, whole=True)
-        _require_positive("time_limit", time_limit)
-        if memory_limit is not None:
-            _require_positive("memory_limit", memory_limit)
+        check_limits(workers, time_limit, memory_limit, environment)
         names = tuple(dict.fromkeys([verifiers] if isinstance(verifiers, str) else verifiers))
         if not names:
             raise ConfigError("verify.verifier: found an empty list; name at least one verifier, such as math")
         self._verifiers = {name: load(name) for name in names}
         self._first = names[0]
-        self._dispatcher = Dispatcher(names, workers, float(time_limit), memory_limit)
+        settings = Settings(names, workers, float(time_limit), memory_limit, tuple(environment), network)
+        self._dispatcher = Dispatcher(settings)
         self._end = weakref.finalize(self, self._dispatcher.close)
 
     @property
@@ -133,8 +149,33 @@ class VerifierPool:
         return Verdict(reward, extracted=shortened(given))
 
 
-def _require_positive(key: str, value: float, *, whole: bool = False) -> None:
-    """Raises ConfigError unless `value` is a positive number."""
+def check_limits(workers: int, time_limit: float, memory_limit: float | None, environment: Sequence[str]) -> None:
+    """Checks the settings of a `VerifierPool` on this machine.
+
+    Raises:
+        ConfigError: as for the pool.
+    """
+    _require_positive("workers", workers, MOST_WORKERS, whole=True)
+    _require_positive("time_limit", time_limit, LONGEST_TIME)
+    if memory_limit is not None:
+        _require_positive("memory_limit", memory_limit, MOST_MEMORY)
+    cores = os.cpu_count() or 1
+    if workers > WORKERS_PER_CORE * cores:
+        raise ConfigError(
+            f"verify.workers: found {workers}, but this machine has {cores} cores; give at most "
+            f"{WORKERS_PER_CORE * cores}, {WORKERS_PER_CORE} for each"
+        )
+    for name in environment:
+        if not isinstance(name, str) or name not in os.environ:
+            raise ConfigError(
+                f"verify.environment: found {name!r}, which is not the name of an environment variable that is set; "
+                "set it, or leave it out"
+            )
+
+
+def _require_positive(key: str, value: float, most: float, *, whole: bool = False) -> None:
+    """Raises ConfigError unless `value` is a positive number up to `most`."""
     right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not right or not 0 < value < float("inf"):
-        raise ConfigError(f"verify.{key}: found {value!r}; give a positive {'integer' if whole else 'number'}")
+    if not right or not 0 < value <= most:
+        kind = "integer" if whole else "number"
+        raise ConfigError(f"verify.{key}: found {value!r}; give a positive {kind} of at most {most:g}")

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from upge.verify.base import BUILT_IN
-from upge.verify.worker import FORK, KILL, PID, QUIT
+from upge.verify import isolation
+from upge.verify.base import BUILT_IN, printable
+from upge.verify.messages import LONGEST, Channel
+from upge.verify.server import COMMAND, FORK, KILL, QUIT, STATUS
 
 START_LIMIT = 300.0
 """Seconds within which a worker must report that it is ready, or that it has started an item."""
+TAIL = 4000
+"""The most characters of the processes' output that a message quotes."""
+_CHUNK, _PIPE = 1 << 16, 1 << 20
 
 
 class Task(NamedTuple):
@@ -35,20 +40,45 @@ class Task(NamedTuple):
     is_extracted: bool = False
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What the processes of a pool are started with.
+
+    Attributes:
+        names: of the verifiers.
+        workers: number of worker processes.
+        time_limit: seconds that a worker may spend on an item.
+        memory_limit: memory that a worker may use beyond what it starts with [GiB]; None for no limit.
+        environment: names of further environment variables that verifiers see.
+        network: whether verifiers may use the network.
+    """
+
+    names: tuple[str, ...]
+    workers: int
+    time_limit: float
+    memory_limit: float | None
+    environment: tuple[str, ...] = ()
+    network: bool = False
+
+
 class Worker:
     """The parent's view of one worker.
 
     Attributes:
-        pid: its process id; None until it is ready.
+        number: identifies it to the server.
+        channel: to the worker.
+        pid: its process id as it says; None until it is ready.
         job: the job that it was given; None if it has none.
+        task_number: of that job; each task has another.
         has_started: whether it has started on the job.
         deadline: the time (`time.monotonic`) of its next message at the latest.
     """
 
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
+    def __init__(self, number: int, connection: socket.socket) -> None:
+        self.number, self.channel = number, Channel(connection, LONGEST, blocking=False)
         self.pid: int | None = None
         self.job: Any = None  # Any: `dispatch.Job`, whose module imports this one
+        self.task_number = 0
         self.has_started = False
         self.deadline = time.monotonic() + START_LIMIT
 
@@ -57,110 +87,185 @@ class Worker:
         """Whether it is ready and has no job."""
         return self.pid is not None and self.job is None
 
-    def take_up(self, job: Any, task: Task) -> bool:
+    def expects(self, number: int) -> bool:
+        """Whether it works on the task with this number."""
+        return self.job is not None and number == self.task_number
+
+    def take_up(self, job: Any, task: Task, number: int) -> bool:
         """Sends the task of a job to the worker. Returns False if the worker has died."""
         try:
-            self.connection.send(tuple(task))
+            self.channel.post([number, *task])
         except OSError:
             return False
-        self.job, self.has_started, self.deadline = job, False, time.monotonic() + START_LIMIT
+        self.job, self.task_number, self.has_started = job, number, False
+        self.deadline = time.monotonic() + START_LIMIT
         return True
 
 
 class Server:
-    """The process that imports the verifiers and forks workers (`upge.verify.worker`).
+    """The process that imports the verifiers and forks workers (`upge.verify.server`).
 
     This is not multiprocessing's fork server, which runs the main program again in every child and whose settings apply
     to the whole process, including vLLM's use of it.
+
+    What the processes print, to either stream, is passed on to this process's standard error by `pass_on`. So a
+    verifier that prints does not fail when a reader of the standard output has left.
     """
 
-    def __init__(self, names: Sequence[str], memory_limit: float | None) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._control, theirs = socket.socketpair()
         self._control.settimeout(START_LIMIT)
+        self._printed = b""
         setup = {
             "fd": theirs.fileno(),
             "parent": os.getpid(),
             "path": [str(entry) or os.getcwd() for entry in sys.path],
-            "names": list(names),
-            "built_in": [name for name in names if name in BUILT_IN],
-            "memory": memory_limit,
+            "names": list(settings.names),
+            "built_in": [name for name in settings.names if name in BUILT_IN],
+            "memory": settings.memory_limit,
+            "seconds": settings.time_limit,
+            "network": settings.network,
         }
-        script = Path(__file__).with_name("worker.py")
-        # -P keeps the script's folder, which has a math.py, off the import path. The fixed hash seed keeps the order in
-        # which sympy tries methods, and so the result of borderline cases, independent of the process.
-        with theirs:
+        script = Path(__file__).with_name("start.py")
+        read, write = os.pipe()
+        os.set_blocking(read, False)
+        self.output: int | None = read
+        # -P keeps the script's folder, which has a math.py, off the import path.
+        with theirs, open(write, "wb") as printed:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(script), json.dumps(setup)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
+                stdout=printed,
+                stderr=printed,
+                env=isolation.environment(settings.environment),
             )
 
-    def fork(self) -> Connection:
+    def fork(self, number: int) -> socket.socket:
         """Forks a new worker and returns a connection to it. The worker reports when it is ready."""
         ours, theirs = socket.socketpair()
-        with ours, theirs:
-            socket.send_fds(self._control, [FORK], [theirs.fileno()])
-            return Connection(ours.detach())
+        with theirs:
+            try:
+                socket.send_fds(self._control, [COMMAND.pack(FORK, number)], [theirs.fileno()])
+            except OSError:
+                ours.close()
+                raise
+        return ours
 
-    def kill(self, pid: int) -> int:
-        """Kills a worker if it is still alive. Returns its wait status."""
-        self._control.sendall(KILL + PID.pack(pid))
-        status = self._control.recv(PID.size, socket.MSG_WAITALL)
-        if len(status) < PID.size:
+    def kill(self, number: int) -> int:
+        """Kills a worker if it is still alive, and what it has started. Returns its wait status."""
+        self._control.sendall(COMMAND.pack(KILL, number))
+        status = self._control.recv(STATUS.size, socket.MSG_WAITALL)
+        if len(status) < STATUS.size:
             raise ConnectionError("the verification server has gone")
-        return PID.unpack(status)[0]
+        return STATUS.unpack(status)[0]
 
-    def stop(self, patience: float = 5.0) -> None:
-        """Ends the server, which ends its workers first. After `patience` seconds all of them are killed."""
-        try:
-            self._control.sendall(QUIT)
-        except OSError:  # it has already ended
-            pass
+    def pass_on(self) -> None:
+        """Passes what the processes have printed on to standard error, at most as much as their pipe holds at once."""
+        for _ in range(_PIPE // _CHUNK):
+            if self.output is None:
+                return
+            try:
+                data = os.read(self.output, _CHUNK)
+            except BlockingIOError:  # nothing more is there
+                return
+            if not data:  # all of them have closed it
+                os.close(self.output)
+                self.output = None
+            self._printed = (self._printed + data)[-4 * TAIL :]
+            if sys.__stderr__ is not None:
+                with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+                    os.write(sys.__stderr__.fileno(), data)
+
+    def last_words(self) -> str:
+        """The end of what was passed on, for a message."""
+        text = printable(self._printed.decode("utf-8", "replace")).strip()[-TAIL:]
+        return f"; the end of their output:\n{text}" if text else "; they printed nothing"
+
+    def stop(self, patience: float = 5.0) -> int:
+        """Ends the server, which ends its workers first. After `patience` seconds all of them are killed.
+
+        Returns:
+            Its exit code, or the negative number of the signal that ended it.
+        """
+        with contextlib.suppress(OSError):  # it has already ended
+            self._control.sendall(COMMAND.pack(QUIT, 0))
         self._control.close()
         try:
-            self._process.wait(patience)
+            code = self._process.wait(patience)
         except subprocess.TimeoutExpired:  # still importing
             self._process.kill()
-            self._process.wait()
+            code = self._process.wait()
+        self.pass_on()
+        if self.output is not None:
+            os.close(self.output)
+            self.output = None
+        return code
 
 
 class Team:
-    """A server and its workers."""
+    """A server and its workers.
 
-    def __init__(self, names: Sequence[str], size: int, memory_limit: float | None) -> None:
-        self._names, self._memory_limit = names, memory_limit
-        self._server = Server(names, memory_limit)
-        self.workers = [Worker(self._server.fork()) for _ in range(size)]
+    Raises:
+        OSError: processes cannot be started.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._forked = settings, 0
+        # Of the last server that has ended: the number of its last worker, how it ended, what it printed last.
+        self._lost, self._loss = 0, ("", "")
+        self._server = Server(settings)
+        self.workers = [self._new_worker() for _ in range(settings.workers)]
 
     @property
     def title(self) -> str:
         """The names of the verifiers, for messages."""
-        return ", ".join(f"'{name}'" for name in self._names)
+        return ", ".join(f"'{name}'" for name in self._settings.names)
 
-    def replace(self, worker: Worker) -> str:
-        """Kills `worker` in any state and starts another in its place. Returns how the old one ended, for messages."""
-        ending = "ended"
+    @property
+    def output(self) -> int | None:
+        """The descriptor that becomes readable when the processes have printed something; None once they cannot."""
+        return self._server.output
+
+    def pass_on(self) -> None:
+        """Passes what the processes have printed on to standard error."""
+        self._server.pass_on()
+
+    def replace(self, worker: Worker) -> tuple[str, str]:
+        """Kills `worker` in any state and starts another in its place.
+
+        Returns:
+            How the old one ended, and the end of what the processes have printed, for messages.
+        """
         try:
-            if worker.pid is not None:
-                ending = _how(self._server.kill(worker.pid))
-            connection = self._server.fork()
-        except OSError:  # the server was killed, and its workers with it
-            self._server.stop()
-            self._server = Server(self._names, self._memory_limit)
-            connection = self._server.fork()
-        worker.connection.close()
-        self.workers[self.workers.index(worker)] = Worker(connection)
-        return ending
+            if worker.number <= self._lost:
+                ending, words = self._loss
+            else:
+                ending = f"the worker process {_how(os.waitstatus_to_exitcode(self._server.kill(worker.number)))}"
+                self._server.pass_on()
+                words = self._server.last_words()
+            new = self._new_worker()
+        except OSError:  # the server has ended, and its workers with it
+            ending = f"the process that imports the verifiers {_how(self._server.stop())}"
+            words = self._server.last_words()
+            self._lost, self._loss = self._forked, (ending, words)
+            self._server = Server(self._settings)
+            new = self._new_worker()
+        worker.channel.close()
+        self.workers[self.workers.index(worker)] = new
+        return ending, words
 
     def stop(self) -> None:
         """Ends all processes."""
         for worker in self.workers:
-            worker.connection.close()
+            worker.channel.close()
         # Until it has forked its first worker, the server is importing and has nothing to clean up.
         self._server.stop(5.0 if any(worker.pid for worker in self.workers) else 0.1)
 
+    def _new_worker(self) -> Worker:
+        self._forked += 1
+        return Worker(self._forked, self._server.fork(self._forked))
 
-def _how(status: int) -> str:
-    code = os.waitstatus_to_exitcode(status)
+
+def _how(code: int) -> str:
     return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"

@@ -21,7 +21,7 @@ from experiments import files
 from experiments.bench.trainers import Connection, StepControl, serve
 from experiments.cli import quiet
 from experiments.config import Composed, compose
-from experiments.run.prepare import Prepared, prepare, with_local_models
+from experiments.run.prepare import Prepared, prepare, verifier_pool, with_local_models
 from upge import rollout
 from upge.evaluation.evaluator import training_accuracy
 from upge.rollout.verified_sampling import VerifiedSampler
@@ -72,7 +72,7 @@ class Job:
     def pool(self) -> VerifierPool:
         """The verifier pool, with its processes started."""
         limits = self.composed.config.verify
-        pool = VerifierPool(self.prepared.verifiers, limits.workers, limits.time_limit, limits.memory_limit)
+        pool = verifier_pool(self.prepared.verifiers, limits)
         pool.score([Item(r"\boxed{\frac{2}{4}}", "1/2")] * limits.workers)
         return pool
 

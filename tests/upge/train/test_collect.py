@@ -130,7 +130,7 @@ def prompts_of(trajectories) -> list[int]:
 def test_without_redraws_a_step_is_what_it_was():
     """Prompts and seeds are part of every recorded run."""
     model = FakeModel()
-    found, figures = collector(algorithm("rollouts", "demonstrations"), examples(12), model).collect(3)
+    found, figures, _ = collector(algorithm("rollouts", "demonstrations"), examples(12), model).collect(3)
     prompts = [1, 10, 2, 4]
     assert prompt_indices(3, 4, 12, 5) == prompts and model.rounds == [prompts]
     assert model.seeds == [stream_seed(5, "rollout", 3, g) for g in range(4)] and model.seeds[0] == 429836502
@@ -146,7 +146,7 @@ def test_closed_prompts_are_replaced_in_order_of_acceptance():
     """Only prompts 2, 5, 8, 11, ... have rollouts that differ."""
     model = FakeModel()
     algo = algorithm("rollouts", "demonstrations", rounds=10)
-    found, figures = collector(algo, examples(30), model).collect(0)
+    found, figures, _ = collector(algo, examples(30), model).collect(0)
     asked = [i for prompts in model.rounds for i in prompts]
     kept = [i for i in asked if i % 3 == MIXED]
     assert model.rounds[0] == prompt_indices(0, 4, 30, 5) and len(set(asked)) == len(asked)
@@ -162,7 +162,7 @@ def test_closed_prompts_are_replaced_in_order_of_acceptance():
 
 def test_rounds_are_limited_and_what_is_missing_stays_missing():
     model = FakeModel()
-    found, figures = collector(algorithm("rollouts", rounds=2), examples(30), model).collect(0)
+    found, figures, _ = collector(algorithm("rollouts", rounds=2), examples(30), model).collect(0)
     assert model.rounds == [[18, 22, 7, 24], [1, 14, 12, 27]] and prompts_of(found) == [14]
     assert (figures["sampling/rounds"], figures["sampling/prompts"]) == (2, 8)
 
@@ -171,7 +171,7 @@ def test_a_step_is_never_empty():
     """Nothing that is learned from: the first round stands."""
     model = FakeModel()
     only_right = [e for e in examples(60) if e.prompt_ids[0] % 3 == RIGHT]
-    found, figures = collector(algorithm("rollouts", rounds=3), only_right, model).collect(1)
+    found, figures, _ = collector(algorithm("rollouts", rounds=3), only_right, model).collect(1)
     assert prompts_of(found) == prompt_indices(1, 4, 20, 5)
     assert [t.response_ids[1] for t in found[::2]] == [stream_seed(5, "rollout", 1, g) for g in range(4)]
     assert (figures["sampling/rounds"], figures["sampling/prompts"]) == (3, 12)
@@ -182,7 +182,7 @@ def test_a_small_data_set_is_tried_again_only_when_all_has_been_tried():
     data = [e for e in examples(21) if e.prompt_ids[0] % 3 == WRONG][:6] + [examples(21)[2]]
     lucky = frozenset({stream_seed(5, "rollout", 0, 3, 0)})
     model = FakeModel(lucky)
-    found, figures = collector(algorithm("rollouts", rounds=4), data, model, prompts=3).collect(0)
+    found, figures, _ = collector(algorithm("rollouts", rounds=4), data, model, prompts=3).collect(0)
     asked = [i for prompts in model.rounds for i in prompts]
     assert sorted(asked[:7]) == [1, 2, 4, 7, 10, 13, 16] and len(model.rounds) == 4
     assert max(Counter(asked).values()) == 2 and Counter(asked)[2] == 1
@@ -199,11 +199,11 @@ def test_ranks_agree_with_one_process(size):
         return [made.collect(step) for step in (0, 1)]
 
     alone = work(ALONE)
-    assert [found for found, _ in alone] == [found for found, _ in work(ALONE)]
-    counts = [(f["sampling/rounds"], f["sampling/prompts"]) for _, f in alone]
+    assert [found for found, *_ in alone] == [found for found, *_ in work(ALONE)]
+    counts = [(f["sampling/rounds"], f["sampling/prompts"]) for _, f, _ in alone]
     for steps in Ranks(size).run(work):
-        assert [found for found, _ in steps] == [found for found, _ in alone]
-        assert [(f["sampling/rounds"], f["sampling/prompts"]) for _, f in steps] == counts
+        assert [found for found, *_ in steps] == [found for found, *_ in alone]
+        assert [(f["sampling/rounds"], f["sampling/prompts"]) for _, f, _ in steps] == counts
 
 
 def test_least_used_by_hand():
@@ -227,7 +227,7 @@ def test_prompts_kept_apart_are_never_trained_on():
         assert not set(prompts_of(made.collect(step)[0])) & apart
         model.rounds.clear()
         model.seeds.clear()
-        found, figures = made.collect(step, HELD_OUT)
+        found, figures, _ = made.collect(step, HELD_OUT)
         drawn.append(prompts_of(found))
         assert len(set(drawn[-1])) == 3 and set(drawn[-1]) <= apart
         assert model.rounds == [drawn[-1]] and "sampling/rounds" not in figures
@@ -275,7 +275,7 @@ def test_demonstrations_of_given_examples():
 def test_pairs_by_hand(sources):
     """The chosen side is the demonstration, once; nothing is sampled."""
     made = collector(algorithm(*sources), examples(3), FakeModel(), prompts=2)
-    found, _ = made.collect(0)
+    found, *_ = made.collect(0)
     first, second = prompt_indices(0, 2, 3, 5)
     assert [(t.example, t.group, t.response_ids, t.reward, t.preference) for t in found] == [
         (first, 0, (100, first), 1.0, 1),

@@ -108,7 +108,7 @@ def test_rollout_figures_by_hand():
     found = rollout_metrics(made)
     assert found["reward/mean"] == pytest.approx(1 / 3) and found["prompts_solved"] == 0.5
     assert found["entropy"] == pytest.approx(12 / 8) and found["response_length"] == pytest.approx(8 / 3)
-    assert found["response_cut_share"] == pytest.approx(1 / 3) and found["verify/timeouts"] == 1
+    assert found["response_cut_share"] == pytest.approx(1 / 3)
     assert rollout_metrics(made[-1:]) == {}
 
 

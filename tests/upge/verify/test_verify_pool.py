@@ -170,7 +170,11 @@ def verifier(response, answer, prompt=None):
 @pytest.mark.parametrize(
     ("name", "ending", "reason"),
     [
-        ("dying_verifiers", "os._exit(7)", "end before they start: see stderr"),
+        (
+            "dying_verifiers",
+            "print('no licence'); os._exit(7)",
+            "(?s)end before they start: .* ended with exit code 7; the end of their output:.*no licence",
+        ),
         ("failing_verifiers", "raise OSError('no licence')", "could not load.*no licence"),
     ],
 )
@@ -182,7 +186,7 @@ def test_workers_that_cannot_start_stop_the_run(
     monkeypatch.delenv("REFUSE", raising=False)
     load(f"{name}.verifier")
     monkeypatch.setenv("REFUSE", "1")
-    with VerifierPool(["math", f"{name}.verifier"]) as pool:
+    with VerifierPool(["math", f"{name}.verifier"], environment=["REFUSE"]) as pool:
         futures = []
         with pytest.raises(RuntimeError, match=reason):
             futures += [pool.submit(half(k)) for k in range(3)]
@@ -226,6 +230,11 @@ def test_construction_does_not_wait() -> None:
     [
         ({"workers": 0}, "verify.workers"),
         ({"workers": 1.5}, "verify.workers"),
+        ({"workers": 10**9}, "verify.workers"),
+        ({"workers": 32 * (os.cpu_count() or 1) + 1}, "verify.workers"),
+        ({"time_limit": 1e300}, "verify.time_limit"),
+        ({"memory_limit": 1e300}, "verify.memory_limit"),
+        ({"environment": ["NO_SUCH_NAME"]}, "verify.environment"),
         ({"time_limit": 0}, "verify.time_limit"),
         ({"time_limit": float("nan")}, "verify.time_limit"),
         ({"memory_limit": -1}, "verify.memory_limit"),

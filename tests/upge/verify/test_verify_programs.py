@@ -81,9 +81,9 @@ def _runs(pid: int) -> bool:
 
 
 def test_workers_load_neither_torch_nor_the_main_program(tmp_path: Path) -> None:
-    script = ROOT / "upge" / "verify" / "worker.py"
-    code = f"import runpy, sys; loading = runpy.run_path({str(script)!r})['_import_base'](True); "
-    code += r"assert loading.load('math')(r'\boxed{2/4}', '1/2') == 1.0; print('torch' in sys.modules)"
+    script = ROOT / "upge" / "verify" / "start.py"
+    code = f"import runpy, sys; server = runpy.run_path({str(script)!r})['import_server'](); "
+    code += r"assert server.base.load('math')(r'\boxed{2/4}', '1/2') == 1.0; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("False\n", "")
 

@@ -21,7 +21,7 @@ from upge.verify import Item, Verdict, VerifierPool
 SLOW, COUNTED, BOMBS = f"{OWN}.slow", f"{OWN}.counted", f"{OWN}.bomb"
 
 
-def until(condition, seconds: float = 10.0) -> bool:
+def until(condition, seconds: float = 60.0) -> bool:
     """Does the condition come true in time?"""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
@@ -232,7 +232,7 @@ import gc, os, signal, sys, threading, time
 from concurrent.futures import wait
 from upge.verify import Item, VerifierPool
 half, bomb = Item(r"\boxed{\frac{2}{4}}", "1/2"), Item(r"\boxed{i^{9^{9^9}}}", "3")
-pool = VerifierPool("math", workers=2, time_limit=60.0)
+pool = VerifierPool("math", workers=2, time_limit=60.0, environment=["MARK"])
 """
 
 

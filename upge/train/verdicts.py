@@ -1,0 +1,67 @@
+"""What became of a step's verdicts: how many failed, why, and whether the step can be learned from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from upge.train.sample import Trajectory
+from upge.verify import VerifierError
+
+FAILED = ("error", "timeout")
+"""Status of a verification that gave no reward."""
+
+
+@dataclass(frozen=True)
+class StepVerdicts:
+    """The verdicts on all responses that were sampled for a step, including those of prompts that were redrawn.
+
+    Attributes:
+        count: of the verdicts.
+        failed: the rollouts whose verification ended in an error or a timeout; their reward is 0.
+        first_error: the first error with its traceback; empty without an error.
+    """
+
+    count: int = 0
+    failed: tuple[Trajectory, ...] = ()
+    first_error: str = ""
+
+    @staticmethod
+    def of(rollouts: Sequence[Trajectory], first_errors: Sequence[str] = ()) -> StepVerdicts:
+        """Those on `rollouts`; `first_errors` are those of all ranks, empty for a rank without an error."""
+        failed = tuple(t for t in rollouts if t.status in FAILED)
+        return StepVerdicts(len(rollouts), failed, next(filter(None, first_errors), ""))
+
+    def __add__(self, other: StepVerdicts) -> StepVerdicts:
+        first_error = self.first_error or other.first_error
+        return StepVerdicts(self.count + other.count, self.failed + other.failed, first_error)
+
+    def metrics(self) -> dict[str, float]:
+        """The counts of timeouts and errors; empty if nothing was verified."""
+        status = Counter(t.status for t in self.failed)
+        return {"verify/timeouts": status["timeout"], "verify/errors": status["error"]} if self.count else {}
+
+    def check(self, limit: float, step: int) -> None:
+        """Refuses verdicts of which too many failed: the zeros in their place are no rewards.
+
+        Args:
+            limit: the largest share of failed verdicts.
+            step: counted from 1, for the message.
+
+        Raises:
+            VerifierError: the share is larger.
+        """
+        if len(self.failed) <= limit * self.count:
+            return
+        status = Counter(t.status for t in self.failed)
+        kinds = [f"{status[kind]} {kind}{'s' if status[kind] > 1 else ''}" for kind in FAILED]
+        kinds = [text for text in kinds if not text.startswith("0 ")]
+        first = next((t for t in self.failed if t.status == "error"), self.failed[0])
+        raise VerifierError(
+            f"step {step}: {len(self.failed)} of {self.count} verdicts failed ({', '.join(kinds)}; the first: "
+            f"{first.detail}), more than the limit of {limit:g}; correct the verifier (verify.verifier, or the "
+            "problem's own) and give the same command again, which continues from the saved state, or raise the limit "
+            "(1 = never stop). The responses and the reasons are in rollouts/",
+            "stop.verifier_errors",
+        )

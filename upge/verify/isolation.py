@@ -1,0 +1,158 @@
+"""What the processes of a `VerifierPool` may see and use: environment, network, memory, files, and their descendants.
+
+These limits contain defects and stop the obvious abuse of a verifier that executes a response. They are no sandbox:
+such code has all of the user's permissions on files and processes (docs/verification.md). Linux offers all of them;
+where the system lacks one, it is left out.
+
+The functions use only the standard library and import nothing of `upge`, because the server calls them before it
+imports anything else. `python -IS isolation.py` exits with 0 where processes can be cut off from the network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+INHERITED = frozenset(
+    "PATH HOME USER LOGNAME SHELL TERM TZ TMPDIR TEMP TMP LANG LANGUAGE VIRTUAL_ENV CONDA_PREFIX LD_LIBRARY_PATH "
+    "DYLD_LIBRARY_PATH XDG_CACHE_HOME XDG_CONFIG_HOME XDG_DATA_HOME HF_HOME HF_HUB_CACHE HF_HUB_OFFLINE".split()
+)
+"""Environment variables that verifiers see; also those of `INHERITED_PATTERN`."""
+INHERITED_PATTERN = re.compile(r"(?:PYTHON|LC_)[A-Z0-9]+")
+FIXED = {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+"""Environment variables that verifiers get. The fixed hash seed keeps the order in which sympy tries methods, and so
+the result of borderline cases, independent of the process."""
+FILE_BYTES = 2**30
+"""The most bytes of a file that a worker writes."""
+OPEN_FILES = 1024
+"""The most files that a worker has open."""
+
+_SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # of prctl
+_NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000  # of unshare
+
+
+def environment(names: Iterable[str] = ()) -> dict[str, str]:
+    """The environment of verifiers: the variables that they may inherit, `FIXED`, and those in `names`."""
+    chosen = {name for name in os.environ if name in INHERITED or INHERITED_PATTERN.fullmatch(name)}
+    inherited = {name: os.environ[name] for name in chosen}
+    return inherited | FIXED | {name: os.environ[name] for name in names if name in os.environ}
+
+
+def leave_network() -> bool:
+    """Moves this process, which must have a single thread, and all that it starts to a network without devices.
+
+    Returns:
+        Whether that worked. It needs Linux and either a privileged user or user namespaces.
+    """
+    if sys.platform != "linux":
+        return False
+    libc, uid, gid = ctypes.CDLL(None), os.geteuid(), os.getegid()
+    if libc.unshare(_NEW_NETWORK) == 0:
+        return True
+    if libc.unshare(_NEW_USER | _NEW_NETWORK) != 0:
+        return False
+    # Without these, the process keeps its permissions but believes that it is the user "nobody".
+    for name, text in {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}.items():
+        with contextlib.suppress(OSError):
+            Path(f"/proc/self/{name}").write_text(text)
+    return True
+
+
+def can_leave_network() -> bool:
+    """Whether `leave_network` works on this machine; a process of its own tries it."""
+    return subprocess.run([sys.executable, "-IS", __file__], stdin=subprocess.DEVNULL).returncode == 0
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of all its descendants whose own parents end, in any session."""
+    _prctl(_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(parent: int) -> None:
+    """Makes the kernel kill this process when its parent, which has the id `parent`, ends."""
+    _prctl(_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def children() -> set[int]:
+    """The ids of this process's children, ended ones included; empty where the kernel does not list them.
+
+    The process must have a single thread.
+    """
+    try:
+        return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+    except OSError:
+        return set()
+
+
+def kill(pid: int) -> int | None:
+    """Kills a child and its process group. Returns its wait status, None if this user may not kill it.
+
+    The id cannot have been reused, because only this function reaps.
+    """
+    with contextlib.suppress(OSError):  # it leads no group
+        os.killpg(pid, signal.SIGKILL)
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except PermissionError:  # a program of another user, as with sudo
+        return None
+    return os.waitpid(pid, 0)[1]
+
+
+def limit_resources(gibibytes: float | None) -> None:
+    """Limits this process and what it starts.
+
+    Args:
+        gibibytes: of address space beyond the present size, so that a memory bomb fails in this process; None for no
+            limit.
+    """
+    try:
+        import resource
+    except ImportError:
+        return
+    _lower(resource.RLIMIT_CORE, 0)
+    _lower(resource.RLIMIT_FSIZE, FILE_BYTES)
+    _lower(resource.RLIMIT_NOFILE, OPEN_FILES)
+    if gibibytes is not None:
+        with contextlib.suppress(OSError):  # only Linux tells the present size
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            _lower(resource.RLIMIT_AS, used + int(gibibytes * 2**30))
+
+
+def limit_cpu(seconds: int) -> None:
+    """Limits the CPU time of this process to `seconds` in all, and that of each process that it starts.
+
+    This ends what a verifier leaves behind: the limit of its worker is the time of the clock.
+    """
+    try:
+        import resource
+    except ImportError:
+        return
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    if hard == resource.RLIM_INFINITY or seconds < hard:
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, hard))
+
+
+def _lower(kind: int, limit: int) -> None:
+    import resource
+
+    hard = resource.getrlimit(kind)[1]
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(kind, (limit, limit))
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value), 0, 0, 0)
+
+
+if __name__ == "__main__":
+    sys.exit(not leave_network())

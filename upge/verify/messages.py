@@ -1,0 +1,130 @@
+"""Messages between a `VerifierPool` and its workers: JSON texts, each after its length, over a socket.
+
+A worker runs code that a response may have written. So its messages are data only, never pickled objects, their length
+is limited, and the pool's side neither blocks on a part of a message nor on a worker that does not read.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+LENGTH = struct.Struct(">Q")
+"""In front of each message: the number of its bytes."""
+LONGEST = 1 << 17
+"""The most bytes of a message from a worker."""
+_CHUNK = 1 << 16
+
+Message = list[Any]  # Any: JSON values
+
+
+class ProtocolError(Exception):
+    """A message that is too long, or is not a JSON array."""
+
+
+class Channel:
+    """One end of a connection. The pool's end does not block; a worker's end does.
+
+    Args:
+        connection: belongs to the channel from now on.
+        longest: the most bytes of a message that is received; None for no limit.
+        blocking: whether `send` and `receive` are used, or `post`, `flush` and `read`.
+    """
+
+    def __init__(self, connection: socket.socket, longest: int | None = None, blocking: bool = True) -> None:
+        self._connection, self._longest = connection, longest
+        self._received, self._unsent = bytearray(), bytearray()
+        connection.setblocking(blocking)
+
+    def fileno(self) -> int:
+        """The descriptor of the socket, for selectors."""
+        return self._connection.fileno()
+
+    def close(self) -> None:
+        """Closes the socket."""
+        self._connection.close()
+
+    # --- a worker's end ---
+
+    def send(self, message: Message) -> None:
+        """Sends a message; raises OSError if the other end is closed."""
+        self._connection.sendall(_packed(message))
+
+    def receive(self) -> Message:
+        """Waits for the next message.
+
+        Raises:
+            EOFError, OSError: the other end is closed.
+        """
+        while (message := self._next()) is None:
+            self._fill()
+        return message
+
+    # --- the pool's end ---
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether `flush` has something to send once the socket is writable."""
+        return bool(self._unsent)
+
+    def post(self, message: Message) -> None:
+        """Sends a message as far as the socket takes it; raises OSError if the other end is closed."""
+        self._unsent += _packed(message)
+        self.flush()
+
+    def flush(self) -> None:
+        """Sends more of what was posted; raises OSError if the other end is closed."""
+        try:
+            while self._unsent:
+                del self._unsent[: self._connection.send(self._unsent)]
+        except BlockingIOError:
+            pass
+
+    def read(self) -> Iterator[Message]:
+        """Takes the messages that are complete with what has arrived; possibly none.
+
+        Raises:
+            EOFError, OSError: the other end is closed.
+            ProtocolError: the other end sent something else.
+        """
+        try:
+            self._fill()
+        except BlockingIOError:
+            pass
+        while (message := self._next()) is not None:
+            yield message
+
+    def _fill(self) -> None:
+        data = self._connection.recv(_CHUNK)
+        if not data:
+            raise EOFError
+        self._received += data
+
+    def _next(self) -> Message | None:
+        """Takes the first message from what was received; None if it is not complete."""
+        if len(self._received) < LENGTH.size:
+            return None
+        (length,) = LENGTH.unpack_from(self._received)
+        if self._longest is not None and length > self._longest:
+            raise ProtocolError(f"a message of {length} bytes, more than {self._longest}")
+        end = LENGTH.size + length
+        if len(self._received) < end:
+            return None
+        text = bytes(self._received[LENGTH.size : end])
+        del self._received[:end]
+        try:
+            message = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError(f"a message that is not JSON ({error})"[:200]) from None
+        if not isinstance(message, list):
+            raise ProtocolError(f"a message that is not an array but {type(message).__name__}")
+        return message
+
+
+def _packed(message: Message) -> bytes:
+    # ASCII keeps half a surrogate pair, which a model may write and UTF-8 cannot encode, as an escape.
+    text = json.dumps(message, ensure_ascii=True).encode("ascii")
+    return LENGTH.pack(len(text)) + text

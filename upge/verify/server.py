@@ -1,0 +1,99 @@
+"""The process behind a `VerifierPool` that imports the verifiers and forks workers. It never runs a verifier itself.
+
+It stays single-threaded. So a worker starts in milliseconds with everything imported, also one that replaces a killed
+worker.
+
+Protocol: the parent sends a `COMMAND` and a number: FORK with a socket (fork a worker with this number, which uses the
+socket), KILL (the server replies with the worker's wait status), or QUIT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import select
+import signal
+import socket
+import struct
+import traceback
+from typing import Any, NoReturn
+
+from upge.verify import base, isolation, worker
+
+Setup = dict[str, Any]  # Any: JSON values
+
+FORK, KILL, QUIT = b"F", b"K", b"Q"
+COMMAND, STATUS = struct.Struct("=cI"), struct.Struct("=i")
+
+
+def serve(setup: Setup) -> NoReturn:
+    """Serves one pool until the pool's process ends or closes the connection.
+
+    Args:
+        setup: JSON as `processes.Server` writes it: descriptor of the connection, id of the parent, import path, names
+            of the verifiers and of the built-in ones, memory limit [GiB], time limit [s], and whether verifiers have a
+            network.
+    """
+    control = socket.socket(fileno=setup["fd"])
+    control.set_inheritable(False)
+    if not setup["network"]:
+        isolation.leave_network()  # before an import starts a thread
+    isolation.adopt_orphans()
+    for name in setup["names"]:
+        with contextlib.suppress(BaseException):  # every worker raises the same error and reports it
+            # Only import it: each worker makes an instance of its own, because an instance may open files or sockets.
+            base.find(name)
+    for name in setup["built_in"]:
+        with contextlib.suppress(BaseException):
+            verifier: Any = base.load(name)  # an AnswerVerifier, perhaps of another import of its module
+            verifier.warm_up()
+    gc.freeze()
+    workers: dict[int, int] = {}  # number → process id
+    helpers = isolation.children()  # that an import has started
+    try:
+        while _serve_one(control, setup, workers, helpers):
+            pass
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for pid in workers.values():
+            isolation.kill(pid)
+        _end_orphans(set())
+        os._exit(0)
+
+
+def _serve_one(control: socket.socket, setup: Setup, workers: dict[int, int], helpers: set[int]) -> bool:
+    """Waits for one request and handles it. Returns False if the parent has ended or sent QUIT."""
+    while not select.select([control], [], [], 1.0)[0]:
+        # A process that the parent forked may hold the other end open after the parent itself has ended.
+        if os.getppid() != setup["parent"]:
+            return False
+    data, descriptors, _, _ = socket.recv_fds(control, COMMAND.size, 1)
+    if len(data) < COMMAND.size:
+        return False
+    command, number = COMMAND.unpack(data)
+    if command == FORK:
+        server, pid = os.getpid(), os.fork()
+        if pid == 0:
+            control.close()
+            worker.work(socket.socket(fileno=descriptors[0]), server, setup)
+        os.close(descriptors[0])
+        workers[number] = pid
+        return True
+    if command == KILL:
+        status = isolation.kill(workers.pop(number))
+        _end_orphans(helpers | set(workers.values()))
+        control.sendall(STATUS.pack(int(signal.SIGKILL) if status is None else status))
+        return True
+    return False
+
+
+def _end_orphans(others: set[int]) -> None:
+    """Kills this process's children but for `others`: what ended workers have left, in whatever session.
+
+    A living worker is itself the parent of the orphans among its descendants.
+    """
+    others = set(others)
+    while orphans := isolation.children() - others:
+        others |= {pid for pid in orphans if isolation.kill(pid) is None}
