@@ -16,7 +16,7 @@ from upge import data, rollout
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError, DataError, ModelError
 from upge.evaluation.suite import load as benchmarks
-from upge.instantiate import build
+from upge.instantiate import TARGET, build
 from upge.models import local_path
 from upge.models.loading import read_config
 from upge.pipeline import Pipeline
@@ -90,10 +90,22 @@ def prepare(composed: Composed) -> Prepared:
 
 def load_problems(node: Mapping, config: RunConfig) -> tuple[data.Splits, list[str]]:
     """The problems of the resolved settings' `data` that `data_policy` keeps, and notes about the others."""
-    splits, notes = _verifiable(build(node, "data").load(), config)
+    splits, notes = _verifiable(load_splits(node), config)
     limits = config.data_policy
     kept = data.limit_demonstrated(data.limit_levels(splits.train, limits.per_level), limits.demonstrated_prompts)
     return replace(splits, train=kept), notes
+
+
+def load_splits(node: Mapping) -> data.Splits:
+    """The problems of the resolved settings' `data`.
+
+    Raises:
+        UserError: they cannot be loaded, or a user's data set returns something else.
+    """
+    splits = build(node, "data", data.DataSet).load()
+    if not isinstance(splits, data.Splits):
+        raise ConfigError(f"data: load() of {node[TARGET]} returned a {type(splits).__name__}; return upge.data.Splits")
+    return splits
 
 
 def check_stages(algorithm: Algorithm | Pipeline, steps: int) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 from upge.checks import check_fields
 from upge.errors import ConfigError, DataError, UserError, nearest
@@ -57,6 +57,24 @@ class Splits:
     train: tuple[Problem, ...]
     evaluation: tuple[Problem, ...]
     weights: Mapping[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class DataSet(Protocol):
+    """What `data` names: a class with this method, upge's or the user's own."""
+
+    def load(self) -> Splits:
+        """The problems of both sides."""
+        ...
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """What a benchmark may name instead: problems without a division."""
+
+    def rows(self) -> Sequence[Problem]:
+        """All problems."""
+        ...
 
 
 def normal(prompt: str) -> str:
@@ -205,7 +223,7 @@ class Mixture:
         DataError: (by `load`) a set raises it, or a prompt is on both sides. The message names the set.
     """
 
-    sets: Mapping[str, Any]  # Any: checked here, because a message then names the set
+    sets: Mapping[str, DataSet]
     weights: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
@@ -215,7 +233,7 @@ class Mixture:
         for name, one in self.sets.items():
             if not name or not isinstance(name, str):
                 raise ConfigError(f"data.sets: found the name {name!r}, expected a text")
-            if not callable(getattr(one, "load", None)):
+            if not isinstance(one, DataSet):
                 raise ConfigError(
                     f"data.sets.{name}: found {str(one)[:80]!r} ({type(one).__name__}), expected a data set; give a "
                     "mapping such as {_target_: upge.data.GSM8K, path: gsm8k}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from upge.config import Settings, from_tree, key
-from upge.data import Problem
+from upge.data import DataSet, Problem, Rows
 from upge.errors import ConfigError, DataError, nearest
 from upge.instantiate import build
 from upge.train.prompt_order import stream_seed
@@ -155,17 +155,13 @@ def _problems(config: BenchmarkConfig, folder: str, path: str, section: str) -> 
         below = config.file.get("path")
         if not isinstance(below, str):
             raise ConfigError(f"{path}.file.path: found {below!r}; give the file's path below {section}.folder")
-        data = build({**config.file, "path": str(Path(folder).expanduser() / below)}, f"{path}.file")
+        data = build({**config.file, "path": str(Path(folder).expanduser() / below)}, f"{path}.file", DataSet | Rows)
     elif config.data:
-        data = build(config.data, f"{path}.data")
+        data = build(config.data, f"{path}.data", DataSet | Rows)
     else:
         place = f", or {section}.folder=FOLDER, the folder of its file {config.file.get('path')}" if config.file else ""
         raise ConfigError(f"{path}.data: missing; give a data set{place}")
-    if hasattr(data, "rows"):
-        return data.rows()
-    if hasattr(data, "load"):
-        return data.load().evaluation
-    raise ConfigError(f"{path}: found a {type(data).__name__}, expected a data set with load() or rows()")
+    return data.rows() if isinstance(data, Rows) else data.load().evaluation
 
 
 def _limited(problems: Sequence[Problem], limit: int) -> list[Problem]:

@@ -123,6 +123,7 @@ class Crowd(upge.AdvantageEstimator):
     """The sum of the group's current log-probs, demonstrations included."""
 
     reads, reach = frozenset({"logprobs", "group"}), "group"
+    counts_demonstrations = True
 
     def __call__(self, batch):
         same = (batch.group[:, None] == batch.group).double()
