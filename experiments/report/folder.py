@@ -53,6 +53,7 @@ def read_run(run_dir: str | Path) -> RunFolder:
         )
     _ = train_folder.RunFolder(path).metadata  # refuses the folder of another version
     config, config_text = _read_config(path / "config.yaml")
+    alarms, of_alarms = _read_lines(path / "alarms.jsonl")
     lines, (rollouts_step, rollouts, of_rollouts), (tokens_step, tokens, of_tokens) = (
         [_read_lines(path / f"{name}.jsonl") for name in ("metrics", "evaluations", "prompts")],
         _newest(path / "rollouts"),
@@ -60,7 +61,8 @@ def read_run(run_dir: str | Path) -> RunFolder:
     )
     metrics, evaluations, prompts = _by_step(lines[0][0]), _by_step(lines[1][0]), _prompts(lines[2][0])
     run, of_run = _read_run_json(path / "run.json")
-    notes = [*lines[0][1], *lines[1][1], *of_rollouts, *of_tokens, *lines[2][1]]
+    notes = [f"Alarm at step {one['step']}: {one['problem']}." for one in alarms if {"step", "problem"} <= set(one)]
+    notes += [*of_alarms, *lines[0][1], *lines[1][1], *of_rollouts, *of_tokens, *lines[2][1]]
     notes += [*_state_of_run(config, metrics, evaluations), *of_run]
     recorded = (config, config_text, run, metrics, evaluations, rollouts, rollouts_step, prompts, tokens, tokens_step)
     return RunFolder(path, *recorded, tuple(notes))

@@ -20,6 +20,7 @@ from experiments.run.prepare import (
     check_length,
     check_stages,
     load_prompting,
+    load_splits,
     output_folder,
     prepare,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,10 @@ class Progress:
         shown |= {"grad": metrics.get("grad_norm"), "loss": metrics.get("loss") if shown["reward"] is None else None}
         self._bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items() if v is not None}, refresh=False)
         self._bar.update()
+
+    def alarm(self, text: str) -> None:
+        """Prints an alarm."""
+        tqdm.write(f"alarm: {text}")
 
     def evaluation(self, line: dict[str, Any]) -> None:
         """Prints the line of a finished evaluation."""
@@ -76,7 +81,7 @@ def train(composed: Any, prepared: Any, world: World) -> int:
         data = (prepared.train, prepared.weights, prepared.prompting)
         measure = partial(training_accuracy, config, prepared.evaluation, verified, world)
         parts = Parts(config, composed.algorithm, *data, models, verified, measure, folder, world)
-        trainer = Trainer(parts, progress.step, progress.evaluation)
+        trainer = Trainer(parts, progress.step, progress.evaluation, progress.alarm)
         if resume_from is not None:
             trainer.restore(resume_from)
         # Drop recorded lines only now, after the checkpoint has been restored without an error.
@@ -93,7 +98,7 @@ def train(composed: Any, prepared: Any, world: World) -> int:
         world.barrier()
         sampler.close()
     if world.is_main:
-        _finish(folder.path, code, say)
+        _finish(folder.path, code, say, trainer.stopping_alarms)
     return code
 
 
@@ -157,7 +162,7 @@ def _sampler(config: Any) -> Any:
     return load_sampler(config.model, config.rollout, length, config.seed, config.rollout.tensor_parallel)
 
 
-def _finish(path: Path, code: int, say: Any) -> None:
+def _finish(path: Path, code: int, say: Any, alarms: Sequence[str] = ()) -> None:
     """Prints the table and writes the report, with what there is if the run stopped early."""
     from experiments.grid import print_table
     from experiments.report.page import write_report
@@ -169,7 +174,10 @@ def _finish(path: Path, code: int, say: Any) -> None:
         print_table(evaluations[0], evaluations[-1])
     if (path / "metrics.jsonl").is_file():
         say(f"report: {write_report(path)}")
-    if code == NOT_FINITE:
+    if alarms:
+        say(f"stopped: by the alarm {', '.join(alarms)} (stop.alarms); the state is in checkpoints/, and the same")
+        say(f"command with output={path} continues it")
+    elif code == NOT_FINITE:
         say("stopped: too many non-finite updates in a row (stop.nonfinite_updates); the state is in checkpoints/")
     elif code:
         say(f"stopped by signal {code - 128}; the state is saved, the same command with output={path} continues it")

@@ -236,7 +236,7 @@ def load_tokenizer(path: str) -> Tokenizer:
             "tokenizer.save_pretrained(folder) writes them"
         )
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"model.path: no tokenizer could be loaded for '{path}' ({str(error).splitlines()[0]}). Give the folder of "

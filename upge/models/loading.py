@@ -55,7 +55,8 @@ def read_config(model_path: str | Path, overrides: Mapping[str, object] | None =
 
     try:
         # Without a connection, the hub's client retries for half a minute.
-        config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir() or not _hub_answers())
+        is_local = Path(path).is_dir() or not _hub_answers()
+        config = AutoConfig.from_pretrained(path, local_files_only=is_local, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
@@ -272,7 +273,7 @@ class WeightTable:
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         model.tie_weights()
         return WeightTable.of_model(model)
 

@@ -250,6 +250,7 @@ def _rollout(index: int, group: int, example: Example, rollout: Rollout, verdict
         sampler_logprobs=rollout.logprobs,
         finished=rollout.finished,
         status=verdict.status,
+        extracted=verdict.extracted,
     )
 
 

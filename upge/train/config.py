@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from upge.config import Settings, key, section
-from upge.errors import ConfigError
+from upge.errors import ConfigError, nearest
 from upge.pipeline import Span
+from upge.train.alarms import ALARMS, AlarmConfig
 from upge.train.deepspeed_settings import DeepspeedConfig
 
 
@@ -185,6 +186,13 @@ class StopConfig(Settings):
     """When a run stops early."""
 
     nonfinite_updates: int = key(5, "stop with exit code 3 after N non-finite updates in a row", above=0)
+    alarms: list = key([], "alarms that stop the run with exit code 3, such as [truncated,no_signal]; see alarms")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.alarms:
+            if name not in ALARMS:
+                raise ConfigError(f"no alarm {name!r}; {nearest(str(name), ALARMS)}", "alarms")
 
 
 @dataclass(frozen=True)
@@ -229,6 +237,7 @@ class RunConfig(Settings):
     eval: EvalConfig = section(EvalConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     data_policy: DataPolicy = section(DataPolicy)
+    alarms: AlarmConfig = section(AlarmConfig)
     stop: StopConfig = section(StopConfig)
     diagnose: DiagnoseConfig = section(DiagnoseConfig)
     hardware: HardwareConfig = section(HardwareConfig)

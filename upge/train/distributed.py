@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +13,8 @@ import torch.distributed as dist
 from upge.models.loading import has_cuda
 
 _T = TypeVar("_T")
+#: The loopback interface; Linux and macOS name it differently.
+_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,21 @@ def launched_rank() -> int:
 def connect() -> World:
     """Joins the process group, through DeepSpeed, which needs it even for one process.
 
+    Several ranks meet at MASTER_ADDR, as their launcher set it. A single process meets nobody: its store is in memory,
+    and its backend listens on the loopback interface only.
+
     Raises:
         ConfigError: there is a GPU that torch cannot use.
     """
     cuda = has_cuda()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if world_size() == 1:
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+    is_alone = world_size() == 1
+    if is_alone:
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, _LOOPBACK)
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
             os.environ.setdefault(name, value)
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
     import deepspeed
 
     if not cuda:
@@ -104,7 +110,9 @@ def connect() -> World:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    if is_alone and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     group = dist.new_group(backend="gloo") if cuda else None
     assert not isinstance(group, int), "this process is a member of the group"
@@ -121,9 +129,3 @@ def leave(world: World | None, code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 from upge.errors import ConfigError
 
 #: Keys that may differ between a run and its continuation.
-FREE_KEYS = ("steps", "resume", "output", "checkpoint", "log_rollouts", "diagnose")
+FREE_KEYS = ("steps", "resume", "output", "checkpoint", "log_rollouts", "diagnose", "alarms", "stop")
 #: Files with lines of single steps, and folders with a file for each of some steps.
-LINES, FOLDERS = ("metrics.jsonl", "evaluations.jsonl", "prompts.jsonl"), ("rollouts", "tokens")
+LINES, FOLDERS = ("metrics.jsonl", "evaluations.jsonl", "prompts.jsonl", "alarms.jsonl"), ("rollouts", "tokens")
 #: The meaning of a recorded folder's keys and metrics. Run folders of upge 0.1 have none in run.json.
 FORMAT = 2
 #: What run.json keeps of every start.

@@ -17,13 +17,14 @@ from upge.algorithm import Algorithm
 from upge.data import Example, Prompting
 from upge.pipeline import Pipeline, Span
 from upge.rollout.verified_sampling import VerifiedSampler
+from upge.train.alarms import Watch
 from upge.train.collect import Collector
 from upge.train.config import RunConfig, learning_rates
 from upge.train.distributed import World
 from upge.train.engine import WeightSync
-from upge.train.folder import RunFolder
+from upge.train.folder import RunFolder, read_lines
 from upge.train.learner import Learner, Memory, Models
-from upge.train.metrics import Recorder, UpdateReport, rollout_metrics, step_metrics
+from upge.train.metrics import Recorder, UpdateReport, dropped_demonstrations, rollout_metrics, step_metrics
 from upge.train.prompt_order import stream_seed
 
 #: Exit codes of a run that has begun.
@@ -81,6 +82,10 @@ class Trainer:
         parts: of the run.
         report_step: called on the main rank with the step's metrics, for progress.
         report_evaluation: called on the main rank with each evaluation.
+        report_alarm: called on the main rank with the text of each alarm.
+
+    Attributes:
+        stopping_alarms: names of the alarms that stopped the run (`stop.alarms`).
     """
 
     def __init__(
@@ -88,13 +93,16 @@ class Trainer:
         parts: Parts,
         report_step: Callable[[dict[str, float]], None] = lambda metrics: None,
         report_evaluation: Callable[[dict[str, Any]], None] = lambda line: None,
+        report_alarm: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.parts, self.report_step, self.report_evaluation = parts, report_step, report_evaluation
+        self.report_alarm, self.stopping_alarms = report_alarm, list[str]()
         self.spans = [s for s in Pipeline.of(parts.algorithm).spans(parts.config.steps) if s.end > s.first]
         self.recorder = Recorder(parts.config, parts.train, parts.prompting, parts.folder)
         self.learners = [self._learner(span) for span in self.spans]
         self.sync = WeightSync(parts.sampler.engine, parts.models.policy)
         self.state = State()
+        self.watch = Watch(parts.config.alarms, parts.config.steps)
         self.saved_step: int | None = None
         self._signal = 0
 
@@ -110,6 +118,7 @@ class Trainer:
         if models.critic is not None:
             models.critic.load(folder.checkpoints / folder.tag(step), _CRITIC)
         self.saved_step = step
+        self.watch = self._watch(step)
         if self._too_many_skipped():
             self.state.skipped_in_a_row = {}
 
@@ -122,7 +131,7 @@ class Trainer:
             self._evaluate()
         stopped = self._stop_signal()
         while self.state.step < config.steps and not stopped:
-            too_many = self._step()
+            too_many = self._step() or bool(self.stopping_alarms)
             step, last = self.state.step, self.state.step == config.steps
             stage_ends = any(step == span.end for span in self.spans)
             if (_due(step, config.eval.every) or stage_ends) and not last:
@@ -224,13 +233,31 @@ class Trainer:
             metrics = {"step": state.step, **rollout_metrics(report.active.trajectories)}
             metrics |= step_metrics(report, [sums for sums, _ in of_ranks])
             metrics |= {"skipped_updates": state.skipped, **extra}
+            if learner.algorithm.step_needs.demonstrations:
+                metrics |= dropped_demonstrations(report.active.trajectories, self.parts.train)
         if learner.algorithm.stateful:
             learner.remember(world.broadcast(metrics), step_in_stage, memory)
         if world.is_main:
             metrics["time/total"] = time.perf_counter() - began
             self.recorder.record(metrics, report.active, [top for _, tops in of_ranks for top in tops])
             self.report_step(metrics)
+        self._raise_alarms(metrics)
         return report.skipped > 0 and self._too_many_skipped()
+
+    def _watch(self, step: int) -> Watch:
+        """The alarms of this run, which know what the folder has of the steps up to `step`."""
+        config, files = self.parts.config, [self.parts.folder.path / f"{name}.jsonl" for name in ("metrics", "alarms")]
+        before = [[line for line in read_lines(file) if line["step"] <= step] if file.is_file() else [] for file in files]
+        return Watch(config.alarms, config.steps, before[0], [line["alarm"] for line in before[1]])
+
+    def _raise_alarms(self, metrics: Mapping[str, float]) -> None:
+        """Reports a step's new alarms. Those of `stop.alarms` stop the run, on all ranks."""
+        new = self.watch.step(metrics) if self.parts.world.is_main else {}
+        for name, problem in new.items():
+            self.parts.folder.append("alarms.jsonl", {"step": self.state.step, "alarm": name, "problem": problem})
+            self.report_alarm(problem)
+        if stopping := self.parts.config.stop.alarms:
+            self.stopping_alarms = self.parts.world.broadcast([name for name in new if name in stopping])
 
     def _count_skipped(self, report: UpdateReport) -> None:
         state = self.state
