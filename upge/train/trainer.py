@@ -246,8 +246,11 @@ class Trainer:
 
     def _watch(self, step: int) -> Watch:
         """The alarms of this run, which know what the folder has of the steps up to `step`."""
-        config, files = self.parts.config, [self.parts.folder.path / f"{name}.jsonl" for name in ("metrics", "alarms")]
-        before = [[line for line in read_lines(file) if line["step"] <= step] if file.is_file() else [] for file in files]
+        before = []
+        for file in (self.parts.folder.path / name for name in ("metrics.jsonl", "alarms.jsonl")):
+            lines = read_lines(file) if file.is_file() else []
+            before.append([line for line in lines if line["step"] <= step])
+        config = self.parts.config
         return Watch(config.alarms, config.steps, before[0], [line["alarm"] for line in before[1]])
 
     def _raise_alarms(self, metrics: Mapping[str, float]) -> None:
