@@ -12,7 +12,6 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from upge.algorithm import Algorithm, DynamicSampling, InterleavedUpdate
 from upge.checks import mismatch
-from upge.config import plain
 from upge.corrections import Correction, NotApplicable
 from upge.errors import ConfigError, nearest
 from upge.gates import Gate
@@ -20,6 +19,7 @@ from upge.instantiate import TARGET, build
 from upge.pipeline import Pipeline, Stage
 from upge.regularizers import Regularizer, ValueLoss
 from upge.term import Term
+from upge.trees import plain
 
 #: `name` is a key of inlined algorithms: `algorithms.inline` writes it.
 _COMMON = {"name", "description"}

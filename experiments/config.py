@@ -16,7 +16,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 import algorithms
 from upge.algorithm import Algorithm
@@ -25,6 +24,7 @@ from upge.errors import ConfigError, nearest
 from upge.evaluation.suite import BenchmarkConfig, SuiteConfig
 from upge.pipeline import Pipeline
 from upge.train.config import RunConfig
+from upge.trees import first_line, plain, read_yaml
 
 CONFIGS = Path(__file__).parent / "configs"
 MODELS = Path(__file__).parent / "models"
@@ -116,12 +116,12 @@ def compose(arguments: Sequence[str]) -> Composed:
             tree = _set(tree, key, value)
     tree.algo, notes = _overridden(tree.algo, names, recipe.overrides, overrides)
     try:
-        plain = OmegaConf.to_container(tree, resolve=True)
+        whole = plain(tree, resolve=True)
     except OmegaConfBaseException as error:
         key = error.full_key or "configuration"
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}; give it a value of its own") from error
-    config = from_tree(RunConfig, plain)
-    return Composed(names, plain, config, algorithms.compose(plain["algo"], algorithms.stem(names["algo"])), notes)
+        raise ConfigError(f"{key}: {first_line(error)}; give it a value of its own") from error
+    config = from_tree(RunConfig, whole)
+    return Composed(names, whole, config, algorithms.compose(whole["algo"], algorithms.stem(names["algo"])), notes)
 
 
 def read_recipe(name: str, above: tuple[str, ...] = ()) -> Recipe:
@@ -188,7 +188,7 @@ def _preset(group: str, name: str) -> dict[str, Any]:
     path = CONFIGS / group / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError(f"{group}: no {group} '{name}'; {nearest(name, presets(group))}")
-    return OmegaConf.to_container(OmegaConf.load(path))
+    return read_yaml(path)
 
 
 def _named(group: str, name: str) -> dict[str, Any]:
@@ -271,9 +271,9 @@ def suite_tree(name: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"suite: no suite '{name}'; {nearest(name, presets('suite'))}, or give a YAML file")
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"suite: {path} cannot be read as YAML: {str(error).splitlines()[0]}") from error
+        tree = read_yaml(path)
+    except ConfigError as error:
+        raise error.with_key("suite") from error
     if not isinstance(tree, Mapping) or list(tree) != ["suite"] or not isinstance(tree["suite"], Mapping):
         raise ConfigError(f"suite: {path} must be a mapping with the one key `suite`, and a suite's keys below it")
     suite = {**defaults(SuiteConfig), **tree["suite"]}
@@ -290,6 +290,6 @@ def resolved(tree: Any) -> dict[str, Any]:
         ConfigError: a reference in it leads nowhere.
     """
     try:
-        return OmegaConf.to_container(tree, resolve=True)
+        return plain(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'suite'}: {str(error).splitlines()[0]}") from error

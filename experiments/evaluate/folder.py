@@ -11,11 +11,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from experiments.files import free_folder
+from experiments.files import free_folder, output_path
 from upge.errors import ConfigError
 from upge.evaluation import SampleFile
 from upge.evaluation.scores import NONE, same_answer
 from upge.train.folder import write_atomically
+from upge.trees import read_yaml
 
 #: Keys that may differ between an evaluation and its continuation: no sample or verdict depends on them.
 ENGINE_KEYS = ("rollout.memory_fraction", "rollout.max_sequences", "rollout.max_batched_tokens")
@@ -41,8 +42,8 @@ class EvaluationFolder:
         if not self.path.exists() or not any(self.path.iterdir()):
             return False
         saved = self.path / "config.yaml"
-        old = OmegaConf.to_container(OmegaConf.load(saved)) if saved.is_file() else {}
-        if "suite" not in old:
+        old = read_yaml(saved) if saved.is_file() else {}
+        if not isinstance(old, dict) or "suite" not in old:
             raise ConfigError(f"output: {self.path} exists and is not an evaluation's folder; choose another")
         if resume == "never":
             raise ConfigError(f"output: {self.path} exists; choose another, remove it, or continue it with resume=auto")
@@ -121,7 +122,7 @@ class EvaluationFolder:
 def output_folder(output: str, model: str, suite: str) -> Path:
     """`output`, or the next free evals/MODEL-SUITE; for a run's model, MODEL includes the run's name."""
     if output:
-        return Path(output).expanduser()
+        return output_path(output)
     place, name = Path(model).expanduser().absolute(), Path(model).name.removesuffix(".gguf")
     if (place.parent / "run.json").is_file():
         name = f"{place.parent.name}-{place.name}"

@@ -104,7 +104,7 @@ def test_several_processes_are_refused(capsys, monkeypatch):
 
 
 SUITES = {
-    "no YAML": ("suite: [", "cannot be read as YAML"),
+    "no YAML": ("suite: [", "not valid YAML"),
     "no suite": ("benchmarks: {}", "the one key `suite`"),
     "a key": ("suite: {sampels: 3}", "suite.sampels: unknown key"),
     "a benchmark that is none": ("suite: {benchmarks: {a: 3}}", "suite.benchmarks.a: found 3"),

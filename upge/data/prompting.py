@@ -22,6 +22,8 @@ RESERVED = (
     *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
     *("return_assistant_tokens_mask", "tokenizer_kwargs"),
 )
+#: Bounds of a format string, so that no prompt becomes many times as long as its problem.
+LONGEST_TEMPLATE, MOST_FIELDS = 100_000, 100
 #: A folder with a tokenizer has at least one of these files.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -266,6 +268,14 @@ def _check_template(template: str) -> None:
         raise ConfigError(
             f"model.template: {template!r} is no format string ({error}); double a plain brace"
         ) from error
+    formatted = [name for _, name, spec, conversion in string.Formatter().parse(template) if spec or conversion]
+    if formatted:
+        raise ConfigError(f"model.template: {template[:80]!r} formats {{{formatted[0]}}}; write the plain {{prompt}}")
+    if len(template) > LONGEST_TEMPLATE or template.count("{") > MOST_FIELDS:
+        raise ConfigError(
+            f"model.template: {len(template)} characters with {template.count('{')} braces; give at most "
+            f"{LONGEST_TEMPLATE} characters and {MOST_FIELDS} braces"
+        )
     for name in fields - set(FIELDS):
         hint = nearest(name, FIELDS) if name else "name it {prompt}"
         raise ConfigError(f"model.template: {template!r} has the unknown field '{{{name}}}'; {hint}")

@@ -139,15 +139,21 @@ def interleaved(columns: Iterable[Sequence[Problem]]) -> tuple[Problem, ...]:
     return tuple(problem for problem in chain.from_iterable(zip_longest(*columns)) if problem is not None)
 
 
+#: The largest size of a side, for data that are generated as well as for data that are read.
+LARGEST_SIDE = 10**7
+
+
 def check_sizes(train: int | None, evaluation: int | None) -> None:
     """Checks the sizes of both sides; None means all problems.
 
     Raises:
-        ConfigError: a size is below 1.
+        ConfigError: a size is below 1 or beyond `LARGEST_SIDE`.
     """
     for key, size in (("train_size", train), ("evaluation_size", evaluation)):
         if size is not None and size < 1:
             raise ConfigError(f"data.{key}: found {size}; give a number of at least 1, or null for all rows")
+        if size is not None and size > LARGEST_SIDE:
+            raise ConfigError(f"data.{key}: found {size}; give a number of at most {LARGEST_SIDE}")
 
 
 def limit_levels(problems: Sequence[Problem], per_level: Mapping[str, int]) -> tuple[Problem, ...]:

@@ -20,13 +20,11 @@ Metrics = Mapping[str, float | None]
 class AlarmConfig(Settings):
     """The limits of the alarms. See docs/diagnose.md for what each means; `stop.alarms` turns them into stops."""
 
-    steps: int = key(3, "raise an alarm after N such steps in a row", minimum=1, maximum=10**6)
+    steps: int = key(3, "raise an alarm after N such steps in a row", minimum=1, limit=10**6)
     truncated: float = key(
         0.5, "share of rollouts cut at rollout.max_response_tokens above which to raise it", minimum=0, maximum=1
     )
-    no_signal: int = key(
-        10, "raise it after N steps in a row in which no prompt had a signal", minimum=1, maximum=10**6
-    )
+    no_signal: int = key(10, "raise it after N steps in a row in which no prompt had a signal", minimum=1, limit=10**6)
     sampler_drift: float = key(
         2.0, "largest |log π_trainer - log π_sampler| of a token above which to raise it", above=0
     )

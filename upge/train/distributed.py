@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from upge.errors import ConfigError
 from upge.models.loading import has_cuda
 
 _T = TypeVar("_T")
@@ -79,8 +80,31 @@ def world_size() -> int:
 
 
 def launched_rank() -> int:
-    """This process's rank as the launcher set it; known before it is connected."""
-    return int(os.environ.get("RANK", "0"))
+    """This process's rank as the launcher set it, see `check_launched`; known before it is connected."""
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdigit() else 0
+
+
+def check_launched() -> None:
+    """Checks the variables with which a launcher tells a process its place.
+
+    Raises:
+        ConfigError: some are missing, or are not numbers that belong together.
+    """
+    fix = "start several ranks with torchrun, which sets all of them, or unset them for a single process"
+    given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ}
+    for name, text in given.items():
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            raise ConfigError(f"the environment variable {name} is {text!r}, not a number; {fix}")
+    if not given:
+        return
+    needed = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
+    needed += ["MASTER_ADDR", "MASTER_PORT"] if given.get("WORLD_SIZE", "1") != "1" else []
+    missing = [name for name in needed if name not in os.environ]
+    if missing:
+        raise ConfigError(f"of the environment variables {', '.join(needed)}, {missing[0]} is not set; {fix}")
+    if int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        raise ConfigError(f"RANK={given['RANK']} is not below WORLD_SIZE={given['WORLD_SIZE']}; {fix}")
 
 
 def connect() -> World:
