@@ -18,7 +18,7 @@ Metrics = Mapping[str, float | None]
 
 @dataclass(frozen=True)
 class AlarmConfig(Settings):
-    """The limits of the alarms. See docs/diagnose.md for what each means; `stop.alarms` turns them into stops."""
+    """The limits of the alarms. docs/running.md says what each means; `stop.alarms` turns them into stops."""
 
     steps: int = key(3, "raise an alarm after N such steps in a row", minimum=1, limit=10**6)
     truncated: float = key(
