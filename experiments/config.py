@@ -185,10 +185,9 @@ def correction_names(value: Any) -> list[str]:
 
 
 def _preset(group: str, name: str) -> dict[str, Any]:
-    path = CONFIGS / group / f"{name}.yaml"
-    if not path.is_file():
+    if name not in presets(group):
         raise ConfigError(f"{group}: no {group} '{name}'; {nearest(name, presets(group))}")
-    return read_yaml(path)
+    return read_yaml(CONFIGS / group / f"{name}.yaml")
 
 
 def _named(group: str, name: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from upge.evaluation.suite import Benchmark, BenchmarkConfig, SuiteConfig, load
 from upge.models import local_path
 from upge.rollout import Sampling
 from upge.train.config import SEED, TOKENS, ModelConfig, VerifyConfig
-from upge.train.distributed import check_launched, world_size
+from upge.train.distributed import world_size
 from upge.trees import read_yaml
 
 #: The settings of the model that apply only to training.
@@ -188,7 +188,6 @@ def prepare(chosen: Chosen) -> Prepared:
         UserError: the first thing that is wrong; the message names the key or file, its value and the fix.
     """
     config = chosen.config
-    check_launched()
     if world_size() > 1:
         raise ConfigError(
             f"started as {world_size()} processes, but an evaluation is one process; start it without torchrun (with "

@@ -160,16 +160,14 @@ class Prompting:
         )
 
     def _chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
-
         options = {**self.template_arguments, "add_generation_prompt": add_generation_prompt, "tokenize": False}
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program, which may fail in any way
             roles = " and ".join(message["role"] for message in messages)
             raise ConfigError(
-                f"model.template: the tokenizer's chat template refuses messages of {roles} ({error}); give a format "
-                "string with {prompt}, or leave system messages out (model.system, data.system=drop)"
+                f"model.template: the tokenizer's chat template refuses messages of {roles} ({error!s:.200}); give a "
+                "format string with {prompt}, or leave system messages out (model.system, data.system=drop)"
             ) from error
 
     def _check_arguments(self, name: str) -> None:

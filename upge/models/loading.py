@@ -22,6 +22,8 @@ from upge.errors import ConfigError, ModelError, nearest
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Number of parameters below which, on a CPU, one thread samples faster than several, and transformers faster than vLLM.
 SMALL_MODEL = 5_000_000
+#: Layers beyond which a configuration is taken for a mistake: even without weights each takes time and memory.
+MOST_LAYERS = 2000
 
 ModelConfig = Any  # a configuration of transformers; its attributes depend on the model
 
@@ -65,7 +67,11 @@ def read_config(model_path: str | Path, overrides: Mapping[str, object] | None =
             "model.path",
             path,
         ) from error
-    return override(config, overrides or {})
+    config = override(config, overrides or {})
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
+        raise ModelError(f"its num_hidden_layers is {layers}; give 1 to {MOST_LAYERS} layers", "model.path", path)
+    return config
 
 
 def override(config: ModelConfig, overrides: Mapping[str, object]) -> ModelConfig:

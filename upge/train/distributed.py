@@ -75,14 +75,19 @@ def is_launched() -> bool:
 
 
 def world_size() -> int:
-    """The number of processes that the launcher started; known before they are connected."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The number of processes that the launcher started, see `check_launched`; known before they are connected."""
+    return _number("WORLD_SIZE", 1)
 
 
 def launched_rank() -> int:
     """This process's rank as the launcher set it, see `check_launched`; known before it is connected."""
-    text = os.environ.get("RANK", "0")
-    return int(text) if text.isdigit() else 0
+    return _number("RANK", 0)
+
+
+def _number(name: str, default: int) -> int:
+    """The value of an environment variable; the default if it is not a number, which `check_launched` refuses."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() else default
 
 
 def check_launched() -> None:
