@@ -21,7 +21,7 @@ from upge.config import parse, split
 from upge.errors import ConfigError, nearest
 from upge.instantiate import TARGET, locate
 from upge.pipeline import Pipeline
-from upge.trees import plain, read_yaml
+from upge.trees import first_line, plain, read_yaml
 
 FOLDER = Path(__file__).parent
 CORRECTIONS = FOLDER / "corrections"
@@ -202,7 +202,7 @@ def override(node: DictConfig, overrides: Sequence[str], path: str = "algo") -> 
             _check_target(result, key, value, where)
             OmegaConf.update(result, key, value, merge=False, force_add=True)
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"{where}: {first_line(error)}") from error
         after = plain(result)
         inline(after, path)
         check_names(after, path)

@@ -89,6 +89,8 @@ def compose(arguments: Sequence[str]) -> Composed:
         if key in GROUPS and key in chosen:
             several = f"; give correction=[{chosen[key]},{value}]" if key == "correction" else ""
             raise ConfigError(f"{key}: given twice ({chosen[key]}, {value}){several}")
+        if key in ("algo", "model", "data") and not value:
+            raise ConfigError(f"{key}: empty; give a name, or leave it out for {key}={GROUPS[key]}")
         if key in GROUPS:
             chosen[key] = value
     recipe = read_recipe(chosen["recipe"]) if chosen.get("recipe") else Recipe()
@@ -204,7 +206,7 @@ def _merge(tree: DictConfig, part: Mapping[str, Any], origin: str) -> DictConfig
     try:
         tree = OmegaConf.merge(tree, OmegaConf.create(part))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{origin}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{origin}: {first_line(error)}") from error
     if overrides:
         raise ConfigError(
             f"{origin}: a preset cannot change `{overrides[0]}`; give {overrides[0]}.KEY=VALUE on the command line, or "
@@ -231,7 +233,7 @@ def _set(tree: DictConfig, key: str, value: str) -> DictConfig:
         parsed = value if is_text else parse(key, value)
         OmegaConf.update(tree, key, parsed, merge=False, force_add=free)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{key}: {value!r} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{key}: {value!r} cannot be read: {first_line(error)}") from error
     return tree
 
 
@@ -291,4 +293,4 @@ def resolved(tree: Any) -> dict[str, Any]:
     try:
         return plain(tree, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'suite'}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{error.full_key or 'suite'}: {first_line(error)}") from error

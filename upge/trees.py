@@ -107,39 +107,44 @@ def plain(node: DictConfig | ListConfig, resolve: bool = False) -> Any:
 
 
 class _Expansion:
-    """The number of characters of each node of a tree, with references expanded; each is counted once."""
+    """The characters of each node of a tree with references expanded, and the length of the longest chain of them."""
 
     def __init__(self, tree: Any) -> None:
-        self._tree, self._sizes = tree, dict[tuple[str, ...], int]()
+        self._tree, self._known = tree, dict[tuple[str, ...], tuple[int, int]]()
 
     def check(self) -> None:
-        """Raises ConfigError for a node that is too large."""
-        self._size(self._tree, (), 0)
+        """Raises ConfigError for a node with too much of either."""
+        self._measure(self._tree, (), 0)
 
-    def _size(self, node: Any, path: tuple[str, ...], chain: int) -> int:
+    def _measure(self, node: Any, path: tuple[str, ...], above: int) -> tuple[int, int]:
+        """(characters, chain) of a node at the end of a chain of `above` references."""
         if isinstance(node, (Mapping, list)):
-            return sum(self._size(child, (*path, name), chain) for name, child in _children(node).items())
+            inner = [self._measure(child, (*path, name), above) for name, child in _children(node).items()]
+            return sum(size for size, _ in inner), max((chain for _, chain in inner), default=0)
         if not isinstance(node, str) or "${" not in node:
-            return len(node) if isinstance(node, str) else 1
-        if chain > DEEPEST:
-            raise ConfigError(f"references follow each other more than {DEEPEST} times; shorten it", ".".join(path))
-        total = len(node)
+            return len(node) if isinstance(node, str) else 1, 0
+        total, longest = len(node), 0
         for dots, name in _REFERENCE.findall(node):
-            above = path[: len(path) - len(dots)] if dots else ()
-            total += self._size_at((*above, *filter(None, re.split(r"[.\[\]]", name))), chain + 1)
+            base = path[: len(path) - len(dots)] if dots else ()
+            size, chain = self._at((*base, *filter(None, re.split(r"[.\[\]]", name))), above + 1)
+            total, longest = total + size, max(longest, chain + 1)
+            if above + longest > DEEPEST:
+                raise ConfigError(f"references follow each other more than {DEEPEST} times", ".".join(path))
             if total > LONGEST:
                 problem = f"its references expand to more than {LONGEST} characters; shorten it"
                 raise ConfigError(problem, ".".join(path))
-        return total
+        return total, longest
 
-    def _size_at(self, path: tuple[str, ...], chain: int) -> int:
-        if path not in self._sizes:
-            self._sizes[path] = 0  # of a reference to itself, which OmegaConf refuses
+    def _at(self, path: tuple[str, ...], above: int) -> tuple[int, int]:
+        if above > DEEPEST:
+            raise ConfigError(f"references follow each other more than {DEEPEST} times", ".".join(path))
+        if path not in self._known:
+            self._known[path] = 0, 0  # of a reference to itself, which OmegaConf refuses
             node = self._tree
             for name in path:
                 node = _children(node).get(name)
-            self._sizes[path] = self._size(node, path, chain)
-        return self._sizes[path]
+            self._known[path] = self._measure(node, path, above)
+        return self._known[path]
 
 
 def _children(node: Any) -> dict[str, Any]:

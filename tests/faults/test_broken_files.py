@@ -153,6 +153,8 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "has no tokenizer"),
     "a broken tokenizer": (write("tokenizer.json", b"{}"), "no tokenizer could be loaded"),
     "a tokenizer without an end": (change("tokenizer_config.json", eos_token=None), "end-of-sequence"),
+    "a broken generation config": (write("generation_config.json", b"{"), "generation_config.json cannot be read"),
+    "stop tokens that are words": (change("generation_config.json", eos_token_id=["<eos>"]), "eos_token_id in"),
     "a chat template that does not parse": (
         change("tokenizer_config.json", chat_template="{% for %}"),
         "model.template",

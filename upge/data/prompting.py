@@ -14,6 +14,7 @@ from typing import Any
 from upge.data.splits import Problem
 from upge.data.tokens import Tokenizer, tokens_of
 from upge.errors import ConfigError, ModelError, nearest
+from upge.trees import first_line
 
 FIELDS = ("prompt", "system")
 #: Arguments of transformers' `apply_chat_template` that are no variables of a template, or that are set here.
@@ -237,22 +238,32 @@ def load_tokenizer(path: str) -> Tokenizer:
         )
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a file of the hub or of a user may be wrong in any way
         raise ModelError(
-            f"model.path: no tokenizer could be loaded for '{path}' ({str(error).splitlines()[0]}). Give the folder of "
+            f"model.path: no tokenizer could be loaded for '{path}' ({first_line(error)}). Give the folder of "
             "a Hugging Face causal LM, or a hub name that is in the local cache or can be downloaded"
         ) from error
 
 
 def _generation_stops(path: str) -> tuple[int, ...]:
-    """The tokens that end a response according to generation_config.json, such as the end of a turn."""
+    """The tokens that end a response according to generation_config.json, such as the end of a turn.
+
+    Raises:
+        ModelError: there is such a file, but it cannot be read, or names no tokens.
+    """
     from transformers import GenerationConfig
 
+    file = Path(path) / "generation_config.json"
     try:
         more = GenerationConfig.from_pretrained(path).eos_token_id
-    except (OSError, ValueError):
-        return ()
-    return () if more is None else (more,) if isinstance(more, int) else tuple(more)
+    except Exception as error:  # a file of the hub or of a user may be wrong in any way
+        if not file.is_file():
+            return ()
+        raise ModelError(f"model.path: {file} cannot be read ({first_line(error)}); remove or fix it") from error
+    stops = () if more is None else tuple(more) if isinstance(more, (list, tuple)) else (more,)
+    if not all(type(token) is int for token in stops):
+        raise ModelError(f"model.path: eos_token_id in {file} is {more!r}; give a token's number, or a list of them")
+    return stops
 
 
 def _fields(template: str) -> set[str]:

@@ -18,6 +18,7 @@ import numpy
 import torch
 
 from upge.errors import ConfigError, ModelError, nearest
+from upge.trees import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Number of parameters below which, on a CPU, one thread samples faster than several, and transformers faster than vLLM.
@@ -59,8 +60,8 @@ def read_config(model_path: str | Path, overrides: Mapping[str, object] | None =
         # Without a connection, the hub's client retries for half a minute.
         is_local = Path(path).is_dir() or not _hub_answers()
         config = AutoConfig.from_pretrained(path, local_files_only=is_local, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a file of the hub or of a user may be wrong in any way
+        reason = first_line(error)
         raise ModelError(
             f"neither a folder nor a model that can be found here ({reason}); check the name, or download "
             "the model first and give its folder",
