@@ -141,7 +141,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
         change("config.json", model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.M"}),
         "model.path",
     ),
-    "no layers": (change("config.json", num_hidden_layers=0), "num_hidden_layers is 0"),
+    "no layers": (change("config.json", num_hidden_layers=0), "num_hidden_layers"),
     "too many layers": (change("config.json", num_hidden_layers=10**9), "num_hidden_layers"),
     "a negative width": (change("config.json", hidden_size=-128), "model.path"),
     "a width of another kind": (change("config.json", hidden_size="wide"), "model.path"),

@@ -61,6 +61,9 @@ def read_config(model_path: str | Path, overrides: Mapping[str, object] | None =
         is_local = Path(path).is_dir() or not _hub_answers()
         config = AutoConfig.from_pretrained(path, local_files_only=is_local, trust_remote_code=False)
     except Exception as error:  # a file of the hub or of a user may be wrong in any way
+        if Path(path).is_dir():
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ModelError(f"its config.json cannot be read: {reason}; fix that file", "model.path", path) from error
         reason = first_line(error)
         raise ModelError(
             f"neither a folder nor a model that can be found here ({reason}); check the name, or download "
