@@ -111,7 +111,7 @@ SUITES = {
     "a benchmark's key": ("suite: {benchmarks: {a: {n: 3}}}", "suite.benchmarks.a.n: unknown key"),
     "a name": ("suite: {benchmarks: {a/b: {}}}", "suite.benchmarks.a/b: the name is also a file name"),
     "no data": ("suite: {benchmarks: {a: {}}}", "suite.benchmarks.a.data: missing"),
-    "no data set": ("suite: {benchmarks: {a: {data: {_target_: pathlib.Path}}}}", "expected a data set with load()"),
+    "no data set": ("suite: {benchmarks: {a: {data: {_target_: upge.NoMask}}}}", "expected a DataSet or Rows"),
     "a class": ("suite: {benchmarks: {a: {data: {_target_: upge.data.Arithmetics}}}}", "did you mean 'Arithmetic'"),
 }
 
