@@ -17,10 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from algorithms.compose import CORRECTION, algorithm_slots, check_names, compose
 from upge.algorithm import Algorithm
-from upge.config import parse, plain, split
+from upge.config import parse, split
 from upge.errors import ConfigError, nearest
 from upge.instantiate import TARGET, locate
 from upge.pipeline import Pipeline
+from upge.trees import first_line, plain, read_yaml
 
 FOLDER = Path(__file__).parent
 CORRECTIONS = FOLDER / "corrections"
@@ -126,15 +127,15 @@ def content(file: Path, path: str = "algo", key: str = "terms") -> dict[str, Any
     """Read a YAML file without resolving interpolations; `path` and the required `key` are for messages.
 
     Raises:
-        ConfigError: the file is not valid YAML, or not a mapping.
+        ConfigError: the file cannot be read, is not valid YAML, or not a mapping.
     """
     try:
-        node = OmegaConf.load(file)
-    except Exception as error:
-        raise ConfigError(f"{path}: {file} is not valid YAML: {error}") from error
-    if not isinstance(node, DictConfig):
+        node = read_yaml(file)
+    except ConfigError as error:
+        raise error.with_key(path) from error
+    if not isinstance(node, dict):
         raise ConfigError(f"{path}: {file} is not a mapping; it must have the key `{key}`")
-    return plain(node)
+    return node
 
 
 def header(file: Path) -> str:
@@ -201,7 +202,7 @@ def override(node: DictConfig, overrides: Sequence[str], path: str = "algo") -> 
             _check_target(result, key, value, where)
             OmegaConf.update(result, key, value, merge=False, force_add=True)
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"{where}: {first_line(error)}") from error
         after = plain(result)
         inline(after, path)
         check_names(after, path)

@@ -12,7 +12,6 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from upge.algorithm import Algorithm, DynamicSampling, InterleavedUpdate
 from upge.checks import mismatch
-from upge.config import plain
 from upge.corrections import Correction, NotApplicable
 from upge.errors import ConfigError, nearest
 from upge.gates import Gate
@@ -20,6 +19,7 @@ from upge.instantiate import TARGET, build
 from upge.pipeline import Pipeline, Stage
 from upge.regularizers import Regularizer, ValueLoss
 from upge.term import Term
+from upge.trees import first_line, plain
 
 #: `name` is a key of inlined algorithms: `algorithms.inline` writes it.
 _COMMON = {"name", "description"}
@@ -54,7 +54,7 @@ def compose(node: DictConfig | Mapping[str, Any], name: str, path: str = "algo")
         key = error.full_key or ""
         where = key if f"{key}.".startswith(f"{path}.") else f"{path}.{key}".rstrip(".")
         fix = "; give it a value of its own" if isinstance(error, InterpolationResolutionError) else ""
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]}{fix}") from error
+        raise ConfigError(f"{where}: {first_line(error)}{fix}") from error
     corrections = _mapping(tree, CORRECTION, path)
     rest = {key: value for key, value in tree.items() if key != CORRECTION}
     return _corrected(_plain(rest, name, path), corrections)

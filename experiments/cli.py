@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from experiments import packages
+from experiments import leave_at_once, packages
 from experiments.output import prepare_output
 
 #: Exit codes that all commands share. Others: 1 for a proof that fails and a run whose engine or rank has failed, 4 for
@@ -111,6 +111,9 @@ def run_command(
 
     end_with_launcher()
     try:
+        if signal.getsignal(signal.SIGINT) is leave_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        _check_text(arguments)
         return command(arguments)
     except UserError as error:
         print_error(error)
@@ -127,14 +130,33 @@ def run_command(
     except OSError as error:
         from upge.train.files import disk_reason, is_full
 
-        if not is_full(error):
+        if is_full(error):
+            name = error.filename or "a file"
+            print_error(f"{name} cannot be written: {disk_reason(error)}; make room and start again")
+        elif error.filename is not None:
+            print_error(f"{os.fsdecode(error.filename)}: {error.strerror}")
+        else:
             raise
-        print_error(f"{error.filename or 'a file'} cannot be written: {disk_reason(error)}; make room and start again")
         return BAD_INPUT
     except KeyboardInterrupt:
         return _stopped(Stopped(signal.SIGINT))
     except Stopped as stopped:
         return _stopped(stopped)
+
+
+def _check_text(arguments: Sequence[str]) -> None:
+    """Refuses an argument that cannot be printed or written to a file.
+
+    Raises:
+        ConfigError: its bytes are not UTF-8.
+    """
+    from upge.errors import ConfigError
+
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{argument[:200]!r} is not text in UTF-8; write it in UTF-8") from None
 
 
 def quiet() -> None:
@@ -201,9 +223,17 @@ def print_error(error: Exception | str, rank: int | None = None) -> None:
     from upge.train.distributed import launched_rank
 
     if rank is not None:
-        print(f"error on rank {rank}: {error}", file=sys.stderr)
+        print_alone(f"error on rank {rank}: {error}")
     elif launched_rank() == 0:
-        print(f"error: {error}", file=sys.stderr)
+        print_alone(f"error: {error}")
+
+
+def print_alone(text: str) -> None:
+    """Prints a line on standard error, below the progress bars that are still open."""
+    bars = sys.modules.get("tqdm.std")
+    for bar in list(getattr(bars.tqdm, "_instances", ())) if bars else ():
+        bar.close()
+    print(text, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -254,7 +284,7 @@ def _version() -> str:
 
 
 def _stopped(stopped: Stopped) -> int:
-    print(stopped.message, file=sys.stderr)
+    print_alone(stopped.message)
     return 128 + stopped.number
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 import algorithms
 from upge.algorithm import Algorithm
@@ -25,6 +24,7 @@ from upge.errors import ConfigError, nearest
 from upge.evaluation.suite import BenchmarkConfig, SuiteConfig
 from upge.pipeline import Pipeline
 from upge.train.config import RunConfig
+from upge.trees import first_line, plain, read_yaml
 
 CONFIGS = Path(__file__).parent / "configs"
 MODELS = Path(__file__).parent / "models"
@@ -89,6 +89,8 @@ def compose(arguments: Sequence[str]) -> Composed:
         if key in GROUPS and key in chosen:
             several = f"; give correction=[{chosen[key]},{value}]" if key == "correction" else ""
             raise ConfigError(f"{key}: given twice ({chosen[key]}, {value}){several}")
+        if key in ("algo", "model", "data") and not value:
+            raise ConfigError(f"{key}: empty; give a name, or leave it out for {key}={GROUPS[key]}")
         if key in GROUPS:
             chosen[key] = value
     recipe = read_recipe(chosen["recipe"]) if chosen.get("recipe") else Recipe()
@@ -116,12 +118,12 @@ def compose(arguments: Sequence[str]) -> Composed:
             tree = _set(tree, key, value)
     tree.algo, notes = _overridden(tree.algo, names, recipe.overrides, overrides)
     try:
-        plain = OmegaConf.to_container(tree, resolve=True)
+        whole = plain(tree, resolve=True)
     except OmegaConfBaseException as error:
         key = error.full_key or "configuration"
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}; give it a value of its own") from error
-    config = from_tree(RunConfig, plain)
-    return Composed(names, plain, config, algorithms.compose(plain["algo"], algorithms.stem(names["algo"])), notes)
+        raise ConfigError(f"{key}: {first_line(error)}; give it a value of its own") from error
+    config = from_tree(RunConfig, whole)
+    return Composed(names, whole, config, algorithms.compose(whole["algo"], algorithms.stem(names["algo"])), notes)
 
 
 def read_recipe(name: str, above: tuple[str, ...] = ()) -> Recipe:
@@ -185,10 +187,9 @@ def correction_names(value: Any) -> list[str]:
 
 
 def _preset(group: str, name: str) -> dict[str, Any]:
-    path = CONFIGS / group / f"{name}.yaml"
-    if not path.is_file():
+    if name not in presets(group):
         raise ConfigError(f"{group}: no {group} '{name}'; {nearest(name, presets(group))}")
-    return OmegaConf.to_container(OmegaConf.load(path))
+    return read_yaml(CONFIGS / group / f"{name}.yaml")
 
 
 def _named(group: str, name: str) -> dict[str, Any]:
@@ -205,7 +206,7 @@ def _merge(tree: DictConfig, part: Mapping[str, Any], origin: str) -> DictConfig
     try:
         tree = OmegaConf.merge(tree, OmegaConf.create(part))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{origin}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{origin}: {first_line(error)}") from error
     if overrides:
         raise ConfigError(
             f"{origin}: a preset cannot change `{overrides[0]}`; give {overrides[0]}.KEY=VALUE on the command line, or "
@@ -232,7 +233,7 @@ def _set(tree: DictConfig, key: str, value: str) -> DictConfig:
         parsed = value if is_text else parse(key, value)
         OmegaConf.update(tree, key, parsed, merge=False, force_add=free)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{key}: {value!r} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{key}: {value!r} cannot be read: {first_line(error)}") from error
     return tree
 
 
@@ -271,9 +272,9 @@ def suite_tree(name: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"suite: no suite '{name}'; {nearest(name, presets('suite'))}, or give a YAML file")
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"suite: {path} cannot be read as YAML: {str(error).splitlines()[0]}") from error
+        tree = read_yaml(path)
+    except ConfigError as error:
+        raise error.with_key("suite") from error
     if not isinstance(tree, Mapping) or list(tree) != ["suite"] or not isinstance(tree["suite"], Mapping):
         raise ConfigError(f"suite: {path} must be a mapping with the one key `suite`, and a suite's keys below it")
     suite = {**defaults(SuiteConfig), **tree["suite"]}
@@ -290,6 +291,6 @@ def resolved(tree: Any) -> dict[str, Any]:
         ConfigError: a reference in it leads nowhere.
     """
     try:
-        return OmegaConf.to_container(tree, resolve=True)
+        return plain(tree, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'suite'}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{error.full_key or 'suite'}: {first_line(error)}") from error

@@ -32,6 +32,33 @@ def free_folder(parent: str, name: str) -> Path:
     return path
 
 
+#: What file systems take as a name, and the system as a path, in bytes.
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000
+#: Files of checkpoints are found by patterns of these characters, so that a folder's name must not have them.
+_PATTERN = "*?["
+
+
+def output_path(text: str, key: str = "output") -> Path:
+    """The folder that a command writes to, from a setting.
+
+    Raises:
+        ConfigError: it cannot be a folder's name, or would be read as a pattern.
+    """
+    fix = "choose another folder"
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:  # ~NAME of a user that does not exist
+        raise ConfigError(f"found {text!r}: {error}; {fix}", key) from error
+    for letter in text:
+        if letter in _PATTERN or not letter.isprintable():
+            raise ConfigError(f"found {text[:80]!r}, whose character {letter!r} a folder must not have; {fix}", key)
+    if max(len(os.fsencode(part)) for part in ("", *path.parts)) > _LONGEST_NAME:
+        raise ConfigError(f"a name in {text[:80]!r}... has more than {_LONGEST_NAME} bytes; {fix}", key)
+    if len(os.fsencode(path.absolute())) > _LONGEST_PATH - _LONGEST_NAME:
+        raise ConfigError(f"the path {text[:80]!r}... is too long for the files below it; {fix}", key)
+    return path
+
+
 def command(module: str, arguments: Sequence[str]) -> str:
     """The command line `python -m module arguments`, as one would type it."""
     return shlex.join([Path(sys.executable).name, "-m", module, *arguments])

@@ -19,7 +19,14 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips what is marked `gpu` where there is no CUDA device; in a process of pytest-xdist, orders the files."""
+    """Skips what is marked `soak` unless -m names it, and what is marked `gpu` where there is no CUDA device.
+
+    In a process of pytest-xdist, it also orders the files.
+    """
+    if "soak" not in config.getoption("markexpr"):
+        soaking = [item for item in items if item.get_closest_marker("soak")]
+        config.hook.pytest_deselected(items=soaking)
+        items[:] = [item for item in items if item not in soaking]
     if hasattr(config, "workerinput"):
         places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
         items.sort(key=lambda item: places.get(item.path.stem, len(places)))

@@ -18,12 +18,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from upge.checks import check_fields
-from upge.components.base import REACHES, Component, live_reads
+from upge.components.base import REACHES, Component, live_reads, walk
 from upge.errors import ConfigError
 from upge.estimate import Estimate
 from upge.formula import render
 from upge.gates import Gate
-from upge.needs import Needs, check_columns, needs_of
+from upge.needs import Needs, check_columns, check_groups, needs_of
 from upge.plan import Plan, plan_updates
 from upge.regularizers import Regularizer, ValueLoss
 from upge.stateful import UTILITY_SLOPE, StatefulGate, stateful_gates
@@ -117,6 +117,9 @@ class Algorithm:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for path, part in self.parts.items():
+            for _, inner in walk(part, path):
+                _check_part(inner, path)
         if not self.terms:
             raise ConfigError(f"{self.name}: terms is empty; an algorithm is a sum of at least one term")
         for name, regularizer in self.regularizers.items():
@@ -244,6 +247,8 @@ class Algorithm:
                 "from rollouts alone",
                 f"{path}.{owner}.source",
             )
+        if needs.rollouts and (needs.demonstrations or needs.preference_pairs):
+            check_groups(self._working_parts, path)
         filled = frozenset(provided) | ({"values"} if self.critic else frozenset[str]())
         check_columns(self._working_parts, self.sources, filled, path)
         for name, algorithm in self.inner.items():
@@ -280,6 +285,14 @@ class Algorithm:
 def _weighted(named: Mapping[str, _Weighted]) -> dict[str, _Weighted]:
     """The terms or regularizers whose coefficient is not 0. The others do not enter the gradient."""
     return {name: one for name, one in named.items() if one.coefficient != 0}
+
+
+def _check_part(part: Component, path: str) -> None:
+    """Refuse a setting outside its type, also of a user's part whose constructor does not check it."""
+    try:
+        check_fields(part)
+    except ConfigError as error:
+        raise error.under(path) from error
 
 
 def _check_reads_outcomes(gate: Gate, path: str) -> None:

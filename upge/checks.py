@@ -14,32 +14,47 @@ from upge.errors import ConfigError, nearest
 
 
 def check_fields(instance: Any) -> None:
-    """Check every field of the dataclass `instance` against its annotation.
+    """Check every annotated attribute of `instance`, such as the fields of a dataclass, against its annotation.
+
+    The annotations of all base classes count: a subclass may narrow a type, for example `source: Source` of a
+    regularizer, but never widen it.
 
     Raises:
-        ConfigError: a field has another type; the message names the class, the field, the value and the expected type.
+        ConfigError: an attribute has another type; the message names the class, the attribute, the value and the
+            expected type.
     """
-    hints = field_types(type(instance))
-    for name, annotation in hints.items():
-        value = getattr(instance, name)
-        wrong = mismatch(value, annotation)
-        if wrong:
-            raise ConfigError(f"{type(instance).__name__}.{name}: {wrong}")
+    cls = type(instance)
+    for base in cls.__mro__:
+        for name, annotation in _own_types(base).items():
+            if hasattr(instance, name) and (wrong := mismatch(getattr(instance, name), annotation)):
+                raise ConfigError(f"{cls.__name__}.{name}: {wrong}")
 
 
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
-    """Field name → resolved annotation of a dataclass.
+    """Field name → resolved annotation of a dataclass; empty for any other class.
 
-    Empty for any other class, and where a name in an annotation cannot be resolved.
+    A field is left out if a name in its annotation cannot be resolved.
     """
     if not dataclasses.is_dataclass(cls):
         return {}
-    try:
-        hints = typing.get_type_hints(cls)
-    except NameError:
-        return {}
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    hints: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        hints |= _own_types(base)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.name in hints}
+
+
+@functools.cache
+def _own_types(cls: type) -> dict[str, Any]:
+    """Name → resolved annotation of what the body of `cls` annotates, as far as it can be resolved."""
+    types_by_name: dict[str, Any] = {}
+    for name, annotation in vars(cls).get("__annotations__", {}).items():
+        alone = type(cls.__name__, (), {"__annotations__": {name: annotation}, "__module__": cls.__module__})
+        try:
+            types_by_name |= typing.get_type_hints(alone)
+        except (NameError, AttributeError):  # a name that exists only for type checkers, or in a function
+            continue
+    return types_by_name
 
 
 def mismatch(value: Any, annotation: Any) -> str | None:

@@ -14,12 +14,13 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast, get_type_hints
+from typing import Any, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from upge.checks import mismatch
 from upge.errors import ConfigError, nearest
+from upge.trees import DEEPEST, check_yaml, first_line, plain
 
 #: Old → new dotted names of renamed settings.
 RENAMED_KEYS = {"data_policy.demonstrated": "data_policy.demonstrated_prompts"}
@@ -32,6 +33,7 @@ class Range:
     Attributes:
         minimum, maximum: inclusive bounds; None = unbounded.
         above, below: exclusive bounds; None = unbounded.
+        limit: the largest value that can be handled at all, far beyond any use; None = no such limit.
         fix: what to do instead, for the message; empty = a sentence made from the bounds.
     """
 
@@ -39,10 +41,13 @@ class Range:
     maximum: float | None = None
     above: float | None = None
     below: float | None = None
+    limit: float | None = None
     fix: str = ""
 
     def problem(self, value: float) -> str | None:
         """None if `value` lies in the range, else a message with the value and the fix."""
+        if self.limit is not None and value > self.limit:
+            return f"found {value}; it must be at most {self.limit}"
         low = self.minimum is None or value >= self.minimum
         low = low and (self.above is None or value > self.above)
         high = self.maximum is None or value <= self.maximum
@@ -156,20 +161,17 @@ def meanings(cls: type, path: str = "") -> list[tuple[str, Any, str]]:
     return rows
 
 
-def plain(node: DictConfig, resolve: bool = False) -> dict[str, Any]:
-    """An OmegaConf tree as nested dictionaries and lists; `resolve` replaces interpolations by their values."""
-    return cast("dict[str, Any]", OmegaConf.to_container(node, resolve=resolve))
-
-
 def split(argument: str) -> tuple[str, str]:
     """The key and the text of `key=value`.
 
     Raises:
-        ConfigError: `argument` does not have this form.
+        ConfigError: `argument` does not have this form, or the key has too many parts.
     """
     name, equals, text = argument.partition("=")
     if not equals or not name:
-        raise ConfigError(f"'{argument}' is not of the form key=value; see --help for the keys")
+        raise ConfigError(f"{_short(argument)} is not of the form key=value; see --help for the keys")
+    if name.count(".") >= DEEPEST:
+        raise ConfigError(f"{_short(name)}: a key has at most {DEEPEST} parts; see --help for the keys")
     return name, text
 
 
@@ -179,9 +181,16 @@ def parse(name: str, text: str) -> Any:
     Interpolations are kept as text, because they refer to the tree that the value becomes a part of.
 
     Raises:
-        ConfigError: `text` is not valid YAML.
+        ConfigError: `text` is not valid YAML, or expands to too much.
     """
     try:
+        check_yaml(text)
         return plain(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+    except ConfigError as error:
+        raise ConfigError(f"{_short(text)} {error.problem}", name) from error
     except Exception as error:  # OmegaConf's errors and those of the YAML parser behind it
-        raise ConfigError(f"{text!r} cannot be read: {str(error).splitlines()[0]}", name) from error
+        raise ConfigError(f"{_short(text)} cannot be read: {first_line(error)}", name) from error
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 200 else f"{text[:200]}...")

@@ -88,6 +88,7 @@ class TermRecord(NamedTuple):
         above, below: number of stopped tokens whose ratio to the behaviour policy is above and below 1; None if the
             mask does not compare the two policies.
         trajectories: Σ|weight| of each trajectory, by its row in the batch or another unique key.
+        extreme: number of tokens whose ratio to the behaviour policy is outside [1/2, 2]; None on-policy.
     """
 
     weight: Tensor
@@ -98,6 +99,7 @@ class TermRecord(NamedTuple):
     above: int | None
     below: int | None
     trajectories: Mapping[Hashable, float]
+    extreme: int | None = None
 
 
 def term_record(factors: TermFactors, batch: TokenView, compared: bool) -> TermRecord:
@@ -108,15 +110,23 @@ def term_record(factors: TermFactors, batch: TokenView, compared: bool) -> TermR
     weight, mask, advantage, scale = (column[active].detach().float().cpu() for column in columns)
     signal = advantage != 0
     stopped = signal & (mask == 0)
-    above = below = None
-    if compared and batch.behavior_logprobs is not None:
-        moved = batch.log_importance_ratio[active].float().cpu()[stopped]
-        above, below = int((moved > 0).sum()), int((moved < 0).sum())
+    above = below = extreme = None
+    if batch.behavior_logprobs is not None:
+        log_ratio = batch.log_importance_ratio[active].float().cpu()
+        extreme = int(is_extreme(log_ratio).sum())
+        if compared:
+            moved = log_ratio[stopped]
+            above, below = int((moved > 0).sum()), int((moved < 0).sum())
     rows, place = batch.places[0][active].cpu().unique(return_inverse=True)
     masses = torch.zeros(len(rows), dtype=torch.float64).index_add(0, place, weight.double().abs())
     counts = int(signal.sum()), int(stopped.sum()), above, below
     trajectories = dict(zip(rows.tolist(), masses.tolist(), strict=True))
-    return TermRecord(weight, weight / scale.abs(), float(advantage.double().sum()), *counts, trajectories)
+    return TermRecord(weight, weight / scale.abs(), float(advantage.double().sum()), *counts, trajectories, extreme)
+
+
+def is_extreme(log_ratio: Float[Tensor, "n"]) -> Bool[Tensor, "n"]:
+    """[n] True where a ratio of two probabilities of a token is outside [1/2, 2], or is not a number."""
+    return ~(log_ratio.abs() <= math.log(2))
 
 
 #: The recorded percentiles of the signed weights.
@@ -134,6 +144,7 @@ def summarise(records: Mapping[str, Sequence[TermRecord]]) -> dict[str, float]:
     - `weight_p1` to `weight_p99`: percentiles of the signed weight;
     - `effective_tokens`: (Σ|w|)²/Σw² of the numbers w in front of ∇log π_θ; `effective_share`: the same divided by
       `tokens`; `effective_trajectories`: (Σ|w|)²/Σw² of each trajectory's Σ|w|;
+    - `extreme_ratio_share`: share of the tokens whose ratio to the behaviour policy is outside [1/2, 2];
     - `masked_share`: share of the tokens with a non-zero advantage that the mask stops; `masked_above` and
       `masked_below`: those of them whose ratio to the behaviour policy is above and below 1.
     """
@@ -144,6 +155,8 @@ def summarise(records: Mapping[str, Sequence[TermRecord]]) -> dict[str, float]:
         if tokens:
             values |= _weights(micro_batches) | _masked(micro_batches)
             values["advantage_mean"] = sum(record.advantage for record in micro_batches) / tokens
+            if any(record.extreme is not None for record in micro_batches):
+                values["extreme_ratio_share"] = sum(record.extreme or 0 for record in micro_batches) / tokens
         metrics |= {f"{name}/{key}": value for key, value in values.items()}
     return metrics
 

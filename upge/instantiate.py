@@ -1,15 +1,21 @@
 """Building objects from configuration nodes: the only place where a string becomes a class.
 
 A mapping with `_target_: package.module.Name` becomes a call of that name, with the mapping's other keys as arguments,
-which are built first. `_target_` takes any importable path, so a class in a user's own file needs no registration.
+which are built first. `_target_` takes any class of upge and of a user's own files, which needs no registration.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+import sys
+import sysconfig
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast, get_args, get_origin
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -27,32 +33,47 @@ RENAMED = {
 }
 
 
-def build(node: Any, path: str, expected: type | None = None) -> Any:
+def build(node: Any, path: str, expected: Any = None) -> Any:
     """Build the object that `node` describes.
+
+    What a `_target_` names is checked before it is called: it is a class of the expected kind, or a function whose
+    return annotation is one, and it comes from upge or from a file of the user's own.
 
     Args:
         node: a value, list, mapping or OmegaConf container; a mapping with `_target_` becomes an object.
         path: the node's key, for messages, for example `algo.terms.rl`.
-        expected: the class that the result must be an instance of.
+        expected: the class that the result must be an instance of, or a union of classes; None = any object.
 
     Raises:
         ConfigError: the object cannot be built; the message names the key, the value and the fix.
     """
     if isinstance(node, (DictConfig, ListConfig)):
         node = OmegaConf.to_container(node, resolve=True)
-    if isinstance(node, Mapping) and TARGET in node:
-        value = _call(node, path)
-    elif isinstance(node, Mapping):
-        value = {key: build(item, f"{path}.{key}") for key, item in node.items()}
-    elif isinstance(node, list):
-        value = tuple(build(item, f"{path}.{i}") for i, item in enumerate(node))
-    else:
-        value = node
+    value = _built(node, path, Any if expected is None else expected)
     if expected is not None and not isinstance(value, expected):
         raise ConfigError(
             f"{path}: found {_short(value)}, expected {_article(expected)}; give a mapping with `{TARGET}` naming one"
         )
     return value
+
+
+def _built(node: Any, path: str, annotation: Any) -> Any:
+    """The value of a node for a setting with this annotation."""
+    if isinstance(node, Mapping) and TARGET in node:
+        return _call(node, path, annotation)
+    if isinstance(node, Mapping):
+        inner = _inner_type(annotation, (dict, Mapping), -1)
+        return {key: _built(item, f"{path}.{key}", inner) for key, item in node.items()}
+    if isinstance(node, list):
+        inner = _inner_type(annotation, (tuple, list, Sequence), 0)
+        return tuple(_built(item, f"{path}.{i}", inner) for i, item in enumerate(node))
+    return node
+
+
+def _inner_type(annotation: Any, containers: tuple[type, ...], place: int) -> Any:
+    """The annotation of the items of a container; Any if `annotation` says nothing about them."""
+    kinds = [kind for kind in _members(annotation) if get_origin(kind) in containers]
+    return get_args(kinds[0])[place] if kinds else Any
 
 
 def locate(name: Any, path: str) -> Any:
@@ -64,12 +85,13 @@ def locate(name: Any, path: str) -> Any:
     if not isinstance(name, str) or not all(name.split(".")) or "." not in name:
         raise ConfigError(f"{path}: found {name!r}, expected a dotted path such as upge.NoMask or my_file.MyMask")
     module_name, _, attribute = name.rpartition(".")
+    _check_origin(module_name.partition(".")[0], name, path)
     # The module is of no importance: upge.gates.Always is upge.Always.
     if name.startswith("upge.") and (new := RENAMED.get(f"upge.{attribute}")):
         raise ConfigError(f"{path}: '{name}' was renamed; write {new}")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a user's file may fail in any way
+    except (Exception, SystemExit) as error:  # a user's file may fail in any way
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise ConfigError(
                 f"{path}: no module '{module_name}' to import '{name}' from; a file of your own must be in the working "
@@ -82,10 +104,37 @@ def locate(name: Any, path: str) -> Any:
         own = [n for n, value in vars(module).items() if getattr(value, "__module__", None) == module_name]
         public = getattr(module, "__all__", None) or [n for n in own if not n.startswith("_")]
         raise ConfigError(f"{path}: '{module_name}' has no '{attribute}'; {nearest(attribute, public)}")
-    return getattr(module, attribute)
+    found = getattr(module, attribute)
+    _check_origin(str(getattr(found, "__module__", None) or module_name).partition(".")[0], name, path)
+    return found
 
 
-def _line(error: Exception) -> str:
+def _check_origin(package: str, name: str, path: str) -> None:
+    """Refuse a package that is neither upge's nor the user's own, before anything of it is imported or called.
+
+    Raises:
+        ConfigError: it is a part of Python or an installed package.
+    """
+    if package in ("upge", "algorithms", "__main__"):
+        return
+    module = sys.modules.get(package)
+    spec = importlib.util.find_spec(package) if module is None else getattr(module, "__spec__", None)
+    if spec is None:  # made in memory; or it does not exist, which the import reports
+        return
+    places = [spec.origin] if spec.has_location and spec.origin else list(spec.submodule_search_locations or ())
+    if not places or any(_is_installed(Path(place).resolve()) for place in places):
+        raise ConfigError(
+            f"{path}: '{name}' belongs to {package}, which is a part of Python or an installed package; name a class "
+            "of upge, or of a file of your own in the working directory or on PYTHONPATH"
+        )
+
+
+def _is_installed(place: Path) -> bool:
+    library = Path(sysconfig.get_path("stdlib")).resolve()
+    return place.is_relative_to(library) or not {"site-packages", "dist-packages"}.isdisjoint(place.parts)
+
+
+def _line(error: BaseException) -> str:
     """File and line of a failed import, for errors that do not state them."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
@@ -95,17 +144,18 @@ def _line(error: Exception) -> str:
     return f" ({place.tb_frame.f_code.co_filename}, line {place.tb_lineno})"
 
 
-def _call(node: Mapping[str, Any], path: str) -> Any:
+def _call(node: Mapping[str, Any], path: str, annotation: Any) -> Any:
     target = locate(node[TARGET], f"{path}.{TARGET}")
     if not callable(target):
         raise ConfigError(f"{path}.{TARGET}: {node[TARGET]} is {_short(target)}, not a class or function")
-    arguments = {k: build(v, f"{path}.{k}") for k, v in node.items() if k != TARGET}
-    _check_keys(target, arguments, node[TARGET], path)
-    types = field_types(target) if isinstance(target, type) else {}
+    _check_kind(target, annotation, f"{path}.{TARGET}", node[TARGET])
+    _check_keys(target, [key for key in node if key != TARGET], node[TARGET], path)
+    fields = field_types(target) if isinstance(target, type) else {}
+    arguments = {k: _built(v, f"{path}.{k}", fields.get(k, Any)) for k, v in node.items() if k != TARGET}
     for key, value in arguments.items():
-        wrong = mismatch(value, types.get(key, Any))
+        wrong = mismatch(value, fields.get(key, Any))
         if wrong:
-            raise ConfigError(f"{path}.{key}: {wrong}{_slot_hint(types[key])}")
+            raise ConfigError(f"{path}.{key}: {wrong}{_slot_hint(fields[key])}")
     try:
         return target(**arguments)
     except UserError as error:
@@ -114,20 +164,44 @@ def _call(node: Mapping[str, Any], path: str) -> Any:
         raise ConfigError(f"{path}: {node[TARGET]} refused its settings: {error}") from error
 
 
-def _check_keys(target: Any, arguments: Mapping[str, Any], name: str, path: str) -> None:
+def _check_kind(target: Any, annotation: Any, path: str, name: str) -> None:
+    """Refuse a class, or a function by its return annotation, that cannot give what `annotation` asks for."""
+    kinds = [kind for kind in _members(annotation) if kind is not type(None)]
+    if Any in kinds:
+        return
+    given = target
+    if not isinstance(target, type):
+        try:
+            given = typing.get_type_hints(target).get("return")
+        except (NameError, AttributeError, TypeError):
+            given = None
+    if isinstance(given, type) and any(isinstance(kind, type) and issubclass(given, kind) for kind in kinds):
+        return
+    what = f"is the class {given.__name__}" if given is target else f"returns {_name(given)}"
+    problem = f"{name} {what}, expected {_article(annotation)}"
+    fix = "" if given is not None else "; write the class that it returns as its return annotation (-> CLASS)"
+    raise ConfigError(f"{path}: {problem}{fix}")
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union; any other annotation alone."""
+    return get_args(annotation) if get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
+
+
+def _check_keys(target: Any, given: Sequence[str], name: str, path: str) -> None:
     if not dataclasses.is_dataclass(target) and target.__init__ is object.__init__:
         parameters: dict[str, inspect.Parameter] = {}
     else:
         parameters = dict(inspect.signature(cast("Callable[..., Any]", target)).parameters)
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
-    for key in arguments:
+    for key in given:
         if key not in parameters:
             known = f"; {name} has no settings" if not parameters else f"; {nearest(key, parameters)}"
             raise ConfigError(f"{path}.{key}: {name} has no setting '{key}'{known}")
     for key, parameter in parameters.items():
         needed = parameter.default is inspect.Parameter.empty and parameter.kind is not inspect.Parameter.VAR_POSITIONAL
-        if needed and key not in arguments:
+        if needed and key not in given:
             raise ConfigError(f"{path}.{key}: missing; {name} needs it")
 
 
@@ -138,9 +212,15 @@ def _slot_hint(annotation: Any) -> str:
     return ""
 
 
-def _article(cls: type) -> str:
-    name = (get_origin(cls) or cls).__name__ if not get_args(cls) else str(cls)
+def _article(annotation: Any) -> str:
+    name = " or ".join(_name(kind) for kind in _members(annotation))
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
+def _name(annotation: Any) -> str:
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation.__name__
+    return "nothing that is annotated" if annotation is None else str(annotation).replace("typing.", "")
 
 
 def _short(value: Any) -> str:

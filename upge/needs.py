@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from upge.components.base import Component
+from upge.components.base import Component, mixes_demonstrations, walk
 from upge.errors import ConfigError
 from upge.trajectories import Source
 
@@ -118,3 +118,20 @@ def check_columns(
                 "rejected responses, or another source",
                 f"{path}.{place}.source",
             )
+
+
+def check_groups(parts: Mapping[str, Component], path: str = "algo") -> None:
+    """Check that no part takes demonstrations for rollouts, in an algorithm whose batches hold both.
+
+    Raises:
+        ConfigError: a part reads groups without `is_demonstration`; the message names it by its path, and the fix.
+    """
+    for place, outer in parts.items():
+        for inner, part in walk(outer, place):
+            if mixes_demonstrations(part):
+                raise ConfigError(
+                    f"{type(part).__name__} reads `group` without `is_demonstration`, so demonstrations count in its "
+                    "statistics of groups; read `is_demonstration` and leave them out (`batch.pass_rate` does), or set "
+                    "`counts_demonstrations = True` in the class if they shall count",
+                    f"{path}.{inner}",
+                )

@@ -34,6 +34,11 @@ class Reduction(Component):
 
     over: Over
 
+    @property
+    def counts_demonstrations(self) -> bool:
+        """True: a reduction counts the trajectories that it is called with, whatever they are."""
+        return True
+
     def count_formula(self, text: str, latex: str) -> Formula:
         """A count in the formula, marked if it is over the trajectories of all terms."""
         return Formula(f"{text}_all", f"{latex}_{{all}}") if self.over == "batch" else Formula(text, latex)

@@ -18,13 +18,13 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from upge.errors import ConfigError
+from upge.errors import ConfigError, nearest
 from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS, PackedTokens, TrajectoryView, hide
 
 #: The trajectories of a batch that a term or a regularizer learns from; see `Trajectories.source_rows`.
@@ -116,8 +116,10 @@ class Trajectories(TrajectoryView):
         The rejected response of a preference pair is not a demonstration.
 
         Raises:
-            ConfigError: `source` is 'preference_pairs' and the batch has no column `preference`.
+            ConfigError: there is no such source, or it is 'preference_pairs' and the batch has no column `preference`.
         """
+        if source not in get_args(Source):
+            raise ConfigError(f"source: found {source!r}; {nearest(str(source), get_args(Source))}")
         if source == "all":
             return torch.ones_like(self.is_demonstration)
         if source == "preference_pairs":

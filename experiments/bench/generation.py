@@ -102,15 +102,14 @@ def _range(fast: Sequence[float], slow: Sequence[float]) -> str:
 def _model(settings: Settings) -> tuple[str, list[tuple[int, ...]], tuple[int, ...]]:
     """The model's folder, prompts for all rounds, and the tokens that end a response."""
     from experiments.config import compose
-    from experiments.run.prepare import load_prompting, with_local_models
-    from upge.instantiate import build
+    from experiments.run.prepare import load_prompting, load_splits, with_local_models
 
     data = ["model=tiny", "data=arithmetic"]
     if settings.folder:
         data = ["model=smollm2-135m", "data=gsm8k", f"data.path={Path(settings.folder).expanduser().absolute()}"]
     composed = with_local_models(compose(data))
     prompting = load_prompting(composed.config.model)
-    problems = build(composed.tree["data"], "data").load().train
+    problems = load_splits(composed.tree["data"]).train
     if len(problems) < settings.rounds * settings.prompts:
         raise ConfigError(f"prompts: {settings.prompts} in each of {settings.rounds} rounds are more than there are")
     prompt_ids = prompting.prompt_ids(problems[: settings.rounds * settings.prompts])

@@ -65,7 +65,7 @@ def policy_of(config: Any, mode: Checkpointing) -> PackedPolicy:
     from transformers import AutoModelForCausalLM
 
     with random_state_kept(), torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     checkpoint_activations(network, mode)
     return PackedPolicy(network).train()
 

@@ -121,7 +121,7 @@ class TRLLoss:
         from trl import GRPOConfig, GRPOTrainer
 
         self._linear, self._batch, self._size = F.linear, batch, size
-        network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
         config = GRPOConfig(
             output_dir=str(folder), loss_type="grpo", beta=0.0, epsilon=0.2, num_generations=size,
             per_device_train_batch_size=batch, gradient_accumulation_steps=size, gradient_checkpointing=False,

@@ -21,6 +21,7 @@ from experiments.compare import write
 from experiments.compare.load import Run, load, notes
 from experiments.compare.tables import RULES, Scores, exclusive, exclusive_grid, gap_grid, gaps, pass_grid, score_grid
 from experiments.compare.write import Comparison, Pair
+from experiments.files import output_path
 from experiments.grid import print_grid
 from upge.errors import ConfigError, nearest
 from upge.evaluation.intervals import RESAMPLES
@@ -87,17 +88,19 @@ def read(arguments: Sequence[str]) -> Settings:
         raise ConfigError("output: empty; give a folder")
     if given.get("solved", "most") not in RULES:
         raise ConfigError(f"solved: found {given['solved']!r}; give one of {', '.join(RULES)}")
-    for key, least in (("resamples", 100), ("seed", 0)):
+    for key, least, most in (("resamples", 100, 10**6), ("seed", 0, 2**32 - 1)):
         if key in given:
             try:
                 number = int(str(given[key]))
             except ValueError:
                 number = least - 1
-            if number < least:
-                raise ConfigError(f"{key}: found {given[key]!r}; give a whole number of at least {least}")
+            if not least <= number <= most:
+                raise ConfigError(
+                    f"{key}: found {given[key]!r}; give a whole number of at least {least}, at most {most}"
+                )
             given[key] = number
     if "output" in given:
-        given["output"] = Path(str(given["output"]))
+        given["output"] = output_path(str(given["output"]))
     if "names" in given:
         given["names"] = tuple(str(given["names"]).split(","))
     return Settings(runs, **given)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
-from experiments.files import command, free_folder, git_commit, now, versions
+from experiments.files import command, free_folder, git_commit, now, output_path, versions
 from upge.errors import ConfigError
 
 
@@ -41,7 +41,7 @@ def output_folder(output: str, names: dict[str, str]) -> Path:
         ConfigError: the folder is not empty.
     """
     if output:
-        path = Path(output).expanduser()
+        path = output_path(output)
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise ConfigError(f"output: {path} exists; choose another, or remove it")
         return path

@@ -100,7 +100,9 @@ def load_model(model: ModelConfig) -> torch.nn.Module:
 
     try:
         config, dtype = read_config(model.path, model.overrides), getattr(torch, model.dtype)
-        loaded = AutoModelForCausalLM.from_pretrained(model.path, config=config, dtype=dtype, output_loading_info=True)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model.path, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.path: '{model.path}' cannot be loaded: {str(error).splitlines()[0]}") from error
     network, loading_info = loaded

@@ -10,12 +10,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import algorithms
-from experiments.config import compose
+from experiments.config import compose, resolved
 from upge.algorithm import Algorithm
 from upge.config import Settings, from_tree, key, meanings, parse, split
 from upge.errors import ConfigError, nearest
 from upge.pipeline import Pipeline
 from upge.train.config import RunConfig
+from upge.trees import read_yaml
 
 ALL = "all"
 #: Keys of a run that a diagnosis also has; a dot at the end stands for all keys below.
@@ -25,7 +26,7 @@ _OF_A_BATCH = {"prompts_per_step": 16, "group_size": 8}
 
 
 def _at_least(least: int, default: int, meaning: str) -> Any:
-    return key(default, meaning, minimum=least, fix=f"give at least {least}")
+    return key(default, meaning, minimum=least, limit=10**7, fix=f"give at least {least}")
 
 
 @dataclass(frozen=True)
@@ -195,14 +196,29 @@ def _of_run(folder: Path, shared: Sequence[str]) -> tuple[dict[str, Any], dict[s
     path = folder.expanduser() / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"run: {folder} has no config.yaml; give the folder of a run")
-    tree = OmegaConf.load(path)
+    tree = OmegaConf.create(_read_run(path))
     for argument in shared:
         name, text = split(argument)
         if name in ("model", "data", "recipe"):
             raise ConfigError(f"{name}: the run fixes it; leave it out, or give policies=[PATH,...] without run=")
         OmegaConf.update(tree, name, parse(name, text), merge=False, force_add=name.startswith("data."))
-    plain = OmegaConf.to_container(tree, resolve=True)
-    return plain, {"model": folder.name, "data": str(plain["data"].get("_target_", "")).rpartition(".")[2].lower()}
+    whole = resolved(tree)
+    return whole, {"model": folder.name, "data": str(whole["data"].get("_target_", "")).rpartition(".")[2].lower()}
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    """The tree of a run's config.yaml.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    try:
+        tree = read_yaml(path)
+    except ConfigError as error:
+        raise error.with_key("run") from error
+    if not isinstance(tree, dict) or not isinstance(tree.get("data"), dict):
+        raise ConfigError(f"run: {path} is not the config.yaml of a run: it has no `data`; give the folder of a run")
+    return tree
 
 
 def _algorithm(name: str, tree: Mapping[str, Any]) -> Algorithm | Pipeline:

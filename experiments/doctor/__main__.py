@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
-from experiments.files import command, free_folder, git_commit, machine, now, versions
-from upge.train.distributed import World, connect, launched_rank, leave
+from experiments.files import command, free_folder, git_commit, machine, now, output_path, versions
+from upge.train.distributed import World, check_launched, connect, launched_rank, leave
 
 USAGE = """\
 Usage: python -m experiments.doctor [model=NAME] [gpus=N] [key=value ...]
@@ -43,6 +43,7 @@ def help_text() -> str:
 
 def _doctor(arguments: list[str], is_program: bool) -> int:
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    check_launched()
     with cli.collector_paused():
         from experiments.doctor.settings import choose
 
@@ -157,7 +158,7 @@ class CheckUp:
     def _output(self) -> Path:
         """The folder of doctor.json, chosen by rank 0."""
         given, name = self.chosen.config.output, Path(self.chosen.name).name
-        return Path(given).expanduser() if given else self.world.broadcast(free_folder("doctor", name))
+        return output_path(given) if given else self.world.broadcast(free_folder("doctor", name))
 
     def _record(self, rows: Sequence[Any]) -> dict[str, Any]:
         """The contents of doctor.json."""

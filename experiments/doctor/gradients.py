@@ -154,7 +154,8 @@ class PlainModel:
 
         config = read_config(model.path, model.overrides)
         # The weights are rounded as those of the device are.
-        loaded = AutoModelForCausalLM.from_pretrained(model.path, config=config, dtype=getattr(torch, model.dtype))
+        dtype = getattr(torch, model.dtype)
+        loaded = AutoModelForCausalLM.from_pretrained(model.path, config=config, dtype=dtype, trust_remote_code=False)
         self.network: nn.Module = loaded.float()
         self.vocabulary = config.get_text_config().vocab_size
         self.live = {kind: self._live(trajectories(self.vocabulary, kind == "pairs")) for kind in ("plain", "pairs")}

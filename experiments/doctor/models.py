@@ -65,7 +65,7 @@ def saved_random(config: Any, context: Context, name: str) -> ModelConfig:
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         with random_state_kept(), torch.device(world.device), progress_bars_hidden():
             torch.manual_seed(context.run.seed)
-            made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
+            made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype), trust_remote_code=False)
             made.save_pretrained(folder)
         del made
         gc.collect()

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from experiments.config import Composed, compose
+from experiments.files import output_path
 from experiments.run.model_shape import ModelShape
 from upge.config import Settings, from_tree, key, meanings, parse, split
 from upge.errors import ConfigError, ModelError, nearest
 from upge.models.loading import read_config
-from upge.train.config import ModelConfig, RunConfig
+from upge.train.config import GROUP, PROMPTS, TOKENS, ModelConfig, RunConfig
 
 CHECKS = ("machine", "collectives", "kernels", "gradients", "sampler")
 #: Keys of a run that a check-up also has; a dot at the end stands for all keys below.
@@ -30,11 +31,11 @@ class DoctorConfig(Settings):
 
     checks: list = key([*CHECKS], "what to check, of machine, collectives, kernels, gradients, sampler")
     random: bool = key(False, "random weights of the model's shape; nothing is downloaded")
-    prompts: int = key(4, "prompts that each rank samples responses to", above=0)
-    group_size: int = key(8, "responses to each prompt", above=0)
-    prompt_tokens: int = key(16, "random tokens of a prompt", above=0)
-    response_tokens: int = key(0, "tokens of a response; 0 = 32 on a CPU, 512 on a GPU", minimum=0)
-    time_limit: float = key(600.0, "seconds after which a check that has not ended is a problem", above=0)
+    prompts: int = key(4, "prompts that each rank samples responses to", above=0, limit=PROMPTS)
+    group_size: int = key(8, "responses to each prompt", above=0, limit=GROUP)
+    prompt_tokens: int = key(16, "random tokens of a prompt", above=0, limit=TOKENS)
+    response_tokens: int = key(0, "tokens of a response; 0 = 32 on a CPU, 512 on a GPU", minimum=0, limit=TOKENS)
+    time_limit: float = key(600.0, "seconds after which a check that has not ended is a problem", above=0, limit=10**6)
     output: str = key("", "folder of doctor.json; empty = the next free doctor/MODEL")
 
     def __post_init__(self) -> None:
@@ -81,6 +82,7 @@ def choose(arguments: Sequence[str]) -> Chosen:
         else:
             raise ConfigError(f"{name}: unknown key; {nearest(name, [row[0] for row in keys()])}")
     config = from_tree(DoctorConfig, own)
+    output_path(config.output)
     composed = compose(shared)
     run = _with_folders(composed, config.random).config
     try:

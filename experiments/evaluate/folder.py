@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from experiments.files import free_folder
+from experiments.files import free_folder, output_path
 from upge.errors import ConfigError
 from upge.evaluation import SampleFile
 from upge.evaluation.scores import NONE, same_answer
@@ -123,7 +123,7 @@ class EvaluationFolder:
 def output_folder(output: str, model: str, suite: str) -> Path:
     """`output`, or the next free evals/MODEL-SUITE; for a run's model, MODEL includes the run's name."""
     if output:
-        return Path(output).expanduser()
+        return output_path(output)
     place, name = Path(model).expanduser().absolute(), Path(model).name.removesuffix(".gguf")
     if (place.parent / "run.json").is_file():
         name = f"{place.parent.name}-{place.name}"

@@ -22,8 +22,9 @@ from upge.evaluation.evaluator import Questions
 from upge.evaluation.suite import Benchmark, BenchmarkConfig, SuiteConfig, load
 from upge.models import local_path
 from upge.rollout import Sampling
-from upge.train.config import ModelConfig, VerifyConfig
+from upge.train.config import SEED, TOKENS, ModelConfig, VerifyConfig
 from upge.train.distributed import world_size
+from upge.trees import read_yaml
 
 #: The settings of the model that apply only to training.
 TRAINING_ONLY = ("gradient_checkpointing", "lora")
@@ -39,19 +40,22 @@ class EngineConfig(Settings):
         "auto", "inference engine; auto takes vllm where installed, except for small models on a CPU"
     )
     memory_fraction: float = key(0.4, "share of a GPU's memory for the vLLM engine", above=0, maximum=1)
-    max_sequences: int = key(0, "responses that vLLM generates at once; 0 = vLLM's default", minimum=0)
-    max_batched_tokens: int = key(0, "tokens that vLLM processes in a step; 0 = vLLM's default", minimum=0)
+    max_sequences: int = key(0, "responses that vLLM generates at once; 0 = vLLM's default", minimum=0, limit=TOKENS)
+    max_batched_tokens: int = key(
+        0, "tokens that vLLM processes in a step; 0 = vLLM's default", minimum=0, limit=TOKENS
+    )
 
 
 @dataclass(frozen=True)
 class EvaluateConfig(Settings):
     """A whole evaluation."""
 
-    seed: int = key(0, "seed of all sampling")
+    seed: int = key(0, "seed of all sampling", minimum=0, limit=SEED)
     limit: int = key(
         0,
         "maximum number of problems of each benchmark, chosen by a hash of their prompts; 0 = all",
         minimum=0,
+        limit=10**9,
         fix="give a number of problems, or 0 for all",
     )
     output: str = key("", "folder of the evaluation; empty = the next free evals/MODEL-SUITE")
@@ -144,7 +148,9 @@ def _of_run(model: str, given: set[str]) -> tuple[list[str], tuple[str, ...]]:
     config = path.parent / "config.yaml"
     if not all(file.is_file() for file in (path / "config.json", config, path.parent / "run.json")):
         return [], ()
-    settings = OmegaConf.to_container(OmegaConf.load(config)).get("model") or {}
+    tree = read_yaml(config)
+    settings = tree.get("model") if isinstance(tree, dict) else None
+    settings = settings if isinstance(settings, dict) else {}
     wanted = [name for name in FROM_RUN if name in settings and f"model.{name}" not in given]
     note = f"{', '.join(f'model.{name}' for name in wanted)} as in {config}"
     values = {name: settings[name] for name in wanted}

@@ -65,6 +65,7 @@ def read_run(run_dir: str | Path) -> RunFolder:
     run, of_run = _read_run_json(path / "run.json")
     check_format(path, run)
     config, config_text = _read_config(path / "config.yaml")
+    alarms, of_alarms = _read_lines(path / "alarms.jsonl")
     rollouts_step, rollouts, of_rollouts = _newest(path / "rollouts")
     tokens_step, tokens, of_tokens = _newest(path / "tokens")
     last = min(number(config.get("steps")) or LAST_STEP, LAST_STEP)
@@ -74,7 +75,8 @@ def read_run(run_dir: str | Path) -> RunFolder:
     large = {key for line in lines for key, value in line.items() if _is_too_large(value)}
     metrics = _by_step([{key: _drawable(value) for key, value in line.items()} for line in lines])
     evaluations, prompts = _by_step([*map(_evaluation, measured)]), _prompts(drawn)
-    notes = [*of_lines, *of_measured, *of_rollouts, *of_tokens, *of_drawn]
+    notes = [f"Alarm at step {one['step']}: {one['problem']}." for one in alarms if {"step", "problem"} <= set(one)]
+    notes += [*of_alarms, *of_lines, *of_measured, *of_rollouts, *of_tokens, *of_drawn]
     notes += [f"Values beyond {LARGEST:g} are left out of the plots: {', '.join(sorted(large))}."] if large else []
     notes += [*_state_of_run(config, metrics, evaluations), *of_run]
     recorded = (config, config_text, run, metrics, evaluations, rollouts, rollouts_step, prompts, tokens, tokens_step)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from experiments import cli
 from upge.errors import UserError
-from upge.train.distributed import connect, launched_rank, leave
+from upge.train.distributed import check_launched, connect, launched_rank, leave
 
 USAGE = """\
 Usage: python -m experiments.run [algo=NAME] [correction=NAME] [model=NAME] [data=NAME] [recipe=NAME] [key=value ...]
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     arguments, given = cli.flags(arguments, "--dry-run")
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    check_launched()
     with cli.collector_paused():
         from experiments.config import compose
         from experiments.run.dry_run import plan

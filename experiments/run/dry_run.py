@@ -20,6 +20,7 @@ from experiments.run.prepare import (
     check_length,
     check_stages,
     load_prompting,
+    load_splits,
     output_folder,
     prepare,
 )
@@ -29,7 +30,6 @@ from upge.algorithm import Algorithm
 from upge.data import Problem
 from upge.data.prompting import TOKENIZER_FILES
 from upge.errors import DataError, ModelError
-from upge.instantiate import build
 from upge.models.loading import read_config
 from upge.pipeline import Pipeline
 from upge.train.config import RunConfig
@@ -88,7 +88,7 @@ def _prepared(composed: Composed, has_tokenizer: bool, notes: list[str]) -> tupl
         composed.algorithm.check(group_size=config.group_size, provided=PROVIDED)
         check_stages(composed.algorithm, config.steps)
         verify.load(config.verify.verifier)
-        splits = build(composed.tree["data"], "data").load()
+        splits = load_splits(composed.tree["data"])
         having = sum(bool(problem.demonstrations) for problem in splits.train)
         return None, [_sizes(len(splits.train), having, len(splits.evaluation)) + ", whatever their length"]
     except DataError as error:

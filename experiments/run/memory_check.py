@@ -16,7 +16,7 @@ from experiments.run.model_shape import ModelShape
 from experiments.run.prepare import output_folder
 from experiments.run.workload import GIB, Machine, Workload, present
 from upge.algorithm import Algorithm
-from upge.errors import ConfigError
+from upge.errors import ConfigError, ModelError
 from upge.models.loading import read_config
 from upge.pipeline import Pipeline
 from upge.rollout.shared_engine import check_tensor_parallel
@@ -86,15 +86,19 @@ def _shapes(composed: Composed) -> Shapes:
     )
     critic = reference = None
     if any(s.algorithm.critic is not None for s in Pipeline.of(composed.algorithm).stages.values()):
-        critic = (_shape(config.critic.path, config.model.dtype) or policy).trunk
+        critic = (_shape(config.critic.path, config.model.dtype, "critic.path") or policy).trunk
     # Without a path of its own, the reference policy of a run with LoRA is the policy without its adapters.
     if needs.reference and (config.reference.path or not config.model.lora.rank):
-        reference = _shape(config.reference.path, config.model.dtype) or policy
+        reference = _shape(config.reference.path, config.model.dtype, "reference.path") or policy
     return Shapes(policy, critic, reference)
 
 
-def _shape(path: str, dtype: str) -> ModelShape | None:
-    return ModelShape.of(read_config(path), dtype) if path else None
+def _shape(path: str, dtype: str, key: str) -> ModelShape | None:
+    """The shape of the model at `path`, None if it is empty; `key` is the setting that gave it, for messages."""
+    try:
+        return ModelShape.of(read_config(path), dtype) if path else None
+    except ModelError as error:
+        raise error.with_key(key) from error
 
 
 def _check_engine_ranks(config: RunConfig, shape: ModelShape, machine: Machine) -> None:

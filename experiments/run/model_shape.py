@@ -71,7 +71,7 @@ class ModelShape:
 
         try:
             with random_state_kept(), torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except Exception as error:  # sizes that contradict each other fail anywhere in a model's code
             raise ModelError(
                 f"model.path: no model can be made of its config.json ({type(error).__name__}: {error}); check its "

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from experiments.config import Composed, suite_config
 from experiments.describe import members
-from experiments.files import free_folder
+from experiments.files import free_folder, output_path
 from experiments.run import answer_check
 from upge import data, rollout
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError, DataError, ModelError
 from upge.evaluation.suite import load as benchmarks
-from upge.instantiate import build
+from upge.instantiate import TARGET, build
 from upge.models import local_path
 from upge.models.loading import check_files, read_config
 from upge.pipeline import Pipeline
@@ -75,6 +75,7 @@ def prepare(composed: Composed) -> Prepared:
     notes += more
     evaluation, more = _encode("evaluation", measured, prompting, composed) if measured else ([], [])
     notes += more
+    check_vocabulary([*train, *evaluation], config.model)
     demonstrations = sum(bool(example.demonstrations) for example in train)
     pairs = sum(has_pair(example) for example in train)
     try:
@@ -93,10 +94,22 @@ def prepare(composed: Composed) -> Prepared:
 
 def load_problems(node: Mapping, config: RunConfig) -> tuple[data.Splits, list[str]]:
     """The problems of the resolved settings' `data` that `data_policy` keeps, and notes about the others."""
-    splits, notes = _verifiable(build(node, "data").load(), config)
+    splits, notes = _verifiable(load_splits(node), config)
     limits = config.data_policy
     kept = data.limit_demonstrated(data.limit_levels(splits.train, limits.per_level), limits.demonstrated_prompts)
     return replace(splits, train=kept), notes
+
+
+def load_splits(node: Mapping) -> data.Splits:
+    """The problems of the resolved settings' `data`.
+
+    Raises:
+        UserError: they cannot be loaded, or a user's data set returns something else.
+    """
+    splits = build(node, "data", data.DataSet).load()
+    if not isinstance(splits, data.Splits):
+        raise ConfigError(f"data: load() of {node[TARGET]} returned a {type(splits).__name__}; return upge.data.Splits")
+    return splits
 
 
 def check_stages(algorithm: Algorithm | Pipeline, steps: int) -> None:
@@ -112,7 +125,7 @@ def check_stages(algorithm: Algorithm | Pipeline, steps: int) -> None:
 def output_folder(composed: Composed) -> Path:
     """`output`, or the next free runs/ALGO-MODEL-DATA; corrections are appended as in ALGO+tis."""
     if composed.config.output:
-        return Path(composed.config.output).expanduser()
+        return output_path(composed.config.output)
     names = composed.names
     algo, model, data = (Path(str(names[group])).name.removesuffix(".yaml") for group in ("algo", "model", "data"))
     stem = f"{'+'.join([algo, *filter(None, str(names['correction'] or '').split(','))])}-{model}-{data}"
@@ -203,6 +216,26 @@ def check_length(
             f"{section}.max_prompt_tokens + {section}.max_response_tokens = {wanted} exceeds the {longest} positions "
             f"of '{model.path}'; lower one of them, or raise model.overrides.max_position_embeddings"
         )
+
+
+def check_vocabulary(examples: Sequence[data.Example], model: ModelConfig) -> None:
+    """Raises ModelError if the tokenizer makes a token of these examples that the model has no embedding for."""
+    vocabulary = read_config(model.path, model.overrides).get_text_config().vocab_size
+    for example in examples:
+        highest = max((max(ids, default=0) for ids in _token_ids(example)), default=0)
+        if highest >= vocabulary:
+            problem = example.problem
+            raise ModelError(
+                f"model.path: '{model.path}' has {vocabulary} embeddings, but its tokenizer makes the token {highest} "
+                f"of {problem.where or problem.id}; give the tokenizer that belongs to the model"
+            )
+
+
+def _token_ids(example: data.Example) -> Iterator[Sequence[int]]:
+    yield example.prompt_ids
+    yield from example.demonstrations
+    if example.rejected_ids is not None:
+        yield example.rejected_ids
 
 
 def check_answers(problems: Sequence[data.Problem], default: str) -> tuple[str, ...]:

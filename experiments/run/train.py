@@ -38,6 +38,10 @@ class Progress:
         self._bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items() if v is not None}, refresh=False)
         self._bar.update()
 
+    def alarm(self, text: str) -> None:
+        """Prints an alarm."""
+        tqdm.write(f"alarm: {text}")
+
     def evaluation(self, line: dict[str, Any]) -> None:
         """Prints the line of a finished evaluation."""
         k, scores = line["samples"], line["all"]
@@ -92,7 +96,7 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, record:
         data = (prepared.train, prepared.weights, prepared.prompting)
         measure = partial(training_accuracy, config, prepared.evaluation, verified, world)
         parts = Parts(config, composed.algorithm, *data, models, verified, measure, folder, world, stop)
-        trainer = Trainer(parts, progress.step, progress.evaluation, progress.note)
+        trainer = Trainer(parts, progress.step, progress.evaluation, progress.note, progress.alarm)
         if resume_from is not None:
             trainer.restore(resume_from)
         # Drop recorded lines only now, after the checkpoint has been restored without an error.

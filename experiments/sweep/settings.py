@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from experiments.config import CONFIGS
+from experiments.files import output_path
 from upge.config import Settings, from_tree, key, parse, split
 from upge.errors import ConfigError, nearest
+from upge.trees import read_yaml
 
 #: Folder names that are valid on any system.
 FOLDER_NAME = re.compile(r"(?!\.+$)[A-Za-z0-9_.+-]+")
@@ -38,9 +37,12 @@ class SweepConfig(Settings):
     baseline: str = key("", "label that the others are tested against; empty = the first")
     measures: list = key([], "columns of runs.csv for the table and the tests; empty = those of the evaluations")
     jobs: int = key(
-        0, "runs at once, several on a GPU if necessary; 0 = the number of GPUs, or of cores without GPUs", minimum=0
+        0,
+        "runs at once, several on a GPU if necessary; 0 = the number of GPUs, or of cores without GPUs",
+        minimum=0,
+        limit=4096,
     )
-    gpus_per_run: int = key(1, "GPUs of one run, if there are any; more than 1 starts torchrun", minimum=1)
+    gpus_per_run: int = key(1, "GPUs of one run, if there are any; more than 1 starts torchrun", minimum=1, limit=4096)
     output: str = key("", "folder of the sweep; empty = sweeps/NAME")
 
     def __post_init__(self) -> None:
@@ -54,6 +56,9 @@ class SweepConfig(Settings):
             if not isinstance(values, list) or not values:
                 raise ConfigError(f"grid.{name}: found {values!r}; give a list of values")
         self._check_seeds()
+        runs = math.prod(map(len, self.grid.values())) * max(1, len(self.variants)) * len(seeds_of(self.seeds))
+        if runs > MOST_RUNS:
+            raise ConfigError(f"grid, variants, seeds: {runs} runs, more than {MOST_RUNS}; give fewer of one of them")
         for name, keys, more in (("choose", ("sweep", "key"), {"group"}), ("select", ("key", "measure"), set())):
             given = getattr(self, name)
             if given and {*given} - more != {*keys}:
@@ -85,7 +90,9 @@ class SweepConfig(Settings):
 FOLDER = CONFIGS / "sweep"
 #: Keys whose values experiments.run always reads as YAML; string values of other keys are taken literally.
 _PARSED = ("data.", "algo.", "correction.", "model.overrides.")
-_SEEDS = re.compile(r"(\d+)\.\.(\d+)")
+#: Runs of one sweep.
+MOST_RUNS = 10_000
+_SEEDS = re.compile(r"(\d{1,10})\.\.(\d{1,10})")
 _LABEL = re.compile(r"[^A-Za-z0-9_.+-]+")
 
 
@@ -161,7 +168,7 @@ def load(arguments: Sequence[str]) -> Sweep:
         _set(tree, *item)
     config = from_tree(SweepConfig, tree)
     stem = Path(name).stem if name else "sweep"
-    folder = Path(config.output).expanduser() if config.output else Path("sweeps") / stem
+    folder = output_path(config.output) if config.output else Path("sweeps") / stem
     runs = tuple(_runs(config))
     _check_used(config, [item[0] for item in given])
     for run in runs:
@@ -203,7 +210,7 @@ def seeds_of(value: Any) -> list[int]:
         ConfigError: anything else, or a seed that is negative or occurs twice.
     """
     match = _SEEDS.fullmatch(value) if isinstance(value, str) else None
-    if match and int(match[1]) <= int(match[2]):
+    if match and int(match[1]) <= int(match[2]) < int(match[1]) + MOST_RUNS:
         return list(range(int(match[1]), int(match[2]) + 1))
     seeds = [0] if value is None else value if isinstance(value, list) else [value]
     if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds) or len({*seeds}) < len(seeds):
@@ -216,9 +223,9 @@ def _file(name: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"sweep: no sweep '{name}'; {nearest(name, names())}, or give a YAML file")
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
-    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"sweep: {path} cannot be read: {str(error).splitlines()[0]}") from error
+        tree = read_yaml(path)
+    except ConfigError as error:
+        raise error.with_key("sweep") from error
     if not isinstance(tree, Mapping):
         raise ConfigError(f"sweep: {path} must be a mapping of a sweep's keys; --help lists them")
     # A key without a value counts as absent.

@@ -104,14 +104,14 @@ def test_several_processes_are_refused(capsys, monkeypatch):
 
 
 SUITES = {
-    "no YAML": ("suite: [", "cannot be read as YAML"),
+    "no YAML": ("suite: [", "not valid YAML"),
     "no suite": ("benchmarks: {}", "the one key `suite`"),
     "a key": ("suite: {sampels: 3}", "suite.sampels: unknown key"),
     "a benchmark that is none": ("suite: {benchmarks: {a: 3}}", "suite.benchmarks.a: found 3"),
     "a benchmark's key": ("suite: {benchmarks: {a: {n: 3}}}", "suite.benchmarks.a.n: unknown key"),
     "a name": ("suite: {benchmarks: {a/b: {}}}", "suite.benchmarks.a/b: the name is also a file name"),
     "no data": ("suite: {benchmarks: {a: {}}}", "suite.benchmarks.a.data: missing"),
-    "no data set": ("suite: {benchmarks: {a: {data: {_target_: pathlib.Path}}}}", "expected a data set with load()"),
+    "no data set": ("suite: {benchmarks: {a: {data: {_target_: upge.NoMask}}}}", "expected a DataSet or Rows"),
     "a class": ("suite: {benchmarks: {a: {data: {_target_: upge.data.Arithmetics}}}}", "did you mean 'Arithmetic'"),
 }
 

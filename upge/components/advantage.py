@@ -83,6 +83,10 @@ class GroupRelative(AdvantageEstimator):
         if self.epsilon < 0:
             raise ConfigError(f"GroupRelative.epsilon: {self.epsilon} must not be negative; 1e-6 is customary")
 
+    @property
+    def counts_demonstrations(self) -> bool:
+        return self.baseline == "group"
+
     def __call__(self, batch: TrajectoryView) -> Float[torch.Tensor, "B T"]:
         index, rewards = batch.group_index, batch.rewards.double()
         in_baseline = ~batch.is_demonstration

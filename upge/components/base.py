@@ -78,6 +78,14 @@ class Component(ABC):
         return frozenset(self.reads).union(*(part.columns for part in self.parts.values()))
 
     @property
+    def counts_demonstrations(self) -> bool:
+        """True if the part's values for rollouts depend on the demonstrations of their group, on purpose.
+
+        A part that wants this sets the class attribute `counts_demonstrations = True`.
+        """
+        return False
+
+    @property
     def is_live(self) -> bool:
         """True if the part is live: its value depends on the current policy, and so on the forward pass."""
         return bool(self.columns & LIVE_COLUMNS)
@@ -243,6 +251,12 @@ def walk(part: Component, path: str) -> Iterator[tuple[str, Component]]:
     yield path, part
     for name, inner in part.parts.items():
         yield from walk(inner, f"{path}.{name}")
+
+
+def mixes_demonstrations(part: Component) -> bool:
+    """True if a part, without those it wraps, reads groups but not what tells rollouts from demonstrations in them."""
+    tells = {"is_demonstration", "preference"} & part.reads
+    return "group" in part.reads and not tells and not part.counts_demonstrations
 
 
 def rewritten(value: Any, change: Callable[[Component], Component]) -> Any:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from upge.components.base import AdvantageEstimator, TokenReward
-from upge.errors import ConfigError
+from upge.errors import ConfigError, nearest
 from upge.formula import Formula, tex
 from upge.views import TrajectoryView
 
@@ -23,7 +23,12 @@ def kl_value(log_ratio: Tensor, kind: KLKind) -> Tensor:
     - 'k1', -d: unbiased; can be negative.
     - 'k2', d²/2: biased, but close where d is small.
     - 'k3', e^d - d - 1: unbiased and never negative.
+
+    Raises:
+        ConfigError: there is no such kind.
     """
+    if kind not in get_args(KLKind):
+        raise ConfigError(f"found {kind!r}; {nearest(str(kind), get_args(KLKind))}", "kind")
     if kind == "k1":
         return -log_ratio
     return log_ratio.square() / 2 if kind == "k2" else torch.expm1(log_ratio) - log_ratio

@@ -7,18 +7,20 @@ from upge.data.encode import Encoded, Example, encode
 from upge.data.gsm8k import GSM8K
 from upge.data.prompting import Prompting
 from upge.data.reasoning_gym import ReasoningGym
-from upge.data.splits import Mixture, Problem, Splits, limit_demonstrated, limit_levels
+from upge.data.splits import DataSet, Mixture, Problem, Rows, Splits, limit_demonstrated, limit_levels
 from upge.data.table import Table
 
 __all__ = [
     "GSM8K",
     "Arithmetic",
+    "DataSet",
     "Encoded",
     "Example",
     "Mixture",
     "Problem",
     "Prompting",
     "ReasoningGym",
+    "Rows",
     "Splits",
     "Table",
     "encode",

@@ -21,6 +21,9 @@ Side = Literal["train", "evaluation"]
 #: One in `EVALUATION_EVERY` problems is on the evaluation side.
 EVALUATION_EVERY = 5
 
+#: The largest size of a side, and the largest number.
+MOST = 10**6
+
 #: By how much the result of a wrong step can be off.
 SLIPS = (-20, -10, -3, -2, -1, 1, 2, 3, 10, 20)
 
@@ -68,6 +71,8 @@ class Arithmetic:
         for key, smallest in (("train_size", 1), ("evaluation_size", 1), ("largest", 2)):
             if getattr(self, key) < smallest:
                 raise ConfigError(f"data.{key}: found {getattr(self, key)}; give a number of at least {smallest}")
+            if getattr(self, key) > MOST:
+                raise ConfigError(f"data.{key}: found {getattr(self, key)}; give a number of at most {MOST}")
 
     def load(self) -> Splits:
         """Draws the problems of both sides. Equal settings give equal problems in the same order."""
@@ -80,15 +85,19 @@ class Arithmetic:
     def _level(self, which: Side, level: str, size: int) -> list[Problem]:
         rng = random.Random(f"{self.seed}/{which}/{level}")
         drawn: dict[tuple[int, ...], None] = {}
-        for _ in range(100 * size + 1000):
+        # A size far beyond what a level has is refused at once, without drawing each problem a hundred times.
+        share = 1 / EVALUATION_EVERY if which == "evaluation" else 1 - 1 / EVALUATION_EVERY
+        fits = size <= 1.1 * share * _most_problems(level, self.largest) + 99
+        for _ in range(100 * size + 1000 if fits else 0):
             if len(drawn) == size:
                 return [as_problem(terms, level) for terms in drawn]
             terms = draw(rng, level, self.largest)
             if side(terms) == which:
                 drawn.setdefault(terms)
+        found = f"only {len(drawn)} of {size} different {which} problems were found" if fits else f"{size} is too many"
         raise ConfigError(
-            f"data.largest: with numbers up to {self.largest} only {len(drawn)} of {size} different {which} problems "
-            f"were found for '{level}'; raise data.largest or lower data.{which}_size"
+            f"data.largest: with numbers up to {self.largest} {found} for '{level}'; raise data.largest or lower "
+            f"data.{which}_size"
         )
 
 
@@ -105,6 +114,12 @@ def parse_level(level: str) -> tuple[int, bool]:
             f"to 9; {nearest(level, LEVELS)}"
         )
     return int(match[1]), match[2] == "mixed"
+
+
+def _most_problems(level: str, largest: int) -> int:
+    """At least as many as a level has problems."""
+    count, differences = parse_level(level)
+    return largest**count * 2 ** (differences * (count - 1))
 
 
 def draw(rng: random.Random, level: str, largest: int) -> tuple[int, ...]:

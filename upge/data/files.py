@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from upge.errors import ConfigError, DataError, nearest
+from upge.trees import first_line
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def _lines(path: Path) -> list[Record]:
 def _line(text: str, number: int, where: str) -> Record:
     try:
         values = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else getattr(error, "msg", first_line(error))
         raise DataError(f"{where}: not JSON ({reason}); expected one object a line") from error
     return _record(values, number, where)
 
@@ -70,8 +71,9 @@ def _json(path: Path) -> list[Record]:
     except json.JSONDecodeError as error:
         hint = "; a file of one object a line is called .jsonl" if error.msg == "Extra data" else ""
         raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}); expected a list of objects{hint}") from error
-    except RecursionError as error:
-        raise DataError(f"{path}: not JSON (nested too deep); expected a list of objects") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else first_line(error)
+        raise DataError(f"{path}: not JSON ({reason}); expected a list of objects") from error
     if not isinstance(rows, list):
         raise DataError(f"{path}: found a JSON {type(rows).__name__}, expected a list of objects")
     return numbered_records(rows, str(path))
@@ -88,7 +90,7 @@ def _parquet(path: Path) -> list[Record]:
         with path.open("rb") as file:
             rows = pyarrow.parquet.read_table(file).to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise DataError(f"data file {path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+        raise DataError(f"data file {path} cannot be read as parquet: {first_line(error)}") from error
     return numbered_records(rows, str(path))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from upge.data.splits import Problem
 from upge.data.tokens import Tokenizer, tokens_of
 from upge.errors import ConfigError, ModelError, nearest
+from upge.trees import first_line
 
 FIELDS = ("prompt", "system")
 #: Arguments of transformers' `apply_chat_template` that are no variables of a template, or that are set here.
@@ -22,6 +23,8 @@ RESERVED = (
     *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
     *("return_assistant_tokens_mask", "tokenizer_kwargs"),
 )
+#: Bounds of a format string, so that no prompt becomes many times as long as its problem.
+LONGEST_TEMPLATE, MOST_FIELDS = 100_000, 100
 #: A folder with a tokenizer has at least one of these files.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -158,16 +161,14 @@ class Prompting:
         )
 
     def _chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
-
         options = {**self.template_arguments, "add_generation_prompt": add_generation_prompt, "tokenize": False}
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program, which may fail in any way
             roles = " and ".join(message["role"] for message in messages)
             raise ConfigError(
-                f"model.template: the tokenizer's chat template refuses messages of {roles} ({error}); give a format "
-                "string with {prompt}, or leave system messages out (model.system, data.system=drop)"
+                f"model.template: the tokenizer's chat template refuses messages of {roles} ({error!s:.200}); give a "
+                "format string with {prompt}, or leave system messages out (model.system, data.system=drop)"
             ) from error
 
     def _check_arguments(self, name: str) -> None:
@@ -236,23 +237,33 @@ def load_tokenizer(path: str) -> Tokenizer:
             "tokenizer.save_pretrained(folder) writes them"
         )
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # a file of the hub or of a user may be wrong in any way
         raise ModelError(
-            f"model.path: no tokenizer could be loaded for '{path}' ({str(error).splitlines()[0]}). Give the folder of "
+            f"model.path: no tokenizer could be loaded for '{path}' ({first_line(error)}). Give the folder of "
             "a Hugging Face causal LM, or a hub name that is in the local cache or can be downloaded"
         ) from error
 
 
 def _generation_stops(path: str) -> tuple[int, ...]:
-    """The tokens that end a response according to generation_config.json, such as the end of a turn."""
+    """The tokens that end a response according to generation_config.json, such as the end of a turn.
+
+    Raises:
+        ModelError: there is such a file, but it cannot be read, or names no tokens.
+    """
     from transformers import GenerationConfig
 
+    file = Path(path) / "generation_config.json"
     try:
         more = GenerationConfig.from_pretrained(path).eos_token_id
-    except (OSError, ValueError):
-        return ()
-    return () if more is None else (more,) if isinstance(more, int) else tuple(more)
+    except Exception as error:  # a file of the hub or of a user may be wrong in any way
+        if not file.is_file():
+            return ()
+        raise ModelError(f"model.path: {file} cannot be read ({first_line(error)}); remove or fix it") from error
+    stops = () if more is None else tuple(more) if isinstance(more, (list, tuple)) else (more,)
+    if not all(type(token) is int for token in stops):
+        raise ModelError(f"model.path: eos_token_id in {file} is {more!r}; give a token's number, or a list of them")
+    return stops
 
 
 def _fields(template: str) -> set[str]:
@@ -266,6 +277,14 @@ def _check_template(template: str) -> None:
         raise ConfigError(
             f"model.template: {template!r} is no format string ({error}); double a plain brace"
         ) from error
+    formatted = [name for _, name, spec, conversion in string.Formatter().parse(template) if spec or conversion]
+    if formatted:
+        raise ConfigError(f"model.template: {template[:80]!r} formats {{{formatted[0]}}}; write the plain {{prompt}}")
+    if len(template) > LONGEST_TEMPLATE or template.count("{") > MOST_FIELDS:
+        raise ConfigError(
+            f"model.template: {len(template)} characters with {template.count('{')} braces; give at most "
+            f"{LONGEST_TEMPLATE} characters and {MOST_FIELDS} braces"
+        )
     for name in fields - set(FIELDS):
         hint = nearest(name, FIELDS) if name else "name it {prompt}"
         raise ConfigError(f"model.template: {template!r} has the unknown field '{{{name}}}'; {hint}")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 from upge.checks import check_fields
 from upge.errors import ConfigError, DataError, UserError, nearest
@@ -57,6 +57,24 @@ class Splits:
     train: tuple[Problem, ...]
     evaluation: tuple[Problem, ...]
     weights: Mapping[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class DataSet(Protocol):
+    """What `data` names: a class with this method, upge's or the user's own."""
+
+    def load(self) -> Splits:
+        """The problems of both sides."""
+        ...
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """What a benchmark may name instead: problems without a division."""
+
+    def rows(self) -> Sequence[Problem]:
+        """All problems."""
+        ...
 
 
 def normal(prompt: str) -> str:
@@ -121,15 +139,21 @@ def interleaved(columns: Iterable[Sequence[Problem]]) -> tuple[Problem, ...]:
     return tuple(problem for problem in chain.from_iterable(zip_longest(*columns)) if problem is not None)
 
 
+#: The largest size of a side, for data that are generated as well as for data that are read.
+LARGEST_SIDE = 10**7
+
+
 def check_sizes(train: int | None, evaluation: int | None) -> None:
     """Checks the sizes of both sides; None means all problems.
 
     Raises:
-        ConfigError: a size is below 1.
+        ConfigError: a size is below 1 or beyond `LARGEST_SIDE`.
     """
     for key, size in (("train_size", train), ("evaluation_size", evaluation)):
         if size is not None and size < 1:
             raise ConfigError(f"data.{key}: found {size}; give a number of at least 1, or null for all rows")
+        if size is not None and size > LARGEST_SIDE:
+            raise ConfigError(f"data.{key}: found {size}; give a number of at most {LARGEST_SIDE}")
 
 
 def limit_levels(problems: Sequence[Problem], per_level: Mapping[str, int]) -> tuple[Problem, ...]:
@@ -205,7 +229,7 @@ class Mixture:
         DataError: (by `load`) a set raises it, or a prompt is on both sides. The message names the set.
     """
 
-    sets: Mapping[str, Any]  # Any: checked here, because a message then names the set
+    sets: Mapping[str, DataSet]
     weights: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
@@ -215,7 +239,7 @@ class Mixture:
         for name, one in self.sets.items():
             if not name or not isinstance(name, str):
                 raise ConfigError(f"data.sets: found the name {name!r}, expected a text")
-            if not callable(getattr(one, "load", None)):
+            if not isinstance(one, DataSet):
                 raise ConfigError(
                     f"data.sets.{name}: found {str(one)[:80]!r} ({type(one).__name__}), expected a data set; give a "
                     "mapping such as {_target_: upge.data.GSM8K, path: gsm8k}"

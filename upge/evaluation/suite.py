@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from upge.config import Settings, from_tree, key
-from upge.data import Problem
+from upge.data import DataSet, Problem, Rows
 from upge.errors import ConfigError, DataError, nearest
 from upge.instantiate import build
+from upge.train.config import GROUP, TOKENS
 from upge.train.prompt_order import stream_seed
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -24,12 +25,13 @@ class BenchmarkConfig(Settings):
     file: dict = key({}, "the same from a file whose path is below suite.folder; used if suite.folder is given")
     group: str = key("math", "the average that it belongs to; the paper's are math and ood")
     samples: int = key(
-        1, "responses per problem: avg@n, and pass@k for every k up to n", minimum=1, fix="give at least 1"
+        1, "responses per problem: avg@n, and pass@k for every k up to n", minimum=1, limit=GROUP, fix="give at least 1"
     )
     limit: int = key(
         0,
         "the most problems to use, chosen by a hash of their prompts; 0 = all",
         minimum=0,
+        limit=10**9,
         fix="give a number of problems, or 0 for all",
     )
     verifier: str = key("", "the verifier of problems that name none; empty = verify.verifier")
@@ -45,10 +47,12 @@ class SuiteConfig(Settings):
     """
 
     folder: str = key("", "folder with the benchmarks' files; empty = use each benchmark's `data`, such as the hub")
-    temperature: float = key(0.6, "sampling temperature; 0 = greedy")
+    temperature: float = key(0.6, "sampling temperature; 0 = greedy", limit=100)
     top_p: float = key(0.95, "nucleus sampling; ignored by greedy sampling", above=0, maximum=1)
-    max_prompt_tokens: int = key(2048, "longest prompt; a longer one is an error", minimum=1)
-    max_response_tokens: int = key(8192, "longest response; one that is cut off is verified as it is", minimum=1)
+    max_prompt_tokens: int = key(2048, "longest prompt; a longer one is an error", minimum=1, limit=TOKENS)
+    max_response_tokens: int = key(
+        8192, "longest response; one that is cut off is verified as it is", minimum=1, limit=TOKENS
+    )
     skip: list = key([], "names of benchmarks to leave out, such as [gpqa_diamond]")
     benchmarks: dict = key({}, "name -> benchmark; each has the keys below, as suite.benchmarks.NAME.KEY")
 
@@ -155,17 +159,13 @@ def _problems(config: BenchmarkConfig, folder: str, path: str, section: str) -> 
         below = config.file.get("path")
         if not isinstance(below, str):
             raise ConfigError(f"{path}.file.path: found {below!r}; give the file's path below {section}.folder")
-        data = build({**config.file, "path": str(Path(folder).expanduser() / below)}, f"{path}.file")
+        data = build({**config.file, "path": str(Path(folder).expanduser() / below)}, f"{path}.file", DataSet | Rows)
     elif config.data:
-        data = build(config.data, f"{path}.data")
+        data = build(config.data, f"{path}.data", DataSet | Rows)
     else:
         place = f", or {section}.folder=FOLDER, the folder of its file {config.file.get('path')}" if config.file else ""
         raise ConfigError(f"{path}.data: missing; give a data set{place}")
-    if hasattr(data, "rows"):
-        return data.rows()
-    if hasattr(data, "load"):
-        return data.load().evaluation
-    raise ConfigError(f"{path}: found a {type(data).__name__}, expected a data set with load() or rows()")
+    return data.rows() if isinstance(data, Rows) else data.load().evaluation
 
 
 def _limited(problems: Sequence[Problem], limit: int) -> list[Problem]:

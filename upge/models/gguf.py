@@ -155,11 +155,13 @@ def _read(source: Path) -> tuple[Any, Any]:  # Any: both of a class that transfo
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(**place)
+    tokenizer = AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
     _split_as_trained(tokenizer, source)
     with torch.random.fork_rng(devices=[]):
         plain = GgufConfig(dequantize=True)
-        model: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, quantization_config=plain)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            **place, dtype=torch.float32, quantization_config=plain, trust_remote_code=False
+        )
     # transformers refuses to save a model that it considers quantised. All weights are plain tensors now.
     model.hf_quantizer = None
     vars(model.config).pop("quantization_config", None)

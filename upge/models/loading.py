@@ -19,10 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from upge.errors import ConfigError, ModelError, nearest
+from upge.trees import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Number of parameters below which, on a CPU, one thread samples faster than several, and transformers faster than vLLM.
 SMALL_MODEL = 5_000_000
+#: Layers beyond which a configuration is taken for a mistake: even without weights each takes time and memory.
+MOST_LAYERS = 2000
 
 ModelConfig = Any  # a configuration of transformers; its attributes depend on the model
 
@@ -56,16 +59,24 @@ def read_config(model_path: str | Path, overrides: Mapping[str, object] | None =
 
     try:
         # Without a connection, the hub's client retries for half a minute.
-        config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir() or not _hub_answers())
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        is_local = Path(path).is_dir() or not _hub_answers()
+        config = AutoConfig.from_pretrained(path, local_files_only=is_local, trust_remote_code=False)
+    except Exception as error:  # a file of the hub or of a user may be wrong in any way
+        if Path(path).is_dir():
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ModelError(f"its config.json cannot be read: {reason}; fix that file", "model.path", path) from error
+        reason = first_line(error)
         raise ModelError(
             f"neither a folder nor a model that can be found here ({reason}); check the name, or download "
             "the model first and give its folder",
             "model.path",
             path,
         ) from error
-    return override(config, overrides or {})
+    config = override(config, overrides or {})
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
+        raise ModelError(f"its num_hidden_layers is {layers}; give 1 to {MOST_LAYERS} layers", "model.path", path)
+    return config
 
 
 def override(config: ModelConfig, overrides: Mapping[str, object]) -> ModelConfig:
@@ -303,7 +314,7 @@ class WeightTable:
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         model.tie_weights()
         return WeightTable.of_model(model)
 

@@ -240,7 +240,9 @@ def _batches(requests: Sequence[Request], max_tokens: int, budget: int) -> Itera
 def _load_model(path: str, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     with loading.progress_bars_hidden(), random_state_kept():
         # Any: the annotation does not know that `output_loading_info` makes it a pair.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
     model, loading_info = loaded
     loading.check_loaded(path, loading_info)
     loading.check_finite(path, model.named_parameters())

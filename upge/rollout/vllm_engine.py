@@ -127,6 +127,7 @@ class VLLMSampler(Sampler):
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             use_tqdm_on_load=False,
+            trust_remote_code=False,
         )
         if several_ranks():
             # Consecutive ranks form an engine.

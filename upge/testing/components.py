@@ -9,7 +9,14 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from upge.components.base import Component, LikelihoodGradient, StabilizationMask, TokenReward, walk
+from upge.components.base import (
+    Component,
+    LikelihoodGradient,
+    StabilizationMask,
+    TokenReward,
+    mixes_demonstrations,
+    walk,
+)
 from upge.gates import Gate
 from upge.needs import needs_of
 from upge.reduction import Over, Reduction
@@ -28,8 +35,9 @@ def check_component(component: Component) -> None:
     tokens outside the response mask, the declared `reads` and `reach` must be correct, and the value must be finite at
     extremes and on degenerate batches.
 
-    A part that reads `behavior_logprobs` must also work without it. A reduction must count only the active
-    trajectories. A stateful gate must keep its state within the range of its updates.
+    A part that reads `behavior_logprobs` must also work without it. One that reads `group` must give rollouts the same
+    values without the demonstrations of their groups, unless it declares `counts_demonstrations`. A reduction must
+    count only the active trajectories. A stateful gate must keep its state within the range of its updates.
 
     Raises:
         ConformanceError: the first broken rule.
@@ -49,6 +57,8 @@ def check_component(component: Component) -> None:
             _check_coefficient(part)
     for seed in range(2):
         _check_on(component, batches.random_batch(seed), seed)
+    for _, part in walk(component, ""):
+        _check_demonstrations(part)
     _check_precision(component)
     _check_extremes(component)
     _check_degenerate(component)
@@ -110,6 +120,20 @@ def _check_declarations(component: Component) -> None:
         source = component.source
         require(source in get_args(Source), f"{name} has source={source!r}; use one of {get_args(Source)}")
         check_component(component.reduction)
+
+
+def _check_demonstrations(part: Component) -> None:
+    """Statistics of groups must be over rollouts, unless the part declares that demonstrations count."""
+    if "group" not in part.reads or part.counts_demonstrations:
+        return
+    name, problem = type(part).__name__, "%s, so demonstrations count as rollouts in its statistics of groups; read "
+    problem += "`is_demonstration` and leave them out, or set `counts_demonstrations = True` in the class"
+    require(not mixes_demonstrations(part), f"{name} " + problem % "reads `group` without `is_demonstration`")
+    batch = batches.random_batch(0)
+    rows = (~batch.is_demonstration).nonzero()[:, 0]
+    alone = dataclasses.replace(batches.select_rows(batch, rows), row=None)
+    problem %= "gives rollouts other values without the demonstrations of their groups"
+    same(name, problem, _evaluate(part, batch)[rows], _evaluate(part, alone), alone)
 
 
 def _check_on_policy(component: Component, batch: Trajectories) -> None:

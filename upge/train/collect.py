@@ -280,6 +280,7 @@ def _rollout(index: int, group: int, example: Example, rollout: Rollout, verdict
         finished=rollout.finished,
         status=verdict.status,
         detail=verdict.detail,
+        extracted=verdict.extracted,
     )
 
 

@@ -12,17 +12,22 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from upge.config import Settings, key, section
-from upge.errors import ConfigError
+from upge.errors import ConfigError, nearest
 from upge.pipeline import Span
+from upge.train.alarms import ALARMS, AlarmConfig
 from upge.train.deepspeed_settings import DeepspeedConfig
 from upge.verify.base import LONGEST_TIME, MOST_MEMORY, MOST_WORKERS, WORKERS_PER_CORE
+
+#: The largest values that a run can be asked for. They are far beyond any use, and what a larger one would allocate
+#: exhausts memory or time before a message could be printed.
+STEPS, SEED, TOKENS, PROMPTS, GROUP, ROLLOUTS = 10**9, 2**32 - 1, 10**7, 2**20, 2**16, 2**22
 
 
 @dataclass(frozen=True)
 class LoraConfig(Settings):
     """Low-rank adapters (arXiv 2106.09685): W + (alpha / rank) · B·A, of which only A and B are trained."""
 
-    rank: int = key(0, "rank of the policy's LoRA adapters; 0 = train all weights", minimum=0)
+    rank: int = key(0, "rank of the policy's LoRA adapters; 0 = train all weights", minimum=0, limit=65536)
     alpha: float = key(
         32.0, "LoRA's scale: the product of the adapter's matrices is multiplied by alpha / rank", above=0
     )
@@ -60,16 +65,20 @@ class RolloutConfig(Settings):
 
     engine: Literal["auto", "vllm", "transformers"] = key("auto", "inference engine; auto: see docs/running.md")
     temperature: float = key(
-        1.0, "sampling temperature in training; the trainer's log-probs use the same", minimum=0.01
+        1.0, "sampling temperature in training; the trainer's log-probs use the same", minimum=0.01, limit=100
     )
-    max_prompt_tokens: int = key(1024, "length limit of prompts", above=0)
+    max_prompt_tokens: int = key(1024, "length limit of prompts", above=0, limit=TOKENS)
     max_response_tokens: int = key(
-        1024, "length limit of responses; algorithms with a fixed divisor use it as `length`", above=0
+        1024, "length limit of responses; algorithms with a fixed divisor use it as `length`", above=0, limit=TOKENS
     )
     memory_fraction: float = key(0.4, "fraction of GPU memory that the vLLM engine may use", above=0, maximum=1)
-    max_sequences: int = key(0, "responses that vLLM generates at once; 0 = vLLM's default", minimum=0)
-    max_batched_tokens: int = key(0, "tokens that vLLM processes in a step; 0 = vLLM's default", minimum=0)
-    tensor_parallel: int = key(1, "consecutive ranks that share each vLLM engine; 1 = a replica on each rank", above=0)
+    max_sequences: int = key(0, "responses that vLLM generates at once; 0 = vLLM's default", minimum=0, limit=TOKENS)
+    max_batched_tokens: int = key(
+        0, "tokens that vLLM processes in a step; 0 = vLLM's default", minimum=0, limit=TOKENS
+    )
+    tensor_parallel: int = key(
+        1, "consecutive ranks that share each vLLM engine; 1 = a replica on each rank", above=0, limit=4096
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +98,7 @@ class OptimizerConfig(Settings):
     schedule: Literal["constant", "linear", "cosine"] = key(
         "constant", "learning rate after warm-up: constant, or decaying to 0"
     )
-    warmup_steps: int = key(0, "steps over which the learning rate rises linearly", minimum=0)
+    warmup_steps: int = key(0, "steps over which the learning rate rises linearly", minimum=0, limit=STEPS)
     weight_decay: float = key(0.0, "decoupled weight decay of AdamW", minimum=0)
     beta1: float = key(0.9, "decay rate of AdamW's first moment", minimum=0, below=1)
     beta2: float = key(0.999, "decay rate of AdamW's second moment", minimum=0, below=1)
@@ -97,10 +106,10 @@ class OptimizerConfig(Settings):
     skip_grad_norm: float = key(
         0.0, "skip an update whose gradient norm before clipping exceeds this; 0 = never", minimum=0
     )
-    mini_batches: int = key(1, "optimizer updates per pass over a step's prompts", above=0)
-    epochs: int = key(1, "passes over a step's batch", above=0)
+    mini_batches: int = key(1, "optimizer updates per pass over a step's prompts", above=0, limit=PROMPTS)
+    epochs: int = key(1, "passes over a step's batch", above=0, limit=10_000)
     micro_batch_tokens: int = key(
-        16384, "maximum tokens per forward pass on one rank; does not change the gradient", above=0
+        16384, "maximum tokens per forward pass on one rank; does not change the gradient", above=0, limit=10**9
     )
 
 
@@ -110,7 +119,7 @@ class CriticConfig(Settings):
 
     path: str = key("", "model that initializes the backbone; empty = model.path")
     lr: float = key(1e-5, "learning rate of the critic; its schedule and warm-up are the policy's", minimum=0)
-    warmup_steps: int = key(0, "the first N steps train only the critic", minimum=0)
+    warmup_steps: int = key(0, "the first N steps train only the critic", minimum=0, limit=STEPS)
 
 
 @dataclass(frozen=True)
@@ -147,10 +156,10 @@ class EvalConfig(Settings):
     suite: str = key("", "suite from experiments/configs/suite; empty = the data's own evaluation problems")
     folder: str = key("", "folder with the suite's files; empty = the suite's own source, such as the hub")
     skip: list = key([], "benchmarks of the suite to skip, such as [gpqa_diamond]")
-    limit: int = key(0, "maximum problems per benchmark of the suite; 0 = all", minimum=0)
-    every: int = key(0, "evaluate every N steps; 0 = only before and after training; -1 = never")
-    samples: int = key(8, "responses per problem for pass@k and mean@k", above=0)
-    temperature: float = key(1.0, "sampling temperature in evaluation", minimum=0.01)
+    limit: int = key(0, "maximum problems per benchmark of the suite; 0 = all", minimum=0, limit=10**9)
+    every: int = key(0, "evaluate every N steps; 0 = only before and after training; -1 = never", limit=STEPS)
+    samples: int = key(8, "responses per problem for pass@k and mean@k", above=0, limit=GROUP)
+    temperature: float = key(1.0, "sampling temperature in evaluation", minimum=0.01, limit=100)
     top_p: float = key(1.0, "nucleus sampling in evaluation; 1 = the whole distribution", above=0, maximum=1)
     keep_best: bool = key(False, "save the weights with the highest mean@k in best/")
 
@@ -168,8 +177,8 @@ class EvalConfig(Settings):
 class CheckpointConfig(Settings):
     """When the training state is saved."""
 
-    every: int = key(50, "save every N steps and after the last; 0 = only when stopped", minimum=0)
-    keep: int = key(1, "number of newest checkpoints to keep; 0 = all", minimum=0)
+    every: int = key(50, "save every N steps and after the last; 0 = only when stopped", minimum=0, limit=STEPS)
+    keep: int = key(1, "number of newest checkpoints to keep; 0 = all", minimum=0, limit=STEPS)
 
 
 @dataclass(frozen=True)
@@ -185,16 +194,19 @@ class DataPolicy(Settings):
     )
     per_level: dict = key({}, "level -> number of training problems; other levels are left out; {} = all problems")
     demonstrated_prompts: int = key(
-        0, "number of training problems that keep their demonstrations, spread over the levels; 0 = all", minimum=0
+        0,
+        "number of training problems that keep their demonstrations, spread over the levels; 0 = all",
+        minimum=0,
+        limit=10**9,
     )
-    demonstrations: int = key(1, "demonstrations drawn at random per prompt and step; 0 = all", minimum=0)
+    demonstrations: int = key(1, "demonstrations drawn at random per prompt and step; 0 = all", minimum=0, limit=GROUP)
 
 
 @dataclass(frozen=True)
 class StopConfig(Settings):
     """When a run stops early."""
 
-    nonfinite_updates: int = key(5, "stop with exit code 3 after N non-finite updates in a row", above=0)
+    nonfinite_updates: int = key(5, "stop with exit code 3 after N non-finite updates in a row", above=0, limit=STEPS)
     verifier_errors: float = key(
         0.5,
         "stop with exit code 2 before the update if a larger share of a step's verdicts are errors or timeouts; "
@@ -202,6 +214,13 @@ class StopConfig(Settings):
         minimum=0,
         maximum=1,
     )
+    alarms: list = key([], "alarms that stop the run with exit code 3, such as [truncated,no_signal]; see alarms")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.alarms:
+            if name not in ALARMS:
+                raise ConfigError(f"no alarm {name!r}; {nearest(str(name), ALARMS)}", "alarms")
 
 
 @dataclass(frozen=True)
@@ -209,7 +228,7 @@ class DiagnoseConfig(Settings):
     """Additional measurements during training. They do not change the training."""
 
     gradients_every: int = key(
-        0, "measure norms and cosines of the terms' gradients every N steps; 0 = never", minimum=0
+        0, "measure norms and cosines of the terms' gradients every N steps; 0 = never", minimum=0, limit=STEPS
     )
 
 
@@ -217,8 +236,8 @@ class DiagnoseConfig(Settings):
 class HardwareConfig(Settings):
     """The machine that a run is planned for. Values of 0 are detected on the current machine."""
 
-    gpus: int = key(0, "GPUs of the run, one per rank; 0 = the ranks that were started", minimum=0)
-    memory: float = key(0.0, "GiB of memory per GPU (without GPUs: of the machine); 0 = detect", minimum=0)
+    gpus: int = key(0, "GPUs of the run, one per rank; 0 = the ranks that were started", minimum=0, limit=10**6)
+    memory: float = key(0.0, "GiB of memory per GPU (without GPUs: of the machine); 0 = detect", minimum=0, limit=10**7)
 
 
 @dataclass(frozen=True)
@@ -227,17 +246,17 @@ class RunConfig(Settings):
 
     algo: dict = key({}, "name from algorithms/, or a YAML file; algo.terms... overrides its parts")
     data: dict = key({}, "name from experiments/configs/data; its own settings are data.KEY")
-    steps: int = key(100, "training steps", minimum=0)
-    seed: int = key(0, "seed of the prompt order, of all sampling and of LoRA's adapters", minimum=0)
-    prompts_per_step: int = key(32, "prompts per step, over all ranks", above=0)
-    group_size: int = key(8, "rollouts per prompt", above=0)
+    steps: int = key(100, "training steps", minimum=0, limit=STEPS)
+    seed: int = key(0, "seed of the prompt order, of all sampling and of LoRA's adapters", minimum=0, limit=SEED)
+    prompts_per_step: int = key(32, "prompts per step, over all ranks", above=0, limit=PROMPTS)
+    group_size: int = key(8, "rollouts per prompt", above=0, limit=GROUP)
     output: str = key("", "folder of the run; empty = the next unused runs/ALGO-MODEL-DATA")
     resume: str = key(
         "auto",
         "auto = continue an interrupted run in `output` from its newest checkpoint; step_N = from that one; or never",
     )
     log_rollouts: int = key(
-        10, "log rollouts and the tokens with the largest weights every N steps; 0 = never", minimum=0
+        10, "log rollouts and the tokens with the largest weights every N steps; 0 = never", minimum=0, limit=STEPS
     )
     model: ModelConfig = section(ModelConfig)
     rollout: RolloutConfig = section(RolloutConfig)
@@ -249,6 +268,7 @@ class RunConfig(Settings):
     eval: EvalConfig = section(EvalConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     data_policy: DataPolicy = section(DataPolicy)
+    alarms: AlarmConfig = section(AlarmConfig)
     stop: StopConfig = section(StopConfig)
     diagnose: DiagnoseConfig = section(DiagnoseConfig)
     hardware: HardwareConfig = section(HardwareConfig)
@@ -258,6 +278,12 @@ class RunConfig(Settings):
         if self.resume not in ("auto", "never") and not re.fullmatch(r"step_\d+", self.resume):
             raise ConfigError(
                 f"found {self.resume!r}; give auto, never, or the name of a checkpoint, as in step_000050", "resume"
+            )
+        if self.prompts_per_step * self.group_size > ROLLOUTS:
+            raise ConfigError(
+                f"{self.group_size} rollouts of prompts_per_step={self.prompts_per_step} prompts are more than "
+                f"{ROLLOUTS} in a step; lower one of the two",
+                "group_size",
             )
         if self.prompts_per_step % self.optimizer.mini_batches:
             raise ConfigError(

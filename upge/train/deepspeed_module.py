@@ -312,7 +312,7 @@ def load_causal_lm(
         own_linear = model.gradient_checkpointing != "selective"
         partitioning = HfDeepSpeedConfig(settings(model.dtype, world, deepspeed, own_linear=own_linear))
         loaded: Any = AutoModelForCausalLM.from_pretrained(  # the pair is not in its signature
-            model.path, config=config, dtype=dtype, output_loading_info=True
+            model.path, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
         network, loading_info = loaded
         check_loaded(model.path, loading_info)

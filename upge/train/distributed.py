@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,10 +12,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from upge.errors import RunError, UserError
+from upge.errors import ConfigError, RunError, UserError
 from upge.models.loading import has_cuda
 
 _T = TypeVar("_T")
+#: The loopback interface; Linux and macOS name it differently.
+_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
 @dataclass(frozen=True)
@@ -104,17 +105,48 @@ def is_launched() -> bool:
 
 
 def world_size() -> int:
-    """The number of processes that the launcher started; known before they are connected."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The number of processes that the launcher started, see `check_launched`; known before they are connected."""
+    return _number("WORLD_SIZE", 1)
 
 
 def launched_rank() -> int:
-    """This process's rank as the launcher set it; known before it is connected."""
-    return int(os.environ.get("RANK", "0"))
+    """This process's rank as the launcher set it, see `check_launched`; known before it is connected."""
+    return _number("RANK", 0)
+
+
+def _number(name: str, default: int) -> int:
+    """The value of an environment variable; the default if it is not a number, which `check_launched` refuses."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() else default
+
+
+def check_launched() -> None:
+    """Checks the variables with which a launcher tells a process its place.
+
+    Raises:
+        ConfigError: some are missing, or are not numbers that belong together.
+    """
+    fix = "start several ranks with torchrun, which sets all of them, or unset them for a single process"
+    given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ}
+    for name, text in given.items():
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            raise ConfigError(f"the environment variable {name} is {text!r}, not a number; {fix}")
+    if not given:
+        return
+    needed = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
+    needed += ["MASTER_ADDR", "MASTER_PORT"] if given.get("WORLD_SIZE", "1") != "1" else []
+    missing = [name for name in needed if name not in os.environ]
+    if missing:
+        raise ConfigError(f"of the environment variables {', '.join(needed)}, {missing[0]} is not set; {fix}")
+    if int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        raise ConfigError(f"RANK={given['RANK']} is not below WORLD_SIZE={given['WORLD_SIZE']}; {fix}")
 
 
 def connect() -> World:
     """Joins the process group, through DeepSpeed, which needs it even for one process.
+
+    Several ranks meet at MASTER_ADDR, as their launcher set it. A single process meets nobody: its store is in memory,
+    and its backend listens on the loopback interface only.
 
     Raises:
         ConfigError: there is a GPU that torch cannot use.
@@ -122,10 +154,12 @@ def connect() -> World:
     cuda = has_cuda()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if world_size() == 1:
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+    is_alone = world_size() == 1
+    if is_alone:
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, _LOOPBACK)
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
             os.environ.setdefault(name, value)
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
     import deepspeed
 
     if not cuda:
@@ -135,7 +169,9 @@ def connect() -> World:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    if is_alone and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     group = dist.new_group(backend="gloo") if cuda else None
     assert not isinstance(group, int), "this process is a member of the group"
@@ -158,9 +194,3 @@ def leave(world: World | None, code: int, together: bool | None = None) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

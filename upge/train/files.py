@@ -13,11 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from upge.errors import ConfigError, StorageError, UserError
+from upge.trees import first_line, read_yaml
 
 #: In a folder that is in use, or was.
 LOCK = ".lock"
@@ -204,7 +204,7 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except UNREADABLE as error:
-        raise ConfigError(f"{path}: not readable as JSON ({_first_line(error)}); {fix}") from error
+        raise ConfigError(f"{path}: not readable as JSON ({first_line(error)}); {fix}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: found a JSON {type(content).__name__}, expected an object; {fix}")
     return content
@@ -217,16 +217,12 @@ def read_tree(path: Path, fix: str) -> dict[str, Any]:
         ConfigError: it cannot be read or holds something else; `fix` says what to do.
     """
     try:
-        tree = OmegaConf.to_container(OmegaConf.create(path.read_bytes().decode()))
-    except UNREADABLE as error:
-        raise ConfigError(f"{path}: not readable as YAML ({_first_line(error)}); {fix}") from error
+        tree = read_yaml(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error.problem}; {fix}") from error
     if not isinstance(tree, dict) or not tree:
         raise ConfigError(f"{path}: expected keys and values; {fix}")
     return {str(key): value for key, value in tree.items()}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -30,13 +30,13 @@ from upge.train.files import (
 
 #: Keys, and sections with all their keys, that may differ between a run and its continuation: none changes a gradient.
 FREE_KEYS = (
-    *("steps", "resume", "output", "log_rollouts", "eval.every", "checkpoint", "stop", "diagnose", "hardware"),
-    *("optimizer.micro_batch_tokens", "model.gradient_checkpointing", "deepspeed"),
+    *("steps", "resume", "output", "log_rollouts", "eval.every", "checkpoint", "stop", "alarms", "diagnose"),
+    *("hardware", "optimizer.micro_batch_tokens", "model.gradient_checkpointing", "deepspeed"),
     *("verify.workers", "verify.time_limit", "verify.memory_limit", "verify.environment", "verify.network"),
     *("rollout.memory_fraction", "rollout.max_sequences", "rollout.max_batched_tokens"),
 )
 #: Files with lines of single steps, and folders with a file for each of some steps.
-LINES, FOLDERS = ("metrics.jsonl", "evaluations.jsonl", "prompts.jsonl"), ("rollouts", "tokens")
+LINES, FOLDERS = ("metrics.jsonl", "evaluations.jsonl", "prompts.jsonl", "alarms.jsonl"), ("rollouts", "tokens")
 #: The meaning of a recorded folder's keys and metrics. Run folders of upge 0.1 have none in run.json.
 FORMAT = 2
 #: What to do about a file that cannot be read.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -12,7 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from upge.data import Example, Prompting
-from upge.estimate import Estimate, TermRecord, summarise
+from upge.estimate import Estimate, TermRecord, is_extreme, summarise
 from upge.plan import Plan
 from upge.train.config import RunConfig
 from upge.train.diagnostics import Diagnostics, TopTrajectory, merged, token_line
@@ -36,6 +37,7 @@ class MetricSums:
         trajectories: those that the updates learned from.
         computed_tokens: tokens that the model computed, prompts included.
         gap_sum, gap_max, gap_tokens: of |log π_trainer - log π_sampler| over tokens of rollouts.
+        gap_extreme: tokens of rollouts whose ratio π_trainer/π_sampler is outside [1/2, 2].
         value_loss: of the critic.
     """
 
@@ -49,6 +51,7 @@ class MetricSums:
     gap_sum: float = 0.0
     gap_max: float = 0.0
     gap_tokens: int = 0
+    gap_extreme: int = 0
     value_loss: float = 0.0
 
     @staticmethod
@@ -102,7 +105,12 @@ class MetricSums:
             return MetricSums()
         assert tokens.logprobs is not None
         gap = (tokens.logprobs.float() - tokens.sampler_logprobs.float()).abs()[of_rollouts]
-        return MetricSums(gap_sum=float(gap.double().sum()), gap_max=float(gap.max()), gap_tokens=gap.numel())
+        return MetricSums(
+            gap_sum=float(gap.double().sum()),
+            gap_max=float(gap.max()),
+            gap_tokens=gap.numel(),
+            gap_extreme=int(is_extreme(gap).sum()),
+        )
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the step; docs/metrics.md lists them."""
@@ -114,6 +122,7 @@ class MetricSums:
         if self.gap_tokens:
             metrics["sampler/logprob_diff_mean"] = self.gap_sum / self.gap_tokens
             metrics["sampler/logprob_diff_max"] = self.gap_max
+            metrics["sampler/extreme_ratio_share"] = self.gap_extreme / self.gap_tokens
         return metrics
 
 
@@ -256,6 +265,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     for t in rollouts:
         solved[t.group] = solved.get(t.group, False) or t.reward > SUCCESS_REWARD
     tokens = sum(len(t.response_ids) for t in rollouts)
+    failed = sum(t.status in ("timeout", "error") for t in rollouts)
     return {
         "reward/mean": sum(t.reward for t in rollouts) / n,
         "pass_rate": sum(t.reward > SUCCESS_REWARD for t in rollouts) / n,
@@ -263,7 +273,28 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "entropy": -sum(sum(t.sampler_logprobs or ()) for t in rollouts) / max(tokens, 1),
         "response_length": tokens / n,
         "response_cut_share": sum(not t.finished for t in rollouts) / n,
+        "verify/failed_share": failed / n,
+        **_same_answer(rollouts),
     }
+
+
+#: A step with fewer prompts says nothing about answers that are alike.
+_FEWEST_PROMPTS = 4
+
+
+def _same_answer(rollouts: Sequence[Trajectory]) -> dict[str, float]:
+    """The share of the rollouts that give the most frequent answer; the response itself where no answer was read."""
+    if len({t.group for t in rollouts}) < _FEWEST_PROMPTS:
+        return {}
+    answers = Counter(t.extracted if t.extracted is not None else t.response_ids for t in rollouts)
+    return {"same_answer_share": answers.most_common(1)[0][1] / len(rollouts)}
+
+
+def dropped_demonstrations(trajectories: Sequence[Trajectory], examples: Sequence[Example]) -> dict[str, float]:
+    """The share of a step's prompts that have demonstrations, but none within the length limit."""
+    chosen = [examples[index] for index in {t.example for t in trajectories}]
+    dropped = sum(bool(example.problem.demonstrations) and not example.demonstrations for example in chosen)
+    return {"demonstrations_dropped_share": dropped / len(chosen)} if chosen else {}
 
 
 def _mean_finite(norms: Sequence[float]) -> float:

@@ -28,6 +28,7 @@ class Trajectory:
         is_demonstration: True for everything that comes from the data set.
         sampler_logprobs: as the inference engine reported them; None for what comes from the data set.
         finished: False if the response was cut at the length limit.
+        extracted: the answer that the verifier read in a rollout; None if it found none or does not report it.
         status: of the verification: 'ok', 'timeout' or 'error'; 'demonstration' where nothing was verified.
         detail: the reason for a timeout or an error.
         preference: +1 for the chosen side of a pair, -1 for the rejected one, 0 for neither.
@@ -44,6 +45,7 @@ class Trajectory:
     sampler_logprobs: tuple[float, ...] | None = None
     finished: bool = True
     status: str = "demonstration"
+    extracted: str | None = None
     preference: int = 0
     index: int = 0
     detail: str = ""

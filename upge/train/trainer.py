@@ -17,16 +17,24 @@ from upge.data import Example, Prompting
 from upge.errors import EngineError, Interrupted, NonFiniteError, StorageError
 from upge.pipeline import Pipeline, Span
 from upge.rollout.verified_sampling import VerifiedSampler
+from upge.train.alarms import AlarmMonitor
 from upge.train.checkpoint import check as check_checkpoint
 from upge.train.checkpoint import seal
 from upge.train.collect import Collector
 from upge.train.config import RunConfig, learning_rates
 from upge.train.distributed import World
 from upge.train.engine import WeightSync
-from upge.train.files import disk_errors
+from upge.train.files import disk_errors, read_lines
 from upge.train.folder import RunFolder
 from upge.train.learner import Collected, Learner, Memory, Models
-from upge.train.metrics import Recorder, UpdateReport, nonfinite, rollout_metrics, step_metrics
+from upge.train.metrics import (
+    Recorder,
+    UpdateReport,
+    dropped_demonstrations,
+    nonfinite,
+    rollout_metrics,
+    step_metrics,
+)
 from upge.train.prompt_order import stream_seed
 from upge.train.sample import TokenIds
 from upge.train.stopping import BAD_INPUT, DONE, FAILED, NOT_FINITE, Ending, StopSignals
@@ -89,6 +97,7 @@ class Trainer:
         report_step: called on the main rank with the step's metrics, for progress.
         report_evaluation: called on the main rank with each evaluation.
         report_note: called on the main rank with a sentence on something unusual.
+        report_alarm: called on the main rank with the text of each alarm.
     """
 
     def __init__(
@@ -97,14 +106,17 @@ class Trainer:
         report_step: Callable[[dict[str, float]], None] = lambda metrics: None,
         report_evaluation: Callable[[dict[str, Any]], None] = lambda line: None,
         report_note: Callable[[str], None] = lambda text: None,
+        report_alarm: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.parts, self.report_step, self.report_evaluation = parts, report_step, report_evaluation
-        self.report_note = report_note
+        self.report_note, self.report_alarm = report_note, report_alarm
+        self._stopping_alarms: list[str] = []
         self.spans = [s for s in Pipeline.of(parts.algorithm).spans(parts.config.steps) if s.end > s.first]
         self.recorder = Recorder(parts.config, parts.train, parts.prompting, parts.folder)
         self.learners = [self._learner(span) for span in self.spans]
         self.sync = WeightSync(parts.sampler.engine, parts.models.policy)
         self.state = State()
+        self.alarms = AlarmMonitor(parts.config.alarms, parts.config.steps)
         self.saved_step: int | None = None
         self._has_restarted = False
         #: The shortest trajectory of the last step.
@@ -126,6 +138,7 @@ class Trainer:
         if models.critic is not None:
             models.critic.load(folder.checkpoints / folder.tag(step), _CRITIC)
         self.saved_step = step
+        self.alarms = self._alarms(step)
         if self._too_many_skipped():
             self.state.skipped_in_a_row = {}
 
@@ -183,13 +196,15 @@ class Trainer:
             step, last = self.state.step, self.state.step == config.steps
             if not last and self._is_evaluation_due():
                 self._evaluate()
-            if too_many or (every and (last or _due(step, every))):
-                self.save()
+            reason = ""
             if too_many:
-                return Ending(
-                    NOT_FINITE,
-                    "stopped after too many non-finite updates in a row (stop.nonfinite_updates); the state is saved",
-                )
+                reason = "stopped after too many non-finite updates in a row (stop.nonfinite_updates)"
+            elif self._stopping_alarms:
+                reason = f"stopped by the alarm {', '.join(self._stopping_alarms)} (stop.alarms)"
+            if reason or (every and (last or _due(step, every))):
+                self.save()
+            if reason:
+                return Ending(NOT_FINITE, f"{reason}; the state is saved")
         self._evaluate()
         self._check_stop()
         return Ending(DONE, "done")
@@ -340,6 +355,8 @@ class Trainer:
             metrics |= collected.verdicts.metrics()
             metrics |= step_metrics(report, [sums for sums, _ in of_ranks])
             metrics |= {"skipped_updates": state.skipped, **extra}
+            if learner.algorithm.step_needs.demonstrations:
+                metrics |= dropped_demonstrations(report.active.trajectories, self.parts.train)
         if learner.algorithm.stateful:
             learner.remember(world.broadcast(metrics), step_in_stage, memory)
         with world.together():
@@ -349,6 +366,7 @@ class Trainer:
                 self.recorder.record(metrics, report.active, tops, collected.verdicts.failed)
                 self.report_step(metrics)
         self._check_finite(nonfinite(metrics, report) or self._weights_problem())
+        self._raise_alarms(metrics)
         return report.skipped > 0 and self._too_many_skipped()
 
     def _weights_problem(self) -> str:
@@ -365,6 +383,26 @@ class Trainer:
                 p.sampler.first_error(verdicts.first_error)
                 self.recorder.record_failed(step, collected.trajectories, verdicts.failed)
             verdicts.check(p.config.stop.verifier_errors, step)
+
+    def _alarms(self, step: int) -> AlarmMonitor:
+        """The alarms of this run, which know what the folder has of the steps up to `step`."""
+        before = []
+        for file in (self.parts.folder.path / name for name in ("metrics.jsonl", "alarms.jsonl")):
+            lines = read_lines(file) if file.is_file() else []
+            before.append([line for line in lines if line["step"] <= step])
+        config = self.parts.config
+        return AlarmMonitor(config.alarms, config.steps, before[0], [line["alarm"] for line in before[1]])
+
+    def _raise_alarms(self, metrics: Mapping[str, float]) -> None:
+        """Reports a step's new alarms. Those of `stop.alarms` stop the run, on all ranks."""
+        world = self.parts.world
+        new = self.alarms.step(metrics) if world.is_main else {}
+        with world.together():
+            for name, problem in new.items():
+                self.parts.folder.append("alarms.jsonl", {"step": self.state.step, "alarm": name, "problem": problem})
+                self.report_alarm(problem)
+        if stopping := self.parts.config.stop.alarms:
+            self._stopping_alarms = world.broadcast([name for name in new if name in stopping])
 
     def _count_skipped(self, report: UpdateReport) -> None:
         state = self.state

@@ -155,7 +155,9 @@ def _engine(name: str, job: Job) -> dict[str, Any]:
 
 def _model(job: Job) -> nn.Module:
     config = job.composed.config.model
-    model = AutoModelForCausalLM.from_pretrained(config.path, dtype=getattr(torch, config.dtype))
+    model = AutoModelForCausalLM.from_pretrained(
+        config.path, dtype=getattr(torch, config.dtype), trust_remote_code=False
+    )
     # Only the stop tokens, so that the model's own defaults do not change the sampling.
     model.generation_config = GenerationConfig(eos_token_id=list(job.prepared.prompting.stop_token_ids))
     return model

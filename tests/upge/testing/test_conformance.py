@@ -131,7 +131,7 @@ def mask_of(body, reads=RATIO, reach="token") -> upge.StabilizationMask:
         def __call__(self, batch, advantages):
             return body(batch, advantages)
 
-    Broken.reads, Broken.reach = frozenset(reads), reach
+    Broken.reads, Broken.reach, Broken.counts_demonstrations = frozenset(reads), reach, True
     return Broken()
 
 
@@ -142,7 +142,7 @@ def advantage_of(body, reads=RATIO, reach="token") -> upge.AdvantageEstimator:
         def __call__(self, batch):
             return body(batch)
 
-    Broken.reads, Broken.reach = frozenset(reads), reach
+    Broken.reads, Broken.reach, Broken.counts_demonstrations = frozenset(reads), reach, True
     return Broken()
 
 
@@ -153,7 +153,7 @@ def gate_of(body, reads=RATIO, reach="token") -> upge.Gate:
         def __call__(self, batch):
             return body(batch)
 
-    Broken.reads, Broken.reach = frozenset(reads), reach
+    Broken.reads, Broken.reach, Broken.counts_demonstrations = frozenset(reads), reach, True
     return Broken()
 
 

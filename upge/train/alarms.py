@@ -1,0 +1,167 @@
+"""Alarms: what a run notices about itself and says in one line, once for each kind.
+
+An alarm is a function from a step's metrics to a problem, or None. It is raised when it has found one in `alarms.steps`
+steps in a row (no_signal: in `alarms.no_signal`). The main rank prints it and writes it to alarms.jsonl; `stop.alarms`
+names those that also stop the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from upge.config import Settings, key
+
+#: The metrics of a step, as in metrics.jsonl.
+Metrics = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class AlarmConfig(Settings):
+    """The limits of the alarms. docs/running.md says what each means; `stop.alarms` turns them into stops."""
+
+    steps: int = key(3, "raise an alarm after N such steps in a row", minimum=1, limit=10**6)
+    truncated: float = key(
+        0.5, "share of rollouts cut at rollout.max_response_tokens above which to raise it", minimum=0, maximum=1
+    )
+    no_signal: int = key(10, "raise it after N steps in a row in which no prompt had a signal", minimum=1, limit=10**6)
+    sampler_drift: float = key(
+        2.0, "largest |log π_trainer - log π_sampler| of a token above which to raise it", above=0
+    )
+    entropy: float = key(0.01, "entropy of the rollouts (nats) below which to raise it", minimum=0)
+    same_answer: float = key(
+        0.9, "share of rollouts with one and the same answer above which to raise it", minimum=0, maximum=1
+    )
+    verifier_errors: float = key(
+        0.1, "share of rollouts without a verdict (error, timeout) above which to raise it", minimum=0, maximum=1
+    )
+    demonstrations_dropped: float = key(
+        0.5, "share of prompts that lost all demonstrations to the limit above which to raise it", minimum=0, maximum=1
+    )
+    extreme_ratios: float = key(
+        0.05,
+        "share of tokens whose probability changed by more than a factor of 2 above which to raise it",
+        minimum=0,
+        maximum=1,
+    )
+
+
+def _truncated(metrics: Metrics, limits: AlarmConfig) -> str | None:
+    share = metrics.get("response_cut_share")
+    if share is None or share <= limits.truncated:
+        return None
+    return f"{share:.0%} of the responses were cut off; raise rollout.max_response_tokens, or check the stop tokens"
+
+
+def _no_signal(metrics: Metrics, limits: AlarmConfig) -> str | None:
+    if metrics.get("gate/no_signal_prompts") != 1:
+        return None
+    return (
+        "no prompt had a signal for the gradient, so nothing is learned; choose problems of another difficulty, a "
+        "larger group_size or an algorithm with demonstrations"
+    )
+
+
+def _sampler_drift(metrics: Metrics, limits: AlarmConfig) -> str | None:
+    largest = metrics.get("sampler/logprob_diff_max")
+    if largest is None or largest <= limits.sampler_drift:
+        return None
+    return (
+        f"log-probs of sampler and trainer differ by up to {largest:.3g}; check precision and engine "
+        "(`upge doctor`), or correct for it with correction=tis"
+    )
+
+
+def _entropy(metrics: Metrics, limits: AlarmConfig) -> str | None:
+    entropy = metrics.get("entropy")
+    if entropy is None or entropy >= limits.entropy:
+        return None
+    return f"the entropy is {entropy:.2g} nats: sampling hardly explores; lower optimizer.lr, or add correction=entropy"
+
+
+def _same_answer(metrics: Metrics, limits: AlarmConfig) -> str | None:
+    share = metrics.get("same_answer_share")
+    if share is None or share <= limits.same_answer:
+        return None
+    return f"{share:.0%} of the rollouts give the same answer to different prompts; look at rollouts/ and the verifier"
+
+
+def _verifier_errors(metrics: Metrics, limits: AlarmConfig) -> str | None:
+    share = metrics.get("verify/failed_share")
+    if share is None or share <= limits.verifier_errors:
+        return None
+    return f"{share:.0%} of the rollouts got no verdict and reward 0; see `status` in rollouts/, and verify.time_limit"
+
+
+def _demonstrations_dropped(metrics: Metrics, limits: AlarmConfig) -> str | None:
+    share = metrics.get("demonstrations_dropped_share")
+    if share is None or share <= limits.demonstrations_dropped:
+        return None
+    return (
+        f"{share:.0%} of the prompts lost their demonstrations to rollout.max_response_tokens; raise it, or set "
+        "data_policy.overlong_demonstrations=truncate"
+    )
+
+
+def _extreme_ratios(metrics: Metrics, limits: AlarmConfig) -> str | None:
+    shares = {name: share for name, share in metrics.items() if name.endswith("/extreme_ratio_share") and share}
+    if not shares or (share := max(shares.values())) <= limits.extreme_ratios:
+        return None
+    name = max(shares, key=lambda one: shares[one] or 0.0).rpartition("/")[0]
+    which = "trainer and sampler" if name == "sampler" else f"the policy and the behavior policy (term {name})"
+    return f"{share:.0%} of the tokens have a ratio of {which} outside [1/2, 2]; lower optimizer.lr or optimizer.epochs"
+
+
+#: Name → what it finds in a step. The names are those of `AlarmConfig` and of `stop.alarms`.
+ALARMS: dict[str, Callable[[Metrics, AlarmConfig], str | None]] = {
+    "truncated": _truncated,
+    "no_signal": _no_signal,
+    "sampler_drift": _sampler_drift,
+    "entropy": _entropy,
+    "same_answer": _same_answer,
+    "verifier_errors": _verifier_errors,
+    "demonstrations_dropped": _demonstrations_dropped,
+    "extreme_ratios": _extreme_ratios,
+}
+
+
+def raised(recent: Sequence[Metrics], limits: AlarmConfig, steps: int) -> dict[str, str]:
+    """Name → problem of the alarms that the last of these steps raises.
+
+    Args:
+        recent: the metrics of steps in a row, the newest last.
+        limits: when to raise each.
+        steps: of the whole run; in a shorter run than `limits.steps`, each of its steps must show the problem.
+    """
+    problems: dict[str, str] = {}
+    for name, find in ALARMS.items():
+        needed = min(limits.no_signal if name == "no_signal" else limits.steps, max(steps, 1))
+        last = [find(metrics, limits) for metrics in recent[-needed:]]
+        if len(last) == needed and last[-1] is not None and None not in last:
+            problems[name] = f"{last[-1]} (alarm {name}, {needed} step{'s' * (needed > 1)} in a row)"
+    return problems
+
+
+class AlarmMonitor:
+    """The alarms of a run: remembers recent steps, and which alarms were raised.
+
+    Args:
+        limits: when to raise each.
+        steps: of the whole run.
+        recent: the metrics of the steps before, of a run that continues.
+        known: names of the alarms that were raised before.
+    """
+
+    def __init__(
+        self, limits: AlarmConfig, steps: int, recent: Sequence[Metrics] = (), known: Sequence[str] = ()
+    ) -> None:
+        self._limits, self._steps, self._known = limits, steps, set(known)
+        self._longest = max(limits.steps, limits.no_signal)
+        self._recent = list(recent)[-self._longest :]
+
+    def step(self, metrics: Metrics) -> dict[str, str]:
+        """Name → problem of the alarms that this step raises for the first time in the run."""
+        self._recent = [*self._recent, metrics][-self._longest :]
+        new = {n: text for n, text in raised(self._recent, self._limits, self._steps).items() if n not in self._known}
+        self._known |= set(new)
+        return new
