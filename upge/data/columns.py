@@ -2,10 +2,14 @@
 
 Every function but `has` and `is_blank` raises a DataError that names the row, if there is no such column or if it holds
 anything else than the function reads.
+
+Chat messages are mappings with `role` and `content`, as of OpenAI, or with `from` and `value`, as of ShareGPT. A
+content is text or a list of parts of type text. Lists of messages or texts may be stored as JSON text, as in CSV files.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import string
 from collections.abc import Iterator, Mapping
@@ -16,6 +20,16 @@ from upge.data.files import Record
 from upge.errors import DataError, nearest
 
 _ABSENT = object()
+#: Other names of the roles of a message.
+_ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
+#: Attribute of a problem → names under which published data sets have it, the most telling first.
+_USUAL = {
+    "prompt": ("prompt", "question", "problem", "query", "instruction", "messages", "conversations", "input"),
+    "answer": ("answer", "ground_truth", "reward_model.ground_truth", "final_answer", "gold", "label", "target"),
+    "demonstrations": ("solution", "response", "completion", "output", "chosen", "messages", "conversations"),
+    "rejected": ("rejected",),
+    "system": ("system", "system_prompt"),
+}
 
 Cell = Any  # a value of a JSON or parquet file, of any type
 
@@ -31,46 +45,65 @@ def text(record: Record, column: str) -> str:
     return _as_text(value(record, column), record, column, "text")
 
 
-def value(record: Record, column: str) -> Cell:
-    """The value in a column, of any type."""
+def text_if_any(record: Record, column: str) -> str | None:
+    """The text in a column; None if it is empty."""
+    return None if _is_empty(value(record, column)) else text(record, column)
+
+
+def value(record: Record, column: str, attribute: str = "") -> Cell:
+    """The value in a column, of any type. `attribute` is what the column is read for, for the message of an error."""
     cell = _find(record.values, column)
     if cell is _ABSENT:
         known = list(_names(record.values))
+        usual = next((name for name in _USUAL.get(attribute, ()) if name in known and name != column), None)
+        hint = nearest(column, known) if usual is None else f"for example, set data.columns.{attribute}={usual}"
         raise DataError(
-            f"{record.where}: no column '{column}'; columns found: {', '.join(map(repr, known)) or 'none'}; "
-            f"{nearest(column, known)}"
+            f"{record.where}: no column '{column}'; columns found: {', '.join(map(repr, known)) or 'none'}; {hint}"
         )
     return cell
 
 
-def prompt(record: Record, column: str) -> tuple[str, str | None]:
+def prompt(record: Record, column: str, *, has_response: bool = False) -> tuple[str, str | None]:
     """(prompt, system message) in a column of texts or chat messages; None if there is no system message.
 
-    The messages are one of the user, after at most one of the system.
+    The messages are one of the user, after at most one of the system. If the column also holds the response
+    (`has_response`), the assistant's turn at the end is left out.
     """
-    cell = value(record, column)
-    if not _is_chat(cell):
+    cell = value(record, column, "prompt")
+    chat = _chat(cell)
+    if chat is None:
         return _as_text(cell, record, column, "text or a list of chat messages"), None
-    roles = [message["role"] for message in cell]
-    if roles not in (["user"], ["system", "user"]):
+    roles = [role for role, _ in chat]
+    turns = roles[:-1] if has_response and roles[-1] == "assistant" else roles
+    if turns not in (["user"], ["system", "user"]):
         raise DataError(
-            f"{record.where}: column '{column}' holds the turns {', '.join(map(str, roles))}; expected one of the "
+            f"{record.where}: column '{column}' holds the turns {', '.join(roles)}; expected one of the "
             "user, with or without one of the system before it; write earlier turns into the text of one"
         )
-    contents = [_content(message, record, column) for message in cell]
-    return contents[-1], contents[0] if len(contents) == 2 else None
+    contents = [content for _, content in chat[: len(turns)]]
+    system = contents[0] if len(turns) == 2 and not _is_empty(contents[0]) else None
+    return (
+        _as_text(contents[-1], record, column, "text as a message's content"),
+        None if system is None else _as_text(system, record, column, "text as a message's content"),
+    )
 
 
-def responses(record: Record, column: str) -> tuple[str, ...]:
-    """The responses in a column: text, chat messages (the assistant's turn), or a list of either."""
-    cell = value(record, column)
-    is_single = isinstance(cell, str) or _is_chat(cell)
-    return tuple(_response(one, record, column) for one in ([cell] if is_single else _listed(cell, record, column)))
+def responses(record: Record, column: str, attribute: str = "demonstrations") -> tuple[str, ...]:
+    """The responses in a column: text, chat messages that end with the assistant's turn, or a list of either.
+
+    Empty ones are left out.
+    """
+    cell = value(record, column, attribute)
+    texts = _texts(cell)
+    is_single = texts is None and (isinstance(cell, str) or _chat(cell) is not None)
+    ones = [cell] if is_single else _listed(cell, record, column) if texts is None else texts
+    return tuple(text for one in ones if (text := _response(one, record, column)) is not None)
 
 
 def answer(record: Record, column: str) -> str:
     """The answer in a column: text, a number in its own notation (142.0 stays "142.0"), or a list of one of these."""
-    cell = value(record, column)
+    cell = value(record, column, "answer")
+    cell = _texts(cell) or cell
     if isinstance(cell, list) and len(cell) == 1:
         cell = cell[0]
     if isinstance(cell, list):
@@ -85,7 +118,7 @@ def answer(record: Record, column: str) -> str:
 def is_blank(record: Record, column: str) -> bool:
     """Whether the row has the column with an empty value: null, an empty list, or blank text."""
     cell = _find(record.values, column)
-    return cell is None or cell == [] or (isinstance(cell, str) and not cell.strip())
+    return cell == [] or _is_empty(cell)
 
 
 def level(record: Record, column: str) -> str:
@@ -158,25 +191,65 @@ def _names(values: Mapping[str, Cell], above: str = "") -> Iterator[str]:
         yield from _names(inner, f"{above}{name}.") if nested else [f"{above}{name}"]
 
 
-def _is_chat(cell: Cell) -> bool:
-    is_list = isinstance(cell, list) and len(cell) > 0
-    return is_list and all(isinstance(one, Mapping) and "role" in one and "content" in one for one in cell)
+def _chat(cell: Cell) -> list[tuple[str, Cell]] | None:
+    """(role, content) of each message, if the cell holds chat messages."""
+    messages = _decoded(cell)
+    if not isinstance(messages, list) or not messages:
+        return None
+    chat = []
+    for message in messages:
+        if not isinstance(message, Mapping):
+            return None
+        names = next((n for n in (("role", "content"), ("from", "value")) if n[0] in message and n[1] in message), None)
+        if names is None:
+            return None
+        role, content = (message[name] for name in names)
+        chat.append((_ROLES.get(role, role) if isinstance(role, str) else str(role), _joined(content)))
+    return chat
 
 
-def _content(message: Mapping[str, Cell], record: Record, column: str) -> str:
-    return _as_text(message["content"], record, column, "text as a message's content")
+def _joined(content: Cell) -> Cell:
+    """A message's content; parts of type text are joined to one text."""
+    is_parts = isinstance(content, list) and all(
+        isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in content
+    )
+    return "".join(part["text"] for part in content) if is_parts else content
 
 
-def _response(cell: Cell, record: Record, column: str) -> str:
-    if not _is_chat(cell):
-        return _as_text(cell, record, column, "text, chat messages, or a list of them")
-    roles = [message["role"] for message in cell]
-    if roles != ["assistant"]:
+def _texts(cell: Cell) -> list[str] | None:
+    """The texts of a list that is stored as JSON text. A list of numbers, such as [1, 2], is an interval."""
+    inner = _decoded(cell) if isinstance(cell, str) else None
+    is_texts = isinstance(inner, list) and len(inner) > 0 and all(isinstance(one, str) for one in inner)
+    return inner if is_texts else None
+
+
+def _decoded(cell: Cell) -> Cell:
+    """A list that is stored as JSON text; anything else as it is."""
+    if not isinstance(cell, str) or not cell.lstrip().startswith("["):
+        return cell
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError):
+        return cell
+
+
+def _is_empty(cell: Cell) -> bool:
+    return cell is None or (isinstance(cell, str) and not cell.strip())
+
+
+def _response(cell: Cell, record: Record, column: str) -> str | None:
+    """A response; None for an empty one."""
+    chat = _chat(cell)
+    if chat is None:
+        return None if _is_empty(cell) else _as_text(cell, record, column, "text, chat messages, or a list of them")
+    roles, content = [role for role, _ in chat], chat[-1][1]
+    if roles[-1] != "assistant" or roles.count("assistant") > 1:
         raise DataError(
-            f"{record.where}: column '{column}' holds the turns {', '.join(map(str, roles))}; expected one of the "
-            "assistant"
+            f"{record.where}: column '{column}' holds the turns {', '.join(roles)}; expected one of the assistant, the "
+            "last"
         )
-    return _content(cell[0], record, column)
+    return None if _is_empty(content) else _as_text(content, record, column, "text as a message's content")
 
 
 def _listed(cell: Cell, record: Record, column: str) -> list[Cell]:

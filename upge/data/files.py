@@ -1,10 +1,15 @@
-"""Reads tables from JSON-lines, JSON and parquet files and from the Hugging Face hub. Errors name file and line."""
+"""Reads tables from JSON-lines, JSON, CSV and parquet files and from the hub. Errors name file and line."""
 
 from __future__ import annotations
 
+import csv
+import glob
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +23,61 @@ class Record:
 
     Attributes:
         values: column → value, which may be nested.
-        number: its line in a JSON-lines file, else its row, from 1.
+        number: its line in a JSON-lines file, else its row, from 1; after the name of its file if there are several.
         where: its place for messages, `file:line` or `file: row N`.
     """
 
     values: Mapping[str, Any]  # Any: JSON or parquet values
-    number: int
+    number: int | str
     where: str
 
 
 def read_file(path: Path, key: str = "data.path") -> list[Record]:
-    """The rows of a file whose suffix is one of `READERS`; `key` is the setting that names it, for messages.
+    """The rows of a file, of all files of a folder, or of those that match a pattern such as `train-*.parquet`.
+
+    Args:
+        path: the suffix of a file is one of `READERS`; after that of a text file, .gz may follow.
+        key: the setting that names it, for messages.
 
     Raises:
         ConfigError: the suffix is unknown, or pyarrow is needed and missing.
-        DataError: the file is missing, unreadable or without rows, or a row is not an object.
+        DataError: there is no such file, it is unreadable or without rows, or a row is not an object.
     """
     if path.is_dir():
-        raise DataError(f"{key}: {path} is a folder; give one file, {_KINDS}")
-    if path.suffix not in READERS and path.exists():
+        visible = (file for file in path.iterdir() if not file.name.startswith("."))
+        files = sorted(file for file in visible if _reader(file) is not None and file.is_file())
+        if not files:
+            raise DataError(f"{key}: the folder {path} has no data file; give {_KINDS}, or a folder of these")
+    else:
+        files = [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))
+    if not files:
+        raise DataError(f"data file {path} does not exist; check {key}")
+    return (
+        _read(files[0], key)
+        if len(files) == 1
+        else [replace(record, number=f"{file.name}:{record.number}") for file in files for record in _read(file, key)]
+    )
+
+
+def _read(path: Path, key: str) -> list[Record]:
+    reader = _reader(path)
+    if reader is None:
         raise ConfigError(
             f"{key}: found the suffix '{path.suffix}' of {path}; give {_KINDS}; {nearest(path.suffix, READERS)}"
         )
     if not path.is_file():
-        raise DataError(f"data file {path} does not exist; check {key}")
-    records = READERS[path.suffix](path)
+        raise DataError(f"{key}: {path} is not a file; give {_KINDS}, or a folder of these")
+    records = reader(path)
     if not records:
         raise DataError(f"data file {path} is empty; expected at least one row, an object of named columns")
     return records
+
+
+def _reader(path: Path) -> Callable[[Path], list[Record]] | None:
+    """The function that reads a file of this name; None if there is none."""
+    is_compressed = path.suffix == ".gz"
+    suffix = Path(path.stem).suffix if is_compressed else path.suffix
+    return None if is_compressed and suffix == ".parquet" else READERS.get(suffix)
 
 
 def _lines(path: Path) -> list[Record]:
@@ -77,6 +109,28 @@ def _json(path: Path) -> list[Record]:
     if not isinstance(rows, list):
         raise DataError(f"{path}: found a JSON {type(rows).__name__}, expected a list of objects")
     return numbered_records(rows, str(path))
+
+
+def _csv(path: Path) -> list[Record]:
+    """The rows of a CSV file, whose first line names the columns. An empty cell is null."""
+    csv.field_size_limit(2**31 - 1)  # a demonstration may be longer than the default of 131,072
+    lines = csv.reader(io.StringIO(_text(path)), strict=True)
+    records: list[Record] = []
+    try:
+        names = next(lines, [])
+        if len(set(names)) != len(names) or "" in names:
+            raise DataError(f"{path}:1: the first line must name every column once; found {', '.join(names)[:200]}")
+        for cells in lines:
+            if not cells:
+                continue
+            where = f"{path}:{lines.line_num}"
+            if len(cells) != len(names):
+                raise DataError(f"{where}: {len(cells)} cells; the first line names {len(names)} columns")
+            values = {name: cell or None for name, cell in zip(names, cells, strict=True)}
+            records.append(Record(values, len(records) + 1, where))
+    except csv.Error as error:
+        raise DataError(f"{path}:{lines.line_num}: not CSV ({error})") from error
+    return records
 
 
 def _parquet(path: Path) -> list[Record]:
@@ -111,14 +165,20 @@ def _record(values: object, number: int, where: str) -> Record:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return content.decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"data file {path} cannot be read as UTF-8 text: {error}") from error
 
 
 #: Suffix → function that reads the file.
-READERS: dict[str, Callable[[Path], list[Record]]] = {".jsonl": _lines, ".json": _json, ".parquet": _parquet}
-_KINDS = ".jsonl (an object a line), .json (a list of objects) or .parquet"
+READERS: dict[str, Callable[[Path], list[Record]]] = {
+    ".jsonl": _lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+_KINDS = ".jsonl (an object per line), .json (a list of objects), .csv or .parquet"
 #: Class name of an error of `datasets` → what it means and how to fix it.
 _FIXES = {
     "DatasetNotFoundError": "it does not exist, or it is gated or private: ask for access on its page, then log in "

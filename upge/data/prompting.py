@@ -25,6 +25,8 @@ RESERVED = (
 )
 #: Bounds of a format string, so that no prompt becomes many times as long as its problem.
 LONGEST_TEMPLATE, MOST_FIELDS = 100_000, 100
+#: A tag and white space at the end of a generation prompt.
+_OPENED = re.compile(r"(<[A-Za-z_]+>)(\s*)\Z")
 #: A folder with a tokenizer has at least one of these files.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -40,7 +42,7 @@ class Prompting:
         system: the system message of problems without their own; empty for none.
         instruction: appended unchanged to every prompt, such as "\nPut the final answer in \boxed{}."
         opening: the beginning of every response, which is written into the prompt, such as a tag for thoughts. It is
-            removed from demonstrations that begin with it.
+            removed from demonstrations that begin with it, as is a tag with which the chat template opens a response.
         template_arguments: variables of the chat template, such as {"enable_thinking": False}.
         stop_token_ids: tokens that end a response. The tokenizer's end of sequence, with which demonstrations end, is
             added in front, and the special token that ends a turn in a chat template is added at the end.
@@ -120,17 +122,45 @@ class Prompting:
         return [self._opened_once(ids, keep_end=text.endswith(end)) for ids, text in zip(encoded, texts, strict=True)]
 
     def response_ids(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        """The token ids of responses, each followed by the end of sequence."""
+        """The token ids of responses, each followed by the end of sequence, unless its text ends with a stop token."""
         return [tuple(ids) for ids in self.response_arrays(texts)]
 
     def response_arrays(self, texts: Sequence[str]) -> list[array[int]]:
         """`response_ids` with four bytes per token, for many long responses. They are cached like prompts."""
-        bare = [text.removeprefix(self.opening) for text in texts]
-        return tokens_of(bare, self._ended_ids, self.tokenizer, ("responses", *self._ends()))
+        bare = [self._continuing(text) for text in texts]
+        return tokens_of(bare, self._ended_ids, self.tokenizer, ("responses", *self._ends(), self.stop_token_ids))
+
+    def _continuing(self, text: str) -> str:
+        """A response without what the prompt has already opened, and without white space after a stop token."""
+        text = text.removeprefix(self.opening)
+        tag, space = self._template_opening
+        if tag and not self.opening and text.startswith(tag):
+            text = text.removeprefix(tag).removeprefix(space)
+        ended = text.rstrip()
+        return ended if ended.endswith(self._stop_texts) else text
+
+    @functools.cached_property
+    def _template_opening(self) -> tuple[str, str]:
+        """The tag, such as <think>, with which the chat template opens a response, and the white space after it."""
+        if self.template != "chat":
+            return "", ""
+        try:
+            text = self._chat([{"role": "user", "content": "?"}], add_generation_prompt=True)
+        except ConfigError:
+            return "", ""
+        opened = _OPENED.search(text)
+        # A special token belongs to the template's turns.
+        is_tag = opened is not None and opened[1] not in self.tokenizer.all_special_tokens
+        return (opened[1], opened[2]) if is_tag else ("", "")
+
+    @functools.cached_property
+    def _stop_texts(self) -> tuple[str, ...]:
+        return tuple(self.tokenizer.convert_ids_to_tokens(list(self.stop_token_ids)))
 
     def _ended_ids(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        end = self.tokenizer.eos_token_id
-        return [ids if ids[-1:] == (end,) else (*ids, end) for ids in self._tokens(texts, add_special_tokens=False)]
+        ends, stops = (self.tokenizer.eos_token_id,), set(self.stop_token_ids)
+        encoded = self._tokens(texts, add_special_tokens=False)
+        return [ids if ids and ids[-1] in stops else (*ids, *ends) for ids in encoded]
 
     def _ends(self) -> tuple[int | str | None, ...]:
         """What the tokenizer adds at the ends of a text, apart from its backend."""
@@ -205,7 +235,12 @@ class Prompting:
         except ConfigError:
             return ()
         ids = self._tokens([turn.rpartition(message)[2]], add_special_tokens=False)[0]
-        return ids[:1] if ids and ids[0] in self.tokenizer.all_special_ids else ()
+        return ids[:1] if ids and ids[0] in self._special_ids() else ()
+
+    def _special_ids(self) -> set[int]:
+        """All special tokens, also those that the tokenizer does not name among its extra ones."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
     def _opened_once(self, ids: tuple[int, ...], keep_end: bool) -> tuple[int, ...]:
         """`ids` without a second BOS, if the template has its own, and without the EOS that some tokenizers add."""

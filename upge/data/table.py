@@ -24,10 +24,11 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a .jsonl, .json (a list of objects) or .parquet file, or of a hub data set.
+    """The rows of files (.jsonl, .json with a list of objects, .csv, .parquet), or of a hub data set.
 
     Attributes:
-        path: the file; if it is given, `hub` is not used.
+        path: the file, a folder of files, or a pattern such as `train-*.parquet`; if it is given, `hub` is not used. A
+            text file may be compressed (.gz).
         hub, subset, split: a hub data set, such as openai/gsm8k, its configuration and the split to train on. Written
             against the documentation of `datasets`, never run.
         evaluation_path: a file for the evaluation side.
@@ -37,9 +38,11 @@ class Table:
         columns: attribute → name of the column. A dotted name (reward_model.ground_truth) refers to a nested value;
             null means that there is no such column. The attributes are
 
-            - prompt: text, or chat messages: one of the user, optionally after one of the system;
+            - prompt: text, or chat messages: one of the user, optionally after one of the system, and, if the column
+              also holds the demonstrations, before one of the assistant;
             - answer: text or a number, or a list of one of them;
-            - demonstrations: text, a list of texts, chat messages (the assistant's turn), or a list of such lists;
+            - demonstrations: text, a list of texts, chat messages that end with the assistant's turn, or a list of
+              such lists; empty ones are left out;
             - rejected: a flawed response, text or chat messages; the first demonstration is the chosen response;
             - system: the system message, which takes precedence over one among the prompt's messages;
             - level: text; a whole number n becomes "Level n";
@@ -120,7 +123,8 @@ class Table:
             return file.name, read_file(file, f"data.{key}")
         if self.hub is None:
             raise ConfigError(
-                "data.path is not set; give a .jsonl, .json or .parquet file, or the name of a hub data set as data.hub"
+                "data.path is not set; give a .jsonl, .json, .csv or .parquet file, or the name of a hub data set as "
+                "data.hub"
             )
         name = "/".join(filter(None, [self.hub, self.subset, split]))
         return name, read_hub(self.hub, self.subset, split or self.split)
@@ -130,7 +134,7 @@ class Table:
         for optional in OPTIONAL:
             column = self.columns.get(optional)
             if column is not None and not any(cells.has(record, column) for record in records):
-                cells.value(records[0], column)  # raises: no row has the column
+                cells.value(records[0], column, optional)  # raises: no row has the column
         problems = [self._problem(record, name) for record in self._answered(records)]
         _check_ids(problems)
         return problems
@@ -148,8 +152,9 @@ class Table:
         return [record for record in records if not cells.is_blank(record, column)]
 
     def _problem(self, record: Record, name: str) -> Problem:
-        prompt, system = cells.prompt(record, self._required("prompt"))
-        system = self._cell(record, "system", cells.text) or system
+        column = self._required("prompt")
+        prompt, system = cells.prompt(record, column, has_response=column == self.columns.get("demonstrations"))
+        system = self._cell(record, "system", cells.text_if_any) or system
         demonstrations = self._cell(record, "demonstrations", cells.responses) or ()
         rejected = self._cell(record, "rejected", cells.responses) or ()
         _check_pair(record, demonstrations, rejected)

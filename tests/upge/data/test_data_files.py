@@ -60,8 +60,6 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.json does not exist; check data\.evaluation_path"):
         path = write(tmp_path / "a.jsonl", ROWS[:2])
         Table(path=path, evaluation_path=str(tmp_path / "nowhere.json")).load()
-    with pytest.raises(DataError, match=r"is a folder; give one file"):
-        Table(path=str(tmp_path)).rows()
     (tmp_path / "a.json1").write_text("{}")
     with pytest.raises(ConfigError, match=r"'\.json1' of .*did you mean '\.json"):
         Table(path=str(tmp_path / "a.json1")).rows()

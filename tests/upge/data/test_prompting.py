@@ -44,9 +44,10 @@ def build(adds: str = "", chat: str | None = CHAT, **special: Any) -> Any:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{before}$A{behind}", special_tokens=[("<s>", BOS), ("</s>", EOS)]
         )
-    tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"} | special
+    backend.add_special_tokens(["<|turn|>", "<|end|>"])
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     extra = {"additional_special_tokens": ["<|turn|>", "<|end|>"]}
-    found = PreTrainedTokenizerFast(tokenizer_object=backend, **tokens, **extra)
+    found = PreTrainedTokenizerFast(tokenizer_object=backend, **(tokens | extra | special))
     found.chat_template = chat
     return found
 
