@@ -14,7 +14,7 @@ from upge.verify.normalize import NUMBER, respell
 
 _FRACTION = re.compile(r"[+-]?(?:([0-9]+)/([0-9]+)|\\frac\{?[+-]?([0-9]+)\}?\{?([0-9]+)\}?)")
 _SCIENTIFIC = re.compile(r"\*10\^(?:\{[+-]?[0-9]+\}|[0-9])")
-_UNIT_TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}]*\}|\\?%")
+_UNIT_TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}]*\}|\\?%|\^\\circ(?![a-z])")
 # One or more words of letters after a number: 5 cm, 5 m/s^2.
 _UNIT_WORDS = re.compile(r"(?<=[0-9)}!]) ?[A-Za-z]+(?:[ /*][A-Za-z]+|\^\{?-?[23]\}?)*\Z")
 _GREEK = r"alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega"
@@ -25,6 +25,7 @@ _EULER = re.compile(r"(?<![a-zA-Z\\])e(?![a-zA-Z])|\\(?:sin|cos|tan)h")
 _ARITHMETIC = re.compile(r"[0-9.,+\-*/(){}^ ]+")
 _PENDING = re.compile(r"[0-9.)}] ?(?:[+\-*] ?[0-9.({+\-]|\()")
 _OPERATION = re.compile(r"[0-9A-Za-z)}\]!] ?[-+*/^!|]|[|!]|\\(?:d?frac|sqrt|binom|cdot|times|div|pm|over)(?![a-z])")
+_TURNED = re.compile(r"[^=]+= ?[A-Za-z]")
 _AROUND_OPERATOR = re.compile(r" ?([-+*/^_=]) ?")
 # The boundaries of an expression that is not part of a larger one: no digit, letter, operator or parenthesis.
 _BEFORE, _AFTER = r"(?<![0-9A-Za-z.+\-*/^_{])(?<!(?<!\\)\()", r"(?![0-9A-Za-z+\-*/^_!({]|\.[0-9])"
@@ -133,7 +134,9 @@ def _without_units(text: str) -> str:
 
 
 def result_of(text: str) -> str:
-    """The text after the last equals sign outside braces; the one in the index of a sum is within braces."""
+    """The text after the last equals sign outside braces, or the 5 of 5 = x. A sum has one within braces."""
+    if _TURNED.fullmatch(text):
+        return text.partition("=")[0].strip()
     depth, begin = 0, 0
     for position, character in enumerate(text):
         depth += (character == "{") - (character == "}")
@@ -145,4 +148,4 @@ def result_of(text: str) -> str:
 @functools.lru_cache(maxsize=256)
 def _respelled(prompt: str) -> str:
     """A prompt in the spelling of normalized answers, but with spaces between words."""
-    return _canonical(_AROUND_OPERATOR.sub(r"\1", respell(prompt)))
+    return _canonical(_AROUND_OPERATOR.sub(r"\1", respell(prompt).replace(r"^\circ", "")))
