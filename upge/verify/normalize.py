@@ -101,7 +101,7 @@ _REPLACEMENTS = (
     (re.compile(r"(?<!\\)\\ |~|\\q?quad(?![a-zA-Z])|\\[hv]space\s*\{[^{}]*\}"), " "),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"^\s*\\approx(?![a-zA-Z])"), ""),
-    (re.compile(r"\s*(?:\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z]))"), r"^\\circ "),
+    (re.compile(r" ?(?:\^ ?(?:\\circ(?![a-zA-Z])|\{ ?\\circ ?\})|\\degree(?![a-zA-Z]))"), r"^\\circ "),
     (re.compile(r"\bnp\.(?=(?:arc)?(?:sin|cos|tan)|log|exp|sqrt|pi)"), r"\\"),
     (re.compile(r"\\[hv]?phantom\s*(?:\{[^{}]*\}|-)"), ""),
     (re.compile(r"_\s*\{\s*\\(max|min)\s*\}"), r"_{\1}"),
@@ -118,7 +118,7 @@ _NEEDLESS_SPACE = re.compile(r"(?<![a-zA-Z0-9]) (?!(?<=[0-9], )[0-9]{3}(?![0-9])
 _MATRIX = re.compile(r"\\begin\s*\{[pbvBV]?matrix\}")
 _LONE_BACKSLASH = re.compile(r"(?<!\\)\\(?=[-0-9])")
 _SCIENTIFIC = re.compile(
-    r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))[eE]\+?(-?[0-9]{1,4})(?=\Z|\\(?:text|mathrm|mbox)| [A-Za-z])"
+    r"([+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++))[eE]\+?(-?[0-9]{1,4})(?=\Z|\\(?:text|mathrm|mbox)| [A-Za-z])"
 )
 _NAKED_TEXT = re.compile(rf"(?:{TEXT}|\\mathbf)\s*(?=\{{)")
 _INVISIBLE = re.compile(
@@ -151,7 +151,6 @@ def spell(text: str) -> str:
     colours, bold type and white space without meaning. \dfrac becomes \frac. In a matrix, a single backslash before a
     number or minus becomes a double one, because some data sets have lost the second.
     """
-    # First, because the patterns below would try to match at every position of a long run of white space.
     text = _unwrapped(re.sub(r"\s+", " ", text).strip())
     if _MATRIX.search(text):
         text = _LONE_BACKSLASH.sub(r"\\\\", text)
@@ -162,6 +161,8 @@ def spell(text: str) -> str:
 
 def respell(text: str) -> str:
     """The replacements of `spell` for any text. Runs of white space become one space; none is removed."""
+    # First, because the patterns below would try to match at every position of a long run.
+    text = re.sub(r"\s+", " ", text)
     if not text.isascii():
         text = re.sub(f"[{_RAISED}]+", lambda run: f"^{{{run[0].translate(_SCRIPTS)}}}", text.translate(_TRANSLATION))
         text = re.sub(f"[{_LOWERED}]+", lambda run: f"_{{{run[0].translate(_SCRIPTS)}}}", text)
