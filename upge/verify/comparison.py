@@ -186,7 +186,8 @@ def _solved(named: Named, equation: Equation) -> bool:
 
 
 def _identity(scalar: Scalar, equation: Equation) -> bool:
-    return all(_scalars(scalar, side) for side in equation.sides)
+    letters = {letter for side in equation.sides for letter in _parsed(side).free_symbols}
+    return letters <= _parsed(scalar).free_symbols and all(_scalars(scalar, side) for side in equation.sides)
 
 
 def _as_reals(gold: Answer, given: Answer) -> bool:
@@ -226,7 +227,7 @@ BRIDGES: tuple[tuple[type, type, Holds, bool, str, str], ...] = (
     (Named, object, lambda gold, given: same(gold.value, given), False, "`x=5` ← `5`",
      "the question names the unknown"),
     (Scalar, Equation, _identity, True, "`8` ← `3+5=8`",
-     "all sides have the value for all their letters; those of a question such as `2x=8` do not"),
+     "every side has the value, and no letter that it has not; `2x=8` is a question"),
     (Reals, Bracket, _as_reals, True, "`1<x<2` ← `(1,2)`", "an interval and its inequalities"),
     (Reals, Set, _as_reals, True, r"`\{1,2\}` ← `\{1\}\cup\{2\}`", "numbers are a union of points"),
     (Reals, Several, _listed_union, False, r"`x<1 or x>2` ← `(-\infty,1), (2,\infty)`", "the parts of a union, listed"),

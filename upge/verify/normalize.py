@@ -100,7 +100,7 @@ _REPLACEMENTS = (
     (re.compile(r"(?<!\\)\\[!,;:]"), ""),
     (re.compile(r"(?<!\\)\\ |~|\\q?quad(?![a-zA-Z])|\\[hv]space\s*\{[^{}]*\}"), " "),
     (re.compile(r"\{,\}"), ","),
-    (re.compile(r"^\s*\\approx(?![a-zA-Z])"), ""),
+    (re.compile(r"^\s*(?:\\approx(?![a-zA-Z])|=)"), ""),
     (re.compile(r" ?(?:\^ ?(?:\\circ(?![a-zA-Z])|\{ ?\\circ ?\})|\\degree(?![a-zA-Z]))"), r"^\\circ "),
     (re.compile(r"\bnp\.(?=(?:arc)?(?:sin|cos|tan)|log|exp|sqrt|pi)"), r"\\"),
     (re.compile(r"\\[hv]?phantom\s*(?:\{[^{}]*\}|-)"), ""),

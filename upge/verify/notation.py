@@ -96,8 +96,8 @@ _WITHOUT_SPACE = re.compile(r"(\\(?:leq|geq|neq|triangle|angle|cdot|times|approx
 _TOKEN = re.compile(
     r"(?P<space>\s+)"
     r"|(?P<number>(?:[0-9]+(?:\.(?:[0-9]+|(?=\\(?:overline|bar|dot)\b)))?|\.[0-9]+)"
-    r"(?:[eE][-+]?[0-9]{1,4}(?![0-9A-Za-z.]))?)"
-    rf"|(?P<text>{TEXT}\s*\{{[^{{}}]*\}})|(?P<word>[A-Za-z]+)"
+    r"(?:[eE][-+]?[0-9]{1,4}(?![0-9A-Za-z.])|(?<=\.[0-9])[eE][-+]?[0-9]{1,4}(?![0-9.]))?)"
+    rf"|(?P<text>{TEXT}\s*\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}})|(?P<word>[A-Za-z]+)"
     rf"|(?P<script>[{_CONJUNCTIONS}]|(?:(?![{_CONJUNCTIONS}])[\u3040-\u30ff\u3400-\u9fff])+)"
     r"|(?P<symbol>\\mathbb\s*\{[A-Z]\}|\\(?:begin|end)\s*\{[a-z]+\}|\\(?:[A-Za-z]+|.)|<=|>=|!=|\*\*|.)",
     re.DOTALL,
@@ -116,9 +116,10 @@ def tokens_of(text: str) -> tuple[Token, ...]:
             continue
         if kind == "text":
             part = part[part.index("{") + 1 : -1].strip(" ,.")
-            kind = "word" if part in ("e", "i", "d") or part in NAMES else "text"
             if not part:
                 continue
+            if part in ("e", "i", "d", r"\pi") or part in NAMES:
+                kind = "symbol" if part == r"\pi" else "word"
         if kind != "symbol" and _ALIASES.get(part, part.lower()) in ("or", "and"):
             kind, part = "symbol", part.lower()
         if kind == "word":

@@ -132,7 +132,7 @@ _CHANGES_IT = re.compile(
     r"\b(?:or|and|not|no|is|are|if|else|otherwise|unless|except|wrong|than|plus|minus|times|over|half|halves|thirds?|"
     r"quarters?|squared|point|mod|base|pi|sqrt|when|where|only|maybe|perhaps|zero|one|two|three|four|five|six|seven|eight|nine|"
     r"ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|"
-    r"hundredths?|tenths?|thousandths?)\b|[0-9,;=:\u4e0d\u6216\u548c]",
+    r"hundredths?|tenths?|thousandths?)\b|\\(?!cdot|times|,)|[0-9;=:]|(?<!\\),|[\u4e0d\u6216\u548c]",
     re.IGNORECASE,
 )
 _SCALES = {
@@ -169,7 +169,7 @@ class _Reader:
         if len(items) == 1:
             return items[0]
         sets = [item for item in items if isinstance(item, Reals) and item.name]
-        if len(sets) == len(items):
+        if len(sets) == len(items) and len({item.name for item in sets}) == 1:
             pieces = functools.reduce(intersection, (item.pieces for item in sets))
             if not pieces and "and" not in [token.text for token in tokens]:
                 pieces = tuple(piece for item in sets for piece in item.pieces)
@@ -181,7 +181,8 @@ class _Reader:
         if not tokens:
             raise UnreadableError("there is no answer")
         if self.is_text(tokens):
-            return Text(_joined_words(tokens))
+            words = _joined_words(tokens)
+            return Reals((EVERYTHING,)) if words in ("all real numbers", "all reals") else Text(words)
         if tokens[0].text == r"\{" and is_group(tokens):
             return self.set(tokens[1:-1])
         if any(token.text in (r"\pm", r"\mp") for token in tokens):
@@ -203,6 +204,8 @@ class _Reader:
             return Set(())
         if text == r"\mathbb{R}":
             return Reals((EVERYTHING,))
+        if re.fullmatch(r"\\mathbb\{[A-Z]\}", text):
+            return Text(text)
         clock = _CLOCK.fullmatch(text.lower().replace(".m", "m").rstrip("."))
         if clock and (clock[2] or ":0" in clock[1]):
             hour, *others = clock[1].split(":")

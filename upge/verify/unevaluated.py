@@ -14,7 +14,7 @@ from upge.verify.normalize import NUMBER, respell
 
 _FRACTION = re.compile(r"[+-]?(?:([0-9]+)/([0-9]+)|\\frac\{?[+-]?([0-9]+)\}?\{?([0-9]+)\}?)")
 _SCIENTIFIC = re.compile(r"\*10\^(?:\{[+-]?[0-9]+\}|[0-9])")
-_UNIT_TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}]*\}|\\?%|\^\\circ(?![a-z])")
+_UNIT_TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm)\s*\{(?:[^{}]|\{[^{}]*\})*\}|\\?%|\^\\circ(?![a-z])")
 # One or more words of letters after a number: 5 cm, 5 m/s^2.
 _UNIT_WORDS = re.compile(r"(?<=[0-9)}!]) ?[A-Za-z]+(?:[ /*][A-Za-z]+|\^\{?-?[23]\}?)*\Z")
 _GREEK = r"alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega"
@@ -99,6 +99,7 @@ def _is_reduced(text: str) -> bool:
 def _is_arithmetic(text: str) -> bool:
     text = re.sub(r" ?(?:\\(?:times|cdot|ast)(?![a-zA-Z])|[\u00d7\u00b7]) ?", "*", text)
     text = re.sub(r"\\(?:frac|sqrt)(?![a-zA-Z])|\\[{}]", "", text)
+    text = re.sub(r"\\pi(?![a-zA-Z])|(?<![a-zA-Z])[ei](?![a-zA-Z])", "1", text)
     text = _SCIENTIFIC.sub("", text)
     return bool(_ARITHMETIC.fullmatch(text) and _PENDING.search(text))
 
