@@ -97,6 +97,7 @@ _REPLACEMENTS = (
     (re.compile(r"\\(?:textcolor|colorbox|color|tag\*?|label)(?![a-zA-Z])\s*\{[^{}]*\}"), ""),
     # A comma with \! or braces separates thousands, unlike a plain one.
     (re.compile(r"(?<=[0-9])(?:,\\!|\{,\})\s*(?=[0-9]{3}(?![0-9]))"), ""),
+    (re.compile(r"(?<=[0-9])\\[,;:] ?(?=[0-9])"), " "),
     (re.compile(r"(?<!\\)\\[!,;:]"), ""),
     (re.compile(r"(?<!\\)\\ |~|\\q?quad(?![a-zA-Z])|\\[hv]space\s*\{[^{}]*\}"), " "),
     (re.compile(r"\{,\}"), ","),

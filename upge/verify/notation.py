@@ -226,7 +226,7 @@ class _Writer:
     def until(self, *ends: str) -> str:
         """The pieces up to a closing token, which is taken too."""
         parts: list[str] = []
-        while not self.next_is(*ends) or not parts:
+        while not self.next_is(*ends) or not parts or ends == ("|",) and parts[-1].strip() in _OPERATORS - {"!"}:
             if self.next_is(r"\over", r"\choose"):
                 macro = {r"\over": r"\frac", r"\choose": r"\binom"}[self.take().text]
                 return rf"{macro}{{{''.join(parts)}}}{{{self.until(*ends)}}}"

@@ -334,9 +334,7 @@ class _Reader:
         if not unit or not unit.start():
             is_percent = len(tokens) > 1 and tokens[-1].text == "%"
             return tokens[:-1] if is_percent else tokens, 1, is_percent
-        words = " ".join(
-            token.text for token in tokens[unit.start() :] if token.kind != "number" and len(token.text) > 0
-        )
+        words = " ".join(token.text for token in tokens[unit.start() :] if token.kind not in ("number", "symbol"))
         words = re.sub(r"\^\{?-?[0-9]\}?", "", words)
         scales = _SCALE.findall(words)
         factor = functools.reduce(int.__mul__, (_SCALES[scale.lower()] for scale in scales), 1)
@@ -392,6 +390,9 @@ def _name(tokens: Sequence[Token]) -> str:
         return text.casefold()
     if tokens[0].text == tokens[-1].text == "|" and len(tokens) > 2:
         return f"|{name}|" if (name := _name(tokens[1:-1])) else ""
+    if tokens[0].text == "(" and is_group(tokens):
+        parts = [_name(part) for part in split(tokens[1:-1], ",")]
+        return text if len(parts) > 1 and all(parts) else ""
     if tokens[0].text in (r"\angle", r"\triangle") and len(tokens) > 1:
         return text if tokens[1].kind == "word" else ""
     first, rest = tokens[0], tokens[1:]

@@ -15,8 +15,8 @@ from upge.verify.normalize import NUMBER, respell
 _FRACTION = re.compile(r"[+-]?(?:([0-9]+)/([0-9]+)|\\frac\{?[+-]?([0-9]+)\}?\{?([0-9]+)\}?)")
 _SCIENTIFIC = re.compile(r"\*10\^(?:\{[+-]?[0-9]+\}|[0-9])")
 _UNIT_TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm)\s*\{(?:[^{}]|\{[^{}]*\})*\}|\\?%|\^\\circ(?![a-z])")
-# One or more words of letters after a number: 5 cm, 5 m/s^2.
-_UNIT_WORDS = re.compile(r"(?<=[0-9)}!]) ?[A-Za-z]+(?:[ /*][A-Za-z]+|\^\{?-?[23]\}?)*\Z")
+# One or more words of letters after a number: 5 cm, 5 m/s^2. A single letter is an unknown.
+_UNIT_WORDS = re.compile(r"(?<=[0-9)}!]) ?(?:[A-Za-z]{2,}|[A-Za-z](?= ?/))(?:[ /*][A-Za-z]+|\^\{?-?[23]\}?)*\Z")
 _GREEK = r"alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega"
 _UNKNOWN = re.compile(
     rf"\\(?:var)?(?:{_GREEK})(?![a-z])|(?<![\\a-zA-Z])(?!(?:pi|[ei])(?![a-zA-Z]))[a-zA-Z]+", re.IGNORECASE
