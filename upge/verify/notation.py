@@ -123,7 +123,7 @@ def tokens_of(text: str) -> tuple[Token, ...]:
         if kind != "symbol" and _ALIASES.get(part, part.lower()) in ("or", "and"):
             kind, part = "symbol", part.lower()
         if kind == "word":
-            tokens += _words(part, is_spaced)
+            tokens += _words(part, is_spaced, part == text)
         else:
             joined = _WITHOUT_SPACE.fullmatch(part) if kind == "symbol" and part not in _ALIASES else None
             if joined:
@@ -131,16 +131,19 @@ def tokens_of(text: str) -> tuple[Token, ...]:
             elif kind == "symbol":
                 part = re.sub(r"\s", "", part)
             tokens.append(Token(kind, _ALIASES.get(part, part) if kind == "symbol" else part, is_spaced))
-            tokens += _words(joined[2], False) if joined else ()
+            tokens += _words(joined[2]) if joined else ()
         is_spaced = False
     return tuple(tokens)
 
 
-def _words(word: str, is_spaced: bool) -> list[Token]:
-    """A word, split at the functions and constants in it (`xsin`, `pir`), unless it has too many other letters."""
+def _words(word: str, is_spaced: bool = False, is_alone: bool = False) -> list[Token]:
+    """A word, split at the functions and constants in it (`xsin`, `pir`), unless it has too many other letters.
+
+    A word that is the whole answer is only split if it begins with a function, as `sinx` does.
+    """
     parts = [word] if word in NAMES else _PARTS.findall(word)
     letters = sum(len(part) == 1 for part in parts)
-    if letters == len(word) or letters > (1 if "pi" in parts else 2):
+    if letters == len(word) or letters > (1 if is_alone or "pi" in parts else 2) or is_alone and len(parts[0]) == 1:
         return [Token("word", word, is_spaced)]
     kinds = [("word", part) if len(part) == 1 else ("symbol", NAMES[part]) for part in parts]
     return [Token(kind, part, is_spaced and not number) for number, (kind, part) in enumerate(kinds)]

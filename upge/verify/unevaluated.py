@@ -33,7 +33,7 @@ _FAMILIES = tuple(
     re.compile(names)
     for names in (
         r"(?<![a-zA-Z])\\?(?:a(?:rc)?)?(?:sin|cos|tan|cot|sec|csc)h?(?![a-zA-Z])",
-        r"\\(?:log|ln|lg)(?![a-zA-Z])",
+        r"(?<![a-zA-Z])\\?(?:log|ln|lg)(?![a-zA-Z])",
         r"\\sum(?![a-z])|\u2211",
         r"\\prod(?![a-z])|\u220f",
         r"\\i*int(?![a-z])|\u222b",
@@ -41,7 +41,7 @@ _FAMILIES = tuple(
         r"\\(?:max|min|sup|inf)(?![a-z])|\\operatorname\{(?:max|min)\}",
         r"\\(?:gcd|lcm)(?![a-z])|\\operatorname\{(?:gcd|lcm)\}",
         r"\\det(?![a-z])|\\operatorname\{det\}|\\begin\{[vV]matrix\}",
-        r"\\exp(?![a-z])",
+        r"(?<![a-zA-Z])\\?exp(?![a-zA-Z])",
         r"\\lfloor|\\lceil|\\operatorname\{(?:floor|ceil)\}|\u230a|\u2308",
         r"\\[bp]?mod(?![a-z])|\\operatorname\{mod\}",
         r"\\frac\{d\}\{d[a-z]\}|\\partial",
