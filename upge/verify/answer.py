@@ -205,3 +205,10 @@ def without(pieces: Pieces, points: Pieces) -> Pieces:
                 parts.append(piece)
         pieces = tuple(parts)
     return pieces
+
+
+def value_of(answer: Answer) -> float | None:
+    """The value of an answer that is one real number, maybe with a name; else None."""
+    answer = answer.value if isinstance(answer, Named) else answer
+    parsed = expression(answer.latex) if isinstance(answer, Scalar) else None
+    return None if parsed is None else real_value(parsed)

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
-from upge.verify.answer import Scalar, Text
+from upge.verify.answer import Scalar, Text, value_of
 from upge.verify.answers import final_answer, last_boxed, without_unit
 from upge.verify.base import LONGEST_ANSWER, AnswerVerifier, shown
 from upge.verify.comparison import same
@@ -53,6 +54,8 @@ class MathVerifier(AnswerVerifier):
     - Numbers are compared to 6 decimals, and below 0.001 to 6 significant digits.
     - A percent sign, a unit, a leading `x =` and the case of letters and words do not matter. Words such as "million"
       do.
+    - A ground truth may be a JSON list of accepted answers, or a number with a relative tolerance: `{"value": 9.81,
+      "rtol": 0.01}`.
 
     Attributes:
         reader: finds the answer in a response: `last_boxed` or `final_answer`.
@@ -64,21 +67,11 @@ class MathVerifier(AnswerVerifier):
         return self.reader(response)
 
     def glance(self, given: str, answer: str, prompt: str | None = None) -> float | None:
-        gold, gold_loose, gold_value = _read_gold(answer)
-        read = _read(given, gold)
-        if not read:
-            return 0.0
-        if read == gold or loose(spell(given)) == gold_loose:
-            return 1.0
-        if len(read) > LONGEST_ANSWER or is_invisible(read):
-            return 0.0
-        value = _value(read)
-        if value is not None and gold_value is not None and abs(value - gold_value) > _TOLERANCE:
-            return 0.0
-        return None
+        known = {_glance(given, gold) for gold in accepted(answer)}
+        return 1.0 if 1.0 in known else None if None in known else 0.0
 
     def judge(self, given: str, answer: str, prompt: str | None = None) -> float:
-        return float(_equal(spell(answer), spell(given), prompt))
+        return float(any(_judge(given, gold, prompt) for gold in accepted(answer)))
 
     def check_answer(self, answer: str) -> None:
         """Refuses a ground truth that does not parse. Plain numbers, roots and fractions need no parser.
@@ -86,10 +79,7 @@ class MathVerifier(AnswerVerifier):
         Raises:
             ValueError: `answer` is empty or is none of the kinds of `upge.verify.answer`.
         """
-        gold = normalize(answer)
-        if _is_plain(gold) or _SIMPLE.fullmatch(gold):
-            return
-        if not gold or len(gold) > LONGEST_ANSWER or not _readings(spell(answer), "")[0]:
+        if not all(isinstance(gold, Measured) or _is_readable(gold) for gold in accepted(answer)):
             raise ValueError(
                 f"the ground truth {shown(answer)} does not parse as mathematics; give one final answer (a number, a "
                 f"LaTeX expression, set or interval of at most {LONGEST_ANSWER} characters), or remove the row"
@@ -103,6 +93,69 @@ class MathVerifier(AnswerVerifier):
 
 LAST_ANSWER = MathVerifier(final_answer)
 """The verifier `math_last`, which takes the last answer of a response without any box."""
+
+
+class Measured(NamedTuple):
+    """A ground truth with a relative tolerance."""
+
+    value: float
+    rtol: float
+
+
+@functools.lru_cache(maxsize=1024)
+def accepted(answer: str) -> tuple[str | Measured, ...]:
+    """The ground truths in an answer: itself, or what a JSON text holds.
+
+    That is a list with texts, `["5", "1/2"]`, a measured number, `{"value": 9.81, "rtol": 0.01}`, or a list with these.
+    """
+    if answer.lstrip()[:1] not in ("[", "{"):
+        return (answer,)
+    try:
+        parsed = json.loads(answer)
+    except (ValueError, RecursionError):
+        return (answer,)
+    golds = parsed if isinstance(parsed, list) else [parsed]
+    if not any(isinstance(gold, (str, dict)) for gold in golds):
+        return (answer,)  # a list of numbers is mathematics
+    return tuple(Measured(**gold) if _is_measured(gold) else str(gold) for gold in golds)
+
+
+def _is_measured(gold: object) -> bool:
+    is_pair = isinstance(gold, dict) and set(gold) == set(Measured._fields)
+    return is_pair and all(isinstance(number, (int, float)) and abs(number) < 1e300 for number in gold.values())
+
+
+def _glance(given: str, answer: str | Measured) -> float | None:
+    if isinstance(answer, Measured):
+        return None
+    gold, gold_loose, gold_value = _read_gold(answer)
+    read = _read(given, gold)
+    if not read:
+        return 0.0
+    if read == gold or loose(spell(given)) == gold_loose:
+        return 1.0
+    if len(read) > LONGEST_ANSWER or is_invisible(read):
+        return 0.0
+    value = _value(read)
+    if value is not None and gold_value is not None and abs(value - gold_value) > _TOLERANCE:
+        return 0.0
+    return None
+
+
+def _judge(given: str, answer: str | Measured, prompt: str | None) -> bool:
+    if isinstance(answer, str):
+        return _equal(spell(answer), spell(given), prompt)
+    if len(given) > LONGEST_ANSWER or is_invisible(given) or has_unevaluated_operation("0", normalize(given)):
+        return False
+    values = (value_of(reading) for reading in read(spell(given), gold=Gold(is_number=True)))
+    return any(value is not None and abs(value - answer.value) <= answer.rtol * abs(answer.value) for value in values)
+
+
+def _is_readable(answer: str) -> bool:
+    gold = normalize(answer)
+    if _is_plain(gold) or _SIMPLE.fullmatch(gold):
+        return True
+    return bool(gold) and len(gold) <= LONGEST_ANSWER and bool(_readings(spell(answer), "")[0])
 
 
 @functools.lru_cache(maxsize=1024)

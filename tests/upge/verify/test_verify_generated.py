@@ -1,4 +1,4 @@
-"""Generated answers: every notation of a value is right; other values, permutations, fragments and questions are not."""
+"""Generated answers: notations of a value are right; other values, permutations, fragments and questions are not."""
 
 from __future__ import annotations
 
