@@ -130,7 +130,7 @@ _POWER = r"(?:\^(?:n|\{-?n\}))?"
 _UNIT = re.compile(rf"(?:U{_POWER}[/*]?)*U{_POWER}\Z|f\{{U+{_POWER}\}}\{{U+{_POWER}\}}\Z|\^oC\Z")
 _CHANGES_IT = re.compile(
     r"\b(?:or|and|not|no|is|are|if|else|otherwise|unless|except|wrong|than|plus|minus|times|over|half|halves|thirds?|"
-    r"quarters?|squared|point|mod|base|pi|sqrt|when|where|only|maybe|perhaps|zero|one|two|three|four|five|six|seven|eight|nine|"
+    r"quarters?|squared|cubed|k|bn|mn|gross|point|mod|base|pi|sqrt|when|where|only|maybe|perhaps|zero|one|two|three|four|five|six|seven|eight|nine|"
     r"ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|"
     r"hundredths?|tenths?|thousandths?)\b|\\(?!cdot|times|,)|[0-9;=:]|(?<!\\),|[\u4e0d\u6216\u548c]",
     re.IGNORECASE,

@@ -1,6 +1,6 @@
 r"""Recognizes answers that only restate the question.
 
-math-verify evaluates what it reads. To it, `\boxed{\int_0^1 x\,dx}` equals 1/2 and `\boxed{x^2+2x+1}` equals (x+1)^2,
+A parser evaluates what it reads. To it, `\boxed{\int_0^1 x\,dx}` equals 1/2 and `\boxed{x^2+2x+1}` equals (x+1)^2,
 even if evaluating the first or factoring the second was the task.
 """
 
