@@ -138,6 +138,8 @@ def check(files: Mapping[str, Path], workers: int = 2) -> list[Result]:
 def reason(case: Case, verdict: Verdict) -> str:
     """Why a case has failed, as far as the texts show."""
     answer = case.item.answer
+    if "matrix" in answer and _letters(answer) == _letters(verdict.extracted or ""):
+        return "the ground truth has lost a separator of rows"
     try:
         load(case.item.verifier or "math").check_answer(answer)
     except ValueError:
@@ -150,8 +152,6 @@ def reason(case: Case, verdict: Verdict) -> str:
         return verdict.detail
     if verdict.extracted is None:
         return "no answer was found"
-    if "matrix" in answer and _letters(answer) == _letters(verdict.extracted):
-        return "the ground truth has lost a separator of rows"
     return "ground truth and answer differ"
 
 

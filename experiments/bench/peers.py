@@ -54,8 +54,15 @@ def load(name: str) -> ModuleType:
         ImportError: the peer, or something that it needs, is not installed.
     """
     distribution, module = PEERS[name]
-    if not module.endswith(".py"):
-        return importlib.import_module(module)
+    return load_file(module, distribution) if module.endswith(".py") else importlib.import_module(module)
+
+
+def load_file(module: str, distribution: str) -> ModuleType:
+    """Loads one file of an installed distribution, without its package.
+
+    Raises:
+        ImportError: there is no such file.
+    """
     place = next((Path(p) / module for p in sys.path if (Path(p) / module).is_file()), None)
     if place is None:
         raise ImportError(f"{distribution} is not installed")
@@ -82,17 +89,18 @@ def present(name: str) -> bool:
     return name not in missing()
 
 
-def summary() -> str:
-    """Sentences on the installed peers, with versions, and on the missing ones."""
+def summary(names: Sequence[str] = tuple(PEERS)) -> str:
+    """Sentences on the installed ones of some peers, with versions, and on the missing ones."""
     there = []
-    for name in filter(present, PEERS):
+    for name in filter(present, names):
         try:
             there.append(f"{name} {version(PEERS[name][0])}")
         except PackageNotFoundError:
             there.append(f"{name} of unknown version")
     parts = [f"Peers: {', '.join(there)}."] if there else []
-    if missing():
-        parts.append(f"Not compared, because not installed: {', '.join(missing())}; `make peers` installs them.")
+    absent = [name for name in names if not present(name)]
+    if absent:
+        parts.append(f"Not compared, because not installed: {', '.join(absent)}; `make peers` installs them.")
     return " ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Answers per second: `VerifierPool` with one and with two workers against math-verify called in a plain loop.
+"""Answers per second of `VerifierPool` against math-verify called in a plain loop, and errors of graders.
 
 The loop does for every answer what math-verify's documentation shows: parse the ground truth, parse the response,
 verify, with its own timeouts. Each case has its own pools and no problem twice, so no cache is used in two rounds.
@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.bench.graders import accuracy
 from experiments.bench.measure import Timing, interleaved, until_signal
 from experiments.grid import markdown_table
 from upge.data.files import read_file
@@ -21,7 +22,8 @@ from upge.errors import ConfigError
 from upge.verify import Item, VerifierPool, last_boxed
 from upge.verify.math import MathVerifier
 
-SUMMARY = "answers per second: the verifier pool against math-verify in a plain loop, without and with bombs"
+SUMMARY = "answers per second of the verifier pool and of math-verify in a plain loop; errors of graders"
+WITH_PEERS = True
 POOLS = {"pool, 1 worker": 1, "pool, 2 workers": 2}
 LOOP = "plain loop"
 MOST_SHOWN = 12
@@ -39,7 +41,8 @@ class Settings:
         grouped: answers per round in the case with groups.
         group: responses to one problem in that case.
         parsed: answers per round in the case of answers that must be parsed.
-        rounds: at least five.
+        rounds: at least five; 0 = only the errors of graders.
+        pairs: generated pairs on which graders are compared; 0 = none.
         time_limit: seconds for one answer, for both pool and loop.
     """
 
@@ -50,6 +53,7 @@ class Settings:
     group: int = 8
     parsed: int = 200
     rounds: int = 5
+    pairs: int = 10_000
     time_limit: int = 3
 
     @property
@@ -59,7 +63,12 @@ class Settings:
 
 
 def run(settings: Settings) -> str:
-    """A Markdown table, and the answers on which the verdicts differ."""
+    """A Markdown table of speeds with the answers on which the verdicts differ, and one of errors."""
+    parts = [_speed(settings)] if settings.rounds else []
+    return "\n\n".join([*parts, accuracy(settings.pairs)] if settings.pairs else parts)
+
+
+def _speed(settings: Settings) -> str:
     header = ["answers", "with", "answers per second", "times the plain loop", "by CPU", "CPU ms per answer"]
     rows = []
     differing: dict[Item, tuple[float, float]] = {}

@@ -1,49 +1,44 @@
 r"""The verifier of mathematical answers.
 
-It compares the normalized texts first (0.01 ms) and then calls math-verify (about 5 ms). math-verify's own time-outs
-use SIGALRM, which works only in the main thread, so they are switched off, and an answer such as 9^{9^{9^9}} may run
-for hours. Verify text from a model in a `VerifierPool`, which has a hard time limit.
+It compares the normalized texts first (0.01 ms). Otherwise both are read by the grammar of `upge.verify.reading` and
+compared by `upge.verify.comparison` (about 3 ms). An answer such as i^{9^{9^9}} may run for hours: verify text from a
+model in a `VerifierPool`, which has a hard time limit.
 
-A verification server makes math-verify faster before it forks its workers (`MathVerifier.warm_up`): it selects the
-faster prediction mode of antlr, and it verifies the typical `ANSWERS`, which fills the caches of antlr and sympy in
-0.8 s, in parallel with the caller's own work. Without it, an answer that has to be parsed takes 12 ms of CPU during the
-first hundred answers of a process; with it, 6 ms. Later on it takes 3 ms. Workers inherit the filled caches.
+A verification server makes the parser faster before it forks its workers (`MathVerifier.warm_up`): it verifies the
+typical `ANSWERS`, which fills the caches of antlr and sympy in less than a second, in parallel with the caller's own
+work. Workers inherit the filled caches.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import logging
+import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
+from upge.verify.answer import Scalar, Text, value_of
 from upge.verify.answers import final_answer, last_boxed, without_unit
 from upge.verify.base import LONGEST_ANSWER, AnswerVerifier, shown
-from upge.verify.inequality import Parsed, are_unequal
+from upge.verify.comparison import same
 from upge.verify.normalize import NUMBER, is_invisible, loose, normalize, spell
-from upge.verify.unevaluated import bare_result, has_unevaluated_operation, is_copied, is_fraction, result_of
+from upge.verify.reading import Gold, read, words_of
+from upge.verify.scalar import expression
+from upge.verify.unevaluated import bare_result, has_unevaluated_operation, is_copied, is_fraction
 
 _RATIO = re.compile(r"([+-]?)(?:([0-9]+)/([0-9]+)|\\frac\{([+-]?[0-9]+)\}\{([0-9]+)\})")
 _TOLERANCE = Fraction(2, 10**6)
-"""Numbers that differ by more differ in the sixth decimal, to which math-verify rounds."""
+"""Numbers that differ by more differ in the sixth decimal."""
 _SURD = r"[+-]?(?=[0-9\\])[0-9]*(?:\\pi|\\sqrt\{[0-9]+\})?"
 _SIMPLE = re.compile(rf"{_SURD}|[+-]?\\frac\{{{_SURD}\}}\{{{_SURD}\}}")
 """Multiples of a root or of π, and fractions of them: ground truths that are known to parse."""
-_PERCENT = re.compile(r"\\?%")
-_BASED = re.compile(r"([0-9A-Z]+)_\{?([0-9]+)\}?")
-_MAGNITUDE = re.compile(r"(?:hundred|thousand|million|billion|trillion|dozen)(?=s?(?![a-z]))", re.IGNORECASE)
-# math-verify takes words for a unit and drops them with all that follows: it reads "5 apples and 6 pears" as 5.
-_WORDS = r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}]*"
-_SENTENCE = re.compile(rf"{_WORDS}(?:\b(?:and|or|not)\b|[0-9,;])[^{{}}]*\}}")
-_QUALIFIED = re.compile(rf"[0-9][^=]*{_WORDS}\b(?:is|are|if|otherwise|unless|except|wrong)\b")
-_SECOND = re.compile(rf"[0-9][^=\\]*{_WORDS}\}}[^=]*?[0-9,;]|[0-9].*(?:\\approx(?![a-z])|\u2248)", re.DOTALL)
-_UNIT_POWER = re.compile(r"\^(?:[0-9]|\{ ?[-+]?[0-9] ?\})")
 _POWER_OF_TEN = re.compile(rf"{NUMBER.pattern}\\times 10\^\{{-?[0-9]{{1,4}}\}}")
-_WITH_BASE = re.compile(r"[0-9)] ?_")
+_CAPITAL = re.compile(r"(?<![\\A-Za-z])[A-DF-HJ-Z](?![A-Za-z])")
+_DEGREES = re.compile(r"\^\{?\\circ|\u00b0")
+_INDEX_I = re.compile(r"\\(?:sum|prod)(?![a-z])[^i]{0,3}i")
 
 
 @dataclass(frozen=True)
@@ -59,6 +54,8 @@ class MathVerifier(AnswerVerifier):
     - Numbers are compared to 6 decimals, and below 0.001 to 6 significant digits.
     - A percent sign, a unit, a leading `x =` and the case of letters and words do not matter. Words such as "million"
       do.
+    - A ground truth may be a JSON list of accepted answers, or a number with a relative tolerance: `{"value": 9.81,
+      "rtol": 0.01}`.
 
     Attributes:
         reader: finds the answer in a response: `last_boxed` or `final_answer`.
@@ -70,40 +67,25 @@ class MathVerifier(AnswerVerifier):
         return self.reader(response)
 
     def glance(self, given: str, answer: str, prompt: str | None = None) -> float | None:
-        gold, gold_loose, gold_value = _read_gold(answer)
-        read = _read(given, gold)
-        if not read:
-            return 0.0
-        if read == gold or loose(spell(given)) == gold_loose:
-            return 1.0
-        if len(read) > LONGEST_ANSWER or is_invisible(read):
-            return 0.0
-        value = _value(read)
-        if value is not None and gold_value is not None and abs(value - gold_value) > _TOLERANCE:
-            return 0.0
-        return None
+        known = {_glance(given, gold) for gold in accepted(answer)}
+        return 1.0 if 1.0 in known else None if None in known else 0.0
 
     def judge(self, given: str, answer: str, prompt: str | None = None) -> float:
-        gold = _read_gold(answer)[0]
-        return float(_equal(gold, _read(given, gold), prompt))
+        return float(any(_judge(given, gold, prompt) for gold in accepted(answer)))
 
     def check_answer(self, answer: str) -> None:
         """Refuses a ground truth that does not parse. Plain numbers, roots and fractions need no parser.
 
         Raises:
-            ValueError: `answer` is empty or is not mathematics that math-verify can read.
+            ValueError: `answer` is empty or is none of the kinds of `upge.verify.answer`.
         """
-        gold = normalize(answer)
-        if _is_plain(gold) or _SIMPLE.fullmatch(gold):
-            return
-        if not gold or len(gold) > LONGEST_ANSWER or not _parse(gold):
+        if not all(isinstance(gold, Measured) or _is_readable(gold) for gold in accepted(answer)):
             raise ValueError(
                 f"the ground truth {shown(answer)} does not parse as mathematics; give one final answer (a number, a "
                 f"LaTeX expression, set or interval of at most {LONGEST_ANSWER} characters), or remove the row"
             )
 
     def warm_up(self) -> None:
-        use_sll_prediction()
         for gold, given in ANSWERS:
             with contextlib.suppress(Exception):
                 self.judge(given, gold)
@@ -111,6 +93,69 @@ class MathVerifier(AnswerVerifier):
 
 LAST_ANSWER = MathVerifier(final_answer)
 """The verifier `math_last`, which takes the last answer of a response without any box."""
+
+
+class Measured(NamedTuple):
+    """A ground truth with a relative tolerance."""
+
+    value: float
+    rtol: float
+
+
+@functools.lru_cache(maxsize=1024)
+def accepted(answer: str) -> tuple[str | Measured, ...]:
+    """The ground truths in an answer: itself, or what a JSON text holds.
+
+    That is a list with texts, `["5", "1/2"]`, a measured number, `{"value": 9.81, "rtol": 0.01}`, or a list with these.
+    """
+    if answer.lstrip()[:1] not in ("[", "{"):
+        return (answer,)
+    try:
+        parsed = json.loads(answer)
+    except (ValueError, RecursionError):
+        return (answer,)
+    golds = parsed if isinstance(parsed, list) else [parsed]
+    if not any(isinstance(gold, (str, dict)) for gold in golds):
+        return (answer,)  # a list of numbers is mathematics
+    return tuple(Measured(**gold) if _is_measured(gold) else str(gold) for gold in golds)
+
+
+def _is_measured(gold: object) -> bool:
+    is_pair = isinstance(gold, dict) and set(gold) == set(Measured._fields)
+    return is_pair and all(isinstance(number, (int, float)) and abs(number) < 1e300 for number in gold.values())
+
+
+def _glance(given: str, answer: str | Measured) -> float | None:
+    if isinstance(answer, Measured):
+        return None
+    gold, gold_loose, gold_value = _read_gold(answer)
+    read = _read(given, gold)
+    if not read:
+        return 0.0
+    if read == gold or loose(spell(given)) == gold_loose:
+        return 1.0
+    if len(read) > LONGEST_ANSWER or is_invisible(read):
+        return 0.0
+    value = _value(read)
+    if value is not None and gold_value is not None and abs(value - gold_value) > _TOLERANCE:
+        return 0.0
+    return None
+
+
+def _judge(given: str, answer: str | Measured, prompt: str | None) -> bool:
+    if isinstance(answer, str):
+        return _equal(spell(answer), spell(given), prompt)
+    if len(given) > LONGEST_ANSWER or is_invisible(given) or has_unevaluated_operation("0", normalize(given)):
+        return False
+    values = (value_of(reading) for reading in read(spell(given), gold=Gold(is_number=True)))
+    return any(value is not None and abs(value - answer.value) <= answer.rtol * abs(answer.value) for value in values)
+
+
+def _is_readable(answer: str) -> bool:
+    gold = normalize(answer)
+    if _is_plain(gold) or _SIMPLE.fullmatch(gold):
+        return True
+    return bool(gold) and len(gold) <= LONGEST_ANSWER and bool(_readings(spell(answer), "")[0])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -145,119 +190,64 @@ def _value(text: str) -> Fraction | None:
 
 @functools.lru_cache(maxsize=1024)
 def _equal(gold: str, given: str, prompt: str | None = None) -> bool:
-    """math-verify's verdict on two normalized answers, corrected where it wrongly takes them for equal."""
-    if _is_plain(gold) and _means_another(given):
+    """The verdict on two spelled answers. The case of letters matters only if both cases are in one of them."""
+    if has_unevaluated_operation(normalize(gold), normalize(given)):
         return False
-    if has_unevaluated_operation(gold, given) or _differs_in_size(gold, given):
+    pairs = _same_pairs(gold, given) or _same_pairs(*_folded(gold, given))
+    if not pairs and _DEGREES.search(prompt or "") and _DEGREES.search(given) and not _DEGREES.search(gold):
+        # Some data sets have lost the degree signs of their ground truths.
+        pairs = _same_pairs(gold, given.replace(r"^\circ", ""))
+    if not pairs:
         return False
-    gold_parsed, given_parsed = _parse(gold), _parse(given)
-    if not gold_parsed or not given_parsed:
-        return False
-    if not _same(gold_parsed, given_parsed):
-        # A percent sign may mean 1/100, or be a unit.
-        without = _PERCENT.sub("", gold), _PERCENT.sub("", given)
-        if without == (gold, given) or not _same(*map(_parse, without)):
-            return False
     if not is_copied(gold, given, prompt):
         return True
-    return not is_fraction(bare_result(given)) and _shape(gold_parsed[0]) == _shape(given_parsed[0])
+    return not is_fraction(bare_result(given)) and any(_shape(a) == _shape(b) for a, b in pairs)
 
 
-def _same(gold: list[Parsed], given: list[Parsed]) -> bool:
-    from math_verify import verify
-
-    if not gold or not given or are_unequal(gold[0], given[0]):
-        return False
-    same = verify(gold, given, timeout_seconds=None, allow_set_relation_comp=True)
-    return same and not _differ_below_rounding(gold[0], given[0])
-
-
-@functools.lru_cache(maxsize=1024)
-def _parse(text: str) -> list[Parsed]:
-    """What math-verify reads in one normalized answer; empty if it is not mathematics."""
-    from math_verify import LatexExtractionConfig, parse
-
-    # math-verify warns once per process that its time-outs are off. The pool has its own limit.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
-    # None switches the time-out off; the annotation says int.
-    no_limit: Any = None
-    return parse(rf"\boxed{{{text}}}", config, fallback_mode="no_fallback", parsing_timeout=no_limit)
+def _same_pairs(gold: str, given: str) -> list[tuple[Any, Any]]:
+    """The readings of two answers that are the same."""
+    golds, givens = _readings(gold, given)
+    pairs = [(a, b) for a in golds for b in givens if same(a, b)]
+    # Words are compared as they are, even where an answer could be read otherwise.
+    return pairs or [(a, a) for a in golds if isinstance(a, Text) and a.words == words_of(given)]
 
 
-def _shape(expression: Parsed) -> str:
-    """The form of an unevaluated expression, independent of the order of terms and factors."""
-    parts = sorted(_shape(part) for part in getattr(expression, "args", ()))
-    return f"{type(expression).__name__}({','.join(parts)})" if parts else str(expression)
+def _readings(gold: str, given: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The readings of both answers, with one meaning of i and of words after a number for both."""
+    has_index = bool(_INDEX_I.search(gold) or _INDEX_I.search(given))
+    golds = read(gold, has_index)
+    has_letters = any("variable" in str(reading) for reading in golds)
+    return golds, read(given, has_index, Gold(is_number=bool(golds) and not has_letters, is_expression=has_letters))
+
+
+def _folded(gold: str, given: str) -> tuple[str, str]:
+    """Both answers with single letters in lower case, unless one of them has a letter in both cases."""
+    letters = _CAPITAL.findall(gold + " " + given)
+    texts = [gold, given]
+    if any(
+        re.search(rf"(?<![\\A-Za-z]){letter.lower()}(?![A-Za-z])", text)
+        for letter in letters
+        for text in texts
+        if letter in text
+    ):
+        return gold, given
+    gold, given = (_CAPITAL.sub(lambda letter: letter[0].lower(), text) for text in texts)
+    return gold, given
+
+
+def _shape(answer: Any) -> str:
+    """The form of an answer, independent of the order of terms and factors."""
+    if isinstance(answer, Scalar):
+        answer = expression(answer.latex)
+    parts = [getattr(answer, field.name) for field in fields(answer)] if is_dataclass(answer) else answer
+    if not isinstance(parts, (list, tuple)):
+        parts = getattr(answer, "args", ())
+    name = type(answer).__name__
+    return f"{name}({','.join(sorted(map(_shape, parts)))})" if parts else f"{name} {answer}"
 
 
 def _is_plain(text: str) -> bool:
     return bool(NUMBER.fullmatch(text) or is_fraction(text) or _POWER_OF_TEN.fullmatch(text))
-
-
-def _means_another(given: str) -> bool:
-    """Whether an answer has several numbers, one of which math-verify would drop, or is a numeral of some base."""
-    if _WITH_BASE.search(result_of(given)) or _SENTENCE.search(given) or _QUALIFIED.search(given):
-        return True
-    return bool(_SECOND.search(_UNIT_POWER.sub("", given)))
-
-
-def _differs_in_size(gold: str, given: str) -> bool:
-    """Whether the two have different words such as "million", or are numerals of different bases."""
-    gold_words, given_words = ({word.lower() for word in _MAGNITUDE.findall(text)} for text in (gold, given))
-    if gold_words != given_words:
-        return True
-    gold_base, given_base = _BASED.fullmatch(gold), _BASED.fullmatch(given)
-    return gold_base is not None and given_base is not None and gold_base[2] != given_base[2]
-
-
-def _differ_below_rounding(gold: Parsed, given: Parsed) -> bool:
-    """Whether two small numbers differ in their ratio: math-verify rounds to 6 decimals, so 1.6e-19 would equal 0."""
-    if not (getattr(gold, "is_number", False) and getattr(given, "is_number", False)):
-        return False
-    try:
-        a, b = complex(gold.doit()), complex(given.doit())
-    except (TypeError, ValueError):
-        return False
-    if abs(a) >= 1e-3 or a == b:
-        return False
-    return abs(a - b) > 5e-6 * abs(a) if a else abs(b) > 1e-12
-
-
-def use_sll_prediction() -> None:
-    """Selects SLL prediction in math-verify for the whole process; further calls do nothing.
-
-    math-verify spends half of its time in antlr's predictions with full context (LL), whose results antlr does not
-    cache. Without that context (SLL) "the parser will either return a correct parse tree (i.e. the same parse tree that
-    would be returned with the LL prediction mode), or it will report a syntax error" (antlr4.atn.PredictionMode). Only
-    after an error is the text parsed again, in LL mode. So parse trees and verdicts do not change.
-    """
-    from antlr4.atn.PredictionMode import PredictionMode
-    from latex2sympy2_extended import latex2sympy2 as module
-
-    original = module._Latex2Sympy
-    if hasattr(original, "is_sll"):
-        return
-
-    class SLLFirst(original):
-        """Parses in SLL mode, and if that fails, from the initial state in LL mode."""
-
-        is_sll = True
-
-        def create_parser(self, latex_str):  # the name of the argument is math-verify's
-            parser = super().create_parser(latex_str)
-            parser._interp.predictionMode = PredictionMode.SLL if self.is_sll else PredictionMode.LL
-            return parser
-
-        def parse(self, latex_str):
-            self.is_sll, before = True, dict(self.var)
-            try:
-                return super().parse(latex_str)
-            except Exception:
-                self.is_sll, self.variances, self.var = False, {}, before
-                return super().parse(latex_str)
-
-    module._Latex2Sympy = SLLFirst
 
 
 ANSWERS = (

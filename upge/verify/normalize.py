@@ -5,36 +5,112 @@ from __future__ import annotations
 import re
 
 NUMBER = re.compile(r"([+-]?)(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?")
-_THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?:\.[0-9]+)?")
-_TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf|mbox)"
+TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mathrm|mbox|emph|operatorname\*?)"
+_GROUPS = r"[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)"
+_THOUSANDS = re.compile(rf"[+-]?{_GROUPS}(?:\.[0-9]+)?")
+_THOUSANDS_WITHIN = re.compile(rf"(?<![0-9.,])(?<![0-9.,] ){_GROUPS}(?![0-9])(?!,? ?[0-9])")
 _WRAPPERS = (
     re.compile(r"\\f?box(?:ed)?\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}"),
-    re.compile(_TEXT + r"\s*\{([^{}$]*)\}"),
+    re.compile(rf"(?:{TEXT}|\\mathbf)\s*\{{([^{{}}$]*)\}}"),
     re.compile(r"\{([^{}\\]*)\}"),
     re.compile(r"(?<!\\)\$\$?([^$]*[^$\\])\$\$?"),
     re.compile(r"\\\((.*)\\\)", re.DOTALL),
     re.compile(r"\\\[(.*)\\\]", re.DOTALL),
 )
+_CHARACTERS = {
+    character: name if name.endswith("}") or not name.startswith(("\\", "^")) else name + " "
+    for name, characters in map(
+        str.split,
+        r"""
+        - −–‐‑
+        . 。
+        , 、
+        ' ′’
+        / ÷⁄∕
+        \times ×
+        \cdot ·⋅
+        \sqrt √
+        \sqrt[3] ∛
+        \infty ∞
+        \pm ±
+        \mp ∓
+        \le ≤⩽
+        \ge ≥⩾
+        \ne ≠
+        \approx ≈
+        \in ∈
+        \notin ∉
+        \cup ∪
+        \cap ∩
+        \emptyset ∅
+        \mathbb{R} ℝ
+        \mathbb{Z} ℤ
+        \mathbb{N} ℕ
+        ^\circ °
+        \angle ∠
+        \triangle △
+        \sum ∑
+        \prod ∏
+        \int ∫
+        \lfloor ⌊
+        \rfloor ⌋
+        \lceil ⌈
+        \rceil ⌉
+        \langle ⟨
+        \rangle ⟩
+        \land ∧
+        \lor ∨
+        \frac{1}{2} ½
+        \frac{1}{3} ⅓
+        \frac{2}{3} ⅔
+        \frac{1}{4} ¼
+        \frac{3}{4} ¾
+        """.strip().splitlines(),
+    )
+    for character in characters
+}
+"""Characters that stand for a LaTeX spelling."""
+_GREEK = dict(
+    zip(
+        "αβγδεζηθκλμνξπρστφχψωΓΔΘΛΞΠΣΦΨΩ",
+        "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau phi chi psi omega "
+        "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(),
+        strict=True,
+    )
+)
+_FULL_WIDTH = {chr(0xFEE0 + code): chr(code) for code in range(0x21, 0x7F)}
+_TRANSLATION = str.maketrans(_FULL_WIDTH | _CHARACTERS | {letter: rf"\{name} " for letter, name in _GREEK.items()})
+_RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋ₙ"
+_SCRIPTS = str.maketrans(_RAISED + _LOWERED, "0123456789+-n" * 2)
+_FACE = r"\\(?:boldsymbol|mathbf|bm|mathit|mathnormal|underline|mathop|bold|bf|rm|it|sf)(?![a-zA-Z])"
 _REPLACEMENTS = (
-    # A whole answer is mathematics. Of a formula within text, math-verify would read only the formula.
+    # A whole answer is mathematics.
     (re.compile(r"(?<!\\)(?:\$|\\[()\[\]])"), ""),
-    (re.compile(r"\\[dt]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\(?:left|right)(?![a-zA-Z])\s*\.?"), ""),
-    (re.compile(r"\\displaystyle(?![a-zA-Z])|(?<!\\)\\[!,;:]"), ""),
-    (re.compile(r"(?<!\\)\\ |~"), " "),
-    (re.compile(r"\{,\}(?=[0-9])"), ","),
-    (re.compile("[\u2212\u2013]"), "-"),
-    (re.compile(r"^\s*(?:\\approx(?![a-zA-Z])|\u2248)"), ""),
-    # Degrees: 60^\circ is 60.
-    (re.compile(r"(?<=[0-9)}])\s*(?:\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\u00b0)"), ""),
+    (
+        re.compile(r"\\(?:display|text|script)style(?![a-zA-Z])|\\[bB]igg?[lrm]?(?![a-zA-Z])|\\(?:no)?limits(?![a-z])"),
+        "",
+    ),
+    (re.compile(rf"{_FACE}\s*\{{([a-zA-Z0-9])\}}"), r" \1"),
+    (re.compile(_FACE), ""),
+    (re.compile(r"\\(?:textcolor|colorbox|color|tag\*?|label)(?![a-zA-Z])\s*\{[^{}]*\}"), ""),
+    # A comma with \! or braces separates thousands, unlike a plain one.
+    (re.compile(r"(?<=[0-9])(?:,\\!|\{,\})\s*(?=[0-9]{3}(?![0-9]))"), ""),
+    (re.compile(r"(?<=[0-9])\\[,;:] ?(?=[0-9])"), " "),
+    (re.compile(r"(?<!\\)\\[!,;:]"), ""),
+    (re.compile(r"(?<!\\)\\ |~|\\q?quad(?![a-zA-Z])|\\[hv]space\s*\{[^{}]*\}"), " "),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"^\s*(?:\\approx(?![a-zA-Z])|=)"), ""),
+    (re.compile(r" ?(?:\^ ?(?:\\circ(?![a-zA-Z])|\{ ?\\circ ?\})|\\degree(?![a-zA-Z]))"), r"^\\circ "),
     (re.compile(r"\bnp\.(?=(?:arc)?(?:sin|cos|tan)|log|exp|sqrt|pi)"), r"\\"),
     (re.compile(r"\\[hv]?phantom\s*(?:\{[^{}]*\}|-)"), ""),
     (re.compile(r"_\s*\{\s*\\(max|min)\s*\}"), r"_{\1}"),
     # Restore a missing space after the name of a function: \sinx.
     (re.compile(r"\\(pi|sin|cos|tan|cot|sec|csc|ln)(?=[a-gi-z]{1,2}(?![a-zA-Z]))"), r"\\\1 "),
     (re.compile(r"(?<=[0-9])\.(?![0-9.a-zA-Z\\])"), ""),
-    (re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc|ln|log)\^(?:[0-9]|\{[0-9]+\}))(?=[a-zA-Z])"), r"\1 "),
     (re.compile(r"(?<![a-zA-Z}])\{\}"), ""),
+    (re.compile(rf"(?:{TEXT}\s*)?\{{[\s,]*(and|or)[\s,]*\}}"), r" \1 "),
     (re.compile(r"\s+"), " "),
 )
 _GROUPED = re.compile(r"(?<!\\)\{[0-9]{1,3}(?:,[0-9]{3})+\}")
@@ -42,18 +118,17 @@ _GROUPED = re.compile(r"(?<!\\)\{[0-9]{1,3}(?:,[0-9]{3})+\}")
 _NEEDLESS_SPACE = re.compile(r"(?<![a-zA-Z0-9]) (?!(?<=[0-9], )[0-9]{3}(?![0-9]))| (?![a-zA-Z0-9])")
 _MATRIX = re.compile(r"\\begin\s*\{[pbvBV]?matrix\}")
 _LONE_BACKSLASH = re.compile(r"(?<!\\)\\(?=[-0-9])")
-_CONJUNCTION = re.compile(rf"(?:,|\{{,\}})?\s*(?:{_TEXT})?\s*\{{[\s,]*(?:and|or)\s*\}}|,?\s(?:and|or)\s(?=[-+.\\0-9(])")
 _SCIENTIFIC = re.compile(
-    r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))[eE]\+?(-?[0-9]{1,4})(?=\Z|\\(?:text|mathrm|mbox)| [A-Za-z])"
+    r"([+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++))[eE]\+?(-?[0-9]{1,4})(?=\Z|\\(?:text|mathrm|mbox)| [A-Za-z])"
 )
-_NAKED_TEXT = re.compile(_TEXT + r"\s*(?=\{)")
+_NAKED_TEXT = re.compile(rf"(?:{TEXT}|\\mathbf)\s*(?=\{{)")
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
 )
 
 
 def normalize(text: str) -> str:
-    r"""The result of `spell` with numbers in one form: 1,000 becomes 1000; 142.0, +142 and 0142 become 142.
+    r"""The result of `spell` with numbers in one form: 1,000 becomes 1000; 142.0, +142, 142^\circ and 0142 become 142.
 
     "60, 120" with its space stays a list; "60,120" is a number. 4.5e33 becomes 4.5\times 10^{33}, so that its e is not
     read as Euler's number.
@@ -61,7 +136,7 @@ def normalize(text: str) -> str:
     text = spell(text)
     if _THOUSANDS.fullmatch(text):
         text = text.replace(",", "").replace(" ", "")
-    number = NUMBER.fullmatch(text)
+    number = NUMBER.fullmatch(text.removesuffix(r"^\circ"))
     if number:
         sign, whole, decimals = number[1], number[2].lstrip("0") or "0", (number[3] or "").rstrip("0")
         size = f"{whole}.{decimals}" if decimals else whole
@@ -71,26 +146,35 @@ def normalize(text: str) -> str:
 
 
 def spell(text: str) -> str:
-    r"""An answer without its typography.
+    r"""An answer without its typography, and with LaTeX for characters such as √, ², ≤ and full-width digits.
 
-    Removes surrounding $, \(, \boxed, \text and braces, a final full stop or comma, \left, \right, thin spaces, degree
-    signs and white space without meaning. \dfrac becomes \frac, and "a and b" becomes "a, b". In a matrix, a single
-    backslash before a number or minus becomes a double one, because some data sets have lost the second.
+    Removes surrounding $, \(, \boxed, \text and braces, a final full stop or comma, \left, \right, thin spaces,
+    colours, bold type and white space without meaning. \dfrac becomes \frac. In a matrix, a single backslash before a
+    number or minus becomes a double one, because some data sets have lost the second.
     """
-    # First, because the patterns below would try to match at every position of a long run of white space.
     text = _unwrapped(re.sub(r"\s+", " ", text).strip())
     if _MATRIX.search(text):
         text = _LONE_BACKSLASH.sub(r"\\\\", text)
-    text = _NEEDLESS_SPACE.sub("", respell(_CONJUNCTION.sub(", ", text)))
+    text = _NEEDLESS_SPACE.sub("", respell(text))
     # The replacements may have exposed another wrapper.
     return _unwrapped(text.strip(" ").rstrip(".,"))
 
 
 def respell(text: str) -> str:
     """The replacements of `spell` for any text. Runs of white space become one space; none is removed."""
+    # First, because the patterns below would try to match at every position of a long run.
+    text = re.sub(r"\s+", " ", text)
+    if not text.isascii():
+        text = re.sub(f"[{_RAISED}]+", lambda run: f"^{{{run[0].translate(_SCRIPTS)}}}", text.translate(_TRANSLATION))
+        text = re.sub(f"[{_LOWERED}]+", lambda run: f"_{{{run[0].translate(_SCRIPTS)}}}", text)
     for pattern, replacement in _REPLACEMENTS:
         text = pattern.sub(replacement, text)
     return _GROUPED.sub(lambda number: number[0].replace(",", ""), text)
+
+
+def without_separators(text: str) -> str:
+    """A text without the separators of thousands in its numbers: `24,000x` → `24000x`; "60, 120" is unchanged."""
+    return _THOUSANDS_WITHIN.sub(lambda number: number[0].replace(",", "").replace(" ", ""), text)
 
 
 def loose(text: str) -> str:

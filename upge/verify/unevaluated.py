@@ -1,6 +1,6 @@
 r"""Recognizes answers that only restate the question.
 
-math-verify evaluates what it reads. To it, `\boxed{\int_0^1 x\,dx}` equals 1/2 and `\boxed{x^2+2x+1}` equals (x+1)^2,
+A parser evaluates what it reads. To it, `\boxed{\int_0^1 x\,dx}` equals 1/2 and `\boxed{x^2+2x+1}` equals (x+1)^2,
 even if evaluating the first or factoring the second was the task.
 """
 
@@ -14,9 +14,9 @@ from upge.verify.normalize import NUMBER, respell
 
 _FRACTION = re.compile(r"[+-]?(?:([0-9]+)/([0-9]+)|\\frac\{?[+-]?([0-9]+)\}?\{?([0-9]+)\}?)")
 _SCIENTIFIC = re.compile(r"\*10\^(?:\{[+-]?[0-9]+\}|[0-9])")
-_UNIT_TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}]*\}|\\?%")
-# One or more words of letters after a number: 5 cm, 5 m/s^2.
-_UNIT_WORDS = re.compile(r"(?<=[0-9)}!]) ?[A-Za-z]+(?:[ /*][A-Za-z]+|\^\{?-?[23]\}?)*\Z")
+_UNIT_TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm)\s*\{(?:[^{}]|\{[^{}]*\})*\}|\\?%|\^\\circ(?![a-z])")
+# One or more words of letters after a number: 5 cm, 5 m/s^2. A single letter is an unknown.
+_UNIT_WORDS = re.compile(r"(?<=[0-9)}!]) ?(?:[A-Za-z]{2,}|[A-Za-z](?= ?/))(?:[ /*][A-Za-z]+|\^\{?-?[23]\}?)*\Z")
 _GREEK = r"alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega"
 _UNKNOWN = re.compile(
     rf"\\(?:var)?(?:{_GREEK})(?![a-z])|(?<![\\a-zA-Z])(?!(?:pi|[ei])(?![a-zA-Z]))[a-zA-Z]+", re.IGNORECASE
@@ -25,6 +25,7 @@ _EULER = re.compile(r"(?<![a-zA-Z\\])e(?![a-zA-Z])|\\(?:sin|cos|tan)h")
 _ARITHMETIC = re.compile(r"[0-9.,+\-*/(){}^ ]+")
 _PENDING = re.compile(r"[0-9.)}] ?(?:[+\-*] ?[0-9.({+\-]|\()")
 _OPERATION = re.compile(r"[0-9A-Za-z)}\]!] ?[-+*/^!|]|[|!]|\\(?:d?frac|sqrt|binom|cdot|times|div|pm|over)(?![a-z])")
+_TURNED = re.compile(r"[^=]+= ?[A-Za-z]")
 _AROUND_OPERATOR = re.compile(r" ?([-+*/^_=]) ?")
 # The boundaries of an expression that is not part of a larger one: no digit, letter, operator or parenthesis.
 _BEFORE, _AFTER = r"(?<![0-9A-Za-z.+\-*/^_{])(?<!(?<!\\)\()", r"(?![0-9A-Za-z+\-*/^_!({]|\.[0-9])"
@@ -32,7 +33,7 @@ _FAMILIES = tuple(
     re.compile(names)
     for names in (
         r"(?<![a-zA-Z])\\?(?:a(?:rc)?)?(?:sin|cos|tan|cot|sec|csc)h?(?![a-zA-Z])",
-        r"\\(?:log|ln|lg)(?![a-zA-Z])",
+        r"(?<![a-zA-Z])\\?(?:log|ln|lg)(?![a-zA-Z])",
         r"\\sum(?![a-z])|\u2211",
         r"\\prod(?![a-z])|\u220f",
         r"\\i*int(?![a-z])|\u222b",
@@ -40,7 +41,7 @@ _FAMILIES = tuple(
         r"\\(?:max|min|sup|inf)(?![a-z])|\\operatorname\{(?:max|min)\}",
         r"\\(?:gcd|lcm)(?![a-z])|\\operatorname\{(?:gcd|lcm)\}",
         r"\\det(?![a-z])|\\operatorname\{det\}|\\begin\{[vV]matrix\}",
-        r"\\exp(?![a-z])",
+        r"(?<![a-zA-Z])\\?exp(?![a-zA-Z])",
         r"\\lfloor|\\lceil|\\operatorname\{(?:floor|ceil)\}|\u230a|\u2308",
         r"\\[bp]?mod(?![a-z])|\\operatorname\{mod\}",
         r"\\frac\{d\}\{d[a-z]\}|\\partial",
@@ -98,6 +99,7 @@ def _is_reduced(text: str) -> bool:
 def _is_arithmetic(text: str) -> bool:
     text = re.sub(r" ?(?:\\(?:times|cdot|ast)(?![a-zA-Z])|[\u00d7\u00b7]) ?", "*", text)
     text = re.sub(r"\\(?:frac|sqrt)(?![a-zA-Z])|\\[{}]", "", text)
+    text = re.sub(r"\\pi(?![a-zA-Z])|(?<![a-zA-Z])[ei](?![a-zA-Z])", "1", text)
     text = _SCIENTIFIC.sub("", text)
     return bool(_ARITHMETIC.fullmatch(text) and _PENDING.search(text))
 
@@ -133,7 +135,9 @@ def _without_units(text: str) -> str:
 
 
 def result_of(text: str) -> str:
-    """The text after the last equals sign outside braces; the one in the index of a sum is within braces."""
+    """The text after the last equals sign outside braces, or the 5 of 5 = x. A sum has one within braces."""
+    if _TURNED.fullmatch(text):
+        return text.partition("=")[0].strip()
     depth, begin = 0, 0
     for position, character in enumerate(text):
         depth += (character == "{") - (character == "}")
@@ -145,4 +149,4 @@ def result_of(text: str) -> str:
 @functools.lru_cache(maxsize=256)
 def _respelled(prompt: str) -> str:
     """A prompt in the spelling of normalized answers, but with spaces between words."""
-    return _canonical(_AROUND_OPERATOR.sub(r"\1", respell(prompt)))
+    return _canonical(_AROUND_OPERATOR.sub(r"\1", respell(prompt).replace(r"^\circ", "")))

@@ -164,7 +164,7 @@ def test_the_program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
 
 def test_a_small_run_on_made_up_answers_finds_no_difference() -> None:
-    found = verifier.run(verifier.Settings(answers=12, grouped=16, parsed=4, bombs=0))
+    found = verifier.run(verifier.Settings(answers=12, grouped=16, parsed=4, bombs=0, pairs=0))
     rows = [line for line in found.splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + 4 * 3 and "differently." in found
     assert "| 4 that must be parsed | pool, 2 workers | " in found and "| 12 and 0 bombs | plain loop | " in found

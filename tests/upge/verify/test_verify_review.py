@@ -90,6 +90,32 @@ def test_the_powers_of_ten_of_a_real_set() -> None:
     assert bad == []
 
 
+@pytest.mark.parametrize(
+    "answer, right, wrong",
+    [
+        ('["5", "x+1"]', ["5", "1+x", "5.0"], ["6", "x", "5, x+1"]),
+        (
+            '{"value": 9.81, "rtol": 0.01}',
+            ["9.8", "9.81", "g=9.75", r"9.81\text{ m/s}^2"],
+            ["9.6", "x", "9.8, 9.7", "9+0.8"],
+        ),
+        ('[{"value": 2, "rtol": 0.1}, "none"]', ["2.1", "None"], ["3", "2.1, none"]),
+        ("[1,2]", ["[1, 2]"], ["1", "(1,2)"]),
+    ],
+)
+def test_several_accepted_answers_and_tolerances(answer: str, right: list[str], wrong: list[str]) -> None:
+    math = load("math")
+    assert math.check_answer(answer) is None
+    assert {given: math(boxed(given), answer) for given in right} == dict.fromkeys(right, 1.0)
+    assert {given: math(boxed(given), answer) for given in wrong} == dict.fromkeys(wrong, 0.0)
+
+
+@pytest.mark.parametrize("answer", ['["5", ""]', '{"value": "x", "rtol": 1}', '{"value": 5}', '["$t(0,4]$"]'])
+def test_bad_lists_of_answers_are_refused(answer: str) -> None:
+    with pytest.raises(ValueError, match="does not parse"):
+        load("math").check_answer(answer)
+
+
 # --- options -------------------------------------------------------------------------------------------------------
 
 PLANETS = "Which planet?\n\nA) Mars\nB) The Sun\nC) 3\nD) None"

@@ -1,0 +1,417 @@
+"""The grammar of answers: reads a text as one of the kinds of `upge.verify.answer`.
+
+The structure is read here; only expressions go to the parser (`upge.verify.scalar`). A text that is none of these kinds
+as a whole has no reading.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from upge.verify.answer import (
+    EVERYTHING,
+    INFINITY,
+    MINUS_INFINITY,
+    Answer,
+    Bracket,
+    Clock,
+    Equation,
+    Interval,
+    Matrix,
+    Named,
+    Numeral,
+    Ratio,
+    Reals,
+    Relation,
+    Scalar,
+    Set,
+    Several,
+    Text,
+    as_reals,
+    bound_of,
+    intersection,
+    pieces_of,
+    union,
+    without,
+)
+from upge.verify.normalize import without_separators
+from upge.verify.notation import OPENING, SYMBOLS, Token, UnreadableError, depths, tokens_of, write
+from upge.verify.scalar import expression
+
+
+class Gold(NamedTuple):
+    """What the ground truth says about the meaning of an answer's words.
+
+    Attributes:
+        is_number: any words after a number may be a unit (18 eggs per day). Otherwise only texts and `_UNITS` are.
+        is_expression: up to three letters are a product, even if they could be a word.
+    """
+
+    is_number: bool = False
+    is_expression: bool = False
+
+
+NO_GOLD = Gold()
+
+
+@functools.lru_cache(maxsize=4096)
+def read(text: str, has_index_i: bool = False, gold: Gold = NO_GOLD) -> tuple[Answer, ...]:
+    """The readings of a text of `upge.verify.normalize.spell`: none, one, or two if a comma may separate thousands.
+
+    Args:
+        text: the answer.
+        has_index_i: whether the letter i is an index of a sum, not the imaginary unit.
+        gold: what is known of the ground truth, if `text` is an answer.
+    """
+    reader, answers = _Reader(has_index_i, gold), []
+    # Within brackets, a plain comma separates thousands only where the others are followed by a space.
+    is_list = text[:1] in ("(", "[", "\\") and ", " not in text
+    for candidate in dict.fromkeys((text,) if is_list else (without_separators(text), text)):
+        try:
+            answers.append(reader.answer(tokens_of(candidate)))
+        except (UnreadableError, RecursionError):
+            continue
+    return tuple(dict.fromkeys(answers))
+
+
+def words_of(text: str) -> str:
+    """The words of a text, as `Text` has them."""
+    return _joined_words(tokens_of(text))
+
+
+def split(tokens: Sequence[Token], *separators: str) -> list[tuple[Token, ...]]:
+    """The parts between separators outside all brackets. "2, 3, and 4" has no empty part.
+
+    Raises:
+        UnreadableError: a part is empty.
+    """
+    parts: list[list[Token]] = [[]]
+    for token, depth in zip(tokens, depths(tokens), strict=True):
+        if depth or token.kind != "symbol" or token.text not in separators:
+            parts[-1].append(token)
+        elif parts[-1] or token.text not in ("and", "or"):
+            parts.append([])
+    if len(parts) > 1 and not all(parts):
+        raise UnreadableError("a part is empty")
+    return [tuple(part) for part in parts]
+
+
+def is_group(tokens: Sequence[Token]) -> bool:
+    """Whether the first and the last token are the two brackets of one group."""
+    if len(tokens) < 2 or tokens[0].text not in OPENING or tokens[0].kind != "symbol":
+        return False
+    closing = [number for number, depth in enumerate(depths(tokens)) if depth == 1][1:]
+    ends = OPENING[tokens[0].text]
+    return next((number for number in closing if tokens[number].text in ends), None) == len(tokens) - 1
+
+
+_FALLING = {">": "<", r"\ge": r"\le"}
+_INEQUALITIES = frozenset(("<", ">", r"\le", r"\ge", r"\ne"))
+_RELATIONS = _INEQUALITIES | {"=", r"\approx", r"\in", r"\notin"}
+_MATRICES = re.compile(r"\\begin\{(?:[pbB]?matrix|array)\}")
+_CLOCK = re.compile(r"([0-9]{1,2}(?::[0-9]{2}){0,2})([ap]m)?")
+_NUMERAL = re.compile(r"-?[{(]?([0-9A-Z]*[0-9][0-9A-Z]*)[})]?_\{?([0-9]+)\}?")
+_SHORT_WORDS = frozenset(
+    "no on yes is it of so up an as at be by do go he if in me my us we to am pm odd all any add act".split()
+)
+_LIKE_A_WORD = re.compile(r"(?=.*[eiou])[a-z]{3}|[a-z]a[a-z]")
+_PUNCTUATION = frozenset(".'\"-()!?&")
+_UNITS = frozenset(
+    "cm mm km dm ft yd mi kg mg lb oz ml hr hrs min sec mph dollars dollar cents cent degrees degree inches inch feet "
+    "foot meters metres meter miles units unit hours hour minutes minute seconds second days weeks months years "
+    "percent".split()
+)
+_UNIT_LETTERS = frozenset("mgshLlJNWVAKCFT")
+_POWER = r"(?:\^(?:n|\{-?n\}))?"
+_UNIT = re.compile(rf"(?:U{_POWER}[/*]?)*U{_POWER}\Z|f\{{U+{_POWER}\}}\{{U+{_POWER}\}}\Z|\^oC\Z")
+_CHANGES_IT = re.compile(
+    r"\b(?:or|and|not|no|is|are|if|else|otherwise|unless|except|wrong|than|plus|minus|times|over|half|halves|thirds?|"
+    r"quarters?|squared|cubed|k|bn|mn|gross|point|mod|base|pi|sqrt|when|where|only|maybe|perhaps|zero|one|two|three|four|five|six|seven|eight|nine|"
+    r"ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|"
+    r"hundredths?|tenths?|thousandths?)\b|\\(?!cdot|times|,)|[0-9;=:]|(?<!\\),|[\u4e0d\u6216\u548c]",
+    re.IGNORECASE,
+)
+_SCALES = {
+    **{"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12},
+    **{"\u767e": 100, "\u5343": 10**3, "\u4e07": 10**4, "\u767e\u4e07": 10**6, "\u4ebf": 10**8},
+}
+_SCALE = re.compile(rf"({'|'.join(sorted(_SCALES, key=len, reverse=True))})s?(?![a-z])", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads tokens, from the outermost structure inwards. Every method raises `UnreadableError`."""
+
+    has_index_i: bool
+    gold: Gold
+
+    def answer(self, tokens: Sequence[Token]) -> Answer:
+        """An answer or several: alternatives, which are separated by "or", of items."""
+        alternatives = [self.items(part) for part in split(tokens, "or")]
+        if len(alternatives) == 1:
+            return alternatives[0]
+        sets = [as_reals(part) for part in alternatives]
+        if all(sets) and any(isinstance(part, Reals) for part in alternatives):
+            return Reals(
+                tuple(piece for part in sets if part for piece in part.pieces), sets[0].name if sets[0] else ""
+            )
+        return _several(alternatives)
+
+    def items(self, tokens: Sequence[Token]) -> Answer:
+        """Items between commas or "and". Inequalities of one variable hold together, unless they exclude each other."""
+        while tokens and tokens[-1].text == ",":
+            tokens = tokens[:-1]
+        items = [self.item(part) for part in split(tokens, ",", "and")]
+        if len(items) == 1:
+            return items[0]
+        sets = [item for item in items if isinstance(item, Reals) and item.name]
+        if len(sets) == len(items) and len({item.name for item in sets}) == 1:
+            pieces = functools.reduce(intersection, (item.pieces for item in sets))
+            if not pieces and "and" not in [token.text for token in tokens]:
+                pieces = tuple(piece for item in sets for piece in item.pieces)
+            return Reals(pieces, sets[0].name)
+        return _several(items)
+
+    def item(self, tokens: Sequence[Token]) -> Answer:
+        """An answer without commas outside its brackets."""
+        if not tokens:
+            raise UnreadableError("there is no answer")
+        if self.is_text(tokens):
+            words = _joined_words(tokens)
+            return Reals((EVERYTHING,)) if words in ("all real numbers", "all reals") else Text(words)
+        if tokens[0].text == r"\{" and is_group(tokens):
+            return self.set(tokens[1:-1])
+        if any(token.text in (r"\pm", r"\mp") for token in tokens):
+            return _several([self.item(_signed(tokens, *signs)) for signs in ("+-", "-+")])
+        outside = [token.text for token, depth in zip(tokens, depths(tokens), strict=True) if not depth]
+        if not _RELATIONS.isdisjoint(outside):
+            return self.relation(tokens, [text for text in outside if text in _RELATIONS])
+        for operator, combined in ((r"\setminus", without), (r"\cap", intersection), (r"\cup", union)):
+            if operator in outside:
+                parts = [self.item(part) for part in split(tokens, operator)]
+                if operator == r"\cup" and all(isinstance(part, Set) for part in parts):
+                    return Set(tuple(item for part in parts if isinstance(part, Set) for item in part.items))
+                return Reals(functools.reduce(combined, (pieces_of(part) for part in parts)))
+        return self.value(tokens)
+
+    def value(self, tokens: Sequence[Token]) -> Answer:
+        text = "".join(token.text for token in tokens)
+        if text == r"\emptyset":
+            return Set(())
+        if text == r"\mathbb{R}":
+            return Reals((EVERYTHING,))
+        if re.fullmatch(r"\\mathbb\{[A-Z]\}", text):
+            return Text(text)
+        clock = _CLOCK.fullmatch(text.lower().replace(".m", "m").rstrip("."))
+        if clock and (clock[2] or ":0" in clock[1]):
+            hour, *others = clock[1].split(":")
+            return Clock((hour.lstrip("0") or "0", *others), clock[2] or "")
+        numeral = _NUMERAL.fullmatch(text)
+        if numeral:
+            sign = "- " if text.startswith("-") else ""
+            return Numeral(sign + (numeral[1].lstrip("0") or "0"), int(numeral[2]))
+        if any(_MATRICES.match(token.text) for token in tokens) and tokens[-1].text.startswith(r"\end"):
+            return self.matrix(tokens)
+        if tokens[0].text in ("(", "[") and is_group(tokens):
+            parts = split(tokens[1:-1], ",")
+            if len(parts) == 1:
+                return self.answer(parts[0])
+            return Bracket(tokens[0].text, tokens[-1].text, tuple(self.item(part) for part in parts))
+        ratio = split(tokens, ":")
+        if len(ratio) > 1:
+            return Ratio(tuple(self.scalar(part) for part in ratio))
+        return self.scalar(tokens)
+
+    def is_text(self, tokens: Sequence[Token]) -> bool:
+        """Whether the tokens are words, at least one of which is not a product of symbols."""
+        first = next((token for token in tokens if token.text != "("), None)
+        if first is None or first.kind not in ("word", "text", "script"):
+            return False
+        if any(token.kind == "symbol" and token.text not in _PUNCTUATION for token in tokens):
+            return False
+        if is_group(tokens[1:]) and first.kind == "word":  # f(x)
+            return False
+        return any(_is_word(token, self.gold.is_expression) for token in tokens)
+
+    def set(self, tokens: Sequence[Token]) -> Answer:
+        if not tokens:
+            return Set(())
+        for bar in (r"\mid", "|", ":"):
+            condition = split(tokens, bar) if bar in [token.text for token in tokens] else []
+            if len(condition) == 2 and _name(split(condition[0], r"\in")[0]):
+                reals = as_reals(self.answer(condition[1]))
+                if reals is None:
+                    raise UnreadableError("the condition of a set is not an inequality")
+                return Reals(reals.pieces)
+        return Set(_several([self.item(part) for part in split(tokens, ",")]).items)
+
+    def relation(self, tokens: Sequence[Token], operators: Sequence[str]) -> Answer:
+        sides = split(tokens, *_RELATIONS)
+        if operators[0] in (r"\in", r"\notin"):
+            if len(sides) != 2 or not all(_name(part) for part in split(sides[0], ",")):
+                raise UnreadableError("only a name is in a set")
+            value = self.answer(sides[1])
+            return value if operators[0] == r"\in" else Reals(without((EVERYTHING,), pieces_of(value)))
+        if r"\approx" in operators:
+            while operators and operators[-1] == r"\approx" and not _name(sides[-2]):
+                self.check_rounded(*sides[-2:])
+                sides, operators = sides[:-1], operators[:-1]
+            operators = ["="] * len(operators)
+        if not operators:
+            return self.item(sides[0])
+        return self.equation(sides) if set(operators) == {"="} else self.inequality(sides, operators)
+
+    def check_rounded(self, exact: Sequence[Token], rounded: Sequence[Token]) -> None:
+        """Refuses `5 \\approx 6`, where the second number is not the first one rounded to its last digit."""
+        decimals = next((len(token.text.partition(".")[2]) for token in rounded[::-1] if token.kind == "number"), 0)
+        if abs(bound_of(self.scalar(exact)) - bound_of(self.scalar(rounded))) > 0.5000001 * 10**-decimals:
+            raise UnreadableError("two numbers are not about equal")
+
+    def equation(self, sides: Sequence[tuple[Token, ...]]) -> Answer:
+        if _name(sides[-1]) and len(sides) == 2 and not _name(sides[0]):
+            sides = sides[::-1]
+        name, value = _name(sides[0]), sides[-1]
+        letters = {letter for token in value if token.kind == "word" for letter in (token.text, *token.text)}
+        if not name or sides[0][0].text in letters or sides[0][0].text in [t.text for t in value if t.text in SYMBOLS]:
+            return Equation(tuple(self.scalar(side) for side in sides))
+        try:
+            left = self.scalar(sides[0])
+        except UnreadableError:
+            left = None
+        return Named(name, self.item(value), tuple(self.scalar(side) for side in sides[1:-1]), left)
+
+    def inequality(self, sides: Sequence[tuple[Token, ...]], operators: Sequence[str]) -> Answer:
+        if set(operators) <= set(_FALLING):
+            sides, operators = sides[::-1], [_FALLING[operator] for operator in reversed(operators)]
+        if not (set(operators) <= {"<", r"\le"} or list(operators) == [r"\ne"]):
+            raise UnreadableError("the relations have different directions")
+        names = [_name(side) if side[0].text != "|" else "" for side in sides]
+        relation = Relation(tuple(self.scalar(side) for side in sides), tuple(operators))
+        bounds, is_open = relation.sides, [operator == "<" for operator in operators]
+        if operators[0] == r"\ne" and names[0]:
+            return Reals(without((EVERYTHING,), (Interval(bounds[1], bounds[1]),)), names[0])
+        if len(sides) == 3 and names[1]:
+            return Reals((Interval(bounds[0], bounds[2], *is_open),), names[1])
+        if len(sides) == 2 and names[0] and not names[1]:
+            return Reals((Interval(MINUS_INFINITY, bounds[1], True, is_open[0]),), names[0], relation)
+        if len(sides) == 2 and names[1] and not names[0]:
+            return Reals((Interval(bounds[0], INFINITY, is_open[0], True),), names[1], relation)
+        return relation
+
+    def matrix(self, tokens: Sequence[Token]) -> Matrix:
+        begin = next(number for number, token in enumerate(tokens) if _MATRICES.match(token.text))
+        factor, inner = tokens[:begin], tokens[begin + 1 : -1]
+        if "array" in tokens[begin].text and inner and inner[0].text == "{":
+            inner = inner[next(number for number, token in enumerate(inner) if token.text == "}") + 1 :]
+        if inner and inner[-1].text == r"\\":
+            inner = inner[:-1]
+        rows = tuple(tuple(self.scalar(cell) for cell in split(row, "&")) for row in split(inner, r"\\"))
+        if len({len(row) for row in rows}) != 1:
+            raise UnreadableError("the rows of a matrix have different lengths")
+        if factor:
+            sign = "-1" if [token.text for token in factor] == ["-"] else self.scalar(factor).latex
+            rows = tuple(tuple(Scalar(rf"({sign})\cdot ({c.latex})", c.is_decimal) for c in row) for row in rows)
+        return Matrix(rows)
+
+    def scalar(self, tokens: Sequence[Token]) -> Scalar:
+        """An expression without its currency and unit."""
+        tokens = [token for number, token in enumerate(tokens) if token.text != "$" or 1 < number < len(tokens) - 1]
+        number, factor, is_percent = self.without_unit(tokens)
+        written = write(number, self.has_index_i)
+        latex = written.latex if factor == 1 else rf"({written.latex})\cdot {factor}"
+        if expression(latex) is None:
+            raise UnreadableError("the expression does not parse")
+        return Scalar(latex, written.is_decimal, is_percent)
+
+    def without_unit(self, tokens: Sequence[Token]) -> tuple[Sequence[Token], int, bool]:
+        """A value, its factor from words such as "million", and whether it is a percentage."""
+        has_slash = any(token.text == "/" for token in tokens)
+        unit = _UNIT.search("".join(self.shape(token, has_slash) for token in tokens))
+        if not unit or not unit.start():
+            is_percent = len(tokens) > 1 and tokens[-1].text == "%"
+            return tokens[:-1] if is_percent else tokens, 1, is_percent
+        words = " ".join(token.text for token in tokens[unit.start() :] if token.kind not in ("number", "symbol"))
+        words = re.sub(r"\^\{?-?[0-9]\}?", "", words)
+        scales = _SCALE.findall(words)
+        factor = functools.reduce(int.__mul__, (_SCALES[scale.lower()] for scale in scales), 1)
+        if _CHANGES_IT.search(words):
+            raise UnreadableError("the words change the number")
+        number, more, is_percent = self.without_unit(tokens[: unit.start()])
+        return number, factor * more, is_percent or bool(re.search(r"\bpercent\b", words))
+
+    def shape(self, token: Token, has_slash: bool) -> str:
+        """A character for `_UNIT`: U for what may be a unit."""
+        if token.kind in ("text", "script"):
+            return "U"
+        if token.kind == "number":
+            return "n"
+        name = token.text.removeprefix("\\")
+        is_letter = len(name) == 1 and name.isalpha()
+        if name in _UNITS or name in _SCALES or self.gold.is_number and token.kind == "word" and not is_letter:
+            return "U"
+        if self.gold.is_number and has_slash and name in _UNIT_LETTERS:
+            return "U"
+        shapes = {r"\cdot": "*", r"\circ": "o", r"\frac": "f", "C": "C", "F": "C"}
+        return shapes.get(token.text, token.text if len(token.text) == 1 and not is_letter else ".")
+
+
+def _joined_words(tokens: Sequence[Token]) -> str:
+    return " ".join(token.text for token in tokens if token.kind != "symbol").casefold()
+
+
+def _is_word(token: Token, is_expression: bool = False) -> bool:
+    """Letters are a word if there are four, or capitals among them, or if they look like one, such as "on" or "tea"."""
+    text = token.text
+    if token.kind != "word" or len(text) > 3 or len(text) > 1 and not text.islower():
+        return token.kind in ("word", "text", "script")
+    return not is_expression and (text in _SHORT_WORDS or bool(_LIKE_A_WORD.fullmatch(text)))
+
+
+def _several(items: Sequence[Answer]) -> Several:
+    """Several items, those of `Several` among them one by one."""
+    return Several(tuple(part for item in items for part in (item.items if isinstance(item, Several) else (item,))))
+
+
+def _signed(tokens: Sequence[Token], plus: str, minus: str) -> tuple[Token, ...]:
+    signs = {r"\pm": plus, r"\mp": minus}
+    return tuple(token._replace(text=signs[token.text]) if token.text in signs else token for token in tokens)
+
+
+def _name(tokens: Sequence[Token]) -> str:
+    """The name of one unknown: a symbol with subscripts or arguments, letters of a figure, or words; else empty."""
+    if not tokens:
+        return ""
+    text = "".join(token.text for token in tokens)
+    if all(token.kind in ("text", "word", "script") for token in tokens) and any(_is_word(token) for token in tokens):
+        return text.casefold()
+    if tokens[0].text == tokens[-1].text == "|" and len(tokens) > 2:
+        return f"|{name}|" if (name := _name(tokens[1:-1])) else ""
+    if tokens[0].text == "(" and is_group(tokens):
+        parts = [_name(part) for part in split(tokens[1:-1], ",")]
+        return text if len(parts) > 1 and all(parts) else ""
+    if tokens[0].text in (r"\angle", r"\triangle") and len(tokens) > 1:
+        return text if tokens[1].kind == "word" else ""
+    first, rest = tokens[0], tokens[1:]
+    if not (first.kind == "text" or first.kind == "word" and (len(first.text) == 1 or first.text.isupper())):
+        if first.text not in SYMBOLS and not (first.text in _DECORATED and rest and is_group(rest)):
+            return ""
+        rest = rest if first.text in SYMBOLS else ()
+    while rest and rest[0].text in ("_", "'", "^"):
+        if rest[0].text == "^" and r"\prime" not in [token.text for token in rest[1:3]]:
+            return ""
+        length = (
+            1 if rest[0].text == "'" else 2 if len(rest) > 1 and rest[1].text != "{" else _group_length(rest[1:]) + 1
+        )
+        rest = rest[length:]
+    return text if not rest or rest[0].text == "(" and is_group(rest) else ""
+
+
+_DECORATED = frozenset((r"\vec", r"\overline", r"\hat", r"\bar", r"\tilde", r"\overrightarrow"))
+
+
+def _group_length(tokens: Sequence[Token]) -> int:
+    return next((length for length in range(2, len(tokens) + 1) if tokens[length - 1].text == "}"), len(tokens))
