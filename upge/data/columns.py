@@ -101,18 +101,30 @@ def responses(record: Record, column: str, attribute: str = "demonstrations") ->
 
 
 def answer(record: Record, column: str) -> str:
-    """The answer in a column: text, a number in its own notation (142.0 stays "142.0"), or a list of one of these."""
+    """The answer in a column: text, a number in its own notation (142.0 stays "142.0"), or a list of one of these.
+
+    Several accepted answers, and a number with its tolerance ({value, rtol}), become JSON text, as `MathVerifier` reads
+    them. A list that is stored as JSON text is such a list.
+    """
     cell = value(record, column, "answer")
-    cell = _texts(cell) or cell
-    if isinstance(cell, list) and len(cell) == 1:
-        cell = cell[0]
-    if isinstance(cell, list):
-        raise DataError(
-            f"{record.where}: column '{column}' holds {len(cell)} answers; expected one; write them into one text, as "
-            "the verifier reads them"
-        )
+    cells = _texts(cell) or cell
+    if not isinstance(cells, list):
+        return _one_answer(cells, record, column)
+    if len(cells) == 1:
+        return _one_answer(cells[0], record, column)
+    return json.dumps([one if _is_measured(one) else _one_answer(one, record, column) for one in cells])
+
+
+def _one_answer(cell: Cell, record: Record, column: str) -> str:
+    if _is_measured(cell):
+        return json.dumps(cell)
     number = _number(cell)
-    return number if number is not None else _as_text(cell, record, column, "text or a number")
+    return number if number is not None else _as_text(cell, record, column, "text or a number, or a list of these")
+
+
+def _is_measured(cell: Cell) -> bool:
+    """Whether the cell is a number with its relative tolerance."""
+    return isinstance(cell, Mapping) and set(cell) == {"value", "rtol"}
 
 
 def is_blank(record: Record, column: str) -> bool:

@@ -40,7 +40,7 @@ class Table:
 
             - prompt: text, or chat messages: one of the user, optionally after one of the system, and, if the column
               also holds the demonstrations, before one of the assistant;
-            - answer: text or a number, or a list of one of them;
+            - answer: text or a number, or a list of accepted ones; {value, rtol} is a number with its tolerance;
             - demonstrations: text, a list of texts, chat messages that end with the assistant's turn, or a list of
               such lists; empty ones are left out;
             - rejected: a flawed response, text or chat messages; the first demonstration is the chosen response;

@@ -100,8 +100,12 @@ def test_lists_that_are_stored_as_text_are_lists(tmp_path):
     problem = one(tmp_path, {"prompt": chat, "answer": '["2"]', "demonstrations": worked})
     assert (problem.prompt, problem.system, problem.answer) == ("1+1?", "Be brief.", "2")
     assert problem.demonstrations == ("It is \\boxed{2}.", "\\boxed{2}")
-    with pytest.raises(DataError, match="holds 2 answers"):
-        one(tmp_path, {"prompt": "roots?", "answer": '["1", "2"]'})
+    for answers in ('["1", "2"]', ["1", "2"], [1, 2]):
+        assert one(tmp_path, {"prompt": "a root?", "answer": answers}).answer == '["1", "2"]'
+    measured = {"value": 9.81, "rtol": 0.01}
+    assert json.loads(one(tmp_path, {"prompt": "g?", "answer": measured}).answer) == measured
+    assert json.loads(one(tmp_path, {"prompt": "g?", "answer": ["9.8", measured]}).answer) == ["9.8", measured]
+    assert one(tmp_path, {"prompt": "?", "answer": [{"value": 1, "rtol": 0.1}]}).answer == '{"value": 1, "rtol": 0.1}'
 
 
 @pytest.mark.parametrize("answer", ["[1, 2]", "[0, 1)", "[]x", "[[1, 2], [3, 4]]"])

@@ -161,7 +161,7 @@ def test_ids_without_a_column_name_file_and_place(tmp_path):
         ({"prompt": [{"role": "user", "content": None}], "answer": "1"}, ["holds None", "message's content"]),
         ({"prompt": "?", "answer": True}, ["'answer' holds True", "text or a number"]),
         ({"prompt": "?", "answer": float("nan")}, ["'answer' holds nan"]),
-        ({"prompt": "?", "answer": ["1", "2"]}, ["2 answers", "into one text"]),
+        ({"prompt": "?", "answer": ["1", True]}, ["'answer' holds True", "text or a number"]),
         ({"prompt": "?", "answer": {"value": 1}}, ["'answer' holds {'value': 1}", "'answer.value'"]),
         ({"prompt": "?", "answer": "\ud800"}, ["surrogate"]),
         ({"prompt": "?", "answer": "1", "demonstrations": 5}, ["'demonstrations' holds 5", "text or a list"]),
