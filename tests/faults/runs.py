@@ -20,7 +20,7 @@ STEPS = (*SHORT, "steps=3", "checkpoint.every=1", "checkpoint.keep=0")
 def interrupted(whole: Path, folder: Path, step: int) -> Path:
     """A copy of a finished run that stopped after `step`."""
     shutil.copytree(whole, folder)
-    for path in (folder / "checkpoints").iterdir():
+    for path in (folder / "checkpoints").glob("step_*"):
         if int(path.name.removeprefix("step_")) > step:
             shutil.rmtree(path)
     shutil.rmtree(folder / "final")
