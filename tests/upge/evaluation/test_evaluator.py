@@ -247,7 +247,7 @@ def test_training_accuracy_does_not_depend_on_the_ranks():
 
     def evaluated(rank: int, size: int, gather) -> tuple[dict, Numbers]:
         model = Numbers()
-        world = SimpleNamespace(rank=rank, size=size, gather=gather)
+        world = SimpleNamespace(rank=rank, size=size, is_main=rank == 0, gather=gather)
         return training_accuracy(config, examples, VerifiedSampler(model, Pool(), Words()), world), model
 
     alone, model = evaluated(0, 1, lambda value: [value])

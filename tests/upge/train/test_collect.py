@@ -66,7 +66,7 @@ class FakeModel:
         return future
 
 
-ALONE = SimpleNamespace(rank=0, size=1, gather=lambda value: [value])
+ALONE = SimpleNamespace(rank=0, size=1, is_main=True, gather=lambda value: [value])
 
 
 class Ranks:
@@ -83,7 +83,7 @@ class Ranks:
             self.barrier.wait()
             return found
 
-        return SimpleNamespace(rank=rank, size=self.size, gather=gather)
+        return SimpleNamespace(rank=rank, size=self.size, is_main=rank == 0, gather=gather)
 
     def run(self, work) -> list:
         found: list = [None] * self.size
