@@ -11,7 +11,7 @@ export VENV PYTHON ENGINE TORCH_INDEX
 
 .DEFAULT_GOAL := help
 # Tests of the CPU set whose libraries are others in the CUDA set.
-STACK := $(addprefix tests/upge/train/test_,engine.py packing.py term_gradients.py learner.py attention_kernel.py \
+STACK := $(addprefix tests/upge/train/test_,engine.py packing.py term_gradients.py learner.py attention_kernel.py lora.py \
 	elementwise.py::test_the_code_of_every_family_is_known)
 .PHONY: help env run test test-gpu-stack lint bench peers docs results
 

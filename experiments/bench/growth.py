@@ -2,7 +2,7 @@
 
 Each point runs in a fresh process, `python -m experiments.bench.growth JSON`, alone or under torchrun; rank 0 prints a
 line of JSON. The points of a series alternate within each round. Ratios are relative to the first point of the series
-in the same round.
+in the same round. On a machine that does other work, the ratio of CPU times is the more reliable one.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def series_of(settings: Settings) -> dict[str, list[Point]]:
 def run(settings: Settings, probe: Callable[[Point], Measurement] | None = None) -> str:
     """Markdown tables, and whether the goals were reached."""
     probe, series = probe or launched, series_of(settings)
-    header = ["series", "point", "response tokens", "tokens computed", "seconds", "× time", "× tokens computed"]
-    header += ["MiB at most", "× memory"]
+    header = ["series", "point", "response tokens", "tokens computed", "seconds", "× time", "× CPU time"]
+    header += ["× tokens computed", "MiB at most", "× memory"]
     rows, goals = [], []
     with until_signal() as ending:
         for name, points in series.items():
@@ -114,12 +114,12 @@ def launched(point: Point) -> Measurement:
 
 def _row(name: str, point: Point, measurements: Sequence[Measurement], first: Sequence[Measurement]) -> list[object]:
     """The row of a point from its measurements and those of the series' first point, one of each round."""
-    computed, memory = (f"{_ratio(measurements, first, key).median:.2f}" for key in ("computed", "memory"))
+    cpu, computed, memory = (f"{_ratio(measurements, first, k).median:.2f}" for k in ("cpu", "computed", "memory"))
     mib = f"{statistics.median(one['memory'] for one in measurements) / _MIB:,.0f}"
     return [
         *(name, _label(name, point), f"{measurements[0]['tokens']:,.0f}", f"{measurements[0]['computed']:,.0f}"),
         *(Spread.of(one["seconds"] for one in measurements), _ratio(measurements, first, "seconds")),
-        *(computed, mib, memory),
+        *(cpu, computed, mib, memory),
     ]
 
 
@@ -181,7 +181,10 @@ class Point:
 
 
 def measured(point: Point) -> None:
-    """Prints the seconds of an update, its tokens, and the memory of the first one beyond weights and engine."""
+    """Prints the seconds of an update, its CPU time, its tokens, and the memory of the first beyond weights and engine.
+
+    CPU time is summed over ranks.
+    """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     import algorithms
@@ -205,15 +208,17 @@ def measured(point: Point) -> None:
         world.barrier()
     updater = Updater(engine, algorithms.load("grpo"), config)
     rollouts = made(Shape(point.groups, point.size).scaled(point.scale), point.vocabulary)
-    memory, seconds = peak(lambda: updater.update(rollouts, 0, LearningRates(1e-6))), []
+    memory, seconds, cpu = peak(lambda: updater.update(rollouts, 0, LearningRates(1e-6))), [], []
     for step in range(1, 1 + point.updates):
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         computed = updater.update(rollouts, step, LearningRates(1e-6)).sums.computed_tokens
         seconds.append(time.perf_counter() - began)
-    every = world.gather((float(computed), float(memory)))
+        cpu.append(time.process_time() - cpu_began)
+    every = world.gather((float(computed), float(memory), statistics.median(cpu)))
     if world.is_main:
-        all_computed, memories = zip(*every, strict=True)
-        measurement = {"seconds": statistics.median(seconds), "memory": max(memories), "computed": sum(all_computed)}
+        all_computed, memories, all_cpu = zip(*every, strict=True)
+        measurement = {"seconds": statistics.median(seconds), "cpu": sum(all_cpu)}
+        measurement |= {"memory": max(memories), "computed": sum(all_computed)}
         measurement |= {"tokens": sum(len(t.response_ids) for t in rollouts), "parameters": engine.parameters}
         print(json.dumps(measurement), flush=True)
     leave(world, 0)

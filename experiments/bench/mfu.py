@@ -53,8 +53,8 @@ class Settings:
     recipes: str = ",".join(RECIPES)
     prompt: int = PROMPT
     response: int = RESPONSE
-    modes: str = "full,selective"
-    micro_batches: str = "9216"
+    modes: str = "selective,full"
+    micro_batches: str = "32768"
     products: float = 0.7
     attention: float = 0.4
     memory: float = 0.8

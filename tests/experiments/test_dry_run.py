@@ -135,12 +135,12 @@ def test_checkpointing_that_recomputes_less_is_proposed_where_it_fits():
         composed, _ = dry_run.with_known_models(compose(["hardware.gpus=8", "hardware.memory=79", *arguments]))
         return "\n".join(outlook(composed, planned(composed.config.hardware)).notes)
 
-    small = notes("recipe=hpt-qwen2.5-math-1.5b")
+    large, full = "optimizer.micro_batch_tokens=32768", "model.gradient_checkpointing=full"
+    small = notes("recipe=hpt-qwen2.5-math-1.5b", large, full)
     assert "model.gradient_checkpointing=selective is also estimated to fit, with 60.6 GiB" in small
-    assert notes("recipe=hpt-qwen2.5-math-1.5b", "model.gradient_checkpointing=selective") == ""
-    assert notes("recipe=hpt-qwen2.5-math-7b") == ""
-    fewer = ("optimizer.micro_batch_tokens=9216", "recipe=hpt-qwen2.5-math-7b")
-    assert "gradient_checkpointing=selective is also estimated to fit" in notes(*fewer)
+    assert notes("recipe=hpt-qwen2.5-math-1.5b", large) == ""
+    assert notes("recipe=hpt-qwen2.5-math-7b") == notes("recipe=hpt-qwen2.5-math-7b", large, full) == ""
+    assert "gradient_checkpointing=selective is also estimated to fit" in notes("recipe=hpt-qwen2.5-math-7b", full)
     assert "gradient_checkpointing=none is" in notes("model=qwen2.5-0.5b", "optimizer.micro_batch_tokens=4096")
     assert "gradient_checkpointing" not in notes("model=qwen2.5-0.5b", "hardware.memory=6")
 
@@ -196,7 +196,10 @@ REFUSALS = {
         ["rollout.tensor_parallel=2", "rollout.engine=vllm"],
     ),
     "micro-batch": (
-        ["recipe=hpt-qwen2.5-math-7b", "model.gradient_checkpointing=false"],
+        [
+            *("recipe=hpt-qwen2.5-math-7b", "model.gradient_checkpointing=false"),
+            "optimizer.micro_batch_tokens=32768",
+        ],
         ["optimizer.micro_batch_tokens: 32,768", "model.gradient_checkpointing=selective or full"],
     ),
     "group too small": (["recipe=hpt-qwen2.5-math-7b", "group_size=1"], ["group_size: 1", "too small"]),
@@ -224,5 +227,5 @@ def test_what_is_refused_fits_after_the_fix_that_is_named():
 
 
 def test_an_estimate_beyond_the_limit_that_is_no_lower_bound_is_a_note():
-    text = plan(compose(["recipe=hpt-qwen2.5-math-7b", "hardware.memory=42", "rollout.memory_fraction=0.45"]))
-    assert "training is estimated at 47.7 GiB per rank" in section(text, "notes")
+    text = plan(compose(["recipe=hpt-qwen2.5-math-7b", "hardware.memory=56", "rollout.memory_fraction=0.45"]))
+    assert "training is estimated at 58.7 GiB per rank" in section(text, "notes")

@@ -128,8 +128,9 @@ def expected_memory(*arguments: str):
 
 
 def test_memory_by_hand():
-    """The 7B model on 8 GPUs of 79 GiB: every line."""
-    found = expected_memory("recipe=hpt-qwen2.5-math-7b").memory
+    """The 7B model on 8 GPUs of 79 GiB with full checkpointing: every line."""
+    full = ("model.gradient_checkpointing=full", "optimizer.micro_batch_tokens=32768")
+    found = expected_memory("recipe=hpt-qwen2.5-math-7b", *full).memory
     parameters, embedding, tokens, layers, hidden = 7_615_616_512, 152064 * 3584, 32768, 28, 3584
     states = 18 * parameters // 8 + 4 * embedding
     bucket, ordered, gathered, reserve = 4 * 500_000_000, 4 * embedding, 2 * 1_000_000_000, int(1.5 * GIB)
@@ -151,9 +152,13 @@ def test_memory_by_hand():
     assert found.total("training") == always + ordered + gathered + sum(update)
     assert found.total("step") == always + step
     assert [item.bytes for item in found.host] == [12 * parameters, 2 * parameters]
+
+
+def test_the_memory_in_the_docs_is_the_recipes():
+    memory = expected_memory("recipe=hpt-qwen2.5-math-7b").memory
     page = (MODELS.parent.parent / "docs" / "recipes.md").read_text("utf-8")
     shown = page.split("memory of a rank, GiB:\n")[1].split("```")[0]
-    assert textwrap.dedent(shown).strip().splitlines() == textwrap.dedent(str(found)).strip().splitlines()
+    assert textwrap.dedent(shown).strip().splitlines() == textwrap.dedent(str(memory)).strip().splitlines()
 
 
 def test_an_engine_over_four_gpus_by_hand():
@@ -319,8 +324,8 @@ def test_a_steps_traffic_by_hand():
     (found,) = expected_memory("recipe=hpt-qwen2.5-math-7b").workloads.values()
     assert (found.rollouts, found.given, found.trajectories) == (1024, 128, 1152)
     assert found.longest == 9216 and found.tokens == 1152 * 9216 and found.updates == 2
-    assert found.tokens_per_update == 1152 * 9216 // 2 // 8 and found.micro_batch == 32768
-    assert found.micro_batches == 24  # 72 rows a rank and update, of which 3 fit
+    assert found.tokens_per_update == 1152 * 9216 // 2 // 8 and found.micro_batch == 9216
+    assert found.micro_batches == 72  # 72 rows per rank and update, of which one fits
     assert "sampled per rank: 128 responses" in str(found)
 
 

@@ -237,6 +237,6 @@ def test_clip_limit_and_entropy_are_translated_by_that_factor():
         assert factor == 8 and run.optimizer.max_grad_norm * factor == 1.0
         if "hpt-qwen" in name:
             assert run.optimizer.skip_grad_norm * factor == 80.0
-        # A rank's 64 rows of 4096 tokens fill 8 micro-batches, each of which adds the bonus once.
-        micro_batches = factor * 8 * 4096 / run.optimizer.micro_batch_tokens
+        # In the code, a rank's 64 rows of 4096 tokens fill 8 micro-batches, each of which adds the bonus once.
+        micro_batches = factor * 8 * 4096 / 32768
         assert bonus.source == "all" and bonus.coefficient * factor == pytest.approx(0.001 * micro_batches)

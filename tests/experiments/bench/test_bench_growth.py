@@ -18,8 +18,8 @@ def fake(slow_ranks: bool = False):
         tokens = 100.0 * point.groups * point.size
         seconds = tokens / 1000 / (1 if slow_ranks else point.ranks)
         parameters = 256.0 * point.vocabulary
-        return {"seconds": seconds, "memory": 2**24 + 16 * parameters, "computed": tokens, "tokens": tokens,
-                "parameters": parameters}  # fmt: skip
+        return {"seconds": seconds, "cpu": tokens / 1000, "memory": 2**24 + 16 * parameters, "computed": tokens,
+                "tokens": tokens, "parameters": parameters}  # fmt: skip
 
     return probe, asked
 
@@ -27,7 +27,7 @@ def fake(slow_ranks: bool = False):
 def test_time_that_follows_tokens_is_linear():
     probe, asked = fake()
     text = growth.run(growth.Settings(), probe)
-    assert "| tokens | 16 prompts | 12,800 | 12,800 | 12.8 (12.8 to 12.8) | 4 (4 to 4) | 4.00 |" in text
+    assert "| tokens | 16 prompts | 12,800 | 12,800 | 12.8 (12.8 to 12.8) | 4 (4 to 4) | 4.00 | 4.00 |" in text
     assert "time per token 1.00 times" in text and "2 ranks: 2.00 times as fast as one; goal 1.6, reached" in text
     assert "beyond gradients and moments, 0 MiB more at V = 131,072" in text
     first = [point.groups for point in asked[:15]]
@@ -57,5 +57,5 @@ def test_a_real_point(ranks):
     """A smaller one: weights and tokens counted, over all ranks, memory of at least the gradient."""
     small = Point(groups=2, size=2, vocabulary=64, width=32, layers=1, scale=0.1, updates=1, ranks=ranks)
     found = growth.launched(small)
-    assert found["seconds"] > 0 and found["computed"] > found["tokens"] > 4
+    assert found["seconds"] > 0 and found["cpu"] > 0 and found["computed"] > found["tokens"] > 4
     assert found["memory"] > 4 * found["parameters"] > 0
