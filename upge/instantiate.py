@@ -177,7 +177,7 @@ def _check_kind(target: Any, annotation: Any, path: str, name: str) -> None:
             given = None
     if isinstance(given, type) and any(isinstance(kind, type) and issubclass(given, kind) for kind in kinds):
         return
-    what = f"is the class {given.__name__}" if given is target else f"returns {_name(given)}"
+    what = f"is the class {target.__name__}" if isinstance(target, type) else f"returns {_name(given)}"
     problem = f"{name} {what}, expected {_article(annotation)}"
     fix = "" if given is not None else "; write the class that it returns as its return annotation (-> CLASS)"
     raise ConfigError(f"{path}: {problem}{fix}")

@@ -170,7 +170,8 @@ def connect() -> World:
     if cuda:
         torch.cuda.set_device(device)
     if is_alone and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=0, world_size=1)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     group = dist.new_group(backend="gloo") if cuda else None
