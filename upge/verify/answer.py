@@ -19,8 +19,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from upge.verify.notation import UnreadableError
 from upge.verify.scalar import expression, real_value
+from upge.verify.tokens import UnreadableError
 
 
 @dataclass(frozen=True)

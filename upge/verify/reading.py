@@ -39,8 +39,9 @@ from upge.verify.answer import (
     without,
 )
 from upge.verify.normalize import without_separators
-from upge.verify.notation import OPENING, SYMBOLS, Token, UnreadableError, depths, tokens_of, write
+from upge.verify.notation import write
 from upge.verify.scalar import expression
+from upge.verify.tokens import SYMBOLS, Token, UnreadableError, depths, is_group, split, tokens_of
 
 
 class Gold(NamedTuple):
@@ -81,32 +82,6 @@ def read(text: str, has_index_i: bool = False, gold: Gold = NO_GOLD) -> tuple[An
 def words_of(text: str) -> str:
     """The words of a text, as `Text` has them."""
     return _joined_words(tokens_of(text))
-
-
-def split(tokens: Sequence[Token], *separators: str) -> list[tuple[Token, ...]]:
-    """The parts between separators outside all brackets. "2, 3, and 4" has no empty part.
-
-    Raises:
-        UnreadableError: a part is empty.
-    """
-    parts: list[list[Token]] = [[]]
-    for token, depth in zip(tokens, depths(tokens), strict=True):
-        if depth or token.kind != "symbol" or token.text not in separators:
-            parts[-1].append(token)
-        elif parts[-1] or token.text not in ("and", "or"):
-            parts.append([])
-    if len(parts) > 1 and not all(parts):
-        raise UnreadableError("a part is empty")
-    return [tuple(part) for part in parts]
-
-
-def is_group(tokens: Sequence[Token]) -> bool:
-    """Whether the first and the last token are the two brackets of one group."""
-    if len(tokens) < 2 or tokens[0].text not in OPENING or tokens[0].kind != "symbol":
-        return False
-    closing = [number for number, depth in enumerate(depths(tokens)) if depth == 1][1:]
-    ends = OPENING[tokens[0].text]
-    return next((number for number in closing if tokens[number].text in ends), None) == len(tokens) - 1
 
 
 _FALLING = {">": "<", r"\ge": r"\le"}

@@ -12,8 +12,9 @@ from tests.verify_pools import boxed
 from upge.verify import Item, VerifierPool
 from upge.verify.magnitude import have_other_sizes, magnitude_of
 from upge.verify.normalize import spell
-from upge.verify.notation import UnreadableError, tokens_of, write
+from upge.verify.notation import write
 from upge.verify.scalar import _equal_by_value, are_equal, expression
+from upge.verify.tokens import UnreadableError, tokens_of
 
 FINITE = [
     "7", "-12", r"\frac{2}{3}", "-0.004", "1.5", r"2\pi", "e^{-3}", "2^{10}", r"(-3)^{5}", r"2^{-\frac{1}{2}}",
