@@ -14,6 +14,7 @@ import torch
 import algorithms
 import upge
 from tests.models import trajectories
+from upge.train.collect import Collection
 from upge.train.config import CriticConfig, LearningRates, ModelConfig, OptimizerConfig
 from upge.train.distributed import connect, leave
 from upge.train.engine import CriticEngine, Engine, ReferencePolicy
@@ -40,7 +41,7 @@ class Given:
     """A collector of trajectories that are there already: held-out ones have another seed."""
 
     def collect(self, step: int, stream: str = "train"):
-        return trajectories(seed=step if stream == "train" else 50 + step), {"time/rollout": 0.0}
+        return Collection(trajectories(seed=step if stream == "train" else 50 + step), {"time/rollout": 0.0})
 
     def demonstrations(self, indices, step):
         made = {t.example: t for t in trajectories() if t.is_demonstration}

@@ -317,7 +317,7 @@ def load_causal_lm(
         network, loading_info = loaded
         check_loaded(model.path, loading_info)
         with world.together():
-            check_finite(model.path, ((name, _held(p, world.rank)) for name, p in network.named_parameters()))
+            check_finite(model.path, ((name, _part(p, world.rank)) for name, p in network.named_parameters()))
     choose_kernel(world.device)
     if world.device.type in elementwise.DEVICES:
         elementwise.compile_elementwise(network)
@@ -327,7 +327,7 @@ def load_causal_lm(
     return network
 
 
-def _held(parameter: nn.Parameter, rank: int) -> Tensor:
+def _part(parameter: nn.Parameter, rank: int) -> Tensor:
     """This rank's part of a parameter, partitioned or not, without padding."""
     part = getattr(parameter, "ds_tensor", None)
     if part is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
@@ -258,5 +259,5 @@ def test_training_accuracy_does_not_depend_on_the_ranks():
     seeds = [stream_seed(0, "evaluation", i) for i in range(4)]
     assert model.calls == [(1, 0.0, seeds), (3, 1.0, seeds)]
     rows = [(1, True, [False, True, False]), (3, True, [False, True, False])]
-    first, model = evaluated(0, 2, lambda value: [value, (rows, None)])
+    first, model = evaluated(0, 2, lambda value: [value, ((rows, Counter(), ""), None)])
     assert first == alone and model.calls[0][2] == seeds[::2]
