@@ -29,7 +29,7 @@ class ReasoningGymVerifier(AnswerVerifier):
         # Python reads the digits of every script as numbers. They are refused unless the ground truth has some.
         if _has_foreign_digits(given) and not _has_foreign_digits(str(entry.get("answer"))):
             return 0.0
-        return min(1.0, max(0.0, float(score(given, entry))))
+        return min(max(float(score(given, entry)), 0.0), 1.0)  # keeps NaN, which is an error
 
     def check_answer(self, answer: str) -> None:
         """Refuses an invalid entry, and an entry whose own answer does not earn the full reward.
