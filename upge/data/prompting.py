@@ -150,8 +150,9 @@ class Prompting:
             return "", ""
         opened = _OPENED.search(text)
         # A special token belongs to the template's turns.
-        is_tag = opened is not None and opened[1] not in self.tokenizer.all_special_tokens
-        return (opened[1], opened[2]) if is_tag else ("", "")
+        if opened is None or opened[1] in self.tokenizer.all_special_tokens:
+            return "", ""
+        return opened[1], opened[2]
 
     @functools.cached_property
     def _stop_texts(self) -> tuple[str, ...]:
