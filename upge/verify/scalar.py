@@ -57,7 +57,8 @@ def _parser() -> Any:
             parser = self.create_parser(latex)
             parser._interp.predictionMode = mode
             tree = parser.expr()
-            if parser.getCurrentToken().type != Token.EOF:
+            token: Any = parser.getCurrentToken()
+            if token.type != Token.EOF:
                 raise ValueError("only a part of the text is an expression")
             return tree
 
