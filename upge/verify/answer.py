@@ -162,6 +162,7 @@ Pieces = tuple[Interval, ...]
 
 
 def pieces_of(answer: Answer) -> Pieces:
+    """The intervals of an answer. Raises `UnreadableError` if it is not a set of real numbers."""
     reals = as_reals(answer)
     if reals is None:
         raise UnreadableError("it is not a set of real numbers")
@@ -169,6 +170,7 @@ def pieces_of(answer: Answer) -> Pieces:
 
 
 def bound_of(scalar: Scalar) -> float:
+    """The value of a bound. Raises `UnreadableError` if it is not a number."""
     parsed = expression(scalar.latex)
     value = None if parsed is None else real_value(parsed)
     if value is None:
@@ -177,10 +179,12 @@ def bound_of(scalar: Scalar) -> float:
 
 
 def union(first: Pieces, second: Pieces) -> Pieces:
+    """The intervals of either set."""
     return first + second
 
 
 def intersection(first: Pieces, second: Pieces) -> Pieces:
+    """The intervals common to two sets."""
     return tuple(piece for a in first for b in second for piece in _common(a, b))
 
 

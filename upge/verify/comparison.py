@@ -54,7 +54,7 @@ def _scalars(gold: Scalar, given: Scalar) -> bool:
     hundredth = [
         Scalar(rf"({side.latex})\cdot \frac{{1}}{{100}}") if side.is_percent else side for side in (gold, given)
     ]
-    return are_equal(*map(_parsed, hundredth), is_decimal)
+    return are_equal(_parsed(hundredth[0]), _parsed(hundredth[1]), is_decimal)
 
 
 def _difference(sides: Sequence[Scalar]) -> Parsed:

@@ -121,8 +121,9 @@ def accepted(answer: str) -> tuple[str | Measured, ...]:
 
 
 def _is_measured(gold: object) -> bool:
-    is_pair = isinstance(gold, dict) and set(gold) == set(Measured._fields)
-    return is_pair and all(isinstance(number, (int, float)) and abs(number) < 1e300 for number in gold.values())
+    if not isinstance(gold, dict) or set(gold) != set(Measured._fields):
+        return False
+    return all(isinstance(number, (int, float)) and abs(number) < 1e300 for number in gold.values())
 
 
 def _glance(given: str, answer: str | Measured) -> float | None:

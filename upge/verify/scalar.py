@@ -57,7 +57,8 @@ def _parser() -> Any:
             parser = self.create_parser(latex)
             parser._interp.predictionMode = mode
             tree = parser.expr()
-            if parser.getCurrentToken().type != Token.EOF:
+            token: Any = parser.getCurrentToken()
+            if token.type != Token.EOF:
                 raise ValueError("only a part of the text is an expression")
             return tree
 
@@ -126,6 +127,7 @@ def real_value(parsed: Parsed) -> float | None:
 
 
 def has_imaginary_unit(parsed: Parsed) -> bool:
+    """Whether an expression contains i."""
     from sympy import I
 
     return parsed.has(I)
@@ -263,41 +265,34 @@ def _rules() -> dict[str, Callable[..., Value]]:
         return value
 
     def logarithm(number: Value, *base: Value) -> Value:
-        value = exact.ln(off_branch_cut(number))
-        return value / exact.ln(off_branch_cut(*base)) if base else value
+        return exact.ln(off_branch_cut(number)) / (exact.ln(off_branch_cut(*base)) if base else 1)
 
     def binomial(above: Value, below: Value) -> Value:
         if min(above.real, below.real) < 0:  # sympy and mpmath may differ here
             raise _UncertainError
         return exact.binomial(above, below)
 
-    def integer(rounded: Callable[[Value], Value]) -> Callable[[Value], Value]:
-        def rule(value: Value) -> Value:
-            if value.imag or abs(value - exact.nint(value)) < _CANCELLED:
-                raise _UncertainError
-            return rounded(value)
-
-        return rule
+    def whole(value: Value) -> Value:
+        """`value`, if it is certain between which integers it lies."""
+        if value.imag or abs(value - exact.nint(value)) < _CANCELLED:
+            raise _UncertainError
+        return value
 
     def rational(number: Parsed, *_: object) -> Value:
         return exact.mpf(number.p) / number.q
 
+    constants = {"Pi": exact.pi, "Exp1": exact.e, "ImaginaryUnit": exact.mpc(0, 1)}
     functions = "sin cos tan cot sec csc sinh cosh tanh asin acos atan acot asec acsc exp factorial".split()
     return {
         **dict.fromkeys(("Integer", "Rational", "Half", "One", "Zero", "NegativeOne"), rational),
-        "Pi": lambda *_: +exact.pi,
-        "Exp1": lambda *_: +exact.e,
-        "ImaginaryUnit": lambda *_: exact.mpc(0, 1),
+        **{name: lambda *_, value=value: +value for name, value in constants.items()},
         "Symbol": lambda letter, point, is_real: exact.mpf(_number(letter, point, is_real)),
         "Add": total,
         "Mul": lambda *factors: math.prod(factors),
         "Pow": lambda base, exponent: off_branch_cut(base) ** exponent,
-        "log": logarithm,
-        "binomial": binomial,
-        "Abs": abs,
-        "floor": integer(exact.floor),
-        "ceiling": integer(exact.ceil),
-        "Max": lambda *values: max(values),
-        "Min": lambda *values: min(values),
+        **{"log": logarithm, "binomial": binomial},
+        "floor": lambda value: exact.floor(whole(value)),
+        "ceiling": lambda value: exact.ceil(whole(value)),
+        **{"Abs": abs, "Max": max, "Min": min},
         **{name: getattr(exact, name) for name in functions},
     }
