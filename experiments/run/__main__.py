@@ -77,7 +77,7 @@ def _run(arguments: list[str]) -> int:
                     continues = folder.open(composed.tree, composed.config.resume)
             continues = world.broadcast(continues)
             prepared = replace(prepared, notes=notes, folder=folder, continues=continues)
-            ending, is_shared = train(composed, prepared, world, stop, record), True
+            ending, is_shared = train(composed, prepared, world, stop, watch, record), True
     except UserError as error:
         # Before the ranks are connected all of them raise the same error; afterwards errors may differ between ranks.
         is_shared = error.is_shared

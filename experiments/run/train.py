@@ -14,6 +14,7 @@ from experiments import files
 from experiments.cli import BAD_INPUT, collector_paused, print_error
 from upge.train.distributed import World
 from upge.train.stopping import StopSignals
+from upge.train.watch import Watch
 
 
 class Progress:
@@ -56,12 +57,13 @@ class Progress:
         tqdm.write(f"note: {text}")
 
 
-def train(composed: Any, prepared: Any, world: World, stop: StopSignals, record: Any) -> Any:
+def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: Watch, record: Any) -> Any:
     """Trains, evaluates and writes the report.
 
     Args:
         composed, prepared, world: of the run.
         stop: asks the run to stop.
+        watch: ends as soon as no rank needs the others any more.
         record: an `experiments.run.ending.ExitRecord`.
 
     Returns:
@@ -114,6 +116,7 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, record:
             with progress:
                 ending = trainer.run()
             world.barrier()
+            watch.end()  # vLLM ends the process group, after which the other ranks leave without waiting
             sampler.close()
             if world.is_main:
                 record.write(ending)

@@ -46,6 +46,10 @@ class Watch:
         if self._store is not None:
             self._over.wait(2 * _PATIENCE * _INTERVAL)
 
+    def end(self) -> None:
+        """Ends the watch. All ranks call it between a barrier and the first of them to leave."""
+        self._over.set()
+
     def fail(self, ending: Ending) -> bool:
         """Tells the other ranks why this one ends, which ends them, too; returns whether it is the first to say so."""
         self._over.set()
