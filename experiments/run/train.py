@@ -115,12 +115,14 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: 
         with stop.noted():
             with progress:
                 ending = trainer.run()
-            world.barrier()
-            watch.end()  # vLLM ends the process group, after which the other ranks leave without waiting
-            sampler.close()
             if world.is_main:
                 record.write(ending)
                 _finish(folder.path, ending, say)
+            # vLLM ends the process group with its engine. Then the ranks leave without waiting for each other, and a
+            # launcher ends the others as soon as one has left with an error.
+            world.barrier()
+            watch.end()
+            sampler.close()
     return ending
 
 
