@@ -124,7 +124,7 @@ def test_an_interrupted_program_prints_its_table(capsys: pytest.CaptureFixture[s
         points.append(point)
         if len(points) == 15 + 5:
             os.kill(os.getpid(), signal.SIGINT)
-        return dict.fromkeys(("seconds", "memory", "computed", "tokens", "parameters"), 2.0)
+        return dict.fromkeys(("seconds", "cpu", "memory", "computed", "tokens", "parameters"), 2.0)
 
     monkeypatch.setattr(growth, "launched", probe)
     monkeypatch.setattr(__main__, "PAGE", None)
