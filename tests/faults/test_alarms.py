@@ -113,7 +113,7 @@ def test_a_run_raises_its_alarms_and_stops_where_it_is_told_to(tmp_path: Path) -
     settings += ["rollout.max_response_tokens=2", "alarms.steps=1", "alarms.no_signal=2", "stop.alarms=[truncated]"]
     stopped = run(*settings, code=3)
     assert stopped.stdout.count("alarm: 100% of the responses were cut off") == 1
-    assert "stopped: by the alarm truncated (stop.alarms)" in stopped.stdout
+    assert "stopped by the alarm truncated (stop.alarms); the state is saved" in stopped.stdout
     assert (out / "checkpoints" / "step_000001").is_dir() and not (out / "final").exists()
     whole = run(*settings)
     assert "cut off" not in whole.stdout and (out / "final").is_dir()

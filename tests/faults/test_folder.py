@@ -121,7 +121,7 @@ FIXED = {
     "model.dtype": "bfloat16",
     "rollout.temperature": 0.5,
     "rollout.max_prompt_tokens": 99,
-    "verify.time_limit": 1.0,
+    "verify.verifier": "number",
     "eval.samples": 3,
     "data.seed": 5,
 }

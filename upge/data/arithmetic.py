@@ -94,10 +94,10 @@ class Arithmetic:
             terms = draw(rng, level, self.largest)
             if side(terms) == which:
                 drawn.setdefault(terms)
-        found = f"only {len(drawn)} of {size} different {which} problems were found" if fits else f"{size} is too many"
+        made = f"only {len(drawn)} of {size}" if fits else f"fewer than {size}"
         raise ConfigError(
-            f"data.largest: with numbers up to {self.largest} {found} for '{level}'; raise data.largest or lower "
-            f"data.{which}_size"
+            f"data.largest: numbers up to {self.largest} make {made} different {which} problems of '{level}'; raise "
+            f"data.largest or lower data.{which}_size"
         )
 
 

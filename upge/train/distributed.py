@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -81,11 +81,7 @@ class World:
             yield
         except (UserError, RunError) as own:
             error = own
-        for rank, of_rank in enumerate(self.gather(error)):
-            if of_rank is not None:
-                of_rank = error if rank == self.rank and error is not None else of_rank
-                of_rank.is_shared = True
-                raise of_rank
+        _raise_first(self.gather(error), self.rank, error)
 
 
 def gather_results(world: World, work: Callable[[], _T]) -> list[_T]:
@@ -94,9 +90,24 @@ def gather_results(world: World, work: Callable[[], _T]) -> list[_T]:
     Raises:
         UserError, RunError: that of the first rank on which `work` raises one, on all ranks.
     """
-    with world.together():
+    result: _T | None = None
+    error: UserError | RunError | None = None
+    try:
         result = work()
-    return world.gather(result)
+    except (UserError, RunError) as own:
+        error = own
+    of_ranks = world.gather((result, error))
+    _raise_first([of_rank for _, of_rank in of_ranks], world.rank, error)
+    return [cast(_T, of_rank) for of_rank, _ in of_ranks]
+
+
+def _raise_first(errors: Sequence[UserError | RunError | None], rank: int, own: UserError | RunError | None) -> None:
+    """Raises the first error of all ranks; this rank's `own` one with its traceback."""
+    for of, error in enumerate(errors):
+        if error is not None:
+            error = own if of == rank and own is not None else error
+            error.is_shared = True
+            raise error
 
 
 def is_launched() -> bool:
