@@ -84,8 +84,10 @@ def _run(arguments: list[str]) -> int:
         cli.print_error(error, None if is_shared or world.size == 1 else world.rank)
         ending = Ending(cli.BAD_INPUT, str(error))
     except Exception as error:
-        # If another rank has ended, the collectives of this one fail, and the watch says why.
-        watch.wait()
+        # If another rank has ended, the collectives of this one fail, and the watch says why, even if the launcher
+        # terminates this rank in the meantime.
+        with stop.noted():
+            watch.wait()
         traceback.print_exc()
         ending = Ending(FAILED, f"{type(error).__name__}: {error}".splitlines()[0])
     prints = world.is_main

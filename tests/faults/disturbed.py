@@ -166,5 +166,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     sys.exit(main())

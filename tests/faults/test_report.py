@@ -12,6 +12,7 @@ from experiments.report import page
 from experiments.run import train
 from tests.running import lines
 from upge.train.folder import FORMAT
+from upge.train.stopping import Ending
 
 MARKS = "\u202e\u2066\u200f\u061c"
 #: Texts that no page can have as they are.
@@ -144,7 +145,7 @@ def test_a_report_that_fails_is_one_line(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(page, "write_report", fail)
     said: list[str] = []
-    train._finish(folder, 0, said.append)
+    train._finish(folder, Ending(0, "done"), said.append)
     assert said[0] == (
         f"report: failed (RuntimeError: no font); python -m experiments.report {folder} makes it again"
     ) and said[1].startswith("model:")
@@ -153,6 +154,6 @@ def test_a_report_that_fails_is_one_line(tmp_path, capsys, monkeypatch):
 def test_a_table_that_cannot_be_printed_is_one_line(tmp_path):
     folder = write(tmp_path, evaluations=[evaluation(3, levels=4, all=7)])
     said: list[str] = []
-    train._finish(folder, 0, said.append)
+    train._finish(folder, Ending(0, "done"), said.append)
     assert said[0].startswith("report: ") and said[-1].startswith("model:")
     assert lines(folder / "evaluations.jsonl")

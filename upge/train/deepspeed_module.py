@@ -200,7 +200,7 @@ class DeepSpeedModule:
         # An error of this rank has to wait until DeepSpeed has called all ranks together for the last time.
         self._engine.checkpoint_engine.save = write
         # Some versions of Python would pickle it with `getattr`, which weights-only loading refuses.
-        ZeroStageEnum.__reduce_ex__ = lambda stage, protocol: (type(stage), (int(stage),))
+        type.__setattr__(ZeroStageEnum, "__reduce_ex__", lambda stage, protocol: (type(stage), (int(stage),)))
         # DeepSpeed's script would read a checkpoint without checking it.
         self._engine._copy_recovery_script = lambda folder: None
         with self.world.together(), disk_errors(folder / tag):
