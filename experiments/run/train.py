@@ -209,7 +209,7 @@ def _finish(path: Path, ending: Any, say: Any) -> None:
         print_error(ending.reason)
     if ending.code:
         reason = "stopped before the next update" if ending.code == BAD_INPUT else ending.reason
-        say(f"{reason}; the same command with output={path} continues")
+        say(f"{reason}; the same command with output={path} continues it")
     else:
         say(f"model:  {path / 'final'}")
 
