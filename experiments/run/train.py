@@ -74,7 +74,8 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: 
     from experiments.run.prepare import verifier_pool
     from upge.evaluation.evaluator import training_accuracy
     from upge.rollout.verified_sampling import FirstError, VerifiedSampler
-    from upge.train.trainer import Parts, Trainer
+    from upge.train.parts import Parts
+    from upge.train.trainer import Trainer
 
     config, folder = composed.config, prepared.folder
     say = partial(print, flush=True) if world.is_main else lambda text: None

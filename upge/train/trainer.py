@@ -5,28 +5,24 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from upge.algorithm import Algorithm
-from upge.data import Example, Prompting
 from upge.errors import EngineError, Interrupted, NonFiniteError, StorageError
 from upge.pipeline import Pipeline, Span
-from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.alarms import AlarmMonitor
 from upge.train.checkpoint import check as check_checkpoint
 from upge.train.checkpoint import seal
 from upge.train.collect import Collector
-from upge.train.config import RunConfig, learning_rates
-from upge.train.distributed import World
+from upge.train.config import learning_rates
 from upge.train.engine import WeightSync
 from upge.train.files import disk_errors, read_lines
-from upge.train.folder import RunFolder
-from upge.train.learner import Collected, Learner, Memory, Models
+from upge.train.learner import Collected, Learner, Memory
 from upge.train.metrics import (
     Recorder,
     UpdateReport,
@@ -35,58 +31,15 @@ from upge.train.metrics import (
     rollout_metrics,
     step_metrics,
 )
+from upge.train.parts import Parts, State
 from upge.train.prompt_order import stream_seed
 from upge.train.sample import TokenIds
-from upge.train.stopping import BAD_INPUT, DONE, FAILED, NOT_FINITE, Ending, StopSignals
+from upge.train.stopping import BAD_INPUT, DONE, FAILED, NOT_FINITE, Ending
 from upge.verify.base import VerifierError
 
 _T = TypeVar("_T")
 #: The critic's folder inside a checkpoint's; DeepSpeed's file names would be those of the policy's.
 _CRITIC = "critic"
-
-
-@dataclass
-class State:
-    """What a checkpoint holds in addition to weights and optimizer. All randomness follows from the seed and the step.
-
-    Attributes:
-        step: training steps so far.
-        skipped: updates so far whose gradient was not finite.
-        skipped_in_a_row: for each kind of update, those of them since the last finite one.
-        memory: of the stage's algorithm; None before its first step.
-    """
-
-    step: int = 0
-    skipped: int = 0
-    skipped_in_a_row: dict[str, int] = field(default_factory=dict)
-    memory: Memory | None = None
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The parts of a run; each can be used alone.
-
-    Attributes:
-        algorithm: or a pipeline of several.
-        train: the training set.
-        weights: the share of the prompts that each source of a mixture gets; empty without a mixture.
-        prompting: tokenizer, template and stop tokens.
-        evaluate: measures the accuracy of the sampler's weights: `upge.evaluation.evaluator.training_accuracy`. All
-            ranks call it, and it returns the same on each.
-        stop: asks the run to stop. If `sampler` also asks it, a step or evaluation in progress is left out at once.
-    """
-
-    config: RunConfig
-    algorithm: Algorithm | Pipeline
-    train: Sequence[Example]
-    weights: Mapping[str, float]
-    prompting: Prompting
-    models: Models
-    sampler: VerifiedSampler
-    evaluate: Callable[[], Mapping[str, Any]]
-    folder: RunFolder
-    world: World
-    stop: StopSignals = field(default_factory=StopSignals)
 
 
 class Trainer:

@@ -29,7 +29,8 @@ from upge.train.deepspeed_module import StepResult
 from upge.train.distributed import World, connect
 from upge.train.engine import Engine
 from upge.train.learner import Models
-from upge.train.trainer import Parts, Trainer
+from upge.train.parts import Parts
+from upge.train.trainer import Trainer
 from upge.verify import Item, Verdict, VerifierPool
 
 

@@ -15,7 +15,8 @@ from upge.train.config import RunConfig, learning_rates
 from upge.train.engine import CriticEngine, Engine
 from upge.train.learner import Memory, Models
 from upge.train.moments import Moments
-from upge.train.trainer import State, Trainer
+from upge.train.parts import State
+from upge.train.trainer import Trainer
 
 
 def two_stages(first: Algorithm, second: Algorithm) -> Pipeline:
