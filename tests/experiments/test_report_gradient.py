@@ -118,7 +118,7 @@ def test_tokens_are_escaped_and_coloured(tmp_path):
     assert '<i class="p8" title="+0.5">&lt;script&gt;</i><i class="n4" title="-0.25">alert(1)</i>' in html
     assert '<i class="odd" title="not finite">↵\n</i>&lt;/script&gt;<i class="p1" title="+0.0005">&amp;' in html
     assert "[7 tokens before] " in html and "[12 tokens after]" in html and "&lt;hard&gt;" in html
-    assert "largest weight +0.5" in html
+    assert "largest weight not finite" in html and "largest weight +2" in html
 
 
 def test_runs_without_the_files_are_as_before(tmp_path):

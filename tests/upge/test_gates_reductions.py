@@ -304,6 +304,5 @@ def test_an_unknown_divisor_is_refused():
         def __call__(self, batch, selected):
             return batch.response_mask.double()
 
-    terms = {"own": upge.Term(**{**vars(mixture("term").terms["own"]), "reduction": Odd()})}
-    with pytest.raises(upge.ConfigError, match="Odd.over: found 'trem'.*'term' or 'batch'"):
-        upge.Algorithm("x", terms).plan(groups((1, 2)))
+    with pytest.raises(upge.ConfigError, match="Odd.over: 'trem' is not one of 'term', 'batch'"):
+        Odd()
