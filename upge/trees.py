@@ -57,7 +57,7 @@ def first_line(error: BaseException) -> str:
 def check_yaml(text: str) -> None:
     """Counts levels and values of a YAML text while it is parsed, without recursion and without expanding it.
 
-    Text that is not YAML passes; whoever builds the tree reports it.
+    Text that is not YAML passes; the function that builds the tree reports it.
 
     Raises:
         ConfigError: it has too many; the message is a predicate such as "nests more than 64 levels".

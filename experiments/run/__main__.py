@@ -10,10 +10,15 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments import cli
 from upge.errors import UserError
-from upge.train.distributed import check_launched, connect, launched_rank, leave
+from upge.train.distributed import World, check_launched, connect, launched_rank, leave
+
+if TYPE_CHECKING:
+    from experiments.config import Composed
+    from experiments.run.prepare import Prepared
 
 USAGE = """\
 Usage: python -m experiments.run [algo=NAME] [correction=NAME] [model=NAME] [data=NAME] [recipe=NAME] [key=value ...]
@@ -44,14 +49,9 @@ def _run(arguments: list[str]) -> int:
     with cli.collector_paused():
         from experiments.config import compose
         from experiments.run.dry_run import plan
-        from experiments.run.ending import ExitRecord, announce
         from experiments.run.launch import check_gpus, on_gpus
-        from experiments.run.limits import limits_explained
         from experiments.run.memory_check import check_fits
         from experiments.run.prepare import check_verifiers, prepare, with_local_models
-        from experiments.run.train import train
-        from upge.train.stopping import FAILED, Ending, StopSignals
-        from upge.train.watch import Watch
 
         arguments = on_gpus(arguments, given["--dry-run"])
         composed = with_local_models(compose(arguments))
@@ -66,6 +66,18 @@ def _run(arguments: list[str]) -> int:
         world = connect()
         # Of all ranks the main one chooses the folder; another rank may have seen it there already.
         folder, continues = world.broadcast((prepared.folder, prepared.continues))
+    return _train(composed, replace(prepared, notes=notes, folder=folder, continues=continues), world)
+
+
+def _train(composed: Composed, prepared: Prepared, world: World) -> int:
+    """Trains in the folder that was chosen, records how the run ended, and leaves the process."""
+    from experiments.run.ending import ExitRecord, announce
+    from experiments.run.limits import limits_explained
+    from experiments.run.train import train
+    from upge.train.stopping import FAILED, Ending, StopSignals
+    from upge.train.watch import Watch
+
+    folder, continues = prepared.folder, prepared.continues
     stop, record, is_shared = StopSignals(), ExitRecord(folder.path), False
     watch = Watch(world, stop, record.lost)
     try:
@@ -76,7 +88,7 @@ def _run(arguments: list[str]) -> int:
                     # Another run may have begun or ended there since it was checked.
                     continues = folder.open(composed.tree, composed.config.resume)
             continues = world.broadcast(continues)
-            prepared = replace(prepared, notes=notes, folder=folder, continues=continues)
+            prepared = replace(prepared, continues=continues)
             ending, is_shared = train(composed, prepared, world, stop, watch, record), True
     except UserError as error:
         # Before the ranks are connected all of them raise the same error; afterwards errors may differ between ranks.

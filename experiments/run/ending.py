@@ -42,7 +42,7 @@ class ExitRecord:
             write_atomically(self.path / EXIT, json.dumps(record, indent=2) + "\n")
 
     def lost(self, ending: Ending) -> None:
-        """Prints and records that another rank or the launcher has ended, which ends this rank, too."""
+        """Prints and records that this rank ends because another rank or the launcher has ended."""
         print(f"error: {ending.reason}; the same command with output={self.path} continues", file=sys.stderr)
         self.write(ending)
         announce(ending, True)

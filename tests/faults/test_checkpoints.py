@@ -161,7 +161,7 @@ class Planted:
 
 @pytest.mark.parametrize(("name", "zipped"), [(SHARD.replace("1", "0"), True), ("moments_rank_0.pt", False)])
 def test_nothing_in_a_checkpoint_is_executed(whole, tmp_path, name, zipped):
-    """A file that whoever wrote it has put into the manifest."""
+    """A hostile file, listed in the manifest with its right hash."""
     folder = interrupted(whole, tmp_path / "run", step=1)
     checkpoint, target = folder / "checkpoints" / "step_000001", tmp_path / "executed"
     if zipped:

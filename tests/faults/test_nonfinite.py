@@ -37,7 +37,7 @@ def test_a_ruined_policy_is_neither_saved_nor_exported(tmp_path: Path, engine: s
 
 
 def test_a_good_checkpoint_is_kept(tmp_path: Path) -> None:
-    """The second of two stages ruins the weights on the second rank's part, too; the checkpoint of the first stays."""
+    """The second of two stages ruins the weights of both ranks; the checkpoint of the first stage stays."""
     out = tmp_path / "run"
     keys = ["algo=sft_then_grpo", "steps=2", "algo.stages.reinforce.lr_factor=1e36", "rollout.engine=transformers"]
     done = run(*QUIET, *keys, f"output={out}", code=3, ranks=2)

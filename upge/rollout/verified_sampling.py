@@ -86,8 +86,8 @@ class VerifiedSampler:
     """Samples responses to examples and verifies each of them as soon as it is complete.
 
     A problem names its verifier in the `pool`; one that names none takes the first. `prompting` decodes responses.
-    Whoever reads the verdicts passes their errors to `first_error`, on one rank only. `interrupted` is asked between
-    decoding steps and while verdicts are awaited; True ends the call with `Interrupted`.
+    The caller passes the first error of the verdicts to `first_error`, on one rank only. `interrupted` is called
+    between decoding steps and while waiting for verdicts; if it returns True, the call ends with `Interrupted`.
     """
 
     engine: Sampler

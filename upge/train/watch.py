@@ -51,7 +51,7 @@ class Watch:
         self._over.set()
 
     def fail(self, ending: Ending) -> bool:
-        """Tells the other ranks why this one ends, which ends them, too; returns whether it is the first to say so."""
+        """Ends the other ranks and gives them the reason; returns whether this rank is the first to do so."""
         self._over.set()
         return self._tell(Ending(ending.code, f"rank {self._rank}: {ending.reason}"))
 
