@@ -37,8 +37,8 @@ MICRO_BATCHES = (32768, 16384, 9216)
 
 @functools.cache
 def recipe() -> Composed:
-    """The settings of the steps: GRPO with 128 prompts, 8 responses each, at most 1024 + 8192 tokens."""
-    return compose(["recipe=grpo-qwen2.5-math-7b"])
+    """GRPO with 128 prompts, 8 responses each, at most 1024 + 8192 tokens, with all activations recomputed."""
+    return compose(["recipe=grpo-qwen2.5-math-7b", "model.gradient_checkpointing=full"])
 
 
 @functools.cache

@@ -191,8 +191,19 @@ def test_figures_of_a_term():
                 "weight_abs_mean": 0.21, "weight_abs_p50": 0.0, "weight_abs_p99": 0.55,
                 "weight_p1": -0.5, "weight_p10": -0.5, "weight_p50": 0.0, "weight_p90": 0.55, "weight_p99": 0.55,
                 "effective_tokens": 1.8445297, "effective_share": 1.8445297 / 5, "effective_trajectories": 1.8445297,
-                "masked_share": 1 / 3, "masked_above": 1 / 3, "masked_below": 0.0}  # fmt: skip
+                "masked_share": 1 / 3, "masked_above": 1 / 3, "masked_below": 0.0,
+                "extreme_ratio_share": 0.0}  # fmt: skip
     assert found == pytest.approx({f"rl/{name}": value for name, value in expected.items()}, abs=1e-6)
+
+
+def test_ratios_outside_one_half_and_two_are_extreme():
+    batch = trajectories(
+        [[0.9, 0.8], [0.2], [0.5]], p_old=[[0.3, 0.5], [0.5], [0.5]], rewards=[1, 0, 1], group=[0, 0, 0]
+    )
+    estimator = upge.UnifiedGradient(upge.NoMask(), upge.BehaviorPolicy(), upge.GroupRelative())
+    term = upge.Term("rollouts", upge.ConstantGate(), estimator, upge.SequenceMean())
+    found = upge.Algorithm("x", {"rl": term}).estimate(batch).metrics
+    assert found["rl/extreme_ratio_share"] == pytest.approx(2 / 4)  # 3 and 0.4 of 3, 1.6, 0.4, 1
 
 
 def test_a_plan_moves_with_all_that_it_holds():
