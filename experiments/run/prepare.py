@@ -302,8 +302,8 @@ def _measured(config: RunConfig, splits: data.Splits) -> Sequence[data.Problem]:
 
 def _overlap(train: Sequence[data.Problem], measured: Sequence[data.Problem]) -> list[str]:
     """A note if evaluation problems are also trained on; within one data set this cannot happen."""
-    seen = {" ".join(p.prompt.split()) for p in train}
-    both = sum(" ".join(p.prompt.split()) in seen for p in measured)
+    seen = {p.conversation for p in train}
+    both = sum(p.conversation in seen for p in measured)
     return [f"{both} of the {len(measured)} evaluation problems are also training problems"] if both else []
 
 

@@ -5,6 +5,7 @@ anything else than the function reads.
 
 Chat messages are mappings with `role` and `content`, as of OpenAI, or with `from` and `value`, as of ShareGPT. A
 content is text or a list of parts of type text. Lists of messages or texts may be stored as JSON text, as in CSV files.
+A conversation of several turns ends with the user's turn that is to be answered, or with the assistant's answer to it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import string
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 from upge.data.files import Record
 from upge.errors import DataError, nearest
@@ -32,6 +33,22 @@ _USUAL = {
 }
 
 Cell = Any  # a value of a JSON or parquet file, of any type
+Turn = tuple[str, str]
+"""Role and content of a message."""
+
+
+class Asked(NamedTuple):
+    """What a response answers.
+
+    Attributes:
+        prompt: the text, or the user's last turn.
+        system: the system message; None if there is none.
+        history: the turns before the last one, without the system message.
+    """
+
+    prompt: str
+    system: str | None = None
+    history: tuple[Turn, ...] = ()
 
 
 def has(record: Record, column: str) -> bool:
@@ -63,41 +80,51 @@ def value(record: Record, column: str, attribute: str = "") -> Cell:
     return cell
 
 
-def prompt(record: Record, column: str, *, has_response: bool = False) -> tuple[str, str | None]:
-    """(prompt, system message) in a column of texts or chat messages; None if there is no system message.
+def prompt(record: Record, column: str, *, has_response: bool = False) -> Asked:
+    """The prompt in a column of texts or chat messages.
 
-    The messages are one of the user, after at most one of the system. If the column also holds the response
-    (`has_response`), the assistant's turn at the end is left out.
+    Messages are turns of user and assistant that end with the user's, after at most one of the system. If the column
+    also holds the response (`has_response`), the assistant's turn at the end is left out.
     """
     cell = value(record, column, "prompt")
     chat = _chat(cell)
     if chat is None:
-        return _as_text(cell, record, column, "text or a list of chat messages"), None
-    roles = [role for role, _ in chat]
-    turns = roles[:-1] if has_response and roles[-1] == "assistant" else roles
-    if turns not in (["user"], ["system", "user"]):
+        return Asked(_as_text(cell, record, column, "text or a list of chat messages"))
+    return _asked(chat[:-1] if has_response and chat[-1][0] == "assistant" else chat, chat, record, column)
+
+
+def _asked(turns: list[tuple[str, Cell]], chat: list[tuple[str, Cell]], record: Record, column: str) -> Asked:
+    """Turns as a prompt. `chat` is the conversation that they are from, for the message of an error."""
+    own = turns[1:] if turns and turns[0][0] == "system" else turns
+    if not own or own[-1][0] != "user" or any(role not in ("user", "assistant") for role, _ in own):
+        is_answered = chat[-1][0] == "assistant" and turns is chat
+        fix = f"; if the last one is the demonstration, set data.columns.demonstrations={column}" if is_answered else ""
         raise DataError(
-            f"{record.where}: column '{column}' holds the turns {', '.join(roles)}; expected one of the "
-            "user, with or without one of the system before it; write earlier turns into the text of one"
+            f"{record.where}: column '{column}' holds the turns {', '.join(role for role, _ in chat)}; expected those "
+            f"of user and assistant, the last the user's, with or without one of the system before them{fix}"
         )
-    contents = [content for _, content in chat[: len(turns)]]
-    system = contents[0] if len(turns) == 2 and not _is_empty(contents[0]) else None
-    return (
-        _as_text(contents[-1], record, column, "text as a message's content"),
-        None if system is None else _as_text(system, record, column, "text as a message's content"),
+    texts = [(role, _as_text(content, record, column, "text as a message's content")) for role, content in own]
+    system = turns[0][1] if len(own) < len(turns) and not _is_empty(turns[0][1]) else None
+    return Asked(
+        prompt=texts[-1][1],
+        system=None if system is None else _as_text(system, record, column, "text as a message's content"),
+        history=tuple(texts[:-1]),
     )
 
 
-def responses(record: Record, column: str, attribute: str = "demonstrations") -> tuple[str, ...]:
+def responses(
+    record: Record, column: str, attribute: str = "demonstrations", asked: Asked | None = None
+) -> tuple[str, ...]:
     """The responses in a column: text, chat messages that end with the assistant's turn, or a list of either.
 
-    Empty ones are left out.
+    Empty ones are left out. Several turns of the assistant are accepted only if those before the last are the turns of
+    the prompt `asked`.
     """
     cell = value(record, column, attribute)
     texts = _texts(cell)
     is_single = texts is None and (isinstance(cell, str) or _chat(cell) is not None)
     ones = [cell] if is_single else _listed(cell, record, column) if texts is None else texts
-    return tuple(text for one in ones if (text := _response(one, record, column)) is not None)
+    return tuple(text for one in ones if (text := _response(one, record, column, asked)) is not None)
 
 
 def answer(record: Record, column: str) -> str:
@@ -250,17 +277,24 @@ def _is_empty(cell: Cell) -> bool:
     return cell is None or (isinstance(cell, str) and not cell.strip())
 
 
-def _response(cell: Cell, record: Record, column: str) -> str | None:
+def _response(cell: Cell, record: Record, column: str, asked: Asked | None) -> str | None:
     """A response; None for an empty one."""
     chat = _chat(cell)
     if chat is None:
         return None if _is_empty(cell) else _as_text(cell, record, column, "text, chat messages, or a list of them")
     roles, content = [role for role, _ in chat], chat[-1][1]
-    if roles[-1] != "assistant" or roles.count("assistant") > 1:
+    if roles[-1] != "assistant":
         raise DataError(
-            f"{record.where}: column '{column}' holds the turns {', '.join(roles)}; expected one of the assistant, the "
-            "last"
+            f"{record.where}: column '{column}' holds the turns {', '.join(roles)}; expected one of the assistant as "
+            "the last"
         )
+    if roles.count("assistant") > 1:
+        before = _asked(chat[:-1], chat, record, column)
+        if asked is None or (before.history, before.prompt) != (asked.history, asked.prompt):
+            raise DataError(
+                f"{record.where}: column '{column}' holds the turns {', '.join(roles)}, and those before the last are "
+                f"not the prompt's; for a conversation set data.columns.prompt={column}"
+            )
     return None if _is_empty(content) else _as_text(content, record, column, "text as a message's content")
 
 

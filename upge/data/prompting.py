@@ -49,7 +49,8 @@ class Prompting:
 
     Raises:
         ConfigError: the template is not a format string with {prompt}, or the tokenizer has no chat template, or one
-            without a variable of `template_arguments`, or (by `text`) the chat template refuses a problem's messages.
+            without a variable of `template_arguments`, or (by `text`) the chat template refuses a problem's messages,
+            or a format string gets a conversation of several turns.
         ModelError: the tokenizer has no end-of-sequence token.
     """
 
@@ -103,9 +104,15 @@ class Prompting:
         """The text of the prompt that the model gets."""
         prompt, system = problem.prompt + self.instruction, problem.system or self.system
         if self.template != "chat":
+            if problem.history:
+                raise ConfigError(
+                    f"model.template: {self.template!r} has no place for the {len(problem.history)} turns before the "
+                    f"last one of {problem.where or problem.id}; use the chat template (model.template=chat)"
+                )
             return self.template.format(prompt=prompt, system=system) + self.opening
-        messages = [{"role": "system", "content": system}] if system else []
-        return self._chat([*messages, {"role": "user", "content": prompt}], add_generation_prompt=True) + self.opening
+        turns = [*([("system", system)] if system else []), *problem.history, ("user", prompt)]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return self._chat(messages, add_generation_prompt=True) + self.opening
 
     def prompt_ids(self, problems: Sequence[Problem]) -> list[tuple[int, ...]]:
         """The token ids of the prompts. For many problems they are cached, see `tokens_of`."""
@@ -196,7 +203,7 @@ class Prompting:
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # a template is a program, which may fail in any way
-            roles = " and ".join(message["role"] for message in messages)
+            roles = " and ".join(dict.fromkeys(message["role"] for message in messages))
             raise ConfigError(
                 f"model.template: the tokenizer's chat template refuses messages of {roles} ({error!s:.200}); give a "
                 "format string with {prompt}, or leave system messages out (model.system, data.system=drop)"

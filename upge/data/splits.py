@@ -15,12 +15,12 @@ from upge.errors import ConfigError, DataError, UserError, nearest
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with a verifiable answer.
+    """A question, usually with a verifiable answer.
 
     Attributes:
         id: unique within its data set and stable across runs.
-        prompt: the question, without any template.
-        answer: the ground truth, in the form that the verifier reads.
+        prompt: the question, without any template; in a conversation the user's last turn.
+        answer: the ground truth, in the form that the verifier reads; empty if the data has none.
         demonstrations: expert responses, each of which ends with the final answer; empty if the data has none.
         level: the difficulty level under which accuracy is reported; None if the data has none.
         system: the system message; None if the data has none.
@@ -29,6 +29,7 @@ class Problem:
             None if the data has none.
         verifier: the name of the verifier that reads `answer`, as in `upge.verify.load`; None means the run's verifier.
         source: in a mixture, the name of its data set; else empty.
+        history: the turns of a conversation before `prompt`, as pairs of role ("user" or "assistant") and content.
     """
 
     id: str
@@ -41,6 +42,12 @@ class Problem:
     rejected: str | None = None
     verifier: str | None = None
     source: str = ""
+    history: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def conversation(self) -> str:
+        """All turns as one text with single spaces for white space. Problems that agree in it are the same."""
+        return normal("\n".join([*(f"{role}: {content}" for role, content in self.history), self.prompt]))
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ def divide(problems: Sequence[Problem], share: float, name: str, fix: str) -> tu
     """
     sides: tuple[list[Problem], list[Problem]] = ([], [])
     for problem in problems:
-        sides[for_evaluation(problem.prompt, share)].append(problem)
+        sides[for_evaluation(problem.conversation, share)].append(problem)
     for side, which in zip(sides, ("training", "evaluation"), strict=True):
         if not side:
             raise DataError(
@@ -118,9 +125,9 @@ def check_disjoint(
     Raises:
         DataError: one is. The message names both places, each after `name(problem)`, and the `fix`.
     """
-    seen = {normal(problem.prompt): problem for problem in train}
+    seen = {problem.conversation: problem for problem in train}
     for problem in evaluation:
-        other = seen.get(normal(problem.prompt))
+        other = seen.get(problem.conversation)
         if other is not None:
             raise DataError(
                 f"{name(problem)}{problem.where or problem.id}: the same question is on the training side, at "

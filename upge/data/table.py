@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -14,10 +15,10 @@ from upge.data.files import Record, read_file, read_hub
 from upge.data.splits import Problem, Splits, check_disjoint, check_sizes, divide
 from upge.errors import ConfigError, DataError, nearest
 
-REQUIRED = ("prompt", "answer")
+REQUIRED = ("prompt",)
 #: A row may lack these or have null in them, as long as some row has the column.
 OPTIONAL = ("demonstrations", "rejected", "system", "level", "verifier")
-COLUMNS = (*REQUIRED, *OPTIONAL, "id", "options")
+COLUMNS = (*REQUIRED, *OPTIONAL, "answer", "id", "options")
 
 Value = TypeVar("Value")
 
@@ -38,9 +39,10 @@ class Table:
         columns: attribute → name of the column. A dotted name (reward_model.ground_truth) refers to a nested value;
             null means that there is no such column. The attributes are
 
-            - prompt: text, or chat messages: one of the user, optionally after one of the system, and, if the column
-              also holds the demonstrations, before one of the assistant;
-            - answer: text or a number, or a list of accepted ones; {value, rtol} is a number with its tolerance;
+            - prompt: text, or chat messages: turns of user and assistant, the last the user's, optionally after one of
+              the system, and, if the column also holds the demonstrations, before one of the assistant;
+            - answer: text or a number, or a list of accepted ones; {value, rtol} is a number with its tolerance. null
+              if the data has none, for algorithms without rollouts and for verifiers that need none;
             - demonstrations: text, a list of texts, chat messages that end with the assistant's turn, or a list of
               such lists; empty ones are left out;
             - rejected: a flawed response, text or chat messages; the first demonstration is the chosen response;
@@ -86,6 +88,10 @@ class Table:
         for name in REQUIRED:
             if self.columns.get(name) is None:
                 raise ConfigError(f"data.columns.{name}: missing; name the column that holds it")
+        if "answer" not in self.columns:
+            raise ConfigError("data.columns.answer: missing; name the column that holds it, or give null for none")
+        if self.columns.get("options") is not None and self.columns["answer"] is None:
+            raise ConfigError("data.columns.answer: null, but data.columns.options needs the column of the right option")
         if not 0 <= self.evaluation_share < 1:
             raise ConfigError(f"data.evaluation_share: found {self.evaluation_share}; give a share from 0 to below 1")
         if self.evaluation_split is not None and self.hub is None:
@@ -141,7 +147,9 @@ class Table:
 
     def _answered(self, records: Sequence[Record]) -> Sequence[Record]:
         """The rows that have an answer, under the policy `unanswered`."""
-        column = self._required("answer")
+        column = self.columns["answer"]
+        if column is None:
+            return records
         blank = [record for record in records if cells.is_blank(record, column)]
         if not blank:
             return records
@@ -153,17 +161,18 @@ class Table:
 
     def _problem(self, record: Record, name: str) -> Problem:
         column = self._required("prompt")
-        prompt, system = cells.prompt(record, column, has_response=column == self.columns.get("demonstrations"))
-        system = self._cell(record, "system", cells.text_if_any) or system
-        demonstrations = self._cell(record, "demonstrations", cells.responses) or ()
-        rejected = self._cell(record, "rejected", cells.responses) or ()
+        asked = cells.prompt(record, column, has_response=column == self.columns.get("demonstrations"))
+        prompt, system = asked.prompt, self._cell(record, "system", cells.text_if_any) or asked.system
+        responses = partial(cells.responses, asked=asked)
+        demonstrations = self._cell(record, "demonstrations", responses) or ()
+        rejected = self._cell(record, "rejected", responses) or ()
         _check_pair(record, demonstrations, rejected)
         choices = self.columns.get("options")
         if choices is not None:
             lines, answer = cells.options(record, choices, self._required("answer"))
             prompt = f"{prompt.rstrip()}\n\n{lines}"
         else:
-            answer = cells.answer(record, self._required("answer"))
+            answer = cells.answer(record, self._required("answer")) if self.columns["answer"] is not None else ""
         own = self.columns.get("id")
         return Problem(
             id=cells.label(record, own) if own is not None else f"{name}:{record.number}",
@@ -175,6 +184,7 @@ class Table:
             where=record.where,
             rejected=rejected[0] if rejected else None,
             verifier=self._cell(record, "verifier", cells.text) or self.verifier,
+            history=asked.history,
         )
 
     def _required(self, name: str) -> str:
