@@ -1,16 +1,21 @@
 """Verifiers, which compute rewards, and a pool of processes that runs them with limits on time and memory.
 
-A verifier is any callable (response, answer, prompt=None) → reward in [0, 1]. `load` finds one by name. `VerifierPool`
-scores lists of responses, or single responses as they arrive. sympy and latex2sympy2_extended are imported only when
-a verifier has to parse mathematics.
+A verifier is any callable (response, answer, prompt=None) → reward; it may ask for more by name, and compare the
+responses to a prompt (`Declared`). `load` finds one by name. `VerifierPool` scores lists of responses, or single
+responses as they arrive. sympy and latex2sympy2_extended are imported only when a verifier has to parse mathematics.
 """
 
 from upge.verify.answers import final_answer, final_text, last_boxed
-from upge.verify.base import Item, Verdict, Verifier, VerifierError, load
+from upge.verify.base import Item, Member, Verdict, Verifier, VerifierError, load
+from upge.verify.declared import Declared
 from upge.verify.pool import VerifierPool
+from upge.verify.reward import Reward, terms
 
 __all__ = [
+    "Declared",
     "Item",
+    "Member",
+    "Reward",
     "Verdict",
     "Verifier",
     "VerifierError",
@@ -19,4 +24,5 @@ __all__ = [
     "final_text",
     "last_boxed",
     "load",
+    "terms",
 ]

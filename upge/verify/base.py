@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from upge.errors import ConfigError, UserError, nearest
 from upge.verify.answers import final_text
+from upge.verify.declared import Declared
 
 LONGEST_ANSWER = 1000
 """The most characters of an answer that is parsed as mathematics; a longer one can only match exactly."""
@@ -58,7 +60,7 @@ class AnswerVerifier(ABC):
         """Imports and caches what `judge` needs. Called once, before worker processes are forked."""
 
     def __call__(self, response: str, answer: str, prompt: str | None = None) -> float:
-        """The reward in [0, 1]; 0 for a response without an answer, or with one on which `judge` fails."""
+        """The reward, in [0, 1]; 0 for a response without an answer, or with one on which `judge` fails."""
         given = self.extract(response)
         if not given:
             return 0.0
@@ -87,15 +89,15 @@ BUILT_IN = {
     "reasoning_gym": "upge.verify.gym.ReasoningGymVerifier",
 }
 
-Verifier = Callable[[str, str, str | None], float]
-"""(response, ground truth, prompt) → reward in [0, 1]."""
+Verifier = Callable[..., Any]
+"""(response, ground truth, prompt) → reward, or with the parameters that `Declared` lists."""
 
 
 def load(name: str) -> Verifier:
     """The verifier called `name`: a key of `BUILT_IN`, or the dotted path of a callable in any importable module.
 
-    The callable takes (response, answer, prompt) and returns a number in [0, 1]. A class is instantiated without
-    arguments, and its instance is the verifier.
+    The callable takes (response, answer, prompt), or what it asks for by name, and returns a number in its range
+    (`Declared`). A class is instantiated without arguments, and its instance is the verifier.
 
     Raises:
         ConfigError: there is nothing of that name, or it is not such a callable.
@@ -109,11 +111,9 @@ def load(name: str) -> Verifier:
     if not callable(verifier):
         raise _refusal(name, f"it is a {type(verifier).__name__}, not a callable (response, answer, prompt) -> reward")
     try:
-        inspect.signature(verifier).bind("response", "answer", "prompt")
-    except TypeError as error:
-        raise _refusal(name, f"it must accept (response, answer, prompt), but {error}") from error
-    except ValueError:  # a callable written in C may have no signature
-        pass
+        Declared.by(verifier)
+    except ValueError as error:
+        raise _refusal(name, f"it {error}") from error
     return cast(Verifier, verifier)
 
 
@@ -154,6 +154,20 @@ LONGEST_EXTRACT = 1000
 """The most characters of an extracted answer in a verdict."""
 
 
+class Member(NamedTuple):
+    """A response's place among those to the same prompt, for verifiers that compare them.
+
+    Attributes:
+        group: identifies the group; responses are compared with those of an equal value.
+        size: number of responses of the group. It is verified as soon as all of them are submitted.
+        index: of the response, from 0; the verifier gets the responses in this order.
+    """
+
+    group: object
+    size: int
+    index: int
+
+
 class Item(NamedTuple):
     """One response to verify.
 
@@ -162,12 +176,20 @@ class Item(NamedTuple):
         answer: the ground truth, in the form that the verifier reads.
         prompt: the prompt of the response; some verifiers read it.
         verifier: the name of one of the pool's verifiers; None means the pool's first.
+        row: the problem's row in its data set, by column.
+        tokens: the length of the response.
+        is_truncated: whether the response was cut at the length limit.
+        member: the response's group; None means that it is the only response.
     """
 
     response: str
     answer: str
     prompt: str | None = None
     verifier: str | None = None
+    row: Mapping[str, Any] | None = None
+    tokens: int | None = None
+    is_truncated: bool | None = None
+    member: Member | None = None
 
 
 @dataclass(frozen=True)
@@ -175,12 +197,13 @@ class Verdict:
     """The result of verifying one item.
 
     Attributes:
-        reward: in [0, 1].
-        status: "ok", "timeout" or "error"; for the last two the reward is 0.
+        reward: in the range that the verifier declares, by default [0, 1].
+        status: "ok", "timeout" or "error"; for the last two the reward is the smallest of the range.
         detail: the reason for a timeout or an error.
         extracted: the answer that the verifier read in the response, at most `LONGEST_EXTRACT` characters; None if it
             found none or does not report it.
         traceback: of the exception in the verifier; empty if there was none.
+        rewards: for a sum of verifiers, the name and the own reward of each; empty for one verifier.
     """
 
     reward: float
@@ -188,6 +211,7 @@ class Verdict:
     detail: str = ""
     extracted: str | None = None
     traceback: str = ""
+    rewards: tuple[tuple[str, float], ...] = ()
 
     @property
     def error(self) -> str:
@@ -202,12 +226,18 @@ def checked(item: Item) -> Item:
         TypeError: `item` is not (text, text, text or None, text or None).
     """
     parts = tuple(item)
-    if 2 <= len(parts) <= 4 and all(isinstance(part, str) for part in parts[:2]):
-        if all(part is None or isinstance(part, str) for part in parts[2:]):
+    if 2 <= len(parts) <= len(Item._fields) and all(isinstance(part, str) for part in parts[:2]):
+        kinds = zip(parts[2:], (str, str, Mapping, int, bool, Member), strict=False)
+        if all(part is None or isinstance(part, kind) for part, kind in kinds):
             return Item(*cast("tuple[str, str]", parts))
     raise TypeError(
         "an item must be (response, answer, prompt or None, verifier or None), all text; found " + repr(parts)[:200]
     )
+
+
+def as_json(values: Mapping[str, Any]) -> str:
+    """Values of an item as JSON. Dates and other values that JSON lacks become texts."""
+    return json.dumps(values, default=str)
 
 
 def printable(text: str) -> str:

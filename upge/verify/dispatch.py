@@ -12,10 +12,14 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from upge.verify.base import Verdict, VerifierError, printable, shortened
 from upge.verify.messages import Message, ProtocolError
 from upge.verify.processes import START_LIMIT, Settings, Task, Team, Worker
+
+Outcome = Verdict | tuple[Verdict, ...]
+"""The verdict on a task, or the verdicts on the responses that its verifier compares."""
 
 START_ATTEMPTS = 3
 """Consecutive times that each worker may die before it has started an item."""
@@ -25,10 +29,10 @@ CLOSING = 15.0
 
 @dataclass(eq=False)
 class Job:
-    """A task and the futures of its verdict."""
+    """A task and the futures of its outcome."""
 
     task: Task
-    futures: list[Future[Verdict]] = field(default_factory=list)
+    futures: list[Future[Any]] = field(default_factory=list)
 
     @property
     def is_wanted(self) -> bool:
@@ -49,9 +53,9 @@ class Dispatcher:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._time_limit, self._owner = settings.time_limit, os.getpid()
+        self._time_limit, self._ranges, self._owner = settings.time_limit, settings.ranges, os.getpid()
         self._team, self._numbers = Team(settings), itertools.count(1)
-        self._inbox: deque[tuple[Task, Future[Verdict]]] = deque()
+        self._inbox: deque[tuple[Task, Future[Any]]] = deque()
         self._jobs: dict[Task, Job] = {}
         self._queue: deque[Job] = deque()
         self._failed_starts = 0
@@ -65,14 +69,14 @@ class Dispatcher:
 
     # --- in the callers' threads ---
 
-    def submit(self, task: Task) -> Future[Verdict]:
-        """A future of the verdict on a task.
+    def submit(self, task: Task) -> Future[Any]:
+        """A future of the `Outcome` of a task: several verdicts if the task has a `count`.
 
         Raises:
             RuntimeError: as for `require_open`.
         """
         self.require_open()
-        future: Future[Verdict] = Future()
+        future: Future[Any] = Future()
         future.add_done_callback(self._notice)
         self._inbox.append((task, future))
         self.wake()
@@ -100,7 +104,7 @@ class Dispatcher:
         except OSError:  # enough signals are already pending, or the thread has ended
             pass
 
-    def _notice(self, future: Future[Verdict]) -> None:
+    def _notice(self, future: Future[Any]) -> None:
         """Wakes the thread if a future was cancelled, because its worker may now be free."""
         if future.cancelled():
             self.wake()
@@ -224,23 +228,35 @@ class Dispatcher:
                 worker.has_started, worker.deadline = True, time.monotonic() + self._time_limit
                 self._failed_starts = 0
             case ["done", int(number), *outcome] if worker.expects(number) and worker.has_started:
-                verdict = self._verdict(outcome)
+                result = self._outcome(worker.job.task, outcome)
                 job, worker.job, worker.deadline = worker.job, None, float("inf")
-                self._answer(job, verdict)
+                self._answer(job, result)
             case _:
                 raise ProtocolError("a message out of turn")
 
-    def _verdict(self, outcome: Message) -> Verdict:
-        """The verdict that a worker has sent; raises ProtocolError if it is none."""
-        match outcome:
-            case [int() | float() as reward, status, str(detail), extracted, str(trace), float(seconds)] if (
-                0.0 <= reward <= 1.0 and status in ("ok", "error") and isinstance(extracted, str | None)
+    def _outcome(self, task: Task, message: Message) -> Outcome:
+        """What a worker has sent about a task; raises ProtocolError if it is no outcome."""
+        low, high = self._ranges.get(task.verifier, (0.0, 1.0))
+        match message:
+            case [list(rewards), "ok" | "error" as status, str(detail), extracted, str(trace), float(seconds)] if (
+                len(rewards) == (max(task.count, 1) if status == "ok" else 0)
+                and all(isinstance(reward, int | float) and low <= reward <= high for reward in rewards)
+                and isinstance(extracted, str | None)
             ):
                 # This thread may have read the message late. The worker knows how long the item took.
                 if seconds > self._time_limit:
-                    return self._timeout()
-                return Verdict(float(reward), status, printable(detail), extracted, printable(trace))
+                    return self._timeout(task)
+                if status == "error":
+                    return self._failed(task, status, printable(detail), extracted, printable(trace))
+                verdicts = tuple(Verdict(float(reward), status, printable(detail), extracted) for reward in rewards)
+                return verdicts if task.count else verdicts[0]
         raise ProtocolError("something other than a verdict")
+
+    def _failed(self, task: Task, status: str, detail: str, extracted: str | None = None, trace: str = "") -> Outcome:
+        """The outcome without a reward: the smallest one stands in its place, so that a failure never pays."""
+        low, _ = self._ranges.get(task.verifier, (0.0, 1.0))
+        verdict = Verdict(low, status, detail, extracted, trace)
+        return (verdict,) * task.count if task.count else verdict
 
     def _bury(self, worker: Worker, reason: str = "") -> None:
         """Replaces a worker that has died or has to.
@@ -253,7 +269,7 @@ class Dispatcher:
         """
         ending, words = self._team.replace(worker)
         if worker.job is not None and worker.has_started:
-            self._answer(worker.job, Verdict(0.0, "error", reason or ending))
+            self._answer(worker.job, self._failed(worker.job.task, "error", reason or ending))
             return
         if worker.job is not None:
             self._queue.appendleft(worker.job)
@@ -274,16 +290,18 @@ class Dispatcher:
             self._bury(worker, f"the worker process did not start on an item within {START_LIMIT:g} s")
             return
         self._team.replace(worker)
-        self._answer(worker.job, self._timeout())
+        self._answer(worker.job, self._timeout(worker.job.task))
 
-    def _timeout(self) -> Verdict:
-        return Verdict(0.0, "timeout", f"not done after {self._time_limit:g} s")
+    def _timeout(self, task: Task) -> Outcome:
+        return self._failed(task, "timeout", f"not done after {self._time_limit:g} s")
 
-    def _answer(self, job: Job, verdict: Verdict) -> None:
-        extracted = job.task.text if job.task.is_extracted else verdict.extracted
-        self._end(job, replace(verdict, extracted=shortened(extracted)))
+    def _answer(self, job: Job, outcome: Outcome) -> None:
+        if isinstance(outcome, Verdict):
+            extracted = job.task.text if job.task.is_extracted else outcome.extracted
+            outcome = replace(outcome, extracted=shortened(extracted))
+        self._end(job, outcome)
 
-    def _end(self, job: Job, outcome: Verdict | RuntimeError | None = None) -> None:
+    def _end(self, job: Job, outcome: Outcome | RuntimeError | None = None) -> None:
         """Sets the outcome of a job's futures; None cancels them."""
         del self._jobs[job.task]
         for future in job.futures:
@@ -291,7 +309,7 @@ class Dispatcher:
                 future.cancel()
             # Returns False if the future was cancelled; afterwards it can no longer be cancelled.
             if future.set_running_or_notify_cancel():
-                if isinstance(outcome, Verdict):
-                    future.set_result(outcome)
-                else:
+                if isinstance(outcome, RuntimeError):
                     future.set_exception(outcome)
+                else:
+                    future.set_result(outcome)

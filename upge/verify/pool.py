@@ -6,6 +6,8 @@ import os
 import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from typing import Any
 
 from upge.errors import ConfigError
 from upge.verify.base import (
@@ -17,12 +19,31 @@ from upge.verify.base import (
     AnswerVerifier,
     Item,
     Verdict,
+    as_json,
     checked,
     load,
     shortened,
 )
+from upge.verify.declared import ARGUMENTS, Declared
 from upge.verify.dispatch import Dispatcher
+from upge.verify.joined import Groups, Verdicts, joined
 from upge.verify.processes import Settings, Task
+from upge.verify.reward import Reward, names, terms
+
+_MORE = frozenset(ARGUMENTS) - {"response", "answer", "prompt"}
+"""Arguments that a worker gets only if the verifier asks for them."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Compared:
+    """An item of a verifier that compares the responses to a prompt."""
+
+    name: str
+    item: Item
+
+
+Part = Task | Verdict | _Compared
+"""What one verifier of a reward has to do for an item: a worker's task, nothing, or to wait for other responses."""
 
 
 class VerifierPool:
@@ -33,7 +54,8 @@ class VerifierPool:
     program.
 
     Args:
-        verifiers: names of the verifiers, see `upge.verify.load`. An item names its verifier; the first is the default.
+        verifiers: names of the verifiers, see `upge.verify.load`, or sums of them such as "math + 0.2*my.style". An
+            item names its verifier; the first is the default.
         workers: number of worker processes, at most `WORKERS_PER_CORE` for each core of the machine.
         time_limit: seconds that a worker may spend on an item; time in the queue does not count. A worker that exceeds
             the limit is killed and replaced, and one that dies is replaced. Only its own item is lost.
@@ -56,19 +78,39 @@ class VerifierPool:
         network: bool = False,
     ) -> None:
         check_limits(workers, time_limit, memory_limit, environment)
-        names = tuple(dict.fromkeys([verifiers] if isinstance(verifiers, str) else verifiers))
-        if not names:
+        rewards = tuple(dict.fromkeys([verifiers] if isinstance(verifiers, str) else verifiers))
+        if not rewards:
             raise ConfigError("verify.verifier: found an empty list; name at least one verifier, such as math")
-        self._verifiers = {name: load(name) for name in names}
-        self._first = names[0]
-        settings = Settings(names, workers, float(time_limit), memory_limit, tuple(environment), network)
+        self._verifiers = {name: load(name) for name in names(rewards)}
+        self._declared = {name: Declared.by(verifier) for name, verifier in self._verifiers.items()}
+        self._rewards = {text: Reward(terms(text), self._declared) for text in rewards}
+        self._first = rewards[0]
+        ranges = {name: (declared.minimum, declared.maximum) for name, declared in self._declared.items()}
+        settings = Settings(
+            tuple(ranges), workers, float(time_limit), memory_limit, tuple(environment), network, ranges
+        )
         self._dispatcher = Dispatcher(settings)
+        self._groups = Groups(self._begin_group)
         self._end = weakref.finalize(self, self._dispatcher.close)
 
     @property
     def verifiers(self) -> tuple[str, ...]:
         """The names that an item may give; the first is the default."""
-        return tuple(self._verifiers)
+        return tuple(self._rewards)
+
+    def reward(self, name: str | None = None) -> Reward:
+        """The reward that an item with this verifier gets, with its range.
+
+        Raises:
+            ValueError: the pool has no such verifier.
+        """
+        reward = self._rewards.get(name or self._first)
+        if reward is None:
+            known = ", ".join(self._rewards)
+            raise ValueError(
+                f"an item names the verifier {name!r}, but this pool has only {known}; name it when the pool is made"
+            )
+        return reward
 
     def submit(self, item: Item) -> Future[Verdict]:
         """Starts the verification of an item and returns a future of its verdict.
@@ -77,31 +119,36 @@ class VerifierPool:
         once. `Future.cancel` works until the verdict is available, and frees the worker. The future's callbacks run in
         the pool's thread; they may submit more items, but must not wait for them.
 
+        A verifier that compares the responses to a prompt begins when all members of the item's group are submitted.
+
         Returns:
             The future. Its `result` raises RuntimeError if the pool's processes cannot be started, and CancelledError
             if the pool is closed first.
 
         Raises:
             RuntimeError: the pool is closed, belongs to another process, or cannot start its workers.
-            TypeError: `item` is not (text, text, text or None, text or None).
+            TypeError: a field of `item` has another type.
             ValueError: `item` names a verifier that the pool does not have.
         """
-        return self._begin(self._prepared(item))
+        item = checked(item)
+        return self._begin(self.reward(item.verifier), self._prepared(item))
 
     def score(self, items: Iterable[Item]) -> list[Verdict]:
         """Verifies items and returns one verdict for each, in order. Equal items are verified once.
 
+        All members of a group must be among the items.
+
         Raises:
             RuntimeError, TypeError, ValueError: as for `submit`.
         """
-        asked = [self._prepared(item) for item in items]
+        asked = [(self.reward(one.verifier), self._prepared(one)) for one in map(checked, items)]
         self._dispatcher.require_open()
-        futures: dict[Task | Verdict, Future[Verdict]] = {}
+        futures: dict[object, Future[Verdict]] = {}
         try:
-            for task in asked:
-                if task not in futures:
-                    futures[task] = self._begin(task)
-            return [futures[task].result() for task in asked]
+            for reward, parts in asked:
+                if parts not in futures:
+                    futures[parts] = self._begin(reward, parts)
+            return [futures[parts].result() for _, parts in asked]
         except CancelledError as error:
             raise RuntimeError("this VerifierPool was closed before all verdicts were there") from error
         except BaseException:
@@ -112,6 +159,7 @@ class VerifierPool:
     def close(self) -> None:
         """Ends all processes of the pool and cancels pending futures. Further calls do nothing."""
         self._end()
+        self._groups.cancel()
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -119,34 +167,51 @@ class VerifierPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _begin(self, task: Task | Verdict) -> Future[Verdict]:
-        if isinstance(task, Task):
-            return self._dispatcher.submit(task)
+    def _begin(self, reward: Reward, parts: Sequence[Part]) -> Future[Verdict]:
+        futures = [self._future(part) for part in parts]
+        return futures[0] if reward.is_plain else joined(futures, reward.of)
+
+    def _future(self, part: Part) -> Future[Verdict]:
+        if isinstance(part, Task):
+            return self._dispatcher.submit(part)
         self._dispatcher.require_open()
+        if isinstance(part, _Compared):
+            return self._groups.add(part.name, part.item)
         known: Future[Verdict] = Future()
-        known.set_result(task)
+        known.set_result(part)
         return known
 
-    def _prepared(self, item: Item) -> Task | Verdict:
-        """The verdict on an item if it needs no worker, else the task for a worker."""
-        response, answer, prompt, name = checked(item)
-        name = name or self._first
-        verifier = self._verifiers.get(name)
-        if verifier is None:
-            known = ", ".join(self._verifiers)
-            raise ValueError(
-                f"an item names the verifier {name!r}, but this pool has only {known}; name it when the pool is made"
-            )
+    def _prepared(self, item: Item) -> tuple[Part, ...]:
+        """For each verifier of the item's reward the verdict if it needs no worker, else the task for a worker."""
+        return tuple(self._part(term.name, item) for term in self.reward(item.verifier).terms)
+
+    def _part(self, name: str, item: Item) -> Part:
+        verifier, declared = self._verifiers[name], self._declared[name]
+        if declared.compares:
+            return _Compared(name, item)
         # Only built-in verifiers run in the caller's process: they are fast for every response.
         if name not in BUILT_IN or not isinstance(verifier, AnswerVerifier):
-            return Task(name, response, answer, prompt)
-        given = verifier.extract(response)
+            wanted = _MORE & declared.asks
+            more = as_json({key: getattr(item, key) for key in sorted(wanted)}) if wanted else ""
+            return Task(name, item.response, item.answer, item.prompt, more=more)
+        given = verifier.extract(item.response)
         if not given:
             return Verdict(0.0, extracted=given)
-        reward = verifier.glance(given, answer, prompt)
+        reward = verifier.glance(given, item.answer, item.prompt)
         if reward is None:
-            return Task(name, given, answer, prompt, is_extracted=True)
+            return Task(name, given, item.answer, item.prompt, is_extracted=True)
         return Verdict(reward, extracted=shortened(given))
+
+    def _begin_group(self, name: str, items: Sequence[Item]) -> Future[Verdicts]:
+        """Starts the verification of responses to one prompt that a verifier compares."""
+        asks, first = self._declared[name].asks, items[0]
+        values: dict[str, Any] = {"responses": [item.response for item in items]}
+        if "row" in asks:
+            values["row"] = first.row
+        for key in ("tokens", "is_truncated"):
+            if key in asks:
+                values[key] = [getattr(item, key) for item in items]
+        return self._dispatcher.submit(Task(name, "", first.answer, first.prompt, more=as_json(values), count=len(items)))
 
 
 def check_limits(workers: int, time_limit: float, memory_limit: float | None, environment: Sequence[str]) -> None:

@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,8 @@ class Task(NamedTuple):
     Attributes:
         text: the response, or the answer extracted from it.
         is_extracted: whether `text` is the extracted answer.
+        more: further arguments that the verifier asks for, as JSON; empty for none.
+        count: for a verifier that compares responses, their number; they are in `more`. Else 0.
     """
 
     verifier: str
@@ -38,6 +41,8 @@ class Task(NamedTuple):
     answer: str
     prompt: str | None = None
     is_extracted: bool = False
+    more: str = ""
+    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Settings:
         memory_limit: memory that a worker may use beyond what it starts with [GiB]; None for no limit.
         environment: names of further environment variables that verifiers see.
         network: whether verifiers may use the network.
+        ranges: name → smallest and largest reward of the verifier.
     """
 
     names: tuple[str, ...]
@@ -59,6 +65,7 @@ class Settings:
     memory_limit: float | None
     environment: tuple[str, ...] = ()
     network: bool = False
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 class Worker:

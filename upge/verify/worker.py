@@ -1,29 +1,37 @@
 """A worker of a `VerifierPool`: a process that scores one response after the other.
 
 Protocol (`messages.Channel`): the worker sends ["ready", process id] or ["failed", verifier, reason]. For each task
-[number, verifier, text, answer, prompt, is_extracted] it sends ["started", number] and
-["done", number, reward, status, detail, extracted, traceback, seconds].
+[number, verifier, text, answer, prompt, is_extracted, more, count] it sends ["started", number] and
+["done", number, rewards, status, detail, extracted, traceback, seconds]. `rewards` has a number for each response.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import socket
 import time
 import traceback
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from upge.verify import isolation
 from upge.verify.base import LONGEST_EXTRACT, load
+from upge.verify.declared import Declared, Verifier
 from upge.verify.messages import Channel
 
-Verifier = Any  # a verifier of the user, of which nothing is known
-Outcome = tuple[float, str, str, str | None, str]
-"""Reward, status, detail, extracted answer, traceback."""
+Outcome = tuple[list[float], str, str, str | None, str]
+"""Rewards, status, detail, extracted answer, traceback. After an error there are no rewards."""
 LONGEST_DETAIL, LONGEST_TRACEBACK = 1000, 6000
 """The most characters of an error's message, and of its traceback, of which the end is kept."""
+
+
+class Loaded(NamedTuple):
+    """A verifier and what it declares."""
+
+    verifier: Verifier
+    declared: Declared
 
 
 def work(connection: socket.socket, server: int, setup: Mapping[str, Any]) -> NoReturn:
@@ -53,7 +61,7 @@ def work(connection: socket.socket, server: int, setup: Mapping[str, Any]) -> No
                 isolation.limit_cpu(math.ceil(cpu_limit))
             channel.send(["started", number])
             begin = time.monotonic()
-            outcome = score(verifiers[name], *task)
+            outcome = score(*verifiers[name], *task)
             if os.getpid() != own:  # forked by other means than Python's
                 os._exit(0)
             channel.send(["done", number, *outcome, time.monotonic() - begin])
@@ -63,41 +71,61 @@ def work(connection: socket.socket, server: int, setup: Mapping[str, Any]) -> No
         os._exit(1)
 
 
-def _loaded(names: list[str], channel: Channel) -> dict[str, Verifier]:
+def _loaded(names: list[str], channel: Channel) -> dict[str, Loaded]:
     """The verifiers by name. If one cannot be loaded, reports the reason and exits."""
     verifiers = {}
     for name in names:
         try:
-            verifiers[name] = load(name)
+            verifier = load(name)
+            verifiers[name] = Loaded(verifier, Declared.by(verifier))
         except BaseException as error:
             channel.send(["failed", name, str(error)[:LONGEST_DETAIL] or repr(error)[:LONGEST_DETAIL]])
             os._exit(1)
     return verifiers
 
 
-def score(verifier: Verifier, text: str, answer: str, prompt: str | None, is_extracted: bool) -> Outcome:
-    """The outcome for one response, or for an answer that was already extracted from it."""
+def score(
+    verifier: Verifier,
+    declared: Declared,
+    text: str,
+    answer: str,
+    prompt: str | None,
+    is_extracted: bool,
+    more: str = "",
+    count: int = 0,
+) -> Outcome:
+    """The outcome for one response, for an answer that was already extracted from it, or for `count` responses."""
     extracted = None
     try:
         if is_extracted:
             result = verifier.judge(text, answer, prompt)
         else:
-            extracted = _extracted(verifier, text)
-            result = verifier(text, answer, prompt)
+            extracted = None if count else _extracted(verifier, text)
+            values = {"response": text, "answer": answer, "prompt": prompt}
+            result = declared.call(verifier, values | (json.loads(more) if more else {}))
     except Exception as error:
         # If a built-in verifier fails, the answer is malformed and so wrong. A user's verifier may have a defect.
         blameless = is_extracted and not isinstance(error, (ImportError, MemoryError))
-        return (0.0, "ok", "", None, "") if blameless else (0.0, "error", *_told(error, extracted))
+        return ([0.0], "ok", "", None, "") if blameless else ([], "error", *_told(error, extracted))
+    try:
+        rewards = [_number(one) for one in result] if count else [_number(result)]
+    except Exception:  # no list, or a list that fails
+        rewards = []
+    if len(rewards) != max(count, 1) or not all(declared.minimum <= reward <= declared.maximum for reward in rewards):
+        expected = f"a finite number in [{declared.minimum:g}, {declared.maximum:g}]"
+        expected = f"a list of {count} rewards, each {expected}" if count else expected
+        return [], "error", f"the verifier returned {_shown(result)}; it must return {expected}", extracted, ""
+    return rewards, "ok", "", extracted, ""
+
+
+def _number(result: Any) -> float:
+    """A reward as a float; NaN if it is no number."""
     try:
         # float() also reads texts and bytes, which are no numbers here.
         is_number = hasattr(result, "__float__") or hasattr(result, "__index__")
-        reward = float(result) if is_number and not isinstance(result, (str, bytes)) else math.nan
+        return float(result) if is_number and not isinstance(result, (str, bytes)) else math.nan
     except Exception:
-        reward = math.nan
-    if not 0.0 <= reward <= 1.0:
-        detail = f"the verifier returned {_shown(result)}; it must return a finite number in [0, 1]"
-        return 0.0, "error", detail, extracted, ""
-    return reward, "ok", "", extracted, ""
+        return math.nan
 
 
 def _extracted(verifier: Verifier, response: str) -> str | None:

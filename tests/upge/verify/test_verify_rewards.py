@@ -1,0 +1,125 @@
+"""What verifiers ask for, the range that they declare, sums of verifiers, and groups that are compared."""
+
+from __future__ import annotations
+
+from concurrent.futures import wait
+
+import pytest
+
+from tests.verify_pools import rewards
+from upge.errors import ConfigError
+from upge.verify import Declared, Item, Member, VerifierPool, load, terms
+
+OWN = "tests.reward_examples"
+SUM = f"number + 0.5*{OWN}.Signed - 0.25*{OWN}.too_long"
+GROUP = (f"{OWN}.shorter", f"{OWN}.ranks", f"{OWN}.bad_list")
+
+
+@pytest.fixture(scope="module")
+def pool():
+    names = ["everything", "no_answer", "plain", "Signed", "shorter", "ranks", "bad_list", "too_long"]
+    sums = [SUM, f"0.5*{OWN}.shorter + {OWN}.plain", f"0.5*{OWN}.plain"]
+    with VerifierPool([*(f"{OWN}.{name}" for name in names), *sums], workers=2, time_limit=600.0) as pool:
+        yield pool
+
+
+def test_a_verifier_gets_what_it_asks_for_by_name(pool):
+    row = {"level": 2, "word": "r"}
+    full = Item("r", "a", "p", f"{OWN}.everything", row, 3, True)
+    others = [full._replace(tokens=4), full._replace(is_truncated=False), full._replace(row={"level": 3})]
+    assert rewards(pool.score([full, *others])) == [1, 0, 0, 0]
+    named = Item("r", "", None, f"{OWN}.no_answer", row)
+    assert rewards(pool.score([named, named._replace(row={"word": "s"})])) == [1, 0]
+    assert rewards(pool.score([Item("an a", "a", verifier=f"{OWN}.plain")])) == [1]
+    assert Declared.by(load(f"{OWN}.plain")).asks == {"response", "answer", "prompt"}
+    assert Declared.by(lambda text, truth, question: 1.0).asks == frozenset(), "called by position"
+    assert not Declared.by(load(f"{OWN}.no_answer")).needs_answer and Declared.by(load("math")).needs_answer
+
+
+def test_a_row_goes_to_a_worker_only_where_it_is_asked_for(pool):
+    item = Item("r", "a", "p", row={"level": 2, "word": "r"}, tokens=3, is_truncated=True)
+    more = {name: pool._part(f"{OWN}.{name}", item).more for name in ("everything", "no_answer", "plain", "too_long")}
+    assert more["plain"] == "" and more["too_long"] == '{"tokens": 3}'
+    assert more["no_answer"] == '{"row": {"level": 2, "word": "r"}}' and "is_truncated" in more["everything"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("misspelled", "(response, anwser, row) with `anwser`; name them as in response, answer, prompt, row"),
+        ("both", "asks for `response` and `responses`"),
+        ("upside_down", "declares rewards from minimum=1.0 to maximum=1.0; give two numbers"),
+    ],
+)
+def test_declarations_that_are_refused(name, said):
+    with pytest.raises(ConfigError, match="verify.verifier") as caught:
+        load(f"{OWN}.{name}")
+    assert said in str(caught.value)
+
+
+def test_rewards_lie_in_the_declared_range_and_a_failure_never_pays(pool):
+    name = f"{OWN}.Signed"
+    good = pool.score([Item(text, "", verifier=name) for text in ("-1", "-0.5", "2")])
+    assert rewards(good) == [-1, -0.5, 2]
+    above, below = pool.score([Item(text, "", verifier=name) for text in ("2.5", "nan")])
+    with VerifierPool(name, workers=1, time_limit=0.5) as hurried:
+        (hang,) = hurried.score([Item("hang", "")])
+    assert (above.status, below.status, hang.status) == ("error", "error", "timeout")
+    assert "must return a finite number in [-1, 2]" in above.detail
+    assert [verdict.reward for verdict in (above, below, hang)] == [-1, -1, -1]
+    assert (pool.reward(name).minimum, pool.reward(name).maximum) == (-1, 2)
+
+
+def test_a_sum_of_verifiers_is_one_reward():
+    assert terms("math") == (("math", 1.0),) and terms("0.5 * a.b") == (("a.b", 0.5),)
+    assert terms("math+.2*a.b-3*c.d") == (("math", 1.0), ("a.b", 0.2), ("c.d", -3.0))
+    for text in ("", "math 2", "2", "a b", "math +"):
+        assert terms(text) == ((text, 1.0),), "no sum: `load` refuses the name"
+    with pytest.raises(ConfigError, match="names 'math' twice"):
+        terms("math + 2*math")
+    with pytest.raises(ConfigError, match="found 'a.b': there is no module 'a'"):
+        VerifierPool("math + a.b")
+
+
+def test_the_parts_of_a_sum_are_told(pool):
+    right, wrong = r"so \boxed{2}", r"so \boxed{3}"
+    items = [Item(text, "2", verifier=f"0.5*{OWN}.plain") for text in (right, wrong)]
+    assert rewards(pool.score(items)) == [0.5, 0]
+    numbers = [Item(text, "", verifier=SUM, tokens=n) for text, n in (("1", 3), ("-1", 5))]
+    first, second = pool.score(numbers)
+    assert first.rewards == (("number", 0.0), (f"{OWN}.Signed", 1.0), (f"{OWN}.too_long", 0.0))
+    assert (first.reward, second.reward) == (0.5, -0.75)
+    (failed,) = pool.score([Item("five", "", verifier=SUM)])
+    assert failed.status == "error" and failed.detail.startswith(f"{OWN}.Signed: ValueError")
+    assert failed.reward == -0.75, "every part that failed counts as its worst case"
+    assert (pool.reward(SUM).minimum, pool.reward(SUM).maximum) == (-0.75, 2.0)
+
+
+def test_a_verifier_compares_the_responses_to_a_prompt(pool):
+    members = [Item(text, "", "p", GROUP[1], member=Member("g", 3, i)) for i, text in enumerate("cab")]
+    futures = [pool.submit(item) for item in members[:0:-1]]
+    assert not wait(futures, timeout=0.2).done, "the group is not complete"
+    futures.append(pool.submit(members[0]))
+    assert [future.result().reward for future in reversed(futures)] == [2 / 3, 0, 1 / 3]
+    tokens = [Item("x", "", "p", GROUP[0], tokens=n, member=Member("h", 2, i)) for i, n in enumerate((5, 4))]
+    assert rewards(pool.score(tokens)) == [0, 1]
+    assert rewards(pool.score([tokens[0]._replace(member=None)])) == [1], "a group of its own"
+    both = f"0.5*{OWN}.shorter + {OWN}.plain"
+    assert rewards(pool.score([item._replace(verifier=both, answer="x") for item in tokens])) == [1, 1.5]
+
+
+@pytest.mark.parametrize("text", ["short", "high", "text", "none"])
+def test_a_list_that_does_not_fit_its_group_fails_for_all(pool, text):
+    items = [Item(text, "", verifier=GROUP[2], member=Member(text, 2, i)) for i in range(2)]
+    for verdict in pool.score(items):
+        assert (verdict.reward, verdict.status) == (0, "error")
+        assert "a list of 2 rewards, each a finite number in [0, 1]" in verdict.detail
+
+
+def test_futures_of_sums_and_groups_can_be_cancelled():
+    with VerifierPool([SUM, GROUP[1]], workers=1, time_limit=3600) as pool:
+        hanging = pool.submit(Item("hang", "", verifier=SUM, tokens=1))
+        assert hanging.cancel()
+        assert pool.submit(Item("1", "", verifier=SUM, tokens=1)).result(300).reward == 0.5, "the worker is free"
+        alone = pool.submit(Item("a", "", verifier=GROUP[1], member=Member("g", 2, 0)))
+    assert alone.cancelled(), "closing the pool ends the wait for a group"
