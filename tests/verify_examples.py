@@ -61,7 +61,7 @@ class NeedsMore:
         pass
 
 
-def too_few(response):
+def too_few(text):
     return 1.0
 
 

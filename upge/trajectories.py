@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from upge.errors import ConfigError, nearest
-from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS, PackedTokens, TrajectoryView, hide
+from upge.views import PASS_THRESHOLD, TOKEN_COLUMNS, TRAJECTORY_COLUMNS, PackedTokens, TrajectoryView, hide
 
 #: The trajectories of a batch that a term or a regularizer learns from; see `Trajectories.source_rows`.
 Source = Literal["rollouts", "demonstrations", "preference_pairs", "all"]
@@ -46,7 +46,7 @@ class Trajectories(TrajectoryView):
     Attributes:
         logprobs: [B, T] log π_θ of each response token, with gradient; None before the forward pass.
         response_mask: [B, T] True on the tokens that count.
-        rewards: [B] the verifier's reward; for a demonstration 1 if it is correct.
+        rewards: [B] the verifier's reward; for a correct demonstration the largest that the verifier gives, usually 1.
         group: [B] integers, equal for responses to the same prompt.
         is_demonstration: [B] True for expert responses, False for the model's own rollouts.
         behavior_logprobs: [B, T] log π_θold of the policy that generated the data; None = strictly on-policy.
@@ -58,6 +58,7 @@ class Trajectories(TrajectoryView):
         step: number of training steps before this batch, for schedules.
         row: [B] index of each trajectory in the batch that it was selected from.
         state: variable name → current value, of each stateful gate.
+        pass_threshold: a rollout counts as a success above this reward.
 
     Raises:
         ValueError: a column is not a tensor, or has the wrong shape, type or values. The message names the column,
@@ -78,6 +79,7 @@ class Trajectories(TrajectoryView):
     step: int = 0
     row: Int[Tensor, "B"] | None = None
     state: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    pass_threshold: float = PASS_THRESHOLD
 
     def __post_init__(self) -> None:
         for name in TOKEN_COLUMNS + TRAJECTORY_COLUMNS:

@@ -37,8 +37,8 @@ COLUMNS = frozenset(TOKEN_COLUMNS + TRAJECTORY_COLUMNS)
 LIVE_COLUMNS = frozenset({"logprobs", "entropies"})
 #: Columns that may be None in a view: without the behaviour policy's log-probs the data are strictly on-policy.
 MAY_BE_ABSENT = frozenset({"behavior_logprobs"})
-#: A rollout counts as a success above this reward; rewards are 0 or 1 (or -1 and 1).
-SUCCESS_REWARD = 0.5
+#: A rollout counts as a success above this reward, unless a run sets another one.
+PASS_THRESHOLD = 0.5
 
 
 #: The argument of a part: a `TokenView`, or a `TrajectoryView` where the part's reach or columns require it. Which of
@@ -128,6 +128,7 @@ class TrajectoryView(TokenView):
     is_demonstration: Bool[Tensor, "B"]
     preference: Int[Tensor, "B"]
     row: Int[Tensor, "B"]
+    pass_threshold: float
 
     def look_up(self, values: Tensor) -> Tensor:
         """The rows of [B] or [B, T] `values` that belong to this view's trajectories."""
@@ -156,12 +157,12 @@ class TrajectoryView(TokenView):
 
     @property
     def pass_rate(self) -> Float[Tensor, "B"]:
-        """[B] the share of successes (reward above 0.5) among the rollouts of each trajectory's group.
+        """[B] the share of successes (reward above `pass_threshold`) among the rollouts of each trajectory's group.
 
         Demonstrations do not count. NaN for a group without rollouts.
         """
         index, is_rollout = self.group_index, (~self.is_demonstration).double()
-        success = (self.rewards > SUCCESS_REWARD).double() * is_rollout
+        success = (self.rewards > self.pass_threshold).double() * is_rollout
         return (group_sum(success, index) / group_sum(is_rollout, index))[index]
 
     @abstractmethod

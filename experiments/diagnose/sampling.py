@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -262,7 +262,8 @@ def sample(
             without = f", {failed} of them without a verdict, which count as wrong" if failed else ""
             say(f"{purpose}: {n} rollouts of {len(examples)} prompts{without}")
             each = enumerate(zip(examples, sampled.groups, strict=True))
-            return [[_rollout(q, example, *response) for response in group] for q, (example, group) in each]
+            threshold = run.verify.pass_threshold
+            return [[_rollout(q, example, threshold, *pair) for pair in group] for q, (example, group) in each]
 
         sampler = load_sampler(model, run.rollout, length, run.seed)
         say(f"rollouts: {sampler.reason}")
@@ -274,9 +275,10 @@ def sample(
             sampler = load_sampler(behavior, run.rollout, length, run.seed)
         own = drawn(sampler, "batches", prompts.examples, config.rounds * config.group_size)
         sampler.close()
+        ranges = pool.ranges
     groups = []
     for q, (example, rounds) in enumerate(zip(prompts.examples, _parts(own, config.group_size), strict=True)):
-        groups.append([Group(tuple(one), *_given(q, example, r, run)) for r, one in enumerate(rounds)])
+        groups.append([Group(tuple(one), *_given(q, example, r, run, ranges)) for r, one in enumerate(rounds)])
     dealt = deal(config.prompts, config.prompts_per_step, config.rounds, run.seed)
     rates = torch.tensor([pass_rate(rollouts) for rollouts in passed], dtype=torch.float64)
     return Sampled(Pool(groups, dealt, _parts(reference, size), rates), _parts(others, size))
@@ -293,14 +295,16 @@ def _parts(groups: list[list[Trajectory]], size: int) -> list[list[list[Trajecto
     return [[own[i : i + size] for i in range(0, len(own), size)] for own in groups]
 
 
-def _rollout(q: int, example: Example, response: rollout.Rollout, verdict) -> Trajectory:
+def _rollout(q: int, example: Example, threshold: float, response: rollout.Rollout, verdict) -> Trajectory:
     return Trajectory(
         q, q, tuple(example.prompt_ids), response.token_ids, verdict.reward, False, response.logprobs,
-        response.finished, verdict.status,
+        response.finished, verdict.status, pass_threshold=threshold,
     )  # fmt: skip
 
 
-def _given(q: int, example: Example, number: int, run) -> tuple[tuple[Trajectory, ...], tuple[Trajectory, ...]]:
+def _given(
+    q: int, example: Example, number: int, run, ranges: Mapping[str, tuple[float, float]]
+) -> tuple[tuple[Trajectory, ...], tuple[Trajectory, ...]]:
     """Random demonstrations of a prompt for a round, and its preference pair.
 
     A run goes through them in order, but then rounds would not be independent of each other.
@@ -310,9 +314,11 @@ def _given(q: int, example: Example, number: int, run) -> tuple[tuple[Trajectory
     if count and 0 < wanted < count:
         first = stream_seed(run.seed, "diagnose", "demonstration", q, number) % count
         chosen = [(first + i) % count for i in range(wanted)]
-    every = [Trajectory(q, q, tuple(example.prompt_ids), tuple(ids), 1.0, True) for ids in example.demonstrations]
+    least, most = ranges[example.problem.verifier or run.verify.verifier]
+    given = Trajectory(q, q, tuple(example.prompt_ids), (), most, True, pass_threshold=run.verify.pass_threshold)
+    every = [replace(given, response_ids=tuple(ids)) for ids in example.demonstrations]
     shown = tuple(every[i] for i in chosen)
     if not has_pair(example):
         return shown, ()
     better = replace(every[0], preference=1)
-    return shown, (better, replace(better, response_ids=tuple(example.rejected_ids), reward=0.0, preference=-1))
+    return shown, (better, replace(better, response_ids=tuple(example.rejected_ids), reward=least, preference=-1))

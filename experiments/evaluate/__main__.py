@@ -111,7 +111,10 @@ def _sample(chosen: Any, prepared: Any, total: int, missing: int, arguments: Seq
             print(f"note: earlier responses in {folder.path} were drawn with {', '.join(others)}", flush=True)
         with Progress(total, total - missing) as progress:
             first_error = FirstError(partial(tqdm.write, file=sys.stderr))
-            verified = VerifiedSampler(sampler, pool, prepared.prompting, first_error)
+            threshold = config.verify.pass_threshold
+            verified = VerifiedSampler(
+                sampler, pool, prepared.prompting, first_error, pass_threshold=threshold, ranges=pool.ranges
+            )
             evaluator = Evaluator(verified, prepared.sampling, config.seed, progress.wrote)
             for questions in prepared.questions:
                 name = questions.benchmark.name
@@ -131,9 +134,13 @@ def _outcomes(benchmark: Any, folder: Any) -> Any:
 
 def _how(chosen: Any) -> dict[str, Mapping[str, Any]]:
     """Benchmark → the settings that must match for its scores to be comparable between models."""
+    from upge.views import PASS_THRESHOLD
+
     suite, default = chosen.config.suite, chosen.config.verify.verifier
     drawn = {"temperature": suite.temperature, "top_p": suite.top_p if suite.temperature else 1.0}
     drawn["max_response_tokens"] = suite.max_response_tokens
+    if chosen.config.verify.pass_threshold != PASS_THRESHOLD:
+        drawn["pass_threshold"] = chosen.config.verify.pass_threshold
     own = {name: (one.verifier or default, one.instruction) for name, one in suite.chosen().items()}
     return {name: {**drawn, "verifier": v, "instruction": text} for name, (v, text) in own.items()}
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from experiments.config import compose, presets, resolved, suite_tree
 from experiments.evaluate.folder import EvaluationFolder, difference, fingerprint, output_folder
 from experiments.run import answer_check
-from experiments.run.prepare import check_length, check_verifiers, load_prompting
+from experiments.run.prepare import check_length, check_verifiers, load_prompting, with_rows
 from upge.config import Settings, from_tree, key, meanings, parse, section, split
 from upge.data import Prompting
 from upge.errors import ConfigError, DataError, ModelError, nearest
@@ -203,6 +203,7 @@ def prepare(chosen: Chosen) -> Prepared:
     weights = fingerprint(model.path)
     folder.check_weights(weights, config.model.path)
     prompting = load_prompting(model)
+    benchmarks = tuple(replace(one, problems=tuple(with_rows(one.problems, verifiers))) for one in benchmarks)
     questions = tuple(Questions.of(one, prompting, config.suite.max_prompt_tokens) for one in benchmarks)
     sampling = Sampling(
         temperature=config.suite.temperature,

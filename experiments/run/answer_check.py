@@ -33,22 +33,29 @@ def refused(problems: Sequence[Problem], default: str) -> Iterator[tuple[Problem
     Raises:
         ConfigError: a verifier that does not exist.
     """
-    for name in names(problems, default):
-        verifier = verify.load(name)
-        check = getattr(verifier, "check_answer", None)
-        answers = list(dict.fromkeys(p.answer for p in problems if (p.verifier or default) == name))
+    of_reward = {text: [term.name for term in verify.terms(text)] for text in names(problems, default)}
+    for name in dict.fromkeys(name for verifiers in of_reward.values() for name in verifiers):
+        answers = dict.fromkeys(p.answer for p in problems if name in of_reward[p.verifier or default])
         new = [answer for answer in answers if (name, answer) not in _known]
-        if check is None:
-            reasons: list[str | None] = [None] * len(new)
-        elif name in BUILT_IN and len(new) >= LEAST:
-            reasons = _remembered(name, check, new)
-        else:
-            reasons = [_reason(check, answer) for answer in new]
-        _known.update(zip(((name, answer) for answer in new), reasons, strict=True))
+        _known.update(zip(((name, answer) for answer in new), _reasons(name, new), strict=True))
     for problem in problems:
-        reason = _known[problem.verifier or default, problem.answer]
+        reasons = (_known[name, problem.answer] for name in of_reward[problem.verifier or default])
+        reason = next((reason for reason in reasons if reason is not None), None)
         if reason is not None:
             yield problem, reason
+
+
+def _reasons(name: str, answers: Sequence[str]) -> list[str | None]:
+    """Why the verifier refuses each answer; None if it does not."""
+    verifier = verify.load(name)
+    check = getattr(verifier, "check_answer", None)
+    if not verify.Declared.by(verifier).needs_answer:
+        return [None] * len(answers)
+    if check is None:
+        return [None if answer else f"there is none, and the verifier '{name}' asks for it" for answer in answers]
+    if name in BUILT_IN and len(answers) >= LEAST:
+        return _remembered(name, check, answers)
+    return [_reason(check, answer) for answer in answers]
 
 
 def _remembered(name: str, check: object, answers: Sequence[str]) -> list[str | None]:

@@ -87,7 +87,7 @@ def _prepared(composed: Composed, has_tokenizer: bool, notes: list[str]) -> tupl
             return prepared, [_sizes(len(prepared.train), having, len(prepared.evaluation))]
         composed.algorithm.check(group_size=config.group_size, provided=PROVIDED)
         check_stages(composed.algorithm, config.steps)
-        verify.load(config.verify.verifier)
+        verify.Reward.load(config.verify.verifier)
         splits = load_splits(composed.tree["data"])
         having = sum(bool(problem.demonstrations) for problem in splits.train)
         return None, [_sizes(len(splits.train), having, len(splits.evaluation)) + ", whatever their length"]

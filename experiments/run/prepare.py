@@ -27,6 +27,8 @@ from upge.verify import VerifierPool
 from upge.verify.base import BUILT_IN
 from upge.verify.isolation import can_leave_network
 from upge.verify.pool import check_limits
+from upge.verify.reward import Reward
+from upge.verify.reward import names as reward_names
 
 #: Columns that this trainer fills beyond rewards, masks and groups.
 PROVIDED = ("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "preference")
@@ -67,12 +69,14 @@ def prepare(composed: Composed) -> Prepared:
     _check_installed()
     splits, notes = load_problems(composed.tree["data"], config)
     measured = _measured(config, splits)
-    verifiers = check_answers([*splits.train, *measured], config.verify.verifier)
+    verified = splits.train if algorithm.needs.rollouts else [p for p in splits.train if p.answer]
+    verifiers = check_answers([*verified, *measured], config.verify.verifier)
     check_length(config.model, config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
     prompting = load_prompting(config.model)
     notes += _overlap(splits.train, measured)
-    train, more = _encode("training", splits.train, prompting, composed)
+    train, more = _encode("training", with_rows(splits.train, verifiers), prompting, composed)
     notes += more
+    measured = with_rows(measured, verifiers)
     evaluation, more = _encode("evaluation", measured, prompting, composed) if measured else ([], [])
     notes += more
     check_vocabulary([*train, *evaluation], config.model)
@@ -187,11 +191,20 @@ def check_verifiers(verifiers: Sequence[str], config: VerifyConfig) -> list[str]
     Only verifiers that execute other code than upge's are worth a note.
 
     Raises:
-        ConfigError: there are too many workers for the machine, or an environment variable is not set.
+        ConfigError: there are too many workers for the machine, an environment variable is not set, or no reward of a
+            verifier is above `pass_threshold`, or all are.
     """
     check_limits(config.workers, config.time_limit, config.memory_limit, config.environment)
-    own = [name for name in verifiers if name not in BUILT_IN]
-    if config.network or not {*own, "reasoning_gym"} & {*verifiers}:
+    for text in verifiers:
+        reward = Reward.load(text)
+        if not reward.minimum <= config.pass_threshold < reward.maximum:
+            raise ConfigError(
+                f"verify.pass_threshold: found {config.pass_threshold:g}, but '{text}' gives rewards from "
+                f"{reward.minimum:g} to {reward.maximum:g}; give the reward above which a response passes"
+            )
+    single = reward_names(verifiers)
+    own = [name for name in single if name not in BUILT_IN]
+    if config.network or not {*own, "reasoning_gym"} & {*single}:
         return []
     if not can_leave_network():
         return ["verifiers can use the network, because this system lets no process leave it (unshare)"]
@@ -246,6 +259,13 @@ def check_answers(problems: Sequence[data.Problem], default: str) -> tuple[str, 
         DataError: an answer that its verifier could never accept.
     """
     for problem, reason in answer_check.refused(problems, default):
+        if not problem.answer:
+            raise DataError(
+                f"{problem.where or problem.id}: there is no answer, and the verifier '{problem.verifier or default}' "
+                "compares responses with it. Name its column as data.columns.answer, or a verifier that asks for no "
+                "answer as verify.verifier. An algorithm that learns only from demonstrations or pairs, such as sft or "
+                "dpo, needs none for training; eval.every=-1 measures no accuracy"
+            )
         raise DataError(
             f"{problem.where or problem.id}: the answer cannot be verified: {reason}; for training "
             "data_policy.unverifiable_answers=drop leaves such problems out"
@@ -253,11 +273,19 @@ def check_answers(problems: Sequence[data.Problem], default: str) -> tuple[str, 
     return answer_check.names(problems, default)
 
 
+def with_rows(problems: Sequence[data.Problem], verifiers: Sequence[str]) -> Sequence[data.Problem]:
+    """The problems, without their rows if no verifier asks for these, which may take much memory."""
+    if any("row" in Reward.load(text).asks for text in verifiers):
+        return problems
+    return [problem if problem.row is None else replace(problem, row=None) for problem in problems]
+
+
 def _verifiable(splits: data.Splits, config: RunConfig) -> tuple[data.Splits, list[str]]:
     """The problems without those that the policy drops, and a note of how many these are."""
     if config.data_policy.unverifiable_answers == "error":
         return splits, []
-    refused = list(answer_check.refused([*splits.train, *splits.evaluation], config.verify.verifier))
+    answered = [problem for problem in (*splits.train, *splits.evaluation) if problem.answer]
+    refused = list(answer_check.refused(answered, config.verify.verifier))
     if not refused:
         return splits, []
     out = {problem.id for problem, _ in refused}

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from upge.components.base import AdvantageEstimator, like
 from upge.errors import ConfigError
 from upge.formula import Formula, tex
-from upge.views import SUCCESS_REWARD, TokenView, TrajectoryView, group_sum
+from upge.views import TokenView, TrajectoryView, group_sum
 
 GROUP_COLUMNS = frozenset({"rewards", "group", "is_demonstration"})
 
@@ -37,7 +37,10 @@ class ConstantAdvantage(AdvantageEstimator):
 
 @dataclass(frozen=True)
 class SignedReward(AdvantageEstimator):
-    """Â = `success` if the reward exceeds 0.5, else `failure`. The default ±1 is that of arXiv 2509.04419, table 1."""
+    """Â = `success` if the reward exceeds the batch's `pass_threshold` (0.5), else `failure`.
+
+    The default ±1 is that of arXiv 2509.04419, table 1.
+    """
 
     success: float = 1.0
     failure: float = -1.0
@@ -45,7 +48,7 @@ class SignedReward(AdvantageEstimator):
     graded: ClassVar[bool] = False
 
     def __call__(self, batch: TrajectoryView) -> Float[torch.Tensor, "B T"]:
-        succeeded = (batch.rewards > SUCCESS_REWARD).double()
+        succeeded = (batch.rewards > batch.pass_threshold).double()
         return _per_token(succeeded * self.success + (1 - succeeded) * self.failure, batch)
 
     def formula(self) -> Formula:

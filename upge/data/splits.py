@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from upge.checks import check_fields
 from upge.errors import ConfigError, DataError, UserError, nearest
@@ -30,6 +30,7 @@ class Problem:
         verifier: the name of the verifier that reads `answer`, as in `upge.verify.load`; None means the run's verifier.
         source: in a mixture, the name of its data set; else empty.
         history: the turns of a conversation before `prompt`, as pairs of role ("user" or "assistant") and content.
+        row: the row of its table, by column, for verifiers that ask for it; None if there is none.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Problem:
     verifier: str | None = None
     source: str = ""
     history: tuple[tuple[str, str], ...] = ()
+    row: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)  # Any: JSON or parquet values
 
     @property
     def conversation(self) -> str:

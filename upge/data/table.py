@@ -91,7 +91,9 @@ class Table:
         if "answer" not in self.columns:
             raise ConfigError("data.columns.answer: missing; name the column that holds it, or give null for none")
         if self.columns.get("options") is not None and self.columns["answer"] is None:
-            raise ConfigError("data.columns.answer: null, but data.columns.options needs the column of the right option")
+            raise ConfigError(
+                "data.columns.answer: null, but data.columns.options needs the column of the right option"
+            )
         if not 0 <= self.evaluation_share < 1:
             raise ConfigError(f"data.evaluation_share: found {self.evaluation_share}; give a share from 0 to below 1")
         if self.evaluation_split is not None and self.hub is None:
@@ -185,6 +187,7 @@ class Table:
             rejected=rejected[0] if rejected else None,
             verifier=self._cell(record, "verifier", cells.text) or self.verifier,
             history=asked.history,
+            row=record.values,
         )
 
     def _required(self, name: str) -> str:

@@ -27,7 +27,6 @@ from upge.rollout.verified_sampling import PendingRollout, VerifiedRollouts, Ver
 from upge.train.config import RunConfig
 from upge.train.distributed import World, gather_results
 from upge.train.prompt_order import stream_seed
-from upge.views import SUCCESS_REWARD
 
 #: Responses per call of the sampler, which holds their tokens until the call ends: about half a GiB at 8192 tokens.
 CHUNK = 1024
@@ -153,7 +152,7 @@ class Evaluator:
             response=response.text,
             extracted=verdict.extracted,
             reward=float(verdict.reward),
-            correct=verdict.reward > SUCCESS_REWARD,
+            correct=verdict.reward > self.sampler.pass_threshold,
             status=cast(Literal["ok", "timeout", "error"], verdict.status),
             detail=verdict.detail,
             tokens=len(response.rollout.token_ids),
@@ -191,10 +190,14 @@ def training_accuracy(
     seeds = [stream_seed(config.seed, "evaluation", i) for i in own]
     problems = [examples[i] for i in own]
 
+    def solved(rollouts: VerifiedRollouts) -> list[list[bool]]:
+        """For each problem, whether each of its responses is correct."""
+        return [[verdict.reward > sampler.pass_threshold for _, verdict in group] for group in rollouts.groups]
+
     def measure() -> tuple[list[tuple[int, bool, list[bool]]], Counter[str], str]:
         greedy = sampler.sample(problems, 1, Sampling(0.0, 1.0, *limits), seeds)
         sampled = sampler.sample(problems, config.eval.samples, sampling, seeds)
-        rows = [(i, first, rest) for i, (first,), rest in zip(own, _solved(greedy), _solved(sampled), strict=True)]
+        rows = [(i, first, rest) for i, (first,), rest in zip(own, solved(greedy), solved(sampled), strict=True)]
         verdicts = (verdict for one in (greedy, sampled) for group in one.groups for _, verdict in group)
         return rows, Counter(verdict.status for verdict in verdicts), greedy.first_error or sampled.first_error
 
@@ -234,8 +237,3 @@ def accuracy(greedy: Bool[Tensor, " P"], correct: Bool[Tensor, "P k"]) -> dict[s
     passed = pass_at_k(torch.full_like(counts, k), counts, [k])[:, 0] if problems else torch.zeros(0)
     shares = {"greedy": greedy.double(), f"pass@{k}": passed, f"mean@{k}": counts.double() / k}
     return {"problems": problems} | {name: sum(values.tolist()) / max(problems, 1) for name, values in shares.items()}
-
-
-def _solved(rollouts: VerifiedRollouts) -> list[list[bool]]:
-    """For each problem, whether each of its responses is correct."""
-    return [[verdict.reward > SUCCESS_REWARD for _, verdict in group] for group in rollouts.groups]

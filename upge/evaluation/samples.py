@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -32,7 +33,7 @@ class Sample:
         prompt, answer: of the problem, with its reference answer.
         response: the model's text.
         extracted: the answer that the verifier extracted from it; None if there was none.
-        reward: in [0, 1].
+        reward: a finite number.
         correct: whether the response counts as solving the problem.
         status: how the verification ended.
         detail: the verifier's remark; may be empty.
@@ -216,8 +217,8 @@ def _parse(line: bytes, where: str) -> Sample:
         raise DataError(f"{where}: no field '{missing[0]}'; this is not a samples file of an evaluation")
     values = {name: row[name] for name in types}
     _check_types(values, types, where)
-    if not 0 <= values["reward"] <= 1:
-        raise DataError(f"{where}: reward: found {values['reward']}, expected a number from 0 to 1")
+    if not math.isfinite(values["reward"]):
+        raise DataError(f"{where}: reward: found {values['reward']}, expected a finite number")
     return Sample(**values)
 
 

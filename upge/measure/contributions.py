@@ -28,7 +28,6 @@ from upge.measure.pool import Columns, Pool, batches, pair_of
 from upge.measure.scores import Pair, Request, Scores
 from upge.train.sample import Trajectory
 from upge.trajectories import Trajectories
-from upge.views import SUCCESS_REWARD
 
 #: Directions whose entries differ by less count as equal; the weights' rounding errors are below it.
 _SAME = 1e-7
@@ -195,7 +194,7 @@ def true_gradient(
 
 def pass_rate(rollouts: Sequence[Trajectory]) -> float:
     """The fraction of the rollouts that succeed."""
-    return sum(t.reward > SUCCESS_REWARD for t in rollouts) / len(rollouts)
+    return sum(t.passed for t in rollouts) / len(rollouts)
 
 
 #: The name of the part that consists of all additive regularizers: KL, entropy.

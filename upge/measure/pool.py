@@ -27,7 +27,6 @@ from upge.measure.scores import Pair
 from upge.train.prompt_order import permutation, stream_seed
 from upge.train.sample import Trajectory, assemble
 from upge.trajectories import Trajectories
-from upge.views import SUCCESS_REWARD
 
 #: Column name → [t] its values on the tokens of one response.
 Columns = Mapping[str, Tensor]
@@ -48,7 +47,7 @@ class Group:
     @property
     def successes(self) -> int:
         """The number of rollouts that count as a success."""
-        return sum(rollout.reward > SUCCESS_REWARD for rollout in self.rollouts)
+        return sum(rollout.passed for rollout in self.rollouts)
 
     def members(self, algorithm: Algorithm) -> list[Trajectory]:
         """The trajectories that the algorithm learns from or compares with, in the order of training."""

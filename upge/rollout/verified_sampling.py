@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from upge.errors import Interrupted
 from upge.rollout.base import Rollout, Sampler, Sampling
-from upge.verify import Item, Verdict, VerifierPool
+from upge.verify import Item, Member, Verdict, VerifierPool
+from upge.views import PASS_THRESHOLD
 
 if TYPE_CHECKING:
     from upge.data import Example, Prompting
@@ -74,7 +75,8 @@ class FirstError:
         """Tells an error, unless there was one before or the text is empty."""
         if error and not self._is_told:
             self._is_told = True
-            self._say(f"a verifier failed on a response, whose reward is 0; later errors are only counted:\n{error}")
+            what = "a verifier failed on a response, which gets the smallest reward; later errors are only counted"
+            self._say(f"{what}:\n{error}")
 
 
 def _to_stderr(text: str) -> None:
@@ -88,6 +90,8 @@ class VerifiedSampler:
     A problem names its verifier in the `pool`; one that names none takes the first. `prompting` decodes responses.
     The caller passes the first error of the verdicts to `first_error`, on one rank only. `interrupted` is called
     between decoding steps and while waiting for verdicts; if it returns True, the call ends with `Interrupted`.
+    A response whose reward exceeds `pass_threshold` counts as correct. `ranges` has the smallest and the largest reward
+    of the verifiers of problems, where these are not 0 and 1.
     """
 
     engine: Sampler
@@ -95,6 +99,8 @@ class VerifiedSampler:
     prompting: Prompting
     first_error: FirstError = field(default_factory=FirstError)
     interrupted: Callable[[], bool] | None = None
+    pass_threshold: float = PASS_THRESHOLD
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def sample(self, examples: Sequence[Example], n: int, sampling: Sampling, seeds: Sequence[int]) -> VerifiedRollouts:
         """Draws `n` responses to each example and waits for all verdicts.
@@ -154,10 +160,14 @@ class VerifiedSampler:
             For each example its `n` rollouts.
         """
 
+        groups = [object() for _ in examples]
+
         def complete(index: int, copy: int, rollout: Rollout) -> None:
             problem = examples[index].problem
             (text,) = self.prompting.decode([rollout.token_ids])
-            verdict = self.pool.submit(Item(text, problem.answer, problem.prompt, problem.verifier))
+            item = Item(text, problem.answer, problem.prompt, problem.verifier, problem.row, len(rollout.token_ids))
+            item = item._replace(is_truncated=not rollout.finished, member=Member(groups[index], n, copy))
+            verdict = self.pool.submit(item)
             arrived(PendingRollout(index, copy, rollout, text, verdict))
 
         prompts = [example.prompt_ids for example in examples]

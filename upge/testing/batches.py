@@ -172,14 +172,15 @@ def _rebuilt(batch: Trajectories, spread: Callable[[Tensor, float | bool], Tenso
     for name in NUMBERS:
         column = getattr(batch, name)
         columns[name] = spread(column.detach().masked_fill(~mask, float("nan")), float("nan"))
-    rest = {name: getattr(batch, name) for name in (*TRAJECTORY_COLUMNS, "step", "state")}
+    rest = {name: getattr(batch, name) for name in (*TRAJECTORY_COLUMNS, "step", "state", "pass_threshold")}
     return Trajectories(**columns, **rest)
 
 
 def reordered(batch: Trajectories, order: Tensor) -> Trajectories:
     """The trajectories in another order, as a separate batch."""
     columns = {name: getattr(batch, name).detach()[order] for name in (*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS)}
-    return Trajectories(**{**columns, "row": None}, step=batch.step, state=batch.state)
+    rest = {name: getattr(batch, name) for name in ("step", "state", "pass_threshold")}
+    return Trajectories(**{**columns, "row": None}, **rest)
 
 
 def in_precision(batch: Trajectories, dtype: torch.dtype) -> Trajectories:

@@ -90,7 +90,8 @@ def _verifier_errors(metrics: Metrics, limits: AlarmConfig) -> str | None:
     share = metrics.get("verify/failed_share")
     if share is None or share <= limits.verifier_errors:
         return None
-    return f"{share:.0%} of the rollouts got no verdict and reward 0; see `status` in rollouts/, and verify.time_limit"
+    what = f"{share:.0%} of the rollouts got no verdict, and so the smallest reward"
+    return f"{what}; see `status` in rollouts/, and verify.time_limit"
 
 
 def _demonstrations_dropped(metrics: Metrics, limits: AlarmConfig) -> str | None:

@@ -80,6 +80,7 @@ class Collector:
             stop_token_ids=stop_token_ids,
         )
         self.needs, self.dynamic_sampling = algorithm.step_needs, algorithm.sampling
+        self.ranges = {} if sampler is None else sampler.ranges
         candidates = usable(examples, self.needs)
         reserved = set(held_out(len(examples), config.seed)) if reserve else set()
         self.streams = {
@@ -231,7 +232,7 @@ class Collector:
             sampled = sampler.sample(examples, config.group_size, self.sampling, group_seeds)
             times.update({"time/rollout": sampled.sampling_seconds, "time/verify": sampled.verifying_seconds})
             of_rank = [
-                _rollout(indices[group], group, example, rollout, verdict)
+                self._rollout(indices[group], group, example, rollout, verdict)
                 for group, example, responses in zip(groups, examples, sampled.groups, strict=True)
                 for rollout, verdict in responses
             ]
@@ -248,8 +249,9 @@ class Collector:
         """
         example = self.examples[index]
         if self.needs.preference_pairs and example.rejected_ids is not None and has_pair(example):
-            chosen = _demonstration(index, group, example, 0)
-            rejected = replace(chosen, response_ids=tuple(example.rejected_ids), reward=0.0, preference=-1)
+            chosen = self._demonstration(index, group, example, 0)
+            least, _ = self._range(example)
+            rejected = replace(chosen, response_ids=tuple(example.rejected_ids), reward=least, preference=-1)
             return [replace(chosen, preference=1), rejected]
         return self._demonstrations(group, index, step) if self.needs.demonstrations else []
 
@@ -258,32 +260,44 @@ class Collector:
         example, wanted = self.examples[index], self.config.data_policy.demonstrations
         count = len(example.demonstrations)
         if wanted == 0 or wanted >= count:
-            return [_demonstration(index, group, example, choice) for choice in range(count)]
+            return [self._demonstration(index, group, example, choice) for choice in range(count)]
         first = demonstration_choice(step, index, count, self.config.seed)
-        return [_demonstration(index, group, example, (first + i) % count) for i in range(wanted)]
+        return [self._demonstration(index, group, example, (first + i) % count) for i in range(wanted)]
+
+    def _rollout(self, index: int, group: int, example: Example, rollout: Rollout, verdict: Verdict) -> Trajectory:
+        return Trajectory(
+            example=index,
+            group=group,
+            prompt_ids=example.prompt_ids,
+            response_ids=rollout.token_ids,
+            reward=verdict.reward,
+            is_demonstration=False,
+            sampler_logprobs=rollout.logprobs,
+            finished=rollout.finished,
+            status=verdict.status,
+            detail=verdict.detail,
+            extracted=verdict.extracted,
+            rewards=verdict.rewards,
+            pass_threshold=self.config.verify.pass_threshold,
+        )
+
+    def _demonstration(self, index: int, group: int, example: Example, choice: int) -> Trajectory:
+        _, most = self._range(example)
+        return Trajectory(
+            example=index,
+            group=group,
+            prompt_ids=example.prompt_ids,
+            response_ids=tuple(example.demonstrations[choice]),
+            reward=most,
+            is_demonstration=True,
+            pass_threshold=self.config.verify.pass_threshold,
+        )
+
+    def _range(self, example: Example) -> tuple[float, float]:
+        """The smallest and the largest reward of a response to this prompt."""
+        return self.ranges.get(example.problem.verifier or self.config.verify.verifier, (0.0, 1.0))
 
 
 def _sum(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
     """Metrics of two collections, added."""
     return {name: a.get(name, 0.0) + b.get(name, 0.0) for name in {**a, **b}}
-
-
-def _rollout(index: int, group: int, example: Example, rollout: Rollout, verdict: Verdict) -> Trajectory:
-    return Trajectory(
-        example=index,
-        group=group,
-        prompt_ids=example.prompt_ids,
-        response_ids=rollout.token_ids,
-        reward=verdict.reward,
-        is_demonstration=False,
-        sampler_logprobs=rollout.logprobs,
-        finished=rollout.finished,
-        status=verdict.status,
-        detail=verdict.detail,
-        extracted=verdict.extracted,
-    )
-
-
-def _demonstration(index: int, group: int, example: Example, choice: int) -> Trajectory:
-    response = tuple(example.demonstrations[choice])
-    return Trajectory(index, group, example.prompt_ids, response, 1.0, is_demonstration=True)

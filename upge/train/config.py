@@ -17,6 +17,7 @@ from upge.pipeline import Span
 from upge.train.alarms import ALARMS, AlarmConfig
 from upge.train.deepspeed_settings import DeepspeedConfig
 from upge.verify.base import LONGEST_TIME, MOST_MEMORY, MOST_WORKERS, WORKERS_PER_CORE
+from upge.views import PASS_THRESHOLD
 
 #: The largest values that a run can be asked for. They are far beyond any use, and what a larger one would allocate
 #: exhausts memory or time before a message could be printed.
@@ -134,16 +135,27 @@ class VerifyConfig(Settings):
     """How responses are rewarded."""
 
     verifier: str = key(
-        "math", "verifier (name or callable's path) of problems that name none; see docs/verification.md"
+        "math",
+        "verifier of problems that name none: a name, a callable's path, or a weighted sum such as "
+        "'math + 0.2*my.style'; see docs/verification.md",
+    )
+    pass_threshold: float = key(
+        PASS_THRESHOLD, "a response passes (pass rates, gates, accuracy) if its reward is larger than this"
     )
     workers: int = key(
         2, f"worker processes per rank, at most {WORKERS_PER_CORE} for each core", above=0, maximum=MOST_WORKERS
     )
     time_limit: float = key(
-        5.0, "seconds per answer; above it the reward is 0 and the status 'timeout'", above=0, maximum=LONGEST_TIME
+        5.0,
+        "seconds per answer; above it the reward is the smallest and the status 'timeout'",
+        above=0,
+        maximum=LONGEST_TIME,
     )
     memory_limit: float = key(
-        4.0, "GiB of memory per answer; above it the reward is 0 and the status 'error'", above=0, maximum=MOST_MEMORY
+        4.0,
+        "GiB of memory per answer; above it the reward is the smallest and the status 'error'",
+        above=0,
+        maximum=MOST_MEMORY,
     )
     environment: list = key([], "further environment variables that verifiers see, such as [JUDGE_API_KEY]")
     network: bool = key(False, "let verifiers use the network; without it they cannot where the system allows that")

@@ -21,7 +21,7 @@ from upge.train.folder import RunFolder
 from upge.train.packing import packed_length
 from upge.train.sample import Trajectory
 from upge.train.verdicts import FAILED
-from upge.views import SUCCESS_REWARD, PackedTokens
+from upge.views import PackedTokens
 
 
 @dataclass(frozen=True)
@@ -178,13 +178,13 @@ class ActiveTrajectories:
         for _, rows in sorted(groups.items()):
             members = [self.trajectories[row] for row in rows]
             problem = examples[members[0].example].problem
-            rewards = [t.reward for t in members if not t.is_demonstration]
+            passed = [t.passed for t in members if not t.is_demonstration]
             yield {
                 "prompt": members[0].example,
                 "id": problem.id,
                 "level": problem.level,
-                "rollouts": len(rewards),
-                "successes": sum(reward > SUCCESS_REWARD for reward in rewards),
+                "rollouts": len(passed),
+                "successes": sum(passed),
                 "gate": self._kinds(rows, self.active),
                 "learned": self._kinds(rows, self.active & self.contributing),
             }
@@ -263,19 +263,28 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     n = len(rollouts)
     solved: dict[int, bool] = {}
     for t in rollouts:
-        solved[t.group] = solved.get(t.group, False) or t.reward > SUCCESS_REWARD
+        solved[t.group] = solved.get(t.group, False) or t.passed
     tokens = sum(len(t.response_ids) for t in rollouts)
     failed = sum(t.status in ("timeout", "error") for t in rollouts)
     return {
         "reward/mean": sum(t.reward for t in rollouts) / n,
-        "pass_rate": sum(t.reward > SUCCESS_REWARD for t in rollouts) / n,
+        "pass_rate": sum(t.passed for t in rollouts) / n,
         "prompts_solved": sum(solved.values()) / len(solved),
         "entropy": -sum(sum(t.sampler_logprobs or ()) for t in rollouts) / max(tokens, 1),
         "response_length": tokens / n,
         "response_cut_share": sum(not t.finished for t in rollouts) / n,
         "verify/failed_share": failed / n,
+        **_part_means(rollouts),
         **_same_answer(rollouts),
     }
+
+
+def _part_means(rollouts: Sequence[Trajectory]) -> dict[str, float]:
+    """The mean reward of each verifier of a sum, over the rollouts that it has verified."""
+    parts: dict[str, list[float]] = {}
+    for name, reward in (pair for t in rollouts for pair in t.rewards):
+        parts.setdefault(name, []).append(reward)
+    return {f"reward/{name}": sum(rewards) / len(rewards) for name, rewards in sorted(parts.items())}
 
 
 #: A step with fewer prompts says nothing about answers that are alike.
@@ -364,6 +373,7 @@ class Recorder:
                 "response": text,
                 "answer": problem.answer,
                 "reward": trajectory.reward,
+                **({"rewards": dict(trajectory.rewards)} if trajectory.rewards else {}),
                 "level": problem.level,
                 "status": trajectory.status,
                 "detail": trajectory.detail,

@@ -11,6 +11,7 @@ from torch import Tensor
 from upge.data import Example
 from upge.needs import Needs
 from upge.trajectories import Trajectories
+from upge.views import PASS_THRESHOLD
 
 #: (prompt_ids, response_ids): what the models read of a trajectory.
 TokenIds = tuple[Sequence[int], Sequence[int]]
@@ -24,13 +25,16 @@ class Trajectory:
         example: index of its example in the training set.
         group: index of its prompt within the step.
         prompt_ids, response_ids: the tokens.
-        reward: the verifier's reward; 1 for a demonstration, 0 for a rejected response.
+        reward: the verifier's reward; for a demonstration the largest that the verifier gives, for a rejected response
+            the smallest.
         is_demonstration: True for everything that comes from the data set.
         sampler_logprobs: as the inference engine reported them; None for what comes from the data set.
         finished: False if the response was cut at the length limit.
         extracted: the answer that the verifier read in a rollout; None if it found none or does not report it.
         status: of the verification: 'ok', 'timeout' or 'error'; 'demonstration' where nothing was verified.
         detail: the reason for a timeout or an error.
+        rewards: for a sum of verifiers, the name and the own reward of each.
+        pass_threshold: a rollout counts as a success above this reward; the same for all of a step.
         preference: +1 for the chosen side of a pair, -1 for the rejected one, 0 for neither.
         index: its place in the step, from 0 and the same on every rank. It is the trajectory's row in the step's batch
             and identifies it in metrics and in the lines of rollouts/ and tokens/.
@@ -49,6 +53,13 @@ class Trajectory:
     preference: int = 0
     index: int = 0
     detail: str = ""
+    rewards: tuple[tuple[str, float], ...] = ()
+    pass_threshold: float = PASS_THRESHOLD
+
+    @property
+    def passed(self) -> bool:
+        """Whether it counts as a success."""
+        return self.reward > self.pass_threshold
 
     @property
     def ids(self) -> TokenIds:
@@ -97,6 +108,7 @@ def assemble(trajectories: Sequence[Trajectory], step: int) -> Trajectories:
         sampler_logprobs=_sampler_column(trajectories, mask),
         preference=torch.tensor([t.preference for t in trajectories], dtype=torch.int64),
         step=step,
+        pass_threshold=trajectories[0].pass_threshold if trajectories else PASS_THRESHOLD,
     )
 
 

@@ -112,6 +112,11 @@ class VerifierPool:
             )
         return reward
 
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """The smallest and the largest reward of each verifier that an item may give."""
+        return {text: (reward.minimum, reward.maximum) for text, reward in self._rewards.items()}
+
     def submit(self, item: Item) -> Future[Verdict]:
         """Starts the verification of an item and returns a future of its verdict.
 
@@ -211,7 +216,9 @@ class VerifierPool:
         for key in ("tokens", "is_truncated"):
             if key in asks:
                 values[key] = [getattr(item, key) for item in items]
-        return self._dispatcher.submit(Task(name, "", first.answer, first.prompt, more=as_json(values), count=len(items)))
+        return self._dispatcher.submit(
+            Task(name, "", first.answer, first.prompt, more=as_json(values), count=len(items))
+        )
 
 
 def check_limits(workers: int, time_limit: float, memory_limit: float | None, environment: Sequence[str]) -> None:

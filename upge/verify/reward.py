@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from upge.errors import ConfigError
-from upge.verify.base import Verdict
+from upge.verify.base import Verdict, load
 from upge.verify.declared import Declared
 
 _TERM = re.compile(r"\s*(?P<sign>[+-]?)\s*(?:(?P<weight>\d+(?:\.\d*)?|\.\d+)\s*\*)?\s*(?P<name>[A-Za-z_][\w.]*)\s*")
@@ -59,6 +59,21 @@ class Reward:
 
     terms: tuple[Term, ...]
     declared: Mapping[str, Declared]
+
+    @classmethod
+    def load(cls, text: str) -> Reward:
+        """The reward that a text such as "math + 0.2*my.style" names.
+
+        Raises:
+            ConfigError: a verifier does not exist or occurs twice.
+        """
+        found = terms(text)
+        return cls(found, {term.name: Declared.by(load(term.name)) for term in found})
+
+    @property
+    def asks(self) -> frozenset[str]:
+        """The arguments that any of its verifiers asks for by name."""
+        return frozenset().union(*(self.declared[term.name].asks for term in self.terms))
 
     @property
     def is_plain(self) -> bool:

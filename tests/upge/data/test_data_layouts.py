@@ -11,7 +11,7 @@ import pytest
 from tests.upge.data.test_data_table import QUESTION, REPLY, RULES, one, write
 from tests.upge.data.test_prompting import CHAT, END, EOS, PROBLEM, SPECIAL, build, spelled
 from upge.data import Prompting, Table
-from upge.errors import DataError
+from upge.errors import ConfigError, DataError
 
 ROWS = [{"prompt": f"{i}+1?", "answer": str(i + 1)} for i in range(4)]
 
@@ -134,13 +134,74 @@ def test_a_conversation_holds_prompt_and_demonstration(tmp_path):
         problem = one(tmp_path, {"chat": chat, "answer": "2"}, **shared)
         assert (problem.prompt, problem.system) == ("1+1?", "Be brief.")
         assert problem.demonstrations == (REPLY["content"],)
-    with pytest.raises(DataError, match="holds the turns user, assistant, user, assistant"):
-        one(tmp_path, {"chat": [QUESTION, REPLY, QUESTION, REPLY], "answer": "2"}, **shared)
     # Elsewhere the reply would be lost without a word.
-    with pytest.raises(DataError, match="holds the turns user, assistant; expected one of the user"):
+    with pytest.raises(DataError, match=r"turns user, assistant; expected .*set data\.columns\.demonstrations=chat"):
         one(tmp_path, {"chat": [QUESTION, REPLY], "answer": "2"}, prompt="chat")
-    with pytest.raises(DataError, match="turns assistant, user, assistant; expected one of the assistant"):
-        one(tmp_path, {"prompt": "1+1?", "answer": "2", "demonstrations": [REPLY, QUESTION, REPLY]})
+
+
+AGAIN, SECOND = {"role": "user", "content": "And 2+2?"}, {"role": "assistant", "content": "It is 4."}
+LONG = [RULES, QUESTION, REPLY, AGAIN, SECOND]
+#: As in ShareGPT.
+NAMES = {"system": "system", "user": "human", "assistant": "gpt"}
+
+
+def test_the_last_turn_of_a_conversation_is_the_demonstration_and_those_before_it_the_prompt(tmp_path):
+    sharegpt = [{"from": NAMES[turn["role"]], "value": turn["content"]} for turn in LONG]
+    rejected = [*LONG[:-1], SECOND | {"content": "It is 5."}]
+    for row, shared in (
+        ({"messages": LONG}, {"prompt": "messages", "demonstrations": "messages"}),
+        ({"conversations": sharegpt}, {"prompt": "conversations", "demonstrations": "conversations"}),
+        ({"prompt": LONG[:-1], "completion": [SECOND]}, {"demonstrations": "completion"}),
+        ({"prompt": LONG[:-1], "completion": SECOND["content"]}, {"demonstrations": "completion"}),
+        ({"prompt": LONG[:-1], "chosen": [SECOND], "rejected": rejected[-1:]}, {"demonstrations": "chosen"}),
+        ({"chosen": LONG, "rejected": rejected}, {"prompt": "chosen", "demonstrations": "chosen"}),
+    ):
+        problem = one(tmp_path, row, **shared, answer=None)
+        assert (problem.prompt, problem.system, problem.answer) == ("And 2+2?", "Be brief.", ""), row
+        assert problem.history == (("user", "1+1?"), ("assistant", REPLY["content"]))
+        assert problem.demonstrations == ("It is 4.",)
+        assert problem.rejected == ("It is 5." if "rejected" in row else None)
+    single = one(tmp_path, {"prompt": "2+2?", "completion": "4"}, demonstrations="completion", answer=None)
+    assert (single.prompt, single.history, single.demonstrations, single.answer) == ("2+2?", (), ("4",), "")
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "said"),
+    [
+        ({"prompt": LONG[:-1], "out": [QUESTION, REPLY, QUESTION, SECOND]}, {}, "are not the prompt's; .*prompt=out"),
+        ({"prompt": "2+2?", "out": LONG}, {}, "those before the last are not the prompt's"),
+        ({"prompt": "2+2?", "out": [REPLY, QUESTION, REPLY]}, {}, "those before the last are not the prompt's"),
+        ({"out": LONG[:-1]}, {"prompt": "out"}, "turns system, user, assistant, user; expected one of the assistant"),
+        ({"out": [QUESTION, SECOND | {"role": "tool"}, SECOND]}, {"prompt": "out"}, "turns user, tool, assistant"),
+        ({"out": [QUESTION, REPLY | {"content": None}, AGAIN, SECOND]}, {"prompt": "out"}, "holds None"),
+    ],
+)
+def test_a_conversation_that_is_none_is_named(tmp_path, row, columns, said):
+    with pytest.raises(DataError, match=said):
+        one(tmp_path, row, **columns, demonstrations="out", answer=None)
+
+
+def test_conversations_with_the_same_last_turn_are_different_questions(tmp_path):
+    other = [QUESTION | {"content": "3+3?"}, *LONG[2:]]
+    rows = [{"chat": LONG}, {"chat": other}, {"chat": LONG[1:]}]
+    columns = {"prompt": "chat", "demonstrations": "chat", "answer": None}
+    paths = {key: write(tmp_path / f"{key}.jsonl", own) for key, own in (("a", rows[:1]), ("b", rows[1:2]))}
+    sides = Table(path=paths["a"], evaluation_path=paths["b"], columns=columns).load()
+    assert sides.train[0].prompt == sides.evaluation[0].prompt and sides.train[0] != sides.evaluation[0]
+    with pytest.raises(DataError, match="the same question is on the training side"):
+        Table(path=paths["a"], evaluation_path=write(tmp_path / "c.jsonl", rows[2:]), columns=columns).load()
+
+
+def test_earlier_turns_are_rendered_by_the_chat_template(tmp_path):
+    problem = one(tmp_path, {"chat": LONG}, prompt="chat", demonstrations="chat", answer=None)
+    turns = ("system\nBe brief.", "user\n1+1?", f"assistant\n{REPLY['content']}", "user\nAnd 2+2? Box it.")
+    shown = Prompting(build(), instruction=" Box it.").text(problem)
+    assert [shown.index(turn) for turn in turns] == sorted(shown.index(turn) for turn in turns)
+    assert shown.count("Box it.") == 1 and shown.endswith("assistant\n")
+    with pytest.raises(
+        ConfigError, match=r"no place for the 2 turns before the last one of .*a\.jsonl:1; use the chat"
+    ):
+        Prompting(build(), template="{prompt} {system}").text(problem)
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_ids_without_a_column_name_file_and_place(tmp_path):
         ({"prompt": " ", "answer": "1"}, ["'prompt' holds ' '", "text"]),
         ({"prompt": 7, "answer": "1"}, ["'prompt' holds 7", "chat messages"]),
         ({"prompt": [], "answer": "1"}, ["'prompt' holds []"]),
-        ({"prompt": [QUESTION, REPLY, QUESTION], "answer": "1"}, ["user, assistant, user", "earlier turns"]),
+        ({"prompt": [QUESTION, RULES, QUESTION], "answer": "1"}, ["user, system, user", "those of user and assistant"]),
         ({"prompt": [RULES], "answer": "1"}, ["the turns system"]),
         ({"prompt": [{"role": "user", "content": None}], "answer": "1"}, ["holds None", "message's content"]),
         ({"prompt": "?", "answer": True}, ["'answer' holds True", "text or a number"]),
@@ -204,7 +204,7 @@ def test_rows_without_an_answer_are_refused_or_left_out_and_counted(tmp_path, ca
     [
         ({"columns": {"prompt": "a", "answer": "b", "levels": "c"}}, ["data.columns.levels", "did you mean 'level'"]),
         ({"columns": {"prompt": "a"}}, ["data.columns.answer: missing"]),
-        ({"columns": {"prompt": "a", "answer": None}}, ["data.columns.answer: missing"]),
+        ({"columns": {"prompt": "a", "answer": None, "options": "b"}}, ["data.columns.answer: null", "right option"]),
         ({"columns": {"prompt": "a", "answer": 3}}, ["data.columns.answer", "found 3"]),
         ({"evaluation_share": 1.0}, ["data.evaluation_share", "1.0"]),
         ({"evaluation_split": "test"}, ["data.evaluation_split", "data.hub is not set"]),

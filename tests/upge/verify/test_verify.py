@@ -194,7 +194,7 @@ def test_load_by_name() -> None:
         (f"{OWN}.lenght", "did you mean 'length'?"),
         (f"{OWN}.number", "it is a int, not a callable"),
         (f"{OWN}.NeedsMore", "cannot be made without arguments"),
-        (f"{OWN}.too_few", "it must accept (response, answer, prompt)"),
+        (f"{OWN}.too_few", "it must accept (response, answer, prompt) or some of"),
         ("__main__.verifier", "move it into a module"),
         ("a..b", "there is no such verifier"),
     ],
