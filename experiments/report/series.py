@@ -50,7 +50,7 @@ class Plot:
 PLOTS = (
     Plot("plot-reward", "Reward", "mean reward per rollout",
          "Should rise. If it rises but the evaluation accuracy does not, the policy exploits the reward.",
-         ("reward/mean", "reward/*mean*")),
+         ("reward/mean", "reward/*")),
     Plot("plot-pass-rate", "Pass rate", "share of rollouts that are correct",
          "Near 0 or 1 most groups have equal rewards, and a group-relative advantage is 0 there.",
          ("pass_rate", "pass_rate/*"), limits=(0, None)),

@@ -71,6 +71,7 @@ def prepare(composed: Composed) -> Prepared:
     measured = _measured(config, splits)
     verified = splits.train if algorithm.needs.rollouts else [p for p in splits.train if p.answer]
     verifiers = check_answers([*verified, *measured], config.verify.verifier)
+    check_threshold(verifiers, config.verify.pass_threshold)
     check_length(config.model, config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
     prompting = load_prompting(config.model)
     notes += _overlap(splits.train, measured)
@@ -191,17 +192,9 @@ def check_verifiers(verifiers: Sequence[str], config: VerifyConfig) -> list[str]
     Only verifiers that execute other code than upge's are worth a note.
 
     Raises:
-        ConfigError: there are too many workers for the machine, an environment variable is not set, or no reward of a
-            verifier is above `pass_threshold`, or all are.
+        ConfigError: there are too many workers for the machine, or an environment variable is not set.
     """
     check_limits(config.workers, config.time_limit, config.memory_limit, config.environment)
-    for text in verifiers:
-        reward = Reward.load(text)
-        if not reward.minimum <= config.pass_threshold < reward.maximum:
-            raise ConfigError(
-                f"verify.pass_threshold: found {config.pass_threshold:g}, but '{text}' gives rewards from "
-                f"{reward.minimum:g} to {reward.maximum:g}; give the reward above which a response passes"
-            )
     single = reward_names(verifiers)
     own = [name for name in single if name not in BUILT_IN]
     if config.network or not {*own, "reasoning_gym"} & {*single}:
@@ -209,6 +202,17 @@ def check_verifiers(verifiers: Sequence[str], config: VerifyConfig) -> list[str]
     if not can_leave_network():
         return ["verifiers can use the network, because this system lets no process leave it (unshare)"]
     return [f"{', '.join(own)} cannot use the network; verify.network=true lets verifiers use it"] if own else []
+
+
+def check_threshold(verifiers: Sequence[str], threshold: float) -> None:
+    """Raises ConfigError if no reward of a verifier is above the threshold, or if all are."""
+    for text in verifiers:
+        reward = Reward.load(text)
+        if not reward.minimum <= threshold < reward.maximum:
+            raise ConfigError(
+                f"verify.pass_threshold: found {threshold:g}, but '{text}' gives rewards from {reward.minimum:g} to "
+                f"{reward.maximum:g}; give the reward above which a response passes"
+            )
 
 
 def check_length(

@@ -9,6 +9,7 @@ import pytest
 from experiments.config import compose
 from experiments.report.folder import read_run
 from experiments.run.__main__ import main
+from experiments.run.prepare import prepare
 from tests.running import SMALL, lines, run
 from upge.errors import ConfigError
 from upge.train.folder import RunFolder
@@ -43,6 +44,9 @@ CASES = {
     "no such file": (["data=gsm8k", "data.path=nowhere"], ["data.path", "nowhere"]),
     "path missing": (["data=table"], ["data.path"]),
     "unknown verifier": (["verify.verifier=maths"], ["verify.verifier", "math"]),
+    "a sum with an unknown verifier": (["verify.verifier=math + 2*maths"], ["verify.verifier", "'maths'"]),
+    "a verifier twice": (["verify.verifier=math - math"], ["verify.verifier", "'math' twice"]),
+    "nothing passes": (["verify.pass_threshold=1"], ["verify.pass_threshold", "found 1", "from 0 to 1"]),
     "beyond the model's positions": (["rollout.max_response_tokens=9999"], ["max_response_tokens", "2048"]),
     "critic": (["algo=grpo", "algo.terms.rl.estimator.advantage={_target_: upge.GAE}"], ["GAE", "values", "critic"]),
     "less than never": (["eval.every=-2"], ["eval.every", "-2", "-1"]),
@@ -103,6 +107,42 @@ def test_bad_rows_name_file_and_line(case, capsys, tmp_path):
     message = refused(capsys, "data=gsm8k", gsm8k(tmp_path, *rows), f"output={tmp_path / 'run'}")
     for fragment in fragments:
         assert fragment in message, message
+
+
+#: Algorithm and settings → what is said about data without answers; None if they need none.
+WITHOUT_ANSWERS = {
+    "rollouts": (["algo=grpo"], ["the verifier 'math'", "data.columns.answer", "verify.verifier", "sft or dpo"]),
+    "accuracy": (["algo=sft", "data.evaluation_share=0.5"], ["the verifier 'math'", "eval.every=-1"]),
+    "own verifier that asks for it": (
+        ["algo=grpo", "eval.every=-1", "verify.verifier=tests.reward_examples.plain"],
+        ["data.columns.answer", "tests.reward_examples.plain"],
+    ),
+    "demonstrations": (["algo=sft", "eval.every=-1"], None),
+    "pairs": (["algo=dpo", "eval.every=-1", "data.columns.rejected=rejected"], None),
+    "own verifier that does not": (
+        ["algo=grpo", "eval.every=-1", "verify.verifier=tests.reward_examples.too_long"],
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_ANSWERS)
+def test_data_without_answers(case, capsys, tmp_path):
+    arguments, fragments = WITHOUT_ANSWERS[case]
+    turns = [("user", "1+1?"), ("assistant", "2"), ("user", "And {}+2?"), ("assistant", "4")]
+    rows = [[{"role": role, "content": text.format(i)} for role, text in turns] for i in range(8)]
+    worse = {"role": "assistant", "content": "5"}
+    written = [json.dumps({"messages": row, "rejected": [*row[:-1], worse]}) + "\n" for row in rows]
+    (tmp_path / "a.jsonl").write_text("".join(written))
+    columns = "data.columns={prompt: messages, demonstrations: messages, answer: null}"
+    data = ["data=table", f"data.path={tmp_path / 'a.jsonl'}", columns, f"output={tmp_path / 'run'}"]
+    if fragments is None:
+        prepared = prepare(compose([*data, *arguments, "data.evaluation_share=0"]))
+        assert len(prepared.train) == 8 and all(one.demonstrations for one in prepared.train)
+        assert all(one.problem.row is None for one in prepared.train), "kept only for verifiers that ask for it"
+    else:
+        message = refused(capsys, *data, *arguments)
+        assert "a.jsonl:" in message and all(fragment in message for fragment in fragments), message
 
 
 def test_dropped_rows_are_counted(capsys, tmp_path):

@@ -74,12 +74,12 @@ def _asked(verifier: Callable[..., object]) -> frozenset[str]:
     named = {p.name for p in parameters if p.kind in by_name}
     needed = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     known = named & {*ARGUMENTS, *GROUP_ARGUMENTS}
-    if {"response", "responses"} & known and needed <= known:
+    if known and needed <= known:
         if {"response", "responses"} <= known:
             raise ValueError("asks for `response` and `responses`; a verifier of single responses needs the first")
         return frozenset(known)
     if known & _NEW:
-        other = ", ".join(f"`{name}`" for name in sorted(needed - known)) or "no `response`"
+        other = ", ".join(f"`{name}`" for name in sorted(needed - known))
         raise ValueError(f"has the parameters {signature} with {other}; name them as in {', '.join(ARGUMENTS)}")
     try:
         signature.bind("response", "answer", "prompt")

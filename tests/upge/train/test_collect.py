@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -20,8 +20,9 @@ from upge.errors import DataError
 from upge.rollout import Rollout
 from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.collect import HELD_OUT, Collector
+from upge.train.metrics import rollout_metrics
 from upge.train.prompt_order import held_out, least_used, prompt_indices, stream_seed
-from upge.train.sample import assemble, usable
+from upge.train.sample import Trajectory, assemble, usable
 from upge.verify import Item, Verdict
 
 #: What the fake model does with prompt i, by i % 3: always right, always wrong, right in every other rollout.
@@ -299,3 +300,55 @@ def test_pairs_beside_rollouts_and_without_a_rejected_side():
     three = collector(algorithm("rollouts", "preference_pairs", "demonstrations"), data, FakeModel(), prompts=2)
     assert sorted(t.preference for t in three.collect(0)[0] if t.is_demonstration) == [-1, 0, 1]
     assert collector(algorithm("preference_pairs"), data, FakeModel()).streams["train"] == [1]
+
+
+# Rewards of any range.
+
+
+class Signed(FakeModel):
+    """Its verifier gives -1 or 2, as a sum of two parts."""
+
+    def submit(self, item: Item) -> Future[Verdict]:
+        self.items = [*getattr(self, "items", []), item]
+        future: Future[Verdict] = Future()
+        right = float(item.response)
+        future.set_result(Verdict(3 * right - 1, rewards=(("math", right), ("my.style", right - 0.5))))
+        return future
+
+
+def test_rewards_of_any_range_reach_the_batch_and_the_metrics():
+    model, data = Signed(), [replace(one, problem=replace(one.problem, row={"a": 1})) for one in examples(12)]
+    algo, settings = algorithm("rollouts", "demonstrations"), {"prompts_per_step": 12, "group_size": 2, "seed": 5}
+    config = from_tree(upge.train.config.RunConfig, settings | {"verify": {"pass_threshold": 0.0}})
+    sampler = VerifiedSampler(model, model, model, pass_threshold=0.0, ranges={"math": (-1.0, 2.0)})
+    found = Collector(config, algo, data, sampler, (9,), ALONE).collect(0).trajectories
+    assert {t.reward for t in found if not t.is_demonstration} == {-1.0, 2.0}
+    assert {t.reward for t in found if t.is_demonstration} == {2.0}
+    batch = assemble(found, 0)
+    assert batch.pass_threshold == 0.0 and set(batch.pass_rate.tolist()) == {0.0, 0.5, 1.0}
+    assert upge.SignedReward()(batch)[:, 0].tolist() == [1.0 if t.reward > 0 else -1.0 for t in found]
+    metrics = rollout_metrics(found)
+    assert (metrics["pass_rate"], metrics["reward/mean"]) == (0.5, 0.5)
+    assert (metrics["reward/math"], metrics["reward/my.style"]) == (0.5, 0.0)
+    (item, *_) = model.items
+    assert (item.row, item.tokens, item.is_truncated) == ({"a": 1}, 3, False)
+    members = Counter(item.member.group for item in model.items)
+    assert set(members.values()) == {2} and {i.member.index for i in model.items} == {0, 1}
+
+
+def test_the_sides_of_a_pair_have_the_ends_of_the_range():
+    data = examples(8)
+    made = collector(algorithm("rollouts", "preference_pairs"), data, FakeModel())
+    made.ranges = {"math": (-3.0, 4.0)}
+    found = [(t.reward, t.preference) for t in made.collect(0).trajectories if t.is_demonstration]
+    assert set(found) == {(4.0, 1), (-3.0, -1)}
+
+
+def test_partial_credit_below_the_threshold_is_a_signal_but_no_success():
+    """The pass rate reads the threshold, the advantage the reward."""
+    found = [Trajectory(0, 0, (1,), (2,), reward, False, pass_threshold=0.5) for reward in (0.0, 0.4)]
+    batch = assemble(found, 0)
+    assert batch.pass_rate.tolist() == [0, 0]
+    assert upge.GroupRelative()(batch)[:, 0].tolist() == pytest.approx([-1, 1], abs=1e-4)
+    lower = assemble([replace(t, pass_threshold=0.3) for t in found], 0)
+    assert lower.pass_rate.tolist() == [0.5, 0.5] and lower.select(torch.tensor([1])).pass_threshold == 0.3

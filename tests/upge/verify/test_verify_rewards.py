@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from concurrent.futures import wait
+from pathlib import Path
 
 import pytest
 
@@ -123,3 +126,28 @@ def test_futures_of_sums_and_groups_can_be_cancelled():
         assert pool.submit(Item("1", "", verifier=SUM, tokens=1)).result(300).reward == 0.5, "the worker is free"
         alone = pool.submit(Item("a", "", verifier=GROUP[1], member=Member("g", 2, 0)))
     assert alone.cancelled(), "closing the pool ends the wait for a group"
+
+
+def test_the_examples_of_the_docs_are_verifiers(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[3] / "docs" / "verification.md").read_text("utf-8")
+    for source, name in re.findall(r"```python\n(# (\w+\.py)\n.*?)```", page, re.DOTALL):
+        (tmp_path / name).write_text(source, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_project").mkdir()
+    score = "def compute_score(source, text, truth, extra=None): return float(text == truth and source == 'gsm8k')"
+    (tmp_path / "my_project" / "rewards.py").write_text(score, "utf-8")
+    names = [f"my_rewards.{name}" for name in ("names_the_unit", "in_time", "is_shortest")]
+    total = "my_verl_rewards.verl_score + 0.2*my_rewards.in_time"
+    with VerifierPool([*names, "my_verifiers.Palindrome", total], workers=1, time_limit=600) as pool:
+        unit, late, early, word, whole = pool.score([
+            Item("5 cm", "", verifier=names[0], row={"unit": "cm"}),
+            Item("", "", verifier=names[1], tokens=9, is_truncated=True),
+            Item("", "", verifier=names[1], tokens=250, is_truncated=False),
+            Item("So:\nabba", "ab", verifier="my_verifiers.Palindrome"),
+            Item("5", "5", verifier=total, row={"data_source": "gsm8k"}, tokens=500, is_truncated=False),
+        ])  # fmt: skip
+        assert (unit.reward, late.reward, early.reward, word.reward, whole.reward) == (1, -1, 0.75, 1, 1.1)
+        pair = [Item("x", "", verifier=names[2], tokens=n, member=Member("g", 2, i)) for i, n in enumerate((7, 6))]
+        assert rewards(pool.score(pair)) == [0, 1]
+    for name in ("my_rewards", "my_verl_rewards", "my_verifiers", "my_project", "my_project.rewards"):
+        sys.modules.pop(name, None)
