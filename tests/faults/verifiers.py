@@ -92,7 +92,7 @@ def framed(message) -> bytes:
 
 def speaks(response, answer, prompt=None):
     """Writes to the worker's connection, as code in a response could; it is the pool's second task."""
-    verdict = [1.0, "ok", "", None, "", 0.1]
+    verdict = [[1.0], "ok", "", None, "", 0.1]
     written = {
         # The length of 4096 bytes as multiprocessing writes it, and the beginning of a message.
         "part": struct.pack("!i", 4096) + b"abc",

@@ -44,12 +44,14 @@ class Groups:
         """A future of the verdict on one member. The work ends when all futures of the group are cancelled."""
         future: Future[Verdict] = Future()
         member = item.member or Member(object(), 1, 0)
+        key = name, member.group
+        future.add_done_callback(lambda _: self._forget(key) if future.cancelled() else None)
         with self._lock:
-            waiting = self._waiting.setdefault((name, member.group), {})
+            waiting = self._waiting.setdefault(key, {})
             waiting[member.index] = (item, future)
             if len(waiting) < member.size:
                 return future
-            del self._waiting[name, member.group]
+            del self._waiting[key]
         items, futures = zip(*(waiting[index] for index in sorted(waiting)), strict=True)
         whole = self._begin(name, items)
 
@@ -65,6 +67,11 @@ class Groups:
             one.add_done_callback(give_up)
         whole.add_done_callback(done)
         return future
+
+    def _forget(self, key: tuple[str, object]) -> None:
+        """Drops a group that will never be complete, because one of its members was cancelled."""
+        with self._lock:
+            self._waiting.pop(key, None)
 
     def cancel(self) -> None:
         """Cancels the futures of groups that are not complete."""

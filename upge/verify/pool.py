@@ -135,8 +135,7 @@ class VerifierPool:
             TypeError: a field of `item` has another type.
             ValueError: `item` names a verifier that the pool does not have.
         """
-        item = checked(item)
-        return self._begin(self.reward(item.verifier), self._prepared(item))
+        return self._begin(*self._prepared(checked(item)))
 
     def score(self, items: Iterable[Item]) -> list[Verdict]:
         """Verifies items and returns one verdict for each, in order. Equal items are verified once.
@@ -146,14 +145,14 @@ class VerifierPool:
         Raises:
             RuntimeError, TypeError, ValueError: as for `submit`.
         """
-        asked = [(self.reward(one.verifier), self._prepared(one)) for one in map(checked, items)]
+        asked = [self._prepared(checked(item)) for item in items]
         self._dispatcher.require_open()
         futures: dict[object, Future[Verdict]] = {}
         try:
-            for reward, parts in asked:
-                if parts not in futures:
-                    futures[parts] = self._begin(reward, parts)
-            return [futures[parts].result() for _, parts in asked]
+            for one in asked:
+                if one not in futures:
+                    futures[one] = self._begin(*one)
+            return [futures[one].result() for one in asked]
         except CancelledError as error:
             raise RuntimeError("this VerifierPool was closed before all verdicts were there") from error
         except BaseException:
@@ -186,9 +185,10 @@ class VerifierPool:
         known.set_result(part)
         return known
 
-    def _prepared(self, item: Item) -> tuple[Part, ...]:
-        """For each verifier of the item's reward the verdict if it needs no worker, else the task for a worker."""
-        return tuple(self._part(term.name, item) for term in self.reward(item.verifier).terms)
+    def _prepared(self, item: Item) -> tuple[Reward, tuple[Part, ...]]:
+        """The item's reward, and for each of its verifiers the verdict if it needs no worker, else the task for one."""
+        reward = self.reward(item.verifier)
+        return reward, tuple(self._part(term.name, item) for term in reward.terms)
 
     def _part(self, name: str, item: Item) -> Part:
         verifier, declared = self._verifiers[name], self._declared[name]

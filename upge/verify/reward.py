@@ -48,7 +48,7 @@ def names(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(term.name for text in texts for term in terms(text)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reward:
     """A weighted sum of verifiers.
 

@@ -86,8 +86,8 @@ def test_a_sum_of_verifiers_is_one_reward():
 
 def test_the_parts_of_a_sum_are_told(pool):
     right, wrong = r"so \boxed{2}", r"so \boxed{3}"
-    items = [Item(text, "2", verifier=f"0.5*{OWN}.plain") for text in (right, wrong)]
-    assert rewards(pool.score(items)) == [0.5, 0]
+    items = [Item(text, "2", verifier=f"{by}{OWN}.plain") for by in ("0.5*", "") for text in (right, wrong)]
+    assert rewards(pool.score(items)) == [0.5, 0, 1, 0], "the same work has two rewards"
     numbers = [Item(text, "", verifier=SUM, tokens=n) for text, n in (("1", 3), ("-1", 5))]
     first, second = pool.score(numbers)
     assert first.rewards == (("number", 0.0), (f"{OWN}.Signed", 1.0), (f"{OWN}.too_long", 0.0))
@@ -125,6 +125,8 @@ def test_futures_of_sums_and_groups_can_be_cancelled():
         assert hanging.cancel()
         assert pool.submit(Item("1", "", verifier=SUM, tokens=1)).result(300).reward == 0.5, "the worker is free"
         alone = pool.submit(Item("a", "", verifier=GROUP[1], member=Member("g", 2, 0)))
+        other = pool.submit(Item("a", "", verifier=GROUP[1], member=Member("h", 2, 0)))
+        assert len(pool._groups._waiting) == 2 and other.cancel() and len(pool._groups._waiting) == 1
     assert alone.cancelled(), "closing the pool ends the wait for a group"
 
 
