@@ -47,6 +47,7 @@ _ACCENTS = frozenset(
 )
 _ENDS_ARGUMENT = frozenset(("+", "-", r"\cdot", ",", ")", "]", "}", "|", r"\rfloor", r"\rceil", r"\mod"))
 _VARIABLE = r"\variable{%s}"
+_PI = r"(\pi )"  # `\pi (2)` would be a function
 
 
 class _Writer:
@@ -100,7 +101,7 @@ class _Writer:
         if text == "|":
             return rf"|{self.until('|')}|"
         if text == r"\pi":
-            return r"\pi "
+            return _PI
         if text in SYMBOLS:
             return self.symbol(text[1:])
         if text in _ACCENTS or text in (r"\angle", r"\triangle"):
@@ -261,9 +262,7 @@ class _Writer:
         r"""The rest of a product; a division belongs to it only after π, as in `\sin \pi/6`."""
         parts = [self.take().text] if self.next_is("-") else []
         while self.tokens and not self.next_is(*_ENDS_ARGUMENT, *FUNCTIONS):
-            if self.next_is("/") and (
-                r"\pi " not in parts or len(self.tokens) > 1 and self.tokens[1].text in FUNCTIONS
-            ):
+            if self.next_is("/") and (_PI not in parts or len(self.tokens) > 1 and self.tokens[1].text in FUNCTIONS):
                 break
             parts.append(self.piece())
         if not parts:

@@ -10,7 +10,6 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from upge.verify.answer import (
     EVERYTHING,
@@ -42,21 +41,7 @@ from upge.verify.normalize import without_separators
 from upge.verify.notation import write
 from upge.verify.scalar import expression
 from upge.verify.tokens import SYMBOLS, Token, UnreadableError, depths, is_group, split, tokens_of
-
-
-class Gold(NamedTuple):
-    """What the ground truth says about the meaning of an answer's words.
-
-    Attributes:
-        is_number: any words after a number may be a unit (18 eggs per day). Otherwise only texts and `_UNITS` are.
-        is_expression: up to three letters are a product, even if they could be a word.
-    """
-
-    is_number: bool = False
-    is_expression: bool = False
-
-
-NO_GOLD = Gold()
+from upge.verify.words import NO_GOLD, Gold, is_word, without_unit, words_in
 
 
 @functools.lru_cache(maxsize=4096)
@@ -81,7 +66,7 @@ def read(text: str, has_index_i: bool = False, gold: Gold = NO_GOLD) -> tuple[An
 
 def words_of(text: str) -> str:
     """The words of a text, as `Text` has them."""
-    return _joined_words(tokens_of(text))
+    return words_in(tokens_of(text))
 
 
 _FALLING = {">": "<", r"\ge": r"\le"}
@@ -90,31 +75,7 @@ _RELATIONS = _INEQUALITIES | {"=", r"\approx", r"\in", r"\notin"}
 _MATRICES = re.compile(r"\\begin\{(?:[pbB]?matrix|array)\}")
 _CLOCK = re.compile(r"([0-9]{1,2}(?::[0-9]{2}){0,2})([ap]m)?")
 _NUMERAL = re.compile(r"-?[{(]?([0-9A-Z]*[0-9][0-9A-Z]*)[})]?_\{?([0-9]+)\}?")
-_SHORT_WORDS = frozenset(
-    "no on yes is it of so up an as at be by do go he if in me my us we to am pm odd all any add act".split()
-)
-_LIKE_A_WORD = re.compile(r"(?=.*[eiou])[a-z]{3}|[a-z]a[a-z]")
 _PUNCTUATION = frozenset(".'\"-()!?&")
-_UNITS = frozenset(
-    "cm mm km dm ft yd mi kg mg lb oz ml hr hrs min sec mph dollars dollar cents cent degrees degree inches inch feet "
-    "foot meters metres meter miles units unit hours hour minutes minute seconds second days weeks months years "
-    "percent".split()
-)
-_UNIT_LETTERS = frozenset("mgshLlJNWVAKCFT")
-_POWER = r"(?:\^(?:n|\{-?n\}))?"
-_UNIT = re.compile(rf"(?:U{_POWER}[/*]?)*U{_POWER}\Z|f\{{U+{_POWER}\}}\{{U+{_POWER}\}}\Z|\^oC\Z")
-_CHANGES_IT = re.compile(
-    r"\b(?:or|and|not|no|is|are|if|else|otherwise|unless|except|wrong|than|plus|minus|times|over|half|halves|thirds?|"
-    r"quarters?|squared|cubed|k|bn|mn|gross|point|mod|base|pi|sqrt|when|where|only|maybe|perhaps|zero|one|two|three|four|five|six|seven|eight|nine|"
-    r"ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|"
-    r"hundredths?|tenths?|thousandths?)\b|\\(?!cdot|times|,)|[0-9;=:]|(?<!\\),|[\u4e0d\u6216\u548c]",
-    re.IGNORECASE,
-)
-_SCALES = {
-    **{"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12},
-    **{"\u767e": 100, "\u5343": 10**3, "\u4e07": 10**4, "\u767e\u4e07": 10**6, "\u4ebf": 10**8},
-}
-_SCALE = re.compile(rf"({'|'.join(sorted(_SCALES, key=len, reverse=True))})s?(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -156,7 +117,7 @@ class _Reader:
         if not tokens:
             raise UnreadableError("there is no answer")
         if self.is_text(tokens):
-            words = _joined_words(tokens)
+            words = words_in(tokens)
             return Reals((EVERYTHING,)) if words in ("all real numbers", "all reals") else Text(words)
         if tokens[0].text == r"\{" and is_group(tokens):
             return self.set(tokens[1:-1])
@@ -210,7 +171,7 @@ class _Reader:
             return False
         if is_group(tokens[1:]) and first.kind == "word":  # f(x)
             return False
-        return any(_is_word(token, self.gold.is_expression) for token in tokens)
+        return any(is_word(token, self.gold.is_expression) for token in tokens)
 
     def set(self, tokens: Sequence[Token]) -> Answer:
         if not tokens:
@@ -295,55 +256,12 @@ class _Reader:
     def scalar(self, tokens: Sequence[Token]) -> Scalar:
         """An expression without its currency and unit."""
         tokens = [token for number, token in enumerate(tokens) if token.text != "$" or 1 < number < len(tokens) - 1]
-        number, factor, is_percent = self.without_unit(tokens)
+        number, factor, is_percent = without_unit(tokens, self.gold)
         written = write(number, self.has_index_i)
         latex = written.latex if factor == 1 else rf"({written.latex})\cdot {factor}"
         if expression(latex) is None:
             raise UnreadableError("the expression does not parse")
         return Scalar(latex, written.is_decimal, is_percent)
-
-    def without_unit(self, tokens: Sequence[Token]) -> tuple[Sequence[Token], int, bool]:
-        """A value, its factor from words such as "million", and whether it is a percentage."""
-        has_slash = any(token.text == "/" for token in tokens)
-        unit = _UNIT.search("".join(self.shape(token, has_slash) for token in tokens))
-        if not unit or not unit.start():
-            is_percent = len(tokens) > 1 and tokens[-1].text == "%"
-            return tokens[:-1] if is_percent else tokens, 1, is_percent
-        words = " ".join(token.text for token in tokens[unit.start() :] if token.kind not in ("number", "symbol"))
-        words = re.sub(r"\^\{?-?[0-9]\}?", "", words)
-        scales = _SCALE.findall(words)
-        factor = functools.reduce(int.__mul__, (_SCALES[scale.lower()] for scale in scales), 1)
-        if _CHANGES_IT.search(words):
-            raise UnreadableError("the words change the number")
-        number, more, is_percent = self.without_unit(tokens[: unit.start()])
-        return number, factor * more, is_percent or bool(re.search(r"\bpercent\b", words))
-
-    def shape(self, token: Token, has_slash: bool) -> str:
-        """A character for `_UNIT`: U for what may be a unit."""
-        if token.kind in ("text", "script"):
-            return "U"
-        if token.kind == "number":
-            return "n"
-        name = token.text.removeprefix("\\")
-        is_letter = len(name) == 1 and name.isalpha()
-        if name in _UNITS or name in _SCALES or self.gold.is_number and token.kind == "word" and not is_letter:
-            return "U"
-        if self.gold.is_number and has_slash and name in _UNIT_LETTERS:
-            return "U"
-        shapes = {r"\cdot": "*", r"\circ": "o", r"\frac": "f", "C": "C", "F": "C"}
-        return shapes.get(token.text, token.text if len(token.text) == 1 and not is_letter else ".")
-
-
-def _joined_words(tokens: Sequence[Token]) -> str:
-    return " ".join(token.text for token in tokens if token.kind != "symbol").casefold()
-
-
-def _is_word(token: Token, is_expression: bool = False) -> bool:
-    """Letters are a word if there are four, or capitals among them, or if they look like one, such as "on" or "tea"."""
-    text = token.text
-    if token.kind != "word" or len(text) > 3 or len(text) > 1 and not text.islower():
-        return token.kind in ("word", "text", "script")
-    return not is_expression and (text in _SHORT_WORDS or bool(_LIKE_A_WORD.fullmatch(text)))
 
 
 def _several(items: Sequence[Answer]) -> Several:
@@ -361,7 +279,7 @@ def _name(tokens: Sequence[Token]) -> str:
     if not tokens:
         return ""
     text = "".join(token.text for token in tokens)
-    if all(token.kind in ("text", "word", "script") for token in tokens) and any(_is_word(token) for token in tokens):
+    if all(token.kind in ("text", "word", "script") for token in tokens) and any(is_word(token) for token in tokens):
         return text.casefold()
     if tokens[0].text == tokens[-1].text == "|" and len(tokens) > 2:
         return f"|{name}|" if (name := _name(tokens[1:-1])) else ""
