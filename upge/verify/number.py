@@ -32,7 +32,7 @@ _UNIT = re.compile(
     r"(?: ?\\?%| ?\u00b0)?(?:[-/ ]*+[A-Za-z\u20ac$]++[.;]?(?: ?\^(?:[23]|\{[23]\})|[\u00b2\u00b3])?)*+[.;]?"
 )
 _CHANGES_IT = re.compile(
-    rf"{CHANGES_A_NUMBER}|\b(?:to|[iexynk]|hundreds?|dozens?|thousands?|millions?|billions?|trillions?|percent points)\b"
+    rf"{CHANGES_A_NUMBER}|\b(?:to|[iexynk]|(?:hundred|dozen|thousand|(?:m|b|tr)illion)s?|percent points)\b"
     r"|\\(?![ %$,;:!])",
     re.IGNORECASE,
 )

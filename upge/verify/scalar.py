@@ -1,10 +1,10 @@
 """Expressions: parsed as a whole by latex2sympy2_extended, and compared by their values.
 
 Two expressions are equal if they have equal values, to 100 digits, wherever both are defined for the same random
-numbers in place of their letters. All letters are real. If neither expression contains the imaginary unit, its parts are real
-as well (∛-8 is -2), and where one has no real value they are not compared. An expression whose value is not certain,
-because a part of it is huge, tiny, cancelled or unknown to `_rules`, is compared by sympy, which may take hours for an
-answer such as i^{9^{9^9}}: call this in a process that can be killed.
+numbers in place of their letters. All letters are real. If neither expression contains the imaginary unit, its parts
+are real as well (∛-8 is -2), and where one has no real value they are not compared. An expression whose value is not
+certain, because a part of it is huge, tiny, cancelled or unknown to `_rules`, is compared by sympy, which may take
+hours for an answer such as i^{9^{9^9}}: call this in a process that can be killed.
 """
 
 from __future__ import annotations

@@ -52,6 +52,17 @@ _SCALES = {
 _SCALE = re.compile(rf"({'|'.join(sorted(_SCALES, key=len, reverse=True))})s?(?![a-z])", re.IGNORECASE)
 
 
+_ARTICLE = re.compile(r"^(?:an?|the) (?=\w\w)")
+ALL_REALS = re.compile(
+    r"(?:[a-z] (?:is |can be )?)?(?:all|any|set of(?: all)?) (?:reals|real (?:numbers?|values?|[a-z]))(?: [a-z])?"
+)
+NOTHING = re.compile(
+    r"none|empty set|(?:there (?:is|are) )?no (?:(?:real|integer|such|possible) )*(?:solution|root|value)s?"
+    r"(?: exists?)?|\u65e0\u89e3|\u7a7a\u96c6|\u65e0\u5b9e\u6570\u89e3"
+)
+"""Words for the empty set."""
+
+
 def without_unit(tokens: Sequence[Token], gold: Gold) -> tuple[Sequence[Token], int, bool]:
     """A value, its factor from words such as "million", and whether it is a percentage."""
     has_slash = any(token.text == "/" for token in tokens)
@@ -86,8 +97,8 @@ def _shape(token: Token, has_slash: bool, gold: Gold) -> str:
 
 
 def words_in(tokens: Sequence[Token]) -> str:
-    """The words and texts among tokens, separated by one space."""
-    return " ".join(token.text for token in tokens if token.kind != "symbol").casefold()
+    """The words and texts among tokens, separated by one space, without an article before them."""
+    return _ARTICLE.sub("", " ".join(token.text for token in tokens if token.kind != "symbol").casefold())
 
 
 def is_word(token: Token, is_expression: bool = False) -> bool:
