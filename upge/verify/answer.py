@@ -10,13 +10,14 @@ r"""What an answer may be.
 | `Several` | `1, 2`, `x=1 or x=2`, `1\pm\sqrt{2}` |
 | `Set` | `\{1,2\}`, `\emptyset` |
 | `Matrix` | `\begin{pmatrix}1\\2\end{pmatrix}` |
+| `Cases` | `\begin{cases}x&x>0\\0&x\le 0\end{cases}` |
 | `Ratio`, `Clock`, `Numeral` | `1:2:3`; `10:05`, `6 pm`; `52_8` |
 | `Text` | `Evelyn`, `\text{no solution}`, `CBAD`, `是` |
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from upge.verify.scalar import expression, real_value
@@ -30,6 +31,7 @@ class Scalar:
     latex: str
     is_decimal: bool = False
     is_percent: bool = False
+    is_degrees: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,13 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Cases:
+    """Values, each with the condition under which it holds."""
+
+    rows: tuple[tuple[Answer, Answer], ...]
+
+
+@dataclass(frozen=True)
 class Ratio:
     """Numbers separated by colons."""
 
@@ -115,9 +124,9 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Clock:
-    """A time of day; `half` is "am", "pm" or unknown."""
+    """A time of day: hour, minute and maybe second; `half` is "am", "pm" or unknown."""
 
-    digits: tuple[str, ...]
+    digits: tuple[int, ...]
     half: str
 
 
@@ -137,7 +146,20 @@ class Text:
 
 
 Answer = (
-    Scalar | Named | Equation | Relation | Reals | Bracket | Several | Set | Matrix | Ratio | Clock | Numeral | Text
+    Scalar
+    | Named
+    | Equation
+    | Relation
+    | Reals
+    | Bracket
+    | Several
+    | Set
+    | Matrix
+    | Cases
+    | Ratio
+    | Clock
+    | Numeral
+    | Text
 )
 INFINITY, MINUS_INFINITY = Scalar(r"\infty "), Scalar(r"- \infty ")
 EVERYTHING = Interval(MINUS_INFINITY, INFINITY, True, True)
@@ -209,6 +231,31 @@ def without(pieces: Pieces, points: Pieces) -> Pieces:
                 parts.append(piece)
         pieces = tuple(parts)
     return pieces
+
+
+def merged(pieces: Pieces) -> Pieces:
+    """The same set in order, without pieces that overlap or touch."""
+    result: list[Interval] = []
+    for piece in sorted(pieces, key=lambda piece: (bound_of(piece.low), piece.is_open_low)):
+        last = result[-1] if result else None
+        if last is None or (bound_of(last.high), not last.is_open_high or not piece.is_open_low) <= (
+            bound_of(piece.low),
+            False,
+        ):
+            result.append(piece)
+        else:
+            _, is_closed, high = max(
+                ((bound_of(i.high), not i.is_open_high, i.high) for i in (last, piece)), key=lambda end: end[:2]
+            )
+            result[-1] = Interval(last.low, high, last.is_open_low, not is_closed)
+    return tuple(result)
+
+
+def clock_of(digits: Sequence[str], half: str = "") -> Clock:
+    """A time of day on a dial of twelve hours: 22:05 is 10:05 pm."""
+    hour, *others = map(int, digits)
+    is_afternoon = not half and 12 < hour < 24
+    return Clock((hour - 12 * is_afternoon, *(others or [0])), "pm" if is_afternoon else half)
 
 
 def value_of(answer: Answer) -> float | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from upge.verify.words import CHANGES_A_NUMBER
+
 TAIL = 2000
 """Number of characters at the end of a text without a box that are searched for an answer."""
 _SPACE = re.compile(r"\s")
@@ -27,13 +29,10 @@ _NUMBER = re.compile(
     r"(?!(?:st|nd|rd|th)\b)(?![0-9])"
 )
 _COUNTED = re.compile(rf"([-\u2212]?(?:[$€£¥]|\\\$)?\s?(?:{_SIZE})%?)((?: +[A-Za-z]+)+)")
-_NOT_COUNTED = {
-    *("or", "and", "to", "pi", "sqrt", "sin", "cos", "tan", "log", "ln", "i", "x", "y", "n", "plus", "minus", "times"),
-    *("hundred", "thousand", "million", "billion", "trillion", "dozen", "over", "not", "point", "mod"),
-    *("is", "if", "else", "otherwise", "unless", "except", "than", "half", "squared", "cubed", "base", "percent"),
-    *("wrong", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
-    *("fifteen", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"),
-}
+_NOT_COUNTED = re.compile(
+    rf"{CHANGES_A_NUMBER}|\b(?:to|sin|cos|tan|log|ln|[ixyn]|hundred|thousand|million|billion|trillion|dozen|percent)\b",
+    re.IGNORECASE,
+)
 _OPEN, _CLOSE = "<answer>", "</answer>"
 
 
@@ -125,7 +124,7 @@ def _tidy(text: str) -> str | None:
 def without_unit(text: str) -> str:
     """The 42 of "42 red apples"; the text unchanged if one of its words changes the number, as "million" does."""
     number = _COUNTED.fullmatch(text)
-    if number and not {word.lower() for word in number[2].split()} & _NOT_COUNTED:
+    if number and not _NOT_COUNTED.search(number[2]):
         return number[1]
     return text
 

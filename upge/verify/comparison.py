@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from upge.verify.answer import (
     Answer,
     Bracket,
+    Cases,
     Clock,
     Equation,
     Interval,
@@ -22,9 +24,12 @@ from upge.verify.answer import (
     Several,
     Text,
     as_reals,
+    clock_of,
+    merged,
 )
 from upge.verify.magnitude import Parsed
 from upge.verify.scalar import are_equal, expression, ratio_of
+from upge.verify.tokens import UnreadableError
 
 Holds = Callable[[Any, Any], bool]  # (ground truth, answer), each of the kind that a table's key names
 
@@ -49,12 +54,22 @@ def _scalars(gold: Scalar, given: Scalar) -> bool:
     is_decimal = gold.is_decimal or given.is_decimal
     if are_equal(_parsed(gold), _parsed(given), is_decimal):
         return True
-    if gold.is_percent == given.is_percent:
-        return False
-    hundredth = [
-        Scalar(rf"({side.latex})\cdot \frac{{1}}{{100}}") if side.is_percent else side for side in (gold, given)
-    ]
-    return are_equal(_parsed(hundredth[0]), _parsed(hundredth[1]), is_decimal)
+    return any(
+        getattr(gold, mark) != getattr(given, mark)
+        and are_equal(
+            *(_parsed(_times(side, factor) if getattr(side, mark) else side) for side in (gold, given)), is_decimal
+        )
+        for mark, factor in _SIGNS.items()
+    )
+
+
+def _times(scalar: Scalar, factor: str) -> Scalar:
+    return Scalar(rf"({scalar.latex})\cdot ({factor})")
+
+
+_ZERO = Scalar("0")
+_SIGNS = {"is_percent": r"\frac{1}{100}", "is_degrees": r"\frac{(\pi )}{180}"}
+"""Signs after a number, which are units, or these factors."""
 
 
 def _difference(sides: Sequence[Scalar]) -> Parsed:
@@ -92,7 +107,12 @@ def _relations(gold: Relation, given: Relation) -> bool:
 def _reals(gold: Reals, given: Reals) -> bool:
     if gold.name and given.name and gold.name != given.name:
         return False
-    return _in_any_order(gold.pieces, given.pieces, _intervals)
+    if _in_any_order(gold.pieces, given.pieces, _intervals):
+        return True
+    try:
+        return _in_any_order(merged(gold.pieces), merged(given.pieces), _intervals)
+    except UnreadableError:  # a bound has letters
+        return False
 
 
 def _intervals(gold: Interval, given: Interval) -> bool:
@@ -126,10 +146,12 @@ def _ratios(gold: Ratio, given: Ratio) -> bool:
     def product(a: Scalar, b: Scalar) -> Scalar:
         return Scalar(rf"({a.latex})\cdot ({b.latex})", a.is_decimal or b.is_decimal)
 
-    first, other = gold.parts[0], given.parts[0]
-    return len(gold.parts) == len(given.parts) and all(
-        _scalars(product(a, other), product(b, first)) for a, b in zip(gold.parts, given.parts, strict=True)
-    )
+    if len(gold.parts) != len(given.parts):
+        return False
+    if any(all(_scalars(part, _ZERO) for part in ratio.parts) for ratio in (gold, given)):
+        return False  # 0:0 is proportional to every ratio
+    pairs = zip(gold.parts, given.parts, strict=True)
+    return all(_scalars(product(a, d), product(c, b)) for (a, b), (c, d) in itertools.combinations(pairs, 2))
 
 
 def _clocks(gold: Clock, given: Clock) -> bool:
@@ -163,6 +185,7 @@ _WITHIN: dict[type, Holds] = {
     Several: _several,
     Set: _sets,
     Matrix: _matrices,
+    Cases: lambda gold, given: _in_any_order(gold.rows, given.rows, _in_order),
     Ratio: _ratios,
     Clock: _clocks,
     Numeral: lambda gold, given: gold == given,
@@ -210,11 +233,17 @@ def _vector(bracket: Bracket, matrix: Matrix) -> bool:
 
 
 def _list(bracket: Bracket, items: Sequence[Answer]) -> bool:
+    names = [item.name for item in items if isinstance(item, Named)]
+    if len(set(names)) < len(names):  # alternatives
+        return False
+    if len(names) == len(items) and set(names) <= set("xyz"):  # coordinates
+        items = [item for _, item in sorted(zip(names, items, strict=True))]
     return bracket.left + bracket.right in ("()", "[]") and _in_order(bracket.items, items)
 
 
 def _time(clock: Clock, ratio: Ratio) -> bool:
-    return list(clock.digits) == [part.latex for part in ratio.parts]
+    digits = [part.latex for part in ratio.parts]
+    return all(part.isdigit() for part in digits) and _clocks(clock, clock_of(digits))
 
 
 def _value_given(gold: Answer, given: Named) -> bool:

@@ -26,6 +26,7 @@ _CHARACTERS = {
         . 。
         , 、
         ' ′’
+        : ∶
         / ÷⁄∕
         \times ×
         \cdot ·⋅
@@ -89,7 +90,9 @@ _REPLACEMENTS = (
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\(?:left|right)(?![a-zA-Z])\s*\.?"), ""),
     (
-        re.compile(r"\\(?:display|text|script)style(?![a-zA-Z])|\\[bB]igg?[lrm]?(?![a-zA-Z])|\\(?:no)?limits(?![a-z])"),
+        re.compile(
+            r"\\(?:(?:display|text|script)style|large|Large|LARGE|huge|Huge|small|normalsize)(?![a-zA-Z])|\\[bB]igg?[lrm]?(?![a-zA-Z])|\\(?:no)?limits(?![a-z])"
+        ),
         "",
     ),
     (re.compile(rf"{_FACE}\s*\{{([a-zA-Z0-9])\}}"), r" \1"),
@@ -111,6 +114,9 @@ _REPLACEMENTS = (
     (re.compile(r"(?<=[0-9])\.(?![0-9.a-zA-Z\\])"), ""),
     (re.compile(r"(?<![a-zA-Z}])\{\}"), ""),
     (re.compile(rf"(?:{TEXT}\s*)?\{{[\s,]*(and|or)[\s,]*\}}"), r" \1 "),
+    (re.compile(rf"(?<=[0-9]) ?\^ ?(?:\{{ ?)?{TEXT} ?\{{ ?(?:st|nd|rd|th) ?\}}(?: ?\}})?"), ""),
+    (re.compile(r"\\(?:mathbb|Bbb) ?(?:\{ ?)?([A-Z])(?![a-zA-Z])(?: ?\})?"), r"\\mathbb{\1}"),
+    (re.compile(r"(?<=[)\]]) ?U ?(?=[(\[])"), r"\\cup "),
     (re.compile(r"\s+"), " "),
 )
 _GROUPED = re.compile(r"(?<!\\)\{[0-9]{1,3}(?:,[0-9]{3})+\}")

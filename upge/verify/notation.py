@@ -8,6 +8,7 @@ fractions, and the imaginary unit is `(I)`. What cannot be spelled so is `Unread
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,10 +17,11 @@ from upge.verify.tokens import FUNCTIONS, OPENING, SYMBOLS, Token, UnreadableErr
 
 
 class Written(NamedTuple):
-    """An expression for the parser, and whether it contains a decimal number."""
+    """An expression for the parser, whether it contains a decimal number, and whether it is an angle in degrees."""
 
     latex: str
     is_decimal: bool
+    is_degrees: bool
 
 
 def write(tokens: Sequence[Token], has_index_i: bool = False) -> Written:
@@ -38,7 +40,7 @@ def write(tokens: Sequence[Token], has_index_i: bool = False) -> Written:
         parts.append(writer.piece())
     if not parts:
         raise UnreadableError("there is no expression")
-    return Written("".join(parts), writer.is_decimal)
+    return Written("".join(parts), writer.is_decimal, writer.is_degrees)
 
 
 _OPERATORS = frozenset(("+", "-", "/", r"\cdot", "!", r"\mod", r"\infty"))
@@ -47,6 +49,7 @@ _ACCENTS = frozenset(
 )
 _ENDS_ARGUMENT = frozenset(("+", "-", r"\cdot", ",", ")", "]", "}", "|", r"\rfloor", r"\rceil", r"\mod"))
 _VARIABLE = r"\variable{%s}"
+_PI = r"(\pi )"  # `\pi (2)` would be a function
 
 
 class _Writer:
@@ -55,7 +58,7 @@ class _Writer:
     def __init__(self, tokens: list[Token], has_index_i: bool) -> None:
         self.tokens = tokens
         self.has_index_i = has_index_i
-        self.is_decimal = False
+        self.is_decimal = self.is_degrees = False
         self.functions = 0  # around the current token
 
     def next_is(self, *texts: str) -> bool:
@@ -86,6 +89,8 @@ class _Writer:
             return self.letters(text)
         if token.kind != "symbol":
             raise UnreadableError("there is text in the expression")
+        if text == "!" and self.next_is("!"):
+            raise UnreadableError("only the double factorial of a number has a reading")
         if text in _OPERATORS:
             return f"{text} "
         if text == "^":
@@ -100,7 +105,7 @@ class _Writer:
         if text == "|":
             return rf"|{self.until('|')}|"
         if text == r"\pi":
-            return r"\pi "
+            return _PI
         if text in SYMBOLS:
             return self.symbol(text[1:])
         if text in _ACCENTS or text in (r"\angle", r"\triangle"):
@@ -130,6 +135,9 @@ class _Writer:
             raise UnreadableError("a number begins with 0")
         if text.isdigit() and (fraction := self.fraction()):
             return rf"({text}+\frac{{{fraction[0]}}}{{{fraction[1]}}})"
+        if [token.text for token in self.tokens[:2]] == ["!", "!"] and text.isdigit() and len(text) < 3:
+            del self.tokens[:2]
+            return str(math.prod(range(int(text), 0, -2)))
         if self.tokens and self.tokens[0].kind == "number":
             raise UnreadableError("two numbers follow one another")
         if "." not in text and not exponent:
@@ -209,6 +217,7 @@ class _Writer:
     def power(self) -> str:
         if self.next_is(r"\circ"):
             self.take()
+            self.is_degrees |= not self.functions
             return r"^{\circ}" if self.functions else ""
         sign = "-" if self.next_is("-", "+") and self.take().text == "-" else ""
         return f"^{{{sign}{self.argument(is_whole=True)}}}"
@@ -248,6 +257,10 @@ class _Writer:
         else:
             argument = self.bare_argument()
         self.functions -= 1
+        if name == r"\cis":
+            if scripts:
+                raise UnreadableError("a power of cis is written around it")
+            return rf"(\cos({argument})+(I)\cdot \sin({argument}))"
         return f"{name}{scripts}({argument})"
 
     def arguments(self) -> str:
@@ -261,9 +274,7 @@ class _Writer:
         r"""The rest of a product; a division belongs to it only after π, as in `\sin \pi/6`."""
         parts = [self.take().text] if self.next_is("-") else []
         while self.tokens and not self.next_is(*_ENDS_ARGUMENT, *FUNCTIONS):
-            if self.next_is("/") and (
-                r"\pi " not in parts or len(self.tokens) > 1 and self.tokens[1].text in FUNCTIONS
-            ):
+            if self.next_is("/") and (_PI not in parts or len(self.tokens) > 1 and self.tokens[1].text in FUNCTIONS):
                 break
             parts.append(self.piece())
         if not parts:

@@ -8,6 +8,7 @@ from fractions import Fraction
 from upge.verify.answers import final_answer
 from upge.verify.base import AnswerVerifier, shown
 from upge.verify.normalize import is_invisible, normalize
+from upge.verify.words import CHANGES_A_NUMBER
 
 LONGEST_NUMBER = 1000
 """The most characters of a number, and the largest exponent."""
@@ -31,10 +32,7 @@ _UNIT = re.compile(
     r"(?: ?\\?%| ?\u00b0)?(?:[-/ ]*+[A-Za-z\u20ac$]++[.;]?(?: ?\^(?:[23]|\{[23]\})|[\u00b2\u00b3])?)*+[.;]?"
 )
 _CHANGES_IT = re.compile(
-    r"\b(?:or|and|to|not|than|plus|minus|times|over|half|halves|thirds?|quarters?|hundreds?|dozens?|squared|pi|i|e|x|y|n|"
-    r"sqrt|point|mod|base|k|thousands?|millions?|billions?|trillions?|hundredths?|tenths?|percent points|"
-    r"zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
-    r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b"
+    rf"{CHANGES_A_NUMBER}|\b(?:to|[iexynk]|(?:hundred|dozen|thousand|(?:m|b|tr)illion)s?|percent points)\b"
     r"|\\(?![ %$,;:!])",
     re.IGNORECASE,
 )

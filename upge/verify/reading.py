@@ -10,7 +10,6 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from upge.verify.answer import (
     EVERYTHING,
@@ -18,7 +17,7 @@ from upge.verify.answer import (
     MINUS_INFINITY,
     Answer,
     Bracket,
-    Clock,
+    Cases,
     Equation,
     Interval,
     Matrix,
@@ -33,30 +32,18 @@ from upge.verify.answer import (
     Text,
     as_reals,
     bound_of,
+    clock_of,
     intersection,
     pieces_of,
     union,
+    value_of,
     without,
 )
 from upge.verify.normalize import without_separators
 from upge.verify.notation import write
 from upge.verify.scalar import expression
 from upge.verify.tokens import SYMBOLS, Token, UnreadableError, depths, is_group, split, tokens_of
-
-
-class Gold(NamedTuple):
-    """What the ground truth says about the meaning of an answer's words.
-
-    Attributes:
-        is_number: any words after a number may be a unit (18 eggs per day). Otherwise only texts and `_UNITS` are.
-        is_expression: up to three letters are a product, even if they could be a word.
-    """
-
-    is_number: bool = False
-    is_expression: bool = False
-
-
-NO_GOLD = Gold()
+from upge.verify.words import ALL_REALS, NO_GOLD, NOTHING, Gold, is_word, without_unit, words_in
 
 
 @functools.lru_cache(maxsize=4096)
@@ -70,7 +57,7 @@ def read(text: str, has_index_i: bool = False, gold: Gold = NO_GOLD) -> tuple[An
     """
     reader, answers = _Reader(has_index_i, gold), []
     # Within brackets, a plain comma separates thousands only where the others are followed by a space.
-    is_list = text[:1] in ("(", "[", "\\") and ", " not in text
+    is_list = text.startswith(("(", "[", r"\{", r"\langle", r"\begin")) and ", " not in text
     for candidate in dict.fromkeys((text,) if is_list else (without_separators(text), text)):
         try:
             answers.append(reader.answer(tokens_of(candidate)))
@@ -81,7 +68,7 @@ def read(text: str, has_index_i: bool = False, gold: Gold = NO_GOLD) -> tuple[An
 
 def words_of(text: str) -> str:
     """The words of a text, as `Text` has them."""
-    return _joined_words(tokens_of(text))
+    return words_in(tokens_of(text))
 
 
 _FALLING = {">": "<", r"\ge": r"\le"}
@@ -90,31 +77,8 @@ _RELATIONS = _INEQUALITIES | {"=", r"\approx", r"\in", r"\notin"}
 _MATRICES = re.compile(r"\\begin\{(?:[pbB]?matrix|array)\}")
 _CLOCK = re.compile(r"([0-9]{1,2}(?::[0-9]{2}){0,2})([ap]m)?")
 _NUMERAL = re.compile(r"-?[{(]?([0-9A-Z]*[0-9][0-9A-Z]*)[})]?_\{?([0-9]+)\}?")
-_SHORT_WORDS = frozenset(
-    "no on yes is it of so up an as at be by do go he if in me my us we to am pm odd all any add act".split()
-)
-_LIKE_A_WORD = re.compile(r"(?=.*[eiou])[a-z]{3}|[a-z]a[a-z]")
 _PUNCTUATION = frozenset(".'\"-()!?&")
-_UNITS = frozenset(
-    "cm mm km dm ft yd mi kg mg lb oz ml hr hrs min sec mph dollars dollar cents cent degrees degree inches inch feet "
-    "foot meters metres meter miles units unit hours hour minutes minute seconds second days weeks months years "
-    "percent".split()
-)
-_UNIT_LETTERS = frozenset("mgshLlJNWVAKCFT")
-_POWER = r"(?:\^(?:n|\{-?n\}))?"
-_UNIT = re.compile(rf"(?:U{_POWER}[/*]?)*U{_POWER}\Z|f\{{U+{_POWER}\}}\{{U+{_POWER}\}}\Z|\^oC\Z")
-_CHANGES_IT = re.compile(
-    r"\b(?:or|and|not|no|is|are|if|else|otherwise|unless|except|wrong|than|plus|minus|times|over|half|halves|thirds?|"
-    r"quarters?|squared|cubed|k|bn|mn|gross|point|mod|base|pi|sqrt|when|where|only|maybe|perhaps|zero|one|two|three|four|five|six|seven|eight|nine|"
-    r"ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|"
-    r"hundredths?|tenths?|thousandths?)\b|\\(?!cdot|times|,)|[0-9;=:]|(?<!\\),|[\u4e0d\u6216\u548c]",
-    re.IGNORECASE,
-)
-_SCALES = {
-    **{"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12},
-    **{"\u767e": 100, "\u5343": 10**3, "\u4e07": 10**4, "\u767e\u4e07": 10**6, "\u4ebf": 10**8},
-}
-_SCALE = re.compile(rf"({'|'.join(sorted(_SCALES, key=len, reverse=True))})s?(?![a-z])", re.IGNORECASE)
+_COLON, _COMMA = Token("symbol", ":"), Token("symbol", ",")
 
 
 @dataclass(frozen=True)
@@ -138,8 +102,7 @@ class _Reader:
 
     def items(self, tokens: Sequence[Token]) -> Answer:
         """Items between commas or "and". Inequalities of one variable hold together, unless they exclude each other."""
-        while tokens and tokens[-1].text == ",":
-            tokens = tokens[:-1]
+        tokens = _without_comma(tokens)
         items = [self.item(part) for part in split(tokens, ",", "and")]
         if len(items) == 1:
             return items[0]
@@ -156,8 +119,12 @@ class _Reader:
         if not tokens:
             raise UnreadableError("there is no answer")
         if self.is_text(tokens):
-            words = _joined_words(tokens)
-            return Reals((EVERYTHING,)) if words in ("all real numbers", "all reals") else Text(words)
+            words = words_in(tokens)
+            if ALL_REALS.fullmatch(words):
+                return Reals((EVERYTHING,))
+            return Set(()) if NOTHING.fullmatch(words) else Text(words)
+        if tokens[0].text == r"\begin{cases}" and is_group(tokens):
+            return self.cases(tokens[1:-1])
         if tokens[0].text == r"\{" and is_group(tokens):
             return self.set(tokens[1:-1])
         if any(token.text in (r"\pm", r"\mp") for token in tokens):
@@ -183,8 +150,7 @@ class _Reader:
             return Text(text)
         clock = _CLOCK.fullmatch(text.lower().replace(".m", "m").rstrip("."))
         if clock and (clock[2] or ":0" in clock[1]):
-            hour, *others = clock[1].split(":")
-            return Clock((hour.lstrip("0") or "0", *others), clock[2] or "")
+            return clock_of(clock[1].split(":"), clock[2] or "")
         numeral = _NUMERAL.fullmatch(text)
         if numeral:
             sign = "- " if text.startswith("-") else ""
@@ -195,8 +161,9 @@ class _Reader:
             parts = split(tokens[1:-1], ",")
             if len(parts) == 1:
                 return self.answer(parts[0])
-            return Bracket(tokens[0].text, tokens[-1].text, tuple(self.item(part) for part in parts))
-        ratio = split(tokens, ":")
+            items = tuple(self.item(part) for part in parts)
+            return _nested(items) or Bracket(tokens[0].text, tokens[-1].text, items)
+        ratio = split([_COLON if token.text == "to" else token for token in tokens], ":")
         if len(ratio) > 1:
             return Ratio(tuple(self.scalar(part) for part in ratio))
         return self.scalar(tokens)
@@ -210,18 +177,17 @@ class _Reader:
             return False
         if is_group(tokens[1:]) and first.kind == "word":  # f(x)
             return False
-        return any(_is_word(token, self.gold.is_expression) for token in tokens)
+        return any(is_word(token, self.gold.is_expression) for token in tokens)
 
     def set(self, tokens: Sequence[Token]) -> Answer:
         if not tokens:
             return Set(())
         for bar in (r"\mid", "|", ":"):
             condition = split(tokens, bar) if bar in [token.text for token in tokens] else []
-            if len(condition) == 2 and _name(split(condition[0], r"\in")[0]):
-                reals = as_reals(self.answer(condition[1]))
-                if reals is None:
-                    raise UnreadableError("the condition of a set is not an inequality")
-                return Reals(reals.pieces)
+            name, *domain = split(condition[0], r"\in") if len(condition) == 2 else [()]
+            if _name(name):
+                sets = [self.item(part) for part in domain] + [self.answer(condition[1])]
+                return Reals(functools.reduce(intersection, map(pieces_of, sets)))
         return Set(_several([self.item(part) for part in split(tokens, ",")]).items)
 
     def relation(self, tokens: Sequence[Token], operators: Sequence[str]) -> Answer:
@@ -242,6 +208,8 @@ class _Reader:
 
     def check_rounded(self, exact: Sequence[Token], rounded: Sequence[Token]) -> None:
         """Refuses `5 \\approx 6`, where the second number is not the first one rounded to its last digit."""
+        if any(token.kind == "symbol" and token.text not in ("-", "$", "%", "^", r"\circ") for token in rounded):
+            raise UnreadableError("an approximation is not a decimal")
         decimals = next((len(token.text.partition(".")[2]) for token in rounded[::-1] if token.kind == "number"), 0)
         if abs(bound_of(self.scalar(exact)) - bound_of(self.scalar(rounded))) > 0.5000001 * 10**-decimals:
             raise UnreadableError("two numbers are not about equal")
@@ -267,6 +235,8 @@ class _Reader:
         names = [_name(side) if side[0].text != "|" else "" for side in sides]
         relation = Relation(tuple(self.scalar(side) for side in sides), tuple(operators))
         bounds, is_open = relation.sides, [operator == "<" for operator in operators]
+        if len(sides) == 2 and r"\ne" not in operators and (reals := _of_absolute_value(sides, relation)):
+            return reals
         if operators[0] == r"\ne" and names[0]:
             return Reals(without((EVERYTHING,), (Interval(bounds[1], bounds[1]),)), names[0])
         if len(sides) == 3 and names[1]:
@@ -276,6 +246,21 @@ class _Reader:
         if len(sides) == 2 and names[1] and not names[0]:
             return Reals((Interval(bounds[0], INFINITY, is_open[0], True),), names[1], relation)
         return relation
+
+    def cases(self, tokens: Sequence[Token]) -> Answer:
+        r"""A system, whose rows hold together, or values with conditions after `&`."""
+        rows = [split(row, "&") for row in split(tokens, r"\\") if row]
+        if all(len(row) == 1 for row in rows):
+            return self.items([token for (row,) in rows for token in (*_without_comma(row), _COMMA)])
+        if any(len(row) != 2 for row in rows):
+            raise UnreadableError("a case has no condition")
+        return Cases(tuple((self.items(value), self.condition(tokens)) for value, tokens in rows))
+
+    def condition(self, tokens: Sequence[Token]) -> Answer:
+        while tokens and tokens[0].text in ("if", "for", "when", ","):
+            tokens = tokens[1:]
+        answer = self.items(tokens)
+        return Text(answer.words.replace(" is ", " ")) if isinstance(answer, Text) else answer
 
     def matrix(self, tokens: Sequence[Token]) -> Matrix:
         begin = next(number for number, token in enumerate(tokens) if _MATRICES.match(token.text))
@@ -295,55 +280,40 @@ class _Reader:
     def scalar(self, tokens: Sequence[Token]) -> Scalar:
         """An expression without its currency and unit."""
         tokens = [token for number, token in enumerate(tokens) if token.text != "$" or 1 < number < len(tokens) - 1]
-        number, factor, is_percent = self.without_unit(tokens)
+        number, factor, is_percent = without_unit(tokens, self.gold)
         written = write(number, self.has_index_i)
         latex = written.latex if factor == 1 else rf"({written.latex})\cdot {factor}"
         if expression(latex) is None:
             raise UnreadableError("the expression does not parse")
-        return Scalar(latex, written.is_decimal, is_percent)
-
-    def without_unit(self, tokens: Sequence[Token]) -> tuple[Sequence[Token], int, bool]:
-        """A value, its factor from words such as "million", and whether it is a percentage."""
-        has_slash = any(token.text == "/" for token in tokens)
-        unit = _UNIT.search("".join(self.shape(token, has_slash) for token in tokens))
-        if not unit or not unit.start():
-            is_percent = len(tokens) > 1 and tokens[-1].text == "%"
-            return tokens[:-1] if is_percent else tokens, 1, is_percent
-        words = " ".join(token.text for token in tokens[unit.start() :] if token.kind not in ("number", "symbol"))
-        words = re.sub(r"\^\{?-?[0-9]\}?", "", words)
-        scales = _SCALE.findall(words)
-        factor = functools.reduce(int.__mul__, (_SCALES[scale.lower()] for scale in scales), 1)
-        if _CHANGES_IT.search(words):
-            raise UnreadableError("the words change the number")
-        number, more, is_percent = self.without_unit(tokens[: unit.start()])
-        return number, factor * more, is_percent or bool(re.search(r"\bpercent\b", words))
-
-    def shape(self, token: Token, has_slash: bool) -> str:
-        """A character for `_UNIT`: U for what may be a unit."""
-        if token.kind in ("text", "script"):
-            return "U"
-        if token.kind == "number":
-            return "n"
-        name = token.text.removeprefix("\\")
-        is_letter = len(name) == 1 and name.isalpha()
-        if name in _UNITS or name in _SCALES or self.gold.is_number and token.kind == "word" and not is_letter:
-            return "U"
-        if self.gold.is_number and has_slash and name in _UNIT_LETTERS:
-            return "U"
-        shapes = {r"\cdot": "*", r"\circ": "o", r"\frac": "f", "C": "C", "F": "C"}
-        return shapes.get(token.text, token.text if len(token.text) == 1 and not is_letter else ".")
+        return Scalar(latex, written.is_decimal, is_percent, written.is_degrees)
 
 
-def _joined_words(tokens: Sequence[Token]) -> str:
-    return " ".join(token.text for token in tokens if token.kind != "symbol").casefold()
+def _without_comma(tokens: Sequence[Token]) -> Sequence[Token]:
+    while tokens and tokens[-1].text == ",":
+        tokens = tokens[:-1]
+    return tokens
 
 
-def _is_word(token: Token, is_expression: bool = False) -> bool:
-    """Letters are a word if there are four, or capitals among them, or if they look like one, such as "on" or "tea"."""
-    text = token.text
-    if token.kind != "word" or len(text) > 3 or len(text) > 1 and not text.islower():
-        return token.kind in ("word", "text", "script")
-    return not is_expression and (text in _SHORT_WORDS or bool(_LIKE_A_WORD.fullmatch(text)))
+def _nested(items: Sequence[Answer]) -> Matrix | None:
+    """The matrix whose rows are lists in square brackets of equal length; None for anything else."""
+    rows = [item.items for item in items if isinstance(item, Bracket) and item.left + item.right == "[]"]
+    cells = tuple(tuple(cell for cell in row if isinstance(cell, Scalar)) for row in rows)
+    is_matrix = len(rows) == len(items) > 1 and {len(row) for row in cells} == {len(rows[0])} == {*map(len, rows)}
+    return Matrix(cells) if is_matrix else None
+
+
+def _of_absolute_value(sides: Sequence[Sequence[Token]], relation: Relation) -> Reals | None:
+    """The numbers with |x| < c or c < |x| for a positive number c; None for any other relation."""
+    for number, side in enumerate(sides):
+        name = _name(side[1:-1]) if len(side) > 2 and side[0].text == side[-1].text == "|" else ""
+        bound, is_open = relation.sides[1 - number], relation.operators[0] == "<"
+        if name and (value_of(bound) or 0) > 0:
+            opposite = Scalar(f"-({bound.latex})", bound.is_decimal)
+            if number == 0:
+                return Reals((Interval(opposite, bound, is_open, is_open),), name, relation)
+            outside = Interval(MINUS_INFINITY, opposite, True, is_open), Interval(bound, INFINITY, is_open, True)
+            return Reals(outside, name, relation)
+    return None
 
 
 def _several(items: Sequence[Answer]) -> Several:
@@ -361,10 +331,12 @@ def _name(tokens: Sequence[Token]) -> str:
     if not tokens:
         return ""
     text = "".join(token.text for token in tokens)
-    if all(token.kind in ("text", "word", "script") for token in tokens) and any(_is_word(token) for token in tokens):
+    if all(token.kind in ("text", "word", "script") for token in tokens) and any(is_word(token) for token in tokens):
         return text.casefold()
     if tokens[0].text == tokens[-1].text == "|" and len(tokens) > 2:
         return f"|{name}|" if (name := _name(tokens[1:-1])) else ""
+    if ":" in [token.text for token in tokens]:
+        return text if all(map(_name, split(tokens, ":"))) else ""
     if tokens[0].text == "(" and is_group(tokens):
         parts = [_name(part) for part in split(tokens[1:-1], ",")]
         return text if len(parts) > 1 and all(parts) else ""

@@ -1,10 +1,10 @@
 """Expressions: parsed as a whole by latex2sympy2_extended, and compared by their values.
 
-Two expressions are equal if they have equal values, to 50 digits, wherever both are defined for the same random numbers
-in place of their letters. All letters are real. If neither expression contains the imaginary unit, its parts are real
-as well (∛-8 is -2), and where one has no real value they are not compared. An expression whose value is not certain,
-because a part of it is huge, tiny, cancelled or unknown to `_rules`, is compared by sympy, which may take hours for an
-answer such as i^{9^{9^9}}: call this in a process that can be killed.
+Two expressions are equal if they have equal values, to 100 digits, wherever both are defined for the same random
+numbers in place of their letters. All letters are real. If neither expression contains the imaginary unit, its parts
+are real as well (∛-8 is -2), and where one has no real value they are not compared. An expression whose value is not
+certain, because a part of it is huge, tiny, cancelled or unknown to `_rules`, is compared by sympy, which may take
+hours for an answer such as i^{9^{9^9}}: call this in a process that can be killed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ _SCALES = (1.0, 5.3, 1.0, 0.29, 2.7, 11.0)
 """At each of these points a letter gets a number between one and two times the scale."""
 _FEWEST = 2
 """The fewest points at which two expressions with letters are compared."""
-_DIGITS = 150
+_DIGITS = 200
 _LARGEST, _TINIEST = 1e50, 1e-30
 """Bounds of every evaluated part: between them, `_DIGITS` digits make a value certain, and evaluation is fast."""
 _CANCELLED = 1e-20
 """Relative size below which a sum, or a distance from the negative axis, may be an inexact 0."""
-_EQUAL = 1e-50
-"""Relative difference of equal values."""
+_EQUAL = 1e-100
+"""Relative difference of equal values. Two fractions within the bounds above differ by more."""
+_ROUNDED = 5e-7
+"""Difference of numbers that are equal to 6 decimals."""
 
 
 @functools.cache
@@ -158,7 +160,8 @@ def _are_close(a: Value, b: Value) -> bool:
 def _equal_rounded(gold: Value, given: Value) -> bool:
     if abs(gold) < 1e-3:
         return abs(gold - given) <= 5e-6 * abs(gold) if gold else abs(given) <= 1e-12
-    return all(round(a * 10**6) == round(b * 10**6) for a, b in ((gold.real, given.real), (gold.imag, given.imag)))
+    difference = gold - given
+    return max(abs(difference.real), abs(difference.imag)) <= _ROUNDED
 
 
 def _equal_by_sympy(gold: Parsed, given: Parsed, is_decimal: bool) -> bool:
@@ -168,10 +171,12 @@ def _equal_by_sympy(gold: Parsed, given: Parsed, is_decimal: bool) -> bool:
     if gold == given:
         return True
     difference = simplify(gold - given)
-    if difference.is_number and not difference.is_zero:
-        values = [complex(part.evalf(30)) for part in (gold, given)]
-        return _equal_rounded(*values) if is_decimal else bool(abs(complex(difference.evalf(30))) <= 1e-20)
-    return bool(difference.is_zero)
+    if not difference.is_number or difference.is_zero:
+        return bool(difference.is_zero)
+    if is_decimal:
+        return _equal_rounded(*(complex(part.evalf(30)) for part in (gold, given)))
+    # Relative, because 1/2004! is not 1/2006!. sympy evaluates a difference to the digits that are asked for.
+    return difference.is_zero is None and bool(abs(difference.evalf(30)) <= 1e-30 * abs(gold.evalf(30)))
 
 
 class _UncertainError(Exception):
@@ -279,6 +284,8 @@ def _rules() -> dict[str, Callable[..., Value]]:
         return value
 
     def rational(number: Parsed, *_: object) -> Value:
+        if max(abs(number.p), number.q) > _LARGEST:  # 1 - 2^-1000 is not 1
+            raise _UncertainError
         return exact.mpf(number.p) / number.q
 
     constants = {"Pi": exact.pi, "Exp1": exact.e, "ImaginaryUnit": exact.mpc(0, 1)}

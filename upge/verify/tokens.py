@@ -28,7 +28,7 @@ class Token(NamedTuple):
 
 
 _FUNCTIONS = (
-    "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan arccot arcsec arccsc log ln exp max min gcd lcm"
+    "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan arccot arcsec arccsc cis log ln exp max min gcd lcm"
 )
 _GREEK = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
@@ -65,7 +65,7 @@ _ALIASES = {
         | \lvert \rvert \vert
         : \colon
         , ;
-        $ \$ € £ ¥
+        $ \$ € £ ¥ ¢
         % \%
         and \land \wedge 和 且
         or \lor \vee 或
@@ -147,6 +147,10 @@ OPENING = {"(": ")]", "[": ")]", "{": "}", r"\{": (r"\}",), r"\lfloor": (r"\rflo
 _CLOSING = frozenset(closing for closings in OPENING.values() for closing in closings)
 
 
+def _closings(opening: str) -> Sequence[str]:
+    return OPENING.get(opening) or (opening.replace("begin", "end"),)
+
+
 def depths(tokens: Sequence[Token]) -> list[int]:
     """The number of brackets around each token; a bracket counts as inside itself.
 
@@ -160,9 +164,7 @@ def depths(tokens: Sequence[Token]) -> list[int]:
             stack.append(token.text)
         result.append(len(stack))
         if token.text in _CLOSING or token.text.startswith(r"\end"):
-            opening = stack.pop() if stack else ""
-            closings = OPENING.get(opening, (opening.replace("begin", "end"),))
-            if token.text not in closings:
+            if token.text not in _closings(stack.pop() if stack else ""):
                 raise UnreadableError("the brackets do not match")
     if stack:
         raise UnreadableError("a bracket is not closed")
@@ -188,8 +190,10 @@ def split(tokens: Sequence[Token], *separators: str) -> list[tuple[Token, ...]]:
 
 def is_group(tokens: Sequence[Token]) -> bool:
     """Whether the first and the last token are the two brackets of one group."""
-    if len(tokens) < 2 or tokens[0].text not in OPENING or tokens[0].kind != "symbol":
+    if len(tokens) < 2 or tokens[0].kind != "symbol":
+        return False
+    if tokens[0].text not in OPENING and not tokens[0].text.startswith(r"\begin"):
         return False
     closing = [number for number, depth in enumerate(depths(tokens)) if depth == 1][1:]
-    ends = OPENING[tokens[0].text]
+    ends = _closings(tokens[0].text)
     return next((number for number in closing if tokens[number].text in ends), None) == len(tokens) - 1

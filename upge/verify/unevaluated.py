@@ -14,7 +14,9 @@ from upge.verify.normalize import NUMBER, respell
 
 _FRACTION = re.compile(r"[+-]?(?:([0-9]+)/([0-9]+)|\\frac\{?[+-]?([0-9]+)\}?\{?([0-9]+)\}?)")
 _SCIENTIFIC = re.compile(r"\*10\^(?:\{[+-]?[0-9]+\}|[0-9])")
-_UNIT_TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm)\s*\{(?:[^{}]|\{[^{}]*\})*\}|\\?%|\^\\circ(?![a-z])")
+_UNIT_TEXT = re.compile(
+    r"\\(?:text\w*|mbox|mathrm)\s*\{(?:[^{}]|\{[^{}]*\})*\}|\\?%|\^\\circ(?: ?[CF](?![a-zA-Z])|(?![a-z]))"
+)
 # One or more words of letters after a number: 5 cm, 5 m/s^2. A single letter is an unknown.
 _UNIT_WORDS = re.compile(r"(?<=[0-9)}!]) ?(?:[A-Za-z]{2,}|[A-Za-z](?= ?/))(?:[ /*][A-Za-z]+|\^\{?-?[23]\}?)*\Z")
 _GREEK = r"alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega"
@@ -32,7 +34,7 @@ _BEFORE, _AFTER = r"(?<![0-9A-Za-z.+\-*/^_{])(?<!(?<!\\)\()", r"(?![0-9A-Za-z+\-
 _FAMILIES = tuple(
     re.compile(names)
     for names in (
-        r"(?<![a-zA-Z])\\?(?:a(?:rc)?)?(?:sin|cos|tan|cot|sec|csc)h?(?![a-zA-Z])",
+        r"(?<![a-zA-Z])\\?(?:a(?:rc)?)?(?:sin|cos|tan|cot|sec|csc|cis)h?(?![a-zA-Z])",
         r"(?<![a-zA-Z])\\?(?:log|ln|lg)(?![a-zA-Z])",
         r"\\sum(?![a-z])|\u2211",
         r"\\prod(?![a-z])|\u220f",
