@@ -220,7 +220,8 @@ def _as_reals(gold: Answer, given: Answer) -> bool:
 
 def _listed_union(union: Reals, listed: Several) -> bool:
     sets = [as_reals(item) for item in listed.items]
-    return all(sets) and _reals(union, Reals(tuple(piece for part in sets if part for piece in part.pieces)))
+    names = {part.name for part in sets if part and part.name}
+    return all(sets) and len(names) < 2 and _reals(union, Reals(tuple(piece for part in sets if part for piece in part.pieces)))
 
 
 def _half_line(reals: Reals, relation: Relation) -> bool:

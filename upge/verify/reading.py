@@ -94,7 +94,8 @@ class _Reader:
         if len(alternatives) == 1:
             return alternatives[0]
         sets = [as_reals(part) for part in alternatives]
-        if all(sets) and any(isinstance(part, Reals) for part in alternatives):
+        names = {part.name for part in sets if part and part.name}
+        if all(sets) and any(isinstance(part, Reals) for part in alternatives) and len(names) < 2:
             return Reals(
                 tuple(piece for part in sets if part for piece in part.pieces), sets[0].name if sets[0] else ""
             )
