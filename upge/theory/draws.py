@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -132,7 +133,7 @@ class Evaluator:
         """The batch of these groups; log-probs and entropies are leaves that require a gradient."""
         listed = [(g, *row) for g, rows in enumerate(groups) for row in rows]
         group, number, is_demonstration, preference = (torch.tensor(column) for column in zip(*listed, strict=True))
-        columns = {name: column[number] for name, column in self.columns.items()}
+        columns: dict[str, Any] = {name: column[number] for name, column in self.columns.items()}
         for name in ("logprobs", "entropies"):
             columns[name].requires_grad_()
         return Trajectories(

@@ -160,12 +160,12 @@ class Member(NamedTuple):
     Attributes:
         group: identifies the group; responses are compared with those of an equal value.
         size: number of responses of the group. It is verified as soon as all of them are submitted.
-        index: of the response, from 0; the verifier gets the responses in this order.
+        place: of the response, from 0; the verifier gets the responses in this order.
     """
 
     group: object
     size: int
-    index: int
+    place: int
 
 
 class Item(NamedTuple):

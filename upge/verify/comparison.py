@@ -54,13 +54,12 @@ def _scalars(gold: Scalar, given: Scalar) -> bool:
     is_decimal = gold.is_decimal or given.is_decimal
     if are_equal(_parsed(gold), _parsed(given), is_decimal):
         return True
-    return any(
-        getattr(gold, mark) != getattr(given, mark)
-        and are_equal(
-            *(_parsed(_times(side, factor) if getattr(side, mark) else side) for side in (gold, given)), is_decimal
-        )
-        for mark, factor in _SIGNS.items()
-    )
+    for mark, factor in _SIGNS.items():
+        if getattr(gold, mark) != getattr(given, mark):
+            left, right = (_parsed(_times(side, factor) if getattr(side, mark) else side) for side in (gold, given))
+            if are_equal(left, right, is_decimal):
+                return True
+    return False
 
 
 def _times(scalar: Scalar, factor: str) -> Scalar:
@@ -221,7 +220,11 @@ def _as_reals(gold: Answer, given: Answer) -> bool:
 def _listed_union(union: Reals, listed: Several) -> bool:
     sets = [as_reals(item) for item in listed.items]
     names = {part.name for part in sets if part and part.name}
-    return all(sets) and len(names) < 2 and _reals(union, Reals(tuple(piece for part in sets if part for piece in part.pieces)))
+    return (
+        all(sets)
+        and len(names) < 2
+        and _reals(union, Reals(tuple(piece for part in sets if part for piece in part.pieces)))
+    )
 
 
 def _half_line(reals: Reals, relation: Relation) -> bool:

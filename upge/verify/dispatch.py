@@ -70,7 +70,7 @@ class Dispatcher:
     # --- in the callers' threads ---
 
     def submit(self, task: Task) -> Future[Any]:
-        """A future of the `Outcome` of a task: several verdicts if the task has a `count`.
+        """A future of the `Outcome` of a task: several verdicts if the task has several `responses`.
 
         Raises:
             RuntimeError: as for `require_open`.
@@ -239,7 +239,7 @@ class Dispatcher:
         low, high = self._ranges.get(task.verifier, (0.0, 1.0))
         match message:
             case [list(rewards), "ok" | "error" as status, str(detail), extracted, str(trace), float(seconds)] if (
-                len(rewards) == (max(task.count, 1) if status == "ok" else 0)
+                len(rewards) == (max(task.responses, 1) if status == "ok" else 0)
                 and all(isinstance(reward, int | float) and low <= reward <= high for reward in rewards)
                 and isinstance(extracted, str | None)
             ):
@@ -249,14 +249,14 @@ class Dispatcher:
                 if status == "error":
                     return self._failed(task, status, printable(detail), extracted, printable(trace))
                 verdicts = tuple(Verdict(float(reward), status, printable(detail), extracted) for reward in rewards)
-                return verdicts if task.count else verdicts[0]
+                return verdicts if task.responses else verdicts[0]
         raise ProtocolError("something other than a verdict")
 
     def _failed(self, task: Task, status: str, detail: str, extracted: str | None = None, trace: str = "") -> Outcome:
         """The outcome without a reward: the smallest one stands in its place, so that a failure never pays."""
         low, _ = self._ranges.get(task.verifier, (0.0, 1.0))
         verdict = Verdict(low, status, detail, extracted, trace)
-        return (verdict,) * task.count if task.count else verdict
+        return (verdict,) * task.responses if task.responses else verdict
 
     def _bury(self, worker: Worker, reason: str = "") -> None:
         """Replaces a worker that has died or has to.

@@ -48,11 +48,11 @@ class Groups:
         future.add_done_callback(lambda _: self._forget(key) if future.cancelled() else None)
         with self._lock:
             waiting = self._waiting.setdefault(key, {})
-            waiting[member.index] = (item, future)
+            waiting[member.place] = (item, future)
             if len(waiting) < member.size:
                 return future
             del self._waiting[key]
-        items, futures = zip(*(waiting[index] for index in sorted(waiting)), strict=True)
+        items, futures = zip(*(waiting[place] for place in sorted(waiting)), strict=True)
         whole = self._begin(name, items)
 
         def give_up(_: Future[Verdict]) -> None:

@@ -217,7 +217,7 @@ class VerifierPool:
             if key in asks:
                 values[key] = [getattr(item, key) for item in items]
         return self._dispatcher.submit(
-            Task(name, "", first.answer, first.prompt, more=as_json(values), count=len(items))
+            Task(name, "", first.answer, first.prompt, more=as_json(values), responses=len(items))
         )
 
 

@@ -33,7 +33,7 @@ class Task(NamedTuple):
         text: the response, or the answer extracted from it.
         is_extracted: whether `text` is the extracted answer.
         more: further arguments that the verifier asks for, as JSON; empty for none.
-        count: for a verifier that compares responses, their number; they are in `more`. Else 0.
+        responses: for a verifier that compares responses, their number; they are in `more`. Else 0.
     """
 
     verifier: str
@@ -42,7 +42,7 @@ class Task(NamedTuple):
     prompt: str | None = None
     is_extracted: bool = False
     more: str = ""
-    count: int = 0
+    responses: int = 0
 
 
 @dataclass(frozen=True)

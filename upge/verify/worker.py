@@ -14,7 +14,7 @@ import socket
 import time
 import traceback
 from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 from upge.verify import isolation
 from upge.verify.base import LONGEST_EXTRACT, load
@@ -108,7 +108,7 @@ def score(
         blameless = is_extracted and not isinstance(error, (ImportError, MemoryError))
         return ([0.0], "ok", "", None, "") if blameless else ([], "error", *_told(error, extracted))
     try:
-        rewards = [_number(one) for one in result] if count else [_number(result)]
+        rewards = [_number(one) for one in cast("list[Any]", result)] if count else [_number(result)]
     except Exception:  # no list, or a list that fails
         rewards = []
     if len(rewards) != max(count, 1) or not all(declared.minimum <= reward <= declared.maximum for reward in rewards):
