@@ -21,6 +21,7 @@ from upge.components.denominator import (
     SequenceReferencePolicy,
     UnitDenominator,
 )
+from upge.components.distillation import JensenShannon, LogRatio, Surprisal, TargetProbability, TiltedReference
 from upge.components.likelihood import PolicyLikelihood, PowerLikelihood, ShapedLikelihood
 from upge.components.mask import (
     AllOf,
@@ -52,8 +53,10 @@ __all__ = [
     "ImportanceBand",
     "KLPenalizedReward",
     "KLShaped",
+    "JensenShannon",
     "LeaveOneOut",
     "LikelihoodGradient",
+    "LogRatio",
     "LogRatioClip",
     "MixedBehaviorPolicy",
     "NoMask",
@@ -75,7 +78,10 @@ __all__ = [
     "SigmoidGate",
     "SignedReward",
     "StabilizationMask",
+    "Surprisal",
+    "TargetProbability",
     "Tempered",
+    "TiltedReference",
     "TokenReward",
     "UnitDenominator",
     "Whitened",

@@ -15,7 +15,7 @@ from upge.components.base import AdvantageEstimator, Component, walk
 from upge.components.returns import KLKind, kl_value
 from upge.errors import ConfigError
 from upge.formula import Formula, tex
-from upge.views import TokenView, TrajectoryView
+from upge.views import LIVE_COLUMNS, TokenView, TrajectoryView
 
 
 @dataclass(frozen=True)
@@ -196,9 +196,9 @@ class OverlongShaped(AdvantageEstimator):
         excess = excess * (~batch.is_demonstration).double()
         return batch.with_rewards(batch.rewards.double() - self.penalty * excess)
 
-    def precompute_parts(self, batch: TrajectoryView) -> Component:
+    def precompute_parts(self, batch: TrajectoryView, live: frozenset[str] = LIVE_COLUMNS) -> Component:
         """This part with the wrapped advantage precomputed on the penalized rewards."""
-        return dataclasses.replace(self, advantage=self.advantage.precomputed(self.shaped(batch)))
+        return dataclasses.replace(self, advantage=self.advantage.precomputed(self.shaped(batch), live))
 
     def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
         return self.advantage(self.shaped(batch))
