@@ -26,8 +26,8 @@ from upge.gates import Gate
 from upge.needs import Needs, check_columns, check_groups, needs_of
 from upge.plan import Plan, plan_updates
 from upge.regularizers import Regularizer, ValueLoss
-from upge.support import SampledToken, Support
 from upge.stateful import UTILITY_SLOPE, StatefulGate, stateful_gates
+from upge.support import SampledToken, Support
 from upge.term import Term
 from upge.trajectories import Source, Trajectories
 from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS

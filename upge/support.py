@@ -4,9 +4,9 @@ The gradient of a term is Σ_t w_t Σ_v c_v ∇π_θ(v|t), where v runs over the
 k_v = π_θ(v)·c_v = 1_stable · (1/π_ref) · Â · f′ · π_θ(v), as they do for the sampled token alone, which is the default.
 With z the logits, ∂(Σ_v c_v π_v)/∂z = k - (Σ_v k_v) π.
 
-On a support the parts are evaluated in the shape [N, K]: N packed tokens, K candidates. `logprobs`, `reference_logprobs`
-and `teacher_logprobs` are then those of the candidates, and all other columns are [N, 1]. So the same part, such as
-`TeacherAdvantage`, serves the sampled token and the whole distribution. V is the vocabulary.
+On a support the parts are evaluated in the shape [N, K]: N packed tokens, K candidates. The columns `logprobs`,
+`reference_logprobs` and `teacher_logprobs` are then those of the candidates, and all others are [N, 1]. So the same
+part, such as `LogRatio`, serves the sampled token and the whole distribution. V is the size of the vocabulary.
 """
 
 from __future__ import annotations

@@ -61,7 +61,9 @@ def optimised_gradient(one: Algorithm, batch: Trajectories, ours: PackedPolicy, 
     for rows in cut(plan.contributing.nonzero()[:, 0].tolist(), batch.group):
         packed = pack([(members[r].prompt_ids, members[r].response_ids) for r in rows])
         piece = MicroBatch(batch, rows, packed)
-        loss, *_ = ours(packed, objective=piece.objective(one, lambda view: plan.estimate(view).loss))
+        loss, *_ = ours(
+            packed, objective=piece.objective(one, lambda view, places: [(1.0, plan.estimate_in_head(view, places))])
+        )
         loss.backward()
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in ours.parameters()]
 

@@ -131,11 +131,10 @@ def test_the_expected_gradient_of_the_sampled_token_is_that_of_the_whole_vocabul
     whole = upge.Algorithm("test", {"one": term(upge.LogRatio(), upge.FullVocabulary())})
     given, total = batch.distributions, 0.0
     for token in range(V):
-        tokens = torch.full_like(given.tokens, token)
-        columns = {f"{name}logprobs": one[..., token] for name, one in zip(("", "reference_", "teacher_"), given[1:])}
-        # The probability of the token as its weight, through an importance ratio.
+        names = ("logprobs", "reference_logprobs", "teacher_logprobs")
+        columns = {name: one[..., token] for name, one in zip(names, given[1:], strict=True)}
         estimate = sampled.plan(batch).estimate(dataclasses.replace(batch, **columns))
-        weights = estimate.weights * columns["logprobs"].detach().exp()
+        weights = estimate.weights * columns["logprobs"].detach().exp()  # the probability that it is sampled
         total = total + gradient((weights * columns["logprobs"]).sum(), logits)
     torch.testing.assert_close(total, gradient(-whole.estimate(batch).loss, logits), rtol=1e-10, atol=1e-13)
 

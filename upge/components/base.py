@@ -229,7 +229,7 @@ def like(batch: TokenView, value: float) -> Float[Tensor, "*shape"]:
 
 
 def live_reads(part: Component, live: frozenset[str] = LIVE_COLUMNS) -> frozenset[str]:
-    """The columns that `part` and the parts it wraps read in or after the forward pass, where `live` exist only then."""
+    """The columns that `part` and the parts it wraps read in or after the forward pass, which fills those in `live`."""
     if part.is_precomputed(live):
         return frozenset()
     inner = [inner for name, inner in part.parts.items() if name not in part.evaluated_separately]

@@ -109,8 +109,9 @@ class JensenShannon(_TowardsTarget):
 
     def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
         policy, target = self.logs(batch)
-        mixture = torch.logaddexp(target + math.log(self.beta), policy + math.log(1 - self.beta))
-        return (1 - self.beta) * (mixture - policy)
+        # log(m/π) = log(1 - beta) + softplus(log ν/π + log beta/(1 - beta)), which overflows nowhere.
+        odds = target - policy + math.log(self.beta / (1 - self.beta))
+        return (1 - self.beta) * (math.log(1 - self.beta) + torch.nn.functional.softplus(odds))
 
     def formula(self) -> Formula:
         (text, latex), beta, rest = _SYMBOLS[self.target], self.beta, 1 - self.beta

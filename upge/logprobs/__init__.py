@@ -147,6 +147,8 @@ def _check(
 
 
 def _check_other(name: str, other: Output, hidden: Tensor, weight: Tensor) -> None:
+    if other.weight is None:
+        raise ValueError(f"others.{name}: it has no output embedding; give Output(hidden, weight)")
     if other.hidden.dim() != 2 or len(other.hidden) != len(hidden) or other.hidden.shape[1] != other.weight.shape[1]:
         raise ValueError(
             f"others.{name}: hidden must be [{len(hidden)}, D] and weight [V, D], got {tuple(other.hidden.shape)} and "

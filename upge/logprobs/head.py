@@ -21,13 +21,18 @@ class Output(NamedTuple):
 
     Attributes:
         hidden: [N, D'] its states, of its own width.
-        weight: [V, D'] its output embedding; rows beyond the policy's vocabulary are left out.
+        weight: [V, D'] its output embedding; rows beyond the policy's vocabulary are left out. None = the policy's, for
+            states of the policy itself on another prompt.
         bias: [V] or None.
     """
 
     hidden: Tensor
-    weight: Tensor
+    weight: Tensor | None = None
     bias: Tensor | None = None
+
+    def with_default(self, weight: Tensor, bias: Tensor | None) -> Output:
+        """This output, with the policy's embedding if it has none of its own."""
+        return Output(self.hidden, weight.detach(), bias) if self.weight is None else self
 
 
 #: (Some of the tokens that a coefficient function was called with, the policy's log-probs [R, V] at them, and those of
@@ -125,7 +130,7 @@ class Head:
         vocabulary = len(weight)
         self.other_chunks = {
             name: Chunks(
-                one.weight[:vocabulary], None if one.bias is None else one.bias[:vocabulary], temperature, rows
+                _given(one.weight)[:vocabulary], None if one.bias is None else one.bias[:vocabulary], temperature, rows
             )
             for name, one in self.others.items()
         }
@@ -193,6 +198,11 @@ class Head:
 
     def _columns(self) -> Tensor:
         return self.hidden.new_empty(2, len(self.hidden), dtype=self.chunks.wide)
+
+
+def _given(weight: Tensor | None) -> Tensor:
+    assert weight is not None, "the output embedding of another model is missing"
+    return weight
 
 
 class Gradients:

@@ -31,6 +31,7 @@ class Trajectory:
         extracted: the answer that the verifier read in a rollout; None if it found none or does not report it.
         status: of the verification: 'ok', 'timeout' or 'error'; 'demonstration' where nothing was verified.
         detail: the reason for a timeout or an error.
+        teacher_prompt_ids: the prompt that the teacher reads in place of the policy's; None = the same.
         preference: +1 for the chosen side of a pair, -1 for the rejected one, 0 for neither.
         index: its place in the step, from 0 and the same on every rank. It is the trajectory's row in the step's batch
             and identifies it in metrics and in the lines of rollouts/ and tokens/.
@@ -49,11 +50,17 @@ class Trajectory:
     preference: int = 0
     index: int = 0
     detail: str = ""
+    teacher_prompt_ids: tuple[int, ...] | None = None
 
     @property
     def ids(self) -> TokenIds:
         """Prompt and response."""
         return self.prompt_ids, self.response_ids
+
+    @property
+    def teacher_ids(self) -> TokenIds:
+        """The prompt as the teacher reads it, and the response."""
+        return self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids, self.response_ids
 
 
 def indexed(trajectories: Iterable[Trajectory]) -> list[Trajectory]:
