@@ -12,6 +12,7 @@ from experiments.config import Composed, suite_config
 from experiments.describe import members
 from experiments.files import free_folder, output_path
 from experiments.run import answer_check
+from experiments.run.teacher import check_teacher, check_teaching
 from upge import data, rollout
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError, DataError, ModelError
@@ -29,7 +30,10 @@ from upge.verify.isolation import can_leave_network
 from upge.verify.pool import check_limits
 
 #: Columns that this trainer fills beyond rewards, masks and groups.
-PROVIDED = ("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "preference")
+PROVIDED = (
+    *("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "teacher_logprobs"),
+    "preference",
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ def prepare(composed: Composed) -> Prepared:
     config, algorithm = composed.config, composed.algorithm
     algorithm.check(group_size=config.group_size, provided=PROVIDED)
     check_stages(algorithm, config.steps)
+    check_teacher(config, algorithm.needs)
     folder = RunFolder(output_folder(composed))
     continues = folder.open(composed.tree, config.resume)
     _check_installed()
@@ -71,6 +76,8 @@ def prepare(composed: Composed) -> Prepared:
     check_length(config.model, config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
     prompting = load_prompting(config.model)
     notes += _overlap(splits.train, measured)
+    if algorithm.needs.teacher:
+        check_teaching(config, prompting, splits.train)
     train, more = _encode("training", splits.train, prompting, composed)
     notes += more
     evaluation, more = _encode("evaluation", measured, prompting, composed) if measured else ([], [])
@@ -142,7 +149,7 @@ def _check_installed() -> None:
 
 def with_local_models(composed: Composed) -> Composed:
     """Replaces GGUF files by folders with the converted models; the tree, which is recorded, keeps the given names."""
-    sections = {name: getattr(composed.config, name) for name in ("model", "critic", "reference")}
+    sections = {name: getattr(composed.config, name) for name in ("model", "critic", "reference", "teacher")}
     local = {name: replace(section, path=local_path(section.path)) for name, section in sections.items()}
     return replace(composed, config=replace(composed.config, **local))
 

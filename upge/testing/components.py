@@ -22,10 +22,10 @@ from upge.needs import needs_of
 from upge.reduction import Over, Reduction
 from upge.regularizers import Regularizer, ValueLoss
 from upge.stateful import UTILITY_SLOPE, StatefulGate
+from upge.support import CandidateView, Support
 from upge.testing import batches
 from upge.testing.rules import SINGLE_TOLERANCE, attempt, close, require, require_instance, same, valid
 from upge.trajectories import Source, Trajectories
-from upge.support import CandidateView, Support
 from upge.views import LIVE_COLUMNS, TOKEN_COLUMNS, TRAJECTORY_COLUMNS, Distributions
 
 

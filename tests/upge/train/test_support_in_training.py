@@ -1,4 +1,4 @@
-"""Terms on the vocabulary through the packed model and its head, against full logits of ordinary models and autograd."""
+"""Terms on the vocabulary through the packed model and its head, against autograd on full logits of plain models."""
 
 from __future__ import annotations
 
