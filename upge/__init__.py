@@ -25,6 +25,7 @@ from upge.gates import (
     PassRateTable,
     ProductOf,
     Schedule,
+    SiblingSucceeded,
 )
 from upge.needs import Needs
 from upge.pipeline import Pipeline, Stage
@@ -71,6 +72,7 @@ __all__ = [
     "SampledToken",
     "Schedule",
     "SequenceMean",
+    "SiblingSucceeded",
     "Stage",
     "StatefulGate",
     "Support",

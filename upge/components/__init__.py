@@ -34,7 +34,7 @@ from upge.components.mask import (
     SigmoidGate,
 )
 from upge.components.returns import GAE, KLPenalizedReward, OutcomeReward, ReturnToGo
-from upge.components.shaping import KLShaped, OverlongShaped, Shifted, Tempered, Whitened
+from upge.components.shaping import KLShaped, OverlongShaped, PrefixWeighted, Shifted, Tempered, Whitened
 from upge.formula import Formula
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "PairwisePreference",
     "PolicyLikelihood",
     "PowerLikelihood",
+    "PrefixWeighted",
     "ReferenceDenominator",
     "ReturnToGo",
     "SamplerCorrected",

@@ -19,9 +19,10 @@ from upge.algorithm import Algorithm
 from upge.components.advantage import GroupRelative
 from upge.components.base import AdvantageEstimator, Component, rewritten, walk
 from upge.components.denominator import BehaviorPolicy, SamplerCorrected
+from upge.components.distillation import LogRatio
 from upge.components.mask import ImportanceBand, PPOClip, SequenceSamplerBand
 from upge.components.returns import KLKind, KLPenalizedReward
-from upge.components.shaping import KLShaped, OverlongShaped
+from upge.components.shaping import KLShaped, OverlongShaped, PrefixWeighted
 from upge.corrections.base import (
     Correction,
     NotApplicable,
@@ -37,6 +38,7 @@ from upge.errors import ConfigError
 from upge.gates import Gate, PassRateBetween, ProductOf
 from upge.reduction import Reduction, TokenMean
 from upge.regularizers import EntropyBonus, KLPenalty
+from upge.support import SampledToken
 from upge.trajectories import Source
 
 
@@ -157,6 +159,27 @@ class Entropy(Correction):
 
     def apply(self, algorithm: Algorithm) -> Algorithm:
         return with_regularizer(algorithm, "entropy", EntropyBonus(self.coefficient, self.reduction, self.source))
+
+
+@dataclass(frozen=True)
+class IWOPD(Correction):
+    """Weights log-ratios to the teacher by `upge.PrefixWeighted` (arXiv 2606.22600)."""
+
+    gamma: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        PrefixWeighted(LogRatio(), self.gamma)  # checks the setting
+
+    def apply(self, algorithm: Algorithm) -> Algorithm:
+        names = [
+            name
+            for name, term in algorithm.terms.items()
+            if isinstance(term.estimator.advantage, LogRatio) and isinstance(term.support, SampledToken)
+        ]
+        if not names:
+            raise NotApplicable("no term has the advantage LogRatio on sampled tokens")
+        return wrap(algorithm, "advantage", lambda inner: PrefixWeighted(inner, self.gamma), names)
 
 
 @dataclass(frozen=True)
