@@ -151,7 +151,7 @@ def changed(s: Sample, **columns: Tensor) -> Sample:
 
 
 def with_distributions(s: Sample, seed: int) -> Sample:
-    """The sample with whole distributions of the policy, the reference policy and a teacher, which its columns agree with."""
+    """The sample with the distributions of policy, reference policy and teacher, and columns that agree with them."""
     g = torch.Generator().manual_seed(seed + 70)
     others = []
     for scale in (0.5, 1.0):
