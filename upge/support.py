@@ -23,7 +23,7 @@ from torch import Tensor
 from upge.checks import check_fields
 from upge.components.base import Component, live_reads, walk
 from upge.errors import ConfigError
-from upge.estimator import UnifiedGradient
+from upge.estimator import Factors, UnifiedGradient
 from upge.formula import Formula
 from upge.trajectories import Trajectories
 from upge.views import LIVE_COLUMNS, TRAJECTORY_COLUMNS, Distributions, PackedTokens, TokenView
@@ -224,8 +224,8 @@ class CandidateView(TokenView):
         return self.candidates == self.chosen
 
     @property
-    def response_mask(self) -> Bool[Tensor, "N K"]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.tokens.response_mask[:, None].expand(self.candidates.shape)
+    def response_mask(self) -> Bool[Tensor, "N 1"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.tokens.response_mask[:, None]
 
     @property
     def values(self) -> Float[Tensor, "N 1"]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -333,11 +333,7 @@ class SupportCoefficients:
         tempered = given.tempered(self._support.temperature)
         candidates = self._support.candidates(tempered)
         view = CandidateView.of(self._tokens.chunk(block, *self._live(block)), tempered, candidates)
-        factors = self._estimator.factors(view)
-        scale = self._scale[block, None].to(view.logprobs.dtype)
-        k = self._estimator.weight(view, factors).to(view.logprobs.dtype).expand(view.logprobs.shape)
-        k = torch.where(scale == 0, torch.zeros_like(k), k * scale)
-        self._record(block, torch.where(scale == 0, 0.0, view.logprobs.exp() * factors.advantages), k)
+        k = self._product(block, view)
         temperature = self._support.temperature
         if temperature == 1.0:
             return candidates, k
@@ -352,10 +348,28 @@ class SupportCoefficients:
         logprobs = given.policy if candidates is None else given.policy.gather(-1, candidates)
         return -torch.where(k == 0, torch.zeros_like(logprobs), k * logprobs).sum()
 
-    def _record(self, block: slice, expected: Tensor, k: Tensor) -> None:
+    def _product(self, block: slice, view: CandidateView) -> Float[Tensor, "R K"]:
+        """scale·k of each candidate; also records the figures for metrics."""
+        # Everything in the precision of the log-probs: the candidates are too many for float64.
+        dtype, shape = view.logprobs.dtype, view.logprobs.shape
+        factors = Factors(*(factor.to(dtype) for factor in self._estimator.factors(view)))
+        scale, probabilities = self._scale[block, None].to(dtype), view.logprobs.exp()
+        offset = factors.shape.log() - factors.log_denominator
+        if (
+            factors.mask.shape[-1] == offset.shape[-1] == 1
+        ):  # equal for all candidates, so few passes over them are needed
+            common = factors.mask * scale * offset.exp()
+            common = torch.where(scale * factors.mask == 0, torch.zeros_like(common), common)
+            k = (factors.advantages * common).mul(probabilities).expand(shape)
+            expected = k.sum(dim=-1) / torch.where(common == 0, torch.ones_like(common), common)[:, 0]
+        else:
+            k = self._estimator.weight(view, factors).expand(shape)
+            k = torch.where(scale == 0, torch.zeros_like(k), k * scale)
+            expected = torch.where(scale == 0, torch.zeros_like(k), probabilities * factors.advantages).sum(dim=-1)
         index, (advantages, weights) = self._index[block], (self.factors.advantages, self.factors.weights)
-        advantages.view(-1)[index] = expected.sum(-1).to(advantages.dtype)
-        weights.view(-1)[index] = k.abs().sum(-1).to(weights.dtype)
+        advantages.view(-1)[index] = expected.to(advantages.dtype)
+        weights.view(-1)[index] = torch.linalg.vector_norm(k, 1, dim=-1).to(weights.dtype)
+        return k
 
     def _live(self, block: slice) -> tuple[Tensor, Tensor | None]:
         logprobs, entropies = self._tokens.logprobs, self._tokens.entropies
