@@ -30,6 +30,7 @@ from upge.corrections.base import (
     check_graded,
     mask_with,
     rollout_terms,
+    sampled_terms,
     weight_with,
     with_regularizer,
     wrap,
@@ -137,7 +138,7 @@ class KLInReward(Correction):
     future: bool = True
 
     def apply(self, algorithm: Algorithm) -> Algorithm:
-        for name, term in rollout_terms(algorithm).items():
+        for name, term in sampled_terms(algorithm).items():
             place = f"terms.{name}.estimator.advantage"
             check_absent(term.estimator.advantage, KLShaped, place)
             for path, part in walk(term.estimator.advantage, place):
@@ -271,7 +272,10 @@ class Overlong(Correction):
             for name, term in algorithm.terms.items()
             if term.source != "rollouts" and {"rewards", "group"} <= term.estimator.advantage.columns
         ]
-        names = [*rollout_terms(algorithm), *compared]
+        rewarded = [n for n, term in rollout_terms(algorithm).items() if "rewards" in term.estimator.advantage.columns]
+        if not rewarded:
+            raise NotApplicable("no advantage on rollouts reads rewards, so a penalty would change nothing")
+        names = [*rewarded, *compared]
         places = {f"terms.{name}.estimator.advantage": algorithm.terms[name].estimator.advantage for name in names}
         if algorithm.critic is not None:
             places["critic.returns"] = algorithm.critic.returns
