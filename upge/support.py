@@ -50,6 +50,11 @@ class Support(ABC):
     def __post_init__(self) -> None:
         check_fields(self)
 
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """The candidates in words; empty for the sampled token."""
+
     @abstractmethod
     def candidates(self, given: Distributions) -> Int[Tensor, "N K"] | None:
         """[N, K] the candidate tokens at each position; None for the whole vocabulary."""
@@ -102,6 +107,10 @@ class SampledToken(Support):
 
     live: ClassVar[frozenset[str]] = LIVE_COLUMNS
 
+    @property
+    def title(self) -> str:
+        return ""
+
     def candidates(self, given: Distributions) -> Int[Tensor, "N K"]:
         return given.tokens[:, None]
 
@@ -127,6 +136,10 @@ class FullVocabulary(Support):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_temperature(self)
+
+    @property
+    def title(self) -> str:
+        return "whole vocabulary"
 
     def candidates(self, given: Distributions) -> None:
         return None
@@ -156,6 +169,10 @@ class TopK(Support):
         _check_temperature(self)
         if self.k < 1:
             raise ConfigError(f"TopK.k: {self.k} must be at least 1")
+
+    @property
+    def title(self) -> str:
+        return f"top {self.k} tokens"
 
     def models(self, part: Component) -> frozenset[str]:
         return super().models(part) | ({self.of} - {"policy"})

@@ -41,7 +41,8 @@ def short_table() -> str:
     for name in algorithms.names():
         one, papers = algorithms.load(name), words(name).papers[:1]
         sources = dict.fromkeys(row[0].rpartition(": ")[2] for row in rows(name))
-        extra = [n for n, needed in (("critic", one.needs.critic), ("reference policy", one.needs.reference)) if needed]
+        models = {"critic": one.needs.critic, "reference policy": one.needs.reference, "teacher": one.needs.teacher}
+        extra = [model for model, needed in models.items() if needed]
         paper = "".join(f"[{number}](https://arxiv.org/abs/{number})" for number in papers)
         link = f"[`{name}`](docs/algorithms.md#{name})"
         lines.append([link, one.description, ", ".join(sources), paper, ", ".join(extra)])
