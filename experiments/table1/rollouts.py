@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from sympy import Abs, Expr, Rational, exp, log, sqrt
+from sympy import Expr, Rational, exp, log, sqrt
 
 from upge.theory.symbolic import Row, World, mean, product, total
 
@@ -342,7 +342,7 @@ def iw_opd(w: World) -> Expr:
 def _distilled(w: World, gamma: Expr) -> Expr:
     def one(row: Row, t: int, _: Expr) -> Expr:
         advantages = [w.sg(log(row.n[k] / row.p[k])) for k in range(len(row))]
-        sizes = [Abs(a) for a in advantages]
+        sizes = [w.maximum(a, -a) for a in advantages]
         return row.ratios[t] * advantages[t] * (1 + gamma * (1 - total(sizes[:t]) / total(sizes)))
 
     return token_mean([(row, Rational(0)) for row in w.rollouts], one)

@@ -122,7 +122,7 @@ def _(part, world):
     inner = evaluate(part.advantage, world)
 
     def value(row, t):
-        sizes = [sp.Abs(one) for one in inner[row.index][: len(row)]]
+        sizes = [world.maximum(one, -one) for one in inner[row.index][: len(row)]]
         share = total(sizes[:t]) / total(sizes)
         return inner[row.index][t] * (1 + number(part.gamma) * (1 - share))
 
