@@ -295,7 +295,11 @@ def balance(algorithm: Algorithm, group_size: int, tokens: int) -> Balance:
 
 
 def balances(algorithm: Algorithm | Pipeline, group_size: int, tokens: int) -> dict[str, Balance]:
-    """The balance of each stage by its name, without stages that learn from preference pairs or move other tokens."""
+    """The balance of each stage by its name, without stages that learn from preference pairs or from a teacher."""
     stages = {name: stage.algorithm for name, stage in Pipeline.of(algorithm).stages.items()}
-    plain = {name: one for name, one in stages.items() if not one.needs.preference_pairs and not one.supports}
+    plain = {
+        name: one
+        for name, one in stages.items()
+        if not (one.needs.preference_pairs or one.needs.teacher or one.supports)
+    }
     return {name: balance(one, group_size, tokens) for name, one in plain.items()}

@@ -345,10 +345,11 @@ def test_a_group_that_stays_together_and_a_small_batch_have_their_own_micro_batc
 
 @pytest.mark.parametrize("name", algorithms.names())
 def test_every_algorithm_has_a_balance(name):
-    """Of each stage; none where it learns from preference pairs alone, or moves other tokens than the sampled ones."""
+    """Of each stage; none where it learns from preference pairs or from other models' predictions alone."""
     algorithm = algorithms.load(name)
     found = balances(algorithm, 4, 16)
-    has_none = algorithm.needs.preference_pairs or getattr(algorithm, "supports", None)
+    needs = algorithm.needs
+    has_none = needs.preference_pairs or needs.teacher or getattr(algorithm, "supports", None)
     assert len(found) == (0 if has_none else len(getattr(algorithm, "stages", "1")))
     for one in found.values():
         assert one.rollouts or one.demonstration
