@@ -25,7 +25,7 @@ from upge.trees import first_line, plain
 _COMMON = {"name", "description"}
 _KEYS = _COMMON | {"terms", "regularizers", "critic", "sampling", "interleaved_update", "validation"}
 _PIPELINE_KEYS = _COMMON | {"stages"}
-_TERM_KEYS = {"source", "gate", "estimator", "reduction", "coefficient"}
+_TERM_KEYS = {"source", "gate", "estimator", "reduction", "coefficient", "support"}
 _STAGE_KEYS = {"algorithm", "share", "lr_factor"}
 _INTERLEAVED_TYPES = {
     "size": (int, "give the number of prompts per interleaved update, such as 128"),
@@ -140,7 +140,7 @@ def _interleaved_update(tree: Any, path: str) -> InterleavedUpdate:
 
 
 def _term(tree: Any, path: str) -> Term:
-    _fields(tree, _TERM_KEYS, _TERM_KEYS - {"coefficient"}, path, "a term")
+    _fields(tree, _TERM_KEYS, _TERM_KEYS - {"coefficient", "support"}, path, "a term")
     estimator = tree["estimator"]
     if isinstance(estimator, Mapping):
         estimator = {TARGET: "upge.UnifiedGradient", **estimator}

@@ -51,7 +51,10 @@ def reward(tokens: tuple[int, ...]) -> float:
 
 
 def setting(off_policy: bool = False) -> Setting:
-    """Seven responses of up to two tokens, an expert that is always right, a reference policy, an inaccurate critic."""
+    """Seven responses of up to two tokens, and all other policies and values that an algorithm may read.
+
+    The expert is always right, and the critic is inaccurate.
+    """
     policy = SoftmaxPolicy.random(3, STEPS, seed=7, scale=0.7)
     values = exact_values(policy, reward)
     return Setting(
@@ -60,6 +63,7 @@ def setting(off_policy: bool = False) -> Setting:
         behavior=policy.moved(0.5, seed=3) if off_policy else None,
         expert=SoftmaxPolicy.random(3, STEPS, seed=9).conditioned(Setting(policy, reward).reward),
         reference=policy.moved(0.5, seed=2),
+        teacher=policy.moved(0.8, seed=5),
         values=values + torch.tensor([0.2, -0.2, 0.1], dtype=torch.float64),
     )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from upge import Trajectories
-from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS
+from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS, Distributions
 
 
 @dataclass
@@ -46,8 +46,21 @@ class Sample:
                 column = getattr(self.batch, f"{name}_logprobs")
                 row[name] = (logprobs.detach() if column is None else column)[i, :n]
             row["values"] = self.batch.values[i, :n]
-            found.append(row)
+            found.append(row | self._distributions(i, n))
         return found
+
+    def _distributions(self, i: int, n: int) -> dict:
+        """What a row has of the vocabulary, if the batch has distributions."""
+        given = self.batch.distributions
+        if given is None:
+            return {}
+        return {
+            "all": self.logits.log_softmax(dim=-1)[i, :n],
+            "tokens": self.tokens[i, :n],
+            "reference_all": given.reference[i, :n],
+            "teacher_all": given.teacher[i, :n],
+            "teacher": self.batch.teacher_logprobs[i, :n],
+        }
 
     @property
     def questions(self) -> list[list[dict]]:
@@ -135,6 +148,18 @@ def take(s: Sample, rows: Tensor) -> Sample:
 
 def changed(s: Sample, **columns: Tensor) -> Sample:
     return Sample(s.logits, s.tokens, replace(s.batch, **columns))
+
+
+def with_distributions(s: Sample, seed: int) -> Sample:
+    """The sample with the distributions of policy, reference policy and teacher, and columns that agree with them."""
+    g = torch.Generator().manual_seed(seed + 70)
+    others = []
+    for scale in (0.5, 1.0):
+        noise = torch.randn(s.logits.shape, dtype=torch.float64, generator=g)
+        others.append((s.logits.detach() + scale * noise).log_softmax(dim=-1))
+    given = Distributions(s.tokens, s.logits.log_softmax(dim=-1), *others)
+    sampled = [one.gather(-1, s.tokens[..., None])[..., 0] for one in others]
+    return changed(s, reference_logprobs=sampled[0], teacher_logprobs=sampled[1], distributions=given)
 
 
 # Batches in which an objective may go wrong. Each is called with a seed and with whether preference pairs are wanted.

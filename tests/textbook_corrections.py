@@ -31,6 +31,26 @@ def grpo(s):
     return -question_mean(s.questions, clipped)
 
 
+def opd(s):
+    """On-policy distillation by policy gradient, which iw_opd corrects."""
+    return distilled(s, gamma=0.0)
+
+
+def iw_opd(s):
+    return distilled(s, gamma=0.5)
+
+
+def distilled(s, gamma):
+    def value(row):
+        advantage = (row["teacher"] - row["logp"]).detach()
+        size, weights = advantage.abs().tolist(), []
+        for t in range(len(size)):
+            weights.append(1 + gamma * (1 - sum(size[:t]) / (sum(size) or 1.0)))
+        return -torch.exp(row["logp"] - row["behavior"]) * advantage * torch.tensor(weights, dtype=torch.float64)
+
+    return token_mean(s, value)
+
+
 def weighted(s, weight):
     """The clipped objective with a weight, from the list of log π_old/π_sampler of the response, before each token."""
 

@@ -25,15 +25,17 @@ from upge.gates import (
     PassRateTable,
     ProductOf,
     Schedule,
+    SiblingSucceeded,
 )
 from upge.needs import Needs
 from upge.pipeline import Pipeline, Stage
 from upge.reduction import FixedLength, QuestionMean, Reduction, SequenceMean, TokenMean
 from upge.regularizers import EntropyBonus, KLPenalty, Regularizer, ValueLoss
 from upge.stateful import MetaGradient, StatefulGate
+from upge.support import FullVocabulary, SampledToken, Support, TopK
 from upge.term import Term
 from upge.trajectories import Trajectories
-from upge.views import PackedTokens
+from upge.views import Distributions, PackedTokens
 
 __version__ = "0.2.0.dev0"
 __all__ = [
@@ -43,12 +45,14 @@ __all__ = [
     "Complement",
     "ConfigError",
     "DataError",
+    "Distributions",
     "DynamicSampling",
     "EntropyBonus",
     "EntropyWeight",
     "Estimate",
     "Factors",
     "FixedLength",
+    "FullVocabulary",
     "Gate",
     "InterleavedUpdate",
     "KLPenalty",
@@ -65,13 +69,17 @@ __all__ = [
     "QuestionMean",
     "Reduction",
     "Regularizer",
+    "SampledToken",
     "Schedule",
     "SequenceMean",
+    "SiblingSucceeded",
     "Stage",
     "StatefulGate",
+    "Support",
     "Term",
     "TermFactors",
     "TokenMean",
+    "TopK",
     "Trajectories",
     "UnifiedGradient",
     "UserError",

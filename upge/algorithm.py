@@ -27,6 +27,7 @@ from upge.needs import Needs, check_columns, check_groups, needs_of
 from upge.plan import Plan, plan_updates
 from upge.regularizers import Regularizer, ValueLoss
 from upge.stateful import UTILITY_SLOPE, StatefulGate, stateful_gates
+from upge.support import SampledToken, Support
 from upge.term import Term
 from upge.trajectories import Source, Trajectories
 from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS
@@ -184,7 +185,14 @@ class Algorithm:
         That holds if everything evaluated after the forward pass has reach 'token' and reads only per-token columns.
         """
         reads = frozenset[str]().union(*(live_reads(part) for part in self._working_parts.values()))
-        return self.reach == "token" and reads <= set(TOKEN_COLUMNS)
+        return self.reach == "token" and reads <= {*TOKEN_COLUMNS, "is_sampled"}
+
+    @property
+    def supports(self) -> dict[str, Support]:
+        """The support of every term with a coefficient other than 0 that moves other tokens than the sampled one."""
+        return {
+            n: term.support for n, term in self._weighted_terms.items() if not isinstance(term.support, SampledToken)
+        }
 
     @property
     def has_entropy_gradient(self) -> bool:
@@ -202,7 +210,9 @@ class Algorithm:
     @property
     def step_needs(self) -> Needs:
         """What the batch of a step must hold, as the parts declare it."""
-        return needs_of(self._working_parts, self.sources)
+        return needs_of(
+            self._working_parts, self.sources, {f"terms.{n}.estimator": s for n, s in self.supports.items()}
+        )
 
     @property
     def needs(self) -> Needs:

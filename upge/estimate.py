@@ -4,33 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from upge.support import SupportCoefficients, TermFactors
 from upge.views import TokenView
-
-
-class TermFactors(NamedTuple):
-    """The factors of one term, each [B, T] (packed tokens: [N]) and detached.
-
-    Their product is the number in front of each token's ∇log π_θ:
-
-        weights = gate · reduction · mask · advantages · shape · exp(log π_θ - log_denominator)
-
-    `gate` includes the term's coefficient, and `shape` is f′(π_θ).
-    """
-
-    mask: Tensor
-    log_denominator: Tensor
-    advantages: Tensor
-    shape: Tensor
-    gate: Tensor
-    reduction: Tensor
-    weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -44,6 +26,7 @@ class Estimate:
         penalty_values: name → value of each regularizer, a detached scalar.
         batch: the batch that the estimate belongs to.
         compared: names of the terms whose mask compares the policy with the behaviour policy.
+        on_support: name → coefficients of each term whose support is not the sampled token. They are not in `weights`.
     """
 
     loss: Float[Tensor, ""]
@@ -52,6 +35,7 @@ class Estimate:
     penalty_values: Mapping[str, Tensor]
     batch: TokenView
     compared: frozenset[str] = frozenset()
+    on_support: Mapping[str, SupportCoefficients] = field(default_factory=dict[str, SupportCoefficients])
 
     @property
     def response_mask(self) -> Bool[Tensor, "*shape"]:

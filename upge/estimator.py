@@ -20,7 +20,7 @@ from upge.components.base import (
 from upge.components.likelihood import PolicyLikelihood
 from upge.formula import Formula
 from upge.trajectories import Trajectories
-from upge.views import TokenView
+from upge.views import LIVE_COLUMNS, TokenView
 
 
 class Factors(NamedTuple):
@@ -79,9 +79,9 @@ class UnifiedGradient:
         ratio = torch.exp(batch.logprobs.detach() - log_denominator + shape.log())
         return torch.where(signed == 0, torch.zeros_like(ratio), signed * ratio)
 
-    def precompute_parts(self, batch: Trajectories) -> UnifiedGradient:
-        """This estimator with everything known before the forward pass replaced by its values on the whole `batch`."""
-        parts: dict[str, Any] = {slot: part.precomputed(batch) for slot, part in self.parts.items()}
+    def precompute_parts(self, batch: Trajectories, live: frozenset[str] = LIVE_COLUMNS) -> UnifiedGradient:
+        """This estimator with every part that reads none of the columns `live` replaced by its values on `batch`."""
+        parts: dict[str, Any] = {slot: part.precomputed(batch, live) for slot, part in self.parts.items()}
         return UnifiedGradient(**parts)
 
     def formula(self) -> Formula:

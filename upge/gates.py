@@ -19,7 +19,7 @@ from upge.components.advantage import GROUP_COLUMNS
 from upge.components.base import REACHES, Component, Precomputed
 from upge.errors import ConfigError
 from upge.formula import Formula, tex, times
-from upge.views import TrajectoryView, View, masked_mean
+from upge.views import TrajectoryView, View, group_sum, masked_mean
 
 #: Pass rates are multiples of 1/n. The tolerance keeps a threshold such as 1/3 from missing them by rounding.
 _TOLERANCE = 1e-9
@@ -192,6 +192,30 @@ class PassRateTable(_PassRateGate):
     def formula(self) -> Formula:
         points = ", ".join(f"{r:g}→{c:g}" for r, c in zip(self.rates, self.coefficients, strict=True))
         return Formula(f"c(P; {points})", r"c(P)")
+
+
+@dataclass(frozen=True)
+class SiblingSucceeded(Gate):
+    """1 for trajectories with another rollout of their group that succeeded, else 0 (arXiv 2601.20802).
+
+    Attributes:
+        only_failed: True = 0 also for rollouts that succeeded themselves.
+    """
+
+    only_failed: bool = True
+    reads: ClassVar[frozenset[str]] = GROUP_COLUMNS
+    min_group_size: ClassVar[int] = 2
+
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B"]:
+        success = ((batch.rewards > batch.pass_threshold) & ~batch.is_demonstration).double()
+        others = group_sum(success, batch.group_index)[batch.group_index] - success
+        is_open = others > 0
+        return (is_open & (success == 0) if self.only_failed else is_open).double()
+
+    def formula(self) -> Formula:
+        own = " and R = 0" if self.only_failed else ""
+        latex = r",\ R=0" if self.only_failed else ""
+        return Formula(f"1[a sibling's R = 1{own}]", rf"\mathbb{{1}}[\exists\tau'\ne\tau: R'=1{latex}]")
 
 
 @dataclass(frozen=True)

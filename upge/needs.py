@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 from upge.components.base import Component, mixes_demonstrations, walk
 from upge.errors import ConfigError
+from upge.support import CANDIDATE_COLUMNS, Support
 from upge.trajectories import Source
 
 #: Columns that a caller may lack. `behavior_logprobs` is none of them: without it the data are strictly on-policy.
-_OPTIONAL = frozenset({"sampler_logprobs", "reference_logprobs", "values", "entropies", "preference"})
+_OPTIONAL = frozenset(
+    {"sampler_logprobs", "reference_logprobs", "teacher_logprobs", "values", "entropies", "preference"}
+)
 #: Columns that are computed by a forward pass of a model.
-COMPUTED = frozenset({"behavior_logprobs", "reference_logprobs", "values"})
+COMPUTED = frozenset({"behavior_logprobs", "reference_logprobs", "teacher_logprobs", "values"})
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,10 @@ class Needs:
         rollouts, demonstrations, preference_pairs: True if it learns from, or compares with, such trajectories.
         group_size: minimum number of rollouts per prompt.
         group_size_because: path of the part that requires `group_size`.
-        precomputed: the columns among 'behavior_logprobs', 'reference_logprobs' and 'values' that must be filled before
-            the policy's forward pass, because a part that is evaluated on the whole batch reads them.
+        precomputed: the columns of `COMPUTED` that must be filled before the policy's forward pass, because a part that
+            is evaluated on the whole batch reads them.
+        distributions: the models among 'reference' and 'teacher' whose distributions over the vocabulary some term
+            compares with.
     """
 
     columns: frozenset[str]
@@ -35,6 +40,7 @@ class Needs:
     group_size: int
     group_size_because: str
     precomputed: frozenset[str] = frozenset()
+    distributions: frozenset[str] = frozenset()
 
     @property
     def critic(self) -> bool:
@@ -44,7 +50,12 @@ class Needs:
     @property
     def reference(self) -> bool:
         """True if some part reads log-probs of the reference policy."""
-        return "reference_logprobs" in self.columns
+        return "reference_logprobs" in self.columns or "reference" in self.distributions
+
+    @property
+    def teacher(self) -> bool:
+        """True if some part reads log-probs of the teacher."""
+        return "teacher_logprobs" in self.columns or "teacher" in self.distributions
 
     def joined(self, other: Needs) -> Needs:
         """The needs of both together. For equal group sizes, `group_size_because` is this one's."""
@@ -57,12 +68,25 @@ class Needs:
             group_size=larger.group_size,
             group_size_because=larger.group_size_because,
             precomputed=self.precomputed | other.precomputed,
+            distributions=self.distributions | other.distributions,
         )
 
 
-def needs_of(parts: Mapping[str, Component], sources: Mapping[str, Source]) -> Needs:
-    """The needs of an algorithm, from its parts and the sources of its terms and regularizers by path."""
-    columns = frozenset().union(*(part.columns for part in parts.values()))
+def needs_of(
+    parts: Mapping[str, Component], sources: Mapping[str, Source], supports: Mapping[str, Support] | None = None
+) -> Needs:
+    """The needs of an algorithm.
+
+    Args:
+        parts: by path.
+        sources: of its terms and regularizers, by path.
+        supports: those other than the sampled token, by the path of the estimator.
+    """
+    columns, distributions = frozenset[str](), frozenset[str]()
+    for path, part in parts.items():
+        support = next((one for place, one in (supports or {}).items() if path.startswith(f"{place}.")), None)
+        columns |= part.columns if support is None else part.columns - CANDIDATE_COLUMNS
+        distributions |= frozenset() if support is None else support.models(part)
     wanted = set(sources.values())
     largest = max(parts, key=lambda path: parts[path].group_size_needed)
     return Needs(
@@ -73,13 +97,15 @@ def needs_of(parts: Mapping[str, Component], sources: Mapping[str, Source]) -> N
         group_size=parts[largest].group_size_needed,
         group_size_because=largest,
         precomputed=frozenset().union(*(part.columns for p in parts.values() for part in _precomputed_parts(p)))
+        & columns
         & COMPUTED,
+        distributions=distributions,
     )
 
 
 def _precomputed_parts(part: Component) -> Iterator[Component]:
     """The outermost parts in `part` that are evaluated before the forward pass."""
-    if part.is_precomputed:
+    if part.is_precomputed():
         yield part
     else:
         for inner in part.parts.values():

@@ -21,6 +21,7 @@ from upge.estimator import UnifiedGradient
 from upge.gates import Gate
 from upge.reduction import Over, Reduction
 from upge.regularizers import Regularizer
+from upge.support import CANDIDATE_COLUMNS, Places, SampledToken, Support, SupportCoefficients
 from upge.term import Term
 from upge.trajectories import Trajectories
 from upge.views import PackedTokens, TokenView
@@ -34,6 +35,7 @@ class PlannedTerm:
         source: [B] True for the trajectories of the term's source.
         active: [B] True for those of them whose coefficient is not known to be 0.
         weights: [B, T] the reduction's w, 0 outside the active rows.
+        support: of the term.
     """
 
     gate: Gate
@@ -42,6 +44,7 @@ class PlannedTerm:
     source: Bool[Tensor, "B"]
     active: Bool[Tensor, "B"]
     weights: Float[Tensor, "B T"]
+    support: Support = SampledToken()
 
     def to(self, device: torch.device | str) -> PlannedTerm:
         """A copy of this term on `device`."""
@@ -50,20 +53,40 @@ class PlannedTerm:
             return values.to(device)
 
         gate, estimator = mapped(self.gate, move), mapped(self.estimator, move)
-        return PlannedTerm(gate, estimator, self.coefficient, move(self.source), move(self.active), move(self.weights))
+        tensors = move(self.source), move(self.active), move(self.weights)
+        return PlannedTerm(gate, estimator, self.coefficient, *tensors, self.support)
+
+    @property
+    def on_support(self) -> bool:
+        """True if the term moves other tokens than the sampled one."""
+        return not isinstance(self.support, SampledToken)
 
     def factors(self, batch: TokenView) -> TermFactors:
         """The factors on a micro-batch, one number per token each."""
         shape = batch.response_mask.shape
         factors = self.estimator.factors(batch)
-        gate = self.gate(self.gate.view(batch)).detach().double() * self.coefficient
-        gate = batch.per_token(torch.where(batch.look_up(self.active), gate, torch.zeros_like(gate)))
-        w = batch.look_up(self.weights)
+        gate, w = self._scales(batch)
         product = self.estimator.weight(batch, factors)
         scale = gate * w
         weight = torch.where(scale == 0, torch.zeros_like(scale), scale * product)
         expanded = {name: value.expand(shape) for name, value in factors._asdict().items()}
         return TermFactors(**expanded, gate=gate.expand(shape), reduction=w, weights=weight)
+
+    def coefficients(self, batch: Trajectories | PackedTokens, places: Places | None) -> SupportCoefficients:
+        """The coefficients on the term's support, for the batch's tokens in order or for those at `places`."""
+        gate, w = self._scales(batch)
+        return SupportCoefficients(self.estimator, self.support, batch, gate.expand(w.shape), w, places)
+
+    def _scales(self, batch: TokenView) -> tuple[Tensor, Tensor]:
+        """The gate with the term's coefficient, in a shape that broadcasts against tokens, and w of each token."""
+        gate = self.gate(self.gate.view(batch)).detach().double() * self.coefficient
+        gate = batch.per_token(torch.where(batch.look_up(self.active), gate, torch.zeros_like(gate)))
+        return gate, batch.look_up(self.weights)
+
+    def live_reads(self) -> frozenset[str]:
+        """The columns that the term's parts read in or after the forward pass, other than those of candidates."""
+        reads = frozenset[str]().union(*(live_reads(p, self.support.live) for p in self.estimator.parts.values()))
+        return live_reads(self.gate) | (reads - CANDIDATE_COLUMNS if self.on_support else reads)
 
     @property
     def signal(self) -> Bool[Tensor, "B"]:
@@ -121,7 +144,7 @@ class Plan:
             return self.contributing
         rows = torch.zeros_like(self.contributing)
         for term in self.terms.values():
-            if column in live_reads(term.gate).union(*map(live_reads, term.estimator.parts.values())):
+            if column in term.live_reads():
                 rows |= (term.weights != 0).any(dim=1)
         for regularizer, scale in self.penalties.values():
             if column in live_reads(regularizer):
@@ -136,15 +159,43 @@ class Plan:
                 Its `row` says which rows of the planned batch these are.
 
         Raises:
-            ValueError: `batch` has no log-probs of the current policy.
+            ValueError: `batch` has no log-probs of the current policy, or no distributions for a term whose support is
+                not the sampled token.
+        """
+        estimate = self.estimate_in_head(batch)
+        if not estimate.on_support:
+            return estimate
+        given = batch.distributions if isinstance(batch, Trajectories) else None
+        if given is None:
+            name = next(iter(estimate.on_support))
+            raise ValueError(
+                f"distributions: the support of the term '{name}' is {type(self.terms[name].support).__name__}, but "
+                "this batch has none; pass `distributions=upge.Distributions(tokens, policy, ...)`"
+            )
+        loss = estimate.loss
+        at_tokens = given.at(batch.response_mask)
+        for coefficients in estimate.on_support.values():
+            loss = loss + coefficients.loss(at_tokens)
+        return replace(estimate, loss=loss)
+
+    def estimate_in_head(self, batch: Trajectories | PackedTokens, places: Places | None = None) -> Estimate:
+        """`estimate` where the distributions exist for a few tokens at a time, in the output head.
+
+        The loss lacks the terms of `Estimate.on_support`, whose coefficients the head asks for.
+
+        Args:
+            batch: as for `estimate`.
+            places: rows and columns of a padded batch's tokens, in the head's order; None = by rows.
         """
         if batch.logprobs is None:
             raise ValueError("logprobs: an estimate needs them, but this batch has none; pass `logprobs=...` [B, T]")
-        terms = {name: term.factors(batch) for name, term in self.terms.items()}
+        on_support = {n: term.coefficients(batch, places) for n, term in self.terms.items() if term.on_support}
+        terms = {n: on_support[n].factors if n in on_support else t.factors(batch) for n, t in self.terms.items()}
         logprobs = batch.logprobs
         # In half precision, weights with large divisors would lose their accuracy.
         dtype = torch.promote_types(logprobs.dtype, torch.float32)
-        per_term = [t.weights for t in terms.values()] or [torch.zeros_like(logprobs.detach())]
+        per_term = [t.weights for n, t in terms.items() if n not in on_support]
+        per_term = per_term or [torch.zeros_like(logprobs.detach())]
         weights = torch.stack(per_term).sum(dim=0).to(dtype)
         # Where the weight is 0 the log-prob may be -inf, and 0·(-inf) is NaN.
         loss = -(weights * torch.where(weights == 0, torch.zeros_like(logprobs), logprobs)).sum()
@@ -154,7 +205,7 @@ class Plan:
             loss = loss + penalties[name]
         # As tensors: to read a number would wait for the device, in each chunk of the output head.
         values = {name: value.detach() for name, value in penalties.items()}
-        return Estimate(loss, weights, terms, values, batch, self._compared)
+        return Estimate(loss, weights, terms, values, batch, self._compared, on_support)
 
     @property
     def _compared(self) -> frozenset[str]:
@@ -209,7 +260,8 @@ def _plan(
     for name, term in terms.items():
         source, rows = batch.source_rows(term.source), active[name]
         weights = _weights(term.reduction, batch, rows, in_any)
-        planned[name] = PlannedTerm(term.gate, term.estimator, term.coefficient, source, rows, weights)
+        columns = source, rows, weights
+        planned[name] = PlannedTerm(term.gate, term.estimator, term.coefficient, *columns, term.support)
         contributing |= planned[name].signal
     penalties: dict[str, tuple[Regularizer, Tensor]] = {}
     for name, regularizer in regularizers.items():

@@ -15,6 +15,7 @@ from upge.estimator import UnifiedGradient
 from upge.formula import Formula, tex, weighted_sum
 from upge.gates import Gate
 from upge.reduction import Reduction
+from upge.support import SampledToken, Support
 from upge.trajectories import Source, Trajectories
 
 
@@ -28,6 +29,7 @@ class Term:
         estimator: the product of the four factors.
         reduction: gives the weights w, [B, T].
         coefficient: a constant factor of the whole term.
+        support: the candidate tokens at each position whose probabilities the term moves.
     """
 
     source: Source
@@ -35,9 +37,11 @@ class Term:
     estimator: UnifiedGradient
     reduction: Reduction
     coefficient: float = 1.0
+    support: Support = SampledToken()
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self.support.check(self.estimator)
         if not math.isfinite(self.coefficient):
             raise ConfigError(f"coefficient: found {self.coefficient}; give a finite number")
 
@@ -53,10 +57,11 @@ class Term:
 
     def precompute(self, batch: Trajectories) -> Term:
         """This term with everything known before the forward pass replaced by its values on the whole `batch`."""
-        return replace(self, gate=self.gate.precomputed(batch), estimator=self.estimator.precompute_parts(batch))
+        estimator = self.estimator.precompute_parts(batch, self.support.live)
+        return replace(self, gate=self.gate.precomputed(batch), estimator=estimator)
 
     def formula(self) -> Formula:
         """The formula of the term's sum."""
         coefficient = Formula(f"{self.coefficient:g}", tex(self.coefficient))
         weights = [coefficient, self.gate.formula(), self.reduction.formula()]
-        return weighted_sum(self.source, weights, self.estimator.formula())
+        return weighted_sum(self.source, weights, self.support.formula(self.estimator.formula()))

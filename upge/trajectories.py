@@ -25,7 +25,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from upge.errors import ConfigError, nearest
-from upge.views import PASS_THRESHOLD, TOKEN_COLUMNS, TRAJECTORY_COLUMNS, PackedTokens, TrajectoryView, hide
+from upge.views import (
+    PASS_THRESHOLD,
+    TOKEN_COLUMNS,
+    TRAJECTORY_COLUMNS,
+    Distributions,
+    PackedTokens,
+    TrajectoryView,
+    hide,
+)
 
 #: The trajectories of a batch that a term or a regularizer learns from; see `Trajectories.source_rows`.
 Source = Literal["rollouts", "demonstrations", "preference_pairs", "all"]
@@ -52,6 +60,7 @@ class Trajectories(TrajectoryView):
         behavior_logprobs: [B, T] log π_θold of the policy that generated the data; None = strictly on-policy.
         sampler_logprobs: [B, T] log-probs reported by the inference engine.
         reference_logprobs: [B, T] log-probs of the reference policy, for KL and preference pairs.
+        teacher_logprobs: [B, T] log-probs of the teacher.
         values: [B, T] the critic's value before each token.
         entropies: [B, T] entropy of the current policy at each token over the full vocabulary (nats).
         preference: [B] +1 chosen, -1 rejected, 0 neither.
@@ -59,6 +68,8 @@ class Trajectories(TrajectoryView):
         row: [B] index of each trajectory in the batch that it was selected from.
         state: variable name → current value, of each stateful gate.
         pass_threshold: a rollout counts as a success above this reward.
+        distributions: the next-token distributions, [B, T, V] log-probs each, for terms whose support is not the
+            sampled token; the trainer's output head provides them instead. Padding may hold any finite values.
 
     Raises:
         ValueError: a column is not a tensor, or has the wrong shape, type or values. The message names the column,
@@ -73,6 +84,7 @@ class Trajectories(TrajectoryView):
     behavior_logprobs: Float[Tensor, "B T"] | None = None
     sampler_logprobs: Float[Tensor, "B T"] | None = None
     reference_logprobs: Float[Tensor, "B T"] | None = None
+    teacher_logprobs: Float[Tensor, "B T"] | None = None
     values: Float[Tensor, "B T"] | None = None
     entropies: Float[Tensor, "B T"] | None = None
     preference: Int[Tensor, "B"] | None = None
@@ -80,6 +92,7 @@ class Trajectories(TrajectoryView):
     row: Int[Tensor, "B"] | None = None
     state: Mapping[str, float] = dataclasses.field(default_factory=dict)
     pass_threshold: float = PASS_THRESHOLD
+    distributions: Distributions | None = None
 
     def __post_init__(self) -> None:
         for name in TOKEN_COLUMNS + TRAJECTORY_COLUMNS:
@@ -153,7 +166,9 @@ class Trajectories(TrajectoryView):
                 value = value[rows]
             picked[field.name] = value
         if logprobs is None:
-            picked["entropies"] = None
+            picked["entropies"] = picked["distributions"] = None
+        elif self.distributions is not None:
+            picked["distributions"] = self.distributions.at(rows, slice(width))
         return Trajectories(**{**picked, "logprobs": logprobs, **columns})
 
     def with_rewards(self, rewards: Float[Tensor, "B"]) -> Trajectories:

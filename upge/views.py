@@ -13,7 +13,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,15 +26,16 @@ TOKEN_COLUMNS = (
     "behavior_logprobs",
     "sampler_logprobs",
     "reference_logprobs",
+    "teacher_logprobs",
     "values",
     "entropies",
 )
 #: Columns with one number per trajectory, [B].
 TRAJECTORY_COLUMNS = ("rewards", "group", "is_demonstration", "preference", "row")
-COLUMNS = frozenset(TOKEN_COLUMNS + TRAJECTORY_COLUMNS)
+COLUMNS = frozenset((*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS, "is_sampled"))
 #: Columns that exist only after the forward pass of the current policy. A part that reads one of them, itself or in a
 #: part that it wraps, is *live*. Every other part is known before the forward pass.
-LIVE_COLUMNS = frozenset({"logprobs", "entropies"})
+LIVE_COLUMNS = frozenset({"logprobs", "entropies", "is_sampled"})
 #: Columns that may be None in a view: without the behaviour policy's log-probs the data are strictly on-policy.
 MAY_BE_ABSENT = frozenset({"behavior_logprobs"})
 #: A rollout counts as a success above this reward, unless a run sets another one.
@@ -63,10 +64,16 @@ class TokenView:
     behavior_logprobs: Float[Tensor, "*shape"] | None
     sampler_logprobs: Float[Tensor, "*shape"]
     reference_logprobs: Float[Tensor, "*shape"]
+    teacher_logprobs: Float[Tensor, "*shape"]
     values: Float[Tensor, "*shape"]
     entropies: Float[Tensor, "*shape"]
     step: int
     state: Mapping[str, float]
+
+    @property
+    def is_sampled(self) -> Bool[Tensor, "*shape"]:
+        """True for the sampled token; on a support with other candidates False for those (see `upge.support`)."""
+        return torch.ones_like(self.response_mask)
 
     @property
     def log_importance_ratio(self) -> Float[Tensor, "*shape"]:
@@ -170,6 +177,33 @@ class TrajectoryView(TokenView):
         """The same trajectories with other rewards, for a part that changes the rewards of the part it wraps."""
 
 
+class Distributions(NamedTuple):
+    """The next-token distributions at each token.
+
+    Attributes:
+        tokens: [*shape] the sampled tokens.
+        policy: [*shape, V] log π_θ.
+        reference: [*shape, V] log π_0 of the reference policy, or None.
+        teacher: [*shape, V] log ν of the teacher, or None.
+    """
+
+    tokens: Int[Tensor, "*shape"]
+    policy: Float[Tensor, "*shape V"]
+    reference: Float[Tensor, "*shape V"] | None = None
+    teacher: Float[Tensor, "*shape V"] | None = None
+
+    def at(self, *index: Tensor | slice) -> Distributions:
+        """The distributions at some tokens."""
+        return Distributions(*(None if one is None else one[index] for one in self))  # pyright: ignore[reportArgumentType]
+
+    def tempered(self, temperature: float) -> Distributions:
+        """Every distribution to the power of 1/temperature, normalized."""
+        if temperature == 1.0:
+            return self
+        models = (None if one is None else (one / temperature).log_softmax(-1) for one in self[1:])
+        return Distributions(self.tokens, *models)  # pyright: ignore[reportArgumentType]
+
+
 @dataclass(frozen=True, eq=False)
 class PackedTokens(TokenView):
     """The per-token columns of some trajectories without padding: [N], one entry per token that counts.
@@ -186,6 +220,7 @@ class PackedTokens(TokenView):
     behavior_logprobs: Float[Tensor, "N"] | None = None
     sampler_logprobs: Float[Tensor, "N"] | None = None
     reference_logprobs: Float[Tensor, "N"] | None = None
+    teacher_logprobs: Float[Tensor, "N"] | None = None
     values: Float[Tensor, "N"] | None = None
     entropies: Float[Tensor, "N"] | None = None
     step: int = 0

@@ -5,4 +5,4 @@ which measures with `experiments.bench.measure` and returns Markdown. --docs wri
 with `WITH_PEERS = True` runs in .venv-peers if that exists (`make peers`).
 """
 
-BENCHES = ("verifier", "head", "loss", "step", "accuracy", "growth", "generation", "startup", "mfu")
+BENCHES = ("verifier", "head", "loss", "step", "accuracy", "growth", "generation", "startup", "mfu", "support")

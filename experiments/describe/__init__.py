@@ -81,6 +81,8 @@ def needs(algorithm: Algorithm | Pipeline) -> dict[str, str]:
         (total.preference_pairs, "preference pairs", "a chosen and a rejected response to a prompt in the data"),
         (total.critic, "critic", "a value per token, from a model of its own"),
         (total.reference, "reference policy", "log-probs of the policy as it was before training"),
+        (total.teacher, "teacher", "log-probs of another model, or of the policy on another prompt (teacher.*)"),
+        (total.distributions, "distributions", f"of the {' and the '.join(sorted(total.distributions))}, in the head"),
         ("sampler_logprobs" in total.columns, "sampler's log-probs", "as the inference engine reported them"),
         ("entropies" in total.columns, "entropies", "of the full vocabulary at each token"),
         (total.precomputed, "before the forward pass", f"{', '.join(sorted(total.precomputed))} of all trajectories"),
@@ -126,7 +128,8 @@ def rows(name: str, corrections: Sequence[str] = ()) -> list[list[str]]:
             gate = term.gate.formula().text
             if term.coefficient != 1:
                 gate = f"{term.coefficient:g}" + (f" · {gate}" if gate != "1" else "")
-            table_rows.append([where + term.source.replace("_", " "), gate, *factors, term.reduction.formula().text])
+            source = ", ".join(filter(None, [where + term.source.replace("_", " "), term.support.title]))
+            table_rows.append([source, gate, *factors, term.reduction.formula().text])
         for regularizer in one.regularizers.values():
             table_rows.append([f"{where}regularizer {regularizer.formula().text}", *[""] * (len(SLOTS) + 2)])
     return table_rows

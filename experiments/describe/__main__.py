@@ -41,7 +41,8 @@ def short_table() -> str:
     for name in algorithms.names():
         one, papers = algorithms.load(name), words(name).papers[:1]
         sources = dict.fromkeys(row[0].rpartition(": ")[2] for row in rows(name))
-        extra = [n for n, needed in (("critic", one.needs.critic), ("reference policy", one.needs.reference)) if needed]
+        models = {"critic": one.needs.critic, "reference policy": one.needs.reference, "teacher": one.needs.teacher}
+        extra = [model for model, needed in models.items() if needed]
         paper = "".join(f"[{number}](https://arxiv.org/abs/{number})" for number in papers)
         link = f"[`{name}`](docs/algorithms.md#{name})"
         lines.append([link, one.description, ", ".join(sources), paper, ", ".join(extra)])
@@ -117,7 +118,9 @@ Each algorithm is
 ```
 
 r = π_θ/π_old, P = pass rate of the prompt's rollouts, R = reward, H = entropy. π_ref is the paper's name of the
-denominator; π_0 is the reference policy of KL terms, preference pairs and importance weights.
+denominator; π_0 is the reference policy of KL terms, preference pairs and importance weights; ν is the teacher. Without
+Σ_v a term moves the sampled token alone; with Σ_v the product is summed over tokens v of the vocabulary
+([distillation.md](distillation.md)).
 
 τ~π_old are rollouts, τ* demonstrations, τ⁺ and τ⁻ the responses of a pair. Averages count N trajectories, Q prompts, n
 trajectories of a prompt and |τ| tokens. Without a subscript they count the trajectories of the term or regularizer
@@ -177,13 +180,25 @@ def _algorithm(name: str) -> list[str]:
     return [*lines, f"Keys, to append to `python -m experiments.run algo={name}`:", "", _block("", own), ""]
 
 
+def _base(correction: str) -> str:
+    """The algorithm on which a correction is shown: grpo, or the first that it applies to."""
+    for name in ("grpo", *algorithms.names()):
+        try:
+            algorithms.load(name, corrections=[correction])
+        except ConfigError:
+            continue
+        return name
+    raise ConfigError(f"correction: '{correction}' applies to no algorithm of algorithms/")
+
+
 def _correction(name: str) -> list[str]:
     """The section of a correction: what it does, paper, choices, and an algorithm with it."""
     header = words(name, algorithms.CORRECTIONS)
     lines = [f"### correction {name}", "", f"{_sentence(correction_description(name))} {_papers(header.papers)}", ""]
     lines += [_block("text", header.what), "", _block("text", header.choices), ""]
-    lines += ["On `grpo`:", "", _block("", algorithms.load("grpo", corrections=[name]).formula()), ""]
-    own = "\n".join(line for line in _keys("grpo", name) if line.startswith(f"{algorithms.CORRECTION}."))
+    base = _base(name)
+    lines += [f"On `{base}`:", "", _block("", algorithms.load(base, corrections=[name]).formula()), ""]
+    own = "\n".join(line for line in _keys(base, name) if line.startswith(f"{algorithms.CORRECTION}."))
     return [*lines, "Its settings:", "", _block("", own), ""]
 
 

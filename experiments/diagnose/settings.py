@@ -145,7 +145,7 @@ def choose(arguments: Sequence[str]) -> Chosen:
     tree |= {name: getattr(config, name) for name in _OF_A_BATCH}
     names_wanted = algorithms.names() if config.algos == [ALL] else list(dict.fromkeys(config.algos))
     wanted = {name: _algorithm(name, tree) for name in names_wanted}
-    reasons = {name: unmeasurable(one, config.group_size, critic=config.exact) for name, one in wanted.items()}
+    reasons = {name: unmeasurable(one, config.group_size, exact=config.exact) for name, one in wanted.items()}
     measurable = {name: replace(one, name=name) for name, one in wanted.items() if not reasons[name]}
     left_out = {name: reason for name, reason in reasons.items() if reason}
     if not measurable:
@@ -163,14 +163,19 @@ def _check_exact(given: Sequence[str]) -> None:
         )
 
 
-def unmeasurable(algorithm: Algorithm | Pipeline, group_size: int, critic: bool = False) -> str:
-    """Why an algorithm cannot be measured here; empty if it can. `critic` says whether there is a critic."""
+def unmeasurable(algorithm: Algorithm | Pipeline, group_size: int, exact: bool = False) -> str:
+    """Why an algorithm cannot be measured here; empty if it can. The exact setting has a critic and a teacher."""
     if isinstance(algorithm, Pipeline):
         return f"it has the stages {', '.join(algorithm.stages)}, each a separate algorithm: give those"
-    if algorithm.needs.critic and not critic:
+    if algorithm.needs.critic and not exact:
         return "it needs a critic's values, and a policy's folder has no critic"
+    if algorithm.supports and not exact:
+        return "it moves other tokens than the sampled ones, which only exact=true measures"
+    if algorithm.needs.teacher and not exact:
+        return "it needs a teacher, which only exact=true has"
     try:
         provided = ("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "preference")
+        provided += ("teacher_logprobs",) if exact else ()
         algorithm.check(group_size=group_size, provided=provided)
     except ConfigError as error:
         return str(error)

@@ -77,12 +77,15 @@ def _errors(context: Context, model: ModelConfig) -> dict[str, float]:
 
 
 def shipped() -> dict[str, Algorithm]:
-    """Every algorithm of algorithms/; those of several stages as 'NAME: STAGE'."""
-    found = {}
+    """Every algorithm of algorithms/ that moves sampled tokens alone; those of several stages as 'NAME: STAGE'.
+
+    The others compare whole distributions, which the plain model would need for every token at once.
+    """
+    named: dict[str, Algorithm] = {}
     for name in algorithms.names():
         stages = Pipeline.of(algorithms.load(name)).stages
-        found |= {name if len(stages) == 1 else f"{name}: {key}": stage.algorithm for key, stage in stages.items()}
-    return found
+        named |= {name if len(stages) == 1 else f"{name}: {key}": stage.algorithm for key, stage in stages.items()}
+    return {name: algorithm for name, algorithm in named.items() if not algorithm.supports}
 
 
 def trajectories(vocabulary: int, pairs: bool) -> list[Trajectory]:
@@ -120,7 +123,7 @@ def completed(algorithm: Algorithm, filled: Mapping[str, Mapping[str, Tensor]], 
     """
     pairs = algorithm.needs.preference_pairs
     members, columns = trajectories(vocabulary, pairs), filled["pairs" if pairs else "plain"]
-    wanted = {"behavior_logprobs"} | algorithm.needs.columns & {"reference_logprobs", "values"}
+    wanted = {"behavior_logprobs"} | algorithm.needs.columns & {"reference_logprobs", "teacher_logprobs", "values"}
     wanted |= algorithm.needs.precomputed
     state = algorithm.initial_state()
     batch = dataclasses.replace(assemble(members, _STEP), state=state, **{name: columns[name] for name in wanted})
@@ -202,11 +205,12 @@ def _made_up(logprobs: Tensor) -> dict[str, Tensor]:
     below = torch.rand(len(logprobs), 1, generator=g) < 0.5
     far = torch.rand(logprobs.shape, generator=g) < 0.5
     distance = torch.where(far, _FAR, _NEAR) * torch.where(below, -1.0, 1.0)
-    noise = torch.randn(2, *logprobs.shape, generator=g)
+    noise = torch.randn(3, *logprobs.shape, generator=g)
     return {
         "behavior_logprobs": (logprobs + distance).clamp(max=0.0),
         "reference_logprobs": (logprobs + 0.3 * noise[0]).clamp(max=0.0),
         "values": 0.5 * noise[1],
+        "teacher_logprobs": (logprobs + 0.5 * noise[2]).clamp(max=0.0),
     }
 
 

@@ -166,7 +166,7 @@ def with_known_models(composed: Composed) -> tuple[Composed, list[str]]:
         ModelError: a model is neither found nor known.
     """
     config, notes = composed.config, []
-    for key in ("model", "critic", "reference"):
+    for key in ("model", "critic", "reference", "teacher"):
         section = getattr(config, key)
         folder = _folder(section.path, f"{key}.path", notes)
         config = replace(config, **{key: replace(section, path=folder)})
@@ -277,6 +277,7 @@ def balance(algorithm: Algorithm, group_size: int, tokens: int) -> Balance:
         behavior_logprobs=logprobs,
         sampler_logprobs=logprobs,
         reference_logprobs=logprobs,
+        teacher_logprobs=logprobs,
         values=torch.zeros_like(logprobs),
         entropies=torch.full_like(logprobs, ENTROPY),
         preference=torch.zeros_like(places),
@@ -294,7 +295,11 @@ def balance(algorithm: Algorithm, group_size: int, tokens: int) -> Balance:
 
 
 def balances(algorithm: Algorithm | Pipeline, group_size: int, tokens: int) -> dict[str, Balance]:
-    """The balance of each stage by its name, without stages that learn from preference pairs."""
-    stages = Pipeline.of(algorithm).stages
-    plain = {name: stage.algorithm for name, stage in stages.items() if not stage.algorithm.needs.preference_pairs}
+    """The balance of each stage by its name, without stages that learn from preference pairs or from a teacher."""
+    stages = {name: stage.algorithm for name, stage in Pipeline.of(algorithm).stages.items()}
+    plain = {
+        name: one
+        for name, one in stages.items()
+        if not (one.needs.preference_pairs or one.needs.teacher or one.supports)
+    }
     return {name: balance(one, group_size, tokens) for name, one in plain.items()}

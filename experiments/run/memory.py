@@ -50,8 +50,8 @@ def states(config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, m
     items = [*_trained("policy", shapes.policy, machine, config)]
     if shapes.critic is not None:
         items += _trained("critic", shapes.critic, machine, config)
-    if shapes.reference is not None and offload != "all":
-        items.append(Item("reference policy: weights", shapes.reference.weights // machine.ranks))
+    if offload != "all":
+        items += [Item(f"{name}: weights", shape.weights // machine.ranks) for name, shape in shapes.frozen.items()]
     if offload == "none":
         if second_moments(algorithm):
             moments = 8 * shapes.policy.trained // machine.ranks
@@ -172,8 +172,8 @@ def _offloaded(config: RunConfig, shapes: Shapes, machine: Machine) -> Iterator[
             )
             whole += shape.weights if shape.adapter and offload == "all" else 0
             yield Item(f"{name}: what deepspeed.offload={offload} keeps, DeepSpeed's estimate", int(here * whole))
-    if shapes.reference is not None and offload == "all":
-        yield Item("reference policy: weights", int(here * shapes.reference.weights))
+    if offload == "all":
+        yield from (Item(f"{name}: weights", int(here * shape.weights)) for name, shape in shapes.frozen.items())
 
 
 def _host(shapes: Shapes, machine: Machine) -> Iterator[Item]:

@@ -18,6 +18,7 @@ from experiments.run.workload import GIB, Machine, Workload, present
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError, ModelError
 from upge.models.loading import read_config
+from upge.needs import Needs
 from upge.pipeline import Pipeline
 from upge.rollout.shared_engine import check_tensor_parallel
 from upge.train.config import RunConfig
@@ -90,7 +91,20 @@ def _shapes(composed: Composed) -> Shapes:
     # Without a path of its own, the reference policy of a run with LoRA is the policy without its adapters.
     if needs.reference and (config.reference.path or not config.model.lora.rank):
         reference = _shape(config.reference.path, config.model.dtype, "reference.path") or policy
-    return Shapes(policy, critic, reference)
+    return Shapes(policy, critic, reference, _teacher_shape(config, needs, policy, reference))
+
+
+def _teacher_shape(
+    config: RunConfig, needs: Needs, policy: ModelShape, reference: ModelShape | None
+) -> ModelShape | None:
+    """The shape of the teacher; None without one, or if it shares the weights of the policy or the reference policy."""
+    chosen = config.teacher
+    if not needs.teacher or (chosen.self and (chosen.weights == "present" or config.model.lora.rank)):
+        return None
+    path, reference_path = chosen.path or config.model.path, config.reference.path or config.model.path
+    if reference is not None and path == reference_path:
+        return None
+    return _shape(chosen.path, config.model.dtype, "teacher.path") or policy
 
 
 def _shape(path: str, dtype: str, key: str) -> ModelShape | None:

@@ -37,11 +37,18 @@ class Item:
 
 @dataclass(frozen=True)
 class Shapes:
-    """The models of a run; None for one that the algorithm does not need."""
+    """The models of a run; None for one that the algorithm does not need or that shares the weights of another."""
 
     policy: ModelShape
     critic: ModelShape | None = None
     reference: ModelShape | None = None
+    teacher: ModelShape | None = None
+
+    @property
+    def frozen(self) -> dict[str, ModelShape]:
+        """The models without gradients by name."""
+        named = {"reference policy": self.reference, "teacher": self.teacher}
+        return {name: shape for name, shape in named.items() if shape is not None}
 
 
 @dataclass(frozen=True)

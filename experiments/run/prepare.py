@@ -12,6 +12,7 @@ from experiments.config import Composed, suite_config
 from experiments.describe import members
 from experiments.files import free_folder, output_path
 from experiments.run import answer_check
+from experiments.run.teacher import check_teacher, check_teaching
 from upge import data, rollout
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError, DataError, ModelError
@@ -31,7 +32,10 @@ from upge.verify.reward import Reward
 from upge.verify.reward import names as reward_names
 
 #: Columns that this trainer fills beyond rewards, masks and groups.
-PROVIDED = ("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "preference")
+PROVIDED = (
+    *("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "teacher_logprobs"),
+    "preference",
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def prepare(composed: Composed) -> Prepared:
     config, algorithm = composed.config, composed.algorithm
     algorithm.check(group_size=config.group_size, provided=PROVIDED)
     check_stages(algorithm, config.steps)
+    check_teacher(config, algorithm.needs)
     folder = RunFolder(output_folder(composed))
     continues = folder.open(composed.tree, config.resume)
     _check_installed()
@@ -75,6 +80,8 @@ def prepare(composed: Composed) -> Prepared:
     check_length(config.model, config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
     prompting = load_prompting(config.model)
     notes += _overlap(splits.train, measured)
+    if algorithm.needs.teacher:
+        check_teaching(config, prompting, splits.train)
     train, more = _encode("training", with_rows(splits.train, verifiers), prompting, composed)
     notes += more
     measured = with_rows(measured, verifiers)
@@ -147,7 +154,7 @@ def _check_installed() -> None:
 
 def with_local_models(composed: Composed) -> Composed:
     """Replaces GGUF files by folders with the converted models; the tree, which is recorded, keeps the given names."""
-    sections = {name: getattr(composed.config, name) for name in ("model", "critic", "reference")}
+    sections = {name: getattr(composed.config, name) for name in ("model", "critic", "reference", "teacher")}
     local = {name: replace(section, path=local_path(section.path)) for name, section in sections.items()}
     return replace(composed, config=replace(composed.config, **local))
 

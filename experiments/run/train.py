@@ -147,7 +147,7 @@ def _models(composed: Any, world: World) -> Any:
     check_secondary_partition(composed)
     deepspeed, temperature = config.deepspeed, config.rollout.temperature
     policy = Engine(config.model, config.optimizer, world, temperature, seed=config.seed, deepspeed=deepspeed)
-    critic = reference = None
+    critic = reference = teacher = None
     if any(stage.algorithm.critic is not None for stage in stages):
         critic = CriticEngine(config.model, config.critic, config.optimizer, world, deepspeed)
     if composed.algorithm.needs.reference and config.model.lora.rank and not config.reference.path:
@@ -157,14 +157,33 @@ def _models(composed: Any, world: World) -> Any:
         if config.reference.path:
             model, key = replace(model, path=config.reference.path, overrides={}), "reference.path"
         reference = ReferencePolicy(model, world, temperature, key=key, deepspeed=deepspeed)
-    return Models(policy, critic, reference)
+    if composed.algorithm.needs.teacher:
+        teacher = _teacher(config, world, policy, reference)
+    return Models(policy, critic, reference, teacher)
+
+
+def _teacher(config: Any, world: World, policy: Any, reference: Any) -> Any:
+    """The teacher, which shares the weights of the policy or of the reference policy where these are its own."""
+    from upge.train.engine import BasePolicy, ReferencePolicy
+
+    chosen = config.teacher
+    if chosen.self and chosen.weights == "present":
+        return policy
+    if chosen.self and config.model.lora.rank:
+        return BasePolicy(policy)
+    path, reference_path = chosen.path or config.model.path, config.reference.path or config.model.path
+    if reference is not None and path == reference_path and isinstance(reference, ReferencePolicy):
+        return reference
+    model = replace(config.model, path=chosen.path, overrides={}) if chosen.path else config.model
+    key = "teacher.path" if chosen.path else "model.path"
+    return ReferencePolicy(model, world, config.rollout.temperature, key=key, deepspeed=config.deepspeed)
 
 
 def check_secondary_partition(composed: Any) -> None:
     """Refuses ZeRO++'s secondary partition for runs with several models, which DeepSpeed cannot do.
 
     Raises:
-        ConfigError: the algorithm needs a critic or a reference policy.
+        ConfigError: the algorithm needs a critic, a reference policy or a teacher with weights of its own.
     """
     from upge.errors import ConfigError
     from upge.pipeline import Pipeline
@@ -172,11 +191,13 @@ def check_secondary_partition(composed: Any) -> None:
     config, stages = composed.config, Pipeline.of(composed.algorithm).stages.values()
     if config.deepspeed.secondary_partition == 1:
         return
-    copied = composed.algorithm.needs.reference and (config.reference.path or not config.model.lora.rank)
+    needs = composed.algorithm.needs
+    copied = needs.reference and (config.reference.path or not config.model.lora.rank)
+    copied = copied or needs.teacher and not (config.teacher.self and config.teacher.weights == "present")
     if copied or any(stage.algorithm.critic is not None for stage in stages):
         raise ConfigError(
             "zero_optimization.zero_hpz_partition_size: DeepSpeed supports it for one model of a process, and this "
-            "algorithm needs a critic or a reference policy; remove it",
+            "algorithm needs a critic, a reference policy or a teacher; remove it",
             "deepspeed.config",
         )
 

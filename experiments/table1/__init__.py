@@ -58,7 +58,7 @@ class Statement:
         return prove(algorithm, self.objective, pairs=algorithm.needs.preference_pairs)
 
 
-_ROLLOUTS = "reinforce reinforce_plus_plus rloo ppo grpo dr_grpo cispo gspo sapo gmpo opmd asymre relift dpo"
+_ROLLOUTS = "reinforce reinforce_plus_plus rloo ppo grpo dr_grpo cispo gspo sapo gmpo opmd asymre relift dpo opd"
 _IMITATION = "sft dft iw_sft offline_rl luffy rl_plus srft hpt hpt_offpolicy hpt_soft superrl chord_mu chord_phi amft"
 _CORRECTIONS = "tis icepop mis mis_geometric dual_clip kl_k1 kl_k2 kl_k3 entropy kl_reward dynamic_sampling"
 # A limit that the short responses of a proof reach; the buffer is a share of it.
@@ -77,6 +77,7 @@ STATEMENTS = (
     Statement("srft", demonstrations.srft_offline, terms=("offline",)),
     *(Statement("dr_grpo", getattr(rollouts, name), corrections=(name,)) for name in _CORRECTIONS.split()),
     Statement("dr_grpo", rollouts.overlong, _NEAR_BY_CORRECTION, ("overlong",)),
+    Statement("opd", rollouts.iw_opd, corrections=("iw_opd",)),
 )
 
 

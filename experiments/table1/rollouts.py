@@ -329,6 +329,25 @@ def kl_reward(w: World) -> Expr:
     return fixed_length(all_centred(w), one)
 
 
+def opd(w: World) -> Expr:
+    """Token mean of r·sg[log ν/π_θ]."""
+    return _distilled(w, Rational(0))
+
+
+def iw_opd(w: World) -> Expr:
+    """The same, each token times 1 + ½·(1 - the share of Σ|Â| that the tokens before it have)."""
+    return _distilled(w, Rational(1, 2))
+
+
+def _distilled(w: World, gamma: Expr) -> Expr:
+    def one(row: Row, t: int, _: Expr) -> Expr:
+        advantages = [w.sg(log(row.n[k] / row.p[k])) for k in range(len(row))]
+        sizes = [w.maximum(a, -a) for a in advantages]
+        return row.ratios[t] * advantages[t] * (1 + gamma * (1 - total(sizes[:t]) / total(sizes)))
+
+    return token_mean([(row, Rational(0)) for row in w.rollouts], one)
+
+
 def overlong(w: World) -> Expr:
     """Rewards that fall near the response limit."""
     pairs = [pair for question in w.questions for pair in centred(w, question, reward=punished)]

@@ -195,7 +195,9 @@ def test_a_rank_that_waits_is_a_problem(tmp_path):
 
 
 def test_every_algorithm_is_compared():
-    assert {name.split(":")[0] for name in gradients.shipped()} == {*algorithms.names()}
+    assert {name.split(":")[0] for name in gradients.shipped()} == {
+        name for name in algorithms.names() if not getattr(algorithms.load(name), "supports", None)
+    }
 
 
 # The rows of a machine, from facts.

@@ -127,17 +127,17 @@ def test_functions_fit_on_a_screen(path):
 CHECKED = """
 import jaxtyping
 parts = ("components", "views", "trajectories", "estimator", "gates", "reduction", "regularizers", "term", "plan",
-         "algorithm", "estimate", "testing", "checks", "formula", "logprobs")
+         "algorithm", "estimate", "testing", "checks", "formula", "logprobs", "support")
 jaxtyping.install_import_hook([f"upge.{part}" for part in parts], "beartype.beartype")
 import torch
 import upge
 from upge.views import masked_mean
 from tests import compositions
-from tests.policy import sample
+from tests.policy import sample, with_distributions
 from tests.upge.testing.test_conformance import SHIPPED
 
 for name in compositions.ALL:
-    s = sample(0, groups=3, pairs=name == "dpo")
+    s = with_distributions(sample(0, groups=3, pairs=name == "dpo"), 0)
     compositions.load(name).estimate(s.batch).loss.backward()
     assert s.logits.grad.isfinite().all() and s.logits.grad.abs().max() > 0
 for part in SHIPPED:

@@ -23,7 +23,8 @@ from upge.train.packed_policy import PackedPolicy
 from upge.train.packing import pack
 from upge.train.sample import assemble
 
-ALGORITHMS = by_stage() | {name: load(name) for name in CONFIGS}
+#: Those that move other tokens than the sampled one are compared in train/test_support_in_training.py.
+ALGORITHMS = {n: one for n, one in (by_stage() | {name: load(name) for name in CONFIGS}).items() if not one.supports}
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
@@ -61,7 +62,9 @@ def optimised_gradient(one: Algorithm, batch: Trajectories, ours: PackedPolicy, 
     for rows in cut(plan.contributing.nonzero()[:, 0].tolist(), batch.group):
         packed = pack([(members[r].prompt_ids, members[r].response_ids) for r in rows])
         piece = MicroBatch(batch, rows, packed)
-        loss, *_ = ours(packed, objective=piece.objective(one, lambda view: plan.estimate(view).loss))
+        loss, *_ = ours(
+            packed, objective=piece.objective(one, lambda view, places: [(1.0, plan.estimate_in_head(view, places))])
+        )
         loss.backward()
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in ours.parameters()]
 

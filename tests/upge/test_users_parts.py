@@ -101,7 +101,7 @@ def asked(algorithm: upge.Algorithm, chunk: int) -> tuple[Tensor, Tensor]:
     packed = pack([([1], list(range(1, n + 1))) for n in lengths])
     piece = MicroBatch(batch, list(range(len(batch))), packed)
     plan = algorithm.plan(batch)
-    objective = piece.objective(algorithm, lambda view: plan.estimate(view).loss)
+    objective = piece.objective(algorithm, lambda view, places: [(1.0, plan.estimate_in_head(view, places))])
     assert not objective.whole
     logprobs, entropies = (packed.unpad(c.detach()[:, : packed.shape[1]]) for c in (batch.logprobs, batch.entropies))
     found = []
@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_reaches_the_gradient():
     grpo = algorithms.load("grpo")
     plan = grpo.plan(batch)
     objective = MicroBatch(batch, list(range(len(batch))), packed).objective(
-        grpo, lambda view: plan.estimate(view).loss + float("inf")
+        grpo, lambda view, places: [(float("inf"), plan.estimate_in_head(view, places))]
     )
     logprobs, entropies = (packed.unpad(c.detach()) for c in (batch.logprobs, batch.entropies))
     found = objective.coefficients(logprobs, entropies, slice(0, len(logprobs)))

@@ -21,6 +21,7 @@ from upge.components.denominator import (
     SequenceReferencePolicy,
     UnitDenominator,
 )
+from upge.components.distillation import JensenShannon, LogRatio, Surprisal, TargetProbability, TiltedReference
 from upge.components.likelihood import PolicyLikelihood, PowerLikelihood, ShapedLikelihood
 from upge.components.mask import (
     AllOf,
@@ -33,7 +34,7 @@ from upge.components.mask import (
     SigmoidGate,
 )
 from upge.components.returns import GAE, KLPenalizedReward, OutcomeReward, ReturnToGo
-from upge.components.shaping import KLShaped, OverlongShaped, Shifted, Tempered, Whitened
+from upge.components.shaping import KLShaped, OverlongShaped, PrefixWeighted, Shifted, Tempered, Whitened
 from upge.formula import Formula
 
 __all__ = [
@@ -52,8 +53,10 @@ __all__ = [
     "ImportanceBand",
     "KLPenalizedReward",
     "KLShaped",
+    "JensenShannon",
     "LeaveOneOut",
     "LikelihoodGradient",
+    "LogRatio",
     "LogRatioClip",
     "MixedBehaviorPolicy",
     "NoMask",
@@ -63,6 +66,7 @@ __all__ = [
     "PairwisePreference",
     "PolicyLikelihood",
     "PowerLikelihood",
+    "PrefixWeighted",
     "ReferenceDenominator",
     "ReturnToGo",
     "SamplerCorrected",
@@ -75,7 +79,10 @@ __all__ = [
     "SigmoidGate",
     "SignedReward",
     "StabilizationMask",
+    "Surprisal",
+    "TargetProbability",
     "Tempered",
+    "TiltedReference",
     "TokenReward",
     "UnitDenominator",
     "Whitened",

@@ -38,12 +38,15 @@ class Component(ABC):
             group. It matters only for live parts: all others are evaluated once, on the whole batch.
         min_group_size: class attribute; the minimum number of rollouts per prompt.
         evaluated_separately: class attribute; fields whose parts are not evaluated when this part is called.
+        needs_vocabulary: class attribute; True if the part's value at a candidate depends on the others, so that it
+            has a meaning only where the support of its term is the whole vocabulary (`upge.FullVocabulary`).
     """
 
     reads: ClassVar[frozenset[str]]
     reach: ClassVar[str] = "token"
     min_group_size: ClassVar[int] = 1
     evaluated_separately: ClassVar[frozenset[str]] = frozenset()
+    needs_vocabulary: ClassVar[bool] = False
 
     def __init__(self) -> None:
         """Check a part that is not a dataclass, because it has no settings. A dataclass has its own constructor."""
@@ -90,17 +93,24 @@ class Component(ABC):
         """True if the part is live: its value depends on the current policy, and so on the forward pass."""
         return bool(self.columns & LIVE_COLUMNS)
 
-    @property
-    def is_precomputed(self) -> bool:
-        """True if the part's values are computed before the forward pass, on the whole batch."""
-        return not self.is_live
+    def is_precomputed(self, live: frozenset[str] = LIVE_COLUMNS) -> bool:
+        """True if the part's values are computed before the forward pass, on the whole batch.
+
+        Args:
+            live: the columns that exist only in or after the forward pass; more on a support (`upge.support`).
+        """
+        return not self.columns & live
 
     @property
     def live_reach(self) -> str:
         """The largest reach of this part and the parts it wraps; 'token' for what is precomputed."""
-        if not self.is_live:
+        return self.reach_with(LIVE_COLUMNS)
+
+    def reach_with(self, live: frozenset[str]) -> str:
+        """`live_reach` where the columns `live` exist only in or after the forward pass."""
+        if self.is_precomputed(live):
             return "token"
-        return max((self.reach, *(p.live_reach for p in self.parts.values())), key=REACHES.index)
+        return max((self.reach, *(p.reach_with(live) for p in self.parts.values())), key=REACHES.index)
 
     @property
     def group_size_needed(self) -> int:
@@ -111,8 +121,8 @@ class Component(ABC):
         """`batch` restricted to the columns that this part declares."""
         return batch.restricted(self.columns, type(self).__name__)
 
-    def precompute_parts(self, batch: TrajectoryView) -> Component:
-        """This part with every wrapped part that is not live replaced by its values.
+    def precompute_parts(self, batch: TrajectoryView, live: frozenset[str] = LIVE_COLUMNS) -> Component:
+        """This part with every wrapped part that reads none of the columns `live` replaced by its values.
 
         The result can be evaluated on any micro-batch of `batch`.
         """
@@ -120,13 +130,13 @@ class Component(ABC):
         def ready(value: Any) -> Any:
             if isinstance(value, tuple):
                 return _changed(value, ready)
-            return value.precomputed(batch) if isinstance(value, Component) else value
+            return value.precomputed(batch, live) if isinstance(value, Component) else value
 
         return _changed(self, ready, besides=self.evaluated_separately)
 
-    def precomputed(self, batch: TrajectoryView) -> Component:
-        """The part's values on the whole `batch`, if it is not live; otherwise `precompute_parts(batch)`."""
-        return self.precompute_parts(batch) if self.is_live else Precomputed(self(self.view(batch)))
+    def precomputed(self, batch: TrajectoryView, live: frozenset[str] = LIVE_COLUMNS) -> Component:
+        """The part's values on the whole `batch`, if it reads none of `live`; otherwise `precompute_parts`."""
+        return Precomputed(self(self.view(batch))) if self.is_precomputed(live) else self.precompute_parts(batch, live)
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -160,18 +170,9 @@ class StabilizationMask(Component):
     def __call__(self, batch: View, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """A number in [0, 1] per token, from a view with the declared columns and Â per token."""
 
-    @property
-    def is_precomputed(self) -> bool:
+    def is_precomputed(self, live: frozenset[str] = LIVE_COLUMNS) -> bool:
         """False, because a mask reads the advantages, which may be live."""
         return False
-
-    def precomputed(self, batch: TrajectoryView) -> Component:
-        """This mask with precomputed parts. It is not precomputed itself, because the advantages may be live."""
-        return self.precompute_parts(batch)
-
-    @property
-    def live_reach(self) -> str:
-        return max((self.reach, *(p.live_reach for p in self.parts.values())), key=REACHES.index)
 
 
 class ReferenceDenominator(Component):
@@ -227,13 +228,13 @@ def like(batch: TokenView, value: float) -> Float[Tensor, "*shape"]:
     return torch.full((), value, dtype=torch.float64, device=mask.device).expand(mask.shape)
 
 
-def live_reads(part: Component) -> frozenset[str]:
-    """The columns that `part` and the parts it wraps read after the forward pass."""
-    if part.is_precomputed:
+def live_reads(part: Component, live: frozenset[str] = LIVE_COLUMNS) -> frozenset[str]:
+    """The columns that `part` and the parts it wraps read in or after the forward pass, which fills those in `live`."""
+    if part.is_precomputed(live):
         return frozenset()
     inner = [inner for name, inner in part.parts.items() if name not in part.evaluated_separately]
     own = part.columns.difference(*(one.columns for one in part.parts.values())) | part.reads
-    return frozenset(own).union(*map(live_reads, inner))
+    return frozenset(own).union(*(live_reads(one, live) for one in inner))
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

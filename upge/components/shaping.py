@@ -15,7 +15,7 @@ from upge.components.base import AdvantageEstimator, Component, walk
 from upge.components.returns import KLKind, kl_value
 from upge.errors import ConfigError
 from upge.formula import Formula, tex
-from upge.views import TokenView, TrajectoryView
+from upge.views import LIVE_COLUMNS, TokenView, TrajectoryView
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,40 @@ class Tempered(AdvantageEstimator):
 
 
 @dataclass(frozen=True)
+class PrefixWeighted(AdvantageEstimator):
+    """Â_t·(1 + gamma·(1 - Σ_{k<t}|Â_k| / Σ_k|Â_k|)) (arXiv 2606.22600).
+
+    The weight falls from 1 + gamma at the first token towards 1, by the share of the response's total |Â| that earlier
+    tokens have.
+    """
+
+    advantage: AdvantageEstimator
+    gamma: float = 0.5
+    reads: ClassVar[frozenset[str]] = frozenset()
+    reach: ClassVar[str] = "trajectory"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.gamma < math.inf:
+            raise ConfigError(f"PrefixWeighted.gamma: {self.gamma} must be finite and not negative; 0.5 is customary")
+
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
+        values = self.advantage(batch)
+        size = values.abs() * batch.response_mask
+        total = size.sum(dim=1, keepdim=True)
+        before = size.cumsum(dim=1) - size
+        share = before / torch.where(total == 0, torch.ones_like(total), total)
+        return values * (1 + self.gamma * (1 - share))
+
+    def formula(self) -> Formula:
+        inner, gamma = self.advantage.formula(), f"{self.gamma:g}"
+        return Formula(
+            f"{inner.text}·(1 + {gamma}·(1 − Σ_{{k<t}}|Â_k|/Σ_k|Â_k|))",
+            rf"{inner.latex}\left(1+{gamma}\left(1-\frac{{\sum_{{k<t}}|\hat A_k|}}{{\sum_k|\hat A_k|}}\right)\right)",
+        )
+
+
+@dataclass(frozen=True)
 class Shifted(AdvantageEstimator):
     """Â - delta: the baseline shifted by delta (arXiv 2506.20520).
 
@@ -196,9 +230,9 @@ class OverlongShaped(AdvantageEstimator):
         excess = excess * (~batch.is_demonstration).double()
         return batch.with_rewards(batch.rewards.double() - self.penalty * excess)
 
-    def precompute_parts(self, batch: TrajectoryView) -> Component:
+    def precompute_parts(self, batch: TrajectoryView, live: frozenset[str] = LIVE_COLUMNS) -> Component:
         """This part with the wrapped advantage precomputed on the penalized rewards."""
-        return dataclasses.replace(self, advantage=self.advantage.precomputed(self.shaped(batch)))
+        return dataclasses.replace(self, advantage=self.advantage.precomputed(self.shaped(batch), live))
 
     def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
         return self.advantage(self.shaped(batch))

@@ -19,9 +19,10 @@ from upge.algorithm import Algorithm
 from upge.components.advantage import GroupRelative
 from upge.components.base import AdvantageEstimator, Component, rewritten, walk
 from upge.components.denominator import BehaviorPolicy, SamplerCorrected
+from upge.components.distillation import LogRatio
 from upge.components.mask import ImportanceBand, PPOClip, SequenceSamplerBand
 from upge.components.returns import KLKind, KLPenalizedReward
-from upge.components.shaping import KLShaped, OverlongShaped
+from upge.components.shaping import KLShaped, OverlongShaped, PrefixWeighted
 from upge.corrections.base import (
     Correction,
     NotApplicable,
@@ -29,6 +30,7 @@ from upge.corrections.base import (
     check_graded,
     mask_with,
     rollout_terms,
+    sampled_terms,
     weight_with,
     with_regularizer,
     wrap,
@@ -37,6 +39,7 @@ from upge.errors import ConfigError
 from upge.gates import Gate, PassRateBetween, ProductOf
 from upge.reduction import Reduction, TokenMean
 from upge.regularizers import EntropyBonus, KLPenalty
+from upge.support import SampledToken
 from upge.trajectories import Source
 
 
@@ -135,7 +138,7 @@ class KLInReward(Correction):
     future: bool = True
 
     def apply(self, algorithm: Algorithm) -> Algorithm:
-        for name, term in rollout_terms(algorithm).items():
+        for name, term in sampled_terms(algorithm).items():
             place = f"terms.{name}.estimator.advantage"
             check_absent(term.estimator.advantage, KLShaped, place)
             for path, part in walk(term.estimator.advantage, place):
@@ -157,6 +160,27 @@ class Entropy(Correction):
 
     def apply(self, algorithm: Algorithm) -> Algorithm:
         return with_regularizer(algorithm, "entropy", EntropyBonus(self.coefficient, self.reduction, self.source))
+
+
+@dataclass(frozen=True)
+class IWOPD(Correction):
+    """Weights log-ratios to the teacher by `upge.PrefixWeighted` (arXiv 2606.22600)."""
+
+    gamma: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        PrefixWeighted(LogRatio(), self.gamma)  # checks the setting
+
+    def apply(self, algorithm: Algorithm) -> Algorithm:
+        names = [
+            name
+            for name, term in algorithm.terms.items()
+            if isinstance(term.estimator.advantage, LogRatio) and isinstance(term.support, SampledToken)
+        ]
+        if not names:
+            raise NotApplicable("no term has the advantage LogRatio on sampled tokens")
+        return wrap(algorithm, "advantage", lambda inner: PrefixWeighted(inner, self.gamma), names)
 
 
 @dataclass(frozen=True)
@@ -248,7 +272,10 @@ class Overlong(Correction):
             for name, term in algorithm.terms.items()
             if term.source != "rollouts" and {"rewards", "group"} <= term.estimator.advantage.columns
         ]
-        names = [*rollout_terms(algorithm), *compared]
+        rewarded = [n for n, term in rollout_terms(algorithm).items() if "rewards" in term.estimator.advantage.columns]
+        if not rewarded:
+            raise NotApplicable("no advantage on rollouts reads rewards, so a penalty would change nothing")
+        names = [*rewarded, *compared]
         places = {f"terms.{name}.estimator.advantage": algorithm.terms[name].estimator.advantage for name in names}
         if algorithm.critic is not None:
             places["critic.returns"] = algorithm.critic.returns

@@ -15,6 +15,7 @@ from upge.components.mask import AllOf, ImportanceBand, SequenceSamplerBand
 from upge.errors import ConfigError
 from upge.pipeline import Pipeline
 from upge.regularizers import Regularizer
+from upge.support import SampledToken
 from upge.term import Term
 
 AnyAlgorithm = TypeVar("AnyAlgorithm", Algorithm, Pipeline)
@@ -77,6 +78,18 @@ def rollout_terms(algorithm: Algorithm) -> dict[str, Term]:
     return terms
 
 
+def sampled_terms(algorithm: Algorithm) -> dict[str, Term]:
+    """Name → term, for the terms that learn from the sampled tokens of rollouts.
+
+    Raises:
+        NotApplicable: there is no such term.
+    """
+    terms = {name: term for name, term in rollout_terms(algorithm).items() if isinstance(term.support, SampledToken)}
+    if not terms:
+        raise NotApplicable("no term that learns from rollouts moves the sampled token alone (`support`)")
+    return terms
+
+
 def wrap(algorithm: Algorithm, slot: str, change: Callable[[Any], Any], names: list[str] | None = None) -> Algorithm:
     """Replace the part in one slot of the estimators: 'mask', 'denominator', 'advantage' or 'likelihood'.
 
@@ -84,13 +97,13 @@ def wrap(algorithm: Algorithm, slot: str, change: Callable[[Any], Any], names: l
 
     Args:
         change: the function from the old to the new part; called once per term.
-        names: the terms to change; None = those that learn from rollouts.
+        names: the terms to change; None = those that learn from the sampled tokens of rollouts.
 
     Raises:
-        NotApplicable: `names` is None and no term learns from rollouts.
+        NotApplicable: `names` is None and there is no such term.
     """
     terms = dict(algorithm.terms)
-    for name in rollout_terms(algorithm) if names is None else names:
+    for name in sampled_terms(algorithm) if names is None else names:
         estimator = terms[name].estimator
         parts = {**estimator.parts, slot: change(estimator.parts[slot])}
         if slot == "advantage":
@@ -128,8 +141,8 @@ def with_regularizer(algorithm: Algorithm, name: str, part: Regularizer) -> Algo
 
 
 def check_all_absent(algorithm: Algorithm, slot: str, kind: type[Component]) -> None:
-    """Call `check_absent` for one slot of every term that learns from rollouts."""
-    for name, term in rollout_terms(algorithm).items():
+    """Call `check_absent` for one slot of every term that learns from the sampled tokens of rollouts."""
+    for name, term in sampled_terms(algorithm).items():
         check_absent(term.estimator.parts[slot], kind, f"terms.{name}.estimator.{slot}")
 
 

@@ -313,21 +313,29 @@ def _fields(template: str) -> set[str]:
     return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
 
 
-def _check_template(template: str) -> None:
+def format_fields(template: str, key: str) -> set[str]:
+    """The names in braces of a format string, the setting `key`.
+
+    Raises:
+        ConfigError: it is no format string, formats its fields, or is too long.
+    """
     try:
         fields = _fields(template)
     except ValueError as error:
-        raise ConfigError(
-            f"model.template: {template!r} is no format string ({error}); double a plain brace"
-        ) from error
+        raise ConfigError(f"{key}: {template!r} is no format string ({error}); double a plain brace") from error
     formatted = [name for _, name, spec, conversion in string.Formatter().parse(template) if spec or conversion]
     if formatted:
-        raise ConfigError(f"model.template: {template[:80]!r} formats {{{formatted[0]}}}; write the plain {{prompt}}")
+        raise ConfigError(f"{key}: {template[:80]!r} formats {{{formatted[0]}}}; write the plain {{prompt}}")
     if len(template) > LONGEST_TEMPLATE or template.count("{") > MOST_FIELDS:
         raise ConfigError(
-            f"model.template: {len(template)} characters with {template.count('{')} braces; give at most "
-            f"{LONGEST_TEMPLATE} characters and {MOST_FIELDS} braces"
+            f"{key}: {len(template)} characters with {template.count('{')} braces; give at most {LONGEST_TEMPLATE} "
+            f"characters and {MOST_FIELDS} braces"
         )
+    return fields
+
+
+def _check_template(template: str) -> None:
+    fields = format_fields(template, "model.template")
     for name in fields - set(FIELDS):
         hint = nearest(name, FIELDS) if name else "name it {prompt}"
         raise ConfigError(f"model.template: {template!r} has the unknown field '{{{name}}}'; {hint}")

@@ -13,14 +13,26 @@ Legend: N tokens, D hidden, V vocabulary, c tokens of a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from upge.logprobs.chunks import buffer_bytes, default_chunk_size
+from upge.logprobs.chunks import CandidateGradient, buffer_bytes, default_chunk_size
 from upge.logprobs.functions import TokenLogprobs, TokenLoss
-from upge.logprobs.head import CheckedCoefficients, CoefficientFunction, Coefficients
+from upge.logprobs.head import CandidateFunction, CheckedCoefficients, CoefficientFunction, Coefficients, Output
 
-__all__ = ["CoefficientFunction", "Coefficients", "buffer_bytes", "default_chunk_size", "token_logprobs", "token_loss"]
+__all__ = [
+    "CandidateFunction",
+    "CandidateGradient",
+    "CoefficientFunction",
+    "Coefficients",
+    "Output",
+    "buffer_bytes",
+    "default_chunk_size",
+    "token_logprobs",
+    "token_loss",
+]
 
 
 def token_logprobs(
@@ -73,6 +85,8 @@ def token_loss(
     bias: Float[Tensor, "V"] | None = None,
     temperature: float = 1.0,
     entropy_gradient: bool = False,
+    candidates: bool = False,
+    others: Mapping[str, Output] | None = None,
     whole: bool = False,
     chunk_size: int | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "N"], Float[Tensor, "N"]]:
@@ -87,6 +101,10 @@ def token_loss(
         coefficients: returns the loss and its derivatives with respect to the log-probs and entropies of a chunk.
         entropy_gradient: whether `coefficients` returns derivatives with respect to the entropies, which takes a little
             longer.
+        candidates: whether `coefficients` returns a function for derivatives with respect to the log-probs of other
+            tokens of the vocabulary. It is called while the chunk's logits exist, for a block of tokens at a time.
+        others: name → what another model predicts at the same tokens, for that function. Its output embedding may be
+            larger than the policy's, not smaller; its log-probs are at the same temperature and get no gradient.
         whole: whether to call `coefficients` once for all tokens, because the coefficient of a token depends on other
             tokens. With more than one chunk, the logits are then computed twice.
 
@@ -100,8 +118,10 @@ def token_loss(
     """
     _check(hidden, weight, targets, bias, temperature, chunk_size)
     size = chunk_size or default_chunk_size(weight.shape[0], hidden.device.type, weight.dtype)
-    checked = CheckedCoefficients(coefficients, entropy_gradient)
-    return TokenLoss.apply(hidden, weight, bias, targets, checked, float(temperature), whole, size)
+    for name, other in (others or {}).items():
+        _check_other(name, other, hidden, weight)
+    checked = CheckedCoefficients(coefficients, entropy_gradient, candidates)
+    return TokenLoss.apply(hidden, weight, bias, targets, checked, float(temperature), whole, size, others or {})
 
 
 def _check(
@@ -124,3 +144,18 @@ def _check(
         raise ValueError(f"temperature must be above 0, got {temperature}; log-probs of a greedy policy do not exist")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}; leave it out for the default")
+
+
+def _check_other(name: str, other: Output, hidden: Tensor, weight: Tensor) -> None:
+    if other.weight is None:
+        raise ValueError(f"others.{name}: it has no output embedding; give Output(hidden, weight)")
+    if other.hidden.dim() != 2 or len(other.hidden) != len(hidden) or other.hidden.shape[1] != other.weight.shape[1]:
+        raise ValueError(
+            f"others.{name}: hidden must be [{len(hidden)}, D] and weight [V, D], got {tuple(other.hidden.shape)} and "
+            f"{tuple(other.weight.shape)}"
+        )
+    if len(other.weight) < len(weight):
+        raise ValueError(
+            f"others.{name}: it predicts {len(other.weight)} tokens and the policy {len(weight)}; give a model with at "
+            "least the policy's vocabulary"
+        )

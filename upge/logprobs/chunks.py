@@ -5,6 +5,9 @@ With z = (W h + b)/τ the distribution of one token is p = softmax(z), and for t
     log p_y = z_y − log Σ exp z          ∂ log p_y/∂z = 1_y − p
     H = −Σ p log p                       ∂ H/∂z = −p (log p + H)
 
+and for a loss with the derivatives k_v = ∂L/∂log p_v of any tokens, ∂L/∂z = k − (Σ k) p, of which the first line is the
+case of one token.
+
 For a loss with ∂L/∂log p_y = c and no gradient through H, ∂L/∂z = −c q with q = p − 1_y. So only q is stored, in place
 of the logits, and c scales the rows of h and of q W, which have D entries instead of V. This needs no further pass over
 the [C, V] matrix once c is known. Elementwise work runs over blocks of rows: on a CPU, blocks small enough for a core's
@@ -15,7 +18,7 @@ Legend: C tokens of a chunk, R tokens of a block, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -82,6 +85,18 @@ class Statistics(NamedTuple):
     entropies: Tensor
 
 
+class CandidateGradient(NamedTuple):
+    """∂L/∂log p of some tokens of the vocabulary at R positions.
+
+    Attributes:
+        candidates: [R, K] the tokens; None = the whole vocabulary in order.
+        values: [R, K] the derivatives.
+    """
+
+    candidates: Tensor | None
+    values: Tensor
+
+
 class Chunks:
     """Computes the logits of chunks of tokens in one shared buffer.
 
@@ -121,15 +136,16 @@ class Chunks:
                 rows.copy_(q)
         return statistics
 
-    def entropy_gradient(
+    def gradient(
         self,
         logits: Tensor,
         targets: Int[Tensor, "C"],
         statistics: Statistics,
         by_logprobs: Float[Tensor, "C"],
-        by_entropies: Float[Tensor, "C"],
+        by_entropies: Float[Tensor, "C"] | None,
+        by_candidates: Callable[[slice, Tensor], Sequence[CandidateGradient]] | None = None,
     ) -> None:
-        """Overwrites kept logits with ∂L/∂z = c (1_y − p) − g p (log p + H).
+        """Overwrites kept logits with ∂L/∂z = k − (Σ k) p − g p (log p + H), where k includes c at the token y.
 
         Args:
             logits: [C, V] as `logits` returned them.
@@ -137,14 +153,32 @@ class Chunks:
             statistics: of the chunk.
             by_logprobs: [C] c.
             by_entropies: [C] g.
+            by_candidates: gives the other k of a block of tokens, from the block and its log-probs [R, V].
         """
         for start in range(0, len(logits), self.rows):
-            block = slice(start, start + self.rows)
-            rows, target = logits[block], targets[block, None]
+            block = slice(start, min(start + self.rows, len(logits)))
+            rows, target, c = logits[block], targets[block, None], by_logprobs[block, None]
             logprobs = self._scaled(rows, keep=True).sub(statistics.log_normalizers[block, None])
-            probabilities, c = logprobs.exp(), by_logprobs[block, None]
-            factor = logprobs.add_(statistics.entropies[block, None]).mul_(by_entropies[block, None]).add_(c)
-            rows.copy_(probabilities.mul_(factor).neg_().scatter_add_(1, target, c))
+            moved = [] if by_candidates is None else by_candidates(block, logprobs)
+            total = c
+            for one in moved:
+                total = total + one.values.sum(dim=-1, keepdim=True)
+            probabilities = logprobs.exp()
+            if by_entropies is None:
+                factor = total
+            else:
+                factor = logprobs.add_(statistics.entropies[block, None]).mul_(by_entropies[block, None]).add_(total)
+            result = probabilities.mul_(factor).neg_().scatter_add_(1, target, c)
+            for one in moved:
+                if one.candidates is None:
+                    result.add_(one.values)
+                else:
+                    result.scatter_add_(1, one.candidates, one.values)
+            rows.copy_(result)
+
+    def all_logprobs(self, logits: Tensor, block: slice) -> Float[Tensor, "R V"]:
+        """log p of every token for a block of the chunk's logits, in the type of the statistics."""
+        return self._scaled(logits[block], keep=True).log_softmax(dim=-1)
 
     def _scaled(self, rows: Tensor, keep: bool) -> Tensor:
         """z of a block in the type of the statistics; may overwrite logits of that type unless they are kept."""

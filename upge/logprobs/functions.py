@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from upge.logprobs.chunks import Chunks, statistics_dtype
-from upge.logprobs.head import CheckedCoefficients, Head, cut
+from upge.logprobs.head import CheckedCoefficients, Coefficients, Head, Output, cut
 
 # `ctx` is Any because torch's class for it does not declare the attributes that a forward stores for its backward.
 # `once_differentiable` makes it positional-only, so the types of the backwards differ from torch's declaration.
@@ -63,7 +64,8 @@ class TokenLogprobs(torch.autograd.Function):
             by_logprobs = by_entropies.new_zeros(len(hidden))
         head = Head(hidden, weight, bias, targets, ctx.temperature, ctx.size, ctx.needs_input_grad[:3])
         for chunk in cut(len(hidden), ctx.size):
-            head.again(chunk, by_logprobs[chunk], None if by_entropies is None else by_entropies[chunk])
+            entropies = None if by_entropies is None else by_entropies[chunk]
+            head.again(chunk, Coefficients(by_logprobs.new_zeros(()), by_logprobs[chunk], entropies))
         return *head.gradients.finished(weight, bias), None, None, None, None
 
 
@@ -81,8 +83,9 @@ class TokenLoss(torch.autograd.Function):
         temperature: float,
         whole: bool,
         size: int,
+        others: Mapping[str, Output],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        head = Head(hidden, weight, bias, targets, temperature, size, ctx.needs_input_grad[:3])
+        head = Head(hidden, weight, bias, targets, temperature, size, ctx.needs_input_grad[:3], others)
         cuts = cut(len(hidden), size)
         if whole and len(cuts) > 1:
             loss, logprobs, entropies = head.two_passes(cuts, coefficients)
@@ -100,4 +103,4 @@ class TokenLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "the gradient of this loss was already used; compute the loss again"
         # Also by 1: to read the number would wait for the device.
-        return *(g if g is None else g.mul_(by_loss) for g in gradients), None, None, None, None, None
+        return *(g if g is None else g.mul_(by_loss) for g in gradients), None, None, None, None, None, None

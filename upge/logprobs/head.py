@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upge.logprobs.chunks import Chunks, Statistics, statistics_dtype
+from upge.logprobs.chunks import CandidateGradient, Chunks, Statistics, statistics_dtype
 
 #: Entries of a block of the weight's gradient, 2 MB in half precision.
 _PRODUCT_ENTRIES = {"cpu": 2**20}
 _PRODUCT_ENTRIES_GPU = 2**26
+
+
+class Output(NamedTuple):
+    """What another model predicts at the same tokens, before its output embedding.
+
+    Attributes:
+        hidden: [N, D'] its states, of its own width.
+        weight: [V, D'] its output embedding; rows beyond the policy's vocabulary are left out. None = the policy's, for
+            states of the policy itself on another prompt.
+        bias: [V] or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def with_default(self, weight: Tensor, bias: Tensor | None) -> Output:
+        """This output, with the policy's embedding if it has none of its own."""
+        return Output(self.hidden, weight.detach(), bias) if self.weight is None else self
+
+
+#: (Some of the tokens that a coefficient function was called with, the policy's log-probs [R, V] at them, and those of
+#: other models by name) → derivatives with respect to the policy's log-probs of any tokens of the vocabulary.
+CandidateFunction = Callable[[slice, Tensor, Mapping[str, Tensor]], Sequence[CandidateGradient]]
 
 
 class Coefficients(NamedTuple):
@@ -23,11 +47,14 @@ class Coefficients(NamedTuple):
         loss: its value, a scalar.
         logprobs: [c] ∂L/∂log π of each token.
         entropies: [c] ∂L/∂H of each token; None if no gradient flows through the entropies.
+        candidates: gives the derivatives with respect to the log-probs of other tokens of the vocabulary, for a block
+            of the tokens at a time; None if there are none. `loss` need not include what they belong to.
     """
 
     loss: Tensor
     logprobs: Tensor
     entropies: Tensor | None = None
+    candidates: CandidateFunction | None = None
 
 
 #: (log-probs [c], entropies [c], the slice of the N tokens that they belong to) → coefficients.
@@ -40,10 +67,16 @@ class CheckedCoefficients:
     Args:
         function: the coefficient function.
         entropy_gradient: whether its results have coefficients of the entropies.
+        candidates: whether its results have coefficients of other tokens of the vocabulary.
     """
 
-    def __init__(self, function: CoefficientFunction, entropy_gradient: bool) -> None:
-        self.function, self.entropy_gradient = function, entropy_gradient
+    def __init__(self, function: CoefficientFunction, entropy_gradient: bool, candidates: bool = False) -> None:
+        self.function, self.entropy_gradient, self.candidates = function, entropy_gradient, candidates
+
+    @property
+    def needs_logits(self) -> bool:
+        """True if the gradient needs the logits themselves."""
+        return self.entropy_gradient or self.candidates
 
     def __call__(self, logprobs: Tensor, entropies: Tensor, chunk: slice) -> Coefficients:
         result = self.function(logprobs, entropies, chunk)
@@ -57,6 +90,12 @@ class CheckedCoefficients:
             raise ValueError(
                 f"coefficients: {given} came for the entropies, but entropy_gradient is {self.entropy_gradient}; make "
                 "these agree"
+            )
+        if (result.candidates is not None) != self.candidates:
+            given = "no function" if result.candidates is None else "a function"
+            raise ValueError(
+                f"coefficients: {given} came for other tokens of the vocabulary, but candidates is {self.candidates}; "
+                "make these agree"
             )
         return result
 
@@ -72,6 +111,7 @@ class Head:
         temperature: divides the logits.
         size: the most tokens of a chunk.
         needed: which of hidden, weight and bias need a gradient.
+        others: name → output of another model, which gets no gradient.
     """
 
     def __init__(
@@ -83,8 +123,17 @@ class Head:
         temperature: float,
         size: int,
         needed: tuple[bool, ...],
+        others: Mapping[str, Output] | None = None,
     ) -> None:
         self.hidden, self.targets, self.temperature = hidden, targets, temperature
+        self.others, rows = others or {}, min(size, len(hidden))
+        vocabulary = len(weight)
+        self.other_chunks = {
+            name: Chunks(
+                _given(one.weight)[:vocabulary], None if one.bias is None else one.bias[:vocabulary], temperature, rows
+            )
+            for name, one in self.others.items()
+        }
         self.chunks = Chunks(weight, bias, temperature, min(size, len(hidden)))
         self.gradients = Gradients(hidden, weight, bias, needed, several=len(hidden) > size)
 
@@ -93,11 +142,11 @@ class Head:
         losses, columns = [], self._columns()
         for chunk in cuts:
             logits = self.chunks.logits(self.hidden[chunk])
-            statistics = self.chunks.statistics(logits, self.targets[chunk], coefficients.entropy_gradient)
+            statistics = self.chunks.statistics(logits, self.targets[chunk], coefficients.needs_logits)
             columns[0, chunk], columns[1, chunk] = statistics.logprobs, statistics.entropies
             result = coefficients(statistics.logprobs, statistics.entropies, chunk)
             losses.append(result.loss)
-            self._add(chunk, logits, statistics, result.logprobs, result.entropies)
+            self._add(chunk, logits, statistics, result, start=0)
         return (torch.stack(losses).sum() if losses else columns.sum()), columns[0].clone(), columns[1].clone()
 
     def two_passes(self, cuts: list[slice], coefficients: CheckedCoefficients) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,28 +159,50 @@ class Head:
         logprobs, entropies = columns[0].clone(), columns[1].clone()
         result = coefficients(logprobs, entropies, slice(0, len(self.hidden)))
         for chunk in cuts:
-            self.again(chunk, result.logprobs[chunk], None if result.entropies is None else result.entropies[chunk])
+            entropies_of_chunk = None if result.entropies is None else result.entropies[chunk]
+            self.again(chunk, result._replace(logprobs=result.logprobs[chunk], entropies=entropies_of_chunk))
         return result.loss, logprobs, entropies
 
-    def again(self, chunk: slice, by_logprobs: Tensor, by_entropies: Tensor | None) -> None:
-        """Computes a chunk's logits again and adds its gradients."""
+    def again(self, chunk: slice, result: Coefficients) -> None:
+        """Computes a chunk's logits again and adds its gradients; `result` has the chunk's coefficients."""
         logits = self.chunks.logits(self.hidden[chunk])
-        statistics = self.chunks.statistics(logits, self.targets[chunk], by_entropies is not None)
-        self._add(chunk, logits, statistics, by_logprobs, by_entropies)
+        keep = result.entropies is not None or result.candidates is not None
+        statistics = self.chunks.statistics(logits, self.targets[chunk], keep)
+        self._add(chunk, logits, statistics, result, chunk.start)
 
-    def _add(
-        self, chunk: slice, logits: Tensor, statistics: Statistics, by_logprobs: Tensor, by_entropies: Tensor | None
-    ) -> None:
-        by_logprobs = by_logprobs.to(self.chunks.wide)
-        if by_entropies is None:
+    def _add(self, chunk: slice, logits: Tensor, statistics: Statistics, result: Coefficients, start: int) -> None:
+        """Adds a chunk's gradients; `start` is its first token among those that `result.candidates` numbers."""
+        by_logprobs = result.logprobs.to(self.chunks.wide)
+        if result.entropies is None and result.candidates is None:
             scale = by_logprobs / -self.temperature
         else:
-            self.chunks.entropy_gradient(logits, self.targets[chunk], statistics, by_logprobs, by_entropies)
+            by_candidates = None
+            if result.candidates is not None:
+                by_candidates = self._by_candidates(chunk, result.candidates, start)
+            columns = by_logprobs, result.entropies, by_candidates
+            self.chunks.gradient(logits, self.targets[chunk], statistics, *columns)
             scale = torch.full_like(by_logprobs, 1.0 / self.temperature)
         self.gradients.add(chunk, self.hidden[chunk], logits, scale)
 
+    def _by_candidates(
+        self, chunk: slice, function: CandidateFunction, start: int
+    ) -> Callable[[slice, Tensor], Sequence[CandidateGradient]]:
+        """`function` for a block of the chunk, with what the other models predict there."""
+        logits = {n: chunks.logits(self.others[n].hidden[chunk]) for n, chunks in self.other_chunks.items()}
+
+        def of_block(block: slice, logprobs: Tensor) -> Sequence[CandidateGradient]:
+            others = {n: self.other_chunks[n].all_logprobs(one, block) for n, one in logits.items()}
+            return function(slice(start + block.start, start + block.stop), logprobs, others)
+
+        return of_block
+
     def _columns(self) -> Tensor:
         return self.hidden.new_empty(2, len(self.hidden), dtype=self.chunks.wide)
+
+
+def _given(weight: Tensor | None) -> Tensor:
+    assert weight is not None, "the output embedding of another model is missing"
+    return weight
 
 
 class Gradients:

@@ -13,6 +13,7 @@ from upge.estimate import Estimate
 from upge.testing import batches
 from upge.testing.components import check_component
 from upge.testing.rules import SINGLE_TOLERANCE, attempt, close, require, require_instance
+from upge.testing.supports import check_supports
 from upge.trajectories import Trajectories
 
 
@@ -26,6 +27,7 @@ def check_algorithm(algorithm: Algorithm) -> None:
       places outside the response mask.
     - Trajectories that the plan drops have no gradient, and dropping them changes no weights of the others.
     - Weights, loss and gradient are finite at extremes, in single precision and on degenerate batches.
+    - Terms that move other tokens than the sampled one: see `upge.testing.supports`.
 
     Raises:
         ConformanceError: the first broken rule.
@@ -37,6 +39,12 @@ def check_algorithm(algorithm: Algorithm) -> None:
         if part not in checked:
             check_component(part)
             checked.append(part)
+    if algorithm.supports:
+        check_supports(algorithm)
+        sampled = {n: term for n, term in algorithm.terms.items() if n not in algorithm.supports}
+        if not sampled:
+            return
+        algorithm = dataclasses.replace(algorithm, terms=sampled)
     pairs = algorithm.needs.preference_pairs
     _check_leaves(algorithm, batches.random_batch(0, pairs=pairs))
     _check_precision(algorithm, pairs)

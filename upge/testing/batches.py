@@ -59,6 +59,7 @@ def random_batch(
         reference_logprobs=(logprobs.detach() + noise(0.5)).clamp(max=-1e-3),
         values=noise(0.5),
         entropies=noise().abs().requires_grad_(),
+        teacher_logprobs=(logprobs.detach() + noise(0.5)).clamp(max=-1e-3),
         preference=preference,
         step=3,
     )
@@ -91,6 +92,7 @@ def extreme_batch(pairs: bool = True, ratio: float = 30.0) -> Trajectories:
         reference_logprobs=(logprobs.detach() - choice(-ratio, 0.0, ratio)).clamp(max=0),
         values=choice(-5.0, 0.0, 5.0),
         entropies=choice(0.0, 12.0).requires_grad_(),
+        teacher_logprobs=(logprobs.detach() - choice(-ratio, 0.0, ratio)).clamp(max=0),
         rewards=rewards,
     )
 

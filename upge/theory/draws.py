@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from upge.algorithm import Algorithm
@@ -31,6 +31,7 @@ from upge.theory.policy import (
     rewards_of,
 )
 from upge.trajectories import Trajectories
+from upge.views import Distributions
 
 #: A trajectory: (number of its response, whether it is a demonstration, preference).
 Row = tuple[int, bool, int]
@@ -51,6 +52,7 @@ class Setting:
         expert: π_β, the policy that the demonstrations are drawn from, independently; a demonstration's reward is that
             of its response.
         reference: the reference policy, which fills `reference_logprobs`.
+        teacher: the teacher, which fills `teacher_logprobs`.
         values: [P] the critic's value of each prefix.
         step: the training steps before the batch, for schedules.
 
@@ -64,12 +66,13 @@ class Setting:
     sampler: SoftmaxPolicy | None = None
     expert: SoftmaxPolicy | None = None
     reference: SoftmaxPolicy | None = None
+    teacher: SoftmaxPolicy | None = None
     values: Float[Tensor, "P"] | None = None
     step: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reward", rewards_of(self.policy, self.reward))
-        for name in ("behavior", "sampler", "expert", "reference"):
+        for name in ("behavior", "sampler", "expert", "reference", "teacher"):
             other = getattr(self, name)
             if other is not None and other.responses is not self.policy.responses:
                 raise ConfigError(f"{name}: its responses are not those of `policy`; give both the same sizes and end")
@@ -98,6 +101,14 @@ class Setting:
             gradients["proximity"] = -reverse_kl_gradient(self.policy, self.reference)
         return gradients
 
+    def distributions(self, number: Int[Tensor, "b"]) -> Distributions:
+        """Whole distributions at each token of some responses, [b, T, V] each; the policy's requires a gradient."""
+        space = self.policy.responses
+        models = (self.policy, self.reference, self.teacher)
+        full = [None if m is None else m.logits.log_softmax(dim=-1)[space.prefix[number]].detach() for m in models]
+        assert full[0] is not None
+        return Distributions(space.tokens[number], full[0].requires_grad_(), *full[1:])
+
     @property
     def columns(self) -> dict[str, Tensor]:
         """The columns of a batch, for every response: [S, T] each, detached."""
@@ -110,6 +121,8 @@ class Setting:
             columns["sampler_logprobs"] = self.sampler.token_logprobs.detach()
         if self.reference is not None:
             columns["reference_logprobs"] = self.reference.token_logprobs.detach()
+        if self.teacher is not None:
+            columns["teacher_logprobs"] = self.teacher.token_logprobs.detach()
         if self.values is not None:
             columns["values"] = self.values.double()[space.prefix]
         return columns
@@ -146,20 +159,27 @@ class Evaluator:
             step=self.setting.step,
             state={},
             row=None,
+            distributions=self.setting.distributions(number) if self.algorithm.supports else None,
         )
 
     def gradient(self, groups: list[tuple[Row, ...]]) -> Float[Tensor, "P V"]:
         """[P, V] minus the gradient of the loss with respect to the policy's table.
 
-        It is Σ (-∂loss/∂log π)·∇log π, plus the same sum over entropies.
+        It is Σ (-∂loss/∂log π)·∇log π, plus the same sums over entropies and over all tokens of the vocabulary.
         """
         batch = self.batch(groups)
         assert batch.logprobs is not None and batch.entropies is not None
         number = torch.tensor([row[0] for rows in groups for row in rows])
         loss = self.algorithm.estimate(batch).loss
-        slopes = torch.autograd.grad(loss, (batch.logprobs, batch.entropies), allow_unused=True)
+        given = batch.distributions
+        full = [] if given is None else [given.policy]
+        slopes = torch.autograd.grad(loss, [batch.logprobs, batch.entropies, *full], allow_unused=True)
         total = torch.zeros_like(self.setting.policy.logits)
-        for slope, scores in zip(slopes, (self.scores, self.entropy_scores), strict=True):
+        if given is not None and slopes[2] is not None:
+            prefix, slope = self.setting.policy.responses.prefix[number], slopes[2]
+            by_logits = slope - slope.sum(dim=-1, keepdim=True) * given.policy.detach().exp()
+            total.index_add_(0, prefix.flatten(), -by_logits.flatten(0, 1))
+        for slope, scores in zip(slopes[:2], (self.scores, self.entropy_scores), strict=True):
             if slope is not None:
                 total -= torch.einsum("bt,btpv->pv", slope, scores[number])
         return total

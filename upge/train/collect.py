@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from upge.algorithm import Algorithm
 from upge.data import Example
+from upge.data.teacher import TeacherPrompts
 from upge.errors import DataError
 from upge.rollout import Rollout, Sampling
 from upge.rollout.verified_sampling import VerifiedSampler
@@ -54,6 +55,7 @@ class Collector:
         stop_token_ids: end a response.
         weights: the share of the prompts that each source of a mixture gets; if empty, all examples have the same
             weight.
+        teacher_prompts: the prompts of the teacher; None if they are the policy's.
         reserve: reserve a tenth of the training set for validation. No step trains on it; the stream `HELD_OUT` draws
             from it.
 
@@ -71,7 +73,9 @@ class Collector:
         world: World,
         weights: Mapping[str, float] | None = None,
         reserve: bool = False,
+        teacher_prompts: TeacherPrompts | None = None,
     ) -> None:
+        self.teacher_prompts = teacher_prompts
         self.config, self.examples, self.world, self.sampler = config, examples, world, sampler
         # Training rollouts use top_p=1: the trainer's log-probs are of the full distribution at this temperature.
         self.sampling = Sampling(
@@ -136,12 +140,29 @@ class Collector:
         given = [t for group, index in enumerate(indices) for t in self._given(group, index, step)]
         # The sort is stable and a prompt's rollouts are in order of sampling.
         trajectories = sorted(rollouts + given, key=lambda t: (t.group, t.is_demonstration))
-        return Collection(indexed(trajectories), metrics, verdicts)
+        return Collection(self._taught(indexed(trajectories)), metrics, verdicts)
 
     def demonstrations(self, indices: Iterable[int], step: int) -> list[Trajectory]:
         """The demonstrations of these examples, one group per example; examples without one are passed over."""
         with_demonstrations = [i for i in indices if self.examples[i].demonstrations]
-        return indexed(t for group, i in enumerate(with_demonstrations) for t in self._demonstrations(group, i, step))
+        given = [t for group, i in enumerate(with_demonstrations) for t in self._demonstrations(group, i, step)]
+        return self._taught(indexed(given))
+
+    def _taught(self, trajectories: list[Trajectory]) -> list[Trajectory]:
+        """The trajectories with the prompts that the teacher reads for them."""
+        if self.teacher_prompts is None:
+            return trajectories
+        right: dict[int, list[Trajectory]] = {}
+        for one in trajectories:
+            if not one.is_demonstration and one.passed:
+                right.setdefault(one.group, []).append(one)
+        taught = []
+        for one in trajectories:
+            sibling = next((other for other in right.get(one.group, ()) if other.index != one.index), None)
+            feedback = () if sibling is None else sibling.response_ids
+            ids = self.teacher_prompts.ids(self.examples[one.example], feedback)
+            taught.append(replace(one, teacher_prompt_ids=ids))
+        return taught
 
     def _held_out_indices(self, step: int, count: int) -> list[int]:
         """Reserved examples, redrawn in each step; those of a mixture's sources by their weights."""

@@ -131,6 +131,25 @@ class ReferenceConfig(Settings):
 
 
 @dataclass(frozen=True)
+class TeacherConfig(Settings):
+    """The teacher, for algorithms that learn from the probabilities of another model. It is not trained."""
+
+    path: str = key("", "model of the teacher, with the tokenizer of model.path")
+    self: bool = key(False, "the policy is its own teacher, on prompts of teacher.template")
+    weights: Literal["present", "first"] = key(
+        "present", "with teacher.self: the policy's weights of this step, or those that the run began with"
+    )
+    template: str = key(
+        "", "text with {prompt} and {demonstration}, {answer} or {feedback}: the teacher's prompt; empty = the policy's"
+    )
+
+    def __post_init__(self) -> None:  # noqa: B902 - a field is named self
+        Settings.__post_init__(self)
+        if self.path and self.self:
+            raise ConfigError("both a path and teacher.self=true; the teacher is one of the two", "path")
+
+
+@dataclass(frozen=True)
 class VerifyConfig(Settings):
     """How responses are rewarded."""
 
@@ -276,6 +295,7 @@ class RunConfig(Settings):
     deepspeed: DeepspeedConfig = section(DeepspeedConfig)
     critic: CriticConfig = section(CriticConfig)
     reference: ReferenceConfig = section(ReferenceConfig)
+    teacher: TeacherConfig = section(TeacherConfig)
     verify: VerifyConfig = section(VerifyConfig)
     eval: EvalConfig = section(EvalConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from upge.train.sample import TokenIds
 
 #: Parameters are gathered for the sampler in buckets of about this size.
 _BUCKET_BYTES = 512 * 2**20
+#: An output embedding [V, D] and its bias; None where they are the policy's own.
+OutputWeights = tuple[Tensor | None, Tensor | None]
 #: The folder of the LoRA adapters in that of an exported model.
 ADAPTER = "adapter"
 
@@ -94,6 +96,15 @@ class Engine(DeepSpeedModule):
         Every rank must call it equally often; a rank without work packs no trajectories, and its loss is 0.
         """
         return self._run(packed, objective=objective)
+
+    @torch.no_grad()
+    def states(self, packed: PackedBatch) -> Float[Tensor, "n D"]:
+        """The hidden states before the responses, in packed order, without gradient and without dropout."""
+        return self._engine(packed, states=True)[0]
+
+    def output(self) -> AbstractContextManager[OutputWeights]:
+        """No output embedding: the head of the policy's own forward has it."""
+        return nullcontext((None, None))
 
     def _run(self, packed: PackedBatch, **arguments: Any) -> Any:
         """A pass of the module; dropout in the adapters differs between passes and ranks."""
@@ -204,7 +215,7 @@ class ReferencePolicy:
 
         self.world, self.temperature, self._key = world, temperature, key
         network = load_causal_lm(model, world, key, deepspeed)
-        self._vocabulary = vocabulary_size(network)
+        self._network, self._vocabulary = network, vocabulary_size(network)
         policy = PackedPolicy(network).eval().requires_grad_(False)
         self._engine, *_ = initialize(model=policy, config=settings(model.dtype, world, deepspeed))
 
@@ -219,6 +230,22 @@ class ReferencePolicy:
         packed = pack(trajectories, self.world.device)
         return packed.pad(self._engine(packed, temperature=self.temperature)[0])
 
+    @torch.no_grad()
+    def states(self, packed: PackedBatch) -> Float[Tensor, "n D"]:
+        """The hidden states before the responses, in packed order."""
+        return self._engine(packed, states=True)[0]
+
+    @contextmanager
+    def output(self) -> Iterator[OutputWeights]:
+        """The whole output embedding and its bias, on every rank; all ranks enter and leave together."""
+        import deepspeed
+
+        head: Any = self._network.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        parameters = [head.weight] if bias is None else [head.weight, bias]
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
+            yield head.weight.detach(), None if bias is None else bias.detach()
+
 
 class BasePolicy:
     """The policy's model without its adapters, as the reference policy: it takes no memory of its own."""
@@ -232,6 +259,21 @@ class BasePolicy:
         """As `Engine.forward`, without gradient and without the adapters."""
         with self._adapter.disabled():
             return self._policy.forward(trajectories)
+
+    def states(self, packed: PackedBatch) -> Float[Tensor, "n D"]:
+        """As `Engine.states`, without the adapters."""
+        with self._adapter.disabled():
+            return self._policy.states(packed)
+
+    def output(self) -> AbstractContextManager[OutputWeights]:
+        """No output embedding: the policy's own has no adapter."""
+        return self._policy.output()
+
+
+#: A model that predicts the responses without being trained: the initial policy, another model, or a base model.
+FrozenPolicy = ReferencePolicy | BasePolicy
+#: The teacher may also be the policy itself, with its present weights, on another prompt.
+Teacher = FrozenPolicy | Engine
 
 
 class SamplerState(Enum):

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from upge.algorithm import Algorithm, InterleavedUpdate
 from upge.data import Example
@@ -14,7 +15,7 @@ from upge.stateful import UTILITY_SLOPE, StatefulGate
 from upge.train.collect import HELD_OUT, Collector
 from upge.train.config import LearningRates, OptimizerConfig
 from upge.train.diagnostics import NO_DIAGNOSTICS, Diagnostics
-from upge.train.engine import BasePolicy, CriticEngine, Engine, ReferencePolicy
+from upge.train.engine import CriticEngine, Engine, FrozenPolicy, Teacher
 from upge.train.metrics import UpdateReport
 from upge.train.sample import Trajectory, assemble
 from upge.train.update import Updater
@@ -41,11 +42,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class Models:
-    """The policy, and the critic and the reference policy if the algorithm needs them."""
+    """The policy, and the critic, the reference policy and the teacher if the algorithm needs them."""
 
     policy: Engine
     critic: CriticEngine | None = None
-    reference: ReferencePolicy | BasePolicy | None = None
+    reference: FrozenPolicy | None = None
+    teacher: Teacher | None = None
 
 
 @dataclass(frozen=True)
@@ -89,17 +91,18 @@ class Learner:
     ) -> None:
         self.algorithm, self.models, self.examples = algorithm, models, examples
         self.collector: Collector = collector_for(algorithm, algorithm.validation is not None)
-        self.updater = Updater(models.policy, algorithm, config, models.critic, models.reference, poll)
+        frozen: dict[str, Any] = {"reference": models.reference, "teacher": models.teacher}
+        self.updater = Updater(models.policy, algorithm, config, models.critic, poll=poll, **frozen)
         once = dataclasses.replace(config, mini_batches=1, epochs=1)
         #: For gates that follow a validation objective: collect held-out trajectories and evaluate them.
         self.validation: tuple[Collector, Updater] | None = None
         if algorithm.validation is not None:
-            updater = Updater(models.policy, algorithm.validation, once, reference=models.reference)
+            updater = Updater(models.policy, algorithm.validation, once, **frozen)
             self.validation = collector_for(algorithm.validation, True), updater
         self.interleaved: Updater | None = None
         if algorithm.interleaved_update is not None:
             objective = algorithm.interleaved_update.algorithm
-            self.interleaved = Updater(models.policy, objective, once, reference=models.reference)
+            self.interleaved = Updater(models.policy, objective, once, **frozen)
 
     @property
     def samples(self) -> bool:

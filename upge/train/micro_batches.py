@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,13 +15,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from upge.algorithm import Algorithm
-from upge.logprobs import Coefficients
+from upge.estimate import Estimate
+from upge.logprobs import CandidateFunction, CandidateGradient, Coefficients
 from upge.models.loading import attention_sizes
+from upge.support import Places
 from upge.train.packed_policy import Objective
 from upge.train.packing import WORTH_SHARING, PackedBatch, packed_length
 from upge.train.sample import TokenIds
 from upge.trajectories import Trajectories
-from upge.views import PackedTokens
+from upge.views import Distributions, PackedTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -208,6 +210,10 @@ class _Partition:
         return one.with_others(other, self._prompts.__getitem__)
 
 
+#: (Some tokens, or the padded micro-batch; rows and columns of its tokens in packed order) → (factor, estimate) pairs.
+EstimatesOf = Callable[[Trajectories | PackedTokens, Places], Sequence[tuple[float, Estimate]]]
+
+
 class MicroBatch:
     """Some trajectories of a planned batch, as columns and as a packed row, both on the model's device.
 
@@ -222,32 +228,48 @@ class MicroBatch:
         self.columns = _moved(columns.select(torch.tensor(rows, dtype=torch.long)), packed.targets.device)
         self.tokens: PackedTokens = self.columns.at(packed.rows, packed.columns)
 
-    def objective(self, algorithm: Algorithm, loss_of: Callable[[Trajectories | PackedTokens], Tensor]) -> Objective:
+    def objective(self, algorithm: Algorithm, estimates_of: EstimatesOf) -> Objective:
         """The objective of the output head for a loss that is a sum over tokens of the algorithm's estimates.
 
-        The head asks an algorithm that takes chunks for the loss of one chunk of tokens after another, and any other
-        algorithm for the loss of the whole micro-batch.
+        The head asks an algorithm that takes chunks for the estimate of one chunk of tokens after another, and any
+        other algorithm for that of the whole micro-batch.
 
         Args:
-            algorithm: says whether it takes chunks and whether its gradient flows through entropies.
-            loss_of: the scalar loss of some tokens, or of the padded micro-batch.
+            algorithm: says whether it takes chunks, whether its gradient flows through entropies, and whether it moves
+                other tokens than the sampled ones.
+            estimates_of: the estimates of some tokens, or of the padded micro-batch, with their factors in the loss.
         """
         in_chunks, through_entropies = algorithm.takes_chunks, algorithm.has_entropy_gradient
+        on_support, places = bool(algorithm.supports), (self.packed.rows, self.packed.columns)
 
         def coefficients(logprobs: Tensor, entropies: Tensor, chunk: slice) -> Coefficients:
             leaves = [logprobs.detach().requires_grad_(), entropies.detach().requires_grad_()]
             with torch.enable_grad():
                 view = self.tokens.chunk(chunk, *leaves) if in_chunks else self._padded(*leaves)
-                loss = nan_if_nonfinite(loss_of(view))
+                estimates = estimates_of(view, places)
+                losses = [factor * estimate.loss for factor, estimate in estimates]
+                loss = nan_if_nonfinite(sum(losses[1:], losses[0]))
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
             # A loss need not depend on both.
             by_logprobs, by_entropies = (
                 torch.zeros_like(leaf) if gradient is None else gradient
                 for leaf, gradient in zip(leaves, gradients, strict=True)
             )
-            return Coefficients(loss.detach(), by_logprobs, by_entropies if through_entropies else None)
+            candidates = self._candidates(estimates, self.packed.targets[chunk]) if on_support else None
+            return Coefficients(loss.detach(), by_logprobs, by_entropies if through_entropies else None, candidates)
 
-        return Objective(coefficients, through_entropies, not in_chunks)
+        return Objective(coefficients, through_entropies, not in_chunks, on_support)
+
+    def _candidates(self, estimates: Sequence[tuple[float, Estimate]], targets: Tensor) -> CandidateFunction:
+        """The derivatives of the loss of `estimates` with respect to the log-probs of candidates, at some tokens."""
+        weighted = [(factor, one) for factor, estimate in estimates for one in estimate.on_support.values()]
+
+        def of_block(block: slice, logprobs: Tensor, others: Mapping[str, Tensor]) -> list[CandidateGradient]:
+            given = Distributions(targets[block], logprobs, others.get("reference"), others.get("teacher"))
+            moved = [(factor, *one(block, given)) for factor, one in weighted]
+            return [CandidateGradient(candidates, -factor * k) for factor, candidates, k in moved]
+
+        return of_block
 
     def with_forward(self, logprobs: Tensor, entropies: Tensor) -> PackedTokens:
         """All n tokens with the log-probs [n] and entropies [n] of the forward pass."""

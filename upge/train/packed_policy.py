@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from upge.logprobs import CoefficientFunction, token_logprobs, token_loss
+from upge.logprobs import CoefficientFunction, Output, token_logprobs, token_loss
 from upge.train.packed_attention import prepare
 from upge.train.packing import PackedBatch
 
@@ -23,6 +24,8 @@ class Objective(NamedTuple):
     coefficients: CoefficientFunction
     entropy_gradient: bool = False
     whole: bool = False
+    candidates: bool = False
+    others: Mapping[str, Output] | None = None
 
 
 class LogprobHead(nn.Module):
@@ -54,7 +57,8 @@ class LogprobHead(nn.Module):
         common: dict[str, Any] = {"bias": bias, "temperature": temperature, "chunk_size": self.chunk_size}
         if objective is None:
             return token_logprobs(hidden, output.weight, targets, entropy=entropy, **common)
-        return token_loss(hidden, output.weight, targets, **objective._asdict(), **common)
+        others = {n: one.with_default(output.weight, bias) for n, one in (objective.others or {}).items()}
+        return token_loss(hidden, output.weight, targets, **objective._replace(others=others)._asdict(), **common)
 
 
 class PackedPolicy(nn.Module):
@@ -78,14 +82,23 @@ class PackedPolicy(nn.Module):
         self.head = LogprobHead(cast(nn.Module, model.get_output_embeddings()), chunk_size)
 
     def forward(
-        self, batch: PackedBatch, temperature: float = 1.0, entropy: bool = False, objective: Objective | None = None
+        self,
+        batch: PackedBatch,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        objective: Objective | None = None,
+        states: bool = False,
     ) -> tuple[Tensor | None, ...]:
         """Log-probs [n] of the response tokens in packed order (`batch.pad` makes [B, T]), and entropies [n] or None.
 
         With an objective (loss, logprobs, entropies), of which only the loss carries a gradient. The results of a batch
         without response tokens are still connected to every parameter.
+
+        With `states` only the hidden states [n, D] before the response tokens, in a tuple.
         """
         hidden = predicting_states(self.model.base_model, batch)
+        if states:
+            return (hidden,)
         return self.head(hidden, batch.targets, temperature, entropy, objective)
 
 

@@ -88,6 +88,11 @@ class PackedBatch:
         """The reverse of `pad`: the entries of [B, T] on response tokens, in packed order."""
         return padded[self.rows, self.columns]
 
+    def reordered(self, values: Tensor, other: PackedBatch) -> Tensor:
+        """[n, ...] values in the packed order of `other`, which has the same responses to other prompts."""
+        place = self.pad(torch.arange(len(self.rows), device=self.rows.device))
+        return values[place[other.rows, other.columns]]
+
     @property
     def response_mask(self) -> Bool[Tensor, "B T"]:
         """[B, T] True on response tokens."""

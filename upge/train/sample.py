@@ -35,6 +35,7 @@ class Trajectory:
         detail: the reason for a timeout or an error.
         rewards: for a sum of verifiers, the name and the own reward of each.
         pass_threshold: a rollout counts as a success above this reward; the same for all of a step.
+        teacher_prompt_ids: the prompt that the teacher reads in place of the policy's; None = the same.
         preference: +1 for the chosen side of a pair, -1 for the rejected one, 0 for neither.
         index: its place in the step, from 0 and the same on every rank. It is the trajectory's row in the step's batch
             and identifies it in metrics and in the lines of rollouts/ and tokens/.
@@ -55,6 +56,7 @@ class Trajectory:
     detail: str = ""
     rewards: tuple[tuple[str, float], ...] = ()
     pass_threshold: float = PASS_THRESHOLD
+    teacher_prompt_ids: tuple[int, ...] | None = None
 
     @property
     def passed(self) -> bool:
@@ -65,6 +67,11 @@ class Trajectory:
     def ids(self) -> TokenIds:
         """Prompt and response."""
         return self.prompt_ids, self.response_ids
+
+    @property
+    def teacher_ids(self) -> TokenIds:
+        """The prompt as the teacher reads it, and the response."""
+        return self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids, self.response_ids
 
 
 def indexed(trajectories: Iterable[Trajectory]) -> list[Trajectory]:

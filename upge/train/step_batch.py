@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from upge.algorithm import Algorithm
+from upge.logprobs import Output
 from upge.needs import COMPUTED
 from upge.plan import Plan
 from upge.train.config import OptimizerConfig
-from upge.train.engine import BasePolicy, CriticEngine, Engine, ReferencePolicy
+from upge.train.engine import CriticEngine, Engine, FrozenPolicy, Teacher
 from upge.train.micro_batches import distribute, naming_size
+from upge.train.packing import PackedBatch
 from upge.train.sample import TokenIds, Trajectory, assemble
 from upge.trajectories import Trajectories
 
@@ -44,6 +47,10 @@ class StepBatch(NamedTuple):
         """(prompt_ids, response_ids) of some rows."""
         return [self.trajectories[row].ids for row in rows]
 
+    def teacher_ids(self, rows: Sequence[int]) -> list[TokenIds]:
+        """The same with the prompts that the teacher reads."""
+        return [self.trajectories[row].teacher_ids for row in rows]
+
 
 def update_rows(trajectories: Sequence[Trajectory], updates: int) -> list[Tensor]:
     """The rows of each update of a step.
@@ -69,6 +76,7 @@ class BatchFiller:
         config: the optimizer's, with the size of micro-batches and the number of updates.
         critic: fills `values`; None if the algorithm reads none.
         reference: fills `reference_logprobs`; None if the algorithm reads none.
+        teacher: fills `teacher_logprobs`; None if the algorithm reads none.
         poll: called before each forward pass; may raise an error, on all ranks.
     """
 
@@ -78,10 +86,12 @@ class BatchFiller:
         algorithm: Algorithm,
         config: OptimizerConfig,
         critic: CriticEngine | None = None,
-        reference: ReferencePolicy | BasePolicy | None = None,
+        reference: FrozenPolicy | None = None,
         poll: Callable[[], None] | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.policy, self.config, self.critic, self.reference, self.poll = policy, config, critic, reference, poll
+        self.teacher = teacher
         self.needs = algorithm.step_needs
         late = (self.needs.columns & COMPUTED) - self.needs.precomputed
         self.is_off_policy = config.mini_batches * config.epochs > 1
@@ -138,25 +148,44 @@ class BatchFiller:
     @torch.no_grad()
     def _with_columns(self, batch: StepBatch, rows: Sequence[int], names: Set[str]) -> StepBatch:
         """`batch` with columns computed for `rows`, and zero elsewhere, where they are not read."""
-        sources: dict[str, Callable[[list[TokenIds]], Tensor]] = {
-            _BEHAVIOR: self.policy.forward,
-            "reference_logprobs": lambda ids: _given(self.reference).forward(ids),
-            "values": lambda ids: _given(self.critic).forward(ids),
+        sources: dict[str, Callable[[list[int]], Tensor]] = {
+            _BEHAVIOR: lambda rows: self.policy.forward(batch.ids(rows)),
+            "reference_logprobs": lambda rows: _given(self.reference).forward(batch.ids(rows)),
+            "teacher_logprobs": lambda rows: _given(self.teacher).forward(batch.teacher_ids(rows)),
+            "values": lambda rows: _given(self.critic).forward(batch.ids(rows)),
         }
         return self._joined(batch, {name: self._computed(batch, rows, sources[name]) for name in sorted(names)})
 
     def _computed(
-        self, batch: StepBatch, rows: Sequence[int], forward: Callable[[list[TokenIds]], Tensor]
+        self, batch: StepBatch, rows: Sequence[int], forward: Callable[[list[int]], Tensor]
     ) -> list[RowValues]:
         computed = []
         for some in self.micro_batch_rows(batch, rows) if rows else ():
             if self.poll is not None:
                 self.poll()
             with naming_size(batch.ids(some)):
-                values = forward(batch.ids(some))
+                values = forward(some)
             if some:
                 computed.append((some, values.float().cpu()))
         return computed
+
+    @contextmanager
+    def outputs(self, batch: StepBatch, rows: Sequence[int], packed: PackedBatch) -> Iterator[dict[str, Output]]:
+        """What the models whose distributions the algorithm reads predict at the tokens of `packed`.
+
+        Args:
+            batch: of the update.
+            rows: of `packed`, on this rank; every rank must call this equally often.
+        """
+        with ExitStack() as stack:
+            outputs: dict[str, Output] = {}
+            for name in sorted(self.needs.distributions):
+                model = _given(self.reference if name == "reference" else self.teacher)
+                ids = batch.ids(rows) if name == "reference" else batch.teacher_ids(rows)
+                own = self.policy.pack(ids)
+                states = own.reordered(model.states(own), packed)
+                outputs[name] = Output(states, *stack.enter_context(model.output()))
+            yield outputs
 
     def _joined(self, batch: StepBatch, computed: Mapping[str, list[RowValues]]) -> StepBatch:
         """`batch` with columns put together from what each rank has computed."""

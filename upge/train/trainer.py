@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from upge.algorithm import Algorithm
+from upge.data.teacher import TeacherPrompts
 from upge.errors import EngineError, Interrupted, NonFiniteError, StorageError
 from upge.pipeline import Pipeline, Span
 from upge.train.alarms import AlarmMonitor
@@ -260,9 +261,12 @@ class Trainer:
 
     def _learner(self, span: Span) -> Learner:
         p, stop_token_ids = self.parts, self.parts.prompting.stop_token_ids
+        template = p.config.teacher.template
+        teacher_prompts = TeacherPrompts(p.prompting, template) if template else None
 
         def collector_for(algorithm: Algorithm, reserve: bool) -> Collector:
-            return Collector(p.config, algorithm, p.train, p.sampler, stop_token_ids, p.world, p.weights, reserve)
+            own = teacher_prompts if algorithm.step_needs.teacher else None
+            return Collector(p.config, algorithm, p.train, p.sampler, stop_token_ids, p.world, p.weights, reserve, own)
 
         return Learner(span.stage.algorithm, p.models, p.config.optimizer, p.train, collector_for, self._check_stop)
 

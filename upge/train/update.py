@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
 
 from upge.algorithm import Algorithm
 from upge.components.base import Precomputed
 from upge.errors import Interrupted
 from upge.estimate import Estimate
 from upge.plan import Plan
+from upge.support import Places
 from upge.train.config import LearningRates, OptimizerConfig
 from upge.train.critic import CriticTarget, CriticUpdater, value_metrics
 from upge.train.deepspeed_module import StepResult
@@ -27,9 +27,9 @@ from upge.train.diagnostics import (
     token_weights,
     top_trajectories,
 )
-from upge.train.engine import BasePolicy, CriticEngine, Engine, ReferencePolicy
+from upge.train.engine import CriticEngine, Engine, FrozenPolicy, Teacher
 from upge.train.metrics import ActiveTrajectories, MetricSums, UpdateReport
-from upge.train.micro_batches import MicroBatch, naming_size
+from upge.train.micro_batches import EstimatesOf, MicroBatch, naming_size
 from upge.train.sample import Trajectory, assemble
 from upge.train.step_batch import BatchFiller, RowValues, StepBatch, update_rows
 from upge.trajectories import Trajectories
@@ -86,7 +86,7 @@ class Updater:
     Args:
         engine: the policy.
         algorithm, config: what to learn with, and the optimizer's settings.
-        critic, reference: None if the algorithm needs none.
+        critic, reference, teacher: None if the algorithm needs none.
         poll: called on all ranks before each forward pass until the first optimizer step of a step; raises
             `Interrupted` on all ranks to leave the step out.
     """
@@ -97,11 +97,12 @@ class Updater:
         algorithm: Algorithm,
         config: OptimizerConfig,
         critic: CriticEngine | None = None,
-        reference: ReferencePolicy | BasePolicy | None = None,
+        reference: FrozenPolicy | None = None,
         poll: Callable[[], None] | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.engine, self.algorithm, self.config, self.poll = engine, algorithm, config, poll
-        self.filler = BatchFiller(engine, algorithm, config, critic, reference, poll)
+        self.filler = BatchFiller(engine, algorithm, config, critic, reference, poll, teacher)
         self.critic = None
         if critic is not None and algorithm.critic is not None:
             self.critic = CriticUpdater(critic, algorithm.critic, self.filler)
@@ -208,14 +209,14 @@ class Updater:
         plan, trajectories = update.plan.to(self.engine.world.device), update.batch.trajectories
         estimates: list[Estimate] = []
 
-        def loss_of(view: Trajectories | PackedTokens) -> Tensor:
+        def estimates_of(view: Trajectories | PackedTokens, places: Places) -> list[tuple[float, Estimate]]:
             # Its numbers are read after the passes: reading them here would wait for the device in each of the head's
             # chunks.
-            estimates.append(plan.estimate(view))
-            return estimates[-1].loss
+            estimates.append(plan.estimate_in_head(view, places))
+            return [(1.0, estimates[-1])]
 
         try:
-            passes = self._run(update.batch, update.plan.contributing, loss_of, poll)
+            passes = self._run(update.batch, update.plan.contributing, estimates_of, poll)
         except Interrupted:
             self.engine.drop_gradient()
             raise
@@ -239,18 +240,17 @@ class Updater:
         contributing = torch.stack([plan.contributing for _, plan in plans]).any(dim=0)
         on_device = [(factor, plan.to(self.engine.world.device)) for factor, plan in plans]
 
-        def loss_of(view: Trajectories | PackedTokens) -> Tensor:
-            losses = [factor * plan.estimate(view).loss for factor, plan in on_device]
-            return sum(losses[1:], losses[0])
+        def estimates_of(view: Trajectories | PackedTokens, places: Places) -> list[tuple[float, Estimate]]:
+            return [(factor, plan.estimate_in_head(view, places)) for factor, plan in on_device]
 
-        self._run(batch, contributing, loss_of)
+        self._run(batch, contributing, estimates_of)
         return self.engine.take_gradient()
 
     def _run(
         self,
         batch: StepBatch,
         contributing: Bool[Tensor, "B"],
-        loss_of: Callable[[Trajectories | PackedTokens], Tensor],
+        estimates_of: EstimatesOf,
         poll: Callable[[], None] | None = None,
     ) -> list[ForwardPass]:
         """Forward and backward passes of this rank's micro-batches; those with trajectories are returned.
@@ -265,8 +265,10 @@ class Updater:
                 poll()
             with naming_size(batch.ids(some)):
                 micro_batch = MicroBatch(batch.columns, some, self.engine.pack(batch.ids(some)))
-                objective = micro_batch.objective(self.algorithm, loss_of)
-                loss, logprobs, entropies = self.engine.loss(micro_batch.packed, objective)
+                objective = micro_batch.objective(self.algorithm, estimates_of)
+                with self.filler.outputs(batch, some, micro_batch.packed) as others:
+                    objective = objective._replace(others=others)
+                    loss, logprobs, entropies = self.engine.loss(micro_batch.packed, objective)
                 self.engine.backward(loss, last=number == len(micro_batches) - 1)
             if some:
                 passes.append(ForwardPass(some, micro_batch, micro_batch.with_forward(logprobs, entropies)))

@@ -31,6 +31,7 @@ REFUSED = {
     "dynamic_sampling": {"luffy", "srft", "hpt", "amft"},
     "overlong": {"srft"},
     "kl_reward": {"ppo", "reinforce_plus_plus"},
+    "iw_opd": set(SHAPES),
 }
 
 

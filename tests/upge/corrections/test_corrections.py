@@ -13,7 +13,7 @@ import algorithms
 import upge
 from experiments import config
 from tests import textbook_corrections
-from tests.policy import CASES, changed, sample
+from tests.policy import CASES, changed, sample, with_distributions
 from upge import ConfigError
 from upge.instantiate import build
 
@@ -23,12 +23,14 @@ SETTINGS = {
     "overlong": ["correction.overlong.limit=6", "correction.overlong.buffer=0.5", "correction.overlong.penalty=0.75"],
     "mis_geometric": ["correction.mis_geometric.low=0.9", "correction.mis_geometric.high=1.1"],
 }
+#: The algorithm that each is compared on, where it is not grpo.
+BASES = {"iw_opd": "opd"}
 UNFIT = "cannot be applied"
 
 
 @cache
 def corrected(name: str) -> upge.Algorithm:
-    return algorithms.load("grpo", SETTINGS.get(name, []), [name])
+    return algorithms.load(BASES.get(name, "grpo"), SETTINGS.get(name, []), [name])
 
 
 def correction(name: str, **settings) -> upge.corrections.Correction:
@@ -54,7 +56,7 @@ def message(call) -> str:
 
 def test_every_correction_of_the_list_ships_with_an_objective_and_a_description():
     expected = "tis icepop mis mis_geometric kl_k1 kl_k2 kl_k3 kl_reward entropy dual_clip dynamic_sampling overlong"
-    assert sorted(expected.split()) == ALL
+    assert sorted([*expected.split(), "iw_opd"]) == ALL
     for name in ALL:
         assert hasattr(textbook_corrections, name)
         file = algorithms.find(name, algorithms.CORRECTIONS)
@@ -65,7 +67,7 @@ def test_every_correction_of_the_list_ships_with_an_objective_and_a_description(
 @pytest.mark.parametrize("name", ALL)
 def test_gradient_equals_the_written_objectives(name, case):
     for seed in (0, 1):
-        s = CASES[case](seed, False)
+        s = with_distributions(CASES[case](seed, False), seed)
         found = gradient(corrected(name).estimate(s.batch).loss, s)
         expected = gradient(getattr(textbook_corrections, name)(s), s)
         assert (found - expected).abs().max() <= 1e-10 * max(1.0, float(expected.abs().max()))
@@ -75,8 +77,8 @@ def test_gradient_equals_the_written_objectives(name, case):
 def test_the_comparison_can_fail(name):
     """Each changes the gradient of these batches, so its objective is told apart from the plain one."""
     case = "far" if name == "dual_clip" else "ragged"  # where ratios exceed 3
-    s = CASES[case](0, False)
-    plain = gradient(textbook_corrections.grpo(s), s)
+    s = with_distributions(CASES[case](0, False), 0)
+    plain = gradient(getattr(textbook_corrections, BASES.get(name, "grpo"))(s), s)
     assert (gradient(corrected(name).estimate(s.batch).loss, s) - plain).abs().max() > 1e-6
 
 
@@ -87,7 +89,8 @@ def test_every_algorithm_takes_a_correction_or_says_why_not(algorithm):
             found = algorithms.load(algorithm, corrections=[name])
         except ConfigError as error:
             reasons = ["no term that learns from rollouts", "no PPOClip", "already"]
-            reasons += {"dynamic_sampling": ["sampling would replace"], "overlong": ["success"]}.get(name, [])
+            special = {"dynamic_sampling": ["sampling would replace"], "overlong": ["success", "reads rewards"]}
+            reasons += special.get(name, []) + (["advantage LogRatio"] if name == "iw_opd" else [])
             assert UNFIT in str(error) and any(reason in str(error) for reason in reasons), error
             continue
         assert found.needs.rollouts

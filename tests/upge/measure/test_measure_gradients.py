@@ -40,7 +40,8 @@ def loaded(name: str) -> Algorithm | algorithms.Pipeline:
 MEASURED = [
     name
     for name in (*algorithms.names(), *CORRECTED)
-    if isinstance(found := loaded(name), Algorithm) and not found.needs.critic
+    if isinstance(found := loaded(name), Algorithm)
+    and not (found.needs.critic or found.needs.teacher or found.supports)
 ]
 
 

@@ -21,6 +21,9 @@ MORE = {
     "relift": ["algo.interleaved_update.size=2"],
     "ppo": ["optimizer.mini_batches=2"],
 }
+#: Other predictions than the policy's own, from a prompt that says more.
+_TEACHER = ["teacher.self=true", "teacher.template='{prompt} {answer} {prompt}'"]
+MORE |= {name: _TEACHER for name in ("gkd", "opd", "opsd", "sdpo")}
 FURTHER = {
     "stages with a schedule": [
         "algo=sft_then_grpo",

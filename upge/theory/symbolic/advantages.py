@@ -112,6 +112,23 @@ def _(part, world):
     return per_token(world, lambda row, t: inner[row.index][t] - number(part.coefficient) * penalties[row.index][t])
 
 
+@rule(components.LogRatio)
+def _(part, world):
+    return per_token(world, lambda row, t: sp.log((row.n if part.target == "teacher" else row.f)[t] / row.p[t]))
+
+
+@rule(components.PrefixWeighted)
+def _(part, world):
+    inner = evaluate(part.advantage, world)
+
+    def value(row, t):
+        sizes = [world.maximum(one, -one) for one in inner[row.index][: len(row)]]
+        share = total(sizes[:t]) / total(sizes)
+        return inner[row.index][t] * (1 + number(part.gamma) * (1 - share))
+
+    return per_token(world, value)
+
+
 @rule(components.OverlongShaped)
 def _(part, world):
     limit = number(part.limit)

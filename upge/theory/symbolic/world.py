@@ -47,6 +47,7 @@ class Row:
         q: π_old, the behavior policy.
         f: π_0, the reference policy.
         s: π_sampler, the policy as the sampler reported it.
+        n: ν, the teacher.
         v: the critic's values.
         h: the entropies; they depend on θ, so an objective that does not detach them has a gradient through them.
         group: the number of its question.
@@ -58,6 +59,7 @@ class Row:
     q: tuple[Symbol, ...]
     f: tuple[Symbol, ...]
     s: tuple[Symbol, ...]
+    n: tuple[Symbol, ...]
     v: tuple[Symbol, ...]
     h: tuple[Symbol, ...]
     reward: Expr
@@ -98,6 +100,7 @@ class World:
         self.asked: dict[Expr, bool] = {}
         self.advantages: dict[Symbol, Expr] = {}
         self._random = random.Random(seed)
+        self._random_of_teacher = random.Random(-seed - 1)
         self._twins: dict[Symbol, Symbol] = {}
         self._variables: dict[str, float] = {}
         self._values: dict[Expr, float] = {}
@@ -113,11 +116,12 @@ class World:
     def _row(self, index: int, length: int, group: int, expert: bool, preference: int, outcome: str) -> Row:
         """A row with values at the point; `outcome` is 'fail', 'succeed' or 'mixed'."""
         draw, importance, mismatch, reference = self._random.randint, self._levels(), self._levels(), self._levels()
-        columns: dict[str, list[Symbol]] = {name: [] for name in "pqfsvh"}
+        columns: dict[str, list[Symbol]] = {name: [] for name in "pqfsnvh"}
         for t in range(length):
             p = Fraction(draw(1, 997), 1000)
             q = p / importance()
             values = {"p": p, "q": q, "f": p / reference(), "s": q / mismatch()}
+            values["n"] = Fraction(self._random_of_teacher.randint(1, 997), 1000)
             values |= {"v": Fraction(draw(-99, 99), 101), "h": Fraction(draw(1, 99), 50)}
             for name, value in values.items():
                 kind = {"real": True} if name == "v" else {"positive": True}
@@ -267,6 +271,7 @@ class World:
             behavior_logprobs=column("q", True),
             sampler_logprobs=column("s", True),
             reference_logprobs=column("f", True),
+            teacher_logprobs=column("n", True),
             values=column("v", False),
             entropies=column("h", False).requires_grad_(),
             preference=torch.tensor([row.preference for row in self.rows]),
