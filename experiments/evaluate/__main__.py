@@ -6,6 +6,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -59,7 +60,6 @@ def _stoppable(arguments: list[str]) -> int:
 
 def _evaluate(arguments: Sequence[str], dry_run: bool) -> int:
     from experiments.evaluate.prepare import choose, prepare
-    from upge.evaluation.scores import suite_scores
 
     chosen = choose(arguments)
     prepared = prepare(chosen)
@@ -71,6 +71,17 @@ def _evaluate(arguments: Sequence[str], dry_run: bool) -> int:
     print(prepared.prompting.describe(benchmarks[0].problems[0]), flush=True)
     if dry_run:
         return 0
+    with folder.locked():
+        # Another evaluation may have begun or ended there since it was checked.
+        continues = folder.open(chosen.tree, chosen.config.resume)
+        return _evaluate_into(folder, chosen, replace(prepared, continues=continues), arguments)
+
+
+def _evaluate_into(folder: Any, chosen: Any, prepared: Any, arguments: Sequence[str]) -> int:
+    """Samples what is missing in the folder and scores it."""
+    from upge.evaluation.scores import suite_scores
+
+    benchmarks = [one.benchmark for one in prepared.questions]
     left = sum(len(one.missing(folder.samples(one.benchmark.name))) for one in prepared.questions)
     total = sum(one.responses for one in benchmarks)
     if prepared.continues:

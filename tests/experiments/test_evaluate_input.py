@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 
@@ -121,3 +122,13 @@ def test_a_suite_of_ones_own_is_checked(case, capsys, tmp_path):
     text, message = SUITES[case]
     (tmp_path / "mine.yaml").write_text(text)
     assert message in refused(capsys, "model=tiny", f"suite={tmp_path / 'mine.yaml'}")
+
+
+def test_a_second_evaluation_in_the_same_folder_is_refused(tmp_path, capsys):
+    """It would write every response twice."""
+    folder = tmp_path / "eval"
+    folder.mkdir()
+    with (folder / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert f"another evaluation is using {folder}" in refused(capsys, *SMALL, f"output={folder}")
+    assert [path.name for path in folder.iterdir()] == [".lock"]
