@@ -24,9 +24,9 @@ from types import FrameType
 from experiments import leave_at_once, packages
 from experiments.output import prepare_output
 
-#: Exit codes that all commands share. Others: 1 for a proof that fails and a run whose engine or rank has failed, 4 for
-#: a sweep in which some runs failed, 128 + signal.
-DONE, BAD_INPUT, NOT_FINITE = 0, 2, 3
+#: Exit codes that all commands share. FAILED is also that of a proof that fails. Others: 4 for a sweep in which some
+#: runs failed, 128 + signal.
+DONE, FAILED, BAD_INPUT, NOT_FINITE = 0, 1, 2, 3
 #: Name of a command → what it does.
 COMMANDS = {
     "run": "train a model with an algorithm on a data set",
@@ -97,7 +97,8 @@ def run_command(
         help_text: returns what `--help` prints; None if the command handles `--help` itself.
 
     Returns:
-        The command's exit code, 2 for a user error, 3 for numbers that are not finite, or 128 + signal.
+        The command's exit code, 1 for an engine that failed, 2 for a user error, 3 for numbers that are not finite, or
+        128 + signal.
     """
     prepare_output()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -106,7 +107,7 @@ def run_command(
     if help_text is not None and {"-h", "--help"} & {*arguments}:
         print(help_text())
         return DONE
-    from upge.errors import NonFiniteError, UserError
+    from upge.errors import EngineError, NonFiniteError, UserError
     from upge.train.launcher import end_with_launcher
 
     end_with_launcher()
@@ -119,6 +120,8 @@ def run_command(
         return _refused(error)
     except NonFiniteError as error:
         return _refused(error, NOT_FINITE)
+    except EngineError as error:
+        return _refused(error, FAILED)
     except ImportError as error:
         message = packages.explanation(error)
         if message is None:
