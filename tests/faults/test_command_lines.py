@@ -146,6 +146,13 @@ LINES: dict[str, list[tuple[str | list[str], ...]]] = {
             [f"data.x{i + 1}=${{data.x{i}}}${{data.x{i}}}" for i in range(40)] + ["data.x0=xxxxxxxxxx"],
             "references expand",
         ),
+        (
+            [f"data.x{i + 1}=${{oc.select:data.x{i}}}${{oc.select:data.x{i},1}}" for i in range(40)]
+            + ["data.x0=xxxxxxxxxx"],
+            "references expand",
+        ),
+        (["data.k=x0", "data.x0=x", "data.x1=${data.${data.k}}"], "data.x1: found", "without another one inside"),
+        (["data.x0=x", "data.x1=${oc.dict.values:data}"], "data.x1: found", "without another one inside"),
         ([f"data.y{i + 1}=${{data.y{i}}}" for i in range(100)] + ["data.y0=x"], "references follow each other"),
         # Prompts.
         ("model.template={prompt:>1000000000}", "model.template", "formats {prompt}"),
