@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.test_command_lines import BOMB, DEEP, TINY, empty_folder, refused
+from tests.faults.command_lines import BOMB, DEEP, TINY
+from tests.faults.test_command_lines import empty_folder, refused
 
 __all__ = ["empty_folder"]  # a fixture
 
