@@ -150,9 +150,10 @@ def _refused(error: Exception | str, code: int = BAD_INPUT) -> int:
     from experiments.run.ending import announce
     from upge.train.distributed import local_rank
     from upge.train.stopping import Ending
+    from upge.trees import first_line
 
     print_error(error)
-    announce(Ending(code, str(error)), prints=local_rank() == 0)
+    announce(Ending(code, first_line(error) if isinstance(error, Exception) else error), prints=local_rank() == 0)
     return code
 
 
