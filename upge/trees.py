@@ -21,9 +21,9 @@ from upge.errors import ConfigError
 #: Limits: levels of a tree and of a chain of references, values with aliases expanded, characters with references
 #: expanded, and bytes of a file.
 DEEPEST, MOST_VALUES, LONGEST, LARGEST_FILE = 64, 100_000, 10_000_000, 1_000_000
-#: ${KEY} or ${oc.select:KEY,DEFAULT}; ${oc.env:NAME,DEFAULT}; what begins any other reference.
+#: ${KEY} or ${oc.select:KEY,DEFAULT}; ${oc.env:NAME,DEFAULT} or a path of upge; what begins any other reference.
 _REFERENCE = re.compile(r"\$\{(?:oc\.select:)?(\.*)([^{}$:,]*)(?:,[^{}$]*)?\}")
-_VARIABLE = re.compile(r"\$\{oc\.env:(\w+)(?:,[^{}$]*)?\}")
+_VARIABLE = re.compile(r"\$\{(?:oc\.env|upge\.models):(\w+)[^{}$]*\}")
 _OTHER = re.compile(r"(?<!\\)\$\{")
 
 
