@@ -24,9 +24,9 @@ from types import FrameType
 from experiments import leave_at_once, packages
 from experiments.output import prepare_output
 
-#: Exit codes that all commands share. Others: 1 for a proof that fails and a run whose engine or rank has failed, 4 for
-#: a sweep in which some runs failed, 128 + signal.
-DONE, BAD_INPUT, NOT_FINITE = 0, 2, 3
+#: Exit codes that all commands share. FAILED is also that of a proof that fails. Others: 4 for a sweep in which some
+#: runs failed, 128 + signal.
+DONE, FAILED, BAD_INPUT, NOT_FINITE = 0, 1, 2, 3
 #: Name of a command → what it does.
 COMMANDS = {
     "run": "train a model with an algorithm on a data set",
@@ -97,7 +97,8 @@ def run_command(
         help_text: returns what `--help` prints; None if the command handles `--help` itself.
 
     Returns:
-        The command's exit code, 2 for a user error, 3 for numbers that are not finite, or 128 + signal.
+        The command's exit code, 1 for an engine that failed, 2 for a user error, 3 for numbers that are not finite, or
+        128 + signal.
     """
     prepare_output()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -106,7 +107,7 @@ def run_command(
     if help_text is not None and {"-h", "--help"} & {*arguments}:
         print(help_text())
         return DONE
-    from upge.errors import NonFiniteError, UserError
+    from upge.errors import EngineError, NonFiniteError, UserError
     from upge.train.launcher import end_with_launcher
 
     end_with_launcher()
@@ -116,32 +117,44 @@ def run_command(
         _check_text(arguments)
         return command(arguments)
     except UserError as error:
-        print_error(error)
-        return BAD_INPUT
+        return _refused(error)
     except NonFiniteError as error:
-        print_error(error)
-        return NOT_FINITE
+        return _refused(error, NOT_FINITE)
+    except EngineError as error:
+        return _refused(error, FAILED)
     except ImportError as error:
         message = packages.explanation(error)
         if message is None:
             raise
-        print_error(message)
-        return BAD_INPUT
+        return _refused(message)
     except OSError as error:
         from upge.train.files import disk_reason, is_full
 
         if is_full(error):
             name = error.filename or "a file"
-            print_error(f"{name} cannot be written: {disk_reason(error)}; make room and start again")
-        elif error.filename is not None:
-            print_error(f"{os.fsdecode(error.filename)}: {error.strerror}")
-        else:
+            return _refused(f"{name} cannot be written: {disk_reason(error)}; make room and start again")
+        if error.filename is None:
             raise
-        return BAD_INPUT
+        return _refused(f"{os.fsdecode(error.filename)}: {error.strerror}")
     except KeyboardInterrupt:
         return _stopped(Stopped(signal.SIGINT))
     except Stopped as stopped:
         return _stopped(stopped)
+
+
+def _refused(error: Exception | str, code: int = BAD_INPUT) -> int:
+    """Prints an error of a command that has not begun; returns the exit code.
+
+    A launcher gets it from every rank, so that its summary has it even if only one rank has failed.
+    """
+    from experiments.run.ending import announce
+    from upge.train.distributed import local_rank
+    from upge.train.stopping import Ending
+    from upge.trees import first_line
+
+    print_error(error)
+    announce(Ending(code, first_line(error) if isinstance(error, Exception) else error), prints=local_rank() == 0)
+    return code
 
 
 def _check_text(arguments: Sequence[str]) -> None:
@@ -219,12 +232,16 @@ def child_environment() -> dict[str, str]:
 
 
 def print_error(error: Exception | str, rank: int | None = None) -> None:
-    """Prints a user error on standard error; `rank` None = all ranks raise the same error, so only rank 0 prints it."""
-    from upge.train.distributed import launched_rank
+    """Prints a user error on standard error.
+
+    `rank` None = all ranks of a machine raise the same error, so only the first of them prints it. Machines may differ
+    in packages and files.
+    """
+    from upge.train.distributed import local_rank
 
     if rank is not None:
         print_alone(f"error on rank {rank}: {error}")
-    elif launched_rank() == 0:
+    elif local_rank() == 0:
         print_alone(f"error: {error}")
 
 

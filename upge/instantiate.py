@@ -168,7 +168,10 @@ def _check_kind(target: Any, annotation: Any, path: str, name: str) -> None:
     """Refuse a class, or a function by its return annotation, that cannot give what `annotation` asks for."""
     kinds = [kind for kind in _members(annotation) if kind is not type(None)]
     if Any in kinds:
-        return
+        # Nothing says what a user's part expects here. upge's functions do more than make parts.
+        if isinstance(target, type) or str(target.__module__).partition(".")[0] != "upge":
+            return
+        raise ConfigError(f"{path}: {name} is a function of upge and makes no part; name a class")
     given = target
     if not isinstance(target, type):
         try:

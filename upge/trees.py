@@ -7,6 +7,7 @@ stack of a recursive reader. Both are refused before anything is built.
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,10 @@ from upge.errors import ConfigError
 #: Limits: levels of a tree and of a chain of references, values with aliases expanded, characters with references
 #: expanded, and bytes of a file.
 DEEPEST, MOST_VALUES, LONGEST, LARGEST_FILE = 64, 100_000, 10_000_000, 1_000_000
-_REFERENCE = re.compile(r"\$\{(\.*)([^{}$:]*)\}")
+#: ${KEY} or ${oc.select:KEY,DEFAULT}; ${oc.env:NAME,DEFAULT} or a path of upge; what begins any other reference.
+_REFERENCE = re.compile(r"\$\{(?:oc\.select:)?(\.*)([^{}$:,]*)(?:,[^{}$]*)?\}")
+_VARIABLE = re.compile(r"\$\{(?:oc\.env|upge\.models):(\w+)[^{}$]*\}")
+_OTHER = re.compile(r"(?<!\\)\$\{")
 
 
 def read_yaml(path: Path) -> Any:
@@ -123,7 +127,10 @@ class _Expansion:
             return sum(size for size, _ in inner), max((chain for _, chain in inner), default=0)
         if not isinstance(node, str) or "${" not in node:
             return len(node) if isinstance(node, str) else 1, 0
-        total, longest = len(node), 0
+        if _OTHER.search(_REFERENCE.sub("", _VARIABLE.sub("", node))):
+            forms = "${KEY}, ${oc.select:KEY,DEFAULT} or ${oc.env:NAME}, without another one inside"
+            raise ConfigError(f"found {node[:80]!r}; a reference has the form {forms}", ".".join(path))
+        total, longest = len(node) + sum(len(os.environ.get(name, "")) for name in _VARIABLE.findall(node)), 0
         for dots, name in _REFERENCE.findall(node):
             base = path[: len(path) - len(dots)] if dots else ()
             size, chain = self._at((*base, *filter(None, re.split(r"[.\[\]]", name))), above + 1)

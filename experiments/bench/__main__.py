@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from experiments import cli
 from experiments.bench import BENCHES, peers
 from experiments.bench.measure import Interrupted
 from experiments.files import DOCS, replace_block
+from upge.config import defaults, from_tree, meanings, parse
 from upge.errors import ConfigError, nearest
 
 PAGE = DOCS / "performance.md"
@@ -56,8 +53,8 @@ def listing() -> str:
     lines = ["Usage: python -m experiments.bench NAME [key=value ...] [--docs]\n"]
     for name in BENCHES:
         bench = _bench(name)
-        keys = " ".join(f"{field.name}={field.default}" for field in dataclasses.fields(bench.Settings))
-        lines.append(f"{name:12} {bench.SUMMARY}\n{'':12} {keys}")
+        lines.append(f"\n{name}: {bench.SUMMARY}")
+        lines += [cli.help_row(f"{key}={default}", meaning) for key, default, meaning in meanings(bench.Settings)]
     return "\n".join(lines)
 
 
@@ -65,18 +62,15 @@ def settings(bench: Any, arguments: Sequence[str]) -> Any:
     """The settings of a bench from key=value arguments.
 
     Raises:
-        ConfigError: a key is unknown, or a value has the wrong type.
+        ConfigError: a key is unknown, or a value has the wrong type or is out of range.
     """
-    known, made = [field.name for field in dataclasses.fields(bench.Settings)], OmegaConf.structured(bench.Settings)
+    default, tree = defaults(bench.Settings), {}
     for argument in arguments:
         key, sign, value = argument.partition("=")
-        if not sign or key not in known:
-            raise ConfigError(f"'{argument}': give key=value with one of the bench's keys; {nearest(key, known)}")
-        try:
-            made = OmegaConf.merge(made, OmegaConf.from_dotlist([argument]))
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{key}: found '{value}'; {str(error).splitlines()[0]}") from error
-    return OmegaConf.to_object(made)
+        if not sign or key not in default:
+            raise ConfigError(f"'{argument}': give key=value with one of the bench's keys; {nearest(key, default)}")
+        tree[key] = value if isinstance(default[key], str) else parse(key, value)
+    return from_tree(bench.Settings, tree)
 
 
 def _bench(name: str) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 from experiments.bench.measure import Ending, Spread, cpu_seconds, in_rounds, rotated
 from experiments.bench.trainers import EPSILON, OURS, PLAIN, TRL, Child, Start, check
 from experiments.grid import markdown_table
+from upge import config
 from upge.errors import ConfigError, nearest
 
 SUMMARY = "seconds of training until a target accuracy: hpt, grpo and sft against TRL's GRPOTrainer"
@@ -25,38 +26,23 @@ BY = {"mean": "the mean over samples", "greedy": "greedy", "pass": "at least one
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Keys of this bench.
+class Settings(config.Settings):
+    """Keys of this bench."""
 
-    Attributes:
-        target: share of right answers at which a trainer stops.
-        by: which share: mean (of samples), greedy, or pass (at least one sample right).
-        every: evaluate every N steps.
-        steps: maximum number of steps of a trainer.
-        seeds: number of runs of each trainer, with seeds from 0.
-        algorithms: our algorithms to measure.
-        prompts, group: prompts of a step, responses to each.
-        problems, samples: problems of an evaluation, samples of each.
-        trl: how TRL samples: generate, continuous or vllm-patched (with fixed weight sync).
-        trl_lr: TRL's learning rate; 0 = ours.
-        batch: rows of TRL's micro-batches.
-        threads: OpenMP threads of each trainer.
-    """
-
-    target: float = 0.5
-    by: str = "mean"
-    every: int = 5
-    steps: int = 100
-    seeds: int = 5
-    algorithms: str = "hpt,grpo,sft"
-    prompts: int = 16
-    group: int = 8
-    problems: int = 128
-    samples: int = 4
-    trl: str = "generate"
-    trl_lr: float = 0.0
-    batch: int = 32
-    threads: int = 1
+    target: float = config.key(0.5, "share of right answers at which a trainer stops", above=0, below=1)
+    by: str = config.key("mean", "which share: mean (of samples), greedy, or pass (at least one sample right)")
+    every: int = config.key(5, "evaluate every N steps", minimum=1, limit=10**6)
+    steps: int = config.key(100, "maximum number of steps of a trainer", minimum=1, limit=10**6)
+    seeds: int = config.key(5, "number of runs of each trainer, with seeds from 0", minimum=1, limit=1000)
+    algorithms: str = config.key("hpt,grpo,sft", "our algorithms to measure")
+    prompts: int = config.key(16, "prompts of a step", minimum=1, limit=4096)
+    group: int = config.key(8, "responses to each prompt", minimum=1, limit=4096)
+    problems: int = config.key(128, "problems of an evaluation", minimum=1, limit=10**6)
+    samples: int = config.key(4, "samples of each problem", minimum=1, limit=4096)
+    trl: str = config.key("generate", "how TRL samples: generate, continuous or vllm-patched (with fixed weight sync)")
+    trl_lr: float = config.key(0.0, "TRL's learning rate; 0 = ours", minimum=0)
+    batch: int = config.key(32, "rows of TRL's micro-batches", minimum=1, limit=10**6)
+    threads: int = config.key(1, "OpenMP threads of each trainer", minimum=1, limit=1024)
 
 
 @dataclass
@@ -113,13 +99,8 @@ def _names(settings: Settings) -> list[str]:
     names = [name.strip() for name in settings.algorithms.split(",") if name.strip()]
     if not names:
         raise ConfigError("algorithms: empty; give names such as hpt,grpo,sft")
-    if not 0 < settings.target < 1:
-        raise ConfigError(f"target: found {settings.target}; give a share of right answers between 0 and 1")
     if settings.by not in BY:
         raise ConfigError(f"by: found '{settings.by}'; {nearest(settings.by, BY)}")
-    for key in ("every", "steps", "seeds", "threads"):
-        if getattr(settings, key) < 1:
-            raise ConfigError(f"{key}: found {getattr(settings, key)}; it must be at least 1")
     check([settings.trl], settings.prompts * settings.group, settings.batch, "batch")
     return names
 

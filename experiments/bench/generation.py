@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments.bench.measure import Ending, Timing, interleaved
 from experiments.grid import markdown_table
+from upge import config
 from upge.errors import ConfigError
 from upge.rollout import Rollout, Sampler, Sampling
 
@@ -19,22 +20,17 @@ OPTIONS = {OURS: {}, THEIRS: {"block_size": 128}, NOTHING: {"enable_prefix_cachi
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Keys of this bench.
+class Settings(config.Settings):
+    """Keys of this bench."""
 
-    Attributes:
-        folder: the folder of GSM8K, to measure SmolLM2-135M on it; empty = the tiny model on arithmetic.
-        prompts, group_size, tokens: prompts of a round, responses to each, maximum tokens of a response.
-        rounds: at least five.
-        transformers: whether to measure transformers as well, which takes much longer if the model is not tiny.
-    """
-
-    folder: str = ""
-    prompts: int = 32
-    group_size: int = 8
-    tokens: int = 64
-    rounds: int = 5
-    transformers: bool = True
+    folder: str = config.key(
+        "", "the folder of GSM8K, to measure SmolLM2-135M on it; empty = the tiny model on arithmetic"
+    )
+    prompts: int = config.key(32, "prompts of a round", minimum=1, limit=10**5)
+    group_size: int = config.key(8, "responses to each prompt", minimum=1, limit=4096)
+    tokens: int = config.key(64, "maximum tokens of a response", minimum=1, limit=10**6)
+    rounds: int = config.key(5, "number of rounds, at least five", minimum=0, limit=1000)
+    transformers: bool = config.key(True, "also measure transformers, which takes much longer if the model is not tiny")
 
 
 def run(settings: Settings) -> str:

@@ -24,6 +24,7 @@ from experiments.bench.loss import Shape, made
 from experiments.bench.measure import FEWEST_ROUNDS, Spread, interleaved, peak, until_signal, verdict
 from experiments.cli import ROOT, launcher
 from experiments.grid import markdown_table
+from upge import config
 from upge.errors import ConfigError
 
 SUMMARY = "how an update's time and memory grow with tokens, vocabulary, group size and ranks"
@@ -34,23 +35,17 @@ Measurement = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Keys of this bench.
+class Settings(config.Settings):
+    """Keys of this bench."""
 
-    Attributes:
-        rounds: at least five.
-        groups, size: prompts, and responses to each, of the first point of a series.
-        scale: factor of the mean lengths (prompt 96, response 235).
-        vocabulary: V of the first point of a series.
-        series: some of tokens, vocabulary, group and ranks, separated by commas.
-    """
-
-    rounds: int = FEWEST_ROUNDS
-    groups: int = 4
-    size: int = 8
-    scale: float = 0.5
-    vocabulary: int = 8192
-    series: str = "tokens,vocabulary,group,ranks"
+    rounds: int = config.key(FEWEST_ROUNDS, "number of rounds, at least five", minimum=0, limit=1000)
+    groups: int = config.key(4, "prompts of the first point of a series", minimum=1, limit=4096)
+    size: int = config.key(8, "responses to each prompt of the first point; a multiple of 4", minimum=1, limit=4096)
+    scale: float = config.key(0.5, "factor of the mean lengths (prompt 96, response 235)", above=0, limit=1000)
+    vocabulary: int = config.key(8192, "V of the first point of a series", minimum=16, limit=10**7)
+    series: str = config.key(
+        "tokens,vocabulary,group,ranks", "some of tokens, vocabulary, group and ranks, separated by commas"
+    )
 
 
 def series_of(settings: Settings) -> dict[str, list[Point]]:

@@ -19,6 +19,7 @@ from experiments.bench import peers
 from experiments.bench.heads import FLOOR, HEADS, NAIVE, ONE_PASS, OURS, Head, Problem, floor, heads, reference
 from experiments.bench.measure import Spread, Timing, in_fresh_process, interleaved, peak, until_signal, verdict
 from experiments.grid import markdown_table
+from upge import config
 from upge.errors import ConfigError
 
 SUMMARY = "the output head's log-probs, entropies and gradients: time against three matrix products, memory; with peers"
@@ -30,29 +31,19 @@ MOST_TIME, LEAST_SAVING = 1.15, 20
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Keys of this bench.
+class Settings(config.Settings):
+    """Keys of this bench."""
 
-    Attributes:
-        tokens: N of the time measurement.
-        width: D.
-        vocabularies: values of V, separated by commas.
-        dtypes: float32 or bfloat16, or both separated by a comma.
-        rounds: at least five.
-        threads: threads of torch; 0 = torch's default.
-        memory_tokens: N of the memory measurement, with the last vocabulary; 0 = none. The full logits take about 12
-            bytes per token and entry.
-        device: cpu, cuda, or auto.
-    """
-
-    tokens: int = 512
-    width: int = 896
-    vocabularies: str = "32000,151936"
-    dtypes: str = "float32,bfloat16"
-    rounds: int = 5
-    threads: int = 0
-    memory_tokens: int = 4096
-    device: str = "auto"
+    tokens: int = config.key(512, "N of the time measurement", minimum=1, limit=10**6)
+    width: int = config.key(896, "D", minimum=1, limit=10**5)
+    vocabularies: str = config.key("32000,151936", "values of V, separated by commas")
+    dtypes: str = config.key("float32,bfloat16", "float32 or bfloat16, or both separated by a comma")
+    rounds: int = config.key(5, "number of rounds, at least five", minimum=0, limit=1000)
+    threads: int = config.key(0, "threads of torch; 0 = torch's default", minimum=0, limit=1024)
+    memory_tokens: int = config.key(
+        4096, "N of the memory measurement with the last V, about 12·N·V bytes; 0 = none", minimum=0, limit=10**6
+    )
+    device: str = config.key("auto", "cpu, cuda, or auto")
 
 
 def run(settings: Settings) -> str:
@@ -85,13 +76,13 @@ def run(settings: Settings) -> str:
 
 def _read(settings: Settings) -> tuple[list[int], list[str], str]:
     vocabularies = [part.strip() for part in settings.vocabularies.split(",")]
-    if not all(part.isdigit() and int(part) > 1 for part in vocabularies):
-        raise ConfigError(f"vocabularies: found '{settings.vocabularies}'; give sizes with commas, as 32000,50257")
+    if not all(part.isdecimal() and len(part) < 8 and int(part) > 1 for part in vocabularies):
+        raise ConfigError(
+            f"vocabularies: found '{settings.vocabularies}'; give sizes below 10 million with commas, as 32000,50257"
+        )
     dtypes = [part.strip() for part in settings.dtypes.split(",")]
     if not set(dtypes) <= set(TOLERANCES):
         raise ConfigError(f"dtypes: found '{settings.dtypes}'; give {' or '.join(TOLERANCES)}, or both with a comma")
-    if settings.tokens < 1 or settings.width < 1 or settings.memory_tokens < 0:
-        raise ConfigError("tokens, width: they must be at least 1, and memory_tokens at least 0")
     device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"device: found '{settings.device}'; give cpu, cuda or auto")

@@ -28,6 +28,7 @@ from experiments.bench import peers
 from experiments.bench.measure import Spread, Timing, in_fresh_process, interleaved, until_signal, verdict
 from experiments.cli import ROOT
 from experiments.grid import markdown_table
+from upge import config
 from upge.errors import ConfigError
 from upge.train.sample import Trajectory
 
@@ -61,30 +62,28 @@ MODELS = {
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Keys of this bench.
+class Settings(config.Settings):
+    """Keys of this bench."""
 
-    Attributes:
-        models: some of tiny, smollm2-135m and qwen2.5-0.5b (its shape with random weights), separated by commas.
-        groups: number of prompts; 0 = by model.
-        group_size: responses to each prompt.
-        no_signal: share of the groups without a signal in the second case.
-        scale: factor of the lengths (prompt 96, response 235 on average, longest 694); 0 = by model.
-        rounds: at least five.
-        micro_batch_tokens: maximum tokens of one forward pass of ours; 0 = by model.
-        micro_batch: sequences of one forward pass of TRL; 0 = by model.
-        threads: threads of torch; 0 = torch's default.
-    """
-
-    models: str = "tiny,smollm2-135m,qwen2.5-0.5b"
-    groups: int = 0
-    group_size: int = 8
-    no_signal: float = 0.3
-    scale: float = 0.0
-    rounds: int = 5
-    micro_batch_tokens: int = 0
-    micro_batch: int = 0
-    threads: int = 0
+    models: str = config.key(
+        "tiny,smollm2-135m,qwen2.5-0.5b",
+        "some of these, separated by commas; qwen2.5-0.5b is its shape with random weights",
+    )
+    groups: int = config.key(0, "number of prompts; 0 = by model", minimum=0, limit=10**5)
+    group_size: int = config.key(8, "responses to each prompt", minimum=1, limit=4096)
+    no_signal: float = config.key(0.3, "share of the groups without a signal in the second case", minimum=0, below=1)
+    scale: float = config.key(
+        0.0,
+        "factor of the lengths (prompt 96, response 235 on average, longest 694); 0 = by model",
+        minimum=0,
+        limit=1000,
+    )
+    rounds: int = config.key(5, "number of rounds, at least five", minimum=0, limit=1000)
+    micro_batch_tokens: int = config.key(
+        0, "maximum tokens of one forward pass of ours; 0 = by model", minimum=0, limit=10**9
+    )
+    micro_batch: int = config.key(0, "sequences of one forward pass of TRL; 0 = by model", minimum=0, limit=10**6)
+    threads: int = config.key(0, "threads of torch; 0 = torch's default", minimum=0, limit=1024)
 
 
 def run(settings: Settings) -> str:

@@ -25,6 +25,7 @@ from experiments.run.memory_items import Shapes
 from experiments.run.model_shape import ModelShape
 from experiments.run.workload import GIB, Machine
 from experiments.scaling.counts import MEMORY, PEAK, PROMPT, RESPONSE
+from upge import config
 from upge.errors import ConfigError, nearest
 from upge.logprobs import Coefficients, chunks
 from upge.models.loading import random_state_kept, read_config
@@ -38,26 +39,19 @@ RECIPES = ("hpt-qwen2.5-math-7b", "hpt-qwen2.5-math-1.5b")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Keys of this bench.
+class Settings(config.Settings):
+    """Keys of this bench."""
 
-    Attributes:
-        recipes: their models and sizes of micro-batches are counted.
-        prompt, response: tokens of each trajectory.
-        modes: values of model.gradient_checkpointing.
-        micro_batches: tokens of micro-batches, in addition to the recipe's.
-        products, attention, memory: the assumed share of the peak rate that matrix products, the attention kernel and
-            memory reach. FlashAttention 3 reaches more than 0.4.
-    """
-
-    recipes: str = ",".join(RECIPES)
-    prompt: int = PROMPT
-    response: int = RESPONSE
-    modes: str = "selective,full"
-    micro_batches: str = "32768"
-    products: float = 0.7
-    attention: float = 0.4
-    memory: float = 0.8
+    recipes: str = config.key(",".join(RECIPES), "their models and sizes of micro-batches are counted")
+    prompt: int = config.key(PROMPT, "tokens of the prompt of each trajectory", minimum=1, limit=10**6)
+    response: int = config.key(RESPONSE, "tokens of the response of each trajectory", minimum=1, limit=10**6)
+    modes: str = config.key("selective,full", "values of model.gradient_checkpointing")
+    micro_batches: str = config.key("32768", "tokens of micro-batches, in addition to the recipe's")
+    products: float = config.key(0.7, "assumed share of the peak rate that matrix products reach", above=0, maximum=1)
+    attention: float = config.key(
+        0.4, "the same of the attention kernel; FlashAttention 3 reaches more", above=0, maximum=1
+    )
+    memory: float = config.key(0.8, "the same of memory", above=0, maximum=1)
 
 
 def policy_of(config: Any, mode: Checkpointing) -> PackedPolicy:
@@ -165,9 +159,6 @@ class Case:
 def cases(settings: Settings) -> Iterator[Case]:
     """Every recipe with every size of micro-batch and mode, plain and compiled."""
     shares = {"products": settings.products, "attention": settings.attention, "memory": settings.memory}
-    for name, share in shares.items():
-        if not 0 < share <= 1:
-            raise ConfigError(f"{name}: found {share}; give a share of the peak rate, above 0 and at most 1")
     for recipe in _names(settings.recipes):
         composed = compose([f"recipe={recipe}"])
         run = composed.config
@@ -203,8 +194,10 @@ def _modes(settings: Settings) -> list[Any]:
 def _sizes(settings: Settings) -> list[int]:
     """Tokens of micro-batches, each with room for a trajectory."""
     names, least = _names(settings.micro_batches), settings.prompt + settings.response - 1
-    if not all(name.isdecimal() and int(name) >= least for name in names):
-        raise ConfigError(f"micro_batches: found '{settings.micro_batches}'; give numbers of at least {least} tokens")
+    if not all(name.isdecimal() and len(name) < 10 and int(name) >= least for name in names):
+        raise ConfigError(
+            f"micro_batches: found '{settings.micro_batches}'; give numbers of at least {least} and below 10^9 tokens"
+        )
     return [int(name) for name in names]
 
 

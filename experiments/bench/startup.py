@@ -21,6 +21,7 @@ from typing import Any
 
 from experiments.bench.measure import Ending, Spread, Timing, interleaved
 from experiments.cli import ROOT
+from upge import config
 from upge.errors import ConfigError
 
 SUMMARY = "seconds from the command to the first rollout and the first step, with and without the cache"
@@ -32,18 +33,15 @@ PROBE = Path(__file__).with_name("startup_probe.py")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Keys of this bench.
+class Settings(config.Settings):
+    """Keys of this bench."""
 
-    Attributes:
-        run: arguments of experiments.run; `steps` and `output` are added here.
-        before: the folder of another checkout to compare with; empty = none.
-        rounds: at least five.
-    """
-
-    run: str = "data.evaluation_size=16 eval.samples=1 prompts_per_step=8"
-    before: str = ""
-    rounds: int = 5
+    run: str = config.key(
+        "data.evaluation_size=16 eval.samples=1 prompts_per_step=8",
+        "arguments of experiments.run; `steps` and `output` are added here",
+    )
+    before: str = config.key("", "the folder of another checkout to compare with; empty = none")
+    rounds: int = config.key(5, "number of rounds, at least five", minimum=0, limit=1000)
 
 
 def run(settings: Settings) -> str:

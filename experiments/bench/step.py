@@ -18,6 +18,7 @@ from typing import Any
 from experiments.bench.measure import Spread, Timing, interleaved, until_signal
 from experiments.bench.trainers import ENGINES, EPSILON, OURS, PLAIN, TRL, Child, ChildError, Start, check
 from experiments.grid import markdown_table
+from upge import config
 from upge.errors import ConfigError
 
 SUMMARY = "whole training steps: trained tokens per second against TRL's GRPOTrainer, same gradient asserted"
@@ -29,35 +30,36 @@ US = "this project"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Keys of this bench.
+class Settings(config.Settings):
+    """Keys of this bench."""
 
-    Attributes:
-        folder: with gsm8k/train.jsonl, for SmolLM2-135M on GSM8K; empty: only the tiny model on arithmetic.
-        tiny: whether to measure the tiny model.
-        pairs: timed steps of each trainer, at least five.
-        warmup: steps of each trainer before these, besides the step whose gradients are compared.
-        prompts, batch: for the tiny model, prompts of a step and rows of TRL's micro-batches.
-        real_prompts, real_batch, real_tokens: the same for SmolLM2-135M, and its longest response.
-        group: responses to a prompt.
-        trl: TRL's ways to sample: generate, continuous, vllm, vllm-patched (with fixed weight sync).
-        checksum: whether rewards in all steps are a checksum of the text, so that nearly every group has a signal.
-        threads: OpenMP threads of each trainer; 0 = one for the tiny model, every core for SmolLM2-135M.
-    """
-
-    folder: str = ""
-    tiny: bool = True
-    pairs: int = 5
-    warmup: int = 1
-    prompts: int = 32
-    batch: int = 32
-    real_prompts: int = 2
-    real_batch: int = 8
-    real_tokens: int = 256
-    group: int = 8
-    trl: str = "generate,vllm,vllm-patched"
-    checksum: bool = False
-    threads: int = 0
+    folder: str = config.key(
+        "", "with gsm8k/train.jsonl, for SmolLM2-135M on GSM8K; empty: only the tiny model on arithmetic"
+    )
+    tiny: bool = config.key(True, "measure the tiny model")
+    pairs: int = config.key(5, "timed steps of each trainer, at least five", minimum=0, limit=1000)
+    warmup: int = config.key(
+        1, "steps of each trainer before these, besides the step whose gradients are compared", minimum=1, limit=1000
+    )
+    prompts: int = config.key(32, "for the tiny model, prompts of a step", minimum=1, limit=4096)
+    batch: int = config.key(32, "for the tiny model, rows of TRL's micro-batches", minimum=1, limit=10**6)
+    real_prompts: int = config.key(2, "for SmolLM2-135M, prompts of a step", minimum=1, limit=4096)
+    real_batch: int = config.key(8, "for SmolLM2-135M, rows of TRL's micro-batches", minimum=1, limit=10**6)
+    real_tokens: int = config.key(256, "for SmolLM2-135M, tokens of its longest response", minimum=1, limit=10**6)
+    group: int = config.key(8, "responses to a prompt", minimum=1, limit=4096)
+    trl: str = config.key(
+        "generate,vllm,vllm-patched",
+        "TRL's ways to sample: generate, continuous, vllm, vllm-patched (with fixed weight sync)",
+    )
+    checksum: bool = config.key(
+        False, "rewards in all steps are a checksum of the text, so that nearly every group has a signal"
+    )
+    threads: int = config.key(
+        0,
+        "OpenMP threads of each trainer; 0 = one for the tiny model, every core for SmolLM2-135M",
+        minimum=0,
+        limit=1024,
+    )
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,6 @@ class Outcome:
 
 def run(settings: Settings, start: Start = Child) -> str:
     """A Markdown table of all cases, and sentences on the checks and goals."""
-    if settings.warmup < 1:
-        raise ConfigError(f"warmup: found {settings.warmup}; give at least 1: the first steps load and compile")
     cases = _cases(settings)
     engines = [engine.strip() for engine in settings.trl.split(",") if engine.strip()]
     for case in cases:

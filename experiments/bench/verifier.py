@@ -17,6 +17,7 @@ from pathlib import Path
 from experiments.bench.graders import accuracy
 from experiments.bench.measure import Timing, interleaved, until_signal
 from experiments.grid import markdown_table
+from upge import config
 from upge.data.files import read_file
 from upge.errors import ConfigError
 from upge.verify import Item, VerifierPool, last_boxed
@@ -31,30 +32,27 @@ MOST_SHOWN = 12
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Keys of this bench.
+class Settings(config.Settings):
+    """Keys of this bench."""
 
-    Attributes:
-        folder: with math/train.parquet and gsm8k/train.jsonl; empty = synthetic answers.
-        answers: answers per round, without and with bombs; 0 = 5,000 of the folder or 400 synthetic ones.
-        bombs: bombs per round, in the case with bombs.
-        grouped: answers per round in the case with groups.
-        group: responses to one problem in that case.
-        parsed: answers per round in the case of answers that must be parsed.
-        rounds: at least five; 0 = only the errors of graders.
-        pairs: generated pairs on which graders are compared; 0 = none.
-        time_limit: seconds for one answer, for both pool and loop.
-    """
-
-    folder: str = ""
-    answers: int = 0
-    bombs: int = 4
-    grouped: int = 800
-    group: int = 8
-    parsed: int = 200
-    rounds: int = 5
-    pairs: int = 10_000
-    time_limit: int = 3
+    folder: str = config.key("", "with math/train.parquet and gsm8k/train.jsonl; empty = synthetic answers")
+    answers: int = config.key(
+        0,
+        "answers per round, without and with bombs; 0 = 5,000 of the folder or 400 synthetic ones",
+        minimum=0,
+        limit=10**6,
+    )
+    bombs: int = config.key(4, "bombs per round, in the case with bombs", minimum=0, limit=10**4)
+    grouped: int = config.key(800, "answers per round in the case with groups", minimum=0, limit=10**6)
+    group: int = config.key(8, "responses to one problem in that case", minimum=1, limit=4096)
+    parsed: int = config.key(
+        200, "answers per round in the case of answers that must be parsed", minimum=0, limit=10**6
+    )
+    rounds: int = config.key(
+        5, "number of rounds, at least five; 0 = only the errors of graders", minimum=0, limit=1000
+    )
+    pairs: int = config.key(10_000, "generated pairs on which graders are compared; 0 = none", minimum=0, limit=10**6)
+    time_limit: int = config.key(3, "seconds for one answer, for both pool and loop", minimum=1, limit=3600)
 
     @property
     def count(self) -> int:

@@ -240,8 +240,8 @@ def needs_of(context: Context) -> Needs:
     shape, run = context.shape, context.run
     if shape is None:
         return Needs(0, 0.0, 0, {})
-    # Two moments and the weights in float32. A checkpoint is complete before an older one is removed.
-    checkpoint, kept = 12 * shape.parameters, max(run.checkpoint.keep, 1) + 1
+    # Two moments and the weights in float32. The newest checkpoint stays until a new one is complete.
+    checkpoint, kept = 12 * shape.parameters, max(run.checkpoint.keep, 2)
     download = 0 if context.config.random or is_here(run.model) else shape.weights
     disks = {
         "output": kept * checkpoint + shape.weights,

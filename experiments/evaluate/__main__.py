@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +28,7 @@ one prompt, and exits.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code (0 done, 2 bad input, 128 + signal)."""
+    """Runs the command line; returns the exit code (0 done, 1 failed, 2 bad input, 3 not finite, 128 + signal)."""
     code = cli.run_command(_stoppable, arguments, help_text)
     if arguments is None:
         leave(None, code)
@@ -59,7 +61,6 @@ def _stoppable(arguments: list[str]) -> int:
 
 def _evaluate(arguments: Sequence[str], dry_run: bool) -> int:
     from experiments.evaluate.prepare import choose, prepare
-    from upge.evaluation.scores import suite_scores
 
     chosen = choose(arguments)
     prepared = prepare(chosen)
@@ -71,13 +72,25 @@ def _evaluate(arguments: Sequence[str], dry_run: bool) -> int:
     print(prepared.prompting.describe(benchmarks[0].problems[0]), flush=True)
     if dry_run:
         return 0
+    with folder.locked():
+        # Another evaluation may have begun or ended there since it was checked.
+        continues = folder.open(chosen.tree, chosen.config.resume)
+        return _evaluate_into(folder, chosen, replace(prepared, continues=continues), arguments)
+
+
+def _evaluate_into(folder: Any, chosen: Any, prepared: Any, arguments: Sequence[str]) -> int:
+    """Samples what is missing in the folder and scores it."""
+    from upge.evaluation.scores import suite_scores
+
+    benchmarks = [one.benchmark for one in prepared.questions]
     left = sum(len(one.missing(folder.samples(one.benchmark.name))) for one in prepared.questions)
     total = sum(one.responses for one in benchmarks)
     if prepared.continues:
         print(f"continuing {folder.path}: {total - left} of {total} responses are there", flush=True)
     try:
         if left:
-            _sample(chosen, prepared, total, left, arguments)
+            with _failures_explained(folder):
+                _sample(chosen, prepared, total, left, arguments)
         else:
             # scores.json may get new benchmarks, and config.yaml must match it.
             folder.start(chosen.tree, _metadata(chosen, prepared, arguments))
@@ -91,6 +104,29 @@ def _evaluate(arguments: Sequence[str], dry_run: bool) -> int:
     print(table(scores))
     print(f"scores: {folder.path / 'scores.json'}", flush=True)
     return 0
+
+
+@contextmanager
+def _failures_explained(folder: Any) -> Iterator[None]:
+    """Says of a failed engine and of a full memory how to continue.
+
+    Raises:
+        CapacityError: the memory is used up.
+        EngineError: the engine failed.
+    """
+    from upge.errors import CapacityError, EngineError, is_out_of_memory
+    from upge.trees import first_line
+
+    fix = f"the same command with output={folder.path} continues"
+    try:
+        yield
+    except EngineError as error:
+        raise EngineError(f"{error}; {fix}") from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        lower = "lower rollout.memory_fraction or rollout.max_sequences (for vLLM), or free memory"
+        raise CapacityError(f"out of memory ({first_line(error)}); {lower}; {fix}") from error
 
 
 def _sample(chosen: Any, prepared: Any, total: int, missing: int, arguments: Sequence[str]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from experiments.files import free_folder, output_path
 from upge.errors import ConfigError
 from upge.evaluation import SampleFile
 from upge.evaluation.scores import NONE, same_answer
-from upge.train.files import read_json, read_tree, write_atomically
+from upge.train.files import is_empty, locked, read_json, read_tree, write_atomically
 
 #: Keys that may differ between an evaluation and its continuation: no sample or verdict depends on them.
 ENGINE_KEYS = ("rollout.memory_fraction", "rollout.max_sequences", "rollout.max_batched_tokens")
@@ -40,7 +41,7 @@ class EvaluationFolder:
         existing = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise ConfigError(f"output: {self.path} cannot be made: {existing} is not a folder or not writable")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if is_empty(self.path):
             return False
         saved = self.path / "config.yaml"
         old = read_tree(saved, _FIX) if saved.is_file() else {}
@@ -67,6 +68,17 @@ class EvaluationFolder:
                     "of suite.skip (experiments.compare takes what runs have in common), or give another output"
                 )
         return True
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Locks the folder in the block, so that no other evaluation writes there.
+
+        Raises:
+            ConfigError: another evaluation holds the lock.
+        """
+        refusal = f"output: another evaluation is using {self.path}; wait for it, stop it, or choose another folder"
+        with locked(self.path, refusal, tidy=True):
+            yield
 
     def check_weights(self, weights: dict[str, str], model: str) -> None:
         """Checks that the weights (`fingerprint`) are those that drew the samples in the folder.

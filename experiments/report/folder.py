@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from experiments.grid import number
 from upge.errors import DataError, UserError
 from upge.train.files import UNREADABLE
-from upge.train.folder import check_format
+from upge.train.folder import check_format, step_of
 
 #: The highest step of a run without a readable number of steps.
 LAST_STEP = 10**9
@@ -184,8 +184,7 @@ def _newest(folder: Path) -> tuple[int | None, tuple[dict, ...], list[str]]:
         records, more = _read_lines(path)
         notes += more
         if records:
-            digits = path.stem.removeprefix("step_")
-            return int(digits) if digits.isdigit() else None, tuple(records), notes
+            return step_of(path.stem), tuple(records), notes
     return None, (), notes
 
 

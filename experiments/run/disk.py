@@ -22,7 +22,7 @@ class Disk:
 
     Attributes:
         checkpoint: bytes of one checkpoint.
-        most: the largest number of checkpoints at one time. A new one is complete before the oldest is removed.
+        most: the largest number of checkpoints at one time. The newest stays until a new one is complete.
         kept: the number of checkpoints at the end.
         model: bytes of the weights in final/ or best/, with their LoRA adapters.
         has_best: whether there is a best/. A new one is complete before the old one is removed.
@@ -41,7 +41,7 @@ class Disk:
         checkpoint += checkpoint_bytes(shapes.critic.trained) if shapes.critic else 0
         every, keep = config.checkpoint.every, config.checkpoint.keep
         saved = max(math.ceil(config.steps / every) if every else 1, existing + 1 if existing else 0)
-        most, kept = (min(keep + 1, saved), min(keep, saved)) if keep else (saved, saved)
+        most, kept = (min(max(keep, 2), saved), min(keep, saved)) if keep else (saved, saved)
         model = shapes.policy.weights + shapes.policy.adapter * shapes.policy.itemsize
         return cls(checkpoint, most, kept, model, config.eval.keep_best)
 
@@ -79,7 +79,7 @@ def check_disk(disk: Disk, config: RunConfig, machine: Machine, output: Path) ->
     if not machine.is_here:
         return (f"output: {needed} here; the run's machine needs as much",)
     fixes = ["give a folder on a larger disk"]
-    if config.checkpoint.keep != 1 and disk.most > 2:
+    if disk.kept > 1:
         fixes.append(f"checkpoint.keep=1 instead of {config.checkpoint.keep}")
     if disk.most > 1 and config.checkpoint.every:
         fixes.append(

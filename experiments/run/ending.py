@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from experiments.files import now
+from upge.errors import StorageError
 from upge.train.distributed import World
 from upge.train.files import read_lines, write_atomically
 from upge.train.launcher import has_launcher
@@ -35,7 +36,7 @@ class ExitRecord:
         """Writes exit.json, if the run has begun. A full disk does not change how the run ends."""
         if not self._has_begun:
             return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StorageError):
             metrics = self.path / "metrics.jsonl"
             steps = [line["step"] for line in read_lines(metrics)] if metrics.is_file() else []
             record = {"code": ending.code, "reason": ending.reason, "step": max(steps, default=0), "time": now()}

@@ -23,6 +23,7 @@ from upge.models.loading import check_files, read_config
 from upge.pipeline import Pipeline
 from upge.train.config import EvalConfig, ModelConfig, RunConfig, VerifyConfig
 from upge.train.folder import RunFolder
+from upge.train.metric_names import check_signals
 from upge.train.sample import has_pair, usable
 from upge.verify import VerifierPool
 from upge.verify.base import BUILT_IN
@@ -69,6 +70,8 @@ def prepare(composed: Composed) -> Prepared:
     algorithm.check(group_size=config.group_size, provided=PROVIDED)
     check_stages(algorithm, config.steps)
     check_teacher(config, algorithm.needs)
+    for path, one in members(algorithm):
+        check_signals(one, f"algo.{path}")
     folder = RunFolder(output_folder(composed))
     continues = folder.open(composed.tree, config.resume)
     _check_installed()

@@ -222,12 +222,12 @@ def _finish(path: Path, ending: Any, say: Any) -> None:
             print_table(evaluations[0], evaluations[-1])
         if (path / "metrics.jsonl").is_file():
             say(f"report: {write_report(path)}")
+        best = RunFolder(path).best_metadata
+        if best:
+            say(f"best:   {path / 'best'}, step {best['step']}, mean@{best['samples']} {100 * best['mean']:.1f} %")
     except Exception as error:  # whatever it is, the run itself has ended as its exit code says
         reason = (str(error).splitlines() or [""])[0]
         say(f"report: failed ({type(error).__name__}: {reason}); python -m experiments.report {path} makes it again")
-    best = RunFolder(path).best_metadata
-    if best:
-        say(f"best:   {path / 'best'}, step {best['step']}, mean@{best['samples']} {100 * best['mean']:.1f} %")
     if ending.code == BAD_INPUT:
         print_error(ending.reason)
     if ending.code:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from experiments.config import compose
 from experiments.sweep.settings import Planned, Sweep, text
@@ -83,7 +84,7 @@ class SweepFolder:
                     )
 
     def _check_same(self, planned: Planned) -> None:
-        old, new = read_json(self._record(planned), _FIX), self._content(planned)
+        old, new = _recorded(self._record(planned)), self._content(planned)
         keys = [(name, old["run"].get(name), new["run"].get(name)) for name in {**old["run"], **new["run"]}]
         # New evaluations are allowed, and old ones that are no longer requested do no harm.
         both = [name for name in new["evaluate"] if name in old["evaluate"]]
@@ -99,7 +100,7 @@ class SweepFolder:
         """Records the settings of a run before it is started; earlier evaluations stay recorded."""
         path, content = self._record(planned), self._content(planned)
         if path.is_file() and self.run(planned).exists():
-            content["evaluate"] = read_json(path, _FIX)["evaluate"] | content["evaluate"]
+            content["evaluate"] = _recorded(path)["evaluate"] | content["evaluate"]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(content, indent=1) + "\n")
 
@@ -108,7 +109,7 @@ class SweepFolder:
 
         Both the command line and the configuration that results from it, with all presets, must be the same. A relative
         path may mean another file in the other sweep, so a run with one is not copied. Evaluations with the same name
-        and arguments are copied as well.
+        and arguments are copied as well. A run of which a file cannot be read is not copied.
         """
         texts = [value for value in planned.keys.values() if isinstance(value, str)]
         names_places = any(os.path.exists(one) and not os.path.isabs(one) for one in texts)
@@ -118,9 +119,14 @@ class SweepFolder:
         for other in sorted(path for path in self.path.parent.iterdir() if path.resolve() != self.path.resolve()):
             # Only runs with the same seed, which is also that of the evaluations.
             for record in sorted((other / "settings").glob(f"*/seed-{planned.seed}.json")):
-                slug, content = record.relative_to(other / "settings").with_suffix(""), read_json(record, _FIX)
+                slug = record.relative_to(other / "settings").with_suffix("")
                 finished = RunFolder(other / "runs" / slug)
-                if content["run"] == own and finished.is_finished and self._has_settings(finished, planned):
+                try:
+                    content = _recorded(record)
+                    is_same = content["run"] == own and finished.is_finished and self._has_settings(finished, planned)
+                except ConfigError:
+                    continue
+                if is_same:
                     self._copy(planned, other, slug, content["evaluate"])
                     return finished.path
         return None
@@ -147,6 +153,18 @@ class SweepFolder:
         asked = self.sweep.config.evaluate.items()
         evaluations = {name: " ".join(f"{k}={text(v)}" for k, v in keys.items()) for name, keys in asked}
         return {"run": {name: text(value) for name, value in planned.keys.items()}, "evaluate": evaluations}
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """The settings that a sweep has recorded of a run.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds something else.
+    """
+    content = read_json(path, _FIX)
+    if not all(isinstance(content.get(part), dict) for part in ("run", "evaluate")):
+        raise ConfigError(f"{path}: it does not hold the settings of a run and its evaluations; {_FIX}")
+    return content
 
 
 def _copy_atomically(source: Path, target: Path) -> None:

@@ -26,25 +26,27 @@ def found(*arguments: str) -> Disk:
 @pytest.mark.parametrize(
     ("arguments", "peak"),
     [
-        (["steps=100", "checkpoint.every=50"], 2 * ONE),  # the second is written before the first is removed
-        (["steps=300", "checkpoint.every=50", "checkpoint.keep=3"], 4 * ONE),
+        (["steps=100", "checkpoint.every=50"], 2 * ONE + MODEL),
+        (["steps=300", "checkpoint.every=50"], 2 * ONE + MODEL),  # before the third is written the first is removed
+        (["steps=300", "checkpoint.every=50", "checkpoint.keep=1"], 2 * ONE),  # the newest stays until then
+        (["steps=300", "checkpoint.every=50", "checkpoint.keep=3"], 3 * ONE + MODEL),
         (["steps=300", "checkpoint.every=50", "checkpoint.keep=0"], 6 * ONE + MODEL),
         (["steps=310", "checkpoint.every=50", "checkpoint.keep=0"], 7 * ONE + MODEL),  # one more after the last step
         (["steps=10", "checkpoint.every=50"], ONE + MODEL),
         (["steps=100", "checkpoint.every=0"], ONE + MODEL),  # if it is stopped
-        (["steps=100", "eval.keep_best=true"], 2 * ONE + 2 * MODEL),
-        (["steps=100", "algo=relift"], 2 * (ONE + 8 * PARAMETERS)),  # a second set of moments
-        (["steps=100", "algo=ppo"], 4 * ONE),  # a critic of the policy's size; tiny ties its embeddings
+        (["steps=100", "eval.keep_best=true"], 2 * ONE + 3 * MODEL),
+        (["steps=100", "algo=relift"], 2 * (ONE + 8 * PARAMETERS) + MODEL),  # a second set of moments
+        (["steps=100", "algo=ppo"], 4 * ONE + MODEL),  # a critic of the policy's size; tiny ties its embeddings
     ],
 )
 def test_the_fullest_moment_by_hand(arguments, peak):
     assert found(*arguments).peak == peak
 
 
-def test_the_papers_model_needs_two_checkpoints_of_85_gib():
+def test_the_papers_model_needs_two_checkpoints_of_85_gib_and_its_weights():
     composed = compose(["recipe=hpt-qwen2.5-math-7b", f"model.path={MODELS / 'qwen2.5-math-7b'}"])
     seven = outlook(composed, planned(composed.config.hardware)).disk
-    assert seven.checkpoint == 12 * 7_615_616_512 and seven.peak == 2 * seven.checkpoint
+    assert seven.checkpoint == 12 * 7_615_616_512 and seven.peak == 2 * seven.checkpoint + 2 * 7_615_616_512
 
 
 @pytest.fixture
@@ -58,16 +60,16 @@ def free(monkeypatch):
 
 
 def test_a_full_disk_is_refused_at_the_start_and_in_a_dry_run(free, tmp_path):
-    command = [f"output={tmp_path / 'run'}", "checkpoint.keep=2", "checkpoint.every=10"]
-    free(3 * ONE)
+    command = [f"output={tmp_path / 'run'}", "checkpoint.keep=3", "checkpoint.every=10"]
+    free(3 * ONE + MODEL)
     assert check_fits(compose(command)) == ()
-    free(3 * ONE - 1)
+    free(3 * ONE + MODEL - 1)
     for refuse in (check_fits, plan):
         with pytest.raises(ConfigError, match="output: ") as caught:
             refuse(compose(command))
         message = str(caught.value)
         assert str(tmp_path / "run") in message and "up to 3 checkpoints" in message
-        assert "checkpoint.keep=1 instead of 2" in message and "checkpoint.every=0 instead of 10" in message
+        assert "checkpoint.keep=1 instead of 3" in message and "checkpoint.every=0 instead of 10" in message
 
 
 @pytest.mark.parametrize("fix", ["checkpoint.keep=1", "checkpoint.every=0"])
@@ -83,11 +85,11 @@ def test_what_a_run_has_written_already_counts_as_free_and_as_a_checkpoint(free,
     old = tmp_path / "run" / "checkpoints" / "step_000010"
     old.mkdir(parents=True)
     (old / "states.pt").write_bytes(bytes(ONE))
-    free(ONE)
+    free(ONE + MODEL)
     command = [f"output={tmp_path / 'run'}", "steps=20", "checkpoint.every=0"]
-    assert found(*command).peak == 2 * ONE
+    assert found(*command).peak == 2 * ONE + MODEL
     assert check_fits(compose(command)) == ()
-    free(ONE - 1)
+    free(ONE + MODEL - 1)
     with pytest.raises(ConfigError, match="output"):
         check_fits(compose(command))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.evaluating import SMALL, refused, run
 from tests.running import ROOT
+from upge.errors import EngineError
 
 WRONG = {
     "no model": (["suite=smoke"], "model: missing; give model=NAME"),
@@ -121,3 +123,32 @@ def test_a_suite_of_ones_own_is_checked(case, capsys, tmp_path):
     text, message = SUITES[case]
     (tmp_path / "mine.yaml").write_text(text)
     assert message in refused(capsys, "model=tiny", f"suite={tmp_path / 'mine.yaml'}")
+
+
+def test_a_second_evaluation_in_the_same_folder_is_refused(tmp_path, capsys):
+    """It would write every response twice."""
+    folder = tmp_path / "eval"
+    folder.mkdir()
+    with (folder / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert f"another evaluation is using {folder}" in refused(capsys, *SMALL, f"output={folder}")
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (EngineError("the vLLM engine failed (RuntimeError: gone)"), 1, "the vLLM engine failed (RuntimeError: gone)"),
+        (MemoryError(), 2, "out of memory (MemoryError); lower rollout.memory_fraction or rollout.max_sequences"),
+        (RuntimeError("CUDA out of memory. Tried\nmore"), 2, "out of memory (CUDA out of memory. Tried); lower"),
+    ],
+)
+def test_a_failure_says_how_to_continue(error, code, message, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("experiments.evaluate.__main__._sample", fail)
+    run(*SMALL, f"output={tmp_path / 'eval'}", code=code)
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {message}") and printed.count("\n") == 1
+    assert printed.endswith(f"; the same command with output={tmp_path / 'eval'} continues\n")

@@ -6,10 +6,12 @@ import json
 import re
 from pathlib import Path
 
+import algorithms
 from experiments.report.gate import MOST_COLUMNS, MOST_ROWS, gate_plots, heat_map
 from experiments.report.page import token_texts
 from tests.experiments.test_report import Page, report, write_lines, write_run
 from tests.running import run
+from upge.train.metric_names import metric_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -223,6 +225,9 @@ def test_every_key_of_a_run_is_documented(tmp_path):
     for path in ("metrics.jsonl", "prompts.jsonl", "tokens/step_000002.jsonl"):
         lines = [json.loads(line) for line in (out / path).read_text().splitlines()]
         assert lines, path
+        if path == "metrics.jsonl":
+            unknown = {key for line in lines for key in line} - {*metric_names(algorithms.load("hpt")), "time/total"}
+            assert not unknown, "metrics that no gate may want"
         for key in {key for line in lines for key in line}:
             generic = re.sub(r"^(rl|sft)/", "TERM/", re.sub(r"^cosine/.*", "cosine/A_B", key))
             short = {generic, re.sub(r"^TERM/weight", "", generic)}

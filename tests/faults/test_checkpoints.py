@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from experiments.run.ending import ExitRecord
 from tests.faults.runs import SHORT, STEPS, attempt, interrupted, refused
 from tests.running import lines
 from upge.errors import StorageError, is_out_of_memory
@@ -19,6 +20,7 @@ from upge.train import files
 from upge.train.checkpoint import MANIFEST, problem, seal
 from upge.train.distributed import World
 from upge.train.folder import RunFolder
+from upge.train.stopping import Ending
 
 ALONE = World(0, 1, torch.device("cpu"))
 SHARD = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -112,7 +114,7 @@ def test_damage_is_named(checkpoint, kind):
 
 #: Everything that a continuation may change, at once.
 OTHERWISE = (
-    *("optimizer.micro_batch_tokens=200", "model.gradient_checkpointing=full", "checkpoint.keep=2", "log_rollouts=1"),
+    *("optimizer.micro_batch_tokens=200", "model.gradient_checkpointing=full", "checkpoint.keep=1", "log_rollouts=1"),
     *("deepspeed.offload=optimizer", "deepspeed.config={zero_optimization: {sub_group_size: 10000}}"),
 )
 
@@ -137,8 +139,8 @@ def test_a_damaged_checkpoint_is_refused_by_all_ranks_and_the_one_before_is_offe
     for found, expected in zip(map(json.loads, rows), lines(whole / "metrics.jsonl"), strict=True):
         for key in ("step", "loss", "grad_norm", "learning_rate", "sft/tokens"):
             assert found[key] == pytest.approx(expected[key], rel=1e-5), key
-    assert RunFolder(folder).checkpoint_steps() == [2, 3]
-    assert not problem(folder / "checkpoints" / "step_000002", 2, ALONE)
+    assert RunFolder(folder).checkpoint_steps() == [3]
+    assert not problem(folder / "checkpoints" / "step_000003", 3, ALONE)
 
 
 def test_a_checkpoint_that_does_not_exist(whole, tmp_path):
@@ -258,6 +260,15 @@ for number, write in enumerate(writers):
     found = done.stdout.splitlines()
     assert done.returncode == 0 and len(found) == 4, done.stderr
     assert all("cannot be written: the" in line and "full" in line for line in found), found
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_an_exit_record_that_cannot_be_written_changes_nothing(tmp_path, code):
+    record = ExitRecord(tmp_path)
+    record.begin(ALONE)
+    (tmp_path / "exit.json.partial").mkdir()  # in the way, as a full disk would be
+    record.write(Ending(code, "done"))
+    assert not (tmp_path / "exit.json").exists()
 
 
 # Memory.

@@ -219,13 +219,27 @@ def test_a_report_of_a_broken_configuration_names_it(tmp_path, content):
         read_run(folder.path)
 
 
-@pytest.mark.parametrize("content", ["half", "a list", "depth"])
+def sweep_folder(path: Path) -> SweepFolder:
+    return SweepFolder(load_sweep(["grid.algo=[sft]", "seeds=0..0", "steps=1", f"output={path}"]))
+
+
+RECORDS = {name: BROKEN[name] for name in ("half", "a list", "depth")} | {
+    "no settings": b"{}",
+    "settings of another kind": b'{"run": 3, "evaluate": {}}',
+}
+
+
+@pytest.mark.parametrize("content", RECORDS)
 def test_a_broken_record_of_a_sweep_is_named(tmp_path, content):
-    sweep = SweepFolder(load_sweep(["grid.algo=[sft]", "seeds=0..0", "steps=1", f"output={tmp_path / 's'}"]))
+    sweep = sweep_folder(tmp_path / "s")
     (planned,) = sweep.sweep.runs
     sweep.begin(planned)
     sweep.run(planned).mkdir(parents=True)
     record = next((tmp_path / "s" / "settings").rglob("*.json"))
-    record.write_bytes(BROKEN[content])
+    record.write_bytes(RECORDS[content])
     with pytest.raises(ConfigError, match=str(record)):
         sweep.check()
+    with pytest.raises(ConfigError, match=str(record)):
+        sweep.begin(planned)
+    other = sweep_folder(tmp_path / "t")
+    assert other.adopt(other.sweep.runs[0]) is None, "a neighbouring sweep's files do no harm"

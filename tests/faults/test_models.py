@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from experiments.run.prepare import check_length
+from experiments.run.prepare import check_length, check_vocabulary
 from tests.faults.runs import SHORT, refused
 from tests.running import ROOT
+from upge.data import Example, Problem
 from upge.errors import ModelError
 from upge.models.loading import check_finite
 from upge.rollout.transformers_engine import TransformersSampler
@@ -68,3 +69,15 @@ def test_the_first_weight_is_named():
         check_finite(
             "m", [("a", torch.ones(2)), ("b", torch.tensor([1.0, float("inf")])), ("c", torch.full((1,), torch.nan))]
         )
+
+
+@pytest.mark.parametrize("where", ["prompt_ids", "demonstrations", "rejected_ids"])
+def test_a_token_without_an_embedding_is_refused_wherever_it_is(model, where):
+    good = {"prompt_ids": (1,), "demonstrations": ((1,), (2, 3)), "rejected_ids": (1,)}
+    vocabulary = load_file(model / FILE)["model.embed_tokens.weight"].shape[0]
+    bad = {"prompt_ids": (1, vocabulary), "demonstrations": ((1,), (2, vocabulary)), "rejected_ids": (vocabulary,)}
+    problem = Problem("a", "?", "1", where="a.jsonl:3")
+    check_vocabulary([Example(problem, **good)], ModelConfig(path=str(model)))
+    message = f"{vocabulary} embeddings, but its tokenizer makes the token {vocabulary} of a.jsonl:3"
+    with pytest.raises(ModelError, match=message):
+        check_vocabulary([Example(problem, **good | {where: bad[where]})], ModelConfig(path=str(model)))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests import forked
 from tests.running import SMALL, environment, lines, run, without_times
 
-KEYS = (*SMALL, "steps=3", "algo=grpo", "checkpoint.every=0", "eval.every=2", "verify.workers=1")
+KEYS = (*SMALL, "steps=3", "algo=grpo", "checkpoint.every=0", "checkpoint.keep=1", "eval.every=2", "verify.workers=1")
 
 
 def disturbed(out: Path, *keys: str, code: int, ranks: int = 1, **fault: object) -> str:

@@ -3,6 +3,7 @@ rollouts unless it says so."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,10 +13,23 @@ from torch import Tensor
 
 import algorithms
 import upge
+from experiments.run.__main__ import main
+from tests.running import ROOT
 from upge.components.returns import kl_value
 from upge.errors import ConfigError
 from upge.regularizers import Regularizer
 from upge.testing import ConformanceError, check_component, random_batch
+from upge.train.metric_names import (
+    ALWAYS,
+    OF_CRITIC,
+    OF_DEMONSTRATIONS,
+    OF_INTERLEAVED,
+    OF_REGULARIZER,
+    OF_ROLLOUTS,
+    OF_SAMPLING,
+    OF_TERM,
+    check_signals,
+)
 
 PROVIDED = ("behavior_logprobs",)
 
@@ -93,6 +107,67 @@ def test_no_function_falls_through_for_a_name_that_it_does_not_know() -> None:
         batch.source_rows("rollout")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="kind: found 'K3'; "):
         kl_value(torch.zeros(2), "K3")  # type: ignore[arg-type]
+
+
+# Signals of stateful gates.
+
+
+@dataclass(frozen=True)
+class Wanting(upge.StatefulGate):
+    """A gate that keeps its value."""
+
+    variable: str = "share"
+    wants: ClassVar[frozenset[str]] = frozenset({"reward/mean"})
+
+    def initial(self) -> float:
+        return 0.5
+
+    def updated(self, value: float, signals: Any) -> float:
+        return value
+
+
+@dataclass(frozen=True)
+class Misspelled(Wanting):
+    wants: ClassVar[frozenset[str]] = frozenset({"reward/mean", "rewards/mean"})
+
+
+@dataclass(frozen=True)
+class Critical(Wanting):
+    """It wants a metric that only an algorithm with a critic has."""
+
+    wants: ClassVar[frozenset[str]] = frozenset({"critic/loss", "rl/masked_share"})
+
+
+def gated(gate: str, name: str = "grpo") -> Any:
+    inner = f"{{_target_: upge.Complement, gate: {{_target_: {__name__}.{gate}}}}}"
+    return algorithms.load(name, [f"terms.rl.gate={inner}"])
+
+
+def test_a_signal_that_no_step_has_is_refused() -> None:
+    """It used to leave the variable as it is, with a warning in each step."""
+    check_signals(gated("Wanting"))
+    check_signals(gated("Critical", "ppo"))
+    message = "algo.terms.rl.gate: Misspelled wants 'rewards/mean', .*did you mean 'reward/mean'"
+    with pytest.raises(ConfigError, match=message):
+        check_signals(gated("Misspelled"))
+    with pytest.raises(ConfigError, match="algo.terms.rl.gate: Critical wants 'critic/loss', and 'grpo' has no such"):
+        check_signals(gated("Critical"))
+
+
+def test_a_run_refuses_it(capsys: pytest.CaptureFixture[str]) -> None:
+    gate = f"algo.terms.rl.gate={{_target_: {__name__}.Misspelled}}"
+    assert main(["algo=grpo", gate, "output=new"]) == 2
+    assert "error: algo.terms.rl.gate: Misspelled wants 'rewards/mean'" in capsys.readouterr().err
+
+
+def test_the_metrics_that_a_gate_may_want_are_those_of_the_documentation() -> None:
+    documented = set(re.findall(r"`([^`\s]+)`", (ROOT / "docs" / "metrics.md").read_text()))
+    groups = (ALWAYS, OF_ROLLOUTS, OF_DEMONSTRATIONS, OF_SAMPLING, OF_CRITIC, OF_INTERLEAVED)
+    names = {name for group in groups for name in group} - {"step"}
+    names |= {f"REGULARIZER/{name}" for name in OF_REGULARIZER}
+    assert not names - documented
+    of_terms = {f"TERM/{name}" for name in OF_TERM}
+    assert not {name for name in of_terms if not {name, name.removeprefix("TERM/weight")} & documented}
 
 
 # Statistics of groups.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -50,6 +51,27 @@ def test_ctrl_c_while_a_run_starts(module: str, tmp_path: Path) -> None:
     done = forked.run("interrupted", *arguments, environment=variables)
     assert done.returncode == 130 and done.stderr.splitlines()[-1] == "stopped by signal 2", done.stderr
     assert "Traceback" not in done.stdout + done.stderr and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("rank", "local_rank"), [(0, 0), (8, 0), (9, 1)])
+def test_a_package_that_only_one_machine_lacks_is_named(
+    rank: int, local_rank: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rank of each machine prints it, and torchrun's summary gets it from every rank."""
+    file = tmp_path / "error.json"
+    variables = {"RANK": rank, "LOCAL_RANK": local_rank, "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_ERROR_FILE": file}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("upge.train.launcher.end_with_launcher", lambda: None)
+
+    def command(arguments: list[str]) -> int:
+        raise ModuleNotFoundError("No module named 'peft'", name="peft")
+
+    assert cli.run_command(command, []) == 2
+    message = "the package peft is not installed; run `pip install 'upge[train]'`"
+    printed = f"error: {message}\nexit code 2: {message}\n" if local_rank == 0 else ""
+    assert capsys.readouterr().err == printed
+    assert json.loads(file.read_text())["message"]["message"] == f"exit code 2: {message}"
 
 
 def test_an_error_begins_a_line_below_the_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:

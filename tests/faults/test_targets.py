@@ -88,6 +88,15 @@ def test_a_function_is_judged_by_its_return_annotation(own_file: Path) -> None:
     assert "returns Gate, expected a StabilizationMask" in refused(f"{MASK}={{_target_: own_functions.other}}")
 
 
+def test_a_function_of_upge_is_not_called_where_a_users_part_says_nothing(own_file: Path) -> None:
+    """`isolation.kill` would kill a process."""
+    text = "import upge\ndef wide(high=0.5) -> upge.PPOClip: return upge.PPOClip(high=high)\n"
+    (own_file / "loose_function.py").write_text(text)
+    inner = "{_target_: upge.verify.isolation.kill, pid: 1}"
+    message = refused(f"{MASK}={{_target_: loose_function.wide, high: {inner}}}")
+    assert f"algo.{MASK}.high._target_: upge.verify.isolation.kill is a function of upge" in message
+
+
 def test_a_data_set_needs_load(own_file: Path) -> None:
     (own_file / "own_data.py").write_text("class Empty:\n    pass\nclass Good:\n    def load(self): return 1\n")
     with pytest.raises(ConfigError, match=r"data._target_: own_data.Empty is the class Empty, expected a DataSet"):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import re
+import signal
 import string
+import threading
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from upge.data.splits import Problem
@@ -25,6 +29,8 @@ RESERVED = (
 )
 #: Bounds of a format string, so that no prompt becomes many times as long as its problem.
 LONGEST_TEMPLATE, MOST_FIELDS = 100_000, 100
+#: Seconds of CPU time that a chat template may take for one prompt.
+LONGEST_RENDERING = 5.0
 #: A tag and white space at the end of a generation prompt.
 _OPENED = re.compile(r"(<[A-Za-z_]+>)(\s*)\Z")
 #: A folder with a tokenizer has at least one of these files.
@@ -200,8 +206,13 @@ class Prompting:
 
     def _chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
         options = {**self.template_arguments, "add_generation_prompt": add_generation_prompt, "tokenize": False}
+        longest = LONGEST_TEMPLATE + MOST_FIELDS * sum(len(message["content"]) for message in messages)
         try:
-            return self.tokenizer.apply_chat_template(messages, **options)
+            with _cpu_limit(LONGEST_RENDERING):
+                text = self.tokenizer.apply_chat_template(messages, **options)
+            if len(text) > longest:
+                raise ValueError(f"it makes a prompt of {len(text)} characters, more than {longest}")
+            return text
         except Exception as error:  # a template is a program, which may fail in any way
             roles = " and ".join(dict.fromkeys(message["role"] for message in messages))
             raise ConfigError(
@@ -307,6 +318,25 @@ def _generation_stops(path: str) -> tuple[int, ...]:
     if not all(type(token) is int for token in stops):
         raise ModelError(f"model.path: eos_token_id in {file} is {more!r}; give a token's number, or a list of them")
     return stops
+
+
+@contextmanager
+def _cpu_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the block once the process has computed for this long; only in the main thread."""
+
+    def expire(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"it does not end within {seconds:g} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, expire)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _fields(template: str) -> set[str]:

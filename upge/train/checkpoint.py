@@ -57,7 +57,7 @@ def check(folder: RunFolder, step: int, world: World) -> None:
     earlier = [one for one in reversed(folder.checkpoint_steps()) if one < step]
     whole = (one for one in world.broadcast(earlier) if not problem(folder.checkpoints / folder.tag(one), one, world))
     good = next(whole, None)
-    fix = "there is no earlier one (checkpoint.keep=2 keeps two); restore the file, or start in another folder"
+    fix = "no earlier checkpoint is whole; restore the file, or start in another folder"
     if good is not None:
         fix = f"{folder.tag(good)} is whole: resume={folder.tag(good)} continues from it"
     error = ModelError(f"{folder.checkpoints / folder.tag(step)}: {wrong}; {fix}")

@@ -209,7 +209,7 @@ class CheckpointConfig(Settings):
     """When the training state is saved."""
 
     every: int = key(50, "save every N steps and after the last; 0 = only when stopped", minimum=0, limit=STEPS)
-    keep: int = key(1, "number of newest checkpoints to keep; 0 = all", minimum=0, limit=STEPS)
+    keep: int = key(2, "number of newest checkpoints to keep; 0 = all", minimum=0, limit=STEPS)
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,11 @@ def launched_rank() -> int:
     return _number("RANK", 0)
 
 
+def local_rank() -> int:
+    """This process's rank among those of its machine, as the launcher set it; known before it is connected."""
+    return _number("LOCAL_RANK", launched_rank())
+
+
 def _number(name: str, default: int) -> int:
     """The value of an environment variable; the default if it is not a number, which `check_launched` refuses."""
     text = os.environ.get(name, "")
@@ -176,8 +181,7 @@ def connect() -> World:
     if not cuda:
         # Otherwise DeepSpeed compiles a shared-memory extension, which needs a compiler and is not faster here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if is_alone and not dist.is_initialized():

@@ -88,13 +88,13 @@ class RunFolder:
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        steps = [p.name.removeprefix("step_") for p in self.checkpoints.glob("step_*") if p.is_dir()]
-        return sorted(int(step) for step in steps if step.isdigit())
+        steps = [step_of(path.name) for path in self.checkpoints.glob("step_*") if path.is_dir()]
+        return sorted(step for step in steps if step is not None)
 
     @staticmethod
     def tag(step: int) -> str:
         """The name of a step's checkpoint."""
-        return f"step_{step:06d}"
+        return _tag(step)
 
     def resume_step(self, resume: str) -> int | None:
         """The step to continue from: that of the newest checkpoint, or of the one that `resume` names; None = 0.
@@ -231,7 +231,7 @@ class RunFolder:
             kept = [text for line, text in numbered_lines(path) if line is None or line["step"] <= step]
             write_atomically(path, b"".join(text + b"\n" for text in kept))
         for path in (path for name in FOLDERS for path in (self.path / name).glob("step_*.jsonl")):
-            if int(path.stem.removeprefix("step_")) > step:
+            if (step_of(path.stem) or 0) > step:
                 path.unlink()
         if not self.best.exists() and (self.best_partial / BEST_METADATA).is_file():
             self.best_partial.rename(self.best)  # it is complete, and the earlier one is gone
@@ -250,14 +250,18 @@ class RunFolder:
     def write_rows(self, folder: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes the file of a step in one of FOLDERS, one line per row."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(self.path / folder / f"step_{step:06d}.jsonl", text)
+        write_atomically(self.path / folder / f"{_tag(step)}.jsonl", text)
 
-    def check_room(self, step: int, needed: int) -> None:
-        """Checks that a checkpoint of `needed` bytes fits on the disk.
+    def make_room(self, step: int, needed: int, keep: int) -> None:
+        """Removes old checkpoints, so that `keep` of them remain with a new one, which needs `needed` bytes.
+
+        The newest one stays until the new one is complete, and with keep=0 all of them stay.
 
         Raises:
-            StorageError: it does not.
+            StorageError: the new one does not fit on the disk.
         """
+        if keep:
+            self._keep_newest(max(keep - 1, 1))
         free = shutil.disk_usage(self.checkpoints).free
         if needed > free:
             raise StorageError(
@@ -273,8 +277,22 @@ class RunFolder:
             partial.rename(self.checkpoints / self.tag(step))
             sync_folder(self.checkpoints)
         if keep:
-            for old in self.checkpoint_steps()[:-keep]:
-                shutil.rmtree(self.checkpoints / self.tag(old))
+            self._keep_newest(keep)
+
+    def _keep_newest(self, count: int) -> None:
+        for old in self.checkpoint_steps()[:-count]:
+            shutil.rmtree(self.checkpoints / self.tag(old))
+
+
+def step_of(name: str) -> int | None:
+    """The step of a name that a run gives to files and checkpoints; None for any other name, such as that of a copy."""
+    digits = name.removeprefix("step_")
+    is_step = digits.isascii() and digits.isdigit() and len(digits) < 20 and _tag(int(digits)) == name
+    return int(digits) if is_step else None
+
+
+def _tag(step: int) -> str:
+    return f"step_{step:06d}"
 
 
 def check_format(path: Path, metadata: Mapping[str, Any]) -> None:

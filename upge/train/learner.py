@@ -180,7 +180,7 @@ class Learner:
             elif self.models.policy.world.is_main:
                 warnings.warn(
                     f"step {step + 1}: the gate's variable '{name}' stays {memory.variables[name]:g}, because the "
-                    f"figure '{missing[0]}' has no finite value in this step (names are those of docs/metrics.md)",
+                    f"metric '{missing[0]}' has no finite value in this step",
                     stacklevel=2,
                 )
 

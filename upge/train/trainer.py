@@ -244,7 +244,7 @@ class Trainer:
         needed = sum(world.gather(sum(model.checkpoint_bytes for model in trained)))
         with world.together():
             if world.is_main:
-                folder.check_room(step, needed)
+                folder.make_room(step, needed, self.parts.config.checkpoint.keep)
         partial = f"{folder.tag(step)}.partial"
         try:
             models.policy.save(folder.checkpoints, partial, asdict(self.state))

@@ -148,7 +148,7 @@ def test_a_signal_without_a_value_leaves_the_variable(broken):
     learner.models = SimpleNamespace(policy=SimpleNamespace(world=SimpleNamespace(is_main=True)))
     figures = {"state/mu_utility_slope": 0.05, "entropy": 0.3} | broken
     memory = Memory({"mu": 0.6})
-    with pytest.warns(UserWarning, match="'mu' stays 0.6, because the figure '(entropy|state/mu_utility_slope)'"):
+    with pytest.warns(UserWarning, match="'mu' stays 0.6, because the metric '(entropy|state/mu_utility_slope)'"):
         learner.remember({k: v for k, v in figures.items() if v is not None}, 0, memory)
     assert memory.variables == {"mu": 0.6}
     learner.remember({"state/mu_utility_slope": 0.05, "entropy": 0.3}, 0, memory)

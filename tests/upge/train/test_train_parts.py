@@ -158,6 +158,38 @@ def test_only_complete_checkpoints_count_and_old_ones_go(tmp_path):
     assert folder.checkpoint_steps() == [4, 6]
 
 
+@pytest.mark.parametrize(
+    ("keep", "during", "after"),
+    [(0, [2, 4, 6], [2, 4, 6, 8]), (1, [6], [8]), (2, [6], [6, 8]), (3, [4, 6], [4, 6, 8]), (9, [2, 4, 6], None)],
+)
+def test_the_newest_checkpoint_stays_until_a_new_one_is_complete(tmp_path, keep, during, after):
+    """With keep=2 there are never more than two at one time, as with keep=1."""
+    folder, _ = folder_with_run(tmp_path)
+    for step in (2, 4, 6):
+        (folder.checkpoints / folder.tag(step)).mkdir()
+    folder.make_room(8, 0, keep)
+    assert folder.checkpoint_steps() == during
+    (folder.checkpoints / f"{folder.tag(8)}.partial").mkdir()
+    folder.settle(8, keep)
+    assert folder.checkpoint_steps() == (after or [*during, 8])
+
+
+def test_by_default_there_is_an_earlier_checkpoint_if_the_newest_is_damaged():
+    assert RunConfig().checkpoint.keep == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["step_000003 (copy)", "step_3", "step_\u00b2", "step_", "step_00000\u0663", "step_0000003"]
+)
+def test_a_name_that_a_run_does_not_give_is_left_alone(tmp_path, name):
+    folder, _ = folder_with_run(tmp_path)
+    (folder.checkpoints / name).mkdir()
+    (folder.path / "rollouts" / f"{name}.jsonl").write_text("")
+    assert folder.checkpoint_steps() == []
+    folder.rewind(0)
+    assert (folder.checkpoints / name).is_dir() and (folder.path / "rollouts" / f"{name}.jsonl").is_file()
+
+
 def test_finished_means_that_the_model_is_complete(tmp_path):
     """Half an export does not count; a continuation with more steps is unfinished again until its own end."""
     folder, tree = folder_with_run(tmp_path)

@@ -1,0 +1,72 @@
+"""The names of the metrics that a run may record for an algorithm, by which its stateful gates ask for signals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+
+from upge.algorithm import Algorithm
+from upge.errors import ConfigError, nearest
+from upge.estimate import PERCENTILES
+from upge.stateful import UTILITY_SLOPE, stateful_gates
+
+#: docs/metrics.md says what each means. A metric may be absent in a step. `time/total` is recorded after all others.
+ALWAYS = (
+    *("step", "stage", "loss", "grad_norm", "updates", "updates_above_limit", "skipped_updates", "learning_rate"),
+    *("trained/trajectories", "trained/tokens", "trained/computed_tokens", "trained/skipped_share", "trained/entropy"),
+    *("gate/demonstration_share", "gate/no_signal_prompts"),
+    *("time/rollout", "time/verify", "time/train", "time/sync"),
+)
+OF_ROLLOUTS = (
+    *("reward/mean", "pass_rate", "prompts_solved", "entropy", "response_length", "response_cut_share"),
+    *("verify/timeouts", "verify/errors", "verify/failed_share", "same_answer_share"),
+    *("sampler/logprob_diff_mean", "sampler/logprob_diff_max", "sampler/extreme_ratio_share"),
+)
+OF_DEMONSTRATIONS = ("demonstrations_dropped_share",)
+OF_SAMPLING = ("sampling/rounds", "sampling/prompts")
+OF_CRITIC = tuple(f"critic/{n}" for n in ("loss", "grad_norm", "value_mean", "return_mean", "explained_variance"))
+OF_INTERLEAVED = tuple(
+    f"interleaved_update/{name}" for name in ("updates", "updates_above_limit", "remembered", "grad_norm")
+)
+OF_TERM = (
+    *("tokens", "trajectories", "weight_abs_mean", "weight_abs_p50", "weight_abs_p99"),
+    *(f"weight_p{percent}" for percent in PERCENTILES),
+    *("masked_share", "masked_above", "masked_below", "extreme_ratio_share"),
+    *("effective_tokens", "effective_share", "effective_trajectories", "advantage_mean", "coefficient", "grad_norm"),
+)
+OF_REGULARIZER = ("value", "grad_norm")
+
+
+def metric_names(algorithm: Algorithm) -> Iterator[str]:
+    """The names of all metrics that a step of the algorithm may have."""
+    yield from ALWAYS
+    yield from OF_ROLLOUTS if algorithm.step_needs.rollouts else ()
+    yield from OF_DEMONSTRATIONS if algorithm.step_needs.demonstrations else ()
+    yield from OF_SAMPLING if algorithm.sampling is not None else ()
+    yield from OF_CRITIC if algorithm.critic is not None else ()
+    yield from OF_INTERLEAVED if algorithm.interleaved_update is not None else ()
+    yield from (f"{term}/{name}" for term in algorithm.terms for name in OF_TERM)
+    yield from (f"{regularizer}/{name}" for regularizer in algorithm.regularizers for name in OF_REGULARIZER)
+    yield from (f"cosine/{a}_{b}" for a, b in combinations((*algorithm.terms, *algorithm.regularizers), 2))
+    for variable in algorithm.stateful:
+        yield from (f"state/{variable}", f"state/{variable}_{UTILITY_SLOPE}")
+
+
+def check_signals(algorithm: Algorithm, path: str = "algo.") -> None:
+    """Checks that every signal that a stateful gate wants exists.
+
+    Args:
+        path: of the algorithm, with a dot at its end, for messages.
+
+    Raises:
+        ConfigError: no step of the algorithm can have a metric of this name.
+    """
+    known = {UTILITY_SLOPE, *metric_names(algorithm)}
+    for place, part in algorithm.parts.items():
+        for gate in stateful_gates({place: part}).values():
+            for name in sorted(gate.wants - known):
+                raise ConfigError(
+                    f"{type(gate).__name__} wants '{name}', and '{algorithm.name}' has no such metric (docs/metrics.md "
+                    f"lists them); {nearest(name, known)}",
+                    f"{path}{place}",
+                )
