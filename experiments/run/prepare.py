@@ -20,6 +20,7 @@ from upge.evaluation.suite import load as benchmarks
 from upge.instantiate import TARGET, build
 from upge.models import local_path
 from upge.models.loading import check_files, read_config
+from upge.needs import COMPUTED
 from upge.pipeline import Pipeline
 from upge.train.config import EvalConfig, ModelConfig, RunConfig, VerifyConfig
 from upge.train.folder import RunFolder
@@ -33,10 +34,7 @@ from upge.verify.reward import Reward
 from upge.verify.reward import names as reward_names
 
 #: Columns that this trainer fills beyond rewards, masks and groups.
-PROVIDED = (
-    *("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "teacher_logprobs"),
-    "preference",
-)
+PROVIDED = frozenset({"sampler_logprobs", "entropies", "preference"}) | COMPUTED - {"values"}
 
 
 @dataclass(frozen=True)

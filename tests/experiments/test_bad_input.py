@@ -135,10 +135,12 @@ def test_data_without_answers(case, capsys, tmp_path):
     written = [json.dumps({"messages": row, "rejected": [*row[:-1], worse]}) + "\n" for row in rows]
     (tmp_path / "a.jsonl").write_text("".join(written))
     columns = "data.columns={prompt: messages, demonstrations: messages, answer: null}"
-    data = ["data=table", f"data.path={tmp_path / 'a.jsonl'}", columns, f"output={tmp_path / 'run'}"]
+    share = f"data.evaluation_share={0 if 'eval.every=-1' in arguments else 0.5}"
+    data = ["data=table", f"data.path={tmp_path / 'a.jsonl'}", columns, share, f"output={tmp_path / 'run'}"]
     if fragments is None:
-        prepared = prepare(compose([*data, *arguments, "data.evaluation_share=0"]))
-        assert len(prepared.train) == 8 and all(one.demonstrations for one in prepared.train)
+        prepared = prepare(compose([*data, *arguments]))
+        has_demonstrations = [bool(one.demonstrations) for one in prepared.train]
+        assert has_demonstrations == [arguments[0] != "algo=grpo"] * 8, "encoded where they are learned from"
         assert all(one.problem.row is None for one in prepared.train), "kept only for verifiers that ask for it"
     else:
         message = refused(capsys, *data, *arguments)
