@@ -13,8 +13,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 #: Files that take longest, without `test_` and `.py`. Several processes take them first, so that all end together.
 LONGEST = (
-    *("run", "trains", "rollout", "improves", "update", "sweep", "evaluate", "theory_symbolic", "models", "critic"),
-    *("learner", "engine", "term_gradients", "diagnose", "logprobs", "optimised", "bad_input"),
+    *("trains", "run", "plain_trainer", "rollout", "improves", "update", "engine", "sweep", "lora", "elementwise"),
+    *("evaluate", "nonfinite", "signals", "ranks", "theory_symbolic", "models", "critic", "learner", "term_gradients"),
+    *("diagnose", "logprobs", "optimised", "bad_input", "correction_interplay", "conformance_shipped"),
 )
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 from experiments.evaluate import __main__ as evaluate
+from tests import forked
 from tests.running import ROOT, environment
 
 DATA = ROOT.parent / "shared" / "data"
@@ -16,22 +16,17 @@ SMALL = (
     "suite=smoke",
     "rollout.engine=transformers",
     "verify.workers=1",
+    "verify.verifier=number",
     "suite.benchmarks.sums.data.evaluation_size=10",
     "suite.benchmarks.long_sums.data.evaluation_size=6",
     "suite.max_response_tokens=48",
 )
 
 
-def command(*arguments: str) -> list[str]:
-    """The command line of an evaluation."""
-    return [sys.executable, "-m", "experiments.evaluate", *arguments]
-
-
-def start(*arguments: str, **options) -> subprocess.Popen:
-    """Starts it in a process of its own, and of a group of its own."""
-    return subprocess.Popen(
-        command(*arguments), cwd=ROOT, env=environment(), text=True, start_new_session=True, **options
-    )
+def start(*arguments: str, log: Path) -> forked.Forked | subprocess.Popen[bytes]:
+    """Starts it in a process of its own, and of a group of its own; its output goes to the file `log`."""
+    vllm = "rollout.engine=vllm" in arguments
+    return forked.start("experiments.evaluate", *arguments, environment=environment(), out=log, vllm=vllm)
 
 
 def run(*arguments: str, code: int = 0) -> None:

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -33,7 +34,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 #: Libraries alone, so that no process begins with an old state of the package. What is not installed is left out.
 PRELOADED = [
     *("torch", "transformers", "transformers.models.qwen2.modeling_qwen2", "safetensors.torch", "deepspeed"),
-    *("deepspeed.runtime.zero.muon.muon_optimizer", "rich.table", "tqdm"),
+    *("deepspeed.runtime.zero.muon.muon_optimizer", "rich.table", "tqdm", "scipy.stats", "jinja2", "psutil"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"),
 ]
 #: What an engine of vLLM imports on a CPU. The rest follows from these.
 VLLM = [
@@ -41,6 +43,85 @@ VLLM = [
     *("vllm.model_executor.models.qwen2", "vllm.model_executor.warmup.kernel_warmup"),
     "vllm.v1.attention.backends.cpu_attn",
 ]
+
+
+class Forked:
+    """A forked process, with the part of the interface of `subprocess.Popen` that the tests need.
+
+    Attributes:
+        pid: its id, and that of its process group.
+    """
+
+    def __init__(self, process: BaseProcess) -> None:
+        assert process.pid
+        self._process, self.pid = process, process.pid
+
+    @property
+    def sentinel(self) -> int:
+        """A file descriptor that is ready to be read once the process has ended."""
+        return self._process.sentinel
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, once it has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: it did not end in time.
+        """
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self._process.name, timeout or 0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Sends it a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def start(
+    module: str,
+    *arguments: str,
+    environment: Mapping[str, str],
+    out: Path | str,
+    err: Path | str | None = None,
+    vllm: bool = False,
+) -> Forked | subprocess.Popen[bytes]:
+    """Starts `python -m module arguments` in a process group of its own.
+
+    Args:
+        environment: all variables but OMP_NUM_THREADS, which is 1.
+        out, err: files to which its output is appended. Without `err` both streams go to `out`.
+        vllm: whether it starts with vLLM imported.
+    """
+    files = (str(out), str(err or out))
+    if torch.cuda.is_available():
+        command = [sys.executable, "-m", module, *arguments]
+        with open(files[0], "ab") as one, open(files[1], "ab") as other:
+            return subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=one, stderr=other, start_new_session=True
+            )
+    return _fork(module, arguments, environment, files, vllm)
+
+
+def _fork(
+    module: str, arguments: tuple[str, ...], environment: Mapping[str, str], files: tuple[str, str], vllm: bool
+) -> Forked:
+    target = (module, arguments, {**environment, "OMP_NUM_THREADS": "1"}, *files)
+    process = multiprocessing.get_context("forkserver").Process(target=_child, args=target)
+    with _starting, mock.patch.multiple(multiprocessing.forkserver, connect_to_new_process=_fork_server(vllm)):
+        process.start()
+    return Forked(process)
+
+
+#: Held while a process is started, which replaces a function of the library.
+_starting = threading.Lock()
 
 
 def run(
@@ -79,16 +160,13 @@ def run(
             text=True,
             timeout=timeout,
         )
-    shared = {**environment, "OMP_NUM_THREADS": "1"}
-    context, port = multiprocessing.get_context("forkserver"), _free_port()
+    port = _free_port()
     with TemporaryDirectory() as folder:
         files = [(f"{folder}/{rank}.out", f"{folder}/{rank}.err") for rank in range(ranks)]
         started = []
         for rank in range(ranks):
-            variables = shared | (_torchrun_variables(rank, ranks, port) if is_launched else {})
-            started.append(context.Process(target=_child, args=(module, arguments, variables, *files[rank])))
-            with mock.patch.multiple(multiprocessing.forkserver, connect_to_new_process=_fork_server(vllm)):
-                started[-1].start()
+            variables = {**environment, **(_torchrun_variables(rank, ranks, port) if is_launched else {})}
+            started.append(_fork(module, arguments, variables, files[rank], vllm))
         code = _wait(started, timeout)
         out, err = ("".join(Path(f).read_text(errors="replace") for f in kind) for kind in zip(*files, strict=True))
     if code is None:
@@ -100,7 +178,8 @@ def run(
 def _fork_server(vllm: bool) -> Callable[[Sequence[int]], tuple[int, int]]:
     """Starts a process of the fork server. Its libraries are imported with one thread and for the CPU."""
     server = multiprocessing.forkserver.ForkServer()
-    server.set_forkserver_preload([*PRELOADED, *(VLLM if vllm else ())])
+    # Collections in a child would write to, and so copy, the memory of all that is imported.
+    server.set_forkserver_preload([*PRELOADED, *(VLLM if vllm else ()), "tests.freeze"])
     settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TQDM_MININTERVAL": "60"}
     with mock.patch.dict(os.environ, settings):
         if vllm:
@@ -134,18 +213,16 @@ def _child(module: str, arguments: tuple[str, ...], variables: dict[str, str], o
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _wait(started: list[BaseProcess], timeout: float) -> int | None:
+def _wait(started: Sequence[Forked], timeout: float) -> int | None:
     """The exit code of the first process that fails, 0 if none does, None after `timeout`; all have ended then."""
-    end, codes = time.monotonic() + timeout, [process.exitcode for process in started]
+    end, codes = time.monotonic() + timeout, [process.poll() for process in started]
     try:
         while None in codes and not any(codes) and time.monotonic() < end:
             running = [process.sentinel for process, code in zip(started, codes, strict=True) if code is None]
             multiprocessing.connection.wait(running, timeout=1)
-            codes = [process.exitcode for process in started]
+            codes = [process.poll() for process in started]
     finally:
         for process in started:
-            if process.exitcode is None:
-                process.kill()
-            process.join()
-            process.close()
+            process.kill()
+            process.wait()
     return next((code for code in codes if code), None if None in codes else 0)

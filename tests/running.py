@@ -11,7 +11,7 @@ from pathlib import Path
 from tests import forked
 
 ROOT = Path(__file__).parent.parent
-#: A run of seconds: few prompts, two levels, a small evaluation.
+#: A run of seconds: few prompts, two levels, a small evaluation, and a verifier that loads no parser.
 SMALL = (
     "prompts_per_step=4",
     "group_size=4",
@@ -19,6 +19,7 @@ SMALL = (
     "data.train_size=48",
     "data.evaluation_size=6",
     "eval.samples=2",
+    "verify.verifier=number",
 )
 
 
@@ -28,10 +29,16 @@ def command(*arguments: str, ranks: int = 1) -> list[str]:
     return [sys.executable, *launcher, "-m", "experiments.run", *arguments]
 
 
-def run(*arguments: str, ranks: int = 1, code: int = 0, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Runs it to its end in forked processes and checks the exit code."""
-    vllm = "rollout.engine=vllm" in arguments
-    done = forked.run("experiments.run", *arguments, environment=environment(), ranks=ranks, vllm=vllm, timeout=timeout)
+def run(
+    *arguments: str, ranks: int = 1, code: int = 0, timeout: float = 300, figures: bool = False
+) -> subprocess.CompletedProcess:
+    """Runs it to its end in forked processes and checks the exit code.
+
+    Args:
+        figures: whether the run's report has figures. Drawing them takes longer than many a run here.
+    """
+    module, vllm = "experiments.run" if figures else "tests.undrawn", "rollout.engine=vllm" in arguments
+    done = forked.run(module, *arguments, environment=environment(), ranks=ranks, vllm=vllm, timeout=timeout)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done
 

@@ -41,7 +41,7 @@ SETTINGS = (
 #: What a run imports on its way.
 MODULES = (
     *("experiments.run.__main__", "experiments.config", "experiments.run.prepare", "experiments.run.train"),
-    *("experiments.report.page", "experiments.grid", "upge.train.trainer", "upge.train.critic"),
+    *("tests.undrawn", "experiments.report.page", "experiments.grid", "upge.train.trainer", "upge.train.critic"),
     *("upge.rollout.transformers_engine", "upge.verify", "deepspeed", "transformers", "safetensors.torch"),
     *("transformers.models.qwen2.modeling_qwen2", "deepspeed.runtime.zero.muon.muon_optimizer", "rich.table", "tqdm"),
 )

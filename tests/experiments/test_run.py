@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests import forked
 from tests.running import ROOT, SMALL, command, environment, lines, run, without_times
 
 
@@ -22,9 +23,9 @@ def mean(rows: list[dict], key: str) -> float:
 def test_the_default_gets_better(tmp_path):
     """A short run of the default: the reward rises, both branches of the gate occur from the first step."""
     out = tmp_path / "run"
-    small = ["steps=40", "prompts_per_step=16", "data.evaluation_size=48", "eval.samples=4"]
+    small = ["steps=40", "prompts_per_step=16", "data.evaluation_size=48", "eval.samples=4", "eval.every=0"]
     # Fewer demonstrations at a time let the rollouts' signal show within so few steps.
-    done = run(*small, "algo.terms.sft.coefficient=0.3", f"output={out}", timeout=500)
+    done = run(*small, "algo.terms.sft.coefficient=0.3", f"output={out}", timeout=500, figures=True)
     metrics, evaluations = lines(out / "metrics.jsonl"), lines(out / "evaluations.jsonl")
     assert [row["step"] for row in metrics] == list(range(1, 41))
     assert mean(metrics[-8:], "reward/mean") > mean(metrics[:8], "reward/mean") + 0.05
@@ -85,23 +86,17 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, engine):
     keys = ["checkpoint.every=2", "eval.every=3", "eval.keep_best=true"]
     settings = [*SMALL, "steps=7", *keys, f"rollout.engine={engine}"]
     run(*settings, f"output={tmp_path / 'whole'}")
-    killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(*settings, f"output={killed}"),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    killed, log = tmp_path / "killed", tmp_path / "log"
+    arguments = (*settings, f"output={killed}")
+    process = forked.start("experiments.run", *arguments, environment=environment(), out=log, vllm=engine == "vllm")
     deadline = time.monotonic() + 200
     while not (killed / "metrics.jsonl").is_file() or len((killed / "metrics.jsonl").read_text().splitlines()) < 5:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (killed / "final").exists()
-    done = run(*settings, f"output={killed}")
+    done = run(*arguments)
     assert "continuing" in done.stdout
     for name in ("metrics.jsonl", "evaluations.jsonl", "prompts.jsonl"):
         assert without_times(lines(killed / name)) == without_times(lines(tmp_path / "whole" / name)), name

@@ -12,21 +12,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from experiments.cli import BAD_INPUT
+from experiments.sweep import execute
 from experiments.sweep.__main__ import main, report
 from experiments.sweep.collect import measure_names, write_csv
 from experiments.sweep.execute import SOME_FAILED
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import load
 from experiments.sweep.tables import blocks, difference_grid, figure, mean_grid, metric_curves
+from tests import forked
 from upge.errors import ConfigError
 
 TINY = [
     *("grid.algo=[sft,grpo]", "seeds=0..1", "steps=1", "prompts_per_step=2", "group_size=2", "data.train_size=8"),
-    *("data.evaluation_size=8", "eval.samples=2", "checkpoint.every=0", "verify.workers=1"),
+    *("data.evaluation_size=8", "eval.samples=2", "checkpoint.every=0", "verify.workers=1", "verify.verifier=number"),
 ]  # fmt: skip
 
 
@@ -118,6 +121,19 @@ def test_help_lists_what_ships(capsys):
     assert "  gate " in text and "seed_keys" in text and max(map(len, text.splitlines())) <= 120
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forked_jobs():
+    """Jobs of sweeps in this process are forked; those of sweeps in processes of their own are not."""
+
+    def popen(command, *, env, stdout, **_):
+        assert command[:2] == [sys.executable, "-m"]
+        return forked.start(*command[2:], environment=env, out=stdout.name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execute, "subprocess", SimpleNamespace(Popen=popen, DEVNULL=None, STDOUT=None))
+        yield
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweeps") / "first"
@@ -196,8 +212,6 @@ def test_settings_of_a_run_that_was_never_started_hold_nobody_up(done):
 
 
 def test_an_evaluation_alone_is_of_one_rank(done, monkeypatch):
-    from experiments.sweep import execute
-
     begun = []
     monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(execute.torch.cuda, "device_count", lambda: 2)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import tests.undrawn  # noqa: F401
 from experiments.run import __main__ as command
 from upge.rollout.base import Sampler
 from upge.rollout.vllm_engine import VLLMSampler

@@ -40,5 +40,5 @@ def refused(*arguments: str, ranks: int = 1, limits: tuple[str, ...] = ()) -> st
 
 def attempt(*arguments: str, ranks: int = 1, limits: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """Runs it to its end, under limits of tests/faults/limited.py."""
-    module, words = ("tests.faults.limited", (*limits, "--", *arguments)) if limits else ("experiments.run", arguments)
+    module, words = ("tests.faults.limited", (*limits, "--", *arguments)) if limits else ("tests.undrawn", arguments)
     return forked.run(module, *words, environment=environment(), ranks=ranks)

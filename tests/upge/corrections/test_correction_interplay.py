@@ -13,6 +13,7 @@ import torch
 import algorithms
 import upge
 from tests import textbook_corrections
+from tests.conforming import parts_checked_once
 from tests.policy import CASES, sample
 from tests.upge.corrections.test_corrections import ALL, UNFIT, correction, gradient
 from upge import ConfigError
@@ -33,6 +34,12 @@ REFUSED = {
     "kl_reward": {"ppo", "reinforce_plus_plus"},
     "iw_opd": set(SHAPES),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_part_once():
+    with parts_checked_once():
+        yield
 
 
 def biting(correction: str) -> list[str]:
@@ -56,9 +63,9 @@ def test_a_corrected_algorithm_conforms_and_differs(name, algorithm):
     assert found.formula() != plain.formula() and found.formula("latex") != plain.formula("latex")
     differing = 0
     for one, other in zip(inside(found), inside(plain), strict=True):
-        upge.testing.check_algorithm(one)
         if one == other:
             continue
+        upge.testing.check_algorithm(one)
         s = sample(0)
         before, after = (gradient(a.estimate(s.batch).loss, s) for a in (other, one))
         assert (after - before).abs().max() > 1e-5 * before.abs().max() > 0

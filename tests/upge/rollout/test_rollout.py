@@ -37,18 +37,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(command: list[str], output: Path, seconds: int) -> dict:
-    """What a process of tests/rollout_ranks.py wrote; its own output if it wrote nothing."""
+def unlaunched() -> dict[str, str]:
+    """The environment of a process that is no rank."""
     launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    environment = {name: value for name, value in os.environ.items() if name not in launched}
-    done = subprocess.run(
-        [sys.executable, *command, str(output)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-    )
+    return {name: value for name, value in os.environ.items() if name not in launched}
+
+
+def written(done: subprocess.CompletedProcess[str], output: Path) -> dict:
+    """What a process of tests/rollout_ranks.py wrote; its own output if it wrote nothing."""
     assert done.returncode == 0 and output.is_file(), done.stdout[-3000:] + done.stderr[-6000:]
     return json.loads(output.read_text(encoding="utf-8")) | {"printed": done.stdout + done.stderr}
 
@@ -59,8 +55,10 @@ def observed(folder: Path) -> dict:
 
     class Observed(dict):
         def __missing__(self, engine: str) -> dict:
-            command = ["-m", "tests.rollout_ranks", "observe", engine, str(folder)]
-            self[engine] = run(command, folder / f"{engine}.json", 240)
+            output = folder / f"{engine}.json"
+            given = ("tests.rollout_ranks", "observe", engine, str(folder), str(output))
+            done = forked.run(*given, environment=unlaunched(), vllm=engine == "vllm", timeout=240)
+            self[engine] = written(done, output)
             return self[engine]
 
     return Observed()
@@ -174,9 +172,10 @@ def test_the_same_call_gives_the_same_rollouts(engine: str, kind: str, observed:
 
 @engines
 def test_a_fresh_process_gives_the_same_rollouts(engine: str, folder: Path, observed: dict):
-    command = ["-m", "tests.rollout_ranks", "repeat", engine, str(folder)]
-    fresh = run(command, folder / f"{engine}_fresh.json", 120)["tied"]
-    assert fresh == observed[engine]["tied"]["before"]
+    output = folder / f"{engine}_fresh.json"
+    command = [sys.executable, "-m", "tests.rollout_ranks", "repeat", engine, str(folder), str(output)]
+    done = subprocess.run(command, cwd=ROOT, env=unlaunched(), capture_output=True, text=True, timeout=120)
+    assert written(done, output)["tied"] == observed[engine]["tied"]["before"]
 
 
 @engines

@@ -69,6 +69,7 @@ class Run:
             "log_rollouts=1",
             "eval.every=-1",
             "checkpoint.every=0",
+            "verify.verifier=number",
             *self.arguments,
         ]
 
