@@ -170,7 +170,14 @@ def unmeasurable(algorithm: Algorithm | Pipeline, group_size: int, critic: bool 
     if algorithm.needs.critic and not critic:
         return "it needs a critic's values, and a policy's folder has no critic"
     try:
-        provided = ("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "preference")
+        provided = (
+            "behavior_logprobs",
+            "sampler_logprobs",
+            "entropies",
+            "reference_logprobs",
+            "preference",
+            "finished",
+        )
         algorithm.check(group_size=group_size, provided=provided)
     except ConfigError as error:
         return str(error)

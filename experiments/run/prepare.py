@@ -29,7 +29,7 @@ from upge.verify.isolation import can_leave_network
 from upge.verify.pool import check_limits
 
 #: Columns that this trainer fills beyond rewards, masks and groups.
-PROVIDED = ("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "preference")
+PROVIDED = ("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "preference", "finished")
 
 
 @dataclass(frozen=True)

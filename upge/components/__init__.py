@@ -1,6 +1,14 @@
 """The four slots of the unified gradient and the parts that fill them, with one file per slot."""
 
-from upge.components.advantage import ConstantAdvantage, GroupRelative, LeaveOneOut, PairwisePreference, SignedReward
+from upge.components.advantage import (
+    ConstantAdvantage,
+    GroupClassification,
+    GroupRelative,
+    LeaveOneOut,
+    MeanNormalized,
+    PairwisePreference,
+    SignedReward,
+)
 from upge.components.base import (
     AdvantageEstimator,
     Component,
@@ -21,19 +29,19 @@ from upge.components.denominator import (
     SequenceReferencePolicy,
     UnitDenominator,
 )
-from upge.components.likelihood import PolicyLikelihood, PowerLikelihood, ShapedLikelihood
+from upge.components.likelihood import GammaLikelihood, PolicyLikelihood, PowerLikelihood, ShapedLikelihood
 from upge.components.mask import (
     AllOf,
+    DivergenceClip,
     ImportanceBand,
     LogRatioClip,
     NoMask,
     PPOClip,
-    SequenceClip,
-    SequenceSamplerBand,
     SigmoidGate,
 )
 from upge.components.returns import GAE, KLPenalizedReward, OutcomeReward, ReturnToGo
-from upge.components.shaping import KLShaped, OverlongShaped, Shifted, Tempered, Whitened
+from upge.components.sequence_mask import OffPolicySequenceMask, SequenceClip, SequenceSamplerBand
+from upge.components.shaping import FutureKLShaped, KLShaped, OverlongShaped, Shifted, Tempered, Whitened
 from upge.formula import Formula
 
 __all__ = [
@@ -46,8 +54,12 @@ __all__ = [
     "Component",
     "ConstantAdvantage",
     "CurrentPolicy",
+    "DivergenceClip",
     "Formula",
+    "FutureKLShaped",
+    "GammaLikelihood",
     "GeometricMeanBehaviorPolicy",
+    "GroupClassification",
     "GroupRelative",
     "ImportanceBand",
     "KLPenalizedReward",
@@ -55,8 +67,10 @@ __all__ = [
     "LeaveOneOut",
     "LikelihoodGradient",
     "LogRatioClip",
+    "MeanNormalized",
     "MixedBehaviorPolicy",
     "NoMask",
+    "OffPolicySequenceMask",
     "OutcomeReward",
     "OverlongShaped",
     "PPOClip",

@@ -37,12 +37,15 @@ class Component(ABC):
             work for any leading shape), 'trajectory' if it needs the whole response, 'group' if it needs the whole
             group. It matters only for live parts: all others are evaluated once, on the whole batch.
         min_group_size: class attribute; the minimum number of rollouts per prompt.
+        sees_advantages: class attribute; True if the part is also called with Â per token: it is then evaluated after
+            the forward pass, because Â may be live. True for masks; a likelihood gradient or a denominator may set it.
         evaluated_separately: class attribute; fields whose parts are not evaluated when this part is called.
     """
 
     reads: ClassVar[frozenset[str]]
     reach: ClassVar[str] = "token"
     min_group_size: ClassVar[int] = 1
+    sees_advantages: ClassVar[bool] = False
     evaluated_separately: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self) -> None:
@@ -93,12 +96,12 @@ class Component(ABC):
     @property
     def is_precomputed(self) -> bool:
         """True if the part's values are computed before the forward pass, on the whole batch."""
-        return not self.is_live
+        return not (self.is_live or self.sees_advantages)
 
     @property
     def live_reach(self) -> str:
         """The largest reach of this part and the parts it wraps; 'token' for what is precomputed."""
-        if not self.is_live:
+        if self.is_precomputed:
             return "token"
         return max((self.reach, *(p.live_reach for p in self.parts.values())), key=REACHES.index)
 
@@ -125,8 +128,8 @@ class Component(ABC):
         return _changed(self, ready, besides=self.evaluated_separately)
 
     def precomputed(self, batch: TrajectoryView) -> Component:
-        """The part's values on the whole `batch`, if it is not live; otherwise `precompute_parts(batch)`."""
-        return self.precompute_parts(batch) if self.is_live else Precomputed(self(self.view(batch)))
+        """The part's values on the whole `batch` if they are precomputed; otherwise `precompute_parts(batch)`."""
+        return Precomputed(self(self.view(batch))) if self.is_precomputed else self.precompute_parts(batch)
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -156,22 +159,11 @@ class Precomputed(Component):
 class StabilizationMask(Component):
     """1_stable: which tokens may be updated."""
 
+    sees_advantages: ClassVar[bool] = True
+
     @abstractmethod
     def __call__(self, batch: View, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """A number in [0, 1] per token, from a view with the declared columns and Â per token."""
-
-    @property
-    def is_precomputed(self) -> bool:
-        """False, because a mask reads the advantages, which may be live."""
-        return False
-
-    def precomputed(self, batch: TrajectoryView) -> Component:
-        """This mask with precomputed parts. It is not precomputed itself, because the advantages may be live."""
-        return self.precompute_parts(batch)
-
-    @property
-    def live_reach(self) -> str:
-        return max((self.reach, *(p.live_reach for p in self.parts.values())), key=REACHES.index)
 
 
 class ReferenceDenominator(Component):
@@ -198,10 +190,13 @@ class AdvantageEstimator(Component):
 
 
 class LikelihoodGradient(Component):
-    """How ∇π_θ enters: plain, or as ∇f(π_θ) = f′(π_θ)∇π_θ."""
+    """How ∇π_θ enters: plain, or as ∇f(π_θ) = f′(π_θ)∇π_θ.
+
+    A shape that depends on Â sets `sees_advantages = True` and is called as (batch, advantages).
+    """
 
     @abstractmethod
-    def __call__(self, batch: View) -> Float[Tensor, "*shape"]:
+    def __call__(self, batch: View, *args: Any, **kwargs: Any) -> Float[Tensor, "*shape"]:
         """log f′ per token, detached; 0 for the plain gradient."""
 
 

@@ -54,6 +54,7 @@ def message(call) -> str:
 
 def test_every_correction_of_the_list_ships_with_an_objective_and_a_description():
     expected = "tis icepop mis mis_geometric kl_k1 kl_k2 kl_k3 kl_reward entropy dual_clip dynamic_sampling overlong"
+    expected += " overlong_filter ratio_kl sequence_mask"
     assert sorted(expected.split()) == ALL
     for name in ALL:
         assert hasattr(textbook_corrections, name)
@@ -74,7 +75,7 @@ def test_gradient_equals_the_written_objectives(name, case):
 @pytest.mark.parametrize("name", ALL)
 def test_the_comparison_can_fail(name):
     """Each changes the gradient of these batches, so its objective is told apart from the plain one."""
-    case = "far" if name == "dual_clip" else "ragged"  # where ratios exceed 3
+    case = "far" if name in ("dual_clip", "sequence_mask") else "ragged"  # where ratios exceed 3 and 1.6
     s = CASES[case](0, False)
     plain = gradient(textbook_corrections.grpo(s), s)
     assert (gradient(corrected(name).estimate(s.batch).loss, s) - plain).abs().max() > 1e-6
@@ -93,7 +94,7 @@ def test_every_algorithm_takes_a_correction_or_says_why_not(algorithm):
         assert found.needs.rollouts
         if name in ("tis", "icepop", "mis", "mis_geometric"):
             assert "sampler_logprobs" in found.needs.columns
-        if name.startswith("kl_"):
+        if "kl" in name:
             assert found.needs.reference
 
 

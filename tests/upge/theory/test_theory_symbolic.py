@@ -14,7 +14,7 @@ from sympy import Rational, exp, log, sqrt
 
 import algorithms
 import upge
-from experiments.table1 import STATEMENTS, demonstrations, rollouts, statement
+from experiments.table1 import STATEMENTS, corrections, demonstrations, rollouts, statement
 from experiments.table1.rollouts import all_centred, centred, expert_mean, surrogate, token_mean
 from upge.components.base import Component, Precomputed, StabilizationMask
 from upge.reduction import Reduction
@@ -136,11 +136,14 @@ FALSE = {
     "dft": [demonstrations.sft, lambda w: expert_mean(w, lambda row, t: row.p[t] * log(row.p[t]))],
     "hpt": [gate_turned, demonstrations.hpt_soft],
     "sft": [lambda w: mean(mean(map(log, row.p)) for row in w.demonstrations)],
-    "dr_grpo kl_k3": [rollouts.kl_k2, rollouts.kl_k1, rollouts.dr_grpo],
+    "dr_grpo kl_k3": [corrections.kl_k2, corrections.kl_k1, rollouts.dr_grpo],
     "dr_grpo dual_clip": [rollouts.dr_grpo],
-    "dr_grpo tis": [rollouts.icepop, rollouts.dr_grpo],
+    "dr_grpo tis": [corrections.icepop, rollouts.dr_grpo],
     "dr_grpo entropy": [rollouts.dr_grpo],
     "chord_mu": [demonstrations.chord_phi],
+    "luspo": [rollouts.gspo],
+    "dr_grpo ratio_kl": [corrections.kl_k3, corrections.kl_k2],
+    "dr_grpo overlong_filter": [rollouts.dr_grpo],
 }
 
 
@@ -205,6 +208,10 @@ PARTS = [
     upge.AllOf(()),
     upge.LogRatioClip(0.2, 0.7),
     upge.SigmoidGate(0.5, 2.0),
+    upge.DivergenceClip(0.1, 0.2),
+    upge.DivergenceClip(0.1, 0.2, "kl"),
+    upge.OffPolicySequenceMask(0.2),
+    upge.OffPolicySequenceMask(0.2, "sampler"),
     upge.SequenceSamplerBand(0.4, 1.6, "geometric"),
     upge.SequenceSamplerBand(0.1, 4.0, "product"),
     upge.ClippedBehaviorPolicy(1.1, 0.8),
@@ -219,8 +226,14 @@ PARTS = [
     upge.PowerLikelihood(0.5, 2.0),
     upge.PowerLikelihood(0.0, 0.0),
     upge.ShapedLikelihood(0.3),
+    upge.GammaLikelihood((1.0, 0.5), (0.5, 1.0)),
     upge.GroupRelative(unbiased=False, baseline="group", epsilon=0.1),
     upge.LeaveOneOut(),
+    upge.MeanNormalized(),
+    upge.GroupClassification(0.7),
+    upge.FutureKLShaped(PLAIN, 3.0, 0.5, 2.0, 1.5, 1.1),
+    upge.FutureKLShaped(PLAIN, outlier=None, safe=None),
+    upge.KLShaped(PLAIN, 0.3, "k2", towards="behavior"),
     upge.GAE(0.9, 0.8, PAID),
     upge.ReturnToGo(0.7, replace(PAID, kind="k2")),
     upge.Whitened(upge.ReturnToGo(), 0.1),
@@ -238,6 +251,8 @@ PARTS = [
     upge.MetaGradient(),
     upge.SequenceMean(tokens="sum"),
     upge.QuestionMean(tokens="sum", within="kind"),
+    upge.QuestionMean(within="none"),
+    upge.Finished(),
     upge.KLPenalty(0.1, upge.TokenMean(), "k2"),
 ]
 
