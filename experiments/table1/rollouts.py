@@ -300,12 +300,14 @@ def fipo(w: World) -> Expr:
     def factor(row: Row, t: int, a: Expr) -> Expr:
         after = [k for k in range(t, len(row)) if not w.less(10, row.ratios[k])]
         grown = product(w.sg(row.ratios[k]) ** (2 ** Rational(t - k, 32)) for k in after)
-        bounded = w.clip(grown, 1, Rational("1.2"))
-        return 1 if w.less(a, 0) and w.less(4, row.ratios[t]) else bounded
+        bounded, far = w.clip(grown, 1, Rational("1.2")), w.less(4, row.ratios[t])
+        return 1 if far and w.less(a, 0) else bounded
 
     def one(row: Row, t: int, a: Expr) -> Expr:
-        inner = surrogate(w, row, t, a, high="0.28")
-        return factor(row, t, a) * (w.maximum(inner, 10 * a) if w.less(a, 0) else inner)
+        capped, clipped = (
+            w.clip(row.ratios[t], *bounds) for bounds in ((None, 10), (Rational("0.8"), Rational("1.28")))
+        )
+        return factor(row, t, a) * w.minimum(capped * a, clipped * a)
 
     return token_mean(all_centred(w, std=True), one)
 

@@ -67,6 +67,6 @@ def test_the_trainers_batch_says_which_responses_were_cut():
 
 def test_a_filter_of_cut_responses_needs_to_know_them():
     algorithm = algorithms.load("grpo", corrections=["overlong_filter"])
-    with pytest.raises(upge.ConfigError, match="Finished reads \\['finished'\\], which is not provided here"):
+    with pytest.raises(upge.ConfigError, match=r"terms.rl.gate.*reads \['finished'\], which is not provided"):
         algorithm.check(group_size=4, provided=("behavior_logprobs",))
     assert algorithm.check(group_size=4, provided=("behavior_logprobs", "finished")) is None

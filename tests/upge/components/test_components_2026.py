@@ -119,7 +119,9 @@ def test_binary_kl():
         mask = upge.DivergenceClip(bound, bound, "kl")
         assert mask(batch, torch.ones(1, 1)).tolist() == [[moves]] and mask(batch, -torch.ones(1, 1)).tolist() == [[1]]
         fallen = trajectories([[0.2]], p_old=[[0.5]])
-        assert mask(fallen, -torch.ones(1, 1)).tolist() == [[moves]] and mask(fallen, torch.ones(1, 1)).tolist() == [[1]]
+        assert mask(fallen, -torch.ones(1, 1)).tolist() == [[moves]] and mask(fallen, torch.ones(1, 1)).tolist() == [
+            [1]
+        ]
 
 
 def test_off_policy_sequences():

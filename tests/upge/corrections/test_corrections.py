@@ -21,6 +21,7 @@ ALL = algorithms.corrections()
 #: Settings under which a correction bites at the lengths of these tests.
 SETTINGS = {
     "overlong": ["correction.overlong.limit=6", "correction.overlong.buffer=0.5", "correction.overlong.penalty=0.75"],
+    "sequence_mask": ["correction.sequence_mask.threshold=0.05"],
     "mis_geometric": ["correction.mis_geometric.low=0.9", "correction.mis_geometric.high=1.1"],
 }
 UNFIT = "cannot be applied"
@@ -75,7 +76,7 @@ def test_gradient_equals_the_written_objectives(name, case):
 @pytest.mark.parametrize("name", ALL)
 def test_the_comparison_can_fail(name):
     """Each changes the gradient of these batches, so its objective is told apart from the plain one."""
-    case = "far" if name in ("dual_clip", "sequence_mask") else "ragged"  # where ratios exceed 3 and 1.6
+    case = "far" if name == "dual_clip" else "ragged"  # where ratios exceed 3
     s = CASES[case](0, False)
     plain = gradient(textbook_corrections.grpo(s), s)
     assert (gradient(corrected(name).estimate(s.batch).loss, s) - plain).abs().max() > 1e-6

@@ -55,10 +55,11 @@ def _(part, world):
         return product(row.ratios) ** (-sign / (number(part.temperature) * len(row)))
 
     def value(row):
-        rollouts = _group(world, row, False)
-        right = succeeded(world, row)
+        if row.is_demonstration:
+            return 0
+        rollouts, right = _group(world, row, False), succeeded(world, row)
         same = [other for other in rollouts if succeeded(world, other) == right]
-        if row.is_demonstration or len(same) == len(rollouts):
+        if len(same) == len(rollouts):
             return 0
         share = odds(row) / (1 + total(map(odds, same)))
         return (1 if right else -1) * share / number(part.temperature)
