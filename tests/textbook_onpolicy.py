@@ -206,6 +206,85 @@ def asymre(s, shift=-0.1):
     return -total / count
 
 
+def maxrl(s):
+    total = 0.0
+    for question in s.questions:
+        group = rollouts(question)
+        mean = statistics.fmean(r["reward"] for r in group)
+        if mean > 0:
+            total += sum(average(clipped(r, (r["reward"] - mean) / mean)) for r in group) / len(group)
+    return -total / len(s.questions)
+
+
+def dppo(s, bound=0.15, high=20.0):
+    responses = [pair for question in s.questions for pair in centred(question)]
+    total = 0.0
+    for r, a in responses:
+        moved = (r["logp"].exp() - r["behavior"].exp()).detach()
+        kept = (moved <= bound) if a > 0 else (moved >= -bound)
+        weight = torch.exp(r["logp"] - r["behavior"]).detach().clamp(max=high)
+        total += (kept * weight * a * r["logp"]).sum() / 1024
+    return -total / len(responses)
+
+
+def vespo(s, positive=(2.0, 3.0), negative=(3.0, 2.0)):
+    total, count = 0.0, 0
+    for question in s.questions:
+        for r, a in centred(question, std=True):
+            k, rate = positive if a >= 0 else negative
+            log_weight = (r["logp"] - r["behavior"]).sum().detach()
+            weight = torch.exp(rate + k * log_weight - rate * torch.exp(log_weight))
+            total, count = total + weight * a * r["logp"].sum(), count + len(r["logp"])
+    return -total / count
+
+
+def luspo(s, low=2e-3, high=2.5e-3):
+    def objective(r, a):
+        ratio = torch.exp(average(r["logp"] - r["behavior"]))
+        return len(r["logp"]) * torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
+
+    return per_question(s, objective)
+
+
+def dro(s, beta=0.05):
+    total, count = 0.0, 0
+    for question in s.questions:
+        for r, a in centred(question):
+            penalty = 0.5 * beta * (r["logp"] - r["behavior"]) ** 2
+            total, count = total + (a * r["logp"] - penalty).sum(), count + len(r["logp"])
+    return -total / count
+
+
+def fipo(s, half_life=32.0, high=1.2, outlier=10.0, safe=4.0):
+    total, count = 0.0, 0
+    for question in s.questions:
+        for r, a in centred(question, std=True):
+            logs = (r["logp"] - r["behavior"]).tolist()
+            n, counted = len(logs), [0.0 if math.exp(x) > outlier else x for x in logs]
+            objective = clipped(r, a, 0.2, 0.28)
+            if a < 0:
+                objective = torch.maximum(objective, torch.full_like(objective, outlier * a))
+            for t in range(n):
+                future = sum(0.5 ** ((k - t) / half_life) * counted[k] for k in range(t, n))
+                factor = min(max(math.exp(future), 1.0), high)
+                if a < 0 and math.exp(logs[t]) > safe:
+                    factor = 1.0
+                total = total + factor * objective[t]
+            count += n
+    return -total / count
+
+
+def real(s, temperature=0.5):
+    total = 0.0
+    for question in s.questions:
+        logits = [(average(r["logp"] - r["behavior"]) / temperature, success(r)) for r in rollouts(question)]
+        right, wrong = [-x for x, won in logits if won], [x for x, won in logits if not won]
+        if right and wrong:
+            anchor = torch.zeros((), dtype=torch.float64)
+            total += sum(torch.logsumexp(torch.stack([anchor, *group]), dim=0) for group in (right, wrong))
+    return total / len(s.questions)
+
+
 # Pairs.
 
 

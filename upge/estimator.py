@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from upge.components.base import (
     StabilizationMask,
 )
 from upge.components.likelihood import PolicyLikelihood
+from upge.errors import ConfigError
 from upge.formula import Formula
 from upge.trajectories import Trajectories
 from upge.views import LIVE_COLUMNS, TokenView
@@ -54,6 +56,16 @@ class UnifiedGradient:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for slot, part in self.parts.items():
+            takes = ("batch", "advantages") if part.sees_advantages and slot != "advantage" else ("batch",)
+            try:
+                inspect.signature(part.__call__).bind(*takes)
+            except TypeError as error:
+                raise ConfigError(
+                    f"estimator.{slot}: {type(part).__name__} is called with ({', '.join(takes)}), which its "
+                    "`__call__` does not take; a class whose parts are called with the advantages sets "
+                    "`sees_advantages = True`"
+                ) from error
 
     @property
     def parts(self) -> dict[str, Component]:
@@ -63,10 +75,11 @@ class UnifiedGradient:
     def factors(self, batch: TokenView) -> Factors:
         """The four factors on `batch`. Each part sees only the columns that it declares."""
         advantages = self.advantage(self.advantage.view(batch)).detach()
-        mask = self.mask(self.mask.view(batch), advantages).detach()
-        log_denominator = self.denominator(self.denominator.view(batch)).detach()
-        shape = self.likelihood(self.likelihood.view(batch)).detach().exp()
-        return Factors(mask, log_denominator, advantages, shape)
+
+        def value(part: Component) -> Tensor:
+            return part(part.view(batch), *([advantages] if part.sees_advantages else [])).detach()
+
+        return Factors(value(self.mask), value(self.denominator), advantages, value(self.likelihood).exp())
 
     def weight(self, batch: TokenView, factors: Factors | None = None) -> Float[Tensor, "*shape"]:
         """The number in front of each token's ∇log π_θ.

@@ -219,6 +219,19 @@ class SiblingSucceeded(Gate):
 
 
 @dataclass(frozen=True)
+class Finished(Gate):
+    """1 for responses that ended by themselves, 0 for those that were cut at the length limit (arXiv 2503.14476)."""
+
+    reads: ClassVar[frozenset[str]] = frozenset({"finished"})
+
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B"]:
+        return batch.finished.double()
+
+    def formula(self) -> Formula:
+        return Formula("1[finished]", r"\mathbb{1}[\mathrm{finished}]")
+
+
+@dataclass(frozen=True)
 class EntropyWeight(Gate):
     """scale·exp(sign·H) with H = the mean token entropy of the response, detached (arXiv 2506.19767).
 

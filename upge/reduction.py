@@ -150,13 +150,13 @@ class QuestionMean(Reduction):
         tokens: the token rule: 'mean' = 1/|τ|, 'sum' = 1, 'fixed' = 1/length.
         length: the divisor of 'fixed', in tokens.
         within: what n_q counts: 'question' = all trajectories of the question that count; 'kind' = only those of the
-            same kind, rollouts or demonstrations.
+            same kind, rollouts or demonstrations; 'none' = nothing, n_q = 1: the trajectories of a question add up.
     """
 
     tokens: PerToken = "mean"
     length: int | None = None
     over: Over = "batch"
-    within: Literal["question", "kind"] = "question"
+    within: Literal["question", "kind", "none"] = "question"
     reads: ClassVar[frozenset[str]] = frozenset({"group", "is_demonstration"})
 
     def __post_init__(self) -> None:
@@ -168,14 +168,14 @@ class QuestionMean(Reduction):
         questions = (group_sum(active.double(), index) > 0).sum().clamp(min=1).double()
         if self.within == "kind":
             index = 2 * index + batch.is_demonstration
-        number = group_sum(active.double(), index)
+        number = group_sum(active.double() * (self.within != "none"), index)
         per_trajectory = _token_rule(self.tokens, self.length, batch) / (questions * number.clamp(min=1))[index]
         return _spread(per_trajectory, batch, active)
 
     def formula(self) -> Formula:
-        questions, members = self.count_formula("Q", "Q"), self.count_formula("n", "n")
-        if self.within == "kind":
-            members = Formula("n_kind", "n_{kind}")
+        questions, members = self.count_formula("Q", "Q"), self.count_formula("·n", "n")
+        if self.within != "question":
+            members = Formula("·n_kind", "n_{kind}") if self.within == "kind" else Formula("", "")
         text, latex = _rule_formula(self.tokens, self.length)
         divisor = r"\,".join(filter(None, (questions.latex, members.latex, latex)))
-        return Formula(f"1/({questions.text}·{members.text}{text})", rf"\frac{{1}}{{{divisor}}}")
+        return Formula(f"1/({questions.text}{members.text}{text})", rf"\frac{{1}}{{{divisor}}}")

@@ -83,6 +83,9 @@ class KLPenalty(Regularizer):
     - 'k2', d²/2: the gradient of KL(π_θ‖π_0), the reverse KL;
     - 'k1', -d: zero, because it is a constant times ∇log π_θ. As a loss, k1 has no effect in expectation.
 
+    With `importance` the penalty is multiplied by r = π_θ/π_behavior, with its gradient (arXiv 2512.02556). Then k3
+    gives r·log(π_θ/π_0)·∇log π_θ: the gradient of the reverse KL without bias, also on data of an older policy.
+
     None of them includes the effect of a token on later distances, so for responses of several tokens none is the
     gradient of the KL between whole responses. `upge.KLShaped` with `future` is. See docs/theory.md for numbers.
     """
@@ -91,13 +94,20 @@ class KLPenalty(Regularizer):
     reduction: Reduction
     kind: KLKind = "k3"
     source: Source = "rollouts"
-    reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "reference_logprobs"})
+    importance: bool = False
+
+    @property
+    def reads(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride] - follows from a setting
+        """The log-probs of the two policies, and those of the behavior policy for the ratio."""
+        return frozenset({"logprobs", "reference_logprobs"} | ({"behavior_logprobs"} if self.importance else set()))
 
     def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
-        return kl_value(batch.reference_logprobs.detach() - batch.logprobs, self.kind)
+        penalty = kl_value(batch.reference_logprobs.detach() - batch.logprobs, self.kind)
+        return torch.exp(batch.logprobs - batch.log_behavior.detach()) * penalty if self.importance else penalty
 
     def formula(self) -> Formula:
-        distance = Formula(f"∇{self.kind}(π_θ, π_0)", rf"\nabla\mathrm{{{self.kind}}}(\pi_\theta,\pi_0)")
+        text, latex = ("∇[r·{}(π_θ, π_0)]", r"\nabla[r\,{}]") if self.importance else ("∇{}(π_θ, π_0)", r"\nabla {}")
+        distance = Formula(text.format(self.kind), latex.format(rf"\mathrm{{{self.kind}}}(\pi_\theta,\pi_0)"))
         return self.summed_formula(-self.coefficient, distance)
 
 

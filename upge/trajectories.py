@@ -38,10 +38,12 @@ from upge.views import (
 #: The trajectories of a batch that a term or a regularizer learns from; see `Trajectories.source_rows`.
 Source = Literal["rollouts", "demonstrations", "preference_pairs", "all"]
 #: Columns that every batch has.
-_REQUIRED = ("response_mask", "rewards", "group", "is_demonstration")
+_REQUIRED = ("response_mask", "rewards", "group")
 #: The kind of values in each column that does not hold floating-point numbers.
-_KINDS = {"response_mask": "bool", "is_demonstration": "bool"}
+_KINDS = {"response_mask": "bool", "is_demonstration": "bool", "finished": "bool"}
 _KINDS |= dict.fromkeys(("group", "preference", "row"), "integer")
+#: The largest log-prob that is taken for a rounding error of 0.
+_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +58,14 @@ class Trajectories(TrajectoryView):
         response_mask: [B, T] True on the tokens that count.
         rewards: [B] the verifier's reward; for a correct demonstration the largest that the verifier gives, usually 1.
         group: [B] integers, equal for responses to the same prompt.
-        is_demonstration: [B] True for expert responses, False for the model's own rollouts.
+        is_demonstration: [B] True for expert responses, False for the model's own rollouts; None = all rollouts.
         behavior_logprobs: [B, T] log π_θold of the policy that generated the data; None = strictly on-policy.
         sampler_logprobs: [B, T] log-probs reported by the inference engine.
         reference_logprobs: [B, T] log-probs of the reference policy, for KL and preference pairs.
         teacher_logprobs: [B, T] log-probs of the teacher.
         values: [B, T] the critic's value before each token.
         entropies: [B, T] entropy of the current policy at each token over the full vocabulary (nats).
+        finished: [B] True if the response ended by itself, False if it was cut at a length limit.
         preference: [B] +1 chosen, -1 rejected, 0 neither.
         step: number of training steps before this batch, for schedules.
         row: [B] index of each trajectory in the batch that it was selected from.
@@ -80,13 +83,14 @@ class Trajectories(TrajectoryView):
     response_mask: Bool[Tensor, "B T"]
     rewards: Float[Tensor, "B"]
     group: Int[Tensor, "B"]
-    is_demonstration: Bool[Tensor, "B"]
+    is_demonstration: Bool[Tensor, "B"] = None  # pyright: ignore[reportAssignmentType] - the constructor fills it
     behavior_logprobs: Float[Tensor, "B T"] | None = None
     sampler_logprobs: Float[Tensor, "B T"] | None = None
     reference_logprobs: Float[Tensor, "B T"] | None = None
     teacher_logprobs: Float[Tensor, "B T"] | None = None
     values: Float[Tensor, "B T"] | None = None
     entropies: Float[Tensor, "B T"] | None = None
+    finished: Bool[Tensor, "B"] | None = None
     preference: Int[Tensor, "B"] | None = None
     step: int = 0
     row: Int[Tensor, "B"] | None = None
@@ -105,6 +109,8 @@ class Trajectories(TrajectoryView):
                 f"response_mask: expected a bool tensor [B, T], found {mask.dtype} {list(mask.shape)}; "
                 "make it with `lengths[:, None] > torch.arange(T)`"
             )
+        if self.is_demonstration is None:
+            object.__setattr__(self, "is_demonstration", torch.zeros_like(mask[:, :1].any(dim=1)))
         for name in TOKEN_COLUMNS + TRAJECTORY_COLUMNS:
             column = getattr(self, name)
             if column is None:
@@ -116,11 +122,26 @@ class Trajectories(TrajectoryView):
             if kind != ("float" if column.is_floating_point() else "bool" if column.dtype == torch.bool else "integer"):
                 raise ValueError(f"{name}: expected a tensor of {kind}s, found {column.dtype}")
         hide(self, mask)
+        self._check_logprobs()
         if self.preference is not None and bool((self.preference.abs() > 1).any()):
             odd = int(self.preference[self.preference.abs() > 1][0])
             raise ValueError(f"preference: found {odd}; use +1 for chosen, -1 for rejected, 0 for neither")
         if self.row is None:
             object.__setattr__(self, "row", torch.arange(len(mask), device=mask.device))
+
+    def _check_logprobs(self) -> None:
+        """Refuse log-probs above 0, such as probabilities or losses, with one transfer from the device."""
+        columns = {name: getattr(self, name) for name in TOKEN_COLUMNS if name.endswith("logprobs")}
+        given = {name: column.detach() for name, column in columns.items() if column is not None and column.numel()}
+        if not given:
+            return
+        largest = torch.stack([column.max().double() for column in given.values()]).tolist()
+        for name, value in zip(given, largest, strict=True):
+            if value > _ROUNDING:
+                raise ValueError(
+                    f"{name}: found {value:g}, but the logarithm of a probability is never above 0; give log-probs, "
+                    "neither probabilities nor losses"
+                )
 
     def __len__(self) -> int:
         return len(self.response_mask)

@@ -13,10 +13,10 @@ import functools
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 #: Columns with one number per response token, [B, T].
@@ -31,7 +31,7 @@ TOKEN_COLUMNS = (
     "entropies",
 )
 #: Columns with one number per trajectory, [B].
-TRAJECTORY_COLUMNS = ("rewards", "group", "is_demonstration", "preference", "row")
+TRAJECTORY_COLUMNS = ("rewards", "group", "is_demonstration", "finished", "preference", "row")
 COLUMNS = frozenset((*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS, "is_sampled"))
 #: Columns that exist only after the forward pass of the current policy. A part that reads one of them, itself or in a
 #: part that it wraps, is *live*. Every other part is known before the forward pass.
@@ -46,6 +46,8 @@ PASS_THRESHOLD = 0.5
 #: the two follows from the part's declarations, which a type cannot express.
 View = Any
 _View = TypeVar("_View", bound="TokenView")
+#: The members of a group that its statistics count: its rollouts, or also its demonstrations.
+Members = Literal["rollouts", "group"]
 
 
 class UndeclaredColumn(TypeError):
@@ -133,6 +135,7 @@ class TrajectoryView(TokenView):
     rewards: Float[Tensor, "B"]
     group: Int[Tensor, "B"]
     is_demonstration: Bool[Tensor, "B"]
+    finished: Bool[Tensor, "B"]
     preference: Int[Tensor, "B"]
     row: Int[Tensor, "B"]
     pass_threshold: float
@@ -168,9 +171,40 @@ class TrajectoryView(TokenView):
 
         Demonstrations do not count. NaN for a group without rollouts.
         """
-        index, is_rollout = self.group_index, (~self.is_demonstration).double()
-        success = (self.rewards > self.pass_threshold).double() * is_rollout
-        return (group_sum(success, index) / group_sum(is_rollout, index))[index]
+        successes = self.group_sum(self.rewards > self.pass_threshold)
+        return successes / self.group_sum(torch.ones_like(successes))
+
+    def group_sum(self, values: Shaped[Tensor, "B"], over: Members = "rollouts") -> Float[Tensor, "B"]:
+        """[B] the sum of `values` over the group of each trajectory, in float64.
+
+        Args:
+            over: the trajectories that count: the group's 'rollouts', or the whole 'group'. With 'group', a part must
+                declare `counts_demonstrations = True`.
+        """
+        index = self.group_index
+        return group_sum(values.double() * self._counted(over), index)[index]
+
+    def group_mean(self, values: Shaped[Tensor, "B"], over: Members = "rollouts") -> Float[Tensor, "B"]:
+        """[B] the mean of `values` over the group of each trajectory, in float64; 0 for a group without members.
+
+        The mean of equal values is exactly their value, so that a difference from it is exactly 0.
+
+        Args:
+            over: as in `group_sum`.
+        """
+        index, counted, values = self.group_index, self._counted(over), values.double()
+        number = group_sum(counted.double(), index)
+        lowest, highest = (
+            torch.zeros_like(number).scatter_reduce(0, index[counted], values[counted], kind, include_self=False)
+            for kind in ("amin", "amax")
+        )
+        return (group_sum(values * counted, index) / number.clamp(min=1)).clamp(lowest, highest)[index]
+
+    def _counted(self, over: Members) -> Bool[Tensor, "B"]:
+        """[B] True for the trajectories that count in statistics of groups."""
+        if over not in get_args(Members):
+            raise ValueError(f"over: found {over!r}; use 'rollouts' or 'group'")
+        return ~self.is_demonstration if over == "rollouts" else torch.ones_like(self.group, dtype=torch.bool)
 
     @abstractmethod
     def with_rewards(self, rewards: Float[Tensor, "B"]) -> TrajectoryView:

@@ -174,7 +174,14 @@ def unmeasurable(algorithm: Algorithm | Pipeline, group_size: int, exact: bool =
     if algorithm.needs.teacher and not exact:
         return "it needs a teacher, which only exact=true has"
     try:
-        provided = ("behavior_logprobs", "sampler_logprobs", "entropies", "reference_logprobs", "preference")
+        provided = (
+            "behavior_logprobs",
+            "sampler_logprobs",
+            "entropies",
+            "reference_logprobs",
+            "preference",
+            "finished",
+        )
         provided += ("teacher_logprobs",) if exact else ()
         algorithm.check(group_size=group_size, provided=provided)
     except ConfigError as error:

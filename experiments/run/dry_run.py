@@ -274,6 +274,7 @@ def balance(algorithm: Algorithm, group_size: int, tokens: int) -> Balance:
         rewards=rewards,
         group=places // size,
         is_demonstration=places % size == size - 1,
+        finished=torch.ones_like(places, dtype=torch.bool),
         behavior_logprobs=logprobs,
         sampler_logprobs=logprobs,
         reference_logprobs=logprobs,

@@ -34,7 +34,7 @@ from upge.verify.reward import Reward
 from upge.verify.reward import names as reward_names
 
 #: Columns that this trainer fills beyond rewards, masks and groups.
-PROVIDED = frozenset({"sampler_logprobs", "entropies", "preference"}) | COMPUTED - {"values"}
+PROVIDED = frozenset({"sampler_logprobs", "entropies", "preference", "finished"}) | COMPUTED - {"values"}
 
 
 @dataclass(frozen=True)

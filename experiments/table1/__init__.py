@@ -16,7 +16,7 @@ import sympy as sp
 from sympy import Expr, Symbol
 
 import algorithms
-from experiments.table1 import demonstrations, rollouts
+from experiments.table1 import corrections, demonstrations, rollouts
 from upge import Algorithm, Term
 from upge.errors import ConfigError
 from upge.theory.symbolic import Proof, Row, World, derive, factors, is_zero, prove, worlds
@@ -59,8 +59,10 @@ class Statement:
 
 
 _ROLLOUTS = "reinforce reinforce_plus_plus rloo ppo grpo dr_grpo cispo gspo sapo gmpo opmd asymre relift dpo opd"
+_ROLLOUTS += " maxrl dppo vespo luspo dro fipo real"
 _IMITATION = "sft dft iw_sft offline_rl luffy rl_plus srft hpt hpt_offpolicy hpt_soft superrl chord_mu chord_phi amft"
 _CORRECTIONS = "tis icepop mis mis_geometric dual_clip kl_k1 kl_k2 kl_k3 entropy kl_reward dynamic_sampling"
+_CORRECTIONS += " ratio_kl sequence_mask overlong_filter"
 # A limit that the short responses of a proof reach; the buffer is a share of it.
 _LIMIT, _BUFFER = f"limit={rollouts.LIMIT}", f"buffer={rollouts.BUFFER / rollouts.LIMIT}"
 _NEAR = (f"terms.rl.estimator.advantage.{_LIMIT}", f"terms.rl.estimator.advantage.{_BUFFER}")
@@ -75,8 +77,8 @@ STATEMENTS = (
         ("terms.sft.estimator.denominator={_target_: upge.SequenceReferencePolicy, power: 2.0, low: 0.0, high: 16.0}",),
     ),
     Statement("srft", demonstrations.srft_offline, terms=("offline",)),
-    *(Statement("dr_grpo", getattr(rollouts, name), corrections=(name,)) for name in _CORRECTIONS.split()),
-    Statement("dr_grpo", rollouts.overlong, _NEAR_BY_CORRECTION, ("overlong",)),
+    *(Statement("dr_grpo", getattr(corrections, name), corrections=(name,)) for name in _CORRECTIONS.split()),
+    Statement("dr_grpo", corrections.overlong, _NEAR_BY_CORRECTION, ("overlong",)),
     Statement("opd", rollouts.iw_opd, corrections=("iw_opd",)),
 )
 

@@ -1,6 +1,6 @@
-"""Objectives on rollouts: on-policy, off-policy, preference pairs, corrections. Each is J, to be maximised.
+"""Objectives on rollouts: on-policy, off-policy, preference pairs. Each is J, to be maximised.
 
-The corrections apply to the clipped objective with a constant length. The pieces come first: groups, advantages,
+The pieces come first: groups, advantages,
 surrogates, means. Nothing here uses the algorithms' parts.
 """
 
@@ -243,90 +243,39 @@ def dpo(w: World) -> Expr:
     return mean(gains)
 
 
-# Corrections.
+def maxrl(w: World) -> Expr:
+    """grpo with Â = (R - mean R)/mean R, 0 where mean R is not positive."""
+
+    def one(question: Sequence[Row]) -> Expr:
+        average = mean(row.reward for row in own(question))
+        if not w.less(0, average):
+            return Rational(0)
+        return surrogate_mean(w, [(row, w.advantage(row, (row.reward - average) / average)) for row in own(question)])
+
+    return mean(map(one, w.questions))
 
 
-def _weighted(w: World, weight: Callable[[Row, int], Expr]) -> Expr:
-    """Σ_t weight(row, t)·min(r·Â, clip(r)·Â)/L; the weight holds no π_θ."""
-    return fixed_length(all_centred(w), lambda row, t, a: weight(row, t) * surrogate(w, row, t, a))
-
-
-def tis(w: World) -> Expr:
-    """Weight min(π_old/π_sampler, 2)."""
-    return _weighted(w, lambda row, t: w.clip(row.q[t] / row.s[t], high=2))
-
-
-def icepop(w: World) -> Expr:
-    """Weight π_old/π_sampler within [0.5, 5], else 0."""
-
-    def weight(row: Row, t: int) -> Expr:
-        ratio = row.q[t] / row.s[t]
-        return 0 if w.less(ratio, Rational("0.5")) or w.less(5, ratio) else ratio
-
-    return _weighted(w, weight)
-
-
-def mis(w: World) -> Expr:
-    """Weight Π_t π_old/π_sampler up to 2, else 0."""
-
-    def weight(row: Row, t: int) -> Expr:
-        ratio = product(q / s for q, s in zip(row.q, row.s, strict=True))
-        return 0 if w.less(2, ratio) else ratio
-
-    return _weighted(w, weight)
-
-
-def mis_geometric(w: World) -> Expr:
-    """Weight 1 where (Π_t π_old/π_sampler)^(1/|τ|) lies within [0.999, 1.001], else 0."""
-
-    def weight(row: Row, t: int) -> Expr:
-        ratio = product(q / s for q, s in zip(row.q, row.s, strict=True)) ** Rational(1, len(row))
-        return Rational(0 if w.less(ratio, Rational("0.999")) or w.less(Rational("1.001"), ratio) else 1)
-
-    return _weighted(w, weight)
-
-
-def dual_clip(w: World) -> Expr:
-    """max(min(r·Â, clip(r)·Â), 3·Â) where Â < 0."""
+def dppo(w: World) -> Expr:
+    """sg[min(r, 20)]·Â·log π_θ over a constant length, where π_θ - π_old is at most 0.15 in the direction of Â."""
+    bound = Rational("0.15")
 
     def one(row: Row, t: int, a: Expr) -> Expr:
-        inner = surrogate(w, row, t, a)
-        return w.maximum(inner, 3 * a) if w.less(a, 0) else inner
+        moved = row.p[t] - row.q[t]
+        stopped = w.less(bound, moved) if w.less(0, a) else w.less(moved, -bound)
+        return 0 if stopped else w.clip(w.sg(row.p[t] / row.q[t]), high=20) * a * log(row.p[t])
 
     return fixed_length(all_centred(w), one)
 
 
-def _minus(w: World, penalty: Callable[[Row, int], Expr]) -> Expr:
-    return dr_grpo(w) - COEFFICIENT * mean(penalty(row, t) for row in w.rollouts for t in range(len(row)))
-
-
-def kl_k1(w: World) -> Expr:
-    """Minus c·log(π_θ/π_0)."""
-    return _minus(w, lambda row, t: log(row.p[t] / row.f[t]))
-
-
-def kl_k2(w: World) -> Expr:
-    """Minus c·½·log²(π_θ/π_0)."""
-    return _minus(w, lambda row, t: log(row.p[t] / row.f[t]) ** 2 / 2)
-
-
-def kl_k3(w: World) -> Expr:
-    """Minus c·(x - log x - 1), x = π_0/π_θ."""
-    return _minus(w, lambda row, t: row.f[t] / row.p[t] - log(row.f[t] / row.p[t]) - 1)
-
-
-def entropy(w: World) -> Expr:
-    """Plus c·H; not a factor in front of ∇π_θ, so it shows in the derivative by H."""
-    return _minus(w, lambda row, t: -row.h[t])
-
-
-def kl_reward(w: World) -> Expr:
-    """Â minus c·Σ_{k≥t} sg[log(π_θ/π_0)], the current policy's; clipped like any other Â."""
+def vespo(w: World) -> Expr:
+    """Token mean of sg[W^k·e^(λ(1-W))]·Â·log π_θ, W the product of a response's ratios."""
 
     def one(row: Row, t: int, a: Expr) -> Expr:
-        return surrogate(w, row, t, a - COEFFICIENT * total(w.sg(log(row.p[k] / row.f[k])) for k in range(t, len(row))))
+        weight = w.sg(product(row.ratios))
+        k, rate = (3, 2) if w.less(a, 0) else (2, 3)
+        return weight**k * exp(rate * (1 - weight)) * a * log(row.p[t])
 
-    return fixed_length(all_centred(w), one)
+    return token_mean(all_centred(w, std=True), one)
 
 
 def opd(w: World) -> Expr:
@@ -348,13 +297,49 @@ def _distilled(w: World, gamma: Expr) -> Expr:
     return token_mean([(row, Rational(0)) for row in w.rollouts], one)
 
 
-def overlong(w: World) -> Expr:
-    """Rewards that fall near the response limit."""
-    pairs = [pair for question in w.questions for pair in centred(w, question, reward=punished)]
-    return fixed_length(pairs, lambda row, t, a: surrogate(w, row, t, a))
+def luspo(w: World) -> Expr:
+    """|τ|·min(s·Â, clip(s)·Â) with s the geometric mean of a response's ratios."""
+
+    def one(row: Row, a: Expr) -> Expr:
+        s = product(row.ratios) ** Rational(1, len(row))
+        return len(row) * w.minimum(s * a, w.clip(s, 1 - Rational("2e-3"), 1 + Rational("2.5e-3")) * a)
+
+    return question_mean(w, one)
 
 
-def dynamic_sampling(w: World) -> Expr:
-    """Only prompts whose responses differ, in sum and divisor."""
-    pairs = [pair for question in all_different(w) for pair in centred(w, question)]
-    return fixed_length(pairs, lambda row, t, a: surrogate(w, row, t, a)) if pairs else Rational(0)
+def dro(w: World) -> Expr:
+    """Token mean of Â·log π_θ - (0.05/2)·log²(π_θ/π_old)."""
+    half = Rational("0.025")
+    return token_mean(all_centred(w), lambda row, t, a: a * log(row.p[t]) - half * (log(row.p[t]) - log(row.q[t])) ** 2)
+
+
+def fipo(w: World) -> Expr:
+    """dapo's clip with a dual clip at 10, times a factor of 1 to 1.2 from the ratios of the tokens that follow."""
+
+    def factor(row: Row, t: int, a: Expr) -> Expr:
+        after = [k for k in range(t, len(row)) if not w.less(10, row.ratios[k])]
+        grown = product(w.sg(row.ratios[k]) ** (2 ** Rational(t - k, 32)) for k in after)
+        bounded, far = w.clip(grown, 1, Rational("1.2")), w.less(4, row.ratios[t])
+        return 1 if far and w.less(a, 0) else bounded
+
+    def one(row: Row, t: int, a: Expr) -> Expr:
+        capped, clipped = (
+            w.clip(row.ratios[t], *bounds) for bounds in ((None, 10), (Rational("0.8"), Rational("1.28")))
+        )
+        return factor(row, t, a) * w.minimum(capped * a, clipped * a)
+
+    return token_mean(all_centred(w, std=True), one)
+
+
+def real(w: World) -> Expr:
+    """Minus the mean over prompts of log(1 + Σ_right e^(-2s)) + log(1 + Σ_wrong e^(2s)), s = mean_t log r."""
+
+    def loss(rows: Sequence[Row], sign: int) -> Expr:
+        return log(1 + total(product(row.ratios) ** Rational(-2 * sign, len(row)) for row in rows))
+
+    losses = []
+    for question in w.questions:
+        right = [row for row in own(question) if succeeded(w, row)]
+        wrong = [row for row in own(question) if row not in right]
+        losses.append(loss(right, 1) + loss(wrong, -1) if right and wrong else Rational(0))
+    return -mean(losses)

@@ -22,7 +22,7 @@ FIELD = """
     chord relift prefix_rft uft rft dft iw_sft superrl opmd asymre rl_plus amft remax raft expert_iteration trpo awr
     iql bread llds vespo
 """
-NAMES = sorted({*FIELD.split(), *algorithms.names()})
+NAMES = sorted({*FIELD.split(), *algorithms.names()} - {"real"})  # a word that the package also needs
 #: The packages of this project, tests included.
 PACKAGES = ("upge", "algorithms", "experiments", "tests")
 #: Everything that only an engine, a trainer, a verifier or a report may load.

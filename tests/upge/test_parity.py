@@ -213,6 +213,7 @@ def test_masks_bite(name):
     ("name", "term", "plain"),
     [
         ("cispo", "rl", upge.BehaviorPolicy()),
+        ("dppo", "rl", upge.BehaviorPolicy()),
         ("iw_sft", "sft", upge.ClippedReferencePolicy(low=0.0, high=1e12)),
         ("iw_sft_sequence", "sft", upge.SequenceReferencePolicy(high=1e12)),
         ("gmpo", "rl", upge.SequenceBehaviorPolicy()),

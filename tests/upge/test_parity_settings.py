@@ -35,14 +35,23 @@ from upge.errors import ConfigError
 
 #: The batches that are made for it; those with the widest view come first.
 CASES = (
-    *("token_bounds", "fractional", "far", "sequence_bounds", "wrong_demonstrations", "rates", "quiet"),
+    *(
+        "token_bounds",
+        "probability_bounds",
+        "fractional",
+        "far",
+        "sequence_bounds",
+        "wrong_demonstrations",
+        "rates",
+        "quiet",
+    ),
     *("some_demonstrations", "ragged"),
 )
 #: A number in place of null.
 GIVEN = {"dual": 2.0, "low": 0.9, "length": 7, "clip": 0.1}
 SINGLE = (
-    "asymre|cispo|dapo|dft|dpo|dr_grpo|gmpo|grpo|gspo|iw_sft|iw_sft_sequence|offline_rl|opmd|ppo|reinforce"
-    "|reinforce_plus_plus|relift|rloo|sapo|sft"
+    "asymre|cispo|dapo|dft|dpo|dppo|dr_grpo|dro|fipo|gmpo|grpo|gspo|iw_sft|iw_sft_sequence|luspo|maxrl|offline_rl|opmd"
+    "|ppo|real|reinforce|reinforce_plus_plus|relift|rloo|sapo|sft|vespo"
 )
 MOVES = "how μ moves between steps: see test_gates_state.py"
 #: (algorithms, setting) → why a change leaves the gradient of a batch alone. Bars separate algorithms, * is any text.

@@ -1,6 +1,14 @@
 """The four slots of the unified gradient and the parts that fill them, with one file per slot."""
 
-from upge.components.advantage import ConstantAdvantage, GroupRelative, LeaveOneOut, PairwisePreference, SignedReward
+from upge.components.advantage import (
+    ConstantAdvantage,
+    GroupClassification,
+    GroupRelative,
+    LeaveOneOut,
+    MeanNormalized,
+    PairwisePreference,
+    SignedReward,
+)
 from upge.components.base import (
     AdvantageEstimator,
     Component,
@@ -22,19 +30,27 @@ from upge.components.denominator import (
     UnitDenominator,
 )
 from upge.components.distillation import JensenShannon, LogRatio, Surprisal, TargetProbability, TiltedReference
-from upge.components.likelihood import PolicyLikelihood, PowerLikelihood, ShapedLikelihood
+from upge.components.likelihood import GammaLikelihood, PolicyLikelihood, PowerLikelihood, ShapedLikelihood
 from upge.components.mask import (
     AllOf,
+    DivergenceClip,
     ImportanceBand,
     LogRatioClip,
     NoMask,
     PPOClip,
-    SequenceClip,
-    SequenceSamplerBand,
     SigmoidGate,
 )
 from upge.components.returns import GAE, KLPenalizedReward, OutcomeReward, ReturnToGo
-from upge.components.shaping import KLShaped, OverlongShaped, PrefixWeighted, Shifted, Tempered, Whitened
+from upge.components.sequence_mask import OffPolicySequenceMask, SequenceClip, SequenceSamplerBand
+from upge.components.shaping import (
+    FutureKLShaped,
+    KLShaped,
+    OverlongShaped,
+    PrefixWeighted,
+    Shifted,
+    Tempered,
+    Whitened,
+)
 from upge.formula import Formula
 
 __all__ = [
@@ -47,8 +63,12 @@ __all__ = [
     "Component",
     "ConstantAdvantage",
     "CurrentPolicy",
+    "DivergenceClip",
     "Formula",
+    "FutureKLShaped",
+    "GammaLikelihood",
     "GeometricMeanBehaviorPolicy",
+    "GroupClassification",
     "GroupRelative",
     "ImportanceBand",
     "KLPenalizedReward",
@@ -58,8 +78,10 @@ __all__ = [
     "LikelihoodGradient",
     "LogRatio",
     "LogRatioClip",
+    "MeanNormalized",
     "MixedBehaviorPolicy",
     "NoMask",
+    "OffPolicySequenceMask",
     "OutcomeReward",
     "OverlongShaped",
     "PPOClip",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from upge.components.base import AdvantageEstimator, like
 from upge.errors import ConfigError
 from upge.formula import Formula, tex
-from upge.views import TokenView, TrajectoryView, group_sum
+from upge.views import Members, TokenView, TrajectoryView, group_sum, masked_mean
 
 GROUP_COLUMNS = frozenset({"rewards", "group", "is_demonstration"})
 
@@ -77,7 +78,7 @@ class GroupRelative(AdvantageEstimator):
     normalize_std: bool = True
     epsilon: float = 1e-6
     unbiased: bool = True
-    baseline: Literal["rollouts", "group"] = "rollouts"
+    baseline: Members = "rollouts"
     reads: ClassVar[frozenset[str]] = GROUP_COLUMNS
     min_group_size: ClassVar[int] = 2
 
@@ -91,23 +92,12 @@ class GroupRelative(AdvantageEstimator):
         return self.baseline == "group"
 
     def __call__(self, batch: TrajectoryView) -> Float[torch.Tensor, "B T"]:
-        index, rewards = batch.group_index, batch.rewards.double()
-        in_baseline = ~batch.is_demonstration
-        if self.baseline == "group":
-            in_baseline = torch.ones_like(in_baseline)
-        counts = in_baseline.double()
-        number = group_sum(counts, index)
-        mean = group_sum(rewards * counts, index) / number.clamp(min=1)
-        # The mean of equal rewards must be exactly one of them: a rounding error would be divided by a tiny std.
-        example = mean.clone()
-        example[index[in_baseline]] = rewards[in_baseline]
-        differs = group_sum(((rewards != example[index]) & in_baseline).double(), index) > 0
-        centred = rewards - torch.where(differs, mean, example)[index]
+        # The mean of equal rewards is exactly one of them: a rounding error would be divided by a tiny std.
+        centred = batch.rewards.double() - batch.group_mean(batch.rewards, self.baseline)
         if self.normalize_std:
-            squares = group_sum(centred.square() * counts, index)
-            variance = squares / (number - int(self.unbiased)).clamp(min=1)
-            divisor = torch.where(differs, variance.sqrt() + self.epsilon, torch.ones_like(variance))[index]
-            centred = torch.where(differs[index], centred / divisor, torch.zeros_like(centred))
+            number = batch.group_sum(torch.ones_like(centred), self.baseline) - int(self.unbiased)
+            deviation = (batch.group_sum(centred.square(), self.baseline) / number.clamp(min=1)).sqrt()
+            centred = torch.where(deviation > 0, centred / (deviation + self.epsilon), torch.zeros_like(centred))
         return _per_token(centred, batch)
 
     def formula(self) -> Formula:
@@ -123,6 +113,27 @@ class GroupRelative(AdvantageEstimator):
 
 
 @dataclass(frozen=True)
+class MeanNormalized(AdvantageEstimator):
+    """Â = (R - mean R)/mean R over the group's rollouts; 0 where mean R ≤ 0 (arXiv 2602.02710).
+
+    For rewards of 0 and 1 and groups of n, on-policy, the expected mean of Â·∇log π(τ) is the gradient of the first
+    n - 1 terms of log P = -Σ_k (1 - P)^k/k, P the probability of success: ∇P for n = 2, and close to the gradient of
+    maximum likelihood, ∇log P, where n is large compared with 1/P.
+    """
+
+    reads: ClassVar[frozenset[str]] = GROUP_COLUMNS
+    min_group_size: ClassVar[int] = 2
+
+    def __call__(self, batch: TrajectoryView) -> Float[torch.Tensor, "B T"]:
+        mean = batch.group_mean(batch.rewards)
+        relative = (batch.rewards.double() - mean) / torch.where(mean > 0, mean, torch.ones_like(mean))
+        return _per_token(torch.where(mean > 0, relative, torch.zeros_like(mean)), batch)
+
+    def formula(self) -> Formula:
+        return Formula("(R − mean R)/mean R", r"\frac{R-\mathrm{mean}R}{\mathrm{mean}R}")
+
+
+@dataclass(frozen=True)
 class LeaveOneOut(AdvantageEstimator):
     """Â = R_i - mean R_j over the group's other rollouts j ≠ i (arXiv 2402.14740).
 
@@ -134,10 +145,9 @@ class LeaveOneOut(AdvantageEstimator):
     min_group_size: ClassVar[int] = 2
 
     def __call__(self, batch: TrajectoryView) -> Float[torch.Tensor, "B T"]:
-        index, rewards = batch.group_index, batch.rewards.double()
-        is_rollout = (~batch.is_demonstration).double()
-        others = group_sum(is_rollout, index)[index] - is_rollout
-        baseline = (group_sum(rewards * is_rollout, index)[index] - rewards * is_rollout) / others.clamp(min=1)
+        rewards, is_rollout = batch.rewards.double(), (~batch.is_demonstration).double()
+        others = batch.group_sum(is_rollout) - is_rollout
+        baseline = (batch.group_sum(rewards) - rewards * is_rollout) / others.clamp(min=1)
         return _per_token((rewards - baseline) * (others > 0), batch)
 
     def formula(self) -> Formula:
@@ -178,3 +188,50 @@ class PairwisePreference(AdvantageEstimator):
 
     def formula(self) -> Formula:
         return Formula(f"±{self.beta:g}·σ(−h)", rf"\pm{self.beta:g}\,\sigma(-h)")
+
+
+@dataclass(frozen=True)
+class GroupClassification(AdvantageEstimator):
+    """Â = ±(1/temperature)·e^∓z/(1 + Σ e^∓z), z = mean_t log(π_θ/π_behavior)/temperature (arXiv 2602.05630).
+
+    The upper signs and the sum are those of the group's successes, the lower ones those of its failures: a success
+    is pushed up the more, the less its likelihood has grown, and a failure the other way round. With the current policy
+    as denominator this is minus the gradient of log(1 + Σ_successes e^-z) + log(1 + Σ_failures e^z), a classification
+    of the group's rollouts by their likelihood ratio against an anchor at 0. It is 0 where all rollouts succeed or all
+    fail. |Â| is below 1/temperature.
+    """
+
+    temperature: float = 0.5
+    reads: ClassVar[frozenset[str]] = GROUP_COLUMNS | {"logprobs", "behavior_logprobs"}
+    reach: ClassVar[str] = "group"
+    min_group_size: ClassVar[int] = 2
+    graded: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(
+                f"GroupClassification.temperature: {self.temperature} must be positive and finite; 0.5 is customary"
+            )
+
+    def __call__(self, batch: TrajectoryView) -> Float[torch.Tensor, "B T"]:
+        success, scores = (
+            batch.rewards > batch.pass_threshold,
+            masked_mean(batch.log_importance_ratio, batch.response_mask),
+        )
+        sign = torch.where(success, 1.0, -1.0).to(scores.dtype)
+        z = (-sign * scores[:, 0] / self.temperature).masked_fill(batch.is_demonstration, -math.inf)
+        index = torch.unique(2 * batch.group_index + success, return_inverse=True)[1]  # the classes of each group
+        largest = group_sum(torch.zeros_like(z), index).scatter_reduce(0, index, z, "amax")  # at least the anchor's 0
+        total = torch.exp(-largest) + group_sum(torch.exp(z - largest[index]), index)
+        values = sign * torch.exp(z - largest[index]) / (total[index] * self.temperature)
+        both = batch.group_sum(success) * batch.group_sum(~success) > 0
+        return _per_token(torch.where(both, values, torch.zeros_like(values)), batch)
+
+    def formula(self) -> Formula:
+        tau = f"{self.temperature:g}"
+        return Formula(
+            f"±e^∓z/(1 + Σ e^∓z)/{tau}, z = log(π_θ(τ)/π_old(τ))/({tau}|τ|)",
+            rf"\pm\frac{{e^{{\mp z}}}}{{{tau}\,(1+\sum e^{{\mp z}})}},\ "
+            rf"z=\frac{{1}}{{{tau}|\tau|}}\log\frac{{\pi_\theta(\tau)}}{{\pi_{{old}}(\tau)}}",
+        )

@@ -37,6 +37,8 @@ class Component(ABC):
             work for any leading shape), 'trajectory' if it needs the whole response, 'group' if it needs the whole
             group. It matters only for live parts: all others are evaluated once, on the whole batch.
         min_group_size: class attribute; the minimum number of rollouts per prompt.
+        sees_advantages: class attribute; True if the part is also called with Â per token: it is then evaluated after
+            the forward pass, because Â may be live. True for masks; a likelihood gradient or a denominator may set it.
         evaluated_separately: class attribute; fields whose parts are not evaluated when this part is called.
         needs_vocabulary: class attribute; True if the part's value at a candidate depends on the others, so that it
             has a meaning only where the support of its term is the whole vocabulary (`upge.FullVocabulary`).
@@ -45,6 +47,7 @@ class Component(ABC):
     reads: ClassVar[frozenset[str]]
     reach: ClassVar[str] = "token"
     min_group_size: ClassVar[int] = 1
+    sees_advantages: ClassVar[bool] = False
     evaluated_separately: ClassVar[frozenset[str]] = frozenset()
     needs_vocabulary: ClassVar[bool] = False
 
@@ -99,7 +102,7 @@ class Component(ABC):
         Args:
             live: the columns that exist only in or after the forward pass; more on a support (`upge.support`).
         """
-        return not self.columns & live
+        return not (self.columns & live or self.sees_advantages)
 
     @property
     def live_reach(self) -> str:
@@ -166,13 +169,11 @@ class Precomputed(Component):
 class StabilizationMask(Component):
     """1_stable: which tokens may be updated."""
 
+    sees_advantages: ClassVar[bool] = True
+
     @abstractmethod
     def __call__(self, batch: View, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """A number in [0, 1] per token, from a view with the declared columns and Â per token."""
-
-    def is_precomputed(self, live: frozenset[str] = LIVE_COLUMNS) -> bool:
-        """False, because a mask reads the advantages, which may be live."""
-        return False
 
 
 class ReferenceDenominator(Component):
@@ -199,10 +200,13 @@ class AdvantageEstimator(Component):
 
 
 class LikelihoodGradient(Component):
-    """How ∇π_θ enters: plain, or as ∇f(π_θ) = f′(π_θ)∇π_θ."""
+    """How ∇π_θ enters: plain, or as ∇f(π_θ) = f′(π_θ)∇π_θ.
+
+    A shape that depends on Â sets `sees_advantages = True` and is called as (batch, advantages).
+    """
 
     @abstractmethod
-    def __call__(self, batch: View) -> Float[Tensor, "*shape"]:
+    def __call__(self, batch: View, *args: Any, **kwargs: Any) -> Float[Tensor, "*shape"]:
         """log f′ per token, detached; 0 for the plain gradient."""
 
 

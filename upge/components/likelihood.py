@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 
 from upge.components.base import LikelihoodGradient, like
+from upge.components.mask import RATIO_COLUMNS
 from upge.errors import ConfigError
 from upge.formula import Formula
-from upge.views import TokenView
+from upge.views import TokenView, TrajectoryView
 
 
 @dataclass(frozen=True)
@@ -90,3 +91,43 @@ class PowerLikelihood(LikelihoodGradient):
         text = [t if p == 1 else f"{t}^{p:g}" for p, t, _ in factors]
         latex = [t if p == 1 else f"{t}^{{{p:g}}}" for p, _, t in factors]
         return Formula(" · ".join([*text, "∇π_θ"]), r"\,".join([*latex, r"\nabla\pi_\theta"]))
+
+
+@dataclass(frozen=True)
+class GammaLikelihood(LikelihoodGradient):
+    """f′ = e^λ·W^k·e^(-λW), W = Π_t π_θ/π_behavior of the whole response, detached (arXiv 2602.10693).
+
+    k and λ are `positive` where Â ≥ 0 and `negative` where Â < 0. f′ is 1 on-policy, largest at W = k/λ, and falls to 0
+    on both sides: faster than any power of W above, like W^k below. With π_ref = π_θ it is the weight of ∇log π_θ in
+    place of the importance ratio, so it may exceed 1, unlike a mask.
+
+    Attributes:
+        positive, negative: the pairs (k, λ).
+    """
+
+    positive: tuple[float, float] = (2.0, 3.0)
+    negative: tuple[float, float] = (3.0, 2.0)
+    reads: ClassVar[frozenset[str]] = RATIO_COLUMNS
+    reach: ClassVar[str] = "trajectory"
+    sees_advantages: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(0 <= k < math.inf and 0 < rate < math.inf for k, rate in (self.positive, self.negative)):
+            raise ConfigError(
+                f"GammaLikelihood: positive={list(self.positive)}, negative={list(self.negative)}; each is [k, λ] with "
+                "k >= 0 and λ > 0; [2, 3] and [3, 2] are customary"
+            )
+
+    def __call__(self, batch: TrajectoryView, advantages: Float[torch.Tensor, "B T"]) -> Float[torch.Tensor, "B T"]:
+        log_ratio = batch.log_importance_ratio.sum(dim=1, keepdim=True)
+        (up_k, up), (down_k, down) = (
+            (k * log_ratio, rate * torch.expm1(log_ratio)) for k, rate in (self.positive, self.negative)
+        )
+        return torch.where(advantages >= 0, up_k - up, down_k - down)
+
+    def formula(self) -> Formula:
+        (k, rate), (down_k, down) = self.positive, self.negative
+        pairs = f"k, λ = {k:g}, {rate:g} if A≥0 else {down_k:g}, {down:g}"
+        latex = rf"(k,\lambda)=({k:g},{rate:g})\ (\hat A\ge 0),\ ({down_k:g},{down:g})\ (\hat A<0)"
+        return Formula(f"W^k·e^(λ(1−W)) · ∇π_θ, {pairs}", rf"W^k e^{{\lambda(1-W)}}\nabla\pi_\theta,\ {latex}")

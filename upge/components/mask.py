@@ -1,6 +1,7 @@
 """1_stable: which tokens may be updated. A mask returns 0 or 1 per token, and a soft mask any number between.
 
-In the formulas, r = π_θ/π_behavior is the importance ratio of a token.
+In the formulas, r = π_θ/π_behavior is the importance ratio of a token. Masks that decide about whole responses are in
+`sequence_mask`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import Tensor
 from upge.components.base import Component, StabilizationMask, like
 from upge.errors import ConfigError
 from upge.formula import Formula, times
-from upge.views import TokenView, TrajectoryView, masked_mean
+from upge.views import TokenView
 
 RATIO_COLUMNS = frozenset({"logprobs", "behavior_logprobs"})
+SAMPLER_COLUMNS = RATIO_COLUMNS | {"sampler_logprobs"}
 
 
 def outward(log_ratio: Tensor, advantages: Tensor, log_low: float, log_high: float) -> Tensor:
@@ -27,7 +29,8 @@ def outward(log_ratio: Tensor, advantages: Tensor, log_low: float, log_high: flo
     return ((advantages > 0) & (log_ratio > log_high)) | ((advantages < 0) & (log_ratio < log_low))
 
 
-def _check_interval(part: StabilizationMask, low: float, high: float) -> None:
+def check_interval(part: StabilizationMask, low: float, high: float) -> None:
+    """Refuse an interval [1 - low, 1 + high] of a ratio that does not contain 1 or reaches below 0."""
     if not 0 <= low <= 1 or high < 0:
         raise ConfigError(
             f"{type(part).__name__}: low={low}, high={high}; the interval is [1 - low, 1 + high], so low must lie in "
@@ -72,7 +75,7 @@ class PPOClip(StabilizationMask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_interval(self, self.low, self.high)
+        check_interval(self, self.low, self.high)
         if self.dual is not None and self.dual <= 1 + self.high:
             raise ConfigError(f"PPOClip.dual: {self.dual} must exceed 1 + high = {1 + self.high}; 3.0 is customary")
 
@@ -93,31 +96,6 @@ class PPOClip(StabilizationMask):
 
 
 @dataclass(frozen=True)
-class SequenceClip(StabilizationMask):
-    """1_seq-clip (arXiv 2507.18071): the rule of `PPOClip` applied to s = exp(mean_t log r_t), once per response."""
-
-    low: float = 3e-4
-    high: float = 4e-4
-    reads: ClassVar[frozenset[str]] = RATIO_COLUMNS
-    reach: ClassVar[str] = "trajectory"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_interval(self, self.low, self.high)
-
-    def __call__(self, batch: TrajectoryView, advantages: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        log_ratio = masked_mean(batch.log_importance_ratio, batch.response_mask).expand(batch.response_mask.shape)
-        log_low = math.log1p(-self.low) if self.low < 1 else -math.inf
-        return (~outward(log_ratio, advantages, log_low, math.log1p(self.high))).to(log_ratio.dtype)
-
-    def formula(self) -> Formula:
-        return Formula(
-            f"1[s ≤ {1 + self.high:g} if A>0; s ≥ {1 - self.low:g} if A<0]",
-            rf"\mathbb{{1}}[s\le {1 + self.high:g}\ (\hat A>0),\ s\ge {1 - self.low:g}\ (\hat A<0)]",
-        )
-
-
-@dataclass(frozen=True)
 class ImportanceBand(StabilizationMask):
     """1[low ≤ ratio ≤ high], whatever the sign of the advantage.
 
@@ -129,7 +107,7 @@ class ImportanceBand(StabilizationMask):
     low: float = 0.5
     high: float = 5.0
     of: Literal["importance", "sampler"] = "importance"
-    reads: ClassVar[frozenset[str]] = RATIO_COLUMNS | {"sampler_logprobs"}
+    reads: ClassVar[frozenset[str]] = SAMPLER_COLUMNS
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -182,6 +160,51 @@ class LogRatioClip(StabilizationMask):
 
 
 @dataclass(frozen=True)
+class DivergenceClip(StabilizationMask):
+    """1[D ≤ bound, or the step would reduce D], D the divergence from the behavior policy (arXiv 2602.04879).
+
+    The rule of `PPOClip` with a bound on a divergence in place of the ratio: 0 where Â > 0, π_θ > π_behavior and
+    D > high, and where Â < 0, π_θ < π_behavior and D > low. The divergence is that of two outcomes, this token or
+    another one. A rare token may therefore change its ratio by much, and a likely one only by little.
+
+    Attributes:
+        low, high: the largest D where Â < 0 and where Â > 0.
+        divergence: 'tv' = |π_θ - π_behavior|; 'kl' = μ·log(μ/π) + (1 - μ)·log((1 - μ)/(1 - π)), μ = π_behavior.
+    """
+
+    low: float = 0.15
+    high: float = 0.15
+    divergence: Literal["tv", "kl"] = "tv"
+    reads: ClassVar[frozenset[str]] = RATIO_COLUMNS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low < 0 or self.high < 0:
+            raise ConfigError(
+                f"DivergenceClip: low={self.low}, high={self.high}; a divergence is not negative: 0.15 is customary "
+                "for tv, 0.05 for kl"
+            )
+
+    def __call__(self, batch: TokenView, advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        current, old = batch.logprobs.detach(), batch.log_behavior.to(batch.logprobs.dtype)
+        divergence = current.exp() - old.exp()
+        if self.divergence == "kl":
+            # Rounding may give a log-prob of 0 or more. Then 1 - π is set to the smallest positive number.
+            rest, old_rest = ((-torch.expm1(x)).clamp(min=torch.finfo(x.dtype).tiny).log() for x in (current, old))
+            kl = old.exp() * (old - current) - torch.expm1(old) * (old_rest - rest)
+            divergence = torch.where(current > old, kl, -kl)
+        return (~outward(divergence, advantages, -self.low, self.high)).to(current.dtype)
+
+    def formula(self) -> Formula:
+        tv = self.divergence == "tv"
+        text, latex = ("π_θ − π_old", r"\pi_\theta-\pi_{old}") if tv else ("±KL(π_old‖π_θ)", r"\pm KL")
+        return Formula(
+            f"1[{text} ≤ {self.high:g} if A>0; ≥ {-self.low:g} if A<0]",
+            rf"\mathbb{{1}}[{latex}\le {self.high:g}\ (\hat A>0),\ \ge {-self.low:g}\ (\hat A<0)]",
+        )
+
+
+@dataclass(frozen=True)
 class SigmoidGate(StabilizationMask):
     """4σ(u)(1 - σ(u)) with u = τ(r - 1), τ = `positive` where Â > 0, else `negative` (arXiv 2511.20347).
 
@@ -230,50 +253,3 @@ class AllOf(StabilizationMask):
 
     def formula(self) -> Formula:
         return times([mask.formula() for mask in self.masks])
-
-
-SAMPLER_COLUMNS = RATIO_COLUMNS | {"sampler_logprobs"}
-
-
-@dataclass(frozen=True)
-class SequenceSamplerBand(StabilizationMask):
-    """1[low ≤ ρ ≤ high], once per response, whatever the sign of the advantage.
-
-    This is masked importance sampling for the mismatch between trainer and inference engine.
-
-    Attributes:
-        mean: 'product': ρ = Π_t π_old/π_sampler, the ratio of the whole response. 'geometric': its |τ|-th root, which
-            does not shrink or grow with the length, so its bounds should be close to 1.
-    """
-
-    low: float = 0.0
-    high: float = 2.0
-    mean: Literal["geometric", "product"] = "product"
-    reads: ClassVar[frozenset[str]] = SAMPLER_COLUMNS
-    reach: ClassVar[str] = "trajectory"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.low <= 1 <= self.high:
-            raise ConfigError(
-                f"SequenceSamplerBand: low={self.low}, high={self.high} bound the ratio itself, which is 1 where "
-                "trainer and engine agree; need 0 <= low <= 1 <= high"
-            )
-
-    def __call__(self, batch: TrajectoryView, advantages: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        log_ratio = batch.log_sampler_ratio
-        if self.mean == "product":
-            log_ratio = log_ratio.sum(dim=1, keepdim=True)
-        else:
-            log_ratio = masked_mean(log_ratio, batch.response_mask)
-        log_low = math.log(self.low) if self.low > 0 else -math.inf
-        inside = (log_ratio >= log_low) & (log_ratio <= math.log(self.high))
-        return inside.to(log_ratio.dtype).expand(batch.response_mask.shape)
-
-    def formula(self) -> Formula:
-        text, latex = "π_old(τ)/π_sampler(τ)", r"\frac{\pi_{old}(\tau)}{\pi_{sampler}(\tau)}"
-        if self.mean == "geometric":
-            text, latex = f"({text})^(1/|τ|)", rf"\left({latex}\right)^{{1/|\tau|}}"
-        low = f"{self.low:g} ≤ " if self.low > 0 else ""
-        latex_low = rf"{self.low:g}\le " if self.low > 0 else ""
-        return Formula(f"1[{low}{text} ≤ {self.high:g}]", rf"\mathbb{{1}}[{latex_low}{latex}\le {self.high:g}]")

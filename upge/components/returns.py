@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from upge.components.base import AdvantageEstimator, TokenReward
@@ -32,6 +32,20 @@ def kl_value(log_ratio: Tensor, kind: KLKind) -> Tensor:
     if kind == "k1":
         return -log_ratio
     return log_ratio.square() / 2 if kind == "k2" else torch.expm1(log_ratio) - log_ratio
+
+
+def discounted_sum(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], discount: float) -> Float[Tensor, "B T"]:
+    """[B, T] Σ_{k≥t} discount^(k-t)·values_k. Only the tokens of `mask` count, and k and t number them.
+
+    The sums are built from windows of 1, 2, 4, ... tokens, in log₂ T operations on whole columns.
+    """
+    total, factor, width = values * mask, torch.ones_like(values).masked_fill(mask, discount), 1
+    while width < mask.shape[1]:
+        later = torch.nn.functional.pad(total[:, width:], (0, width))
+        total = total + factor * later
+        factor = factor * torch.nn.functional.pad(factor[:, width:], (0, width), value=1.0)
+        width *= 2
+    return total
 
 
 @dataclass(frozen=True)

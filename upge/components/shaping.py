@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from upge.components.base import AdvantageEstimator, Component, walk
-from upge.components.returns import KLKind, kl_value
+from upge.components.mask import RATIO_COLUMNS
+from upge.components.returns import KLKind, discounted_sum, kl_value
 from upge.errors import ConfigError
 from upge.formula import Formula, tex
 from upge.views import LIVE_COLUMNS, TokenView, TrajectoryView
@@ -20,10 +21,10 @@ from upge.views import LIVE_COLUMNS, TokenView, TrajectoryView
 
 @dataclass(frozen=True)
 class KLShaped(AdvantageEstimator):
-    """Â_t - coefficient·k_t: a KL penalty towards the reference policy as part of the reward.
+    """Â_t - coefficient·k_t: a KL penalty towards another policy as part of the reward.
 
     See arXiv 2509.04419, appendix B.2. k_t is computed from the current policy without gradient: with
-    d = log π_0 - log π_θ, it is -d (k1), d²/2 (k2) or e^d - d - 1 (k3).
+    d = log π_other - log π_θ, it is -d (k1), d²/2 (k2) or e^d - d - 1 (k3).
 
     With `future` the penalty of a token is the sum over all tokens from its own on: Â_t - coefficient·Σ_{k≥t} k_k.
     On-policy, with k1 and the current policy as denominator, this is the unbiased gradient of the KL of the whole
@@ -31,13 +32,14 @@ class KLShaped(AdvantageEstimator):
 
     Attributes:
         coefficient: the reward lost per nat.
+        towards: the other policy: 'reference' = π_0; 'behavior' = the policy that generated the data.
     """
 
     advantage: AdvantageEstimator
     coefficient: float = 0.001
     kind: KLKind = "k1"
     future: bool = False
-    reads: ClassVar[frozenset[str]] = frozenset({"logprobs", "reference_logprobs"})
+    towards: Literal["reference", "behavior"] = "reference"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,25 +47,88 @@ class KLShaped(AdvantageEstimator):
             raise ConfigError(f"KLShaped.coefficient: {self.coefficient} must be finite")
 
     @property
+    def reads(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride] - follows from a setting
+        """The log-probs of the two policies."""
+        return frozenset({"logprobs", f"{self.towards}_logprobs"})
+
+    @property
     def reach(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride] - follows from a setting
         """'trajectory' with `future`, which reads later tokens, else 'token'."""
         return "trajectory" if self.future else "token"
 
     def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
-        penalty = kl_value(batch.reference_logprobs - batch.logprobs.detach(), self.kind)
+        other = batch.reference_logprobs if self.towards == "reference" else batch.log_behavior
+        penalty = kl_value(other - batch.logprobs.detach(), self.kind)
         if self.future:
             penalty = (penalty * batch.response_mask).flip(1).cumsum(dim=1).flip(1)
         return self.advantage(batch) - self.coefficient * penalty
 
     def formula(self) -> Formula:
         inner = self.advantage.formula()
-        text = "log(π_θ/π_0)" if self.kind == "k1" else f"{self.kind}(π_θ, π_0)"
-        latex = r"\log\frac{\pi_\theta}{\pi_0}"
-        latex = latex if self.kind == "k1" else rf"\mathrm{{{self.kind}}}(\pi_\theta,\pi_0)"
+        other, latex_other = ("π_0", r"\pi_0") if self.towards == "reference" else ("π_old", r"\pi_{old}")
+        text = f"log(π_θ/{other})" if self.kind == "k1" else f"{self.kind}(π_θ, {other})"
+        latex = rf"\log\frac{{\pi_\theta}}{{{latex_other}}}"
+        latex = latex if self.kind == "k1" else rf"\mathrm{{{self.kind}}}(\pi_\theta,{latex_other})"
         sums = ("Σ_{k≥t} ", r"\sum_{k\ge t}") if self.future else ("", "")
         return Formula(
             f"[{inner.text} − {self.coefficient:g}·{sums[0]}{text}]",
             rf"\left[{inner.latex}-{tex(self.coefficient)}{sums[1]}{latex}\right]",
+        )
+
+
+@dataclass(frozen=True)
+class FutureKLShaped(AdvantageEstimator):
+    """Â_t·clip(exp Σ_{k≥t} γ^(k-t)·log r_k, low, high), r = π_θ/π_behavior, γ = 2^(-1/half_life) (arXiv 2603.19835).
+
+    A token counts more if what follows it in its response has become more likely since the rollout. The factor is
+    detached and positive, so a mask sees the sign of Â.
+
+    Attributes:
+        half_life: distance in tokens at which a later token counts half; inf = all count the same.
+        low, high: bounds of the factor, which is 1 on-policy.
+        outlier: a token with r above it does not count in the sums; None = all count.
+        safe: where Â < 0 and r is above it, the factor is at most 1; None = nowhere.
+    """
+
+    advantage: AdvantageEstimator
+    half_life: float = 32.0
+    low: float = 1.0
+    high: float = 1.2
+    outlier: float | None = 10.0
+    safe: float | None = 4.0
+    reads: ClassVar[frozenset[str]] = RATIO_COLUMNS
+    reach: ClassVar[str] = "trajectory"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.half_life > 0 and 0 < self.low <= 1 <= self.high < math.inf):
+            raise ConfigError(
+                f"FutureKLShaped: half_life={self.half_life}, low={self.low}, high={self.high}; the half-life must be "
+                "positive, and the bounds of the factor positive and finite with low <= 1 <= high"
+            )
+        for name in ("outlier", "safe"):
+            if (bound := getattr(self, name)) is not None and bound <= 1:
+                raise ConfigError(
+                    f"FutureKLShaped.{name}: {bound} bounds a ratio that is 1 on-policy; give more than 1"
+                )
+
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
+        log_ratio, advantages = batch.log_importance_ratio, self.advantage(batch)
+        counted = log_ratio
+        if self.outlier is not None:
+            counted = torch.where(log_ratio > math.log(self.outlier), 0.0, log_ratio)
+        future = discounted_sum(counted, batch.response_mask, 2.0 ** (-1 / self.half_life))
+        factor = future.clamp(math.log(self.low), math.log(self.high)).exp()
+        if self.safe is not None:
+            factor = torch.where((advantages < 0) & (log_ratio > math.log(self.safe)), factor.clamp(max=1.0), factor)
+        return advantages * factor
+
+    def formula(self) -> Formula:
+        inner, bounds = self.advantage.formula(), f"{self.low:g}, {self.high:g}"
+        return Formula(
+            f"{inner.text} · clip(exp Σ_{{k≥t}} 2^((t−k)/{self.half_life:g})·log r_k, {bounds})",
+            rf"{inner.latex}\,\mathrm{{clip}}\Big(\exp\sum_{{k\ge t}}2^{{(t-k)/{self.half_life:g}}}\log r_k,"
+            rf"{bounds}\Big)",
         )
 
 

@@ -14,14 +14,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from upge import algorithm as core
 from upge.algorithm import Algorithm
 from upge.components.advantage import GroupRelative
 from upge.components.base import AdvantageEstimator, Component, rewritten, walk
 from upge.components.denominator import BehaviorPolicy, SamplerCorrected
 from upge.components.distillation import LogRatio
-from upge.components.mask import ImportanceBand, PPOClip, SequenceSamplerBand
+from upge.components.mask import ImportanceBand, PPOClip
 from upge.components.returns import KLKind, KLPenalizedReward
+from upge.components.sequence_mask import OffPolicySequenceMask, SequenceSamplerBand
 from upge.components.shaping import KLShaped, OverlongShaped, PrefixWeighted
 from upge.corrections.base import (
     Correction,
@@ -35,8 +35,9 @@ from upge.corrections.base import (
     with_regularizer,
     wrap,
 )
+from upge.corrections.sampling import DynamicSampling
 from upge.errors import ConfigError
-from upge.gates import Gate, PassRateBetween, ProductOf
+from upge.gates import Finished, ProductOf
 from upge.reduction import Reduction, TokenMean
 from upge.regularizers import EntropyBonus, KLPenalty
 from upge.support import SampledToken
@@ -112,15 +113,21 @@ class MIS(Correction):
 
 @dataclass(frozen=True)
 class KLTerm(Correction):
-    """A KL penalty towards the reference policy in the loss: the regularizer `kl`, an `upge.KLPenalty`."""
+    """A KL penalty towards the reference policy in the loss: the regularizer `kl`, an `upge.KLPenalty`.
+
+    Attributes:
+        importance: True = multiply it by the ratio π_θ/π_behavior, with its gradient.
+    """
 
     coefficient: float = 0.001
     kind: KLKind = "k3"
     source: Source = "rollouts"
     reduction: Reduction = TokenMean()
+    importance: bool = False
 
     def apply(self, algorithm: Algorithm) -> Algorithm:
-        return with_regularizer(algorithm, "kl", KLPenalty(self.coefficient, self.reduction, self.kind, self.source))
+        penalty = KLPenalty(self.coefficient, self.reduction, self.kind, self.source, self.importance)
+        return with_regularizer(algorithm, "kl", penalty)
 
 
 @dataclass(frozen=True)
@@ -216,32 +223,38 @@ class DualClip(Correction):
 
 
 @dataclass(frozen=True)
-class DynamicSampling(Correction):
-    """Dynamic sampling (arXiv 2503.14476): replaces prompts on which `gate` is closed until the batch is full.
-
-    Prompts on which it is still closed after the last round do not count in the divisors.
+class SequenceMask(Correction):
+    """Masks responses with Â < 0 that have become unlikely (arXiv 2512.02556), see `upge.OffPolicySequenceMask`.
 
     Attributes:
-        gate: the gate; it may read only rewards and groups.
+        threshold: the largest mean_t log(π_old/π_θ), in nats per token.
+        of: π_old: 'importance' = the behavior policy; 'sampler' = the policy as the inference engine reported it.
     """
 
-    gate: Gate = PassRateBetween(0.0, 1.0)
-    rounds: int = 10
+    threshold: float = 0.5
+    of: Literal["importance", "sampler"] = "importance"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._sampling()
+        self._mask()
 
-    def _sampling(self) -> core.DynamicSampling:
-        return core.DynamicSampling(self.gate, self.rounds)
+    def _mask(self) -> OffPolicySequenceMask:
+        return OffPolicySequenceMask(self.threshold, self.of)
+
+    def apply(self, algorithm: Algorithm) -> Algorithm:
+        return mask_with(algorithm, self._mask())
+
+
+@dataclass(frozen=True)
+class OverlongFilter(Correction):
+    """Rollouts that were cut at the length limit have no gradient and count in no divisor (arXiv 2503.14476)."""
 
     def apply(self, algorithm: Algorithm) -> Algorithm:
         terms = rollout_terms(algorithm)
-        _check_learns_from_sampled(algorithm, self.gate)
-        if algorithm.sampling is not None:
-            raise NotApplicable("it already has `sampling`; change that by algo.sampling.KEY=VALUE")
-        gated = {name: replace(term, gate=ProductOf((term.gate, self.gate))) for name, term in terms.items()}
-        return replace(algorithm, terms={**algorithm.terms, **gated}, sampling=self._sampling())
+        for name, term in terms.items():
+            check_absent(term.gate, Finished, f"terms.{name}.gate")
+        gated = {name: replace(term, gate=ProductOf((term.gate, Finished()))) for name, term in terms.items()}
+        return replace(algorithm, terms={**algorithm.terms, **gated})
 
 
 @dataclass(frozen=True)
@@ -289,45 +302,6 @@ class Overlong(Correction):
         return replace(shaped, critic=replace(shaped.critic, returns=self._shaped(shaped.critic.returns)))
 
 
-_IN_A_FILE = "to use it nevertheless, write an algorithm file of your own with such a `sampling`"
-
-
-def _check_learns_from_sampled(algorithm: Algorithm, sampling_gate: Gate) -> None:
-    """Refuse an algorithm that learns from prompts on which `sampling_gate` is closed, because they are replaced."""
-    for name, term in algorithm.terms.items():
-        if term.source != "rollouts":
-            source = term.source.replace("_", " ")
-            raise NotApplicable(
-                f"its term '{name}' learns from {source}, and sampling would replace the questions that all rollouts "
-                f"fail or solve, together with their {source}; {_IN_A_FILE}"
-            )
-    if algorithm.interleaved_update is not None:
-        raise NotApplicable(
-            "its `interleaved_update` collects questions by their pass rate, and sampling would replace these; "
-            f"{_IN_A_FILE}"
-        )
-    for name, term in algorithm.terms.items():
-        rate = _open_rate(term.gate, sampling_gate)
-        if rate is not None:
-            raise NotApplicable(
-                f"the gate of its term '{name}' chooses questions by their pass rate and is open at {rate:g}, where "
-                f"sampling would replace them; {_IN_A_FILE}"
-            )
-
-
-def _open_rate(gate: Gate, sampling_gate: Gate) -> float | None:
-    """A pass rate at which `gate` may be open although `sampling_gate` is closed.
-
-    None if there is none, or if `gate` does not read rewards.
-    """
-    if "rewards" not in gate.columns:
-        return None
-    number = 24  # its multiples of 1/24 include halves, thirds, quarters and eighths
-    rates = [solved / number for solved in range(number + 1)]
-    closed = (rate for rate in rates if sampling_gate.at_pass_rate(rate) == 0)
-    return next((rate for rate in closed if gate.at_pass_rate(rate) != 0), None)
-
-
 __all__ = [
     "MIS",
     "TIS",
@@ -340,6 +314,8 @@ __all__ = [
     "KLTerm",
     "NotApplicable",
     "Overlong",
+    "OverlongFilter",
+    "SequenceMask",
     "rollout_terms",
     "wrap",
 ]

@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeVar
 
 from upge.algorithm import Algorithm
 from upge.checks import check_fields
-from upge.components.base import AdvantageEstimator, Component, rewritten, walk
+from upge.components.base import AdvantageEstimator, Component, StabilizationMask, rewritten, walk
 from upge.components.denominator import SamplerCorrected
-from upge.components.mask import AllOf, ImportanceBand, SequenceSamplerBand
+from upge.components.mask import AllOf
 from upge.errors import ConfigError
 from upge.pipeline import Pipeline
 from upge.regularizers import Regularizer
@@ -113,10 +113,10 @@ def wrap(algorithm: Algorithm, slot: str, change: Callable[[Any], Any], names: l
     return replace(algorithm, terms=terms)
 
 
-def mask_with(algorithm: Algorithm, band: ImportanceBand | SequenceSamplerBand) -> Algorithm:
+def mask_with(algorithm: Algorithm, mask: StabilizationMask) -> Algorithm:
     """Add a mask to each term that learns from rollouts."""
-    check_all_absent(algorithm, "mask", type(band))
-    return wrap(algorithm, "mask", lambda inner: AllOf((inner, band)))
+    check_all_absent(algorithm, "mask", type(mask))
+    return wrap(algorithm, "mask", lambda inner: AllOf((inner, mask)))
 
 
 def weight_with(algorithm: Algorithm, cap: float | None, level: Literal["token", "sequence"]) -> Algorithm:

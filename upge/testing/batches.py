@@ -22,7 +22,7 @@ def random_batch(
     """An off-policy batch in float64 with rollouts and one demonstration per group, and with every column filled.
 
     All rollouts of the first group fail and all of the second succeed; one response is empty. In every second
-    trajectory the trainer and the sampler agree.
+    trajectory the trainer and the sampler agree. Every third trajectory was cut.
 
     Args:
         length: tokens of the longest response.
@@ -60,6 +60,7 @@ def random_batch(
         values=noise(0.5),
         entropies=noise().abs().requires_grad_(),
         teacher_logprobs=(logprobs.detach() + noise(0.5)).clamp(max=-1e-3),
+        finished=torch.arange(b) % 3 != 2,
         preference=preference,
         step=3,
     )

@@ -278,7 +278,7 @@ def _check_value_loss(loss: ValueLoss) -> None:
 def _evaluate(component: Component, batch: Trajectories) -> Tensor:
     """The part's value on the batch, called with the arguments of its slot."""
     view = component.view(batch)
-    if isinstance(component, StabilizationMask):
+    if component.sees_advantages:
         return component(view, _signs(batch))
     if isinstance(component, Reduction):
         return component(view, torch.ones_like(batch.is_demonstration))
@@ -286,7 +286,7 @@ def _evaluate(component: Component, batch: Trajectories) -> Tensor:
 
 
 def _signs(batch: Trajectories) -> Tensor:
-    """[B, T] advantages of both signs, as an argument of masks."""
+    """[B, T] advantages of both signs, as an argument of parts that see them."""
     return torch.where(batch.group % 2 == 0, -1.0, 1.0).double()[:, None].expand(batch.response_mask.shape)
 
 
@@ -295,8 +295,7 @@ def _check_reach(component: Component, batch: Trajectories, value: Tensor) -> No
 
     Parts that are not live are always computed on the whole batch.
     """
-    live = component.is_live or isinstance(component, StabilizationMask)
-    if not live or isinstance(component, Reduction):
+    if component.is_precomputed() or isinstance(component, Reduction):
         return
     precomputed, reach = component.precompute_parts(batch), component.live_reach
     name, problem = type(component).__name__, f"declares reach '{reach}' but depends on more; declare a wider `reach`"
@@ -320,7 +319,7 @@ def _check_packed(component: Component, precomputed: Component, batch: Trajector
         f"{type(component).__name__} has reach 'token' but %s on packed tokens [N]; write it for any leading shape "
         "(batch.per_token makes one number per token of a wrapped gate's), or declare reach 'trajectory'"
     )
-    arguments = (_signs(batch)[batch.response_mask],) if isinstance(component, StabilizationMask) else ()
+    arguments = (_signs(batch)[batch.response_mask],) if component.sees_advantages else ()
     packed: Tensor = attempt(problem % "fails", precomputed, precomputed.view(batch.pack()), *arguments)
     expected = valid(value, batch)
     require(packed.shape == expected.shape, problem % "gives another shape")

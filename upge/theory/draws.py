@@ -111,9 +111,9 @@ class Setting:
 
     @property
     def columns(self) -> dict[str, Tensor]:
-        """The columns of a batch, for every response: [S, T] each, detached."""
+        """The columns of a batch, for every response: [S, T] or [S] each, detached."""
         space, own = self.policy.responses, self.policy.token_logprobs.detach()
-        columns = {"logprobs": own, "entropies": self.policy.token_entropies.detach()}
+        columns = {"logprobs": own, "entropies": self.policy.token_entropies.detach(), "finished": space.finished}
         # The column also exists on-policy, equal to the current log-probs, because some parts read it before the
         # forward pass.
         columns["behavior_logprobs"] = (self.behavior or self.policy).token_logprobs.detach()

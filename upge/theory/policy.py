@@ -32,12 +32,14 @@ class Responses:
         tokens: [S, T] the responses.
         mask: [S, T] True on the tokens of each response.
         prefix: [S, T] the row of the policy's table that each token is drawn from.
+        finished: [S] False for the responses that are cut before their end token.
         prefixes: P, the number of rows.
     """
 
     tokens: Int[Tensor, "S T"]
     mask: Bool[Tensor, "S T"]
     prefix: Int[Tensor, "S T"]
+    finished: Bool[Tensor, "S"]
     prefixes: int
 
     def __len__(self) -> int:
@@ -81,7 +83,8 @@ def responses(vocabulary: int, horizon: int, end: int | None) -> Responses:
     prefix = [[rows[r[:t]] if t < len(r) else 0 for t in range(horizon)] for r in done]
     lengths = torch.tensor([len(r) for r in done])
     mask = lengths[:, None] > torch.arange(horizon)
-    return Responses(torch.tensor(padded), mask, torch.tensor(prefix), len(rows))
+    finished = torch.tensor([end is None or r[-1] == end for r in done])
+    return Responses(torch.tensor(padded), mask, torch.tensor(prefix), finished, len(rows))
 
 
 @dataclass(frozen=True, eq=False)

@@ -112,6 +112,7 @@ def assemble(trajectories: Sequence[Trajectory], step: int) -> Trajectories:
         rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float64),
         group=torch.tensor([t.group for t in trajectories], dtype=torch.int64),
         is_demonstration=torch.tensor([t.is_demonstration for t in trajectories], dtype=torch.bool),
+        finished=torch.tensor([t.finished for t in trajectories], dtype=torch.bool),
         sampler_logprobs=_sampler_column(trajectories, mask),
         preference=torch.tensor([t.preference for t in trajectories], dtype=torch.int64),
         step=step,

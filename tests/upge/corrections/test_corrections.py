@@ -21,6 +21,7 @@ ALL = algorithms.corrections()
 #: Settings under which a correction bites at the lengths of these tests.
 SETTINGS = {
     "overlong": ["correction.overlong.limit=6", "correction.overlong.buffer=0.5", "correction.overlong.penalty=0.75"],
+    "sequence_mask": ["correction.sequence_mask.threshold=0.05"],
     "mis_geometric": ["correction.mis_geometric.low=0.9", "correction.mis_geometric.high=1.1"],
 }
 #: The algorithm that each is compared on, where it is not grpo.
@@ -56,7 +57,8 @@ def message(call) -> str:
 
 def test_every_correction_of_the_list_ships_with_an_objective_and_a_description():
     expected = "tis icepop mis mis_geometric kl_k1 kl_k2 kl_k3 kl_reward entropy dual_clip dynamic_sampling overlong"
-    assert sorted([*expected.split(), "iw_opd"]) == ALL
+    expected += " overlong_filter ratio_kl sequence_mask iw_opd"
+    assert sorted(expected.split()) == ALL
     for name in ALL:
         assert hasattr(textbook_corrections, name)
         file = algorithms.find(name, algorithms.CORRECTIONS)
@@ -96,7 +98,7 @@ def test_every_algorithm_takes_a_correction_or_says_why_not(algorithm):
         assert found.needs.rollouts
         if name in ("tis", "icepop", "mis", "mis_geometric"):
             assert "sampler_logprobs" in found.needs.columns
-        if name.startswith("kl_"):
+        if "kl" in name:
             assert found.needs.reference
 
 

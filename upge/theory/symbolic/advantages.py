@@ -39,6 +39,34 @@ def _(part, world):
     return per_row(world, value)
 
 
+@rule(components.MeanNormalized)
+def _(part, world):
+    def value(row):
+        average = mean(other.reward for other in _group(world, row, False))
+        return (row.reward - average) / average if world.less(0, average) else 0
+
+    return per_row(world, value)
+
+
+@rule(components.GroupClassification)
+def _(part, world):
+    def odds(row):
+        sign = 1 if succeeded(world, row) else -1
+        return product(row.ratios) ** (-sign / (number(part.temperature) * len(row)))
+
+    def value(row):
+        if row.is_demonstration:
+            return 0
+        rollouts, right = _group(world, row, False), succeeded(world, row)
+        same = [other for other in rollouts if succeeded(world, other) == right]
+        if len(same) == len(rollouts):
+            return 0
+        share = odds(row) / (1 + total(map(odds, same)))
+        return (1 if right else -1) * share / number(part.temperature)
+
+    return per_row(world, value)
+
+
 @rule(components.LeaveOneOut)
 def _(part, world):
     return per_row(
@@ -106,7 +134,12 @@ def _(part, world):
 @rule(components.KLShaped)
 def _(part, world):
     inner = evaluate(part.advantage, world)
-    penalties = per_token(world, lambda row, t: kl(part.kind, sp.log(row.f[t]) - sp.log(row.p[t])))
+
+    def penalty(row, t):
+        other = row.f[t] if part.towards == "reference" else row.q[t]
+        return kl(part.kind, sp.log(other) - sp.log(row.p[t]))
+
+    penalties = per_token(world, penalty)
     if part.future:
         penalties = _accumulated(world, penalties, sp.Integer(1))
     return per_token(world, lambda row, t: inner[row.index][t] - number(part.coefficient) * penalties[row.index][t])
@@ -125,6 +158,22 @@ def _(part, world):
         sizes = [world.maximum(one, -one) for one in inner[row.index][: len(row)]]
         share = total(sizes[:t]) / total(sizes)
         return inner[row.index][t] * (1 + number(part.gamma) * (1 - share))
+
+    return per_token(world, value)
+
+
+@rule(components.FutureKLShaped)
+def _(part, world):
+    inner, decay = evaluate(part.advantage, world), sp.Integer(2) ** (-1 / number(part.half_life))
+
+    def value(row, t):
+        counted = [part.outlier is None or not world.less(number(part.outlier), ratio) for ratio in row.ratios]
+        powers = [row.ratios[k] ** decay ** (k - t) for k in range(t, len(row)) if counted[k]]
+        factor, advantage = world.clip(product(powers), number(part.low), number(part.high)), inner[row.index][t]
+        negative = advantage != 0 and world.less(advantage, 0)
+        if part.safe is not None and negative and world.less(number(part.safe), row.ratios[t]):
+            factor = world.clip(factor, high=sp.Integer(1))
+        return advantage * factor
 
     return per_token(world, value)
 

@@ -179,7 +179,7 @@ def factors(algorithm: Algorithm, world: World) -> dict[str, Factors]:
             mask=evaluate(estimator.mask, world, advantage),
             denominator=evaluate(estimator.denominator, world),
             advantage=advantage,
-            shape=evaluate(estimator.likelihood, world),
+            shape=evaluate(estimator.likelihood, world, *[advantage] * estimator.likelihood.sees_advantages),
             gate=[[gates[name][row.index] if row in active else sp.Integer(0)] * len(row) for row in world.rows],
             reduction=[[x if row in active else sp.Integer(0) for x in reduction[row.index]] for row in world.rows],
         )

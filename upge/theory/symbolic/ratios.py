@@ -1,6 +1,6 @@
 """Symbolic forms of masks, denominators (π_ref itself) and likelihood gradients (f′ itself). See `rules`.
 
-The rule of a mask is also called with the advantages.
+The rule of a part that sees the advantages, such as a mask, is also called with them.
 """
 
 from __future__ import annotations
@@ -101,6 +101,34 @@ def _(part, world, advantages):
 
     def value(row, t):
         return 0 if outward(world, row.p[t] / row.q[t], advantages[row.index][t], low, high) else 1
+
+    return per_token(world, value)
+
+
+@rule(components.DivergenceClip)
+def _(part, world, advantages):
+    low, high = -number(part.low), number(part.high)
+
+    def value(row, t):
+        p, q, advantage = row.p[t], row.q[t], advantages[row.index][t]
+        moved = p - q
+        if part.divergence == "kl":
+            size = q * sp.log(q / p) + (1 - q) * sp.log((1 - q) / (1 - p))
+            moved = size if world.less(q, p) else -size
+        return 0 if outward(world, moved, advantage, low, high) else 1
+
+    return per_token(world, value)
+
+
+@rule(components.OffPolicySequenceMask)
+def _(part, world, advantages):
+    def value(row, t):
+        advantage = advantages[row.index][t]
+        if advantage == 0 or not world.less(advantage, 0):
+            return 1
+        old = row.q if part.of == "importance" else row.s
+        fallen = product(a / p for a, p in zip(old, row.p, strict=True)) ** sp.Rational(1, len(row))
+        return 0 if world.less(sp.exp(number(part.threshold)), fallen) else 1
 
     return per_token(world, value)
 
@@ -213,3 +241,14 @@ def _(part, world):
 def _(part, world):
     likely, unlikely = number(part.likely), number(part.unlikely)
     return per_token(world, lambda row, t: row.p[t] ** likely * (1 - row.p[t]) ** unlikely)
+
+
+@rule(components.GammaLikelihood)
+def _(part, world, advantages):
+    def value(row, t):
+        advantage, weight = advantages[row.index][t], product(row.ratios)
+        negative = advantage != 0 and world.less(advantage, 0)
+        k, rate = map(number, part.negative if negative else part.positive)
+        return weight**k * sp.exp(rate * (1 - weight))
+
+    return per_token(world, value)

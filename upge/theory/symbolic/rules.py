@@ -7,8 +7,8 @@ A rule restates a part in symbols. Every proof also compares the rule with the p
     def _(part, world, advantages):
         return per_token(world, lambda row, t: ...)
 
-The rule of a mask is also called with the advantages. The rule of a gate returns one expression per row. The rule of a
-reduction is also called with the list of active rows.
+The rule of a part that sees the advantages, such as a mask, is also called with them. The rule of a gate returns one
+expression per row. The rule of a reduction is also called with the list of active rows.
 """
 
 from __future__ import annotations

@@ -65,6 +65,11 @@ def _(part, world):
     return [value(pass_rate(world, row)) for row in world.rows]
 
 
+@rule(gates.Finished)
+def _(part, world):
+    return [sp.Integer(int(row.finished)) for row in world.rows]
+
+
 @rule(gates.EntropyWeight)
 def _(part, world):
     return [number(part.scale) * sp.exp(part.sign * mean(row.h)) for row in world.rows]
@@ -127,7 +132,7 @@ def _(part, world, active):
     def value(row):
         same = [other for other in active if other.group == row.group]
         own = sum(part.within == "question" or other.is_demonstration == row.is_demonstration for other in same)
-        return _token_rule(part.tokens, part.length, row) / (questions * own)
+        return _token_rule(part.tokens, part.length, row) / (questions * (1 if part.within == "none" else own))
 
     return _on_active(world, active, value)
 
@@ -147,4 +152,8 @@ def kl(kind: str, log_ratio: Expr) -> Expr:
 
 @rule(regularizers.KLPenalty)
 def _(part, world):
-    return per_token(world, lambda row, t: kl(part.kind, sp.log(row.f[t]) - sp.log(row.p[t])))
+    def value(row, t):
+        penalty = kl(part.kind, sp.log(row.f[t]) - sp.log(row.p[t]))
+        return row.p[t] / row.q[t] * penalty if part.importance else penalty
+
+    return per_token(world, value)

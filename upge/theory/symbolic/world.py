@@ -52,6 +52,7 @@ class Row:
         h: the entropies; they depend on θ, so an objective that does not detach them has a gradient through them.
         group: the number of its question.
         preference: +1 if chosen, -1 if rejected, 0 otherwise.
+        finished: False for some responses, which were cut.
     """
 
     index: int
@@ -66,6 +67,7 @@ class Row:
     group: int
     is_demonstration: bool
     preference: int
+    finished: bool
 
     def __len__(self) -> int:
         return len(self.p)
@@ -121,6 +123,8 @@ class World:
             p = Fraction(draw(1, 997), 1000)
             q = p / importance()
             values = {"p": p, "q": q, "f": p / reference(), "s": q / mismatch()}
+            largest = max(Fraction(1), max(values.values()) * Fraction(1000, 999))  # a probability is below 1
+            values = {name: value / largest for name, value in values.items()}
             values["n"] = Fraction(self._random_of_teacher.randint(1, 997), 1000)
             values |= {"v": Fraction(draw(-99, 99), 101), "h": Fraction(draw(1, 99), 50)}
             for name, value in values.items():
@@ -133,7 +137,8 @@ class World:
         # Rewards other than 0 and 1, rarely equal: with equal rewards the standard deviation has a kink.
         self.point[reward] = sp.Rational(draw(600, 2400) if succeeds else draw(-1400, 400), 997)
         tokens = {name: tuple(column) for name, column in columns.items()}
-        return Row(index, **tokens, reward=reward, group=group, is_demonstration=expert, preference=preference)
+        kind = {"is_demonstration": expert, "preference": preference, "finished": index % 3 != 1}
+        return Row(index, **tokens, reward=reward, group=group, **kind)
 
     def _levels(self) -> Callable[[], Fraction]:
         """A source of ratios for the tokens of a row: separate ones, or one that all tokens share."""
@@ -268,6 +273,7 @@ class World:
             rewards=torch.tensor([self.value(row.reward) for row in self.rows], dtype=torch.float64),
             group=torch.tensor([row.group for row in self.rows]),
             is_demonstration=torch.tensor([row.is_demonstration for row in self.rows]),
+            finished=torch.tensor([row.finished for row in self.rows]),
             behavior_logprobs=column("q", True),
             sampler_logprobs=column("s", True),
             reference_logprobs=column("f", True),

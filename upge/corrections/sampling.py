@@ -1,0 +1,78 @@
+"""The correction that chooses prompts, and the algorithms that it would work against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from upge import algorithm as core
+from upge.algorithm import Algorithm
+from upge.corrections.base import Correction, NotApplicable, rollout_terms
+from upge.gates import Gate, PassRateBetween, ProductOf
+
+
+@dataclass(frozen=True)
+class DynamicSampling(Correction):
+    """Dynamic sampling (arXiv 2503.14476): replaces prompts on which `gate` is closed until the batch is full.
+
+    Prompts on which it is still closed after the last round do not count in the divisors.
+
+    Attributes:
+        gate: the gate; it may read only rewards and groups.
+    """
+
+    gate: Gate = PassRateBetween(0.0, 1.0)
+    rounds: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._sampling()
+
+    def _sampling(self) -> core.DynamicSampling:
+        return core.DynamicSampling(self.gate, self.rounds)
+
+    def apply(self, algorithm: Algorithm) -> Algorithm:
+        terms = rollout_terms(algorithm)
+        _check_learns_from_sampled(algorithm, self.gate)
+        if algorithm.sampling is not None:
+            raise NotApplicable("it already has `sampling`; change that by algo.sampling.KEY=VALUE")
+        gated = {name: replace(term, gate=ProductOf((term.gate, self.gate))) for name, term in terms.items()}
+        return replace(algorithm, terms={**algorithm.terms, **gated}, sampling=self._sampling())
+
+
+_IN_A_FILE = "to use it nevertheless, write an algorithm file of your own with such a `sampling`"
+
+
+def _check_learns_from_sampled(algorithm: Algorithm, sampling_gate: Gate) -> None:
+    """Refuse an algorithm that learns from prompts on which `sampling_gate` is closed, because they are replaced."""
+    for name, term in algorithm.terms.items():
+        if term.source != "rollouts":
+            source = term.source.replace("_", " ")
+            raise NotApplicable(
+                f"its term '{name}' learns from {source}, and sampling would replace the questions that all rollouts "
+                f"fail or solve, together with their {source}; {_IN_A_FILE}"
+            )
+    if algorithm.interleaved_update is not None:
+        raise NotApplicable(
+            "its `interleaved_update` collects questions by their pass rate, and sampling would replace these; "
+            f"{_IN_A_FILE}"
+        )
+    for name, term in algorithm.terms.items():
+        rate = _open_rate(term.gate, sampling_gate)
+        if rate is not None:
+            raise NotApplicable(
+                f"the gate of its term '{name}' chooses questions by their pass rate and is open at {rate:g}, where "
+                f"sampling would replace them; {_IN_A_FILE}"
+            )
+
+
+def _open_rate(gate: Gate, sampling_gate: Gate) -> float | None:
+    """A pass rate at which `gate` may be open although `sampling_gate` is closed.
+
+    None if there is none, or if `gate` does not read rewards.
+    """
+    if "rewards" not in gate.columns:
+        return None
+    number = 24  # its multiples of 1/24 include halves, thirds, quarters and eighths
+    rates = [solved / number for solved in range(number + 1)]
+    closed = (rate for rate in rates if sampling_gate.at_pass_rate(rate) == 0)
+    return next((rate for rate in closed if gate.at_pass_rate(rate) != 0), None)
