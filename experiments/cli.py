@@ -147,8 +147,8 @@ def _refused(error: Exception | str, code: int = BAD_INPUT) -> int:
 
     A launcher gets it from every rank, so that its summary has it even if only one rank has failed.
     """
-    from experiments.run.ending import announce
     from upge.train.distributed import local_rank
+    from upge.train.launcher import announce
     from upge.train.stopping import Ending
     from upge.trees import first_line
 

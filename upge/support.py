@@ -214,8 +214,8 @@ class CandidateView(TokenView):
 
     tokens: PackedTokens
     logprobs: Float[Tensor, "N K"]
-    reference_logprobs: Float[Tensor, "N K"] | None
-    teacher_logprobs: Float[Tensor, "N K"] | None
+    reference_logprobs: Float[Tensor, "N K"] | None  # pyright: ignore[reportIncompatibleVariableOverride]
+    teacher_logprobs: Float[Tensor, "N K"] | None  # pyright: ignore[reportIncompatibleVariableOverride]
     candidates: Int[Tensor, "N K"]
     chosen: Int[Tensor, "N 1"]
 

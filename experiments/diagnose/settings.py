@@ -14,6 +14,7 @@ from experiments.config import compose, resolved
 from upge.algorithm import Algorithm
 from upge.config import Settings, from_tree, key, meanings, parse, split
 from upge.errors import ConfigError, nearest
+from upge.needs import COMPUTED
 from upge.pipeline import Pipeline
 from upge.train.config import RunConfig
 from upge.trees import read_yaml
@@ -174,15 +175,8 @@ def unmeasurable(algorithm: Algorithm | Pipeline, group_size: int, exact: bool =
     if algorithm.needs.teacher and not exact:
         return "it needs a teacher, which only exact=true has"
     try:
-        provided = (
-            "behavior_logprobs",
-            "sampler_logprobs",
-            "entropies",
-            "reference_logprobs",
-            "preference",
-            "finished",
-        )
-        provided += ("teacher_logprobs",) if exact else ()
+        provided = {"sampler_logprobs", "entropies", "preference", "finished"} | COMPUTED - {"values"}
+        provided -= set[str]() if exact else {"teacher_logprobs"}
         algorithm.check(group_size=group_size, provided=provided)
     except ConfigError as error:
         return str(error)

@@ -71,9 +71,10 @@ def _run(arguments: list[str]) -> int:
 
 def _train(composed: Composed, prepared: Prepared, world: World) -> int:
     """Trains in the folder that was chosen, records how the run ended, and leaves the process."""
-    from experiments.run.ending import ExitRecord, announce
+    from experiments.run.ending import ExitRecord
     from experiments.run.limits import limits_explained
     from experiments.run.train import train
+    from upge.train.launcher import announce
     from upge.train.stopping import FAILED, Ending, StopSignals
     from upge.train.watch import Watch
 

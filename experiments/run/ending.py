@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
-import time
 from pathlib import Path
 
 from experiments.files import now
 from upge.errors import StorageError
 from upge.train.distributed import World
 from upge.train.files import read_lines, write_atomically
-from upge.train.launcher import has_launcher
+from upge.train.launcher import announce
 from upge.train.stopping import Ending
 
 #: In a run's folder: exit code, reason, last recorded step, time.
@@ -48,18 +46,3 @@ class ExitRecord:
         self.write(ending)
         announce(ending, True)
         sys.stderr.flush()
-
-
-def announce(ending: Ending, prints: bool) -> None:
-    """Tells a launcher why a rank ends; with `prints` the rank also prints the exit code as its last line."""
-    if not ending.code or not has_launcher():
-        return
-    text = f"exit code {ending.code}: {ending.reason}"
-    if prints:
-        print(text, file=sys.stderr, flush=True)
-    # torchrun prints this in its summary.
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
-        with contextlib.suppress(OSError):
-            message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
-            Path(file).write_text(json.dumps({"message": message}))

@@ -129,14 +129,14 @@ def test_another_tokenizer_is_refused():
 
 
 def test_the_plan_counts_the_teacher():
+    large = MODELS / "qwen2.5-math-7b"
     machine = Machine(8, 80 * 2**30, has_gpus=True, origin="pretended", is_here=False)
 
     def models(*arguments: str) -> set[str]:
-        composed = compose(["model=qwen2.5-math-7b", "group_size=4", *arguments])
+        composed = compose([f"model.path={large}", "model.dtype=bfloat16", "group_size=4", *arguments])
         return {item.what for item in outlook(composed, machine).memory.states if "weights" in item.what}
 
-    path = "teacher.path=Qwen/Qwen2.5-Math-7B"
-    assert "teacher: weights" in models("algo=gkd", path)
+    assert "teacher: weights" in models("algo=gkd", f"teacher.path={large}")
     assert "teacher: weights" not in models("algo=opsd", *SELF)
     assert "teacher: weights" in models("algo=opsd", "teacher.self=true", "teacher.weights=first")
 

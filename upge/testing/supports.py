@@ -67,9 +67,10 @@ def _gradient(algorithm: Algorithm, batch: Trajectories, split: list[Tensor]) ->
     assert given is not None and batch.logprobs is not None and batch.entropies is not None
     leaf = given.policy.clone().requires_grad_()
     batch = dataclasses.replace(batch, distributions=given._replace(policy=leaf))
+    live = batch.logprobs.detach(), batch.entropies.detach()
     for rows in split:
         width = batch.select(rows).response_mask.shape[1]
-        logprobs, entropies = (column.detach()[rows, :width] for column in (batch.logprobs, batch.entropies))
+        logprobs, entropies = (column[rows, :width] for column in live)
         part = batch.select(rows, logprobs, entropies=entropies)
         plan.estimate(part).loss.backward()
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad

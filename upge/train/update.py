@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
+from torch import Tensor
 
 from upge.algorithm import Algorithm
 from upge.components.base import Precomputed
