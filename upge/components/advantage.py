@@ -219,8 +219,7 @@ class GroupClassification(AdvantageEstimator):
         scores = masked_mean(batch.log_importance_ratio, batch.response_mask)
         sign = torch.where(success, 1.0, -1.0).to(scores.dtype)
         z = (-sign * scores[:, 0] / self.temperature).masked_fill(batch.is_demonstration, -math.inf)
-        classes = 2 * batch.group_index + success  # of each group, the right and the wrong responses
-        index: torch.Tensor = torch.unique(classes, return_inverse=True)[1]
+        index = 2 * batch.group_index + success.long()  # of each group, the right and the wrong responses
         largest = group_sum(torch.zeros_like(z), index).scatter_reduce(0, index, z, "amax")  # at least the anchor's 0
         total = torch.exp(-largest) + group_sum(torch.exp(z - largest[index]), index)
         values = sign * torch.exp(z - largest[index]) / (total[index] * self.temperature)

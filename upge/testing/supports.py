@@ -65,9 +65,8 @@ def _gradient(algorithm: Algorithm, batch: Trajectories, split: list[Tensor]) ->
     """[B, T, V] ∂loss/∂log π of every token, summed over micro-batches."""
     given, plan = batch.distributions, algorithm.plan(batch)
     assert given is not None and batch.logprobs is not None and batch.entropies is not None
-    leaf = given.policy.clone().requires_grad_()
+    leaf, live = given.policy.clone().requires_grad_(), (batch.logprobs.detach(), batch.entropies.detach())
     batch = dataclasses.replace(batch, distributions=given._replace(policy=leaf))
-    live = batch.logprobs.detach(), batch.entropies.detach()
     for rows in split:
         width = batch.select(rows).response_mask.shape[1]
         logprobs, entropies = (column[rows, :width] for column in live)
