@@ -104,7 +104,7 @@ def biases(off_policy: bool) -> str:
 def prompt_weights(group_size: int = 8) -> str:
     """A Markdown table: the coefficient of ∇P for a prompt with pass rate P, relative to that with P = 1/2."""
     rows = []
-    for algorithm in (a for a in shipped(length=1) if not a.needs.demonstrations):
+    for algorithm in (a for a in shipped(length=1) if not (a.needs.demonstrations or a.needs.teacher)):
         coefficients = []
         for rate in _PASS_RATES:
             policy = SoftmaxPolicy(torch.tensor([[1 - rate, rate]], dtype=torch.float64).log(), 1, end=None)

@@ -335,15 +335,15 @@ MUTANTS = (
     Mutant(
         "deviation-biased",
         "upge/components/advantage.py",
-        "(number - int(self.unbiased))",
-        "number",
+        "self.baseline) - int(self.unbiased)",
+        "self.baseline)",
         [PARTS + "test_group_relative_baseline_and_deviation"],
     ),
     Mutant(
         "baseline-with-own-reward",
         "upge/components/advantage.py",
-        "[index] - rewards * is_rollout)",
-        "[index])",
+        "(batch.group_sum(rewards) - rewards * is_rollout)",
+        "batch.group_sum(rewards)",
         [PARTS + "test_leave_one_out"],
     ),
     Mutant(

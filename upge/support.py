@@ -241,8 +241,8 @@ class CandidateView(TokenView):
         return self.candidates == self.chosen
 
     @property
-    def response_mask(self) -> Bool[Tensor, "N 1"]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.tokens.response_mask[:, None]
+    def response_mask(self) -> Bool[Tensor, "N K"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.tokens.response_mask[:, None].expand(self.candidates.shape)
 
     @property
     def values(self) -> Float[Tensor, "N 1"]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -280,6 +280,11 @@ class CandidateView(TokenView):
 
 def _column(values: Tensor | None) -> Tensor:
     return None if values is None else values[:, None]  # pyright: ignore[reportReturnType] - the view refuses None
+
+
+def _once(values: Float[Tensor, "N K"]) -> Tensor:
+    """[N, 1] of values that are one number per token, expanded to the candidates; all others unchanged."""
+    return values[:, :1] if values.stride(-1) == 0 else values
 
 
 class TermFactors(NamedTuple):
@@ -369,7 +374,7 @@ class SupportCoefficients:
         """scale·k of each candidate; also records the figures for metrics."""
         # Everything in the precision of the log-probs: the candidates are too many for float64.
         dtype, shape = view.logprobs.dtype, view.logprobs.shape
-        factors = Factors(*(factor.to(dtype) for factor in self._estimator.factors(view)))
+        factors = Factors(*(_once(factor).to(dtype) for factor in self._estimator.factors(view)))
         scale, probabilities = self._scale[block, None].to(dtype), view.logprobs.exp()
         offset = factors.shape.log() - factors.log_denominator
         if (
