@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 import psutil
@@ -17,6 +18,8 @@ from upge.train.stopping import FAILED, Ending, StopSignals
 
 #: Seconds between two looks, and the looks in a row in which a rank or the store must be missing.
 _INTERVAL, _PATIENCE = 0.5, 3
+#: Seconds that a rank whose collectives fail waits for its watch to say why.
+_LONGEST_WAIT = 60.0
 _STOP, _FAILED, _TOLD = "upge/stop", "upge/failed", "upge/told"
 
 
@@ -42,9 +45,17 @@ class Watch:
             threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def wait(self) -> None:
-        """Waits long enough for the watch to notice that another rank has ended, which ends this process."""
-        if self._store is not None:
-            self._over.wait(2 * _PATIENCE * _INTERVAL)
+        """Waits for the watch to notice that another rank has ended, which ends this process.
+
+        Where the machine is busy, the watch may take longer than its intervals.
+        """
+        if self._store is None:
+            return
+        self._over.wait(2 * _PATIENCE * _INTERVAL)
+        until = time.monotonic() + _LONGEST_WAIT
+        while any(map(_has_ended, self._mates.values())) and time.monotonic() < until:
+            if self._over.wait(_INTERVAL):
+                return
 
     def end(self) -> None:
         """Ends the watch. All ranks call it between a barrier and the first of them to leave."""
