@@ -24,9 +24,9 @@ def train(job: dict[str, Any], connection: Connection) -> None:
 
     @contextmanager
     def compared(word: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        found: dict[str, Any] = {}
-        yield found
-        found["heard"] = word["gradient"]
+        results: dict[str, Any] = {}
+        yield results
+        results["heard"] = word["gradient"]
 
     control = StepControl(connection, lambda: {"mean": done / 10}, compared)
     control.begin()

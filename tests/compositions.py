@@ -113,15 +113,15 @@ def load(name: str) -> Algorithm:
     return algorithms.load(name)
 
 
-def stages(found: Algorithm | Pipeline) -> dict[str, Algorithm]:
+def stages(results: Algorithm | Pipeline) -> dict[str, Algorithm]:
     """Stage → algorithm; a single algorithm is the one stage of its name."""
-    return {name: stage.algorithm for name, stage in Pipeline.of(found).stages.items()}
+    return {name: stage.algorithm for name, stage in Pipeline.of(results).stages.items()}
 
 
 def by_stage() -> dict[str, Algorithm]:
     """Every file of algorithms/, pipelines stage by stage: 'name: stage' → algorithm."""
-    found = {name: stages(algorithms.load(name)) for name in algorithms.names()}
-    return {f"{name}: {stage}" if len(own) > 1 else name: own[stage] for name, own in found.items() for stage in own}
+    results = {name: stages(algorithms.load(name)) for name in algorithms.names()}
+    return {f"{name}: {stage}" if len(own) > 1 else name: own[stage] for name, own in results.items() for stage in own}
 
 
 #: Everything with terms of its own: not what runs several algorithms in stages.

@@ -27,8 +27,8 @@ TEMPERATURE = 0.7
 
 def batch() -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(prompt_ids, response_ids), one of them without a response."""
-    found = [(t.prompt_ids, t.response_ids) for t in trajectories()]
-    return [*found[:7], (found[7][0], ()), *found[8:]]
+    results = [(t.prompt_ids, t.response_ids) for t in trajectories()]
+    return [*results[:7], (results[7][0], ()), *results[8:]]
 
 
 def targets() -> list[Tensor]:
@@ -65,11 +65,11 @@ def padded(engine: CriticEngine | Engine | ReferencePolicy, budget: int = 60) ->
         with torch.no_grad():
             column = engine.forward([pairs[r] for r in rows])
         parts += [(r, column[place, : len(pairs[r][1])]) for place, r in enumerate(rows)]
-    found = torch.zeros(len(pairs), max(len(response) for _, response in pairs))
+    results = torch.zeros(len(pairs), max(len(response) for _, response in pairs))
     for part in engine.world.gather(parts):
         for row, values in part:
-            found[row, : len(values)] = values
-    return found
+            results[row, : len(values)] = values
+    return results
 
 
 def whole(module: nn.Module) -> dict[str, Tensor]:
@@ -94,25 +94,25 @@ def move(policy: Engine) -> None:
     assert policy.step(1e-2).applied
 
 
-def learn(critic: CriticEngine, found: dict) -> None:
+def learn(critic: CriticEngine, results: dict) -> None:
     """First values, two updates, then values and gradients where head and trunk have moved."""
-    found["first values"] = padded(critic)
+    results["first values"] = padded(critic)
     for _ in range(2):
         accumulate(critic, BUDGETS[0])
         assert critic.step(1e-2).applied
-    found["critic"] = whole(critic.module)
+    results["critic"] = whole(critic.module)
     for budget in BUDGETS:
-        found["values", budget] = padded(critic, budget)
+        results["values", budget] = padded(critic, budget)
         accumulate(critic, budget)
-        found["gradient", budget] = gradients(critic)
-        found["norm", budget] = critic.step(0.0).grad_norm
+        results["gradient", budget] = gradients(critic)
+        results["norm", budget] = critic.step(0.0).grad_norm
     # A single trajectory leaves a second rank without work.
     accumulate(critic, BUDGETS[1], some=1)
-    found["gradient of one"] = gradients(critic)
+    results["gradient of one"] = gradients(critic)
     critic.step(0.0)
 
 
-def resume(critic: CriticEngine, fresh: CriticEngine, scratch: Path, found: dict) -> None:
+def resume(critic: CriticEngine, fresh: CriticEngine, scratch: Path, results: dict) -> None:
     critic.save(scratch / "step_3.partial", "critic", {})
     critic.world.barrier()
     if critic.world.is_main:
@@ -122,35 +122,35 @@ def resume(critic: CriticEngine, fresh: CriticEngine, scratch: Path, found: dict
     for key, each in (("went on", critic), ("resumed", fresh)):
         accumulate(each, BUDGETS[0])
         each.step(1e-3)
-        found[key] = whole(each.module)
+        results[key] = whole(each.module)
     with pytest.raises(ModelError, match="cannot be read"):
         fresh.load(scratch / "step_4", "critic")
 
 
 def main(model: str, other: str, output: str, scratch: str) -> None:
     world = connect()
-    found: dict = {}
+    results: dict = {}
     settings = ModelConfig(path=model)
     optimizer = OptimizerConfig(max_grad_norm=0.0, micro_batch_tokens=BUDGETS[0])
     policy = Engine(settings, optimizer, world, TEMPERATURE)
     reference = ReferencePolicy(settings, world, TEMPERATURE)
     critic = CriticEngine(settings, CriticConfig(), optimizer, world)
     held = sum(p.ds_tensor.numel() for p in reference._engine.module.parameters())
-    found["share held"] = held / policy.parameters
-    found["reference", 0], found["policy", 0] = padded(reference), padded(policy)
+    results["share held"] = held / policy.parameters
+    results["reference", 0], results["policy", 0] = padded(reference), padded(policy)
     move(policy)
-    learn(critic, found)
+    learn(critic, results)
     move(policy)
-    found["reference", 1], found["policy", 1] = padded(reference), padded(policy)
-    found["weights"] = {name: weight.clone() for name, weight in policy.named_weights()}
+    results["reference", 1], results["policy", 1] = padded(reference), padded(policy)
+    results["weights"] = {name: weight.clone() for name, weight in policy.named_weights()}
     checkpointed = ModelConfig(path=model, gradient_checkpointing="full")
-    resume(critic, CriticEngine(checkpointed, CriticConfig(), optimizer, world), Path(scratch), found)
+    resume(critic, CriticEngine(checkpointed, CriticConfig(), optimizer, world), Path(scratch), results)
     apart = CriticEngine(settings, CriticConfig(path=other), optimizer, world)
-    found["apart"] = whole(apart.module)
+    results["apart"] = whole(apart.module)
     with pytest.raises(ModelError, match="critic.path: this model knows 120 tokens"):
         apart.forward([((1, 2), (3, 10**6))])
     if world.is_main:
-        torch.save(found, output)
+        torch.save(results, output)
     leave(world, 0)
 
 

@@ -42,9 +42,9 @@ def gradients(engine: Engine, sizes: tuple[int, ...]) -> dict[str, Tensor]:
         loss = engine.forward(PAIRS[:size]).sum()
         engine.backward(loss, last=number == len(sizes) - 1)
     named = [(name, p) for name, p in engine.network.named_parameters() if p.requires_grad]
-    found = {name: safe_get_full_grad(p).clone() for name, p in named}
+    results = {name: safe_get_full_grad(p).clone() for name, p in named}
     engine.take_gradient()
-    return found
+    return results
 
 
 def case(model: str, world: World, mode: str) -> dict[str, object]:
@@ -82,9 +82,9 @@ def main(model: str, output: str) -> None:
     world = connect()
     elementwise._compiled = traced
     # Those with selective checkpointing come first, because the others let DeepSpeed replace torch's linear function.
-    found = {mode: case(model, world, mode) for mode in ("selective", "lora", "none", "full")}
+    results = {mode: case(model, world, mode) for mode in ("selective", "lora", "none", "full")}
     if world.is_main:
-        torch.save(found, output)
+        torch.save(results, output)
     leave(world, 0)
 
 

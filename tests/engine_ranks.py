@@ -72,60 +72,60 @@ def update(engine: Engine, variant: int, lr: float = 1e-2, factor: float = 1.0) 
     return engine.step(lr)
 
 
-def take(engine: Engine, found: dict) -> None:
+def take(engine: Engine, actual: dict) -> None:
     """Two gradients, their product, and what follows them."""
     taken = []
     for variant in (0, 1):
         accumulate(engine, variant)
         taken.append(engine.take_gradient())
-    found["gradients"] = [whole(engine, gradient) for gradient in taken]
-    found["dot"] = [engine.dot(taken[i], taken[j]) for i, j in ((0, 1), (0, 0))]
+    actual["gradients"] = [whole(engine, gradient) for gradient in taken]
+    actual["dot"] = [engine.dot(taken[i], taken[j]) for i, j in ((0, 1), (0, 0))]
     accumulate(engine, 2, factor=float("nan"))
     assert not all(bool(part.isfinite().all()) for part in engine.take_gradient())
     after = [update(engine, 0), update(engine, 1)]
-    found["with"] = {"results": after, "weights": weights_of(engine)}
+    actual["with"] = {"results": after, "weights": weights_of(engine)}
 
 
-def limit(engine: Engine, found: dict) -> None:
+def limit(engine: Engine, actual: dict) -> None:
     """Updates with a limit just below and just above their gradient's norm; the one after is as if nothing had been."""
     before = weights_of(engine)
     accumulate(engine, 0)
     norm = engine.step(0.0).grad_norm
     accumulate(engine, 0)
-    found["above"] = (norm, engine.step(1e-2, limit=0.999 * norm), before, weights_of(engine))
+    actual["above"] = (norm, engine.step(1e-2, limit=0.999 * norm), before, weights_of(engine))
     accumulate(engine, 0)
-    found["below"] = (norm, engine.step(1e-2, limit=1.001 * norm), before, weights_of(engine))
+    actual["below"] = (norm, engine.step(1e-2, limit=1.001 * norm), before, weights_of(engine))
 
 
-def clip(engine: Engine, found: dict) -> None:
+def clip(engine: Engine, actual: dict) -> None:
     """Two updates whose gradients differ in size, both above the norm at which they are clipped."""
     engine.reset_optimizer()
     start = weights_of(engine)
     results = [update(engine, 0, factor=CLIPPED), update(engine, 1, factor=CLIPPED / 100)]
-    found["clipped"] = (start, weights_of(engine), [result.grad_norm for result in results])
+    actual["clipped"] = (start, weights_of(engine), [result.grad_norm for result in results])
 
 
-def interleave(engine: Engine, found: dict) -> None:
+def interleave(engine: Engine, actual: dict) -> None:
     """Updates by turns with several sets of moments; before each, the gradient that AdamW gets."""
     from deepspeed.utils import safe_get_full_grad
 
     engine.reset_optimizer()
-    found["start"] = weights_of(engine)
-    found["turns"] = []
+    actual["start"] = weights_of(engine)
+    actual["turns"] = []
     for turn, name in enumerate(("main", "other", "main", "main", "other", "reset other", "other", "main")):
         if name == "reset other":
             engine.use_optimizer("other")
             engine.reset_optimizer()
-            found["turns"].append((name, None, None))
+            actual["turns"].append((name, None, None))
             continue
         engine.use_optimizer(name)
         accumulate(engine, turn)
         gradient = {n: safe_get_full_grad(p).clone() for n, p in engine.network.named_parameters()}
         engine.step(1e-2)
-        found["turns"].append((name, gradient, weights_of(engine)))
+        actual["turns"].append((name, gradient, weights_of(engine)))
 
 
-def resume(engine: Engine, fresh: Engine, scratch: Path, found: dict) -> None:
+def resume(engine: Engine, fresh: Engine, scratch: Path, actual: dict) -> None:
     """Saves, goes on, and does the same again from the checkpoint in another engine."""
     world = engine.world
     engine.use_optimizer("other")
@@ -138,14 +138,14 @@ def resume(engine: Engine, fresh: Engine, scratch: Path, found: dict) -> None:
     for name in ("other", "third"):
         fresh.use_optimizer(name)
         update(fresh, 3)
-    found["state"] = fresh.load(scratch, "step_7")
+    actual["state"] = fresh.load(scratch, "step_7")
     for key, each in (("went on", engine), ("resumed", fresh)):
         # The set in use goes on being so, without being named.
         update(each, 4)
         for variant, name in enumerate(("main", "third", "other", "main")):
             each.use_optimizer(name)
             update(each, variant)
-        found[key] = weights_of(each)
+        actual[key] = weights_of(each)
     world.barrier()
     (scratch / "step_7" / f"moments_rank_{world.rank}.pt").unlink()
     with pytest.raises(ModelError, match="cannot be read .*moments_rank_"):
@@ -154,13 +154,13 @@ def resume(engine: Engine, fresh: Engine, scratch: Path, found: dict) -> None:
         fresh.load(scratch, "step_8")
 
 
-def halve(engine: Engine, found: dict) -> None:
+def halve(engine: Engine, actual: dict) -> None:
     """In bfloat16, the gradients of the micro-batches added up here, and as the engine adds them up."""
     taken: list[list[Tensor]] = []
     accumulate(engine, 0, after=lambda: taken.append(engine.take_gradient()))
-    found["added here"] = whole(engine, [torch.stack(parts).sum(dim=0) for parts in zip(*taken, strict=True)])
+    actual["added here"] = whole(engine, [torch.stack(parts).sum(dim=0) for parts in zip(*taken, strict=True)])
     accumulate(engine, 0)
-    found["added there"] = whole(engine, engine.take_gradient())
+    actual["added there"] = whole(engine, engine.take_gradient())
 
 
 def settings_of(engine: Engine) -> dict[str, object]:
@@ -188,18 +188,18 @@ def main(
             deepspeed=deepspeed,
         )
 
-    found: dict = {"settings": settings_of(engine_of(model, world, 0.5))}
+    actual: dict = {"settings": settings_of(engine_of(model, world, 0.5))}
     clipped, plain = engine_of(model, world, 0.5), engine_of(model, world, 0.5)
-    take(clipped, found)
-    found["without"] = {"results": [update(plain, 0), update(plain, 1)], "weights": weights_of(plain)}
+    take(clipped, actual)
+    actual["without"] = {"results": [update(plain, 0), update(plain, 1)], "weights": weights_of(plain)}
     engine = engine_of(model, world, 0.0)
-    interleave(engine, found)
-    clip(plain, found)
-    limit(engine_of(model, world, 0.5), found)
-    resume(engine, engine_of(model, world, 0.0), Path(scratch), found)
-    halve(engine_of(model, world, 0.0, "bfloat16"), found)
+    interleave(engine, actual)
+    clip(plain, actual)
+    limit(engine_of(model, world, 0.5), actual)
+    resume(engine, engine_of(model, world, 0.0), Path(scratch), actual)
+    halve(engine_of(model, world, 0.0, "bfloat16"), actual)
     if world.is_main:
-        torch.save(found, output)
+        torch.save(actual, output)
     leave(world, 0)
 
 

@@ -32,7 +32,7 @@ def drawn(
     seed: int = 0,
 ) -> list[Sample]:
     """Samples of a policy: harder problems are the same ones for every ability, and hardness grows with the level."""
-    found = []
+    results = []
     for index in range(problems):
         place = index * len(levels) // problems
         hardness = random.Random(f"{benchmark} {index}").random() + place / len(levels)
@@ -41,8 +41,8 @@ def drawn(
         for number in range(n):
             correct = dice.random() < rate
             tokens = dice.randint(200, 2000)
-            found.append(sample(benchmark, str(index), number, correct, levels[place], tokens=tokens))
-    return found
+            results.append(sample(benchmark, str(index), number, correct, levels[place], tokens=tokens))
+    return results
 
 
 def write_run(

@@ -52,28 +52,30 @@ class Renames:
         return ".".join(names)
 
 
-def same(recorded: Any, found: Any, tolerance: tuple[float, float] | None) -> bool:
+def same(recorded: Any, results: Any, tolerance: tuple[float, float] | None) -> bool:
     """Equal; floats up to a relative and an absolute tolerance, if one is given. NaN equals NaN."""
-    if isinstance(recorded, list) and isinstance(found, list):
-        return len(recorded) == len(found) and all(same(a, b, tolerance) for a, b in zip(recorded, found, strict=True))
-    if isinstance(recorded, bool) or isinstance(found, bool) or isinstance(recorded, str) or isinstance(found, str):
-        return type(recorded) is type(found) and recorded == found
-    if tolerance is None or not isinstance(recorded, float) and not isinstance(found, float):
-        return type(recorded) is type(found) and (recorded == found or recorded != recorded and found != found)
-    if recorded is None or found is None:
+    if isinstance(recorded, list) and isinstance(results, list):
+        return len(recorded) == len(results) and all(
+            same(a, b, tolerance) for a, b in zip(recorded, results, strict=True)
+        )
+    if isinstance(recorded, bool) or isinstance(results, bool) or isinstance(recorded, str) or isinstance(results, str):
+        return type(recorded) is type(results) and recorded == results
+    if tolerance is None or not isinstance(recorded, float) and not isinstance(results, float):
+        return type(recorded) is type(results) and (recorded == results or recorded != recorded and results != results)
+    if recorded is None or results is None:
         return False
     relative, absolute = tolerance
     return (
-        recorded == found
-        or abs(recorded - found) <= max(relative * abs(recorded), absolute)
-        or (recorded != recorded and found != found)
+        recorded == results
+        or abs(recorded - results) <= max(relative * abs(recorded), absolute)
+        or (recorded != recorded and results != results)
     )
 
 
-def compare(case: str, recorded: dict[str, Any], found: dict[str, Any], tolerance: Any) -> Iterator[Difference]:
+def compare(case: str, recorded: dict[str, Any], results: dict[str, Any], tolerance: Any) -> Iterator[Difference]:
     """(case, path, recorded, found) of everything that differs."""
-    for path in dict.fromkeys((*recorded, *found)):
-        a, b = recorded.get(path, ABSENT), found.get(path, ABSENT)
+    for path in dict.fromkeys((*recorded, *results)):
+        a, b = recorded.get(path, ABSENT), results.get(path, ABSENT)
         computed = path.startswith("estimate") or tolerance == TOLERANCE["runs"]
         if not same(a, b, tolerance if computed else None):
             yield case, path, a, b
@@ -87,8 +89,8 @@ def is_prose(path: str) -> bool:
 def report(differences: list[Difference], most: int = 40) -> str:
     """A line for each difference; equal ones of several cases together."""
     cases: dict[tuple[str, str, str], list[str]] = {}
-    for case, path, recorded, found in differences:
-        key = (path, *(json.dumps(value, ensure_ascii=False)[:160] for value in (recorded, found)))
+    for case, path, recorded, results in differences:
+        key = (path, *(json.dumps(value, ensure_ascii=False)[:160] for value in (recorded, results)))
         cases.setdefault(key, []).append(case)
     lines = [
         f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {path}: recorded {a}, found {b}"

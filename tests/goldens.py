@@ -108,15 +108,15 @@ def tests() -> dict[str, list[str]]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"tests cannot be collected:\n{done.stdout[-2000:]}")
-    found: dict[str, set[str]] = {}
+    results: dict[str, set[str]] = {}
     for line in done.stdout.splitlines():
         if "::" in line:
             name, bracket, parameters = line.partition("[")
-            found.setdefault(name, set()).add(parameters.removesuffix("]") if bracket else "")
+            results.setdefault(name, set()).add(parameters.removesuffix("]") if bracket else "")
     source = re.compile(r"(upge|algorithms|experiments|tests)([./][\w./]+)?")
     return {
         name: sorted(p for p in parameters if p and not source.fullmatch(p) and tempfile.gettempdir() not in p)
-        for name, parameters in found.items()
+        for name, parameters in results.items()
     }
 
 
@@ -212,11 +212,11 @@ def record_runs() -> dict[str, Any]:
     Raises:
         RuntimeError: a run failed.
     """
-    found = runs(RUNS)
-    failed = {name: metrics["failed"] for name, metrics in found.items() if "failed" in metrics}
+    results = runs(RUNS)
+    failed = {name: metrics["failed"] for name, metrics in results.items() if "failed" in metrics}
     if failed:
         raise RuntimeError(f"runs failed: {failed}")
-    return {name: {"arguments": RUNS[name], "metrics": found[name]} for name in sorted(RUNS)}
+    return {name: {"arguments": RUNS[name], "metrics": results[name]} for name in sorted(RUNS)}
 
 
 # The command line.
@@ -242,11 +242,11 @@ def main(arguments: list[str] | None = None) -> int:
         if given.record:
             write(section, RECORDS[section]())
             continue
-        found = CHECKS[section](renames, given.exact)
-        prose = [one for one in found if is_prose(one[1])] if section == "objects" else []
-        failures = [one for one in found if one not in prose]
+        results = CHECKS[section](renames, given.exact)
+        prose = [one for one in results if is_prose(one[1])] if section == "objects" else []
+        failures = [one for one in results if one not in prose]
         code |= bool(failures)
-        most = len(found) if given.all else 40
+        most = len(results) if given.all else 40
         if given.messages and prose:
             print(f"{section}: reworded, no failure:\n{report(prose, most)}")
         reworded = f", {len(prose)} texts reworded (--messages)" if prose else ""

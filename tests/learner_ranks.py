@@ -62,47 +62,47 @@ def main(model: str, output: str, budget: str) -> None:
     def learner(algorithm: upge.Algorithm) -> Learner:
         return Learner(algorithm, models, config, examples, lambda algorithm, reserve: Given())
 
-    found = {}
+    results = {}
     meta = learner(mixed())
     memory = meta.memory()
     collected = meta.collect(0, 0)
     # The slope is that of the rate at hand; the update then leaves the policy where it is for what follows.
-    found["slope"] = meta._slope(meta._slope_gates(0)[0], collected, 0, LearningRates(LR), memory)
+    results["slope"] = meta._slope(meta._slope_gates(0)[0], collected, 0, LearningRates(LR), memory)
     report, figures = meta.update(collected, 0, LearningRates(0.0), memory)
-    found["norm"], found["state"] = report.grad_norms[0], figures["state/mu"]
+    results["norm"], results["state"] = report.grad_norms[0], figures["state/mu"]
     meta.remember({"state/mu_utility_slope": 0.05, "entropy": 0.3}, 0, memory)
-    found["mu"] = memory.variables["mu"]
+    results["mu"] = memory.variables["mu"]
 
     critic = learner(algorithms.load("ppo", ["critic.clip=null"]))
     report, _ = critic.update(critic.collect(0, 0), 0, LearningRates(0.0, 1e-3), critic.memory())
     sums = world.gather(report.sums)
-    found["critic"] = [step_metrics(report, sums)]
+    results["critic"] = [step_metrics(report, sums)]
     report, _ = critic.update(critic.collect(0, 0), 0, LearningRates(None, 1e-3), critic.memory())
     sums = world.gather(report.sums)
-    found["critic"].append(step_metrics(report, sums))
-    found["policy updates"] = len(report.grad_norms)
+    results["critic"].append(step_metrics(report, sums))
+    results["policy updates"] = len(report.grad_norms)
 
     aside = learner(algorithms.load("relift", [f"interleaved_update.size={SIZE}"]))
     memory = aside.memory()
-    found["interleaved_updates"] = []
+    results["interleaved_updates"] = []
     for step in range(4):
         _, figures = aside.update(aside.collect(0, 0), step, LearningRates(1e-3), memory)
-        found["interleaved_updates"].append((figures["interleaved_update/updates"], list(memory.remembered)))
-    found["optimizer"] = models.policy._moments.in_use
+        results["interleaved_updates"].append((figures["interleaved_update/updates"], list(memory.remembered)))
+    results["optimizer"] = models.policy._moments.in_use
     for updater in (aside.updater, aside.interleaved):
         updater.config = dataclasses.replace(updater.config, skip_grad_norm=1e-9)
     before = {name: weight.clone() for name, weight in models.policy.named_weights()}
     memory.remembered = [0, 1, 3]
     report, figures = aside.update(aside.collect(0, 0), 4, LearningRates(1e-3), memory)
-    found["above limit"] = (
+    results["above limit"] = (
         report.above_limit,
         figures["interleaved_update/updates"],
         figures["interleaved_update/updates_above_limit"],
     )
     after = {name: weight.clone() for name, weight in models.policy.named_weights()}
-    found["unmoved"] = all(torch.equal(after[name], weight) for name, weight in before.items())
+    results["unmoved"] = all(torch.equal(after[name], weight) for name, weight in before.items())
     if world.is_main:
-        torch.save(found, output)
+        torch.save(results, output)
     leave(world, 0)
 
 

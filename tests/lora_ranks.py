@@ -61,62 +61,62 @@ def update(engine: Engine, variant: int) -> None:
     assert engine.step(1e-1).applied
 
 
-def resume(engine: Engine, fresh: Engine, scratch: Path, name: str, found: dict) -> None:
+def resume(engine: Engine, fresh: Engine, scratch: Path, name: str, results: dict) -> None:
     """Saves, goes on, and does the same again from the checkpoint in another engine with a history of its own."""
     update(fresh, 2)
     engine.save(scratch, name, {"step": 5})
     engine.world.barrier()
-    found[name, "state"] = fresh.load(scratch, name)
+    results[name, "state"] = fresh.load(scratch, name)
     for key, each in (("went on", engine), ("resumed", fresh)):
         update(each, 3)
         update(each, 4)
-        found[name, key] = weights_of(each)
-    found[name, "bytes"] = sum(file.stat().st_size for file in (scratch / name).iterdir())
+        results[name, key] = weights_of(each)
+    results[name, "bytes"] = sum(file.stat().st_size for file in (scratch / name).iterdir())
 
 
 def variants(model: str, world: World) -> dict:
     """The first gradient of each variant, and the weights after two updates."""
-    found = {}
+    results = {}
     for name, (settings, offload) in VARIANTS.items():
         engine = engine_of(model, world, LORA, offload, **settings)
         gradient = gradients(engine, 0)
         update(engine, 0)
         update(engine, 1)
-        found[name] = gradient, weights_of(engine)
-    return found
+        results[name] = gradient, weights_of(engine)
+    return results
 
 
 def main(model: str, output: str, scratch: str) -> None:
     world = connect()
-    found: dict = {}
+    results: dict = {}
     if not scratch:
-        found = variants(model, world)
+        results = variants(model, world)
         if world.is_main:
-            torch.save(found, output)
+            torch.save(results, output)
         leave(world, 0)
         return
     engine = engine_of(model, world, LORA)
-    found["first"] = weights_of(engine), matrices(engine)
-    found["first gradient"] = gradients(engine, 0)
+    results["first"] = weights_of(engine), matrices(engine)
+    results["first gradient"] = gradients(engine, 0)
     update(engine, 0)
     update(engine, 1)
-    found["weights"], found["matrices"] = weights_of(engine), matrices(engine)
-    found["gradients"] = [gradients(engine, variant) for variant in (0, 1)]
+    results["weights"], results["matrices"] = weights_of(engine), matrices(engine)
+    results["gradients"] = [gradients(engine, variant) for variant in (0, 1)]
     reference = BasePolicy(engine)
-    found["reference"], found["policy"] = reference.forward(PAIRS), engine.forward(PAIRS).detach()
-    found["after the reference"] = gradients(engine, 0)
-    found["trained"] = sum(p.ds_numel for group in engine._engine.optimizer.fp16_groups for p in group)
+    results["reference"], results["policy"] = reference.forward(PAIRS), engine.forward(PAIRS).detach()
+    results["after the reference"] = gradients(engine, 0)
+    results["trained"] = sum(p.ds_numel for group in engine._engine.optimizer.fp16_groups for p in group)
     engine.export(Path(scratch) / "final")
-    resume(engine, engine_of(model, world, LORA, gradient_checkpointing="full"), Path(scratch), "plain", found)
+    resume(engine, engine_of(model, world, LORA, gradient_checkpointing="full"), Path(scratch), "plain", results)
     noisy = engine_of(model, world, DROPOUT)
     update(noisy, 0)
-    found["noisy gradients"] = [gradients(noisy, 1) for _ in range(2)]
-    found["noisy log-probs"] = [noisy.forward(PAIRS).detach()]
+    results["noisy gradients"] = [gradients(noisy, 1) for _ in range(2)]
+    results["noisy log-probs"] = [noisy.forward(PAIRS).detach()]
     with torch.no_grad():
-        found["noisy log-probs"] += [noisy.forward(PAIRS) for _ in range(2)]
-    resume(noisy, engine_of(model, world, DROPOUT), Path(scratch), "noisy", found)
+        results["noisy log-probs"] += [noisy.forward(PAIRS) for _ in range(2)]
+    resume(noisy, engine_of(model, world, DROPOUT), Path(scratch), "noisy", results)
     if world.is_main:
-        torch.save(found, output)
+        torch.save(results, output)
     leave(world, 0)
 
 

@@ -22,12 +22,12 @@ class TableScores:
         self.number = {response: i for i, response in enumerate(policy.responses.lists())}
 
     def columns(self, pairs: Sequence[Pair]) -> list[tuple[Tensor, Tensor]]:
-        found = []
+        results = []
         for _, response in pairs:
             row, length = self.number[response], len(response)
             both = self.policy.token_logprobs[row, :length], self.policy.token_entropies[row, :length]
-            found.append(tuple(values.detach() for values in both))
-        return found
+            results.append(tuple(values.detach() for values in both))
+        return results
 
     def gradients(self, requests: Sequence[Request]) -> Iterator[tuple[list[int], Tensor]]:
         scores, entropy_scores = self.policy.token_scores, self.policy.entropy_scores

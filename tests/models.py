@@ -52,18 +52,18 @@ def trajectories(
         length = int(torch.randint(low, high, (1,), generator=g))
         return tuple(torch.randint(3, vocabulary, (length,), generator=g).tolist())
 
-    found = []
+    results = []
     for group in range(groups):
         prompt = tokens(3, 12)
         for member in range(group_size):
             response = tokens(1, 20)
             reward = float(group == 1 or (group > 1 and member % 2 == group % 2))
             sampled = (-torch.rand(len(response), generator=g) * 3 - 2).tolist()
-            found.append(Trajectory(group, group, prompt, response, reward, False, tuple(sampled), True, "ok"))
-        found.append(Trajectory(group, group, prompt, tokens(5, 25), 1.0, True, preference=int(pairs)))
+            results.append(Trajectory(group, group, prompt, response, reward, False, tuple(sampled), True, "ok"))
+        results.append(Trajectory(group, group, prompt, tokens(5, 25), 1.0, True, preference=int(pairs)))
         if pairs:
-            found.append(Trajectory(group, group, prompt, tokens(3, 15), 0.0, True, preference=-1))
-    return indexed(found)
+            results.append(Trajectory(group, group, prompt, tokens(3, 15), 0.0, True, preference=-1))
+    return indexed(results)
 
 
 def unrounded(model: torch.nn.Module) -> None:

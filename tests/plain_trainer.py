@@ -223,12 +223,12 @@ def policy_of(model: nn.Module, rows: Sequence[Row], temperature: float) -> list
     """(log-probs, entropies) of each trajectory's response tokens under softmax(logits / temperature)."""
     ids, mask = padded(rows)
     logits = model(input_ids=ids, attention_mask=mask).logits / temperature
-    found = []
+    results = []
     for i, row in enumerate(rows):
         full = logits[i, predictors(row)].log_softmax(dim=-1)
         logp = full.gather(-1, torch.tensor(row["response_ids"])[:, None])[:, 0]
-        found.append((logp, -(full.exp() * full).sum(dim=-1)))
-    return found
+        results.append((logp, -(full.exp() * full).sum(dim=-1)))
+    return results
 
 
 # Training.
@@ -332,8 +332,8 @@ class PlainTrainer:
 
     def _read(self, batch: Batch) -> None:
         """Gives each trajectory what the present policy says, with gradient."""
-        found = policy_of(self.model, batch.rows, self.settings.temperature)
-        for row, (logp, entropy) in zip(batch.rows, found, strict=True):
+        results = policy_of(self.model, batch.rows, self.settings.temperature)
+        for row, (logp, entropy) in zip(batch.rows, results, strict=True):
             row |= {"logp": logp, "entropy": entropy}
 
     def _update_critic(self, batch: Batch, optimizer: torch.optim.Optimizer, lr: float) -> None:

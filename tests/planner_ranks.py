@@ -66,7 +66,7 @@ def step(engine: Engine) -> dict[str, Any]:
         with Allocations() as allocations:
             engine.step(1e-4)
     buckets = [(str(b.buffer.dtype), b.buffer.numel()) for b in engine._engine.optimizer.ipg_buckets.values()]
-    found = {"parameters": engine.parameters, "step": allocations.peak, "buckets": buckets}
+    results = {"parameters": engine.parameters, "step": allocations.peak, "buckets": buckets}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         engine.save(folder, "one", {})
@@ -76,8 +76,8 @@ def step(engine: Engine) -> dict[str, Any]:
         engine.save(folder, "two", {})
         engine.export(folder / "final")
         for part in ("one", "two", "final"):
-            found[part] = sum(file.stat().st_size for file in (folder / part).rglob("*") if file.is_file())
-    return found
+            results[part] = sum(file.stat().st_size for file in (folder / part).rglob("*") if file.is_file())
+    return results
 
 
 def gathered(engine: Engine, limit: int) -> int:
@@ -131,14 +131,14 @@ def refresh() -> dict[str, int]:
 
 def main(world: World, target: Path) -> None:
     """Measures everything and writes it to `target`."""
-    found: dict[str, Any] = {"reduction": reduction()}
+    results: dict[str, Any] = {"reduction": reduction()}
     for dtype in ("bfloat16", "float32"):
         engine = Engine(ModelConfig(path=str(MODELS / "tiny"), dtype=dtype), OptimizerConfig(), world)
-        found[dtype] = step(engine)
-        found[dtype]["gathered"] = {limit: gathered(engine, limit) for limit in (2**16, 2**18, 2**29)}
+        results[dtype] = step(engine)
+        results[dtype]["gathered"] = {limit: gathered(engine, limit) for limit in (2**16, 2**18, 2**29)}
     if torch.version.cuda is None and find_spec("vllm"):
-        found["refresh"] = refresh()
-    target.write_text(json.dumps(found))
+        results["refresh"] = refresh()
+    target.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

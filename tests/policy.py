@@ -31,7 +31,7 @@ class Sample:
     @property
     def rows(self) -> list[dict]:
         logprobs, entropies = self.policy()
-        found = []
+        results = []
         for i in range(len(self.tokens)):
             n = int(self.batch.lengths[i])
             row = {
@@ -47,8 +47,8 @@ class Sample:
                 column = getattr(self.batch, f"{name}_logprobs")
                 row[name] = (logprobs.detach() if column is None else column)[i, :n]
             row["values"] = self.batch.values[i, :n]
-            found.append(row | self._distributions(i, n))
-        return found
+            results.append(row | self._distributions(i, n))
+        return results
 
     def _distributions(self, i: int, n: int) -> dict:
         """What a row has of the vocabulary, if the batch has distributions."""

@@ -135,7 +135,7 @@ def refuse(engine: Engine | CriticEngine, folder: Path, tag: str) -> None:
 
 
 def main(model: str, output: str, source: str, target: str, goes_on: str) -> None:
-    world, found = connect(), {}
+    world, results = connect(), {}
     for name, make in ENGINES.items():
         engine, folder = make(model, world), Path(output) / name
         if source == "new":
@@ -145,17 +145,17 @@ def main(model: str, output: str, source: str, target: str, goes_on: str) -> Non
             engine.use_optimizer(STALE)
             update(engine, 4)
             assert engine.load(folder, source) == {"step": source}
-            found["loaded", name] = state_of(engine)
+            results["loaded", name] = state_of(engine)
             update(engine, 3)
         if goes_on == "1":
             engine.save(folder, target, {"step": target})
-            found["saved", name] = state_of(engine)
+            results["saved", name] = state_of(engine)
             update(engine, 3)
-        found["last", name] = state_of(engine)
+        results["last", name] = state_of(engine)
         if source != "new" and name == "policy":
             refuse(engine, folder, source)
     if world.is_main:
-        torch.save({key: tuple(state) for key, state in found.items()}, Path(output) / f"{target}.pt")
+        torch.save({key: tuple(state) for key, state in results.items()}, Path(output) / f"{target}.pt")
     leave(world, 0)
 
 

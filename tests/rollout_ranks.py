@@ -158,10 +158,10 @@ def shared(sampler: Sampler) -> dict:
             return outputs
 
         engine.step = counted
-    found = plain(sampler.sample(prompts, COPIES, Sampling(max_tokens=4), SEEDS[:2]))
+    results = plain(sampler.sample(prompts, COPIES, Sampling(max_tokens=4), SEEDS[:2]))
     if sampler.name == "vllm":
         engine.step = step
-    return {"rollouts": found, "cached": sorted(cached)}
+    return {"rollouts": results, "cached": sorted(cached)}
 
 
 def stopped(sampler: Sampler) -> list[str]:
@@ -195,47 +195,47 @@ def observe(engine: str, folder: Path, kind: str) -> dict:
     """All that one engine does with one model."""
     before = random_state()
     sampler = load(engine, folder / kind, max_length=256)
-    found = {"name": sampler.name, "reason": sampler.reason, "before": samples(sampler)}
-    found["again"] = samples(sampler)
-    found["apart"] = [
+    results = {"name": sampler.name, "reason": sampler.reason, "before": samples(sampler)}
+    results["again"] = samples(sampler)
+    results["apart"] = [
         plain(sampler.sample([prompt], COPIES, SAMPLINGS["plain"], [seed]))[0]
         for prompt, seed in zip(PROMPTS, SEEDS, strict=True)
     ]
     prompts, copies, sampling = CROWD
     start = time.perf_counter()
-    found["crowd"] = plain(sampler.sample([PROMPTS[0]] * prompts, copies, sampling, range(prompts)))
-    found["tokens_per_second"] = prompts * copies * sampling.max_tokens / (time.perf_counter() - start)
-    found["long"] = plain(sampler.sample(LONG_PROMPTS, 1, Sampling(max_tokens=4), range(len(LONG_PROMPTS))))
-    found["shared"] = shared(sampler)
-    found["compiled"] = torch._dynamo.utils.counters["frames"]["total"]
-    found["arrivals"] = arrivals(sampler)
-    found["stopped"] = stopped(sampler)
-    found["after_stop"] = samples(sampler)
-    found["nothing"] = plain(sampler.sample([], COPIES, SAMPLINGS["plain"], []))
-    found["state_kept"] = random_state() == before
+    results["crowd"] = plain(sampler.sample([PROMPTS[0]] * prompts, copies, sampling, range(prompts)))
+    results["tokens_per_second"] = prompts * copies * sampling.max_tokens / (time.perf_counter() - start)
+    results["long"] = plain(sampler.sample(LONG_PROMPTS, 1, Sampling(max_tokens=4), range(len(LONG_PROMPTS))))
+    results["shared"] = shared(sampler)
+    results["compiled"] = torch._dynamo.utils.counters["frames"]["total"]
+    results["arrivals"] = arrivals(sampler)
+    results["stopped"] = stopped(sampler)
+    results["after_stop"] = samples(sampler)
+    results["nothing"] = plain(sampler.sample([], COPIES, SAMPLINGS["plain"], []))
+    results["state_kept"] = random_state() == before
     new = weights(folder / f"{kind}_new", with_head=False)
     sampler.load_weights(one_by_one(new))
-    found["after"] = samples(sampler)
+    results["after"] = samples(sampler)
     sampler.load_weights(one_by_one(weights(folder / kind, with_head=True)))
-    found["back"] = samples(sampler)
-    found["refusal"] = refusal(sampler, new[:-1])
+    results["back"] = samples(sampler)
+    results["refusal"] = refusal(sampler, new[:-1])
     sampler.load_weights(new)
-    found["recovered"] = samples(sampler)
+    results["recovered"] = samples(sampler)
     sampler.close()
-    found["group_left"] = torch.distributed.is_initialized()
-    return found
+    results["group_left"] = torch.distributed.is_initialized()
+    return results
 
 
 def overridden(engine: str) -> dict:
     """TINY with OVERRIDES: rollouts, and with vLLM the configuration that its engine has."""
     sampler = load(engine, TINY, max_length=OVERRIDDEN_LENGTH, memory_fraction=0.05, overrides=OVERRIDES)
-    found: dict = {"rollouts": plain(sampler.sample(PROMPTS, COPIES, SAMPLINGS["endless"], SEEDS))}
+    results: dict = {"rollouts": plain(sampler.sample(PROMPTS, COPIES, SAMPLINGS["endless"], SEEDS))}
     if sampler.name == "vllm":
         engine_config = sampler._llm.llm_engine.model_config
-        found["config"] = engine_config.hf_config.to_dict()
-        found["max_model_len"] = engine_config.max_model_len
+        results["config"] = engine_config.hf_config.to_dict()
+        results["max_model_len"] = engine_config.max_model_len
     sampler.close()
-    return found
+    return results
 
 
 def repeat(engine: str, folder: Path, kind: str) -> dict:
@@ -274,17 +274,17 @@ def ranks(folder: Path, tensor_parallel: int) -> list[dict]:
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     sampler = load("vllm", folder / "tied", max_length=256, tensor_parallel=tensor_parallel)
-    found = {"reason": sampler.reason, "before": [], "after": [], "shards": shards(sampler)}
+    results = {"reason": sampler.reason, "before": [], "after": [], "shards": shards(sampler)}
     if tensor_parallel > 1:
-        found["failure"] = failure(sampler, rank, PROMPTS[rank:], SEEDS[rank:])
+        results["failure"] = failure(sampler, rank, PROMPTS[rank:], SEEDS[rank:])
     for stage in ("before", "after"):
         for split in RANK_PROMPTS:
             seeds = SEEDS[: len(split[0])] if rank == 0 else SEEDS[len(split[0]) :]
-            found[stage].append(plain(sampler.sample(split[rank], COPIES, SAMPLINGS["plain"], seeds)))
+            results[stage].append(plain(sampler.sample(split[rank], COPIES, SAMPLINGS["plain"], seeds)))
         sampler.load_weights(one_by_one(weights(folder / "tied_new", with_head=False)))
     gathered: list = [None] * torch.distributed.get_world_size()
-    found["compiled"] = torch._dynamo.utils.counters["frames"]["total"]
-    torch.distributed.all_gather_object(gathered, found)
+    results["compiled"] = torch._dynamo.utils.counters["frames"]["total"]
+    torch.distributed.all_gather_object(gathered, results)
     torch.distributed.barrier()
     return gathered
 
@@ -292,21 +292,21 @@ def ranks(folder: Path, tensor_parallel: int) -> list[dict]:
 def main(job: str, *arguments: str) -> None:
     output = Path(arguments[-1])
     if job == "ranks":
-        found = ranks(Path(arguments[0]), int(arguments[1]))
+        results = ranks(Path(arguments[0]), int(arguments[1]))
         if os.environ["RANK"] != "0":
             os._exit(0)
     elif job == "greedy":
         prompts = json.loads(Path(arguments[2]).read_text(encoding="utf-8"))
         sampler = load(arguments[0], arguments[1], max_length=128)
         groups = sampler.sample(prompts, 1, Sampling(temperature=0, max_tokens=16), range(len(prompts)))
-        found = [list(group[0].token_ids) for group in groups]
+        results = [list(group[0].token_ids) for group in groups]
     else:
         engine, folder = arguments[0], Path(arguments[1])
         look, kinds = (observe, KINDS) if job == "observe" else (repeat, KINDS[:1])
-        found = {kind: look(engine, folder, kind) for kind in kinds}
+        results = {kind: look(engine, folder, kind) for kind in kinds}
         if job == "observe":
-            found["overridden"] = overridden(engine)
-    output.write_text(json.dumps(found), encoding="utf-8")
+            results["overridden"] = overridden(engine)
+    output.write_text(json.dumps(results), encoding="utf-8")
     sys.stdout.flush()
     # Not by returning: vLLM's own clean-up at exit now and then aborts a process that has done all its work.
     os._exit(0)

@@ -85,13 +85,13 @@ def seeds_of(prompts: list) -> list[int]:
 
 def observe(rank: int, sampler: SharedSampler) -> dict:
     """What this rank sees of an engine with `SIZE` ranks."""
-    found: dict = {"rollouts": {}, "arrived": {}}
+    results: dict = {"rollouts": {}, "arrived": {}}
     for name, split in SPLITS.items():
         prompts, arrived = split[rank], []
         groups = sampler.sample(
             prompts, COPIES, SAMPLING, seeds_of(prompts), lambda i, c, r, rows=arrived: rows.append([i, c])
         )
-        found["rollouts"][name], found["arrived"][name] = plain(groups), arrived
+        results["rollouts"][name], results["arrived"][name] = plain(groups), arrived
     prompts = SPLITS["even"][rank]
     seeds = seeds_of(prompts)
 
@@ -110,12 +110,12 @@ def observe(rank: int, sampler: SharedSampler) -> dict:
         "prompt": lambda: sampler.sample([()] if rank == 1 else prompts, COPIES, SAMPLING, seeds),
         "different n": lambda: sampler.sample(prompts, 1 if rank == 1 else COPIES, SAMPLING, seeds),
     }
-    found["errors"] = {name: attempt(call) for name, call in calls.items()}
-    found["handler_kept"] = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    found["after errors"] = plain(sampler.sample(prompts, COPIES, SAMPLING, seeds))
+    results["errors"] = {name: attempt(call) for name, call in calls.items()}
+    results["handler_kept"] = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    results["after errors"] = plain(sampler.sample(prompts, COPIES, SAMPLING, seeds))
     sampler.load_weights([("a", torch.ones(3))])
-    found["loaded"] = sampler.engine.loaded
-    return found
+    results["loaded"] = sampler.engine.loaded
+    return results
 
 
 def main(output: str) -> None:
@@ -123,11 +123,11 @@ def main(output: str) -> None:
     rank = dist.get_rank()
     engines = [dist.new_group(list(range(first, first + SIZE)), backend="gloo") for first in range(0, RANKS, SIZE)]
     own = engines[rank // SIZE]
-    found = observe(rank, share(MadeUp(own), SIZE))
+    results = observe(rank, share(MadeUp(own), SIZE))
     diverging = share(MadeUp(own, diverging=True), SIZE)
-    found["diverging"] = attempt(lambda: diverging.sample([(1, 2)], 1, SAMPLING, [3]))
+    results["diverging"] = attempt(lambda: diverging.sample([(1, 2)], 1, SAMPLING, [3]))
     rows: list = [None] * RANKS
-    dist.all_gather_object(rows, found)
+    dist.all_gather_object(rows, results)
     if rank == 0:
         Path(output).write_text(json.dumps(rows), encoding="utf-8")
     dist.barrier()

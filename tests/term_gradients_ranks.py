@@ -33,27 +33,27 @@ def mixed() -> upge.Algorithm:
 def main(model: str, output: str, budget: str) -> None:
     world = connect()
     config = OptimizerConfig(lr=LR, max_grad_norm=0.0, mini_batches=1, micro_batch_tokens=int(budget))
-    found = {}
+    results = {}
     asked = {"diagnosed": Diagnostics(top_tokens=True, term_gradients=True), "plain": NO_DIAGNOSTICS}
     for name, diagnostics in asked.items():
         engine = Engine(ModelConfig(path=model), config, world)
         updater = Updater(engine, mixed(), config)
         report = updater.update(trajectories(), 0, LearningRates(LR), diagnostics=diagnostics)
         if name == "diagnosed":
-            found["figures"] = step_metrics(report, world.gather(report.sums))
+            results["figures"] = step_metrics(report, world.gather(report.sums))
             tops = merged(top for of_rank in world.gather(report.tops) for top in of_rank)
-            found["top"] = [(one.term, one.trajectory.index, one.gate, one.weights) for one in tops]
+            results["top"] = [(one.term, one.trajectory.index, one.gate, one.weights) for one in tops]
         updater.update(trajectories(seed=1), 1, LearningRates(LR), diagnostics=diagnostics)
-        found[name] = {key: weight.clone() for key, weight in engine.named_weights()}
+        results[name] = {key: weight.clone() for key, weight in engine.named_weights()}
     batch = updater.fill(trajectories(), 0)
     plan = updater.algorithm.plan(batch.columns)
     parts = term_gradients(plan, lambda one: updater.gradient(batch, [one]), world.device)
     whole = updater.gradient(batch, [(1.0, plan)])
     total = [sum(pieces) for pieces in zip(*parts.values(), strict=True)]
-    found["rest"] = world.gather(max(float((a - b).abs().max()) for a, b in zip(total, whole, strict=True) if len(a)))
-    found["largest"] = world.gather(max(float(b.abs().max()) for b in whole if len(b)))
+    results["rest"] = world.gather(max(float((a - b).abs().max()) for a, b in zip(total, whole, strict=True) if len(a)))
+    results["largest"] = world.gather(max(float(b.abs().max()) for b in whole if len(b)))
     if world.is_main:
-        torch.save(found, output)
+        torch.save(results, output)
     leave(world, 0)
 
 

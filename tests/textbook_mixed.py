@@ -185,12 +185,12 @@ def chord_phi(s, mu=0.1):
 def advantages_of_critic(r, lam=0.95):
     """Generalised advantage estimation with discount 1, backwards from the reward at the last token."""
     values = [*r["values"].tolist(), 0.0]
-    found, following = [], 0.0
+    results, following = [], 0.0
     for t in reversed(range(len(values) - 1)):
         reward = r["reward"] if t == len(values) - 2 else 0.0
         following = reward + values[t + 1] - values[t] + lam * following
-        found.insert(0, following)
-    return found
+        results.insert(0, following)
+    return results
 
 
 def amft(s, mu=0.8):

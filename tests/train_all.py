@@ -74,15 +74,15 @@ def start(folder: Path, name: str, arguments: list[str]) -> list[int]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
-    found = []
+    results = []
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             os.environ |= address | place if ranks > 1 else {}
             child(folder, name, arguments)
-        found.append(pid)
-    return found
+        results.append(pid)
+    return results
 
 
 def train(folder: Path, runs: dict[str, list[str]]) -> None:

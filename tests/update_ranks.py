@@ -30,8 +30,8 @@ def cases() -> dict[str, tuple[Algorithm, bool]]:
 
     Every file but those that move other tokens than the sampled ones, see test_support_in_training.py.
     """
-    found = {n: one for n, one in by_stage().items() if not one.supports} | {"corrected_ppo": load("corrected_ppo")}
-    return {f"{n}, {'off' if off else 'on'}-policy": (one, off) for n, one in found.items() for off in (False, True)}
+    results = {n: one for n, one in by_stage().items() if not one.supports} | {"corrected_ppo": load("corrected_ppo")}
+    return {f"{n}, {'off' if off else 'on'}-policy": (one, off) for n, one in results.items() for off in (False, True)}
 
 
 def batch_for(one: Algorithm, off_policy: bool, filled: Mapping[str, Mapping[str, torch.Tensor]]) -> StepBatch:
@@ -55,20 +55,20 @@ def main(model: str, columns: str, output: str, budget: str) -> None:
     engine = Engine(ModelConfig(path=model), config, world)
     from deepspeed.utils import safe_get_full_grad
 
-    found, filled = {}, torch.load(columns)
+    results, filled = {}, torch.load(columns)
     for name, (one, off_policy) in cases().items():
         updater = Updater(engine, one, config)
         batch = batch_for(one, off_policy, filled)
         plan, rows = one.plan(batch.columns), torch.arange(len(batch.trajectories))
         updater.run_micro_batches(Update(batch, plan, rows))
         gradients = {n: safe_get_full_grad(p) for n, p in engine.network.named_parameters()}
-        found[name] = {n: g.clone() for n, g in gradients.items()}
-        found[name]["norm"] = torch.tensor(engine.step(lr=0.0).grad_norm)
+        results[name] = {n: g.clone() for n, g in gradients.items()}
+        results[name]["norm"] = torch.tensor(engine.step(lr=0.0).grad_norm)
     # At a learning rate of 0 the policy stays where it sampled, so both updates must have the on-policy gradient.
     twice = Updater(engine, load("grpo"), dataclasses.replace(config, mini_batches=2))
-    found["two updates"] = torch.tensor(twice.update(trajectories(), STEP, LearningRates(0.0)).grad_norms)
+    results["two updates"] = torch.tensor(twice.update(trajectories(), STEP, LearningRates(0.0)).grad_norms)
     if world.is_main:
-        torch.save(found, output)
+        torch.save(results, output)
     leave(world, 0)
 
 

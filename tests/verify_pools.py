@@ -32,12 +32,12 @@ def rewards(verdicts: Iterable[Verdict]) -> list[float]:
 
 def children(pid: int | None = None) -> set[int]:
     """Process ids of the living children of `pid`, or of this process, and theirs."""
-    pid, found = pid or os.getpid(), set()
+    pid, results = pid or os.getpid(), set()
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
         if int(fields[1]) == pid and fields[0] != "Z":
-            found |= {int(entry.name)} | children(int(entry.name))
-    return found
+            results |= {int(entry.name)} | children(int(entry.name))
+    return results

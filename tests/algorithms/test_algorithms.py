@@ -168,9 +168,9 @@ OVERRIDES = {
 
 @pytest.mark.parametrize("override", OVERRIDES)
 def test_a_bad_override_is_one_error_with_key_value_and_fix(override):
-    found = message(lambda: algorithms.load("dr_grpo", [override]))
-    assert all(fragment in found for fragment in OVERRIDES[override]), found
-    assert "\n" not in found
+    actual = message(lambda: algorithms.load("dr_grpo", [override]))
+    assert all(fragment in actual for fragment in OVERRIDES[override]), actual
+    assert "\n" not in actual
 
 
 FILES = {
@@ -195,8 +195,8 @@ FILES = {
 def test_a_malformed_file_is_one_error(text, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    found = message(lambda: algorithms.load(str(path)))
-    assert all(fragment in found for fragment in FILES[text]), found
+    actual = message(lambda: algorithms.load(str(path)))
+    assert all(fragment in actual for fragment in FILES[text]), actual
 
 
 def test_a_file_that_is_no_text_and_files_that_are_not_there(tmp_path):
@@ -234,8 +234,8 @@ def test_a_users_own_file_needs_no_registration(tmp_path, monkeypatch):
     assert torch.allclose(weights, torch.tensor([[0.5, 0.0], [-0.5, 0.0]], dtype=torch.float64))
     upge.testing.check_algorithm(loaded)
     assert "TopHalf(below=0.4)" in loaded.formula()
-    found = message(lambda: algorithms.load("dr_grpo", [f"{MASK}={{_target_: own_mask.TopHalf, belw: 0.4}}"]))
-    assert "algo.terms.rl.estimator.mask.belw" in found and "did you mean 'below'?" in found
+    actual = message(lambda: algorithms.load("dr_grpo", [f"{MASK}={{_target_: own_mask.TopHalf, belw: 0.4}}"]))
+    assert "algo.terms.rl.estimator.mask.belw" in actual and "did you mean 'below'?" in actual
 
 
 def test_a_part_without_settings_may_be_a_plain_class(tmp_path, monkeypatch):
@@ -259,13 +259,13 @@ BROKEN = {
 def test_a_users_file_that_cannot_be_imported_is_named(number, tmp_path, monkeypatch):
     text, fragments = list(BROKEN.items())[number]
     with_file(tmp_path, monkeypatch, f"own_broken_{number}", text)
-    found = message(lambda: algorithms.load("grpo", [f"{MASK}={{_target_: own_broken_{number}.Mask}}"]))
-    assert f"importing own_broken_{number} failed" in found and "mask._target_" in found
-    assert all(fragment in found for fragment in fragments), found
+    actual = message(lambda: algorithms.load("grpo", [f"{MASK}={{_target_: own_broken_{number}.Mask}}"]))
+    assert f"importing own_broken_{number} failed" in actual and "mask._target_" in actual
+    assert all(fragment in actual for fragment in fragments), actual
 
 
 def test_a_part_that_refuses_its_settings_is_named_by_key(tmp_path, monkeypatch):
     text = OWN.replace('    reads = frozenset({"logprobs"})\n', "")
     with_file(tmp_path, monkeypatch, "own_silent", text)
-    found = message(lambda: algorithms.load("grpo", [f"{MASK}={{_target_: own_silent.TopHalf}}"]))
-    assert "algo.terms.rl.estimator.mask" in found and "reads = frozenset" in found
+    actual = message(lambda: algorithms.load("grpo", [f"{MASK}={{_target_: own_silent.TopHalf}}"]))
+    assert "algo.terms.rl.estimator.mask" in actual and "reads = frozenset" in actual

@@ -91,8 +91,8 @@ NESTED = {
 
 @pytest.mark.parametrize(("name", "override"), NESTED)
 def test_a_bad_key_inside_is_named_in_full(name, override):
-    found = message(lambda: algorithms.load(name, [override]))
-    assert all(fragment in found for fragment in NESTED[name, override]) and "\n" not in found, found
+    actual = message(lambda: algorithms.load(name, [override]))
+    assert all(fragment in actual for fragment in NESTED[name, override]) and "\n" not in actual, actual
 
 
 def test_an_algorithm_that_contains_itself_is_refused(tmp_path):
@@ -112,9 +112,9 @@ def test_a_file_beside_the_one_that_names_it_is_found(tmp_path, monkeypatch):
     (tmp_path / "here.yaml").write_text(grpo.replace("low: 0.2", "low: 0.3"))
     monkeypatch.chdir(tmp_path)
     assert algorithms.load("mine/above.yaml").validation.terms["rl"].estimator.mask.low == 0.1
-    found = algorithms.load("mine/deep/pipe.yaml", ["stages.b={algorithm: here.yaml}"])
-    assert [s.algorithm.terms["rl"].estimator.mask.low for s in found.stages.values()] == [0.1, 0.3]
-    assert found.stages["a"].algorithm.name == "inner"
+    actual = algorithms.load("mine/deep/pipe.yaml", ["stages.b={algorithm: here.yaml}"])
+    assert [s.algorithm.terms["rl"].estimator.mask.low for s in actual.stages.values()] == [0.1, 0.3]
+    assert actual.stages["a"].algorithm.name == "inner"
     (tmp_path / "mine" / "lost.yaml").write_text("stages: {a: {algorithm: here2.yaml}}\n")
     said = message(lambda: algorithms.load("mine/lost.yaml"))
     assert "algo.stages.a.algorithm: there is no file here2.yaml in mine or in the working directory" in said

@@ -48,27 +48,27 @@ def records(folder: Path) -> list[dict]:
 
 def test_the_csv_holds_what_the_samples_say(folders, tmp_path, capsys):
     assert compare.main([*folders, f"output={tmp_path}", FAST]) == 0
-    found = records(tmp_path)
+    actual = records(tmp_path)
     for folder in map(Path, folders):
         means = {}
         for path in (folder / "samples").iterdir():
             rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
             means[path.stem] = sum(row["correct"] for row in rows) / len(rows)
-            (score,) = (r for r in found if r["kind"] == "score" and r["run"] == folder.name
+            (score,) = (r for r in actual if r["kind"] == "score" and r["run"] == folder.name
                         and r["benchmark"] == path.stem and r["measure"].startswith("avg"))  # fmt: skip
             assert float(score["value"]) == pytest.approx(means[path.stem])
             assert float(score["low"]) <= float(score["value"]) <= float(score["high"])
         averages = {
-            r["benchmark"]: float(r["value"]) for r in found if r["kind"] == "average" and r["run"] == folder.name
+            r["benchmark"]: float(r["value"]) for r in actual if r["kind"] == "average" and r["run"] == folder.name
         }
         assert averages["average math"] == pytest.approx((means["aime"] + means["amc"] + means["math"]) / 3)
         assert averages["average ood"] == pytest.approx(means["arc"])
     printed = capsys.readouterr().out
     for name in ("aime", "amc", "math", "arc", "good", "bad", "average math", "k=8", "bad minus good"):
         assert name in printed
-    kinds = {r["kind"] for r in found}
+    kinds = {r["kind"] for r in actual}
     assert kinds == {"score", "level", "response", "average", "difference", "exclusive"}
-    ours = [r for r in found if (r["run"], r["benchmark"], r["kind"]) == ("good", "aime", "score")]
+    ours = [r for r in actual if (r["run"], r["benchmark"], r["kind"]) == ("good", "aime", "score")]
     curve = [float(r["value"]) for r in ours if r["measure"].startswith("pass")]
     assert len(curve) == 4 and all(a <= b for a, b in pairwise(curve))
 
@@ -87,9 +87,9 @@ def test_the_papers_table_4_comes_out(tmp_path):
         write_run(tmp_path / name, {"math500": rows[side]})
     first, second = load([str(tmp_path / "hpt"), str(tmp_path / "grpo")])
     for rule in ("first", "any", "most"):
-        found = exclusive(first, second, rule)
-        assert {e.level: (e.problems, e.only_first, e.only_second) for e in found} == {**paper, ALL: (500, 58, 15)}
-        assert all(e.only_first + e.only_second + e.both + e.neither == e.problems for e in found)
+        actual = exclusive(first, second, rule)
+        assert {e.level: (e.problems, e.only_first, e.only_second) for e in actual} == {**paper, ALL: (500, 58, 15)}
+        assert all(e.only_first + e.only_second + e.both + e.neither == e.problems for e in actual)
     output = tmp_path / "out"
     assert compare.main([str(first.path), str(second.path), f"output={output}", FAST]) == 0
     page = (output / "compare.md").read_text("utf-8")
@@ -123,22 +123,22 @@ def test_solved_is_what_was_asked_for(tmp_path):
 
 def test_differences_are_to_the_first_run(folders):
     first, second = load(folders)
-    found = {(gap.benchmark, gap.measure): gap for gap in gaps(first, second, 400, 0)}
+    actual = {(gap.benchmark, gap.measure): gap for gap in gaps(first, second, 400, 0)}
     scores = Scores.of([first, second], 100, 0)
     for name, n in (("aime", 8), ("amc", 4), ("math", 1), ("arc", 1)):
         ours, theirs = (scores.per_benchmark[run, name].avg.value for run in ("good", "bad"))
-        gap = found[name, f"avg@{n}"]
+        gap = actual[name, f"avg@{n}"]
         assert gap.difference.interval.value == pytest.approx(theirs - ours) and gap.holm >= gap.difference.p_value
     # pass@k at half of n, where n is at least 4; averages are one question each and not adjusted.
-    assert {key for key in found if key[1].startswith("pass")} == {("aime", "pass@4"), ("amc", "pass@2")}
-    average = found["average math", "avg of 3"]
+    assert {key for key in actual if key[1].startswith("pass")} == {("aime", "pass@4"), ("amc", "pass@2")}
+    average = actual["average math", "avg of 3"]
     assert average.holm is None and average.problems == 52
     assert average.difference.interval.value == pytest.approx(
         scores.averages["bad", "math"].value - scores.averages["good", "math"].value
     )
-    assert ("average ood", "avg of 1") not in found
-    smallest = min(gap.difference.p_value for (_, measure), gap in found.items() if measure.startswith("avg@"))
-    assert min(gap.holm for (_, m), gap in found.items() if m.startswith("avg@")) == pytest.approx(4 * smallest)
+    assert ("average ood", "avg of 1") not in actual
+    smallest = min(gap.difference.p_value for (_, measure), gap in actual.items() if measure.startswith("avg@"))
+    assert min(gap.holm for (_, m), gap in actual.items() if m.startswith("avg@")) == pytest.approx(4 * smallest)
 
 
 def test_a_run_against_its_copy_has_no_difference(folders, tmp_path):
@@ -224,7 +224,7 @@ def test_one_answer_to_everything_is_noted(tmp_path):
     few = [sample("d", str(i), j, False, extracted="7") for i in range(9) for j in range(4)]
     long = [sample("e", str(i), 0, False, extracted="9" * 50 + "0" * i) for i in range(10)]
     (run,) = load([str(write_run(tmp_path / "x", {"b": rows, "c": half, "d": few, "e": long}))])
-    assert {name: found.commonest for name, found in run.outcomes.items()} == {
+    assert {name: actual.commonest for name, actual in run.outcomes.items()} == {
         "b": ("7", 0.6), "c": ("7", 0.5), "d": ("7", 1.0), "e": ("9" * 40 + "… (50 characters)", 0.1)
     }  # fmt: skip
     assert notes([run]) == ["x, b: 60.0 % of the responses give the same wrong answer, 7."]

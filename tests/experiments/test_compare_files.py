@@ -24,15 +24,15 @@ FAST = "resamples=200"
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> list[str]:
     """Two runs of two benchmarks with several samples and one with levels."""
-    root, found = tmp_path_factory.mktemp("evals"), []
+    root, actual = tmp_path_factory.mktemp("evals"), []
     for seed, (name, ability) in enumerate({"good": 0.4, "bad": 0.1}.items()):
         samples = {
             "aime": drawn("aime", 12, 8, ability - 0.2, seed=seed),
             "amc": drawn("amc", 10, 4, ability, seed=seed),
             "math": drawn("math", 30, 1, ability + 0.4, ("1", "2", "3"), seed=seed),
         }
-        found.append(str(write_run(root / name, samples)))
-    return found
+        actual.append(str(write_run(root / name, samples)))
+    return actual
 
 
 # The files.
@@ -58,9 +58,9 @@ def tables_are_whole(folder: Path, tables: int) -> None:
     for block in re.findall(r"(?:^\|.*\n)+", (folder / "compare.md").read_text("utf-8"), re.MULTILINE):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
     text = (folder / "compare.tex").read_text("utf-8")
-    found = re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", text, re.DOTALL)
-    assert len(found) == text.count(r"\begin{table}") == text.count(r"\end{table}") == tables
-    for columns, body in found:
+    actual = re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", text, re.DOTALL)
+    assert len(actual) == text.count(r"\begin{table}") == text.count(r"\end{table}") == tables
+    for columns, body in actual:
         lines = [line for line in body.splitlines() if line.endswith(r"\\")]
         assert lines and all(len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1 for line in lines)
     labels = re.findall(r"\\label\{(.*?)\}", text)

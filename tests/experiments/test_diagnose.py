@@ -31,12 +31,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(folder) -> dict:
+def results(folder) -> dict:
     return json.loads((folder / "diagnosis.json").read_text())
 
 
-def test_every_number_is_recorded(found):
-    (policy,) = found["policies"]
+def test_every_number_is_recorded(results):
+    (policy,) = results["policies"]
     names = [line["name"] for line in policy["measured"]]
     assert names == ["sft", "grpo", "gspo", "hpt", "hpt.rl", "hpt.sft", "dpo", "grpo+kl_k3", "grpo+kl_k3.rl"]
     assert policy["details"]["rounds"] == 3 and policy["details"]["batches"] == 6 and policy["details"]["sketch"] == 256
@@ -48,9 +48,9 @@ def test_every_number_is_recorded(found):
     assert set(policy["thresholds"]) == {"hpt"} and len(policy["thresholds"]["hpt"]) == 4
     assert policy["cosines"]["grpo, gspo"]["value"] in (None, pytest.approx(1.0))
     assert sum(len(one["prompts"]) for one in policy["bins"]) == 6
-    assert found["settings"]["prompts"] == 6 and found["command"].startswith("python")
-    assert any("ppo is left out" in note for note in found["notes"])
-    assert any("the reference policy is the policy itself" in note for note in found["notes"])
+    assert results["settings"]["prompts"] == 6 and results["command"].startswith("python")
+    assert any("ppo is left out" in note for note in results["notes"])
+    assert any("the reference policy is the policy itself" in note for note in results["notes"])
 
 
 def test_tables_figures_and_page_are_written(folder):
@@ -62,11 +62,11 @@ def test_tables_figures_and_page_are_written(folder):
     assert page.count("<svg") >= 3 and "http-equiv" not in page and "src=" not in page
 
 
-def test_the_same_seed_gives_the_same_numbers(found, tmp_path):
+def test_the_same_seed_gives_the_same_numbers(results, tmp_path):
     arguments = ["algos=[sft,grpo,gspo,hpt,ppo,dpo,grpo+kl_k3]", "held_out=4", *TINY, f"output={tmp_path / 'again'}"]
     assert diagnose.main(arguments) == 0
     again = json.loads((tmp_path / "again" / "diagnosis.json").read_text())
-    for a, b in zip(found["policies"][0]["measured"], again["policies"][0]["measured"], strict=True):
+    for a, b in zip(results["policies"][0]["measured"], again["policies"][0]["measured"], strict=True):
         assert a["name"] == b["name"]
         for figure in ("power", "scale"):
             values = [one["overall"][figure]["value"] for one in (a, b)]
@@ -94,12 +94,12 @@ def test_a_run_s_checkpoints_are_policies(tmp_path):
     run(*SMALL, "algo=sft", "steps=2", "checkpoint.every=1", "checkpoint.keep=0", f"output={output}")
     chosen = settings.choose([f"run={output}", "algos=[sft,grpo]", *(t for t in TINY if "rollout" not in t)])
     assert chosen.run.rollout.max_response_tokens == 64, "as the run had it"
-    with policies(chosen) as found:
-        assert [one.label for one in found] == ["0", "1", "2"] and all(isinstance(one, Policy) for one in found)
+    with policies(chosen) as results:
+        assert [one.label for one in results] == ["0", "1", "2"] and all(isinstance(one, Policy) for one in results)
         from safetensors.torch import load_file
 
-        last, final = (load_file(f"{path}/model.safetensors") for path in (found[-1].model.path, output / "final"))
-        first = load_file(f"{found[1].model.path}/model.safetensors")
+        last, final = (load_file(f"{path}/model.safetensors") for path in (results[-1].model.path, output / "final"))
+        first = load_file(f"{results[1].model.path}/model.safetensors")
     assert all(bool((last[name] == final[name]).all()) for name in final)
     assert any(bool((first[name] != final[name]).any()) for name in final)
     arguments = [
@@ -179,8 +179,8 @@ def test_there_are_rounds_enough_for_errors():
 def test_data_policy_is_that_of_a_run():
     """What it leaves out of training is not measured on either."""
     arguments = ["algos=[sft]", *TINY, "data_policy.per_level={3 numbers: 7}"]
-    found = sampling.problems(chosen := settings.choose(arguments), chosen.run.model)
-    assert {example.problem.level for example in found.examples} == {"3 numbers"}
+    results = sampling.problems(chosen := settings.choose(arguments), chosen.run.model)
+    assert {example.problem.level for example in results.examples} == {"3 numbers"}
     with pytest.raises(ConfigError, match="prompts: 6, but the data set has 5"):
         sampling.problems(settings.choose([*arguments, "data_policy.demonstrated_prompts=5"]), chosen.run.model)
 

@@ -19,7 +19,7 @@ PARAMETERS = 887_808  # of tiny
 ONE, MODEL = 12 * PARAMETERS, 4 * PARAMETERS
 
 
-def found(*arguments: str) -> Disk:
+def results(*arguments: str) -> Disk:
     return outlook(compose(list(arguments)), planned(HardwareConfig())).disk
 
 
@@ -40,7 +40,7 @@ def found(*arguments: str) -> Disk:
     ],
 )
 def test_the_fullest_moment_by_hand(arguments, peak):
-    assert found(*arguments).peak == peak
+    assert results(*arguments).peak == peak
 
 
 def test_the_papers_model_needs_two_checkpoints_of_85_gib_and_its_weights():
@@ -87,7 +87,7 @@ def test_what_a_run_has_written_already_counts_as_free_and_as_a_checkpoint(free,
     (old / "states.pt").write_bytes(bytes(ONE))
     free(ONE + MODEL)
     command = [f"output={tmp_path / 'run'}", "steps=20", "checkpoint.every=0"]
-    assert found(*command).peak == 2 * ONE + MODEL
+    assert results(*command).peak == 2 * ONE + MODEL
     assert check_fits(compose(command)) == ()
     free(ONE + MODEL - 1)
     with pytest.raises(ConfigError, match="output"):

@@ -51,8 +51,8 @@ def test_every_recipe_dry_runs_with_a_config_json_alone(name):
     assert "has neither weights nor tokenizer" in text and "the data could not be checked here" in text
     assert "on 8 GPUs of 79.0 GiB" in section(text, "run") and "may run out of memory" not in text
     assert composed.algorithm.formula().splitlines()[-1].strip() in section(text, "formula")
-    for found in balances(composed.algorithm, composed.config.group_size, 4096).values():
-        assert str(found).splitlines()[0] in section(text, "gradient")
+    for actual in balances(composed.algorithm, composed.config.group_size, 4096).values():
+        assert str(actual).splitlines()[0] in section(text, "gradient")
     shown = "chat, the tokenizer's own" if composed.config.model.template == "chat" else "Let's think step by step."
     assert shown in section(text, "prompt")
     assert "DeepSpeed's estimate" in text and "path: " + path in section(text, "configuration")

@@ -164,7 +164,7 @@ def test_with_vllm(tmp_path):
     run(*GREEDY, f"output={tmp_path / 'transformers'}")
     vllm, transformers = (sample_lines(tmp_path / name) for name in ("vllm", "transformers"))
     # Rounding may turn a tie.
-    same = sum(line in transformers[name] for name, found in vllm.items() for line in found)
+    same = sum(line in transformers[name] for name, actual in vllm.items() for line in actual)
     assert same >= 15 and sum(map(len, vllm.values())) == 16
 
 

@@ -105,8 +105,8 @@ def test_every_file_and_every_part_of_it_counts(tmp_path, monkeypatch):
     assert list(first) == ["a.safetensors", "b.safetensors"]
     for place in (0, 50, 99):
         (tmp_path / "b.safetensors").write_bytes(content[:place] + b"\xff" + content[place + 1 :])
-        found = difference(fingerprint(str(tmp_path)), first)
-        assert found.startswith("b.safetensors is 100 bytes, ") and ", but was 100 bytes, " in found
+        actual = difference(fingerprint(str(tmp_path)), first)
+        assert actual.startswith("b.safetensors is 100 bytes, ") and ", but was 100 bytes, " in actual
     (tmp_path / "b.safetensors").unlink()
     assert difference(fingerprint(str(tmp_path)), first).startswith("b.safetensors is not there, but was ")
     assert difference(first, first) == difference({}, first) == difference(first, {}) == ""

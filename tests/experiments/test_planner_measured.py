@@ -25,7 +25,7 @@ dtypes = pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict:
+def results(tmp_path_factory) -> dict:
     target = tmp_path_factory.mktemp("planner") / "found.json"
     done = run("tests.planner_ranks", str(target), environment={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -45,9 +45,9 @@ def item(dtype: str, words: str, hardware: HardwareConfig | None = None) -> int:
 
 
 @dtypes
-def test_adamws_step(found, dtype):
-    assert found[dtype]["parameters"] == tiny(dtype).parameters
-    assert item(dtype, "optimizer step") == pytest.approx(found[dtype]["step"], rel=0.03)
+def test_adamws_step(results, dtype):
+    assert results[dtype]["parameters"] == tiny(dtype).parameters
+    assert item(dtype, "optimizer step") == pytest.approx(results[dtype]["step"], rel=0.03)
 
 
 def test_adamws_temporary_tensors_on_a_gpu():
@@ -68,41 +68,41 @@ def test_adamws_temporary_tensors_on_a_gpu():
 
 
 @dtypes
-def test_the_bucket_of_gradients_is_float32(found, dtype):
-    assert found[dtype]["buckets"] == [["torch.float32", 500_000_000]]
+def test_the_bucket_of_gradients_is_float32(results, dtype):
+    assert results[dtype]["buckets"] == [["torch.float32", 500_000_000]]
     on_a_gpu = HardwareConfig(gpus=1, memory=80.0)
     assert item(dtype, "bucket of gradients", on_a_gpu) == 4 * 500_000_000
     assert item(dtype, "bucket of gradients") == 4 * tiny(dtype).parameters  # what is written of it
 
 
-def test_the_reduction_copies_its_bucket_once(found):
-    assert found["reduction"]["peak"] == found["reduction"]["bucket"]
+def test_the_reduction_copies_its_bucket_once(results):
+    assert results["reduction"]["peak"] == results["reduction"]["bucket"]
     assert item("bfloat16", "order of the ranks") == 4 * tiny("bfloat16").parameters
 
 
 @dtypes
-def test_the_largest_bucket_of_gathered_weights(found, dtype, monkeypatch):
-    for limit, largest in found[dtype]["gathered"].items():
+def test_the_largest_bucket_of_gathered_weights(results, dtype, monkeypatch):
+    for limit, largest in results[dtype]["gathered"].items():
         monkeypatch.setattr(engine_module, "_BUCKET_BYTES", int(limit))
         assert tiny(dtype).gathered == largest, limit
-    assert len(set(found[dtype]["gathered"].values())) > 1
+    assert len(set(results[dtype]["gathered"].values())) > 1
 
 
-def test_vllm_copies_its_largest_layer_twice(found):
-    if "refresh" not in found:
+def test_vllm_copies_its_largest_layer_twice(results):
+    if "refresh" not in results:
         pytest.skip("needs vLLM for CPUs")
-    assert found["refresh"]["peak"] == found["refresh"]["twice"] == 2 * 4 * 2 * 128 * 1024
+    assert results["refresh"]["peak"] == results["refresh"]["twice"] == 2 * 4 * 2 * 128 * 1024
 
 
 @dtypes
-def test_the_bytes_of_checkpoints_and_of_the_final_weights(found, dtype):
+def test_the_bytes_of_checkpoints_and_of_the_final_weights(results, dtype):
     """Stage 3 writes no weights in half precision: 12 bytes per parameter, not 14."""
     parameters = tiny(dtype).parameters
-    assert found[dtype]["one"] == pytest.approx(checkpoint_bytes(parameters), rel=0.01)
-    assert found[dtype]["two"] == pytest.approx(checkpoint_bytes(parameters, moments=2), rel=0.01)
+    assert results[dtype]["one"] == pytest.approx(checkpoint_bytes(parameters), rel=0.01)
+    assert results[dtype]["two"] == pytest.approx(checkpoint_bytes(parameters, moments=2), rel=0.01)
     disk = Disk.of(compose([]).config, compose([]).algorithm, Shapes(tiny(dtype)))
     assert disk.checkpoint == checkpoint_bytes(parameters)
-    assert disk.model == pytest.approx(found[dtype]["final"], rel=0.01)
+    assert disk.model == pytest.approx(results[dtype]["final"], rel=0.01)
 
 
 def test_a_loaded_checkpoint_is_mapped_and_not_copied(tmp_path):

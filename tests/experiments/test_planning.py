@@ -52,11 +52,11 @@ def test_parameters_are_counted(name):
     attention = 2 * hidden * hidden + 2 * hidden * narrow + (hidden + 2 * narrow if biased else 0)
     layer = attention + 3 * hidden * inner + 2 * hidden
     expected = layers * layer + hidden + vocabulary * hidden * (1 if tied else 2)
-    found = shape(name)
-    assert found.parameters == expected and found.largest_layer == vocabulary * hidden
-    assert found.output == (0 if tied else vocabulary * hidden)
-    assert found.size == {"qwen2.5-math-7b": "7.62 B", "qwen2.5-math-1.5b": "1.54 B", "llama-3.1-8b": "8.03 B"}[name]
-    assert found.cache_per_token == 2 * layers * narrow * 2
+    actual = shape(name)
+    assert actual.parameters == expected and actual.largest_layer == vocabulary * hidden
+    assert actual.output == (0 if tied else vocabulary * hidden)
+    assert actual.size == {"qwen2.5-math-7b": "7.62 B", "qwen2.5-math-1.5b": "1.54 B", "llama-3.1-8b": "8.03 B"}[name]
+    assert actual.cache_per_token == 2 * layers * narrow * 2
 
 
 def test_the_shipped_configurations_are_small_and_have_the_published_positions():
@@ -130,13 +130,13 @@ def expected_memory(*arguments: str):
 def test_memory_by_hand():
     """The 7B model on 8 GPUs of 79 GiB with full checkpointing: every line."""
     full = ("model.gradient_checkpointing=full", "optimizer.micro_batch_tokens=32768")
-    found = expected_memory("recipe=hpt-qwen2.5-math-7b", *full).memory
+    actual = expected_memory("recipe=hpt-qwen2.5-math-7b", *full).memory
     parameters, embedding, tokens, layers, hidden = 7_615_616_512, 152064 * 3584, 32768, 28, 3584
     states = 18 * parameters // 8 + 4 * embedding
     bucket, ordered, gathered, reserve = 4 * 500_000_000, 4 * embedding, 2 * 1_000_000_000, int(1.5 * GIB)
     step = 8 * (parameters // 8)
-    assert [item.bytes for item in found.states] == [states, bucket, ordered, gathered, step, reserve]
-    share, graphs, weights, one_bucket, copies = found.engine
+    assert [item.bytes for item in actual.states] == [states, bucket, ordered, gathered, step, reserve]
+    share, graphs, weights, one_bucket, copies = actual.engine
     assert share.bytes + graphs.bytes == int(0.6 * 79 * GIB) and graphs.bytes == GIB
     cache = 2 * 28 * 4 * 128 * 2 * (1024 + 8192)
     assert f"a cache of {(share.bytes - 2 * parameters) // cache} sequences of 9,216 tokens" in share.what
@@ -145,13 +145,13 @@ def test_memory_by_hand():
     one_layer = (9 * hidden + 2 * hidden + 2 * 512 + 4 * 18944) * 2 * tokens
     update = [layers * hidden * 2 * tokens, one_layer, 3 * 18944 * 2 * tokens]
     update += [(4096 * 2 + 512 * (4 + 4)) * 152064, (4 + 2) * embedding]
-    assert [item.bytes for item in found.update] == update
+    assert [item.bytes for item in actual.update] == update
     always = states + bucket + reserve + graphs.bytes
-    assert found.total("sampling") == always + share.bytes
-    assert found.total("refresh") == always + 2 * parameters + one_bucket.bytes + copies.bytes
-    assert found.total("training") == always + ordered + gathered + sum(update)
-    assert found.total("step") == always + step
-    assert [item.bytes for item in found.host] == [12 * parameters, 2 * parameters]
+    assert actual.total("sampling") == always + share.bytes
+    assert actual.total("refresh") == always + 2 * parameters + one_bucket.bytes + copies.bytes
+    assert actual.total("training") == always + ordered + gathered + sum(update)
+    assert actual.total("step") == always + step
+    assert [item.bytes for item in actual.host] == [12 * parameters, 2 * parameters]
 
 
 def test_the_memory_in_the_docs_is_the_recipes():
@@ -164,9 +164,9 @@ def test_the_memory_in_the_docs_is_the_recipes():
 def test_an_engine_over_four_gpus_by_hand():
     """The 7B model: a rank has a quarter of the weights and one of 4 key heads. The trainer's states are unchanged."""
     recipe = "recipe=hpt-qwen2.5-math-7b"
-    whole, found = (expected_memory(recipe, *more).memory for more in ((), ("rollout.tensor_parallel=4",)))
-    assert found.states == whole.states and found.update == whole.update
-    share, graphs, weights, one_bucket, copies = found.engine
+    whole, actual = (expected_memory(recipe, *more).memory for more in ((), ("rollout.tensor_parallel=4",)))
+    assert actual.states == whole.states and actual.update == whole.update
+    share, graphs, weights, one_bucket, copies = actual.engine
     parameters, embedding = 7_615_616_512, 152064 * 3584
     assert (share.bytes, graphs.bytes) == (whole.engine[0].bytes, GIB) and one_bucket == whole.engine[3]
     assert weights.bytes == 2 * parameters // 4
@@ -251,8 +251,8 @@ def test_fewer_sequences_take_fewer_graphs():
 
 
 def test_engines_that_do_not_sleep_are_there_all_the_time():
-    found = expected_memory("model=qwen2.5-math-1.5b", "rollout.engine=transformers", *EIGHT).memory
-    copy, _, cache = found.engine
+    actual = expected_memory("model=qwen2.5-math-1.5b", "rollout.engine=transformers", *EIGHT).memory
+    copy, _, cache = actual.engine
     assert (copy.bytes, copy.when) == (2 * 1_543_714_304, "always")
     assert cache.bytes == 262144 * 2 * 28 * 256 * 2 and cache.when == "sampling"
     here = expected_memory("model=qwen2.5-math-1.5b", "model.dtype=float32", "hardware.memory=64").memory
@@ -278,11 +278,11 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(kind, dtype):
 
     tokens = 128
     for checkpointing in ("none", "selective", "full"):
-        found = (_saved(config(4), dtype, tokens, checkpointing) - _saved(config(2), dtype, tokens, checkpointing)) / 2
+        actual = (_saved(config(4), dtype, tokens, checkpointing) - _saved(config(2), dtype, tokens, checkpointing)) / 2
         one = ModelShape.of(config(2), dtype)
         by_mode = {"none": one.kept_per_token, "selective": one.products_per_token, "full": one.hidden * one.itemsize}
         expected = by_mode[checkpointing]
-        assert found / tokens == pytest.approx(expected, rel=0.02), (checkpointing, found / tokens, expected)
+        assert actual / tokens == pytest.approx(expected, rel=0.02), (checkpointing, actual / tokens, expected)
 
 
 def _saved(config, dtype: str, tokens: int, checkpointing: str) -> int:
@@ -321,23 +321,23 @@ def _saved(config, dtype: str, tokens: int, checkpointing: str) -> int:
 
 
 def test_a_steps_traffic_by_hand():
-    (found,) = expected_memory("recipe=hpt-qwen2.5-math-7b").workloads.values()
-    assert (found.rollouts, found.given, found.trajectories) == (1024, 128, 1152)
-    assert found.longest == 9216 and found.tokens == 1152 * 9216 and found.updates == 2
-    assert found.tokens_per_update == 1152 * 9216 // 2 // 8 and found.micro_batch == 9216
-    assert found.micro_batches == 72  # 72 rows per rank and update, of which one fits
-    assert "sampled per rank: 128 responses" in str(found)
+    (actual,) = expected_memory("recipe=hpt-qwen2.5-math-7b").workloads.values()
+    assert (actual.rollouts, actual.given, actual.trajectories) == (1024, 128, 1152)
+    assert actual.longest == 9216 and actual.tokens == 1152 * 9216 and actual.updates == 2
+    assert actual.tokens_per_update == 1152 * 9216 // 2 // 8 and actual.micro_batch == 9216
+    assert actual.micro_batches == 72  # 72 rows per rank and update, of which one fits
+    assert "sampled per rank: 128 responses" in str(actual)
 
 
 def test_a_group_that_stays_together_and_a_small_batch_have_their_own_micro_batch():
-    (found,) = expected_memory("algo=dpo", "model=qwen2.5-math-1.5b", *EIGHT).workloads.values()
-    assert (found.rollouts, found.given, found.block) == (0, 64, 2) and found.micro_batch == 64 * 192 // 8
-    (found,) = expected_memory("algo=dpo", "optimizer.micro_batch_tokens=10").workloads.values()
-    assert found.micro_batch == 2 * 192 and found.micro_batches == 32
-    (found,) = expected_memory("prompts_per_step=2", "group_size=2").workloads.values()
-    assert found.micro_batch == found.tokens_per_update == 6 * 192 < 16384
-    (found,) = expected_memory("optimizer.micro_batch_tokens=10").workloads.values()
-    assert found.micro_batch == 192 and found.micro_batches == 32 * 9
+    (actual,) = expected_memory("algo=dpo", "model=qwen2.5-math-1.5b", *EIGHT).workloads.values()
+    assert (actual.rollouts, actual.given, actual.block) == (0, 64, 2) and actual.micro_batch == 64 * 192 // 8
+    (actual,) = expected_memory("algo=dpo", "optimizer.micro_batch_tokens=10").workloads.values()
+    assert actual.micro_batch == 2 * 192 and actual.micro_batches == 32
+    (actual,) = expected_memory("prompts_per_step=2", "group_size=2").workloads.values()
+    assert actual.micro_batch == actual.tokens_per_update == 6 * 192 < 16384
+    (actual,) = expected_memory("optimizer.micro_batch_tokens=10").workloads.values()
+    assert actual.micro_batch == 192 and actual.micro_batches == 32 * 9
 
 
 # The balance.
@@ -347,10 +347,10 @@ def test_a_group_that_stays_together_and_a_small_batch_have_their_own_micro_batc
 def test_every_algorithm_has_a_balance(name):
     """Of each stage; none where it learns from preference pairs or from other models' predictions alone."""
     algorithm = algorithms.load(name)
-    found = balances(algorithm, 4, 16)
+    actual = balances(algorithm, 4, 16)
     needs = algorithm.needs
     has_none = needs.preference_pairs or needs.teacher or getattr(algorithm, "supports", None)
-    assert len(found) == (0 if has_none else len(getattr(algorithm, "stages", "1")))
-    for one in found.values():
+    assert len(actual) == (0 if has_none else len(getattr(algorithm, "stages", "1")))
+    for one in actual.values():
         assert one.rollouts or one.demonstration
         assert (one.ratio is None) == ("alone" in str(one))

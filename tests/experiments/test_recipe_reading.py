@@ -84,10 +84,10 @@ def test_bad_recipes_are_refused_by_name(folder):
 
 def test_overrides_that_do_not_fit_are_the_recipes_fault_and_the_command_lines_its_own(folder):
     folder("mine", "algo: hpt\noverrides: [terms.sft.gate.threshold=0.5]\n")
-    found = message("recipe=mine", "algo=grpo")
-    assert "recipe=mine" in found and "algo=grpo" in found and "terms.sft" in found
-    found = message("recipe=mine", "algo.terms.sft.gate.treshold=0.1")
-    assert "recipe=" not in found and "treshold" in found
+    actual = message("recipe=mine", "algo=grpo")
+    assert "recipe=mine" in actual and "algo=grpo" in actual and "terms.sft" in actual
+    actual = message("recipe=mine", "algo.terms.sft.gate.treshold=0.1")
+    assert "recipe=" not in actual and "treshold" in actual
 
 
 def test_the_pages_own_recipe_composes(folder):
@@ -105,9 +105,9 @@ def test_names_of_ones_own_take_the_place_of_the_presets_examples(folder):
     """As on the command line; other keys of the data set are merged."""
     sets = "{mine: {_target_: upge.data.Arithmetic, train_size: 8}}"
     folder("mine", f"data: mixture\ndata.sets: {sets}\ndata.weights: {{mine: 1}}\n")
-    found = compose(["recipe=mine"]).tree["data"]
-    assert found["weights"] == {"mine": 1} and list(found["sets"]) == ["mine"]
-    assert found == compose(["data=mixture", f"data.sets={sets}", "data.weights={mine: 1}"]).tree["data"]
+    actual = compose(["recipe=mine"]).tree["data"]
+    assert actual["weights"] == {"mine": 1} and list(actual["sets"]) == ["mine"]
+    assert actual == compose(["data=mixture", f"data.sets={sets}", "data.weights={mine: 1}"]).tree["data"]
 
 
 def test_a_recipe_gives_a_correction_its_settings_as_overrides(folder):

@@ -87,9 +87,9 @@ RATIOS = {
 @pytest.mark.parametrize("name", RATIOS)
 def test_the_printed_ratio_is_the_one_worked_out_by_hand(name):
     composed = compose([f"recipe={name}"])
-    (found,) = balances(composed.algorithm, composed.config.group_size, 4096).values()
-    assert found.ratio == pytest.approx(RATIOS[name], rel=1e-5)
-    assert f"= {RATIOS[name]:.4g}\n" in str(found)
+    (actual,) = balances(composed.algorithm, composed.config.group_size, 4096).values()
+    assert actual.ratio == pytest.approx(RATIOS[name], rel=1e-5)
+    assert f"= {RATIOS[name]:.4g}\n" in str(actual)
 
 
 def test_the_header_and_the_page_give_the_same_ratio():
@@ -109,8 +109,8 @@ def test_the_pages_table_is_what_the_files_say():
         _, lr, steps, clip, skip, *_ = (cell.strip() for cell in row.split("|"))
         for name in {pattern.replace("MODEL", model) for model in MODELS}:
             run = compose([f"recipe={name}"]).config
-            found = (run.optimizer.lr, run.steps, run.optimizer.max_grad_norm, run.optimizer.skip_grad_norm)
-            assert found == (float(lr), int(steps), float(clip), 0.0 if "never" in skip else float(skip)), name
+            actual = (run.optimizer.lr, run.steps, run.optimizer.max_grad_norm, run.optimizer.skip_grad_norm)
+            assert actual == (float(lr), int(steps), float(clip), 0.0 if "never" in skip else float(skip)), name
             seen.add(name)
     assert seen == set(NAMES)
 
@@ -150,8 +150,8 @@ def test_srft_by_its_paper():
 def test_without_one_of_the_two_there_is_no_ratio():
     for name in ("sft-qwen2.5-math-7b", "grpo-qwen2.5-math-7b", "sft-then-grpo-qwen2.5-math-7b"):
         composed = compose([f"recipe={name}"])
-        for found in balances(composed.algorithm, 8, 64).values():
-            assert found.ratio is None and "alone" in str(found)
+        for actual in balances(composed.algorithm, 8, 64).values():
+            assert actual.ratio is None and "alone" in str(actual)
 
 
 # The scale: an update's gradient times prompts over ranks is that of the released code.

@@ -169,8 +169,8 @@ def test_long_runs_are_binned():
     (_, series), (_, shares) = gate_plots(history(500, 64))
     assert {len(one.steps) for one in series} == {56} and sum(one.values[0] for one in series) == 8
     assert all(len(one.steps) <= 15 for one in shares) and [one.label for one in shares] == ["easy", "<hard>"]
-    found = heat_map(history(500, 1000, drawn=128))
-    assert found.shown == MOST_ROWS and found.prompts == 1000 and found.binned == 4 and len(found.svg) < 250_000
+    actual = heat_map(history(500, 1000, drawn=128))
+    assert actual.shown == MOST_ROWS and actual.prompts == 1000 and actual.binned == 4 and len(actual.svg) < 250_000
     assert heat_map(history(MOST_COLUMNS, 20)).binned == 1
 
 
@@ -184,24 +184,24 @@ def test_rows_and_colours_of_the_heat_map():
         prompt_line(1, 9, 3, "both", "soft"),
         prompt_line(3, 5, 1, "rollouts", "hard"),
     ]
-    found = heat_map(lines)
-    assert found.states == ("rollouts", "demonstrations", "both", "solved", "nothing") and found.shown == 3
+    actual = heat_map(lines)
+    assert actual.states == ("rollouts", "demonstrations", "both", "solved", "nothing") and actual.shown == 3
     rows = {
         color: {float(y) for y in re.findall(r"M[\d.]+ ([\d.]+)h", path)}
-        for path, color in re.findall(r'<path d="([^"]*)" fill="var\(--(\w+)\)"/>', found.svg)
+        for path, color in re.findall(r'<path d="([^"]*)" fill="var\(--(\w+)\)"/>', actual.svg)
     }
     assert rows == {"c0": {15.5, 24.5}, "c1": {24.5}, "c3": {6.5}, "c2": {15.5}, "c6": {15.5}}
-    held = re.findall(r'<path d="([^"]*)" fill="var\(--(\w+)\)" fill-opacity', found.svg)
+    held = re.findall(r'<path d="([^"]*)" fill="var\(--(\w+)\)" fill-opacity', actual.svg)
     assert {color for path, color in held if path} == {"c1", "c3"}, "what is not drawn again stays, in pale"
-    assert "rollouts 2 times" in found.svg and heat_map([]) is None
+    assert "rollouts 2 times" in actual.svg and heat_map([]) is None
     # Without bins of its own a level that is not drawn has no row, and all prompts without a level are one.
     assert heat_map([prompt_line(1, 0, 0, "rollouts", None)]).svg.count("all prompts") == 0
 
 
 def test_the_strongest_colour_is_that_of_the_term():
-    found = token_texts([token_line(["a", "b"], [0.1, -0.2]), token_line(["c"], [5.0], "sft"), {"term": "rl"}])
-    assert [(term["term"], len(term["trajectories"])) for term in found] == [("rl", 1), ("sft", 1)]
-    assert [run["shade"] for run in found[0]["trajectories"][0]["runs"]] == ["p4", "n8"]
+    actual = token_texts([token_line(["a", "b"], [0.1, -0.2]), token_line(["c"], [5.0], "sft"), {"term": "rl"}])
+    assert [(term["term"], len(term["trajectories"])) for term in actual] == [("rl", 1), ("sft", 1)]
+    assert [run["shade"] for run in actual[0]["trajectories"][0]["runs"]] == ["p4", "n8"]
     assert token_texts([token_line(["a"], [0.0])])[0]["trajectories"][0]["runs"][0]["shade"] == ""
 
 

@@ -47,9 +47,9 @@ def test_a_checkpoint_is_continued_and_read_by_the_diagnosis(tmp_path):
     finals = [load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "parts")]
     assert all(torch.equal(finals[1][name], values) for name, values in finals[0].items())
     chosen = settings.choose([f"run={tmp_path / 'whole'}", "algos=[sft]"])
-    with policies(chosen) as found:
-        assert [one.label for one in found] == ["0", "2", "3"]
-        unpacked = [load_file(f"{one.model.path}/model.safetensors") for one in found[1:]]
+    with policies(chosen) as actual:
+        assert [one.label for one in actual] == ["0", "2", "3"]
+        unpacked = [load_file(f"{one.model.path}/model.safetensors") for one in actual[1:]]
     first = load_file(tmp_path / "first" / "model.safetensors")
     for ours, theirs in zip(unpacked, (first, finals[0]), strict=True):
         assert all(torch.allclose(ours[name], values, atol=1e-7) for name, values in theirs.items())

@@ -42,17 +42,17 @@ def test_the_next_step_is_that_of_the_uninterrupted_run(tmp_path, algo):
     assert (whole / "prompts.jsonl").read_text() == (folder / "prompts.jsonl").read_text()
     rollouts = [lines(path / "rollouts" / "step_000003.jsonl") for path in (whole, folder)]
     assert [row["response"] for row in rollouts[0]] == [row["response"] for row in rollouts[1]]
-    expected, found = (lines(path / "metrics.jsonl") for path in (whole, folder))
-    assert found[:2] == expected[:2] and len(found) == 3
+    expected, actual = (lines(path / "metrics.jsonl") for path in (whole, folder))
+    assert actual[:2] == expected[:2] and len(actual) == 3
     if algo == "relift":
         # The second set of moments is in the checkpoint, and in use again in the last step.
-        assert min(sum(row["interleaved_update/updates"] for row in rows) for rows in (found[:2], found[2:])) > 0
+        assert min(sum(row["interleaved_update/updates"] for row in rows) for rows in (actual[:2], actual[2:])) > 0
     else:
-        assert len({row["state/mu"] for row in found}) == 3
-    assert found[2].keys() == expected[2].keys()
+        assert len({row["state/mu"] for row in actual}) == 3
+    assert actual[2].keys() == expected[2].keys()
     same = [key for key in expected[2] if key.startswith(("state/", "interleaved_update/", "critic/", "reward/"))]
     for key in ("loss", "grad_norm", "entropy", "learning_rate", "skipped_updates", *same):
-        assert found[2][key] == pytest.approx(expected[2][key], rel=1e-5, abs=1e-7), key
+        assert actual[2][key] == pytest.approx(expected[2][key], rel=1e-5, abs=1e-7), key
     start, *models = (
         AutoModelForCausalLM.from_pretrained(path).state_dict()
         for path in (Path("experiments/models/tiny"), whole / "final", folder / "final")

@@ -82,9 +82,9 @@ def test_a_report_without_what_is_asked_for_says_so(done):
     for planned in folder.sweep.runs:
         slug = planned.slug.replace("-lr-1e-06", "")
         shutil.copytree(done / "runs" / slug, folder.run(planned))
-    found = report(folder, "", list)
-    assert any("No run has the requested typo, none" in note for note in found.notes)
-    assert "choice" not in [grid.label for grid in found.grids]
+    actual = report(folder, "", list)
+    assert any("No run has the requested typo, none" in note for note in actual.notes)
+    assert "choice" not in [grid.label for grid in actual.grids]
 
 
 def test_a_table_says_where_seeds_are_missing():
@@ -168,9 +168,9 @@ def test_other_settings_under_the_same_name_are_refused(done, capsys):
 
 def test_a_run_with_the_very_same_settings_is_taken_over(done):
     other = SweepFolder(load([*TINY[1:], "variants={mine: {algo: sft}}", f"output={done.parent / 'second'}"]))
-    found = other.adopt(other.sweep.runs[0])
+    actual = other.adopt(other.sweep.runs[0])
     # The keys are the same, whatever the label.
-    assert found == done / "runs/sft/seed-0" and other.is_trained(other.sweep.runs[0])
+    assert actual == done / "runs/sft/seed-0" and other.is_trained(other.sweep.runs[0])
     assert not list((done.parent / "second").rglob("*.partial"))
     changed = load([*TINY[1:], "variants={mine: {algo: sft}}", "steps=2", f"output={done.parent / 'third'}"])
     assert SweepFolder(changed).adopt(changed.runs[0]) is None

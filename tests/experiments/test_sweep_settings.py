@@ -133,8 +133,8 @@ def test_the_best_value_is_that_of_the_highest_mean_and_the_first_of_equals(file
 def test_a_choice_goes_to_the_run_it_belongs_to():
     tree = "variants={A: {algo: sft}, C: {algo: grpo, optimizer.lr: 0.5}}"
     sweep = load([tree, "choose={sweep: rates, key: optimizer.lr}"])
-    found = with_choices(sweep, {"A": 1e-4})
-    assert [run.keys["optimizer.lr"] for run in found.runs] == [1e-4, 0.5]
+    actual = with_choices(sweep, {"A": 1e-4})
+    assert [run.keys["optimizer.lr"] for run in actual.runs] == [1e-4, 0.5]
     with pytest.raises(ConfigError, match="none of which is the variant"):
         with_choices(load([tree, "choose={sweep: rates, key: steps}"]), {"B": 3})
     with pytest.raises(ConfigError, match="none of which"):

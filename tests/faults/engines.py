@@ -47,15 +47,15 @@ def main(name: str, output: str) -> None:
     def times(factor: float) -> Iterator[tuple[str, torch.Tensor]]:
         return ((key, weight * factor) for key, weight in weights.items())
 
-    found: dict[str, Any] = {"before": sampled(sampler)}
+    results: dict[str, Any] = {"before": sampled(sampler)}
     for kind, factor in (("nan", math.nan), ("huge", 1e30)):
         sampler.load_weights(times(factor))
-        found[kind] = attempted(sampler)
-        found[f"refused after {kind}"] = attempted(sampler)
+        results[kind] = attempted(sampler)
+        results[f"refused after {kind}"] = attempted(sampler)
         sampler.load_weights(times(1.0))
-        found[f"after {kind}"] = sampled(sampler)
-    found["interrupted"] = attempted(sampler, interrupted=lambda: True)
-    found["after interrupted"] = sampled(sampler)
+        results[f"after {kind}"] = sampled(sampler)
+    results["interrupted"] = attempted(sampler, interrupted=lambda: True)
+    results["after interrupted"] = sampled(sampler)
     if name == "vllm":
 
         def fails() -> Any:
@@ -63,12 +63,12 @@ def main(name: str, output: str) -> None:
 
         engine: Any = sampler
         engine._llm.llm_engine.step = fails
-        found["failed"] = attempted(sampler)
+        results["failed"] = attempted(sampler)
         sampler.load_weights(times(1.0))
-        found["after failed"] = sampled(sampler)
-    assert Interrupted.__name__ in found["interrupted"]
+        results["after failed"] = sampled(sampler)
+    assert Interrupted.__name__ in results["interrupted"]
     sampler.close()
-    Path(output).write_text(json.dumps(found))
+    Path(output).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -100,8 +100,8 @@ def test_the_metrics_behind_them() -> None:
     assert rollout_metrics(same)["same_answer_share"] == 1.0, "without an answer the responses are compared"
     problems = [Problem(str(i), "?", "1", demonstrations=("a",) if i else ()) for i in range(3)]
     examples = [Example(problem, (1,), ((2,),) if i == 1 else ()) for i, problem in enumerate(problems)]
-    found = dropped_demonstrations([rollout(i, None) for i in range(3)], examples)
-    assert found == {"demonstrations_dropped_share": 1 / 3}
+    actual = dropped_demonstrations([rollout(i, None) for i in range(3)], examples)
+    assert actual == {"demonstrations_dropped_share": 1 / 3}
     sums = MetricSums.total([MetricSums(gap_tokens=3, gap_extreme=1), MetricSums(gap_tokens=1, gap_extreme=1)])
     assert sums.metrics()["sampler/extreme_ratio_share"] == 0.5
 

@@ -136,9 +136,9 @@ def test_a_damaged_checkpoint_is_refused_by_all_ranks_and_the_one_before_is_offe
     assert "from step 1, saved by 2 ranks" in done.stdout and f"{metrics}:1: " in done.stderr
     first, *rows = metrics.read_text().splitlines()
     assert first == "not json"
-    for found, expected in zip(map(json.loads, rows), lines(whole / "metrics.jsonl"), strict=True):
+    for actual, expected in zip(map(json.loads, rows), lines(whole / "metrics.jsonl"), strict=True):
         for key in ("step", "loss", "grad_norm", "learning_rate", "sft/tokens"):
-            assert found[key] == pytest.approx(expected[key], rel=1e-5), key
+            assert actual[key] == pytest.approx(expected[key], rel=1e-5), key
     assert RunFolder(folder).checkpoint_steps() == [3]
     assert not problem(folder / "checkpoints" / "step_000003", 3, ALONE)
 
@@ -257,9 +257,9 @@ for number, write in enumerate(writers):
     )
     if done.returncode and "unshare" in done.stderr or done.returncode == 77:
         pytest.skip("no file system can be mounted here")
-    found = done.stdout.splitlines()
-    assert done.returncode == 0 and len(found) == 4, done.stderr
-    assert all("cannot be written: the" in line and "full" in line for line in found), found
+    actual = done.stdout.splitlines()
+    assert done.returncode == 0 and len(actual) == 4, done.stderr
+    assert all("cannot be written: the" in line and "full" in line for line in actual), actual
 
 
 @pytest.mark.parametrize("code", [0, 3])

@@ -52,29 +52,31 @@ def test_an_engine_recovers_with_good_weights(tmp_path: Path, name: str) -> None
     variables = environment()
     done = forked.run("tests.faults.engines", name, str(file), environment=variables, vllm=name == "vllm")
     assert done.returncode == 0, done.stderr[-5000:]
-    found = json.loads(file.read_text())
+    actual = json.loads(file.read_text())
     for kind in ("nan", "huge"):
-        assert found[kind].startswith("NonFiniteError: the sampler's log-probs are not finite"), found[kind]
-        assert "call load_weights" in found[f"refused after {kind}"]
+        assert actual[kind].startswith("NonFiniteError: the sampler's log-probs are not finite"), actual[kind]
+        assert "call load_weights" in actual[f"refused after {kind}"]
     if name == "vllm":
-        assert found["failed"] == "EngineError: the vLLM engine failed (ValueError: the engine has died)"
-    for kind in [key for key in found if key.startswith("after ")]:
-        assert found[kind] == found["before"], kind
+        assert actual["failed"] == "EngineError: the vLLM engine failed (ValueError: the engine has died)"
+    for kind in [key for key in actual if key.startswith("after ")]:
+        assert actual[kind] == actual["before"], kind
 
 
 def test_a_vllm_engine_is_restarted_once(tmp_path: Path) -> None:
     """The run is that of a sound engine; when the engine fails again, the run stops with its state saved."""
     keys = (*SMALL, "algo=grpo", "steps=2", "eval.every=-1", "verify.workers=1", "rollout.engine=vllm")
-    found = {}
+    actual = {}
     for name, times, code in (("once", 1, 0), ("twice", 2, 1)):
         fault = json.dumps({"kind": "failing_engine", "step": 1, "times": times})
         arguments = (*keys, f"output={tmp_path / name}")
         variables = environment() | {"FAULT": fault}
-        found[name] = forked.run("tests.faults.disturbed", *arguments, environment=variables, vllm=True)
-        assert found[name].returncode == code, found[name].stderr[-5000:]
-        assert "note: the vLLM engine failed (RuntimeError: the engine has died); it is restarted" in found[name].stdout
+        actual[name] = forked.run("tests.faults.disturbed", *arguments, environment=variables, vllm=True)
+        assert actual[name].returncode == code, actual[name].stderr[-5000:]
+        assert (
+            "note: the vLLM engine failed (RuntimeError: the engine has died); it is restarted" in actual[name].stdout
+        )
     assert ending(tmp_path / "twice") == ending(tmp_path / "twice") | {"code": 1, "step": 1}
-    assert "failed (RuntimeError: the engine has died) again" in found["twice"].stdout
+    assert "failed (RuntimeError: the engine has died) again" in actual["twice"].stdout
     assert [path.name for path in (tmp_path / "twice" / "checkpoints").glob("step_*")] == ["step_000001"]
     run(*keys, f"output={tmp_path / 'twice'}")
     rows = [lines(tmp_path / name / "metrics.jsonl") for name in ("once", "twice")]

@@ -79,10 +79,10 @@ def test_texts(tmp_path, text):
     (folder / "run.json").write_text(
         json.dumps({"format": FORMAT, "formula_text": bad, "command": bad, bad: {bad: [bad]}})
     )
-    found = report(folder)
-    assert "<script>" not in found
+    actual = report(folder)
+    assert "<script>" not in actual
     if text != "tag":
-        assert re.search(r"\\u(d83d|202e|0000)", found)
+        assert re.search(r"\\u(d83d|202e|0000)", actual)
 
 
 def test_numbers(tmp_path):

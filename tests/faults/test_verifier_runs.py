@@ -179,15 +179,15 @@ class Broken(FakeModel):
 def test_failures_on_redrawn_prompts_count_and_are_recorded() -> None:
     """Such prompts have no signal, so dynamic sampling replaces them, and the step's trajectories hide the failures."""
     model, data = Broken(), examples(30)
-    found, metrics, verdicts = collector(algorithm("rollouts", rounds=10), data, model).collect(0)
+    actual, metrics, verdicts = collector(algorithm("rollouts", rounds=10), data, model).collect(0)
     wrong = [i for prompts in model.rounds for i in prompts if i % 3 == WRONG]
-    assert {t.status for t in found} == {"ok"} and wrong
+    assert {t.status for t in actual} == {"ok"} and wrong
     assert verdicts.count == 2 * metrics["sampling/prompts"] and verdicts.first_error == "broken"
     assert [t.example for t in verdicts.failed] == [i for i in wrong for _ in range(2)]
     written: dict[tuple[str, int], list] = {}
     folder = SimpleNamespace(write_rows=lambda name, step, rows: written.update({(name, step): list(rows)}))
     recorder = Recorder(from_tree(RunConfig, {}), data, model, folder)
-    recorder.record_failed(1, found, verdicts.failed)
+    recorder.record_failed(1, actual, verdicts.failed)
     (rows,) = written.values()
     assert [*written] == [("rollouts", 1)] and {(row["detail"], row["index"]) for row in rows} == {("broken", -1)}
     assert len(rows) == 2 * len(wrong)

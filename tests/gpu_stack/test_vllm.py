@@ -48,9 +48,9 @@ def sampler(folders: tuple[Path, Path]) -> Iterator[VLLMSampler]:
 @pytest.fixture
 def worker(sampler: VLLMSampler) -> pretended.CPUWorker:
     """The worker in the engine, with an empty list of calls and the weights of the first model."""
-    found = sampler._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    found.calls.clear()
-    return found
+    actual = sampler._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    actual.calls.clear()
+    return actual
 
 
 def parameters(worker: pretended.CPUWorker) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def found(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("found") / "found.pt"
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     done = forked.run(
@@ -44,8 +44,8 @@ def plain_gradients(model: Path, size: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_gradients_with_idle_ranks(found: dict[str, Any], model: Path, size: int) -> None:
-    expected, seen = plain_gradients(model, size), found[f"gradients {size}"]
+def test_gradients_with_idle_ranks(results: dict[str, Any], model: Path, size: int) -> None:
+    expected, seen = plain_gradients(model, size), results[f"gradients {size}"]
     seen = {name.removeprefix("model.") if name not in expected else name: g for name, g in seen.items()}
     flat = torch.cat([seen[name].float().flatten() for name in expected])
     right = torch.cat([expected[name].flatten() for name in expected])
@@ -53,12 +53,12 @@ def test_gradients_with_idle_ranks(found: dict[str, Any], model: Path, size: int
     assert (flat - right).norm() / right.norm() < 0.02
 
 
-def test_ranks_are_summed_in_float32(found: dict[str, Any]) -> None:
+def test_ranks_are_summed_in_float32(results: dict[str, Any]) -> None:
     """A sum in bfloat16 would differ from the sum of the ranks' gradients by 1e-3."""
-    difference = (found["whole"] - found["parts"]).norm() / found["parts"].norm()
+    difference = (results["whole"] - results["parts"]).norm() / results["parts"].norm()
     assert difference < 1e-6
 
 
-def test_nan_on_one_rank_is_skipped_on_all(found: dict[str, Any]) -> None:
-    assert not found["nan"].applied and found["unchanged"]
-    assert found["after"].applied and found["changed"]
+def test_nan_on_one_rank_is_skipped_on_all(results: dict[str, Any]) -> None:
+    assert not results["nan"].applied and results["unchanged"]
+    assert results["after"].applied and results["changed"]

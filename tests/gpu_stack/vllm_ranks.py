@@ -41,7 +41,7 @@ def observe(folder: Path) -> list[dict]:
     worker = engine.engine_core.engine_core.model_executor.driver_worker.worker
     assert isinstance(worker, pretended.CPUWorker)
     spec = next(iter(worker.get_kv_cache_spec().values()))
-    found = {
+    results = {
         "reason": sampler.reason,
         "ranks": (worker.rank, worker.local_rank, worker.parallel_config.world_size),
         "backend": worker.parallel_config.distributed_executor_backend,
@@ -49,15 +49,15 @@ def observe(folder: Path) -> list[dict]:
         "shards": {"old": shards(worker)},
     }
     addresses = {name: tensor.data_ptr() for name, tensor in worker.model.state_dict().items()}
-    found["rollouts"] = plain(sampler.sample(PROMPTS[rank], COPIES, SAMPLING, SEEDS[rank]))
+    results["rollouts"] = plain(sampler.sample(PROMPTS[rank], COPIES, SAMPLING, SEEDS[rank]))
     worker.calls.clear()
     sampler.sleep()
     sampler.load_weights(one_by_one(weights(folder / "new", with_head=False)))
-    found["calls"], found["shards"]["new"] = list(worker.calls), shards(worker)
-    found["addresses_kept"] = {n: t.data_ptr() for n, t in worker.model.state_dict().items()} == addresses
-    found["after"] = plain(sampler.sample(PROMPTS[rank], COPIES, SAMPLING, SEEDS[rank]))
+    results["calls"], results["shards"]["new"] = list(worker.calls), shards(worker)
+    results["addresses_kept"] = {n: t.data_ptr() for n, t in worker.model.state_dict().items()} == addresses
+    results["after"] = plain(sampler.sample(PROMPTS[rank], COPIES, SAMPLING, SEEDS[rank]))
     rows: list = [None, None]
-    dist.all_gather_object(rows, found)
+    dist.all_gather_object(rows, results)
     dist.barrier()
     return rows
 

@@ -54,23 +54,23 @@ def main(model: str, output: str) -> None:
     config = OptimizerConfig(lr=1e-3, max_grad_norm=0.0)
     settings = ModelConfig(path=model, dtype="bfloat16", gradient_checkpointing="full")
     engine = Engine(settings, config, world)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for size in SIZES:
         accumulate(engine, size, 1.0)
         gradients: dict[str, Tensor] = {n: safe_get_full_grad(p) for n, p in engine.network.named_parameters()}
-        found[f"gradients {size}"] = {name: gradient.clone() for name, gradient in gradients.items()}
+        results[f"gradients {size}"] = {name: gradient.clone() for name, gradient in gradients.items()}
         engine.step(0.0)
-    found["parts"] = sum(gradient_of(engine, [rank]) for rank in range(world.size))
-    found["whole"] = gradient_of(engine, range(world.size))
+    results["parts"] = sum(gradient_of(engine, [rank]) for rank in range(world.size))
+    results["whole"] = gradient_of(engine, range(world.size))
     before = {name: weight.clone() for name, weight in engine.named_weights()}
     accumulate(engine, SIZES[1], float("nan"))
-    found["nan"] = engine.step(1e-3)
-    found["unchanged"] = all(torch.equal(weight, before[name]) for name, weight in engine.named_weights())
+    results["nan"] = engine.step(1e-3)
+    results["unchanged"] = all(torch.equal(weight, before[name]) for name, weight in engine.named_weights())
     accumulate(engine, SIZES[1], 1.0)
-    found["after"] = engine.step(1e-3)
-    found["changed"] = any(not torch.equal(weight, before[name]) for name, weight in engine.named_weights())
+    results["after"] = engine.step(1e-3)
+    results["changed"] = any(not torch.equal(weight, before[name]) for name, weight in engine.named_weights())
     if world.is_main:
-        torch.save(found, output)
+        torch.save(results, output)
     leave(world, 0)
 
 

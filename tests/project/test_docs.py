@@ -77,11 +77,11 @@ def test_describe_prints_each_algorithm(capsys):
     """Formula, factors, paper, the file's own words, needs."""
     for name in algorithms.names():
         assert describe.main([f"algo={name}"]) == 0
-        found, algorithm = capsys.readouterr().out, algorithms.load(name)
-        assert algorithm.formula() in found and algorithm.formula("latex") in found
-        assert all(f"arXiv {paper}" in found for paper in words(name).papers)
-        assert all(line.strip() in found for line in algorithms.header(algorithms.find(name)).splitlines())
-        line = " ".join(found.split())
+        actual, algorithm = capsys.readouterr().out, algorithms.load(name)
+        assert algorithm.formula() in actual and algorithm.formula("latex") in actual
+        assert all(f"arXiv {paper}" in actual for paper in words(name).papers)
+        assert all(line.strip() in actual for line in algorithms.header(algorithms.find(name)).splitlines())
+        line = " ".join(actual.split())
         assert all(f" {type(part).__name__}(" in line for path, part in algorithm.parts.items() if "terms." in path)
 
 
@@ -94,11 +94,13 @@ def test_describe_says_what_the_trainer_must_provide(capsys):
         printed("algo=reinforce")
         == "rollouts one or more per prompt micro-batch any cut: each token's factors are its own"
     )
-    found = printed("algo=ppo")
+    actual = printed("algo=ppo")
     assert (
-        "critic" in found and "reference policy" in found and "reference_logprobs, values of all trajectories" in found
+        "critic" in actual
+        and "reference policy" in actual
+        and "reference_logprobs, values of all trajectories" in actual
     )
-    assert "group" not in found
+    assert "group" not in actual
     assert "state: mu begins at 0.8" in printed("algo=amft")
     assert "whenever 128 prompts with 1[P ≤ 0] have gathered, with optimizer moments" in printed("algo=relift")
     assert "preference pairs" in printed("algo=dpo") and "stay together" in printed("algo=dpo")
@@ -113,11 +115,11 @@ def test_describe_says_what_the_trainer_must_provide(capsys):
 
 def test_describe_takes_corrections_and_overrides_and_refuses_the_rest(capsys):
     assert describe.main(["algo=grpo", "correction=[tis,entropy]", "correction.tis.cap=3"]) == 0
-    found = capsys.readouterr().out
-    assert "min(π_old/π_sampler, 3)" in found and "Paper of tis" in found and "arXiv 1602.01783" in found
+    actual = capsys.readouterr().out
+    assert "min(π_old/π_sampler, 3)" in actual and "Paper of tis" in actual and "arXiv 1602.01783" in actual
     assert describe.main([]) == 0
-    found = capsys.readouterr().out
-    assert all(f"`{name}`" in found for name in [*algorithms.names(), *algorithms.corrections()])
+    actual = capsys.readouterr().out
+    assert all(f"`{name}`" in actual for name in [*algorithms.names(), *algorithms.corrections()])
     for arguments, error in {
         ("algo=nothing",): "no algorithm 'nothing'",
         ("algo=sft", "correction=tis"): "no term that learns from rollouts",
@@ -147,7 +149,7 @@ def test_the_example_of_the_readme_runs_and_conforms(tmp_path):
 
 def test_commands_in_the_docs_compose():
     """Every `python -m experiments.run` line names keys that exist."""
-    found = 0
+    actual = 0
     for path in ("README.md", "docs/running.md"):
         for block in blocks(path, ""):
             for line in block.splitlines():
@@ -155,8 +157,8 @@ def test_commands_in_the_docs_compose():
                 if "experiments.run " in line and "--help" not in line and "my_parts" not in line:
                     arguments = shlex.split(line.split("experiments.run ")[1])
                     config.compose([a for a in arguments if a != "--dry-run"])
-                    found += 1
-    assert found >= 4
+                    actual += 1
+    assert actual >= 4
 
 
 def test_public_names_are_exported():

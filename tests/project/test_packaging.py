@@ -109,8 +109,8 @@ def test_environment_is_the_pinned_set() -> None:
     if not stamp.exists() or "engine=cpu" not in stamp.read_text().splitlines():
         pytest.skip("this Python is not an environment that make env made from requirements/cpu.txt")
     wanted = {need.name: pin_version(need) for need in pins("cpu") if need.marker is None or need.marker.evaluate()}
-    found = {name: Version(Version(version(name)).public) for name in wanted}
-    assert found == wanted
+    actual = {name: Version(Version(version(name)).public) for name in wanted}
+    assert actual == wanted
 
 
 def test_pins_are_plain_versions() -> None:

@@ -60,12 +60,12 @@ def test_no_algorithm_is_named_in_the_package(path):
     Neither as a word nor as a part of a name with underscores; a component such as PPOClip has its own name.
     """
     words = "|".join(re.escape(name) for name in NAMES)
-    found = [
+    actual = [
         f"line {number}: {match.group()}"
         for number, line in enumerate(path.read_text().splitlines(), 1)
         for match in re.finditer(rf"(?<![^\W_])({words})(?![^\W_])", line, re.IGNORECASE)
     ]
-    assert not found, found
+    assert not actual, actual
 
 
 # Imports. The layers and the absence of circles are checked by import-linter: `make lint`, pyproject.toml.

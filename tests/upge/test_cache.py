@@ -148,12 +148,12 @@ def test_answers_are_asked_about_once(folder: Path, monkeypatch):
     monkeypatch.setattr(MathVerifier, "check_answer", counted)
     monkeypatch.setattr(answer_check, "LEAST", 100)
     problems = [*PROBLEMS, replace(PROBLEMS[0], id="bad", answer=""), replace(PROBLEMS[1], id="bad too", answer="")]
-    found = list(answer_check.refused(problems, "math"))
-    assert [problem.id for problem, _ in found] == ["bad", "bad too"] and "does not parse" in found[0][1]
+    actual = list(answer_check.refused(problems, "math"))
+    assert [problem.id for problem, _ in actual] == ["bad", "bad too"] and "does not parse" in actual[0][1]
     assert len(asked) == len(set(asked)) == 301
-    assert list(answer_check.refused(problems[:-1], "math")) == found[:-1] and len(asked) == 301
+    assert list(answer_check.refused(problems[:-1], "math")) == actual[:-1] and len(asked) == 301
     answer_check._known.clear()
-    assert list(answer_check.refused(problems, "math")) == found and len(asked) == 301
+    assert list(answer_check.refused(problems, "math")) == actual and len(asked) == 301
     answer_check._known.clear()
     monkeypatch.setattr(answer_check, "_version", lambda package: "another")
-    assert list(answer_check.refused(problems, "math")) == found and len(asked) == 602
+    assert list(answer_check.refused(problems, "math")) == actual and len(asked) == 602

@@ -37,13 +37,13 @@ class Example(NamedTuple):
 
 
 def examples() -> list[Example]:
-    found = []
+    actual = []
     for source, command in re.findall(r"```python\n(# my_.*?)```\n\n```\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL):
         module = re.match(r"# (my_\w+)\.py", source)[1]
         words = shlex.split(command.replace("\\\n", " "))
         assert words[:3] == ["python", "-m", "experiments.run"]
-        found.append(Example(module, source, words[3:]))
-    return found
+        actual.append(Example(module, source, words[3:]))
+    return actual
 
 
 EXAMPLES = {example.module: example for example in examples()}

@@ -23,9 +23,9 @@ def groups(*successes: tuple[int, int]) -> upge.Trajectories:
 def per_group(gate: upge.Gate, batch: upge.Trajectories) -> list[float]:
     """The coefficient of each group, which must be that of all its trajectories."""
     values = gate(batch)
-    found = [values[batch.group == g] for g in batch.group.unique()]
-    assert all(bool((value == value[0]).all()) for value in found)
-    return [float(value[0]) for value in found]
+    actual = [values[batch.group == g] for g in batch.group.unique()]
+    assert all(bool((value == value[0]).all()) for value in actual)
+    return [float(value[0]) for value in actual]
 
 
 # Pass-rate gates.
@@ -96,8 +96,8 @@ def test_a_group_without_rollouts_has_no_pass_rate(gate):
 )
 def test_the_coefficient_at_a_pass_rate_is_that_of_its_groups(gate):
     rollouts = 6
-    found = per_group(gate, groups(*((k, rollouts) for k in range(rollouts + 1))))
-    assert found == [gate.at_pass_rate(k / rollouts) for k in range(rollouts + 1)]
+    actual = per_group(gate, groups(*((k, rollouts) for k in range(rollouts + 1))))
+    assert actual == [gate.at_pass_rate(k / rollouts) for k in range(rollouts + 1)]
 
 
 def test_a_gate_that_follows_something_else_has_no_coefficient_at_a_pass_rate():
@@ -111,8 +111,8 @@ def test_a_gate_that_follows_something_else_has_no_coefficient_at_a_pass_rate():
 
 def test_pass_rate_table_interpolates():
     table = upge.PassRateTable(rates=(0.0, 0.5, 1.0), coefficients=(0.0, 1.0, 0.5))
-    found = per_group(table, groups((0, 8), (1, 8), (2, 8), (4, 8), (6, 8), (8, 8)))
-    assert found == pytest.approx([0.0, 0.25, 0.5, 1.0, 0.75, 0.5], abs=1e-12)
+    actual = per_group(table, groups((0, 8), (1, 8), (2, 8), (4, 8), (6, 8), (8, 8)))
+    assert actual == pytest.approx([0.0, 0.25, 0.5, 1.0, 0.75, 0.5], abs=1e-12)
 
 
 def test_pass_rate_table_in_steps_takes_the_largest_rate_reached():
@@ -136,8 +136,8 @@ def test_pass_rate_table_is_constant_beyond_its_ends(step):
 def test_entropy_weight():
     """Mean entropy 2 in both: 0.5·e^-2 and 0.1·e^2; an empty response has none."""
     batch = trajectories(entropies=[[1.0, 3.0], [2.0], []], lengths=[2, 1, 0])
-    found = upge.EntropyWeight(scale=0.5, sign=-1)(batch)
-    assert found.tolist() == pytest.approx([0.06766764, 0.06766764, 0.5], abs=1e-8)
+    actual = upge.EntropyWeight(scale=0.5, sign=-1)(batch)
+    assert actual.tolist() == pytest.approx([0.06766764, 0.06766764, 0.5], abs=1e-8)
     assert upge.EntropyWeight(scale=0.1, sign=1)(batch)[:2].tolist() == pytest.approx([0.73890561] * 2, abs=1e-8)
 
 
@@ -163,8 +163,8 @@ def test_schedule_at_its_corners(step, expected):
     ],
 )
 def test_schedule_without_warm_up_or_decay(settings, expected):
-    found = [upge.Schedule(**settings).coefficient_at(step) for step in (0, 1)]
-    assert found == pytest.approx(expected, abs=1e-8)
+    actual = [upge.Schedule(**settings).coefficient_at(step) for step in (0, 1)]
+    assert actual == pytest.approx(expected, abs=1e-8)
 
 
 def test_product_of_gates_and_always():
@@ -216,8 +216,8 @@ EVERY, SOME = [True] * 5, [True, True, True, False, False]
 )
 def test_reduction(reduction, selected, expected):
     batch = trajectories(lengths=LENGTHS, group=GROUP)
-    found = reduction(batch, torch.tensor(selected))
-    for row, length, weight in zip(found.tolist(), LENGTHS, expected, strict=True):
+    actual = reduction(batch, torch.tensor(selected))
+    for row, length, weight in zip(actual.tolist(), LENGTHS, expected, strict=True):
         assert row == pytest.approx([weight or 0.0] * length + [0.0] * (4 - length), abs=1e-15)
 
 

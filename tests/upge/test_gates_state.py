@@ -26,8 +26,8 @@ def groups(*successes: tuple[int, int], **state: float) -> upge.Trajectories:
 
 
 def per_group(gate: upge.Gate, batch: upge.Trajectories) -> list[float]:
-    found = gate(batch)
-    return [float(found[batch.group == g][0]) for g in batch.group.unique()]
+    actual = gate(batch)
+    return [float(actual[batch.group == g][0]) for g in batch.group.unique()]
 
 
 # Complement.

@@ -13,8 +13,8 @@ from tests.golden_objects import as_change, flatten, from_change, outcome
 
 def test_every_algorithm_with_every_correction_and_override_is_as_recorded():
     """The objects, needs and gradients of each, or the refusal; combinations of corrections are left to --check."""
-    found = goldens.check_objects(Renames(goldens.load("renames")), exact=False, combinations=False)
-    failures = [one for one in found if not is_prose(one[1])]
+    actual = goldens.check_objects(Renames(goldens.load("renames")), exact=False, combinations=False)
+    failures = [one for one in actual if not is_prose(one[1])]
     assert not failures, report(failures)
 
 
@@ -37,8 +37,8 @@ def test_differences_are_found_by_case_and_path():
     base = outcome("grpo", [], [])
     changed = base | {"terms[rl].coefficient": 2.0, "estimate.loss": base["estimate.loss"] * (1 + 1e-6)}
     del changed["name"]
-    found = list(compare("grpo", base, changed, TOLERANCE["objects"]))
-    assert [(case, path, now) for case, path, _, now in found] == [
+    actual = list(compare("grpo", base, changed, TOLERANCE["objects"]))
+    assert [(case, path, now) for case, path, _, now in actual] == [
         ("grpo", "name", ABSENT),
         ("grpo", "terms[rl].coefficient", 2.0),
         ("grpo", "estimate.loss", changed["estimate.loss"]),
@@ -47,7 +47,7 @@ def test_differences_are_found_by_case_and_path():
 
 
 @pytest.mark.parametrize(
-    ("recorded", "found", "tolerance", "equal"),
+    ("recorded", "actual", "tolerance", "equal"),
     [
         (1.0, 1.0 + 1e-7, (1e-5, 0.0), True),
         (1.0, 1.0 + 1e-4, (1e-5, 0.0), False),
@@ -59,8 +59,8 @@ def test_differences_are_found_by_case_and_path():
         (float("nan"), float("nan"), None, True),
     ],
 )
-def test_numbers_are_equal_up_to_the_tolerance(recorded, found, tolerance, equal):
-    assert same(recorded, found, tolerance) == equal
+def test_numbers_are_equal_up_to_the_tolerance(recorded, actual, tolerance, equal):
+    assert same(recorded, actual, tolerance) == equal
 
 
 def test_renames_apply_to_classes_fields_values_and_texts():

@@ -23,9 +23,9 @@ OBJECTIVES |= {f"regularised_{kind}": partial(textbook.regularised, kind=kind) f
 
 def gradients(name: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     s = sample(seed)
-    (found,) = torch.autograd.grad(load(name).estimate(s.batch).loss, s.logits, retain_graph=True)
+    (actual,) = torch.autograd.grad(load(name).estimate(s.batch).loss, s.logits, retain_graph=True)
     (expected,) = torch.autograd.grad(OBJECTIVES[name](s), s.logits)
-    return found, expected
+    return actual, expected
 
 
 def test_every_composition_has_a_textbook_objective():
@@ -35,9 +35,9 @@ def test_every_composition_has_a_textbook_objective():
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradient_equals_the_textbooks(name, seed):
-    found, expected = gradients(name, seed)
+    actual, expected = gradients(name, seed)
     assert expected.abs().max() > 1e-6, "the objective must have a gradient, else the comparison says nothing"
-    assert (found - expected).abs().max() <= 1e-10
+    assert (actual - expected).abs().max() <= 1e-10
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5, 0.75])
@@ -48,9 +48,9 @@ def test_gate_threshold_is_inclusive_for_demonstrations(threshold):
     for name, gate in (("rl", upge.PassRateAbove), ("sft", upge.PassRateAtMost)):
         terms[name] = dataclasses.replace(terms[name], gate=gate(threshold))
     s = sample(1, groups=8)
-    (found,) = torch.autograd.grad(upge.Algorithm("x", terms).estimate(s.batch).loss, s.logits, retain_graph=True)
+    (actual,) = torch.autograd.grad(upge.Algorithm("x", terms).estimate(s.batch).loss, s.logits, retain_graph=True)
     (expected,) = torch.autograd.grad(textbook.hpt(s, threshold), s.logits)
-    assert (found - expected).abs().max() <= 1e-10
+    assert (actual - expected).abs().max() <= 1e-10
 
 
 def test_masks_bite_in_the_comparison():
@@ -70,10 +70,10 @@ def test_strictly_on_policy_needs_no_behaviour_column():
         group=s.batch.group,
         is_demonstration=s.batch.is_demonstration,
     )
-    (found,) = torch.autograd.grad(load("dr_grpo").estimate(batch).loss, s.logits, retain_graph=True)
+    (actual,) = torch.autograd.grad(load("dr_grpo").estimate(batch).loss, s.logits, retain_graph=True)
     rows = [(r, a) for q in s.questions for r, a in textbook.centred(q)]
     (expected,) = torch.autograd.grad(-sum(a * r["logp"].sum() / 1024 for r, a in rows) / len(rows), s.logits)
-    assert (found - expected).abs().max() <= 1e-12
+    assert (actual - expected).abs().max() <= 1e-12
 
 
 def test_dropped_trajectories_do_not_change_the_gradient():
@@ -88,9 +88,9 @@ def test_dropped_trajectories_do_not_change_the_gradient():
     assert torch.equal(plan.contributing, rl | sft)
     width = int(s.batch.lengths[rows].max())
     piece = s.batch.select(rows, s.batch.logprobs[rows, :width])
-    (found,) = torch.autograd.grad(plan.estimate(piece).loss, s.logits, retain_graph=True)
+    (actual,) = torch.autograd.grad(plan.estimate(piece).loss, s.logits, retain_graph=True)
     (expected,) = torch.autograd.grad(textbook.hpt(s), s.logits)
-    assert (found - expected).abs().max() <= 1e-10
+    assert (actual - expected).abs().max() <= 1e-10
 
 
 def test_a_runaway_ratio_under_the_mask_is_zero_not_nan():
@@ -133,8 +133,8 @@ def test_a_part_that_reads_its_group_gets_all_of_it():
     algorithm = upge.Algorithm("x", {"rl": upge.Term("rollouts", gate, estimator, upge.SequenceMean())})
     rows, piece = kept(algorithm, batch)
     assert rows.tolist() == [0, 1, 2]
-    found = algorithm.plan(batch).estimate(piece).weights
-    assert found[:, 0].tolist() == pytest.approx([-1.03972077, -1.03972077, 0.0], abs=1e-8), "ln(1/8) / 2"
+    actual = algorithm.plan(batch).estimate(piece).weights
+    assert actual[:, 0].tolist() == pytest.approx([-1.03972077, -1.03972077, 0.0], abs=1e-8), "ln(1/8) / 2"
 
 
 def test_a_pair_with_an_empty_response_stays_a_pair():
@@ -186,14 +186,14 @@ def test_figures_of_a_term():
                          rewards=[1, 0, 1, 1], group=[0, 0, 1, 1])  # fmt: skip
     estimator = upge.UnifiedGradient(upge.PPOClip(), upge.BehaviorPolicy(), upge.GroupRelative(normalize_std=False))
     term = upge.Term("rollouts", upge.ConstantGate(), estimator, upge.SequenceMean())
-    found = upge.Algorithm("x", {"rl": term}).estimate(batch).metrics
+    actual = upge.Algorithm("x", {"rl": term}).estimate(batch).metrics
     expected = {"tokens": 5, "trajectories": 4, "advantage_mean": 0.1,
                 "weight_abs_mean": 0.21, "weight_abs_p50": 0.0, "weight_abs_p99": 0.55,
                 "weight_p1": -0.5, "weight_p10": -0.5, "weight_p50": 0.0, "weight_p90": 0.55, "weight_p99": 0.55,
                 "effective_tokens": 1.8445297, "effective_share": 1.8445297 / 5, "effective_trajectories": 1.8445297,
                 "masked_share": 1 / 3, "masked_above": 1 / 3, "masked_below": 0.0,
                 "extreme_ratio_share": 0.0}  # fmt: skip
-    assert found == pytest.approx({f"rl/{name}": value for name, value in expected.items()}, abs=1e-6)
+    assert actual == pytest.approx({f"rl/{name}": value for name, value in expected.items()}, abs=1e-6)
 
 
 def test_ratios_outside_one_half_and_two_are_extreme():
@@ -202,8 +202,8 @@ def test_ratios_outside_one_half_and_two_are_extreme():
     )
     estimator = upge.UnifiedGradient(upge.NoMask(), upge.BehaviorPolicy(), upge.GroupRelative())
     term = upge.Term("rollouts", upge.ConstantGate(), estimator, upge.SequenceMean())
-    found = upge.Algorithm("x", {"rl": term}).estimate(batch).metrics
-    assert found["rl/extreme_ratio_share"] == pytest.approx(2 / 4)  # 3 and 0.4 of 3, 1.6, 0.4, 1
+    actual = upge.Algorithm("x", {"rl": term}).estimate(batch).metrics
+    assert actual["rl/extreme_ratio_share"] == pytest.approx(2 / 4)  # 3 and 0.4 of 3, 1.6, 0.4, 1
 
 
 def test_a_plan_moves_with_all_that_it_holds():

@@ -48,8 +48,8 @@ def test_a_certain_token_weighs_nothing_and_is_finite(dtype):
     """Also where rounding makes its log-prob a little more than 0."""
     batch = trajectories([[1.0, 1.0, 1.0]])
     logprobs = torch.tensor([[0.0, 1e-3, -1e-30]], dtype=dtype)
-    found = upge.PowerLikelihood(1.0, 0.5)(dataclasses.replace(batch, logprobs=logprobs))
-    assert bool(found.isfinite().all()) and bool((found.double().exp() < 1e-14).all())
+    actual = upge.PowerLikelihood(1.0, 0.5)(dataclasses.replace(batch, logprobs=logprobs))
+    assert bool(actual.isfinite().all()) and bool((actual.double().exp() < 1e-14).all())
 
 
 def test_a_token_close_to_certain_keeps_its_digits():
@@ -119,14 +119,14 @@ def test_settings_that_make_no_sense_are_refused(make, fragments):
 
 def weights(name: str, batch: upge.Trajectories, *overrides: str) -> list[list[float]]:
     """The number in front of every token's ∇log π_θ."""
-    found = algorithms.load(name, overrides).estimate(batch).weights
-    return [row[:n].tolist() for row, n in zip(found, batch.lengths.tolist(), strict=True)]
+    actual = algorithms.load(name, overrides).estimate(batch).weights
+    return [row[:n].tolist() for row, n in zip(actual, batch.lengths.tolist(), strict=True)]
 
 
 def assert_weights(name: str, batch: upge.Trajectories, expected: list[list[float]], *overrides: str) -> None:
-    found = weights(name, batch, *overrides)
-    for row, numbers in zip(found, expected, strict=True):
-        assert row == pytest.approx(numbers, rel=1e-5, abs=1e-12), (found, expected)
+    actual = weights(name, batch, *overrides)
+    for row, numbers in zip(actual, expected, strict=True):
+        assert row == pytest.approx(numbers, rel=1e-5, abs=1e-12), (actual, expected)
 
 
 def union(p_demonstration: float, *, solved: bool = False) -> upge.Trajectories:

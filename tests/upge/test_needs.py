@@ -84,8 +84,8 @@ def test_what_is_counted_and_summed_over_is_printed(first, second):
 
 
 def test_formula_in_another_style_is_refused():
-    found = message(lambda: algorithms.load("sft").formula("html"))
-    assert "'html'" in found and "'text' or 'latex'" in found
+    actual = message(lambda: algorithms.load("sft").formula("html"))
+    assert "'html'" in actual and "'text' or 'latex'" in actual
 
 
 # What an algorithm needs.
@@ -112,16 +112,16 @@ def test_needs_are_read_off_the_parts():
 
 @pytest.mark.parametrize("name", ["hpt", "grpo", "dr_grpo"])
 def test_one_rollout_per_prompt_is_refused_where_groups_are_compared(name):
-    found = message(lambda: algorithms.load(name).check(group_size=1, provided=CONFIGURED))
-    assert "group_size: 1" in found and "algo.terms.rl." in found and "2 or more" in found
+    actual = message(lambda: algorithms.load(name).check(group_size=1, provided=CONFIGURED))
+    assert "group_size: 1" in actual and "algo.terms.rl." in actual and "2 or more" in actual
 
 
 def test_a_pass_rate_gate_alone_needs_rollouts_in_groups():
     """Demonstrations where the rollouts fail: no term learns from rollouts, the gate still looks at them."""
     gated = algorithms.load("sft", ["terms.sft.gate={_target_: upge.PassRateAtMost}"])
     assert gated.needs.rollouts and gated.needs.group_size == 2
-    found = message(lambda: gated.check(group_size=1))
-    assert "group_size: 1" in found and "algo.terms.sft.gate (PassRateAtMost)" in found
+    actual = message(lambda: gated.check(group_size=1))
+    assert "group_size: 1" in actual and "algo.terms.sft.gate (PassRateAtMost)" in actual
 
 
 @pytest.mark.parametrize("name", ["sft", "reinforce"])
@@ -131,8 +131,8 @@ def test_one_rollout_per_prompt_is_fine_elsewhere(name):
 
 @pytest.mark.parametrize("name", ["sft", "hpt"])
 def test_data_without_demonstrations_are_refused(name):
-    found = message(lambda: algorithms.load(name).check(group_size=8, demonstrations=0, provided=CONFIGURED))
-    assert "algo.terms.sft.source: demonstrations" in found and "has none" in found and "choose data" in found
+    actual = message(lambda: algorithms.load(name).check(group_size=8, demonstrations=0, provided=CONFIGURED))
+    assert "algo.terms.sft.source: demonstrations" in actual and "has none" in actual and "choose data" in actual
     assert algorithms.load(name).check(group_size=8, demonstrations=None, provided=CONFIGURED) is None
 
 
@@ -141,8 +141,8 @@ def test_demonstrations_that_only_a_regularizer_uses_are_missed_too():
         "{_target_: upge.EntropyBonus, coefficient: 1, source: demonstrations, reduction: {_target_: upge.TokenMean}}"
     )
     loaded = algorithms.load("grpo", [f"regularizers.bonus={bonus}"])
-    found = message(lambda: loaded.check(group_size=8, demonstrations=0, provided=CONFIGURED))
-    assert "algo.regularizers.bonus.source: demonstrations" in found
+    actual = message(lambda: loaded.check(group_size=8, demonstrations=0, provided=CONFIGURED))
+    assert "algo.regularizers.bonus.source: demonstrations" in actual
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_demonstrations_that_only_a_regularizer_uses_are_missed_too():
 )
 def test_columns_that_nobody_provides_are_refused(name, fragments):
     algorithm = compositions.load(name)
-    found = message(lambda: algorithm.check(group_size=8, provided=CONFIGURED))
-    assert all(fragment in found for fragment in fragments), found
+    actual = message(lambda: algorithm.check(group_size=8, provided=CONFIGURED))
+    assert all(fragment in actual for fragment in fragments), actual
     everything = (*CONFIGURED, "values", "reference_logprobs", "preference")
     assert algorithm.check(group_size=8, demonstrations=8, provided=everything) is None
 
@@ -177,8 +177,8 @@ def test_an_algorithm_has_at_least_one_term():
 def test_everything_as_a_source_needs_rollouts_and_demonstrations():
     loaded = algorithms.load("reinforce", ["terms.rl.source=all"])
     assert loaded.needs.rollouts and loaded.needs.demonstrations
-    found = message(lambda: loaded.check(group_size=2, demonstrations=0, provided=CONFIGURED))
-    assert "algo.terms.rl.source: all" in found and "has none" in found
+    actual = message(lambda: loaded.check(group_size=2, demonstrations=0, provided=CONFIGURED))
+    assert "algo.terms.rl.source: all" in actual and "has none" in actual
     assert loaded.check(group_size=2, demonstrations=4, provided=CONFIGURED) is None
 
 
@@ -186,8 +186,8 @@ def test_preference_pairs_as_a_source_need_their_column():
     """Even where no part reads it: the source itself does."""
     loaded = algorithms.load("sft", ["terms.sft.source=preference_pairs"])
     assert "preference" in loaded.needs.columns and not loaded.needs.demonstrations
-    found = message(lambda: loaded.check(group_size=1, provided=CONFIGURED))
-    assert "algo.terms.sft.source: preference_pairs" in found and "`preference`" in found
+    actual = message(lambda: loaded.check(group_size=1, provided=CONFIGURED))
+    assert "algo.terms.sft.source: preference_pairs" in actual and "`preference`" in actual
     assert loaded.check(group_size=1, provided=(*CONFIGURED, "preference")) is None
 
 

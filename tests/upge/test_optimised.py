@@ -44,7 +44,7 @@ def models(request, model_folder):
         unrounded(model)
     ours = PackedPolicy(network, chunk_size=7)
     live = {kind: padded_logprobs(plain, trajectories(pairs=kind == "pairs")) for kind in ("plain", "pairs")}
-    return request.param, plain, ours, live, {kind: made_up(found[0].detach()) for kind, found in live.items()}
+    return request.param, plain, ours, live, {kind: made_up(actual[0].detach()) for kind, actual in live.items()}
 
 
 def whole_batch(one: Algorithm, off_policy: bool, filled: dict[str, dict[str, Tensor]]) -> Trajectories:
@@ -74,10 +74,10 @@ def in_one_piece(rows: list[int], group: Tensor) -> list[list[int]]:
 
 
 def by_group(rows: list[int], group: Tensor) -> list[list[int]]:
-    found: dict[int, list[int]] = {}
+    actual: dict[int, list[int]] = {}
     for row in rows:
-        found.setdefault(int(group[row]), []).append(row)
-    return list(found.values())
+        actual.setdefault(int(group[row]), []).append(row)
+    return list(actual.values())
 
 
 @pytest.mark.parametrize("cut", [in_one_piece, by_group])
@@ -92,10 +92,10 @@ def test_every_algorithm_keeps_its_gradient(models, name, off_policy, cut):
     columns |= dict(zip(("logprobs", "entropies"), now, strict=True))
     loss = one.estimate(Trajectories(**columns)).loss
     expected = torch.autograd.grad(loss, list(plain.parameters()), retain_graph=True)
-    found = optimised_gradient(one, batch, ours, cut)
+    actual = optimised_gradient(one, batch, ours, cut)
     scale = max(float(g.abs().max()) for g in expected)
     assert scale > 1e-6
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert float((a - b).abs().max()) <= TOLERANCES[dtype] * scale
 
 

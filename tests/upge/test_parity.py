@@ -48,9 +48,9 @@ UNDEFINED = {
 def objective(name: str):
     """The function that is called as the algorithm, from the one module that has it."""
     modules = textbook, textbook_onpolicy, textbook_mixed, textbook_distillation
-    found = [getattr(m, name) for m in modules if name in vars(m) and vars(m)[name].__module__ == m.__name__]
-    assert len(found) == 1, f"{name} must have exactly one objective in tests/textbook*.py, found {len(found)}"
-    return found[0]
+    actual = [getattr(m, name) for m in modules if name in vars(m) and vars(m)[name].__module__ == m.__name__]
+    assert len(actual) == 1, f"{name} must have exactly one objective in tests/textbook*.py, found {len(actual)}"
+    return actual[0]
 
 
 def inside(algorithm: upge.Algorithm | upge.Pipeline) -> Iterator[upge.Algorithm]:
@@ -97,9 +97,9 @@ def batch_of(algorithm: upge.Algorithm, case: str, seed: int) -> Sample:
 
 def gradients(algorithm: upge.Algorithm, written, s: Sample) -> tuple[torch.Tensor, torch.Tensor]:
     """By the logits: of the estimate, and of the objective as it is written."""
-    (found,) = torch.autograd.grad(algorithm.estimate(s.batch).loss, s.logits, retain_graph=True)
+    (actual,) = torch.autograd.grad(algorithm.estimate(s.batch).loss, s.logits, retain_graph=True)
     (expected,) = torch.autograd.grad(torch.as_tensor(written(s)) + 0.0 * s.logits.sum(), s.logits)
-    return found, expected
+    return actual, expected
 
 
 def token_derivatives(written, s: Sample) -> torch.Tensor:
@@ -108,9 +108,9 @@ def token_derivatives(written, s: Sample) -> torch.Tensor:
     return -torch.autograd.grad(torch.as_tensor(written(parts)) + 0.0 * parts.logits.sum(), parts.logits)[0]
 
 
-def deviates(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+def deviates(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Where a number per token is another one, relative to itself."""
-    return ~((found - expected).abs() <= 1e-9 * expected.abs())
+    return ~((actual - expected).abs() <= 1e-9 * expected.abs())
 
 
 NAMES = list(dict.fromkeys([*algorithms.names(), *VARIANTS]))
@@ -127,12 +127,12 @@ def test_every_file_has_an_objective():
 def test_gradient_equals_that_of_the_objective(name, case):
     for algorithm, written in load(name):
         for seed in SEEDS:
-            found, expected = gradients(algorithm, written, batch_of(algorithm, case, seed))
+            actual, expected = gradients(algorithm, written, batch_of(algorithm, case, seed))
             largest = float(expected.abs().max())
-            assert found.isfinite().all() and expected.isfinite().all()
-            assert float((found - expected).abs().max()) <= 1e-10 * max(1.0, largest), (algorithm.name, seed)
+            assert actual.isfinite().all() and expected.isfinite().all()
+            assert float((actual - expected).abs().max()) <= 1e-10 * max(1.0, largest), (algorithm.name, seed)
             if largest == 0:
-                assert float(found.abs().max()) == 0, "nothing to learn must be exactly nothing"
+                assert float(actual.abs().max()) == 0, "nothing to learn must be exactly nothing"
 
 
 @pytest.mark.parametrize(("name", "case"), SAMPLED)
@@ -141,9 +141,9 @@ def test_the_number_of_each_token_equals_the_derivative(name, case):
     for algorithm, written in load(name):
         for seed in SEEDS:
             s = batch_of(algorithm, case, seed)
-            found, expected = algorithm.estimate(s.batch).weights, token_derivatives(written, s)
-            wrong = deviates(found, expected)
-            assert not wrong.any(), (algorithm.name, seed, found[wrong][:5], expected[wrong][:5])
+            actual, expected = algorithm.estimate(s.batch).weights, token_derivatives(written, s)
+            wrong = deviates(actual, expected)
+            assert not wrong.any(), (algorithm.name, seed, actual[wrong][:5], expected[wrong][:5])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -256,8 +256,8 @@ def critic_gradients(algorithm: upge.Algorithm, written, s: Sample) -> tuple[tor
     sizes = (*edges.around(0.2), 0.05, 0.5)
     moved = (old + edges.placed((*sizes, *(-x for x in sizes)), old.shape)).detach().requires_grad_()
     weights = critic.weights(s.batch, algorithm.plan(s.batch).active)
-    (found,) = torch.autograd.grad((weights * critic(moved, old, critic.targets(s.batch))).sum(), moved)
-    return found, torch.autograd.grad(written(s, moved), moved)[0]
+    (actual,) = torch.autograd.grad((weights * critic(moved, old, critic.targets(s.batch))).sum(), moved)
+    return actual, torch.autograd.grad(written(s, moved), moved)[0]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -266,8 +266,8 @@ def test_value_loss_equals_that_of_the_objective(name, case):
     algorithm = load(name)[0][0]
     for seed in SEEDS:
         s = batch_of(algorithm, case, seed)
-        found, expected = critic_gradients(algorithm, VALUE_LOSSES[name], s)
-        assert expected.abs().max() > 1e-3 and float((found - expected).abs().max()) <= 1e-10
+        actual, expected = critic_gradients(algorithm, VALUE_LOSSES[name], s)
+        assert expected.abs().max() > 1e-3 and float((actual - expected).abs().max()) <= 1e-10
         held = float((expected[s.batch.response_mask & ~s.batch.is_demonstration[:, None]] == 0).double().mean())
         assert held < 1 and (held > 0 or case == "quiet"), "some tokens must be held, unless no return is so far off"
 

@@ -151,8 +151,8 @@ def shows(name: str, changed: upge.Algorithm | upge.Pipeline) -> bool:
             if deviates(algorithm.estimate(s.batch).weights, expected).any():
                 return True
             if critic is not None:
-                found = critic_gradients(algorithm, VALUE_LOSSES[name], s)[0]
-                if float((found - critic).abs().max()) > 1e-10:
+                actual = critic_gradients(algorithm, VALUE_LOSSES[name], s)[0]
+                if float((actual - critic).abs().max()) > 1e-10:
                     return True
     return False
 

@@ -104,12 +104,12 @@ def asked(algorithm: upge.Algorithm, chunk: int) -> tuple[Tensor, Tensor]:
     objective = piece.objective(algorithm, lambda view, places: [(1.0, plan.estimate_in_head(view, places))])
     assert not objective.whole
     logprobs, entropies = (packed.unpad(c.detach()[:, : packed.shape[1]]) for c in (batch.logprobs, batch.entropies))
-    found = []
+    actual = []
     for start in range(0, len(logprobs), chunk):
         part = slice(start, start + chunk)
         one = objective.coefficients(logprobs[part], entropies[part], part)
-        found.append((one.logprobs, torch.zeros_like(one.logprobs) if one.entropies is None else one.entropies))
-    return torch.cat([a for a, _ in found]), torch.cat([b for _, b in found])
+        actual.append((one.logprobs, torch.zeros_like(one.logprobs) if one.entropies is None else one.entropies))
+    return torch.cat([a for a, _ in actual]), torch.cat([b for _, b in actual])
 
 
 @pytest.mark.parametrize("name", MINE)
@@ -135,8 +135,8 @@ def test_a_tensor_among_the_settings_is_left_alone():
     (plan,) = algorithm.plans(batch, [rows])
     assert torch.equal(plan.terms["rl"].estimator.mask.table, mask.table)
     piece = batch.select(rows, batch.logprobs[rows], row=torch.arange(len(rows)))
-    found = plan.estimate(piece).terms["rl"].mask
-    assert set(found[piece.response_mask].unique().tolist()) == {0.25, 1.0}
+    actual = plan.estimate(piece).terms["rl"].mask
+    assert set(actual[piece.response_mask].unique().tolist()) == {0.25, 1.0}
 
 
 def test_a_loss_that_is_not_finite_reaches_the_gradient():
@@ -148,8 +148,8 @@ def test_a_loss_that_is_not_finite_reaches_the_gradient():
         grpo, lambda view, places: [(float("inf"), plan.estimate_in_head(view, places))]
     )
     logprobs, entropies = (packed.unpad(c.detach()) for c in (batch.logprobs, batch.entropies))
-    found = objective.coefficients(logprobs, entropies, slice(0, len(logprobs)))
-    assert bool(found.loss.isnan()) and bool(found.logprobs.isnan().any())
+    actual = objective.coefficients(logprobs, entropies, slice(0, len(logprobs)))
+    assert bool(actual.loss.isnan()) and bool(actual.logprobs.isnan().any())
 
 
 def test_what_has_a_coefficient_of_zero_costs_nothing():

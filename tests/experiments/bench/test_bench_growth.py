@@ -56,6 +56,6 @@ def test_bad_settings_are_named(changes, key):
 def test_a_real_point(ranks):
     """A smaller one: weights and tokens counted, over all ranks, memory of at least the gradient."""
     small = Point(groups=2, size=2, vocabulary=64, width=32, layers=1, scale=0.1, updates=1, ranks=ranks)
-    found = growth.launched(small)
-    assert found["seconds"] > 0 and found["cpu"] > 0 and found["computed"] > found["tokens"] > 4
-    assert found["memory"] > 4 * found["parameters"] > 0
+    actual = growth.launched(small)
+    assert actual["seconds"] > 0 and actual["cpu"] > 0 and actual["computed"] > actual["tokens"] > 4
+    assert actual["memory"] > 4 * actual["parameters"] > 0

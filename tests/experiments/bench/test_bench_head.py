@@ -79,9 +79,9 @@ def test_a_wrong_head_is_found(dtype: str) -> None:
 
 def test_a_difference_is_relative_to_the_largest_entry() -> None:
     expected = torch.zeros(10_000, 2).index_put((torch.tensor([9_999]), torch.tensor([0])), torch.tensor(4.0))
-    found = expected.clone()
-    found[5000, 1] = 0.5
-    assert head.difference(found, expected) == 0.125
+    actual = expected.clone()
+    actual[5000, 1] = 0.5
+    assert head.difference(actual, expected) == 0.125
     assert head.difference(torch.full((3,), 0.5), torch.zeros(3)) == 0.5
 
 
@@ -105,9 +105,9 @@ def killed() -> None:
 
 
 def test_memory_is_what_was_held_at_most() -> None:
-    found, signal = measure.in_fresh_process(takes, 256)
+    actual, signal = measure.in_fresh_process(takes, 256)
     assert signal is None
-    assert 256 * MIB * 0.97 < found < 256 * MIB * 1.03 + 4 * MIB
+    assert 256 * MIB * 0.97 < actual < 256 * MIB * 1.03 + 4 * MIB
     assert measure.in_fresh_process(killed) == (None, None)
 
 

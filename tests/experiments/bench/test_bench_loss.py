@@ -40,9 +40,9 @@ def test_groups_without_a_signal_change_nothing_but_rewards() -> None:
 
 
 def test_trl_gets_what_its_trainer_makes() -> None:
-    found = trl_advantages([1.0, 0.0, 0.0, 1.0, 1.0, 1.0], 3)
+    actual = trl_advantages([1.0, 0.0, 0.0, 1.0, 1.0, 1.0], 3)
     third = (2 / 3) / (3**-0.5 + 1e-4)
-    torch.testing.assert_close(found, torch.tensor([third, -third / 2, -third / 2, 0.0, 0.0, 0.0]))
+    torch.testing.assert_close(actual, torch.tensor([third, -third / 2, -third / 2, 0.0, 0.0, 0.0]))
     ids, mask = padded([(5, 6), (7,)], "left")
     assert ids.tolist() == [[5, 6], [0, 7]] and mask.tolist() == [[1, 1], [0, 1]]
     assert padded([(5, 6), (7,)], "right")[0].tolist() == [[5, 6], [7, 0]]

@@ -81,17 +81,17 @@ def test_the_operations_of_a_model(is_fused: bool) -> None:
     config, batch = small_config(), mfu.micro_batch(100, 10, 20)
     assert batch.lengths == (29, 29, 29)
     least = mfu.model_operations(ModelShape.of(config, "bfloat16"), batch)
-    found: dict[Checkpointing, float] = {}
+    actual: dict[Checkpointing, float] = {}
     for mode in MODES:
         kernels = mfu.counted(config, mode, is_fused, batch)
-        found[mode] = sum(kernel.operations for kernel in kernels.ran)
+        actual[mode] = sum(kernel.operations for kernel in kernels.ran)
         assert set(kernels.seconds()) == {PRODUCTS, ATTENTION, ELEMENTWISE, HEAD}
     tokens, square = batch.input_ids.numel(), LAYERS * D * sum(length * length for length in batch.lengths)
     norms = 6 * tokens * D * (2 * LAYERS + 1)
-    assert found["none"] == found["selective"] == least - norms + square
+    assert actual["none"] == actual["selective"] == least - norms + square
     # The last product of a layer is not computed again, because no gradient needs it.
     again = LAYERS * 2 * tokens * D * (D + 2 * KEYS + D + 2 * INNER)
-    assert found["full"] == found["none"] + again + 2 * square
+    assert actual["full"] == actual["none"] + again + 2 * square
 
 
 def test_layers_are_alike() -> None:

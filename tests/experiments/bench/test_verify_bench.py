@@ -164,10 +164,10 @@ def test_the_program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
 
 def test_a_small_run_on_made_up_answers_finds_no_difference() -> None:
-    found = verifier.run(verifier.Settings(answers=12, grouped=16, parsed=4, bombs=0, pairs=0))
-    rows = [line for line in found.splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + 4 * 3 and "differently." in found
-    assert "| 4 that must be parsed | pool, 2 workers | " in found and "| 12 and 0 bombs | plain loop | " in found
+    actual = verifier.run(verifier.Settings(answers=12, grouped=16, parsed=4, bombs=0, pairs=0))
+    rows = [line for line in actual.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + 4 * 3 and "differently." in actual
+    assert "| 4 that must be parsed | pool, 2 workers | " in actual and "| 12 and 0 bombs | plain loop | " in actual
 
 
 def test_half_of_the_answers_are_wrong_and_bombs_are_spread() -> None:

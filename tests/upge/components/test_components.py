@@ -11,10 +11,10 @@ import upge
 from tests.literal import trajectories
 
 
-def close(found: torch.Tensor, expected: list, tolerance: float = 1e-7) -> bool:
+def close(actual: torch.Tensor, expected: list, tolerance: float = 1e-7) -> bool:
     """Equal up to `tolerance`, shapes included."""
     wanted = torch.tensor(expected, dtype=torch.float64)
-    return found.shape == wanted.shape and torch.allclose(found.double(), wanted, rtol=0, atol=tolerance)
+    return actual.shape == wanted.shape and torch.allclose(actual.double(), wanted, rtol=0, atol=tolerance)
 
 
 def ratios(*values: float) -> upge.Trajectories:
@@ -172,9 +172,9 @@ GRPO = {1: (2.475, -0.354), 2: (1.620, -0.540), 4: (0.935, -0.935), 7: (0.354, -
 @pytest.mark.parametrize(("normalize", "table", "tolerance"), [(False, DR_GRPO, 1e-12), (True, GRPO, 5e-4)])
 def test_group_relative_for_eight_rollouts(correct, normalize, table, tolerance):
     batch = trajectories(lengths=[1] * 8, rewards=[1.0] * correct + [0.0] * (8 - correct), group=[5] * 8)
-    found = upge.GroupRelative(normalize_std=normalize)(batch)
+    actual = upge.GroupRelative(normalize_std=normalize)(batch)
     better, worse = table[correct]
-    assert close(found[:, 0], [better] * correct + [worse] * (8 - correct), tolerance)
+    assert close(actual[:, 0], [better] * correct + [worse] * (8 - correct), tolerance)
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0])
@@ -189,8 +189,8 @@ def test_group_relative_without_epsilon_is_zero_where_nothing_differs(unbiased):
     """Also where the mean of equal rewards is none of them in floating point, and for a demonstration beside them."""
     rewards, group = [0.1] * 3 + [1.0] * 4, [0] * 3 + [1] * 3 + [0]
     batch = trajectories(lengths=[1] * 7, rewards=rewards, group=group, demonstrations=[6])
-    found = upge.GroupRelative(epsilon=0.0, unbiased=unbiased)(batch)
-    assert found[:, 0].tolist() == [0.0] * 7
+    actual = upge.GroupRelative(epsilon=0.0, unbiased=unbiased)(batch)
+    assert actual[:, 0].tolist() == [0.0] * 7
 
 
 def test_group_relative_keeps_groups_apart_and_takes_any_numbers():
@@ -222,8 +222,8 @@ def test_leave_one_out():
     batch = trajectories(
         lengths=[1] * 6, rewards=[1.0, 0.0, 0.0, 1.0, 1.0, 1.0], group=[0] * 5 + [1], demonstrations=[4]
     )
-    found = upge.LeaveOneOut()(batch)[:, 0]
-    assert close(found, [0.66666667, -0.66666667, -0.66666667, 0.66666667, 0.5, 0.0])
+    actual = upge.LeaveOneOut()(batch)[:, 0]
+    assert close(actual, [0.66666667, -0.66666667, -0.66666667, 0.66666667, 0.5, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -243,8 +243,8 @@ def test_gae_skips_the_hole_and_the_padding(discount, lam, expected):
         values=[[0.5, 99.0, 0.25, 0.5, 99.0], [0.25, 99.0, 99.0, 99.0, 99.0]],
         rewards=[1.0, -1.0],
     )
-    found = upge.GAE(discount=discount, lam=lam)(batch)
-    assert close(found, [[*expected, 0.0], [-1.25, 0.0, 0.0, 0.0, 0.0]])
+    actual = upge.GAE(discount=discount, lam=lam)(batch)
+    assert close(actual, [[*expected, 0.0], [-1.25, 0.0, 0.0, 0.0, 0.0]])
 
 
 def test_signed_and_constant_advantage():
@@ -262,8 +262,8 @@ def test_pairwise_preference():
         group=[3, 3, 3, 8],
         preference=[1, -1, 0, 0],
     )
-    found = upge.PairwisePreference(beta=0.5)(batch)
-    assert close(found, [[0.16666667] * 2, [-0.16666667] * 2, [0.0] * 2, [0.0] * 2])
+    actual = upge.PairwisePreference(beta=0.5)(batch)
+    assert close(actual, [[0.16666667] * 2, [-0.16666667] * 2, [0.0] * 2, [0.0] * 2])
 
 
 @pytest.mark.parametrize("preference", [[1, 1, -1, 0], [1, 0, 0, 0], [0, -1, 0, 0], [1, 1, -1, -1]])
@@ -277,8 +277,8 @@ def test_pairwise_preference_names_the_group_that_is_no_pair(preference):
 def test_kl_shaped_subtracts_the_log_ratio():
     """1 - 0.1·ln 2 and 1 + 0.1·ln 2."""
     batch = trajectories([[0.5, 0.25]], p_reference=[[0.25, 0.5]])
-    found = upge.KLShaped(upge.ConstantAdvantage(1.0), coefficient=0.1)(batch)
-    assert close(found, [[0.93068528, 1.06931472]])
+    actual = upge.KLShaped(upge.ConstantAdvantage(1.0), coefficient=0.1)(batch)
+    assert close(actual, [[0.93068528, 1.06931472]])
 
 
 # Regularizers and the product.

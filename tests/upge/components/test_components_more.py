@@ -80,9 +80,9 @@ def test_gae_with_a_reward_per_token():
 def test_whitened_over_the_rollout_tokens_of_the_batch():
     """1, 1 and -1: mean ⅓, variance 4/3. The demonstration's 1 is measured by them and does not enter."""
     batch = trajectories(lengths=[2, 1, 3], rewards=[1.0, 0.0, 1.0], demonstrations=[2])
-    found = upge.Whitened(upge.SignedReward())(batch)
+    actual = upge.Whitened(upge.SignedReward())(batch)
     a, b = 0.57735027, -1.15470054
-    assert close(found, [[a, a, 0.0], [b, 0.0, 0.0], [a, a, a]])
+    assert close(actual, [[a, a, 0.0], [b, 0.0, 0.0], [a, a, a]])
     assert close(upge.Whitened(upge.SignedReward(), epsilon=2 / 3)(batch)[:2, 0], [0.47140452, -0.94280904])
 
 
@@ -142,14 +142,14 @@ def test_future_k1_is_the_gradient_of_the_responses_kl():
     kl = (probability * (logp - reference).sum(dim=1)).sum()
     expected = torch.autograd.grad(-kl, (first, second), retain_graph=True)
     batch = trajectories(lengths=[2] * 9, logprobs=logp.tolist(), reference_logprobs=reference.tolist())
-    found = {}
+    actual = {}
     for future in (True, False):
         advantage = upge.KLShaped(upge.ConstantAdvantage(0.0), 1.0, "k1", future)(batch)
         objective = (probability.detach()[:, None] * advantage * logp).sum()
-        found[future] = torch.autograd.grad(objective, (first, second), retain_graph=True)
+        actual[future] = torch.autograd.grad(objective, (first, second), retain_graph=True)
     for index in (0, 1):
-        assert torch.allclose(found[True][index], expected[index], rtol=0, atol=1e-14)
-    assert float((found[False][0] - expected[0]).abs().max()) > 0.01
+        assert torch.allclose(actual[True][index], expected[index], rtol=0, atol=1e-14)
+    assert float((actual[False][0] - expected[0]).abs().max()) > 0.01
 
 
 # Masks.

@@ -26,10 +26,10 @@ def two() -> upge.Trajectories:
     ],
 )
 def test_sampler_corrected_divides_by_the_weight(settings, expected):
-    found = upge.SamplerCorrected(upge.BehaviorPolicy(), **settings)(two())
+    actual = upge.SamplerCorrected(upge.BehaviorPolicy(), **settings)(two())
     counts = two().response_mask
     wanted = torch.tensor(expected, dtype=torch.float64)
-    assert torch.allclose(found.exp()[counts], wanted[counts], rtol=1e-12)
+    assert torch.allclose(actual.exp()[counts], wanted[counts], rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -44,10 +44,10 @@ def test_sampler_corrected_divides_by_the_weight(settings, expected):
     ],
 )
 def test_the_band_decides_once_per_response(band, expected):
-    found = band(two(), ONES)
-    assert found.shape == (2, 2) and found[:, 0].tolist() == expected
-    assert torch.equal(found, band(two(), -ONES)), "whatever the advantage's sign"
-    assert found[0, 0] == found[0, 1]
+    actual = band(two(), ONES)
+    assert actual.shape == (2, 2) and actual[:, 0].tolist() == expected
+    assert torch.equal(actual, band(two(), -ONES)), "whatever the advantage's sign"
+    assert actual[0, 0] == actual[0, 1]
 
 
 def test_only_as_far_as_the_level():
@@ -62,8 +62,8 @@ def lengths(*values: int, demonstrations=(), **columns) -> upge.Trajectories:
 def test_overlong_rewards_fall_over_the_buffer():
     """limit 10, the last 4 tokens: 6 is free, 7 costs a quarter, 10 and beyond all; a demonstration costs nothing."""
     batch = lengths(3, 6, 7, 9, 10, 12, 12, demonstrations=[6], rewards=[1.0] * 7)
-    found = upge.OverlongShaped(upge.GAE(), limit=10, buffer=0.4, penalty=2.0).shaped(batch).rewards
-    assert torch.allclose(found, torch.tensor([1, 1, 0.5, -0.5, -1, -1, 1], dtype=torch.float64), atol=1e-12)
+    actual = upge.OverlongShaped(upge.GAE(), limit=10, buffer=0.4, penalty=2.0).shaped(batch).rewards
+    assert torch.allclose(actual, torch.tensor([1, 1, 0.5, -0.5, -1, -1, 1], dtype=torch.float64), atol=1e-12)
 
 
 def test_overlong_advantages_are_those_of_the_shaped_rewards():
@@ -81,16 +81,16 @@ def test_what_overlong_wraps_is_computed_beforehand_on_the_shaped_rewards():
     assert part.is_live
     piece = batch.select(torch.tensor([1]), batch.logprobs[1:])
     precomputed = part.precomputed(batch)
-    found = precomputed(precomputed.view(piece))
-    assert torch.allclose(found, torch.full((1, 10), -0.5 - torch.log(torch.tensor(2.0)).item(), dtype=torch.float64))
+    actual = precomputed(precomputed.view(piece))
+    assert torch.allclose(actual, torch.full((1, 10), -0.5 - torch.log(torch.tensor(2.0)).item(), dtype=torch.float64))
 
 
 def test_a_right_answer_at_the_limit_lies_halfway_between_right_and_wrong():
     """As with the rewards ±1 and the penalty 1 of arXiv 2503.14476, up to the scale."""
     batch = lengths(10, 2, 2, rewards=[1.0, 0.0, 1.0], group=[0, 0, 0])
-    found = upge.OverlongShaped(upge.GroupRelative(normalize_std=False), limit=10)(batch)[:, 0]
+    actual = upge.OverlongShaped(upge.GroupRelative(normalize_std=False), limit=10)(batch)[:, 0]
     theirs = torch.tensor([1.0 - 1.0, -1.0, 1.0], dtype=torch.float64)
-    assert torch.allclose(found, (theirs - theirs.mean()) / 2, atol=1e-12)
+    assert torch.allclose(actual, (theirs - theirs.mean()) / 2, atol=1e-12)
 
 
 @pytest.mark.parametrize("inner", [upge.SignedReward(), upge.Tempered(upge.SignedReward())])

@@ -59,10 +59,10 @@ def test_a_corrected_algorithm_conforms_and_differs(name, algorithm):
         with pytest.raises(ConfigError, match=f"'{name}' {UNFIT} to {algorithm}"):
             algorithms.load(algorithm, corrections=[name])
         return
-    found, plain = algorithms.load(algorithm, biting(name), [name]), algorithms.load(algorithm)
-    assert found.formula() != plain.formula() and found.formula("latex") != plain.formula("latex")
+    actual, plain = algorithms.load(algorithm, biting(name), [name]), algorithms.load(algorithm)
+    assert actual.formula() != plain.formula() and actual.formula("latex") != plain.formula("latex")
     differing = 0
-    for one, other in zip(inside(found), inside(plain), strict=True):
+    for one, other in zip(inside(actual), inside(plain), strict=True):
         if one == other:
             continue
         upge.testing.check_algorithm(one)
@@ -125,9 +125,9 @@ def corrected(name: str) -> upge.Algorithm:
 def test_gradient_equals_the_written_one_where_two_meet(name, case):
     for seed in (0, 1):
         s = CASES[case](seed, False)
-        found = gradient(corrected(name).estimate(s.batch).loss, s)
+        actual = gradient(corrected(name).estimate(s.batch).loss, s)
         expected = gradient(getattr(textbook_corrections, name)(s), s)
-        assert (found - expected).abs().max() <= 1e-10 * max(1.0, float(expected.abs().max()))
+        assert (actual - expected).abs().max() <= 1e-10 * max(1.0, float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", INTERPLAY)

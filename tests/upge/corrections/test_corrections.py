@@ -70,9 +70,9 @@ def test_every_correction_of_the_list_ships_with_an_objective_and_a_description(
 def test_gradient_equals_the_written_objectives(name, case):
     for seed in (0, 1):
         s = with_distributions(CASES[case](seed, False), seed)
-        found = gradient(corrected(name).estimate(s.batch).loss, s)
+        actual = gradient(corrected(name).estimate(s.batch).loss, s)
         expected = gradient(getattr(textbook_corrections, name)(s), s)
-        assert (found - expected).abs().max() <= 1e-10 * max(1.0, float(expected.abs().max()))
+        assert (actual - expected).abs().max() <= 1e-10 * max(1.0, float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -88,18 +88,18 @@ def test_the_comparison_can_fail(name):
 def test_every_algorithm_takes_a_correction_or_says_why_not(algorithm):
     for name in ALL:
         try:
-            found = algorithms.load(algorithm, corrections=[name])
+            actual = algorithms.load(algorithm, corrections=[name])
         except ConfigError as error:
             reasons = ["no term that learns from rollouts", "no PPOClip", "already"]
             special = {"dynamic_sampling": ["sampling would replace"], "overlong": ["success", "reads rewards"]}
             reasons += special.get(name, []) + (["advantage LogRatio"] if name == "iw_opd" else [])
             assert UNFIT in str(error) and any(reason in str(error) for reason in reasons), error
             continue
-        assert found.needs.rollouts
+        assert actual.needs.rollouts
         if name in ("tis", "icepop", "mis", "mis_geometric"):
-            assert "sampler_logprobs" in found.needs.columns
+            assert "sampler_logprobs" in actual.needs.columns
         if "kl" in name:
-            assert found.needs.reference
+            assert actual.needs.reference
 
 
 def test_two_corrections_multiply():
@@ -116,9 +116,9 @@ def test_a_demonstration_is_never_corrected():
     algorithm = algorithms.load("luffy", corrections=["icepop"])
     noise = torch.where(s.batch.is_demonstration[:, None], -50.0, s.batch.sampler_logprobs)
     other = changed(s, sampler_logprobs=noise)
-    found = gradient(algorithm.estimate(other.batch).loss, other)
-    assert torch.equal(found, gradient(algorithm.estimate(s.batch).loss, s))
-    assert found[s.batch.is_demonstration].abs().max() > 0
+    actual = gradient(algorithm.estimate(other.batch).loss, other)
+    assert torch.equal(actual, gradient(algorithm.estimate(s.batch).loss, s))
+    assert actual[s.batch.is_demonstration].abs().max() > 0
 
 
 # The grammar.
@@ -155,13 +155,13 @@ BAD_SETTINGS = {
 
 @pytest.mark.parametrize("override", BAD_SETTINGS)
 def test_a_bad_setting_of_a_correction_is_one_error_by_its_key(override):
-    found = message(lambda: algorithms.load("grpo", [override], ["tis"]))
-    assert found.startswith("correction") and all(fragment in found for fragment in BAD_SETTINGS[override]), found
+    actual = message(lambda: algorithms.load("grpo", [override], ["tis"]))
+    assert actual.startswith("correction") and all(fragment in actual for fragment in BAD_SETTINGS[override]), actual
 
 
 def test_a_setting_without_its_correction_is_refused():
-    found = message(lambda: algorithms.load("grpo", ["correction.tis.cap=3"]))
-    assert "correction.tis.cap: there is no correction; add correction=tis" in found
+    actual = message(lambda: algorithms.load("grpo", ["correction.tis.cap=3"]))
+    assert "correction.tis.cap: there is no correction; add correction=tis" in actual
 
 
 def test_corrections_apply_in_their_order():
@@ -305,8 +305,8 @@ def test_a_malformed_correction_is_one_error(text, tmp_path):
     ],
 )
 def test_what_cannot_be_applied_says_so(algorithm, names, fragments):
-    found = message(lambda: algorithms.load(algorithm, corrections=names))
-    assert all(fragment in found for fragment in fragments), found
+    actual = message(lambda: algorithms.load(algorithm, corrections=names))
+    assert all(fragment in actual for fragment in fragments), actual
 
 
 # The command line.

@@ -228,8 +228,8 @@ def test_stages_that_an_override_puts_there_take_the_corrections():
     assert isinstance(stages["more"].algorithm.terms["rl"].estimator.denominator, upge.SamplerCorrected)
     steps = ["algo.stages.reinforce.algorithm=sft", "algo.stages.demonstrate.algorithm=grpo"]
     composed = config.compose(["algo=sft_then_grpo", "correction=tis", *steps])
-    found = composed.algorithm.stages["demonstrate"].algorithm
-    assert isinstance(found.terms["rl"].estimator.denominator, upge.SamplerCorrected)
+    actual = composed.algorithm.stages["demonstrate"].algorithm
+    assert isinstance(actual.terms["rl"].estimator.denominator, upge.SamplerCorrected)
     written = json.dumps(tree("grpo"))
     stages = algorithms.load("sft_then_grpo", [f"stages.third={{algorithm: {written}}}"], ["tis"]).stages
     assert stages["third"].algorithm.terms == stages["reinforce"].algorithm.terms, "also a stage that is written out"
@@ -248,10 +248,10 @@ def test_on_the_command_line_it_is_the_same_error():
 
 def test_the_limit_of_overlong_follows_the_run():
     given = ["algo=sft_then_grpo", "correction=overlong", "rollout.max_response_tokens=77"]
-    found = config.compose(given).algorithm.stages["reinforce"].algorithm.terms["rl"].estimator.advantage
-    assert found.limit == 77
-    found = config.compose([*given, "correction.overlong.limit=50"]).algorithm.stages["reinforce"].algorithm
-    assert found.terms["rl"].estimator.advantage.limit == 50
+    actual = config.compose(given).algorithm.stages["reinforce"].algorithm.terms["rl"].estimator.advantage
+    assert actual.limit == 77
+    actual = config.compose([*given, "correction.overlong.limit=50"]).algorithm.stages["reinforce"].algorithm
+    assert actual.terms["rl"].estimator.advantage.limit == 50
 
 
 def test_a_continued_run_has_the_same_corrections(tmp_path):

@@ -83,8 +83,8 @@ def test_the_example_of_the_docs_is_one(tmp_path):
     with pytest.raises(DataError) as caught:
         preset("table", path=str(tmp_path / "problems.jsonl"), columns=columns).rows()
     (said,) = re.findall(r"```\nerror: (problems.*?)\n```", text)
-    found = str(caught.value).removeprefix(f"{tmp_path}/").replace(", 'topic'", "")
-    assert found == said
+    actual = str(caught.value).removeprefix(f"{tmp_path}/").replace(", 'topic'", "")
+    assert actual == said
 
 
 # Sides
@@ -203,10 +203,10 @@ def hub(monkeypatch, sets: dict) -> list:
 
     def load_dataset(path, name=None, *, split=None):
         asked.append((path, name, split))
-        found = sets[path, name, split]
-        if isinstance(found, Exception):
-            raise found
-        return found
+        actual = sets[path, name, split]
+        if isinstance(actual, Exception):
+            raise actual
+        return actual
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     return asked

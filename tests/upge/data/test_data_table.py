@@ -86,7 +86,7 @@ def test_every_column_in_every_kind_of_file(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    ("cell", "found"),
+    ("cell", "actual"),
     [
         ("worked", ("worked",)),
         (["one", "two"], ("one", "two")),
@@ -96,19 +96,19 @@ def test_every_column_in_every_kind_of_file(tmp_path, suffix):
         (None, ()),
     ],
 )
-def test_demonstrations_come_in_several_forms(tmp_path, cell, found):
+def test_demonstrations_come_in_several_forms(tmp_path, cell, actual):
     full = {"prompt": "0+0?", "answer": "0", "demonstrations": "0"}
     path = write(tmp_path / "a.jsonl", [full, {"prompt": "1+1?", "answer": "2", "demonstrations": cell}])
     columns = {name: name for name in full}
-    assert Table(path=path, columns=columns).rows()[1].demonstrations == found
+    assert Table(path=path, columns=columns).rows()[1].demonstrations == actual
 
 
 @pytest.mark.parametrize(
-    ("cell", "found"),
+    ("cell", "actual"),
     [("2", "2"), (2, "2"), (142.0, "142.0"), (-0.5, "-0.5"), (10**20, "1" + "0" * 20), (["2"], "2"), ([7.5], "7.5")],
 )
-def test_answers_are_texts_or_numbers_as_they_are_written(tmp_path, cell, found):
-    assert one(tmp_path, {"prompt": "?", "answer": cell}).answer == found
+def test_answers_are_texts_or_numbers_as_they_are_written(tmp_path, cell, actual):
+    assert one(tmp_path, {"prompt": "?", "answer": cell}).answer == actual
 
 
 def test_options_are_written_under_the_prompt(tmp_path):

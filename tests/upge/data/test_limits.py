@@ -44,9 +44,9 @@ def test_none_or_more_than_there_are_leaves_all():
 
 
 def test_the_first_of_some_levels():
-    found = limit_levels(PROBLEMS, {"3 mixed": 2, "2 numbers": 3})
-    assert Counter(p.level for p in found) == {"3 mixed": 2, "2 numbers": 3}
-    assert found[0] == PROBLEMS[0] and [PROBLEMS.index(p) for p in found] == sorted(PROBLEMS.index(p) for p in found)
+    actual = limit_levels(PROBLEMS, {"3 mixed": 2, "2 numbers": 3})
+    assert Counter(p.level for p in actual) == {"3 mixed": 2, "2 numbers": 3}
+    assert actual[0] == PROBLEMS[0] and [PROBLEMS.index(p) for p in actual] == sorted(PROBLEMS.index(p) for p in actual)
     assert limit_levels(PROBLEMS, {}) == PROBLEMS
 
 

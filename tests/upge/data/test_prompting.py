@@ -47,9 +47,9 @@ def build(adds: str = "", chat: str | None = CHAT, **special: Any) -> Any:
     backend.add_special_tokens(["<|turn|>", "<|end|>"])
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     extra = {"additional_special_tokens": ["<|turn|>", "<|end|>"]}
-    found = PreTrainedTokenizerFast(tokenizer_object=backend, **(tokens | extra | special))
-    found.chat_template = chat
-    return found
+    actual = PreTrainedTokenizerFast(tokenizer_object=backend, **(tokens | extra | special))
+    actual.chat_template = chat
+    return actual
 
 
 def spelled(prompting: Prompting, ids: tuple[int, ...]) -> str:
@@ -148,8 +148,8 @@ def test_prompt_and_demonstration_make_one_conversation():
 
 def test_decoding_leaves_special_tokens_out():
     prompting = Prompting(build())
-    found = prompting.response_ids(["a b\n c", "é²"])
-    assert prompting.decode([*found, (*found[0], PAD, PAD)]) == ["a b\n c", "é²", "a b\n c"]
+    actual = prompting.response_ids(["a b\n c", "é²"])
+    assert prompting.decode([*actual, (*actual[0], PAD, PAD)]) == ["a b\n c", "é²", "a b\n c"]
     assert prompting.decode([]) == [] and prompting.response_ids([]) == [] and prompting.prompt_ids([]) == []
 
 

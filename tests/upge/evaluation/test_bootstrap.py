@@ -102,10 +102,10 @@ def test_a_curve_is_resampled_as_a_whole():
     curve = pass_at_k(torch.full((10,), 8), correct, [1, 2, 4, 8])
     drawn = replicates({"b": curve}, 2000)
     assert (drawn.diff(dim=1) >= -1e-12).all()
-    found = intervals({"b": curve})
-    assert [one.value for one in found] == pytest.approx(curve.mean(dim=0).tolist())
+    actual = intervals({"b": curve})
+    assert [one.value for one in actual] == pytest.approx(curve.mean(dim=0).tolist())
     # The last column is whether any is correct: a share of 7 in 10, whose resamples are binomial.
-    assert found[-1] == Interval(pytest.approx(0.7), pytest.approx(0.4), pytest.approx(1.0))
+    assert actual[-1] == Interval(pytest.approx(0.7), pytest.approx(0.4), pytest.approx(1.0))
 
 
 # What must not matter, and what must.
@@ -115,10 +115,10 @@ def test_order_does_not_matter_and_the_seed_does():
     rows = torch.rand(40, 3, generator=draw(5), dtype=torch.float64)
     shuffled = rows[torch.randperm(40, generator=draw(6))]
     values = {"a": rows, "b": rows[:20]}
-    found = intervals(values, 500, seed=3)
-    assert found == intervals({"b": rows[:20], "a": shuffled}, 500, seed=3)
-    assert found == intervals(values, 500, seed=3)
-    assert found != intervals(values, 500, seed=4)
+    actual = intervals(values, 500, seed=3)
+    assert actual == intervals({"b": rows[:20], "a": shuffled}, 500, seed=3)
+    assert actual == intervals(values, 500, seed=3)
+    assert actual != intervals(values, 500, seed=4)
 
 
 def test_a_large_comparison_fits_in_memory():
@@ -146,27 +146,27 @@ def test_pairing_removes_what_both_share():
     """Hard problems are hard for both runs: the difference is known far better than either mean."""
     easiness = torch.rand(200, 1, generator=draw(7), dtype=torch.float64)
     noise = 0.05 * torch.randn(200, 1, generator=draw(8), dtype=torch.float64)
-    found = paired(as_run(easiness + 0.05 + noise), as_run(easiness)).columns[0]
+    actual = paired(as_run(easiness + 0.05 + noise), as_run(easiness)).columns[0]
     error = noise.std().item() / math.sqrt(200)
-    assert found.interval.value == pytest.approx(0.05 + noise.mean().item())
-    assert found.interval.high - found.interval.low == pytest.approx(2 * 1.96 * error, rel=0.05)
-    assert found.p_value == pytest.approx(2 / 10_001)
+    assert actual.interval.value == pytest.approx(0.05 + noise.mean().item())
+    assert actual.interval.high - actual.interval.low == pytest.approx(2 * 1.96 * error, rel=0.05)
+    assert actual.p_value == pytest.approx(2 / 10_001)
     apart = intervals({"b": easiness})[0]
-    assert found.interval.high - found.interval.low < (apart.high - apart.low) / 4
+    assert actual.interval.high - actual.interval.low < (apart.high - apart.low) / 4
 
 
 def test_the_p_value_is_that_of_enumeration():
     """Differences 1, 1, −1: 1 of 27 resamples is −3, and 7 are at or below 0: p = 14/27."""
     first, second = as_run(column(1, 1, 0)), as_run(column(0, 0, 1))
-    found = paired(first, second, resamples=40_000).columns[0]
-    assert found.p_value == pytest.approx(14 / 27, abs=0.01)
-    assert (found.interval.low, found.interval.high) == (-1.0, 1.0)
+    actual = paired(first, second, resamples=40_000).columns[0]
+    assert actual.p_value == pytest.approx(14 / 27, abs=0.01)
+    assert (actual.interval.low, actual.interval.high) == (-1.0, 1.0)
 
 
 def test_no_difference_has_p_1():
     rows = torch.rand(30, 2, generator=draw(9), dtype=torch.float64)
-    for found in paired(as_run(rows), as_run(rows), 200).columns:
-        assert found.p_value == 1.0 and found.interval == Interval(0.0, 0.0, 0.0)
+    for actual in paired(as_run(rows), as_run(rows), 200).columns:
+        assert actual.p_value == 1.0 and actual.interval == Interval(0.0, 0.0, 0.0)
 
 
 def test_equal_on_paper_is_equal():
@@ -191,10 +191,10 @@ def test_a_false_alarm_is_as_rare_as_it_says():
     for _ in range(400):
         first, second = (torch.rand(60, 4, generator=generator) < 0.5 for _ in range(2))
         values = [as_run(run.double().mean(dim=1, keepdim=True)) for run in (first, second)]
-        found = paired(*values, resamples=500).columns[0]
-        alarms += found.p_value < 0.05
-        outside = found.interval.low > 0 or found.interval.high < 0
-        assert not outside or found.p_value < 0.06
+        actual = paired(*values, resamples=500).columns[0]
+        alarms += actual.p_value < 0.05
+        outside = actual.interval.low > 0 or actual.interval.high < 0
+        assert not outside or actual.p_value < 0.06
     assert 0.02 <= alarms / 400 <= 0.09
 
 
@@ -202,9 +202,9 @@ def test_problems_of_one_run_alone_are_reported():
     one = torch.ones(1, dtype=torch.float64)
     first = {"a": {"1": one, "2": one, "9": one}, "only": {"1": one}}
     second = {"a": {"2": 0 * one, "1": one, "3": one}}
-    found = paired(first, second, 100)
-    assert found.problems == 2 and found.columns[0].interval.value == 0.5
-    assert found.only_first == (("a", "9"), ("only", "1")) and found.only_second == (("a", "3"),)
+    actual = paired(first, second, 100)
+    assert actual.problems == 2 and actual.columns[0].interval.value == 0.5
+    assert actual.only_first == (("a", "9"), ("only", "1")) and actual.only_second == (("a", "3"),)
     with pytest.raises(ValueError, match="no problem in common"):
         paired({"a": {"1": one}}, {"b": {"1": one}})
 

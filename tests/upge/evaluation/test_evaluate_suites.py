@@ -23,30 +23,30 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data s
 
 def settings(name, **changes):
     """A suite's settings, changed."""
-    found = suite_config(name)
-    return SuiteConfig(**{**vars(found), **changes})
+    actual = suite_config(name)
+    return SuiteConfig(**{**vars(actual), **changes})
 
 
 @needs_data
 def test_the_papers_benchmarks_from_files():
     """All of them, as many as the paper has, each asked for and sampled as there."""
     suite = settings("paper", folder=str(DATA / "eval"), skip=["gpqa_diamond"])
-    found = {one.name: one for one in load(suite)}
-    assert {name: len(one.problems) for name, one in found.items()} == PROBLEMS
-    assert {name: one.samples for name, one in found.items()} == dict.fromkeys(PROBLEMS, 1) | dict.fromkeys(
+    actual = {one.name: one for one in load(suite)}
+    assert {name: len(one.problems) for name, one in actual.items()} == PROBLEMS
+    assert {name: one.samples for name, one in actual.items()} == dict.fromkeys(PROBLEMS, 1) | dict.fromkeys(
         ("aime24", "aime25", "amc"), 32)  # fmt: skip
-    assert sum(one.responses for one in found.values()) == 7392 - 198
-    assert {name for name, one in found.items() if one.group == "ood"} == {"arc_challenge"}
+    assert sum(one.responses for one in actual.values()) == 7392 - 198
+    assert {name for name, one in actual.items() if one.group == "ood"} == {"arc_challenge"}
     drawn = (suite.temperature, suite.top_p, suite.max_response_tokens)
     assert drawn == (0.6, 0.95, 8192)
-    for name, one in found.items():
+    for name, one in actual.items():
         verifier = "choice" if name == "arc_challenge" else "math"
         assert {problem.verifier for problem in one.problems} == {verifier}
         assert all(problem.prompt.strip() and problem.answer.strip() for problem in one.problems)
-    arc, request = found["arc_challenge"].problems, "\nPut the letter or number of the right option in \\boxed{}."
+    arc, request = actual["arc_challenge"].problems, "\nPut the letter or number of the right option in \\boxed{}."
     assert all(f"\n{p.answer}) " in p.prompt and p.prompt.endswith(request) for p in arc)
     assert set(Counter(problem.answer for problem in arc)) == set("ABCD1234")
-    assert found["math500"].problems[0].id == "test/precalculus/807.json"
+    assert actual["math500"].problems[0].id == "test/precalculus/807.json"
 
 
 @needs_data
@@ -101,13 +101,13 @@ def hub(monkeypatch):
 
 def test_the_papers_benchmarks_from_the_hub(hub):
     """In the columns that the hub's data sets are documented to have."""
-    found = {one.name: one.problems for one in load(suite_config("paper"))}
-    assert set(found) == set(READ) and set(hub) == set(ROWS)
+    actual = {one.name: one.problems for one in load(suite_config("paper"))}
+    assert set(actual) == set(READ) and set(hub) == set(ROWS)
     for name, (id, answer, level) in READ.items():
-        (problem,) = found[name]
+        (problem,) = actual[name]
         assert (problem.id, problem.answer, problem.level) == (id or problem.id, answer or problem.answer, level), name
         assert problem.prompt.startswith("Q")
-    assert found["arc_challenge"][0].prompt.startswith("Q\n\nA) w\nB) x\nC) y\nPut the letter or number")
+    assert actual["arc_challenge"][0].prompt.startswith("Q\n\nA) w\nB) x\nC) y\nPut the letter or number")
     assert hub["Hothan/OlympiadBench"] == ("OE_TO_maths_en_COMP", "train")
     assert hub["Idavidrein/gpqa"] == ("gpqa_diamond", "train") and hub["allenai/ai2_arc"] == ("ARC-Challenge", "test")
     assert {hub[name][1] for name in ("math-ai/aime24", "math-ai/aime25", "HuggingFaceH4/MATH-500")} == {"test"}

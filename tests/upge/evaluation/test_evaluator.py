@@ -95,9 +95,9 @@ def wait_until(condition):
 def test_samples_say_what_happened(tmp_path):
     file, pool, heard = SampleFile(tmp_path / "bench.jsonl"), Pool(), []
     evaluator(Watched(), pool, wrote=heard.append).run(questions(), file)
-    found = {(sample.id, sample.sample): sample for sample in file.read()}
-    assert set(found) == {(f"p{i}", copy) for i in range(4) for copy in range(3)} and len(heard) == 12
-    for (id, _), sample in found.items():
+    actual = {(sample.id, sample.sample): sample for sample in file.read()}
+    assert set(actual) == {(f"p{i}", copy) for i in range(4) for copy in range(3)} and len(heard) == 12
+    for (id, _), sample in actual.items():
         problem = PROBLEMS[int(id[1:])]
         assert (sample.prompt, sample.answer, sample.benchmark) == (f"<{problem.prompt}>", problem.answer, "bench")
         assert sample.correct == (int(sample.response) % 2 == 1) and sample.reward == (1.0 if sample.correct else 0.5)

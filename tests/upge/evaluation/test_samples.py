@@ -148,15 +148,15 @@ def test_figures_by_hand():
     rows = [replace(row, tokens=10 * row.sample, finished=row.sample < 3) for row in ROWS]
     rows[0] = replace(rows[0], status="timeout", correct=False)
     rows[5] = replace(rows[5], status="error")
-    found = benchmark_scores(Outcomes.of("aime", rows), resamples=200)
-    assert (found.problems, found.samples, found.timeouts, found.errors) == (3, 4, 1, 1)
-    assert found.tokens == 15 and found.unfinished == 0.25
-    assert found.avg == Interval(pytest.approx(1 / 6), 0.0, pytest.approx(0.25))
-    assert vars(found.pass_at[1]) == pytest.approx(vars(found.avg))
-    assert {k: one.value for k, one in found.pass_at.items()} == pytest.approx({1: 1 / 6, 2: 1 / 3, 4: 2 / 3})
-    assert list(found.pass_at_every) == pytest.approx([1 / 6, 1 / 3, 1 / 2, 2 / 3])
-    assert list(found.levels) == ["1", "2", "10"]
-    assert found.levels["10"].avg == Interval(0, 0, 0) and found.levels["2"].pass_at[4].value == 1
+    actual = benchmark_scores(Outcomes.of("aime", rows), resamples=200)
+    assert (actual.problems, actual.samples, actual.timeouts, actual.errors) == (3, 4, 1, 1)
+    assert actual.tokens == 15 and actual.unfinished == 0.25
+    assert actual.avg == Interval(pytest.approx(1 / 6), 0.0, pytest.approx(0.25))
+    assert vars(actual.pass_at[1]) == pytest.approx(vars(actual.avg))
+    assert {k: one.value for k, one in actual.pass_at.items()} == pytest.approx({1: 1 / 6, 2: 1 / 3, 4: 2 / 3})
+    assert list(actual.pass_at_every) == pytest.approx([1 / 6, 1 / 3, 1 / 2, 2 / 3])
+    assert list(actual.levels) == ["1", "2", "10"]
+    assert actual.levels["10"].avg == Interval(0, 0, 0) and actual.levels["2"].pass_at[4].value == 1
 
 
 def test_the_first_n_samples_count():

@@ -15,31 +15,31 @@ TABLE = [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042), (1000, 1.
 @pytest.mark.parametrize(("degrees", "value"), TABLE)
 def test_half_widths_are_those_of_the_tables(degrees, value):
     values = [float(i) for i in range(degrees + 1)]
-    found = t_interval(values)
+    actual = t_interval(values)
     error = statistics.stdev(values) / math.sqrt(len(values))
-    assert (found.high - found.value) / error == pytest.approx(value, abs=6e-4)
-    assert found.value - found.low == pytest.approx(found.high - found.value)
+    assert (actual.high - actual.value) / error == pytest.approx(value, abs=6e-4)
+    assert actual.value - actual.low == pytest.approx(actual.high - actual.value)
 
 
 def test_with_one_and_two_degrees_p_values_have_closed_forms():
     for t in (0.3, 1.0, 4.0):
         two, three = [t - 1, t + 1], [t - math.sqrt(3), t, t + math.sqrt(3)]  # differences with mean t and error 1
         for differences, expected in ((two, 1 - 2 / math.pi * math.atan(t)), (three, 1 - t / math.sqrt(2 + t * t))):
-            found = paired_t(dict(enumerate(differences)), dict.fromkeys(range(len(differences)), 0.0))
-            assert found.p_value == pytest.approx(expected, abs=1e-12)
+            actual = paired_t(dict(enumerate(differences)), dict.fromkeys(range(len(differences)), 0.0))
+            assert actual.p_value == pytest.approx(expected, abs=1e-12)
 
 
 def test_an_interval_worked_out_by_hand():
-    found = t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    actual = t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     half = 2.7764451 * math.sqrt(2.5 / 5)
-    assert (found.value, found.low, found.high) == pytest.approx((3.0, 3 - half, 3 + half))
+    assert (actual.value, actual.low, actual.high) == pytest.approx((3.0, 3 - half, 3 + half))
 
 
 def test_it_covers_the_mean_of_normal_values_as_often_as_it_says():
     rng, hits, rounds = random.Random(0), 0, 2000
     for _ in range(rounds):
-        found = t_interval([rng.gauss(1.0, 2.0) for _ in range(5)])
-        hits += found.low <= 1.0 <= found.high
+        actual = t_interval([rng.gauss(1.0, 2.0) for _ in range(5)])
+        hits += actual.low <= 1.0 <= actual.high
     # Four standard errors of a share of 0.95.
     assert abs(hits / rounds - 0.95) < 4 * math.sqrt(0.95 * 0.05 / rounds)
 
@@ -47,9 +47,9 @@ def test_it_covers_the_mean_of_normal_values_as_often_as_it_says():
 def test_pairing_removes_what_a_seed_does_to_both():
     base = {0: 0.1, 1: 0.5, 2: 0.9, 3: 0.3}
     better = {seed: value + 0.05 + 0.001 * seed for seed, value in base.items()} | {9: 1.0}
-    found = paired_t(better, base)
-    assert found.p_value < 0.001 and found.interval.value == pytest.approx(0.0515)
-    assert found.interval.low > 0.048
+    actual = paired_t(better, base)
+    assert actual.p_value < 0.001 and actual.interval.value == pytest.approx(0.0515)
+    assert actual.interval.low > 0.048
 
 
 def test_one_seed_in_common_tells_nothing():

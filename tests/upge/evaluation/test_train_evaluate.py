@@ -44,11 +44,11 @@ def measured(samples: int, world=ALONE, seed: int = 0) -> tuple[dict, Recorded]:
 @pytest.mark.parametrize(("samples", "partly"), [(1, 1), (2, 1 / 2), (3, 2 / 3), (8, 1 / 2)])
 def test_figures_by_hand(samples, partly):
     """mean@k counts all k responses and divides by k."""
-    found, _ = measured(samples)
-    assert set(found["levels"]) == {"low", "high"} and found["samples"] == samples and found["temperature"] == 0.6
+    actual, _ = measured(samples)
+    assert set(actual["levels"]) == {"low", "high"} and actual["samples"] == samples and actual["temperature"] == 0.6
     expected = {"all": (7, 5, 3 + 2 * partly), "low": (3, 2, 1 + partly), "high": (4, 3, 2 + partly)}
     for name, (problems, solved, mean) in expected.items():
-        figures = found["all"] if name == "all" else found["levels"][name]
+        figures = actual["all"] if name == "all" else actual["levels"][name]
         assert figures == pytest.approx(
             {
                 "problems": problems,
@@ -77,7 +77,7 @@ def test_seeds_and_figures_do_not_depend_on_the_ranks(size):
         own = [asked.calls[call][2] for _, asked in parts]
         assert sum(map(len, own)) == 7
         assert {prompt: seed for seeds in own for prompt, seed in seeds.items()} == model.calls[call][2]
-    assert all(found == alone for found, _ in parts)
+    assert all(actual == alone for actual, _ in parts)
 
 
 def test_seeds_are_the_problems_own_and_follow_the_runs():

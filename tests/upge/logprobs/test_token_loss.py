@@ -29,8 +29,8 @@ def by_autograd(loss_of, seen: list | None = None, with_entropy: bool = False):
         leaves = [logprobs.detach().requires_grad_(), entropies.detach().requires_grad_()]
         with torch.enable_grad():
             loss = loss_of(*leaves, chunk)
-        found = torch.autograd.grad(loss, leaves, allow_unused=True)
-        return Coefficients(loss.detach(), found[0], found[1] if with_entropy else None)
+        actual = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return Coefficients(loss.detach(), actual[0], actual[1] if with_entropy else None)
 
     return coefficients
 
@@ -51,15 +51,15 @@ def test_a_chunkwise_loss_in_one_pass(chunk_size, temperature, dtype, tolerance,
     def loss_of(logprobs: Tensor, entropies: Tensor, chunk: slice) -> Tensor:
         return per_token(logprobs, entropies, *(column[chunk] for column in columns), bonus).sum()
 
-    loss, *found = token_loss(
+    loss, *actual = token_loss(
         hidden, weight, targets, by_autograd(loss_of, seen, with_entropy), bias=bias, temperature=temperature,
         entropy_gradient=with_entropy, chunk_size=chunk_size,
     )  # fmt: skip
     size = chunk_size or default_chunk_size(V, "cpu")
     assert seen == [(start, min(start + size, N)) for start in range(0, N, size)]
-    assert not any(column.requires_grad for column in found)
+    assert not any(column.requires_grad for column in actual)
     gradients = torch.autograd.grad(3.0 * loss, inputs), torch.autograd.grad(3.0 * expected, inputs)
-    for a, b in zip((loss, *found, *gradients[0]), (expected, *plain, *gradients[1]), strict=True):
+    for a, b in zip((loss, *actual, *gradients[0]), (expected, *plain, *gradients[1]), strict=True):
         torch.testing.assert_close(a, b, atol=tolerance * float(b.detach().abs().max()), rtol=0)
 
 
@@ -74,7 +74,7 @@ def test_a_loss_of_all_tokens_together(chunk_size, with_entropy):
         return logprobs.sum().exp() + logprobs.square().sum() * (entropies.sum() if with_entropy else 1.0)
 
     coefficients = by_autograd(loss_of, seen, with_entropy)
-    loss, *found = token_loss(
+    loss, *actual = token_loss(
         hidden, weight, targets, coefficients, bias=bias, temperature=0.7, entropy_gradient=with_entropy, whole=True,
         chunk_size=chunk_size,
     )  # fmt: skip
@@ -82,7 +82,7 @@ def test_a_loss_of_all_tokens_together(chunk_size, with_entropy):
     plain = full_logits(hidden, weight, targets, bias, 0.7)
     expected = loss_of(*plain, slice(0, N))
     gradients = torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs)
-    for a, b in zip((loss, *found, *gradients[0]), (expected, *plain, *gradients[1]), strict=True):
+    for a, b in zip((loss, *actual, *gradients[0]), (expected, *plain, *gradients[1]), strict=True):
         torch.testing.assert_close(a, b, atol=1e-12 * float(b.detach().abs().max()), rtol=0)
 
 
@@ -202,8 +202,8 @@ def test_the_compiled_block_is_the_plain_one():
     target = torch.randint(0, 50, (6, 1), generator=generator)
     plain, fused = torch.empty_like(z), torch.empty_like(z)
     expected = softmax_statistics(z, target, plain)
-    found = torch.compile(softmax_statistics, dynamic=True)(z, target, fused)
-    for a, b in zip((*found, fused), (*expected, plain), strict=True):
+    actual = torch.compile(softmax_statistics, dynamic=True)(z, target, fused)
+    for a, b in zip((*actual, fused), (*expected, plain), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 

@@ -44,13 +44,13 @@ def algorithm(name: str):
 def test_enumeration_agrees_with_the_theory(one):
     """Mean and signal to noise of every shipped algorithm, and parts that add up."""
     made = setting()
-    found = exact(one, made, group_size=2)
+    actual = exact(one, made, group_size=2)
     report = expectation(one, made, group_size=2, target=made.objectives["reward"])
-    assert torch.allclose(found[""].mean, report.mean.flatten(), atol=1e-14)
-    mine = exact_metrics(found[""].mean, found[""].power, made.objectives["reward"].flatten())
+    assert torch.allclose(actual[""].mean, report.mean.flatten(), atol=1e-14)
+    mine = exact_metrics(actual[""].mean, actual[""].power, made.objectives["reward"].flatten())
     assert mine.snr.value == pytest.approx(report.snr**2) and mine.cosine.value == pytest.approx(report.cosine)
-    parts = [values.mean for part, values in found.items() if part]
-    assert torch.allclose(sum(parts), found[""].mean, atol=1e-14) and set(found) <= {"", *sources(one)}
+    parts = [values.mean for part, values in actual.items() if part]
+    assert torch.allclose(sum(parts), actual[""].mean, atol=1e-14) and set(actual) <= {"", *sources(one)}
 
 
 def test_the_true_gradient_is_unbiased_exactly():
@@ -75,19 +75,19 @@ def sampled() -> tuple:
         pair: {"logprobs": logprobs, "entropies": entropies}
         for pair, (logprobs, entropies) in zip(pairs, scores.columns(pairs), strict=True)
     }
-    found = {name: estimator(algorithm(name), pool, columns, directions) for name in NAMES}
+    actual = {name: estimator(algorithm(name), pool, columns, directions) for name in NAMES}
     shown = imitation(pool, directions)
     rows = gradients(scores, directions.requests)
     to = Targets(true_gradient(scores, pool.reference), shown.dense((PROMPTS, ROUNDS), rows).sum(dim=0))
-    return made, pool, found, rows, to
+    return made, pool, actual, rows, to
 
 
 def test_intervals_hold_the_exact_figures(sampled):
     """Of all figures of all algorithms and their parts at least 85 % of those with a meaning; and none is far off:
     within three times its interval."""
-    made, pool, found, rows, to = sampled
+    made, pool, actual, rows, to = sampled
     held, asked = 0, 0
-    for name, one in found.items():
+    for name, one in actual.items():
         truth = exact(algorithm(name), made, group_size=GROUP)
         for part in ("", *(one.parts if len(one.parts) > 1 else ())):
             if not bool(truth[part].mean.any()):
@@ -106,21 +106,21 @@ def test_intervals_hold_the_exact_figures(sampled):
 
 def test_more_of_the_sample(sampled):
     """Imitation, conflict, and who is the same: against the exact means."""
-    made, pool, found, rows, to = sampled
+    made, pool, actual, rows, to = sampled
     shown = made.objectives["imitation"].flatten()
     assert torch.nn.functional.cosine_similarity(to.imitation.mean(dim=0), shown, dim=0) > 0.99
     bins = bins_of(pool.pass_rates)
     truth = exact(algorithm("luffy"), made, group_size=GROUP)
     exactly = torch.nn.functional.cosine_similarity(truth["rl"].mean, truth["offline"].mean, dim=0)
-    met = conflict(pool, found["luffy"], rows, bins)
+    met = conflict(pool, actual["luffy"], rows, bins)
     assert met.overall.low <= float(exactly) <= met.overall.high
-    assert conflict(pool, found["rloo"], rows, bins) is None
+    assert conflict(pool, actual["rloo"], rows, bins) is None
     # All prompts are in one bin, and a single prompt is the batch: there the figures are those of batches.
     # The demonstrations of a round are those that an algorithm learns from there: no noise of theirs is in the cosine.
-    sft = measured(pool, found["sft"], "", found["sft"].contributions(pool, rows), bins, to)
+    sft = measured(pool, actual["sft"], "", actual["sft"].contributions(pool, rows), bins, to)
     whole = exact(algorithm("sft"), made, group_size=GROUP)[""].mean
     assert sft.imitation.low <= float(whole @ shown / (whole.norm() * shown.norm())) + 1e-9
-    line = measured(pool, found["rloo"], "", found["rloo"].contributions(pool, rows), bins, to)
+    line = measured(pool, actual["rloo"], "", actual["rloo"].contributions(pool, rows), bins, to)
     (at,) = line.by_rate
     assert at.pooled.alignment == pytest.approx(line.overall.alignment)
     assert at.pooled.snr.value == pytest.approx(line.overall.snr.value)
@@ -133,8 +133,8 @@ def test_more_of_the_sample(sampled):
 
 def test_bins_and_thresholds():
     rates = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.9, 1.0, 0.0], dtype=torch.float64)
-    found = {one.label: one.prompts for one in bins_of(rates)}
-    assert found == {"0": (0, 6), "0–0.25": (1, 2), "0.25–0.5": (3,), "0.75–1": (4,), "1": (5,)}
+    actual = {one.label: one.prompts for one in bins_of(rates)}
+    assert actual == {"0": (0, 6), "0–0.25": (1, 2), "0.25–0.5": (3,), "0.75–1": (4,), "1": (5,)}
     assert thresholds(algorithm("grpo"), 4) == {}
     at = thresholds(algorithm("hpt"), 4)
     assert list(at) == [0, 0.25, 0.5, 0.75, 1]

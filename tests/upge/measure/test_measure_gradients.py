@@ -40,8 +40,8 @@ def loaded(name: str) -> Algorithm | algorithms.Pipeline:
 MEASURED = [
     name
     for name in (*algorithms.names(), *CORRECTED)
-    if isinstance(found := loaded(name), Algorithm)
-    and not (found.needs.critic or found.needs.teacher or found.supports)
+    if isinstance(actual := loaded(name), Algorithm)
+    and not (actual.needs.critic or actual.needs.teacher or actual.supports)
 ]
 
 
@@ -80,11 +80,11 @@ def pool() -> Pool:
 
 def columns_of(scores: ModelScores, pool: Pool) -> dict:
     pairs = pool.pairs()
-    found = {}
+    actual = {}
     for number, (pair, (logprobs, entropies)) in enumerate(zip(pairs, scores.columns(pairs), strict=True)):
         reference = logprobs - 0.3 * torch.rand(len(logprobs), generator=torch.Generator().manual_seed(number)).double()
-        found[pair] = {"logprobs": logprobs, "entropies": entropies, "reference_logprobs": reference}
-    return found
+        actual[pair] = {"logprobs": logprobs, "entropies": entropies, "reference_logprobs": reference}
+    return actual
 
 
 @pytest.fixture(scope="module")
@@ -92,24 +92,24 @@ def everything(model, pool) -> tuple:
     """All algorithms on the pool, with every gradient that they ask for, whole."""
     scores, directions = ModelScores(model, 0), Directions()
     columns = columns_of(scores, pool)
-    found = {name: estimator(loaded(name), pool, columns, directions) for name in MEASURED}
-    return columns, found, gradients(scores, directions.requests), len(directions.requests)
+    actual = {name: estimator(loaded(name), pool, columns, directions) for name in MEASURED}
+    return columns, actual, gradients(scores, directions.requests), len(directions.requests)
 
 
 def plain_gradient(model: torch.nn.Module, algorithm: Algorithm, members: list, batch: Trajectories) -> torch.Tensor:
     """Minus the gradient of the loss by all parameters, through one plain forward pass per trajectory."""
     logprobs, entropies = padded_logprobs(model, members)
     loss = algorithm.estimate(dataclasses.replace(batch, logprobs=logprobs, entropies=entropies)).loss
-    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    pairs = zip(found, model.parameters(), strict=True)
+    actual = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    pairs = zip(actual, model.parameters(), strict=True)
     return -torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
 
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_contributions_add_up_to_the_whole_gradient(name, everything, pool, plain_model):
     """Of every batch, to the precision of float64; each batch planned whole."""
-    columns, found, rows, _ = everything
-    estimates, rounds = batch_estimates(pool, found[name].contributions(pool, rows))
+    columns, actual, rows, _ = everything
+    estimates, rounds = batch_estimates(pool, actual[name].contributions(pool, rows))
     algorithm = loaded(name)
     planned = list(batches(pool, algorithm, columns))
     assert len(planned) == len(estimates) == ROUNDS * PROMPTS // PER_BATCH
@@ -120,8 +120,8 @@ def test_contributions_add_up_to_the_whole_gradient(name, everything, pool, plai
 
 
 def test_parts_add_up_to_the_whole(everything, pool):
-    _, found, rows, _ = everything
-    for one in found.values():
+    _, actual, rows, _ = everything
+    for one in actual.values():
         whole = one.contributions(pool, rows)
         parts = sum(one.contributions(pool, rows, [part]) for part in one.parts)
         assert torch.allclose(whole, parts, atol=1e-12 * float(whole.abs().max()))
@@ -129,13 +129,13 @@ def test_parts_add_up_to_the_whole(everything, pool):
 
 def test_what_is_alike_is_differentiated_once(everything, pool):
     """On-policy every algorithm without demonstrations and penalties asks for one gradient of a rollout, the same."""
-    columns, found, _, asked = everything
+    columns, actual, _, asked = everything
     alone, plain = Directions(), [n for n in MEASURED if "+" not in n and loaded(n).needs.rollouts]
     plain = [n for n in plain if not (loaded(n).needs.demonstrations or loaded(n).needs.reference)]
     for name in plain:
         estimator(loaded(name), pool, columns, alone)
     assert len(plain) > 8 and len(alone.requests) <= sum(len(g.rollouts) for own in pool.groups for g in own)
-    uses = sum(len(entries.cells) for one in found.values() for entries in one.parts.values())
+    uses = sum(len(entries.cells) for one in actual.values() for entries in one.parts.values())
     assert asked < uses / 3
 
 
@@ -147,9 +147,9 @@ def test_slopes_are_those_of_the_loss(everything, pool):
         leaves = [values.clone().requires_grad_() for values in (batch.logprobs, batch.entropies)]
         loss = algorithm.estimate(dataclasses.replace(batch, logprobs=leaves[0], entropies=leaves[1])).loss
         by_logprobs, by_entropies = torch.autograd.grad(loss, leaves, allow_unused=True)
-        found = slopes(algorithm, batch).values()
-        assert torch.allclose(sum(one.by_logprobs for one in found), -by_logprobs, atol=1e-12)
-        through = [one.by_entropies for one in found if one.by_entropies is not None]
+        actual = slopes(algorithm, batch).values()
+        assert torch.allclose(sum(one.by_logprobs for one in actual), -by_logprobs, atol=1e-12)
+        through = [one.by_entropies for one in actual if one.by_entropies is not None]
         assert (sum(through) + by_entropies).abs().max() < 1e-12 if through else by_entropies is None
 
 
@@ -158,12 +158,12 @@ def test_slopes_are_those_of_the_loss(everything, pool):
 
 def requests(model: torch.nn.Module) -> list[Request]:
     """Of ragged lengths, some with entropies, one of a single token."""
-    found = []
+    actual = []
     for number, t in enumerate(trajectories(groups=2, seed=3)):
         response = t.response_ids[: 1 if number == 0 else None]
         weights = torch.randn(2, len(response), dtype=torch.float64, generator=torch.Generator().manual_seed(number))
-        found.append(Request((t.prompt_ids, response), weights[0], weights[1] if number % 2 else None))
-    return found
+        actual.append(Request((t.prompt_ids, response), weights[0], weights[1] if number % 2 else None))
+    return actual
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -173,8 +173,8 @@ def test_gradients_of_single_trajectories(model, plain_model, at_once, temperatu
     asked = requests(model)
     scores = ModelScores(model, 0, temperature, at_once=at_once)
     seen = []
-    for members, found in scores.gradients(asked):
-        for number, gradient in zip(members, found, strict=True):
+    for members, actual in scores.gradients(asked):
+        for number, gradient in zip(members, actual, strict=True):
             (prompt, response), by_logprobs, by_entropies = asked[number]
             ids = torch.tensor([[*prompt, *response]])
             logits = plain_model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / temperature
@@ -190,9 +190,9 @@ def test_gradients_of_single_trajectories(model, plain_model, at_once, temperatu
 
 def test_columns_are_those_of_a_plain_forward_pass(model, plain_model):
     members = trajectories(groups=2, seed=4)
-    found = ModelScores(model, 8).columns([pair_of(t) for t in members])
+    actual = ModelScores(model, 8).columns([pair_of(t) for t in members])
     logprobs, entropies = padded_logprobs(plain_model, members)
-    for row, (t, (mine, own)) in enumerate(zip(members, found, strict=True)):
+    for row, (t, (mine, own)) in enumerate(zip(members, actual, strict=True)):
         length = len(t.response_ids)
         assert torch.allclose(mine, logprobs[row, :length]) and torch.allclose(own, entropies[row, :length])
 

@@ -47,25 +47,25 @@ def test_a_sketch_keeps_inner_products_within_its_stated_error(width):
     spiky = dense * torch.rand(sum(SIZES), generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 20
     for x, y in (dense, spiky):
         y = y + 0.5 * x
-        found = []
+        actual = []
         for seed in range(400):
             sketch = Sketch(SIZES, width, seed)
             a, b = sketch(cut(torch.stack([x, y])))
-            found.append([float(a @ b), float(a @ a)])
-        found = torch.tensor(found, dtype=torch.float64)
+            actual.append([float(a @ b), float(a @ a)])
+        actual = torch.tensor(actual, dtype=torch.float64)
         exact = torch.stack([x @ y, x @ x])
         bound = torch.stack([(x @ x) * (y @ y) + (x @ y) ** 2, 2 * (x @ x) ** 2]) / width
-        assert bool(((found.mean(dim=0) - exact).abs() <= 4 * (bound / 400).sqrt() + 1e-9).all())
-        assert bool((found.var(dim=0) <= 1.3 * bound).all())
-        assert float(found[:, 1].std() / exact[1]) <= 1.15 * sketch.relative_error
+        assert bool(((actual.mean(dim=0) - exact).abs() <= 4 * (bound / 400).sqrt() + 1e-9).all())
+        assert bool((actual.var(dim=0) <= 1.3 * bound).all())
+        assert float(actual[:, 1].std() / exact[1]) <= 1.15 * sketch.relative_error
 
 
 def test_a_sketch_of_short_numbers_is_added_up_in_longer_ones():
     """4,000 pieces of bfloat16, all alike in sign: as the same numbers in float64."""
     x = noise(1, 4000 * 8).abs().bfloat16()
     sketch = Sketch((4000 * 8,), 8)
-    found, exact = sketch([x]), sketch([x.double()])
-    assert found.dtype == torch.float32 and torch.allclose(found.double(), exact, rtol=1e-4, atol=1e-3)
+    actual, exact = sketch([x]), sketch([x.double()])
+    assert actual.dtype == torch.float32 and torch.allclose(actual.double(), exact, rtol=1e-4, atol=1e-3)
 
 
 def test_a_sketch_of_width_0_is_the_gradient():
@@ -110,11 +110,11 @@ def test_the_jackknife_is_that_of_the_mean():
     def difference(weights):
         return ((weights[0] @ x) / weights[0].sum() - (weights[1] @ y) / weights[1].sum())[None]
 
-    (found,) = jackknife(difference, [torch.ones(12).double(), torch.ones(9).double()])
+    (actual,) = jackknife(difference, [torch.ones(12).double(), torch.ones(9).double()])
     a, b = float(x.var()) / 12, float(y.var()) / 9
     freedom = (a + b) ** 2 / (a**2 / 11 + b**2 / 8)
-    assert found.value == pytest.approx(float(x.mean() - y.mean()))
-    assert found.high - found.value == pytest.approx(stats.t.ppf(0.975, freedom) * math.sqrt(a + b))
+    assert actual.value == pytest.approx(float(x.mean() - y.mean()))
+    assert actual.high - actual.value == pytest.approx(stats.t.ppf(0.975, freedom) * math.sqrt(a + b))
     (constant,) = jackknife(lambda w: torch.ones(1).double(), [torch.ones(4).double()])
     assert constant == Estimated.exactly(1.0)
 
@@ -132,9 +132,9 @@ def test_figures_cover_the_truth():
         estimates = mean + spread * noise(rounds * batches, k, seed=100 + trial)
         target = true + doubt * noise(parts, k, seed=1000 + trial)
         sample = Sample.of(estimates, torch.arange(rounds).repeat_interleave(batches), rounds)
-        found = metrics(sample, target)
+        actual = metrics(sample, target)
         for name in held:
-            one = getattr(found, name)
+            one = getattr(actual, name)
             held[name] += one.low <= getattr(exact, name).value <= one.high
     assert all(count >= 0.85 * 120 for count in held.values()), held
 
@@ -163,14 +163,14 @@ def test_signal_by_pass_rate_does_not_depend_on_how_many_prompts_there_are(promp
     k, rounds, spread, doubt = 30, 4, 0.6, 0.5
     common = 0.5 * noise(k, seed=1)
     exact = float(common @ common) / (k * (spread**2 + doubt**2))
-    found, held = [], 0
+    actual, held = [], 0
     for trial in range(300):
         means = common + spread * noise(prompts, 1, k, seed=10 + trial)
         one = _snr(means + doubt * noise(prompts, rounds, k, seed=1000 + trial))
         # As a share of the power, whose expectation is nearer to the ratio of the expectations.
-        found.append(one.value / (1 + one.value))
+        actual.append(one.value / (1 + one.value))
         held += one.low <= exact <= one.high
-    assert sum(found) / len(found) == pytest.approx(exact / (1 + exact), abs=0.03)
+    assert sum(actual) / len(actual) == pytest.approx(exact / (1 + exact), abs=0.03)
     assert held >= 0.88 * 300
     alone = _snr(noise(1, rounds, k))
     assert math.isnan(alone.value)
@@ -178,13 +178,13 @@ def test_signal_by_pass_rate_does_not_depend_on_how_many_prompts_there_are(promp
 
 def test_exact_figures_are_the_textbooks():
     mean, true = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])
-    found = exact_metrics(mean, 125.0, true)
-    values = {name: getattr(found, name).value for name in ("cosine", "bias", "scale", "raw_bias", "noise", "snr")}
+    actual = exact_metrics(mean, 125.0, true)
+    values = {name: getattr(actual, name).value for name in ("cosine", "bias", "scale", "raw_bias", "noise", "snr")}
     assert values == pytest.approx(
         {"cosine": 0.6, "bias": 0.8, "scale": 3.0, "raw_bias": math.sqrt(20), "noise": 2.0, "snr": 0.25}
     )
-    assert found.alignment.value == pytest.approx(3 / math.sqrt(125))
-    assert found.alignment.value == pytest.approx(0.6 / math.sqrt(1 + 1 / 0.25))
+    assert actual.alignment.value == pytest.approx(3 / math.sqrt(125))
+    assert actual.alignment.value == pytest.approx(0.6 / math.sqrt(1 + 1 / 0.25))
     opposite = exact_metrics(-mean, 125.0, true)
     assert opposite.bias.value == 1 and opposite.cosine.value == pytest.approx(-0.6)
 
@@ -206,8 +206,8 @@ def test_cosines_have_the_noise_taken_out():
     rounds = torch.arange(40)
     first, second = (Sample.of(mean + shared, rounds, 40) for mean in (a, b))
     exact = float(a @ b / (a.norm() * b.norm()))
-    found = cosine_of(first, second)
-    assert found.low <= exact <= found.high and found.high - found.low < 1
+    actual = cosine_of(first, second)
+    assert actual.low <= exact <= actual.high and actual.high - actual.low < 1
     plain = torch.nn.functional.cosine_similarity(first.means.mean(dim=0), second.means.mean(dim=0), dim=0)
     assert float(plain) > exact + 0.1
     known = cosine_with(first, b[None])
@@ -231,6 +231,6 @@ def test_without_a_true_gradient_nothing_is_held_against_it():
     target = torch.zeros(4, 5, dtype=torch.float64)
     for lucky in (0.0, 1.0):
         target[0] = lucky
-        found = metrics(sample, target)
-        assert all(math.isnan(getattr(found, name).value) for name in ("cosine", "bias", "scale", "alignment"))
-        assert math.isfinite(found.power.value) and math.isnan(cosine_with(sample, target).value)
+        actual = metrics(sample, target)
+        assert all(math.isnan(getattr(actual, name).value) for name in ("cosine", "bias", "scale", "alignment"))
+        assert math.isfinite(actual.power.value) and math.isnan(cosine_with(sample, target).value)

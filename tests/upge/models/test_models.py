@@ -74,10 +74,10 @@ def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_every_weight_is_the_dequantised_one(small):
     _, folder, expected = small
-    found = weights(folder)
-    assert found.keys() == expected.keys(), "a tied head is not stored twice"
+    actual = weights(folder)
+    assert actual.keys() == expected.keys(), "a tied head is not stored twice"
     for name, tensor in expected.items():
-        assert found[name].dtype == torch.float32 and torch.equal(found[name], tensor), name
+        assert actual[name].dtype == torch.float32 and torch.equal(actual[name], tensor), name
 
 
 def test_a_head_of_its_own_is_kept(cache: Path, tmp_path: Path):
@@ -97,8 +97,8 @@ def test_the_folder_is_a_plain_model(small):
     assert prompting.stop_token_ids == (2,) and prompting.tokenizer.bos_token_id == 1
     sampler = rollout.load("transformers", folder)
     prompts = prompting.prompt_ids([Problem("1", "Hi", ""), Problem("2", "the the", "")])
-    for (found,) in sampler.sample(prompts, 1, Sampling(temperature=0, max_tokens=5), [0, 1]):
-        assert len(found.token_ids) == 5
+    for (actual,) in sampler.sample(prompts, 1, Sampling(temperature=0, max_tokens=5), [0, 1]):
+        assert len(actual.token_ids) == 5
 
 
 def test_words_are_cut_as_the_file_says(small):
@@ -240,16 +240,16 @@ def test_the_real_model_is_the_one_in_the_file(smollm2: str):
     from transformers import AutoModelForCausalLM, GgufConfig
 
     source = gguf._source(gguf_files.SMOLLM2)
-    found = weights(Path(smollm2))
+    actual = weights(Path(smollm2))
     stored = {tensor.name: tensor for tensor in GGUFReader(source).tensors}
-    assert len(found) == len(stored) == 272
+    assert len(actual) == len(stored) == 272
     for theirs, ours in (("token_embd", "embed_tokens"), ("output_norm", "norm")):
         tensor = stored[f"{theirs}.weight"]
-        assert torch.equal(found[f"model.{ours}.weight"], torch.tensor(dequantize(tensor.data, tensor.tensor_type)))
+        assert torch.equal(actual[f"model.{ours}.weight"], torch.tensor(dequantize(tensor.data, tensor.tensor_type)))
     for theirs, ours, heads in (("attn_q", "q_proj", 9), ("attn_k", "k_proj", 3), ("attn_v", "v_proj", 0)):
         for layer in range(30):
             tensor = stored[f"blk.{layer}.{theirs}.weight"]
-            ordered = found[f"model.layers.{layer}.self_attn.{ours}.weight"].numpy()
+            ordered = actual[f"model.layers.{layer}.self_attn.{ours}.weight"].numpy()
             mixed = gguf_files.interleaved(ordered, heads) if heads else ordered
             assert torch.equal(torch.tensor(mixed), torch.tensor(dequantize(tensor.data, tensor.tensor_type)))
     place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
@@ -271,7 +271,7 @@ def test_both_engines_say_the_same_with_the_real_model(smollm2: str, tmp_path: P
     prompts = prompting.prompt_ids([Problem(q, q, "") for q in questions])
     sampling = Sampling(temperature=0, max_tokens=16, stop_token_ids=prompting.stop_token_ids)
     first = rollout.load("transformers", smollm2, max_length=128).sample(prompts, 1, sampling, range(3))
-    texts = prompting.decode([found[0].token_ids for found in first])
+    texts = prompting.decode([actual[0].token_ids for actual in first])
     assert "Paris" in texts[0]
     if importlib.util.find_spec("vllm") is None:
         return
@@ -282,4 +282,4 @@ def test_both_engines_say_the_same_with_the_real_model(smollm2: str, tmp_path: P
     assert done.returncode == 0, done.stderr[-4000:]
     second = json.loads((tmp_path / "found.json").read_text())
     cut = [tokens[: tokens.index(2) + 1] if 2 in tokens else tokens for tokens in second]
-    assert cut == [list(found[0].token_ids) for found in first]
+    assert cut == [list(actual[0].token_ids) for actual in first]

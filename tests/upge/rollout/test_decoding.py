@@ -39,7 +39,7 @@ def logits_of_all_steps(model, cache, make_steps) -> list[torch.Tensor]:
         return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1]
 
     with torch.inference_mode():
-        found = [forward(PROMPTS, MASK, (MASK.cumsum(1) - 1).clamp(min=0))]
+        actual = [forward(PROMPTS, MASK, (MASK.cumsum(1) - 1).clamp(min=0))]
         steps = make_steps(cache, forward)
         rows = torch.arange(3)
         for number in range(TOKENS):
@@ -48,8 +48,8 @@ def logits_of_all_steps(model, cache, make_steps) -> list[torch.Tensor]:
                 steps.keep(torch.tensor(leaving))
                 rows = rows[leaving]
             token = (7 * number + 3 * rows[:, None]) % 32
-            found.append(steps(token).clone())
-    return found
+            actual.append(steps(token).clone())
+    return actual
 
 
 @pytest.mark.parametrize("kind", ["run", "replayed"])
@@ -111,10 +111,10 @@ def test_grouped_attention_is_sdpa(masks):
         mask[..., 0] = True
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = 3, True
-    found, _ = decoding.attention(module, query, key, value, mask, scaling=0.3)
+    actual, _ = decoding.attention(module, query, key, value, mask, scaling=0.3)
     keys, values = (x.repeat_interleave(3, dim=1) for x in (key, value))
     expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=0.3)
-    torch.testing.assert_close(found, expected.transpose(1, 2))
+    torch.testing.assert_close(actual, expected.transpose(1, 2))
 
 
 def test_rows_of_a_cache_that_change_places():

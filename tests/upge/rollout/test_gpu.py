@@ -16,13 +16,13 @@ TWO_STEPS = (*SMALL, "steps=2", "seed=3")
 def test_the_same_samples(tmp_path, name):
     """The random numbers are drawn on the CPU, so float32 draws the same tokens."""
     make_model(tmp_path / "model", True, 0)
-    found = {}
+    actual = {}
     for device in ("cpu", "cuda"):
         sampler = rollout.load("transformers", tmp_path / "model", dtype="float32", device=device)
         groups = sampler.sample(PROMPTS, COPIES, SAMPLINGS[name], SEEDS)
-        found[device] = [each for group in groups for each in group]
+        actual[device] = [each for group in groups for each in group]
         sampler.close()
-    for cpu, cuda in zip(found["cpu"], found["cuda"], strict=True):
+    for cpu, cuda in zip(actual["cpu"], actual["cuda"], strict=True):
         assert cpu.token_ids == cuda.token_ids and cpu.finished == cuda.finished
         assert cpu.logprobs == pytest.approx(cuda.logprobs, abs=1e-3)
 

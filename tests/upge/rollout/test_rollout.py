@@ -104,29 +104,29 @@ def largest_difference(path: Path, groups: list, sampling: Sampling, prompts: tu
 @engines
 @kinds
 def test_logprobs_are_the_models_before_and_after_a_refresh(engine: str, kind: str, folder: Path, observed: dict):
-    found = observed[engine][kind]
+    actual = observed[engine][kind]
     stages = {"before": kind, "after": f"{kind}_new", "back": kind, "recovered": f"{kind}_new"}
     for stage, weights in stages.items():
         for name, sampling in probe.SAMPLINGS.items():
-            worst = largest_difference(folder / weights, found[stage][name], sampling)
+            worst = largest_difference(folder / weights, actual[stage][name], sampling)
             print(f"{engine} {kind} {stage} {name}: max |Δ log p| {worst:.1e}")
             assert worst < TOLERANCE, (stage, name)
     # The two sets of weights are far enough apart for a stale head to show.
-    assert largest_difference(folder / kind, found["after"]["plain"], probe.SAMPLINGS["plain"]) > 0.5
+    assert largest_difference(folder / kind, actual["after"]["plain"], probe.SAMPLINGS["plain"]) > 0.5
 
 
 @engines
 def test_overrides_of_the_models_configuration_take_effect(engine: str, observed: dict):
     """In the engine's own configuration, and in the log-probs: 24 tokens with another rotary base are told apart."""
-    found = observed[engine]["overridden"]
+    actual = observed[engine]["overridden"]
     if engine == "vllm":
-        rope_theta = found["config"]["rope_parameters"]["rope_theta"]
-        assert {**found["config"], "rope_theta": rope_theta}.items() >= probe.OVERRIDES.items()
-        assert found["max_model_len"] == probe.OVERRIDDEN_LENGTH
+        rope_theta = actual["config"]["rope_parameters"]["rope_theta"]
+        assert {**actual["config"], "rope_theta": rope_theta}.items() >= probe.OVERRIDES.items()
+        assert actual["max_model_len"] == probe.OVERRIDDEN_LENGTH
     sampling = probe.SAMPLINGS["endless"]
     _models["overridden"] = overridden_model()
-    assert largest_difference("overridden", found["rollouts"], sampling) < TOLERANCE
-    assert largest_difference(probe.TINY, found["rollouts"], sampling) > 0.1
+    assert largest_difference("overridden", actual["rollouts"], sampling) < TOLERANCE
+    assert largest_difference(probe.TINY, actual["rollouts"], sampling) > 0.1
 
 
 def overridden_model() -> torch.nn.Module:
@@ -141,19 +141,19 @@ def overridden_model() -> torch.nn.Module:
 
 @engines
 def test_long_prompts_fill_more_than_one_prefill(engine: str, folder: Path, observed: dict):
-    found = observed[engine]["tied"]["long"]
-    assert largest_difference(folder / "tied", found, Sampling(max_tokens=4), probe.LONG_PROMPTS) < TOLERANCE
+    actual = observed[engine]["tied"]["long"]
+    assert largest_difference(folder / "tied", actual, Sampling(max_tokens=4), probe.LONG_PROMPTS) < TOLERANCE
 
 
 @engines
 def test_copies_of_a_prompt_share_its_prefill(engine: str, folder: Path, observed: dict):
-    found = observed[engine]["tied"]["shared"]
+    actual = observed[engine]["tied"]["shared"]
     prompts = probe.LONG_PROMPTS[:2]
-    assert largest_difference(folder / "tied", found["rollouts"], Sampling(max_tokens=4), prompts) < TOLERANCE
+    assert largest_difference(folder / "tied", actual["rollouts"], Sampling(max_tokens=4), prompts) < TOLERANCE
     if engine == "vllm":
         # All but the first of each group find the whole blocks of the prompt, in the step in which that one is run.
         whole = len(prompts[0]) // 32 * 32
-        assert found["cached"] == [0, 0] + [whole] * 2 * (probe.COPIES - 1)
+        assert actual["cached"] == [0, 0] + [whole] * 2 * (probe.COPIES - 1)
 
 
 @engines
@@ -164,10 +164,10 @@ def test_nothing_is_compiled(engine: str, observed: dict):
 @engines
 @kinds
 def test_the_same_call_gives_the_same_rollouts(engine: str, kind: str, observed: dict):
-    found = observed[engine][kind]
-    assert found["again"] == found["before"]
-    assert tokens_of(found["back"]) == tokens_of(found["before"]) != tokens_of(found["after"])
-    assert found["nothing"] == []
+    actual = observed[engine][kind]
+    assert actual["again"] == actual["before"]
+    assert tokens_of(actual["back"]) == tokens_of(actual["before"]) != tokens_of(actual["after"])
+    assert actual["nothing"] == []
 
 
 @engines
@@ -181,9 +181,9 @@ def test_a_fresh_process_gives_the_same_rollouts(engine: str, folder: Path, obse
 @engines
 @kinds
 def test_rollouts_do_not_depend_on_the_other_prompts(engine: str, kind: str, observed: dict):
-    found = observed[engine][kind]
-    together = found["before"]["plain"]
-    assert [[r[0] for r in group] for group in found["apart"]] == [[r[0] for r in group] for group in together]
+    actual = observed[engine][kind]
+    together = actual["before"]["plain"]
+    assert [[r[0] for r in group] for group in actual["apart"]] == [[r[0] for r in group] for group in together]
 
 
 @engines
@@ -196,12 +196,12 @@ def test_random_state_threads_and_groups_are_left_alone(engine: str, kind: str, 
 @engines
 @kinds
 def test_every_rollout_arrives_once_and_before_longer_ones(engine: str, kind: str, observed: dict):
-    found = observed[engine][kind]["arrivals"]
-    assert found["returned"] == found["silent"], "rollouts must not depend on who watches"
-    rows = found["rows"]
+    actual = observed[engine][kind]["arrivals"]
+    assert actual["returned"] == actual["silent"], "rollouts must not depend on who watches"
+    rows = actual["rows"]
     everyone = [(index, copy) for index in range(len(probe.PROMPTS)) for copy in range(probe.COPIES)]
     assert sorted((index, copy) for index, copy, _, _ in rows) == everyone
-    assert all(rollout == found["returned"][index][copy] for index, copy, rollout, _ in rows)
+    assert all(rollout == actual["returned"][index][copy] for index, copy, rollout, _ in rows)
     lengths = [len(tokens) for _, _, (tokens, _, _), _ in rows]
     # All start in one batch, so they end in the order of their lengths; the prompts' order would be another.
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1] / 2
@@ -212,9 +212,9 @@ def test_every_rollout_arrives_once_and_before_longer_ones(engine: str, kind: st
 @engines
 @kinds
 def test_a_call_that_was_stopped_leaves_nothing_behind(engine: str, kind: str, observed: dict):
-    found = observed[engine][kind]
-    assert found["stopped"] == ["KeyError 1", "KeyboardInterrupt 1", "signal"]
-    assert found["after_stop"] == found["before"]
+    actual = observed[engine][kind]
+    assert actual["stopped"] == ["KeyError 1", "KeyboardInterrupt 1", "signal"]
+    assert actual["after_stop"] == actual["before"]
 
 
 @engines
@@ -235,10 +235,10 @@ def test_a_response_ends_with_its_first_stop_token(engine: str, kind: str, obser
 
 @engines
 def test_responses_to_one_prompt_differ_and_greedy_ones_do_not(engine: str, observed: dict):
-    found = observed[engine]["untied"]["before"]
-    for group in found["endless"]:
+    actual = observed[engine]["untied"]["before"]
+    for group in actual["endless"]:
         assert len({tuple(tokens) for tokens, _, _ in group}) == probe.COPIES
-    for group in found["greedy"]:
+    for group in actual["greedy"]:
         assert len({tuple(tokens) for tokens, _, _ in group}) == 1
 
 
@@ -349,13 +349,13 @@ def test_a_tied_head_alone_stands_for_the_embedding(folder: Path):
     pairs = [("lm_head.weight" if "embed" in n else n, w) for n, w in probe.weights(folder / "tied_new", False)]
     sampler.load_weights(pairs)
     sampling = probe.SAMPLINGS["plain"]
-    found = probe.plain(sampler.sample(probe.PROMPTS, 2, sampling, probe.SEEDS))
-    assert largest_difference(folder / "tied_new", found, sampling) < TOLERANCE
+    actual = probe.plain(sampler.sample(probe.PROMPTS, 2, sampling, probe.SEEDS))
+    assert largest_difference(folder / "tied_new", actual, sampling) < TOLERANCE
 
 
 def test_small_batches_change_nothing(folder: Path):
     sampling = probe.SAMPLINGS["plain"]
-    found = [
+    actual = [
         probe.plain(
             rollout.load("transformers", folder / "tied", token_budget=budget).sample(
                 probe.PROMPTS, 3, sampling, probe.SEEDS
@@ -363,4 +363,4 @@ def test_small_batches_change_nothing(folder: Path):
         )
         for budget in (1, 90, 100_000)
     ]
-    assert [tokens_of({"plain": f}) for f in found[:2]] == [tokens_of({"plain": found[2]})] * 2
+    assert [tokens_of({"plain": f}) for f in actual[:2]] == [tokens_of({"plain": actual[2]})] * 2

@@ -142,8 +142,8 @@ def test_a_gradient_that_is_not_minus_the_weights_is_caught():
     @dataclasses.dataclass(frozen=True)
     class Loud(upge.algorithm.Plan):
         def estimate(self, batch):
-            found = super().estimate(batch)
-            return dataclasses.replace(found, loss=2 * found.loss)
+            actual = super().estimate(batch)
+            return dataclasses.replace(actual, loss=2 * actual.loss)
 
     terms = algorithms.load("grpo").terms
     loud = Meddling("loud", terms, meddle=lambda p, b: Loud(p.terms, p.penalties, p.contributing, p.active))

@@ -18,10 +18,10 @@ GROUP = {"rewards", "group", "is_demonstration"}
 
 
 def caught(part: upge.Component) -> str:
-    with pytest.raises(ConformanceError) as found:
+    with pytest.raises(ConformanceError) as actual:
         check_component(part)
-    assert "\n" not in str(found.value)
-    return str(found.value)
+    assert "\n" not in str(actual.value)
+    return str(actual.value)
 
 
 def likelihood_of(body) -> upge.LikelihoodGradient:
@@ -61,14 +61,14 @@ def test_holes_leave_the_tokens_as_they_are():
 
 
 def test_the_degenerate_batches_are_what_they_say():
-    found = {d.description: d.batch for d in degenerate_batches()}
-    assert len(found) == 9
-    assert len(found["groups of one rollout"].group.unique()) == len(found["groups of one rollout"]) > 4
-    assert bool(found["demonstrations alone"].is_demonstration.all())
-    assert set(found["rollouts that all succeed"].pass_rate.tolist()) == {1.0}
-    assert set(found["rollouts that all fail"].pass_rate.tolist()) == {0.0}
-    assert int(found["empty responses"].lengths.sum()) == 0 and len(found["empty responses"]) > 4
-    assert [len(found[d]) for d in ("a single rollout", "a single demonstration", "no trajectories")] == [1, 1, 0]
+    actual = {d.description: d.batch for d in degenerate_batches()}
+    assert len(actual) == 9
+    assert len(actual["groups of one rollout"].group.unique()) == len(actual["groups of one rollout"]) > 4
+    assert bool(actual["demonstrations alone"].is_demonstration.all())
+    assert set(actual["rollouts that all succeed"].pass_rate.tolist()) == {1.0}
+    assert set(actual["rollouts that all fail"].pass_rate.tolist()) == {0.0}
+    assert int(actual["empty responses"].lengths.sum()) == 0 and len(actual["empty responses"]) > 4
+    assert [len(actual[d]) for d in ("a single rollout", "a single demonstration", "no trajectories")] == [1, 1, 0]
 
 
 # Precision.
@@ -159,9 +159,9 @@ def test_a_reward_is_earned_by_tokens_that_count():
 
 def group_values(batch, reduce) -> torch.Tensor:
     """[B, T] `reduce` of the rewards of each trajectory's group."""
-    found = [reduce(batch.rewards[batch.group == g]) for g in batch.group.tolist()]
-    found = torch.stack(found) if found else batch.rewards
-    return found[:, None].expand(batch.response_mask.shape)
+    actual = [reduce(batch.rewards[batch.group == g]) for g in batch.group.tolist()]
+    actual = torch.stack(actual) if actual else batch.rewards
+    return actual[:, None].expand(batch.response_mask.shape)
 
 
 DEGENERATE = {

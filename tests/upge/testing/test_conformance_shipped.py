@@ -18,11 +18,11 @@ TAKERS = ("grpo", "ppo", "gspo", "luffy", "sft_then_grpo", "reinforce_plus_plus"
 
 def inner(one: upge.Algorithm) -> dict[str, upge.Algorithm]:
     """An interleaved update's and a validation's own algorithm."""
-    found = {
+    actual = {
         "interleaved_update": one.interleaved_update and one.interleaved_update.algorithm,
         "validation": one.validation,
     }
-    return {role: other for role, other in found.items() if other}
+    return {role: other for role, other in actual.items() if other}
 
 
 FILES = compositions.by_stage()
@@ -50,11 +50,11 @@ def test_a_corrected_algorithm_conforms(correction, name):
     settings."""
     assert name in SHAPES, "not among the algorithms there"
     try:
-        found = algorithms.load(name, corrections=[correction])
+        actual = algorithms.load(name, corrections=[correction])
     except ConfigError as error:
         assert "cannot be applied" in str(error)
         return
-    for one in compositions.stages(found).values():
+    for one in compositions.stages(actual).values():
         assert check_algorithm(one) is None
         assert says_something(one)
 

@@ -85,11 +85,11 @@ def test_exact_gradients_equal_autograd_and_finite_differences(policy):
         logits = policy.logits.clone().requires_grad_()
         table = lambda values: SoftmaxPolicy(values, policy.horizon, policy.end)  # noqa: E731
         (expected,) = torch.autograd.grad(objective(table(logits)), logits)
-        found = exact(policy, argument)
-        assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+        actual = exact(policy, argument)
+        assert torch.allclose(actual, expected, rtol=0, atol=1e-12)
         step = 1e-5 * torch.eye(policy.logits.numel(), dtype=torch.float64).view(-1, *policy.logits.shape)
         slopes = [(objective(table(policy.logits + s)) - objective(table(policy.logits - s))) / 2e-5 for s in step]
-        assert torch.allclose(found.flatten(), torch.stack(slopes), rtol=0, atol=1e-9)
+        assert torch.allclose(actual.flatten(), torch.stack(slopes), rtol=0, atol=1e-9)
     assert theory.reverse_kl(policy, other) > 0 and theory.forward_kl(policy, policy) == pytest.approx(0, abs=1e-12)
 
 

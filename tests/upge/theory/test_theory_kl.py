@@ -24,8 +24,8 @@ def kl_mean(policy, kind, place, behavior=None):
     return -expectation(algorithm(advantage, **extra), setting, group_size=1).mean
 
 
-def off(found, exact):
-    return float((found - exact).norm() / exact.norm())
+def off(actual, exact):
+    return float((actual - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("policy", SPACES.values(), ids=SPACES)

@@ -16,7 +16,7 @@ def test_the_expected_gradient_is_that_of_a_truncated_log_likelihood(n):
     """The first n - 1 terms of log P = -Σ_k (1 - P)^k/k: their gradient is Σ_{k<n-1} (1 - P)^k·∇P."""
     rewards = reward(RAGGED)
     success, slope = float((RAGGED.probabilities * rewards).sum()), theory.exact_gradient(RAGGED, rewards)
-    found = expectation(algorithm(upge.MeanNormalized()), Setting(RAGGED, rewards), group_size=n).mean
+    actual = expectation(algorithm(upge.MeanNormalized()), Setting(RAGGED, rewards), group_size=n).mean
     assert 0.1 < success < 0.9
-    assert torch.allclose(found, sum((1 - success) ** k for k in range(n - 1)) * slope, rtol=0, atol=EXACT)
-    assert not torch.allclose(found, sum((1 - success) ** k for k in range(n)) * slope, rtol=0, atol=1e-4)
+    assert torch.allclose(actual, sum((1 - success) ** k for k in range(n - 1)) * slope, rtol=0, atol=EXACT)
+    assert not torch.allclose(actual, sum((1 - success) ** k for k in range(n)) * slope, rtol=0, atol=1e-4)

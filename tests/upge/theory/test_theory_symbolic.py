@@ -149,7 +149,7 @@ FALSE = {
 }
 
 
-@pytest.mark.parametrize(("name", "objective"), [(n, f) for n, found in FALSE.items() for f in found])
+@pytest.mark.parametrize(("name", "objective"), [(n, f) for n, actual in FALSE.items() for f in actual])
 def test_a_false_objective_is_found_out(name, objective):
     proof = prove(statement(name).load(), objective, points=12)
     assert proof.mismatches and not proof.holds

@@ -48,10 +48,10 @@ def measured(folder, mode: str, lora: bool) -> tuple[dict[str, Tensor], int]:
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 def test_gradients_are_equal_and_only_full_computes_products_again(folder, lora):
     (expected, least), *others = (measured(folder, mode, lora) for mode in MODES)
-    for found, _ in others:
-        assert set(found) == set(expected)
+    for actual, _ in others:
+        assert set(actual) == set(expected)
         for name, gradient in expected.items():
-            assert torch.allclose(found[name], gradient, rtol=1e-10, atol=1e-12), name
+            assert torch.allclose(actual[name], gradient, rtol=1e-10, atol=1e-12), name
     assert float(sum(g.abs().sum() for g in expected.values())) > 1
     (_, selective), (_, full) = others
     # Of the adapters' products, B times what A gives is computed again, except the last, which no gradient needs.

@@ -49,10 +49,10 @@ class FakeModel:
     def sample(self, prompts, n, sampling, seeds, arrived, interrupted=None) -> list[list[Rollout]]:
         self.rounds.append([prompt[0] for prompt in prompts])
         self.seeds += seeds
-        found = [[self.rollout(p[0], s, m) for m in range(n)] for p, s in zip(prompts, seeds, strict=True)]
+        actual = [[self.rollout(p[0], s, m) for m in range(n)] for p, s in zip(prompts, seeds, strict=True)]
         for index, copy in sorted(product(range(len(prompts)), range(n)), key=lambda place: place[::-1], reverse=True):
-            arrived(index, copy, found[index][copy])
-        return found
+            arrived(index, copy, actual[index][copy])
+        return actual
 
     def rollout(self, prompt: int, seed: int, member: int) -> Rollout:
         right = prompt % 3 == RIGHT or (prompt % 3 == MIXED and member % 2 == 0) or (seed in self.lucky and member == 0)
@@ -80,22 +80,22 @@ class Ranks:
         def gather(value):
             self.slots[rank] = value
             self.barrier.wait()
-            found = list(self.slots)
+            actual = list(self.slots)
             self.barrier.wait()
-            return found
+            return actual
 
         return SimpleNamespace(rank=rank, size=self.size, is_main=rank == 0, gather=gather)
 
     def run(self, work) -> list:
-        found: list = [None] * self.size
+        actual: list = [None] * self.size
         threads = [
-            threading.Thread(target=lambda r=r: found.__setitem__(r, work(self.world(r)))) for r in range(self.size)
+            threading.Thread(target=lambda r=r: actual.__setitem__(r, work(self.world(r)))) for r in range(self.size)
         ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        return found
+        return actual
 
 
 def term(source: str) -> upge.Term:
@@ -131,40 +131,40 @@ def prompts_of(trajectories) -> list[int]:
 def test_without_redraws_a_step_is_what_it_was():
     """Prompts and seeds are part of every recorded run."""
     model = FakeModel()
-    found, figures, _ = collector(algorithm("rollouts", "demonstrations"), examples(12), model).collect(3)
+    actual, figures, _ = collector(algorithm("rollouts", "demonstrations"), examples(12), model).collect(3)
     prompts = [1, 10, 2, 4]
     assert prompt_indices(3, 4, 12, 5) == prompts and model.rounds == [prompts]
     assert model.seeds == [stream_seed(5, "rollout", 3, g) for g in range(4)] and model.seeds[0] == 429836502
-    assert [(t.example, t.group, t.is_demonstration) for t in found] == [
+    assert [(t.example, t.group, t.is_demonstration) for t in actual] == [
         (prompt, g, demonstration) for g, prompt in enumerate(prompts) for demonstration in (False, False, True)
     ]
-    assert [t.reward for t in found] == [0, 0, 1, 0, 0, 1, 1, 0, 1, 0, 0, 1]
-    assert found[0].response_ids == (1, model.seeds[0], 0) and found[2].response_ids == (100, 1)
-    assert set(figures) == {"time/rollout", "time/verify"} and {t.preference for t in found} == {0}
+    assert [t.reward for t in actual] == [0, 0, 1, 0, 0, 1, 1, 0, 1, 0, 0, 1]
+    assert actual[0].response_ids == (1, model.seeds[0], 0) and actual[2].response_ids == (100, 1)
+    assert set(figures) == {"time/rollout", "time/verify"} and {t.preference for t in actual} == {0}
 
 
 def test_closed_prompts_are_replaced_in_order_of_acceptance():
     """Only prompts 2, 5, 8, 11, ... have rollouts that differ."""
     model = FakeModel()
     algo = algorithm("rollouts", "demonstrations", rounds=10)
-    found, figures, _ = collector(algo, examples(30), model).collect(0)
+    actual, figures, _ = collector(algo, examples(30), model).collect(0)
     asked = [i for prompts in model.rounds for i in prompts]
     kept = [i for i in asked if i % 3 == MIXED]
     assert model.rounds[0] == prompt_indices(0, 4, 30, 5) and len(set(asked)) == len(asked)
-    assert prompts_of(found) == kept and len(kept) == 4
+    assert prompts_of(actual) == kept and len(kept) == 4
     missing = 4
     for prompts in model.rounds:
         assert len(prompts) == missing > 0
         missing -= sum(i % 3 == MIXED for i in prompts)
-    assert [t.is_demonstration for t in found] == [False, False, True] * 4
+    assert [t.is_demonstration for t in actual] == [False, False, True] * 4
     assert (figures["sampling/rounds"], figures["sampling/prompts"]) == (len(model.rounds), len(asked))
     assert model.rounds == [[18, 22, 7, 24], [1, 14, 12, 27], [19, 11, 29], [2]]
 
 
 def test_rounds_are_limited_and_what_is_missing_stays_missing():
     model = FakeModel()
-    found, figures, _ = collector(algorithm("rollouts", rounds=2), examples(30), model).collect(0)
-    assert model.rounds == [[18, 22, 7, 24], [1, 14, 12, 27]] and prompts_of(found) == [14]
+    actual, figures, _ = collector(algorithm("rollouts", rounds=2), examples(30), model).collect(0)
+    assert model.rounds == [[18, 22, 7, 24], [1, 14, 12, 27]] and prompts_of(actual) == [14]
     assert (figures["sampling/rounds"], figures["sampling/prompts"]) == (2, 8)
 
 
@@ -172,9 +172,9 @@ def test_a_step_is_never_empty():
     """Nothing that is learned from: the first round stands."""
     model = FakeModel()
     only_right = [e for e in examples(60) if e.prompt_ids[0] % 3 == RIGHT]
-    found, figures, _ = collector(algorithm("rollouts", rounds=3), only_right, model).collect(1)
-    assert prompts_of(found) == prompt_indices(1, 4, 20, 5)
-    assert [t.response_ids[1] for t in found[::2]] == [stream_seed(5, "rollout", 1, g) for g in range(4)]
+    actual, figures, _ = collector(algorithm("rollouts", rounds=3), only_right, model).collect(1)
+    assert prompts_of(actual) == prompt_indices(1, 4, 20, 5)
+    assert [t.response_ids[1] for t in actual[::2]] == [stream_seed(5, "rollout", 1, g) for g in range(4)]
     assert (figures["sampling/rounds"], figures["sampling/prompts"]) == (3, 12)
 
 
@@ -183,11 +183,11 @@ def test_a_small_data_set_is_tried_again_only_when_all_has_been_tried():
     data = [e for e in examples(21) if e.prompt_ids[0] % 3 == WRONG][:6] + [examples(21)[2]]
     lucky = frozenset({stream_seed(5, "rollout", 0, 3, 0)})
     model = FakeModel(lucky)
-    found, figures, _ = collector(algorithm("rollouts", rounds=4), data, model, prompts=3).collect(0)
+    actual, figures, _ = collector(algorithm("rollouts", rounds=4), data, model, prompts=3).collect(0)
     asked = [i for prompts in model.rounds for i in prompts]
     assert sorted(asked[:7]) == [1, 2, 4, 7, 10, 13, 16] and len(model.rounds) == 4
     assert max(Counter(asked).values()) == 2 and Counter(asked)[2] == 1
-    assert [data[i].prompt_ids[0] for i in prompts_of(found)] == [2, model.rounds[3][0]]
+    assert [data[i].prompt_ids[0] for i in prompts_of(actual)] == [2, model.rounds[3][0]]
     assert figures["sampling/prompts"] == len(asked)
 
 
@@ -200,18 +200,18 @@ def test_ranks_agree_with_one_process(size):
         return [made.collect(step) for step in (0, 1)]
 
     alone = work(ALONE)
-    assert [found for found, *_ in alone] == [found for found, *_ in work(ALONE)]
+    assert [actual for actual, *_ in alone] == [actual for actual, *_ in work(ALONE)]
     counts = [(f["sampling/rounds"], f["sampling/prompts"]) for _, f, _ in alone]
     for steps in Ranks(size).run(work):
-        assert [found for found, *_ in steps] == [found for found, *_ in alone]
+        assert [actual for actual, *_ in steps] == [actual for actual, *_ in alone]
         assert [(f["sampling/rounds"], f["sampling/prompts"]) for _, f, _ in steps] == counts
 
 
 def test_least_used_by_hand():
     """Of five prompts two have been used, one of them twice."""
-    found = least_used(8, 5, [3, 1, 3], seed=0)
-    assert sorted(found[:3]) == [0, 2, 4] and sorted(found[3:7]) == [0, 1, 2, 4] and len(found) == 8
-    assert found == least_used(8, 5, [1, 3, 3], seed=0) != least_used(8, 5, [1, 3, 3], seed=1)
+    actual = least_used(8, 5, [3, 1, 3], seed=0)
+    assert sorted(actual[:3]) == [0, 2, 4] and sorted(actual[3:7]) == [0, 1, 2, 4] and len(actual) == 8
+    assert actual == least_used(8, 5, [1, 3, 3], seed=0) != least_used(8, 5, [1, 3, 3], seed=1)
 
 
 # Other streams.
@@ -228,8 +228,8 @@ def test_prompts_kept_apart_are_never_trained_on():
         assert not set(prompts_of(made.collect(step)[0])) & apart
         model.rounds.clear()
         model.seeds.clear()
-        found, figures, _ = made.collect(step, HELD_OUT)
-        drawn.append(prompts_of(found))
+        actual, figures, _ = made.collect(step, HELD_OUT)
+        drawn.append(prompts_of(actual))
         assert len(set(drawn[-1])) == 3 and set(drawn[-1]) <= apart
         assert model.rounds == [drawn[-1]] and "sampling/rounds" not in figures
         assert not set(model.seeds) & {stream_seed(5, "rollout", step, g) for g in range(3)}
@@ -261,12 +261,12 @@ def test_only_examples_that_serve_are_drawn():
 
 def test_demonstrations_of_given_examples():
     data = [*examples(5), *examples(1, demonstrations=False)]
-    found = collector(algorithm("rollouts"), data, FakeModel()).demonstrations([3, 5, 0], 7)
-    assert [(t.example, t.group, t.response_ids, t.reward, t.preference) for t in found] == [
+    actual = collector(algorithm("rollouts"), data, FakeModel()).demonstrations([3, 5, 0], 7)
+    assert [(t.example, t.group, t.response_ids, t.reward, t.preference) for t in actual] == [
         (3, 0, (100, 3), 1.0, 0),
         (0, 1, (100, 0), 1.0, 0),
     ]
-    assert all(t.is_demonstration and t.status == "demonstration" for t in found)
+    assert all(t.is_demonstration and t.status == "demonstration" for t in actual)
 
 
 # Preference pairs.
@@ -276,15 +276,15 @@ def test_demonstrations_of_given_examples():
 def test_pairs_by_hand(sources):
     """The chosen side is the demonstration, once; nothing is sampled."""
     made = collector(algorithm(*sources), examples(3), FakeModel(), prompts=2)
-    found, *_ = made.collect(0)
+    actual, *_ = made.collect(0)
     first, second = prompt_indices(0, 2, 3, 5)
-    assert [(t.example, t.group, t.response_ids, t.reward, t.preference) for t in found] == [
+    assert [(t.example, t.group, t.response_ids, t.reward, t.preference) for t in actual] == [
         (first, 0, (100, first), 1.0, 1),
         (first, 0, (200, first), 0.0, -1),
         (second, 1, (100, second), 1.0, 1),
         (second, 1, (200, second), 0.0, -1),
     ]
-    batch = assemble(found, 0)
+    batch = assemble(actual, 0)
     assert batch.preference.tolist() == [1, -1, 1, -1] and batch.preference.dtype == torch.int64
     assert batch.is_demonstration.all() and made.sampler.engine.rounds == []
 
@@ -321,13 +321,13 @@ def test_rewards_of_any_range_reach_the_batch_and_the_metrics():
     algo, settings = algorithm("rollouts", "demonstrations"), {"prompts_per_step": 12, "group_size": 2, "seed": 5}
     config = from_tree(upge.train.config.RunConfig, settings | {"verify": {"pass_threshold": 0.0}})
     sampler = VerifiedSampler(model, model, model, pass_threshold=0.0, ranges={"math": (-1.0, 2.0)})
-    found = Collector(config, algo, data, sampler, (9,), ALONE).collect(0).trajectories
-    assert {t.reward for t in found if not t.is_demonstration} == {-1.0, 2.0}
-    assert {t.reward for t in found if t.is_demonstration} == {2.0}
-    batch = assemble(found, 0)
+    actual = Collector(config, algo, data, sampler, (9,), ALONE).collect(0).trajectories
+    assert {t.reward for t in actual if not t.is_demonstration} == {-1.0, 2.0}
+    assert {t.reward for t in actual if t.is_demonstration} == {2.0}
+    batch = assemble(actual, 0)
     assert batch.pass_threshold == 0.0 and set(batch.pass_rate.tolist()) == {0.0, 0.5, 1.0}
-    assert upge.SignedReward()(batch)[:, 0].tolist() == [1.0 if t.reward > 0 else -1.0 for t in found]
-    metrics = rollout_metrics(found)
+    assert upge.SignedReward()(batch)[:, 0].tolist() == [1.0 if t.reward > 0 else -1.0 for t in actual]
+    metrics = rollout_metrics(actual)
     assert (metrics["pass_rate"], metrics["reward/mean"]) == (0.5, 0.5)
     assert (metrics["reward/math"], metrics["reward/my.style"]) == (0.5, 0.0)
     (item, *_) = model.items
@@ -340,15 +340,15 @@ def test_the_sides_of_a_pair_have_the_ends_of_the_range():
     data = examples(8)
     made = collector(algorithm("rollouts", "preference_pairs"), data, FakeModel())
     made.ranges = {"math": (-3.0, 4.0)}
-    found = [(t.reward, t.preference) for t in made.collect(0).trajectories if t.is_demonstration]
-    assert set(found) == {(4.0, 1), (-3.0, -1)}
+    actual = [(t.reward, t.preference) for t in made.collect(0).trajectories if t.is_demonstration]
+    assert set(actual) == {(4.0, 1), (-3.0, -1)}
 
 
 def test_partial_credit_below_the_threshold_is_a_signal_but_no_success():
     """The pass rate reads the threshold, the advantage the reward."""
-    found = [Trajectory(0, 0, (1,), (2,), reward, False, pass_threshold=0.5) for reward in (0.0, 0.4)]
-    batch = assemble(found, 0)
+    actual = [Trajectory(0, 0, (1,), (2,), reward, False, pass_threshold=0.5) for reward in (0.0, 0.4)]
+    batch = assemble(actual, 0)
     assert batch.pass_rate.tolist() == [0, 0]
     assert upge.GroupRelative()(batch)[:, 0].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-5)
-    lower = assemble([replace(t, pass_threshold=0.3) for t in found], 0)
+    lower = assemble([replace(t, pass_threshold=0.3) for t in actual], 0)
     assert lower.pass_rate.tolist() == [0.5, 0.5] and lower.select(torch.tensor([1])).pass_threshold == 0.3

@@ -27,9 +27,9 @@ def test_demonstrations_take_turns():
         assert sum(turns.values()) == 180 and all(26 <= turns[i, 100 + c] <= 34 for i in range(2) for c in range(3))
     for wanted, kept in ((0, 3), (2, 2), (5, 3)):
         policy = {"demonstrations": wanted}
-        found = collector(algorithm("demonstrations"), data, FakeModel(), prompts=1, data_policy=policy).collect(0)[0]
-        assert len({t.response_ids for t in found}) == len(found) == kept and {t.group for t in found} == {0}
-        assert assemble(found, 0).group.tolist() == [0] * kept
+        actual = collector(algorithm("demonstrations"), data, FakeModel(), prompts=1, data_policy=policy).collect(0)[0]
+        assert len({t.response_ids for t in actual}) == len(actual) == kept and {t.group for t in actual} == {0}
+        assert assemble(actual, 0).group.tolist() == [0] * kept
 
 
 def mixed(numbers: dict[str, int]) -> list[Example]:
@@ -84,6 +84,6 @@ def test_prompts_drawn_anew_keep_the_weights():
     model = FakeModel()
     made = collector(algorithm("rollouts", rounds=10), data, model, prompts=6, weights=weights)
     for step in range(5):
-        found, figures, _ = made.collect(step)
-        assert Counter(data[i].problem.source for i in prompts_of(found)) == {"a": 3, "b": 3}
+        actual, figures, _ = made.collect(step)
+        assert Counter(data[i].problem.source for i in prompts_of(actual)) == {"a": 3, "b": 3}
         assert figures["sampling/rounds"] > 1

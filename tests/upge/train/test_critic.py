@@ -34,7 +34,7 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def found(models, request, tmp_path_factory) -> dict:
+def results(models, request, tmp_path_factory) -> dict:
     """The results of the three engines for a number of ranks."""
     folder = tmp_path_factory.mktemp("critic")
     launch("critic_ranks", request.param, *models, folder / "found.pt", folder)
@@ -59,12 +59,12 @@ def plain_values(trunk: torch.nn.Module, head: torch.nn.Linear) -> torch.Tensor:
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
     values = head(trunk(input_ids=ids, attention_mask=mask).last_hidden_state)[..., 0]
     width = max(len(response) for _, response in pairs)
-    found = []
+    results = []
     for row, (prompt, response) in zip(values, pairs, strict=True):
         # The state after the prompt is the one before the first response token.
         before = row[len(prompt) - 1 : len(prompt) - 1 + len(response)]
-        found.append(torch.nn.functional.pad(before, (0, width - len(response))))
-    return torch.stack(found)
+        results.append(torch.nn.functional.pad(before, (0, width - len(response))))
+    return torch.stack(results)
 
 
 def plain_gradient(trunk: torch.nn.Module, head: torch.nn.Linear, some: int | None = None) -> dict:
@@ -78,83 +78,83 @@ def plain_gradient(trunk: torch.nn.Module, head: torch.nn.Linear, some: int | No
     return gradients
 
 
-def agree(found: dict, expected: dict) -> None:
+def agree(results: dict, expected: dict) -> None:
     """To 2e-5 of the largest entry."""
-    assert set(found) == set(expected)
+    assert set(results) == set(expected)
     scale = max(float(g.abs().max()) for g in expected.values())
     assert scale > 1e-4
     for name, gradient in expected.items():
-        difference = float((found[name] - gradient).abs().max())
+        difference = float((results[name] - gradient).abs().max())
         assert difference <= 2e-5 * scale, (name, difference / scale)
 
 
-def test_values_are_zero_before_the_critic_learns(found):
-    assert found["first values"].shape == (len(batch()), max(len(response) for _, response in batch()))
-    assert not found["first values"].any()
+def test_values_are_zero_before_the_critic_learns(results):
+    assert results["first values"].shape == (len(batch()), max(len(response) for _, response in batch()))
+    assert not results["first values"].any()
 
 
-def test_values_are_those_of_a_plain_model(models, found):
+def test_values_are_those_of_a_plain_model(models, results):
     with torch.no_grad():
-        expected = plain_values(*plain_critic(models[0], found["critic"]))
+        expected = plain_values(*plain_critic(models[0], results["critic"]))
     assert float(expected.std()) > 0.05
     for budget in BUDGETS:
-        assert float((found["values", budget] - expected).abs().max()) <= 1e-5
+        assert float((results["values", budget] - expected).abs().max()) <= 1e-5
 
 
-def test_gradients_are_those_of_a_plain_model(models, found):
+def test_gradients_are_those_of_a_plain_model(models, results):
     """One micro-batch or many, one rank or two, and with a rank that has no work."""
-    plain = plain_critic(models[0], found["critic"])
+    plain = plain_critic(models[0], results["critic"])
     expected = plain_gradient(*plain)
     norm = float(sum(g.square().sum() for g in expected.values()).sqrt())
     for budget in BUDGETS:
-        agree(found["gradient", budget], expected)
-        assert found["norm", budget] == pytest.approx(norm, rel=1e-4)
-    agree(found["gradient of one"], plain_gradient(*plain, some=1))
+        agree(results["gradient", budget], expected)
+        assert results["norm", budget] == pytest.approx(norm, rel=1e-4)
+    agree(results["gradient of one"], plain_gradient(*plain, some=1))
 
 
-def test_a_critic_continues_where_it_was_saved(found):
+def test_a_critic_continues_where_it_was_saved(results):
     """Bit by bit, activation checkpointing or not."""
-    moved = [name for name, weight in found["critic"].items() if not torch.equal(weight, found["went on"][name])]
-    assert set(moved) == set(found["critic"])
-    for name, weight in found["went on"].items():
-        assert torch.equal(found["resumed"][name], weight), name
+    moved = [name for name, weight in results["critic"].items() if not torch.equal(weight, results["went on"][name])]
+    assert set(moved) == set(results["critic"])
+    for name, weight in results["went on"].items():
+        assert torch.equal(results["resumed"][name], weight), name
 
 
-def test_a_critic_of_its_own_has_its_models_trunk(models, found):
+def test_a_critic_of_its_own_has_its_models_trunk(models, results):
     trunk = AutoModelForCausalLM.from_pretrained(models[1]).base_model
     expected = {f"trunk.{name}": p for name, p in trunk.named_parameters()}
-    assert set(found["apart"]) == {*expected, "head.weight", "head.bias"}
+    assert set(results["apart"]) == {*expected, "head.weight", "head.bias"}
     for name, weight in expected.items():
-        assert torch.equal(found["apart"][name], weight), name
-    assert not found["apart"]["head.weight"].any()
+        assert torch.equal(results["apart"][name], weight), name
+    assert not results["apart"]["head.weight"].any()
 
 
-def test_the_reference_policy_is_the_first_and_stays(models, found):
+def test_the_reference_policy_is_the_first_and_stays(models, results):
     model = AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.float64)
     prompt, response = batch()[0]
     logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
     expected = logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
-    assert float((found["reference", 0][0, : len(response)] - expected.detach()).abs().max()) <= 1e-5
-    assert float((found["reference", 0] - found["policy", 0]).abs().max()) <= 1e-5
-    assert torch.equal(found["reference", 1], found["reference", 0])
-    assert float((found["policy", 1] - found["policy", 0]).abs().max()) > 0.1
+    assert float((results["reference", 0][0, : len(response)] - expected.detach()).abs().max()) <= 1e-5
+    assert float((results["reference", 0] - results["policy", 0]).abs().max()) <= 1e-5
+    assert torch.equal(results["reference", 1], results["reference", 0])
+    assert float((results["policy", 1] - results["policy", 0]).abs().max()) > 0.1
 
 
-def test_the_policys_weights_are_its_own(models, found):
+def test_the_policys_weights_are_its_own(models, results):
     """Gathering them for the sampler gives the policy's, which have moved, in the model's names and shapes."""
     model = AutoModelForCausalLM.from_pretrained(models[0])
     expected = dict(model.named_parameters())
-    assert {n: w.shape for n, w in found["weights"].items()} == {n: w.shape for n, w in expected.items()}
-    assert all(bool((found["weights"][name] != weight).any()) for name, weight in expected.items())
-    model.load_state_dict(found["weights"], strict=False)
+    assert {n: w.shape for n, w in results["weights"].items()} == {n: w.shape for n, w in expected.items()}
+    assert all(bool((results["weights"][name] != weight).any()) for name, weight in expected.items())
+    model.load_state_dict(results["weights"], strict=False)
     prompt, response = batch()[3]
     logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
     expected = logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
-    assert float((found["policy", 1][3, : len(response)] - expected.detach()).abs().max()) <= 1e-4
+    assert float((results["policy", 1][3, : len(response)] - expected.detach()).abs().max()) <= 1e-4
 
 
-def test_the_reference_policy_is_partitioned(found):
-    assert found["share held"] == pytest.approx(1 / found["ranks"], rel=0.01)
+def test_the_reference_policy_is_partitioned(results):
+    assert results["share held"] == pytest.approx(1 / results["ranks"], rel=0.01)
 
 
 def test_a_critic_that_cannot_be_loaded_names_its_own_key(models, tmp_path):

@@ -73,11 +73,11 @@ def test_values_are_checked():
 
 
 def test_a_secondary_partition_changes_no_bit(tmp_path):
-    model, found = save_random_model(tmp_path / "model"), []
+    model, actual = save_random_model(tmp_path / "model"), []
     for size in (1, 2):
         launch("secondary_ranks", 2, model, tmp_path / f"{size}.pt", size)
-        found.append(torch.load(tmp_path / f"{size}.pt"))
-    without, one = found
+        actual.append(torch.load(tmp_path / f"{size}.pt"))
+    without, one = actual
     assert without["secondary"] == 0 and one["secondary"] > 0
     for key in ("gradient", "weights"):
         assert all(torch.equal(one[key][name], values) for name, values in without[key].items()), key

@@ -59,14 +59,14 @@ def results(network: Any, mode: str = "none", pairs: list[Any] = PAIRS) -> dict[
     checkpoint_activations(network, mode)
     logprobs, entropies = PackedPolicy(network).train()(pack(pairs, "cpu"), entropy=True)
     (logprobs.sum() + entropies.square().sum()).backward()
-    found = {name: parameter.grad for name, parameter in network.named_parameters()}
-    return {"logprobs": logprobs.detach(), "entropies": entropies.detach(), **found}
+    actual = {name: parameter.grad for name, parameter in network.named_parameters()}
+    return {"logprobs": logprobs.detach(), "entropies": entropies.detach(), **actual}
 
 
-def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+def errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Relative to the norm of what is expected."""
-    assert set(found) == set(expected)
-    return {n: float((found[n].double() - e.double()).norm() / e.double().norm()) for n, e in expected.items()}
+    assert set(actual) == set(expected)
+    return {n: float((actual[n].double() - e.double()).norm() / e.double().norm()) for n, e in expected.items()}
 
 
 @pytest.mark.parametrize("preset", FAMILIES)
@@ -131,12 +131,12 @@ def under_zero(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, 
 @pytest.mark.parametrize("mode", [*MODES, "lora"])
 def test_under_zero_3(under_zero: dict[str, dict[str, Any]], mode: str) -> None:
     """Weights of norms are released after a layer's forward pass and gathered again for its backward pass."""
-    found = under_zero[mode]
-    assert found["graphs"] >= 3 and found["released"]
-    assert set(found["compiled"]) == set(found["plain"]) and len(found["plain"]) > 20
-    for name, expected in found["plain"].items():
-        assert torch.allclose(found["compiled"][name], expected, rtol=1e-4, atol=1e-6), name
-    assert found["graphs after other lengths"] == found["graphs"]
+    actual = under_zero[mode]
+    assert actual["graphs"] >= 3 and actual["released"]
+    assert set(actual["compiled"]) == set(actual["plain"]) and len(actual["plain"]) > 20
+    for name, expected in actual["plain"].items():
+        assert torch.allclose(actual["compiled"][name], expected, rtol=1e-4, atol=1e-6), name
+    assert actual["graphs after other lengths"] == actual["graphs"]
 
 
 @pytest.mark.slow
@@ -151,6 +151,6 @@ def test_the_compiler_on_a_cpu(preset: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         ours = small_model(preset, dtype)
         compile_elementwise(ours)
-        plain, found = errors(results(small_model(preset, dtype)), exact), errors(results(ours), exact)
+        plain, actual = errors(results(small_model(preset, dtype)), exact), errors(results(ours), exact)
         for name in exact:
-            assert found[name] < (2e-5 if dtype == torch.float32 else 1.3 * plain[name] + 1e-3), name
+            assert actual[name] < (2e-5 if dtype == torch.float32 else 1.3 * plain[name] + 1e-3), name

@@ -31,7 +31,7 @@ RUNS = {
 
 
 @pytest.fixture(scope="module", params=RUNS.values(), ids=RUNS.keys())
-def found(model, request, tmp_path_factory) -> dict:
+def results(model, request, tmp_path_factory) -> dict:
     """The results of tests/engine_ranks.py for a number of ranks and a mode of offloading."""
     folder = tmp_path_factory.mktemp("engine")
     ranks, *settings = request.param
@@ -60,17 +60,17 @@ def product(a: dict, b: dict) -> float:
     return float(sum((a[name].double() * b[name].double()).sum() for name in a))
 
 
-def test_the_settings_have_an_effect(found):
-    ranks, offload, *more = (part for part in found["run"] if part not in ("{}", "selective"))
-    seen = found["settings"]
+def test_the_settings_have_an_effect(results):
+    ranks, offload, *more = (part for part in results["run"] if part not in ("{}", "selective"))
+    seen = results["settings"]
     assert seen["optimizer"] == (offload != "none") and seen["parameters"] == (offload == "all")
     assert (seen["bucket"] == 20_000) == bool(more) and (seen["groups"] > 1) == bool(more)
 
 
-def test_a_taken_gradient_is_the_plain_one(model, found):
+def test_a_taken_gradient_is_the_plain_one(model, results):
     """Each rank has several micro-batches, none of which is dropped, also with offloading (arXiv 2604.23747)."""
     for variant in (0, 1):
-        expected, taken = plain_gradient(model, variant), found["gradients"][variant]
+        expected, taken = plain_gradient(model, variant), results["gradients"][variant]
         assert set(taken) == set(expected)
         scale = max(float(g.abs().max()) for g in expected.values())
         for name, gradient in expected.items():
@@ -79,26 +79,26 @@ def test_a_taken_gradient_is_the_plain_one(model, found):
             assert difference <= 2e-5 * scale, (name, difference / scale)
 
 
-def test_dot_is_over_all_ranks_and_without_padding(model, found):
+def test_dot_is_over_all_ranks_and_without_padding(model, results):
     first, second = (plain_gradient(model, variant) for variant in (0, 1))
-    assert found["dot"][0] == pytest.approx(product(first, second), rel=1e-4)
-    assert found["dot"][1] == pytest.approx(product(first, first), rel=1e-4)
+    assert results["dot"][0] == pytest.approx(product(first, second), rel=1e-4)
+    assert results["dot"][1] == pytest.approx(product(first, first), rel=1e-4)
 
 
-def test_taking_leaves_no_trace(found):
+def test_taking_leaves_no_trace(results):
     """Two gradients and one that is not finite were taken before: norms and weights are the same to the last bit."""
-    assert found["with"]["results"] == found["without"]["results"]
-    assert all(result.applied and result.grad_norm > 0.5 for result in found["with"]["results"])
-    for name, weight in found["without"]["weights"].items():
-        assert torch.equal(found["with"]["weights"][name], weight), name
+    assert results["with"]["results"] == results["without"]["results"]
+    assert all(result.applied and result.grad_norm > 0.5 for result in results["with"]["results"])
+    for name, weight in results["without"]["weights"].items():
+        assert torch.equal(results["with"]["weights"][name], weight), name
 
 
-def test_gradients_are_clipped_before_adamw(model, found):
+def test_gradients_are_clipped_before_adamw(model, results):
     """AdamW forgets a constant factor, so the second gradient is a hundredth of the first: unclipped, it hardly counts.
 
     Weights equal those of a plain float64 model whose gradients are scaled to a norm of 0.5 where they exceed it.
     """
-    start, weights, norms = found["clipped"]
+    start, weights, norms = results["clipped"]
 
     def plain(limit: float) -> dict[str, torch.Tensor]:
         network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
@@ -121,25 +121,25 @@ def test_gradients_are_clipped_before_adamw(model, found):
     assert difference(plain(1e9), expected) > 0.1 * size
 
 
-def test_an_update_above_the_limit_is_left_out(found):
+def test_an_update_above_the_limit_is_left_out(results):
     """The norm is the one before clipping, the same on all ranks, and no trace is left of the gradient."""
-    norm, result, before, after = found["above"]
+    norm, result, before, after = results["above"]
     assert not result.applied and result.grad_norm == pytest.approx(norm, rel=1e-5)
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
-    norm, result, before, after = found["below"]
+    norm, result, before, after = results["below"]
     assert result.applied and result.grad_norm == pytest.approx(norm, rel=1e-5) and norm > 0.5
     assert not any(torch.equal(after[name], weight) for name, weight in before.items())
 
 
-def test_sets_of_moments_are_so_many_optimizers(found):
+def test_sets_of_moments_are_so_many_optimizers(results):
     """By turns, on the engine's own gradients: the weights are those of plain AdamWs that share their parameters."""
-    parameters = {name: torch.nn.Parameter(weight.clone()) for name, weight in found["start"].items()}
+    parameters = {name: torch.nn.Parameter(weight.clone()) for name, weight in results["start"].items()}
 
     def adamw() -> torch.optim.AdamW:
         return torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.1)
 
     optimizers = {"main": adamw(), "other": adamw()}
-    for turn, (name, gradient, weights) in enumerate(found["turns"]):
+    for turn, (name, gradient, weights) in enumerate(results["turns"]):
         if name == "reset other":
             optimizers["other"] = adamw()
             continue
@@ -151,16 +151,16 @@ def test_sets_of_moments_are_so_many_optimizers(found):
             assert difference <= 1e-6, (turn, name, key, difference)
 
 
-def test_a_continuation_equals_the_uninterrupted_run(found):
-    assert found["state"] == {"step": 7}
-    for name, weight in found["went on"].items():
-        assert torch.equal(found["resumed"][name], weight), name
+def test_a_continuation_equals_the_uninterrupted_run(results):
+    assert results["state"] == {"step": 7}
+    for name, weight in results["went on"].items():
+        assert torch.equal(results["resumed"][name], weight), name
 
 
-def test_gradients_in_half_precision_add_up_in_full(model, found):
+def test_gradients_in_half_precision_add_up_in_full(model, results):
     """The parts are rounded to bfloat16 (8 bits), their sum is not."""
     exact = plain_gradient(model, 0)
     scale = max(float(g.abs().max()) for g in exact.values())
-    for name, gradient in found["added here"].items():
-        assert float((found["added there"][name] - gradient).abs().max()) <= 1e-6 * scale, name
+    for name, gradient in results["added here"].items():
+        assert float((results["added there"][name] - gradient).abs().max()) <= 1e-6 * scale, name
         assert float((gradient - exact[name]).abs().max()) <= 0.05 * scale, name

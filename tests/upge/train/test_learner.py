@@ -21,7 +21,7 @@ def model_path(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module", params=[(1, 10_000), (2, 45)], ids=["one rank", "two ranks"])
-def found(request, model_path, tmp_path_factory) -> dict:
+def results(request, model_path, tmp_path_factory) -> dict:
     ranks, budget = request.param
     output = tmp_path_factory.mktemp("learner") / "found.pt"
     launch("learner_ranks", ranks, model_path, output, budget)
@@ -88,25 +88,25 @@ def plain(model_path) -> tuple[float, float, float]:
     return slope, difference, float(sum(g.square().sum() for g in mixture).sqrt())
 
 
-def test_slope_is_the_derivative_of_the_utility(found, plain):
+def test_slope_is_the_derivative_of_the_utility(results, plain):
     """⟨∇L_val, ∇L_2 - ∇L_1⟩ times the rate, with the sign that finite differences of the utility confirm."""
     slope, difference, _ = plain
     assert difference == pytest.approx(slope, rel=1e-3) and abs(slope) > 1e-3
-    assert found["slope"] == pytest.approx(slope, rel=2e-4)
+    assert results["slope"] == pytest.approx(slope, rel=2e-4)
 
 
-def test_asking_for_the_slope_leaves_no_trace(found, plain):
+def test_asking_for_the_slope_leaves_no_trace(results, plain):
     """The update after it has the gradient of (1-μ)·L_1 + μ·L_2 and the bonus, and of nothing else."""
-    assert found["norm"] == pytest.approx(plain[2], rel=1e-4)
-    assert found["state"] == 0.6
+    assert results["norm"] == pytest.approx(plain[2], rel=1e-4)
+    assert results["state"] == 0.6
 
 
-def test_the_variable_moves_by_slope_and_entropy(found):
+def test_the_variable_moves_by_slope_and_entropy(results):
     """0.6 + 2·0.05 + 0.25·(0.5 - 0.3)"""
-    assert found["mu"] == pytest.approx(0.75, abs=1e-12)
+    assert results["mu"] == pytest.approx(0.75, abs=1e-12)
 
 
-def test_the_critics_goal_is_the_return(found):
+def test_the_critics_goal_is_the_return(results):
     """At first V = 0 and so R = 0.95^(tokens still to come)·reward; the reference policy is the policy: no KL."""
     returns = [
         [0.95 ** (len(t.response_ids) - 1 - i) * t.reward for i in range(len(t.response_ids))]
@@ -114,7 +114,7 @@ def test_the_critics_goal_is_the_return(found):
         if not t.is_demonstration
     ]
     flat = torch.tensor([r for row in returns for r in row], dtype=torch.float64)
-    first, second = found["critic"]
+    first, second = results["critic"]
     assert first["critic/return_mean"] == pytest.approx(float(flat.mean()), rel=1e-5)
     assert first["critic/value_mean"] == 0 and first["critic/explained_variance"] == pytest.approx(0, abs=1e-5)
     assert first["critic/loss"] == pytest.approx(float(flat.square().mean()) / 2, rel=1e-5)
@@ -122,20 +122,20 @@ def test_the_critics_goal_is_the_return(found):
     assert second["critic/loss"] < first["critic/loss"], "the critic has learned from the first update"
 
 
-def test_the_critic_can_learn_alone(found):
-    assert found["policy updates"] == 0 and found["critic"][1]["updates"] == 0
+def test_the_critic_can_learn_alone(results):
+    assert results["policy updates"] == 0 and results["critic"][1]["updates"] == 0
 
 
-def test_updates_above_the_limit_are_told_apart(found):
+def test_updates_above_the_limit_are_told_apart(results):
     """The policy's and the interleaved updates' are counted each, and none of them has moved a weight."""
-    assert found["above limit"] == (1, 0.0, 1.0) and found["unmoved"]
+    assert results["above limit"] == (1, 0.0, 1.0) and results["unmoved"]
 
 
-def test_interludes_wait_for_enough_prompts(found):
+def test_interludes_wait_for_enough_prompts(results):
     """Only group 0 fails and has a demonstration: it is remembered in each step, and after three an update follows."""
     assert SIZE == 3
-    assert found["interleaved_updates"] == [(0.0, [0]), (0.0, [0, 0]), (1.0, []), (0.0, [0])]
-    assert found["optimizer"] == "main"
+    assert results["interleaved_updates"] == [(0.0, [0]), (0.0, [0, 0]), (1.0, []), (0.0, [0])]
+    assert results["optimizer"] == "main"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def found(model, request, tmp_path_factory) -> dict:
+def results(model, request, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("lora")
     launch("lora_ranks", request.param, model, folder / "found.pt", folder)
     launch("lora_ranks", request.param, model, folder / "variants.pt", "")
@@ -62,23 +62,23 @@ def plain_logprobs(network: torch.nn.Module) -> list[Tensor]:
     return rows
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert set(found) == set(expected)
+def assert_close(results: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert set(results) == set(expected)
     scale = max(float(value.abs().max()) for value in expected.values())
     for name, value in expected.items():
-        difference = float((found[name] - value).abs().max())
+        difference = float((results[name] - value).abs().max())
         assert difference <= tolerance * scale, (name, difference / scale)
 
 
-def test_the_gradient_is_the_whole_one_restricted_to_the_subspace(model, found):
+def test_the_gradient_is_the_whole_one_restricted_to_the_subspace(model, results):
     """By the chain rule through W + s·B·A, from the gradient of the same loss with respect to the merged weights."""
-    network = plain_model(model, found["weights"])
+    network = plain_model(model, results["weights"])
     for variant in (0, 1):
         network.zero_grad()
         token_loss(network, variant).backward()
         by_weight = {name: p.grad for name, p in network.named_parameters()}
-        expected = chain_rule(found["matrices"], by_weight, LORA.alpha / LORA.rank)
-        assert_close(found["gradients"][variant], expected, 2e-5)
+        expected = chain_rule(results["matrices"], by_weight, LORA.alpha / LORA.rank)
+        assert_close(results["gradients"][variant], expected, 2e-5)
 
 
 def test_the_gradient_in_float64(tmp_path):
@@ -110,43 +110,43 @@ def test_the_gradient_in_float64(tmp_path):
     assert all(p.grad is None for name, p in network.named_parameters() if ".lora_" not in name)
 
 
-def test_the_policy_starts_as_the_base_model_and_keeps_its_other_weights(model, found):
+def test_the_policy_starts_as_the_base_model_and_keeps_its_other_weights(model, results):
     base = AutoModelForCausalLM.from_pretrained(model).state_dict()
-    weights, matrices = found["first"]
+    weights, matrices = results["first"]
     assert all(torch.equal(weights[name], values) for name, values in base.items()) and set(weights) == set(base)
     assert all(bool(value.any()) == (".lora_A." in name) for name, value in matrices.items())
-    changed = {name for name, values in base.items() if not torch.equal(found["weights"][name], values)}
+    changed = {name for name, values in base.items() if not torch.equal(results["weights"][name], values)}
     assert changed == set(products(matrices)) and len(changed) == 14
 
 
-def test_merged_weights_are_the_base_plus_the_product(model, found):
+def test_merged_weights_are_the_base_plus_the_product(model, results):
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).state_dict()
-    matrices = found["matrices"]
+    matrices = results["matrices"]
     for weight, (a, b) in products(matrices).items():
         expected = base[weight] + 5 / 3 * matrices[b].double() @ matrices[a].double()
-        assert torch.allclose(found["weights"][weight].double(), expected, atol=1e-6), weight
+        assert torch.allclose(results["weights"][weight].double(), expected, atol=1e-6), weight
 
 
-def test_the_log_probs_of_policy_and_reference(model, found):
+def test_the_log_probs_of_policy_and_reference(model, results):
     """The policy's are those of the merged weights, the reference's those of the base model."""
-    merged, base = plain_model(model, found["weights"]), AutoModelForCausalLM.from_pretrained(model)
-    for ours, theirs in ((found["policy"], merged), (found["reference"], base.double())):
+    merged, base = plain_model(model, results["weights"]), AutoModelForCausalLM.from_pretrained(model)
+    for ours, theirs in ((results["policy"], merged), (results["reference"], base.double())):
         for row, expected in zip(ours, plain_logprobs(theirs), strict=True):
             assert torch.allclose(row[: len(expected)].double(), expected, atol=2e-5)
-    assert float((found["policy"] - found["reference"]).abs().max()) > 1e-2
-    for name, gradient in found["gradients"][0].items():
-        assert torch.equal(found["after the reference"][name], gradient), name
+    assert float((results["policy"] - results["reference"]).abs().max()) > 1e-2
+    for name, gradient in results["gradients"][0].items():
+        assert torch.equal(results["after the reference"][name], gradient), name
 
 
-def test_only_the_adapters_are_trained(model, found):
+def test_only_the_adapters_are_trained(model, results):
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(Qwen2Config.from_pretrained(model))
 
     def planned(lora: LoraConfig) -> int:
         return sum(part.numel() for weight in planned_weights(network, lora) for part in weight.adapter or ())
 
-    by_hand = sum(w.numel() for w in found["matrices"].values())
-    assert found["trained"] == by_hand == planned(LORA)
+    by_hand = sum(w.numel() for w in results["matrices"].values())
+    assert results["trained"] == by_hand == planned(LORA)
     assert planned(DROPOUT) == 2 * 3 * (63 + 64 + 101 + 63)
     assert planned(LoraConfig()) == 0
 
@@ -165,16 +165,16 @@ def test_the_planned_weights_are_those_of_the_adapter(model):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_checkpointing_offloading_and_bfloat16_train_the_same(found, name):
+def test_checkpointing_offloading_and_bfloat16_train_the_same(results, name):
     """The first gradient, and the weights after two updates.
 
     bfloat16 has 8 bits. Its weights are not compared: AdamW divides a gradient by its size, so that a small entry with
     the wrong sign moves the weight as far as a large one.
     """
-    gradient, weights = found["variants"][name]
-    pairs = [(gradient, found["first gradient"], 3e-2 if name == "bfloat16" else 1e-5)]
+    gradient, weights = results["variants"][name]
+    pairs = [(gradient, results["first gradient"], 3e-2 if name == "bfloat16" else 1e-5)]
     if name != "bfloat16":
-        pairs.append((weights, found["weights"], 1e-5))
+        pairs.append((weights, results["weights"], 1e-5))
     for seen, expected, tolerance in pairs:
         assert set(seen) == set(expected)
         flat, right = (torch.cat([each[n].float().flatten() for n in expected]) for each in (seen, expected))
@@ -204,25 +204,25 @@ def test_the_bytes_of_a_merge(dtype):
 
 
 @pytest.mark.parametrize("name", ["plain", "noisy"])
-def test_a_continuation_equals_the_uninterrupted_run(found, name):
+def test_a_continuation_equals_the_uninterrupted_run(results, name):
     """Also with dropout, whose random numbers follow from the step."""
-    assert found[name, "state"] == {"step": 5}
-    for key, weight in found[name, "went on"].items():
-        assert torch.equal(found[name, "resumed"][key], weight), key
+    assert results[name, "state"] == {"step": 5}
+    for key, weight in results[name, "went on"].items():
+        assert torch.equal(results[name, "resumed"][key], weight), key
 
 
-def test_a_checkpoint_holds_the_adapters_only(found):
+def test_a_checkpoint_holds_the_adapters_only(results):
     """Weights, moments and masters of the adapters, and the base model's names; the base model has 450 kB."""
-    trained = 4 * found["trained"]
-    assert 3 * trained < found["plain", "bytes"] < 6 * trained + 150_000
+    trained = 4 * results["trained"]
+    assert 3 * trained < results["plain", "bytes"] < 6 * trained + 150_000
 
 
-def test_the_export_is_the_merged_model_and_the_adapter(model, found):
+def test_the_export_is_the_merged_model_and_the_adapter(model, results):
     from peft import PeftModel
 
-    final = found["folder"] / "final"
+    final = results["folder"] / "final"
     whole = AutoModelForCausalLM.from_pretrained(final).state_dict()
-    assert all(torch.equal(whole[name], values) for name, values in found["weights"].items())
+    assert all(torch.equal(whole[name], values) for name, values in results["weights"].items())
     base = AutoModelForCausalLM.from_pretrained(model)
     merged = PeftModel.from_pretrained(base, final / "adapter").merge_and_unload().state_dict()
     assert set(merged) == set(whole)
@@ -230,10 +230,10 @@ def test_the_export_is_the_merged_model_and_the_adapter(model, found):
         assert torch.allclose(merged[name], values, atol=1e-6), name
 
 
-def test_dropout_is_random_in_passes_with_gradient_only(found):
-    first, second = found["noisy gradients"]
+def test_dropout_is_random_in_passes_with_gradient_only(results):
+    first, second = results["noisy gradients"]
     assert all(torch.equal(first[name], values) for name, values in second.items()), "both passes are the step's first"
-    noisy, plain, again = found["noisy log-probs"]
+    noisy, plain, again = results["noisy log-probs"]
     assert torch.equal(plain, again) and float((noisy - plain).abs().max()) > 1e-3
 
 

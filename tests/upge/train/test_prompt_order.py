@@ -80,8 +80,8 @@ def test_a_step_follows_from_its_number_alone():
 def test_a_single_source_comes_in_the_order_of_a_data_set():
     for step in range(20):
         members = range(40, 53)
-        found = mixed_indices(step, 5, {"": members}, {"": 1.0}, 9)
-        assert found == [members[i] for i in prompt_indices(step, 5, len(members), 9)]
+        actual = mixed_indices(step, 5, {"": members}, {"": 1.0}, 9)
+        assert actual == [members[i] for i in prompt_indices(step, 5, len(members), 9)]
 
 
 def test_sources_are_mixed_within_a_step():
@@ -100,8 +100,8 @@ def test_a_late_step_costs_little():
 
 
 def test_a_source_smaller_than_its_share_repeats_within_a_step():
-    found = mixed_indices(0, 10, {"a": [7, 8], "b": [9]}, {"a": 0.8, "b": 0.2}, 0)
-    assert Counter(found) == {7: 4, 8: 4, 9: 2}
+    actual = mixed_indices(0, 10, {"a": [7, 8], "b": [9]}, {"a": 0.8, "b": 0.2}, 0)
+    assert Counter(actual) == {7: 4, 8: 4, 9: 2}
 
 
 # Demonstrations

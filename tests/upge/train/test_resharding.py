@@ -17,7 +17,7 @@ SOURCES = [source for _, source in RUNS.values()]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[str, dict[tuple[str, str], State]]:
+def results(tmp_path_factory) -> dict[str, dict[tuple[str, str], State]]:
     """The results of tests/reshard_ranks.py for every checkpoint. No number of ranks divides the model evenly."""
     folder = tmp_path_factory.mktemp("resharding")
     save_odd_model(folder / "model", tied=True, layers=1)
@@ -28,9 +28,9 @@ def found(tmp_path_factory) -> dict[str, dict[tuple[str, str], State]]:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", CONTINUED)
-def test_everything_is_taken_over_exactly(found, name, engine):
+def test_everything_is_taken_over_exactly(results, name, engine):
     """Weights, master weights, all sets of moments with their step counts, the one in use, and the number of steps."""
-    saved, loaded = found[RUNS[name][1]]["saved", engine], found[name]["loaded", engine]
+    saved, loaded = results[RUNS[name][1]]["saved", engine], results[name]["loaded", engine]
     assert loaded.position == saved.position and loaded.in_use == saved.in_use == LATE
     for before, now in ((saved.masters, loaded.masters), (saved.weights, loaded.weights)):
         assert before.keys() == now.keys()
@@ -48,11 +48,11 @@ def test_everything_is_taken_over_exactly(found, name, engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", CONTINUED)
-def test_the_next_update_is_that_of_the_undisturbed_run(found, name, engine):
+def test_the_next_update_is_that_of_the_undisturbed_run(results, name, engine):
     """To the rounding of sums in another order."""
-    source = found[RUNS[name][1]]
+    source = results[RUNS[name][1]]
     before, undisturbed = source["saved", engine].masters, source["last", engine].masters
-    continued = found[name]["saved" if name in SOURCES else "last", engine].masters
+    continued = results[name]["saved" if name in SOURCES else "last", engine].masters
     for parameter, tensor in undisturbed.items():
         step = float((tensor - before[parameter]).norm())
         difference = float((continued[parameter] - tensor).norm())

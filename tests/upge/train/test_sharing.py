@@ -21,11 +21,11 @@ def groups(seed: int = 0) -> list[tuple[list[int], list[int]]]:
     rng = random.Random(seed)
     prompts = [[rng.randrange(1, VOCABULARY) for _ in range(size)] for size in (7, 3, 5)]
     sizes = [(0, (6, 0, 3, 6)), (1, (4,)), (2, (1, 8, 2, 1, 0))]
-    found = [
+    actual = [
         (prompts[name], [rng.randrange(1, VOCABULARY) for _ in range(size)]) for name, own in sizes for size in own
     ]
-    rng.shuffle(found)
-    return found
+    rng.shuffle(actual)
+    return actual
 
 
 @pytest.mark.parametrize("seed", range(3))

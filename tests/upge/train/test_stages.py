@@ -38,15 +38,15 @@ def policy_rates(*arguments, **settings) -> list[float | None]:
 def test_the_schedule_begins_anew_with_each_stage():
     """One step of warm-up and a linear fall, over 4 steps and then over 6."""
     pipeline = two_stages(algorithm("demonstrations"), algorithm("rollouts"))
-    found = policy_rates(pipeline, 10, optimizer={"lr": 1.0, "schedule": "linear", "warmup_steps": 1})
-    assert found == pytest.approx([1, 1, 2 / 3, 1 / 3, 10, 10, 8, 6, 4, 2])
+    actual = policy_rates(pipeline, 10, optimizer={"lr": 1.0, "schedule": "linear", "warmup_steps": 1})
+    assert actual == pytest.approx([1, 1, 2 / 3, 1 / 3, 10, 10, 8, 6, 4, 2])
 
 
 def test_warm_up_begins_anew_with_each_stage():
     """Two steps that rise, then the full rate."""
     pipeline = two_stages(algorithm("demonstrations"), algorithm("rollouts"))
-    found = policy_rates(pipeline, 10, optimizer={"lr": 1.0, "warmup_steps": 2})
-    assert found == pytest.approx([0.5, 1, 1, 1, 5, 10, 10, 10, 10, 10])
+    actual = policy_rates(pipeline, 10, optimizer={"lr": 1.0, "warmup_steps": 2})
+    assert actual == pytest.approx([0.5, 1, 1, 1, 5, 10, 10, 10, 10, 10])
 
 
 SETTINGS = {"optimizer": {"lr": 1.0, "schedule": "linear", "warmup_steps": 1}, "critic": {"lr": 8.0, "warmup_steps": 2}}
@@ -54,10 +54,10 @@ SETTINGS = {"optimizer": {"lr": 1.0, "schedule": "linear", "warmup_steps": 1}, "
 
 def test_the_critic_learns_alone_for_exactly_its_warm_up():
     """Two of six steps; the policy's schedule then has the other four, the critic's has all six."""
-    found = rates(Pipeline.of(algorithms.load("ppo")), 6, **SETTINGS)
-    assert [policy for policy, _ in found[:2]] == [None, None]
-    assert [policy for policy, _ in found[2:]] == pytest.approx([1, 1, 2 / 3, 1 / 3])
-    assert [critic for _, critic in found] == pytest.approx([8, 8, 6.4, 4.8, 3.2, 1.6])
+    actual = rates(Pipeline.of(algorithms.load("ppo")), 6, **SETTINGS)
+    assert [policy for policy, _ in actual[:2]] == [None, None]
+    assert [policy for policy, _ in actual[2:]] == pytest.approx([1, 1, 2 / 3, 1 / 3])
+    assert [critic for _, critic in actual] == pytest.approx([8, 8, 6.4, 4.8, 3.2, 1.6])
 
 
 def test_a_warm_up_without_a_critic_is_none():
@@ -66,10 +66,10 @@ def test_a_warm_up_without_a_critic_is_none():
 
 def test_the_critics_warm_up_is_counted_within_its_stage():
     pipeline = two_stages(algorithm("demonstrations"), algorithms.load("ppo"))
-    found = policy_rates(pipeline, 10, **SETTINGS)
-    assert found[:4] == pytest.approx([1, 1, 2 / 3, 1 / 3])
-    assert found[4:6] == [None, None]
-    assert found[6:] == pytest.approx([10, 10, 20 / 3, 10 / 3])
+    actual = policy_rates(pipeline, 10, **SETTINGS)
+    assert actual[:4] == pytest.approx([1, 1, 2 / 3, 1 / 3])
+    assert actual[4:6] == [None, None]
+    assert actual[6:] == pytest.approx([10, 10, 20 / 3, 10 / 3])
 
 
 # AdamW's moments.
@@ -87,11 +87,11 @@ def trained(cls: type) -> Engine | CriticEngine:
 
 def moments(module: Engine | CriticEngine) -> dict[str, dict]:
     """Name → the moments that an update with this set would start from."""
-    found = {}
+    actual = {}
     for name in ("main", "interleaved_update"):
         module.use_optimizer(name)
-        found[name] = dict(module._moments._zero.state)
-    return found
+        actual[name] = dict(module._moments._zero.state)
+    return actual
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -23,7 +23,7 @@ def model_path(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module", params=[(1, 10_000), (2, 45)], ids=["one rank", "two ranks"])
-def found(request, model_path, tmp_path_factory) -> dict:
+def results(request, model_path, tmp_path_factory) -> dict:
     ranks, budget = request.param
     output = tmp_path_factory.mktemp("term_gradients") / "found.pt"
     launch("term_gradients_ranks", ranks, model_path, output, budget)
@@ -42,13 +42,13 @@ def plain(model_path) -> tuple[dict[str, dict[str, torch.Tensor]], torch.Tensor]
     gradients = {}
     for name in PARTS:
         loss = plan.alone(name).estimate(batch).loss
-        found = torch.autograd.grad(loss, list(named.values()), retain_graph=True)
-        gradients[name] = dict(zip(named, found, strict=True))
+        results = torch.autograd.grad(loss, list(named.values()), retain_graph=True)
+        gradients[name] = dict(zip(named, results, strict=True))
     return gradients, plan.estimate(batch).weights.detach()
 
 
-def test_norms_and_angles(found, plain):
-    gradients, figures = plain[0], found["figures"]
+def test_norms_and_angles(results, plain):
+    gradients, figures = plain[0], results["figures"]
     for name in PARTS:
         assert figures[f"{name}/grad_norm"] == pytest.approx(norm_of(gradients[name]), rel=1e-4), name
     for a, b in (("rl", "sft"), ("rl", "entropy"), ("sft", "entropy")):
@@ -57,18 +57,18 @@ def test_norms_and_angles(found, plain):
         assert figures[f"cosine/{a}_{b}"] == pytest.approx(expected, abs=1e-4), (a, b)
 
 
-def test_the_parts_add_up_to_the_update(found, plain):
+def test_the_parts_add_up_to_the_update(results, plain):
     total = {key: sum(part[key] for part in plain[0].values()) for key in plain[0]["rl"]}
-    assert found["figures"]["grad_norm"] == pytest.approx(norm_of(total), rel=1e-4)
-    assert max(found["rest"]) <= 2e-6 * max(found["largest"])
+    assert results["figures"]["grad_norm"] == pytest.approx(norm_of(total), rel=1e-4)
+    assert max(results["rest"]) <= 2e-6 * max(results["largest"])
 
 
-def test_looking_changes_nothing(found):
+def test_looking_changes_nothing(results):
     """Two updates with and without: every weight is the same to the last bit."""
-    assert all(torch.equal(found["diagnosed"][name], weight) for name, weight in found["plain"].items())
+    assert all(torch.equal(results["diagnosed"][name], weight) for name, weight in results["plain"].items())
 
 
-def test_the_heaviest_tokens_are_those_of_the_whole_batch(found, plain):
+def test_the_heaviest_tokens_are_those_of_the_whole_batch(results, plain):
     """For any cut and any number of ranks: of each term the largest weights, one trajectory of each prompt."""
     weights, members = plain[1], trajectories()
     for term in ("rl", "sft"):
@@ -78,17 +78,17 @@ def test_the_heaviest_tokens_are_those_of_the_whole_batch(found, plain):
         for row in rows:
             if float(weights[row].abs().max()) > 0:
                 best.setdefault(members[row].group, row)
-        chosen = [one for one in found["top"] if one[0] == term]
+        chosen = [one for one in results["top"] if one[0] == term]
         assert [row for _, row, _, _ in chosen] == list(best.values())[:4] and chosen
         for _, row, gate, values in chosen:
             assert gate == 1.0 and len(values) == len(members[row].response_ids)
             assert values == pytest.approx(weights[row, : len(values)].tolist(), rel=1e-4)
 
 
-def test_figures_count_whole_trajectories(found, plain):
+def test_figures_count_whole_trajectories(results, plain):
     """(Σ|W|)²/ΣW² of each trajectory's Σ|w|, whatever chunks and ranks it was cut into."""
     for term, demonstrations in (("rl", False), ("sft", True)):
         rows = [row for row, t in enumerate(trajectories()) if t.is_demonstration == demonstrations]
         masses = plain[1][rows].abs().sum(dim=1)
         expected = float(masses.sum() ** 2 / masses.square().sum())
-        assert found["figures"][f"{term}/effective_trajectories"] == pytest.approx(expected, rel=1e-4), term
+        assert results["figures"][f"{term}/effective_trajectories"] == pytest.approx(expected, rel=1e-4), term

@@ -55,8 +55,8 @@ def test_what_each_prompt_gave(name, gate, learned, updates):
 
 
 def test_shares_of_what_was_heard():
-    found = active("hpt")
-    assert found.demonstration_share == 1 / 17 and found.no_signal_prompts == pytest.approx(1 / 5)
+    actual = active("hpt")
+    assert actual.demonstration_share == 1 / 17 and actual.no_signal_prompts == pytest.approx(1 / 5)
     empty = ActiveTrajectories([], torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.bool))
     assert empty.demonstration_share == 0 and empty.skipped_tokens == 0 and not list(empty.prompt_lines([]))
 
@@ -66,13 +66,13 @@ def test_sides_are_those_of_the_ratio():
     batch = literal([[0.8, 0.2], [0.8, 0.2]], p_old=[[0.4, 0.4], [0.4, 0.4]], rewards=[1, 0], group=[0, 0])
     estimator = upge.UnifiedGradient(upge.PPOClip(), upge.BehaviorPolicy(), upge.GroupRelative())
     clipped = upge.Algorithm("x", {"rl": upge.Term("rollouts", upge.ConstantGate(), estimator, upge.TokenMean())})
-    found = clipped.estimate(batch).metrics
-    assert (found["rl/masked_share"], found["rl/masked_above"], found["rl/masked_below"]) == (0.5, 0.25, 0.25)
+    actual = clipped.estimate(batch).metrics
+    assert (actual["rl/masked_share"], actual["rl/masked_above"], actual["rl/masked_below"]) == (0.5, 0.25, 0.25)
     free = upge.UnifiedGradient(upge.NoMask(), upge.BehaviorPolicy(), upge.GroupRelative())
-    found = upge.Algorithm("x", {"rl": upge.Term("rollouts", upge.ConstantGate(), free, upge.TokenMean())}).estimate(
+    actual = upge.Algorithm("x", {"rl": upge.Term("rollouts", upge.ConstantGate(), free, upge.TokenMean())}).estimate(
         batch
     )
-    assert found.metrics["rl/masked_share"] == 0 and "rl/masked_above" not in found.metrics
+    assert actual.metrics["rl/masked_share"] == 0 and "rl/masked_above" not in actual.metrics
 
 
 def test_figures_do_not_depend_on_the_cut():
@@ -98,11 +98,11 @@ def heavy(row: int, group: int, weights: list[float], term: str = "rl") -> TopTr
 
 
 def test_one_of_a_prompt_and_the_first_of_equals():
-    found = [heavy(9, 1, [0.1]), heavy(4, 0, [0.30000001]), heavy(3, 0, [0.3]), heavy(1, 2, [-0.5, 0.2])]
-    found += [heavy(20 + i, 10 + i, [0.01]) for i in range(KEPT)] + [heavy(8, 1, [math.nan], term="sft")]
-    top = [(one.term, one.trajectory.index) for one in merged(found)]
+    actual = [heavy(9, 1, [0.1]), heavy(4, 0, [0.30000001]), heavy(3, 0, [0.3]), heavy(1, 2, [-0.5, 0.2])]
+    actual += [heavy(20 + i, 10 + i, [0.01]) for i in range(KEPT)] + [heavy(8, 1, [math.nan], term="sft")]
+    top = [(one.term, one.trajectory.index) for one in merged(actual)]
     assert top == [*(("rl", index) for index in (1, 3, 9, 20)), ("sft", 8)]
-    assert merged(reversed(found)) == merged(found) and merged([]) == []
+    assert merged(reversed(actual)) == merged(actual) and merged([]) == []
 
 
 def test_a_long_response_is_cut_around_its_heaviest_token():

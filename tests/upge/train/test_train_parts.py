@@ -93,8 +93,8 @@ def test_assembled_columns():
 def test_learning_rate(schedule, expected):
     """Two steps of warm-up, six in all."""
     config = OptimizerConfig(lr=1.0, warmup_steps=2, schedule=schedule)
-    found = [learning_rate(config, step, 6) for step in range(6)]
-    assert all(f == pytest.approx(e, abs=1e-6) for f, e in zip(found, expected, strict=True)), found
+    actual = [learning_rate(config, step, 6) for step in range(6)]
+    assert all(f == pytest.approx(e, abs=1e-6) for f, e in zip(actual, expected, strict=True)), actual
 
 
 def test_rollout_figures_by_hand():
@@ -105,10 +105,10 @@ def test_rollout_figures_by_hand():
         Trajectory(1, 1, (1,), (2, 3), 0.0, False, (-3.0, -3.0), True, "ok"),
         Trajectory(1, 1, (1,), (2,), 1.0, True),
     ]
-    found = rollout_metrics(made)
-    assert found["reward/mean"] == pytest.approx(1 / 3) and found["prompts_solved"] == 0.5
-    assert found["entropy"] == pytest.approx(12 / 8) and found["response_length"] == pytest.approx(8 / 3)
-    assert found["response_cut_share"] == pytest.approx(1 / 3)
+    actual = rollout_metrics(made)
+    assert actual["reward/mean"] == pytest.approx(1 / 3) and actual["prompts_solved"] == 0.5
+    assert actual["entropy"] == pytest.approx(12 / 8) and actual["response_length"] == pytest.approx(8 / 3)
+    assert actual["response_cut_share"] == pytest.approx(1 / 3)
     assert rollout_metrics(made[-1:]) == {}
 
 

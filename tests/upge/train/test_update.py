@@ -99,27 +99,27 @@ def launch(script: str, ranks: int, *arguments: object, timeout: float = 500) ->
 def test_gradients_under_zero3(reference, tmp_path, ranks, budget):
     """One micro-batch or many, one rank or two: every algorithm's gradient is the plain one, to float32 rounding."""
     launch("update_ranks", ranks, reference.model, reference.columns, tmp_path / "gradients.pt", budget)
-    found = torch.load(tmp_path / "gradients.pt")
-    assert set(found) == {*reference.gradients, "two updates"}
+    actual = torch.load(tmp_path / "gradients.pt")
+    assert set(actual) == {*reference.gradients, "two updates"}
     for name, expected in reference.gradients.items():
         scale = max(float(g.abs().max()) for g in expected.values())
         assert scale > 1e-6, name
-        assert float(found[name].pop("norm")) == pytest.approx(norm_of(expected), rel=1e-4), name
-        assert set(found[name]) == set(expected)
+        assert float(actual[name].pop("norm")) == pytest.approx(norm_of(expected), rel=1e-4), name
+        assert set(actual[name]) == set(expected)
         for parameter, gradient in expected.items():
-            difference = float((found[name][parameter] - gradient).abs().max())
+            difference = float((actual[name][parameter] - gradient).abs().max())
             assert difference <= 2e-5 * scale, (name, parameter, difference / scale)
     assert reference.halves[0] != pytest.approx(reference.halves[1], rel=1e-2)
-    assert found["two updates"].tolist() == pytest.approx(reference.halves, rel=1e-4)
+    assert actual["two updates"].tolist() == pytest.approx(reference.halves, rel=1e-4)
 
 
 def test_every_algorithm_is_among_the_cases():
     """With what only some read: a critic's values, a reference policy, pairs, a stateful gate."""
-    found = cases()
-    names = {name.split(",")[0].split(":")[0] for name in found}
+    actual = cases()
+    names = {name.split(",")[0].split(":")[0] for name in actual}
     on_vocabulary = {name for name in algorithms.names() if getattr(algorithms.load(name), "supports", None)}
-    assert names == {*algorithms.names(), "corrected_ppo"} - on_vocabulary and len(found) >= 2 * (len(names) + 1)
-    needs = [one.needs for one, _ in found.values()]
+    assert names == {*algorithms.names(), "corrected_ppo"} - on_vocabulary and len(actual) >= 2 * (len(names) + 1)
+    needs = [one.needs for one, _ in actual.values()]
     for asked in ("critic", "reference", "preference_pairs"):
         assert any(getattr(need, asked) for need in needs), asked
-    assert any(one.stateful for one, _ in found.values())
+    assert any(one.stateful for one, _ in actual.values())

@@ -53,10 +53,10 @@ class PlainEngine:
         loss.backward()
 
     def step(self, lr, limit=0.0):
-        found = [p.grad for p in self.policy.parameters()]
-        self.gradients.append(torch.cat([g.flatten() for g in found]).clone())
+        actual = [p.grad for p in self.policy.parameters()]
+        self.gradients.append(torch.cat([g.flatten() for g in actual]).clone())
         with torch.no_grad():
-            for parameter, gradient in zip(self.policy.parameters(), found, strict=True):
+            for parameter, gradient in zip(self.policy.parameters(), actual, strict=True):
                 parameter -= lr * gradient
         self.policy.zero_grad()
         return StepResult(True, float(self.gradients[-1].norm()))

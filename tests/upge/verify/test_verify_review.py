@@ -78,11 +78,11 @@ def test_numbers_with_words_and_exponents(reward: float, gold: str, given: str) 
 def test_the_powers_of_ten_of_a_real_set() -> None:
     rows = json.loads((DATA / "eval" / "minerva.json").read_text("utf-8"))
     golds = [str(row["answer"]) for row in rows]
-    found = [(gold, re.fullmatch(r"([+-]?[0-9.]+)[eE]\+?(-?[0-9]+)", gold)) for gold in golds]
-    found = [(gold, match) for gold, match in found if match]
-    assert len(found) > 30
+    actual = [(gold, re.fullmatch(r"([+-]?[0-9.]+)[eE]\+?(-?[0-9]+)", gold)) for gold in golds]
+    actual = [(gold, match) for gold, match in actual if match]
+    assert len(actual) > 30
     math, bad = load("math"), []
-    for gold, match in found:
+    for gold, match in actual:
         right, near = rf"{match[1]} \times 10^{{{match[2]}}}", rf"{float(match[1]) * 1.01:.6g}\times 10^{{{match[2]}}}"
         product = rf"{match[1]}\cdot e\cdot {match[2]}"
         rewards = [math(boxed(answer), gold) for answer in (gold, right, near, product)]

@@ -27,9 +27,9 @@ FINITE = [
 
 
 def parsed(text: str) -> sympy.Expr:
-    found = expression(write(tokens_of(spell(text))).latex)
-    assert found is not None, text
-    return found
+    actual = expression(write(tokens_of(spell(text))).latex)
+    assert actual is not None, text
+    return actual
 
 
 @pytest.mark.parametrize("text", FINITE)

@@ -218,13 +218,13 @@ def test_a_program_ends_whatever_is_pending(ending: str) -> None:
 
 def marked(mark: str) -> list[Path]:
     """The processes in whose environment the mark stands."""
-    found = []
+    actual = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            found += [entry] if mark.encode() in (entry / "environ").read_bytes() else []
+            actual += [entry] if mark.encode() in (entry / "environ").read_bytes() else []
         except OSError:
             pass
-    return found
+    return actual
 
 
 HEAD = r"""
