@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 import algorithms
 from upge import Algorithm, Pipeline
+from upge.errors import ConfigError
 
 SLOTS = ("mask", "denominator", "advantage", "likelihood")
 _REACH = {
@@ -163,3 +164,14 @@ def _shown(where: tuple[Any, ...], value: Any) -> tuple[str, str]:
         return value, f"algo.{target}"
     text = "null" if value is None else str(value)
     return (text.lower() if isinstance(value, bool) else text), ""
+
+
+def base_of(correction: str) -> str:
+    """The algorithm on which a correction is shown: grpo, or the first that it applies to."""
+    for name in ("grpo", *algorithms.names()):
+        try:
+            algorithms.load(name, corrections=[correction])
+        except ConfigError:
+            continue
+        return name
+    raise ConfigError(f"correction: '{correction}' applies to no algorithm of algorithms/")

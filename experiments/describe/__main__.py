@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import algorithms
 from experiments import cli
 from experiments.config import correction_names
-from experiments.describe import correction_description, keys, members, needs, rows, words
+from experiments.describe import base_of, correction_description, keys, members, needs, papers, rows, words
 from experiments.files import DOCS, replace_block
 from experiments.grid import markdown_table
 from upge import Algorithm
@@ -180,23 +180,12 @@ def _algorithm(name: str) -> list[str]:
     return [*lines, f"Keys, to append to `python -m experiments.run algo={name}`:", "", _block("", own), ""]
 
 
-def _base(correction: str) -> str:
-    """The algorithm on which a correction is shown: grpo, or the first that it applies to."""
-    for name in ("grpo", *algorithms.names()):
-        try:
-            algorithms.load(name, corrections=[correction])
-        except ConfigError:
-            continue
-        return name
-    raise ConfigError(f"correction: '{correction}' applies to no algorithm of algorithms/")
-
-
 def _correction(name: str) -> list[str]:
     """The section of a correction: what it does, paper, choices, and an algorithm with it."""
     header = words(name, algorithms.CORRECTIONS)
     lines = [f"### correction {name}", "", f"{_sentence(correction_description(name))} {_papers(header.papers)}", ""]
     lines += [_block("text", header.what), "", _block("text", header.choices), ""]
-    base = _base(name)
+    base = base_of(name)
     lines += [f"On `{base}`:", "", _block("", algorithms.load(base, corrections=[name]).formula()), ""]
     own = "\n".join(line for line in _keys(base, name) if line.startswith(f"{algorithms.CORRECTION}."))
     return [*lines, "Its settings:", "", _block("", own), ""]
@@ -254,6 +243,7 @@ def _describe(arguments: list[str]) -> int:
             README.write_text(updated(README.read_text("utf-8")), "utf-8")
         elif arguments == ["--docs"]:
             PAGE.write_text(page(), "utf-8")
+            papers.PAGE.write_text(papers.page(), "utf-8")
         else:
             name, overrides, corrections = _parse(arguments)
             shown = f"{table()}\n\n{corrections_table()}" if name is None else describe(name, overrides, corrections)

@@ -12,7 +12,7 @@ import algorithms
 import upge
 from experiments import config
 from experiments.describe import __main__ as describe
-from experiments.describe import keys, words
+from experiments.describe import keys, papers, words
 from experiments.run.__main__ import help_text
 from upge.config import meanings
 from upge.train.config import RunConfig
@@ -41,6 +41,13 @@ def test_help_names_everything():
 def test_algorithms_page_is_the_generated_one():
     text = describe.PAGE.read_text("utf-8")
     assert describe.page() == text, "run python -m experiments.describe --docs"
+
+
+def test_paper_index_is_the_generated_one():
+    text = papers.PAGE.read_text("utf-8")
+    assert papers.page() == text, "run python -m experiments.describe --docs"
+    named = {paper for name in algorithms.names() for paper in words(name).papers}
+    assert all(f"https://arxiv.org/abs/{paper}" in text for paper in named)
 
 
 def test_algorithms_page_has_a_section_for_everything_with_its_paper():
