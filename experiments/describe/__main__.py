@@ -39,11 +39,11 @@ def short_table() -> str:
     """A Markdown table for README.md with a row per algorithm: what it is, its first paper, and its extra models."""
     lines = []
     for name in algorithms.names():
-        one, papers = algorithms.load(name), words(name).papers[:1]
+        one, first = algorithms.load(name), words(name).papers[:1]
         sources = dict.fromkeys(row[0].rpartition(": ")[2] for row in rows(name))
         models = {"critic": one.needs.critic, "reference policy": one.needs.reference, "teacher": one.needs.teacher}
         extra = [model for model, needed in models.items() if needed]
-        paper = "".join(f"[{number}](https://arxiv.org/abs/{number})" for number in papers)
+        paper = "".join(f"[{number}](https://arxiv.org/abs/{number})" for number in first)
         link = f"[`{name}`](docs/algorithms.md#{name})"
         lines.append([link, one.description, ", ".join(sources), paper, ", ".join(extra)])
     return markdown_table(["algorithm", "what it is", "learns from", "paper", "extra models"], lines)
