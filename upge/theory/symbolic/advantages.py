@@ -145,9 +145,29 @@ def _(part, world):
     return per_token(world, lambda row, t: inner[row.index][t] - number(part.coefficient) * penalties[row.index][t])
 
 
+def _target(part, row: Row, t: int) -> Expr:
+    return (row.n if part.target == "teacher" else row.f)[t]
+
+
 @rule(components.LogRatio)
 def _(part, world):
-    return per_token(world, lambda row, t: sp.log((row.n if part.target == "teacher" else row.f)[t] / row.p[t]))
+    return per_token(world, lambda row, t: sp.log(_target(part, row, t) / row.p[t]))
+
+
+@rule(components.TargetProbability)
+def _(part, world):
+    return per_token(world, lambda row, t: _target(part, row, t))
+
+
+@rule(components.JensenShannon)
+def _(part, world):
+    share, rest = number(part.beta), 1 - number(part.beta)
+    return per_token(world, lambda row, t: rest * sp.log(share * _target(part, row, t) / row.p[t] + rest))
+
+
+@rule(components.Surprisal)
+def _(part, world):
+    return per_token(world, lambda row, t: -sp.log(row.p[t]))
 
 
 @rule(components.PrefixWeighted)

@@ -65,6 +65,16 @@ def _(part, world):
     return [value(pass_rate(world, row)) for row in world.rows]
 
 
+@rule(gates.SiblingSucceeded)
+def _(part, world):
+    def value(row: Row) -> Expr:
+        siblings = [r for r in world.rollouts if r.group == row.group and r.index != row.index]
+        failed = row.is_demonstration or not succeeded(world, row)
+        return sp.Integer(int(any(succeeded(world, r) for r in siblings) and (failed or not part.only_failed)))
+
+    return [value(row) for row in world.rows]
+
+
 @rule(gates.Finished)
 def _(part, world):
     return [sp.Integer(int(row.finished)) for row in world.rows]
