@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -16,6 +17,7 @@ import upge
 from experiments.bench.heads import Head, Problem, one_pass
 from experiments.bench.measure import Spread, Timing, in_fresh_process, interleaved, peak, until_signal, verdict
 from experiments.grid import markdown_table
+from upge import config
 from upge.algorithm import Algorithm
 from upge.logprobs import Output, default_chunk_size, token_loss
 from upge.support import Support
@@ -30,24 +32,17 @@ MOST_TIME = 1.6
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Keys of this bench.
+class Settings(config.Settings):
+    """Keys of this bench."""
 
-    Attributes:
-        tokens: N of the time measurement; memory is measured with N and with 4 N.
-        width: D of both models.
-        vocabulary: V.
-        dtype: float32 or bfloat16.
-        rounds: at least five.
-        threads: threads of torch; 0 = torch's default.
-    """
-
-    tokens: int = 512
-    width: int = 896
-    vocabulary: int = 151936
-    dtype: str = "float32"
-    rounds: int = 5
-    threads: int = 0
+    tokens: int = config.key(
+        512, "N of the time measurement; memory is measured with N and with 4 N", minimum=1, limit=10**6
+    )
+    width: int = config.key(896, "D of both models", minimum=1, limit=10**5)
+    vocabulary: int = config.key(151936, "V", minimum=33, limit=10**7)
+    dtype: Literal["float32", "bfloat16"] = config.key("float32", "of the weights and states")
+    rounds: int = config.key(5, "rounds of the time measurement", minimum=5, limit=1000)
+    threads: int = config.key(0, "threads of torch; 0 = torch's default", minimum=0, limit=1024)
 
 
 def on_support(advantage: upge.AdvantageEstimator, support: Support, with_teacher: bool) -> Head:
