@@ -170,8 +170,10 @@ def unmeasurable(algorithm: Algorithm | Pipeline, group_size: int, exact: bool =
         return f"it has the stages {', '.join(algorithm.stages)}, each a separate algorithm: give those"
     if algorithm.needs.critic and not exact:
         return "it needs a critic's values, and a policy's folder has no critic"
-    if algorithm.supports and not exact:
-        return "it moves other tokens than the sampled ones, which only exact=true measures"
+    if algorithm.supports:
+        return (
+            "it moves other tokens than the sampled ones; upge.theory.enumerate.expectation has its bias and variance"
+        )
     if algorithm.needs.teacher and not exact:
         return "it needs a teacher, which only exact=true has"
     try:

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upge.algorithm import Algorithm
+from upge.errors import ConfigError
 from upge.measure.pool import Columns, Pool, batches, pair_of
 from upge.measure.scores import Pair, Request, Scores
 from upge.train.sample import Trajectory
@@ -224,6 +225,10 @@ def slopes(algorithm: Algorithm, batch: Trajectories) -> dict[str, Slopes]:
     """
     assert batch.logprobs is not None and batch.entropies is not None
     leaves = [values.detach().requires_grad_() for values in (batch.logprobs, batch.entropies)]
+    if algorithm.supports:
+        raise ConfigError(
+            f"{algorithm.name}: it moves other tokens than the sampled ones, so its gradient is no number per token"
+        )
     estimate = algorithm.estimate(dataclasses.replace(batch, logprobs=leaves[0], entropies=leaves[1]))
     parts = {name: Slopes(factors.weights.detach()) for name, factors in estimate.terms.items()}
     if not estimate.penalty_values:
