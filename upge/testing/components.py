@@ -315,16 +315,17 @@ def _check_packed(component: Component, precomputed: Component, batch: Trajector
 
     The head calls them with packed tokens, after it has precomputed the wrapped parts that can be.
     """
+    name = type(component).__name__
     problem = (
-        f"{type(component).__name__} has reach 'token' but %s on packed tokens [N]; write it for any leading shape "
-        "(batch.per_token makes one number per token of a wrapped gate's), or declare reach 'trajectory'"
+        "has reach 'token' but %s on packed tokens [N]; write it for any leading shape (batch.per_token makes one "
+        "number per token of a wrapped gate's), or declare reach 'trajectory'"
     )
     arguments = (_signs(batch)[batch.response_mask],) if component.sees_advantages else ()
-    packed: Tensor = attempt(problem % "fails", precomputed, precomputed.view(batch.pack()), *arguments)
+    packed: Tensor = attempt(f"{name} {problem % 'fails'}", precomputed, precomputed.view(batch.pack()), *arguments)
     expected = valid(value, batch)
-    require(packed.shape == expected.shape, problem % "gives another shape")
+    require(packed.shape == expected.shape, f"{name} {problem % 'gives another value'}")
     # Up to rounding: torch may take another instruction for the last few numbers of a tensor.
-    close("", (problem % "gives another value").strip(), expected, packed)
+    close(name, problem % "gives another value", expected, packed)
 
 
 #: Representative sizes of a gate's values and signals.
