@@ -64,6 +64,17 @@ def test_a_teacher_equal_to_the_policy_teaches_nothing(tmp_path):
     assert lines(out / "metrics.jsonl")[0]["grad_norm"] < 1e-6
 
 
+def test_teacher_and_reference_policy_may_be_one_model(tmp_path):
+    """Their weights are loaded once, and gathered once where both distributions are read."""
+    out = tmp_path / "run"
+    both = "algo.terms.more={source: rollouts, gate: {_target_: upge.ConstantGate}, support: {_target_: upge.TopK}, "
+    both += "estimator: {mask: {_target_: upge.NoMask}, denominator: {_target_: upge.UnitDenominator}, advantage: "
+    both += "{_target_: upge.LogRatio, target: reference}, likelihood: {_target_: upge.PolicyLikelihood}}, "
+    both += "reduction: {_target_: upge.TokenMean}}"
+    run("algo=gkd", *COMMON, f"teacher.path={MODELS / 'tiny'}", both, "steps=1", f"output={out}")
+    assert lines(out / "metrics.jsonl")[0]["grad_norm"] < 1e-6
+
+
 def test_a_teacher_with_lora_is_the_base_model(tmp_path):
     out = tmp_path / "run"
     lora = ("model.lora.rank=4", "teacher.self=true", "teacher.weights=first", "optimizer.lr=1e-2", "steps=3")

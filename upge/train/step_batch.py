@@ -15,7 +15,7 @@ from upge.logprobs import Output
 from upge.needs import COMPUTED
 from upge.plan import Plan
 from upge.train.config import OptimizerConfig
-from upge.train.engine import CriticEngine, Engine, FrozenPolicy, Teacher
+from upge.train.engine import CriticEngine, Engine, FrozenPolicy, OutputWeights, Teacher
 from upge.train.micro_batches import distribute, naming_size
 from upge.train.packing import PackedBatch
 from upge.train.sample import TokenIds, Trajectory, assemble
@@ -179,12 +179,16 @@ class BatchFiller:
         """
         with ExitStack() as stack:
             outputs: dict[str, Output] = {}
+            # Teacher and reference policy may be one model, whose weights are gathered once.
+            weights: dict[int, OutputWeights] = {}
             for name in sorted(self.needs.distributions):
                 model = _given(self.reference if name == "reference" else self.teacher)
                 ids = batch.ids(rows) if name == "reference" else batch.teacher_ids(rows)
                 own = self.policy.pack(ids)
                 states = own.reordered(model.states(own), packed)
-                outputs[name] = Output(states, *stack.enter_context(model.output()))
+                if id(model) not in weights:
+                    weights[id(model)] = stack.enter_context(model.output())
+                outputs[name] = Output(states, *weights[id(model)])
             yield outputs
 
     def _joined(self, batch: StepBatch, computed: Mapping[str, list[RowValues]]) -> StepBatch:
