@@ -12,8 +12,8 @@ from upge import components as _components
 from upge.algorithm import Algorithm, DynamicSampling, InterleavedUpdate
 from upge.components import *  # noqa: F403
 from upge.errors import ConfigError, DataError, ModelError, UserError
-from upge.estimate import Estimate, TermFactors
-from upge.estimator import Factors, UnifiedGradient
+from upge.estimate import Estimate
+from upge.estimator import Factors, TermFactors, UnifiedGradient
 from upge.gates import (
     Complement,
     ConstantGate,

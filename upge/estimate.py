@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from upge.support import SupportCoefficients, TermFactors
+from upge.candidates import SupportCoefficients
+from upge.estimator import TermFactors
 from upge.views import TokenView
 
 

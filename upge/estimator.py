@@ -34,6 +34,26 @@ class Factors(NamedTuple):
     shape: Tensor
 
 
+class TermFactors(NamedTuple):
+    """The factors of one term, each [B, T] (packed tokens: [N]) and detached.
+
+    Their product is the number in front of each token's ∇log π_θ:
+
+        weights = gate · reduction · mask · advantages · shape · exp(log π_θ - log_denominator)
+
+    `gate` includes the term's coefficient, and `shape` is f′(π_θ). On a support with other candidates than the sampled
+    token, `advantages` are Σ_v π_θ(v)·Â_v, `weights` are Σ_v |k_v| with gate and reduction, mask and shape are 1.
+    """
+
+    mask: Tensor
+    log_denominator: Tensor
+    advantages: Tensor
+    shape: Tensor
+    gate: Tensor
+    reduction: Tensor
+    weights: Tensor
+
+
 @dataclass(frozen=True)
 class UnifiedGradient:
     """1_stable · (1/π_ref) · Â · f′(π_θ)∇π_θ, as one detached number per token in front of ∇log π_θ:

@@ -14,14 +14,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from upge.candidates import Places, SupportCoefficients
 from upge.components.base import Precomputed, live_reads, mapped
 from upge.errors import ConfigError
-from upge.estimate import Estimate, TermFactors
-from upge.estimator import UnifiedGradient
+from upge.estimate import Estimate
+from upge.estimator import TermFactors, UnifiedGradient
 from upge.gates import Gate
 from upge.reduction import Over, Reduction
 from upge.regularizers import Regularizer
-from upge.support import CANDIDATE_COLUMNS, Places, SampledToken, Support, SupportCoefficients
+from upge.support import CANDIDATE_COLUMNS, SampledToken, Support
 from upge.term import Term
 from upge.trajectories import Trajectories
 from upge.views import PackedTokens, TokenView

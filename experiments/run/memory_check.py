@@ -13,15 +13,15 @@ from experiments.run.disk import Disk, check_disk
 from experiments.run.memory import engine_room, estimate, offloaded, states, takes_transformers
 from experiments.run.memory_items import MOMENTS, Memory, Moment, Shapes
 from experiments.run.model_shape import ModelShape
+from experiments.run.models import frozen_models
 from experiments.run.prepare import output_folder
 from experiments.run.workload import GIB, Machine, Workload, present
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError, ModelError
 from upge.models.loading import read_config
-from upge.needs import Needs
 from upge.pipeline import Pipeline
 from upge.rollout.shared_engine import check_tensor_parallel
-from upge.train.config import RunConfig
+from upge.train.config import ModelConfig, RunConfig
 from upge.train.folder import RunFolder
 
 #: The largest number of GPUs that a message proposes.
@@ -85,32 +85,19 @@ def _shapes(composed: Composed) -> Shapes:
     policy = ModelShape.of(
         read_config(config.model.path, config.model.overrides), config.model.dtype, config.model.lora
     )
-    critic = reference = None
+    critic = None
     if any(s.algorithm.critic is not None for s in Pipeline.of(composed.algorithm).stages.values()):
-        critic = (_shape(config.critic.path, config.model.dtype, "critic.path") or policy).trunk
-    # Without a path of its own, the reference policy of a run with LoRA is the policy without its adapters.
-    if needs.reference and (config.reference.path or not config.model.lora.rank):
-        reference = _shape(config.reference.path, config.model.dtype, "reference.path") or policy
-    return Shapes(policy, critic, reference, _teacher_shape(config, needs, policy, reference))
+        path = config.critic.path
+        own = _shape(replace(config.model, path=path, overrides={}), "critic.path") if path else policy
+        critic = own.trunk
+    frozen = {name: _shape(one.model, one.key) for name, one in frozen_models(config, needs).items()}
+    return Shapes(policy, critic, frozen.get("reference"), frozen.get("teacher"))
 
 
-def _teacher_shape(
-    config: RunConfig, needs: Needs, policy: ModelShape, reference: ModelShape | None
-) -> ModelShape | None:
-    """The shape of the teacher; None without one, or if it shares the weights of the policy or the reference policy."""
-    chosen = config.teacher
-    if not needs.teacher or (chosen.self and (chosen.weights == "present" or config.model.lora.rank)):
-        return None
-    path, reference_path = chosen.path or config.model.path, config.reference.path or config.model.path
-    if reference is not None and path == reference_path:
-        return None
-    return _shape(chosen.path, config.model.dtype, "teacher.path") or policy
-
-
-def _shape(path: str, dtype: str, key: str) -> ModelShape | None:
-    """The shape of the model at `path`, None if it is empty; `key` is the setting that gave it, for messages."""
+def _shape(model: ModelConfig, key: str) -> ModelShape:
+    """The shape of a model without adapters; `key` is the setting that gave its path, for messages."""
     try:
-        return ModelShape.of(read_config(path), dtype) if path else None
+        return ModelShape.of(read_config(model.path, model.overrides), model.dtype)
     except ModelError as error:
         raise error.with_key(key) from error
 

@@ -36,7 +36,7 @@ def check_teacher(config: RunConfig, needs: Needs) -> None:
     if teacher.self and teacher.weights == "present" and not teacher.template:
         raise ConfigError(
             "with its present weights and the same prompt the policy has nothing to learn from itself; give "
-            "teacher.template, such as '{prompt}\n\nA worked solution:\n{demonstration}', or teacher.weights=first",
+            "teacher.template, such as '{prompt}\\n\\nA worked solution:\\n{demonstration}', or teacher.weights=first",
             "teacher.template",
         )
     if teacher.path and needs.distributions:

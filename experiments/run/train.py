@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,68 +137,32 @@ def _saved_by(folder: Any, step: int | None, world: World) -> str:
 
 
 def _models(composed: Any, world: World) -> Any:
-    """The policy, and a critic and a reference policy if the algorithm needs them."""
+    """The policy, and a critic, a reference policy and a teacher if the algorithm needs them."""
+    from experiments.run.models import check_secondary_partition, frozen_models, teacher_model
     from upge.pipeline import Pipeline
     from upge.train.engine import BasePolicy, CriticEngine, Engine, ReferencePolicy
     from upge.train.learner import Models
 
-    config, stages = composed.config, Pipeline.of(composed.algorithm).stages.values()
+    config, needs = composed.config, composed.algorithm.needs
     check_secondary_partition(composed)
     deepspeed, temperature = config.deepspeed, config.rollout.temperature
     policy = Engine(config.model, config.optimizer, world, temperature, seed=config.seed, deepspeed=deepspeed)
     critic = reference = teacher = None
-    if any(stage.algorithm.critic is not None for stage in stages):
+    if any(stage.algorithm.critic is not None for stage in Pipeline.of(composed.algorithm).stages.values()):
         critic = CriticEngine(config.model, config.critic, config.optimizer, world, deepspeed)
-    if composed.algorithm.needs.reference and config.model.lora.rank and not config.reference.path:
-        reference = BasePolicy(policy)
-    elif composed.algorithm.needs.reference:
-        model, key = config.model, "model.path"
-        if config.reference.path:
-            model, key = replace(model, path=config.reference.path, overrides={}), "reference.path"
-        reference = ReferencePolicy(model, world, temperature, key=key, deepspeed=deepspeed)
-    if composed.algorithm.needs.teacher:
-        teacher = _teacher(config, world, policy, reference)
+    frozen = {
+        name: ReferencePolicy(one.model, world, temperature, key=one.key, deepspeed=deepspeed)
+        for name, one in frozen_models(config, needs).items()
+    }
+    if needs.reference:
+        reference = frozen.get("reference") or BasePolicy(policy)
+    if needs.teacher and config.teacher.self and config.teacher.weights == "present":
+        teacher = policy
+    elif needs.teacher:
+        # One that is not loaded for itself is the reference policy's model, or the policy's without adapters.
+        is_base = teacher_model(config) is None
+        teacher = BasePolicy(policy) if is_base else frozen.get("teacher", frozen.get("reference"))
     return Models(policy, critic, reference, teacher)
-
-
-def _teacher(config: Any, world: World, policy: Any, reference: Any) -> Any:
-    """The teacher, which shares the weights of the policy or of the reference policy where these are its own."""
-    from upge.train.engine import BasePolicy, ReferencePolicy
-
-    chosen = config.teacher
-    if chosen.self and chosen.weights == "present":
-        return policy
-    if chosen.self and config.model.lora.rank:
-        return BasePolicy(policy)
-    path, reference_path = chosen.path or config.model.path, config.reference.path or config.model.path
-    if reference is not None and path == reference_path and isinstance(reference, ReferencePolicy):
-        return reference
-    model = replace(config.model, path=chosen.path, overrides={}) if chosen.path else config.model
-    key = "teacher.path" if chosen.path else "model.path"
-    return ReferencePolicy(model, world, config.rollout.temperature, key=key, deepspeed=config.deepspeed)
-
-
-def check_secondary_partition(composed: Any) -> None:
-    """Refuses ZeRO++'s secondary partition for runs with several models, which DeepSpeed cannot do.
-
-    Raises:
-        ConfigError: the algorithm needs a critic, a reference policy or a teacher with weights of its own.
-    """
-    from upge.errors import ConfigError
-    from upge.pipeline import Pipeline
-
-    config, stages = composed.config, Pipeline.of(composed.algorithm).stages.values()
-    if config.deepspeed.secondary_partition == 1:
-        return
-    needs = composed.algorithm.needs
-    copied = needs.reference and (config.reference.path or not config.model.lora.rank)
-    copied = copied or needs.teacher and not (config.teacher.self and config.teacher.weights == "present")
-    if copied or any(stage.algorithm.critic is not None for stage in stages):
-        raise ConfigError(
-            "zero_optimization.zero_hpz_partition_size: DeepSpeed supports it for one model of a process, and this "
-            "algorithm needs a critic, a reference policy or a teacher; remove it",
-            "deepspeed.config",
-        )
 
 
 def _sampler(config: Any) -> Any:

@@ -127,7 +127,7 @@ def test_functions_fit_on_a_screen(path):
 CHECKED = """
 import jaxtyping
 parts = ("components", "views", "trajectories", "estimator", "gates", "reduction", "regularizers", "term", "plan",
-         "algorithm", "estimate", "testing", "checks", "formula", "logprobs", "support")
+         "algorithm", "estimate", "testing", "checks", "formula", "logprobs", "support", "candidates")
 jaxtyping.install_import_hook([f"upge.{part}" for part in parts], "beartype.beartype")
 import torch
 import upge

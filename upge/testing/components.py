@@ -9,6 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from upge.candidates import CandidateView
 from upge.components.base import (
     Component,
     LikelihoodGradient,
@@ -22,7 +23,7 @@ from upge.needs import needs_of
 from upge.reduction import Over, Reduction
 from upge.regularizers import Regularizer, ValueLoss
 from upge.stateful import UTILITY_SLOPE, StatefulGate
-from upge.support import CandidateView, Support
+from upge.support import Support
 from upge.testing import batches
 from upge.testing.rules import SINGLE_TOLERANCE, attempt, close, require, require_instance, same, valid
 from upge.trajectories import Source, Trajectories

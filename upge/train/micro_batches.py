@@ -15,10 +15,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from upge.algorithm import Algorithm
+from upge.candidates import Places
 from upge.estimate import Estimate
 from upge.logprobs import CandidateFunction, CandidateGradient, Coefficients
 from upge.models.loading import attention_sizes
-from upge.support import Places
 from upge.train.packed_policy import Objective
 from upge.train.packing import WORTH_SHARING, PackedBatch, packed_length
 from upge.train.sample import TokenIds

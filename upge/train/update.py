@@ -12,11 +12,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from upge.algorithm import Algorithm
+from upge.candidates import Places
 from upge.components.base import Precomputed
 from upge.errors import Interrupted
 from upge.estimate import Estimate
 from upge.plan import Plan
-from upge.support import Places
 from upge.train.config import LearningRates, OptimizerConfig
 from upge.train.critic import CriticTarget, CriticUpdater, value_metrics
 from upge.train.deepspeed_module import StepResult

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments.config import compose
-from experiments.run.train import check_secondary_partition
+from experiments.run.models import check_secondary_partition
 from tests.models import save_random_model
 from tests.upge.train.test_update import launch
 from upge.errors import ConfigError

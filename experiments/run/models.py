@@ -1,0 +1,68 @@
+"""The models without gradients that a run loads beside its policy, and those that share the policy's weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from experiments.config import Composed
+from upge.errors import ConfigError
+from upge.needs import Needs
+from upge.pipeline import Pipeline
+from upge.train.config import ModelConfig, RunConfig
+
+
+class Loaded(NamedTuple):
+    """A model to be loaded, and the setting that gives its path, for messages."""
+
+    model: ModelConfig
+    key: str
+
+
+def reference_model(config: RunConfig) -> Loaded | None:
+    """The reference policy's model; None if it is the policy's base model without its LoRA adapters."""
+    return _other(config, config.reference.path, "reference.path")
+
+
+def teacher_model(config: RunConfig) -> Loaded | None:
+    """The teacher's model; None if it is the policy itself, or its base model without its LoRA adapters."""
+    if config.teacher.self and config.teacher.weights == "present":
+        return None
+    return _other(config, config.teacher.path, "teacher.path")
+
+
+def frozen_models(config: RunConfig, needs: Needs) -> dict[str, Loaded]:
+    """'reference' and 'teacher' → model, for those that have weights of their own; equal ones are loaded once."""
+    named = {
+        "reference": reference_model(config) if needs.reference else None,
+        "teacher": teacher_model(config) if needs.teacher else None,
+    }
+    loaded: dict[str, Loaded] = {}
+    for name, one in named.items():
+        if one is not None and one.model not in [other.model for other in loaded.values()]:
+            loaded[name] = one
+    return loaded
+
+
+def check_secondary_partition(composed: Composed) -> None:
+    """Refuses ZeRO++'s secondary partition for runs with several models, which DeepSpeed cannot do.
+
+    Raises:
+        ConfigError: the algorithm needs a critic, or a reference policy or a teacher with weights of its own.
+    """
+    config, stages = composed.config, Pipeline.of(composed.algorithm).stages.values()
+    if config.deepspeed.secondary_partition == 1:
+        return
+    if frozen_models(config, composed.algorithm.needs) or any(s.algorithm.critic is not None for s in stages):
+        raise ConfigError(
+            "zero_optimization.zero_hpz_partition_size: DeepSpeed supports it for one model of a process, and this "
+            "algorithm needs a critic, a reference policy or a teacher; remove it",
+            "deepspeed.config",
+        )
+
+
+def _other(config: RunConfig, path: str, key: str) -> Loaded | None:
+    """The model at `path`, or the one that the run begins with."""
+    if path:
+        return Loaded(replace(config.model, path=path, overrides={}), key)
+    return None if config.model.lora.rank else Loaded(config.model, "model.path")
