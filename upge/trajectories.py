@@ -43,7 +43,7 @@ _REQUIRED = ("response_mask", "rewards", "group")
 _KINDS = {"response_mask": "bool", "is_demonstration": "bool", "finished": "bool"}
 _KINDS |= dict.fromkeys(("group", "preference", "row"), "integer")
 #: The largest log-prob that is taken for a rounding error of 0.
-_ROUNDING = 1e-3
+_ROUNDING = 2e-3
 
 
 @dataclass(frozen=True, eq=False)

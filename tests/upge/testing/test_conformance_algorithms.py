@@ -197,8 +197,8 @@ class Naive(upge.UnifiedGradient):
         mask, log_denominator, advantages, shape = factors or self.factors(batch)
         return mask * advantages * torch.exp(batch.logprobs.detach() - log_denominator) * shape
 
-    def precompute_parts(self, batch):
-        return Naive(**{slot: part.precomputed(batch) for slot, part in self.parts.items()})
+    def precompute_parts(self, batch, live):
+        return Naive(**{slot: part.precomputed(batch, live) for slot, part in self.parts.items()})
 
 
 def test_a_mask_wins_over_a_ratio_that_overflows():
