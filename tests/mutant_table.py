@@ -57,8 +57,8 @@ MUTANTS = (
     Mutant(
         "temperature-not-handed-to-reference-policy",
         "experiments/run/train.py",
-        "(model, world, temperature, key=",
-        "(model, world, key=",
+        "(one.model, world, temperature, key=",
+        "(one.model, world, key=",
         [REACH + "test_the_policy_and_the_reference_policy_get_the_temperature_of_rollouts"],
     ),
     Mutant(

@@ -333,7 +333,7 @@ def test_rewards_of_any_range_reach_the_batch_and_the_metrics():
     (item, *_) = model.items
     assert (item.row, item.tokens, item.is_truncated) == ({"a": 1}, 3, False)
     members = Counter(item.member.group for item in model.items)
-    assert set(members.values()) == {2} and {i.member.index for i in model.items} == {0, 1}
+    assert set(members.values()) == {2} and {i.member.place for i in model.items} == {0, 1}
 
 
 def test_the_sides_of_a_pair_have_the_ends_of_the_range():
