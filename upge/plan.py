@@ -107,6 +107,7 @@ class Plan:
         penalties: name → (regularizer, [B, T] its scale coefficient·w).
         contributing: [B] True for trajectories that can contribute to the gradient. Only these need a forward pass.
         active: [B] True for trajectories with a non-zero coefficient in some term, whether or not they contribute.
+        group: [B] of the batch.
         reach: the algorithm's reach. With 'group', a part may also read trajectories whose own weight is 0.
     """
 
@@ -114,6 +115,7 @@ class Plan:
     penalties: Mapping[str, tuple[Regularizer, Tensor]]
     contributing: Bool[Tensor, "B"]
     active: Bool[Tensor, "B"]
+    group: Int[Tensor, "B"]
     reach: str = "group"
 
     def to(self, device: torch.device | str) -> Plan:
@@ -125,7 +127,8 @@ class Plan:
             for name, (regularizer, scale) in self.penalties.items()
         }
         terms = {name: term.to(device) for name, term in self.terms.items()}
-        return Plan(terms, penalties, self.contributing.to(device), self.active.to(device), self.reach)
+        columns = (column.to(device) for column in (self.contributing, self.active, self.group))
+        return Plan(terms, penalties, *columns, self.reach)
 
     def alone(self, name: str) -> Plan:
         """The plan of a single term or regularizer.
@@ -137,7 +140,7 @@ class Plan:
         scales = [term.weights for term in terms.values()] + [scale for _, scale in penalties.values()]
         weighted = torch.stack([(scale != 0).any(dim=1) for scale in scales]).any(dim=0)
         contributing = self.contributing if self.reach == "group" else self.contributing & weighted
-        return Plan(terms, penalties, contributing, self.active, self.reach)
+        return Plan(terms, penalties, contributing, self.active, self.group, self.reach)
 
     def reading(self, column: str) -> Bool[Tensor, "B"]:
         """[B] contributing trajectories on which some part reads `column` after the forward pass."""
@@ -157,11 +160,11 @@ class Plan:
 
         Args:
             batch: some trajectories of the planned batch, or any packed tokens of it if the algorithm `takes_chunks`.
-                Its `row` says which rows of the planned batch these are.
+                Its `row` says which rows of the planned batch these are; `Trajectories.select` sets it.
 
         Raises:
-            ValueError: `batch` has no log-probs of the current policy, or no distributions for a term whose support is
-                not the sampled token.
+            ValueError: `batch` has no log-probs of the current policy, no distributions for a term whose support is
+                not the sampled token, or only some trajectories of a group that the algorithm reads as a whole.
         """
         estimate = self.estimate_in_head(batch)
         if not estimate.on_support:
@@ -190,6 +193,7 @@ class Plan:
         """
         if batch.logprobs is None:
             raise ValueError("logprobs: an estimate needs them, but this batch has none; pass `logprobs=...` [B, T]")
+        self._check_groups(batch)
         on_support = {n: term.coefficients(batch, places) for n, term in self.terms.items() if term.on_support}
         terms = {n: on_support[n].factors if n in on_support else t.factors(batch) for n, t in self.terms.items()}
         logprobs = batch.logprobs
@@ -207,6 +211,20 @@ class Plan:
         # As tensors: to read a number would wait for the device, in each chunk of the output head.
         values = {name: value.detach() for name, value in penalties.items()}
         return Estimate(loss, weights, terms, values, batch, self._compared, on_support)
+
+    def _check_groups(self, batch: TokenView) -> None:
+        """Refuse a micro-batch that lacks trajectories of a group that a part reads as a whole."""
+        if self.reach != "group" or not isinstance(batch, Trajectories):
+            return
+        here = torch.zeros_like(self.contributing)
+        here[batch.row] = True
+        missing = self.contributing & ~here & torch.isin(self.group, self.group[here])
+        if bool(missing.any()):
+            raise ValueError(
+                f"row: the algorithm reads whole groups in the forward pass, but {int(missing.sum())} of the contributing "
+                f"trajectories of group {int(self.group[missing][0])} are not in this micro-batch; put all trajectories "
+                "of a group into the same one"
+            )
 
     @property
     def _compared(self) -> frozenset[str]:
@@ -272,7 +290,7 @@ def _plan(
         contributing |= (weights != 0).any(dim=1)
     if reach == "group":  # a trajectory without a signal may still be read by others of its group
         contributing = torch.isin(batch.group, batch.group[contributing])
-    return Plan(planned, penalties, contributing, in_any, reach)
+    return Plan(planned, penalties, contributing, in_any, batch.group, reach)
 
 
 def _weights(

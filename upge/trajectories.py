@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -172,25 +172,18 @@ class Trajectories(TrajectoryView):
         `row` of the result refers to the batch that this batch was selected from.
 
         Args:
-            logprobs: [b, T] the log-probs of the result. Without them its entropies are None as well, because both
-                come from the same forward pass.
-            columns: columns of the result that replace the selected ones.
+            logprobs: [b, at least the width of the result] the log-probs of the result, as a model gives them for a
+                micro-batch. Without them the result has neither entropies nor distributions, because all come from the
+                same forward pass.
+            columns: columns of the result that replace the selected ones, of any width like `logprobs`.
         """
         ends = self.response_mask[rows].any(dim=0).nonzero()
-        width = int(ends[-1]) + 1 if len(ends) else 1
-        picked = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None and field.name in TOKEN_COLUMNS:
-                value = value[rows, :width]
-            elif value is not None and field.name in TRAJECTORY_COLUMNS:
-                value = value[rows]
-            picked[field.name] = value
-        if logprobs is None:
-            picked["entropies"] = picked["distributions"] = None
-        elif self.distributions is not None:
-            picked["distributions"] = self.distributions.at(rows, slice(width))
-        return Trajectories(**{**picked, "logprobs": logprobs, **columns})
+        width = slice(int(ends[-1]) + 1 if len(ends) else 1)
+        given: dict[str, Any] = {"entropies": None, "distributions": None} if logprobs is None else {}
+        given |= {"logprobs": logprobs, **columns}
+        picked = {f.name: _at(f.name, getattr(self, f.name), rows, width) for f in fields(self) if f.name not in given}
+        picked |= {name: _at(name, value, slice(None), width) for name, value in given.items()}
+        return Trajectories(**picked)
 
     def with_rewards(self, rewards: Float[Tensor, "B"]) -> Trajectories:
         """The same trajectories with other rewards, for a part that changes the rewards of the part it wraps."""
@@ -213,3 +206,12 @@ class Trajectories(TrajectoryView):
         picked: dict[str, Any] = {name: getattr(self, name) for name in TOKEN_COLUMNS}
         picked = {name: column if column is None else column[rows, columns] for name, column in picked.items()}
         return PackedTokens(**picked, step=self.step, state=self.state, row=self.row[rows], column=columns)
+
+
+def _at(name: str, value: Any, rows: Tensor | slice, width: slice) -> Any:
+    """A field of a batch at some rows, and at the columns `width` if it has one number per token."""
+    if isinstance(value, Distributions):
+        return value.at(rows, width)
+    if not isinstance(value, Tensor):
+        return value
+    return value[rows, width] if name in TOKEN_COLUMNS and value.ndim == 2 else value[rows]

@@ -167,8 +167,7 @@ def _gradient(algorithm: Algorithm, batch: Trajectories, split: list[Tensor]) ->
     leaves = _leaves(batch)
     plan = algorithm.plan(batch)
     for rows in split:
-        width = batch.select(rows).response_mask.shape[1]
-        part = batch.select(rows, leaves[0][rows, :width], entropies=leaves[1][rows, :width])
+        part = batch.select(rows, leaves[0][rows], entropies=leaves[1][rows])
         plan.estimate(part).loss.backward()
     return torch.stack([torch.zeros_like(x) if x.grad is None else x.grad for x in leaves])
 

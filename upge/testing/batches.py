@@ -142,8 +142,7 @@ def _alone(batch: Trajectories, rows: Tensor) -> Trajectories:
 def select_rows(batch: Trajectories, rows: Tensor) -> Trajectories:
     """Some rows of the batch with their log-probs and entropies, cut to their longest response."""
     assert batch.logprobs is not None and batch.entropies is not None
-    width = batch.select(rows).response_mask.shape[1]
-    return batch.select(rows, batch.logprobs[rows, :width], entropies=batch.entropies[rows, :width])
+    return batch.select(rows, batch.logprobs[rows], entropies=batch.entropies[rows])
 
 
 def padded(batch: Trajectories) -> Trajectories:

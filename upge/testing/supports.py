@@ -68,8 +68,7 @@ def _gradient(algorithm: Algorithm, batch: Trajectories, split: list[Tensor]) ->
     leaf, live = given.policy.clone().requires_grad_(), (batch.logprobs.detach(), batch.entropies.detach())
     batch = dataclasses.replace(batch, distributions=given._replace(policy=leaf))
     for rows in split:
-        width = batch.select(rows).response_mask.shape[1]
-        logprobs, entropies = (column[rows, :width] for column in live)
+        logprobs, entropies = (column[rows] for column in live)
         part = batch.select(rows, logprobs, entropies=entropies)
         plan.estimate(part).loss.backward()
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad

@@ -100,7 +100,7 @@ def test_an_estimate_that_depends_on_the_split_is_caught():
 
     class OverItself(Plan):
         def estimate(self, batch):
-            rest = Plan(self.terms, self.penalties, self.contributing, self.active, self.reach)
+            rest = Plan(self.terms, self.penalties, self.contributing, self.active, self.group, self.reach)
             return Plan.estimate(scaled(rest, len(self.contributing) / len(batch)), batch)
 
     broken = meddling(
