@@ -41,7 +41,7 @@ lint: env  ## check style, format, types and layers
 bench: env  ## list the benchmarks; ARGS=NAME runs one
 	$(VENV)/bin/python -m experiments.bench $(ARGS)
 
-peers: env  ## install the benchmarks' peers (TRL, verl, Liger, cut-cross-entropy) into .venv-peers
+peers: env  ## install the benchmarks' peers (verl, Liger, cut-cross-entropy; TRL is in .venv) into .venv-peers
 	@bash requirements/peers.sh
 
 docs: env  ## regenerate the generated parts of README.md and docs/, about two minutes

@@ -13,7 +13,6 @@ from typing import Any
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
-from trl import GRPOConfig
 
 import algorithms
 from tests import library
@@ -35,6 +34,9 @@ def compared(trainer: Any, seen: list[Any]) -> float:
 
 
 def main(output: Path) -> None:
+    library.import_trl()
+    from trl import GRPOConfig
+
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     algorithm, differences, seen = algorithms.load("dapo"), {}, []
     kind = library.recording(library.trainer_class("my_trainer"), seen, algorithm=algorithm)

@@ -145,6 +145,18 @@ def test_a_pair_with_an_empty_response_stays_a_pair():
     assert torch.equal(weights, load("dpo").estimate(batch).weights) and weights[1, 0] < 0
 
 
+def test_a_part_of_a_group_is_refused_where_groups_stay_together():
+    batch = trajectories(
+        [[0.5], [0.25], [0.5], [0.25]], p_reference=[[0.5]] * 4, group=[7, 7, 9, 9], preference=[1, -1] * 2
+    )
+    plan, (first, second) = load("dpo").plan(batch), torch.arange(4).split(2)
+    assert all(plan.estimate(batch.select(rows, batch.logprobs[rows])).weights.any() for rows in (first, second))
+    torn = torch.tensor([0, 1, 3])
+    with pytest.raises(ValueError, match="row: the algorithm reads whole groups.* 1 of .* of group 9 are not in this"):
+        plan.estimate(batch.select(torn, batch.logprobs[torn]))
+    load("grpo").plan(batch).estimate(batch.select(torn, batch.logprobs[torn]))
+
+
 def test_a_penalty_that_overflows_outside_its_source_is_not_nan():
     """In float32, e^119 is infinite; the demonstration is no matter of a penalty on rollouts."""
     batch = trajectories([[0.5], [0.25], [math.exp(-120)]], p_reference=[[0.5], [0.5], [0.5]], rewards=[1, 0, 1],

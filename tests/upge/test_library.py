@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, TrainingArgument
 import algorithms
 from tests import library
 from tests.library import EXAMPLES, TINY, Gradients, difference
-
-ran = functools.cache(library.run)
 
 #: Prompt, response, reward and group; two prompts and lengths that differ.
 ROLLOUTS = [
@@ -35,6 +32,10 @@ def test_an_example_is_short_and_complete(name: str) -> None:
     source = EXAMPLES[name]
     assert len(list(filter(None, source.splitlines()))) < 40 and "upge._" not in source
     assert "..." not in source.replace("[..., ", "").replace("...]", "")
+
+
+def test_the_trainers_example_runs() -> None:
+    assert library.run("my_trainer")["model"].training
 
 
 def test_the_loop_has_the_trainers_gradient() -> None:
@@ -87,6 +88,6 @@ def test_a_trainer_that_averages_micro_batches_shrinks_the_gradient(tmp_path: Pa
 
 def test_distributions_are_handed_in() -> None:
     """On the policy's own distributions, with the teacher's weights changed, the gradient is not 0."""
-    names = ran("my_distillation")
+    names = library.run("my_distillation")
     gradients = [parameter.grad for parameter in names["model"].parameters()]
     assert all(bool(gradient.isfinite().all()) for gradient in gradients) and any(g.any() for g in gradients)

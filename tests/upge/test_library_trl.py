@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from pathlib import Path
@@ -18,8 +17,12 @@ import algorithms
 from tests import forked, library
 from tests.library import TINY, Gradients, difference
 
-ran = functools.cache(library.run)
 PROMPTS = Dataset.from_dict({"prompt": ["37+25=?\n", "18+6-20=?\n"]})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def trl() -> None:
+    library.import_trl()
 
 
 def by_turns(completions: list[str], **_: object) -> list[float]:
@@ -63,6 +66,11 @@ def trained(
     batches = [seen[number * micro_batches :][:micro_batches] for number in range(updates)]
     temperature = settings.get("temperature", 1.0)
     return [library.gradients(steps, number, trainer, some, temperature) for number, some in enumerate(batches)]
+
+
+def test_the_example_runs() -> None:
+    names = library.run("my_grpo")
+    assert names["arguments"].max_steps == 2
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])

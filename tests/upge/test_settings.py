@@ -119,6 +119,17 @@ def test_entropies_go_with_the_log_probs():
     assert batch.select(rows, batch.logprobs).entropies.tolist() == [[1.0]]
 
 
+def test_given_columns_may_be_wider_than_the_selection():
+    batch = trajectories([[0.5, 0.5, 0.5], [0.25]])
+    wide = torch.tensor([[-1.0, float("nan"), -3.0, -4.0]])
+    given = upge.Distributions(torch.zeros(1, 4, dtype=torch.long), wide[..., None])
+    one = batch.select(torch.tensor([1]), wide, behavior_logprobs=2 * wide, distributions=given)
+    assert one.logprobs.tolist() == [[-1.0]] and one.behavior_logprobs.tolist() == [[-2.0]]
+    assert one.distributions.policy.shape == (1, 1, 1)
+    with pytest.raises(ValueError, match=r"logprobs: expected shape \[1, 3\], found \[1, 2\]"):
+        batch.select(torch.tensor([0]), wide[:, :2])
+
+
 def test_an_estimate_without_log_probs_says_so():
     batch = dataclasses.replace(trajectories([[0.5]]), logprobs=None)
     with pytest.raises(ValueError, match="logprobs: an estimate needs them.*pass `logprobs="):
