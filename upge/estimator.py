@@ -54,6 +54,20 @@ class TermFactors(NamedTuple):
     weights: Tensor
 
 
+def call_problem(part: Component) -> str | None:
+    """Why a part of an estimator cannot be called with its arguments, with the fix; None if it can."""
+    sees = part.sees_advantages and not isinstance(part, AdvantageEstimator)
+    takes = ("batch", "advantages") if sees else ("batch",)
+    try:
+        inspect.signature(part.__call__).bind(*takes)
+    except TypeError:
+        return (
+            f"{type(part).__name__} is called with ({', '.join(takes)}), which its `__call__` does not take; a class "
+            "whose parts are called with the advantages sets `sees_advantages = True`"
+        )
+    return None
+
+
 @dataclass(frozen=True)
 class UnifiedGradient:
     """1_stable · (1/π_ref) · Â · f′(π_θ)∇π_θ, as one detached number per token in front of ∇log π_θ:
@@ -77,15 +91,8 @@ class UnifiedGradient:
     def __post_init__(self) -> None:
         check_fields(self)
         for slot, part in self.parts.items():
-            takes = ("batch", "advantages") if part.sees_advantages and slot != "advantage" else ("batch",)
-            try:
-                inspect.signature(part.__call__).bind(*takes)
-            except TypeError as error:
-                raise ConfigError(
-                    f"estimator.{slot}: {type(part).__name__} is called with ({', '.join(takes)}), which its "
-                    "`__call__` does not take; a class whose parts are called with the advantages sets "
-                    "`sees_advantages = True`"
-                ) from error
+            if problem := call_problem(part):
+                raise ConfigError(f"estimator.{slot}: {problem}")
 
     @property
     def parts(self) -> dict[str, Component]:

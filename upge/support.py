@@ -81,8 +81,8 @@ class Support(ABC):
         if part.reads & _SAMPLED_ONLY:
             return (
                 "compares with the policy that sampled, whose log-probs are known for the sampled token alone, but the "
-                f"support is {name}; give another part, such as upge.UnitDenominator as denominator, or leave out "
-                "`support`"
+                f"support is {name}; give another part, such as upge.NoMask as mask or "
+                "upge.UnitDenominator as denominator, or leave out `support`"
             )
         if part.reach_with(self.live) != "token" or live_reads(part, self.live) & set(TRAJECTORY_COLUMNS):
             return (

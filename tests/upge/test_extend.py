@@ -69,7 +69,6 @@ def part_class(module: str) -> type:
 def test_there_is_one_of_each(own):
     classes = [part_class(module) for module in EXAMPLES]
     assert {next(slot for slot in SLOTS if issubclass(cls, slot)) for cls in classes} == SLOTS
-    assert len(classes) == len(SLOTS)
     for example in EXAMPLES.values():
         assert len(example.source.splitlines()) <= 15, example.module
         assert "register" not in example.source
@@ -144,6 +143,18 @@ def test_the_columns_of_the_page_exist():
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", PAGE.read_text("utf-8"), re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)} - {"reads"}
     assert named == upge.views.COLUMNS - {"logprobs", "response_mask", "row"}
+
+
+def test_the_algorithm_of_the_page(tmp_path, monkeypatch):
+    page = PAGE.read_text("utf-8")
+    (text,) = re.findall(r"```yaml\n(# imitate_and_distill\.yaml.*?)```", page, re.DOTALL)
+    (command,) = re.findall(r"`python -m experiments\.run (algo=imitate_and_distill.*?)`", page)
+    (tmp_path / "imitate_and_distill.yaml").write_text(text, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    algorithm = config.compose(shlex.split(command)).algorithm
+    assert algorithm.terms["distill"].support == upge.TopK(8, of="teacher")
+    assert algorithm.needs.demonstrations and algorithm.needs.rollouts
+    upge.testing.check_algorithm(algorithms.load("imitate_and_distill.yaml"))
 
 
 def test_the_correction_of_the_page(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upge.checks import check_fields
+from upge.errors import nearest
 from upge.formula import Formula
 from upge.views import COLUMNS, LIVE_COLUMNS, TokenView, TrajectoryView, View
 
@@ -65,7 +66,8 @@ class Component(ABC):
             )
         unknown = set(reads) - COLUMNS
         if unknown:
-            raise TypeError(f"{type(self).__name__}.reads names unknown columns {sorted(unknown)}")
+            hint = nearest(min(unknown), COLUMNS)
+            raise TypeError(f"{type(self).__name__}.reads names unknown columns {sorted(unknown)}; {hint}")
         if self.reach not in REACHES:
             raise TypeError(f"{type(self).__name__}.reach is {self.reach!r}; it must be one of {REACHES}")
 

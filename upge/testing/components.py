@@ -11,13 +11,16 @@ from torch import Tensor
 
 from upge.candidates import CandidateView
 from upge.components.base import (
+    AdvantageEstimator,
     Component,
     LikelihoodGradient,
+    ReferenceDenominator,
     StabilizationMask,
     TokenReward,
     mixes_demonstrations,
     walk,
 )
+from upge.estimator import call_problem
 from upge.gates import Gate
 from upge.needs import needs_of
 from upge.reduction import Over, Reduction
@@ -111,8 +114,11 @@ def _check_range(component: Component, value: Tensor, batch: Trajectories) -> No
 
 
 def _check_declarations(component: Component) -> None:
-    """The attributes of reductions and regularizers that the rest of the code reads."""
+    """The arguments of a factor, and the attributes of reductions and regularizers that the rest of the code reads."""
     name = type(component).__name__
+    if isinstance(component, StabilizationMask | ReferenceDenominator | AdvantageEstimator | LikelihoodGradient):
+        problem = call_problem(component)
+        require(problem is None, str(problem))
     if isinstance(component, Reduction):
         over = getattr(component, "over", None)
         require(over in get_args(Over), f"{name} has over={over!r}; give it the field `over`, 'term' or 'batch'")

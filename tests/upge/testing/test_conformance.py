@@ -351,6 +351,20 @@ def test_a_part_without_reads_is_told_how_to_declare_them():
             part()
 
 
+def test_a_part_that_takes_the_advantages_is_told_to_say_so():
+    @dataclass(frozen=True)
+    class Silent(upge.LikelihoodGradient):
+        reads = frozenset({"logprobs"})
+
+        def __call__(self, batch, advantages):
+            return batch.logprobs.detach() * (advantages < 0)
+
+    with pytest.raises(ConformanceError, match=r"Silent is called with \(batch\).*sets `sees_advantages = True`"):
+        check_component(Silent())
+    with pytest.raises(TypeError, match="reads names unknown columns .'logprob'.; did you mean 'logprobs'"):
+        advantage_of(lambda b: b.logprobs.detach(), reads={"logprob"})
+
+
 @pytest.mark.parametrize(
     ("declared", "fragment"),
     [
