@@ -127,8 +127,8 @@ class Plan:
             for name, (regularizer, scale) in self.penalties.items()
         }
         terms = {name: term.to(device) for name, term in self.terms.items()}
-        columns = (column.to(device) for column in (self.contributing, self.active, self.group))
-        return Plan(terms, penalties, *columns, self.reach)
+        contributing, active, group = (c.to(device) for c in (self.contributing, self.active, self.group))
+        return Plan(terms, penalties, contributing, active, group, self.reach)
 
     def alone(self, name: str) -> Plan:
         """The plan of a single term or regularizer.
@@ -221,9 +221,9 @@ class Plan:
         missing = self.contributing & ~here & torch.isin(self.group, self.group[here])
         if bool(missing.any()):
             raise ValueError(
-                f"row: the algorithm reads whole groups in the forward pass, but {int(missing.sum())} of the contributing "
-                f"trajectories of group {int(self.group[missing][0])} are not in this micro-batch; put all trajectories "
-                "of a group into the same one"
+                f"row: the algorithm reads whole groups in the forward pass, but {int(missing.sum())} of the "
+                f"contributing trajectories of group {int(self.group[missing][0])} are not in this micro-batch; put "
+                "all trajectories of a group into the same one"
             )
 
     @property
