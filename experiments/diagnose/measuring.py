@@ -128,10 +128,12 @@ def measure(
     others = {"reference_logprobs": reference, "behavior_logprobs": behavior}
     known = {name: _logprobs(model, pairs, temperature) for name, model in others.items() if model is not None}
     scores = ModelScores(load_model(policy.model), config.sketch, temperature, seed=chosen.run.seed)
+    if any("score_norms" in one.step_needs.columns for one in chosen.algorithms.values()):
+        known["score_norms"] = scores.score_norms(pairs)
     columns = {}
     for number, (pair, (logprobs, entropies)) in enumerate(zip(pairs, scores.columns(pairs), strict=True)):
         columns[pair] = {"logprobs": logprobs, "entropies": entropies, "reference_logprobs": logprobs}
-        columns[pair] |= {name: logprobs[number] for name, logprobs in known.items()}
+        columns[pair] |= {name: values[number] for name, values in known.items()}
     directions = Directions()
     estimators = [estimator(one, pool, columns, directions, config.step) for one in chosen.algorithms.values()]
     varied = {

@@ -131,7 +131,8 @@ def batches(
     """Iterates over the batches of a pool that have trajectories for an algorithm.
 
     Args:
-        columns: pair → 'logprobs', 'entropies' and, where known, 'reference_logprobs' and 'behavior_logprobs'.
+        columns: pair → 'logprobs', 'entropies' and, where known or read, 'reference_logprobs', 'behavior_logprobs' and
+            'score_norms'.
         step: the training steps before the batch, for schedules. Stateful gates have their initial state.
 
     Yields:
@@ -150,7 +151,7 @@ def _filled(
     """The batch with the columns that the trainer adds for one update, and the current policy's log-probs."""
     batch, needs = assemble(members, step), algorithm.step_needs
     responses = [columns[pair_of(t)] for t in members]
-    names = {"logprobs", "entropies"} | needs.columns & {"reference_logprobs"}
+    names = {"logprobs", "entropies"} | needs.columns & {"reference_logprobs", "score_norms"}
     names |= {"behavior_logprobs"} & (responses[0].keys() | needs.precomputed)
     values: dict[str, Tensor] = {}
     for name in names:

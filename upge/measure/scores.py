@@ -101,6 +101,16 @@ class ModelScores:
                 columns[i] = logprobs[row, :length].clone(), entropies[row, :length].clone()
         return columns
 
+    def score_norms(self, pairs: Sequence[Pair]) -> list[Tensor]:
+        """[t] the column `score_norms` of each pair's response, in float64."""
+        norms = [torch.empty(0)] * len(pairs)
+        for members in _batches([packed_length(*pair) for pair in pairs], _TOKENS):
+            packed = pack([pairs[i] for i in members], self.parameters[0].device)
+            padded = packed.pad(self.policy(packed, self.temperature, score_norms=True)[0]).double().cpu()
+            for row, i in enumerate(members):
+                norms[i] = padded[row, : len(pairs[i][1])].clone()
+        return norms
+
     def gradients(self, requests: Sequence[Request]) -> Iterator[tuple[list[int], Float[Tensor, "n k"]]]:
         """See `Scores.gradients`."""
         if not self.at_once:

@@ -114,6 +114,7 @@ class Setting:
         """The columns of a batch, for every response: [S, T] or [S] each, detached."""
         space, own = self.policy.responses, self.policy.token_logprobs.detach()
         columns = {"logprobs": own, "entropies": self.policy.token_entropies.detach(), "finished": space.finished}
+        columns["score_norms"] = self.policy.token_scores.detach().square().sum(dim=(2, 3))
         # The column also exists on-policy, equal to the current log-probs, because some parts read it before the
         # forward pass.
         columns["behavior_logprobs"] = (self.behavior or self.policy).token_logprobs.detach()
