@@ -158,10 +158,10 @@ class LeaveOneOut(AdvantageEstimator):
 class OptimalTokenBaseline(AdvantageEstimator):
     """Â_t = R - Σ W_t R/Σ W_t over the group's rollouts that have a token t, W_t = Σ_{k≤t} ‖∂ log π_k/∂z_k‖².
 
-    See arXiv 2602.07078. The baseline of each place t is the one with the smallest variance, if the squared length of a response's score up
-    to t is the sum of those of its tokens with respect to their logits z. W is the column `score_norms`, summed. The
-    baseline includes the sample itself, which is a bias of order 1/n in groups of n, as in `GroupRelative`. A
-    demonstration is compared with the baseline of its group's rollouts.
+    See arXiv 2602.07078. The baseline of each place t is the one with the smallest variance, if the squared length of a
+    response's score up to t is the sum of those of its tokens with respect to their logits z. W is the column
+    `score_norms`, summed. The baseline includes the sample itself, which is a bias of order 1/n in groups of n, as in
+    `GroupRelative`. A demonstration is compared with the baseline of its group's rollouts.
 
     Attributes:
         alone: what the only rollout of its group with a token t gets there: 'reward' = R, as without a baseline; 'zero'
