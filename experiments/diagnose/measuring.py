@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -225,23 +226,19 @@ def _results(
 
 def _check_distributions(pairs: Sequence[Pair], scores: ModelScores, models: int) -> None:
     """Raises ConfigError if the distributions of the models at the pool's tokens do not fit into memory."""
-    import psutil
-
     # Also the direction of each response, in float64.
     size = (4 * models + 8) * sum(len(response) for _, response in pairs) * scores.vocabulary
     free = psutil.virtual_memory().available
     if size > _MEMORY * free:
         raise ConfigError(
             f"algos: terms on the vocabulary need {size / 2**30:.1f} GiB for the distributions at all tokens, more "
-            f"than {_MEMORY:.0%} of the {free / 2**30:.1f} GiB of free memory; give fewer prompts or batches, or shorter "
-            "responses"
+            f"than {_MEMORY:.0%} of the {free / 2**30:.1f} GiB of free memory; give fewer prompts or batches, or "
+            "shorter responses"
         )
 
 
 def _check_memory(sketch: int, count: int, pool: Pool, scores: ModelScores) -> None:
     """Raises ConfigError if the gradients do not fit into memory."""
-    import psutil
-
     parts = len(pool.reference[0])
     numbers = (count + pool.prompts * (pool.rounds * 3 + parts)) * scores.width
     free = psutil.virtual_memory().available

@@ -92,13 +92,13 @@ class ModelScores:
         self.sketch = Sketch(sizes, width, seed)
         self.width = self.sketch.width
 
-    @torch.no_grad()
     @property
     def vocabulary(self) -> int:
         """V, the tokens that the model predicts."""
         output: Any = self.policy.model.get_output_embeddings()
         return len(output.weight)
 
+    @torch.no_grad()
     def columns(self, pairs: Sequence[Pair]) -> list[tuple[Tensor, Tensor]]:
         """See `Scores.columns`; results computed in float32 are returned as float64."""
         columns: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(pairs)
