@@ -173,6 +173,5 @@ def _distributions(members: Sequence[Trajectory], responses: Sequence[Columns], 
     for name in models:
         if f"distribution/{name}" in responses[0]:
             every = torch.cat([one[f"distribution/{name}"] for one in responses]).double()
-            models[name] = torch.zeros(*mask.shape, every.shape[-1], dtype=every.dtype)
-            models[name][mask] = every
+            models[name] = torch.zeros(*mask.shape, every.shape[-1], dtype=every.dtype).index_put((mask,), every)
     return Distributions(tokens, **models)  # pyright: ignore[reportArgumentType]
