@@ -6,6 +6,7 @@ from upge.components.advantage import (
     GroupRelative,
     LeaveOneOut,
     MeanNormalized,
+    OptimalTokenBaseline,
     PairwisePreference,
     SignedReward,
 )
@@ -29,8 +30,21 @@ from upge.components.denominator import (
     SequenceReferencePolicy,
     UnitDenominator,
 )
-from upge.components.distillation import JensenShannon, LogRatio, Surprisal, TargetProbability, TiltedReference
-from upge.components.likelihood import GammaLikelihood, PolicyLikelihood, PowerLikelihood, ShapedLikelihood
+from upge.components.distillation import (
+    JensenShannon,
+    LogRatio,
+    SampledTarget,
+    Surprisal,
+    TargetProbability,
+    TiltedReference,
+)
+from upge.components.likelihood import (
+    EntropyLikelihood,
+    GammaLikelihood,
+    PolicyLikelihood,
+    PowerLikelihood,
+    ShapedLikelihood,
+)
 from upge.components.mask import (
     AllOf,
     DivergenceClip,
@@ -54,7 +68,6 @@ from upge.components.shaping import (
 from upge.formula import Formula
 
 __all__ = [
-    "GAE",
     "AdvantageEstimator",
     "AllOf",
     "BehaviorPolicy",
@@ -64,16 +77,18 @@ __all__ = [
     "ConstantAdvantage",
     "CurrentPolicy",
     "DivergenceClip",
+    "EntropyLikelihood",
     "Formula",
     "FutureKLShaped",
+    "GAE",
     "GammaLikelihood",
     "GeometricMeanBehaviorPolicy",
     "GroupClassification",
     "GroupRelative",
     "ImportanceBand",
+    "JensenShannon",
     "KLPenalizedReward",
     "KLShaped",
-    "JensenShannon",
     "LeaveOneOut",
     "LikelihoodGradient",
     "LogRatio",
@@ -82,6 +97,7 @@ __all__ = [
     "MixedBehaviorPolicy",
     "NoMask",
     "OffPolicySequenceMask",
+    "OptimalTokenBaseline",
     "OutcomeReward",
     "OverlongShaped",
     "PPOClip",
@@ -91,6 +107,7 @@ __all__ = [
     "PrefixWeighted",
     "ReferenceDenominator",
     "ReturnToGo",
+    "SampledTarget",
     "SamplerCorrected",
     "SequenceBehaviorPolicy",
     "SequenceClip",
