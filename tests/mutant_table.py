@@ -300,9 +300,30 @@ MUTANTS = (
     Mutant(
         "entropy-bonus-on-demonstrations",
         "upge/plan.py",
-        "batch.source_rows(regularizer.source) & in_any",
-        "in_any",
+        "in_any_term.of(batch, regularizer.source)",
+        "in_any_term",
         ["upge/test_regularizers.py"],
+    ),
+    Mutant(
+        "divisor-counts-tokens-of-other-sources",
+        "upge/plan.py",
+        "batch.response_mask & (counting.tokens | ~counting.rows[:, None])",
+        "batch.response_mask",
+        ["upge/test_demonstration_tokens.py"],
+    ),
+    Mutant(
+        "parts-see-tokens-of-other-sources",
+        "upge/trajectories.py",
+        "return self.response_mask & (self.source_tokens(source) | ~guided)",
+        "return None",
+        ["upge/test_demonstration_tokens.py"],
+    ),
+    Mutant(
+        "sampler-compared-on-prefixes",
+        "upge/train/micro_batches.py",
+        "~self.tokens.is_demonstration_token",
+        "~self.columns.is_demonstration[self.packed.rows]",
+        ["upge/test_demonstration_tokens.py"],
     ),
     Mutant(
         "kl-reversed",
@@ -370,8 +391,8 @@ MUTANTS = (
     Mutant(
         "divisor-always-of-the-term",
         "upge/plan.py",
-        'active if reduction.over == "term" else active_in_any',
-        "active",
+        'own if reduction.over == "term" else in_any',
+        "own",
         [REDUCTIONS + "test_over_says_whose_count_divides"],
     ),
     Mutant(

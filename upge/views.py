@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 TOKEN_COLUMNS = (
     "logprobs",
     "response_mask",
+    "is_demonstration_token",
     "behavior_logprobs",
     "sampler_logprobs",
     "reference_logprobs",
@@ -63,6 +64,7 @@ class TokenView:
 
     logprobs: Float[Tensor, "*shape"]
     response_mask: Bool[Tensor, "*shape"]
+    is_demonstration_token: Bool[Tensor, "*shape"]
     behavior_logprobs: Float[Tensor, "*shape"] | None
     sampler_logprobs: Float[Tensor, "*shape"]
     reference_logprobs: Float[Tensor, "*shape"]
@@ -102,6 +104,12 @@ class TokenView:
     @abstractmethod
     def look_up(self, values: Tensor) -> Tensor:
         """The entries of [B] or [B, T] `values` of the batch that this view was selected from, at its own places."""
+
+    def seeing(self: _View, tokens: Bool[Tensor, "B T"] | None) -> _View:
+        """This batch with `tokens` of the planned batch as its response mask; itself for None."""
+        if tokens is None:
+            return self
+        return replace(self, response_mask=self.response_mask & self.look_up(tokens))  # pyright: ignore
 
     @abstractmethod
     def per_token(self, values: Tensor) -> Tensor:
@@ -257,6 +265,7 @@ class PackedTokens(TokenView):
     teacher_logprobs: Float[Tensor, "N"] | None = None
     values: Float[Tensor, "N"] | None = None
     entropies: Float[Tensor, "N"] | None = None
+    is_demonstration_token: Bool[Tensor, "N"] | None = None
     step: int = 0
     state: Mapping[str, float] = dataclasses.field(default_factory=dict)
     row: Int[Tensor, "N"] | None = None
