@@ -170,6 +170,8 @@ def unmeasurable(algorithm: Algorithm | Pipeline, group_size: int, exact: bool =
         return f"it has the stages {', '.join(algorithm.stages)}, each a separate algorithm: give those"
     if algorithm.needs.critic and not exact:
         return "it needs a critic's values, and a policy's folder has no critic"
+    if algorithm.guidance is not None:
+        return "its rollouts continue demonstrations, and only plain rollouts are measured"
     if algorithm.supports:
         return (
             "it moves other tokens than the sampled ones; upge.theory.enumerate.expectation has its bias and variance"

@@ -125,7 +125,7 @@ def test_assembled_columns_and_micro_batches_tell_prefixes_from_continuations():
         Trajectory(0, 0, (5, 6), (7, 8), 1.0, True),
     ]
     assert [t.text_ids for t in members] == [(7, 8, 9), (7, 8, 9), (7,), (7, 8)]
-    assert [t.is_guided for t in members] == [True, True, False, False]
+    assert [t.guiding_tokens for t in members] == [2, 2, 0, 0]
     batch = assemble(members, 0)
     assert batch.is_demonstration_token.tolist() == [
         [True, True, False],

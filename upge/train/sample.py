@@ -69,9 +69,9 @@ class Trajectory:
         return self.reward > self.pass_threshold
 
     @property
-    def is_guided(self) -> bool:
-        """Whether it is a rollout that continues a demonstration."""
-        return self.prefix_tokens + self.hint_tokens > 0
+    def guiding_tokens(self) -> int:
+        """The number of tokens of a demonstration that a rollout continues, in prompt or response."""
+        return self.prefix_tokens + self.hint_tokens
 
     @property
     def text_ids(self) -> tuple[int, ...]:
