@@ -84,6 +84,23 @@ def luffy(s):
     return average(losses, s)
 
 
+def uft(s):
+    """Hints are imitated, and what follows them is reinforced, with a KL to the reference policy and an entropy bonus.
+
+    A token is shown if it comes from a demonstration.
+    """
+    rl, distances, entropies = [], [], []
+    for question in s.questions:
+        for r, a in relative(split(question)[0], std=True):
+            own = ~r["shown"]
+            log_x = (r["reference"] - r["logp"])[own]
+            rl.append(clipped(r, a)[own])
+            distances.append(-(torch.exp(log_x) - log_x - 1))
+            entropies.append(r["entropy"][own])
+    hints = [r["logp"][r["shown"]] for r in s.rows]
+    return token_mean(rl, s) + 0.001 * sum(token_mean(part, s) for part in (hints, distances, entropies))
+
+
 def rl_plus(s):
     losses = []
     for question in s.questions:

@@ -88,6 +88,8 @@ def cases(name: str) -> list[str]:
 
 def batch_of(algorithm: upge.Algorithm, case: str, seed: int) -> Sample:
     s = CASES[case](seed, algorithm.needs.preference_pairs)
+    if algorithm.guidance is not None:
+        s = policy.guided(s)
     if algorithm.needs.teacher or algorithm.supports:
         s = policy.with_distributions(s, seed)
     if case == "on_policy" and "behavior_logprobs" not in algorithm.needs.precomputed:
@@ -100,6 +102,15 @@ def gradients(algorithm: upge.Algorithm, written, s: Sample) -> tuple[torch.Tens
     (actual,) = torch.autograd.grad(algorithm.estimate(s.batch).loss, s.logits, retain_graph=True)
     (expected,) = torch.autograd.grad(torch.as_tensor(written(s)) + 0.0 * s.logits.sum(), s.logits)
     return actual, expected
+
+
+def numbers(algorithm: upge.Algorithm, s: Sample) -> torch.Tensor:
+    """[B, T] the number in front of each token's ∇log π, with that of the regularizers."""
+    if not algorithm.regularizers:
+        return algorithm.estimate(s.batch).weights
+    own = s.batch.logprobs.detach().clone().requires_grad_()
+    batch = dataclasses.replace(s.batch, logprobs=own, entropies=s.batch.entropies.detach())
+    return -torch.autograd.grad(algorithm.estimate(batch).loss, own)[0]
 
 
 def token_derivatives(written, s: Sample) -> torch.Tensor:
@@ -141,7 +152,7 @@ def test_the_number_of_each_token_equals_the_derivative(name, case):
     for algorithm, written in load(name):
         for seed in SEEDS:
             s = batch_of(algorithm, case, seed)
-            actual, expected = algorithm.estimate(s.batch).weights, token_derivatives(written, s)
+            actual, expected = numbers(algorithm, s), token_derivatives(written, s)
             wrong = deviates(actual, expected)
             assert not wrong.any(), (algorithm.name, seed, actual[wrong][:5], expected[wrong][:5])
 

@@ -41,7 +41,7 @@ MEASURED = [
     name
     for name in (*algorithms.names(), *CORRECTED)
     if isinstance(actual := loaded(name), Algorithm)
-    and not (actual.needs.critic or actual.needs.teacher or actual.supports)
+    and not (actual.needs.critic or actual.needs.teacher or actual.supports or actual.guidance)
 ]
 
 
