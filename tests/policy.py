@@ -154,9 +154,10 @@ def changed(s: Sample, **columns: Tensor) -> Sample:
     return Sample(s.logits, s.tokens, replace(s.batch, **columns))
 
 
-def guided(s: Sample) -> Sample:
-    """The sample with tokens of a demonstration at the start of every second rollout."""
-    return Sample(s.logits, s.tokens, batches.guided(s.batch))
+def guided(s: Sample, longest: int = 5) -> Sample:
+    """The sample's rollouts, of which two of every four begin with tokens of a demonstration."""
+    own = take(s, (~s.batch.is_demonstration).nonzero()[:, 0])
+    return Sample(own.logits, own.tokens, batches.guided(own.batch, longest))
 
 
 def with_distributions(s: Sample, seed: int) -> Sample:

@@ -40,7 +40,7 @@ Source = Literal["rollouts", "demonstrations", "preference_pairs", "all"]
 #: Columns that every batch has.
 _REQUIRED = ("response_mask", "rewards", "group")
 #: The kind of values in each column that does not hold floating-point numbers.
-_KINDS = dict.fromkeys(("response_mask", "is_demonstration_token", "is_demonstration", "finished"), "bool")
+_KINDS = dict.fromkeys(("response_mask", "is_demonstration_token", "is_demonstration", "is_guided", "finished"), "bool")
 _KINDS |= dict.fromkeys(("group", "preference", "row"), "integer")
 #: The largest log-prob that is taken for a rounding error of 0.
 _ROUNDING = 2e-3
@@ -64,6 +64,8 @@ class Trajectories(TrajectoryView):
         is_demonstration: [B] True for expert responses, False for the model's own rollouts; None = all rollouts.
         is_demonstration_token: [B, T] True for the tokens of expert responses and for those that a rollout begins with
             and that come from one; None = the tokens of expert responses only.
+        is_guided: [B] True for rollouts that continue a demonstration's beginning, in the response or in the prompt;
+            None = those with such tokens in the response.
         behavior_logprobs: [B, T] log π_θold of the policy that generated the data; None = strictly on-policy.
         sampler_logprobs: [B, T] log-probs reported by the inference engine.
         reference_logprobs: [B, T] log-probs of the reference policy, for KL and preference pairs.
@@ -103,6 +105,7 @@ class Trajectories(TrajectoryView):
     pass_threshold: float = PASS_THRESHOLD
     distributions: Distributions | None = None
     is_demonstration_token: Bool[Tensor, "B T"] = None  # pyright: ignore[reportAssignmentType] - as above
+    is_guided: Bool[Tensor, "B"] = None  # pyright: ignore[reportAssignmentType] - as above
 
     def __post_init__(self) -> None:
         for name in TOKEN_COLUMNS + TRAJECTORY_COLUMNS:
@@ -132,6 +135,8 @@ class Trajectories(TrajectoryView):
         tokens = of_demonstrations if given is None else given | of_demonstrations
         object.__setattr__(self, "is_demonstration_token", tokens)
         hide(self, mask)
+        guided = self.is_demonstration_token.any(dim=1) & ~self.is_demonstration
+        object.__setattr__(self, "is_guided", guided if self.is_guided is None else guided | self.is_guided)
         self._check_logprobs()
         if self.preference is not None and bool((self.preference.abs() > 1).any()):
             odd = int(self.preference[self.preference.abs() > 1][0])

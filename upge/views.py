@@ -32,7 +32,7 @@ TOKEN_COLUMNS = (
     "entropies",
 )
 #: Columns with one number per trajectory, [B].
-TRAJECTORY_COLUMNS = ("rewards", "group", "is_demonstration", "finished", "preference", "row")
+TRAJECTORY_COLUMNS = ("rewards", "group", "is_demonstration", "is_guided", "finished", "preference", "row")
 COLUMNS = frozenset((*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS, "is_sampled"))
 #: Columns that exist only after the forward pass of the current policy. A part that reads one of them, itself or in a
 #: part that it wraps, is *live*. Every other part is known before the forward pass.
@@ -143,6 +143,7 @@ class TrajectoryView(TokenView):
     rewards: Float[Tensor, "B"]
     group: Int[Tensor, "B"]
     is_demonstration: Bool[Tensor, "B"]
+    is_guided: Bool[Tensor, "B"]
     finished: Bool[Tensor, "B"]
     preference: Int[Tensor, "B"]
     row: Int[Tensor, "B"]
@@ -182,17 +183,21 @@ class TrajectoryView(TokenView):
         successes = self.group_sum(self.rewards > self.pass_threshold)
         return successes / self.group_sum(torch.ones_like(successes))
 
-    def group_sum(self, values: Shaped[Tensor, "B"], over: Members = "rollouts") -> Float[Tensor, "B"]:
+    def group_sum(
+        self, values: Shaped[Tensor, "B"], over: Members | Bool[Tensor, "B"] = "rollouts"
+    ) -> Float[Tensor, "B"]:
         """[B] the sum of `values` over the group of each trajectory, in float64.
 
         Args:
-            over: the trajectories that count: the group's 'rollouts', or the whole 'group'. With 'group', a part must
-                declare `counts_demonstrations = True`.
+            over: the trajectories that count: the group's 'rollouts', the whole 'group', or those where a tensor is
+                True. With 'group', a part must declare `counts_demonstrations = True`.
         """
         index = self.group_index
         return group_sum(values.double() * self._counted(over), index)[index]
 
-    def group_mean(self, values: Shaped[Tensor, "B"], over: Members = "rollouts") -> Float[Tensor, "B"]:
+    def group_mean(
+        self, values: Shaped[Tensor, "B"], over: Members | Bool[Tensor, "B"] = "rollouts"
+    ) -> Float[Tensor, "B"]:
         """[B] the mean of `values` over the group of each trajectory, in float64; 0 for a group without members.
 
         The mean of equal values is exactly their value, so that a difference from it is exactly 0.
@@ -208,8 +213,10 @@ class TrajectoryView(TokenView):
         )
         return (group_sum(values * counted, index) / number.clamp(min=1)).clamp(lowest, highest)[index]
 
-    def _counted(self, over: Members) -> Bool[Tensor, "B"]:
+    def _counted(self, over: Members | Bool[Tensor, "B"]) -> Bool[Tensor, "B"]:
         """[B] True for the trajectories that count in statistics of groups."""
+        if isinstance(over, Tensor):
+            return over
         if over not in get_args(Members):
             raise ValueError(f"over: found {over!r}; use 'rollouts' or 'group'")
         return ~self.is_demonstration if over == "rollouts" else torch.ones_like(self.group, dtype=torch.bool)

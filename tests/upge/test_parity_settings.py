@@ -49,7 +49,7 @@ CASES = (
     *("some_demonstrations", "ragged"),
 )
 #: A number in place of null.
-GIVEN = {"dual": 2.0, "low": 0.9, "length": 7, "clip": 0.1, "rollouts": 2}
+GIVEN = {"dual": 2.0, "low": 0.9, "length": 7, "clip": 0.1, "rollouts": 2, "steps": 7}
 SINGLE = (
     "asymre|cispo|dapo|dft|dpo|dppo|dr_grpo|dro|fipo|gmpo|grpo|gspo|iw_sft|iw_sft_sequence|luspo|maxrl|offline_rl|opmd"
     "|gift|gkd|opd|opsd|sdpo|ppo|real|reinforce|reinforce_plus_plus|relift|rloo|sapo|sft|vespo"
@@ -82,6 +82,8 @@ INERT = {
     ("relift", "interleaved_update.size"): "how many prompts gather, between batches",
     ("relift", "interleaved_update.own_optimizer"): "what the optimizer makes of a gradient",
     ("relift", "interleaved_update.lr_factor"): "what the optimizer makes of a gradient",
+    ("uft", "terms.rl.estimator.advantage.baseline=group"): "batches with guided rollouts have no whole demonstrations",
+    ("prefix_rft", "*.share=0.198"): "of so few tokens, no other one is dropped",
     ("prefix_rft|uft", "guidance.*"): "what the rollouts of a batch continue, before there is one",
     ("sft_then_grpo", "stages.*.lr_factor"): "what the optimizer makes of a gradient",
     ("sft_then_grpo", "stages.*.share"): "how many steps a stage has",

@@ -66,11 +66,12 @@ def random_batch(
     )
 
 
-def guided(batch: Trajectories) -> Trajectories:
-    """The batch with tokens of a demonstration at the start of every second rollout: one token, two, and so on."""
-    rollouts = (~batch.is_demonstration).nonzero()[:, 0][1::2]
+def guided(batch: Trajectories, longest: int = 5) -> Trajectories:
+    """The batch with one to `longest` tokens of a demonstration at the start of two of every four rollouts."""
+    rollouts = (~batch.is_demonstration).nonzero()[:, 0]
+    rollouts = rollouts[torch.arange(len(rollouts)) // 2 % 2 == 1]
     lengths = torch.zeros_like(batch.lengths)
-    lengths[rollouts] = torch.arange(len(rollouts)) % 3 + 1
+    lengths[rollouts] = torch.arange(len(rollouts)) % longest + 1
     places = batch.response_mask.cumsum(dim=1)
     tokens = batch.is_demonstration_token | (batch.response_mask & (places <= lengths[:, None]))
     return dataclasses.replace(batch, is_demonstration_token=tokens)

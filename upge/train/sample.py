@@ -129,6 +129,7 @@ def assemble(trajectories: Sequence[Trajectory], step: int) -> Trajectories:
         group=torch.tensor([t.group for t in trajectories], dtype=torch.int64),
         is_demonstration=torch.tensor([t.is_demonstration for t in trajectories], dtype=torch.bool),
         is_demonstration_token=torch.arange(width) < prefixes[:, None],
+        is_guided=torch.tensor([t.guiding_tokens > 0 for t in trajectories], dtype=torch.bool),
         finished=torch.tensor([t.finished for t in trajectories], dtype=torch.bool),
         sampler_logprobs=_sampler_column(trajectories, mask),
         preference=torch.tensor([t.preference for t in trajectories], dtype=torch.int64),
