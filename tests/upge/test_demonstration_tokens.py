@@ -95,6 +95,29 @@ def test_a_regularizer_applies_to_the_tokens_of_its_source_that_count_in_some_te
     assert actual == pytest.approx({"rollouts": -11100 / 3, "demonstrations": 0, "all": -11100 / 3})
 
 
+def test_advantages_of_guided_rollouts():
+    """Two plain rollouts and two that continue a prefix, then a group without plain ones, by hand."""
+    batch = trajectories(
+        [[0.5, 0.5]] * 6 + [[0.5]], rewards=[1, 0, 1, 0.5, 1, 0, 1], group=[0] * 4 + [1, 1, 0], demonstrations=[6]
+    )
+    batch = dataclasses.replace(batch, is_guided=torch.tensor([False, False, True, True, True, True, False]))
+    alike, plain = (upge.GuidedRelative(baseline)(batch)[:, 0].tolist() for baseline in ("alike", "plain"))
+    assert alike == [0.5, -0.5, 0.25, -0.25, 0.5, -0.5, 0.5]
+    assert plain == [0.25, -0.25, 0.25, 0, 0, 0, 0.25]
+    ours = dataclasses.replace(batch, is_guided=None, is_demonstration_token=torch.eye(7, 2, dtype=torch.bool))
+    assert ours.is_guided.tolist() == [True, True, False, False, False, False, False]
+
+
+def test_a_mask_of_the_tokens_with_the_highest_entropies():
+    """Of 5, 4 and 2 tokens the ⌊0.6·n⌋ lowest are masked, of equal ones the first."""
+    entropies = [[3.0, 1.0, 2.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0], [5.0, 4.0], []]
+    batch = trajectories(lengths=[5, 4, 2, 0], entropies=entropies)
+    actual = upge.HighEntropy(0.4)(batch, torch.ones(4, 5))
+    assert actual.tolist() == [[1, 0, 0, 0, 1], [0, 0, 1, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
+    with pytest.raises(upge.ConfigError, match="HighEntropy.share: 0.0 must be above 0 and at most 1; 0.2 is customary"):
+        upge.HighEntropy(0.0)
+
+
 #: They learn from rollouts alone, and from every one of them.
 OF_ROLLOUTS = [
     name
