@@ -312,20 +312,6 @@ MUTANTS = (
         ["upge/test_demonstration_tokens.py"],
     ),
     Mutant(
-        "parts-see-tokens-of-other-sources",
-        "upge/trajectories.py",
-        "return self.response_mask & (self.source_tokens(source) | ~guided)",
-        "return None",
-        ["upge/test_demonstration_tokens.py"],
-    ),
-    Mutant(
-        "sampler-compared-on-prefixes",
-        "upge/train/micro_batches.py",
-        "~self.tokens.is_demonstration_token",
-        "~self.columns.is_demonstration[self.packed.rows]",
-        ["upge/test_demonstration_tokens.py"],
-    ),
-    Mutant(
         "kl-reversed",
         "upge/regularizers.py",
         "batch.reference_logprobs.detach() - batch.logprobs",

@@ -114,7 +114,7 @@ def test_a_mask_of_the_tokens_with_the_highest_entropies():
     batch = trajectories(lengths=[5, 4, 2, 0], entropies=entropies)
     actual = upge.HighEntropy(0.4)(batch, torch.ones(4, 5))
     assert actual.tolist() == [[1, 0, 0, 0, 1], [0, 0, 1, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
-    with pytest.raises(upge.ConfigError, match="HighEntropy.share: 0.0 must be above 0 and at most 1; 0.2 is customary"):
+    with pytest.raises(upge.ConfigError, match=r"HighEntropy.share: 0.0 must be above 0 and at most 1; 0.2 is"):
         upge.HighEntropy(0.0)
 
 
