@@ -40,7 +40,7 @@ Source = Literal["rollouts", "demonstrations", "preference_pairs", "all"]
 #: Columns that every batch has.
 _REQUIRED = ("response_mask", "rewards", "group")
 #: The kind of values in each column that does not hold floating-point numbers.
-_KINDS = dict.fromkeys(("response_mask", "is_demonstration_token", "is_demonstration", "is_guided", "finished"), "bool")
+_KINDS: dict[str, str] = dict.fromkeys(("response_mask", "is_demonstration_token", "is_demonstration", "is_guided", "finished"), "bool")
 _KINDS |= dict.fromkeys(("group", "preference", "row"), "integer")
 #: The largest log-prob that is taken for a rounding error of 0.
 _ROUNDING = 2e-3
