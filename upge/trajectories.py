@@ -40,7 +40,9 @@ Source = Literal["rollouts", "demonstrations", "preference_pairs", "all"]
 #: Columns that every batch has.
 _REQUIRED = ("response_mask", "rewards", "group")
 #: The kind of values in each column that does not hold floating-point numbers.
-_KINDS: dict[str, str] = dict.fromkeys(("response_mask", "is_demonstration_token", "is_demonstration", "is_guided", "finished"), "bool")
+_KINDS: dict[str, str] = dict.fromkeys(
+    ("response_mask", "is_demonstration_token", "is_demonstration", "is_guided", "finished"), "bool"
+)
 _KINDS |= dict.fromkeys(("group", "preference", "row"), "integer")
 #: The largest log-prob that is taken for a rounding error of 0.
 _ROUNDING = 2e-3
@@ -72,6 +74,7 @@ class Trajectories(TrajectoryView):
         teacher_logprobs: [B, T] log-probs of the teacher.
         values: [B, T] the critic's value before each token.
         entropies: [B, T] entropy of the current policy at each token over the full vocabulary (nats).
+        score_norms: [B, T] ‖∂ log π/∂z‖² = 1 - 2π + Σ_v π(v|t)² of the policy at the start of the step, z its logits.
         finished: [B] True if the response ended by itself, False if it was cut at a length limit.
         preference: [B] +1 chosen, -1 rejected, 0 neither.
         step: number of training steps before this batch, for schedules.
@@ -97,6 +100,7 @@ class Trajectories(TrajectoryView):
     teacher_logprobs: Float[Tensor, "B T"] | None = None
     values: Float[Tensor, "B T"] | None = None
     entropies: Float[Tensor, "B T"] | None = None
+    score_norms: Float[Tensor, "B T"] | None = None
     finished: Bool[Tensor, "B"] | None = None
     preference: Int[Tensor, "B"] | None = None
     step: int = 0

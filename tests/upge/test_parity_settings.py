@@ -52,7 +52,7 @@ CASES = (
 GIVEN = {"dual": 2.0, "low": 0.9, "length": 7, "clip": 0.1, "rollouts": 2, "steps": 7}
 SINGLE = (
     "asymre|cispo|dapo|dft|dpo|dppo|dr_grpo|dro|fipo|gmpo|grpo|gspo|iw_sft|iw_sft_sequence|luspo|maxrl|offline_rl|opmd"
-    "|gift|gkd|opd|opsd|sdpo|ppo|real|reinforce|reinforce_plus_plus|relift|rloo|sapo|sft|vespo"
+    "|eaft|gift|gkd|opd|opsd|sdpo|ppo|real|reinforce|reinforce_plus_plus|relift|rloo|sapo|sft|vespo"
 )
 MOVES = "how μ moves between steps: see test_gates_state.py"
 #: (algorithms, setting) → why a change leaves the gradient of a batch alone. Bars separate algorithms, * is any text.

@@ -7,6 +7,7 @@ from upge.components.advantage import (
     GuidedRelative,
     LeaveOneOut,
     MeanNormalized,
+    OptimalTokenBaseline,
     PairwisePreference,
     SignedReward,
 )
@@ -30,8 +31,21 @@ from upge.components.denominator import (
     SequenceReferencePolicy,
     UnitDenominator,
 )
-from upge.components.distillation import JensenShannon, LogRatio, Surprisal, TargetProbability, TiltedReference
-from upge.components.likelihood import GammaLikelihood, PolicyLikelihood, PowerLikelihood, ShapedLikelihood
+from upge.components.distillation import (
+    JensenShannon,
+    LogRatio,
+    SampledTarget,
+    Surprisal,
+    TargetProbability,
+    TiltedReference,
+)
+from upge.components.likelihood import (
+    EntropyLikelihood,
+    GammaLikelihood,
+    PolicyLikelihood,
+    PowerLikelihood,
+    ShapedLikelihood,
+)
 from upge.components.mask import (
     AllOf,
     DivergenceClip,
@@ -56,7 +70,6 @@ from upge.components.shaping import (
 from upge.formula import Formula
 
 __all__ = [
-    "GAE",
     "AdvantageEstimator",
     "AllOf",
     "BehaviorPolicy",
@@ -66,8 +79,10 @@ __all__ = [
     "ConstantAdvantage",
     "CurrentPolicy",
     "DivergenceClip",
+    "EntropyLikelihood",
     "Formula",
     "FutureKLShaped",
+    "GAE",
     "GammaLikelihood",
     "GeometricMeanBehaviorPolicy",
     "GroupClassification",
@@ -75,9 +90,9 @@ __all__ = [
     "GuidedRelative",
     "HighEntropy",
     "ImportanceBand",
+    "JensenShannon",
     "KLPenalizedReward",
     "KLShaped",
-    "JensenShannon",
     "LeaveOneOut",
     "LikelihoodGradient",
     "LogRatio",
@@ -86,6 +101,7 @@ __all__ = [
     "MixedBehaviorPolicy",
     "NoMask",
     "OffPolicySequenceMask",
+    "OptimalTokenBaseline",
     "OutcomeReward",
     "OverlongShaped",
     "PPOClip",
@@ -95,6 +111,7 @@ __all__ = [
     "PrefixWeighted",
     "ReferenceDenominator",
     "ReturnToGo",
+    "SampledTarget",
     "SamplerCorrected",
     "SequenceBehaviorPolicy",
     "SequenceClip",
