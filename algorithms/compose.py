@@ -15,6 +15,7 @@ from upge.checks import mismatch
 from upge.corrections import Correction, NotApplicable
 from upge.errors import ConfigError, nearest
 from upge.gates import Gate
+from upge.guidance import Guidance
 from upge.instantiate import TARGET, build
 from upge.pipeline import Pipeline, Stage
 from upge.regularizers import Regularizer, ValueLoss
@@ -23,7 +24,7 @@ from upge.trees import first_line, plain
 
 #: `name` is a key of inlined algorithms: `algorithms.inline` writes it.
 _COMMON = {"name", "description"}
-_KEYS = _COMMON | {"terms", "regularizers", "critic", "sampling", "interleaved_update", "validation"}
+_KEYS = _COMMON | {"terms", "regularizers", "critic", "sampling", "interleaved_update", "validation", "guidance"}
 _PIPELINE_KEYS = _COMMON | {"stages"}
 _TERM_KEYS = {"source", "gate", "estimator", "reduction", "coefficient", "support"}
 _STAGE_KEYS = {"algorithm", "share", "lr_factor"}
@@ -103,7 +104,7 @@ def _algorithm(tree: Any, name: str, path: str) -> Algorithm:
     named = _mapping(tree, "regularizers", path)
     extra = {str(n): build(item, f"{path}.regularizers.{n}", Regularizer) for n, item in named.items()}
     optional: dict[str, Any] = {}
-    for key, kind in (("critic", ValueLoss), ("sampling", DynamicSampling)):
+    for key, kind in (("critic", ValueLoss), ("sampling", DynamicSampling), ("guidance", Guidance)):
         if tree.get(key) is not None:
             optional[key] = build(tree[key], f"{path}.{key}", kind)
     if tree.get("interleaved_update") is not None:

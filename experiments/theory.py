@@ -40,9 +40,9 @@ def load(name: str, corrections: Sequence[str] = (), length: int = STEPS) -> upg
 
 
 def shipped(length: int = STEPS) -> list[upge.Algorithm]:
-    """Every algorithm that has a file, without pipelines, whose stages are algorithms with their own files."""
+    """Every algorithm that has a file, without guided rollouts and pipelines, whose stages have their own files."""
     loaded = [load(name, length=length) for name in algorithms.names()]
-    return [algorithm for algorithm in loaded if isinstance(algorithm, upge.Algorithm)]
+    return [one for one in loaded if isinstance(one, upge.Algorithm) and one.guidance is None]
 
 
 def reward(tokens: tuple[int, ...]) -> float:

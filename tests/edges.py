@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tests import policy
 from tests.policy import Sample, changed, log_softmax, sample
 
 #: How far from a bound a ratio lies, as a share of it: a bound that is changed by 1 % passes over some of them.
@@ -47,18 +48,26 @@ def alternating(s: Sample) -> Tensor:
     return torch.where(s.batch.is_demonstration, 1.0, (number % 2).double()).double()
 
 
-def token_bounds(seed: int, pairs: bool) -> Sample:
-    """Every ratio of `TOKEN_RATIOS`, with advantages of both signs; the critic knows next to nothing."""
-    length = len(TOKEN_RATIOS)
-    s = sample(seed, pairs=pairs, groups=4, length=length, vocabulary=101)  # a ratio of 0.2 leaves room below 1
+def token_bounds(seed: int, pairs: bool, ratios: tuple[float, ...] = TOKEN_RATIOS, groups: int = 4) -> Sample:
+    """Every one of `ratios`, with advantages of both signs; the critic knows next to nothing."""
+    length = len(ratios)
+    s = sample(seed, pairs=pairs, groups=groups, length=length, vocabulary=101)  # a ratio of 0.2 leaves room below 1
     mask = torch.ones_like(s.batch.response_mask)
     mask[2::7, length // 2 :] = False
     logprobs, entropies = log_softmax(s.logits, s.tokens)  # of the tokens that `sample` has as padding, too
     noise = torch.randn(mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 70))
-    away = logprobs.detach() - placed(TOKEN_RATIOS, mask.shape)
+    away = logprobs.detach() - placed(ratios, mask.shape)
     columns = {f"{name}_logprobs": away for name in ("behavior", "reference", "sampler")}
     columns |= {"logprobs": logprobs, "entropies": entropies, "values": 0.02 * noise}
     return changed(s, response_mask=mask, rewards=alternating(s), **columns)
+
+
+def guided(case: str, seed: int, s: Sample) -> Sample:
+    """The sample `s` of a case with guided rollouts; at the bounds of tokens with more of them and longer prefixes."""
+    if case != "token_bounds":
+        return policy.guided(s)
+    ratios = (*TOKEN_RATIOS, *(math.log(x) for x in around(3.0)))
+    return policy.guided(token_bounds(seed, False, ratios, groups=24), longest=len(ratios) - 4)
 
 
 def probability_bounds(seed: int, pairs: bool) -> Sample:

@@ -300,9 +300,16 @@ MUTANTS = (
     Mutant(
         "entropy-bonus-on-demonstrations",
         "upge/plan.py",
-        "batch.source_rows(regularizer.source) & in_any",
-        "in_any",
+        "in_any_term.of(batch, regularizer.source)",
+        "in_any_term",
         ["upge/test_regularizers.py"],
+    ),
+    Mutant(
+        "divisor-counts-tokens-of-other-sources",
+        "upge/plan.py",
+        "batch.response_mask & (counting.tokens | ~counting.rows[:, None])",
+        "batch.response_mask",
+        ["upge/test_demonstration_tokens.py"],
     ),
     Mutant(
         "kl-reversed",
@@ -370,8 +377,8 @@ MUTANTS = (
     Mutant(
         "divisor-always-of-the-term",
         "upge/plan.py",
-        'active if reduction.over == "term" else active_in_any',
-        "active",
+        'own if reduction.over == "term" else in_any',
+        "own",
         [REDUCTIONS + "test_over_says_whose_count_divides"],
     ),
     Mutant(

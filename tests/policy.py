@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from upge import Trajectories
+from upge.testing import batches
 from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS, Distributions
 
 
@@ -40,6 +41,7 @@ class Sample:
                 "reward": float(self.batch.rewards[i]),
                 "group": int(self.batch.group[i]),
                 "demo": bool(self.batch.is_demonstration[i]),
+                "shown": self.batch.is_demonstration_token[i, :n],
                 "preference": int(self.batch.preference[i]),
                 "finished": bool(self.batch.finished[i]),
             }
@@ -157,6 +159,12 @@ def take(s: Sample, rows: Tensor) -> Sample:
 
 def changed(s: Sample, **columns: Tensor) -> Sample:
     return Sample(s.logits, s.tokens, replace(s.batch, **columns))
+
+
+def guided(s: Sample, longest: int = 5) -> Sample:
+    """The sample's rollouts, of which two of every four begin with tokens of a demonstration."""
+    own = take(s, (~s.batch.is_demonstration).nonzero()[:, 0])
+    return Sample(own.logits, own.tokens, batches.guided(own.batch, longest))
 
 
 def with_distributions(s: Sample, seed: int) -> Sample:

@@ -84,6 +84,45 @@ def luffy(s):
     return average(losses, s)
 
 
+def uft(s):
+    """Hints are imitated, and what follows them is reinforced, with a KL to the reference policy and an entropy bonus.
+
+    A token is shown if it comes from a demonstration.
+    """
+    rl, distances, entropies = [], [], []
+    for question in s.questions:
+        for r, a in relative(split(question)[0], std=True):
+            own = ~r["shown"]
+            log_x = (r["reference"] - r["logp"])[own]
+            rl.append(clipped(r, a)[own])
+            distances.append(-(torch.exp(log_x) - log_x - 1))
+            entropies.append(r["entropy"][own])
+    hints = [r["logp"][r["shown"]] for r in s.rows]
+    return token_mean(rl, s) + 0.001 * sum(token_mean(part, s) for part in (hints, distances, entropies))
+
+
+def prefix_rft(s):
+    """A rollout counts among those that begin alike; what it begins with, among those that begin with nothing."""
+    losses = []
+    for question in s.questions:
+        plain, guided = ([r for r in question if bool(r["shown"].any()) == is_guided] for is_guided in (False, True))
+        for members in (plain, guided):
+            for r, a in relative(members, std=False):
+                losses.append(-dual_clipped(r, a)[~r["shown"]].sum() / LENGTH)
+        for r in guided:
+            a = (r["reward"] - statistics.fmean(p["reward"] for p in plain)) / len(guided) if plain else 0.0
+            shown = r["shown"].nonzero()[:, 0].tolist()
+            by_entropy = sorted(shown, key=lambda t: float(r["entropy"][t].detach()))
+            uncertain = by_entropy[int(len(shown) * 0.8) :]
+            losses.append(-dual_clipped(r, a)[uncertain].sum() / LENGTH)
+    return sum(losses, 0.0 * sum(r["logp"].sum() for r in s.rows)) / max(1, len(s.rows))
+
+
+def dual_clipped(r, advantage, most=3.0):
+    inner = clipped(r, advantage)
+    return inner if advantage >= 0 else torch.maximum(inner, torch.full_like(inner, most * advantage))
+
+
 def rl_plus(s):
     losses = []
     for question in s.questions:

@@ -28,6 +28,7 @@ from upge.gates import (
     Schedule,
     SiblingSucceeded,
 )
+from upge.guidance import BinomialPrefix, Guidance, PrefixLength, UniformPrefix
 from upge.needs import Needs
 from upge.pipeline import Pipeline, Stage
 from upge.reduction import FixedLength, QuestionMean, Reduction, SequenceMean, TokenMean
@@ -42,6 +43,7 @@ __version__ = "0.2.0.dev0"
 __all__ = [
     *_components.__all__,
     "Algorithm",
+    "BinomialPrefix",
     "ConstantGate",
     "Complement",
     "ConfigError",
@@ -56,6 +58,7 @@ __all__ = [
     "FixedLength",
     "FullVocabulary",
     "Gate",
+    "Guidance",
     "InterleavedUpdate",
     "KLPenalty",
     "MetaGradient",
@@ -67,6 +70,7 @@ __all__ = [
     "PassRateBetween",
     "PassRateTable",
     "Pipeline",
+    "PrefixLength",
     "ProductOf",
     "QuestionMean",
     "Reduction",
@@ -84,6 +88,7 @@ __all__ = [
     "TopK",
     "Trajectories",
     "UnifiedGradient",
+    "UniformPrefix",
     "UserError",
     "ValueLoss",
     "__version__",

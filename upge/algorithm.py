@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import TypeVar
 
@@ -23,6 +23,7 @@ from upge.errors import ConfigError
 from upge.estimate import Estimate
 from upge.formula import render
 from upge.gates import Gate
+from upge.guidance import Guidance
 from upge.needs import Needs, check_columns, check_groups, needs_of
 from upge.plan import Plan, plan_updates
 from upge.regularizers import Regularizer, ValueLoss
@@ -105,6 +106,7 @@ class Algorithm:
         sampling: which prompts are replaced; None = none.
         interleaved_update: updates by a second algorithm, made when enough prompts have been collected.
         validation: the objective on held-out prompts that a stateful gate may follow.
+        guidance: which rollouts continue the beginning of a demonstration; None = none.
     """
 
     name: str
@@ -115,6 +117,7 @@ class Algorithm:
     sampling: DynamicSampling | None = None
     interleaved_update: InterleavedUpdate | None = None
     validation: Algorithm | None = None
+    guidance: Guidance | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -138,6 +141,25 @@ class Algorithm:
             _check_plain(self.validation, "validation")
         if self.sampling is not None and "rollouts" not in {term.source for term in self.terms.values()}:
             raise ConfigError(f"{self.name}: sampling chooses prompts by rollouts, but no term's source is rollouts")
+        if self.guidance is not None:
+            self._check_guidance(self.guidance)
+
+    def _check_guidance(self, guidance: Guidance) -> None:
+        """Refuse guidance of an algorithm that has no place for it."""
+        sources = self.sources
+        pairs = next((path for path, source in sources.items() if source == "preference_pairs"), None)
+        shown = next((path for path, source in sources.items() if source == "demonstrations"), None)
+        if not self.step_needs.rollouts:
+            problem = "guides rollouts, but no term's source is rollouts; remove it"
+        elif pairs is not None:
+            problem = f"does not go with {pairs}.source=preference_pairs; remove one of them"
+        elif self.critic is not None:
+            problem = "does not go with a critic, which learns from tokens that the policy sampled; remove one of them"
+        elif shown is not None and guidance.in_prompt:
+            problem = f"has in_prompt=true, so {shown}.source=demonstrations has no tokens; give in_prompt=false"
+        else:
+            return
+        raise ConfigError(f"{self.name}: guidance {problem}")
 
     @property
     def parts(self) -> dict[str, Component]:
@@ -210,9 +232,9 @@ class Algorithm:
     @property
     def step_needs(self) -> Needs:
         """What the batch of a step must hold, as the parts declare it."""
-        return needs_of(
-            self._working_parts, self.sources, {f"terms.{n}.estimator": s for n, s in self.supports.items()}
-        )
+        supports = {f"terms.{n}.estimator": s for n, s in self.supports.items()}
+        needs = needs_of(self._working_parts, self.sources, supports)
+        return needs if self.guidance is None else replace(needs, demonstrations=False, prefixes=True)
 
     @property
     def needs(self) -> Needs:
@@ -247,6 +269,18 @@ class Algorithm:
                 f"{group_size} is too small for {path}.{needs.group_size_because} ({part}), which compares the "
                 f"rollouts of one prompt; set group_size to {needs.group_size} or more",
                 "group_size",
+            )
+        if self.guidance is not None and (self.guidance.rollouts or 0) > group_size:
+            raise ConfigError(
+                f"{self.guidance.rollouts} is more than the {group_size} rollouts of a prompt; lower it, or raise "
+                "group_size",
+                f"{path}.guidance.rollouts",
+            )
+        if self.guidance is not None and demonstrations == 0:
+            raise ConfigError(
+                "rollouts continue demonstrations, but the data set has none; choose data with worked solutions, or "
+                f"set {path}.guidance=null",
+                f"{path}.guidance",
             )
         learning = {p: s for p, s in self.sources.items() if s in ("demonstrations", "all")}
         if learning and demonstrations == 0:
@@ -317,7 +351,7 @@ def _check_reads_outcomes(gate: Gate, path: str) -> None:
 
 def _check_plain(algorithm: Algorithm, path: str) -> None:
     """Refuse an inner algorithm that needs what only a whole run provides."""
-    for name in ("critic", "sampling", "interleaved_update", "validation", "stateful"):
+    for name in ("critic", "sampling", "interleaved_update", "validation", "stateful", "guidance"):
         value = getattr(algorithm, name)
         if value:
             what = f"stateful gates ({', '.join(value)})" if name == "stateful" else f"a `{name}` of its own"

@@ -26,6 +26,7 @@ class Needs:
     Attributes:
         columns: every column that some part reads.
         rollouts, demonstrations, preference_pairs: True if it learns from, or compares with, such trajectories.
+        prefixes: True if rollouts continue the beginning of a demonstration. The batch then has no whole ones.
         group_size: minimum number of rollouts per prompt.
         group_size_because: path of the part that requires `group_size`.
         precomputed: the columns of `COMPUTED` that must be filled before the policy's forward pass, because a part that
@@ -42,6 +43,12 @@ class Needs:
     group_size_because: str
     precomputed: frozenset[str] = frozenset()
     distributions: frozenset[str] = frozenset()
+    prefixes: bool = False
+
+    @property
+    def data_demonstrations(self) -> bool:
+        """True if it uses the demonstrations of the data, whole or their beginnings."""
+        return self.demonstrations or self.prefixes
 
     @property
     def critic(self) -> bool:
@@ -70,6 +77,7 @@ class Needs:
             group_size_because=larger.group_size_because,
             precomputed=self.precomputed | other.precomputed,
             distributions=self.distributions | other.distributions,
+            prefixes=self.prefixes or other.prefixes,
         )
 
 

@@ -24,7 +24,7 @@ from upge.reduction import Over, Reduction
 from upge.regularizers import Regularizer
 from upge.support import CANDIDATE_COLUMNS, SampledToken, Support
 from upge.term import Term
-from upge.trajectories import Trajectories
+from upge.trajectories import Source, Trajectories
 from upge.views import PackedTokens, TokenView
 
 
@@ -35,8 +35,9 @@ class PlannedTerm:
     Attributes:
         source: [B] True for the trajectories of the term's source.
         active: [B] True for those of them whose coefficient is not known to be 0.
-        weights: [B, T] the reduction's w, 0 outside the active rows.
+        weights: [B, T] the reduction's w, 0 outside the active rows and the tokens of the source.
         support: of the term.
+        seen: [B, T] the tokens that the parts see; None = all.
     """
 
     gate: Gate
@@ -46,6 +47,7 @@ class PlannedTerm:
     active: Bool[Tensor, "B"]
     weights: Float[Tensor, "B T"]
     support: Support = SampledToken()
+    seen: Bool[Tensor, "B T"] | None = None
 
     def to(self, device: torch.device | str) -> PlannedTerm:
         """A copy of this term on `device`."""
@@ -55,7 +57,8 @@ class PlannedTerm:
 
         gate, estimator = mapped(self.gate, move), mapped(self.estimator, move)
         tensors = move(self.source), move(self.active), move(self.weights)
-        return PlannedTerm(gate, estimator, self.coefficient, *tensors, self.support)
+        seen = None if self.seen is None else move(self.seen)
+        return PlannedTerm(gate, estimator, self.coefficient, *tensors, self.support, seen)
 
     @property
     def on_support(self) -> bool:
@@ -64,6 +67,7 @@ class PlannedTerm:
 
     def factors(self, batch: TokenView) -> TermFactors:
         """The factors on a micro-batch, one number per token each."""
+        batch = batch.seeing(self.seen)
         shape = batch.response_mask.shape
         factors = self.estimator.factors(batch)
         gate, w = self._scales(batch)
@@ -75,7 +79,7 @@ class PlannedTerm:
 
     def coefficients(self, batch: Trajectories | PackedTokens, places: Places | None) -> SupportCoefficients:
         """The coefficients on the term's support, for the batch's tokens in order or for those at `places`."""
-        gate, w = self._scales(batch)
+        gate, w = self._scales(batch.seeing(self.seen))
         return SupportCoefficients(self.estimator, self.support, batch, gate.expand(w.shape), w, places)
 
     def _scales(self, batch: TokenView) -> tuple[Tensor, Tensor]:
@@ -99,12 +103,47 @@ class PlannedTerm:
 
 
 @dataclass(frozen=True)
+class PlannedPenalty:
+    """A regularizer bound to a batch, with its parts precomputed.
+
+    Attributes:
+        scale: [B, T] coefficient·w of each token.
+        seen: [B, T] the tokens that it sees; None = all.
+    """
+
+    regularizer: Regularizer
+    scale: Float[Tensor, "B T"]
+    seen: Bool[Tensor, "B T"] | None = None
+
+    def to(self, device: torch.device | str) -> PlannedPenalty:
+        """A copy of this penalty on `device`."""
+        seen = None if self.seen is None else self.seen.to(device)
+        return PlannedPenalty(mapped(self.regularizer, lambda v: v.to(device)), self.scale.to(device), seen)
+
+    def value(self, batch: Trajectories | PackedTokens, dtype: torch.dtype) -> Float[Tensor, ""]:
+        """The value of the regularizer on a micro-batch.
+
+        Trajectories outside the regularizer's source are hidden from it like padding, because their penalty may
+        overflow and 0·∞ is NaN in value and gradient. A penalty of reach 'group' may need to read them, so it sees all
+        trajectories.
+        """
+        scale, batch = batch.look_up(self.scale).to(dtype), batch.seeing(self.seen)
+        if self.regularizer.live_reach != "group":
+            weighted = scale != 0
+            if weighted.ndim == 2:
+                weighted = weighted.any(dim=1, keepdim=True)
+            batch = replace(batch, response_mask=batch.response_mask & weighted)
+        values = self.regularizer(self.regularizer.view(batch))
+        return torch.where(scale == 0, torch.zeros_like(values), values * scale).sum()
+
+
+@dataclass(frozen=True)
 class Plan:
     """An algorithm bound to a batch.
 
     Attributes:
         terms: name → term, for the terms with a coefficient other than 0.
-        penalties: name → (regularizer, [B, T] its scale coefficient·w).
+        penalties: name → its regularizer, bound to the batch.
         contributing: [B] True for trajectories that can contribute to the gradient. Only these need a forward pass.
         active: [B] True for trajectories with a non-zero coefficient in some term, whether or not they contribute.
         group: [B] of the batch.
@@ -112,7 +151,7 @@ class Plan:
     """
 
     terms: Mapping[str, PlannedTerm]
-    penalties: Mapping[str, tuple[Regularizer, Tensor]]
+    penalties: Mapping[str, PlannedPenalty]
     contributing: Bool[Tensor, "B"]
     active: Bool[Tensor, "B"]
     group: Int[Tensor, "B"]
@@ -122,10 +161,7 @@ class Plan:
         """This plan on `device`, which must be the device of the micro-batches."""
         if self.contributing.device == torch.device(device):
             return self
-        penalties = {
-            name: (mapped(regularizer, lambda values: values.to(device)), scale.to(device))
-            for name, (regularizer, scale) in self.penalties.items()
-        }
+        penalties = {name: penalty.to(device) for name, penalty in self.penalties.items()}
         terms = {name: term.to(device) for name, term in self.terms.items()}
         contributing, active, group = (c.to(device) for c in (self.contributing, self.active, self.group))
         return Plan(terms, penalties, contributing, active, group, self.reach)
@@ -137,7 +173,7 @@ class Plan:
         """
         terms = {n: term for n, term in self.terms.items() if n == name}
         penalties = {n: penalty for n, penalty in self.penalties.items() if n == name}
-        scales = [term.weights for term in terms.values()] + [scale for _, scale in penalties.values()]
+        scales = [term.weights for term in terms.values()] + [penalty.scale for penalty in penalties.values()]
         weighted = torch.stack([(scale != 0).any(dim=1) for scale in scales]).any(dim=0)
         contributing = self.contributing if self.reach == "group" else self.contributing & weighted
         return Plan(terms, penalties, contributing, self.active, self.group, self.reach)
@@ -150,9 +186,9 @@ class Plan:
         for term in self.terms.values():
             if column in term.live_reads():
                 rows |= (term.weights != 0).any(dim=1)
-        for regularizer, scale in self.penalties.values():
-            if column in live_reads(regularizer):
-                rows |= (scale != 0).any(dim=1)
+        for penalty in self.penalties.values():
+            if column in live_reads(penalty.regularizer):
+                rows |= (penalty.scale != 0).any(dim=1)
         return rows & self.contributing
 
     def estimate(self, batch: Trajectories | PackedTokens) -> Estimate:
@@ -205,8 +241,8 @@ class Plan:
         # Where the weight is 0 the log-prob may be -inf, and 0·(-inf) is NaN.
         loss = -(weights * torch.where(weights == 0, torch.zeros_like(logprobs), logprobs)).sum()
         penalties: dict[str, Tensor] = {}
-        for name, (regularizer, scale) in self.penalties.items():
-            penalties[name] = _penalty(regularizer, batch.look_up(scale).to(dtype), batch)
+        for name, penalty in self.penalties.items():
+            penalties[name] = penalty.value(batch, dtype)
             loss = loss + penalties[name]
         # As tensors: to read a number would wait for the device, in each chunk of the output head.
         values = {name: value.detach() for name, value in penalties.items()}
@@ -274,48 +310,58 @@ def _plan(
 ) -> Plan:
     """The plan of one update on all of `batch`, from terms and regularizers whose parts are precomputed."""
     in_any = torch.stack(list(active.values())).any(dim=0)
+    tokens = {name: batch.source_tokens(term.source) & active[name][:, None] for name, term in terms.items()}
+    in_any_term = Counted(in_any, torch.stack(list(tokens.values())).any(dim=0))
     planned: dict[str, PlannedTerm] = {}
     contributing = torch.zeros_like(in_any)
     for name, term in terms.items():
         source, rows = batch.source_rows(term.source), active[name]
-        weights = _weights(term.reduction, batch, rows, in_any)
+        weights = _weights(term.reduction, batch, Counted(rows, tokens[name]), in_any_term)
         columns = source, rows, weights
-        planned[name] = PlannedTerm(term.gate, term.estimator, term.coefficient, *columns, term.support)
+        seen = batch.tokens_seen(term.source)
+        planned[name] = PlannedTerm(term.gate, term.estimator, term.coefficient, *columns, term.support, seen)
         contributing |= planned[name].signal
-    penalties: dict[str, tuple[Regularizer, Tensor]] = {}
+    penalties: dict[str, PlannedPenalty] = {}
     for name, regularizer in regularizers.items():
-        rows = batch.source_rows(regularizer.source) & in_any
-        weights = _weights(regularizer.reduction, batch, rows, in_any)
-        penalties[name] = (regularizer, weights * regularizer.coefficient)
+        counted = in_any_term.of(batch, regularizer.source)
+        weights = _weights(regularizer.reduction, batch, counted, in_any_term)
+        seen = batch.tokens_seen(regularizer.source)
+        penalties[name] = PlannedPenalty(regularizer, weights * regularizer.coefficient, seen)
         contributing |= (weights != 0).any(dim=1)
     if reach == "group":  # a trajectory without a signal may still be read by others of its group
         contributing = torch.isin(batch.group, batch.group[contributing])
     return Plan(planned, penalties, contributing, in_any, batch.group, reach)
 
 
-def _weights(
-    reduction: Reduction, batch: Trajectories, active: Bool[Tensor, "B"], active_in_any: Bool[Tensor, "B"]
-) -> Float[Tensor, "B T"]:
-    """w on the active rows. The reduction's `over` says which trajectories its divisor counts."""
+@dataclass(frozen=True)
+class Counted:
+    """What a divisor counts.
+
+    Attributes:
+        rows: [B] trajectories.
+        tokens: [B, T] tokens of them.
+    """
+
+    rows: Bool[Tensor, "B"]
+    tokens: Bool[Tensor, "B T"]
+
+    def of(self, batch: Trajectories, source: Source) -> Counted:
+        """Those of one source. An empty trajectory counts with its kind, any other one if it has such tokens."""
+        tokens = self.tokens & batch.source_tokens(source)
+        has_tokens = tokens.any(dim=1) | ~batch.response_mask.any(dim=1)
+        return Counted(self.rows & batch.source_rows(source) & has_tokens, tokens)
+
+
+def _weights(reduction: Reduction, batch: Trajectories, own: Counted, in_any: Counted) -> Float[Tensor, "B T"]:
+    """w on the tokens of `own`. The reduction's `over` says what its divisor counts: `own` or `in_any`."""
     if getattr(reduction, "over", None) not in get_args(Over):
         raise ConfigError(
             f"{type(reduction).__name__}.over: found {getattr(reduction, 'over', None)!r}; a reduction has the field "
             "`over`, 'term' or 'batch', which says whose trajectories its divisor counts"
         )
-    counting = active if reduction.over == "term" else active_in_any
-    return reduction(reduction.view(batch), counting).detach() * active[:, None]
-
-
-def _penalty(regularizer: Regularizer, scale: Tensor, batch: Trajectories | PackedTokens) -> Tensor:
-    """The value of a regularizer on a micro-batch; `scale` is coefficient·w of each token.
-
-    Trajectories outside the regularizer's source are hidden from it like padding, because their penalty may overflow
-    and 0·∞ is NaN in value and gradient. A penalty of reach 'group' may need to read them, so it sees all trajectories.
-    """
-    if regularizer.live_reach != "group":
-        weighted = scale != 0
-        if weighted.ndim == 2:
-            weighted = weighted.any(dim=1, keepdim=True)
-        batch = replace(batch, response_mask=batch.response_mask & weighted)
-    values = regularizer(regularizer.view(batch))
-    return torch.where(scale == 0, torch.zeros_like(values), values * scale).sum()
+    counting = own if reduction.over == "term" else in_any
+    # Of a trajectory that counts, the tokens that count. The others are not counted, and are shown as they are.
+    seen = batch.response_mask & (counting.tokens | ~counting.rows[:, None])
+    whole = torch.equal(seen, batch.response_mask)
+    view = reduction.view(batch if whole else replace(batch, response_mask=seen))
+    return reduction(view, counting.rows).detach() * own.tokens

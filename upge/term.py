@@ -1,4 +1,4 @@
-"""A term of an algorithm: a source of trajectories × a gate × an estimator × a reduction."""
+"""A term of an algorithm: a source of tokens × a gate × an estimator × a reduction."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ from upge.trajectories import Source, Trajectories
 
 @dataclass(frozen=True)
 class Term:
-    """coefficient · Σ_τ gate · w · Σ_t 1_stable · (1/π_ref) · Â · f′∇π_θ over the trajectories of a source.
+    """coefficient · Σ_τ gate · w · Σ_t 1_stable · (1/π_ref) · Â · f′∇π_θ over the tokens of a source.
+
+    Of a rollout that begins with tokens of a demonstration, the parts see only the tokens of the source.
 
     Attributes:
-        source: the trajectories that the term learns from.
+        source: the tokens that the term learns from: of 'rollouts', of 'demonstrations', of 'preference_pairs' or
+            'all'.
         gate: gives the coefficient of each trajectory, [B].
         estimator: the product of the four factors.
         reduction: gives the weights w, [B, T].
@@ -52,11 +55,17 @@ class Term:
         return {"gate": self.gate, **estimator, "reduction": self.reduction}
 
     def active(self, batch: Trajectories) -> Bool[Tensor, "B"]:
-        """[B] True for trajectories of the source whose coefficient is not known to be 0 before the forward pass."""
-        return batch.source_rows(self.source) & ~self.gate.closed(batch) & (self.coefficient != 0)
+        """[B] True for trajectories of the source whose coefficient is not known to be 0 before the forward pass.
+
+        They have tokens of the source, or none at all.
+        """
+        tokens = batch.source_tokens(self.source).any(dim=1) | ~batch.response_mask.any(dim=1)
+        closed = self.gate.closed(batch.seeing(batch.tokens_seen(self.source)))
+        return batch.source_rows(self.source) & tokens & ~closed & (self.coefficient != 0)
 
     def precompute(self, batch: Trajectories) -> Term:
         """This term with everything known before the forward pass replaced by its values on the whole `batch`."""
+        batch = batch.seeing(batch.tokens_seen(self.source))
         estimator = self.estimator.precompute_parts(batch, self.support.live)
         return replace(self, gate=self.gate.precomputed(batch), estimator=estimator)
 

@@ -35,12 +35,14 @@ from upge.views import (
     hide,
 )
 
-#: The trajectories of a batch that a term or a regularizer learns from; see `Trajectories.source_rows`.
+#: The tokens of a batch that a term or a regularizer learns from; see `Trajectories.source_tokens`.
 Source = Literal["rollouts", "demonstrations", "preference_pairs", "all"]
 #: Columns that every batch has.
 _REQUIRED = ("response_mask", "rewards", "group")
 #: The kind of values in each column that does not hold floating-point numbers.
-_KINDS = {"response_mask": "bool", "is_demonstration": "bool", "finished": "bool"}
+_KINDS: dict[str, str] = dict.fromkeys(
+    ("response_mask", "is_demonstration_token", "is_demonstration", "is_guided", "finished"), "bool"
+)
 _KINDS |= dict.fromkeys(("group", "preference", "row"), "integer")
 #: The largest log-prob that is taken for a rounding error of 0.
 _ROUNDING = 2e-3
@@ -49,6 +51,9 @@ _ROUNDING = 2e-3
 @dataclass(frozen=True, eq=False)
 class Trajectories(TrajectoryView):
     """A batch of responses: rollouts and demonstrations.
+
+    A rollout may begin with tokens of a demonstration that the policy has continued. It is then a rollout in statistics
+    of groups, and its demonstration tokens belong to the source 'demonstrations'.
 
     Padding may hold any values, including NaN. The constructor sets entries outside `response_mask` to zero, so no part
     sees them.
@@ -59,6 +64,10 @@ class Trajectories(TrajectoryView):
         rewards: [B] the verifier's reward; for a correct demonstration the largest that the verifier gives, usually 1.
         group: [B] integers, equal for responses to the same prompt.
         is_demonstration: [B] True for expert responses, False for the model's own rollouts; None = all rollouts.
+        is_demonstration_token: [B, T] True for the tokens of expert responses and for those that a rollout begins with
+            and that come from one; None = the tokens of expert responses only.
+        is_guided: [B] True for rollouts that continue a demonstration's beginning, in the response or in the prompt;
+            None = those with such tokens in the response.
         behavior_logprobs: [B, T] log π_θold of the policy that generated the data; None = strictly on-policy.
         sampler_logprobs: [B, T] log-probs reported by the inference engine.
         reference_logprobs: [B, T] log-probs of the reference policy, for KL and preference pairs.
@@ -99,6 +108,8 @@ class Trajectories(TrajectoryView):
     state: Mapping[str, float] = dataclasses.field(default_factory=dict)
     pass_threshold: float = PASS_THRESHOLD
     distributions: Distributions | None = None
+    is_demonstration_token: Bool[Tensor, "B T"] = None  # pyright: ignore[reportAssignmentType] - as above
+    is_guided: Bool[Tensor, "B"] = None  # pyright: ignore[reportAssignmentType] - as above
 
     def __post_init__(self) -> None:
         for name in TOKEN_COLUMNS + TRAJECTORY_COLUMNS:
@@ -123,7 +134,13 @@ class Trajectories(TrajectoryView):
             kind = _KINDS.get(name, "float")
             if kind != ("float" if column.is_floating_point() else "bool" if column.dtype == torch.bool else "integer"):
                 raise ValueError(f"{name}: expected a tensor of {kind}s, found {column.dtype}")
+        of_demonstrations = self.is_demonstration[:, None].expand(mask.shape)
+        given = self.is_demonstration_token
+        tokens = of_demonstrations if given is None else given | of_demonstrations
+        object.__setattr__(self, "is_demonstration_token", tokens)
         hide(self, mask)
+        guided = self.is_demonstration_token.any(dim=1) & ~self.is_demonstration
+        object.__setattr__(self, "is_guided", guided if self.is_guided is None else guided | self.is_guided)
         self._check_logprobs()
         if self.preference is not None and bool((self.preference.abs() > 1).any()):
             odd = int(self.preference[self.preference.abs() > 1][0])
@@ -149,7 +166,7 @@ class Trajectories(TrajectoryView):
         return len(self.response_mask)
 
     def source_rows(self, source: Source) -> Bool[Tensor, "B"]:
-        """[B] True for the trajectories that `source` names.
+        """[B] True for the trajectories with tokens that `source` names, and for empty ones of its kind.
 
         The rejected response of a preference pair is not a demonstration.
 
@@ -166,7 +183,30 @@ class Trajectories(TrajectoryView):
             return self.preference != 0
         if source == "rollouts":
             return ~self.is_demonstration
-        return self.is_demonstration if self.preference is None else self.is_demonstration & (self.preference >= 0)
+        shown = self.is_demonstration | self.is_demonstration_token.any(dim=1)
+        return shown if self.preference is None else shown & (self.preference >= 0)
+
+    def source_tokens(self, source: Source) -> Bool[Tensor, "B T"]:
+        """[B, T] True for the tokens that `source` names: 'rollouts' for those not from a demonstration.
+
+        Raises:
+            ConfigError: as for `source_rows`.
+        """
+        tokens = self.response_mask & self.source_rows(source)[:, None]
+        if source == "rollouts":
+            return tokens & ~self.is_demonstration_token
+        return tokens & self.is_demonstration_token if source == "demonstrations" else tokens
+
+    def tokens_seen(self, source: Source) -> Bool[Tensor, "B T"] | None:
+        """[B, T] the tokens that the parts of a term with this source see; None if they see all of them.
+
+        Of a rollout that begins with tokens of a demonstration they see those of the source, of any other trajectory
+        all tokens.
+        """
+        guided = (self.is_demonstration_token & ~self.is_demonstration[:, None]).any(dim=1, keepdim=True)
+        if source not in ("rollouts", "demonstrations") or not bool(guided.any()):
+            return None
+        return self.response_mask & (self.source_tokens(source) | ~guided)
 
     def select(self, rows: Int[Tensor, "b"], logprobs: Tensor | None = None, **columns: Tensor | None) -> Trajectories:
         """A batch of the trajectories `rows`, without the columns after the last token that counts.

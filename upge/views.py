@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 TOKEN_COLUMNS = (
     "logprobs",
     "response_mask",
+    "is_demonstration_token",
     "behavior_logprobs",
     "sampler_logprobs",
     "reference_logprobs",
@@ -32,7 +33,7 @@ TOKEN_COLUMNS = (
     "score_norms",
 )
 #: Columns with one number per trajectory, [B].
-TRAJECTORY_COLUMNS = ("rewards", "group", "is_demonstration", "finished", "preference", "row")
+TRAJECTORY_COLUMNS = ("rewards", "group", "is_demonstration", "is_guided", "finished", "preference", "row")
 COLUMNS = frozenset((*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS, "is_sampled"))
 #: Columns that exist only after the forward pass of the current policy. A part that reads one of them, itself or in a
 #: part that it wraps, is *live*. Every other part is known before the forward pass.
@@ -64,6 +65,7 @@ class TokenView:
 
     logprobs: Float[Tensor, "*shape"]
     response_mask: Bool[Tensor, "*shape"]
+    is_demonstration_token: Bool[Tensor, "*shape"]
     behavior_logprobs: Float[Tensor, "*shape"] | None
     sampler_logprobs: Float[Tensor, "*shape"]
     reference_logprobs: Float[Tensor, "*shape"]
@@ -105,6 +107,12 @@ class TokenView:
     def look_up(self, values: Tensor) -> Tensor:
         """The entries of [B] or [B, T] `values` of the batch that this view was selected from, at its own places."""
 
+    def seeing(self: _View, tokens: Bool[Tensor, "B T"] | None) -> _View:
+        """This batch with `tokens` of the planned batch as its response mask; itself for None."""
+        if tokens is None:
+            return self
+        return replace(self, response_mask=self.response_mask & self.look_up(tokens))  # pyright: ignore
+
     @abstractmethod
     def per_token(self, values: Tensor) -> Tensor:
         """The result of `look_up` of a [B] tensor, in a shape that broadcasts against per-token columns."""
@@ -137,6 +145,7 @@ class TrajectoryView(TokenView):
     rewards: Float[Tensor, "B"]
     group: Int[Tensor, "B"]
     is_demonstration: Bool[Tensor, "B"]
+    is_guided: Bool[Tensor, "B"]
     finished: Bool[Tensor, "B"]
     preference: Int[Tensor, "B"]
     row: Int[Tensor, "B"]
@@ -176,19 +185,23 @@ class TrajectoryView(TokenView):
         successes = self.group_sum(self.rewards > self.pass_threshold)
         return successes / self.group_sum(torch.ones_like(successes))
 
-    def group_sum(self, values: Shaped[Tensor, "B *rest"], over: Members = "rollouts") -> Float[Tensor, "B *rest"]:
+    def group_sum(
+        self, values: Shaped[Tensor, "B *rest"], over: Members | Bool[Tensor, "B"] = "rollouts"
+    ) -> Float[Tensor, "B *rest"]:
         """[B] the sum of `values` over the group of each trajectory, in float64.
 
         Args:
             values: [B], or [B, T] for the sum at each place in the response.
-            over: the trajectories that count: the group's 'rollouts', or the whole 'group'. With 'group', a part must
-                declare `counts_demonstrations = True`.
+            over: the trajectories that count: the group's 'rollouts', the whole 'group', or those where a tensor is
+                True. With 'group', a part must declare `counts_demonstrations = True`.
         """
         index = self.group_index
         counted = self._counted(over).view(-1, *[1] * (values.ndim - 1))
         return group_sum(values.double() * counted, index)[index]
 
-    def group_mean(self, values: Shaped[Tensor, "B"], over: Members = "rollouts") -> Float[Tensor, "B"]:
+    def group_mean(
+        self, values: Shaped[Tensor, "B"], over: Members | Bool[Tensor, "B"] = "rollouts"
+    ) -> Float[Tensor, "B"]:
         """[B] the mean of `values` over the group of each trajectory, in float64; 0 for a group without members.
 
         The mean of equal values is exactly their value, so that a difference from it is exactly 0.
@@ -204,8 +217,10 @@ class TrajectoryView(TokenView):
         )
         return (group_sum(values * counted, index) / number.clamp(min=1)).clamp(lowest, highest)[index]
 
-    def _counted(self, over: Members) -> Bool[Tensor, "B"]:
+    def _counted(self, over: Members | Bool[Tensor, "B"]) -> Bool[Tensor, "B"]:
         """[B] True for the trajectories that count in statistics of groups."""
+        if isinstance(over, Tensor):
+            return over
         if over not in get_args(Members):
             raise ValueError(f"over: found {over!r}; use 'rollouts' or 'group'")
         return ~self.is_demonstration if over == "rollouts" else torch.ones_like(self.group, dtype=torch.bool)
@@ -261,6 +276,7 @@ class PackedTokens(TokenView):
     teacher_logprobs: Float[Tensor, "N"] | None = None
     values: Float[Tensor, "N"] | None = None
     entropies: Float[Tensor, "N"] | None = None
+    is_demonstration_token: Bool[Tensor, "N"] | None = None
     score_norms: Float[Tensor, "N"] | None = None
     step: int = 0
     state: Mapping[str, float] = dataclasses.field(default_factory=dict)

@@ -78,7 +78,7 @@ def needs(algorithm: Algorithm | Pipeline) -> dict[str, str]:
         rollouts = f"at least {total.group_size} per prompt (group_size), compared by {total.group_size_because}"
     provided = (
         (total.rollouts or total.group_size > 1, "rollouts", rollouts),
-        (total.demonstrations, "demonstrations", "worked solutions in the data"),
+        (total.data_demonstrations, "demonstrations", "worked solutions in the data"),
         (total.preference_pairs, "preference pairs", "a chosen and a rejected response to a prompt in the data"),
         (total.critic, "critic", "a value per token, from a model of its own"),
         (total.reference, "reference policy", "log-probs of the policy as it was before training"),
@@ -105,6 +105,8 @@ def _step_needs(path: str, one: Algorithm) -> dict[str, str]:
         signals = f", from {', '.join(sorted(gate.wants))}" if gate.wants else ""
         moved = f"moved by {type(gate).__name__}{signals}"
         listed[f"{path}state: {variable}"] = f"begins at {gate.initial():g}, {moved}; logged and kept in checkpoints"
+    if one.guidance is not None:
+        listed[f"{path}guidance"] = one.guidance.describe()
     if one.sampling is not None:
         gate, rounds = one.sampling.gate.formula().text, one.sampling.rounds
         drawn = f"prompts are drawn until the batch is full of prompts with {gate}, at most {rounds} times"

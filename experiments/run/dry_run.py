@@ -82,7 +82,7 @@ def _prepared(composed: Composed, has_tokenizer: bool, notes: list[str]) -> tupl
         if has_tokenizer:
             prepared = prepare(composed)
             having = sum(bool(example.problem.demonstrations) for example in prepared.train)
-            if composed.algorithm.needs.demonstrations:
+            if composed.algorithm.needs.data_demonstrations:
                 having = sum(bool(example.demonstrations) for example in prepared.train)
             return prepared, [_sizes(len(prepared.train), having, len(prepared.evaluation))]
         composed.algorithm.check(group_size=config.group_size, provided=PROVIDED)
@@ -297,11 +297,11 @@ def balance(algorithm: Algorithm, group_size: int, tokens: int) -> Balance:
 
 
 def balances(algorithm: Algorithm | Pipeline, group_size: int, tokens: int) -> dict[str, Balance]:
-    """The balance of each stage by its name, without stages that learn from preference pairs or from a teacher."""
+    """The balance of each stage by its name, without those with preference pairs, a teacher or guided rollouts."""
     stages = {name: stage.algorithm for name, stage in Pipeline.of(algorithm).stages.items()}
     plain = {
         name: one
         for name, one in stages.items()
-        if not (one.needs.preference_pairs or one.needs.teacher or one.supports)
+        if not (one.needs.preference_pairs or one.needs.teacher or one.supports or one.guidance)
     }
     return {name: balance(one, group_size, tokens) for name, one in plain.items()}

@@ -97,7 +97,7 @@ def prepare(composed: Composed) -> Prepared:
     except ConfigError as error:
         # The notes say if the length limits have dropped all of them.
         raise ConfigError("; ".join([str(error), *notes])) from error
-    if algorithm.needs.demonstrations and demonstrations < len(train):
+    if algorithm.needs.data_demonstrations and demonstrations < len(train):
         notes.append(f"{demonstrations} training problems have a demonstration within the limit")
     if algorithm.needs.preference_pairs and pairs < len(train):
         notes.append(f"{pairs} training problems have a preference pair within the limit")
@@ -382,7 +382,7 @@ def _encode(
         max_response_tokens=config.rollout.max_response_tokens,
         overlong_prompts=policy.overlong_prompts,
         overlong_demonstrations=policy.overlong_demonstrations,
-        demonstrations=which == "training" and (needs.demonstrations or needs.preference_pairs),
+        demonstrations=which == "training" and (needs.data_demonstrations or needs.preference_pairs),
         pairs=which == "training" and needs.preference_pairs,
     )
     prompts = encoded.dropped_prompts

@@ -153,6 +153,14 @@ def chord_mu(w: World) -> Expr:
     return (1 - mu) * _clipped(w) + mu * sft(w)
 
 
+def uft(w: World) -> Expr:
+    """Clipped + 0.001·(log-likelihood of demonstrations - k3 + H), all token means."""
+    pairs = [(row, Rational(1)) for row in w.rollouts]
+    distance = token_mean(pairs, lambda row, t, _: row.f[t] / row.p[t] - log(row.f[t] / row.p[t]) - 1)
+    entropy = token_mean(pairs, lambda row, t, _: row.h[t])
+    return _clipped(w) + Rational("0.001") * (sft(w) - distance + entropy)
+
+
 def chord_phi(w: World) -> Expr:
     """The same with μ = 0.1 and sg[π_θ(1 - π_θ)] on each demonstration token."""
     phi = expert_mean(w, lambda row, t: w.sg(row.p[t] * (1 - row.p[t])) * log(row.p[t]))

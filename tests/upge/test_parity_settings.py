@@ -49,7 +49,7 @@ CASES = (
     *("some_demonstrations", "ragged"),
 )
 #: A number in place of null.
-GIVEN = {"dual": 2.0, "low": 0.9, "length": 7, "clip": 0.1}
+GIVEN = {"dual": 2.0, "low": 0.9, "length": 7, "clip": 0.1, "rollouts": 2, "steps": 7}
 SINGLE = (
     "asymre|cispo|dapo|dft|dpo|dppo|dr_grpo|dro|fipo|gmpo|grpo|gspo|iw_sft|iw_sft_sequence|luspo|maxrl|offline_rl|opmd"
     "|eaft|gift|gkd|opd|opsd|sdpo|ppo|real|reinforce|reinforce_plus_plus|relift|rloo|sapo|sft|vespo"
@@ -82,6 +82,9 @@ INERT = {
     ("relift", "interleaved_update.size"): "how many prompts gather, between batches",
     ("relift", "interleaved_update.own_optimizer"): "what the optimizer makes of a gradient",
     ("relift", "interleaved_update.lr_factor"): "what the optimizer makes of a gradient",
+    ("uft", "terms.rl.estimator.advantage.baseline=group"): "batches with guided rollouts have no whole demonstrations",
+    ("prefix_rft", "*.share=0.198"): "of so few tokens, no other one is dropped",
+    ("prefix_rft|uft", "guidance.*"): "what the rollouts of a batch continue, before there is one",
     ("sft_then_grpo", "stages.*.lr_factor"): "what the optimizer makes of a gradient",
     ("sft_then_grpo", "stages.*.share"): "how many steps a stage has",
 }
@@ -143,7 +146,7 @@ def sample_of(name: str, number: int, case: str):
     algorithm, written = load(name)[number]
     s = batch_of(algorithm, case, 0)
     critic = critic_gradients(algorithm, VALUE_LOSSES[name], s)[1] if algorithm.critic is not None else None
-    if algorithm.supports:  # no number per token: the gradient by the logits
+    if algorithm.supports or algorithm.regularizers:  # no number per token: the gradient by the logits
         return s, test_parity.gradients(algorithm, written, s)[1], critic
     return s, test_parity.token_derivatives(written, s), critic
 
@@ -154,7 +157,7 @@ def shows(name: str, changed: upge.Algorithm | upge.Pipeline) -> bool:
             if case not in cases(name):
                 continue
             s, expected, critic = sample_of(name, number, case)
-            if load(name)[number][0].supports:
+            if load(name)[number][0].supports or load(name)[number][0].regularizers:
                 (actual,) = torch.autograd.grad(algorithm.estimate(s.batch).loss, s.logits, retain_graph=True)
                 if float((actual - expected).abs().max()) > 1e-9 * float(expected.abs().max()):
                     return True

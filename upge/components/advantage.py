@@ -113,6 +113,36 @@ class GroupRelative(AdvantageEstimator):
 
 
 @dataclass(frozen=True)
+class GuidedRelative(AdvantageEstimator):
+    """Â where some rollouts of a group continue a demonstration, which makes success likelier (arXiv 2507.01679).
+
+    With `baseline` 'alike' it is R - mean R over the group's rollouts that are guided alike: of a guided rollout over
+    the guided ones, of a plain one over the plain ones. With 'plain' it is (R - mean R over the plain rollouts)/k for
+    the k guided ones of the group: how much better than alone the policy does with the demonstration's beginning. It is
+    0 in a group without plain rollouts.
+    """
+
+    baseline: Literal["alike", "plain"] = "alike"
+    reads: ClassVar[frozenset[str]] = GROUP_COLUMNS | {"is_guided"}
+    min_group_size: ClassVar[int] = 2
+
+    def __call__(self, batch: TrajectoryView) -> Float[torch.Tensor, "B T"]:
+        guided, rewards = batch.is_guided, batch.rewards.double()
+        plain = ~guided & ~batch.is_demonstration
+        expected = batch.group_mean(rewards, plain)
+        if self.baseline == "alike":
+            expected = torch.where(guided, batch.group_mean(rewards, guided), expected)
+            return _per_token(rewards - expected, batch)
+        number = batch.group_sum(guided).clamp(min=1)
+        return _per_token((rewards - expected) / number * (batch.group_sum(plain) > 0), batch)
+
+    def formula(self) -> Formula:
+        if self.baseline == "alike":
+            return Formula("(R − mean_alike R)", r"\left(R-\mathrm{mean}_{alike}R\right)")
+        return Formula("(R − mean_plain R)/k", r"\frac{R-\mathrm{mean}_{plain}R}{k}")
+
+
+@dataclass(frozen=True)
 class MeanNormalized(AdvantageEstimator):
     """Â = (R - mean R)/mean R over the group's rollouts; 0 where mean R ≤ 0 (arXiv 2602.02710).
 

@@ -61,6 +61,34 @@ class NoMask(StabilizationMask):
 
 
 @dataclass(frozen=True)
+class HighEntropy(StabilizationMask):
+    """1 on the tokens of a response at which the policy is least certain, 0 on the others (arXiv 2507.01679).
+
+    The ⌊(1 - share)·n⌋ of its n tokens with the lowest entropies are masked; of equal ones the first.
+    """
+
+    share: float = 0.2
+    reads: ClassVar[frozenset[str]] = frozenset({"entropies"})
+    reach: ClassVar[str] = "trajectory"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"HighEntropy.share: {self.share} must be above 0 and at most 1; 0.2 is customary")
+
+    def __call__(self, batch: TokenView, advantages: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        mask, entropies = batch.response_mask, batch.entropies.detach()
+        # Padding sorts last.
+        rank = entropies.masked_fill(~mask, math.inf).argsort(dim=1, stable=True).argsort(dim=1)
+        dropped = ((1 - self.share) * mask.sum(dim=1, keepdim=True).double()).floor()
+        return (mask & (rank >= dropped)).to(entropies.dtype)
+
+    def formula(self) -> Formula:
+        text = f"1[H among the top {self.share:.0%}]"
+        return Formula(text, rf"\mathbb{{1}}[H\ \text{{among the top}}\ {100 * self.share:g}\%]")
+
+
+@dataclass(frozen=True)
 class PPOClip(StabilizationMask):
     """1_clip (arXiv 1707.06347), which gives the gradient of min(r·Â, clip(r, 1-low, 1+high)·Â), r = π_θ/π_behavior.
 

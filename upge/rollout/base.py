@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -67,12 +67,23 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Request:
-    """One response to sample: number `copy`, from 0, of those to the prompt `index`, whose token ids are `prompt`."""
+    """One response to sample.
+
+    Attributes:
+        index, copy: its prompt, and its number, from 0, among those to this prompt.
+        prompt: the token ids that it follows: the prompt's, and the prefix that it continues.
+        max_tokens: the most tokens to sample.
+    """
 
     index: int
     copy: int
     prompt: tuple[int, ...]
     seed: int
+    max_tokens: int
+
+
+#: (prompt's index, copy's index) → tokens that this response continues.
+Prefixes = Mapping[tuple[int, int], Sequence[int]]
 
 
 #: Called with the prompt's index, the copy's index and the rollout.
@@ -111,6 +122,7 @@ class Sampler(ABC):
         seeds: Sequence[int],
         arrived: Arrived | None = None,
         interrupted: Callable[[], bool] | None = None,
+        prefixes: Prefixes | None = None,
     ) -> list[list[Rollout]]:
         """Samples `n` responses to each prompt.
 
@@ -127,6 +139,8 @@ class Sampler(ABC):
                 Generation waits for it, so it must be fast. An error that it raises ends the call; the sampler remains
                 usable.
             interrupted: asked before each decoding step; True ends the call, and the sampler remains usable.
+            prefixes: the tokens that some responses continue, fewer than `max_tokens`, to which they count. A rollout
+                holds only the tokens after them.
 
         Returns:
             For each prompt, in order, its `n` rollouts.
@@ -155,12 +169,15 @@ class Sampler(ABC):
             if interrupted is not None and interrupted():
                 raise Interrupted("sampling was interrupted")
 
+        def request(index: int, copy: int) -> Request:
+            prefix = tuple((prefixes or {}).get((index, copy), ()))
+            assert len(prefix) < sampling.max_tokens, (len(prefix), sampling.max_tokens)
+            limit = sampling.max_tokens - len(prefix)
+            return Request(index, copy, (*prompts[index], *prefix), response_seed(seeds[index], copy), limit)
+
+        requests = [request(index, copy) for index in range(len(prompts)) for copy in range(n)]
         # The longest prompts first: a lack of memory shows at the start, and batches have similar lengths.
-        requests = [
-            Request(index, copy, tuple(prompts[index]), response_seed(seeds[index], copy))
-            for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-            for copy in range(n)
-        ]
+        requests.sort(key=lambda request: -len(request.prompt))
         try:
             with _threads_set(self.threads), random_state_kept():
                 self._sample(requests, sampling, complete, poll)

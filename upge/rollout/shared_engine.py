@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from upge.errors import ConfigError, NonFiniteError
 from upge.models.loading import ModelConfig, attention_sizes
-from upge.rollout.base import Arrived, Poll, Request, Rollout, Sampler, Sampling, check_finite
+from upge.rollout.base import Arrived, Poll, Prefixes, Request, Rollout, Sampler, Sampling, check_finite
 from upge.rollout.vllm_process import interrupts_held
 
 KEY = "rollout.tensor_parallel"
@@ -58,9 +58,10 @@ class SharedSampler(Sampler):
         seeds: Sequence[int],
         arrived: Arrived | None = None,
         interrupted: Callable[[], bool] | None = None,
+        prefixes: Prefixes | None = None,
     ) -> list[list[Rollout]]:
         with interrupts_held() as deliver:
-            calls = self._calls(prompts, n, sampling, seeds)
+            calls = self._calls(prompts, n, sampling, seeds, prefixes or {})
             busy = [call for call in calls if call.prompts] or calls
             if any((call.n, call.sampling) != (busy[0].n, busy[0].sampling) for call in busy):
                 raise ValueError("the ranks of an engine must sample with the same `n` and `sampling`")
@@ -84,10 +85,13 @@ class SharedSampler(Sampler):
                 [seed for call in calls for seed in call.seeds],
                 complete,
                 None if interrupted is None else self._ranks.agreed(interrupted),
+                _joined_prefixes(calls),
             )
         return rollouts[first : first + len(prompts)]
 
-    def _calls(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seeds: Sequence[int]) -> list[_Call]:
+    def _calls(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seeds: Sequence[int], prefixes: Prefixes
+    ) -> list[_Call]:
         """The arguments of all ranks of the engine. If those of one are refused, every rank raises an error."""
         error: Exception | None = None
         try:
@@ -95,7 +99,7 @@ class SharedSampler(Sampler):
         except Exception as raised:
             error = raised
         refusal = f"{type(error).__name__}: {error}" if error else ""
-        own = _Call([tuple(prompt) for prompt in prompts], n, sampling, list(seeds), refusal)
+        own = _Call([tuple(prompt) for prompt in prompts], n, sampling, list(seeds), dict(prefixes), refusal)
         calls = self._ranks.gather(own)
         if error is not None:
             raise error
@@ -128,7 +132,17 @@ class _Call:
     n: int
     sampling: Sampling
     seeds: list[int]
+    prefixes: dict[tuple[int, int], Sequence[int]]
     refusal: str
+
+
+def _joined_prefixes(calls: Sequence[_Call]) -> Prefixes:
+    """The prefixes of all ranks, by the prompts' indices in the joined call."""
+    joined, first = {}, 0
+    for call in calls:
+        joined |= {(first + index, copy): prefix for (index, copy), prefix in call.prefixes.items()}
+        first += len(call.prompts)
+    return joined
 
 
 class _Ranks:

@@ -70,19 +70,20 @@ class TransformersSampler(Sampler):
         super().__init__(config, table, max_length, threads, self._device.type, reason)
 
     def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived, poll: Poll) -> None:
-        for batch in _batches(requests, sampling.max_tokens, self._budget):
+        for batch in _batches(requests, self._budget):
             self._generate(batch, sampling, complete, poll)
 
     @torch.inference_mode()
     def _generate(self, batch: list[Request], sampling: Sampling, complete: Arrived, poll: Poll) -> None:
         poll()
-        longest = max(len(request.prompt) for request in batch) + sampling.max_tokens
+        most = max(request.max_tokens for request in batch)
+        longest = max(len(request.prompt) for request in batch) + most
         cache = decoding.growing_kv_cache(self._model.config, longest)
         draw = _Draw(batch, sampling, self._device, complete)
         with _plain_linear():
             logits, mask = self._prefilled([request.prompt for request in batch], cache)
             token = draw(logits)
-            steps = decoding.steps_of(self._model, cache, mask, sampling.max_tokens, partial(self._forward, cache))
+            steps = decoding.steps_of(self._model, cache, mask, most, partial(self._forward, cache))
             while not draw.is_done:
                 poll()
                 kept = draw.leaving()
@@ -156,6 +157,7 @@ class _Draw:
         self._step = 0
         self._tokens = torch.zeros(len(batch), sampling.max_tokens, dtype=torch.long, device=device)
         self._logprobs = torch.zeros(len(batch), sampling.max_tokens, device=device)
+        self._limits = torch.tensor([request.max_tokens for request in batch], device=device)
         self._stops = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=device)
         # The rows of the batch that the model still runs, and which of them have not ended.
         self._rows = torch.arange(len(batch), device=device)
@@ -200,8 +202,8 @@ class _Draw:
 
     def _pass_on(self, token: torch.Tensor, logprob: torch.Tensor) -> None:
         """Passes on the rows whose response ends with this token [b], or with a `logprob` [b] that is not finite."""
-        last = self._step == self._sampling.max_tokens
-        ending = self._open if last else self._open & (torch.isin(token, self._stops) | ~logprob.isfinite())
+        last = self._limits[self._rows] == self._step
+        ending = self._open & (last | torch.isin(token, self._stops) | ~logprob.isfinite())
         self._open = self._open & ~ending
         for row in self._rows[ending].tolist():
             tokens, logprobs = self._tokens[row, : self._step].tolist(), self._logprobs[row, : self._step].tolist()
@@ -225,11 +227,13 @@ def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return logits.log_softmax(dim=-1)
 
 
-def _batches(requests: Sequence[Request], max_tokens: int, budget: int) -> Iterator[list[Request]]:
+def _batches(requests: Sequence[Request], budget: int) -> Iterator[list[Request]]:
     """Cuts requests, the longest prompts first, into batches of at most `budget` tokens, including padding."""
     batch: list[Request] = []
     for request in requests:
-        if batch and (len(batch) + 1) * (len(batch[0].prompt) + max_tokens) > budget:
+        # A response with a prefix may be followed by one without, which samples more tokens.
+        most = max((other.max_tokens for other in batch), default=0)
+        if batch and (len(batch) + 1) * (len(batch[0].prompt) + max(most, request.max_tokens)) > budget:
             yield batch
             batch = []
         batch.append(request)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from upge.errors import Interrupted
-from upge.rollout.base import Rollout, Sampler, Sampling
+from upge.rollout.base import Prefixes, Rollout, Sampler, Sampling
 from upge.verify import Item, Member, Verdict, VerifierPool
 from upge.views import PASS_THRESHOLD
 
@@ -29,7 +29,7 @@ class PendingRollout:
     Attributes:
         index: of the example in the call.
         copy: number of the response among those to this example, from 0.
-        rollout, text: the response, as tokens and as the verifier reads it.
+        rollout, text: the response, as sampled tokens and as the verifier reads it, with a prefix that it continues.
         verdict: may not be there yet.
     """
 
@@ -102,14 +102,21 @@ class VerifiedSampler:
     pass_threshold: float = PASS_THRESHOLD
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
-    def sample(self, examples: Sequence[Example], n: int, sampling: Sampling, seeds: Sequence[int]) -> VerifiedRollouts:
+    def sample(
+        self,
+        examples: Sequence[Example],
+        n: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        prefixes: Prefixes | None = None,
+    ) -> VerifiedRollouts:
         """Draws `n` responses to each example and waits for all verdicts.
 
         If sampling or verification fails, pending verifications are cancelled.
 
         Args:
             examples: may be empty.
-            n, sampling, seeds: as for `Sampler.sample`.
+            n, sampling, seeds, prefixes: as for `Sampler.sample`. The verifier reads a prefix and what follows it.
         """
         pending: dict[tuple[int, int], Future[Verdict]] = {}
 
@@ -118,7 +125,7 @@ class VerifiedSampler:
 
         began = time.perf_counter()
         try:
-            groups = self.stream(examples, n, sampling, seeds, arrived)
+            groups = self.stream(examples, n, sampling, seeds, arrived, prefixes)
             sampled = time.perf_counter()
             self._await(list(pending.values()))
             verified = [
@@ -148,11 +155,12 @@ class VerifiedSampler:
         sampling: Sampling,
         seeds: Sequence[int],
         arrived: Callable[[PendingRollout], None],
+        prefixes: Prefixes | None = None,
     ) -> list[list[Rollout]]:
         """Draws `n` responses to each example and hands each one over as soon as it is complete.
 
         Args:
-            examples, n, sampling, seeds: as for `sample`.
+            examples, n, sampling, seeds, prefixes: as for `sample`.
             arrived: called in this thread for each response, once it has been submitted for verification. Generation
                 waits for it.
 
@@ -164,11 +172,13 @@ class VerifiedSampler:
 
         def complete(index: int, copy: int, rollout: Rollout) -> None:
             problem = examples[index].problem
-            (text,) = self.prompting.decode([rollout.token_ids])
-            item = Item(text, problem.answer, problem.prompt, problem.verifier, problem.row, len(rollout.token_ids))
+            ids = (*(prefixes or {}).get((index, copy), ()), *rollout.token_ids)
+            (text,) = self.prompting.decode([ids])
+            item = Item(text, problem.answer, problem.prompt, problem.verifier, problem.row, len(ids))
             item = item._replace(is_truncated=not rollout.finished, member=Member(groups[index], n, copy))
             verdict = self.pool.submit(item)
             arrived(PendingRollout(index, copy, rollout, text, verdict))
 
         prompts = [example.prompt_ids for example in examples]
-        return self.engine.sample(prompts, n, sampling, seeds, complete, self.interrupted)
+        more = {"prefixes": prefixes} if prefixes else {}
+        return self.engine.sample(prompts, n, sampling, seeds, complete, self.interrupted, **more)

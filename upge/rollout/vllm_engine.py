@@ -158,7 +158,7 @@ class VLLMSampler(Sampler):
         try:
             names = self._llm.enqueue(
                 [{"prompt_token_ids": list(request.prompt)} for request in requests],
-                [self._params(sampling, request.seed) for request in requests],
+                [self._params(sampling, request) for request in requests],
                 use_tqdm=False,
             )
             # A name is a number and random letters. Outputs have only the number.
@@ -178,15 +178,15 @@ class VLLMSampler(Sampler):
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
 
-    def _params(self, sampling: Sampling, seed: int) -> Any:  # Any: vLLM is imported at run time
+    def _params(self, sampling: Sampling, request: Request) -> Any:  # Any: vLLM is imported at run time
         greedy = sampling.temperature == 0
         return self._vllm.SamplingParams(
             temperature=sampling.temperature,
             top_p=1.0 if greedy else sampling.top_p,
-            max_tokens=sampling.max_tokens,
+            max_tokens=request.max_tokens,
             stop_token_ids=list(sampling.stop_token_ids),
             ignore_eos=True,
-            seed=None if greedy else seed,
+            seed=None if greedy else request.seed,
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,

@@ -13,7 +13,7 @@ from upge.trajectories import Trajectories
 from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS
 
 #: Columns with one floating-point number per token.
-NUMBERS = tuple(name for name in TOKEN_COLUMNS if name != "response_mask")
+NUMBERS = tuple(name for name in TOKEN_COLUMNS if name not in ("response_mask", "is_demonstration_token"))
 
 
 def random_batch(
@@ -65,6 +65,17 @@ def random_batch(
         preference=preference,
         step=3,
     )
+
+
+def guided(batch: Trajectories, longest: int = 5) -> Trajectories:
+    """The batch with one to `longest` tokens of a demonstration at the start of two of every four rollouts."""
+    rollouts = (~batch.is_demonstration).nonzero()[:, 0]
+    rollouts = rollouts[torch.arange(len(rollouts)) // 2 % 2 == 1]
+    lengths = torch.zeros_like(batch.lengths)
+    lengths[rollouts] = torch.arange(len(rollouts)) % longest + 1
+    places = batch.response_mask.cumsum(dim=1)
+    tokens = batch.is_demonstration_token | (batch.response_mask & (places <= lengths[:, None]))
+    return dataclasses.replace(batch, is_demonstration_token=tokens)
 
 
 def extreme_batch(pairs: bool = True, ratio: float = 30.0) -> Trajectories:
@@ -173,6 +184,7 @@ def punched(batch: Trajectories) -> Trajectories:
 def _rebuilt(batch: Trajectories, spread: Callable[[Tensor, float | bool], Tensor]) -> Trajectories:
     """The batch with each column widened by `spread(column, fill)`, and `fill` outside the response mask."""
     mask, columns = batch.response_mask, {"response_mask": spread(batch.response_mask, False)}
+    columns["is_demonstration_token"] = spread(batch.is_demonstration_token, False)
     for name in NUMBERS:
         column = getattr(batch, name)
         columns[name] = spread(column.detach().masked_fill(~mask, float("nan")), float("nan"))

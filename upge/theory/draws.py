@@ -197,6 +197,10 @@ def check(algorithm: Algorithm, setting: Setting, group_size: int, demonstration
         ConfigError: something is missing; the message says what to give.
     """
     needs = algorithm.needs
+    if algorithm.guidance is not None:
+        raise ConfigError(
+            f"{algorithm.name}: its rollouts continue demonstrations, which are not enumerated; leave guidance out"
+        )
     if needs.demonstrations and setting.expert is None:
         raise ConfigError(f"{algorithm.name}: learns from demonstrations, but the setting has none; give `expert`")
     algorithm.check(

@@ -84,6 +84,7 @@ class Collector:
             stop_token_ids=stop_token_ids,
         )
         self.needs, self.dynamic_sampling = algorithm.step_needs, algorithm.sampling
+        self.guidance = algorithm.guidance
         self.ranges = {} if sampler is None else sampler.ranges
         candidates = usable(examples, self.needs)
         reserved = set(held_out(len(examples), config.seed)) if reserve else set()
@@ -108,13 +109,14 @@ class Collector:
                     "needs; set its weight to 0, or leave the data set out"
                 )
 
-    def collect(self, step: int, stream: str = TRAIN) -> Collection:
+    def collect(self, step: int, stream: str = TRAIN, step_in_stage: int | None = None) -> Collection:
         """The trajectories of a step, metrics of their collection, and what became of the verdicts.
 
         Args:
             step: of the run, counted from 0.
             stream: TRAIN, or HELD_OUT, whose prompts are redrawn in each step: as many as a step has, or all of them if
                 there are fewer.
+            step_in_stage: for schedules of guidance; None = `step`.
 
         Returns:
             The metrics are the seconds of sampling and verification on this rank ('time/rollout', 'time/verify'), with
@@ -131,10 +133,11 @@ class Collector:
             indices = self._held_out_indices(step, min(count, len(candidates)))
             seeds = ("rollout", stream, step)
         rollouts, metrics, verdicts = Collection([], {"time/rollout": 0.0, "time/verify": 0.0})
+        step_in_stage = step if step_in_stage is None else step_in_stage
         if self.needs.rollouts:
-            rollouts, metrics, verdicts = self._rollouts(indices, seeds)
+            rollouts, metrics, verdicts = self._rollouts(indices, seeds, step_in_stage)
             if self.dynamic_sampling is not None and stream == TRAIN:
-                indices, redrawn = self._redrawn(indices, rollouts, step)
+                indices, redrawn = self._redrawn(indices, rollouts, step, step_in_stage)
                 rollouts, metrics = redrawn.trajectories, _sum(metrics, redrawn.metrics)
                 verdicts += redrawn.verdicts
         given = [t for group, index in enumerate(indices) for t in self._given(group, index, step)]
@@ -161,6 +164,7 @@ class Collector:
             sibling = next((other for other in right.get(one.group, ()) if other.index != one.index), None)
             feedback = () if sibling is None else sibling.response_ids
             ids = self.teacher_prompts.ids(self.examples[one.example], feedback)
+            ids += one.prompt_ids[len(one.prompt_ids) - one.hint_tokens :]
             taught.append(replace(one, teacher_prompt_ids=ids))
         return taught
 
@@ -189,13 +193,15 @@ class Collector:
         counts = {n: sum(i in s for i in wanted) - sum(i in s for i in accepted) for n, s in strata.items()}
         return {name: count for name, count in counts.items() if count > 0}
 
-    def _redrawn(self, indices: list[int], first: list[Trajectory], step: int) -> tuple[list[int], Collection]:
+    def _redrawn(
+        self, indices: list[int], first: list[Trajectory], step: int, step_in_stage: int
+    ) -> tuple[list[int], Collection]:
         """Dynamic sampling: replaces prompts whose gate is closed, for a number of rounds.
 
         Args:
             indices: the examples of the first round.
             first: their rollouts.
-            step: of the run.
+            step, step_in_stage: as for `collect`.
 
         Returns:
             The accepted examples and their rollouts, with the metrics and verdicts of the further rounds. If the gate
@@ -215,7 +221,7 @@ class Collector:
                 break
             # Accepted examples count twice, so that in a small data set they come last.
             indices = self._replacements(self._missing(wanted, accepted), tried + accepted, "redraw", step, rounds)
-            rollouts, times, more = self._rollouts(indices, ("rollout", step, rounds))
+            rollouts, times, more = self._rollouts(indices, ("rollout", step, rounds), step_in_stage)
             metrics, verdicts = _sum(metrics, times), verdicts + more
             tried += indices
             rounds += 1
@@ -234,7 +240,7 @@ class Collector:
         open_groups = {t.group for t, is_closed in zip(rollouts, closed, strict=True) if not is_closed}
         return [(group, members) for group, members in groups.items() if group in open_groups]
 
-    def _rollouts(self, indices: list[int], seeds: tuple[int | str, ...]) -> Collection:
+    def _rollouts(self, indices: list[int], seeds: tuple[int | str, ...], step_in_stage: int) -> Collection:
         """All ranks' verified rollouts of these prompts, whose groups are numbered from 0, and this rank's seconds.
 
         Each rank samples a part of the prompts.
@@ -247,21 +253,40 @@ class Collector:
         groups = list(range(world.rank, len(indices), world.size))
         group_seeds = [stream_seed(config.seed, *seeds, group) for group in groups]
         examples = [self.examples[indices[group]] for group in groups]
+        prefixes = [self._prefix(indices[group], (*seeds, group), step_in_stage) for group in groups]
+        guided = self._guided_copies
+        by_copy = {(place, copy): prefix for place, prefix in enumerate(prefixes) if prefix for copy in guided}
         times: dict[str, float] = {}
 
         def sample() -> tuple[list[Trajectory], str]:
-            sampled = sampler.sample(examples, config.group_size, self.sampling, group_seeds)
+            sampled = sampler.sample(examples, config.group_size, self.sampling, group_seeds, by_copy)
             times.update({"time/rollout": sampled.sampling_seconds, "time/verify": sampled.verifying_seconds})
             of_rank = [
-                self._rollout(indices[group], group, example, rollout, verdict)
-                for group, example, responses in zip(groups, examples, sampled.groups, strict=True)
-                for rollout, verdict in responses
+                self._rollout(indices[group], group, rollout, verdict, by_copy.get((place, copy), ()))
+                for place, (group, responses) in enumerate(zip(groups, sampled.groups, strict=True))
+                for copy, (rollout, verdict) in enumerate(responses)
             ]
             return of_rank, sampled.first_error
 
         of_ranks = gather_results(world, sample)
         rollouts = sorted((t for part, _ in of_ranks for t in part), key=lambda t: t.group)
         return Collection(rollouts, times, StepVerdicts.of(rollouts, [error for _, error in of_ranks]))
+
+    @property
+    def _guided_copies(self) -> range:
+        """The numbers of the guided rollouts among those of a prompt: the last ones."""
+        size, guidance = self.config.group_size, self.guidance
+        count = 0 if guidance is None else size if guidance.rollouts is None else guidance.rollouts
+        return range(size - count, size)
+
+    def _prefix(self, index: int, seeds: tuple[int | str, ...], step: int) -> tuple[int, ...]:
+        """The prefix of a prompt's guided rollouts; empty if it has none. `step` is that of the stage."""
+        demonstrations, seed = self.examples[index].demonstrations, self.config.seed
+        if self.guidance is None or not demonstrations:
+            return ()
+        own = stream_seed(seed, "guidance", *seeds)
+        chosen = demonstrations[own % len(demonstrations)]
+        return self.guidance.prefix(chosen, self.sampling.max_tokens, step, own)
 
     def _given(self, group: int, index: int, step: int) -> list[Trajectory]:
         """The trajectories that the data set has for a prompt.
@@ -285,12 +310,17 @@ class Collector:
         first = demonstration_choice(step, index, count, self.config.seed)
         return [self._demonstration(index, group, example, (first + i) % count) for i in range(wanted)]
 
-    def _rollout(self, index: int, group: int, example: Example, rollout: Rollout, verdict: Verdict) -> Trajectory:
+    def _rollout(
+        self, index: int, group: int, rollout: Rollout, verdict: Verdict, prefix: tuple[int, ...]
+    ) -> Trajectory:
+        hint, prefix = (prefix, ()) if self.guidance is not None and self.guidance.in_prompt else ((), prefix)
         return Trajectory(
             example=index,
             group=group,
-            prompt_ids=example.prompt_ids,
-            response_ids=rollout.token_ids,
+            prompt_ids=self.examples[index].prompt_ids + hint,
+            response_ids=prefix + rollout.token_ids,
+            prefix_tokens=len(prefix),
+            hint_tokens=len(hint),
             reward=verdict.reward,
             is_demonstration=False,
             sampler_logprobs=rollout.logprobs,

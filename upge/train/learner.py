@@ -118,7 +118,7 @@ class Learner:
 
         Prompts and seeds follow the step of the run, and gates and schedules that of the stage.
         """
-        trajectories, metrics, verdicts = self.collector.collect(step)
+        trajectories, metrics, verdicts = self.collector.collect(step, step_in_stage=step_in_stage)
         if self.validation is None or not self._slope_gates(step_in_stage):
             return Collected(trajectories, None, metrics, verdicts)
         held_out, more, of_held_out = self.validation[0].collect(step, HELD_OUT)

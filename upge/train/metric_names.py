@@ -23,6 +23,7 @@ OF_ROLLOUTS = (
     *("sampler/logprob_diff_mean", "sampler/logprob_diff_max", "sampler/extreme_ratio_share"),
 )
 OF_DEMONSTRATIONS = ("demonstrations_dropped_share",)
+OF_GUIDANCE = ("guidance/share", "guidance/prefix_tokens", "guidance/pass_rate")
 OF_SAMPLING = ("sampling/rounds", "sampling/prompts")
 OF_CRITIC = tuple(f"critic/{n}" for n in ("loss", "grad_norm", "value_mean", "return_mean", "explained_variance"))
 OF_INTERLEAVED = tuple(
@@ -41,7 +42,8 @@ def metric_names(algorithm: Algorithm) -> Iterator[str]:
     """The names of all metrics that a step of the algorithm may have."""
     yield from ALWAYS
     yield from OF_ROLLOUTS if algorithm.step_needs.rollouts else ()
-    yield from OF_DEMONSTRATIONS if algorithm.step_needs.demonstrations else ()
+    yield from OF_DEMONSTRATIONS if algorithm.step_needs.data_demonstrations else ()
+    yield from OF_GUIDANCE if algorithm.guidance is not None else ()
     yield from OF_SAMPLING if algorithm.sampling is not None else ()
     yield from OF_CRITIC if algorithm.critic is not None else ()
     yield from OF_INTERLEAVED if algorithm.interleaved_update is not None else ()

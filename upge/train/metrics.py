@@ -260,23 +260,30 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     rollouts = [t for t in trajectories if not t.is_demonstration]
     if not rollouts:
         return {}
-    n = len(rollouts)
-    solved: dict[int, bool] = {}
-    for t in rollouts:
-        solved[t.group] = solved.get(t.group, False) or t.passed
-    tokens = sum(len(t.response_ids) for t in rollouts)
+    n, tokens = len(rollouts), sum(len(t.response_ids) for t in rollouts)
+    groups, solved = {t.group for t in rollouts}, {t.group for t in rollouts if t.passed}
+    sampled = [t.sampler_logprobs or () for t in rollouts]
     failed = sum(t.status in ("timeout", "error") for t in rollouts)
     return {
         "reward/mean": sum(t.reward for t in rollouts) / n,
         "pass_rate": sum(t.passed for t in rollouts) / n,
-        "prompts_solved": sum(solved.values()) / len(solved),
-        "entropy": -sum(sum(t.sampler_logprobs or ()) for t in rollouts) / max(tokens, 1),
+        "prompts_solved": len(solved) / len(groups),
+        "entropy": -sum(map(sum, sampled)) / max(sum(map(len, sampled)), 1),
         "response_length": tokens / n,
         "response_cut_share": sum(not t.finished for t in rollouts) / n,
         "verify/failed_share": failed / n,
+        **_of_guided(rollouts),
         **_part_means(rollouts),
         **_same_answer(rollouts),
     }
+
+
+def _of_guided(rollouts: Sequence[Trajectory]) -> dict[str, float]:
+    """The share of the rollouts that continue a demonstration, their tokens from it and pass rate; empty if none do."""
+    guided = [(t.guiding_tokens, t.passed) for t in rollouts if t.guiding_tokens]
+    tokens, passed = (sum(column) / len(guided) for column in zip(*guided, strict=True)) if guided else (0.0, 0.0)
+    values = {"share": len(guided) / len(rollouts), "prefix_tokens": tokens, "pass_rate": passed}
+    return {f"guidance/{name}": value for name, value in values.items()} if guided else {}
 
 
 def _part_means(rollouts: Sequence[Trajectory]) -> dict[str, float]:
@@ -364,7 +371,7 @@ class Recorder:
 
     def _response_lines(self, trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
         """Lines of rollouts/step_*.jsonl; docs/metrics.md lists their fields."""
-        texts = self.prompting.decode([t.response_ids for t in trajectories])
+        texts = self.prompting.decode([t.text_ids for t in trajectories])
         problems = [self.examples[t.example].problem for t in trajectories]
         return [
             {
@@ -379,6 +386,7 @@ class Recorder:
                 "detail": trajectory.detail,
                 "is_demonstration": trajectory.is_demonstration,
                 "group": trajectory.group,
+                **({"prefix_tokens": trajectory.guiding_tokens} if trajectory.guiding_tokens else {}),
                 "tokens": len(trajectory.response_ids),
                 "finished": trajectory.finished,
             }

@@ -277,8 +277,9 @@ class MicroBatch:
 
     @property
     def of_rollouts(self) -> Bool[Tensor, "n"]:
-        """[n] True on tokens of rollouts."""
-        return ~self.columns.is_demonstration[self.packed.rows]
+        """[n] True on tokens of rollouts, without those of a demonstration that they begin with."""
+        assert self.tokens.is_demonstration_token is not None
+        return ~self.tokens.is_demonstration_token
 
     def _padded(self, logprobs: Tensor, entropies: Tensor) -> Trajectories:
         padded = {"logprobs": self.packed.pad(logprobs), "entropies": self.packed.pad(entropies)}

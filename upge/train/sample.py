@@ -28,7 +28,10 @@ class Trajectory:
         reward: the verifier's reward; for a demonstration the largest that the verifier gives, for a rejected response
             the smallest.
         is_demonstration: True for everything that comes from the data set.
-        sampler_logprobs: as the inference engine reported them; None for what comes from the data set.
+        sampler_logprobs: of the sampled tokens, as the inference engine reported them; None for what comes from the
+            data set.
+        prefix_tokens: number of tokens of a demonstration that a rollout's response begins with.
+        hint_tokens: number of tokens of a demonstration at the end of a rollout's prompt.
         finished: False if the response was cut at the length limit.
         extracted: the answer that the verifier read in a rollout; None if it found none or does not report it.
         status: of the verification: 'ok', 'timeout' or 'error'; 'demonstration' where nothing was verified.
@@ -57,11 +60,23 @@ class Trajectory:
     rewards: tuple[tuple[str, float], ...] = ()
     pass_threshold: float = PASS_THRESHOLD
     teacher_prompt_ids: tuple[int, ...] | None = None
+    prefix_tokens: int = 0
+    hint_tokens: int = 0
 
     @property
     def passed(self) -> bool:
         """Whether it counts as a success."""
         return self.reward > self.pass_threshold
+
+    @property
+    def guiding_tokens(self) -> int:
+        """The number of tokens of a demonstration that a rollout continues, in prompt or response."""
+        return self.prefix_tokens + self.hint_tokens
+
+    @property
+    def text_ids(self) -> tuple[int, ...]:
+        """The tokens of the response as the verifier reads it: with those of a demonstration, in prompt or response."""
+        return self.prompt_ids[len(self.prompt_ids) - self.hint_tokens :] + self.response_ids
 
     @property
     def ids(self) -> TokenIds:
@@ -106,12 +121,15 @@ def assemble(trajectories: Sequence[Trajectory], step: int) -> Trajectories:
     lengths = torch.tensor([len(t.response_ids) for t in trajectories], dtype=torch.int64)
     width = int(lengths.max()) if len(trajectories) else 1
     mask = torch.arange(width) < lengths[:, None]
+    prefixes = torch.tensor([t.prefix_tokens for t in trajectories], dtype=torch.int64)
     return Trajectories(
         logprobs=None,
         response_mask=mask,
         rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float64),
         group=torch.tensor([t.group for t in trajectories], dtype=torch.int64),
         is_demonstration=torch.tensor([t.is_demonstration for t in trajectories], dtype=torch.bool),
+        is_demonstration_token=torch.arange(width) < prefixes[:, None],
+        is_guided=torch.tensor([t.guiding_tokens > 0 for t in trajectories], dtype=torch.bool),
         finished=torch.tensor([t.finished for t in trajectories], dtype=torch.bool),
         sampler_logprobs=_sampler_column(trajectories, mask),
         preference=torch.tensor([t.preference for t in trajectories], dtype=torch.int64),
@@ -121,11 +139,12 @@ def assemble(trajectories: Sequence[Trajectory], step: int) -> Trajectories:
 
 
 def _sampler_column(trajectories: Sequence[Trajectory], mask: Tensor) -> Tensor | None:
-    """[B, T] log-probs of the sampler, zero for demonstrations; None if no trajectory was sampled."""
+    """[B, T] log-probs of the sampler, zero for tokens of demonstrations; None if no trajectory was sampled."""
     if all(t.sampler_logprobs is None for t in trajectories):
         return None
     column = torch.zeros(mask.shape)
     for row, trajectory in enumerate(trajectories):
         if trajectory.sampler_logprobs is not None:
-            column[row, : len(trajectory.sampler_logprobs)] = torch.tensor(trajectory.sampler_logprobs)
+            places = slice(trajectory.prefix_tokens, len(trajectory.response_ids))
+            column[row, places] = torch.tensor(trajectory.sampler_logprobs)
     return column

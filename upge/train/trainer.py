@@ -312,7 +312,7 @@ class Trainer:
             metrics |= collected.verdicts.metrics()
             metrics |= step_metrics(report, [sums for sums, _ in of_ranks])
             metrics |= {"skipped_updates": state.skipped, **extra}
-            if learner.algorithm.step_needs.demonstrations:
+            if learner.algorithm.step_needs.data_demonstrations:
                 metrics |= dropped_demonstrations(report.active.trajectories, self.parts.train)
         if learner.algorithm.stateful:
             learner.remember(world.broadcast(metrics), step_in_stage, memory)

@@ -40,7 +40,7 @@ def loaded(name: str) -> Algorithm | algorithms.Pipeline:
 MEASURED = [
     name
     for name in (*algorithms.names(), *CORRECTED)
-    if isinstance(actual := loaded(name), Algorithm) and not actual.needs.critic
+    if isinstance(actual := loaded(name), Algorithm) and not (actual.needs.critic or actual.guidance)
 ]
 
 

@@ -12,6 +12,7 @@ from upge.errors import ConfigError, ModelError, UserError
 from upge.models import loading
 from upge.rollout import Sampling, vllm_process
 from upge.rollout.base import response_seed
+from upge.rollout.shared_engine import _Call, _joined_prefixes
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,34 @@ def sampler(folder: Path):
 def test_bad_prompts_are_named(sampler, prompt: list[int], fragment: str):
     with pytest.raises(UserError, match=fragment.replace(".", r"\.")):
         sampler.sample([[3], prompt], 1, Sampling(max_tokens=24), [0, 1])
+
+
+def test_a_response_continues_its_prefix(sampler):
+    """As if the prefix ended the prompt, with as many tokens fewer; the other responses are as without."""
+    prompts, seeds, settings = [[3, 4], [5]], [7, 8], Sampling(max_tokens=6)
+    prefixes = {(0, 1): (9, 10), (1, 0): (11,)}
+    actual = sampler.sample(prompts, 2, settings, seeds, prefixes=prefixes)
+    plain = sampler.sample(prompts, 2, settings, seeds)
+    for index, copy in ((0, 0), (1, 1)):
+        assert actual[index][copy].token_ids == plain[index][copy].token_ids
+    assert actual[0][1].token_ids != plain[0][1].token_ids[:4]
+    for (index, copy), prefix in prefixes.items():
+        shorter = Sampling(max_tokens=6 - len(prefix))
+        (expected,) = sampler.sample([[*prompts[index], *prefix]], 2, shorter, [seeds[index]])
+        rollout = actual[index][copy]
+        assert rollout.token_ids == expected[copy].token_ids and len(rollout.token_ids) == 6 - len(prefix)
+        assert rollout.logprobs == pytest.approx(expected[copy].logprobs, abs=1e-5)
+    limits = []
+    sampler.sample(prompts, 2, settings, seeds, lambda i, c, r: limits.append(len(r.token_ids)), prefixes=prefixes)
+    assert sorted(limits) == [4, 5, 6, 6]
+
+
+def test_ranks_of_an_engine_join_their_prefixes():
+    calls = [
+        _Call([(3,), (4,)], 2, Sampling(), [0, 1], {(1, 0): (9,)}, ""),
+        _Call([(5,)], 2, Sampling(), [2], {(0, 1): (8,)}, ""),
+    ]
+    assert _joined_prefixes(calls) == {(1, 0): (9,), (2, 1): (8,)}
 
 
 def test_wrong_numbers_of_seeds_and_copies(sampler):

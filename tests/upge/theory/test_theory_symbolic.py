@@ -37,9 +37,10 @@ def test_the_factor_derived_from_the_objective_is_the_product_of_the_parts(claim
 
 def test_every_file_has_a_statement():
     stated = {claim.algorithm for claim in STATEMENTS if not claim.terms and not claim.corrections}
+    # The worlds of a proof have no rollouts that continue a prefix, which prefix_rft compares; autograd checks it.
     #: Their gradient has a factor for each token of the vocabulary; enumeration and autograd compare it.
     on_vocabulary = {name for name in algorithms.names() if getattr(algorithms.load(name), "supports", None)}
-    for name in set(algorithms.names()) - stated - on_vocabulary - {"fipo"}:
+    for name in set(algorithms.names()) - stated - on_vocabulary - {"fipo", "prefix_rft"}:
         stages = algorithms.load(name).stages.values()
         assert all(stage.algorithm == algorithms.load(stage.algorithm.name) for stage in stages), name
         assert {stage.algorithm.name for stage in stages} <= stated

@@ -8,12 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 import algorithms
 from experiments.config import MODELS
+from experiments.run.prepare import load_prompting, load_splits
 from tests.running import ROOT, environment, lines
 from upge import Pipeline
+from upge.config import from_tree
+from upge.train.config import ModelConfig
 
 #: Settings with which what happens now and then happens within three steps.
 MORE = {
@@ -35,6 +39,8 @@ FURTHER = {
     "grpo with masks": ["algo=grpo", "correction=[icepop,dual_clip,overlong]", "optimizer.epochs=2"],
     "rloo with KL in the reward": ["algo=rloo", "correction=[mis,kl_reward,dynamic_sampling]"],
 }
+#: What a guided rollout's line says is compared with the demonstration.
+MORE |= {name: ["log_rollouts=1"] for name in ("prefix_rft", "uft")}
 RUNS = {name: [f"algo={name}", *MORE.get(name, [])] for name in algorithms.names()} | FURTHER
 STEPS = 3
 
@@ -95,6 +101,26 @@ def test_a_stateful_gate_moves_and_an_interleaved_update_happens(folder):
     assert mu[0] == 0.8 and len(set(mu)) == STEPS
     assert sum(line["interleaved_update/updates"] for line in lines(folder / "relift" / "metrics.jsonl")) >= 1
     assert [line["stage"] for line in lines(folder / "sft_then_grpo" / "metrics.jsonl")] == [1, 1, 2]
+
+
+@pytest.mark.timeout(1600)
+@pytest.mark.parametrize(("name", "guided"), [("prefix_rft", 6), ("uft", 24)])
+def test_guided_rollouts_begin_as_the_demonstration(folder, name, guided):
+    """One rollout of each of six prompts, or all four; the line has the whole response, and the others are plain."""
+    records = lines(folder / name / "rollouts" / "step_000001.jsonl")
+    assert len(records) == 24 and not any(record["is_demonstration"] for record in records)
+    continued = [record for record in records if "prefix_tokens" in record]
+    assert len(continued) <= guided and len(continued) > guided / 2, "some prefixes may be empty"
+    assert {sum(one["group"] == g for one in continued) for g in {one["group"] for one in continued}} == {guided // 6}
+    tree = OmegaConf.to_container(OmegaConf.load(folder / name / "config.yaml"))
+    demonstrations = {p.prompt: p.demonstrations[0] for p in load_splits(tree["data"]).train}
+    prompting = load_prompting(from_tree(ModelConfig, tree["model"]))
+    for record in continued:
+        (expected,) = prompting.response_arrays([demonstrations[record["prompt"]]])
+        prefix = prompting.decode([tuple(expected[: record["prefix_tokens"]])])[0]
+        assert record["response"].startswith(prefix.rstrip()) and record["tokens"] > record["prefix_tokens"]
+    metrics = lines(folder / name / "metrics.jsonl")
+    assert metrics[0]["guidance/share"] == len(continued) / 24
 
 
 @pytest.mark.timeout(1600)

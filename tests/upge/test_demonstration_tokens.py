@@ -1,0 +1,163 @@
+"""Rollouts that begin with tokens of a demonstration: a term's source selects tokens, and divisors count them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import algorithms
+import upge
+from tests.literal import trajectories
+from upge.testing import batches
+from upge.train.micro_batches import MicroBatch
+from upge.train.packing import pack
+from upge.train.sample import Trajectory, assemble
+
+
+def guided(*prefixes: int, **columns) -> upge.Trajectories:
+    """Rollouts of one prompt, of 3 and 2 tokens, the first right; `prefixes` tokens of each are a demonstration's."""
+    batch = trajectories([[0.5, 0.25, 0.5], [0.5, 0.5]], rewards=[1.0, 0.0], group=[0, 0], **columns)
+    places = torch.arange(3).expand(2, 3)
+    return dataclasses.replace(batch, is_demonstration_token=places < torch.tensor(prefixes)[:, None])
+
+
+def term(source: str, advantage: upge.AdvantageEstimator, reduction: upge.Reduction, **more) -> upge.Term:
+    estimator = upge.UnifiedGradient(upge.NoMask(), upge.CurrentPolicy(), advantage, upge.PolicyLikelihood())
+    return upge.Term(source, upge.ConstantGate(), estimator, reduction, **more)
+
+
+def mixed(of_rollouts: upge.Reduction, of_demonstrations: upge.Reduction, **more) -> upge.Algorithm:
+    rl = term("rollouts", upge.GroupRelative(normalize_std=False), of_rollouts)
+    return upge.Algorithm(
+        "mixed", {"rl": rl, "sft": term("demonstrations", upge.ConstantAdvantage(), of_demonstrations)}, **more
+    )
+
+
+def test_the_tokens_of_demonstrations_are_those_of_expert_responses_unless_said_otherwise():
+    batch = trajectories([[0.5, 0.5], [0.5]], demonstrations=[1])
+    assert batch.is_demonstration_token.tolist() == [[False, False], [True, False]]
+    again = dataclasses.replace(batch, is_demonstration_token=torch.tensor([[True, False], [False, True]]))
+    assert again.is_demonstration_token.tolist() == [[True, False], [True, False]], "all of a demonstration's, no more"
+    assert again.is_demonstration.tolist() == [False, True] and again.pass_rate[0] == 0
+    assert batch.source_rows("demonstrations").tolist() == [False, True]
+    assert again.source_rows("demonstrations").tolist() == [True, True]
+    assert again.source_rows("rollouts").tolist() == [True, False]
+    assert again.source_tokens("rollouts").tolist() == [[False, True], [False, False]]
+    assert again.source_tokens("all").tolist() == [[True, True], [True, False]]
+    for wrong, message in ((torch.ones(2, 2), "tensor of bools"), (torch.ones(2, dtype=torch.bool), "expected shape")):
+        with pytest.raises(ValueError, match=f"^is_demonstration_token: expected .*{message.split()[-1]}"):
+            dataclasses.replace(batch, is_demonstration_token=wrong)
+
+
+@pytest.mark.parametrize(
+    ("of_rollouts", "of_demonstrations", "rl", "sft"),
+    [
+        (upge.TokenMean(), upge.TokenMean(), [[0, 1 / 4, 1 / 4], [1 / 4, 1 / 4, 0]], 1.0),
+        (upge.TokenMean(over="batch"), upge.TokenMean(over="batch"), [[0, 1 / 5, 1 / 5], [1 / 5, 1 / 5, 0]], 1 / 5),
+        (upge.SequenceMean(), upge.SequenceMean(), [[0, 1 / 4, 1 / 4], [1 / 4, 1 / 4, 0]], 1.0),
+        (
+            upge.SequenceMean(over="batch"),
+            upge.SequenceMean(over="batch", tokens="sum"),
+            [[0, 1 / 6, 1 / 6], [1 / 4, 1 / 4, 0]],
+            1 / 2,
+        ),
+        (upge.FixedLength(10), upge.FixedLength(10), [[0, 1 / 20, 1 / 20], [1 / 20, 1 / 20, 0]], 1 / 10),
+        (
+            upge.QuestionMean(over="term"),
+            upge.QuestionMean(tokens="sum", over="term"),
+            [[0, 1 / 4, 1 / 4], [1 / 4, 1 / 4, 0]],
+            1.0,
+        ),
+    ],
+)
+def test_reductions_count_the_tokens_of_the_source(of_rollouts, of_demonstrations, rl, sft):
+    """By hand. The advantages are +½ and -½: the rollout that begins with a demonstration counts in the group."""
+    batch, algorithm = guided(1, 0), mixed(of_rollouts, of_demonstrations)
+    estimate = algorithm.estimate(batch)
+    advantage = torch.tensor([[0.5], [-0.5]])
+    expected = torch.tensor(rl, dtype=torch.float64) * advantage
+    assert torch.allclose(estimate.terms["rl"].weights, expected, atol=1e-12)
+    assert estimate.terms["sft"].weights.tolist() == [[pytest.approx(sft), 0, 0], [0, 0, 0]]
+    assert estimate.metrics["rl/tokens"] == 4 and estimate.metrics["sft/tokens"] == 1
+    assert algorithm.plan(batch).active.tolist() == [True, True]
+
+
+def test_a_regularizer_applies_to_the_tokens_of_its_source_that_count_in_some_term():
+    penalties = {s: upge.EntropyBonus(1.0, upge.TokenMean(), s) for s in ("rollouts", "demonstrations", "all")}
+    batch = guided(2, 0, entropies=[[1.0, 10.0, 100.0], [1000.0, 10000.0]])
+    algorithm = mixed(upge.TokenMean(), upge.TokenMean(), regularizers=penalties)
+    actual = algorithm.estimate(batch).penalties
+    assert actual == pytest.approx({"rollouts": -11100 / 3, "demonstrations": -11 / 2, "all": -11111 / 5})
+    only_rollouts = dataclasses.replace(algorithm, terms={"rl": algorithm.terms["rl"]})
+    actual = only_rollouts.estimate(batch).penalties
+    assert actual == pytest.approx({"rollouts": -11100 / 3, "demonstrations": 0, "all": -11100 / 3})
+
+
+def test_advantages_of_guided_rollouts():
+    """Two plain rollouts and two that continue a prefix, then a group without plain ones, by hand."""
+    batch = trajectories(
+        [[0.5, 0.5]] * 6 + [[0.5]], rewards=[1, 0, 1, 0.5, 1, 0, 1], group=[0] * 4 + [1, 1, 0], demonstrations=[6]
+    )
+    batch = dataclasses.replace(batch, is_guided=torch.tensor([False, False, True, True, True, True, False]))
+    alike, plain = (upge.GuidedRelative(baseline)(batch)[:, 0].tolist() for baseline in ("alike", "plain"))
+    assert alike == [0.5, -0.5, 0.25, -0.25, 0.5, -0.5, 0.5]
+    assert plain == [0.25, -0.25, 0.25, 0, 0, 0, 0.25]
+    ours = dataclasses.replace(batch, is_guided=None, is_demonstration_token=torch.eye(7, 2, dtype=torch.bool))
+    assert ours.is_guided.tolist() == [True, True, False, False, False, False, False]
+
+
+def test_a_mask_of_the_tokens_with_the_highest_entropies():
+    """Of 5, 4 and 2 tokens the ⌊0.6·n⌋ lowest are masked, of equal ones the first."""
+    entropies = [[3.0, 1.0, 2.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0], [5.0, 4.0], []]
+    batch = trajectories(lengths=[5, 4, 2, 0], entropies=entropies)
+    actual = upge.HighEntropy(0.4)(batch, torch.ones(4, 5))
+    assert actual.tolist() == [[1, 0, 0, 0, 1], [0, 0, 1, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
+    with pytest.raises(upge.ConfigError, match=r"HighEntropy.share: 0.0 must be above 0 and at most 1; 0.2 is"):
+        upge.HighEntropy(0.0)
+
+
+#: They learn from rollouts alone, and from every one of them.
+OF_ROLLOUTS = [
+    name
+    for name in algorithms.names()
+    if isinstance(one := algorithms.load(name), upge.Algorithm)
+    and {*one.sources.values()} == {"rollouts"}
+    and not one.supports
+]
+
+
+@pytest.mark.parametrize("name", OF_ROLLOUTS)
+def test_an_algorithm_that_learns_from_rollouts_does_not_see_the_tokens_of_demonstrations(name):
+    """As if the response began after them, whatever the reach of its parts: sequence ratios, returns, penalties."""
+    algorithm, batch = algorithms.load(name), batches.guided(batches.random_batch(2))
+    prefix = batch.is_demonstration_token & ~batch.is_demonstration[:, None]
+    assert int(prefix.sum()) > 8
+    without = dataclasses.replace(batch, response_mask=batch.response_mask & ~prefix)
+    actual, expected = algorithm.estimate(batch), algorithm.estimate(without)
+    assert bool((actual.weights != 0).any()) and torch.equal(actual.weights, expected.weights)
+    assert float(actual.loss.detach()) == pytest.approx(float(expected.loss.detach()), abs=1e-12)
+
+
+def test_assembled_columns_and_micro_batches_tell_prefixes_from_continuations():
+    members = [
+        Trajectory(0, 0, (5, 6), (7, 8, 9), 1.0, False, (-3.0,), prefix_tokens=2),
+        Trajectory(0, 0, (5, 6, 7, 8), (9,), 1.0, False, (-4.0,), hint_tokens=2),
+        Trajectory(0, 0, (5, 6), (7,), 0.0, False, (-5.0,)),
+        Trajectory(0, 0, (5, 6), (7, 8), 1.0, True),
+    ]
+    assert [t.text_ids for t in members] == [(7, 8, 9), (7, 8, 9), (7,), (7, 8)]
+    assert [t.guiding_tokens for t in members] == [2, 2, 0, 0]
+    batch = assemble(members, 0)
+    assert batch.is_demonstration_token.tolist() == [
+        [True, True, False],
+        [False, False, False],
+        [False, False, False],
+        [True, True, False],
+    ]
+    assert batch.sampler_logprobs.tolist() == [[0, 0, -3], [-4, 0, 0], [-5, 0, 0], [0, 0, 0]]
+    packed = pack([t.ids for t in members])
+    micro_batch = MicroBatch(batch, [0, 1, 2, 3], packed)
+    ids, rows = packed.targets[micro_batch.of_rollouts].tolist(), packed.rows[micro_batch.of_rollouts].tolist()
+    assert sorted(zip(rows, ids, strict=True)) == [(0, 9), (1, 9), (2, 7)], "what the sampler is compared on"

@@ -1,0 +1,150 @@
+"""Guided rollouts: some rollouts of a prompt continue the beginning of one of its demonstrations, the prefix.
+
+A prefix follows from the seed and the step, so a resumed run and any number of ranks have the same ones.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from upge.checks import check_fields
+from upge.errors import ConfigError
+from upge.gates import Schedule
+
+
+class PrefixLength(ABC):
+    """The distribution of a prefix's length. Each subclass is a frozen dataclass."""
+
+    @abstractmethod
+    def tokens(self, length: int, step: int, random: Random) -> int:
+        """The number of tokens of a prefix.
+
+        Args:
+            length: tokens of the demonstration.
+            step: the training steps before.
+            random: the source of random numbers.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The distribution as a noun phrase."""
+
+
+@dataclass(frozen=True)
+class UniformPrefix(PrefixLength):
+    """⌊u·length⌋ tokens, u uniform in [low, high] (arXiv 2507.01679).
+
+    Attributes:
+        low, high: shares of the demonstration: numbers, or functions of the training step. For a fixed share give it
+            twice.
+    """
+
+    low: float | Schedule = 0.0
+    high: float | Schedule = 0.95
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("low", "high"):
+            _check_share(self, name)
+
+    def tokens(self, length: int, step: int, random: Random) -> int:
+        return int(random.uniform(_at(self.low, step), _at(self.high, step)) * length)
+
+    def describe(self) -> str:
+        return f"a share of {_shown(self.low)} to {_shown(self.high)}"
+
+
+@dataclass(frozen=True)
+class BinomialPrefix(PrefixLength):
+    """The first k of `chunks` equal parts, k binomial with `probability` (arXiv 2505.16984).
+
+    Attributes:
+        chunks: parts of a demonstration, of equal numbers of tokens up to rounding.
+        probability: of each part: a number, or a function of the training step.
+    """
+
+    chunks: int = 5
+    probability: float | Schedule = 0.5
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_share(self, "probability")
+        if self.chunks < 1:
+            raise ConfigError(f"BinomialPrefix.chunks: {self.chunks} must be at least 1")
+
+    def tokens(self, length: int, step: int, random: Random) -> int:
+        probability = _at(self.probability, step)
+        count = sum(random.random() < probability for _ in range(self.chunks))
+        return round(count * length / self.chunks)
+
+    def describe(self) -> str:
+        return f"the first of {self.chunks} parts, each with probability {_shown(self.probability)}"
+
+
+def _at(value: float | Schedule, step: int) -> float:
+    return value.coefficient_at(step) if isinstance(value, Schedule) else value
+
+
+def _shown(value: float | Schedule) -> str:
+    return f"{value.peak:g} falling to {value.end:g}" if isinstance(value, Schedule) else f"{value:g}"
+
+
+def _check_share(part: PrefixLength, name: str) -> None:
+    value = getattr(part, name)
+    ends = (value.start, value.peak, value.end) if isinstance(value, Schedule) else (value,)
+    odd = next((end for end in ends if not 0 <= end <= 1), None)
+    if odd is not None:
+        raise ConfigError(f"{type(part).__name__}.{name}: {odd:g} must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Which rollouts continue a prefix, and where it stands.
+
+    All guided rollouts of a prompt in a step continue the same prefix. It is shorter than the demonstration and leaves
+    the policy at least one token of the response limit, to which it counts. Prompts without a demonstration, and those
+    whose prefix is empty, are sampled plainly. Evaluation has no guidance.
+
+    Attributes:
+        length: the distribution of the prefix's length.
+        rollouts: how many of each group's rollouts continue a prefix; None = all.
+        in_prompt: False = the prefix is the beginning of the response, and its tokens belong to the source
+            'demonstrations'; True = it ends the prompt, so no term learns from it. The verifier reads it in both cases.
+        steps: number of training steps with guidance; None = all.
+    """
+
+    length: PrefixLength
+    rollouts: int | None = None
+    in_prompt: bool = False
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("rollouts", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"Guidance.{name}: {value} must be at least 1; null means all")
+
+    def prefix(self, demonstration: Sequence[int], limit: int, step: int, seed: int) -> tuple[int, ...]:
+        """The prefix of a prompt's guided rollouts; may be empty.
+
+        Args:
+            demonstration: its tokens.
+            limit: the most tokens of a response.
+            step: the training steps before.
+            seed: of this prompt in this step.
+        """
+        if self.steps is not None and step >= self.steps:
+            return ()
+        count = self.length.tokens(len(demonstration), step, Random(seed))
+        return tuple(demonstration[: max(0, min(count, len(demonstration) - 1, limit - 1))])
+
+    def describe(self) -> str:
+        """What is sampled, for a reader."""
+        which = "all rollouts" if self.rollouts is None else f"{self.rollouts} of each prompt's rollouts"
+        where = "in the prompt" if self.in_prompt else "as the beginning of the response"
+        until = "" if self.steps is None else f", in the first {self.steps} steps"
+        return f"{which} continue a demonstration: {self.length.describe()} of it, {where}{until}"
