@@ -2,11 +2,14 @@
 
 plan = algorithm.plan(batch)          # on the whole batch
 plan.estimate(micro_batch)            # on some of its trajectories; the estimates add up
+
+An algorithm with parts of reach 'batch' also needs the current log-probs of the whole batch before the first estimate:
+in `batch`, or later by `plan = plan.with_current(batch)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -14,88 +17,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from upge.candidates import Places, SupportCoefficients
-from upge.components.base import Precomputed, live_reads, mapped
+from upge.candidates import Places
+from upge.components.base import Component, live_reads, mapped
 from upge.errors import ConfigError
 from upge.estimate import Estimate
-from upge.estimator import TermFactors, UnifiedGradient
-from upge.gates import Gate
+from upge.planned_term import PlannedTerm
 from upge.reduction import Over, Reduction
 from upge.regularizers import Regularizer
-from upge.support import CANDIDATE_COLUMNS, SampledToken, Support
 from upge.term import Term
 from upge.trajectories import Trajectories
-from upge.views import PackedTokens, TokenView
-
-
-@dataclass(frozen=True)
-class PlannedTerm:
-    """A term bound to a batch, with everything that is known before the forward pass computed.
-
-    Attributes:
-        source: [B] True for the trajectories of the term's source.
-        active: [B] True for those of them whose coefficient is not known to be 0.
-        weights: [B, T] the reduction's w, 0 outside the active rows.
-        support: of the term.
-    """
-
-    gate: Gate
-    estimator: UnifiedGradient
-    coefficient: float
-    source: Bool[Tensor, "B"]
-    active: Bool[Tensor, "B"]
-    weights: Float[Tensor, "B T"]
-    support: Support = SampledToken()
-
-    def to(self, device: torch.device | str) -> PlannedTerm:
-        """A copy of this term on `device`."""
-
-        def move(values: Tensor) -> Tensor:
-            return values.to(device)
-
-        gate, estimator = mapped(self.gate, move), mapped(self.estimator, move)
-        tensors = move(self.source), move(self.active), move(self.weights)
-        return PlannedTerm(gate, estimator, self.coefficient, *tensors, self.support)
-
-    @property
-    def on_support(self) -> bool:
-        """True if the term moves other tokens than the sampled one."""
-        return not isinstance(self.support, SampledToken)
-
-    def factors(self, batch: TokenView) -> TermFactors:
-        """The factors on a micro-batch, one number per token each."""
-        shape = batch.response_mask.shape
-        factors = self.estimator.factors(batch)
-        gate, w = self._scales(batch)
-        product = self.estimator.weight(batch, factors)
-        scale = gate * w
-        weight = torch.where(scale == 0, torch.zeros_like(scale), scale * product)
-        expanded = {name: value.expand(shape) for name, value in factors._asdict().items()}
-        return TermFactors(**expanded, gate=gate.expand(shape), reduction=w, weights=weight)
-
-    def coefficients(self, batch: Trajectories | PackedTokens, places: Places | None) -> SupportCoefficients:
-        """The coefficients on the term's support, for the batch's tokens in order or for those at `places`."""
-        gate, w = self._scales(batch)
-        return SupportCoefficients(self.estimator, self.support, batch, gate.expand(w.shape), w, places)
-
-    def _scales(self, batch: TokenView) -> tuple[Tensor, Tensor]:
-        """The gate with the term's coefficient, in a shape that broadcasts against tokens, and w of each token."""
-        gate = self.gate(self.gate.view(batch)).detach().double() * self.coefficient
-        gate = batch.per_token(torch.where(batch.look_up(self.active), gate, torch.zeros_like(gate)))
-        return gate, batch.look_up(self.weights)
-
-    def live_reads(self) -> frozenset[str]:
-        """The columns that the term's parts read in or after the forward pass, other than those of candidates."""
-        reads = frozenset[str]().union(*(live_reads(p, self.support.live) for p in self.estimator.parts.values()))
-        return live_reads(self.gate) | (reads - CANDIDATE_COLUMNS if self.on_support else reads)
-
-    @property
-    def signal(self) -> Bool[Tensor, "B"]:
-        """[B] False where every token's weight or precomputed advantage is 0, so that the gradient must be 0."""
-        signal, advantage = self.weights, self.estimator.parts["advantage"]
-        if isinstance(advantage, Precomputed):
-            signal = signal * advantage.values[:, : signal.shape[1]]
-        return (signal != 0).any(dim=1)
+from upge.views import PackedTokens
 
 
 @dataclass(frozen=True)
@@ -105,7 +36,8 @@ class Plan:
     Attributes:
         terms: name → term, for the terms with a coefficient other than 0.
         penalties: name → (regularizer, [B, T] its scale coefficient·w).
-        contributing: [B] True for trajectories that can contribute to the gradient. Only these need a forward pass.
+        contributing: [B] True for trajectories that can contribute to the gradient, or that a part of reach 'batch' has
+            yet to see. Only these need a forward pass.
         active: [B] True for trajectories with a non-zero coefficient in some term, whether or not they contribute.
         reach: the algorithm's reach. With 'group', a part may also read trajectories whose own weight is 0.
     """
@@ -139,6 +71,38 @@ class Plan:
         contributing = self.contributing if self.reach == "group" else self.contributing & weighted
         return Plan(terms, penalties, contributing, self.active, self.reach)
 
+    @property
+    def pending(self) -> dict[str, Component]:
+        """The parts of reach 'batch' that are not evaluated yet, by their path in the algorithm's file."""
+        return {f"terms.{n}.{path}": part for n, term in self.terms.items() for path, part in term.pending.items()}
+
+    def with_current(self, batch: Trajectories, share: Callable[[Tensor], Tensor] = lambda values: values) -> Plan:
+        """This plan with every part of reach 'batch' evaluated under the current policy; itself if there is none.
+
+        Its estimates are then those of the whole batch for any split into micro-batches. Fewer trajectories may be
+        contributing than before. After an optimizer step, evaluate the original plan again.
+
+        Args:
+            batch: the planned batch with the log-probs of the current policy, and with entropies if a part reads them.
+                Only the entries of the `contributing` trajectories are read.
+            share: applied to each result; with several processes it returns the first one's, so that rounding cannot
+                make them differ.
+
+        Raises:
+            ValueError: `batch` lacks a column, or is not the planned batch.
+        """
+        if not self.pending:
+            return self
+        if len(batch) != len(self.contributing):
+            raise ValueError(
+                f"with_current: found {len(batch)} trajectories, but the plan is of {len(self.contributing)}; give the "
+                "whole planned batch with the current log-probs"
+            )
+        with torch.no_grad():
+            terms = {name: term.with_current(batch, share) for name, term in self.terms.items()}
+        contributing = _contributing(terms, self.penalties, self.reach, batch)
+        return replace(self, terms=terms, contributing=contributing)
+
     def reading(self, column: str) -> Bool[Tensor, "B"]:
         """[B] contributing trajectories on which some part reads `column` after the forward pass."""
         if self.reach == "group":
@@ -161,7 +125,7 @@ class Plan:
 
         Raises:
             ValueError: `batch` has no log-probs of the current policy, or no distributions for a term whose support is
-                not the sampled token.
+                not the sampled token; or a part of reach 'batch' has not been evaluated.
         """
         estimate = self.estimate_in_head(batch)
         if not estimate.on_support:
@@ -188,6 +152,12 @@ class Plan:
             batch: as for `estimate`.
             places: rows and columns of a padded batch's tokens, in the head's order; None = by rows.
         """
+        for path, part in self.pending.items():
+            raise ValueError(
+                f"{path}: {type(part).__name__} has reach 'batch', so before the first estimate it needs the current "
+                "log-probs of the whole batch; give them to `algorithm.plan(batch)`, or call "
+                "`plan = plan.with_current(batch)` with them"
+            )
         if batch.logprobs is None:
             raise ValueError("logprobs: an estimate needs them, but this batch has none; pass `logprobs=...` [B, T]")
         on_support = {n: term.coefficients(batch, places) for n, term in self.terms.items() if term.on_support}
@@ -257,22 +227,32 @@ def _plan(
     """The plan of one update on all of `batch`, from terms and regularizers whose parts are precomputed."""
     in_any = torch.stack(list(active.values())).any(dim=0)
     planned: dict[str, PlannedTerm] = {}
-    contributing = torch.zeros_like(in_any)
     for name, term in terms.items():
         source, rows = batch.source_rows(term.source), active[name]
         weights = _weights(term.reduction, batch, rows, in_any)
         columns = source, rows, weights
         planned[name] = PlannedTerm(term.gate, term.estimator, term.coefficient, *columns, term.support)
-        contributing |= planned[name].signal
     penalties: dict[str, tuple[Regularizer, Tensor]] = {}
     for name, regularizer in regularizers.items():
         rows = batch.source_rows(regularizer.source) & in_any
         weights = _weights(regularizer.reduction, batch, rows, in_any)
         penalties[name] = (regularizer, weights * regularizer.coefficient)
-        contributing |= (weights != 0).any(dim=1)
+    return Plan(planned, penalties, _contributing(planned, penalties, reach, batch), in_any, reach)
+
+
+def _contributing(
+    terms: Mapping[str, PlannedTerm],
+    penalties: Mapping[str, tuple[Regularizer, Tensor]],
+    reach: str,
+    batch: Trajectories,
+) -> Bool[Tensor, "B"]:
+    """`Plan.contributing`: the trajectories that need a forward pass."""
+    rows = [term.active if term.pending else term.signal for term in terms.values()]
+    rows += [(scale != 0).any(dim=1) for _, scale in penalties.values()]
+    contributing = torch.stack(rows).any(dim=0)
     if reach == "group":  # a trajectory without a signal may still be read by others of its group
         contributing = torch.isin(batch.group, batch.group[contributing])
-    return Plan(planned, penalties, contributing, in_any, reach)
+    return contributing
 
 
 def _weights(

@@ -31,7 +31,7 @@ TOKEN_COLUMNS = (
     "entropies",
 )
 #: Columns with one number per trajectory, [B].
-TRAJECTORY_COLUMNS = ("rewards", "group", "is_demonstration", "finished", "preference", "row")
+TRAJECTORY_COLUMNS = ("rewards", "group", "is_demonstration", "finished", "preference", "index", "row")
 COLUMNS = frozenset((*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS, "is_sampled"))
 #: Columns that exist only after the forward pass of the current policy. A part that reads one of them, itself or in a
 #: part that it wraps, is *live*. Every other part is known before the forward pass.
@@ -137,6 +137,7 @@ class TrajectoryView(TokenView):
     is_demonstration: Bool[Tensor, "B"]
     finished: Bool[Tensor, "B"]
     preference: Int[Tensor, "B"]
+    index: Int[Tensor, "B"]
     row: Int[Tensor, "B"]
     pass_threshold: float
 
