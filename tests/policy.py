@@ -42,6 +42,7 @@ class Sample:
                 "demo": bool(self.batch.is_demonstration[i]),
                 "preference": int(self.batch.preference[i]),
                 "finished": bool(self.batch.finished[i]),
+                "index": int(self.batch.index[i]),
             }
             for name in ("behavior", "sampler", "reference"):
                 column = getattr(self.batch, f"{name}_logprobs")

@@ -29,7 +29,14 @@ from upge.components.denominator import (
     SequenceReferencePolicy,
     UnitDenominator,
 )
-from upge.components.distillation import JensenShannon, LogRatio, Surprisal, TargetProbability, TiltedReference
+from upge.components.distillation import (
+    JensenShannon,
+    LogRatio,
+    RatioSign,
+    Surprisal,
+    TargetProbability,
+    TiltedReference,
+)
 from upge.components.likelihood import GammaLikelihood, PolicyLikelihood, PowerLikelihood, ShapedLikelihood
 from upge.components.mask import (
     AllOf,
@@ -40,6 +47,7 @@ from upge.components.mask import (
     PPOClip,
     SigmoidGate,
 )
+from upge.components.ranking import CovarianceClip, TopCovariance, TopEntropy
 from upge.components.returns import GAE, KLPenalizedReward, OutcomeReward, ReturnToGo
 from upge.components.sequence_mask import OffPolicySequenceMask, SequenceClip, SequenceSamplerBand
 from upge.components.shaping import (
@@ -62,6 +70,7 @@ __all__ = [
     "ClippedReferencePolicy",
     "Component",
     "ConstantAdvantage",
+    "CovarianceClip",
     "CurrentPolicy",
     "DivergenceClip",
     "Formula",
@@ -89,6 +98,7 @@ __all__ = [
     "PolicyLikelihood",
     "PowerLikelihood",
     "PrefixWeighted",
+    "RatioSign",
     "ReferenceDenominator",
     "ReturnToGo",
     "SamplerCorrected",
@@ -106,6 +116,8 @@ __all__ = [
     "Tempered",
     "TiltedReference",
     "TokenReward",
+    "TopCovariance",
+    "TopEntropy",
     "UnitDenominator",
     "Whitened",
 ]
