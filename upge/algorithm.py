@@ -184,7 +184,12 @@ class Algorithm:
     @property
     def _parts_in_micro_batches(self) -> list[Component]:
         """The parts at work that are not evaluated once per update."""
-        return [part for part in self._working_parts.values() if not part.spans_update]
+        return [part for path, part in self._working_parts.items() if path not in self.parts_per_update]
+
+    @property
+    def parts_per_update(self) -> dict[str, Component]:
+        """The parts of reach 'batch' by path; a forward pass before each update lets them see all of its tokens."""
+        return {path: part for path, part in self._working_parts.items() if part.spans_update}
 
     @property
     def takes_chunks(self) -> bool:

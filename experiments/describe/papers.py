@@ -29,7 +29,6 @@ _MISSING = """\
 | SRPO (arXiv 2604.02288) | how its two losses are averaged was not found written out |
 | EAFT (arXiv 2601.02151) | needs the entropy of the 20 likeliest tokens as a column |
 | Prefix-RFT, UFT | a demonstration's prefix that the policy continues is not built yet |
-| Clip-Cov, KL-Cov | parts that rank the tokens of a whole update are not built yet |
 """
 
 
