@@ -154,6 +154,13 @@ def resume(engine: Engine, fresh: Engine, scratch: Path, actual: dict) -> None:
         fresh.load(scratch, "step_8")
 
 
+def norms_of(engine: Engine) -> Tensor:
+    """`score_norms` of all trajectories on the first rank; all others pass none."""
+    ids = [(t.prompt_ids, t.response_ids) for t in trajectories()]
+    norms = engine.score_norms(ids if engine.world.is_main else [])
+    return engine.world.gather(norms)[0]
+
+
 def halve(engine: Engine, actual: dict) -> None:
     """In bfloat16, the gradients of the micro-batches added up here, and as the engine adds them up."""
     taken: list[list[Tensor]] = []
@@ -196,6 +203,7 @@ def main(
     interleave(engine, actual)
     clip(plain, actual)
     limit(engine_of(model, world, 0.5), actual)
+    actual["norms"] = (weights_of(engine), norms_of(engine))
     resume(engine, engine_of(model, world, 0.0), Path(scratch), actual)
     halve(engine_of(model, world, 0.0, "bfloat16"), actual)
     if world.is_main:

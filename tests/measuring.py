@@ -31,7 +31,7 @@ class TableScores:
 
     def gradients(self, requests: Sequence[Request]) -> Iterator[tuple[list[int], Tensor]]:
         scores, entropy_scores = self.policy.token_scores, self.policy.entropy_scores
-        for number, ((_, response), by_logprobs, by_entropies) in enumerate(requests):
+        for number, ((_, response), by_logprobs, by_entropies, _) in enumerate(requests):
             row, length = self.number[response], len(response)
             total = torch.einsum("t,tpv->pv", by_logprobs, scores[row, :length])
             if by_entropies is not None:

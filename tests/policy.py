@@ -47,7 +47,7 @@ class Sample:
             for name in ("behavior", "sampler", "reference"):
                 column = getattr(self.batch, f"{name}_logprobs")
                 row[name] = (logprobs.detach() if column is None else column)[i, :n]
-            row["values"] = self.batch.values[i, :n]
+            row["values"], row["score_norms"] = self.batch.values[i, :n], self.batch.score_norms[i, :n]
             results.append(row | self._distributions(i, n))
         return results
 
@@ -86,6 +86,12 @@ def log_softmax(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Token log-probs and entropies, each [B, T]."""
     full = logits.log_softmax(dim=-1)
     return full.gather(-1, tokens[..., None])[..., 0], -(full.exp() * full).sum(dim=-1)
+
+
+def score_norms(logits: Tensor, tokens: Tensor) -> Tensor:
+    """[B, T] ‖∂ log π/∂z‖² of the tokens, as functions of the logits alone."""
+    p = logits.detach().softmax(dim=-1)
+    return (torch.nn.functional.one_hot(tokens, p.shape[-1]) - p).square().sum(dim=-1)
 
 
 def sample(
@@ -133,6 +139,7 @@ def sample(
         reference_logprobs=(logprobs.detach() + noise(0.5)).clamp(max=0),
         values=noise(0.5),
         entropies=entropies,
+        score_norms=score_norms(logits, tokens),
         preference=preference,
         step=7,
     )

@@ -117,6 +117,21 @@ def sequence_mask(s, threshold=0.05):
     return -question_mean(s.questions, value)
 
 
+def optimal_baseline(s):
+    """A baseline per place t, over the question's rollouts that are longer than t; none for a single one."""
+
+    def baseline(rows, t):
+        pairs = [(float(r["score_norms"][: t + 1].sum()), r["reward"]) for r in rows if len(r["logp"]) > t]
+        return sum(w * reward for w, reward in pairs) / sum(w for w, _ in pairs) if len(pairs) > 1 else 0.0
+
+    def value(rows, row):
+        tokens = [row["reward"] - baseline(rows, t) for t in range(len(row["logp"]))]
+        return average(clipped(row, torch.tensor(tokens, dtype=torch.float64)))
+
+    questions = [[r for r in q if not r["demo"]] for q in s.questions]
+    return -over(sum(sum(value(q, r) for r in q) / len(q) for q in questions), len(questions))
+
+
 def overlong_filter(s):
     """Advantages are those of all rollouts; questions and means are over the ones that ended by themselves."""
     totals = []

@@ -60,6 +60,15 @@ def asft(s, coefficient=0.1):
     return token_mean(s, [r for q in s.questions for r in demos(q)], loss)
 
 
+def eaft(s):
+    def loss(r):
+        likeliest = r["all"].detach().sort(dim=1, descending=True).values[:, :20]
+        p = likeliest.exp() / likeliest.exp().sum(dim=1, keepdim=True)
+        return -(-(p * p.log()).sum(dim=1) / 3) * r["logp"]
+
+    return token_mean(s, [r for q in s.questions for r in demos(q)], loss)
+
+
 def gift(s, beta=20.0):
     def loss(r):
         raised = r["reference_all"] + beta * torch.nn.functional.one_hot(r["tokens"], r["all"].shape[1])

@@ -13,9 +13,10 @@ from upge.trajectories import Source
 #: Columns that a caller may lack. `behavior_logprobs` is none of them: without it the data are strictly on-policy.
 _OPTIONAL = frozenset(
     {"sampler_logprobs", "reference_logprobs", "teacher_logprobs", "values", "entropies", "preference", "finished"}
+    | {"score_norms"}
 )
 #: Columns that are computed by a forward pass of a model.
-COMPUTED = frozenset({"behavior_logprobs", "reference_logprobs", "teacher_logprobs", "values"})
+COMPUTED = frozenset({"behavior_logprobs", "reference_logprobs", "teacher_logprobs", "values", "score_norms"})
 
 
 @dataclass(frozen=True)

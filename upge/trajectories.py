@@ -65,6 +65,7 @@ class Trajectories(TrajectoryView):
         teacher_logprobs: [B, T] log-probs of the teacher.
         values: [B, T] the critic's value before each token.
         entropies: [B, T] entropy of the current policy at each token over the full vocabulary (nats).
+        score_norms: [B, T] ‖∂ log π/∂z‖² = 1 - 2π + Σ_v π(v|t)² of the policy at the start of the step, z its logits.
         finished: [B] True if the response ended by itself, False if it was cut at a length limit.
         preference: [B] +1 chosen, -1 rejected, 0 neither.
         index: [B] identifies each trajectory within its step, whatever the order and the split; None = 0 to B - 1.
@@ -91,6 +92,7 @@ class Trajectories(TrajectoryView):
     teacher_logprobs: Float[Tensor, "B T"] | None = None
     values: Float[Tensor, "B T"] | None = None
     entropies: Float[Tensor, "B T"] | None = None
+    score_norms: Float[Tensor, "B T"] | None = None
     finished: Bool[Tensor, "B"] | None = None
     preference: Int[Tensor, "B"] | None = None
     index: Int[Tensor, "B"] | None = None

@@ -29,6 +29,7 @@ TOKEN_COLUMNS = (
     "teacher_logprobs",
     "values",
     "entropies",
+    "score_norms",
 )
 #: Columns with one number per trajectory, [B].
 TRAJECTORY_COLUMNS = ("rewards", "group", "is_demonstration", "finished", "preference", "index", "row")
@@ -69,6 +70,7 @@ class TokenView:
     teacher_logprobs: Float[Tensor, "*shape"]
     values: Float[Tensor, "*shape"]
     entropies: Float[Tensor, "*shape"]
+    score_norms: Float[Tensor, "*shape"]
     step: int
     state: Mapping[str, float]
 
@@ -175,15 +177,17 @@ class TrajectoryView(TokenView):
         successes = self.group_sum(self.rewards > self.pass_threshold)
         return successes / self.group_sum(torch.ones_like(successes))
 
-    def group_sum(self, values: Shaped[Tensor, "B"], over: Members = "rollouts") -> Float[Tensor, "B"]:
+    def group_sum(self, values: Shaped[Tensor, "B *rest"], over: Members = "rollouts") -> Float[Tensor, "B *rest"]:
         """[B] the sum of `values` over the group of each trajectory, in float64.
 
         Args:
+            values: [B], or [B, T] for the sum at each place in the response.
             over: the trajectories that count: the group's 'rollouts', or the whole 'group'. With 'group', a part must
                 declare `counts_demonstrations = True`.
         """
         index = self.group_index
-        return group_sum(values.double() * self._counted(over), index)[index]
+        counted = self._counted(over).view(-1, *[1] * (values.ndim - 1))
+        return group_sum(values.double() * counted, index)[index]
 
     def group_mean(self, values: Shaped[Tensor, "B"], over: Members = "rollouts") -> Float[Tensor, "B"]:
         """[B] the mean of `values` over the group of each trajectory, in float64; 0 for a group without members.
@@ -258,6 +262,7 @@ class PackedTokens(TokenView):
     teacher_logprobs: Float[Tensor, "N"] | None = None
     values: Float[Tensor, "N"] | None = None
     entropies: Float[Tensor, "N"] | None = None
+    score_norms: Float[Tensor, "N"] | None = None
     step: int = 0
     state: Mapping[str, float] = dataclasses.field(default_factory=dict)
     row: Int[Tensor, "N"] | None = None
@@ -330,9 +335,9 @@ def _restricted_class(cls: type) -> type:
 
 
 def group_sum(values: Tensor, index: Int[Tensor, "B"]) -> Tensor:
-    """[Q] the sum of [B] `values` over each group; `index` numbers the groups from 0 to Q - 1."""
+    """[Q, ...] the sum of [B, ...] `values` over each group; `index` numbers the groups from 0 to Q - 1."""
     size = int(index.max()) + 1 if len(index) else 0
-    return torch.zeros(size, dtype=values.dtype, device=values.device).index_add(0, index, values)
+    return torch.zeros(size, *values.shape[1:], dtype=values.dtype, device=values.device).index_add(0, index, values)
 
 
 def masked_mean(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B 1"]:

@@ -27,7 +27,6 @@ _MISSING = """\
 | DYPO (arXiv 2604.08926) | its term GAL was not found written out |
 | GAC (arXiv 2605.26184) | its learned share of the two gradients was not found written out |
 | SRPO (arXiv 2604.02288) | how its two losses are averaged was not found written out |
-| EAFT (arXiv 2601.02151) | needs the entropy of the 20 likeliest tokens as a column |
 | Prefix-RFT, UFT | a demonstration's prefix that the policy continues is not built yet |
 """
 

@@ -94,6 +94,8 @@ def _sampled(chosen: Any, console: Any) -> tuple[list, list[str]]:
     from experiments.diagnose.measuring import measure
     from experiments.diagnose.sampling import model_of, ordered, policies, problems
     from experiments.diagnose.settings import without_pairs
+    from experiments.run.teacher import check_same_tokenizer
+    from upge.data.prompting import load_tokenizer
 
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
@@ -107,19 +109,23 @@ def _sampled(chosen: Any, console: Any) -> tuple[list, list[str]]:
             chosen, lacking = without_pairs(chosen)
             why = "it learns from preference pairs, and the data have none"
             notes += [f"{name} is left out: {why}" for name in lacking]
-        reference = None
+        others = {"behavior": model_of(config.behavior, run.model)} if config.behavior else {}
         if any(algorithm.needs.reference for algorithm in chosen.algorithms.values()):
             if run.reference.path:
-                reference = model_of(run.reference.path, run.model)
+                others["reference"] = model_of(run.reference.path, run.model)
             elif len(measured_policies) > 1:
-                reference = measured_policies[0].model
-            own = f"the first policy, {measured_policies[0].label}" if reference else "the policy itself"
+                others["reference"] = measured_policies[0].model
+            own = f"the first policy, {measured_policies[0].label}" if others.get("reference") else "the policy itself"
             notes.append(f"the reference policy is {run.reference.path or own}")
-        behavior = model_of(config.behavior, run.model) if config.behavior else None
+        if any(algorithm.needs.teacher for algorithm in chosen.algorithms.values()):
+            others["teacher"] = model_of(run.teacher.path, run.model)
+            tokenizers = [load_tokenizer(path) for path in (measured_policies[0].model.path, others["teacher"].path)]
+            check_same_tokenizer(*tokenizers, run.teacher.path)
+            notes.append(f"the teacher is {run.teacher.path}")
         results = []
         for policy in measured_policies:
             say(f"policy {policy.label}: {policy.model.path}")
-            results.append(measure(chosen, chosen_problems, policy, reference, behavior, say))
+            results.append(measure(chosen, chosen_problems, policy, others, say))
     return results, notes
 
 

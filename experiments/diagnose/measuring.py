@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -110,28 +111,37 @@ def measure(
     chosen: Chosen,
     prompts: Problems,
     policy: Policy,
-    reference: ModelConfig | None,
-    behavior: ModelConfig | None,
+    others: Mapping[str, ModelConfig],
     say: Callable[[str], None],
 ) -> Result:
     """Samples and measures one policy; `say` prints a line of progress.
 
     Args:
-        reference: the model of the reference log-probs; None = the policy itself.
-        behavior: the model that the batches are sampled from; None = the policy itself.
+        others: 'reference' → the model of the reference log-probs, 'behavior' → the model that the batches are sampled
+            from, 'teacher' → the teacher. The first two are the policy itself if they are missing.
     """
     began = time.perf_counter()
-    sampled = sample(chosen, prompts, policy.model, behavior, say)
+    sampled = sample(chosen, prompts, policy.model, others.get("behavior"), say)
     pool, config, temperature = sampled.pool, chosen.config, chosen.run.rollout.temperature
     sampling_took = time.perf_counter() - began
     pairs = pool.pairs()
-    others = {"reference_logprobs": reference, "behavior_logprobs": behavior}
-    known = {name: _logprobs(model, pairs, temperature) for name, model in others.items() if model is not None}
     scores = ModelScores(load_model(policy.model), config.sketch, temperature, seed=chosen.run.seed)
+    known: dict[str, list[Tensor]] = {}
+    with_vocabulary = any(one.supports for one in chosen.algorithms.values())
+    if with_vocabulary:
+        _check_distributions(pairs, scores, len(others) + 1)
+        known["distribution/policy"] = known["distribution/reference"] = scores.distributions(pairs)
+    for name, model in others.items():
+        other = ModelScores(load_model(model), 1, temperature)
+        known[f"{name}_logprobs"] = [logprobs for logprobs, _ in other.columns(pairs)]
+        if with_vocabulary and name != "behavior":
+            known[f"distribution/{name}"] = other.distributions(pairs, scores.vocabulary)
+    if any("score_norms" in one.step_needs.columns for one in chosen.algorithms.values()):
+        known["score_norms"] = scores.score_norms(pairs)
     columns = {}
     for number, (pair, (logprobs, entropies)) in enumerate(zip(pairs, scores.columns(pairs), strict=True)):
         columns[pair] = {"logprobs": logprobs, "entropies": entropies, "reference_logprobs": logprobs}
-        columns[pair] |= {name: logprobs[number] for name, logprobs in known.items()}
+        columns[pair] |= {name: values[number] for name, values in known.items()}
     directions = Directions()
     estimators = [estimator(one, pool, columns, directions, config.step) for one in chosen.algorithms.values()]
     varied = {
@@ -145,11 +155,6 @@ def measure(
     details = _details(pool, scores, len(directions.requests)) | seconds
     details["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return Result(label=policy.label, step=policy.step, details=details, **results)
-
-
-def _logprobs(model: ModelConfig, pairs: Sequence[Pair], temperature: float) -> list[Tensor]:
-    """The log-probs of another model on the pool's responses."""
-    return [logprobs for logprobs, _ in ModelScores(load_model(model), 1, temperature).columns(pairs)]
 
 
 def _gradients(
@@ -219,10 +224,21 @@ def _results(
     }
 
 
+def _check_distributions(pairs: Sequence[Pair], scores: ModelScores, models: int) -> None:
+    """Raises ConfigError if the distributions of the models at the pool's tokens do not fit into memory."""
+    # Also the direction of each response, in float64.
+    size = (4 * models + 8) * sum(len(response) for _, response in pairs) * scores.vocabulary
+    free = psutil.virtual_memory().available
+    if size > _MEMORY * free:
+        raise ConfigError(
+            f"algos: terms on the vocabulary need {size / 2**30:.1f} GiB for the distributions at all tokens, more "
+            f"than {_MEMORY:.0%} of the {free / 2**30:.1f} GiB of free memory; give fewer prompts or batches, or "
+            "shorter responses"
+        )
+
+
 def _check_memory(sketch: int, count: int, pool: Pool, scores: ModelScores) -> None:
     """Raises ConfigError if the gradients do not fit into memory."""
-    import psutil
-
     parts = len(pool.reference[0])
     numbers = (count + pool.prompts * (pool.rounds * 3 + parts)) * scores.width
     free = psutil.virtual_memory().available

@@ -21,7 +21,8 @@ from upge.trees import read_yaml
 
 ALL = "all"
 #: Keys of a run that a diagnosis also has; a dot at the end stands for all keys below.
-SHARED = ("model", "data", "recipe", "seed", "model.", "data.", "rollout.", "verify.", "reference.", "data_policy.")
+SHARED = ("model", "data", "recipe", "seed", "teacher.path")
+SHARED += ("model.", "data.", "rollout.", "verify.", "reference.", "data_policy.")
 #: Defaults that replace those of a run, which are for a training step.
 _OF_A_BATCH = {"prompts_per_step": 16, "group_size": 8}
 
@@ -146,12 +147,15 @@ def choose(arguments: Sequence[str]) -> Chosen:
     tree |= {name: getattr(config, name) for name in _OF_A_BATCH}
     names_wanted = algorithms.names() if config.algos == [ALL] else list(dict.fromkeys(config.algos))
     wanted = {name: _algorithm(name, tree) for name in names_wanted}
-    reasons = {name: unmeasurable(one, config.group_size, exact=config.exact) for name, one in wanted.items()}
+    run = from_tree(RunConfig, tree)
+    reasons = {
+        name: unmeasurable(one, config.group_size, config.exact, run.teacher.path) for name, one in wanted.items()
+    }
     measurable = {name: replace(one, name=name) for name, one in wanted.items() if not reasons[name]}
     left_out = {name: reason for name, reason in reasons.items() if reason}
     if not measurable:
         raise ConfigError("algos: nothing is left to measure: " + "; ".join(f"{n}: {r}" for n, r in left_out.items()))
-    return Chosen(config, from_tree(RunConfig, tree), tree, measurable, left_out, names)
+    return Chosen(config, run, tree, measurable, left_out, names)
 
 
 def _check_exact(given: Sequence[str]) -> None:
@@ -164,21 +168,21 @@ def _check_exact(given: Sequence[str]) -> None:
         )
 
 
-def unmeasurable(algorithm: Algorithm | Pipeline, group_size: int, exact: bool = False) -> str:
-    """Why an algorithm cannot be measured here; empty if it can. The exact setting has a critic and a teacher."""
+def unmeasurable(algorithm: Algorithm | Pipeline, group_size: int, exact: bool = False, teacher: str = "") -> str:
+    """Why an algorithm cannot be measured here; empty if it can.
+
+    Args:
+        exact: whether it is measured in the exact setting, which has a critic and a teacher.
+        teacher: `teacher.path`.
+    """
     if isinstance(algorithm, Pipeline):
         return f"it has the stages {', '.join(algorithm.stages)}, each a separate algorithm: give those"
     if algorithm.needs.critic and not exact:
         return "it needs a critic's values, and a policy's folder has no critic"
-    if algorithm.supports:
-        return (
-            "it moves other tokens than the sampled ones; upge.theory.enumerate.expectation has its bias and variance"
-        )
-    if algorithm.needs.teacher and not exact:
-        return "it needs a teacher, which only exact=true has"
+    if algorithm.needs.teacher and not exact and not teacher:
+        return "it needs a teacher; give another model with teacher.path"
     try:
         provided = {"sampler_logprobs", "entropies", "preference", "finished"} | COMPUTED - {"values"}
-        provided -= set[str]() if exact else {"teacher_logprobs"}
         algorithm.check(group_size=group_size, provided=provided)
     except ConfigError as error:
         return str(error)
@@ -192,7 +196,7 @@ def keys() -> list[tuple[str, Any, str]]:
 
 def _shared_rows() -> list[tuple[str, Any, str]]:
     prefixes = tuple(k for k in SHARED if k.endswith(".") and k != "data.")
-    return [row for row in meanings(RunConfig) if row[0].startswith(prefixes) or row[0] == "seed"]
+    return [row for row in meanings(RunConfig) if row[0].startswith(prefixes) or row[0] in SHARED]
 
 
 def _of_run(folder: Path, shared: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:

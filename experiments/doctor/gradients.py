@@ -20,6 +20,7 @@ from experiments.doctor.models import small
 from experiments.doctor.rows import Context, Row, judged
 from upge.algorithm import Algorithm
 from upge.models.loading import read_config
+from upge.needs import COMPUTED
 from upge.pipeline import Pipeline
 from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.distributed import World
@@ -123,7 +124,7 @@ def completed(algorithm: Algorithm, filled: Mapping[str, Mapping[str, Tensor]], 
     """
     pairs = algorithm.needs.preference_pairs
     members, columns = trajectories(vocabulary, pairs), filled["pairs" if pairs else "plain"]
-    wanted = {"behavior_logprobs"} | algorithm.needs.columns & {"reference_logprobs", "teacher_logprobs", "values"}
+    wanted = {"behavior_logprobs"} | algorithm.needs.columns & COMPUTED
     wanted |= algorithm.needs.precomputed
     state = algorithm.initial_state()
     batch = dataclasses.replace(assemble(members, _STEP), state=state, **{name: columns[name] for name in wanted})
@@ -211,6 +212,7 @@ def _made_up(logprobs: Tensor) -> dict[str, Tensor]:
         "reference_logprobs": (logprobs + 0.3 * noise[0]).clamp(max=0.0),
         "values": 0.5 * noise[1],
         "teacher_logprobs": (logprobs + 0.5 * noise[2]).clamp(max=0.0),
+        "score_norms": (1 - logprobs.exp()).square(),
     }
 
 

@@ -281,6 +281,7 @@ def balance(algorithm: Algorithm, group_size: int, tokens: int) -> Balance:
         teacher_logprobs=logprobs,
         values=torch.zeros_like(logprobs),
         entropies=torch.full_like(logprobs, ENTROPY),
+        score_norms=torch.full_like(logprobs, 2 * (1 - PROBABILITY) ** 2),
         preference=torch.zeros_like(places),
         state=algorithm.initial_state(),
     )

@@ -62,7 +62,7 @@ _ROLLOUTS = "reinforce reinforce_plus_plus rloo ppo grpo dr_grpo cispo gspo sapo
 _ROLLOUTS += " maxrl dppo vespo luspo dro real"
 _IMITATION = "sft dft iw_sft offline_rl luffy rl_plus srft hpt hpt_offpolicy hpt_soft superrl chord_mu chord_phi amft"
 _CORRECTIONS = "tis icepop mis mis_geometric dual_clip kl_k1 kl_k2 kl_k3 entropy kl_reward dynamic_sampling"
-_CORRECTIONS += " ratio_kl sequence_mask overlong_filter"
+_CORRECTIONS += " ratio_kl sequence_mask overlong_filter optimal_baseline"
 # A limit that the short responses of a proof reach; the buffer is a share of it.
 _LIMIT, _BUFFER = f"limit={rollouts.LIMIT}", f"buffer={rollouts.BUFFER / rollouts.LIMIT}"
 _NEAR = (f"terms.rl.estimator.advantage.{_LIMIT}", f"terms.rl.estimator.advantage.{_BUFFER}")

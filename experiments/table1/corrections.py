@@ -134,6 +134,19 @@ def sequence_mask(w: World) -> Expr:
     return fixed_length(all_centred(w), one)
 
 
+def optimal_baseline(w: World) -> Expr:
+    """R minus the mean reward of the question's rollouts that are longer than t, weighted by Σ_{k≤t} w_k."""
+
+    def value(row: Row, t: int) -> Expr:
+        rows = [r for r in w.rollouts if r.group == row.group and len(r) > t]
+        weights = [total(r.w[: t + 1]) for r in rows]
+        baseline = total(x * r.reward for x, r in zip(weights, rows, strict=True)) / total(weights)
+        return w.advantage(row, row.reward - (baseline if len(rows) > 1 else 0), t)
+
+    rows = [(row, None) for row in w.rollouts]
+    return fixed_length(rows, lambda row, t, _: surrogate(w, row, t, value(row, t)))
+
+
 def overlong_filter(w: World) -> Expr:
     """Only responses that ended by themselves, in sum and divisor."""
     pairs = [(row, a) for row, a in all_centred(w) if row.finished]

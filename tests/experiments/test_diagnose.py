@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from experiments.diagnose import __main__ as diagnose
-from experiments.diagnose import sampling, settings, write
+from experiments.diagnose import measuring, sampling, settings, write
 from experiments.diagnose.sampling import Policy, policies
 from experiments.diagnose.write import ranged
 from tests.running import SMALL, run
@@ -104,7 +105,8 @@ def test_a_run_s_checkpoints_are_policies(tmp_path):
     assert any(bool((first[name] != final[name]).any()) for name in final)
     arguments = [
         f"policies=[start:tiny,end:{output / 'final'}]",
-        "algos=[sft,hpt]",
+        "algos=[sft,hpt,gkd,eaft]",
+        f"teacher.path={output / 'final'}",
         *TINY,
         f"output={tmp_path / 'two'}",
     ]
@@ -112,6 +114,12 @@ def test_a_run_s_checkpoints_are_policies(tmp_path):
     assert (tmp_path / "two" / "over_training.png").is_file() and (tmp_path / "two" / "end" / "cosines.svg").is_file()
     whole = json.loads((tmp_path / "two" / "diagnosis.json").read_text())
     assert [one["label"] for one in whole["policies"]] == ["start", "end"]
+    # The teacher is the policy at the end, where nothing is left to distil.
+    powers = [
+        {line["name"]: line["overall"]["power"]["value"] for line in one["measured"]} for one in whole["policies"]
+    ]
+    assert powers[0]["gkd"] > 0 and powers[1].get("gkd", 0.0) < 1e-6 * powers[0]["gkd"] and powers[1]["eaft"] > 0
+    assert any("the teacher is" in note for note in whole["notes"])
 
 
 @pytest.mark.parametrize(
@@ -119,6 +127,8 @@ def test_a_run_s_checkpoints_are_policies(tmp_path):
     [
         (["algos=[nothing]"], "no algorithm 'nothing'"),
         (["algos=[ppo]"], "nothing is left to measure: ppo: it needs a critic's values"),
+        (["algos=[gkd]"], "gkd: it needs a teacher; give another model with teacher.path"),
+        (["algos=[gkd]", "teacher.path=nowhere"], "'nowhere' is neither a model's folder"),
         (["algos=[sft_then_grpo]"], "has the stages demonstrate, reinforce"),
         (["algos=[]"], "give lists of names"),
         (["prompts=10", "prompts_per_step=4"], "4 does not divide prompts=10"),
@@ -151,12 +161,14 @@ def test_a_folder_in_use_is_refused(folder, capsys):
     assert "exists; choose another" in capsys.readouterr().err
 
 
+def test_distributions_beyond_the_memory_are_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(measuring.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
+    assert diagnose.main([*TINY, "algos=[eaft]", f"output={tmp_path / 'out'}"]) == 2
+    assert "for the distributions at all tokens, more than 60% of" in capsys.readouterr().err
+
+
 def test_gradients_beyond_the_memory_are_refused(monkeypatch, capsys, tmp_path):
-    from collections import namedtuple
-
-    import psutil
-
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(10_000_000))
+    monkeypatch.setattr(measuring.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000_000))
     assert diagnose.main([*TINY, "algos=[grpo]", "sketch=0", f"output={tmp_path / 'out'}"]) == 2
     assert "GiB of gradients" in capsys.readouterr().err
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,6 +159,21 @@ def test_precomputed_parts_are_constant_over_the_vocabulary():
     product = upge.Shifted(upge.GroupRelative(), 0.0)
     loss = upge.Algorithm("test", {"one": term(product, upge.FullVocabulary())}).estimate(batch).loss
     assert gradient(loss, logits).abs().max() < 1e-14, "Σ_v Â ∇π(v) = 0 for an advantage that is equal for all v"
+
+
+def test_the_entropy_of_the_likeliest_tokens():
+    """Of ½, ¼, ⅛ and ⅛ the two likeliest are ⅔ and ⅓; a policy that is certain leaves no weight and no NaN."""
+    p = torch.tensor([[0.5, 0.125, 0.25, 0.125], [1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    view = SimpleNamespace(logprobs=p.log())
+    entropy = math.log(3) - 2 / 3 * math.log(2)
+    for part, weight in (
+        (upge.EntropyLikelihood(2), entropy / 3),
+        (upge.EntropyLikelihood(2, scale=1.0, power=2.0), entropy**2),
+        (upge.EntropyLikelihood(), 1.75 * math.log(2) / 3),
+    ):
+        actual = part(view).exp()
+        assert actual.shape == p.shape and torch.allclose(actual[0], torch.tensor(weight, dtype=p.dtype))
+        assert float(actual[1].max()) < 1e-300
 
 
 def test_the_sampled_token_alone_as_a_target_is_maximum_likelihood():

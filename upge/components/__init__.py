@@ -6,6 +6,7 @@ from upge.components.advantage import (
     GroupRelative,
     LeaveOneOut,
     MeanNormalized,
+    OptimalTokenBaseline,
     PairwisePreference,
     SignedReward,
 )
@@ -33,11 +34,18 @@ from upge.components.distillation import (
     JensenShannon,
     LogRatio,
     RatioSign,
+    SampledTarget,
     Surprisal,
     TargetProbability,
     TiltedReference,
 )
-from upge.components.likelihood import GammaLikelihood, PolicyLikelihood, PowerLikelihood, ShapedLikelihood
+from upge.components.likelihood import (
+    EntropyLikelihood,
+    GammaLikelihood,
+    PolicyLikelihood,
+    PowerLikelihood,
+    ShapedLikelihood,
+)
 from upge.components.mask import (
     AllOf,
     DivergenceClip,
@@ -62,7 +70,6 @@ from upge.components.shaping import (
 from upge.formula import Formula
 
 __all__ = [
-    "GAE",
     "AdvantageEstimator",
     "AllOf",
     "BehaviorPolicy",
@@ -73,16 +80,18 @@ __all__ = [
     "CovarianceClip",
     "CurrentPolicy",
     "DivergenceClip",
+    "EntropyLikelihood",
     "Formula",
     "FutureKLShaped",
+    "GAE",
     "GammaLikelihood",
     "GeometricMeanBehaviorPolicy",
     "GroupClassification",
     "GroupRelative",
     "ImportanceBand",
+    "JensenShannon",
     "KLPenalizedReward",
     "KLShaped",
-    "JensenShannon",
     "LeaveOneOut",
     "LikelihoodGradient",
     "LogRatio",
@@ -91,6 +100,7 @@ __all__ = [
     "MixedBehaviorPolicy",
     "NoMask",
     "OffPolicySequenceMask",
+    "OptimalTokenBaseline",
     "OutcomeReward",
     "OverlongShaped",
     "PPOClip",
@@ -101,6 +111,7 @@ __all__ = [
     "RatioSign",
     "ReferenceDenominator",
     "ReturnToGo",
+    "SampledTarget",
     "SamplerCorrected",
     "SequenceBehaviorPolicy",
     "SequenceClip",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -152,6 +152,44 @@ class LeaveOneOut(AdvantageEstimator):
 
     def formula(self) -> Formula:
         return Formula("(R_i − mean_{j≠i} R_j)", r"\left(R_i-\mathrm{mean}_{j\ne i}R_j\right)")
+
+
+@dataclass(frozen=True)
+class OptimalTokenBaseline(AdvantageEstimator):
+    """Â_t = R - Σ W_t R/Σ W_t over the group's rollouts that have a token t, W_t = Σ_{k≤t} ‖∂ log π_k/∂z_k‖².
+
+    See arXiv 2602.07078. The baseline of each place t is the one with the smallest variance, if the squared length of a
+    response's score up to t is the sum of those of its tokens with respect to their logits z. W is the column
+    `score_norms`, summed. The baseline includes the sample itself, which is a bias of order 1/n in groups of n, as in
+    `GroupRelative`. A demonstration is compared with the baseline of its group's rollouts.
+
+    Attributes:
+        alone: what the only rollout of its group with a token t gets there: 'reward' = R, as without a baseline; 'zero'
+            = 0, which is what the formula gives.
+    """
+
+    alone: Literal["reward", "zero"] = "reward"
+    reads: ClassVar[frozenset[str]] = GROUP_COLUMNS | {"score_norms"}
+    min_group_size: ClassVar[int] = 2
+
+    def __call__(self, batch: TrajectoryView) -> Float[torch.Tensor, "B T"]:
+        mask, place = batch.response_mask, (batch.response_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+        def by_place(values: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(values).scatter_add(1, place, values * mask)
+
+        weights = by_place(batch.score_norms.double().cumsum(dim=1))
+        rewards, total = batch.rewards.double()[:, None], batch.group_sum(weights)
+        # The differences of equal rewards are exactly 0, so their sum is not divided by a tiny total.
+        centre = batch.group_mean(batch.rewards)[:, None]
+        baseline = centre + batch.group_sum(weights * (rewards - centre)) / torch.where(total > 0, total, 1.0)
+        number = batch.group_sum(by_place(mask.double()))
+        lonely = (number < 1) | (number == 1) & ~batch.is_demonstration[:, None]
+        advantages = torch.where(lonely, rewards if self.alone == "reward" else 0.0, rewards - baseline)
+        return advantages.gather(1, place)
+
+    def formula(self) -> Formula:
+        return Formula("(R − Σ W_t R/Σ W_t)", r"\left(R-\frac{\sum W_t R}{\sum W_t}\right)")
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,23 @@ class RatioSign(AdvantageEstimator):
 
 
 @dataclass(frozen=True)
+class SampledTarget(AdvantageEstimator):
+    """Â = 1 at the sampled token and 0 at the others: maximum likelihood on a support beyond the sampled token.
+
+    It is for terms whose other parts look at the whole distribution, such as `upge.EntropyLikelihood`. On the sampled
+    token alone it is `ConstantAdvantage(1)`. `upge.TopK` moves nothing where the token is not among the k.
+    """
+
+    reads: ClassVar[frozenset[str]] = frozenset({"is_sampled"})
+
+    def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
+        return batch.is_sampled.double()
+
+    def formula(self) -> Formula:
+        return Formula("[v = y]", "[v=y]")
+
+
+@dataclass(frozen=True)
 class TiltedReference(AdvantageEstimator):
     """Â = π_0·exp(beta·[v = y])/Σ: the reference policy with the log-odds of the sampled token y raised by beta.
 

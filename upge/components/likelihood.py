@@ -94,6 +94,49 @@ class PowerLikelihood(LikelihoodGradient):
 
 
 @dataclass(frozen=True)
+class EntropyLikelihood(LikelihoodGradient):
+    """f′ = (H_k/scale)^power, H_k the entropy of the k likeliest tokens, normalized anew (arXiv 2601.02151).
+
+    Tokens of which the policy is certain lose their weight, whichever token the demonstration has. With π_ref = π_θ it
+    is the weight of ∇log π_θ, at most (log k/scale)^power.
+
+    Attributes:
+        k: number of tokens; a smaller vocabulary is taken whole.
+        scale: in nats; log 20 is about 3.
+        power: not negative; 0 gives weights of 1.
+    """
+
+    k: int = 20
+    scale: float = 3.0
+    power: float = 1.0
+    reads: ClassVar[frozenset[str]] = frozenset({"logprobs"})
+    needs_vocabulary: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 2 or not 0 < self.scale < math.inf or not 0 <= self.power < math.inf:
+            raise ConfigError(
+                f"EntropyLikelihood: k={self.k}, scale={self.scale}, power={self.power}; k must be at least 2, scale "
+                "positive, power not negative; 20, 3 and 1 are customary"
+            )
+
+    def __call__(self, batch: TokenView) -> Float[torch.Tensor, "N V"]:
+        logprobs = batch.logprobs.detach()
+        likeliest = logprobs.topk(min(self.k, logprobs.shape[-1]), dim=-1, sorted=False).values.log_softmax(dim=-1)
+        entropy = -torch.where(likeliest > -math.inf, likeliest.exp() * likeliest, 0.0).sum(dim=-1, keepdim=True)
+        shape = self.power * torch.log((entropy / self.scale).clamp(min=torch.finfo(logprobs.dtype).tiny))
+        return shape.expand(logprobs.shape)
+
+    def formula(self) -> Formula:
+        power = "" if self.power == 1 else f"^{self.power:g}"
+        latex = "" if self.power == 1 else f"^{{{self.power:g}}}"
+        return Formula(
+            f"(H_{self.k}/{self.scale:g}){power} · ∇π_θ",
+            rf"\left(\frac{{H_{{{self.k}}}}}{{{self.scale:g}}}\right){latex}\nabla\pi_\theta",
+        )
+
+
+@dataclass(frozen=True)
 class GammaLikelihood(LikelihoodGradient):
     """f′ = e^λ·W^k·e^(-λW), W = Π_t π_θ/π_behavior of the whole response, detached (arXiv 2602.10693).
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from upge.algorithm import Algorithm
-from upge.components.advantage import GroupRelative
+from upge.components.advantage import GroupRelative, LeaveOneOut, OptimalTokenBaseline
 from upge.components.base import AdvantageEstimator, Component, rewritten, walk
 from upge.components.denominator import BehaviorPolicy, SamplerCorrected
 from upge.components.distillation import LogRatio
@@ -246,6 +246,32 @@ class SequenceMask(Correction):
 
 
 @dataclass(frozen=True)
+class OptimalBaseline(Correction):
+    """Replaces `upge.GroupRelative` and `upge.LeaveOneOut` by `upge.OptimalTokenBaseline`, which divides by no std.
+
+    Attributes:
+        alone: as of `upge.OptimalTokenBaseline`.
+    """
+
+    alone: Literal["reward", "zero"] = "reward"
+
+    def apply(self, algorithm: Algorithm) -> Algorithm:
+        kinds, new = (GroupRelative, LeaveOneOut), OptimalTokenBaseline(self.alone)
+        names = [
+            name
+            for name, term in rollout_terms(algorithm).items()
+            if any(isinstance(part, kinds) for _, part in walk(term.estimator.advantage, "advantage"))
+        ]
+        if not names:
+            raise NotApplicable("no term over rollouts has the advantage GroupRelative or LeaveOneOut")
+
+        def replaced(part: Component) -> Component:
+            return new if isinstance(part, kinds) else part
+
+        return wrap(algorithm, "advantage", lambda inner: rewritten(inner, replaced), names)
+
+
+@dataclass(frozen=True)
 class OverlongFilter(Correction):
     """Rollouts that were cut at the length limit have no gradient and count in no divisor (arXiv 2503.14476)."""
 
@@ -313,6 +339,7 @@ __all__ = [
     "KLInReward",
     "KLTerm",
     "NotApplicable",
+    "OptimalBaseline",
     "Overlong",
     "OverlongFilter",
     "SequenceMask",

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from upge.logprobs.chunks import CandidateGradient, buffer_bytes, default_chunk_size
-from upge.logprobs.functions import TokenLogprobs, TokenLoss
+from upge.logprobs.functions import TokenLogprobs, TokenLoss, score_norms
 from upge.logprobs.head import CandidateFunction, CheckedCoefficients, CoefficientFunction, Coefficients, Output
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "default_chunk_size",
     "token_logprobs",
     "token_loss",
+    "token_score_norms",
 ]
 
 
@@ -74,6 +75,33 @@ def token_logprobs(
     size = chunk_size or default_chunk_size(weight.shape[0], hidden.device.type, weight.dtype)
     logprobs, entropies = TokenLogprobs.apply(hidden, weight, bias, targets, float(temperature), entropy, size)
     return logprobs, entropies if entropy else None
+
+
+def token_score_norms(
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, "N"],
+    *,
+    bias: Float[Tensor, "V"] | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> Float[Tensor, "N"]:
+    """The squared length of each target's score with respect to the logits, without gradient.
+
+    With z the logits divided by the temperature and p = softmax(z), it is ‖∂ log p_y/∂z‖² = 1 - 2p_y + Σ_v p_v².
+
+    Args:
+        hidden, weight, targets, bias, temperature, chunk_size: as for `token_logprobs`.
+
+    Returns:
+        [N], between 0 and 2, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: as for `token_logprobs`.
+    """
+    _check(hidden, weight, targets, bias, temperature, chunk_size)
+    size = chunk_size or default_chunk_size(weight.shape[0], hidden.device.type, weight.dtype)
+    return score_norms(hidden, weight, bias, targets, float(temperature), size)
 
 
 def token_loss(

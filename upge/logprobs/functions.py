@@ -69,6 +69,21 @@ class TokenLogprobs(torch.autograd.Function):
         return *head.gradients.finished(weight, bias), None, None, None, None
 
 
+@torch.no_grad()
+def score_norms(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, size: int
+) -> Tensor:
+    """[N] ‖∂ log p_y/∂z‖² = ‖1_y - p‖², the result of `token_score_norms`."""
+    norms = hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden.dtype))
+    chunks = Chunks(weight, bias, temperature, min(size, len(hidden)))
+    for chunk in cut(len(hidden), size):
+        logits = chunks.logits(hidden[chunk])
+        chunks.statistics(logits, targets[chunk], keep_logits=False)
+        # The logits are now p - 1_y.
+        norms[chunk] = torch.linalg.vector_norm(logits, dim=-1, dtype=norms.dtype).square()
+    return norms
+
+
 class TokenLoss(torch.autograd.Function):
     """(loss, logprobs [N], entropies [N]) of `token_loss`; only the loss is differentiable."""
 

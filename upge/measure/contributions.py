@@ -1,8 +1,9 @@
 """The contributions of each prompt to the batches of a pool, for any number of algorithms, from few gradients.
 
-Every part of every algorithm is Σ_t w_t ∇log π(y_t) on each trajectory. Most of these weights differ only by a factor:
-on-policy, a group-relative advantage is one number per response. So each distinct direction w/max|w| of a response is
-differentiated once for all algorithms, and an algorithm is a sparse matrix of factors:
+Every part of every algorithm is Σ_t w_t ∇log π(y_t) on each trajectory, or on a support beyond the sampled token
+Σ_t Σ_v k_tv ∇log π(v|t). Most of these weights differ only by a factor: on-policy, a group-relative advantage is one
+number per response. So each distinct direction w/max|w| of a response is differentiated once for all algorithms, and an
+algorithm is a sparse matrix of factors:
 
     contribution of prompt q in round r = Σ_{its trajectories and directions} factor · ∇ Σ_t direction_t·log π_t.
 
@@ -20,11 +21,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from upge.algorithm import Algorithm
-from upge.errors import ConfigError
 from upge.measure.pool import Columns, Pool, batches, pair_of
 from upge.measure.scores import Pair, Request, Scores
 from upge.train.sample import Trajectory
@@ -39,30 +39,24 @@ class Directions:
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
-        self._known: dict[Pair, list[tuple[int, Tensor]]] = {}
+        self._known: dict[tuple[Pair, tuple[bool, ...]], list[tuple[int, Tensor]]] = {}
 
-    def find(self, pair: Pair, weights: Float[Tensor, "t"], entropy: Float[Tensor, "t"] | None) -> tuple[int, float]:
-        """Registers the gradient Σ_t weights_t·∇log π_t + entropy_t·∇H_t of a response, unless an equal one is known.
-
-        Args:
-            weights: [t] of the log-probs.
-            entropy: [t] of the entropies; None = zeros. Some number of `weights` or `entropy` is not 0.
+    def find(self, wanted: Request) -> tuple[int, float]:
+        """Registers a gradient, whose coefficients are not all 0, unless it is a multiple of a known one.
 
         Returns:
             (index in `requests`, factor): the gradient is that of the request times the factor.
         """
-        zeros = torch.zeros_like(weights)
-        both = torch.cat([weights, zeros if entropy is None else entropy])
-        factor = float(both[both.abs().argmax()])
-        direction = both / factor
-        known = self._known.setdefault(pair, [])
+        given = torch.cat([one.flatten() for one in wanted[1:] if isinstance(one, Tensor)])
+        factor = float(given[given.abs().argmax()])
+        direction, kind = given / factor, tuple(one is None for one in wanted[1:])
+        known = self._known.setdefault((wanted.pair, kind), [])
         for number, other in known:
             if bool((direction - other).abs().max() < _SAME):
                 return number, factor
         known.append((len(self.requests), direction))
-        by_entropies = direction[len(weights) :]
-        through = by_entropies if bool((by_entropies != 0).any()) else None
-        self.requests.append(Request(pair, direction[: len(weights)], through))
+        scaled = (None if one is None else one / factor for one in wanted[1:])
+        self.requests.append(Request(wanted.pair, *scaled))  # pyright: ignore[reportArgumentType]
         return len(self.requests) - 1, factor
 
 
@@ -132,13 +126,9 @@ def estimator(
     parts = {name: Entries() for name in sources_of_parts}
     for number, members, batch in batches(pool, algorithm, columns, step):
         for name, slope in slopes(algorithm, batch).items():
-            active = (slope.by_logprobs != 0).any(dim=1)
-            if slope.by_entropies is not None:
-                active |= (slope.by_entropies != 0).any(dim=1)
-            for row in active.nonzero()[:, 0].tolist():
-                length, trajectory = len(members[row].response_ids), members[row]
-                entropy = None if slope.by_entropies is None else slope.by_entropies[row, :length]
-                index, factor = directions.find(pair_of(trajectory), slope.by_logprobs[row, :length], entropy)
+            for row in slope.active.nonzero()[:, 0].tolist():
+                trajectory = members[row]
+                index, factor = directions.find(slope.request(pair_of(trajectory), row))
                 parts[name].cells.append(trajectory.group * pool.rounds + number)
                 parts[name].gradients.append(index)
                 parts[name].factors.append(factor)
@@ -203,34 +193,53 @@ PENALTIES = "regularizers"
 
 
 class Slopes(NamedTuple):
-    """One part of an estimate, in the direction of ascent: Σ_t by_logprobs_t·∇log π_t + by_entropies_t·∇H_t.
+    """One part of an estimate, in the direction of ascent.
+
+    It is Σ_t (by_logprobs_t·∇log π_t + by_entropies_t·∇H_t + Σ_v by_vocabulary_tv·∇log π(v|t)).
 
     Attributes:
         by_logprobs: [B, T] the coefficients of ∇log π.
         by_entropies: [B, T] the coefficients of ∇H; None if no gradient flows through the entropies.
+        by_vocabulary: [B, T, V] those of all tokens of the vocabulary; None on the sampled token alone.
     """
 
     by_logprobs: Float[Tensor, "B T"]
     by_entropies: Float[Tensor, "B T"] | None = None
+    by_vocabulary: Float[Tensor, "B T V"] | None = None
+
+    @property
+    def active(self) -> Bool[Tensor, "B"]:
+        """[B] True for the trajectories with a coefficient that is not 0."""
+        return torch.stack([(one != 0).flatten(1).any(dim=1) for one in self if one is not None]).any(dim=0)
+
+    def request(self, pair: Pair, row: int) -> Request:
+        """The gradient of one trajectory; coefficients through entropies that are all 0 are left out."""
+        length = len(pair[1])
+        first, *rest = (None if one is None else one[row, :length] for one in self)
+        assert first is not None
+        return Request(pair, first, *(one if one is not None and bool((one != 0).any()) else None for one in rest))
 
 
 def slopes(algorithm: Algorithm, batch: Trajectories) -> dict[str, Slopes]:
     """The parts of the algorithm's estimate on a whole batch: its terms by name, and `PENALTIES` if there are any.
 
-    They add up to minus the gradient of `algorithm.estimate(batch).loss` with respect to log-probs and entropies.
+    They add up to minus the gradient of `algorithm.estimate(batch).loss` with respect to log-probs, entropies and the
+    policy's distributions.
 
     Args:
         batch: with `logprobs` and `entropies`, which need no gradient, and every column that the algorithm's parts
-            read.
+            read; with `distributions` if it has a term on another support than the sampled token.
     """
     assert batch.logprobs is not None and batch.entropies is not None
     leaves = [values.detach().requires_grad_() for values in (batch.logprobs, batch.entropies)]
-    if algorithm.supports:
-        raise ConfigError(
-            f"{algorithm.name}: it moves other tokens than the sampled ones, so its gradient is no number per token"
-        )
     estimate = algorithm.estimate(dataclasses.replace(batch, logprobs=leaves[0], entropies=leaves[1]))
     parts = {name: Slopes(factors.weights.detach()) for name, factors in estimate.terms.items()}
+    for name, coefficients in estimate.on_support.items():
+        assert batch.distributions is not None
+        policy = batch.distributions.policy.detach().requires_grad_()
+        given = batch.distributions._replace(policy=policy).at(batch.response_mask)
+        (slope,) = torch.autograd.grad(coefficients.loss(given), policy)
+        parts[name] = Slopes(torch.zeros_like(batch.logprobs), by_vocabulary=-slope)
     if not estimate.penalty_values:
         return parts
     slope = torch.autograd.grad(estimate.loss, leaves, allow_unused=True)

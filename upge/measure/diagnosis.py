@@ -24,6 +24,7 @@ from upge.measure.by_rate import AtCount, AtRate, Bin, at_counts, at_rates
 from upge.measure.contributions import Directions, Entries, Estimator, slopes
 from upge.measure.metrics import Estimated, Metrics, Sample, cosine_of, cosine_with, metrics
 from upge.measure.pool import Pool
+from upge.measure.scores import Request
 from upge.theory.draws import Evaluator, Row, Setting, all_groups, check
 
 #: Two estimators whose estimates have at least this cosine are the same up to scale.
@@ -166,7 +167,7 @@ def imitation(pool: Pool, directions: Directions) -> Entries:
     for q, r, demonstrations in demonstrated:
         for one in demonstrations:
             pair = (tuple(one.prompt_ids), tuple(one.response_ids))
-            number, factor = directions.find(pair, torch.ones(len(pair[1]), dtype=torch.float64), None)
+            number, factor = directions.find(Request(pair, torch.ones(len(pair[1]), dtype=torch.float64)))
             entries.cells.append(q * pool.rounds + r)
             entries.gradients.append(number)
             entries.factors.append(factor / (len(demonstrations) * prompts[r]))
@@ -238,5 +239,7 @@ def estimates(evaluator: Evaluator, rows: tuple[Row, ...]) -> dict[str, Float[Te
         gradient = torch.einsum("bt,btpv->pv", slope.by_logprobs, evaluator.scores[number])
         if slope.by_entropies is not None:
             gradient = gradient + torch.einsum("bt,btpv->pv", slope.by_entropies, evaluator.entropy_scores[number])
+        if slope.by_vocabulary is not None:
+            gradient = gradient + evaluator.through_vocabulary(slope.by_vocabulary, number)
         gradients[name] = gradient.flatten()
     return gradients

@@ -27,6 +27,7 @@ from upge.measure.scores import Pair
 from upge.train.prompt_order import permutation, stream_seed
 from upge.train.sample import Trajectory, assemble
 from upge.trajectories import Trajectories
+from upge.views import Distributions
 
 #: Column name → [t] its values on the tokens of one response.
 Columns = Mapping[str, Tensor]
@@ -131,7 +132,8 @@ def batches(
     """Iterates over the batches of a pool that have trajectories for an algorithm.
 
     Args:
-        columns: pair → 'logprobs', 'entropies' and, where known, 'reference_logprobs' and 'behavior_logprobs'.
+        columns: pair → 'logprobs', 'entropies' and, where known or read, 'reference_logprobs', 'teacher_logprobs',
+            'behavior_logprobs', 'score_norms' and [t, V] 'distribution/MODEL'.
         step: the training steps before the batch, for schedules. Stateful gates have their initial state.
 
     Yields:
@@ -150,7 +152,7 @@ def _filled(
     """The batch with the columns that the trainer adds for one update, and the current policy's log-probs."""
     batch, needs = assemble(members, step), algorithm.step_needs
     responses = [columns[pair_of(t)] for t in members]
-    names = {"logprobs", "entropies"} | needs.columns & {"reference_logprobs"}
+    names = {"logprobs", "entropies"} | needs.columns & {"reference_logprobs", "teacher_logprobs", "score_norms"}
     names |= {"behavior_logprobs"} & (responses[0].keys() | needs.precomputed)
     values: dict[str, Tensor] = {}
     for name in names:
@@ -159,4 +161,17 @@ def _filled(
             # On-policy, the behavior policy is the current one.
             column = one.get(name, one["logprobs"]) if name == "behavior_logprobs" else one[name]
             values[name][row, : len(column)] = column
-    return dataclasses.replace(batch, **values, state=algorithm.initial_state())
+    given = _distributions(members, responses, batch.response_mask) if algorithm.supports else None
+    return dataclasses.replace(batch, **values, state=algorithm.initial_state(), distributions=given)
+
+
+def _distributions(members: Sequence[Trajectory], responses: Sequence[Columns], mask: Tensor) -> Distributions:
+    """Those of the responses, [B, T, V] each, from their columns `distribution/MODEL`."""
+    tokens = torch.zeros(mask.shape, dtype=torch.long)
+    tokens[mask] = torch.tensor([token for t in members for token in t.response_ids])
+    models: dict[str, Tensor | None] = dict.fromkeys(("policy", "reference", "teacher"))
+    for name in models:
+        if f"distribution/{name}" in responses[0]:
+            every = torch.cat([one[f"distribution/{name}"] for one in responses]).double()
+            models[name] = torch.zeros(*mask.shape, every.shape[-1], dtype=every.dtype).index_put((mask,), every)
+    return Distributions(tokens, **models)  # pyright: ignore[reportArgumentType]

@@ -37,15 +37,19 @@ _TOKENS = 8192
 
 
 class Request(NamedTuple):
-    """A gradient to compute: that of Σ_t (by_logprobs_t·log π_t + by_entropies_t·H_t).
+    """A gradient to compute.
+
+    It is that of Σ_t (by_logprobs_t·log π_t + by_entropies_t·H_t + Σ_v by_vocabulary_tv·log π(v|t)).
 
     Attributes:
         by_entropies: [t] the coefficients of the entropies; None = zeros.
+        by_vocabulary: [t, V] those of all tokens of the vocabulary; None = zeros.
     """
 
     pair: Pair
     by_logprobs: Float[Tensor, "t"]
     by_entropies: Float[Tensor, "t"] | None = None
+    by_vocabulary: Float[Tensor, "t V"] | None = None
 
 
 class Scores(Protocol):
@@ -88,6 +92,12 @@ class ModelScores:
         self.sketch = Sketch(sizes, width, seed)
         self.width = self.sketch.width
 
+    @property
+    def vocabulary(self) -> int:
+        """V, the tokens that the model predicts."""
+        output: Any = self.policy.model.get_output_embeddings()
+        return len(output.weight)
+
     @torch.no_grad()
     def columns(self, pairs: Sequence[Pair]) -> list[tuple[Tensor, Tensor]]:
         """See `Scores.columns`; results computed in float32 are returned as float64."""
@@ -101,6 +111,26 @@ class ModelScores:
                 columns[i] = logprobs[row, :length].clone(), entropies[row, :length].clone()
         return columns
 
+    def score_norms(self, pairs: Sequence[Pair]) -> list[Tensor]:
+        """[t] the column `score_norms` of each pair's response, in float64."""
+        norms = [torch.empty(0)] * len(pairs)
+        for members in _batches([packed_length(*pair) for pair in pairs], _TOKENS):
+            packed = pack([pairs[i] for i in members], self.parameters[0].device)
+            padded = packed.pad(self.policy(packed, self.temperature, score_norms=True)[0]).double().cpu()
+            for row, i in enumerate(members):
+                norms[i] = padded[row, : len(pairs[i][1])].clone()
+        return norms
+
+    @torch.no_grad()
+    def distributions(self, pairs: Sequence[Pair], vocabulary: int | None = None) -> list[Float[Tensor, "t V"]]:
+        """[t, V] log π(·|t) at each token of each pair's response, over the first `vocabulary` tokens, or all."""
+        every = []
+        for pair in pairs:
+            tokens = torch.tensor([*pair[0], *pair[1]], device=self.parameters[0].device)
+            logprobs = self._whole.all_logprobs(tokens)[len(pair[0]) - 1 :, :vocabulary]
+            every.append(logprobs.log_softmax(dim=-1).cpu())
+        return every
+
     def gradients(self, requests: Sequence[Request]) -> Iterator[tuple[list[int], Float[Tensor, "n k"]]]:
         """See `Scores.gradients`."""
         if not self.at_once:
@@ -108,7 +138,7 @@ class ModelScores:
                 yield [number], self.sketch([gradient[None] for gradient in self._alone(request)])
             return
         # Batches of similar length and kind need little padding.
-        kinds = [(request.by_entropies is not None, sum(map(len, request.pair))) for request in requests]
+        kinds = [(*(one is None for one in request[1:]), sum(map(len, request.pair))) for request in requests]
         order = sorted(range(len(requests)), key=lambda i: kinds[i])
         for start in range(0, len(order), self.at_once):
             members = order[start : start + self.at_once]
@@ -116,11 +146,14 @@ class ModelScores:
 
     def _alone(self, request: Request) -> list[Tensor]:
         """The gradient of one trajectory with respect to each parameter, in the parameter's shape."""
-        packed = pack([request.pair], self.parameters[0].device)
-        logprobs, entropies = self.policy(packed, self.temperature, entropy=request.by_entropies is not None)
-        total = (logprobs * request.by_logprobs.to(logprobs)).sum()
-        if request.by_entropies is not None:
-            total = total + (entropies * request.by_entropies.to(entropies)).sum()
+        if request.by_vocabulary is None:
+            packed = pack([request.pair], self.parameters[0].device)
+            logprobs, entropies = self.policy(packed, self.temperature, entropy=request.by_entropies is not None)
+            total = (logprobs * request.by_logprobs.to(logprobs)).sum()
+            if request.by_entropies is not None:
+                total = total + (entropies * request.by_entropies.to(entropies)).sum()
+        else:
+            total = self._whole(*(None if one is None else one[0] for one in self._padded([request])))
         gradients = torch.autograd.grad(total, self.parameters, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, gradients, strict=True)]
 
@@ -129,30 +162,40 @@ class ModelScores:
 
         Each is padded at its end to the longest, which changes no result, because attention is causal.
         """
-        device, dtype = self.parameters[0].device, self.parameters[0].dtype
-        longest = max(len(prompt) + len(response) for (prompt, response), *_ in requests)
-        tokens = torch.tensor([[*p, *r, *[0] * (longest - len(p) - len(r))] for (p, r), *_ in requests], device=device)
-        by_logprobs = torch.stack([_placed(one.pair, one.by_logprobs, longest) for one in requests])
-        by_entropies = None
-        if any(one.by_entropies is not None for one in requests):
-            given = [
-                (one.pair, one.by_logprobs * 0 if one.by_entropies is None else one.by_entropies) for one in requests
-            ]
-            by_entropies = torch.stack([_placed(*one, longest) for one in given]).to(device, dtype)
+        inputs = self._padded(requests)
         parameters = {name: p.detach() for name, p in zip(self.names, self.parameters, strict=True)}
 
         def total(parameters: dict[str, Tensor], *inputs: Tensor | None) -> Tensor:
             return functional_call(self._whole, parameters, inputs)
 
-        one = vmap(grad(total), in_dims=(None, 0, 0, None if by_entropies is None else 0))
+        one = vmap(grad(total), in_dims=(None, *(None if one is None else 0 for one in inputs)))
         # vmap supports only the plain attention kernel.
         with sdpa_kernel(SDPBackend.MATH):
-            gradients = one(parameters, tokens, by_logprobs.to(device, dtype), by_entropies)
+            gradients = one(parameters, *inputs)
         return [gradients[name] for name in self.names]
+
+    def _padded(self, requests: Sequence[Request]) -> list[Tensor | None]:
+        """The arguments of `_Sequence.forward` for n trajectories, [n, ...] each."""
+        device, dtype = self.parameters[0].device, self.parameters[0].dtype
+        longest = max(len(prompt) + len(response) for (prompt, response), *_ in requests)
+        tokens = torch.tensor([[*p, *r, *[0] * (longest - len(p) - len(r))] for (p, r), *_ in requests], device=device)
+        inputs: list[Tensor | None] = [tokens]
+        for coefficients in zip(*(one[1:] for one in requests), strict=True):
+            example = next((one for one in coefficients if one is not None), None)
+            if example is None:
+                inputs.append(None)
+                continue
+            given = [
+                example.new_zeros(len(one.pair[1]), *example.shape[1:]) if values is None else values
+                for one, values in zip(requests, coefficients, strict=True)
+            ]
+            placed = [_placed(one.pair, values, longest) for one, values in zip(requests, given, strict=True)]
+            inputs.append(torch.stack(placed).to(device, dtype))
+        return inputs
 
 
 class _Sequence(nn.Module):
-    """Σ_t (w_t·log π_t + v_t·H_t) of one sequence [L], with the coefficients [L - 1] of the tokens that it predicts.
+    """The sum of a `Request` for one sequence [L], with the coefficients [L - 1, ...] of the tokens that it predicts.
 
     Unlike in training, all logits exist at once: vmap does not support the autograd functions of the chunked head.
     """
@@ -161,7 +204,17 @@ class _Sequence(nn.Module):
         super().__init__()
         self.model, self.temperature = model, temperature
 
-    def forward(self, tokens: Tensor, by_logprobs: Tensor, by_entropies: Tensor | None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, by_logprobs: Tensor, by_entropies: Tensor | None, by_vocabulary: Tensor | None
+    ) -> Tensor:
+        logprobs = self.all_logprobs(tokens)
+        total = (logprobs.gather(1, tokens[1:, None])[:, 0] * by_logprobs).sum()
+        if by_entropies is not None:
+            total = total - ((logprobs.exp() * logprobs).sum(dim=-1) * by_entropies).sum()
+        return total if by_vocabulary is None else total + (logprobs * by_vocabulary).sum()
+
+    def all_logprobs(self, tokens: Tensor) -> Float[Tensor, "L-1 V"]:
+        """log π(·|t) at each token but the first."""
         length = len(tokens) - 1
         places = torch.arange(length, device=tokens.device)[None]
         hidden = self.model.base_model(
@@ -169,17 +222,13 @@ class _Sequence(nn.Module):
         ).last_hidden_state[0]
         output: Any = self.model.get_output_embeddings()  # a linear layer of some kind
         logits = linear(hidden, output.weight, getattr(output, "bias", None)) / self.temperature
-        logprobs = logits.log_softmax(dim=-1)
-        total = (logprobs.gather(1, tokens[1:, None])[:, 0] * by_logprobs).sum()
-        if by_entropies is not None:
-            total = total - ((logprobs.exp() * logprobs).sum(dim=-1) * by_entropies).sum()
-        return total
+        return logits.log_softmax(dim=-1)
 
 
 def _placed(pair: Pair, values: Tensor, longest: int) -> Tensor:
-    """Response values [t] at the positions of the tokens that predict them, in a sequence of `longest` tokens."""
+    """Response values [t, ...] at the positions of the tokens that predict them, in a sequence of `longest` tokens."""
     before = len(pair[0]) - 1
-    return pad(values, (before, longest - 1 - before - len(values)))
+    return pad(values, (*[0, 0] * (values.ndim - 1), before, longest - 1 - before - len(values)))
 
 
 def _batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:

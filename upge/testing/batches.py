@@ -60,6 +60,7 @@ def random_batch(
         values=noise(0.5),
         entropies=noise().abs().requires_grad_(),
         teacher_logprobs=(logprobs.detach() + noise(0.5)).clamp(max=-1e-3),
+        score_norms=noise().abs().clamp(max=2.0),
         finished=torch.arange(b) % 3 != 2,
         preference=preference,
         step=3,
@@ -94,6 +95,7 @@ def extreme_batch(pairs: bool = True, ratio: float = 30.0) -> Trajectories:
         values=choice(-5.0, 0.0, 5.0),
         entropies=choice(0.0, 12.0).requires_grad_(),
         teacher_logprobs=(logprobs.detach() - choice(-ratio, 0.0, ratio)).clamp(max=0),
+        score_norms=choice(0.0, 1e-12, 2.0),
         rewards=rewards,
     )
 

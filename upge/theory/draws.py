@@ -114,6 +114,7 @@ class Setting:
         """The columns of a batch, for every response: [S, T] or [S] each, detached."""
         space, own = self.policy.responses, self.policy.token_logprobs.detach()
         columns = {"logprobs": own, "entropies": self.policy.token_entropies.detach(), "finished": space.finished}
+        columns["score_norms"] = self.policy.token_scores.detach().square().sum(dim=(2, 3))
         # The column also exists on-policy, equal to the current log-probs, because some parts read it before the
         # forward pass.
         columns["behavior_logprobs"] = (self.behavior or self.policy).token_logprobs.detach()
@@ -176,13 +177,17 @@ class Evaluator:
         slopes = torch.autograd.grad(loss, [batch.logprobs, batch.entropies, *full], allow_unused=True)
         total = torch.zeros_like(self.setting.policy.logits)
         if given is not None and slopes[2] is not None:
-            prefix, slope = self.setting.policy.responses.prefix[number], slopes[2]
-            by_logits = slope - slope.sum(dim=-1, keepdim=True) * given.policy.detach().exp()
-            total.index_add_(0, prefix.flatten(), -by_logits.flatten(0, 1))
+            total -= self.through_vocabulary(slopes[2], number)
         for slope, scores in zip(slopes[:2], (self.scores, self.entropy_scores), strict=True):
             if slope is not None:
                 total -= torch.einsum("bt,btpv->pv", slope, scores[number])
         return total
+
+    def through_vocabulary(self, slopes: Float[Tensor, "b T V"], number: Int[Tensor, "b"]) -> Float[Tensor, "P V"]:
+        """[P, V] Σ slopes_tv·∇log π(v|t) over the tokens of some responses, by their numbers."""
+        policy, prefix = self.setting.policy, self.setting.policy.responses.prefix[number]
+        by_logits = slopes - slopes.sum(dim=-1, keepdim=True) * policy.logits.detach().softmax(dim=-1)[prefix]
+        return torch.zeros_like(policy.logits).index_add(0, prefix.flatten(), by_logits.flatten(0, 1))
 
 
 def check(algorithm: Algorithm, setting: Setting, group_size: int, demonstrations: int) -> None:

@@ -79,6 +79,11 @@ class Engine(DeepSpeedModule):
         packed = self.pack(trajectories)
         return packed.pad(self.logprobs(packed)[0])
 
+    def score_norms(self, trajectories: Sequence[TokenIds]) -> Float[Tensor, "B T"]:
+        """[B, T] ‖∂ log π_θ/∂z‖² of the responses' tokens, z their logits; without gradient, called like `forward`."""
+        packed = self.pack(trajectories)
+        return packed.pad(self._run(packed, score_norms=True)[0])
+
     def pack(self, trajectories: Sequence[TokenIds]) -> PackedBatch:
         """(prompt_ids, response_ids) pairs as one row on the model's device."""
         return pack(trajectories, self.world.device)

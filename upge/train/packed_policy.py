@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from upge.logprobs import CoefficientFunction, Output, token_logprobs, token_loss
+from upge.logprobs import CoefficientFunction, Output, token_logprobs, token_loss, token_score_norms
 from upge.train.packed_attention import prepare
 from upge.train.packing import PackedBatch
 
@@ -47,14 +47,18 @@ class LogprobHead(nn.Module):
         temperature: float = 1.0,
         entropy: bool = False,
         objective: Objective | None = None,
+        score_norms: bool = False,
     ) -> tuple[Tensor | None, ...]:
         """The result of `upge.logprobs.token_logprobs`, (logprobs [n], entropies [n] or None).
 
-        With an objective, the result of `token_loss`: (loss, logprobs [n], entropies [n]).
+        With an objective, the result of `token_loss`: (loss, logprobs [n], entropies [n]). With `score_norms`, only the
+        result of `token_score_norms`, in a tuple.
         """
         output: Any = self._output[0]  # a linear layer of some kind
         bias = getattr(output, "bias", None)
         common: dict[str, Any] = {"bias": bias, "temperature": temperature, "chunk_size": self.chunk_size}
+        if score_norms:
+            return (token_score_norms(hidden, output.weight, targets, **common),)
         if objective is None:
             return token_logprobs(hidden, output.weight, targets, entropy=entropy, **common)
         others = {n: one.with_default(output.weight, bias) for n, one in (objective.others or {}).items()}
@@ -88,18 +92,20 @@ class PackedPolicy(nn.Module):
         entropy: bool = False,
         objective: Objective | None = None,
         states: bool = False,
+        score_norms: bool = False,
     ) -> tuple[Tensor | None, ...]:
         """Log-probs [n] of the response tokens in packed order (`batch.pad` makes [B, T]), and entropies [n] or None.
 
         With an objective (loss, logprobs, entropies), of which only the loss carries a gradient. The results of a batch
         without response tokens are still connected to every parameter.
 
-        With `states` only the hidden states [n, D] before the response tokens, in a tuple.
+        With `states` only the hidden states [n, D] before the response tokens, in a tuple; with `score_norms` only the
+        squared lengths [n] of the tokens' scores, without gradient, in a tuple.
         """
         hidden = predicting_states(self.model.base_model, batch)
         if states:
             return (hidden,)
-        return self.head(hidden, batch.targets, temperature, entropy, objective)
+        return self.head(hidden, batch.targets, temperature, entropy, objective, score_norms)
 
 
 def predicting_states(trunk: nn.Module, batch: PackedBatch) -> Float[Tensor, "n D"]:

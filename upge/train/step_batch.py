@@ -71,7 +71,7 @@ class BatchFiller:
     that only live parts read are filled later, by `complete`, and only for the trajectories on which they are read.
 
     Args:
-        policy: fills `behavior_logprobs`.
+        policy: fills `behavior_logprobs` and `score_norms`.
         algorithm: says which columns it reads.
         config: the optimizer's, with the size of micro-batches and the number of updates.
         critic: fills `values`; None if the algorithm reads none.
@@ -181,6 +181,7 @@ class BatchFiller:
             _BEHAVIOR: lambda rows: self.policy.forward(batch.ids(rows)),
             "reference_logprobs": lambda rows: _given(self.reference).forward(batch.ids(rows)),
             "teacher_logprobs": lambda rows: _given(self.teacher).forward(batch.teacher_ids(rows)),
+            "score_norms": lambda rows: self.policy.score_norms(batch.ids(rows)),
             "values": lambda rows: _given(self.critic).forward(batch.ids(rows)),
         }
         computed = {name: self._computed(batch, rows, sources[name], self.poll) for name in sorted(names)}

@@ -153,6 +153,31 @@ def test_mean_normalized():
     assert upge.MeanNormalized()(batch)[:, 0].tolist() == [3, -1, -1, -1, 3, 0, 0, 0]
 
 
+def test_optimal_token_baseline():
+    """W = 1, 3 and 3 at the first token and 2, 4 at the second, where one response has ended; a hole before a token.
+
+    Baselines (1·1 + 3·0 + 3·1)/7 = 4/7 and (2·1 + 4·0)/6 = ⅓; at the third token there is one rollout alone.
+    """
+    nan = float("nan")
+    batch = trajectories(
+        [[0.5] * 4] * 4,
+        rewards=[1.0, 0.0, 1.0, 1.0],
+        mask=[[1, 1, 0, 0], [1, 0, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]],
+        group=[0] * 4,
+        demonstrations=[3],
+        score_norms=[[1.0, 1.0, nan, nan], [3.0, nan, 1.0, 1.0], [3.0, nan, nan, nan], [1.0] * 4],
+    )
+    mask = batch.response_mask
+    first, second = 4 / 7, 1 / 3
+    for alone, beyond in (("reward", 1.0), ("zero", 0.0)):
+        expected = [1 - first, 1 - second, -first, -second, 0.0, 1 - first, 1 - first, 1 - second, 1.0, beyond]
+        assert close(upge.OptimalTokenBaseline(alone)(batch)[mask], expected)
+    right = batch.with_rewards(1 - batch.rewards)
+    assert upge.OptimalTokenBaseline("reward")(right)[1, 3] == 1 and upge.OptimalTokenBaseline("zero")(right)[1, 3] == 0
+    equal = batch.with_rewards(torch.full_like(batch.rewards, 0.1))
+    assert (upge.OptimalTokenBaseline("zero")(equal)[:3][mask[:3]] == 0).all()
+
+
 def test_group_classification():
     """s/τ = ln 4, 0 right and ln 2 wrong (τ = 1, the first of two tokens): ¼/(1 + ¼ + 1), 1/(2.25) and 2/(1 + 2)."""
     batch = trajectories(

@@ -57,7 +57,7 @@ def message(call) -> str:
 
 def test_every_correction_of_the_list_ships_with_an_objective_and_a_description():
     expected = "tis icepop mis mis_geometric kl_k1 kl_k2 kl_k3 kl_reward entropy dual_clip dynamic_sampling overlong"
-    expected += " overlong_filter ratio_kl sequence_mask iw_opd"
+    expected += " overlong_filter ratio_kl sequence_mask iw_opd optimal_baseline"
     assert sorted(expected.split()) == ALL
     for name in ALL:
         assert hasattr(textbook_corrections, name)
@@ -93,6 +93,7 @@ def test_every_algorithm_takes_a_correction_or_says_why_not(algorithm):
             reasons = ["no term that learns from rollouts", "no PPOClip", "already"]
             special = {"dynamic_sampling": ["sampling would replace"], "overlong": ["success", "reads rewards"]}
             reasons += special.get(name, []) + (["advantage LogRatio"] if name == "iw_opd" else [])
+            reasons += ["advantage GroupRelative or LeaveOneOut"] if name == "optimal_baseline" else []
             assert UNFIT in str(error) and any(reason in str(error) for reason in reasons), error
             continue
         assert actual.needs.rollouts

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import forked
-from upge.logprobs import default_chunk_size, token_logprobs
+from upge.logprobs import default_chunk_size, token_logprobs, token_score_norms
 
 N, D, V = 13, 8, 11
 
@@ -51,6 +51,20 @@ def test_values_and_gradients_equal_full_logits(chunk_size, temperature, dtype, 
     for a, b in zip((*ours, *gradients(*ours)), (*plain, *gradients(*plain)), strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, None])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str
+)
+def test_score_norms_equal_full_logits(chunk_size, dtype, tolerance):
+    """‖∂ log p_y/∂z‖² by autograd, with z the logits divided by the temperature."""
+    hidden, weight, bias, targets, _ = make_inputs(dtype)
+    z = ((hidden @ weight.t() + bias) / 0.6).detach().double().requires_grad_()
+    scores = torch.autograd.grad(z.log_softmax(-1).gather(1, targets[:, None]).sum(), z)[0]
+    norms = token_score_norms(hidden, weight, targets, bias=bias, temperature=0.6, chunk_size=chunk_size)
+    assert norms.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and not norms.requires_grad
+    torch.testing.assert_close(norms.double(), scores.square().sum(-1), rtol=tolerance, atol=tolerance)
 
 
 def test_gradcheck():

@@ -29,7 +29,7 @@ from upge.measure.pool import pair_of
 
 PROMPTS, ROUNDS, PER_BATCH, TEMPERATURE = 4, 2, 2, 1.0
 #: Corrections, too: penalties are no products, and entropies have a gradient of their own.
-CORRECTED = ("grpo+kl_k3", "rloo+entropy", "grpo+tis")
+CORRECTED = ("grpo+kl_k3", "rloo+entropy", "grpo+tis", "grpo+optimal_baseline", "gkd+entropy")
 
 
 def loaded(name: str) -> Algorithm | algorithms.Pipeline:
@@ -40,8 +40,7 @@ def loaded(name: str) -> Algorithm | algorithms.Pipeline:
 MEASURED = [
     name
     for name in (*algorithms.names(), *CORRECTED)
-    if isinstance(actual := loaded(name), Algorithm)
-    and not (actual.needs.critic or actual.needs.teacher or actual.supports)
+    if isinstance(actual := loaded(name), Algorithm) and not actual.needs.critic
 ]
 
 
@@ -80,10 +79,15 @@ def pool() -> Pool:
 
 def columns_of(scores: ModelScores, pool: Pool) -> dict:
     pairs = pool.pairs()
-    actual = {}
+    actual, full = {}, scores.distributions(pairs)
     for number, (pair, (logprobs, entropies)) in enumerate(zip(pairs, scores.columns(pairs), strict=True)):
-        reference = logprobs - 0.3 * torch.rand(len(logprobs), generator=torch.Generator().manual_seed(number)).double()
+        g = torch.Generator().manual_seed(number)
+        reference = logprobs - 0.3 * torch.rand(len(logprobs), generator=g).double()
         actual[pair] = {"logprobs": logprobs, "entropies": entropies, "reference_logprobs": reference}
+        actual[pair] |= {"teacher_logprobs": reference - 0.1, "score_norms": entropies}
+        for name in ("policy", "reference", "teacher"):
+            noise = 0.0 if name == "policy" else torch.randn(full[number].shape, generator=g)
+            actual[pair][f"distribution/{name}"] = (full[number] + noise).log_softmax(-1)
     return actual
 
 
@@ -96,10 +100,23 @@ def everything(model, pool) -> tuple:
     return columns, actual, gradients(scores, directions.requests), len(directions.requests)
 
 
+def padded_distributions(model: torch.nn.Module, members: list) -> torch.Tensor:
+    """[B, T, V] log π(·|t), with a gradient."""
+    rows, width = [], max(len(t.response_ids) for t in members)
+    for t in members:
+        full = model(input_ids=torch.tensor([[*t.prompt_ids, *t.response_ids]])).logits[0].log_softmax(dim=-1)
+        full = full[len(t.prompt_ids) - 1 : -1]
+        rows.append(torch.nn.functional.pad(full, (0, 0, 0, width - len(full))))
+    return torch.stack(rows)
+
+
 def plain_gradient(model: torch.nn.Module, algorithm: Algorithm, members: list, batch: Trajectories) -> torch.Tensor:
     """Minus the gradient of the loss by all parameters, through one plain forward pass per trajectory."""
     logprobs, entropies = padded_logprobs(model, members)
-    loss = algorithm.estimate(dataclasses.replace(batch, logprobs=logprobs, entropies=entropies)).loss
+    live = {"logprobs": logprobs, "entropies": entropies}
+    if batch.distributions is not None:
+        live["distributions"] = batch.distributions._replace(policy=padded_distributions(model, members))
+    loss = algorithm.estimate(dataclasses.replace(batch, **live)).loss
     actual = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     pairs = zip(actual, model.parameters(), strict=True)
     return -torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
@@ -131,7 +148,9 @@ def test_what_is_alike_is_differentiated_once(everything, pool):
     """On-policy every algorithm without demonstrations and penalties asks for one gradient of a rollout, the same."""
     columns, actual, _, asked = everything
     alone, plain = Directions(), [n for n in MEASURED if "+" not in n and loaded(n).needs.rollouts]
-    plain = [n for n in plain if not (loaded(n).needs.demonstrations or loaded(n).needs.reference)]
+    plain = [
+        n for n in plain if not (loaded(n).needs.demonstrations or loaded(n).needs.reference or loaded(n).needs.teacher)
+    ]
     for name in plain:
         estimator(loaded(name), pool, columns, alone)
     assert len(plain) > 8 and len(alone.requests) <= sum(len(g.rollouts) for own in pool.groups for g in own)
@@ -144,10 +163,16 @@ def test_slopes_are_those_of_the_loss(everything, pool):
     for name in MEASURED:
         algorithm = loaded(name)
         _, _, batch = next(iter(batches(pool, algorithm, everything[0])))
-        leaves = [values.clone().requires_grad_() for values in (batch.logprobs, batch.entropies)]
-        loss = algorithm.estimate(dataclasses.replace(batch, logprobs=leaves[0], entropies=leaves[1])).loss
-        by_logprobs, by_entropies = torch.autograd.grad(loss, leaves, allow_unused=True)
+        given = batch.distributions
+        full = [] if given is None else [given.policy]
+        leaves = [values.clone().requires_grad_() for values in (batch.logprobs, batch.entropies, *full)]
+        live = {"logprobs": leaves[0], "entropies": leaves[1]}
+        live |= {} if given is None else {"distributions": given._replace(policy=leaves[2])}
+        loss = algorithm.estimate(dataclasses.replace(batch, **live)).loss
+        by_logprobs, by_entropies, *by_vocabulary = torch.autograd.grad(loss, leaves, allow_unused=True)
         actual = slopes(algorithm, batch).values()
+        dense = [one.by_vocabulary for one in actual if one.by_vocabulary is not None]
+        assert bool(dense) == bool(full) and all(torch.allclose(sum(dense), -one, atol=1e-12) for one in by_vocabulary)
         assert torch.allclose(sum(one.by_logprobs for one in actual), -by_logprobs, atol=1e-12)
         through = [one.by_entropies for one in actual if one.by_entropies is not None]
         assert (sum(through) + by_entropies).abs().max() < 1e-12 if through else by_entropies is None
@@ -162,7 +187,8 @@ def requests(model: torch.nn.Module) -> list[Request]:
     for number, t in enumerate(trajectories(groups=2, seed=3)):
         response = t.response_ids[: 1 if number == 0 else None]
         weights = torch.randn(2, len(response), dtype=torch.float64, generator=torch.Generator().manual_seed(number))
-        actual.append(Request((t.prompt_ids, response), weights[0], weights[1] if number % 2 else None))
+        dense = torch.randn(len(response), model.config.vocab_size, dtype=torch.float64) if number % 3 == 1 else None
+        actual.append(Request((t.prompt_ids, response), weights[0], weights[1] if number % 2 else None, dense))
     return actual
 
 
@@ -175,13 +201,15 @@ def test_gradients_of_single_trajectories(model, plain_model, at_once, temperatu
     seen = []
     for members, actual in scores.gradients(asked):
         for number, gradient in zip(members, actual, strict=True):
-            (prompt, response), by_logprobs, by_entropies = asked[number]
+            (prompt, response), by_logprobs, by_entropies, by_vocabulary = asked[number]
             ids = torch.tensor([[*prompt, *response]])
             logits = plain_model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / temperature
             logprobs = logits.log_softmax(dim=-1)
             total = (logprobs.gather(1, torch.tensor(response)[:, None])[:, 0] * by_logprobs).sum()
             if by_entropies is not None:
                 total = total - ((logprobs.exp() * logprobs).sum(dim=-1) * by_entropies).sum()
+            if by_vocabulary is not None:
+                total = total + (logprobs * by_vocabulary).sum()
             expected = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(plain_model.parameters()))])
             assert torch.allclose(gradient, expected, rtol=0, atol=1e-9 * float(expected.abs().max()))
             seen.append(number)

@@ -167,6 +167,7 @@ FALSE = {
     "luspo": [rollouts.gspo],
     "dr_grpo ratio_kl": [corrections.kl_k3, corrections.kl_k2],
     "dr_grpo overlong_filter": [rollouts.dr_grpo],
+    "dr_grpo optimal_baseline": [rollouts.dr_grpo],
 }
 
 
@@ -255,6 +256,8 @@ PARTS = [
     upge.GroupRelative(unbiased=False, baseline="group", epsilon=0.1),
     upge.LeaveOneOut(),
     upge.MeanNormalized(),
+    upge.OptimalTokenBaseline(),
+    upge.OptimalTokenBaseline("zero"),
     upge.GroupClassification(0.7),
     upge.FutureKLShaped(PLAIN, 3.0, 0.5, 2.0, 1.5, 1.1),
     upge.FutureKLShaped(PLAIN, outlier=None, safe=None),

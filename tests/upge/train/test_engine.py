@@ -56,6 +56,20 @@ def plain_gradient(path, variant: int) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters()}
 
 
+def test_score_norms_are_those_of_full_logits(model, results):
+    """‖1_y - p‖² of each token, on one rank while the other is idle."""
+    weights, norms = results["norms"]
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    network.load_state_dict(weights, strict=False)
+    for row, t in zip(norms, trajectories(), strict=True):
+        ids, chosen = torch.tensor([[*t.prompt_ids, *t.response_ids]]), torch.tensor(t.response_ids)
+        with torch.no_grad():
+            p = network(input_ids=ids).logits[0, len(t.prompt_ids) - 1 : -1].softmax(-1)
+        expected = (torch.nn.functional.one_hot(chosen, p.shape[-1]) - p).square().sum(-1)
+        torch.testing.assert_close(row[: len(chosen)].double(), expected, rtol=1e-5, atol=1e-6)
+        assert not row[len(chosen) :].any()
+
+
 def product(a: dict, b: dict) -> float:
     return float(sum((a[name].double() * b[name].double()).sum() for name in a))
 

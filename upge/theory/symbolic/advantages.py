@@ -48,6 +48,18 @@ def _(part, world):
     return per_row(world, value)
 
 
+@rule(components.OptimalTokenBaseline)
+def _(part, world):
+    def value(row, t):
+        others = [r for r in _group(world, row, False) if len(r) > t]
+        if not others or (others == [row]):
+            return row.reward if part.alone == "reward" else 0
+        weights = [total(r.w[: t + 1]) for r in others]
+        return row.reward - total(w * r.reward for w, r in zip(weights, others, strict=True)) / total(weights)
+
+    return per_token(world, value)
+
+
 @rule(components.GroupClassification)
 def _(part, world):
     def odds(row):
@@ -172,6 +184,11 @@ def _(part, world):
 def _(part, world):
     share, rest = number(part.beta), 1 - number(part.beta)
     return per_token(world, lambda row, t: rest * sp.log(share * _target(part, row, t) / row.p[t] + rest))
+
+
+@rule(components.SampledTarget)
+def _(part, world):
+    return per_token(world, lambda row, t: number(1))
 
 
 @rule(components.Surprisal)

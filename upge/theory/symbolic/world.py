@@ -49,6 +49,7 @@ class Row:
         s: π_sampler, the policy as the sampler reported it.
         n: ν, the teacher.
         v: the critic's values.
+        w: the squared lengths of the scores.
         h: the entropies; they depend on θ, so an objective that does not detach them has a gradient through them.
         group: the number of its question.
         preference: +1 if chosen, -1 if rejected, 0 otherwise.
@@ -62,6 +63,7 @@ class Row:
     s: tuple[Symbol, ...]
     n: tuple[Symbol, ...]
     v: tuple[Symbol, ...]
+    w: tuple[Symbol, ...]
     h: tuple[Symbol, ...]
     reward: Expr
     group: int
@@ -118,7 +120,7 @@ class World:
     def _row(self, index: int, length: int, group: int, expert: bool, preference: int, outcome: str) -> Row:
         """A row with values at the point; `outcome` is 'fail', 'succeed' or 'mixed'."""
         draw, importance, mismatch, reference = self._random.randint, self._levels(), self._levels(), self._levels()
-        columns: dict[str, list[Symbol]] = {name: [] for name in "pqfsnvh"}
+        columns: dict[str, list[Symbol]] = {name: [] for name in "pqfsnvwh"}
         for t in range(length):
             p = Fraction(draw(1, 997), 1000)
             q = p / importance()
@@ -127,6 +129,7 @@ class World:
             values = {name: value / largest for name, value in values.items()}
             values["n"] = Fraction(self._random_of_teacher.randint(1, 997), 1000)
             values |= {"v": Fraction(draw(-99, 99), 101), "h": Fraction(draw(1, 99), 50)}
+            values["w"] = 2 * (1 - values["p"]) ** 2
             for name, value in values.items():
                 kind = {"real": True} if name == "v" else {"positive": True}
                 symbol = Symbol(f"{name}{index}_{t}", **kind)
@@ -279,6 +282,7 @@ class World:
             reference_logprobs=column("f", True),
             teacher_logprobs=column("n", True),
             values=column("v", False),
+            score_norms=column("w", False),
             entropies=column("h", False).requires_grad_(),
             preference=torch.tensor([row.preference for row in self.rows]),
             step=self.step,
