@@ -44,6 +44,7 @@ class Sample:
                 "shown": self.batch.is_demonstration_token[i, :n],
                 "preference": int(self.batch.preference[i]),
                 "finished": bool(self.batch.finished[i]),
+                "index": int(self.batch.index[i]),
             }
             for name in ("behavior", "sampler", "reference"):
                 column = getattr(self.batch, f"{name}_logprobs")

@@ -285,6 +285,50 @@ def real(s, temperature=0.5):
     return total / len(s.questions)
 
 
+def token_key(*identity):
+    """SplitMix64 over seed, step, trajectory and position, as a signed number: the one with the smallest is drawn."""
+    state, mask = 0, (1 << 64) - 1
+    for number in identity:
+        z = ((state ^ number) + 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        state = z ^ (z >> 31)
+    return state - (1 << 64) if state >> 63 else state
+
+
+def with_covariance(s):
+    """(row, t, A, cov) of each rollout token."""
+    tokens = [
+        (r, t, a) for question in s.questions for r, a in centred(question, std=True) for t in range(len(r["logp"]))
+    ]
+    logs = [float(r["logp"][t].detach()) for r, t, _ in tokens]
+    level, centre = math.fsum(logs) / len(logs), math.fsum(a for _, _, a in tokens) / len(tokens)
+    return [(r, t, a, (x - level) * (a - centre)) for (r, t, a), x in zip(tokens, logs, strict=True)]
+
+
+def clip_cov(s, share=2e-4, low=1.0, high=5.0, seed=0, clip=(1.0, 1.0)):
+    tokens = with_covariance(s)
+    ratios = [torch.exp(r["logp"][t] - r["behavior"][t]) for r, t, _, _ in tokens]
+    plain = [ratio * a for (_, _, a, _), ratio in zip(tokens, ratios, strict=True)]
+    bounded = [r.clamp(1 - clip[0], 1 + clip[1]) * a for (_, _, a, _), r in zip(tokens, ratios, strict=True)]
+    eligible = [i for i, (_, _, _, cov) in enumerate(tokens) if low < cov < high and bool(plain[i] <= bounded[i])]
+    eligible.sort(key=lambda i: token_key(seed, 7, tokens[i][0]["index"], tokens[i][1] + 1))
+    drawn = set(eligible[: max(int(share * len(tokens)), 1)])
+    kept = [torch.minimum(plain[i], bounded[i]) for i in range(len(tokens)) if i not in drawn]
+    return -sum(kept) / len(tokens)
+
+
+def kl_cov(s, share=2e-3, beta=1.0):
+    tokens = with_covariance(s)
+    key = lambda r, t, _, cov: (-cov, token_key(0, 7, r["index"], t + 1))  # noqa: E731
+    ranked = sorted(range(len(tokens)), key=lambda i: key(*tokens[i]))
+    chosen, total = set(ranked[: max(int(share * len(tokens)), 1)]), 0.0
+    for i, (r, t, a, _) in enumerate(tokens):
+        log_ratio = r["logp"][t] - r["behavior"][t]
+        total = total + torch.exp(log_ratio) * a - (beta * log_ratio.abs() if i in chosen else 0.0)
+    return -total / len(tokens)
+
+
 # Pairs.
 
 

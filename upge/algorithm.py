@@ -197,8 +197,21 @@ class Algorithm:
 
     @property
     def reach(self) -> str:
-        """How much of a batch must stay together in a micro-batch: 'token', 'trajectory' or 'group'."""
-        return max((part.live_reach for part in self._working_parts.values()), key=REACHES.index)
+        """How much of a batch must stay together in a micro-batch: 'token', 'trajectory' or 'group'.
+
+        Parts of reach 'batch' are evaluated before the batch is cut, so they do not count.
+        """
+        return max((part.live_reach for part in self._parts_in_micro_batches), key=REACHES.index, default="token")
+
+    @property
+    def _parts_in_micro_batches(self) -> list[Component]:
+        """The parts at work that are not evaluated once per update."""
+        return [part for path, part in self._working_parts.items() if path not in self.parts_per_update]
+
+    @property
+    def parts_per_update(self) -> dict[str, Component]:
+        """The parts of reach 'batch' by path; a forward pass before each update lets them see all of its tokens."""
+        return {path: part for path, part in self._working_parts.items() if part.spans_update}
 
     @property
     def takes_chunks(self) -> bool:
@@ -206,7 +219,7 @@ class Algorithm:
 
         That holds if everything evaluated after the forward pass has reach 'token' and reads only per-token columns.
         """
-        reads = frozenset[str]().union(*(live_reads(part) for part in self._working_parts.values()))
+        reads = frozenset[str]().union(*(live_reads(part) for part in self._parts_in_micro_batches))
         return self.reach == "token" and reads <= {*TOKEN_COLUMNS, "is_sampled"}
 
     @property
@@ -301,14 +314,20 @@ class Algorithm:
             )
 
     def plan(self, batch: Trajectories) -> Plan:
-        """Everything that is known before the forward pass, on the whole batch. Its `logprobs` may be None."""
-        return self.plans(batch, [None])[0]
+        """Everything that is known before the forward pass, on the whole batch. Its `logprobs` may be None.
+
+        Parts of reach 'batch' are also evaluated if the batch has log-probs, which must be those of the current policy.
+        Without them the plan waits for `Plan.with_current`.
+        """
+        plan = self.plans(batch, [None])[0]
+        return plan if batch.logprobs is None else plan.with_current(batch)
 
     def plans(self, batch: Trajectories, updates: Sequence[Int[Tensor, "b"] | None]) -> list[Plan]:
         """One plan per update.
 
         Advantages and gates are computed on the whole batch, so statistics such as a whitened advantage's do not
-        depend on how the batch is split into updates. Divisors are counts over an update's own rows.
+        depend on how the batch is split into updates. Divisors are counts over an update's own rows. Parts of reach
+        'batch' see an update's own rows under the policy of that time: see `Plan.with_current`.
 
         Args:
             updates: for each update, the rows of `batch` that it learns from; None = all.

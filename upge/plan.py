@@ -2,11 +2,14 @@
 
 plan = algorithm.plan(batch)          # on the whole batch
 plan.estimate(micro_batch)            # on some of its trajectories; the estimates add up
+
+An algorithm with parts of reach 'batch' also needs the current log-probs of the whole batch before the first estimate:
+in `batch`, or later by `plan = plan.with_current(batch)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -14,127 +17,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from upge.candidates import Places, SupportCoefficients
-from upge.components.base import Precomputed, live_reads, mapped
+from upge.candidates import Places
+from upge.components.base import Component, live_reads, mapped
 from upge.errors import ConfigError
 from upge.estimate import Estimate
-from upge.estimator import TermFactors, UnifiedGradient
-from upge.gates import Gate
+from upge.planned_term import PlannedPenalty, PlannedTerm
 from upge.reduction import Over, Reduction
 from upge.regularizers import Regularizer
-from upge.support import CANDIDATE_COLUMNS, SampledToken, Support
 from upge.term import Term
 from upge.trajectories import Source, Trajectories
-from upge.views import PackedTokens, TokenView
-
-
-@dataclass(frozen=True)
-class PlannedTerm:
-    """A term bound to a batch, with everything that is known before the forward pass computed.
-
-    Attributes:
-        source: [B] True for the trajectories of the term's source.
-        active: [B] True for those of them whose coefficient is not known to be 0.
-        weights: [B, T] the reduction's w, 0 outside the active rows and the tokens of the source.
-        support: of the term.
-        seen: [B, T] the tokens that the parts see; None = all.
-    """
-
-    gate: Gate
-    estimator: UnifiedGradient
-    coefficient: float
-    source: Bool[Tensor, "B"]
-    active: Bool[Tensor, "B"]
-    weights: Float[Tensor, "B T"]
-    support: Support = SampledToken()
-    seen: Bool[Tensor, "B T"] | None = None
-
-    def to(self, device: torch.device | str) -> PlannedTerm:
-        """A copy of this term on `device`."""
-
-        def move(values: Tensor) -> Tensor:
-            return values.to(device)
-
-        gate, estimator = mapped(self.gate, move), mapped(self.estimator, move)
-        tensors = move(self.source), move(self.active), move(self.weights)
-        seen = None if self.seen is None else move(self.seen)
-        return PlannedTerm(gate, estimator, self.coefficient, *tensors, self.support, seen)
-
-    @property
-    def on_support(self) -> bool:
-        """True if the term moves other tokens than the sampled one."""
-        return not isinstance(self.support, SampledToken)
-
-    def factors(self, batch: TokenView) -> TermFactors:
-        """The factors on a micro-batch, one number per token each."""
-        batch = batch.seeing(self.seen)
-        shape = batch.response_mask.shape
-        factors = self.estimator.factors(batch)
-        gate, w = self._scales(batch)
-        product = self.estimator.weight(batch, factors)
-        scale = gate * w
-        weight = torch.where(scale == 0, torch.zeros_like(scale), scale * product)
-        expanded = {name: value.expand(shape) for name, value in factors._asdict().items()}
-        return TermFactors(**expanded, gate=gate.expand(shape), reduction=w, weights=weight)
-
-    def coefficients(self, batch: Trajectories | PackedTokens, places: Places | None) -> SupportCoefficients:
-        """The coefficients on the term's support, for the batch's tokens in order or for those at `places`."""
-        gate, w = self._scales(batch.seeing(self.seen))
-        return SupportCoefficients(self.estimator, self.support, batch, gate.expand(w.shape), w, places)
-
-    def _scales(self, batch: TokenView) -> tuple[Tensor, Tensor]:
-        """The gate with the term's coefficient, in a shape that broadcasts against tokens, and w of each token."""
-        gate = self.gate(self.gate.view(batch)).detach().double() * self.coefficient
-        gate = batch.per_token(torch.where(batch.look_up(self.active), gate, torch.zeros_like(gate)))
-        return gate, batch.look_up(self.weights)
-
-    def live_reads(self) -> frozenset[str]:
-        """The columns that the term's parts read in or after the forward pass, other than those of candidates."""
-        reads = frozenset[str]().union(*(live_reads(p, self.support.live) for p in self.estimator.parts.values()))
-        return live_reads(self.gate) | (reads - CANDIDATE_COLUMNS if self.on_support else reads)
-
-    @property
-    def signal(self) -> Bool[Tensor, "B"]:
-        """[B] False where every token's weight or precomputed advantage is 0, so that the gradient must be 0."""
-        signal, advantage = self.weights, self.estimator.parts["advantage"]
-        if isinstance(advantage, Precomputed):
-            signal = signal * advantage.values[:, : signal.shape[1]]
-        return (signal != 0).any(dim=1)
-
-
-@dataclass(frozen=True)
-class PlannedPenalty:
-    """A regularizer bound to a batch, with its parts precomputed.
-
-    Attributes:
-        scale: [B, T] coefficient·w of each token.
-        seen: [B, T] the tokens that it sees; None = all.
-    """
-
-    regularizer: Regularizer
-    scale: Float[Tensor, "B T"]
-    seen: Bool[Tensor, "B T"] | None = None
-
-    def to(self, device: torch.device | str) -> PlannedPenalty:
-        """A copy of this penalty on `device`."""
-        seen = None if self.seen is None else self.seen.to(device)
-        return PlannedPenalty(mapped(self.regularizer, lambda v: v.to(device)), self.scale.to(device), seen)
-
-    def value(self, batch: Trajectories | PackedTokens, dtype: torch.dtype) -> Float[Tensor, ""]:
-        """The value of the regularizer on a micro-batch.
-
-        Trajectories outside the regularizer's source are hidden from it like padding, because their penalty may
-        overflow and 0·∞ is NaN in value and gradient. A penalty of reach 'group' may need to read them, so it sees all
-        trajectories.
-        """
-        scale, batch = batch.look_up(self.scale).to(dtype), batch.seeing(self.seen)
-        if self.regularizer.live_reach != "group":
-            weighted = scale != 0
-            if weighted.ndim == 2:
-                weighted = weighted.any(dim=1, keepdim=True)
-            batch = replace(batch, response_mask=batch.response_mask & weighted)
-        values = self.regularizer(self.regularizer.view(batch))
-        return torch.where(scale == 0, torch.zeros_like(values), values * scale).sum()
+from upge.views import PackedTokens
 
 
 @dataclass(frozen=True)
@@ -144,7 +36,8 @@ class Plan:
     Attributes:
         terms: name → term, for the terms with a coefficient other than 0.
         penalties: name → its regularizer, bound to the batch.
-        contributing: [B] True for trajectories that can contribute to the gradient. Only these need a forward pass.
+        contributing: [B] True for trajectories that can contribute to the gradient, or that a part of reach 'batch' has
+            yet to see. Only these need a forward pass.
         active: [B] True for trajectories with a non-zero coefficient in some term, whether or not they contribute.
         group: [B] of the batch.
         reach: the algorithm's reach. With 'group', a part may also read trajectories whose own weight is 0.
@@ -178,6 +71,38 @@ class Plan:
         contributing = self.contributing if self.reach == "group" else self.contributing & weighted
         return Plan(terms, penalties, contributing, self.active, self.group, self.reach)
 
+    @property
+    def pending(self) -> dict[str, Component]:
+        """The parts of reach 'batch' that are not evaluated yet, by their path in the algorithm's file."""
+        return {f"terms.{n}.{path}": part for n, term in self.terms.items() for path, part in term.pending.items()}
+
+    def with_current(self, batch: Trajectories, share: Callable[[Tensor], Tensor] = lambda values: values) -> Plan:
+        """This plan with every part of reach 'batch' evaluated under the current policy; itself if there is none.
+
+        Its estimates are then those of the whole batch for any split into micro-batches. Fewer trajectories may be
+        contributing than before. After an optimizer step, evaluate the original plan again.
+
+        Args:
+            batch: the planned batch with the log-probs of the current policy, and with entropies if a part reads them.
+                Only the entries of the `contributing` trajectories are read.
+            share: applied to each result; with several processes it returns the first one's, so that rounding cannot
+                make them differ.
+
+        Raises:
+            ValueError: `batch` lacks a column, or is not the planned batch.
+        """
+        if not self.pending:
+            return self
+        if len(batch) != len(self.contributing):
+            raise ValueError(
+                f"with_current: found {len(batch)} trajectories, but the plan is of {len(self.contributing)}; give the "
+                "whole planned batch with the current log-probs"
+            )
+        with torch.no_grad():
+            terms = {name: term.with_current(batch, share) for name, term in self.terms.items()}
+        contributing = _contributing(terms, self.penalties, self.reach, batch)
+        return replace(self, terms=terms, contributing=contributing)
+
     def reading(self, column: str) -> Bool[Tensor, "B"]:
         """[B] contributing trajectories on which some part reads `column` after the forward pass."""
         if self.reach == "group":
@@ -200,7 +125,8 @@ class Plan:
 
         Raises:
             ValueError: `batch` has no log-probs of the current policy, no distributions for a term whose support is
-                not the sampled token, or only some trajectories of a group that the algorithm reads as a whole.
+                not the sampled token, or only some trajectories of a group that the algorithm reads as a whole; or a
+                part of reach 'batch' has not been evaluated.
         """
         estimate = self.estimate_in_head(batch)
         if not estimate.on_support:
@@ -227,6 +153,12 @@ class Plan:
             batch: as for `estimate`.
             places: rows and columns of a padded batch's tokens, in the head's order; None = by rows.
         """
+        for path, part in self.pending.items():
+            raise ValueError(
+                f"{path}: {type(part).__name__} has reach 'batch', so before the first estimate it needs the current "
+                "log-probs of the whole batch; give them to `algorithm.plan(batch)`, or call "
+                "`plan = plan.with_current(batch)` with them"
+            )
         if batch.logprobs is None:
             raise ValueError("logprobs: an estimate needs them, but this batch has none; pass `logprobs=...` [B, T]")
         self._check_groups(batch)
@@ -313,24 +245,31 @@ def _plan(
     tokens = {name: batch.source_tokens(term.source) & active[name][:, None] for name, term in terms.items()}
     in_any_term = Counted(in_any, torch.stack(list(tokens.values())).any(dim=0))
     planned: dict[str, PlannedTerm] = {}
-    contributing = torch.zeros_like(in_any)
     for name, term in terms.items():
         source, rows = batch.source_rows(term.source), active[name]
         weights = _weights(term.reduction, batch, Counted(rows, tokens[name]), in_any_term)
         columns = source, rows, weights
         seen = batch.tokens_seen(term.source)
         planned[name] = PlannedTerm(term.gate, term.estimator, term.coefficient, *columns, term.support, seen)
-        contributing |= planned[name].signal
     penalties: dict[str, PlannedPenalty] = {}
     for name, regularizer in regularizers.items():
         counted = in_any_term.of(batch, regularizer.source)
         weights = _weights(regularizer.reduction, batch, counted, in_any_term)
         seen = batch.tokens_seen(regularizer.source)
         penalties[name] = PlannedPenalty(regularizer, weights * regularizer.coefficient, seen)
-        contributing |= (weights != 0).any(dim=1)
+    return Plan(planned, penalties, _contributing(planned, penalties, reach, batch), in_any, batch.group, reach)
+
+
+def _contributing(
+    terms: Mapping[str, PlannedTerm], penalties: Mapping[str, PlannedPenalty], reach: str, batch: Trajectories
+) -> Bool[Tensor, "B"]:
+    """`Plan.contributing`: the trajectories that need a forward pass."""
+    rows = [term.active if term.pending else term.signal for term in terms.values()]
+    rows += [(penalty.scale != 0).any(dim=1) for penalty in penalties.values()]
+    contributing = torch.stack(rows).any(dim=0)
     if reach == "group":  # a trajectory without a signal may still be read by others of its group
         contributing = torch.isin(batch.group, batch.group[contributing])
-    return Plan(planned, penalties, contributing, in_any, batch.group, reach)
+    return contributing
 
 
 @dataclass(frozen=True)

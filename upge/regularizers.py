@@ -42,6 +42,14 @@ class Regularizer(Component):
     reduction: Reduction
     source: Source
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.spans_update:
+            raise ConfigError(
+                f"{type(self).__name__} has reach 'batch' or wraps a part that has it, but a regularizer is evaluated "
+                "in each micro-batch; write the penalty as a term, whose mask selects its tokens"
+            )
+
     @abstractmethod
     def __call__(self, batch: View) -> Float[Tensor, "*shape"]:
         """The penalty of each token, with gradient."""

@@ -43,7 +43,7 @@ _REQUIRED = ("response_mask", "rewards", "group")
 _KINDS: dict[str, str] = dict.fromkeys(
     ("response_mask", "is_demonstration_token", "is_demonstration", "is_guided", "finished"), "bool"
 )
-_KINDS |= dict.fromkeys(("group", "preference", "row"), "integer")
+_KINDS |= dict.fromkeys(("group", "preference", "index", "row"), "integer")
 #: The largest log-prob that is taken for a rounding error of 0.
 _ROUNDING = 2e-3
 
@@ -77,6 +77,7 @@ class Trajectories(TrajectoryView):
         score_norms: [B, T] ‖∂ log π/∂z‖² = 1 - 2π + Σ_v π(v|t)² of the policy at the start of the step, z its logits.
         finished: [B] True if the response ended by itself, False if it was cut at a length limit.
         preference: [B] +1 chosen, -1 rejected, 0 neither.
+        index: [B] identifies each trajectory within its step, whatever the order and the split; None = 0 to B - 1.
         step: number of training steps before this batch, for schedules.
         row: [B] index of each trajectory in the batch that it was selected from.
         state: variable name → current value, of each stateful gate.
@@ -103,6 +104,7 @@ class Trajectories(TrajectoryView):
     score_norms: Float[Tensor, "B T"] | None = None
     finished: Bool[Tensor, "B"] | None = None
     preference: Int[Tensor, "B"] | None = None
+    index: Int[Tensor, "B"] | None = None
     step: int = 0
     row: Int[Tensor, "B"] | None = None
     state: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -145,8 +147,9 @@ class Trajectories(TrajectoryView):
         if self.preference is not None and bool((self.preference.abs() > 1).any()):
             odd = int(self.preference[self.preference.abs() > 1][0])
             raise ValueError(f"preference: found {odd}; use +1 for chosen, -1 for rejected, 0 for neither")
-        if self.row is None:
-            object.__setattr__(self, "row", torch.arange(len(mask), device=mask.device))
+        for name in ("index", "row"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, torch.arange(len(mask), device=mask.device))
 
     def _check_logprobs(self) -> None:
         """Refuse log-probs above 0, such as probabilities or losses, with one transfer from the device."""

@@ -33,7 +33,16 @@ TOKEN_COLUMNS = (
     "score_norms",
 )
 #: Columns with one number per trajectory, [B].
-TRAJECTORY_COLUMNS = ("rewards", "group", "is_demonstration", "is_guided", "finished", "preference", "row")
+TRAJECTORY_COLUMNS = (
+    "rewards",
+    "group",
+    "is_demonstration",
+    "is_guided",
+    "finished",
+    "preference",
+    "index",
+    "row",
+)
 COLUMNS = frozenset((*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS, "is_sampled"))
 #: Columns that exist only after the forward pass of the current policy. A part that reads one of them, itself or in a
 #: part that it wraps, is *live*. Every other part is known before the forward pass.
@@ -148,6 +157,7 @@ class TrajectoryView(TokenView):
     is_guided: Bool[Tensor, "B"]
     finished: Bool[Tensor, "B"]
     preference: Int[Tensor, "B"]
+    index: Int[Tensor, "B"]
     row: Int[Tensor, "B"]
     pass_threshold: float
 

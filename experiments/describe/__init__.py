@@ -99,8 +99,10 @@ def needs(algorithm: Algorithm | Pipeline) -> dict[str, str]:
 
 
 def _step_needs(path: str, one: Algorithm) -> dict[str, str]:
-    """What an algorithm needs between its updates."""
+    """What an algorithm needs before and between its updates."""
     listed = {}
+    if one.parts_per_update:
+        listed[f"{path}before each update"] = f"a forward pass over its tokens, for {', '.join(one.parts_per_update)}"
     for variable, gate in one.stateful.items():
         signals = f", from {', '.join(sorted(gate.wants))}" if gate.wants else ""
         moved = f"moved by {type(gate).__name__}{signals}"

@@ -27,7 +27,6 @@ _MISSING = """\
 | DYPO (arXiv 2604.08926) | its term GAL was not found written out |
 | GAC (arXiv 2605.26184) | its learned share of the two gradients was not found written out |
 | SRPO (arXiv 2604.02288) | how its two losses are averaged was not found written out |
-| Clip-Cov, KL-Cov | parts that rank the tokens of a whole update are not built yet |
 """
 
 

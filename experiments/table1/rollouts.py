@@ -331,6 +331,34 @@ def fipo(w: World) -> Expr:
     return token_mean(all_centred(w, std=True), one)
 
 
+def _covariances(pairs: Pairs) -> list[tuple[Row, int, Expr, Expr]]:
+    """(row, t, Â, cov) of each token, cov = (log π_θ - mean log π_θ)·(Â - mean Â) over all tokens."""
+    tokens = [(row, t, a) for row, a in pairs for t in range(len(row))]
+    level, centre = mean(log(row.p[t]) for row, t, _ in tokens), mean(a for _, _, a in tokens)
+    return [(row, t, a, (log(row.p[t]) - level) * (a - centre)) for row, t, a in tokens]
+
+
+def clip_cov(w: World) -> Expr:
+    """Token mean of the surrogate with bounds 0 and 2, without the tokens that it leaves a gradient and 1 < cov < 5."""
+    terms = []
+    for row, t, a, cov in _covariances(all_centred(w, std=True)):
+        clipped = w.less(0, a) and w.less(2, row.ratios[t])
+        drawn = not clipped and w.less(1, w.sg(cov)) and w.less(w.sg(cov), 5)
+        terms.append(Rational(0) if drawn else surrogate(w, row, t, a, "1", "1"))
+    return mean(terms)
+
+
+def kl_cov(w: World) -> Expr:
+    """Token mean of r·Â, minus |log r| for the token with the largest cov."""
+    tokens = _covariances(all_centred(w, std=True))
+    top = tokens[0]
+    for token in tokens[1:]:
+        top = token if w.less(w.sg(top[3]), w.sg(token[3])) else top
+    gains = [row.ratios[t] * a for row, t, a, _ in tokens]
+    distance = log(top[0].p[top[1]]) - log(top[0].q[top[1]])
+    return mean(gains) - w.maximum(distance, -distance) / len(tokens)
+
+
 def real(w: World) -> Expr:
     """Minus the mean over prompts of log(1 + Σ_right e^(-2s)) + log(1 + Σ_wrong e^(2s)), s = mean_t log r."""
 

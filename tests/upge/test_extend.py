@@ -114,6 +114,25 @@ def test_the_gate_with_memory(tmp_path, monkeypatch):
     sys.modules.pop("memory_gate")
 
 
+def test_the_mask_over_the_update(tmp_path, monkeypatch):
+    """From the page to a composed algorithm, whose mask compares each rollout token with all others."""
+    source, command = re.search(
+        r"```python\n(# batch_mask.*?)```\n\n```\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL
+    ).groups()
+    assert len(source.splitlines()) <= 15
+    (tmp_path / "batch_mask.py").write_text(source, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    algorithm = config.compose(shlex.split(command)[3:]).algorithm
+    upge.testing.check_algorithm(algorithm)
+    batch = upge.testing.random_batch(pairs=False)
+    own = batch.response_mask & ~batch.is_demonstration[:, None]
+    logprobs = batch.logprobs.detach()[own]
+    rare = logprobs < 2 * (-(-logprobs).median())
+    assert ((algorithm.estimate(batch).terms["rl"].mask[own] == 0) == rare).all() and 0 < int(rare.sum()) < len(rare)
+    assert list(algorithm.parts_per_update) == ["terms.rl.estimator.mask"]
+    sys.modules.pop("batch_mask")
+
+
 def test_what_it_reads_decides_what_the_run_needs(own):
     needs = {m: config.compose(EXAMPLES[m].arguments).algorithm.needs for m in EXAMPLES}
     assert [module for module in EXAMPLES if needs[module].critic] == ["my_advantage"]

@@ -25,12 +25,26 @@ from upge.errors import ConfigError
 
 CASES = policy.CASES | edges.EDGES
 SEEDS = (0, 2)
-#: Beyond the files as they are: another form that a comment names, a response limit within the lengths of the tests.
+#: Beyond the files as they are: another form that a comment names, a response limit within the lengths of the tests,
+#: shares that are several of a test's few tokens and bounds that some of these meet.
 VARIANTS = {
     "iw_sft_sequence": (
         "iw_sft",
         ["terms.sft.estimator.denominator={_target_: upge.SequenceReferencePolicy, power: 2.0, low: 0.0, high: 16.0}"],
         textbook_onpolicy.iw_sft_sequence,
+    ),
+    "clip_cov_of_many": (
+        "clip_cov",
+        [
+            f"terms.rl.estimator.mask.{setting}"
+            for setting in ("share=0.07", "high=1.5", "mask.low=0.2", "mask.high=0.28")
+        ],
+        lambda s: textbook_onpolicy.clip_cov(s, share=0.07, high=1.5, clip=(0.2, 0.28)),
+    ),
+    "kl_cov_of_many": (
+        "kl_cov",
+        ["terms.kl.estimator.mask.share=0.2"],
+        lambda s: textbook_onpolicy.kl_cov(s, share=0.2),
     ),
     "dapo": (
         "dapo",

@@ -51,9 +51,11 @@ CASES = (
 #: A number in place of null.
 GIVEN = {"dual": 2.0, "low": 0.9, "length": 7, "clip": 0.1, "rollouts": 2, "steps": 7}
 SINGLE = (
-    "asymre|cispo|dapo|dft|dpo|dppo|dr_grpo|dro|fipo|gmpo|grpo|gspo|iw_sft|iw_sft_sequence|luspo|maxrl|offline_rl|opmd"
-    "|eaft|gift|gkd|opd|opsd|sdpo|ppo|real|reinforce|reinforce_plus_plus|relift|rloo|sapo|sft|vespo"
+    "asymre|cispo|clip_cov|clip_cov_of_many|dapo|dft|dpo|dppo|dr_grpo|dro|fipo|gmpo|grpo|gspo|iw_sft|iw_sft_sequence"
+    "|luspo|maxrl|offline_rl|opmd|eaft|gift|gkd|opd|opsd|sdpo|ppo|real|reinforce|reinforce_plus_plus|relift|rloo|sapo|sft"
+    "|vespo"
 )
+CLOSE = "no token that matters lies within a hundredth of it; clip_cov_of_many has other bounds"
 MOVES = "how μ moves between steps: see test_gates_state.py"
 #: (algorithms, setting) → why a change leaves the gradient of a batch alone. Bars separate algorithms, * is any text.
 INERT = {
@@ -65,8 +67,15 @@ INERT = {
     ): "as for one term: the interleaved update has no other",
     ("sft_then_grpo", "stages.*.reduction.over"): "as for one term: neither stage has another",
     ("real", "terms.rl.source=all"): "the classification leaves demonstrations out, and no divisor counts them",
-    ("asft", "terms.*.reduction.over"): "both terms learn from the same trajectories",
+    ("asft|kl_cov|kl_cov_of_many", "terms.*.reduction.over"): "both terms learn from the same trajectories",
     ("fipo", "terms.rl.estimator.advantage.outlier"): "no ratio of the batches lies within a hundredth of it",
+    ("clip_cov", "terms.rl.estimator.mask.share"): "of so few tokens the share is always the one that is the least",
+    ("clip_cov", "terms.rl.estimator.mask.low=1.01"): CLOSE,
+    ("clip_cov", "terms.rl.estimator.mask.high"): CLOSE,
+    ("clip_cov", "terms.rl.estimator.mask.mask.low"): CLOSE,
+    ("clip_cov", "terms.rl.estimator.mask.mask.high=0.99"): CLOSE,
+    ("clip_cov_of_many", "terms.rl.estimator.mask.share=0.0707*"): "it is rounded down to the same number of tokens",
+    ("kl_cov", "terms.kl.estimator.mask.share"): "of so few tokens the share is always the one that is the least",
     ("amft|ppo", "critic.reduction.over"): "a value loss says itself which trajectories count",
     ("asymre|opmd", "*.epsilon"): "added to a deviation that nothing is divided by",
     ("asymre|opmd", "*.unbiased"): "of a deviation that nothing is divided by",

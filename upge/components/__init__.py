@@ -34,6 +34,7 @@ from upge.components.denominator import (
 from upge.components.distillation import (
     JensenShannon,
     LogRatio,
+    RatioSign,
     SampledTarget,
     Surprisal,
     TargetProbability,
@@ -56,6 +57,7 @@ from upge.components.mask import (
     PPOClip,
     SigmoidGate,
 )
+from upge.components.ranking import CovarianceClip, TopCovariance, TopEntropy
 from upge.components.returns import GAE, KLPenalizedReward, OutcomeReward, ReturnToGo
 from upge.components.sequence_mask import OffPolicySequenceMask, SequenceClip, SequenceSamplerBand
 from upge.components.shaping import (
@@ -77,6 +79,7 @@ __all__ = [
     "ClippedReferencePolicy",
     "Component",
     "ConstantAdvantage",
+    "CovarianceClip",
     "CurrentPolicy",
     "DivergenceClip",
     "EntropyLikelihood",
@@ -109,6 +112,7 @@ __all__ = [
     "PolicyLikelihood",
     "PowerLikelihood",
     "PrefixWeighted",
+    "RatioSign",
     "ReferenceDenominator",
     "ReturnToGo",
     "SampledTarget",
@@ -127,6 +131,8 @@ __all__ = [
     "Tempered",
     "TiltedReference",
     "TokenReward",
+    "TopCovariance",
+    "TopEntropy",
     "UnitDenominator",
     "Whitened",
 ]

@@ -25,7 +25,7 @@ from upge.formula import Formula
 from upge.views import COLUMNS, LIVE_COLUMNS, TokenView, TrajectoryView, View
 
 #: How much of the batch a part's value at one token may depend on, through the live columns, in increasing order.
-REACHES = ("token", "trajectory", "group")
+REACHES = ("token", "trajectory", "group", "batch")
 
 
 class Component(ABC):
@@ -36,7 +36,8 @@ class Component(ABC):
             listed.
         reach: class attribute; 'token' if the value at a token needs only that token's columns (the part must then
             work for any leading shape), 'trajectory' if it needs the whole response, 'group' if it needs the whole
-            group. It matters only for live parts: all others are evaluated once, on the whole batch.
+            group, 'batch' if it needs all tokens of an update (see `spans_update`). It matters only for live parts: all
+            others are evaluated once, on the whole batch.
         min_group_size: class attribute; the minimum number of rollouts per prompt.
         sees_advantages: class attribute; True if the part is also called with Â per token: it is then evaluated after
             the forward pass, because Â may be live. True for masks; a likelihood gradient or a denominator may set it.
@@ -116,6 +117,15 @@ class Component(ABC):
         if self.is_precomputed(live):
             return "token"
         return max((self.reach, *(p.reach_with(live) for p in self.parts.values())), key=REACHES.index)
+
+    @property
+    def spans_update(self) -> bool:
+        """True if the part is evaluated once per update, because it or a part that it wraps has reach 'batch'.
+
+        It then sees the current log-probs of all tokens of its term in the update, on all ranks and in all
+        micro-batches. A forward pass before the update provides them: see `Plan.with_current`.
+        """
+        return self.live_reach == "batch"
 
     @property
     def group_size_needed(self) -> int:

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upge.components.base import AdvantageEstimator
+from upge.components.mask import RATIO_COLUMNS
 from upge.errors import ConfigError
 from upge.formula import Formula, tex
 from upge.views import TokenView
@@ -132,6 +133,22 @@ class Surprisal(AdvantageEstimator):
 
     def formula(self) -> Formula:
         return Formula("−log π_θ", r"\left(-\log\pi_\theta\right)")
+
+
+@dataclass(frozen=True)
+class RatioSign(AdvantageEstimator):
+    """Â = -sign(log r), r = π_θ/π_behavior: with the current policy as denominator the gradient of -|log r|.
+
+    It is 0 where the policies agree, so it needs data of an older policy, as in a step of several updates.
+    """
+
+    reads: ClassVar[frozenset[str]] = RATIO_COLUMNS
+
+    def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
+        return -batch.log_importance_ratio.sign()
+
+    def formula(self) -> Formula:
+        return Formula("−sign(log r)", r"\left(-\mathrm{sign}\log r\right)")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ def check_algorithm(algorithm: Algorithm) -> None:
     - The gradient does not depend on the split into micro-batches, the padding, the order of the trajectories, or
       places outside the response mask. This is also checked where rollouts begin with tokens of a demonstration.
     - Trajectories that the plan drops have no gradient, and dropping them changes no weights of the others.
+    - Parts of reach 'batch' give the same when they are evaluated after the plan, from what it asks for.
     - Weights, loss and gradient are finite at extremes, in single precision and on degenerate batches.
     - Terms that move other tokens than the sampled one: see `upge.testing.supports`.
 
@@ -77,6 +78,7 @@ def _check_on(algorithm: Algorithm, batch: Trajectories, seed: int) -> None:
         with_holes = _gradient(algorithm, holed, split)
         close(name, problem, gradient[:, batch.response_mask], with_holes[:, holed.response_mask])
     _check_plan(algorithm, batch, gradient, estimate)
+    _check_pending(algorithm, batch, estimate)
 
 
 def _check_product(name: str, estimate: Estimate, batch: Trajectories) -> None:
@@ -100,6 +102,17 @@ def _check_plan(algorithm: Algorithm, batch: Trajectories, gradient: Tensor, est
     close(
         name, "has other weights without the trajectories that it drops", expected, plan.estimate(contributing).weights
     )
+
+
+def _check_pending(algorithm: Algorithm, batch: Trajectories, estimate: Estimate) -> None:
+    """A plan made before the forward pass must be completed by the log-probs of its contributing trajectories alone."""
+    plan = algorithm.plan(dataclasses.replace(batch, logprobs=None, entropies=None))
+    seen = plan.contributing[:, None]
+    given = {n: torch.where(seen, getattr(batch, n).detach(), 0.0) for n in ("logprobs", "entropies")}
+    ready = plan.with_current(dataclasses.replace(batch, **given))
+    problem = "has other weights if its parts of reach 'batch' are evaluated after the plan; let them read the "
+    problem += "tokens of `response_mask` alone"
+    close(_name(algorithm), problem, estimate.weights, ready.estimate(batch).weights)
 
 
 def _check_leaves(algorithm: Algorithm, batch: Trajectories) -> None:

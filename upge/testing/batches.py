@@ -209,7 +209,9 @@ def in_precision(batch: Trajectories, dtype: torch.dtype) -> Trajectories:
 def splits(batch: Trajectories, reach: str, seed: int) -> Iterator[list[Tensor]]:
     """Splits of the batch into micro-batches that respect `reach`, each as a list of row indices."""
     g = torch.Generator().manual_seed(seed + 100)
-    if reach == "group":
+    if reach == "batch":  # evaluated before the batch is split
+        yield [torch.arange(len(batch))]
+    elif reach == "group":
         groups = [(batch.group == q).nonzero()[:, 0] for q in batch.group.unique()]
         yield groups
         yield [torch.cat(groups[1:]), groups[0]]

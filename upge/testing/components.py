@@ -300,6 +300,8 @@ def _signs(batch: Trajectories) -> Tensor:
 def _check_reach(component: Component, batch: Trajectories, value: Tensor) -> None:
     """A live part must have the same values on micro-batches of its declared reach as on the whole batch.
 
+    Reach 'batch' has no micro-batches.
+
     Parts that are not live are always computed on the whole batch.
     """
     if component.is_precomputed() or isinstance(component, Reduction):

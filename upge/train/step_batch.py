@@ -130,6 +130,35 @@ class BatchFiller:
             batch = self._with_columns(batch, _rows(read), {name})
         return batch
 
+    @torch.no_grad()
+    def evaluated(
+        self, batch: StepBatch, plan: Plan, poll: Callable[[], None] | None = None
+    ) -> tuple[Plan, list[RowValues]]:
+        """The plan of an update with its parts of reach 'batch' evaluated, by a forward pass of the current policy.
+
+        Args:
+            batch: of the update, with all columns.
+            plan: of it; returned unchanged, without a pass, if none of its parts has reach 'batch'.
+            poll: called before each micro-batch; may raise an error, on all ranks.
+
+        Returns:
+            The plan, and the log-probs of its contributing trajectories that this rank computed.
+        """
+        if not plan.pending:
+            return plan, []
+        read = frozenset[str]().union(*(part.columns for part in plan.pending.values()))
+        names = ["logprobs", "entropies"] if "entropies" in read else ["logprobs"]
+
+        def forward(rows: list[int]) -> Tensor:
+            packed = self.policy.pack(batch.ids(rows))
+            outputs = self.policy.logprobs(packed, entropy=len(names) > 1)
+            return torch.stack([packed.pad(_given(values)) for values in outputs[: len(names)]], dim=-1)
+
+        computed = self._computed(batch, _rows(plan.contributing), forward, poll)
+        by_name = {name: [(rows, values[..., k]) for rows, values in computed] for k, name in enumerate(names)}
+        current = self._joined(batch, by_name).columns
+        return plan.with_current(current, self.policy.world.broadcast), by_name["logprobs"]
+
     def with_behavior(self, batch: StepBatch, logprobs: list[RowValues]) -> StepBatch:
         """The batch of the first update with the log-probs that its own forward passes gave on each rank.
 
@@ -155,15 +184,20 @@ class BatchFiller:
             "score_norms": lambda rows: self.policy.score_norms(batch.ids(rows)),
             "values": lambda rows: _given(self.critic).forward(batch.ids(rows)),
         }
-        return self._joined(batch, {name: self._computed(batch, rows, sources[name]) for name in sorted(names)})
+        computed = {name: self._computed(batch, rows, sources[name], self.poll) for name in sorted(names)}
+        return self._joined(batch, computed)
 
     def _computed(
-        self, batch: StepBatch, rows: Sequence[int], forward: Callable[[list[int]], Tensor]
+        self,
+        batch: StepBatch,
+        rows: Sequence[int],
+        forward: Callable[[list[int]], Tensor],
+        poll: Callable[[], None] | None,
     ) -> list[RowValues]:
         computed = []
         for some in self.micro_batch_rows(batch, rows) if rows else ():
-            if self.poll is not None:
-                self.poll()
+            if poll is not None:
+                poll()
             with naming_size(batch.ids(some)):
                 values = forward(some)
             if some:

@@ -74,8 +74,15 @@ class ForwardPass(NamedTuple):
 
 @dataclass(frozen=True)
 class PolicyPasses:
-    """What the micro-batches of one policy update gave on this rank; `tops` only if they were asked for."""
+    """What the micro-batches of one policy update gave on this rank.
 
+    Attributes:
+        plan: with all parts evaluated.
+        logprobs: of the trajectories that contributed to the update's own plan.
+        tops: only if they were asked for.
+    """
+
+    plan: Plan
     sums: list[MetricSums]
     logprobs: list[RowValues]
     tops: list[TopTrajectory]
@@ -138,6 +145,7 @@ class Updater:
         tops: list[TopTrajectory] = []
         steps: list[StepResult] = []
         critic_steps: list[StepResult] = []
+        plans = [update.plan for update in updates]
         for number in [*range(len(updates))] * self.config.epochs:
             update, is_first = updates[number], not steps
             poll = None if steps or critic_steps else self.poll
@@ -145,10 +153,11 @@ class Updater:
                 if is_first and diagnostics.term_gradients:
                     metrics |= term_gradient_metrics(update.plan, partial(self._gradient, update.batch), self.engine)
                 passes = self.run_micro_batches(update, len(steps) + 1, is_first and diagnostics.top_tokens, poll)
-                sums, tops = sums + passes.sums, tops + passes.tops
+                sums, tops, plans[number] = sums + passes.sums, tops + passes.tops, passes.plan
                 if is_first and self.config.epochs > 1:
                     updates[number] = replace(update, batch=self.filler.with_behavior(update.batch, passes.logprobs))
-                steps.append(self.engine.step(rates.policy, self.config.skip_grad_norm))
+                if bool(passes.plan.contributing.any()):
+                    steps.append(self.engine.step(rates.policy, self.config.skip_grad_norm))
             if self.critic is not None and update.critic_target is not None and update.critic_target.rows:
                 poll = None if steps else poll
                 more, result = self.critic.update(update.batch, update.critic_target, rates.critic, poll)
@@ -159,7 +168,7 @@ class Updater:
             grad_norms=norms,
             skipped=[*norms, *critic_norms].count(float("inf")),
             above_limit=sum(result.is_above_limit for result in steps),
-            active=ActiveTrajectories.of(batch.trajectories, [u.rows for u in updates], [u.plan for u in updates]),
+            active=ActiveTrajectories.of(batch.trajectories, [u.rows for u in updates], plans),
             sums=MetricSums.total(sums),
             tops=tops,
             metrics=metrics,
@@ -200,6 +209,8 @@ class Updater:
     ) -> PolicyPasses:
         """Adds the policy gradient of an update, micro-batch by micro-batch; the optimizer step is not taken.
 
+        If parts of reach 'batch' leave nothing to learn from, there is no gradient.
+
         Args:
             update: planned and with all columns.
             number: of the update within the step, from 1. In the first one the policy is still the one that sampled,
@@ -207,7 +218,8 @@ class Updater:
             find_top_tokens: also return the trajectories with the largest token weights.
             poll: called before each micro-batch; may raise `Interrupted`, which drops the gradient so far.
         """
-        plan, trajectories = update.plan.to(self.engine.world.device), update.batch.trajectories
+        ready, current = self.filler.evaluated(update.batch, update.plan, poll)
+        plan, trajectories = ready.to(self.engine.world.device), update.batch.trajectories
         estimates: list[Estimate] = []
 
         def estimates_of(view: Trajectories | PackedTokens, places: Places) -> list[tuple[float, Estimate]]:
@@ -217,7 +229,8 @@ class Updater:
             return [(1.0, estimates[-1])]
 
         try:
-            passes = self._run(update.batch, update.plan.contributing, estimates_of, poll)
+            contributing = ready.contributing
+            passes = self._run(update.batch, contributing, estimates_of, poll) if bool(contributing.any()) else []
         except Interrupted:
             self.engine.drop_gradient()
             raise
@@ -230,7 +243,7 @@ class Updater:
                 sums.append(MetricSums.of_sampler_gap(tokens, micro_batch.of_rollouts))
             assert tokens.logprobs is not None
             logprobs.append((rows, micro_batch.packed.pad(tokens.logprobs).float().cpu()))
-        return PolicyPasses(sums, logprobs, top_trajectories(weights, trajectories))
+        return PolicyPasses(ready, sums, current or logprobs, top_trajectories(weights, trajectories))
 
     def gradient(self, batch: StepBatch, plans: Sequence[tuple[float, Plan]]) -> list[Tensor]:
         """This rank's partitions of ∇ Σ factor·L over `plans` of one algorithm and batch; the policy is unchanged."""
@@ -238,6 +251,7 @@ class Updater:
 
     def _gradient(self, batch: StepBatch, *plans: tuple[float, Plan]) -> list[Tensor]:
         """`gradient` on a batch that has all columns."""
+        plans = tuple((factor, self.filler.evaluated(batch, plan)[0]) for factor, plan in plans)
         contributing = torch.stack([plan.contributing for _, plan in plans]).any(dim=0)
         on_device = [(factor, plan.to(self.engine.world.device)) for factor, plan in plans]
 
@@ -259,7 +273,7 @@ class Updater:
         A rank without work runs an empty micro-batch with a loss of zero, because ZeRO-3's collectives need all ranks.
         """
         rows = contributing.nonzero()[:, 0].tolist()
-        micro_batches = self.filler.micro_batch_rows(batch, rows, whole_groups=self.algorithm.reach == "group")
+        micro_batches = self.filler.micro_batch_rows(batch, rows, whole_groups=self.algorithm.reach == "group") or [[]]
         passes = []
         for number, some in enumerate(micro_batches):
             if poll is not None:

@@ -378,7 +378,7 @@ def test_a_part_that_takes_the_advantages_is_told_to_say_so():
     ("declared", "fragment"),
     [
         ({"reads": {"logprob"}}, r"reads names unknown columns \['logprob'\]"),
-        ({"reach": "batch"}, r"reach is 'batch'; it must be one of \('token', 'trajectory', 'group'\)"),
+        ({"reach": "step"}, r"reach is 'step'; it must be one of \('token', 'trajectory', 'group', 'batch'\)"),
     ],
 )
 def test_wrong_declarations_are_refused(declared, fragment):

@@ -24,6 +24,7 @@ MORE = {
     "amft": ["algo.terms.sft.gate.every=1"],
     "relift": ["algo.interleaved_update.size=2"],
     "ppo": ["optimizer.mini_batches=2"],
+    "kl_cov": ["optimizer.mini_batches=2"],
 }
 #: Other predictions than the policy's own, from a prompt that says more.
 _TEACHER = ["teacher.self=true", "teacher.template='{prompt} {answer} {prompt}'"]

@@ -32,7 +32,8 @@ class PlainEngine:
     def __init__(self, folder) -> None:
         network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
         self.policy, self.costs = PackedPolicy(network), Costs.of(network)
-        self.world = SimpleNamespace(size=1, rank=0, is_main=True, device=torch.device("cpu"), gather=lambda own: [own])
+        self.world = SimpleNamespace(size=1, rank=0, is_main=True, device=torch.device("cpu"))
+        self.world.gather, self.world.broadcast = lambda own: [own], lambda own: own
         self.gradients, self.without_gradient = [], 0
 
     def pack(self, pairs):

@@ -166,6 +166,15 @@ def _(part, world):
     return per_token(world, lambda row, t: sp.log(_target(part, row, t) / row.p[t]))
 
 
+@rule(components.RatioSign)
+def _(part, world):
+    def value(row, t):
+        ratio = row.p[t] / row.q[t]
+        return -1 if world.less(1, ratio) else 0 if ratio == 1 else 1
+
+    return per_token(world, value)
+
+
 @rule(components.TargetProbability)
 def _(part, world):
     return per_token(world, lambda row, t: _target(part, row, t))

@@ -5,12 +5,15 @@ The rule of a part that sees the advantages, such as a mask, is also called with
 
 from __future__ import annotations
 
+import functools
+
 import sympy as sp
 from sympy import Expr
 
 from upge import components
-from upge.theory.symbolic.algebra import number, product
-from upge.theory.symbolic.rules import evaluate, per_row, per_token, rule
+from upge.errors import ConfigError
+from upge.theory.symbolic.algebra import mean, number, product
+from upge.theory.symbolic.rules import Tokens, evaluate, per_row, per_token, rule
 from upge.theory.symbolic.world import Row, World
 
 
@@ -38,6 +41,14 @@ def sampler_ratios(row: Row) -> list[Expr]:
     return [q / s for q, s in zip(row.q, row.s, strict=True)]
 
 
+def centred_products(world: World, advantages: Tokens) -> list[tuple[Row, int, Expr]]:
+    """(row, t, cov) of all rollout tokens, cov = (log π_θ - mean log π_θ)·(A - mean A)."""
+    tokens = [(row, t) for row in world.rollouts for t in range(len(row))]
+    log_mean = mean(sp.log(row.p[t]) for row, t in tokens)
+    centre = mean(advantages[row.index][t] for row, t in tokens)
+    return [(row, t, (sp.log(row.p[t]) - log_mean) * (advantages[row.index][t] - centre)) for row, t in tokens]
+
+
 # Masks.
 
 
@@ -58,6 +69,36 @@ def _(part, world, advantages):
         return 0 if stopped else 1
 
     return per_token(world, value)
+
+
+@rule(components.CovarianceClip)
+def _(part, world, advantages):
+    """For shares at which no token is drawn: all that are eligible are stopped."""
+    inner = evaluate(part.mask, world, advantages)
+    stopped = {
+        (row.index, t)
+        for row, t, cov in centred_products(world, advantages)
+        if inner[row.index][t] != 0 and world.less(number(part.low), cov) and world.less(cov, number(part.high))
+    }
+    if len(stopped) > max(1, int(part.share * sum(map(len, world.rollouts)))):
+        raise ConfigError("CovarianceClip: a random draw has no symbolic form; set share to 1")
+    return per_token(world, lambda row, t: 0 if (row.index, t) in stopped else inner[row.index][t])
+
+
+@rule(components.TopCovariance)
+def _(part, world, advantages):
+    tokens = centred_products(world, evaluate(part.advantage, world))
+    tokens.sort(key=functools.cmp_to_key(lambda a, b: -1 if world.less(b[2], a[2]) else 1))
+    chosen = {(row.index, t) for row, t, _ in tokens[: max(1, int(part.share * len(tokens)))]}
+    return per_token(world, lambda row, t: int((row.index, t) in chosen))
+
+
+@rule(components.TopEntropy)
+def _(part, world, advantages):
+    tokens = [(row, t) for row in world.rollouts for t in range(len(row))]
+    tokens.sort(key=functools.cmp_to_key(lambda a, b: -1 if world.less(b[0].h[b[1]], a[0].h[a[1]]) else 1))
+    chosen = {(row.index, t) for row, t in tokens[: max(1, int(part.share * len(tokens)))]}
+    return per_token(world, lambda row, t: int((row.index, t) in chosen))
 
 
 @rule(components.SequenceClip)
