@@ -26,7 +26,7 @@ from upge.reduction import Over, Reduction
 from upge.regularizers import Regularizer
 from upge.term import Term
 from upge.trajectories import Source, Trajectories
-from upge.views import PackedTokens
+from upge.views import PackedTokens, TokenView
 
 
 @dataclass(frozen=True)
