@@ -55,9 +55,11 @@ def whole_batch(one: Algorithm, off_policy: bool, filled: dict[str, dict[str, Te
     return dataclasses.replace(assemble(trajectories(pairs=pairs), STEP), **columns, state=state)
 
 
-def optimised_gradient(one: Algorithm, batch: Trajectories, ours: PackedPolicy, cut: Callable) -> list[Tensor]:
-    """The sum over the pieces that `cut` makes of the rows to keep."""
-    plan, members = one.plan(batch), trajectories(pairs=one.needs.preference_pairs)
+def optimised_gradient(
+    one: Algorithm, batch: Trajectories, current: Trajectories, ours: PackedPolicy, cut: Callable
+) -> list[Tensor]:
+    """The sum over the pieces that `cut` makes of the rows to keep; `current` has the log-probs as well."""
+    plan, members = one.plan(batch).with_current(current), trajectories(pairs=one.needs.preference_pairs)
     ours.zero_grad()
     for rows in cut(plan.contributing.nonzero()[:, 0].tolist(), batch.group):
         packed = pack([(members[r].prompt_ids, members[r].response_ids) for r in rows])
@@ -90,9 +92,10 @@ def test_every_algorithm_keeps_its_gradient(models, name, off_policy, cut):
     columns = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     now = live["pairs" if one.needs.preference_pairs else "plain"]
     columns |= dict(zip(("logprobs", "entropies"), now, strict=True))
-    loss = one.estimate(Trajectories(**columns)).loss
+    current = Trajectories(**columns)
+    loss = one.estimate(current).loss
     expected = torch.autograd.grad(loss, list(plain.parameters()), retain_graph=True)
-    actual = optimised_gradient(one, batch, ours, cut)
+    actual = optimised_gradient(one, batch, current, ours, cut)
     scale = max(float(g.abs().max()) for g in expected)
     assert scale > 1e-6
     for a, b in zip(actual, expected, strict=True):

@@ -48,6 +48,12 @@ def _(part, world):
     return per_row(world, value)
 
 
+@rule(components.GuidedRelative)
+def _(part, world):
+    # No rollout of a world continues a demonstration, so all are plain.
+    return per_row(world, lambda row: row.reward - mean(other.reward for other in _group(world, row, False)))
+
+
 @rule(components.OptimalTokenBaseline)
 def _(part, world):
     def value(row, t):

@@ -101,6 +101,20 @@ def _(part, world, advantages):
     return per_token(world, lambda row, t: int((row.index, t) in chosen))
 
 
+@rule(components.HighEntropy)
+def _(part, world, advantages):
+    def before(row, s, t):
+        """Of equal entropies the first counts as the lower one."""
+        equal = world.value(row.h[s]) == world.value(row.h[t])
+        return s < t if equal else world.less(row.h[s], row.h[t])
+
+    def value(row, t):
+        lower = sum(before(row, s, t) for s in range(len(row)))
+        return int(lower >= int((1 - part.share) * len(row) + 1e-9))
+
+    return per_token(world, value)
+
+
 @rule(components.SequenceClip)
 def _(part, world, advantages):
     low, high = 1 - number(part.low), 1 + number(part.high)
