@@ -34,6 +34,7 @@ REFUSED = {
     "overlong": {"srft"},
     "kl_reward": {"ppo", "reinforce_plus_plus"},
     "iw_opd": set(SHAPES),
+    "optimal_baseline": {"ppo", "srft", "amft", "reinforce_plus_plus"},
 }
 
 
