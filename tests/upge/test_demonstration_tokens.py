@@ -108,6 +108,26 @@ def test_advantages_of_guided_rollouts():
     assert ours.is_guided.tolist() == [True, True, False, False, False, False, False]
 
 
+@pytest.mark.parametrize("prefix", [(0, 0, 3), (0, 0, 5)])
+def test_a_penalty_on_length_counts_the_tokens_that_a_rollout_continues(prefix):
+    """Responses of 4, 8 and 8 tokens, all right, under a limit of 8: each term sees the rewards 1, 1/2 and 1/2."""
+    batch = trajectories(lengths=[4, 8, 8], rewards=[1, 1, 1], group=[0, 0, 0], p=[[0.5] * n for n in (4, 8, 8)])
+    batch = dataclasses.replace(batch, is_demonstration_token=torch.arange(8) < torch.tensor(prefix)[:, None])
+    shaped = upge.OverlongShaped(upge.GroupRelative(normalize_std=False), limit=8, buffer=0.5, penalty=0.5)
+    terms = {s: term(s, shaped, upge.SequenceMean(tokens="sum")) for s in ("rollouts", "demonstrations")}
+    plan = upge.Algorithm("mixed", terms).plan(batch)
+    for one in plan.terms.values():
+        assert one.estimator.advantage.values[:, 0].tolist() == pytest.approx([1 / 3, -1 / 6, -1 / 6])
+
+
+def test_a_penalty_on_length_counts_a_hint_in_the_prompt():
+    members = [Trajectory(0, 0, (5, 6, 7), (8, 9), 1.0, False, (-1.0, -1.0), hint_tokens=2)]
+    members.append(Trajectory(0, 0, (5,), (8, 9), 1.0, False, (-1.0, -1.0)))
+    shaped = upge.OverlongShaped(upge.GroupRelative(normalize_std=False), limit=4, buffer=0.5, penalty=1.0)
+    batch = assemble(members, 0)
+    assert shaped(batch)[:, 0].tolist() == shaped(batch.select(torch.tensor([0, 1])))[:, 0].tolist() == [-0.5, 0.5]
+
+
 def test_a_mask_of_the_tokens_with_the_highest_entropies():
     """Of 5, 4 and 2 tokens the ⌊0.6·n⌋ lowest are masked, of equal ones the first."""
     entropies = [[3.0, 1.0, 2.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0], [5.0, 4.0], []]
