@@ -167,6 +167,23 @@ def test_a_hint_ends_the_prompt():
         assert f"{' '.join(map(str, t.text_ids))} | 7" in model.items
 
 
+def test_a_teacher_is_shown_a_right_response_with_its_hint():
+    shown: list[tuple[int, ...]] = []
+
+    class Template(TeacherPrompts):
+        def __init__(self) -> None:
+            pass
+
+        def ids(self, example, feedback=()):
+            shown.append(tuple(feedback))
+            return example.prompt_ids
+
+    algorithm = guided(("rollouts",), in_prompt=True, rollouts=None)
+    collected = collector(algorithm, examples(8), FakeModel(), teacher_prompts=Template()).collect(0).trajectories
+    assert all(t.passed for t in collected) and len(shown) == len(collected)
+    assert {feedback[:5] for feedback in shown} == {DEMONSTRATION[:5]}
+
+
 def test_prefixes_follow_the_step_and_not_the_number_of_ranks():
     algorithm = guided(length=upge.UniformPrefix(0.0, 0.9), rollouts=None)
     data = examples(24)
