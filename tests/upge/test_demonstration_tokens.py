@@ -10,10 +10,22 @@ import torch
 import algorithms
 import upge
 from tests.literal import trajectories
+from tests.upge.test_users_parts import AdvantageKL
 from upge.testing import batches
 from upge.train.micro_batches import MicroBatch
 from upge.train.packing import pack
 from upge.train.sample import Trajectory, assemble
+
+
+@dataclasses.dataclass(frozen=True)
+class SumOfReference(upge.AdvantageEstimator):
+    """The sum of the reference policy's log-probs over a response."""
+
+    reads = frozenset({"reference_logprobs"})
+    reach = "trajectory"
+
+    def __call__(self, batch):
+        return batch.reference_logprobs.sum(dim=1, keepdim=True).expand(batch.response_mask.shape)
 
 
 def guided(*prefixes: int, **columns) -> upge.Trajectories:
@@ -95,6 +107,18 @@ def test_a_regularizer_applies_to_the_tokens_of_its_source_that_count_in_some_te
     assert actual == pytest.approx({"rollouts": -11100 / 3, "demonstrations": 0, "all": -11100 / 3})
 
 
+def test_a_part_inside_a_regularizer_sees_the_tokens_of_the_source():
+    """A sum of log-ratios to the reference policy, known before the forward pass, weights the penalty of each token."""
+    penalty = AdvantageKL(1.0, upge.TokenMean(), advantage=SumOfReference())
+    batch = guided(2, 0, p_reference=[[0.5, 0.5, 0.125], [0.5, 0.25]])
+    batch = dataclasses.replace(batch, logprobs=batch.logprobs.requires_grad_())
+    without = dataclasses.replace(batch, response_mask=batch.source_tokens("rollouts"), is_demonstration_token=None)
+    rl = term("rollouts", upge.ConstantAdvantage(), upge.TokenMean())
+    algorithm = upge.Algorithm("penalized", {"rl": rl}, regularizers={"penalty": penalty})
+    actual, expected = algorithm.estimate(batch).penalties, algorithm.estimate(without).penalties
+    assert actual["penalty"] > 0.1 and actual == pytest.approx(expected)
+
+
 def test_advantages_of_guided_rollouts():
     """Two plain rollouts and two that continue a prefix, then a group without plain ones, by hand."""
     batch = trajectories(
@@ -134,6 +158,9 @@ def test_a_mask_of_the_tokens_with_the_highest_entropies():
     batch = trajectories(lengths=[5, 4, 2, 0], entropies=entropies)
     actual = upge.HighEntropy(0.4)(batch, torch.ones(4, 5))
     assert actual.tolist() == [[1, 0, 0, 0, 1], [0, 0, 1, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
+    for share in (0.1, 0.2, 0.3, 0.6, 0.7, 0.8, 0.9):
+        batch = trajectories(lengths=[10], entropies=[list(range(10))])
+        assert int(upge.HighEntropy(share)(batch, torch.ones(1, 10)).sum()) == round(10 * share)
     with pytest.raises(upge.ConfigError, match=r"HighEntropy.share: 0.0 must be above 0 and at most 1; 0.2 is"):
         upge.HighEntropy(0.0)
 
