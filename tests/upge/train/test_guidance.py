@@ -145,7 +145,7 @@ def test_a_guided_rollout_continues_a_demonstration_and_is_verified_as_a_whole()
     figures = rollout_metrics(actual)
     assert figures["guidance/share"] == len(continued) / 8 and figures["guidance/prefix_tokens"] == 5
     assert figures["guidance/pass_rate"] == 1 and figures["pass_rate"] == len(continued) / 8
-    assert figures["entropy"] == 1.5, "of sampled tokens only"
+    assert figures["entropy"] == 1.5 and figures["response_length"] == 2, "of sampled tokens only"
     assert "guidance/share" not in rollout_metrics(plain)
 
 
