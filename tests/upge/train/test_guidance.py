@@ -93,10 +93,23 @@ def test_a_prefix_leaves_a_token_of_the_demonstration_and_of_the_limit():
     assert wide.prefix(DEMONSTRATION, 100, 0, 3) == wide.prefix(DEMONSTRATION, 100, 0, 3)
 
 
+def test_a_reader_is_told_what_is_sampled():
+    rising, falling = upge.Schedule(0.0, 0.5, 1.0, warmup=3, decay=9), upge.Schedule(0.0, 0.9, 0.1)
+    assert upge.Guidance(upge.UniformPrefix(falling), 1).describe() == (
+        "one rollout of each prompt continues the beginning of a demonstration, in the response; its length: a uniform "
+        "share of it between 0.9 → 0.1 and 0.95"
+    )
+    assert upge.Guidance(upge.BinomialPrefix(5, rising), 2, in_prompt=True, steps=7).describe() == (
+        "2 rollouts of each prompt continue the beginning of a demonstration, at the end of the prompt, in the first 7 "
+        "steps; its length: k of 5 equal parts, k binomial with probability 0 → 0.5 → 1"
+    )
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: upge.UniformPrefix(0.5, 1.5), r"UniformPrefix.high: 1.5 must lie between 0 and 1"),
+        (lambda: upge.UniformPrefix(0.5, 0.2), r"UniformPrefix: low=0.5, high=0.2; need low <= high"),
         (lambda: upge.BinomialPrefix(0), r"BinomialPrefix.chunks: 0 must be at least 1"),
         (
             lambda: upge.BinomialPrefix(5, upge.Schedule(2.0, 1.0, 0.0)),
