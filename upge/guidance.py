@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from random import Random
 
 from upge.checks import check_fields
@@ -30,7 +31,7 @@ class PrefixLength(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """The distribution as a noun phrase."""
+        """The length as a noun phrase."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,15 @@ class UniformPrefix(PrefixLength):
         check_fields(self)
         for name in ("low", "high"):
             _check_share(self, name)
+        low, high = self.low, self.high
+        if not isinstance(low, Schedule) and not isinstance(high, Schedule) and low > high:
+            raise ConfigError(f"UniformPrefix: low={low:g}, high={high:g}; need low <= high")
 
     def tokens(self, length: int, step: int, random: Random) -> int:
         return int(random.uniform(_at(self.low, step), _at(self.high, step)) * length)
 
     def describe(self) -> str:
-        return f"a share of {_shown(self.low)} to {_shown(self.high)}"
+        return f"a uniform share of it between {_shown(self.low)} and {_shown(self.high)}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class BinomialPrefix(PrefixLength):
         return round(count * length / self.chunks)
 
     def describe(self) -> str:
-        return f"the first of {self.chunks} parts, each with probability {_shown(self.probability)}"
+        return f"k of {self.chunks} equal parts, k binomial with probability {_shown(self.probability)}"
 
 
 def _at(value: float | Schedule, step: int) -> float:
@@ -89,7 +93,10 @@ def _at(value: float | Schedule, step: int) -> float:
 
 
 def _shown(value: float | Schedule) -> str:
-    return f"{value.peak:g} falling to {value.end:g}" if isinstance(value, Schedule) else f"{value:g}"
+    if not isinstance(value, Schedule):
+        return f"{value:g}"
+    ends = value.start if value.warmup else value.peak, value.peak, value.end
+    return " → ".join(shown for shown, _ in groupby(f"{end:g}" for end in ends))
 
 
 def _check_share(part: PrefixLength, name: str) -> None:
@@ -144,7 +151,8 @@ class Guidance:
 
     def describe(self) -> str:
         """What is sampled, for a reader."""
-        which = "all rollouts" if self.rollouts is None else f"{self.rollouts} of each prompt's rollouts"
-        where = "in the prompt" if self.in_prompt else "as the beginning of the response"
+        which = {None: "all rollouts of a prompt continue", 1: "one rollout of each prompt continues"}
+        who = which.get(self.rollouts, f"{self.rollouts} rollouts of each prompt continue")
+        where = "at the end of the prompt" if self.in_prompt else "in the response"
         until = "" if self.steps is None else f", in the first {self.steps} steps"
-        return f"{which} continue a demonstration: {self.length.describe()} of it, {where}{until}"
+        return f"{who} the beginning of a demonstration, {where}{until}; its length: {self.length.describe()}"

@@ -211,7 +211,9 @@ def plan_updates(
     """One plan per update, see `Algorithm.plans`. No term or regularizer has a coefficient of 0."""
     active = {name: term.active(batch) for name, term in terms.items()}
     ready = {name: term.precompute(batch) for name, term in terms.items()}
-    penalties: dict[str, Any] = {name: one.precompute_parts(batch) for name, one in regularizers.items()}
+    penalties: dict[str, Any] = {
+        name: one.precompute_parts(batch.seeing(batch.tokens_seen(one.source))) for name, one in regularizers.items()
+    }
     plans: list[Plan] = []
     for rows in updates:
         if rows is None:

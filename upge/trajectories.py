@@ -80,6 +80,8 @@ class Trajectories(TrajectoryView):
         index: [B] identifies each trajectory within its step, whatever the order and the split; None = 0 to B - 1.
         step: number of training steps before this batch, for schedules.
         row: [B] index of each trajectory in the batch that it was selected from.
+        total_lengths: [B] the number of tokens that a response limit counts, which may include tokens of a
+            demonstration at the end of the prompt; None = those of `response_mask`.
         state: variable name → current value, of each stateful gate.
         pass_threshold: a rollout counts as a success above this reward.
         distributions: the next-token distributions, [B, T, V] log-probs each, for terms whose support is not the
@@ -112,6 +114,7 @@ class Trajectories(TrajectoryView):
     distributions: Distributions | None = None
     is_demonstration_token: Bool[Tensor, "B T"] = None  # pyright: ignore[reportAssignmentType] - as above
     is_guided: Bool[Tensor, "B"] = None  # pyright: ignore[reportAssignmentType] - as above
+    total_lengths: Int[Tensor, "B"] | None = None
 
     def __post_init__(self) -> None:
         for name in TOKEN_COLUMNS + TRAJECTORY_COLUMNS:

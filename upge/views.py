@@ -159,6 +159,7 @@ class TrajectoryView(TokenView):
     preference: Int[Tensor, "B"]
     index: Int[Tensor, "B"]
     row: Int[Tensor, "B"]
+    total_lengths: Int[Tensor, "B"] | None
     pass_threshold: float
 
     def look_up(self, values: Tensor) -> Tensor:
@@ -180,6 +181,18 @@ class TrajectoryView(TokenView):
     def lengths(self) -> Int[Tensor, "B"]:
         """[B] the number of tokens that count in each response."""
         return self.response_mask.sum(dim=1)
+
+    @property
+    def limited_lengths(self) -> Int[Tensor, "B"]:
+        """[B] the number of tokens that a response limit counts, also those that a part does not see."""
+        return self.lengths if self.total_lengths is None else self.total_lengths
+
+    def seeing(self: _View, tokens: Bool[Tensor, "B T"] | None) -> _View:
+        """As of `TokenView`; `limited_lengths` are unchanged."""
+        if tokens is None:
+            return self
+        mask = self.response_mask & self.look_up(tokens)
+        return replace(self, response_mask=mask, total_lengths=self.limited_lengths)  # pyright: ignore
 
     @property
     def group_index(self) -> Int[Tensor, "B"]:

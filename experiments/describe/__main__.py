@@ -40,7 +40,8 @@ def short_table() -> str:
     lines = []
     for name in algorithms.names():
         one, first = algorithms.load(name), words(name).papers[:1]
-        sources = dict.fromkeys(row[0].rpartition(": ")[2].partition(",")[0] for row in rows(name))
+        terms = [term for _, inner in members(one) for term in inner.terms.values()]
+        sources = dict.fromkeys(term.source.replace("_", " ") for term in terms)
         models = {"critic": one.needs.critic, "reference policy": one.needs.reference, "teacher": one.needs.teacher}
         extra = [model for model, needed in models.items() if needed]
         paper = "".join(f"[{number}](https://arxiv.org/abs/{number})" for number in first)

@@ -30,6 +30,13 @@ def test_readme_table_is_the_generated_one():
     assert describe.updated(text) == text, "run python -m experiments.describe --readme"
 
 
+def test_readme_names_the_sources_of_each_algorithm():
+    sources = {row.split("`")[1]: row.split(" | ")[2] for row in describe.short_table().splitlines()[2:]}
+    assert sources["uft"] == "rollouts, demonstrations"
+    known = {"rollouts", "demonstrations", "preference pairs", "all"}
+    assert set(", ".join(sources.values()).split(", ")) <= known
+
+
 def test_help_names_everything():
     text = help_text()
     for group in config.GROUPS:

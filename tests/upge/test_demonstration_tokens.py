@@ -10,10 +10,22 @@ import torch
 import algorithms
 import upge
 from tests.literal import trajectories
+from tests.upge.test_users_parts import AdvantageKL
 from upge.testing import batches
 from upge.train.micro_batches import MicroBatch
 from upge.train.packing import pack
 from upge.train.sample import Trajectory, assemble
+
+
+@dataclasses.dataclass(frozen=True)
+class SumOfReference(upge.AdvantageEstimator):
+    """The sum of the reference policy's log-probs over a response."""
+
+    reads = frozenset({"reference_logprobs"})
+    reach = "trajectory"
+
+    def __call__(self, batch):
+        return batch.reference_logprobs.sum(dim=1, keepdim=True).expand(batch.response_mask.shape)
 
 
 def guided(*prefixes: int, **columns) -> upge.Trajectories:
@@ -95,6 +107,18 @@ def test_a_regularizer_applies_to_the_tokens_of_its_source_that_count_in_some_te
     assert actual == pytest.approx({"rollouts": -11100 / 3, "demonstrations": 0, "all": -11100 / 3})
 
 
+def test_a_part_inside_a_regularizer_sees_the_tokens_of_the_source():
+    """A sum of log-ratios to the reference policy, known before the forward pass, weights the penalty of each token."""
+    penalty = AdvantageKL(1.0, upge.TokenMean(), advantage=SumOfReference())
+    batch = guided(2, 0, p_reference=[[0.5, 0.5, 0.125], [0.5, 0.25]])
+    batch = dataclasses.replace(batch, logprobs=batch.logprobs.requires_grad_())
+    without = dataclasses.replace(batch, response_mask=batch.source_tokens("rollouts"), is_demonstration_token=None)
+    rl = term("rollouts", upge.ConstantAdvantage(), upge.TokenMean())
+    algorithm = upge.Algorithm("penalized", {"rl": rl}, regularizers={"penalty": penalty})
+    actual, expected = algorithm.estimate(batch).penalties, algorithm.estimate(without).penalties
+    assert actual["penalty"] > 0.1 and actual == pytest.approx(expected)
+
+
 def test_advantages_of_guided_rollouts():
     """Two plain rollouts and two that continue a prefix, then a group without plain ones, by hand."""
     batch = trajectories(
@@ -108,12 +132,35 @@ def test_advantages_of_guided_rollouts():
     assert ours.is_guided.tolist() == [True, True, False, False, False, False, False]
 
 
+@pytest.mark.parametrize("prefix", [(0, 0, 3), (0, 0, 5)])
+def test_a_penalty_on_length_counts_the_tokens_that_a_rollout_continues(prefix):
+    """Responses of 4, 8 and 8 tokens, all right, under a limit of 8: each term sees the rewards 1, 1/2 and 1/2."""
+    batch = trajectories(lengths=[4, 8, 8], rewards=[1, 1, 1], group=[0, 0, 0], p=[[0.5] * n for n in (4, 8, 8)])
+    batch = dataclasses.replace(batch, is_demonstration_token=torch.arange(8) < torch.tensor(prefix)[:, None])
+    shaped = upge.OverlongShaped(upge.GroupRelative(normalize_std=False), limit=8, buffer=0.5, penalty=0.5)
+    terms = {s: term(s, shaped, upge.SequenceMean(tokens="sum")) for s in ("rollouts", "demonstrations")}
+    plan = upge.Algorithm("mixed", terms).plan(batch)
+    for one in plan.terms.values():
+        assert one.estimator.advantage.values[:, 0].tolist() == pytest.approx([1 / 3, -1 / 6, -1 / 6])
+
+
+def test_a_penalty_on_length_counts_a_hint_in_the_prompt():
+    members = [Trajectory(0, 0, (5, 6, 7), (8, 9), 1.0, False, (-1.0, -1.0), hint_tokens=2)]
+    members.append(Trajectory(0, 0, (5,), (8, 9), 1.0, False, (-1.0, -1.0)))
+    shaped = upge.OverlongShaped(upge.GroupRelative(normalize_std=False), limit=4, buffer=0.5, penalty=1.0)
+    batch = assemble(members, 0)
+    assert shaped(batch)[:, 0].tolist() == shaped(batch.select(torch.tensor([0, 1])))[:, 0].tolist() == [-0.5, 0.5]
+
+
 def test_a_mask_of_the_tokens_with_the_highest_entropies():
     """Of 5, 4 and 2 tokens the ⌊0.6·n⌋ lowest are masked, of equal ones the first."""
     entropies = [[3.0, 1.0, 2.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0], [5.0, 4.0], []]
     batch = trajectories(lengths=[5, 4, 2, 0], entropies=entropies)
     actual = upge.HighEntropy(0.4)(batch, torch.ones(4, 5))
     assert actual.tolist() == [[1, 0, 0, 0, 1], [0, 0, 1, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
+    for share in (0.1, 0.2, 0.3, 0.6, 0.7, 0.8, 0.9):
+        batch = trajectories(lengths=[10], entropies=[list(range(10))])
+        assert int(upge.HighEntropy(share)(batch, torch.ones(1, 10)).sum()) == round(10 * share)
     with pytest.raises(upge.ConfigError, match=r"HighEntropy.share: 0.0 must be above 0 and at most 1; 0.2 is"):
         upge.HighEntropy(0.0)
 

@@ -80,7 +80,8 @@ class HighEntropy(StabilizationMask):
         mask, entropies = batch.response_mask, batch.entropies.detach()
         # Padding sorts last.
         rank = entropies.masked_fill(~mask, math.inf).argsort(dim=1, stable=True).argsort(dim=1)
-        dropped = ((1 - self.share) * mask.sum(dim=1, keepdim=True).double()).floor()
+        # 1 - 0.8 is a little less than 0.2, and a fifth of 5 tokens is one token.
+        dropped = ((1 - self.share) * mask.sum(dim=1, keepdim=True).double() + 1e-9).floor()
         return (mask & (rank >= dropped)).to(entropies.dtype)
 
     def formula(self) -> Formula:

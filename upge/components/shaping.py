@@ -254,7 +254,8 @@ class OverlongShaped(AdvantageEstimator):
     """The inner Â of the rewards R - penalty·clip((|τ| - s)/(limit - s), 0, 1), s = limit·(1 - buffer).
 
     This is the soft overlong punishment of arXiv 2503.14476, Eq. 13. Gates and pass rates read the verifier's rewards
-    without the penalty.
+    without the penalty. |τ| includes the tokens of a demonstration that a rollout continues, because they count to the
+    limit.
 
     Attributes:
         advantage: the inner advantage. Demonstrations keep their rewards.
@@ -291,7 +292,7 @@ class OverlongShaped(AdvantageEstimator):
 
     def shaped(self, batch: TrajectoryView) -> TrajectoryView:
         """The batch, or a view of it, with the penalized rewards."""
-        excess = ((batch.lengths.double() - self._start) / (self.limit - self._start)).clamp(0, 1)
+        excess = ((batch.limited_lengths.double() - self._start) / (self.limit - self._start)).clamp(0, 1)
         excess = excess * (~batch.is_demonstration).double()
         return batch.with_rewards(batch.rewards.double() - self.penalty * excess)
 

@@ -146,8 +146,9 @@ class Sampler(ABC):
             For each prompt, in order, its `n` rollouts.
 
         Raises:
-            UserError: a prompt is empty, has an id outside the vocabulary, or exceeds `max_length` with `max_tokens`.
-            ValueError: the numbers of prompts and seeds differ, or `n` is below 1.
+            UserError: a prompt is empty, has an id outside the vocabulary, or exceeds `max_length` with `max_tokens`;
+                or a prefix has such an id.
+            ValueError: the numbers of prompts and seeds differ, `n` is below 1, or a prefix is too long.
             RuntimeError: the engine sleeps, has failed before, or the last `load_weights` failed.
             Interrupted: as `interrupted` asked.
             NonFiniteError: a log-prob is NaN or infinite. The engine's cache may hold NaN, so it must be restarted.
@@ -156,6 +157,7 @@ class Sampler(ABC):
         self.check(prompts, n, sampling, seeds)
         if not prompts:
             return []
+        self._check_prefixes(prefixes or {}, sampling)
         results: list[dict[int, Rollout]] = [{} for _ in prompts]
 
         def complete(index: int, copy: int, rollout: Rollout) -> None:
@@ -171,7 +173,6 @@ class Sampler(ABC):
 
         def request(index: int, copy: int) -> Request:
             prefix = tuple((prefixes or {}).get((index, copy), ()))
-            assert len(prefix) < sampling.max_tokens, (len(prefix), sampling.max_tokens)
             limit = sampling.max_tokens - len(prefix)
             return Request(index, copy, (*prompts[index], *prefix), response_seed(seeds[index], copy), limit)
 
@@ -251,18 +252,31 @@ class Sampler(ABC):
         for index, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise UserError(f"prompt {index} has no tokens; give every prompt at least one token")
-            odd = next((token for token in prompt if not 0 <= token < self.vocabulary), None)
-            if odd is not None:
-                raise UserError(
-                    f"prompt {index} holds token id {odd}, the model's vocabulary has ids 0 to "
-                    f"{self.vocabulary - 1}; does the tokenizer belong to model.path?"
-                )
+            self._check_tokens(f"prompt {index}", prompt)
             if len(prompt) + sampling.max_tokens > self.max_length:
                 raise UserError(
                     f"prompt {index} has {len(prompt)} tokens and the response may have "
                     f"{sampling.max_tokens}: together more than the model's {self.max_length}; lower "
                     "rollout.max_prompt_tokens or rollout.max_response_tokens"
                 )
+
+    def _check_prefixes(self, prefixes: Prefixes, sampling: Sampling) -> None:
+        for (index, copy), prefix in prefixes.items():
+            what = f"the prefix of response {copy} to prompt {index}"
+            self._check_tokens(what, prefix)
+            if len(prefix) >= sampling.max_tokens:
+                raise ValueError(
+                    f"{what} has {len(prefix)} tokens, and the response with it may have {sampling.max_tokens}; give "
+                    "fewer, so that at least one token is sampled"
+                )
+
+    def _check_tokens(self, what: str, tokens: Sequence[int]) -> None:
+        odd = next((token for token in tokens if not 0 <= token < self.vocabulary), None)
+        if odd is not None:
+            raise UserError(
+                f"{what} holds token id {odd}, the model's vocabulary has ids 0 to {self.vocabulary - 1}; does the "
+                "tokenizer belong to model.path?"
+            )
 
 
 @contextmanager

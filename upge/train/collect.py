@@ -162,7 +162,7 @@ class Collector:
         taught = []
         for one in trajectories:
             sibling = next((other for other in right.get(one.group, ()) if other.index != one.index), None)
-            feedback = () if sibling is None else sibling.response_ids
+            feedback = () if sibling is None else sibling.text_ids
             ids = self.teacher_prompts.ids(self.examples[one.example], feedback)
             ids += one.prompt_ids[len(one.prompt_ids) - one.hint_tokens :]
             taught.append(replace(one, teacher_prompt_ids=ids))

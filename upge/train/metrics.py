@@ -260,7 +260,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     rollouts = [t for t in trajectories if not t.is_demonstration]
     if not rollouts:
         return {}
-    n, tokens = len(rollouts), sum(len(t.response_ids) for t in rollouts)
+    n, tokens = len(rollouts), sum(len(t.response_ids) - t.prefix_tokens for t in rollouts)
     groups, solved = {t.group for t in rollouts}, {t.group for t in rollouts if t.passed}
     sampled = [t.sampler_logprobs or () for t in rollouts]
     failed = sum(t.status in ("timeout", "error") for t in rollouts)

@@ -121,7 +121,10 @@ def assemble(trajectories: Sequence[Trajectory], step: int) -> Trajectories:
     lengths = torch.tensor([len(t.response_ids) for t in trajectories], dtype=torch.int64)
     width = int(lengths.max()) if len(trajectories) else 1
     mask = torch.arange(width) < lengths[:, None]
-    prefixes = torch.tensor([t.prefix_tokens for t in trajectories], dtype=torch.int64)
+    prefixes, hints = (
+        torch.tensor([getattr(t, name) for t in trajectories], dtype=torch.int64)
+        for name in ("prefix_tokens", "hint_tokens")
+    )
     return Trajectories(
         logprobs=None,
         response_mask=mask,
@@ -134,6 +137,7 @@ def assemble(trajectories: Sequence[Trajectory], step: int) -> Trajectories:
         sampler_logprobs=_sampler_column(trajectories, mask),
         preference=torch.tensor([t.preference for t in trajectories], dtype=torch.int64),
         step=step,
+        total_lengths=lengths + hints if bool(hints.any()) else None,
         pass_threshold=trajectories[0].pass_threshold if trajectories else PASS_THRESHOLD,
     )
 

@@ -62,6 +62,18 @@ def test_a_response_continues_its_prefix(sampler):
     assert sorted(limits) == [4, 5, 6, 6]
 
 
+@pytest.mark.parametrize(
+    ("prefix", "error", "message"),
+    [
+        ([3] * 6, ValueError, "the prefix of response 1 to prompt 0 has 6 tokens, and the response with it may have 6"),
+        ([3, probe.VOCABULARY], UserError, f"the prefix of response 1 to prompt 0 holds token id {probe.VOCABULARY}"),
+    ],
+)
+def test_bad_prefixes_are_named(sampler, prefix: list[int], error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        sampler.sample([[3]], 2, Sampling(max_tokens=6), [0], prefixes={(0, 1): prefix})
+
+
 def test_ranks_of_an_engine_join_their_prefixes():
     calls = [
         _Call([(3,), (4,)], 2, Sampling(), [0, 1], {(1, 0): (9,)}, ""),

@@ -93,10 +93,23 @@ def test_a_prefix_leaves_a_token_of_the_demonstration_and_of_the_limit():
     assert wide.prefix(DEMONSTRATION, 100, 0, 3) == wide.prefix(DEMONSTRATION, 100, 0, 3)
 
 
+def test_a_reader_is_told_what_is_sampled():
+    rising, falling = upge.Schedule(0.0, 0.5, 1.0, warmup=3, decay=9), upge.Schedule(0.0, 0.9, 0.1)
+    assert upge.Guidance(upge.UniformPrefix(falling), 1).describe() == (
+        "one rollout of each prompt continues the beginning of a demonstration, in the response; its length: a uniform "
+        "share of it between 0.9 → 0.1 and 0.95"
+    )
+    assert upge.Guidance(upge.BinomialPrefix(5, rising), 2, in_prompt=True, steps=7).describe() == (
+        "2 rollouts of each prompt continue the beginning of a demonstration, at the end of the prompt, in the first 7 "
+        "steps; its length: k of 5 equal parts, k binomial with probability 0 → 0.5 → 1"
+    )
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: upge.UniformPrefix(0.5, 1.5), r"UniformPrefix.high: 1.5 must lie between 0 and 1"),
+        (lambda: upge.UniformPrefix(0.5, 0.2), r"UniformPrefix: low=0.5, high=0.2; need low <= high"),
         (lambda: upge.BinomialPrefix(0), r"BinomialPrefix.chunks: 0 must be at least 1"),
         (
             lambda: upge.BinomialPrefix(5, upge.Schedule(2.0, 1.0, 0.0)),
@@ -145,7 +158,7 @@ def test_a_guided_rollout_continues_a_demonstration_and_is_verified_as_a_whole()
     figures = rollout_metrics(actual)
     assert figures["guidance/share"] == len(continued) / 8 and figures["guidance/prefix_tokens"] == 5
     assert figures["guidance/pass_rate"] == 1 and figures["pass_rate"] == len(continued) / 8
-    assert figures["entropy"] == 1.5, "of sampled tokens only"
+    assert figures["entropy"] == 1.5 and figures["response_length"] == 2, "of sampled tokens only"
     assert "guidance/share" not in rollout_metrics(plain)
 
 
@@ -165,6 +178,23 @@ def test_a_hint_ends_the_prompt():
         assert (t.prefix_tokens, t.hint_tokens, t.reward) == (0, 5, 1.0)
         assert t.text_ids == DEMONSTRATION[:5] + t.response_ids and t.teacher_prompt_ids == (77, *t.prompt_ids)
         assert f"{' '.join(map(str, t.text_ids))} | 7" in model.items
+
+
+def test_a_teacher_is_shown_a_right_response_with_its_hint():
+    shown: list[tuple[int, ...]] = []
+
+    class Template(TeacherPrompts):
+        def __init__(self) -> None:
+            pass
+
+        def ids(self, example, feedback=()):
+            shown.append(tuple(feedback))
+            return example.prompt_ids
+
+    algorithm = guided(("rollouts",), in_prompt=True, rollouts=None)
+    collected = collector(algorithm, examples(8), FakeModel(), teacher_prompts=Template()).collect(0).trajectories
+    assert all(t.passed for t in collected) and len(shown) == len(collected)
+    assert {feedback[:5] for feedback in shown} == {DEMONSTRATION[:5]}
 
 
 def test_prefixes_follow_the_step_and_not_the_number_of_ranks():
