@@ -197,8 +197,7 @@ class Plan:
     @property
     def _compared(self) -> frozenset[str]:
         """The terms whose mask compares the policy with the behaviour policy."""
-        masks = {name: term.estimator.parts["mask"] for name, term in self.terms.items()}
-        return frozenset(name for name, mask in masks.items() if "behavior_logprobs" in live_reads(mask))
+        return frozenset(name for name, term in self.terms.items() if term.compares)
 
 
 def plan_updates(
@@ -249,8 +248,8 @@ def _plan(
         source, rows = batch.source_rows(term.source), active[name]
         weights = _weights(term.reduction, batch, Counted(rows, tokens[name]), in_any_term)
         columns = source, rows, weights
-        seen = batch.tokens_seen(term.source)
-        planned[name] = PlannedTerm(term.gate, term.estimator, term.coefficient, *columns, term.support, seen)
+        seen, compares = batch.tokens_seen(term.source), "behavior_logprobs" in live_reads(term.estimator.mask)
+        planned[name] = PlannedTerm(term.gate, term.estimator, term.coefficient, *columns, term.support, seen, compares)
     penalties: dict[str, PlannedPenalty] = {}
     for name, regularizer in regularizers.items():
         counted = in_any_term.of(batch, regularizer.source)
