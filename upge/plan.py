@@ -98,6 +98,11 @@ class Plan:
                 f"with_current: found {len(batch)} trajectories, but the plan is of {len(self.contributing)}; give the "
                 "whole planned batch with the current log-probs"
             )
+        if not batch.is_whole:
+            raise ValueError(
+                "with_current: found trajectories in another order than the planned batch; give the whole planned batch "
+                "in its order, with the current log-probs"
+            )
         with torch.no_grad():
             terms = {name: term.with_current(batch, share) for name, term in self.terms.items()}
         contributing = _contributing(terms, self.penalties, self.reach, batch)
@@ -208,6 +213,11 @@ def plan_updates(
     updates: Sequence[Int[Tensor, "b"] | None],
 ) -> list[Plan]:
     """One plan per update, see `Algorithm.plans`. No term or regularizer has a coefficient of 0."""
+    if not batch.is_whole:
+        raise ValueError(
+            "row: the batch was selected from another one, whose rows a plan cannot look up; give a batch of its own, "
+            "`dataclasses.replace(batch, row=None)`, and select micro-batches from that one"
+        )
     active = {name: term.active(batch) for name, term in terms.items()}
     ready = {name: term.precompute(batch) for name, term in terms.items()}
     penalties: dict[str, Any] = {name: one.precompute_parts(batch) for name, one in regularizers.items()}
