@@ -133,6 +133,7 @@ def test_an_update_with_nothing_left_is_left_out(tmp_path, epochs):
     updater = Updater(engine, grpo(mask=Nothing()), OptimizerConfig(lr=LR, mini_batches=2, epochs=epochs))
     report = updater.update(trajectories(), 0, LearningRates(LR))
     assert engine.gradients == [] and list(report.grad_norms) == []
+    assert report.sums.gap_tokens > 0, "sampler and trainer are compared in every step"
     assert report.active.no_signal_prompts == 1
 
 
