@@ -4,7 +4,7 @@ plan = algorithm.plan(batch)          # on the whole batch
 plan.estimate(micro_batch)            # on some of its trajectories; the estimates add up
 
 An algorithm with parts of reach 'batch' also needs the current log-probs of the whole batch before the first estimate:
-in `batch`, or later by `plan = plan.with_current(batch)`.
+in `batch`, or later by `plan.with_current(batch)`, which returns the plan to estimate with.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class Plan:
             raise ValueError(
                 f"{path}: {type(part).__name__} has reach 'batch', so before the first estimate it needs the current "
                 "log-probs of the whole batch; give them to `algorithm.plan(batch)`, or call "
-                "`plan = plan.with_current(batch)` with them"
+                "`plan.with_current(batch)` with them and estimate with the plan that it returns"
             )
         if batch.logprobs is None:
             raise ValueError("logprobs: an estimate needs them, but this batch has none; pass `logprobs=...` [B, T]")
