@@ -100,8 +100,8 @@ class Plan:
             )
         if not batch.is_whole:
             raise ValueError(
-                "with_current: found trajectories in another order than the planned batch; give the whole planned batch "
-                "in its order, with the current log-probs"
+                "with_current: found trajectories in another order than in the planned batch; give the whole "
+                "batch in its order, with the current log-probs"
             )
         with torch.no_grad():
             terms = {name: term.with_current(batch, share) for name, term in self.terms.items()}

@@ -40,7 +40,9 @@ def test_a_batch_that_was_selected_is_planned_as_a_batch_of_its_own(name):
         chosen = select_rows(whole, rows)
         own = dataclasses.replace(chosen, row=None)
         assert torch.equal(algorithm.estimate(chosen).weights, algorithm.estimate(own).weights)
-        with pytest.raises(ValueError, match=r"^row: .* selected from another .*`dataclasses\.replace\(batch, row=None\)`"):
+        with pytest.raises(
+            ValueError, match=r"^row: .* selected from another .*`dataclasses\.replace\(batch, row=None\)`"
+        ):
             algorithm.plan(chosen)
         assert torch.equal(algorithm.plan(own).estimate(own).weights, algorithm.estimate(own).weights)
 

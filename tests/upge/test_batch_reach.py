@@ -107,7 +107,7 @@ def test_a_plan_waits_for_the_planned_batch_in_its_order():
     """A part's values are kept by place in the batch, so those of another order would go to other tokens."""
     batch = random_batch()
     plan = ALGORITHMS["mask"].plan(dataclasses.replace(batch, logprobs=None, entropies=None))
-    with pytest.raises(ValueError, match=r"with_current: .* in another order than the planned batch; give .* order"):
+    with pytest.raises(ValueError, match=r"with_current: .* in another order than in the planned batch; give .* order"):
         plan.with_current(select_rows(batch, torch.arange(len(batch)).flip(0)))
 
 
