@@ -337,6 +337,7 @@ class Algorithm:
 
     def estimate(self, batch: Trajectories) -> Estimate:
         """The loss, the weights and every factor on a whole batch. `loss.backward()` gives minus the gradient."""
+        batch = batch if batch.is_whole else replace(batch, row=None)
         return self.plan(batch).estimate(batch)
 
     def formula(self, style: str = "text") -> str:

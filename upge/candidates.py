@@ -70,6 +70,14 @@ class CandidateView(TokenView):
         return _column(self.tokens.entropies)
 
     @property
+    def score_norms(self) -> Float[Tensor, "N 1"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return _column(self.tokens.score_norms)
+
+    @property
+    def is_demonstration_token(self) -> Bool[Tensor, "N 1"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return _column(self.tokens.is_demonstration_token)
+
+    @property
     def step(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.tokens.step
 

@@ -4,7 +4,7 @@ plan = algorithm.plan(batch)          # on the whole batch
 plan.estimate(micro_batch)            # on some of its trajectories; the estimates add up
 
 An algorithm with parts of reach 'batch' also needs the current log-probs of the whole batch before the first estimate:
-in `batch`, or later by `plan = plan.with_current(batch)`.
+in `batch`, or later by `plan.with_current(batch)`, which returns the plan to estimate with.
 """
 
 from __future__ import annotations
@@ -98,6 +98,11 @@ class Plan:
                 f"with_current: found {len(batch)} trajectories, but the plan is of {len(self.contributing)}; give the "
                 "whole planned batch with the current log-probs"
             )
+        if not batch.is_whole:
+            raise ValueError(
+                "with_current: found trajectories in another order than in the planned batch; give the whole "
+                "batch in its order, with the current log-probs"
+            )
         with torch.no_grad():
             terms = {name: term.with_current(batch, share) for name, term in self.terms.items()}
         contributing = _contributing(terms, self.penalties, self.reach, batch)
@@ -157,7 +162,7 @@ class Plan:
             raise ValueError(
                 f"{path}: {type(part).__name__} has reach 'batch', so before the first estimate it needs the current "
                 "log-probs of the whole batch; give them to `algorithm.plan(batch)`, or call "
-                "`plan = plan.with_current(batch)` with them"
+                "`plan.with_current(batch)` with them and estimate with the plan that it returns"
             )
         if batch.logprobs is None:
             raise ValueError("logprobs: an estimate needs them, but this batch has none; pass `logprobs=...` [B, T]")
@@ -197,8 +202,7 @@ class Plan:
     @property
     def _compared(self) -> frozenset[str]:
         """The terms whose mask compares the policy with the behaviour policy."""
-        masks = {name: term.estimator.parts["mask"] for name, term in self.terms.items()}
-        return frozenset(name for name, mask in masks.items() if "behavior_logprobs" in live_reads(mask))
+        return frozenset(name for name, term in self.terms.items() if term.compares)
 
 
 def plan_updates(
@@ -209,6 +213,11 @@ def plan_updates(
     updates: Sequence[Int[Tensor, "b"] | None],
 ) -> list[Plan]:
     """One plan per update, see `Algorithm.plans`. No term or regularizer has a coefficient of 0."""
+    if not batch.is_whole:
+        raise ValueError(
+            "row: the batch was selected from another one, whose rows a plan cannot look up; give a batch of its own, "
+            "`dataclasses.replace(batch, row=None)`, and select micro-batches from that one"
+        )
     active = {name: term.active(batch) for name, term in terms.items()}
     ready = {name: term.precompute(batch) for name, term in terms.items()}
     penalties: dict[str, Any] = {
@@ -251,8 +260,8 @@ def _plan(
         source, rows = batch.source_rows(term.source), active[name]
         weights = _weights(term.reduction, batch, Counted(rows, tokens[name]), in_any_term)
         columns = source, rows, weights
-        seen = batch.tokens_seen(term.source)
-        planned[name] = PlannedTerm(term.gate, term.estimator, term.coefficient, *columns, term.support, seen)
+        seen, compares = batch.tokens_seen(term.source), "behavior_logprobs" in live_reads(term.estimator.mask)
+        planned[name] = PlannedTerm(term.gate, term.estimator, term.coefficient, *columns, term.support, seen, compares)
     penalties: dict[str, PlannedPenalty] = {}
     for name, regularizer in regularizers.items():
         counted = in_any_term.of(batch, regularizer.source)

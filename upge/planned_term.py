@@ -30,6 +30,7 @@ class PlannedTerm:
         weights: [B, T] the reduction's w, 0 outside the active rows and the tokens of the source.
         support: of the term.
         seen: [B, T] the tokens that the parts see; None = all.
+        compares: whether the mask compares the policy with the behavior policy.
     """
 
     gate: Gate
@@ -40,6 +41,7 @@ class PlannedTerm:
     weights: Float[Tensor, "B T"]
     support: Support = SampledToken()
     seen: Bool[Tensor, "B T"] | None = None
+    compares: bool = False
 
     def to(self, device: torch.device | str) -> PlannedTerm:
         """A copy of this term on `device`."""
@@ -50,7 +52,7 @@ class PlannedTerm:
         gate, estimator = mapped(self.gate, move), mapped(self.estimator, move)
         tensors = move(self.source), move(self.active), move(self.weights)
         seen = None if self.seen is None else move(self.seen)
-        return PlannedTerm(gate, estimator, self.coefficient, *tensors, self.support, seen)
+        return PlannedTerm(gate, estimator, self.coefficient, *tensors, self.support, seen, self.compares)
 
     @property
     def on_support(self) -> bool:
@@ -101,6 +103,18 @@ class PlannedTerm:
         parts = {"gate": self.gate, **{f"estimator.{slot}": part for slot, part in self.estimator.parts.items()}}
         return {path: part for path, part in parts.items() if part.spans_update}
 
+    @property
+    def _ranks_by_advantage(self) -> bool:
+        """True if a part of reach 'batch' is called with Â, so that Â must be known in the pass before the update."""
+        others = [part for slot, part in self.estimator.parts.items() if slot != "advantage"]
+        return any(part.spans_update and part.sees_advantages for part in others)
+
+    @property
+    def pending_reads(self) -> frozenset[str]:
+        """The columns that `with_current` reads."""
+        parts = [*self.pending.values(), *[self.estimator.advantage] * self._ranks_by_advantage]
+        return frozenset[str]().union(*(part.columns for part in parts))
+
     def with_current(self, batch: Trajectories, share: Callable[[Tensor], Tensor]) -> PlannedTerm:
         """This term with its parts of reach 'batch' replaced by their values, see `Plan.with_current`.
 
@@ -114,10 +128,11 @@ class PlannedTerm:
         def ready(part: Any, *advantages: Tensor) -> Any:
             return Precomputed(share(part(part.view(own), *advantages).detach())) if part.spans_update else part
 
-        advantage = ready(self.estimator.advantage)
-        advantages = advantage(advantage.view(batch)).detach() * own.response_mask
+        advantage, advantages = ready(self.estimator.advantage), []
+        if self._ranks_by_advantage:
+            advantages = [advantage(advantage.view(batch)).detach() * own.response_mask]
         others = {slot: part for slot, part in self.estimator.parts.items() if slot != "advantage"}
-        parts = {slot: ready(part, *[advantages] * part.sees_advantages) for slot, part in others.items()}
+        parts = {slot: ready(part, *advantages * part.sees_advantages) for slot, part in others.items()}
         return replace(self, gate=ready(self.gate), estimator=UnifiedGradient(advantage=advantage, **parts))
 
 

@@ -171,6 +171,12 @@ class Trajectories(TrajectoryView):
     def __len__(self) -> int:
         return len(self.response_mask)
 
+    @property
+    def is_whole(self) -> bool:
+        """True if `row` numbers the trajectories from 0: the batch is not a selection from another one."""
+        assert self.row is not None
+        return torch.equal(self.row, torch.arange(len(self), device=self.row.device))
+
     def source_rows(self, source: Source) -> Bool[Tensor, "B"]:
         """[B] True for the trajectories with tokens that `source` names, and for empty ones of its kind.
 

@@ -10,6 +10,7 @@ import torch
 import algorithms
 import upge
 from tests.literal import trajectories
+from upge.testing.batches import random_batch, select_rows
 from upge.train.sample import Trajectory, assemble
 
 
@@ -29,6 +30,21 @@ def test_log_probs_above_0_are_refused(column):
             dataclasses.replace(batch, **{column: ones})
     ones[0, 1], ones[1, 1] = 1e-4, 7.0  # a rounding error, and padding
     assert dataclasses.replace(batch, **{column: ones})
+
+
+@pytest.mark.parametrize("name", ["grpo", "kl_cov"])
+def test_a_batch_that_was_selected_is_planned_as_a_batch_of_its_own(name):
+    """Its rows name those of the other batch, where a plan would look up other trajectories' numbers."""
+    whole, algorithm = random_batch(pairs=False), algorithms.load(name)
+    for rows in (torch.arange(10, 20), torch.randperm(20, generator=torch.Generator().manual_seed(0))):
+        chosen = select_rows(whole, rows)
+        own = dataclasses.replace(chosen, row=None)
+        assert torch.equal(algorithm.estimate(chosen).weights, algorithm.estimate(own).weights)
+        with pytest.raises(
+            ValueError, match=r"^row: .* selected from another .*`dataclasses\.replace\(batch, row=None\)`"
+        ):
+            algorithm.plan(chosen)
+        assert torch.equal(algorithm.plan(own).estimate(own).weights, algorithm.estimate(own).weights)
 
 
 def test_group_statistics_are_over_rollouts():

@@ -103,6 +103,35 @@ def test_a_plan_without_log_probs_says_what_it_needs():
     assert torch.equal(ready.estimate(batch).weights, algorithm.estimate(batch).weights)
 
 
+def test_a_plan_waits_for_the_planned_batch_in_its_order():
+    """A part's values are kept by place in the batch, so those of another order would go to other tokens."""
+    batch = random_batch()
+    plan = ALGORITHMS["mask"].plan(dataclasses.replace(batch, logprobs=None, entropies=None))
+    with pytest.raises(ValueError, match=r"with_current: .* in another order than in the planned batch; give .* order"):
+        plan.with_current(select_rows(batch, torch.arange(len(batch)).flip(0)))
+
+
+def test_a_gate_on_a_support_waits_without_the_advantage():
+    """On a support the advantage reads distributions, which a pass before the update does not have."""
+    algorithm, batch = algorithms.load("gkd"), random_batch()
+    term = dataclasses.replace(algorithm.terms["distill"], gate=Uncertain())
+    plan = dataclasses.replace(algorithm, terms={"distill": term}).plan(
+        dataclasses.replace(batch, logprobs=None, entropies=None)
+    )
+    assert list(plan.pending) == ["terms.distill.gate"]
+    current = dataclasses.replace(batch, teacher_logprobs=None)
+    assert not plan.with_current(current).pending
+
+
+def test_the_metrics_say_on_which_side_the_mask_stops_tokens():
+    """Also once the mask is a table of numbers."""
+    batch = random_batch()
+    metrics = grpo(mask=upge.AllOf((upge.PPOClip(), LikelyHalf()))).estimate(batch).metrics
+    assert metrics["rl/masked_above"] > 0
+    assert metrics["rl/masked_above"] + metrics["rl/masked_below"] == pytest.approx(metrics["rl/masked_share"], abs=0.1)
+    assert "rl/masked_above" not in grpo(mask=LikelyHalf()).estimate(batch).metrics
+
+
 def test_other_algorithms_wait_for_nothing():
     batch = random_batch()
     plan = algorithms.load("grpo").plan(dataclasses.replace(batch, logprobs=None))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -159,6 +160,31 @@ def test_precomputed_parts_are_constant_over_the_vocabulary():
     product = upge.Shifted(upge.GroupRelative(), 0.0)
     loss = upge.Algorithm("test", {"one": term(product, upge.FullVocabulary())}).estimate(batch).loss
     assert gradient(loss, logits).abs().max() < 1e-14, "Σ_v Â ∇π(v) = 0 for an advantage that is equal for all v"
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns(upge.AdvantageEstimator):
+    """A sum of columns with one number per token, and of the candidate's log-prob."""
+
+    reads: ClassVar[frozenset[str]] = frozenset(
+        {"logprobs", "values", "entropies", "score_norms", "is_demonstration_token"}
+    )
+
+    def __call__(self, batch):
+        known = batch.values + batch.entropies.detach() + batch.score_norms
+        return batch.logprobs.detach() + known * (1.0 + batch.is_demonstration_token)
+
+
+def test_every_column_with_one_number_per_token_is_known_on_a_support():
+    batch, _ = batch_with_distributions()
+    algorithm = upge.Algorithm("columns", {"one": term(Columns(), upge.FullVocabulary(), source="all")})
+    estimate = algorithm.estimate(batch)
+    own = batch.response_mask
+    total = (batch.values + batch.entropies + batch.score_norms) * (1 + batch.is_demonstration_token.double())
+    expected = (-batch.entropies + total)[own]
+    weighted = estimate.terms["one"].gate * estimate.terms["one"].reduction != 0
+    advantages = estimate.terms["one"].advantages
+    torch.testing.assert_close(advantages[weighted], expected.detach()[weighted[own]], check_dtype=False)
 
 
 def test_the_entropy_of_the_likeliest_tokens():

@@ -134,6 +134,8 @@ class KLTerm(Correction):
 class KLInReward(Correction):
     """A KL penalty towards the reference policy in the reward: each token loses coefficient·k, see `upge.KLShaped`.
 
+    Terms whose advantage reads no reward, such as the penalty of KL-Cov, are unchanged beside one that does.
+
     Attributes:
         coefficient: the reward lost per nat.
         kind: the estimate of the KL; k1 is unbiased as a reward.
@@ -145,7 +147,10 @@ class KLInReward(Correction):
     future: bool = True
 
     def apply(self, algorithm: Algorithm) -> Algorithm:
-        for name, term in sampled_terms(algorithm).items():
+        terms = sampled_terms(algorithm)
+        rewarded = {name: term for name, term in terms.items() if "rewards" in term.estimator.advantage.columns}
+        terms = rewarded or terms
+        for name, term in terms.items():
             place = f"terms.{name}.estimator.advantage"
             check_absent(term.estimator.advantage, KLShaped, place)
             for path, part in walk(term.estimator.advantage, place):
@@ -154,7 +159,9 @@ class KLInReward(Correction):
                         f"{path} is a KLPenalizedReward, so the reward already includes a KL penalty; change its "
                         "coefficient, or remove it in an algorithm file of your own"
                     )
-        return wrap(algorithm, "advantage", lambda inner: KLShaped(inner, self.coefficient, self.kind, self.future))
+        return wrap(
+            algorithm, "advantage", lambda inner: KLShaped(inner, self.coefficient, self.kind, self.future), list(terms)
+        )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
@@ -93,7 +93,8 @@ def sampled_terms(algorithm: Algorithm) -> dict[str, Term]:
 def wrap(algorithm: Algorithm, slot: str, change: Callable[[Any], Any], names: list[str] | None = None) -> Algorithm:
     """Replace the part in one slot of the estimators: 'mask', 'denominator', 'advantage' or 'likelihood'.
 
-    A denominator or a mask that holds the term's own advantage, because it needs its sign, gets the new advantage.
+    A part that holds the changed advantage gets the new one: a denominator or a mask of the same term, because it needs
+    its sign, or a mask of another term, because it ranks by it.
 
     Args:
         change: the function from the old to the new part; called once per term.
@@ -102,14 +103,18 @@ def wrap(algorithm: Algorithm, slot: str, change: Callable[[Any], Any], names: l
     Raises:
         NotApplicable: `names` is None and there is no such term.
     """
+    old = {name: term.estimator.parts[slot] for name, term in algorithm.terms.items()}
+    new = {name: change(old[name]) for name in (sampled_terms(algorithm) if names is None else names)}
     terms = dict(algorithm.terms)
-    for name in sampled_terms(algorithm) if names is None else names:
-        estimator = terms[name].estimator
-        parts = {**estimator.parts, slot: change(estimator.parts[slot])}
+    for name, term in algorithm.terms.items():
+        parts = {**term.estimator.parts, slot: new.get(name, old[name])}
         if slot == "advantage":
-            follow = _substitution(estimator.advantage, parts[slot])
+            # A term that keeps the same advantage keeps it everywhere.
+            pairs = [(old[one], new[one]) for one in new if name in new or old[one] != old[name]]
+            follow = _substitution(pairs)
             parts |= {other: rewritten(parts[other], follow) for other in parts if other != slot}
-        terms[name] = replace(terms[name], estimator=replace(estimator, **parts))
+        if any(parts[one] is not part for one, part in term.estimator.parts.items()):
+            terms[name] = replace(term, estimator=replace(term.estimator, **parts))
     return replace(algorithm, terms=terms)
 
 
@@ -166,6 +171,10 @@ def check_graded(advantage: AdvantageEstimator, place: str) -> None:
             )
 
 
-def _substitution(old: Component, new: Component) -> Callable[[Component], Component]:
-    """A function that replaces every part that equals `old` by `new`."""
-    return lambda part: new if type(part) is type(old) and part == old else part
+def _substitution(pairs: Sequence[tuple[Component, Component]]) -> Callable[[Component], Component]:
+    """A function that replaces every part that equals the first of a pair by the second."""
+
+    def replaced(part: Component) -> Component:
+        return next((new for old, new in pairs if type(part) is type(old) and part == old), part)
+
+    return replaced

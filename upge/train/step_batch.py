@@ -146,7 +146,7 @@ class BatchFiller:
         """
         if not plan.pending:
             return plan, []
-        read = frozenset[str]().union(*(part.columns for part in plan.pending.values()))
+        read = frozenset[str]().union(*(term.pending_reads for term in plan.terms.values()))
         names = ["logprobs", "entropies"] if "entropies" in read else ["logprobs"]
 
         def forward(rows: list[int]) -> Tensor:

@@ -137,7 +137,9 @@ class Updater:
         """
         batch = self.fill(trajectories, step, state)
         updates = self.plan(batch, rates)
-        sums = self._probe(batch, updates, rates)
+        first = next((update for update in updates if update.trains_policy), None)
+        compares = rates.policy is not None and first is not None and first.has_rollouts
+        sums = [] if compares else self._probe(batch)
         metrics = _coefficients(updates)
         if self.critic is not None:
             targets = [update.critic_target for update in updates if update.critic_target is not None]
@@ -163,6 +165,8 @@ class Updater:
                 more, result = self.critic.update(update.batch, update.critic_target, rates.critic, poll)
                 sums = sums + more
                 critic_steps.append(result)
+        if compares and not steps:  # parts of reach 'batch' have left nothing to learn from
+            sums = sums + self._probe(batch)
         norms, critic_norms = ([result.norm for result in some] for some in (steps, critic_steps))
         return UpdateReport(
             grad_norms=norms,
@@ -290,14 +294,13 @@ class Updater:
         return passes
 
     @torch.no_grad()
-    def _probe(self, batch: StepBatch, updates: Sequence[Update], rates: LearningRates) -> list[MetricSums]:
-        """Compares sampler and trainer on one rollout per rank, if the first update of the policy has no rollouts.
+    def _probe(self, batch: StepBatch) -> list[MetricSums]:
+        """Compares sampler and trainer on one rollout per rank, where the first update of the policy does not.
 
         So a sampler with stale weights shows in every step.
         """
-        first = next((update for update in updates if update.trains_policy), None)
         rollouts = [t for t in batch.trajectories if not t.is_demonstration]
-        if not rollouts or (rates.policy is not None and first is not None and first.has_rollouts):
+        if not rollouts:
             return []
         world = self.engine.world
         chosen = rollouts[world.rank : world.rank + 1]

@@ -111,6 +111,17 @@ def test_two_corrections_multiply():
     assert (both - gradient(textbook_corrections.tis(s), s) - bonus).abs().max() <= 1e-12
 
 
+@pytest.mark.parametrize("name", ["kl_reward", "overlong", "optimal_baseline"])
+def test_a_ranking_by_the_advantage_of_another_term_follows_it(name):
+    """KL-Cov ranks by the advantage of its term `rl`. Its penalty has no reward that could be changed."""
+    loaded = algorithms.load("kl_cov", corrections=[name])
+    plain = algorithms.load("kl_cov").terms
+    rl, kl = (loaded.terms[term].estimator for term in ("rl", "kl"))
+    assert rl.advantage != plain["rl"].estimator.advantage and kl.mask.advantage == rl.advantage
+    assert kl.advantage == plain["kl"].estimator.advantage
+    upge.testing.check_algorithm(loaded)
+
+
 def test_a_demonstration_is_never_corrected():
     """Sampler log-probs of demonstrations mean nothing; whatever they hold, the gradient is the same."""
     s = sample(0)

@@ -100,6 +100,26 @@ def test_the_report_counts_what_contributed(tmp_path):
 
 
 @dataclass(frozen=True)
+class Uncertainty(upge.AdvantageEstimator):
+    """A live advantage."""
+
+    reads: ClassVar[frozenset[str]] = frozenset({"rewards", "entropies"})
+
+    def __call__(self, batch):
+        return batch.rewards[:, None] * batch.entropies.detach()
+
+
+def test_the_advantage_that_a_ranking_sees_has_its_columns(tmp_path):
+    """It is evaluated in the same pass, also if it reads entropies and the mask does not."""
+    folder = save_random_model(tmp_path)
+    algorithm, config = grpo(mask=LikelyHalf(), advantage=Uncertainty()), OptimizerConfig(lr=LR)
+    engine = PlainEngine(folder)
+    Updater(engine, algorithm, config).update(trajectories(), 0, LearningRates(LR))
+    (expected,) = plain_updates(folder, algorithm, config)
+    assert float((engine.gradients[0] - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+@dataclass(frozen=True)
 class Nothing(LikelyHalf):
     """Stops every token."""
 
@@ -113,6 +133,7 @@ def test_an_update_with_nothing_left_is_left_out(tmp_path, epochs):
     updater = Updater(engine, grpo(mask=Nothing()), OptimizerConfig(lr=LR, mini_batches=2, epochs=epochs))
     report = updater.update(trajectories(), 0, LearningRates(LR))
     assert engine.gradients == [] and list(report.grad_norms) == []
+    assert report.sums.gap_tokens > 0, "sampler and trainer are compared in every step"
     assert report.active.no_signal_prompts == 1
 
 
