@@ -345,11 +345,11 @@ def test_a_group_that_stays_together_and_a_small_batch_have_their_own_micro_batc
 
 @pytest.mark.parametrize("name", algorithms.names())
 def test_every_algorithm_has_a_balance(name):
-    """Of each stage; none where it learns from preference pairs or from other models' predictions alone."""
+    """Of each stage; none with preference pairs, guidance, or other models' predictions alone."""
     algorithm = algorithms.load(name)
     actual = balances(algorithm, 4, 16)
     needs = algorithm.needs
-    has_none = needs.preference_pairs or needs.teacher or getattr(algorithm, "supports", None)
+    has_none = needs.preference_pairs or needs.teacher or needs.prefixes or getattr(algorithm, "supports", None)
     assert len(actual) == (0 if has_none else len(getattr(algorithm, "stages", "1")))
     for one in actual.values():
         assert one.rollouts or one.demonstration
