@@ -25,7 +25,6 @@ class Mutant(NamedTuple):
 
 
 REACH = "upge/train/test_settings_reach.py::"
-BATCH_REACH = "upge/train/test_batch_reach_updates.py::"
 STAGES = "upge/train/test_stages.py::"
 EVALUATE = "upge/evaluation/test_train_evaluate.py::"
 UPDATES = "upge/train/test_update_columns.py::"
@@ -105,13 +104,6 @@ MUTANTS = (
         "behavior=number != first)",
         "behavior=False)",
         [UPDATES + "test_updates_are_those_with_all_columns[grpo-2-1]"],
-    ),
-    Mutant(
-        "later-epochs-without-dropped-trajectories",
-        "upge/train/update.py",
-        "current or logprobs, top",
-        "logprobs, top",
-        [BATCH_REACH + "test_updates_are_those_of_plain_torch[2-2-60]"],
     ),
     Mutant(
         "one-epoch-only",

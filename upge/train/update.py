@@ -145,8 +145,7 @@ class Updater:
             targets = [update.critic_target for update in updates if update.critic_target is not None]
             metrics |= value_metrics(targets, [update.batch.columns.response_mask for update in updates])
         tops: list[TopTrajectory] = []
-        steps: list[StepResult] = []
-        critic_steps: list[StepResult] = []
+        steps, critic_steps = list[StepResult](), list[StepResult]()
         plans = [update.plan for update in updates]
         for number in [*range(len(updates))] * self.config.epochs:
             update, is_first = updates[number], not steps
