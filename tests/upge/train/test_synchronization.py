@@ -52,7 +52,9 @@ class HeadAlone:
 
     def __init__(self) -> None:
         g = torch.Generator().manual_seed(0)
-        self.world = SimpleNamespace(size=1, rank=0, device=torch.device("cpu"), gather=lambda one: [one])
+        self.world = SimpleNamespace(
+            size=1, rank=0, device=torch.device("cpu"), gather=lambda one: [one], broadcast=lambda one: one
+        )
         self.costs = Costs(0.1, 0.1)
         self.weight = torch.randn(VOCABULARY, WIDTH, generator=g, requires_grad=True)
         self.table = torch.randn(VOCABULARY, WIDTH, generator=g)
