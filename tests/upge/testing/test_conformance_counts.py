@@ -146,7 +146,7 @@ def test_a_gradient_that_is_not_minus_the_weights_is_caught():
             return dataclasses.replace(actual, loss=2 * actual.loss)
 
     terms = algorithms.load("grpo").terms
-    loud = Meddling("loud", terms, meddle=lambda p, b: Loud(p.terms, p.penalties, p.contributing, p.active))
+    loud = Meddling("loud", terms, meddle=lambda p, b: Loud(**vars(p)))
     with pytest.raises(ConformanceError, match="'loud' the gradient is not minus the weights"):
         check_algorithm(loud)
 
