@@ -53,7 +53,7 @@ def test_several_ranks(program: tuple[Path, dict[str, str]]) -> None:
     folder, env = program
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, "-m", "programs.run"], cwd=folder, env=env, capture_output=True, text=True, timeout=60
+        [*command, "-m", "programs.run"], cwd=folder, env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert [(folder / f"out{rank}").read_text() for rank in (0, 1)] == [EXPECTED] * 2
@@ -62,7 +62,7 @@ def test_several_ranks(program: tuple[Path, dict[str, str]]) -> None:
 def test_main_program_is_not_run_again_and_workers_end_with_it(program: tuple[Path, dict[str, str]]) -> None:
     folder, env = program
     command = [sys.executable, "-m", "programs.run", "die"]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     pids = [int(pid) for pid in done.stdout.split()]
     assert (done.returncode, done.stderr, len(pids)) == (-signal.SIGKILL, "", 3)
     assert (folder / "log").read_text() == "main __main__\n"
