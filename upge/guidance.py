@@ -111,9 +111,9 @@ def _check_share(part: PrefixLength, name: str) -> None:
 class Guidance:
     """Which rollouts continue a prefix, and where it stands.
 
-    All guided rollouts of a prompt in a step continue the same prefix. It is shorter than the demonstration and leaves
-    the policy at least one token of the response limit, to which it counts. Prompts without a demonstration, and those
-    whose prefix is empty, are sampled plainly. Evaluation has no guidance.
+    All guided rollouts of a prompt in a step continue the same prefix. It is shorter than the demonstration. It counts
+    towards the response limit, of which at least one token is left to the policy. Prompts without a demonstration are
+    sampled without a prefix, and so is one whose prefix has length 0. Evaluation has no guidance.
 
     Attributes:
         length: the distribution of the prefix's length.

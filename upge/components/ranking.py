@@ -24,8 +24,8 @@ from upge.views import TrajectoryView
 def token_keys(batch: TrajectoryView, seed: int = 0) -> Int[Tensor, "B T"]:
     """[B, T] a pseudo-random 64-bit integer for each token, from `seed`, step, trajectory and position.
 
-    Whoever reads it declares `index`. The step is `batch.step`, the trajectory `batch.index`, and the position counts
-    the tokens of `response_mask`.
+    The position is the number of the token among those of `response_mask`. A part that calls this function lists
+    `index` in its `reads`.
     """
     position = batch.response_mask.cumsum(dim=1)
     key = _mixed(torch.full_like(position, seed))
@@ -64,8 +64,8 @@ class CovarianceClip(StabilizationMask):
 
     Of the tokens that `mask` lets through and whose cov = (log π_θ - mean log π_θ)·(Â - mean Â) lies in (low, high),
     ⌊share·N⌋, at least 1, are stopped; N is the number of tokens of the term in the update, and the means are over
-    them. The draw depends only on `seed`, the step, the trajectory and the position, see `token_keys`: all epochs of a
-    step prefer the same tokens.
+    them. The draw depends only on `seed`, the step, the trajectory and the position (see `token_keys`), so all epochs
+    of a step draw in the same order.
 
     Attributes:
         mask: the mask for the other tokens.

@@ -254,8 +254,8 @@ class OverlongShaped(AdvantageEstimator):
     """The inner Â of the rewards R - penalty·clip((|τ| - s)/(limit - s), 0, 1), s = limit·(1 - buffer).
 
     This is the soft overlong punishment of arXiv 2503.14476, Eq. 13. Gates and pass rates read the verifier's rewards
-    without the penalty. |τ| includes the tokens of a demonstration that a rollout continues, because they count to the
-    limit.
+    without the penalty. |τ| includes the tokens of a demonstration that a rollout continues, because the limit
+    includes them.
 
     Attributes:
         advantage: the inner advantage. Demonstrations keep their rewards.
