@@ -127,9 +127,9 @@ def measure(
     pairs = pool.pairs()
     scores = ModelScores(load_model(policy.model), config.sketch, temperature, seed=chosen.run.seed)
     known: dict[str, list[Tensor]] = {}
-    with_vocabulary = any(one.supports for one in chosen.algorithms.values())
+    with_vocabulary = sum(len(one.supports) for one in chosen.algorithms.values())
     if with_vocabulary:
-        _check_distributions(pairs, scores, len(others) + 1)
+        _check_distributions(pairs, scores, len(others) + 1, with_vocabulary)
         known["distribution/policy"] = known["distribution/reference"] = scores.distributions(pairs)
     for name, model in others.items():
         other = ModelScores(load_model(model), 1, temperature)
@@ -224,10 +224,10 @@ def _results(
     }
 
 
-def _check_distributions(pairs: Sequence[Pair], scores: ModelScores, models: int) -> None:
+def _check_distributions(pairs: Sequence[Pair], scores: ModelScores, models: int, terms: int) -> None:
     """Raises ConfigError if the distributions of the models at the pool's tokens do not fit into memory."""
-    # Also the direction of each response, in float64.
-    size = (4 * models + 8) * sum(len(response) for _, response in pairs) * scores.vocabulary
+    # `Directions` keeps each response's direction twice in float64, for each term on the vocabulary.
+    size = (4 * models + 16 * terms) * sum(len(response) for _, response in pairs) * scores.vocabulary
     free = psutil.virtual_memory().available
     if size > _MEMORY * free:
         raise ConfigError(
