@@ -127,14 +127,14 @@ def measure(
     pairs = pool.pairs()
     scores = ModelScores(load_model(policy.model), config.sketch, temperature, seed=chosen.run.seed)
     known: dict[str, list[Tensor]] = {}
-    with_vocabulary = sum(len(one.supports) for one in chosen.algorithms.values())
-    if with_vocabulary:
-        _check_distributions(pairs, scores, len(others) + 1, with_vocabulary)
+    terms_on_vocabulary = sum(len(one.supports) for one in chosen.algorithms.values())
+    if terms_on_vocabulary:
+        _check_distributions(pairs, scores, len(others) + 1, terms_on_vocabulary)
         known["distribution/policy"] = known["distribution/reference"] = scores.distributions(pairs)
     for name, model in others.items():
         other = ModelScores(load_model(model), 1, temperature)
         known[f"{name}_logprobs"] = [logprobs for logprobs, _ in other.columns(pairs)]
-        if with_vocabulary and name != "behavior":
+        if terms_on_vocabulary and name != "behavior":
             known[f"distribution/{name}"] = other.distributions(pairs, scores.vocabulary)
     if any("score_norms" in one.step_needs.columns for one in chosen.algorithms.values()):
         known["score_norms"] = scores.score_norms(pairs)
