@@ -8,12 +8,13 @@ TORCH_INDEX ?=
 ARGS ?=
 JOBS ?= 2
 export VENV PYTHON ENGINE TORCH_INDEX
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 # Tests of the CPU set whose libraries are others in the CUDA set.
 STACK := $(addprefix tests/upge/train/test_,engine.py packing.py term_gradients.py learner.py attention_kernel.py lora.py \
 	elementwise.py::test_the_code_of_every_family_is_known)
-.PHONY: help env run test test-gpu-stack lint bench peers docs results
+.PHONY: help env run test test-slow test-gpu-stack lint bench peers docs results
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -25,8 +26,11 @@ env:  ## create or update the environment in .venv
 run: env  ## train; default: the small model on arithmetic, about five minutes on two cores
 	$(VENV)/bin/python -m experiments.run $(ARGS)
 
-test: env  ## run the tests, JOBS files at a time (2)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+test: env  ## run the tests that are not slow, JOBS files at a time (2)
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-slow: env  ## run the slow tests: whole runs, the compiler, real models, generated pages
+	$(PYTEST) -m slow $(ARGS)
 
 test-gpu-stack:  ## test the calls of the CUDA packages, without a GPU: 11 GB in .venv-gpu, five minutes
 	@ENGINE=gpu VENV=.venv-gpu bash requirements/install.sh

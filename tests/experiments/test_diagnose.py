@@ -89,6 +89,7 @@ def test_the_exact_diagnosis(tmp_path, capsys):
     assert "ppo" in {line["name"] for line in whole["measured"]}, "this setting has a critic"
 
 
+@pytest.mark.slow
 def test_a_run_s_checkpoints_are_policies(tmp_path):
     """Where it began, and each checkpoint: unpacked, they are what the run has exported."""
     output = tmp_path / "run"

@@ -76,7 +76,7 @@ def check_up(folder: Path, *arguments: str, ranks: int = 1) -> dict[str, dict]:
     return rows
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_no_problem_on_the_cpu(tmp_path, ranks):
     rows = check_up(tmp_path / "out", "prompts=2", "group_size=3", "rollout.engine=transformers", ranks=ranks)
     assert list(rows) == EVERY
@@ -98,6 +98,7 @@ def test_no_problem_with_vllm(tmp_path, ranks):
     assert rows["sampling"]["details"]["engine"] == "vllm"
 
 
+@pytest.mark.slow
 def test_random_weights_of_a_shape(tmp_path):
     """A folder that has only a config.json, large enough that a smaller model stands for it in the gradients."""
     config = json.loads((ROOT / "experiments/models/qwen2.5-math-7b/config.json").read_text())

@@ -155,6 +155,7 @@ def test_greedy_is_alike_for_all_seeds(tmp_path):
     assert sample_lines(tmp_path / "0") == sample_lines(tmp_path / "1")
 
 
+@pytest.mark.slow
 def test_with_vllm(tmp_path):
     """Greedy, both engines give the same responses."""
     pytest.importorskip("vllm")

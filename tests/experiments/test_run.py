@@ -20,6 +20,7 @@ def mean(rows: list[dict], key: str) -> float:
     return sum(row[key] for row in rows) / len(rows)
 
 
+@pytest.mark.slow
 def test_the_default_gets_better(tmp_path):
     """A short run of the default: the reward rises, both branches of the gate occur from the first step."""
     out = tmp_path / "run"
@@ -67,6 +68,7 @@ def test_transformers_engine_follows_the_weights(tmp_path, algo):
     assert sum(row["updates"] for row in metrics) >= 8
 
 
+@pytest.mark.slow
 def test_two_ranks_with_vllm(tmp_path):
     """torchrun, gloo, an engine on each rank; the batch is the same whatever the number of ranks."""
     settings = [*SMALL, "prompts_per_step=6", "steps=3", "rollout.engine=vllm", "verify.workers=1"]

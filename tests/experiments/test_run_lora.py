@@ -14,6 +14,8 @@ from experiments.run.workload import Machine
 from tests.running import SMALL, lines, run
 from upge.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 LORA = ("model.lora.rank=4", "steps=3", "optimizer.lr=1e-2", "eval.every=-1", "verify.workers=1", *SMALL)
 
 

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.running import SMALL, lines, run
 
+pytestmark = pytest.mark.slow
+
 #: Interleaved updates with moments of their own, and prompts that wait for one; a critic and a gate that moves.
 ALGORITHMS = {
     "relift": (1, 2, ["algo.interleaved_update.size=2", "algo.interleaved_update.gate.threshold=0.5"]),

@@ -30,6 +30,7 @@ def teacher(tmp_path_factory):
     return out / "final"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["gkd", "opd", "asft"])
 def test_ranks_do_not_matter(teacher, tmp_path, algorithm):
     """Distributions of a reference policy and of a teacher, in micro-batches of one rank or of two."""

@@ -234,6 +234,7 @@ def test_a_run_that_fails_is_told_of_and_the_others_are_reported(done, capsys):
     )
 
 
+@pytest.mark.slow
 def test_models_are_evaluated_and_a_killed_sweep_goes_on(tmp_path):
     suite = tmp_path / "suite.yaml"
     suite.write_text(
@@ -257,6 +258,7 @@ def test_models_are_evaluated_and_a_killed_sweep_goes_on(tmp_path):
     assert float(row["own/s/avg"]) == scores["benchmarks"]["s"]["avg"]["value"]
 
 
+@pytest.mark.slow
 def test_a_sweep_that_chooses_runs_the_other_first(tmp_path, capsys):
     first = tmp_path / "rates.yaml"
     common = "{" + ", ".join(f"{k}: {v}" for k, v in (a.split("=") for a in TINY[2:])) + "}"

@@ -45,6 +45,7 @@ def test_table_1_is_the_papers():
             assert stopped == ([0] if "1[" in method.part.estimator.mask.formula().text else [])
 
 
+@pytest.mark.slow
 def test_the_page_is_the_generated_one():
     text = table1.PAGE.read_text("utf-8")
     assert table1.updated(text) == text, "run python -m experiments.table1 --docs"

@@ -62,6 +62,7 @@ def test_an_engine_recovers_with_good_weights(tmp_path: Path, name: str) -> None
         assert actual[kind] == actual["before"], kind
 
 
+@pytest.mark.slow
 def test_a_vllm_engine_is_restarted_once(tmp_path: Path) -> None:
     """The run is that of a sound engine; when the engine fails again, the run stops with its state saved."""
     keys = (*SMALL, "algo=grpo", "steps=2", "eval.every=-1", "verify.workers=1", "rollout.engine=vllm")

@@ -13,10 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests import forked
 from tests.forked import TORCHRUN
 from tests.running import ROOT, SMALL, environment, lines
+
+pytestmark = pytest.mark.slow
 
 #: Seconds within which a run that has lost a rank or its launcher must have ended, on a busy machine.
 LIMIT = 60.0

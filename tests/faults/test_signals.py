@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from tests import forked
 from tests.running import SMALL, environment, lines, run, without_times
 
+pytestmark = pytest.mark.slow
+
 KEYS = (*SMALL, "steps=3", "algo=grpo", "checkpoint.every=0", "checkpoint.keep=1", "eval.every=2", "verify.workers=1")
 
 

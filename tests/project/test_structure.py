@@ -152,6 +152,7 @@ except jaxtyping.TypeCheckError:
 """
 
 
+@pytest.mark.slow
 def test_shape_annotations_are_true():
     """Every algorithm's gradient and every part, with the annotations of the core checked at run time."""
     pytest.importorskip("beartype")

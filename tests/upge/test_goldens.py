@@ -11,6 +11,7 @@ from tests.golden_differences import ABSENT, TOLERANCE, Renames, compare, is_pro
 from tests.golden_objects import as_change, flatten, from_change, outcome
 
 
+@pytest.mark.slow
 def test_every_algorithm_with_every_correction_and_override_is_as_recorded():
     """The objects, needs and gradients of each, or the refusal; combinations of corrections are left to --check."""
     actual = goldens.check_objects(Renames(goldens.load("renames")), exact=False, combinations=False)

@@ -52,6 +52,7 @@ def test_bad_settings_are_named(changes, key):
         growth.series_of(growth.Settings(**changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_real_point(ranks):
     """A smaller one: weights and tokens counted, over all ranks, memory of at least the gradient."""

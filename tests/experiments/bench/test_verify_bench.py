@@ -163,6 +163,7 @@ def test_the_program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert __main__.main(["verifier", "--docs"]) == 2 and "are missing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_small_run_on_made_up_answers_finds_no_difference() -> None:
     actual = verifier.run(verifier.Settings(answers=12, grouped=16, parsed=4, bombs=0, pairs=0))
     rows = [line for line in actual.splitlines() if line.startswith("| ")]

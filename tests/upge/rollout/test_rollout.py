@@ -170,6 +170,7 @@ def test_the_same_call_gives_the_same_rollouts(engine: str, kind: str, observed:
     assert actual["nothing"] == []
 
 
+@pytest.mark.slow
 @engines
 def test_a_fresh_process_gives_the_same_rollouts(engine: str, folder: Path, observed: dict):
     output = folder / f"{engine}_fresh.json"

@@ -261,6 +261,7 @@ def test_mixture_finds_what_was_mixed():
 # The table, and what is refused.
 
 
+@pytest.mark.slow
 def test_the_tables_in_the_docs_are_current():
     text = docs.TABLES.page.read_text()
     assert docs.TABLES.updated(text) == text, "run python -m experiments.theory --docs"

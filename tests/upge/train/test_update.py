@@ -95,7 +95,10 @@ def launch(script: str, ranks: int, *arguments: object, timeout: float = 500) ->
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
-@pytest.mark.parametrize(("ranks", "budget"), [(1, 10_000), (1, 60), (2, 10_000), (2, 45)])
+@pytest.mark.parametrize(
+    ("ranks", "budget"),
+    [(1, 60), (2, 45), *(pytest.param(ranks, 10_000, marks=pytest.mark.slow) for ranks in (1, 2))],
+)
 def test_gradients_under_zero3(reference, tmp_path, ranks, budget):
     """One micro-batch or many, one rank or two: every algorithm's gradient is the plain one, to float32 rounding."""
     launch("update_ranks", ranks, reference.model, reference.columns, tmp_path / "gradients.pt", budget)
