@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import cached_property, reduce
 from typing import TypeVar
 
 from jaxtyping import Int
@@ -195,7 +195,7 @@ class Algorithm:
         """The value of each variable before the first step."""
         return {name: gate.initial() for name, gate in self.stateful.items()}
 
-    @property
+    @cached_property
     def reach(self) -> str:
         """How much of a batch must stay together in a micro-batch: 'token', 'trajectory' or 'group'.
 
@@ -203,17 +203,17 @@ class Algorithm:
         """
         return max((part.live_reach for part in self._parts_in_micro_batches), key=REACHES.index, default="token")
 
-    @property
+    @cached_property
     def _parts_in_micro_batches(self) -> list[Component]:
         """The parts at work that are not evaluated once per update."""
         return [part for path, part in self._working_parts.items() if path not in self.parts_per_update]
 
-    @property
+    @cached_property
     def parts_per_update(self) -> dict[str, Component]:
         """The parts of reach 'batch' by path; a forward pass before each update lets them see all of its tokens."""
         return {path: part for path, part in self._working_parts.items() if part.spans_update}
 
-    @property
+    @cached_property
     def takes_chunks(self) -> bool:
         """True if tokens can be evaluated in any selection.
 
@@ -222,7 +222,7 @@ class Algorithm:
         reads = frozenset[str]().union(*(live_reads(part) for part in self._parts_in_micro_batches))
         return self.reach == "token" and reads <= {*TOKEN_COLUMNS, "is_sampled"}
 
-    @property
+    @cached_property
     def supports(self) -> dict[str, Support]:
         """The support of every term with a coefficient other than 0 that moves other tokens than the sampled one."""
         return {

@@ -72,7 +72,7 @@ class Component(ABC):
         if self.reach not in REACHES:
             raise TypeError(f"{type(self).__name__}.reach is {self.reach!r}; it must be one of {REACHES}")
 
-    @property
+    @cached_property
     def parts(self) -> dict[str, Component]:
         """The parts that this one wraps, by field. The members of a tuple are named `field.0`, `field.1`, ..."""
         parts: dict[str, Component] = {}
