@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 
 import pytest
@@ -17,6 +18,12 @@ LONGEST = (
     *("evaluate", "nonfinite", "signals", "ranks", "theory_symbolic", "models", "critic", "learner", "term_gradients"),
     *("diagnose", "logprobs", "optimised", "bad_input", "correction_interplay", "conformance_shipped"),
 )
+
+
+def pytest_collection_finish() -> None:
+    """Keeps the garbage collector from going through everything that is imported again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
