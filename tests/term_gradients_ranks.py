@@ -1,6 +1,6 @@
 """Run by torchrun from test_term_gradients.py: the diagnostics of a step's first update; saved by rank 0.
 
-usage: pulls_ranks.py MODEL OUTPUT TOKEN_BUDGET
+usage: term_gradients_ranks.py MODEL REFERENCE OUTPUT TOKEN_BUDGET
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.models import trajectories
 from upge.train.config import LearningRates, ModelConfig, OptimizerConfig
 from upge.train.diagnostics import NO_DIAGNOSTICS, Diagnostics, merged, term_gradients
 from upge.train.distributed import connect, leave
-from upge.train.engine import Engine
+from upge.train.engine import Engine, ReferencePolicy
 from upge.train.metrics import step_metrics
 from upge.train.update import Updater
 
@@ -23,21 +23,25 @@ LR = 1e-2
 
 
 def mixed() -> upge.Algorithm:
-    """HPT with an entropy bonus: two terms that exclude each other and a regularizer over all rollouts."""
+    """HPT with an entropy bonus and a KL: two terms that exclude each other and regularizers over all rollouts."""
     node = algorithms.read("hpt")
-    bonus = {"_target_": "upge.EntropyBonus", "coefficient": 0.1, "reduction": {"_target_": "upge.TokenMean"}}
-    node.regularizers = {"entropy": bonus}
+    mean = {"coefficient": 0.1, "reduction": {"_target_": "upge.TokenMean"}}
+    reverse = {"_target_": "upge.LogRatio", "target": "reference"}
+    node.regularizers = {
+        "entropy": {"_target_": "upge.EntropyBonus", **mean},
+        "kl": {"_target_": "upge.DivergencePenalty", **mean, "advantage": reverse},
+    }
     return algorithms.compose(node, "mixed")
 
 
-def main(model: str, output: str, budget: str) -> None:
+def main(model: str, other: str, output: str, budget: str) -> None:
     world = connect()
     config = OptimizerConfig(lr=LR, max_grad_norm=0.0, mini_batches=1, micro_batch_tokens=int(budget))
-    results = {}
+    results, reference = {}, ReferencePolicy(ModelConfig(path=other), world)
     asked = {"diagnosed": Diagnostics(top_tokens=True, term_gradients=True), "plain": NO_DIAGNOSTICS}
     for name, diagnostics in asked.items():
         engine = Engine(ModelConfig(path=model), config, world)
-        updater = Updater(engine, mixed(), config)
+        updater = Updater(engine, mixed(), config, reference=reference)
         report = updater.update(trajectories(), 0, LearningRates(LR), diagnostics=diagnostics)
         if name == "diagnosed":
             results["figures"] = step_metrics(report, world.gather(report.sums))

@@ -99,6 +99,31 @@ def kl_k3(s):
     return grpo(s) + 0.001 * token_mean(s, k3)
 
 
+def kl_full(s):
+    """The expectation over all tokens in place of the sampled one."""
+
+    def kl(row):
+        return (row["all"].exp() * (row["all"] - row["reference_all"])).sum(dim=-1)
+
+    return grpo(s) + 0.001 * token_mean(s, kl)
+
+
+def kl_full_forward(s):
+    def kl(row):
+        return (row["reference_all"].exp() * (row["reference_all"] - row["all"])).sum(dim=-1)
+
+    return grpo(s) + 0.001 * token_mean(s, kl)
+
+
+def kl_full_jsd(s):
+    def divergence(row):
+        p, q = row["all"].exp(), row["reference_all"].exp()
+        middle = ((p + q) / 2).log()
+        return (p * (row["all"] - middle) + q * (row["reference_all"] - middle)).sum(dim=-1) / 2
+
+    return grpo(s) + 0.001 * token_mean(s, divergence)
+
+
 def ratio_kl(s):
     def value(row):
         x = torch.exp(row["reference"] - row["logp"])

@@ -32,7 +32,7 @@ from upge.guidance import BinomialPrefix, Guidance, PrefixLength, UniformPrefix
 from upge.needs import Needs
 from upge.pipeline import Pipeline, Stage
 from upge.reduction import FixedLength, QuestionMean, Reduction, SequenceMean, TokenMean
-from upge.regularizers import EntropyBonus, KLPenalty, Regularizer, ValueLoss
+from upge.regularizers import DivergencePenalty, EntropyBonus, KLPenalty, Regularizer, ValueLoss
 from upge.stateful import MetaGradient, StatefulGate
 from upge.support import FullVocabulary, SampledToken, Support, TopK
 from upge.term import Term
@@ -49,6 +49,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Distributions",
+    "DivergencePenalty",
     "DynamicSampling",
     "EntropyBonus",
     "EntropyWeight",

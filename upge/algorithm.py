@@ -26,7 +26,7 @@ from upge.gates import Gate
 from upge.guidance import Guidance
 from upge.needs import Needs, check_columns, check_groups, needs_of
 from upge.plan import Plan, plan_updates
-from upge.regularizers import Regularizer, ValueLoss
+from upge.regularizers import DivergencePenalty, Regularizer, ValueLoss
 from upge.stateful import UTILITY_SLOPE, StatefulGate, stateful_gates
 from upge.support import SampledToken, Support
 from upge.term import Term
@@ -224,15 +224,20 @@ class Algorithm:
 
     @cached_property
     def supports(self) -> dict[str, Support]:
-        """The support of every term with a coefficient other than 0 that moves other tokens than the sampled one."""
-        return {
-            n: term.support for n, term in self._weighted_terms.items() if not isinstance(term.support, SampledToken)
-        }
+        """The support of every term and regularizer that moves other tokens than the sampled one, by its path.
+
+        Those with a coefficient of 0 are left out.
+        """
+        of_terms = {f"terms.{n}": term.support for n, term in self._weighted_terms.items()}
+        penalties = {n: one for n, one in _weighted(self.regularizers).items() if isinstance(one, DivergencePenalty)}
+        supports = of_terms | {f"regularizers.{n}": one.support for n, one in penalties.items()}
+        return {path: support for path, support in supports.items() if not isinstance(support, SampledToken)}
 
     @property
     def has_entropy_gradient(self) -> bool:
-        """True if a gradient flows through the entropies. Only regularizers can have one."""
-        return any("entropies" in one.columns for one in _weighted(self.regularizers).values())
+        """True if a gradient flows through the entropies. Only regularizers on sampled tokens can have one."""
+        sampled = [one for one in _weighted(self.regularizers).values() if not isinstance(one, DivergencePenalty)]
+        return any("entropies" in one.columns for one in sampled)
 
     @property
     def sources(self) -> dict[str, Source]:
@@ -245,8 +250,9 @@ class Algorithm:
     @property
     def step_needs(self) -> Needs:
         """What the batch of a step must hold, as the parts declare it."""
-        supports = {f"terms.{n}.estimator": s for n, s in self.supports.items()}
-        needs = needs_of(self._working_parts, self.sources, supports)
+        # On a support a term evaluates its estimator, and a regularizer itself.
+        owners = {f"{path}.estimator" if path.startswith("terms.") else path: s for path, s in self.supports.items()}
+        needs = needs_of(self._working_parts, self.sources, owners)
         return needs if self.guidance is None else replace(needs, demonstrations=False, prefixes=True)
 
     @property

@@ -1,4 +1,4 @@
-"""The candidates of a support at some tokens: what parts see of them, and a term's coefficient for each."""
+"""The candidates of a support at some tokens: what parts see of them, and a coefficient for each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from upge.components.distillation import Divergence
 from upge.estimator import Factors, TermFactors, UnifiedGradient
 from upge.support import Support
 from upge.trajectories import Trajectories
@@ -108,15 +109,16 @@ def _column(values: Tensor | None) -> Tensor:
 
 
 class SupportCoefficients:
-    """The k of a term on some tokens, evaluated for a block of them at a time, where their distributions exist.
+    """The k of a term or penalty on some tokens, evaluated for a block of them at a time, where distributions exist.
 
     Args:
         estimator: the product of the four factors, precomputed.
         support: other than the sampled token.
         batch: the tokens, padded or packed.
-        gate: [*shape] of each token, with the term's coefficient.
+        gate: [*shape] of each token, with the coefficient.
         reduction: [*shape] w of each token.
         places: rows and columns of a padded batch's tokens in the order in which blocks are asked for; None = by rows.
+        divergence: of a penalty, whose value is recorded; None for a term.
 
     Attributes:
         factors: the figures of each token, for metrics. The calls fill in `advantages` and `weights`.
@@ -130,6 +132,7 @@ class SupportCoefficients:
         gate: Tensor,
         reduction: Tensor,
         places: Places | None,
+        divergence: Divergence | None = None,
     ) -> None:
         self._estimator, self._support = estimator, support
         if isinstance(batch, PackedTokens):
@@ -140,6 +143,12 @@ class SupportCoefficients:
         self._index, self._scale = index, (gate * reduction).reshape(-1)[index]
         zeros, ones = (torch.full_like(reduction, value) for value in (0.0, 1.0))
         self.factors = TermFactors(ones, zeros, zeros.clone(), ones, gate, reduction, zeros.clone())
+        self._divergence, self._values = divergence, torch.zeros_like(self._scale)
+
+    @property
+    def value(self) -> Float[Tensor, ""]:
+        """Σ gate·w·D of a penalty, over the tokens of the calls so far."""
+        return self._values.sum()
 
     def __call__(self, block: slice, given: Distributions) -> tuple[Int[Tensor, "R K"] | None, Float[Tensor, "R K"]]:
         """The coefficients of R of the tokens.
@@ -150,7 +159,7 @@ class SupportCoefficients:
 
         Returns:
             The candidates (None: the whole vocabulary) and their k with gate and reduction: the derivative of the
-            term's objective with respect to log π_θ of each.
+            objective with respect to log π_θ of each.
         """
         tempered = given.tempered(self._support.temperature)
         candidates = self._support.candidates(tempered)
@@ -165,7 +174,7 @@ class SupportCoefficients:
         return None, (dense - k.sum(-1, keepdim=True) * policy) / temperature
 
     def loss(self, given: Distributions) -> Float[Tensor, ""]:
-        """A scalar whose gradient is minus the term's, for all tokens at once, from distributions with a gradient."""
+        """A scalar with minus the gradient, for all tokens at once, from distributions with a gradient."""
         candidates, k = self(slice(0, len(self._tokens)), given)
         logprobs = given.policy if candidates is None else given.policy.gather(-1, candidates)
         return -torch.where(k == 0, torch.zeros_like(logprobs), k * logprobs).sum()
@@ -191,6 +200,9 @@ class SupportCoefficients:
         index, (advantages, weights) = self._index[block], (self.factors.advantages, self.factors.weights)
         advantages.view(-1)[index] = expected.to(advantages.dtype)
         weights.view(-1)[index] = torch.linalg.vector_norm(k, 1, dim=-1).to(weights.dtype)
+        if self._divergence is not None:
+            values = self._divergence.divergence(self._divergence.view(view), factors.advantages, expected)
+            self._values[block] = torch.where(scale == 0, torch.zeros_like(scale), scale * values[:, None])[:, 0]
         return k
 
     def _live(self, block: slice) -> tuple[Tensor, Tensor | None]:

@@ -24,10 +24,11 @@ class Estimate:
         loss: scalar surrogate; `backward()` gives minus the unified gradient. Its value has no meaning of its own.
         weights: [B, T] the detached number in front of ∇log π_θ, summed over terms.
         terms: name → factors of each term.
-        penalty_values: name → value of each regularizer, a detached scalar.
+        penalty_values: name → value of each regularizer on sampled tokens, a detached scalar.
         batch: the batch that the estimate belongs to.
         compared: names of the terms whose mask compares the policy with the behaviour policy.
         on_support: name → coefficients of each term whose support is not the sampled token. They are not in `weights`.
+        divergences: name → coefficients of each regularizer on whole distributions.
     """
 
     loss: Float[Tensor, ""]
@@ -37,6 +38,12 @@ class Estimate:
     batch: TokenView
     compared: frozenset[str] = frozenset()
     on_support: Mapping[str, SupportCoefficients] = field(default_factory=dict[str, SupportCoefficients])
+    divergences: Mapping[str, SupportCoefficients] = field(default_factory=dict[str, SupportCoefficients])
+
+    @property
+    def coefficients(self) -> list[SupportCoefficients]:
+        """Those of all terms and regularizers that move other tokens than the sampled one."""
+        return [*self.on_support.values(), *self.divergences.values()]
 
     @property
     def response_mask(self) -> Bool[Tensor, "*shape"]:
@@ -45,8 +52,9 @@ class Estimate:
 
     @property
     def penalties(self) -> dict[str, float]:
-        """Name → value of each regularizer."""
-        return {name: float(value) for name, value in self.penalty_values.items()}
+        """Name → value of each regularizer, a sum over the tokens whose distributions have been seen."""
+        of_divergences = {name: coefficients.value for name, coefficients in self.divergences.items()}
+        return {name: float(value) for name, value in {**self.penalty_values, **of_divergences}.items()}
 
     @property
     def records(self) -> dict[str, TermRecord]:

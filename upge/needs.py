@@ -31,8 +31,8 @@ class Needs:
         group_size_because: path of the part that requires `group_size`.
         precomputed: the columns of `COMPUTED` that must be filled before the policy's forward pass, because a part that
             is evaluated on the whole batch reads them.
-        distributions: the models among 'reference' and 'teacher' whose distributions over the vocabulary some term
-            compares with.
+        distributions: the models among 'reference' and 'teacher' whose distributions over the vocabulary some term or
+            regularizer compares with.
     """
 
     columns: frozenset[str]
@@ -89,11 +89,11 @@ def needs_of(
     Args:
         parts: by path.
         sources: of its terms and regularizers, by path.
-        supports: those other than the sampled token, by the path of the estimator.
+        supports: those other than the sampled token, by the path of the estimator or regularizer.
     """
     columns, distributions = frozenset[str](), frozenset[str]()
     for path, part in parts.items():
-        support = next((one for place, one in (supports or {}).items() if path.startswith(f"{place}.")), None)
+        support = next((s for place, s in (supports or {}).items() if f"{path}.".startswith(f"{place}.")), None)
         columns |= part.columns if support is None else part.columns - CANDIDATE_COLUMNS
         distributions |= frozenset() if support is None else support.models(part)
     wanted = set(sources.values())

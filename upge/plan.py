@@ -10,7 +10,7 @@ in `batch`, or later by `plan.with_current(batch)`, which returns the plan to es
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import torch
@@ -19,14 +19,15 @@ from torch import Tensor
 
 from upge.candidates import Places
 from upge.components.base import Component, live_reads, mapped
-from upge.errors import ConfigError
+from upge.errors import ConfigError, nearest
 from upge.estimate import Estimate
+from upge.gates import ConstantGate
 from upge.planned_term import PlannedPenalty, PlannedTerm
 from upge.reduction import Over, Reduction
-from upge.regularizers import Regularizer
+from upge.regularizers import DivergencePenalty, Regularizer
 from upge.term import Term
 from upge.trajectories import Source, Trajectories
-from upge.views import PackedTokens, TokenView
+from upge.views import Distributions, PackedTokens, TokenView
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,13 @@ class Plan:
 
     Attributes:
         terms: name → term, for the terms with a coefficient other than 0.
-        penalties: name → its regularizer, bound to the batch.
+        penalties: name → regularizer on sampled tokens, bound to the batch.
         contributing: [B] True for trajectories that can contribute to the gradient, or that a part of reach 'batch' has
             yet to see. Only these need a forward pass.
         active: [B] True for trajectories with a non-zero coefficient in some term, whether or not they contribute.
         group: [B] of the batch.
         reach: the algorithm's reach. With 'group', a part may also read trajectories whose own weight is 0.
+        divergences: name → regularizer on whole distributions, bound to the batch as a term is.
     """
 
     terms: Mapping[str, PlannedTerm]
@@ -49,27 +51,43 @@ class Plan:
     active: Bool[Tensor, "B"]
     group: Int[Tensor, "B"]
     reach: str = "group"
+    divergences: Mapping[str, PlannedTerm] = field(default_factory=dict[str, PlannedTerm])
 
     def to(self, device: torch.device | str) -> Plan:
         """This plan on `device`, which must be the device of the micro-batches."""
         if self.contributing.device == torch.device(device):
             return self
         penalties = {name: penalty.to(device) for name, penalty in self.penalties.items()}
-        terms = {name: term.to(device) for name, term in self.terms.items()}
+        terms, divergences = (
+            {name: term.to(device) for name, term in planned.items()} for planned in (self.terms, self.divergences)
+        )
         contributing, active, group = (c.to(device) for c in (self.contributing, self.active, self.group))
-        return Plan(terms, penalties, contributing, active, group, self.reach)
+        return Plan(terms, penalties, contributing, active, group, self.reach, divergences)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the terms and regularizers, each once."""
+        return list(dict.fromkeys([*self.terms, *self.penalties, *self.divergences]))
 
     def alone(self, name: str) -> Plan:
         """The plan of a single term or regularizer.
 
         The losses and gradients of these plans add up to those of the whole plan.
+
+        Raises:
+            ValueError: there is no term or regularizer of this name with a coefficient other than 0.
         """
-        terms = {n: term for n, term in self.terms.items() if n == name}
-        penalties = {n: penalty for n, penalty in self.penalties.items() if n == name}
-        scales = [term.weights for term in terms.values()] + [penalty.scale for penalty in penalties.values()]
+        if name not in self.names:
+            raise ValueError(f"alone: found {name!r}; {nearest(name, self.names)}")
+        terms, penalties, divergences = (
+            {n: one for n, one in planned.items() if n == name}
+            for planned in (self.terms, self.penalties, self.divergences)
+        )
+        scales = [one.weights for one in (*terms.values(), *divergences.values())]
+        scales += [penalty.scale for penalty in penalties.values()]
         weighted = torch.stack([(scale != 0).any(dim=1) for scale in scales]).any(dim=0)
         contributing = self.contributing if self.reach == "group" else self.contributing & weighted
-        return Plan(terms, penalties, contributing, self.active, self.group, self.reach)
+        return Plan(terms, penalties, contributing, self.active, self.group, self.reach, divergences)
 
     @property
     def pending(self) -> dict[str, Component]:
@@ -105,7 +123,7 @@ class Plan:
             )
         with torch.no_grad():
             terms = {name: term.with_current(batch, share) for name, term in self.terms.items()}
-        contributing = _contributing(terms, self.penalties, self.reach, batch)
+        contributing = _contributing([*terms.values(), *self.divergences.values()], self.penalties, self.reach, batch)
         return replace(self, terms=terms, contributing=contributing)
 
     def reading(self, column: str) -> Bool[Tensor, "B"]:
@@ -113,7 +131,7 @@ class Plan:
         if self.reach == "group":
             return self.contributing
         rows = torch.zeros_like(self.contributing)
-        for term in self.terms.values():
+        for term in (*self.terms.values(), *self.divergences.values()):
             if column in term.live_reads():
                 rows |= (term.weights != 0).any(dim=1)
         for penalty in self.penalties.values():
@@ -129,30 +147,42 @@ class Plan:
                 Its `row` says which rows of the planned batch these are; `Trajectories.select` sets it.
 
         Raises:
-            ValueError: `batch` has no log-probs of the current policy, no distributions for a term whose support is
-                not the sampled token, or only some trajectories of a group that the algorithm reads as a whole; or a
-                part of reach 'batch' has not been evaluated.
+            ValueError: `batch` has no log-probs of the current policy, no distributions for a term or regularizer whose
+                support is not the sampled token, or only some trajectories of a group that the algorithm reads as a
+                whole; or a part of reach 'batch' has not been evaluated.
         """
         estimate = self.estimate_in_head(batch)
-        if not estimate.on_support:
+        if not estimate.coefficients:
             return estimate
         given = batch.distributions if isinstance(batch, Trajectories) else None
-        if given is None:
-            name = next(iter(estimate.on_support))
-            raise ValueError(
-                f"distributions: the support of the term '{name}' is {type(self.terms[name].support).__name__}, but "
-                "this batch has none; pass `distributions=upge.Distributions(tokens, policy, ...)`"
-            )
+        self._check_distributions(given)
+        assert given is not None
         loss = estimate.loss
         at_tokens = given.at(batch.response_mask)
-        for coefficients in estimate.on_support.values():
+        for coefficients in estimate.coefficients:
             loss = loss + coefficients.loss(at_tokens)
         return replace(estimate, loss=loss)
+
+    def _check_distributions(self, given: Distributions | None) -> None:
+        """Refuse a batch without the distributions that the supports need."""
+        terms = {f"term '{name}'": term for name, term in self.terms.items() if term.on_support}
+        for name, one in {**terms, **{f"regularizer '{n}'": one for n, one in self.divergences.items()}}.items():
+            if given is None:
+                raise ValueError(
+                    f"distributions: the support of the {name} is {type(one.support).__name__}, but this batch has "
+                    "none; pass `distributions=upge.Distributions(tokens, policy, ...)`"
+                )
+            for model in sorted(one.models):
+                if getattr(given, model) is None:
+                    raise ValueError(
+                        f"distributions: the {name} compares with the {model}, whose distributions this batch lacks; "
+                        f"pass them as `{model}` in `upge.Distributions(tokens, policy, ...)`"
+                    )
 
     def estimate_in_head(self, batch: Trajectories | PackedTokens, places: Places | None = None) -> Estimate:
         """`estimate` where the distributions exist for a few tokens at a time, in the output head.
 
-        The loss lacks the terms of `Estimate.on_support`, whose coefficients the head asks for.
+        The loss lacks what `Estimate.coefficients` are of, for which the head asks.
 
         Args:
             batch: as for `estimate`.
@@ -183,7 +213,8 @@ class Plan:
             loss = loss + penalties[name]
         # As tensors: to read a number would wait for the device, in each chunk of the output head.
         values = {name: value.detach() for name, value in penalties.items()}
-        return Estimate(loss, weights, terms, values, batch, self._compared, on_support)
+        divergences = {n: one.coefficients(batch, places, penalty=True) for n, one in self.divergences.items()}
+        return Estimate(loss, weights, terms, values, batch, self._compared, on_support, divergences)
 
     def _check_groups(self, batch: TokenView) -> None:
         """Refuse a micro-batch that lacks trajectories of a group that a part reads as a whole."""
@@ -263,19 +294,26 @@ def _plan(
         seen, compares = batch.tokens_seen(term.source), "behavior_logprobs" in live_reads(term.estimator.mask)
         planned[name] = PlannedTerm(term.gate, term.estimator, term.coefficient, *columns, term.support, seen, compares)
     penalties: dict[str, PlannedPenalty] = {}
+    divergences: dict[str, PlannedTerm] = {}
     for name, regularizer in regularizers.items():
         counted = in_any_term.of(batch, regularizer.source)
         weights = _weights(regularizer.reduction, batch, counted, in_any_term)
-        seen = batch.tokens_seen(regularizer.source)
-        penalties[name] = PlannedPenalty(regularizer, weights * regularizer.coefficient, seen)
-    return Plan(planned, penalties, _contributing(planned, penalties, reach, batch), in_any, batch.group, reach)
+        seen, factor = batch.tokens_seen(regularizer.source), regularizer.coefficient
+        if isinstance(regularizer, DivergencePenalty):
+            columns = counted.rows, counted.rows, weights
+            product, support = regularizer.estimator, regularizer.support
+            divergences[name] = PlannedTerm(ConstantGate(), product, factor, *columns, support, seen)
+        else:
+            penalties[name] = PlannedPenalty(regularizer, weights * factor, seen)
+    contributing = _contributing([*planned.values(), *divergences.values()], penalties, reach, batch)
+    return Plan(planned, penalties, contributing, in_any, batch.group, reach, divergences)
 
 
 def _contributing(
-    terms: Mapping[str, PlannedTerm], penalties: Mapping[str, PlannedPenalty], reach: str, batch: Trajectories
+    terms: Sequence[PlannedTerm], penalties: Mapping[str, PlannedPenalty], reach: str, batch: Trajectories
 ) -> Bool[Tensor, "B"]:
     """`Plan.contributing`: the trajectories that need a forward pass."""
-    rows = [term.active if term.pending else term.signal for term in terms.values()]
+    rows = [term.active if term.pending else term.signal for term in terms]
     rows += [(penalty.scale != 0).any(dim=1) for penalty in penalties.values()]
     contributing = torch.stack(rows).any(dim=0)
     if reach == "group":  # a trajectory without a signal may still be read by others of its group

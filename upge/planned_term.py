@@ -12,6 +12,7 @@ from torch import Tensor
 
 from upge.candidates import Places, SupportCoefficients
 from upge.components.base import Component, Precomputed, live_reads, mapped
+from upge.components.distillation import Divergence
 from upge.estimator import TermFactors, UnifiedGradient
 from upge.gates import Gate
 from upge.regularizers import Regularizer
@@ -22,7 +23,7 @@ from upge.views import PackedTokens, TokenView
 
 @dataclass(frozen=True)
 class PlannedTerm:
-    """A term bound to a batch, with everything that is known before the forward pass computed.
+    """A term, or a `DivergencePenalty`, bound to a batch, with everything known before the forward pass computed.
 
     Attributes:
         source: [B] True for the trajectories of the term's source.
@@ -71,10 +72,22 @@ class PlannedTerm:
         expanded = {name: value.expand(shape) for name, value in factors._asdict().items()}
         return TermFactors(**expanded, gate=gate.expand(shape), reduction=w, weights=weight)
 
-    def coefficients(self, batch: Trajectories | PackedTokens, places: Places | None) -> SupportCoefficients:
-        """The coefficients on the term's support, for the batch's tokens in order or for those at `places`."""
+    def coefficients(
+        self, batch: Trajectories | PackedTokens, places: Places | None, penalty: bool = False
+    ) -> SupportCoefficients:
+        """The coefficients on the support, for the batch's tokens in order or for those at `places`.
+
+        With `penalty` they also record the value of the divergence.
+        """
         gate, w = self._scales(batch.seeing(self.seen))
-        return SupportCoefficients(self.estimator, self.support, batch, gate.expand(w.shape), w, places)
+        divergence = self.estimator.advantage if penalty else None
+        assert divergence is None or isinstance(divergence, Divergence)
+        return SupportCoefficients(self.estimator, self.support, batch, gate.expand(w.shape), w, places, divergence)
+
+    @property
+    def models(self) -> frozenset[str]:
+        """Those of 'reference' and 'teacher' whose distributions the parts need on the support."""
+        return frozenset[str]().union(*(self.support.models(part) for part in self.estimator.parts.values()))
 
     def _scales(self, batch: TokenView) -> tuple[Tensor, Tensor]:
         """The gate with the term's coefficient, in a shape that broadcasts against tokens, and w of each token."""
@@ -138,7 +151,7 @@ class PlannedTerm:
 
 @dataclass(frozen=True)
 class PlannedPenalty:
-    """A regularizer bound to a batch, with its parts precomputed.
+    """A regularizer on sampled tokens bound to a batch, with its parts precomputed.
 
     Attributes:
         scale: [B, T] coefficient·w of each token.

@@ -1,7 +1,9 @@
-"""Objectives that are not products of the four factors. Their gradient is computed by autograd.
+"""Additive penalties, and the critic's loss.
 
-Each additive penalty adds coefficient · Σ w·penalty to the loss, summed over the trajectories of its source that count
-in some term. The critic's loss is separate, because the critic has its own parameters.
+Each penalty adds coefficient · Σ w·penalty to the loss, summed over the trajectories of its source that count in some
+term, so the divisors of the terms stay as they are. A penalty on the sampled tokens gets its gradient by autograd. One
+on the whole distribution has the coefficients of a term on a support (`upge.support`). The critic's loss is separate,
+because the critic has its own parameters.
 """
 
 from __future__ import annotations
@@ -16,13 +18,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upge.components.base import AdvantageEstimator, Component
+from upge.components.distillation import Divergence
+from upge.components.mask import NoMask
 from upge.components.returns import KLKind, kl_value
 from upge.components.shaping import Whitened
 from upge.errors import ConfigError
+from upge.estimator import UnifiedGradient
 from upge.formula import Formula, tex, weighted_sum
 from upge.reduction import Reduction, TokenMean
+from upge.support import FullVocabulary, SampledToken, Support
 from upge.trajectories import Source
-from upge.views import TokenView, TrajectoryView, View
+from upge.views import LIVE_COLUMNS, TokenView, TrajectoryView, View
 
 
 class Regularizer(Component):
@@ -66,7 +72,9 @@ class Regularizer(Component):
 class EntropyBonus(Regularizer):
     """-H(π_θ(·|t)), the negative full-vocabulary entropy.
 
-    It is additive because its gradient is not a multiple of ∇π_θ(y_t).
+    It is additive because its gradient is not a multiple of ∇π_θ(y_t). It is `DivergencePenalty` with `Surprisal` on
+    the whole vocabulary, k_v = -π_v·log π_v at each candidate v. The output head evaluates this k in place, which is
+    faster, and with entropies in the batch no distributions are needed.
     """
 
     coefficient: float
@@ -117,6 +125,61 @@ class KLPenalty(Regularizer):
         text, latex = ("∇[r·{}(π_θ, π_0)]", r"\nabla[r\,{}]") if self.importance else ("∇{}(π_θ, π_0)", r"\nabla {}")
         distance = Formula(text.format(self.kind), latex.format(rf"\mathrm{{{self.kind}}}(\pi_\theta,\pi_0)"))
         return self.summed_formula(-self.coefficient, distance)
+
+
+@dataclass(frozen=True)
+class DivergencePenalty(Regularizer):
+    """A divergence D of the policy's distribution at each token, exact where a `KLPenalty` has one sample.
+
+    Its gradient has the coefficients k_v = π_θ(v)·Â_v/π_ref(v) of a term with this advantage, its `denominator` and
+    this support. In contrast to a term it adds no trajectories to those that count. No gradient flows through the
+    sampling of the states, as with `KLPenalty`.
+
+    Attributes:
+        advantage: of minus the divergence: `LogRatio` for KL(π_θ‖ν), `TargetProbability` for KL(ν‖π_θ), `JensenShannon`
+            or `Surprisal`, with the reference policy or the teacher as ν.
+        support: the candidates; not the sampled token alone.
+    """
+
+    coefficient: float
+    reduction: Reduction
+    advantage: Divergence
+    support: Support = FullVocabulary()
+    source: Source = "rollouts"
+    needs_vocabulary: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.support, SampledToken):
+            raise ConfigError(
+                "SampledToken has no distribution; give upge.FullVocabulary or upge.TopK, or estimate the KL from the "
+                "sampled tokens by upge.KLPenalty",
+                "support",
+            )
+        self.support.check({"advantage": self.advantage, "advantage.denominator": self.advantage.denominator})
+
+    @property
+    def reads(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride] - follows from a part
+        """The columns of the denominator, which is no setting."""
+        return self.advantage.denominator.columns
+
+    @property
+    def estimator(self) -> UnifiedGradient:
+        """The product that gives the coefficients."""
+        return UnifiedGradient(NoMask(), self.advantage.denominator, self.advantage)
+
+    def precompute_parts(self, batch: TrajectoryView, live: frozenset[str] = LIVE_COLUMNS) -> Component:
+        """As of `Component`; the columns of candidates are known only in the forward pass."""
+        return super().precompute_parts(batch, self.support.live)
+
+    def __call__(self, batch: View) -> Float[Tensor, "N"]:
+        """D at each of N tokens, detached, from a view of [N, K] candidates."""
+        seen = self.advantage.view(batch)
+        advantages = self.advantage(seen)
+        return self.advantage.divergence(seen, advantages, torch.linalg.vecdot(seen.logprobs.exp(), advantages))
+
+    def formula(self) -> Formula:
+        return self.summed_formula(self.coefficient, self.support.formula(self.estimator.formula()))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The support of a term: the candidate tokens at each position whose probabilities the term moves.
+"""The support of a term or penalty: the candidate tokens at each position whose probabilities it moves.
 
 The gradient of a term is Σ_t w_t Σ_v c_v ∇π_θ(v|t), where v runs over the support. For each v the four factors give
 k_v = π_θ(v)·c_v = 1_stable · (1/π_ref) · Â · f′ · π_θ(v), as they do for the sampled token alone, which is the default.
@@ -12,6 +12,7 @@ part, such as `LogRatio`, serves the sampled token and the whole distribution. V
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -21,7 +22,6 @@ from torch import Tensor
 from upge.checks import check_fields
 from upge.components.base import Component, live_reads, walk
 from upge.errors import ConfigError
-from upge.estimator import UnifiedGradient
 from upge.formula import Formula
 from upge.views import LIVE_COLUMNS, TRAJECTORY_COLUMNS, Distributions
 
@@ -63,15 +63,15 @@ class Support(ABC):
         read = {"reference": "reference_logprobs", "teacher": "teacher_logprobs"}
         return frozenset(model for model, column in read.items() if column in part.columns)
 
-    def check(self, estimator: UnifiedGradient) -> None:
-        """Check that the parts of `estimator` can be evaluated on this support.
+    def check(self, parts: Mapping[str, Component]) -> None:
+        """Check that parts, by path, can be evaluated on this support.
 
         Raises:
             ConfigError: a part looks beyond a token, needs what is known for the sampled token alone, or needs the
                 whole vocabulary.
         """
-        for slot, outer in estimator.parts.items():
-            for path, part in walk(outer, f"estimator.{slot}"):
+        for place, outer in parts.items():
+            for path, part in walk(outer, place):
                 if reason := self.refuses(part):
                     raise ConfigError(f"{type(part).__name__} {reason}", path)
 

@@ -44,7 +44,7 @@ class Term:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self.support.check(self.estimator)
+        self.support.check({f"estimator.{slot}": part for slot, part in self.estimator.parts.items()})
         if not math.isfinite(self.coefficient):
             raise ConfigError(f"coefficient: found {self.coefficient}; give a finite number")
 

@@ -39,7 +39,7 @@ def check_teacher(config: RunConfig, needs: Needs) -> None:
             "teacher.template, such as '{prompt}\\n\\nA worked solution:\\n{demonstration}', or teacher.weights=first",
             "teacher.template",
         )
-    if teacher.path and needs.distributions:
+    if teacher.path and "teacher" in needs.distributions:
         sizes = [read_config(path).get_text_config().vocab_size for path in (config.model.path, teacher.path)]
         if sizes[1] < sizes[0]:
             raise ConfigError(

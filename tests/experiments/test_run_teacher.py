@@ -31,16 +31,21 @@ def teacher(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["gkd", "opd", "asft"])
+@pytest.mark.parametrize("algorithm", ["gkd", "opd", "asft", "grpo+kl_full"])
 def test_ranks_do_not_matter(teacher, tmp_path, algorithm):
     """Distributions of a reference policy and of a teacher, in micro-batches of one rank or of two."""
-    chosen = [f"algo={algorithm}", *COMMON, *([] if algorithm == "asft" else [f"teacher.path={teacher}"])]
+    plain, *corrections = algorithm.split("+")
+    chosen = [f"algo={plain}", *COMMON, *([f"teacher.path={teacher}"] if plain in ("gkd", "opd") else [])]
+    if corrections:
+        chosen += [f"correction={corrections}", "correction.kl_full.coefficient=0.5", f"reference.path={teacher}"]
     finals, norms = [], []
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
         run(*chosen, "optimizer.lr=1e-3", f"output={out}", "optimizer.micro_batch_tokens=150", ranks=ranks)
         finals.append(load_file(out / "final" / "model.safetensors"))
-        norms.append([row["grad_norm"] for row in lines(out / "metrics.jsonl")])
+        rows = lines(out / "metrics.jsonl")
+        norms.append([row["grad_norm"] for row in rows])
+        assert not corrections or min(row["kl/value"] for row in rows) > 1e-5
     assert norms[0] == pytest.approx(norms[1], rel=1e-4) and min(norms[0]) > 1e-3
     start = load_file(MODELS / "tiny" / "model.safetensors")
     moved = max(float((finals[0][name] - values).abs().max()) for name, values in start.items())

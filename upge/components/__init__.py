@@ -32,6 +32,7 @@ from upge.components.denominator import (
     UnitDenominator,
 )
 from upge.components.distillation import (
+    Divergence,
     JensenShannon,
     LogRatio,
     RatioSign,
@@ -81,6 +82,7 @@ __all__ = [
     "ConstantAdvantage",
     "CovarianceClip",
     "CurrentPolicy",
+    "Divergence",
     "DivergenceClip",
     "EntropyLikelihood",
     "Formula",

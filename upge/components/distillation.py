@@ -17,19 +17,43 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upge.components.base import AdvantageEstimator
+from upge.components.base import AdvantageEstimator, ReferenceDenominator
+from upge.components.denominator import CurrentPolicy, UnitDenominator
 from upge.components.mask import RATIO_COLUMNS
 from upge.errors import ConfigError
 from upge.formula import Formula, tex
-from upge.views import TokenView
+from upge.views import TokenView, View
 
 #: The model whose distribution is the target.
 Target = Literal["teacher", "reference"]
 _SYMBOLS = {"teacher": ("ν", r"\nu"), "reference": ("π_0", r"\pi_0")}
 
 
-class _TowardsTarget(AdvantageEstimator):
-    """An advantage that reads the log-probs of a target."""
+class Divergence(AdvantageEstimator):
+    """An advantage that is the derivative of minus a divergence D of the policy's distribution at a state.
+
+    On the whole vocabulary, with `denominator` as the reference denominator, Â/π_ref at a token v is -∂D/∂π_θ(v), up to
+    a constant that is equal for all v. `upge.DivergencePenalty` makes a regularizer of it.
+
+    Attributes:
+        denominator: class attribute; 1/π_ref.
+    """
+
+    denominator: ClassVar[ReferenceDenominator] = UnitDenominator()
+
+    def divergence(self, batch: View, advantages: Float[Tensor, "N K"], mean: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
+        """D at each token in nats, detached, as a sum over the candidates. The default is -`mean`.
+
+        Args:
+            batch: a view with [N, K] columns.
+            advantages: Â of each candidate.
+            mean: Σ_v π_θ(v)·Â_v.
+        """
+        return -mean
+
+
+class _TowardsTarget(Divergence):
+    """A divergence from a target, whose log-probs it reads."""
 
     target: Target
 
@@ -77,9 +101,15 @@ class TargetProbability(_TowardsTarget):
     """
 
     target: Target = "teacher"
+    denominator: ClassVar[ReferenceDenominator] = CurrentPolicy()
 
     def __call__(self, batch: TokenView) -> Float[Tensor, "*shape"]:
         return self.logs(batch)[1].exp()
+
+    def divergence(self, batch: TokenView, advantages: Tensor, mean: Tensor) -> Float[Tensor, "N"]:
+        """Σ_v ν·log(ν/π_θ)."""
+        policy, target = self.logs(batch)
+        return torch.linalg.vecdot(advantages, target - policy)
 
     def formula(self) -> Formula:
         return Formula(*_SYMBOLS[self.target])
@@ -114,6 +144,12 @@ class JensenShannon(_TowardsTarget):
         odds = target - policy + math.log(self.beta / (1 - self.beta))
         return (1 - self.beta) * (math.log(1 - self.beta) + torch.nn.functional.softplus(odds))
 
+    def divergence(self, batch: TokenView, advantages: Tensor, mean: Tensor) -> Float[Tensor, "N"]:
+        """Σ_v beta·ν·log(ν/m) + (1 - beta)·π_θ·log(π_θ/m)."""
+        policy, target = self.logs(batch)
+        of_target = torch.linalg.vecdot(target.exp(), target - policy - advantages / (1 - self.beta))
+        return self.beta * of_target - mean
+
     def formula(self) -> Formula:
         (text, latex), beta, rest = _SYMBOLS[self.target], self.beta, 1 - self.beta
         return Formula(
@@ -123,8 +159,11 @@ class JensenShannon(_TowardsTarget):
 
 
 @dataclass(frozen=True)
-class Surprisal(AdvantageEstimator):
-    """Â = -log π_θ: the gradient of the entropy. On the whole vocabulary, with `UnitDenominator`, it is exact."""
+class Surprisal(Divergence):
+    """Â = -log π_θ: the gradient of the entropy. On the whole vocabulary, with `UnitDenominator`, it is exact.
+
+    As a divergence it is minus the entropy: up to a constant the KL from the uniform distribution.
+    """
 
     reads: ClassVar[frozenset[str]] = frozenset({"logprobs"})
 

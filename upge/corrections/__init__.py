@@ -18,7 +18,7 @@ from upge.algorithm import Algorithm
 from upge.components.advantage import GroupRelative, LeaveOneOut, OptimalTokenBaseline
 from upge.components.base import AdvantageEstimator, Component, rewritten, walk
 from upge.components.denominator import BehaviorPolicy, SamplerCorrected
-from upge.components.distillation import LogRatio
+from upge.components.distillation import JensenShannon, LogRatio, TargetProbability
 from upge.components.mask import ImportanceBand, PPOClip
 from upge.components.returns import KLKind, KLPenalizedReward
 from upge.components.sequence_mask import OffPolicySequenceMask, SequenceSamplerBand
@@ -39,8 +39,8 @@ from upge.corrections.sampling import DynamicSampling
 from upge.errors import ConfigError
 from upge.gates import Finished, ProductOf
 from upge.reduction import Reduction, TokenMean
-from upge.regularizers import EntropyBonus, KLPenalty
-from upge.support import SampledToken
+from upge.regularizers import DivergencePenalty, EntropyBonus, KLPenalty
+from upge.support import FullVocabulary, SampledToken, Support
 from upge.trajectories import Source
 
 
@@ -127,6 +127,28 @@ class KLTerm(Correction):
 
     def apply(self, algorithm: Algorithm) -> Algorithm:
         penalty = KLPenalty(self.coefficient, self.reduction, self.kind, self.source, self.importance)
+        return with_regularizer(algorithm, "kl", penalty)
+
+
+@dataclass(frozen=True)
+class FullKL(Correction):
+    """A divergence from the reference policy in the loss: the regularizer `kl`, an `upge.DivergencePenalty`.
+
+    Attributes:
+        kind: 'reverse' = KL(π_θ‖π_0), 'forward' = KL(π_0‖π_θ), 'jsd' = their Jensen-Shannon divergence.
+        support: the candidates, the whole vocabulary or its most likely tokens.
+    """
+
+    coefficient: float = 0.001
+    kind: Literal["reverse", "forward", "jsd"] = "reverse"
+    support: Support = FullVocabulary()
+    source: Source = "rollouts"
+    reduction: Reduction = TokenMean()
+
+    def apply(self, algorithm: Algorithm) -> Algorithm:
+        kinds = {"reverse": LogRatio, "forward": TargetProbability, "jsd": JensenShannon}
+        advantage = kinds[self.kind](target="reference")
+        penalty = DivergencePenalty(self.coefficient, self.reduction, advantage, self.support, self.source)
         return with_regularizer(algorithm, "kl", penalty)
 
 
@@ -342,6 +364,7 @@ __all__ = [
     "DualClip",
     "DynamicSampling",
     "Entropy",
+    "FullKL",
     "IcePop",
     "KLInReward",
     "KLTerm",

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from upge.algorithm import Algorithm
+from upge.candidates import SupportCoefficients
 from upge.measure.pool import Columns, Pool, batches, pair_of
 from upge.measure.scores import Pair, Request, Scores
 from upge.train.sample import Trajectory
@@ -235,12 +236,8 @@ def slopes(algorithm: Algorithm, batch: Trajectories) -> dict[str, Slopes]:
     estimate = algorithm.estimate(dataclasses.replace(batch, logprobs=leaves[0], entropies=leaves[1]))
     parts = {name: Slopes(factors.weights.detach()) for name, factors in estimate.terms.items()}
     for name, coefficients in estimate.on_support.items():
-        assert batch.distributions is not None
-        policy = batch.distributions.policy.detach().requires_grad_()
-        given = batch.distributions._replace(policy=policy).at(batch.response_mask)
-        (slope,) = torch.autograd.grad(coefficients.loss(given), policy)
-        parts[name] = Slopes(torch.zeros_like(batch.logprobs), by_vocabulary=-slope)
-    if not estimate.penalty_values:
+        parts[name] = Slopes(torch.zeros_like(batch.logprobs), by_vocabulary=_by_vocabulary([coefficients], batch))
+    if not estimate.penalties:
         return parts
     slope = torch.autograd.grad(estimate.loss, leaves, allow_unused=True)
     by_logprobs, by_entropies = (
@@ -248,7 +245,18 @@ def slopes(algorithm: Algorithm, batch: Trajectories) -> dict[str, Slopes]:
     )
     rest = by_logprobs - estimate.weights
     through = by_entropies if bool((by_entropies != 0).any()) else None
-    return parts | {PENALTIES: Slopes(torch.where(rest.abs() > 1e-12 * by_logprobs.abs(), rest, 0.0), through)}
+    rest = torch.where(rest.abs() > 1e-12 * by_logprobs.abs(), rest, 0.0)
+    divergences = list(estimate.divergences.values())
+    return parts | {PENALTIES: Slopes(rest, through, _by_vocabulary(divergences, batch) if divergences else None)}
+
+
+def _by_vocabulary(coefficients: Sequence[SupportCoefficients], batch: Trajectories) -> Float[Tensor, "B T V"]:
+    """[B, T, V] the derivatives of the objectives of `coefficients` with respect to the policy's log-probs."""
+    assert batch.distributions is not None
+    policy = batch.distributions.policy.detach().requires_grad_()
+    given = batch.distributions._replace(policy=policy).at(batch.response_mask)
+    losses = torch.stack([one.loss(given) for one in coefficients])
+    return -torch.autograd.grad(losses.sum(), policy)[0]
 
 
 def sources(algorithm: Algorithm) -> dict[str, str]:

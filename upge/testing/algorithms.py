@@ -28,7 +28,7 @@ def check_algorithm(algorithm: Algorithm) -> None:
     - Trajectories that the plan drops have no gradient, and dropping them changes no weights of the others.
     - Parts of reach 'batch' give the same when they are evaluated after the plan, from what it asks for.
     - Weights, loss and gradient are finite at extremes, in single precision and on degenerate batches.
-    - Terms that move other tokens than the sampled one: see `upge.testing.supports`.
+    - Terms and regularizers that move other tokens than the sampled one: see `upge.testing.supports`.
 
     Raises:
         ConformanceError: the first broken rule.
@@ -42,10 +42,11 @@ def check_algorithm(algorithm: Algorithm) -> None:
             checked.append(part)
     if algorithm.supports:
         check_supports(algorithm)
-        sampled = {n: term for n, term in algorithm.terms.items() if n not in algorithm.supports}
+        sampled = {n: term for n, term in algorithm.terms.items() if f"terms.{n}" not in algorithm.supports}
         if not sampled:
             return
-        algorithm = dataclasses.replace(algorithm, terms=sampled)
+        rest = {n: one for n, one in algorithm.regularizers.items() if f"regularizers.{n}" not in algorithm.supports}
+        algorithm = dataclasses.replace(algorithm, terms=sampled, regularizers=rest)
     pairs = algorithm.needs.preference_pairs
     _check_leaves(algorithm, batches.random_batch(0, pairs=pairs))
     _check_precision(algorithm, pairs)

@@ -20,14 +20,16 @@ from upge.components.base import (
     mixes_demonstrations,
     walk,
 )
+from upge.components.distillation import Divergence
 from upge.estimator import call_problem
 from upge.gates import Gate
 from upge.needs import needs_of
 from upge.reduction import Over, Reduction
-from upge.regularizers import Regularizer, ValueLoss
+from upge.regularizers import DivergencePenalty, Regularizer, ValueLoss
 from upge.stateful import UTILITY_SLOPE, StatefulGate
 from upge.support import Support
 from upge.testing import batches
+from upge.testing.divergences import check_divergence
 from upge.testing.rules import SINGLE_TOLERANCE, attempt, close, require, require_instance, same, valid
 from upge.trajectories import Source, Trajectories
 from upge.views import LIVE_COLUMNS, TOKEN_COLUMNS, TRAJECTORY_COLUMNS, Distributions
@@ -41,8 +43,9 @@ def check_component(component: Component) -> None:
     extremes and on degenerate batches.
 
     A part that reads `behavior_logprobs` must also work without it. One that reads `group` must give rollouts the same
-    values without the demonstrations of their groups, unless it declares `counts_demonstrations`. A reduction must
-    count only the active trajectories. A stateful gate must keep its state within the range of its updates.
+    values without the demonstrations of their groups, unless it declares `counts_demonstrations`. A divergence's value
+    must have the gradient that its advantage gives. A reduction must count only the active trajectories. A stateful
+    gate must keep its state within the range of its updates.
 
     Raises:
         ConformanceError: the first broken rule.
@@ -56,6 +59,12 @@ def check_component(component: Component) -> None:
         _check_value_loss(component)
         return
     _check_declarations(component)
+    if isinstance(component, DivergencePenalty):  # its values are those of the divergence on candidates
+        check_component(component.advantage)
+        return
+    for _, part in walk(component, ""):
+        if isinstance(part, Divergence):
+            check_divergence(part)
     if any(part.needs_vocabulary for _, part in walk(component, "")):
         _check_on_vocabulary(component)
         return

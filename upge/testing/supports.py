@@ -1,4 +1,4 @@
-"""Conformance of the terms of an algorithm that move other tokens than the sampled one (see `upge.support`)."""
+"""Conformance of what moves other tokens than the sampled one (see `upge.support`): terms, and divergences."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _gradient_by_blocks(plan: Plan, batch: Trajectories, size: int) -> Tensor:
     at_tokens, gradient = given.at(batch.response_mask), torch.zeros_like(given.policy)
     total = torch.zeros_like(at_tokens.policy)
     estimate = plan.estimate_in_head(batch)
-    for coefficients in estimate.on_support.values():
+    for coefficients in estimate.coefficients:
         for start in range(0, len(total), size):
             block = slice(start, min(start + size, len(total)))
             candidates, k = coefficients(block, at_tokens.at(block))

@@ -205,7 +205,7 @@ def term_gradients(plan: Plan, gradient: Gradient, device: torch.device) -> dict
     gradients: dict[str, list[Tensor] | None] = {}
     # Dropout must draw the same numbers in the update that follows as it would have drawn without this.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for name in dict.fromkeys([*plan.terms, *plan.penalties]):
+        for name in plan.names:
             alone = plan.alone(name)
             gradients[name] = gradient((1.0, alone)) if bool(alone.contributing.any()) else None
     return gradients

@@ -262,7 +262,7 @@ class MicroBatch:
 
     def _candidates(self, estimates: Sequence[tuple[float, Estimate]], targets: Tensor) -> CandidateFunction:
         """The derivatives of the loss of `estimates` with respect to the log-probs of candidates, at some tokens."""
-        weighted = [(factor, one) for factor, estimate in estimates for one in estimate.on_support.values()]
+        weighted = [(factor, one) for factor, estimate in estimates for one in estimate.coefficients]
 
         def of_block(block: slice, logprobs: Tensor, others: Mapping[str, Tensor]) -> list[CandidateGradient]:
             given = Distributions(targets[block], logprobs, others.get("reference"), others.get("teacher"))

@@ -14,7 +14,7 @@ import algorithms
 import upge
 from tests import textbook_corrections
 from tests.conforming import parts_checked_once
-from tests.policy import CASES, sample
+from tests.policy import CASES, sample, with_distributions
 from tests.upge.corrections.test_corrections import ALL, UNFIT, correction, gradient
 from upge import ConfigError
 
@@ -72,7 +72,7 @@ def test_a_corrected_algorithm_conforms_and_differs(name, algorithm):
         if one == other:
             continue
         upge.testing.check_algorithm(one)
-        s = sample(0)
+        s = with_distributions(sample(0), 0)
         before, after = (gradient(a.estimate(s.batch).loss, s) for a in (other, one))
         if (name, algorithm) in IMPLIED:
             assert torch.equal(before, after)
@@ -94,7 +94,7 @@ def in_turn(algorithm: upge.Algorithm, names: tuple[str, ...]) -> upge.Algorithm
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo", "gmpo", "luffy", "srft"])
 def test_the_order_of_corrections_does_not_matter(algorithm):
-    s, plain = sample(0), algorithms.load(algorithm)
+    s, plain = with_distributions(sample(0), 0), algorithms.load(algorithm)
     alone = {name for name in ALL if in_turn(plain, (name,))}
     for pair in itertools.combinations(ALL, 2):
         one, other = in_turn(plain, pair), in_turn(plain, pair[::-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from functools import cache
 
@@ -57,7 +58,7 @@ def message(call) -> str:
 
 def test_every_correction_of_the_list_ships_with_an_objective_and_a_description():
     expected = "tis icepop mis mis_geometric kl_k1 kl_k2 kl_k3 kl_reward entropy dual_clip dynamic_sampling overlong"
-    expected += " overlong_filter ratio_kl sequence_mask iw_opd optimal_baseline"
+    expected += " overlong_filter ratio_kl sequence_mask iw_opd optimal_baseline kl_full"
     assert sorted(expected.split()) == ALL
     for name in ALL:
         assert hasattr(textbook_corrections, name)
@@ -73,6 +74,46 @@ def test_gradient_equals_the_written_objectives(name, case):
         actual = gradient(corrected(name).estimate(s.batch).loss, s)
         expected = gradient(getattr(textbook_corrections, name)(s), s)
         assert (actual - expected).abs().max() <= 1e-10 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["forward", "jsd"])
+def test_the_other_kinds_of_a_full_kl(kind):
+    s = with_distributions(sample(0), 0)
+    one = algorithms.load("grpo", [f"correction.kl_full.kind={kind}"], ["kl_full"])
+    actual = gradient(one.estimate(s.batch).loss, s)
+    expected, reverse = (gradient(getattr(textbook_corrections, n)(s), s) for n in (f"kl_full_{kind}", "kl_full"))
+    assert (actual - expected).abs().max() <= 1e-10 and (reverse - expected).abs().max() > 1e-6
+
+
+def test_a_full_kl_is_the_expectation_of_k2s_gradient():
+    """On-policy, over the token that is sampled: k2 and the reverse KL, k3 and the forward KL."""
+    s = with_distributions(sample(1), 1)
+    given = s.batch.distributions
+    for sampled, kind in (("kl_k2", "reverse"), ("kl_k3", "forward")):
+        full = algorithms.load("grpo", [f"correction.kl_full.kind={kind}"], ["kl_full"]).plan(s.batch).alone("kl")
+        plan = algorithms.load("grpo", corrections=[sampled]).plan(s.batch).alone("kl")
+        total = torch.zeros_like(s.logits)
+        for token in range(s.logits.shape[-1]):
+            logprobs, reference = given.policy[..., token], given.reference[..., token]
+            leaf = logprobs.detach().requires_grad_()
+            batch = dataclasses.replace(s.batch, logprobs=leaf, reference_logprobs=reference)
+            (slope,) = torch.autograd.grad(plan.estimate(batch).loss, leaf)
+            total += gradient((logprobs.detach().exp() * slope * logprobs).sum(), s)
+        expected = gradient(full.estimate(s.batch).loss, s)
+        assert (total - expected).abs().max() <= 1e-12 and expected.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("kind=both", ["correction.kl_full", "'both'", "reverse"]),
+        ("support={_target_: upge.SampledToken}", ["kl_full", "support", "SampledToken has no distribution"]),
+        ("coefficient=.inf", ["coefficient", "finite"]),
+    ],
+)
+def test_settings_of_a_full_kl_that_are_refused(override, parts):
+    text = message(lambda: algorithms.load("grpo", [f"correction.kl_full.{override}"], ["kl_full"]))
+    assert all(part in text for part in parts), text
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -308,6 +349,7 @@ def test_a_malformed_correction_is_one_error(text, tmp_path):
         ("grpo", ["tis", "tis"], ["'tis' is given twice"]),
         ("grpo", ["tis", "icepop"], ["'icepop' cannot be applied to grpo", "already has upge.SamplerCorrected"]),
         ("grpo", ["kl_k1", "kl_k3"], ["'kl_k3'", "regularizers.kl already exists"]),
+        ("grpo", ["kl_k2", "kl_full"], ["'kl_full'", "regularizers.kl already exists"]),
         ("sft", ["tis"], ["'tis' cannot be applied to sft", "no term that learns from rollouts"]),
         ("gspo", ["dual_clip"], ["'dual_clip' cannot be applied to gspo", "no PPOClip"]),
         ("dapo", ["dynamic_sampling"], ["'dynamic_sampling'", "already has `sampling`"]),

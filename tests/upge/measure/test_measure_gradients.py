@@ -29,7 +29,7 @@ from upge.measure.pool import pair_of
 
 PROMPTS, ROUNDS, PER_BATCH, TEMPERATURE = 4, 2, 2, 1.0
 #: Corrections, too: penalties are no products, and entropies have a gradient of their own.
-CORRECTED = ("grpo+kl_k3", "rloo+entropy", "grpo+tis", "grpo+optimal_baseline", "gkd+entropy")
+CORRECTED = ("grpo+kl_k3", "rloo+entropy", "grpo+tis", "grpo+optimal_baseline", "gkd+entropy", "gkd+kl_full")
 
 
 def loaded(name: str) -> Algorithm | algorithms.Pipeline:

@@ -126,6 +126,7 @@ SHIPPED = [
     upge.ValueLoss(upge.GAE()),
     *(upge.KLPenalty(0.1, upge.TokenMean(), kind=kind) for kind in ("k1", "k2", "k3")),
     upge.KLPenalty(0.1, upge.TokenMean(), importance=True),
+    upge.DivergencePenalty(0.1, upge.TokenMean(), upge.JensenShannon(0.3, "reference"), upge.TopK(3)),
 ]
 
 

@@ -63,6 +63,26 @@ def test_the_whole_vocabulary_gives_the_divergence_at_each_state(advantage, deno
     torch.testing.assert_close(result.mean, state_divergence(divergence), rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize(
+    ("advantage", "divergence"),
+    [
+        (upge.LogRatio(), reverse),
+        (upge.TargetProbability(), forward),
+        (upge.Surprisal(), lambda log_p, log_q: (log_p.exp() * log_p).sum(-1)),
+    ],
+)
+def test_a_penalty_adds_the_divergence_at_each_state(advantage, divergence):
+    """Beside a policy gradient, whose expectation stays as it is."""
+    estimator = upge.UnifiedGradient(upge.NoMask(), upge.BehaviorPolicy(), upge.LeaveOneOut())
+    rl = {"rl": upge.Term("rollouts", upge.ConstantGate(), estimator, upge.FixedLength(1))}
+    penalty = {"kl": upge.DivergencePenalty(0.3, upge.FixedLength(1), advantage)}
+    plain = expectation(upge.Algorithm("rl", rl), SETTING, group_size=2)
+    both = expectation(upge.Algorithm("both", rl, penalty), SETTING, group_size=2)
+    expected = 0.3 * state_divergence(divergence)
+    assert expected.norm() > 1e-2
+    torch.testing.assert_close(both.mean - plain.mean, expected, rtol=1e-10, atol=1e-13)
+
+
 def test_the_sampled_token_has_the_same_expectation_and_more_variance():
     whole = expected(upge.LogRatio(), upge.FullVocabulary(), upge.UnitDenominator())
     top = expected(upge.LogRatio(), upge.TopK(2), upge.UnitDenominator())

@@ -35,7 +35,14 @@ ALGORITHMS = {
     },
     "beside policy gradients": {"a": term(upge.LogRatio(), upge.TopK(6)), "b": RL},
     "beside a part of whole responses": {"a": term(upge.LogRatio(), upge.FullVocabulary()), "b": WHOLE_RESPONSE},
+    "beside divergences": {"a": RL},
+    "beside divergences and whole responses": {"a": WHOLE_RESPONSE},
     "beside an entropy bonus": {"a": term(upge.TiltedReference(3.0), upge.FullVocabulary(), upge.CurrentPolicy())},
+}
+DIVERGENCES = {
+    "kl": upge.DivergencePenalty(0.2, upge.TokenMean(), upge.TargetProbability("reference"), source="all"),
+    "top": upge.DivergencePenalty(0.3, upge.SequenceMean(), upge.LogRatio(), upge.TopK(5, "teacher", 2.0)),
+    "entropy": upge.DivergencePenalty(0.1, upge.TokenMean(), upge.Surprisal()),
 }
 
 
@@ -69,7 +76,7 @@ def full_logprobs(model, members) -> torch.Tensor:
 def test_the_head_gives_the_gradient_of_full_logits(networks, name):
     policy, reference, teacher = networks
     bonus = {"entropy": upge.EntropyBonus(0.1, upge.TokenMean())} if "entropy" in name else {}
-    one = upge.Algorithm(name, ALGORITHMS[name], bonus)
+    one = upge.Algorithm(name, ALGORITHMS[name], DIVERGENCES if "divergences" in name else bonus)
     members = trajectories()
     batch = assemble(members, STEP)
     tokens = torch.zeros(batch.response_mask.shape, dtype=torch.long)
@@ -81,21 +88,36 @@ def test_the_head_gives_the_gradient_of_full_logits(networks, name):
     columns = {"logprobs": now.gather(-1, tokens[..., None])[..., 0], "entropies": -(now.exp() * now).sum(-1)}
     columns["reference_logprobs"] = given.reference.gather(-1, tokens[..., None])[..., 0]
     filled = dataclasses.replace(batch, reference_logprobs=columns["reference_logprobs"])
-    loss = one.estimate(dataclasses.replace(batch, **columns, distributions=given)).loss
+    estimate = one.estimate(dataclasses.replace(batch, **columns, distributions=given))
+    loss, values = estimate.loss, dict.fromkeys(estimate.penalties, 0.0)
     expected = torch.autograd.grad(loss, list(policy.parameters()), retain_graph=True)
     plan = one.plan(filled)
     totals = [torch.zeros_like(p) for p in policy.parameters()]
     for rows in ([i for i in range(len(members)) if i % 2], [i for i in range(len(members)) if not i % 2]):
-        for total, part in zip(totals, packed_gradient(networks, one, plan, filled, rows), strict=True):
+        gradients, estimates = packed_gradient(networks, one, plan, filled, rows)
+        for total, part in zip(totals, gradients, strict=True):
             total += part
+        values = {n: value + sum(e.penalties[n] for e in estimates) for n, value in values.items()}
     scale = max(float(g.abs().max()) for g in expected)
     assert scale > 1e-4
     for actual, right in zip(totals, expected, strict=True):
         assert float((actual - right).abs().max()) <= 1e-9 * scale
+    assert values == pytest.approx(estimate.penalties, rel=1e-9)
 
 
-def packed_gradient(networks, one, plan, batch, rows) -> list[torch.Tensor]:
-    """The gradient of some rows through packed rows, with a head in chunks of seven tokens."""
+def test_the_entropy_bonus_in_place_is_the_penalty_on_candidates(networks):
+    members, gradients = trajectories(), []
+    batch = assemble(members, STEP)
+    for bonus in (upge.EntropyBonus(0.1, upge.TokenMean()), DIVERGENCES["entropy"]):
+        one = upge.Algorithm("entropy", {"a": RL}, {"entropy": bonus})
+        actual, _ = packed_gradient(networks, one, one.plan(batch).alone("entropy"), batch, range(len(members)))
+        gradients.append(torch.cat([part.flatten() for part in actual]))
+    scale = float(gradients[0].abs().max())
+    assert scale > 1e-4 and float((gradients[0] - gradients[1]).abs().max()) <= 1e-10 * scale
+
+
+def packed_gradient(networks, one, plan, batch, rows) -> tuple[list[torch.Tensor], list[upge.Estimate]]:
+    """The gradient of some rows through packed rows, with a head in chunks of seven tokens, and its estimates."""
     import copy
 
     members = trajectories()
@@ -107,10 +129,16 @@ def packed_gradient(networks, one, plan, batch, rows) -> list[torch.Tensor]:
             states = predicting_states(model.model.base_model, packed)
         outputs[model_name] = Output(states, model.model.get_output_embeddings().weight.detach())
     piece = MicroBatch(batch, rows, packed)
-    objective = piece.objective(one, lambda view, places: [(1.0, plan.estimate_in_head(view, places))])
+    estimates: list[upge.Estimate] = []
+
+    def estimates_of(view, places):
+        estimates.append(plan.estimate_in_head(view, places))
+        return [(1.0, estimates[-1])]
+
+    objective = piece.objective(one, estimates_of)
     loss, *_ = ours(packed, TEMPERATURE, objective=objective._replace(others=outputs))
     loss.backward()
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in ours.parameters()]
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in ours.parameters()], estimates
 
 
 def test_states_of_other_prompts_in_the_order_of_the_policys():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from tests.term_gradients_ranks import mixed
 from tests.upge.train.test_update import launch, norm_of, padded_logprobs
 from upge import Trajectories
 from upge.train.sample import assemble
+from upge.views import Distributions
 
-PARTS = ("rl", "sft", "entropy")
+PARTS = ("rl", "sft", "entropy", "kl")
 
 
 @pytest.fixture(scope="module")
@@ -22,36 +24,59 @@ def model_path(tmp_path_factory) -> Path:
     return save_random_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="module")
+def reference_path(tmp_path_factory) -> Path:
+    return save_random_model(tmp_path_factory.mktemp("reference"), seed=1)
+
+
 @pytest.fixture(scope="module", params=[(1, 10_000), (2, 45)], ids=["one rank", "two ranks"])
-def results(request, model_path, tmp_path_factory) -> dict:
+def results(request, model_path, reference_path, tmp_path_factory) -> dict:
     ranks, budget = request.param
     output = tmp_path_factory.mktemp("term_gradients") / "found.pt"
-    launch("term_gradients_ranks", ranks, model_path, output, budget)
+    launch("term_gradients_ranks", ranks, model_path, reference_path, output, budget)
     return torch.load(output, weights_only=False)
 
 
 @pytest.fixture(scope="module")
-def plain(model_path) -> tuple[dict[str, dict[str, torch.Tensor]], torch.Tensor]:
-    """In float64: part → parameter → gradient, and the weights [B, T] of the whole."""
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64)
+def plain(model_path, reference_path) -> tuple[dict[str, dict[str, torch.Tensor]], torch.Tensor, float]:
+    """In float64: part → parameter → gradient, the weights [B, T] of the whole, and the value of the KL."""
+    model, other = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in (model_path, reference_path)
+    )
     logprobs, entropies = padded_logprobs(model, trajectories())
     columns = assemble(trajectories(), 0)
+    tokens = torch.zeros(columns.response_mask.shape, dtype=torch.long)
+    for row, one in enumerate(trajectories()):
+        tokens[row, : len(one.response_ids)] = torch.tensor(one.response_ids)
+    whole = Distributions(tokens, *(full_logprobs(network, trajectories()) for network in (model, other)))
     given = {name: getattr(columns, name) for name in Trajectories.__dataclass_fields__}
-    batch = Trajectories(**{**given, "logprobs": logprobs, "entropies": entropies})
+    batch = Trajectories(**{**given, "logprobs": logprobs, "entropies": entropies, "distributions": whole})
     plan, named = mixed().plan(columns), dict(model.named_parameters())
     gradients = {}
     for name in PARTS:
         loss = plan.alone(name).estimate(batch).loss
         results = torch.autograd.grad(loss, list(named.values()), retain_graph=True)
         gradients[name] = dict(zip(named, results, strict=True))
-    return gradients, plan.estimate(batch).weights.detach()
+    estimate = plan.estimate(batch)
+    return gradients, estimate.weights.detach(), estimate.penalties["kl"]
+
+
+def full_logprobs(model: torch.nn.Module, batch: list) -> torch.Tensor:
+    """[B, T, V] log-probs of every token of the vocabulary."""
+    width, rows = max(len(t.response_ids) for t in batch), []
+    for t in batch:
+        ids = torch.tensor([[*t.prompt_ids, *t.response_ids]])
+        full = model(input_ids=ids).logits[0, len(t.prompt_ids) - 1 : -1].log_softmax(-1)
+        rows.append(torch.nn.functional.pad(full, (0, 0, 0, width - len(full))))
+    return torch.stack(rows)
 
 
 def test_norms_and_angles(results, plain):
     gradients, figures = plain[0], results["figures"]
     for name in PARTS:
         assert figures[f"{name}/grad_norm"] == pytest.approx(norm_of(gradients[name]), rel=1e-4), name
-    for a, b in (("rl", "sft"), ("rl", "entropy"), ("sft", "entropy")):
+    assert figures["kl/value"] == pytest.approx(plain[2], rel=1e-4) and plain[2] > 1e-3
+    for a, b in itertools.combinations(PARTS, 2):
         product = sum(float((x * gradients[b][key]).sum()) for key, x in gradients[a].items())
         expected = product / norm_of(gradients[a]) / norm_of(gradients[b])
         assert figures[f"cosine/{a}_{b}"] == pytest.approx(expected, abs=1e-4), (a, b)
