@@ -127,6 +127,7 @@ def test_guided_rollouts_begin_as_the_demonstration(folder, name, guided):
         assert record["response"].startswith(prefix.rstrip()) and record["tokens"] > record["prefix_tokens"]
     metrics = lines(folder / name / "metrics.jsonl")
     assert metrics[0]["guidance/share"] == len(continued) / 24
+    assert all(0 < line["sampler/logprob_diff_max"] < 1e-3 for line in metrics), "after its prefix, as it was sampled"
 
 
 @pytest.mark.timeout(1600)
