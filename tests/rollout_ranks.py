@@ -40,7 +40,7 @@ SAMPLINGS = {
     "endless": Sampling(temperature=1.0, max_tokens=24),
 }
 COPIES = 4
-# Responses that continue tokens; among these is one that would end a response, and one response has a single token left.
+# Responses that continue tokens. Among these is one that would end a response. One response has a single token left.
 PREFIXES = {(0, 1): (11, 12, 13), (1, 0): (30, STOP[0], 31), (1, 3): (*range(20, 43),), (2, 2): (25,)}
 # 64 prompts with neighbouring seeds, 32 responses to each: responses must be as good as independent.
 CROWD = (64, 32, Sampling(max_tokens=8))

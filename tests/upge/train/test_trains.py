@@ -127,6 +127,8 @@ def test_guided_rollouts_begin_as_the_demonstration(folder, name, guided):
         assert record["response"].startswith(prefix.rstrip()) and record["tokens"] > record["prefix_tokens"]
     metrics = lines(folder / name / "metrics.jsonl")
     assert metrics[0]["guidance/share"] == len(continued) / 24
+    if name == "uft":  # in which each of them reaches the model
+        assert metrics[0]["trained/tokens"] == sum(record["tokens"] for record in records), "with those of prefixes"
     assert all(0 < line["sampler/logprob_diff_max"] < 1e-3 for line in metrics), "after its prefix, as it was sampled"
 
 
