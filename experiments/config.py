@@ -9,7 +9,7 @@ Settings of a correction, such as correction.tis.cap=3, also go into `overrides`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 import algorithms
 from upge.algorithm import Algorithm
+from upge.components import RatioSign
+from upge.components.base import walk
 from upge.config import RENAMED_KEYS, defaults, from_tree, parse, split
 from upge.errors import ConfigError, nearest
 from upge.evaluation.suite import BenchmarkConfig, SuiteConfig
@@ -46,7 +48,7 @@ class Composed:
         tree: everything resolved, as written to config.yaml.
         config: the same as objects, without the algorithm's and the data set's own keys.
         algorithm: built from `tree["algo"]`.
-        notes: sentences for the user on what the command line's overrides have split.
+        notes: sentences for the user on what the command line's overrides have split, and on terms without an effect.
     """
 
     names: Mapping[str, str | None]
@@ -123,7 +125,22 @@ def compose(arguments: Sequence[str]) -> Composed:
         key = error.full_key or "configuration"
         raise ConfigError(f"{key}: {first_line(error)}; give it a value of its own") from error
     config = from_tree(RunConfig, whole)
-    return Composed(names, whole, config, algorithms.compose(whole["algo"], algorithms.stem(names["algo"])), notes)
+    algorithm = algorithms.compose(whole["algo"], algorithms.stem(names["algo"]))
+    return Composed(names, whole, config, algorithm, (*notes, *_idle_penalties(algorithm, config)))
+
+
+def _idle_penalties(algorithm: Algorithm | Pipeline, config: RunConfig) -> Iterator[str]:
+    """A sentence on each term that penalizes a change of the policy which a single update per step never sees."""
+    if config.optimizer.mini_batches * config.optimizer.epochs > 1:
+        return
+    for stage, one in Pipeline.of(algorithm).stages.items():
+        path = f"algo.stages.{stage}.algorithm" if isinstance(algorithm, Pipeline) else "algo"
+        for name, term in one.algorithm.terms.items():
+            if any(isinstance(part, RatioSign) for _, part in walk(term.estimator.advantage, "advantage")):
+                yield (
+                    f"{path}.terms.{name} has no effect: it penalizes changes since the start of the step, and a step "
+                    "has a single update; set optimizer.mini_batches or optimizer.epochs to 2 or more"
+                )
 
 
 def read_recipe(name: str, above: tuple[str, ...] = ()) -> Recipe:

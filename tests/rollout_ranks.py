@@ -40,6 +40,8 @@ SAMPLINGS = {
     "endless": Sampling(temperature=1.0, max_tokens=24),
 }
 COPIES = 4
+# Responses that continue tokens. Among these is one that would end a response. One response has a single token left.
+PREFIXES = {(0, 1): (11, 12, 13), (1, 0): (30, STOP[0], 31), (1, 3): (*range(20, 43),), (2, 2): (25,)}
 # 64 prompts with neighbouring seeds, 32 responses to each: responses must be as good as independent.
 CROWD = (64, 32, Sampling(max_tokens=8))
 # Room enough for one response to end long before another.
@@ -197,6 +199,10 @@ def observe(engine: str, folder: Path, kind: str) -> dict:
     sampler = load(engine, folder / kind, max_length=256)
     results = {"name": sampler.name, "reason": sampler.reason, "before": samples(sampler)}
     results["again"] = samples(sampler)
+    results["prefixed"] = {
+        name: plain(sampler.sample(PROMPTS, COPIES, SAMPLINGS[name], SEEDS, prefixes=PREFIXES))
+        for name in ("plain", "greedy")
+    }
     results["apart"] = [
         plain(sampler.sample([prompt], COPIES, SAMPLINGS["plain"], [seed]))[0]
         for prompt, seed in zip(PROMPTS, SEEDS, strict=True)

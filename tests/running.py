@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,15 @@ def run(
     done = forked.run(module, *arguments, environment=environment(), ranks=ranks, vllm=vllm, timeout=timeout)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done
+
+
+def interrupt(whole: Path, folder: Path) -> None:
+    """Copies a finished run with a checkpoint of every step and makes it one that stopped in the last step."""
+    shutil.copytree(whole, folder)
+    shutil.rmtree(max((folder / "checkpoints").glob("step_*")))
+    shutil.rmtree(folder / "final")
+    facts = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(facts | {"finished_step": None}))
 
 
 def environment() -> dict[str, str]:

@@ -3,7 +3,8 @@
 usage: train_all.py FOLDER RUN ARGUMENT... [-- RUN ARGUMENT...]...
 
 Each run leaves FOLDER/RUN; its output is in FOLDER/RUN.log, whose last line is the exit code. Importing takes longer
-than training this little, so it is done once. An argument ranks=N starts a run on N ranks.
+than training this little, so it is done once. An argument ranks=N starts a run on N ranks; interrupted=OTHER continues
+a copy of another run as if that had stopped in its last step, of which it has a checkpoint of every step.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import sys
 import time
 import traceback
 from pathlib import Path
+
+from tests.running import interrupt
 
 #: Few prompts of few levels, of which the small model solves some: all gates open, all groups differ now and then.
 SETTINGS = (
@@ -67,10 +70,17 @@ def child(folder: Path, name: str, arguments: list[str]) -> None:
     os._exit(code)
 
 
+def value_of(key: str, arguments: list[str]) -> str | None:
+    """The value of an argument key=value; None if there is none."""
+    return next((a.removeprefix(f"{key}=") for a in arguments if a.startswith(f"{key}=")), None)
+
+
 def start(folder: Path, name: str, arguments: list[str]) -> list[int]:
     """Forks a process for each rank of a run; returns their ids."""
-    ranks = next((int(a.removeprefix("ranks=")) for a in arguments if a.startswith("ranks=")), 1)
-    arguments = [a for a in arguments if not a.startswith("ranks=")]
+    ranks, other = int(value_of("ranks", arguments) or 1), value_of("interrupted", arguments)
+    arguments = [a for a in arguments if not a.startswith(("ranks=", "interrupted="))]
+    if other is not None:
+        interrupt(folder / other, folder / name)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
@@ -89,8 +99,11 @@ def train(folder: Path, runs: dict[str, list[str]]) -> None:
     """Makes the runs, some at once; one that exceeds the limit, or one of whose ranks fails, is killed."""
     waiting, running = dict(runs), {}
     while waiting or running:
-        while waiting and len(running) < AT_ONCE:
-            name = next(iter(waiting))
+        while len(running) < AT_ONCE:
+            unfinished = waiting.keys() | running.keys()
+            name = next((n for n, a in waiting.items() if value_of("interrupted", a) not in unfinished), None)
+            if name is None:
+                break
             running[name] = (start(folder, name, waiting.pop(name)), time.monotonic(), [])
         for name, (pids, began, codes) in list(running.items()):
             for pid in list(pids):

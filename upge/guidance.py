@@ -12,6 +12,7 @@ from itertools import groupby
 from random import Random
 
 from upge.checks import check_fields
+from upge.components.base import floor_of
 from upge.errors import ConfigError
 from upge.gates import Schedule
 
@@ -55,7 +56,7 @@ class UniformPrefix(PrefixLength):
             raise ConfigError(f"UniformPrefix: low={low:g}, high={high:g}; need low <= high")
 
     def tokens(self, length: int, step: int, random: Random) -> int:
-        return int(random.uniform(_at(self.low, step), _at(self.high, step)) * length)
+        return floor_of(random.uniform(_at(self.low, step), _at(self.high, step)), length)
 
     def describe(self) -> str:
         return f"a uniform share of it between {_shown(self.low)} and {_shown(self.high)}"

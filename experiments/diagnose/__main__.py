@@ -9,6 +9,7 @@ a folder with diagnosis.html, table.md, diagnosis.json and the figures; docs/dia
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -94,6 +95,7 @@ def _sampled(chosen: Any, console: Any) -> tuple[list, list[str]]:
     from experiments.diagnose.measuring import measure
     from experiments.diagnose.sampling import model_of, ordered, policies, problems
     from experiments.diagnose.settings import without_pairs
+    from experiments.run.models import check_predicted_tokens
     from experiments.run.teacher import check_same_tokenizer
     from upge.data.prompting import load_tokenizer
 
@@ -122,6 +124,10 @@ def _sampled(chosen: Any, console: Any) -> tuple[list, list[str]]:
             tokenizers = [load_tokenizer(path) for path in (measured_policies[0].model.path, others["teacher"].path)]
             check_same_tokenizer(*tokenizers, run.teacher.path)
             notes.append(f"the teacher is {run.teacher.path}")
+        compared = set[str]().union(*(algorithm.needs.distributions for algorithm in chosen.algorithms.values()))
+        for name, policy in itertools.product(sorted(compared & others.keys()), measured_policies):
+            given = "policies" if name == "reference" and not run.reference.path else f"{name}.path"
+            check_predicted_tokens(policy.model.path, others[name].path, given)
         results = []
         for policy in measured_policies:
             say(f"policy {policy.label}: {policy.model.path}")

@@ -50,6 +50,7 @@ from upge.measure.contributions import sources
 from upge.measure.diagnosis import Conflict, exact, thresholds
 from upge.measure.scores import Pair
 from upge.train.config import ModelConfig
+from upge.train.deepspeed_module import check_tokens
 
 #: Share of the free memory that the stored gradients may take.
 _MEMORY = 0.6
@@ -133,6 +134,7 @@ def measure(
         known["distribution/policy"] = known["distribution/reference"] = scores.distributions(pairs)
     for name, model in others.items():
         other = ModelScores(load_model(model), 1, temperature)
+        check_tokens(pairs, other.vocabulary, "behavior" if name == "behavior" else f"{name}.path")
         known[f"{name}_logprobs"] = [logprobs for logprobs, _ in other.columns(pairs)]
         if terms_on_vocabulary and name != "behavior":
             known[f"distribution/{name}"] = other.distributions(pairs, scores.vocabulary)

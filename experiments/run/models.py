@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from experiments.config import Composed
 from upge.errors import ConfigError
+from upge.models.loading import read_config
 from upge.needs import Needs
 from upge.pipeline import Pipeline
 from upge.train.config import ModelConfig, RunConfig
@@ -58,6 +59,28 @@ def check_secondary_partition(composed: Composed) -> None:
             "zero_optimization.zero_hpz_partition_size: DeepSpeed supports it for one model of a process, and this "
             "algorithm needs a critic, a reference policy or a teacher; remove it",
             "deepspeed.config",
+        )
+
+
+def check_distributions(config: RunConfig, needs: Needs) -> None:
+    """Calls `check_predicted_tokens` for the models whose distributions the algorithm reads."""
+    for name in sorted(needs.distributions):
+        if path := getattr(config, name).path:
+            check_predicted_tokens(config.model.path, path, f"{name}.path")
+
+
+def check_predicted_tokens(policy: str, path: str, key: str) -> None:
+    """Checks that the model at `path` predicts all tokens of the policy, for terms on whole distributions.
+
+    Raises:
+        ConfigError: it predicts fewer; the message names `key`, and both sizes.
+    """
+    own, theirs = (read_config(one).get_text_config().vocab_size for one in (policy, path))
+    if theirs < own:
+        raise ConfigError(
+            f"'{path}' predicts {theirs} tokens and the policy {own}; give a model with at least the policy's "
+            "vocabulary",
+            key,
         )
 
 

@@ -12,6 +12,7 @@ from experiments.config import Composed, suite_config
 from experiments.describe import members
 from experiments.files import free_folder, output_path
 from experiments.run import answer_check
+from experiments.run.models import check_distributions
 from experiments.run.teacher import check_teacher, check_teaching
 from upge import data, rollout
 from upge.algorithm import Algorithm
@@ -68,6 +69,7 @@ def prepare(composed: Composed) -> Prepared:
     algorithm.check(group_size=config.group_size, provided=PROVIDED)
     check_stages(algorithm, config.steps)
     check_teacher(config, algorithm.needs)
+    check_distributions(config, algorithm.needs)
     for path, one in members(algorithm):
         check_signals(one, f"algo.{path}")
     folder = RunFolder(output_folder(composed))

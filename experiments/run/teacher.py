@@ -18,7 +18,7 @@ def check_teacher(config: RunConfig, needs: Needs) -> None:
     """Checks that a run has a teacher if and only if its algorithm needs one.
 
     Raises:
-        ConfigError: it has none or a useless one, or its vocabulary is smaller than the policy's.
+        ConfigError: it has none or a useless one.
     """
     teacher = config.teacher
     if not needs.teacher:
@@ -39,14 +39,6 @@ def check_teacher(config: RunConfig, needs: Needs) -> None:
             "teacher.template, such as '{prompt}\\n\\nA worked solution:\\n{demonstration}', or teacher.weights=first",
             "teacher.template",
         )
-    if teacher.path and "teacher" in needs.distributions:
-        sizes = [read_config(path).get_text_config().vocab_size for path in (config.model.path, teacher.path)]
-        if sizes[1] < sizes[0]:
-            raise ConfigError(
-                f"'{teacher.path}' predicts {sizes[1]} tokens and the policy {sizes[0]}; give a teacher with at least "
-                "the policy's vocabulary",
-                "teacher.path",
-            )
 
 
 def check_teaching(config: RunConfig, prompting: data.Prompting, problems: Sequence[data.Problem]) -> None:

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from experiments.config import MODELS, compose
 from experiments.diagnose import __main__ as diagnose
 from experiments.diagnose import measuring, sampling, settings, write
 from experiments.diagnose.sampling import Policy, policies
 from experiments.diagnose.write import ranged
+from experiments.run.models import check_distributions
 from tests.running import SMALL, run
-from upge.errors import ConfigError
+from upge.errors import ConfigError, ModelError
 from upge.measure import Estimated
 
 #: A pool of seconds.
@@ -160,6 +162,29 @@ def test_bad_input_is_refused(arguments, error, capsys, tmp_path):
 def test_a_folder_in_use_is_refused(folder, capsys):
     assert diagnose.main(["exact=true", "algos=[grpo]", f"output={folder}"]) == 2
     assert "exists; choose another" in capsys.readouterr().err
+
+
+def test_a_model_with_fewer_tokens_is_named(monkeypatch, capsys, tmp_path):
+    """By its configuration where distributions are compared, else once it is asked for a token that it lacks."""
+    tree = json.loads((MODELS / "tiny" / "config.json").read_text())
+    smaller = tmp_path / "smaller"
+    smaller.mkdir()
+    (smaller / "config.json").write_text(json.dumps(tree | {"vocab_size": tree["vocab_size"] - 1}))
+    size = f"predicts {tree['vocab_size'] - 1} tokens and the policy {tree['vocab_size']}; give a model with at least"
+    assert diagnose.main(["algos=[gift]", f"reference.path={smaller}", *TINY, f"output={tmp_path / 'out'}"]) == 2
+    assert f"reference.path: '{smaller}' {size}" in capsys.readouterr().err
+    composed = compose(["algo=gift", f"reference.path={smaller}"])
+    with pytest.raises(ConfigError, match=size) as caught:
+        check_distributions(composed.config, composed.algorithm.needs)
+    assert caught.value.key == "reference.path"
+    pool = SimpleNamespace(pairs=lambda: [((1,), (9,))])
+    monkeypatch.setattr(measuring, "sample", lambda *_: SimpleNamespace(pool=pool))
+    monkeypatch.setattr(measuring, "load_model", lambda model: None)
+    monkeypatch.setattr(measuring, "ModelScores", lambda *_, **__: SimpleNamespace(vocabulary=5))
+    chosen = settings.choose(["algos=[grpo+kl_k3]"])
+    model = chosen.run.model
+    with pytest.raises(ModelError, match="reference.path: this model knows 5 tokens and got token 9; give one with"):
+        measuring.measure(chosen, SimpleNamespace(), Policy("policy", model), {"reference": model}, print)
 
 
 def test_distributions_beyond_the_memory_are_refused(monkeypatch, capsys, tmp_path):

@@ -149,6 +149,15 @@ def test_a_split_part_is_noted_without_its_settings():
     assert note.startswith("algo.critic.returns no longer follows algo.terms.rl.estimator.advantage.advantage; ")
 
 
+def test_a_penalty_on_changes_within_a_step_of_one_update_is_noted():
+    staged = ["algo=sft_then_grpo", "algo.stages.reinforce.algorithm=kl_cov"]
+    for arguments, path in ((["algo=kl_cov"], "algo"), (staged, "algo.stages.reinforce.algorithm")):
+        (note,) = compose(arguments).notes
+        assert note.startswith(f"{path}.terms.kl has no effect: ") and note.endswith("optimizer.epochs to 2 or more")
+        assert not compose([*arguments, "optimizer.epochs=2"]).notes
+        assert not compose([*arguments, "optimizer.mini_batches=2"]).notes
+
+
 def test_overrides_of_a_recipe_split_on_purpose():
     """What the recipe splits is its choice; only the command line's overrides are noted."""
     assert not any(compose([f"recipe={name}"]).notes for name in presets("recipe"))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.running import SMALL, lines, run
+from tests.running import SMALL, interrupt, lines, run
 
 pytestmark = pytest.mark.slow
 
@@ -18,15 +17,6 @@ ALGORITHMS = {
     "relift": (1, 2, ["algo.interleaved_update.size=2", "algo.interleaved_update.gate.threshold=0.5"]),
     "amft": (2, 1, ["algo.terms.sft.gate.every=1", "algo.terms.sft.gate.rate=10"]),
 }
-
-
-def interrupt(whole: Path, folder: Path) -> None:
-    """Copies a finished run of three steps and makes it one that stopped in the third."""
-    shutil.copytree(whole, folder)
-    shutil.rmtree(folder / "checkpoints" / "step_000003")
-    shutil.rmtree(folder / "final")
-    facts = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps(facts | {"finished_step": None}))
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)

@@ -14,6 +14,12 @@ import upge
 from upge.errors import ConfigError
 from upge.testing import ConformanceError, check_algorithm, check_component, random_batch
 from upge.testing.batches import select_rows
+from upge.views import masked_mean
+
+
+def mean_of(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean over all tokens of the update."""
+    return values[mask].sum() / mask.sum().clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Centred(upge.AdvantageEstimator):
 
     def __call__(self, batch: upge.Trajectories) -> torch.Tensor:
         logprobs, mask = batch.logprobs.detach(), batch.response_mask
-        return (logprobs - logprobs[mask].sum() / mask.sum().clamp(min=1)) * mask
+        return (logprobs - mean_of(logprobs, mask)) * mask
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,7 @@ class Uncertain(upge.Gate):
 
     def __call__(self, batch: upge.Trajectories) -> torch.Tensor:
         entropies, mask = batch.entropies.detach(), batch.response_mask
-        mean = entropies.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-        return (mean > entropies.sum() / mask.sum().clamp(min=1)).to(entropies.dtype)
+        return (masked_mean(entropies, mask)[:, 0] > mean_of(entropies, mask)).to(entropies.dtype)
 
 
 def grpo(gate: upge.Gate | None = None, **slots: upge.Component) -> upge.Algorithm:

@@ -9,6 +9,7 @@ micro-batch.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ from upge.views import COLUMNS, LIVE_COLUMNS, TokenView, TrajectoryView, View
 
 #: How much of the batch a part's value at one token may depend on, through the live columns, in increasing order.
 REACHES = ("token", "trajectory", "group", "batch")
+
+
+def floor_of(share: float, number: int) -> int:
+    """⌊share·number⌋, without the rounding error of the product: 29 for 0.29 and 100, where floats give 28.99…"""
+    return math.floor(share * number * (1 + 1e-12))
 
 
 class Component(ABC):

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from upge.components.base import AdvantageEstimator, StabilizationMask
+from upge.components.base import AdvantageEstimator, StabilizationMask, floor_of
 from upge.components.mask import PPOClip
 from upge.errors import ConfigError
 from upge.formula import Formula, tex, times
@@ -55,7 +55,7 @@ def covariance(batch: TrajectoryView, advantages: Float[Tensor, "B T"]) -> Float
 
 def share_of(share: float, mask: Bool[Tensor, "B T"]) -> int:
     """The number of tokens that are a share of those in `mask`, rounded down, but at least 1."""
-    return max(1, int(share * int(mask.sum())))
+    return max(1, floor_of(share, int(mask.sum())))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from upge.algorithm import Algorithm
 from upge.components.advantage import GroupRelative, LeaveOneOut, OptimalTokenBaseline
 from upge.components.base import AdvantageEstimator, Component, rewritten, walk
 from upge.components.denominator import BehaviorPolicy, SamplerCorrected
-from upge.components.distillation import JensenShannon, LogRatio, TargetProbability
+from upge.components.distillation import JensenShannon, LogRatio, RatioSign, TargetProbability
 from upge.components.mask import ImportanceBand, PPOClip
 from upge.components.returns import KLKind, KLPenalizedReward
 from upge.components.sequence_mask import OffPolicySequenceMask, SequenceSamplerBand
@@ -255,6 +255,8 @@ class DualClip(Correction):
 class SequenceMask(Correction):
     """Masks responses with Â < 0 that have become unlikely (arXiv 2512.02556), see `upge.OffPolicySequenceMask`.
 
+    A term with the advantage `upge.RatioSign` is not masked: it is a penalty, whose sign does not judge the response.
+
     Attributes:
         threshold: the largest mean_t log(π_old/π_θ), in nats per token.
         of: π_old: 'importance' = the behavior policy; 'sampler' = the policy as the inference engine reported it.
@@ -271,7 +273,14 @@ class SequenceMask(Correction):
         return OffPolicySequenceMask(self.threshold, self.of)
 
     def apply(self, algorithm: Algorithm) -> Algorithm:
-        return mask_with(algorithm, self._mask())
+        names = [
+            name
+            for name, term in sampled_terms(algorithm).items()
+            if not any(isinstance(part, RatioSign) for _, part in walk(term.estimator.advantage, "advantage"))
+        ]
+        if not names:
+            raise NotApplicable("its terms over rollouts are penalties (RatioSign), which judge no response")
+        return mask_with(algorithm, self._mask(), names)
 
 
 @dataclass(frozen=True)
@@ -302,10 +311,17 @@ class OptimalBaseline(Correction):
 
 @dataclass(frozen=True)
 class OverlongFilter(Correction):
-    """Rollouts that were cut at the length limit have no gradient and count in no divisor (arXiv 2503.14476)."""
+    """Rollouts that were cut at the length limit have no gradient and count in no divisor (arXiv 2503.14476).
+
+    This includes the demonstration tokens that a guided rollout begins with, if their advantage reads rewards. A term
+    that imitates them whatever the reward is not changed.
+    """
 
     def apply(self, algorithm: Algorithm) -> Algorithm:
         terms = rollout_terms(algorithm)
+        if algorithm.guidance is not None:
+            shown = {name: term for name, term in algorithm.terms.items() if term.source == "demonstrations"}
+            terms |= {name: term for name, term in shown.items() if "rewards" in term.estimator.advantage.columns}
         for name, term in terms.items():
             check_absent(term.gate, Finished, f"terms.{name}.gate")
         gated = {name: replace(term, gate=ProductOf((term.gate, Finished()))) for name, term in terms.items()}

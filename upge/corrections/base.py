@@ -118,10 +118,10 @@ def wrap(algorithm: Algorithm, slot: str, change: Callable[[Any], Any], names: l
     return replace(algorithm, terms=terms)
 
 
-def mask_with(algorithm: Algorithm, mask: StabilizationMask) -> Algorithm:
-    """Add a mask to each term that learns from rollouts."""
+def mask_with(algorithm: Algorithm, mask: StabilizationMask, names: list[str] | None = None) -> Algorithm:
+    """Add a mask to each term that learns from rollouts, or to those in `names`."""
     check_all_absent(algorithm, "mask", type(mask))
-    return wrap(algorithm, "mask", lambda inner: AllOf((inner, mask)))
+    return wrap(algorithm, "mask", lambda inner: AllOf((inner, mask)), names)
 
 
 def weight_with(algorithm: Algorithm, cap: float | None, level: Literal["token", "sequence"]) -> Algorithm:

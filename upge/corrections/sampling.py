@@ -47,9 +47,12 @@ def _check_learns_from_sampled(algorithm: Algorithm, sampling_gate: Gate) -> Non
     for name, term in algorithm.terms.items():
         if term.source != "rollouts":
             source = term.source.replace("_", " ")
+            learned, lost = source, f"their {source}"
+            if algorithm.guidance is not None:
+                learned, lost = "the beginnings of demonstrations that its rollouts continue", "these beginnings"
             raise NotApplicable(
-                f"its term '{name}' learns from {source}, and sampling would replace the questions that all rollouts "
-                f"fail or solve, together with their {source}; {_IN_A_FILE}"
+                f"its term '{name}' learns from {learned}, and sampling would replace the questions that all rollouts "
+                f"fail or solve, together with {lost}; {_IN_A_FILE}"
             )
     if algorithm.interleaved_update is not None:
         raise NotApplicable(

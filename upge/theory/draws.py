@@ -11,9 +11,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -33,8 +33,21 @@ from upge.theory.policy import (
 from upge.trajectories import Trajectories
 from upge.views import Distributions
 
-#: A trajectory: (number of its response, whether it is a demonstration, preference).
-Row = tuple[int, bool, int]
+
+class Row(NamedTuple):
+    """A trajectory.
+
+    Attributes:
+        number: of its response.
+        prefix: the number of tokens of a demonstration that the response begins with.
+    """
+
+    number: int
+    is_demonstration: bool = False
+    preference: int = 0
+    prefix: int = 0
+
+
 #: The trajectories of a group, and its probability.
 WeightedGroup = tuple[tuple[Row, ...], float]
 
@@ -54,10 +67,12 @@ class Setting:
         reference: the reference policy, which fills `reference_logprobs`.
         teacher: the teacher, which fills `teacher_logprobs`.
         values: [P] the critic's value of each prefix.
+        prefixes: tokens → their probability, for an algorithm with guided rollouts: the distribution of what those of a
+            group continue. It takes the place of the algorithm's own distribution of lengths.
         step: the training steps before the batch, for schedules.
 
     Raises:
-        ConfigError: a policy has other responses than `policy`.
+        ConfigError: a policy has other responses than `policy`, or `prefixes` is not a distribution of beginnings.
     """
 
     policy: SoftmaxPolicy
@@ -68,6 +83,7 @@ class Setting:
     reference: SoftmaxPolicy | None = None
     teacher: SoftmaxPolicy | None = None
     values: Float[Tensor, "P"] | None = None
+    prefixes: Mapping[tuple[int, ...], float] | None = None
     step: int = 0
 
     def __post_init__(self) -> None:
@@ -76,6 +92,17 @@ class Setting:
             other = getattr(self, name)
             if other is not None and other.responses is not self.policy.responses:
                 raise ConfigError(f"{name}: its responses are not those of `policy`; give both the same sizes and end")
+        for prefix in self.prefixes or {}:
+            if not any(len(prefix) < len(one) and one[: len(prefix)] == prefix for one in self._lists):
+                raise ConfigError(
+                    f"prefixes: found {prefix}; give beginnings of responses that leave at least one token"
+                )
+        if self.prefixes is not None and not math.isclose(total := math.fsum(self.prefixes.values()), 1):
+            raise ConfigError(f"prefixes: the probabilities sum to {total:g}; give a distribution")
+
+    @property
+    def _lists(self) -> list[tuple[int, ...]]:
+        return self.policy.responses.lists()
 
     @property
     def rewards(self) -> Float[Tensor, "S"]:
@@ -86,6 +113,12 @@ class Setting:
     def drawn_from(self) -> SoftmaxPolicy:
         """The policy that the rollouts are drawn from."""
         return self.sampler or self.behavior or self.policy
+
+    def continuing(self, prefix: tuple[int, ...]) -> list[float]:
+        """For each response, the probability that a rollout which continues these tokens becomes it."""
+        own, n = self.drawn_from.token_logprobs.detach(), len(prefix)
+        chances = own[:, n:].sum(dim=1).exp().tolist()
+        return [p if one[:n] == prefix else 0.0 for one, p in zip(self._lists, chances, strict=True)]
 
     @property
     def objectives(self) -> dict[str, Tensor]:
@@ -146,16 +179,22 @@ class Evaluator:
     def batch(self, groups: Iterable[tuple[Row, ...]]) -> Trajectories:
         """The batch of these groups; log-probs and entropies are leaves that require a gradient."""
         listed = [(g, *row) for g, rows in enumerate(groups) for row in rows]
-        group, number, is_demonstration, preference = (torch.tensor(column) for column in zip(*listed, strict=True))
+        group, number, is_demonstration, preference, prefix = map(torch.tensor, zip(*listed, strict=True))
+        mask = self.mask[number]
+        shown = torch.arange(mask.shape[1]) < prefix[:, None]
+        in_prompt = self.algorithm.guidance is not None and self.algorithm.guidance.in_prompt
         columns: dict[str, Any] = {name: column[number] for name, column in self.columns.items()}
         for name in ("logprobs", "entropies"):
             columns[name].requires_grad_()
         return Trajectories(
             **columns,
-            response_mask=self.mask[number],
+            response_mask=mask & ~shown if in_prompt else mask,
             rewards=self.setting.rewards[number],
             group=group,
             is_demonstration=is_demonstration,
+            is_demonstration_token=None if in_prompt else shown,
+            is_guided=prefix > 0,
+            total_lengths=mask.sum(dim=1),
             preference=preference if bool(preference.any()) else None,
             step=self.setting.step,
             state={},
@@ -170,7 +209,7 @@ class Evaluator:
         """
         batch = self.batch(groups)
         assert batch.logprobs is not None and batch.entropies is not None
-        number = torch.tensor([row[0] for rows in groups for row in rows])
+        number = torch.tensor([row.number for rows in groups for row in rows])
         loss = self.algorithm.estimate(batch).loss
         given = batch.distributions
         full = [] if given is None else [given.policy]
@@ -197,10 +236,8 @@ def check(algorithm: Algorithm, setting: Setting, group_size: int, demonstration
         ConfigError: something is missing; the message says what to give.
     """
     needs = algorithm.needs
-    if algorithm.guidance is not None:
-        raise ConfigError(
-            f"{algorithm.name}: its rollouts continue demonstrations, which are not enumerated; leave guidance out"
-        )
+    if algorithm.guidance is not None and setting.prefixes is None:
+        raise ConfigError(f"{algorithm.name}: its rollouts continue demonstrations; give `prefixes`")
     if needs.demonstrations and setting.expert is None:
         raise ConfigError(f"{algorithm.name}: learns from demonstrations, but the setting has none; give `expert`")
     algorithm.check(
@@ -228,15 +265,15 @@ def all_groups(
     drawn = setting.drawn_from.probabilities.tolist()
     kinds: list[list[WeightedGroup]] = []
     if needs.rollouts:
-        kinds.append([(tuple((y, False, 0) for y in ys), p) for ys, p in multisets(drawn, group_size)])
+        kinds.append(_rollouts(algorithm, setting, group_size))
     if needs.demonstrations:
         assert setting.expert is not None, "check() requires an expert"
         shown = setting.expert.probabilities.tolist()
-        kinds.append([(tuple((y, True, 0) for y in ys), p) for ys, p in multisets(shown, demonstrations)])
+        kinds.append([(tuple(Row(y, True) for y in ys), p) for ys, p in multisets(shown, demonstrations)])
     if needs.preference_pairs:
         reward = setting.rewards.tolist()
         pairs = [(a, b) for a in space for b in space if reward[a] > reward[b]]
-        kinds.append([(((a, True, 1), (b, True, -1)), 2 * drawn[a] * drawn[b]) for a, b in pairs])
+        kinds.append([((Row(a, True, 1), Row(b, True, -1)), 2 * drawn[a] * drawn[b]) for a, b in pairs])
     groups: list[WeightedGroup] = []
     for members in itertools.product(*kinds):
         rows = tuple(row for member, _ in members for row in member)
@@ -249,11 +286,27 @@ def all_groups(
     return [(rows, p / accepted) for rows, p in groups if p > 0], accepted
 
 
+def _rollouts(algorithm: Algorithm, setting: Setting, group_size: int) -> list[WeightedGroup]:
+    """The rollouts of a group: independent draws, or the plain ones and then those that continue the same prefix."""
+    guidance, drawn = algorithm.guidance, setting.drawn_from.probabilities.tolist()
+    if guidance is None:
+        return [(tuple(Row(y) for y in ys), p) for ys, p in multisets(drawn, group_size)]
+    count = group_size if guidance.rollouts is None else guidance.rollouts
+    assert setting.prefixes is not None, "check() requires prefixes"
+    groups: list[WeightedGroup] = []
+    for prefix, chance in setting.prefixes.items():
+        continued = list(multisets(setting.continuing(prefix), count))
+        for plain, p in multisets(drawn, group_size - count):
+            rows = tuple(Row(y) for y in plain)
+            groups += [(rows + tuple(Row(y, prefix=len(prefix)) for y in ys), chance * p * q) for ys, q in continued]
+    return groups
+
+
 def _open_groups(gate: Gate, groups: list[WeightedGroup], evaluator: Evaluator) -> list[WeightedGroup]:
     """The groups on whose rollouts the gate is open."""
     open_groups: list[WeightedGroup] = []
     for rows, p in groups:
-        batch = evaluator.batch([tuple(row for row in rows if not row[1])])
+        batch = evaluator.batch([tuple(row for row in rows if not row.is_demonstration)])
         if not bool(gate.closed(batch).all()):
             open_groups.append((rows, p))
     return open_groups

@@ -302,7 +302,7 @@ def _same_answer(rollouts: Sequence[Trajectory]) -> dict[str, float]:
     """The share of the rollouts that give the most frequent answer; the response itself where no answer was read."""
     if len({t.group for t in rollouts}) < _FEWEST_PROMPTS:
         return {}
-    answers = Counter(t.extracted if t.extracted is not None else t.response_ids for t in rollouts)
+    answers = Counter(t.extracted if t.extracted is not None else t.text_ids for t in rollouts)
     return {"same_answer_share": answers.most_common(1)[0][1] / len(rollouts)}
 
 

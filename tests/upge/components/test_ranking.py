@@ -48,6 +48,8 @@ def test_the_largest_of_equal_values_are_those_of_smaller_keys():
 
 def test_a_share_is_rounded_down_but_is_at_least_one_token():
     assert [share_of(s, torch.ones(10, dtype=torch.bool)) for s in (2e-4, 0.19, 0.2, 1.0)] == [1, 1, 2, 10]
+    shares, hundred = [n / 100 for n in range(1, 101)], torch.ones(100, dtype=torch.bool)
+    assert [share_of(share, hundred) for share in shares] == [*range(1, 101)], "0.29·100 is 28.99… in floating point"
 
 
 def test_keys_follow_the_token_and_nothing_else():

@@ -14,7 +14,7 @@ import algorithms
 import upge
 from experiments import config
 from tests import textbook_corrections
-from tests.policy import CASES, changed, sample, with_distributions
+from tests.policy import CASES, changed, guided, sample, with_distributions
 from upge import ConfigError
 from upge.instantiate import build
 
@@ -161,6 +161,26 @@ def test_a_ranking_by_the_advantage_of_another_term_follows_it(name):
     assert rl.advantage != plain["rl"].estimator.advantage and kl.mask.advantage == rl.advantage
     assert kl.advantage == plain["kl"].estimator.advantage
     upge.testing.check_algorithm(loaded)
+
+
+def test_a_penalty_is_no_response_that_has_become_unlikely():
+    """KL-Cov's own term has the sign of the ratio in place of an advantage, and the mask asks for Â < 0."""
+    plain, loaded = algorithms.load("kl_cov"), algorithms.load("kl_cov", corrections=["sequence_mask"])
+    assert loaded.terms["kl"] == plain.terms["kl"] and loaded.terms["rl"] != plain.terms["rl"]
+    alone = dataclasses.replace(plain, terms={"kl": plain.terms["kl"]})
+    with pytest.raises(upge.corrections.NotApplicable, match="penalties .RatioSign., which judge no response"):
+        upge.corrections.SequenceMask()(alone)
+
+
+@pytest.mark.parametrize(("name", "is_filtered"), [("prefix_rft", True), ("uft", False)])
+def test_the_prefix_of_a_cut_rollout_is_filtered_where_its_reward_judges_it(name, is_filtered):
+    """And imitated as before where its reward is not read. No token that the policy sampled is learned from."""
+    batch = guided(sample(0)).batch
+    cut = (~batch.finished)[:, None] & batch.response_mask
+    shown = cut & batch.is_demonstration_token
+    plain, filtered = (algorithms.load(name, corrections=c).estimate(batch).weights for c in ([], ["overlong_filter"]))
+    assert plain[shown].abs().sum() > 0 and plain[cut & ~shown].abs().sum() > 0
+    assert not filtered[cut & ~shown].any() and bool(filtered[shown].any()) != is_filtered
 
 
 def test_a_demonstration_is_never_corrected():

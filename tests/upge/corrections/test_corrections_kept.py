@@ -26,6 +26,10 @@ ESTIMATOR = "terms.rl.estimator"
     [
         *((n, "its term 'sft' learns from demonstrations") for n in "hpt hpt_soft superrl chord_mu amft srft".split()),
         *((n, "its term 'offline' learns from demonstrations") for n in "luffy rl_plus hpt_offpolicy".split()),
+        *(
+            (name, f"'{term}' learns from the beginnings of demonstrations that its rollouts continue, and sampling")
+            for name, term in (("prefix_rft", "prefix"), ("uft", "hint"))
+        ),
         ("relift", "its `interleaved_update` collects questions"),
     ],
 )

@@ -243,10 +243,34 @@ def test_responses_to_one_prompt_differ_and_greedy_ones_do_not(engine: str, obse
         assert len({tuple(tokens) for tokens, _, _ in group}) == 1
 
 
+@engines
+@kinds
+def test_a_prefix_is_followed_by_what_is_sampled_after_it(engine: str, kind: str, folder: Path, observed: dict):
+    """Its tokens count to the limit, neither have log-probs nor end the response, and change no other response."""
+    results, ends = observed[engine][kind], set()
+    for name, groups in results["prefixed"].items():
+        sampling = probe.SAMPLINGS[name]
+        for index, (prompt, group) in enumerate(zip(probe.PROMPTS, groups, strict=True)):
+            for copy, (tokens, logprobs, finished) in enumerate(group):
+                prefix = probe.PREFIXES.get((index, copy))
+                if prefix is None:
+                    assert tokens == results["before"][name][index][copy][0]
+                    continue
+                shown, row = (*prompt, *prefix), [[[tokens, logprobs, finished]]]
+                assert largest_difference(folder / kind, row, sampling, (shown,)) < TOLERANCE
+                assert len(tokens) == len(logprobs) and not set(tokens[:-1]) & set(sampling.stop_token_ids)
+                assert finished == (tokens[-1] in sampling.stop_token_ids)
+                assert finished or len(prefix) + len(tokens) == sampling.max_tokens
+                ends.add((finished, len(tokens) == 1))
+    assert {(False, True), (True, False)} <= ends, "both ends must occur for this test to mean anything"
+
+
 @needs_vllm
 @kinds
 def test_both_engines_agree_on_greedy(kind: str, observed: dict):
     first, second = (tokens_of(observed[engine][kind])["greedy"] for engine in ("vllm", "transformers"))
+    assert first == second
+    first, second = (tokens_of(observed[e][kind]["prefixed"])["greedy"] for e in ("vllm", "transformers"))
     assert first == second
 
 

@@ -69,6 +69,7 @@ def test_a_uniform_share_of_the_demonstration():
     drawn = {step: [length.tokens(100, step, random) for _ in range(4000)] for step in (0, 5, 10, 99)}
     assert set(drawn[0]) == {80} and (min(drawn[5]), min(drawn[10]), min(drawn[99])) == (50, 20, 20)
     assert {max(values) for values in drawn.values()} <= {79, 80}
+    assert [upge.UniformPrefix(n / 100, n / 100).tokens(100, 0, random) for n in range(101)] == [*range(101)]
     assert sum(drawn[10]) / 4000 == pytest.approx(49.5, abs=1), "floor(100·u), u uniform in [0.2, 0.8]"
 
 
@@ -214,6 +215,24 @@ def test_prefixes_follow_the_step_and_not_the_number_of_ranks():
     at = collector(ended, data, FakeModel())
     assert any(t.prefix_tokens for t in at.collect(9, step_in_stage=1).trajectories), "the schedule is the stage's"
     assert not any(t.prefix_tokens for t in at.collect(9, step_in_stage=2).trajectories)
+
+
+def test_prompts_that_are_redrawn_are_guided_as_well():
+    """Those without a demonstration have no success here, so they are replaced."""
+    algorithm = replace(guided(), sampling=upge.DynamicSampling(upge.PassRateBetween()))
+    data = examples(12, without=(0, 1, 2, 3, 4, 5))
+    collected = collector(algorithm, data, FakeModel(), prompts=6).collect(0)
+    assert collected.metrics["sampling/prompts"] > 6 and len(collected.trajectories) == 12
+    assert [t.prefix_tokens for t in collected.trajectories] == [0, 5] * 6
+
+
+def test_answers_are_compared_with_the_hints_that_they_continue():
+    """A response without an answer that is read counts as the text that the verifier reads."""
+    actual = collector(guided(("rollouts",), in_prompt=True), examples(8), FakeModel()).collect(0).trajectories
+    short = [replace(t, response_ids=(9,), sampler_logprobs=(-1.0,), extracted=None, hint_tokens=0) for t in actual]
+    hinted = [replace(t, prompt_ids=(t.example, 50 + t.index), hint_tokens=1) for t in short]
+    assert rollout_metrics(short)["same_answer_share"] == 1
+    assert rollout_metrics(hinted)["same_answer_share"] == 1 / len(hinted)
 
 
 def test_without_guidance_the_plain_rollouts_are_the_same():

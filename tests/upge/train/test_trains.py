@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import algorithms
 from experiments.config import MODELS
 from experiments.run.prepare import load_prompting, load_splits
-from tests.running import ROOT, environment, lines
+from tests.running import ROOT, environment, lines, without_times
 from upge import Pipeline
 from upge.config import from_tree
 from upge.train.config import ModelConfig
@@ -40,9 +40,14 @@ FURTHER = {
     "grpo with masks": ["algo=grpo", "correction=[icepop,dual_clip,overlong]", "optimizer.epochs=2"],
     "rloo with KL in the reward": ["algo=rloo", "correction=[mis,kl_reward,dynamic_sampling]"],
 }
-#: What a guided rollout's line says is compared with the demonstration.
-MORE |= {name: ["log_rollouts=1"] for name in ("prefix_rft", "uft")}
+#: What a guided rollout's line says is compared with the demonstration. Lengths of prefixes change with every step.
+_GUIDED = {"prefix_rft": "algo.guidance.length.low.decay=3", "uft": "algo.guidance.length.probability.decay=3"}
+_KEPT = ["log_rollouts=1", "checkpoint.every=1", "checkpoint.keep=0"]
+MORE |= {name: [*_KEPT, schedule] for name, schedule in _GUIDED.items()}
 RUNS = {name: [f"algo={name}", *MORE.get(name, [])] for name in algorithms.names()} | FURTHER
+#: The same runs once more, from their second step and on two ranks.
+AGAIN = {f"{name}, resumed": [*RUNS[name], f"interrupted={name}"] for name in _GUIDED}
+AGAIN |= {f"{name}, two ranks": [*RUNS[name], "ranks=2"] for name in _GUIDED}
 STEPS = 3
 
 pytestmark = pytest.mark.slow
@@ -53,7 +58,7 @@ def folder(tmp_path_factory) -> Path:
     """All runs, made by one process that imports everything once."""
     path = tmp_path_factory.mktemp("trained")
     verifier = "verify.verifier=number"  # it loads no parser
-    words = [word for name, arguments in RUNS.items() for word in ("--", name, verifier, *arguments)][1:]
+    words = [word for name, arguments in (RUNS | AGAIN).items() for word in ("--", name, verifier, *arguments)][1:]
     command = [sys.executable, "-m", "tests.train_all", str(path), *words]
     threads = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment() | threads, capture_output=True, text=True, timeout=1500)
@@ -122,6 +127,33 @@ def test_guided_rollouts_begin_as_the_demonstration(folder, name, guided):
         assert record["response"].startswith(prefix.rstrip()) and record["tokens"] > record["prefix_tokens"]
     metrics = lines(folder / name / "metrics.jsonl")
     assert metrics[0]["guidance/share"] == len(continued) / 24
+    if name == "uft":  # in which each of them reaches the model
+        assert metrics[0]["trained/tokens"] == sum(record["tokens"] for record in records), "with those of prefixes"
+    assert all(0 < line["sampler/logprob_diff_max"] < 1e-3 for line in metrics), "after its prefix, as it was sampled"
+
+
+@pytest.mark.timeout(1600)
+@pytest.mark.parametrize("name", _GUIDED)
+def test_a_resumed_guided_run_equals_the_undisturbed_one(folder, name):
+    """To the bit, in the step after the checkpoint as well, whose prefixes have another distribution."""
+    whole, resumed = folder / name, folder / f"{name}, resumed"
+    assert "continuing" in (folder / f"{name}, resumed.log").read_text()
+    expected, actual = (without_times(lines(path / "metrics.jsonl")) for path in (whole, resumed))
+    assert actual == expected and len({line["guidance/prefix_tokens"] for line in actual}) == STEPS
+    files = [Path("final", "model.safetensors"), *(Path("rollouts", f"step_{step:06d}.jsonl") for step in (1, 2, 3))]
+    assert all((resumed / file).read_bytes() == (whole / file).read_bytes() for file in files)
+
+
+@pytest.mark.timeout(1600)
+@pytest.mark.parametrize("name", _GUIDED)
+def test_prefixes_do_not_depend_on_the_number_of_ranks(folder, name):
+    for step in (1, 2, 3):
+        one, two = (lines(folder / run / "rollouts" / f"step_{step:06d}.jsonl") for run in (name, f"{name}, two ranks"))
+        prefixes = [[row.get("prefix_tokens") for row in rows] for rows in (one, two)]
+        assert prefixes[0] == prefixes[1] and any(prefixes[0])
+        # Before the first update the weights are equal, and so the rollouts.
+        keys = ("prompt", "group", "response") if step == 1 else ("prompt", "group")
+        assert all([row[key] for row in one] == [row[key] for row in two] for key in keys)
 
 
 @pytest.mark.timeout(1600)
