@@ -192,7 +192,7 @@ class Evaluator:
             rewards=self.setting.rewards[number],
             group=group,
             is_demonstration=is_demonstration,
-            is_demonstration_token=None if in_prompt else shown,
+            is_demonstration_token=shown,
             is_guided=prefix > 0,
             total_lengths=mask.sum(dim=1),
             preference=preference if bool(preference.any()) else None,
