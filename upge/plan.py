@@ -58,9 +58,8 @@ class Plan:
         if self.contributing.device == torch.device(device):
             return self
         penalties = {name: penalty.to(device) for name, penalty in self.penalties.items()}
-        terms, divergences = (
-            {name: term.to(device) for name, term in planned.items()} for planned in (self.terms, self.divergences)
-        )
+        terms = {name: term.to(device) for name, term in self.terms.items()}
+        divergences = {name: one.to(device) for name, one in self.divergences.items()}
         contributing, active, group = (c.to(device) for c in (self.contributing, self.active, self.group))
         return Plan(terms, penalties, contributing, active, group, self.reach, divergences)
 
@@ -79,10 +78,9 @@ class Plan:
         """
         if name not in self.names:
             raise ValueError(f"alone: found {name!r}; {nearest(name, self.names)}")
-        terms, penalties, divergences = (
-            {n: one for n, one in planned.items() if n == name}
-            for planned in (self.terms, self.penalties, self.divergences)
-        )
+        terms = {n: term for n, term in self.terms.items() if n == name}
+        penalties = {n: penalty for n, penalty in self.penalties.items() if n == name}
+        divergences = {n: one for n, one in self.divergences.items() if n == name}
         scales = [one.weights for one in (*terms.values(), *divergences.values())]
         scales += [penalty.scale for penalty in penalties.values()]
         weighted = torch.stack([(scale != 0).any(dim=1) for scale in scales]).any(dim=0)

@@ -176,7 +176,7 @@ class DivergencePenalty(Regularizer):
         """D at each of N tokens, detached, from a view of [N, K] candidates."""
         seen = self.advantage.view(batch)
         advantages = self.advantage(seen)
-        return self.advantage.divergence(seen, advantages, torch.linalg.vecdot(seen.logprobs.exp(), advantages))
+        return self.advantage.divergence(seen, advantages, (seen.logprobs.exp() * advantages).sum(dim=-1))
 
     def formula(self) -> Formula:
         return self.summed_formula(self.coefficient, self.support.formula(self.estimator.formula()))

@@ -109,7 +109,7 @@ class TargetProbability(_TowardsTarget):
     def divergence(self, batch: TokenView, advantages: Tensor, mean: Tensor) -> Float[Tensor, "N"]:
         """Σ_v ν·log(ν/π_θ)."""
         policy, target = self.logs(batch)
-        return torch.linalg.vecdot(advantages, target - policy)
+        return (advantages * (target - policy)).sum(dim=-1)
 
     def formula(self) -> Formula:
         return Formula(*_SYMBOLS[self.target])
@@ -147,7 +147,7 @@ class JensenShannon(_TowardsTarget):
     def divergence(self, batch: TokenView, advantages: Tensor, mean: Tensor) -> Float[Tensor, "N"]:
         """Σ_v beta·ν·log(ν/m) + (1 - beta)·π_θ·log(π_θ/m)."""
         policy, target = self.logs(batch)
-        of_target = torch.linalg.vecdot(target.exp(), target - policy - advantages / (1 - self.beta))
+        of_target = (target.exp() * (target - policy - advantages / (1 - self.beta))).sum(dim=-1)
         return self.beta * of_target - mean
 
     def formula(self) -> Formula:
