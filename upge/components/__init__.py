@@ -9,6 +9,7 @@ from upge.components.advantage import (
     MeanNormalized,
     OptimalTokenBaseline,
     PairwisePreference,
+    PromptBaseline,
     SignedReward,
 )
 from upge.components.base import (
@@ -110,6 +111,7 @@ __all__ = [
     "PPOClip",
     "PairwisePreference",
     "PolicyLikelihood",
+    "PromptBaseline",
     "PowerLikelihood",
     "PrefixWeighted",
     "RatioSign",
