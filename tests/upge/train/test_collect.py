@@ -201,10 +201,10 @@ def test_ranks_agree_with_one_process(size):
 
     alone = work(ALONE)
     assert [actual for actual, *_ in alone] == [actual for actual, *_ in work(ALONE)]
-    counts = [(f["sampling/rounds"], f["sampling/prompts"]) for _, f, _ in alone]
+    counts = [(f["sampling/rounds"], f["sampling/prompts"]) for _, f, *_ in alone]
     for steps in Ranks(size).run(work):
         assert [actual for actual, *_ in steps] == [actual for actual, *_ in alone]
-        assert [(f["sampling/rounds"], f["sampling/prompts"]) for _, f, _ in steps] == counts
+        assert [(f["sampling/rounds"], f["sampling/prompts"]) for _, f, *_ in steps] == counts
 
 
 def test_least_used_by_hand():
