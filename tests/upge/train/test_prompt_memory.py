@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 
@@ -21,8 +20,6 @@ from upge.train.learner import Memory
 from upge.train.prompt_order import least_used, mixed_indices, weighted_permutation
 from upge.train.prompt_records import PromptReader, Prompts, compared, drift, effective_number, remember, visits
 from upge.train.sample import Trajectory, assemble
-
-assert threading  # the fakes answer from threads
 
 
 def examples(number: int, source: str = "") -> list[Example]:

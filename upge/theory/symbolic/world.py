@@ -290,6 +290,7 @@ class World:
             score_norms=column("w", False),
             entropies=column("h", False).requires_grad_(),
             preference=torch.tensor([row.preference for row in self.rows]),
+            prompt_value=torch.tensor([self.value(row.u) for row in self.rows], dtype=torch.float64),
             step=self.step,
             state=state or {},
         )
