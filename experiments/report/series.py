@@ -101,8 +101,7 @@ PLOTS = (
          "1 means equal weights; a fall means that the weights of a term become unequal.",
          ("*/effective_share",), limits=(0, 1.02), section="gradient"),
     Plot("plot-memory", "Memory of prompts", "reward",
-         "The value remembered of the step's prompts, and its distance to their rewards; a growing distance means that it "
-         "lags behind the policy.",
+         "The value remembered of the step's prompts, and its distance to rewards: if it grows, memory lags behind.",
          ("memory/value_*",)),
     Plot("plot-curriculum", "Prompts of the curriculum", "prompts; effective = (Σw)² / Σw²",
          "If few are effective, the same prompts are drawn again and again.",

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.running import SMALL, lines, run
 
-#: Interleaved updates with moments of their own, and prompts that wait for one; a critic and a gate that moves; a memory
-#: of prompts and of their responses, by which prompts are drawn.
+#: Interleaved updates with moments of their own, and prompts that wait for one; a critic and a gate that moves; a
+#: memory of prompts and of their responses, by which prompts are drawn.
 ALGORITHMS = {
     "relift": (1, 2, ["algo.interleaved_update.size=2", "algo.interleaved_update.gate.threshold=0.5"]),
     "amft": (2, 1, ["algo.terms.sft.gate.every=1", "algo.terms.sft.gate.rate=10"]),

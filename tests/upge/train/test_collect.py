@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import upge
-from upge.algorithm import DynamicSampling
+from upge import DynamicSampling
 from upge.config import from_tree
 from upge.data import Example, Problem
 from upge.errors import DataError

@@ -284,7 +284,7 @@ CASES = [
     ),
     (lambda: algorithms.load("sft", corrections=["curriculum"]), "curriculum"),
     (lambda: algorithms.load("spo", corrections=["curriculum"]), "already draws prompts by weights"),
-    (lambda: algorithms.load("grpo", ["memory=3"]), "algo.memory: found 3"),
+    (lambda: algorithms.load("grpo", ["memory=3"]), "algo.memory: found .3. .int., expected a PromptMemory"),
     (lambda: upge.DecayedMean(decay=1.5), "DecayedMean.decay: 1.5 must lie between 0 and 1"),
     (lambda: upge.DecayedMean(weight=0.0), "DecayedMean.weight: 0 must be positive"),
     (lambda: upge.DecayedMean(start=math.inf), "DecayedMean.start: inf must be finite"),
