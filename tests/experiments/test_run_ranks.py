@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.running import SMALL, lines, run
+from upge.train.resharding import model_file, read
 
 #: Interleaved updates with moments of their own, and prompts that wait for one; a critic and a gate that moves; a
 #: memory of prompts and of their responses, by which prompts are drawn.
@@ -86,14 +87,8 @@ def test_a_memory_goes_on_bit_for_bit(tmp_path):
         }
     models = [AutoModelForCausalLM.from_pretrained(path / "final").state_dict() for path in (whole, folder)]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
-    states = [
-        torch.load(path / "checkpoints" / "step_000003" / "mp_rank_00_model_states.pt", weights_only=False)
-        for path in (whole, folder)
-    ]
-    found = [
-        next(value for value in state.values() if isinstance(value, dict) and "memory" in value) for state in states
-    ]
-    prompts = [one["memory"]["prompts"] for one in found]
+    files = [model_file(path / "checkpoints" / "step_000003") for path in (whole, folder)]
+    prompts = [read(file)["upge"]["memory"]["prompts"] for file in files]
     assert prompts[0]["records"] == prompts[1]["records"] and len(prompts[0]["records"]) == 5
     for key, pair in prompts[0]["responses"].items():
         assert all(map(torch.equal, pair, prompts[1]["responses"][key])), key
