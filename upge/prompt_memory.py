@@ -171,7 +171,7 @@ class DecayedMean(PromptMemory):
         bounds = f" within [{self.decay.low:g}, {self.decay.high:g}]" if isinstance(self.decay, DriftDecay) else ""
         return (
             f"the mean reward, in which what was remembered counts {decay}{bounds} as much at each visit; begins at "
-            f"{self.start:g}, which counts as {self.weight:g} rollouts"
+            f"{self.start:g} with the weight {self.weight:g}"
         )
 
 

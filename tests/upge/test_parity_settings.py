@@ -89,6 +89,10 @@ INERT = {
     ("amft", "terms.sft.gate.every"): MOVES,
     ("dapo", "sampling.rounds"): "how often prompts are drawn, before there is a batch",
     ("spo", "sampling.*"): "which prompts are drawn, before there is a batch: see test_prompt_memory.py",
+    (
+        "spo",
+        "terms.rl.estimator.advantage.epsilon",
+    ): "a hundredth of it is 1e-10, beside variances near 0.2: see test_prompt_memory.py",
     ("spo", "memory.*"): "what is remembered between batches: see test_prompt_memory.py",
     ("relift", "interleaved_update.gate.threshold"): "which prompts gather, between batches",
     ("relift", "interleaved_update.size"): "how many prompts gather, between batches",

@@ -256,12 +256,13 @@ def test_the_baseline_is_what_is_remembered():
     assert torch.equal(values[:, 0], batch.rewards - batch.prompt_value)
 
 
-def test_whitening_over_trajectories_counts_each_once_whatever_its_length():
+@pytest.mark.parametrize("epsilon", [1e-8, 0.3])
+def test_whitening_over_trajectories_counts_each_once_whatever_its_length(epsilon):
     batch = upge.testing.batches.random_batch()
-    own = upge.Whitened(upge.PromptBaseline(), over="trajectories")(batch)
+    own = upge.Whitened(upge.PromptBaseline(), epsilon, over="trajectories")(batch)
     rows = ~batch.is_demonstration & (batch.lengths > 0)
     apart = (batch.rewards - batch.prompt_value)[rows]
-    expected = (apart - apart.mean()) / (apart.var() + 1e-8).sqrt()
+    expected = (apart - apart.mean()) / (apart.var() + epsilon).sqrt()
     assert torch.allclose(own[rows][:, 0], expected, rtol=1e-12, atol=1e-14)
     assert float(own[rows][:, 0].mean()) == pytest.approx(0, abs=1e-14)
     assert not torch.allclose(own[rows][:, 0], upge.Whitened(upge.PromptBaseline())(batch)[rows][:, 0])
