@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def random_batch(
     )
 
 
-def remembered(prompt: Tensor, step: int) -> dict[str, Tensor]:
+def remembered(prompt: Tensor, step: int) -> dict[str, Any]:
     """[B] columns of the memory for trajectories of the prompts 0, 1, 2, ...; the first prompt is new in this step."""
     visits = (prompt % 3).clamp(max=step)
     attempts = visits * 4

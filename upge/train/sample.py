@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,7 +147,7 @@ def assemble(trajectories: Sequence[Trajectory], step: int) -> Trajectories:
     )
 
 
-def _memory_columns(trajectories: Sequence[Trajectory]) -> dict[str, Tensor]:
+def _memory_columns(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     """[B] each, what is remembered of the trajectories' prompts; empty if nothing is."""
     remembered = [t.remembered for t in trajectories if t.remembered is not None]
     if len(remembered) < len(trajectories) or not trajectories:
