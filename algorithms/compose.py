@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from upge.algorithm import Algorithm, DynamicSampling, InterleavedUpdate
+from upge.algorithm import Algorithm, InterleavedUpdate
 from upge.checks import mismatch
 from upge.corrections import Correction, NotApplicable
 from upge.errors import ConfigError, nearest
@@ -18,13 +18,23 @@ from upge.gates import Gate
 from upge.guidance import Guidance
 from upge.instantiate import TARGET, build
 from upge.pipeline import Pipeline, Stage
+from upge.prompt_memory import PromptMemory
+from upge.prompt_sampling import Curriculum, DynamicSampling
 from upge.regularizers import Regularizer, ValueLoss
 from upge.term import Term
 from upge.trees import first_line, plain
 
 #: `name` is a key of inlined algorithms: `algorithms.inline` writes it.
 _COMMON = {"name", "description"}
-_KEYS = _COMMON | {"terms", "regularizers", "critic", "sampling", "interleaved_update", "validation", "guidance"}
+_KEYS = _COMMON | {"terms", "regularizers", "interleaved_update", "validation"}
+#: Optional sections that are built without further checks, with the kind of each.
+_OPTIONAL: dict[str, Any] = {
+    "critic": ValueLoss,
+    "sampling": DynamicSampling | Curriculum,
+    "guidance": Guidance,
+    "memory": PromptMemory,
+}
+_KEYS |= _OPTIONAL.keys()
 _PIPELINE_KEYS = _COMMON | {"stages"}
 _TERM_KEYS = {"source", "gate", "estimator", "reduction", "coefficient", "support"}
 _STAGE_KEYS = {"algorithm", "share", "lr_factor"}
@@ -104,7 +114,7 @@ def _algorithm(tree: Any, name: str, path: str) -> Algorithm:
     named = _mapping(tree, "regularizers", path)
     extra = {str(n): build(item, f"{path}.regularizers.{n}", Regularizer) for n, item in named.items()}
     optional: dict[str, Any] = {}
-    for key, kind in (("critic", ValueLoss), ("sampling", DynamicSampling), ("guidance", Guidance)):
+    for key, kind in _OPTIONAL.items():
         if tree.get(key) is not None:
             optional[key] = build(tree[key], f"{path}.{key}", kind)
     if tree.get("interleaved_update") is not None:

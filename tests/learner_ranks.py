@@ -40,7 +40,7 @@ def mixed() -> upge.Algorithm:
 class Given:
     """A collector of trajectories that are there already: held-out ones have another seed."""
 
-    def collect(self, step: int, stream: str = "train", step_in_stage: int | None = None):
+    def collect(self, step: int, stream: str = "train", step_in_stage: int | None = None, prompts=None):
         return Collection(trajectories(seed=step if stream == "train" else 50 + step), {"time/rollout": 0.0})
 
     def demonstrations(self, indices, step):
@@ -65,7 +65,7 @@ def main(model: str, output: str, budget: str) -> None:
     results = {}
     meta = learner(mixed())
     memory = meta.memory()
-    collected = meta.collect(0, 0)
+    collected = meta.collect(0, 0, memory)
     # The slope is that of the rate at hand; the update then leaves the policy where it is for what follows.
     results["slope"] = meta._slope(meta._slope_gates(0)[0], collected, 0, LearningRates(LR), memory)
     report, figures = meta.update(collected, 0, LearningRates(0.0), memory)
@@ -74,10 +74,10 @@ def main(model: str, output: str, budget: str) -> None:
     results["mu"] = memory.variables["mu"]
 
     critic = learner(algorithms.load("ppo", ["critic.clip=null"]))
-    report, _ = critic.update(critic.collect(0, 0), 0, LearningRates(0.0, 1e-3), critic.memory())
+    report, _ = critic.update(critic.collect(0, 0, critic.memory()), 0, LearningRates(0.0, 1e-3), critic.memory())
     sums = world.gather(report.sums)
     results["critic"] = [step_metrics(report, sums)]
-    report, _ = critic.update(critic.collect(0, 0), 0, LearningRates(None, 1e-3), critic.memory())
+    report, _ = critic.update(critic.collect(0, 0, critic.memory()), 0, LearningRates(None, 1e-3), critic.memory())
     sums = world.gather(report.sums)
     results["critic"].append(step_metrics(report, sums))
     results["policy updates"] = len(report.grad_norms)
@@ -86,14 +86,14 @@ def main(model: str, output: str, budget: str) -> None:
     memory = aside.memory()
     results["interleaved_updates"] = []
     for step in range(4):
-        _, figures = aside.update(aside.collect(0, 0), step, LearningRates(1e-3), memory)
+        _, figures = aside.update(aside.collect(0, 0, memory), step, LearningRates(1e-3), memory)
         results["interleaved_updates"].append((figures["interleaved_update/updates"], list(memory.remembered)))
     results["optimizer"] = models.policy._moments.in_use
     for updater in (aside.updater, aside.interleaved):
         updater.config = dataclasses.replace(updater.config, skip_grad_norm=1e-9)
     before = {name: weight.clone() for name, weight in models.policy.named_weights()}
     memory.remembered = [0, 1, 3]
-    report, figures = aside.update(aside.collect(0, 0), 4, LearningRates(1e-3), memory)
+    report, figures = aside.update(aside.collect(0, 0, memory), 4, LearningRates(1e-3), memory)
     results["above limit"] = (
         report.above_limit,
         figures["interleaved_update/updates"],

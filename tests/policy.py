@@ -44,6 +44,7 @@ class Sample:
                 "shown": self.batch.is_demonstration_token[i, :n],
                 "preference": int(self.batch.preference[i]),
                 "finished": bool(self.batch.finished[i]),
+                "prompt_value": float(self.batch.prompt_value[i]),
                 "index": int(self.batch.index[i]),
             }
             for name in ("behavior", "sampler", "reference"):
@@ -144,6 +145,7 @@ def sample(
         score_norms=score_norms(logits, tokens),
         preference=preference,
         step=7,
+        **batches.remembered(number // size, 7),
     )
     return Sample(logits, tokens, batch)
 

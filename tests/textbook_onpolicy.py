@@ -83,6 +83,19 @@ def reinforce_plus_plus(s):
     return clipped_token_mean(rows, whitened(returns))
 
 
+def spo(s):
+    """The reward over what is remembered of the prompt, whitened over trajectories, with a dual clip."""
+    rows = [r for r in s.rows if not r["demo"]]
+    apart = [r["reward"] - r["prompt_value"] for r in rows if len(r["logp"])]
+    centre, scale = statistics.fmean(apart), math.sqrt(statistics.variance(apart) + 1e-8)
+    total = 0.0
+    for r in rows:
+        a = (r["reward"] - r["prompt_value"] - centre) / scale
+        objective = clipped(r, a, 0.2, 0.28)
+        total = total + (torch.maximum(objective, torch.full_like(objective, 10 * a)) if a < 0 else objective).sum()
+    return -total / sum(len(r["logp"]) for r in rows)
+
+
 def critics_advantages(r, lam=0.95):
     """Σ_k λ^k δ_{t+k} with discount 1, each sum written out."""
     rewards, values = token_rewards(r), [*r["values"].tolist(), 0.0]

@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 from upge import components as _components
-from upge.algorithm import Algorithm, DynamicSampling, InterleavedUpdate
+from upge.algorithm import Algorithm, InterleavedUpdate
 from upge.components import *  # noqa: F403
 from upge.errors import ConfigError, DataError, ModelError, UserError
 from upge.estimate import Estimate
@@ -31,6 +31,16 @@ from upge.gates import (
 from upge.guidance import BinomialPrefix, Guidance, PrefixLength, UniformPrefix
 from upge.needs import Needs
 from upge.pipeline import Pipeline, Stage
+from upge.prompt_memory import DecayedMean, DriftDecay, PromptColumns, PromptMemory, PromptRecord
+from upge.prompt_sampling import (
+    Age,
+    Curriculum,
+    DynamicSampling,
+    NearPassRate,
+    ProductOfWeights,
+    PromptWeight,
+    Uncertainty,
+)
 from upge.reduction import FixedLength, QuestionMean, Reduction, SequenceMean, TokenMean
 from upge.regularizers import DivergencePenalty, EntropyBonus, KLPenalty, Regularizer, ValueLoss
 from upge.stateful import MetaGradient, StatefulGate
@@ -42,14 +52,18 @@ from upge.views import Distributions, PackedTokens
 __version__ = "0.2.0.dev0"
 __all__ = [
     *_components.__all__,
+    "Age",
     "Algorithm",
     "BinomialPrefix",
     "ConstantGate",
     "Complement",
     "ConfigError",
+    "Curriculum",
     "DataError",
+    "DecayedMean",
     "Distributions",
     "DivergencePenalty",
+    "DriftDecay",
     "DynamicSampling",
     "EntropyBonus",
     "EntropyWeight",
@@ -64,6 +78,7 @@ __all__ = [
     "KLPenalty",
     "MetaGradient",
     "ModelError",
+    "NearPassRate",
     "Needs",
     "PackedTokens",
     "PassRateAbove",
@@ -73,6 +88,11 @@ __all__ = [
     "Pipeline",
     "PrefixLength",
     "ProductOf",
+    "ProductOfWeights",
+    "PromptColumns",
+    "PromptMemory",
+    "PromptRecord",
+    "PromptWeight",
     "QuestionMean",
     "Reduction",
     "Regularizer",
@@ -88,6 +108,7 @@ __all__ = [
     "TokenMean",
     "TopK",
     "Trajectories",
+    "Uncertainty",
     "UnifiedGradient",
     "UniformPrefix",
     "UserError",

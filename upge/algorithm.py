@@ -26,35 +26,16 @@ from upge.gates import Gate
 from upge.guidance import Guidance
 from upge.needs import Needs, check_columns, check_groups, needs_of
 from upge.plan import Plan, plan_updates
+from upge.prompt_memory import PromptMemory
+from upge.prompt_sampling import Curriculum, DynamicSampling, check_reads_outcomes
 from upge.regularizers import DivergencePenalty, Regularizer, ValueLoss
 from upge.stateful import UTILITY_SLOPE, StatefulGate, stateful_gates
 from upge.support import SampledToken, Support
 from upge.term import Term
 from upge.trajectories import Source, Trajectories
-from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS
+from upge.views import MEMORY_COLUMNS, TOKEN_COLUMNS
 
 _Weighted = TypeVar("_Weighted", Term, Regularizer)
-
-
-@dataclass(frozen=True)
-class DynamicSampling:
-    """Replacement of prompts on whose rollouts `gate` is closed, until the batch is full (arXiv 2503.14476).
-
-    Attributes:
-        gate: the gate; it may read only rewards and groups.
-        rounds: maximum rounds of sampling per step. After the last round the step trains on fewer prompts.
-    """
-
-    gate: Gate
-    rounds: int = 10
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.rounds < 1:
-            raise ConfigError(f"sampling.rounds: {self.rounds} must be at least 1")
-        _check_reads_outcomes(self.gate, "sampling.gate")
-        if stateful_gates({"sampling.gate": self.gate}):
-            raise ConfigError("sampling.gate: a stateful gate cannot choose prompts; give a gate on pass rates")
 
 
 @dataclass(frozen=True)
@@ -92,7 +73,7 @@ class InterleavedUpdate:
                 "learns from demonstrations alone"
             )
         _check_plain(self.algorithm, "interleaved_update.algorithm")
-        _check_reads_outcomes(self.gate, "interleaved_update.gate")
+        check_reads_outcomes(self.gate, "interleaved_update.gate")
 
 
 @dataclass(frozen=True)
@@ -103,10 +84,11 @@ class Algorithm:
         terms: name → term, in the order of the file.
         description: one or two lines for readers.
         critic: the objective of the value network; required if a part reads values.
-        sampling: which prompts are replaced; None = none.
+        sampling: which prompts are drawn or replaced; None = each as often as the others.
         interleaved_update: updates by a second algorithm, made when enough prompts have been collected.
         validation: the objective on held-out prompts that a stateful gate may follow.
         guidance: which rollouts continue the beginning of a demonstration; None = none.
+        memory: what is tracked of each prompt from step to step; None = nothing is remembered of prompts.
     """
 
     name: str
@@ -114,10 +96,11 @@ class Algorithm:
     regularizers: Mapping[str, Regularizer] = field(default_factory=dict[str, Regularizer])
     description: str = ""
     critic: ValueLoss | None = None
-    sampling: DynamicSampling | None = None
+    sampling: DynamicSampling | Curriculum | None = None
     interleaved_update: InterleavedUpdate | None = None
     validation: Algorithm | None = None
     guidance: Guidance | None = None
+    memory: PromptMemory | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -141,6 +124,13 @@ class Algorithm:
             _check_plain(self.validation, "validation")
         if self.sampling is not None and "rollouts" not in {term.source for term in self.terms.values()}:
             raise ConfigError(f"{self.name}: sampling chooses prompts by rollouts, but no term's source is rollouts")
+        if self.curriculum is not None and self.memory is None:
+            raise ConfigError(
+                f"{self.name}: sampling draws prompts by what is remembered of them, but there is no `memory`; give "
+                "one, for example memory={_target_: upge.DecayedMean}"
+            )
+        if self.memory is not None and not self.step_needs.rollouts:
+            raise ConfigError(f"{self.name}: memory remembers rollouts, but no term's source is rollouts; remove it")
         if self.guidance is not None:
             self._check_guidance(self.guidance)
 
@@ -169,10 +159,21 @@ class Algorithm:
             parts[f"regularizers.{name}"] = regularizer
         if self.critic is not None:
             parts["critic"] = self.critic
-        for name in ("sampling", "interleaved_update"):
-            if getattr(self, name) is not None:
-                parts[f"{name}.gate"] = getattr(self, name).gate
+        if self.dynamic_sampling is not None:
+            parts["sampling.gate" if self.curriculum is None else "sampling.redraw.gate"] = self.dynamic_sampling.gate
+        if self.interleaved_update is not None:
+            parts["interleaved_update.gate"] = self.interleaved_update.gate
         return parts
+
+    @property
+    def curriculum(self) -> Curriculum | None:
+        """The weights with which prompts are drawn; None if each is drawn as often as the others."""
+        return self.sampling if isinstance(self.sampling, Curriculum) else None
+
+    @property
+    def dynamic_sampling(self) -> DynamicSampling | None:
+        """The replacement of prompts by their rollouts; None if there is none."""
+        return self.sampling.redraw if isinstance(self.sampling, Curriculum) else self.sampling
 
     @property
     def _weighted_terms(self) -> Mapping[str, Term]:
@@ -313,6 +314,7 @@ class Algorithm:
         if needs.rollouts and (needs.demonstrations or needs.preference_pairs):
             check_groups(self._working_parts, path)
         filled = frozenset(provided) | ({"values"} if self.critic else frozenset[str]())
+        filled |= MEMORY_COLUMNS if self.memory is not None else frozenset[str]()
         check_columns(self._working_parts, self.sources, filled, path)
         for name, algorithm in self.inner.items():
             algorithm.check(
@@ -365,19 +367,9 @@ def _check_part(part: Component, path: str) -> None:
         raise error.under(path) from error
 
 
-def _check_reads_outcomes(gate: Gate, path: str) -> None:
-    """Refuse a gate that reads what is not yet known when prompts are chosen."""
-    beyond = sorted(gate.columns - set(TRAJECTORY_COLUMNS))
-    if beyond:
-        raise ConfigError(
-            f"{path}: {type(gate).__name__} reads {', '.join(beyond)}, but prompts are chosen by rewards, before any "
-            "forward pass; give a gate on pass rates, such as upge.PassRateBetween"
-        )
-
-
 def _check_plain(algorithm: Algorithm, path: str) -> None:
     """Refuse an inner algorithm that needs what only a whole run provides."""
-    for name in ("critic", "sampling", "interleaved_update", "validation", "stateful", "guidance"):
+    for name in ("critic", "sampling", "interleaved_update", "validation", "stateful", "guidance", "memory"):
         value = getattr(algorithm, name)
         if value:
             what = f"stateful gates ({', '.join(value)})" if name == "stateful" else f"a `{name}` of its own"

@@ -9,11 +9,13 @@ from upge.components.base import Component, mixes_demonstrations, walk
 from upge.errors import ConfigError
 from upge.support import CANDIDATE_COLUMNS, Support
 from upge.trajectories import Source
+from upge.views import MEMORY_COLUMNS
 
 #: Columns that a caller may lack. `behavior_logprobs` is none of them: without it the data are strictly on-policy.
 _OPTIONAL = frozenset(
     {"sampler_logprobs", "reference_logprobs", "teacher_logprobs", "values", "entropies", "preference", "finished"}
     | {"score_norms"}
+    | MEMORY_COLUMNS
 )
 #: Columns that are computed by a forward pass of a model.
 COMPUTED = frozenset({"behavior_logprobs", "reference_logprobs", "teacher_logprobs", "values", "score_norms"})
@@ -134,9 +136,11 @@ def check_columns(
         if missing:
             fix = f"it needs a critic: give the algorithm one, for example {path}.critic={{_target_: upge.ValueLoss, "
             fix += "returns: {_target_: upge.GAE}}"
+            if missing & MEMORY_COLUMNS:
+                fix = f"it needs a memory of prompts, for example {path}.memory={{_target_: upge.DecayedMean}}"
             raise ConfigError(
                 f"{type(part).__name__} reads {sorted(missing)}, which is not provided here; "
-                + (fix if "values" in missing else "it needs a data set or engine that fills it"),
+                + (fix if missing & ({"values"} | MEMORY_COLUMNS) else "it needs a data set or engine that fills it"),
                 f"{path}.{place}",
             )
         owner = next((s for s in sources if place == s or place.startswith(f"{s}.")), None)

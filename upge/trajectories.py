@@ -44,6 +44,7 @@ _KINDS: dict[str, str] = dict.fromkeys(
     ("response_mask", "is_demonstration_token", "is_demonstration", "is_guided", "finished"), "bool"
 )
 _KINDS |= dict.fromkeys(("group", "preference", "index", "row"), "integer")
+_KINDS |= dict.fromkeys(("prompt_attempts", "prompt_successes", "prompt_age"), "integer")
 #: The largest log-prob that is taken for a rounding error of 0.
 _ROUNDING = 2e-3
 
@@ -84,6 +85,8 @@ class Trajectories(TrajectoryView):
             demonstration at the end of the prompt; None = those of `response_mask`.
         state: variable name → current value, of each stateful gate.
         pass_threshold: a rollout counts as a success above this reward.
+        prompt_value, prompt_attempts, prompt_successes, prompt_last_pass_rate, prompt_age: [B] what was remembered of
+            the trajectory's prompt before this step: see `upge.prompt_memory.PromptColumns`.
         distributions: the next-token distributions, [B, T, V] log-probs each, for terms whose support is not the
             sampled token; the trainer's output head provides them instead. Padding may hold any finite values.
 
@@ -115,6 +118,11 @@ class Trajectories(TrajectoryView):
     is_demonstration_token: Bool[Tensor, "B T"] = None  # pyright: ignore[reportAssignmentType] - as above
     is_guided: Bool[Tensor, "B"] = None  # pyright: ignore[reportAssignmentType] - as above
     total_lengths: Int[Tensor, "B"] | None = None
+    prompt_value: Float[Tensor, "B"] | None = None
+    prompt_attempts: Int[Tensor, "B"] | None = None
+    prompt_successes: Int[Tensor, "B"] | None = None
+    prompt_last_pass_rate: Float[Tensor, "B"] | None = None
+    prompt_age: Int[Tensor, "B"] | None = None
 
     def __post_init__(self) -> None:
         for name in TOKEN_COLUMNS + TRAJECTORY_COLUMNS:

@@ -42,7 +42,14 @@ TRAJECTORY_COLUMNS = (
     "preference",
     "index",
     "row",
+    "prompt_value",
+    "prompt_attempts",
+    "prompt_successes",
+    "prompt_last_pass_rate",
+    "prompt_age",
 )
+#: Those of them that come from the memory of prompts: see `upge.prompt_memory`.
+MEMORY_COLUMNS = frozenset(name for name in TRAJECTORY_COLUMNS if name.startswith("prompt_"))
 COLUMNS = frozenset((*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS, "is_sampled"))
 #: Columns that exist only after the forward pass of the current policy. A part that reads one of them, itself or in a
 #: part that it wraps, is *live*. Every other part is known before the forward pass.
@@ -159,6 +166,11 @@ class TrajectoryView(TokenView):
     preference: Int[Tensor, "B"]
     index: Int[Tensor, "B"]
     row: Int[Tensor, "B"]
+    prompt_value: Float[Tensor, "B"]
+    prompt_attempts: Int[Tensor, "B"]
+    prompt_successes: Int[Tensor, "B"]
+    prompt_last_pass_rate: Float[Tensor, "B"]
+    prompt_age: Int[Tensor, "B"]
     total_lengths: Int[Tensor, "B"] | None
     pass_threshold: float
 

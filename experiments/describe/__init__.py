@@ -109,10 +109,18 @@ def _step_needs(path: str, one: Algorithm) -> dict[str, str]:
         listed[f"{path}state: {variable}"] = f"begins at {gate.initial():g}, {moved}; logged and kept in checkpoints"
     if one.guidance is not None:
         listed[f"{path}guidance"] = one.guidance.describe()
-    if one.sampling is not None:
-        gate, rounds = one.sampling.gate.formula().text, one.sampling.rounds
-        drawn = f"prompts are drawn until the batch is full of prompts with {gate}, at most {rounds} times"
-        listed[f"{path}sampling"] = drawn
+    if one.memory is not None:
+        listed[f"{path}memory"] = f"of each prompt: {one.memory.describe()}; logged and kept in checkpoints"
+    drawn = []
+    if one.curriculum is not None:
+        drawn.append(
+            f"prompts are drawn in proportion to {one.curriculum.weight.describe()}, v being the memory's value"
+        )
+    if one.dynamic_sampling is not None:
+        gate, rounds = one.dynamic_sampling.gate.formula().text, one.dynamic_sampling.rounds
+        drawn.append(f"prompts are drawn until the batch is full of prompts with {gate}, at most {rounds} times")
+    if drawn:
+        listed[f"{path}sampling"] = "; ".join(drawn)
     if one.interleaved_update is not None:
         inner, gate = one.interleaved_update, one.interleaved_update.gate.formula().text
         moments = "optimizer moments of its own" if inner.own_optimizer else "the same optimizer moments"

@@ -96,7 +96,9 @@ class Chosen:
         """Sentences on the parts of algorithms that the results do not include."""
         sentences = []
         for name, one in self.algorithms.items():
-            if one.sampling is not None:
+            if one.curriculum is not None:
+                sentences.append(f"{name}: all prompts are measured alike; its curriculum is not applied")
+            if one.dynamic_sampling is not None:
                 sentences.append(f"{name}: all prompts are measured; dynamic sampling is not applied")
             if one.interleaved_update is not None:
                 sentences.append(f"{name}: the interleaved updates are not measured, only the step's own update")

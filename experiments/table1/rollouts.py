@@ -148,6 +148,19 @@ def reinforce_plus_plus(w: World) -> Expr:
     return clipped_white(w, {row.index: [total(paid(row)[t:]) for t in range(len(row))] for row in w.rollouts})
 
 
+def spo(w: World) -> Expr:
+    """Clipped at 1.28 and, where Â < 0, dually at 10; token mean. Â = R - v, whitened over the rollouts."""
+    apart = {row.index: row.reward - row.u for row in w.rollouts}
+    centre = mean(apart.values())
+    scale = sqrt(total((a - centre) ** 2 for a in apart.values()) / (len(apart) - 1) + Rational(1, 10**8))
+
+    def one(row: Row, t: int, a: Expr) -> Expr:
+        inner = surrogate(w, row, t, a, high="0.28")
+        return w.maximum(inner, 10 * a) if w.less(a, 0) else inner
+
+    return token_mean([(row, w.advantage(row, (apart[row.index] - centre) / scale)) for row in w.rollouts], one)
+
+
 def rloo(w: World) -> Expr:
     """(1/N) Σ (R - mean of the others)·log π_θ(τ)."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 import algorithms
 import upge
@@ -194,3 +195,25 @@ def test_the_correction_of_the_page(tmp_path, monkeypatch):
     with pytest.raises(upge.corrections.NotApplicable, match="no term that learns from rollouts"):
         temper(algorithms.load("sft"))
     sys.modules.pop("my_corrections")
+
+
+def test_the_memory_of_prompts(tmp_path, monkeypatch):
+    """From the page to a composed algorithm: the largest reward, a weight by successes and a gate on attempts."""
+    (source,) = re.findall(r"```python\n(# own_memory.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    (tmp_path / "own_memory.py").write_text(source, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = [
+        "memory={_target_: own_memory.BestReward}",
+        "sampling={_target_: upge.Curriculum, weight: {_target_: own_memory.Unsolved, other: 0.5}}",
+        "terms.rl.gate={_target_: own_memory.RarelyTried, attempts: 3}",
+    ]
+    algorithm = algorithms.load("grpo", own)
+    upge.testing.check_algorithm(algorithm)
+    memory, new = algorithm.memory, upge.PromptRecord()
+    record = memory.recorded(memory.recorded(new, [0.25, 0.75], 1, 0, 0.0), [0.5], 0, 4, 0.0)
+    assert memory.remembered(record, 6) == (0.75, 3, 1, 0.0, 2)
+    columns = upge.PromptColumns.of([memory.remembered(one, 6) for one in (record, new)])
+    assert algorithm.sampling.weights(columns).tolist() == [0.5, 1.0]
+    batch = upge.testing.random_batch()
+    assert torch.equal(algorithm.terms["rl"].gate(batch), (batch.prompt_attempts < 3).double())
+    sys.modules.pop("own_memory")

@@ -50,10 +50,11 @@ CASES = (
 )
 #: A number in place of null.
 GIVEN = {"dual": 2.0, "low": 0.9, "length": 7, "clip": 0.1, "rollouts": 2, "steps": 7}
+GIVEN["redraw"] = {"_target_": "upge.DynamicSampling", "gate": {"_target_": "upge.PassRateBetween"}}
 SINGLE = (
     "asymre|cispo|clip_cov|clip_cov_of_many|dapo|dft|dpo|dppo|dr_grpo|dro|fipo|gmpo|grpo|gspo|iw_sft|iw_sft_sequence"
     "|luspo|maxrl|offline_rl|opmd|eaft|gift|gkd|opd|opsd|sdpo|ppo|real|reinforce|reinforce_plus_plus|relift|rloo|sapo|sft"
-    "|vespo"
+    "|spo|vespo"
 )
 CLOSE = "no token that matters lies within a hundredth of it; clip_cov_of_many has other bounds"
 MOVES = "how μ moves between steps: see test_gates_state.py"
@@ -87,6 +88,12 @@ INERT = {
     ("amft", "terms.sft.gate.high"): MOVES,
     ("amft", "terms.sft.gate.every"): MOVES,
     ("dapo", "sampling.rounds"): "how often prompts are drawn, before there is a batch",
+    ("spo", "sampling.*"): "which prompts are drawn, before there is a batch: see test_prompt_memory.py",
+    (
+        "spo",
+        "terms.rl.estimator.advantage.epsilon",
+    ): "a hundredth of it is 1e-10, beside variances near 0.2: see test_prompt_memory.py",
+    ("spo", "memory.*"): "what is remembered between batches: see test_prompt_memory.py",
     ("relift", "interleaved_update.gate.threshold"): "which prompts gather, between batches",
     ("relift", "interleaved_update.size"): "how many prompts gather, between batches",
     ("relift", "interleaved_update.own_optimizer"): "what the optimizer makes of a gradient",

@@ -9,6 +9,7 @@ from upge.components.advantage import (
     MeanNormalized,
     OptimalTokenBaseline,
     PairwisePreference,
+    PromptBaseline,
     SignedReward,
 )
 from upge.components.base import (
@@ -112,6 +113,7 @@ __all__ = [
     "PPOClip",
     "PairwisePreference",
     "PolicyLikelihood",
+    "PromptBaseline",
     "PowerLikelihood",
     "PrefixWeighted",
     "RatioSign",

@@ -185,6 +185,23 @@ class LeaveOneOut(AdvantageEstimator):
 
 
 @dataclass(frozen=True)
+class PromptBaseline(AdvantageEstimator):
+    """Â = R - v, v the value that the memory of prompts has of the trajectory's prompt before this step.
+
+    It is the column `prompt_value`, so the algorithm needs a `memory`, such as `upge.DecayedMean`. v does not depend on
+    the rollouts of this step, so it adds no bias, and one rollout per prompt is enough (arXiv 2509.13232).
+    """
+
+    reads: ClassVar[frozenset[str]] = frozenset({"rewards", "prompt_value"})
+
+    def __call__(self, batch: TrajectoryView) -> Float[torch.Tensor, "B T"]:
+        return _per_token(batch.rewards.double() - batch.prompt_value.double(), batch)
+
+    def formula(self) -> Formula:
+        return Formula("(R − v)", r"\left(R-v\right)")
+
+
+@dataclass(frozen=True)
 class OptimalTokenBaseline(AdvantageEstimator):
     """Â_t = R - Σ W_t R/Σ W_t over the group's rollouts that have a token t, W_t = Σ_{k≤t} ‖∂ log π_k/∂z_k‖².
 

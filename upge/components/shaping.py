@@ -16,7 +16,7 @@ from upge.components.mask import RATIO_COLUMNS
 from upge.components.returns import KLKind, discounted_sum, kl_value
 from upge.errors import ConfigError
 from upge.formula import Formula, tex
-from upge.views import LIVE_COLUMNS, TokenView, TrajectoryView
+from upge.views import LIVE_COLUMNS, TokenView, TrajectoryView, masked_mean
 
 
 @dataclass(frozen=True)
@@ -134,14 +134,21 @@ class FutureKLShaped(AdvantageEstimator):
 
 @dataclass(frozen=True)
 class Whitened(AdvantageEstimator):
-    """(Â - mean Â)/√(var Â + epsilon), with mean and variance over all rollout tokens of the batch (arXiv 2501.03262).
+    """(Â - mean Â)/√(var Â + epsilon), with mean and variance over the rollouts of the batch (arXiv 2501.03262).
 
     The variance is the unbiased one. Demonstrations are whitened with the rollouts' mean and variance. A batch with
-    fewer than two rollout tokens gives zeros.
+    fewer than two values gives zeros.
+
+    Attributes:
+        advantage: Â.
+        epsilon: added to the variance.
+        over: what the mean and the variance are taken over: all 'tokens', or the 'trajectories', each of which counts
+            once with the mean of its tokens, whatever its length.
     """
 
     advantage: AdvantageEstimator
     epsilon: float = 1e-8
+    over: Literal["tokens", "trajectories"] = "tokens"
     reads: ClassVar[frozenset[str]] = frozenset({"is_demonstration"})
 
     def __post_init__(self) -> None:
@@ -157,17 +164,20 @@ class Whitened(AdvantageEstimator):
 
     def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
         values, mask = self.advantage(batch).double(), batch.response_mask
-        rollout_tokens = mask & ~batch.is_demonstration[:, None]
-        number = int(rollout_tokens.sum())
+        own, counted = values, mask & ~batch.is_demonstration[:, None]
+        if self.over == "trajectories":
+            own, counted = masked_mean(values, mask), counted.any(dim=1, keepdim=True)
+        number = int(counted.sum())
         if number < 2:
             return torch.zeros_like(values)
-        centred = values - torch.where(rollout_tokens, values, 0.0).sum() / number
-        variance = torch.where(rollout_tokens, centred.square(), 0.0).sum() / (number - 1)
-        return torch.where(mask, centred / (variance + self.epsilon).sqrt(), 0.0)
+        mean = torch.where(counted, own, 0.0).sum() / number
+        variance = torch.where(counted, (own - mean).square(), 0.0).sum() / (number - 1)
+        return torch.where(mask, (values - mean) / (variance + self.epsilon).sqrt(), 0.0)
 
     def formula(self) -> Formula:
         inner = self.advantage.formula()
-        return Formula(f"white({inner.text})", rf"\mathrm{{white}}\left({inner.latex}\right)")
+        over, latex_over = ("", "") if self.over == "tokens" else ("_τ", r"_\tau")
+        return Formula(f"white{over}({inner.text})", rf"\mathrm{{white}}{latex_over}\left({inner.latex}\right)")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from upge.corrections.base import (
     with_regularizer,
     wrap,
 )
-from upge.corrections.sampling import DynamicSampling
+from upge.corrections.sampling import Curriculum, DynamicSampling
 from upge.errors import ConfigError
 from upge.gates import Finished, ProductOf
 from upge.reduction import Reduction, TokenMean
@@ -377,6 +377,7 @@ __all__ = [
     "MIS",
     "TIS",
     "Correction",
+    "Curriculum",
     "DualClip",
     "DynamicSampling",
     "Entropy",

@@ -1,13 +1,15 @@
-"""The correction that chooses prompts, and the algorithms that it would work against."""
+"""The corrections that choose prompts, and the algorithms that they would work against."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from upge import algorithm as core
+from upge import prompt_sampling as core
 from upge.algorithm import Algorithm
 from upge.corrections.base import Correction, NotApplicable, rollout_terms
 from upge.gates import Gate, PassRateBetween, ProductOf
+from upge.prompt_memory import DecayedMean, PromptMemory
+from upge.prompt_sampling import NearPassRate, PromptWeight
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,33 @@ class DynamicSampling(Correction):
     def apply(self, algorithm: Algorithm) -> Algorithm:
         terms = rollout_terms(algorithm)
         _check_learns_from_sampled(algorithm, self.gate)
-        if algorithm.sampling is not None:
+        if algorithm.dynamic_sampling is not None:
             raise NotApplicable("it already has `sampling`; change that by algo.sampling.KEY=VALUE")
         gated = {name: replace(term, gate=ProductOf((term.gate, self.gate))) for name, term in terms.items()}
-        return replace(algorithm, terms={**algorithm.terms, **gated}, sampling=self._sampling())
+        sampling = self._sampling()
+        if algorithm.curriculum is not None:
+            sampling = replace(algorithm.curriculum, redraw=sampling)
+        return replace(algorithm, terms={**algorithm.terms, **gated}, sampling=sampling)
+
+
+@dataclass(frozen=True)
+class Curriculum(Correction):
+    """Draws prompts with probabilities proportional to `weight`; dynamic sampling, where there is any, stays.
+
+    Attributes:
+        weight: of a prompt, by what is remembered of it.
+        memory: what is tracked of each prompt, for algorithms without a memory of their own.
+    """
+
+    weight: PromptWeight = NearPassRate()
+    memory: PromptMemory = DecayedMean()
+
+    def apply(self, algorithm: Algorithm) -> Algorithm:
+        rollout_terms(algorithm)
+        if algorithm.curriculum is not None:
+            raise NotApplicable("it already draws prompts by weights; change these by algo.sampling.weight.KEY=VALUE")
+        sampling = core.Curriculum(self.weight, redraw=algorithm.dynamic_sampling)
+        return replace(algorithm, sampling=sampling, memory=algorithm.memory or self.memory)
 
 
 _IN_A_FILE = "to use it nevertheless, write an algorithm file of your own with such a `sampling`"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +64,25 @@ def random_batch(
         finished=torch.arange(b) % 3 != 2,
         preference=preference,
         step=3,
+        **remembered(torch.arange(b) // size, 3),
     )
+
+
+def remembered(prompt: Tensor, step: int) -> dict[str, Any]:
+    """[B] columns of the memory for trajectories of the prompts 0, 1, 2, ...; the first prompt is new in this step."""
+    visits = (prompt % 3).clamp(max=step)
+    attempts = visits * 4
+    successes = (attempts * (prompt % 5) / 5).long()
+    rate = successes.double() / attempts.clamp(min=1)  # 0 for the new prompt, because comparisons with NaN fail
+    # No two prompts have the same value, and none is a round number.
+    value = 0.05 + 0.9 * (((prompt + 1) * 0.6180339887498949) % 1.0)
+    return {
+        "prompt_value": value.double(),
+        "prompt_attempts": attempts,
+        "prompt_successes": successes,
+        "prompt_last_pass_rate": rate,
+        "prompt_age": torch.where(attempts > 0, torch.ones_like(prompt), torch.full_like(prompt, step + 1)),
+    }
 
 
 def guided(batch: Trajectories, longest: int = 5) -> Trajectories:

@@ -22,6 +22,7 @@ from torch import Tensor
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError
 from upge.gates import Gate
+from upge.prompt_memory import PromptColumns, Remembered
 from upge.theory.policy import (
     Reward,
     SoftmaxPolicy,
@@ -70,6 +71,7 @@ class Setting:
         prefixes: tokens → their probability, for an algorithm with guided rollouts: the distribution of what those of a
             group continue. It takes the place of the algorithm's own distribution of lengths.
         step: the training steps before the batch, for schedules.
+        remembered: what is remembered of the prompt.
 
     Raises:
         ConfigError: a policy has other responses than `policy`, or `prefixes` is not a distribution of beginnings.
@@ -85,6 +87,7 @@ class Setting:
     values: Float[Tensor, "P"] | None = None
     prefixes: Mapping[tuple[int, ...], float] | None = None
     step: int = 0
+    remembered: Remembered = Remembered(value=0.5, attempts=0, successes=0, last_pass_rate=math.nan, age=1)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reward", rewards_of(self.policy, self.reward))
@@ -159,7 +162,8 @@ class Setting:
             columns["teacher_logprobs"] = self.teacher.token_logprobs.detach()
         if self.values is not None:
             columns["values"] = self.values.double()[space.prefix]
-        return columns
+        remembered = PromptColumns.of([self.remembered] * len(space))
+        return columns | {f"prompt_{name}": column for name, column in remembered._asdict().items()}
 
 
 class Evaluator:
@@ -278,8 +282,8 @@ def all_groups(
     for members in itertools.product(*kinds):
         rows = tuple(row for member, _ in members for row in member)
         groups.append((rows, math.prod(p for _, p in members)))
-    if algorithm.sampling is not None:
-        groups = _open_groups(algorithm.sampling.gate, groups, Evaluator(algorithm, setting))
+    if algorithm.dynamic_sampling is not None:
+        groups = _open_groups(algorithm.dynamic_sampling.gate, groups, Evaluator(algorithm, setting))
     accepted = sum(p for _, p in groups)
     if accepted <= 0:
         raise ConfigError(f"{algorithm.name}: no group can be drawn; give rewards that differ between responses")

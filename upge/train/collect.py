@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from torch import Tensor
+
 from upge.algorithm import Algorithm
 from upge.data import Example
 from upge.data.teacher import TeacherPrompts
@@ -19,9 +21,11 @@ from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.config import RunConfig
 from upge.train.distributed import World, gather_results
 from upge.train.prompt_order import demonstration_choice, held_out, least_used, mixed_indices, permutation, stream_seed
+from upge.train.prompt_records import PromptReader, effective_number
 from upge.train.sample import Trajectory, assemble, has_pair, indexed, usable
 from upge.train.verdicts import StepVerdicts
 from upge.verify import Verdict
+from upge.views import MEMORY_COLUMNS
 
 #: The streams of prompts: those that the steps train on, and those reserved for validation.
 TRAIN, HELD_OUT = "train", "held out"
@@ -34,11 +38,13 @@ class Collection(NamedTuple):
         trajectories: with their index.
         metrics: of their collection, by name.
         verdicts: on all rollouts that were sampled.
+        sampled: all of these, including those of prompts that were replaced.
     """
 
     trajectories: list[Trajectory]
     metrics: dict[str, float]
     verdicts: StepVerdicts = StepVerdicts()
+    sampled: Sequence[Trajectory] = ()
 
 
 class Collector:
@@ -83,7 +89,8 @@ class Collector:
             max_tokens=config.rollout.max_response_tokens,
             stop_token_ids=stop_token_ids,
         )
-        self.needs, self.dynamic_sampling = algorithm.step_needs, algorithm.sampling
+        self.needs, self.dynamic_sampling = algorithm.step_needs, algorithm.dynamic_sampling
+        self.curriculum = algorithm.curriculum
         self.guidance = algorithm.guidance
         self.ranges = {} if sampler is None else sampler.ranges
         candidates = usable(examples, self.needs)
@@ -109,7 +116,9 @@ class Collector:
                     "needs; set its weight to 0, or leave the data set out"
                 )
 
-    def collect(self, step: int, stream: str = TRAIN, step_in_stage: int | None = None) -> Collection:
+    def collect(
+        self, step: int, stream: str = TRAIN, step_in_stage: int | None = None, prompts: PromptReader | None = None
+    ) -> Collection:
         """The trajectories of a step, metrics of their collection, and what became of the verdicts.
 
         Args:
@@ -117,33 +126,51 @@ class Collector:
             stream: TRAIN, or HELD_OUT, whose prompts are redrawn in each step: as many as a step has, or all of them if
                 there are fewer.
             step_in_stage: for schedules of guidance; None = `step`.
+            prompts: what is remembered of the prompts; None if the algorithm has no memory.
 
         Returns:
             The metrics are the seconds of sampling and verification on this rank ('time/rollout', 'time/verify'), with
-            dynamic sampling also the number of rounds ('sampling/rounds') and of sampled prompts ('sampling/prompts').
+            dynamic sampling also the number of rounds ('sampling/rounds') and of sampled prompts ('sampling/prompts'),
+            with a curriculum the effective number of prompts that it draws from ('sampling/effective_prompts').
 
         Raises:
             VerifierError: a rank's verifiers cannot run; raised on all ranks.
         """
         count, candidates = self.config.prompts_per_step, self.streams[stream]
         seeds: tuple[int | str, ...] = ("rollout", step)
+        weights = self._prompt_weights(prompts) if stream == TRAIN else None
         if stream == TRAIN:
-            indices = mixed_indices(step, count, self.strata, self.weights, self.config.seed)
+            indices = mixed_indices(step, count, self.strata, self.weights, self.config.seed, weights)
         else:
             indices = self._held_out_indices(step, min(count, len(candidates)))
             seeds = ("rollout", stream, step)
-        rollouts, metrics, verdicts = Collection([], {"time/rollout": 0.0, "time/verify": 0.0})
+        rollouts, metrics, verdicts, sampled = Collection([], {"time/rollout": 0.0, "time/verify": 0.0})
         step_in_stage = step if step_in_stage is None else step_in_stage
         if self.needs.rollouts:
-            rollouts, metrics, verdicts = self._rollouts(indices, seeds, step_in_stage)
+            rollouts, metrics, verdicts, sampled = self._rollouts(indices, seeds, step_in_stage, prompts)
             if self.dynamic_sampling is not None and stream == TRAIN:
-                indices, redrawn = self._redrawn(indices, rollouts, step, step_in_stage)
+                indices, redrawn = self._redrawn(indices, rollouts, step, step_in_stage, prompts, weights)
                 rollouts, metrics = redrawn.trajectories, _sum(metrics, redrawn.metrics)
-                verdicts += redrawn.verdicts
+                verdicts, sampled = verdicts + redrawn.verdicts, [*sampled, *redrawn.sampled]
+        if weights is not None:
+            metrics |= {"sampling/effective_prompts": effective_number(weights.values())}
         given = [t for group, index in enumerate(indices) for t in self._given(group, index, step)]
+        given = self._remembered(given, prompts)
         # The sort is stable and a prompt's rollouts are in order of sampling.
         trajectories = sorted(rollouts + given, key=lambda t: (t.group, t.is_demonstration))
-        return Collection(self._taught(indexed(trajectories)), metrics, verdicts)
+        return Collection(self._taught(indexed(trajectories)), metrics, verdicts, sampled)
+
+    def _prompt_weights(self, prompts: PromptReader | None) -> dict[str, Tensor] | None:
+        """For each source the weights of its prompts; None without a curriculum."""
+        if self.curriculum is None or prompts is None:
+            return None
+        return {name: self.curriculum.weights(prompts.columns(members)) for name, members in self.strata.items()}
+
+    def _remembered(self, trajectories: list[Trajectory], prompts: PromptReader | None) -> list[Trajectory]:
+        """The trajectories with what is remembered of their prompts, if a part reads it."""
+        if prompts is None or not self.needs.columns & MEMORY_COLUMNS:
+            return trajectories
+        return [replace(one, remembered=prompts.of(one.example)) for one in trajectories]
 
     def demonstrations(self, indices: Iterable[int], step: int) -> list[Trajectory]:
         """The demonstrations of these examples, one group per example; examples without one are passed over."""
@@ -176,7 +203,9 @@ class Collector:
         strata = {name: [i for i in candidates if self.examples[i].problem.source == name] for name in self.weights}
         return mixed_indices(0, count, strata, {n: self.weights[n] if strata[n] else 0.0 for n in strata}, seed)
 
-    def _replacements(self, missing: Mapping[str, int], used: Sequence[int], *seed: int | str) -> list[int]:
+    def _replacements(
+        self, missing: Mapping[str, int], used: Sequence[int], weights: Mapping[str, Tensor] | None, *seed: int | str
+    ) -> list[int]:
         """As many examples of each source as are missing, in a seeded order; those in `used` come last."""
         chosen: list[int] = []
         for name, count in missing.items():
@@ -184,7 +213,8 @@ class Collector:
             places = {index: place for place, index in enumerate(candidates)}
             used_places = [places[index] for index in used if index in places]
             order_seed = stream_seed(self.config.seed, *seed, *filter(None, [name]))
-            chosen += [candidates[i] for i in least_used(count, len(candidates), used_places, order_seed)]
+            own = None if weights is None else weights[name]
+            chosen += [candidates[i] for i in least_used(count, len(candidates), used_places, order_seed, own)]
         return chosen
 
     def _missing(self, wanted: Sequence[int], accepted: Sequence[int]) -> dict[str, int]:
@@ -194,14 +224,21 @@ class Collector:
         return {name: count for name, count in counts.items() if count > 0}
 
     def _redrawn(
-        self, indices: list[int], first: list[Trajectory], step: int, step_in_stage: int
+        self,
+        indices: list[int],
+        first: list[Trajectory],
+        step: int,
+        step_in_stage: int,
+        prompts: PromptReader | None,
+        weights: Mapping[str, Tensor] | None,
     ) -> tuple[list[int], Collection]:
         """Dynamic sampling: replaces prompts whose gate is closed, for a number of rounds.
 
         Args:
             indices: the examples of the first round.
             first: their rollouts.
-            step, step_in_stage: as for `collect`.
+            step, step_in_stage, prompts: as for `collect`.
+            weights: of the prompts, for a curriculum.
 
         Returns:
             The accepted examples and their rollouts, with the metrics and verdicts of the further rounds. If the gate
@@ -211,6 +248,7 @@ class Collector:
         wanted, rollouts, tried, rounds = list(indices), first, list(indices), 1
         metrics: dict[str, float] = {}
         verdicts = StepVerdicts()
+        sampled: list[Trajectory] = []
         accepted: list[int] = []
         trajectories: list[Trajectory] = []
         while True:
@@ -220,15 +258,17 @@ class Collector:
             if len(accepted) == self.config.prompts_per_step or rounds == self.dynamic_sampling.rounds:
                 break
             # Accepted examples count twice, so that in a small data set they come last.
-            indices = self._replacements(self._missing(wanted, accepted), tried + accepted, "redraw", step, rounds)
-            rollouts, times, more = self._rollouts(indices, ("rollout", step, rounds), step_in_stage)
-            metrics, verdicts = _sum(metrics, times), verdicts + more
+            indices = self._replacements(
+                self._missing(wanted, accepted), tried + accepted, weights, "redraw", step, rounds
+            )
+            rollouts, times, more, _ = self._rollouts(indices, ("rollout", step, rounds), step_in_stage, prompts)
+            metrics, verdicts, sampled = _sum(metrics, times), verdicts + more, sampled + rollouts
             tried += indices
             rounds += 1
         metrics |= {"sampling/rounds": rounds, "sampling/prompts": len(tried)}
         if not accepted:
             accepted, trajectories = wanted, first
-        return accepted, Collection(trajectories, metrics, verdicts)
+        return accepted, Collection(trajectories, metrics, verdicts, sampled)
 
     def _open_groups(self, rollouts: list[Trajectory], step: int) -> list[tuple[int, list[Trajectory]]]:
         """The groups, in order, with a rollout on which the gate is not 0."""
@@ -240,7 +280,9 @@ class Collector:
         open_groups = {t.group for t, is_closed in zip(rollouts, closed, strict=True) if not is_closed}
         return [(group, members) for group, members in groups.items() if group in open_groups]
 
-    def _rollouts(self, indices: list[int], seeds: tuple[int | str, ...], step_in_stage: int) -> Collection:
+    def _rollouts(
+        self, indices: list[int], seeds: tuple[int | str, ...], step_in_stage: int, prompts: PromptReader | None
+    ) -> Collection:
         """All ranks' verified rollouts of these prompts, whose groups are numbered from 0, and this rank's seconds.
 
         Each rank samples a part of the prompts.
@@ -270,7 +312,8 @@ class Collector:
 
         of_ranks = gather_results(world, sample)
         rollouts = sorted((t for part, _ in of_ranks for t in part), key=lambda t: t.group)
-        return Collection(rollouts, times, StepVerdicts.of(rollouts, [error for _, error in of_ranks]))
+        rollouts = self._remembered(rollouts, prompts)
+        return Collection(rollouts, times, StepVerdicts.of(rollouts, [error for _, error in of_ranks]), rollouts)
 
     @property
     def _guided_copies(self) -> range:

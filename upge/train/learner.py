@@ -17,6 +17,7 @@ from upge.train.config import LearningRates, OptimizerConfig
 from upge.train.diagnostics import NO_DIAGNOSTICS, Diagnostics
 from upge.train.engine import CriticEngine, Engine, FrozenPolicy, Teacher
 from upge.train.metrics import UpdateReport
+from upge.train.prompt_records import NO_DRIFT, Drift, PromptReader, Prompts, Visit, compared, drift, remember, visits
 from upge.train.sample import Trajectory, assemble
 from upge.train.update import Updater
 from upge.train.verdicts import StepVerdicts
@@ -34,10 +35,18 @@ class Memory:
     Attributes:
         variables: the present value of each stateful gate.
         remembered: indices of the training examples that wait for an interleaved update.
+        prompts: what is remembered of each prompt; empty if the algorithm has no memory of prompts.
     """
 
     variables: dict[str, float] = field(default_factory=dict)
     remembered: list[int] = field(default_factory=list)
+    prompts: Prompts = field(default_factory=Prompts)
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any]) -> Memory:
+        """From what `dataclasses.asdict` made of it in a checkpoint."""
+        prompts = Prompts.restored(saved["prompts"]) if "prompts" in saved else Prompts()
+        return cls(**{**saved, "prompts": prompts})
 
 
 @dataclass(frozen=True)
@@ -59,12 +68,14 @@ class Collected:
         held_out: None unless a gate asks for held-out prompts in this step.
         metrics: of the collection.
         verdicts: on all rollouts, held-out ones included.
+        sampled: all rollouts, including those of prompts that were replaced, without held-out ones.
     """
 
     trajectories: list[Trajectory]
     held_out: list[Trajectory] | None
     metrics: dict[str, float]
     verdicts: StepVerdicts
+    sampled: Sequence[Trajectory] = ()
 
 
 class Learner:
@@ -113,17 +124,22 @@ class Learner:
         """The algorithm's state before its first step."""
         return Memory(self.algorithm.initial_state())
 
-    def collect(self, step: int, step_in_stage: int) -> Collected:
+    def collect(self, step: int, step_in_stage: int, memory: Memory) -> Collected:
         """The trajectories of a step, the same on every rank; both numbers count from 0.
 
         Prompts and seeds follow the step of the run, and gates and schedules that of the stage.
         """
-        trajectories, metrics, verdicts = self.collector.collect(step, step_in_stage=step_in_stage)
+        prompts = None
+        if self.algorithm.memory is not None:
+            prompts = PromptReader(self.algorithm.memory, memory.prompts, self.examples, step_in_stage)
+        trajectories, metrics, verdicts, sampled = self.collector.collect(
+            step, step_in_stage=step_in_stage, prompts=prompts
+        )
         if self.validation is None or not self._slope_gates(step_in_stage):
-            return Collected(trajectories, None, metrics, verdicts)
-        held_out, more, of_held_out = self.validation[0].collect(step, HELD_OUT)
+            return Collected(trajectories, None, metrics, verdicts, sampled)
+        held_out, more, of_held_out, _ = self.validation[0].collect(step, HELD_OUT)
         times = {name: metrics.get(name, 0.0) + more[name] for name in more if name.startswith("time/")}
-        return Collected(trajectories, held_out, metrics | times, verdicts + of_held_out)
+        return Collected(trajectories, held_out, metrics | times, verdicts + of_held_out, sampled)
 
     def update(
         self,
@@ -139,16 +155,20 @@ class Learner:
             collected, rates: of the step.
             step: within the stage, from 0.
             memory: the algorithm's state; examples that wait for an interleaved update are added to it and taken from
-                it.
+                it, and the records of the sampled prompts are updated.
             diagnostics: what to measure in the first update.
 
         Returns:
-            The report of the updates, and the metrics of gates and interleaved updates.
+            The report of the updates, and the metrics of gates, memory and interleaved updates.
         """
         metrics = {f"state/{name}": value for name, value in memory.variables.items()}
         for gate in self._slope_gates(step):
             metrics[f"state/{gate.variable}_{UTILITY_SLOPE}"] = self._slope(gate, collected, step, rates, memory)
+        seen = visits(collected.sampled, self.examples) if self.algorithm.memory is not None else []
+        moved = self._drift(seen, memory)
         report = self.updater.update(collected.trajectories, step, rates, memory.variables, diagnostics)
+        if self.algorithm.memory is not None:
+            metrics |= remember(self.algorithm.memory, memory.prompts, seen, step, moved)
         if self.interleaved is None or self.algorithm.interleaved_update is None:
             return report, metrics
         reports = self._interleave(
@@ -183,6 +203,12 @@ class Learner:
                     f"metric '{missing[0]}' has no finite value in this step",
                     stacklevel=2,
                 )
+
+    def _drift(self, seen: Sequence[Visit], memory: Memory) -> Drift:
+        """How far the policy has moved on the prompts of a step, before its updates; if the memory asks for it."""
+        if self.algorithm.memory is None or not self.algorithm.memory.wants_drift:
+            return NO_DRIFT
+        return drift(seen, memory.prompts, self.updater.filler.current_logprobs(compared(seen, memory.prompts)))
 
     # Gates that follow a validation objective.
 

@@ -25,6 +25,10 @@ OF_ROLLOUTS = (
 OF_DEMONSTRATIONS = ("demonstrations_dropped_share",)
 OF_GUIDANCE = ("guidance/share", "guidance/prefix_tokens", "guidance/pass_rate")
 OF_SAMPLING = ("sampling/rounds", "sampling/prompts")
+OF_CURRICULUM = ("sampling/effective_prompts",)
+OF_MEMORY = tuple(
+    f"memory/{name}" for name in ("prompts", "new_share", "value_mean", "value_error", "age_mean", "drift_mean")
+)
 OF_CRITIC = tuple(f"critic/{n}" for n in ("loss", "grad_norm", "value_mean", "return_mean", "explained_variance"))
 OF_INTERLEAVED = tuple(
     f"interleaved_update/{name}" for name in ("updates", "updates_above_limit", "remembered", "grad_norm")
@@ -44,7 +48,9 @@ def metric_names(algorithm: Algorithm) -> Iterator[str]:
     yield from OF_ROLLOUTS if algorithm.step_needs.rollouts else ()
     yield from OF_DEMONSTRATIONS if algorithm.step_needs.data_demonstrations else ()
     yield from OF_GUIDANCE if algorithm.guidance is not None else ()
-    yield from OF_SAMPLING if algorithm.sampling is not None else ()
+    yield from OF_SAMPLING if algorithm.dynamic_sampling is not None else ()
+    yield from OF_CURRICULUM if algorithm.curriculum is not None else ()
+    yield from OF_MEMORY if algorithm.memory is not None else ()
     yield from OF_CRITIC if algorithm.critic is not None else ()
     yield from OF_INTERLEAVED if algorithm.interleaved_update is not None else ()
     yield from (f"{term}/{name}" for term in algorithm.terms for name in OF_TERM)

@@ -9,6 +9,8 @@ from fractions import Fraction
 from itertools import accumulate, pairwise
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 #: Fractions of a prompt are counted in units of 1 / _UNIT.
 _UNIT = 1 << 32
@@ -33,7 +35,12 @@ def prompt_indices(step: int, prompts_per_step: int, size: int, seed: int) -> li
 
 
 def mixed_indices(
-    step: int, prompts_per_step: int, strata: Mapping[str, Sequence[int]], weights: Mapping[str, float], seed: int
+    step: int,
+    prompts_per_step: int,
+    strata: Mapping[str, Sequence[int]],
+    weights: Mapping[str, float],
+    seed: int,
+    prompt_weights: Mapping[str, Tensor] | None = None,
 ) -> list[int]:
     """The prompts of a step (counted from 0) of a mixture of sources.
 
@@ -46,6 +53,8 @@ def mixed_indices(
         step, prompts_per_step, seed: as for `prompt_indices`.
         strata: source → its prompts.
         weights: source → its share of the prompts; they need not add up to 1. A source with 0 may have no prompts.
+        prompt_weights: source → the weight of each of its prompts, [P]. The source's prompts of this step are then
+            drawn with probabilities proportional to these weights, without replacement, whatever came before.
 
     Returns:
         Prompts of `strata`, those of all sources in a seeded order.
@@ -54,11 +63,17 @@ def mixed_indices(
     before, now = _counts(step, prompts_per_step, [weights[name] for name in names], seed)
     prompts: list[int] = []
     for name, position, count in zip(names, before, now, strict=True):
-        parts = (seed, "order", *filter(None, [name]))
-        prompts += [strata[name][place] for place in _stream(position, count, len(strata[name]), *parts)]
-    if len(names) == 1:
+        members, own = strata[name], tuple(filter(None, [name]))
+        if prompt_weights is None:
+            places = _stream(position, count, len(members), seed, "order", *own)
+        else:
+            places = least_used(
+                count, len(members), (), stream_seed(seed, "curriculum", step, *own), prompt_weights[name]
+            )
+        prompts += [members[place] for place in places]
+    if len(names) == 1 and prompt_weights is None:
         return prompts
-    # Shuffled, so that each of the step's updates gets prompts of all sources.
+    # Shuffled, so that each of the step's updates gets prompts of all sources, and not the heavier ones first.
     return [prompts[place] for place in permutation(len(prompts), stream_seed(seed, "mixed", step))]
 
 
@@ -105,12 +120,25 @@ def held_out(size: int, seed: int) -> list[int]:
     return sorted(permutation(size, stream_seed(seed, "held out"))[: max(1, size // 10)])
 
 
-def least_used(count: int, size: int, used: Iterable[int], seed: int) -> list[int]:
+def weighted_permutation(weights: Float[Tensor, "P"], seed: int) -> list[int]:
+    """A seeded permutation of 0 .. P-1, drawn one after the other with probabilities proportional to the weights left.
+
+    These are the numbers in the order of E/w, where the E are independent and exponentially distributed.
+    """
+    uniform = torch.rand(len(weights), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.argsort(-torch.log1p(-uniform) / weights, stable=True).tolist()
+
+
+def least_used(
+    count: int, size: int, used: Iterable[int], seed: int, weights: Float[Tensor, "P"] | None = None
+) -> list[int]:
     """`count` prompts of a data set of `size`, those that occur least often in `used` first, else in a seeded order.
 
-    So a prompt of `used` comes only after all others, and none comes twice before all have come as often.
+    So a prompt of `used` comes only after all others, and none comes twice before all have come as often. With
+    `weights` the seeded order is that of `weighted_permutation`.
     """
-    order, times = permutation(size, seed), Counter(used)
+    order = permutation(size, seed) if weights is None else weighted_permutation(weights, seed)
+    times = Counter(used)
     prompts: list[int] = []
     while len(prompts) < count:
         fewest = min(times[index] for index in order)

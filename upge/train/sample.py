@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from upge.data import Example
 from upge.needs import Needs
+from upge.prompt_memory import PromptColumns, Remembered
 from upge.trajectories import Trajectories
 from upge.views import PASS_THRESHOLD
 
@@ -32,6 +34,7 @@ class Trajectory:
             data set.
         prefix_tokens: number of tokens of a demonstration that a rollout's response begins with.
         hint_tokens: number of tokens of a demonstration at the end of a rollout's prompt.
+        remembered: what is known of its prompt from the steps before; None if no part reads it.
         finished: False if the response was cut at the length limit.
         extracted: the answer that the verifier read in a rollout; None if it found none or does not report it.
         status: of the verification: 'ok', 'timeout' or 'error'; 'demonstration' where nothing was verified.
@@ -62,6 +65,7 @@ class Trajectory:
     teacher_prompt_ids: tuple[int, ...] | None = None
     prefix_tokens: int = 0
     hint_tokens: int = 0
+    remembered: Remembered | None = None
 
     @property
     def passed(self) -> bool:
@@ -126,6 +130,7 @@ def assemble(trajectories: Sequence[Trajectory], step: int) -> Trajectories:
         for name in ("prefix_tokens", "hint_tokens")
     )
     return Trajectories(
+        **_memory_columns(trajectories),
         logprobs=None,
         response_mask=mask,
         rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float64),
@@ -140,6 +145,14 @@ def assemble(trajectories: Sequence[Trajectory], step: int) -> Trajectories:
         total_lengths=lengths + hints if bool(hints.any()) else None,
         pass_threshold=trajectories[0].pass_threshold if trajectories else PASS_THRESHOLD,
     )
+
+
+def _memory_columns(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    """[B] each, what is remembered of the trajectories' prompts; empty if nothing is."""
+    remembered = [t.remembered for t in trajectories if t.remembered is not None]
+    if len(remembered) < len(trajectories) or not trajectories:
+        return {}
+    return {f"prompt_{name}": column for name, column in PromptColumns.of(remembered)._asdict().items()}
 
 
 def _sampler_column(trajectories: Sequence[Trajectory], mask: Tensor) -> Tensor | None:

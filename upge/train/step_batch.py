@@ -166,6 +166,17 @@ class BatchFiller:
         """
         return self._joined(batch, {_BEHAVIOR: logprobs}) if _BEHAVIOR in self.late_columns else batch
 
+    def current_logprobs(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
+        """The current policy's log-probs of each response, [t] each and the same on every rank, by a forward pass."""
+        if not trajectories:
+            return []
+        batch = StepBatch(assemble(trajectories, 0), list(trajectories))
+        columns = self._with_columns(batch, list(range(len(trajectories))), {_BEHAVIOR}).columns
+        assert columns.behavior_logprobs is not None
+        return [
+            row[: len(t.response_ids)].clone() for row, t in zip(columns.behavior_logprobs, trajectories, strict=True)
+        ]
+
     def micro_batch_rows(self, batch: StepBatch, rows: Sequence[int], whole_groups: bool = False) -> list[list[int]]:
         """The rows of each of this rank's micro-batches; every rank gets the same number of micro-batches."""
         works = [self.policy.costs.work(*ids) for ids in batch.ids(rows)]

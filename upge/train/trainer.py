@@ -88,7 +88,7 @@ class Trainer:
         check_checkpoint(folder, step, self.parts.world)
         saved = dict(models.policy.load(folder.checkpoints, folder.tag(step)))
         memory = saved.pop("memory")
-        self.state = State(**saved, memory=None if memory is None else Memory(**memory))
+        self.state = State(**saved, memory=None if memory is None else Memory.restored(memory))
         if models.critic is not None:
             models.critic.load(folder.checkpoints / folder.tag(step), _CRITIC)
         self.saved_step = step
@@ -289,7 +289,7 @@ class Trainer:
         if memory is None or step_in_stage == 0:
             memory = state.memory = self._enter_stage(span, learner)
         sync_seconds = self.sync.refresh() if learner.samples else 0.0
-        collected = self._sampling(lambda: learner.collect(state.step, step_in_stage))
+        collected = self._sampling(lambda: learner.collect(state.step, step_in_stage, memory))
         self._check_stop()
         self.sync.sleep()
         self._check_verdicts(collected)

@@ -28,6 +28,8 @@ SETTINGS = {
 #: The algorithm that each is compared on, where it is not grpo.
 BASES = {"iw_opd": "opd"}
 UNFIT = "cannot be applied"
+#: They change which prompts are drawn, and nothing of a batch that is there.
+DRAWS = {"curriculum"}
 
 
 @cache
@@ -58,7 +60,7 @@ def message(call) -> str:
 
 def test_every_correction_of_the_list_ships_with_an_objective_and_a_description():
     expected = "tis icepop mis mis_geometric kl_k1 kl_k2 kl_k3 kl_reward entropy dual_clip dynamic_sampling overlong"
-    expected += " overlong_filter ratio_kl sequence_mask iw_opd optimal_baseline kl_full"
+    expected += " overlong_filter ratio_kl sequence_mask iw_opd optimal_baseline kl_full curriculum"
     assert sorted(expected.split()) == ALL
     for name in ALL:
         assert hasattr(textbook_corrections, name)
@@ -119,6 +121,9 @@ def test_settings_of_a_full_kl_that_are_refused(override, parts):
 @pytest.mark.parametrize("name", ALL)
 def test_the_comparison_can_fail(name):
     """Each changes the gradient of these batches, so its objective is told apart from the plain one."""
+    if name in DRAWS:
+        assert corrected(name).sampling is not None and algorithms.load("grpo").sampling is None
+        return
     case = "far" if name == "dual_clip" else "ragged"  # where ratios exceed 3
     s = with_distributions(CASES[case](0, False), 0)
     plain = gradient(getattr(textbook_corrections, BASES.get(name, "grpo"))(s), s)

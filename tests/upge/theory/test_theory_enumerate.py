@@ -15,6 +15,7 @@ import torch
 import algorithms
 import upge
 from experiments import theory as docs
+from upge.prompt_memory import Remembered
 from upge.theory import enumerate as theory
 from upge.theory.enumerate import Setting, SoftmaxPolicy, expectation
 
@@ -135,6 +136,21 @@ def test_expectation_equals_brute_force_through_the_table():
 
 
 # What claims to be unbiased.
+
+
+@pytest.mark.parametrize("value", [-0.4, 0.0, 0.3, 1.0])
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_what_is_remembered_of_a_prompt_is_an_unbiased_baseline(value, group_size):
+    """Given the memory, because its value does not depend on this step's rollouts; the variance depends on it."""
+    rewards, remembered = reward(RAGGED), Remembered(value, 3, 1, 0.5, 2)
+    actual = expectation(
+        algorithm(upge.PromptBaseline()), Setting(RAGGED, rewards, remembered=remembered), group_size=group_size
+    )
+    assert torch.allclose(actual.mean, theory.exact_gradient(RAGGED, rewards), rtol=0, atol=EXACT)
+    whitened = algorithm(upge.Whitened(upge.PromptBaseline(), over="trajectories"))
+    if group_size > 1:
+        scaled = expectation(whitened, Setting(RAGGED, rewards, remembered=remembered), group_size=group_size).mean
+        assert not torch.allclose(scaled, actual.mean, rtol=0, atol=1e-4), "a batch's own mean and deviation are not"
 
 
 @pytest.mark.parametrize("group_size", [2, 3, 4])

@@ -270,6 +270,8 @@ PARTS = [
     upge.GAE(0.9, 0.8, PAID),
     upge.ReturnToGo(0.7, replace(PAID, kind="k2")),
     upge.Whitened(upge.ReturnToGo(), 0.1),
+    upge.Whitened(upge.ReturnToGo(0.7), 0.1, "trajectories"),
+    upge.PromptBaseline(),
     upge.Tempered(PLAIN, 3.0),
     upge.Shifted(PLAIN, 0.2),
     upge.KLShaped(PLAIN, 0.3, "k3", True),

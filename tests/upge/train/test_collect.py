@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import upge
-from upge.algorithm import DynamicSampling
+from upge import DynamicSampling
 from upge.config import from_tree
 from upge.data import Example, Problem
 from upge.errors import DataError
@@ -131,7 +131,7 @@ def prompts_of(trajectories) -> list[int]:
 def test_without_redraws_a_step_is_what_it_was():
     """Prompts and seeds are part of every recorded run."""
     model = FakeModel()
-    actual, figures, _ = collector(algorithm("rollouts", "demonstrations"), examples(12), model).collect(3)
+    actual, figures, *_ = collector(algorithm("rollouts", "demonstrations"), examples(12), model).collect(3)
     prompts = [1, 10, 2, 4]
     assert prompt_indices(3, 4, 12, 5) == prompts and model.rounds == [prompts]
     assert model.seeds == [stream_seed(5, "rollout", 3, g) for g in range(4)] and model.seeds[0] == 429836502
@@ -147,7 +147,7 @@ def test_closed_prompts_are_replaced_in_order_of_acceptance():
     """Only prompts 2, 5, 8, 11, ... have rollouts that differ."""
     model = FakeModel()
     algo = algorithm("rollouts", "demonstrations", rounds=10)
-    actual, figures, _ = collector(algo, examples(30), model).collect(0)
+    actual, figures, *_ = collector(algo, examples(30), model).collect(0)
     asked = [i for prompts in model.rounds for i in prompts]
     kept = [i for i in asked if i % 3 == MIXED]
     assert model.rounds[0] == prompt_indices(0, 4, 30, 5) and len(set(asked)) == len(asked)
@@ -163,7 +163,7 @@ def test_closed_prompts_are_replaced_in_order_of_acceptance():
 
 def test_rounds_are_limited_and_what_is_missing_stays_missing():
     model = FakeModel()
-    actual, figures, _ = collector(algorithm("rollouts", rounds=2), examples(30), model).collect(0)
+    actual, figures, *_ = collector(algorithm("rollouts", rounds=2), examples(30), model).collect(0)
     assert model.rounds == [[18, 22, 7, 24], [1, 14, 12, 27]] and prompts_of(actual) == [14]
     assert (figures["sampling/rounds"], figures["sampling/prompts"]) == (2, 8)
 
@@ -172,7 +172,7 @@ def test_a_step_is_never_empty():
     """Nothing that is learned from: the first round stands."""
     model = FakeModel()
     only_right = [e for e in examples(60) if e.prompt_ids[0] % 3 == RIGHT]
-    actual, figures, _ = collector(algorithm("rollouts", rounds=3), only_right, model).collect(1)
+    actual, figures, *_ = collector(algorithm("rollouts", rounds=3), only_right, model).collect(1)
     assert prompts_of(actual) == prompt_indices(1, 4, 20, 5)
     assert [t.response_ids[1] for t in actual[::2]] == [stream_seed(5, "rollout", 1, g) for g in range(4)]
     assert (figures["sampling/rounds"], figures["sampling/prompts"]) == (3, 12)
@@ -183,7 +183,7 @@ def test_a_small_data_set_is_tried_again_only_when_all_has_been_tried():
     data = [e for e in examples(21) if e.prompt_ids[0] % 3 == WRONG][:6] + [examples(21)[2]]
     lucky = frozenset({stream_seed(5, "rollout", 0, 3, 0)})
     model = FakeModel(lucky)
-    actual, figures, _ = collector(algorithm("rollouts", rounds=4), data, model, prompts=3).collect(0)
+    actual, figures, *_ = collector(algorithm("rollouts", rounds=4), data, model, prompts=3).collect(0)
     asked = [i for prompts in model.rounds for i in prompts]
     assert sorted(asked[:7]) == [1, 2, 4, 7, 10, 13, 16] and len(model.rounds) == 4
     assert max(Counter(asked).values()) == 2 and Counter(asked)[2] == 1
@@ -201,10 +201,10 @@ def test_ranks_agree_with_one_process(size):
 
     alone = work(ALONE)
     assert [actual for actual, *_ in alone] == [actual for actual, *_ in work(ALONE)]
-    counts = [(f["sampling/rounds"], f["sampling/prompts"]) for _, f, _ in alone]
+    counts = [(f["sampling/rounds"], f["sampling/prompts"]) for _, f, *_ in alone]
     for steps in Ranks(size).run(work):
         assert [actual for actual, *_ in steps] == [actual for actual, *_ in alone]
-        assert [(f["sampling/rounds"], f["sampling/prompts"]) for _, f, _ in steps] == counts
+        assert [(f["sampling/rounds"], f["sampling/prompts"]) for _, f, *_ in steps] == counts
 
 
 def test_least_used_by_hand():
@@ -228,7 +228,7 @@ def test_prompts_kept_apart_are_never_trained_on():
         assert not set(prompts_of(made.collect(step)[0])) & apart
         model.rounds.clear()
         model.seeds.clear()
-        actual, figures, _ = made.collect(step, HELD_OUT)
+        actual, figures, *_ = made.collect(step, HELD_OUT)
         drawn.append(prompts_of(actual))
         assert len(set(drawn[-1])) == 3 and set(drawn[-1]) <= apart
         assert model.rounds == [drawn[-1]] and "sampling/rounds" not in figures

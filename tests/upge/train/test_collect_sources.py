@@ -84,6 +84,6 @@ def test_prompts_drawn_anew_keep_the_weights():
     model = FakeModel()
     made = collector(algorithm("rollouts", rounds=10), data, model, prompts=6, weights=weights)
     for step in range(5):
-        actual, figures, _ = made.collect(step)
+        actual, figures, *_ = made.collect(step)
         assert Counter(data[i].problem.source for i in prompts_of(actual)) == {"a": 3, "b": 3}
         assert figures["sampling/rounds"] > 1

@@ -38,6 +38,7 @@ FURTHER = {
     ],
     "grpo with tis and KL": ["algo=grpo", "correction=[tis,kl_k3,entropy]"],
     "grpo with masks": ["algo=grpo", "correction=[icepop,dual_clip,overlong]", "optimizer.epochs=2"],
+    "dapo with a curriculum": ["algo=dapo", "correction=curriculum"],
     "rloo with KL in the reward": ["algo=rloo", "correction=[mis,kl_reward,dynamic_sampling]"],
 }
 #: What a guided rollout's line says is compared with the demonstration. Lengths of prefixes change with every step.
@@ -93,7 +94,9 @@ def test_it_gets_what_it_asks_for_and_no_more(folder, name):
     assert {k for k in figures if k.startswith("state/") and "slope" not in k} == {
         f"state/{variable}" for one in ones for variable in one.stateful
     }
-    assert ("sampling/rounds" in figures) == any(one.sampling is not None for one in ones)
+    assert ("sampling/rounds" in figures) == any(one.dynamic_sampling is not None for one in ones)
+    assert ("sampling/effective_prompts" in figures) == any(one.curriculum is not None for one in ones)
+    assert ("memory/prompts" in figures) == any(one.memory is not None for one in ones)
     assert ("interleaved_update/remembered" in figures) == any(one.interleaved_update is not None for one in ones)
     assert ("stage" in figures) == isinstance(algorithm, Pipeline)
     assert ("reward/mean" in figures) == algorithm.needs.rollouts

@@ -48,6 +48,11 @@ def _(part, world):
     return per_row(world, value)
 
 
+@rule(components.PromptBaseline)
+def _(part, world):
+    return per_row(world, lambda row: row.reward - row.u)
+
+
 @rule(components.GuidedRelative)
 def _(part, world):
     # No rollout of a world continues a demonstration, so all are plain.
@@ -132,6 +137,8 @@ def _(part, world):
 def _(part, world):
     inner = evaluate(part.advantage, world)
     own = [x for row in world.rollouts for x in inner[row.index]]
+    if part.over == "trajectories":
+        own = [mean(inner[row.index]) for row in world.rollouts if len(row)]
     centre = mean(own)
     variance = total((x - centre) ** 2 for x in own) / (len(own) - 1)
     return per_token(world, lambda row, t: (inner[row.index][t] - centre) / sp.sqrt(variance + number(part.epsilon)))

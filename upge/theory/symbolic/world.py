@@ -50,6 +50,7 @@ class Row:
         n: ν, the teacher.
         v: the critic's values.
         w: the squared lengths of the scores.
+        u: the value that is remembered of its question, the same for all of its rows.
         h: the entropies; they depend on θ, so an objective that does not detach them has a gradient through them.
         group: the number of its question.
         preference: +1 if chosen, -1 if rejected, 0 otherwise.
@@ -66,6 +67,7 @@ class Row:
     w: tuple[Symbol, ...]
     h: tuple[Symbol, ...]
     reward: Expr
+    u: Symbol
     group: int
     is_demonstration: bool
     preference: int
@@ -105,11 +107,14 @@ class World:
         self.advantages: dict[Symbol, Expr] = {}
         self._random = random.Random(seed)
         self._random_of_teacher = random.Random(-seed - 1)
+        random_of_memory = random.Random(-seed - 2)
         self._twins: dict[Symbol, Symbol] = {}
         self._variables: dict[str, float] = {}
         self._values: dict[Expr, float] = {}
         rows: list[Row] = []
         for group, (rollouts, demonstrations) in enumerate(shape):
+            remembered = Symbol(f"u{group}", real=True)
+            self.point[remembered] = sp.Rational(random_of_memory.randint(1, 996), 997)
             outcome = self._random.choice(("fail", "succeed", "mixed", "mixed"))
             lengths = [(n, False) for n in rollouts] + [(n, True) for n in demonstrations]
             for place, (length, is_demonstration) in enumerate(lengths):
@@ -141,7 +146,7 @@ class World:
         self.point[reward] = sp.Rational(draw(600, 2400) if succeeds else draw(-1400, 400), 997)
         tokens = {name: tuple(column) for name, column in columns.items()}
         kind = {"is_demonstration": expert, "preference": preference, "finished": index % 3 != 1}
-        return Row(index, **tokens, reward=reward, group=group, **kind)
+        return Row(index, **tokens, reward=reward, u=Symbol(f"u{group}", real=True), group=group, **kind)
 
     def _levels(self) -> Callable[[], Fraction]:
         """A source of ratios for the tokens of a row: separate ones, or one that all tokens share."""
@@ -285,6 +290,7 @@ class World:
             score_norms=column("w", False),
             entropies=column("h", False).requires_grad_(),
             preference=torch.tensor([row.preference for row in self.rows]),
+            prompt_value=torch.tensor([self.value(row.u) for row in self.rows], dtype=torch.float64),
             step=self.step,
             state=state or {},
         )
