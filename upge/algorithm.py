@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import cached_property, reduce
 from typing import TypeVar
 
 from jaxtyping import Int
@@ -195,7 +195,7 @@ class Algorithm:
         """The value of each variable before the first step."""
         return {name: gate.initial() for name, gate in self.stateful.items()}
 
-    @property
+    @cached_property
     def reach(self) -> str:
         """How much of a batch must stay together in a micro-batch: 'token', 'trajectory' or 'group'.
 
