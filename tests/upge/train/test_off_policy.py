@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -107,6 +109,19 @@ def test_far_ratios_stay_finite() -> None:
     )
     assert all(np.isfinite(value) for value in sums.metrics().values())
     assert np.isnan(RatioSums.of(torch.tensor([np.nan]), torch.tensor([0]), torch.tensor([0])).metrics()["kl_k1"])
+
+
+def test_a_term_that_does_not_read_the_behavior_policy_has_no_ratios() -> None:
+    """The trainer fills `behavior_logprobs` only where a part reads them: zeros elsewhere are no log-probs."""
+    whole, algorithm = batch(ratios()), algorithms.load("hpt")
+    shown = torch.tensor([False, True, False, False, False])
+    behavior = torch.where(shown[:, None], 0.0, whole.logprobs)  # pyright: ignore
+    columns = {"is_demonstration": shown, "behavior_logprobs": behavior, "rewards": shown.double()}
+    metrics = algorithm.estimate(dataclasses.replace(whole, **columns, is_demonstration_token=None)).metrics
+    assert metrics["sft/tokens"] == 3 and "sft/extreme_ratio_share" not in metrics
+    columns["rewards"] = torch.tensor([1.0, 1, 0, 0, 1], dtype=torch.float64)
+    metrics = algorithm.estimate(dataclasses.replace(whole, **columns, is_demonstration_token=None)).metrics
+    assert metrics["rl/extreme_ratio_share"] == 0
 
 
 def test_quarters_of_a_response() -> None:
