@@ -1,7 +1,7 @@
 """Exact expectations of every algorithm's gradient: `python -m experiments.theory` prints the tables.
 
-`--docs` updates the tables in docs/theory.md. Nothing is sampled, so they are the same everywhere; this takes about ten
-seconds.
+`--docs` updates the tables in docs/theory.md. Nothing is sampled, so they are the same everywhere; this takes about
+half a minute.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from upge.theory.enumerate import (
     forward_kl_gradient,
     reverse_kl_gradient,
 )
+from upge.theory.objectives import comparison, objectives
 
 STEPS, ROLLOUTS = 2, 3
+#: The prompts and the group sizes of the table of objectives.
+PROMPT_RATES, GROUP_SIZES = (1 / 8, 1 / 2, 7 / 8), (2, 4, 8)
 _PASS_RATES = (0.05, 0.25, 0.5, 0.75, 0.95)
 #: Numbers below this are rounding errors.
 _ROUNDING = 1e-10
@@ -117,6 +120,36 @@ def prompt_weights(group_size: int = 8) -> str:
     return _table(["algorithm", *(f"P = {rate:g}" for rate in _PASS_RATES)], rows)
 
 
+def prompt(pass_rate: float, seed: int) -> Setting:
+    """Three responses of one token, the first of which is right, with other policies that differ by `seed`."""
+    right = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    wrong = SoftmaxPolicy.random(3, 1, seed=seed, end=None).conditioned(1 - right).probabilities
+    policy = SoftmaxPolicy((pass_rate * right + (1 - pass_rate) * wrong).log()[None], 1, end=None)
+    return Setting(
+        policy,
+        right,
+        expert=policy.moved(1.0, seed=seed + 10),
+        reference=policy.moved(0.5, seed=seed + 20),
+        teacher=policy.moved(0.8, seed=seed + 30),
+        values=exact_values(policy, right) + 0.1,
+    )
+
+
+def climbed() -> str:
+    """A Markdown table: the bias of every algorithm against each objective, for three group sizes."""
+    prompts = [prompt(rate, seed) for seed, rate in enumerate(PROMPT_RATES)]
+    names = list(objectives(prompts[0], min(GROUP_SIZES)))
+    rows = []
+    for algorithm in shipped(length=1):
+        cases = [comparison(algorithm, prompts, group_size=n) for n in GROUP_SIZES]
+        asked = {"ν": algorithm.needs.teacher, "π_β": algorithm.needs.demonstrations}
+        shown = {n: all(is_asked for policy, is_asked in asked.items() if policy in n) for n in names}
+        cells = [" / ".join(number(case[n].bias) for case in cases) if shown[n] else "" for n in names]
+        scales = [max((case[n] for n in names), key=lambda one: one.cosine).scale for case in cases]
+        rows.append([f"`{algorithm.name}`", *cells, " / ".join(map(number, scales))])
+    return _table(["algorithm", *(n.replace("−KL", "−∇KL") if "KL" in n else f"∇ {n}" for n in names), "scale"], rows)
+
+
 def penalty(kind: str, place: str) -> upge.Algorithm:
     """Only a KL penalty with coefficient 1: in the loss, in the reward of its token, or in all rewards from it on."""
     advantage: upge.AdvantageEstimator = upge.ConstantAdvantage(value=0.0)
@@ -184,6 +217,7 @@ TABLES = files.Tables(
         "On-policy": lambda: biases(off_policy=False),
         "Rollouts of another policy": lambda: biases(off_policy=True),
         "The weight of a prompt, by its pass rate": prompt_weights,
+        "Which objective an estimator climbs": climbed,
         "KL to a reference policy": penalties,
         "Rollouts of another engine": mismatches,
     },

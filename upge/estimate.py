@@ -27,6 +27,7 @@ class Estimate:
         penalty_values: name → value of each regularizer on sampled tokens, a detached scalar.
         batch: the batch that the estimate belongs to.
         compared: names of the terms whose mask compares the policy with the behaviour policy.
+        off_policy: names of the terms that read the behaviour policy's log-probs.
         on_support: name → coefficients of each term whose support is not the sampled token. They are not in `weights`.
         divergences: name → coefficients of each regularizer on whole distributions.
     """
@@ -39,6 +40,7 @@ class Estimate:
     compared: frozenset[str] = frozenset()
     on_support: Mapping[str, SupportCoefficients] = field(default_factory=dict[str, SupportCoefficients])
     divergences: Mapping[str, SupportCoefficients] = field(default_factory=dict[str, SupportCoefficients])
+    off_policy: frozenset[str] = frozenset()
 
     @property
     def coefficients(self) -> list[SupportCoefficients]:
@@ -59,7 +61,10 @@ class Estimate:
     @property
     def records(self) -> dict[str, TermRecord]:
         """Term → record of the tokens that have a non-zero coefficient in it."""
-        return {name: term_record(factors, self.batch, name in self.compared) for name, factors in self.terms.items()}
+        return {
+            name: term_record(factors, self.batch, name in self.compared, name in self.off_policy)
+            for name, factors in self.terms.items()
+        }
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -81,7 +86,8 @@ class TermRecord(NamedTuple):
         above, below: number of stopped tokens whose ratio to the behaviour policy is above and below 1; None if the
             mask does not compare the two policies.
         trajectories: Σ|weight| of each trajectory, by its row in the batch or another unique key.
-        extreme: number of tokens whose ratio to the behaviour policy is outside [1/2, 2]; None on-policy.
+        extreme: number of tokens whose ratio to the behaviour policy is outside [1/2, 2]; None on-policy, and if the
+            term does not read that policy, whose log-probs are then unknown.
     """
 
     weight: Tensor
@@ -95,8 +101,13 @@ class TermRecord(NamedTuple):
     extreme: int | None = None
 
 
-def term_record(factors: TermFactors, batch: TokenView, compared: bool) -> TermRecord:
-    """The record of a term's tokens in a micro-batch; `compared` says whether its mask compares the policies."""
+def term_record(factors: TermFactors, batch: TokenView, compared: bool, off_policy: bool) -> TermRecord:
+    """The record of a term's tokens in a micro-batch.
+
+    Args:
+        compared: whether its mask compares the policies.
+        off_policy: whether some part of it reads the behaviour policy's log-probs.
+    """
     scale = factors.gate * factors.reduction
     active = scale != 0
     columns = (factors.weights, factors.mask, factors.advantages, scale)
@@ -104,7 +115,7 @@ def term_record(factors: TermFactors, batch: TokenView, compared: bool) -> TermR
     signal = advantage != 0
     stopped = signal & (mask == 0)
     above = below = extreme = None
-    if batch.behavior_logprobs is not None:
+    if off_policy and batch.behavior_logprobs is not None:
         log_ratio = batch.log_importance_ratio[active].float().cpu()
         extreme = int(is_extreme(log_ratio).sum())
         if compared:

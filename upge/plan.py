@@ -212,7 +212,8 @@ class Plan:
         # As tensors: to read a number would wait for the device, in each chunk of the output head.
         values = {name: value.detach() for name, value in penalties.items()}
         divergences = {n: one.coefficients(batch, places, penalty=True) for n, one in self.divergences.items()}
-        return Estimate(loss, weights, terms, values, batch, self._compared, on_support, divergences)
+        off_policy = frozenset(n for n, term in self.terms.items() if "behavior_logprobs" in term.live_reads())
+        return Estimate(loss, weights, terms, values, batch, self._compared, on_support, divergences, off_policy)
 
     def _check_groups(self, batch: TokenView) -> None:
         """Refuse a micro-batch that lacks trajectories of a group that a part reads as a whole."""

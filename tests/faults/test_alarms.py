@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+import algorithms
 from tests.running import ROOT, SMALL, lines, run
 from upge.config import from_tree
 from upge.data import Example, Problem
 from upge.errors import ConfigError
 from upge.train.alarms import ALARMS, AlarmConfig, AlarmMonitor, raised
 from upge.train.config import RunConfig
-from upge.train.metrics import MetricSums, dropped_demonstrations, rollout_metrics
+from upge.train.metrics import dropped_demonstrations, rollout_metrics
 from upge.train.sample import Trajectory
 
 LIMITS = AlarmConfig()
@@ -39,6 +40,11 @@ STEPS = {
         {"rl/extreme_ratio_share": 0.5, "sampler/extreme_ratio_share": 0.1},
         {"rl/extreme_ratio_share": 0.05},
         "50% of the tokens have a ratio of the policy and the behavior policy (term rl)",
+    ),
+    "effective_samples": (
+        {"sampler/ess_responses": 0.45, "behavior/ess_responses": 0.4},
+        {"sampler/ess_responses": 0.5, "behavior/ess_responses": 0.9},
+        "worth only 40% as many of the current policy, because updates have moved it; lower optimizer.lr",
     ),
 }
 
@@ -87,6 +93,16 @@ def test_every_alarm_has_a_limit_a_row_in_the_documentation_and_a_case_here() ->
         from_tree(RunConfig, {"stop": {"alarms": ["entropie"]}})
 
 
+def test_the_alarm_of_few_effective_samples_names_a_correction() -> None:
+    for pair, correction in (
+        ("sampler", "correction=tis, or correction=mis"),
+        ("behavior", "correction=sequence_mask"),
+    ):
+        text = raised([{f"{pair}/ess_responses": 0.1}] * LIMITS.steps, LIMITS, 100)["effective_samples"]
+        named = re.findall(r"correction=(\w+)", text)
+        assert f"add {correction}" in text and set(named) <= set(algorithms.corrections())
+
+
 def rollout(group: int, extracted: str | None, status: str = "ok", response: tuple[int, ...] = (2, 3)) -> Trajectory:
     return Trajectory(group, group, (1,), response, 0.0, False, (-0.5,) * len(response), True, status, extracted)
 
@@ -102,8 +118,6 @@ def test_the_metrics_behind_them() -> None:
     examples = [Example(problem, (1,), ((2,),) if i == 1 else ()) for i, problem in enumerate(problems)]
     actual = dropped_demonstrations([rollout(i, None) for i in range(3)], examples)
     assert actual == {"demonstrations_dropped_share": 1 / 3}
-    sums = MetricSums.total([MetricSums(gap_tokens=3, gap_extreme=1), MetricSums(gap_tokens=1, gap_extreme=1)])
-    assert sums.metrics()["sampler/extreme_ratio_share"] == 0.5
 
 
 def test_a_run_raises_its_alarms_and_stops_where_it_is_told_to(tmp_path: Path) -> None:

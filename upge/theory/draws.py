@@ -12,17 +12,19 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError
 from upge.gates import Gate
 from upge.prompt_memory import PromptColumns, Remembered
+from upge.reduction import Over, Reduction
 from upge.theory.policy import (
     Reward,
     SoftmaxPolicy,
@@ -32,7 +34,7 @@ from upge.theory.policy import (
     rewards_of,
 )
 from upge.trajectories import Trajectories
-from upge.views import Distributions
+from upge.views import Distributions, TrajectoryView
 
 
 class Row(NamedTuple):
@@ -51,6 +53,8 @@ class Row(NamedTuple):
 
 #: The trajectories of a group, and its probability.
 WeightedGroup = tuple[tuple[Row, ...], float]
+#: The most groups of one evaluation, and how many of them are also evaluated alone.
+MOST_GROUPS, PROBES = 64, 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +174,7 @@ class Evaluator:
     """The gradient of one algorithm on batches of one setting.
 
     Attributes:
+        apart: the algorithm whose divisors count each group alone.
         scores: [S, T, P, V] ∇ log π of each token.
         entropy_scores: [S, T, P, V] the gradient of each token's entropy.
         mask: [S, T] True on the tokens of each response.
@@ -177,6 +182,7 @@ class Evaluator:
 
     def __init__(self, algorithm: Algorithm, setting: Setting) -> None:
         self.algorithm, self.setting, self.columns = algorithm, setting, setting.columns
+        self.apart = EachGroup.of(algorithm)
         self.scores, self.entropy_scores = setting.policy.token_scores, setting.policy.entropy_scores
         self.mask = setting.policy.responses.mask
 
@@ -206,31 +212,84 @@ class Evaluator:
             distributions=self.setting.distributions(number) if self.algorithm.supports else None,
         )
 
-    def gradient(self, groups: list[tuple[Row, ...]]) -> Float[Tensor, "P V"]:
-        """[P, V] minus the gradient of the loss with respect to the policy's table.
+    def gradient(self, groups: Sequence[tuple[Row, ...]]) -> Float[Tensor, "P V"]:
+        """[P, V] minus the gradient of the loss of one batch, made of these groups, with respect to the policy's table.
 
         It is Σ (-∂loss/∂log π)·∇log π, plus the same sums over entropies and over all tokens of the vocabulary.
         """
+        return self._by_row(self.algorithm, groups).sum(dim=0)
+
+    def gradients(self, groups: Sequence[tuple[Row, ...]]) -> Float[Tensor, "G P V"]:
+        """[G, P, V] `gradient` of each group as a batch of its own.
+
+        Many groups are evaluated as one batch in which every divisor counts a group alone (`EachGroup`). An algorithm
+        whose groups also depend on each other in other ways, such as through whitened advantages, is evaluated group by
+        group: those with the largest gradients are evaluated both ways, and this tells.
+        """
+        if not self.algorithm.parts_per_update and len(groups) > PROBES:
+            together = torch.cat(
+                [self._of_each(groups[i : i + MOST_GROUPS]) for i in range(0, len(groups), MOST_GROUPS)]
+            )
+            probes = together.flatten(1).norm(dim=1).topk(PROBES).indices.tolist()
+            alone = torch.stack([self.gradient([groups[g]]) for g in probes])
+            if torch.allclose(alone, together[probes], rtol=1e-9, atol=1e-12):
+                return together
+        return torch.stack([self.gradient([group]) for group in groups])
+
+    def _of_each(self, groups: Sequence[tuple[Row, ...]]) -> Float[Tensor, "G P V"]:
+        by_row = self._by_row(self.apart, groups)
+        group = torch.tensor([g for g, rows in enumerate(groups) for _ in rows])
+        return by_row.new_zeros(len(groups), *by_row.shape[1:]).index_add(0, group, by_row)
+
+    def _by_row(self, algorithm: Algorithm, groups: Sequence[tuple[Row, ...]]) -> Float[Tensor, "b P V"]:
+        """[b, P, V] the part of each trajectory in the gradient of an algorithm on one batch."""
         batch = self.batch(groups)
         assert batch.logprobs is not None and batch.entropies is not None
         number = torch.tensor([row.number for rows in groups for row in rows])
-        loss = self.algorithm.estimate(batch).loss
+        loss = algorithm.estimate(batch).loss
         given = batch.distributions
         full = [] if given is None else [given.policy]
         slopes = torch.autograd.grad(loss, [batch.logprobs, batch.entropies, *full], allow_unused=True)
-        total = torch.zeros_like(self.setting.policy.logits)
+        total = self.scores.new_zeros(len(number), *self.setting.policy.logits.shape)
         if given is not None and slopes[2] is not None:
             total -= self.through_vocabulary(slopes[2], number)
         for slope, scores in zip(slopes[:2], (self.scores, self.entropy_scores), strict=True):
             if slope is not None:
-                total -= torch.einsum("bt,btpv->pv", slope, scores[number])
+                total -= torch.einsum("bt,btpv->bpv", slope, scores[number])
         return total
 
-    def through_vocabulary(self, slopes: Float[Tensor, "b T V"], number: Int[Tensor, "b"]) -> Float[Tensor, "P V"]:
-        """[P, V] Σ slopes_tv·∇log π(v|t) over the tokens of some responses, by their numbers."""
+    def through_vocabulary(self, slopes: Float[Tensor, "b T V"], number: Int[Tensor, "b"]) -> Float[Tensor, "b P V"]:
+        """[b, P, V] Σ_tv slopes·∇log π(v|t) over the tokens of each of some responses, by their numbers."""
         policy, prefix = self.setting.policy, self.setting.policy.responses.prefix[number]
         by_logits = slopes - slopes.sum(dim=-1, keepdim=True) * policy.logits.detach().softmax(dim=-1)[prefix]
-        return torch.zeros_like(policy.logits).index_add(0, prefix.flatten(), by_logits.flatten(0, 1))
+        return torch.einsum("btp,btv->bpv", one_hot(prefix, len(policy.logits)).double(), by_logits)
+
+
+@dataclass(frozen=True)
+class EachGroup(Reduction):
+    """The weights that a reduction gives the tokens of each group if the group is a batch of its own."""
+
+    reduction: Reduction
+    over: Over
+    reads: ClassVar[frozenset[str]] = frozenset({"group"})
+
+    def __call__(self, batch: TrajectoryView, active: Bool[Tensor, "B"]) -> Float[Tensor, "B T"]:
+        weights = torch.zeros(batch.response_mask.shape, dtype=torch.float64)
+        for group in batch.group[active].unique():
+            weights += self.reduction(batch, active & (batch.group == group))
+        return weights
+
+    @staticmethod
+    def of(algorithm: Algorithm) -> Algorithm:
+        """The algorithm with all its divisors counted for each group alone."""
+
+        def apart(owner: Any) -> Any:
+            return replace(owner, reduction=EachGroup(owner.reduction, owner.reduction.over))
+
+        terms, regularizers = (
+            {n: apart(o) for n, o in some.items()} for some in (algorithm.terms, algorithm.regularizers)
+        )
+        return replace(algorithm, terms=terms, regularizers=regularizers)
 
 
 def check(algorithm: Algorithm, setting: Setting, group_size: int, demonstrations: int) -> None:
@@ -308,12 +367,9 @@ def _rollouts(algorithm: Algorithm, setting: Setting, group_size: int) -> list[W
 
 def _open_groups(gate: Gate, groups: list[WeightedGroup], evaluator: Evaluator) -> list[WeightedGroup]:
     """The groups on whose rollouts the gate is open."""
-    open_groups: list[WeightedGroup] = []
-    for rows, p in groups:
-        batch = evaluator.batch([tuple(row for row in rows if not row.is_demonstration)])
-        if not bool(gate.closed(batch).all()):
-            open_groups.append((rows, p))
-    return open_groups
+    drawn = [tuple(row for row in rows if not row.is_demonstration) for rows, _ in groups]
+    is_open = (~gate.closed(evaluator.batch(drawn))).split([len(rows) for rows in drawn])
+    return [group for group, rows in zip(groups, is_open, strict=True) if bool(rows.any())]
 
 
 def multisets(probabilities: Sequence[float], n: int) -> Iterable[tuple[tuple[int, ...], float]]:

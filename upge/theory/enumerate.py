@@ -136,12 +136,14 @@ def expectation(
             f"expectation: {count} batches, more than {MOST_BATCHES}; take fewer responses, a smaller group_size, "
             "or an expert with fewer responses"
         )
-    probability, slopes = [], []
-    sums = Evaluator(algorithm, setting)
-    for chosen, weight in multisets([p for _, p in groups], questions):
-        probability.append(weight)
-        slopes.append(sums.gradient([groups[g][0] for g in chosen]))
-    p, gradients = torch.tensor(probability, dtype=torch.float64), torch.stack(slopes)
+    evaluator, rows, probability = Evaluator(algorithm, setting), [g for g, _ in groups], [p for _, p in groups]
+    if questions == 1:
+        gradients = evaluator.gradients(rows)
+    else:
+        batches = list(multisets(probability, questions))
+        gradients = torch.stack([evaluator.gradient([rows[g] for g in chosen]) for chosen, _ in batches])
+        probability = [p for _, p in batches]
+    p = torch.tensor(probability, dtype=torch.float64)
     mean = torch.einsum("m,mpv->pv", p, gradients)
     variance = float((p * (gradients - mean).square().sum(dim=(1, 2))).sum())
     if target is None:

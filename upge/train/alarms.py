@@ -44,6 +44,9 @@ class AlarmConfig(Settings):
         minimum=0,
         maximum=1,
     )
+    effective_samples: float = key(
+        0.5, "effective share of the rollouts' responses below which to raise it", minimum=0, maximum=1
+    )
 
 
 def _truncated(metrics: Metrics, limits: AlarmConfig) -> str | None:
@@ -109,8 +112,29 @@ def _extreme_ratios(metrics: Metrics, limits: AlarmConfig) -> str | None:
     if not shares or (share := max(shares.values())) <= limits.extreme_ratios:
         return None
     name = max(shares, key=lambda one: shares[one] or 0.0).rpartition("/")[0]
-    which = "trainer and sampler" if name == "sampler" else f"the policy and the behavior policy (term {name})"
+    which = "trainer and sampler" if name == "sampler" else "the policy and the behavior policy"
+    which += "" if name in _PAIRS else f" (term {name})"
     return f"{share:.0%} of the tokens have a ratio of {which} outside [1/2, 2]; lower optimizer.lr or optimizer.epochs"
+
+
+#: The pair of policies → which they are, and the corrections to add.
+_PAIRS = {
+    "sampler": ("the trainer's policy, because the sampler's differs", "correction=tis, or correction=mis to drop the"),
+    "behavior": ("the current policy, because updates have moved it", "correction=sequence_mask to drop the"),
+}
+
+
+def _effective_samples(metrics: Metrics, limits: AlarmConfig) -> str | None:
+    shares = {pair: share for pair in _PAIRS if (share := metrics.get(f"{pair}/ess_responses")) is not None}
+    if not shares or min(shares.values()) >= limits.effective_samples:
+        return None
+    pair = min(shares, key=lambda one: shares[one])
+    why, correction = _PAIRS[pair]
+    smaller = "" if pair == "sampler" else "lower optimizer.lr, optimizer.epochs or optimizer.mini_batches, or "
+    return (
+        f"the rollouts are worth only {shares[pair]:.0%} as many of {why}; {smaller}add {correction} responses that "
+        "are too far off"
+    )
 
 
 #: Name → what it finds in a step. The names are those of `AlarmConfig` and of `stop.alarms`.
@@ -123,6 +147,7 @@ ALARMS: dict[str, Callable[[Metrics, AlarmConfig], str | None]] = {
     "verifier_errors": _verifier_errors,
     "demonstrations_dropped": _demonstrations_dropped,
     "extreme_ratios": _extreme_ratios,
+    "effective_samples": _effective_samples,
 }
 
 

@@ -17,10 +17,17 @@ ALWAYS = (
     *("gate/demonstration_share", "gate/no_signal_prompts"),
     *("time/rollout", "time/verify", "time/train", "time/sync"),
 )
+QUARTERS = ("q1", "q2", "q3", "q4")
+#: Of the trainer's policy against the sampler's, and of the current policy against the behavior policy.
+OF_RATIOS = (
+    *("chi2_tokens", "chi2_responses", "ess_tokens", "ess_responses", "kl_k1", "kl_k3", "extreme_ratio_share"),
+    *(f"{name}_{part}" for name in ("chi2", "kl_k3", "extreme_ratio_share") for part in QUARTERS),
+)
 OF_ROLLOUTS = (
     *("reward/mean", "pass_rate", "prompts_solved", "entropy", "response_length", "response_cut_share"),
     *("verify/timeouts", "verify/errors", "verify/failed_share", "same_answer_share"),
-    *("sampler/logprob_diff_mean", "sampler/logprob_diff_max", "sampler/extreme_ratio_share"),
+    *("sampler/logprob_diff_mean", "sampler/logprob_diff_max"),
+    *(f"{pair}/{name}" for pair in ("sampler", "behavior") for name in OF_RATIOS),
 )
 OF_DEMONSTRATIONS = ("demonstrations_dropped_share",)
 OF_GUIDANCE = ("guidance/share", "guidance/prefix_tokens", "guidance/pass_rate")
@@ -37,6 +44,7 @@ OF_TERM = (
     *("tokens", "trajectories", "weight_abs_mean", "weight_abs_p50", "weight_abs_p99"),
     *(f"weight_p{percent}" for percent in PERCENTILES),
     *("masked_share", "masked_above", "masked_below", "extreme_ratio_share"),
+    *("masked_mass", *(f"masked_mass_{part}" for part in QUARTERS)),
     *("effective_tokens", "effective_share", "effective_trajectories", "advantage_mean", "coefficient", "grad_norm"),
 )
 OF_REGULARIZER = ("value", "grad_norm")

@@ -13,11 +13,12 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from upge.data import Example, Prompting
-from upge.estimate import Estimate, TermRecord, is_extreme, summarise
+from upge.estimate import Estimate, TermRecord, summarise
 from upge.plan import Plan
 from upge.train.config import RunConfig
 from upge.train.diagnostics import Diagnostics, TopTrajectory, merged, token_line
 from upge.train.folder import RunFolder
+from upge.train.off_policy import OffPolicySums
 from upge.train.packing import packed_length
 from upge.train.sample import Trajectory
 from upge.train.verdicts import FAILED
@@ -37,8 +38,8 @@ class MetricSums:
         trajectories: those that the updates learned from.
         computed_tokens: tokens that the model computed, prompts included.
         gap_sum, gap_max, gap_tokens: of |log π_trainer - log π_sampler| over tokens of rollouts.
-        gap_extreme: tokens of rollouts whose ratio π_trainer/π_sampler is outside [1/2, 2].
         value_loss: of the critic.
+        off_policy: how far the rollouts are from the policy that learns from them.
     """
 
     records: Mapping[str, Sequence[TermRecord]] = field(default_factory=dict)
@@ -51,8 +52,8 @@ class MetricSums:
     gap_sum: float = 0.0
     gap_max: float = 0.0
     gap_tokens: int = 0
-    gap_extreme: int = 0
     value_loss: float = 0.0
+    off_policy: OffPolicySums = field(default_factory=OffPolicySums)
 
     @staticmethod
     def total(parts: Iterable[MetricSums]) -> MetricSums:
@@ -85,7 +86,8 @@ class MetricSums:
                 assert isinstance(row, int)
                 masses[update, trajectories[row].index] = mass
             records[name] = [record._replace(trajectories=masses)]
-        return MetricSums(records=records, loss=float(estimate.loss.detach()), penalties=dict(estimate.penalties))
+        given = {"penalties": dict(estimate.penalties), "off_policy": OffPolicySums.of_estimate(estimate, trajectories)}
+        return MetricSums(records=records, loss=float(estimate.loss.detach()), **given)
 
     @staticmethod
     def of_tokens(tokens: PackedTokens, trajectories: int, computed_tokens: int) -> MetricSums:
@@ -99,22 +101,22 @@ class MetricSums:
         )
 
     @staticmethod
-    def of_sampler_gap(tokens: PackedTokens, of_rollouts: Bool[Tensor, "n"]) -> MetricSums:
+    def of_sampler_gap(
+        tokens: PackedTokens, of_rollouts: Bool[Tensor, "n"], trajectories: Sequence[Trajectory]
+    ) -> MetricSums:
         """How far the sampler's log-probs are from the trainer's, on the tokens of rollouts."""
         if tokens.sampler_logprobs is None or not bool(of_rollouts.any()):
             return MetricSums()
         assert tokens.logprobs is not None
         gap = (tokens.logprobs.float() - tokens.sampler_logprobs.float()).abs()[of_rollouts]
-        return MetricSums(
-            gap_sum=float(gap.double().sum()),
-            gap_max=float(gap.max()),
-            gap_tokens=gap.numel(),
-            gap_extreme=int(is_extreme(gap).sum()),
-        )
+        off_policy = OffPolicySums.of_sampler(tokens, of_rollouts, trajectories)
+        sums = {"gap_sum": float(gap.double().sum()), "gap_tokens": gap.numel(), "off_policy": off_policy}
+        return MetricSums(gap_max=float(gap.max()), **sums)
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the step; docs/metrics.md lists them."""
-        metrics = summarise(self.records) | {f"{name}/value": value for name, value in self.penalties.items()}
+        metrics = summarise(self.records) | self.off_policy.metrics()
+        metrics |= {f"{name}/value": value for name, value in self.penalties.items()}
         metrics |= {"loss": self.loss, "trained/trajectories": self.trajectories, "trained/tokens": self.tokens}
         metrics["trained/computed_tokens"] = self.computed_tokens
         if self.tokens:
@@ -122,7 +124,6 @@ class MetricSums:
         if self.gap_tokens:
             metrics["sampler/logprob_diff_mean"] = self.gap_sum / self.gap_tokens
             metrics["sampler/logprob_diff_max"] = self.gap_max
-            metrics["sampler/extreme_ratio_share"] = self.gap_extreme / self.gap_tokens
         return metrics
 
 

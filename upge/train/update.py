@@ -31,6 +31,7 @@ from upge.train.diagnostics import (
 from upge.train.engine import CriticEngine, Engine, FrozenPolicy, Teacher
 from upge.train.metrics import ActiveTrajectories, MetricSums, UpdateReport
 from upge.train.micro_batches import EstimatesOf, MicroBatch, naming_size
+from upge.train.off_policy import OffPolicySums
 from upge.train.sample import Trajectory, assemble
 from upge.train.step_batch import BatchFiller, RowValues, StepBatch, update_rows
 from upge.trajectories import Trajectories
@@ -238,12 +239,16 @@ class Updater:
             self.engine.drop_gradient()
             raise
         sums = [MetricSums.of_estimate(estimate, number, trajectories) for estimate in estimates]
+        # In other rows nobody reads the column, and it holds zeros.
+        with_behavior = ready.reading("behavior_logprobs").to(self.engine.world.device)
         weights = [token_weights(estimate) for estimate in estimates] if find_top_tokens else []
         logprobs: list[RowValues] = []
         for rows, micro_batch, tokens in passes:
             sums.append(MetricSums.of_tokens(tokens, len(rows), micro_batch.packed.input_ids.numel()))
             if number == 1:
-                sums.append(MetricSums.of_sampler_gap(tokens, micro_batch.of_rollouts))
+                sums.append(MetricSums.of_sampler_gap(tokens, micro_batch.of_rollouts, trajectories))
+            of_rollouts = micro_batch.of_rollouts & tokens.look_up(with_behavior)
+            sums.append(MetricSums(off_policy=OffPolicySums.of_behavior(tokens, of_rollouts, trajectories)))
             assert tokens.logprobs is not None
             logprobs.append((rows, micro_batch.packed.pad(tokens.logprobs).float().cpu()))
         return PolicyPasses(ready, sums, current or logprobs, top_trajectories(weights, trajectories))
@@ -310,7 +315,7 @@ class Updater:
         assert entropies is not None
         micro_batch = MicroBatch(assemble(chosen, batch.columns.step), [0], packed)
         tokens = micro_batch.with_forward(logprobs, entropies)
-        return [MetricSums.of_sampler_gap(tokens, micro_batch.of_rollouts)]
+        return [MetricSums.of_sampler_gap(tokens, micro_batch.of_rollouts, chosen)]
 
 
 def _coefficients(updates: Sequence[Update]) -> dict[str, float]:
