@@ -24,14 +24,14 @@ from upge.estimate import Estimate
 from upge.formula import render
 from upge.gates import Gate
 from upge.guidance import Guidance
-from upge.needs import Needs, check_columns, check_groups, needs_of
+from upge.needs import Needs, check_columns, check_groups, check_rewards, needs_of
 from upge.plan import Plan, plan_updates
 from upge.regularizers import Regularizer, ValueLoss
 from upge.stateful import UTILITY_SLOPE, StatefulGate, stateful_gates
 from upge.support import SampledToken, Support
 from upge.term import Term
 from upge.trajectories import Source, Trajectories
-from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS
+from upge.views import NAMED_REWARDS, TOKEN_COLUMNS, TRAJECTORY_COLUMNS
 
 _Weighted = TypeVar("_Weighted", Term, Regularizer)
 
@@ -263,7 +263,13 @@ class Algorithm:
         return algorithms
 
     def check(
-        self, *, group_size: int, demonstrations: int | None = None, provided: Iterable[str] = (), path: str = "algo"
+        self,
+        *,
+        group_size: int,
+        demonstrations: int | None = None,
+        provided: Iterable[str] = (),
+        rewards: Iterable[str] | None = None,
+        path: str = "algo",
     ) -> None:
         """Check that a run can train this algorithm.
 
@@ -271,6 +277,7 @@ class Algorithm:
             group_size: rollouts per prompt.
             demonstrations: number of prompts with a demonstration; None = not known yet.
             provided: the columns beyond rewards and masks that the caller can fill. `values` follow from `critic`.
+            rewards: the names of the rewards; None = not known yet.
 
         Raises:
             ConfigError: the run cannot; the message names the key, the value and the fix.
@@ -308,9 +315,15 @@ class Algorithm:
             check_groups(self._working_parts, path)
         filled = frozenset(provided) | ({"values"} if self.critic else frozenset[str]())
         check_columns(self._working_parts, self.sources, filled, path)
+        if rewards is not None:
+            check_rewards(self._working_parts, rewards := tuple(rewards), path)
         for name, algorithm in self.inner.items():
             algorithm.check(
-                group_size=group_size, demonstrations=demonstrations, provided=provided, path=f"{path}.{name}"
+                group_size=group_size,
+                demonstrations=demonstrations,
+                provided=provided,
+                rewards=rewards,
+                path=f"{path}.{name}",
             )
 
     def plan(self, batch: Trajectories) -> Plan:
@@ -333,6 +346,7 @@ class Algorithm:
             updates: for each update, the rows of `batch` that it learns from; None = all.
         """
         penalties = _weighted(self.regularizers)
+        check_rewards(self._working_parts, batch.named_rewards, self.name)
         return plan_updates(self._weighted_terms, penalties, self.reach, batch, updates)
 
     def estimate(self, batch: Trajectories) -> Estimate:
@@ -361,7 +375,7 @@ def _check_part(part: Component, path: str) -> None:
 
 def _check_reads_outcomes(gate: Gate, path: str) -> None:
     """Refuse a gate that reads what is not yet known when prompts are chosen."""
-    beyond = sorted(gate.columns - set(TRAJECTORY_COLUMNS))
+    beyond = sorted(gate.columns - {*TRAJECTORY_COLUMNS, NAMED_REWARDS})
     if beyond:
         raise ConfigError(
             f"{path}: {type(gate).__name__} reads {', '.join(beyond)}, but prompts are chosen by rewards, before any "

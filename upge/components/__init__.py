@@ -59,6 +59,7 @@ from upge.components.mask import (
 )
 from upge.components.ranking import CovarianceClip, TopCovariance, TopEntropy
 from upge.components.returns import GAE, KLPenalizedReward, OutcomeReward, ReturnToGo
+from upge.components.rewards import OfReward, RewardDecoupled, Summed
 from upge.components.sequence_mask import OffPolicySequenceMask, SequenceClip, SequenceSamplerBand
 from upge.components.shaping import (
     FutureKLShaped,
@@ -103,6 +104,7 @@ __all__ = [
     "MeanNormalized",
     "MixedBehaviorPolicy",
     "NoMask",
+    "OfReward",
     "OffPolicySequenceMask",
     "OptimalTokenBaseline",
     "OutcomeReward",
@@ -115,6 +117,7 @@ __all__ = [
     "RatioSign",
     "ReferenceDenominator",
     "ReturnToGo",
+    "RewardDecoupled",
     "SampledTarget",
     "SamplerCorrected",
     "SequenceBehaviorPolicy",
@@ -126,6 +129,7 @@ __all__ = [
     "SigmoidGate",
     "SignedReward",
     "StabilizationMask",
+    "Summed",
     "Surprisal",
     "TargetProbability",
     "Tempered",

@@ -14,9 +14,10 @@ from torch import Tensor
 from upge.components.base import AdvantageEstimator, Component, walk
 from upge.components.mask import RATIO_COLUMNS
 from upge.components.returns import KLKind, discounted_sum, kl_value
+from upge.components.rewards import check_reads_total
 from upge.errors import ConfigError
 from upge.formula import Formula, tex
-from upge.views import LIVE_COLUMNS, TokenView, TrajectoryView
+from upge.views import LIVE_COLUMNS, TokenView, TrajectoryView, masked_mean
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,16 @@ class Whitened(AdvantageEstimator):
     """(Â - mean Â)/√(var Â + epsilon), with mean and variance over all rollout tokens of the batch (arXiv 2501.03262).
 
     The variance is the unbiased one. Demonstrations are whitened with the rollouts' mean and variance. A batch with
-    fewer than two rollout tokens gives zeros.
+    fewer than two rollout tokens, or rollouts with tokens, gives zeros.
+
+    Attributes:
+        over: 'tokens' = mean and variance over rollout tokens; 'rollouts' = over rollouts that have tokens, of the mean
+            Â of each, so that long responses do not count more (arXiv 2601.05242).
     """
 
     advantage: AdvantageEstimator
     epsilon: float = 1e-8
+    over: Literal["tokens", "rollouts"] = "tokens"
     reads: ClassVar[frozenset[str]] = frozenset({"is_demonstration"})
 
     def __post_init__(self) -> None:
@@ -157,17 +163,20 @@ class Whitened(AdvantageEstimator):
 
     def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
         values, mask = self.advantage(batch).double(), batch.response_mask
-        rollout_tokens = mask & ~batch.is_demonstration[:, None]
-        number = int(rollout_tokens.sum())
+        counted, samples = mask & ~batch.is_demonstration[:, None], values
+        if self.over == "rollouts":
+            counted, samples = counted.any(dim=1, keepdim=True), masked_mean(values, mask)
+        number = int(counted.sum())
         if number < 2:
             return torch.zeros_like(values)
-        centred = values - torch.where(rollout_tokens, values, 0.0).sum() / number
-        variance = torch.where(rollout_tokens, centred.square(), 0.0).sum() / (number - 1)
-        return torch.where(mask, centred / (variance + self.epsilon).sqrt(), 0.0)
+        mean = torch.where(counted, samples, 0.0).sum() / number
+        variance = torch.where(counted, (samples - mean).square(), 0.0).sum() / (number - 1)
+        return torch.where(mask, (values - mean) / (variance + self.epsilon).sqrt(), 0.0)
 
     def formula(self) -> Formula:
-        inner = self.advantage.formula()
-        return Formula(f"white({inner.text})", rf"\mathrm{{white}}\left({inner.latex}\right)")
+        inner, over = self.advantage.formula(), "" if self.over == "tokens" else "_τ"
+        latex_over = "" if self.over == "tokens" else r"_{\tau}"
+        return Formula(f"white{over}({inner.text})", rf"\mathrm{{white}}{latex_over}\left({inner.latex}\right)")
 
 
 @dataclass(frozen=True)
@@ -278,6 +287,7 @@ class OverlongShaped(AdvantageEstimator):
                 f"OverlongShaped: limit={self.limit}, buffer={self.buffer}, penalty={self.penalty}; the limit is a "
                 "number of tokens, the buffer a share of it in (0, 1], and the penalty finite and not negative"
             )
+        check_reads_total(self.advantage, "OverlongShaped")
         for path, part in walk(self.advantage, "advantage"):
             if not getattr(part, "graded", True):
                 raise ConfigError(

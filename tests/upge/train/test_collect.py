@@ -23,7 +23,8 @@ from upge.train.collect import HELD_OUT, Collector
 from upge.train.metrics import rollout_metrics
 from upge.train.prompt_order import held_out, least_used, prompt_indices, stream_seed
 from upge.train.sample import Trajectory, assemble, usable
-from upge.verify import Item, Verdict
+from upge.verify import Declared, Item, NamedReward, Reward, Verdict
+from upge.verify.reward import Term
 
 #: What the fake model does with prompt i, by i % 3: always right, always wrong, right in every other rollout.
 RIGHT, WRONG, MIXED = 0, 1, 2
@@ -305,6 +306,17 @@ def test_pairs_beside_rollouts_and_without_a_rejected_side():
 # Rewards of any range.
 
 
+#: math + 2*my.style, which gives rewards from -1 to 2.
+BOTH = Reward(
+    (Term("math"), Term("my.style", 2.0, "style")),
+    {"math": Declared(), "my.style": Declared(minimum=-0.5, maximum=0.5)},
+)
+
+
+def parts(right: float) -> tuple[NamedReward, ...]:
+    return NamedReward("math", right), NamedReward("style", right - 0.5, 2.0)
+
+
 class Signed(FakeModel):
     """Its verifier gives -1 or 2, as a sum of two parts."""
 
@@ -312,7 +324,7 @@ class Signed(FakeModel):
         self.items = [*getattr(self, "items", []), item]
         future: Future[Verdict] = Future()
         right = float(item.response)
-        future.set_result(Verdict(3 * right - 1, rewards=(("math", right), ("my.style", right - 0.5))))
+        future.set_result(Verdict(3 * right - 1, rewards=parts(right)))
         return future
 
 
@@ -320,16 +332,18 @@ def test_rewards_of_any_range_reach_the_batch_and_the_metrics():
     model, data = Signed(), [replace(one, problem=replace(one.problem, row={"a": 1})) for one in examples(12)]
     algo, settings = algorithm("rollouts", "demonstrations"), {"prompts_per_step": 12, "group_size": 2, "seed": 5}
     config = from_tree(upge.train.config.RunConfig, settings | {"verify": {"pass_threshold": 0.0}})
-    sampler = VerifiedSampler(model, model, model, pass_threshold=0.0, ranges={"math": (-1.0, 2.0)})
+    sampler = VerifiedSampler(model, model, model, pass_threshold=0.0, rewards={"math": BOTH})
     actual = Collector(config, algo, data, sampler, (9,), ALONE).collect(0).trajectories
     assert {t.reward for t in actual if not t.is_demonstration} == {-1.0, 2.0}
     assert {t.reward for t in actual if t.is_demonstration} == {2.0}
     batch = assemble(actual, 0)
     assert batch.pass_threshold == 0.0 and set(batch.pass_rate.tolist()) == {0.0, 0.5, 1.0}
     assert upge.SignedReward()(batch)[:, 0].tolist() == [1.0 if t.reward > 0 else -1.0 for t in actual]
+    assert dict(batch.reward_weights) == {"math": 1.0, "style": 2.0} and list(batch.named_rewards) == ["math", "style"]
+    assert torch.equal(sum(w * batch.named_rewards[name] for name, w in batch.reward_weights.items()), batch.rewards)
     metrics = rollout_metrics(actual)
     assert (metrics["pass_rate"], metrics["reward/mean"]) == (0.5, 0.5)
-    assert (metrics["reward/math"], metrics["reward/my.style"]) == (0.5, 0.0)
+    assert (metrics["reward/math"], metrics["reward/style"]) == (0.5, 0.0)
     (item, *_) = model.items
     assert (item.row, item.tokens, item.is_truncated) == ({"a": 1}, 3, False)
     members = Counter(item.member.group for item in model.items)
@@ -339,7 +353,7 @@ def test_rewards_of_any_range_reach_the_batch_and_the_metrics():
 def test_the_sides_of_a_pair_have_the_ends_of_the_range():
     data = examples(8)
     made = collector(algorithm("rollouts", "preference_pairs"), data, FakeModel())
-    made.ranges = {"math": (-3.0, 4.0)}
+    made.rewards = {"math": Reward((Term("math"),), {"math": Declared(minimum=-3.0, maximum=4.0)})}
     actual = [(t.reward, t.preference) for t in made.collect(0).trajectories if t.is_demonstration]
     assert set(actual) == {(4.0, 1), (-3.0, -1)}
 
