@@ -52,7 +52,7 @@ CASES = (
 GIVEN = {"dual": 2.0, "low": 0.9, "length": 7, "clip": 0.1, "rollouts": 2, "steps": 7}
 SINGLE = (
     "asymre|cispo|clip_cov|clip_cov_of_many|dapo|dft|dpo|dppo|dr_grpo|dro|fipo|gmpo|grpo|gspo|iw_sft|iw_sft_sequence"
-    "|luspo|maxrl|offline_rl|opmd|eaft|gift|gkd|opd|opsd|sdpo|ppo|real|reinforce|reinforce_plus_plus|relift|rloo|sapo|sft"
+    "|gdpo|gdpo_over_tokens|luspo|maxrl|offline_rl|opmd|eaft|gift|gkd|opd|opsd|sdpo|ppo|real|reinforce|reinforce_plus_plus|relift|rloo|sapo|sft"
     "|vespo"
 )
 CLOSE = "no token that matters lies within a hundredth of it; clip_cov_of_many has other bounds"
