@@ -223,6 +223,8 @@ def gdpo(s, over="rollouts"):
     if len(members) < 2:
         return 0.0 * s.logits.sum()
     centre, scale = statistics.fmean(members), math.sqrt(statistics.variance(members) + 1e-8)
+    if abs(centre) < 1e-15:  # rounding: the numbers of each question add up to 0
+        centre = 0.0
     total = 0.0
     for question in s.questions:
         group = rollouts(question)

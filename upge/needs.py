@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from upge.components.base import Component, mixes_demonstrations, walk
-from upge.errors import ConfigError, nearest
+from upge.errors import ConfigError
 from upge.support import CANDIDATE_COLUMNS, Support
 from upge.trajectories import Source
 
@@ -169,11 +169,10 @@ def check_rewards(parts: Mapping[str, Component], known: Iterable[str], path: st
     for place, outer in parts.items():
         for inner, part in walk(outer, place):
             for name in sorted(part.reward_names - set(known)):
-                hint = nearest(name, known) if known else "give the batch `named_rewards`"
                 raise ConfigError(
                     f"{type(part).__name__} reads the reward '{name}', but the rewards here are "
-                    f"{', '.join(known) or 'without names'}; {hint}. A name comes from verify.verifier, such as "
-                    f"'math + 0.2*boxed as {name}'",
+                    f"{', '.join(known) or 'without names'}; name one of them, or give one this name: by `as` in "
+                    f"verify.verifier, such as 'math + 0.2*boxed as {name}', or as a key of the batch's named_rewards",
                     f"{path}.{inner}",
                 )
 

@@ -169,7 +169,11 @@ class Whitened(AdvantageEstimator):
         number = int(counted.sum())
         if number < 2:
             return torch.zeros_like(values)
-        mean = torch.where(counted, samples, 0.0).sum() / number
+        samples = torch.where(counted, samples, 0.0)
+        # A sum that is 0 up to rounding, as of advantages relative to a group, must not give a group that has no
+        # advantages a tiny one.
+        total, rounding = samples.sum(), number * torch.finfo(samples.dtype).eps * samples.abs().sum()
+        mean = torch.where(total.abs() <= rounding, 0.0, total / number)
         variance = torch.where(counted, (samples - mean).square(), 0.0).sum() / (number - 1)
         return torch.where(mask, (values - mean) / (variance + self.epsilon).sqrt(), 0.0)
 
