@@ -366,3 +366,31 @@ def test_partial_credit_below_the_threshold_is_a_signal_but_no_success():
     assert upge.GroupRelative()(batch)[:, 0].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-5)
     lower = assemble([replace(t, pass_threshold=0.3) for t in actual], 0)
     assert lower.pass_rate.tolist() == [0.5, 0.5] and lower.select(torch.tensor([1])).pass_threshold == 0.3
+
+
+def test_one_of_several_rewards_decides_on_success():
+    """Of 'style' the right response has 0.5, the wrong one -0.5: with a threshold of 0.5 no rollout passes."""
+    model, data, algo = Signed(), examples(12), algorithm("rollouts", "demonstrations")
+    every = {0.0, 0.5, 1.0}
+    for success, threshold, rates in (("style", 0.0, every), ("style", 0.5, {0.0}), ("", 0.5, every)):
+        verify = {"pass_threshold": threshold, "success": success}
+        tree = {"prompts_per_step": 12, "group_size": 2, "seed": 5, "verify": verify}
+        sampler = VerifiedSampler(model, model, model, rewards={"math": BOTH}, **verify)
+        config = from_tree(upge.train.config.RunConfig, tree)
+        actual = Collector(config, algo, data, sampler, (9,), ALONE).collect(0).trajectories
+        batch = assemble(actual, 0)
+        assert set(batch.pass_rate.tolist()) == rates and (batch.succeeded is None) == (success == "")
+        passed = [t.passed for t in actual]
+        assert batch.success.tolist() == passed
+        verdicts = [Verdict(t.reward, rewards=t.rewards) for t in actual]
+        assert [sampler.passed(verdict) for verdict in verdicts] == passed, "accuracy says the same"
+        assert rollout_metrics(actual)["pass_rate"] == sum(t.passed for t in actual if not t.is_demonstration) / 24
+
+
+def test_trajectories_with_other_rewards_have_no_column_of_them():
+    one, two = (Trajectory(0, 0, (1,), (2,), 1.0, False, rewards=parts(right)) for right in (0.0, 1.0))
+    assert assemble([one, two], 0).named_rewards["style"].tolist() == [-0.5, 0.5]
+    for rewards in ((), (NamedReward("math", 1.0),), (NamedReward("math", 1.0), NamedReward("style", 0.5, 3.0))):
+        assert assemble([one, replace(two, rewards=rewards)], 0).named_rewards == {}
+    plain = replace(one, rewards=(NamedReward("math", 1.0),), sampler_logprobs=(-1.0,))
+    assert plain.summands == () and "reward/math" not in rollout_metrics([plain]), "one verifier is no sum"

@@ -41,6 +41,7 @@ FURTHER = {
     "rloo with KL in the reward": ["algo=rloo", "correction=[mis,kl_reward,dynamic_sampling]"],
 }
 #: What a guided rollout's line says is compared with the demonstration.
+MORE["gdpo"] = ["verify.verifier=number as correct + 0.2*boxed as format", "verify.success=correct"]
 MORE |= {name: ["log_rollouts=1"] for name in ("prefix_rft", "uft")}
 RUNS = {name: [f"algo={name}", *MORE.get(name, [])] for name in algorithms.names()} | FURTHER
 STEPS = 3
