@@ -39,6 +39,7 @@ class Sample:
                 "logp": logprobs[i, :n],
                 "entropy": entropies[i, :n],
                 "reward": float(self.batch.rewards[i]),
+                "rewards": {name: float(column[i]) for name, column in self.batch.named_rewards.items()},
                 "group": int(self.batch.group[i]),
                 "demo": bool(self.batch.is_demonstration[i]),
                 "shown": self.batch.is_demonstration_token[i, :n],
@@ -168,6 +169,15 @@ def guided(s: Sample, longest: int = 5) -> Sample:
     """The sample's rollouts, of which two of every four begin with tokens of a demonstration."""
     own = take(s, (~s.batch.is_demonstration).nonzero()[:, 0])
     return Sample(own.logits, own.tokens, batches.guided(own.batch, longest))
+
+
+def with_named_rewards(s: Sample, seed: int) -> Sample:
+    """The sample with two rewards: its own as 'correct', and 'format', which all of every third question have."""
+    g = torch.Generator().manual_seed(seed + 60)
+    style = torch.randint(0, 3, s.batch.rewards.shape, generator=g).double() / 2
+    named = {"correct": s.batch.rewards, "format": torch.where(s.batch.group % 3 == 2, 1.0, style)}
+    total = named["correct"] + 0.3 * named["format"]
+    return changed(s, rewards=total, named_rewards=named, reward_weights={"correct": 1.0, "format": 0.3})
 
 
 def with_distributions(s: Sample, seed: int) -> Sample:

@@ -219,6 +219,32 @@ def asymre(s, shift=-0.1):
     return -total / count
 
 
+def gdpo(s, over="rollouts"):
+    """Each reward normalized in its group, the weighted sum normalized over the batch; without names, one reward."""
+    weights = s.batch.reward_weights if s.batch.named_rewards else {"": 1.0}
+    sums = {r["index"]: 0.0 for r in s.rows if not r["demo"]}
+    for name, weight in weights.items():
+        for question in s.questions:
+            group = rollouts(question)
+            values = [r["rewards"][name] if name else r["reward"] for r in group]
+            if len(set(values)) < 2:
+                continue
+            scale = statistics.stdev(values) + 1e-6
+            for r, value in zip(group, values, strict=True):
+                sums[r["index"]] += weight * (value - statistics.fmean(values)) / scale
+    members = [sums[r["index"]] for r in s.rows if not r["demo"] for _ in r["logp"][: None if over == "tokens" else 1]]
+    if len(members) < 2:
+        return 0.0 * s.logits.sum()
+    centre, scale = statistics.fmean(members), math.sqrt(statistics.variance(members) + 1e-8)
+    if abs(centre) < 1e-15:  # rounding: the numbers of each question add up to 0
+        centre = 0.0
+    total = 0.0
+    for question in s.questions:
+        group = rollouts(question)
+        total += sum(average(clipped(r, (sums[r["index"]] - centre) / scale)) for r in group) / len(group)
+    return -total / len(s.questions)
+
+
 def maxrl(s):
     total = 0.0
     for question in s.questions:

@@ -24,7 +24,7 @@ from upge.estimate import Estimate
 from upge.formula import render
 from upge.gates import Gate
 from upge.guidance import Guidance
-from upge.needs import Needs, check_columns, check_groups, needs_of
+from upge.needs import Needs, check_columns, check_groups, check_rewards, needs_of
 from upge.plan import Plan, plan_updates
 from upge.prompt_memory import PromptMemory
 from upge.prompt_sampling import Curriculum, DynamicSampling, check_reads_outcomes
@@ -270,7 +270,13 @@ class Algorithm:
         return algorithms
 
     def check(
-        self, *, group_size: int, demonstrations: int | None = None, provided: Iterable[str] = (), path: str = "algo"
+        self,
+        *,
+        group_size: int,
+        demonstrations: int | None = None,
+        provided: Iterable[str] = (),
+        rewards: Iterable[str] | None = None,
+        path: str = "algo",
     ) -> None:
         """Check that a run can train this algorithm.
 
@@ -278,6 +284,7 @@ class Algorithm:
             group_size: rollouts per prompt.
             demonstrations: number of prompts with a demonstration; None = not known yet.
             provided: the columns beyond rewards and masks that the caller can fill. `values` follow from `critic`.
+            rewards: the names of the rewards; None = not known yet.
 
         Raises:
             ConfigError: the run cannot; the message names the key, the value and the fix.
@@ -316,9 +323,15 @@ class Algorithm:
         filled = frozenset(provided) | ({"values"} if self.critic else frozenset[str]())
         filled |= MEMORY_COLUMNS if self.memory is not None else frozenset[str]()
         check_columns(self._working_parts, self.sources, filled, path)
+        if rewards is not None:
+            check_rewards(self._working_parts, rewards := tuple(rewards), path)
         for name, algorithm in self.inner.items():
             algorithm.check(
-                group_size=group_size, demonstrations=demonstrations, provided=provided, path=f"{path}.{name}"
+                group_size=group_size,
+                demonstrations=demonstrations,
+                provided=provided,
+                rewards=rewards,
+                path=f"{path}.{name}",
             )
 
     def plan(self, batch: Trajectories) -> Plan:
@@ -341,6 +354,7 @@ class Algorithm:
             updates: for each update, the rows of `batch` that it learns from; None = all.
         """
         penalties = _weighted(self.regularizers)
+        check_rewards(self._working_parts, batch.named_rewards, self.name)
         return plan_updates(self._weighted_terms, penalties, self.reach, batch, updates)
 
     def estimate(self, batch: Trajectories) -> Estimate:

@@ -207,7 +207,7 @@ class SiblingSucceeded(Gate):
     min_group_size: ClassVar[int] = 2
 
     def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B"]:
-        success = ((batch.rewards > batch.pass_threshold) & ~batch.is_demonstration).double()
+        success = (batch.success & ~batch.is_demonstration).double()
         others = group_sum(success, batch.group_index)[batch.group_index] - success
         is_open = others > 0
         return (is_open & (success == 0) if self.only_failed else is_open).double()

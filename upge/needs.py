@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from upge.components.base import Component, mixes_demonstrations, walk
@@ -27,6 +27,7 @@ class Needs:
 
     Attributes:
         columns: every column that some part reads.
+        rewards: the names of the rewards that some part reads.
         rollouts, demonstrations, preference_pairs: True if it learns from, or compares with, such trajectories.
         prefixes: True if rollouts continue the beginning of a demonstration. The batch then has no whole ones.
         group_size: minimum number of rollouts per prompt.
@@ -46,6 +47,7 @@ class Needs:
     precomputed: frozenset[str] = frozenset()
     distributions: frozenset[str] = frozenset()
     prefixes: bool = False
+    rewards: frozenset[str] = frozenset()
 
     @property
     def data_demonstrations(self) -> bool:
@@ -80,6 +82,7 @@ class Needs:
             precomputed=self.precomputed | other.precomputed,
             distributions=self.distributions | other.distributions,
             prefixes=self.prefixes or other.prefixes,
+            rewards=self.rewards | other.rewards,
         )
 
 
@@ -111,6 +114,7 @@ def needs_of(
         & columns
         & COMPUTED,
         distributions=distributions,
+        rewards=frozenset().union(*(part.rewards_read for part in parts.values())),
     )
 
 
@@ -157,6 +161,24 @@ def check_columns(
                 "rejected responses, or another source",
                 f"{path}.{place}.source",
             )
+
+
+def check_rewards(parts: Mapping[str, Component], known: Iterable[str], path: str = "algo") -> None:
+    """Check that every reward that a part names is among the `known` ones.
+
+    Raises:
+        ConfigError: one is not; the message names the part by its path, the reward and the fix.
+    """
+    known = tuple(known)
+    for place, outer in parts.items():
+        for inner, part in walk(outer, place):
+            for name in sorted(part.reward_names - set(known)):
+                raise ConfigError(
+                    f"{type(part).__name__} reads the reward '{name}', but the rewards here are "
+                    f"{', '.join(known) or 'without names'}; name one of them, or give one this name: by `as` in "
+                    f"verify.verifier, such as 'math + 0.2*boxed as {name}', or as a key of the batch's named_rewards",
+                    f"{path}.{inner}",
+                )
 
 
 def check_groups(parts: Mapping[str, Component], path: str = "algo") -> None:

@@ -102,17 +102,25 @@ class Pipeline:
         return reduce(lambda a, b: a.joined(b), needs)
 
     def check(
-        self, *, group_size: int, demonstrations: int | None = None, provided: Iterable[str] = (), path: str = "algo"
+        self,
+        *,
+        group_size: int,
+        demonstrations: int | None = None,
+        provided: Iterable[str] = (),
+        rewards: Iterable[str] | None = None,
+        path: str = "algo",
     ) -> None:
         """Check that a run can train every stage, see `Algorithm.check`.
 
         Raises:
             ConfigError: it cannot; the message names the stage, the key, the value and the fix.
         """
-        provided = tuple(provided)
+        provided, rewards = tuple(provided), None if rewards is None else tuple(rewards)
         for name, stage in self.stages.items():
             place = f"{path}.stages.{name}.algorithm"
-            stage.algorithm.check(group_size=group_size, demonstrations=demonstrations, provided=provided, path=place)
+            stage.algorithm.check(
+                group_size=group_size, demonstrations=demonstrations, provided=provided, rewards=rewards, path=place
+            )
 
     @property
     def only(self) -> Algorithm:

@@ -14,7 +14,7 @@ from upge.errors import ConfigError
 from upge.gates import Gate
 from upge.prompt_memory import PromptColumns
 from upge.stateful import stateful_gates
-from upge.views import TRAJECTORY_COLUMNS
+from upge.views import NAMED_REWARDS, TRAJECTORY_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Curriculum:
 
 def check_reads_outcomes(gate: Gate, path: str) -> None:
     """Refuse a gate that reads what is not yet known when prompts are chosen."""
-    beyond = sorted(gate.columns - set(TRAJECTORY_COLUMNS))
+    beyond = sorted(gate.columns - {*TRAJECTORY_COLUMNS, NAMED_REWARDS})
     if beyond:
         raise ConfigError(
             f"{path}: {type(gate).__name__} reads {', '.join(beyond)}, but prompts are chosen by rewards, before any "

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from upge.errors import ConfigError, nearest
 from upge.views import (
+    NAMED_REWARDS,
     PASS_THRESHOLD,
     TOKEN_COLUMNS,
     TRAJECTORY_COLUMNS,
@@ -87,6 +88,9 @@ class Trajectories(TrajectoryView):
         pass_threshold: a rollout counts as a success above this reward.
         prompt_value, prompt_attempts, prompt_successes, prompt_last_pass_rate, prompt_age: [B] what was remembered of
             the trajectory's prompt before this step: see `upge.prompt_memory.PromptColumns`.
+        named_rewards: name → [B] the own reward of each verifier that `rewards` is a sum of; empty = not known.
+        reward_weights: name → its weight in the sum; a name that is missing has 1.
+        succeeded: [B] True for successes, where something else than `rewards` decides; None = `rewards` do.
         distributions: the next-token distributions, [B, T, V] log-probs each, for terms whose support is not the
             sampled token; the trainer's output head provides them instead. Padding may hold any finite values.
 
@@ -123,6 +127,9 @@ class Trajectories(TrajectoryView):
     prompt_successes: Int[Tensor, "B"] | None = None
     prompt_last_pass_rate: Float[Tensor, "B"] | None = None
     prompt_age: Int[Tensor, "B"] | None = None
+    named_rewards: Mapping[str, Float[Tensor, "B"]] = dataclasses.field(default_factory=dict)
+    reward_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    succeeded: Bool[Tensor, "B"] | None = None
 
     def __post_init__(self) -> None:
         for name in TOKEN_COLUMNS + TRAJECTORY_COLUMNS:
@@ -154,6 +161,7 @@ class Trajectories(TrajectoryView):
         hide(self, mask)
         guided = self.is_demonstration_token.any(dim=1) & ~self.is_demonstration
         object.__setattr__(self, "is_guided", guided if self.is_guided is None else guided | self.is_guided)
+        self._check_named_rewards()
         self._check_logprobs()
         if self.preference is not None and bool((self.preference.abs() > 1).any()):
             odd = int(self.preference[self.preference.abs() > 1][0])
@@ -161,6 +169,22 @@ class Trajectories(TrajectoryView):
         for name in ("index", "row"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, torch.arange(len(mask), device=mask.device))
+
+    def _check_named_rewards(self) -> None:
+        """Refuse named rewards that are not one number per trajectory, and weights of others."""
+        expected = list(self.response_mask.shape[:1])
+        for name, column in self.named_rewards.items():
+            if not isinstance(column, Tensor) or not column.is_floating_point() or list(column.shape) != expected:
+                found = f"{column.dtype} {list(column.shape)}" if isinstance(column, Tensor) else type(column).__name__
+                raise ValueError(f"named_rewards['{name}']: expected a tensor of floats {expected}, found {found}")
+        for name in self.reward_weights:
+            if name not in self.named_rewards:
+                raise ValueError(f"reward_weights: found '{name}'; {nearest(name, self.named_rewards)}")
+        if self.succeeded is not None and (
+            self.succeeded.dtype != torch.bool or list(self.succeeded.shape) != expected
+        ):
+            found = f"{self.succeeded.dtype} {list(self.succeeded.shape)}"
+            raise ValueError(f"succeeded: expected a tensor of bools {expected}, found {found}")
 
     def _check_logprobs(self) -> None:
         """Refuse log-probs above 0, such as probabilities or losses, with one transfer from the device."""
@@ -248,7 +272,7 @@ class Trajectories(TrajectoryView):
         return Trajectories(**picked)
 
     def with_rewards(self, rewards: Float[Tensor, "B"]) -> Trajectories:
-        """The same trajectories with other rewards, for a part that changes the rewards of the part it wraps."""
+        """The same trajectories with other rewards, which then also decide on success, for the part that one wraps."""
         if rewards.shape != self.response_mask.shape[:1]:
             raise ValueError(
                 f"rewards: expected shape {list(self.response_mask.shape[:1])}, found {list(rewards.shape)}"
@@ -256,6 +280,7 @@ class Trajectories(TrajectoryView):
         # `replace` would read every column, which a part's view of the batch does not allow.
         other = copy.copy(self)
         object.__setattr__(other, "rewards", rewards)
+        object.__setattr__(other, "succeeded", None)
         return other
 
     def pack(self) -> PackedTokens:
@@ -274,6 +299,8 @@ def _at(name: str, value: Any, rows: Tensor | slice, width: slice) -> Any:
     """A field of a batch at some rows, and at the columns `width` if it has one number per token."""
     if isinstance(value, Distributions):
         return value.at(rows, width)
+    if name == NAMED_REWARDS:
+        return {one: column[rows] for one, column in value.items()}
     if not isinstance(value, Tensor):
         return value
     return value[rows, width] if name in TOKEN_COLUMNS and value.ndim == 2 else value[rows]

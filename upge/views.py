@@ -50,7 +50,9 @@ TRAJECTORY_COLUMNS = (
 )
 #: Those of them that come from the memory of prompts: see `upge.prompt_memory`.
 MEMORY_COLUMNS = frozenset(name for name in TRAJECTORY_COLUMNS if name.startswith("prompt_"))
-COLUMNS = frozenset((*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS, "is_sampled"))
+#: The column of rewards by name, a mapping whose values have one number per trajectory.
+NAMED_REWARDS = "named_rewards"
+COLUMNS = frozenset((*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS, NAMED_REWARDS, "is_sampled"))
 #: Columns that exist only after the forward pass of the current policy. A part that reads one of them, itself or in a
 #: part that it wraps, is *live*. Every other part is known before the forward pass.
 LIVE_COLUMNS = frozenset({"logprobs", "entropies", "is_sampled"})
@@ -172,6 +174,9 @@ class TrajectoryView(TokenView):
     prompt_last_pass_rate: Float[Tensor, "B"]
     prompt_age: Int[Tensor, "B"]
     total_lengths: Int[Tensor, "B"] | None
+    named_rewards: Mapping[str, Float[Tensor, "B"]]
+    reward_weights: Mapping[str, float]
+    succeeded: Bool[Tensor, "B"] | None
     pass_threshold: float
 
     def look_up(self, values: Tensor) -> Tensor:
@@ -212,12 +217,18 @@ class TrajectoryView(TokenView):
         return torch.unique(self.group, return_inverse=True)[1]
 
     @property
+    def success(self) -> Bool[Tensor, "B"]:
+        """[B] True for successes: where `rewards` exceed `pass_threshold`, or as the batch's `succeeded` says."""
+        passed = self.rewards > self.pass_threshold
+        return passed if self.succeeded is None else self.succeeded
+
+    @property
     def pass_rate(self) -> Float[Tensor, "B"]:
-        """[B] the share of successes (reward above `pass_threshold`) among the rollouts of each trajectory's group.
+        """[B] the share of successes (`success`) among the rollouts of each trajectory's group.
 
         Demonstrations do not count. NaN for a group without rollouts.
         """
-        successes = self.group_sum(self.rewards > self.pass_threshold)
+        successes = self.group_sum(self.success)
         return successes / self.group_sum(torch.ones_like(successes))
 
     def group_sum(
@@ -262,7 +273,7 @@ class TrajectoryView(TokenView):
 
     @abstractmethod
     def with_rewards(self, rewards: Float[Tensor, "B"]) -> TrajectoryView:
-        """The same trajectories with other rewards, for a part that changes the rewards of the part it wraps."""
+        """The same trajectories with other rewards, which then also decide on success, for the part that one wraps."""
 
 
 class Distributions(NamedTuple):

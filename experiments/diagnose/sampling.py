@@ -40,6 +40,7 @@ from upge.train.prompt_order import prompt_indices, stream_seed
 from upge.train.resharding import whole_weights
 from upge.train.sample import Trajectory, has_pair
 from upge.train.verdicts import FAILED
+from upge.verify import Reward, Verdict
 
 
 @dataclass(frozen=True)
@@ -262,8 +263,7 @@ def sample(
             without = f", {failed} of them without a verdict, which count as wrong" if failed else ""
             say(f"{purpose}: {n} rollouts of {len(examples)} prompts{without}")
             each = enumerate(zip(examples, sampled.groups, strict=True))
-            threshold = run.verify.pass_threshold
-            return [[_rollout(q, example, threshold, *pair) for pair in group] for q, (example, group) in each]
+            return [[_rollout(q, example, run, pool.rewards, *pair) for pair in group] for q, (example, group) in each]
 
         sampler = load_sampler(model, run.rollout, length, run.seed)
         say(f"rollouts: {sampler.reason}")
@@ -275,10 +275,10 @@ def sample(
             sampler = load_sampler(behavior, run.rollout, length, run.seed)
         own = drawn(sampler, "batches", prompts.examples, config.rounds * config.group_size)
         sampler.close()
-        ranges = pool.ranges
+        rewards = pool.rewards
     groups = []
     for q, (example, rounds) in enumerate(zip(prompts.examples, _parts(own, config.group_size), strict=True)):
-        groups.append([Group(tuple(one), *_given(q, example, r, run, ranges)) for r, one in enumerate(rounds)])
+        groups.append([Group(tuple(one), *_given(q, example, r, run, rewards)) for r, one in enumerate(rounds)])
     dealt = deal(config.prompts, config.prompts_per_step, config.rounds, run.seed)
     rates = torch.tensor([pass_rate(rollouts) for rollouts in passed], dtype=torch.float64)
     return Sampled(Pool(groups, dealt, _parts(reference, size), rates), _parts(others, size))
@@ -295,15 +295,19 @@ def _parts(groups: list[list[Trajectory]], size: int) -> list[list[list[Trajecto
     return [[own[i : i + size] for i in range(0, len(own), size)] for own in groups]
 
 
-def _rollout(q: int, example: Example, threshold: float, response: rollout.Rollout, verdict) -> Trajectory:
+def _rollout(
+    q: int, example: Example, run, rewards: Mapping[str, Reward], response: rollout.Rollout, verdict: Verdict
+) -> Trajectory:
+    reward = rewards[example.problem.verifier or run.verify.verifier]
     return Trajectory(
         q, q, tuple(example.prompt_ids), response.token_ids, verdict.reward, False, response.logprobs,
-        response.finished, verdict.status, pass_threshold=threshold,
+        response.finished, verdict.status, pass_threshold=run.verify.pass_threshold,
+        success=run.verify.success, rewards=reward.named(verdict),
     )  # fmt: skip
 
 
 def _given(
-    q: int, example: Example, number: int, run, ranges: Mapping[str, tuple[float, float]]
+    q: int, example: Example, number: int, run, rewards: Mapping[str, Reward]
 ) -> tuple[tuple[Trajectory, ...], tuple[Trajectory, ...]]:
     """Random demonstrations of a prompt for a round, and its preference pair.
 
@@ -314,11 +318,15 @@ def _given(
     if count and 0 < wanted < count:
         first = stream_seed(run.seed, "diagnose", "demonstration", q, number) % count
         chosen = [(first + i) % count for i in range(wanted)]
-    least, most = ranges[example.problem.verifier or run.verify.verifier]
-    given = Trajectory(q, q, tuple(example.prompt_ids), (), most, True, pass_threshold=run.verify.pass_threshold)
+    reward = rewards[example.problem.verifier or run.verify.verifier]
+    best, worst = reward.best(), reward.worst()
+    passing = {"pass_threshold": run.verify.pass_threshold, "success": run.verify.success}
+    named = {"rewards": reward.named(best), **passing}
+    given = Trajectory(q, q, tuple(example.prompt_ids), (), best.reward, True, **named)
     every = [replace(given, response_ids=tuple(ids)) for ids in example.demonstrations]
     shown = tuple(every[i] for i in chosen)
     if not has_pair(example):
         return shown, ()
     better = replace(every[0], preference=1)
-    return shown, (better, replace(better, response_ids=tuple(example.rejected_ids), reward=least, preference=-1))
+    lost = {"reward": worst.reward, "rewards": reward.named(worst), "preference": -1}
+    return shown, (better, replace(better, response_ids=tuple(example.rejected_ids), **lost))

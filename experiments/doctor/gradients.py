@@ -128,6 +128,8 @@ def completed(algorithm: Algorithm, filled: Mapping[str, Mapping[str, Tensor]], 
     wanted |= algorithm.needs.precomputed
     state = algorithm.initial_state()
     batch = dataclasses.replace(assemble(members, _STEP), state=state, **{name: columns[name] for name in wanted})
+    named = dict.fromkeys(algorithm.needs.rewards, batch.rewards)
+    batch = dataclasses.replace(batch, named_rewards=named)
     return StepBatch(batch, members)
 
 

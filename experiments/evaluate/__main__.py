@@ -147,10 +147,8 @@ def _sample(chosen: Any, prepared: Any, total: int, missing: int, arguments: Seq
             print(f"note: earlier responses in {folder.path} were drawn with {', '.join(others)}", flush=True)
         with Progress(total, total - missing) as progress:
             first_error = FirstError(partial(tqdm.write, file=sys.stderr))
-            threshold = config.verify.pass_threshold
-            verified = VerifiedSampler(
-                sampler, pool, prepared.prompting, first_error, pass_threshold=threshold, ranges=pool.ranges
-            )
+            passing = {"pass_threshold": config.verify.pass_threshold, "success": config.verify.success}
+            verified = VerifiedSampler(sampler, pool, prepared.prompting, first_error, **passing)
             evaluator = Evaluator(verified, prepared.sampling, config.seed, progress.wrote)
             for questions in prepared.questions:
                 name = questions.benchmark.name
@@ -177,6 +175,8 @@ def _how(chosen: Any) -> dict[str, Mapping[str, Any]]:
     drawn["max_response_tokens"] = suite.max_response_tokens
     if chosen.config.verify.pass_threshold != PASS_THRESHOLD:
         drawn["pass_threshold"] = chosen.config.verify.pass_threshold
+    if chosen.config.verify.success:
+        drawn["success"] = chosen.config.verify.success
     own = {name: (one.verifier or default, one.instruction) for name, one in suite.chosen().items()}
     return {name: {**drawn, "verifier": v, "instruction": text} for name, (v, text) in own.items()}
 

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from experiments.config import compose, presets, resolved, suite_tree
 from experiments.evaluate.folder import EvaluationFolder, difference, fingerprint, output_folder
 from experiments.run import answer_check
-from experiments.run.prepare import check_length, check_threshold, check_verifiers, load_prompting, with_rows
+from experiments.run.prepare import check_length, check_verifiers, load_prompting, with_rows
+from experiments.run.rewards import check_success
 from upge.config import Settings, from_tree, key, meanings, parse, section, split
 from upge.data import Prompting
 from upge.errors import ConfigError, DataError, ModelError, nearest
@@ -197,7 +198,7 @@ def prepare(chosen: Chosen) -> Prepared:
     continues = folder.open(chosen.tree, config.resume)
     benchmarks = load(config.suite, config.verify.verifier, config.limit)
     verifiers, notes = _verifiers(benchmarks)
-    check_threshold(verifiers, config.verify.pass_threshold)
+    check_success(verifiers, config.verify)
     _check_model(config.model)
     model = replace(config.model, path=local_path(config.model.path))
     check_length(model, config.suite.max_prompt_tokens, config.suite.max_response_tokens, "suite")

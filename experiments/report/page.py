@@ -169,11 +169,19 @@ def _rollout(kinds: list[str], record: dict) -> dict:
     status = record.get("status")
     facts = [
         f"reward {reward:g}" if reward is not None else "",
+        *_named_rewards(record),
         str(record.get("level") or ""),
         f"verifier: {status}" if status and status != "ok" else "",
     ]
     texts = {key: _cut(str(record.get(key) or ""), LONGEST_TEXT) for key in ("prompt", "response", "answer")}
     return {"kind": " and ".join(kinds).capitalize(), "facts": [fact for fact in facts if fact], **texts}
+
+
+def _named_rewards(record: dict) -> list[str]:
+    """The own rewards of several verifiers, by name."""
+    named = record.get("rewards")
+    pairs = named.items() if isinstance(named, dict) else ()
+    return [f"{name} {value:g}" for name, one in pairs if (value := number(one)) is not None]
 
 
 def _summary(one: Series) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from experiments.run.prepare import (
     output_folder,
     prepare,
 )
+from experiments.run.rewards import named_rewards
 from experiments.run.workload import planned, pluralize
 from upge import verify
 from upge.algorithm import Algorithm
@@ -89,6 +90,8 @@ def _prepared(composed: Composed, has_tokenizer: bool, notes: list[str]) -> tupl
         check_stages(composed.algorithm, config.steps)
         verify.Reward.load(config.verify.verifier)
         splits = load_splits(composed.tree["data"])
+        names = named_rewards(splits.train, composed.algorithm.needs, config.verify.verifier)
+        composed.algorithm.check(group_size=config.group_size, provided=PROVIDED, rewards=names)
         having = sum(bool(problem.demonstrations) for problem in splits.train)
         return None, [_sizes(len(splits.train), having, len(splits.evaluation)) + ", whatever their length"]
     except DataError as error:
@@ -284,6 +287,7 @@ def balance(algorithm: Algorithm, group_size: int, tokens: int) -> Balance:
         score_norms=torch.full_like(logprobs, 2 * (1 - PROBABILITY) ** 2),
         preference=torch.zeros_like(places),
         state=algorithm.initial_state(),
+        named_rewards=dict.fromkeys(algorithm.step_needs.rewards, rewards),
     )
     # Leave out the kind of trajectories that the algorithm's steps do not have.
     needs = algorithm.step_needs

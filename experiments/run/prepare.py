@@ -13,6 +13,7 @@ from experiments.describe import members
 from experiments.files import free_folder, output_path
 from experiments.run import answer_check
 from experiments.run.models import check_distributions
+from experiments.run.rewards import check_success, named_rewards
 from experiments.run.teacher import check_teacher, check_teaching
 from upge import data, rollout
 from upge.algorithm import Algorithm
@@ -79,7 +80,7 @@ def prepare(composed: Composed) -> Prepared:
     measured = _measured(config, splits)
     verified = splits.train if algorithm.needs.rollouts else [p for p in splits.train if p.answer]
     verifiers = check_answers([*verified, *measured], config.verify.verifier)
-    check_threshold(verifiers, config.verify.pass_threshold)
+    check_success(verifiers, config.verify)
     check_length(config.model, config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
     prompting = load_prompting(config.model)
     notes += _overlap(splits.train, measured)
@@ -94,7 +95,12 @@ def prepare(composed: Composed) -> Prepared:
     demonstrations = sum(bool(example.demonstrations) for example in train)
     pairs = sum(has_pair(example) for example in train)
     try:
-        algorithm.check(group_size=config.group_size, demonstrations=demonstrations, provided=PROVIDED)
+        algorithm.check(
+            group_size=config.group_size,
+            demonstrations=demonstrations,
+            provided=PROVIDED,
+            rewards=named_rewards(splits.train, algorithm.needs, config.verify.verifier),
+        )
         _check_pairs(algorithm, pairs)
     except ConfigError as error:
         # The notes say if the length limits have dropped all of them.
@@ -212,17 +218,6 @@ def check_verifiers(verifiers: Sequence[str], config: VerifyConfig) -> list[str]
     if not can_leave_network():
         return ["verifiers can use the network, because this system lets no process leave it (unshare)"]
     return [f"{', '.join(own)} cannot use the network; verify.network=true lets verifiers use it"] if own else []
-
-
-def check_threshold(verifiers: Sequence[str], threshold: float) -> None:
-    """Raises ConfigError if no reward of a verifier is above the threshold, or if all are."""
-    for text in verifiers:
-        reward = Reward.load(text)
-        if not reward.minimum <= threshold < reward.maximum:
-            raise ConfigError(
-                f"verify.pass_threshold: found {threshold:g}, but '{text}' gives rewards from {reward.minimum:g} to "
-                f"{reward.maximum:g}; give the reward above which a response passes"
-            )
 
 
 def check_length(

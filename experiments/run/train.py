@@ -93,8 +93,10 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: 
         say(f"rollouts: {sampler.reason}")
         resume_from = world.broadcast(folder.resume_step(config.resume) if prepared.continues else None)
         first_error = FirstError(partial(tqdm.write, file=sys.stderr))
-        rewarded = {"pass_threshold": config.verify.pass_threshold, "ranges": pool.ranges}
-        verified = VerifiedSampler(sampler, pool, prepared.prompting, first_error, stop.requested, **rewarded)
+        passing = {"pass_threshold": config.verify.pass_threshold, "success": config.verify.success}
+        verified = VerifiedSampler(
+            sampler, pool, prepared.prompting, first_error, stop.requested, rewards=pool.rewards, **passing
+        )
         progress = Progress(config.steps, resume_from or 0, enabled=world.is_main)
         data = (prepared.train, prepared.weights, prepared.prompting)
         measure = partial(training_accuracy, config, prepared.evaluation, verified, world)

@@ -181,6 +181,22 @@ def grpo(w: World) -> Expr:
     return mean(surrogate_mean(w, centred(w, question, std=True)) for question in w.questions)
 
 
+def gdpo(w: World) -> Expr:
+    """As grpo, with Σ_k w_k·Â of two rewards, whitened over the rollouts of all prompts."""
+    sums: dict[int, Expr] = {row.index: Rational(0) for row in w.rollouts}
+    for name, weight in (("first", Rational(1)), ("second", Rational(1, 2))):
+        for question in w.questions:
+            group = [(row, row.rewards[name]) for row in own(question)]
+            average = mean(reward for _, reward in group)
+            deviation = sqrt(total((reward - average) ** 2 for _, reward in group) / (len(group) - 1))
+            for row, reward in group:
+                sums[row.index] += weight * (reward - average) / (deviation + Rational("1e-6"))
+    centre = mean(sums.values())
+    scale = sqrt(total((a - centre) ** 2 for a in sums.values()) / (len(sums) - 1) + Rational(1, 10**8))
+    white = {row.index: w.advantage(row, (sums[row.index] - centre) / scale) for row in w.rollouts}
+    return mean(surrogate_mean(w, [(row, white[row.index]) for row in own(question)]) for question in w.questions)
+
+
 def dr_grpo(w: World) -> Expr:
     """Clipped, Â without the standard deviation, a constant length."""
     return fixed_length(all_centred(w), lambda row, t, a: surrogate(w, row, t, a))

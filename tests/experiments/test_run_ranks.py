@@ -14,10 +14,11 @@ from upge.train.resharding import model_file, read
 
 pytestmark = pytest.mark.slow
 
-#: Interleaved updates with moments of their own, and prompts that wait for one; a critic and a gate that moves; a
-#: memory of prompts and of their responses, by which prompts are drawn.
+#: Interleaved updates with moments of their own, and prompts that wait for one; several rewards; a critic and a gate
+#: that moves; a memory of prompts and of their responses, by which prompts are drawn.
 ALGORITHMS = {
     "relift": (1, 2, ["algo.interleaved_update.size=2", "algo.interleaved_update.gate.threshold=0.5"]),
+    "gdpo": (1, 2, ["verify.verifier=number as correct + 0.2*boxed as format", "verify.success=correct"]),
     "amft": (2, 1, ["algo.terms.sft.gate.every=1", "algo.terms.sft.gate.rate=10"]),
     # Five prompts for four places, so that most are met again.
     "spo": (1, 2, ["data.train_size=5", "optimizer.lr=1e-3"]),
@@ -32,7 +33,7 @@ def test_the_next_step_is_that_of_the_uninterrupted_run(tmp_path, algo):
     before, now, more = ALGORITHMS[algo]
     whole, folder = tmp_path / "whole", tmp_path / "interrupted"
     keys = ["steps=3", "eval.every=-1", "checkpoint.every=1", "checkpoint.keep=0", "rollout.engine=transformers"]
-    settings = [*SMALL, *keys, f"algo={algo}", *more, "verify.workers=1"]
+    settings = [*SMALL, *keys, f"algo={algo}", "verify.workers=1", *more]
     run(*settings, f"output={whole}", ranks=before)
     interrupt(whole, folder)
     done = run(*settings, f"output={folder}", ranks=now)
@@ -47,6 +48,8 @@ def test_the_next_step_is_that_of_the_uninterrupted_run(tmp_path, algo):
     if algo == "relift":
         # The second set of moments is in the checkpoint, and in use again in the last step.
         assert min(sum(row["interleaved_update/updates"] for row in rows) for rows in (actual[:2], actual[2:])) > 0
+    elif algo == "gdpo":
+        assert {"reward/correct", "reward/format"} <= actual[2].keys()
     elif algo == "amft":
         assert len({row["state/mu"] for row in actual}) == 3
     else:

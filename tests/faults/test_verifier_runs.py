@@ -47,6 +47,22 @@ def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_one_broken_verifier_of_several_is_counted_and_named(rewards: Path) -> None:
+    """The reward of the others still counts; where they decide on success, it is known."""
+    out = rewards / "run"
+    text = "verify.verifier=number as correct + 0.2*fault_rewards.crashes as style"
+    settings = [*TINY, "steps=1", "algo=gdpo", text, "verify.success=correct", "log_rollouts=1", f"output={out}"]
+    done = run(*settings, code=2)
+    assert "16 of 16 verdicts failed (16 errors; the first: fault_rewards.crashes: ZeroDivisionError" in done.stderr
+    done = run(*settings, "stop.verifier_errors=1")
+    assert done.stderr.count("Traceback") == 1 and "return 1 / 0\n" in done.stderr
+    (metrics,) = lines(out / "metrics.jsonl")
+    assert (metrics["verify/errors"], metrics["reward/style"]) == (16, 0.0)
+    assert metrics["reward/correct"] == metrics["pass_rate"] == metrics["reward/mean"]
+    rows = lines(out / "rollouts" / "step_000001.jsonl")
+    assert all(row["status"] == "error" and row["rewards"]["style"] == 0.0 for row in rows)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_broken_verifier_stops_the_run_before_the_update(ranks: int, rewards: Path) -> None:
     out = rewards / "run"

@@ -46,6 +46,11 @@ VARIANTS = {
         ["terms.kl.estimator.mask.share=0.2"],
         lambda s: textbook_onpolicy.kl_cov(s, share=0.2),
     ),
+    "gdpo_over_tokens": (
+        "gdpo",
+        ["terms.rl.estimator.advantage.over=tokens"],
+        lambda s: textbook_onpolicy.gdpo(s, over="tokens"),
+    ),
     "dapo": (
         "dapo",
         ["terms.rl.estimator.advantage.limit=6"],
@@ -104,6 +109,8 @@ def batch_of(algorithm: upge.Algorithm, case: str, seed: int) -> Sample:
     s = CASES[case](seed, algorithm.needs.preference_pairs)
     if algorithm.guidance is not None:
         s = edges.guided(case, seed, s)
+    if "named_rewards" in algorithm.needs.columns:
+        s = policy.with_named_rewards(s, seed)
     if algorithm.needs.teacher or algorithm.supports:
         s = policy.with_distributions(s, seed)
     if case == "on_policy" and "behavior_logprobs" not in algorithm.needs.precomputed:

@@ -53,8 +53,8 @@ GIVEN = {"dual": 2.0, "low": 0.9, "length": 7, "clip": 0.1, "rollouts": 2, "step
 GIVEN["redraw"] = {"_target_": "upge.DynamicSampling", "gate": {"_target_": "upge.PassRateBetween"}}
 SINGLE = (
     "asymre|cispo|clip_cov|clip_cov_of_many|dapo|dft|dpo|dppo|dr_grpo|dro|fipo|gmpo|grpo|gspo|iw_sft|iw_sft_sequence"
-    "|luspo|maxrl|offline_rl|opmd|eaft|gift|gkd|opd|opsd|sdpo|ppo|real|reinforce|reinforce_plus_plus|relift|rloo|sapo|sft"
-    "|spo|vespo"
+    "|gdpo|gdpo_over_tokens|luspo|maxrl|offline_rl|opmd|eaft|gift|gkd|opd|opsd|sdpo|ppo|real|reinforce"
+    "|reinforce_plus_plus|relift|rloo|sapo|sft|spo|vespo"
 )
 CLOSE = "no token that matters lies within a hundredth of it; clip_cov_of_many has other bounds"
 MOVES = "how μ moves between steps: see test_gates_state.py"

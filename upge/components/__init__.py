@@ -61,6 +61,7 @@ from upge.components.mask import (
 )
 from upge.components.ranking import CovarianceClip, TopCovariance, TopEntropy
 from upge.components.returns import GAE, KLPenalizedReward, OutcomeReward, ReturnToGo
+from upge.components.rewards import OfReward, RewardDecoupled, Summed
 from upge.components.sequence_mask import OffPolicySequenceMask, SequenceClip, SequenceSamplerBand
 from upge.components.shaping import (
     FutureKLShaped,
@@ -106,6 +107,7 @@ __all__ = [
     "MeanNormalized",
     "MixedBehaviorPolicy",
     "NoMask",
+    "OfReward",
     "OffPolicySequenceMask",
     "OptimalTokenBaseline",
     "OutcomeReward",
@@ -119,6 +121,7 @@ __all__ = [
     "RatioSign",
     "ReferenceDenominator",
     "ReturnToGo",
+    "RewardDecoupled",
     "SampledTarget",
     "SamplerCorrected",
     "SequenceBehaviorPolicy",
@@ -130,6 +133,7 @@ __all__ = [
     "SigmoidGate",
     "SignedReward",
     "StabilizationMask",
+    "Summed",
     "Surprisal",
     "TargetProbability",
     "Tempered",

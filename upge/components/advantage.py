@@ -38,7 +38,7 @@ class ConstantAdvantage(AdvantageEstimator):
 
 @dataclass(frozen=True)
 class SignedReward(AdvantageEstimator):
-    """Â = `success` if the reward exceeds the batch's `pass_threshold` (0.5), else `failure`.
+    """Â = `success` for a success of the batch, by default a reward above 0.5, else `failure`.
 
     The default ±1 is that of arXiv 2509.04419, table 1.
     """
@@ -49,7 +49,7 @@ class SignedReward(AdvantageEstimator):
     graded: ClassVar[bool] = False
 
     def __call__(self, batch: TrajectoryView) -> Float[torch.Tensor, "B T"]:
-        succeeded = (batch.rewards > batch.pass_threshold).double()
+        succeeded = batch.success.double()
         return _per_token(succeeded * self.success + (1 - succeeded) * self.failure, batch)
 
     def formula(self) -> Formula:
@@ -300,7 +300,7 @@ class GroupClassification(AdvantageEstimator):
             )
 
     def __call__(self, batch: TrajectoryView) -> Float[torch.Tensor, "B T"]:
-        success = batch.rewards > batch.pass_threshold
+        success = batch.success
         scores = masked_mean(batch.log_importance_ratio, batch.response_mask)
         sign = torch.where(success, 1.0, -1.0).to(scores.dtype)
         z = (-sign * scores[:, 0] / self.temperature).masked_fill(batch.is_demonstration, -math.inf)

@@ -44,6 +44,7 @@ class Component(ABC):
             work for any leading shape), 'trajectory' if it needs the whole response, 'group' if it needs the whole
             group, 'batch' if it needs all tokens of an update (see `spans_update`). It matters only for live parts: all
             others are evaluated once, on the whole batch.
+        reward_names: class attribute; the names of the `named_rewards` that the part reads, where these are known.
         min_group_size: class attribute; the minimum number of rollouts per prompt.
         sees_advantages: class attribute; True if the part is also called with Â per token: it is then evaluated after
             the forward pass, because Â may be live. True for masks; a likelihood gradient or a denominator may set it.
@@ -54,6 +55,7 @@ class Component(ABC):
 
     reads: ClassVar[frozenset[str]]
     reach: ClassVar[str] = "token"
+    reward_names: ClassVar[frozenset[str]] = frozenset()
     min_group_size: ClassVar[int] = 1
     sees_advantages: ClassVar[bool] = False
     evaluated_separately: ClassVar[frozenset[str]] = frozenset()
@@ -91,6 +93,11 @@ class Component(ABC):
     def columns(self) -> frozenset[str]:
         """All columns that this part and the parts it wraps read."""
         return frozenset(self.reads).union(*(part.columns for part in self.parts.values()))
+
+    @property
+    def rewards_read(self) -> frozenset[str]:
+        """The names of all rewards that this part and the parts it wraps read, where these are known."""
+        return self.reward_names.union(*(part.rewards_read for part in self.parts.values()))
 
     @property
     def counts_demonstrations(self) -> bool:

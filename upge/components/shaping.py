@@ -14,6 +14,7 @@ from torch import Tensor
 from upge.components.base import AdvantageEstimator, Component, walk
 from upge.components.mask import RATIO_COLUMNS
 from upge.components.returns import KLKind, discounted_sum, kl_value
+from upge.components.rewards import check_reads_total
 from upge.errors import ConfigError
 from upge.formula import Formula, tex
 from upge.views import LIVE_COLUMNS, TokenView, TrajectoryView, masked_mean
@@ -137,18 +138,16 @@ class Whitened(AdvantageEstimator):
     """(Â - mean Â)/√(var Â + epsilon), with mean and variance over the rollouts of the batch (arXiv 2501.03262).
 
     The variance is the unbiased one. Demonstrations are whitened with the rollouts' mean and variance. A batch with
-    fewer than two values gives zeros.
+    fewer than two rollout tokens, or rollouts with tokens, gives zeros.
 
     Attributes:
-        advantage: Â.
-        epsilon: added to the variance.
-        over: what the mean and the variance are taken over: all 'tokens', or the 'trajectories', each of which counts
-            once with the mean of its tokens, whatever its length.
+        over: 'tokens' = mean and variance over rollout tokens; 'rollouts' = over rollouts that have tokens, of the mean
+            Â of each, so that long responses do not count more (arXiv 2601.05242).
     """
 
     advantage: AdvantageEstimator
     epsilon: float = 1e-8
-    over: Literal["tokens", "trajectories"] = "tokens"
+    over: Literal["tokens", "rollouts"] = "tokens"
     reads: ClassVar[frozenset[str]] = frozenset({"is_demonstration"})
 
     def __post_init__(self) -> None:
@@ -164,19 +163,23 @@ class Whitened(AdvantageEstimator):
 
     def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B T"]:
         values, mask = self.advantage(batch).double(), batch.response_mask
-        own, counted = values, mask & ~batch.is_demonstration[:, None]
-        if self.over == "trajectories":
-            own, counted = masked_mean(values, mask), counted.any(dim=1, keepdim=True)
+        counted, samples = mask & ~batch.is_demonstration[:, None], values
+        if self.over == "rollouts":
+            counted, samples = counted.any(dim=1, keepdim=True), masked_mean(values, mask)
         number = int(counted.sum())
         if number < 2:
             return torch.zeros_like(values)
-        mean = torch.where(counted, own, 0.0).sum() / number
-        variance = torch.where(counted, (own - mean).square(), 0.0).sum() / (number - 1)
+        samples = torch.where(counted, samples, 0.0)
+        # A sum that is 0 up to rounding, as of advantages relative to a group, must not give a group that has no
+        # advantages a tiny one.
+        total, rounding = samples.sum(), number * torch.finfo(samples.dtype).eps * samples.abs().sum()
+        mean = torch.where(total.abs() <= rounding, 0.0, total / number)
+        variance = torch.where(counted, (samples - mean).square(), 0.0).sum() / (number - 1)
         return torch.where(mask, (values - mean) / (variance + self.epsilon).sqrt(), 0.0)
 
     def formula(self) -> Formula:
-        inner = self.advantage.formula()
-        over, latex_over = ("", "") if self.over == "tokens" else ("_τ", r"_\tau")
+        inner, over = self.advantage.formula(), "" if self.over == "tokens" else "_τ"
+        latex_over = "" if self.over == "tokens" else r"_{\tau}"
         return Formula(f"white{over}({inner.text})", rf"\mathrm{{white}}{latex_over}\left({inner.latex}\right)")
 
 
@@ -288,6 +291,7 @@ class OverlongShaped(AdvantageEstimator):
                 f"OverlongShaped: limit={self.limit}, buffer={self.buffer}, penalty={self.penalty}; the limit is a "
                 "number of tokens, the buffer a share of it in (0, 1], and the penalty finite and not negative"
             )
+        check_reads_total(self.advantage, "OverlongShaped")
         for path, part in walk(self.advantage, "advantage"):
             if not getattr(part, "graded", True):
                 raise ConfigError(

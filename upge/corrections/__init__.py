@@ -28,6 +28,7 @@ from upge.corrections.base import (
     NotApplicable,
     check_absent,
     check_graded,
+    check_one_reward,
     mask_with,
     rollout_terms,
     sampled_terms,
@@ -367,6 +368,7 @@ class Overlong(Correction):
             check_absent(advantage, OverlongShaped, place)
         for place, advantage in places.items():
             check_graded(advantage, place)
+            check_one_reward(advantage, place)
         shaped = wrap(algorithm, "advantage", self._shaped, names)
         if shaped.critic is None:
             return shaped

@@ -17,6 +17,7 @@ from upge.pipeline import Pipeline
 from upge.regularizers import Regularizer
 from upge.support import SampledToken
 from upge.term import Term
+from upge.views import NAMED_REWARDS
 
 AnyAlgorithm = TypeVar("AnyAlgorithm", Algorithm, Pipeline)
 
@@ -168,6 +169,17 @@ def check_graded(advantage: AdvantageEstimator, place: str) -> None:
                 f"{path} is a {type(part).__name__}, which only checks whether a reward is a success, so a penalty "
                 "would change nothing or turn a success into a failure; give an advantage of the reward itself, such "
                 "as upge.GroupRelative"
+            )
+
+
+def check_one_reward(advantage: AdvantageEstimator, place: str) -> None:
+    """Refuse an advantage that looks up rewards by name, because it would not see the changed rewards."""
+    for path, part in walk(advantage, place):
+        if NAMED_REWARDS in part.reads:
+            raise NotApplicable(
+                f"{path} is a {type(part).__name__}, which reads each of several rewards by itself and not their sum, "
+                "so a penalty in the sum would change nothing; give the penalty as a reward of its own, such as "
+                "verify.verifier='math + 0.5*my_rewards.in_time' (docs/verification.md)"
             )
 
 

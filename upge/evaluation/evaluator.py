@@ -152,7 +152,7 @@ class Evaluator:
             response=response.text,
             extracted=verdict.extracted,
             reward=float(verdict.reward),
-            correct=verdict.reward > self.sampler.pass_threshold,
+            correct=self.sampler.passed(verdict),
             status=cast(Literal["ok", "timeout", "error"], verdict.status),
             detail=verdict.detail,
             tokens=len(response.rollout.token_ids),
@@ -192,7 +192,7 @@ def training_accuracy(
 
     def solved(rollouts: VerifiedRollouts) -> list[list[bool]]:
         """For each problem, whether each of its responses is correct."""
-        return [[verdict.reward > sampler.pass_threshold for _, verdict in group] for group in rollouts.groups]
+        return [[sampler.passed(verdict) for _, verdict in group] for group in rollouts.groups]
 
     def measure() -> tuple[list[tuple[int, bool, list[bool]]], Counter[str], str]:
         greedy = sampler.sample(problems, 1, Sampling(0.0, 1.0, *limits), seeds)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from upge.errors import Interrupted
 from upge.rollout.base import Prefixes, Rollout, Sampler, Sampling
-from upge.verify import Item, Member, Verdict, VerifierPool
+from upge.verify import Item, Member, Reward, Verdict, VerifierPool
 from upge.views import PASS_THRESHOLD
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ class VerifiedSampler:
     A problem names its verifier in the `pool`; one that names none takes the first. `prompting` decodes responses.
     The caller passes the first error of the verdicts to `first_error`, on one rank only. `interrupted` is called
     between decoding steps and while waiting for verdicts; if it returns True, the call ends with `Interrupted`.
-    A response whose reward exceeds `pass_threshold` counts as correct. `ranges` has the smallest and the largest reward
-    of the verifiers of problems, where these are not 0 and 1.
+    A response counts as correct if its reward exceeds `pass_threshold`; of a sum of verifiers, the reward called
+    `success`, if that is not empty. `rewards` has the reward of each verifier that problems name.
     """
 
     engine: Sampler
@@ -100,7 +100,12 @@ class VerifiedSampler:
     first_error: FirstError = field(default_factory=FirstError)
     interrupted: Callable[[], bool] | None = None
     pass_threshold: float = PASS_THRESHOLD
-    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    rewards: Mapping[str, Reward] = field(default_factory=dict)
+    success: str = ""
+
+    def passed(self, verdict: Verdict) -> bool:
+        """Whether a response with this verdict counts as correct."""
+        return verdict.reward_of(self.success) > self.pass_threshold
 
     def sample(
         self,

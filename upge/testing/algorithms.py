@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,13 +48,18 @@ def check_algorithm(algorithm: Algorithm) -> None:
             return
         rest = {n: one for n, one in algorithm.regularizers.items() if f"regularizers.{n}" not in algorithm.supports}
         algorithm = dataclasses.replace(algorithm, terms=sampled, regularizers=rest)
-    pairs = algorithm.needs.preference_pairs
-    _check_leaves(algorithm, batches.random_batch(0, pairs=pairs))
-    _check_precision(algorithm, pairs)
-    _check_on(algorithm, batches.random_batch(0, pairs=pairs), 0)
-    _check_on(algorithm, batches.guided(batches.random_batch(2, pairs=pairs)), 2)
-    _check_runaway(algorithm, batches.extreme_batch(pairs, ratio=1000.0))
+    given = _given(algorithm)
+    _check_leaves(algorithm, batches.random_batch(0, **given))
+    _check_precision(algorithm)
+    _check_on(algorithm, batches.random_batch(0, **given), 0)
+    _check_on(algorithm, batches.guided(batches.random_batch(2, **given)), 2)
+    _check_runaway(algorithm, batches.extreme_batch(**given, ratio=1000.0))
     _check_degenerate(algorithm)
+
+
+def _given(algorithm: Algorithm) -> dict[str, Any]:
+    """What the batches for an algorithm must have."""
+    return {"pairs": algorithm.needs.preference_pairs, "rewards": algorithm.needs.rewards}
 
 
 def _check_on(algorithm: Algorithm, batch: Trajectories, seed: int) -> None:
@@ -129,23 +135,24 @@ def _check_leaves(algorithm: Algorithm, batch: Trajectories) -> None:
     require(not leaking, f"{_name(algorithm)}: {problem}")
 
 
-def _check_precision(algorithm: Algorithm, pairs: bool) -> None:
+def _check_precision(algorithm: Algorithm) -> None:
     """Float32 must be close to float64, results must not be in half precision, and extremes must not overflow."""
-    name, batch, extreme = _name(algorithm), batches.random_batch(0, pairs=pairs), batches.extreme_batch(pairs)
+    name, given = _name(algorithm), _given(algorithm)
+    batch, extreme = batches.random_batch(0, **given), batches.extreme_batch(**given)
     exact = algorithm.estimate(batch).weights
     require(exact.dtype == torch.float64, f"{name}: weights of float64 columns are {exact.dtype}")
     single = algorithm.estimate(batches.in_precision(batch, torch.float32)).weights
     scale = exact.abs().max().clamp(min=torch.finfo(exact.dtype).tiny)
     close(name, "loses precision on float32 columns", exact / scale, single.double() / scale, SINGLE_TOLERANCE)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        given, kind = batches.in_precision(extreme, dtype), str(dtype).removeprefix("torch.")
-        estimate = algorithm.estimate(given)
+        converted, kind = batches.in_precision(extreme, dtype), str(dtype).removeprefix("torch.")
+        estimate = algorithm.estimate(converted)
         good = (torch.float32, torch.float64)
         require(estimate.weights.dtype in good, f"{name}: weights of {kind} columns are {estimate.weights.dtype}")
         finite = bool(estimate.weights.isfinite().all()) and bool(estimate.loss.detach().isfinite())
         described = f"log-probs of -40 and 0, ratios of e^±30, sampler ratios of e^±20, {kind}"
         require(finite, f"{name}: weights or loss are NaN or infinite at extremes ({described})")
-        gradient = _gradient(algorithm, given, [torch.arange(len(given))])
+        gradient = _gradient(algorithm, converted, [torch.arange(len(converted))])
         require(bool(gradient.isfinite().all()), f"{name}: the gradient is NaN or infinite at extremes ({described})")
 
 
@@ -161,7 +168,7 @@ def _check_runaway(algorithm: Algorithm, batch: Trajectories) -> None:
 def _check_degenerate(algorithm: Algorithm) -> None:
     """The loss and its gradient must be finite on degenerate batches."""
     name = _name(algorithm)
-    for description, batch, has_rollouts in batches.degenerate_batches():
+    for description, batch, has_rollouts in batches.degenerate_batches(algorithm.needs.rewards):
         if has_rollouts or algorithm.needs.group_size == 1:
             rows = [torch.arange(len(batch))]
             gradient = attempt(f"{name} fails on {description}", _gradient, algorithm, batch, rows)

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from upge.trajectories import Trajectories
-from upge.views import TOKEN_COLUMNS, TRAJECTORY_COLUMNS
+from upge.views import NAMED_REWARDS, TOKEN_COLUMNS, TRAJECTORY_COLUMNS
 
+#: What a batch has besides numbers per token or trajectory.
+_REST = ("step", "state", "pass_threshold", "reward_weights")
 #: Columns with one floating-point number per token.
 NUMBERS = tuple(name for name in TOKEN_COLUMNS if name not in ("response_mask", "is_demonstration_token"))
 
 
 def random_batch(
-    seed: int = 0, groups: int = 4, group_size: int = 4, length: int = 7, pairs: bool = True
+    seed: int = 0,
+    groups: int = 4,
+    group_size: int = 4,
+    length: int = 7,
+    pairs: bool = True,
+    rewards: Collection[str] = (),
 ) -> Trajectories:
     """An off-policy batch in float64 with rollouts and one demonstration per group, and with every column filled.
+
+    It has several rewards by name: 'correct', which is the column `rewards`, 'format', and those that are asked for.
 
     All rollouts of the first group fail and all of the second succeed; one response is empty. In every second
     trajectory the trainer and the sampler agree. Every third trajectory was cut.
@@ -27,6 +36,7 @@ def random_batch(
     Args:
         length: tokens of the longest response.
         pairs: whether each group has one chosen and one rejected rollout.
+        rewards: names of further rewards.
     """
     g = torch.Generator().manual_seed(seed)
     size = group_size + 1
@@ -39,10 +49,13 @@ def random_batch(
         return torch.randn(b, length, dtype=torch.float64, generator=g) * scale
 
     logprobs = -noise().abs() - 0.05
-    rewards = torch.randint(0, 2, (b,), generator=g).double()
-    rewards[:size], rewards[size : 2 * size] = 0.0, 1.0
+    correct = torch.randint(0, 2, (b,), generator=g).double()
+    correct[:size], correct[size : 2 * size] = 0.0, 1.0
     is_demonstration = torch.arange(b) % size == group_size
-    rewards[is_demonstration] = 1.0
+    correct[is_demonstration] = 1.0
+    names = sorted({"correct", "format", *rewards})
+    others = torch.Generator().manual_seed(seed + 1000)
+    named = {name: torch.randint(-1, 3, (b,), generator=others).double() / 2 for name in names}
     preference = torch.zeros(b, dtype=torch.long)
     if pairs:
         preference[torch.arange(b) % size == 0], preference[torch.arange(b) % size == 1] = 1, -1
@@ -51,7 +64,9 @@ def random_batch(
     return Trajectories(
         logprobs=logprobs.requires_grad_(),
         response_mask=torch.arange(length) < lengths[:, None],
-        rewards=rewards,
+        rewards=correct,
+        named_rewards=named | {"correct": correct},
+        reward_weights={"format": -0.5},
         group=torch.arange(b) // size * 7 + 3,
         is_demonstration=is_demonstration,
         behavior_logprobs=behavior,
@@ -96,13 +111,13 @@ def guided(batch: Trajectories, longest: int = 5) -> Trajectories:
     return dataclasses.replace(batch, is_demonstration_token=tokens)
 
 
-def extreme_batch(pairs: bool = True, ratio: float = 30.0) -> Trajectories:
+def extreme_batch(pairs: bool = True, ratio: float = 30.0, rewards: Collection[str] = ()) -> Trajectories:
     """A batch with the most extreme numbers that training can produce.
 
     It has log-probs of -40, -1e-12 and 0, ratios of e^±`ratio` to the behavior and the reference policy and of e^±20
     to the sampler, entropies of 0, and rewards of -1, 0 and 1, which are equal in some groups.
     """
-    batch = random_batch(5, groups=6, pairs=pairs)
+    batch = random_batch(5, groups=6, pairs=pairs, rewards=rewards)
     g = torch.Generator().manual_seed(5)
 
     def choice(*numbers: float) -> Tensor:
@@ -111,10 +126,10 @@ def extreme_batch(pairs: bool = True, ratio: float = 30.0) -> Trajectories:
 
     logprobs = choice(-40.0, -1e-12, 0.0, -0.7)
     behavior = (logprobs - choice(-ratio, 0.0, ratio)).clamp(max=0)
-    rewards = batch.rewards.clone()
+    correct = batch.rewards.clone()
     third, fourth, fifth = (batch.group_index == q for q in (2, 3, 4))
-    rewards[third], rewards[fourth] = -1.0, rewards[fourth] * 2 - 1
-    rewards[fifth & ~batch.is_demonstration] = 0.0
+    correct[third], correct[fourth] = -1.0, correct[fourth] * 2 - 1
+    correct[fifth & ~batch.is_demonstration] = 0.0
     return dataclasses.replace(
         batch,
         logprobs=logprobs.requires_grad_(),
@@ -125,7 +140,8 @@ def extreme_batch(pairs: bool = True, ratio: float = 30.0) -> Trajectories:
         entropies=choice(0.0, 12.0).requires_grad_(),
         teacher_logprobs=(logprobs.detach() - choice(-ratio, 0.0, ratio)).clamp(max=0),
         score_norms=choice(0.0, 1e-12, 2.0),
-        rewards=rewards,
+        rewards=correct,
+        named_rewards={**batch.named_rewards, "correct": correct},
     )
 
 
@@ -142,9 +158,9 @@ class Degenerate(NamedTuple):
     has_rollouts: bool = True
 
 
-def degenerate_batches() -> list[Degenerate]:
+def degenerate_batches(rewards: Collection[str] = ()) -> list[Degenerate]:
     """Batches with groups of one, one kind of trajectory, equal rewards, no tokens, one trajectory, or none."""
-    batch = random_batch(7, pairs=False)
+    batch = random_batch(7, pairs=False, rewards=rewards)
     rollouts, demonstrations = (rows.nonzero()[:, 0] for rows in (~batch.is_demonstration, batch.is_demonstration))
     nothing = torch.zeros_like(batch.response_mask)
     right = torch.ones_like(batch.rewards)
@@ -154,13 +170,18 @@ def degenerate_batches() -> list[Degenerate]:
         Degenerate("groups of one rollout", dataclasses.replace(alone, group=torch.arange(len(alone)))),
         Degenerate("rollouts alone", alone),
         Degenerate("demonstrations alone", _alone(batch, demonstrations), has_rollouts=False),
-        Degenerate("rollouts that all succeed", batch.with_rewards(right)),
-        Degenerate("rollouts that all fail", batch.with_rewards(wrong)),
+        Degenerate("rollouts that all succeed", _rewarded(batch, right)),
+        Degenerate("rollouts that all fail", _rewarded(batch, wrong)),
         Degenerate("empty responses", dataclasses.replace(batch, response_mask=nothing)),
         Degenerate("a single rollout", _alone(batch, rollouts[-1:])),
         Degenerate("a single demonstration", _alone(batch, demonstrations[-1:]), has_rollouts=False),
         Degenerate("no trajectories", _alone(batch, rollouts[:0])),
     ]
+
+
+def _rewarded(batch: Trajectories, rewards: Tensor) -> Trajectories:
+    """The batch with the same numbers in all of its rewards."""
+    return dataclasses.replace(batch, rewards=rewards, named_rewards=dict.fromkeys(batch.named_rewards, rewards))
 
 
 def _alone(batch: Trajectories, rows: Tensor) -> Trajectories:
@@ -206,14 +227,16 @@ def _rebuilt(batch: Trajectories, spread: Callable[[Tensor, float | bool], Tenso
     for name in NUMBERS:
         column = getattr(batch, name)
         columns[name] = spread(column.detach().masked_fill(~mask, float("nan")), float("nan"))
-    rest = {name: getattr(batch, name) for name in (*TRAJECTORY_COLUMNS, "step", "state", "pass_threshold")}
+    rest = {name: getattr(batch, name) for name in (*TRAJECTORY_COLUMNS, *_REST, NAMED_REWARDS, "succeeded")}
     return Trajectories(**columns, **rest)
 
 
 def reordered(batch: Trajectories, order: Tensor) -> Trajectories:
     """The trajectories in another order, as a separate batch."""
     columns = {name: getattr(batch, name).detach()[order] for name in (*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS)}
-    rest = {name: getattr(batch, name) for name in ("step", "state", "pass_threshold")}
+    rest = {name: getattr(batch, name) for name in _REST}
+    rest[NAMED_REWARDS] = {name: column[order] for name, column in batch.named_rewards.items()}
+    rest["succeeded"] = None if batch.succeeded is None else batch.succeeded[order]
     return Trajectories(**{**columns, "row": None}, **rest)
 
 

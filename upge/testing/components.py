@@ -73,7 +73,7 @@ def check_component(component: Component) -> None:
             _check_updates(part)
             _check_coefficient(part)
     for seed in range(2):
-        _check_on(component, batches.random_batch(seed), seed)
+        _check_on(component, batches.random_batch(seed, rewards=component.rewards_read), seed)
     for _, part in walk(component, ""):
         _check_demonstrations(part)
     _check_precision(component)
@@ -144,7 +144,7 @@ def _check_declarations(component: Component) -> None:
 
 def _check_on_vocabulary(component: Component) -> None:
     """A part that needs the whole vocabulary has one finite value per token of it, and no order of tokens matters."""
-    name, batch = type(component).__name__, batches.random_batch(0, length=5)
+    name, batch = type(component).__name__, batches.random_batch(0, length=5, rewards=component.rewards_read)
     tokens = batch.pack()
     g = torch.Generator().manual_seed(0)
     models = [(9 * torch.randn(len(tokens), 11, dtype=torch.float64, generator=g)).log_softmax(-1) for _ in range(3)]
@@ -169,7 +169,7 @@ def _check_demonstrations(part: Component) -> None:
     name, problem = type(part).__name__, "%s, so demonstrations count as rollouts in its statistics of groups; read "
     problem += "`is_demonstration` and leave them out, or set `counts_demonstrations = True` in the class"
     require(not mixes_demonstrations(part), f"{name} " + problem % "reads `group` without `is_demonstration`")
-    batch = batches.random_batch(0)
+    batch = batches.random_batch(0, rewards=part.rewards_read)
     rows = (~batch.is_demonstration).nonzero()[:, 0]
     alone = dataclasses.replace(batches.select_rows(batch, rows), row=None)
     problem %= "gives rollouts other values without the demonstrations of their groups"
@@ -216,7 +216,7 @@ def _check_holes(component: Component, batch: Trajectories, value: Tensor) -> No
 def _check_precision(component: Component) -> None:
     """Float64 must stay float64, float32 must keep its precision, and float32 and bfloat16 must not overflow."""
     name, live = type(component).__name__, component.is_live or isinstance(component, Reduction)
-    batch, single = batches.random_batch(0), torch.float32
+    batch, single = batches.random_batch(0, rewards=component.rewards_read), torch.float32
     exact = _evaluate(component, batch)
     good = (torch.float64,) if live else (torch.float64, single)
     require(exact.dtype in good, f"{name} returns {exact.dtype} of float64 columns; keep the precision of the columns")
@@ -227,7 +227,7 @@ def _check_precision(component: Component) -> None:
     problem = "loses precision on float32 columns; compute in the precision of the columns"
     close(name, problem, valid(exact, batch), valid(value, batch), SINGLE_TOLERANCE)
     for dtype in (single, torch.bfloat16):
-        for given in (batch, batches.extreme_batch()):
+        for given in (batch, batches.extreme_batch(rewards=component.rewards_read)):
             kind = str(dtype).removeprefix("torch.")
             value = attempt(f"{name} fails on {kind} columns", _evaluate, component, batches.in_precision(given, dtype))
             fine = _is_finite(component, value, given) or not _is_finite(component, _evaluate(component, given), given)
@@ -236,7 +236,7 @@ def _check_precision(component: Component) -> None:
 
 def _check_extremes(component: Component) -> None:
     """Values and the gradients of regularizers must be finite at extremes."""
-    name, batch = type(component).__name__, batches.extreme_batch()
+    name, batch = type(component).__name__, batches.extreme_batch(rewards=component.rewards_read)
     batch = dataclasses.replace(batch, **{n: getattr(batch, n).detach().requires_grad_() for n in batches.NUMBERS})
     value = _evaluate(component, batch)
     described = "log-probs of -40, -1e-12 and 0, ratios of e^±30, entropies of 0"
@@ -262,7 +262,7 @@ def _is_finite(component: Component, value: Tensor, batch: Trajectories) -> bool
 def _check_degenerate(component: Component) -> None:
     """A part must have a finite value on degenerate batches."""
     name = type(component).__name__
-    for description, batch, has_rollouts in batches.degenerate_batches():
+    for description, batch, has_rollouts in batches.degenerate_batches(component.rewards_read):
         if has_rollouts or component.group_size_needed == 1:
             value = attempt(f"{name} fails on {description}", _evaluate, component, batch)
             _check_shape(component, value, batch)
@@ -379,7 +379,7 @@ def _signals(gate: StatefulGate) -> list[dict[str, float]]:
 
 def _check_coefficient(gate: StatefulGate) -> None:
     """The coefficient must depend on the state, and be affine in it if the gate wants the slope of an objective."""
-    name, batch = type(gate).__name__, batches.random_batch(0)
+    name, batch = type(gate).__name__, batches.random_batch(0, rewards=gate.rewards_read)
     none, half, whole = (
         gate(gate.view(dataclasses.replace(batch, state={gate.variable: value}))) for value in (0.0, 0.5, 1.0)
     )

@@ -29,7 +29,7 @@ def check_supports(algorithm: Algorithm) -> None:
     """
     name, pairs = f"algorithm '{algorithm.name}'", algorithm.needs.preference_pairs
     for seed in range(2):
-        batch = with_distributions(batches.random_batch(seed, pairs=pairs), seed)
+        batch = with_distributions(batches.random_batch(seed, pairs=pairs, rewards=algorithm.needs.rewards), seed)
         gradient = _gradient(algorithm, batch, [torch.arange(len(batch))])
         for split in batches.splits(batch, algorithm.reach, seed):
             problem = "the gradient on the vocabulary depends on the micro-batch split"
@@ -42,7 +42,7 @@ def check_supports(algorithm: Algorithm) -> None:
         outside = gradient[~batch.response_mask]
         require(bool((outside == 0).all()), f"{name}: places outside the response mask have a gradient")
     for scale in (0.0, 300.0):
-        batch = with_distributions(batches.random_batch(0, pairs=pairs), 0, scale)
+        batch = with_distributions(batches.random_batch(0, pairs=pairs, rewards=algorithm.needs.rewards), 0, scale)
         extreme = _gradient(algorithm, batch, [torch.arange(len(batch))])
         problem = f"the gradient on the vocabulary is NaN or infinite for logits times {scale:g}"
         require(bool(extreme.isfinite().all()), f"{name}: {problem}")

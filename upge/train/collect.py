@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from upge.train.prompt_order import demonstration_choice, held_out, least_used, 
 from upge.train.prompt_records import PromptReader, effective_number
 from upge.train.sample import Trajectory, assemble, has_pair, indexed, usable
 from upge.train.verdicts import StepVerdicts
-from upge.verify import Verdict
+from upge.verify import Reward, Verdict
 from upge.views import MEMORY_COLUMNS
 
 #: The streams of prompts: those that the steps train on, and those reserved for validation.
@@ -92,7 +92,7 @@ class Collector:
         self.needs, self.dynamic_sampling = algorithm.step_needs, algorithm.dynamic_sampling
         self.curriculum = algorithm.curriculum
         self.guidance = algorithm.guidance
-        self.ranges = {} if sampler is None else sampler.ranges
+        self.rewards = {} if sampler is None else sampler.rewards
         candidates = usable(examples, self.needs)
         reserved = set(held_out(len(examples), config.seed)) if reserve else set()
         self.streams = {
@@ -339,8 +339,8 @@ class Collector:
         example = self.examples[index]
         if self.needs.preference_pairs and example.rejected_ids is not None and has_pair(example):
             chosen = self._demonstration(index, group, example, 0)
-            least, _ = self._range(example)
-            rejected = replace(chosen, response_ids=tuple(example.rejected_ids), reward=least, preference=-1)
+            rejected = replace(chosen, response_ids=tuple(example.rejected_ids), preference=-1)
+            rejected = replace(rejected, **self._given_reward(index, best=False))
             return [replace(chosen, preference=1), rejected]
         return self._demonstrations(group, index, step) if self.needs.demonstrations else []
 
@@ -365,31 +365,40 @@ class Collector:
             prefix_tokens=len(prefix),
             hint_tokens=len(hint),
             reward=verdict.reward,
+            rewards=verdict.rewards if (reward := self._reward(index)) is None else reward.named(verdict),
             is_demonstration=False,
             sampler_logprobs=rollout.logprobs,
             finished=rollout.finished,
             status=verdict.status,
             detail=verdict.detail,
             extracted=verdict.extracted,
-            rewards=verdict.rewards,
             pass_threshold=self.config.verify.pass_threshold,
+            success=self.config.verify.success,
         )
 
     def _demonstration(self, index: int, group: int, example: Example, choice: int) -> Trajectory:
-        _, most = self._range(example)
         return Trajectory(
             example=index,
             group=group,
             prompt_ids=example.prompt_ids,
             response_ids=tuple(example.demonstrations[choice]),
-            reward=most,
             is_demonstration=True,
             pass_threshold=self.config.verify.pass_threshold,
+            success=self.config.verify.success,
+            **self._given_reward(index, best=True),
         )
 
-    def _range(self, example: Example) -> tuple[float, float]:
-        """The smallest and the largest reward of a response to this prompt."""
-        return self.ranges.get(example.problem.verifier or self.config.verify.verifier, (0.0, 1.0))
+    def _given_reward(self, index: int, best: bool) -> dict[str, Any]:
+        """The fields `reward` and `rewards` of a right or a wrong response from the data set."""
+        reward = self._reward(index)
+        if reward is None:
+            return {"reward": float(best)}
+        verdict = reward.best() if best else reward.worst()
+        return {"reward": verdict.reward, "rewards": reward.named(verdict)}
+
+    def _reward(self, index: int) -> Reward | None:
+        """How responses to this prompt are rewarded; None if the run has no verifiers."""
+        return self.rewards.get(self.examples[index].problem.verifier or self.config.verify.verifier)
 
 
 def _sum(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:

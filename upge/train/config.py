@@ -161,6 +161,9 @@ class VerifyConfig(Settings):
     pass_threshold: float = key(
         PASS_THRESHOLD, "a response passes (pass rates, gates, accuracy) if its reward is larger than this"
     )
+    success: str = key(
+        "", "of a sum of verifiers, the name of the reward that decides whether a response passes; empty = the sum"
+    )
     workers: int = key(
         2, f"worker processes per rank, at most {WORKERS_PER_CORE} for each core", above=0, maximum=MOST_WORKERS
     )

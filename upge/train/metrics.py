@@ -290,8 +290,8 @@ def _of_guided(rollouts: Sequence[Trajectory]) -> dict[str, float]:
 def _part_means(rollouts: Sequence[Trajectory]) -> dict[str, float]:
     """The mean reward of each verifier of a sum, over the rollouts that it has verified."""
     parts: dict[str, list[float]] = {}
-    for name, reward in (pair for t in rollouts for pair in t.rewards):
-        parts.setdefault(name, []).append(reward)
+    for one in (one for t in rollouts for one in t.summands):
+        parts.setdefault(one.name, []).append(one.reward)
     return {f"reward/{name}": sum(rewards) / len(rewards) for name, rewards in sorted(parts.items())}
 
 
@@ -381,7 +381,7 @@ class Recorder:
                 "response": text,
                 "answer": problem.answer,
                 "reward": trajectory.reward,
-                **({"rewards": dict(trajectory.rewards)} if trajectory.rewards else {}),
+                **({"rewards": {one.name: one.reward for one in own}} if (own := trajectory.summands) else {}),
                 "level": problem.level,
                 "status": trajectory.status,
                 "detail": trajectory.detail,

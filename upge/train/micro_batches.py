@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -309,4 +309,6 @@ def _moved(columns: Trajectories, device: torch.device) -> Trajectories:
     if columns.response_mask.device == device:
         return columns
     by_name = {f.name: getattr(columns, f.name) for f in dataclasses.fields(columns)}
-    return dataclasses.replace(columns, **{n: c.to(device) for n, c in by_name.items() if isinstance(c, Tensor)})
+    moved: dict[str, Any] = {n: c.to(device) for n, c in by_name.items() if isinstance(c, Tensor)}
+    moved["named_rewards"] = {name: column.to(device) for name, column in columns.named_rewards.items()}
+    return dataclasses.replace(columns, **moved)

@@ -13,6 +13,7 @@ from upge.data import Example
 from upge.needs import Needs
 from upge.prompt_memory import PromptColumns, Remembered
 from upge.trajectories import Trajectories
+from upge.verify import NamedReward
 from upge.views import PASS_THRESHOLD
 
 #: (prompt_ids, response_ids): what the models read of a trajectory.
@@ -39,8 +40,9 @@ class Trajectory:
         extracted: the answer that the verifier read in a rollout; None if it found none or does not report it.
         status: of the verification: 'ok', 'timeout' or 'error'; 'demonstration' where nothing was verified.
         detail: the reason for a timeout or an error.
-        rewards: for a sum of verifiers, the name and the own reward of each.
+        rewards: the own reward of each verifier that `reward` is made of; empty where no verifier is known.
         pass_threshold: a rollout counts as a success above this reward; the same for all of a step.
+        success: the name of the reward that decides on success; empty = `reward`; the same for all of a step.
         teacher_prompt_ids: the prompt that the teacher reads in place of the policy's; None = the same.
         preference: +1 for the chosen side of a pair, -1 for the rejected one, 0 for neither.
         index: its place in the step, from 0 and the same on every rank. It is the trajectory's row in the step's batch
@@ -60,8 +62,9 @@ class Trajectory:
     preference: int = 0
     index: int = 0
     detail: str = ""
-    rewards: tuple[tuple[str, float], ...] = ()
+    rewards: tuple[NamedReward, ...] = ()
     pass_threshold: float = PASS_THRESHOLD
+    success: str = ""
     teacher_prompt_ids: tuple[int, ...] | None = None
     prefix_tokens: int = 0
     hint_tokens: int = 0
@@ -70,7 +73,13 @@ class Trajectory:
     @property
     def passed(self) -> bool:
         """Whether it counts as a success."""
-        return self.reward > self.pass_threshold
+        deciding = (one.reward for one in self.summands if one.name == self.success)
+        return next(deciding, self.reward) > self.pass_threshold
+
+    @property
+    def summands(self) -> tuple[NamedReward, ...]:
+        """The rewards that `reward` is a sum of; empty if it is the reward of one verifier."""
+        return () if [one.weight for one in self.rewards] == [1.0] else self.rewards
 
     @property
     def guiding_tokens(self) -> int:
@@ -144,6 +153,8 @@ def assemble(trajectories: Sequence[Trajectory], step: int) -> Trajectories:
         step=step,
         total_lengths=lengths + hints if bool(hints.any()) else None,
         pass_threshold=trajectories[0].pass_threshold if trajectories else PASS_THRESHOLD,
+        succeeded=_succeeded(trajectories),
+        **_named_rewards(trajectories),
     )
 
 
@@ -153,6 +164,23 @@ def _memory_columns(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     if len(remembered) < len(trajectories) or not trajectories:
         return {}
     return {f"prompt_{name}": column for name, column in PromptColumns.of(remembered)._asdict().items()}
+
+
+def _succeeded(trajectories: Sequence[Trajectory]) -> Tensor | None:
+    """[B] True for successes; None if their `reward` decides on all of them."""
+    if not any(t.success for t in trajectories):
+        return None
+    return torch.tensor([t.passed for t in trajectories], dtype=torch.bool)
+
+
+def _named_rewards(trajectories: Sequence[Trajectory]) -> dict[str, dict[str, Any]]:
+    """The columns `named_rewards` and `reward_weights`; empty if the trajectories differ in names or weights."""
+    weights = [{one.name: one.weight for one in t.rewards} for t in trajectories]
+    if not weights or any(other != weights[0] for other in weights):
+        return {}
+    rows = [{one.name: one.reward for one in t.rewards} for t in trajectories]
+    named = {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in weights[0]}
+    return {"named_rewards": named, "reward_weights": weights[0]}
 
 
 def _sampler_column(trajectories: Sequence[Trajectory], mask: Tensor) -> Tensor | None:

@@ -6,7 +6,7 @@ responses as they arrive. sympy and latex2sympy2_extended are imported only when
 """
 
 from upge.verify.answers import final_answer, final_text, last_boxed
-from upge.verify.base import Item, Member, Verdict, Verifier, VerifierError, load
+from upge.verify.base import Item, Member, NamedReward, Verdict, Verifier, VerifierError, load
 from upge.verify.declared import Declared
 from upge.verify.pool import VerifierPool
 from upge.verify.reward import Reward, terms
@@ -15,6 +15,7 @@ __all__ = [
     "Declared",
     "Item",
     "Member",
+    "NamedReward",
     "Reward",
     "Verdict",
     "Verifier",

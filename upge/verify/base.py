@@ -85,6 +85,7 @@ BUILT_IN = {
     "math_last": "upge.verify.math.LAST_ANSWER",
     "number": "upge.verify.number.NumberVerifier",
     "choice": "upge.verify.choice.ChoiceVerifier",
+    "boxed": "upge.verify.choice.BoxedVerifier",
     "regex": "upge.verify.choice.RegexVerifier",
     "reasoning_gym": "upge.verify.gym.ReasoningGymVerifier",
 }
@@ -192,6 +193,14 @@ class Item(NamedTuple):
     member: Member | None = None
 
 
+class NamedReward(NamedTuple):
+    """The own reward of one verifier of a reward, without its weight in the sum."""
+
+    name: str
+    reward: float
+    weight: float = 1.0
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The result of verifying one item.
@@ -203,7 +212,7 @@ class Verdict:
         extracted: the answer that the verifier read in the response, at most `LONGEST_EXTRACT` characters; None if it
             found none or does not report it.
         traceback: of the exception in the verifier; empty if there was none.
-        rewards: for a sum of verifiers, the name and the own reward of each; empty for one verifier.
+        rewards: for a sum of verifiers, the own reward of each; empty for one verifier.
     """
 
     reward: float
@@ -211,7 +220,11 @@ class Verdict:
     detail: str = ""
     extracted: str | None = None
     traceback: str = ""
-    rewards: tuple[tuple[str, float], ...] = ()
+    rewards: tuple[NamedReward, ...] = ()
+
+    def reward_of(self, name: str) -> float:
+        """The own reward of the verifier with this name in a sum; else, and for an empty name, `reward`."""
+        return next((one.reward for one in self.rewards if one.name == name), self.reward)
 
     @property
     def error(self) -> str:

@@ -1,10 +1,11 @@
-"""The verifiers of answers to multiple-choice questions, and of texts that a regular expression describes."""
+"""The verifiers of answers to multiple-choice questions, of texts that a regular expression describes, and of boxes."""
 
 from __future__ import annotations
 
 import functools
 import re
 
+from upge.verify.answers import last_boxed
 from upge.verify.base import LONGEST_ANSWER, AnswerVerifier, shown
 from upge.verify.normalize import is_invisible
 
@@ -142,3 +143,19 @@ class RegexVerifier(AnswerVerifier):
             ) from error
         if not answer:
             raise ValueError("the ground truth is an empty pattern, which no answer can match; remove the row")
+
+
+class BoxedVerifier(AnswerVerifier):
+    r"""Reward 1 if the last `\boxed{...}` of the response has content, whatever it is, else 0: a reward of the format.
+
+    It accepts any ground truth.
+    """
+
+    def extract(self, response: str) -> str | None:
+        return last_boxed(response)
+
+    def glance(self, given: str, answer: str, prompt: str | None = None) -> float:
+        return 1.0
+
+    def check_answer(self, answer: str) -> None:
+        """Accepts any ground truth, because none is read."""

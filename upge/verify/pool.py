@@ -113,9 +113,9 @@ class VerifierPool:
         return reward
 
     @property
-    def ranges(self) -> dict[str, tuple[float, float]]:
-        """The smallest and the largest reward of each verifier that an item may give."""
-        return {text: (reward.minimum, reward.maximum) for text, reward in self._rewards.items()}
+    def rewards(self) -> dict[str, Reward]:
+        """The reward of each verifier that an item may give."""
+        return dict(self._rewards)
 
     def submit(self, item: Item) -> Future[Verdict]:
         """Starts the verification of an item and returns a future of its verdict.

@@ -1,4 +1,8 @@
-"""A reward as a weighted sum of verifiers, such as "math + 0.2*my_rewards.is_short"; one verifier is the usual case."""
+"""A reward as a weighted sum of verifiers, such as "math + 0.2*my_rewards.is_short"; one verifier is the usual case.
+
+Each verifier of a sum gives a reward of its own, which has the verifier's name or that after `as`:
+"math as correct + 0.2*boxed as format".
+"""
 
 from __future__ import annotations
 
@@ -8,25 +12,39 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from upge.errors import ConfigError
-from upge.verify.base import Verdict, load
+from upge.verify.base import NamedReward, Verdict, load
 from upge.verify.declared import Declared
 
-_TERM = re.compile(r"\s*(?P<sign>[+-]?)\s*(?:(?P<weight>\d+(?:\.\d*)?|\.\d+)\s*\*)?\s*(?P<name>[A-Za-z_][\w.]*)\s*")
+_TERM = re.compile(
+    r"\s*(?P<sign>[+-]?)\s*(?:(?P<weight>\d+(?:\.\d*)?|\.\d+)\s*\*)?\s*(?P<name>[A-Za-z_][\w.]*)"
+    r"(?:\s+as\s+(?P<label>[A-Za-z_]\w*))?\s*"
+)
 _FAILURES = ("error", "timeout")
 
 
 class Term(NamedTuple):
-    """One verifier of a sum, with its weight."""
+    """One verifier of a sum, with its weight.
+
+    Attributes:
+        name: of the verifier.
+        label: the name that the text gives to its reward; empty = that of the verifier.
+    """
 
     name: str
     weight: float = 1.0
+    label: str = ""
+
+    @property
+    def reward(self) -> str:
+        """The name of its reward."""
+        return self.label or self.name
 
 
 def terms(text: str) -> tuple[Term, ...]:
     """The terms of a reward. A text that is no sum is the name of one verifier.
 
     Raises:
-        ConfigError: a verifier occurs twice.
+        ConfigError: a verifier or the name of a reward occurs twice, or a reward is called 'mean'.
     """
     found: list[Term] = []
     place = 0
@@ -35,12 +53,24 @@ def terms(text: str) -> tuple[Term, ...]:
         if match is None or (found and not match["sign"]):
             return (Term(text),)
         weight = float(match["weight"] or 1.0)
-        found.append(Term(match["name"], -weight if match["sign"] == "-" else weight))
+        found.append(Term(match["name"], -weight if match["sign"] == "-" else weight, match["label"] or ""))
         place = match.end()
-    twice = next((term.name for i, term in enumerate(found) if term.name in {t.name for t in found[:i]}), None)
+    twice = _repeated([term.name for term in found])
     if twice is not None:
         raise ConfigError(f"verify.verifier: '{text}' names '{twice}' twice; give it one weight")
+    same = _repeated([term.reward for term in found])
+    if same is not None:
+        raise ConfigError(f"verify.verifier: '{text}' has two rewards called '{same}'; give each its own name by `as`")
+    if "mean" in [term.label for term in found]:
+        raise ConfigError(
+            f"verify.verifier: '{text}' calls a reward 'mean', but the metric reward/mean is that of the sum; give it "
+            "another name"
+        )
     return tuple(found) or (Term(text),)
+
+
+def _repeated(given: Sequence[str]) -> str | None:
+    return next((one for i, one in enumerate(given) if one in given[:i]), None)
 
 
 def names(texts: Sequence[str]) -> tuple[str, ...]:
@@ -98,16 +128,54 @@ class Reward:
         if self.is_plain:
             return verdicts[0]
         pairs = list(zip(self.terms, verdicts, strict=True))
-        parts = [min(self._ends(term)) if v.status in _FAILURES else term.weight * v.reward for term, v in pairs]
+        own = [self._own(term, False) if v.status in _FAILURES else v.reward for term, v in pairs]
+        named = tuple(NamedReward(t.reward, r, t.weight) for t, r in zip(self.terms, own, strict=True))
         failed = [(t, v) for status in _FAILURES for t, v in pairs if v.status == status]
         term, verdict = failed[0] if failed else pairs[0]
         return replace(
             verdict,
-            reward=float(sum(parts)),
+            reward=float(sum(one.weight * one.reward for one in named)),
             detail=f"{term.name}: {verdict.detail}" if failed else verdict.detail,
             extracted=next((v.extracted for v in verdicts if v.extracted is not None), None),
-            rewards=tuple((term.name, v.reward) for term, v in pairs),
+            rewards=named,
         )
+
+    def best(self) -> Verdict:
+        """The verdict on a response with the largest reward."""
+        return self._end(True)
+
+    def worst(self) -> Verdict:
+        """The verdict on a response with the smallest reward."""
+        return self._end(False)
+
+    def named(self, verdict: Verdict) -> tuple[NamedReward, ...]:
+        """The own reward of each verifier in a verdict of this reward, also if it is that of one verifier."""
+        return verdict.rewards or tuple(NamedReward(term.reward, verdict.reward) for term in self.terms)
+
+    def deciding(self, name: str) -> Term | None:
+        """The term whose reward is `name`; the only term, whatever its name; None for an empty name, the whole sum.
+
+        Raises:
+            ConfigError: it is a sum without such a reward.
+        """
+        if not name or self.is_plain:
+            return None
+        for term in self.terms:
+            if term.reward == name:
+                return term
+        known = ", ".join(term.reward for term in self.terms)
+        raise ConfigError(
+            f"verify.success: found '{name}', but a sum of verifiers here has the rewards {known}; give one of "
+            f"them, or name the reward that decides by `as`, such as 'math as {name} + 0.2*boxed'"
+        )
+
+    def _end(self, best: bool) -> Verdict:
+        return self.of([Verdict(self._own(term, best)) for term in self.terms])
+
+    def _own(self, term: Term, best: bool) -> float:
+        """The own reward of a term at the end of its verifier's range that makes the sum largest or smallest."""
+        declared = self.declared[term.name]
+        return declared.maximum if best == (term.weight >= 0) else declared.minimum
 
     def _ends(self, term: Term) -> tuple[float, float]:
         """The term's contribution at both ends of its verifier's range."""

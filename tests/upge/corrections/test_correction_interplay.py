@@ -19,7 +19,7 @@ from tests.upge.corrections.test_corrections import ALL, DRAWS, UNFIT, correctio
 from upge import ConfigError
 
 #: Clips and none, live and static advantages, several terms, a critic, sequences, stages.
-SHAPES = ["grpo", "ppo", "gspo", "gmpo", "luffy", "srft", "hpt", "amft", "sft_then_grpo", "reinforce_plus_plus"]
+SHAPES = ["grpo", "ppo", "gspo", "gmpo", "luffy", "srft", "hpt", "amft", "sft_then_grpo", "reinforce_plus_plus", "gdpo"]
 #: Settings under which a correction bites at the lengths, ratios and mismatches of these tests.
 BITING = {
     "overlong": {"limit": 6, "buffer": 0.5, "penalty": 0.75},
@@ -31,7 +31,7 @@ BITING = {
 REFUSED = {
     "dual_clip": {"gspo", "gmpo", "luffy", "srft", "hpt"},
     "dynamic_sampling": {"luffy", "srft", "hpt", "amft"},
-    "overlong": {"srft"},
+    "overlong": {"srft", "gdpo"},
     "kl_reward": {"ppo", "reinforce_plus_plus"},
     "iw_opd": set(SHAPES),
     "optimal_baseline": {"ppo", "srft", "amft", "reinforce_plus_plus"},

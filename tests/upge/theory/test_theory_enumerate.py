@@ -147,7 +147,7 @@ def test_what_is_remembered_of_a_prompt_is_an_unbiased_baseline(value, group_siz
         algorithm(upge.PromptBaseline()), Setting(RAGGED, rewards, remembered=remembered), group_size=group_size
     )
     assert torch.allclose(actual.mean, theory.exact_gradient(RAGGED, rewards), rtol=0, atol=EXACT)
-    whitened = algorithm(upge.Whitened(upge.PromptBaseline(), over="trajectories"))
+    whitened = algorithm(upge.Whitened(upge.PromptBaseline(), over="rollouts"))
     if group_size > 1:
         scaled = expectation(whitened, Setting(RAGGED, rewards, remembered=remembered), group_size=group_size).mean
         assert not torch.allclose(scaled, actual.mean, rtol=0, atol=1e-4), "a batch's own mean and deviation are not"

@@ -23,7 +23,8 @@ from upge.train.collect import HELD_OUT, Collector
 from upge.train.metrics import rollout_metrics
 from upge.train.prompt_order import held_out, least_used, prompt_indices, stream_seed
 from upge.train.sample import Trajectory, assemble, usable
-from upge.verify import Item, Verdict
+from upge.verify import Declared, Item, NamedReward, Reward, Verdict
+from upge.verify.reward import Term
 
 #: What the fake model does with prompt i, by i % 3: always right, always wrong, right in every other rollout.
 RIGHT, WRONG, MIXED = 0, 1, 2
@@ -305,6 +306,17 @@ def test_pairs_beside_rollouts_and_without_a_rejected_side():
 # Rewards of any range.
 
 
+#: math + 2*my.style, which gives rewards from -1 to 2.
+BOTH = Reward(
+    (Term("math"), Term("my.style", 2.0, "style")),
+    {"math": Declared(), "my.style": Declared(minimum=-0.5, maximum=0.5)},
+)
+
+
+def parts(right: float) -> tuple[NamedReward, ...]:
+    return NamedReward("math", right), NamedReward("style", right - 0.5, 2.0)
+
+
 class Signed(FakeModel):
     """Its verifier gives -1 or 2, as a sum of two parts."""
 
@@ -312,7 +324,7 @@ class Signed(FakeModel):
         self.items = [*getattr(self, "items", []), item]
         future: Future[Verdict] = Future()
         right = float(item.response)
-        future.set_result(Verdict(3 * right - 1, rewards=(("math", right), ("my.style", right - 0.5))))
+        future.set_result(Verdict(3 * right - 1, rewards=parts(right)))
         return future
 
 
@@ -320,16 +332,18 @@ def test_rewards_of_any_range_reach_the_batch_and_the_metrics():
     model, data = Signed(), [replace(one, problem=replace(one.problem, row={"a": 1})) for one in examples(12)]
     algo, settings = algorithm("rollouts", "demonstrations"), {"prompts_per_step": 12, "group_size": 2, "seed": 5}
     config = from_tree(upge.train.config.RunConfig, settings | {"verify": {"pass_threshold": 0.0}})
-    sampler = VerifiedSampler(model, model, model, pass_threshold=0.0, ranges={"math": (-1.0, 2.0)})
+    sampler = VerifiedSampler(model, model, model, pass_threshold=0.0, rewards={"math": BOTH})
     actual = Collector(config, algo, data, sampler, (9,), ALONE).collect(0).trajectories
     assert {t.reward for t in actual if not t.is_demonstration} == {-1.0, 2.0}
     assert {t.reward for t in actual if t.is_demonstration} == {2.0}
     batch = assemble(actual, 0)
     assert batch.pass_threshold == 0.0 and set(batch.pass_rate.tolist()) == {0.0, 0.5, 1.0}
     assert upge.SignedReward()(batch)[:, 0].tolist() == [1.0 if t.reward > 0 else -1.0 for t in actual]
+    assert dict(batch.reward_weights) == {"math": 1.0, "style": 2.0} and list(batch.named_rewards) == ["math", "style"]
+    assert torch.equal(sum(w * batch.named_rewards[name] for name, w in batch.reward_weights.items()), batch.rewards)
     metrics = rollout_metrics(actual)
     assert (metrics["pass_rate"], metrics["reward/mean"]) == (0.5, 0.5)
-    assert (metrics["reward/math"], metrics["reward/my.style"]) == (0.5, 0.0)
+    assert (metrics["reward/math"], metrics["reward/style"]) == (0.5, 0.0)
     (item, *_) = model.items
     assert (item.row, item.tokens, item.is_truncated) == ({"a": 1}, 3, False)
     members = Counter(item.member.group for item in model.items)
@@ -339,7 +353,7 @@ def test_rewards_of_any_range_reach_the_batch_and_the_metrics():
 def test_the_sides_of_a_pair_have_the_ends_of_the_range():
     data = examples(8)
     made = collector(algorithm("rollouts", "preference_pairs"), data, FakeModel())
-    made.ranges = {"math": (-3.0, 4.0)}
+    made.rewards = {"math": Reward((Term("math"),), {"math": Declared(minimum=-3.0, maximum=4.0)})}
     actual = [(t.reward, t.preference) for t in made.collect(0).trajectories if t.is_demonstration]
     assert set(actual) == {(4.0, 1), (-3.0, -1)}
 
@@ -352,3 +366,31 @@ def test_partial_credit_below_the_threshold_is_a_signal_but_no_success():
     assert upge.GroupRelative()(batch)[:, 0].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-5)
     lower = assemble([replace(t, pass_threshold=0.3) for t in actual], 0)
     assert lower.pass_rate.tolist() == [0.5, 0.5] and lower.select(torch.tensor([1])).pass_threshold == 0.3
+
+
+def test_one_of_several_rewards_decides_on_success():
+    """Of 'style' the right response has 0.5, the wrong one -0.5: with a threshold of 0.5 no rollout passes."""
+    model, data, algo = Signed(), examples(12), algorithm("rollouts", "demonstrations")
+    every = {0.0, 0.5, 1.0}
+    for success, threshold, rates in (("style", 0.0, every), ("style", 0.5, {0.0}), ("", 0.5, every)):
+        verify = {"pass_threshold": threshold, "success": success}
+        tree = {"prompts_per_step": 12, "group_size": 2, "seed": 5, "verify": verify}
+        sampler = VerifiedSampler(model, model, model, rewards={"math": BOTH}, **verify)
+        config = from_tree(upge.train.config.RunConfig, tree)
+        actual = Collector(config, algo, data, sampler, (9,), ALONE).collect(0).trajectories
+        batch = assemble(actual, 0)
+        assert set(batch.pass_rate.tolist()) == rates and (batch.succeeded is None) == (success == "")
+        passed = [t.passed for t in actual]
+        assert batch.success.tolist() == passed
+        verdicts = [Verdict(t.reward, rewards=t.rewards) for t in actual]
+        assert [sampler.passed(verdict) for verdict in verdicts] == passed, "accuracy says the same"
+        assert rollout_metrics(actual)["pass_rate"] == sum(t.passed for t in actual if not t.is_demonstration) / 24
+
+
+def test_trajectories_with_other_rewards_have_no_column_of_them():
+    one, two = (Trajectory(0, 0, (1,), (2,), 1.0, False, rewards=parts(right)) for right in (0.0, 1.0))
+    assert assemble([one, two], 0).named_rewards["style"].tolist() == [-0.5, 0.5]
+    for rewards in ((), (NamedReward("math", 1.0),), (NamedReward("math", 1.0), NamedReward("style", 0.5, 3.0))):
+        assert assemble([one, replace(two, rewards=rewards)], 0).named_rewards == {}
+    plain = replace(one, rewards=(NamedReward("math", 1.0),), sampler_logprobs=(-1.0,))
+    assert plain.summands == () and "reward/math" not in rollout_metrics([plain]), "one verifier is no sum"

@@ -259,7 +259,7 @@ def test_the_baseline_is_what_is_remembered():
 @pytest.mark.parametrize("epsilon", [1e-8, 0.3])
 def test_whitening_over_trajectories_counts_each_once_whatever_its_length(epsilon):
     batch = upge.testing.batches.random_batch()
-    own = upge.Whitened(upge.PromptBaseline(), epsilon, over="trajectories")(batch)
+    own = upge.Whitened(upge.PromptBaseline(), epsilon, over="rollouts")(batch)
     rows = ~batch.is_demonstration & (batch.lengths > 0)
     apart = (batch.rewards - batch.prompt_value)[rows]
     expected = (apart - apart.mean()) / (apart.var() + epsilon).sqrt()

@@ -45,6 +45,7 @@ FURTHER = {
 _GUIDED = {"prefix_rft": "algo.guidance.length.low.decay=3", "uft": "algo.guidance.length.probability.decay=3"}
 _KEPT = ["log_rollouts=1", "checkpoint.every=1", "checkpoint.keep=0"]
 MORE |= {name: [*_KEPT, schedule] for name, schedule in _GUIDED.items()}
+MORE["gdpo"] = ["verify.verifier=number as correct + 0.2*boxed as format", "verify.success=correct"]
 RUNS = {name: [f"algo={name}", *MORE.get(name, [])] for name in algorithms.names()} | FURTHER
 #: The same runs once more, from their second step and on two ranks.
 AGAIN = {f"{name}, resumed": [*RUNS[name], f"interrupted={name}"] for name in _GUIDED}

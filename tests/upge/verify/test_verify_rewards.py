@@ -11,7 +11,7 @@ import pytest
 
 from tests.verify_pools import rewards
 from upge.errors import ConfigError
-from upge.verify import Declared, Item, Member, VerifierPool, load, terms
+from upge.verify import Declared, Item, Member, Reward, Verdict, VerifierPool, load, terms
 
 OWN = "tests.reward_examples"
 SUM = f"number + 0.5*{OWN}.Signed - 0.25*{OWN}.too_long"
@@ -74,14 +74,46 @@ def test_rewards_lie_in_the_declared_range_and_a_failure_never_pays(pool):
 
 
 def test_a_sum_of_verifiers_is_one_reward():
-    assert terms("math") == (("math", 1.0),) and terms("0.5 * a.b") == (("a.b", 0.5),)
-    assert terms("math+.2*a.b-3*c.d") == (("math", 1.0), ("a.b", 0.2), ("c.d", -3.0))
-    for text in ("", "math 2", "2", "a b", "math +"):
-        assert terms(text) == ((text, 1.0),), "no sum: `load` refuses the name"
+    assert terms("math") == (("math", 1.0, ""),) and terms("0.5 * a.b") == (("a.b", 0.5, ""),)
+    assert terms("math+.2*a.b-3*c.d") == (("math", 1.0, ""), ("a.b", 0.2, ""), ("c.d", -3.0, ""))
+    for text in ("", "math 2", "2", "a b", "math +", "math as", "math as a.b", "math as 2", "math as a as b"):
+        assert terms(text) == ((text, 1.0, ""),), "no sum: `load` refuses the name"
     with pytest.raises(ConfigError, match="names 'math' twice"):
         terms("math + 2*math")
     with pytest.raises(ConfigError, match="found 'a.b': there is no module 'a'"):
         VerifierPool("math + a.b")
+
+
+def test_the_verifiers_of_a_sum_give_rewards_with_names():
+    named = terms("math as correct - 0.2 * a.b  as  style + as")
+    assert named == (("math", 1.0, "correct"), ("a.b", -0.2, "style"), ("as", 1.0, ""))
+    assert [term.reward for term in named] == ["correct", "style", "as"]
+    for text, said in (
+        ("math as a + 0.5*number as a", "has two rewards called 'a'; give each its own name"),
+        ("math as number + number", "has two rewards called 'number'"),
+        ("math as mean + number", "calls a reward 'mean', but the metric reward/mean is that of the sum"),
+    ):
+        with pytest.raises(ConfigError, match="verify.verifier") as caught:
+            terms(text)
+        assert said in str(caught.value)
+
+
+def test_the_ends_of_a_sum_are_those_of_its_parts():
+    signed = Reward.load(f"number as a - 0.5*{OWN}.Signed as b")
+    assert signed.best() == Verdict(1.5, rewards=(("a", 1.0, 1.0), ("b", -1.0, -0.5)))
+    assert signed.worst() == Verdict(-1.0, rewards=(("a", 0.0, 1.0), ("b", 2.0, -0.5)))
+    assert (signed.minimum, signed.maximum) == (-1.0, 1.5)
+    one = Reward.load("number as a")
+    assert one.best() == Verdict(1.0) and one.named(one.worst()) == (("a", 0.0, 1.0),), "one verifier is no sum"
+    assert signed.best().reward_of("b") == -1.0 and signed.best().reward_of("") == 1.5 == signed.best().reward_of("c")
+
+
+def test_the_reward_that_decides_on_success():
+    both, one = Reward.load("number as a + 0.5*boxed"), Reward.load("number as a")
+    assert both.deciding("") is None and both.deciding("a").name == "number" and both.deciding("boxed").weight == 0.5
+    assert one.deciding("a") is None and one.deciding("b") is None, "a single verifier decides itself"
+    with pytest.raises(ConfigError, match="verify.success: found 'b', but .* the rewards a, boxed; give one of them"):
+        both.deciding("b")
 
 
 def test_the_parts_of_a_sum_are_told(pool):
@@ -90,11 +122,13 @@ def test_the_parts_of_a_sum_are_told(pool):
     assert rewards(pool.score(items)) == [0.5, 0, 1, 0], "the same work has two rewards"
     numbers = [Item(text, "", verifier=SUM, tokens=n) for text, n in (("1", 3), ("-1", 5))]
     first, second = pool.score(numbers)
-    assert first.rewards == (("number", 0.0), (f"{OWN}.Signed", 1.0), (f"{OWN}.too_long", 0.0))
+    assert first.rewards == (("number", 0.0, 1.0), (f"{OWN}.Signed", 1.0, 0.5), (f"{OWN}.too_long", 0.0, -0.25))
     assert (first.reward, second.reward) == (0.5, -0.75)
     (failed,) = pool.score([Item("five", "", verifier=SUM)])
     assert failed.status == "error" and failed.detail.startswith(f"{OWN}.Signed: ValueError")
     assert failed.reward == -0.75, "every part that failed counts as its worst case"
+    assert failed.rewards == (("number", 0.0, 1.0), (f"{OWN}.Signed", -1.0, 0.5), (f"{OWN}.too_long", 1.0, -0.25))
+    assert failed.reward == sum(one.weight * one.reward for one in failed.rewards)
     assert (pool.reward(SUM).minimum, pool.reward(SUM).maximum) == (-0.75, 2.0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import sympy as sp
 from sympy import Expr
 
@@ -9,7 +11,7 @@ from upge import components
 from upge.theory.symbolic.algebra import mean, number, product, total
 from upge.theory.symbolic.rules import Tokens, evaluate, per_row, per_token, rule
 from upge.theory.symbolic.weights import kl, succeeded
-from upge.theory.symbolic.world import Row, World
+from upge.theory.symbolic.world import REWARD_WEIGHTS, Row, World
 
 
 @rule(components.ConstantAdvantage)
@@ -137,11 +139,38 @@ def _(part, world):
 def _(part, world):
     inner = evaluate(part.advantage, world)
     own = [x for row in world.rollouts for x in inner[row.index]]
-    if part.over == "trajectories":
+    if part.over == "rollouts":
         own = [mean(inner[row.index]) for row in world.rollouts if len(row)]
     centre = mean(own)
     variance = total((x - centre) ** 2 for x in own) / (len(own) - 1)
     return per_token(world, lambda row, t: (inner[row.index][t] - centre) / sp.sqrt(variance + number(part.epsilon)))
+
+
+def _of_reward(advantage, world: World, name: str) -> Tokens:
+    return evaluate(advantage, world.with_rewards([row.rewards[name] for row in world.rows]))
+
+
+@rule(components.OfReward)
+def _(part, world):
+    return _of_reward(part.advantage, world, part.reward)
+
+
+def _weighted_sum(world: World, terms: Iterable[tuple[Expr, Tokens]]) -> Tokens:
+    pairs = list(terms)
+    return per_token(world, lambda row, t: total(weight * values[row.index][t] for weight, values in pairs))
+
+
+@rule(components.Summed)
+def _(part, world):
+    weights = part.weights or (1.0,) * len(part.advantages)
+    values = (evaluate(advantage, world) for advantage in part.advantages)
+    return _weighted_sum(world, zip(map(number, weights), values, strict=True))
+
+
+@rule(components.RewardDecoupled)
+def _(part, world):
+    weights = {name: number(float(weight)) for name, weight in REWARD_WEIGHTS.items()}
+    return _weighted_sum(world, ((w, _of_reward(part.advantage, world, name)) for name, w in weights.items()))
 
 
 @rule(components.Tempered)

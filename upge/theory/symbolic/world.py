@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -29,6 +29,8 @@ Shape = Sequence[tuple[Sequence[int], Sequence[int]]]
 SHAPE: Shape = (((2, 3), (2,)), ((1, 2, 2), (1,)))
 #: Ratios of π_θ to another policy: on both sides of every bound in use, on none of them, and far outside.
 LEVELS = tuple(Fraction(x) for x in "1/30 2/7 4/7 5/7 8/9 10/9 16/13 10/7 11/7 17/7 29/7 30".split())
+#: The weights of the rewards of a world's rows.
+REWARD_WEIGHTS = {"first": Fraction(1), "second": Fraction(1, 2)}
 #: Ratios that all tokens of a response share, for bounds on its mean ratio as narrow as 3e-4.
 NARROW = tuple(Fraction(x) for x in "4/9 8/9 9999/10000 10001/10000 10/9 19/9".split())
 
@@ -52,6 +54,8 @@ class Row:
         w: the squared lengths of the scores.
         u: the value that is remembered of its question, the same for all of its rows.
         h: the entropies; they depend on θ, so an objective that does not detach them has a gradient through them.
+        reward: the reward.
+        others: name → further rewards of a batch with several; `reward` is the one called 'first'.
         group: the number of its question.
         preference: +1 if chosen, -1 if rejected, 0 otherwise.
         finished: False for some responses, which were cut.
@@ -68,6 +72,7 @@ class Row:
     h: tuple[Symbol, ...]
     reward: Expr
     u: Symbol
+    others: Mapping[str, Expr]
     group: int
     is_demonstration: bool
     preference: int
@@ -80,6 +85,11 @@ class Row:
     def ratios(self) -> list[Expr]:
         """r_t = π_θ/π_old per token."""
         return [p / q for p, q in zip(self.p, self.q, strict=True)]
+
+    @property
+    def rewards(self) -> dict[str, Expr]:
+        """All rewards by name; `REWARD_WEIGHTS` has their weights."""
+        return {"first": self.reward, **self.others}
 
 
 class World:
@@ -108,6 +118,7 @@ class World:
         self._random = random.Random(seed)
         self._random_of_teacher = random.Random(-seed - 1)
         random_of_memory = random.Random(-seed - 2)
+        self._random_of_rewards = random.Random(seed + 10**6)
         self._twins: dict[Symbol, Symbol] = {}
         self._variables: dict[str, float] = {}
         self._values: dict[Expr, float] = {}
@@ -144,9 +155,12 @@ class World:
         reward = Symbol(f"R{index}", real=True)
         # Rewards other than 0 and 1, rarely equal: with equal rewards the standard deviation has a kink.
         self.point[reward] = sp.Rational(draw(600, 2400) if succeeds else draw(-1400, 400), 997)
+        second = Symbol(f"S{index}", real=True)
+        self.point[second] = sp.Rational(self._random_of_rewards.randint(-900, 1900), 991)
         tokens = {name: tuple(column) for name, column in columns.items()}
         kind = {"is_demonstration": expert, "preference": preference, "finished": index % 3 != 1}
-        return Row(index, **tokens, reward=reward, u=Symbol(f"u{group}", real=True), group=group, **kind)
+        more = {"u": Symbol(f"u{group}", real=True), "others": {"second": second}}
+        return Row(index, **tokens, **more, reward=reward, group=group, **kind)
 
     def _levels(self) -> Callable[[], Fraction]:
         """A source of ratios for the tokens of a row: separate ones, or one that all tokens share."""
@@ -275,10 +289,16 @@ class World:
                     filled[i, t] = math.log(exact) if log else float(exact)
             return filled
 
+        rewards = {
+            name: torch.tensor([self.value(row.rewards[name]) for row in self.rows], dtype=torch.float64)
+            for name in REWARD_WEIGHTS
+        }
         return Trajectories(
             logprobs=column("p", True).requires_grad_(),
             response_mask=torch.arange(width) < torch.tensor([len(row) for row in self.rows])[:, None],
-            rewards=torch.tensor([self.value(row.reward) for row in self.rows], dtype=torch.float64),
+            rewards=rewards["first"],
+            named_rewards=rewards,
+            reward_weights={name: float(weight) for name, weight in REWARD_WEIGHTS.items()},
             group=torch.tensor([row.group for row in self.rows]),
             is_demonstration=torch.tensor([row.is_demonstration for row in self.rows]),
             finished=torch.tensor([row.finished for row in self.rows]),
