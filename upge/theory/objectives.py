@@ -99,8 +99,9 @@ def comparison(
 
     Where groups are not kept, another prompt is drawn, so a prompt's gradient counts with its probability to be kept.
     """
-    settings = {"group_size": group_size, "demonstrations": demonstrations}
-    reports = [expectation(algorithm, prompt, **settings) for prompt in prompts]
+    reports = [
+        expectation(algorithm, prompt, group_size=group_size, demonstrations=demonstrations) for prompt in prompts
+    ]
     mean = torch.stack([report.accepted * report.mean for report in reports])
     targets = [objectives(prompt, group_size) for prompt in prompts]
     return {name: compared(mean, torch.stack([one[name] for one in targets])) for name in targets[0]}

@@ -132,7 +132,8 @@ class OffPolicySums:
         """What the masks of an estimate remove. `trajectories` are those of the update's batch, by row."""
         batch = estimate.batch
         assert batch.logprobs is not None
-        quarter = quarters(*(place.cpu() for place in batch.places), trajectories).flatten()
+        row, column = batch.places
+        quarter = quarters(row.cpu(), column.cpu(), trajectories).flatten()
         masses = {}
         for name, factors in estimate.terms.items():
             scale = factors.gate * factors.reduction * factors.advantages
