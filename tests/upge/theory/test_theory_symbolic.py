@@ -293,7 +293,7 @@ PARTS = [
     upge.JensenShannon(0.2),
     upge.Surprisal(),
     upge.PrefixWeighted(upge.LogRatio(), 0.5),
-    *map(upge.SiblingSucceeded, (True, False)),
+    *(upge.SiblingSucceeded(only_failed=failed) for failed in (True, False)),
     upge.KLPenalty(0.1, upge.TokenMean(), "k2"),
 ]
 
