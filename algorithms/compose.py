@@ -19,12 +19,15 @@ from upge.guidance import Guidance
 from upge.instantiate import TARGET, build
 from upge.pipeline import Pipeline, Stage
 from upge.regularizers import Regularizer, ValueLoss
+from upge.replay import Replay
 from upge.term import Term
 from upge.trees import first_line, plain
 
 #: `name` is a key of inlined algorithms: `algorithms.inline` writes it.
 _COMMON = {"name", "description"}
-_KEYS = _COMMON | {"terms", "regularizers", "critic", "sampling", "interleaved_update", "validation", "guidance"}
+#: Keys that hold one part each, and its class.
+_OPTIONAL = {"critic": ValueLoss, "sampling": DynamicSampling, "guidance": Guidance, "replay": Replay}
+_KEYS = _COMMON | {"terms", "regularizers", "interleaved_update", "validation", *_OPTIONAL}
 _PIPELINE_KEYS = _COMMON | {"stages"}
 _TERM_KEYS = {"source", "gate", "estimator", "reduction", "coefficient", "support"}
 _STAGE_KEYS = {"algorithm", "share", "lr_factor"}
@@ -104,7 +107,7 @@ def _algorithm(tree: Any, name: str, path: str) -> Algorithm:
     named = _mapping(tree, "regularizers", path)
     extra = {str(n): build(item, f"{path}.regularizers.{n}", Regularizer) for n, item in named.items()}
     optional: dict[str, Any] = {}
-    for key, kind in (("critic", ValueLoss), ("sampling", DynamicSampling), ("guidance", Guidance)):
+    for key, kind in _OPTIONAL.items():
         if tree.get(key) is not None:
             optional[key] = build(tree[key], f"{path}.{key}", kind)
     if tree.get("interleaved_update") is not None:

@@ -25,6 +25,7 @@ from upge.gates import (
     PassRateBetween,
     PassRateTable,
     ProductOf,
+    Replayed,
     Schedule,
     SiblingSucceeded,
 )
@@ -33,6 +34,7 @@ from upge.needs import Needs
 from upge.pipeline import Pipeline, Stage
 from upge.reduction import FixedLength, QuestionMean, Reduction, SequenceMean, TokenMean
 from upge.regularizers import EntropyBonus, KLPenalty, Regularizer, ValueLoss
+from upge.replay import Replay
 from upge.stateful import MetaGradient, StatefulGate
 from upge.support import FullVocabulary, SampledToken, Support, TopK
 from upge.term import Term
@@ -75,6 +77,8 @@ __all__ = [
     "QuestionMean",
     "Reduction",
     "Regularizer",
+    "Replay",
+    "Replayed",
     "SampledToken",
     "Schedule",
     "SequenceMean",

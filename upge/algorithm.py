@@ -27,6 +27,7 @@ from upge.guidance import Guidance
 from upge.needs import Needs, check_columns, check_groups, needs_of
 from upge.plan import Plan, plan_updates
 from upge.regularizers import Regularizer, ValueLoss
+from upge.replay import Replay
 from upge.stateful import UTILITY_SLOPE, StatefulGate, stateful_gates
 from upge.support import SampledToken, Support
 from upge.term import Term
@@ -107,6 +108,7 @@ class Algorithm:
         interleaved_update: updates by a second algorithm, made when enough prompts have been collected.
         validation: the objective on held-out prompts that a stateful gate may follow.
         guidance: which rollouts continue the beginning of a demonstration; None = none.
+        replay: which rollouts of earlier steps a step learns from again; None = none.
     """
 
     name: str
@@ -118,6 +120,7 @@ class Algorithm:
     interleaved_update: InterleavedUpdate | None = None
     validation: Algorithm | None = None
     guidance: Guidance | None = None
+    replay: Replay | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -143,6 +146,11 @@ class Algorithm:
             raise ConfigError(f"{self.name}: sampling chooses prompts by rollouts, but no term's source is rollouts")
         if self.guidance is not None:
             self._check_guidance(self.guidance)
+        for name in ("sampling", "guidance"):
+            if self.replay is not None and getattr(self, name) is not None:
+                raise ConfigError(f"{self.name}: replay does not go with {name}; remove one of them")
+        if self.replay is not None and not self.step_needs.rollouts:
+            raise ConfigError(f"{self.name}: replay repeats rollouts, but no term's source is rollouts; remove it")
 
     def _check_guidance(self, guidance: Guidance) -> None:
         """Refuse guidance of an algorithm that has no place for it."""
@@ -289,6 +297,8 @@ class Algorithm:
                 "group_size",
                 f"{path}.guidance.rollouts",
             )
+        if self.replay is not None:
+            self.replay.check_group_size(group_size, path)
         if self.guidance is not None and demonstrations == 0:
             raise ConfigError(
                 "rollouts continue demonstrations, but the data set has none; choose data with worked solutions, or "
@@ -371,7 +381,7 @@ def _check_reads_outcomes(gate: Gate, path: str) -> None:
 
 def _check_plain(algorithm: Algorithm, path: str) -> None:
     """Refuse an inner algorithm that needs what only a whole run provides."""
-    for name in ("critic", "sampling", "interleaved_update", "validation", "stateful", "guidance"):
+    for name in ("critic", "sampling", "interleaved_update", "validation", "stateful", "guidance", "replay"):
         value = getattr(algorithm, name)
         if value:
             what = f"stateful gates ({', '.join(value)})" if name == "stateful" else f"a `{name}` of its own"

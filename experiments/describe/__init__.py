@@ -109,6 +109,8 @@ def _step_needs(path: str, one: Algorithm) -> dict[str, str]:
         listed[f"{path}state: {variable}"] = f"begins at {gate.initial():g}, {moved}; logged and kept in checkpoints"
     if one.guidance is not None:
         listed[f"{path}guidance"] = one.guidance.describe()
+    if one.replay is not None:
+        listed[f"{path}replay"] = f"{one.replay.describe()}; kept in checkpoints"
     if one.sampling is not None:
         gate, rounds = one.sampling.gate.formula().text, one.sampling.rounds
         drawn = f"prompts are drawn until the batch is full of prompts with {gate}, at most {rounds} times"

@@ -46,6 +46,7 @@ from upge.components.likelihood import (
     PolicyLikelihood,
     PowerLikelihood,
     ShapedLikelihood,
+    ShapedRatio,
 )
 from upge.components.mask import (
     AllOf,
@@ -122,6 +123,7 @@ __all__ = [
     "SequenceReferencePolicy",
     "SequenceSamplerBand",
     "ShapedLikelihood",
+    "ShapedRatio",
     "Shifted",
     "SigmoidGate",
     "SignedReward",

@@ -19,6 +19,7 @@ from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.config import RunConfig
 from upge.train.distributed import World, gather_results
 from upge.train.prompt_order import demonstration_choice, held_out, least_used, mixed_indices, permutation, stream_seed
+from upge.train.replay import ReplayBuffer
 from upge.train.sample import Trajectory, assemble, has_pair, indexed, usable
 from upge.train.verdicts import StepVerdicts
 from upge.verify import Verdict
@@ -109,7 +110,9 @@ class Collector:
                     "needs; set its weight to 0, or leave the data set out"
                 )
 
-    def collect(self, step: int, stream: str = TRAIN, step_in_stage: int | None = None) -> Collection:
+    def collect(
+        self, step: int, stream: str = TRAIN, step_in_stage: int | None = None, replay: ReplayBuffer | None = None
+    ) -> Collection:
         """The trajectories of a step, metrics of their collection, and what became of the verdicts.
 
         Args:
@@ -117,6 +120,7 @@ class Collector:
             stream: TRAIN, or HELD_OUT, whose prompts are redrawn in each step: as many as a step has, or all of them if
                 there are fewer.
             step_in_stage: for schedules of guidance; None = `step`.
+            replay: takes the places of some prompts.
 
         Returns:
             The metrics are the seconds of sampling and verification on this rank ('time/rollout', 'time/verify'), with
@@ -132,6 +136,8 @@ class Collector:
         else:
             indices = self._held_out_indices(step, min(count, len(candidates)))
             seeds = ("rollout", stream, step)
+        replayed = {} if replay is None else replay.draw(step, indices)
+        indices = indices[: len(indices) - len(replayed)]
         rollouts, metrics, verdicts = Collection([], {"time/rollout": 0.0, "time/verify": 0.0})
         step_in_stage = step if step_in_stage is None else step_in_stage
         if self.needs.rollouts:
@@ -140,10 +146,48 @@ class Collector:
                 indices, redrawn = self._redrawn(indices, rollouts, step, step_in_stage)
                 rollouts, metrics = redrawn.trajectories, _sum(metrics, redrawn.metrics)
                 verdicts += redrawn.verdicts
+        if replay is not None and replayed:
+            indices, rollouts, metrics, verdicts = self._with_replayed(
+                indices, Collection(rollouts, metrics, verdicts), replayed, replay.fresh_rollouts, step, step_in_stage
+            )
         given = [t for group, index in enumerate(indices) for t in self._given(group, index, step)]
         # The sort is stable and a prompt's rollouts are in order of sampling.
         trajectories = sorted(rollouts + given, key=lambda t: (t.group, t.is_demonstration))
         return Collection(self._taught(indexed(trajectories)), metrics, verdicts)
+
+    def _with_replayed(
+        self,
+        indices: list[int],
+        fresh: Collection,
+        replayed: Mapping[int, list[Trajectory]],
+        count: int,
+        step: int,
+        step_in_stage: int,
+    ) -> tuple[list[int], list[Trajectory], dict[str, float], StepVerdicts]:
+        """Adds the replayed prompts of a step to those that it has sampled, in a seeded order.
+
+        Args:
+            indices, fresh: the examples of the other prompts, and their rollouts.
+            replayed: the replayed rollouts by example.
+            count: number of fresh rollouts in a replayed group.
+            step, step_in_stage: as for `collect`.
+
+        Returns:
+            The examples of all prompts, their rollouts, and the metrics and verdicts of both.
+        """
+        own = Collection([], {})
+        if count:
+            own = self._rollouts(list(replayed), ("rollout", "replay", step), step_in_stage, count)
+        rollouts = fresh.trajectories + [replace(t, group=t.group + len(indices)) for t in own.trajectories]
+        for group, kept in enumerate(replayed.values(), len(indices)):
+            rollouts += [replace(one, group=group) for one in kept]
+        # Shuffled, so that each of the step's updates gets replayed prompts.
+        examples = indices + list(replayed)
+        order = permutation(len(examples), stream_seed(self.config.seed, "replayed", step))
+        places = {group: place for place, group in enumerate(order)}
+        rollouts = sorted((replace(t, group=places[t.group]) for t in rollouts), key=lambda t: t.group)
+        metrics, verdicts = _sum(fresh.metrics, own.metrics), fresh.verdicts + own.verdicts
+        return [examples[group] for group in order], rollouts, metrics, verdicts
 
     def demonstrations(self, indices: Iterable[int], step: int) -> list[Trajectory]:
         """The demonstrations of these examples, one group per example; examples without one are passed over."""
@@ -240,10 +284,12 @@ class Collector:
         open_groups = {t.group for t, is_closed in zip(rollouts, closed, strict=True) if not is_closed}
         return [(group, members) for group, members in groups.items() if group in open_groups]
 
-    def _rollouts(self, indices: list[int], seeds: tuple[int | str, ...], step_in_stage: int) -> Collection:
+    def _rollouts(
+        self, indices: list[int], seeds: tuple[int | str, ...], step_in_stage: int, count: int | None = None
+    ) -> Collection:
         """All ranks' verified rollouts of these prompts, whose groups are numbered from 0, and this rank's seconds.
 
-        Each rank samples a part of the prompts.
+        Each rank samples a part of the prompts, `count` rollouts of each; None = `group_size`.
 
         Raises:
             RunError: sampling ended early on some rank.
@@ -259,7 +305,7 @@ class Collector:
         times: dict[str, float] = {}
 
         def sample() -> tuple[list[Trajectory], str]:
-            sampled = sampler.sample(examples, config.group_size, self.sampling, group_seeds, by_copy)
+            sampled = sampler.sample(examples, count or config.group_size, self.sampling, group_seeds, by_copy)
             times.update({"time/rollout": sampled.sampling_seconds, "time/verify": sampled.verifying_seconds})
             of_rank = [
                 self._rollout(indices[group], group, rollout, verdict, by_copy.get((place, copy), ()))

@@ -25,6 +25,7 @@ OF_ROLLOUTS = (
 OF_DEMONSTRATIONS = ("demonstrations_dropped_share",)
 OF_GUIDANCE = ("guidance/share", "guidance/prefix_tokens", "guidance/pass_rate")
 OF_SAMPLING = ("sampling/rounds", "sampling/prompts")
+OF_REPLAY = ("replay/size", "replay/prompts", "replay/share", "replay/age")
 OF_CRITIC = tuple(f"critic/{n}" for n in ("loss", "grad_norm", "value_mean", "return_mean", "explained_variance"))
 OF_INTERLEAVED = tuple(
     f"interleaved_update/{name}" for name in ("updates", "updates_above_limit", "remembered", "grad_norm")
@@ -45,6 +46,7 @@ def metric_names(algorithm: Algorithm) -> Iterator[str]:
     yield from OF_DEMONSTRATIONS if algorithm.step_needs.data_demonstrations else ()
     yield from OF_GUIDANCE if algorithm.guidance is not None else ()
     yield from OF_SAMPLING if algorithm.sampling is not None else ()
+    yield from OF_REPLAY if algorithm.replay is not None else ()
     yield from OF_CRITIC if algorithm.critic is not None else ()
     yield from OF_INTERLEAVED if algorithm.interleaved_update is not None else ()
     yield from (f"{term}/{name}" for term in algorithm.terms for name in OF_TERM)

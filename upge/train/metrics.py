@@ -252,12 +252,12 @@ def nonfinite(metrics: Mapping[str, float], report: UpdateReport) -> str:
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Metrics of all rollouts of a step, whether they reached the model or not; empty without rollouts.
+    """Metrics of all rollouts that a step has sampled, whether they reached the model or not; empty without rollouts.
 
     `entropy` is the mean of -log π over sampled tokens as the sampler reports them: at temperature 1 an unbiased
     estimate of the policy's token entropy (nats) on its own responses.
     """
-    rollouts = [t for t in trajectories if not t.is_demonstration]
+    rollouts = [t for t in trajectories if t.is_fresh]
     if not rollouts:
         return {}
     n, tokens = len(rollouts), sum(len(t.response_ids) - t.prefix_tokens for t in rollouts)
