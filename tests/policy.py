@@ -43,6 +43,7 @@ class Sample:
                 "demo": bool(self.batch.is_demonstration[i]),
                 "shown": self.batch.is_demonstration_token[i, :n],
                 "preference": int(self.batch.preference[i]),
+                "replayed": bool(self.batch.is_replayed[i]),
                 "finished": bool(self.batch.finished[i]),
                 "index": int(self.batch.index[i]),
             }
@@ -136,6 +137,7 @@ def sample(
         group=number // size,
         is_demonstration=is_demonstration,
         finished=number % 3 != 2,
+        is_replayed=~is_demonstration & (number % size == 1),
         behavior_logprobs=(logprobs.detach() + noise(0.25)).clamp(max=0),
         sampler_logprobs=(logprobs.detach() + noise(0.25)).clamp(max=0),
         reference_logprobs=(logprobs.detach() + noise(0.5)).clamp(max=0),

@@ -25,6 +25,8 @@ RESERVE = int(1.5 * GIB)
 #: Bytes per parameter of the tensors that torch's AdamW allocates in a step: the root of the second moments on a GPU;
 #: on a CPU also its quotient.
 ADAMW_BYTES = {"cuda": 4, "cpu": 8}
+#: Bytes of a token of a kept rollout: Python's numbers of its id and of two log-probs, and their places in tuples.
+REPLAY_BYTES = 100
 #: The batch sizes for which vLLM records CUDA graphs, up to twice the number of sequences.
 GRAPH_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
 
@@ -39,7 +41,7 @@ def estimate(
         states(config, algorithm, shapes, machine),
         tuple(_engine(config, shapes.policy, machine)) if rollouts else (),
         tuple(_update(config, shapes.policy, machine, micro_batch)),
-        tuple(_offloaded(config, shapes, machine)),
+        tuple(_offloaded(config, algorithm, shapes, machine)),
         tuple(_host(shapes, machine)) if machine.has_gpus else (),
     )
 
@@ -57,6 +59,8 @@ def states(config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, m
             moments = 8 * shapes.policy.trained // machine.ranks
             items.append(Item("policy: the interleaved update's own moments, 8 bytes per parameter", moments))
         items.append(_step(config, shapes, machine))
+    if not machine.has_gpus:
+        items += _remembered(config, algorithm, shapes, 1 / machine.ranks, 1)
     if machine.has_gpus:
         items.append(Item("reserve: context, collectives, gaps", RESERVE, is_certain=False))
     return tuple(items)
@@ -156,9 +160,38 @@ def _step(config: RunConfig, shapes: Shapes, machine: Machine) -> Item:
     )
 
 
-def _offloaded(config: RunConfig, shapes: Shapes, machine: Machine) -> Iterator[Item]:
-    """What deepspeed.offload keeps in the main memory of one machine, by DeepSpeed's estimate with its buffers."""
+def _remembered(
+    config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, share: float, ranks: int
+) -> Iterator[Item]:
+    """What stale and replayed rollouts take in the main memory.
+
+    Args:
+        share: of the parts of the weights that are counted.
+        ranks: that are counted, each with a replay buffer of its own.
+    """
+    lag, trained = config.rollout.lag, shapes.policy.trained * shapes.policy.itemsize
+    if lag and algorithm.needs.rollouts:
+        what = f"policy: trained weights before the last {lag + 1} steps (rollout.lag={lag})"
+        yield Item(what, int(share * (lag + 1) * trained))
+    replays = [stage.algorithm.replay for stage in Pipeline.of(algorithm).stages.values()]
+    size = max((replay.size for replay in replays if replay is not None), default=0)
+    if size:
+        tokens = size * (config.rollout.max_prompt_tokens + config.rollout.max_response_tokens)
+        what = f"replay: {size:,} rollouts of the greatest length, {REPLAY_BYTES} bytes per token"
+        yield Item(what, ranks * REPLAY_BYTES * tokens, is_certain=False)
+
+
+def _offloaded(
+    config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, machine: Machine
+) -> Iterator[Item]:
+    """What stays in the main memory of one machine with GPUs.
+
+    That of deepspeed.offload is DeepSpeed's estimate with its buffers.
+    """
     offload = offloaded(config, machine)
+    if machine.has_gpus:
+        share = min(machine.ranks_here / machine.ranks, 1)
+        yield from _remembered(config, algorithm, shapes, share, machine.ranks_here)
     if offload == "none":
         return
     _quiet_deepspeed()

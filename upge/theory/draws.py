@@ -201,6 +201,8 @@ def check(algorithm: Algorithm, setting: Setting, group_size: int, demonstration
         raise ConfigError(
             f"{algorithm.name}: its rollouts continue demonstrations, which are not enumerated; leave guidance out"
         )
+    if algorithm.replay is not None:
+        raise ConfigError(f"{algorithm.name}: earlier rollouts are not enumerated; leave replay out")
     if needs.demonstrations and setting.expert is None:
         raise ConfigError(f"{algorithm.name}: learns from demonstrations, but the setting has none; give `expert`")
     algorithm.check(

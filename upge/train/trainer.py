@@ -66,7 +66,7 @@ class Trainer:
         self.recorder = Recorder(parts.config, parts.train, parts.prompting, parts.folder)
         self.learners = [learner_of(parts, span, self._check_stop) for span in self.spans]
         self.sync = WeightSync(parts.sampler.engine, parts.models.policy)
-        lag = parts.config.rollout.lag
+        lag = parts.config.rollout.lag if parts.algorithm.needs.rollouts else 0
         self.earlier = EarlierWeights(parts.models.policy, lag) if lag else None
         self.state = State()
         self.alarms = AlarmMonitor(parts.config.alarms, parts.config.steps)
