@@ -41,8 +41,9 @@ def estimate(
         states(config, algorithm, shapes, machine),
         tuple(_engine(config, shapes.policy, machine)) if rollouts else (),
         tuple(_update(config, shapes.policy, machine, micro_batch)),
-        tuple(_offloaded(config, algorithm, shapes, machine)),
+        tuple(_offloaded(config, shapes, machine)),
         tuple(_host(shapes, machine)) if machine.has_gpus else (),
+        tuple(_remembered(config, algorithm, shapes, machine)) if machine.has_gpus else (),
     )
 
 
@@ -60,7 +61,7 @@ def states(config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, m
             items.append(Item("policy: the interleaved update's own moments, 8 bytes per parameter", moments))
         items.append(_step(config, shapes, machine))
     if not machine.has_gpus:
-        items += _remembered(config, algorithm, shapes, 1 / machine.ranks, 1)
+        items += _remembered(config, algorithm, shapes, machine)
     if machine.has_gpus:
         items.append(Item("reserve: context, collectives, gaps", RESERVE, is_certain=False))
     return tuple(items)
@@ -161,14 +162,11 @@ def _step(config: RunConfig, shapes: Shapes, machine: Machine) -> Item:
 
 
 def _remembered(
-    config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, share: float, ranks: int
+    config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, machine: Machine
 ) -> Iterator[Item]:
-    """What stale and replayed rollouts take in the main memory.
-
-    Args:
-        share: of the parts of the weights that are counted.
-        ranks: that are counted, each with a replay buffer of its own.
-    """
+    """What stale and replayed rollouts take in main memory: of a machine with GPUs, else of a rank."""
+    ranks = machine.ranks_here if machine.has_gpus else 1
+    share = min(ranks / machine.ranks, 1)
     lag, trained = config.rollout.lag, shapes.policy.trained * shapes.policy.itemsize
     if lag and algorithm.needs.rollouts:
         what = f"policy: trained weights before the last {lag + 1} steps (rollout.lag={lag})"
@@ -181,17 +179,9 @@ def _remembered(
         yield Item(what, ranks * REPLAY_BYTES * tokens, is_certain=False)
 
 
-def _offloaded(
-    config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, machine: Machine
-) -> Iterator[Item]:
-    """What stays in the main memory of one machine with GPUs.
-
-    That of deepspeed.offload is DeepSpeed's estimate with its buffers.
-    """
+def _offloaded(config: RunConfig, shapes: Shapes, machine: Machine) -> Iterator[Item]:
+    """What deepspeed.offload keeps in the main memory of one machine, by DeepSpeed's estimate with its buffers."""
     offload = offloaded(config, machine)
-    if machine.has_gpus:
-        share = min(machine.ranks_here / machine.ranks, 1)
-        yield from _remembered(config, algorithm, shapes, share, machine.ranks_here)
     if offload == "none":
         return
     _quiet_deepspeed()

@@ -263,7 +263,6 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     n, tokens = len(rollouts), sum(len(t.response_ids) - t.prefix_tokens for t in rollouts)
     groups, solved = {t.group for t in rollouts}, {t.group for t in rollouts if t.passed}
     sampled = [t.sampler_logprobs or () for t in rollouts]
-    failed = sum(t.status in ("timeout", "error") for t in rollouts)
     return {
         "reward/mean": sum(t.reward for t in rollouts) / n,
         "pass_rate": sum(t.passed for t in rollouts) / n,
@@ -271,7 +270,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "entropy": -sum(map(sum, sampled)) / max(sum(map(len, sampled)), 1),
         "response_length": tokens / n,
         "response_cut_share": sum(not t.finished for t in rollouts) / n,
-        "verify/failed_share": failed / n,
+        "verify/failed_share": sum(t.status in FAILED for t in rollouts) / n,
         **_of_guided(rollouts),
         **_part_means(rollouts),
         **_same_answer(rollouts),
@@ -386,6 +385,7 @@ class Recorder:
                 "detail": trajectory.detail,
                 "is_demonstration": trajectory.is_demonstration,
                 "group": trajectory.group,
+                **({"is_replayed": True} if trajectory.is_replayed else {}),
                 **({"prefix_tokens": trajectory.guiding_tokens} if trajectory.guiding_tokens else {}),
                 "tokens": len(trajectory.response_ids),
                 "finished": trajectory.finished,
