@@ -161,9 +161,7 @@ def _step(config: RunConfig, shapes: Shapes, machine: Machine) -> Item:
     )
 
 
-def _remembered(
-    config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, machine: Machine
-) -> Iterator[Item]:
+def _remembered(config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, machine: Machine) -> Iterator[Item]:
     """What stale and replayed rollouts take in main memory: of a machine with GPUs, else of a rank."""
     ranks = machine.ranks_here if machine.has_gpus else 1
     share = min(ranks / machine.ranks, 1)

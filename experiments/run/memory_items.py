@@ -90,5 +90,8 @@ class Memory:
         there = self.machine.memory / GIB
         for when, words in MOMENTS.items():
             rows.append(f"{self.total(when) / GIB:8.2f}  {'in all':<8}  {words}, of {there:.2f} GiB")
-        rows += [f"{item.bytes / GIB:8.2f}  {'host':<8}  {item.what}" for item in (*self.offloaded, *self.remembered, *self.host)]
+        rows += [
+            f"{item.bytes / GIB:8.2f}  {'host':<8}  {item.what}"
+            for item in (*self.offloaded, *self.remembered, *self.host)
+        ]
         return "\n".join(rows)
