@@ -36,9 +36,7 @@ class DynamicSampling(Correction):
         if algorithm.sampling is not None:
             raise NotApplicable("it already has `sampling`; change that by algo.sampling.KEY=VALUE")
         if algorithm.replay is not None:
-            raise NotApplicable(
-                "it replays earlier rollouts (`replay`), which cannot be sampled again; remove one of them"
-            )
+            raise NotApplicable("it replays earlier rollouts, which cannot be sampled again; remove its `replay`")
         gated = {name: replace(term, gate=ProductOf((term.gate, self.gate))) for name, term in terms.items()}
         return replace(algorithm, terms={**algorithm.terms, **gated}, sampling=self._sampling())
 

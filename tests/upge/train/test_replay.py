@@ -58,7 +58,9 @@ def kept(one: ReplayBuffer) -> dict[int, list[int]]:
 
 
 def test_successes_of_prompts_that_are_partly_solved():
-    one = after(buffer(), 0, group(0, "0000"), group(1, "0110"), group(2, "1111"), group(3, "1000"))
+    groups = group(0, "0000"), group(1, "0110"), group(2, "1111"), group(3, "1000")
+    assert buffer().entering([t for members in groups for t in members]) == [5, 6, 12]
+    one = after(buffer(), 0, *groups)
     assert kept(one) == {1: [1, 2], 3: [0]} and len(one) == 3
     after(one, 1, group(1, "0001", first=4), group(3, "1111", first=4))
     assert kept(one) == {1: [1, 2, 7]}, "a prompt that all rollouts have solved leaves"
