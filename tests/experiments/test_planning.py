@@ -220,8 +220,9 @@ def test_earlier_weights_and_kept_rollouts_are_counted_in_the_main_memory():
     copies = 4 * 2 * 1_543_714_304
     assert plain.remembered == () and [item.bytes for item in stale.remembered] == [copies]
     assert stale.host_peak - plain.host_peak == copies and "rollout.lag=3" in str(stale)
-    (item,) = expected_memory("algo=exgrpo", "model=qwen2.5-math-1.5b", "algo.replay.size=10", *EIGHT).memory.remembered
-    assert item.bytes == 8 * 10 * 2048 * 100
+    limits = ("rollout.max_prompt_tokens=100", "rollout.max_response_tokens=300", "algo.replay.size=10")
+    (item,) = expected_memory("algo=exgrpo", "model=qwen2.5-math-1.5b", *limits, *EIGHT).memory.remembered
+    assert item.bytes == 8 * 10 * 400 * 100
 
 
 def test_offloaded_states_are_counted_in_the_main_memory_of_each_machine():
