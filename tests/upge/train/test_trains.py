@@ -25,6 +25,7 @@ MORE = {
     "relift": ["algo.interleaved_update.size=2"],
     "ppo": ["optimizer.mini_batches=2"],
     "kl_cov": ["optimizer.mini_batches=2"],
+    "exgrpo": ["algo.replay.start=0"],
 }
 #: Other predictions than the policy's own, from a prompt that says more.
 _TEACHER = ["teacher.self=true", "teacher.template='{prompt} {answer} {prompt}'"]
@@ -88,6 +89,7 @@ def test_it_gets_what_it_asks_for_and_no_more(folder, name):
     assert {k for k in figures if k.startswith("state/") and "slope" not in k} == {
         f"state/{variable}" for one in ones for variable in one.stateful
     }
+    assert ("replay/size" in figures) == any(one.replay is not None for one in ones)
     assert ("sampling/rounds" in figures) == any(one.sampling is not None for one in ones)
     assert ("interleaved_update/remembered" in figures) == any(one.interleaved_update is not None for one in ones)
     assert ("stage" in figures) == isinstance(algorithm, Pipeline)
