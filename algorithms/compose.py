@@ -21,20 +21,21 @@ from upge.pipeline import Pipeline, Stage
 from upge.prompt_memory import PromptMemory
 from upge.prompt_sampling import Curriculum, DynamicSampling
 from upge.regularizers import Regularizer, ValueLoss
+from upge.replay import Replay
 from upge.term import Term
 from upge.trees import first_line, plain
 
 #: `name` is a key of inlined algorithms: `algorithms.inline` writes it.
 _COMMON = {"name", "description"}
-_KEYS = _COMMON | {"terms", "regularizers", "interleaved_update", "validation"}
-#: Optional sections that are built without further checks, with the kind of each.
+#: Keys that hold one part each, and its class.
 _OPTIONAL: dict[str, Any] = {
     "critic": ValueLoss,
     "sampling": DynamicSampling | Curriculum,
     "guidance": Guidance,
     "memory": PromptMemory,
+    "replay": Replay,
 }
-_KEYS |= _OPTIONAL.keys()
+_KEYS = _COMMON | {"terms", "regularizers", "interleaved_update", "validation", *_OPTIONAL}
 _PIPELINE_KEYS = _COMMON | {"stages"}
 _TERM_KEYS = {"source", "gate", "estimator", "reduction", "coefficient", "support"}
 _STAGE_KEYS = {"algorithm", "share", "lr_factor"}

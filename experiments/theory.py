@@ -43,9 +43,10 @@ def load(name: str, corrections: Sequence[str] = (), length: int = STEPS) -> upg
 
 
 def shipped(length: int = STEPS) -> list[upge.Algorithm]:
-    """Every algorithm that has a file, without guided rollouts and pipelines, whose stages have their own files."""
+    """Every algorithm that has a file, without guided or replayed rollouts and pipelines, whose stages have files."""
     loaded = [load(name, length=length) for name in algorithms.names()]
-    return [one for one in loaded if isinstance(one, upge.Algorithm) and one.guidance is None]
+    plain = [one for one in loaded if isinstance(one, upge.Algorithm)]
+    return [one for one in plain if one.guidance is None and one.replay is None]
 
 
 def reward(tokens: tuple[int, ...]) -> float:

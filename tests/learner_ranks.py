@@ -40,7 +40,7 @@ def mixed() -> upge.Algorithm:
 class Given:
     """A collector of trajectories that are there already: held-out ones have another seed."""
 
-    def collect(self, step: int, stream: str = "train", step_in_stage: int | None = None, prompts=None):
+    def collect(self, step: int, stream: str = "train", step_in_stage: int | None = None, prompts=None, replay=None):
         return Collection(trajectories(seed=step if stream == "train" else 50 + step), {"time/rollout": 0.0})
 
     def demonstrations(self, indices, step):

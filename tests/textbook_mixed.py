@@ -16,6 +16,7 @@ from tests.textbook import success
 
 LENGTH = 1024  # the divisor in place of a response's own length, outside a run
 GAMMA = 0.1  # of the shaping p / (p + gamma)
+BETA = 0.1  # of the shaping r / (r + beta) of the ratio on replayed rollouts
 
 
 def split(question):
@@ -81,6 +82,15 @@ def luffy(s):
             p = r["logp"].exp()
             objective = p / (p + GAMMA) if r["demo"] else ratio(r)
             losses.append(-(a * objective).sum() / LENGTH)
+    return average(losses, s)
+
+
+def exgrpo(s):
+    losses = []
+    for question in s.questions:
+        for r, a in relative(split(question)[0], std=False):
+            x = ratio(r)
+            losses.append(-(a * (x / (x + BETA) if r["replayed"] else x)).sum() / LENGTH)
     return average(losses, s)
 
 

@@ -25,6 +25,7 @@ from upge.gates import (
     PassRateBetween,
     PassRateTable,
     ProductOf,
+    Replayed,
     Schedule,
     SiblingSucceeded,
 )
@@ -43,6 +44,7 @@ from upge.prompt_sampling import (
 )
 from upge.reduction import FixedLength, QuestionMean, Reduction, SequenceMean, TokenMean
 from upge.regularizers import DivergencePenalty, EntropyBonus, KLPenalty, Regularizer, ValueLoss
+from upge.replay import Replay
 from upge.stateful import MetaGradient, StatefulGate
 from upge.support import FullVocabulary, SampledToken, Support, TopK
 from upge.term import Term
@@ -96,6 +98,8 @@ __all__ = [
     "QuestionMean",
     "Reduction",
     "Regularizer",
+    "Replay",
+    "Replayed",
     "SampledToken",
     "Schedule",
     "SequenceMean",

@@ -29,6 +29,7 @@ from upge.plan import Plan, plan_updates
 from upge.prompt_memory import PromptMemory
 from upge.prompt_sampling import Curriculum, DynamicSampling, check_reads_outcomes
 from upge.regularizers import DivergencePenalty, Regularizer, ValueLoss
+from upge.replay import Replay
 from upge.stateful import UTILITY_SLOPE, StatefulGate, stateful_gates
 from upge.support import SampledToken, Support
 from upge.term import Term
@@ -89,6 +90,7 @@ class Algorithm:
         validation: the objective on held-out prompts that a stateful gate may follow.
         guidance: which rollouts continue the beginning of a demonstration; None = none.
         memory: what is tracked of each prompt from step to step; None = nothing is remembered of prompts.
+        replay: which rollouts of earlier steps a step learns from again; None = none.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Algorithm:
     validation: Algorithm | None = None
     guidance: Guidance | None = None
     memory: PromptMemory | None = None
+    replay: Replay | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -133,6 +136,11 @@ class Algorithm:
             raise ConfigError(f"{self.name}: memory remembers rollouts, but no term's source is rollouts; remove it")
         if self.guidance is not None:
             self._check_guidance(self.guidance)
+        for name in ("sampling", "guidance", "memory"):
+            if self.replay is not None and getattr(self, name) is not None:
+                raise ConfigError(f"{self.name}: replay does not go with {name}; remove one of them")
+        if self.replay is not None and not self.step_needs.rollouts:
+            raise ConfigError(f"{self.name}: replay repeats rollouts, but no term's source is rollouts; remove it")
 
     def _check_guidance(self, guidance: Guidance) -> None:
         """Refuse guidance of an algorithm that has no place for it."""
@@ -303,6 +311,8 @@ class Algorithm:
                 "group_size",
                 f"{path}.guidance.rollouts",
             )
+        if self.replay is not None:
+            self.replay.check_group_size(group_size, path)
         if self.guidance is not None and demonstrations == 0:
             raise ConfigError(
                 "rollouts continue demonstrations, but the data set has none; choose data with worked solutions, or "
@@ -383,7 +393,7 @@ def _check_part(part: Component, path: str) -> None:
 
 def _check_plain(algorithm: Algorithm, path: str) -> None:
     """Refuse an inner algorithm that needs what only a whole run provides."""
-    for name in ("critic", "sampling", "interleaved_update", "validation", "stateful", "guidance", "memory"):
+    for name in ("critic", "sampling", "interleaved_update", "validation", "stateful", "guidance", "memory", "replay"):
         value = getattr(algorithm, name)
         if value:
             what = f"stateful gates ({', '.join(value)})" if name == "stateful" else f"a `{name}` of its own"

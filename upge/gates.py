@@ -232,6 +232,19 @@ class Finished(Gate):
 
 
 @dataclass(frozen=True)
+class Replayed(Gate):
+    """1 for rollouts that an earlier step sampled, 0 for those of this step (arXiv 2510.02245), see `upge.Replay`."""
+
+    reads: ClassVar[frozenset[str]] = frozenset({"is_replayed"})
+
+    def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B"]:
+        return batch.is_replayed.double()
+
+    def formula(self) -> Formula:
+        return Formula("1[replayed]", r"\mathbb{1}[\mathrm{replayed}]")
+
+
+@dataclass(frozen=True)
 class EntropyWeight(Gate):
     """scale·exp(sign·H) with H = the mean token entropy of the response, detached (arXiv 2506.19767).
 

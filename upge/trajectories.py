@@ -42,7 +42,8 @@ Source = Literal["rollouts", "demonstrations", "preference_pairs", "all"]
 _REQUIRED = ("response_mask", "rewards", "group")
 #: The kind of values in each column that does not hold floating-point numbers.
 _KINDS: dict[str, str] = dict.fromkeys(
-    ("response_mask", "is_demonstration_token", "is_demonstration", "is_guided", "finished"), "bool"
+    ("response_mask", "is_demonstration_token", "is_demonstration", "is_guided", "is_replayed", "finished"),
+    "bool",
 )
 _KINDS |= dict.fromkeys(("group", "preference", "index", "row"), "integer")
 _KINDS |= dict.fromkeys(("prompt_attempts", "prompt_successes", "prompt_age"), "integer")
@@ -70,6 +71,7 @@ class Trajectories(TrajectoryView):
             and that come from one; None = the tokens of expert responses only.
         is_guided: [B] True for rollouts that continue a demonstration's beginning, in the response or in the prompt;
             None = those with such tokens in the response.
+        is_replayed: [B] True for rollouts that an earlier step sampled and this one learns from again; None = none.
         behavior_logprobs: [B, T] log π_θold of the policy that generated the data; None = strictly on-policy.
         sampler_logprobs: [B, T] log-probs reported by the inference engine.
         reference_logprobs: [B, T] log-probs of the reference policy, for KL and preference pairs.
@@ -121,6 +123,7 @@ class Trajectories(TrajectoryView):
     distributions: Distributions | None = None
     is_demonstration_token: Bool[Tensor, "B T"] = None  # pyright: ignore[reportAssignmentType] - as above
     is_guided: Bool[Tensor, "B"] = None  # pyright: ignore[reportAssignmentType] - as above
+    is_replayed: Bool[Tensor, "B"] = None  # pyright: ignore[reportAssignmentType] - as above
     total_lengths: Int[Tensor, "B"] | None = None
     prompt_value: Float[Tensor, "B"] | None = None
     prompt_attempts: Int[Tensor, "B"] | None = None
@@ -142,8 +145,9 @@ class Trajectories(TrajectoryView):
                 f"response_mask: expected a bool tensor [B, T], found {mask.dtype} {list(mask.shape)}; "
                 "make it with `lengths[:, None] > torch.arange(T)`"
             )
-        if self.is_demonstration is None:
-            object.__setattr__(self, "is_demonstration", torch.zeros_like(mask[:, :1].any(dim=1)))
+        for name in ("is_demonstration", "is_replayed"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, torch.zeros_like(mask[:, :1].any(dim=1)))
         for name in TOKEN_COLUMNS + TRAJECTORY_COLUMNS:
             column = getattr(self, name)
             if column is None:

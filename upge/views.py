@@ -38,6 +38,7 @@ TRAJECTORY_COLUMNS = (
     "group",
     "is_demonstration",
     "is_guided",
+    "is_replayed",
     "finished",
     "preference",
     "index",
@@ -164,6 +165,7 @@ class TrajectoryView(TokenView):
     group: Int[Tensor, "B"]
     is_demonstration: Bool[Tensor, "B"]
     is_guided: Bool[Tensor, "B"]
+    is_replayed: Bool[Tensor, "B"]
     finished: Bool[Tensor, "B"]
     preference: Int[Tensor, "B"]
     index: Int[Tensor, "B"]

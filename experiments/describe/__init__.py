@@ -109,6 +109,8 @@ def _step_needs(path: str, one: Algorithm) -> dict[str, str]:
         listed[f"{path}state: {variable}"] = f"begins at {gate.initial():g}, {moved}; logged and kept in checkpoints"
     if one.guidance is not None:
         listed[f"{path}guidance"] = one.guidance.describe()
+    if one.replay is not None:
+        listed[f"{path}replay"] = f"{one.replay.describe()}; kept in checkpoints"
     if one.memory is not None:
         listed[f"{path}memory"] = f"of each prompt: {one.memory.describe()}; logged and kept in checkpoints"
     drawn = []

@@ -183,6 +183,8 @@ def unmeasurable(algorithm: Algorithm | Pipeline, group_size: int, exact: bool =
         return "it needs a critic's values, and a policy's folder has no critic"
     if algorithm.guidance is not None:
         return "its rollouts continue demonstrations, and only plain rollouts are measured"
+    if algorithm.replay is not None:
+        return "it replays earlier rollouts, and only fresh ones are measured"
     if algorithm.needs.teacher and not exact and not teacher:
         return "it needs a teacher; give another model with teacher.path"
     try:

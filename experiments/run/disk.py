@@ -39,6 +39,7 @@ class Disk:
         """The disk space of a run with these models, whose folder holds `existing` checkpoints."""
         checkpoint = checkpoint_bytes(shapes.policy.trained, 2 if second_moments(algorithm) else 1)
         checkpoint += checkpoint_bytes(shapes.critic.trained) if shapes.critic else 0
+        checkpoint += config.rollout.lag * shapes.policy.trained * shapes.policy.itemsize
         every, keep = config.checkpoint.every, config.checkpoint.keep
         saved = max(math.ceil(config.steps / every) if every else 1, existing + 1 if existing else 0)
         most, kept = (min(max(keep, 2), saved), min(keep, saved)) if keep else (saved, saved)
@@ -53,7 +54,8 @@ class Disk:
 
     def __str__(self) -> str:
         rows = [
-            f"{self.checkpoint / GIB:8.2f}  a checkpoint: 12 bytes per trained parameter, 8 more for second moments",
+            f"{self.checkpoint / GIB:8.2f}  a checkpoint: 12 bytes per trained parameter, 8 more for second moments, "
+            "the weights of rollout.lag steps",
             f"{self.model / GIB:8.2f}  final/" + (", and twice for best/" if self.has_best else ""),
             f"{self.peak / GIB:8.2f}  at most, with {self.most} checkpoints at one time",
         ]

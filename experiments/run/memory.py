@@ -25,6 +25,8 @@ RESERVE = int(1.5 * GIB)
 #: Bytes per parameter of the tensors that torch's AdamW allocates in a step: the root of the second moments on a GPU;
 #: on a CPU also its quotient.
 ADAMW_BYTES = {"cuda": 4, "cpu": 8}
+#: Bytes of a token of a kept rollout: Python's numbers of its id and of two log-probs, and their places in tuples.
+REPLAY_BYTES = 100
 #: The batch sizes for which vLLM records CUDA graphs, up to twice the number of sequences.
 GRAPH_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
 
@@ -41,6 +43,7 @@ def estimate(
         tuple(_update(config, shapes.policy, machine, micro_batch)),
         tuple(_offloaded(config, shapes, machine)),
         tuple(_host(shapes, machine)) if machine.has_gpus else (),
+        tuple(_remembered(config, algorithm, shapes, machine)) if machine.has_gpus else (),
     )
 
 
@@ -57,6 +60,8 @@ def states(config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, m
             moments = 8 * shapes.policy.trained // machine.ranks
             items.append(Item("policy: the interleaved update's own moments, 8 bytes per parameter", moments))
         items.append(_step(config, shapes, machine))
+    if not machine.has_gpus:
+        items += _remembered(config, algorithm, shapes, machine)
     if machine.has_gpus:
         items.append(Item("reserve: context, collectives, gaps", RESERVE, is_certain=False))
     return tuple(items)
@@ -154,6 +159,22 @@ def _step(config: RunConfig, shapes: Shapes, machine: Machine) -> Item:
     return Item(
         f"optimizer step: {each} bytes for each of {count / 1e6:,.1f} M parameters at a time", each * count, "step"
     )
+
+
+def _remembered(config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, machine: Machine) -> Iterator[Item]:
+    """What stale and replayed rollouts take in main memory: of a machine with GPUs, else of a rank."""
+    ranks = machine.ranks_here if machine.has_gpus else 1
+    share = min(ranks / machine.ranks, 1)
+    lag, trained = config.rollout.lag, shapes.policy.trained * shapes.policy.itemsize
+    if lag and algorithm.needs.rollouts:
+        what = f"policy: trained weights before the last {lag + 1} steps (rollout.lag={lag})"
+        yield Item(what, int(share * (lag + 1) * trained))
+    replays = [stage.algorithm.replay for stage in Pipeline.of(algorithm).stages.values()]
+    size = max((replay.size for replay in replays if replay is not None), default=0)
+    if size:
+        tokens = size * (config.rollout.max_prompt_tokens + config.rollout.max_response_tokens)
+        what = f"replay: {size:,} rollouts of the greatest length, {REPLAY_BYTES} bytes per token"
+        yield Item(what, ranks * REPLAY_BYTES * tokens, is_certain=False)
 
 
 def _offloaded(config: RunConfig, shapes: Shapes, machine: Machine) -> Iterator[Item]:

@@ -216,7 +216,7 @@ def _tight(memory: Memory) -> list[str]:
             )
     there = psutil.virtual_memory().total
     if machine.is_here and memory.host_peak > there:
-        largest = max((*memory.offloaded, *memory.host), key=lambda item: item.bytes)
+        largest = max((*memory.offloaded, *memory.remembered, *memory.host), key=lambda item: item.bytes)
         fix = "set deepspeed.offload=none, or take more machines" if memory.offloaded else "take more machines"
         warnings.append(
             f"this machine has {there / GIB:.1f} GiB of main memory, and {memory.host_peak / GIB:.1f} GiB are needed, "

@@ -62,6 +62,7 @@ class Memory:
         update: the forward and backward pass.
         offloaded: what is kept in the main memory of a machine with GPUs.
         host: what takes its main memory beside that; never at the same time.
+        remembered: earlier weights and rollouts that its main memory holds.
     """
 
     machine: Machine
@@ -70,11 +71,13 @@ class Memory:
     update: tuple[Item, ...]
     offloaded: tuple[Item, ...] = ()
     host: tuple[Item, ...] = ()
+    remembered: tuple[Item, ...] = ()
 
     @property
     def host_peak(self) -> int:
         """The most main memory of a machine with GPUs that is in use at the same time, in bytes."""
-        return sum(item.bytes for item in self.offloaded) + max((item.bytes for item in self.host), default=0)
+        kept = sum(item.bytes for item in (*self.offloaded, *self.remembered))
+        return kept + max((item.bytes for item in self.host), default=0)
 
     def total(self, when: Moment, certain: bool = False) -> int:
         """Bytes in use at the same time in a part of a step; with `certain`, a lower bound."""
@@ -87,5 +90,8 @@ class Memory:
         there = self.machine.memory / GIB
         for when, words in MOMENTS.items():
             rows.append(f"{self.total(when) / GIB:8.2f}  {'in all':<8}  {words}, of {there:.2f} GiB")
-        rows += [f"{item.bytes / GIB:8.2f}  {'host':<8}  {item.what}" for item in (*self.offloaded, *self.host)]
+        rows += [
+            f"{item.bytes / GIB:8.2f}  {'host':<8}  {item.what}"
+            for item in (*self.offloaded, *self.remembered, *self.host)
+        ]
         return "\n".join(rows)

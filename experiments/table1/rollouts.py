@@ -336,6 +336,16 @@ def luspo(w: World) -> Expr:
     return question_mean(w, one)
 
 
+def exgrpo(w: World) -> Expr:
+    """Â·r on fresh rollouts, Â·r/(r + 0.1) on replayed ones, r the ratio to the policy that sampled, one divisor."""
+
+    def one(row: Row, t: int, a: Expr) -> Expr:
+        r = row.ratios[t]
+        return a * (r / (r + SHAPING) if row.is_replayed else r)
+
+    return fixed_length(all_centred(w), one)
+
+
 def dro(w: World) -> Expr:
     """Token mean of Â·log π_θ - (0.05/2)·log²(π_θ/π_old)."""
     half = Rational("0.025")

@@ -212,6 +212,19 @@ def test_critic_reference_policy_and_a_second_set_of_moments_are_counted():
     assert any("interleaved update" in item.what and item.bytes == 1_543_714_304 for item in relift.states)
 
 
+def test_earlier_weights_and_kept_rollouts_are_counted_in_the_main_memory():
+    """With rollout.lag=3 four copies of the weights, of all ranks together; a replay buffer on each rank."""
+    plain, stale = (
+        expected_memory("algo=grpo", "model=qwen2.5-math-1.5b", f"rollout.lag={lag}", *EIGHT).memory for lag in (0, 3)
+    )
+    copies = 4 * 2 * 1_543_714_304
+    assert plain.remembered == () and [item.bytes for item in stale.remembered] == [copies]
+    assert stale.host_peak - plain.host_peak == copies and "rollout.lag=3" in str(stale)
+    limits = ("rollout.max_prompt_tokens=100", "rollout.max_response_tokens=300", "algo.replay.size=10")
+    (item,) = expected_memory("algo=exgrpo", "model=qwen2.5-math-1.5b", *limits, *EIGHT).memory.remembered
+    assert item.bytes == 8 * 10 * 400 * 100
+
+
 def test_offloaded_states_are_counted_in_the_main_memory_of_each_machine():
     """By DeepSpeed: 16 bytes a parameter, or 18 with the weights, and half of that again for buffers."""
     parameters = 1_543_714_304

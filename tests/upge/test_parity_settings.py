@@ -101,6 +101,7 @@ INERT = {
     ("uft", "terms.rl.estimator.advantage.baseline=group"): "batches with guided rollouts have no whole demonstrations",
     ("prefix_rft", "*.share=0.198"): "of so few tokens, no other one is dropped",
     ("prefix_rft|uft", "guidance.*"): "what the rollouts of a batch continue, before there is one",
+    ("exgrpo", "replay.*"): "which rollouts a batch repeats, before there is one",
     ("sft_then_grpo", "stages.*.lr_factor"): "what the optimizer makes of a gradient",
     ("sft_then_grpo", "stages.*.share"): "how many steps a stage has",
 }

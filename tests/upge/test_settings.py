@@ -46,6 +46,7 @@ from upge import ConfigError
         (lambda: upge.OverlongShaped(upge.GAE(), 9, buffer=0.0), ["OverlongShaped", "buffer=0.0", "(0, 1]"]),
         (lambda: upge.OverlongShaped(upge.GAE(), 9, penalty=-1.0), ["OverlongShaped", "penalty=-1.0"]),
         (lambda: upge.ShapedLikelihood(gamma=0.0), ["ShapedLikelihood.gamma", "0.0", "positive"]),
+        (lambda: upge.ShapedRatio(beta=0.0), ["ShapedRatio.beta", "0.0", "positive"]),
         (lambda: upge.GroupRelative(epsilon=-1e-6), ["GroupRelative.epsilon", "-1e-06"]),
         (lambda: upge.GroupRelative(baseline="all"), ["GroupRelative.baseline", "'all'", "rollouts"]),
         (lambda: upge.GroupRelative(normalize_std=1), ["GroupRelative.normalize_std", "bool"]),

@@ -48,6 +48,7 @@ from upge.components.likelihood import (
     PolicyLikelihood,
     PowerLikelihood,
     ShapedLikelihood,
+    ShapedRatio,
 )
 from upge.components.mask import (
     AllOf,
@@ -129,6 +130,7 @@ __all__ = [
     "SequenceReferencePolicy",
     "SequenceSamplerBand",
     "ShapedLikelihood",
+    "ShapedRatio",
     "Shifted",
     "SigmoidGate",
     "SignedReward",

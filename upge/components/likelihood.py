@@ -54,6 +54,31 @@ class ShapedLikelihood(LikelihoodGradient):
 
 
 @dataclass(frozen=True)
+class ShapedRatio(LikelihoodGradient):
+    """∇f(r) with f(r) = r/(r + β), r = π_θ/π_behavior, so f′(r) = β/(r + β)² (arXiv 2510.02245).
+
+    With `BehaviorPolicy` the factor in front of ∇log π_θ is βr/(r + β)², which is largest at r = β and never exceeds ¼.
+    So tokens that have become unlikely weigh more than those that have become likely, and no ratio can dominate.
+    """
+
+    beta: float = 0.1
+    reads: ClassVar[frozenset[str]] = RATIO_COLUMNS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.beta < math.inf:
+            raise ConfigError(f"ShapedRatio.beta: {self.beta} must be positive and finite; 0.1 is customary")
+
+    def __call__(self, batch: TokenView) -> Float[torch.Tensor, "*shape"]:
+        log_ratio, log_beta = batch.log_importance_ratio, math.log(self.beta)
+        return log_beta - 2 * torch.logaddexp(log_ratio, torch.full_like(log_ratio, log_beta))
+
+    def formula(self) -> Formula:
+        b = f"{self.beta:g}"
+        return Formula(f"{b}/(r+{b})² · ∇π_θ", rf"\frac{{{b}}}{{(r+{b})^2}}\nabla\pi_\theta")
+
+
+@dataclass(frozen=True)
 class PowerLikelihood(LikelihoodGradient):
     """f′ = π_θ^likely · (1 - π_θ)^unlikely, detached: the relative weight of likely and unlikely tokens.
 

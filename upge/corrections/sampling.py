@@ -37,6 +37,8 @@ class DynamicSampling(Correction):
         _check_learns_from_sampled(algorithm, self.gate)
         if algorithm.dynamic_sampling is not None:
             raise NotApplicable("it already has `sampling`; change that by algo.sampling.KEY=VALUE")
+        if algorithm.replay is not None:
+            raise NotApplicable("it replays earlier rollouts, which cannot be sampled again; remove its `replay`")
         gated = {name: replace(term, gate=ProductOf((term.gate, self.gate))) for name, term in terms.items()}
         sampling = self._sampling()
         if algorithm.curriculum is not None:

@@ -77,6 +77,7 @@ def random_batch(
         teacher_logprobs=(logprobs.detach() + noise(0.5)).clamp(max=-1e-3),
         score_norms=noise().abs().clamp(max=2.0),
         finished=torch.arange(b) % 3 != 2,
+        is_replayed=~is_demonstration & (torch.arange(b) % size == 1),
         preference=preference,
         step=3,
         **remembered(torch.arange(b) // size, 3),

@@ -301,6 +301,8 @@ def check(algorithm: Algorithm, setting: Setting, group_size: int, demonstration
     needs = algorithm.needs
     if algorithm.guidance is not None and setting.prefixes is None:
         raise ConfigError(f"{algorithm.name}: its rollouts continue demonstrations; give `prefixes`")
+    if algorithm.replay is not None:
+        raise ConfigError(f"{algorithm.name}: earlier rollouts are not enumerated; leave replay out")
     if needs.demonstrations and setting.expert is None:
         raise ConfigError(f"{algorithm.name}: learns from demonstrations, but the setting has none; give `expert`")
     algorithm.check(

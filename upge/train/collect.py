@@ -22,6 +22,7 @@ from upge.train.config import RunConfig
 from upge.train.distributed import World, gather_results
 from upge.train.prompt_order import demonstration_choice, held_out, least_used, mixed_indices, permutation, stream_seed
 from upge.train.prompt_records import PromptReader, effective_number
+from upge.train.replay import ReplayBuffer
 from upge.train.sample import Trajectory, assemble, has_pair, indexed, usable
 from upge.train.verdicts import StepVerdicts
 from upge.verify import Reward, Verdict
@@ -117,7 +118,12 @@ class Collector:
                 )
 
     def collect(
-        self, step: int, stream: str = TRAIN, step_in_stage: int | None = None, prompts: PromptReader | None = None
+        self,
+        step: int,
+        stream: str = TRAIN,
+        step_in_stage: int | None = None,
+        prompts: PromptReader | None = None,
+        replay: ReplayBuffer | None = None,
     ) -> Collection:
         """The trajectories of a step, metrics of their collection, and what became of the verdicts.
 
@@ -127,6 +133,7 @@ class Collector:
                 there are fewer.
             step_in_stage: for schedules of guidance; None = `step`.
             prompts: what is remembered of the prompts; None if the algorithm has no memory.
+            replay: takes the places of some prompts.
 
         Returns:
             The metrics are the seconds of sampling and verification on this rank ('time/rollout', 'time/verify'), with
@@ -144,6 +151,8 @@ class Collector:
         else:
             indices = self._held_out_indices(step, min(count, len(candidates)))
             seeds = ("rollout", stream, step)
+        replayed = {} if replay is None else replay.draw(step, indices)
+        indices = indices[: len(indices) - len(replayed)]
         rollouts, metrics, verdicts, sampled = Collection([], {"time/rollout": 0.0, "time/verify": 0.0})
         step_in_stage = step if step_in_stage is None else step_in_stage
         if self.needs.rollouts:
@@ -154,6 +163,10 @@ class Collector:
                 verdicts, sampled = verdicts + redrawn.verdicts, [*sampled, *redrawn.sampled]
         if weights is not None:
             metrics |= {"sampling/effective_prompts": effective_number(weights.values())}
+        if replay is not None and replayed:
+            own = self._beside_replayed(list(replayed), replay.fresh_rollouts, step, step_in_stage)
+            indices, rollouts = replay.joined(indices, rollouts, replayed, own.trajectories, step)
+            metrics, verdicts = _sum(metrics, own.metrics), verdicts + own.verdicts
         given = [t for group, index in enumerate(indices) for t in self._given(group, index, step)]
         given = self._remembered(given, prompts)
         # The sort is stable and a prompt's rollouts are in order of sampling.
@@ -171,6 +184,12 @@ class Collector:
         if prompts is None or not self.needs.columns & MEMORY_COLUMNS:
             return trajectories
         return [replace(one, remembered=prompts.of(one.example)) for one in trajectories]
+
+    def _beside_replayed(self, examples: list[int], count: int, step: int, step_in_stage: int) -> Collection:
+        """The `count` fresh rollouts of each of some examples whose other rollouts are replayed."""
+        if not count:
+            return Collection([], {})
+        return self._rollouts(examples, ("rollout", "replay", step), step_in_stage, None, count)
 
     def demonstrations(self, indices: Iterable[int], step: int) -> list[Trajectory]:
         """The demonstrations of these examples, one group per example; examples without one are passed over."""
@@ -281,11 +300,16 @@ class Collector:
         return [(group, members) for group, members in groups.items() if group in open_groups]
 
     def _rollouts(
-        self, indices: list[int], seeds: tuple[int | str, ...], step_in_stage: int, prompts: PromptReader | None
+        self,
+        indices: list[int],
+        seeds: tuple[int | str, ...],
+        step_in_stage: int,
+        prompts: PromptReader | None,
+        count: int | None = None,
     ) -> Collection:
         """All ranks' verified rollouts of these prompts, whose groups are numbered from 0, and this rank's seconds.
 
-        Each rank samples a part of the prompts.
+        Each rank samples a part of the prompts, `count` rollouts of each; None = `group_size`.
 
         Raises:
             RunError: sampling ended early on some rank.
@@ -301,7 +325,7 @@ class Collector:
         times: dict[str, float] = {}
 
         def sample() -> tuple[list[Trajectory], str]:
-            sampled = sampler.sample(examples, config.group_size, self.sampling, group_seeds, by_copy)
+            sampled = sampler.sample(examples, count or config.group_size, self.sampling, group_seeds, by_copy)
             times.update({"time/rollout": sampled.sampling_seconds, "time/verify": sampled.verifying_seconds})
             of_rank = [
                 self._rollout(indices[group], group, rollout, verdict, by_copy.get((place, copy), ()))

@@ -60,6 +60,10 @@ class ModelConfig(Settings):
     lora: LoraConfig = section(LoraConfig)
 
 
+#: Whose log-probs `behavior_logprobs` are where the present policy has not sampled.
+Behavior = Literal["sampling", "present"]
+
+
 @dataclass(frozen=True)
 class RolloutConfig(Settings):
     """How training rollouts are sampled."""
@@ -76,6 +80,12 @@ class RolloutConfig(Settings):
     max_sequences: int = key(0, "responses that vLLM generates at once; 0 = vLLM's default", minimum=0, limit=TOKENS)
     max_batched_tokens: int = key(
         0, "tokens that vLLM processes in a step; 0 = vLLM's default", minimum=0, limit=TOKENS
+    )
+    lag: int = key(0, "sample with the policy's weights of N steps ago; 0 = the present ones", minimum=0, limit=10_000)
+    behavior: Behavior = key(
+        "sampling",
+        "whose log-probs the denominators use on stale and replayed rollouts: sampling = the policy that sampled them; "
+        "present = the policy at the start of the step",
     )
     tensor_parallel: int = key(
         1, "consecutive ranks that share each vLLM engine; 1 = a replica on each rank", above=0, limit=4096

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -25,11 +24,13 @@ from upge.train.files import disk_errors
 from upge.train.moments import Moments, drop_gradient, gradient_norm
 from upge.train.packed_attention import choose_kernel
 from upge.train.resharding import (
+    Layout,
     deepspeed_part,
     layout,
     model_file,
     optimizer_file,
     read,
+    reading,
     reshard_states,
 )
 from upge.train.sample import TokenIds
@@ -219,6 +220,16 @@ class DeepSpeedModule:
         elements = sum(flat.numel() for flat in self._engine.optimizer.fp32_partitioned_groups_flat)
         return 4 * elements * (1 + 2 * self._moments.count)
 
+    @property
+    def zero(self) -> Any:
+        """DeepSpeed's stage 3 optimizer, with this rank's parts of the weights."""
+        return self._engine.optimizer
+
+    def layouts(self, model: Mapping[str, Any]) -> tuple[Layout, Layout]:
+        """The layouts of a checkpoint, by its model file's content, and of this run's ranks."""
+        before = layout(model["param_shapes"], int(model["dp_world_size"]))
+        return before, layout(self._engine._get_zero_param_shapes(), self.world.size)
+
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
         """Restores what `save` wrote, on any number of ranks, and returns its `state`; all ranks call it.
 
@@ -228,11 +239,11 @@ class DeepSpeedModule:
         """
         engine, zero, checkpoint = self._engine, self._engine.optimizer, folder / tag
         # DeepSpeed's own loading executes what a file says, and refuses other ranks and sub-groups.
-        with self.world.together(), _reading(checkpoint):
+        with self.world.together(), reading(checkpoint):
             model = read(model_file(checkpoint))
             part, in_use, idle = self._read_part(checkpoint, model)
         zero.checkpoint_event_prologue()
-        with _reading(checkpoint):
+        with reading(checkpoint):
             _load_trained(model["module"], engine.module)
         # AdamW's implementation follows this run's offloading, not that of the run that saved.
         present = {name: value for name, value in zero.optimizer.param_groups[0].items() if name != "params"}
@@ -248,8 +259,7 @@ class DeepSpeedModule:
     def _read_part(self, checkpoint: Path, model: Mapping[str, Any]) -> tuple[dict[str, Any], str, dict[str, Any]]:
         """This rank's part of the optimizer's state, the name of the set in use, and the idle sets."""
         rank, folder, tag = self.world.rank, checkpoint.parent, checkpoint.name
-        before = layout(model["param_shapes"], int(model["dp_world_size"]))
-        now = layout(self._engine._get_zero_param_shapes(), self.world.size)
+        before, now = self.layouts(model)
         if before.is_same(now):
             # Not mapped: AdamW would go on with these tensors, and the file may be removed.
             shard = read(optimizer_file(checkpoint, rank), mapped=False)["optimizer_state_dict"]
@@ -281,20 +291,6 @@ def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
     missing, unexpected = dst.load_state_dict(src, strict=False)
     if unexpected or trained & set(missing):
         raise KeyError(*unexpected, *missing)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Raises ModelError if the checkpoint, or the file of one, that is read inside is missing or not whole."""
-    try:
-        yield
-    except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, UnpicklingError):
-            reason = "it holds something else than tensors and plain values, which could execute code"
-        raise ModelError(
-            f"{path}: the checkpoint cannot be read ({reason}); remove it to resume from an older one"
-        ) from error
 
 
 def load_causal_lm(

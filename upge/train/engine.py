@@ -27,6 +27,7 @@ from upge.train.deepspeed_module import (
 from upge.train.deepspeed_settings import PLAIN, DeepspeedConfig, settings
 from upge.train.distributed import World
 from upge.train.files import disk_errors
+from upge.train.lag import Weights, exchanged
 from upge.train.micro_batches import Costs
 from upge.train.packed_policy import Objective, PackedPolicy, PackedValue
 from upge.train.packing import PackedBatch, pack
@@ -285,8 +286,8 @@ class SamplerState(Enum):
     """What the sampler's weights are worth.
 
     Attributes:
-        STALE: awake, with other weights than the policy's.
-        FRESH: awake, with the policy's weights.
+        STALE: awake, with other weights.
+        FRESH: awake, with the weights that were asked for.
         ASLEEP: its GPU memory is free for training; it has no weights until the next refresh.
     """
 
@@ -305,24 +306,30 @@ class WeightSync:
 
     def __init__(self, sampler: Sampler, policy: Engine) -> None:
         self.sampler, self.policy, self.state = sampler, policy, SamplerState.STALE
+        #: The weights of the last `refresh`.
+        self._weights: Weights | None = None
 
-    def refresh(self) -> float:
+    def refresh(self, weights: Weights | None = None) -> float:
         """Makes the sampler's weights those of the policy; returns the seconds it took, 0 if they were fresh.
 
         All ranks call it.
+
+        Args:
+            weights: of an earlier step; None = the present ones.
         """
-        if self.state is SamplerState.FRESH:
+        if self.state is SamplerState.FRESH and weights is self._weights:
             return 0.0
         began = time.perf_counter()
-        self.sampler.load_weights(self.policy.named_weights())
-        self.state = SamplerState.FRESH
+        with nullcontext() if weights is None else exchanged(self.policy.zero, weights):
+            self.sampler.load_weights(self.policy.named_weights())
+        self.state, self._weights = SamplerState.FRESH, weights
         return time.perf_counter() - began
 
     def restart(self) -> None:
-        """Starts the sampler's engine anew, with the policy's weights; all ranks call it."""
+        """Starts the sampler's engine anew, with the weights of the last `refresh`; all ranks call it."""
         self.sampler.restart()
         self.state = SamplerState.STALE
-        self.refresh()
+        self.refresh(self._weights)
 
     def sleep(self) -> None:
         """Frees the sampler's GPU memory for an update; the update makes the sampler's weights stale."""

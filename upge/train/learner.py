@@ -13,11 +13,13 @@ from upge.algorithm import Algorithm, InterleavedUpdate
 from upge.data import Example
 from upge.stateful import UTILITY_SLOPE, StatefulGate
 from upge.train.collect import HELD_OUT, Collector
-from upge.train.config import LearningRates, OptimizerConfig
+from upge.train.config import Behavior, LearningRates, OptimizerConfig
 from upge.train.diagnostics import NO_DIAGNOSTICS, Diagnostics
 from upge.train.engine import CriticEngine, Engine, FrozenPolicy, Teacher
+from upge.train.lag import Weights
 from upge.train.metrics import UpdateReport
 from upge.train.prompt_records import NO_DRIFT, Drift, PromptReader, Prompts, Visit, compared, drift, remember, visits
+from upge.train.replay import ReplayBuffer
 from upge.train.sample import Trajectory, assemble
 from upge.train.update import Updater
 from upge.train.verdicts import StepVerdicts
@@ -89,6 +91,8 @@ class Learner:
         collector_for: makes a collector for an algorithm; with True some examples are reserved for its validation.
         poll: called on all ranks before each forward pass until the first optimizer step of a step; raises
             `Interrupted` on all ranks to leave the step out.
+        replay: the buffer of the algorithm's `replay`; None without one.
+        behavior: whose log-probs `behavior_logprobs` are where the present policy has not sampled.
     """
 
     def __init__(
@@ -99,8 +103,11 @@ class Learner:
         examples: Sequence[Example],
         collector_for: Callable[[Algorithm, bool], Collector],
         poll: Callable[[], None] | None = None,
+        replay: ReplayBuffer | None = None,
+        behavior: Behavior = "sampling",
     ) -> None:
         self.algorithm, self.models, self.examples = algorithm, models, examples
+        self.replay, self.behavior = replay, behavior
         self.collector: Collector = collector_for(algorithm, algorithm.validation is not None)
         frozen: dict[str, Any] = {"reference": models.reference, "teacher": models.teacher}
         self.updater = Updater(models.policy, algorithm, config, models.critic, poll=poll, **frozen)
@@ -133,7 +140,7 @@ class Learner:
         if self.algorithm.memory is not None:
             prompts = PromptReader(self.algorithm.memory, memory.prompts, self.examples, step_in_stage)
         trajectories, metrics, verdicts, sampled = self.collector.collect(
-            step, step_in_stage=step_in_stage, prompts=prompts
+            step, step_in_stage=step_in_stage, prompts=prompts, replay=self.replay
         )
         if self.validation is None or not self._slope_gates(step_in_stage):
             return Collected(trajectories, None, metrics, verdicts, sampled)
@@ -148,6 +155,7 @@ class Learner:
         rates: LearningRates,
         memory: Memory,
         diagnostics: Diagnostics = NO_DIAGNOSTICS,
+        weights: Weights | None = None,
     ) -> tuple[UpdateReport, dict[str, float]]:
         """Makes the step's updates, interleaved ones included.
 
@@ -157,10 +165,17 @@ class Learner:
             memory: the algorithm's state; examples that wait for an interleaved update are added to it and taken from
                 it, and the records of the sampled prompts are updated.
             diagnostics: what to measure in the first update.
+            weights: that the step was sampled with; None = the present ones.
 
         Returns:
-            The report of the updates, and the metrics of gates, memory and interleaved updates.
+            The report of the updates, and the metrics of gates, memory, interleaved updates and the replay.
         """
+        if weights is not None:
+            held_out = None if collected.held_out is None else self._as_sampled(collected.held_out, weights)
+            own = self._as_sampled(collected.trajectories, weights)
+            collected = dataclasses.replace(collected, trajectories=own, held_out=held_out)
+        entering = [] if self.replay is None else self.replay.entering(collected.trajectories)
+        kept = self._as_sampled(collected.trajectories, None, entering)
         metrics = {f"state/{name}": value for name, value in memory.variables.items()}
         for gate in self._slope_gates(step):
             metrics[f"state/{gate.variable}_{UTILITY_SLOPE}"] = self._slope(gate, collected, step, rates, memory)
@@ -169,6 +184,9 @@ class Learner:
         report = self.updater.update(collected.trajectories, step, rates, memory.variables, diagnostics)
         if self.algorithm.memory is not None:
             metrics |= remember(self.algorithm.memory, memory.prompts, seen, step, moved)
+        if self.replay is not None:
+            self.replay.add(kept, entering, step)
+            metrics |= self.replay.metrics(collected.trajectories, step)
         if self.interleaved is None or self.algorithm.interleaved_update is None:
             return report, metrics
         reports = self._interleave(
@@ -182,6 +200,19 @@ class Learner:
         if norms:
             metrics["interleaved_update/grad_norm"] = norms[-1]
         return dataclasses.replace(report, interleaved_norms=norms, skipped=report.skipped + skipped), metrics
+
+    def _as_sampled(
+        self, trajectories: list[Trajectory], weights: Weights | None, rows: Sequence[int] | None = None
+    ) -> list[Trajectory]:
+        """The trajectories, of which `rows` carry the log-probs of the policy with `weights`, which sampled them.
+
+        They are unchanged if `behavior` asks for the present policy's. Without `rows` it is all fresh rollouts.
+        """
+        fresh = [row for row, one in enumerate(trajectories) if one.is_fresh] if rows is None else rows
+        unknown = [row for row in fresh if trajectories[row].behavior_logprobs is None]
+        if not unknown or self.behavior == "present":
+            return trajectories
+        return self.updater.filler.as_sampled(trajectories, unknown, weights)
 
     def remember(self, metrics: Mapping[str, float], step: int, memory: Memory) -> None:
         """Updates the variables of stateful gates from the metrics of the step that has just ended.

@@ -36,6 +36,7 @@ OF_CURRICULUM = ("sampling/effective_prompts",)
 OF_MEMORY = tuple(
     f"memory/{name}" for name in ("prompts", "new_share", "value_mean", "value_error", "age_mean", "drift_mean")
 )
+OF_REPLAY = ("replay/size", "replay/prompts", "replay/share", "replay/age")
 OF_CRITIC = tuple(f"critic/{n}" for n in ("loss", "grad_norm", "value_mean", "return_mean", "explained_variance"))
 OF_INTERLEAVED = tuple(
     f"interleaved_update/{name}" for name in ("updates", "updates_above_limit", "remembered", "grad_norm")
@@ -59,6 +60,7 @@ def metric_names(algorithm: Algorithm) -> Iterator[str]:
     yield from OF_SAMPLING if algorithm.dynamic_sampling is not None else ()
     yield from OF_CURRICULUM if algorithm.curriculum is not None else ()
     yield from OF_MEMORY if algorithm.memory is not None else ()
+    yield from OF_REPLAY if algorithm.replay is not None else ()
     yield from OF_CRITIC if algorithm.critic is not None else ()
     yield from OF_INTERLEAVED if algorithm.interleaved_update is not None else ()
     yield from (f"{term}/{name}" for term in algorithm.terms for name in OF_TERM)

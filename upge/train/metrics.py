@@ -253,18 +253,17 @@ def nonfinite(metrics: Mapping[str, float], report: UpdateReport) -> str:
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Metrics of all rollouts of a step, whether they reached the model or not; empty without rollouts.
+    """Metrics of all rollouts that a step has sampled, whether they reached the model or not; empty without rollouts.
 
     `entropy` is the mean of -log π over sampled tokens as the sampler reports them: at temperature 1 an unbiased
     estimate of the policy's token entropy (nats) on its own responses.
     """
-    rollouts = [t for t in trajectories if not t.is_demonstration]
+    rollouts = [t for t in trajectories if t.is_fresh]
     if not rollouts:
         return {}
     n, tokens = len(rollouts), sum(len(t.response_ids) - t.prefix_tokens for t in rollouts)
     groups, solved = {t.group for t in rollouts}, {t.group for t in rollouts if t.passed}
     sampled = [t.sampler_logprobs or () for t in rollouts]
-    failed = sum(t.status in ("timeout", "error") for t in rollouts)
     return {
         "reward/mean": sum(t.reward for t in rollouts) / n,
         "pass_rate": sum(t.passed for t in rollouts) / n,
@@ -272,7 +271,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "entropy": -sum(map(sum, sampled)) / max(sum(map(len, sampled)), 1),
         "response_length": tokens / n,
         "response_cut_share": sum(not t.finished for t in rollouts) / n,
-        "verify/failed_share": failed / n,
+        "verify/failed_share": sum(t.status in FAILED for t in rollouts) / n,
         **_of_guided(rollouts),
         **_part_means(rollouts),
         **_same_answer(rollouts),
@@ -387,6 +386,7 @@ class Recorder:
                 "detail": trajectory.detail,
                 "is_demonstration": trajectory.is_demonstration,
                 "group": trajectory.group,
+                **({"is_replayed": True} if trajectory.is_replayed else {}),
                 **({"prefix_tokens": trajectory.guiding_tokens} if trajectory.guiding_tokens else {}),
                 "tokens": len(trajectory.response_ids),
                 "finished": trajectory.finished,

@@ -1,19 +1,24 @@
-"""The parts of a run, and the state that its checkpoints hold."""
+"""The parts of a run, the state that its checkpoints hold, and the learner of each stage."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from upge.algorithm import Algorithm
 from upge.data import Example, Prompting
-from upge.pipeline import Pipeline
+from upge.data.teacher import TeacherPrompts
+from upge.pipeline import Pipeline, Span
 from upge.rollout.verified_sampling import VerifiedSampler
+from upge.train.collect import Collector
 from upge.train.config import RunConfig
 from upge.train.distributed import World
 from upge.train.folder import RunFolder
-from upge.train.learner import Memory, Models
+from upge.train.learner import Learner, Memory, Models
+from upge.train.metrics import UpdateReport
+from upge.train.replay import ReplayBuffer
 from upge.train.stopping import StopSignals
 
 
@@ -32,6 +37,20 @@ class State:
     skipped: int = 0
     skipped_in_a_row: dict[str, int] = field(default_factory=dict)
     memory: Memory | None = None
+
+    def count_skipped(self, report: UpdateReport) -> None:
+        """Counts the updates of a step whose gradient was not finite."""
+        self.skipped += report.skipped
+        norms = {"policy": report.grad_norms, "critic": report.critic_norms}
+        for kind, of_kind in (norms | {"interleaved_update": report.interleaved_norms}).items():
+            for norm in of_kind:
+                in_a_row = self.skipped_in_a_row.get(kind, 0)
+                self.skipped_in_a_row[kind] = 0 if math.isfinite(norm) else in_a_row + 1
+
+    @property
+    def most_skipped_in_a_row(self) -> int:
+        """The largest of `skipped_in_a_row`."""
+        return max(self.skipped_in_a_row.values(), default=0)
 
 
 @dataclass(frozen=True)
@@ -59,3 +78,21 @@ class Parts:
     folder: RunFolder
     world: World
     stop: StopSignals = field(default_factory=StopSignals)
+
+
+def learner_of(parts: Parts, span: Span, poll: Callable[[], None]) -> Learner:
+    """The learner of a stage; `poll` may leave a step out, as for `Learner`."""
+    config, stop_token_ids, algorithm = parts.config, parts.prompting.stop_token_ids, span.stage.algorithm
+    template = config.teacher.template
+    teacher_prompts = TeacherPrompts(parts.prompting, template) if template else None
+
+    def collector_for(one: Algorithm, reserve: bool) -> Collector:
+        own = teacher_prompts if one.step_needs.teacher else None
+        sources = parts.train, parts.sampler, stop_token_ids, parts.world, parts.weights
+        return Collector(config, one, *sources, reserve, own)
+
+    replay = None
+    if algorithm.replay is not None:
+        replay = ReplayBuffer(algorithm.replay, config.group_size, config.prompts_per_step, config.seed, parts.world)
+    behavior = config.rollout.behavior
+    return Learner(algorithm, parts.models, config.optimizer, parts.train, collector_for, poll, replay, behavior)

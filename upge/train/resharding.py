@@ -11,13 +11,17 @@ then every rank reads all of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from upge.errors import ModelError
 
 #: AdamW's state of one sub-group: `step` and the moments; empty before the first update.
 AdamState = Mapping[str, Tensor]
@@ -141,6 +145,20 @@ def read(path: Path, mapped: bool = True) -> Any:
 
     with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
         return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raises ModelError if the checkpoint, or the file of one, that is read inside is missing or not whole."""
+    try:
+        yield
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, UnpicklingError):
+            reason = "it holds something else than tensors and plain values, which could execute code"
+        raise ModelError(
+            f"{path}: the checkpoint cannot be read ({reason}); remove it to resume from an older one"
+        ) from error
 
 
 def model_file(checkpoint: Path, rank: int = 0) -> Path:

@@ -33,6 +33,9 @@ class Trajectory:
         is_demonstration: True for everything that comes from the data set.
         sampler_logprobs: of the sampled tokens, as the inference engine reported them; None for what comes from the
             data set.
+        behavior_logprobs: the trainer's log-probs of the response's tokens under the policy that sampled them; None if
+            that is the present policy.
+        sampled_step: the step, from 0, that sampled a replayed rollout; None for what is of this step.
         prefix_tokens: number of tokens of a demonstration that a rollout's response begins with.
         hint_tokens: number of tokens of a demonstration at the end of a rollout's prompt.
         remembered: what is known of its prompt from the steps before; None if no part reads it.
@@ -69,6 +72,8 @@ class Trajectory:
     prefix_tokens: int = 0
     hint_tokens: int = 0
     remembered: Remembered | None = None
+    behavior_logprobs: tuple[float, ...] | None = None
+    sampled_step: int | None = None
 
     @property
     def passed(self) -> bool:
@@ -80,6 +85,16 @@ class Trajectory:
     def summands(self) -> tuple[NamedReward, ...]:
         """The rewards that `reward` is a sum of; empty if it is the reward of one verifier."""
         return () if [one.weight for one in self.rewards] == [1.0] else self.rewards
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether an earlier step sampled it."""
+        return self.sampled_step is not None
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it is a rollout that this step sampled."""
+        return not self.is_demonstration and not self.is_replayed
 
     @property
     def guiding_tokens(self) -> int:
@@ -147,8 +162,10 @@ def assemble(trajectories: Sequence[Trajectory], step: int) -> Trajectories:
         is_demonstration=torch.tensor([t.is_demonstration for t in trajectories], dtype=torch.bool),
         is_demonstration_token=torch.arange(width) < prefixes[:, None],
         is_guided=torch.tensor([t.guiding_tokens > 0 for t in trajectories], dtype=torch.bool),
+        is_replayed=torch.tensor([t.is_replayed for t in trajectories], dtype=torch.bool),
         finished=torch.tensor([t.finished for t in trajectories], dtype=torch.bool),
-        sampler_logprobs=_sampler_column(trajectories, mask),
+        sampler_logprobs=_column([t.sampler_logprobs for t in trajectories], trajectories, mask),
+        behavior_logprobs=_column([t.behavior_logprobs for t in trajectories], trajectories, mask),
         preference=torch.tensor([t.preference for t in trajectories], dtype=torch.int64),
         step=step,
         total_lengths=lengths + hints if bool(hints.any()) else None,
@@ -183,13 +200,15 @@ def _named_rewards(trajectories: Sequence[Trajectory]) -> dict[str, dict[str, An
     return {"named_rewards": named, "reward_weights": weights[0]}
 
 
-def _sampler_column(trajectories: Sequence[Trajectory], mask: Tensor) -> Tensor | None:
-    """[B, T] log-probs of the sampler, zero for tokens of demonstrations; None if no trajectory was sampled."""
-    if all(t.sampler_logprobs is None for t in trajectories):
+def _column(
+    values: Sequence[tuple[float, ...] | None], trajectories: Sequence[Trajectory], mask: Tensor
+) -> Tensor | None:
+    """[B, T] numbers of the last tokens of some responses, zero elsewhere; None if no trajectory has them."""
+    if all(of_tokens is None for of_tokens in values):
         return None
     column = torch.zeros(mask.shape)
-    for row, trajectory in enumerate(trajectories):
-        if trajectory.sampler_logprobs is not None:
-            places = slice(trajectory.prefix_tokens, len(trajectory.response_ids))
-            column[row, places] = torch.tensor(trajectory.sampler_logprobs)
+    for row, (of_tokens, trajectory) in enumerate(zip(values, trajectories, strict=True)):
+        if of_tokens is not None:
+            end = len(trajectory.response_ids)
+            column[row, end - len(of_tokens) : end] = torch.tensor(of_tokens)
     return column

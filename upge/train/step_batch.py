@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from upge.needs import COMPUTED
 from upge.plan import Plan
 from upge.train.config import OptimizerConfig
 from upge.train.engine import CriticEngine, Engine, FrozenPolicy, OutputWeights, Teacher
+from upge.train.lag import Weights, exchanged
 from upge.train.micro_batches import distribute, naming_size
 from upge.train.packing import PackedBatch
 from upge.train.sample import TokenIds, Trajectory, assemble
@@ -37,6 +39,11 @@ class StepBatch(NamedTuple):
 
     columns: Trajectories
     trajectories: list[Trajectory]
+
+    @property
+    def carries_behavior(self) -> bool:
+        """Whether some trajectory carries the log-probs of the policy that sampled it."""
+        return any(t.behavior_logprobs is not None for t in self.trajectories)
 
     def select(self, rows: Tensor) -> StepBatch:
         """The batch of one update; its rows are numbered from 0."""
@@ -93,10 +100,9 @@ class BatchFiller:
         self.policy, self.config, self.critic, self.reference, self.poll = policy, config, critic, reference, poll
         self.teacher = teacher
         self.needs = algorithm.step_needs
-        late = (self.needs.columns & COMPUTED) - self.needs.precomputed
-        self.is_off_policy = config.mini_batches * config.epochs > 1
+        self.has_later_updates = config.mini_batches * config.epochs > 1
         #: Columns that only live parts read, asked for once it is known which trajectories contribute.
-        self.late_columns = late if self.is_off_policy else late - {_BEHAVIOR}
+        self.late_columns = (self.needs.columns & COMPUTED) - self.needs.precomputed
 
     def fill(
         self, trajectories: Sequence[Trajectory], step: int, state: Mapping[str, float] | None = None
@@ -117,15 +123,20 @@ class BatchFiller:
         """The batch of an update with all columns that the plan of its rows reads.
 
         `behavior` fills `behavior_logprobs` with the current policy's log-probs. It is False for the update in which
-        the policy is still the one that sampled.
+        the policy is still the one that sampled. If some trajectories carry those of another policy, the column is
+        filled in any case, with the current policy's for all others.
         """
-        for name in sorted(self.late_columns - (set() if behavior else {_BEHAVIOR})):
+        fills = behavior and self.has_later_updates or batch.carries_behavior
+        for name in sorted(self.late_columns - (set() if fills else {_BEHAVIOR})):
             batch = self._with_columns(batch, _rows(plan.reading(name)), {name})
         return batch
 
     def complete_any(self, batch: StepBatch, plans: Sequence[Plan]) -> StepBatch:
-        """The batch with the columns that some of several plans of its rows read, `behavior_logprobs` excepted."""
-        for name in sorted(self.late_columns - {_BEHAVIOR}):
+        """The batch with the columns that some of several plans of its rows read.
+
+        `behavior_logprobs` only if some trajectories carry those of another policy than the current one.
+        """
+        for name in sorted(self.late_columns - (set() if batch.carries_behavior else {_BEHAVIOR})):
             read = torch.stack([plan.reading(name) for plan in plans]).any(dim=0)
             batch = self._with_columns(batch, _rows(read), {name})
         return batch
@@ -162,9 +173,35 @@ class BatchFiller:
     def with_behavior(self, batch: StepBatch, logprobs: list[RowValues]) -> StepBatch:
         """The batch of the first update with the log-probs that its own forward passes gave on each rank.
 
-        Later epochs need them, and they are not computed twice. The batch is unchanged if nothing reads them.
+        Later epochs need them, and they are not computed twice. The batch is unchanged if nothing reads them, or if it
+        has them.
         """
-        return self._joined(batch, {_BEHAVIOR: logprobs}) if _BEHAVIOR in self.late_columns else batch
+        has_none = _BEHAVIOR in self.late_columns and not batch.carries_behavior
+        return self._joined(batch, {_BEHAVIOR: logprobs}) if has_none else batch
+
+    @torch.no_grad()
+    def as_sampled(
+        self, trajectories: Sequence[Trajectory], rows: Sequence[int], weights: Weights | None
+    ) -> list[Trajectory]:
+        """`trajectories` of which those at `rows` carry the log-probs of the policy with `weights`, which sampled them.
+
+        The log-probs are the trainer's. So the importance ratio measures how old the policy is, and the ratio to the
+        sampler's log-probs how far the inference engine is from the trainer.
+
+        Args:
+            trajectories, rows: the same on every rank.
+            weights: None = those of the current policy.
+        """
+        batch = StepBatch(assemble(trajectories, 0), list(trajectories))
+        with exchanged(self.policy.zero, weights):
+            computed = self._computed(batch, rows, lambda some: self.policy.forward(batch.ids(some)), self.poll)
+        filled = list(trajectories)
+        for of_rank in self.policy.world.gather(computed):
+            for some, values in of_rank:
+                for row, of_tokens in zip(some, values.tolist(), strict=True):
+                    known = tuple(of_tokens[: len(filled[row].response_ids)])
+                    filled[row] = replace(filled[row], behavior_logprobs=known)
+        return filled
 
     def current_logprobs(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
         """The current policy's log-probs of each response, [t] each and the same on every rank, by a forward pass."""
@@ -187,7 +224,11 @@ class BatchFiller:
 
     @torch.no_grad()
     def _with_columns(self, batch: StepBatch, rows: Sequence[int], names: Set[str]) -> StepBatch:
-        """`batch` with columns computed for `rows`, and zero elsewhere, where they are not read."""
+        """`batch` with columns computed for `rows`, and zero elsewhere, where they are not read.
+
+        The log-probs that trajectories carry are not computed again.
+        """
+        unknown = [row for row in rows if batch.trajectories[row].behavior_logprobs is None]
         sources: dict[str, Callable[[list[int]], Tensor]] = {
             _BEHAVIOR: lambda rows: self.policy.forward(batch.ids(rows)),
             "reference_logprobs": lambda rows: _given(self.reference).forward(batch.ids(rows)),
@@ -195,7 +236,10 @@ class BatchFiller:
             "score_norms": lambda rows: self.policy.score_norms(batch.ids(rows)),
             "values": lambda rows: _given(self.critic).forward(batch.ids(rows)),
         }
-        computed = {name: self._computed(batch, rows, sources[name], self.poll) for name in sorted(names)}
+        computed = {
+            name: self._computed(batch, unknown if name == _BEHAVIOR else rows, sources[name], self.poll)
+            for name in sorted(names)
+        }
         return self._joined(batch, computed)
 
     def _computed(
@@ -241,7 +285,8 @@ class BatchFiller:
         """`batch` with columns put together from what each rank has computed."""
         columns = {}
         for name, of_this_rank in computed.items():
-            columns[name] = torch.zeros(batch.columns.response_mask.shape)
+            known = batch.columns.behavior_logprobs if name == _BEHAVIOR else None
+            columns[name] = torch.zeros(batch.columns.response_mask.shape) if known is None else known.clone()
             for of_rank in self.policy.world.gather(of_this_rank):
                 for rows, values in of_rank:
                     columns[name][torch.tensor(rows), : values.shape[1]] = values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -12,28 +11,26 @@ from typing import Any, TypeVar
 
 import torch
 
-from upge.algorithm import Algorithm
-from upge.data.teacher import TeacherPrompts
 from upge.errors import EngineError, Interrupted, NonFiniteError, StorageError
 from upge.pipeline import Pipeline, Span
 from upge.train.alarms import AlarmMonitor
 from upge.train.checkpoint import check as check_checkpoint
 from upge.train.checkpoint import seal
-from upge.train.collect import Collector
 from upge.train.config import learning_rates
 from upge.train.engine import WeightSync
 from upge.train.files import disk_errors, read_lines
+from upge.train.lag import EarlierWeights
 from upge.train.learner import Collected, Learner, Memory
 from upge.train.metrics import (
     Recorder,
-    UpdateReport,
     dropped_demonstrations,
     nonfinite,
     rollout_metrics,
     step_metrics,
 )
-from upge.train.parts import Parts, State
+from upge.train.parts import Parts, State, learner_of
 from upge.train.prompt_order import stream_seed
+from upge.train.replay import ReplayBuffer
 from upge.train.sample import TokenIds
 from upge.train.stopping import BAD_INPUT, DONE, FAILED, NOT_FINITE, Ending
 from upge.verify.base import VerifierError
@@ -67,8 +64,10 @@ class Trainer:
         self._stopping_alarms: list[str] = []
         self.spans = [s for s in Pipeline.of(parts.algorithm).spans(parts.config.steps) if s.end > s.first]
         self.recorder = Recorder(parts.config, parts.train, parts.prompting, parts.folder)
-        self.learners = [self._learner(span) for span in self.spans]
+        self.learners = [learner_of(parts, span, self._check_stop) for span in self.spans]
         self.sync = WeightSync(parts.sampler.engine, parts.models.policy)
+        lag = parts.config.rollout.lag if parts.algorithm.needs.rollouts else 0
+        self.earlier = EarlierWeights(parts.models.policy, lag) if lag else None
         self.state = State()
         self.alarms = AlarmMonitor(parts.config.alarms, parts.config.steps)
         self.saved_step: int | None = None
@@ -91,10 +90,18 @@ class Trainer:
         self.state = State(**saved, memory=None if memory is None else Memory.restored(memory))
         if models.critic is not None:
             models.critic.load(folder.checkpoints / folder.tag(step), _CRITIC)
+        for one in self._remembering(step):
+            one.load(folder.checkpoints / folder.tag(step))
         self.saved_step = step
         self.alarms = self._alarms(step)
         if self._too_many_skipped():
             self.state.skipped_in_a_row = {}
+
+    def _remembering(self, step: int) -> list[EarlierWeights | ReplayBuffer]:
+        """What a checkpoint of `step` holds in files of its own: earlier weights, the buffer of the step's stage."""
+        of_stages = zip(self.spans, self.learners, strict=True)
+        learners = [learner for span, learner in of_stages if step < span.end] or self.learners[-1:]
+        return [one for one in (self.earlier, *(learner.replay for learner in learners[:1])) if one is not None]
 
     def run(self) -> Ending:
         """Trains to the last step, or until it is stopped; returns how it ended."""
@@ -207,7 +214,7 @@ class Trainer:
                 raise
             self._has_restarted = True
             if self.parts.world.is_main:
-                self.report_note(f"{error}; it is restarted with the present weights")
+                self.report_note(f"{error}; it is restarted with the same weights")
         self.sync.restart()
         return work()
 
@@ -241,7 +248,8 @@ class Trainer:
             return
         self._check_policy()
         trained = [models.policy] if models.critic is None else [models.policy, models.critic]
-        needed = sum(world.gather(sum(model.checkpoint_bytes for model in trained)))
+        own = sum(model.checkpoint_bytes for model in trained) + (self.earlier.bytes if self.earlier else 0)
+        needed = sum(world.gather(own))
         with world.together():
             if world.is_main:
                 folder.make_room(step, needed, self.parts.config.checkpoint.keep)
@@ -250,6 +258,8 @@ class Trainer:
             models.policy.save(folder.checkpoints, partial, asdict(self.state))
             if models.critic is not None:
                 models.critic.save(folder.checkpoints / partial, _CRITIC, {})
+            for one in self._remembering(step):
+                one.save(folder.checkpoints / partial, step)
             seal(folder.checkpoints / partial, step, world)
         except StorageError:
             shutil.rmtree(folder.checkpoints / partial, ignore_errors=True)
@@ -258,17 +268,6 @@ class Trainer:
             if world.is_main:
                 folder.settle(step, self.parts.config.checkpoint.keep)
         self.saved_step = step
-
-    def _learner(self, span: Span) -> Learner:
-        p, stop_token_ids = self.parts, self.parts.prompting.stop_token_ids
-        template = p.config.teacher.template
-        teacher_prompts = TeacherPrompts(p.prompting, template) if template else None
-
-        def collector_for(algorithm: Algorithm, reserve: bool) -> Collector:
-            own = teacher_prompts if algorithm.step_needs.teacher else None
-            return Collector(p.config, algorithm, p.train, p.sampler, stop_token_ids, p.world, p.weights, reserve, own)
-
-        return Learner(span.stage.algorithm, p.models, p.config.optimizer, p.train, collector_for, self._check_stop)
 
     def _enter_stage(self, span: Span, learner: Learner) -> Memory:
         """The memory at a stage's first step. Of the stage before only the weights remain."""
@@ -288,20 +287,24 @@ class Trainer:
         step_in_stage, memory = state.step - span.first, state.memory
         if memory is None or step_in_stage == 0:
             memory = state.memory = self._enter_stage(span, learner)
-        sync_seconds = self.sync.refresh() if learner.samples else 0.0
+        weights = None
+        if self.earlier is not None:
+            self.earlier.remember(state.step)
+            weights = self.earlier.of_sampler(state.step)
+        sync_seconds = self.sync.refresh(weights) if learner.samples else 0.0
         collected = self._sampling(lambda: learner.collect(state.step, step_in_stage, memory))
         self._check_stop()
         self.sync.sleep()
         self._check_verdicts(collected)
         rates, diagnostics = learning_rates(config, span, state.step), self.recorder.diagnostics(state.step + 1)
         start = time.perf_counter()
-        report, more = learner.update(collected, step_in_stage, rates, memory, diagnostics)
+        report, more = learner.update(collected, step_in_stage, rates, memory, diagnostics, weights)
         times = {"time/train": time.perf_counter() - start, "time/sync": sync_seconds}
         extra = more | collected.metrics | times | {"learning_rate": rates.policy or 0.0}
         if len(self.spans) > 1:
             extra["stage"] = stage + 1
         state.step += 1
-        self._count_skipped(report)
+        state.count_skipped(report)
         self._probe = min(
             (t.ids for t in collected.trajectories), key=lambda ids: len(ids[0]) + len(ids[1]), default=None
         )
@@ -361,18 +364,9 @@ class Trainer:
         if stopping := self.parts.config.stop.alarms:
             self._stopping_alarms = world.broadcast([name for name in new if name in stopping])
 
-    def _count_skipped(self, report: UpdateReport) -> None:
-        state = self.state
-        state.skipped += report.skipped
-        norms = {"policy": report.grad_norms, "critic": report.critic_norms}
-        for kind, of_kind in (norms | {"interleaved_update": report.interleaved_norms}).items():
-            for norm in of_kind:
-                in_a_row = state.skipped_in_a_row.get(kind, 0)
-                state.skipped_in_a_row[kind] = 0 if math.isfinite(norm) else in_a_row + 1
-
     def _too_many_skipped(self) -> bool:
         """True if one kind of update (policy, critic or interleaved) has failed too often in a row."""
-        return max(self.state.skipped_in_a_row.values(), default=0) >= self.parts.config.stop.nonfinite_updates
+        return self.state.most_skipped_in_a_row >= self.parts.config.stop.nonfinite_updates
 
     def _evaluate(self) -> None:
         p = self.parts

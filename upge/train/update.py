@@ -246,7 +246,7 @@ class Updater:
         for rows, micro_batch, tokens in passes:
             sums.append(MetricSums.of_tokens(tokens, len(rows), micro_batch.packed.input_ids.numel()))
             if number == 1:
-                sums.append(MetricSums.of_sampler_gap(tokens, micro_batch.of_rollouts, trajectories))
+                sums.append(_sampler_gap(micro_batch, tokens, trajectories))
             of_rollouts = micro_batch.of_rollouts & tokens.look_up(with_behavior)
             sums.append(MetricSums(off_policy=OffPolicySums.of_behavior(tokens, of_rollouts, trajectories)))
             assert tokens.logprobs is not None
@@ -303,7 +303,7 @@ class Updater:
 
         So a sampler with stale weights shows in every step.
         """
-        rollouts = [t for t in batch.trajectories if not t.is_demonstration]
+        rollouts = [t for t in batch.trajectories if t.is_fresh]
         if not rollouts:
             return []
         world = self.engine.world
@@ -315,7 +315,19 @@ class Updater:
         assert entropies is not None
         micro_batch = MicroBatch(assemble(chosen, batch.columns.step), [0], packed)
         tokens = micro_batch.with_forward(logprobs, entropies)
-        return [MetricSums.of_sampler_gap(tokens, micro_batch.of_rollouts, chosen)]
+        return [_sampler_gap(micro_batch, tokens, chosen)]
+
+
+def _sampler_gap(micro_batch: MicroBatch, tokens: PackedTokens, trajectories: Sequence[Trajectory]) -> MetricSums:
+    """How far the sampler is from the trainer on a micro-batch, both with the weights that the sampler had.
+
+    Args:
+        trajectories: of the whole batch.
+    """
+    fresh = torch.tensor([not one.is_replayed for one in trajectories], device=micro_batch.of_rollouts.device)
+    if any(one.is_fresh and one.behavior_logprobs is not None for one in trajectories):
+        tokens = replace(tokens, logprobs=tokens.behavior_logprobs)
+    return MetricSums.of_sampler_gap(tokens, micro_batch.of_rollouts & tokens.look_up(fresh), trajectories)
 
 
 def _coefficients(updates: Sequence[Update]) -> dict[str, float]:

@@ -162,6 +162,16 @@ def test_shape_of_a_token_that_the_policy_never_takes_is_one_over_gamma():
     assert close(upge.ShapedLikelihood(gamma=0.1)(trajectories([[1e-30]])).exp(), [[10.0]])
 
 
+def test_a_shaped_ratio_is_largest_at_beta():
+    """βr/(r+β)² at r = 0.05, 0.1, 1, 4: 2/9, 1/4, 10/121, 0.4/16.81; strictly on-policy r is 1."""
+    gradient = upge.UnifiedGradient(
+        upge.NoMask(), upge.BehaviorPolicy(), upge.ConstantAdvantage(1.0), upge.ShapedRatio(beta=0.1)
+    )
+    batch = trajectories([[0.01, 0.02, 0.2, 0.8]], p_old=[[0.2, 0.2, 0.2, 0.2]])
+    assert close(gradient.weight(batch), [[0.22222222, 0.25, 0.08264463, 0.02379536]])
+    assert close(gradient.weight(trajectories([[0.3, 0.9]])), [[0.08264463, 0.08264463]])
+
+
 # Advantages.
 
 DR_GRPO = {1: (0.875, -0.125), 2: (0.75, -0.25), 4: (0.5, -0.5), 7: (0.125, -0.875)}

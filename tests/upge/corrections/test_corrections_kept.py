@@ -38,6 +38,11 @@ def test_sampling_does_not_take_away_what_demonstrations_are_for(algorithm, reas
     assert all(f in said for f in [f"to {algorithm}", "sampling would replace", "file of your own", reason]), said
 
 
+def test_sampling_and_replay_do_not_go_together():
+    said = message(lambda: algorithms.load("exgrpo", corrections=["dynamic_sampling"]))
+    assert "to exgrpo" in said and "replays earlier rollouts" in said, said
+
+
 def gated(folder, gate: str) -> str:
     """grpo with another gate, as a file of a user's own."""
     text = (algorithms.FOLDER / "grpo.yaml").read_text()

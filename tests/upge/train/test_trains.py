@@ -25,6 +25,7 @@ MORE = {
     "relift": ["algo.interleaved_update.size=2"],
     "ppo": ["optimizer.mini_batches=2"],
     "kl_cov": ["optimizer.mini_batches=2"],
+    "exgrpo": ["algo.replay.start=0"],
 }
 #: Other predictions than the policy's own, from a prompt that says more.
 _TEACHER = ["teacher.self=true", "teacher.template='{prompt} {answer} {prompt}'"]
@@ -98,6 +99,7 @@ def test_it_gets_what_it_asks_for_and_no_more(folder, name):
     assert ("sampling/rounds" in figures) == any(one.dynamic_sampling is not None for one in ones)
     assert ("sampling/effective_prompts" in figures) == any(one.curriculum is not None for one in ones)
     assert ("memory/prompts" in figures) == any(one.memory is not None for one in ones)
+    assert ("replay/size" in figures) == any(one.replay is not None for one in ones)
     assert ("interleaved_update/remembered" in figures) == any(one.interleaved_update is not None for one in ones)
     assert ("stage" in figures) == isinstance(algorithm, Pipeline)
     assert ("reward/mean" in figures) == algorithm.needs.rollouts

@@ -292,6 +292,12 @@ def _(part, world):
     return per_token(world, lambda row, t: gamma / (row.p[t] + gamma) ** 2)
 
 
+@rule(components.ShapedRatio)
+def _(part, world):
+    beta = number(part.beta)
+    return per_token(world, lambda row, t: beta / (row.ratios[t] + beta) ** 2)
+
+
 @rule(components.PowerLikelihood)
 def _(part, world):
     likely, unlikely = number(part.likely), number(part.unlikely)

@@ -80,6 +80,11 @@ def _(part, world):
     return [sp.Integer(int(row.finished)) for row in world.rows]
 
 
+@rule(gates.Replayed)
+def _(part, world):
+    return [sp.Integer(int(row.is_replayed)) for row in world.rows]
+
+
 @rule(gates.EntropyWeight)
 def _(part, world):
     return [number(part.scale) * sp.exp(part.sign * mean(row.h)) for row in world.rows]

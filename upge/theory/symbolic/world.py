@@ -59,6 +59,7 @@ class Row:
         group: the number of its question.
         preference: +1 if chosen, -1 if rejected, 0 otherwise.
         finished: False for some responses, which were cut.
+        is_replayed: True for some rollouts, which an earlier step sampled.
     """
 
     index: int
@@ -77,6 +78,7 @@ class Row:
     is_demonstration: bool
     preference: int
     finished: bool
+    is_replayed: bool
 
     def __len__(self) -> int:
         return len(self.p)
@@ -160,6 +162,7 @@ class World:
         tokens = {name: tuple(column) for name, column in columns.items()}
         kind = {"is_demonstration": expert, "preference": preference, "finished": index % 3 != 1}
         more = {"u": Symbol(f"u{group}", real=True), "others": {"second": second}}
+        more |= {"is_replayed": not expert and index % 3 == 1}
         return Row(index, **tokens, **more, reward=reward, group=group, **kind)
 
     def _levels(self) -> Callable[[], Fraction]:
@@ -302,6 +305,7 @@ class World:
             group=torch.tensor([row.group for row in self.rows]),
             is_demonstration=torch.tensor([row.is_demonstration for row in self.rows]),
             finished=torch.tensor([row.finished for row in self.rows]),
+            is_replayed=torch.tensor([row.is_replayed for row in self.rows]),
             behavior_logprobs=column("q", True),
             sampler_logprobs=column("s", True),
             reference_logprobs=column("f", True),
