@@ -39,15 +39,8 @@ TRAJECTORY_COLUMNS = (
     "is_demonstration",
     "is_guided",
     "is_replayed",
-    "finished",
-    "preference",
-    "index",
-    "row",
-    "prompt_value",
-    "prompt_attempts",
-    "prompt_successes",
-    "prompt_last_pass_rate",
-    "prompt_age",
+    *("finished", "preference", "index", "row"),
+    *("prompt_value", "prompt_attempts", "prompt_successes", "prompt_last_pass_rate", "prompt_age"),
 )
 #: Those of them that come from the memory of prompts: see `upge.prompt_memory`.
 MEMORY_COLUMNS = frozenset(name for name in TRAJECTORY_COLUMNS if name.startswith("prompt_"))
@@ -61,8 +54,6 @@ LIVE_COLUMNS = frozenset({"logprobs", "entropies", "is_sampled"})
 MAY_BE_ABSENT = frozenset({"behavior_logprobs"})
 #: A rollout counts as a success above this reward, unless a run sets another one.
 PASS_THRESHOLD = 0.5
-
-
 #: The argument of a part: a `TokenView`, or a `TrajectoryView` where the part's reach or columns require it. Which of
 #: the two follows from the part's declarations, which a type cannot express.
 View = Any

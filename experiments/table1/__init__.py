@@ -16,7 +16,7 @@ import sympy as sp
 from sympy import Expr, Symbol
 
 import algorithms
-from experiments.table1 import corrections, demonstrations, rollouts
+from experiments.table1 import corrections, demonstrations, rollouts, variants
 from upge import Algorithm, Term
 from upge.errors import ConfigError
 from upge.theory.symbolic import Proof, Row, World, derive, factors, is_zero, prove, worlds
@@ -58,8 +58,8 @@ class Statement:
         return prove(algorithm, self.objective, pairs=algorithm.needs.preference_pairs)
 
 
-_ROLLOUTS = "reinforce reinforce_plus_plus rloo ppo grpo dr_grpo cispo gspo sapo gmpo opmd asymre relift dpo opd"
-_ROLLOUTS += " gdpo maxrl dppo vespo luspo dro real spo exgrpo"
+_ROLLOUTS = "reinforce reinforce_plus_plus rloo ppo grpo dr_grpo cispo gspo sapo gmpo opmd asymre relift dpo gdpo spo"
+_VARIANTS = "opd maxrl dppo vespo luspo dro real exgrpo"
 _IMITATION = "sft dft iw_sft offline_rl luffy rl_plus srft hpt hpt_offpolicy hpt_soft superrl chord_mu chord_phi amft"
 _IMITATION += " uft"
 _CORRECTIONS = "tis icepop mis mis_geometric dual_clip kl_k1 kl_k2 kl_k3 entropy kl_reward dynamic_sampling"
@@ -70,6 +70,7 @@ _NEAR = (f"terms.rl.estimator.advantage.{_LIMIT}", f"terms.rl.estimator.advantag
 _NEAR_BY_CORRECTION = (f"correction.overlong.{_LIMIT}", f"correction.overlong.{_BUFFER}")
 STATEMENTS = (
     *(Statement(name, getattr(rollouts, name)) for name in _ROLLOUTS.split()),
+    *(Statement(name, getattr(variants, name)) for name in _VARIANTS.split()),
     *(Statement(name, getattr(demonstrations, name)) for name in _IMITATION.split()),
     Statement("dapo", rollouts.dapo, _NEAR),
     Statement(
@@ -80,7 +81,7 @@ STATEMENTS = (
     Statement("srft", demonstrations.srft_offline, terms=("offline",)),
     *(Statement("dr_grpo", getattr(corrections, name), corrections=(name,)) for name in _CORRECTIONS.split()),
     Statement("dr_grpo", corrections.overlong, _NEAR_BY_CORRECTION, ("overlong",)),
-    Statement("opd", rollouts.iw_opd, corrections=("iw_opd",)),
+    Statement("opd", variants.iw_opd, corrections=("iw_opd",)),
 )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -20,12 +20,13 @@ from upge.rollout import Rollout, Sampling
 from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.config import RunConfig
 from upge.train.distributed import World, gather_results
-from upge.train.prompt_order import demonstration_choice, held_out, least_used, mixed_indices, permutation, stream_seed
+from upge.train.given import GivenTrajectories
+from upge.train.prompt_order import held_out, least_used, mixed_indices, permutation, stream_seed
 from upge.train.prompt_records import PromptReader, effective_number
 from upge.train.replay import ReplayBuffer
-from upge.train.sample import Trajectory, assemble, has_pair, indexed, usable
+from upge.train.sample import Trajectory, assemble, indexed, usable
 from upge.train.verdicts import StepVerdicts
-from upge.verify import Reward, Verdict
+from upge.verify import Verdict
 from upge.views import MEMORY_COLUMNS
 
 #: The streams of prompts: those that the steps train on, and those reserved for validation.
@@ -93,7 +94,7 @@ class Collector:
         self.needs, self.dynamic_sampling = algorithm.step_needs, algorithm.dynamic_sampling
         self.curriculum = algorithm.curriculum
         self.guidance = algorithm.guidance
-        self.rewards = {} if sampler is None else sampler.rewards
+        self.given = GivenTrajectories(config, self.needs, examples, {} if sampler is None else sampler.rewards)
         candidates = usable(examples, self.needs)
         reserved = set(held_out(len(examples), config.seed)) if reserve else set()
         self.streams = {
@@ -167,7 +168,7 @@ class Collector:
             own = self._beside_replayed(list(replayed), replay.fresh_rollouts, step, step_in_stage)
             indices, rollouts = replay.joined(indices, rollouts, replayed, own.trajectories, step)
             metrics, verdicts = _sum(metrics, own.metrics), verdicts + own.verdicts
-        given = [t for group, index in enumerate(indices) for t in self._given(group, index, step)]
+        given = [t for group, index in enumerate(indices) for t in self.given.of_prompt(group, index, step)]
         given = self._remembered(given, prompts)
         # The sort is stable and a prompt's rollouts are in order of sampling.
         trajectories = sorted(rollouts + given, key=lambda t: (t.group, t.is_demonstration))
@@ -194,7 +195,7 @@ class Collector:
     def demonstrations(self, indices: Iterable[int], step: int) -> list[Trajectory]:
         """The demonstrations of these examples, one group per example; examples without one are passed over."""
         with_demonstrations = [i for i in indices if self.examples[i].demonstrations]
-        given = [t for group, i in enumerate(with_demonstrations) for t in self._demonstrations(group, i, step)]
+        given = [t for group, i in enumerate(with_demonstrations) for t in self.given.demonstrations(group, i, step)]
         return self._taught(indexed(given))
 
     def _taught(self, trajectories: list[Trajectory]) -> list[Trajectory]:
@@ -355,28 +356,6 @@ class Collector:
         chosen = demonstrations[own % len(demonstrations)]
         return self.guidance.prefix(chosen, self.sampling.max_tokens, step, own)
 
-    def _given(self, group: int, index: int, step: int) -> list[Trajectory]:
-        """The trajectories that the data set has for a prompt.
-
-        These are its demonstrations, or a pair: the first demonstration as the chosen side, and the rejected side.
-        """
-        example = self.examples[index]
-        if self.needs.preference_pairs and example.rejected_ids is not None and has_pair(example):
-            chosen = self._demonstration(index, group, example, 0)
-            rejected = replace(chosen, response_ids=tuple(example.rejected_ids), preference=-1)
-            rejected = replace(rejected, **self._given_reward(index, best=False))
-            return [replace(chosen, preference=1), rejected]
-        return self._demonstrations(group, index, step) if self.needs.demonstrations else []
-
-    def _demonstrations(self, group: int, index: int, step: int) -> list[Trajectory]:
-        """The demonstrations of a prompt that this step uses."""
-        example, wanted = self.examples[index], self.config.data_policy.demonstrations
-        count = len(example.demonstrations)
-        if wanted == 0 or wanted >= count:
-            return [self._demonstration(index, group, example, choice) for choice in range(count)]
-        first = demonstration_choice(step, index, count, self.config.seed)
-        return [self._demonstration(index, group, example, (first + i) % count) for i in range(wanted)]
-
     def _rollout(
         self, index: int, group: int, rollout: Rollout, verdict: Verdict, prefix: tuple[int, ...]
     ) -> Trajectory:
@@ -389,7 +368,7 @@ class Collector:
             prefix_tokens=len(prefix),
             hint_tokens=len(hint),
             reward=verdict.reward,
-            rewards=verdict.rewards if (reward := self._reward(index)) is None else reward.named(verdict),
+            rewards=verdict.rewards if (reward := self.given.reward(index)) is None else reward.named(verdict),
             is_demonstration=False,
             sampler_logprobs=rollout.logprobs,
             finished=rollout.finished,
@@ -399,30 +378,6 @@ class Collector:
             pass_threshold=self.config.verify.pass_threshold,
             success=self.config.verify.success,
         )
-
-    def _demonstration(self, index: int, group: int, example: Example, choice: int) -> Trajectory:
-        return Trajectory(
-            example=index,
-            group=group,
-            prompt_ids=example.prompt_ids,
-            response_ids=tuple(example.demonstrations[choice]),
-            is_demonstration=True,
-            pass_threshold=self.config.verify.pass_threshold,
-            success=self.config.verify.success,
-            **self._given_reward(index, best=True),
-        )
-
-    def _given_reward(self, index: int, best: bool) -> dict[str, Any]:
-        """The fields `reward` and `rewards` of a right or a wrong response from the data set."""
-        reward = self._reward(index)
-        if reward is None:
-            return {"reward": float(best)}
-        verdict = reward.best() if best else reward.worst()
-        return {"reward": verdict.reward, "rewards": reward.named(verdict)}
-
-    def _reward(self, index: int) -> Reward | None:
-        """How responses to this prompt are rewarded; None if the run has no verifiers."""
-        return self.rewards.get(self.examples[index].problem.verifier or self.config.verify.verifier)
 
 
 def _sum(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:

@@ -190,7 +190,7 @@ def _succeeded(trajectories: Sequence[Trajectory]) -> Tensor | None:
     return torch.tensor([t.passed for t in trajectories], dtype=torch.bool)
 
 
-def _named_rewards(trajectories: Sequence[Trajectory]) -> dict[str, dict[str, Any]]:
+def _named_rewards(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     """The columns `named_rewards` and `reward_weights`; empty if the trajectories differ in names or weights."""
     weights = [{one.name: one.weight for one in t.rewards} for t in trajectories]
     if not weights or any(other != weights[0] for other in weights):

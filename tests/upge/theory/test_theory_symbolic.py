@@ -14,7 +14,7 @@ from sympy import Rational, exp, log, sqrt
 
 import algorithms
 import upge
-from experiments.table1 import STATEMENTS, corrections, demonstrations, rollouts, statement
+from experiments.table1 import STATEMENTS, corrections, demonstrations, rollouts, statement, variants
 from experiments.table1.rollouts import all_centred, centred, expert_mean, surrogate, token_mean
 from upge.components.base import Component, Precomputed, StabilizationMask
 from upge.reduction import Reduction
@@ -52,7 +52,7 @@ def test_every_file_has_a_statement():
 
 def test_fipo_is_compared_where_the_points_lie():
     """Both sides of its bounds on powers of later ratios are too rarely met to compare it on whole cells."""
-    proof = prove(algorithms.load("fipo"), rollouts.fipo)
+    proof = prove(algorithms.load("fipo"), variants.fipo)
     assert not proof.mismatches and proof.rounding < 1e-12 and proof.compared >= 26
 
 
@@ -74,13 +74,13 @@ def test_a_ranking_is_compared_where_the_points_lie(name, overrides):
 
     At a share of 1 all tokens within the bounds are drawn, so the draw has a symbolic form.
     """
-    proof = prove(algorithms.load(name, overrides), getattr(rollouts, name), points=30)
+    proof = prove(algorithms.load(name, overrides), getattr(variants, name), points=30)
     assert not proof.mismatches and proof.rounding < 1e-12 and proof.compared >= 26
 
 
 def test_a_random_draw_has_no_symbolic_form():
     with pytest.raises(upge.ConfigError, match="CovarianceClip: a random draw has no symbolic form; set share to 1"):
-        prove(algorithms.load("clip_cov", ["terms.rl.estimator.mask.low=-9.0"]), rollouts.clip_cov, points=3)
+        prove(algorithms.load("clip_cov", ["terms.rl.estimator.mask.low=-9.0"]), variants.clip_cov, points=3)
 
 
 # False objectives.
@@ -250,12 +250,10 @@ PARTS = [
     upge.GeometricMeanBehaviorPolicy(PLAIN, 0.1, 0.2),
     upge.ClippedReferencePolicy(0.0, 1.5),
     upge.SequenceReferencePolicy(1.0, 0.4, 3.0),
-    upge.MixedBehaviorPolicy(1.0),
-    upge.MixedBehaviorPolicy(0.3),
+    *map(upge.MixedBehaviorPolicy, (1.0, 0.3)),
     upge.PowerLikelihood(0.5, 2.0),
     upge.PowerLikelihood(0.0, 0.0),
-    upge.ShapedLikelihood(0.3),
-    upge.ShapedRatio(0.3),
+    *(part(0.3) for part in (upge.ShapedLikelihood, upge.ShapedRatio)),
     upge.GammaLikelihood((1.0, 0.5), (0.5, 1.0)),
     upge.GroupRelative(unbiased=False, baseline="group", epsilon=0.1),
     upge.LeaveOneOut(),
@@ -269,16 +267,14 @@ PARTS = [
     upge.KLShaped(PLAIN, 0.3, "k2", towards="behavior"),
     upge.GAE(0.9, 0.8, PAID),
     upge.ReturnToGo(0.7, replace(PAID, kind="k2")),
-    upge.Whitened(upge.ReturnToGo(), 0.1),
-    upge.Whitened(upge.ReturnToGo(0.7), 0.1, "rollouts"),
+    *(upge.Whitened(upge.ReturnToGo(0.7), 0.1, over) for over in ("tokens", "rollouts")),
     upge.PromptBaseline(),
     upge.OfReward("second", PLAIN),
     upge.Summed((PLAIN, upge.OfReward("second", upge.LeaveOneOut())), (2.0, -0.5)),
     upge.RewardDecoupled(upge.GroupRelative()),
     upge.Tempered(PLAIN, 3.0),
     upge.Shifted(PLAIN, 0.2),
-    upge.KLShaped(PLAIN, 0.3, "k3", True),
-    upge.KLShaped(PLAIN, 0.3, "k2"),
+    *(upge.KLShaped(PLAIN, 0.3, kind, future) for kind, future in (("k3", True), ("k2", False))),
     upge.OverlongShaped(PLAIN, 4, 0.75, 2.0),
     upge.PairwisePreference(0.7),
     upge.PassRateBetween(0.3, 0.9),
@@ -290,8 +286,7 @@ PARTS = [
     upge.SequenceMean(tokens="sum"),
     upge.QuestionMean(tokens="sum", within="kind"),
     upge.QuestionMean(within="none"),
-    upge.Finished(),
-    upge.Replayed(),
+    *(upge.Finished(), upge.Replayed()),
     *(part(target=target) for part in (upge.LogRatio, upge.TargetProbability) for target in ("teacher", "reference")),
     upge.JensenShannon(0.2),
     upge.Surprisal(),
