@@ -14,6 +14,8 @@ PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfi
 # Tests of the CPU set whose libraries are others in the CUDA set.
 STACK := $(addprefix tests/upge/train/test_,engine.py packing.py term_gradients.py learner.py attention_kernel.py lora.py \
 	elementwise.py::test_the_code_of_every_family_is_known)
+# The problems of sweep=distillation.
+TAUGHT := "data.levels=[3 numbers,4 numbers,5 numbers,3 mixed,4 mixed,5 mixed]"
 .PHONY: help env run test test-slow test-gpu-stack lint bench peers docs results
 
 help:  ## list the targets
@@ -61,6 +63,12 @@ results: env  ## regenerate docs/results.md: all sweeps of the small model and t
 	$(VENV)/bin/python -m experiments.sweep sweep=gate --docs
 	$(VENV)/bin/python -m experiments.sweep sweep=failing --docs
 	$(VENV)/bin/python -m experiments.sweep sweep=demonstrated --docs
+	$(VENV)/bin/python -m experiments.run algo=sft $(TAUGHT) data.train_size=8000 data.evaluation_size=96 data.seed=100 seed=100 \
+		steps=500 prompts_per_step=64 optimizer.lr=5e-4 optimizer.schedule=cosine optimizer.warmup_steps=10 eval.every=250 \
+		eval.samples=4 checkpoint.every=0 output=runs/teacher
+	$(VENV)/bin/python -m experiments.run algo=grpo model=runs/teacher/final $(TAUGHT) data.train_size=510 steps=40 \
+		prompts_per_step=16 group_size=8 optimizer.lr=0 eval.every=-1 checkpoint.every=0 log_rollouts=1 output=runs/teacher-samples
+	$(VENV)/bin/python -m experiments.sweep sweep=distillation --docs
 	$(VENV)/bin/python -m experiments.diagnose algos=all output=diagnoses/atlas
 	$(VENV)/bin/python -m experiments.diagnose output=diagnoses/main algos=[sft,dr_grpo,grpo,luffy,srft,hpt] data.train_size=510 \
 		"policies=[before:experiments/models/tiny,after:sweeps/main/runs/HPT/seed-0/final]" \
