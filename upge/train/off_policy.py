@@ -42,7 +42,7 @@ def quarters(
         row, column: of each token, its trajectory among `trajectories` and its index t in the response.
     """
     rows, place = row.unique(return_inverse=True)
-    lengths = torch.tensor([max(len(trajectories[r].response_ids), 1) for r in rows.tolist()])
+    lengths = torch.tensor([max(len(trajectories[r].response_ids), 1) for r in rows.tolist()], dtype=torch.long)
     return (PARTS * column // lengths[place]).clamp(max=PARTS - 1)
 
 

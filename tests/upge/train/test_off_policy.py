@@ -129,6 +129,12 @@ def test_quarters_of_a_response() -> None:
     assert quarters(row, column, trajectories()).tolist() == [0, 0, 1, 2, 0, 0, 1, PARTS - 1]
 
 
+def test_a_micro_batch_without_compared_tokens_adds_nothing() -> None:
+    none = torch.zeros(0, dtype=torch.long)
+    sums = RatioSums.of(torch.zeros(0), none, quarters(none, none, trajectories()))
+    assert not sums.metrics() and not bool(sums.tokens.any())
+
+
 @pytest.mark.parametrize("split", [[[0, 1, 2, 3, 4]], [[3, 0], [2, 4, 1]]])
 def test_the_mass_that_a_mask_removes(split: list[list[int]]) -> None:
     """PPO's clip removes r > 1.2 where Â > 0 and r < 0.8 where Â < 0; w without it is |w·Â·r|."""
