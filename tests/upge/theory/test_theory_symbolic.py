@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -45,8 +46,7 @@ def test_every_file_has_a_statement():
         assert all(stage.algorithm == algorithms.load(stage.algorithm.name) for stage in stages), name
         assert {stage.algorithm.name for stage in stages} <= stated
     stated = {name for claim in STATEMENTS for name in claim.corrections}
-    # One is on the vocabulary as well, the other chooses prompts.
-    assert stated | {"kl_full", "curriculum"} == set(algorithms.corrections())
+    assert stated | {"kl_full", "curriculum"} == set(algorithms.corrections()), "on the vocabulary; chooses prompts"
     inner = (algorithms.load("relift").interleaved_update.algorithm, algorithms.load("amft").validation)
     assert all(algorithm.terms == algorithms.load("sft").terms for algorithm in inner), "updates of their own"
 
@@ -218,8 +218,7 @@ def subclasses(kind: type) -> set[type]:
 
 
 def test_every_shipped_part_has_a_symbolic_form():
-    shipped = {kind for kind in subclasses(Component) if kind.__module__.startswith("upge.")}
-    shipped = {kind for kind in shipped if not kind.__module__.startswith("upge.theory.")}
+    shipped = {kind for kind in subclasses(Component) if re.match(r"upge\.(?!theory)", kind.__module__)}
     concrete = {kind for kind in shipped if not inspect.isabstract(kind) and not kind.__name__.startswith("_")}
     # A part that needs the whole vocabulary has no number for the sampled token alone.
     on_vocabulary = {kind for kind in concrete if kind.needs_vocabulary}
@@ -290,8 +289,7 @@ PARTS = [
     upge.QuestionMean(within="none"),
     *(upge.Finished(), upge.Replayed()),
     *(part(target=target) for part in (upge.LogRatio, upge.TargetProbability) for target in ("teacher", "reference")),
-    upge.JensenShannon(0.2),
-    upge.Surprisal(),
+    *(upge.JensenShannon(0.2), upge.Surprisal()),
     upge.PrefixWeighted(upge.LogRatio(), 0.5),
     *(upge.SiblingSucceeded(only_failed=failed) for failed in (True, False)),
     upge.KLPenalty(0.1, upge.TokenMean(), "k2"),
