@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from experiments.pretrain import build_model, build_tokenizer
+from upge.prompt_memory import Remembered
 from upge.train.sample import Trajectory, indexed
 
 
@@ -45,7 +47,8 @@ def trajectories(
     groups: int = 5, group_size: int = 4, vocabulary: int = 90, seed: int = 0, pairs: bool = False
 ) -> list[Trajectory]:
     """Rollouts and a demonstration for each group; group 0 fails altogether, group 1 succeeds altogether. With `pairs`
-    the demonstration is the chosen side of a pair, and a rejected one follows it."""
+    the demonstration is the chosen side of a pair, and a rejected one follows it. Something is remembered of each
+    prompt."""
     g = torch.Generator().manual_seed(seed)
 
     def tokens(low: int, high: int) -> tuple[int, ...]:
@@ -63,7 +66,8 @@ def trajectories(
         results.append(Trajectory(group, group, prompt, tokens(5, 25), 1.0, True, preference=int(pairs)))
         if pairs:
             results.append(Trajectory(group, group, prompt, tokens(3, 15), 0.0, True, preference=-1))
-    return indexed(results)
+    remembered = [Remembered(0.1 + 0.2 * one.group, 8, 3, 0.5, 2) for one in results]
+    return indexed(replace(one, remembered=known) for one, known in zip(results, remembered, strict=True))
 
 
 def unrounded(model: torch.nn.Module) -> None:

@@ -14,7 +14,6 @@ import torch
 from tests.compositions import by_stage, load
 from tests.models import trajectories
 from upge import Algorithm
-from upge.prompt_memory import Remembered
 from upge.train.config import LearningRates, ModelConfig, OptimizerConfig
 from upge.train.distributed import connect, leave
 from upge.train.engine import Engine
@@ -43,9 +42,6 @@ def batch_for(one: Algorithm, off_policy: bool, filled: Mapping[str, Mapping[str
     """
     pairs = one.needs.preference_pairs
     members = trajectories(pairs=pairs)
-    if one.memory is not None:
-        remembered = [Remembered(0.1 + 0.2 * t.group, 8, 3, 0.5, 2) for t in members]
-        members = [dataclasses.replace(t, remembered=r) for t, r in zip(members, remembered, strict=True)]
     wanted = one.needs.columns & {"reference_logprobs", "teacher_logprobs", "values"} | one.needs.precomputed
     wanted |= {"behavior_logprobs"} if off_policy else set()
     columns = {name: filled["pairs" if pairs else "plain"][name] for name in wanted}
