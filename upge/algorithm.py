@@ -305,20 +305,10 @@ class Algorithm:
                 f"rollouts of one prompt; set group_size to {needs.group_size} or more",
                 "group_size",
             )
-        if self.guidance is not None and (self.guidance.rollouts or 0) > group_size:
-            raise ConfigError(
-                f"{self.guidance.rollouts} is more than the {group_size} rollouts of a prompt; lower it, or raise "
-                "group_size",
-                f"{path}.guidance.rollouts",
-            )
         if self.replay is not None:
             self.replay.check_group_size(group_size, path)
-        if self.guidance is not None and demonstrations == 0:
-            raise ConfigError(
-                "rollouts continue demonstrations, but the data set has none; choose data with worked solutions, or "
-                f"set {path}.guidance=null",
-                f"{path}.guidance",
-            )
+        if self.guidance is not None:
+            self.guidance.check(group_size, demonstrations, path)
         learning = {p: s for p, s in self.sources.items() if s in ("demonstrations", "all")}
         if learning and demonstrations == 0:
             owner, source = next(iter(learning.items()))

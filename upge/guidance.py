@@ -136,6 +136,24 @@ class Guidance:
             if value is not None and value < 1:
                 raise ConfigError(f"Guidance.{name}: {value} must be at least 1; null means all")
 
+    def check(self, group_size: int, demonstrations: int | None, path: str) -> None:
+        """Check that a run can guide rollouts; the arguments are those of `Algorithm.check`.
+
+        Raises:
+            ConfigError: it cannot; the message names the key, the value and the fix.
+        """
+        if (self.rollouts or 0) > group_size:
+            raise ConfigError(
+                f"{self.rollouts} is more than the {group_size} rollouts of a prompt; lower it, or raise group_size",
+                f"{path}.guidance.rollouts",
+            )
+        if demonstrations == 0:
+            raise ConfigError(
+                "rollouts continue demonstrations, but the data set has none; choose data with worked solutions, or "
+                f"set {path}.guidance=null",
+                f"{path}.guidance",
+            )
+
     def prefix(self, demonstration: Sequence[int], limit: int, step: int, seed: int) -> tuple[int, ...]:
         """The prefix of a prompt's guided rollouts; may be empty.
 

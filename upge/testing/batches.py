@@ -53,9 +53,6 @@ def random_batch(
     correct[:size], correct[size : 2 * size] = 0.0, 1.0
     is_demonstration = torch.arange(b) % size == group_size
     correct[is_demonstration] = 1.0
-    names = sorted({"correct", "format", *rewards})
-    others = torch.Generator().manual_seed(seed + 1000)
-    named = {name: torch.randint(-1, 3, (b,), generator=others).double() / 2 for name in names}
     preference = torch.zeros(b, dtype=torch.long)
     if pairs:
         preference[torch.arange(b) % size == 0], preference[torch.arange(b) % size == 1] = 1, -1
@@ -65,7 +62,7 @@ def random_batch(
         logprobs=logprobs.requires_grad_(),
         response_mask=torch.arange(length) < lengths[:, None],
         rewards=correct,
-        named_rewards=named | {"correct": correct},
+        named_rewards=_further_rewards(seed, b, rewards) | {"correct": correct},
         reward_weights={"format": -0.5},
         group=torch.arange(b) // size * 7 + 3,
         is_demonstration=is_demonstration,
@@ -82,6 +79,12 @@ def random_batch(
         step=3,
         **remembered(torch.arange(b) // size, 3),
     )
+
+
+def _further_rewards(seed: int, b: int, names: Collection[str]) -> dict[str, Tensor]:
+    """[b] for 'correct', 'format' and each of `names`, from -1/2 to 1."""
+    g = torch.Generator().manual_seed(seed + 1000)
+    return {n: torch.randint(-1, 3, (b,), generator=g).double() / 2 for n in sorted({"correct", "format", *names})}
 
 
 def remembered(prompt: Tensor, step: int) -> dict[str, Any]:
