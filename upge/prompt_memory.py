@@ -211,3 +211,7 @@ class PromptColumns(NamedTuple):
             for name in cls._fields
         )
         return cls(*columns)
+
+    def named(self) -> dict[str, Tensor]:
+        """The columns by their names in a batch: `prompt_value` and so on."""
+        return {f"prompt_{name}": column for name, column in self._asdict().items()}

@@ -33,6 +33,7 @@ from upge.data.prompting import TOKENIZER_FILES
 from upge.errors import DataError, ModelError
 from upge.models.loading import read_config
 from upge.pipeline import Pipeline
+from upge.prompt_memory import PromptColumns, PromptRecord
 from upge.train.config import RunConfig
 from upge.trajectories import Trajectories
 
@@ -271,6 +272,8 @@ def balance(algorithm: Algorithm, group_size: int, tokens: int) -> Balance:
     right, size = group_size // 2, group_size + 1
     rewards = torch.tensor([*[1.0] * right, *[0.0] * (group_size - right), 1.0, *[0.0] * group_size, 1.0])
     places, logprobs = torch.arange(2 * size), torch.full((2 * size, tokens), math.log(PROBABILITY))
+    memory = algorithm.memory
+    new = {} if memory is None else PromptColumns.of([memory.remembered(PromptRecord(), 0)] * len(places)).named()
     batch = Trajectories(
         logprobs=logprobs,
         response_mask=torch.ones_like(logprobs, dtype=torch.bool),
@@ -288,6 +291,7 @@ def balance(algorithm: Algorithm, group_size: int, tokens: int) -> Balance:
         preference=torch.zeros_like(places),
         state=algorithm.initial_state(),
         named_rewards=dict.fromkeys(algorithm.step_needs.rewards, rewards),
+        **new,
     )
     # Leave out the kind of trajectories that the algorithm's steps do not have.
     needs = algorithm.step_needs

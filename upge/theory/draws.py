@@ -166,8 +166,7 @@ class Setting:
             columns["teacher_logprobs"] = self.teacher.token_logprobs.detach()
         if self.values is not None:
             columns["values"] = self.values.double()[space.prefix]
-        remembered = PromptColumns.of([self.remembered] * len(space))
-        return columns | {f"prompt_{name}": column for name, column in remembered._asdict().items()}
+        return columns | PromptColumns.of([self.remembered] * len(space)).named()
 
 
 class Evaluator:

@@ -180,7 +180,7 @@ def _memory_columns(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     remembered = [t.remembered for t in trajectories if t.remembered is not None]
     if len(remembered) < len(trajectories) or not trajectories:
         return {}
-    return {f"prompt_{name}": column for name, column in PromptColumns.of(remembered)._asdict().items()}
+    return PromptColumns.of(remembered).named()
 
 
 def _succeeded(trajectories: Sequence[Trajectory]) -> Tensor | None:
