@@ -6,6 +6,7 @@ import math
 import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -272,8 +273,10 @@ def balance(algorithm: Algorithm, group_size: int, tokens: int) -> Balance:
     right, size = group_size // 2, group_size + 1
     rewards = torch.tensor([*[1.0] * right, *[0.0] * (group_size - right), 1.0, *[0.0] * group_size, 1.0])
     places, logprobs = torch.arange(2 * size), torch.full((2 * size, tokens), math.log(PROBABILITY))
-    memory = algorithm.memory
-    new = {} if memory is None else PromptColumns.of([memory.remembered(PromptRecord(), 0)] * len(places)).named()
+    memory, entropies = algorithm.memory, torch.full_like(logprobs, ENTROPY)
+    new: dict[str, Any] = (
+        {} if memory is None else PromptColumns.of([memory.remembered(PromptRecord(), 0)] * len(places)).named()
+    )
     batch = Trajectories(
         logprobs=logprobs,
         response_mask=torch.ones_like(logprobs, dtype=torch.bool),
@@ -286,7 +289,7 @@ def balance(algorithm: Algorithm, group_size: int, tokens: int) -> Balance:
         reference_logprobs=logprobs,
         teacher_logprobs=logprobs,
         values=torch.zeros_like(logprobs),
-        entropies=torch.full_like(logprobs, ENTROPY),
+        entropies=entropies,
         score_norms=torch.full_like(logprobs, 2 * (1 - PROBABILITY) ** 2),
         preference=torch.zeros_like(places),
         state=algorithm.initial_state(),
@@ -296,7 +299,7 @@ def balance(algorithm: Algorithm, group_size: int, tokens: int) -> Balance:
     # Leave out the kind of trajectories that the algorithm's steps do not have.
     needs = algorithm.step_needs
     there = torch.where(batch.is_demonstration, needs.demonstrations, needs.rollouts).nonzero()[:, 0]
-    own = {"logprobs": logprobs[there], "entropies": batch.entropies[there], "row": torch.arange(len(there))}
+    own = {"logprobs": logprobs[there], "entropies": entropies[there], "row": torch.arange(len(there))}
     weights = torch.zeros(len(rewards), dtype=torch.float64)
     weights[there] = algorithm.estimate(batch.select(there, **own)).weights.double().abs().sum(dim=1)
     rows = weights.view(2, size) * 2

@@ -18,6 +18,7 @@ from upge.train.files import disk_errors
 from upge.train.prompt_order import permutation, stream_seed
 from upge.train.resharding import read, reading
 from upge.train.sample import Trajectory
+from upge.verify import NamedReward
 
 #: The buffer's file in a checkpoint.
 FILE = "replay.pt"
@@ -197,12 +198,17 @@ class ReplayBuffer:
         with self.world.together(), reading(checkpoint):
             state = read(checkpoint / FILE)
         self._has_started = state["has_started"]
-        self._prompts = {k: KeptPrompt(n, tuple(Trajectory(**t) for t in kept)) for k, n, kept in state["prompts"]}
+        self._prompts = {k: KeptPrompt(n, tuple(map(_from_plain, kept))) for k, n, kept in state["prompts"]}
 
 
 def _plain(trajectory: Trajectory) -> Mapping[str, Any]:
-    """Its fields, which are plain values."""
-    return {item.name: getattr(trajectory, item.name) for item in dataclasses.fields(trajectory)}
+    """Its fields as plain values, the only ones that a checkpoint may hold."""
+    fields = {item.name: getattr(trajectory, item.name) for item in dataclasses.fields(trajectory)}
+    return fields | {"rewards": tuple(map(tuple, trajectory.rewards))}
+
+
+def _from_plain(fields: Mapping[str, Any]) -> Trajectory:
+    return Trajectory(**{**fields, "rewards": tuple(NamedReward(*one) for one in fields["rewards"])})
 
 
 def _groups(trajectories: Sequence[Trajectory]) -> dict[int, list[int]]:

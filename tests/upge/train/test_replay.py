@@ -160,8 +160,8 @@ def full(**settings) -> ReplayBuffer:
 
 def test_replayed_prompts_join_a_step():
     model, one = FakeModel(), full()
-    actual, figures, verdicts = collector(replaying(), examples(30), model).collect(7, replay=one)
-    plain, _, _ = collector(algorithm("rollouts"), examples(30), FakeModel()).collect(7)
+    actual, figures, verdicts, _ = collector(replaying(), examples(30), model).collect(7, replay=one)
+    plain, *_ = collector(algorithm("rollouts"), examples(30), FakeModel()).collect(7)
     drawn = one.draw(7, {t.example for t in plain})
     assert len(drawn) == 2 and [len(prompts) for prompts in model.rounds] == [2, 2]
     of_groups = [[t for t in actual if t.group == g] for g in range(4)]
@@ -178,7 +178,7 @@ def test_replayed_prompts_join_a_step():
 
 def test_whole_groups_are_not_sampled():
     model, one = FakeModel(), full(keep="all", rollouts=None)
-    actual, _, _ = collector(replaying(keep="all", rollouts=None), examples(30), model).collect(7, replay=one)
+    actual, *_ = collector(replaying(keep="all", rollouts=None), examples(30), model).collect(7, replay=one)
     assert [len(prompts) for prompts in model.rounds] == [2] and sum(t.is_replayed for t in actual) == 4
     batch = assemble(actual, 0)
     assert batch.is_replayed.tolist() == [t.is_replayed for t in actual]
