@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upge.rollout import Sampler
+from upge.rollout.noise import with_rounding
 from upge.train.activations import checkpoint_activations
 from upge.train.adapter import Adapter, Weight
 from upge.train.config import CriticConfig, ModelConfig, OptimizerConfig
@@ -286,7 +287,7 @@ class SamplerState(Enum):
 
     Attributes:
         STALE: awake, with other weights than the policy's.
-        FRESH: awake, with the policy's weights.
+        FRESH: awake, with the policy's weights, rounded as the last refresh asked.
         ASLEEP: its GPU memory is free for training; it has no weights until the next refresh.
     """
 
@@ -305,24 +306,32 @@ class WeightSync:
 
     def __init__(self, sampler: Sampler, policy: Engine) -> None:
         self.sampler, self.policy, self.state = sampler, policy, SamplerState.STALE
+        #: The rounding of the last `refresh`.
+        self._bits = 0
 
-    def refresh(self) -> float:
+    def refresh(self, bits: int = 0) -> float:
         """Makes the sampler's weights those of the policy; returns the seconds it took, 0 if they were fresh.
 
         All ranks call it.
+
+        Args:
+            bits: to which weight matrices are rounded (`rollout.noise.weight_bits`); 0 = not at all.
         """
-        if self.state is SamplerState.FRESH:
+        if self.state is SamplerState.FRESH and bits == self._bits:
             return 0.0
         began = time.perf_counter()
-        self.sampler.load_weights(self.policy.named_weights())
-        self.state = SamplerState.FRESH
+        self.sampler.load_weights(with_rounding(self.policy.named_weights(), bits))
+        self.state, self._bits = SamplerState.FRESH, bits
         return time.perf_counter() - began
 
     def restart(self) -> None:
-        """Starts the sampler's engine anew, with the policy's weights; all ranks call it."""
+        """Starts the sampler's engine anew, with the policy's weights as the last `refresh` rounded them.
+
+        All ranks call it.
+        """
         self.sampler.restart()
         self.state = SamplerState.STALE
-        self.refresh()
+        self.refresh(self._bits)
 
     def sleep(self) -> None:
         """Frees the sampler's GPU memory for an update; the update makes the sampler's weights stale."""
