@@ -83,7 +83,7 @@ def test_logprobs_with_top_p_are_renormalised(top_p, expected):
 
 
 def test_bfloat16_logits_by_hand():
-    """bfloat16 keeps 8 significant bits: 5 + 1/64 and 5 - 1/64 are not among its numbers, whose steps there are 1/32."""
+    """bfloat16 keeps 8 significant bits: between 4 and 8 its numbers are multiples of 1/32, and 5 + 1/64 becomes 5."""
     logits = torch.tensor([[5.015625, 4.96875, 0.0]])
     exact, noisy = (distribution(logits, Sampling(bfloat16_logits=on))[0] for on in (False, True))
     assert torch.equal(exact, logits[0].log_softmax(-1))
