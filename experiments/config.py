@@ -126,7 +126,15 @@ def compose(arguments: Sequence[str]) -> Composed:
         raise ConfigError(f"{key}: {first_line(error)}; give it a value of its own") from error
     config = from_tree(RunConfig, whole)
     algorithm = algorithms.compose(whole["algo"], algorithms.stem(names["algo"]))
-    return Composed(names, whole, config, algorithm, (*notes, *_idle_penalties(algorithm, config)))
+    notes = (*notes, *_idle_penalties(algorithm, config), *_noise(algorithm, config))
+    return Composed(names, whole, config, algorithm, notes)
+
+
+def _noise(algorithm: Algorithm | Pipeline, config: RunConfig) -> Iterator[str]:
+    """A sentence on the noise of the sampler, if there is any."""
+    if config.rollout.noise.is_on:
+        without = "rollout.noise has no effect: the algorithm has no rollouts"
+        yield config.rollout.noise.describe() if algorithm.needs.rollouts else without
 
 
 def _idle_penalties(algorithm: Algorithm | Pipeline, config: RunConfig) -> Iterator[str]:

@@ -94,7 +94,8 @@ class Chosen:
     @property
     def remarks(self) -> list[str]:
         """Sentences on the parts of algorithms that the results do not include."""
-        sentences = []
+        noisy = self.run.rollout.noise.is_on
+        sentences = ["rollout.noise is not applied: all rollouts are of the exact policy"] if noisy else []
         for name, one in self.algorithms.items():
             if one.curriculum is not None:
                 sentences.append(f"{name}: all prompts are measured alike; its curriculum is not applied")

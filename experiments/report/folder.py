@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from experiments.grid import number
 from upge.errors import DataError, UserError
+from upge.rollout.noise import NoiseConfig
 from upge.train.files import UNREADABLE
 from upge.train.folder import check_format, step_of
 
@@ -78,7 +79,7 @@ def read_run(run_dir: str | Path) -> RunFolder:
     notes = [f"Alarm at step {one['step']}: {one['problem']}." for one in alarms if {"step", "problem"} <= set(one)]
     notes += [*of_alarms, *of_lines, *of_measured, *of_rollouts, *of_tokens, *of_drawn]
     notes += [f"Values beyond {LARGEST:g} are left out of the plots: {', '.join(sorted(large))}."] if large else []
-    notes += [*_state_of_run(config, metrics, evaluations), *of_run]
+    notes += [*_state_of_run(config, metrics, evaluations), *_noise(lines), *of_run]
     recorded = (config, config_text, run, metrics, evaluations, rollouts, rollouts_step, prompts, tokens, tokens_step)
     return RunFolder(path, *recorded, tuple(notes))
 
@@ -186,6 +187,16 @@ def _newest(folder: Path) -> tuple[int | None, tuple[dict, ...], list[str]]:
         if records:
             return step_of(path.stem), tuple(records), notes
     return None, (), notes
+
+
+def _noise(lines: list[dict]) -> list[str]:
+    """A note on the noise of the sampler, by the metrics of the last step that has any."""
+    for line in reversed(lines):
+        values = {name: number(line.get(f"noise/{name}")) for name in NoiseConfig.__dataclass_fields__}
+        if None not in values.values():
+            told = ", ".join(f"{name}={value:g}" for name, value in values.items())
+            return [f"The sampler of training rollouts differed from the trainer on purpose: rollout.noise, {told}."]
+    return []
 
 
 def _state_of_run(config: dict, metrics: tuple[dict, ...], evaluations: tuple[dict, ...]) -> list[str]:

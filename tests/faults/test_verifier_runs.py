@@ -195,7 +195,7 @@ class Broken(FakeModel):
 def test_failures_on_redrawn_prompts_count_and_are_recorded() -> None:
     """Such prompts have no signal, so dynamic sampling replaces them, and the step's trajectories hide the failures."""
     model, data = Broken(), examples(30)
-    actual, metrics, verdicts = collector(algorithm("rollouts", rounds=10), data, model).collect(0)
+    actual, metrics, verdicts, _ = collector(algorithm("rollouts", rounds=10), data, model).collect(0)
     wrong = [i for prompts in model.rounds for i in prompts if i % 3 == WRONG]
     assert {t.status for t in actual} == {"ok"} and wrong
     assert verdicts.count == 2 * metrics["sampling/prompts"] and verdicts.first_error == "broken"

@@ -25,6 +25,7 @@ class Sampling:
         max_tokens: the most tokens of a response, including the stop token.
         stop_token_ids: tokens that end a response, usually the tokenizer's end of sequence. If empty, every response
             has `max_tokens` tokens.
+        bfloat16_logits: round the logits to bfloat16 before everything else. Only the transformers engine can.
 
     Raises:
         ConfigError: a value is out of range.
@@ -34,6 +35,7 @@ class Sampling:
     top_p: float = 1.0
     max_tokens: int = 64
     stop_token_ids: tuple[int, ...] = ()
+    bfloat16_logits: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -55,8 +57,8 @@ class Rollout:
 
     Attributes:
         token_ids: the response's tokens, including the stop token if there is one.
-        logprobs: natural log of the probability with which each token was drawn, after temperature and top_p. Greedy
-            rollouts have the log-probabilities at temperature 1.
+        logprobs: natural log of the probability with which each token was drawn, after temperature and top_p: it is
+            renormalised over the tokens that top_p leaves. Greedy rollouts have the log-probabilities at temperature 1.
         finished: True if the response ends with a stop token, False if it was cut at `max_tokens`.
     """
 

@@ -215,7 +215,7 @@ class _Draw:
 
 def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Log-probabilities [B, V] of the sampling distribution in float32; at temperature 0, those of temperature 1."""
-    logits = logits.float()
+    logits = (logits.bfloat16() if sampling.bfloat16_logits else logits).float()
     if sampling.temperature == 0:
         return logits.log_softmax(dim=-1)
     logits = logits / sampling.temperature

@@ -149,6 +149,15 @@ class VLLMSampler(Sampler):
             options["kv_cache_memory_bytes"] = size
         return options
 
+    def check(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seeds: Sequence[int]) -> None:
+        if sampling.bfloat16_logits:
+            raise ConfigError(
+                "found true, but vLLM does not round logits; set rollout.engine=transformers, or "
+                "rollout.noise.bfloat16_logits=false",
+                "rollout.noise.bfloat16_logits",
+            )
+        super().check(prompts, n, sampling, seeds)
+
     def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived, poll: Poll) -> None:
         # Each response is a request with its own seed: with n > 1, vLLM would use consecutive seeds. Seeds per request
         # take 5 to 10 % of the speed (1M parameters, 256 sequences, one thread).

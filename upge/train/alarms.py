@@ -69,10 +69,10 @@ def _sampler_drift(metrics: Metrics, limits: AlarmConfig) -> str | None:
     largest = metrics.get("sampler/logprob_diff_max")
     if largest is None or largest <= limits.sampler_drift:
         return None
-    return (
-        f"log-probs of sampler and trainer differ by up to {largest:.3g}; check precision and engine "
-        "(`upge doctor`), or correct for it with correction=tis"
-    )
+    what = f"log-probs of sampler and trainer differ by up to {largest:.3g}"
+    if "noise/top_p" in metrics:
+        return f"{what}, with rollout.noise; weaken it, or correct for it with correction=tis"
+    return f"{what}; check precision and engine (`upge doctor`), or correct for it with correction=tis"
 
 
 def _entropy(metrics: Metrics, limits: AlarmConfig) -> str | None:

@@ -85,12 +85,9 @@ class Collector:
     ) -> None:
         self.teacher_prompts = teacher_prompts
         self.config, self.examples, self.world, self.sampler = config, examples, world, sampler
-        # Training rollouts use top_p=1: the trainer's log-probs are of the full distribution at this temperature.
-        self.sampling = Sampling(
-            temperature=config.rollout.temperature,
-            max_tokens=config.rollout.max_response_tokens,
-            stop_token_ids=stop_token_ids,
-        )
+        # Without noise top_p is 1: the trainer's log-probs are of the full distribution at this temperature.
+        noise, limits = config.rollout.noise, (config.rollout.max_response_tokens, stop_token_ids)
+        self.sampling = Sampling(config.rollout.temperature, noise.top_p, *limits, noise.bfloat16_logits)
         self.needs, self.dynamic_sampling = algorithm.step_needs, algorithm.dynamic_sampling
         self.curriculum = algorithm.curriculum
         self.guidance = algorithm.guidance

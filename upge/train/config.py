@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from upge.config import Settings, key, section
 from upge.errors import ConfigError, nearest
 from upge.pipeline import Span
+from upge.rollout.noise import NoiseConfig
 from upge.train.alarms import ALARMS, AlarmConfig
 from upge.train.deepspeed_settings import DeepspeedConfig
 from upge.verify.base import LONGEST_TIME, MOST_MEMORY, MOST_WORKERS, WORKERS_PER_CORE
@@ -90,9 +91,16 @@ class RolloutConfig(Settings):
     tensor_parallel: int = key(
         1, "consecutive ranks that share each vLLM engine; 1 = a replica on each rank", above=0, limit=4096
     )
+    noise: NoiseConfig = section(NoiseConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.noise.bfloat16_logits and self.engine != "transformers":
+            raise ConfigError(
+                f"found true with rollout.engine={self.engine}, but vLLM does not round logits; set "
+                "rollout.engine=transformers, or rollout.noise.bfloat16_logits=false",
+                "noise.bfloat16_logits",
+            )
         if self.tensor_parallel > 1 and self.engine == "transformers":
             raise ConfigError(
                 f"found {self.tensor_parallel}, but only vLLM divides an engine over ranks; set rollout.engine=vllm, "

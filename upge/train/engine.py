@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upge.rollout import Sampler
+from upge.rollout.noise import with_rounding
 from upge.train.activations import checkpoint_activations
 from upge.train.adapter import Adapter, Weight
 from upge.train.config import CriticConfig, ModelConfig, OptimizerConfig
@@ -287,7 +288,7 @@ class SamplerState(Enum):
 
     Attributes:
         STALE: awake, with other weights.
-        FRESH: awake, with the weights that were asked for.
+        FRESH: awake, with the weights that were asked for, rounded as the last refresh asked.
         ASLEEP: its GPU memory is free for training; it has no weights until the next refresh.
     """
 
@@ -306,30 +307,32 @@ class WeightSync:
 
     def __init__(self, sampler: Sampler, policy: Engine) -> None:
         self.sampler, self.policy, self.state = sampler, policy, SamplerState.STALE
-        #: The weights of the last `refresh`.
+        #: The weights and the rounding of the last `refresh`.
         self._weights: Weights | None = None
+        self._bits = 0
 
-    def refresh(self, weights: Weights | None = None) -> float:
+    def refresh(self, weights: Weights | None = None, bits: int = 0) -> float:
         """Makes the sampler's weights those of the policy; returns the seconds it took, 0 if they were fresh.
 
         All ranks call it.
 
         Args:
             weights: of an earlier step; None = the present ones.
+            bits: to which weight matrices are rounded (`rollout.noise.weight_bits`); 0 = not at all.
         """
-        if self.state is SamplerState.FRESH and weights is self._weights:
+        if self.state is SamplerState.FRESH and weights is self._weights and bits == self._bits:
             return 0.0
         began = time.perf_counter()
         with nullcontext() if weights is None else exchanged(self.policy.zero, weights):
-            self.sampler.load_weights(self.policy.named_weights())
-        self.state, self._weights = SamplerState.FRESH, weights
+            self.sampler.load_weights(with_rounding(self.policy.named_weights(), bits))
+        self.state, self._weights, self._bits = SamplerState.FRESH, weights, bits
         return time.perf_counter() - began
 
     def restart(self) -> None:
         """Starts the sampler's engine anew, with the weights of the last `refresh`; all ranks call it."""
         self.sampler.restart()
         self.state = SamplerState.STALE
-        self.refresh(self._weights)
+        self.refresh(self._weights, self._bits)
 
     def sleep(self) -> None:
         """Frees the sampler's GPU memory for an update; the update makes the sampler's weights stale."""

@@ -27,6 +27,7 @@ OF_ROLLOUTS = (
     *("reward/mean", "pass_rate", "prompts_solved", "entropy", "response_length", "response_cut_share"),
     *("verify/timeouts", "verify/errors", "verify/failed_share", "same_answer_share"),
     *("sampler/logprob_diff_mean", "sampler/logprob_diff_max"),
+    *("noise/weight_bits", "noise/bfloat16_logits", "noise/top_p"),
     *(f"{pair}/{name}" for pair in ("sampler", "behavior") for name in OF_RATIOS),
 )
 OF_DEMONSTRATIONS = ("demonstrations_dropped_share",)

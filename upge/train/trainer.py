@@ -287,11 +287,11 @@ class Trainer:
         step_in_stage, memory = state.step - span.first, state.memory
         if memory is None or step_in_stage == 0:
             memory = state.memory = self._enter_stage(span, learner)
-        weights = None
+        noise, weights = config.rollout.noise, None
         if self.earlier is not None:
             self.earlier.remember(state.step)
             weights = self.earlier.of_sampler(state.step)
-        sync_seconds = self.sync.refresh(weights) if learner.samples else 0.0
+        sync_seconds = self.sync.refresh(weights, noise.weight_bits) if learner.samples else 0.0
         collected = self._sampling(lambda: learner.collect(state.step, step_in_stage, memory))
         self._check_stop()
         self.sync.sleep()
@@ -301,6 +301,7 @@ class Trainer:
         report, more = learner.update(collected, step_in_stage, rates, memory, diagnostics, weights)
         times = {"time/train": time.perf_counter() - start, "time/sync": sync_seconds}
         extra = more | collected.metrics | times | {"learning_rate": rates.policy or 0.0}
+        extra |= noise.metrics() if learner.samples else {}
         if len(self.spans) > 1:
             extra["stage"] = stage + 1
         state.step += 1

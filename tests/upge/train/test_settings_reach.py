@@ -144,6 +144,16 @@ def test_rollouts_are_sampled_as_the_run_says():
     assert sampling == rollout.Sampling(temperature=TEMPERATURE, top_p=1.0, max_tokens=33, stop_token_ids=(9,))
 
 
+def test_rollouts_are_sampled_with_the_noise_of_the_run():
+    model = RecordedModel()
+    noise = {"top_p": 0.7, "bfloat16_logits": True, "weight_bits": 4}
+    settings = {"rollout": {"engine": "transformers", "noise": noise}, "group_size": 3, "prompts_per_step": 2}
+    sampler = VerifiedSampler(model, model, model)
+    Collector(from_tree(RunConfig, settings), algorithm("rollouts"), examples(6), sampler, (9,), ALONE).collect(0)
+    ((_, sampling),) = model.samplings
+    assert sampling == rollout.Sampling(1.0, 0.7, 1024, (9,), bfloat16_logits=True)
+
+
 def test_the_engine_of_rollouts_gets_its_settings(monkeypatch):
     """Prompt and response together are the longest sequence."""
     loaded = RecordedCall()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from upge.rollout.noise import rounded
 from upge.train.engine import SamplerState, WeightSync
 
 
@@ -16,6 +19,9 @@ class RecordingSampler:
 
     def sleep(self) -> None:
         self.calls.append("sleep")
+
+    def restart(self) -> None:
+        self.calls.append("restart")
 
 
 class CountingPolicy:
@@ -50,3 +56,35 @@ def test_a_sampler_that_was_never_loaded_can_sleep():
     sync.sleep()
     sync.refresh()
     assert sampler.calls == ["sleep", [("w", 1)]]
+
+
+MATRIX = torch.tensor([[1.0, 0.4, -0.3], [0.2, 0.05, 0.1]])
+
+
+class MatrixPolicy:
+    """It always has the same weights."""
+
+    def named_weights(self):
+        return iter([("w", MATRIX)])
+
+
+def test_rounded_weights_are_for_training_rollouts_only():
+    """Whatever the sampler holds, a refresh without rounding loads the exact weights: that of evaluations."""
+    sampler, exact, noisy = RecordingSampler(), MATRIX.clone(), rounded(MATRIX, 3)
+    sync = WeightSync(sampler, MatrixPolicy())
+    for bits in (0, 3, 3, 0, 0, 3):
+        sync.refresh(bits=bits)
+    loaded = [weight for ((_, weight),) in sampler.calls]
+    assert [torch.equal(weight, exact) for weight in loaded] == [True, False, True, False]
+    assert all(torch.equal(weight, noisy) for weight in loaded[1::2])
+    assert torch.equal(MATRIX, exact), "the trainer's weights are not touched"
+
+
+def test_a_restarted_engine_gets_the_weights_that_it_had():
+    sampler = RecordingSampler()
+    sync = WeightSync(sampler, MatrixPolicy())
+    for bits in (3, 0):
+        sync.refresh(bits=bits)
+        sync.restart()
+        before, restart, after = sampler.calls[-3:]
+        assert restart == "restart" and torch.equal(before[0][1], after[0][1])
