@@ -22,6 +22,7 @@ from upge.algorithm import Algorithm
 from upge.models.loading import read_config
 from upge.needs import COMPUTED
 from upge.pipeline import Pipeline
+from upge.prompt_memory import PromptRecord
 from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.distributed import World
 from upge.train.engine import Engine
@@ -124,6 +125,9 @@ def completed(algorithm: Algorithm, filled: Mapping[str, Mapping[str, Tensor]], 
     """
     pairs = algorithm.needs.preference_pairs
     members, columns = trajectories(vocabulary, pairs), filled["pairs" if pairs else "plain"]
+    if algorithm.memory is not None:
+        new = algorithm.memory.remembered(PromptRecord(), _STEP)
+        members = [dataclasses.replace(one, remembered=new) for one in members]
     wanted = {"behavior_logprobs"} | algorithm.needs.columns & COMPUTED
     wanted |= algorithm.needs.precomputed
     state = algorithm.initial_state()

@@ -93,6 +93,11 @@ INERT = {
         "spo",
         "terms.rl.estimator.advantage.epsilon",
     ): "a hundredth of it is 1e-10, beside variances near 0.2: see test_prompt_memory.py",
+    (
+        "gdpo|gdpo_over_tokens",
+        "terms.rl.estimator.advantage.epsilon",
+    ): "a hundredth of it is 1e-10, beside variances near 1",
+    ("exgrpo", "terms.replayed.source=all"): "no demonstration is replayed",
     ("spo", "memory.*"): "what is remembered between batches: see test_prompt_memory.py",
     ("relift", "interleaved_update.gate.threshold"): "which prompts gather, between batches",
     ("relift", "interleaved_update.size"): "how many prompts gather, between batches",

@@ -60,6 +60,8 @@ class Curriculum(Correction):
 
     def apply(self, algorithm: Algorithm) -> Algorithm:
         rollout_terms(algorithm)
+        if algorithm.replay is not None:
+            raise NotApplicable("its replay takes the places of drawn prompts, whose weights would not hold")
         if algorithm.curriculum is not None:
             raise NotApplicable("it already draws prompts by weights; change these by algo.sampling.weight.KEY=VALUE")
         sampling = core.Curriculum(self.weight, redraw=algorithm.dynamic_sampling)

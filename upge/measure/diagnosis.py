@@ -240,6 +240,6 @@ def estimates(evaluator: Evaluator, rows: tuple[Row, ...]) -> dict[str, Float[Te
         if slope.by_entropies is not None:
             gradient = gradient + torch.einsum("bt,btpv->pv", slope.by_entropies, evaluator.entropy_scores[number])
         if slope.by_vocabulary is not None:
-            gradient = gradient + evaluator.through_vocabulary(slope.by_vocabulary, number)
+            gradient = gradient + evaluator.through_vocabulary(slope.by_vocabulary, number).sum(dim=0)
         gradients[name] = gradient.flatten()
     return gradients

@@ -24,6 +24,7 @@ from torch import Tensor
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError
 from upge.measure.scores import Pair
+from upge.prompt_memory import PromptRecord
 from upge.train.prompt_order import permutation, stream_seed
 from upge.train.sample import Trajectory, assemble
 from upge.trajectories import Trajectories
@@ -149,7 +150,13 @@ def batches(
 def _filled(
     members: Sequence[Trajectory], algorithm: Algorithm, columns: Mapping[Pair, Columns], step: int
 ) -> Trajectories:
-    """The batch with the columns that the trainer adds for one update, and the current policy's log-probs."""
+    """The batch with the columns that the trainer adds for one update, and the current policy's log-probs.
+
+    Nothing is remembered of its prompts.
+    """
+    if algorithm.memory is not None:
+        new = algorithm.memory.remembered(PromptRecord(), 0)
+        members = [dataclasses.replace(one, remembered=new) for one in members]
     batch, needs = assemble(members, step), algorithm.step_needs
     responses = [columns[pair_of(t)] for t in members]
     names = {"logprobs", "entropies"} | needs.columns & {"reference_logprobs", "teacher_logprobs", "score_norms"}

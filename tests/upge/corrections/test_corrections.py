@@ -136,7 +136,11 @@ def test_every_algorithm_takes_a_correction_or_says_why_not(algorithm):
             actual = algorithms.load(algorithm, corrections=[name])
         except ConfigError as error:
             reasons = ["no term that learns from rollouts", "no PPOClip", "already"]
-            special = {"dynamic_sampling": ["sampling would replace"], "overlong": ["success", "reads rewards"]}
+            special = {
+                "dynamic_sampling": ["sampling would replace", "it replays"],
+                "overlong": ["success", "reads rewards", "RewardDecoupled"],
+                "curriculum": ["its replay"],
+            }
             reasons += special.get(name, []) + (["advantage LogRatio"] if name == "iw_opd" else [])
             reasons += ["advantage GroupRelative or LeaveOneOut"] if name == "optimal_baseline" else []
             assert UNFIT in str(error) and any(reason in str(error) for reason in reasons), error

@@ -353,7 +353,7 @@ def test_rewards_of_any_range_reach_the_batch_and_the_metrics():
 def test_the_sides_of_a_pair_have_the_ends_of_the_range():
     data = examples(8)
     made = collector(algorithm("rollouts", "preference_pairs"), data, FakeModel())
-    made.rewards = {"math": Reward((Term("math"),), {"math": Declared(minimum=-3.0, maximum=4.0)})}
+    made.given.rewards = {"math": Reward((Term("math"),), {"math": Declared(minimum=-3.0, maximum=4.0)})}
     actual = [(t.reward, t.preference) for t in made.collect(0).trajectories if t.is_demonstration]
     assert set(actual) == {(4.0, 1), (-3.0, -1)}
 

@@ -189,7 +189,7 @@ def test_load_by_name() -> None:
     ("name", "message"),
     [
         ("maths", "did you mean 'math'?"),
-        ("", "known: choice, math"),
+        ("", "known: boxed, choice, math"),
         ("no_such_package.verifier", "there is no module 'no_such_package'"),
         (f"{OWN}.lenght", "did you mean 'length'?"),
         (f"{OWN}.number", "it is a int, not a callable"),
