@@ -58,7 +58,7 @@ def write_run(
     suite = [Outcomes.of(name, rows) for name, rows in samples.items()]
     groups = {name: (groups or {}).get(name, "math") for name in samples}
     same = {name: {**SETTINGS, **(settings or {})} for name in samples}
-    (folder / "scores.json").write_text(json.dumps(suite_scores(suite, groups, same, resamples=100)))
+    (folder / "scores.json").write_text(json.dumps(suite_scores(suite, groups, same)))
     return folder
 
 

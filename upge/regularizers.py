@@ -97,7 +97,9 @@ class KLPenalty(Regularizer):
 
     - 'k3', e^d - d - 1: the gradient of KL(π_0‖π_θ), the forward KL;
     - 'k2', d²/2: the gradient of KL(π_θ‖π_0), the reverse KL;
-    - 'k1', -d: zero, because it is a constant times ∇log π_θ. As a loss, k1 has no effect in expectation.
+    - 'k1', -d: zero, because it is a constant times ∇log π_θ. As a loss, k1 has no effect in expectation if tokens are
+      summed. Under a mean over tokens, whose weights depend on the lengths of responses, it lowers the log-probs of
+      short responses, whatever the reference policy.
 
     With `importance` the penalty is multiplied by r = π_θ/π_behavior, with its gradient (arXiv 2512.02556). Then k3
     gives r·log(π_θ/π_0)·∇log π_θ: the gradient of the reverse KL without bias, also on data of an older policy.

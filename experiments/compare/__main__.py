@@ -24,14 +24,11 @@ from experiments.compare.write import Comparison, Pair
 from experiments.files import output_path
 from experiments.grid import print_grid
 from upge.errors import ConfigError, nearest
-from upge.evaluation.intervals import RESAMPLES
 
 KEYS = {
     "output": "folder for the files; without it none are written",
     "names": "names of the runs, separated by commas; default: the names of their folders",
     "solved": "when a problem counts as solved among several samples: most (more than half correct), first, any",
-    "resamples": f"resamples of every bootstrap; default {RESAMPLES}",
-    "seed": "seed of every bootstrap; default 0",
 }
 
 
@@ -43,8 +40,6 @@ class Settings:
     output: Path | None = None
     names: tuple[str, ...] = ()
     solved: str = "most"
-    resamples: int = RESAMPLES
-    seed: int = 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,17 +83,6 @@ def read(arguments: Sequence[str]) -> Settings:
         raise ConfigError("output: empty; give a folder")
     if given.get("solved", "most") not in RULES:
         raise ConfigError(f"solved: found {given['solved']!r}; give one of {', '.join(RULES)}")
-    for key, least, most in (("resamples", 100, 10**6), ("seed", 0, 2**32 - 1)):
-        if key in given:
-            try:
-                number = int(str(given[key]))
-            except ValueError:
-                number = least - 1
-            if not least <= number <= most:
-                raise ConfigError(
-                    f"{key}: found {given[key]!r}; give a whole number of at least {least}, at most {most}"
-                )
-            given[key] = number
     if "output" in given:
         given["output"] = output_path(str(given["output"]))
     if "names" in given:
@@ -108,16 +92,16 @@ def read(arguments: Sequence[str]) -> Settings:
 
 def compare(runs: Sequence[Run], settings: Settings) -> Comparison:
     """Computes everything that is shown and written."""
-    scores = Scores.of(runs, settings.resamples, settings.seed)
+    scores = Scores.of(runs)
     first, *others = runs
     pairs = []
     for other in others:
-        differences = gaps(first, other, settings.resamples, settings.seed)
+        differences = gaps(first, other)
         solves = exclusive(first, other, settings.solved)
         pairs.append(Pair(first.name, other.name, tuple(differences), tuple(solves)))
-    panels = write.panels(scores, settings.resamples, settings.seed)
+    panels = write.panels(scores)
     remarks = (*notes(runs), *([] if panels else ["There are no pass@k curves: no benchmark has several samples."]))
-    return Comparison(scores, tuple(pairs), tuple(panels), remarks, settings.solved, settings.resamples, settings.seed)
+    return Comparison(scores, tuple(pairs), tuple(panels), remarks, settings.solved)
 
 
 def show(comparison: Comparison, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,17 +34,15 @@ class Scores:
     averages: Mapping[tuple[str, str], Interval]
 
     @classmethod
-    def of(cls, runs: Sequence[Run], resamples: int, seed: int) -> Scores:
+    def of(cls, runs: Sequence[Run]) -> Scores:
         """Computes the scores of `runs`."""
         groups = benchmarks(runs)
         per_benchmark, averages = {}, {}
         for run in runs:
-            per_benchmark |= {
-                (run.name, name): benchmark_scores(o, resamples, seed) for name, o in run.outcomes.items()
-            }
+            per_benchmark |= {(run.name, name): benchmark_scores(o) for name, o in run.outcomes.items()}
             for group, names in groups.items():
                 if all(name in run.outcomes for name in names):
-                    averages[run.name, group] = average([run.outcomes[name] for name in names], resamples, seed)
+                    averages[run.name, group] = average([run.outcomes[name] for name in names])
         return cls(tuple(runs), groups, per_benchmark, averages)
 
     @property
@@ -72,7 +71,7 @@ def score_grid(scores: Scores) -> Grid:
         if len(names) > 1:
             averages = [scores.averages.get((name, group)) for name in scores.names]
             rows.append(_row((f"average {group}", "", ""), averages, rule=True))
-    title = "Accuracy in %, with 95 % bootstrap intervals over problems"
+    title = "Accuracy in %, with 95 % intervals over problems"
     return Grid("scores", title, ("benchmark", "measure", "N", *scores.names), tuple(rows), labels=3)
 
 
@@ -174,7 +173,7 @@ class Gap:
     holm: float | None
 
 
-def gaps(baseline: Run, run: Run, resamples: int, seed: int) -> list[Gap]:
+def gaps(baseline: Run, run: Run) -> list[Gap]:
     """The differences on every benchmark with common problems, then on the average of each group with at least two."""
     singles: list[Gap] = []
     averages: list[Gap] = []
@@ -182,11 +181,11 @@ def gaps(baseline: Run, run: Run, resamples: int, seed: int) -> list[Gap]:
         both = [name for name in names if name in baseline.outcomes and name in run.outcomes]
         both = [name for name in both if pairing(run.outcomes[name], baseline.outcomes[name]).first]
         for name in both:
-            singles += _gaps_of(baseline.outcomes[name], run.outcomes[name], resamples, seed)
+            singles += _gaps_of(baseline.outcomes[name], run.outcomes[name])
         if len(both) > 1:
             values = {name: _values(run.outcomes[name], baseline.outcomes[name], []) for name in both}
             ours, theirs = ({name: pair[side] for name, pair in values.items()} for side in (0, 1))
-            test = paired(ours, theirs, resamples, seed)
+            test = paired(ours, theirs)
             averages.append(Gap(f"average {group}", f"avg of {len(both)}", test.problems, test.columns[0], None))
     return [*_adjusted(singles), *averages]
 
@@ -208,15 +207,17 @@ def gap_grid(baseline: str, run: str, differences: Sequence[Gap]) -> Grid:
 
 
 def p_text(value: float) -> str:
-    """A p-value with three decimals; smaller ones become "<0.001"."""
+    """A p-value with three decimals; smaller ones become "<0.001", and NaN becomes `MISSING`."""
+    if math.isnan(value):
+        return MISSING
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _gaps_of(baseline: Outcomes, run: Outcomes, resamples: int, seed: int) -> list[Gap]:
+def _gaps_of(baseline: Outcomes, run: Outcomes) -> list[Gap]:
     n = min(baseline.samples, run.samples)
     k = 2 ** (n.bit_length() - 2) if n > 3 else 0
     ours, theirs = _values(run, baseline, [k] if k else [])
-    tests = paired({run.benchmark: ours}, {run.benchmark: theirs}, resamples, seed)
+    tests = paired({run.benchmark: ours}, {run.benchmark: theirs})
     same_n = baseline.samples == run.samples
     measures = [f"avg@{n}" if same_n else f"avg@{run.samples} − avg@{baseline.samples}", f"pass@{k}"]
     return [Gap(run.benchmark, measures[i], tests.problems, column, None) for i, column in enumerate(tests.columns)]

@@ -43,8 +43,6 @@ class Comparison:
     panels: tuple[Panel, ...]
     notes: tuple[str, ...]
     solved: str
-    resamples: int
-    seed: int
 
 
 def files(comparison: Comparison, folder: Path) -> list[Path]:
@@ -109,10 +107,10 @@ def _explained(comparison: Comparison) -> str:
     return (
         "avg@n is the mean over problems of the share of correct ones among n samples; an average counts every "
         "benchmark of its group equally. pass@k is the unbiased estimate 1 − C(n−c, k)/C(n, k). Intervals are "
-        f"percentile bootstrap intervals ({comparison.resamples} resamples of the problems, seed {comparison.seed}): "
-        "they show how much the score would vary with other problems of the same kind. A difference is resampled "
-        "problem by problem. Its p is two-sided; Holm's p adjusts it for the number of benchmarks, separately for avg "
-        "and pass@k. All values are also in compare.csv, one per line, and in compare.tex."
+        "95 % Wilson intervals over problems: they show how much the score would vary with other problems of the same "
+        "kind. A difference is taken problem by problem. Its p is that of the two-sided paired t-test; "
+        "Holm's p adjusts it for the number of benchmarks, separately for avg and pass@k. All values are also in "
+        "compare.csv, one per line, and in compare.tex."
     )
 
 
@@ -163,7 +161,7 @@ class Panel:
     curves: Mapping[str, Mapping[int, Interval]]
 
 
-def panels(scores: Scores, resamples: int, seed: int) -> list[Panel]:
+def panels(scores: Scores) -> list[Panel]:
     """A panel for every benchmark with several samples per problem, and one for each group's average over these."""
     made = []
     for group, names in scores.groups.items():
@@ -175,7 +173,7 @@ def panels(scores: Scores, resamples: int, seed: int) -> list[Panel]:
                 made.append(Panel(name, curves))
                 members += [name] if len(curves) == len(scores.runs) else []
         if len(members) > 1:
-            made.append(Panel(f"average {group}, n > 1", _average(scores, members, resamples, seed)))
+            made.append(Panel(f"average {group}, n > 1", _average(scores, members)))
     return made
 
 
@@ -194,13 +192,13 @@ def draw(panels: Sequence[Panel], names: Sequence[str], folder: Path) -> list[Pa
     return save(folder, "passk", (3.1 * columns + 0.4, 2.5 * math.ceil(len(panels) / columns) + 0.5), into)
 
 
-def _average(scores: Scores, names: Sequence[str], resamples: int, seed: int) -> dict[str, dict[int, Interval]]:
+def _average(scores: Scores, names: Sequence[str]) -> dict[str, dict[int, Interval]]:
     curves = {}
     for run in scores.runs:
         outcomes = [run.outcomes[name] for name in names]
         ks = powers_of_two(min(one.samples for one in outcomes))
         values = {one.benchmark: one.pass_at(ks) for one in outcomes}
-        curves[run.name] = dict(zip(ks, intervals(values, resamples, seed), strict=True))
+        curves[run.name] = dict(zip(ks, intervals(values), strict=True))
     return curves
 
 

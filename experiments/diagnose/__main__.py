@@ -64,6 +64,11 @@ def _diagnose(arguments: Sequence[str]) -> int:
     notes = [f"{name} is left out: {reason}" for name, reason in chosen.left_out.items()] + chosen.remarks
     results, more = _exactly(chosen) if chosen.config.exact else _sampled(chosen, console)
     notes += more
+    if not chosen.config.exact:
+        notes.append(
+            "intervals of noise, power and alignment are too narrow where a few gradients are much longer than the "
+            "others, and the bias comes out too small where the cosine is near 1 (docs/diagnose.md, Limits)"
+        )
     for result in results:
         if all(math.isnan(one.overall.alignment.value) for one in result.measured):
             notes.append(

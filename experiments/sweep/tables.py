@@ -42,7 +42,7 @@ COSTS = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A measure over the runs of one label: the mean over seeds with its t interval, with NaN ends for one seed."""
+    """A measure over the runs of one label: the mean over seeds with its interval from `t_interval`."""
 
     runs: int
     interval: Interval
@@ -69,7 +69,7 @@ def mean_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]], measures: Sequenc
 
 
 def difference_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> Grid | None:
-    """Paired tests of every label against the baseline; None if no label shares two seeds with it.
+    """Paired tests of every label against the baseline; None if no label shares enough seeds with it.
 
     Holm's p is adjusted for the number of labels that are tested on a measure.
     """
@@ -81,9 +81,10 @@ def difference_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]], measures: S
         tests = {label: test for label, test in tests.items() if test is not None}
         adjusted = holm([test.p_value for test in tests.values()])
         for (label, test), p in zip(tests.items(), adjusted, strict=True):
-            low, high = (f"{100 * end:+.1f}" for end in (test.interval.low, test.interval.high))
+            low, high = test.interval.low, test.interval.high
+            ends = MISSING if math.isnan(low) else f"{100 * low:+.1f} to {100 * high:+.1f}"
             seeds = len({*by_seed(rows, label, measure)} & {*base})
-            cells = (names[measure], label, str(seeds), f"{100 * test.interval.value:+.1f}", f"{low} to {high}",
+            cells = (names[measure], label, str(seeds), f"{100 * test.interval.value:+.1f}", ends,
                      p_text(test.p_value), p_text(p))  # fmt: skip
             table_rows.append(Row(cells))
     header = ("measure", "", "seeds", "difference", "95 % interval", "p", "p (Holm)")
@@ -253,6 +254,6 @@ def _draw(canvas, columns: int, panels: Sequence, labels: Sequence[str]) -> None
 
 
 def _visible(interval: Interval, runs: Sequence) -> Interval:
-    """The interval, without its band for fewer than three runs, where the band is undefined or covers the page."""
+    """The interval, without its band where it is undefined, and for two runs, where it covers the page."""
     value = interval.value
-    return Interval(value, value, value) if len(runs) < 3 else interval
+    return Interval(value, value, value) if len(runs) < 3 or math.isnan(interval.low) else interval

@@ -16,7 +16,6 @@ from experiments.compare.tables import ALL, Scores, exclusive, gaps, paper_grid,
 from experiments.evaluate import __main__ as evaluate
 from tests.evaluations import drawn, run_with, sample, write_run
 
-FAST = "resamples=200"
 ABILITIES = {"good": 0.4, "bad": 0.1}
 LEVELS = ("1", "2", "3")
 
@@ -47,7 +46,7 @@ def records(folder: Path) -> list[dict]:
 
 
 def test_the_csv_holds_what_the_samples_say(folders, tmp_path, capsys):
-    assert compare.main([*folders, f"output={tmp_path}", FAST]) == 0
+    assert compare.main([*folders, f"output={tmp_path}"]) == 0
     actual = records(tmp_path)
     for folder in map(Path, folders):
         means = {}
@@ -91,7 +90,7 @@ def test_the_papers_table_4_comes_out(tmp_path):
         assert {e.level: (e.problems, e.only_first, e.only_second) for e in actual} == {**paper, ALL: (500, 58, 15)}
         assert all(e.only_first + e.only_second + e.both + e.neither == e.problems for e in actual)
     output = tmp_path / "out"
-    assert compare.main([str(first.path), str(second.path), f"output={output}", FAST]) == 0
+    assert compare.main([str(first.path), str(second.path), f"output={output}"]) == 0
     page = (output / "compare.md").read_text("utf-8")
     assert "| math500 | 5 | 134 | 27 (20.1) | 8 (6.0) |" in page and "**58 (11.6)** | **15 (3.0)**" in page
 
@@ -123,8 +122,8 @@ def test_solved_is_what_was_asked_for(tmp_path):
 
 def test_differences_are_to_the_first_run(folders):
     first, second = load(folders)
-    actual = {(gap.benchmark, gap.measure): gap for gap in gaps(first, second, 400, 0)}
-    scores = Scores.of([first, second], 100, 0)
+    actual = {(gap.benchmark, gap.measure): gap for gap in gaps(first, second)}
+    scores = Scores.of([first, second])
     for name, n in (("aime", 8), ("amc", 4), ("math", 1), ("arc", 1)):
         ours, theirs = (scores.per_benchmark[run, name].avg.value for run in ("good", "bad"))
         gap = actual[name, f"avg@{n}"]
@@ -143,16 +142,16 @@ def test_differences_are_to_the_first_run(folders):
 
 def test_a_run_against_its_copy_has_no_difference(folders, tmp_path):
     copy = one_run(tmp_path / "copy", 0.4, 0)
-    for gap in gaps(*load([folders[0], str(copy)]), 200, 0):
+    for gap in gaps(*load([folders[0], str(copy)])):
         assert gap.difference.p_value == 1 and gap.difference.interval.value == 0
 
 
 def test_the_best_of_a_row_is_bold(tmp_path):
     runs = load([str(run_with(tmp_path / n, {"a": [right], "b": [True]})) for n, right in (("x", True), ("y", False))])
-    (row,) = score_grid(Scores.of(runs, 100, 0)).rows
-    assert row.cells[:4] == ("b", "avg@1", "2", "100.0 (100.0–100.0)") and row.bold == {3}
-    assert [row.bold for row in paper_grid(Scores.of(runs, 100, 0)).rows] == [{1}, frozenset()]
-    (alone,) = score_grid(Scores.of(runs[:1], 100, 0)).rows
+    (row,) = score_grid(Scores.of(runs)).rows
+    assert row.cells[:4] == ("b", "avg@1", "2", "100.0 (34.2–100.0)") and row.bold == {3}
+    assert [row.bold for row in paper_grid(Scores.of(runs)).rows] == [{1}, frozenset()]
+    (alone,) = score_grid(Scores.of(runs[:1])).rows
     assert alone.bold == frozenset()
 
 
@@ -170,7 +169,7 @@ def test_other_settings_are_noted(tmp_path):
         "Measured with different settings: temperature is 0.6 in x, 1.0 in y (b, c).",
         "Measured with different settings: verifier is unset in x, 'number' in y (b, c).",
     ]
-    measures = [gap.measure for gap in gaps(*load([str(first), str(second)]), 100, 0)]
+    measures = [gap.measure for gap in gaps(*load([str(first), str(second)]))]
     assert measures == ["avg@1 − avg@2", "avg@2", "avg of 2"]
 
 
@@ -184,10 +183,10 @@ def test_other_problems_are_noted_and_left_out(tmp_path, capsys):
     pairs = pairing(first.outcomes["b"], second.outcomes["b"])
     assert [first.outcomes["b"].ids[i] for i in pairs.first] == ["1", "2"]
     assert (pairs.only_first, pairs.only_second, pairs.conflicting) == (("3",), ("9",), ("x",))
-    (gap,) = gaps(first, second, 100, 0)
+    (gap,) = gaps(first, second)
     assert gap.problems == 2 and gap.difference.interval.value == -0.5
     assert exclusive(first, second, "first")[-1].problems == 2
-    assert compare.main([*folders, FAST]) == 0
+    assert compare.main([*folders]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert (
         "one and two have 2 problems in common, 1 only in one, 1 only in two, 1 with another answer (such as 'x')"
@@ -198,21 +197,21 @@ def test_other_problems_are_noted_and_left_out(tmp_path, capsys):
 def test_runs_without_common_problems_are_still_shown(tmp_path, capsys):
     folders = [str(run_with(tmp_path / n, {n: [True], n + n: [False]})) for n in ("x", "y")]
     first, second = load(folders)
-    assert gaps(first, second, 100, 0) == [] and exclusive(first, second, "most") == []
-    assert compare.main([*folders, FAST, f"output={tmp_path / 'out'}"]) == 0
+    assert gaps(first, second) == [] and exclusive(first, second, "most") == []
+    assert compare.main([*folders, f"output={tmp_path / 'out'}"]) == 0
     assert "x and y have 0 problems in common" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_missing_benchmark_leaves_no_average(folders, tmp_path):
     partial = write_run(tmp_path / "partial", {"aime": drawn("aime", 12, 8, 0.3), "math": drawn("math", 30, 1, 0.5)})
     runs = load([folders[0], str(partial)])
-    scores = Scores.of(runs, 100, 0)
+    scores = Scores.of(runs)
     assert ("good", "math") in scores.averages and ("partial", "math") not in scores.averages
     table = {row.cells[0]: row.cells for row in score_grid(scores).rows}
     assert table["amc"][-1] == table["average math"][-1] == "–" and table["arc"][-1] == "–"
     said = notes(runs)
     assert "amc was not evaluated in partial, which therefore has no average math." in said
-    average = [gap for gap in gaps(*runs, 100, 0) if gap.holm is None]
+    average = [gap for gap in gaps(*runs) if gap.holm is None]
     assert [(gap.benchmark, gap.measure) for gap in average] == [("average math", "avg of 2")]
 
 

@@ -147,7 +147,8 @@ def test_it_leaves_a_report_in_one_file(done):
     assert all(0 <= float(row["mean@2"]) <= 1 for row in rows)
     assert [row["generated_tokens"] != "0" for row in rows] == [False, False, True, True]
     page = (done / "report.html").read_text()
-    assert "paired by seed" in page and "<svg" in page and not re.search(r"<script|(src|href)=.http", page)
+    assert "paired by seed" not in page, "two seeds are too few for a test"
+    assert "<svg" in page and not re.search(r"<script|(src|href)=.http", page)
     assert "| grpo |" in (done / "report.md").read_text()
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from upge.errors import DataError
-from upge.evaluation.intervals import RESAMPLES, Interval, intervals
+from upge.evaluation.intervals import Interval, intervals
 from upge.evaluation.samples import Sample
 
 NO_LEVEL = "no level"
@@ -176,7 +176,7 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The accuracy on P problems with n samples each, with 95 % bootstrap intervals over problems.
+    """The accuracy on P problems with n samples each, with 95 % intervals over problems.
 
     Attributes:
         avg: avg@n.
@@ -210,13 +210,13 @@ class BenchmarkScores(Accuracy):
     commonest: tuple[str, float]
 
 
-def benchmark_scores(outcomes: Outcomes, resamples: int = RESAMPLES, seed: int = 0) -> BenchmarkScores:
-    """The scores of one benchmark, with intervals from `resamples` bootstrap resamples."""
-    overall = _accuracy(outcomes, list(range(len(outcomes.ids))), resamples, seed)
+def benchmark_scores(outcomes: Outcomes) -> BenchmarkScores:
+    """The scores of one benchmark, with intervals over its problems."""
+    overall = _accuracy(outcomes, list(range(len(outcomes.ids))))
     return BenchmarkScores(
         **vars(overall),
         pass_at_every=outcomes.pass_at(range(1, outcomes.samples + 1)).mean(dim=0).tolist(),
-        levels={level: _accuracy(outcomes, rows, resamples, seed) for level, rows in by_level(outcomes.levels).items()},
+        levels={level: _accuracy(outcomes, rows) for level, rows in by_level(outcomes.levels).items()},
         unfinished=1 - outcomes.finished.double().mean().item(),
         timeouts=outcomes.timeouts,
         errors=outcomes.errors,
@@ -225,17 +225,15 @@ def benchmark_scores(outcomes: Outcomes, resamples: int = RESAMPLES, seed: int =
     )
 
 
-def average(suite: Sequence[Outcomes], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """The unweighted mean of the benchmarks' avg@n, with problems resampled within each benchmark."""
-    return intervals({one.benchmark: one.average() for one in suite}, resamples, seed)[0]
+def average(suite: Sequence[Outcomes]) -> Interval:
+    """The unweighted mean of the benchmarks' avg@n, with its interval over problems."""
+    return intervals({one.benchmark: one.average() for one in suite})[0]
 
 
 def suite_scores(
     suite: Sequence[Outcomes],
     groups: Mapping[str, str],
     settings: Mapping[str, Mapping[str, Any]],
-    resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """The content of scores.json.
 
@@ -243,20 +241,19 @@ def suite_scores(
         suite: the benchmarks, in the order of display.
         groups: benchmark → the group whose average includes it, such as in or out of distribution.
         settings: benchmark → its sampling settings; scores are comparable only if these are equal.
-        resamples, seed: of the bootstrap.
     """
     benchmarks = {
         one.benchmark: {
             "group": groups[one.benchmark],
             "settings": dict(settings[one.benchmark]),
-            **asdict(benchmark_scores(one, resamples, seed)),
+            **asdict(benchmark_scores(one)),
         }
         for one in suite
     }
     averages: dict[str, dict[str, Any]] = {}
     for group in dict.fromkeys(groups[one.benchmark] for one in suite):
         members = [one for one in suite if groups[one.benchmark] == group]
-        avg = asdict(average(members, resamples, seed))
+        avg = asdict(average(members))
         averages[group] = {"benchmarks": [one.benchmark for one in members], "avg": avg}
     return {"benchmarks": benchmarks, "averages": averages}
 
@@ -290,11 +287,10 @@ def natural(text: str) -> tuple[tuple[int, str], ...]:
     return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in parts)
 
 
-def _accuracy(outcomes: Outcomes, rows: Sequence[int], resamples: int, seed: int) -> Accuracy:
+def _accuracy(outcomes: Outcomes, rows: Sequence[int]) -> Accuracy:
     ks = powers_of_two(outcomes.samples)
-    # avg@n and all of pass@k share the resamples.
     values = torch.cat([outcomes.average(), outcomes.pass_at(ks)], dim=1)[list(rows)]
-    avg, *curve = intervals({outcomes.benchmark: values}, resamples, seed)
+    avg, *curve = intervals({outcomes.benchmark: values})
     return Accuracy(len(rows), outcomes.samples, avg, dict(zip(ks, curve, strict=True)))
 
 

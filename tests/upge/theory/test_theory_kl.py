@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,6 +48,22 @@ def test_kl_penalties_are_told_apart(policy):
     elsewhere = policy.moved(0.5, seed=3)
     assert float(kl_mean(policy, "k1", "loss", elsewhere).norm()) > 0.01
     assert all(off(kl_mean(policy, k, "loss", elsewhere), reverse) > 0.01 for k in ("k2", "k3"))
+
+
+@pytest.mark.parametrize("policy", SPACES.values(), ids=SPACES)
+def test_k1_under_a_token_mean_has_a_gradient_where_lengths_differ(policy):
+    """It points away from short responses, and not to the reference policy."""
+    setting = Setting(policy, torch.zeros(len(policy.responses)), reference=policy.moved(0.6, seed=9))
+    penalty = {"kl": upge.KLPenalty(coefficient=1.0, reduction=upge.TokenMean(), kind="k1")}
+    mean = expectation(algorithm(NOTHING, **penalty), setting, group_size=2).mean
+    lengths = torch.tensor([len(tokens) for tokens in policy.responses.lists()], dtype=torch.float64)
+    if lengths.unique().numel() == 1:
+        assert float(mean.norm()) < EXACT
+    else:
+        longer = theory.exact_gradient(policy, lengths)
+        assert torch.nn.functional.cosine_similarity(mean.flatten(), longer.flatten(), dim=0) > 0.3
+        other = replace(setting, reference=policy.moved(0.6, seed=1))
+        assert torch.allclose(mean, expectation(algorithm(NOTHING, **penalty), other, group_size=2).mean, atol=EXACT)
 
 
 @pytest.mark.parametrize("policy", SPACES.values(), ids=SPACES)
