@@ -64,8 +64,8 @@ MUTANTS = (
     Mutant(
         "temperature-not-handed-to-sampler",
         "upge/train/collect.py",
-        "temperature=config.rollout.temperature,",
-        "",
+        "Sampling(config.rollout.temperature,",
+        "Sampling(1.0,",
         [REACH + "test_rollouts_are_sampled_as_the_run_says"],
     ),
     Mutant(

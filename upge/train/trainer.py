@@ -19,7 +19,7 @@ from upge.train.checkpoint import seal
 from upge.train.config import learning_rates
 from upge.train.engine import WeightSync
 from upge.train.files import disk_errors, read_lines
-from upge.train.lag import EarlierWeights
+from upge.train.lag import EarlierWeights, Weights
 from upge.train.learner import Collected, Learner, Memory
 from upge.train.metrics import (
     Recorder,
@@ -287,10 +287,7 @@ class Trainer:
         step_in_stage, memory = state.step - span.first, state.memory
         if memory is None or step_in_stage == 0:
             memory = state.memory = self._enter_stage(span, learner)
-        noise, weights = config.rollout.noise, None
-        if self.earlier is not None:
-            self.earlier.remember(state.step)
-            weights = self.earlier.of_sampler(state.step)
+        noise, weights = config.rollout.noise, self._sampler_weights()
         sync_seconds = self.sync.refresh(weights, noise.weight_bits) if learner.samples else 0.0
         collected = self._sampling(lambda: learner.collect(state.step, step_in_stage, memory))
         self._check_stop()
@@ -329,6 +326,13 @@ class Trainer:
         self._check_finite(nonfinite(metrics, report) or self._weights_problem())
         self._raise_alarms(metrics)
         return report.skipped > 0 and self._too_many_skipped()
+
+    def _sampler_weights(self) -> Weights | None:
+        """The weights that this step samples with; None = the present ones."""
+        if self.earlier is None:
+            return None
+        self.earlier.remember(self.state.step)
+        return self.earlier.of_sampler(self.state.step)
 
     def _weights_problem(self) -> str:
         """Which model's weights are not finite on this rank; empty if they are."""
