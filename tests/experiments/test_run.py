@@ -82,7 +82,7 @@ def test_two_ranks_with_vllm(tmp_path):
         assert two[0][key] == pytest.approx(one[0][key], rel=1e-4), key
 
 
-@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+@pytest.mark.parametrize("engine", [pytest.param("vllm", marks=pytest.mark.slow), "transformers"])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, engine):
     """SIGKILL in mid-training; the same command goes on, and all lines equal those of a run that was left alone."""
     keys = ["checkpoint.every=2", "eval.every=3", "eval.keep_best=true"]
@@ -124,6 +124,7 @@ def _check_best(out) -> None:
     assert all(torch.equal(kept[n], last[n]) for n in kept) == (best["step"] == evaluations[-1]["step"])
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_run_goes_on(tmp_path):
     """143 after saving; the same command continues from that step."""
     out = tmp_path / "run"

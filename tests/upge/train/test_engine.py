@@ -30,7 +30,15 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module", params=RUNS.values(), ids=RUNS.keys())
+#: Those that make test runs; the others are slow.
+QUICK = ("1 rank", "2 ranks", "1 rank, optimizer offloaded")
+
+
+def marks(name: str) -> tuple:
+    return () if name in QUICK else (pytest.mark.slow,)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(run, id=n, marks=marks(n)) for n, run in RUNS.items()])
 def results(model, request, tmp_path_factory) -> dict:
     """The results of tests/engine_ranks.py for a number of ranks and a mode of offloading."""
     folder = tmp_path_factory.mktemp("engine")
