@@ -116,6 +116,15 @@ class VLLMSampler(Sampler):
                 "another rollout.memory_fraction if memory is short, other rollout.max_sequences and "
                 "rollout.max_batched_tokens, or rollout.engine=transformers"
             ) from error
+        except RuntimeError as error:
+            if "SHMManager" not in str(error):
+                raise
+            raise ConfigError(
+                "rollout.engine=vllm: /dev/shm has the shared memory of another engine over several ranks; if none is "
+                "starting on this machine, one was killed at its start: remove /dev/shm/*cpushm*"
+            ) from error
+        if self._cpu and self._tensor_parallel > 1:
+            _unlink_shared_memory()
 
     def _options(self, config: ModelConfig, memory_fraction: float, max_sequences: int) -> dict[str, Any]:
         """The engine's settings, without the model."""
@@ -251,6 +260,17 @@ class VLLMSampler(Sampler):
                     state = importlib.import_module("vllm.distributed.parallel_state")
                     state.destroy_model_parallel()
                     state.destroy_distributed_environment()
+
+
+def _unlink_shared_memory() -> None:
+    """Removes the name of the memory that this rank shares with the engine's others on a CPU; they have mapped it.
+
+    vLLM gives it the same name in every run and leaves it behind if a process ends without cleanup. The next engine
+    could then not start.
+    """
+    group = importlib.import_module("vllm.distributed.parallel_state").get_tp_group()
+    name = group.device_communicator.dist_module.group_name.lstrip("/")
+    Path("/dev/shm", f"{name}_{group.rank_in_group}").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -361,6 +361,7 @@ def test_an_engine_over_two_ranks_is_divided(folder: Path, on_two_ranks: dict):
         assert row["reason"] == "vllm, as rollout.engine asks, with 2 ranks per engine."
         assert row["compiled"] == 0
         assert row["failure"].startswith("KeyError" if rank == 1 else "RuntimeError: rank 1, which shares its engine")
+    assert not [*Path("/dev/shm").glob("*cpushm*")], "the next engine could not start"
 
 
 def tokens_of(stage: dict) -> dict:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from upge.errors import ConfigError
 from upge.models.loading import read_config
 from upge.rollout import load, shared_engine
 from upge.rollout.shared_engine import check_tensor_parallel
+from upge.rollout.vllm_engine import VLLMSampler
 from upge.train.config import RunConfig
 
 MODELS = Path(__file__).parents[3] / "experiments" / "models"
@@ -123,3 +125,13 @@ def test_only_vllm_divides_an_engine(monkeypatch: pytest.MonkeyPatch):
     for engine in ("auto", "transformers"):
         with pytest.raises(ConfigError, match=r"rollout\.tensor_parallel=2: only vLLM.*rollout\.engine=vllm"):
             load(engine, MODELS / "tiny", tensor_parallel=2, device="cpu")
+
+
+def test_shared_memory_that_a_killed_engine_left_is_named():
+    def fails(**options: object) -> None:
+        raise RuntimeError("create shm in SHMManager failed. errno: 17")
+
+    sampler = object.__new__(VLLMSampler)
+    sampler._vllm, sampler._options_of_engine = SimpleNamespace(LLM=fails), {}
+    with pytest.raises(ConfigError, match=r"remove /dev/shm/\*cpushm\*"):
+        sampler._start()
