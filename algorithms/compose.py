@@ -183,6 +183,10 @@ def _only(tree: Mapping[str, Any], known: set[str], path: str) -> None:
                 f"{path}.{key}: unknown key; corrections are chosen by correction=NAME, and their settings are "
                 "correction.NAME.KEY=VALUE"
             )
+        if key in ("teacher", "reference"):
+            raise ConfigError(
+                f"{path}.{key}: unknown key; a {key} is a setting of the run: give {key}.KEY=VALUE on the command line"
+            )
         if key not in known:
             raise ConfigError(f"{path}.{key}: unknown key; {nearest(str(key), known - {'name'})}")
 

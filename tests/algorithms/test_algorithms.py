@@ -186,6 +186,7 @@ FILES = {
     "terms: 1\nterms: 2\n": ["duplicate key terms", "line 2"],
     "terms: ???\n": ["algo.terms", "???"],
     "terms: {rl: {source: '${nope}'}}\n": ["algo.terms.rl.source", "nope"],
+    "terms: {}\nteacher: {self: true}\n": ["algo.teacher", "give teacher.KEY=VALUE on the command line"],
     "terms: {}\nterm: {}\n": ["algo.term", "unknown key", "did you mean 'terms'?"],
     "1: 2\n": ["algo.1", "unknown key"],
 }
