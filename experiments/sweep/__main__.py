@@ -19,7 +19,7 @@ from experiments.compare.load import load as load_evaluations
 from experiments.drawing import inline, render
 from experiments.grid import Grid, markdown, markdown_text, print_grid
 from experiments.run.workload import pluralize
-from experiments.sweep import collect, execute, tables
+from experiments.sweep import collect, crossed, execute, tables
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import Sweep, SweepConfig, load, names
 from upge.config import meanings
@@ -169,7 +169,8 @@ def report(folder: SweepFolder, command: str, provenance: Callable[[], Sequence[
         return None
     folder.path.mkdir(parents=True, exist_ok=True)
     collect.write_csv(folder.path / "runs.csv", rows)
-    drawn = (*tables.metric_curves(folder, folder.path), *tables.pass_curves(folder, rows, folder.path))
+    curves = crossed.reward_curves if crossed.crossed_key(sweep) else tables.metric_curves
+    drawn = (*curves(folder, folder.path), *tables.pass_curves(folder, rows, folder.path))
     missing = [p.slug for p in sweep.runs if not folder.is_done(p)]
     notes = [f"Made with `{command}`.", *provenance()]
     columns = {column for row in rows for column in row}
@@ -204,6 +205,10 @@ def sections(made: Report, pictures: str = "") -> list[str]:
 def _grids(folder: SweepFolder, rows: Sequence[Mapping[str, Any]]) -> list[Grid]:
     sweep = folder.sweep
     measures = collect.measures(rows, sweep.config.measures)
+    if crossed.crossed_key(sweep):
+        each = (crossed.value_grid, crossed.change_grid, crossed.variant_grid)
+        compared = [one(sweep, rows, measure) for measure in measures for one in each]
+        return [*compared, crossed.collapse_grid(folder), tables.cost_grid(sweep, rows)]
     grids: list[Grid | None] = []
     if sweep.config.select:
         done = {row["run"] for row in rows if collect.finite(row.get(sweep.config.select["measure"]))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,11 @@ def figure(rows: Sequence[Mapping[str, Any]], label: str, measure: str) -> Figur
     """The measure over the runs of a label; None if no run has it."""
     values = list(by_seed(rows, label, measure).values())
     return Figure(len(values), t_interval(values)) if values else None
+
+
+def mean_cell(rows: Sequence[Mapping[str, Any]], label: str, measure: str) -> str:
+    """The mean of a measure over the runs of a label and half the width of its interval, in %."""
+    return _cell(figure(rows, label, measure))
 
 
 def mean_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> Grid:
@@ -192,9 +197,9 @@ def metric_curves(folder: SweepFolder, target: Path) -> list[Path]:
     """Draws dynamics.png and .svg, a panel for every metric of `CURVES` and for evaluations during training."""
     panels = []
     for metric, (title, unit) in CURVES.items():
-        panels.append((title, unit, _of(folder, lambda path, m=metric: blocks(metric_curve(path, m)))))
+        panels.append((title, unit, curves_of(folder, lambda path, m=metric: blocks(metric_curve(path, m)))))
     for measure in ("greedy", *_sampled_measures(folder)):
-        curves = _of(folder, lambda path, m=measure: evaluation_curve(path, m))
+        curves = curves_of(folder, lambda path, m=measure: evaluation_curve(path, m))
         if any(len(line) > 2 for line in curves.values()):
             panels.append((f"Evaluation, {measure}", "share", curves))
     panels = [panel for panel in panels if any(panel[2].values())]
@@ -217,7 +222,7 @@ def blocks(values: Mapping[int, float], count: int = BLOCKS) -> dict[int, float]
     return {b * length + (length + 1) // 2: sum(all) / len(all) for b, all in sorted(by_block.items())}
 
 
-def _of(folder: SweepFolder, read) -> dict[str, dict[int, Interval]]:
+def curves_of(folder: SweepFolder, read: Callable[[Path], Mapping[int, float]]) -> dict[str, dict[int, Interval]]:
     """Label → step → interval over its seeds, at the steps that all of them have."""
     curves: dict[str, dict[int, Interval]] = {}
     for label in folder.sweep.labels:
