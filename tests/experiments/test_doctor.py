@@ -147,6 +147,7 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 def test_what_is_broken_is_a_problem(folder, name):
     rows = read(folder / name)
@@ -154,6 +155,7 @@ def test_what_is_broken_is_a_problem(folder, name):
     assert (folder / f"{name}.code").read_text() == "1"
 
 
+@pytest.mark.slow
 def test_messages_of_broken_things(folder):
     assert "every rollout would be off-policy" in read(folder / "weights_ignored")["refresh"]["advice"]
     assert "updates do not change the model" in read(folder / "updates_ignored")["refresh"]["advice"]

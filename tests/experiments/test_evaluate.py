@@ -125,6 +125,7 @@ def whole(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_interrupted_and_continued_equals_uninterrupted(tmp_path, whole, number, code):
     """Whatever ends it, the same command goes on: no sample is lost, drawn twice, or becomes another."""

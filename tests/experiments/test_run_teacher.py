@@ -53,6 +53,7 @@ def test_ranks_do_not_matter(teacher, tmp_path, algorithm):
         assert float((finals[1][name] - values).abs().max()) <= 1e-2 * moved, name
 
 
+@pytest.mark.slow
 def test_the_policy_is_its_own_teacher_on_another_prompt(tmp_path):
     for number, weights in enumerate(("present", "first")):
         out = tmp_path / weights
@@ -81,6 +82,7 @@ def test_teacher_and_reference_policy_may_be_one_model(tmp_path):
     assert lines(out / "metrics.jsonl")[0]["grad_norm"] < 1e-6
 
 
+@pytest.mark.slow
 def test_a_teacher_with_lora_is_the_base_model(tmp_path):
     out = tmp_path / "run"
     lora = ("model.lora.rank=4", "teacher.self=true", "teacher.weights=first", "optimizer.lr=1e-2", "steps=3")

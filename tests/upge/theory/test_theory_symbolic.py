@@ -28,6 +28,7 @@ from upge.theory.symbolic.rules import has_rule
 # Every file.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("claim", STATEMENTS, ids=lambda claim: claim.name)
 def test_the_factor_derived_from_the_objective_is_the_product_of_the_parts(claim):
     proof = claim.proof
@@ -51,6 +52,7 @@ def test_every_file_has_a_statement():
     assert all(algorithm.terms == algorithms.load("sft").terms for algorithm in inner), "updates of their own"
 
 
+@pytest.mark.slow
 def test_fipo_is_compared_where_the_points_lie():
     """Both sides of its bounds on powers of later ratios are too rarely met to compare it on whole cells."""
     proof = prove(algorithms.load("fipo"), variants.fipo)
@@ -69,6 +71,7 @@ def test_every_region_of_a_clip_is_compared():
     assert statement("grpo").proof.compared == 36  # 10 rollout tokens × {moves, stopped}, 3 + 13 that never do
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides"), [("clip_cov", ["terms.rl.estimator.mask.share=1.0"]), ("kl_cov", [])])
 def test_a_ranking_is_compared_where_the_points_lie(name, overrides):
     """The questions of a ranking are about all tokens, and most have one answer at nearly all points.
@@ -175,6 +178,7 @@ FALSE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "objective"), [(n, f) for n, actual in FALSE.items() for f in actual])
 def test_a_false_objective_is_found_out(name, objective):
     proof = prove(statement(name).load(), objective, points=12)

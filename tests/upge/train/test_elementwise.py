@@ -91,6 +91,7 @@ def test_other_code_stays_as_it_is() -> None:
     assert compile_elementwise(network) == {"norm": 4, "rotary": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", FAMILIES)
 @pytest.mark.parametrize("mode", MODES)
 def test_results_are_those_of_the_plain_model(tracing: None, preset: str, mode: str) -> None:
@@ -128,6 +129,7 @@ def under_zero(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, 
     return torch.load(folder / "found.pt", weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [*MODES, "lora"])
 def test_under_zero_3(under_zero: dict[str, dict[str, Any]], mode: str) -> None:
     """Weights of norms are released after a layer's forward pass and gathered again for its backward pass."""

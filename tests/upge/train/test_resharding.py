@@ -26,6 +26,7 @@ def results(tmp_path_factory) -> dict[str, dict[tuple[str, str], State]]:
     return {name: {k: State(*v) for k, v in torch.load(folder / f"{name}.pt").items()} for name in RUNS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", CONTINUED)
 def test_everything_is_taken_over_exactly(results, name, engine):
@@ -46,6 +47,7 @@ def test_everything_is_taken_over_exactly(results, name, engine):
             assert all(map(torch.equal, loaded.sets[key][1][parameter], pair)), (key, parameter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", CONTINUED)
 def test_the_next_update_is_that_of_the_undisturbed_run(results, name, engine):

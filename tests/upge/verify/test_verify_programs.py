@@ -49,6 +49,7 @@ def program(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     return tmp_path, {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_several_ranks(program: tuple[Path, dict[str, str]]) -> None:
     folder, env = program
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
