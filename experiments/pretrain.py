@@ -34,12 +34,6 @@ from experiments.grid import markdown_table
 from upge.data.arithmetic import Arithmetic, draw, parse_level, question, side, worked_solution
 from upge.data.splits import Problem
 
-#: Level → share of the pre-training problems.
-MIXTURE = {
-    **{f"{n} numbers": 0.16 for n in range(2, 7)},
-    "2 mixed": 0.12,
-    **{f"{n} mixed": 0.08 / 3 for n in range(3, 6)},
-}
 LARGEST = Arithmetic().largest
 SLIPS = (-20, -10, -3, -2, -1, 1, 2, 3, 10, 20)
 SPECIAL = ("<pad>", "<eos>", "<unk>")
@@ -107,11 +101,20 @@ def noisy_step(rng: random.Random, noise: float, misread: float) -> Callable[[in
     return step
 
 
-def corpus(seed: int, noise: float, misread: float) -> Iterator[tuple[str, str]]:
+def mixture(longest: int) -> dict[str, float]:
+    """Level → share of the pre-training problems: sums of 2 to `longest` numbers, differences among one fewer."""
+    return {
+        **{f"{n} numbers": 0.8 / (longest - 1) for n in range(2, longest + 1)},
+        "2 mixed": 0.12,
+        **{f"{n} mixed": 0.08 / (longest - 3) for n in range(3, longest)},
+    }
+
+
+def corpus(seed: int, noise: float, misread: float, longest: int = 6) -> Iterator[tuple[str, str]]:
     """Endless pairs of prompt and noisy solution, all from the training side."""
-    rng = random.Random(f"pretraining/{seed}")
+    rng, shares = random.Random(f"pretraining/{seed}"), mixture(longest)
     while True:
-        level = rng.choices(tuple(MIXTURE), tuple(MIXTURE.values()))[0]
+        level = rng.choices(tuple(shares), tuple(shares.values()))[0]
         terms = draw(rng, level, LARGEST)
         if side(terms) == "train":
             misreads = misread if parse_level(level)[0] > 2 else 0.0
@@ -138,7 +141,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, options: argparse.
     rise = lr_scheduler.LinearLR(optimizer, 0.01, 1.0, warmup)
     fall = lr_scheduler.CosineAnnealingLR(optimizer, max(1, options.steps - warmup), 0.02 * options.lr)
     schedule = lr_scheduler.SequentialLR(optimizer, [rise, fall], [warmup])
-    texts, start = corpus(options.seed, options.noise, options.misread), time.monotonic()
+    texts, start = corpus(options.seed, options.noise, options.misread, options.longest), time.monotonic()
     for step in range(1, options.steps + 1):
         rows = []
         for prompt, solution in (next(texts) for _ in range(options.batch)):
@@ -162,14 +165,16 @@ def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, options: argparse.
             tokenizer.save_pretrained(options.output, save_jinja_files=False)
 
 
-def generate(model: Qwen2ForCausalLM, tokenizer: Any, prompts: Sequence[str], **sampling: Any) -> list[str]:
-    """Generates responses to the prompts, in their order."""
+def generate(
+    model: Qwen2ForCausalLM, tokenizer: Any, prompts: Sequence[str], tokens: int = 72, **sampling: Any
+) -> list[str]:
+    """Generates responses of at most `tokens` tokens to the prompts, in their order."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses = [""] * len(prompts)
     for rows in (order[i : i + 256] for i in range(0, len(order), 256)):
         inputs = tokenizer([prompts[i] + "\n" for i in rows], return_tensors="pt", padding=True)
         with torch.inference_mode():
-            ids = model.generate(**inputs, max_new_tokens=72, top_k=0, top_p=1.0, **sampling)
+            ids = model.generate(**inputs, max_new_tokens=tokens, top_k=0, top_p=1.0, **sampling)
         texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(rows, texts, strict=True):
             responses[i] = text
@@ -182,13 +187,16 @@ def is_right(response: str, problem: Problem) -> bool:
     return bool(boxed) and boxed[-1] == problem.answer
 
 
-def accuracy_table(model: Qwen2ForCausalLM, tokenizer: Any, problems: Sequence[Problem], samples: int) -> str:
+def accuracy_table(
+    model: Qwen2ForCausalLM, tokenizer: Any, problems: Sequence[Problem], samples: int, tokens: int
+) -> str:
     """A Markdown table of the shares of solved problems on each level: greedy, mean over samples, any of them."""
     model.eval()
     set_seed(0)
     prompts = [p.prompt for p in problems]
-    greedy = generate(model, tokenizer, prompts, do_sample=False)
-    sampled = generate(model, tokenizer, [q for q in prompts for _ in range(samples)], do_sample=True, temperature=1.0)
+    greedy = generate(model, tokenizer, prompts, tokens, do_sample=False)
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    sampled = generate(model, tokenizer, repeated, tokens, do_sample=True, temperature=1.0)
     by_level: dict[str, list[tuple[int, int, int]]] = {}
     for i, problem in enumerate(problems):
         hits = [is_right(text, problem) for text in sampled[i * samples : (i + 1) * samples]]
@@ -211,6 +219,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--noise", type=float, default=0.2, help="probability that a step is wrong")
     parser.add_argument("--misread", type=float, default=0.93, help="probability that a difference is read as a sum")
+    parser.add_argument("--longest", type=int, default=6, help="numbers of the longest sums, from 4 to 9")
     parser.add_argument("--hidden", type=int, default=128, help="width, a multiple of 32")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; other numbers change the rounding")
@@ -225,6 +234,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("noise", "misread"):
         if not 0 <= getattr(options, name) <= 1:
             parser.error(f"--{name}: found {getattr(options, name)}; give a probability from 0 to 1")
+    if not 4 <= options.longest <= 9:
+        parser.error(f"--longest: found {options.longest}; give a number from 4 to 9")
     if options.hidden < 32 or options.hidden % 32:
         parser.error(f"--hidden: found {options.hidden}; give a multiple of 32, the size of a head")
     if options.output.exists() and not options.output.is_dir():
@@ -248,8 +259,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     minutes = (time.monotonic() - start) / 60
     table = "(not measured)"
     if options.problems:
-        problems = Arithmetic(evaluation_size=options.problems).load().evaluation
-        table = accuracy_table(model, tokenizer, problems, options.samples)
+        levels = tuple(level for level in mixture(options.longest) if level != "2 mixed")
+        problems = Arithmetic(levels, evaluation_size=options.problems).load().evaluation
+        # A step of a solution has at most twelve characters.
+        table = accuracy_table(model, tokenizer, problems, options.samples, 12 * options.longest)
         print(table)
     command = ["python", "-m", "experiments.pretrain", *(sys.argv[1:] if arguments is None else arguments)]
     fields = {**vars(options), "parameters": model.num_parameters(), "special": ", ".join(f"`{s}`" for s in SPECIAL)}

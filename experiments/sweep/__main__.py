@@ -19,7 +19,7 @@ from experiments.compare.load import load as load_evaluations
 from experiments.drawing import inline, render
 from experiments.grid import Grid, markdown, markdown_text, print_grid
 from experiments.run.workload import pluralize
-from experiments.sweep import collect, crossed, execute, tables
+from experiments.sweep import collect, crossed, execute, matched, tables
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import Sweep, SweepConfig, load, names
 from upge.config import meanings
@@ -213,6 +213,7 @@ def _grids(folder: SweepFolder, rows: Sequence[Mapping[str, Any]]) -> list[Grid]
     if sweep.config.select:
         done = {row["run"] for row in rows if collect.finite(row.get(sweep.config.select["measure"]))}
         grids += [tables.choice_grid(sweep, rows)] if all(p.slug in done for p in sweep.runs) else []
+    grids += matched.matched_grids(folder) if sweep.config.match else []
     grids += [tables.mean_grid(sweep, rows, measures)] if measures else []
     grids += [tables.difference_grid(sweep, rows, measures)] if not sweep.config.select else []
     grids += [tables.level_grid(sweep, rows)] if len(sweep.labels) <= 12 else []

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from experiments.evaluate.folder import answer_notes as notes_of
 from experiments.sweep.folder import SweepFolder
-from experiments.sweep.settings import Planned, Sweep, text
+from experiments.sweep.settings import COSTS, Planned, Sweep, text
 from upge.errors import ConfigError
 from upge.train.files import read_json, read_lines
 
@@ -113,18 +113,35 @@ def by_seed(rows: Iterable[Mapping[str, Any]], label: str, measure: str) -> dict
     return {row["seed"]: float(row[measure]) for row in rows if row["label"] == label and finite(row.get(measure))}
 
 
+def cumulative_costs(path: Path) -> dict[int, dict[str, float]]:
+    """Step → what a run has cost until its end, by the names of `COSTS`; all 0 at step 0."""
+    total = dict.fromkeys(COSTS, 0.0)
+    costs = {0: total}
+    if not (lines := _lines(path, "metrics")):
+        return costs
+    config, run = OmegaConf.load(path / "config.yaml"), read_json(path / "run.json", _FIX)
+    for line in lines:
+        prompts = line.get("sampling/prompts", int(config.prompts_per_step))
+        generated = (line.get("response_length") or 0.0) * prompts * int(config.group_size)
+        computed = line.get("trained/computed_tokens") or 0.0
+        step = {
+            "updates": line.get("updates") or 0.0,
+            "generated_tokens": generated,
+            "trained_tokens": line.get("trained/tokens") or 0.0,
+            "flops": run["parameters"] * (2 * generated + 6 * computed),
+            "training_seconds": line.get("time/total") or 0.0,
+        }
+        total = {name: total[name] + step[name] for name in COSTS}
+        costs[line["step"]] = total
+    return costs
+
+
 def _totals(path: Path) -> dict[str, Any]:
     """The costs of a run."""
-    lines = _lines(path, "metrics")
-    config = OmegaConf.load(path / "config.yaml")
-    rollouts = int(config.prompts_per_step) * int(config.group_size)
-    generated = 0.0
-    for line in lines:
-        drawn = line.get("sampling/prompts", config.prompts_per_step) / int(config.prompts_per_step) * rollouts
-        generated += (line.get("response_length") or 0.0) * drawn
-    updates, trained, seconds = (sum(o.get(k) or 0 for o in lines) for k in ("updates", "trained/tokens", "time/total"))
-    totals = {"steps": len(lines), "updates": int(updates), "generated_tokens": round(generated)}
-    return totals | {"trained_tokens": round(trained), "training_seconds": round(seconds, 1)}
+    costs = cumulative_costs(path)
+    total = costs[max(costs)]
+    counts = {name: round(value) for name, value in total.items() if name != "training_seconds"}
+    return {"steps": max(costs), **counts, "training_seconds": round(total["training_seconds"], 1)}
 
 
 def _last_evaluation(path: Path) -> dict[str, float]:
@@ -198,7 +215,8 @@ def group_of(run: Planned, name: str) -> str:
 def with_choices(sweep: Sweep, values: Mapping[str, Any]) -> Sweep:
     """The sweep with the chosen value in every run.
 
-    A run takes the value of the group `choose.group`, or else of its variant or algorithm.
+    A run takes the value of the group `choose.group`, or else of its variant, of the variant's name before a comma, or
+    of its algorithm.
 
     Raises:
         ConfigError: no value was chosen for a run.
@@ -207,7 +225,9 @@ def with_choices(sweep: Sweep, values: Mapping[str, Any]) -> Sweep:
     runs = []
     for run in sweep.runs:
         group = sweep.config.choose.get("group")
-        candidates = [str(group)] if group else [run.variant, str(run.keys.get("algo", ""))]
+        candidates = (
+            [str(group)] if group else [run.variant, run.variant.partition(",")[0], str(run.keys.get("algo", ""))]
+        )
         own = next((candidate for candidate in candidates if candidate in values), None)
         if name in run.keys:
             runs.append(run)

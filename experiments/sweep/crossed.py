@@ -20,7 +20,7 @@ WINDOW = 8
 
 
 def crossed_key(sweep: Sweep) -> str | None:
-    """The key whose values all variants are crossed with; None for another kind of sweep or one that chooses a value."""
+    """The key that all variants are crossed with; None for another kind of sweep or one that chooses a value."""
     grid = sweep.config.grid
     crossed = len(grid) == 1 and len(next(iter(grid.values()))) > 1 and len(sweep.config.variants) > 1
     return next(iter(grid)) if crossed and not sweep.config.select else None

@@ -17,6 +17,15 @@ from upge.config import Settings, from_tree, key, parse, split
 from upge.errors import ConfigError, nearest
 from upge.trees import read_yaml
 
+#: Costs of a run, the columns of runs.csv, with their displayed names. FLOPs are 2 per parameter and generated token,
+#: and 6 per parameter and token of a forward and backward pass; attention and sampling's prompts are not counted.
+COSTS = {
+    "updates": "updates",
+    "generated_tokens": "generated tokens",
+    "trained_tokens": "trained tokens",
+    "flops": "FLOPs",
+    "training_seconds": "seconds",
+}
 #: Folder names that are valid on any system.
 FOLDER_NAME = re.compile(r"(?!\.+$)[A-Za-z0-9_.+-]+")
 
@@ -35,6 +44,7 @@ class SweepConfig(Settings):
     choose: dict = key({}, "sweep: another sweep, run first; key: its best value goes to each run; see docs/sweep.md")
     select: dict = key({}, "key: the grid key whose best value is chosen; measure: the column of runs.csv to choose by")
     baseline: str = key("", "label that the others are tested against; empty = the first")
+    match: dict = key({}, "compare at equal cost: costs, measure, levels (name -> list of levels); see docs/sweep.md")
     measures: list = key([], "columns of runs.csv for the table and the tests; empty = those of the evaluations")
     jobs: int = key(
         0,
@@ -63,8 +73,21 @@ class SweepConfig(Settings):
             given = getattr(self, name)
             if given and {*given} - more != {*keys}:
                 raise ConfigError(f"{name}: found the keys {sorted(given)}; give {' and '.join(keys)}")
+        self._check_match()
         if self.select and self.select["key"] not in self.grid:
             raise ConfigError(f"select.key: {self.select['key']} is not in the grid; {nearest('', self.grid)}")
+
+    def _check_match(self) -> None:
+        if not self.match:
+            return
+        if {*self.match} != {"costs", "measure", "levels"}:
+            raise ConfigError(f"match: found the keys {sorted(self.match)}; give costs, measure and levels")
+        costs, levels = self.match["costs"], self.match["levels"]
+        unknown = [cost for cost in costs if cost not in COSTS] if isinstance(costs, list) else [costs]
+        if unknown or not costs:
+            raise ConfigError(f"match.costs: found {costs!r}; give a list of {', '.join(COSTS)}")
+        if not (isinstance(levels, Mapping) and levels and all(isinstance(v, list) and v for v in levels.values())):
+            raise ConfigError(f"match.levels: found {levels!r}; give names with lists of levels below them")
 
     def _check_evaluations(self) -> None:
         for name, keys in self.evaluate.items():

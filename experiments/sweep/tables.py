@@ -28,16 +28,9 @@ from experiments.sweep.collect import (
     metric_curve,
 )
 from experiments.sweep.folder import SweepFolder
-from experiments.sweep.settings import Sweep
+from experiments.sweep.settings import COSTS, Sweep
 from upge.evaluation.intervals import Interval, holm, paired_t, t_interval
 from upge.evaluation.scores import powers_of_two
-
-COSTS = {
-    "updates": "updates",
-    "generated_tokens": "generated tokens",
-    "trained_tokens": "trained tokens",
-    "training_seconds": "seconds",
-}
 
 
 @dataclass(frozen=True)
@@ -56,19 +49,19 @@ def figure(rows: Sequence[Mapping[str, Any]], label: str, measure: str) -> Figur
 
 def mean_cell(rows: Sequence[Mapping[str, Any]], label: str, measure: str) -> str:
     """The mean of a measure over the runs of a label and half the width of its interval, in %."""
-    return _cell(figure(rows, label, measure))
+    return mean_cell_of(figure(rows, label, measure))
 
 
 def mean_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> Grid:
     """A row per label and a column per measure: the mean and half the width of its interval, in %."""
     table = [[figure(rows, label, measure) for measure in measures] for label in sweep.labels]
-    best = [_best([line[i] for line in table]) for i in range(len(measures))]
+    best = [best_places([line[i] for line in table]) for i in range(len(measures))]
     table_rows = []
     for place, (label, line) in enumerate(zip(sweep.labels, table, strict=True)):
         counts = [one.runs for one in line if one] or [0]
         seeds = f"{max(counts)}" if len({*counts}) == 1 else f"{min(counts)}–{max(counts)}"
         bold = frozenset(i + 2 for i in range(len(measures)) if place in best[i])
-        table_rows.append(Row((label, seeds, *map(_cell, line)), bold))
+        table_rows.append(Row((label, seeds, *map(mean_cell_of, line)), bold))
     title, names = "Means over seeds in %, ± half a 95 % interval (t)", measure_names(measures)
     return Grid("means", title, ("", "seeds", *(names[measure] for measure in measures)), tuple(table_rows))
 
@@ -105,7 +98,7 @@ def choice_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> Grid:
     table_rows = []
     for group, best in chosen.items():
         line = [figure(rows, labels[group, str(value)], measure) for value in values]
-        table_rows.append(Row((group, *map(_cell, line)), frozenset({values.index(best) + 1})))
+        table_rows.append(Row((group, *map(mean_cell_of, line)), frozenset({values.index(best) + 1})))
     title = f"{measure_names([measure])[measure]} in % by {name}; the chosen value is bold"
     return Grid("choice", title, ("", *map(str, values)), tuple(table_rows))
 
@@ -115,8 +108,12 @@ def cost_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> Grid:
     table_rows = []
     for label in sweep.labels:
         values = [figure(rows, label, name) for name in COSTS]
-        table_rows.append(Row((label, *(MISSING if v is None else f"{v.interval.value:,.0f}" for v in values))))
+        table_rows.append(Row((label, *(MISSING if v is None else _number(v.interval.value) for v in values))))
     return Grid("costs", "Cost of a run", ("", *COSTS.values()), tuple(table_rows))
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value < 1e9 else f"{value:.2e}"
 
 
 def level_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> Grid | None:
@@ -128,8 +125,8 @@ def level_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> Grid | None:
     for place, column in enumerate(levels):
         line = [figure(rows, label, column) for label in sweep.labels]
         rule = bool(place) and column.count("/") == 3 and column.split("/")[:2] != levels[place - 1].split("/")[:2]
-        cells = (names[column], *map(_cell, line))
-        table_rows.append(Row(cells, frozenset(i + 1 for i in _best(line)), rule))
+        cells = (names[column], *map(mean_cell_of, line))
+        table_rows.append(Row(cells, frozenset(i + 1 for i in best_places(line)), rule))
     title = "By level, means over seeds in %"
     return Grid("levels", title, ("", *sweep.labels), tuple(table_rows)) if table_rows else None
 
@@ -161,13 +158,14 @@ def exclusive_grid(sweep: Sweep, name: str, runs: Mapping[tuple[str, int], Run],
     return Grid("exclusive", title, header, ruled(table_rows), 3) if table_rows else None
 
 
-def _best(values: Sequence[Figure | None]) -> set[int]:
+def best_places(values: Sequence[Figure | None]) -> set[int]:
     """The positions of the highest mean as printed; empty if there are fewer than two means."""
     means = {place: round(100 * one.interval.value, 1) for place, one in enumerate(values) if one}
     return {place for place, mean in means.items() if mean == max(means.values())} if len(means) > 1 else set()
 
 
-def _cell(one: Figure | None) -> str:
+def mean_cell_of(one: Figure | None) -> str:
+    """A mean and half the width of its interval, in %."""
     if one is None:
         return MISSING
     half = one.interval.high - one.interval.value

@@ -65,9 +65,18 @@ def test_the_corpus_stays_on_the_training_side_and_is_as_noisy_as_asked():
         assert side(terms) == "train"
         if len(terms) == 2:
             right += solution.endswith(f"\\boxed{{{sum(terms)}}}")
-    two = sum(weight for level, weight in pretrain.MIXTURE.items() if level.startswith("2 "))
+    two = sum(weight for level, weight in pretrain.mixture(6).items() if level.startswith("2 "))
     assert right / (2000 * two) == pytest.approx(0.8, abs=0.05)
-    assert sum(pretrain.MIXTURE.values()) == pytest.approx(1.0)
+    assert sum(pretrain.mixture(6).values()) == pytest.approx(1.0)
+
+
+def test_longer_problems_take_equal_shares():
+    shares = pretrain.mixture(8)
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert [level for level in shares if level.endswith("mixed")] == [f"{n} mixed" for n in range(2, 8)]
+    assert shares["8 numbers"] == shares["2 numbers"] == pytest.approx(0.8 / 7)
+    lengths = {prompt.count("+") + prompt.count("-") + 1 for prompt, _ in islice(pretrain.corpus(0, 0, 0, 8), 300)}
+    assert lengths == {*range(2, 9)}
 
 
 def test_a_noisy_step_misreads_and_slips_as_asked():

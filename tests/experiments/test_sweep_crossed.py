@@ -81,6 +81,7 @@ def test_a_crossed_sweep_has_its_tables_and_a_panel_for_each_variant(tmp_path, m
         path = folder.run(run)
         (path / "final").mkdir(parents=True)
         (path / "config.yaml").write_text("{prompts_per_step: 2, group_size: 2}\n")
+        (path / "run.json").write_text(json.dumps({"parameters": 10}))
         lines = [{"step": step, "reward/mean": 0.5 if step < 9 or run.point["rollout.lag"] == 0 else 0.0} for step in
                  range(1, 21)]  # fmt: skip
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

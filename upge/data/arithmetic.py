@@ -45,6 +45,7 @@ class Arithmetic:
         train_size, evaluation_size: number of problems on each side, divided evenly among the levels. If that leaves a
             remainder, the first levels get one problem more. The order interleaves the levels. A larger size keeps the
             problems of a smaller one.
+        evaluation_levels: the levels of the evaluation, if they are others; None = `levels`.
         largest: the numbers are from 1 to `largest`.
         seed: another seed draws other problems.
 
@@ -58,16 +59,18 @@ class Arithmetic:
     evaluation_size: int = 256
     largest: int = 49
     seed: int = 0
+    evaluation_levels: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.levels, str):
-            object.__setattr__(self, "levels", (self.levels,))
-        object.__setattr__(self, "levels", tuple(self.levels))
+        for key in ("levels", "evaluation_levels"):
+            levels = getattr(self, key)
+            if levels is not None:
+                object.__setattr__(self, key, (levels,) if isinstance(levels, str) else tuple(levels))
         check_fields(self)
-        if not self.levels or len(set(self.levels)) != len(self.levels):
-            raise ConfigError(f"data.levels: expected one or more distinct levels, found {list(self.levels)}")
-        for level in self.levels:
-            parse_level(level)
+        for key in ("levels", "evaluation_levels"):
+            levels = getattr(self, key)
+            if levels is not None:
+                _check_levels(f"data.{key}", levels)
         for key, smallest in (("train_size", 1), ("evaluation_size", 1), ("largest", 2)):
             if getattr(self, key) < smallest:
                 raise ConfigError(f"data.{key}: found {getattr(self, key)}; give a number of at least {smallest}")
@@ -76,11 +79,15 @@ class Arithmetic:
 
     def load(self) -> Splits:
         """Draws the problems of both sides. Equal settings give equal problems in the same order."""
-        return Splits(self._side("train", self.train_size), self._side("evaluation", self.evaluation_size))
+        evaluation_levels = self.levels if self.evaluation_levels is None else self.evaluation_levels
+        return Splits(
+            self._side("train", self.levels, self.train_size),
+            self._side("evaluation", evaluation_levels, self.evaluation_size),
+        )
 
-    def _side(self, which: Side, size: int) -> tuple[Problem, ...]:
-        shares = even_shares(size, len(self.levels))
-        return interleaved([self._level(which, *one) for one in zip(self.levels, shares, strict=True)])
+    def _side(self, which: Side, levels: Sequence[str], size: int) -> tuple[Problem, ...]:
+        shares = even_shares(size, len(levels))
+        return interleaved([self._level(which, *one) for one in zip(levels, shares, strict=True)])
 
     def _level(self, which: Side, level: str, size: int) -> list[Problem]:
         rng = random.Random(f"{self.seed}/{which}/{level}")
@@ -101,16 +108,23 @@ class Arithmetic:
         )
 
 
-def parse_level(level: str) -> tuple[int, bool]:
+def _check_levels(key: str, levels: Sequence[str]) -> None:
+    if not levels or len(set(levels)) != len(levels):
+        raise ConfigError(f"{key}: expected one or more distinct levels, found {list(levels)}")
+    for level in levels:
+        parse_level(level, key)
+
+
+def parse_level(level: str, key: str = "data.levels") -> tuple[int, bool]:
     """(number of terms, whether there are differences) of a level.
 
     Raises:
-        ConfigError: there is no such level.
+        ConfigError: there is no such level; the message begins with `key`.
     """
     match = _LEVEL.fullmatch(level)
     if not match:
         raise ConfigError(
-            f"data.levels: '{level}' is no level; expected 'N numbers' or 'N mixed' with N from 2 "
+            f"{key}: '{level}' is no level; expected 'N numbers' or 'N mixed' with N from 2 "
             f"to 9; {nearest(level, LEVELS)}"
         )
     return int(match[1]), match[2] == "mixed"

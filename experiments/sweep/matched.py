@@ -1,0 +1,108 @@
+"""Compares the runs of a sweep at equal costs, read from their evaluations during training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from experiments.compare.tables import p_text
+from experiments.grid import Grid, Row, ruled
+from experiments.sweep.collect import cumulative_costs, finite
+from experiments.sweep.folder import SweepFolder
+from experiments.sweep.settings import COSTS
+from experiments.sweep.tables import Figure, best_places, mean_cell_of
+from upge.evaluation.intervals import holm, paired_t, t_interval
+from upge.train.files import read_lines
+
+
+def matched_grids(folder: SweepFolder) -> list[Grid]:
+    """A table of means and one of differences to the baseline, for every measure of `match.levels`."""
+    match = folder.sweep.config.match
+    grids = []
+    for name, levels in match["levels"].items():
+        values = {cost: at_equal_cost(folder, cost, match["measure"], levels) for cost in match["costs"]}
+        grids += [_means(folder, name, values), _differences(folder, name, values)]
+    return grids
+
+
+def at_equal_cost(
+    folder: SweepFolder, cost: str, measure: str, levels: Sequence[str]
+) -> tuple[float, dict[str, dict[int, float]]]:
+    """The common cost, and label → seed → the measure of its run at that cost.
+
+    The common cost is the smallest total of the finished runs that have this cost at all. Between two evaluations the
+    measure is interpolated linearly in the cost. A run without this cost, such as one that generates no tokens, is
+    read at its end.
+    """
+    runs = [run for run in folder.sweep.runs if folder.is_trained(run)]
+    spent = {run.slug: {step: costs[cost] for step, costs in cumulative_costs(folder.run(run)).items()} for run in runs}
+    budget = min((total for costs in spent.values() if (total := max(costs.values())) > 0), default=0.0)
+    values: dict[str, dict[int, float]] = {}
+    for run in runs:
+        curve = level_curve(folder.run(run), measure, levels)
+        if curve:
+            values.setdefault(run.label, {})[run.seed] = value_at(curve, spent[run.slug], budget)
+    return budget, values
+
+
+def value_at(curve: Mapping[int, float], spent: Mapping[int, float], budget: float) -> float:
+    """The value of a curve where the cumulative cost reaches `budget`, or its last value if it never does."""
+    points = [(spent[step], value) for step, value in sorted(curve.items())]
+    for (before, low), (after, high) in pairwise(points):
+        if before <= budget < after:
+            return low + (high - low) * (budget - before) / (after - before)
+    return points[-1][1]
+
+
+def level_curve(path: Path, measure: str, levels: Sequence[str]) -> dict[int, float]:
+    """Step → the mean of a measure over these levels with equal weights, at the evaluations that have all of them."""
+    file = path / "evaluations.jsonl"
+    curve = {}
+    for line in read_lines(file) if file.is_file() else []:
+        values = [line["levels"].get(level, {}).get(measure) for level in levels]
+        if all(map(finite, values)):
+            curve[line["step"]] = sum(values) / len(values)
+    return curve
+
+
+def _means(folder: SweepFolder, name: str, values: Mapping[str, tuple[float, Mapping]]) -> Grid:
+    labels = folder.sweep.labels
+    table = [[_figure(values[cost][1].get(label)) for cost in values] for label in labels]
+    best = [best_places([line[i] for line in table]) for i in range(len(values))]
+    rows = tuple(
+        Row((label, *map(mean_cell_of, line)), frozenset(i + 1 for i in range(len(values)) if place in best[i]))
+        for place, (label, line) in enumerate(zip(labels, table, strict=True))
+    )
+    title = f"{name} in % at equal cost, means over seeds ± half a 95 % interval (t)"
+    return Grid(f"matched-{name}", title, ("", *_headings(values)), rows)
+
+
+def _differences(folder: SweepFolder, name: str, values: Mapping[str, tuple[float, Mapping]]) -> Grid:
+    """Paired differences to the baseline; Holm's adjustment over the labels of one cost."""
+    baseline, rows = folder.sweep.baseline, []
+    for cost, (_, by_label) in values.items():
+        tests = {
+            label: paired_t(by_label[label], by_label.get(baseline, {}))
+            for label in folder.sweep.labels
+            if label != baseline and label in by_label
+        }
+        kept = {label: test for label, test in tests.items() if test is not None}
+        adjusted = holm([test.p_value for test in kept.values()])
+        for (label, test), p in zip(kept.items(), adjusted, strict=True):
+            value, half = 100 * test.interval.value, 100 * (test.interval.high - test.interval.value)
+            cell = f"{value:+.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
+            rows.append(Row((COSTS[cost], label, cell, p_text(test.p_value), p_text(p))))
+    title = (
+        f"{name}: difference to {baseline} at equal cost, in percentage points ± half a 95 % interval, paired by seed"
+    )
+    return Grid(f"matched-{name}-differences", title, ("cost", "", "difference", "p", "p (Holm)"), ruled(rows), 2)
+
+
+def _headings(values: Mapping[str, tuple[float, Mapping]]) -> list[str]:
+    return [f"{COSTS[cost]} ({budget:.3g})" for cost, (budget, _) in values.items()]
+
+
+def _figure(by_seed: Mapping[int, float] | None) -> Figure | None:
+    return Figure(len(by_seed), t_interval(list(by_seed.values()))) if by_seed else None
