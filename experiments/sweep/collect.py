@@ -225,9 +225,8 @@ def with_choices(sweep: Sweep, values: Mapping[str, Any]) -> Sweep:
     runs = []
     for run in sweep.runs:
         group = sweep.config.choose.get("group")
-        candidates = (
-            [str(group)] if group else [run.variant, run.variant.partition(",")[0], str(run.keys.get("algo", ""))]
-        )
+        names = (run.variant, run.variant.partition(",")[0], str(run.keys.get("algo", "")))
+        candidates = (str(group),) if group else names
         own = next((candidate for candidate in candidates if candidate in values), None)
         if name in run.keys:
             runs.append(run)

@@ -24,7 +24,10 @@ def model(tmp_path_factory):
     return save_odd_model(tmp_path_factory.mktemp("model"), tied=False)
 
 
-@pytest.fixture(scope="module", params=[pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2)], ids=["1 rank", "2 ranks"])
+RANKS = [pytest.param(1, marks=pytest.mark.slow, id="1 rank"), pytest.param(2, marks=pytest.mark.slow, id="2 ranks")]
+
+
+@pytest.fixture(scope="module", params=RANKS)
 def results(model, request, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("lora")
     launch("lora_ranks", request.param, model, folder / "found.pt", folder)
