@@ -80,7 +80,9 @@ def main(model: str, output: str, budget: str) -> None:
     results["noise"] = []
     for step in range(3):
         # They carry the log-probs of a policy that is not the present one.
-        older = [dataclasses.replace(t, behavior_logprobs=(-0.5,) * len(t.response_ids)) for t in trajectories(seed=step)]
+        older = [
+            dataclasses.replace(t, behavior_logprobs=(-0.5,) * len(t.response_ids)) for t in trajectories(seed=step)
+        ]
         given = dataclasses.replace(collected, trajectories=older)
         _, figures = noisy.update(given, step, LearningRates(0.0), memory)
         noisy.remember(figures, step, memory)

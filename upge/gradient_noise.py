@@ -56,9 +56,7 @@ def measured_terms(terms: Mapping[str, Term], gate: StatefulGate) -> tuple[Unifi
     return estimators[0], estimators[1]
 
 
-def gradient_noise(
-    rollouts: UnifiedGradient, demonstrations: UnifiedGradient, batch: Trajectories
-) -> dict[str, float]:
+def gradient_noise(rollouts: UnifiedGradient, demonstrations: UnifiedGradient, batch: Trajectories) -> dict[str, float]:
     """The three signals of a batch with the log-probs of the current policy. NaN where there are no trajectories.
 
         rollout_noise        σ_r² = Var_i mean_t Â_it over the rollouts i

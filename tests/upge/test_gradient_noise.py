@@ -56,7 +56,7 @@ def test_every_response_counts_once_whatever_its_length():
 
 @pytest.mark.parametrize(("number", "left_out"), [(3, 0), (9, 0), (10, 1), (19, 1), (20, 2)])
 def test_a_tenth_of_the_demonstrations_is_left_out_at_each_end(number, left_out):
-    chances = [math.exp(-((3 * k) % number) ** 2 / 50) for k in range(number)]  # in no order
+    chances = [math.exp(-(((3 * k) % number) ** 2) / 50) for k in range(number)]  # in no order
     given = batch([[0.5], [0.5], *([p] for p in chances)], [1.0, 0.0] + [1.0] * number, number)
     kept = sorted(-math.log(p) for p in chances)[left_out : number - left_out]
     actual = gradient_noise(*TERMS, given)["demonstration_noise"]

@@ -187,7 +187,9 @@ class Learner:
         moved = self._drift(seen, memory)
         report = self.updater.update(collected.trajectories, step, rates, memory.variables, diagnostics)
         memory.variables.update(self._tracked(measured, memory))
-        metrics |= {f"state/{name}": value for name, value in memory.variables.items() if f"state/{name}" not in metrics}
+        metrics |= {
+            f"state/{name}": value for name, value in memory.variables.items() if f"state/{name}" not in metrics
+        }
         if self.algorithm.memory is not None:
             metrics |= remember(self.algorithm.memory, memory.prompts, seen, step, moved)
         if self.replay is not None:

@@ -112,7 +112,10 @@ def test_the_variable_moves_by_slope_and_entropy(results):
 
 def test_the_noise_of_the_present_policy_is_measured_and_averaged(results, model_path):
     """In the first and the third of three steps."""
-    model, algorithm = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64), algorithms.load("gac", NOISY)
+    model, algorithm = (
+        AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64),
+        algorithms.load("gac", NOISY),
+    )
     gate, mu = algorithm.stateful["mu"], 0.5
 
     def measured(seed: int) -> dict[str, float]:
