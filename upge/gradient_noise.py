@@ -1,7 +1,7 @@
 """How noisy the gradients of rollouts and demonstrations are, and how far apart, by the numbers in front of ∇log π.
 
-The gradients themselves would take a backward pass per trajectory. Their coefficients per token are known after a forward
-pass (arXiv 2605.26184).
+The gradients themselves would take a backward pass per trajectory. Their coefficients per token are known after a
+forward pass (arXiv 2605.26184).
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class StatefulGate(Gate):
         return self.due(step)
 
     def tracked(self, before: float | None, measured: float) -> float:
-        """What `updated` gets for a measured signal, from what it got before (None at first) and the new measurement."""
+        """What `updated` gets for a measured signal, from what it got before, None at first, and the measurement."""
         return measured
 
     def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B"]:
@@ -141,8 +141,8 @@ class NoiseBalanced(StatefulGate):
 
         μ* = (α·Δ² + σ_r²) / (Δ² + σ_s² + σ_r²).
 
-    Δ², σ_s² and σ_r² are those of `upge.gradient_noise`: exponential means over the steps that measure them. After every
-    step, with the prior p of the next one,
+    Δ², σ_s² and σ_r² are those of `upge.gradient_noise`: exponential means over the steps that measure them. After
+    every step, with the prior p of the next one,
 
         μ ← clip(μ + clip(λ·clip(β·μ + (1-β)·μ*, low, high) + (1-λ)·p - μ, -change, change), low, high).
 

@@ -284,11 +284,11 @@ class Learner:
     # Gates that follow the gradients' noise.
 
     def _noise(self, collected: Collected, step: int) -> dict[str, dict[str, float]]:
-        """Variable → the signals of `gradient_noise` before the update, for the gates that measure them in this step."""
+        """Variable → the signals of `gradient_noise` before the update, for the gates that measure in this step."""
         measured: dict[str, dict[str, float]] = {}
         for name, gate in self.algorithm.stateful.items():
             if gate.wants & set(GRADIENT_NOISE) and gate.measured(step) and collected.trajectories:
-                # Without the log-probs of an earlier policy that sampled them: these would be taken for the present ones.
+                # Log-probs that trajectories carry, of an earlier policy, would be taken for the present ones.
                 own = [dataclasses.replace(one, behavior_logprobs=None) for one in collected.trajectories]
                 columns, logprobs = self.updater.fill(own, step).columns, self.updater.filler.current_logprobs(own)
                 padded = torch.nn.utils.rnn.pad_sequence(logprobs, batch_first=True)
