@@ -179,7 +179,7 @@ class Learner:
             collected = dataclasses.replace(collected, trajectories=own, held_out=held_out)
         entering = [] if self.replay is None else self.replay.entering(collected.trajectories)
         kept = self._as_sampled(collected.trajectories, None, entering)
-        metrics = {f"state/{name}": value for name, value in memory.variables.items()}
+        metrics = {f"state/{name}": memory.variables[name] for name in self.algorithm.stateful}
         for gate in self._slope_gates(step):
             metrics[f"state/{gate.variable}_{UTILITY_SLOPE}"] = self._slope(gate, collected, step, rates, memory)
         measured = self._noise(collected, step)
@@ -187,9 +187,8 @@ class Learner:
         moved = self._drift(seen, memory)
         report = self.updater.update(collected.trajectories, step, rates, memory.variables, diagnostics)
         memory.variables.update(self._tracked(measured, memory))
-        metrics |= {
-            f"state/{name}": value for name, value in memory.variables.items() if f"state/{name}" not in metrics
-        }
+        # The gates' own variables are those that the step was made with.
+        metrics = {f"state/{name}": value for name, value in memory.variables.items()} | metrics
         if self.algorithm.memory is not None:
             metrics |= remember(self.algorithm.memory, memory.prompts, seen, step, moved)
         if self.replay is not None:
