@@ -26,6 +26,7 @@ ALGORITHMS = {
     "memory": ["algo=spo", "data.train_size=5"],
     "replay": ["algo=exgrpo", "algo.replay.start=0", "data.train_size=5"],
     "lag": ["algo=grpo", "rollout.lag=2"],
+    "a gate with measurements of the first step": ["algo=gac"],
 }
 
 
