@@ -22,6 +22,8 @@ from upge.train.learner import Learner, Models
 from upge.train.metrics import step_metrics
 
 LR, SIZE, BONUS = 0.3, 3, 0.5
+#: Measures in every other step, and averages two measurements.
+NOISY = ["terms.sft.gate.every=2", "terms.sft.gate.smoothing=0.5"]
 TOKENS = {"_target_": "upge.TokenMean"}
 MU = {"_target_": "upge.MetaGradient", "start": 0.6, "rate": 2.0, "entropy_rate": 0.25, "every": 1, "low": 0.01}
 
@@ -72,6 +74,19 @@ def main(model: str, output: str, budget: str) -> None:
     results["norm"], results["state"] = report.grad_norms[0], figures["state/mu"]
     meta.remember({"state/mu_utility_slope": 0.05, "entropy": 0.3}, 0, memory)
     results["mu"] = memory.variables["mu"]
+
+    noisy = learner(algorithms.load("gac", NOISY))
+    memory = noisy.memory()
+    results["noise"] = []
+    for step in range(3):
+        # They carry the log-probs of a policy that is not the present one.
+        older = [
+            dataclasses.replace(t, behavior_logprobs=(-0.5,) * len(t.response_ids)) for t in trajectories(seed=step)
+        ]
+        given = dataclasses.replace(collected, trajectories=older)
+        _, figures = noisy.update(given, step, LearningRates(0.0), memory)
+        noisy.remember(figures, step, memory)
+        results["noise"].append((figures, dict(memory.variables)))
 
     critic = learner(algorithms.load("ppo", ["critic.clip=null"]))
     report, _ = critic.update(critic.collect(0, 0, critic.memory()), 0, LearningRates(0.0, 1e-3), critic.memory())

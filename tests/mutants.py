@@ -2,8 +2,8 @@
 
     python -m tests.mutants [--check] [NAME ...]
 
-Each mutant of mutant_table.py changes one place of a copy of this tree and names the tests that must fail. Without
-names all are planted.
+Each mutant of mutant_table.py and mutant_table_steps.py changes one place of a copy of this tree and names the tests
+that must fail. Without names all are planted.
 The result of each is one of
 
     killed      a test failed: the bug is noticed
@@ -29,8 +29,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutant_table import MUTANTS, Mutant
+from tests import mutant_table, mutant_table_steps
+from tests.mutant_table import Mutant
 
+MUTANTS = (*mutant_table.MUTANTS, *mutant_table_steps.MUTANTS)
 ROOT = Path(__file__).parent.parent
 #: Folders that no test of the table reads.
 LEFT_OUT = ("runs", "evals", "sweeps", "diagnoses", "build", "__pycache__", "*.egg-info")
@@ -122,7 +124,7 @@ def main(names: Sequence[str]) -> int:
     chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
     problems = {mutant.name: text for mutant in chosen if (text := problem(mutant))}
     for name, text in problems.items():
-        print(f"stale     {name}: {text}; adapt tests/mutant_table.py", file=sys.stderr)
+        print(f"stale     {name}: {text}; adapt its table", file=sys.stderr)
     if problems or only_check:
         print(f"{len(problems)} of {len(chosen)} stale")
         return int(bool(problems))

@@ -222,6 +222,11 @@ def chord_mu(s, decay=200, peak=0.9, end=0.05):
     return (1 - mu) * grouped(s) + mu * supervised(s)
 
 
+def gac(s, mu=0.5):
+    """At the μ that it starts from."""
+    return chord_phi(s, mu)
+
+
 def chord_phi(s, mu=0.1):
     undecided = []
     for r in s.rows:

@@ -45,7 +45,7 @@ from upge.prompt_sampling import (
 from upge.reduction import FixedLength, QuestionMean, Reduction, SequenceMean, TokenMean
 from upge.regularizers import DivergencePenalty, EntropyBonus, KLPenalty, Regularizer, ValueLoss
 from upge.replay import Replay
-from upge.stateful import MetaGradient, StatefulGate
+from upge.stateful import MetaGradient, NoiseBalanced, StatefulGate
 from upge.support import FullVocabulary, SampledToken, Support, TopK
 from upge.term import Term
 from upge.trajectories import Trajectories
@@ -79,6 +79,7 @@ __all__ = [
     "InterleavedUpdate",
     "KLPenalty",
     "MetaGradient",
+    "NoiseBalanced",
     "ModelError",
     "NearPassRate",
     "Needs",

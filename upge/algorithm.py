@@ -23,6 +23,7 @@ from upge.errors import ConfigError
 from upge.estimate import Estimate
 from upge.formula import render
 from upge.gates import Gate
+from upge.gradient_noise import measured_terms
 from upge.guidance import Guidance
 from upge.needs import Needs, check_columns, check_groups, check_rewards, needs_of
 from upge.plan import Plan, plan_updates
@@ -30,7 +31,7 @@ from upge.prompt_memory import PromptMemory
 from upge.prompt_sampling import Curriculum, DynamicSampling, check_reads_outcomes
 from upge.regularizers import DivergencePenalty, Regularizer, ValueLoss
 from upge.replay import Replay
-from upge.stateful import UTILITY_SLOPE, StatefulGate, stateful_gates
+from upge.stateful import GRADIENT_NOISE, UTILITY_SLOPE, StatefulGate, stateful_gates
 from upge.support import SampledToken, Support
 from upge.term import Term
 from upge.trajectories import Source, Trajectories
@@ -117,6 +118,9 @@ class Algorithm:
                 raise ConfigError(
                     f"regularizers.{name}.coefficient: found {regularizer.coefficient}; give a finite number"
                 )
+        for gate in self.stateful.values():
+            if gate.wants & set(GRADIENT_NOISE):
+                measured_terms(self.terms, gate)
         asking = [g for g in self.stateful.values() if UTILITY_SLOPE in g.wants]
         if asking and self.validation is None:
             raise ConfigError(

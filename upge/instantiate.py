@@ -149,6 +149,11 @@ def _call(node: Mapping[str, Any], path: str, annotation: Any) -> Any:
     if not callable(target):
         raise ConfigError(f"{path}.{TARGET}: {node[TARGET]} is {_short(target)}, not a class or function")
     _check_kind(target, annotation, f"{path}.{TARGET}", node[TARGET])
+    if missing := sorted(getattr(target, "__abstractmethods__", ())):
+        raise ConfigError(
+            f"{path}.{TARGET}: {node[TARGET]} is abstract, it lacks {', '.join(missing)}; give a class with "
+            f"{'this method' if len(missing) == 1 else 'these methods'}, for example a subclass of it"
+        )
     _check_keys(target, [key for key in node if key != TARGET], node[TARGET], path)
     fields = field_types(target) if isinstance(target, type) else {}
     arguments = {k: _built(v, f"{path}.{k}", fields.get(k, Any)) for k, v in node.items() if k != TARGET}

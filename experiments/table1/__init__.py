@@ -61,7 +61,7 @@ class Statement:
 _ROLLOUTS = "reinforce reinforce_plus_plus rloo ppo grpo dr_grpo cispo gspo sapo gmpo opmd asymre relift dpo gdpo spo"
 _VARIANTS = "opd maxrl dppo vespo luspo dro real exgrpo"
 _IMITATION = "sft dft iw_sft offline_rl luffy rl_plus srft hpt hpt_offpolicy hpt_soft superrl chord_mu chord_phi amft"
-_IMITATION += " uft"
+_IMITATION += " uft gac"
 _CORRECTIONS = "tis icepop mis mis_geometric dual_clip kl_k1 kl_k2 kl_k3 entropy kl_reward dynamic_sampling"
 _CORRECTIONS += " ratio_kl sequence_mask overlong_filter optimal_baseline"
 # A limit that the short responses of a proof reach; the buffer is a share of it.

@@ -167,6 +167,13 @@ def chord_phi(w: World) -> Expr:
     return Rational("0.9") * _clipped(w) + Rational("0.1") * phi
 
 
+def gac(w: World) -> Expr:
+    """The same with μ."""
+    mu = w.variable("mu")
+    phi = expert_mean(w, lambda row, t: w.sg(row.p[t] * (1 - row.p[t])) * log(row.p[t]))
+    return (1 - mu) * _clipped(w) + mu * phi
+
+
 def amft(w: World) -> Expr:
     """(1 - μ)·clipped with whitened GAE + μ·log-likelihood."""
     mu = w.variable("mu")

@@ -135,7 +135,11 @@ OVERRIDES = {
     f"{MASK}={{_target_: no_such_file.Mask}}": ["mask._target_", "no module 'no_such_file'", "PYTHONPATH"],
     f"{MASK}={{_target_: upge.nope.Mask}}": ["mask._target_", "no module 'upge.nope'"],
     f"{MASK}={{_target_: upge.__version__}}": ["mask._target_", "not a class or function"],
-    f"{MASK}={{_target_: upge.StabilizationMask}}": ["algo.terms.rl.estimator.mask", "abstract"],
+    f"{MASK}={{_target_: upge.StabilizationMask}}": [
+        "algo.terms.rl.estimator.mask._target_: upge.StabilizationMask is abstract, it lacks __call__; give a class",
+        "with this method",
+    ],
+    "terms.rl.gate={_target_: upge.StatefulGate, variable: a}": ["is abstract, it lacks initial, updated; give"],
     f"{MASK}={{_target_: upge.UnitDenominator}}": ["estimator.mask", "UnitDenominator", "a StabilizationMask"],
     f"{MASK}={{_target_: upge.AllOf, masks: [1]}}": ["algo.terms.rl.estimator.mask.masks", "(1,)"],
     f"{MASK}={{_target_: ": ["algo.terms.rl.estimator.mask", "'{_target_: '"],

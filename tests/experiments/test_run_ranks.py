@@ -15,11 +15,13 @@ from upge.train.resharding import model_file, read
 pytestmark = pytest.mark.slow
 
 #: Interleaved updates with moments of their own, and prompts that wait for one; several rewards; a critic and a gate
-#: that moves; a memory of prompts and of their responses, by which prompts are drawn.
+#: that moves; a gate that follows what the first step measured; a memory of prompts and of their responses, by which
+#: prompts are drawn.
 ALGORITHMS = {
     "relift": (1, 2, ["algo.interleaved_update.size=2", "algo.interleaved_update.gate.threshold=0.5"]),
     "gdpo": (1, 2, ["verify.verifier=number as correct + 0.2*boxed as format", "verify.success=correct"]),
     "amft": (2, 1, ["algo.terms.sft.gate.every=1", "algo.terms.sft.gate.rate=10"]),
+    "gac": (1, 2, []),
     # Five prompts for four places, so that most are met again.
     "spo": (1, 2, ["data.train_size=5", "optimizer.lr=1e-3"]),
 }
@@ -50,7 +52,7 @@ def test_the_next_step_is_that_of_the_uninterrupted_run(tmp_path, algo):
         assert min(sum(row["interleaved_update/updates"] for row in rows) for rows in (actual[:2], actual[2:])) > 0
     elif algo == "gdpo":
         assert {"reward/correct", "reward/format"} <= actual[2].keys()
-    elif algo == "amft":
+    elif algo in ("amft", "gac"):
         assert len({row["state/mu"] for row in actual}) == 3
     else:
         assert actual[2]["memory/drift_mean"] > 0 and actual[2]["memory/new_share"] < 1

@@ -33,6 +33,17 @@ def test_denominators_are_of_the_policy_that_sampled(whole):
     assert rows[2]["replayed/tokens"] > 0
 
 
+@pytest.mark.slow
+def test_vllm_samples_with_earlier_weights_and_replays(tmp_path):
+    """Its log-probs are those of the trainer with the weights of the step before, and not of the present policy."""
+    settings = [key for key in SETTINGS if key != "rollout.engine=transformers"]
+    run(*settings, "rollout.engine=vllm", f"output={tmp_path / 'run'}")
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    assert all(row["sampler/logprob_diff_max"] < 1e-4 for row in rows)
+    assert "behavior/kl_k3" not in rows[0] and all(row["behavior/kl_k3"] > 1e-4 for row in rows[1:])
+    assert rows[2]["replay/share"] > 0 and rows[2]["replay/age"] >= 1 and rows[2]["replayed/tokens"] > 0
+
+
 def test_the_weights_of_the_sampler_are_one_step_old(whole, tmp_path):
     """The first two steps sample with the initial weights, as all steps of a run do that learns nothing."""
     run(*REPLAYING, "optimizer.lr=0", f"output={tmp_path / 'run'}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests import mutants
-from tests.mutant_table import MUTANTS, Mutant
+from tests.mutant_table import Mutant
+from tests.mutants import MUTANTS
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

@@ -248,6 +248,7 @@ def test_chord_phi():
         ("chord_mu", "terms.sft.gate={_target_: upge.ConstantGate, coefficient: 0.3}", 0.3),
         ("chord_phi", "terms.sft.gate.coefficient=0.2", 0.2),
         ("amft", "terms.sft.gate.start=0.6", 0.6),
+        ("gac", "terms.sft.gate.start=0.6", 0.6),
     ],
 )
 def test_one_override_moves_both_ends_of_a_balance(name, override, share):

@@ -87,6 +87,10 @@ INERT = {
     ("amft", "terms.sft.gate.low"): MOVES,
     ("amft", "terms.sft.gate.high"): MOVES,
     ("amft", "terms.sft.gate.every"): MOVES,
+    **{
+        ("gac", f"terms.sft.gate.{setting}"): MOVES
+        for setting in ("target", "smoothing", "prior.*", "blend", "change", "low", "high", "every")
+    },
     ("dapo", "sampling.rounds"): "how often prompts are drawn, before there is a batch",
     ("spo", "sampling.*"): "which prompts are drawn, before there is a batch: see test_prompt_memory.py",
     (

@@ -34,6 +34,12 @@ from upge.testing.rules import SINGLE_TOLERANCE, attempt, close, require, requir
 from upge.trajectories import Source, Trajectories
 from upge.views import LIVE_COLUMNS, TOKEN_COLUMNS, TRAJECTORY_COLUMNS, Distributions
 
+#: For what belongs to an algorithm and is no part of a term.
+_CHECKED = (
+    "parts of a slot, gates, reductions, regularizers and rewards per token are checked; test a length of prefixes, a "
+    "weight of prompts, a memory or a replay by calling its methods, and in a run of a few steps"
+)
+
 
 def check_component(component: Component) -> None:
     """Checks that a part obeys the rules of its slot.
@@ -52,7 +58,7 @@ def check_component(component: Component) -> None:
         TypeError: `component` is not a part, for example a class instead of an instance.
         upge.trajectories.UndeclaredColumn: the part reads a column that `reads` does not list.
     """
-    require_instance(component, Component, "a part such as upge.PPOClip()")
+    require_instance(component, Component, "a part such as upge.PPOClip()", _CHECKED)
     if isinstance(component, ValueLoss):  # it takes values, not a batch, so it has its own rules
         for part in component.parts.values():
             check_component(part)

@@ -30,11 +30,11 @@ def require(holds: bool, message: str) -> None:
         raise ConformanceError(message)
 
 
-def require_instance(value: object, kind: type, example: str) -> None:
-    """Raises TypeError unless `value` is an instance of `kind`."""
+def require_instance(value: object, kind: type, example: str, fix: str = "pass an instance") -> None:
+    """Raises TypeError unless `value` is an instance of `kind`; `fix` is for instances of other classes."""
     if not isinstance(value, kind):
         given = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
-        raise TypeError(f"expected {example}, found {given}; pass an instance")
+        raise TypeError(f"expected {example}, found {given}; {'pass an instance' if isinstance(value, type) else fix}")
 
 
 def attempt(problem: str, call: Callable[_P, _R], *arguments: _P.args, **keywords: _P.kwargs) -> _R:

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -76,9 +76,11 @@ class Setting:
             group continue. It takes the place of the algorithm's own distribution of lengths.
         step: the training steps before the batch, for schedules.
         remembered: what is remembered of the prompt.
+        named_rewards: name → (weight, reward) of the rewards that `reward` is the weighted sum of; empty = one reward.
 
     Raises:
-        ConfigError: a policy has other responses than `policy`, or `prefixes` is not a distribution of beginnings.
+        ConfigError: a policy has other responses than `policy`, `prefixes` is not a distribution of beginnings, or
+            `reward` is another sum.
     """
 
     policy: SoftmaxPolicy
@@ -92,6 +94,7 @@ class Setting:
     prefixes: Mapping[tuple[int, ...], float] | None = None
     step: int = 0
     remembered: Remembered = Remembered(value=0.5, attempts=0, successes=0, last_pass_rate=math.nan, age=1)
+    named_rewards: Mapping[str, tuple[float, Reward]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reward", rewards_of(self.policy, self.reward))
@@ -106,6 +109,9 @@ class Setting:
                 )
         if self.prefixes is not None and not math.isclose(total := math.fsum(self.prefixes.values()), 1):
             raise ConfigError(f"prefixes: the probabilities sum to {total:g}; give a distribution")
+        summed = sum((weight * rewards_of(self.policy, one) for weight, one in self.named_rewards.values()))
+        if isinstance(summed, Tensor) and not torch.allclose(summed, self.rewards):
+            raise ConfigError(f"reward: it is not the weighted sum of {', '.join(self.named_rewards)}; give this sum")
 
     @property
     def _lists(self) -> list[tuple[int, ...]]:
@@ -199,6 +205,11 @@ class Evaluator:
             **columns,
             response_mask=mask & ~shown if in_prompt else mask,
             rewards=self.setting.rewards[number],
+            named_rewards={
+                name: rewards_of(self.setting.policy, one)[number]
+                for name, (_, one) in self.setting.named_rewards.items()
+            },
+            reward_weights={name: weight for name, (weight, _) in self.setting.named_rewards.items()},
             group=group,
             is_demonstration=is_demonstration,
             is_demonstration_token=shown,

@@ -9,9 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from upge.algorithm import Algorithm, InterleavedUpdate
 from upge.data import Example
-from upge.stateful import UTILITY_SLOPE, StatefulGate
+from upge.gradient_noise import gradient_noise, measured_terms
+from upge.stateful import GRADIENT_NOISE, UTILITY_SLOPE, StatefulGate
 from upge.train.collect import HELD_OUT, Collector
 from upge.train.config import Behavior, LearningRates, OptimizerConfig
 from upge.train.diagnostics import NO_DIAGNOSTICS, Diagnostics
@@ -35,7 +38,7 @@ class Memory:
     """What an algorithm carries from step to step.
 
     Attributes:
-        variables: the present value of each stateful gate.
+        variables: the present value of each stateful gate, and of the signals that it tracks.
         remembered: indices of the training examples that wait for an interleaved update.
         prompts: what is remembered of each prompt; empty if the algorithm has no memory of prompts.
     """
@@ -176,12 +179,16 @@ class Learner:
             collected = dataclasses.replace(collected, trajectories=own, held_out=held_out)
         entering = [] if self.replay is None else self.replay.entering(collected.trajectories)
         kept = self._as_sampled(collected.trajectories, None, entering)
-        metrics = {f"state/{name}": value for name, value in memory.variables.items()}
+        metrics = {f"state/{name}": memory.variables[name] for name in self.algorithm.stateful}
         for gate in self._slope_gates(step):
             metrics[f"state/{gate.variable}_{UTILITY_SLOPE}"] = self._slope(gate, collected, step, rates, memory)
+        measured = self._noise(collected, step)
         seen = visits(collected.sampled, self.examples) if self.algorithm.memory is not None else []
         moved = self._drift(seen, memory)
         report = self.updater.update(collected.trajectories, step, rates, memory.variables, diagnostics)
+        memory.variables.update(self._tracked(measured, memory))
+        # The gates' own variables are those that the step was made with.
+        metrics = {f"state/{name}": value for name, value in memory.variables.items()} | metrics
         if self.algorithm.memory is not None:
             metrics |= remember(self.algorithm.memory, memory.prompts, seen, step, moved)
         if self.replay is not None:
@@ -223,8 +230,10 @@ class Learner:
         for name, gate in self.algorithm.stateful.items():
             if not gate.due(step):
                 continue
-            names = {want: f"state/{name}_{want}" if want == UTILITY_SLOPE else want for want in gate.wants}
+            own = {UTILITY_SLOPE, *GRADIENT_NOISE}
+            names = {want: f"state/{name}_{want}" if want in own else want for want in gate.wants}
             signals = {want: metrics.get(metric, math.nan) for want, metric in names.items()}
+            signals |= {"step": float(step + 1)} if "step" in gate.wants else {}
             missing = [names[want] for want, value in signals.items() if not math.isfinite(value)]
             if not missing:
                 memory.variables[name] = gate.updated(memory.variables[name], signals)
@@ -270,6 +279,30 @@ class Learner:
         derivative = self.updater.gradient(batch, [(0.5 / _SHIFT, plans[0]), (-0.5 / _SHIFT, plans[1])])
         gradient = validation.gradient(held_out, [(1.0, validation_plan)])
         return rates.policy * self.models.policy.dot(gradient, derivative)
+
+    # Gates that follow the gradients' noise.
+
+    def _noise(self, collected: Collected, step: int) -> dict[str, dict[str, float]]:
+        """Variable → the signals of `gradient_noise` before the update, for the gates that measure in this step."""
+        measured: dict[str, dict[str, float]] = {}
+        for name, gate in self.algorithm.stateful.items():
+            if gate.wants & set(GRADIENT_NOISE) and gate.measured(step) and collected.trajectories:
+                # Log-probs that trajectories carry, of an earlier policy, would be taken for the present ones.
+                own = [dataclasses.replace(one, behavior_logprobs=None) for one in collected.trajectories]
+                columns, logprobs = self.updater.fill(own, step).columns, self.updater.filler.current_logprobs(own)
+                padded = torch.nn.utils.rnn.pad_sequence(logprobs, batch_first=True)
+                batch = dataclasses.replace(columns, logprobs=padded)
+                measured[name] = gradient_noise(*measured_terms(self.algorithm.terms, gate), batch)
+        return measured
+
+    def _tracked(self, measured: Mapping[str, Mapping[str, float]], memory: Memory) -> dict[str, float]:
+        """The new values of the gates' signals; one that is not finite leaves the value before."""
+        return {
+            f"{name}_{signal}": self.algorithm.stateful[name].tracked(memory.variables.get(f"{name}_{signal}"), value)
+            for name, signals in measured.items()
+            for signal, value in signals.items()
+            if math.isfinite(value)
+        }
 
     # Interleaved updates.
 

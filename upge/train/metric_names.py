@@ -8,7 +8,7 @@ from itertools import combinations
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError, nearest
 from upge.estimate import PERCENTILES
-from upge.stateful import UTILITY_SLOPE, stateful_gates
+from upge.stateful import GRADIENT_NOISE, UTILITY_SLOPE, stateful_gates
 
 #: docs/metrics.md says what each means. A metric may be absent in a step. `time/total` is recorded after all others.
 ALWAYS = (
@@ -68,7 +68,8 @@ def metric_names(algorithm: Algorithm) -> Iterator[str]:
     yield from (f"{regularizer}/{name}" for regularizer in algorithm.regularizers for name in OF_REGULARIZER)
     yield from (f"cosine/{a}_{b}" for a, b in combinations((*algorithm.terms, *algorithm.regularizers), 2))
     for variable in algorithm.stateful:
-        yield from (f"state/{variable}", f"state/{variable}_{UTILITY_SLOPE}")
+        yield f"state/{variable}"
+        yield from (f"state/{variable}_{signal}" for signal in (UTILITY_SLOPE, *GRADIENT_NOISE))
 
 
 def check_signals(algorithm: Algorithm, path: str = "algo.") -> None:
@@ -80,7 +81,7 @@ def check_signals(algorithm: Algorithm, path: str = "algo.") -> None:
     Raises:
         ConfigError: no step of the algorithm can have a metric of this name.
     """
-    known = {UTILITY_SLOPE, *metric_names(algorithm)}
+    known = {UTILITY_SLOPE, *GRADIENT_NOISE, *metric_names(algorithm)}
     for place, part in algorithm.parts.items():
         for gate in stateful_gates({place: part}).values():
             for name in sorted(gate.wants - known):

@@ -115,6 +115,7 @@ SHIPPED = [
     upge.PassRateBetween(0.0, 1.0),
     upge.Complement(upge.PassRateBetween()),
     upge.MetaGradient(),
+    upge.NoiseBalanced(),
     upge.Complement(upge.MetaGradient()),
     upge.PassRateTable((0.0, 0.5, 1.0), (1.0, 0.5, 0.0)),
     upge.PassRateTable((0.0, 0.5), (1.0, 0.5), step=True),

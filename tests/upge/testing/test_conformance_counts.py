@@ -156,3 +156,12 @@ def test_a_class_or_a_name_is_not_an_instance():
         check_component(upge.PPOClip)
     with pytest.raises(TypeError, match=r"algorithms.load\(NAME\), found 'grpo'; pass an instance"):
         check_algorithm("grpo")
+
+
+@pytest.mark.parametrize("other", [upge.UniformPrefix(), upge.Uncertainty(), upge.DecayedMean(), upge.Replay()])
+def test_what_is_no_part_of_a_term_is_tested_otherwise(other):
+    with pytest.raises(TypeError) as caught:
+        check_component(other)
+    said = str(caught.value)
+    assert f"found {other!r}; parts of a slot, gates, reductions" in said and "by calling its methods" in said
+    assert "instance" not in said

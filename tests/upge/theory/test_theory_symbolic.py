@@ -287,7 +287,7 @@ PARTS = [
     upge.PassRateTable((0.1, 0.5, 0.8), (1.0, 0.2, 0.4), step=True),
     upge.ProductOf((upge.PassRateAbove(0.4), upge.EntropyWeight(0.3, 1))),
     upge.Complement(upge.Schedule(0.1, 0.9, 0.2, 3, 20)),
-    upge.MetaGradient(),
+    *(upge.MetaGradient(), upge.NoiseBalanced(start=0.8)),
     upge.SequenceMean(tokens="sum"),
     upge.QuestionMean(tokens="sum", within="kind"),
     upge.QuestionMean(within="none"),
@@ -328,7 +328,7 @@ def test_a_symbolic_form_says_what_the_part_computes(part):
                 other = float(theirs[row.index] if theirs.ndim == 1 else theirs[row.index, t])
                 values.add(round(other, 9))
                 assert world.value(one) == pytest.approx(other, rel=1e-12, abs=1e-12)
-    constant = isinstance(part, upge.MetaGradient | upge.Complement) or part in (
+    constant = isinstance(part, upge.StatefulGate | upge.Complement) or part in (
         upge.AllOf(()),
         upge.PowerLikelihood(0.0, 0.0),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,10 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.learner_ranks import BONUS, LR, SIZE, mixed
+import algorithms
+from tests.learner_ranks import BONUS, LR, NOISY, SIZE, mixed
 from tests.models import save_random_model, trajectories
 from tests.upge.train.test_update import launch, padded_logprobs
+from upge.gradient_noise import gradient_noise, measured_terms
 from upge.train.learner import Learner, Memory
+from upge.train.sample import assemble
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +108,34 @@ def test_asking_for_the_slope_leaves_no_trace(results, plain):
 def test_the_variable_moves_by_slope_and_entropy(results):
     """0.6 + 2·0.05 + 0.25·(0.5 - 0.3)"""
     assert results["mu"] == pytest.approx(0.75, abs=1e-12)
+
+
+def test_the_noise_of_the_present_policy_is_measured_and_averaged(results, model_path):
+    """In the first and the third of three steps."""
+    model, algorithm = (
+        AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64),
+        algorithms.load("gac", NOISY),
+    )
+    gate, mu = algorithm.stateful["mu"], 0.5
+
+    def measured(seed: int) -> dict[str, float]:
+        columns = assemble(trajectories(seed=seed), 0)
+        logprobs = torch.zeros(columns.response_mask.shape, dtype=torch.float64)
+        with torch.no_grad():
+            padded, _ = padded_logprobs(model, trajectories(seed=seed))
+        logprobs[:, : padded.shape[1]] = padded
+        return gradient_noise(*measured_terms(algorithm.terms, gate), replace(columns, logprobs=logprobs))
+
+    first, third = measured(0), measured(2)
+    later = {name: (first[name] + third[name]) / 2 for name in first}
+    for step, (figures, variables) in enumerate(results["noise"]):
+        expected = first if step < 2 else later
+        assert figures["state/mu"] == pytest.approx(mu)
+        for name, value in expected.items():
+            assert figures[f"state/mu_{name}"] == variables[f"mu_{name}"]
+            assert variables[f"mu_{name}"] == pytest.approx(value, rel=1e-4), (step, name)
+        mu = gate.updated(mu, {**expected, "step": step + 1})
+        assert variables["mu"] == pytest.approx(mu, abs=1e-7)
 
 
 def test_the_critics_goal_is_the_return(results):

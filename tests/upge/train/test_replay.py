@@ -84,6 +84,14 @@ def test_replayed_rollouts_count_in_their_group_and_do_not_enter_again():
     }  # fmt: skip
 
 
+def test_a_group_without_a_new_success_updates_the_number_by_which_it_is_drawn():
+    one = after(buffer(), 0, group(1, "0110"))
+    (old,) = one.draw(1, ())[1]
+    trajectories = [*group(1, "000", first=4), replace(old, group=1)]
+    after(one, 1, trajectories)
+    assert kept(one) == {1: [1, 2]} and one._prompts[1].successes == 1
+
+
 def test_whole_groups():
     one = after(buffer(keep="all", rollouts=None), 0, group(0, "0000"), group(1, "0110"))
     assert kept(one) == {0: [0, 1, 2, 3], 1: [0, 1, 2, 3]} and one.fresh_rollouts == 0

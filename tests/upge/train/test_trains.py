@@ -25,6 +25,7 @@ MORE = {
     "relift": ["algo.interleaved_update.size=2"],
     "ppo": ["optimizer.mini_batches=2"],
     "kl_cov": ["optimizer.mini_batches=2"],
+    "gac": ["algo.terms.sft.gate.every=2"],
     "exgrpo": ["algo.replay.start=0"],
 }
 #: Other predictions than the policy's own, from a prompt that says more.
@@ -109,8 +110,9 @@ def test_it_gets_what_it_asks_for_and_no_more(folder, name):
 
 @pytest.mark.timeout(1600)
 def test_a_stateful_gate_moves_and_an_interleaved_update_happens(folder):
-    mu = [line["state/mu"] for line in lines(folder / "amft" / "metrics.jsonl")]
-    assert mu[0] == 0.8 and len(set(mu)) == STEPS
+    for name, start in (("amft", 0.8), ("gac", 0.5)):
+        mu = [line["state/mu"] for line in lines(folder / name / "metrics.jsonl")]
+        assert mu[0] == start and len(set(mu)) == STEPS
     assert sum(line["interleaved_update/updates"] for line in lines(folder / "relift" / "metrics.jsonl")) >= 1
     assert [line["stage"] for line in lines(folder / "sft_then_grpo" / "metrics.jsonl")] == [1, 1, 2]
 

@@ -97,6 +97,7 @@ def _(part, world):
 
 
 @rule(stateful.MetaGradient)
+@rule(stateful.NoiseBalanced)
 def _(part, world):
     return [world.variable(part.variable, part.initial())] * len(world.rows)
 
