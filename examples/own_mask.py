@@ -101,10 +101,10 @@ for name, report in reports.items():
 
 # %%
 sizes = [2**k for k in range(14)]
-figure, axes = plt.subplots(figsize=(6, 4))
+figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
 for name in reports:
-    axes.loglog(sizes, [error(name, groups) for groups in sizes], label=name)
-axes.set(xlabel="groups in a batch", ylabel="error relative to ‖∇E[R]‖")
+    axes.plot(sizes, [error(name, groups) for groups in sizes], label=name)
+axes.set(xscale="log", xlabel="groups in a batch", ylabel="error relative to ‖∇E[R]‖")
 axes.legend()
 FOLDER = Path("runs/examples")
 FOLDER.mkdir(parents=True, exist_ok=True)

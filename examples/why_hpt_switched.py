@@ -114,17 +114,16 @@ for line in metrics:
 # about these prompts decides most of the step.
 
 # %%
-figure, axes = plt.subplots(figsize=(6, 3.5))
-levels = sorted({line["level"] for line in recorded})
+figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+levels = sorted({line["level"] for line in recorded}, key=lambda level: level.split()[::-1])  # "4 mixed": kind first
 bottom = [0] * len(levels)
 for source, color in (("rollouts", "tab:blue"), ("demonstrations", "tab:orange"), ("nothing", "lightgray")):
     counts = [sum(line["level"] == level and line["learned"] == source for line in recorded) for level in levels]
     axes.bar(levels, counts, bottom=bottom, color=color, label=source)
     bottom = [below + count for below, count in zip(bottom, counts, strict=True)]
-axes.set(ylabel="prompts", title="What each prompt of the run learned from, by level")
+axes.set(ylabel="prompts", title="What the prompts of each level learned from")
 axes.tick_params(axis="x", rotation=30)
-axes.legend()
-figure.tight_layout()
+figure.legend(loc="outside right upper")
 figure.savefig(RUN / "switches.png", dpi=120)
 print(f"figure: {RUN / 'switches.png'}; the whole report: {RUN / 'report.html'}")
 

@@ -71,8 +71,8 @@ def test_masks_trade_bias_for_variance(tmp_path: Path) -> None:
     rows = table(printed("own_mask", tmp_path), "mask ")
     bias, _, deviation, few, many = zip(*rows.values(), strict=True)
     assert list(rows) == ["NoMask", "PPOClip", "Band(1.5)", "Band(1.2)"]
-    assert bias[0] == min(bias) > 0.1 and deviation[0] == max(deviation)
-    assert few[0] == max(few) and many[0] == min(many), "a small batch gains from a mask, a large one loses"
+    assert 0.1 < bias[0] < min(bias[1:]) and deviation[0] > max(deviation[1:])
+    assert few[0] > max(few[1:]) and many[0] < min(many[1:]), "a small batch gains from a mask, a large one loses"
     assert (tmp_path / "runs" / "examples" / "own_mask.png").stat().st_size > 1000
 
 
@@ -98,8 +98,9 @@ def test_the_gate_follows_from_the_rollouts(tmp_path: Path) -> None:
         assert gate == ("rollouts" if float(pass_rate) > 0 else "demonstrations")
         assert learned in (gate, "nothing")
     answer = re.search(r"the answer is (-?\d+)$", text, re.MULTILINE)
-    assert answer and re.search(rf"demonstration .*boxed{{{answer[1]}}}<eos>", text)
-    assert not re.search(rf"rollout .*boxed{{{answer[1]}}}", text), "the prompt is one that failed"
+    responses = re.findall(r"^  (rollout|demonstration) .*boxed\{(-?\d+)\}", text, re.MULTILINE)
+    assert answer and responses.pop() == ("demonstration", answer[1])
+    assert responses and ("rollout", answer[1]) not in responses, "the prompt is one that failed"
 
 
 @pytest.mark.slow
