@@ -132,7 +132,8 @@ def python312() -> str | Path | None:
 
 @pytest.mark.parametrize("minor", [11, 12])
 def test_sources_compile(minor: int) -> None:
-    sources = [ROOT / path for path in shipped("*.py")] + [ROOT / "setup.py", *(ROOT / "tests").rglob("*.py")]
+    sources = [ROOT / path for path in shipped("*.py")] + [ROOT / "setup.py", *(ROOT / "examples").glob("*.py")]
+    sources += (ROOT / "tests").rglob("*.py")
     interpreter = python312() if minor == 12 else sys.executable
     if interpreter is None:
         trees = [ast.parse(path.read_text("utf-8"), str(path), feature_version=(3, minor)) for path in sources]

@@ -23,8 +23,8 @@ FIELD = """
     iql bread llds vespo
 """
 NAMES = sorted({*FIELD.split(), *algorithms.names()} - {"real"})  # a word that the package also needs
-#: The packages of this project, tests included.
-PACKAGES = ("upge", "algorithms", "experiments", "tests")
+#: The folders of this project with code, tests included.
+PACKAGES = ("upge", "algorithms", "experiments", "examples", "tests")
 #: Everything that only an engine, a trainer, a verifier or a report may load.
 HEAVY = ("deepspeed", "vllm", "transformers", "math_verify", "matplotlib")
 
@@ -93,7 +93,7 @@ def test_importing_the_package_loads_nothing_heavy(statement):
 # Sizes and docstrings.
 
 
-@pytest.mark.parametrize("folder", ["upge", "algorithms", "experiments", "tests"])
+@pytest.mark.parametrize("folder", ["upge", "algorithms", "experiments", "examples", "tests"])
 def test_files_are_short(folder):
     lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py")}
     assert lengths and not {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > 400}
