@@ -235,6 +235,7 @@ def _svg(rows: list[_Row], states: Sequence[str], first: int, last: int, width: 
         f'<path d="{"".join(drawn[state])}" fill="var(--{STATES[state][0]})"/>'
         for state in states
     ]
+    parts += [_row_title(number, row) for number, row in enumerate(rows)]
     parts += _level_marks(rows) + _step_marks(first, last, width, cell, height)
     label = f"What each of {len(rows)} prompts learned from, steps {first} to {last}: " + ", ".join(
         f"{STATES[state][1]} {sum(s == state for row in rows for s in row.cells.values())} times" for state in states
@@ -243,6 +244,14 @@ def _svg(rows: list[_Row], states: Sequence[str], first: int, last: int, width: 
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
         f'aria-label="{escape(label)}" font-size="12" fill="var(--soft)">{"".join(parts)}</svg>'
     )
+
+
+def _row_title(number: int, row: _Row) -> str:
+    """What appears when the pointer is on a row: an invisible area with a title."""
+    solved = f"first solved in step {row.solved:.0f}" if row.solved < math.inf else "never solved"
+    title = f"prompt {row.prompt}, {row.level}: {row.ease:.0%} of its rollouts correct, {solved}"
+    area = f'x="0" y="{TOP + ROW * number}" width="{WIDTH}" height="{ROW}"'
+    return f'<rect {area} fill-opacity="0"><title>{escape(title)}</title></rect>'
 
 
 def _box(x: float, y: float, width: float, height: float) -> str:

@@ -201,6 +201,8 @@ def test_rows_and_colours_of_the_heat_map():
     assert rows == {"c0": {15.5, 24.5}, "c1": {24.5}, "c3": {6.5}, "c2": {15.5}, "c6": {15.5}}
     held = re.findall(r'<path d="([^"]*)" fill="var\(--(\w+)\)" fill-opacity', actual.svg)
     assert {color for path, color in held if path} == {"c1", "c3"}, "what is not drawn again stays, in pale"
+    titles = re.findall(r"<rect [^>]*><title>([^<]*)</title></rect>", actual.svg)
+    assert titles[1] == "prompt 7, soft: 50% of its rollouts correct, first solved in step 2" and len(titles) == 3
     assert "rollouts 2 times" in actual.svg and heat_map([]) is None
     # A level of a single row has no room for its name.
     without = [prompt_line(1, 0, 0, "rollouts", None), prompt_line(2, 0, 0, "nothing", None)]
