@@ -34,7 +34,7 @@ COMMANDS = {
     "compare": "compare evaluations: accuracy, pass@k, exclusive solves, intervals",
     "sweep": "train and evaluate many runs, and report them together",
     "diagnose": "measure bias and variance of the algorithms' gradients on a policy",
-    "report": "write report.html into the folders of runs",
+    "report": "write report.html into the folders of runs, and a page with the curves of several",
     "describe": "list the algorithms and corrections, or show one",
     "doctor": "check this machine: driver, memory, kernels, gradients, sampler",
     "bench": "measure speed and memory, side by side with other libraries",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
+from experiments import hover
 from upge.evaluation.intervals import Interval
 
 # The report's light colours only: a figure in a paper has no dark mode.
@@ -30,12 +33,18 @@ _STYLE = {
 
 
 def save(folder: Path, name: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> list[Path]:
-    """Calls `draw` on a figure of this size in inches and writes NAME.png and NAME.svg."""
+    """Calls `draw` on a figure of this size in inches and writes NAME.png and NAME.svg.
+
+    The SVG holds the values of the lines that have a label, which pages show under the pointer.
+    """
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
         figure = Figure(size, dpi=180, layout="constrained")
         draw(figure)
         FigureCanvasAgg(figure).print_png(folder / f"{name}.png", metadata={"Software": None})
-        FigureCanvasSVG(figure).print_svg(folder / f"{name}.svg", metadata={"Date": None})
+        buffer = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+        text = buffer.getvalue().replace("<svg ", f"<svg{hover.attribute(hover.panels(figure))} ", 1)
+        (folder / f"{name}.svg").write_text(text, "utf-8")
     return [folder / f"{name}.png", folder / f"{name}.svg"]
 
 
@@ -65,12 +74,20 @@ def dress(axes, grid: str = "y") -> None:
     axes.grid(True, axis=grid, color=RULE, linewidth=0.7)
 
 
-def draw_band(axes, curve: Mapping[int, Interval], index: int, scale: float = 1.0, **style: Any) -> Line2D:
+def count_steps(axes) -> None:
+    """Puts whole numbers on the horizontal axis, which counts steps; called after drawing."""
+    low, high = axes.dataLim.intervalx
+    if high - low < 1:  # a single step, around which matplotlib would show fractions
+        axes.set_xlim(low - 1, high + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
+def draw_band(axes, name: str, curve: Mapping[int, Interval], index: int, scale: float = 1.0, **style: Any) -> Line2D:
     """Draws line number `index`, in its colour, with its intervals as a band; returns the line."""
     color, dash = COLORS[index % len(COLORS)], "-" if index < len(COLORS) else "--"
     value, low, high = ([scale * getattr(one, of) for one in curve.values()] for of in ("value", "low", "high"))
     axes.fill_between(list(curve), low, high, color=color, alpha=0.14, linewidth=0)
-    return axes.plot(list(curve), value, color=color, linestyle=dash, **style)[0]
+    return axes.plot(list(curve), value, color=color, linestyle=dash, label=in_figure(name), **style)[0]
 
 
 def in_figure(name: str) -> str:
@@ -85,8 +102,11 @@ def inline(path: Path, prefix: str) -> str:
 
 
 def render(template: Path, **values: Any) -> str:
-    """The page of a Jinja template with these values, which are escaped."""
-    loader = FileSystemLoader(template.parent)
+    """The page of a Jinja template with these values, which are escaped.
+
+    Templates can include and extend those in their own folder and in the folder of this module.
+    """
+    loader = FileSystemLoader([template.parent, Path(__file__).parent])
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True,
                               lstrip_blocks=True)  # fmt: skip
     return environment.get_template(template.name).render(**values)

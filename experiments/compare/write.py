@@ -207,7 +207,7 @@ def _panel(axes, panel: Panel, names: Sequence[str]) -> dict[str, Line2D]:
     for name, curve in panel.curves.items():
         index = names.index(name)
         style = {"marker": _MARKERS[index % len(_MARKERS)], "markersize": 4, "markeredgecolor": "white"}
-        lines[name] = draw_band(axes, curve, index, 100, linewidth=1.8, markeredgewidth=0.6, **style)
+        lines[name] = draw_band(axes, name, curve, index, 100, linewidth=1.8, markeredgewidth=0.6, **style)
     largest = max(k for curve in panel.curves.values() for k in curve)
     powers = [2**i for i in range(largest.bit_length())]
     ticks = powers[:: math.ceil(len(powers) / 7)]

@@ -54,6 +54,7 @@ def _diagnose(arguments: Sequence[str]) -> int:
     from rich.console import Console
 
     from experiments.diagnose import write
+    from experiments.diagnose.conclusion import conclusion
     from experiments.diagnose.settings import choose
     from experiments.grid import print_grid
 
@@ -82,6 +83,8 @@ def _diagnose(arguments: Sequence[str]) -> int:
             console.print()
     for note in notes:
         console.print(f"note: {note}", markup=False)
+    for result in results:
+        console.print(f"{result.label}: {conclusion(result)}", markup=False)
     metadata = {"command": command("experiments.diagnose", arguments), "made": now(), "names": names}
     metadata |= {"versions": versions(), "git_commit": git_commit(), "settings": write.plain(chosen.config)}
     for path in write.files(results, metadata, notes, folder):

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Bbox, ScaledTranslation
 
 from experiments.diagnose.measuring import Result
 from experiments.drawing import INK, RULE, SOFT, dress, in_figure, save
@@ -61,14 +61,25 @@ def numbered(index: int) -> dict[str, str]:
     return {"color": PALETTE[index % len(PALETTE)], "marker": LINES[index % len(LINES)], "linestyle": dash}
 
 
-def draw_line(axes, points: Sequence[tuple[float, Estimated]], floor: float = -math.inf, **style: Any) -> None:
-    """Draws a line through estimates at (x, estimate), with their intervals; values below the floor are drawn at it."""
+def draw_line(
+    axes, points: Sequence[tuple[float, Estimated]], floor: float = -math.inf, shift: float = 0.0, **style: Any
+) -> None:
+    """Draws a line through estimates at (x, estimate), with their intervals; values below the floor are drawn at it.
+
+    `shift` moves the line to the right, in points, so that the intervals of several lines do not cover each other.
+    """
+    place = axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
     for x, value in points:
         # A logarithmic axis cannot show what is below the floor.
         if not math.isnan(value.low) and value.high > floor:
-            axes.plot([x, x], [max(value.low, floor), value.high], color=style["color"], alpha=0.3, linewidth=1.3)
-    shared = {"markersize": 5, "markeredgecolor": "white", "linewidth": 1.6}
+            ends = [max(value.low, floor), value.high]
+            axes.plot([x, x], ends, color=style["color"], alpha=0.3, linewidth=1.3, transform=place)
+    shared = {"markersize": 5, "markeredgecolor": "white", "linewidth": 1.6, "transform": place}
     axes.plot([x for x, _ in points], [max(value.value, floor) for _, value in points], **shared | style)
+    # Lines that are moved have no effect on the limits of the axes.
+    ends = [(x, max(end, floor)) for x, value in points for end in value if math.isfinite(end)]
+    axes.update_datalim(ends)
+    axes.autoscale_view()
 
 
 #: Alignments whose lines are drawn.
@@ -116,7 +127,8 @@ def _draw(figure: Figure, result: Result, shown: Sequence[Measured]) -> None:
             ends = [max(noise.low, low), min(noise.high, high)]
             axes.plot([value] * 2, ends, color=color, alpha=0.25, linewidth=1.4, solid_capstyle="round")
         axes.plot(value, noise.value, marker=MARKERS[kind(one.source)], color=color, markersize=6.5,
-                  markeredgecolor="white", markeredgewidth=0.8, linestyle="none", zorder=5)  # fmt: skip
+                  markeredgecolor="white", markeredgewidth=0.8, linestyle="none", zorder=5,
+                  label=label(result, one.name))  # fmt: skip
     axes.set_xlabel("bias: angle between the mean gradient and ∇E[R], in degrees")
     axes.set_ylabel("noise of one batch: √E‖g − m‖² / ‖m‖")
     axes.set_title("Bias and variance")

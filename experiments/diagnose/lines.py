@@ -8,13 +8,16 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from experiments.diagnose.conclusion import best_of
 from experiments.diagnose.figures import COLORS, FLOOR, PALETTE, draw_line, kind, label, legend, logarithmic, numbered
 from experiments.diagnose.measuring import Result, known_or
-from experiments.drawing import SOFT, dress, in_figure, save
+from experiments.drawing import SOFT, count_steps, dress, in_figure, save
 from upge.measure import Estimated, Measured
 
 #: Maximum number of lines of a source, and minimum number of prompts of a bin that is drawn.
 _MOST, _FEWEST = 5, 3
+#: Distance between the intervals of neighbouring lines, in points.
+SHIFT = 2.0
 #: A cosine with a wider interval is not drawn.
 _WIDEST = 1.0
 
@@ -56,12 +59,12 @@ def conflict(result: Result, folder: Path) -> list[Path]:
         axes = figure.add_subplot()
         places = [one.label for one in result.bins]
         for index, one in enumerate(result.conflicts):
-            shift = (index - len(result.conflicts) / 2) * 0.03
-            line = [(i + shift, one.by_rate[name]) for i, name in enumerate(places) if name in one.by_rate]
+            shift = (index - len(result.conflicts) / 2) * SHIFT
+            line = [(i, one.by_rate[name]) for i, name in enumerate(places) if name in one.by_rate]
             line = [(at, estimate) for at, estimate in line if _is_precise(estimate)]
-            draw_line(axes, line, **numbered(index), label=in_figure(one.algorithm))
+            draw_line(axes, line, shift=shift, **numbered(index), label=in_figure(one.algorithm))
             if _is_precise(one.overall):
-                draw_line(axes, [(len(places) + 0.1 + shift, one.overall)], **numbered(index), markersize=6)
+                draw_line(axes, [(len(places), one.overall)], shift=shift + 8, **numbered(index), markersize=6)
         axes.axhline(0, color=SOFT, linewidth=0.9)
         axes.set_xticks(range(len(places) + 1), [*places, "all"])
         axes.set_xlim(-0.4, len(places) + 0.5)
@@ -81,9 +84,10 @@ def _by_rate(axes, result: Result, shown: Sequence[Measured]) -> None:
     bins = [one for one in result.bins if len(one.prompts) >= _FEWEST]
     places = {one.label: i for i, one in enumerate(bins)}
     for color, marker, shift, one in _styled(shown):
-        at = [(places[at_rate.bin] + shift, at_rate.snr) for at_rate in one.by_rate if at_rate.bin in places]
+        at = [(places[at_rate.bin], at_rate.snr) for at_rate in one.by_rate if at_rate.bin in places]
         known = [(x, v) for x, v in at if math.isfinite(v.value)]
-        draw_line(axes, known, FLOOR, color=color, marker=marker, linewidth=1.5, label=label(result, one.name))
+        style = {"color": color, "marker": marker, "linewidth": 1.5}
+        draw_line(axes, known, FLOOR, shift, **style, label=label(result, one.name))
     logarithmic(axes)
     axes.set_ylim(bottom=FLOOR * 0.8)
     axes.set_xticks(range(len(places)), [f"{one.label}\n({len(one.prompts)})" for one in bins])
@@ -96,9 +100,10 @@ def _by_rate(axes, result: Result, shown: Sequence[Measured]) -> None:
 def _by_count(axes, result: Result, shown: Sequence[Measured]) -> None:
     size = int(result.details["group_size"])
     for color, marker, shift, one in _styled(shown):
-        known = [(at.successes + shift, at.pooled.alignment) for at in one.by_count]
+        known = [(at.successes, at.pooled.alignment) for at in one.by_count]
         known = [(x, v) for x, v in known if not math.isnan(v.value)]
-        draw_line(axes, known, color=color, marker=marker, linewidth=1.5)
+        style = {"color": color, "marker": marker, "linewidth": 1.5}
+        draw_line(axes, known, shift=shift, **style, label=label(result, one.name))
     axes.axhline(0, color=SOFT, linewidth=0.9)
     axes.set_xticks(range(0, size + 1, 1 if size <= 8 else 2))
     axes.set_xlabel(f"successes among the {size} rollouts of its group")
@@ -107,19 +112,23 @@ def _by_count(axes, result: Result, shown: Sequence[Measured]) -> None:
 
 
 def _by_threshold(axes, result: Result) -> None:
+    """Draws a line per algorithm; a circle marks the best threshold if its interval is above all others."""
+    circled = False
     for index, (name, points) in enumerate(result.thresholds.items()):
         at, values = [one.threshold for one in points], [one.overall.alignment for one in points]
         if all(math.isnan(value.value) for value in values):
             continue
         draw_line(axes, list(zip(at, values, strict=True)), **numbered(index), label=in_figure(name))
-        best = max(range(len(values)), key=lambda i: known_or(values[i].value, -math.inf))
-        circle = {"marker": "o", "markersize": 12, "markerfacecolor": "none"}
-        axes.plot(at[best], values[best].value, **numbered(index) | circle)
+        best = best_of(values)
+        if best.place is not None and not best.open:
+            circle = {"marker": "o", "markersize": 12, "markerfacecolor": "none"}
+            axes.plot(at[best.place], values[best.place].value, **numbered(index) | circle)
+            circled = True
     if axes.get_lines():
         axes.legend(frameon=False, fontsize=8.5)
     axes.axhline(0, color=SOFT, linewidth=0.9)
     axes.set_xlabel("threshold of the gates")
-    axes.set_title("Alignment of a batch (circle: best)")
+    axes.set_title("Alignment of a batch" + " (circle: best)" * circled)
     dress(axes)
 
 
@@ -131,7 +140,7 @@ def _styled(shown: Sequence[Measured]):
         counts[one.source] += 1
         colors = COLORS[kind(one.source)]
         marker = "osv^D"[number % 5]
-        yield colors[number % len(colors)], marker, (place - len(shown) / 2) * 0.03, one
+        yield colors[number % len(colors)], marker, (place - len(shown) / 2) * SHIFT, one
 
 
 def _is_precise(estimate: Estimated) -> bool:
@@ -168,7 +177,7 @@ def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
         for index, name in enumerate(names):
             if name in both:
                 estimates = [next((c.overall for c in r.conflicts if c.algorithm == name), None) for r in results]
-                _line_over_policies(last, results, estimates, index, "")
+                _line_over_policies(last, results, estimates, index, label(results[0], name))
         last.set_title("cosine of rollouts' and demonstrations' parts")
         logarithmic(figure.axes[1])
         for axes in figure.axes:
@@ -179,6 +188,7 @@ def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
                 axes.set_xticks(range(len(results)), [in_figure(one.label) for one in results])
             else:
                 axes.set_xlabel("step")
+                count_steps(axes)
             dress(axes)
         legend(figure, figure.axes[0], 3)
 
@@ -192,4 +202,4 @@ def _line_over_policies(
     places = range(len(results)) if None in steps else steps
     pairs = zip(places, values, strict=True)
     line = [(float(at), value) for at, value in pairs if value is not None and math.isfinite(value.value)]
-    draw_line(axes, line, floor, **numbered(index), label=name or None)
+    draw_line(axes, line, floor, **numbered(index), label=name)

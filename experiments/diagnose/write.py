@@ -13,7 +13,8 @@ from typing import Any
 from markupsafe import Markup
 
 from experiments.diagnose import figures, lines
-from experiments.diagnose.measuring import Result, known_or
+from experiments.diagnose.conclusion import best_of, conclusion
+from experiments.diagnose.measuring import Result
 from experiments.diagnose.sampling import folder_name
 from experiments.drawing import inline, render
 from experiments.grid import Grid, Row, markdown, markdown_text, ruled
@@ -88,14 +89,14 @@ def count_grid(result: Result) -> Grid | None:
 
 
 def threshold_grid(result: Result) -> Grid | None:
-    """A row per threshold of each algorithm that has one; the best alignment is bold."""
+    """A row per threshold of each algorithm that has one; bold if its interval of alignment is above all others."""
     rows: list[Row] = []
     for name, points in result.thresholds.items():
-        best = max(range(len(points)), key=lambda i: known_or(points[i].overall.alignment.value, -math.inf))
+        best = best_of([one.overall.alignment for one in points])
         for place, one in enumerate(points):
             estimates = (one.overall.alignment, one.overall.cosine, one.overall.snr)
             cells = (name, f"{one.threshold:.3g}", *(ranged(value) for value in estimates))
-            rows.append(Row(cells, frozenset({1, 2}) if place == best else frozenset()))
+            rows.append(Row(cells, frozenset({1, 2}) if place == best.place and not best.open else frozenset()))
     title = "Effect of the threshold: demonstrations up to this pass rate of a group, rollouts above"
     header = ("algorithm", "threshold", "alignment", "cosine", "snr")
     return Grid("thresholds", title, header, ruled(rows), 2) if rows else None
@@ -200,6 +201,7 @@ def page(results: Sequence[Result], notes: Sequence[str]) -> str:
         parts += [f"## {markdown_text(result.label)}", markdown_text(summary(result))]
         for grid in grids(result):
             parts += [f"### {markdown_text(grid.title)}", markdown(grid)]
+        parts += ["### What can be concluded", markdown_text(conclusion(result))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -234,7 +236,7 @@ def report(
     parts = []
     for result in results:
         own = shown.get(folder if len(results) == 1 else folder / folder_name(result.label), [])
-        about = {"label": result.label, "summary": summary(result)}
+        about = {"label": result.label, "summary": summary(result), "conclusion": conclusion(result)}
         parts.append({**about, "figures": own, "grids": grids(result)})
     page = {"command": metadata.get("command", ""), "notes": notes, "figures": shown.get(Path(), []), "parts": parts}
     return render(Path(__file__).with_name("diagnosis.html.j2"), **page)

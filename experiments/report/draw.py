@@ -17,17 +17,27 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.report.series import Plot, Series
+from experiments import hover
+from experiments.drawing import count_steps
+from experiments.report.plots import Plot
+from experiments.report.series import Series
 
 COLORS = 7  # --c0 to --c6 in the style sheet
 MARKERS = "osD^vPX"
 MOST_POINTS = 240  # per line: more are not visible at the width of a figure
 _NAMES = (*(f"c{index}" for index in range(COLORS)), "ink", "soft", "rule", "card", "s1", "s2", "s3", "s4")
+
+
+def _stand_in(name: str) -> str:
+    """The placeholder of a colour of the style sheet; l0, l1, ... are numbered without end."""
+    numbered = re.fullmatch(r"l(\d+)", name)
+    return f"#b1{int(numbered[1]):04x}" if numbered else f"#a1b2{_NAMES.index(name):02x}"
+
+
 #: Left, bottom, width and height of the axes, as shares of the figure, with room for labels such as -0.00025 and 1e6.
 #: Matplotlib's own layouts measure the labels, which takes as long as to draw.
 _AXES = (0.16, 0.17, 0.82, 0.75)
-_STAND_INS = {name: f"#a1b2{index:02x}" for index, name in enumerate(_NAMES)}
-_SOFT, _RULE, _CARD = (_STAND_INS[name] for name in ("soft", "rule", "card"))
+_SOFT, _RULE, _CARD = (_stand_in(name) for name in ("soft", "rule", "card"))
 _STYLE = {
     "svg.fonttype": "none", "font.size": 11, "axes.linewidth": 0.8, "text.color": _SOFT, "axes.labelcolor": _SOFT,
     "axes.edgecolor": _RULE, "xtick.color": _SOFT, "ytick.color": _SOFT, "xtick.major.size": 0, "ytick.major.size": 0,
@@ -44,11 +54,9 @@ def smoothing_window(one: Series) -> int:
     return 2 * max(1, len(values) // 30) + 1
 
 
-def color_name(plot: Plot, label: str, index: int) -> str:
-    """The name of the CSS variable with a series' colour; the average over all levels has the colour of the text."""
-    if plot.palette:
-        return plot.palette[index % len(plot.palette)]
-    return "ink" if plot.kind == "evaluation" and label == "all" else f"c{index % COLORS}"
+def color_name(plot: Plot, index: int) -> str:
+    """The name of the CSS variable with the colour of line number `index`."""
+    return plot.palette[index % len(plot.palette)] if plot.palette else f"c{index % COLORS}"
 
 
 def draw(plot: Plot, series: Sequence[Series], marks: Sequence[float] = ()) -> str:
@@ -59,15 +67,21 @@ def draw(plot: Plot, series: Sequence[Series], marks: Sequence[float] = ()) -> s
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": plot.identifier}):
         figure = Figure(figsize=(5, 2.7))
         axes = figure.add_axes(_AXES)
-        colors = [_STAND_INS[color_name(plot, one.label, index)] for index, one in enumerate(series)]
+        names = [color_name(plot, index) for index in range(len(series))]
         kinds = {"line": _draw_lines, "band": _draw_bands, "stack": _draw_stack, "evaluation": _draw_evaluation}
-        kinds[plot.kind](axes, series, colors)
+        kinds[plot.kind](axes, series, [_stand_in(name) for name in names])
         for mark in marks:
             axes.axvline(mark, color=_SOFT, linewidth=1.0, linestyle=":")
         _dress(axes, plot, series)
+        lines = [
+            hover.HoverLine(one.label, f"var(--{name})", one.steps, one.values)
+            for one, name in zip(series, names, strict=True)
+        ]
         canvas, buffer = FigureCanvasSVG(figure), io.StringIO()
         canvas.print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return _inline(buffer.getvalue(), plot.identifier, describe(plot, series))
+    return _inline(
+        buffer.getvalue(), plot.identifier, describe(plot, series), hover.attribute([hover.panel(axes, lines)])
+    )
 
 
 def describe(plot: Plot, series: Sequence[Series]) -> str:
@@ -86,7 +100,7 @@ def _draw_lines(axes, series: Sequence[Series], colors: Sequence[str]) -> None:
         if window > 1:
             axes.plot(*_envelope(steps, values), color=color, linewidth=0.8, alpha=0.35)
         smooth_steps, smooth = _thin(steps, _centred_mean(values, window))
-        axes.plot(smooth_steps, smooth, color=color, linewidth=2.0, linestyle=_dash(index))
+        axes.plot(smooth_steps, smooth, color=color, linewidth=2.0, linestyle=_dash(colors, index))
         alone = _isolated(values)
         if alone.any():
             axes.plot(steps[alone], values[alone], linestyle="none", marker="o", markersize=5, color=color)
@@ -108,7 +122,7 @@ def _draw_evaluation(axes, series: Sequence[Series], colors: Sequence[str]) -> N
         marker = {"marker": MARKERS[index % len(MARKERS)], "markersize": 5.5, "markeredgecolor": _CARD}
         width = 2.8 if one.label == "all" else 1.6
         axes.plot(one.steps, one.values, color=colors[index], markeredgewidth=0.8, linewidth=width,
-                  linestyle=_dash(index), **marker)  # fmt: skip
+                  linestyle=_dash(colors, index), **marker)  # fmt: skip
 
 
 def _draw_stack(axes, series: Sequence[Series], colors: Sequence[str]) -> None:
@@ -138,13 +152,14 @@ def _dress(axes, plot: Plot, series: Sequence[Series]) -> None:
         if plot.identifier == "plot-learning-rate":
             axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
     axes.yaxis.grid(True, color=_RULE, linewidth=0.7)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.margins(x=0.02)
+    count_steps(axes)
     axes.set_xlabel("step")
 
 
-def _dash(index: int) -> str:
-    return "-" if index < COLORS else "--"
+def _dash(colors: Sequence[str], index: int) -> str:
+    """Dashes for a line whose colour an earlier line has, too."""
+    return "--" if colors[index] in colors[:index] else "-"
 
 
 def _centred_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -194,7 +209,7 @@ def _bin_means(values: np.ndarray, size: int) -> np.ndarray:
     return np.array([values[start : start + size].mean() for start in range(0, len(values), size)])
 
 
-def _inline(svg: str, identifier: str, description: str) -> str:
+def _inline(svg: str, identifier: str, description: str, values: str) -> str:
     """Prepares an SVG for a page with several: unique ids, no header or metadata, page colours, short numbers."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -204,11 +219,12 @@ def _inline(svg: str, identifier: str, description: str) -> str:
     svg = re.sub(r'\b(d|x|y|transform)="[^"]*"', lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match[0]), svg)
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'font-family: [^;"]*;? ?| transform="rotate\(-0 [^"]*"', "", svg)
-    for name, stand_in in _STAND_INS.items():
-        svg = svg.replace(stand_in, f"var(--{name})")
+    svg = re.sub(r"#b1([0-9a-f]{4})\b", lambda match: f"var(--l{int(match[1], 16)})", svg)
+    for name in _NAMES:
+        svg = svg.replace(_stand_in(name), f"var(--{name})")
     attributes = re.search(r'viewBox="[^"]*"', svg)
     assert attributes, "matplotlib wrote an SVG without a viewBox"
     label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    opening = f'<svg {names} {attributes[0]} role="img" aria-label="{label}">'
+    opening = f'<svg {names} {attributes[0]} role="img" aria-label="{label}"{values}>'
     return opening + svg[svg.index(">", svg.index("<svg")) + 1 :].strip()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from markupsafe import Markup, escape
 
-from experiments.report.series import Plot, Series
+from experiments.report.plots import Parts, Plot
+from experiments.report.series import Series, is_constant
 
 MOST_BINS = 60  # of steps, in the histogram
 LEVEL_BINS = 15  # of steps, in the shares by level: each needs some prompts
@@ -18,10 +19,11 @@ MOST_LEVELS = 14
 
 _HISTOGRAM = Plot(
     "plot-solved", "Prompts by rollouts solved", "prompts per step",
-    "Prompts with no or only correct rollouts give no signal to a group-relative advantage. A growing top means that "
-    "the data are too easy; a constant bottom means prompts that rollouts alone will not solve.",
+    "A growing top means that the data are too easy; a constant bottom means prompts that rollouts alone will not "
+    "solve.",
     kind="stack", limits=(0, None), section="gradient",
 )  # fmt: skip
+_NO_SIGNAL = "Prompts with no or only correct rollouts give no signal to a group-relative advantage."
 _LEVELS = Plot(
     "plot-imitation", "Demonstrations by level", "share of a level's prompts that learned from one",
     "Should fall level by level, the easy ones first; a level that stays at 1 is imitated but not yet solved.",
@@ -29,12 +31,13 @@ _LEVELS = Plot(
 )  # fmt: skip
 
 
-def gate_plots(prompts: Sequence[dict]) -> list[tuple[Plot, list[Series]]]:
-    """The plots with data in lines of prompts.jsonl."""
-    return [plot for plot in (_histogram(prompts), _by_level(prompts)) if plot is not None]
+def gate_plots(prompts: Sequence[dict], colors: Mapping[str, str], parts: Parts) -> list[tuple[Plot, list[Series]]]:
+    """The plots with data in lines of prompts.jsonl that do not show constants alone; `colors` are those of levels."""
+    plots = [plot for plot in (_histogram(prompts, parts), _by_level(prompts, colors)) if plot is not None]
+    return [(plot, series) for plot, series in plots if not is_constant(series)]
 
 
-def _histogram(prompts: Sequence[dict]) -> tuple[Plot, list[Series]] | None:
+def _histogram(prompts: Sequence[dict], parts: Parts) -> tuple[Plot, list[Series]] | None:
     """Prompts per step by successes: none, four quarters, all; in a long run means over bins of steps."""
     lines = [line for line in prompts if line["rollouts"] > 0]
     if not lines:
@@ -51,7 +54,8 @@ def _histogram(prompts: Sequence[dict]) -> tuple[Plot, list[Series]] | None:
     shares = {kind: tuple(counts[one][kind] / many for one, many in seen.items()) for kind in labels}
     series = [Series(label, steps, shares[kind]) for kind, label in labels.items()]
     colors = ("c1", "s1", "s2", "s3", "s4", "c2")
-    return replace(_HISTOGRAM, palette=tuple(colors[kind] for kind in labels)), series
+    caption = f"{_NO_SIGNAL} {_HISTOGRAM.caption}" if parts.compares_groups else _HISTOGRAM.caption
+    return replace(_HISTOGRAM, caption=caption, palette=tuple(colors[kind] for kind in labels)), series
 
 
 def _quarter(successes: int, rollouts: int) -> int:
@@ -73,7 +77,7 @@ def _labels(sizes: set[int]) -> dict[int, str]:
     return {kind: f"{'–'.join(map(str, both))} of {size}" for kind, both in ends.items()}
 
 
-def _by_level(prompts: Sequence[dict]) -> tuple[Plot, list[Series]] | None:
+def _by_level(prompts: Sequence[dict], colors: Mapping[str, str]) -> tuple[Plot, list[Series]] | None:
     """The share of each level's prompts that learned from a demonstration, in bins of steps."""
     if len({_imitates(line) for line in prompts}) < 2:
         return None  # all or none: the gate does not vary
@@ -91,7 +95,7 @@ def _by_level(prompts: Sequence[dict]) -> tuple[Plot, list[Series]] | None:
         bins = sorted(drawn[level])
         steps = tuple(min(first + width * one + (width - 1) / 2, float(last)) for one in bins)
         series.append(Series(level, steps, tuple(imitated[level][one] / drawn[level][one] for one in bins)))
-    return _LEVELS, series
+    return replace(_LEVELS, palette=tuple(colors[one.label] for one in series)), series
 
 
 def _imitates(line: dict) -> bool:
@@ -101,6 +105,11 @@ def _imitates(line: dict) -> bool:
 def level_of(line: dict) -> str:
     """The level of a prompt, as text."""
     return str(line.get("level") or "all prompts")
+
+
+def levels_in(prompts: Sequence[dict]) -> list[str]:
+    """The levels of the prompts in lines of prompts.jsonl, in the order of their names."""
+    return sorted({level_of(line) for line in prompts})
 
 
 def by_ease(prompts: Sequence[dict]) -> list[str]:
@@ -140,6 +149,14 @@ class HeatMap:
         """Its legend, in the form of the plots' legends."""
         return [{"label": STATES[state][1], "color": STATES[state][0], "sign": "■"} for state in self.states]
 
+    @property
+    def reading(self) -> str:
+        """How to read it, for the states that occur."""
+        if "rollouts" not in self.states and "both" not in self.states:
+            return "A row that changes back and forth has been forgotten in between."
+        first = "demonstration" if {"demonstrations", "both"} & {*self.states} else "no signal"
+        return f"A row should change from {first} to rollouts to all correct; a row that changes back shows forgetting."
+
 
 @dataclass(frozen=True)
 class _Row:
@@ -154,13 +171,13 @@ class _Row:
 
 
 def heat_map(prompts: Sequence[dict]) -> HeatMap | None:
-    """The heat map of lines of prompts.jsonl; None without lines.
+    """The heat map of lines of prompts.jsonl; None without lines and if all of them have the same state.
 
     Easy levels come first, and within a level the prompts that were solved earliest. If there are more than MOST_ROWS
     prompts, it shows the same number of each level, those drawn most often and then those first in the training set. In
     a long run a column is several steps and shows the last one in which the prompt was drawn.
     """
-    if not prompts:
+    if len({state_of(line) for line in prompts}) < 2:
         return None
     first, last = prompts[0]["step"], prompts[-1]["step"]
     width = math.ceil((last - first + 1) / MOST_COLUMNS)
@@ -218,6 +235,7 @@ def _svg(rows: list[_Row], states: Sequence[str], first: int, last: int, width: 
         f'<path d="{"".join(drawn[state])}" fill="var(--{STATES[state][0]})"/>'
         for state in states
     ]
+    parts += [_row_title(number, row) for number, row in enumerate(rows)]
     parts += _level_marks(rows) + _step_marks(first, last, width, cell, height)
     label = f"What each of {len(rows)} prompts learned from, steps {first} to {last}: " + ", ".join(
         f"{STATES[state][1]} {sum(s == state for row in rows for s in row.cells.values())} times" for state in states
@@ -226,6 +244,14 @@ def _svg(rows: list[_Row], states: Sequence[str], first: int, last: int, width: 
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
         f'aria-label="{escape(label)}" font-size="12" fill="var(--soft)">{"".join(parts)}</svg>'
     )
+
+
+def _row_title(number: int, row: _Row) -> str:
+    """What appears when the pointer is on a row: an invisible area with a title."""
+    solved = f"first solved in step {row.solved:.0f}" if row.solved < math.inf else "never solved"
+    title = f"prompt {row.prompt}, {row.level}: {row.ease:.0%} of its rollouts correct, {solved}"
+    area = f'x="0" y="{TOP + ROW * number}" width="{WIDTH}" height="{ROW}"'
+    return f'<rect {area} fill-opacity="0"><title>{escape(title)}</title></rect>'
 
 
 def _box(x: float, y: float, width: float, height: float) -> str:

@@ -1,7 +1,7 @@
 """The report of a run as one HTML page: settings, accuracy, training curves, gradient metrics and sample responses.
 
-The page is self-contained: it loads no script, no font and nothing from the network. The tokens with the largest
-weights are shown in their text, each coloured by its weight in a term.
+The page is self-contained: its style and its script are inside, and it loads nothing from the network. The tokens with
+the largest weights are shown in their text, each coloured by its weight in a term.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from markupsafe import Markup
 
 from experiments.drawing import render
 from experiments.grid import accuracy_rows, measures, number
+from experiments.report.colors import color_names, color_values
 from experiments.report.draw import color_name, draw, smoothing_window
 from experiments.report.folder import LAST_STEP, RunFolder, read_run
-from experiments.report.gate import gate_plots, heat_map
-from experiments.report.series import Plot, Series, evaluation_plots, select, stages
+from experiments.report.gate import gate_plots, heat_map, levels_in
+from experiments.report.plots import Plot, parts_of
+from experiments.report.series import Series, evaluation_plots, levels_of, select, stages
 from upge.train.files import write_atomically
 
 LONGEST_TEXT = 4000  # characters of a prompt or response on the page
@@ -48,39 +50,52 @@ def write_report(run_dir: str | Path) -> Path:
     run = read_run(run_dir)
     target = run.path / "report.html"
     page = render(Path(__file__).with_name("report.html.j2"), **page_content(run))
-    write_atomically(target, page.translate(_VISIBLE))
+    write_atomically(target, visible(page))
     return target
+
+
+def visible(page: str) -> str:
+    """The page with escapes in place of characters that it must not have."""
+    return page.translate(_VISIBLE)
 
 
 def page_content(run: RunFolder) -> dict:
     """The values of the page's template, in the order of the page."""
-    figures, unplotted = select(run.metrics)
-    windows = (smoothing_window(one) for plot, series in figures if plot.kind == "line" for one in series)
+    parts = parts_of(run.config.get("algo"))
+    selected = select(run.metrics, parts)
+    levels = color_names([*levels_of(run.evaluations), *levels_in(run.prompts)])
+    windows = (smoothing_window(one) for plot, series in selected.plots if plot.kind == "line" for one in series)
     marks = [first - 0.5 for _, first, _ in _stages(run)[1:]]
-    shown = (*evaluation_plots(run.evaluations), *figures, *gate_plots(run.prompts))
+    shown = (
+        *evaluation_plots(run.evaluations, levels),
+        *selected.plots,
+        *gate_plots(run.prompts, levels, parts),
+    )
     return {
-        "title": " · ".join(_what_ran(run)),
-        "facts": _facts(run),
+        "title": " · ".join(what_ran(run)),
+        "facts": facts(run),
         "notes": run.notes,
         "result": _result(run.evaluations),
         "formula": str(run.run.get("formula_text") or ""),
         "window": max(windows, default=1),
-        "figures": [_figure(plot, series, marks) for plot, series in shown if plot.section == "training"],
-        "gradient": [_figure(plot, series, marks) for plot, series in shown if plot.section == "gradient"],
+        "figures": [chart(plot, series, marks) for plot, series in shown if plot.section == "training"],
+        "gradient": [chart(plot, series, marks) for plot, series in shown if plot.section == "gradient"],
+        "constants": {section: _constants(selected.constant, section) for section in ("training", "gradient")},
+        "level_colors": levels,
+        "colors": color_values(len(levels)),
         "heat": heat_map(run.prompts),
         "tokens": token_texts(run.tokens),
         "tokens_step": run.tokens_step,
-        "shades": range(1, SHADES + 1),
         "rollouts": _rollouts(run.rollouts),
         "rollouts_step": run.rollouts_step,
-        "others": [_summary(one) for one in unplotted.values()],
+        "others": [_summary(one) for one in selected.others.values()],
         "config": _cut(run.config_text, LONGEST_CONFIG),
         "details": [(key, _plain(value)) for key, value in run.run.items() if key not in ("formula_text", "command")],
         "command": str(run.run.get("command", "")),
     }
 
 
-def _what_ran(run: RunFolder) -> list[str]:
+def what_ran(run: RunFolder) -> list[str]:
     """The names of algorithm, model and data set in run.json, or else the name of the folder."""
     names = run.run.get("names")
     names = names if isinstance(names, Mapping) else {}
@@ -90,19 +105,20 @@ def _what_ran(run: RunFolder) -> list[str]:
     return labels or [run.path.resolve().name]
 
 
-def _facts(run: RunFolder) -> list[str]:
-    facts = [run.path.resolve().name]
+def facts(run: RunFolder) -> list[str]:
+    """The name of a run's folder, its steps, its time, its seed and its engine."""
+    about = [run.path.resolve().name]
     if run.metrics:
-        facts.append(f"{run.metrics[-1]['step']} steps")
-    facts += [f"{name}: steps {first} to {last}" for name, first, last in _stages(run)]
+        about.append(f"{run.metrics[-1]['step']} steps")
+    about += [f"{name}: steps {first} to {last}" for name, first, last in _stages(run)]
     seconds = sum(number(line.get("time/total")) or 0 for line in run.metrics)
     if seconds:
-        facts.append(f"{_duration(seconds)} of training")
+        about.append(f"{_duration(seconds)} of training")
     seed = run.run.get("seed", run.config.get("seed"))
-    facts += [f"seed {seed}"] if seed is not None else []
-    facts += [f"{run.run['engine']} rollouts"] if isinstance(run.run.get("engine"), str) else []
+    about += [f"seed {seed}"] if seed is not None else []
+    about += [f"{run.run['engine']} rollouts"] if isinstance(run.run.get("engine"), str) else []
     world_size = number(run.run.get("world_size"))
-    return facts + ([f"{world_size:.0f} processes"] if world_size and world_size > 1 else [])
+    return about + ([f"{world_size:.0f} processes"] if world_size and world_size > 1 else [])
 
 
 def _stages(run: RunFolder) -> list[tuple[str, int, int]]:
@@ -138,10 +154,21 @@ def _result(evaluations: Sequence[dict]) -> dict | None:
     }
 
 
-def _figure(plot: Plot, series: list[Series], marks: Sequence[float] = ()) -> dict:
+def _constants(plots: Sequence[tuple[Plot, list[Series]]], section: str) -> list[tuple[str, str]]:
+    """(title, value) of the constant plots of a section; with the names of the lines if their values differ."""
+    shown = []
+    for plot, series in plots:
+        values = [f"{one.finite()[-1]:.4g}" for one in series]
+        text = ", ".join(f"{one.label} {value}" for one, value in zip(series, values, strict=True))
+        shown += [(plot.title, values[0] if len({*values}) == 1 else text)] if plot.section == section else []
+    return shown
+
+
+def chart(plot: Plot, series: Sequence[Series], marks: Sequence[float] = ()) -> dict:
+    """A chart as the templates show it: its plot, its drawing, and a legend if it has several lines."""
     signs = "●■◆▲▼✚✖" if plot.kind == "evaluation" else "■"
     legend = [
-        {"label": one.label, "color": color_name(plot, one.label, index), "sign": signs[index % len(signs)]}
+        {"label": one.label, "color": color_name(plot, index), "sign": signs[index % len(signs)]}
         for index, one in enumerate(series)
     ]
     return {"plot": plot, "svg": Markup(draw(plot, series, marks)), "legend": legend if len(series) > 1 else []}
@@ -206,7 +233,7 @@ def _json(value: object) -> str:
         return "…"
 
 
-SHADES = 8  # of each colour, in the style sheet
+SHADES = 8  # of each colour, in base.html.j2
 LONGEST_PROMPT = 1200
 
 

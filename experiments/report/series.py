@@ -1,149 +1,17 @@
-"""The plots of a report, and the lines that each one shows, made of the metrics of a run.
-
-To add a plot, add a `Plot` to `PLOTS`. Keys are shell patterns (`time/*`, or `*/tokens` for the metric of every term).
-A plot without any key in the metrics of the run is left out, and a key belongs to the first plot that names it.
-"""
+"""The lines of a report's plots, made of the metrics and evaluations of a run."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from experiments.grid import measures, number
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One figure.
-
-    Attributes:
-        identifier: its id on the page.
-        unit: what the vertical axis shows.
-        caption: how to read it, in a sentence or two.
-        keys: patterns of metric keys.
-        without: patterns of keys that it does not show.
-        kind: "line", "stack" (areas), "band" or "evaluation" (few, marked points).
-        limits: of the vertical axis.
-        log_scale: whether the vertical axis is logarithmic.
-        section: the part of the page, "training" or "gradient".
-        palette: colours of the style sheet in place of the default ones.
-    """
-
-    identifier: str
-    title: str
-    unit: str
-    caption: str
-    keys: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-    kind: str = "line"
-    limits: tuple[float | None, float | None] = (None, None)
-    log_scale: bool = False
-    section: str = "training"
-    palette: tuple[str, ...] = ()
-
-
-# fmt: off
-PLOTS = (
-    Plot("plot-reward", "Reward", "mean reward per rollout",
-         "Should rise. If it rises but the evaluation accuracy does not, the policy exploits the reward.",
-         ("reward/mean", "reward/*")),
-    Plot("plot-pass-rate", "Pass rate", "share of rollouts that are correct",
-         "Near 0 or 1 most groups have equal rewards, and a group-relative advantage is 0 there.",
-         ("pass_rate", "pass_rate/*"), limits=(0, None)),
-    Plot("plot-demonstrations", "Share of demonstrations", "demonstrations among the active trajectories",
-         "How often the gate chose imitation. Should fall as the policy learns to solve the prompts itself.",
-         ("gate/demonstration_share", "gate/*share*"), limits=(0, None)),
-    Plot("plot-entropy", "Entropy", "nats per token",
-         "A quick fall towards 0 means that sampling no longer explores; a steady rise means that training diverges.",
-         ("entropy", "entropy/*"), limits=(0, None)),
-    Plot("plot-length", "Response length", "tokens per response",
-         "A jump to the token limit, or a collapse, is usually seen here before the reward shows it.",
-         ("response_length", "response_length/*"), limits=(0, None)),
-    Plot("plot-gradient", "Gradient norm", "norm before clipping",
-         "Spikes mark steps whose gradient was clipped; a slow rise suggests a lower learning rate.",
-         ("grad_norm", "grad_norm/*", "critic/grad_norm", "interleaved_update/grad_norm"),
-         limits=(0, None), section="gradient"),
-    Plot("plot-term-gradients", "Gradient norm of each term", "norm of the term's gradient alone",
-         "If the norms differ a lot, the largest term dominates the update, and clipping shrinks the others as well.",
-         ("*/grad_norm",), limits=(0, None), section="gradient"),
-    Plot("plot-cosine", "Angle between terms", "cosine of their gradients",
-         "Near 0 the terms are independent; values that stay below 0 mean that they counteract each other.",
-         ("cosine/*",), section="gradient"),
-    Plot("plot-coefficient", "Coefficient of each term", "mean over the trajectories of its source",
-         "The result of gates and schedules, including stateful gates, before the forward pass.",
-         ("*/coefficient",), limits=(0, None), section="gradient"),
-    Plot("plot-weights", "Weights of each term", "|weight| of a token; 1 = plain maximum likelihood",
-         "If the 99th percentile (p99) is far above the mean, few tokens dominate the update.",
-         ("*/weight_abs_*",), without=("*/weight_abs_p50",), limits=(0, None), section="gradient"),
-    Plot("plot-signed", "Signed weights of each term", "weight: median, percentiles 10 to 90 and 1 to 99",
-         "Weights below 0 make tokens less likely; a lower edge that keeps falling makes training unstable.",
-         ("*/weight_p[0-9]*",), kind="band", section="gradient"),
-    Plot("plot-advantage", "Advantage of each term", "mean Â per token",
-         "Near 0 if groups are centred; a drift means that long and short responses get different advantages.",
-         ("*/advantage_mean",), section="gradient"),
-    Plot("plot-masked", "Masked share", "share of tokens with an advantage",
-         "Tokens that the stabilization mask removes; a growing share means that updates leave the trust region.",
-         ("*/masked_share",), limits=(0, None), section="gradient"),
-    Plot("plot-sides", "Masked by side", "share of tokens with an advantage; above, below: ratio over, under 1",
-         "For a clip: above, masked increases; below, masked decreases. The larger side shows which bound to change.",
-         ("*/masked_above", "*/masked_below"), limits=(0, None), section="gradient"),
-    Plot("plot-tokens", "Tokens behind the gradient", "tokens; effective = (Σ|w|)² / Σw²",
-         "The further the effective count is below a term's tokens, the fewer tokens determine the update.",
-         ("*/effective_tokens", "*/tokens"), limits=(0, None), section="gradient"),
-    Plot("plot-trajectories", "Trajectories behind the gradient", "trajectories; effective = (Σ|w|)² / Σw²",
-         "If few of many are effective, single responses dominate the update, and its noise grows.",
-         ("*/effective_trajectories", "*/trajectories"), without=("trained/*",), limits=(0, None), section="gradient"),
-    Plot("plot-effective", "Effective share of tokens", "effective tokens / tokens of the term",
-         "1 means equal weights; a fall means that the weights of a term become unequal.",
-         ("*/effective_share",), limits=(0, 1.02), section="gradient"),
-    Plot("plot-memory", "Memory of prompts", "reward",
-         "The value remembered of the step's prompts, and its distance to rewards: if it grows, memory lags behind.",
-         ("memory/value_*",)),
-    Plot("plot-curriculum", "Prompts of the curriculum", "prompts; effective = (Σw)² / Σw²",
-         "If few are effective, the same prompts are drawn again and again.",
-         ("sampling/effective_prompts", "memory/prompts"), limits=(0, None)),
-    Plot("plot-drift", "Drift since the last visit", "|Δ log-prob| of a token",
-         "How far the policy has moved on remembered responses; large values mean that old rewards say little.",
-         ("memory/drift_mean",), limits=(0, None)),
-    Plot("plot-state", "Held-out slope", "utility per unit of a gate's variable",
-         "Above 0 the held-out objective improves with a larger variable; noise around 0 means no effect.",
-         ("state/*_utility_slope",)),
-    Plot("plot-noise", "Noise of the two gradients", "variance or mean square of coefficients",
-         "What a share of demonstrations follows: it rises with the noise of rollouts, and falls with the other's.",
-         ("state/*_noise", "state/*_disagreement")),
-    Plot("plot-critic", "Critic", "share of the returns' variance that its values explain",
-         "Near 0 the values do not help, and below 0 they harm; should rise before the policy has changed much.",
-         ("critic/explained_variance",), limits=(None, 1)),
-    Plot("plot-values", "Values against returns", "mean over the rollouts' tokens",
-         "The two should converge; a lasting difference is a bias in every advantage.",
-         ("critic/value_mean", "critic/return_mean")),
-    Plot("plot-sampler", "Sampler against trainer", "|Δ log-prob| of a token, logarithmic",
-         "Should stay at rounding level; growth means that the sampler's weights differ from the trainer's.",
-         ("sampler/logprob_diff*",), log_scale=True),
-    Plot("plot-samples", "Effective share of the rollouts", "(Σr)² / NΣr² of tokens and of whole responses",
-         "1 means on-policy. Below 1/2 for responses (χ² above 1) a correction is due: see docs/metrics.md.",
-         ("sampler/ess_*", "behavior/ess_*"), limits=(0, 1.02)),
-    Plot("plot-divergence", "Divergence by quarter of the response", "KL per token (k3), logarithmic",
-         "A rise from the first quarter (q1) to the last means that differences grow along the response.",
-         ("sampler/kl_k3_q*", "behavior/kl_k3_q*"), log_scale=True),
-    Plot("plot-masked-mass", "Mass that masks remove", "share of Σ|w| without the mask",
-         "Above the masked share, the mask removes tokens with large weights; q1 to q4: quarters of the response.",
-         ("*/masked_mass", "*/masked_mass_q*"), limits=(0, None), section="gradient"),
-    Plot("plot-loss", "Surrogate loss", "no unit",
-         "Only its gradient is meaningful: a flat or growing loss says nothing about progress.",
-         ("loss", "loss/*", "*/loss")),
-    Plot("plot-learning-rate", "Learning rate", "as applied",
-         "Should follow the intended schedule, including warm-up.",
-         ("learning_rate",), limits=(0, None)),
-    Plot("plot-time", "Time per step", "seconds",
-         "The thickest band shows where most time can be saved.",
-         ("time/*",), without=("time/total",), kind="stack", limits=(0, None)),
-)
-# fmt: on
+from experiments.report.plots import PLOTS, Parts, Plot
 
 
 @dataclass(frozen=True)
@@ -166,23 +34,59 @@ class Band(Series):
     ranges: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] = ()
 
 
-def select(metrics: Sequence[dict]) -> tuple[list[tuple[Plot, list[Series]]], dict[str, Series]]:
-    """The plots with data in lines of metrics.jsonl, with their series, and the series that no plot shows."""
-    remaining = _series_by_key(metrics)
+class Selection(NamedTuple):
+    """The plots of a run with their lines, those whose lines do not change, and the metrics that no plot shows."""
+
+    plots: list[tuple[Plot, list[Series]]]
+    constant: list[tuple[Plot, list[Series]]]
+    others: dict[str, Series]
+
+
+def select(metrics: Sequence[dict], parts: Parts | None = None) -> Selection:
+    """Chooses the plots for lines of metrics.jsonl of an algorithm with these parts.
+
+    A plot is left out if it has fewer lines than it needs, not counting those of nothing but rounding errors.
+    """
+    parts = parts or Parts()
+    remaining = series_by_key(metrics)
     for key in ("step", "stage"):
         remaining.pop(key, None)
-    chosen = []
+    chosen: list[tuple[Plot, list[Series]]] = []
+    constant: list[tuple[Plot, list[Series]]] = []
     for plot in PLOTS:
-        allowed = [key for key in remaining if not any(fnmatchcase(key, pattern) for pattern in plot.without)]
-        keys = [key for pattern in plot.keys for key in allowed if fnmatchcase(key, pattern)]
-        series = [remaining.pop(key) for key in dict.fromkeys(keys) if remaining[key].finite()]
+        keys = matching(plot, remaining) if plot.when(parts) else []
+        keys = [key for key in keys if not plot.floor or _largest([remaining[key]]) > plot.floor]
+        if len(keys) < plot.fewest:
+            continue
+        series = [remaining.pop(key) for key in keys]
         if plot.kind == "stack":
             series = _with_rest(series, remaining.pop("time/total", None))
         if plot.kind == "band":
             series = _bands(series)
         if series:
-            chosen.append((plot, _shorten(series)))
-    return chosen, remaining
+            if parts.terms == 1:
+                plot = replace(plot, title=plot.title.removesuffix(" of each term"))
+            (constant if is_constant(series) else chosen).append((plot, _shorten(series)))
+    return Selection(chosen, constant, remaining)
+
+
+def matching(plot: Plot, keys: Iterable[str]) -> list[str]:
+    """The keys that a plot shows, in the order of its patterns."""
+    allowed = [key for key in keys if not any(fnmatchcase(key, pattern) for pattern in plot.without)]
+    return [*dict.fromkeys(key for pattern in plot.keys for key in allowed if fnmatchcase(key, pattern))]
+
+
+def is_constant(series: Sequence[Series]) -> bool:
+    """Whether no line changes by more than 1e-6 of the largest value in the plot; False for a single point."""
+    edges = [edge for one in series if isinstance(one, Band) for pair in one.ranges for edge in pair]
+    lines = [*(one.finite() for one in series), *edges]
+    if max(map(len, lines)) < 2:
+        return False
+    return all(max(line) - min(line) <= 1e-6 * _largest(series) for line in lines)
+
+
+def _largest(series: Sequence[Series]) -> float:
+    return max((abs(value) for one in series for value in one.finite()), default=0.0)
 
 
 def stages(metrics: Sequence[dict], names: Sequence[str] = ()) -> list[tuple[str, int, int]]:
@@ -195,19 +99,30 @@ def stages(metrics: Sequence[dict], names: Sequence[str] = ()) -> list[tuple[str
     return [(labels[number], min(steps), max(steps)) for number, steps in sorted(steps_of.items())]
 
 
-def evaluation_plots(evaluations: Sequence[dict]) -> list[tuple[Plot, list[Series]]]:
-    """A plot for each accuracy of evaluations.jsonl, with a series for each difficulty level."""
-    levels = list(dict.fromkeys(name for line in evaluations for name in line.get("levels", {})))
-    levels += ["all"] if any("all" in line for line in evaluations) else []
+def levels_of(evaluations: Sequence[dict]) -> list[str]:
+    """The difficulty levels in lines of evaluations.jsonl."""
+    return list(dict.fromkeys(name for line in evaluations for name in line.get("levels", {})))
+
+
+def evaluation_plots(evaluations: Sequence[dict], colors: Mapping[str, str]) -> list[tuple[Plot, list[Series]]]:
+    """A plot for each accuracy of evaluations.jsonl, with a line for each difficulty level, in its color.
+
+    A single evaluation gives no plot, because the table of the page shows it.
+    """
+    if len({line["step"] for line in evaluations}) < 2:
+        return []
+    levels = [*levels_of(evaluations), *["all"] * any("all" in line for line in evaluations)]
     plots = []
     for measure in measures(*evaluations):
-        series = [series for level in levels if (series := _evaluation_series(evaluations, level, measure)).finite()]
+        series = [series for level in levels if (series := evaluation_series(evaluations, level, measure)).finite()]
         if series:
-            plots.append((_evaluation_plot(measure), series))
+            palette = tuple(colors.get(one.label, "ink") for one in series)
+            plots.append((replace(evaluation_plot(measure), palette=palette), series))
     return plots
 
 
-def _evaluation_plot(measure: str) -> Plot:
+def evaluation_plot(measure: str) -> Plot:
+    """The plot of one accuracy, without the colors of its lines."""
     kind, _, samples = measure.partition("@")
     title = {"greedy": "greedy", "mean": f"sampled (mean@{samples})", "pass": f"pass@{samples}"}[kind]
     caption = {
@@ -219,13 +134,14 @@ def _evaluation_plot(measure: str) -> Plot:
     return Plot(*about, kind="evaluation", limits=(-2, 102))
 
 
-def _evaluation_series(evaluations: Sequence[dict], level: str, measure: str) -> Series:
+def evaluation_series(evaluations: Sequence[dict], level: str, measure: str) -> Series:
+    """The accuracy of a level, or of all problems, over the steps of the evaluations, in %."""
     each = {line["step"]: {**line.get("levels", {}), "all": line.get("all", {})} for line in evaluations}
     points = [(step, of[level][measure]) for step, of in each.items() if measure in of.get(level, {})]
     return Series(level, tuple(step for step, _ in points), tuple(100 * _gap(value) for _, value in points))
 
 
-def _series_by_key(metrics: Sequence[dict]) -> dict[str, Series]:
+def series_by_key(metrics: Sequence[dict]) -> dict[str, Series]:
     """A series for every key with a finite number; a step whose line lacks the key is left out, not a gap."""
     points: dict[str, list[tuple[float, float]]] = {}
     for line in metrics:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from markupsafe import Markup
 from rich.console import Console
@@ -26,6 +27,9 @@ from upge.config import meanings
 from upge.errors import ConfigError, UserError
 
 PAGE = files.DOCS / "results.md"
+
+#: The most runs that the report names as not done.
+MOST_NAMED = 8
 
 USAGE = """\
 Usage: python -m experiments.sweep [sweep=NAME|FILE] [seeds=0..4] [grid.KEY=[A,B]] [key=value ...]
@@ -179,18 +183,20 @@ def report(folder: SweepFolder, command: str, provenance: Callable[[], Sequence[
     if unknown:
         notes.append(f"No run has the requested {', '.join(unknown)}; runs.csv has all columns.")
     if missing:
-        notes.append(f"{len(missing)} of {len(sweep.runs)} runs are not done: {', '.join(missing)}.")
+        more = f" and {len(missing) - MOST_NAMED} more; --dry-run lists them" if len(missing) > MOST_NAMED else ""
+        named = ", ".join(missing[:MOST_NAMED])
+        notes.append(f"{len(missing)} of {len(sweep.runs)} runs are not done: {named}{more}.")
     notes += [markdown_text(note) for note in collect.answer_notes(folder)]
     made = Report(sweep, tuple(_grids(folder, rows)), drawn, tuple(notes))
     (folder.path / "report.md").write_text(page(made), "utf-8")
-    (folder.path / "report.html").write_text(_html(made), "utf-8")
+    (folder.path / "report.html").write_text(_html(made, folder, rows), "utf-8")
     return made
 
 
 def page(made: Report) -> str:
     """The text of report.md."""
     sweep = made.sweep
-    parts = [f"# {markdown_text(sweep.config.title or sweep.name)}", "\n".join(f"{note}  " for note in made.notes)]
+    parts = [f"# {markdown_text(title(sweep))}", "\n".join(f"{note}  " for note in made.notes)]
     return "\n\n".join([*parts, *sections(made)]) + "\n"
 
 
@@ -232,11 +238,32 @@ def _evaluations(folder: SweepFolder, name: str) -> dict[tuple[str, int], Any]:
     return {(p.label, p.seed): run for p, run in zip(done, runs, strict=True)}
 
 
-def _html(made: Report) -> str:
+def title(sweep: Sweep) -> str:
+    """The title of the file, or else the sweep's name with its variants and the keys of its grid."""
+    variants = ", ".join(sweep.config.variants)
+    return sweep.config.title or f"Sweep {sweep.name}: " + " × ".join(filter(None, [variants, *sweep.config.grid]))
+
+
+def run_lines(folder: SweepFolder, rows: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> list[dict[str, Any]]:
+    """Label, seed, link and results of each trained run; the link goes to its report, or to its folder without one."""
+    by_slug, lines = {row["run"]: row for row in rows}, []
+    for planned in folder.sweep.runs:
+        if planned.slug in by_slug:
+            path, row = folder.run(planned), by_slug[planned.slug]
+            address = path / "report.html" if (path / "report.html").is_file() else path
+            values = [f"{100 * row[one]:.1f}" if collect.finite(row.get(one)) else "–" for one in measures]
+            link = quote(address.relative_to(folder.path).as_posix())
+            lines.append({"label": planned.label, "seed": planned.seed, "link": link, "values": values})
+    return lines
+
+
+def _html(made: Report, folder: SweepFolder, rows: Sequence[Mapping[str, Any]]) -> str:
     pictures = [(caption, Markup(inline(path.with_suffix(".svg"), path.stem))) for caption, path in made.pictures]
+    measures = collect.measures(rows, folder.sweep.config.measures)
+    runs, names = run_lines(folder, rows, measures), collect.measure_names(measures)
     notes = [note.replace("`", "") for note in made.notes]
-    template, title = Path(__file__).with_name("sweep.html.j2"), made.sweep.config.title or made.sweep.name
-    return render(template, title=title, notes=notes, grids=made.grids, pictures=pictures)
+    page = {"title": title(made.sweep), "notes": notes, "pictures": pictures, "grids": made.grids}
+    return render(Path(__file__).with_name("sweep.html.j2"), **page, runs=runs, measures=[*names.values()])
 
 
 def put_into(page_path: Path, made: Report, command: str) -> None:

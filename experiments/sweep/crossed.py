@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.drawing import draw_band, draw_panels, dress, save
+from experiments.drawing import count_steps, draw_band, draw_panels, dress, save
 from experiments.grid import Grid, Row
 from experiments.sweep.collect import by_seed, measure_names, metric_curve
 from experiments.sweep.folder import SweepFolder
@@ -94,17 +94,19 @@ def reward_curves(folder: SweepFolder, target: Path) -> list[Path]:
 
     def draw(axes, panel: tuple[str, Mapping], place: int) -> dict:
         title, lines = panel
-        drawn = {name: draw_band(axes, line, headings.index(name), linewidth=1.7) for name, line in lines.items()}
+        drawn = {name: draw_band(axes, name, line, headings.index(name), linewidth=1.7) for name, line in lines.items()}
         axes.set_title(title)
         axes.set_ylabel("reward")
         axes.set_ylim(0, 1.1 * top if top > 0 else 1)
         dress(axes)
+        count_steps(axes)
         return drawn
 
     columns = min(4, len(panels))
     size = (2.6 * columns + 0.4, 2.2 * math.ceil(len(panels) / columns) + 0.5)
-    return save(target, "dynamics", size, lambda canvas: draw_panels(canvas, columns, [*panels.items()], headings,
-                                                                     "step", draw))  # fmt: skip
+    return save(target, "dynamics", size, lambda canvas: draw_panels(
+        canvas, columns, [*panels.items()], headings, "step", draw, title=crossed_key(sweep)
+    ))  # fmt: skip
 
 
 def _differences(

@@ -16,7 +16,7 @@ from experiments.compare.load import Run
 from experiments.compare.tables import ALL, MISSING, Exclusive, exclusive, p_text
 from experiments.compare.write import Panel
 from experiments.compare.write import draw as draw_pass
-from experiments.drawing import draw_band, draw_panels, dress, save
+from experiments.drawing import count_steps, draw_band, draw_panels, dress, save
 from experiments.grid import Grid, Row, ruled
 from experiments.sweep.collect import (
     CURVES,
@@ -243,10 +243,11 @@ def _sampled_measures(folder: SweepFolder) -> list[str]:
 def _draw(canvas, columns: int, panels: Sequence, labels: Sequence[str]) -> None:
     def draw(axes, panel, place: int) -> dict[str, Line2D]:
         title, unit, curves = panel
-        lines = {n: draw_band(axes, one, labels.index(n), linewidth=1.7) for n, one in curves.items() if one}
+        lines = {n: draw_band(axes, n, one, labels.index(n), linewidth=1.7) for n, one in curves.items() if one}
         axes.set_title(title)
         axes.set_ylabel(unit)
         dress(axes)
+        count_steps(axes)
         drawn = [one.value for curve in curves.values() for one in curve.values()]
         # Limits come from the lines, because a band over three seeds can be many times as high.
         bottom, top = min(0, 1.1 * min(drawn)), max(0, 1.12 * max(drawn))

@@ -218,7 +218,7 @@ def test_a_plot_appears_with_its_key_alone(tmp_path, key):
 def test_the_page_stands_alone_and_is_small(tmp_path):
     html, page = report(write_run(tmp_path / "run", steps=1000))
     assert len(html.encode()) < 1_000_000
-    assert not {"script", "link", "iframe", "img"} & set(page.tags)
+    assert not {"link", "iframe", "img"} & set(page.tags) and page.tags.count("script") == html.count("<script>") == 1
     addresses = {value for key, value in page.attributes if value and "://" in value and not key.startswith("xmlns")}
     assert not addresses and set(re.findall(r'https?://[^"\s<]*', html)) <= {
         "http://www.w3.org/2000/svg",
@@ -231,7 +231,8 @@ def test_the_page_stands_alone_and_is_small(tmp_path):
 
 def test_rollouts_are_escaped_and_the_first_best_and_worst(tmp_path):
     html, page = report(write_run(tmp_path / "run"))
-    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; \\boxed{40}" in html and "script" not in page.tags
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; \\boxed{40}" in html
+    assert page.tags.count("script") == 1, "its own"
     shown = html[html.index('id="rollouts"') : html.index('id="settings"')]
     assert re.findall(r"<h3>(\w[\w ]*?) <", shown) == ["First", "Best", "Worst", "Demonstration"]
     assert shown.index("42 + 8") < shown.index("best of all") < shown.index("&lt;script") < shown.index("as the expert")

@@ -148,7 +148,11 @@ def test_it_leaves_a_report_in_one_file(done):
     assert [row["generated_tokens"] != "0" for row in rows] == [False, False, True, True]
     page = (done / "report.html").read_text()
     assert "paired by seed" not in page, "two seeds are too few for a test"
-    assert "<svg" in page and not re.search(r"<script|(src|href)=.http", page)
+    assert "<svg" in page and not re.search(r"<script [^>]|(src|href)=.http", page)
+    links = re.findall(r'<a href="([^"]*)">', page)
+    assert links == [f"runs/{row['run']}/report.html" for row in rows] and all(
+        (done / link).is_file() for link in links
+    )
     assert "| grpo |" in (done / "report.md").read_text()
 
 

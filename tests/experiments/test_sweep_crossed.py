@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
+from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -74,21 +78,51 @@ def test_a_reward_collapses_where_the_mean_falls_below_half_of_its_highest():
     assert crossed.collapse({1: 0.5, 2: 0.0}, window=3) is None
 
 
-def test_a_crossed_sweep_has_its_tables_and_a_panel_for_each_variant(tmp_path, monkeypatch):
+def _trained(path: Path, steps: int, monkeypatch) -> SweepFolder:
+    """A sweep of which every run is trained; with lag the reward is 0 from step 9 on."""
     monkeypatch.setattr(SweepFolder, "is_trained", lambda folder, planned: True)
-    folder = SweepFolder(load([*CROSSED[:3], "measures=[mean@2]", f"output={tmp_path}"]))
+    folder = SweepFolder(load([*CROSSED[:3], "measures=[mean@2]", f"output={path}"]))
     for run in folder.sweep.runs:
         path = folder.run(run)
         (path / "final").mkdir(parents=True)
         (path / "config.yaml").write_text("{prompts_per_step: 2, group_size: 2}\n")
         (path / "run.json").write_text(json.dumps({"parameters": 10}))
         lines = [{"step": step, "reward/mean": 0.5 if step < 9 or run.point["rollout.lag"] == 0 else 0.0} for step in
-                 range(1, 21)]  # fmt: skip
+                 range(1, steps + 1)]  # fmt: skip
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         levels = {"3 numbers": {"problems": 4, "mean@2": VALUES[run.label][run.seed]}}
-        (path / "evaluations.jsonl").write_text(json.dumps({"step": 20, "samples": 2, "levels": levels}) + "\n")
-    made = report(folder, "", list)
+        (path / "evaluations.jsonl").write_text(json.dumps({"step": steps, "samples": 2, "levels": levels}) + "\n")
+    return folder
+
+
+def test_a_crossed_sweep_has_its_tables_and_a_panel_for_each_variant(tmp_path, monkeypatch):
+    made = report(_trained(tmp_path, 20, monkeypatch), "", list)
     assert [grid.label for grid in made.grids] == ["values", "changes", "variants", "collapses", "costs"]
     collapses = made.grids[3]
     assert [row.cells[1:] for row in collapses.rows] == [("0 of 3", "3 of 3, step 13")] * 2
     assert [path.name for path in made.drawn] == ["dynamics.png", "dynamics.svg"]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_steps_are_whole_numbers_and_the_pointer_shows_means(steps, tmp_path, monkeypatch):
+    report(_trained(tmp_path, steps, monkeypatch), "", list)
+    drawing = (tmp_path / "dynamics.svg").read_text()
+    ticks = re.findall(r'<g id="xtick_\d+">.*?<text[^>]*>([^<]*)</text>', drawing, re.DOTALL)
+    assert {"1"} <= {*ticks} and all(tick.lstrip("\u2212").isdecimal() for tick in ticks)
+    panels = json.loads(html.unescape(re.search(r'data-hover="([^"]*)"', drawing)[1]))
+    assert [[line[0] for line in panel["lines"]] for panel in panels] == [["0", "4"], ["0", "4"]]
+    assert panels[0]["lines"][0][2:] == [[*range(1, steps + 1)], [0.5] * steps] and panels[0]["x"] == "step"
+
+
+def test_the_page_has_a_title_and_links_to_its_runs(tmp_path, monkeypatch):
+    folder = _trained(tmp_path, 3, monkeypatch)
+    first = folder.run(folder.sweep.runs[0])
+    (first / "report.html").write_text("")
+    report(folder, "", list)
+    page = (tmp_path / "report.html").read_text()
+    assert "<title>Sweep sweep: A, B × rollout.lag</title>" in page and page.count("<h1>Sweep sweep: A") == 1
+    links = [tmp_path / unquote(link) for link in re.findall(r'<a href="([^"]*)">', page)]
+    assert len(links) == len(folder.sweep.runs) == 12 and all(link.exists() for link in links)
+    assert links[0] == first / "report.html" and links[1].is_dir()
+    assert page.count("<table") == len(re.findall(r'<div class="scroll[^>]*><table', page))
+    assert not re.search(r"(src|href)=.http", page) and page.count("<script>") == 1
