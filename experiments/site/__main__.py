@@ -1,14 +1,16 @@
 """Build the documentation's site: `python -m experiments.site` writes it to site/; open site/index.html.
 
-It needs the packages of requirements/docs.txt: `make docs-site` installs them into .venv-docs and builds there. A warning
-is an error. `--docs` draws the pictures of docs/concepts/ again, which needs only .venv.
+It needs the packages of requirements/docs.txt: `make docs-site` installs them into .venv-docs and builds there. A
+warning is an error. `--docs` draws the pictures of docs/concepts/ again, which needs only .venv.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from experiments import cli
 from upge.errors import ConfigError
@@ -49,8 +51,22 @@ def _build() -> int:
     except Abort as stopped:
         print(f"error: {stopped}", file=sys.stderr)
         return cli.FAILED
+    if loaded := from_network(OUTPUT):
+        print(f"error: the site must be readable offline, but it loads {', '.join(loaded)}", file=sys.stderr)
+        return cli.FAILED
     print(f"{OUTPUT / 'index.html'}")
     return cli.DONE
+
+
+def from_network(folder: Path) -> list[str]:
+    """The addresses of scripts, styles, fonts and pictures that the pages of a folder load from elsewhere."""
+    tags = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=\"?(https?://[^\s\">]+)")
+    styles = re.compile(r"(?:@import|url\()\s*[\"']?(https?://[^\"')\s]+)")
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if pattern := {".html": tags, ".css": styles}.get(path.suffix):
+            found |= dict.fromkeys(pattern.findall(path.read_text("utf-8")))
+    return list(found)
 
 
 if __name__ == "__main__":

@@ -98,5 +98,5 @@ def formula(source: str, language: str, css_class: str, options: Any, md: Any, *
 
     body = source.replace(r"\begin{gathered}", "").replace(r"\end{gathered}", "").replace(r"\mathbb{1}", "𝟙")
     lines = [term for line in body.split(r"\\") for term in re.split(r" (?=[+-] (?:\d\S* )?\\sum_\{\\tau)", line)]
-    shown = "\n".join(f"<div>{convert(line.strip())}</div>" for line in lines if line.strip())
+    shown = "\n".join(f"<div>{convert(line.strip(), display='block')}</div>" for line in lines if line.strip())
     return f'<div class="formula" title="{html.escape(source, quote=True)}">{shown}</div>'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 
@@ -20,6 +21,23 @@ class Page(NamedTuple):
 def fence(text: str, language: str = "") -> str:
     """A fenced block."""
     return f"```{language}\n{text}\n```"
+
+
+def prose(text: str) -> str:
+    """The head of an algorithm's file as paragraphs. Lines that are indented, such as settings, stay lines of code."""
+    lines, indented = [], False
+    for line in text.splitlines():
+        is_code = line.startswith("  ")
+        if is_code != indented:
+            lines += ["```", ""] if indented else ["", "```"]
+        lines.append(line.strip() if is_code else _spans(line))
+        indented = is_code
+    return "\n".join([*lines, "```"] if indented else lines)
+
+
+def _spans(line: str) -> str:
+    """A line in which only code between backticks is Markdown."""
+    return "".join(part if part.startswith("`") else escaped(part) for part in re.split(r"(`[^`]+`)", line))
 
 
 def cell(text: str) -> str:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 import algorithms
 from experiments import cli
-from experiments.describe import base_of, correction_description, keys, members, needs, words
 from experiments.describe import __main__ as describe
+from experiments.describe import base_of, correction_description, keys, members, needs, words
 from experiments.grid import markdown_table
 from experiments.site import reference
-from experiments.site.page import Page, cell, fence, part_link
+from experiments.site.page import Page, cell, fence, part_link, prose
 from experiments.site.results import results_of, sweeps_of
 from upge import Algorithm, Pipeline
-from upge.train.metric_names import metric_names
-from upge.train.metric_names import ALWAYS, OF_ROLLOUTS
+from upge.train.metric_names import ALWAYS, OF_ROLLOUTS, metric_names
 
 #: The factors of a term in the order of the product: path of the part → what it is called.
 FACTORS = {
@@ -77,7 +75,9 @@ def _from_root(text: str) -> str:
     """A file of the repository's root as a page: its links into docs/ become links between pages, others text."""
     text = re.sub(r"\]\(docs/", "](", text)
     text = re.sub(r"\]\((CHANGELOG|CONTRIBUTING)\.md", lambda found: f"]({found[1].lower()}.md", text)
-    return re.sub(r"\[([^\]]+)\]\((?!https?:|[\w/]+\.md|#)[^)]*\)", r"\1", text.replace("[README](README.md)", "README"))
+    return re.sub(
+        r"\[([^\]]+)\]\((?!https?:|[\w/]+\.md|#)[^)]*\)", r"\1", text.replace("[README](README.md)", "README")
+    )
 
 
 def _overview() -> str:
@@ -96,19 +96,26 @@ def algorithm_page(name: str) -> str:
     """The page of an algorithm."""
     algorithm, header = algorithms.load(name), words(name)
     papers = " ".join(f"[arXiv {paper}](https://arxiv.org/abs/{paper})" for paper in header.papers)
-    lines = [f"# {name}", "", f"{algorithm.description[0].upper()}{algorithm.description[1:].rstrip('.')}. {papers}", ""]
+    lines = [
+        f"# {name}",
+        "",
+        f"{algorithm.description[0].upper()}{algorithm.description[1:].rstrip('.')}. {papers}",
+        "",
+    ]
     lines += [fence(f"python -m experiments.run algo={name}"), "", "## Formula", ""]
     lines += [fence(algorithm.formula("latex"), "math"), "", "The same as text:", "", fence(algorithm.formula()), ""]
     lines += ["[What the symbols mean](../algorithms.md#symbols).", "", "## What it is", ""]
-    lines += [fence("\n\n".join(filter(None, (header.what, header.textbook))), "text"), "", "## Factors", ""]
+    lines += [prose("\n\n".join(filter(None, (header.what, header.textbook)))), "", "## Factors", ""]
     for path, one in members(algorithm):
         lines += _factors(path, one)
     if header.choices:
-        lines += ["## Choices, and how others differ", "", fence(header.choices, "text"), ""]
+        lines += ["## Choices, and how others differ", "", prose(header.choices), ""]
     lines += ["## What it needs", "", *(f"- **{need}**: {how}" for need, how in needs(algorithm).items()), ""]
     lines += [*_metrics(algorithm), "## Keys", "", "To append to the command:", "", fence("\n".join(_keys(name))), ""]
     lines += [*_results(name), "## File", "", f"`algorithms/{name}.yaml`:", ""]
-    return "\n".join([*lines, fence(algorithms.find(name).read_text("utf-8").rstrip(), "yaml"), ""])
+    source = algorithms.find(name).read_text("utf-8")
+    # The comment at the top is the text above.
+    return "\n".join([*lines, fence(source[source.index("\ndescription:") + 1 :].rstrip(), "yaml"), ""])
 
 
 def _factors(path: str, one: Algorithm) -> list[str]:
@@ -132,11 +139,21 @@ def _metrics(algorithm: Algorithm | Pipeline) -> list[str]:
         own |= dict.fromkeys(name for name in metric_names(one) if name not in {*ALWAYS, *OF_ROLLOUTS})
     groups: dict[str, list[str]] = {}
     for name in own:
-        first, _, rest = name.partition("/")
-        groups.setdefault(first if rest else "", []).append(rest or first)
-    rows = [[f"`{first}/`" if first else "", ", ".join(f"`{n}`" for n in names)] for first, names in groups.items()]
+        first, _, rest = name.rpartition("/")
+        groups.setdefault(f"`{first}/`" if first else "", []).append(f"`{rest}`")
+    prefixes: dict[str, list[str]] = {}
+    for prefix, names in groups.items():
+        prefixes.setdefault(", ".join(names), []).append(prefix)
+    rows = [[", ".join(same), names] for names, same in prefixes.items()]
     table = markdown_table(["prefix", "metrics"], rows)
-    return ["## Metrics", "", "Besides [those of every run](../metrics.md), its lines of metrics.jsonl may have:", "", table, ""]
+    return [
+        "## Metrics",
+        "",
+        "Besides [those of every run](../metrics.md), its lines of metrics.jsonl may have:",
+        "",
+        table,
+        "",
+    ]
 
 
 def _keys(name: str, *corrections: str) -> list[str]:
@@ -171,12 +188,15 @@ def _corrections() -> str:
 def _correction(name: str) -> str:
     header, base = words(name, algorithms.CORRECTIONS), base_of(name)
     papers = " ".join(f"[arXiv {paper}](https://arxiv.org/abs/{paper})" for paper in header.papers)
-    prose = "\n\n".join(filter(None, (header.what, header.textbook, header.choices)))
+    text = "\n\n".join(filter(None, (header.what, header.textbook, header.choices)))
     algorithm = algorithms.load(base, corrections=[name])
     own = [line for line in _keys(base, name) if line.startswith(f"{algorithms.CORRECTION}.")]
-    lines = [f"## {name}", "", f"{correction_description(name)}. {papers}", "", fence(prose, "text"), ""]
-    lines += [f"On [`{base}`](algorithms/{base}.md):", "", fence(f"python -m experiments.run algo={base} correction={name}"), ""]
+    lines = [f"## {name}", "", f"{correction_description(name)}. {papers}", "", prose(text), ""]
+    lines += [
+        f"On [`{base}`](algorithms/{base}.md):",
+        "",
+        fence(f"python -m experiments.run algo={base} correction={name}"),
+        "",
+    ]
     lines += [fence(algorithm.formula("latex"), "math"), "", fence(algorithm.formula()), ""]
     return "\n".join([*lines, *(["Its settings:", "", fence("\n".join(own)), ""] if own else [])])
-
-

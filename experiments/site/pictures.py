@@ -54,7 +54,11 @@ def _slots(figure: Figure) -> None:
     mask, denominator, advantage, likelihood = figure.subplots(2, 2).flat
     ratio = torch.linspace(0.4, 1.8, 281, dtype=torch.float64)
     batch, ones = tokens(0.4 * ratio, 0.4), torch.ones(len(ratio), 1, dtype=torch.float64)
-    masks = {"PPOClip, Â > 0": (upge.PPOClip(), 1), "PPOClip, Â < 0": (upge.PPOClip(), -1), "SigmoidGate": (upge.SigmoidGate(), 1)}
+    masks = {
+        "PPOClip, Â > 0": (upge.PPOClip(), 1),
+        "PPOClip, Â < 0": (upge.PPOClip(), -1),
+        "SigmoidGate": (upge.SigmoidGate(), 1),
+    }
     _lines(mask, ratio, {name: part(batch, sign * ones)[:, 0] for name, (part, sign) in masks.items()})
     _name(mask, "mask: which tokens may move", "ratio r = π_θ/π_old", "1_stable")
     probability = torch.linspace(0.02, 0.98, 193, dtype=torch.float64)
@@ -67,7 +71,11 @@ def _slots(figure: Figure) -> None:
     _advantages(advantage)
     shapes = {"PolicyLikelihood": upge.PolicyLikelihood(), "ShapedLikelihood": upge.ShapedLikelihood(),
               "PowerLikelihood(1, 0)": upge.PowerLikelihood(likely=1.0, unlikely=0.0)}  # fmt: skip
-    _lines(likelihood, probability, {name: part(batch).exp()[:, 0] * torch.ones(len(probability)) for name, part in shapes.items()})
+    _lines(
+        likelihood,
+        probability,
+        {name: part(batch).exp()[:, 0] * torch.ones(len(probability)) for name, part in shapes.items()},
+    )
     _name(likelihood, "likelihood: the shape of the gradient", "π_θ of the token", "f′(π_θ)")
 
 
@@ -80,10 +88,18 @@ def _advantages(axes: Axes) -> None:
     for right in counts:
         rewards = torch.tensor([1.0] * right + [0.0] * (8 - right), dtype=torch.float64)
         mask = torch.ones(8, 1, dtype=torch.bool)
-        batch = upge.Trajectories(logprobs=None, response_mask=mask, rewards=rewards, group=torch.zeros(8, dtype=torch.long))
+        batch = upge.Trajectories(
+            logprobs=None, response_mask=mask, rewards=rewards, group=torch.zeros(8, dtype=torch.long)
+        )
         for name, part in parts.items():
             values[name].append(float(part(batch)[0, 0]))
-    _lines(axes, torch.tensor(list(counts)) / 8, {name: torch.tensor(v) for name, v in values.items()}, marker="o", markersize=3)
+    _lines(
+        axes,
+        torch.tensor(list(counts)) / 8,
+        {name: torch.tensor(v) for name, v in values.items()},
+        marker="o",
+        markersize=3,
+    )
     _name(axes, "advantage: how much, up or down", "pass rate of the prompt", "Â of a right rollout")
 
 
@@ -93,7 +109,8 @@ def _advantages(axes: Axes) -> None:
 def _gates(figure: Figure) -> None:
     by_rate, by_step = figure.subplots(1, 2)
     rates = torch.linspace(0, 1, 9)
-    gates = {"PassRateAbove(0): rollouts": upge.PassRateAbove(), "PassRateAtMost(0): demonstration": upge.PassRateAtMost(),
+    gates = {"PassRateAbove(0): rollouts": upge.PassRateAbove(),
+             "PassRateAtMost(0): demonstration": upge.PassRateAtMost(),
              "PassRateTable, 0 → 1, 0.5 → 0": upge.PassRateTable((0.0, 0.5), (1.0, 0.0))}  # fmt: skip
     values = {name: torch.tensor([gate.at_pass_rate(float(rate)) for rate in rates]) for name, gate in gates.items()}
     _lines(by_rate, rates, values, marker="o", markersize=3.5)

@@ -56,7 +56,8 @@ _RUN = """\
 Every key of `python -m experiments.run`, from the classes that check it. A key is given as `KEY=VALUE`. Defaults,
 the model's preset, the data set's preset, the recipe and the command line follow in this order, and later ones win.
 Ranges: `[` includes the bound and `(` excludes it. The keys of an algorithm, `algo.KEY`, are on
-[its page](../algorithms.md), and those of a correction, `correction.NAME.KEY`, are [with the correction](../corrections.md).
+[its page](../algorithms.md), and those of a correction, `correction.NAME.KEY`,
+[with the correction](../corrections.md).
 
 """
 _GROUPS = {
@@ -79,10 +80,12 @@ def pages() -> dict[str, Page]:
 
 
 def _run() -> str:
-    rows = [[f"`{name}`", f"`{GROUPS[name] or ''}`" if GROUPS[name] else "", _GROUPS[name], _named(name)] for name in _GROUPS]
-    names = markdown_table(["key", "default", "selects", "names"], rows)
+    rows = [[f"`{name}`", f"`{GROUPS[name]}`" if GROUPS[name] else "", what] for name, what in _GROUPS.items()]
+    names = [markdown_table(["key", "default", "selects"], rows), ""]
+    for group in ("model", "data", "recipe"):
+        names += [f"`{group}=` takes {', '.join(f'`{name}`' for name in presets(group))}.", ""]
     free = ", ".join(f"`{one}`" for one in FREE_KEYS)
-    parts = [_RUN, "## Names\n", names, "", *_tables(RunConfig, "The whole run")]
+    parts = [_RUN, "## Names\n", *names, *_tables(RunConfig, "The whole run")]
     parts += ["## Keys that may change when a run continues\n", f"{free}, and every key below one of them.", ""]
     for name in presets("data"):
         found = data_keys(CONFIGS / "data" / f"{name}.yaml")
@@ -91,29 +94,20 @@ def _run() -> str:
     return "\n".join(parts)
 
 
-def _named(group: str) -> str:
-    links = {"algo": "[algorithms](../algorithms.md)", "correction": "[corrections](../corrections.md)"}
-    return links.get(group) or ", ".join(f"`{name}`" for name in presets(group))
-
-
 def _tables(cls: type, title: str, path: str = "") -> Iterator[str]:
     """A heading, a sentence and a table for a settings class and for each class inside of it."""
     hints, instance = get_type_hints(cls), cls()
     inner = [field for field in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[field.name])]
     rows = [
-        [f"`{path}{one.name}`", _default(path, one.name, getattr(instance, one.name)), allowed(one, hints[one.name]),
+        [f"`{path}{one.name}`", cell(shown(getattr(instance, one.name))), allowed(one, hints[one.name]),
          escaped(one.metadata["meaning"])]
-        for one in dataclasses.fields(cls) if one not in inner
+        for one in dataclasses.fields(cls) if one not in inner and (path or one.name not in GROUPS)
     ]  # fmt: skip
     yield f"## {title}\n"
     yield f"{escaped((cls.__doc__ or '').partition(chr(10))[0])}\n"
     yield f"{markdown_table(['key', 'default', 'values', 'meaning'], rows)}\n"
     for one in inner:
         yield from _tables(hints[one.name], f"{path}{one.name}", f"{path}{one.name}.")
-
-
-def _default(path: str, name: str, value: Any) -> str:
-    return f"`{GROUPS[name]}`" if not path and GROUPS.get(name) and value == {} else cell(shown(value))
 
 
 def shown(value: Any) -> str:
@@ -144,7 +138,8 @@ def interval(bounds: Range, whole: bool) -> str:
         high, right = bounds.limit, "]"
     if low is None and high is None:
         return ""
-    return f"{left if low is not None else '('}{_bound(low, '-∞')}, {_bound(high, '∞')}{right if high is not None else ')'}"
+    left, right = (left if low is not None else "("), (right if high is not None else ")")
+    return f"{left}{_bound(low, '-∞')}, {_bound(high, '∞')}{right}"
 
 
 def _bound(value: float | None, missing: str) -> str:
@@ -153,8 +148,9 @@ def _bound(value: float | None, missing: str) -> str:
 
 def _commands() -> str:
     rows = [[f"`upge {name}`", escaped(meaning)] for name, meaning in COMMANDS.items()]
-    parts = ["# Keys of other commands\n", "`upge NAME` and `python -m experiments.NAME` are the same command; the first "
-             "works from any folder. `--help` prints the keys.\n", markdown_table(["command", "what it does"], rows), ""]  # fmt: skip
+    same = "`upge NAME` and `python -m experiments.NAME` are the same command; the first works from any folder. "
+    parts = ["# Keys of other commands\n", f"{same}`--help` prints the keys.\n"]
+    parts += [markdown_table(["command", "what it does"], rows), ""]
     for name, cls in _OTHERS.items():
         parts += [part.replace("\n## ", "\n### ") for part in _tables(cls, name)]
     return "\n".join(parts)
@@ -198,7 +194,11 @@ def _module(module: str) -> str:
     import importlib
 
     loaded = importlib.import_module(module)
-    names = getattr(loaded, "__all__", None) or [n for n, v in vars(loaded).items() if not n.startswith("_") and callable(v)]
+    names = getattr(loaded, "__all__", None) or [
+        n for n, v in vars(loaded).items() if not n.startswith("_") and callable(v)
+    ]
     found = [getattr(loaded, name) for name in names]
-    documented = [one for one in found if callable(one) and getattr(one, "__module__", "").startswith(("upge", "algorithms"))]
+    documented = [
+        one for one in found if callable(one) and getattr(one, "__module__", "").startswith(("upge", "algorithms"))
+    ]
     return "\n".join(f"::: {one.__module__}.{one.__qualname__}\n" for one in documented)
