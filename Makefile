@@ -16,7 +16,7 @@ STACK := $(addprefix tests/upge/train/test_,engine.py packing.py term_gradients.
 	elementwise.py::test_the_code_of_every_family_is_known)
 # The problems of sweep=distillation.
 TAUGHT := "data.levels=[3 numbers,4 numbers,5 numbers,3 mixed,4 mixed,5 mixed]"
-.PHONY: help env run test test-slow test-gpu-stack lint bench peers docs notebooks results
+.PHONY: help env run test test-slow test-gpu-stack lint bench peers docs docs-site notebooks results
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -56,6 +56,11 @@ docs: env  ## regenerate the generated parts of README.md and docs/, about two m
 	$(VENV)/bin/python -m experiments.theory --docs
 	$(VENV)/bin/python -m experiments.scaling --docs
 	$(VENV)/bin/python -m experiments.table1 --docs
+	$(VENV)/bin/python -m experiments.site --docs
+
+docs-site: env  ## build the documentation's site in site/, with the packages of .venv-docs
+	@bash requirements/docs.sh
+	.venv-docs/bin/python -m experiments.site
 
 notebooks: env  ## run the examples and write them as notebooks, about five minutes
 	$(VENV)/bin/python examples/render.py $(ARGS)

@@ -41,6 +41,7 @@ COMMANDS = {
     "theory": "print the tables of docs/theory.md, computed exactly",
     "scaling": "print the tables of docs/scaling.md: memory, time and traffic of a step by model size and GPUs",
     "table1": "print Table 1 of the paper, derived from the objectives",
+    "site": "build the documentation's site, or draw its pictures",
     "pretrain": "train the model `tiny` from scratch",
     "check_answers": "verify the ground truths of data files against themselves",
 }

@@ -146,8 +146,8 @@ def summarise(records: Mapping[str, Sequence[TermRecord]]) -> dict[str, float]:
     - `advantage_mean`;
     - `weight_abs_mean`, `weight_abs_p50`, `weight_abs_p99`: mean and percentiles of |weight|;
     - `weight_p1` to `weight_p99`: percentiles of the signed weight;
-    - `effective_tokens`: (Σ|w|)²/Σw² of the numbers w in front of ∇log π_θ; `effective_share`: the same divided by
-      `tokens`; `effective_trajectories`: (Σ|w|)²/Σw² of each trajectory's Σ|w|;
+    - `effective_tokens`: (Σ|v|)²/Σv² of the numbers v in front of ∇log π_θ; `effective_share`: the same divided by
+      `tokens`; `effective_trajectories`: (Σ|u|)²/Σu² with u = Σ|v| of each trajectory;
     - `extreme_ratio_share`: share of the tokens whose ratio to the behaviour policy is outside [1/2, 2];
     - `masked_share`: share of the tokens with a non-zero advantage that the mask stops; `masked_above` and
       `masked_below`: those of them whose ratio to the behaviour policy is above and below 1.
@@ -197,7 +197,7 @@ def _masked(records: Sequence[TermRecord]) -> dict[str, float]:
 
 
 def _effective(weight: Tensor) -> float:
-    """(Σ|w|)²/Σw²: the effective number of weights, equal to their number if all are equal."""
+    """(Σ|v|)²/Σv²: the effective number of weights, equal to their number if all are equal."""
     squares = weight.square().sum()
     return float(weight.abs().sum() ** 2 / squares) if squares != 0 else 0.0
 

@@ -38,7 +38,9 @@ class EngineConfig(Settings):
     """The engine that responses are sampled with."""
 
     engine: Literal["auto", "vllm", "transformers"] = key(
-        "auto", "inference engine; auto takes vllm where installed, except for small models on a CPU"
+        "auto",
+        "inference engine; auto = vllm where it is installed and supports the device, except for models below 5 M "
+        "parameters on a CPU",
     )
     memory_fraction: float = key(0.4, "share of a GPU's memory for the vLLM engine", above=0, maximum=1)
     max_sequences: int = key(0, "responses that vLLM generates at once; 0 = vLLM's default", minimum=0, limit=TOKENS)

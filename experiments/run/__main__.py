@@ -131,7 +131,7 @@ def help_text() -> str:
         parts += [cli.help_row(name, _first_comment(CONFIGS / group / f"{name}.yaml")) for name in presets(group)]
     for name in presets("data"):
         parts.append(f"\nKeys of data={name}:")
-        rows = _data_keys(CONFIGS / "data" / f"{name}.yaml")
+        rows = data_keys(CONFIGS / "data" / f"{name}.yaml")
         parts += [cli.help_row(f"data.{key}={_shown(value)}", meaning) for key, value, meaning in rows]
     parts.append("\nKeys of a run, with their defaults (presets may set others):")
     for key, default, meaning in meanings(RunConfig):
@@ -155,7 +155,7 @@ def _first_comment(path: Path) -> str:
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
-def _data_keys(path: Path) -> list[tuple[str, object, str]]:
+def data_keys(path: Path) -> list[tuple[str, object, str]]:
     """(key, default, meaning) of a data set; the meaning is the comment after a key, or on the line before it."""
     from omegaconf import OmegaConf
 

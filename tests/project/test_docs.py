@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import algorithms
 import upge
 from experiments import config
@@ -162,18 +164,56 @@ def test_the_example_of_the_readme_runs_and_conforms(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_commands_in_the_docs_compose():
-    """Every `python -m experiments.run` line names keys that exist."""
-    actual = 0
-    for path in ("README.md", "docs/running.md"):
-        for block in blocks(path, ""):
-            for line in block.splitlines():
-                line = line.split("#")[0].strip()
-                if "experiments.run " in line and "--help" not in line and "my_parts" not in line:
-                    arguments = shlex.split(line.split("experiments.run ")[1])
-                    config.compose([a for a in arguments if a != "--dry-run"])
-                    actual += 1
-    assert actual >= 4
+#: Words of commands that a reader replaces.
+PLACEHOLDERS = re.compile(r"\$|\b(NAME|ARGUMENTS|RUN)\b")
+#: Without those that are generated from the algorithms, each of which other tests load.
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *(p for p in sorted((ROOT / "docs").rglob("*.md")) if p not in (describe.PAGE, papers.PAGE)),
+]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of every `experiments.run` and `upge run` of a page, in blocks and in sentences."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    lines = [line for kind, body in found if not kind for line in body.replace("\\\n", " ").splitlines()]
+    lines += [" ".join(one.split()) for one in re.findall(r"`((?:python -m experiments\.run|upge run) [^`]*)`", text)]
+    after = [line.partition(start)[2] for line in lines for start in ("experiments.run ", "upge run ") if start in line]
+    return [shlex.split(one, comments=True) for one in after if not PLACEHOLDERS.search(one)]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_commands_in_the_docs_compose(path, tmp_path, monkeypatch):
+    """Every command to train names keys, parts and values that exist; its files are those that the page shows."""
+    text = path.read_text("utf-8")
+    files = {
+        m[1]: m[0] for m in re.finditer(r"(?<=\n)# (\w+\.(?:py|yaml))\n.*?(?=^```$)", text, re.DOTALL | re.MULTILINE)
+    }
+    if path.name == "README.md":
+        (files["my_parts.py"],) = [block for block in blocks("README.md", "python") if "@dataclass" in block]
+    for name, source in files.items():
+        (tmp_path / name).write_text(source, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for arguments in commands(text):
+        config.compose([a for a in arguments if not a.startswith(("--", "gpus="))])
+    for name in files:
+        sys.modules.pop(name.removesuffix(".py"), None)
+    assert commands(text) or path.name not in ("README.md", "running.md", "extend.md", "data.md")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_no_command_is_left_open(path):
+    """A command with an ellipsis fails when it is typed."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    lines = [line.partition("  #")[0] for kind, body in found if kind in ("", "bash") for line in body.splitlines()]
+    starts = tuple(f"{program} " for program in ("python", "upge", "torchrun", "make", "pip"))
+    assert not [line for line in lines if line.startswith(starts) and re.search(r"\.\.\.|…", line)]
+
+
+def test_readme_counts_algorithms_and_corrections():
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert f"{len(algorithms.names())} algorithms and {len(algorithms.corrections())} corrections" in text
 
 
 def test_public_names_are_exported():

@@ -69,7 +69,9 @@ def encode(
     """Encodes prompts, demonstrations and rejected responses.
 
     Args:
-        problems, prompting, max_prompt_tokens: what to encode and how; the limit for prompts.
+        problems: what to encode.
+        prompting: how prompts are made of problems.
+        max_prompt_tokens: limit for prompts.
         max_response_tokens: limit for demonstrations and rejected responses, including the end-of-sequence token.
         overlong_prompts: policy for problems whose prompt exceeds the limit.
         overlong_demonstrations: policy for demonstrations and rejected responses that exceed the limit. The problem

@@ -90,8 +90,7 @@ def token_score_norms(
 
     With z the logits divided by the temperature and p = softmax(z), it is ‖∂ log p_y/∂z‖² = 1 - 2p_y + Σ_v p_v².
 
-    Args:
-        hidden, weight, targets, bias, temperature, chunk_size: as for `token_logprobs`.
+    The arguments are those of `token_logprobs`.
 
     Returns:
         [N], between 0 and 2, float32 (float64 for float64 input).
@@ -122,10 +121,9 @@ def token_loss(
 
     `coefficients` is called for each chunk in turn, with gradients disabled; the loss is the sum of its losses. The
     gradients of `hidden`, `weight` and `bias` are stored until `backward` returns them, so under ZeRO-3 only the
-    forward needs the weight. The precision is that of `token_logprobs`.
+    forward needs the weight. The precision is that of `token_logprobs`, and so are the arguments that are not listed.
 
     Args:
-        hidden, weight, targets, bias, temperature, chunk_size: as for `token_logprobs`.
         coefficients: returns the loss and its derivatives with respect to the log-probs and entropies of a chunk.
         entropy_gradient: whether `coefficients` returns derivatives with respect to the entropies, which takes a little
             longer.

@@ -209,7 +209,9 @@ class EvalConfig(Settings):
     folder: str = key("", "folder with the suite's files; empty = the suite's own source, such as the hub")
     skip: list = key([], "benchmarks of the suite to skip, such as [gpqa_diamond]")
     limit: int = key(0, "maximum problems per benchmark of the suite; 0 = all", minimum=0, limit=10**9)
-    every: int = key(0, "evaluate every N steps; 0 = only before and after training; -1 = never", limit=STEPS)
+    every: int = key(
+        0, "evaluate every N steps; 0 = only before and after training and after a stage; -1 = never", limit=STEPS
+    )
     samples: int = key(8, "responses per problem for pass@k and mean@k", above=0, limit=GROUP)
     temperature: float = key(1.0, "sampling temperature in evaluation", minimum=0.01, limit=100)
     top_p: float = key(1.0, "nucleus sampling in evaluation; 1 = the whole distribution", above=0, maximum=1)

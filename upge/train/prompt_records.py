@@ -71,7 +71,7 @@ class PromptReader(NamedTuple):
 
 
 def effective_number(weights: Iterable[Tensor]) -> float:
-    """(Σw)²/Σw²: how many prompts with equal weights would vary as little."""
+    """(Σa)²/Σa² of the weights a: how many prompts with equal weights would vary as little."""
     every = torch.cat(list(weights))
     return float(every.sum() ** 2 / every.square().sum())
 
