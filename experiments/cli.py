@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import importlib.metadata
 import logging
 import os
 import signal
@@ -294,10 +293,9 @@ def help_row(left: str, right: str, width: int = 36) -> str:
 
 
 def _version() -> str:
-    try:
-        return importlib.metadata.version("upge")
-    except importlib.metadata.PackageNotFoundError:
-        return "from a folder that is not installed"
+    """The version in the source, which is that of an installed package too; `import upge` would load torch."""
+    text = (ROOT / "upge" / "__init__.py").read_text("utf-8")
+    return text.partition('__version__ = "')[2].partition('"')[0]
 
 
 def _stopped(stopped: Stopped) -> int:

@@ -18,12 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import algorithms
+from experiments import hints
 from upge.algorithm import Algorithm
 from upge.components import RatioSign
 from upge.components.base import walk
 from upge.config import RENAMED_KEYS, defaults, from_tree, parse, split
 from upge.errors import ConfigError, nearest
 from upge.evaluation.suite import BenchmarkConfig, SuiteConfig
+from upge.instantiate import TARGET
 from upge.pipeline import Pipeline
 from upge.train.config import RunConfig
 from upge.trees import first_line, plain, read_yaml
@@ -85,6 +87,9 @@ def compose(arguments: Sequence[str]) -> Composed:
     Raises:
         ConfigError: an unknown key, name or value, by its key.
     """
+    dashed = [argument for argument in arguments if argument.startswith("--")]
+    if dashed:
+        raise ConfigError(hints.flag(dashed[0], {*known_keys(), *GROUPS}))
     items = [split(argument) for argument in arguments]
     chosen: dict[str, str] = {}
     for key, value in items:
@@ -248,11 +253,7 @@ def _set(tree: DictConfig, key: str, value: str) -> DictConfig:
     free = head == "data" or key.startswith(("model.overrides.", "deepspeed.config."))
     try:
         if not free and OmegaConf.select(tree, key, default=_ABSENT) is _ABSENT:
-            renamed = RENAMED_KEYS.get(key)
-            hint = f"it was renamed; write {renamed}" if renamed else nearest(key, known_keys())
-            if head in tree.algo:
-                hint = f"did you mean 'algo.{key}'?"
-            raise ConfigError(f"{key}: unknown key; {hint}")
+            raise ConfigError(f"{key}: unknown key; {_hint(tree, key)}")
         # A string value is taken literally, because a template's braces are not YAML.
         is_text = not free and isinstance(OmegaConf.select(tree, key), str)
         parsed = value if is_text else parse(key, value)
@@ -263,6 +264,22 @@ def _set(tree: DictConfig, key: str, value: str) -> DictConfig:
 
 
 _ABSENT = object()
+
+
+def _hint(tree: DictConfig, key: str) -> str:
+    """What to write in place of a key that does not exist."""
+    if renamed := RENAMED_KEYS.get(key):
+        return f"it was renamed; write {renamed}"
+    if key.partition(".")[0] in tree.algo:
+        return f"did you mean 'algo.{key}'?"
+    return hints.unknown(key, {*known_keys(), *GROUPS, *_inner_keys(tree)})
+
+
+def _inner_keys(tree: DictConfig) -> Iterator[str]:
+    """The keys of the chosen algorithm's parts and of the data set."""
+    for where, _ in algorithms.leaves({"algo": plain(tree.algo), "data": plain(tree.data)}):
+        if where[-1] not in (TARGET, "description", "name"):
+            yield ".".join(map(str, where))
 
 
 def known_keys() -> list[str]:
