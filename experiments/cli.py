@@ -34,6 +34,7 @@ COMMANDS = {
     "sweep": "train and evaluate many runs, and report them together",
     "diagnose": "measure bias and variance of the algorithms' gradients on a policy",
     "report": "write report.html into the folders of runs",
+    "explain": "show a key's value in a run, where it comes from, its range and what it does",
     "describe": "list the algorithms and corrections, or show one",
     "doctor": "check this machine: driver, memory, kernels, gradients, sampler",
     "bench": "measure speed and memory, side by side with other libraries",
@@ -87,13 +88,14 @@ def usage() -> str:
 
 
 def run_command(
-    command: Callable[[list[str]], int], arguments: Sequence[str] | None, help_text: Callable[[], str] | None = None
+    command: Callable[[list[str]], int], arguments: Sequence[str] | None, help_text: Callable[[bool], str] | None = None
 ) -> int:
     """Runs a command and turns user errors and signals into a message on standard error and an exit code.
 
     Args:
         arguments: the command's arguments; None = those of the program.
-        help_text: returns what `--help` prints; None if the command handles `--help` itself.
+        help_text: returns what `--help` prints, or `--help all` if its argument is True; None if the command handles
+            `--help` itself.
 
     Returns:
         The command's exit code, 1 for an engine that failed, 2 for a user error, 3 for numbers that are not finite, or
@@ -104,7 +106,7 @@ def run_command(
     add_user_folder()
     quiet()
     if help_text is not None and {"-h", "--help"} & {*arguments}:
-        print(help_text())
+        print(help_text("all" in arguments))
         return DONE
     from upge.errors import EngineError, NonFiniteError, UserError
     from upge.train.launcher import end_with_launcher
@@ -282,6 +284,17 @@ def signals_handled(numbers: Sequence[int], handler: Callable[[int, FrameType | 
 def flags(arguments: Sequence[str], *names: str) -> tuple[list[str], dict[str, bool]]:
     """Separates flags such as `--dry-run` from the other arguments; each of `names` maps to whether it was given."""
     return [a for a in arguments if a not in names], {name: name in arguments for name in names}
+
+
+def common_rows(rows: Sequence[tuple[str, str, str]], names: Sequence[str]) -> list[str]:
+    """The lines of `--help` for the keys that most users need, in the order of `names`, and how to see the others.
+
+    Args:
+        rows: (key, key=default, meaning) of every key.
+    """
+    known = {name: help_row(left, meaning) for name, left, meaning in rows}
+    more = f"  {len(rows) - len(names)} more keys: --help all"
+    return [*(known[name] for name in names), *([more] if len(rows) > len(names) else [])]
 
 
 def help_row(left: str, right: str, width: int = 36) -> str:
