@@ -37,6 +37,7 @@ COMMANDS = {
     "explain": "show a key's value in a run, where it comes from, its range and what it does",
     "describe": "list the algorithms and corrections, or show one",
     "doctor": "check this machine: driver, memory, kernels, gradients, sampler",
+    "completion": "print the script that completes commands, keys and values in bash or zsh",
     "bench": "measure speed and memory, side by side with other libraries",
     "theory": "print the tables of docs/theory.md, computed exactly",
     "scaling": "print the tables of docs/scaling.md: memory, time and traffic of a step by model size and GPUs",
@@ -66,6 +67,12 @@ def main() -> int:
         return DONE
     if name == "--version":
         print(f"upge {_version()}")
+        return DONE
+    if name == "__complete":
+        # The shell's completion calls this at each press of Tab.
+        from experiments.completion.words import candidates
+
+        print("\n".join(candidates(arguments[0] if arguments else "")))
         return DONE
     if name not in COMMANDS:
         from upge.errors import nearest

@@ -85,8 +85,16 @@ def owner(tree: Mapping[str, Any], names: Sequence[str]) -> Owner | None:
             target = node.get(TARGET) if isinstance(node, Mapping) else None
             best = Owner(cls, names[depth] if depth < len(names) else "", target or f"upge.{cls.__name__}")
         if depth < len(names):
-            node = node.get(names[depth]) if isinstance(node, Mapping) else None
+            node = _below(node, names[depth])
     return best
+
+
+def _below(node: Any, name: str) -> Any:
+    """The entry of a mapping or of a list of parts; None if there is none."""
+    if isinstance(node, Mapping):
+        return node.get(name)
+    is_entry = isinstance(node, list) and name.isdigit() and int(name) < len(node)
+    return node[int(name)] if is_entry else None
 
 
 def _class(node: Any, names: Sequence[str]) -> Any:
