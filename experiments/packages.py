@@ -20,7 +20,7 @@ INSTALL = {
     **dict.fromkeys(("omegaconf", "yaml"), "upge"),
     "trl": "trl",
     "liger_kernel": "liger-kernel",
-    "tensorboard": "tensorboard",
+    **{name: name for name in ("tensorboard", "trackio", "wandb")},
 }
 
 

@@ -32,8 +32,8 @@ per rank, and refuses a run that cannot fit.
 COMMON = (
     *("algo", "data", "model.path", "output", "resume", "steps", "seed", "prompts_per_step", "group_size"),
     *("rollout.engine", "rollout.temperature", "rollout.max_prompt_tokens", "rollout.max_response_tokens"),
-    *("optimizer.lr", "optimizer.mini_batches", "optimizer.micro_batch_tokens", "model.lora.rank"),
-    *("verify.verifier", "eval.every", "checkpoint.every"),
+    *("optimizer.lr", "optimizer.micro_batch_tokens", "model.lora.rank"),
+    *("verify.verifier", "eval.every", "checkpoint.every", "log_to"),
 )
 _MORE = (
     "\nupge explain KEY: where a key's value comes from and what it does; upge describe algo=NAME: an algorithm.",
@@ -59,11 +59,13 @@ def _run(arguments: list[str]) -> int:
         from experiments.config import compose
         from experiments.run.dry_run import plan
         from experiments.run.launch import check_gpus, on_gpus
+        from experiments.run.loggers import check_loggers
         from experiments.run.memory_check import check_fits
         from experiments.run.prepare import check_verifiers, prepare, with_local_models
 
         arguments = on_gpus(arguments, given["--dry-run"])
         composed = with_local_models(compose(arguments))
+        check_loggers(composed.config)
         if given["--dry-run"]:
             text = plan(composed)
             if launched_rank() == 0:
