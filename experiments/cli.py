@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import importlib.metadata
 import logging
 import os
 import signal
@@ -35,8 +34,10 @@ COMMANDS = {
     "sweep": "train and evaluate many runs, and report them together",
     "diagnose": "measure bias and variance of the algorithms' gradients on a policy",
     "report": "write report.html into the folders of runs, and a page with the curves of several",
+    "explain": "show a key's value in a run, where it comes from, its range and what it does",
     "describe": "list the algorithms and corrections, or show one",
     "doctor": "check this machine: driver, memory, kernels, gradients, sampler",
+    "completion": "print the script that completes commands, keys and values in bash or zsh",
     "bench": "measure speed and memory, side by side with other libraries",
     "theory": "print the tables of docs/theory.md, computed exactly",
     "scaling": "print the tables of docs/scaling.md: memory, time and traffic of a step by model size and GPUs",
@@ -68,6 +69,12 @@ def main() -> int:
     if name == "--version":
         print(f"upge {_version()}")
         return DONE
+    if name == "__complete":
+        # The shell's completion calls this at each press of Tab.
+        from experiments.completion.words import candidates
+
+        print("\n".join(candidates(arguments[0] if arguments else "")))
+        return DONE
     if name not in COMMANDS:
         from upge.errors import nearest
 
@@ -89,13 +96,14 @@ def usage() -> str:
 
 
 def run_command(
-    command: Callable[[list[str]], int], arguments: Sequence[str] | None, help_text: Callable[[], str] | None = None
+    command: Callable[[list[str]], int], arguments: Sequence[str] | None, help_text: Callable[[bool], str] | None = None
 ) -> int:
     """Runs a command and turns user errors and signals into a message on standard error and an exit code.
 
     Args:
         arguments: the command's arguments; None = those of the program.
-        help_text: returns what `--help` prints; None if the command handles `--help` itself.
+        help_text: returns what `--help` prints, or `--help all` if its argument is True; None if the command handles
+            `--help` itself.
 
     Returns:
         The command's exit code, 1 for an engine that failed, 2 for a user error, 3 for numbers that are not finite, or
@@ -106,7 +114,7 @@ def run_command(
     add_user_folder()
     quiet()
     if help_text is not None and {"-h", "--help"} & {*arguments}:
-        print(help_text())
+        print(help_text("all" in arguments))
         return DONE
     from upge.errors import EngineError, NonFiniteError, UserError
     from upge.train.launcher import end_with_launcher
@@ -286,6 +294,17 @@ def flags(arguments: Sequence[str], *names: str) -> tuple[list[str], dict[str, b
     return [a for a in arguments if a not in names], {name: name in arguments for name in names}
 
 
+def common_rows(rows: Sequence[tuple[str, str, str]], names: Sequence[str]) -> list[str]:
+    """The lines of `--help` for the keys that most users need, in the order of `names`, and how to see the others.
+
+    Args:
+        rows: (key, key=default, meaning) of every key.
+    """
+    known = {name: help_row(left, meaning) for name, left, meaning in rows}
+    more = f"  {len(rows) - len(names)} more keys: --help all"
+    return [*(known[name] for name in names), *([more] if len(rows) > len(names) else [])]
+
+
 def help_row(left: str, right: str, width: int = 36) -> str:
     """Two columns of at most 118 characters; a left side longer than `width` moves the right one to the next line."""
     indent = " " * (width + 3)
@@ -295,10 +314,9 @@ def help_row(left: str, right: str, width: int = 36) -> str:
 
 
 def _version() -> str:
-    try:
-        return importlib.metadata.version("upge")
-    except importlib.metadata.PackageNotFoundError:
-        return "from a folder that is not installed"
+    """The version in the source, which is that of an installed package too; `import upge` would load torch."""
+    text = (ROOT / "upge" / "__init__.py").read_text("utf-8")
+    return text.partition('__version__ = "')[2].partition('"')[0]
 
 
 def _stopped(stopped: Stopped) -> int:

@@ -18,12 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import algorithms
+from experiments import hints
 from upge.algorithm import Algorithm
 from upge.components import RatioSign
 from upge.components.base import walk
-from upge.config import RENAMED_KEYS, defaults, from_tree, parse, split
+from upge.config import RENAMED_KEYS, defaults, from_tree, parse, settings, split
 from upge.errors import ConfigError, nearest
 from upge.evaluation.suite import BenchmarkConfig, SuiteConfig
+from upge.instantiate import TARGET
 from upge.pipeline import Pipeline
 from upge.train.config import RunConfig
 from upge.trees import first_line, plain, read_yaml
@@ -49,6 +51,7 @@ class Composed:
         config: the same as objects, without the algorithm's and the data set's own keys.
         algorithm: built from `tree["algo"]`.
         notes: sentences for the user on what the command line's overrides have split, and on terms without an effect.
+        layers: (origin, dotted key → value) of everything that `tree` is made of. Later layers override earlier ones.
     """
 
     names: Mapping[str, str | None]
@@ -56,6 +59,7 @@ class Composed:
     config: RunConfig
     algorithm: Algorithm | Pipeline
     notes: tuple[str, ...] = ()
+    layers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,9 @@ def compose(arguments: Sequence[str]) -> Composed:
     Raises:
         ConfigError: an unknown key, name or value, by its key.
     """
+    dashed = [argument for argument in arguments if argument.startswith("--")]
+    if dashed:
+        raise ConfigError(hints.flag(dashed[0], {*known_keys(), *GROUPS}))
     items = [split(argument) for argument in arguments]
     chosen: dict[str, str] = {}
     for key, value in items:
@@ -102,9 +109,14 @@ def compose(arguments: Sequence[str]) -> Composed:
     names["correction"] = ",".join(corrections) or None
     tree = OmegaConf.create(defaults(RunConfig))
     tree.algo = algorithms.read(names["algo"], corrections)
-    for group in ("model", "data"):
-        tree = _merge(tree, _named(group, names[group]), f"{group}={names[group]}")
-    tree = _merge(tree, recipe.tree, f"recipe={names['recipe']}")
+    presets_used = [(f"{group}={names[group]}", _named(group, names[group])) for group in ("model", "data")]
+    presets_used.append((f"recipe={names['recipe']}", recipe.tree))
+    layers = [*_layers_of_algorithm(tree.algo, names), *((origin, _flat(part)) for origin, part in presets_used)]
+    overrides = (text if text.startswith("correction.") else f"algo.{text}" for text in recipe.overrides)
+    layers.append((f"recipe={names['recipe']}", dict(map(split, overrides))))
+    layers.append(("the command line", {key: value for key, value in items if key not in GROUPS}))
+    for origin, part in presets_used:
+        tree = _merge(tree, part, origin)
     for key in NAMED & set(recipe.tree.get("data", {})):
         OmegaConf.update(tree, f"data.{key}", recipe.tree["data"][key], merge=False, force_add=True)
     overrides = []
@@ -127,7 +139,27 @@ def compose(arguments: Sequence[str]) -> Composed:
     config = from_tree(RunConfig, whole)
     algorithm = algorithms.compose(whole["algo"], algorithms.stem(names["algo"]))
     notes = (*notes, *_idle_penalties(algorithm, config), *_noise(algorithm, config))
-    return Composed(names, whole, config, algorithm, notes)
+    return Composed(names, whole, config, algorithm, notes, (("the default", dict(_defaults())), *layers))
+
+
+def _defaults() -> Iterator[tuple[str, Any]]:
+    return ((one.name, one.default) for one in settings(RunConfig) if one.name not in GROUPS)
+
+
+def _layers_of_algorithm(node: DictConfig, names: Mapping[str, str | None]) -> list[tuple[str, dict[str, Any]]]:
+    """The settings of the algorithm's file and of each correction's, with references as in the file."""
+    tree = plain(node)
+    corrections = tree.pop(algorithms.CORRECTION, {})
+    own = {name: _flat({algorithms.CORRECTION: {name: part}}) for name, part in corrections.items()}
+    return [
+        (f"algo={names['algo']}", _flat({"algo": tree})),
+        *((f"correction={name}", one) for name, one in own.items()),
+    ]
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key → value of every leaf."""
+    return {".".join(map(str, where)): value for where, value in algorithms.leaves(tree)}
 
 
 def _noise(algorithm: Algorithm | Pipeline, config: RunConfig) -> Iterator[str]:
@@ -248,11 +280,7 @@ def _set(tree: DictConfig, key: str, value: str) -> DictConfig:
     free = head == "data" or key.startswith(("model.overrides.", "deepspeed.config."))
     try:
         if not free and OmegaConf.select(tree, key, default=_ABSENT) is _ABSENT:
-            renamed = RENAMED_KEYS.get(key)
-            hint = f"it was renamed; write {renamed}" if renamed else nearest(key, known_keys())
-            if head in tree.algo:
-                hint = f"did you mean 'algo.{key}'?"
-            raise ConfigError(f"{key}: unknown key; {hint}")
+            raise ConfigError(f"{key}: unknown key; {_hint(tree, key)}")
         # A string value is taken literally, because a template's braces are not YAML.
         is_text = not free and isinstance(OmegaConf.select(tree, key), str)
         parsed = value if is_text else parse(key, value)
@@ -263,6 +291,22 @@ def _set(tree: DictConfig, key: str, value: str) -> DictConfig:
 
 
 _ABSENT = object()
+
+
+def _hint(tree: DictConfig, key: str) -> str:
+    """What to write in place of a key that does not exist."""
+    if renamed := RENAMED_KEYS.get(key):
+        return f"it was renamed; write {renamed}"
+    if key.partition(".")[0] in tree.algo:
+        return f"did you mean 'algo.{key}'?"
+    return hints.unknown(key, {*known_keys(), *GROUPS, *_inner_keys(tree)})
+
+
+def _inner_keys(tree: DictConfig) -> Iterator[str]:
+    """The keys of the chosen algorithm's parts and of the data set."""
+    for key in _flat({"algo": plain(tree.algo), "data": plain(tree.data)}):
+        if key.rpartition(".")[2] not in (TARGET, "description", "name"):
+            yield key
 
 
 def known_keys() -> list[str]:

@@ -14,7 +14,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 
@@ -53,6 +53,14 @@ class Range:
         high = self.maximum is None or value <= self.maximum
         high = high and (self.below is None or value < self.below)
         return None if low and high else f"found {value}; {self.fix or self._rule()}"
+
+    def describe(self) -> str:
+        """The bounds in words; empty if there are none."""
+        bounds = self.minimum, self.maximum, self.above, self.below
+        if all(bound is None for bound in bounds):
+            return "" if self.limit is None else f"at most {self.limit:g}"
+        rule = self._rule().removeprefix("it must ")
+        return rule.removeprefix("be ").replace("lie in", "in").replace("not be negative", "not negative")
 
     def _rule(self) -> str:
         lowest = self.minimum if self.above is None else self.above
@@ -148,17 +156,54 @@ def defaults(cls: type) -> dict[str, Any]:
     return dataclasses.asdict(cls())
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A field of a settings class.
+
+    Attributes:
+        name: its dotted key.
+        kind: its annotated type.
+    """
+
+    name: str
+    default: Any
+    meaning: str
+    kind: Any
+    range: Range
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """Its values as typed on the command line, if they can be listed."""
+        if self.kind is bool:
+            return "true", "false"
+        return tuple(map(str, get_args(self.kind))) if get_origin(self.kind) is Literal else ()
+
+    @property
+    def allowed(self) -> str:
+        """Its values in words."""
+        if self.values:
+            return ", ".join(self.values[:-1]) + f" or {self.values[-1]}"
+        kinds = {int: "an integer", float: "a number", str: "a text", list: "a list", dict: "a mapping"}
+        return ", ".join(filter(None, [kinds.get(self.kind, str(self.kind)), self.range.describe()]))
+
+
+def settings(cls: type, path: str = "") -> list[Setting]:
+    """Every setting of a settings class and of its sections, in order."""
+    rows: list[Setting] = []
+    hints, instance = get_type_hints(cls), cls()
+    for item in dataclasses.fields(cls):
+        kind, name = hints[item.name], f"{path}{item.name}"
+        if dataclasses.is_dataclass(kind):
+            rows += settings(cast("type", kind), f"{name}.")
+        else:
+            data = item.metadata
+            rows.append(Setting(name, getattr(instance, item.name), data["meaning"], kind, data["range"]))
+    return rows
+
+
 def meanings(cls: type, path: str = "") -> list[tuple[str, Any, str]]:
     """(dotted key, default, meaning) of every setting, in order."""
-    rows = []
-    hints = get_type_hints(cls)
-    instance = cls()
-    for item in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[item.name]):
-            rows += meanings(hints[item.name], f"{path}{item.name}.")
-        else:
-            rows.append((f"{path}{item.name}", getattr(instance, item.name), item.metadata["meaning"]))
-    return rows
+    return [(one.name, one.default, one.meaning) for one in settings(cls, path)]
 
 
 def split(argument: str) -> tuple[str, str]:

@@ -19,12 +19,13 @@ PAGE = DOCS / "performance.md"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a bench's Markdown, or updates it in the docs; returns the exit code (2 bad input, 128 + signal)."""
-    return cli.run_command(lambda given: _bench_command(given, is_program=arguments is None), arguments, listing)
+    return cli.run_command(lambda given: _bench_command(given, is_program=arguments is None), arguments)
 
 
 def _bench_command(arguments: list[str], is_program: bool) -> int:
-    if not arguments:
-        print(listing())
+    arguments, asked = cli.flags(arguments, "-h", "--help")
+    if not arguments or any(asked.values()):
+        print(listing(arguments[0] if arguments else ""))
         return cli.DONE
     name, *rest = arguments
     bench = _bench(name)
@@ -48,12 +49,19 @@ def _bench_command(arguments: list[str], is_program: bool) -> int:
     return cli.DONE
 
 
-def listing() -> str:
-    """Every bench with its summary and its keys."""
+def listing(name: str = "") -> str:
+    """Every bench with its summary; of the bench `name`, or with 'all' of every bench, also the keys.
+
+    Raises:
+        ConfigError: there is no such bench.
+    """
     lines = ["Usage: python -m experiments.bench NAME [key=value ...] [--docs]\n"]
-    for name in BENCHES:
-        bench = _bench(name)
-        lines.append(f"\n{name}: {bench.SUMMARY}")
+    if not name:
+        lines += [cli.help_row(one, _bench(one).SUMMARY, 12) for one in BENCHES]
+        return "\n".join([*lines, "\nNAME --help lists the keys of a bench, --help all those of every bench."])
+    for one in BENCHES if name == "all" else (name,):
+        bench = _bench(one)
+        lines.append(f"\n{one}: {bench.SUMMARY}")
         lines += [cli.help_row(f"{key}={default}", meaning) for key, default, meaning in meanings(bench.Settings)]
     return "\n".join(lines)
 

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return cli.run_command(_compare, arguments, help_text)
 
 
-def help_text() -> str:
+def help_text(everything: bool = False) -> str:
     """What --help prints."""
     return "\n".join([str(__doc__), *(f"    {key:<10} {text}" for key, text in KEYS.items())])
 

@@ -26,13 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return cli.run_command(_diagnose, arguments, help_text)
 
 
-def help_text() -> str:
-    """What --help prints."""
-    from experiments.diagnose.settings import keys
+def help_text(everything: bool = False) -> str:
+    """What `--help` prints, or `--help all`."""
+    from experiments.diagnose.settings import DiagnoseConfig, keys
+    from experiments.keys import shown
 
-    shown = [(f"{name}={'' if default is None else default}", meaning) for name, default, meaning in keys()]
+    rows = [(name, f"{name}={shown(default)}", meaning) for name, default, meaning in keys()]
+    own = [name for name, *_ in rows if everything or name in DiagnoseConfig.__dataclass_fields__]
     head = "Keys (model=, data= and recipe= are those of experiments.run, with their own keys):"
-    return "\n".join([__doc__, head, *(cli.help_row(left, meaning) for left, meaning in shown)])
+    return "\n".join([str(__doc__), head, *cli.common_rows(rows, own)])
 
 
 def output_folder(output: str, names: dict[str, str]) -> Path:

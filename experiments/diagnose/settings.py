@@ -10,10 +10,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import algorithms
+from experiments import hints
 from experiments.config import compose, resolved
 from upge.algorithm import Algorithm
 from upge.config import Settings, from_tree, key, meanings, parse, split
-from upge.errors import ConfigError, nearest
+from upge.errors import ConfigError
 from upge.needs import COMPUTED
 from upge.pipeline import Pipeline
 from upge.train.config import RunConfig
@@ -137,7 +138,7 @@ def choose(arguments: Sequence[str]) -> Chosen:
             shared.append(f"{name}={text}")
         else:
             known = [*fields, *(k for k in SHARED if not k.endswith(".")), *(r[0] for r in _shared_rows())]
-            raise ConfigError(f"{name}: unknown key; {nearest(name, known)}")
+            raise ConfigError(f"{name}: unknown key; {hints.unknown(name, known)}")
     config = from_tree(DiagnoseConfig, own)
     if config.exact:
         _check_exact([*own, *(argument.partition("=")[0] for argument in shared)])

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return cli.run_command(lambda given: _doctor(given, is_program=arguments is None), arguments, help_text)
 
 
-def help_text() -> str:
+def help_text(everything: bool = False) -> str:
     """What --help prints."""
     from experiments.doctor.settings import keys
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from experiments import hints
 from experiments.config import Composed, compose
 from experiments.files import output_path
 from experiments.run.model_shape import ModelShape
@@ -80,7 +81,7 @@ def choose(arguments: Sequence[str]) -> Chosen:
         elif name in SHARED or name.startswith(tuple(k for k in SHARED if k.endswith("."))):
             shared.append(f"{name}={text}")
         else:
-            raise ConfigError(f"{name}: unknown key; {nearest(name, [row[0] for row in keys()])}")
+            raise ConfigError(f"{name}: unknown key; {hints.unknown(name, [row[0] for row in keys()])}")
     config = from_tree(DoctorConfig, own)
     output_path(config.output)
     composed = compose(shared)

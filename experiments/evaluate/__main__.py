@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,13 @@ an interrupted evaluation. --dry-run checks everything that can be checked befor
 one prompt, and exits.
 """
 
+#: What most evaluations set, in the order of `--help`.
+COMMON = (
+    *("output", "resume", "limit", "seed", "suite.temperature", "suite.top_p", "suite.max_prompt_tokens"),
+    *("suite.max_response_tokens", "suite.folder", "suite.skip", "suite.benchmarks.NAME.samples"),
+    *("rollout.engine", "rollout.memory_fraction", "model.dtype", "model.template", "verify.verifier"),
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code (0 done, 1 failed, 2 bad input, 3 not finite, 128 + signal)."""
@@ -35,10 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def help_text() -> str:
-    """What --help prints, at most 120 columns wide."""
+def help_text(everything: bool = False) -> str:
+    """What `--help` prints, or `--help all`, at most 120 columns wide."""
     from experiments.config import presets, suite_config
     from experiments.evaluate.prepare import keys
+    from experiments.keys import shown
 
     models = textwrap.fill(f"Models (model=NAME, a folder, or a hub name): {', '.join(presets('model'))}", 120)
     lines = [USAGE, f"{models}\n", "Suites (suite=NAME):"]
@@ -47,10 +54,8 @@ def help_text() -> str:
         drawn = f"temperature {suite.temperature:g}" if suite.temperature else "greedy"
         lines.append(cli.help_row(name, f"{', '.join(suite.benchmarks)}; {drawn}, {suite.max_response_tokens} tokens"))
     lines.append("\nKeys, with their defaults (a suite's file and a model's preset set others):")
-    for key, default, meaning in keys():
-        shown = default if isinstance(default, str) and default else json.dumps(default)
-        lines.append(cli.help_row(f"{key}={shown}", meaning))
-    return "\n".join(lines)
+    rows = [(key, f"{key}={shown(default)}", meaning) for key, default, meaning in keys()]
+    return "\n".join([*lines, *cli.common_rows(rows, [key for key, *_ in rows] if everything else COMMON)])
 
 
 def _stoppable(arguments: list[str]) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
+from experiments import hints
 from experiments.config import compose, presets, resolved, suite_tree
 from experiments.evaluate.folder import EvaluationFolder, difference, fingerprint, output_folder
 from experiments.run import answer_check
@@ -142,7 +143,7 @@ def _check_key(name: str, suite: Any) -> None:
         if rest[0] not in ("data", "file") and rest[1:]:
             raise ConfigError(f"{name}: unknown key; suite.benchmarks.{benchmark}.{rest[0]} has none below it")
     elif name not in known and not name.startswith(("model.overrides.", "model.template_arguments.")):
-        raise ConfigError(f"{name}: unknown key; {nearest(name, known)}")
+        raise ConfigError(f"{name}: unknown key; {hints.unknown(name, known)}")
 
 
 def _of_run(model: str, given: set[str]) -> tuple[list[str], tuple[str, ...]]:

@@ -1,15 +1,13 @@
-"""Train: `python -m experiments.run algo=hpt model=tiny data=arithmetic steps=100`; `--help` lists every key."""
+"""Train: `python -m experiments.run algo=hpt model=tiny data=arithmetic steps=100`; `--help` lists the keys."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import cli
@@ -30,6 +28,17 @@ torchrun yourself: torchrun --nnodes 2 --nproc_per_node 8 ... -m experiments.run
 --dry-run builds everything except the weights. It prints the configuration, formula, prompt, work per step and memory
 per rank, and refuses a run that cannot fit.
 """
+#: What most runs set, in the order of `--help`.
+COMMON = (
+    *("algo", "data", "model.path", "output", "resume", "steps", "seed", "prompts_per_step", "group_size"),
+    *("rollout.engine", "rollout.temperature", "rollout.max_prompt_tokens", "rollout.max_response_tokens"),
+    *("optimizer.lr", "optimizer.micro_batch_tokens", "model.lora.rank"),
+    *("verify.verifier", "eval.every", "checkpoint.every", "log_to"),
+)
+_MORE = (
+    "\nupge explain KEY: where a key's value comes from and what it does; upge describe algo=NAME: an algorithm.",
+    "--help all: every key, and what each algorithm, correction, model, data set and recipe is.",
+)
 _HEADS = {
     "model": "Models (model=NAME, or a folder, or a hub name with a slash):",
     "data": "Data sets (data=NAME):",
@@ -50,11 +59,13 @@ def _run(arguments: list[str]) -> int:
         from experiments.config import compose
         from experiments.run.dry_run import plan
         from experiments.run.launch import check_gpus, on_gpus
+        from experiments.run.loggers import check_loggers
         from experiments.run.memory_check import check_fits
         from experiments.run.prepare import check_verifiers, prepare, with_local_models
 
         arguments = on_gpus(arguments, given["--dry-run"])
         composed = with_local_models(compose(arguments))
+        check_loggers(composed.config)
         if given["--dry-run"]:
             text = plan(composed)
             if launched_rank() == 0:
@@ -113,61 +124,55 @@ def _train(composed: Composed, prepared: Prepared, world: World) -> int:
     return ending.code
 
 
-def help_text() -> str:
-    """What `--help` prints: algorithms, models, data sets, and every key, at most 120 columns wide."""
-    import algorithms
-    from experiments.config import CONFIGS, GROUPS, presets
-    from experiments.describe import correction_description
+def help_text(everything: bool = False) -> str:
+    """What `--help` prints: the names and the keys that most runs set; or what `--help all` prints: all of them."""
+    from experiments.config import GROUPS, presets
+    from experiments.keys import shown
     from upge.config import meanings
     from upge.train.config import RunConfig
-    from upge.train.folder import FREE_KEYS
 
-    parts = [USAGE, "Algorithms (algo=NAME; each part is a key, for example algo.terms.rl.estimator.mask.high=0.28):"]
+    rows = [(key, f"{key}={GROUPS.get(key) or shown(value)}", meaning) for key, value, meaning in meanings(RunConfig)]
+    if everything:
+        return "\n".join([USAGE, *_every_name(), *_every_key(rows)])
+    lines = ["Keys of most runs, with their defaults (presets may set others):", *cli.common_rows(rows, COMMON), ""]
+    lines += [_wrapped(f"{group}: {', '.join(presets(group))}") for group in ("algo", "correction", *_HEADS)]
+    return "\n".join([USAGE, *lines, *_MORE])
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 118, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _every_name() -> list[str]:
+    """A line for each algorithm, correction, model, data set and recipe, and for each key of a data set."""
+    import algorithms
+    from experiments.config import CONFIGS, presets
+    from experiments.describe import correction_description
+    from experiments.keys import data_keys, first_comment, shown
+
+    parts = ["Algorithms (algo=NAME; each part is a key, for example algo.terms.rl.estimator.mask.high=0.28):"]
     parts += [cli.help_row(name, algorithms.load(name).description) for name in presets("algo")]
     parts.append("\nCorrections (correction=NAME or [NAME,NAME]; a setting is correction.NAME.KEY=VALUE):")
     parts += [cli.help_row(name, correction_description(name)) for name in presets("correction")]
     for group, head in _HEADS.items():
         parts.append(f"\n{head}")
-        parts += [cli.help_row(name, _first_comment(CONFIGS / group / f"{name}.yaml")) for name in presets(group)]
+        parts += [cli.help_row(name, first_comment(CONFIGS / group / f"{name}.yaml")) for name in presets(group)]
     for name in presets("data"):
         parts.append(f"\nKeys of data={name}:")
-        rows = data_keys(CONFIGS / "data" / f"{name}.yaml")
-        parts += [cli.help_row(f"data.{key}={_shown(value)}", meaning) for key, value, meaning in rows]
-    parts.append("\nKeys of a run, with their defaults (presets may set others):")
-    for key, default, meaning in meanings(RunConfig):
-        parts.append(cli.help_row(f"{key}={GROUPS.get(key) or _shown(default)}", meaning))
-    keys = [key for key, _, _ in meanings(RunConfig)]
+        parts += [cli.help_row(f"data.{key}={shown(value)}", meaning) for key, value, meaning in data_keys(name)]
+    return parts
+
+
+def _every_key(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    """A line for each key of a run, and which of them a run that continues may change."""
+    from upge.train.folder import FREE_KEYS
+
+    parts = ["\nKeys of a run, with their defaults (presets may set others):"]
+    parts += [cli.help_row(left, meaning) for _, left, meaning in rows]
+    keys = [key for key, *_ in rows]
     free = [one if one in keys else f"{one}.*" for one in FREE_KEYS]
     parts.append("\nWhen a run continues, these keys may have other values, and no others:")
-    parts.append(textwrap.fill(", ".join(free), 118, initial_indent="  ", subsequent_indent="  "))
-    return "\n".join(parts)
-
-
-def _shown(value: object) -> str:
-    """A value as typed on the command line."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    return str(value) or '""'
-
-
-def _first_comment(path: Path) -> str:
-    first = path.read_text().splitlines()[0]
-    return first.removeprefix("#").strip() if first.startswith("#") else ""
-
-
-def data_keys(path: Path) -> list[tuple[str, object, str]]:
-    """(key, default, meaning) of a data set; the meaning is the comment after a key, or on the line before it."""
-    from omegaconf import OmegaConf
-
-    node = OmegaConf.to_container(OmegaConf.load(path))["data"]
-    comments, before = {}, ""
-    for line in path.read_text().splitlines()[1:]:
-        code, _, comment = line.partition("#")
-        key = code.strip().partition(":")[0]
-        if key in node:
-            comments[key] = comment.strip() or before
-        before = comment.strip() if not code.strip() else ""
-    return [(key, value, comments.get(key, "")) for key, value in node.items() if key != "_target_"]
+    return [*parts, textwrap.fill(", ".join(free), 118, initial_indent="  ", subsequent_indent="  ")]
 
 
 if __name__ == "__main__":

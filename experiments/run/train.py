@@ -11,9 +11,11 @@ from tqdm import tqdm
 
 from experiments import files
 from experiments.cli import BAD_INPUT, collector_paused, print_error
+from experiments.run.loggers import Loggers, Start
 from upge.train.distributed import World
-from upge.train.stopping import StopSignals
+from upge.train.stopping import FAILED, StopSignals
 from upge.train.watch import Watch
+from upge.trees import first_line
 
 
 class Progress:
@@ -49,11 +51,49 @@ class Progress:
         text += f"mean@{k} {scores[f'mean@{k}']:.3f} on {scores['problems']} problems"
         if line["errors"] or line["timeouts"]:
             text += f", {line['errors']} verifier errors and {line['timeouts']} timeouts count as wrong"
-        tqdm.write(f"{text} ({line['time']:.0f} s)")
+        if not self._bar.disable:
+            tqdm.write(f"{text} ({line['time']:.0f} s)")
 
     def note(self, text: str) -> None:
         """Prints a sentence on something unusual."""
         tqdm.write(f"note: {text}")
+
+
+class Told:
+    """What happens on the main rank after each step and evaluation: console, loggers and report.
+
+    A context manager around training, after which the loggers end with the exit code `code`.
+    """
+
+    def __init__(self, progress: Progress, folder: Path) -> None:
+        self.progress, self.folder, self.code = progress, folder, FAILED
+        self.loggers: Loggers | None = None
+
+    def __enter__(self) -> Told:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.loggers is not None:
+            self.loggers.close(self.code)
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Shows and logs the metrics of a finished training step."""
+        self.progress.step(metrics)
+        if self.loggers is not None:
+            self.loggers.step(metrics)
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """Shows and logs a finished evaluation, and writes the report with it."""
+        self.progress.evaluation(line)
+        if self.loggers is not None:
+            self.loggers.evaluation(line)
+        if (self.folder / "metrics.jsonl").is_file():
+            try:
+                from experiments.report.page import write_report
+
+                write_report(self.folder)
+            except Exception as error:  # the run goes on, and writes the report again when it ends
+                self.progress.note(f"report.html was not written: {type(error).__name__}: {first_line(error)}")
 
 
 def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: Watch, record: Any) -> Any:
@@ -97,11 +137,12 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: 
         verified = VerifiedSampler(
             sampler, pool, prepared.prompting, first_error, stop.requested, rewards=pool.rewards, **passing
         )
-        progress = Progress(config.steps, resume_from or 0, enabled=world.is_main)
+        progress = Progress(config.steps, resume_from or 0, world.is_main and "console" in config.log_to)
+        told = Told(progress, folder.path)
         data = (prepared.train, prepared.weights, prepared.prompting)
         measure = partial(training_accuracy, config, prepared.evaluation, verified, world)
         parts = Parts(config, composed.algorithm, *data, models, verified, measure, folder, world, stop)
-        trainer = Trainer(parts, progress.step, progress.evaluation, progress.note, progress.alarm)
+        trainer = Trainer(parts, told.step, told.evaluation, progress.note, progress.alarm)
         if resume_from is not None:
             trainer.restore(resume_from)
         # Drop recorded lines only now, after the checkpoint has been restored without an error.
@@ -111,13 +152,22 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: 
                     folder.rewind(resume_from if resume_from is not None else -1)
                 metadata = _metadata(composed, world, sampler, models.policy, resume_from or 0)
                 folder.start(composed.tree, metadata, prepared.continues)
+                start = Start(
+                    folder.path,
+                    config.log_project,
+                    {**composed.tree, "command": metadata["command"]},
+                    prepared.continues,
+                    resume_from or 0,
+                )
+                told.loggers = Loggers(config.log_to, start, progress.note)
         check_shared(folder, world)
         record.begin(world)
         if prepared.continues:
             say(f"continuing {folder.path} from step {resume_from or 0}{_saved_by(folder, resume_from, world)}")
         with stop.noted():
-            with progress:
+            with progress, told:
                 ending = trainer.run()
+                told.code = ending.code
             if world.is_main:
                 record.write(ending)
                 _finish(folder.path, ending, say)

@@ -14,7 +14,7 @@ from experiments.diagnose.settings import DiagnoseConfig
 from experiments.doctor.settings import DoctorConfig
 from experiments.evaluate.prepare import EvaluateConfig
 from experiments.grid import markdown_table
-from experiments.run.__main__ import data_keys
+from experiments.keys import data_keys
 from experiments.site.page import Page, cell, escaped
 from experiments.sweep.settings import SweepConfig
 from upge.config import Range
@@ -88,7 +88,7 @@ def _run() -> str:
     parts = [_RUN, "## Names\n", *names, *_tables(RunConfig, "The whole run")]
     parts += ["## Keys that may change when a run continues\n", f"{free}, and every key below one of them.", ""]
     for name in presets("data"):
-        found = data_keys(CONFIGS / "data" / f"{name}.yaml")
+        found = data_keys(name)
         rows = [[f"`data.{key}`", cell(shown(value)), escaped(meaning)] for key, value, meaning in found]
         parts += [f"## Keys of data={name}\n", markdown_table(["key", "default", "meaning"], rows), ""]
     return "\n".join(parts)

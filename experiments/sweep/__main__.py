@@ -133,7 +133,7 @@ def provenance(folder: SweepFolder) -> list[str]:
     ]
 
 
-def help_text() -> str:
+def help_text(everything: bool = False) -> str:
     """What --help prints."""
     lines = [USAGE, "Sweeps (sweep=NAME):"]
     for name in names():

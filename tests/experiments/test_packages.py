@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,10 @@ def test_the_named_extra_installs_the_package():
         if extra:
             listed = {re.split(r"[\[<>=]", text)[0].replace("-", "_") for text in extras[extra[1]]}
             assert DISTRIBUTIONS.get(package, package) in listed, package
+    whole = re.fullmatch(r"upge\[(.*)\]", *extras["all"])[1].split(",")
+    assert {text for text in packages.INSTALL.values() if text.startswith("'upge[")} == {
+        f"'upge[{extra}]'" for extra in (*whole, "vllm")
+    }
     # The extras of users are covered: each distribution is one of the packages, except where the two names differ.
     named = {re.split(r"[\[<>=]", t)[0].replace("-", "_") for e in extras for t in extras[e] if e not in ("all", "dev")}
     assert named <= set(packages.INSTALL)
@@ -77,3 +82,52 @@ def test_a_package_that_a_command_imports_at_once_is_explained(start, tmp_path):
     done = subprocess.run([sys.executable, *start], env=environment, capture_output=True, text=True)
     message = "error: the package sympy is not installed; run `pip install 'upge[theory]'`\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
+#: Hides every package that `pip install upge` without extras does not install.
+MINIMAL = """
+import importlib.machinery as machinery
+KEPT = {names}
+original = machinery.PathFinder.find_spec
+def find_spec(name, path=None, target=None):
+    spec = original(name, path, target)
+    if spec is None or "." in name or name in KEPT:
+        return spec
+    places = str(spec.origin or list(spec.submodule_search_locations or ()))
+    return None if "site-packages" in places else spec
+machinery.PathFinder.find_spec = staticmethod(find_spec)
+"""
+
+
+def required(*names: str) -> set[str]:
+    """Distributions that installing these brings with it."""
+    found: set[str] = set()
+    waiting = [*names]
+    while waiting:
+        name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+        if name not in found:
+            try:
+                lines = metadata.requires(name) or []
+            except metadata.PackageNotFoundError:  # of another system
+                continue
+            found.add(name)
+            waiting += [re.split(r"[\s;<>=!~\[(]", line)[0] for line in lines if "extra ==" not in line]
+    return found
+
+
+@pytest.mark.parametrize("command", ["run", "evaluate", "report"])
+def test_an_installation_without_extras_names_all_of_them(command, tmp_path):
+    core = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    distributions = required(*(re.split(r"[<>=]", line)[0] for line in core))
+    modules = {m for m, owners in metadata.packages_distributions().items() for o in owners if norm(o) in distributions}
+    assert {"torch", "jaxtyping", "omegaconf", "yaml"} <= modules and not {"numpy", "transformers"} & modules
+    (tmp_path / "sitecustomize.py").write_text(MINIMAL.format(names=sorted(modules)))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    start = [sys.executable, "-c", "from experiments.cli import main; main()", command]
+    done = subprocess.run(start, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: the package [\w-]+ is not installed; run `pip install 'upge\[all\]'`\n", done.stderr)
+
+
+def norm(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

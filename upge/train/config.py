@@ -23,6 +23,8 @@ from upge.views import PASS_THRESHOLD
 #: The largest values that a run can be asked for. They are far beyond any use, and what a larger one would allocate
 #: exhausts memory or time before a message could be printed.
 STEPS, SEED, TOKENS, PROMPTS, GROUP, ROLLOUTS = 10**9, 2**32 - 1, 10**7, 2**20, 2**16, 2**22
+#: What `log_to` may name.
+LOG_TO = ("console", "jsonl", "tensorboard", "trackio", "wandb")
 
 
 @dataclass(frozen=True)
@@ -312,6 +314,11 @@ class RunConfig(Settings):
     log_rollouts: int = key(
         10, "log rollouts and the tokens with the largest weights every N steps; 0 = never", minimum=0, limit=STEPS
     )
+    log_to: list = key(
+        ["console", "jsonl"],
+        "where metrics go: console, jsonl (always), and tensorboard, trackio, wandb, as in [console,wandb]",
+    )
+    log_project: str = key("upge", "project of trackio and wandb")
     model: ModelConfig = section(ModelConfig)
     rollout: RolloutConfig = section(RolloutConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
@@ -330,6 +337,9 @@ class RunConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in self.log_to:
+            if name not in LOG_TO:
+                raise ConfigError(f"found {name!r}; {nearest(str(name), LOG_TO)}", "log_to")
         if self.resume not in ("auto", "never") and not re.fullmatch(r"step_\d+", self.resume):
             raise ConfigError(
                 f"found {self.resume!r}; give auto, never, or the name of a checkpoint, as in step_000050", "resume"

@@ -30,7 +30,19 @@ from upge.train.files import (
 
 #: Keys, and sections with all their keys, that may differ between a run and its continuation: none changes a gradient.
 FREE_KEYS = (
-    *("steps", "resume", "output", "log_rollouts", "eval.every", "checkpoint", "stop", "alarms", "diagnose"),
+    *(
+        "steps",
+        "resume",
+        "output",
+        "log_rollouts",
+        "log_to",
+        "log_project",
+        "eval.every",
+        "checkpoint",
+        "stop",
+        "alarms",
+        "diagnose",
+    ),
     *("hardware", "optimizer.micro_batch_tokens", "model.gradient_checkpointing", "deepspeed"),
     *("verify.workers", "verify.time_limit", "verify.memory_limit", "verify.environment", "verify.network"),
     *("rollout.memory_fraction", "rollout.max_sequences", "rollout.max_batched_tokens"),

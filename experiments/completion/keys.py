@@ -1,0 +1,63 @@
+"""Writes keys.json: every key of the commands with its values, from the settings classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+
+def keys() -> dict[str, dict[str, Any]]:
+    """Command → key → values that can be listed; `bench` and `data` have a mapping for each name."""
+    from experiments.bench.__main__ import BENCHES, _bench
+    from experiments.compare.__main__ import KEYS
+    from experiments.config import presets
+    from experiments.diagnose.settings import DiagnoseConfig
+    from experiments.doctor.settings import DoctorConfig
+    from experiments.doctor.settings import keys as doctor_keys
+    from experiments.evaluate.prepare import EvaluateConfig
+    from experiments.keys import data_keys
+    from experiments.sweep.settings import SweepConfig
+    from upge.config import settings
+    from upge.evaluation.suite import BenchmarkConfig
+    from upge.train.alarms import ALARMS
+    from upge.train.config import RunConfig
+
+    run = {one.name: [*one.values] for one in settings(RunConfig)}
+    run |= {
+        "recipe": [],
+        "correction": [],
+        "model": [],
+        "gpus": [],
+        "stop.alarms": sorted(ALARMS),
+        "resume": ["auto", "never"],
+    }
+    evaluate = {one.name: [*one.values] for one in settings(EvaluateConfig)}
+    evaluate |= {f"suite.benchmarks.NAME.{one.name}": [*one.values] for one in settings(BenchmarkConfig)}
+    doctor = {name: run.get(name, []) for name, *_ in doctor_keys()}
+    return {
+        "run": run,
+        "evaluate": {"model": [], "suite": [], **evaluate},
+        "sweep": {"sweep": [], **_of(SweepConfig)},
+        "diagnose": _of(DiagnoseConfig),
+        "doctor": {**doctor, **_of(DoctorConfig), "gpus": []},
+        "compare": {name: ["most", "first", "any"] if name == "solved" else [] for name in KEYS},
+        "describe": {"algo": [], "correction": []},
+        "bench": {name: _of(_bench(name).Settings) for name in sorted(BENCHES)},
+        "data": {name: _names(row[0] for row in data_keys(name)) for name in presets("data")},
+    }
+
+
+def _of(cls: type) -> dict[str, list[str]]:
+    from upge.config import settings
+
+    return {one.name: [*one.values] for one in settings(cls)}
+
+
+def _names(rows: Iterable[str]) -> dict[str, list[str]]:
+    return {name: [] for name in rows}
+
+
+def text() -> str:
+    """The content of keys.json."""
+    return json.dumps(keys(), indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,1 @@
+"""The command `explain`: value, origin, range and meaning of a key."""
