@@ -32,8 +32,9 @@ from upge.train.update import Update, Updater
 
 #: The largest relative error of a gradient, by type of the model.
 BOUNDS = {"float32": 1e-3, "bfloat16": 0.2}
-#: Tokens of a micro-batch, small enough for several on each rank.
-_MICRO_BATCH_TOKENS = 160
+#: Tokens of a micro-batch, so few that every algorithm has several of them, those that learn from demonstrations alone
+#: included.
+_MICRO_BATCH_TOKENS = 40
 #: The step that schedules see.
 _STEP = 7
 _GROUPS, _GROUP_SIZE = 5, 4
@@ -69,13 +70,21 @@ def _errors(context: Context, model: ModelConfig) -> dict[str, float]:
     config = OptimizerConfig(lr=0.0, max_grad_norm=0.0, micro_batch_tokens=_MICRO_BATCH_TOKENS)
     engine = Engine(model, config, world)
     errors: dict[str, float] = {}
-    for name, algorithm in shipped().items():
+    for name, algorithm in checked().items():
         batch = completed(algorithm, filled, plain.vocabulary if plain else _vocabulary(model))
-        gradients, norm = updated(engine, algorithm, config, batch)
+        updater = context.fault.updater(Updater(engine, algorithm, config))
+        gradients, norm = updated(updater, batch)
         if plain is not None:
             errors[name] = plain.error(algorithm, batch, gradients, norm)
     # DeepSpeed keeps an engine's memory until the process ends, which is why the model is small.
     return context.gather(errors)[0]
+
+
+def checked() -> dict[str, Algorithm]:
+    """The shipped algorithms, and one with a KL penalty, whose coefficient is not lost beside the other gradient."""
+    penalized = algorithms.load("grpo", ["correction.kl_k3.coefficient=1"], corrections=["kl_k3"])
+    assert isinstance(penalized, Algorithm)
+    return {**shipped(), "grpo+kl_k3": penalized}
 
 
 def shipped() -> dict[str, Algorithm]:
@@ -137,18 +146,16 @@ def completed(algorithm: Algorithm, filled: Mapping[str, Mapping[str, Tensor]], 
     return StepBatch(batch, members)
 
 
-def updated(
-    engine: Engine, algorithm: Algorithm, config: OptimizerConfig, batch: StepBatch
-) -> tuple[dict[str, Tensor], float]:
+def updated(updater: Updater, batch: StepBatch) -> tuple[dict[str, Tensor], float]:
     """The gradient by parameter, on rank 0, and the norm that an update at a learning rate of 0 reports.
 
     All ranks call it; the model is unchanged afterwards.
     """
     from deepspeed.utils import safe_get_full_grad
 
-    plan, rows = algorithm.plan(batch.columns), torch.arange(len(batch.trajectories))
-    Updater(engine, algorithm, config).run_micro_batches(Update(batch, plan, rows))
-    gradients = {}
+    plan, rows = updater.algorithm.plan(batch.columns), torch.arange(len(batch.trajectories))
+    updater.run_micro_batches(Update(batch, plan, rows))
+    gradients, engine = {}, updater.engine
     for name, parameter in engine.network.named_parameters():
         gradient = safe_get_full_grad(parameter)
         if engine.world.is_main:

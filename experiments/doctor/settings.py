@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.config import Composed, compose
 from experiments.files import output_path
+from experiments.run.faults import load
 from experiments.run.model_shape import ModelShape
 from upge.config import Settings, from_tree, key, meanings, parse, split
 from upge.errors import ConfigError, ModelError, nearest
@@ -19,7 +20,7 @@ CHECKS = ("machine", "collectives", "kernels", "gradients", "sampler")
 SHARED = (
     *("model", "recipe", "seed", "model.path", "model.dtype", "model.overrides.", "model.gradient_checkpointing"),
     *("rollout.engine", "rollout.temperature", "rollout.memory_fraction", "rollout.tensor_parallel"),
-    *("checkpoint.keep", "optimizer.micro_batch_tokens"),
+    *("checkpoint.keep", "optimizer.micro_batch_tokens", "fault"),
 )
 #: Tokens of a response that are sampled by default without and with a GPU.
 RESPONSE_TOKENS = {"cpu": 32, "cuda": 512}
@@ -84,6 +85,7 @@ def choose(arguments: Sequence[str]) -> Chosen:
     config = from_tree(DoctorConfig, own)
     output_path(config.output)
     composed = compose(shared)
+    load(composed.config.fault, composed.config.group_size)
     run = _with_folders(composed, config.random).config
     try:
         shape = shape_of(run.model)

@@ -21,6 +21,7 @@ from experiments.report.draw import color_name, draw, smoothing_window
 from experiments.report.folder import LAST_STEP, RunFolder, read_run
 from experiments.report.gate import gate_plots, heat_map
 from experiments.report.series import Plot, Series, evaluation_plots, select, stages
+from upge.train.faults import NONE
 from upge.train.files import write_atomically
 
 LONGEST_TEXT = 4000  # characters of a prompt or response on the page
@@ -60,6 +61,7 @@ def page_content(run: RunFolder) -> dict:
     shown = (*evaluation_plots(run.evaluations), *figures, *gate_plots(run.prompts))
     return {
         "title": " · ".join(_what_ran(run)),
+        "fault": "" if run.fault == NONE else run.fault,
         "facts": _facts(run),
         "notes": run.notes,
         "result": _result(run.evaluations),
@@ -87,7 +89,7 @@ def _what_ran(run: RunFolder) -> list[str]:
     labels = [str(names[key]).rstrip("/").rsplit("/", 1)[-1] for key in ("algo", "model", "data") if names.get(key)]
     if labels and names.get("correction"):
         labels[0] += f" with {str(names['correction']).replace(',', ', ')}"
-    return labels or [run.path.resolve().name]
+    return [*(labels or [run.path.resolve().name]), *([] if run.fault == NONE else [f"fault={run.fault}"])]
 
 
 def _facts(run: RunFolder) -> list[str]:

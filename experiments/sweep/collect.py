@@ -16,6 +16,7 @@ from experiments.evaluate.folder import answer_notes as notes_of
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import Planned, Sweep, text
 from upge.errors import ConfigError
+from upge.train.faults import NONE
 from upge.train.files import read_json, read_lines
 
 #: What to do about scores that cannot be read.
@@ -124,7 +125,8 @@ def _totals(path: Path) -> dict[str, Any]:
         generated += (line.get("response_length") or 0.0) * drawn
     updates, trained, seconds = (sum(o.get(k) or 0 for o in lines) for k in ("updates", "trained/tokens", "time/total"))
     totals = {"steps": len(lines), "updates": int(updates), "generated_tokens": round(generated)}
-    return totals | {"trained_tokens": round(trained), "training_seconds": round(seconds, 1)}
+    totals |= {"trained_tokens": round(trained), "training_seconds": round(seconds, 1)}
+    return totals if config.get("fault", NONE) == NONE else totals | {"fault": str(config.fault)}
 
 
 def _last_evaluation(path: Path) -> dict[str, float]:
