@@ -236,9 +236,23 @@ def prepare(composed: Composed) -> list[str]:
     config = composed.config
     fault = load(config.fault, config.group_size)
     check(config.fault, composed.algorithm)
+    _check_stages(fault, config.fault_stages, composed.algorithm)
     for name in ("model", "critic", "reference", "teacher"):
         check_mark(getattr(config, name).path, config.fault, f"{name}.path")
     return [fault.describe()] if fault.is_on else []
+
+
+def _check_stages(fault: Fault, names: Sequence[str], algorithm: Algorithm | Pipeline) -> None:
+    """Refuses stages that the algorithm has not, and stages for a fault that is not one of the updates."""
+    known = list(algorithm.stages) if isinstance(algorithm, Pipeline) else []
+    for name in names:
+        if name not in known:
+            hint = nearest(str(name), known) if known else "leave it out, because the algorithm has no stages"
+            raise ConfigError(f"no stage {name!r}; {hint}", "fault_stages")
+    if names and fault.updater is Fault().updater:
+        raise ConfigError(
+            f"found {list(names)}, but fault={fault.name} does not change the updates; leave it out", "fault_stages"
+        )
 
 
 def summary(name: str) -> str:

@@ -311,6 +311,7 @@ class RunConfig(Settings):
         "auto = continue an interrupted run in `output` from its newest checkpoint; step_N = from that one; or never",
     )
     fault: str = key("none", "a fault on purpose, see docs/faults.md; none = the trainer as it is")
+    fault_stages: list = key([], "stages of the algorithm in which a fault of the updates is on; [] = all")
     log_rollouts: int = key(
         10, "log rollouts and the tokens with the largest weights every N steps; 0 = never", minimum=0, limit=STEPS
     )

@@ -99,4 +99,6 @@ def learner_of(parts: Parts, span: Span, poll: Callable[[], None]) -> Learner:
         replay = ReplayBuffer(algorithm.replay, config.group_size, config.prompts_per_step, config.seed, parts.world)
     behavior = config.rollout.behavior
     sources = parts.train, collector_for, poll, replay, behavior
-    return Learner(algorithm, parts.models, config.optimizer, *sources, adapt=parts.fault.updater)
+    is_faulty = not config.fault_stages or span.name in config.fault_stages
+    adapt = parts.fault.updater if is_faulty else Fault().updater
+    return Learner(algorithm, parts.models, config.optimizer, *sources, adapt=adapt)
