@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +19,7 @@ import algorithms
 from experiments.doctor.models import small
 from experiments.doctor.rows import Context, Row, judged
 from upge.algorithm import Algorithm
+from upge.errors import ConfigError, nearest
 from upge.models.loading import read_config
 from upge.needs import COMPUTED
 from upge.pipeline import Pipeline
@@ -70,7 +71,7 @@ def _errors(context: Context, model: ModelConfig) -> dict[str, float]:
     config = OptimizerConfig(lr=0.0, max_grad_norm=0.0, micro_batch_tokens=_MICRO_BATCH_TOKENS)
     engine = Engine(model, config, world)
     errors: dict[str, float] = {}
-    for name, algorithm in checked().items():
+    for name, algorithm in checked(context.config.algorithms).items():
         batch = completed(algorithm, filled, plain.vocabulary if plain else _vocabulary(model))
         updater = context.fault.updater(Updater(engine, algorithm, config))
         gradients, norm = updated(updater, batch)
@@ -80,11 +81,22 @@ def _errors(context: Context, model: ModelConfig) -> dict[str, float]:
     return context.gather(errors)[0]
 
 
-def checked() -> dict[str, Algorithm]:
-    """The shipped algorithms, and one with a KL penalty, whose coefficient is not lost beside the other gradient."""
+def checked(names: Sequence[str] = ()) -> dict[str, Algorithm]:
+    """The shipped algorithms, and one with a KL penalty, whose coefficient is not lost beside the other gradient.
+
+    Args:
+        names: of those to check; empty = all.
+
+    Raises:
+        ConfigError: there is none of such a name.
+    """
     penalized = algorithms.load("grpo", ["correction.kl_k3.coefficient=1"], corrections=["kl_k3"])
     assert isinstance(penalized, Algorithm)
-    return {**shipped(), "grpo+kl_k3": penalized}
+    known = {**shipped(), "grpo+kl_k3": penalized}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"no algorithm {name!r} to check; {nearest(str(name), known)}", "algorithms")
+    return {name: known[name] for name in names or known}
 
 
 def shipped() -> dict[str, Algorithm]:

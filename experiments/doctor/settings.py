@@ -31,6 +31,7 @@ class DoctorConfig(Settings):
     """What is checked, with which work."""
 
     checks: list = key([*CHECKS], "what to check, of machine, collectives, kernels, gradients, sampler")
+    algorithms: list = key([], "algorithms whose gradients are checked, such as [sft,grpo]; [] = all")
     random: bool = key(False, "random weights of the model's shape; nothing is downloaded")
     prompts: int = key(4, "prompts that each rank samples responses to", above=0, limit=PROMPTS)
     group_size: int = key(8, "responses to each prompt", above=0, limit=GROUP)
@@ -76,7 +77,7 @@ def choose(arguments: Sequence[str]) -> Chosen:
             is_text = isinstance(getattr(DoctorConfig(), name), str)
             own[name] = text if is_text else parse(name, text)
             # A list may also be given as names separated by commas.
-            if name == "checks" and isinstance(own[name], str):
+            if name in ("checks", "algorithms") and isinstance(own[name], str):
                 own[name] = [part for part in own[name].split(",") if part]
         elif name in SHARED or name.startswith(tuple(k for k in SHARED if k.endswith("."))):
             shared.append(f"{name}={text}")

@@ -29,11 +29,15 @@ ALGORITHMS = (["algo=hpt"], ["algo=grpo"], ["algo=grpo", "correction=kl_k3"])
 #: A run of seconds whose updates have several micro-batches.
 RUN = (
     *("model=tiny", "data=arithmetic", "data.train_size=64", "data.evaluation_size=16", "eval.every=-1", "steps=8"),
-    *("prompts_per_step=8", "group_size=8", "optimizer.lr=1e-3", "optimizer.micro_batch_tokens=256"),
+    *("prompts_per_step=4", "group_size=8", "optimizer.lr=1e-3", "optimizer.micro_batch_tokens=128"),
     *("checkpoint.every=0", "log_rollouts=0", "rollout.engine=transformers"),
     "diagnose.split_every=8",
 )
-DOCTOR = ("model=tiny", "checks=gradients,sampler", "rollout.engine=transformers")
+#: A check-up of seconds; with all algorithms it takes twenty more.
+DOCTOR = (
+    *("model=tiny", "checks=gradients,sampler", "rollout.engine=transformers"),
+    "algorithms=sft,grpo,hpt,grpo+kl_k3",
+)
 NONE = "none"
 
 
