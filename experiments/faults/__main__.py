@@ -82,7 +82,7 @@ def _faults(arguments: list[str]) -> int:
     (folder / "faults.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     print(f"\n{table(made)}\n\nwrote {folder / 'faults.json'}")
     if flags["--docs"]:
-        text = f"\n{table(made)}\n\n{_provenance(record)}\n"
+        text = f"\n{kinds()}\n\n{table(made)}\n\n{_provenance(record)}\n"
         page = files.replace_block(PAGE.read_text("utf-8"), PAGE.name, BEGIN, END, text, "where the table goes")
         PAGE.write_text(page, "utf-8")
     return cli.DONE if all(one.by_any == (one.fault != NONE) for one in made) else cli.FAILED
@@ -159,6 +159,14 @@ def table(made: Sequence[Noticed]) -> str:
         alarms = _by(one.alarms) if not one.refusal else f"refused: {one.refusal}"
         rows.append((f"`{one.fault}`", _by(one.doctor), alarms, "{:.0f}, {:.0f}".format(*one.seconds)))
     return markdown_table(header, rows)
+
+
+def kinds() -> str:
+    """The table of all faults."""
+    from experiments.run.faults import FAULTS, origin, summary
+
+    header = ("`fault=`", "what it changes", "where it was seen")
+    return markdown_table(header, [(f"`{name}`", summary(name), origin(name)) for name in FAULTS])
 
 
 def _by(names: Sequence[str]) -> str:
