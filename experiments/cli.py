@@ -38,6 +38,7 @@ COMMANDS = {
     "describe": "list the algorithms and corrections, or show one",
     "doctor": "check this machine: driver, memory, kernels, gradients, sampler",
     "completion": "print the script that completes commands, keys and values in bash or zsh",
+    "faults": "switch faults on, one by one, and record which checks notice each",
     "bench": "measure speed and memory, side by side with other libraries",
     "theory": "print the tables of docs/theory.md, computed exactly",
     "scaling": "print the tables of docs/scaling.md: memory, time and traffic of a step by model size and GPUs",

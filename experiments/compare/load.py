@@ -12,6 +12,7 @@ from typing import Any
 from upge.errors import DataError, UserError
 from upge.evaluation.samples import SampleFile
 from upge.evaluation.scores import Outcomes, same_answer
+from upge.train.faults import NONE
 
 #: A larger share of responses cut off at the length limit is worth a note.
 MANY_CUT = 0.1
@@ -26,6 +27,7 @@ class Run:
         outcomes: benchmark → its samples, in the order of scores.json.
         groups: benchmark → the group in whose average it counts.
         settings: benchmark → how its samples were drawn.
+        fault: the fault on purpose with which the policy was trained; the name shows it.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Run:
     outcomes: Mapping[str, Outcomes]
     groups: Mapping[str, str]
     settings: Mapping[str, Mapping[str, Any]]
+    fault: str = NONE
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def benchmarks(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 def notes(runs: Sequence[Run]) -> list[str]:
     """Sentences on what differs between the evaluations besides the policies: settings, benchmarks, problems."""
-    kinds = (_settings_notes, _benchmark_notes, _problem_notes, _length_notes, _answer_notes)
+    kinds = (_fault_notes, _settings_notes, _benchmark_notes, _problem_notes, _length_notes, _answer_notes)
     return [note for notes_of in kinds for note in notes_of(runs)]
 
 
@@ -124,7 +127,9 @@ def _read(folder: Path, name: str) -> Run:
         raise DataError(f"{scores}: there is no benchmark in it; evaluate again with at least one")
     outcomes = {key: _outcomes(folder, key, n) for key, (_, n, _) in entries.items()}
     groups = {key: group for key, (group, _, _) in entries.items()}
-    return Run(name, folder, outcomes, groups, {key: settings for key, (_, _, settings) in entries.items()})
+    fault = str(content.get("fault", NONE))
+    shown = name if fault == NONE or fault in name else f"{name}, fault={fault}"
+    return Run(shown, folder, outcomes, groups, {key: settings for key, (_, _, settings) in entries.items()}, fault)
 
 
 def _outcomes(folder: Path, benchmark: str, n: int) -> Outcomes:
@@ -155,6 +160,11 @@ def _folder_names(folders: Sequence[Path]) -> list[str]:
         if len(set(endings)) == len(endings):
             break
     return endings
+
+
+def _fault_notes(runs: Sequence[Run]) -> list[str]:
+    """Notes on policies that were trained with a fault on purpose."""
+    return [f"{run.name} was trained with a fault on purpose ({run.fault})." for run in runs if run.fault != NONE]
 
 
 def _settings_notes(runs: Sequence[Run]) -> list[str]:

@@ -130,6 +130,8 @@ class CheckUp:
 
         console = Console(highlight=False)
         print_rows(rows, console)
+        if self.context.fault.is_on:
+            console.print(self.context.fault.describe(), style="bold red", markup=False)
         file = self.folder / "doctor.json"
         self.folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(self._record(rows), indent=1, default=str) + "\n", "utf-8")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +19,7 @@ import algorithms
 from experiments.doctor.models import small
 from experiments.doctor.rows import Context, Row, judged
 from upge.algorithm import Algorithm
+from upge.errors import ConfigError, nearest
 from upge.models.loading import read_config
 from upge.needs import COMPUTED
 from upge.pipeline import Pipeline
@@ -32,8 +33,9 @@ from upge.train.update import Update, Updater
 
 #: The largest relative error of a gradient, by type of the model.
 BOUNDS = {"float32": 1e-3, "bfloat16": 0.2}
-#: Tokens of a micro-batch, small enough for several on each rank.
-_MICRO_BATCH_TOKENS = 160
+#: Tokens of a micro-batch, so few that every algorithm has several of them, those that learn from demonstrations alone
+#: included.
+_MICRO_BATCH_TOKENS = 40
 #: The step that schedules see.
 _STEP = 7
 _GROUPS, _GROUP_SIZE = 5, 4
@@ -69,13 +71,32 @@ def _errors(context: Context, model: ModelConfig) -> dict[str, float]:
     config = OptimizerConfig(lr=0.0, max_grad_norm=0.0, micro_batch_tokens=_MICRO_BATCH_TOKENS)
     engine = Engine(model, config, world)
     errors: dict[str, float] = {}
-    for name, algorithm in shipped().items():
+    for name, algorithm in checked(context.config.algorithms).items():
         batch = completed(algorithm, filled, plain.vocabulary if plain else _vocabulary(model))
-        gradients, norm = updated(engine, algorithm, config, batch)
+        updater = context.fault.updater(Updater(engine, algorithm, config))
+        gradients, norm = updated(updater, batch)
         if plain is not None:
             errors[name] = plain.error(algorithm, batch, gradients, norm)
     # DeepSpeed keeps an engine's memory until the process ends, which is why the model is small.
     return context.gather(errors)[0]
+
+
+def checked(names: Sequence[str] = ()) -> dict[str, Algorithm]:
+    """The shipped algorithms, and one with a KL penalty, whose coefficient is not lost beside the other gradient.
+
+    Args:
+        names: of those to check; empty = all.
+
+    Raises:
+        ConfigError: there is none of such a name.
+    """
+    penalized = algorithms.load("grpo", ["correction.kl_k3.coefficient=1"], corrections=["kl_k3"])
+    assert isinstance(penalized, Algorithm)
+    known = {**shipped(), "grpo+kl_k3": penalized}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"no algorithm {name!r} to check; {nearest(str(name), known)}", "algorithms")
+    return {name: known[name] for name in names or known}
 
 
 def shipped() -> dict[str, Algorithm]:
@@ -137,18 +158,16 @@ def completed(algorithm: Algorithm, filled: Mapping[str, Mapping[str, Tensor]], 
     return StepBatch(batch, members)
 
 
-def updated(
-    engine: Engine, algorithm: Algorithm, config: OptimizerConfig, batch: StepBatch
-) -> tuple[dict[str, Tensor], float]:
+def updated(updater: Updater, batch: StepBatch) -> tuple[dict[str, Tensor], float]:
     """The gradient by parameter, on rank 0, and the norm that an update at a learning rate of 0 reports.
 
     All ranks call it; the model is unchanged afterwards.
     """
     from deepspeed.utils import safe_get_full_grad
 
-    plan, rows = algorithm.plan(batch.columns), torch.arange(len(batch.trajectories))
-    Updater(engine, algorithm, config).run_micro_batches(Update(batch, plan, rows))
-    gradients = {}
+    plan, rows = updater.algorithm.plan(batch.columns), torch.arange(len(batch.trajectories))
+    updater.run_micro_batches(Update(batch, plan, rows))
+    gradients, engine = {}, updater.engine
     for name, parameter in engine.network.named_parameters():
         gradient = safe_get_full_grad(parameter)
         if engine.world.is_main:

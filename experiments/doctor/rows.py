@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from experiments.doctor.settings import RESPONSE_TOKENS, DoctorConfig
+from experiments.run.faults import load
 from experiments.run.model_shape import ModelShape
 from upge.train.config import RunConfig
 from upge.train.distributed import World
+from upge.train.faults import Fault
 
 #: Seconds that the other ranks wait after the time limit, so that rank 0 can write what there is.
 _GRACE = 10.0
@@ -71,6 +73,11 @@ class Context:
     def response_tokens(self) -> int:
         """Tokens of a sampled response."""
         return self.config.response_tokens or RESPONSE_TOKENS[self.world.device.type]
+
+    @property
+    def fault(self) -> Fault:
+        """What the parts of the checked stack are replaced by; without `fault` they are themselves."""
+        return load(self.run.fault, self.run.group_size)
 
     def gather(self, value: _T) -> list[_T]:
         """`value` of every rank, in order of rank, on every rank. Checks use it in place of `world.gather`.

@@ -64,9 +64,10 @@ class Pair:
         settings = OptimizerConfig(lr=_RATES[0], micro_batch_tokens=run.optimizer.micro_batch_tokens)
         self.trainer = Engine(run.model, settings, self.world, run.rollout.temperature)
         length = config.prompt_tokens + context.response_tokens
-        self.sampler: Sampler = load_sampler(run.model, run.rollout, length, run.seed, run.rollout.tensor_parallel)
+        engine = load_sampler(run.model, run.rollout, length, run.seed, run.rollout.tensor_parallel)
+        self.sampler: Sampler = context.fault.sampler(engine)
         self.sync = WeightSync(self.sampler, self.trainer)
-        self.updater = Updater(self.trainer, algorithms.load("sft"), settings)
+        self.updater = context.fault.updater(Updater(self.trainer, algorithms.load("sft"), settings))
         # Without stop tokens every response has the full length.
         self.sampling = Sampling(run.rollout.temperature, max_tokens=context.response_tokens)
 

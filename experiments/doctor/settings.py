@@ -9,6 +9,7 @@ from typing import Any
 from experiments import hints
 from experiments.config import Composed, compose
 from experiments.files import output_path
+from experiments.run.faults import load
 from experiments.run.model_shape import ModelShape
 from upge.config import Settings, from_tree, key, meanings, parse, split
 from upge.errors import ConfigError, ModelError, nearest
@@ -20,7 +21,7 @@ CHECKS = ("machine", "collectives", "kernels", "gradients", "sampler")
 SHARED = (
     *("model", "recipe", "seed", "model.path", "model.dtype", "model.overrides.", "model.gradient_checkpointing"),
     *("rollout.engine", "rollout.temperature", "rollout.memory_fraction", "rollout.tensor_parallel"),
-    *("checkpoint.keep", "optimizer.micro_batch_tokens"),
+    *("checkpoint.keep", "optimizer.micro_batch_tokens", "fault"),
 )
 #: Tokens of a response that are sampled by default without and with a GPU.
 RESPONSE_TOKENS = {"cpu": 32, "cuda": 512}
@@ -31,6 +32,7 @@ class DoctorConfig(Settings):
     """What is checked, with which work."""
 
     checks: list = key([*CHECKS], "what to check, of machine, collectives, kernels, gradients, sampler")
+    algorithms: list = key([], "algorithms whose gradients are checked, such as [sft,grpo]; [] = all")
     random: bool = key(False, "random weights of the model's shape; nothing is downloaded")
     prompts: int = key(4, "prompts that each rank samples responses to", above=0, limit=PROMPTS)
     group_size: int = key(8, "responses to each prompt", above=0, limit=GROUP)
@@ -76,7 +78,7 @@ def choose(arguments: Sequence[str]) -> Chosen:
             is_text = isinstance(getattr(DoctorConfig(), name), str)
             own[name] = text if is_text else parse(name, text)
             # A list may also be given as names separated by commas.
-            if name == "checks" and isinstance(own[name], str):
+            if name in ("checks", "algorithms") and isinstance(own[name], str):
                 own[name] = [part for part in own[name].split(",") if part]
         elif name in SHARED or name.startswith(tuple(k for k in SHARED if k.endswith("."))):
             shared.append(f"{name}={text}")
@@ -85,6 +87,7 @@ def choose(arguments: Sequence[str]) -> Chosen:
     config = from_tree(DoctorConfig, own)
     output_path(config.output)
     composed = compose(shared)
+    load(composed.config.fault, composed.config.group_size)
     run = _with_folders(composed, config.random).config
     try:
         shape = shape_of(run.model)

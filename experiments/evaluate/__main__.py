@@ -104,7 +104,7 @@ def _evaluate_into(folder: Any, chosen: Any, prepared: Any, arguments: Sequence[
         raise
     groups = {one.name: one.group for one in benchmarks}
     outcomes = [_outcomes(one, folder) for one in benchmarks]
-    scores = suite_scores(outcomes, groups, _how(chosen))
+    scores = suite_scores(outcomes, groups, _how(chosen)) | _fault(prepared.model.path)
     folder.finish(scores)
     print(table(scores))
     print(f"scores: {folder.path / 'scores.json'}", flush=True)
@@ -169,6 +169,14 @@ def _outcomes(benchmark: Any, folder: Any) -> Any:
 
     ids = [problem.id for problem in benchmark.problems]
     return Outcomes.of(benchmark.name, folder.samples(benchmark.name).read(), benchmark.samples, ids)
+
+
+def _fault(model: str) -> dict[str, str]:
+    """The fault that the model was trained with, by which comparisons name it; empty without one."""
+    from upge.train.faults import NONE, marked
+
+    found = marked(model)
+    return {} if found == NONE else {"fault": found}
 
 
 def _how(chosen: Any) -> dict[str, Mapping[str, Any]]:

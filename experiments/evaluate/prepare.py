@@ -26,6 +26,7 @@ from upge.models import local_path
 from upge.rollout import Sampling
 from upge.train.config import SEED, TOKENS, ModelConfig, VerifyConfig
 from upge.train.distributed import world_size
+from upge.train.faults import NONE, marked
 from upge.trees import read_yaml
 
 #: The settings of the model that apply only to training.
@@ -205,6 +206,8 @@ def prepare(chosen: Chosen) -> Prepared:
     _check_model(config.model)
     model = replace(config.model, path=local_path(config.model.path))
     check_length(model, config.suite.max_prompt_tokens, config.suite.max_response_tokens, "suite")
+    if (found := marked(model.path)) != NONE:
+        notes = [*notes, f"this model was trained with a fault on purpose, fault={found}; its scores carry the name"]
     weights = fingerprint(model.path)
     folder.check_weights(weights, config.model.path)
     prompting = load_prompting(model)

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from experiments.grid import number
 from upge.errors import DataError, UserError
 from upge.rollout.noise import NoiseConfig
+from upge.train.faults import NONE
 from upge.train.files import UNREADABLE
 from upge.train.folder import check_format, step_of
 
@@ -43,6 +44,11 @@ class RunFolder:
     tokens: tuple[dict, ...]
     tokens_step: int | None
     notes: tuple[str, ...]
+
+    @property
+    def fault(self) -> str:
+        """The fault on purpose of the run; 'none' without one."""
+        return str(self.config.get("fault") or NONE)
 
 
 def read_run(run_dir: str | Path) -> RunFolder:

@@ -23,6 +23,7 @@ from experiments.report.folder import LAST_STEP, RunFolder, read_run
 from experiments.report.gate import gate_plots, heat_map, levels_in
 from experiments.report.plots import Plot, parts_of
 from experiments.report.series import Series, evaluation_plots, levels_of, select, stages
+from upge.train.faults import NONE
 from upge.train.files import write_atomically
 
 LONGEST_TEXT = 4000  # characters of a prompt or response on the page
@@ -73,6 +74,7 @@ def page_content(run: RunFolder) -> dict:
     )
     return {
         "title": " · ".join(what_ran(run)),
+        "fault": "" if run.fault == NONE else run.fault,
         "facts": facts(run),
         "notes": run.notes,
         "result": _result(run.evaluations),
@@ -102,7 +104,7 @@ def what_ran(run: RunFolder) -> list[str]:
     labels = [str(names[key]).rstrip("/").rsplit("/", 1)[-1] for key in ("algo", "model", "data") if names.get(key)]
     if labels and names.get("correction"):
         labels[0] += f" with {str(names['correction']).replace(',', ', ')}"
-    return labels or [run.path.resolve().name]
+    return [*(labels or [run.path.resolve().name]), *([] if run.fault == NONE else [f"fault={run.fault}"])]
 
 
 def facts(run: RunFolder) -> list[str]:

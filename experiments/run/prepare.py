@@ -11,7 +11,7 @@ from typing import Any
 from experiments.config import Composed, suite_config
 from experiments.describe import members
 from experiments.files import free_folder, output_path
-from experiments.run import answer_check
+from experiments.run import answer_check, faults
 from experiments.run.models import check_distributions
 from experiments.run.rewards import check_success, named_rewards
 from experiments.run.teacher import check_teacher, check_teaching
@@ -25,6 +25,7 @@ from upge.models.loading import check_files, read_config
 from upge.needs import COMPUTED
 from upge.pipeline import Pipeline
 from upge.train.config import EvalConfig, ModelConfig, RunConfig, VerifyConfig
+from upge.train.faults import NONE
 from upge.train.folder import RunFolder
 from upge.train.metric_names import check_signals
 from upge.train.sample import has_pair, usable
@@ -71,12 +72,14 @@ def prepare(composed: Composed) -> Prepared:
     check_stages(algorithm, config.steps)
     check_teacher(config, algorithm.needs)
     check_distributions(config, algorithm.needs)
+    notes = faults.prepare(composed)
     for path, one in members(algorithm):
         check_signals(one, f"algo.{path}")
     folder = RunFolder(output_folder(composed))
     continues = folder.open(composed.tree, config.resume)
     _check_installed()
-    splits, notes = load_problems(composed.tree["data"], config)
+    splits, more = load_problems(composed.tree["data"], config)
+    notes += more
     measured = _measured(config, splits)
     verified = splits.train if algorithm.needs.rollouts else [p for p in splits.train if p.answer]
     verifiers = check_answers([*verified, *measured], config.verify.verifier)
@@ -144,13 +147,14 @@ def check_stages(algorithm: Algorithm | Pipeline, steps: int) -> None:
 
 
 def output_folder(composed: Composed) -> Path:
-    """`output`, or the next free runs/ALGO-MODEL-DATA; corrections are appended as in ALGO+tis."""
+    """`output`, or the next free runs/ALGO-MODEL-DATA; corrections are appended as in ALGO+tis, a fault at the end."""
     if composed.config.output:
         return output_path(composed.config.output)
     names = composed.names
     algo, model, data = (Path(str(names[group])).name.removesuffix(".yaml") for group in ("algo", "model", "data"))
     stem = f"{'+'.join([algo, *filter(None, str(names['correction'] or '').split(','))])}-{model}-{data}"
-    return free_folder("runs", stem)
+    fault = "" if composed.config.fault == NONE else f"-fault={composed.config.fault}"
+    return free_folder("runs", f"{stem}{fault}")
 
 
 def _check_installed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,7 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: 
     Returns:
         How the run ended, the same on every rank: an `upge.train.trainer.Ending`.
     """
+    from experiments.run import faults
     from experiments.run.dry_run import in_print
     from experiments.run.launch import check_shared
     from experiments.run.prepare import verifier_pool
@@ -118,8 +120,9 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: 
 
     config, folder = composed.config, prepared.folder
     say = partial(print, flush=True) if world.is_main else lambda text: None
-    names = composed.names
+    names, fault = composed.names, faults.load(config.fault, config.group_size)
     corrections = f" with {names['correction']}" if names["correction"] else ""
+    corrections += f" with fault={fault.name}" if fault.is_on else ""
     say(f"{names['algo']}{corrections} on {names['model']}, {names['data']} → {folder.path}")
     say(in_print(composed.algorithm))
     for note in prepared.notes:
@@ -137,11 +140,12 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: 
         verified = VerifiedSampler(
             sampler, pool, prepared.prompting, first_error, stop.requested, rewards=pool.rewards, **passing
         )
+        training = replace(verified, engine=fault.sampler(sampler))
         progress = Progress(config.steps, resume_from or 0, world.is_main and "console" in config.log_to)
         told = Told(progress, folder.path)
-        data = (prepared.train, prepared.weights, prepared.prompting)
+        data = (fault.examples(prepared.train), prepared.weights, prepared.prompting)
         measure = partial(training_accuracy, config, prepared.evaluation, verified, world)
-        parts = Parts(config, composed.algorithm, *data, models, verified, measure, folder, world, stop)
+        parts = Parts(config, composed.algorithm, *data, models, training, measure, folder, world, stop, fault)
         trainer = Trainer(parts, told.step, told.evaluation, progress.note, progress.alarm)
         if resume_from is not None:
             trainer.restore(resume_from)
@@ -255,14 +259,17 @@ def _finish(path: Path, ending: Any, say: Any) -> None:
 def _metadata(composed: Any, world: World, sampler: Any, engine: Any, from_step: int) -> dict[str, Any]:
     """run.json: how this run was made."""
     from upge.models.loading import attention_sizes
+    from upge.train.faults import NONE
     from upge.train.packed_attention import kernel_name
 
     *_, head_size = attention_sizes(engine.network.config)
+    fault = composed.config.fault
     return {
         "command": files.command("experiments.run", sys.argv[1:]),
         "started": files.now(),
         "from_step": from_step,
         "names": dict(composed.names),
+        **({} if fault == NONE else {"fault": fault}),
         "seed": composed.config.seed,
         "world_size": world.size,
         "device": str(world.device.type),

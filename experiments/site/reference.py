@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import upge
 from experiments.cli import COMMANDS
-from experiments.config import CONFIGS, GROUPS, presets
+from experiments.config import GROUPS, presets
 from experiments.diagnose.settings import DiagnoseConfig
 from experiments.doctor.settings import DoctorConfig
 from experiments.evaluate.prepare import EvaluateConfig

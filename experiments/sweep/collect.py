@@ -16,6 +16,7 @@ from experiments.evaluate.folder import answer_notes as notes_of
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import COSTS, Planned, Sweep, text
 from upge.errors import ConfigError
+from upge.train.faults import NONE
 from upge.train.files import read_json, read_lines
 
 #: What to do about scores that cannot be read.
@@ -141,7 +142,9 @@ def _totals(path: Path) -> dict[str, Any]:
     costs = cumulative_costs(path)
     total = costs[max(costs)]
     counts = {name: round(value) for name, value in total.items() if name != "training_seconds"}
-    return {"steps": max(costs), **counts, "training_seconds": round(total["training_seconds"], 1)}
+    totals = {"steps": max(costs), **counts, "training_seconds": round(total["training_seconds"], 1)}
+    fault = str(OmegaConf.load(path / "config.yaml").get("fault", NONE))
+    return totals if fault == NONE else totals | {"fault": fault}
 
 
 def _last_evaluation(path: Path) -> dict[str, float]:

@@ -15,6 +15,7 @@ from experiments.config import CONFIGS
 from experiments.files import output_path
 from upge.config import Settings, from_tree, key, parse, split
 from upge.errors import ConfigError, nearest
+from upge.train.faults import NONE
 from upge.trees import read_yaml
 
 #: Costs of a run, the columns of runs.csv, with their displayed names. FLOPs are 2 per parameter and generated token,
@@ -290,10 +291,13 @@ def _runs(config: SweepConfig) -> Iterator[Planned]:
             point = dict(zip(config.grid, values, strict=True))
             for seed in seeds_of(config.seeds):
                 keys = {**config.common, **own, **point, **dict.fromkeys(config.seed_keys, seed)}
-                yield Planned(_label(variant, point), point, str(variant), seed, keys)
+                yield Planned(_label(variant, point, keys), point, str(variant), seed, keys)
 
 
-def _label(variant: str, point: Mapping[str, Any]) -> str:
+def _label(variant: str, point: Mapping[str, Any], keys: Mapping[str, Any]) -> str:
+    """The variant and the values of the grid, and a fault on purpose wherever it is given."""
+    if keys.get("fault", NONE) != NONE:
+        point = {**point, "fault": keys["fault"]}
     named, short = ("algo", "model", "data", "recipe"), [_short(name) for name in point]
     parts = []
     for name, value in point.items():

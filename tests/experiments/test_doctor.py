@@ -83,7 +83,7 @@ def test_no_problem_on_the_cpu(tmp_path, ranks):
     assert rows["all-reduce"]["details"]["ranks"] == ranks
     assert ("bus_bandwidth" in rows["all-reduce"]["details"]) == (ranks > 1)
     assert 0 < rows["gradients"]["details"]["errors"]["grpo"] < 1e-4
-    assert {*rows["gradients"]["details"]["errors"]} == {*gradients.shipped()}
+    assert {*rows["gradients"]["details"]["errors"]} == {*gradients.checked()}
     assert rows["sampling"]["details"]["tokens"] == ranks * 2 * 3 * 32
     assert rows["refresh"]["details"]["mean_of_old_weights"] > 100 * rows["refresh"]["details"]["mean"]
     record = json.loads((tmp_path / "out" / "doctor.json").read_text())
@@ -160,7 +160,7 @@ def test_messages_of_broken_things(folder):
     assert "every rollout would be off-policy" in read(folder / "weights_ignored")["refresh"]["advice"]
     assert "updates do not change the model" in read(folder / "updates_ignored")["refresh"]["advice"]
     errors = read(folder / "gradient_doubled")["gradients"]["details"]["errors"]
-    assert {*errors} == {*gradients.shipped()} and all(e == pytest.approx(1.0, abs=0.01) for e in errors.values())
+    assert {*errors} == {*gradients.checked()} and all(e == pytest.approx(1.0, abs=0.01) for e in errors.values())
 
 
 def test_after_an_error_the_other_checks_still_run(folder):

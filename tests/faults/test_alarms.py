@@ -15,7 +15,8 @@ from upge.data import Example, Problem
 from upge.errors import ConfigError
 from upge.train.alarms import ALARMS, AlarmConfig, AlarmMonitor, raised
 from upge.train.config import RunConfig
-from upge.train.metrics import dropped_demonstrations, rollout_metrics
+from upge.train.given import demonstration_metrics
+from upge.train.metrics import rollout_metrics
 from upge.train.sample import Trajectory
 
 LIMITS = AlarmConfig()
@@ -36,6 +37,16 @@ STEPS = {
         {"demonstrations_dropped_share": 0.5},
         "100% of the prompts lost",
     ),
+    "demonstrations_cut": (
+        {"demonstrations_cut_share": 0.5},
+        {"demonstrations_cut_share": 0.05},
+        "50% of the demonstrations end without a stop token",
+    ),
+    "gradient_split": (
+        {"gradient/split_error": 0.35},
+        {"gradient/split_error": 0.04},
+        "the gradient of smaller micro-batches is another one, by 35% of its norm",
+    ),
     "extreme_ratios": (
         {"rl/extreme_ratio_share": 0.5, "sampler/extreme_ratio_share": 0.1},
         {"rl/extreme_ratio_share": 0.05},
@@ -52,11 +63,15 @@ STEPS = {
 @pytest.mark.parametrize("name", STEPS)
 def test_an_alarm_is_raised_beyond_its_limit_in_steps_in_a_row(name: str) -> None:
     bad, good, text = STEPS[name]
-    needed = LIMITS.no_signal if name == "no_signal" else LIMITS.steps
+    needed = {"no_signal": LIMITS.no_signal, "gradient_split": 1}.get(name, LIMITS.steps)
     assert raised([bad] * (needed - 1), LIMITS, 100) == {}
     assert list(raised([bad] * needed, LIMITS, 100)) == [name]
     message = raised([good, *[bad] * needed], LIMITS, 100)[name]
-    assert text in message and f"(alarm {name}, {needed} steps in a row)" in message and "\n" not in message
+    assert (
+        text in message
+        and f"(alarm {name}, {needed} step{'s' * (needed > 1)} in a row)" in message
+        and "\n" not in message
+    )
     for other in (good, {}, dict.fromkeys(bad)):
         assert raised([bad] * (needed - 1) + [other], LIMITS, 100) == {}
         assert raised([*[bad] * needed, other], LIMITS, 100) == {}
@@ -116,8 +131,11 @@ def test_the_metrics_behind_them() -> None:
     assert rollout_metrics(same)["same_answer_share"] == 1.0, "without an answer the responses are compared"
     problems = [Problem(str(i), "?", "1", demonstrations=("a",) if i else ()) for i in range(3)]
     examples = [Example(problem, (1,), ((2,),) if i == 1 else ()) for i, problem in enumerate(problems)]
-    actual = dropped_demonstrations([rollout(i, None) for i in range(3)], examples)
+    actual = demonstration_metrics([rollout(i, None) for i in range(3)], examples, [9])
     assert actual == {"demonstrations_dropped_share": 1 / 3}
+    given = [Trajectory(1, 1, (1,), ids, 1.0, True) for ids in ((2, 9), (2,), ())]
+    assert demonstration_metrics(given, examples, [9])["demonstrations_cut_share"] == 2 / 3
+    assert "demonstrations_cut_share" not in demonstration_metrics(given[:1], examples, [9])
 
 
 def test_a_run_raises_its_alarms_and_stops_where_it_is_told_to(tmp_path: Path) -> None:

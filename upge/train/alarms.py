@@ -1,8 +1,8 @@
 """Alarms: what a run notices about itself and says in one line, once for each kind.
 
 An alarm is a function from a step's metrics to a problem, or None. It is raised when it has found one in `alarms.steps`
-steps in a row (no_signal: in `alarms.no_signal`). The main rank prints it and writes it to alarms.jsonl; `stop.alarms`
-names those that also stop the run.
+steps in a row (no_signal: in `alarms.no_signal`; gradient_split: at once). The main rank prints it and writes it to
+alarms.jsonl; `stop.alarms` names those that also stop the run.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ class AlarmConfig(Settings):
     )
     demonstrations_dropped: float = key(
         0.5, "share of prompts that lost all demonstrations to the limit above which to raise it", minimum=0, maximum=1
+    )
+    demonstrations_cut: float = key(
+        0.05, "share of demonstrations without a stop token at their end above which to raise it", minimum=0, maximum=1
+    )
+    gradient_split: float = key(
+        0.05, "relative distance of the gradients of two splits into micro-batches above which to raise it", minimum=0
     )
     extreme_ratios: float = key(
         0.05,
@@ -107,6 +113,26 @@ def _demonstrations_dropped(metrics: Metrics, limits: AlarmConfig) -> str | None
     )
 
 
+def _demonstrations_cut(metrics: Metrics, limits: AlarmConfig) -> str | None:
+    share = metrics.get("demonstrations_cut_share")
+    if share is None or share <= limits.demonstrations_cut:
+        return None
+    return (
+        f"{share:.0%} of the demonstrations end without a stop token, so the policy does not learn to stop; raise "
+        "rollout.max_response_tokens, or check what has cut them"
+    )
+
+
+def _gradient_split(metrics: Metrics, limits: AlarmConfig) -> str | None:
+    error = metrics.get("gradient/split_error")
+    if error is None or error <= limits.gradient_split:
+        return None
+    return (
+        f"the gradient of smaller micro-batches is another one, by {error:.0%} of its norm: an update depends on "
+        "optimizer.micro_batch_tokens, which it must not; run `upge doctor`, and report it"
+    )
+
+
 def _extreme_ratios(metrics: Metrics, limits: AlarmConfig) -> str | None:
     shares = {name: share for name, share in metrics.items() if name.endswith("/extreme_ratio_share") and share}
     if not shares or (share := max(shares.values())) <= limits.extreme_ratios:
@@ -146,8 +172,17 @@ ALARMS: dict[str, Callable[[Metrics, AlarmConfig], str | None]] = {
     "same_answer": _same_answer,
     "verifier_errors": _verifier_errors,
     "demonstrations_dropped": _demonstrations_dropped,
+    "demonstrations_cut": _demonstrations_cut,
+    "gradient_split": _gradient_split,
     "extreme_ratios": _extreme_ratios,
     "effective_samples": _effective_samples,
+}
+
+
+#: Steps in a row that must show the problem, where these are not `alarms.steps`. A split is measured in few steps.
+_IN_A_ROW: dict[str, Callable[[AlarmConfig], int]] = {
+    "no_signal": lambda limits: limits.no_signal,
+    "gradient_split": lambda limits: 1,
 }
 
 
@@ -161,7 +196,7 @@ def raised(recent: Sequence[Metrics], limits: AlarmConfig, steps: int) -> dict[s
     """
     problems: dict[str, str] = {}
     for name, find in ALARMS.items():
-        needed = min(limits.no_signal if name == "no_signal" else limits.steps, max(steps, 1))
+        needed = min(_IN_A_ROW.get(name, lambda limits: limits.steps)(limits), max(steps, 1))
         last = [find(metrics, limits) for metrics in recent[-needed:]]
         if len(last) == needed and last[-1] is not None and None not in last:
             problems[name] = f"{last[-1]} (alarm {name}, {needed} step{'s' * (needed > 1)} in a row)"

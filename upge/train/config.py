@@ -286,6 +286,9 @@ class DiagnoseConfig(Settings):
     gradients_every: int = key(
         0, "measure norms and cosines of the terms' gradients every N steps; 0 = never", minimum=0, limit=STEPS
     )
+    split_every: int = key(
+        0, "compare the gradient with that of smaller micro-batches every N steps; 0 = never", minimum=0, limit=STEPS
+    )
 
 
 @dataclass(frozen=True)
@@ -311,6 +314,8 @@ class RunConfig(Settings):
         "auto",
         "auto = continue an interrupted run in `output` from its newest checkpoint; step_N = from that one; or never",
     )
+    fault: str = key("none", "a fault on purpose, see docs/faults.md; none = the trainer as it is")
+    fault_stages: list = key([], "stages of the algorithm in which a fault of the updates is on; [] = all")
     log_rollouts: int = key(
         10, "log rollouts and the tokens with the largest weights every N steps; 0 = never", minimum=0, limit=STEPS
     )

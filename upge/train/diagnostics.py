@@ -26,10 +26,17 @@ WINDOW = 512
 
 
 class Diagnostics(NamedTuple):
-    """What is measured in a step's first update in addition to its metrics: largest weights, gradients of the terms."""
+    """What is measured in a step's first update in addition to its metrics.
+
+    Attributes:
+        top_tokens: the trajectories with the largest weights.
+        term_gradients: the gradients of the terms.
+        split: whether the gradient depends on the split into micro-batches.
+    """
 
     top_tokens: bool = False
     term_gradients: bool = False
+    split: bool = False
 
 
 NO_DIAGNOSTICS = Diagnostics()

@@ -74,3 +74,21 @@ class GivenTrajectories:
     def reward(self, index: int) -> Reward | None:
         """How responses to this prompt are rewarded; None if the run has no verifiers."""
         return self.rewards.get(self.examples[index].problem.verifier or self.config.verify.verifier)
+
+
+def demonstration_metrics(
+    trajectories: Sequence[Trajectory], examples: Sequence[Example], stop_token_ids: Sequence[int]
+) -> dict[str, float]:
+    """The share of a step's prompts whose demonstrations were all dropped, and of its demonstrations that were cut.
+
+    Dropped ones exceed the length limit. A demonstration was cut if it does not end with a stop token, whatever cut it;
+    the metric is absent in a step without one.
+    """
+    chosen = [examples[index] for index in {t.example for t in trajectories}]
+    if not chosen:
+        return {}
+    dropped = sum(bool(example.problem.demonstrations) and not example.demonstrations for example in chosen)
+    ends = [t.response_ids[-1:] for t in trajectories if t.is_demonstration]
+    cut = sum(not end or end[0] not in stop_token_ids for end in ends)
+    metrics = {"demonstrations_dropped_share": dropped / len(chosen)}
+    return metrics | ({"demonstrations_cut_share": cut / len(ends)} if cut else {})

@@ -96,6 +96,7 @@ class Learner:
             `Interrupted` on all ranks to leave the step out.
         replay: the buffer of the algorithm's `replay`; None without one.
         behavior: whose log-probs `behavior_logprobs` are where the present policy has not sampled.
+        adapt: applied to each updater that is built here.
     """
 
     def __init__(
@@ -108,22 +109,23 @@ class Learner:
         poll: Callable[[], None] | None = None,
         replay: ReplayBuffer | None = None,
         behavior: Behavior = "sampling",
+        adapt: Callable[[Updater], Updater] = lambda updater: updater,
     ) -> None:
         self.algorithm, self.models, self.examples = algorithm, models, examples
         self.replay, self.behavior = replay, behavior
         self.collector: Collector = collector_for(algorithm, algorithm.validation is not None)
         frozen: dict[str, Any] = {"reference": models.reference, "teacher": models.teacher}
-        self.updater = Updater(models.policy, algorithm, config, models.critic, poll=poll, **frozen)
+        self.updater = adapt(Updater(models.policy, algorithm, config, models.critic, poll=poll, **frozen))
         once = dataclasses.replace(config, mini_batches=1, epochs=1)
         #: For gates that follow a validation objective: collect held-out trajectories and evaluate them.
         self.validation: tuple[Collector, Updater] | None = None
         if algorithm.validation is not None:
-            updater = Updater(models.policy, algorithm.validation, once, **frozen)
+            updater = adapt(Updater(models.policy, algorithm.validation, once, **frozen))
             self.validation = collector_for(algorithm.validation, True), updater
         self.interleaved: Updater | None = None
         if algorithm.interleaved_update is not None:
             objective = algorithm.interleaved_update.algorithm
-            self.interleaved = Updater(models.policy, objective, once, **frozen)
+            self.interleaved = adapt(Updater(models.policy, objective, once, **frozen))
 
     @property
     def samples(self) -> bool:

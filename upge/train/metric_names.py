@@ -14,7 +14,7 @@ from upge.stateful import GRADIENT_NOISE, UTILITY_SLOPE, stateful_gates
 ALWAYS = (
     *("step", "stage", "loss", "grad_norm", "updates", "updates_above_limit", "skipped_updates", "learning_rate"),
     *("trained/trajectories", "trained/tokens", "trained/computed_tokens", "trained/skipped_share", "trained/entropy"),
-    *("gate/demonstration_share", "gate/no_signal_prompts"),
+    *("gate/demonstration_share", "gate/no_signal_prompts", "gradient/split_error"),
     *("time/rollout", "time/verify", "time/train", "time/sync"),
 )
 QUARTERS = ("q1", "q2", "q3", "q4")
@@ -30,7 +30,7 @@ OF_ROLLOUTS = (
     *("noise/weight_bits", "noise/bfloat16_logits", "noise/top_p"),
     *(f"{pair}/{name}" for pair in ("sampler", "behavior") for name in OF_RATIOS),
 )
-OF_DEMONSTRATIONS = ("demonstrations_dropped_share",)
+OF_DEMONSTRATIONS = ("demonstrations_dropped_share", "demonstrations_cut_share")
 OF_GUIDANCE = ("guidance/share", "guidance/prefix_tokens", "guidance/pass_rate")
 OF_SAMPLING = ("sampling/rounds", "sampling/prompts")
 OF_CURRICULUM = ("sampling/effective_prompts",)

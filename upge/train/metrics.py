@@ -306,13 +306,6 @@ def _same_answer(rollouts: Sequence[Trajectory]) -> dict[str, float]:
     return {"same_answer_share": answers.most_common(1)[0][1] / len(rollouts)}
 
 
-def dropped_demonstrations(trajectories: Sequence[Trajectory], examples: Sequence[Example]) -> dict[str, float]:
-    """The share of a step's prompts that have demonstrations, but none within the length limit."""
-    chosen = [examples[index] for index in {t.example for t in trajectories}]
-    dropped = sum(bool(example.problem.demonstrations) and not example.demonstrations for example in chosen)
-    return {"demonstrations_dropped_share": dropped / len(chosen)} if chosen else {}
-
-
 def _mean_finite(norms: Sequence[float]) -> float:
     """0 without updates, NaN if all of them were skipped."""
     finite = [norm for norm in norms if norm != math.inf]
@@ -330,7 +323,8 @@ class Recorder:
 
     def diagnostics(self, step: int) -> Diagnostics:
         """What to measure in a step, counted from 1; the same on every rank."""
-        edge, periods = step in (1, self.config.steps), (self.config.log_rollouts, self.config.diagnose.gradients_every)
+        asked, edge = self.config.diagnose, step in (1, self.config.steps)
+        periods = (self.config.log_rollouts, asked.gradients_every, asked.split_every)
         return Diagnostics(*(every > 0 and (edge or step % every == 0) for every in periods))
 
     def record_failed(self, step: int, trajectories: Sequence[Trajectory], failed: Sequence[Trajectory]) -> None:

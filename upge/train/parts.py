@@ -15,6 +15,7 @@ from upge.rollout.verified_sampling import VerifiedSampler
 from upge.train.collect import Collector
 from upge.train.config import RunConfig
 from upge.train.distributed import World
+from upge.train.faults import Fault
 from upge.train.folder import RunFolder
 from upge.train.learner import Learner, Memory, Models
 from upge.train.metrics import UpdateReport
@@ -65,6 +66,7 @@ class Parts:
         evaluate: measures the accuracy of the sampler's weights: `upge.evaluation.evaluator.training_accuracy`. All
             ranks call it, and it returns the same on each.
         stop: asks the run to stop. If `sampler` also asks it, a step or evaluation in progress is left out at once.
+        fault: on purpose; the training set and the sampler are already those with the fault.
     """
 
     config: RunConfig
@@ -78,6 +80,7 @@ class Parts:
     folder: RunFolder
     world: World
     stop: StopSignals = field(default_factory=StopSignals)
+    fault: Fault = Fault()
 
 
 def learner_of(parts: Parts, span: Span, poll: Callable[[], None]) -> Learner:
@@ -95,4 +98,7 @@ def learner_of(parts: Parts, span: Span, poll: Callable[[], None]) -> Learner:
     if algorithm.replay is not None:
         replay = ReplayBuffer(algorithm.replay, config.group_size, config.prompts_per_step, config.seed, parts.world)
     behavior = config.rollout.behavior
-    return Learner(algorithm, parts.models, config.optimizer, parts.train, collector_for, poll, replay, behavior)
+    sources = parts.train, collector_for, poll, replay, behavior
+    is_faulty = not config.fault_stages or span.name in config.fault_stages
+    adapt = parts.fault.updater if is_faulty else Fault().updater
+    return Learner(algorithm, parts.models, config.optimizer, *sources, adapt=adapt)

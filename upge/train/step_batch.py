@@ -214,6 +214,18 @@ class BatchFiller:
             row[: len(t.response_ids)].clone() for row, t in zip(columns.behavior_logprobs, trajectories, strict=True)
         ]
 
+    @contextmanager
+    def smaller_micro_batches(self, batch: StepBatch) -> Iterator[None]:
+        """In the block micro-batches have at most half the tokens that they could have before."""
+        before = self.config
+        total = sum(len(ids) for pair in batch.ids(range(len(batch.trajectories))) for ids in pair)
+        half = max(1, min(before.micro_batch_tokens, total) // 2)
+        self.config = replace(before, micro_batch_tokens=half)
+        try:
+            yield
+        finally:
+            self.config = before
+
     def micro_batch_rows(self, batch: StepBatch, rows: Sequence[int], whole_groups: bool = False) -> list[list[int]]:
         """The rows of each of this rank's micro-batches; every rank gets the same number of micro-batches."""
         works = [self.policy.costs.work(*ids) for ids in batch.ids(rows)]

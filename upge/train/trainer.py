@@ -19,11 +19,11 @@ from upge.train.checkpoint import seal
 from upge.train.config import learning_rates
 from upge.train.engine import WeightSync
 from upge.train.files import disk_errors, read_lines
+from upge.train.given import demonstration_metrics
 from upge.train.lag import EarlierWeights, Weights
 from upge.train.learner import Collected, Learner, Memory
 from upge.train.metrics import (
     Recorder,
-    dropped_demonstrations,
     nonfinite,
     rollout_metrics,
     step_metrics,
@@ -225,6 +225,7 @@ class Trainer:
         with self.parts.world.together(), disk_errors(folder):
             if self.parts.world.is_main:
                 self.parts.prompting.tokenizer.save_pretrained(folder)
+                self.parts.fault.mark(folder)
 
     def _keep_if_best(self, line: dict[str, Any]) -> None:
         """Writes the weights to best/ if the evaluation `line` is the best so far."""
@@ -299,6 +300,7 @@ class Trainer:
         times = {"time/train": time.perf_counter() - start, "time/sync": sync_seconds}
         extra = more | collected.metrics | times | {"learning_rate": rates.policy or 0.0}
         extra |= noise.metrics() if learner.samples else {}
+        extra |= self.parts.fault.metrics()
         if len(self.spans) > 1:
             extra["stage"] = stage + 1
         state.step += 1
@@ -314,7 +316,9 @@ class Trainer:
             metrics |= step_metrics(report, [sums for sums, _ in of_ranks])
             metrics |= {"skipped_updates": state.skipped, **extra}
             if learner.algorithm.step_needs.data_demonstrations:
-                metrics |= dropped_demonstrations(report.active.trajectories, self.parts.train)
+                metrics |= demonstration_metrics(
+                    report.active.trajectories, self.parts.train, self.parts.prompting.stop_token_ids
+                )
         if learner.algorithm.stateful:
             learner.remember(world.broadcast(metrics), step_in_stage, memory)
         with world.together():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -154,6 +155,8 @@ class Updater:
             if rates.policy is not None and update.trains_policy:
                 if is_first and diagnostics.term_gradients:
                     metrics |= term_gradient_metrics(update.plan, partial(self._gradient, update.batch), self.engine)
+                if is_first and diagnostics.split:
+                    metrics |= self._split_error(update)
                 passes = self.run_micro_batches(update, len(steps) + 1, is_first and diagnostics.top_tokens, poll)
                 sums, tops, plans[number] = sums + passes.sums, tops + passes.tops, passes.plan
                 if is_first and self.config.epochs > 1:
@@ -268,6 +271,15 @@ class Updater:
 
         self._run(batch, contributing, estimates_of)
         return self.engine.take_gradient()
+
+    def _split_error(self, update: Update) -> dict[str, float]:
+        """The distance of the gradient from that of smaller micro-batches, relative to its norm; 0 but for rounding."""
+        own = self._gradient(update.batch, (1.0, update.plan))
+        with self.filler.smaller_micro_batches(update.batch):
+            other = self._gradient(update.batch, (1.0, update.plan))
+        away = [a - b for a, b in zip(own, other, strict=True)]
+        size, distance = (math.sqrt(self.engine.dot(vector, vector)) for vector in (own, away))
+        return {"gradient/split_error": distance / size if size else 0.0}
 
     def _run(
         self,
