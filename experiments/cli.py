@@ -34,6 +34,7 @@ COMMANDS = {
     "compare": "compare evaluations: accuracy, pass@k, exclusive solves, intervals",
     "sweep": "train and evaluate many runs, and report them together",
     "diagnose": "measure bias and variance of the algorithms' gradients on a policy",
+    "regret": "measure which signal of a prompt is better to learn from, and the regret of gates",
     "report": "write report.html into the folders of runs",
     "describe": "list the algorithms and corrections, or show one",
     "doctor": "check this machine: driver, memory, kernels, gradients, sampler",
