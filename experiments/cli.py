@@ -33,6 +33,7 @@ COMMANDS = {
     "compare": "compare evaluations: accuracy, pass@k, exclusive solves, intervals",
     "sweep": "train and evaluate many runs, and report them together",
     "diagnose": "measure bias and variance of the algorithms' gradients on a policy",
+    "regret": "measure which signal of a prompt is better to learn from, and the regret of gates",
     "report": "write report.html into the folders of runs, and a page with the curves of several",
     "explain": "show a key's value in a run, where it comes from, its range and what it does",
     "describe": "list the algorithms and corrections, or show one",

@@ -37,8 +37,8 @@ def help_text(everything: bool = False) -> str:
     return "\n".join([str(__doc__), head, *cli.common_rows(rows, own)])
 
 
-def output_folder(output: str, names: dict[str, str]) -> Path:
-    """`output`, or the next free diagnoses/MODEL-DATA.
+def output_folder(output: str, names: dict[str, str], parent: str = "diagnoses") -> Path:
+    """`output`, or the next free PARENT/MODEL-DATA.
 
     Raises:
         ConfigError: the folder is not empty.
@@ -49,7 +49,7 @@ def output_folder(output: str, names: dict[str, str]) -> Path:
             raise ConfigError(f"output: {path} exists; choose another, or remove it")
         return path
     stem = "-".join(Path(name).name.removesuffix(".yaml") for name in names.values())
-    return free_folder("diagnoses", stem)
+    return free_folder(parent, stem)
 
 
 def _diagnose(arguments: Sequence[str]) -> int:

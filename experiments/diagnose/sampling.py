@@ -6,7 +6,7 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
@@ -34,13 +34,13 @@ from upge.models.loading import check_loaded, has_cuda, read_config
 from upge.rollout import Sampler, Sampling
 from upge.rollout.verified_sampling import FirstError, VerifiedSampler
 from upge.train.adapter import Adapter
-from upge.train.config import ModelConfig
+from upge.train.config import ModelConfig, RunConfig
 from upge.train.folder import RunFolder
 from upge.train.prompt_order import prompt_indices, stream_seed
 from upge.train.resharding import whole_weights
 from upge.train.sample import Trajectory, has_pair
 from upge.train.verdicts import FAILED
-from upge.verify import Reward, Verdict
+from upge.verify import Reward, Verdict, VerifierPool
 
 
 @dataclass(frozen=True)
@@ -243,28 +243,46 @@ def problems(chosen: Chosen, model: ModelConfig) -> Problems:
     return Problems(chosen_ones, held_out, prompting, check_answers(needed_problems, run.verify.verifier), tuple(notes))
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Samples and verifies rollouts of examples; the seeds follow from the run's seed, the purpose and the example.
+
+    Attributes:
+        run: settings of sampling and verification.
+        say: prints a line of progress.
+    """
+
+    run: RunConfig
+    prompting: Prompting
+    pool: VerifierPool
+    say: Callable[[str], None]
+    first_error: FirstError = field(default_factory=FirstError)
+
+    def __call__(self, sampler: Sampler, purpose: str, examples: Sequence[Example], n: int) -> list[list[Trajectory]]:
+        """n rollouts of each example, whose number is their `group`."""
+        limit, temperature = self.run.rollout.max_response_tokens, self.run.rollout.temperature
+        sampling = Sampling(temperature, 1.0, limit, self.prompting.stop_token_ids)
+        seeds = [stream_seed(self.run.seed, "diagnose", purpose, q) for q in range(len(examples))]
+        sampled = VerifiedSampler(sampler, self.pool, self.prompting).sample(examples, n, sampling, seeds)
+        self.first_error(sampled.first_error)
+        failed = sum(verdict.status in FAILED for group in sampled.groups for _, verdict in group)
+        without = f", {failed} of them without a verdict, which count as wrong" if failed else ""
+        self.say(f"{purpose}: {n} rollouts of {len(examples)} prompts{without}")
+        each = enumerate(zip(examples, sampled.groups, strict=True))
+        return [
+            [_rollout(q, example, self.run, self.pool.rewards, *pair) for pair in group] for q, (example, group) in each
+        ]
+
+
 def sample(
     chosen: Chosen, prompts: Problems, model: ModelConfig, behavior: ModelConfig | None, say: Callable[[str], None]
 ) -> Sampled:
     """Samples and verifies all rollouts of a pool: those of the batches from `behavior`, the others from `model`."""
     config, run = chosen.config, chosen.run
     length = run.rollout.max_prompt_tokens + run.rollout.max_response_tokens
-    sampling = Sampling(run.rollout.temperature, 1.0, run.rollout.max_response_tokens, prompts.prompting.stop_token_ids)
     size, parted = _parted(config.reference)
-    first_error = FirstError()
     with verifier_pool(prompts.verifiers, run.verify) as pool:
-
-        def drawn(sampler: Sampler, purpose: str, examples: Sequence[Example], n: int) -> list[list[Trajectory]]:
-            verified = VerifiedSampler(sampler, pool, prompts.prompting)
-            seeds = [stream_seed(run.seed, "diagnose", purpose, q) for q in range(len(examples))]
-            sampled = verified.sample(examples, n, sampling, seeds)
-            first_error(sampled.first_error)
-            failed = sum(verdict.status in FAILED for group in sampled.groups for _, verdict in group)
-            without = f", {failed} of them without a verdict, which count as wrong" if failed else ""
-            say(f"{purpose}: {n} rollouts of {len(examples)} prompts{without}")
-            each = enumerate(zip(examples, sampled.groups, strict=True))
-            return [[_rollout(q, example, run, pool.rewards, *pair) for pair in group] for q, (example, group) in each]
-
+        drawn = Draws(run, prompts.prompting, pool, say)
         sampler = load_sampler(model, run.rollout, length, run.seed)
         say(f"rollouts: {sampler.reason}")
         passed = drawn(sampler, "pass rates", prompts.examples, config.pass_samples)
@@ -278,7 +296,7 @@ def sample(
         rewards = pool.rewards
     groups = []
     for q, (example, rounds) in enumerate(zip(prompts.examples, _parts(own, config.group_size), strict=True)):
-        groups.append([Group(tuple(one), *_given(q, example, r, run, rewards)) for r, one in enumerate(rounds)])
+        groups.append([Group(tuple(one), *given(q, example, r, run, rewards)) for r, one in enumerate(rounds)])
     dealt = deal(config.prompts, config.prompts_per_step, config.rounds, run.seed)
     rates = torch.tensor([pass_rate(rollouts) for rollouts in passed], dtype=torch.float64)
     return Sampled(Pool(groups, dealt, _parts(reference, size), rates), _parts(others, size))
@@ -306,7 +324,7 @@ def _rollout(
     )  # fmt: skip
 
 
-def _given(
+def given(
     q: int, example: Example, number: int, run, rewards: Mapping[str, Reward]
 ) -> tuple[tuple[Trajectory, ...], tuple[Trajectory, ...]]:
     """Random demonstrations of a prompt for a round, and its preference pair.

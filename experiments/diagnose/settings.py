@@ -150,7 +150,7 @@ def choose(arguments: Sequence[str]) -> Chosen:
         tree, names = composed.tree, {name: str(composed.names[name]) for name in ("model", "data")}
     tree |= {name: getattr(config, name) for name in _OF_A_BATCH}
     names_wanted = algorithms.names() if config.algos == [ALL] else list(dict.fromkeys(config.algos))
-    wanted = {name: _algorithm(name, tree) for name in names_wanted}
+    wanted = {name: algorithm_of(name, tree) for name in names_wanted}
     run = from_tree(RunConfig, tree)
     reasons = {
         name: unmeasurable(one, config.group_size, config.exact, run.teacher.path) for name, one in wanted.items()
@@ -241,7 +241,7 @@ def _read_run(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _algorithm(name: str, tree: Mapping[str, Any]) -> Algorithm | Pipeline:
+def algorithm_of(name: str, tree: Mapping[str, Any]) -> Algorithm | Pipeline:
     """The algorithm NAME, or NAME+CORRECTION+..., as in a run with these settings."""
     plain, *corrections = name.split("+")
     whole = OmegaConf.create({**tree, "algo": OmegaConf.to_container(algorithms.read(plain, corrections))})

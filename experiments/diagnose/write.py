@@ -238,5 +238,6 @@ def report(
         own = shown.get(folder if len(results) == 1 else folder / folder_name(result.label), [])
         about = {"label": result.label, "summary": summary(result), "conclusion": conclusion(result)}
         parts.append({**about, "figures": own, "grids": grids(result)})
-    page = {"command": metadata.get("command", ""), "notes": notes, "figures": shown.get(Path(), []), "parts": parts}
+    page = {"title": "Bias and variance", "command": metadata.get("command", ""), "notes": notes}
+    page |= {"figures": shown.get(Path(), []), "parts": parts}
     return render(Path(__file__).with_name("diagnosis.html.j2"), **page)

@@ -1,0 +1,1 @@
+"""Measure which signal of a prompt is better to learn from, and the regret of gates."""
