@@ -133,7 +133,7 @@ def _constant(ratio: Tensor, both: Tensor, index: Tensor) -> bool:
 
 
 def cause(scale: float, batch: Batch, layout: Layout) -> str:
-    """The number as a product of at most two of the sizes that it can come from, such as '1/micro-batches'."""
+    """The number as a product of at most four of the sizes that it can come from, such as '1/micro-batches'."""
     mask = batch.trajectories.response_mask
     known = {
         "micro-batches": layout.micro_batches,
@@ -151,7 +151,7 @@ def cause(scale: float, batch: Batch, layout: Layout) -> str:
     sign, size = ("-" if scale < 0 else ""), abs(scale)
     if abs(size - 1) < 1e-6:
         return f"{sign}1"
-    for count in (1, 2):
+    for count in (1, 2, 3, 4):
         for chosen in itertools.combinations(powers, count):
             value = 1.0
             for _, factor, _ in chosen:

@@ -74,11 +74,11 @@ class StubModule(ModuleType):
         return make_stub(name)
 
 
-def install(own: str, real: Callable[..., Any] = builtins.__import__) -> list[str]:
+def install(own: Sequence[str], real: Callable[..., Any] = builtins.__import__) -> list[str]:
     """Replaces the process's import; returns the list to which the names of stubs are added.
 
     Args:
-        own: the framework's package, whose own modules must be there.
+        own: the framework's packages, whose own modules must be there.
     """
     replaced: list[str] = []
 
@@ -101,19 +101,19 @@ def install(own: str, real: Callable[..., Any] = builtins.__import__) -> list[st
 
     def importing(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
         asked_by = str((globals or {}).get("__name__", ""))
-        if asked_by.partition(".")[0] != own:
+        if asked_by.partition(".")[0] not in own:
             return real(name, globals, locals, fromlist, level)
         top = name.partition(".")[0]
-        if level == 0 and top in HEAVY:
+        if level == 0 and top in HEAVY and top not in own:
             return stub(name, fromlist)
         try:
             return real(name, globals, locals, fromlist, level)
         except ModuleNotFoundError:
-            if level or top in (own, *ABSENT):
+            if level or top in (*own, *ABSENT):
                 raise
             return stub(name, fromlist)
         except (ImportError, AttributeError):
-            if not fromlist or level or top == own:
+            if not fromlist or level or top in own:
                 raise
             real(name, globals, locals, (), level)
             fill(sys.modules[name], fromlist)

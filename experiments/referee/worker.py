@@ -1,6 +1,6 @@
-"""Judges one version of one framework in a process of its own: `python -m experiments.referee.worker NAME FOLDER`.
+"""Judges one version of one framework in a process of its own: `python -m experiments.referee.worker NAME FOLDER ...`.
 
-FOLDER holds the unpacked wheel; '-' takes the installed version. The last line that it prints is the result in JSON.
+The folders hold unpacked wheels; none takes the installed version. The last line that it prints is the result in JSON.
 """
 
 from __future__ import annotations
@@ -67,17 +67,17 @@ def judge_all(framework: ModuleType) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the rows as JSON."""
-    name, folder = sys.argv[1:] if arguments is None else arguments
+    name, *folders = sys.argv[1:] if arguments is None else arguments
     import torch
 
     torch.set_num_threads(1)
     framework = importlib.import_module(f"experiments.referee.frameworks.{name}")
     replaced: list[str] = []
-    if folder != "-":
+    if folders:
         from experiments.referee.stubs import install
 
-        sys.path.insert(0, folder)
-        replaced = install(framework.PACKAGE)
+        sys.path[:0] = folders
+        replaced = install(framework.PACKAGES)
     rows = [asdict(row) for row in judge_all(framework)]
     print(MARK + json.dumps({"rows": rows, "stubs": sorted({*replaced})}), flush=True)
     return 0

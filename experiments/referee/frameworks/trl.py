@@ -13,9 +13,9 @@ from experiments.referee.frameworks.cases import CISPO, DAPO, DFT, DR_GRPO, GRPO
 from experiments.referee.protocol import GENERATIONS, LAYOUTS, Case, Micro, Update
 from experiments.referee.stand_in import TwoTokenModel, trainer
 
-DISTRIBUTION, PACKAGE = "trl", "trl"
+DISTRIBUTION, PACKAGES = "trl", ("trl",)
 #: Versions that are judged by default, oldest first.
-VERSIONS = ("0.20.0", "0.24.0", "1.5.1", "1.16.0")
+VERSIONS = ("0.20.0", "0.24.0", "1.8.0", "1.9.2", "1.16.0")
 SUPPLIED = (
     "the trainer's attributes (its constructor does not run), log-probs through a model with two tokens, old log-probs, "
     "advantages, num_items_in_batch (tokens of the sampling; for SFT of the update), a backward pass without a factor; "

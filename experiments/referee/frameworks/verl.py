@@ -25,7 +25,7 @@ from experiments.referee.frameworks.cases import (
 from experiments.referee.protocol import LIMIT, Case, Micro, Update, each
 from experiments.referee.stand_in import Bag
 
-DISTRIBUTION, PACKAGE = "verl", "verl"
+DISTRIBUTION, PACKAGES = "verl", ("verl",)
 #: Versions that are judged by default, oldest first.
 VERSIONS = ("0.3.0.post1", "0.5.0", "0.7.1", "0.9.1")
 SUPPLIED = (
@@ -106,6 +106,7 @@ def config(settings: dict[str, Any], micro: Micro) -> Any:
         "ppo_micro_batch_size_per_gpu": rows,
         "ulysses_sequence_parallel_size": 1,
         "loss_scale_factor": LIMIT,
+        "use_rollout_log_probs": True,  # else 0.7 takes a single mini-batch as on-policy, and the ratio as 1
         "global_batch_info": {},
     }
     base: type = object
