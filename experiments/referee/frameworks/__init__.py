@@ -1,0 +1,1 @@
+"""How to call the loss functions of other frameworks: a module per framework."""
