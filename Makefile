@@ -57,7 +57,7 @@ docs: env  ## regenerate the generated parts of README.md and docs/, about two m
 	$(VENV)/bin/python -m experiments.scaling --docs
 	$(VENV)/bin/python -m experiments.table1 --docs
 
-notebooks: env  ## run the examples and write them as notebooks, about five minutes
+notebooks: env  ## write the examples as notebooks; ARGS=--run renews their output, three minutes
 	$(VENV)/bin/python examples/render.py $(ARGS)
 
 results: env  ## regenerate docs/results.md: all sweeps of the small model and the diagnosis, hours on two cores
