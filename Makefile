@@ -62,7 +62,7 @@ docs-site: env  ## build the documentation's site in site/, with the packages of
 	@bash requirements/docs.sh
 	.venv-docs/bin/python -m experiments.site
 
-notebooks: env  ## run the examples and write them as notebooks, about five minutes
+notebooks: env  ## write the examples as notebooks; ARGS=--run renews their output, three minutes
 	$(VENV)/bin/python examples/render.py $(ARGS)
 
 results: env  ## regenerate docs/results.md: all sweeps of the small model and the diagnosis, hours on two cores

@@ -143,6 +143,6 @@ for loss in (paper, sum_over_group, mean_over_all_tokens, no_standard_deviation,
         print(f"  group {int(group[row])}, {int(lengths[row])} tokens:", *cells)
 
 # %% [markdown]
-# None of these losses is wrong by itself: `mean_over_all_tokens` is DAPO's average, and `no_standard_deviation` is
-# half of Dr. GRPO. They are wrong under the name GRPO, and a comparison between frameworks that does not look at the
-# weights compares these differences.
+# A difference need not be an error: `mean_over_all_tokens` is DAPO's average, and `no_standard_deviation` is half of
+# Dr. GRPO. But under the name GRPO it makes two frameworks train differently, and a comparison of their results then
+# compares these choices.

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A mask of your own, its bias and its variance
 #
-# A mask decides which tokens may move. It removes the tokens with extreme importance ratios, which lowers the
+# A mask decides which tokens may move. It usually removes the tokens with extreme importance ratios, which lowers the
 # variance of the gradient, and it adds bias, because what it removes is missing in the average. On a policy with few
 # responses both can be computed without sampling: `upge.theory` sums over every group of rollouts that can be drawn.
 
@@ -47,10 +47,10 @@ print("Band follows the rules of a part.")
 # %% [markdown]
 # ## The setting
 #
-# A policy with 15 responses of one to three tokens, and rollouts in groups of three from the policy of some updates
-# ago. The algorithm is `dr_grpo`; `wrap` replaces the part in one slot. Its expected gradient without any mask or
-# ratio would be (n - 1)/n · 1/1024 · ∇E[R], because a rollout is part of its own baseline and the length is divided
-# by a constant. `scale` is this known factor.
+# A policy with 15 responses of one to three tokens, and rollouts in groups of n = 3 from the policy of some updates
+# ago. The algorithm is `dr_grpo`; `wrap` replaces the part in one slot. On-policy and without a mask, its expected
+# gradient is (n - 1)/n · 1/1024 · ∇E[R], because a rollout is part of its own baseline and the length is a constant.
+# `scale` is this known factor.
 
 # %%
 policy = SoftmaxPolicy.random(vocabulary=3, horizon=3, seed=0)
