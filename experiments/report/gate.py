@@ -16,6 +16,8 @@ from experiments.report.series import Series, is_constant
 MOST_BINS = 60  # of steps, in the histogram
 LEVEL_BINS = 15  # of steps, in the shares by level: each needs some prompts
 MOST_LEVELS = 14
+#: The level of prompts without one.
+NO_LEVEL = "all prompts"
 
 _HISTOGRAM = Plot(
     "plot-solved", "Prompts by rollouts solved", "prompts per step",
@@ -104,7 +106,7 @@ def _imitates(line: dict) -> bool:
 
 def level_of(line: dict) -> str:
     """The level of a prompt, as text."""
-    return str(line.get("level") or "all prompts")
+    return str(line.get("level") or NO_LEVEL)
 
 
 def levels_in(prompts: Sequence[dict]) -> list[str]:
@@ -249,7 +251,8 @@ def _svg(rows: list[_Row], states: Sequence[str], first: int, last: int, width: 
 def _row_title(number: int, row: _Row) -> str:
     """What appears when the pointer is on a row: an invisible area with a title."""
     solved = f"first solved in step {row.solved:.0f}" if row.solved < math.inf else "never solved"
-    title = f"prompt {row.prompt}, {row.level}: {row.ease:.0%} of its rollouts correct, {solved}"
+    name = f"prompt {row.prompt}" + (f", {row.level}" if row.level != NO_LEVEL else "")
+    title = f"{name}: {row.ease:.0%} of its rollouts correct, {solved}"
     area = f'x="0" y="{TOP + ROW * number}" width="{WIDTH}" height="{ROW}"'
     return f'<rect {area} fill-opacity="0"><title>{escape(title)}</title></rect>'
 

@@ -46,13 +46,19 @@ class Parts:
 
 
 def parts_of(algorithm: Any) -> Parts:
-    """The parts of an algorithm as config.yaml holds it; empty for one with stages and in any other form."""
-    terms = algorithm.get("terms") if isinstance(algorithm, Mapping) else None
-    whole = [one for one in terms.values() if isinstance(one, Mapping)] if isinstance(terms, Mapping) else []
+    """The parts of an algorithm, or of all its stages, as config.yaml holds it; empty for any other form."""
+    stages = [one.get("algorithm") for one in _mappings(algorithm, "stages")]
+    whole = [term for one in (algorithm, *stages) for term in _mappings(one, "terms")]
     sources = frozenset(str(one.get("source")) for one in whole)
     gates = frozenset(name for one in whole for name in _classes(one.get("gate")))
     estimator = frozenset(name for one in whole for name in _classes(one.get("estimator")))
     return Parts(sources, gates, estimator, len(whole))
+
+
+def _mappings(tree: Any, key: str) -> list[Mapping]:
+    """The mappings among the values of a mapping under `key`; none if it is not there."""
+    inner = tree.get(key) if isinstance(tree, Mapping) else None
+    return [one for one in inner.values() if isinstance(one, Mapping)] if isinstance(inner, Mapping) else []
 
 
 def _classes(tree: Any) -> list[str]:
@@ -120,7 +126,7 @@ PLOTS = (
          "How often the gate chose imitation. Should fall as the policy learns to solve the prompts itself.",
          ("gate/demonstration_share", "gate/*share*"), limits=(0, None), when=lambda parts: parts.is_gated),
     Plot("plot-demonstrations", "Share of demonstrations", "demonstrations among the active trajectories",
-         "No gate chooses between the sources; the share changes only with the number of active rollouts.",
+         "No gate chooses between the sources; the share changes with stages and the number of active rollouts.",
          ("gate/demonstration_share", "gate/*share*"), limits=(0, None), when=lambda parts: len(parts.sources) > 1),
     Plot("plot-entropy", "Entropy", "nats per token",
          "A quick fall towards 0 means that sampling no longer explores; a steady rise means that training diverges.",

@@ -111,6 +111,7 @@ def test_rounding_errors_and_comparisons_of_one_term_are_not_drawn():
         ("ppo", {"plot-pass-rate": "leaves out everything but success", "plot-masked": "trust region"}, set()),
         ("hpt", {"plot-demonstrations": "How often the gate", "plot-advantage": "groups are centred"}, set()),
         ("luffy", {"plot-demonstrations": "No gate chooses"}, set()),
+        ("sft_then_grpo", {"plot-demonstrations": "No gate chooses", "plot-loss": "Only its gradient"}, set()),
     ],
 )
 def test_captions_fit_the_algorithm(name, texts, absent):
@@ -121,6 +122,13 @@ def test_captions_fit_the_algorithm(name, texts, absent):
     assert not absent & {*captions}
     for plot, text in texts.items():
         assert text in captions[plot]
+
+
+def test_an_unreadable_algorithm_has_no_parts():
+    for tree in ("hpt", None, {}, {"terms": None}, {"terms": {"a": 1}}, {"stages": {"a": {"algorithm": "b"}}}):
+        assert parts_of(tree) == Parts()
+    odd = parts_of({"terms": {"a": {"gate": [{"_target_": "x.Y"}], "estimator": {"mask": {"_target_": 3}}}}})
+    assert odd.gates == {"Y"} and odd.estimator == {"3"} and odd.terms == 1 and odd.sources == {"None"}
 
 
 def test_captions_of_a_plot_are_for_the_same_metrics():
@@ -191,6 +199,7 @@ def test_an_overlay_links_to_its_runs_and_loads_nothing(overlay):
     parsed = Page(page)
     links = [value for key, value in parsed.attributes if key == "href" and not value.startswith("#")]
     assert len(links) == 2 and all((overlay.parent / unquote(link)).is_file() for link in links)
+    assert not any(re.search("[ <#?]", link) for link in links), "an address has none of these"
     assert len(parsed.ids) == len({*parsed.ids}) and not {"link", "img", "iframe"} & {*parsed.tags}
     assert not [value for key, value in parsed.attributes if key == "src"]
     assert {*re.findall(r'https?://[^"\s<]*', page)} <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
