@@ -114,6 +114,8 @@ def _gates(figure: Figure) -> None:
              "PassRateTable, 0 → 1, 0.5 → 0": upge.PassRateTable((0.0, 0.5), (1.0, 0.0))}  # fmt: skip
     values = {name: torch.tensor([gate.at_pass_rate(float(rate)) for rate in rates]) for name, gate in gates.items()}
     _lines(by_rate, rates, values, marker="o", markersize=3.5)
+    by_rate.set_ylim(-0.06, 1.5)  # room for the legend
+    by_rate.legend(frameon=False, fontsize=8, loc="upper right")
     _name(by_rate, "by pass rate", "pass rate P of 8 rollouts", "coefficient")
     steps = torch.arange(0, 131)
     schedule = upge.Schedule(start=0.0, peak=0.9, end=0.05, warmup=20, decay=80)
