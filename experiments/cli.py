@@ -33,6 +33,7 @@ COMMANDS = {
     "compare": "compare evaluations: accuracy, pass@k, exclusive solves, intervals",
     "sweep": "train and evaluate many runs, and report them together",
     "diagnose": "measure bias and variance of the algorithms' gradients on a policy",
+    "watch": "print a run's metrics as they come, and serve its report on this machine",
     "report": "write report.html into the folders of runs",
     "explain": "show a key's value in a run, where it comes from, its range and what it does",
     "describe": "list the algorithms and corrections, or show one",

@@ -18,6 +18,7 @@ def keys() -> dict[str, dict[str, Any]]:
     from experiments.evaluate.prepare import EvaluateConfig
     from experiments.keys import data_keys
     from experiments.sweep.settings import SweepConfig
+    from experiments.watch.__main__ import WatchConfig
     from upge.config import settings
     from upge.evaluation.suite import BenchmarkConfig
     from upge.train.alarms import ALARMS
@@ -40,6 +41,7 @@ def keys() -> dict[str, dict[str, Any]]:
         "evaluate": {"model": [], "suite": [], **evaluate},
         "sweep": {"sweep": [], **_of(SweepConfig)},
         "diagnose": _of(DiagnoseConfig),
+        "watch": _of(WatchConfig),
         "doctor": {**doctor, **_of(DoctorConfig), "gpus": []},
         "compare": {name: ["most", "first", "any"] if name == "solved" else [] for name in KEYS},
         "describe": {"algo": [], "correction": []},

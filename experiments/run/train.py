@@ -65,8 +65,8 @@ class Told:
     A context manager around training, after which the loggers end with the exit code `code`.
     """
 
-    def __init__(self, progress: Progress, folder: Path) -> None:
-        self.progress, self.folder, self.code = progress, folder, FAILED
+    def __init__(self, progress: Progress, folder: Path, steps: int) -> None:
+        self.progress, self.folder, self.steps, self.code = progress, folder, steps, FAILED
         self.loggers: Loggers | None = None
 
     def __enter__(self) -> Told:
@@ -87,7 +87,8 @@ class Told:
         self.progress.evaluation(line)
         if self.loggers is not None:
             self.loggers.evaluation(line)
-        if (self.folder / "metrics.jsonl").is_file():
+        # After the last step the report is written in any case.
+        if line["step"] < self.steps and (self.folder / "metrics.jsonl").is_file():
             try:
                 from experiments.report.page import write_report
 
@@ -138,7 +139,7 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: 
             sampler, pool, prepared.prompting, first_error, stop.requested, rewards=pool.rewards, **passing
         )
         progress = Progress(config.steps, resume_from or 0, world.is_main and "console" in config.log_to)
-        told = Told(progress, folder.path)
+        told = Told(progress, folder.path, config.steps)
         data = (prepared.train, prepared.weights, prepared.prompting)
         measure = partial(training_accuracy, config, prepared.evaluation, verified, world)
         parts = Parts(config, composed.algorithm, *data, models, verified, measure, folder, world, stop)

@@ -141,13 +141,15 @@ def test_the_report_is_refreshed_at_each_evaluation(tmp_path: Path, monkeypatch:
 
     written: list[Path] = []
     monkeypatch.setattr(page, "write_report", written.append)
-    told = Told(Progress(3, 0, enabled=False), tmp_path)
+    told = Told(Progress(3, 0, enabled=False), tmp_path, steps=3)
     line = {"step": 2, "samples": 1, "errors": 0, "timeouts": 0, "time": 1.0}
     line["all"] = {"greedy": 0.5, "pass@1": 0.5, "mean@1": 0.5, "problems": 4}
     told.evaluation(line)
     assert written == []
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     told.evaluation(line)
+    assert written == [tmp_path]
+    told.evaluation(line | {"step": 3})
     assert written == [tmp_path]
     monkeypatch.setattr(page, "write_report", lambda folder: 1 / 0)
     told.evaluation(line)
