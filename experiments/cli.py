@@ -36,6 +36,7 @@ COMMANDS = {
     "watch": "print a run's metrics as they come, and serve its report on this machine",
     "report": "write report.html into the folders of runs",
     "explain": "show a key's value in a run, where it comes from, its range and what it does",
+    "push": "upload the model of a finished run to the Hugging Face hub, with a model card",
     "describe": "list the algorithms and corrections, or show one",
     "doctor": "check this machine: driver, memory, kernels, gradients, sampler",
     "completion": "print the script that completes commands, keys and values in bash or zsh",

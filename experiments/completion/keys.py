@@ -17,6 +17,7 @@ def keys() -> dict[str, dict[str, Any]]:
     from experiments.doctor.settings import keys as doctor_keys
     from experiments.evaluate.prepare import EvaluateConfig
     from experiments.keys import data_keys
+    from experiments.push.__main__ import PushConfig
     from experiments.sweep.settings import SweepConfig
     from experiments.watch.__main__ import WatchConfig
     from upge.config import settings
@@ -41,6 +42,7 @@ def keys() -> dict[str, dict[str, Any]]:
         "evaluate": {"model": [], "suite": [], **evaluate},
         "sweep": {"sweep": [], **_of(SweepConfig)},
         "diagnose": _of(DiagnoseConfig),
+        "push": _of(PushConfig),
         "watch": _of(WatchConfig),
         "doctor": {**doctor, **_of(DoctorConfig), "gpus": []},
         "compare": {name: ["most", "first", "any"] if name == "solved" else [] for name in KEYS},
