@@ -50,12 +50,13 @@ bench: env  ## list the benchmarks; ARGS=NAME runs one
 peers: env  ## install the benchmarks' peers (verl, Liger, cut-cross-entropy; TRL is in .venv) into .venv-peers
 	@bash requirements/peers.sh
 
-docs: env  ## regenerate the generated parts of README.md and docs/, about two minutes
+docs: env  ## regenerate the generated parts of README.md and docs/ and the list of keys, about two minutes
 	$(VENV)/bin/python -m experiments.describe --readme
 	$(VENV)/bin/python -m experiments.describe --docs
 	$(VENV)/bin/python -m experiments.theory --docs
 	$(VENV)/bin/python -m experiments.scaling --docs
 	$(VENV)/bin/python -m experiments.table1 --docs
+	$(VENV)/bin/python -m experiments.completion --update
 
 results: env  ## regenerate docs/results.md: all sweeps of the small model and the diagnosis, hours on two cores
 	$(VENV)/bin/python -m experiments.sweep sweep=main --docs

@@ -71,10 +71,9 @@ def main() -> int:
         print(f"upge {_version()}")
         return DONE
     if name == "__complete":
-        # The shell's completion calls this at each press of Tab.
-        from experiments.completion.words import candidates
-
-        print("\n".join(candidates(arguments[0] if arguments else "")))
+        # The shell's completion calls this at each press of Tab. `words` imports this module, as the commands do.
+        words = importlib.import_module("experiments.completion.words")
+        print("\n".join(words.candidates(arguments[0] if arguments else "")))
         return DONE
     if name not in COMMANDS:
         from upge.errors import nearest

@@ -70,11 +70,8 @@ def _results(run: RunFolder) -> list[str]:
     parts = []
     if len(run.evaluations) > 1:
         first, last = run.evaluations[0], run.evaluations[-1]
-        head = [
-            "level",
-            "problems",
-            *(f"{one}, step {first['step']} → {last['step']}" for one in measures(first, last)),
-        ]
+        steps = f"step {first['step']} → {last['step']}"
+        head = ["level", "problems", *(f"{one}, {steps}" for one in measures(first, last))]
         rows = [
             [one.level, one.problems, *(" → ".join(change.percents()[:2]) for change in one.changes)]
             for one in accuracy_rows(first, last)
