@@ -50,13 +50,14 @@ bench: env  ## list the benchmarks; ARGS=NAME runs one
 peers: env  ## install the benchmarks' peers (verl, Liger, cut-cross-entropy; TRL is in .venv) into .venv-peers
 	@bash requirements/peers.sh
 
-docs: env  ## regenerate the generated parts of README.md and docs/, about two minutes
+docs: env  ## regenerate the generated parts of README.md and docs/ and the list of keys, about two minutes
 	$(VENV)/bin/python -m experiments.describe --readme
 	$(VENV)/bin/python -m experiments.describe --docs
 	$(VENV)/bin/python -m experiments.theory --docs
 	$(VENV)/bin/python -m experiments.scaling --docs
 	$(VENV)/bin/python -m experiments.table1 --docs
 	$(VENV)/bin/python -m experiments.site --docs
+	$(VENV)/bin/python -m experiments.completion --update
 
 docs-site: env  ## build the documentation's site in site/, with the packages of .venv-docs
 	@bash requirements/docs.sh

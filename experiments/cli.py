@@ -34,8 +34,10 @@ COMMANDS = {
     "sweep": "train and evaluate many runs, and report them together",
     "diagnose": "measure bias and variance of the algorithms' gradients on a policy",
     "regret": "measure which signal of a prompt is better to learn from, and the regret of gates",
+    "watch": "print a run's metrics as they come, and serve its report on this machine",
     "report": "write report.html into the folders of runs, and a page with the curves of several",
     "explain": "show a key's value in a run, where it comes from, its range and what it does",
+    "push": "upload the model of a finished run to the Hugging Face hub, with a model card",
     "describe": "list the algorithms and corrections, or show one",
     "doctor": "check this machine: driver, memory, kernels, gradients, sampler",
     "completion": "print the script that completes commands, keys and values in bash or zsh",
@@ -72,10 +74,9 @@ def main() -> int:
         print(f"upge {_version()}")
         return DONE
     if name == "__complete":
-        # The shell's completion calls this at each press of Tab.
-        from experiments.completion.words import candidates
-
-        print("\n".join(candidates(arguments[0] if arguments else "")))
+        # The shell's completion calls this at each press of Tab. `words` imports this module, as the commands do.
+        words = importlib.import_module("experiments.completion.words")
+        print("\n".join(words.candidates(arguments[0] if arguments else "")))
         return DONE
     if name not in COMMANDS:
         from upge.errors import nearest

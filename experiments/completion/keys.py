@@ -17,7 +17,9 @@ def keys() -> dict[str, dict[str, Any]]:
     from experiments.doctor.settings import keys as doctor_keys
     from experiments.evaluate.prepare import EvaluateConfig
     from experiments.keys import data_keys
+    from experiments.push.__main__ import PushConfig
     from experiments.sweep.settings import SweepConfig
+    from experiments.watch.__main__ import WatchConfig
     from upge.config import settings
     from upge.evaluation.suite import BenchmarkConfig
     from upge.train.alarms import ALARMS
@@ -40,6 +42,8 @@ def keys() -> dict[str, dict[str, Any]]:
         "evaluate": {"model": [], "suite": [], **evaluate},
         "sweep": {"sweep": [], **_of(SweepConfig)},
         "diagnose": _of(DiagnoseConfig),
+        "push": _of(PushConfig),
+        "watch": _of(WatchConfig),
         "doctor": {**doctor, **_of(DoctorConfig), "gpus": []},
         "compare": {name: ["most", "first", "any"] if name == "solved" else [] for name in KEYS},
         "describe": {"algo": [], "correction": []},

@@ -26,6 +26,7 @@ FLAGS = {
     "evaluate": ("--dry-run",),
     "sweep": ("--dry-run", "--report", "--docs"),
     "describe": ("--readme", "--docs"),
+    "watch": ("--no-serve",),
     "push": ("--dry-run",),
 }
 #: Commands whose arguments are keys of a run.

@@ -48,11 +48,19 @@ def write_report(run_dir: str | Path) -> Path:
     Raises:
         UserError: the folder does not exist or is not the folder of a run.
     """
-    run = read_run(run_dir)
-    target = run.path / "report.html"
-    page = render(Path(__file__).with_name("report.html.j2"), **page_content(run))
-    write_atomically(target, visible(page))
+    target = Path(run_dir) / "report.html"
+    write_atomically(target, report_page(run_dir))
     return target
+
+
+def report_page(run_dir: str | Path) -> str:
+    """The report of a run as HTML.
+
+    Raises:
+        UserError: the folder does not exist or is not the folder of a run.
+    """
+    page = render(Path(__file__).with_name("report.html.j2"), **page_content(read_run(run_dir)))
+    return visible(page)
 
 
 def visible(page: str) -> str:

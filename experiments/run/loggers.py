@@ -10,6 +10,7 @@ import math
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,25 @@ from upge.train.files import read_json, write_atomically
 
 #: In the run's folder: the run's name in trackio and id in wandb, and the last step that each logger has.
 STATE = "loggers.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a logger is started with.
+
+    Attributes:
+        folder: of the run.
+        continues: whether the run continues an earlier one.
+        from_step: the step that it continues from.
+        id: the same for every start of the run; `Loggers` sets it.
+    """
+
+    folder: Path
+    project: str
+    config: Mapping[str, Any]
+    continues: bool
+    from_step: int
+    id: str = ""
 
 
 class Logger(ABC):
@@ -67,9 +87,8 @@ class Trackio(Logger):
     def __init__(self, start: Start) -> None:
         import trackio
 
-        resume = "allow" if start.continues else "never"
         # trackio knows a run by its name alone.
-        self._run = trackio.init(start.project, name=start.id, config=dict(start.config), resume=resume, embed=False)
+        self._run = trackio.init(start.project, name=start.id, config=dict(start.config), resume="allow", embed=False)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
@@ -90,7 +109,7 @@ class Wandb(Logger):
             name=start.folder.name,
             config=dict(start.config),
             dir=str(start.folder),
-            resume="allow" if start.continues else "never",
+            resume="allow",
             settings=wandb.Settings(console="off"),
         )
 
@@ -102,20 +121,6 @@ class Wandb(Logger):
 
 
 LOGGERS: dict[str, Callable[[Start], Logger]] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": Wandb}
-
-
-class Start:
-    """What a logger is started with.
-
-    Attributes:
-        id: the same for every start of the run.
-        continues: whether the run continues an earlier one.
-        from_step: the step that it continues from.
-    """
-
-    def __init__(self, folder: Path, project: str, config: Mapping[str, Any], continues: bool, from_step: int) -> None:
-        self.folder, self.project, self.config = folder, project, config
-        self.continues, self.from_step, self.id = continues, from_step, ""
 
 
 class Loggers:
@@ -140,12 +145,12 @@ class Loggers:
         if not chosen:
             return
         saved = read_json(self._path, "remove it, and the loggers begin new runs")
-        start.id = str(saved.get("id") or f"{start.folder.name}-{secrets.token_hex(4)}")
-        self._id, known = start.id, saved.get("last")
+        self._id, known = str(saved.get("id") or f"{start.folder.name}-{secrets.token_hex(4)}"), saved.get("last")
+        start = replace(start, id=self._id)
         for name in chosen:
             self._last[name] = dict(known[name]) if isinstance(known, Mapping) and name in known else {}
             try:
-                self._loggers[name] = LOGGERS[name](_seen(start, bool(self._last[name])))
+                self._loggers[name] = LOGGERS[name](start)
             except Exception as error:  # of the library: no login, no network, a folder that cannot be written
                 self.close(1)
                 offline = "; WANDB_MODE=offline logs on this machine alone" if name == "wandb" else ""
@@ -199,13 +204,6 @@ def check_loggers(config: RunConfig) -> None:
     for name in config.log_to:
         if name in LOGGERS and not is_installed(name):
             raise ConfigError(f"the package {name} is not installed; run `pip install {INSTALL[name]}`", "log_to")
-
-
-def _seen(start: Start, has_logged: bool) -> Start:
-    """The start of a logger; one that a continued run has not used before begins there."""
-    one = Start(start.folder, start.project, start.config, start.continues and has_logged, start.from_step)
-    one.id = start.id
-    return one
 
 
 def _is_number(value: object) -> bool:

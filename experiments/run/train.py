@@ -66,8 +66,8 @@ class Told:
     A context manager around training, after which the loggers end with the exit code `code`.
     """
 
-    def __init__(self, progress: Progress, folder: Path) -> None:
-        self.progress, self.folder, self.code = progress, folder, FAILED
+    def __init__(self, progress: Progress, folder: Path, steps: int) -> None:
+        self.progress, self.folder, self.steps, self.code = progress, folder, steps, FAILED
         self.loggers: Loggers | None = None
 
     def __enter__(self) -> Told:
@@ -88,7 +88,8 @@ class Told:
         self.progress.evaluation(line)
         if self.loggers is not None:
             self.loggers.evaluation(line)
-        if (self.folder / "metrics.jsonl").is_file():
+        # After the last step the report is written in any case.
+        if line["step"] < self.steps and (self.folder / "metrics.jsonl").is_file():
             try:
                 from experiments.report.page import write_report
 
@@ -142,7 +143,7 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: 
         )
         training = replace(verified, engine=fault.sampler(sampler))
         progress = Progress(config.steps, resume_from or 0, world.is_main and "console" in config.log_to)
-        told = Told(progress, folder.path)
+        told = Told(progress, folder.path, config.steps)
         data = (fault.examples(prepared.train), prepared.weights, prepared.prompting)
         measure = partial(training_accuracy, config, prepared.evaluation, verified, world)
         parts = Parts(config, composed.algorithm, *data, models, training, measure, folder, world, stop, fault)

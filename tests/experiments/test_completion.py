@@ -65,7 +65,7 @@ def test_every_command_name_and_key_is_a_word() -> None:
         assert set(candidates(f"upge run {group}=")) == {f"{group}={name}" for name in presets(group)}
     top = candidates("upge run ")
     assert {"algo=", "model=", "model.", "steps=", "optimizer.", "data."} <= set(top) and len(top) < 40
-    assert {*FLAGS} - {"push"} <= {*cli.COMMANDS}
+    assert {*FLAGS} <= {*cli.COMMANDS}
 
 
 def test_a_completion_loads_no_large_package() -> None:

@@ -89,7 +89,7 @@ def test_a_continued_run_is_the_same_and_logs_no_step_twice(name: str, calls: Pa
     ids = {one.get("id") or one["name"] for _, one in inits}
     assert len(ids) == 1 and ids == {json.loads((folder / STATE).read_text())["id"]} and ids.pop().startswith("run-")
     assert named["config"] == CONFIG and "project" in (*given, named.get("project"))
-    assert [one["resume"] for _, one in inits] == ["never", "allow", "allow"]
+    assert [one["resume"] for _, one in inits] == ["allow"] * 3
     if name == "wandb":
         assert named["name"] == "run" and named["dir"] == str(folder)
         assert [call[1] for call in mine if call[0] == "finish"] == [{"exit_code": c} for c in (130, 143, 0)]
@@ -98,8 +98,8 @@ def test_a_continued_run_is_the_same_and_logs_no_step_twice(name: str, calls: Pa
 def test_a_logger_that_is_added_later_begins_there(calls: Path, tmp_path: Path) -> None:
     logged(tmp_path / "run", ["trackio"], range(1, 3))
     logged(tmp_path / "run", ["trackio", "wandb"], range(3, 4), continues=True)
-    inits = [(name, named["resume"]) for name, kind, _, named in (c for c in read(calls) if c[1] == "init")]
-    assert inits == [("trackio", "never"), ("trackio", "allow"), ("wandb", "never")]
+    steps = [(name, step) for name, kind, values, step in (c for c in read(calls) if c[1] == "log") if "loss" in values]
+    assert steps == [("trackio", 1), ("trackio", 2), ("trackio", 3), ("wandb", 3)]
 
 
 def test_without_loggers_nothing_is_written(tmp_path: Path) -> None:
@@ -141,13 +141,15 @@ def test_the_report_is_refreshed_at_each_evaluation(tmp_path: Path, monkeypatch:
 
     written: list[Path] = []
     monkeypatch.setattr(page, "write_report", written.append)
-    told = Told(Progress(3, 0, enabled=False), tmp_path)
+    told = Told(Progress(3, 0, enabled=False), tmp_path, steps=3)
     line = {"step": 2, "samples": 1, "errors": 0, "timeouts": 0, "time": 1.0}
     line["all"] = {"greedy": 0.5, "pass@1": 0.5, "mean@1": 0.5, "problems": 4}
     told.evaluation(line)
     assert written == []
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     told.evaluation(line)
+    assert written == [tmp_path]
+    told.evaluation(line | {"step": 3})
     assert written == [tmp_path]
     monkeypatch.setattr(page, "write_report", lambda folder: 1 / 0)
     told.evaluation(line)
@@ -172,7 +174,7 @@ def test_a_run_logs_and_continues(tmp_path: Path) -> None:
     start(2)
     calls = [call[1:] for call in read(tmp_path / "calls.jsonl")]
     inits = [named for kind, _, named in (c for c in calls if c[0] == "init")]
-    assert [one["resume"] for one in inits] == ["never", "allow"] and len({one["id"] for one in inits}) == 1
+    assert len(inits) == 2 and len({one["id"] for one in inits}) == 1
     assert inits[0]["config"]["optimizer"]["lr"] and "experiments.run" in inits[0]["config"]["command"]
     assert [step for kind, values, step in (c for c in calls if c[0] == "log") if "loss" in values] == [1, 2]
     assert [step for kind, values, step in (c for c in calls if c[0] == "log") if "eval/greedy" in values] == [0, 1, 2]
@@ -226,3 +228,30 @@ def test_wandb_offline_holds_one_run(tmp_path: Path) -> None:
     runs = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
     ids = {json.loads((tmp_path / "run" / STATE).read_text())["id"]}
     assert len(runs) == 2 and {"-".join(path.name.split("-")[3:]) for path in runs} == ids
+
+
+def test_tensorboard_drops_the_steps_that_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[Any, ...]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int | None, flush_secs: int) -> None:
+            told.append(("open", folder, purge_step))
+
+        def add_text(self, tag: str, text: str, step: int) -> None:
+            told.append((tag, '"lr": 0.0001' in text, step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            told.append((name, value, step))
+
+        def close(self) -> None:
+            told.append(("close",))
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    logged(tmp_path / "run", ["tensorboard"], range(1, 4))
+    logged(tmp_path / "run", ["tensorboard"], range(3, 5), continues=True)
+    folder = str(tmp_path / "run" / "tensorboard")
+    assert [one[1:] for one in told if one[0] == "open"] == [(folder, None), (folder, 3)]
+    assert [one[2] for one in told if one[0] == "loss"] == [1, 2, 3, 3, 4]
+    assert ("eval/hard/greedy", 0.25, 2) in told and ("config", True, 0) in told and told[-1] == ("close",)
