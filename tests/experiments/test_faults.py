@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,9 +26,12 @@ from tests.running import SMALL, environment, lines, run
 from upge.algorithm import Algorithm
 from upge.data import Example, Problem
 from upge.errors import ConfigError
+from upge.pipeline import Pipeline
 from upge.plan import Plan
 from upge.rollout import Sampling
+from upge.train import parts as train_parts
 from upge.train.alarms import AlarmConfig, raised
+from upge.train.config import RunConfig
 from upge.train.faults import Fault, check_mark, marked
 from upge.train.sample import Trajectory, assemble, indexed
 from upge.train.step_batch import StepBatch
@@ -337,3 +341,27 @@ def test_the_alarm_for_cut_demonstrations_counts_missing_ends() -> None:
     assert raised([{"demonstrations_cut_share": 0.05}] * 3, AlarmConfig(), 100) == {}
     assert list(raised([{}, {"gradient/split_error": 0.06}], AlarmConfig(), 100)) == ["gradient_split"]
     assert raised([{"gradient/split_error": 0.04}], AlarmConfig(), 100) == {}
+
+
+def test_a_fault_of_the_updates_can_be_limited_to_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, fault = algorithms.load("sft_then_grpo"), faults.load("dropped_micro_batches", 4)
+    monkeypatch.setattr(train_parts, "Learner", lambda *given, adapt: adapt)
+    for stages, expected in {(): {"demonstrate", "reinforce"}, ("demonstrate",): {"demonstrate"}}.items():
+        config = dataclasses.replace(RunConfig(), fault_stages=list(stages))
+        prompting = SimpleNamespace(stop_token_ids=())
+        parts: Any = SimpleNamespace(
+            config=config, prompting=prompting, models=None, train=None, world=None, fault=fault
+        )
+        learners = {
+            span.name: train_parts.learner_of(parts, span, lambda: None) for span in Pipeline.of(pipeline).spans(10)
+        }
+        assert {name for name, adapt in learners.items() if adapt is fault.updater} == expected
+    for name, stages, algo, text in [
+        ("dropped_micro_batches", ["demonstrates"], "sft_then_grpo", "did you mean 'demonstrate'"),
+        ("dropped_micro_batches", ["demonstrate"], "sft", "leave it out, because the algorithm has no stages"),
+        ("stale_weights", ["reinforce"], "sft_then_grpo", "fault=stale_weights does not change the updates"),
+    ]:
+        config = dataclasses.replace(RunConfig(), fault=name, fault_stages=stages)
+        composed: Any = SimpleNamespace(config=config, algorithm=algorithms.load(algo))
+        with pytest.raises(ConfigError, match=f"fault_stages: .*{text}"):
+            faults.prepare(composed)

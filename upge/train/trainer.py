@@ -298,9 +298,8 @@ class Trainer:
         start = time.perf_counter()
         report, more = learner.update(collected, step_in_stage, rates, memory, diagnostics, weights)
         times = {"time/train": time.perf_counter() - start, "time/sync": sync_seconds}
-        extra = more | collected.metrics | times | {"learning_rate": rates.policy or 0.0}
+        extra = more | collected.metrics | times | {"learning_rate": rates.policy or 0.0} | self.parts.fault.metrics()
         extra |= noise.metrics() if learner.samples else {}
-        extra |= self.parts.fault.metrics()
         if len(self.spans) > 1:
             extra["stage"] = stage + 1
         state.step += 1

@@ -153,10 +153,8 @@ class Updater:
             update, is_first = updates[number], not steps
             poll = None if steps or critic_steps else self.poll
             if rates.policy is not None and update.trains_policy:
-                if is_first and diagnostics.term_gradients:
-                    metrics |= term_gradient_metrics(update.plan, partial(self._gradient, update.batch), self.engine)
-                if is_first and diagnostics.split:
-                    metrics |= self._split_error(update)
+                if is_first:
+                    metrics |= self._diagnosed(update, diagnostics)
                 passes = self.run_micro_batches(update, len(steps) + 1, is_first and diagnostics.top_tokens, poll)
                 sums, tops, plans[number] = sums + passes.sums, tops + passes.tops, passes.plan
                 if is_first and self.config.epochs > 1:
@@ -271,6 +269,13 @@ class Updater:
 
         self._run(batch, contributing, estimates_of)
         return self.engine.take_gradient()
+
+    def _diagnosed(self, update: Update, diagnostics: Diagnostics) -> dict[str, float]:
+        """What gradients of the update tell before it is made."""
+        metrics: dict[str, float] = {}
+        if diagnostics.term_gradients:
+            metrics |= term_gradient_metrics(update.plan, partial(self._gradient, update.batch), self.engine)
+        return metrics | (self._split_error(update) if diagnostics.split else {})
 
     def _split_error(self, update: Update) -> dict[str, float]:
         """The distance of the gradient from that of smaller micro-batches, relative to its norm; 0 but for rounding."""
