@@ -70,26 +70,23 @@ def gradient_noise(rollouts: UnifiedGradient, demonstrations: UnifiedGradient, b
         rollouts, demonstrations: the estimators of `measured_terms`.
         batch: with log-probs [B, T].
     """
+    assert batch.logprobs is not None
+    logprobs = batch.logprobs.detach().double()
     if batch.behavior_logprobs is None:
         batch = replace(batch, behavior_logprobs=batch.logprobs.detach())
     expert, tokens = batch.is_demonstration, batch.response_mask
     advantages = rollouts.advantage(rollouts.advantage.view(batch)).double() * ~expert[:, None]
-    nll = masked_mean(-batch.logprobs.detach().double(), tokens)[expert, 0]
-    apart = (_shape(demonstrations, batch) - advantages).square()
+    nll = masked_mean(-logprobs, tokens)[expert, 0]
+    denominator, likelihood = (
+        part(part.view(batch)).detach().double() for part in (demonstrations.denominator, demonstrations.likelihood)
+    )
+    apart = (torch.exp(logprobs - denominator + likelihood) - advantages).square()
     values = (
         _variance(masked_mean(advantages, tokens)[~expert, 0]),
         _variance(_trimmed(nll)),
         float(masked_mean(torch.where(tokens, apart, 0.0), tokens).mean()),
     )
     return dict(zip(GRADIENT_NOISE, values, strict=True))
-
-
-def _shape(estimator: UnifiedGradient, batch: Trajectories) -> Float[Tensor, "B T"]:
-    """φ of every token."""
-    denominator, likelihood = (
-        part(part.view(batch)).detach().double() for part in (estimator.denominator, estimator.likelihood)
-    )
-    return torch.exp(batch.logprobs.detach().double() - denominator + likelihood)
 
 
 def _trimmed(values: Float[Tensor, "n"]) -> Float[Tensor, "m"]:
