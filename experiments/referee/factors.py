@@ -208,8 +208,8 @@ class _Product:
         values = {name: part(part.view(data)) for name, part in ADVANTAGES.items()}
         rewards = data.rewards[:, None]
         values["R"] = values["R"] * rewards
-        values["(R - mean of the batch)/std of the batch"] = (
-            ((rewards - rewards.mean()) / rewards.std()).expand_as(values["R"])
+        values["(R - mean of the batch)/std of the batch"] = ((rewards - rewards.mean()) / rewards.std()).expand_as(
+            values["R"]
         )
         return values
 

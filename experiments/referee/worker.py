@@ -60,7 +60,11 @@ def judge_all(framework: ModuleType) -> list[Row]:
         except Exception as error:  # any version may lack what another one has
             lines = traceback.format_exception(error)[-1].strip().splitlines()
             where = traceback.extract_tb(error.__traceback__)[-1]
-            place = "" if isinstance(error, NotImplementedError) else f" ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
+            place = (
+                ""
+                if isinstance(error, NotImplementedError)
+                else f" ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
+            )
             rows.append(Row(case.name, case.algorithm, framework.called(case), error=f"{lines[0]}{place}"))
     return rows
 

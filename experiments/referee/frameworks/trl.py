@@ -61,7 +61,7 @@ def _grpo_update(settings: dict[str, Any]) -> Update:
     cls = importlib.import_module("trl.trainer.grpo_trainer").GRPOTrainer
     constructor = inspect.getsource(cls.__init__)
     scaled = "compute_loss_func=" in constructor
-    accepted = constructor.partition('loss_type not in [')[0]
+    accepted = constructor.partition("loss_type not in [")[0]
     if settings["loss_type"] not in inspect.getsource(cls) or not accepted:
         raise NotImplementedError(f"this version has no loss_type {settings['loss_type']}")
 
