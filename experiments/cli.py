@@ -37,6 +37,7 @@ COMMANDS = {
     "report": "write report.html into the folders of runs",
     "describe": "list the algorithms and corrections, or show one",
     "doctor": "check this machine: driver, memory, kernels, gradients, sampler",
+    "referee": "compare the gradients of other frameworks' losses with those of the algorithms",
     "bench": "measure speed and memory, side by side with other libraries",
     "theory": "print the tables of docs/theory.md, computed exactly",
     "scaling": "print the tables of docs/scaling.md: memory, time and traffic of a step by model size and GPUs",

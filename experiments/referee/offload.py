@@ -69,12 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from deepspeed.comm import torch as backend
 
     if hasattr(backend, "build_shm_op"):  # compiling a collective for several processes takes minutes
-        backend.build_shm_op = lambda: None
+        setattr(backend, "build_shm_op", lambda: None)  # noqa: B010
     deepspeed.init_distributed(dist_backend="gloo")
     rows = {}
     for name, accumulation, passes in RUNS:
         try:
-            rows[name] = {"shares": [round(share, 6) for share in shares(deepspeed, accumulation, passes)]}
+            rows[name] = {"shares": [round(share, 6) + 0.0 for share in shares(deepspeed, accumulation, passes)]}
         except Exception as error:  # any version may refuse a setting
             rows[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
     print(MARK + json.dumps({"version": deepspeed.__version__, "runs": rows}), flush=True)

@@ -1,7 +1,7 @@
 """A loss function of the user's own: `loss=FILE:FUNCTION`.
 
-The function is called once per micro-batch and returns the scalar whose backward pass is added up. It gets by name those
-of these arguments that it has:
+The function is called once per micro-batch and returns the scalar whose backward pass is added up. It gets by name
+those of these arguments that it has:
 
     logprobs         [b, T] log π_θ of each response token, with gradient
     old_logprobs     [b, T] of the policy that sampled
@@ -24,7 +24,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def load(text: str) -> Callable[..., Tensor]:
         if argument not in ARGUMENTS and parameter.default is parameter.empty:
             hint = nearest(argument, ARGUMENTS)
             raise ConfigError(f"{name} has the argument {argument!r}, which the referee does not give; {hint}", "loss")
-    return function
+    return cast(Callable[..., Tensor], function)
 
 
 def update(function: Callable[..., Tensor]) -> Update:

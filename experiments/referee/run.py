@@ -39,10 +39,18 @@ class Result:
 
 
 def results(config: RefereeConfig) -> Iterator[Result]:
-    """The results of all versions, one after the other."""
+    """The results of all versions, one after the other; those that `config.saved` has are not made again."""
     for name in config.frameworks:
         for version in config.versions_of(name):
-            yield judged(name, version, config.download)
+            kept = Path(config.saved) / f"{name}-{version}.json" if config.saved else None
+            if kept is not None and kept.is_file():
+                yield Result(name, version, json.loads(kept.read_text("utf-8")))
+                continue
+            result = judged(name, version, config.download)
+            if kept is not None and not result.error:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(result.data, indent=1), "utf-8")
+            yield result
 
 
 def judged(name: str, version: str, download: bool) -> Result:
@@ -84,10 +92,7 @@ def _worked(name: str, version: str, command: Sequence[str]) -> Result:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, check=False, timeout=TIME_LIMIT, cwd=wheels.cache().parent
-            if wheels.cache().parent.is_dir() else None,
-        )  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=TIME_LIMIT)
     except subprocess.TimeoutExpired:
         return Result(name, version, error=f"the process did not end within {TIME_LIMIT} s")
     for line in reversed(done.stdout.splitlines()):

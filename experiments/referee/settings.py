@@ -22,6 +22,7 @@ KEYS = {
     "frameworks": (f"{','.join((*FRAMEWORKS, OFFLOAD))}", "what to judge, separated by commas"),
     "versions": ("", f"versions of the one framework; empty = those of the page; '{INSTALLED}' = the installed one"),
     "download": ("true", "false: only versions that are in the cache"),
+    "saved": ("", "a folder that keeps the result of each version, and from which it is read again"),
     "loss": ("", "FILE:FUNCTION, a loss function of your own, judged in place of the frameworks'"),
     "algo": ("grpo", "the algorithm that `loss` should be; settings as algo.terms....=VALUE"),
     "output": ("", "an HTML file that is written as well"),
@@ -36,6 +37,7 @@ class RefereeConfig:
         frameworks: names of `FRAMEWORKS` and 'deepspeed'.
         versions: of the only framework; empty = the page's.
         download: whether versions that are not cached are downloaded.
+        saved: a folder of results, or empty.
         loss: FILE:FUNCTION, or empty.
         algo: name of the algorithm that `loss` should be.
         overrides: changes of its file.
@@ -45,6 +47,7 @@ class RefereeConfig:
     frameworks: tuple[str, ...] = (*FRAMEWORKS, OFFLOAD)
     versions: tuple[str, ...] = ()
     download: bool = True
+    saved: str = ""
     loss: str = ""
     algo: str = "grpo"
     overrides: tuple[str, ...] = ()

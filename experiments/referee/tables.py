@@ -92,7 +92,8 @@ _SAMPLED = ("2 micro-batches, sampled for 4", "8 micro-batches, sampled for 2")
 CLAIMS = (
     Claim("TRL #6024", "×0.5 and ×4 where steps_per_generation is not the number of micro-batches", "trl", "dapo",
           _SAMPLED),
-    Claim("TRL #5619", "not divided by the number of micro-batches", "trl", "dapo", ("2 micro-batches", "4 micro-batches")),
+    Claim("TRL #5619", "not divided by the number of micro-batches", "trl", "dapo",
+          ("2 micro-batches", "4 micro-batches")),
     Claim("ms-swift #10117", "divided by the number of micro-batches once more", "ms_swift", "dapo",
           ("2 micro-batches", "4 micro-batches")),
     Claim("OpenRLHF, arXiv 2604.23747", "the mean of micro-batches' means in SFT", "openrlhf", "sft",
@@ -100,8 +101,8 @@ CLAIMS = (
     Claim("ms-swift, seen here", "as TRL #6024", "ms_swift", "dapo", _SAMPLED),
     Claim("verl, seen here", "geo_mean is not divided by the number of micro-batches", "verl", "geo_mean",
           ("2 micro-batches", "4 micro-batches")),
-    Claim("verl, seen here", "seq-mean-token-sum-norm depends on the padding", "verl", "vanilla, seq-mean-token-sum-norm",
-          ("whole", "5 columns of padding")),
+    Claim("verl, seen here", "seq-mean-token-sum-norm depends on the padding", "verl",
+          "vanilla, seq-mean-token-sum-norm", ("whole", "5 columns of padding")),
     Claim("verl, seen here", "token-mean is a mean of micro-batches' means", "verl", "vanilla, token-mean",
           ("4 micro-batches", "2 ranks")),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Wheels of other frameworks: downloaded with pip into a folder outside the repository, unpacked, and never installed."""
+"""Wheels of other frameworks: downloaded with pip into the user's cache, unpacked, and never installed."""
 
 from __future__ import annotations
 

@@ -51,8 +51,8 @@ def _offload(found: Sequence[Result]) -> list[tuple[str, list[str], Table | None
         return []
     failed = [f"Not judged: {r.version}: {r.error}." for r in updates if r.error]
     said = (
-        "The share of each micro-batch's gradient in one real update with ZeRO-2, the optimizer on the CPU and one gloo "
-        "process; a sum over micro-batches has 1 for each."
+        "The share of each micro-batch's gradient in one real update with ZeRO-2, the optimizer on the CPU and one "
+        "gloo process; a sum over micro-batches has 1 for each."
     )
     return [("DeepSpeed: optimizer on the CPU", [said, *failed], tables.offload_table(updates))]
 
