@@ -42,6 +42,7 @@ COMMANDS = {
     "doctor": "check this machine: driver, memory, kernels, gradients, sampler",
     "completion": "print the script that completes commands, keys and values in bash or zsh",
     "faults": "switch faults on, one by one, and record which checks notice each",
+    "referee": "compare the gradients of other frameworks' losses with those of the algorithms",
     "bench": "measure speed and memory, side by side with other libraries",
     "theory": "print the tables of docs/theory.md, computed exactly",
     "scaling": "print the tables of docs/scaling.md: memory, time and traffic of a step by model size and GPUs",

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import algorithms
 from upge.algorithm import Algorithm
+from upge.errors import ConfigError
 from upge.trajectories import Trajectories
 
 #: Sizes of the batch. They differ from each other and from the numbers of micro-batches and ranks, so that a factor of
@@ -76,8 +77,17 @@ class Case:
     layouts: tuple[Layout, ...] = LAYOUTS
 
     def load(self) -> Algorithm:
-        """This project's algorithm."""
-        return algorithms.load(self.algorithm, list(self.overrides))
+        """This project's algorithm.
+
+        Raises:
+            ConfigError: it is a pipeline of several.
+        """
+        loaded = algorithms.load(self.algorithm, list(self.overrides))
+        if not isinstance(loaded, Algorithm):
+            raise ConfigError(
+                f"found {self.algorithm!r}, which is several algorithms in a row; give one of them", "algo"
+            )
+        return loaded
 
 
 @dataclass(frozen=True)
@@ -187,9 +197,19 @@ def micro_batches(batch: Batch, layout: Layout, leaf: Tensor) -> list[list[Micro
         return sum(int(mask[rank[i]].sum()) for rank in parts for i in range(first, first + samplings))
 
     def cut(some: Tensor, step: int) -> Micro:
-        columns = (leaf, batch.old_logprobs, mask, batch.advantages, batch.trajectories.rewards)
-        own = (column[some] for column in (*columns, batch.trajectories.group))
-        return Micro(*own, layout, total, sampled(step), len(leaf), GROUP)
+        return Micro(
+            logprobs=leaf[some],
+            old_logprobs=batch.old_logprobs[some],
+            mask=mask[some],
+            advantages=batch.advantages[some],
+            rewards=batch.trajectories.rewards[some],
+            group=batch.trajectories.group[some],
+            layout=layout,
+            tokens=total,
+            generation_tokens=sampled(step),
+            rollouts=len(leaf),
+            group_size=GROUP,
+        )
 
     return [[cut(some, step) for step, some in enumerate(rank)] for rank in parts]
 

@@ -65,7 +65,6 @@ def make_stub(name: str) -> Any:
 class StubModule(ModuleType):
     """A package that is not there."""
 
-    __path__: Sequence[str] = ()
     __version__ = "0.0.0"
 
     def __getattr__(self, name: str) -> Any:
@@ -107,17 +106,14 @@ def install(own: Sequence[str], real: Callable[..., Any] = builtins.__import__) 
         if level == 0 and top in HEAVY and top not in own:
             return stub(name, fromlist)
         try:
-            return real(name, globals, locals, fromlist, level)
+            module = real(name, globals, locals, fromlist, level)
         except ModuleNotFoundError:
             if level or top in (*own, *ABSENT):
                 raise
             return stub(name, fromlist)
-        except (ImportError, AttributeError):
-            if not fromlist or level or top in own:
-                raise
-            real(name, globals, locals, (), level)
-            fill(sys.modules[name], fromlist)
-            return sys.modules[name]
+        if fromlist and not level and top not in own:
+            fill(module, fromlist)
+        return module
 
     builtins.__import__ = importing
     return replaced

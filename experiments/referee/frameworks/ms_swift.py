@@ -20,8 +20,8 @@ VERSIONS = ("3.12.6", "4.5.3", "4.6.0")
 COMPANIONS = {"3.12.6": {"trl": "0.24.0"}, "": {"trl": "0.29.1"}}
 SUPPLIED = (
     "the trainer's attributes (its constructor does not run), its forward pass (log-probs), old log-probs, advantages, "
-    "num_items_in_batch (tokens of the sampling), a backward pass without a factor; TRL is 0.24.0 for 3.12.6 and 0.29.1 "
-    "for later versions, and transformers' training_step is that of the installed version"
+    "num_items_in_batch (tokens of the sampling), a backward pass without a factor; TRL is 0.24.0 for 3.12.6 and "
+    "0.29.1 for later versions, and transformers' training_step is that of the installed version"
 )
 _PLACES = ("swift.rlhf_trainers.grpo_trainer", "swift.trainers.rlhf_trainer.grpo_trainer")
 
@@ -75,7 +75,8 @@ def update(case: Case) -> Update:
         arguments |= {"top_entropy_quantile": 1.0}
         made = trainer(
             cls, micros[0].layout, model, arguments, **case.settings,
-            compute_loss_func=None, model_accepts_loss_kwargs=False, sdar_loss_coef=0.0, template=Bag(padding_free=False),
+            compute_loss_func=None, model_accepts_loss_kwargs=False, sdar_loss_coef=0.0,
+            template=Bag(padding_free=False),
             _get_per_token_logps_and_entropies=lambda *a, **k: (now["micro"].logprobs, None),
         )  # fmt: skip
         for micro in micros:

@@ -95,7 +95,7 @@ def _iterator() -> Any:
 
     def counted(micros: Sequence[Micro]) -> Iterator[tuple[Micro, dict[str, Any]]]:
         layout = micros[0].layout
-        module.dist = _ranks(layout.ranks, (micros[0].tokens, micros[0].rollouts))
+        vars(module)["dist"] = _ranks(layout.ranks, (micros[0].tokens, micros[0].rollouts))
         items: Iterable[Any] = micros
         yield from module.iter_grad_accum_global_norm(items, Bag(), layout.micro_batches, lambda m: m.mask)
 

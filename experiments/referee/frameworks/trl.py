@@ -17,9 +17,9 @@ DISTRIBUTION, PACKAGES = "trl", ("trl",)
 #: Versions that are judged by default, oldest first.
 VERSIONS = ("0.20.0", "0.24.0", "1.8.0", "1.9.2", "1.16.0")
 SUPPLIED = (
-    "the trainer's attributes (its constructor does not run), log-probs through a model with two tokens, old log-probs, "
-    "advantages, num_items_in_batch (tokens of the sampling; for SFT of the update), a backward pass without a factor; "
-    "transformers' training_step is that of the installed version"
+    "the trainer's attributes (its constructor does not run), log-probs through a model with two tokens, old "
+    "log-probs, advantages, num_items_in_batch (tokens of the sampling; for SFT of the update), a backward pass "
+    "without a factor; transformers' training_step is that of the installed version"
 )
 _BOTH = LAYOUTS + GENERATIONS
 _CLIP = {"epsilon_low": 0.2, "epsilon_high": 0.2}

@@ -1,4 +1,4 @@
-"""verl: the update of its actor where it has one (to 0.7), its registered policy losses elsewhere, and its advantages."""
+"""verl: the update of its actor where it has one (to 0.7), else its registered policy losses, and its advantages."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ DISTRIBUTION, PACKAGES = "verl", ("verl",)
 #: Versions that are judged by default, oldest first.
 VERSIONS = ("0.3.0.post1", "0.5.0", "0.7.1", "0.9.1")
 SUPPLIED = (
-    "the actor's attributes and configuration, its forward pass (log-probs), old log-probs, a batch with the methods of "
-    "DataProto; from 0.8 on also what the engine counts: tokens and rollouts of the update and the number of ranks. "
+    "the actor's attributes and configuration, its forward pass (log-probs), old log-probs, a batch with the methods "
+    "of DataProto; from 0.8 on also what the engine counts: tokens and rollouts of the update and the number of ranks. "
     "Advantages of GRPO are verl's own (compute_grpo_outcome_advantage)"
 )
 _DUAL = ("terms.rl.estimator.mask.dual=3.0",)
@@ -41,7 +41,8 @@ def cases() -> list[Case]:
     vanilla = {"loss_mode": "vanilla", "low": 0.2, "high": 0.2}
     return [
         named("vanilla, token-mean", GRPO, {**vanilla, "agg": "token-mean"}, extra=TOKEN_MEAN + _DUAL),
-        named("vanilla, seq-mean-token-mean", GRPO, {**vanilla, "agg": "seq-mean-token-mean"}, extra=SEQUENCE_MEAN + _DUAL),
+        named("vanilla, seq-mean-token-mean", GRPO, {**vanilla, "agg": "seq-mean-token-mean"},
+              extra=SEQUENCE_MEAN + _DUAL),
         named("vanilla, seq-mean-token-sum-norm", DR_GRPO, {**vanilla, "agg": "seq-mean-token-sum-norm", "std": False},
               extra=_DUAL),
         named("gspo, seq-mean-token-mean", GSPO, _mode("gspo", "seq-mean-token-mean", 3e-4, 4e-4)),
