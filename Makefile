@@ -60,7 +60,7 @@ docs: env  ## regenerate the generated parts of README.md and docs/, about two m
 
 docs-site: env  ## build the documentation's site in site/, with the packages of .venv-docs
 	@bash requirements/docs.sh
-	.venv-docs/bin/python -m experiments.site
+	$${DOCS:-.venv-docs}/bin/python -m experiments.site
 
 results: env  ## regenerate docs/results.md: all sweeps of the small model and the diagnosis, hours on two cores
 	$(VENV)/bin/python -m experiments.sweep sweep=main --docs
