@@ -61,7 +61,7 @@ docs: env  ## regenerate the generated parts of README.md and docs/ and the list
 
 docs-site: env  ## build the documentation's site in site/, with the packages of .venv-docs
 	@bash requirements/docs.sh
-	.venv-docs/bin/python -m experiments.site
+	$${DOCS:-.venv-docs}/bin/python -m experiments.site
 
 notebooks: env  ## write the examples as notebooks; ARGS=--run renews their output, three minutes
 	$(VENV)/bin/python examples/render.py $(ARGS)

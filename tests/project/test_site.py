@@ -190,7 +190,8 @@ def test_the_page_of_an_algorithm_is_whole():
         assert all(f"https://arxiv.org/abs/{paper}" in text for paper in words(name).papers)
         assert all(f"[`{type(part).__name__}`]" in text for path, part in algorithm.parts.items() if "terms." in path)
         assert "`hpt`" not in text or name == "hpt"
-    assert "| HPT | 5 |" in pages.algorithm_page("hpt") and "critic/" in pages.algorithm_page("ppo")
+    assert "| HPT | 5 |" in pages.algorithm_page("hpt") and "critic/" in (text := pages.algorithm_page("ppo"))
+    assert "critic, minimized separately" in text
     assert "in no comparison" in pages.algorithm_page("real")
 
 
