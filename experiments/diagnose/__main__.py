@@ -116,7 +116,7 @@ def _sampled(chosen: Any, console: Any) -> tuple[list, list[str]]:
     with policies(chosen) as measured_policies:
         measured_policies = ordered(measured_policies)
         chosen_problems = problems(chosen, measured_policies[0].model)
-        notes = list(chosen_problems.notes)
+        notes = [*chosen_problems.notes, *_trained_with_faults(measured_policies)]
         if not chosen_problems.has_pairs:
             chosen, lacking = without_pairs(chosen)
             why = "it learns from preference pairs, and the data have none"
@@ -143,6 +143,14 @@ def _sampled(chosen: Any, console: Any) -> tuple[list, list[str]]:
             say(f"policy {policy.label}: {policy.model.path}")
             results.append(measure(chosen, chosen_problems, policy, others, say))
     return results, notes
+
+
+def _trained_with_faults(measured_policies: Sequence[Any]) -> list[str]:
+    """A note on each policy that was trained with a fault on purpose."""
+    from upge.train.faults import NONE, marked
+
+    found = {policy.label: marked(policy.model.path) for policy in measured_policies}
+    return [f"{label} was trained with a fault on purpose ({name})" for label, name in found.items() if name != NONE]
 
 
 if __name__ == "__main__":
