@@ -84,3 +84,5 @@ results: env  ## regenerate docs/results.md: all sweeps of the small model and t
 	$(VENV)/bin/python -m experiments.diagnose output=diagnoses/main algos=[sft,dr_grpo,grpo,luffy,srft,hpt] data.train_size=510 \
 		"policies=[before:experiments/models/tiny,after:sweeps/main/runs/HPT/seed-0/final]" \
 		"data.levels=[3 numbers,4 numbers,5 numbers,3 mixed,4 mixed,5 mixed]"
+	$(VENV)/bin/python -m experiments.regret output=regrets/main $(TAUGHT) data.train_size=510 data.evaluation_size=512 \
+		"policies=[before:experiments/models/tiny,after:sweeps/main/runs/HPT/seed-0/final]" --docs

@@ -75,7 +75,9 @@ def _regret(arguments: Sequence[str]) -> int:
     for path in written:
         say(f"wrote {path}")
     if flags["--docs"]:
-        _update_docs(write.section(measured, metadata), [path for path in written if path.suffix == ".png"])
+        _update_docs(
+            write.section(measured, metadata), [p for p in written if p.suffix == ".png" and p.stem.startswith("adam-")]
+        )
     return cli.DONE
 
 

@@ -225,7 +225,7 @@ def section(policies: Sequence[Analyzed], metadata: Mapping[str, Any]) -> str:
     for one in policies:
         name = f"adam-{folder_name(one.result.label)}"
         parts += [f"### Policy {markdown_text(one.result.label)}", markdown_text(summary(one))]
-        parts.append(f"![Gains, best actions and regret by pass rate](results/regret-{name}.png)")
+        parts.append(f"![Gains, best actions and regret by pass rate: {name}](results/regret-{name}.png)")
         made = [count_grid(one, "adam"), gate_grid(one, "adam"), finite_grid(one)]
         for grid in (grid for grid in made if grid is not None):
             parts += [f"**{markdown_text(grid.title)}**", markdown(grid)]

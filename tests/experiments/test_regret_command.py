@@ -1,0 +1,93 @@
+"""The command line of the measurement of regret: its folder, its numbers, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+
+import algorithms
+from experiments.regret import __main__ as regret
+from experiments.regret.analysis import RULES, merged
+from experiments.regret.settings import choose, gates_of
+from upge.errors import ConfigError
+
+#: A measurement of seconds.
+TINY = (
+    "data.levels=[2 numbers,3 numbers,4 mixed]", "data.train_size=24", "prompts=6", "group_size=3", "held_out=12",
+    "held_out_samples=4", "parts=3", "finite=3", "finite_parts=1", "rollout.max_response_tokens=48",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_number_is_recorded(tmp_path):
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        assert regret.main([*TINY, "policies=[before:tiny]", f"output={folder}"]) == 0
+    whole, again = (json.loads((folder / "regret.json").read_text()) for folder in folders)
+    (policy,) = whole["policies"]
+    assert [(one["rule"], one["objective"]) for one in policy["analyses"]] == [
+        (rule, objective) for rule in RULES for objective in ("accuracy", "log-likelihood")
+    ]
+    names = [one["name"] for one in policy["analyses"][0]["scores"]]
+    assert names[:3] == ["oracle", "best constant", "nothing"] and "hpt, γ=0, superrl" in names
+    assert names[-2:] == ["learned from the pass rate", "learned from all features"]
+    assert sum(one["groups"] for one in policy["analyses"][0]["by_count"]) == 12
+    assert len(policy["finite"]) == 6 and whole["seed"] == 0 and whole["settings"]["own"]["parts"] == 3
+    for one, other in zip(policy["analyses"], again["policies"][0]["analyses"], strict=True):
+        for a, b in zip(one["scores"], other["scores"], strict=True):
+            assert a["name"] == b["name"] and a["gain"]["value"] == pytest.approx(
+                b["gain"]["value"], rel=1e-3, abs=1e-5
+            )
+    rows = list(csv.DictReader((folders[0] / "groups.csv").open()))
+    assert len(rows) == 12 and {row["policy"] for row in rows} == {"before"}
+    text, page = (folders[0] / "report.md").read_text(), (folders[0] / "report.html").read_text()
+    assert "| hpt, γ=0, superrl |" in text and page.count("<svg") == 2 and "src=" not in page
+    assert (folders[0] / "adam-before.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["gates=[luffy,nothing]"], "no algorithm 'nothing'"),
+        (["gates=[srft]"], "srft does not have exactly one term on rollouts and one on demonstrations"),
+        (["gates=[sft_then_grpo]"], "sft_then_grpo does not have"),
+        (["gates=[1]"], "give names of algorithms"),
+        (["parts=5", "held_out=12"], "parts: 5 with held_out=12"),
+        (["parts=6", "held_out=6"], "parts: 6 with held_out=6"),
+        (["finite_parts=17"], "finite_parts: 17 is more than parts=16"),
+        (["mixtures=[0,2]"], "give numbers between 0 and 1"),
+        (["mixtures=[]"], "give numbers between 0 and 1"),
+        (["sketch=100"], "sketch: unknown key"),
+        (["algos=[hpt]"], "algos: unknown key"),
+        (["partz=3"], "unknown key; did you mean"),
+        (["adam_length=0"], "adam_length: found 0"),
+        (["held_out=99999", "parts=9"], "held_out: 99999"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(arguments, error, capsys):
+    assert regret.main([*arguments, "model=tiny"]) == 2
+    assert error in " ".join(capsys.readouterr().err.split())
+
+
+def test_gates_are_named_after_algorithms_and_thresholds():
+    chosen = choose([*TINY, "gates=hpt,superrl,amft"])
+    assert [name for name in chosen.gates if "constant" not in name] == [
+        "hpt", "γ=0", "γ=0.333", "γ=0.667", "γ=1", "superrl", "amft",
+    ]  # fmt: skip
+    assert chosen.config.balance == 8 and {*chosen.signals.terms} == {chosen.rollouts, chosen.demonstrations}
+    with pytest.raises(ConfigError, match="exactly one term"):
+        gates_of("grpo", algorithms.load("grpo"), 8)
+
+
+def test_help_lists_own_and_shared_keys():
+    text = regret.help_text()
+    assert all(f"  {name}=" in text for name in ("gates", "parts", "adam_length", "prompts", "rollout.temperature"))
+    assert "sketch=" not in text
+
+
+def test_equal_gates_share_a_row():
+    one, other = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.0]])
+    assert list(merged({"a": one, "c": other, "b": one, "w": one}, exclude=["w"])) == ["a, b", "c"]
