@@ -136,8 +136,8 @@ ABSENT: dict[str, str] = {
     "nnodes": "start torchrun on each machine, as the first lines of --help show",
     "remove_padding": "sequences are always packed without padding",
     "use_remove_padding": "sequences are always packed without padding",
-    "push_to_hub": "a run uploads nothing; its final/ is a Hugging Face model",
-    "hub_model_id": "a run uploads nothing; its final/ is a Hugging Face model",
+    "push_to_hub": "a run uploads nothing; upge push RUN uploads its final/",
+    "hub_model_id": "a run uploads nothing; upge push RUN repo=OWNER/NAME uploads its final/",
 }
 #: Least similarity of two last parts, from 0 to 1, for a hint.
 _SIMILAR = 0.7

@@ -28,8 +28,8 @@ Usage: python -m experiments.watch RUN [port=N] [every=SECONDS] [--no-serve]
 
 Prints the metrics of a run as it writes them, and serves its report at an address of this machine that no other
 machine can reach. The page is made anew when the run has written something, and a browser reloads it by itself.
-RUN is the folder of a run, which may still be running, have ended, or not have begun. Ctrl-C ends the watch and
-leaves the run alone; with --no-serve it also ends with the run.
+RUN is the folder of a run, which may be running or have ended. Ctrl-C ends the watch and leaves the run alone; with
+--no-serve the watch also ends with the run.
 """
 #: Steps that a terminal shows.
 SHOWN = 12

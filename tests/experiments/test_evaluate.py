@@ -215,7 +215,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
 
 
 def test_help_names_every_key(capsys):
-    run("--help")
+    run("--help", "all")
     printed = capsys.readouterr().out
     words = " ".join(printed.split())
     assert all(f"{key}=" in printed and " ".join(meaning.split()) in words for key, _, meaning in keys())

@@ -137,7 +137,7 @@ def test_an_interrupted_program_prints_its_table(capsys: pytest.CaptureFixture[s
 
 def test_the_program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     assert __main__.main([]) == 0
-    listed = capsys.readouterr().out
+    listed = " ".join(capsys.readouterr().out.split())
     for name in BENCHES:
         bench = importlib.import_module(f"experiments.bench.{name}")
         assert name in listed and bench.SUMMARY in listed and dataclasses.is_dataclass(bench.Settings)
