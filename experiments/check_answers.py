@@ -215,7 +215,7 @@ def find(arguments: Sequence[str]) -> dict[str, Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the tables, or updates the page; returns the exit code, 2 on bad input."""
-    return cli.run_command(_check_answers, arguments, lambda: str(__doc__))
+    return cli.run_command(_check_answers, arguments, lambda everything: str(__doc__))
 
 
 def _check_answers(arguments: list[str]) -> int:

@@ -15,10 +15,11 @@ import algorithms
 import upge
 from tests.models import trajectories
 from upge.train.collect import Collection
-from upge.train.config import CriticConfig, LearningRates, ModelConfig, OptimizerConfig
+from upge.train.config import CriticConfig, ModelConfig, OptimizerConfig
 from upge.train.distributed import connect, leave
 from upge.train.engine import CriticEngine, Engine, ReferencePolicy
 from upge.train.learner import Learner, Models
+from upge.train.lr_schedule import LearningRates
 from upge.train.metrics import step_metrics
 
 LR, SIZE, BONUS = 0.3, 3, 0.5

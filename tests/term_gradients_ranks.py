@@ -12,10 +12,11 @@ import torch
 import algorithms
 import upge
 from tests.models import trajectories
-from upge.train.config import LearningRates, ModelConfig, OptimizerConfig
+from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.diagnostics import NO_DIAGNOSTICS, Diagnostics, merged, term_gradients
 from upge.train.distributed import connect, leave
 from upge.train.engine import Engine, ReferencePolicy
+from upge.train.lr_schedule import LearningRates
 from upge.train.metrics import step_metrics
 from upge.train.update import Updater
 

@@ -14,9 +14,10 @@ import torch
 from tests.compositions import by_stage, load
 from tests.models import trajectories
 from upge import Algorithm
-from upge.train.config import LearningRates, ModelConfig, OptimizerConfig
+from upge.train.config import ModelConfig, OptimizerConfig
 from upge.train.distributed import connect, leave
 from upge.train.engine import Engine
+from upge.train.lr_schedule import LearningRates
 from upge.train.sample import assemble
 from upge.train.step_batch import StepBatch
 from upge.train.update import Update, Updater

@@ -183,9 +183,10 @@ def measured(point: Point) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     import algorithms
-    from upge.train.config import LearningRates, ModelConfig, OptimizerConfig
+    from upge.train.config import ModelConfig, OptimizerConfig
     from upge.train.distributed import connect, leave
     from upge.train.engine import Engine
+    from upge.train.lr_schedule import LearningRates
     from upge.train.update import Updater
 
     world, config = connect(), OptimizerConfig(micro_batch_tokens=point.micro_batch_tokens)

@@ -14,8 +14,9 @@ from experiments.doctor.rows import Context, Row, Verdict, judged, size_of
 from experiments.run.workload import pluralize
 from upge.models.loading import read_config
 from upge.rollout import Rollout, Sampler, Sampling
-from upge.train.config import LearningRates, OptimizerConfig
+from upge.train.config import OptimizerConfig
 from upge.train.engine import Engine, WeightSync
+from upge.train.lr_schedule import LearningRates
 from upge.train.sample import Trajectory, indexed
 from upge.train.update import Updater
 

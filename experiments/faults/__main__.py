@@ -66,7 +66,7 @@ class Noticed:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code (0 as it must be, 1 otherwise, 2 bad input)."""
-    return cli.run_command(_faults, arguments, lambda: str(__doc__))
+    return cli.run_command(_faults, arguments, lambda everything: str(__doc__))
 
 
 def _faults(arguments: list[str]) -> int:

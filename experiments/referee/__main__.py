@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return cli.run_command(_referee, arguments, help_text)
 
 
-def help_text() -> str:
+def help_text(everything: bool = False) -> str:
     """What `--help` prints."""
     keys = [cli.help_row(f"{name}={default}", meaning) for name, (default, meaning) in KEYS.items()]
     return "\n".join([str(__doc__), "Keys:", *keys, "", str(own.__doc__)])

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return cli.run_command(_regret, arguments, help_text)
 
 
-def help_text() -> str:
+def help_text(everything: bool = False) -> str:
     """What --help prints."""
     from experiments.regret.settings import keys
 

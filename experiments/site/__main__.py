@@ -20,7 +20,7 @@ OUTPUT = cli.ROOT / "site"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Builds the site or draws the pictures; returns the exit code, 1 if the build warns, 2 on bad input."""
-    return cli.run_command(_site, arguments, lambda: str(__doc__))
+    return cli.run_command(_site, arguments, lambda everything: str(__doc__))
 
 
 def _site(arguments: list[str]) -> int:

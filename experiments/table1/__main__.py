@@ -149,7 +149,7 @@ def updated(page: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table, or updates the page; returns the exit code, 2 on bad input, 1 if a proof fails."""
-    return cli.run_command(_table1, arguments, lambda: str(__doc__))
+    return cli.run_command(_table1, arguments, lambda everything: str(__doc__))
 
 
 def _table1(arguments: list[str]) -> int:

@@ -16,10 +16,11 @@ from upge.data import Example
 from upge.gradient_noise import gradient_noise, measured_terms
 from upge.stateful import GRADIENT_NOISE, UTILITY_SLOPE, StatefulGate
 from upge.train.collect import HELD_OUT, Collector
-from upge.train.config import Behavior, LearningRates, OptimizerConfig
+from upge.train.config import Behavior, OptimizerConfig
 from upge.train.diagnostics import NO_DIAGNOSTICS, Diagnostics
 from upge.train.engine import CriticEngine, Engine, FrozenPolicy, Teacher
 from upge.train.lag import Weights
+from upge.train.lr_schedule import LearningRates
 from upge.train.metrics import UpdateReport
 from upge.train.prompt_records import NO_DRIFT, Drift, PromptReader, Prompts, Visit, compared, drift, remember, visits
 from upge.train.replay import ReplayBuffer

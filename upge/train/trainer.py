@@ -16,12 +16,12 @@ from upge.pipeline import Pipeline, Span
 from upge.train.alarms import AlarmMonitor
 from upge.train.checkpoint import check as check_checkpoint
 from upge.train.checkpoint import seal
-from upge.train.config import learning_rates
 from upge.train.engine import WeightSync
 from upge.train.files import disk_errors, read_lines
 from upge.train.given import demonstration_metrics
 from upge.train.lag import EarlierWeights, Weights
 from upge.train.learner import Collected, Learner, Memory
+from upge.train.lr_schedule import learning_rates
 from upge.train.metrics import (
     Recorder,
     nonfinite,

@@ -18,7 +18,7 @@ from upge.components.base import Precomputed
 from upge.errors import Interrupted
 from upge.estimate import Estimate
 from upge.plan import Plan
-from upge.train.config import LearningRates, OptimizerConfig
+from upge.train.config import OptimizerConfig
 from upge.train.critic import CriticTarget, CriticUpdater, value_metrics
 from upge.train.deepspeed_module import StepResult
 from upge.train.diagnostics import (
@@ -30,6 +30,7 @@ from upge.train.diagnostics import (
     top_trajectories,
 )
 from upge.train.engine import CriticEngine, Engine, FrozenPolicy, Teacher
+from upge.train.lr_schedule import LearningRates
 from upge.train.metrics import ActiveTrajectories, MetricSums, UpdateReport
 from upge.train.micro_batches import EstimatesOf, MicroBatch, naming_size
 from upge.train.off_policy import OffPolicySums

@@ -17,8 +17,9 @@ from tests.upge.test_batch_reach import ALGORITHMS, LikelyHalf, grpo
 from tests.upge.train.test_update import padded_logprobs
 from tests.upge.train.test_update_columns import PlainEngine
 from upge.errors import Interrupted
-from upge.train.config import LearningRates, OptimizerConfig
+from upge.train.config import OptimizerConfig
 from upge.train.diagnostics import Diagnostics
+from upge.train.lr_schedule import LearningRates
 from upge.train.sample import assemble
 from upge.train.step_batch import update_rows
 from upge.train.update import Updater

@@ -11,9 +11,10 @@ from tests.upge.train.test_collect import algorithm
 from upge import Algorithm, Pipeline
 from upge.config import from_tree
 from upge.pipeline import Stage
-from upge.train.config import RunConfig, learning_rates
+from upge.train.config import RunConfig
 from upge.train.engine import CriticEngine, Engine
 from upge.train.learner import Memory, Models
+from upge.train.lr_schedule import learning_rates
 from upge.train.moments import Moments
 from upge.train.parts import State
 from upge.train.trainer import Trainer

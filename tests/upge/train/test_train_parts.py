@@ -13,9 +13,10 @@ import algorithms
 from tests.models import trajectories
 from upge.config import defaults, from_tree, meanings
 from upge.errors import ConfigError
-from upge.train.config import OptimizerConfig, RunConfig, learning_rate
+from upge.train.config import OptimizerConfig, RunConfig
 from upge.train.files import read_lines
 from upge.train.folder import RunFolder
+from upge.train.lr_schedule import learning_rate
 from upge.train.metrics import rollout_metrics
 from upge.train.prompt_order import prompt_indices, stream_seed
 from upge.train.sample import Trajectory, assemble

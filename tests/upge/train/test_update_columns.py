@@ -15,8 +15,9 @@ import algorithms
 import upge
 from tests.models import save_random_model, trajectories
 from tests.upge.train.test_update import padded_logprobs
-from upge.train.config import LearningRates, OptimizerConfig
+from upge.train.config import OptimizerConfig
 from upge.train.deepspeed_module import StepResult
+from upge.train.lr_schedule import LearningRates
 from upge.train.micro_batches import Costs
 from upge.train.packed_policy import PackedPolicy
 from upge.train.packing import pack
