@@ -144,9 +144,10 @@ def _scores(rows: Mapping[str, Float[Tensor, "M H"]], tested: Sequence[str]) -> 
     ahead = two_way(values - rows[BEST_CONSTANT])
     places = [names.index(name) for name in tested]
     adjusted = dict(zip(places, holm([ahead[i].p_value for i in places]), strict=True))
+    each = zip(names, means, regrets, ahead, strict=True)
     return tuple(
-        Score(name, *of, adjusted.get(i, float("nan")))
-        for i, (name, *of) in enumerate(zip(names, means, regrets, ahead, strict=True))
+        Score(name, gain, regret, difference, adjusted.get(place, float("nan")))
+        for place, (name, gain, regret, difference) in enumerate(each)
     )
 
 
