@@ -76,6 +76,18 @@ def test_help_fits_the_screen_and_says_how_to_see_the_rest(command: str) -> None
     assert bool(left) == (short != whole)
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("arguments", [["--help"], ["--help", "all"]], ids=" ".join)
+def test_every_command_has_help(command: str, arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    package = Path(cli.__file__).with_name(command)
+    module = importlib.import_module(f"experiments.{command}" + (".__main__" if package.is_dir() else ""))
+    try:
+        code = module.main(arguments)
+    except SystemExit as ended:  # argparse
+        code = ended.code
+    assert code == 0 and len(capsys.readouterr().out) > 100
+
+
 def test_help_of_a_bench_has_its_keys(capsys: pytest.CaptureFixture) -> None:
     from experiments.bench.__main__ import BENCHES, main
 
