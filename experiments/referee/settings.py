@@ -15,8 +15,8 @@ from upge.errors import ConfigError, nearest
 #: The frameworks that have an adapter, and DeepSpeed, of which real updates are run.
 FRAMEWORKS = ("trl", "verl", "ms_swift", "openrlhf")
 OFFLOAD = "deepspeed"
-#: Versions of DeepSpeed that are judged by default: the last with the fault, the first without, and a late one.
-DEEPSPEED_VERSIONS = ("0.18.9", "0.19.0", "0.19.8")
+#: Versions of DeepSpeed that are judged by default: the last two with the fault, and the first without.
+DEEPSPEED_VERSIONS = ("0.18.8", "0.18.9", "0.19.0")
 INSTALLED = "installed"
 KEYS = {
     "frameworks": (f"{','.join((*FRAMEWORKS, OFFLOAD))}", "what to judge, separated by commas"),

@@ -61,7 +61,7 @@ def text(found: Sequence[Result]) -> str:
     """What the command prints."""
     parts = [_LEGEND]
     for title, notes, table in sections(found):
-        parts.append("\n".join([f"## {title}", "", *notes]))
+        parts.append("\n".join([f"### {title}", "", *notes]))
         if table is not None and table[1]:
             parts.append(_markdown(table))
     return "\n\n".join(parts)
