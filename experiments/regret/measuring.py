@@ -183,7 +183,7 @@ def measure(chosen: Chosen, problems: Problems, policy: Policy, say: Callable[[s
         "seconds_sampling": sampled - began,
         "seconds": time.perf_counter() - began,
     }
-    return dataclasses.replace(result, label=policy.label, step=policy.step, details=result.details | details)
+    return dataclasses.replace(result, label=policy.label, step=policy.step, details={**result.details, **details})
 
 
 def measured(
