@@ -94,7 +94,8 @@ def test_it_gets_what_it_asks_for_and_no_more(folder, name):
     algorithm = algorithms.load(name)
     ones = [algorithm] if not isinstance(algorithm, Pipeline) else [s.algorithm for s in algorithm.stages.values()]
     assert ("critic/loss" in figures) == any(one.critic is not None for one in ones)
-    assert {k for k in figures if k.startswith("state/") and "slope" not in k} == {
+    measured = ("slope", "noise", "disagreement")
+    assert {k for k in figures if k.startswith("state/") and not k.endswith(measured)} == {
         f"state/{variable}" for one in ones for variable in one.stateful
     }
     assert ("sampling/rounds" in figures) == any(one.dynamic_sampling is not None for one in ones)
