@@ -66,10 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
     os.environ |= {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
     import deepspeed
-    from deepspeed.comm import torch as backend
 
-    if hasattr(backend, "build_shm_op"):  # compiling a collective for several processes takes minutes
-        setattr(backend, "build_shm_op", lambda: None)  # noqa: B010
+    # Otherwise DeepSpeed compiles a collective for several processes, which takes minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo")
     rows = {}
     for name, accumulation, passes in RUNS:
