@@ -146,3 +146,6 @@ for loss in (paper, sum_over_group, mean_over_all_tokens, no_standard_deviation,
 # A difference need not be an error: `mean_over_all_tokens` is DAPO's average, and `no_standard_deviation` is half of
 # Dr. GRPO. But under the name GRPO it makes two frameworks train differently, and a comparison of their results then
 # compares these choices.
+#
+# `python -m experiments.referee loss=FILE.py:FUNCTION algo=grpo` judges a loss function in the same way. It also cuts
+# the batch into micro-batches and ranks, and it replaces two factors at a time.

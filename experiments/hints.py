@@ -12,6 +12,7 @@ _PROMPTS = "prompts per step over all ranks; optimizer.micro_batch_tokens bounds
 _EPOCHS = "a number of steps; an epoch is the number of problems / prompts_per_step"
 _TOKENS = "tokens per forward pass on one rank; it does not change the gradient"
 _FILES = "with data=table, or data=verl for verl's files"
+_LENGTH = "also the limit of demonstrations; rollout.max_prompt_tokens is that of prompts"
 _GAE = "of algo=ppo"
 _KL = "together with correction=kl_k3; upge describe lists the other KL corrections"
 _ALGORITHM = "the algorithm decides it; upge describe lists all"
@@ -35,6 +36,7 @@ NAMES: dict[str, tuple[str, str]] = {
         ("prompts_per_step", _PROMPTS),
     ),
     **dict.fromkeys(("max_completion_length", "max_new_tokens"), ("rollout.max_response_tokens", "")),
+    **dict.fromkeys(("max_length", "max_seq_length"), ("rollout.max_response_tokens", _LENGTH)),
     "max_prompt_length": ("rollout.max_prompt_tokens", ""),
     "temperature": ("rollout.temperature", ""),
     "beta": ("correction.kl_k3.coefficient", f"{_KL}; DPO's is algo.terms.pairs.estimator.advantage.beta"),
@@ -46,12 +48,14 @@ NAMES: dict[str, tuple[str, str]] = {
     "scale_rewards": (f"{_ADVANTAGE}.normalize_std", "true or false"),
     "mask_truncated_completions": ("correction", "correction=overlong_filter"),
     "vllm_importance_sampling_correction": ("correction", "correction=tis"),
+    "vllm_importance_sampling_cap": ("correction.tis.cap", "together with correction=tis"),
     **dict.fromkeys(
         ("reward_funcs", "reward_weights"), ("verify.verifier", "a weighted sum such as 'math + 0.2*my.style'")
     ),
     **dict.fromkeys(("model_name_or_path", "model_name"), ("model", "a name, a folder or a hub name")),
     **dict.fromkeys(("torch_dtype", "bf16", "fp16"), ("model.dtype", "float32 or bfloat16")),
     "dataset_name": ("data.hub", "with data=table"),
+    "train_dataset": ("data", "a name; data=table reads a file or a data set of the hub"),
     "dataset_config": ("data.subset", "with data=table"),
     **dict.fromkeys(("lora_r", "lora_rank", "use_peft"), ("model.lora.rank", "")),
     "lora_alpha": ("model.lora.alpha", ""),
@@ -128,12 +132,14 @@ ABSENT: dict[str, str] = {
     "top_k": "training rollouts are drawn from the whole distribution, so that their log-probs are the policy's",
     "top_p": "training rollouts are drawn from the whole distribution, so that their log-probs are the policy's; "
     "eval.top_p is that of evaluation",
+    "min_p": "training rollouts are drawn from the whole distribution, so that their log-probs are the policy's",
     "repetition_penalty": "training rollouts are drawn from the policy's own distribution",
     "attn_implementation": "the attention kernel follows from the device; run.json records it",
     "sync_ref_model": "the reference policy never changes during a run",
     "use_liger_kernel": "upge has an output head of its own, which never forms the matrix of all logits",
     "n_gpus_per_node": "gpus=N starts a process for each of N GPUs",
     "nnodes": "start torchrun on each machine, as the first lines of --help show",
+    "packing": "sequences are always packed without padding",
     "remove_padding": "sequences are always packed without padding",
     "use_remove_padding": "sequences are always packed without padding",
     "push_to_hub": "a run uploads nothing; upge push RUN uploads its final/",

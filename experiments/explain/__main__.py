@@ -103,11 +103,17 @@ def _origin(composed: Composed, key: str) -> list[str]:
         return [_row("from", "the part itself")]
     (first, value), *before = found
     follows = _followed(key, value)
-    lines = [_row("from", first + (f", which follows {follows}" if follows else ""))]
+    lines = [_row("from", first + (f"; it follows {follows}" if follows else ""))]
     if before:
-        words = (f"{_short(value)} ({origin})" if value is not _ABSENT else origin for origin, value in before)
+        words = (f"{_replaced(key, value)} ({origin})" if value is not _ABSENT else origin for origin, value in before)
         lines.append(_row("instead of", ", ".join(words)))
     return lines
+
+
+def _replaced(key: str, value: Any) -> str:
+    """A value that another one replaces."""
+    follows = _followed(key, value)
+    return f"the value of {follows}" if follows else _short(value)
 
 
 def _followed(key: str, value: Any) -> str:

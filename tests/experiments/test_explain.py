@@ -45,7 +45,7 @@ def test_the_origins_are_named_in_order(capsys: pytest.CaptureFixture) -> None:
     assert "high = 0.28\n    from        the command line\n    instead of  0.2 (algo=grpo)\n" in text
     assert "part        upge.PPOClip, setting high" in text and "arXiv 1707.06347" in text
     text = explained(capsys, "algo.terms.rl.estimator.advantage.limit", "algo=dapo")
-    assert "limit = 64\n    from        algo=dapo, which follows rollout.max_response_tokens\n" in text
+    assert "limit = 64\n    from        algo=dapo; it follows rollout.max_response_tokens\n" in text
     assert "number of tokens from which on the full penalty applies" in text
     text = explained(capsys, "correction.tis.level", "algo=grpo", "correction=tis", "correction.tis.level=sequence")
     assert "= sequence\n    from        the command line\n    instead of  token (correction=tis)\n" in text
@@ -58,7 +58,12 @@ def test_a_reference_in_a_file_is_named() -> None:
     follows = [k for _, layer in composed.layers for k, v in layer.items() if str(v).startswith("${.")]
     assert follows
     for key in follows:
-        assert any("which follows algo." in line for line in explanation(composed, key)), key
+        assert any("; it follows algo." in line for line in explanation(composed, key)), key
+
+
+def test_a_replaced_reference_is_named(capsys: pytest.CaptureFixture) -> None:
+    text = explained(capsys, "algo.terms.rl.gate.threshold", "algo=hpt", "algo.terms.rl.gate.threshold=0.5")
+    assert "    instead of  the value of algo.terms.sft.gate.threshold (algo=hpt)\n" in text
 
 
 def test_sections_and_names_are_listed(capsys: pytest.CaptureFixture) -> None:
