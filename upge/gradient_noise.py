@@ -64,7 +64,7 @@ def gradient_noise(rollouts: UnifiedGradient, demonstrations: UnifiedGradient, b
         disagreement         Δ²   = mean_i mean_t (φ_it - Â_it)² over all trajectories, Â = 0 on demonstrations
 
     φ = f′·π_θ/π_ref is what the estimator of demonstrations gives a token with advantage 1. Variances are divided by n.
-    The tenth is rounded down, and 0 for fewer than four demonstrations.
+    The tenth is rounded down, so that nothing is left out of fewer than ten demonstrations.
 
     Args:
         rollouts, demonstrations: the estimators of `measured_terms`.
@@ -90,7 +90,7 @@ def gradient_noise(rollouts: UnifiedGradient, demonstrations: UnifiedGradient, b
 
 
 def _trimmed(values: Float[Tensor, "n"]) -> Float[Tensor, "m"]:
-    left_out = int(TRIM * len(values)) if len(values) >= 4 else 0
+    left_out = int(TRIM * len(values))
     return values.sort().values[left_out : len(values) - left_out]
 
 

@@ -116,7 +116,7 @@ def _sampled(chosen: Any, console: Any) -> tuple[list, list[str]]:
     with policies(chosen) as measured_policies:
         measured_policies = ordered(measured_policies)
         chosen_problems = problems(chosen, measured_policies[0].model)
-        notes = [*chosen_problems.notes, *_trained_with_faults(measured_policies)]
+        notes = [*chosen_problems.notes, *trained_with_faults(measured_policies)]
         if not chosen_problems.has_pairs:
             chosen, lacking = without_pairs(chosen)
             why = "it learns from preference pairs, and the data have none"
@@ -145,7 +145,7 @@ def _sampled(chosen: Any, console: Any) -> tuple[list, list[str]]:
     return results, notes
 
 
-def _trained_with_faults(measured_policies: Sequence[Any]) -> list[str]:
+def trained_with_faults(measured_policies: Sequence[Any]) -> list[str]:
     """A note on each policy that was trained with a fault on purpose."""
     from upge.train.faults import NONE, marked
 

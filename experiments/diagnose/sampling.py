@@ -35,6 +35,7 @@ from upge.rollout import Sampler, Sampling
 from upge.rollout.verified_sampling import FirstError, VerifiedSampler
 from upge.train.adapter import Adapter
 from upge.train.config import ModelConfig, RunConfig
+from upge.train.faults import NONE, Fault
 from upge.train.folder import RunFolder
 from upge.train.prompt_order import prompt_indices, stream_seed
 from upge.train.resharding import whole_weights
@@ -133,6 +134,7 @@ def _of_run(folder: RunFolder, base: ModelConfig, scratch: Path) -> Iterator[Pol
     for step in steps:
         path = scratch / folder.tag(step)
         unpack(folder.checkpoints, folder.tag(step), base, path)
+        Fault(str(folder.metadata.get("fault", NONE))).mark(path)
         yield Policy(str(step), replace(base, path=str(path), overrides={}), step)
     last = folder.metadata.get("finished_step")
     if last is not None and last not in steps:

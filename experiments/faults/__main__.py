@@ -96,7 +96,11 @@ def _settings(arguments: Sequence[str]) -> tuple[list[str], Path]:
     given = {"faults": "all", "output": "", **dict(map(split, arguments))}
     if unknown := [name for name in given if name not in ("faults", "output")]:
         raise ConfigError(f"{unknown[0]}: unknown key; {nearest(unknown[0], ['faults', 'output'])}")
-    chosen = [NONE, *FAULTS] if given["faults"] == "all" else given["faults"].strip("[]").split(",")
+    chosen = (
+        [NONE, *FAULTS]
+        if given["faults"] == "all"
+        else [part.strip() for part in given["faults"].strip("[]").split(",")]
+    )
     for name in chosen:
         if name not in (NONE, *FAULTS):
             raise ConfigError(f"no fault {name!r}; {nearest(name, [NONE, *FAULTS])}", "faults")

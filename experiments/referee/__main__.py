@@ -14,6 +14,7 @@ from pathlib import Path
 from experiments import cli
 from experiments.referee import own
 from experiments.referee.settings import KEYS, RefereeConfig
+from upge.errors import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,6 +32,8 @@ def _referee(arguments: list[str]) -> int:
     rest, given = cli.flags(arguments, "--docs")
     config = RefereeConfig.read(rest)
     if config.loss:
+        if given["--docs"]:
+            raise ConfigError("the page has no place for a loss of your own; leave it out", "--docs")
         return _own_loss(config)
     from experiments.referee import write
     from experiments.referee.run import Result, results

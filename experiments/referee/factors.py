@@ -82,6 +82,8 @@ def compare(theirs: Tensor, algorithm: Algorithm, batch: Batch, layout: Layout) 
     """Compares the weights [B, T] of another side with those of `algorithm`."""
     if not bool(theirs.isfinite().all()):
         return Verdict(float("nan"), float("nan"), "not finite", f"{int((~theirs.isfinite()).sum())} tokens")
+    if not bool(theirs.any()):
+        return Verdict(0.0, 0.0, "no gradient", "all are 0")
     ours = algorithm.estimate(batch.trajectories).weights
     cosine, scale = direction(theirs, ours)
     pattern = describe(theirs, ours, batch, layout)

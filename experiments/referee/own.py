@@ -22,6 +22,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -53,7 +54,8 @@ def load(text: str) -> Callable[..., Tensor]:
     """The function FUNCTION of FILE, from 'FILE:FUNCTION'.
 
     Raises:
-        ConfigError: there is no such file or function, or it has arguments that are not known.
+        ConfigError: there is no such file or function, the file cannot be imported, or the function has arguments that
+            are not known.
     """
     path, colon, name = text.rpartition(":")
     if not colon or not path or not name:
@@ -65,12 +67,17 @@ def load(text: str) -> Callable[..., Tensor]:
         raise ConfigError(f"found {text!r}; {path!r} is not a Python file, whose name ends with .py", "loss")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file does
+        raise ConfigError(f"{path} cannot be imported: {_where(error, path)}; fix it", "loss") from error
     function = getattr(module, name, None)
     if not callable(function):
         names = [n for n, value in vars(module).items() if callable(value)]
         raise ConfigError(f"found {text!r}, but {path} has no function {name!r}; {nearest(name, names)}", "loss")
     for argument, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise ConfigError(f"{name} takes {argument!r} by position only; remove the / after it", "loss")
         if argument not in ARGUMENTS and parameter.default is parameter.empty:
             hint = nearest(argument, ARGUMENTS)
             raise ConfigError(f"{name} has the argument {argument!r}, which the referee does not give; {hint}", "loss")
@@ -81,12 +88,16 @@ def update(function: Callable[..., Tensor]) -> Update:
     """The forward and backward passes of a process with a function of the user's.
 
     Raises:
-        ConfigError: in a pass, if the function does not return a scalar with a gradient.
+        ConfigError: in a pass, if the function fails or does not return a scalar with a gradient.
     """
     names = [name for name in inspect.signature(function).parameters if name in ARGUMENTS]
 
     def loss(micro: Micro) -> Tensor:
-        value = function(**{name: ARGUMENTS[name](micro) for name in names})
+        try:
+            value = function(**{name: ARGUMENTS[name](micro) for name in names})
+        except Exception as error:  # whatever the function does
+            place = inspect.getsourcefile(function) or ""
+            raise ConfigError(f"the function failed: {_where(error, place)}; fix it", "loss") from error
         if not isinstance(value, torch.Tensor) or value.dim() or not value.requires_grad:
             what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:80]
             raise ConfigError(
@@ -95,3 +106,10 @@ def update(function: Callable[..., Tensor]) -> Update:
         return value
 
     return each(loss)
+
+
+def _where(error: Exception, path: str) -> str:
+    """The error, with the last line of the file `path` that it passed."""
+    lines = [one.lineno for one in traceback.extract_tb(error.__traceback__) if one.filename == path]
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"{reason} (line {lines[-1]})" if lines else reason

@@ -73,6 +73,9 @@ class RefereeConfig:
                 values[name] = text
             else:
                 raise ConfigError(f"{name}: unknown key; {nearest(name, KEYS)}")
+        unused = [name for name in ("frameworks", "versions", "saved", "output") if name in values]
+        if values.get("loss") and unused:
+            raise ConfigError("a loss of your own is judged in place of the frameworks'; leave it out", unused[0])
         return cls(**values, overrides=tuple(overrides)).checked()
 
     def checked(self) -> RefereeConfig:
@@ -82,6 +85,8 @@ class RefereeConfig:
             ConfigError: one does not fit.
         """
         known = (*FRAMEWORKS, OFFLOAD)
+        if not self.frameworks:
+            raise ConfigError(f"found none; give some of {', '.join(known)}", "frameworks")
         for name in self.frameworks:
             if name not in known:
                 raise ConfigError(f"found {name!r}; {nearest(name, known)}", "frameworks")

@@ -37,7 +37,7 @@ def help_text(everything: bool = False) -> str:
 def _regret(arguments: Sequence[str]) -> int:
     from rich.console import Console
 
-    from experiments.diagnose.__main__ import output_folder
+    from experiments.diagnose.__main__ import output_folder, trained_with_faults
     from experiments.diagnose.sampling import ordered, policies, problems
     from experiments.grid import print_grid
     from experiments.regret import write
@@ -57,12 +57,13 @@ def _regret(arguments: Sequence[str]) -> int:
     with policies(chosen.sample) as several:
         several = ordered(several)
         prompts = problems(chosen.sample, several[0].model)
+        notes = [*prompts.notes, *trained_with_faults(several)]
         for policy in several:
             say(f"policy {policy.label}: {policy.model.path}")
             result = measure(chosen, prompts, policy, say)
             made = analyses(result, chosen.config.lengths, chosen.config.mixtures)
             measured.append(write.Analyzed(result, tuple(made)))
-    notes = [*prompts.notes, "gates that no algorithm of this repository has (SRPO, DYPO) are not measured"]
+    notes += ["gates that no algorithm of this repository has (SRPO, DYPO) are not measured"]
     for one in measured:
         say(f"\n{one.result.label}: {write.summary(one)}")
         for grid in write.grids(one):

@@ -121,6 +121,8 @@ def choose(arguments: Sequence[str]) -> Chosen:
     given = {argument.partition("=")[0] for argument in rest}
     rest += [f"{name}={value}" for name, value in _DEFAULTS.items() if name not in given]
     sample = diagnose.choose([*rest, f"algos=[{SIGNALS}]", "prompts_per_step=1", f"held_out={config.held_out}"])
+    if sample.config.prompts < 2:
+        raise ConfigError(f"found {sample.config.prompts}, but an interval needs at least 2; give more", "prompts")
     whole = diagnose.algorithm_of(SIGNALS, sample.tree)
     assert isinstance(whole, Algorithm)
     names = two_terms(whole)

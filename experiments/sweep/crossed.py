@@ -49,9 +49,9 @@ def change_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]], measure: str) -
 def variant_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]], measure: str) -> Grid:
     """The difference of each variant to the baseline's variant at the same value, paired by seed."""
     own = next(run.variant for run in sweep.runs if run.label == sweep.baseline)
-    labels = {_place(run): run.label for run in sweep.runs if run.variant == own}
+    labels = {value_text(_place(run)): run.label for run in sweep.runs if run.variant == own}
     title = f"{_name(measure)}: difference to {own} of the same column"
-    return _differences(sweep, rows, measure, "variants", title, lambda run: labels[_place(run)])
+    return _differences(sweep, rows, measure, "variants", title, lambda run: labels[value_text(_place(run))])
 
 
 def collapse_grid(folder: SweepFolder) -> Grid:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 import algorithms
 from experiments.compare import load as compare
+from experiments.diagnose import __main__ as diagnose
+from experiments.diagnose import sampling
 from experiments.faults import __main__ as command
 from experiments.report.folder import read_run
 from experiments.report.page import page_content, write_report
@@ -31,8 +33,9 @@ from upge.plan import Plan
 from upge.rollout import Sampling
 from upge.train import parts as train_parts
 from upge.train.alarms import AlarmConfig, raised
-from upge.train.config import RunConfig
+from upge.train.config import ModelConfig, RunConfig
 from upge.train.faults import Fault, check_mark, marked
+from upge.train.folder import FORMAT, RunFolder
 from upge.train.sample import Trajectory, assemble, indexed
 from upge.train.step_batch import StepBatch
 from upge.train.update import Updater
@@ -254,6 +257,16 @@ def test_a_marked_model_is_refused_and_named(tmp_path: Path) -> None:
     check_mark(tmp_path, "stale_weights")
     with pytest.raises(ConfigError, match=r"reference\.path: .* fault=stale_weights"):
         check_mark(tmp_path, key="reference.path")
+
+
+def test_an_unpacked_checkpoint_is_marked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sampling, "unpack", lambda checkpoints, tag, model, folder: folder.mkdir())
+    folder = RunFolder(tmp_path / "run")
+    (folder.checkpoints / folder.tag(2)).mkdir(parents=True)
+    (folder.path / "run.json").write_text(json.dumps({"format": FORMAT, "fault": "stale_weights", "finished_step": 2}))
+    monkeypatch.setattr(RunFolder, "checkpoint_steps", lambda self: [2])
+    first, last = sampling._of_run(folder, ModelConfig(path="a/hub-name"), tmp_path)
+    assert diagnose.trained_with_faults([first, last]) == ["2 was trained with a fault on purpose (stale_weights)"]
 
 
 def test_a_sweep_puts_the_fault_into_the_label() -> None:

@@ -237,6 +237,18 @@ def asks(logprobs, entropy):
 
 def vector(logprobs):
     return logprobs
+
+
+def fails(logprobs):
+    return logprobs.nothing
+
+
+def placed(logprobs, /):
+    return logprobs.sum()
+
+
+def flat(logprobs):
+    return 0 * logprobs.sum()
 """
 
 
@@ -244,6 +256,7 @@ def vector(logprobs):
 def file(tmp_path: Path) -> Path:
     """A file with loss functions."""
     (tmp_path / "my_loss.py").write_text(LOSS)
+    (tmp_path / "my_loss.py2.py").write_text("import nothing_here\n")
     return tmp_path / "my_loss.py"
 
 
@@ -254,6 +267,8 @@ def test_a_loss_of_ones_own_is_judged(file: Path, capsys: pytest.CaptureFixture[
     assert "| reduction: mean of the micro-batches' means of tokens |" in printed
     assert referee.main([f"loss={file}:loss", "algo.terms.rl.reduction={_target_: upge.TokenMean}"]) == 0
     assert "| whole | = | nothing |" in capsys.readouterr().out
+    assert referee.main([f"loss={file}:flat"]) == 0
+    assert "| whole | cos 0.0000, ×0 | no gradient | all are 0 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -264,6 +279,12 @@ def test_a_loss_of_ones_own_is_judged(file: Path, capsys: pytest.CaptureFixture[
         (["loss=FILE:los"], "has no function 'los'; did you mean 'loss'"),
         (["loss=FILE:asks"], "has the argument 'entropy', which the referee does not give"),
         (["loss=FILE:vector"], "returned a tensor of shape (24, 7); return a scalar"),
+        (["loss=FILE:fails"], "loss: the function failed: AttributeError"),
+        (["loss=FILE:placed"], "takes 'logprobs' by position only"),
+        (["loss=FILE2.py:loss"], "cannot be imported: ModuleNotFoundError: No module named 'nothing_here' (line 1)"),
+        (["loss=FILE:loss", "frameworks=trl"], "frameworks: a loss of your own is judged in place"),
+        (["loss=FILE:loss", "--docs"], "--docs: the page has no place"),
+        (["frameworks="], "frameworks: found none; give some of trl"),
         (["loss=FILE:loss", "algo=grop"], "algo: found 'grop'; did you mean 'grpo'"),
         (["loss=FILE:loss", "algo=sft_then_grpo"], "several algorithms in a row"),
         (["frameworks=trll"], "frameworks: found 'trll'; did you mean 'trl'"),

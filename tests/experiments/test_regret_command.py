@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import algorithms
+from experiments.diagnose import sampling
 from experiments.regret import __main__ as regret
+from experiments.regret import analysis, measuring, write
 from experiments.regret.analysis import RULES, merged
 from experiments.regret.settings import choose, gates_of
 from upge.errors import ConfigError
+from upge.train.faults import Fault
 
 #: A measurement of seconds.
 TINY = (
@@ -62,6 +66,7 @@ def test_every_number_is_recorded(tmp_path):
         (["mixtures=[]"], "give numbers between 0 and 1"),
         (["sketch=100"], "sketch: unknown key"),
         (["algos=[hpt]"], "algos: unknown key"),
+        (["prompts=1"], "prompts: found 1, but an interval needs at least 2"),
         (["partz=3"], "unknown key; did you mean"),
         (["adam_length=0"], "adam_length: found 0"),
         (["held_out=99999", "parts=9"], "held_out: 99999"),
@@ -70,6 +75,19 @@ def test_every_number_is_recorded(tmp_path):
 def test_what_is_wrong_is_said_before_anything_runs(arguments, error, capsys):
     assert regret.main([*arguments, "model=tiny"]) == 2
     assert error in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_policy_with_a_fault_is_named(monkeypatch, tmp_path):
+    Fault("stale_weights").mark(tmp_path)
+    said = []
+    monkeypatch.setattr(sampling, "problems", lambda *_: SimpleNamespace(notes=[]))
+    monkeypatch.setattr(measuring, "measure", lambda *_: SimpleNamespace(label="faulty"))
+    monkeypatch.setattr(analysis, "analyses", lambda *_: [])
+    monkeypatch.setattr(write, "summary", lambda _: "")
+    monkeypatch.setattr(write, "grids", lambda _: [])
+    monkeypatch.setattr(write, "files", lambda measured, metadata, notes, folder: said.extend(notes) or [])
+    assert regret.main(["model=tiny", f"policies=[faulty:{tmp_path}]", f"output={tmp_path / 'out'}"]) == 0
+    assert said[0] == "faulty was trained with a fault on purpose (stale_weights)"
 
 
 def test_gates_are_named_after_algorithms_and_thresholds():

@@ -70,6 +70,13 @@ def test_a_mapping_is_a_heading_without_braces():
     assert crossed.value_text(16) == "16"
 
 
+def test_values_that_are_mappings_have_their_tables():
+    sweep = load(
+        ["variants={A: {algo: grpo}, B: {algo: rloo}}", "grid.rollout.noise=[{},{weight_bits: 4}]", "seeds=[0]"]
+    )
+    assert crossed.variant_grid(sweep, [], "x").rows[1].cells == ("B", "–", "–")
+
+
 def test_a_reward_collapses_where_the_mean_falls_below_half_of_its_highest():
     up = {step: 0.1 * step for step in range(1, 9)}
     assert crossed.collapse(up, window=2) is None
