@@ -107,7 +107,7 @@ def _sampler_top_p(group_size: int) -> Fault:
 def _sampler_temperature(group_size: int) -> Fault:
     """The sampler's temperature is 0.7 times the trainer's.
 
-    TRL before #3029, whose trainer did not divide the logits by the temperature: one side has it, the other has not.
+    TRL before #3029, whose trainer did not divide the logits by the temperature that the sampler used.
     """
     return Fault(
         sampler=lambda sampler: _sampling(
@@ -119,7 +119,7 @@ def _sampler_temperature(group_size: int) -> Fault:
 def _stale_weights(group_size: int) -> Fault:
     """The sampler keeps the weights that it got first.
 
-    TRL with an engine that sleeps (#5312). The evaluations during the run use the same engine, and so these weights.
+    TRL with vLLM's sleep mode (#5312). The evaluations during the run use the same engine, and therefore these weights.
     """
 
     def kept(sampler: Sampler) -> Sampler:
@@ -216,15 +216,16 @@ def load(name: str, group_size: int) -> Fault:
     return replace(FAULTS[name].make(group_size), name=name, summary=summary(name))
 
 
-def check(name: str, algorithm: Algorithm | Pipeline) -> None:
-    """Refuses a fault that would change nothing in a run of this algorithm.
+def check(name: str, algorithm: Algorithm | Pipeline, only: Sequence[str] = ()) -> None:
+    """Refuses a fault that would change nothing in a run of this algorithm, or in its stages `only`.
 
     Raises:
         ConfigError: the message says what the algorithm lacks.
     """
-    stages = [stage.algorithm for stage in Pipeline.of(algorithm).stages.values()]
-    if name in FAULTS and not any(FAULTS[name].changes(one) for one in stages):
-        raise ConfigError(f"{name} would change nothing: '{algorithm.name}' lacks {FAULTS[name].needs}", "fault")
+    stages = {key: stage.algorithm for key, stage in Pipeline.of(algorithm).stages.items() if not only or key in only}
+    if name in FAULTS and not any(FAULTS[name].changes(one) for one in stages.values()):
+        lacking = " and ".join(f"'{one.name}'" for one in stages.values()) if only else f"'{algorithm.name}'"
+        raise ConfigError(f"{name} would change nothing: {lacking} lacks {FAULTS[name].needs}", "fault")
 
 
 def prepare(composed: Composed) -> list[str]:
@@ -235,8 +236,8 @@ def prepare(composed: Composed) -> list[str]:
     """
     config = composed.config
     fault = load(config.fault, config.group_size)
-    check(config.fault, composed.algorithm)
     _check_stages(fault, config.fault_stages, composed.algorithm)
+    check(config.fault, composed.algorithm, config.fault_stages)
     for name in ("model", "critic", "reference", "teacher"):
         check_mark(getattr(config, name).path, config.fault, f"{name}.path")
     return [fault.describe()] if fault.is_on else []

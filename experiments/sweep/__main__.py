@@ -182,6 +182,7 @@ def report(folder: SweepFolder, command: str, provenance: Callable[[], Sequence[
     unknown = [name for name in wanted if name not in columns]
     if unknown:
         notes.append(f"No run has the requested {', '.join(unknown)}; runs.csv has all columns.")
+    notes += matched.missing(folder)
     if missing:
         more = f" and {len(missing) - MOST_NAMED} more; --dry-run lists them" if len(missing) > MOST_NAMED else ""
         named = ", ".join(missing[:MOST_NAMED])

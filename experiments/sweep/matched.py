@@ -27,6 +27,16 @@ def matched_grids(folder: SweepFolder) -> list[Grid]:
     return grids
 
 
+def missing(folder: SweepFolder) -> list[str]:
+    """Sentences on the names of `match.levels` for which no run has the measure."""
+    match, trained = folder.sweep.config.match, [run for run in folder.sweep.runs if folder.is_trained(run)]
+    return [
+        f"No run has {match['measure']} of all levels of match.levels.{name} ({', '.join(levels)})."
+        for name, levels in (match["levels"].items() if match else ())
+        if not any(level_curve(folder.run(run), match["measure"], levels) for run in trained)
+    ]
+
+
 def at_equal_cost(
     folder: SweepFolder, cost: str, measure: str, levels: Sequence[str]
 ) -> tuple[float, dict[str, dict[int, float]]]:

@@ -244,6 +244,9 @@ def test_refusals() -> None:
     ]:
         with pytest.raises(ConfigError, match=f"fault: {name} would change nothing: '{algo}' lacks {lack}"):
             faults.check(name, algorithms.load(algo))
+    faults.check("gradient_over_group", algorithms.load("sft_then_grpo"), ["reinforce"])
+    with pytest.raises(ConfigError, match="'sft' lacks"):
+        faults.check("gradient_over_group", algorithms.load("sft_then_grpo"), ["demonstrate"])
     faults.check("stale_weights", algorithms.load("sft_then_grpo"))
     faults.check("none", algorithms.load("sft"))
 

@@ -86,6 +86,12 @@ def test_tables_have_a_column_per_cost_and_paired_differences(folder):
     assert differences.rows[1].cells == ("updates", "sft", "-1.0 ± 2.5", "0.225", "0.225")
 
 
+def test_a_level_that_no_run_has_is_named(folder):
+    assert matched.missing(folder) == []
+    folder.sweep.config.match["levels"]["typo"] = ["a", "d"]
+    assert matched.missing(folder) == ["No run has mean@2 of all levels of match.levels.typo (a, d)."]
+
+
 @pytest.mark.parametrize(
     ("match", "said"),
     [
