@@ -187,8 +187,8 @@ def report(folder: SweepFolder, command: str, provenance: Callable[[], Sequence[
         more = f" and {len(missing) - MOST_NAMED} more; --dry-run lists them" if len(missing) > MOST_NAMED else ""
         named = ", ".join(missing[:MOST_NAMED])
         notes.append(f"{len(missing)} of {len(sweep.runs)} runs are not done: {named}{more}.")
-    faulty = sorted({f"{row['label']} ({row['fault']})" for row in rows if "fault" in row})
-    notes += [markdown_text(f"Trained with a fault on purpose: {', '.join(faulty)}.")] if faulty else []
+    faulty = sorted({row["label"] for row in rows if "fault" in row})
+    notes += [markdown_text(f"Trained with a fault on purpose: {'; '.join(faulty)}.")] if faulty else []
     notes += [markdown_text(note) for note in collect.answer_notes(folder)]
     made = Report(sweep, tuple(_grids(folder, rows)), drawn, tuple(notes))
     (folder.path / "report.md").write_text(page(made), "utf-8")
