@@ -122,8 +122,8 @@ MUTANTS = (
     Mutant(
         "noise-without-trimming",
         "upge/gradient_noise.py",
-        "if len(values) >= 4 else 0",
-        "if len(values) < 0 else 0",
+        "left_out = int(TRIM * len(values))",
+        "left_out = 0",
         [GRADIENTS + "test_a_tenth_of_the_demonstrations_is_left_out_at_each_end"],
     ),
     Mutant(

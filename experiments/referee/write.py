@@ -13,7 +13,7 @@ from experiments.referee.run import Result, distribution
 from experiments.referee.settings import OFFLOAD, framework
 from experiments.referee.tables import Table
 
-PAGE, WEB_PAGE = DOCS / "referee.md", DOCS / "referee.html"
+PAGE, WEB_PAGE = DOCS / "referee.md", DOCS / "results" / "referee.html"
 _LEGEND = (
     "'=': the gradients are equal; '×0.5': parallel, half as large; 'cos 0.99, ×1.1': cosine and projection on ours. "
     "Columns say how the update of 24 rollouts is cut."

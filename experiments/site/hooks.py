@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from experiments.site.pages import Page, pages
 
 #: Section of mkdocs.yml's `nav` → the folder of generated pages that is listed at its end.
-SECTIONS = {"Algorithms": "algorithms/", "API": "reference/api/"}
+SECTIONS = {"Algorithms": "algorithms/", "API": "reference/api/", "Examples": "examples/"}
 #: Links from a page of docs/ to what is elsewhere on the site: pattern of the target → its replacement.
 MOVED = (
     (r"(?:\.\./)?algorithms\.md#correction-(\w+)", r"corrections.md#\1"),
@@ -26,6 +26,8 @@ MOVED = (
     (r"\.\./algorithms/(\w+)\.yaml", r"algorithms/\1.md#file"),
     (r"\.\./algorithms/?", r"algorithms.md"),
     (r"\.\./upge/corrections/?", r"reference/api/corrections.md"),
+    (r"\.\./examples/(\w+)\.py", r"examples/\1.md"),
+    (r"\.\./examples/(?:README\.md)?", r"examples/index.md"),
     (r"\.\./(CHANGELOG|CONTRIBUTING)\.md", lambda match: f"{match[1].lower()}.md"),
 )
 #: What the theme's search loads where browsers refuse workers, for pages opened from a disk → this site's own script.
@@ -42,7 +44,8 @@ def on_config(config: Any) -> Any:
     for entries in _sections(config.nav):
         for name, children in entries.items():
             if name in SECTIONS:
-                children += [{page.title: path} for path, page in _made.items() if path.startswith(SECTIONS[name])]
+                own = {path: page for path, page in _made.items() if path.startswith(SECTIONS[name])}
+                children += [{page.title: path} for path, page in own.items() if path not in children]
     return config
 
 

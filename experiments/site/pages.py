@@ -9,7 +9,7 @@ from experiments import cli
 from experiments.describe import __main__ as describe
 from experiments.describe import base_of, correction_description, keys, members, needs, words
 from experiments.grid import markdown_table
-from experiments.site import reference
+from experiments.site import examples, reference
 from experiments.site.page import Page, cell, fence, part_link, prose
 from experiments.site.results import results_of, sweeps_of
 from upge import Algorithm, Pipeline
@@ -64,7 +64,7 @@ def pages() -> dict[str, Page]:
     """Path on the site → page, of every generated page."""
     made = {"algorithms.md": Page("Overview", _overview()), "corrections.md": Page("Corrections", _corrections())}
     made |= {f"algorithms/{name}.md": Page(name, algorithm_page(name)) for name in algorithms.names()}
-    made |= reference.pages()
+    made |= reference.pages() | examples.pages()
     for name in ("CHANGELOG", "CONTRIBUTING"):
         text = (cli.ROOT / f"{name}.md").read_text("utf-8")
         made[f"{name.lower()}.md"] = Page(name.capitalize(), _from_root(text))
@@ -74,6 +74,7 @@ def pages() -> dict[str, Page]:
 def _from_root(text: str) -> str:
     """A file of the repository's root as a page: its links into docs/ become links between pages, others text."""
     text = re.sub(r"\]\(docs/", "](", text)
+    text = text.replace("](examples/README.md", "](examples/index.md")
     text = re.sub(r"\]\((CHANGELOG|CONTRIBUTING)\.md", lambda found: f"]({found[1].lower()}.md", text)
     return re.sub(
         r"\[([^\]]+)\]\((?!https?:|[\w/]+\.md|#)[^)]*\)", r"\1", text.replace("[README](README.md)", "README")

@@ -18,7 +18,7 @@ from experiments import cli, config
 from experiments.describe import words
 from experiments.run import __main__ as run
 from experiments.site import __main__ as site
-from experiments.site import page, pages, pictures, reference, results
+from experiments.site import examples, page, pages, pictures, reference, results
 from upge.config import Range, meanings
 from upge.train.alarms import ALARMS
 from upge.train.config import RunConfig
@@ -267,3 +267,15 @@ def test_the_set_is_pinned():
     lines = (ROOT / "requirements/docs.txt").read_text().splitlines()
     packages = [line for line in lines if not line.startswith("#")]
     assert packages and all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in packages)
+
+
+def test_examples_are_pages_with_their_output():
+    made = examples.pages()
+    scripts = {path.stem for path in examples.FOLDER.glob("*.py")} - {"render"}
+    assert {*made} == {"examples/index.md", *(f"examples/{name}.md" for name in scripts)}
+    text = made["examples/one_estimator.md"].text
+    assert text.startswith("# SFT and GRPO are one estimator") and "```python\nimport torch" in text
+    assert "textbook" in text.split("```text")[-1], "what the script prints"
+    assert made["examples/one_estimator.md"].title == "SFT and GRPO are one estimator"
+    index = made["examples/index.md"].text
+    assert all(f"]({name}.md)" in index for name in scripts) and ".ipynb)" not in index
