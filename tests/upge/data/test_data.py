@@ -207,3 +207,14 @@ def test_importing_the_data_sets_loads_no_engine_and_no_reader():
     heavy = {"transformers", "vllm", "deepspeed", "math_verify", "datasets", "pyarrow", "pandas", "reasoning_gym"}
     code = f"import sys, upge.data; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_the_evaluation_may_have_other_levels():
+    levels = ["4 numbers", "3 mixed"]
+    actual = Arithmetic(["3 numbers"], train_size=8, evaluation_size=6, evaluation_levels=levels).load()
+    assert {problem.level for problem in actual.train} == {"3 numbers"}
+    assert actual.evaluation == Arithmetic(levels, evaluation_size=6).load().evaluation
+    assert {problem.level for problem in actual.evaluation} == {*levels}
+    for wrong, said in ((["1 numbers"], "'1 numbers' is no level"), ([], "expected one or more distinct levels")):
+        with pytest.raises(ConfigError, match=f"data.evaluation_levels: {said}"):
+            Arithmetic(evaluation_levels=wrong)
