@@ -17,7 +17,7 @@ Prints a script that completes commands, keys and values of `upge` in this shell
 
 --update writes the list of keys in experiments/completion/keys.json from the settings classes.
 """
-#: The part of a word before the last = or : is no part of the completion in bash, which splits words there.
+#: bash splits words at = and :, so a completion leaves out everything up to the last of them.
 BASH = """\
 _upge() {
     local line=${COMP_LINE:0:COMP_POINT} word candidate

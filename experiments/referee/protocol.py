@@ -27,6 +27,10 @@ from upge.trajectories import Trajectories
 QUESTIONS, GROUP, LENGTH, LIMIT = 8, 3, 7, 11
 
 
+class MissingLossError(Exception):
+    """A version of a framework does not have a loss or a setting that other versions have."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How an update is cut.

@@ -53,19 +53,19 @@ def judge(update: Any, case: Any, called: str) -> Row:
 
 def judge_all(framework: ModuleType) -> list[Row]:
     """The rows of a framework whose package can be imported. A case that fails becomes a row with its error."""
+    from experiments.referee.protocol import MissingLossError
+
     rows = []
     for case in framework.cases():
         try:
             rows.append(judge(framework.update(case), case, framework.called(case)))
-        except Exception as error:  # any version may lack what another one has
-            lines = traceback.format_exception(error)[-1].strip().splitlines()
+        except MissingLossError as error:
+            rows.append(Row(case.name, case.algorithm, framework.called(case), error=str(error)))
+        except Exception as error:  # a version may differ in what the adapter expects
+            last = traceback.format_exception(error)[-1].strip().splitlines()[0]
             where = traceback.extract_tb(error.__traceback__)[-1]
-            place = (
-                ""
-                if isinstance(error, NotImplementedError)
-                else f" ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
-            )
-            rows.append(Row(case.name, case.algorithm, framework.called(case), error=f"{lines[0]}{place}"))
+            place = f"{where.filename.rsplit('/', 1)[-1]}:{where.lineno}"
+            rows.append(Row(case.name, case.algorithm, framework.called(case), error=f"{last} ({place})"))
     return rows
 
 

@@ -17,7 +17,7 @@ from upge.term import Term
 
 #: The algorithm whose two terms give the two directions of a prompt; its gates are replaced.
 SIGNALS = "hpt_soft"
-#: Keys of a diagnosis that this command has, too.
+#: Keys that this command shares with a diagnosis.
 SHARED = ("prompts", "group_size", "step", "policies", "run", "output")
 _DEFAULTS = {"prompts": 128}
 #: The largest number of a key.

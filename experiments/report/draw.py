@@ -158,7 +158,7 @@ def _dress(axes, plot: Plot, series: Sequence[Series]) -> None:
 
 
 def _dash(colors: Sequence[str], index: int) -> str:
-    """Dashes for a line whose colour an earlier line has, too."""
+    """Dashes for a line with the colour of an earlier one."""
     return "--" if colors[index] in colors[:index] else "-"
 
 

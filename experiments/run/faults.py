@@ -244,7 +244,7 @@ def prepare(composed: Composed) -> list[str]:
 
 
 def _check_stages(fault: Fault, names: Sequence[str], algorithm: Algorithm | Pipeline) -> None:
-    """Refuses stages that the algorithm has not, and stages for a fault that is not one of the updates."""
+    """Refuses stages that the algorithm does not have, and stages for a fault that does not change the updates."""
     known = list(algorithm.stages) if isinstance(algorithm, Pipeline) else []
     for name in names:
         if name not in known:

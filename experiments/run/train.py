@@ -111,7 +111,6 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: 
         How the run ended, the same on every rank: an `upge.train.trainer.Ending`.
     """
     from experiments.run import faults
-    from experiments.run.dry_run import in_print
     from experiments.run.launch import check_shared
     from experiments.run.prepare import verifier_pool
     from upge.evaluation.evaluator import training_accuracy
@@ -121,14 +120,8 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: 
 
     config, folder = composed.config, prepared.folder
     say = partial(print, flush=True) if world.is_main else lambda text: None
-    names, fault = composed.names, faults.load(config.fault, config.group_size)
-    corrections = f" with {names['correction']}" if names["correction"] else ""
-    corrections += f" with fault={fault.name}" if fault.is_on else ""
-    say(f"{names['algo']}{corrections} on {names['model']}, {names['data']} → {folder.path}")
-    say(in_print(composed.algorithm))
-    for note in prepared.notes:
-        say(f"note: {note}")
-    say(prepared.prompting.describe(prepared.train[0].problem))
+    fault = faults.load(config.fault, config.group_size)
+    _introduce(composed, prepared, fault, say)
     with verifier_pool(prepared.verifiers, config.verify) as pool:
         with collector_paused():
             models = _models(composed, world)
@@ -153,17 +146,8 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: 
         # Drop recorded lines only now, after the checkpoint has been restored without an error.
         with world.together():
             if world.is_main:
-                if prepared.continues:
-                    folder.rewind(resume_from if resume_from is not None else -1)
                 metadata = _metadata(composed, world, sampler, models.policy, resume_from or 0)
-                folder.start(composed.tree, metadata, prepared.continues)
-                start = Start(
-                    folder.path,
-                    config.log_project,
-                    {**composed.tree, "command": metadata["command"]},
-                    prepared.continues,
-                    resume_from or 0,
-                )
+                start = _start_folder(composed, prepared, metadata, resume_from)
                 told.loggers = Loggers(config.log_to, start, progress.note)
         check_shared(folder, world)
         record.begin(world)
@@ -182,6 +166,30 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: 
             watch.end()
             sampler.close()
     return ending
+
+
+def _introduce(composed: Any, prepared: Any, fault: Any, say: Any) -> None:
+    """Prints what runs: names, formula, notes, and one rendered prompt."""
+    from experiments.run.dry_run import in_print
+
+    names = composed.names
+    corrections = f" with {names['correction']}" if names["correction"] else ""
+    corrections += f" with fault={fault.name}" if fault.is_on else ""
+    say(f"{names['algo']}{corrections} on {names['model']}, {names['data']} → {prepared.folder.path}")
+    say(in_print(composed.algorithm))
+    for note in prepared.notes:
+        say(f"note: {note}")
+    say(prepared.prompting.describe(prepared.train[0].problem))
+
+
+def _start_folder(composed: Any, prepared: Any, metadata: dict[str, Any], resume_from: int | None) -> Start:
+    """Drops what was recorded after the checkpoint and writes config.yaml and run.json; returns what loggers need."""
+    folder, step = prepared.folder, resume_from or 0
+    if prepared.continues:
+        folder.rewind(resume_from if resume_from is not None else -1)
+    folder.start(composed.tree, metadata, prepared.continues)
+    tree = {**composed.tree, "command": metadata["command"]}
+    return Start(folder.path, composed.config.log_project, tree, prepared.continues, step)
 
 
 def _saved_by(folder: Any, step: int | None, world: World) -> str:

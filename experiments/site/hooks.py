@@ -37,7 +37,7 @@ _made: dict[str, Page] = {}
 
 
 def on_config(config: Any) -> Any:
-    """Adds the generated pages to the navigation, and hides a notice of the theme that is no warning of the build."""
+    """Adds the generated pages to the navigation, and hides a notice of the theme that is not about the build."""
     logging.getLogger("mkdocs.plugins.material").setLevel(logging.ERROR)
     _made.clear()
     _made.update(pages())

@@ -11,8 +11,8 @@ length, the denominator is missing. A direction of length 0 (rollouts that all s
 
 u is estimated from H independent parts of the held-out data, u = mean of u_h, and every gain is kept per part. The
 error of u is common to all prompts, so it does not average out over them: `two_way` takes prompts and parts as two
-crossed samples. Whoever chooses by an estimate of u must not be valued by the same one: the choices in `best` and
-`learned` for part h use the other parts only, and `learned` also uses the other prompts only.
+crossed samples. A choice that is valued by the estimate of u that it was made with looks too good. Therefore the
+choices in `best` and `learned` for part h use only the other parts, and `learned` uses only the other prompts.
 
 Legend: N groups of M prompts, H parts of the held-out data, A actions, F features.
 """

@@ -34,7 +34,7 @@ from upge.testing.rules import SINGLE_TOLERANCE, attempt, close, require, requir
 from upge.trajectories import Source, Trajectories
 from upge.views import LIVE_COLUMNS, TOKEN_COLUMNS, TRAJECTORY_COLUMNS, Distributions
 
-#: For what belongs to an algorithm and is no part of a term.
+#: The message for objects of an algorithm that are not parts of a term.
 _CHECKED = (
     "parts of a slot, gates, reductions, regularizers and rewards per token are checked; test a length of prefixes, a "
     "weight of prompts, a memory or a replay by calling its methods, and in a run of a few steps"

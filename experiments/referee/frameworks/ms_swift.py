@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from experiments.referee.frameworks.cases import CISPO, DAPO, DR_GRPO, GRPO, GSPO, SAPO, TOKEN_MEAN, named
-from experiments.referee.protocol import GENERATIONS, LAYOUTS, Case, Micro, Update
+from experiments.referee.protocol import GENERATIONS, LAYOUTS, Case, Micro, MissingLossError, Update
 from experiments.referee.stand_in import Bag, TwoTokenModel, trainer
 
 DISTRIBUTION, PACKAGES = "ms-swift", ("swift", "trl")
@@ -52,7 +52,7 @@ def _trainer() -> Any:
         except ModuleNotFoundError as error:
             if not str(error.name or "").startswith("swift"):
                 raise
-    raise NotImplementedError("this version has no GRPOTrainer where it is known to be")
+    raise MissingLossError("this version has no GRPOTrainer where it is known to be")
 
 
 def called(case: Case) -> str:
@@ -66,7 +66,7 @@ def update(case: Case) -> Update:
     source = inspect.getsource(cls)
     nested, per_token = "inputs['model_inputs']" in source, "advantages.unsqueeze(1)" not in source
     if f"'{case.settings['loss_type']}'" not in source:
-        raise NotImplementedError(f"this version has no loss_type {case.settings['loss_type']}")
+        raise MissingLossError(f"this version has no loss_type {case.settings['loss_type']}")
 
     def run(micros: Sequence[Micro]) -> None:
         model = TwoTokenModel()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from experiments.referee.frameworks.cases import GRPO, GSPO, SFT, TOKEN_MEAN, named
-from experiments.referee.protocol import Case, Micro, Update
+from experiments.referee.protocol import Case, Micro, MissingLossError, Update
 from experiments.referee.stand_in import Bag
 
 DISTRIBUTION, PACKAGES = "openrlhf", ("openrlhf",)
@@ -58,11 +58,11 @@ def _made(module: Any, settings: dict[str, Any]) -> Any:
     """The loss with these settings.
 
     Raises:
-        NotImplementedError: this version does not have them.
+        MissingLossError: this version does not have them.
     """
     cls = getattr(module, settings["loss"], None)
     if cls is None:
-        raise NotImplementedError(f"this version has no {settings['loss']}")
+        raise MissingLossError(f"this version has no {settings['loss']}")
     known = inspect.signature(cls.__init__).parameters
     if settings["loss"] == "SFTLoss":
         return cls()
@@ -72,7 +72,7 @@ def _made(module: Any, settings: dict[str, Any]) -> Any:
     if "policy_loss_type" in known:
         clip["policy_loss_type"] = kind
     elif kind != "ppo":
-        raise NotImplementedError(f"this version has no policy_loss_type {kind}")
+        raise MissingLossError(f"this version has no policy_loss_type {kind}")
     return cls(token_level_loss=settings.get("token_level_loss", True), **clip)
 
 

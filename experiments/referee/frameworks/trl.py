@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from experiments.referee.frameworks.cases import CISPO, DAPO, DFT, DR_GRPO, GRPO, GSPO, LUSPO, SAPO, SFT, VESPO, named
-from experiments.referee.protocol import GENERATIONS, LAYOUTS, Case, Micro, Update
+from experiments.referee.protocol import GENERATIONS, LAYOUTS, Case, Micro, MissingLossError, Update
 from experiments.referee.stand_in import TwoTokenModel, trainer
 
 DISTRIBUTION, PACKAGES = "trl", ("trl",)
@@ -63,7 +63,7 @@ def _grpo_update(settings: dict[str, Any]) -> Update:
     scaled = "compute_loss_func=" in constructor
     accepted = constructor.partition("loss_type not in [")[0]
     if settings["loss_type"] not in inspect.getsource(cls) or not accepted:
-        raise NotImplementedError(f"this version has no loss_type {settings['loss_type']}")
+        raise MissingLossError(f"this version has no loss_type {settings['loss_type']}")
 
     def run(micros: Sequence[Micro]) -> None:
         model = TwoTokenModel()
@@ -99,7 +99,7 @@ def _sft_update(loss_type: str) -> Update:
     module = importlib.import_module("trl.trainer.sft_trainer")
     source = inspect.getsource(module)
     if loss_type == "dft" and "dft" not in source:
-        raise NotImplementedError("this version has no loss_type dft")
+        raise MissingLossError("this version has no loss_type dft")
     own = module.dft_loss if loss_type == "dft" and hasattr(module, "dft_loss") else None
 
     def run(micros: Sequence[Micro]) -> None:

@@ -22,7 +22,7 @@ from experiments.referee.frameworks.cases import (
     TOKEN_MEAN,
     named,
 )
-from experiments.referee.protocol import LIMIT, Case, Micro, Update, each
+from experiments.referee.protocol import LIMIT, Case, Micro, MissingLossError, Update, each
 from experiments.referee.stand_in import Bag
 
 DISTRIBUTION, PACKAGES = "verl", ("verl",)
@@ -173,10 +173,10 @@ def _actor_update(settings: dict[str, Any]) -> Update:
     source = inspect.getsource(module)  # not of the method, which a decorator hides
     if settings["loss_mode"] != "vanilla":
         if "get_policy_loss_fn" not in source:
-            raise NotImplementedError("this version has one loss only")
+            raise MissingLossError("this version has one loss only")
         module.get_policy_loss_fn(settings["loss_mode"])
     if settings["agg"] != "token-mean" and "loss_agg_mode" not in source:
-        raise NotImplementedError("this version has no loss_agg_mode")
+        raise MissingLossError("this version has no loss_agg_mode")
     as_table = "outputs = self._forward_micro_batch" in source
 
     def run(micros: Sequence[Micro]) -> None:
