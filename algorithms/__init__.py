@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from algorithms.compose import CORRECTION, algorithm_slots, check_names, compose
 from upge.algorithm import Algorithm
 from upge.config import parse, split
-from upge.errors import ConfigError, nearest
+from upge.errors import ConfigError, Problems, nearest
 from upge.instantiate import TARGET, locate
 from upge.pipeline import Pipeline
 from upge.trees import first_line, plain, read_yaml
@@ -183,31 +183,39 @@ def override(node: DictConfig, overrides: Sequence[str], path: str = "algo") -> 
     algorithm inside another one. `correction.NAME.KEY=VALUE` is a setting of a correction.
 
     Raises:
-        ConfigError: an override cannot be applied; the message names its key.
+        ConfigError: an override cannot be applied; the message names its key. `ConfigErrors` if several cannot.
     """
-    result = DictConfig(plain(node))
+    result, problems = DictConfig(plain(node)), Problems()
     for item in overrides:
-        key, text = split(item)
-        names_correction = key.partition(".")[0] == CORRECTION
-        where = key if names_correction else f"{path}.{key}"
-        value = parse(where, text)
-        try:
-            parent = key.rpartition(".")[0]
-            if names_correction:
-                _check_setting(result, key)
-            _check_references(result, key, where)
-            if parent and not _is_open(result, parent) and OmegaConf.select(result, parent) is None:
-                known = _paths(plain(result))
-                raise ConfigError(f"{where}: there is no '{parent}'; {nearest(key, known)}")
-            _check_target(result, key, value, where)
-            OmegaConf.update(result, key, value, merge=False, force_add=True)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{where}: {first_line(error)}") from error
-        after = plain(result)
-        inline(after, path)
-        check_names(after, path)
-        result = DictConfig(after)
+        with problems:
+            result = _with_setting(result, item, path)
+    problems.raise_any()
     return result
+
+
+def _with_setting(node: DictConfig, item: str, path: str) -> DictConfig:
+    """A copy of the configuration with one override."""
+    result = DictConfig(plain(node))
+    key, text = split(item)
+    names_correction = key.partition(".")[0] == CORRECTION
+    where = key if names_correction else f"{path}.{key}"
+    value = parse(where, text)
+    try:
+        parent = key.rpartition(".")[0]
+        if names_correction:
+            _check_setting(result, key)
+        _check_references(result, key, where)
+        if parent and not _is_open(result, parent) and OmegaConf.select(result, parent) is None:
+            known = _paths(plain(result))
+            raise ConfigError(f"{where}: there is no '{parent}'; {nearest(key, known)}")
+        _check_target(result, key, value, where)
+        OmegaConf.update(result, key, value, merge=False, force_add=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {first_line(error)}") from error
+    after = plain(result)
+    inline(after, path)
+    check_names(after, path)
+    return DictConfig(after)
 
 
 def followed(where: Sequence[str | int], value: Any) -> str | None:

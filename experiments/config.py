@@ -23,7 +23,7 @@ from upge.algorithm import Algorithm
 from upge.components import RatioSign
 from upge.components.base import walk
 from upge.config import RENAMED_KEYS, defaults, from_tree, parse, settings, split
-from upge.errors import ConfigError, nearest
+from upge.errors import ConfigError, Problems, nearest
 from upge.evaluation.suite import BenchmarkConfig, SuiteConfig
 from upge.instantiate import TARGET
 from upge.pipeline import Pipeline
@@ -119,18 +119,7 @@ def compose(arguments: Sequence[str]) -> Composed:
         tree = _merge(tree, part, origin)
     for key in NAMED & set(recipe.tree.get("data", {})):
         OmegaConf.update(tree, f"data.{key}", recipe.tree["data"][key], merge=False, force_add=True)
-    overrides = []
-    for key, value in items:
-        if key == "algo.name" or key.startswith("algo.correction."):
-            fix = "an algorithm is chosen by algo=NAME" if key == "algo.name" else f"write {key.removeprefix('algo.')}"
-            raise ConfigError(f"{key}: is not a setting of the algorithm; {fix}")
-        if key.startswith("algo.") and key != "algo.":
-            overrides.append(f"{key.removeprefix('algo.')}={value}")
-        elif key.startswith("correction."):
-            overrides.append(f"{key}={value}")
-        elif key not in GROUPS:
-            tree = _set(tree, key, value)
-    tree.algo, notes = _overridden(tree.algo, names, recipe.overrides, overrides)
+    tree, notes = _with_arguments(tree, items, names, recipe)
     try:
         whole = plain(tree, resolve=True)
     except OmegaConfBaseException as error:
@@ -140,6 +129,32 @@ def compose(arguments: Sequence[str]) -> Composed:
     algorithm = algorithms.compose(whole["algo"], algorithms.stem(names["algo"]))
     notes = (*notes, *_idle_penalties(algorithm, config), *_noise(algorithm, config))
     return Composed(names, whole, config, algorithm, notes, (("the default", dict(_defaults())), *layers))
+
+
+def _with_arguments(
+    tree: DictConfig, items: Sequence[tuple[str, str]], names: Mapping[str, str | None], recipe: Recipe
+) -> tuple[DictConfig, tuple[str, ...]]:
+    """The configuration with the recipe's overrides and the command line's settings, and notes on what these split."""
+    problems, overrides = Problems(), []
+    for key, value in items:
+        with problems:
+            if _is_override(key):
+                overrides.append(f"{key.removeprefix('algo.')}={value}")
+            elif key not in GROUPS:
+                tree = _set(tree, key, value)
+    notes: tuple[str, ...] = ()
+    with problems:
+        tree.algo, notes = _overridden(tree.algo, names, recipe.overrides, overrides)
+    problems.raise_any()
+    return tree, notes
+
+
+def _is_override(key: str) -> bool:
+    """Whether a key belongs to the algorithm or to a correction."""
+    if key == "algo.name" or key.startswith("algo.correction."):
+        fix = "an algorithm is chosen by algo=NAME" if key == "algo.name" else f"write {key.removeprefix('algo.')}"
+        raise ConfigError(f"{key}: is not a setting of the algorithm; {fix}")
+    return key != "algo." and key.startswith(("algo.", "correction."))
 
 
 def _defaults() -> Iterator[tuple[str, Any]]:

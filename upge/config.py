@@ -19,7 +19,7 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 from omegaconf import OmegaConf
 
 from upge.checks import mismatch
-from upge.errors import ConfigError, nearest
+from upge.errors import ConfigError, Problems, nearest
 from upge.trees import DEEPEST, check_yaml, first_line, plain
 
 #: Old → new dotted names of renamed settings.
@@ -104,12 +104,14 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
+        problems = Problems()
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if "range" in item.metadata and isinstance(value, (int, float)) and not isinstance(value, bool):
-                problem = item.metadata["range"].problem(value)
-                if problem:
-                    raise ConfigError(problem, item.name)
+                with problems:
+                    if problem := item.metadata["range"].problem(value):
+                        raise ConfigError(problem, item.name)
+        problems.raise_any()
 
 
 def from_tree(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:
@@ -121,34 +123,40 @@ def from_tree(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:
 
     Raises:
         ConfigError: a key is unknown (the message gives the nearest known one), or a value has the wrong type or is
-            out of range.
+            out of range; `ConfigErrors` if several are.
     """
     hints = get_type_hints(cls)
     aliases = {item.name: item.metadata.get("aliases", {}) for item in dataclasses.fields(cls)}
-    values = {}
+    values, problems = {}, Problems()
     for name, value in tree.items():
         where = f"{path}.{name}" if path else str(name)
-        if name not in hints:
-            renamed = RENAMED_KEYS.get(where)
-            hint = f"it was renamed; write {renamed}" if renamed else nearest(str(name), hints)
-            raise ConfigError(f"unknown key; {hint}", where)
-        if dataclasses.is_dataclass(hints[name]):
-            if not isinstance(value, Mapping):
-                inner = ", ".join(f.name for f in dataclasses.fields(hints[name]))
-                raise ConfigError(f"found {value!r}, expected keys such as {where}.KEY: {inner}", where)
-            values[name] = from_tree(hints[name], value, where)
-            continue
-        value = aliases[name].get(str(value).lower(), value)
-        wrong = mismatch(value, hints[name])
-        if wrong:
-            raise ConfigError(wrong, where)
-        if isinstance(value, float) and math.isinf(value):
-            raise ConfigError(f"found {value}; give a finite number", where)
-        values[name] = float(value) if hints[name] is float else value
+        with problems:
+            if name not in hints:
+                renamed = RENAMED_KEYS.get(where)
+                hint = f"it was renamed; write {renamed}" if renamed else nearest(str(name), hints)
+                raise ConfigError(f"unknown key; {hint}", where)
+            values[name] = _typed(hints[name], value, aliases[name], where)
+    problems.raise_any()
     try:
         return cls(**values)
     except ConfigError as error:
         raise (error.under(path) if path else error) from None
+
+
+def _typed(kind: Any, value: Any, aliases: Mapping[str, Any], where: str) -> Any:
+    """The value of one field, checked against its annotated type."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            inner = ", ".join(f.name for f in dataclasses.fields(kind))
+            raise ConfigError(f"found {value!r}, expected keys such as {where}.KEY: {inner}", where)
+        return from_tree(kind, value, where)
+    value = aliases.get(str(value).lower(), value)
+    wrong = mismatch(value, kind)
+    if wrong:
+        raise ConfigError(wrong, where)
+    if isinstance(value, float) and math.isinf(value):
+        raise ConfigError(f"found {value}; give a finite number", where)
+    return float(value) if kind is float else value
 
 
 def defaults(cls: type) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 
@@ -46,6 +46,22 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """A configuration key or value that cannot be used."""
+
+
+class ConfigErrors(ConfigError):
+    """Several configuration keys or values that cannot be used, one per line of the message.
+
+    Attributes:
+        problems: the errors, in the order in which they were found.
+    """
+
+    def __init__(self, problems: Sequence[ConfigError]) -> None:
+        super().__init__("\n".join([f"{len(problems)} settings cannot be used", *(f"  {one}" for one in problems)]))
+        self.problems = tuple(problems)
+
+    def under(self, prefix: str) -> ConfigErrors:
+        """The same errors, each with the key `prefix.key`."""
+        return ConfigErrors([one.under(prefix) for one in self.problems])
 
 
 class DataError(UserError):
@@ -86,6 +102,41 @@ class EngineError(RunError):
 
 class NonFiniteError(RunError):
     """A log-probability, a weight or a metric is NaN or infinite."""
+
+
+class Problems:
+    """Collects configuration errors, so that a user sees all of them at once.
+
+    >>> problems = Problems()
+    >>> for key in ("lr", "group"):
+    ...     with problems:
+    ...         raise ConfigError("unknown key", key)
+    >>> problems.raise_any()
+    Traceback (most recent call last):
+    upge.errors.ConfigErrors: 2 settings cannot be used
+      lr: unknown key
+      group: unknown key
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[ConfigError] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        """Keeps a ConfigError and lets any other exception pass."""
+        if not isinstance(error, ConfigError):
+            return False
+        self.errors += error.problems if isinstance(error, ConfigErrors) else [error]
+        return True
+
+    def raise_any(self) -> None:
+        """Raises the only error unchanged, several as ConfigErrors, and nothing if there was none."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            raise ConfigErrors(self.errors)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -33,6 +33,17 @@ CASES = {
     "unknown nested key": (["optimizer.learning_rate=1"], ["optimizer.learning_rate", "optimizer."]),
     "unknown key of the algorithm": (["algo.terms.rl.gate.treshold=1"], ["algo.terms.rl.gate.treshold", "threshold"]),
     "unknown key of the data": (["data.sise=1"], ["data.sise", "did you mean"]),
+    "several settings": (
+        ["stps=3", "algo.terms.rl.gate.thres.x=1", "algo.terms.sf.gate=1", "optimizer.l=1"],
+        [
+            "4 settings",
+            "\n  stps: ",
+            "\n  algo.terms.rl.gate.thres.x: ",
+            "\n  algo.terms.sf.gate: ",
+            "\n  optimizer.l: ",
+        ],
+    ),
+    "several values": (["optimizer.lr=-1", "group_size=0.5"], ["2 settings", "\n  optimizer.lr: ", "\n  group_size: "]),
     "not key=value": (["steps"], ["steps", "key=value"]),
     "wrong type": (["steps=many"], ["steps", "many", "int"]),
     "wrong value": (["rollout.engine=sglang"], ["rollout.engine", "sglang", "vllm"]),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from upge.config import Range, Settings, from_tree, key, meanings, parse, section, split
-from upge.errors import ConfigError, ModelError
+from upge.errors import ConfigError, ConfigErrors, ModelError, Problems
 from upge.evaluation.suite import BenchmarkConfig
 from upge.train.config import RunConfig
 
@@ -71,6 +71,34 @@ def test_an_error_carries_its_key(tree: dict, name: str, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         from_tree(Outer, tree, "above")
     assert caught.value.key == f"above.{name}" and str(caught.value).startswith(f"above.{name}: ")
+
+
+def test_several_errors_are_reported_together() -> None:
+    wrong = {"stps": 1, "inner": {"share": 0.0, "count": 1}, "steps": "x"}
+    with pytest.raises(ConfigErrors) as caught:
+        from_tree(Outer, wrong, "above")
+    assert [one.key for one in caught.value.problems] == [
+        "above.stps",
+        "above.inner.share",
+        "above.inner.count",
+        "above.steps",
+    ]
+    first, *rest = str(caught.value).split("\n")
+    assert first == "4 settings cannot be used"
+    assert rest == [f"  {one}" for one in caught.value.problems]
+
+
+def test_problems_keep_configuration_errors_alone() -> None:
+    problems = Problems()
+    problems.raise_any()
+    with pytest.raises(KeyError), problems:
+        raise KeyError("not bad input")
+    only = ConfigError("unknown key", "lr")
+    with problems:
+        raise only
+    with pytest.raises(ConfigError) as caught:
+        problems.raise_any()
+    assert caught.value is only
 
 
 def test_a_settings_class_checks_its_own_numbers() -> None:
