@@ -48,7 +48,7 @@ bench: env  ## list the benchmarks; ARGS=NAME runs one
 	$(VENV)/bin/python -m experiments.bench $(ARGS)
 
 peers: env  ## install the benchmarks' peers (verl, Liger, cut-cross-entropy; TRL is in .venv) into .venv-peers
-	@bash requirements/peers.sh
+	@bash requirements/extra.sh peers
 
 docs: env  ## regenerate the generated parts of README.md and docs/ and the list of keys, about two minutes
 	$(VENV)/bin/python -m experiments.describe --readme
@@ -60,7 +60,7 @@ docs: env  ## regenerate the generated parts of README.md and docs/ and the list
 	$(VENV)/bin/python -m experiments.completion --update
 
 docs-site: env  ## build the documentation's site in site/, with the packages of .venv-docs
-	@bash requirements/docs.sh
+	@bash requirements/extra.sh docs
 	$${DOCS:-.venv-docs}/bin/python -m experiments.site
 
 notebooks: env  ## write the examples as notebooks; ARGS=--run renews their output, three minutes

@@ -1,6 +1,6 @@
 """The libraries that benches compare with ("peers"), their separate environment, and the loss of TRL's trainer.
 
-`make peers` installs them into .venv-peers, which also sees the packages of .venv (requirements/peers.sh). A bench with
+`make peers` installs them into .venv-peers, which also sees the packages of .venv (requirements/extra.sh). A bench with
 `WITH_PEERS = True` runs in that environment if it exists, so that everything is measured in one process with the same
 torch.
 """
