@@ -201,7 +201,7 @@ def test_a_limit_at_the_end_or_the_start(tmp_path, limit, file):
 def test_a_disk_without_room_for_the_next_checkpoint(whole, tmp_path):
     folder = interrupted(whole, tmp_path / "run", step=2)
     message = refused(*STEPS, f"output={folder}", limits=("free=9000000",))
-    assert "the checkpoint of step 3 needs 0.01 GiB, and 0.01 GiB are free" in message
+    assert "the checkpoint of step 3 needs 0.01 GiB, but only 0.01 GiB are free" in message
     assert f"continues from the last checkpoint, {folder / 'checkpoints' / 'step_000002'}" in message
     assert lines(folder / "metrics.jsonl")[-1]["step"] == 3
 
