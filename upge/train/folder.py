@@ -276,8 +276,8 @@ class RunFolder:
         free = shutil.disk_usage(self.checkpoints).free
         if needed > free:
             raise StorageError(
-                f"the checkpoint of step {step} needs {needed / 2**30:.2f} GiB, but only {free / 2**30:.2f} GiB are free "
-                f"on the disk of {self.checkpoints}"
+                f"the checkpoint of step {step} needs {needed / 2**30:.2f} GiB, but only {free / 2**30:.2f} GiB are "
+                f"free on the disk of {self.checkpoints}"
             )
 
     def settle(self, step: int, keep: int) -> None:
