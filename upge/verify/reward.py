@@ -62,7 +62,7 @@ def terms(text: str) -> tuple[Term, ...]:
     same = _repeated([term.reward for term in found])
     if same is not None:
         raise ConfigError(
-            f"verify.verifier: '{text}' has two rewards called '{same}'; give each its own name, as in 'math as correct'"
+            f"verify.verifier: '{text}' has two rewards called '{same}'; give each its own name, such as 'math as ok'"
         )
     if "mean" in [term.label for term in found]:
         raise ConfigError(
