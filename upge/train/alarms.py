@@ -140,7 +140,9 @@ def _extreme_ratios(metrics: Metrics, limits: AlarmConfig) -> str | None:
     which = "trainer and sampler" if name == "sampler" else "the policy and the behavior policy"
     which += "" if name in _PAIRS else f" (term {name})"
     what = f"{share:.0%} of the tokens have a probability ratio of {which} outside [1/2, 2]"
-    return f"{what}; lower optimizer.lr or optimizer.epochs"
+    if name == "sampler":
+        return f"{what}; check precision and engine (`upge doctor`), or correct for it with correction=tis"
+    return f"{what}; lower optimizer.lr, optimizer.epochs or optimizer.mini_batches"
 
 
 #: The pair of policies → why they differ, and the corrections to add.
